@@ -1,0 +1,83 @@
+"""Which errors can a user meet, and what does each one tell them?
+
+    PostgradError            everything below; `exit_code` is what the command line returns
+    ├── StageError           the stage file: unknown key, impossible value
+    ├── DataError            a source: missing, empty, broken, in the wrong shape
+    ├── ModelError           a model or tokenizer that cannot be used here
+    ├── ResumeError          a run folder that does not belong to this stage
+    ├── BusyError            a run folder that another process is using
+    ├── MissingExtra         an optional package that is not installed
+    ├── CheckpointError      a checkpoint that is incomplete or was changed
+    ├── DiskError            no room, or not writable
+    └── NonFiniteError       a loss or gradient that is not a number
+
+An error is a small conversation: what was met, where, what was expected, the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PostgradError(Exception):
+    """What was met, where (`file:line` or `key.path`), what was expected, and the way out."""
+
+    exit_code = 2
+
+    def __init__(self, met: str, *, where: str = "", expected: str = "", way_out: str = "") -> None:
+        self.met, self.where, self.expected, self.way_out = met, where, expected, way_out
+        lines = [f"{where}: {met}" if where else met]
+        if expected:
+            lines.append(f"  expected: {expected}")
+        if way_out:
+            lines.append(f"  way out:  {way_out}")
+        super().__init__("\n".join(lines))
+
+
+class StageError(PostgradError):
+    """The stage file asks for something that cannot be."""
+
+
+class DataError(PostgradError):
+    """A source that is missing, empty, broken or in the wrong shape."""
+
+
+class ModelError(PostgradError):
+    """A model or tokenizer that cannot be used for what was asked."""
+
+
+class ResumeError(PostgradError):
+    """A run folder that does not belong to this stage."""
+
+
+class BusyError(PostgradError):
+    """A run folder that another process is using."""
+
+
+class MissingExtra(PostgradError):
+    """An optional package that is not installed."""
+
+
+class CheckpointError(PostgradError):
+    """A checkpoint that is incomplete, or not what its manifest says."""
+
+    exit_code = 1
+
+
+class DiskError(PostgradError):
+    """No room on the disk, or a folder that cannot be written."""
+
+    exit_code = 1
+
+
+class NonFiniteError(PostgradError):
+    """A loss or a gradient that is not a finite number; the weights were not touched."""
+
+    exit_code = 1
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint `did you mean 'x'?` for a mistyped word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else ""
