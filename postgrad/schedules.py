@@ -1,0 +1,154 @@
+"""How far does a step go? A schedule is a pure function `step -> learning rate`.
+
+Steps are counted from 1 (the first update of the stage) to the stage's last step; `schedule(0)` is the value the warm-up
+starts from. Nothing is ever restored: the rate of a step follows from its number alone.
+
+Pieces are functions of the step *within* the piece. `then` puts pieces one after the other, so every named schedule
+below is an expression, not a class:
+
+    rewarm = then((linear(0, peak), warmup), (cosine(peak, floor), rest))
+
+Sources of the formulas: Ibrahim et al. 2024 (arXiv 2403.08763, sections 4 and 7.4) for warm-up, cosine and the infinite
+schedules, Hu et al. 2024 (arXiv 2404.06395) and Hägele et al. 2024 (arXiv 2405.18392) for WSD and 1-sqrt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[float], float]
+Piece = Callable[[float], float]
+"""A curve over `x` in [0, 1], the share of the piece that is done; values are learning rates."""
+
+
+def constant(rate: float) -> Piece:
+    """The same rate throughout."""
+    return lambda x: rate
+
+
+def linear(start: float, end: float) -> Piece:
+    """`start + (end - start) x`."""
+    return lambda x: start + (end - start) * x
+
+
+def cosine(start: float, end: float) -> Piece:
+    """Half a cosine: `end + (start - end)/2 (1 + cos(pi x))`."""
+    return lambda x: end + (start - end) / 2 * (1 + math.cos(math.pi * x))
+
+
+def inverse_sqrt(start: float, end: float, timescale: float = 10.0) -> Piece:
+    """`start + (end - start) h(x)/h(1)` with `h(x) = 1/sqrt(1 + timescale x) - 1` (Ibrahim et al. 2024, their code)."""
+
+    def h(x: float) -> float:
+        return 1 / math.sqrt(1 + timescale * x) - 1
+
+    return lambda x: start + (end - start) * h(x) / h(1)
+
+
+def exponential(start: float, end: float) -> Piece:
+    """`start (end/start)^x`; both ends must be above zero."""
+    return lambda x: start * (end / start) ** x
+
+
+def one_minus_sqrt(start: float, end: float) -> Piece:
+    """`end + (start - end)(1 - sqrt(x))` (Hägele et al. 2024)."""
+    return lambda x: end + (start - end) * (1 - math.sqrt(x))
+
+
+def inverse_linear(start: float, end: float) -> Piece:
+    """`1/(x/end + (1 - x)/start)`: the anneal of WSD-S; both ends must be above zero."""
+    return lambda x: 1 / (x / end + (1 - x) / start)
+
+
+SHAPES: dict[str, Callable[[float, float], Piece]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "inverse-sqrt": inverse_sqrt,
+    "exponential": exponential,
+    "1-sqrt": one_minus_sqrt,
+    "inverse-linear": inverse_linear,
+}
+
+
+def then(*pieces: tuple[Piece, float]) -> Schedule:
+    """Pieces one after the other, each with its length in steps; after the last one its end value holds.
+
+    At the border of two pieces the earlier one gives the value (its `x` is exactly 1); a piece of length 0 is skipped.
+    """
+
+    def schedule(step: float) -> float:
+        begin = 0.0
+        for piece, length in pieces:
+            if length > 0 and step <= begin + length:
+                return piece((step - begin) / length)
+            begin += length
+        return pieces[-1][0](1.0)
+
+    return schedule
+
+
+def rewarm(
+    *, steps: float, peak: float, floor: float, warmup: float, start: float = 0.0, shape: str = "cosine"
+) -> Schedule:
+    """Warm up from `start` to `peak`, then decay to `floor` over the rest of `steps` (cosine: Ibrahim et al. 2024, section 4)."""
+    return then((linear(start, peak), warmup), (SHAPES[shape](peak, floor), steps - warmup))
+
+
+def infinite(
+    *,
+    steps: float,
+    peak: float,
+    constant_rate: float,
+    floor: float,
+    warmup: float,
+    cooldown: float,
+    constant_until: float,
+    cooldown_shape: str = "cosine",
+    timescale: float = 10.0,
+) -> Schedule:
+    """Warm-up, cooldown to `constant_rate`, constant, exponential anneal to `floor` (Ibrahim et al. 2024, section 7.4).
+
+    `constant_until` is the step at which the constant phase *ends*, counted from the first step of the stage, and
+    `cooldown` is a length counted from the end of the warm-up.
+    """
+    cool = (
+        inverse_sqrt(peak, constant_rate, timescale)
+        if cooldown_shape == "inverse-sqrt"
+        else SHAPES[cooldown_shape](peak, constant_rate)
+    )
+    return then(
+        (linear(0.0, peak), warmup),
+        (cool, cooldown),
+        (constant(constant_rate), constant_until - warmup - cooldown),
+        (exponential(constant_rate, floor), steps - constant_until),
+    )
+
+
+def wsd(
+    *, steps: float, peak: float, floor: float, warmup: float, decay: float, shape: str = "1-sqrt"
+) -> Schedule:
+    """Warm-up, stable, decay over the last `decay` steps (Hu et al. 2024)."""
+    return then(
+        (linear(0.0, peak), warmup),
+        (constant(peak), steps - warmup - decay),
+        (SHAPES[shape](peak, floor), decay),
+    )
+
+
+def first_step_at_or_below(schedule: Schedule, share: float, steps: int) -> int:
+    """The first step after the peak whose rate is at most `share` of the peak, or `steps` when there is none.
+
+    This is the trigger of a data switch such as "change the blend when the learning rate has fallen to one fifth"
+    (Parmar et al. 2024, arXiv 2407.07263).
+    """
+    peak_step = max(range(1, steps + 1), key=schedule)
+    limit = share * schedule(peak_step)
+    return next((step for step in range(peak_step, steps + 1) if schedule(step) <= limit), steps)
+
+
+def sampled(schedule: Schedule, steps: int, points: int = 400) -> list[tuple[int, float]]:
+    """`(step, rate)` at no more than `points` steps, the first and last among them, for drawing."""
+    stride = max(1, math.ceil(steps / points))
+    chosen = sorted({1, *range(stride, steps + 1, stride), steps})
+    return [(step, schedule(step)) for step in chosen]
