@@ -1,0 +1,171 @@
+"""How are numbers and foreign texts written in a report?
+
+A record is data: a name, a prompt or a path may hold anything, and a number may be missing, a string or
+not finite. Everything that reaches a page passes through `number` or `escaped`, so no other file has to
+think about it.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+MINUS, ABSENT, ELLIPSIS = "\u2212", "\u2013", "\u2026"
+
+_SECRET = re.compile(
+    r"""(?<![A-Za-z0-9])(?:
+        hf_[A-Za-z0-9]{16,} | sk-[A-Za-z0-9_-]{16,} | gh[pousr]_[A-Za-z0-9]{16,} | github_pat_\w{16,}
+        | glpat-[\w-]{16,} | xox[abprs]-[\w-]{8,} | AKIA[0-9A-Z]{12,} | eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*
+    )""",
+    re.VERBOSE,
+)
+_LOGIN = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
+_BEARER = re.compile(r"(?i)\b(bearer\s+|(?:token|password|secret|api[_-]?key)\s*[=:]\s*)([^\s'\"&]{6,})")
+
+
+def number(value: object) -> float | None:
+    """The value as a finite float, or None when it is no number, not finite or too large."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        result = float(value)
+    except OverflowError:
+        return None
+    return result if math.isfinite(result) else None
+
+
+def mapping(value: object) -> Mapping[str, object]:
+    """The value where it is a mapping, else an empty one: any key of a record may be absent or null."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def rows(value: object) -> Sequence[object]:
+    """The value where it is a list, else an empty one."""
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def plain(value: object, limit: int = 0) -> str:
+    """One foreign text made harmless to show: control characters visible, no lone surrogates.
+
+    A terminal obeys escape sequences and a line break ends a table row, so both become visible symbols.
+    `limit` (characters, 0 for none) shortens with an ellipsis.
+    """
+    if value is None:
+        return ""
+    text = str(value).replace("\t", " ").replace("\r\n", "\n").replace("\n", "\u23ce")
+    return shortened(_visible(text), limit)
+
+
+def passage(value: object, limit: int = 4000) -> str:
+    """Foreign running text: as `plain`, but its lines stay lines."""
+    if value is None:
+        return ""
+    text = str(value).replace("\r\n", "\n")
+    return shortened("\n".join(_visible(line) for line in text.split("\n")), limit)
+
+
+def _visible(text: str) -> str:
+    return "".join(_symbol(character) for character in text)
+
+
+def _symbol(character: str) -> str:
+    code = ord(character)
+    if code < 0x20 and character != "\t":
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "\u2421"
+    if 0x80 <= code < 0xA0 or 0xD800 <= code < 0xE000 or code & 0xFFFE == 0xFFFE:
+        return "\ufffd"
+    if code in (0x2028, 0x2029):
+        return "\u23ce"
+    if 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069:  # could turn the reading order of a line
+        return "\ufffd"
+    return character
+
+
+def shortened(text: str, limit: int) -> str:
+    """At most `limit` characters, the last of them an ellipsis where something was cut (0: no limit)."""
+    return text if not limit or len(text) <= limit else text[: max(limit - 1, 0)] + ELLIPSIS
+
+
+def masked(value: object) -> str:
+    """The text without passwords and access tokens: a report is made to be passed on."""
+    text = "" if value is None else str(value)
+    text = _SECRET.sub("[secret]", text)
+    text = _LOGIN.sub("[secret]", text)
+    return _BEARER.sub(r"\1[secret]", text)
+
+
+def escaped(value: object, limit: int = 0) -> str:
+    """`plain` text with the five characters of HTML escaped: safe between tags and inside quotes."""
+    return html.escape(plain(value, limit), quote=True)
+
+
+def fixed(value: object, decimals: int = 3) -> str:
+    """`2.310`, with a true minus sign; a dash where there is no number."""
+    known = number(value)
+    if known is None:
+        return ABSENT
+    text = f"{known:,.{decimals}f}"
+    if not any(digit in text for digit in "123456789"):
+        text = text.lstrip("-")
+    return text.replace("-", MINUS)
+
+
+def signed(value: object, decimals: int = 3) -> str:
+    """`+0.012` or `-0.330`; an exact zero, or what rounds to it, carries no sign."""
+    known = number(value)
+    text = fixed(known, decimals)
+    return f"+{text}" if known is not None and known > 0 and any(d in text for d in "123456789") else text
+
+
+def percent(value: object, decimals: int = 1) -> str:
+    """A share in 0..1 as `90.0 %`."""
+    known = number(value)
+    return ABSENT if known is None else f"{fixed(known * 100, decimals)} %"
+
+
+def count(value: object) -> str:
+    """A whole number with separators, `20,000,000`."""
+    known = number(value)
+    if known is None:
+        return ABSENT
+    return f"{int(value) if isinstance(value, int) else round(known):,}".replace("-", MINUS)
+
+
+def compact(value: object) -> str:
+    """A count in three digits, `20.0M`, for sentences and axes."""
+    known = number(value)
+    if known is None:
+        return ABSENT
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(known) >= size * 0.9995:
+            scaled = known / size
+            decimals = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
+            text = f"{scaled:.{decimals}f}"
+            return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", MINUS) + letter
+    return f"{known:.3g}".replace("-", MINUS)
+
+
+def duration(seconds: object) -> str:
+    """`2 h 05 min`, `3 min 20 s`, `4.2 s`."""
+    known = number(seconds)
+    if known is None or known < 0:
+        return ABSENT
+    if known < 60:
+        return f"{known:.1f} s"
+    minutes, rest = divmod(round(known), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02d} min"
+
+
+def cells(text: str) -> int:
+    """Width in terminal cells: wide characters take two, combining marks none."""
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )

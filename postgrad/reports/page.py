@@ -1,0 +1,1215 @@
+"""How do the JSON files of a run become one page that opens anywhere, offline, years later?
+
+A page is one HTML file without scripts and without anything fetched: its Content-Security-Policy allows
+only its own style sheet, by hash. Everything that came from data was escaped on its way in
+(`notation.escaped`). Whatever a record lacks is left out or said, never an error: a report is also for runs
+that were stopped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html as html_escape
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from postgrad.errors import DiskError
+from postgrad.reports import figures, tables
+from postgrad.reports.figures import Estimate, Level, Mark, Series, Spot
+from postgrad.reports.notation import (
+    compact,
+    count,
+    duration,
+    escaped,
+    fixed,
+    mapping,
+    masked,
+    number,
+    passage,
+    percent,
+    plain,
+    rows,
+    signed,
+)
+from postgrad.reports.tables import VERDICTS, Column, Table
+
+WIDE, NARROW = 560.0, 358.0  # a column of a two-column page, and a telephone of 390 px less its margins
+MOST_SAMPLES, MOST_YAML, MOST_SERIES = 12, 60_000, 12
+EARLY, EARLY_WORDS = (
+    0.02,
+    "2 %",
+)  # forgetting starts in the first steps: this part of the run has a panel of its own
+
+_STYLE = (
+    """
+:root{color-scheme:light dark;--panel:#f6f8fa}
+@media (prefers-color-scheme:dark){:root{--panel:#1c2128}}
+"""
+    + figures.STYLE
+    + """
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--ground);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",sans-serif}
+main,header.top,footer{max-width:1232px;margin:0 auto;padding:0 16px}
+header.top{padding-top:40px}
+.skip{position:absolute;left:-999px}.skip:focus{left:16px;top:8px}
+a{color:var(--c0)}
+a:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--c0);outline-offset:2px}
+.over{margin:0;color:var(--soft);font-size:.8125rem;letter-spacing:.04em}
+h1{margin:.1em 0 .3em;font-size:2.125rem;line-height:1.2;letter-spacing:-.015em;overflow-wrap:anywhere}
+.lead{margin:0 0 1rem;max-width:62em;font-size:1.1875rem;line-height:1.5}
+.lead b{font-weight:600}
+.facts{display:flex;flex-wrap:wrap;gap:.25rem 1.75rem;margin:0;padding:0;list-style:none;color:var(--soft);
+font-size:.875rem}
+.facts b{color:var(--ink);font-weight:600}
+nav{margin:1.25rem 0 0;padding:.5rem 0;border-block:1px solid var(--line);font-size:.875rem}
+nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:0;padding:0;list-style:none}
+nav a{text-decoration:none;color:var(--soft)}nav a:hover{color:var(--c0);text-decoration:underline}
+section{margin:3rem 0 0}
+h2{margin:0 0 .25rem;font-size:1.3125rem;line-height:1.3;letter-spacing:-.01em}
+h3{margin:1.5rem 0 .25rem;font-size:1rem}
+.about{margin:0 0 1rem;max-width:56em;color:var(--soft);font-size:.9375rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:12px;margin:1.5rem 0 0;
+padding:0;list-style:none}
+.cards li{border:1px solid var(--line);border-radius:8px;padding:14px 16px;border-top-width:3px}
+.cards .t-good{border-top-color:var(--good)}.cards .t-bad{border-top-color:var(--bad)}
+.cards .t-even{border-top-color:var(--even)}.cards .t-open{border-top-color:var(--open)}
+.cards .what{display:flex;justify-content:space-between;gap:8px;align-items:baseline;font-weight:600}
+.cards .what bdi{overflow-wrap:anywhere;min-width:0}
+.cards p.big{color:var(--ink);margin:.35rem 0 .35rem;line-height:1.2;font-weight:600;
+font-variant-numeric:tabular-nums;letter-spacing:-.01em;font-size:1.75rem}
+.cards .big small{font-size:.8125rem;font-weight:400;color:var(--soft);letter-spacing:0}
+.cards p{margin:.15rem 0 0;font-size:.875rem;color:var(--soft);font-variant-numeric:tabular-nums}
+.badge{display:inline-block;white-space:nowrap;border:1px solid;border-radius:99px;padding:0 .6em;
+font-size:.8125rem;font-weight:600;line-height:1.6}
+.badge.t-good{color:var(--good)}.badge.t-bad{color:var(--bad)}.badge.t-even{color:var(--even)}
+.badge.t-open{color:var(--open)}
+.notice{margin:1.25rem 0 0;border:1px solid var(--line);border-left:4px solid var(--open);border-radius:4px;
+padding:10px 16px;background:var(--panel)}
+.notice.t-bad{border-left-color:var(--bad)}.notice.t-good{border-left-color:var(--good)}
+.notice p{margin:0}
+.pair{display:grid;gap:2rem 40px;margin-top:1.25rem}
+@media (min-width:1000px){.pair{grid-template-columns:1fr 1fr}}
+.trio{display:grid;gap:2rem 40px;margin-top:1.25rem}
+figure{margin:0;min-width:0;max-width:720px}
+figcaption{margin:0 0 .5rem;font-size:.9375rem;font-weight:600}
+figcaption small{display:block;font-weight:400;font-size:.8125rem;color:var(--soft)}
+.narrow{display:none}
+@media (max-width:640px){.wide{display:none}.narrow{display:block}h1{font-size:1.75rem}
+.lead{font-size:1.0625rem}
+header.top{padding-top:24px}section{margin-top:2.5rem}}
+@media (min-width:1100px){.trio{grid-template-columns:1fr 1fr 1fr}.trio .wide{display:none}
+.trio .narrow{display:block}}
+.scroll{overflow-x:auto;margin-top:1rem}
+table{border-collapse:collapse;font-size:.875rem;line-height:1.4;font-variant-numeric:tabular-nums}
+caption{text-align:left;color:var(--soft);font-size:.8125rem;padding-bottom:6px}
+th,td{padding:7px 10px;text-align:left;vertical-align:baseline;border-bottom:1px solid var(--line);
+white-space:nowrap}
+thead th{color:var(--soft);font-weight:600;font-size:.8125rem;vertical-align:bottom}
+thead small{font-weight:400}
+.groups th{text-align:center;border-bottom:1px solid var(--line)}.groups td{border:0}
+tbody th{font-weight:600;max-width:22em;overflow:hidden;text-overflow:ellipsis}
+th:first-child,td:first-child{padding-left:0}
+.n{text-align:right}
+td.t-good{color:var(--good);font-weight:600}td.t-bad{color:var(--bad);font-weight:600}
+td.t-even{color:var(--even);font-weight:600}td.t-open{color:var(--open)}
+tr.total th,tr.total td{border-top:2px solid var(--line);font-weight:600}
+small.below{display:block;color:var(--soft);font-weight:400;font-size:.8125rem}
+.note{margin:.5rem 0 0;max-width:60em;color:var(--soft);font-size:.8125rem}
+td.prose{white-space:normal;overflow-wrap:anywhere;min-width:12em}
+details{margin-top:.75rem}
+summary{cursor:pointer;color:var(--soft);font-size:.875rem;width:fit-content}
+pre{margin:.5rem 0 0;padding:12px 14px;border-radius:6px;background:var(--panel);font-size:.8125rem;
+line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere}
+pre,code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace}
+code{font-size:.9em;overflow-wrap:anywhere}
+.sample{border-top:1px solid var(--line);padding-top:1rem;margin-top:1.25rem}
+.sample .prompt{margin:.25rem 0 0;max-width:60em;white-space:pre-wrap;overflow-wrap:anywhere}
+.texts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(270px,100%),1fr));gap:12px;margin-top:.75rem}
+.texts>div{background:var(--panel);border-radius:6px;padding:10px 14px;min-width:0}
+.texts h4{margin:0 0 .25rem;font-size:.75rem;font-weight:600;color:var(--soft)}
+.texts p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.9375rem}
+dl.kv{display:grid;grid-template-columns:minmax(8em,max-content) 1fr;gap:.3rem 1.25rem;margin:.75rem 0 0;
+font-size:.875rem}
+dl.kv dt{color:var(--soft)}dl.kv dd{margin:0;min-width:0;overflow-wrap:anywhere}
+dl.kv dd small{display:block;color:var(--soft)}
+.blocks{display:grid;gap:1rem 40px}
+@media (min-width:1000px){.blocks{grid-template-columns:1fr 1fr}}
+ol.chain{display:flex;flex-wrap:wrap;gap:10px 34px;margin:1rem 0 0;padding:0;list-style:none}
+ol.chain li{position:relative;border:1px solid var(--line);border-radius:8px;padding:10px 14px;min-width:9em}
+ol.chain li+li::before{content:"\\2192";position:absolute;left:-25px;top:50%;
+translate:0 -50%;color:var(--soft)}
+ol.chain b{display:block;overflow-wrap:anywhere}
+ol.chain span{display:block;color:var(--soft);font-size:.8125rem;
+overflow-wrap:anywhere}
+footer{margin-top:4rem;padding-bottom:3rem;color:var(--soft);font-size:.8125rem}
+footer p{border-top:1px solid var(--line);padding-top:1rem;margin:0}
+@media print{@page{margin:16mm}:root{color-scheme:light}body{font-size:11pt}nav,.skip{display:none}
+section{margin-top:1.75rem}figure,.cards li,.sample,tr{break-inside:avoid}h2,h3,figcaption{break-after:avoid}
+.scroll{overflow:visible}th,td{padding:4px 6px;white-space:normal}table{font-size:8.5pt}
+.narrow{display:none}.wide{display:block}
+details::details-content{content-visibility:visible;block-size:auto;display:block}}
+"""
+)
+
+# Print is always on white paper: the light colours once more, after everything else.
+_STYLE += "@media print{" + figures.STYLE.split("@media", 1)[0].strip() + ":root{--panel:#f6f8fa}}"
+
+
+# --- reading a run ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Curves:
+    """The metric rows of one run as columns; x is the trained tokens so far (or the step, see `unit`)."""
+
+    unit: str = "tokens trained"
+    loss: list[tuple[float, float]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    by_source: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
+    rate: list[tuple[float, float]] = field(default_factory=list)
+    grad_norm: list[tuple[float, float]] = field(default_factory=list)
+    sets: dict[str, list[tuple[float, float, float, float, float]]] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+    last_step: int = 0
+    steps: int = 0
+    not_finite: int = 0
+    x_of_step: list[tuple[float, float]] = field(default_factory=list)
+
+
+def read_curves(metrics: Iterable[Mapping[str, object]]) -> Curves:
+    """Metric rows to columns in one pass; what is no number becomes a gap."""
+    curves = Curves()
+    metric_rows = [row for row in metrics if isinstance(row, Mapping)]
+    if any(number(row.get("trained")) is None for row in metric_rows):
+        curves.unit = "step"
+    previous = 0.0
+    first: dict[str, float] = {}
+    for row in metric_rows:
+        step = number(row.get("step"))
+        x = number(row.get("trained")) if curves.unit != "step" else step
+        if x is None:
+            continue
+        curves.last_step = max(curves.last_step, int(step or 0))
+        if step is not None:
+            curves.x_of_step.append((step, x))
+        if row.get("kind") == "evaluation":
+            for name, entry in mapping(row.get("sets")).items():
+                entry = mapping(entry)
+                nats, change = number(entry.get("nats")), number(entry.get("change"))
+                if nats is not None:
+                    first.setdefault(name, nats)
+                    change = nats - first[name] if change is None else change
+                low, high = number(entry.get("low")), number(entry.get("high"))
+                gap = math.nan  # a value that is not known
+                point = (
+                    x,
+                    gap if nats is None else nats,
+                    gap if change is None else change,
+                    gap if low is None else low,
+                    gap if high is None else high,
+                )
+                curves.sets.setdefault(name, []).append(point)
+                if isinstance(entry.get("role"), str):
+                    curves.roles.setdefault(name, str(entry["role"]))
+            continue
+        if row.get("kind") not in (None, "step"):
+            continue
+        curves.steps += 1
+        loss = number(row.get("loss"))
+        if loss is None and "loss" in row:
+            curves.not_finite += 1
+        curves.loss.append((x, math.nan if loss is None else loss))
+        curves.weights.append(max(x - previous, 0.0) or 1.0)
+        previous = x
+        for name, pair in mapping(row.get("by_source")).items():
+            total, tokens = (number(v) for v in (*rows(pair), None, None)[:2])
+            if total is not None and tokens:
+                curves.by_source.setdefault(name, []).append((x, total / tokens, tokens))
+        rate, norm = number(row.get("rate")), number(row.get("grad_norm"))
+        if rate is not None:
+            curves.rate.append((x, rate))
+        if norm is not None:
+            curves.grad_norm.append((x, norm))
+    for points in curves.sets.values():
+        points.sort(key=lambda p: p[0])
+    return curves
+
+
+# --- pieces of a page -------------------------------------------------------------------------------------
+
+
+def _document(title: str, header: str, sections: Sequence[tuple[str, str, str, str]], footer: str) -> str:
+    """Sections are (id, short name, heading, body); an empty body leaves the section and its link out."""
+    present = [section for section in sections if section[-1]]
+    links = "".join(f'<li><a href="#{i}">{n}</a></li>' for i, n, _, _ in present)
+    body = "".join(
+        f'<section id="{i}" aria-labelledby="{i}-h"><h2 id="{i}-h">{h}</h2>{b}</section>'
+        for i, _, h, b in present
+    )
+    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="referrer" content="no-referrer"><meta name="color-scheme" content="light dark">'
+        f"<title>{escaped(title, 200)}</title><style>{_STYLE}</style></head><body>"
+        f'<a class="skip" href="#content">Skip to the content</a><header class="top">{header}'
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
+        f'<main id="content">{body}</main><footer><p>{footer}</p></footer></body></html>\n'
+    )
+
+
+_FOOTER = (
+    "Made by postgrad from the run\u2019s own records. This page holds everything it shows:"
+    " it runs no script and loads nothing."
+)
+
+
+def _figure(
+    caption: str, draw: Callable[[float], str], *, about: str = "", numbers: Table | None = None
+) -> str:
+    """The same figure drawn for a wide and for a narrow screen; the style sheet shows one of them."""
+    small = f"<small>{escaped(about)}</small>" if about else ""
+    return (
+        f"<figure><figcaption>{escaped(caption)}{small}</figcaption>"
+        f'<div class="wide">{draw(WIDE)}</div><div class="narrow">{draw(NARROW)}</div>'
+        + (_details("The numbers", numbers.html()) if numbers and numbers.rows else "")
+        + "</figure>"
+    )
+
+
+def _pair(*parts: str) -> str:
+    """Figures side by side where there is room; three stand in three columns."""
+    shown = [part for part in parts if part]
+    style = "trio" if len(shown) == 3 else "pair"
+    return f'<div class="{style}">{"".join(shown)}</div>' if shown else ""
+
+
+def _details(summary: str, body: str) -> str:
+    return f"<details><summary>{escaped(summary)}</summary>{body}</details>"
+
+
+def _about(text: str) -> str:
+    return f'<p class="about">{escaped(text)}</p>'
+
+
+def _pre(text: object, limit: int = MOST_YAML) -> str:
+    shown = html_escape.escape(passage(masked(text), limit), quote=True)
+    return f'<pre dir="auto" tabindex="0">{shown}</pre>'
+
+
+def _prose(text: object) -> str:
+    return html_escape.escape(passage(text), quote=True)
+
+
+def _pairs(entries: Iterable[tuple[str, object]]) -> str:
+    """A list of facts; the empty ones are left out."""
+    known = [(k, plain(masked(v), 600)) for k, v in entries if v not in (None, "", [], {})]
+    lines = "".join(f"<dt>{escaped(k, 80)}</dt><dd><bdi>{escaped(v)}</bdi></dd>" for k, v in known)
+    return f'<dl class="kv">{lines}</dl>' if lines else ""
+
+
+def _badge(said: str) -> str:
+    tone, symbol, told = VERDICTS.get(said, ("open", "?", "not judged"))
+    return f'<span class="badge t-{tone}"><span aria-hidden="true">{symbol}</span> {told}</span>'
+
+
+def _name(text: object) -> str:
+    return f"<b><bdi>{escaped(text, 80)}</bdi></b>"
+
+
+def _time(text: object) -> str:
+    """`2026-11-21 14:03` of an ISO time; other texts stay what they are."""
+    shown = plain(text, 40)
+    return shown[:16].replace("T", " ") if len(shown) >= 16 and shown[4:5] == "-" else shown
+
+
+# --- the run page -----------------------------------------------------------------------------------------
+
+
+def run_page(record: Mapping[str, object], metrics: Iterable[Mapping[str, object]]) -> str:
+    """One run as a self-contained HTML page: what was learnt and kept, how, and how to do it again.
+
+    `record` is the run's record and `metrics` its rows (kinds `step` and `evaluation`); any key may be
+    absent. The intervals of an evaluation row are those of `change`.
+    """
+    record = mapping(record)
+    curves = read_curves(metrics)
+    name = plain(record.get("name"), 120) or "run without a name"
+    sections = [
+        ("result", "Result", "What was kept, what was learnt", _result(record)),
+        ("retention", "Retention", "Forgetting while it trained", _retention(record, curves)),
+        ("training", "Training", "Training", _training(record, curves)),
+        ("mixture", "Mixture", "What was read", _mixture(record)),
+        ("samples", "Samples", "Text before and after", _samples(record)),
+        ("method", "Method", "Stage and machine", _method(record)),
+        ("again", "Reproduce", "Where it comes from, and how to do it again", _again(record)),
+    ]
+    header = (
+        '<p class="over">postgrad \u00b7 report of one stage</p>'
+        f"<h1><bdi>{escaped(name)}</bdi></h1>{headline(record)}{_facts(record, curves)}"
+        f"{_notices(record, curves)}{_cards(record)}"
+    )
+    return _document(f"{name} \u2013 postgrad", header, sections, _FOOTER)
+
+
+def headline(record: Mapping[str, object]) -> str:
+    """The result in plain words, `<p class="lead">`: learned sets first, then retained ones."""
+    scores = mapping(record.get("scores"))
+    before, after = mapping(scores.get("before")), mapping(scores.get("after"))
+    sentences = []
+    for entries, most in ((tables.learned(record), 3), (tables.retained(record), 3)):
+        ranked = sorted(entries, key=lambda n: -abs(number(entries[n].get("difference")) or 0.0))
+        for set_name in ranked[:most]:
+            entry = entries[set_name]
+            b, a = mapping(before.get(set_name)).get("nats"), mapping(after.get(set_name)).get("nats")
+            sentences.append(_sentence(set_name, entry, b, a))
+        if len(ranked) > most:
+            sentences.append(f"{len(ranked) - most} more of this kind are in the table.")
+    if not sentences:
+        known = tables.set_names(record)
+        if known and not after:
+            sentences.append(
+                "There are no scores after training, so nothing can be said about forgetting yet."
+            )
+        elif not known:
+            sentences.append(
+                "No held-out text was scored, so nothing can be said about learning or forgetting."
+            )
+    return f'<p class="lead">{" ".join(sentences)}</p>' if sentences else ""
+
+
+def _sentence(set_name: str, entry: Mapping[str, object], before: object, after: object) -> str:
+    said = tables.verdict(entry)
+    difference = entry.get("difference")
+    span = ""
+    if number(entry.get("low")) is not None and number(entry.get("high")) is not None:
+        span = f", 95 % interval {signed(entry.get('low'))} to {signed(entry.get('high'))}"
+    verb = {"learnt": "Learnt", "kept": "Kept", "forgot": "Forgot"}.get(said)
+    start = f"{verb} {_name(set_name)}" if verb else f"No clear change on {_name(set_name)}"
+    if number(before) is not None and number(after) is not None:
+        move = f"{fixed(before)} \u2192 {fixed(after)} nats per token ({signed(difference)}{span})"
+    else:
+        move = f"{signed(difference)} nats per token{span}"
+    return f"{start}: {move}."
+
+
+def _cards(record: Mapping[str, object]) -> str:
+    scores = mapping(record.get("scores"))
+    before, after = mapping(scores.get("before")), mapping(scores.get("after"))
+    shown, br = [], "<br>"
+    for set_name in tables.set_names(record)[:12]:
+        entry = mapping(mapping(record.get("changes")).get(set_name))
+        if number(entry.get("difference")) is None:
+            continue
+        said = tables.verdict(entry)
+        b, a = mapping(before.get(set_name)), mapping(after.get(set_name))
+        lines = []
+        if number(b.get("perplexity")) is not None and number(a.get("perplexity")) is not None:
+            lines.append(f"Perplexity {fixed(b['perplexity'], 2)} \u2192 {fixed(a['perplexity'], 2)}")
+        if number(entry.get("count")) is not None:
+            of = f"{count(entry['count'])} {escaped(entry.get('units') or 'units', 30)}"
+            lines.append(f"{escaped(entry['role'], 30)} set, {of}" if entry.get("role") else of)
+        shown.append(
+            f'<li class="t-{VERDICTS.get(said, ("open",))[0]}"><div class="what">'
+            f"<bdi>{escaped(set_name, 80)}</bdi>"
+            f"{_badge(said)}</div>"
+            f'<p class="big">{signed(entry["difference"])} <small>nats per token</small></p>'
+            f"<p>{br.join(lines)}</p></li>"
+        )
+    return f'<ul class="cards" aria-label="Verdicts">{"".join(shown)}</ul>' if shown else ""
+
+
+def _facts(record: Mapping[str, object], curves: Curves) -> str:
+    model, achieved, plan = (mapping(record.get(k)) for k in ("model", "achieved", "plan"))
+    tokens = achieved.get("tokens") if number(achieved.get("tokens")) is not None else None
+    facts = []
+    if model.get("start"):
+        facts.append(("from", plain(masked(model["start"]), 80)))
+    if number(model.get("parameters")) is not None:
+        facts.append(("parameters", compact(model["parameters"])))
+    if tokens is not None:
+        facts.append(("trained tokens", compact(tokens)))
+    elif number(plan.get("tokens")) is not None:
+        facts.append(("planned tokens", compact(plan["tokens"])))
+    if number(achieved.get("seconds")) is not None:
+        facts.append(("time", duration(achieved["seconds"])))
+    if number(achieved.get("tokens_per_second")) is not None:
+        facts.append(("speed", f"{count(achieved['tokens_per_second'])} tokens/s"))
+    if curves.last_step:
+        facts.append(("steps", count(curves.last_step)))
+    if record.get("finished") or record.get("created"):
+        word = "finished" if record.get("finished") else "started"
+        facts.append((word, _time(record.get("finished") or record.get("created"))))
+    lines = "".join(f"<li>{escaped(k)} <b><bdi>{escaped(v)}</bdi></b></li>" for k, v in facts)
+    return f'<ul class="facts">{lines}</ul>' if lines else ""
+
+
+def _notices(record: Mapping[str, object], curves: Curves) -> str:
+    """What a reader must know before the numbers: an unfinished run, a failed gate, a leak, bad losses."""
+    notices: list[tuple[str, str]] = []
+    status = record.get("status")
+    after = mapping(mapping(record.get("scores")).get("after"))
+    planned = number(mapping(record.get("plan")).get("steps"))
+    reached = f" after step {count(curves.last_step)}" if curves.last_step else ""
+    if reached and planned:
+        reached += f" of {count(planned)}"
+    if status == "stopped":
+        rest = "" if after else " There are no scores after training; the curves show how far it came."
+        notices.append(("", f"<b>This run was stopped{reached}.</b>{rest}"))
+    elif status not in ("finished", "gate-failed"):
+        said = f"its status is \u201c{escaped(status, 40)}\u201d" if status else "its record has no status"
+        notices.append(
+            ("", f"<b>This run is not known to be finished</b>: {said}{reached and ', last seen'}{reached}.")
+        )
+    elif not after:
+        notices.append(("", "<b>This run has no scores after training.</b>"))
+    notices += _gate_notice(record)
+    if curves.not_finite:
+        notices.append(
+            ("bad", f"{count(curves.not_finite)} training losses are not finite numbers; they are gaps here.")
+        )
+    for name, entry in mapping(record.get("overlap")).items():
+        entry = mapping(entry)
+        if number(entry.get("duplicates")) or number(entry.get("half")):
+            notices.append(
+                ("bad", f"<b>Held-out text was also in the training data.</b> {_name(name)}:"
+                 f" {count(entry.get('duplicates'))} of {count(entry.get('documents'))} documents are"
+                 f" duplicates, {count(entry.get('half'))} share at least half of their passages. Its"
+                 " scores look better than they are.")
+            )  # fmt: skip
+    return "".join(
+        f'<div class="notice{f" t-{tone}" if tone else ""}"><p>{text}</p></div>' for tone, text in notices
+    )
+
+
+def _gate_notice(record: Mapping[str, object]) -> list[tuple[str, str]]:
+    gate = mapping(record.get("gate"))
+    if not gate and record.get("status") == "gate-failed":
+        return [("bad", "<b>The retention gate failed.</b> The record does not say by how much.")]
+    if not gate:
+        return []
+    worst = mapping(gate.get("worst"))
+    detail = ""
+    if worst:
+        high = worst.get("high")
+        detail = f" The worst retained set, {_name(worst.get('set'))}, changed by {signed(worst.get('rise'))}"
+        detail += f" (upper end {signed(high)})." if number(high) is not None else "."
+    limit = (
+        f" The limit is {signed(gate.get('max_forgetting'))} nats per token."
+        if "max_forgetting" in gate
+        else ""
+    )
+    if gate.get("passed") is True:
+        return [("good", f"<b>The retention gate passed.</b>{detail}{limit}")]
+    return [("bad", f"<b>The retention gate failed.</b>{detail}{limit}")]
+
+
+def _estimates(entries: Mapping[str, Mapping[str, object]]) -> list[Estimate]:
+    found = []
+    for name, entry in entries.items():
+        value = number(entry.get("difference"))
+        if value is not None:
+            said = tables.verdict(entry)
+            low, high = number(entry.get("low")), number(entry.get("high"))
+            found.append(Estimate(name, value, low, high, VERDICTS.get(said, ("open",))[0], said))
+    return found
+
+
+def _result(record: Mapping[str, object]) -> str:
+    names = tables.set_names(record)
+    if not names:
+        return ""
+    kept, learnt = _estimates(tables.retained(record)), _estimates(tables.learned(record))
+    gate = number(mapping(record.get("gate")).get("max_forgetting"))
+    limit = Level(gate, f"gate {signed(gate)}") if gate is not None else None
+    words = {"x_label": "change of the loss, nats per token", "left_word": "better", "right_word": "worse"}
+    plots = []
+    if kept:
+        plots.append(
+            _figure(
+                "Retained sets",
+                lambda w: figures.forest_plot(
+                    kept, title="Change on retained sets", width=w, limit=limit, **words
+                ),
+                about="What the model knew before. Zero is no change; bars are 95 % intervals.",
+            )
+        )
+    if learnt:
+        both = [*learnt, *kept]
+        plots.append(
+            _figure(
+                "All sets on one scale" if kept else "Learned sets",
+                lambda w: figures.forest_plot(both, title="Change on all sets", width=w, **words),
+                about="What was gained beside what it cost.",
+            )
+        )
+    reading = _details(
+        "How to read these numbers",
+        '<p class="note">Held-out text was kept away from training. The loss says how badly the model predicts'
+        " it: in <b>nats per token</b>, the mean of minus the log probability of each true next token; as"
+        " <b>perplexity</b>, the number of equally likely tokens the model hesitates between (e to the power"
+        " of the loss); in <b>bits per byte</b>, which does not depend on the tokenizer. A 95 % interval that"
+        " does not contain zero is evidence of a change. <b>Share of range</b> is the difference as a share"
+        " of the range the set\u2019s loss can move in.</p>",
+    )
+    return tables.score_table(record).html() + reading + _pair(*plots)
+
+
+def _retention(record: Mapping[str, object], curves: Curves) -> str:
+    if not curves.sets:
+        return ""
+    changes = mapping(record.get("changes"))
+    groups: dict[str, list[str]] = {"retained": [], "learned": [], "other": []}
+    for name in curves.sets:
+        role = curves.roles.get(name) or plain(mapping(changes.get(name)).get("role"))
+        groups.get(role, groups["other"]).append(name)
+    planned = number(mapping(record.get("plan")).get("tokens"))
+    whole = max(p[0] for points in curves.sets.values() for p in points)
+    if curves.unit != "step" and planned and record.get("status") != "finished":
+        whole = max(whole, planned)
+    gate = number(mapping(record.get("gate")).get("max_forgetting"))
+    body = _about(
+        "Change of the loss on held-out text since the start of the stage. Above zero is forgetting; the"
+        " shaded bands are 95 % intervals. Most forgetting happens right after the switch, so the first"
+        f" {EARLY_WORDS} of the run is drawn again beside the whole."
+    )
+    for role, heading in (("retained", "Retained"), ("learned", "Learned"), ("other", "Held-out")):
+        names = groups[role]
+        if not names:
+            continue
+        left_out = names[MOST_SERIES:]
+        series = [_change_series(name, curves.sets[name]) for name in names[:MOST_SERIES]]
+        levels = [Level(gate, "gate")] if gate is not None and role == "retained" else []
+        early = sum(1 for p in curves.sets[names[0]] if p[0] <= EARLY * whole) >= 3
+        words = {
+            "x_label": curves.unit,
+            "y_label": "change, nats per token",
+            "zero": True,
+            "levels": levels,
+            "least": 0.01,
+        }
+        numbers = _evaluation_numbers(names, curves)
+        first = _figure(
+            f"{heading} sets, the whole run",
+            lambda w, s=series, k=words, t=heading: figures.line_chart(
+                s, title=f"{t} sets through the run", width=w, **k
+            ),
+            numbers=numbers,
+            about=f"{len(left_out)} more sets are in the table only." if left_out else "",
+        )
+        second = ""
+        if early:
+            second = _figure(
+                f"{heading} sets, the first {EARLY_WORDS}",
+                lambda w, s=series, k=words, t=heading: figures.line_chart(
+                    s, title=f"{t} sets in the first {EARLY_WORDS} of the run", width=w,
+                    x_range=(0.0, EARLY * whole), marks=[Mark(0.0, "switch")], **k
+                ),
+            )  # fmt: skip
+        body += _pair(first, second)
+    return body
+
+
+def _change_series(
+    name: str, points: Sequence[tuple[float, float, float, float, float]], **more: object
+) -> Series:
+    return Series(
+        name,
+        [(x, change) for x, _, change, _, _ in points],
+        [(x, low, high) for x, _, _, low, high in points if math.isfinite(low) and math.isfinite(high)],
+        markers=True,
+        colour=colour,
+    )
+
+
+def _evaluation_numbers(names: Sequence[str], curves: Curves) -> Table:
+    """The table behind the curves: at most 60 of the evaluations, the first and last among them."""
+    at: dict[float, dict[str, tuple[float, float, float, float, float]]] = {}
+    for name in names:
+        for point in curves.sets[name]:
+            at.setdefault(point[0], {})[name] = point
+    xs = sorted(at)
+    if len(xs) > 60:
+        xs = [xs[round(i * (len(xs) - 1) / 59)] for i in range(60)]
+    columns = [Column(curves.unit)]
+    for name in names:
+        group = plain(name, 60)
+        columns += [Column("loss", group), Column("change (95 %)", group, fields=tables.CHANGE)]
+    body = []
+    for x in xs:
+        line = [tables.whole(int(x) if x == int(x) else x)]
+        for name in names:
+            _, nats, change, low, high = at[x].get(name, (math.nan,) * 5)
+            line += [
+                tables.level(nats),
+                tables.difference({"difference": change, "low": low, "high": high}, 4),
+            ]
+        body.append(tuple(line))
+    return Table("Evaluations during training, nats per token", tuple(columns), tuple(body))
+
+
+def _training(record: Mapping[str, object], curves: Curves) -> str:
+    drawn = []
+    span = max(len(curves.loss) / 40, 1.0)
+    if curves.loss:
+        lines = [Series("each step", curves.loss, faint=True, label=False, colour=7)]
+        sources = list(curves.by_source)[:6]
+        if len(sources) > 1:
+            for i, name in enumerate(sources):
+                points = curves.by_source[name]
+                mean = figures.smoothed(
+                    [(x, y) for x, y, _ in points], max(len(points) / 40, 1.0), [t for _, _, t in points]
+                )
+                lines.append(Series(name, mean, colour=i))
+        else:
+            lines.append(
+                Series("smoothed", figures.smoothed(curves.loss, span, curves.weights), colour=0, label=False)
+            )
+        about = "Faint: every step. Solid: smoothed over trained tokens" + (
+            ", by source." if len(sources) > 1 else "."
+        )
+        drawn.append(
+            _figure(
+                "Training loss",
+                lambda w: figures.line_chart(
+                    lines, title="Training loss", x_label=curves.unit, y_label="nats per token", width=w
+                ),
+                about=about,
+            )
+        )
+    planned = [
+        (a, b)
+        for pair in rows(record.get("schedule_curve"))
+        for a, b in [_two(pair)]
+        if a is not None and b is not None
+    ]
+    done = (
+        [(p[0], r) for p, r in zip(curves.x_of_step, [r for _, r in curves.rate], strict=False)]
+        if not planned
+        else []
+    )
+    rate = planned or done
+    if rate:
+        unit = "step" if planned else curves.unit
+        now = [Mark(float(curves.last_step), "stopped here")] if _stopped_short(planned, curves) else []
+        drawn.append(
+            _figure(
+                "Learning rate",
+                lambda w: figures.line_chart(
+                    [Series("learning rate", rate, label=False, colour=2)], title="Learning rate",
+                    x_label=unit,
+                    y_label="learning rate", width=w, zero=False, marks=now
+                ),
+                about="The schedule of the stage." if planned else "As recorded at each step.",
+            )
+        )  # fmt: skip
+    if curves.grad_norm:
+        norm = [
+            Series("each step", curves.grad_norm, faint=True, label=False, colour=7),
+            Series("smoothed", figures.smoothed(curves.grad_norm, span), label=False, colour=3),
+        ]
+        drawn.append(
+            _figure(
+                "Gradient norm",
+                lambda w: figures.line_chart(
+                    norm, title="Gradient norm", x_label=curves.unit, y_label="norm before clipping", width=w
+                ),
+                about="Spikes are kept when the curve is thinned.",
+            )
+        )
+    return _pair(*drawn)
+
+
+def _two(pair: object) -> tuple[float | None, float | None]:
+    values = (*rows(pair), None, None)
+    return number(values[0]), number(values[1])
+
+
+def _stopped_short(planned: Sequence[tuple[float, float]], curves: Curves) -> bool:
+    return bool(planned and curves.last_step and curves.last_step < planned[-1][0] * 0.99)
+
+
+def _mixture(record: Mapping[str, object]) -> str:
+    plan, achieved = mapping(record.get("plan")), mapping(record.get("achieved"))
+    planned = {plain(mapping(s).get("name")): mapping(s) for s in rows(plan.get("sources"))}
+    done = {plain(mapping(s).get("name")): mapping(s) for s in rows(achieved.get("sources"))}
+    pairs = []
+    for name in list(dict.fromkeys([*planned, *done]))[:MOST_SERIES]:
+        p, a = planned.get(name, {}), done.get(name, {})
+        passes = a.get("passes") if number(a.get("passes")) is not None else p.get("passes")
+        note = percent(p.get("share"), 1)
+        if number(a.get("share")) is not None:
+            note += f" \u2192 {percent(a['share'], 1)}"
+        if number(passes) is not None:
+            note += f" \u00b7 {fixed(passes, 2)} passes"
+        pairs.append((name, number(p.get("share")) or 0.0, number(a.get("share")) or math.nan, note))
+    drawn = []
+    if pairs:
+        drawn.append(
+            _figure(
+                "Share of the trained tokens",
+                lambda w: figures.paired_bars(
+                    pairs, title="Mixture, planned and achieved", first="planned", second="achieved", width=w
+                ),
+            )
+        )
+    ledger = mapping(record.get("ledger"))
+    kinds = ("placed", "held_out", "dropped", "truncated")
+    bars = [(name, [number(mapping(entry).get(k)) or 0.0 for k in kinds]) for name, entry in ledger.items()]
+    if bars:
+        drawn.append(
+            _figure(
+                "Where the tokens of the files went",
+                lambda w: figures.stacked_bars(
+                    bars[:MOST_SERIES],
+                    ("placed in rows", "held out", "dropped", "truncated"),
+                    title="Token ledger",
+                    width=w,
+                ),
+            )
+        )
+    mixture, table = tables.mixture_table(record), tables.ledger_table(record)
+    body = _pair(*drawn)
+    if mixture.rows:
+        body += mixture.html()
+    if table.rows:
+        body += table.html()
+    return body
+
+
+def _samples(record: Mapping[str, object]) -> str:
+    samples = [mapping(s) for s in rows(record.get("samples"))]
+    shown = []
+    for sample in samples[:MOST_SAMPLES]:
+        texts = [(k, t) for k, t in (("Before", "before"), ("After", "after"), ("Reference", "reference"))]
+        boxes = "".join(
+            f'<div><h4>{word}</h4><p dir="auto">{_prose(sample[key]).strip()}</p></div>'
+            for word, key in texts
+            if sample.get(key) not in (None, "")
+        )
+        shown.append(_sample(sample, boxes))
+    if not shown:
+        return ""
+    more = len(samples) - len(shown)
+    end = f'<p class="note">{more} more samples are in the record.</p>' if more > 0 else ""
+    return (
+        _about(
+            "The same prompts, continued by the model before and after the stage. Samples illustrate; they"
+            " prove nothing."
+        )
+        + "".join(shown)
+        + end
+    )
+
+
+def _sample(sample: Mapping[str, object], boxes: str) -> str:
+    source = (
+        f'<p class="over">prompt from <bdi>{escaped(sample["set"], 80)}</bdi></p>'
+        if sample.get("set")
+        else ""
+    )
+    prompt = f'<p class="prompt" dir="auto">{_prose(sample.get("prompt"))}</p>'
+    return f'<article class="sample">{source}{prompt}<div class="texts">{boxes}</div></article>'
+
+
+def _method(record: Mapping[str, object]) -> str:
+    execution, model = mapping(record.get("execution")), mapping(record.get("model"))
+    reasons = mapping(execution.get("reasons"))
+    choices = []
+    for key in dict.fromkeys([*(k for k in execution if k != "reasons"), *reasons]):
+        value, why = execution.get(key), reasons.get(key)
+        small = f"<small>{escaped(masked(why), 300)}</small>" if why else ""
+        choices.append(f"<dt>{escaped(key, 60)}</dt><dd><bdi>{escaped(_said(value), 200)}</bdi>{small}</dd>")
+    blocks = []
+    if model:
+        blocks.append(("Model", _pairs((k, _said(v)) for k, v in model.items())))
+    if choices:
+        blocks.append(("Execution, and why", f'<dl class="kv">{"".join(choices)}</dl>'))
+    for key, heading in (("machine", "Machine"), ("versions", "Versions")):
+        entries = mapping(record.get(key))
+        if entries:
+            blocks.append((heading, _pairs((k, _said(v)) for k, v in entries.items())))
+    body = "".join(f"<div><h3>{h}</h3>{b}</div>" for h, b in blocks if b)
+    body = f'<div class="blocks">{body}</div>' if body else ""
+    text = record.get("stage_yaml")
+    if not text and record.get("stage"):
+        text = json.dumps(record["stage"], indent=2, ensure_ascii=False, default=str)
+    if text:
+        body += _details("The exact stage file", _pre(text))
+    return body
+
+
+def _said(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return count(value)
+    if isinstance(value, (dict, list, tuple)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None else str(value)
+
+
+def _again(record: Mapping[str, object]) -> str:
+    prints = mapping(record.get("fingerprints"))
+    flat: list[tuple[str, object]] = []
+    for key, value in prints.items():
+        if isinstance(value, Mapping):
+            flat += [(f"{plain(key, 40)}: {plain(k, 60)}", v) for k, v in value.items()]
+        else:
+            flat.append((plain(key, 60).replace("_", " "), value))
+    body = ""
+    parents = [mapping(p) for p in rows(record.get("parents"))]
+    if parents:
+        lines = "".join(
+            f"<li><b><bdi>{escaped(p.get('name') or 'parent', 80)}</bdi></b>"
+            f"<span><bdi>{escaped(masked(p.get('path')), 200)}</bdi></span>"
+            f"<span><code>{escaped(p.get('fingerprint'), 20)}</code></span></li>"
+            for p in parents
+        )
+        this = f"<li><b><bdi>{escaped(record.get('name') or 'this stage', 80)}</bdi></b>"
+        this += "<span>this stage</span></li>"
+        body += f'<h3>Parents</h3><ol class="chain">{lines}{this}</ol>'
+    blocks = ""
+    if flat:
+        blocks += f"<div><h3>Fingerprints</h3>{_pairs(flat)}</div>"
+    when = _pairs([("created", _time(record.get("created"))), ("finished", _time(record.get("finished")))])
+    if when:
+        blocks += f"<div><h3>When</h3>{when}</div>"
+    body += f'<div class="blocks">{blocks}</div>' if blocks else ""
+    if record.get("command"):
+        body += (
+            "<h3>Run it again</h3>"
+            + _about("With the same start model, data and versions, in the folder of the stage file:")
+            + _pre(record["command"], 2000)
+        )  # fmt: skip
+    return body
+
+
+# --- the comparison page ----------------------------------------------------------------------------------
+
+
+def comparison_page(
+    records: Sequence[Mapping[str, object]],
+    metrics: Sequence[Iterable[Mapping[str, object]]],
+    title: str,
+    baseline: str | None,
+) -> str:
+    """Several runs from one base side by side; `metrics[i]` are the rows of `records[i]` (may be shorter).
+
+    `baseline` names the arm against which the removed share of forgetting is measured.
+    """
+    records = [mapping(r) for r in records]
+    names = tables.arm_names(records)
+    curves = [read_curves(metrics[i] if i < len(metrics) else ()) for i in range(len(records))]
+    sections = [
+        (
+            "arms",
+            "Arms",
+            "The arms",
+            tables.arms_table(records, baseline).html() + _trade(records, names) if records else "",
+        ),
+        ("curves", "Curves", "Every set, every arm", _overlays(records, names, curves)),
+        ("samples", "Samples", "Text by arm", _samples_by_arm(records, names)),
+        ("runs", "Runs", "The runs", _runs(records, names)),
+    ]
+    unfinished = [
+        n for n, r in zip(names, records, strict=True) if r.get("status") not in ("finished", "gate-failed")
+    ]
+    notice = ""
+    if unfinished:
+        listed = ", ".join(_name(n) for n in unfinished[:8])
+        notice = (
+            f'<div class="notice"><p><b>Not finished:</b> {listed}. What they lack is left empty.</p></div>'
+        )
+    how_many = "1 run" if len(records) == 1 else f"{len(records)} runs"
+    header = (
+        f'<p class="over">postgrad \u00b7 comparison of {how_many}</p>'
+        f"<h1><bdi>{escaped(title or 'Comparison', 160)}</bdi></h1>"
+        f"{_verdict_of_arms(records, names, baseline)}{notice}"
+    )
+    return _document(f"{title or 'Comparison'} \u2013 postgrad", header, sections, _FOOTER)
+
+
+def _verdict_of_arms(
+    records: Sequence[Mapping[str, object]], names: Sequence[str], baseline: str | None
+) -> str:
+    """The comparison in plain words: who forgot least, what that cost, against the baseline."""
+    forgot = {n: tables.mean_difference(tables.retained(r)) for n, r in zip(names, records, strict=True)}
+    gained = {n: tables.mean_difference(tables.learned(r)) for n, r in zip(names, records, strict=True)}
+    known = {n: v for n, v in forgot.items() if v is not None}
+    if len(known) < 2:
+        return '<p class="lead">There are not two arms with scores on retained text to compare yet.</p>'
+    best = min(known, key=lambda n: known[n])
+    words = [f"{_name(best)} kept most: {signed(known[best])} nats per token on retained text."]
+    base = known.get(baseline or "")
+    part = tables.removed(known[best], base)
+    if part is not None and best != baseline:
+        words.append(f"That is {percent(part, 0)} less forgetting than {_name(baseline)} ({signed(base)}).")
+    learnt = {n: v for n, v in gained.items() if v is not None}
+    if learnt:
+        most = min(learnt, key=lambda n: learnt[n])
+        if most == best:
+            words.append(f"It also learnt most: {signed(learnt[most])} on new text.")
+        elif best in learnt:
+            words.append(
+                f"{_name(most)} learnt most: {signed(learnt[most])} on new text,"
+                f" against {signed(learnt[best])}."
+            )
+    return f'<p class="lead">{" ".join(words)}</p>'
+
+
+def _trade(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
+    spots = []
+    for name, record in zip(names, records, strict=True):
+        kept, learnt = tables.retained(record), tables.learned(record)
+        x, y = tables.mean_difference(kept), tables.mean_difference(learnt)
+        spots.append(
+            Spot(
+                name,
+                math.nan if x is None else x,
+                math.nan if y is None else -y,
+                _one_interval(kept, 1),
+                _one_interval(learnt, -1),
+            )
+        )
+    if not any(math.isfinite(s.x) and math.isfinite(s.y) for s in spots):
+        return ""
+    by_set: dict[str, list[Estimate]] = {}
+    for name, record in zip(names, records, strict=True):
+        for e in _estimates(tables.retained(record)):
+            by_set.setdefault(e.name, []).append(Estimate(name, e.value, e.low, e.high, e.tone, e.note))
+    first = _figure(
+        "Gain against forgetting",
+        lambda w: figures.scatter(
+            spots, title="Gain against forgetting", width=w,
+            x_label="forgetting: rise on retained sets, nats per token",
+            y_label="gain: fall on learned sets, nats per token", best="better"
+        ),
+        about="One point an arm, mean over its sets; bars are 95 % intervals where there is one set.",
+    )  # fmt: skip
+    forests = [
+        _figure(
+            f"Forgetting of {plain(set_name, 60)} by arm",
+            lambda w, entries=entries, of=set_name: figures.forest_plot(
+                entries[:40], title=f"Change on {plain(of, 60)} by arm", width=w, left_word="better",
+                right_word="worse", x_label="change of the loss, nats per token"
+            ),
+            about="Change of the loss with 95 % intervals.",
+        )
+        for set_name, entries in list(by_set.items())[:5]
+    ]  # fmt: skip
+    return _pair(first, *forests)
+
+
+def _one_interval(entries: Mapping[str, Mapping[str, object]], sign: int) -> tuple[float, float] | None:
+    """The interval where there is one set: intervals of several sets cannot be averaged."""
+    if len(entries) != 1:
+        return None
+    entry = next(iter(entries.values()))
+    ends = [number(entry.get("low")), number(entry.get("high"))]
+    known = [sign * v for v in ends if v is not None]
+    return (min(known), max(known)) if len(known) == 2 else None
+
+
+def _overlays(records: Sequence[Mapping[str, object]], names: Sequence[str], curves: Sequence[Curves]) -> str:
+    roles: dict[str, str] = {}
+    for record, arm in zip(records, curves, strict=True):
+        for name in arm.sets:
+            role = arm.roles.get(name) or plain(mapping(mapping(record.get("changes")).get(name)).get("role"))
+            roles[name] = roles.get(name) or role
+    order = sorted(roles, key=lambda n: {"retained": 0, "learned": 1}.get(roles[n], 2))
+    unit = "step" if any(c.unit == "step" and c.sets for c in curves) else "tokens trained"
+    same = all(c.unit == unit for c in curves if c.sets)
+    if not order:
+        return ""
+    body = _about(
+        "Change of the loss since the switch to the new data, one line an arm, with 95 % intervals."
+        + ("" if same else " Some arms count steps and others tokens: their x axes do not agree.")
+    )
+    for name in order[:MOST_SERIES]:
+        series, whole = [], 0.0
+        for i, (arm, arm_name) in enumerate(zip(curves, names, strict=True)):
+            if name in arm.sets:
+                series.append(_change_series(arm_name, arm.sets[name], colour=i))
+                whole = max(whole, arm.sets[name][-1][0])
+        early = max(sum(1 for x, _ in s.points if x <= EARLY * whole) for s in series) >= 3
+        role = f" ({roles[name]})" if roles[name] else ""
+        words = {"x_label": unit, "y_label": "change, nats per token", "zero": True, "least": 0.01}
+        mark = [Mark(0.0, "switch")]
+        first = _figure(
+            f"{plain(name, 60)}{role}",
+            lambda w, s=series, k=words, m=mark, n=name: figures.line_chart(
+                s, title=f"Change on {plain(n, 60)} by arm", width=w, marks=m, **k
+            ),
+        )
+        second = ""
+        if early:
+            second = _figure(
+                f"{plain(name, 60)}, the first {EARLY_WORDS}",
+                lambda w, s=series, k=words, m=mark, n=name, e=EARLY * whole: figures.line_chart(
+                    s, title=f"Change on {plain(n, 60)} by arm, first {EARLY_WORDS}", width=w, marks=m,
+                    x_range=(0.0, e), **k
+                ),
+            )  # fmt: skip
+        body += _pair(first, second)
+    return body
+
+
+def _samples_by_arm(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
+    found: dict[tuple[str, str], dict] = {}
+    for record, arm in zip(records, names, strict=True):
+        for sample in map(mapping, rows(record.get("samples"))):
+            key = (plain(sample.get("set")), passage(sample.get("prompt")))
+            entry = found.setdefault(key, {"sample": sample, "arms": []})
+            if sample.get("after") not in (None, ""):
+                entry["arms"].append((arm, sample["after"]))
+    shown = []
+    for entry in list(found.values())[: MOST_SAMPLES // 2]:
+        sample = entry["sample"]
+        texts = [
+            (w, sample[k]) for w, k in (("Reference", "reference"), ("Before", "before")) if sample.get(k)
+        ]
+        boxes = "".join(
+            f'<div><h4><bdi>{escaped(word, 80)}</bdi></h4><p dir="auto">{_prose(text).strip()}</p></div>'
+            for word, text in [*texts, *entry["arms"][:MOST_SERIES]]
+        )
+        shown.append(_sample(sample, boxes))
+    return "".join(shown)
+
+
+def _runs(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
+    body = []
+    for name, record in zip(names, records, strict=True):
+        achieved = mapping(record.get("achieved"))
+        body.append(
+            (
+                tables.words(name),
+                tables.words(record.get("status")),
+                tables.words(masked(mapping(record.get("model")).get("start"))),
+                tables.whole(achieved.get("tokens")),
+                tables.Cell(
+                    (tables.Number(duration(achieved.get("seconds")), number(achieved.get("seconds"))),)
+                ),
+                tables.whole(achieved.get("tokens_per_second")),
+                tables.words(masked(record.get("command"))),
+            )
+        )
+    columns = (
+        Column("arm", words=True), Column("status", words=True), Column("start", words=True),
+        Column("trained tokens"), Column("time", fields=("seconds",)), Column("tokens/s"),
+        Column("command", words=True),
+    )  # fmt: skip
+    stages = "".join(
+        _details(f"Stage file of {name}", _pre(record["stage_yaml"], MOST_YAML // max(len(records), 1)))
+        for name, record in zip(names, records, strict=True)
+        if record.get("stage_yaml")
+    )
+    return Table("Runs of this comparison", columns, tuple(body)).html() + stages if body else ""
+
+
+# --- the lineage page -------------------------------------------------------------------------------------
+
+
+def lineage_page(tree: Mapping[str, object]) -> str:
+    """A chain of stages: the matrix R (loss on every set after every stage) and what follows from it."""
+    tree = mapping(tree)
+    names, sets = tables.lineage_names(tree)
+    matrix = [[number(v) for v in rows(line)] for line in rows(tree.get("R"))]
+    stages = [mapping(s) for s in rows(tree.get("stages"))]
+    shift = 1 if len(names) == len(stages) + 1 and names[:1] == ["start"] else 0
+    own = []
+    for entry in map(mapping, rows(tree.get("sets"))):
+        at = entry.get("learnt_at")
+        own.append(at + shift if isinstance(at, int) and not isinstance(at, bool) else None)
+    chain = "".join(
+        f"<li><b><bdi>{escaped(s.get('name') or 'stage', 80)}</bdi></b>"
+        + (f"<span>{compact(s['tokens'])} tokens</span>" if number(s.get("tokens")) else "")
+        + (f"<span><bdi>{escaped(_time(s['created']))}</bdi></span>" if s.get("created") else "")
+        + (f"<span><bdi>{escaped(masked(s['path']), 120)}</bdi></span>" if s.get("path") else "")
+        + "</li>"
+        for s in stages
+    )
+    heat = ""
+    if matrix and sets:
+        table = figures.heat_table(
+            names, sets, matrix, corner="after", own=own,
+            caption="Loss in nats per token. The stronger the colour, the further above the best loss the set"
+            " had at any earlier stage; outlined where the set was learnt.",
+        )  # fmt: skip
+        heat = f'<div class="scroll" tabindex="0" role="region" aria-label="Loss matrix">{table}</div>'
+        series = [
+            Series(
+                n,
+                [(float(i), math.nan if v is None else v) for i, v in enumerate(_column(matrix, j))],
+                markers=True,
+            )
+            for j, n in enumerate(sets[:MOST_SERIES])
+        ]
+        labels = [(float(i), plain(n, 18)) for i, n in enumerate(names)]
+        heat = _pair(
+            f"<div>{heat}</div>",
+            _figure(
+                "Loss from stage to stage",
+                lambda w: figures.line_chart(
+                    series, title="Loss on each set after each stage", x_label="after stage",
+                    y_label="nats per token",
+                    width=w, x_ticks=labels
+                ),
+            )
+        )  # fmt: skip
+    summary = tables.summary_table(tree)
+    sections = [
+        ("stages", "Stages", "The stages", f'<ol class="chain">{chain}</ol>' if chain else ""),
+        ("matrix", "Matrix", "Every set after every stage", heat),
+        ("summary", "Summary", "In a few numbers", summary.html() if summary.rows else ""),
+    ]
+    trained = [number(s.get("tokens")) for s in stages]
+    total = sum(v for v in trained if v is not None)
+    lead = f"{len(stages)} {'stage' if len(stages) == 1 else 'stages'}"
+    lead += f", {compact(total)} trained tokens" if total else ""
+    forgetting = mapping(tree.get("summary")).get("forgetting")
+    if number(forgetting) is not None:
+        lead += f". Forgetting over the chain: {signed(forgetting)} nats per token"
+    header = f'<p class="over">postgrad \u00b7 lineage</p><h1>Lineage</h1><p class="lead">{lead}.</p>'
+    return _document("Lineage \u2013 postgrad", header, sections, _FOOTER)
+
+
+def _column(matrix: Sequence[Sequence[float | None]], j: int) -> list[float | None]:
+    return [line[j] if j < len(line) else None for line in matrix]
+
+
+# --- publishing -------------------------------------------------------------------------------------------
+
+
+def write(path: str | os.PathLike[str], html: str) -> Path:
+    """Publish a page atomically: whoever opens `path` sees the old page or the whole new one.
+
+    The file is written beside its place, synchronised, and renamed. Raises DiskError where that fails.
+    """
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(draft, "w", encoding="utf-8", newline="\n") as file:
+            file.write(html)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, target)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise DiskError(
+            f"the report could not be written ({error.strerror or error})",
+            where=str(target),
+            expected="a folder with room that this user may write to",
+            way_out="free some space or give another path",
+        ) from error
+    return target
