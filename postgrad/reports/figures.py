@@ -15,10 +15,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from postgrad.reports.notation import MINUS, compact, escaped, fixed, number, plain, shortened, signed
+from postgrad.reports.notation import (
+    LARGEST,
+    MINUS,
+    compact,
+    escaped,
+    fixed,
+    number,
+    plain,
+    shortened,
+    signed,
+)
 
 PALETTE = 8  # series colours c0..c7; then they start again with the next marker and a dash
 FONT = 12.0
+_SMALLEST = 1e-280  # below this a quotient may overflow
 MOST_POINTS = 400  # per line: about two for every pixel of a narrow plot
 
 # Hues after Okabe & Ito (2008), told apart under the three common colour vision deficiencies, each darkened
@@ -123,7 +134,7 @@ class Spot:
 
 def nice_step(span: float, most: int) -> float:
     """The smallest of 1, 2, 2.5, 5 times a power of ten that cuts `span` into at most `most` pieces."""
-    if not span > 0:
+    if not span > _SMALLEST:
         return 1.0
     rough = span / max(most, 1)
     power = 10.0 ** math.floor(math.log10(rough))
@@ -196,8 +207,10 @@ def _spread(values: Iterable[float], *, zero: bool = False, least: float = 0.0, 
     missing = max(least, abs(high) * 1e-6) - (high - low)
     if high - low < max(least, abs(high) * 1e-6):
         low, high = low - missing / 2, high + missing / 2
-    if high == low:
-        low, high = (low - 1, high + 1) if low == 0 else (low - abs(low) * 0.1, high + abs(high) * 0.1)
+    if high - low < _SMALLEST:
+        low, high = (
+            (low - 1, high + 1) if abs(low) < _SMALLEST else (low - abs(low) * 0.1, high + abs(high) * 0.1)
+        )
     pad = (high - low) * room
     return low - pad, high + pad
 
@@ -401,9 +414,9 @@ def line_chart(
     shown: list[tuple[int, Series, list[Point], list[tuple[float, float, float]]]] = []
     for i, line in enumerate(series):
         inside = [p for p in line.points if low_x <= p[0] <= high_x]
-        if y_scale == "log":
-            inside = [(x, y if y > 0 else math.nan) for x, y in inside]
-        band = [b for b in line.band if low_x <= b[0] <= high_x and all(map(math.isfinite, b))]
+        least_y = _SMALLEST if y_scale == "log" else -LARGEST
+        inside = [(x, y if least_y <= y <= LARGEST else math.nan) for x, y in inside if abs(x) <= LARGEST]
+        band = [b for b in line.band if low_x <= b[0] <= high_x and all(abs(v) <= LARGEST for v in b)]
         if any(math.isfinite(y) for _, y in inside):
             shown.append((i, line, thinned(inside), band[:: max(1, len(band) // MOST_POINTS)]))
     if not shown:
@@ -414,7 +427,7 @@ def line_chart(
     ys = [y for _, _, points, _ in shown for _, y in points if math.isfinite(y)]
     ys += [v for _, _, _, band in shown for b in band for v in b[1:] if y_scale == "linear" or v > 0]
     ys += [level.value for level in levels if y_scale == "linear"]
-    positive = [x for x in xs if x > 0]
+    positive = [x for x in xs if x > _SMALLEST]
     log_x = x_scale == "log" and bool(positive)
     if y_scale == "log":
         bottom, top = min(ys) / 1.1, max(ys) * 1.1

@@ -8,12 +8,12 @@ think about it.
 from __future__ import annotations
 
 import html
-import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
 MINUS, ABSENT, ELLIPSIS = "\u2212", "\u2013", "\u2026"
+LARGEST = 1e300  # differences and squares of what a report draws stay finite
 
 _SECRET = re.compile(
     r"""(?<![A-Za-z0-9])(?:
@@ -34,7 +34,7 @@ def number(value: object) -> float | None:
         result = float(value)
     except OverflowError:
         return None
-    return result if math.isfinite(result) else None
+    return result if abs(result) <= LARGEST else None  # a NaN compares false
 
 
 def mapping(value: object) -> Mapping[str, object]:
@@ -109,7 +109,7 @@ def fixed(value: object, decimals: int = 3) -> str:
     known = number(value)
     if known is None:
         return ABSENT
-    text = f"{known:,.{decimals}f}"
+    text = f"{known:,.{decimals}f}" if abs(known) < 1e15 else f"{known:.3e}"
     if not any(digit in text for digit in "123456789"):
         text = text.lstrip("-")
     return text.replace("-", MINUS)
@@ -133,7 +133,8 @@ def count(value: object) -> str:
     known = number(value)
     if known is None:
         return ABSENT
-    return f"{int(value) if isinstance(value, int) else round(known):,}".replace("-", MINUS)
+    whole = value if isinstance(value, int) else round(known)
+    return (f"{whole:,}" if abs(known) < 1e15 else f"{known:.3e}").replace("-", MINUS)
 
 
 def compact(value: object) -> str:
@@ -141,6 +142,8 @@ def compact(value: object) -> str:
     known = number(value)
     if known is None:
         return ABSENT
+    if abs(known) >= 1e15:
+        return f"{known:.0e}".replace("-", MINUS).replace("e+", "e")
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(known) >= size * 0.9995:
             scaled = known / size
@@ -153,7 +156,7 @@ def compact(value: object) -> str:
 def duration(seconds: object) -> str:
     """`2 h 05 min`, `3 min 20 s`, `4.2 s`."""
     known = number(seconds)
-    if known is None or known < 0:
+    if known is None or not 0 <= known < 1e12:
         return ABSENT
     if known < 60:
         return f"{known:.1f} s"

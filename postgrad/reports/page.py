@@ -9,6 +9,7 @@ that were stopped.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import html as html_escape
 import json
@@ -554,12 +555,12 @@ def _result(record: Mapping[str, object]) -> str:
         )
     reading = _details(
         "How to read these numbers",
-        '<p class="note">Held-out text was kept away from training. The loss says how badly the model predicts'
-        " it: in <b>nats per token</b>, the mean of minus the log probability of each true next token; as"
-        " <b>perplexity</b>, the number of equally likely tokens the model hesitates between (e to the power"
-        " of the loss); in <b>bits per byte</b>, which does not depend on the tokenizer. A 95 % interval that"
-        " does not contain zero is evidence of a change. <b>Share of range</b> is the difference as a share"
-        " of the range the set\u2019s loss can move in.</p>",
+        '<p class="note">Held-out text was kept away from training. The loss says how badly the model'
+        " predicts it: in <b>nats per token</b>, the mean of minus the log probability of each true next"
+        " token; as <b>perplexity</b>, the number of equally likely tokens the model hesitates between (e to"
+        " the power of the loss); in <b>bits per byte</b>, which does not depend on the tokenizer. A 95 %"
+        " interval that does not contain zero is evidence of a change. <b>Share of range</b> is the"
+        " difference as a share of the range the set\u2019s loss can move in.</p>",
     )
     return tables.score_table(record).html() + reading + _pair(*plots)
 
@@ -620,7 +621,7 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
 
 
 def _change_series(
-    name: str, points: Sequence[tuple[float, float, float, float, float]], **more: object
+    name: str, points: Sequence[tuple[float, float, float, float, float]], colour: int | None = None
 ) -> Series:
     return Series(
         name,
@@ -1205,7 +1206,8 @@ def write(path: str | os.PathLike[str], html: str) -> Path:
             os.fsync(file.fileno())
         os.replace(draft, target)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise DiskError(
             f"the report could not be written ({error.strerror or error})",
             where=str(target),

@@ -98,7 +98,9 @@ class Table:
         blocks: list[list[int]] = [[0]]
         for i in range(1, len(wide)):
             taken = sum(wide[j] + 2 for j in blocks[-1])
-            if width and len(blocks[-1]) > 1 and taken + wide[i] > width:
+            group = plain(self.columns[i].group)
+            starts = group != plain(self.columns[blocks[-1][-1]].group)
+            if width and len(blocks[-1]) > 1 and taken + max(wide[i], cells(group) * starts) > width:
                 blocks.append([0])
             blocks[-1].append(i)
         lines = [plain(self.caption)]

@@ -1,0 +1,402 @@
+"""Is a page whole, offline, inert and honest, whatever is in the record?"""
+
+import base64
+import copy
+import hashlib
+import math
+import os
+import re
+import stat
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from postgrad.errors import DiskError
+from postgrad.reports import page
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+TAGS = set(
+    "html head meta title style body a header p h1 h2 h3 h4 b bdi ul ol li nav main section div table caption thead"
+    " tbody tr th td small data details summary figure figcaption svg text rect line path circle article dl dt dd"
+    " pre code span br footer".split()
+)
+ATTRIBUTES = set(
+    "lang charset http-equiv content name class href aria-label aria-labelledby aria-hidden id role tabindex scope"
+    " colspan value dir viewbox x y x1 x2 y1 y2 cx cy r d width height text-anchor".split()
+)
+
+
+class Walk(HTMLParser):
+    """Every element and attribute of a page must be one that the report itself writes."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.hrefs: list[str] = []
+        self.text: list[str] = []
+        self.style = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in TAGS, tag
+        for name, value in attrs:
+            assert name in ATTRIBUTES, (tag, name)
+            assert not name.startswith("on")
+            if name == "href":
+                assert (value or "").startswith("#")
+                self.hrefs.append((value or "")[1:])
+            if name == "id":
+                self.ids.append(value or "")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, tag
+        assert self.open[-1] == tag, (self.open[-3:], tag)
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            self.style += data
+        else:
+            self.text.append(data)
+
+    def handle_comment(self, data: str) -> None:
+        raise AssertionError("a page has no comments")
+
+
+def walked(html: str) -> Walk:
+    walk = Walk()
+    walk.feed(html)
+    walk.close()
+    assert walk.open == []
+    assert len(walk.ids) == len(set(walk.ids))
+    assert set(walk.hrefs) <= set(walk.ids)
+    assert "url(" not in walk.style
+    assert "@import" not in walk.style
+    html.encode("utf-8")
+    return walk
+
+
+def said(html: str) -> str:
+    return " ".join("".join(walked(html).text).split())
+
+
+PAYLOADS = [
+    "<script>alert(1)</script>", "</script><script>alert(1)</script>", "</style><script>alert(1)</script>",
+    "</title><script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><img src=x onerror=alert(1)>',
+    "'><img src=x onerror=alert(1)>", '" onmouseover="alert(1)', "' onmouseover='alert(1)", "<svg onload=alert(1)>",
+    "</svg><script>alert(1)</script>", "</text><a href='javascript:alert(1)'>x</a>", "javascript:alert(1)",
+    "<a href=javascript:alert(1)>x</a>", "<iframe src=//evil.example></iframe>", "<base href=//evil.example>",
+    "<meta http-equiv=refresh content='0;url=//evil.example'>", "<link rel=stylesheet href=//evil.example>",
+    "<style>*{background:url(//evil.example)}</style>", "<form action=//evil.example><button>x</button></form>",
+    "<object data=//evil.example>", "<embed src=//evil.example>", "<math><mtext></mtext></math>", "<!--", "-->",
+    "]]><script>alert(1)</script>", "<![CDATA[<script>alert(1)</script>]]>", "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "&#60;script&#62;", "</pre><script>alert(1)</script>", "\u003cscript\u003ealert(1)", "<scr\x00ipt>alert(1)</scr\x00ipt>",
+    "{{7*7}}${7*7}", "<details open ontoggle=alert(1)>", "\ud800<b>\udfff", "\u202e<b>gpj.exe", "<plaintext>", "`<x`",
+]  # fmt: skip
+
+
+def poisoned(value: object, payload: str, keep: tuple[str, ...] = ()) -> object:
+    """The same structure with the payload in every text and every name."""
+    if isinstance(value, dict):
+        fixed = set(RECORD_KEYS)
+        return {
+            (k if k in fixed else f"{k}{payload}"): (v if k in keep else poisoned(v, payload, keep))
+            for k, v in value.items()
+        }
+    if isinstance(value, list):
+        return [poisoned(v, payload, keep) for v in value]
+    return f"{value}{payload}" if isinstance(value, str) else value
+
+
+RECORD_KEYS = set(
+    "format name status created finished command stage_yaml stage model fingerprints parents versions machine"
+    " execution plan ledger achieved schedule_curve scores changes gate overlap samples start parameters sources"
+    " role share rows trained passes available before after nats perplexity bits_per_byte tokens bytes documents low"
+    " high difference bits_per_byte_difference share_of_range relative units count verdict worst set rise passed"
+    " max_forgetting prompt reference reasons steps seconds tokens_per_second read held_out dropped truncated placed"
+    " padding context sequence_length path fingerprint kind step loss losses by_source rate grad_norm sets change"
+    " stages R summary learnt_at denominators data duplicates any half".split()
+)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))
+def test_no_text_of_the_data_becomes_markup(
+    record: dict, metrics: list[dict], tree: dict, payload: str
+) -> None:
+    keep = ("role", "kind")  # so that the poisoned names still reach the figures
+    few = [
+        poisoned(m, payload, keep) for m in metrics[::150] + [m for m in metrics if m["kind"] == "evaluation"]
+    ]
+    record["overlap"]["general"]["duplicates"] = 2
+    bad = poisoned(record, payload, keep)
+    for html in (
+        page.run_page(bad, few),
+        page.comparison_page([bad, bad], [few, few], payload, f"medicine{payload}"),
+        page.lineage_page(poisoned(tree, payload)),
+    ):
+        walk = walked(html)
+        assert not re.search(r"<script|<img|<iframe|<base|<form|<object|<embed", html, re.IGNORECASE)
+        inert = "".join(c for c in payload if c.isalnum())[:6]
+        assert inert in "".join(c for c in "".join(walk.text) if c.isalnum())  # shown, not swallowed
+
+
+def test_numbers_that_are_texts_do_not_become_markup(record: dict, metrics: list[dict]) -> None:
+    def swapped(value: object) -> object:
+        if isinstance(value, dict):
+            return {k: swapped(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [swapped(v) for v in value]
+        return '"><script>alert(1)</script>' if isinstance(value, (int, float)) else value
+
+    walked(page.run_page(swapped(record), [swapped(m) for m in metrics[:40]]))
+    walked(page.comparison_page([swapped(record)], [[]], "t", "medicine"))
+
+
+def test_a_missing_escape_would_be_seen(record: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: without escaping, the walk above must fail."""
+    monkeypatch.setattr(page, "escaped", lambda text, limit=0: str(text))
+    record["name"] = "<script>alert(1)</script>"
+    with pytest.raises(AssertionError):
+        walked(page.run_page(record, []))
+
+
+def test_policy_allows_the_style_sheet_and_nothing_else(record: dict, metrics: list[dict]) -> None:
+    html = page.run_page(record, metrics)
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', html)
+    assert policy
+    assert html.index("Content-Security-Policy") < html.index("<title>") < html.index("<style>")
+    digest = base64.b64encode(hashlib.sha256(walked(html).style.encode()).digest()).decode()
+    assert (
+        policy[1] == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    assert " style=" not in html
+    assert "http://" not in html
+    assert "https://" not in html
+
+
+def test_run_page_says_the_result_in_words(record: dict, metrics: list[dict]) -> None:
+    text = said(page.run_page(record, metrics))
+    assert (
+        "Learnt papers: 2.310 \u2192 1.979 nats per token (\u22120.331, 95 % interval \u22120.350 to \u22120.312)."
+        in text
+    )
+    assert "Kept general: 2.442 \u2192 2.452 nats per token (+0.010" in text
+    assert "The retention gate passed." in text
+    assert "postgrad train medicine.yaml" in text
+    assert "bf16 products are 5.1 x as fast here" in text
+    assert record["fingerprints"]["tokenizer"] in text
+    assert "warmup: 1%" in text
+
+
+def test_every_number_of_the_table_is_the_records(record: dict, metrics: list[dict]) -> None:
+    found = {float(v) for v in re.findall(r'<data value="([^"]+)">', page.run_page(record, metrics))}
+    for name, change in record["changes"].items():
+        for key in (
+            "difference",
+            "low",
+            "high",
+            "bits_per_byte_difference",
+            "share_of_range",
+            "relative",
+            "count",
+        ):
+            assert change[key] in found, (name, key)
+        for when in ("before", "after"):
+            for key in ("nats", "perplexity", "bits_per_byte"):
+                assert record["scores"][when][name][key] in found
+    for entry in record["ledger"].values():
+        assert set(entry.values()) <= found
+
+
+def test_figures_have_labels_tables_and_two_widths(record: dict, metrics: list[dict]) -> None:
+    html = page.run_page(record, metrics)
+    svgs = re.findall(r"<svg [^>]*>", html)
+    assert len(svgs) >= 18
+    assert all('role="img"' in s and 'aria-label="' in s for s in svgs)
+    widths = [re.search(r'viewBox="0 0 (\d+)', s)[1] for s in svgs]
+    assert set(widths) == {"560", "358"}
+    assert "The numbers" in html
+    assert html.count("<table") == html.count("<caption>")
+    scrolls = re.findall(r'<div class="scroll"[^>]*>', html)
+    assert scrolls
+    assert all('tabindex="0" role="region" aria-label="' in s for s in scrolls)
+    assert '<html lang="en">' in html
+    levels = [int(n) for n in re.findall(r"<h(\d)", html)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+
+
+def test_early_part_has_its_own_panel_only_with_points_there(record: dict, metrics: list[dict]) -> None:
+    assert "Retained sets, the first 2 %" in said(page.run_page(record, metrics))
+    late = [m for m in metrics if m["kind"] == "step" or not 0 < m["step"] < 30]
+    assert "Retained sets, the first 2 %" not in said(page.run_page(record, late))
+
+
+def test_a_stopped_run_says_so(record: dict, metrics: list[dict]) -> None:
+    record["status"] = "stopped"
+    del record["scores"]["after"], record["changes"], record["gate"], record["finished"]
+    text = said(page.run_page(record, [m for m in metrics if m["step"] <= 500]))
+    assert "This run was stopped after step 500 of 1,221." in text
+    assert "There are no scores after training" in text
+    assert "Learnt" not in text
+
+
+def test_a_failed_gate_says_so(record: dict, metrics: list[dict]) -> None:
+    record["status"] = "gate-failed"
+    record["gate"] = {
+        "max_forgetting": 0.02,
+        "worst": {"set": "general", "rise": 0.052, "high": 0.061},
+        "passed": False,
+    }
+    text = said(page.run_page(record, metrics))
+    assert (
+        "The retention gate failed. The worst retained set, general, changed by +0.052 (upper end +0.061)."
+        in text
+    )
+    assert "The limit is +0.020" in text
+    del record["gate"]
+    assert "The retention gate failed." in said(page.run_page(record, []))
+
+
+def test_overlap_and_bad_losses_are_told(record: dict, metrics: list[dict]) -> None:
+    record["overlap"]["general"] |= {"duplicates": 9, "half": 12}
+    rows = copy.deepcopy(metrics)
+    rows[100]["loss"] = math.nan
+    text = said(page.run_page(record, rows))
+    assert "9 of 812 documents are duplicates" in text
+    assert "1 training losses" in text or "1 training loss is" in text
+
+
+JUNK = [None, -3, "x", [1], {"a": None}, [[None]], math.nan, 10**400]
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=lambda j: str(j)[:12])
+def test_any_key_may_be_missing_or_wrong(record: dict, metrics: list[dict], tree: dict, junk: object) -> None:
+    few = metrics[:3] + [m for m in metrics if m["kind"] == "evaluation"][:4]
+
+    def variants(value: object, depth: int) -> list:
+        """The structure with one entry at a time replaced by junk, down to `depth`."""
+        if not isinstance(value, dict) or not depth:
+            return [junk]
+        found = [junk]
+        for key in value:
+            found += [{**value, key: v} for v in variants(value[key], depth - 1)]
+        return found
+
+    for broken in variants(record, 2):
+        page.run_page(broken, few[:2])
+    for broken in variants(few[-1], 3) + variants(few[0], 2):
+        walked(page.run_page({}, [*few, broken]))
+    walked(
+        page.comparison_page(
+            [record, *variants(record, 1)], [few, junk if isinstance(junk, list) else []], "t", None
+        )
+    )
+    for broken in variants(tree, 2):
+        walked(page.lineage_page(broken))
+
+
+def test_each_key_may_be_left_out(record: dict, metrics: list[dict]) -> None:
+    for key in record:
+        without = {k: v for k, v in record.items() if k != key}
+        walked(page.run_page(without, metrics[:20]))
+    assert "not known to be finished" in said(page.run_page({}, []))
+    walked(page.comparison_page([], [], "", None))
+
+
+def test_a_hundred_thousand_rows_stay_small(record: dict) -> None:
+    rows = []
+    for i in range(100_000):
+        loss = 2.3 + math.sin(i * 0.7) * 0.1
+        rows.append({"kind": "step", "step": i + 1, "trained": (i + 1) * 4096, "loss": loss, "rate": 1e-5,
+                     "grad_norm": 1.0 + loss % 0.1, "by_source": {s: [loss * 9.0, 9] for s in "abcdef"}})  # fmt: skip
+        if i % 50 == 0:
+            sets = {f"set {k}": {"role": "retained" if k % 2 else "learned", "nats": 2.0 + k, "change": 0.01 * k,
+                                 "low": 0.01 * k - 0.1, "high": 0.01 * k + 0.1} for k in range(8)}  # fmt: skip
+            rows.append({"kind": "evaluation", "step": i, "trained": i * 4096, "sets": sets})
+    record["schedule_curve"] = [[i, 1e-5] for i in range(100_000)]
+    record["samples"] = [{"prompt": "p" * 50_000, "before": "b" * 50_000, "after": "\u6f22" * 50_000}] * 40
+    record["stage_yaml"] = "x" * 1_000_000
+    assert len(page.run_page(record, iter(rows)).encode()) <= 1_000_000
+
+
+def test_comparison_ranks_marks_and_overlays(arms: list[dict], metrics: list[dict]) -> None:
+    html = page.comparison_page(arms, [metrics] * len(arms), "Five ways", "no replay")
+    text = said(html)
+    assert "Five ways" in text
+    assert "replay 10 % + distill kept most: +0.002 nats per token on retained text." in text
+    assert "98 % less forgetting than no replay" in text
+    assert "no replay learnt most" in text
+    assert html.count(">switch<") >= 2 * 3
+    for arm in arms:
+        assert arm["name"] in text
+        assert html.count(arm["samples"][0]["after"].strip()[:20]) >= len(arms)
+
+
+def test_comparison_survives_uneven_arms(arms: list[dict], metrics: list[dict]) -> None:
+    del arms[1]["scores"]["after"], arms[1]["changes"]
+    arms[1]["status"] = "stopped"
+    text = said(page.comparison_page(arms, [metrics], "t", "missing"))
+    assert "Not finished: replay 5 %" in text
+    assert "not among the arms" in text
+    walked(page.comparison_page(arms[:1], [metrics], "t", arms[0]["name"]))
+
+
+def test_lineage_page_shows_the_matrix_and_its_denominators(tree: dict) -> None:
+    html = page.lineage_page(tree)
+    found = [float(v) for v in re.findall(r'<td class="h[^"]*"><data value="([^"]+)">', html)]
+    assert found == [v for line in tree["R"] for v in line if v is not None]
+    assert len(re.findall(r'<td class="h h. own">', html)) == 3
+    assert "T-1 = 3" in said(html)
+    assert "Forgetting over the chain: +0.037" in said(html)
+    walked(page.lineage_page({}))
+
+
+def test_secrets_do_not_leave(record: dict) -> None:
+    secret = "hf_" + "Ab1" * 12
+    record["command"] = f"HF_TOKEN={secret} postgrad train s.yaml"
+    record["stage_yaml"] = f"model: https://me:{secret}@hub.example/x"
+    record["model"]["start"] = f"https://me:{secret}@hub.example/x"
+    record["parents"][0]["path"] = f"s3://key:{secret}@bucket"
+    record["machine"]["env"] = {"HF_TOKEN": secret}
+    assert secret not in page.run_page(record, [])
+    assert secret not in page.comparison_page([record], [[]], "t", None)
+
+
+def test_write_publishes_whole_pages_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "new" / "report.html"
+    assert page.write(target, "one \u2713") == target
+    assert target.read_text(encoding="utf-8") == "one \u2713"
+    assert stat.S_IMODE(target.stat().st_mode) & stat.S_IRUSR
+    before = os.replace
+
+    def broken(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(DiskError, match="No space left"):
+        page.write(target, "two")
+    monkeypatch.setattr(os, "replace", before)
+    assert target.read_text(encoding="utf-8") == "one \u2713"
+    assert list(target.parent.iterdir()) == [target]
+    page.write(target, "three")
+    assert target.read_text(encoding="utf-8") == "three"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError):
+        page.write(tmp_path / "file" / "report.html", "x")
+
+
+def test_reports_need_neither_torch_nor_numpy() -> None:
+    code = "import sys, postgrad.reports.page; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
