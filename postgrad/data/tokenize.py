@@ -1,0 +1,551 @@
+"""How do documents become a token store?
+
+In parallel, restartable and cached. Threads are enough: the `tokenizers` package lets go of Python's lock
+while it encodes, and one tokenizer with its cache of words serves them all (measured: as fast as its own
+threads, and faster than worker processes). Each document becomes `[bos] + ids + [eos]`, with exactly one eos.
+
+The store's name is the hash of everything its bytes depend on: the files' contents, the tokenizer and the
+options. Shards end at places that depend on the documents alone, so that a build which was killed keeps its
+finished shards, goes on behind them, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from postgrad.data import formats
+from postgrad.data.formats import Document, read_documents
+from postgrad.data.sources import HubRows, Source, find_files
+from postgrad.data.store import (
+    FORMAT,
+    ShardWriter,
+    TokenStore,
+    digest,
+    finished_shards,
+    publish_shard,
+    publish_store,
+    tidied,
+)
+from postgrad.errors import DataError, DiskError, MissingExtra, ModelError
+from postgrad.publish import disk_error, sha256, sweep, write_atomically
+
+SHARD_CHARACTERS = 64 * 2**20
+"""Characters (four for an id) after which a shard is closed: what a kill costs at most."""
+
+BATCH_CHARACTERS = 2**18
+"""Characters that a thread encodes at once. An encoding holds some 150 bytes a token while it lasts."""
+BATCH_DOCUMENTS = 4096
+
+WHOLE_DOCUMENT = 4 * 2**20
+"""Characters up to which a document is encoded in one go; a longer one is cut between two lines."""
+PIECE = 2**20
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer as a value: its `tokenizer.json`, the ids around a document, the size of the vocabulary.
+
+    `vocabulary` is the number of rows of the model's embedding: every id is below it. Raises `ModelError`
+    when `bos` or `eos` is not, or when the text is not a tokenizer.
+    """
+
+    tokenizer: str
+    bos: int | None
+    eos: int
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        for name, token in (("bos", self.bos), ("eos", self.eos)):
+            if token is not None and not 0 <= token < self.vocabulary:
+                raise ModelError(
+                    f"the {name} id is {token:,}",
+                    where="tokenizer",
+                    expected=f"an id below the vocabulary size, {self.vocabulary:,}",
+                )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what decides the ids; truncation and padding, which are never used, are left out."""
+        try:
+            parts = json.loads(self.tokenizer)
+            parts.pop("truncation", None)
+            parts.pop("padding", None)
+        except (ValueError, AttributeError) as error:
+            raise _no_tokenizer(error) from None
+        return _hash([parts, self.bos, self.eos, self.vocabulary])
+
+    def load(self) -> Tokenizer:
+        """The tokenizer, with truncation and padding switched off."""
+        try:
+            tokenizer = Tokenizer.from_str(self.tokenizer)
+        except Exception as error:  # the package raises bare Exception
+            raise _no_tokenizer(error) from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+
+def _no_tokenizer(error: Exception) -> ModelError:
+    return ModelError(
+        f"not a tokenizer ({error})", where="tokenizer", expected="the contents of a tokenizer.json"
+    )
+
+
+def build_store(
+    source: Source,
+    encoder: Encoder,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int | None = None,
+) -> TokenStore:
+    """The store of a source's documents: the one in `cache` if it is there, else built now.
+
+    `progress(bytes_done, bytes_total)` counts bytes of the source's files (the total is 0 where it is
+    unknown, as on the Hub). `workers` is the number of threads, by default the cores this process may run on.
+    Raises `DataError` with the place of what cannot be used, and `DiskError` when there is no room.
+    """
+    try:
+        for folder in ("stores", "building", "locks"):
+            (cache / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, cache) from error
+    inputs = _Inputs.of(source, cache)
+    fingerprint = _hash(
+        {
+            "format": FORMAT,
+            "encoder": encoder.fingerprint,
+            "inputs": inputs.fingerprint,
+            "columns": dict(source.columns),
+            "documents": source.documents,
+            "cuts": [formats.WHOLE_FILE, formats.PASSAGE, formats.PARAGRAPH_CAP, WHOLE_DOCUMENT, PIECE],
+            "shard": SHARD_CHARACTERS,
+        }
+    )
+    final = cache / "stores" / fingerprint
+    if store := _published(final):
+        return store
+    with _alone(cache / "locks" / f"{fingerprint}.lock") as alone:
+        mine = fingerprint if alone else f"{fingerprint}-{os.getpid()}"
+        building = cache / "building" / mine
+        return _published(final) or _build(source, encoder, inputs, building, final, progress, workers)
+
+
+def _published(final: Path) -> TokenStore | None:
+    if not final.is_dir():
+        return None
+    try:
+        return tidied(TokenStore.open(final))
+    except DataError:  # cut or changed since: it is only a cache
+        shutil.rmtree(final, ignore_errors=True)
+        return None
+
+
+def _build(
+    source: Source,
+    encoder: Encoder,
+    inputs: _Inputs,
+    building: Path,
+    final: Path,
+    progress: Callable[[int, int], None] | None,
+    workers: int | None,
+) -> TokenStore:
+    sweep(building)
+    tokenizer = encoder.load()
+    read = 0
+
+    def seen(count: int) -> None:
+        nonlocal read
+        read += count
+
+    documents = read_documents(source, seen)
+    shards = finished_shards(building)
+    kind = ""
+    for document in islice(documents, sum(shard.met for shard in shards)):
+        kind = _kind(document)
+    results = _encoded(_batches(documents), tokenizer, encoder, workers or _cores())
+    with closing(results), _swept(building):
+        while first := next(results, None):
+
+            def write(writer: ShardWriter, first: tuple[_Batch, _Encoded] = first) -> int:
+                nonlocal kind
+                empty = 0
+                for batch, encoded in chain([first], results):
+                    kind = kind or batch.kind
+                    writer.add(*encoded, open_end=not batch.last)
+                    empty += batch.met - len(encoded.lengths) * batch.last
+                    if progress:
+                        progress(min(read, inputs.size), inputs.size)
+                    if batch.ends_shard:
+                        break
+                inputs.check_unchanged()
+                return empty
+
+            shards.append(publish_shard(building, len(shards), encoder.vocabulary, write))
+    if not sum(shard.documents for shard in shards):
+        shutil.rmtree(building, ignore_errors=True)
+        raise DataError(
+            f"every document of '{source.name}' is empty",
+            where=source.where,
+            expected="text that makes tokens",
+        )
+    header = {
+        "vocabulary": encoder.vocabulary,
+        "bos": encoder.bos,
+        "eos": encoder.eos,
+        "kind": kind,
+        "fingerprint": final.name,
+    }
+    store = publish_store(building, final, shards, header)
+    if progress:
+        progress(inputs.size, inputs.size)
+    return store
+
+
+@contextmanager
+def _swept(building: Path) -> Iterator[None]:
+    """What was being written when an error came is removed; the finished shards stay for the next time."""
+    try:
+        yield
+    except BaseException:
+        sweep(building)
+        raise
+
+
+# --- what the bytes depend on -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The files of a source as they are now, and the hash of their contents."""
+
+    fingerprint: str
+    size: int
+    files: tuple[tuple[Path, int, int], ...] = ()
+    where: str = ""
+
+    @classmethod
+    def of(cls, source: Source, cache: Path) -> _Inputs:
+        if source.path is not None:
+            files = find_files(source.path, source.root, source.where)
+        else:
+            assert source.hub is not None
+            folder = source.root / source.hub.name
+            if not folder.is_dir():
+                hub = source.hub
+                revision = _revision(hub, source.where)
+                return cls(_hash([hub.name, hub.subset, hub.split, revision]), 0)
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+        memo_file = cache / "hashes.json"
+        try:
+            memo = json.loads(memo_file.read_bytes())
+        except (OSError, ValueError):
+            memo = {}
+        stats: list[tuple[Path, int, int]] = []
+        hashes: list[list[str]] = []
+        news: list[str] = []
+        try:
+            for file in files:
+                stat = file.stat()
+                key, state = str(file.absolute()), [stat.st_size, stat.st_mtime_ns]
+                if memo.get(key, [None])[:2] != state:
+                    memo[key] = [*state, sha256(file)]
+                    news.append(key)
+                stats.append((file, stat.st_size, stat.st_mtime_ns))
+                hashes.append([*file.suffixes[-2:], memo[key][2]])
+                if time.time_ns() - stat.st_mtime_ns < 2e9:
+                    del memo[key]  # younger than the clock's grain: it may change again without a new time
+        except OSError as error:
+            raise DataError(
+                f"{file} cannot be read: {error.strerror}", where=source.where, expected="a readable file"
+            ) from None
+        if any(key in memo for key in news):
+            with suppress(DiskError):  # only a memo
+                write_atomically(memo_file, json.dumps(memo))
+        parts = hashes if source.hub is None else [source.hub.subset, source.hub.split, hashes]
+        return cls(_hash(parts), sum(size for _, size, _ in stats), tuple(stats), source.where)
+
+    def check_unchanged(self) -> None:
+        for file, size, time_ns in self.files:
+            try:
+                now = file.stat()
+            except OSError:
+                now = None
+            if now is None or (now.st_size, now.st_mtime_ns) != (size, time_ns):
+                raise DataError(
+                    f"{file} was changed while it was read",
+                    where=self.where,
+                    expected="a file that stays as it is",
+                )
+
+
+def _revision(hub: HubRows, where: str) -> str:
+    """The commit that a Hub data set stands at: a store of yesterday's rows is not taken for today's."""
+    if hub.revision and re.fullmatch(r"[0-9a-f]{40}", hub.revision):
+        return hub.revision
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise MissingExtra(
+            "reading from the Hub needs the package datasets", where=where, way_out="pip install datasets"
+        ) from None
+    try:
+        return str(HfApi().dataset_info(hub.name, revision=hub.revision).sha)
+    except Exception as error:  # whatever its HTTP client raises
+        raise DataError(
+            f"the Hub does not tell the state of {hub.name} ({type(error).__name__})",
+            where=where,
+            expected="a data set that exists, and a connection",
+            way_out="name a folder, or give `revision` as a commit of 40 digits",
+        ) from None
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[bool]:
+    """One process builds a store, others wait for it; a lock dies with its process, however that ends.
+
+    False where there is no such lock: then each process builds for itself, and the first to end has its way.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    locked = False
+    with open(lock, "ab") as handle:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:  # a file system without locks
+                break
+        yield locked
+
+
+# --- batches ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What one thread encodes at once: some documents, or one piece of a long one."""
+
+    documents: list[Document]
+    met: int
+    """Documents that it accounts for, the empty ones included."""
+    ends_shard: bool
+    first: bool = True
+    last: bool = True
+    whole: tuple[int, int] | None = None
+    """Bytes and digest of the document whose last piece this is."""
+
+    @property
+    def kind(self) -> str:
+        return _kind(self.documents[0]) if self.documents else ""
+
+
+def _kind(document: Document) -> str:
+    return "text" if document.text is not None else "input_ids"
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[_Batch]:
+    """Where a batch and a shard end depends on the documents alone, so that every build cuts alike."""
+    held: list[Document] = []
+    size = shard = met = 0
+    for document in documents:
+        met += 1
+        text, ids = document.text, document.ids
+        if text is not None and len(text) > WHOLE_DOCUMENT:
+            if held or met > 1:
+                yield _Batch(held, met - 1, False)
+            data = text.encode()
+            whole = len(data), digest(data)
+            del data
+            ends = shard + len(text) >= SHARD_CHARACTERS
+            yield from _piece_batches(text, document.place, whole, ends)
+            held, size, met, shard = [], 0, 0, 0 if ends else shard + len(text)
+            continue
+        if not document.empty:
+            held.append(document)
+            length = len(text) if text is not None else 4 * len(ids)  # type: ignore[arg-type]
+            size += length
+            shard += length
+        if shard >= SHARD_CHARACTERS:
+            yield _Batch(held, met, True)
+            held, size, met, shard = [], 0, 0, 0
+        elif size >= BATCH_CHARACTERS or met >= BATCH_DOCUMENTS:
+            yield _Batch(held, met, False)
+            held, size, met = [], 0, 0
+    if met:
+        yield _Batch(held, met, True)
+
+
+def _piece_batches(text: str, place: str, whole: tuple[int, int], ends_shard: bool) -> Iterator[_Batch]:
+    start = 0
+    while start < len(text):
+        end = _cut(text, start + PIECE) if len(text) - start > 2 * PIECE else len(text)
+        last = end == len(text)
+        piece = [Document(text[start:end], None, place)]
+        yield _Batch(piece, int(last), last and ends_shard, start == 0, last, whole if last else None)
+        start = end
+
+
+_LINE_START = re.compile(r"\n(?=[^\W\d_])")
+
+
+def _cut(text: str, near: int) -> int:
+    """A place shortly before `near` where a tokenizer would part the text anyway.
+
+    That is behind a newline that a letter follows; without one, before a space; without that, anywhere.
+    """
+    window = range(max(1, near - 2**16), near)
+    ends = [match.end() for match in _LINE_START.finditer(text, window.start, window.stop)]
+    if ends:
+        return ends[-1]
+    space = text.rfind(" ", window.start, window.stop)
+    return space if space > 0 else near
+
+
+# --- encoding -----------------------------------------------------------------------------------------
+
+
+class _Encoded(NamedTuple):
+    """The non-empty documents of a batch, as `ShardWriter.add` takes them."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    sizes: np.ndarray
+    digests: np.ndarray
+    places: list[str]
+
+
+def _encoded(
+    batches: Iterator[_Batch], tokenizer: Tokenizer, encoder: Encoder, workers: int
+) -> Generator[tuple[_Batch, _Encoded], None, None]:
+    """The batches in their order, `workers` of them being encoded while the next ones are read."""
+    waiting: deque[tuple[_Batch, Future[_Encoded]]] = deque()
+    with _without_own_threads(), ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
+        try:
+            for batch in batches:
+                waiting.append((batch, pool.submit(_encode, batch, tokenizer, encoder)))
+                if len(waiting) > workers + 1:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _without_own_threads() -> Iterator[None]:
+    """`tokenizers` would start threads of its own inside ours; it looks at this variable at every call."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+def _encode(batch: _Batch, tokenizer: Tokenizer, encoder: Encoder) -> _Encoded:
+    lists: list[list[int]] = []
+    sizes: list[int] = []
+    digests: list[int] = []
+    places: list[str] = []
+    eos, bos = encoder.eos, encoder.bos
+    for document, (ids, size, mark) in zip(batch.documents, _contents(batch, tokenizer), strict=True):
+        if batch.last and ids and ids[-1] == eos:
+            end = len(ids)
+            while end and ids[end - 1] == eos:
+                end -= 1
+            del ids[end:]
+        if bos is not None and batch.first:
+            start = 0
+            while start < len(ids) and ids[start] == bos:
+                start += 1
+            del ids[:start]
+        if not ids and batch.first and batch.last:  # nothing but bos and eos, or all of it normalised away
+            continue
+        if bos is not None and batch.first:
+            ids.insert(0, bos)
+        if batch.last:
+            ids.append(eos)
+        lists.append(ids)
+        sizes.append(size)
+        digests.append(mark)
+        places.append(document.place)
+    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+    return _Encoded(
+        np.fromiter(chain.from_iterable(lists), np.uint32, int(lengths.sum())),
+        lengths,
+        np.array(sizes, np.uint64),
+        np.array(digests, np.uint64),
+        places,
+    )
+
+
+def _contents(batch: _Batch, tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, int]]:
+    """(ids, UTF-8 bytes of the text, digest) of each document."""
+    documents = batch.documents
+    if not documents:
+        return
+    try:
+        if batch.kind == "text":
+            texts = [document.text or "" for document in documents]
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            if not (batch.first and batch.last):
+                yield encodings[0].ids, *(batch.whole or (0, 0))
+                return
+            for text, encoding in zip(texts, encodings, strict=True):
+                data = text.encode()
+                yield encoding.ids, len(data), digest(data)
+        else:
+            arrays = [document.ids for document in documents if document.ids is not None]
+            lists = [array.tolist() for array in arrays]
+            decoded = tokenizer.decode_batch(lists, skip_special_tokens=True)
+            for ids, array, text in zip(lists, arrays, decoded, strict=True):
+                yield ids, len(text.encode()), digest(array.astype("<u4"))
+    except (MemoryError, DataError):
+        raise
+    except Exception as error:  # the package raises bare Exception
+        raise DataError(
+            f"the tokenizer fails: {error}",
+            where=f"{documents[0].place} to {documents[-1].place}",
+            expected="a tokenizer that can encode every text",
+        ) from None
+
+
+def _cores() -> int:
+    """The cores that this process may run on: more threads than those would only get in each other's way."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
