@@ -67,10 +67,7 @@ svg.fig{display:block;width:100%;height:auto;font-size:12px;font-family:inherit;
 table.heat td.h{text-align:center;min-width:4.6em;color:var(--ink)}
 table.heat td.own{outline:2px solid var(--ink);outline-offset:-3px}
 """
-    + "".join(
-        f"table.heat td.h{i}{{background:color-mix(in srgb,var(--c1) {i * 7}%,var(--ground))}}"
-        for i in range(9)
-    )
+    + "".join(f"table.heat td.h{i}{{background:color-mix(in srgb,var(--c1) {i * 7}%,var(--ground))}}" for i in range(9))
 )
 
 Point = tuple[float, float]
@@ -166,15 +163,24 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
 def tick_labels(values: Sequence[float], sign: bool = False) -> list[str]:
     """One way of writing for the whole axis: as many decimals as the step needs, thousands as k, M, B."""
     largest = max((abs(v) for v in values), default=0.0)
-    if largest >= 10_000:
-        return [compact(v) if v else "0" for v in values]
     step = min((abs(b - a) for a, b in itertools.pairwise(values) if a != b), default=largest or 1.0)
-    if largest and (largest < 1e-3 or step < 1e-5):
-        return ["0" if v == 0 else f"{v:.1e}".replace("e-0", "e-").replace("-", MINUS) for v in values]
+    if largest >= 1e15 or (largest and (largest < 1e-3 or step < 1e-5)):
+        texts = [f"{v:.1e}" if v else "0" for v in values]
+        return [t.replace("e-0", "e-").replace("e+", "e").replace("-", MINUS) for t in texts]
+    if largest >= 10_000:
+        for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+            decimals = _decimals(step / size)
+            if largest >= size and decimals <= 2:
+                return [fixed(v / size, decimals) + letter if v else "0" for v in values]
+    return [(signed if sign else fixed)(v, _decimals(step)) for v in values]
+
+
+def _decimals(step: float) -> int:
+    """The fewest decimals that write a step without rounding it, at most 6."""
     decimals = 0
     while decimals < 6 and abs(round(step, decimals) - step) > step * 1e-3:
         decimals += 1
-    return [(signed if sign else fixed)(v, decimals) for v in values]
+    return decimals
 
 
 @dataclass(frozen=True)
@@ -190,9 +196,7 @@ class _Scale:
         if self.log:
             if value <= 0:
                 return self.start if self.zero_at is None else self.zero_at
-            part = (math.log(value) - math.log(self.low)) / (
-                (math.log(self.high) - math.log(self.low)) or 1.0
-            )
+            part = (math.log(value) - math.log(self.low)) / ((math.log(self.high) - math.log(self.low)) or 1.0)
         else:
             part = (value - self.low) / ((self.high - self.low) or 1.0)
         return self.start + part * (self.end - self.start)
@@ -208,9 +212,7 @@ def _spread(values: Iterable[float], *, zero: bool = False, least: float = 0.0, 
     if high - low < max(least, abs(high) * 1e-6):
         low, high = low - missing / 2, high + missing / 2
     if high - low < _SMALLEST:
-        low, high = (
-            (low - 1, high + 1) if abs(low) < _SMALLEST else (low - abs(low) * 0.1, high + abs(high) * 0.1)
-        )
+        low, high = (low - 1, high + 1) if abs(low) < _SMALLEST else (low - abs(low) * 0.1, high + abs(high) * 0.1)
     pad = (high - low) * room
     return low - pad, high + pad
 
@@ -228,9 +230,7 @@ def fitted(text: str, width: float, size: float = FONT) -> str:
     low, high = 1, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high) if text_width(shortened(text, middle), size) <= width else (low, middle - 1)
-        )
+        low, high = (middle, high) if text_width(shortened(text, middle), size) <= width else (low, middle - 1)
     return shortened(text, low)
 
 
@@ -375,9 +375,7 @@ def _thin_labels(places: Sequence[float], labels: Sequence[str], room: float = 8
         return []
     for stride in range(1, len(labels) + 1):
         chosen = list(range(0, len(labels), stride))
-        ends = [
-            (places[i] - text_width(labels[i]) / 2, places[i] + text_width(labels[i]) / 2) for i in chosen
-        ]
+        ends = [(places[i] - text_width(labels[i]) / 2, places[i] + text_width(labels[i]) / 2) for i in chosen]
         if all(a[1] + room <= b[0] for a, b in itertools.pairwise(ends)):
             return chosen
     return [0]
@@ -457,9 +455,7 @@ def line_chart(
         start, end = x_range if x_range and all(map(math.isfinite, x_range)) else (min(xs), max(xs))
         mark_xs = [m.x for m in marks if low_x <= m.x <= high_x]
         start, end = min([start, *mark_xs]), max([end, *mark_xs])
-        if (
-            x_range is None and x_ticks is None and end > start
-        ):  # a run of 19.99M tokens ends at a tick of 20M
+        if x_range is None and x_ticks is None and end > start:  # a run of 19.99M tokens ends at a tick of 20M
             step = nice_step(end - start, max(2, int((plot_right - left) / 70)))
             nearest = round(end / step) * step
             end = nearest if 0 < nearest - end < 0.02 * (end - start) else end
@@ -514,9 +510,7 @@ def line_chart(
         if bottom <= level.value <= top:
             parts.append(_line(left, y_at(level.value), plot_right, y_at(level.value), "level"))
             text = fitted(plain(level.label), (plot_right - left) * 0.9)
-            at_right = _text(
-                plot_right, y_at(level.value) - 5, text, at="end", style="lev halo", full=level.label
-            )
+            at_right = _text(plot_right, y_at(level.value) - 5, text, at="end", style="lev halo", full=level.label)
             words_on_top.append(at_right)
 
     # bands, then lines, then points: what is said most precisely lies on top
@@ -531,9 +525,7 @@ def line_chart(
         elif band:
             x, low, high = band[0]
             lines.append(_line(x_scale_at(x), y_at(low), x_scale_at(x), y_at(high), f"bar s-{colour}"))
-        style = (
-            f"ln s-{colour}{' faint' if line.faint else ''}{' dash' if line.dash or shape >= PALETTE else ''}"
-        )
+        style = f"ln s-{colour}{' faint' if line.faint else ''}{' dash' if line.dash or shape >= PALETTE else ''}"
         for piece in _pieces(points):
             placed = [(x_scale_at(x), y_at(y)) for x, y in piece]
             if len(placed) > 1:
@@ -566,11 +558,7 @@ def line_chart(
 
 def _value(value: float, sign: bool) -> str:
     decimals = 4 if abs(value) < 10 else 1
-    return (
-        signed(value, decimals)
-        if sign
-        else (fixed(value, decimals) if abs(value) >= 1e-3 else f"{value:.3g}")
-    )
+    return signed(value, decimals) if sign else (fixed(value, decimals) if abs(value) >= 1e-3 else f"{value:.3g}")
 
 
 def _described(title: str, x_label: str, y_label: str, shown: Sequence[tuple], sign: bool) -> str:
@@ -609,9 +597,7 @@ def forest_plot(
         for e in known
     ]
     value_width = max(text_width(t) for t in texts) + 8
-    name_width = min(
-        max(text_width(plain(e.name)) * 1.08 for e in known) + 12, width * (0.45 if narrow else 0.26)
-    )
+    name_width = min(max(text_width(plain(e.name)) * 1.08 for e in known) + 12, width * (0.45 if narrow else 0.26))
     left, plot_right = (8.0, width - 8.0) if narrow else (name_width + 6, width - value_width - 12)
     row = 46.0 if narrow else 32.0
     above = 22.0 if limit else 6.0
@@ -702,9 +688,7 @@ def paired_bars(
         parts.append(_rect(1, y + 22, at(planned) - 1, 9, f"plan s-{colour}", f"{first}: {planned:.2%}"))
         if achieved is not None:
             parts.append(_rect(0, y + 34, at(achieved), 9, colour, f"{second}: {achieved:.2%}"))
-        words.append(
-            f"{name}: {first} {planned:.1%}" + (f", {second} {achieved:.1%}" if achieved is not None else "")
-        )
+        words.append(f"{name}: {first} {planned:.1%}" + (f", {second} {achieved:.1%}" if achieved is not None else ""))
     return _svg(width, height, f"{title}. {'. '.join(words[:12])}", parts)
 
 
@@ -736,9 +720,7 @@ def stacked_bars(
                 tip = f"{parts_named[i]}: {round(value):,} ({share})"
                 parts.append(_rect(at, line + 22, max(piece, 1.0), 16, f"seg c{i % PALETTE}", tip))
             at += piece
-        words.append(
-            f"{name}: " + ", ".join(f"{parts_named[i]} {v / total:.1%}" for i, v in enumerate(values) if v)
-        )
+        words.append(f"{name}: " + ", ".join(f"{parts_named[i]} {v / total:.1%}" for i, v in enumerate(values) if v))
     return _svg(width, top + 46 * len(known), f"{title}. {'. '.join(words[:12])}", parts)
 
 
@@ -778,6 +760,10 @@ def scatter(
         taken.append((left, above, left + 30 + text_width(best), above + 18))
     for i, spot in known:
         x, y, colour = x_at(spot.x), y_at(spot.y), f"c{i % PALETTE}"
+        for bar in (spot.x_interval and (*map(x_at, spot.x_interval), y, y),
+                    spot.y_interval and (x, x, *map(y_at, spot.y_interval))):  # fmt: skip
+            if bar:
+                taken.append((min(bar[:2]) - 2, min(bar[2:]) - 2, max(bar[:2]) + 2, max(bar[2:]) + 2))
         if spot.x_interval:
             parts.append(_line(x_at(spot.x_interval[0]), y, x_at(spot.x_interval[1]), y, f"bar s-{colour}"))
         if spot.y_interval:
@@ -786,11 +772,13 @@ def scatter(
         parts.append(_marker(x, y, i, f"pt {colour}", tip, 5))
     for i, spot in known:
         name = plain(spot.name)
-        text = fitted(name, width * 0.34)
-        box = _free_place(
-            x_at(spot.x), y_at(spot.y), text_width(text) * 1.08, taken, (left, above, width, floor)
-        )
+        text = fitted(name, width * 0.45)
+        box = _free_place(x_at(spot.x), y_at(spot.y), text_width(text) * 1.08, taken, (left, above, width, floor))
         taken.append(box)
+        x, y = x_at(spot.x), y_at(spot.y)
+        near = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+        if math.dist(near, (x, y)) > 12:
+            parts.append(_path([(x, y), near], "leader"))
         parts.append(_text(box[0], box[3] - 4, text, style=f"c{i % PALETTE} halo", full=name))
     words = ". ".join(f"{plain(s.name, 60)}: {signed(s.x)} and {signed(s.y)}" for _, s in known[:12])
     return _svg(width, height, f"{title}. {x_label} and {y_label}. {words}", parts)
@@ -809,9 +797,7 @@ def _free_place(x: float, y: float, wide: float, taken: Sequence[_Box], inside: 
             (-away - wide, away - tall),
         ):  # fmt: skip
             box = (x + dx, y + dy, x + dx + wide, y + dy + tall)
-            in_picture = (
-                box[0] >= inside[0] and box[1] >= inside[1] and box[2] <= inside[2] and box[3] <= inside[3]
-            )
+            in_picture = box[0] >= inside[0] and box[1] >= inside[1] and box[2] <= inside[2] and box[3] <= inside[3]
             if in_picture and not any(
                 box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken
             ):
@@ -852,9 +838,7 @@ def heat_table(
                 continue
             shade = round(8 * rise[i, j] / reach) if reach > 0 else 0
             mine = " own" if j < len(own) and own[j] == i else ""
-            line.append(
-                f'<td class="h h{shade}{mine}"><data value="{value!r}">{escaped(write(value))}</data></td>'
-            )
+            line.append(f'<td class="h h{shade}{mine}"><data value="{value!r}">{escaped(write(value))}</data></td>')
         body.append(f'<tr><th scope="row"><bdi>{escaped(name, 80)}</bdi></th>{"".join(line)}</tr>')
     return (
         f'<table class="heat"><caption>{escaped(caption)}</caption><thead><tr><th scope="col">'

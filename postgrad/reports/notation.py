@@ -169,6 +169,4 @@ def duration(seconds: object) -> str:
 
 def cells(text: str) -> int:
     """Width in terminal cells: wide characters take two, combining marks none."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
-    )
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

@@ -153,8 +153,10 @@ footer{margin-top:4rem;padding-bottom:3rem;color:var(--soft);font-size:.8125rem}
 footer p{border-top:1px solid var(--line);padding-top:1rem;margin:0}
 @media print{@page{margin:16mm}:root{color-scheme:light}body{font-size:11pt}nav,.skip{display:none}
 section{margin-top:1.75rem}figure,.cards li,.sample,tr{break-inside:avoid}h2,h3,figcaption{break-after:avoid}
-.scroll{overflow:visible}th,td{padding:4px 6px;white-space:normal}table{font-size:8.5pt}
-.narrow{display:none}.wide{display:block}
+.scroll{overflow:visible}th,td{padding:3px 4px}table{font-size:7pt}
+thead th,caption,small.below,.note{font-size:7pt}figure details{display:none}
+.wide{display:none}.narrow{display:block}.pair,.trio{grid-template-columns:1fr 1fr;gap:8mm}
+.blocks{grid-template-columns:1fr 1fr}
 details::details-content{content-visibility:visible;block-size:auto;display:block}}
 """
 )
@@ -251,8 +253,7 @@ def _document(title: str, header: str, sections: Sequence[tuple[str, str, str, s
     present = [section for section in sections if section[-1]]
     links = "".join(f'<li><a href="#{i}">{n}</a></li>' for i, n, _, _ in present)
     body = "".join(
-        f'<section id="{i}" aria-labelledby="{i}-h"><h2 id="{i}-h">{h}</h2>{b}</section>'
-        for i, _, h, b in present
+        f'<section id="{i}" aria-labelledby="{i}-h"><h2 id="{i}-h">{h}</h2>{b}</section>' for i, _, h, b in present
     )
     digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -274,9 +275,7 @@ _FOOTER = (
 )
 
 
-def _figure(
-    caption: str, draw: Callable[[float], str], *, about: str = "", numbers: Table | None = None
-) -> str:
+def _figure(caption: str, draw: Callable[[float], str], *, about: str = "", numbers: Table | None = None) -> str:
     """The same figure drawn for a wide and for a narrow screen; the style sheet shows one of them."""
     small = f"<small>{escaped(about)}</small>" if about else ""
     return (
@@ -356,7 +355,8 @@ def run_page(record: Mapping[str, object], metrics: Iterable[Mapping[str, object
     ]
     header = (
         '<p class="over">postgrad \u00b7 report of one stage</p>'
-        f"<h1><bdi>{escaped(name)}</bdi></h1>{headline(record)}{_facts(record, curves)}"
+        f"<h1><bdi>{escaped(name)}</bdi></h1>{headline(record) or _last_look(record, curves)}"
+        f"{_facts(record, curves)}"
         f"{_notices(record, curves)}{_cards(record)}"
     )
     return _document(f"{name} \u2013 postgrad", header, sections, _FOOTER)
@@ -375,17 +375,26 @@ def headline(record: Mapping[str, object]) -> str:
             sentences.append(_sentence(set_name, entry, b, a))
         if len(ranked) > most:
             sentences.append(f"{len(ranked) - most} more of this kind are in the table.")
-    if not sentences:
-        known = tables.set_names(record)
-        if known and not after:
-            sentences.append(
-                "There are no scores after training, so nothing can be said about forgetting yet."
-            )
-        elif not known:
-            sentences.append(
-                "No held-out text was scored, so nothing can be said about learning or forgetting."
-            )
     return f'<p class="lead">{" ".join(sentences)}</p>' if sentences else ""
+
+
+def _last_look(record: Mapping[str, object], curves: Curves) -> str:
+    """What an unfinished run can say: the last evaluation on the way, or that there is none."""
+    if not curves.sets:
+        text = "No held-out text was scored, so nothing can be said about learning or forgetting."
+        if tables.set_names(record):
+            text = "There are no scores after training, so nothing can be said about forgetting yet."
+        return f'<p class="lead">{text}</p>'
+    latest = max(points[-1][0] for points in curves.sets.values())
+    found = []
+    for name, points in list(curves.sets.items())[:6]:
+        _, _, change, low, high = points[-1]
+        if math.isfinite(change):
+            known = math.isfinite(low) and math.isfinite(high)
+            span = f" (95 % interval {signed(low)} to {signed(high)})" if known else ""
+            found.append(f"{_name(name)} {signed(change)}{span}")
+    when = f"after {compact(latest)} trained tokens" if curves.unit != "step" else f"at step {count(latest)}"
+    return f'<p class="lead">At the last evaluation, {when}, in nats per token: {", ".join(found)}.</p>'
 
 
 def _sentence(set_name: str, entry: Mapping[str, object], before: object, after: object) -> str:
@@ -448,7 +457,7 @@ def _facts(record: Mapping[str, object], curves: Curves) -> str:
     if curves.last_step:
         facts.append(("steps", count(curves.last_step)))
     if record.get("finished") or record.get("created"):
-        word = "finished" if record.get("finished") else "started"
+        word = "ended" if record.get("finished") else "started"
         facts.append((word, _time(record.get("finished") or record.get("created"))))
     lines = "".join(f"<li>{escaped(k)} <b><bdi>{escaped(v)}</bdi></b></li>" for k, v in facts)
     return f'<ul class="facts">{lines}</ul>' if lines else ""
@@ -487,9 +496,7 @@ def _notices(record: Mapping[str, object], curves: Curves) -> str:
                  f" duplicates, {count(entry.get('half'))} share at least half of their passages. Its"
                  " scores look better than they are.")
             )  # fmt: skip
-    return "".join(
-        f'<div class="notice{f" t-{tone}" if tone else ""}"><p>{text}</p></div>' for tone, text in notices
-    )
+    return "".join(f'<div class="notice{f" t-{tone}" if tone else ""}"><p>{text}</p></div>' for tone, text in notices)
 
 
 def _gate_notice(record: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -504,11 +511,7 @@ def _gate_notice(record: Mapping[str, object]) -> list[tuple[str, str]]:
         high = worst.get("high")
         detail = f" The worst retained set, {_name(worst.get('set'))}, changed by {signed(worst.get('rise'))}"
         detail += f" (upper end {signed(high)})." if number(high) is not None else "."
-    limit = (
-        f" The limit is {signed(gate.get('max_forgetting'))} nats per token."
-        if "max_forgetting" in gate
-        else ""
-    )
+    limit = f" The limit is {signed(gate.get('max_forgetting'))} nats per token." if "max_forgetting" in gate else ""
     if gate.get("passed") is True:
         return [("good", f"<b>The retention gate passed.</b>{detail}{limit}")]
     return [("bad", f"<b>The retention gate failed.</b>{detail}{limit}")]
@@ -538,9 +541,7 @@ def _result(record: Mapping[str, object]) -> str:
         plots.append(
             _figure(
                 "Retained sets",
-                lambda w: figures.forest_plot(
-                    kept, title="Change on retained sets", width=w, limit=limit, **words
-                ),
+                lambda w: figures.forest_plot(kept, title="Change on retained sets", width=w, limit=limit, **words),
                 about="What the model knew before. Zero is no change; bars are 95 % intervals.",
             )
         )
@@ -672,12 +673,8 @@ def _training(record: Mapping[str, object], curves: Curves) -> str:
                 )
                 lines.append(Series(name, mean, colour=i))
         else:
-            lines.append(
-                Series("smoothed", figures.smoothed(curves.loss, span, curves.weights), colour=0, label=False)
-            )
-        about = "Faint: every step. Solid: smoothed over trained tokens" + (
-            ", by source." if len(sources) > 1 else "."
-        )
+            lines.append(Series("smoothed", figures.smoothed(curves.loss, span, curves.weights), colour=0, label=False))
+        about = "Faint: every step. Solid: smoothed over trained tokens" + (", by source." if len(sources) > 1 else ".")
         drawn.append(
             _figure(
                 "Training loss",
@@ -694,9 +691,7 @@ def _training(record: Mapping[str, object], curves: Curves) -> str:
         if a is not None and b is not None
     ]
     done = (
-        [(p[0], r) for p, r in zip(curves.x_of_step, [r for _, r in curves.rate], strict=False)]
-        if not planned
-        else []
+        [(p[0], r) for p, r in zip(curves.x_of_step, [r for _, r in curves.rate], strict=False)] if not planned else []
     )
     rate = planned or done
     if rate:
@@ -813,11 +808,7 @@ def _samples(record: Mapping[str, object]) -> str:
 
 
 def _sample(sample: Mapping[str, object], boxes: str) -> str:
-    source = (
-        f'<p class="over">prompt from <bdi>{escaped(sample["set"], 80)}</bdi></p>'
-        if sample.get("set")
-        else ""
-    )
+    source = f'<p class="over">prompt from <bdi>{escaped(sample["set"], 80)}</bdi></p>' if sample.get("set") else ""
     prompt = f'<p class="prompt" dir="auto">{_prose(sample.get("prompt"))}</p>'
     return f'<article class="sample">{source}{prompt}<div class="texts">{boxes}</div></article>'
 
@@ -922,15 +913,11 @@ def comparison_page(
         ("samples", "Samples", "Text by arm", _samples_by_arm(records, names)),
         ("runs", "Runs", "The runs", _runs(records, names)),
     ]
-    unfinished = [
-        n for n, r in zip(names, records, strict=True) if r.get("status") not in ("finished", "gate-failed")
-    ]
+    unfinished = [n for n, r in zip(names, records, strict=True) if r.get("status") not in ("finished", "gate-failed")]
     notice = ""
     if unfinished:
         listed = ", ".join(_name(n) for n in unfinished[:8])
-        notice = (
-            f'<div class="notice"><p><b>Not finished:</b> {listed}. What they lack is left empty.</p></div>'
-        )
+        notice = f'<div class="notice"><p><b>Not finished:</b> {listed}. What they lack is left empty.</p></div>'
     how_many = "1 run" if len(records) == 1 else f"{len(records)} runs"
     header = (
         f'<p class="over">postgrad \u00b7 comparison of {how_many}</p>'
@@ -940,9 +927,7 @@ def comparison_page(
     return _document(f"{title or 'Comparison'} \u2013 postgrad", header, sections, _FOOTER)
 
 
-def _verdict_of_arms(
-    records: Sequence[Mapping[str, object]], names: Sequence[str], baseline: str | None
-) -> str:
+def _verdict_of_arms(records: Sequence[Mapping[str, object]], names: Sequence[str], baseline: str | None) -> str:
     """The comparison in plain words: who forgot least, what that cost, against the baseline."""
     forgot = {n: tables.mean_difference(tables.retained(r)) for n, r in zip(names, records, strict=True)}
     gained = {n: tables.mean_difference(tables.learned(r)) for n, r in zip(names, records, strict=True)}
@@ -962,8 +947,7 @@ def _verdict_of_arms(
             words.append(f"It also learnt most: {signed(learnt[most])} on new text.")
         elif best in learnt:
             words.append(
-                f"{_name(most)} learnt most: {signed(learnt[most])} on new text,"
-                f" against {signed(learnt[best])}."
+                f"{_name(most)} learnt most: {signed(learnt[most])} on new text, against {signed(learnt[best])}."
             )
     return f'<p class="lead">{" ".join(words)}</p>'
 
@@ -1076,9 +1060,7 @@ def _samples_by_arm(records: Sequence[Mapping[str, object]], names: Sequence[str
     shown = []
     for entry in list(found.values())[: MOST_SAMPLES // 2]:
         sample = entry["sample"]
-        texts = [
-            (w, sample[k]) for w, k in (("Reference", "reference"), ("Before", "before")) if sample.get(k)
-        ]
+        texts = [(w, sample[k]) for w, k in (("Reference", "reference"), ("Before", "before")) if sample.get(k)]
         boxes = "".join(
             f'<div><h4><bdi>{escaped(word, 80)}</bdi></h4><p dir="auto">{_prose(text).strip()}</p></div>'
             for word, text in [*texts, *entry["arms"][:MOST_SERIES]]
@@ -1097,9 +1079,7 @@ def _runs(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
                 tables.words(record.get("status")),
                 tables.words(masked(mapping(record.get("model")).get("start"))),
                 tables.whole(achieved.get("tokens")),
-                tables.Cell(
-                    (tables.Number(duration(achieved.get("seconds")), number(achieved.get("seconds"))),)
-                ),
+                tables.Cell((tables.Number(duration(achieved.get("seconds")), number(achieved.get("seconds"))),)),
                 tables.whole(achieved.get("tokens_per_second")),
                 tables.words(masked(record.get("command"))),
             )

@@ -154,9 +154,7 @@ class Table:
                 else:
                     spans.append([column.group, 1])
             groups = "".join(
-                f'<th scope="colgroup" colspan="{n}"><bdi>{escaped(g, 80)}</bdi></th>'
-                if g
-                else "<td></td>" * n
+                f'<th scope="colgroup" colspan="{n}"><bdi>{escaped(g, 80)}</bdi></th>' if g else "<td></td>" * n
                 for g, n in spans
             )
             groups = f'<tr class="groups">{groups}</tr>'
@@ -485,20 +483,13 @@ def ledger_table(record: Mapping[str, object]) -> Table:
     )
     source = ["tokens from the files"] * 6 + ["in the training rows"] * 3
     columns = [Column(t, g) for t, g in zip(titles, source, strict=True)]
-    return Table(
-        "Token ledger", (Column("source", words=True), *columns), body, notes if body else (), len(lines) > 1
-    )
+    return Table("Token ledger", (Column("source", words=True), *columns), body, notes if body else (), len(lines) > 1)
 
 
 def mixture_table(record: Mapping[str, object]) -> Table:
     """Each source's planned and achieved share of the trained tokens, and how often it was read."""
-    planned = {
-        plain(mapping(s).get("name")): mapping(s) for s in rows(mapping(record.get("plan")).get("sources"))
-    }
-    achieved = {
-        plain(mapping(s).get("name")): mapping(s)
-        for s in rows(mapping(record.get("achieved")).get("sources"))
-    }
+    planned = {plain(mapping(s).get("name")): mapping(s) for s in rows(mapping(record.get("plan")).get("sources"))}
+    achieved = {plain(mapping(s).get("name")): mapping(s) for s in rows(mapping(record.get("achieved")).get("sources"))}
     body = []
     for name in dict.fromkeys([*planned, *achieved]):
         p, a = planned.get(name, {}), achieved.get(name, {})
@@ -542,12 +533,8 @@ def lineage_table(tree: Mapping[str, object]) -> Table:
 
 def lineage_names(tree: Mapping[str, object]) -> tuple[list[str], list[str]]:
     """Names of the rows and columns of R; a row more than there are stages is the start model."""
-    stages = [
-        plain(mapping(s).get("name"), 120) or f"stage {i + 1}" for i, s in enumerate(rows(tree.get("stages")))
-    ]
-    sets = [
-        plain(mapping(s).get("name"), 120) or f"set {j + 1}" for j, s in enumerate(rows(tree.get("sets")))
-    ]
+    stages = [plain(mapping(s).get("name"), 120) or f"stage {i + 1}" for i, s in enumerate(rows(tree.get("stages")))]
+    sets = [plain(mapping(s).get("name"), 120) or f"set {j + 1}" for j, s in enumerate(rows(tree.get("sets")))]
     matrix = rows(tree.get("R"))
     if len(matrix) == len(stages) + 1:
         stages = ["start", *stages]

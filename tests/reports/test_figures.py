@@ -164,7 +164,14 @@ ODD = {
 def test_odd_series_still_give_a_figure(name: str, scale: str, width: int) -> None:
     for zero in (False, True):
         svg = figures.line_chart(
-            ODD[name], title=name, x_label="x", y_label="y", x_scale=scale, y_scale=scale, zero=zero, width=width
+            ODD[name],
+            title=name,
+            x_label="x",
+            y_label="y",
+            x_scale=scale,
+            y_scale=scale,
+            zero=zero,
+            width=width,
         )  # fmt: skip
         inside(svg)
         assert "inf" not in re.findall(r'd="([^"]*)"', svg)
@@ -242,8 +249,8 @@ def test_forest_interval_crosses_zero_only_if_it_does() -> None:
         [Estimate("a", 0.01, -0.01, 0.03), Estimate("b", 0.02, 0.01, 0.03)], title="t", x_label="x"
     )
     zero = float(re.findall(r'<line x1="([^"]+)"[^>]*class="zero"', svg)[0])
-    spans = [(float(a), float(b)) for a, y1, b, y2 in
-             re.findall(r'<line x1="([^"]+)" y1="([^"]+)" x2="([^"]+)" y2="([^"]+)" class="bar', svg) if y1 == y2]  # fmt: skip
+    bars = re.findall(r'<line x1="(\S+)" y1="(\S+)" x2="(\S+)" y2="(\S+)" class="bar', svg)
+    spans = [(float(x1), float(x2)) for x1, y1, x2, y2 in bars if y1 == y2]
     assert spans[0][0] < zero < spans[0][1]
     assert zero < spans[1][0]
 

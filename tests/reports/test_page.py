@@ -19,13 +19,17 @@ from postgrad.reports import page
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 TAGS = set(
-    "html head meta title style body a header p h1 h2 h3 h4 b bdi ul ol li nav main section div table caption thead"
-    " tbody tr th td small data details summary figure figcaption svg text rect line path circle article dl dt dd"
-    " pre code span br footer".split()
+    """
+    html head meta title style body a header p h1 h2 h3 h4 b bdi ul ol li nav main section div table
+    caption thead tbody tr th td small data details summary figure figcaption svg text rect line path
+    circle article dl dt dd pre code span br footer
+    """.split()  # noqa: SIM905
 )
 ATTRIBUTES = set(
-    "lang charset http-equiv content name class href aria-label aria-labelledby aria-hidden id role tabindex scope"
-    " colspan value dir viewbox x y x1 x2 y1 y2 cx cy r d width height text-anchor".split()
+    """
+    lang charset http-equiv content name class href aria-label aria-labelledby aria-hidden id role
+    tabindex scope colspan value dir viewbox x y x1 x2 y1 y2 cx cy r d width height text-anchor
+    """.split()  # noqa: SIM905
 )
 
 
@@ -91,18 +95,45 @@ def said(html: str) -> str:
 
 
 PAYLOADS = [
-    "<script>alert(1)</script>", "</script><script>alert(1)</script>", "</style><script>alert(1)</script>",
-    "</title><script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><img src=x onerror=alert(1)>',
-    "'><img src=x onerror=alert(1)>", '" onmouseover="alert(1)', "' onmouseover='alert(1)", "<svg onload=alert(1)>",
-    "</svg><script>alert(1)</script>", "</text><a href='javascript:alert(1)'>x</a>", "javascript:alert(1)",
-    "<a href=javascript:alert(1)>x</a>", "<iframe src=//evil.example></iframe>", "<base href=//evil.example>",
-    "<meta http-equiv=refresh content='0;url=//evil.example'>", "<link rel=stylesheet href=//evil.example>",
-    "<style>*{background:url(//evil.example)}</style>", "<form action=//evil.example><button>x</button></form>",
-    "<object data=//evil.example>", "<embed src=//evil.example>", "<math><mtext></mtext></math>", "<!--", "-->",
-    "]]><script>alert(1)</script>", "<![CDATA[<script>alert(1)</script>]]>", "&lt;script&gt;alert(1)&lt;/script&gt;",
-    "&#60;script&#62;", "</pre><script>alert(1)</script>", "\u003cscript\u003ealert(1)", "<scr\x00ipt>alert(1)</scr\x00ipt>",
-    "{{7*7}}${7*7}", "<details open ontoggle=alert(1)>", "\ud800<b>\udfff", "\u202e<b>gpj.exe", "<plaintext>", "`<x`",
-]  # fmt: skip
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "</style><script>alert(1)</script>",
+    "</title><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><img src=x onerror=alert(1)>',
+    "'><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)',
+    "' onmouseover='alert(1)",
+    "<svg onload=alert(1)>",
+    "</svg><script>alert(1)</script>",
+    "</text><a href='javascript:alert(1)'>x</a>",
+    "javascript:alert(1)",
+    "<a href=javascript:alert(1)>x</a>",
+    "<iframe src=//evil.example></iframe>",
+    "<base href=//evil.example>",
+    "<meta http-equiv=refresh content='0;url=//evil.example'>",
+    "<link rel=stylesheet href=//evil.example>",
+    "<style>*{background:url(//evil.example)}</style>",
+    "<form action=//evil.example><button>x</button></form>",
+    "<object data=//evil.example>",
+    "<embed src=//evil.example>",
+    "<math><mtext></mtext></math>",
+    "<!--",
+    "-->",
+    "]]><script>alert(1)</script>",
+    "<![CDATA[<script>alert(1)</script>]]>",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "&#60;script&#62;",
+    "</pre><script>alert(1)</script>",
+    "\u003cscript\u003ealert(1)",
+    "<scr\x00ipt>alert(1)</scr\x00ipt>",
+    "{{7*7}}${7*7}",
+    "<details open ontoggle=alert(1)>",
+    "\ud800<b>\udfff",
+    "\u202e<b>gpj.exe",
+    "<plaintext>",
+    "`<x`",
+]
 
 
 def poisoned(value: object, payload: str, keep: tuple[str, ...] = ()) -> object:
@@ -119,13 +150,16 @@ def poisoned(value: object, payload: str, keep: tuple[str, ...] = ()) -> object:
 
 
 RECORD_KEYS = set(
-    "format name status created finished command stage_yaml stage model fingerprints parents versions machine"
-    " execution plan ledger achieved schedule_curve scores changes gate overlap samples start parameters sources"
-    " role share rows trained passes available before after nats perplexity bits_per_byte tokens bytes documents low"
-    " high difference bits_per_byte_difference share_of_range relative units count verdict worst set rise passed"
-    " max_forgetting prompt reference reasons steps seconds tokens_per_second read held_out dropped truncated placed"
-    " padding context sequence_length path fingerprint kind step loss losses by_source rate grad_norm sets change"
-    " stages R summary learnt_at denominators data duplicates any half".split()
+    """
+    format name status created finished command stage_yaml stage model fingerprints parents versions
+    machine execution plan ledger achieved schedule_curve scores changes gate overlap samples start
+    parameters sources role share rows trained passes available before after nats perplexity
+    bits_per_byte tokens bytes documents low high difference bits_per_byte_difference share_of_range
+    relative units count verdict worst set rise passed max_forgetting prompt reference reasons steps
+    seconds tokens_per_second read held_out dropped truncated placed padding context sequence_length
+    path fingerprint kind step loss losses by_source rate grad_norm sets change stages R summary
+    learnt_at denominators data duplicates any half
+    """.split()  # noqa: SIM905
 )
 
 
@@ -187,8 +221,8 @@ def test_policy_allows_the_style_sheet_and_nothing_else(record: dict, metrics: l
 def test_run_page_says_the_result_in_words(record: dict, metrics: list[dict]) -> None:
     text = said(page.run_page(record, metrics))
     assert (
-        "Learnt papers: 2.310 \u2192 1.979 nats per token (\u22120.331, 95 % interval \u22120.350 to \u22120.312)."
-        in text
+        "Learnt papers: 2.310 \u2192 1.979 nats per token (\u22120.331, 95 % interval"
+        " \u22120.350 to \u22120.312)." in text
     )
     assert "Kept general: 2.442 \u2192 2.452 nats per token (+0.010" in text
     assert "The retention gate passed." in text
@@ -249,6 +283,10 @@ def test_a_stopped_run_says_so(record: dict, metrics: list[dict]) -> None:
     assert "This run was stopped after step 500 of 1,221." in text
     assert "There are no scores after training" in text
     assert "Learnt" not in text
+    assert re.search(
+        r"At the last evaluation, after 7\.\d+M trained tokens, in nats per token: general \+0", text
+    )
+    assert "There are no scores" in said(page.run_page(record, []))
 
 
 def test_a_failed_gate_says_so(record: dict, metrics: list[dict]) -> None:
@@ -318,11 +356,28 @@ def test_a_hundred_thousand_rows_stay_small(record: dict) -> None:
     rows = []
     for i in range(100_000):
         loss = 2.3 + math.sin(i * 0.7) * 0.1
-        rows.append({"kind": "step", "step": i + 1, "trained": (i + 1) * 4096, "loss": loss, "rate": 1e-5,
-                     "grad_norm": 1.0 + loss % 0.1, "by_source": {s: [loss * 9.0, 9] for s in "abcdef"}})  # fmt: skip
+        rows.append(
+            {
+                "kind": "step",
+                "step": i + 1,
+                "trained": (i + 1) * 4096,
+                "loss": loss,
+                "rate": 1e-5,
+                "grad_norm": 1.0 + loss % 0.1,
+                "by_source": {s: [loss * 9.0, 9] for s in "abcdef"},
+            }
+        )
         if i % 50 == 0:
-            sets = {f"set {k}": {"role": "retained" if k % 2 else "learned", "nats": 2.0 + k, "change": 0.01 * k,
-                                 "low": 0.01 * k - 0.1, "high": 0.01 * k + 0.1} for k in range(8)}  # fmt: skip
+            sets = {
+                f"set {k}": {
+                    "role": "retained" if k % 2 else "learned",
+                    "nats": 2.0 + k,
+                    "change": 0.01 * k,
+                    "low": 0.01 * k - 0.1,
+                    "high": 0.01 * k + 0.1,
+                }
+                for k in range(8)
+            }
             rows.append({"kind": "evaluation", "step": i, "trained": i * 4096, "sets": sets})
     record["schedule_curve"] = [[i, 1e-5] for i in range(100_000)]
     record["samples"] = [{"prompt": "p" * 50_000, "before": "b" * 50_000, "after": "\u6f22" * 50_000}] * 40
@@ -397,6 +452,6 @@ def test_write_publishes_whole_pages_only(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_reports_need_neither_torch_nor_numpy() -> None:
-    code = "import sys, postgrad.reports.page; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = "import sys, postgrad.reports.page; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"

@@ -144,8 +144,13 @@ def test_mixture_and_lineage_equal_their_records(record: dict, tree: dict) -> No
 
 
 def test_verdict_without_a_word_comes_from_the_interval() -> None:
-    cases = [("learned", -0.2, -0.1, "learnt"), ("learned", -0.2, 0.1, "no evidence"), ("retained", 0.1, 0.2, "forgot"),
-             ("retained", -0.1, 0.2, "no evidence"), ("retained", -0.2, -0.1, "kept")]  # fmt: skip
+    cases = [
+        ("learned", -0.2, -0.1, "learnt"),
+        ("learned", -0.2, 0.1, "no evidence"),
+        ("retained", 0.1, 0.2, "forgot"),
+        ("retained", -0.1, 0.2, "no evidence"),
+        ("retained", -0.2, -0.1, "kept"),
+    ]
     for role, low, high, told in cases:
         assert tables.verdict({"role": role, "low": low, "high": high}) == told
     assert tables.verdict({"role": "learned", "low": -1, "high": -0.5, "verdict": "kept"}) == "kept"
