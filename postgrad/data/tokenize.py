@@ -50,13 +50,13 @@ from postgrad.publish import disk_error, sha256, sweep, write_atomically
 SHARD_CHARACTERS = 64 * 2**20
 """Characters (four for an id) after which a shard is closed: what a kill costs at most."""
 
-BATCH_CHARACTERS = 2**18
-"""Characters that a thread encodes at once. An encoding holds some 150 bytes a token while it lasts."""
+BATCH_CHARACTERS = 2**16
+"""Characters that a thread encodes at once. While an encoding lasts it holds about 110 bytes a character."""
 BATCH_DOCUMENTS = 4096
 
-WHOLE_DOCUMENT = 4 * 2**20
-"""Characters up to which a document is encoded in one go; a longer one is cut between two lines."""
-PIECE = 2**20
+WHOLE_DOCUMENT = 2**19
+"""Characters up to which a document is encoded in one go (60 MB a thread); a longer one is cut between lines."""
+PIECE = 2**18
 
 
 @dataclass(frozen=True)
