@@ -125,9 +125,7 @@ def infinite(
     )
 
 
-def wsd(
-    *, steps: float, peak: float, floor: float, warmup: float, decay: float, shape: str = "1-sqrt"
-) -> Schedule:
+def wsd(*, steps: float, peak: float, floor: float, warmup: float, decay: float, shape: str = "1-sqrt") -> Schedule:
     """Warm-up, stable, decay over the last `decay` steps (Hu et al. 2024)."""
     return then(
         (linear(0.0, peak), warmup),

@@ -28,7 +28,9 @@ def test_warmup_is_linear_from_zero_and_reaches_the_peak() -> None:
     assert curve(WARMUP) == 3e-4
 
 
-@pytest.mark.parametrize(("x", "rate"), [(0, 3.000e-4), (0.1, 2.434e-4), (0.25, 2.100e-4), (0.5, 1.856e-4), (1, 1.650e-4)])
+@pytest.mark.parametrize(
+    ("x", "rate"), [(0, 3.000e-4), (0.1, 2.434e-4), (0.25, 2.100e-4), (0.5, 1.856e-4), (1, 1.650e-4)]
+)
 def test_inverse_sqrt_cooldown_has_the_published_values(x: float, rate: float) -> None:
     assert s.inverse_sqrt(3e-4, 1.65e-4, 10)(x) == pytest.approx(rate, rel=3e-4)
 

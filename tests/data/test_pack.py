@@ -34,9 +34,7 @@ def test_one_row_by_hand() -> None:
     assert positions.tolist() == [0, 1, 0, 1, 2, 3]  # padding is a document of its own
 
 
-documents = st.lists(
-    st.integers(1, 40).map(lambda n: [*range(2, n + 1), EOS]), min_size=1, max_size=30
-)
+documents = st.lists(st.integers(1, 40).map(lambda n: [*range(2, n + 1), EOS]), min_size=1, max_size=30)
 
 
 @settings(max_examples=200)

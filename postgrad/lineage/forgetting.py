@@ -1,0 +1,162 @@
+"""What was learnt and what was forgotten? Paired differences with intervals, and the matrix of a lineage.
+
+Losses are nats per token; *scores* are losses with their sign turned, so that higher is better. Numpy only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Verdict = Literal["learnt", "kept", "forgot", "no evidence"]
+
+RESAMPLES = 2000
+KEPT_WITHIN = 0.01
+"""A loss is *kept* when the whole interval of its relative change lies within this share."""
+
+FEWEST_DOCUMENTS = 20
+"""With fewer documents than this the units that are resampled are windows of text."""
+
+
+def bootstrap(
+    nats: np.ndarray, tokens: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """The 95 % percentile interval of `sum(nats)/sum(tokens)` when whole units are drawn anew with replacement.
+
+    Both arrays have one entry a unit (a document). The same seed and number of units draw the same units, so intervals of
+    differences are paired by construction. A single unit has no interval: both ends are its own value.
+    """
+    units = len(nats)
+    if units < 2:
+        value = float(nats.sum() / max(tokens.sum(), 1))
+        return value, value
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    rows = max(1, min(resamples, 20_000_000 // units))
+    for begin in range(0, resamples, rows):
+        drawn = rng.integers(0, units, (min(rows, resamples - begin), units))
+        means[begin : begin + len(drawn)] = nats[drawn].sum(1) / tokens[drawn].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a set's loss changed between two models, on the same units of text."""
+
+    difference: float
+    """After minus before, nats per token; above zero is forgetting."""
+    low: float
+    high: float
+    relative: float
+    """The difference as a share of the loss before."""
+    relative_high: float
+    share_of_range: float
+    """The difference as a share of the range from the loss before to that of a uniform guess, ln V."""
+    bits_per_byte_difference: float
+    units: Literal["documents", "windows"]
+    count: int
+    verdict: Verdict
+
+
+def paired_change(
+    before: np.ndarray,
+    after: np.ndarray,
+    tokens: np.ndarray,
+    *,
+    total_bytes: int,
+    vocabulary: int,
+    units: Literal["documents", "windows"] = "documents",
+    seed: int = 0,
+) -> Change:
+    """Compare summed nats per unit (`before`, `after`) on the same units of `tokens` scored tokens each.
+
+    The interval is a paired bootstrap over units (Miller 2024, arXiv 2411.00640, on why pairing): what a document is
+    worth to both models cancels, so small changes show.
+    """
+    total = float(tokens.sum())
+    loss_before = float(before.sum()) / total
+    difference = float(after.sum() - before.sum()) / total
+    low, high = bootstrap(after - before, tokens, seed=seed)
+    return Change(
+        difference=difference,
+        low=low,
+        high=high,
+        relative=difference / loss_before,
+        relative_high=high / loss_before,
+        share_of_range=difference / max(math.log(vocabulary) - loss_before, 1e-9),
+        bits_per_byte_difference=difference * total / (math.log(2) * max(total_bytes, 1)),
+        units=units,
+        count=len(tokens),
+        verdict=verdict(low, high, loss_before),
+    )
+
+
+def verdict(low: float, high: float, loss_before: float) -> Verdict:
+    """What an interval of a change of loss allows to be said."""
+    margin = KEPT_WITHIN * loss_before
+    if -margin <= low and high <= margin:
+        return "kept"
+    if low > 0:
+        return "forgot"
+    if high < 0:
+        return "learnt"
+    return "no evidence"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The usual four numbers of a matrix of scores, with the denominators that were used."""
+
+    accuracy: float
+    backward_transfer: float | None
+    forward_transfer: float | None
+    forgetting: float | None
+    denominators: dict[str, str]
+
+
+def summarise(scores: np.ndarray, learnt_at: list[int]) -> Summary:
+    """Summarise `scores[i, j]`: stage i (0: the start model) on set j, higher is better.
+
+    `learnt_at[j]` is the stage that trained on the text of set j (0: the start model already knew it). With T the last
+    stage (Lopez-Paz & Ranzato 2017, arXiv 1706.08840; Chaudhry et al. 2018, arXiv 1801.10112):
+
+        ACC = mean_j R[T, j]
+        BWT = mean over sets learnt before T of  R[T, j] - R[learnt_at[j], j]
+        FWT = mean over sets learnt after the start of  R[learnt_at[j] - 1, j] - R[0, j], the first stage left out
+              (nothing was learnt before it that could have helped)
+        FM  = mean over sets learnt before T of  max_{l < T} R[l, j] - R[T, j]
+
+    Codes differ in what they divide by (GEM's own divides BWT by T, counting a zero), so the counts are returned.
+    Sets whose cells are not all known (NaN) are left out of the terms that need them.
+    """
+    last = len(scores) - 1
+    old = [j for j, stage in enumerate(learnt_at) if stage < last]
+    ahead = [j for j, stage in enumerate(learnt_at) if stage >= 2]
+    backward = _known([scores[last, j] - scores[learnt_at[j], j] for j in old])
+    forward = _known([scores[learnt_at[j] - 1, j] - scores[0, j] for j in ahead])
+    best = _known([np.nanmax(scores[learnt_at[j] : last, j]) - scores[last, j] for j in old if last > learnt_at[j]])
+    final = _known(list(scores[last]))
+
+    def mean(values: list[float]) -> float | None:
+        return float(np.mean(values)) if values else None
+
+    return Summary(
+        accuracy=mean(final) if final else float("nan"),
+        backward_transfer=mean(backward),
+        forward_transfer=mean(forward),
+        forgetting=mean(best),
+        denominators={
+            "ACC": f"{len(final)} sets",
+            "BWT": f"{len(backward)} sets learnt before the last stage",
+            "FWT": f"{len(forward)} sets learnt in stage 2 or later",
+            "FM": f"{len(best)} sets learnt before the last stage",
+        },
+    )
+
+
+def _known(values: list[float]) -> list[float]:
+    return [float(v) for v in values if not np.isnan(v)]

@@ -1,0 +1,114 @@
+"""Which stages led to a model, and what did each of them do to every held-out set?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from postgrad.errors import StageError
+from postgrad.lineage.forgetting import summarise
+from postgrad.lineage.record import Record, read_record
+
+Score = Callable[[Path, str], float | None]
+
+
+def chain(run: Path) -> list[tuple[Path, Record]]:
+    """The runs from the first stage to `run`, each with its record.
+
+    A parent is looked up where the record says, relative to the child's own folder when it has moved along. Raises
+    `StageError` when a parent is gone or is no longer what it was.
+    """
+    out: list[tuple[Path, Record]] = []
+    here: Path | None = run.resolve()
+    while here is not None:
+        if any(here == path for path, _ in out):
+            raise StageError("the lineage goes in a circle", where=str(here))
+        record = read_record(here)
+        out.append((here, record))
+        parents = record.get("parents", [])
+        here = _parent(here, parents[0]) if parents else None
+    return out[::-1]
+
+
+def _parent(child: Path, parent: dict[str, Any]) -> Path:
+    for place in (Path(parent["path"]), child / parent["relative"]):
+        if (place / "record.json").exists():
+            found = read_record(place.resolve())
+            if found.get("id") != parent["id"]:
+                raise StageError(
+                    f"{place} is no longer the run that {child.name} started from",
+                    where="lineage",
+                    expected=f"the run with id {parent['id']}, met {found.get('id')}",
+                )
+            return place.resolve()
+    raise StageError(
+        f"the parent of {child.name} is gone", where="lineage", expected=f"a run folder at {parent['path']}"
+    )
+
+
+def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float | None]) -> dict[str, Any]:
+    """The matrix of a lineage: losses (nats per token) of each model on each set, and its summary.
+
+    Row 0 is the model the first stage started from. A cell that no record holds is asked of `missing(row, set)`.
+    """
+    names: list[str] = []
+    learnt_at: dict[str, int] = {}
+    for i, (_, record) in enumerate(stages, start=1):
+        for name, change in record.get("changes", {}).items():
+            key = set_key(record, name)
+            if key not in names:
+                names.append(key)
+                learnt_at[key] = i if change["role"] == "learned" else 0
+    losses = np.full((len(stages) + 1, len(names)), np.nan)
+    for i, (_, record) in enumerate(stages, start=1):
+        for name in record.get("changes", {}):
+            j = names.index(set_key(record, name))
+            losses[i - 1, j] = record["scores"]["before"][name]["nats"]
+            losses[i, j] = record["scores"]["after"][name]["nats"]
+    for i, j in zip(*np.nonzero(np.isnan(losses)), strict=True):
+        value = missing(int(i), names[int(j)])
+        losses[i, j] = np.nan if value is None else value
+    summary = summarise(-losses, [learnt_at[n] for n in names])
+    titles = [n.split(":", 1)[0] for n in names]
+    doubled = {t for t in titles if titles.count(t) > 1}
+    return {
+        "stages": [
+            {
+                "name": "start",
+                "path": stages[0][1]["model"]["start"],
+                "model": stages[0][1]["model"]["start"],
+                "tokens": 0,
+            },
+            *(
+                {
+                    "name": record["name"],
+                    "path": str(path),
+                    "model": record["model"]["start"],
+                    "created": record["created"],
+                    "tokens": record["achieved"]["tokens"],
+                }
+                for path, record in stages
+            ),
+        ],
+        "sets": [
+            {"name": f"{t}-{n.split(':', 1)[1][:6]}" if t in doubled else t, "learnt_at": learnt_at[n]}
+            for t, n in zip(titles, names, strict=True)
+        ],
+        "R": [[None if np.isnan(x) else float(x) for x in row] for row in losses],
+        "summary": {
+            "ACC": summary.accuracy,
+            "BWT": summary.backward_transfer,
+            "FWT": summary.forward_transfer,
+            "forgetting": summary.forgetting,
+            "denominators": asdict(summary)["denominators"],
+        },
+    }
+
+
+def set_key(record: Record, name: str) -> str:
+    """`name:fingerprint` of a held-out set: the same text under the same name is one column."""
+    return f"{name}:{record['fingerprints']['sets'][name]}"
