@@ -1,0 +1,57 @@
+"""What does a model write? Greedy continuations of held-out beginnings, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from postgrad.evaluation.likelihood import HeldOut
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 48
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The beginning of a held-out document and how it really goes on."""
+
+    set: str
+    ids: np.ndarray
+    reference: np.ndarray
+
+
+def prompts(held_out: HeldOut, count: int) -> list[Prompt]:
+    """The beginnings of the first documents that are long enough."""
+    long = [d for d in held_out.documents if len(d) >= PROMPT_TOKENS + 8]
+    return [
+        Prompt(held_out.name, d[:PROMPT_TOKENS], d[PROMPT_TOKENS : PROMPT_TOKENS + NEW_TOKENS]) for d in long[:count]
+    ]
+
+
+@torch.no_grad()
+def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[Prompt]) -> list[str]:
+    """The model's greedy continuation of each prompt, as text."""
+    out = []
+    was_training = model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        for prompt in wanted:
+            ids = torch.from_numpy(prompt.ids.astype(np.int64))[None].to(next(model.parameters()).device)
+            written = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )
+            out.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+    model.train(was_training)
+    return out
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
+    """Ids as text."""
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=True)

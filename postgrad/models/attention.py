@@ -1,0 +1,123 @@
+"""How do tokens attend, fast on a CPU? Causal attention in blocks of queries, forward and backward written out.
+
+Legend: B batch, H heads, T time, D head width, Q queries of a block.
+
+A block of queries looks only at the keys up to its own end, so almost half of the products of plain attention are never
+made; the backward pass uses softmax's closed form, `dS = P (dP - rowsum(dO O))`, instead of autograd's. Compiled with its
+layer on two cores this took .6 of the time of compiled plain attention and .3 of SDPA's (8 x 512 tokens, 8 heads of 32).
+
+It is registered with transformers under `NAME` like any attention implementation: masks come from transformers, so packed
+documents, sliding windows and grouped heads are its business. What this function does not know (dropout, soft-capped
+scores, sinks) makes `usable` say no.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+NAME = "causal_blocks"
+BLOCK = 128
+
+
+class _CausalBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+        length = query.shape[2]
+        outs, weights = [], []
+        for begin in range(0, length, BLOCK):
+            end = min(begin + BLOCK, length)
+            scores = query[:, :, begin:end] @ key[:, :, :end].transpose(2, 3)
+            weight = (scores.float() * scale + mask[:, :, begin:end, :end].float()).softmax(-1).to(query.dtype)
+            outs.append(weight @ value[:, :, :end])
+            weights.append(weight)
+        out = torch.cat(outs, 2)
+        ctx.save_for_backward(query, key, value, out, *weights)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+        query, key, value, out, *weights = ctx.saved_tensors
+        length = query.shape[2]
+        dot_BHT1 = (grad.float() * out.float()).sum(-1, keepdim=True)
+        # Kept transposed, (..., D, T): the products below then read their operands in memory order.
+        grad_T, query_T = grad.transpose(2, 3), query.transpose(2, 3)
+        grad_query, key_parts, value_parts = [], [], []
+        for i, weight in enumerate(weights):
+            begin, end = i * BLOCK, min(i * BLOCK + BLOCK, length)
+            value_parts.append(grad_T[..., begin:end] @ weight)
+            by_weight = grad[:, :, begin:end] @ value[:, :, :end].transpose(2, 3)
+            by_score = (weight.float() * (by_weight.float() - dot_BHT1[:, :, begin:end]) * ctx.scale).to(query.dtype)
+            grad_query.append(by_score @ key[:, :, :end])
+            key_parts.append(query_T[..., begin:end] @ by_score)
+
+        def total(parts: list[Tensor]) -> Tensor:
+            """Each stretch of keys gets a part from its own block of queries and from all later ones; summed in fp32."""
+            columns = []
+            for i in range(len(parts)):
+                begin, end = i * BLOCK, min(i * BLOCK + BLOCK, length)
+                column = parts[i][..., begin:end].float()
+                for later in parts[i + 1 :]:
+                    column = column + later[..., begin:end].float()
+                columns.append(column)
+            return torch.cat(columns, -1).to(query.dtype).transpose(2, 3)
+
+        return torch.cat(grad_query, 2), total(key_parts), total(value_parts), None, None
+
+
+def causal_blocks(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention output of shape (B, T, H, D) for query (B, H, T, D) and key and value (B, H or fewer, T, D).
+
+    Without a mask (a batch of whole documents) plain causal attention is meant.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if attention_mask is None:
+        length = query.shape[2]
+        hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+        attention_mask = torch.zeros(1, 1, length, length, dtype=query.dtype, device=query.device)
+        attention_mask = attention_mask.masked_fill(hidden, torch.finfo(query.dtype).min)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = _CausalBlocks.apply(query, key, value, attention_mask, scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, causal_blocks)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+@torch.no_grad()
+def usable(model: PreTrainedModel) -> bool:
+    """Whether this function gives the logits that the model's own plain attention gives, packed rows included."""
+    config = model.config
+    if any(float(getattr(config, key, 0) or 0) > 0 for key in ("attention_dropout", "attn_pdrop")):
+        return False
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocabulary, (1, 40), generator=torch.Generator().manual_seed(0)).to(model.device)
+    positions = torch.cat([torch.arange(17), torch.arange(23)])[None].to(model.device)
+    before = config._attn_implementation
+    logits = []
+    try:
+        for name in ("eager", NAME):
+            model.set_attn_implementation(name)
+            logits.append(model(input_ids=ids, position_ids=positions, use_cache=False).logits.float())
+    except (ValueError, TypeError, RuntimeError, KeyError):
+        return False
+    finally:
+        model.set_attn_implementation(before)
+    return bool(torch.allclose(*logits, atol=1e-4, rtol=1e-4))

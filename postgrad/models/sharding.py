@@ -1,0 +1,56 @@
+"""How is a model laid over machines and memory? FSDP2, activation checkpointing and compilation, all torch's own."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from postgrad.models.pretrained import CausalModel, layers_of
+
+
+def checkpoint_activations(model: CausalModel) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+    model.pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def compile_layers(model: CausalModel) -> None:
+    """Compile each block in place: as fast as compiling the whole model, and compiled once for all blocks.
+
+    Beside the blocks, the body's other parts that stand behind them (a final norm) are small and worth it too.
+    """
+    stack = layers_of(model.pretrained)
+    for layer in stack:
+        layer.compile(dynamic=False)
+    for name, part in model.body.named_children():
+        if "norm" in name or name.startswith("ln"):
+            part.compile(dynamic=False)
+
+
+def shard(model: CausalModel, ranks: int, compute: torch.dtype) -> None:
+    """Shard weights, gradients and optimizer state over all ranks (FSDP2), fp32 shards and `compute` arithmetic.
+
+    Losses are sums divided once by the global count of trained tokens, so gradients are summed over ranks and never
+    averaged: the implicit division of data parallelism is switched off.
+    """
+    kind = next(model.parameters()).device.type
+    mesh = init_device_mesh(kind, (ranks,))
+    policy = (
+        MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        if compute != torch.float32
+        else MixedPrecisionPolicy()
+    )
+    modules: list[torch.nn.Module] = [*layers_of(model.pretrained), model]
+    for module in modules:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no pre-multiplied sum.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def synchronise_gradients(model: torch.nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass sums gradients over ranks (only the last micro-batch needs to)."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)

@@ -1,0 +1,66 @@
+"""How much memory does a training step take? An estimate from shapes, for the plan.
+
+Legend: N weights, B rows at once, T positions, D width, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the estimates need to know of a model."""
+
+    parameters: int
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by what they are for."""
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.moments + self.activations
+
+
+def estimate(
+    shape: Shape, *, rows: int, length: int, bf16: bool, checkpointing: bool, sdpa: bool, ranks: int = 1
+) -> Memory:
+    """Bytes a device holds during a step, state sharded over `ranks`.
+
+    Activations follow Korthikanti et al. 2022 (arXiv 2205.05198, equation 2), with the feed-forward's real width: about
+    `B T (10 D + 3 I)` numbers a layer beside attention scores `B h T^2`, which SDPA does not keep.
+    """
+    item = 2 if bf16 else 4
+    n = shape.parameters // ranks
+    per_layer = rows * length * (10 * shape.width + 3 * shape.inner) * item
+    if not sdpa:
+        per_layer += rows * shape.heads * length * length * (2 * item)
+    kept = rows * length * shape.width * item * shape.layers + per_layer if checkpointing else per_layer * shape.layers
+    return Memory(
+        weights=4 * n + (2 * n if bf16 else 0),
+        gradients=4 * n + (2 * n if bf16 else 0),
+        moments=8 * n,
+        activations=kept + (1 << 25) * 6,  # the loss works on chunks of logits of about this size
+    )
+
+
+def readable(count: float) -> str:
+    """Bytes for people: 512 MB, 1.4 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -1,0 +1,71 @@
+"""Where are a run's checkpoints, which one is the newest that is whole, and which may go?"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from postgrad.errors import CheckpointError, DiskError
+from postgrad.publish import publish, remove, sweep, verify
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints, `step-00000100` and so on."""
+
+    def __init__(self, folder: Path, keep: int | None) -> None:
+        """`keep`: how many of the newest stay (None: all)."""
+        self.folder, self.keep = folder, keep
+
+    def place(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.folder / f"step-{step:08d}"
+
+    def all(self) -> list[Path]:
+        """Every checkpoint's folder, oldest first."""
+        return sorted(self.folder.glob("step-*"))
+
+    def newest(self, warn: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that is whole. One that is not is said, left where it is, and passed over.
+
+        Raises `CheckpointError` when there are checkpoints and none is whole: nothing is trained again silently.
+        """
+        sweep(self.folder)
+        trouble: CheckpointError | None = None
+        for place in reversed(self.all()):
+            try:
+                verify(place)
+                return place
+            except CheckpointError as error:
+                warn(f"{error}; falling back to the checkpoint before it")
+                trouble = error
+        if trouble:
+            raise CheckpointError(
+                "no checkpoint of this run is whole",
+                where=str(self.folder),
+                way_out="remove the checkpoints folder to train this stage from its beginning",
+            ) from trouble
+        return None
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Publish a checkpoint, then let the oldest go; a step that is there already is left alone."""
+        place = self.place(step)
+        if not place.exists():
+            publish(place, write)
+        if self.keep is not None:
+            for old in self.all()[: -self.keep]:
+                remove(old)
+        return place
+
+    def require_room(self, needed: int) -> None:
+        """Raise `DiskError` before any work is done when a checkpoint of `needed` bytes would not fit beside the kept ones."""
+        existing = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        # One more than is kept exists while a new one is published.
+        room = needed * max(1, (self.keep or 1) + 1 - len(self.all()))
+        if free < room:
+            raise DiskError(
+                f"the checkpoints of this run need {room:,} bytes and {free:,} are free",
+                where=str(self.folder),
+                way_out="make room, set `save.keep: 1`, or put `output` on another disk",
+            )

@@ -1,0 +1,73 @@
+"""What does a checkpoint hold? Weights, moments, and a handful of integers; everything else follows from the step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from postgrad.models.pretrained import save_pretrained
+from postgrad.training.optimizer import load_whole
+from postgrad.training.step import Run
+
+STATE = "state.json"
+MOMENTS = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. The order of the data, the rate and the random numbers are functions of `step`."""
+
+    step: int
+    trained: int
+    trained_by_source: dict[str, int]
+    updates: int
+    rate: float
+    """The learning rate of this step; an anneal branched from here starts with it."""
+    stage: str
+    """The fingerprint of the stage this belongs to."""
+
+
+def write_state(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase, stage: str) -> None:
+    """Write a checkpoint's files: a plain Hugging Face folder (fp32 weights), the moments, and `state.json`."""
+    state, moments = run.weights.whole_state(), run.optimizer.moments()
+    if not run.world.main:
+        return
+    save_pretrained(run.model.pretrained, tokenizer, folder, dtype=torch.float32, state=state)
+    save_file({name: t.contiguous() for name, t in moments.items()}, folder / MOMENTS)
+    by_source = dict(zip(run.sources, (int(n) for n in run.trained_by_source), strict=True))
+    progress = Progress(run.step, run.trained, by_source, run.optimizer.updates(), run.schedule(run.step), stage)
+    (folder / STATE).write_text(json.dumps(asdict(progress), indent=1))
+
+
+def read_progress(folder: Path) -> Progress:
+    """The integers of a checkpoint."""
+    return Progress(**json.loads((folder / STATE).read_text()))
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint's fp32 weights by name, whole (all its safetensors files)."""
+    out: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        out.update(load_file(path))
+    return out
+
+
+def read_moments(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint's moments by name."""
+    return load_file(folder / MOMENTS)
+
+
+def restore(run: Run, folder: Path) -> None:
+    """Put a run where its checkpoint was."""
+    progress = read_progress(folder)
+    load_whole(run.weights, read_weights(folder))
+    run.optimizer.restore(read_moments(folder), progress.updates)
+    run.step, run.trained = progress.step, progress.trained
+    for k, name in enumerate(run.sources):
+        run.trained_by_source[k] = progress.trained_by_source[name]

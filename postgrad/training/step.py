@@ -1,0 +1,116 @@
+"""One move of the weights: read, weigh, divide once, check, clip, move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from postgrad.data.batch import Batch
+from postgrad.errors import NonFiniteError
+from postgrad.models.pretrained import CausalModel
+from postgrad.models.sharding import synchronise_gradients
+from postgrad.objectives.objective import Objective
+from postgrad.schedules import Schedule
+from postgrad.training.optimizer import AdamW, Weights
+from postgrad.training.world import World
+
+
+@dataclass
+class Run:
+    """Everything a step needs, put together by the stage."""
+
+    model: CausalModel
+    weights: Weights
+    optimizer: AdamW
+    objectives: Sequence[Objective]
+    schedule: Schedule
+    world: World
+    sources: Sequence[str]
+    clip: float
+    seed: int
+    step: int = 0
+    trained: int = 0
+    trained_by_source: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did: mean losses per trained token in nats, the rate, the gradient's norm before clipping."""
+
+    step: int
+    tokens: int
+    trained: int
+    loss: float
+    losses: dict[str, float]
+    by_source: dict[str, tuple[float, int]]
+    rate: float
+    gradient_norm: float
+
+
+def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
+    """Weigh the tokens of one global batch and move the weights once.
+
+    Every objective is a sum over tokens, divided by one count: the trained tokens of the whole global batch. So it makes
+    no difference how the batch is cut into micro-batches or spread over ranks. Raises `NonFiniteError`, on all ranks
+    together and before any weight has moved, when the loss or the gradient is not finite.
+    """
+    step = run.step + 1
+    # Drawn anew each step from (seed, step, rank): nothing random is ever saved or restored.
+    torch.manual_seed(_seed(run.seed, step, run.world.rank))
+    counts = torch.zeros(len(run.sources), dtype=torch.int64)
+    for batch in micro_batches:
+        counts += torch.bincount(
+            torch.from_numpy(batch.source_B), torch.from_numpy(batch.counted_B), len(run.sources)
+        ).long()
+    counts = run.world.total(counts.to(run.world.device)).cpu()
+    counted = int(counts.sum())
+
+    sums = torch.zeros(len(run.objectives), dtype=torch.float64, device=run.world.device)
+    by_source = torch.zeros(len(run.sources), dtype=torch.float64, device=run.world.device)
+    for index, batch in enumerate(micro_batches):
+        batch = batch.to(run.world.device)
+        synchronise_gradients(run.model, index == len(micro_batches) - 1)
+        output = run.model(batch.ids_BT, batch.positions_BT)
+        weighed = [objective(output, batch) for objective in run.objectives]
+        torch.stack([loss for loss, _ in weighed]).sum().div(counted).backward()
+        run.weights.collect()
+        sums += torch.stack([loss.detach().double() for loss, _ in weighed])
+        rows_B = torch.stack([rows for _, rows in weighed]).sum(0).double()
+        by_source.index_add_(0, torch.from_numpy(batch.source_B).to(rows_B.device), rows_B)
+
+    run.world.total(sums)
+    run.world.total(by_source)
+    norm = run.weights.gradient_norm()
+    loss, gradient_norm = float(sums.sum()) / counted, float(norm)
+    if run.world.any(not (np.isfinite(loss) and np.isfinite(gradient_norm))):
+        run.weights.clear()
+        raise NonFiniteError(
+            f"the loss is {loss} and the gradient's norm {gradient_norm} at step {step}; no weight was moved",
+            where="training",
+            way_out="lower schedule.peak, or look at the rows of this step; the same command resumes from the last checkpoint",
+        )
+    if gradient_norm > run.clip:
+        run.weights.scale_gradients(run.clip / gradient_norm)
+    rate = run.schedule(step)
+    run.optimizer.step(rate)
+
+    run.step = step
+    run.trained += counted
+    run.trained_by_source += counts.numpy()
+    return StepReport(
+        step=step,
+        tokens=counted,
+        trained=run.trained,
+        loss=loss,
+        losses={o.name: float(s) / counted for o, s in zip(run.objectives, sums, strict=True)},
+        by_source={name: (float(by_source[k]), int(counts[k])) for k, name in enumerate(run.sources) if counts[k]},
+        rate=rate,
+        gradient_norm=gradient_norm,
+    )
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,71 @@
+"""How many processes train together, and what do they agree on? One process: everything here is a no-op."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers (started by `torchrun`), or alone."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> World:
+        """Join the group that the environment of `torchrun` names; without one, be alone."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1 and "RANK" not in os.environ:
+            return cls(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        return cls(device, dist.get_rank(), dist.get_world_size())
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a process group exists (also with one rank, so that the path can be tested)."""
+        return dist.is_initialized()
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def count(self, value: int) -> int:
+        """Sum of an integer over ranks."""
+        return value if self.size == 1 else int(self.total(torch.tensor(value, device=self.device)))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; every rank gets the same answer."""
+        return flag if self.size == 1 else bool(self.count(int(flag)))
+
+    def gathered(self, value: object) -> list[object]:
+        """`value` of every rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        out: list[object] = [None] * self.size
+        dist.all_gather_object(out, value)
+        return out
+
+    def wait(self) -> None:
+        """Meet the others."""
+        if self.size > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """Leave the group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
