@@ -1,0 +1,5 @@
+"""`python -m postgrad`, also for `torchrun -m postgrad`."""
+
+from postgrad.cli import main
+
+main()

@@ -1,0 +1,278 @@
+"""The verbs of the command line: each parses words and calls one function. Nothing heavy is imported before it is needed.
+
+Exit codes: 0 done, 1 something failed, 2 bad use or bad input, 3 stopped by the user, 4 the retention gate failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from postgrad import __version__
+from postgrad.errors import MissingExtra, PostgradError
+
+app = typer.Typer(
+    name="postgrad",
+    help="Continue a language model's training on new text, keep what it knew, and prove both.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+StageFile = Annotated[Path, typer.Argument(help="The stage file (YAML).", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, as many as you like.", show_default=False)]
+
+
+def cache_folder() -> Path:
+    """Where token stores and scores are kept between runs: $POSTGRAD_CACHE, or ~/.cache/postgrad."""
+    named = os.environ.get("POSTGRAD_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "postgrad"
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where everything is put.")] = Path("postgrad-demo"),
+    as_json: Json = False,
+) -> None:
+    """See a model learn, forget and be cured: offline, in about two minutes."""
+    from postgrad.demo import run_demo
+
+    found = run_demo(folder, as_json=as_json)
+    _print(found, as_json, found.pop("text"))
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="The stage's name; NAME.yaml is written.", show_default=False)],
+    data: Annotated[str, typer.Option(help="The new text: a file, folder or glob.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="The model to continue: a folder, a run or a Hub name.", show_default=False)
+    ],
+    replay: Annotated[str | None, typer.Option(help="Old text to replay.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite NAME.yaml.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a stage file for your model and text, each key explained."""
+    from postgrad.stages.init import write_stage
+
+    found = write_stage(Path(f"{name}.yaml"), data=data, model=model, replay=replay, cache=cache_folder(), force=force)
+    _print(found, as_json, found.pop("text"))
+
+
+@app.command()
+def check(stage: StageFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a stage and print its plan: tokens by source, passes, the learning rate, memory and time."""
+    from postgrad.stages.check import check_stage
+
+    plan = _plan(stage, overrides, as_json)
+    found = check_stage(plan)
+    _print(found, as_json, found.pop("text") + f"\nnext: {_command('train', stage, overrides)}")
+
+
+@app.command()
+def train(stage: StageFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Carry out a stage. Ctrl-C saves and stops; the same command goes on."""
+    from postgrad.screen import screen_for, watch
+    from postgrad.stages.finish import outcome_text
+    from postgrad.stages.run import Finished, Stopped, run_stage
+
+    plan = _plan(stage, overrides, as_json)
+    command = _command("train", stage, overrides)
+    try:
+        outcome = watch(run_stage(plan, command=command, cache=cache_folder()), screen_for(as_json))
+    except KeyboardInterrupt:
+        print(f"stopped at once; go on from the last checkpoint with: {command}", file=sys.stderr)
+        raise typer.Exit(3) from None
+    match outcome:
+        case Stopped(step, steps):
+            _print(
+                {"status": "stopped", "step": step, "steps": steps, "next": command},
+                as_json,
+                f"stopped and saved at step {step:,} of {steps:,}\nnext: {command}",
+            )
+            raise typer.Exit(3)
+        case Finished(record, place, _):
+            _print(record, as_json, outcome_text(outcome))
+            if record["status"] == "gate-failed":
+                raise typer.Exit(4)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.", show_default=False)],
+    files: Annotated[list[str], typer.Argument(help="Text to score.", show_default=False)],
+    context: Annotated[
+        int | None, typer.Option(help="Tokens the model sees at once; default: its own, at most 1024.")
+    ] = None,
+    documents: Annotated[
+        str, typer.Option(help="What a document is in a text file: auto, file, passages, paragraphs, lines.")
+    ] = "auto",
+    column: Annotated[str | None, typer.Option(help="The column that holds the text.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Score any causal model on text: nats per token, perplexity, bits per byte, with intervals."""
+    from postgrad.stages.score import evaluate_files
+
+    found = evaluate_files(model, files, context=context, documents=documents, column=column, cache=cache_folder())
+    _print(found, as_json, found.pop("text"))
+
+
+@app.command()
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(help="Runs of one start model, or any models (with --on).", show_default=False)
+    ],
+    on: Annotated[
+        list[str] | None, typer.Option(help="Text to compare on; left out: what the runs held out.", show_default=False)
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page that shows the runs side by side.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Set runs or models side by side, with paired intervals."""
+    from postgrad.stages.score import compare_models, compare_runs
+
+    if on:
+        found = compare_models(models, on, cache=cache_folder())
+    else:
+        found = compare_runs([Path(m) for m in models], report)
+    _print(found, as_json, found.pop("text"))
+
+
+@app.command()
+def lineage(
+    run: Annotated[Path, typer.Argument(help="The last run of the lineage.", show_default=False)],
+    report: Annotated[Path | None, typer.Option(help="Write the page here.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the stages that led to a run, and what each did to every held-out set (R matrix, BWT, FWT, forgetting)."""
+    from postgrad.stages.score import show_lineage
+
+    found = show_lineage(run, report, cache=cache_folder())
+    _print(found, as_json, found.pop("text"))
+
+
+@app.command(name="report")
+def write_report(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)], as_json: Json = False
+) -> None:
+    """Write a run's page anew, also of one that is still going on."""
+    from postgrad.reports.renew import renew
+
+    place = renew(run)
+    _print({"report": str(place)}, as_json, f"{place}\nnext: open it in a browser")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.", show_default=False)],
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="The text to go on from; left out: one is asked for, again and again.", show_default=False),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this share.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    beside: Annotated[
+        str | None, typer.Option(help="A second model that goes on from the same text.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Let a model write; with --beside, two of them."""
+    from postgrad.stages.write import chat, write_once
+
+    options = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    models = [model, beside] if beside else [model]
+    if prompt is None:
+        chat(models, **options)
+        return
+    found = write_once(models, prompt, **options)
+    _print(found, as_json, found.pop("text"))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run, a checkpoint or a model.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="The Hugging Face folder to make; must not exist.", show_default=False)
+    ],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as it is stored).")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make a plain Hugging Face folder, and check that plain transformers reads the same logits from it."""
+    from postgrad.stages.write import export_model
+
+    found = export_model(run, folder, dtype)
+    _print(found, as_json, found.pop("text"))
+
+
+def _plan(stage: Path, overrides: list[str] | None, as_json: bool) -> Any:
+    from postgrad.stages.stage import load_stage
+
+    spec = load_stage(stage, overrides)
+    _require_training()
+    from postgrad.screen import screen_for
+    from postgrad.stages.plan import make_plan
+
+    screen = screen_for(as_json)
+    try:
+        return make_plan(spec, stage.resolve().parent, cache_folder(), screen.reading)
+    finally:
+        screen.close()
+
+
+def _require_training() -> None:
+    from importlib.util import find_spec
+
+    for package in ("torch", "transformers", "safetensors", "tokenizers"):
+        if find_spec(package) is None:
+            raise MissingExtra(f"this command needs {package}", way_out="pip install 'postgrad[train]'")
+
+
+def _command(verb: str, stage: Path, overrides: list[str] | None) -> str:
+    return shlex.join(["postgrad", verb, str(stage), *(overrides or [])])
+
+
+def _print(found: dict[str, Any], as_json: bool, text: str) -> None:
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(text)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"postgrad {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; errors of ours are told without a traceback."""
+    _guarded(app)
+
+
+def _guarded(run: Callable[[], object]) -> None:
+    try:
+        run()
+    except PostgradError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""What is said when a stage has ended?"""
+
+from __future__ import annotations
+
+from postgrad.reports import tables
+from postgrad.stages.run import MODEL, REPORT, Finished
+
+
+def outcome_text(outcome: Finished) -> str:
+    """The scores, the gate, where everything lies, and the next command."""
+    record, place = outcome.record, outcome.place
+    lines = ["this stage was already complete", ""] if outcome.already else [""]
+    lines.append(tables.score_table(record, brief=True).text())
+    gate = record.get("gate")
+    if gate:
+        worst = gate["worst"]
+        verdict = "passed" if gate["passed"] else "FAILED"
+        lines.append(
+            f"\nretention gate {verdict}: the loss on {worst['set']} rose by {worst['rise']:+.2%} "
+            f"(upper end {worst['high']:+.2%}), allowed {gate['max_forgetting']:.2%}"
+        )
+    lines += ["", f"model:  {place / MODEL}", f"report: {place / REPORT}"]
+    following = f"postgrad generate {place}" if record["status"] == "finished" else f"postgrad compare {place}"
+    return "\n".join([*lines, f"next: {following}"])

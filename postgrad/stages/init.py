@@ -1,0 +1,112 @@
+"""What should a first stage look like? A stage file for the user's model and text, each key explained."""
+
+from __future__ import annotations
+
+import re
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from postgrad.data.formats import read_documents
+from postgrad.data.sources import Source as Files
+from postgrad.data.tokenize import build_store
+from postgrad.errors import StageError
+from postgrad.models.pretrained import load_tokenizer, locate
+from postgrad.planning.memory import readable
+from postgrad.publish import write_atomically
+from postgrad.stages.plan import make_encoder
+
+_SHARE = 0.10
+
+_TEMPLATE = """\
+# {name}: continue {model} on {data}
+#   check:  postgrad check {file}
+#   train:  postgrad train {file}      (Ctrl-C saves; the same command goes on)
+name: {name}
+model: {model}
+tokens: {tokens}                # the budget in trained tokens, replay included: {why}
+data:
+  sequence_length: {length}        # tokens in a row; at most the model's {positions} positions
+  sources:
+    - {{name: new, path: {data}{new_share}{new_held}}}
+{replay}schedule:
+  kind: rewarm                  # warm up, then cosine to the floor; others: infinite, wsd, from-floor, constant
+  peak: {peak}                 # higher learns more and forgets more
+  floor: {floor}
+  warmup: 1%
+batch:
+  sequences: {sequences}                 # rows in a step: {step_tokens} tokens
+evaluation: {{every: 10%}}        # the held-out part of each source is scored before, during and after{retained}
+# max_forgetting: 2%            # fail (exit code 4) when the loss on retained text rises by more
+"""
+
+
+def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache: Path, force: bool) -> dict[str, Any]:
+    """Look at the model and the text and write a stage file. Raises `StageError` when the file is there."""
+    if place.exists() and not force:
+        raise StageError(f"{place} is there already", where="init", way_out="choose another name, or give --force")
+    name = place.stem
+    if not re.fullmatch(r"[\w.\-]+", name):
+        raise StageError(
+            f"{name!r} cannot name a run folder", where="init", expected="letters, digits, '.', '_' and '-'"
+        )
+    root = place.resolve().parent
+    start = locate(model, root)
+    config = AutoConfig.from_pretrained(start.source)
+    encoder = make_encoder(load_tokenizer(start), int(config.vocab_size))
+    positions = getattr(config, "max_position_embeddings", None) or 1024
+    store = build_store(Files("new", data, root=root, where="--data"), encoder, cache)
+    samples = [
+        " ".join((document.text or str(list((document.ids or [])[:20]))).split())[:100]
+        for document in islice(read_documents(Files("new", data, root=root, where="--data")), 3)
+    ]
+    lines, share = "", 1.0
+    if replay:
+        build_store(Files("replay", replay, root=root, where="--replay"), encoder, cache)
+        share = 1 - _SHARE
+        lines = f"    - {{name: replay, path: {replay}, share: {_SHARE:.0%}, role: replay}}   # old text, against forgetting\n"
+    else:
+        lines = (
+            "    # Without old text the model forgets. Uncomment and name some of what it was trained on:\n"
+            "    # - {name: replay, path: old-text/*.jsonl, share: 10%, role: replay}    # and give `new` a share of 90%\n"
+        )
+    tokens = max(1000, round(store.tokens * 0.98 / share))
+    length = min(1024, positions)
+    sequences = max(1, min(32, tokens // (length * 50)))
+    text = _TEMPLATE.format(
+        name=name,
+        model=model,
+        data=data,
+        file=place.name,
+        tokens=_rounded(tokens),
+        why="about one pass over the new text",
+        length=length,
+        positions=f"{positions:,}",
+        new_share=f", share: {share:.0%}" if replay else "",
+        new_held="",
+        replay=lines,
+        peak="2.0e-5",
+        floor="2.0e-6",
+        sequences=sequences,
+        step_tokens=f"{sequences * length:,}",
+        retained="" if replay else "\n  # retained: [old-heldout.jsonl]   # old text, to see what is forgotten",
+    )
+    write_atomically(place, text)
+    said = [
+        f"{data}: {len(store):,} documents, {store.tokens:,} tokens, {readable(store.bytes)} ({store.kind})",
+        *(f"  {i}. {sample}" for i, sample in enumerate(samples, 1)),
+        f"wrote {place}",
+        f"next: postgrad check {place}",
+    ]
+    return {"text": "\n".join(said), "stage": str(place), "documents": len(store), "tokens": store.tokens}
+
+
+def _rounded(tokens: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= 10 * size:
+            return f"{tokens / size:.0f}{unit}"
+        if tokens >= size:
+            return f"{tokens / size:.1f}{unit}"
+    return str(tokens)

@@ -1,0 +1,126 @@
+"""What did a stage bring and cost? Scores before and after on the same documents, their changes, and the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from postgrad.evaluation.likelihood import HeldOut, Scores, score
+from postgrad.lineage.fingerprint import fingerprint
+from postgrad.lineage.forgetting import Change, paired_change
+from postgrad.models.pretrained import CausalModel
+from postgrad.publish import write_atomically
+from postgrad.training.world import World
+
+AllScores = dict[str, Scores]
+
+
+def measure(
+    model: CausalModel,
+    sets: Iterable[HeldOut],
+    *,
+    context: int,
+    world: World,
+    identity: str | None = None,
+    cache: Path | None = None,
+) -> AllScores:
+    """Score every set. With the model's `identity` (a fingerprint) scores are kept in, and taken from, the cache."""
+    out: AllScores = {}
+    for held_out in sets:
+        place = None
+        if identity and cache:
+            key = fingerprint([identity, held_out.fingerprint, context, len(held_out.documents)])
+            place = cache / "scores" / f"{key}.npz"
+            if place.exists():
+                out[held_out.name] = read_scores(place)[held_out.name]
+                continue
+
+        def share(parts: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+            return [part for rank in world.gathered(parts) for part in rank]  # type: ignore[attr-defined]
+
+        out[held_out.name] = score(model, held_out, context=context, share=share, rank=world.rank, ranks=world.size)
+        if place and world.main:
+            write_scores(place, {held_out.name: out[held_out.name]})
+    return out
+
+
+def write_scores(path: Path, scores: Mapping[str, Scores]) -> None:
+    """Every document's nats, tokens and bytes, by set, as one .npz file."""
+    import io
+
+    buffer = io.BytesIO()
+    np.savez(buffer, **{f"{name}/{key}": value for name, s in scores.items() for key, value in asdict(s).items()})
+    write_atomically(path, buffer.getvalue())
+
+
+def read_scores(path: Path) -> AllScores:
+    """What `write_scores` wrote."""
+    with np.load(path, allow_pickle=False) as stored:
+        names = sorted({key.rsplit("/", 1)[0] for key in stored.files})
+        return {
+            name: Scores(**{k: stored[f"{name}/{k}"] for k in ("document_W", "nats_W", "tokens_W", "bytes_N")})
+            for name in names
+        }
+
+
+def change(before: Scores, after: Scores, vocabulary: int) -> Change:
+    """How a set's loss changed; both scores are of the same documents in the same windows."""
+    nats_before, tokens = before.per_unit()
+    nats_after, _ = after.per_unit()
+    return paired_change(
+        nats_before,
+        nats_after,
+        tokens,
+        total_bytes=int(before.bytes_N.sum()),
+        vocabulary=vocabulary,
+        units="documents" if before.units == "documents" else "windows",
+    )
+
+
+def changes(sets: Sequence[HeldOut], before: AllScores, after: AllScores, vocabulary: int) -> dict[str, dict[str, Any]]:
+    """The change of every set with its role, as plain data."""
+    return {
+        h.name: {"role": h.role, **asdict(change(before[h.name], after[h.name], vocabulary))}
+        for h in sets
+        if h.name in before and h.name in after
+    }
+
+
+def gate(found: Mapping[str, dict[str, Any]], limit: float | None) -> dict[str, Any] | None:
+    """Whether the loss of every retained set rose by at most `limit`, at the upper end of its interval."""
+    if limit is None:
+        return None
+    retained = {name: c for name, c in found.items() if c["role"] == "retained"}
+    name = max(retained, key=lambda n: retained[n]["relative_high"])
+    worst = retained[name]
+    return {
+        "max_forgetting": limit,
+        "worst": {"set": name, "rise": worst["relative"], "high": worst["relative_high"]},
+        "passed": worst["relative_high"] <= limit,
+    }
+
+
+def evaluation_row(
+    step: int, trained: int, sets: Sequence[HeldOut], before: AllScores, now: AllScores, vocabulary: int
+) -> dict[str, Any]:
+    """A line of metrics: every set's loss now and its change since the start."""
+    found = changes(sets, before, now, vocabulary)
+    return {
+        "kind": "evaluation",
+        "step": step,
+        "trained": trained,
+        "sets": {
+            name: {
+                "role": c["role"],
+                "nats": now[name].nats,
+                "change": c["difference"],
+                "low": c["low"],
+                "high": c["high"],
+            }
+            for name, c in found.items()
+        },
+    }

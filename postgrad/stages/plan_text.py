@@ -1,0 +1,59 @@
+"""How does a plan read? Texts, budget and learning-rate curve as lines of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from postgrad.stages.plan import Plan
+
+
+def plan_lines(plan: Plan, width: int = 72) -> list[str]:
+    """A plan as people read it: the texts, the budget, the curve."""
+    record = plan.as_record()
+    stage = plan.stage
+    lines = [
+        f"stage {stage.name}: {plan.start.name} -> {_short(plan.output)}",
+        f"{record['tokens']:,} trained tokens in {plan.steps:,} steps of {plan.mixture.block} rows x {plan.context} tokens",
+        "",
+        f"  {'source':<18} {'role':<7} {'kind':<9} {'documents':>10} {'trained':>13} {'share':>7} {'passes':>7}",
+    ]
+    for source in record["sources"]:
+        lines.append(
+            f"  {source['name']:<18} {source['role']:<7} {source['kind']:<9} {source['documents']:>10,} "
+            f"{source['trained']:>13,} {source['share']:>7.2%} {source['passes']:>7.2f}"
+        )
+    lines += ["", f"  {'held out':<18} {'role':<9} {'documents':>10} {'tokens':>11} {'bytes':>11}"]
+    for h in plan.held_out:
+        tokens = sum(len(d) - 1 for d in h.documents)
+        lines.append(f"  {h.name:<18} {h.role:<9} {len(h.documents):>10,} {tokens:>11,} {int(h.bytes.sum()):>11,}")
+    for name, found in plan.overlap.items():
+        lines.append(
+            f"  {name}: {found['duplicates']} exact copies in the training text (dropped there), "
+            f"{found['any']} documents share a 13-gram with it, {found['half']} at least half"
+        )
+    lines += ["", *draw(plan, width), *(f"note: {note}" for note in plan.notes)]
+    return lines
+
+
+def draw(plan: Plan, width: int = 72, height: int = 8) -> list[str]:
+    """The learning rate over the stage, as characters."""
+    shades = " ▁▂▃▄▅▆▇█"
+    points = [plan.schedule(max(1.0, (i + 0.5) / width * plan.steps)) for i in range(width)]
+    top = max(points)
+    levels = [p / top * height if top else 0 for p in points]
+    rows = []
+    for row in range(height, 0, -1):
+        cells = (min(max(level - (row - 1), 0.0), 1.0) for level in levels)
+        label = f"{top:.2e}" if row == height else ("0" if row == 1 else "")
+        rows.append(f"  {label:>9} |" + "".join(shades[round(c * 8)] for c in cells))
+    first, last = plan.schedule(1), plan.schedule(plan.steps)
+    rows.append(f"  {'rate':>9} +" + "-" * width)
+    rows.append(f"  {'':>9}  step 1: {first:.2e}".ljust(width - 12) + f"step {plan.steps:,}: {last:.2e}")
+    return rows
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,614 @@
+"""A stage, carried out: the one place where all parts meet.
+
+build or resume -> for each step: write it, look when due, save when due -> publish the model, measure, record
+
+`run_stage` is a generator of events. Whoever iterates it shows them; nothing is called back. Killed anywhere and started
+again with the same command it goes on from the newest whole checkpoint and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import fcntl
+import json
+import os
+import platform
+import signal
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+import postgrad
+from postgrad import schedules
+from postgrad.errors import BusyError, ResumeError
+from postgrad.evaluation.samples import Prompt, continuations, prompts, text_of
+from postgrad.lineage.fingerprint import differences, model_fingerprint
+from postgrad.lineage.record import RECORD, STAGE, Record, read_record, with_stage, write_record
+from postgrad.models import machine
+from postgrad.models.pretrained import (
+    CausalModel,
+    Start,
+    load_model,
+    parameters_of,
+    probe,
+    save_pretrained,
+    stored_dtype,
+)
+from postgrad.planning.execution import Execution
+from postgrad.publish import publish, sweep, verify, write_atomically
+from postgrad.reports import page
+from postgrad.stages import measure
+from postgrad.stages import stage as s
+from postgrad.stages.build import build, choose_execution, make_loader
+from postgrad.stages.plan import Plan, origin_of
+from postgrad.training.checkpoint import Checkpoints
+from postgrad.training.loop import steps
+from postgrad.training.meters import Metrics, Pace, read_metrics
+from postgrad.training.state import restore, write_state
+from postgrad.training.step import Run, StepReport
+from postgrad.training.world import World
+
+PLAN = "plan.json"
+METRICS = "metrics.jsonl"
+MODEL = "model"
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Began:
+    """The run is built; training goes on from `step`."""
+
+    plan: Plan
+    execution: Execution
+    step: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A step was made."""
+
+    report: StepReport
+    seconds: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Looked:
+    """The held-out sets were scored; `row` is the line of metrics."""
+
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint was published."""
+
+    step: int
+    place: Path
+
+
+@dataclass(frozen=True)
+class Doing:
+    """Something other than training takes a while."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something the user should know."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The user asked to stop; the run was saved at `step`."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is complete (`already`: it was before)."""
+
+    record: Record
+    place: Path
+    already: bool = False
+
+
+Event = Began | Stepped | Looked | Saved | Doing | Warned | Stopped | Finished
+
+
+def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
+    """Carry out a stage. Raises the error of whatever fails; what was trained up to the last checkpoint is kept."""
+    home = plan.output
+    world = World.join(machine.device())
+    with _alone(home, world), _Interrupt() as interrupt:
+        finished = home / RECORD
+        identity = model_fingerprint(plan.start.folder) if plan.start.folder else plan.start.name
+        fingerprints = {**plan.fingerprints(), "start_model": identity}
+        kept = _claim(home, plan, fingerprints)
+        if finished.exists() and read_record(home)["status"] != "stopped":
+            yield Finished(read_record(home), home, already=True)
+            return
+
+        yield Doing("loading the model")
+        model = _load(plan, kept, world)
+        parameters = parameters_of(model)
+        execution = _execution(plan, model.pretrained, kept, world)
+        if model.pretrained.config._attn_implementation != execution.attention:
+            model.pretrained.set_attn_implementation(execution.attention)
+        probe(model)
+        if world.main:
+            document = {
+                "stage": plan.stage.model_dump(mode="json"),
+                "fingerprints": fingerprints,
+                "execution": execution.as_dict(),
+                "plan": plan.as_record(),
+                "id": (kept or {}).get("id") or uuid.uuid4().hex,
+                "created": (kept or {}).get("created") or _now(),
+            }
+            write_atomically(home / STAGE, _stage_text(plan.stage))
+            write_atomically(home / PLAN, json.dumps(document, indent=1))
+            sweep(home)
+        world.wait()
+        kept = json.loads((home / PLAN).read_text())
+
+        # Before: on the exact start model, once, in fp32.
+        yield Doing("scoring the start model")
+        before_file, samples_file = home / "scores" / "before.npz", home / "scores" / "samples-before.json"
+        wanted = [p for h in plan.held_out for p in prompts(h, plan.stage.evaluation.samples)]
+        if not before_file.exists():
+            before = measure.measure(
+                model, plan.held_out, context=plan.context, world=world, identity=identity, cache=cache
+            )
+            if world.main:
+                measure.write_scores(before_file, before)
+        world.wait()
+        before = measure.read_scores(before_file)
+        if not samples_file.exists() and world.main:
+            write_atomically(samples_file, json.dumps(continuations(model.pretrained, plan.tokenizer, wanted)))
+        if interrupt.wanted(world):
+            yield Stopped(0, plan.steps)
+            return
+
+        run = build(plan, model, execution, world)
+        checkpoints = Checkpoints(home / "checkpoints", None if plan.stage.save.keep == "all" else plan.stage.save.keep)
+        trouble: list[str] = []
+        newest = checkpoints.newest(trouble.append)
+        for message in trouble:
+            yield Warned(message)
+        if newest:
+            restore(run, newest)
+        elif world.main:
+            checkpoints.require_room(16 * parameters)
+        metrics = Metrics(home / METRICS)
+        if world.main:
+            metrics.rewind(run.step)
+        yield Began(plan, execution, run.step, parameters)
+
+        stop = yield from _train(plan, run, execution, checkpoints, metrics, before, interrupt, fingerprints["stage"])
+        if stop:
+            _record_stop(home, plan, kept, fingerprints, execution, parameters, run, command, world)
+            yield Stopped(run.step, plan.steps)
+            return
+
+        yield Doing("publishing the model")
+        dtype = _dtype(plan)
+        if not (home / MODEL).exists():
+            state = run.weights.whole_state()
+            if world.main:
+                publish(
+                    home / MODEL,
+                    lambda folder: save_pretrained(model.pretrained, plan.tokenizer, folder, dtype=dtype, state=state),
+                )
+            del state
+        world.wait()
+        # After: on what was published, read back with plain transformers, unless it is spread over several machines.
+        yield Doing("scoring the trained model")
+        trained = run.trained
+        by_source = [int(n) for n in run.trained_by_source]
+        if world.size == 1:
+            del run, model
+            verify(home / MODEL)
+            model = CausalModel(load_model(Start(MODEL, home / MODEL), attention=execution.attention)).to(world.device)
+        after = measure.measure(model, plan.held_out, context=plan.context, world=world)
+        if not world.main:
+            return
+        measure.write_scores(home / "scores" / "after.npz", after)
+        samples = _samples(plan, model.pretrained, wanted, json.loads(samples_file.read_text()))
+        found = measure.changes(plan.held_out, before, after, plan.vocabulary)
+        gate = measure.gate(found, plan.stage.max_forgetting)
+        record = _base_record(home, plan, kept, fingerprints, execution, parameters, command)
+        record |= {
+            "status": "finished" if gate is None or gate["passed"] else "gate-failed",
+            "finished": _now(),
+            "achieved": _achieved(home, plan, trained, by_source, plan.steps),
+            "seen": _seen(plan, by_source),
+            "scores": {
+                "before": {n: v.summary() for n, v in before.items()},
+                "after": {n: v.summary() for n, v in after.items()},
+            },
+            "changes": found,
+            "gate": gate,
+            "samples": samples,
+        }
+        record["fingerprints"]["model"] = model_fingerprint(home / MODEL)
+        write_record(home, record)
+        write_atomically(home / REPORT, page.run_page(record, read_metrics(home / METRICS)))
+        yield Finished(read_record(home), home)
+
+
+def _train(
+    plan: Plan,
+    run: Run,
+    execution: Execution,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    before: measure.AllScores,
+    interrupt: _Interrupt,
+    stage: str,
+) -> Iterator[Event]:
+    """The loop with its observers; its value is True when the user stopped it."""
+    world, pace = run.world, Pace()
+    looks = look_steps(plan.stage.evaluation.every, plan.steps, plan.tokens)
+    saves = save_steps(plan.stage.save.every, plan.steps, plan.tokens)
+    quick = [h.first(plan.stage.evaluation.during_tokens) for h in plan.held_out]
+    loader = make_loader(plan, execution, world)
+
+    def look() -> measure.AllScores:
+        with run.weights.full_precision():
+            return measure.measure(run.model, quick, context=plan.context, world=world)
+
+    def save() -> Saved:
+        metrics.sync()
+        if world.sharded:  # gathering is everyone's business, writing is the first rank's
+            return _save_together(checkpoints, run, plan, stage)
+        return Saved(run.step, checkpoints.save(run.step, lambda f: write_state(f, run, plan.tokenizer, stage)))
+
+    # The same documents, cut the same way, on the start model: what changes during training are held against.
+    start_file = plan.output / "scores" / "start.npz"
+    if not start_file.exists():
+        start = look()  # only ever reached at step 0
+        if world.main:
+            measure.write_scores(start_file, start)
+    world.wait()
+    start = measure.read_scores(start_file)
+    if run.step == 0 and world.main:
+        metrics.write(measure.evaluation_row(0, 0, quick, start, start, plan.vocabulary))
+    saved_at = run.step
+    for report in steps(run, loader, plan.steps):
+        seconds = pace.step(report.tokens)
+        if world.main:
+            metrics.write(
+                {
+                    "kind": "step",
+                    "step": report.step,
+                    "tokens": report.tokens,
+                    "trained": report.trained,
+                    "loss": report.loss,
+                    "losses": report.losses,
+                    "by_source": report.by_source,
+                    "rate": report.rate,
+                    "grad_norm": report.gradient_norm,
+                    "seconds": round(seconds, 4),
+                }
+            )
+        yield Stepped(report, seconds, pace.rate, pace.left((plan.steps - report.step) * report.tokens))
+        if report.step in looks:
+            row = measure.evaluation_row(report.step, report.trained, quick, start, look(), plan.vocabulary)
+            if world.main:
+                metrics.write(row)
+            yield Looked(row)
+            run.model.train()
+        stop = interrupt.wanted(world) and report.step < plan.steps
+        if report.step in saves or stop:
+            yield save()
+            saved_at = report.step
+        if stop:
+            return True
+        pace.pause()
+    if saved_at < run.step:
+        yield save()
+    return False
+
+
+def _save_together(checkpoints: Checkpoints, run: Run, plan: Plan, stage: str) -> Saved:
+    import tempfile
+
+    if run.world.main:
+        place = checkpoints.save(run.step, lambda f: write_state(f, run, plan.tokenizer, stage))
+    else:
+        with tempfile.TemporaryDirectory() as nothing:
+            write_state(Path(nothing), run, plan.tokenizer, stage)
+        place = checkpoints.place(run.step)
+    run.world.wait()
+    return Saved(run.step, place)
+
+
+def look_steps(every: str, steps: int, tokens: int) -> set[int]:
+    """When the held-out sets are scored: evenly, at the end, and densely in the first 2 %, where a dip is expected."""
+    stride = max(1, round(s.in_steps(every, steps, tokens)))
+    early = {max(1, round(share * steps)) for share in (0.0025, 0.005, 0.01, 0.015, 0.02)}
+    return {*early, *range(stride, steps + 1, stride), steps}
+
+
+def save_steps(every: str, steps: int, tokens: int) -> set[int]:
+    """When checkpoints are written: evenly, and at the end."""
+    stride = max(1, round(s.in_steps(every, steps, tokens)))
+    return {*range(stride, steps + 1, stride), steps}
+
+
+# -- the run folder ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _alone(home: Path, world: World) -> Iterator[None]:
+    """Hold the run folder for this process group. Raises `BusyError` when another process has it."""
+    if not world.main:
+        yield
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise BusyError(
+                f"another process ({file.read().strip() or 'unknown'}) is working in this run folder",
+                where=str(home),
+                way_out="wait for it, or give this run another `output`",
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _claim(home: Path, plan: Plan, fingerprints: dict[str, Any]) -> dict[str, Any] | None:
+    """What the folder holds of this very run, or None when it is new. Raises `ResumeError` when it is another's."""
+    if not (home / PLAN).exists():
+        foreign = [
+            p.name for p in home.iterdir() if p.name not in ("lock", STAGE) and not p.name.startswith(".staging-")
+        ]
+        if foreign:
+            raise ResumeError(
+                f"the folder is not empty and not a run ({foreign[0]} is in it)",
+                where=str(home),
+                way_out="give another `output`, or empty the folder",
+            )
+        return None
+    kept = json.loads((home / PLAN).read_text())
+    if kept["fingerprints"] != fingerprints:
+        now = json.loads(json.dumps(plan.stage.model_dump(mode="json")))
+        found = differences(kept["stage"], now) + [
+            line for line in differences(kept["fingerprints"], fingerprints) if not line.startswith("stage:")
+        ]
+        harmless = ("save.every", "save.keep", "output")
+        listed = "\n    ".join(line for line in found if not line.startswith(harmless))
+        raise ResumeError(
+            f"this folder holds a run of another stage; since then has changed:\n    {listed}",
+            where=str(home),
+            way_out="undo the change to go on, or give the new stage another `name` or `output`",
+        )
+    return kept
+
+
+def _load(plan: Plan, kept: dict[str, Any] | None, world: World) -> CausalModel:
+    attention = kept["execution"]["attention"] if kept else "sdpa"
+    return CausalModel(load_model(plan.start, attention=attention)).to(world.device)
+
+
+def _execution(plan: Plan, model: PreTrainedModel, kept: dict[str, Any] | None, world: World) -> Execution:
+    """How to compute: chosen once and kept, so that a resumed run has the same bits."""
+    if kept:
+        return Execution(**kept["execution"])
+    chosen = choose_execution(plan, model, world)
+    return world.gathered(chosen)[0]  # type: ignore[return-value]
+
+
+def _dtype(plan: Plan) -> torch.dtype:
+    wanted = plan.stage.save.dtype
+    return stored_dtype(plan.start) if wanted == "auto" else getattr(torch, wanted)
+
+
+def _stage_text(stage: s.Stage) -> str:
+    return yaml.safe_dump(stage.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+# -- the record -------------------------------------------------------------------------------------------------------
+
+
+def _base_record(
+    home: Path,
+    plan: Plan,
+    kept: dict[str, Any],
+    fingerprints: dict[str, Any],
+    execution: Execution,
+    parameters: int,
+    command: str,
+) -> Record:
+    return {
+        "id": kept["id"],
+        "name": plan.stage.name,
+        "created": kept["created"],
+        "command": command,
+        "stage_yaml": _stage_text(plan.stage),
+        "stage": plan.stage.model_dump(mode="json"),
+        "root": str(plan.root),
+        "model": {
+            "start": plan.stage.model,
+            "source": plan.start.source,
+            "parameters": parameters,
+            "vocabulary": plan.vocabulary,
+            "context": plan.context,
+        },
+        "fingerprints": dict(fingerprints),
+        "parents": _parents(home, plan),
+        "versions": {
+            "postgrad": postgrad.__version__,
+            **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+            "python": platform.python_version(),
+        },
+        "machine": {
+            "cpu": machine.processor(),
+            "cores": machine.cores(),
+            "device": machine.device().type,
+            "system": platform.system(),
+        },
+        "execution": execution.as_dict(),
+        "plan": plan.as_record(),
+        "ledger": {leaf.name: r.ledger.as_dict() for leaf, r in zip(plan.leaves, plan.rows, strict=True)},
+        "notes": list(plan.notes),
+        "overlap": plan.overlap,
+        "schedule_curve": schedules.sampled(plan.schedule, plan.steps),
+        "held_out": [
+            {"name": h.name, "role": h.role, "documents": len(h.documents), "fingerprint": h.fingerprint}
+            for h in plan.held_out
+        ],
+    }
+
+
+def _parents(home: Path, plan: Plan) -> list[dict[str, Any]]:
+    run = plan.start.run
+    if run is None or not (run / PLAN).exists():
+        return []
+    parent = json.loads((run / PLAN).read_text())
+    return [
+        {
+            "path": str(run),
+            "relative": os.path.relpath(run, home),
+            "name": run.name,
+            "id": parent["id"],
+            "fingerprint": model_fingerprint(plan.start.folder) if plan.start.folder else "",
+        }
+    ]
+
+
+def _achieved(home: Path, plan: Plan, trained: int, by_source: list[int], step: int) -> dict[str, Any]:
+    block, first = plan.mixture.block, plan.stage.data.skip_steps
+    rows = [
+        b - a
+        for a, b in zip(plan.mixture.counts(first * block), plan.mixture.counts((first + step) * block), strict=True)
+    ]
+    seconds = sum(row["seconds"] for row in read_metrics(home / METRICS) if row["kind"] == "step")
+    return {
+        "steps": step,
+        "tokens": trained,
+        "seconds": seconds,
+        "tokens_per_second": trained / max(seconds, 1e-9),
+        "sources": [
+            {
+                "name": leaf.name,
+                "role": leaf.role,
+                "share": n / max(trained, 1),
+                "trained": n,
+                "rows": r,
+                "passes": r / len(packed),
+            }
+            for leaf, n, r, packed in zip(plan.leaves, by_source, rows, plan.rows, strict=True)
+        ],
+    }
+
+
+def _seen(plan: Plan, by_source: list[int]) -> dict[str, dict[str, Any]]:
+    consumed = [
+        {
+            "fingerprint": leaf.store.fingerprint,
+            "name": leaf.name.split("/")[-1],
+            "tokens": n + (leaf.stands_for or 0),
+            "origin": origin_of(leaf),
+        }
+        for leaf, n in zip(plan.leaves, by_source, strict=True)
+    ]
+    return with_stage(plan.seen, consumed)
+
+
+def _samples(plan: Plan, model: PreTrainedModel, wanted: list[Prompt], before: list[str]) -> list[dict[str, str]]:
+    after = continuations(model, plan.tokenizer, wanted)
+    return [
+        {
+            "set": p.set,
+            "prompt": text_of(plan.tokenizer, p.ids),
+            "reference": text_of(plan.tokenizer, p.reference),
+            "before": b,
+            "after": a,
+        }
+        for p, b, a in zip(wanted, before, after, strict=True)
+    ]
+
+
+def _record_stop(
+    home: Path,
+    plan: Plan,
+    kept: dict[str, Any],
+    fingerprints: dict[str, Any],
+    execution: Execution,
+    parameters: int,
+    run: Run,
+    command: str,
+    world: World,
+) -> None:
+    """Leave a record of a run that was stopped, so that it can be reported on."""
+    if not world.main:
+        return
+    by_source = [int(n) for n in run.trained_by_source]
+    record = _base_record(home, plan, kept, fingerprints, execution, parameters, command)
+    before = measure.read_scores(home / "scores" / "before.npz")
+    record |= {
+        "status": "stopped",
+        "finished": _now(),
+        "achieved": _achieved(home, plan, run.trained, by_source, run.step),
+        "seen": _seen(plan, by_source),
+        "scores": {"before": {n: v.summary() for n, v in before.items()}, "after": {}},
+        "changes": {},
+        "gate": None,
+        "samples": [],
+    }
+    write_record(home, record)
+    write_atomically(home / REPORT, page.run_page(record, read_metrics(home / METRICS)))
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+
+class _Interrupt:
+    """Ctrl-C and SIGTERM ask the run to save and stop; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._old[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: whoever runs it there stops it there
+                return self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def wanted(self, world: World) -> bool:
+        """Whether any rank was asked to stop."""
+        return world.any(self.asked)

@@ -1,0 +1,238 @@
+"""How do models stand beside each other? Any models on any text, runs on what they held out, stages of a lineage."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from transformers import AutoConfig
+
+from postgrad.errors import ModelError, StageError
+from postgrad.evaluation.likelihood import HeldOut, Scores
+from postgrad.lineage.fingerprint import model_fingerprint
+from postgrad.lineage.forgetting import paired_change
+from postgrad.lineage.record import Record, read_record
+from postgrad.lineage.tree import chain, set_key, tree
+from postgrad.models import machine
+from postgrad.models.pretrained import CausalModel, Start, load_model, load_tokenizer, locate
+from postgrad.reports import page, tables
+from postgrad.stages import measure
+from postgrad.stages import stage as s
+from postgrad.stages.plan import held_out_files, held_out_set, make_encoder, make_plan
+from postgrad.training.meters import read_metrics
+from postgrad.training.world import World
+
+_CONTEXT = 1024
+_LIMIT = 10_000_000
+
+
+def _texts(
+    start: Start, files: list[str], documents: str, column: str | None, cache: Path
+) -> tuple[list[HeldOut], int]:
+    from postgrad.data.tokenize import build_store
+
+    tokenizer = load_tokenizer(start)
+    vocabulary = int(AutoConfig.from_pretrained(start.source).vocab_size)
+    encoder = make_encoder(tokenizer, vocabulary)
+    sets: list[HeldOut] = []
+    for path in files:
+        item = s.HeldOutFile.model_validate(
+            {**s.held_out_file(path), "documents": documents, "columns": {"text": column} if column else {}}
+        )
+        name, number = item.name, 2
+        while any(h.name == name for h in sets):
+            name, number = f"{item.name}-{number}", number + 1
+        store = build_store(held_out_files(item, Path.cwd(), path), encoder, cache)
+        sets.append(held_out_set(name, "learned", store, np.arange(len(store)), _LIMIT, encoder, []))
+    return sets, vocabulary
+
+
+def _scores(start: Start, sets: list[HeldOut], context: int, cache: Path) -> dict[str, Scores]:
+    device = machine.device()
+    identity = model_fingerprint(start.folder) if start.folder else None
+    model = CausalModel(load_model(start)).to(device)
+    return measure.measure(model, sets, context=context, world=World(device), identity=identity, cache=cache)
+
+
+def _context(start: Start, asked: int | None) -> int:
+    limit = getattr(AutoConfig.from_pretrained(start.source), "max_position_embeddings", None) or _CONTEXT
+    if asked is not None and asked > limit:
+        raise ModelError(
+            f"a context of {asked} does not fit {start.name}", where="--context", expected=f"at most {limit}"
+        )
+    return asked or min(limit, _CONTEXT)
+
+
+def evaluate_files(
+    model: str, files: list[str], *, context: int | None, documents: str, column: str | None, cache: Path
+) -> dict[str, Any]:
+    """Score a model on files. Raises `ModelError` or `DataError`."""
+    machine.tune_allocator()
+    start = locate(model, Path.cwd())
+    sets, _ = _texts(start, files, documents, column, cache)
+    used = _context(start, context)
+    found = _scores(start, sets, used, cache)
+    summaries = {name: scores.summary() for name, scores in found.items()}
+    lines = [
+        f"{model}, {used} tokens of context, every token scored once",
+        f"  {'text':<24} {'nats/token':>10} {'95 % interval':>17} {'perplexity':>11} {'bits/byte':>10} {'tokens':>11} {'documents':>10}",
+    ]
+    for name, row in summaries.items():
+        interval = f"{row['low']:.4f}–{row['high']:.4f}"
+        lines.append(
+            f"  {name:<24} {row['nats']:>10.4f} {interval:>17} {row['perplexity']:>11.2f} {row['bits_per_byte']:>10.4f} "
+            f"{row['tokens']:>11,} {row['documents']:>10,}"
+        )
+    lines.append(f"next: postgrad compare {model} OTHER-MODEL " + " ".join(f"--on {f}" for f in files))
+    return {"text": "\n".join(lines), "model": model, "context": used, "sets": summaries}
+
+
+def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[str, Any]:
+    """Score several models on the same text; each is held against the first, document by document."""
+    if len(models) < 2:
+        raise StageError("one model has nothing to be compared with", where="compare", expected="two or more models")
+    machine.tune_allocator()
+    starts = [locate(m, Path.cwd()) for m in models]
+    context = min(_context(start, None) for start in starts)
+    texts = [_texts(start, files, "auto", None, cache) for start in starts]
+    found = [_scores(start, sets, context, cache) for start, (sets, _) in zip(starts, texts, strict=True)]
+    names = [h.name for h in texts[0][0]]
+    rows: list[dict[str, Any]] = []
+    lines = [f"each model held against {models[0]}, document by document"]
+    for name in names:
+        lines.append(f"\n{name}")
+        lines.append(f"  {'model':<32} {'nats/token':>10} {'bits/byte':>10}   change (95 % interval)")
+        first = found[0][name]
+        for model, scores, (sets, vocabulary) in zip(models, found, texts, strict=True):
+            summary = scores[name].summary()
+            row: dict[str, Any] = {"model": model, "set": name, **summary, "change": None}
+            line = f"  {model:<32} {summary['nats']:>10.4f} {summary['bits_per_byte']:>10.4f}"
+            same = [h.fingerprint for h in sets] == [h.fingerprint for h in texts[0][0]]
+            if scores is not found[0]:
+                if same:
+                    change = measure.change(first, scores[name], vocabulary)
+                    row["change"] = asdict(change)
+                    line += f"   {change.difference:+.4f} nats/token ({change.low:+.4f} to {change.high:+.4f})"
+                else:
+                    found_change = _by_bytes(first, scores[name])
+                    row["change"] = {"bits_per_byte": found_change}
+                    line += (
+                        f"   {found_change[0]:+.4f} bits/byte ({found_change[1]:+.4f} to {found_change[2]:+.4f}); "
+                        "another tokenizer"
+                    )
+            lines.append(line)
+            rows.append(row)
+    lines.append(f"next: postgrad generate {models[0]} --beside {models[1]}")
+    return {"text": "\n".join(lines), "context": context, "rows": rows}
+
+
+def _by_bytes(before: Scores, after: Scores) -> tuple[float, float, float]:
+    """Difference in bits per byte with its interval, for models that cut text into different tokens."""
+    count = min(len(before.bytes_N), len(after.bytes_N))
+    a = np.bincount(before.document_W, before.nats_W, len(before.bytes_N))[:count] / np.log(2)
+    b = np.bincount(after.document_W, after.nats_W, len(after.bytes_N))[:count] / np.log(2)
+    change = paired_change(a, b, before.bytes_N[:count], total_bytes=1, vocabulary=2)
+    return change.difference, change.low, change.high
+
+
+def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
+    """Set finished runs that share a start model side by side, on what they held out."""
+    records = [read_record(run) for run in runs]
+    first = records[0]
+    for run, record in zip(runs, records, strict=True):
+        if not record.get("changes"):
+            raise StageError(
+                f"{run} has not finished", where="compare", way_out="finish it with the same train command"
+            )
+        if record["fingerprints"]["start_model"] != first["fingerprints"]["start_model"]:
+            raise StageError(
+                f"{run} and {runs[0]} start from different models",
+                where="compare",
+                way_out="compare their models on text: postgrad compare ... --on FILE",
+            )
+        for name in record["changes"].keys() & first["changes"].keys():
+            if record["fingerprints"]["sets"][name] != first["fingerprints"]["sets"][name]:
+                raise StageError(f"the held-out set '{name}' of {run} is not that of {runs[0]}", where="compare")
+    text = tables.arms_table(records, tables.arm_names(records)[0]).text()
+    found: dict[str, Any] = {
+        "arms": [
+            {"run": str(run), "changes": r["changes"], "achieved": r["achieved"]}
+            for run, r in zip(runs, records, strict=True)
+        ],
+        "paired": _between(runs, records),
+    }
+    for item in found["paired"]:
+        text += (
+            f"\n{item['set']}: {item['arm']} - {item['against']} = {item['difference']:+.4f} nats/token "
+            f"({item['low']:+.4f} to {item['high']:+.4f})"
+        )
+    if report:
+        metrics = [list(read_metrics(run / "metrics.jsonl")) for run in runs]
+        title = " and ".join(tables.arm_names(records))
+        page.write(report, page.comparison_page(records, metrics, title, tables.arm_names(records)[0]))
+        text += f"\n\nreport: {report}\nnext: open it in a browser"
+    else:
+        text += f"\nnext: postgrad compare {' '.join(str(r) for r in runs)} --report compare.html"
+    return {"text": text, **found}
+
+
+def _between(runs: list[Path], records: list[Record]) -> list[dict[str, Any]]:
+    """Paired differences between each later run's model and the first one's, on the same documents."""
+    out: list[dict[str, Any]] = []
+    names = tables.arm_names(records)
+    first = measure.read_scores(runs[0] / "scores" / "after.npz")
+    for run, record, name in zip(runs[1:], records[1:], names[1:], strict=True):
+        other = measure.read_scores(run / "scores" / "after.npz")
+        for held_out in [n for n in first if n in other]:
+            change = measure.change(first[held_out], other[held_out], record["model"]["vocabulary"])
+            out.append(
+                {
+                    "set": held_out,
+                    "arm": name,
+                    "against": names[0],
+                    "difference": change.difference,
+                    "low": change.low,
+                    "high": change.high,
+                }
+            )
+    return out
+
+
+def show_lineage(run: Path, report: Path | None, *, cache: Path) -> dict[str, Any]:
+    """The chain of stages that led to a run, its R matrix and summary; cells that no run measured are measured now."""
+    machine.tune_allocator()
+    stages = chain(run)
+    known: dict[str, HeldOut] = {}
+
+    def missing(row: int, key: str) -> float | None:
+        place, record = stages[0] if row == 0 else stages[row - 1]
+        if key not in known:
+            known.update(_sets_of(stages, key, cache))
+        if key not in known:
+            return None
+        start = locate(record["model"]["source"], Path(record["root"])) if row == 0 else locate(str(place), Path.cwd())
+        held_out = known[key]
+        return _scores(start, [held_out], record["model"]["context"], cache)[held_out.name].nats
+
+    found = tree(stages, missing)
+    text = tables.lineage_table(found).text() + "\n\n" + tables.summary_table(found).text()
+    if report:
+        page.write(report, page.lineage_page(found))
+        text += f"\n\nreport: {report}\nnext: open it in a browser"
+    else:
+        text += f"\nnext: postgrad lineage {run} --report lineage.html"
+    return {"text": text, **found}
+
+
+def _sets_of(stages: list[tuple[Path, Record]], key: str, cache: Path) -> dict[str, HeldOut]:
+    """The held-out sets of the stage that knows `key`, read again."""
+    for _, record in stages:
+        if any(set_key(record, name) == key for name in record.get("changes", {})):
+            plan = make_plan(
+                s.parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
+            )
+            return {f"{h.name}:{h.fingerprint}": h for h in plan.held_out}
+    return {}

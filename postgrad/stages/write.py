@@ -1,0 +1,107 @@
+"""What does a model write, and how does it leave? Text on the terminal, and plain Hugging Face folders."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from postgrad.errors import ModelError, StageError
+from postgrad.models import machine
+from postgrad.models.pretrained import (
+    Start,
+    load_model,
+    load_tokenizer,
+    locate,
+    save_pretrained,
+    stored_dtype,
+)
+from postgrad.publish import publish
+
+_Writer = tuple[str, PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def _writers(models: list[str]) -> list[_Writer]:
+    starts = [(name, locate(name, Path.cwd())) for name in models]
+    return [(name, load_model(start).to(machine.device()), load_tokenizer(start)) for name, start in starts]
+
+
+@torch.no_grad()
+def _written(writer: _Writer, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int) -> str:
+    _, model, tokenizer = writer
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt or (tokenizer.bos_token or tokenizer.eos_token), return_tensors="pt").to(model.device)
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    limit = getattr(model.config, "max_position_embeddings", None)
+    begun = inputs["input_ids"].shape[1]
+    if limit and begun + tokens > limit:
+        if begun >= limit:
+            raise ModelError(f"the text has {begun} tokens and the model {limit} positions", where="--prompt")
+        tokens = limit - begun
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    out = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=tokens,
+        pad_token_id=pad,
+        **drawn,
+    )
+    return tokenizer.decode(out[0, begun:], skip_special_tokens=True)
+
+
+def write_once(models: list[str], prompt: str, **options: Any) -> dict[str, Any]:
+    """Each model's continuation of a text."""
+    found = [{"model": writer[0], "written": _written(writer, prompt, **options)} for writer in _writers(models)]
+    if len(found) == 1:
+        text = prompt + found[0]["written"]
+    else:
+        text = "\n\n".join(f"[{item['model']}]\n{prompt}{item['written']}" for item in found)
+    return {"text": text, "prompt": prompt, "continuations": found}
+
+
+def chat(models: list[str], **options: Any) -> None:
+    """Ask for a text again and again, and let each model go on from it; ends with an empty line or Ctrl-D."""
+    if not sys.stdin.isatty():
+        raise StageError("there is nobody to ask for a text", where="generate", way_out="give one with --prompt")
+    writers = _writers(models)
+    print("Give a text; an empty line ends.")
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not prompt.strip():
+            break
+        for writer in writers:
+            label = f"[{writer[0]}] " if len(writers) > 1 else ""
+            print(f"{label}{prompt}{_written(writer, prompt, **options)}\n")
+
+
+def export_model(name: str, folder: Path, dtype: str) -> dict[str, Any]:
+    """Publish a plain Hugging Face folder and compare its logits, read back, with the source's.
+
+    Raises `StageError` when `folder` is there already, `ModelError` when the logits differ (the folder is kept).
+    """
+    if folder.exists():
+        raise StageError(f"{folder} is there already", where="export", way_out="name a folder that does not exist")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise StageError(f"there is no dtype {dtype!r}", where="--dtype", expected="auto, float32, bfloat16 or float16")
+    start = locate(name, Path.cwd())
+    wanted = stored_dtype(start) if dtype == "auto" else getattr(torch, dtype)
+    model, tokenizer = load_model(start, dtype=wanted), load_tokenizer(start)
+    publish(folder, lambda staged: save_pretrained(model, tokenizer, staged, dtype=wanted))
+    back = load_model(Start(str(folder), folder.resolve()), dtype=wanted)
+    ids = torch.arange(16)[None] % model.config.vocab_size
+    with torch.no_grad():
+        difference = (model(input_ids=ids).logits.float() - back(input_ids=ids).logits.float()).abs().max().item()
+    if difference != 0:
+        raise ModelError(f"the exported model's logits differ by {difference:.2g}", where=str(folder))
+    size = sum(p.stat().st_size for p in folder.iterdir())
+    text = (
+        f"{folder}: {str(wanted).removeprefix('torch.')}, {size:,} bytes; plain transformers reads the same logits\n"
+        f"next: postgrad generate {folder}"
+    )
+    return {"text": text, "folder": str(folder), "dtype": str(wanted).removeprefix("torch."), "bytes": size}
