@@ -90,7 +90,9 @@ class Encoder:
             parts.pop("padding", None)
         except (ValueError, AttributeError) as error:
             raise _no_tokenizer(error) from None
-        return _hash([parts, self.bos, self.eos, self.vocabulary])
+        # Not sorted: the vocabulary is long, and whoever writes the file keeps its order.
+        written = json.dumps([parts, self.bos, self.eos, self.vocabulary])
+        return hashlib.sha256(written.encode()).hexdigest()
 
     def load(self) -> Tokenizer:
         """The tokenizer, with truncation and padding switched off."""
