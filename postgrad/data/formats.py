@@ -216,9 +216,7 @@ def _ids(value: Any, place: str, column: str) -> Document:
         raise DataError(f"`{column}` holds {met}", where=place, expected="a list of whole numbers")
     if value and (min(value) < 0 or max(value) >= 2**32):
         wrong = next(item for item in value if not 0 <= item < 2**32)
-        raise DataError(
-            f"`{column}` holds {str(wrong)[:24]}", where=place, expected="token ids, from 0 to 2^32 - 1"
-        )
+        raise DataError(f"`{column}` holds {str(wrong)[:24]}", where=place, expected="token ids, from 0 to 2^32 - 1")
     return Document(None, np.array(value, dtype=np.uint32), place)
 
 

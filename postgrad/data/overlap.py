@@ -202,7 +202,7 @@ def _hash_block(documents: list[Document]) -> _Hashes:
             flush(number)
             assert document.ids is not None
             ids = np.ascontiguousarray(document.ids, "<u4")
-            digests[number] = digest(ids)
+            digests[number] = digest(ids.data)
             words.append(_mixed(ids.astype(np.uint64)))
             counts[number] = len(ids)
             first = number + 1

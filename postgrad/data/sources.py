@@ -133,9 +133,7 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
             pattern = str(Path(glob.escape(str(root))) / Path(path).expanduser())
             met = [Path(name) for name in glob.glob(pattern, recursive=True)]
             met = [file for file in met if not file.is_dir()]
-        found = sorted(
-            {file for file in met if kind_of(file) and file.is_file()}, key=lambda file: file.parts
-        )
+        found = sorted({file for file in met if kind_of(file) and file.is_file()}, key=lambda file: file.parts)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {_reason(error)}", where=where) from None
     if found:
@@ -147,9 +145,7 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
             expected=f"{' '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)}",
         )
     if given.is_dir():
-        raise DataError(
-            f"the folder {path} holds no files", where=where, expected=f"files: {' '.join(KINDS)}"
-        )
+        raise DataError(f"the folder {path} holds no files", where=where, expected=f"files: {' '.join(KINDS)}")
     raise DataError(
         f"no file matches {path}",
         where=where,
@@ -175,9 +171,7 @@ def _neighbours(missing: Path) -> str:
         names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
     except OSError:
         return ""
-    return nearest(missing.name, names) or (
-        f"{parent} holds {_few(names)}" if names else f"{parent} is empty"
-    )
+    return nearest(missing.name, names) or (f"{parent} holds {_few(names)}" if names else f"{parent} is empty")
 
 
 def _few(names: Collection[str] | Iterator[str], most: int = 6) -> str:
@@ -214,9 +208,7 @@ def _blocks(file: Path, seen: Seen) -> Iterator[bytes]:
                 done = at
     except (OSError, EOFError, zlib.error) as error:
         cut = isinstance(error, EOFError)
-        raise _Broken(
-            "the compressed file is cut off" if cut else f"cannot be read: {_reason(error)}"
-        ) from None
+        raise _Broken("the compressed file is cut off" if cut else f"cannot be read: {_reason(error)}") from None
 
 
 def _plain(raw: IO[bytes]) -> Iterator[bytes]:
@@ -272,9 +264,7 @@ def read_lines(file: Path, seen: Seen = _ignore) -> Iterator[Line]:
         except UnicodeDecodeError as error:
             raise _not_utf8(file, number, line[error.start], error.start + 1) from None
         if "\0" in text:
-            raise DataError(
-                "a NUL character: this is not a text file", where=f"{file}:{number}", expected="UTF-8 text"
-            )
+            raise DataError("a NUL character: this is not a text file", where=f"{file}:{number}", expected="UTF-8 text")
         yield Line(number, text)
 
 
@@ -358,9 +348,8 @@ def read_rows(file: Path, wanted: Collection[str] | None = None, seen: Seen = _i
 
 def _object(value: object, file: str, number: int) -> Row:
     if not isinstance(value, dict):
-        name = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}.get(
-            type(value), "a number"
-        )
+        names = ((list, "a list"), (str, "a string"), (type(None), "null"), (bool, "true or false"))
+        name = next((name for kind, name in names if isinstance(value, kind)), "a number")
         expected = 'an object, {"text": ...}'
         raise DataError(f"{name} instead of a record", where=f"{file}:{number}", expected=expected)
     return Row(value, file, number)
@@ -415,16 +404,12 @@ class _Text:
                 held += len(parts[-1])
         except _Broken as error:
             line = self.line + sum(part.count("\n") for part in parts)
-            raise DataError(
-                str(error), where=f"{self.file}:{line}", expected="a whole, readable file"
-            ) from None
+            raise DataError(str(error), where=f"{self.file}:{line}", expected="a whole, readable file") from None
         except UnicodeDecodeError as error:
             before = self.line + sum(part.count("\n") for part in parts)
             good = error.object[: error.start]
             column = error.start - good.rfind(b"\n")
-            raise _not_utf8(
-                self.file, before + good.count(b"\n"), error.object[error.start], column
-            ) from None
+            raise _not_utf8(self.file, before + good.count(b"\n"), error.object[error.start], column) from None
         self.window = "".join(parts)
 
     def peek(self) -> str:
@@ -437,9 +422,7 @@ class _Text:
 
     def broken(self, met: str, at: int | None = None) -> DataError:
         line = self.line + self.window.count("\n", 0, self.at if at is None else at)
-        return DataError(
-            met, where=f"{self.file}:{line}", expected="an array of JSON objects, or one object a line"
-        )
+        return DataError(met, where=f"{self.file}:{line}", expected="an array of JSON objects, or one object a line")
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -607,9 +590,7 @@ def read_hub(hub: HubRows, root: Path, where: str) -> Iterator[Row]:
     name = str(folder) if folder.is_dir() else hub.name
     number = 0
     try:
-        stream = datasets.load_dataset(
-            name, hub.subset, split=hub.split, revision=hub.revision, streaming=True
-        )
+        stream = datasets.load_dataset(name, hub.subset, split=hub.split, revision=hub.revision, streaming=True)
         for number, values in enumerate(stream, 1):
             yield _object(values, f"{hub.name}/{hub.split}", number)
     except DataError:

@@ -31,9 +31,7 @@ from postgrad.publish import MANIFEST, disk_error, publish, sha256, verify, writ
 
 FORMAT = 1
 
-DOCUMENT = np.dtype(
-    [("shard", "<u4"), ("start", "<u8"), ("tokens", "<u4"), ("bytes", "<u8"), ("digest", "<u8")]
-)
+DOCUMENT = np.dtype([("shard", "<u4"), ("start", "<u8"), ("tokens", "<u4"), ("bytes", "<u8"), ("digest", "<u8")])
 """A row of the document table. `digest` is blake2b-8 of the text's UTF-8 bytes, or of the ids as `<u4`."""
 
 
@@ -42,7 +40,7 @@ def token_dtype(vocabulary: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
 
 
-def digest(data: bytes | np.ndarray) -> int:
+def digest(data: bytes | memoryview) -> int:
     """blake2b of eight bytes, as the document table keeps it."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
@@ -73,9 +71,7 @@ class TokenStore:
             header = json.loads((path / "store.json").read_text("utf-8"))
             version = header["format"]
             if version != FORMAT:
-                raise DataError(
-                    f"a token store of format {version}", where=str(path), expected=f"format {FORMAT}"
-                )
+                raise DataError(f"a token store of format {version}", where=str(path), expected=f"format {FORMAT}")
             for name, entry in header["files"].items():
                 size = (path / name).stat().st_size
                 if size != entry["size"]:
@@ -110,9 +106,7 @@ class TokenStore:
         maps = []
         for name, entry in self.header["files"].items():
             if name.endswith("tokens.bin"):
-                mapped = (
-                    np.memmap(self.path / name, self.dtype, "r") if entry["size"] else np.zeros(0, self.dtype)
-                )
+                mapped = np.memmap(self.path / name, self.dtype, "r") if entry["size"] else np.zeros(0, self.dtype)
                 maps.append(np.asarray(mapped))
         return maps
 

@@ -274,7 +274,7 @@ class _Inputs:
                     del memo[key]  # younger than the clock's grain: it may change again without a new time
         except OSError as error:
             raise DataError(
-                f"{file} cannot be read: {error.strerror}", where=source.where, expected="a readable file"
+                f"{error.filename} cannot be read: {error.strerror}", where=source.where, expected="a readable file"
             ) from None
         if any(key in memo for key in news):
             with suppress(DiskError):  # only a memo
@@ -525,7 +525,8 @@ def _contents(batch: _Batch, tokenizer: Tokenizer) -> Iterator[tuple[list[int], 
             texts = [document.text or "" for document in documents]
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             if not (batch.first and batch.last):
-                yield encodings[0].ids, *(batch.whole or (0, 0))
+                size, mark = batch.whole or (0, 0)
+                yield encodings[0].ids, size, mark
                 return
             for text, encoding in zip(texts, encodings, strict=True):
                 data = text.encode()
@@ -535,7 +536,7 @@ def _contents(batch: _Batch, tokenizer: Tokenizer) -> Iterator[tuple[list[int], 
             lists = [array.tolist() for array in arrays]
             decoded = tokenizer.decode_batch(lists, skip_special_tokens=True)
             for ids, array, text in zip(lists, arrays, decoded, strict=True):
-                yield ids, len(text.encode()), digest(array.astype("<u4"))
+                yield ids, len(text.encode()), digest(array.astype("<u4").data)
     except (MemoryError, DataError):
         raise
     except Exception as error:  # the package raises bare Exception

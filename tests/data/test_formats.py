@@ -74,9 +74,7 @@ def test_columns_rename(tmp_path: Path) -> None:
         ({"abstract": "a"}, {"txt": "abstract"}, "did you mean 'text'?"),
     ],
 )
-def test_other_rows_are_named(
-    tmp_path: Path, row: dict[str, Any], columns: dict[str, str], told: str
-) -> None:
+def test_other_rows_are_named(tmp_path: Path, row: dict[str, Any], columns: dict[str, str], told: str) -> None:
     rows(tmp_path, row)
     with pytest.raises(DataError) as caught:
         list(read_documents(source(tmp_path, "a.jsonl", columns=columns)))
@@ -111,9 +109,7 @@ def test_the_cuts(tmp_path: Path) -> None:
     assert texts(tmp_path, POEM, "lines") == ["one", "  two", "three", "four"]
     assert texts(tmp_path, POEM, "paragraphs") == ["one\n  two", "three", "four"]
     assert texts(tmp_path, POEM, "passages") == ["one\n  two\n\n\nthree\r\n \t\nfour"]
-    places = [
-        document.place for document in read_documents(source(tmp_path, "a.txt", documents="paragraphs"))
-    ]
+    places = [document.place for document in read_documents(source(tmp_path, "a.txt", documents="paragraphs"))]
     assert [place.rpartition(":")[2] for place in places] == ["1", "5", "7"]
 
 
@@ -171,9 +167,7 @@ def test_nothing_is_lost_but_separators(tmp_path: Path, text: str, cut: str, siz
     assert not text[position:].strip()
 
 
-def test_mutant_a_cutter_that_loses_the_last_passage_is_caught(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mutant_a_cutter_that_loses_the_last_passage_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = formats._units
     monkeypatch.setattr(formats, "_units", lambda lines: iter(list(whole(lines))[:-1]))
     with pytest.raises(AssertionError):

@@ -33,10 +33,8 @@ def build(folder: Path, shards: Sequence[Sequence[Sequence[int]]], vocabulary: i
         def write(writer: ShardWriter, documents: Sequence[Sequence[int]] = documents) -> int:
             for n, ids in enumerate(documents):
                 array = np.array(ids, np.int64)
-                mark = digest(array.astype("<u4"))
-                writer.add(
-                    array, np.array([len(ids)]), np.array([3 * n]), np.array([mark], np.uint64), [f"f:{n}"]
-                )
+                mark = digest(array.astype("<u4").data)
+                writer.add(array, np.array([len(ids)]), np.array([3 * n]), np.array([mark], np.uint64), [f"f:{n}"])
             return 1
 
         made.append(publish_shard(building, number, vocabulary, write))
@@ -56,9 +54,7 @@ def test_the_width_holds_every_id(tmp_path: Path, vocabulary: int, width: int) -
 
 @pytest.mark.parametrize("vocabulary", [65_535, 65_536, 65_537, 262_144])
 @pytest.mark.parametrize("over", [0, 1, 65_536, 2**31])
-def test_an_id_outside_the_vocabulary_is_refused_with_its_place(
-    tmp_path: Path, vocabulary: int, over: int
-) -> None:
+def test_an_id_outside_the_vocabulary_is_refused_with_its_place(tmp_path: Path, vocabulary: int, over: int) -> None:
     with pytest.raises(DataError) as caught:
         build(tmp_path, [[[1, 2], [3, vocabulary + over, 4]]], vocabulary)
     assert caught.value.where == "f:1"
@@ -98,7 +94,7 @@ def test_what_is_read_is_what_was_written(
         stop = data.draw(st.one_of(st.none(), st.integers(0, 14)))
         assert store.read(number).tolist() == ids
         assert store.read(number, start, stop).tolist() == ids[start:stop]
-        assert store.documents["digest"][number] == digest(np.array(ids, "<u4"))
+        assert store.documents["digest"][number] == digest(np.array(ids, "<u4").data)
     store.verify()
 
 
