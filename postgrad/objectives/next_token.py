@@ -11,7 +11,7 @@ from torch import Tensor
 
 from postgrad.data.batch import Batch
 from postgrad.models.pretrained import Output
-from postgrad.objectives.linear_cross_entropy import linear_cross_entropy
+from postgrad.objectives.linear_cross_entropy import linear_cross_entropy_by_token
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class NextToken:
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss and each row's part of it."""
         head = output.head
-        loss = linear_cross_entropy(
+        loss, losses_N = linear_cross_entropy_by_token(
             output.hidden_BTD.flatten(0, 1),
             head.weight_VD,
             batch.labels_BT.flatten(),
@@ -32,5 +32,4 @@ class NextToken:
             logit_scale=head.scale,
             softcap=head.softcap,
         )
-        import torch
-        return self.weight * loss, torch.zeros(len(batch.labels_BT))
+        return self.weight * loss, losses_N.view(batch.labels_BT.shape).sum(1)

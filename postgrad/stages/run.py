@@ -196,7 +196,7 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
             checkpoints.require_room(16 * parameters)
         metrics = Metrics(home / METRICS)
         if world.main:
-            metrics.rewind(run.step)
+            metrics.rewind(run.step if newest else -1)
         yield Began(plan, execution, run.step, parameters)
 
         stop = yield from _train(plan, run, execution, checkpoints, metrics, before, interrupt, fingerprints["stage"])
