@@ -78,12 +78,16 @@ def causal_blocks(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention output of shape (B, T, H, D) for query (B, H, T, D) and key and value (B, H or fewer, T, D).
 
-    Without a mask (a batch of whole documents) plain causal attention is meant.
+    Without a mask (a batch of whole documents) plain causal attention is meant. Raises `ValueError` for what it lacks.
     """
+    if softcap is not None or s_aux is not None or dropout > 0:
+        raise ValueError(f"{NAME} knows no soft-capped scores, sinks or dropout")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

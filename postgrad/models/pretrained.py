@@ -94,8 +94,11 @@ def load_tokenizer(start: Start) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(start: Start, *, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The causal model in `dtype`, in eval mode. No code of a foreign repository runs."""
+def load_model(start: Start, *, attention: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal model in `dtype`, in eval mode. No code of a foreign repository runs.
+
+    Without `attention`, transformers picks what the architecture supports: SDPA where it can.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

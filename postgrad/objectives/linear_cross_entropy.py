@@ -158,8 +158,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        d_loss = d_outputs[0]
+    def backward(  # type: ignore[override]  # once_differentiable hides the parameters
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
+        d_loss: Tensor | None = grad_outputs[0]
         if d_loss is None:
             return (None,) * 8
         if ctx.gradients is None:

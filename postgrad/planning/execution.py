@@ -68,6 +68,7 @@ def choose(
     length: int,
     tokens: int,
     device: torch.device,
+    default_attention: str,
     blocks_usable: bool,
     ranks: int = 1,
 ) -> Execution:
@@ -125,11 +126,11 @@ def choose(
         )
     if attention == "auto":
         blocks = bool(compile) and device.type == "cpu" and length <= 2048 and blocks_usable
-        attention = NAME if blocks else "sdpa"
+        attention = NAME if blocks else default_attention
         reasons["attention"] = (
             "compiled, causal blocks are about three times as fast as SDPA on a CPU; the logits were checked"
             if blocks
-            else "torch's scaled_dot_product_attention"
+            else "what transformers picks for this architecture"
         )
     return Execution(
         dtype=dtype,

@@ -33,7 +33,7 @@ def make_objective(spec: s.AnyObjective) -> Objective:
 
 
 def choose_execution(plan: Plan, model: PreTrainedModel, world: World) -> Execution:
-    """How this machine will compute the stage."""
+    """How this machine will compute the stage. Raises `StageError` for attention that the architecture lacks."""
     compute, batch = plan.stage.compute, plan.stage.batch
     return choose(
         shape_of(model.config, parameters_of(model)),
@@ -47,6 +47,7 @@ def choose_execution(plan: Plan, model: PreTrainedModel, world: World) -> Execut
         length=plan.context,
         tokens=plan.tokens,
         device=world.device,
+        default_attention=model.config._attn_implementation,
         blocks_usable=usable(model),
         ranks=world.size,
     )

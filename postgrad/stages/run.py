@@ -169,8 +169,10 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
         # Before: on the exact start model, once, in fp32.
         yield Doing("scoring the start model")
         before_file, samples_file = home / "scores" / "before.npz", home / "scores" / "samples-before.json"
-        wanted = [p for h in plan.held_out for p in prompts(h, plan.stage.evaluation.samples)]
-        if not before_file.exists():
+        # A sharded model cannot write by itself (generation is one rank's business): no samples then.
+        each = 0 if world.sharded else plan.stage.evaluation.samples
+        wanted = [p for h in plan.held_out for p in prompts(h, each)]
+        if world.any(not before_file.exists()):  # asked together: one rank may write before another looks
             before = measure.measure(
                 model, plan.held_out, context=plan.context, world=world, identity=identity, cache=cache
             )
@@ -220,12 +222,13 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
         yield Doing("scoring the trained model")
         trained = run.trained
         by_source = [int(n) for n in run.trained_by_source]
-        if world.size == 1:
+        if not world.sharded:
             del run, model
             verify(home / MODEL)
             model = CausalModel(load_model(Start(MODEL, home / MODEL), attention=execution.attention)).to(world.device)
         after = measure.measure(model, plan.held_out, context=plan.context, world=world)
         if not world.main:
+            yield Doing("the first rank writes the record")
             return
         measure.write_scores(home / "scores" / "after.npz", after)
         samples = _samples(plan, model.pretrained, wanted, json.loads(samples_file.read_text()))
@@ -280,7 +283,7 @@ def _train(
 
     # The same documents, cut the same way, on the start model: what changes during training are held against.
     start_file = plan.output / "scores" / "start.npz"
-    if not start_file.exists():
+    if world.any(not start_file.exists()):
         start = look()  # only ever reached at step 0
         if world.main:
             measure.write_scores(start_file, start)
@@ -407,7 +410,7 @@ def _claim(home: Path, plan: Plan, fingerprints: dict[str, Any]) -> dict[str, An
 
 
 def _load(plan: Plan, kept: dict[str, Any] | None, world: World) -> CausalModel:
-    attention = kept["execution"]["attention"] if kept else "sdpa"
+    attention = kept["execution"]["attention"] if kept else None
     return CausalModel(load_model(plan.start, attention=attention)).to(world.device)
 
 

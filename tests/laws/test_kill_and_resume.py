@@ -58,6 +58,7 @@ class Boundaries:
     def __init__(self, home: Path, kill_at: int) -> None:
         self.home, self.kill_at, self.count = str(home), kill_at, 0
         self.fsync = os.fsync
+        self.durable: dict[str, int] = {}
 
     def install(self) -> None:
         os.fsync = self.syncing
@@ -77,14 +78,15 @@ class Boundaries:
             self.here()
             if os.path.isfile(path):
                 self.here(half=path)
+                self.durable[path] = os.path.getsize(path)
         self.fsync(handle)
 
     def here(self, half: str | None = None) -> None:
         self.count += 1
         if self.count == self.kill_at:
-            if half:
+            if half:  # half of what no earlier fsync has made durable is lost
                 with open(half, "r+b") as file:
-                    file.truncate(os.path.getsize(half) // 2)
+                    file.truncate((self.durable.get(half, 0) + os.path.getsize(half)) // 2)
             os._exit(KILLED)
 
 

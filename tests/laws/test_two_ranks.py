@@ -1,0 +1,46 @@
+"""Law: world size does not matter. Two processes over gloo, sharded by FSDP2, make the steps of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from postgrad.lineage.record import read_record
+from postgrad.stages.run import run_stage
+from postgrad.training.meters import read_metrics
+from tests.conftest import StageOf
+from tests.stages.test_run import plan_of
+
+
+def losses(home: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_make_the_steps_of_one(stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
+    changes = {"tokens": 3000, "save": {"every": "4 steps"}, "batch": {"sequences": 8, "micro": 2}}
+    alone = stage_of(output=str(tmp_path / "one"), **changes)
+    list(run_stage(plan_of(alone, cache), command="test", cache=cache))
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(stage_of(output=str(tmp_path / "two"), **changes)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--standalone", "-m", "postgrad", "train", str(file)]
+    environment = {**os.environ, "POSTGRAD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    one, two = read_record(tmp_path / "one"), read_record(tmp_path / "two")
+    assert one["achieved"]["sources"] == two["achieved"]["sources"]
+    for name, before in one["scores"]["before"].items():
+        assert two["scores"]["before"][name]["nats"] == pytest.approx(before["nats"], rel=1e-6)
+        assert two["scores"]["after"][name]["nats"] == pytest.approx(one["scores"]["after"][name]["nats"], rel=1e-4)
+    # A checkpoint is whole: one process resumes what two began.
+    for name in ("record.json", "report.html"):
+        (tmp_path / "two" / name).unlink()
+    assert json.loads((tmp_path / "two" / "plan.json").read_text())["execution"]["micro"] == 2
