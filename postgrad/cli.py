@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """See a model learn, forget and be cured: offline, in about two minutes."""
+    needs_training()
     from postgrad.demo import run_demo
 
     found = run_demo(folder, as_json=as_json)
@@ -62,6 +64,7 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write a stage file for your model and text, each key explained."""
+    needs_training()
     from postgrad.stages.init import write_stage
 
     found = write_stage(Path(f"{name}.yaml"), data=data, model=model, replay=replay, cache=cache_folder(), force=force)
@@ -100,7 +103,7 @@ def train(stage: StageFile, overrides: Overrides = None, as_json: Json = False) 
                 f"stopped and saved at step {step:,} of {steps:,}\nnext: {command}",
             )
             raise typer.Exit(3)
-        case Finished(record, place, _):
+        case Finished(record, _, _):
             _print(record, as_json, outcome_text(outcome))
             if record["status"] == "gate-failed":
                 raise typer.Exit(4)
@@ -120,6 +123,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score any causal model on text: nats per token, perplexity, bits per byte, with intervals."""
+    needs_training()
     from postgrad.stages.score import evaluate_files
 
     found = evaluate_files(model, files, context=context, documents=documents, column=column, cache=cache_folder())
@@ -140,12 +144,10 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Set runs or models side by side, with paired intervals."""
+    needs_training()
     from postgrad.stages.score import compare_models, compare_runs
 
-    if on:
-        found = compare_models(models, on, cache=cache_folder())
-    else:
-        found = compare_runs([Path(m) for m in models], report)
+    found = compare_models(models, on, cache=cache_folder()) if on else compare_runs([Path(m) for m in models], report)
     _print(found, as_json, found.pop("text"))
 
 
@@ -156,6 +158,7 @@ def lineage(
     as_json: Json = False,
 ) -> None:
     """Show the stages that led to a run, and what each did to every held-out set (R matrix, BWT, FWT, forgetting)."""
+    needs_training()
     from postgrad.stages.score import show_lineage
 
     found = show_lineage(run, report, cache=cache_folder())
@@ -190,6 +193,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Let a model write; with --beside, two of them."""
+    needs_training()
     from postgrad.stages.write import chat, write_once
 
     options = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
@@ -211,17 +215,25 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Make a plain Hugging Face folder, and check that plain transformers reads the same logits from it."""
+    needs_training()
     from postgrad.stages.write import export_model
 
     found = export_model(run, folder, dtype)
     _print(found, as_json, found.pop("text"))
 
 
+def needs_training() -> None:
+    """Raise `MissingExtra` when what trains is not installed."""
+    for package in ("torch", "transformers", "safetensors", "tokenizers"):
+        if find_spec(package) is None:
+            raise MissingExtra(f"this command needs {package}", way_out="pip install 'postgrad[train]'")
+
+
 def _plan(stage: Path, overrides: list[str] | None, as_json: bool) -> Any:
     from postgrad.stages.stage import load_stage
 
     spec = load_stage(stage, overrides)
-    _require_training()
+    needs_training()
     from postgrad.screen import screen_for
     from postgrad.stages.plan import make_plan
 
@@ -230,14 +242,6 @@ def _plan(stage: Path, overrides: list[str] | None, as_json: bool) -> Any:
         return make_plan(spec, stage.resolve().parent, cache_folder(), screen.reading)
     finally:
         screen.close()
-
-
-def _require_training() -> None:
-    from importlib.util import find_spec
-
-    for package in ("torch", "transformers", "safetensors", "tokenizers"):
-        if find_spec(package) is None:
-            raise MissingExtra(f"this command needs {package}", way_out="pip install 'postgrad[train]'")
 
 
 def _command(verb: str, stage: Path, overrides: list[str] | None) -> str:

@@ -30,9 +30,6 @@ _DOCUMENT = 2000
 
 def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     """Make the texts and the base model, train both arms, and write the page that compares them."""
-    from postgrad.cli import _require_training
-
-    _require_training()
     from postgrad.reports import page, tables
     from postgrad.screen import screen_for, watch
     from postgrad.stages.plan import make_plan

@@ -91,7 +91,10 @@ def then(*pieces: tuple[Piece, float]) -> Schedule:
 def rewarm(
     *, steps: float, peak: float, floor: float, warmup: float, start: float = 0.0, shape: str = "cosine"
 ) -> Schedule:
-    """Warm up from `start` to `peak`, then decay to `floor` over the rest of `steps` (cosine: Ibrahim et al. 2024, section 4)."""
+    """Warm up from `start` to `peak`, then decay to `floor` over the rest of `steps`.
+
+    With a cosine this is what Ibrahim et al. 2024 (section 4) repeat for every stage.
+    """
     return then((linear(start, peak), warmup), (SHAPES[shape](peak, floor), steps - warmup))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -32,7 +33,12 @@ class Screen(Protocol):
 
 
 def screen_for(as_json: bool) -> Screen:
-    """JSON lines when asked for; else a progress bar on a terminal and plain lines in a file or pipe."""
+    """JSON lines when asked for; else a progress bar on a terminal and plain lines in a file or pipe.
+
+    Of several processes only the first one speaks.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return _SilentScreen()
     if as_json:
         return _JsonScreen()
     return _BarScreen() if sys.stderr.isatty() else _PlainScreen()
@@ -91,6 +97,19 @@ def _stepped(event: r.Stepped, steps: int) -> str:
         f"step {report.step:>6,}/{steps:,}  loss {report.loss:.4f}  rate {report.rate:.2e}  "
         f"{event.tokens_per_second:,.0f} tokens/s  {left} left"
     )
+
+
+class _SilentScreen:
+    """Says nothing."""
+
+    def reading(self, name: str, done: int, total: int) -> None:
+        pass
+
+    def show(self, event: r.Event) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class _PlainScreen:
@@ -161,7 +180,8 @@ class _BarScreen:
     def show(self, event: r.Event) -> None:
         match event:
             case r.Stepped():
-                more = f"loss {event.report.loss:.3f}  {event.tokens_per_second:,.0f} tok/s  {duration(event.seconds_left)} left"
+                left = duration(event.seconds_left)
+                more = f"loss {event.report.loss:.3f}  {event.tokens_per_second:,.0f} tok/s  {left} left"
                 if self.forgetting:
                     more += f"  {self.forgetting}"
                 self._at("training", event.report.step, self.steps, more)

@@ -27,14 +27,21 @@ VOCABULARY = 320
 def old_text(count: int, seed: int = 0) -> list[str]:
     """Documents of one kind: short sentences about numbers."""
     rng = random.Random(seed)
-    words = "one two three four five six seven eight nine ten".split()
-    return [" ".join(f"{rng.choice(words)} and {rng.choice(words)}." for _ in range(rng.randint(3, 12))) for _ in range(count)]
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    return [
+        " ".join(f"{rng.choice(words)} and {rng.choice(words)}." for _ in range(rng.randint(3, 12)))
+        for _ in range(count)
+    ]
 
 
 def new_text(count: int, seed: int = 1) -> list[str]:
     """Documents of another kind: assignments."""
     rng = random.Random(seed)
-    return ["\n".join(f"x{rng.randint(0, 9)} = y{rng.randint(0, 9)} * {rng.randint(0, 99)};" for _ in range(rng.randint(2, 9))) for _ in range(count)]
+
+    def line() -> str:
+        return f"x{rng.randint(0, 9)} = y{rng.randint(0, 9)} * {rng.randint(0, 99)};"
+
+    return ["\n".join(line() for _ in range(rng.randint(2, 9))) for _ in range(count)]
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:
@@ -50,10 +57,15 @@ def make_tokenizer(vocabulary: int = VOCABULARY, *, bos: bool = False) -> PreTra
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|begin|>"] if bos else ["<|end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(old_text(50) + new_text(50), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|begin|>" if bos else None)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|begin|>" if bos else None
+    )
 
 
 def make_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:

@@ -1,5 +1,6 @@
 """Schedules against hand-written tables and the values their papers' own code gives."""
 
+import itertools
 import math
 
 import pytest
@@ -78,7 +79,7 @@ def test_every_shape_meets_both_ends_and_never_rises(name: str) -> None:
     curve = s.SHAPES[name](1e-3, 1e-5)
     values = [curve(i / 64) for i in range(65)]
     assert values[0] == pytest.approx(1e-3) and values[-1] == pytest.approx(1e-5)
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values))
 
 
 def test_wsd_s_anneal_is_the_harmonic_mean() -> None:

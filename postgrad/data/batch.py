@@ -34,8 +34,13 @@ class Batch:
         """The same micro-batch with its tensors on `device`."""
         if self.ids_BT.device == device:
             return self
-        moved = (t.to(device, non_blocking=True) for t in (self.ids_BT, self.labels_BT, self.positions_BT))
-        return Batch(*moved, self.source_B, self.counted_B)
+        return Batch(
+            self.ids_BT.to(device, non_blocking=True),
+            self.labels_BT.to(device, non_blocking=True),
+            self.positions_BT.to(device, non_blocking=True),
+            self.source_B,
+            self.counted_B,
+        )
 
 
 def collate(rows: Sequence[Row], sources: Sequence[int]) -> Batch:

@@ -40,18 +40,18 @@ def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wa
     with torch.compiler.set_stance("force_eager"):
         for prompt in wanted:
             ids = torch.from_numpy(prompt.ids.astype(np.int64))[None].to(next(model.parameters()).device)
-            written = model.generate(
+            written = model.generate(  # pyrefly: ignore[not-callable]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
-            out.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+            out.append(text_of(tokenizer, written[0, ids.shape[1] :]))
     model.train(was_training)
     return out
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray | torch.Tensor) -> str:
     """Ids as text."""
-    return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))

@@ -111,7 +111,7 @@ def verdict(low: float, high: float, loss_before: float) -> Verdict:
 class Summary:
     """The usual four numbers of a matrix of scores, with the denominators that were used."""
 
-    accuracy: float
+    accuracy: float | None
     backward_transfer: float | None
     forward_transfer: float | None
     forgetting: float | None
@@ -145,7 +145,7 @@ def summarise(scores: np.ndarray, learnt_at: list[int]) -> Summary:
         return float(np.mean(values)) if values else None
 
     return Summary(
-        accuracy=mean(final) if final else float("nan"),
+        accuracy=mean(final),
         backward_transfer=mean(backward),
         forward_transfer=mean(forward),
         forgetting=mean(best),

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from postgrad.models.pretrained import table_of
+
 NAME = "causal_blocks"
 BLOCK = 128
 
@@ -111,10 +113,10 @@ def usable(model: PreTrainedModel) -> bool:
     config = model.config
     if any(float(getattr(config, key, 0) or 0) > 0 for key in ("attention_dropout", "attn_pdrop")):
         return False
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = table_of(model).shape[0]
     ids = torch.randint(0, vocabulary, (1, 40), generator=torch.Generator().manual_seed(0)).to(model.device)
     positions = torch.cat([torch.arange(17), torch.arange(23)])[None].to(model.device)
-    before = config._attn_implementation
+    before = config._attn_implementation or "eager"
     logits = []
     try:
         for name in ("eager", NAME):

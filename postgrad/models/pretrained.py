@@ -89,7 +89,7 @@ def load_tokenizer(start: Start) -> PreTrainedTokenizerBase:
             where="model",
             expected="tokenizer.json beside the model",
         ) from error
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
         raise ModelError(f"{start.name} has no fast tokenizer", where="model", expected="a tokenizer.json")
     return tokenizer
 
@@ -200,6 +200,8 @@ class CausalModel(nn.Module):
     def head(self) -> Head:
         """The head as it is now."""
         layer = self.pretrained.get_output_embeddings()
+        if layer is None:
+            raise ModelError(f"{type(self.pretrained).__name__} has no output embedding", where="model")
         return Head(layer.weight, getattr(layer, "bias", None), self.scale, self.softcap)
 
 
@@ -209,7 +211,7 @@ def probe(model: CausalModel, *, length: int = 24, tolerance: float = 1e-4) -> N
     Raises `ModelError` for an architecture that does not keep documents apart (recurrent and hybrid ones carry state
     across), or whose logits are not what body and head give.
     """
-    vocabulary = model.pretrained.get_input_embeddings().weight.shape[0]
+    vocabulary = table_of(model.pretrained).shape[0]
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, 2 * length), generator=generator).to(device)
@@ -242,6 +244,13 @@ def probe(model: CausalModel, *, length: int = 24, tolerance: float = 1e-4) -> N
             expected="attention that stays within a document (recurrent and hybrid models carry state across)",
             way_out="use a model with plain attention layers",
         )
+
+
+def table_of(model: PreTrainedModel) -> Tensor:
+    """The input embedding's weight, of shape (V, D)."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def parameters_of(model: nn.Module) -> int:

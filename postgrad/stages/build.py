@@ -47,7 +47,7 @@ def choose_execution(plan: Plan, model: PreTrainedModel, world: World) -> Execut
         length=plan.context,
         tokens=plan.tokens,
         device=world.device,
-        default_attention=model.config._attn_implementation,
+        default_attention=model.config._attn_implementation or "eager",
         blocks_usable=usable(model),
         ranks=world.size,
     )

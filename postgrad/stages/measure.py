@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -50,10 +51,9 @@ def measure(
 
 def write_scores(path: Path, scores: Mapping[str, Scores]) -> None:
     """Every document's nats, tokens and bytes, by set, as one .npz file."""
-    import io
-
     buffer = io.BytesIO()
-    np.savez(buffer, **{f"{name}/{key}": value for name, s in scores.items() for key, value in asdict(s).items()})
+    arrays = {f"{name}/{key}": value for name, s in scores.items() for key, value in asdict(s).items()}
+    np.savez(buffer, allow_pickle=False, **arrays)
     write_atomically(path, buffer.getvalue())
 
 

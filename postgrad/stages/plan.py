@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from postgrad.data.formats import read_documents
 from postgrad.data.mixture import Mixture, Segment, row_rates, seen_weights
 from postgrad.data.overlap import OverlapReport, overlap
 from postgrad.data.pack import PackedRows, held_out_mask
-from postgrad.data.sources import HubRows
+from postgrad.data.sources import HubRows, find_files
 from postgrad.data.sources import Source as Files
 from postgrad.data.store import TokenStore
 from postgrad.data.tokenize import Encoder, build_store
@@ -24,6 +25,7 @@ from postgrad.evaluation.likelihood import HeldOut
 from postgrad.lineage.fingerprint import fingerprint
 from postgrad.lineage.record import read_record, seen_so_far
 from postgrad.models.pretrained import Start, load_tokenizer, locate
+from postgrad.publish import write_atomically
 from postgrad.stages import stage as s
 from postgrad.training.state import read_progress
 
@@ -168,7 +170,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
             )
         if packed.ledger.dropped:
             notes.append(
-                f"{leaf.name}: {packed.ledger.dropped:,} tokens are dropped (copies of held-out documents, or documents of one token)"
+                f"{leaf.name}: {packed.ledger.dropped:,} tokens are dropped "
+                "(copies of held-out documents, or documents of one token)"
             )
     steps, mixture, tokens = _mixture(stage, leaves, rows, notes, start)
     schedule = make_schedule(stage.schedule, steps, tokens, start)
@@ -220,7 +223,8 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str |
     # What the tokenizer itself puts before a text is what the model was trained on.
     first = tokenizer("a")["input_ids"][:1]
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else None
-    return Encoder(tokenizer.backend_tokenizer.to_str(), bos, int(eos_id), vocabulary)
+    assert isinstance(eos_id, int)
+    return Encoder(tokenizer.backend_tokenizer.to_str(), bos, eos_id, vocabulary)
 
 
 def _has_retained(stage: s.Stage) -> bool:
@@ -433,10 +437,6 @@ def _overlaps(
 
 
 def _overlap_with(item: s.HeldOutFile, root: Path, role: str, leaves: Sequence[Leaf], cache: Path) -> dict[str, Any]:
-    import json
-
-    from postgrad.publish import write_atomically
-
     files = held_out_files(item, root, f"evaluation.{role}")
     key = fingerprint([str(files), sorted(leaf.store.fingerprint for leaf in leaves), _stamp(files)])
     place = cache / "overlap" / f"{key}.json"
@@ -456,8 +456,6 @@ def _overlap_with(item: s.HeldOutFile, root: Path, role: str, leaves: Sequence[L
 
 
 def _stamp(files: Files) -> list[list[Any]]:
-    from postgrad.data.sources import find_files
-
     if files.path is None:
         return []
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in find_files(files.path, files.root, files.where)]
@@ -616,7 +614,8 @@ def make_schedule(spec: s.AnySchedule, steps: int, tokens: int, start: Start) ->
             warmup, cooldown, until = length(spec.warmup), length(spec.cooldown), length(spec.constant_until)
             if warmup + cooldown > until or until > steps:
                 raise StageError(
-                    f"warm-up and cooldown end at step {warmup + cooldown:.0f}, the constant phase at {until:.0f}, the stage at {steps}",
+                    f"warm-up and cooldown end at step {warmup + cooldown:.0f}, the constant phase at {until:.0f}, "
+                    f"the stage at {steps}",
                     where="schedule.constant_until",
                     expected="warm-up + cooldown <= constant_until <= 100%",
                 )

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import signal
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -329,8 +330,6 @@ def _train(
 
 
 def _save_together(checkpoints: Checkpoints, run: Run, plan: Plan, stage: str) -> Saved:
-    import tempfile
-
     if run.world.main:
         place = checkpoints.save(run.step, lambda f: write_state(f, run, plan.tokenizer, stage))
     else:

@@ -78,7 +78,8 @@ def evaluate_files(
     summaries = {name: scores.summary() for name, scores in found.items()}
     lines = [
         f"{model}, {used} tokens of context, every token scored once",
-        f"  {'text':<24} {'nats/token':>10} {'95 % interval':>17} {'perplexity':>11} {'bits/byte':>10} {'tokens':>11} {'documents':>10}",
+        f"  {'text':<24} {'nats/token':>10} {'95 % interval':>17} {'perplexity':>11} {'bits/byte':>10} "
+        f"{'tokens':>11} {'documents':>10}",
     ]
     for name, row in summaries.items():
         interval = f"{row['low']:.4f}–{row['high']:.4f}"

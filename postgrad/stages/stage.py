@@ -455,10 +455,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
     here: Any = raw
     *path, last = key.split(".")
     for name in path:
-        if isinstance(here, list):
-            here = _item(here, name, key)
-        else:
-            here = here.setdefault(name, {})
+        here = _item(here, name, key) if isinstance(here, list) else here.setdefault(name, {})
         if not isinstance(here, (dict, list)):
             raise StageError(f"{name} holds a value, so nothing can be set under it", where=key)
     parsed = yaml.safe_load(value)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import ModelError, StageError
+from postgrad.evaluation.samples import text_of
 from postgrad.models import machine
 from postgrad.models.pretrained import (
     Start,
@@ -26,7 +27,12 @@ _Writer = tuple[str, PreTrainedModel, PreTrainedTokenizerBase]
 
 def _writers(models: list[str]) -> list[_Writer]:
     starts = [(name, locate(name, Path.cwd())) for name in models]
-    return [(name, load_model(start).to(machine.device()), load_tokenizer(start)) for name, start in starts]
+    return [(name, _placed(load_model(start)), load_tokenizer(start)) for name, start in starts]
+
+
+def _placed(model: PreTrainedModel) -> PreTrainedModel:
+    torch.nn.Module.to(model, machine.device())
+    return model
 
 
 @torch.no_grad()
@@ -42,14 +48,14 @@ def _written(writer: _Writer, prompt: str, *, tokens: int, temperature: float, t
             raise ModelError(f"the text has {begun} tokens and the model {limit} positions", where="--prompt")
         tokens = limit - begun
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = model.generate(
+    out = model.generate(  # pyrefly: ignore[not-callable]
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=tokens,
         pad_token_id=pad,
         **drawn,
     )
-    return tokenizer.decode(out[0, begun:], skip_special_tokens=True)
+    return text_of(tokenizer, out[0, begun:])
 
 
 def write_once(models: list[str], prompt: str, **options: Any) -> dict[str, Any]:

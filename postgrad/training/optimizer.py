@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from postgrad.models.pretrained import CausalModel
+from postgrad.models.pretrained import CausalModel, table_of
 
 Moments = dict[str, Tensor]
 
@@ -46,7 +47,7 @@ class Weights:
         self.split = split and compute != torch.float32
         self.compute_dtype = compute
         self.all: list[Weight] = []
-        tables = {id(layer.weight) for layer in (self.model.get_input_embeddings(), self.model.get_output_embeddings())}
+        tables = {id(table_of(self.model)), id(model.head().weight_VD)}
         for name, parameter in self.model.named_parameters():  # tied weights come once
             if not parameter.requires_grad:
                 continue
@@ -93,7 +94,7 @@ class Weights:
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole gradient, over all shards; a scalar on the device."""
         norm = torch.nn.utils.get_total_norm([_grad(m) for m in self.masters if m.grad is not None])
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole(norm)
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply every gradient (clipping)."""
@@ -132,12 +133,12 @@ def _grad(tensor: Tensor) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All shards of a tensor put together (on every rank), detached."""
-    return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor.detach()
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 class AdamW:
@@ -192,10 +193,8 @@ class AdamW:
 
 def _shard_like(value: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor, laid out as `like`."""
-    if not hasattr(like, "device_mesh"):
+    if not isinstance(like, DTensor):
         return value
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements).to_local()
 
 

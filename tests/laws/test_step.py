@@ -27,9 +27,7 @@ EPS = 1e-3
 def rows(count: int = 8) -> PackedRows:
     """Rows whose counts of trained tokens differ: documents of very different length."""
     rng = np.random.default_rng(0)
-    documents = [
-        [*rng.integers(2, VOCABULARY, rng.choice([2, 3, 40])).tolist(), 0] for _ in range(count * LENGTH // 4)
-    ]
+    documents = [[*rng.integers(2, VOCABULARY, rng.choice([2, 3, 40])).tolist(), 0] for _ in range(count * LENGTH // 4)]
     return PackedRows(Memory(documents), LENGTH)
 
 
@@ -93,10 +91,10 @@ def test_the_loss_is_that_of_transformers_over_the_whole_batch() -> None:
     batch = batches([8])[0]
     run = run_of()
     with torch.no_grad():
-        logits = run.model.pretrained(
-            input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False
-        ).logits
-        wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels_BT.flatten(), ignore_index=IGNORED)
+        logits = run.model.pretrained(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False).logits
+        wanted = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels_BT.flatten(), ignore_index=IGNORED
+        )
     report = train_step(run, [batch])
     assert report.loss == pytest.approx(float(wanted), rel=1e-6)
     assert sum(nats for nats, _ in report.by_source.values()) / report.tokens == pytest.approx(report.loss, rel=1e-6)
@@ -109,7 +107,10 @@ def test_three_steps_are_those_of_a_plain_torch_loop() -> None:
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.95), eps=EPS
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        eps=EPS,
     )
     batch = batches([8])[0]
     for _ in range(3):

@@ -51,15 +51,21 @@ def test_documents_stay_apart_and_the_head_is_understood(name: str, attention: s
     probe(CausalModel(build(name, attention)))
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("Mamba2Config", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}),
-        # OPT makes its mask without looking at positions.
-        ("OPTConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": 32}),
-        ("MambaConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}),
-    ],
-)  # fmt: skip
+LEAKING: dict[str, dict[str, Any]] = {
+    "MambaConfig": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2},
+    "Mamba2Config": {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8,
+        "n_groups": 1,
+    },
+    # OPT makes its mask without looking at positions.
+    "OPTConfig": {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 128, "word_embed_proj_dim": 32,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes"), LEAKING.items())
 def test_models_that_leak_are_refused(name: str, changes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, name)(**changes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
@@ -130,7 +136,9 @@ def test_what_leaves_is_read_back_with_the_same_logits(tmp_path: Path, dtype: to
     assert config["dtype"] == str(dtype).removeprefix("torch.")
     assert "auto_map" not in config
     weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    assert abs((tmp_path / "out" / "model.safetensors").stat().st_size - weights) < 8192  # tied weights are written once
+    assert (
+        abs((tmp_path / "out" / "model.safetensors").stat().st_size - weights) < 8192
+    )  # tied weights are written once
 
 
 def test_foreign_code_is_refused(tmp_path: Path) -> None:

@@ -50,7 +50,9 @@ def test_a_run_leaves_everything_that_was_promised(stage_of: StageOf, cache: Pat
     for source, planned in zip(record["achieved"]["sources"], (0.75, 0.25), strict=True):
         assert source["share"] == pytest.approx(planned, abs=0.02)
     for row in steps:
-        assert sum(nats for nats, _ in row["by_source"].values()) == pytest.approx(row["loss"] * row["tokens"], rel=1e-5)
+        assert sum(nats for nats, _ in row["by_source"].values()) == pytest.approx(
+            row["loss"] * row["tokens"], rel=1e-5
+        )
         assert sum(tokens for _, tokens in row["by_source"].values()) == row["tokens"]
     for book in record["ledger"].values():
         assert book["read"] == book["held_out"] + book["dropped"] + book["truncated"] + book["placed"]
@@ -150,9 +152,14 @@ def test_two_processes_do_not_share_a_run(stage_of: StageOf, cache: Path) -> Non
 
 
 def test_the_gate_fails_when_the_old_is_forgotten(stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
-    learn_old = stage_of(output=str(tmp_path / "first"), data={
-        "sequence_length": 32, "sources": [{"name": "old", "path": str(stage_of()["data"]["sources"][1]["path"])}],
-    }, tokens=12000)
+    learn_old = stage_of(
+        output=str(tmp_path / "first"),
+        data={
+            "sequence_length": 32,
+            "sources": [{"name": "old", "path": str(stage_of()["data"]["sources"][1]["path"])}],
+        },
+        tokens=12000,
+    )
     events_of(learn_old, cache)
     naive = stage_of(
         model=str(tmp_path / "first"),
