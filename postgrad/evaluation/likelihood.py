@@ -41,14 +41,17 @@ class HeldOut:
     fingerprint: str
 
     def first(self, tokens: int) -> HeldOut:
-        """The first documents, up to about so many tokens (at least one document, the last one cut)."""
+        """The first documents, up to so many tokens; the last one is cut. At least two tokens of one document."""
         ends = np.cumsum([len(d) for d in self.documents])
         count = min(int(np.searchsorted(ends, tokens)) + 1, len(self.documents))
         documents = list(self.documents[:count])
         sizes = self.bytes[:count].copy()
-        spare = int(ends[count - 1]) - tokens
-        if count and spare > 0 and len(documents[-1]) - spare >= 2:
+        spare = int(ends[count - 1]) - tokens if count else 0
+        if spare > 0:
             cut = len(documents[-1]) - spare
+            if cut < 2 and count > 1:  # a single token has nothing to score, and all of the document may be long
+                return HeldOut(self.name, self.role, tuple(documents[:-1]), sizes[:-1], self.fingerprint)
+            cut = max(cut, 2)
             sizes[-1] = round(sizes[-1] * cut / len(documents[-1]))
             documents[-1] = documents[-1][:cut]
         return HeldOut(self.name, self.role, tuple(documents), sizes, self.fingerprint)
