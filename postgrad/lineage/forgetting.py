@@ -138,7 +138,8 @@ def summarise(scores: np.ndarray, learnt_at: list[int]) -> Summary:
     ahead = [j for j, stage in enumerate(learnt_at) if stage >= 2]
     backward = _known([scores[last, j] - scores[learnt_at[j], j] for j in old])
     forward = _known([scores[learnt_at[j] - 1, j] - scores[0, j] for j in ahead])
-    best = _known([np.nanmax(scores[learnt_at[j] : last, j]) - scores[last, j] for j in old if last > learnt_at[j]])
+    # fmax passes over unknown cells, and says nothing when all are.
+    best = _known([np.fmax.reduce(scores[:last, j]) - scores[last, j] for j in old])
     final = _known(list(scores[last]))
 
     def mean(values: list[float]) -> float | None:
