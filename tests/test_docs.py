@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
-COMMAND = re.compile(r"(?:^|\s)postgrad(?= [a-z-])(.*)")
+COMMAND = re.compile(r"(?:^|\s)postgrad(?= [a-z])(.*)")
 """`postgrad VERB ...` anywhere in a line of a code block: after a prompt, after `next:`, after `torchrun -m`."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
