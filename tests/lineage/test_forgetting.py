@@ -222,6 +222,6 @@ def test_a_set_of_which_nothing_earlier_is_known_is_no_reason_to_warn() -> None:
 
 def test_nothing_known_is_no_number() -> None:
     found = summarise(np.full((3, 2), np.nan), [0, 1])
-    assert math.isnan(found.accuracy)
+    assert found.accuracy is None
     assert found.backward_transfer is None
     assert found.forgetting is None
