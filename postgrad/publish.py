@@ -18,7 +18,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from postgrad.errors import CheckpointError, DiskError
 
@@ -29,7 +31,8 @@ _STAGING = ".staging-"
 def publish(place: Path, write: Callable[[Path], None]) -> Path:
     """Make the folder `place` with what `write(folder)` puts there; `place` must not exist yet.
 
-    Raises `DiskError` when there is no room or no permission; nothing but the old state is then left.
+    Raises `DiskError` when there is no room or no permission; the old state is then left, or, when nothing but the last
+    sync failed, the whole new one. Whatever else `write` raises leaves the old state too.
     """
     staging = place.parent / f"{_STAGING}{place.name}"
     try:
@@ -45,9 +48,13 @@ def publish(place: Path, write: Callable[[Path], None]) -> Path:
             _sync(Path(folder))
         os.rename(staging, place)
         _sync(place.parent)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise disk_error(error, place) from error
+        if isinstance(error, OSError):
+            raise disk_error(error, place) from error
+        if f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes from Rust and has an error of its own
+            raise disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), place) from error
+        raise
     verify(place)
     return place
 
@@ -58,22 +65,23 @@ def verify(place: Path) -> dict[str, dict[str, str | int]]:
     Raises `CheckpointError` naming the first file that is missing, of another size, or of other contents.
     """
     try:
-        listing = json.loads((place / MANIFEST).read_bytes())
-    except (OSError, ValueError) as error:
+        listing = json.loads((place / MANIFEST).read_bytes(), object_pairs_hook=_once)
+        promises = [(name, promised["size"], promised["sha256"]) for name, promised in listing.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             "there is no readable manifest.json", where=str(place), expected="a published folder"
         ) from error
-    for name, promised in listing.items():
+    for name, size, digest in promises:
         path = place / name
         if not path.is_file():
             raise CheckpointError("the file is missing", where=str(path))
-        if path.stat().st_size != promised["size"]:
+        if path.stat().st_size != size:
             raise CheckpointError(
-                f"the file has {path.stat().st_size:,} bytes", where=str(path), expected=f"{promised['size']:,} bytes"
+                f"the file has {path.stat().st_size:,} bytes", where=str(path), expected=f"{size:,} bytes"
             )
-        if sha256(path) != promised["sha256"]:
+        if sha256(path) != digest:
             raise CheckpointError(
-                "the file's contents are not what was written", where=str(path), expected=f"sha256 {promised['sha256']}"
+                "the file's contents are not what was written", where=str(path), expected=f"sha256 {digest}"
             )
     return listing
 
@@ -81,28 +89,41 @@ def verify(place: Path) -> dict[str, dict[str, str | int]]:
 def sweep(parent: Path) -> None:
     """Remove what an interrupted publication or removal left under `parent`."""
     for path in parent.glob(f"{_STAGING}*") if parent.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def remove(place: Path) -> None:
-    """Remove a published folder: renamed away first, so that it is never half there under its own name."""
+    """Remove a published folder: renamed away first, so that it is never half there under its own name.
+
+    Raises `DiskError` when that is not allowed.
+    """
     staging = place.parent / f"{_STAGING}old-{place.name}"
     shutil.rmtree(staging, ignore_errors=True)
-    os.rename(place, staging)
-    shutil.rmtree(staging)
+    try:
+        os.rename(place, staging)
+        shutil.rmtree(staging)
+    except OSError as error:
+        raise disk_error(error, place) from error
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Replace a file as a whole: another process sees the old contents or the new ones."""
-    staging = path.parent / f"{_STAGING}{path.name}"
+    # Runs side by side share a cache, so each process stages under a name of its own.
+    staging = path.parent / f"{_STAGING}{path.name}.{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_synced(staging, data.encode() if isinstance(data, str) else data)
         os.replace(staging, path)
         _sync(path.parent)
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
+    except BaseException as error:
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise disk_error(error, path) from error
+        raise
 
 
 def sha256(path: Path) -> str:
@@ -122,6 +143,14 @@ def disk_error(error: OSError, path: Path) -> DiskError:
             way_out="make room, then give the same command again: it goes on from the last checkpoint",
         )
     return DiskError(error.strerror or str(error), where=str(path), way_out="check the folder and its permissions")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys all differ: a name that a flipped bit made equal to its neighbour must not hide a file."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
 
 
 def _listing(folder: Path) -> dict[str, dict[str, str | int]]:
