@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from postgrad.errors import StageError
 from postgrad.models import machine
-from postgrad.models.attention import NAME
+from postgrad.models.attention import NAME, usable
+from postgrad.models.pretrained import parameters_of, table_of
 from postgrad.planning.memory import Shape, estimate
 
-_BF16_WORTH = 1.5
-_COMPILE_WORTH_SECONDS = 120.0
-_SHARE_OF_PEAK = 0.25
-"""What an eager step reaches of a bare matrix product's speed; only to tell short runs from long ones."""
+_BF16_WORTH = 1.3
+"""Below this, bf16's rounding buys too little."""
+_THREADS_WORTH = 1.15
+_COMPILE_SECONDS = {"cpu": 120.0, "cuda": 300.0}
+"""Runs that take longer without are compiled: compiling costs 10 to 40 s and saves about a quarter on a CPU."""
+_BLOCKS_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a stage asks for; `auto` or None is decided here."""
+
+    dtype: str
+    compile: str | bool
+    attention: str
+    activation_checkpointing: bool
+    threads: int | None
+    micro: int | None
+    sequences: int
+    length: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,8 @@ class Execution:
     threads: int
     micro: int
     activation_checkpointing: bool
+    seconds: float
+    """What the training is expected to take without compiling, from two timed micro-batches."""
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -55,89 +76,117 @@ def shape_of(config: PreTrainedConfig, parameters: int) -> Shape:
     )
 
 
-def choose(
-    shape: Shape,
-    *,
-    dtype: str,
-    compile: str | bool,
-    attention: str,
-    activation_checkpointing: bool,
-    threads: int | None,
-    micro: int | None,
-    sequences: int,
-    length: int,
-    tokens: int,
-    device: torch.device,
-    default_attention: str,
-    blocks_usable: bool,
-    ranks: int = 1,
-) -> Execution:
-    """Decide what was left to `auto`. Raises `StageError` when rows do not part evenly."""
+def choose(wishes: Wishes, model: PreTrainedModel, device: torch.device, ranks: int = 1) -> Execution:
+    """Decide what was left open, with a reason each. Raises `StageError` when rows do not part evenly."""
     reasons: dict[str, str] = {}
-    mine = sequences // ranks
-    if sequences % ranks:
-        raise StageError(
-            f"{sequences} rows do not part into {ranks} ranks",
-            where="batch.sequences",
-            expected=f"a multiple of {ranks}",
-        )
+    shape = shape_of(model.config, parameters_of(model))
+    mine = _rows_of_a_rank(wishes, ranks)
+    product = (min(4096, (wishes.micro or min(8, mine)) * wishes.length), shape.width, shape.inner)
 
-    if threads is None:
-        threads = max(1, machine.cores() // ranks) if device.type == "cpu" else machine.cores()
-        reasons["threads"] = f"{machine.cores()} cores are free to this process"
+    threads, reasons["threads"] = _threads(wishes.threads, product, device, ranks)
     torch.set_num_threads(threads)
-
-    product = (min(4096, (micro or min(8, mine)) * length), shape.width, shape.inner)
-    plain = machine.product_speed(torch.float32, product, device)
-    fast = machine.product_speed(torch.bfloat16, product, device)
+    gain = machine.product_speed(torch.bfloat16, product, device) / machine.product_speed(
+        torch.float32, product, device
+    )
+    dtype = wishes.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if fast >= _BF16_WORTH * plain else "float32"
-        reasons["dtype"] = f"bf16 products are {fast / plain:.1f} x as fast as fp32 here"
-    bf16 = dtype == "bfloat16"
-
-    if micro is None:
-        micro = max(m for m in range(1, min(8, mine) + 1) if mine % m == 0)
-        free = machine.memory_bytes()
+        dtype = "bfloat16" if gain >= _BF16_WORTH else "float32"
+        reasons["dtype"] = f"bf16 products of this model's size are {gain:.1f} x as fast as fp32 ones"
+    micro = wishes.micro or _micro(wishes, shape, mine, bf16=dtype == "bfloat16")
+    if wishes.micro is None:
         reasons["micro"] = "as many rows at once as fit, at most 8"
-        while free and micro > 1:
-            need = estimate(
-                shape,
-                rows=micro,
-                length=length,
-                bf16=bf16,
-                checkpointing=activation_checkpointing,
-                sdpa=attention != "eager",
-            )
-            if need.total < 0.6 * free:
-                break
-            micro = max(m for m in range(1, micro) if mine % m == 0)
-    elif mine % micro:
-        raise StageError(
-            f"{mine} rows a rank do not part into micro-batches of {micro}",
-            where="batch.micro",
-            expected=f"a divisor of {mine}",
-        )
 
-    seconds = 3 * shape.parameters * tokens / ((fast if bf16 else plain) * _SHARE_OF_PEAK) / ranks
-    if compile == "auto":
-        compile = seconds > _COMPILE_WORTH_SECONDS
+    seconds = _seconds(model, wishes, micro, dtype, device) * (mine // micro) * wishes.steps
+    compiled, limit = wishes.compile, _COMPILE_SECONDS[device.type if device.type in _COMPILE_SECONDS else "cuda"]
+    if compiled == "auto":
+        compiled = seconds > limit
         reasons["compile"] = (
-            f"the run takes about {seconds:,.0f} s without; compiling pays from about {_COMPILE_WORTH_SECONDS:.0f} s"
+            f"the training takes about {seconds:,.0f} s without; compiling pays from about {limit:.0f} s"
         )
+    attention = wishes.attention
     if attention == "auto":
-        blocks = bool(compile) and device.type == "cpu" and length <= 2048 and blocks_usable
-        attention = NAME if blocks else default_attention
-        reasons["attention"] = (
-            "compiled, causal blocks are about three times as fast as SDPA on a CPU; the logits were checked"
-            if blocks
-            else "what transformers picks for this architecture"
-        )
+        attention = model.config._attn_implementation or "eager"
+        reasons["attention"] = "what transformers picks for this architecture"
+        if compiled and device.type == "cpu" and wishes.length <= _BLOCKS_LENGTH and usable(model):
+            attention = NAME
+            reasons["attention"] = "compiled, it is about three times as fast as SDPA on a CPU; its logits were checked"
     return Execution(
         dtype=dtype,
-        compile=bool(compile),
+        compile=bool(compiled),
         attention=attention,
         threads=threads,
         micro=micro,
-        activation_checkpointing=activation_checkpointing,
+        activation_checkpointing=wishes.activation_checkpointing,
+        seconds=round(seconds, 1),
         reasons=reasons,
     )
+
+
+def _rows_of_a_rank(wishes: Wishes, ranks: int) -> int:
+    if wishes.sequences % ranks:
+        raise StageError(
+            f"{wishes.sequences} rows do not part into {ranks} ranks",
+            where="batch.sequences",
+            expected=f"a multiple of {ranks}",
+        )
+    mine = wishes.sequences // ranks
+    if wishes.micro and mine % wishes.micro:
+        raise StageError(
+            f"{mine} rows a rank do not part into micro-batches of {wishes.micro}",
+            where="batch.micro",
+            expected=f"a divisor of {mine}",
+        )
+    return mine
+
+
+def _threads(asked: int | None, product: tuple[int, int, int], device: torch.device, ranks: int) -> tuple[int, str]:
+    """Threads, and why. Two threads beside a busy process are far slower than one, so more than one is tried out."""
+    if asked is not None:
+        return asked, "as asked"
+    free = max(1, machine.cores() // ranks)
+    if device.type != "cpu" or free == 1:
+        return free, f"{free} cores are there for this process"
+    speeds = {}
+    for threads in (1, free):
+        torch.set_num_threads(threads)
+        speeds[threads] = machine.product_speed(torch.float32, product, device)
+    gain = speeds[free] / speeds[1]
+    if gain < _THREADS_WORTH:
+        return 1, f"{free} threads are only {gain:.2f} x as fast as one here (small products, or other busy processes)"
+    return free, f"{free} threads are {gain:.2f} x as fast as one here"
+
+
+def _micro(wishes: Wishes, shape: Shape, mine: int, *, bf16: bool) -> int:
+    """The most rows at once, at most 8, that part the rank's rows evenly and fit into six tenths of the free memory."""
+    free = machine.memory_bytes()
+    fitting = 1
+    for rows in (m for m in range(1, min(8, mine) + 1) if mine % m == 0):
+        need = estimate(
+            shape,
+            rows=rows,
+            length=wishes.length,
+            bf16=bf16,
+            checkpointing=wishes.activation_checkpointing,
+            sdpa=wishes.attention != "eager",
+        )
+        if not free or need.total < 0.6 * free:
+            fitting = rows
+    return fitting
+
+
+def _seconds(model: PreTrainedModel, wishes: Wishes, micro: int, dtype: str, device: torch.device) -> float:
+    """Seconds of one micro-batch, forward and backward, not compiled: the shorter of two after a first one."""
+    ids = torch.randint(0, table_of(model).shape[0], (micro, wishes.length), device=device)
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(input_ids=ids, use_cache=False).logits.float().mean()
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+        model.zero_grad(set_to_none=True)
+        if times[0] > 10:  # a large model: one is enough
+            break
+    return min(times[1:], default=times[0])

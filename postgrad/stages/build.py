@@ -11,11 +11,10 @@ from transformers import PreTrainedModel
 from postgrad.data.loader import Loader
 from postgrad.errors import ResumeError
 from postgrad.models import machine, sharding
-from postgrad.models.attention import usable
-from postgrad.models.pretrained import CausalModel, Start, parameters_of
+from postgrad.models.pretrained import CausalModel, Start
 from postgrad.objectives.next_token import NextToken
 from postgrad.objectives.objective import Objective
-from postgrad.planning.execution import Execution, choose, shape_of
+from postgrad.planning.execution import Execution, Wishes, choose
 from postgrad.stages import stage as s
 from postgrad.stages.plan import Plan
 from postgrad.training.checkpoint import Checkpoints
@@ -33,10 +32,9 @@ def make_objective(spec: s.AnyObjective) -> Objective:
 
 
 def choose_execution(plan: Plan, model: PreTrainedModel, world: World) -> Execution:
-    """How this machine will compute the stage. Raises `StageError` for attention that the architecture lacks."""
+    """How this machine will compute the stage."""
     compute, batch = plan.stage.compute, plan.stage.batch
-    return choose(
-        shape_of(model.config, parameters_of(model)),
+    wishes = Wishes(
         dtype=compute.dtype,
         compile=compute.compile,
         attention=compute.attention,
@@ -45,12 +43,9 @@ def choose_execution(plan: Plan, model: PreTrainedModel, world: World) -> Execut
         micro=batch.micro,
         sequences=batch.sequences,
         length=plan.context,
-        tokens=plan.tokens,
-        device=world.device,
-        default_attention=model.config._attn_implementation or "eager",
-        blocks_usable=usable(model),
-        ranks=world.size,
+        steps=plan.steps,
     )
+    return choose(wishes, model, world.device, world.size)
 
 
 def build(plan: Plan, model: CausalModel, execution: Execution, world: World) -> Run:

@@ -20,5 +20,5 @@ def outcome_text(outcome: Finished) -> str:
             f"(upper end {worst['high']:+.2%}), allowed {gate['max_forgetting']:.2%}"
         )
     lines += ["", f"model:  {place / MODEL}", f"report: {place / REPORT}"]
-    following = f"postgrad generate {place}" if record["status"] == "finished" else f"postgrad compare {place}"
+    following = f"postgrad generate {place}" if record["status"] == "finished" else f"postgrad lineage {place}"
     return "\n".join([*lines, f"next: {following}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,8 @@ from postgrad.publish import write_atomically
 from postgrad.stages.plan import make_encoder
 
 _SHARE = 0.10
+_FEW = 40
+"""Documents; with fewer, a held-out part says little."""
 
 _TEMPLATE = """\
 # {name}: continue {model} on {data}
@@ -30,7 +33,7 @@ tokens: {tokens}                # the budget in trained tokens, replay included:
 data:
   sequence_length: {length}        # tokens in a row; at most the model's {positions} positions
   sources:
-    - {{name: new, path: {data}{new_share}{new_held}}}
+    - {{name: new, path: {data}{new_share}{new_cut}}}
 {replay}schedule:
   kind: rewarm                  # warm up, then cosine to the floor; others: infinite, wsd, from-floor, constant
   peak: {peak}                 # higher learns more and forgets more
@@ -57,10 +60,18 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
     config = AutoConfig.from_pretrained(start.source)
     encoder = make_encoder(load_tokenizer(start), int(config.vocab_size))
     positions = getattr(config, "max_position_embeddings", None) or 1024
-    store = build_store(Files("new", data, root=root, where="--data"), encoder, cache)
+    files = Files("new", data, root=root, where="--data")
+    store = build_store(files, encoder, cache)
+    cut = ""
+    if len(store) < _FEW and store.kind == "text":
+        # A part is held out by whole documents; a text of few documents is cut into passages for that.
+        passages = dataclasses.replace(files, documents="passages")
+        finer = build_store(passages, encoder, cache)
+        if len(finer) > len(store):
+            files, store, cut = passages, finer, ", documents: passages"
     samples = [
         " ".join((document.text or str(list((document.ids or [])[:20]))).split())[:100]
-        for document in islice(read_documents(Files("new", data, root=root, where="--data")), 3)
+        for document in islice(read_documents(files), 3)
     ]
     lines, share = "", 1.0
     if replay:
@@ -85,7 +96,7 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
         length=length,
         positions=f"{positions:,}",
         new_share=f", share: {share:.0%}" if replay else "",
-        new_held="",
+        new_cut=cut,
         replay=lines,
         peak="2.0e-5",
         floor="2.0e-6",
