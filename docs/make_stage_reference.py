@@ -172,7 +172,7 @@ def _value(node: dict[str, Any]) -> str:
     if node["type"] == "array":
         if "prefixItems" in node:
             return "two numbers"
-        return "a list, below" if "$ref" in node.get("items", {}) else "a list"
+        return "a list, below" if "$ref" in json.dumps(node.get("items", {})) else "a list"
     kinds = {"string": "text", "integer": "a whole number", "number": "a number", "boolean": "`true` or `false`"}
     kinds["object"] = "a mapping"
     return kinds[node["type"]]

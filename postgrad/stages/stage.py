@@ -7,6 +7,7 @@ Schema has them, and an unknown key is an error that names the nearest one.
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,46 +21,72 @@ from postgrad.lineage.fingerprint import fingerprint
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
+_NUMBER = r"\d[\d_,]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?"
+
+
+def _number(value: Any) -> Any:
+    """YAML reads yes and no as truth values, which Python counts as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"a number is expected, not {str(value).lower()}")
+    return value
+
+
 def _amount(value: Any) -> Any:
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([\d_.,]+(?:e[+-]?\d+)?)\s*([kmbgt]?)\s*(?:tokens)?\s*", value, re.IGNORECASE)
+        match = re.fullmatch(rf"\s*({_NUMBER})\s*([kmbgt]?)\s*(?:tokens?)?\s*", value, re.IGNORECASE)
         if not match:
-            raise ValueError("a number of tokens such as 500k, 20M or 1.5B is expected")
-        return round(float(match[1].replace("_", "").replace(",", "")) * _UNITS[match[2].lower()])
-    return round(value) if isinstance(value, float) else value
+            raise ValueError(f"a number of tokens such as 500k, 20M or 1.5B is expected, not {value!r}")
+        value = float(match[1].replace("_", "").replace(",", "")) * _UNITS[match[2].lower()]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"a number of tokens such as 500k, 20M or 1.5B is expected, not {value}")
+        return round(value)
+    return _number(value)
 
 
 def _share(value: Any) -> Any:
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*(%?)\s*", value, re.IGNORECASE)
+        match = re.fullmatch(rf"\s*({_NUMBER})\s*(%?)\s*", value, re.IGNORECASE)
         if not match:
-            raise ValueError("a share such as 5% or 0.05 is expected")
-        return float(match[1]) / (100 if match[2] else 1)
-    return value
+            raise ValueError(f"a share such as 5% or 0.05 is expected, not {value!r}")
+        return float(match[1].replace("_", "").replace(",", "")) / (100 if match[2] else 1)
+    return _number(value)
 
 
 def _length(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a length such as 1%, 200 steps or 2M tokens is expected")
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return f"{value} steps"
     if isinstance(value, str) and re.fullmatch(
-        r"\s*[\d_.,]+(?:e[+-]?\d+)?\s*(%|steps?|[kmbgt]?\s*tokens?|)\s*", value, re.IGNORECASE
+        rf"\s*(?:{_NUMBER})\s*(%|steps?|[kmbgt]?\s*tokens?|)\s*", value, re.IGNORECASE
     ):
         return f"{value.strip()} steps" if re.fullmatch(r"[\d_]+", value.strip()) else value.strip()
-    raise ValueError("a length such as 1%, 200 steps or 2M tokens is expected")
+    raise ValueError(f"a length such as 1%, 200 steps or 2M tokens is expected, not {value!r}")
 
 
-Amount = Annotated[int, BeforeValidator(_amount), Field(gt=0, description="tokens: 500k, 20M, 1.5B")]
-Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1, description="5% or 0.05")]
-Length = Annotated[str, BeforeValidator(_length), Field(description="1%, 200 steps or 2M tokens")]
-Rate = Annotated[float, Field(gt=0, description="a learning rate")]
-Positive = Annotated[int, Field(gt=0)]
+# In a file each of these may also be text; the schema says so, as editors hold files against it.
+Amount = Annotated[
+    int,
+    Field(gt=0, description="tokens: 500k, 20M, 1.5B"),
+    BeforeValidator(_amount, json_schema_input_type=int | float | str),
+]
+Share = Annotated[
+    float,
+    Field(ge=0, le=1, description="5% or 0.05"),
+    BeforeValidator(_share, json_schema_input_type=float | str),
+]
+Length = Annotated[
+    str,
+    Field(description="1%, 200 steps or 2M tokens"),
+    BeforeValidator(_length, json_schema_input_type=int | str),
+]
+Rate = Annotated[float, Field(gt=0, description="a learning rate"), BeforeValidator(_number)]
+Positive = Annotated[int, Field(gt=0), BeforeValidator(_number)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def in_steps(length: str, steps: int, tokens: int) -> float:
     """A length in steps, for a stage of so many steps and tokens."""
-    match = re.fullmatch(r"([\d_.,]+(?:e[+-]?\d+)?)\s*(.*)", length, re.IGNORECASE)
+    match = re.fullmatch(rf"({_NUMBER})\s*(.*)", length, re.IGNORECASE)
     assert match, length
     unit = match[2].lower().strip()
     number = float(match[1].replace("_", "").replace(",", ""))
@@ -73,7 +100,7 @@ def in_steps(length: str, steps: int, tokens: int) -> float:
 class Part(BaseModel):
     """A frozen piece of a stage; every key is known."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Source(Part):
@@ -175,8 +202,8 @@ class Optimizer(Part):
     """AdamW. Matrices decay, vectors do not."""
 
     kind: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
     moments: Literal["reset", "keep", "keep-second"] = "reset"
@@ -306,7 +333,7 @@ def held_out_file(value: Any) -> Any:
     return value
 
 
-AnyHeldOut = Annotated[HeldOutFile, BeforeValidator(held_out_file)]
+AnyHeldOut = Annotated[HeldOutFile, BeforeValidator(held_out_file, json_schema_input_type=str | HeldOutFile)]
 
 
 class Evaluation(Part):
@@ -428,6 +455,8 @@ def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise StageError(f"not YAML: {getattr(error, 'problem', error)}", where=where) from error
+    except ValueError as error:  # what looks like a date and is none
+        raise StageError(f"not YAML: {error}", where=str(path)) from error
     if not isinstance(raw, dict):
         raise StageError("a stage is a mapping of keys to values", where=str(path))
     for override in overrides or []:
@@ -440,7 +469,7 @@ def parse_stage(raw: dict[str, Any], where: str) -> Stage:
     try:
         return Stage.model_validate(raw)
     except ValidationError as error:
-        raise _readable(error, where) from error
+        raise _readable(error, where, raw) from error
 
 
 def json_schema() -> str:
@@ -458,7 +487,10 @@ def _override(raw: dict[str, Any], text: str) -> None:
         here = _item(here, name, key) if isinstance(here, list) else here.setdefault(name, {})
         if not isinstance(here, (dict, list)):
             raise StageError(f"{name} holds a value, so nothing can be set under it", where=key)
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):  # such as a glob, whose star is an alias to YAML
+        parsed = value
     if isinstance(here, list):
         here[here.index(_item(here, last, key))] = parsed
     else:
@@ -478,13 +510,11 @@ def _item(items: list[Any], name: str, key: str) -> Any:
     )
 
 
-def _readable(error: ValidationError, where: str) -> PostgradError:
+def _readable(error: ValidationError, where: str, raw: dict[str, Any]) -> PostgradError:
     """Pydantic's first finding, told with the key's path and the way out (the others are counted)."""
     findings = error.errors()
     first = findings[0]
-    # A union puts its tag into the path; keys are what the user wrote.
-    path = ".".join(str(p) for p in first["loc"] if not _is_tag(p))
-    path = re.sub(r"\.(\d+)", r"[\1]", path)
+    path = _path(first["loc"], raw, missing=first["type"] == "missing")
     met, expected, way_out = first["msg"], "", ""
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"])
@@ -501,6 +531,9 @@ def _readable(error: ValidationError, where: str) -> PostgradError:
         way_out = nearest(str(given), kinds) if given else ""
     elif first["type"] == "missing":
         met = "the key is missing"
+    elif first["type"] == "string_pattern_mismatch":
+        met = f"{first['input']!r} cannot be a name"
+        expected = "letters, digits, '.', '_' and '-'"
     elif first["type"] == "value_error":
         met = str(first["ctx"]["error"])
     else:
@@ -511,14 +544,17 @@ def _readable(error: ValidationError, where: str) -> PostgradError:
     )
 
 
-_TAGS = {
-    "constant", "rewarm", "cosine", "linear", "inverse-sqrt", "exponential", "1-sqrt", "from-floor", "infinite", "wsd",
-    "anneal", "then",
-}  # fmt: skip
-
-
-def _is_tag(part: Any) -> bool:
-    return part in _TAGS
+def _path(location: tuple[int | str, ...], raw: Any, *, missing: bool) -> str:
+    """`key.path[0]` of a finding as the user wrote it: pydantic puts the names of union members in between."""
+    path = ""
+    here = raw
+    for i, part in enumerate(location):
+        if (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int)):
+            here = here[part] if isinstance(here, dict) or part < len(here) else None
+        elif not (missing and i == len(location) - 1):
+            continue
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".")
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
