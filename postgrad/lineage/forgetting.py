@@ -54,8 +54,9 @@ class Change:
     relative: float
     """The difference as a share of the loss before."""
     relative_high: float
-    share_of_range: float
-    """The difference as a share of the range from the loss before to that of a uniform guess, ln V."""
+    share_of_range: float | None
+    """The difference as a share of the range from the loss before to that of a uniform guess, ln V; None for a model
+    that was worse than such a guess, which has no such range."""
     bits_per_byte_difference: float
     units: Literal["documents", "windows"]
     count: int
@@ -87,7 +88,7 @@ def paired_change(
         high=high,
         relative=difference / loss_before,
         relative_high=high / loss_before,
-        share_of_range=difference / max(math.log(vocabulary) - loss_before, 1e-9),
+        share_of_range=difference / spare if (spare := math.log(vocabulary) - loss_before) > 0 else None,
         bits_per_byte_difference=difference * total / (math.log(2) * max(total_bytes, 1)),
         units=units,
         count=len(tokens),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,10 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
             "BWT": summary.backward_transfer,
             "FWT": summary.forward_transfer,
             "forgetting": summary.forgetting,
-            "denominators": asdict(summary)["denominators"],
+            # The other names are those of the field; this one is what the table calls it.
+            "denominators": {
+                {"FM": "forgetting"}.get(name, name): said for name, said in summary.denominators.items()
+            },
         },
     }
 

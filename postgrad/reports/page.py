@@ -509,9 +509,9 @@ def _gate_notice(record: Mapping[str, object]) -> list[tuple[str, str]]:
     detail = ""
     if worst:
         high = worst.get("high")
-        detail = f" The worst retained set, {_name(worst.get('set'))}, changed by {signed(worst.get('rise'))}"
-        detail += f" (upper end {signed(high)})." if number(high) is not None else "."
-    limit = f" The limit is {signed(gate.get('max_forgetting'))} nats per token." if "max_forgetting" in gate else ""
+        detail = f" The loss on the worst retained set, {_name(worst.get('set'))}, changed by {percent(worst.get('rise'))}"
+        detail += f" (upper end {percent(high)})." if number(high) is not None else "."
+    limit = f" At most {percent(gate.get('max_forgetting'))} was allowed." if "max_forgetting" in gate else ""
     if gate.get("passed") is True:
         return [("good", f"<b>The retention gate passed.</b>{detail}{limit}")]
     return [("bad", f"<b>The retention gate failed.</b>{detail}{limit}")]
@@ -533,7 +533,7 @@ def _result(record: Mapping[str, object]) -> str:
     if not names:
         return ""
     kept, learnt = _estimates(tables.retained(record)), _estimates(tables.learned(record))
-    gate = number(mapping(record.get("gate")).get("max_forgetting"))
+    gate = number(mapping(record.get("gate")).get("level"))
     limit = Level(gate, f"gate {signed(gate)}") if gate is not None else None
     words = {"x_label": "change of the loss, nats per token", "left_word": "better", "right_word": "worse"}
     plots = []
@@ -561,7 +561,7 @@ def _result(record: Mapping[str, object]) -> str:
         " token; as <b>perplexity</b>, the number of equally likely tokens the model hesitates between (e to"
         " the power of the loss); in <b>bits per byte</b>, which does not depend on the tokenizer. A 95 %"
         " interval that does not contain zero is evidence of a change. <b>Share of range</b> is the"
-        " difference as a share of the range the set\u2019s loss can move in.</p>",
+        " difference as a share of the range from the loss before to that of a uniform guess, ln V.</p>",
     )
     return tables.score_table(record).html() + reading + _pair(*plots)
 
@@ -578,7 +578,7 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
     whole = max(p[0] for points in curves.sets.values() for p in points)
     if curves.unit != "step" and planned and record.get("status") != "finished":
         whole = max(whole, planned)
-    gate = number(mapping(record.get("gate")).get("max_forgetting"))
+    gate = number(mapping(record.get("gate")).get("level"))
     body = _about(
         "Change of the loss on held-out text since the start of the stage. Above zero is forgetting; the"
         " shaded bands are 95 % intervals. Most forgetting happens right after the switch, so the first"

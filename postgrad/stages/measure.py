@@ -90,8 +90,13 @@ def changes(sets: Sequence[HeldOut], before: AllScores, after: AllScores, vocabu
     }
 
 
-def gate(found: Mapping[str, dict[str, Any]], limit: float | None) -> dict[str, Any] | None:
-    """Whether the loss of every retained set rose by at most `limit`, at the upper end of its interval."""
+def gate(
+    found: Mapping[str, dict[str, Any]], before: AllScores, limit: float | None
+) -> dict[str, Any] | None:
+    """Whether the loss of every retained set rose by at most the share `limit`, at the upper end of its interval.
+
+    `level` is the strictest of the limits in nats per token, for drawing.
+    """
     if limit is None:
         return None
     retained = {name: c for name, c in found.items() if c["role"] == "retained"}
@@ -99,6 +104,7 @@ def gate(found: Mapping[str, dict[str, Any]], limit: float | None) -> dict[str, 
     worst = retained[name]
     return {
         "max_forgetting": limit,
+        "level": limit * min(before[n].nats for n in retained),
         "worst": {"set": name, "rise": worst["relative"], "high": worst["relative_high"]},
         "passed": worst["relative_high"] <= limit,
     }

@@ -234,7 +234,7 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
         measure.write_scores(home / "scores" / "after.npz", after)
         samples = _samples(plan, model.pretrained, wanted, json.loads(samples_file.read_text()))
         found = measure.changes(plan.held_out, before, after, plan.vocabulary)
-        gate = measure.gate(found, plan.stage.max_forgetting)
+        gate = measure.gate(found, before, plan.stage.max_forgetting)
         record = _base_record(home, plan, kept, fingerprints, execution, parameters, command)
         record |= {
             "status": "finished" if gate is None or gate["passed"] else "gate-failed",

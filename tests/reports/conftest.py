@@ -170,6 +170,7 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
         "changes": changes,
         "gate": {
             "max_forgetting": 0.02,
+            "level": 0.05,
             "worst": {"set": "general", "rise": move["general"], "high": changes["general"]["high"]},
             "passed": changes["general"]["high"] < 0.02,
         },
@@ -241,10 +242,7 @@ def make_metrics(record: dict, steps: int = 1221, seed: int = 0, evaluations: in
                     "replay": [replay * per_step * 0.1, round(per_step * 0.1)],
                 },
                 "rate": rate(step),
-                "grad_norm": 0.9
-                + 0.4 * math.exp(-t * 30)
-                + abs(dice.gauss(0, 0.1))
-                + (4.2 if step == 700 else 0),
+                "grad_norm": 0.9 + 0.4 * math.exp(-t * 30) + abs(dice.gauss(0, 0.1)) + (4.2 if step == 700 else 0),
                 "seconds": 8.1 * (step + 1),
             }
         )

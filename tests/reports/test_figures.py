@@ -36,9 +36,7 @@ def inside(svg: str, slack: float = 2.0) -> None:
         if title is not None:
             content = content.removeprefix(title.text or "")
         wide = figures.text_width(content)
-        start = float(text.get("x", 0)) - {"middle": wide / 2, "end": wide}.get(
-            text.get("text-anchor", ""), 0
-        )
+        start = float(text.get("x", 0)) - {"middle": wide / 2, "end": wide}.get(text.get("text-anchor", ""), 0)
         assert start >= -slack, (content, start)
         assert start + wide <= width + slack, (content, start + wide, width)
         assert 0 <= float(text.get("y", 0)) <= height + slack, content
@@ -131,9 +129,7 @@ def lines(n: int, points: int = 20) -> list[Series]:
 @pytest.mark.parametrize("width", [358, 560])
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
 def test_direct_labels_do_not_touch(width: int, count: int) -> None:
-    svg = figures.line_chart(
-        lines(count), title="t", x_label="tokens", y_label="nats", width=width, zero=True
-    )
+    svg = figures.line_chart(lines(count), title="t", x_label="tokens", y_label="nats", width=width, zero=True)
     inside(svg)
     found = [b for i in range(figures.PALETTE) for b in boxes(svg, f"c{i}")]
     assert len(found) == count
@@ -263,9 +259,7 @@ def test_bars_are_as_long_as_their_shares(width: int) -> None:
     wide = {name: float(w) for w, name in re.findall(r'width="([^"]+)" height="9" class="([^"]+)"', svg)}
     assert wide["c0"] == pytest.approx(wide["plan s-c0"] / 2, abs=1.0)
     assert "c1" not in wide
-    stacked = figures.stacked_bars(
-        [("a", [3, 1, 0]), ("none", [0, 0, 0])], ("x", "y", "z"), title="t", width=width
-    )
+    stacked = figures.stacked_bars([("a", [3, 1, 0]), ("none", [0, 0, 0])], ("x", "y", "z"), title="t", width=width)
     inside(stacked)
     parts = [float(w) for w in re.findall(r'width="([^"]+)" height="16"', stacked)]
     assert parts == pytest.approx([width * 0.75, width * 0.25], abs=0.1)

@@ -164,13 +164,9 @@ RECORD_KEYS = set(
 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))
-def test_no_text_of_the_data_becomes_markup(
-    record: dict, metrics: list[dict], tree: dict, payload: str
-) -> None:
+def test_no_text_of_the_data_becomes_markup(record: dict, metrics: list[dict], tree: dict, payload: str) -> None:
     keep = ("role", "kind")  # so that the poisoned names still reach the figures
-    few = [
-        poisoned(m, payload, keep) for m in metrics[::150] + [m for m in metrics if m["kind"] == "evaluation"]
-    ]
+    few = [poisoned(m, payload, keep) for m in metrics[::150] + [m for m in metrics if m["kind"] == "evaluation"]]
     record["overlap"]["general"]["duplicates"] = 2
     bad = poisoned(record, payload, keep)
     for html in (
@@ -210,9 +206,7 @@ def test_policy_allows_the_style_sheet_and_nothing_else(record: dict, metrics: l
     assert policy
     assert html.index("Content-Security-Policy") < html.index("<title>") < html.index("<style>")
     digest = base64.b64encode(hashlib.sha256(walked(html).style.encode()).digest()).decode()
-    assert (
-        policy[1] == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    )
+    assert policy[1] == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     assert " style=" not in html
     assert "http://" not in html
     assert "https://" not in html
@@ -283,9 +277,7 @@ def test_a_stopped_run_says_so(record: dict, metrics: list[dict]) -> None:
     assert "This run was stopped after step 500 of 1,221." in text
     assert "There are no scores after training" in text
     assert "Learnt" not in text
-    assert re.search(
-        r"At the last evaluation, after 7\.\d+M trained tokens, in nats per token: general \+0", text
-    )
+    assert re.search(r"At the last evaluation, after 7\.\d+M trained tokens, in nats per token: general \+0", text)
     assert "There are no scores" in said(page.run_page(record, []))
 
 
@@ -298,10 +290,10 @@ def test_a_failed_gate_says_so(record: dict, metrics: list[dict]) -> None:
     }
     text = said(page.run_page(record, metrics))
     assert (
-        "The retention gate failed. The worst retained set, general, changed by +0.052 (upper end +0.061)."
+        "The retention gate failed. The loss on the worst retained set, general, changed by 5.2 % (upper end 6.1 %)."
         in text
     )
-    assert "The limit is +0.020" in text
+    assert "At most 2.0 % was allowed" in text
     del record["gate"]
     assert "The retention gate failed." in said(page.run_page(record, []))
 
@@ -336,9 +328,7 @@ def test_any_key_may_be_missing_or_wrong(record: dict, metrics: list[dict], tree
     for broken in variants(few[-1], 3) + variants(few[0], 2):
         walked(page.run_page({}, [*few, broken]))
     walked(
-        page.comparison_page(
-            [record, *variants(record, 1)], [few, junk if isinstance(junk, list) else []], "t", None
-        )
+        page.comparison_page([record, *variants(record, 1)], [few, junk if isinstance(junk, list) else []], "t", None)
     )
     for broken in variants(tree, 2):
         walked(page.lineage_page(broken))

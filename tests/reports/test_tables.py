@@ -97,9 +97,7 @@ def test_arms_table_measures_against_the_baseline(arms: list[dict]) -> None:
             change = record["changes"][name]["difference"]
             row = rows[record["name"]]
             assert float(row[f"{name} (retained) difference"]) == change
-            assert float(row[f"{name} (retained) removed"]) == pytest.approx(
-                1 - change / base[name]["difference"]
-            )
+            assert float(row[f"{name} (retained) removed"]) == pytest.approx(1 - change / base[name]["difference"])
         mean = (record["changes"]["general"]["difference"] + record["changes"]["code"]["difference"]) / 2
         of_base = (base["general"]["difference"] + base["code"]["difference"]) / 2
         assert float(row["all retained sets mean forgetting"]) == pytest.approx(mean)
@@ -135,9 +133,7 @@ def test_mixture_and_lineage_equal_their_records(record: dict, tree: dict) -> No
     assert float(row["share achieved"]) == 0.8999356
     assert int(row["trained tokens achieved"]) == 17_998_712
     table = tables.lineage_table(tree)
-    assert [v for v in exact(table.html()) if 1 < v < 3] == [
-        v for line in tree["R"] for v in line if v is not None
-    ]
+    assert [v for v in exact(table.html()) if 1 < v < 3] == [v for line in tree["R"] for v in line if v is not None]
     tree["stages"].pop(0)
     assert rows_of(tables.lineage_table(tree))[0] == "start"
     assert "T-1 = 3" in tables.summary_table(tree).text()
