@@ -42,7 +42,8 @@ class Leaf:
     name: str
     source: str
     role: str
-    share: float
+    part: float
+    """Its share of the source: 1, or less when the source is a replay of everything seen."""
     held_out: float
     max_passes: float
     files: Files
@@ -243,7 +244,7 @@ def _leaves(
 ) -> list[Leaf]:
     leaves: list[Leaf] = []
     named_files = bool(stage.evaluation.retained or stage.evaluation.learned)
-    for i, (source, share) in enumerate(zip(stage.data.sources, stage.shares(), strict=True)):
+    for i, source in enumerate(stage.data.sources):
         where = f"data.sources[{i}]"
         if source.seen_so_far:
             if not seen:
@@ -253,7 +254,7 @@ def _leaves(
                     expected="a start model that is a run folder of an earlier stage",
                     way_out="give the old text itself as `path`",
                 )
-            weights = seen_weights({key: entry["tokens"] for key, entry in seen.items()}, share)
+            weights = seen_weights({key: entry["tokens"] for key, entry in seen.items()}, 1.0)
             for key, weight in weights.items():
                 origin = seen[key]["origin"]
                 files = _files(f"{source.name}/{seen[key]['name']}", origin, Path(origin["root"]), where)
@@ -282,7 +283,7 @@ def _leaves(
                 source.name,
                 source.name,
                 source.role,
-                share,
+                1.0,
                 held_out,
                 source.max_passes,
                 files,
@@ -471,8 +472,7 @@ def _mixture(
 
     def leaf_shares(by_source: dict[str, float]) -> tuple[float, ...]:
         """Shares of sources as shares of leaves (a replay of everything keeps its inner proportions)."""
-        whole = dict(zip([x.name for x in stage.data.sources], stage.shares(), strict=True))
-        return tuple(leaf.share / whole[leaf.source] * by_source.get(leaf.source, 0.0) for leaf in leaves)
+        return tuple(leaf.part * by_source.get(leaf.source, 0.0) for leaf in leaves)
 
     plain = {source.name: share for source, share in zip(stage.data.sources, stage.shares(), strict=True)}
     phases: list[tuple[float, tuple[float, ...]]] = [(0.0, leaf_shares(plain))]
@@ -568,7 +568,7 @@ def _cut_short(
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
-        if stage.data.when_short == "stop":
+        if stage.data.when_short == "stop" or not fits(0):  # what is skipped has already used a source up
             return low, segments
         begin = (first + low) * block
         spent = {k for k, (c, cap) in enumerate(zip(mixture.counts(begin + block), caps, strict=True)) if c > cap}
@@ -597,6 +597,7 @@ def make_schedule(spec: s.AnySchedule, steps: int, tokens: int, start: Start) ->
 
     match spec:
         case s.Constant():
+            _inside(steps, warmup=length(spec.warmup))
             return schedules.then(
                 (schedules.linear(0.0, spec.peak), length(spec.warmup)),
                 (schedules.constant(spec.peak), steps),
@@ -604,6 +605,7 @@ def make_schedule(spec: s.AnySchedule, steps: int, tokens: int, start: Start) ->
         case s.Decay():
             shape = "cosine" if spec.kind == "rewarm" else spec.kind
             _above_zero(shape, spec.floor)
+            _inside(steps, warmup=length(spec.warmup))
             return schedules.rewarm(
                 steps=steps, peak=spec.peak, floor=spec.floor, warmup=length(spec.warmup), start=spec.start, shape=shape
             )
@@ -631,6 +633,7 @@ def make_schedule(spec: s.AnySchedule, steps: int, tokens: int, start: Start) ->
                 timescale=spec.timescale,
             )
         case s.Wsd():
+            _inside(steps, warmup=length(spec.warmup), decay=length(spec.decay))
             return schedules.wsd(
                 steps=steps,
                 peak=spec.peak,
@@ -645,6 +648,7 @@ def make_schedule(spec: s.AnySchedule, steps: int, tokens: int, start: Start) ->
         case s.Then():
             given = [length(p.length) if p.length is not None else None for p in spec.pieces]
             rest = steps - sum(g for g in given if g is not None)
+            _inside(steps, pieces=steps - rest)
             pieces = []
             for piece, own in zip(spec.pieces, given, strict=True):
                 if piece.shape == "constant":
@@ -655,6 +659,17 @@ def make_schedule(spec: s.AnySchedule, steps: int, tokens: int, start: Start) ->
                     curve = schedules.SHAPES[piece.shape](piece.start, piece.end)
                 pieces.append((curve, max(rest, 0) if own is None else own))
             return schedules.then(*pieces)
+
+
+def _inside(steps: int, **lengths: float) -> None:
+    """Refuse phases that do not fit the stage together: one of them would be cut without a word."""
+    if sum(lengths.values()) > steps + 1e-6:
+        names = " and ".join(f"{name} ({length:,.0f} steps)" for name, length in lengths.items())
+        raise StageError(
+            f"longer than the stage's {steps:,} steps: {names}",
+            where=f"schedule.{next(iter(lengths))}",
+            expected=f"at most {steps:,} steps, or 100%",
+        )
 
 
 def _above_zero(shape: str, floor: float) -> None:
