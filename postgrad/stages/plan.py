@@ -141,15 +141,13 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
             expected=f"at most {limit:,}",
         )
     if stage.max_forgetting is not None and not _has_retained(stage):
-        raise StageError(
-            "there is no retained set to hold the gate against",
-            where="max_forgetting",
-            way_out="name old text under evaluation.retained, or add a source with role: replay",
-        )
+        raise _no_gate()
     seen = seen_so_far(read_record(start.run)) if start.run and (start.run / "record.json").exists() else {}
     notes: list[str] = []
     leaves = _leaves(stage, root, seen, encoder, cache, progress)
     held_out, tables = _held_out(stage, root, leaves, encoder, cache, progress, notes)
+    if stage.max_forgetting is not None and not any(h.role == "retained" for h in held_out):
+        raise _no_gate()  # a replay source so small that nothing of it fell into the held-out share
     excluded = np.unique(np.concatenate([t["digest"] for t in tables])) if tables else None
     rows = tuple(
         PackedRows(
@@ -229,8 +227,20 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str |
 
 
 def _has_retained(stage: s.Stage) -> bool:
+    """Whether a retained set can be had: named, or held out of a replay source (by itself only when no file is named)."""
+    named = bool(stage.evaluation.retained or stage.evaluation.learned)
     return bool(stage.evaluation.retained) or any(
-        source.role == "replay" and (source.held_out is None or source.held_out > 0) for source in stage.data.sources
+        source.seen_so_far  # what its origins hold out is known later
+        or (source.role == "replay" and (not named if source.held_out is None else source.held_out > 0))
+        for source in stage.data.sources
+    )
+
+
+def _no_gate() -> StageError:
+    return StageError(
+        "there is no retained set to hold the gate against",
+        where="max_forgetting",
+        way_out="name old text under evaluation.retained, or give a source with role: replay a `held_out` share",
     )
 
 
