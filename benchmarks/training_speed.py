@@ -43,6 +43,8 @@ SIZES: dict[str, dict[str, int]] = {
     "15M": {"hidden": 384, "layers": 6, "heads": 6, "intermediate": 1024, "vocabulary": 16384},
 }
 TIME, RATE = 512, 1e-3
+MICRO_BATCHES = 2
+"""Parts in which our arm takes the batch, as it would choose by itself: about 2,048 tokens at once on a CPU."""
 PEER_ARMS = (
     "trainer",
     "trainer-best",
@@ -250,42 +252,46 @@ def run_litgpt(work: Path, steps: int, setting: dict[str, Any], *, precision: st
 
 
 def run_ours(work: Path, steps: int, setting: dict[str, Any]) -> None:
-    """A lean loop over the project's own parts; `--ours-command` puts a whole run in its place."""
+    """The project's own step, as `postgrad train` takes it once a run is long enough to be compiled."""
+    import numpy as np
     import torch
-    from transformers import LlamaForCausalLM
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from postgrad.models import attention
-    from postgrad.models.machine import tune_allocator
-    from postgrad.objectives.linear_cross_entropy import linear_cross_entropy
+    from postgrad import schedules
+    from postgrad.data.batch import Batch
+    from postgrad.models import attention, machine, sharding
+    from postgrad.models.pretrained import CausalModel, Start, load_model
+    from postgrad.objectives.next_token import NextToken
+    from postgrad.training.optimizer import AdamW, Weights
+    from postgrad.training.step import Run, train_step
+    from postgrad.training.world import World
 
-    tune_allocator()
-    model = LlamaForCausalLM.from_pretrained(work / "model", attn_implementation=attention.NAME)
-    table = model.get_input_embeddings()
-    pairs = []
-    for weight in model.parameters():
-        if weight is not table.weight:  # the (tied) table stays fp32 and is its own master
-            pairs.append((weight, weight.detach().clone().requires_grad_()))
-            weight.data = weight.data.bfloat16()
-    table.register_forward_hook(lambda _module, _inputs, embedded: embedded.bfloat16())
-    masters = [table.weight, *(master for _, master in pairs)]
-    optimizer = torch.optim.AdamW(masters, lr=setting["rate"], weight_decay=0.0, fused=True)
-    for part in (*model.model.layers, model.model.norm):
-        part.compile(dynamic=False)
+    machine.tune_allocator()
+    model = CausalModel(load_model(Start("start", work / "model"), attention=attention.NAME)).train()
+    weights = Weights(model, torch.bfloat16, split=True)
+    sharding.compile_layers(model)
+    run = Run(
+        model=model,
+        weights=weights,
+        optimizer=AdamW(weights, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0),
+        objectives=[NextToken()],
+        schedule=schedules.then((schedules.constant(setting["rate"]), 1)),
+        world=World(torch.device("cpu")),
+        sources=["text"],
+        clip=setting["clip"],
+        seed=0,
+        trained_by_source=np.zeros(1, np.int64),
+    )
     feed, report = batches(work, setting["batch"]), Report()
+    micro = setting["batch"] // MICRO_BATCHES
     for _ in range(steps):
         ids, positions, labels = next(feed)
-        count = (labels != -100).sum()
-        hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        loss = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), table.weight, labels[:, 1:].flatten()) / count
-        loss.backward()
-        for weight, master in pairs:
-            master.grad, weight.grad = weight.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(masters, setting["clip"])
-        optimizer.step()
-        torch._foreach_copy_([weight.data for weight, _ in pairs], [master.data for _, master in pairs])
-        optimizer.zero_grad()
-        report(loss.item())
+        ahead = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], dim=1)
+        whole = [
+            Batch(i, y, p, np.zeros(len(i), np.int64), (y != -100).sum(1).numpy())
+            for i, y, p in zip(ids.split(micro), ahead.split(micro), positions.split(micro), strict=True)
+        ]
+        report(train_step(run, whole).loss)
 
 
 def run_floor(work: Path, steps: int, setting: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from postgrad.publish import write_atomically
 
 SEED = 0
 LENGTH = 256
-BASE_TOKENS, NEW_TOKENS = 2_500_000, 1_000_000
+BASE_TOKENS, NEW_TOKENS = 2_400_000, 900_000
 VOCABULARY = 2048
 _DOCUMENT = 2000
 

@@ -104,9 +104,7 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
             "FWT": summary.forward_transfer,
             "forgetting": summary.forgetting,
             # The other names are those of the field; this one is what the table calls it.
-            "denominators": {
-                {"FM": "forgetting"}.get(name, name): said for name, said in summary.denominators.items()
-            },
+            "denominators": {{"FM": "forgetting"}.get(name, name): said for name, said in summary.denominators.items()},
         },
     }
 

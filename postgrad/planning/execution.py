@@ -18,8 +18,10 @@ from postgrad.planning.memory import Shape, estimate
 _BF16_WORTH = 1.3
 """Below this, bf16's rounding buys too little."""
 _THREADS_WORTH = 1.15
-_COMPILE_SECONDS = {"cpu": 120.0, "cuda": 300.0}
-"""Runs that take longer without are compiled: compiling costs 10 to 40 s and saves about a quarter on a CPU."""
+_COMPILE_SECONDS = {"cpu": 60.0, "cuda": 300.0}
+"""Runs that take longer without are compiled: compiling costs 15 to 30 s once and saves about a third on a CPU."""
+_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32_768}
+"""A CPU is no faster with more (measured: .98 of the speed at half the activations); a GPU wants to be filled."""
 _BLOCKS_LENGTH = 2048
 
 
@@ -81,7 +83,7 @@ def choose(wishes: Wishes, model: PreTrainedModel, device: torch.device, ranks: 
     reasons: dict[str, str] = {}
     shape = shape_of(model.config, parameters_of(model))
     mine = _rows_of_a_rank(wishes, ranks)
-    product = (min(4096, (wishes.micro or min(8, mine)) * wishes.length), shape.width, shape.inner)
+    product = (min(2048, (wishes.micro or mine) * wishes.length), shape.width, shape.inner)
 
     threads, reasons["threads"] = _threads(wishes.threads, product, device, ranks)
     torch.set_num_threads(threads)
@@ -92,24 +94,25 @@ def choose(wishes: Wishes, model: PreTrainedModel, device: torch.device, ranks: 
     if dtype == "auto":
         dtype = "bfloat16" if gain >= _BF16_WORTH else "float32"
         reasons["dtype"] = f"bf16 products of this model's size are {gain:.1f} x as fast as fp32 ones"
-    micro = wishes.micro or _micro(wishes, shape, mine, bf16=dtype == "bfloat16")
+    micro = wishes.micro or _micro(wishes, shape, mine, device, bf16=dtype == "bfloat16")
     if wishes.micro is None:
-        reasons["micro"] = "as many rows at once as fit, at most 8"
+        reasons["micro"] = f"as many rows at once as fit, about {_TOKENS_AT_ONCE[_kind(device)]:,} tokens"
 
+    attention = wishes.attention
+    if attention == "auto":
+        attention = model.config._attn_implementation or "eager"
+        reasons["attention"] = "what transformers picks for this architecture"
+        if device.type == "cpu" and wishes.length <= _BLOCKS_LENGTH and usable(model):
+            attention = NAME
+            reasons["attention"] = "faster than SDPA on a CPU (up to three times, compiled); its logits were checked"
+    model.set_attn_implementation(attention)
     seconds = _seconds(model, wishes, micro, dtype, device) * (mine // micro) * wishes.steps
-    compiled, limit = wishes.compile, _COMPILE_SECONDS[device.type if device.type in _COMPILE_SECONDS else "cuda"]
+    compiled, limit = wishes.compile, _COMPILE_SECONDS[_kind(device)]
     if compiled == "auto":
         compiled = seconds > limit
         reasons["compile"] = (
             f"the training takes about {seconds:,.0f} s without; compiling pays from about {limit:.0f} s"
         )
-    attention = wishes.attention
-    if attention == "auto":
-        attention = model.config._attn_implementation or "eager"
-        reasons["attention"] = "what transformers picks for this architecture"
-        if compiled and device.type == "cpu" and wishes.length <= _BLOCKS_LENGTH and usable(model):
-            attention = NAME
-            reasons["attention"] = "compiled, it is about three times as fast as SDPA on a CPU; its logits were checked"
     return Execution(
         dtype=dtype,
         compile=bool(compiled),
@@ -156,11 +159,16 @@ def _threads(asked: int | None, product: tuple[int, int, int], device: torch.dev
     return free, f"{free} threads are {gain:.2f} x as fast as one here"
 
 
-def _micro(wishes: Wishes, shape: Shape, mine: int, *, bf16: bool) -> int:
-    """The most rows at once, at most 8, that part the rank's rows evenly and fit into six tenths of the free memory."""
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "cuda"
+
+
+def _micro(wishes: Wishes, shape: Shape, mine: int, device: torch.device, *, bf16: bool) -> int:
+    """The most rows at once that part the rank's rows evenly and fit into six tenths of the free memory."""
     free = machine.memory_bytes()
+    most = max(1, _TOKENS_AT_ONCE[_kind(device)] // wishes.length)
     fitting = 1
-    for rows in (m for m in range(1, min(8, mine) + 1) if mine % m == 0):
+    for rows in (m for m in range(1, min(most, mine) + 1) if mine % m == 0):
         need = estimate(
             shape,
             rows=rows,

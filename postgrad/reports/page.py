@@ -509,7 +509,9 @@ def _gate_notice(record: Mapping[str, object]) -> list[tuple[str, str]]:
     detail = ""
     if worst:
         high = worst.get("high")
-        detail = f" The loss on the worst retained set, {_name(worst.get('set'))}, changed by {percent(worst.get('rise'))}"
+        detail = (
+            f" The loss on the worst retained set, {_name(worst.get('set'))}, changed by {percent(worst.get('rise'))}"
+        )
         detail += f" (upper end {percent(high)})." if number(high) is not None else "."
     limit = f" At most {percent(gate.get('max_forgetting'))} was allowed." if "max_forgetting" in gate else ""
     if gate.get("passed") is True:

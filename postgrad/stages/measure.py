@@ -90,9 +90,7 @@ def changes(sets: Sequence[HeldOut], before: AllScores, after: AllScores, vocabu
     }
 
 
-def gate(
-    found: Mapping[str, dict[str, Any]], before: AllScores, limit: float | None
-) -> dict[str, Any] | None:
+def gate(found: Mapping[str, dict[str, Any]], before: AllScores, limit: float | None) -> dict[str, Any] | None:
     """Whether the loss of every retained set rose by at most the share `limit`, at the upper end of its interval.
 
     `level` is the strictest of the limits in nats per token, for drawing.

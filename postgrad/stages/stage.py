@@ -195,7 +195,7 @@ class Batch(Part):
     sequences: Positive = 32
     """Rows in a global batch."""
     micro: Positive | None = None
-    """Rows a device holds at once; left out: as many as fit, at most 8. Makes no difference to the result."""
+    """Rows a device holds at once; left out: as many as fit and help. Makes no difference to the result."""
 
 
 class Optimizer(Part):
