@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import yaml
 from transformers import AutoConfig
 
-from postgrad.errors import ModelError, StageError
+from postgrad.errors import ModelError, StageError, nearest
 from postgrad.evaluation.likelihood import HeldOut, Scores
 from postgrad.lineage.fingerprint import model_fingerprint
 from postgrad.lineage.forgetting import paired_change
@@ -27,6 +27,7 @@ from postgrad.training.world import World
 
 _CONTEXT = 1024
 _LIMIT = 10_000_000
+_CUTS = get_args(s.HeldOutFile.model_fields["documents"].annotation)
 
 
 def _texts(
@@ -34,6 +35,10 @@ def _texts(
 ) -> tuple[list[HeldOut], int]:
     from postgrad.data.tokenize import build_store
 
+    if documents not in _CUTS:
+        raise StageError(
+            f"there is no cut {documents!r}", where="--documents", expected=", ".join(_CUTS), way_out=nearest(documents, _CUTS)
+        )
     tokenizer = load_tokenizer(start)
     vocabulary = int(AutoConfig.from_pretrained(start.source).vocab_size)
     encoder = make_encoder(tokenizer, vocabulary)
@@ -59,10 +64,8 @@ def _scores(start: Start, sets: list[HeldOut], context: int, cache: Path) -> dic
 
 def _context(start: Start, asked: int | None) -> int:
     limit = getattr(AutoConfig.from_pretrained(start.source), "max_position_embeddings", None) or _CONTEXT
-    if asked is not None and asked > limit:
-        raise ModelError(
-            f"a context of {asked} does not fit {start.name}", where="--context", expected=f"at most {limit}"
-        )
+    if asked is not None and not 2 <= asked <= limit:
+        raise ModelError(f"a context of {asked} does not fit {start.name}", where="--context", expected=f"2 to {limit}")
     return asked or min(limit, _CONTEXT)
 
 
