@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from postgrad import __version__
-from postgrad.errors import MissingExtra, PostgradError
+from postgrad.errors import Interrupted, MissingExtra, PostgradError
 
 app = typer.Typer(
     name="postgrad",
@@ -100,7 +100,7 @@ def train(stage: StageFile, overrides: Overrides = None, as_json: Json = False) 
             _print(
                 {"status": "stopped", "step": step, "steps": steps, "next": command},
                 as_json,
-                f"stopped and saved at step {step:,} of {steps:,}\nnext: {command}",
+                f"stopped {f'and saved at step {step:,} of {steps:,}' if step else 'before the first step'}\nnext: {command}",
             )
             raise typer.Exit(3)
         case Finished(record, _, _):
@@ -240,6 +240,10 @@ def _plan(stage: Path, overrides: list[str] | None, as_json: bool) -> Any:
     screen = screen_for(as_json)
     try:
         return make_plan(spec, stage.resolve().parent, cache_folder(), screen.reading)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "stopped while the text was read", way_out="the same command goes on; finished parts are kept"
+        ) from None
     finally:
         screen.close()
 

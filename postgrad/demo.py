@@ -3,7 +3,7 @@
 Old text: English documentation (the language reference that `help()` shows, and docstrings). New text: the standard
 library's source code with its docstrings and comments taken out. A small model learns the old text, and is then continued
 on the new twice: naively, and with a tenth of the tokens replayed from the old. Nothing is staged: what is printed was
-measured on documents that no model trained on.
+measured on documents of modules that no model trained on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tokenize
 from pathlib import Path
 from typing import Any
 
-from postgrad.errors import StageError
+from postgrad.errors import Interrupted, StageError
 from postgrad.publish import write_atomically
 
 SEED = 0
@@ -26,6 +26,7 @@ LENGTH = 256
 BASE_TOKENS, NEW_TOKENS = 2_400_000, 900_000
 VOCABULARY = 2048
 _DOCUMENT = 2000
+_HELD_OUT = 15
 
 
 def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
         command = f"postgrad train {place}"
         outcome = watch(run_stage(plan, command=command, cache=folder.resolve() / "cache"), screen_for(as_json))
         if not isinstance(outcome, Finished):
-            raise StageError("the demo was stopped", where="demo", way_out=f"postgrad demo {folder} goes on")
+            raise Interrupted("the demo was stopped", way_out=f"postgrad demo {folder} goes on")
         records[name] = outcome.record
     arms = [records["naive"], records["replay"]]
     report = folder / "report.html"
@@ -133,27 +134,22 @@ def write_texts(folder: Path) -> dict[str, int]:
     done = folder / "sizes.json"
     if done.exists():
         return json.loads(done.read_text())
-    old, new = [], []
-    for path in standard_library():
+    texts: dict[str, list[str]] = {"old": [], "old-heldout": [], "new": [], "new-heldout": []}
+    for number, path in enumerate(standard_library()):
         try:
             source = path.read_text("utf-8")
             module = ast.parse(source)
         except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
             continue
-        old += docstrings(module)
-        code = without_prose(source)
-        if code:
-            new += cut(code)
-    old += topics()
-    sizes = {}
-    for name, documents in (("old", old), ("new", new)):
+        held = "" if number % _HELD_OUT else "-heldout"  # whole modules, so that no document's neighbour is trained on
+        texts[f"old{held}"] += docstrings(module)
+        texts[f"new{held}"] += cut(without_prose(source))
+    texts["old"] += topics()
+    sizes = {"old": 0, "new": 0}
+    for name, documents in texts.items():
         unique = list(dict.fromkeys(documents))
-        # Every 20th document is held out; neighbours from one file stay in training.
-        held = unique[::20]
-        kept = [d for i, d in enumerate(unique) if i % 20]
-        write_atomically(folder / f"{name}.jsonl", _lines(kept))
-        write_atomically(folder / f"{name}-heldout.jsonl", _lines(held[:120]))
-        sizes[name] = sum(map(len, unique))
+        write_atomically(folder / f"{name}.jsonl", _lines(unique[:120] if "heldout" in name else unique))
+        sizes[name.split("-")[0]] += sum(map(len, unique))
     write_atomically(done, json.dumps(sizes))
     return sizes
 

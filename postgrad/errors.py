@@ -7,6 +7,7 @@
     ├── ResumeError          a run folder that does not belong to this stage
     ├── BusyError            a run folder that another process is using
     ├── MissingExtra         an optional package that is not installed
+    ├── Interrupted          the user stopped what was going on
     ├── CheckpointError      a checkpoint that is incomplete or was changed
     ├── DiskError            no room, or not writable
     └── NonFiniteError       a loss or gradient that is not a number
@@ -57,6 +58,12 @@ class BusyError(PostgradError):
 
 class MissingExtra(PostgradError):
     """An optional package that is not installed."""
+
+
+class Interrupted(PostgradError):
+    """The user stopped what was going on."""
+
+    exit_code = 3
 
 
 class CheckpointError(PostgradError):

@@ -67,7 +67,7 @@ def said(event: r.Event) -> str:
                 "bf16 with fp32 masters" if execution.dtype == "bfloat16" else "fp32",
                 "compiled" if execution.compile else "not compiled",
                 f"{execution.attention} attention",
-                f"{execution.threads} threads",
+                f"{execution.threads} thread{'s' * (execution.threads > 1)}",
             ]
             where = f"resuming after step {event.step:,} of" if event.step else "training for"
             return f"{where} {event.plan.steps:,} steps: {', '.join(parts)}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ class HeldOut:
     documents: tuple[np.ndarray, ...]
     bytes: np.ndarray
     fingerprint: str
+    digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    """Content hash of each document, to pair documents across tokenizers."""
 
     def first(self, tokens: int) -> HeldOut:
         """The first documents, up to so many tokens; the last one is cut. At least two tokens of one document."""
@@ -50,11 +52,15 @@ class HeldOut:
         if spare > 0:
             cut = len(documents[-1]) - spare
             if cut < 2 and count > 1:  # a single token has nothing to score, and all of the document may be long
-                return HeldOut(self.name, self.role, tuple(documents[:-1]), sizes[:-1], self.fingerprint)
+                return self._of(documents[:-1], sizes[:-1])
             cut = max(cut, 2)
             sizes[-1] = round(sizes[-1] * cut / len(documents[-1]))
             documents[-1] = documents[-1][:cut]
-        return HeldOut(self.name, self.role, tuple(documents), sizes, self.fingerprint)
+        return self._of(documents, sizes)
+
+    def _of(self, documents: list[np.ndarray], sizes: np.ndarray) -> HeldOut:
+        """The same set with only its first documents (the last may be cut)."""
+        return HeldOut(self.name, self.role, tuple(documents), sizes, self.fingerprint, self.digests[: len(documents)])
 
 
 @dataclass(frozen=True)

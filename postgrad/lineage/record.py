@@ -11,6 +11,7 @@ from postgrad.publish import write_atomically
 
 RECORD = "record.json"
 STAGE = "stage.yaml"
+PLAN = "plan.json"
 FORMAT = 1
 
 Record = dict[str, Any]

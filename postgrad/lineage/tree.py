@@ -54,6 +54,9 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
 
     Row 0 is the model the first stage started from. A cell that no record holds is asked of `missing(row, set)`.
     """
+    # A stage that went on from a checkpoint of its parent: the lineage leads through that checkpoint.
+    following = [(record.get("parents") or [{}])[0] for _, record in stages[1:]]
+    branches = [parent if parent.get("step") else None for parent in following] + [None]
     names: list[str] = []
     learnt_at: dict[str, int] = {}
     for i, (_, record) in enumerate(stages, start=1):
@@ -62,9 +65,12 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
             if key not in names:
                 names.append(key)
                 learnt_at[key] = i if change["role"] == "learned" else 0
+    context = stages[-1][1]["model"].get("context")
     losses = np.full((len(stages) + 1, len(names)), np.nan)
     for i, (_, record) in enumerate(stages, start=1):
         for name in record.get("changes", {}):
+            if record["model"].get("context") != context:  # scored with another context: not one column
+                continue
             j = names.index(set_key(record, name))
             losses[i - 1, j] = record["scores"]["before"][name]["nats"]
             losses[i, j] = record["scores"]["after"][name]["nats"]
@@ -84,13 +90,13 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
             },
             *(
                 {
-                    "name": record["name"],
+                    "name": record["name"] + (f" at step {branch['step']}" if branch else ""),
                     "path": str(path),
                     "model": record["model"]["start"],
                     "created": record["created"],
-                    "tokens": record["achieved"]["tokens"],
+                    "tokens": branch["tokens"] if branch else record["achieved"]["tokens"],
                 }
-                for path, record in stages
+                for (path, record), branch in zip(stages, branches, strict=True)
             ),
         ],
         "sets": [

@@ -46,6 +46,7 @@ class _CausalBlocks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
         query, key, value, out, *weights = ctx.saved_tensors
         length = query.shape[2]
+        grad = grad.to(query.dtype)
         dot_BHT1 = (grad.float() * out.float()).sum(-1, keepdim=True)
         # Kept transposed, (..., D, T): the products below then read their operands in memory order.
         grad_T, query_T = grad.transpose(2, 3), query.transpose(2, 3)
@@ -90,6 +91,8 @@ def causal_blocks(
     """
     if softcap is not None or s_aux is not None or dropout > 0:
         raise ValueError(f"{NAME} knows no soft-capped scores, sinks or dropout")
+    # Under autocast the rotated query and key come back in fp32 beside a bf16 value.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

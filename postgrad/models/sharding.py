@@ -19,6 +19,8 @@ def compile_layers(model: CausalModel) -> None:
 
     Beside the blocks, the body's other parts that stand behind them (a final norm) are small and worth it too.
     """
+    # Dynamo counts recompilations per code object over the whole process, and several models may share one.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     stack = layers_of(model.pretrained)
     for layer in stack:
         layer.compile(dynamic=False)

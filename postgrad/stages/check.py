@@ -48,8 +48,8 @@ def check_stage(plan: Plan) -> dict[str, Any]:
         *plan_lines(plan),
         "",
         f"model: {parameters:,} weights, {plan.vocabulary:,} tokens; packed documents do not see each other (probed)",
-        f"compute: {execution.dtype}, {execution.attention} attention, "
-        f"{'compiled' if execution.compile else 'not compiled'}, {execution.threads} threads, {execution.micro} rows at once",
+        f"compute: {execution.dtype}, {execution.attention} attention, {execution.micro} rows at once, "
+        f"{'compiled' if execution.compile else 'not compiled'}, {execution.threads} thread{'s' * (execution.threads > 1)}",
         *(f"  {key}: {reason}" for key, reason in execution.reasons.items()),
         f"memory: about {readable(memory.total)} (weights {readable(memory.weights)}, gradients {readable(memory.gradients)}, "
         f"moments {readable(memory.moments)}, activations {readable(memory.activations)})"

@@ -23,7 +23,7 @@ from postgrad.data.tokenize import Encoder, build_store
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.likelihood import HeldOut
 from postgrad.lineage.fingerprint import fingerprint
-from postgrad.lineage.record import read_record, seen_so_far
+from postgrad.lineage.record import PLAN, read_record, seen_so_far, with_stage
 from postgrad.models.pretrained import Start, load_tokenizer, locate
 from postgrad.publish import write_atomically
 from postgrad.stages import stage as s
@@ -142,10 +142,10 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         )
     if stage.max_forgetting is not None and not _has_retained(stage):
         raise _no_gate()
-    seen = seen_so_far(read_record(start.run)) if start.run and (start.run / "record.json").exists() else {}
+    seen = _seen(start)
     notes: list[str] = []
     leaves = _leaves(stage, root, seen, encoder, cache, progress)
-    held_out, tables = _held_out(stage, root, leaves, encoder, cache, progress, notes)
+    held_out, tables = _held_out(stage, root, leaves, seen, encoder, cache, progress, notes)
     if stage.max_forgetting is not None and not any(h.role == "retained" for h in held_out):
         raise _no_gate()  # a replay source so small that nothing of it fell into the held-out share
     excluded = np.unique(np.concatenate([t["digest"] for t in tables])) if tables else None
@@ -227,11 +227,10 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str |
 
 
 def _has_retained(stage: s.Stage) -> bool:
-    """Whether a retained set can be had: named, or held out of a replay source (by itself only when no file is named)."""
-    named = bool(stage.evaluation.retained or stage.evaluation.learned)
+    """Whether a retained set can be had: named, or held out of a replay source."""
     return bool(stage.evaluation.retained) or any(
-        source.seen_so_far  # what its origins hold out is known later
-        or (source.role == "replay" and (not named if source.held_out is None else source.held_out > 0))
+        # What the origins of a replay of everything hold out is known later.
+        source.seen_so_far or (source.role == "replay" and source.held_out != 0)
         for source in stage.data.sources
     )
 
@@ -253,7 +252,6 @@ def _leaves(
     progress: Progress | None,
 ) -> list[Leaf]:
     leaves: list[Leaf] = []
-    named_files = bool(stage.evaluation.retained or stage.evaluation.learned)
     for i, source in enumerate(stage.data.sources):
         where = f"data.sources[{i}]"
         if source.seen_so_far:
@@ -287,7 +285,8 @@ def _leaves(
         store = _store(files, encoder, cache, progress, stage.data.workers)
         held_out = source.held_out
         if held_out is None:
-            held_out = 0.0 if named_files else min(0.1, max(0.005, _HELD_OUT_DOCUMENTS / max(len(store), 1)))
+            named = stage.evaluation.retained if source.role == "replay" else stage.evaluation.learned
+            held_out = 0.0 if named else min(0.1, max(0.005, _HELD_OUT_DOCUMENTS / max(len(store), 1)))
         leaves.append(
             Leaf(
                 source.name,
@@ -302,6 +301,43 @@ def _leaves(
             )
         )
     return leaves
+
+
+def _seen(start: Start) -> dict[str, dict[str, Any]]:
+    """What the start model has consumed: all of its run, or, for a checkpoint, what was consumed up to there."""
+    if start.run is None or start.folder is None:
+        return {}
+    if (start.folder / "state.json").exists():
+        planned = json.loads((start.run / PLAN).read_text())
+        trained = read_progress(start.folder).trained_by_source
+        return with_stage(planned["seen_before"], consumed(planned["leaves"], trained))
+    return seen_so_far(read_record(start.run))
+
+
+def leaves_of(plan: Plan) -> list[dict[str, Any]]:
+    """What a later stage needs to know of each leaf to replay it."""
+    return [
+        {
+            "name": leaf.name,
+            "fingerprint": leaf.store.fingerprint,
+            "stands_for": leaf.stands_for or 0,
+            "origin": origin_of(leaf),
+        }
+        for leaf in plan.leaves
+    ]
+
+
+def consumed(leaves: list[dict[str, Any]], trained: dict[str, int]) -> list[dict[str, Any]]:
+    """The tokens of each leaf, as `with_stage` takes them."""
+    return [
+        {
+            "fingerprint": leaf["fingerprint"],
+            "name": leaf["name"].split("/")[-1],
+            "tokens": trained[leaf["name"]] + leaf["stands_for"],
+            "origin": leaf["origin"],
+        }
+        for leaf in leaves
+    ]
 
 
 def origin_of(leaf: Leaf) -> dict[str, Any]:
@@ -336,6 +372,7 @@ def _held_out(
     stage: s.Stage,
     root: Path,
     leaves: Sequence[Leaf],
+    seen: dict[str, dict[str, Any]],
     encoder: Encoder,
     cache: Path,
     progress: Progress | None,
@@ -355,6 +392,12 @@ def _held_out(
     for leaf in leaves:
         if not leaf.held_out:
             continue
+        before = seen.get(leaf.store.fingerprint)
+        if before and before["origin"]["held_out"] < leaf.held_out:
+            notes.append(
+                f"{leaf.name}: an earlier stage trained on part of what is held out now "
+                f"({before['origin']['held_out']:.1%} was held out then); its scores look better than they are"
+            )
         table = np.asarray(leaf.store.documents)
         chosen = np.flatnonzero(held_out_mask(table["digest"], leaf.held_out))
         role = "retained" if leaf.role == "replay" else "learned"
@@ -401,6 +444,7 @@ def held_out_set(
     order = chosen[np.argsort(table["digest"], kind="stable")]
     documents: list[np.ndarray] = []
     sizes: list[int] = []
+    digests: list[int] = []
     total = 0
     for document in order:
         ids = np.asarray(store.read(int(document))).astype(np.int64)
@@ -409,6 +453,7 @@ def held_out_set(
             continue
         documents.append(ids)
         sizes.append(int(store.documents["bytes"][document]))
+        digests.append(int(store.documents["digest"][document]))
         total += len(ids)
         if total >= limit:
             break
@@ -419,8 +464,8 @@ def held_out_set(
             f"{name}: {len(documents):,} of {len(order):,} documents are scored (evaluation.max_tokens: {limit:,})"
         )
     identity = fingerprint([[int(d) for d in np.sort(table["digest"])], limit, encoder.fingerprint])
-    held_out = HeldOut(name, role, tuple(documents), np.array(sizes, np.int64), identity)
-    return held_out.first(limit)
+    found = HeldOut(name, role, tuple(documents), np.array(sizes, np.int64), identity, np.array(digests, np.uint64))
+    return found.first(limit)
 
 
 def _overlaps(
@@ -472,31 +517,18 @@ def _stamp(files: Files) -> list[list[Any]]:
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in find_files(files.path, files.root, files.where)]
 
 
-def _mixture(
-    stage: s.Stage, leaves: Sequence[Leaf], rows: Sequence[PackedRows], notes: list[str], start: Start
-) -> tuple[int, Mixture, int]:
-    """Steps, the mixture, and the budget in trained tokens."""
-    block = stage.batch.sequences
-    per_row = [r.ledger.trained / len(r) for r in rows]
-    sizes = [len(r) for r in rows]
+def _phases(
+    stage: s.Stage, leaves: Sequence[Leaf], per_row: Sequence[float], tokens: int, start: Start
+) -> list[tuple[float, tuple[float, ...]]]:
+    """`(point, shares)`: from which part of the stage on which shares of the leaves hold."""
 
     def leaf_shares(by_source: dict[str, float]) -> tuple[float, ...]:
         """Shares of sources as shares of leaves (a replay of everything keeps its inner proportions)."""
         return tuple(leaf.part * by_source.get(leaf.source, 0.0) for leaf in leaves)
 
     plain = {source.name: share for source, share in zip(stage.data.sources, stage.shares(), strict=True)}
-    phases: list[tuple[float, tuple[float, ...]]] = [(0.0, leaf_shares(plain))]
-    new = [leaf.role == "new" for leaf in leaves]
-    if stage.tokens is not None:
-        tokens = stage.tokens
-    else:
-        assert stage.new_tokens is not None
-        share_of_new = sum(share for share, is_new in zip(phases[0][1], new, strict=True) if is_new)
-        if share_of_new <= 0:
-            raise StageError("the new sources have no share", where="new_tokens")
-        tokens = round(stage.new_tokens / share_of_new)
-
-    rough = max(1, round(tokens / (block * float(np.mean(per_row)))))
+    phases = [(0.0, leaf_shares(plain))]
+    rough = max(1, round(tokens / (stage.batch.sequences * float(np.mean(per_row)))))
     for shift in stage.data.shifts:
         if shift.at is not None:
             point = s.in_steps(shift.at, rough, tokens) / rough
@@ -511,16 +543,46 @@ def _mixture(
                 expected="points in ascending order, inside the stage",
             )
         phases.append((point, leaf_shares(shift.shares)))
+    return phases
 
+
+def _budget(stage: s.Stage, leaves: Sequence[Leaf], per_row: Sequence[float], start: Start) -> int:
+    """The stage's trained tokens: as given, or as many as hold the `new_tokens` that are asked for."""
+    if stage.tokens is not None:
+        return stage.tokens
+    assert stage.new_tokens is not None
+    tokens = float(stage.new_tokens)
+    for _ in range(20):  # points that are given in tokens move with the budget; this settles in a few rounds
+        phases = _phases(stage, leaves, per_row, round(tokens), start)
+        until = [*(point for point, _ in phases[1:]), 1.0]
+        share_of_new = sum(
+            (end - point) * sum(share for share, leaf in zip(shares, leaves, strict=True) if leaf.role == "new")
+            for (point, shares), end in zip(phases, until, strict=True)
+        )
+        if share_of_new <= 0:
+            raise StageError("the new sources have no share", where="new_tokens")
+        tokens = stage.new_tokens / share_of_new
+    return round(tokens)
+
+
+def _mixture(
+    stage: s.Stage, leaves: Sequence[Leaf], rows: Sequence[PackedRows], notes: list[str], start: Start
+) -> tuple[int, Mixture, int]:
+    """Steps, the mixture, and the budget in trained tokens."""
+    block = stage.batch.sequences
+    per_row = [r.ledger.trained / len(r) for r in rows]
+    sizes = [len(r) for r in rows]
+    tokens = _budget(stage, leaves, per_row, start)
+    phases = _phases(stage, leaves, per_row, tokens, start)
+    first = stage.data.skip_steps
     segments: list[Segment] = []
     begin = 0
     for (point, shares), until in zip(phases, [*(p for p, _ in phases[1:]), 1.0], strict=True):
         rates = row_rates(shares, per_row)
         trained = sum(rate * each for rate, each in zip(rates, per_row, strict=True))
-        segments.append(Segment(begin * block, rates))
+        segments.append(Segment((first + begin) * block if segments else 0, rates))
         begin += max(1, round((until - point) * tokens / (block * trained)))
     steps = begin
-    first = stage.data.skip_steps
 
     caps = [int(leaf.max_passes * size) for leaf, size in zip(leaves, sizes, strict=True)]
     short = _first_short(Mixture(stage.seed, sizes, segments, block), caps, first, steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from postgrad import schedules
 from postgrad.stages.plan import Plan
 
 
@@ -39,7 +40,7 @@ def draw(plan: Plan, width: int = 72, height: int = 8) -> list[str]:
     """The learning rate over the stage, as characters."""
     shades = " ▁▂▃▄▅▆▇█"
     points = [plan.schedule(max(1.0, (i + 0.5) / width * plan.steps)) for i in range(width)]
-    top = max(points)
+    top = max(rate for _, rate in schedules.sampled(plan.schedule, plan.steps, 4000))
     levels = [p / top * height if top else 0 for p in points]
     rows = []
     for row in range(height, 0, -1):

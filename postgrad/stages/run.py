@@ -8,6 +8,7 @@ again with the same command it goes on from the newest whole checkpoint and ends
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import fcntl
 import json
@@ -32,7 +33,7 @@ from postgrad import schedules
 from postgrad.errors import BusyError, ResumeError
 from postgrad.evaluation.samples import Prompt, continuations, prompts, text_of
 from postgrad.lineage.fingerprint import differences, model_fingerprint
-from postgrad.lineage.record import RECORD, STAGE, Record, read_record, with_stage, write_record
+from postgrad.lineage.record import PLAN, RECORD, STAGE, Record, read_record, with_stage, write_record
 from postgrad.models import machine
 from postgrad.models.pretrained import (
     CausalModel,
@@ -49,15 +50,14 @@ from postgrad.reports import page
 from postgrad.stages import measure
 from postgrad.stages import stage as s
 from postgrad.stages.build import build, choose_execution, make_loader
-from postgrad.stages.plan import Plan, origin_of
+from postgrad.stages.plan import Plan, consumed, leaves_of
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.loop import steps
 from postgrad.training.meters import Metrics, Pace, read_metrics
-from postgrad.training.state import restore, write_state
+from postgrad.training.state import read_progress, restore, write_state
 from postgrad.training.step import Run, StepReport
 from postgrad.training.world import World
 
-PLAN = "plan.json"
 METRICS = "metrics.jsonl"
 MODEL = "model"
 REPORT = "report.html"
@@ -137,6 +137,7 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
     home = plan.output
     world = World.join(machine.device())
     with _alone(home, world), _Interrupt() as interrupt:
+        world.wait()
         finished = home / RECORD
         identity = model_fingerprint(plan.start.folder) if plan.start.folder else plan.start.name
         fingerprints = {**plan.fingerprints(), "start_model": identity}
@@ -158,6 +159,8 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
                 "fingerprints": fingerprints,
                 "execution": execution.as_dict(),
                 "plan": plan.as_record(),
+                "seen_before": plan.seen,
+                "leaves": leaves_of(plan),
                 "id": (kept or {}).get("id") or uuid.uuid4().hex,
                 "created": (kept or {}).get("created") or _now(),
             }
@@ -416,7 +419,11 @@ def _load(plan: Plan, kept: dict[str, Any] | None, world: World) -> CausalModel:
 def _execution(plan: Plan, model: PreTrainedModel, kept: dict[str, Any] | None, world: World) -> Execution:
     """How to compute: chosen once and kept, so that a resumed run has the same bits."""
     if kept:
-        return Execution(**kept["execution"])
+        execution = Execution(**kept["execution"])
+        mine = plan.mixture.block // world.size
+        # With another number of ranks the rows part differently; the result does not depend on it.
+        micro = max(m for m in range(1, min(execution.micro, mine) + 1) if mine % m == 0)
+        return dataclasses.replace(execution, micro=micro)
     chosen = choose_execution(plan, model, world)
     return world.gathered(chosen)[0]  # type: ignore[return-value]
 
@@ -488,12 +495,17 @@ def _parents(home: Path, plan: Plan) -> list[dict[str, Any]]:
     if run is None or not (run / PLAN).exists():
         return []
     parent = json.loads((run / PLAN).read_text())
+    folder = plan.start.folder
+    progress = read_progress(folder) if folder and (folder / "state.json").exists() else None
     return [
         {
             "path": str(run),
             "relative": os.path.relpath(run, home),
             "name": run.name,
             "id": parent["id"],
+            # Set when the stage branched from a checkpoint instead of the parent's final model.
+            "step": progress.step if progress else None,
+            "tokens": progress.trained if progress else None,
             "fingerprint": model_fingerprint(plan.start.folder) if plan.start.folder else "",
         }
     ]
@@ -526,16 +538,7 @@ def _achieved(home: Path, plan: Plan, trained: int, by_source: list[int], step: 
 
 
 def _seen(plan: Plan, by_source: list[int]) -> dict[str, dict[str, Any]]:
-    consumed = [
-        {
-            "fingerprint": leaf.store.fingerprint,
-            "name": leaf.name.split("/")[-1],
-            "tokens": n + (leaf.stands_for or 0),
-            "origin": origin_of(leaf),
-        }
-        for leaf, n in zip(plan.leaves, by_source, strict=True)
-    ]
-    return with_stage(plan.seen, consumed)
+    return with_stage(plan.seen, consumed(leaves_of(plan), dict(zip(plan.sources, by_source, strict=True))))
 
 
 def _samples(plan: Plan, model: PreTrainedModel, wanted: list[Prompt], before: list[str]) -> list[dict[str, str]]:

@@ -37,7 +37,10 @@ def _texts(
 
     if documents not in _CUTS:
         raise StageError(
-            f"there is no cut {documents!r}", where="--documents", expected=", ".join(_CUTS), way_out=nearest(documents, _CUTS)
+            f"there is no cut {documents!r}",
+            where="--documents",
+            expected=", ".join(_CUTS),
+            way_out=nearest(documents, _CUTS),
         )
     tokenizer = load_tokenizer(start)
     vocabulary = int(AutoConfig.from_pretrained(start.source).vocab_size)
@@ -90,7 +93,7 @@ def evaluate_files(
             f"  {name:<24} {row['nats']:>10.4f} {interval:>17} {row['perplexity']:>11.2f} {row['bits_per_byte']:>10.4f} "
             f"{row['tokens']:>11,} {row['documents']:>10,}"
         )
-    lines.append(f"next: postgrad compare {model} OTHER-MODEL " + " ".join(f"--on {f}" for f in files))
+    lines.append(f"next: postgrad generate {model}")
     return {"text": "\n".join(lines), "model": model, "context": used, "sets": summaries}
 
 
@@ -121,7 +124,8 @@ def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[
                     row["change"] = asdict(change)
                     line += f"   {change.difference:+.4f} nats/token ({change.low:+.4f} to {change.high:+.4f})"
                 else:
-                    found_change = _by_bytes(first, scores[name])
+                    held = next(h for h in sets if h.name == name), next(h for h in texts[0][0] if h.name == name)
+                    found_change = _by_bytes(first, scores[name], held[::-1])
                     row["change"] = {"bits_per_byte": found_change}
                     line += (
                         f"   {found_change[0]:+.4f} bits/byte ({found_change[1]:+.4f} to {found_change[2]:+.4f}); "
@@ -133,12 +137,19 @@ def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[
     return {"text": "\n".join(lines), "context": context, "rows": rows}
 
 
-def _by_bytes(before: Scores, after: Scores) -> tuple[float, float, float]:
-    """Difference in bits per byte with its interval, for models that cut text into different tokens."""
-    count = min(len(before.bytes_N), len(after.bytes_N))
-    a = np.bincount(before.document_W, before.nats_W, len(before.bytes_N))[:count] / np.log(2)
-    b = np.bincount(after.document_W, after.nats_W, len(after.bytes_N))[:count] / np.log(2)
-    change = paired_change(a, b, before.bytes_N[:count], total_bytes=1, vocabulary=2)
+def _by_bytes(before: Scores, after: Scores, sets: tuple[HeldOut, HeldOut]) -> tuple[float, float, float]:
+    """Difference in bits per byte with its interval, for models that cut text into different tokens.
+
+    Documents are paired by their content: a tokenizer may leave out one that is a single token to it.
+    """
+    nats = [
+        dict(zip(h.digests.tolist(), np.bincount(s.document_W, s.nats_W, len(s.bytes_N)).tolist(), strict=True))
+        for h, s in zip(sets, (before, after), strict=True)
+    ]
+    sizes = dict(zip(sets[0].digests.tolist(), sets[0].bytes.tolist(), strict=True))
+    both = [digest for digest in nats[0] if digest in nats[1]]
+    a, b = (np.array([n[digest] for digest in both]) / np.log(2) for n in nats)
+    change = paired_change(a, b, np.array([sizes[digest] for digest in both]), total_bytes=1, vocabulary=2)
     return change.difference, change.low, change.high
 
 
@@ -157,6 +168,13 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
                 where="compare",
                 way_out="compare their models on text: postgrad compare ... --on FILE",
             )
+        if record["model"]["context"] != first["model"]["context"]:
+            raise StageError(
+                f"{run} was scored with {record['model']['context']} tokens of context and {runs[0]} with "
+                f"{first['model']['context']}",
+                where="compare",
+                way_out="compare their models on text: postgrad compare ... --on FILE",
+            )
         for name in record["changes"].keys() & first["changes"].keys():
             if record["fingerprints"]["sets"][name] != first["fingerprints"]["sets"][name]:
                 raise StageError(f"the held-out set '{name}' of {run} is not that of {runs[0]}", where="compare")
@@ -168,6 +186,12 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
         ],
         "paired": _between(runs, records),
     }
+    budgets = {record["achieved"]["tokens"] for record in records}
+    if max(budgets) > 1.02 * min(budgets):
+        text += "\nThe budgets differ: " + ", ".join(
+            f"{name} {record['achieved']['tokens']:,} tokens"
+            for name, record in zip(tables.arm_names(records), records, strict=True)
+        )
     for item in found["paired"]:
         text += (
             f"\n{item['set']}: {item['arm']} - {item['against']} = {item['difference']:+.4f} nats/token "
@@ -222,7 +246,7 @@ def show_lineage(run: Path, report: Path | None, *, cache: Path) -> dict[str, An
         return _scores(start, [held_out], record["model"]["context"], cache)[held_out.name].nats
 
     found = tree(stages, missing)
-    text = tables.lineage_table(found).text() + "\n\n" + tables.summary_table(found).text()
+    text = tables.lineage_table(found).text() + "\n\n" + tables.summary_table(found).text(most=100)
     if report:
         page.write(report, page.lineage_page(found))
         text += f"\n\nreport: {report}\nnext: open it in a browser"

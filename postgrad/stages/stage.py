@@ -125,7 +125,7 @@ class Source(Part):
     """What a document is in a text file; auto: the file, or passages of about 4,000 characters in a large one."""
     held_out: Share | None = None
     """Share of documents (by content hash) kept for evaluation; left out: enough for about 200 documents when
-    `evaluation` names no files, else none."""
+    `evaluation` names no file of that role (learned; retained for replay), else none."""
     max_passes: Annotated[float, Field(gt=0)] = 4.0
     """How often the source may be read in this stage; see `data.when_short`."""
     stands_for: Amount | None = None

@@ -429,10 +429,12 @@ def test_a_gate_needs_something_retained(stage_of: StageOf, plan_of: PlanOf, bas
 def test_a_gate_beside_files_that_are_only_learned(
     stage_of: StageOf, plan_of: PlanOf, base: Path, held_out: float | None
 ) -> None:
-    """Named files switch the automatic split off, so a replay source alone is no retained set."""
+    """A named learned set leaves the replay source's automatic split alone; without that split there is no retained set."""
     raw = stage_of(max_forgetting="2%", evaluation={"learned": [str(base / "new-heldout.jsonl")], "every": "50%"})
-    if held_out is not None:
-        raw["data"]["sources"][1]["held_out"] = held_out
+    if held_out is None:
+        assert {h.name: h.role for h in plan_of(raw).held_out} == {"new-heldout": "learned", "old": "retained"}
+        return
+    raw["data"]["sources"][1]["held_out"] = held_out
     with pytest.raises(StageError, match="max_forgetting: there is no retained set"):
         plan_of(raw)
 
