@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import AutoConfig
 
 from postgrad.data.formats import read_documents
@@ -24,7 +26,7 @@ _FEW = 40
 """Documents; with fewer, a held-out part says little."""
 
 _TEMPLATE = """\
-# {name}: continue {model} on {data}
+# {head}
 #   check:  postgrad check {file}
 #   train:  postgrad train {file}      (Ctrl-C saves; the same command goes on)
 name: {name}
@@ -77,7 +79,7 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
     if replay:
         build_store(Files("replay", replay, root=root, where="--replay"), encoder, cache)
         share = 1 - _SHARE
-        lines = f"    - {{name: replay, path: {replay}, share: {_SHARE:.0%}, role: replay}}   # old text, against forgetting\n"
+        lines = f"    - {{name: replay, path: {_yaml(replay)}, share: {_SHARE:.0%}, role: replay}}   # old text, against forgetting\n"
     else:
         lines = (
             "    # Without old text the model forgets. Uncomment and name some of what it was trained on:\n"
@@ -87,9 +89,10 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
     length = min(1024, positions)
     sequences = max(1, min(32, tokens // (length * 50)))
     text = _TEMPLATE.format(
-        name=name,
-        model=model,
-        data=data,
+        head=f"{name}: continue {model} on {data}",
+        name=_yaml(name),
+        model=_yaml(model),
+        data=_yaml(data),
         file=place.name,
         tokens=_rounded(tokens),
         why="about one pass over the new text",
@@ -112,6 +115,15 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
         f"next: postgrad check {place}",
     ]
     return {"text": "\n".join(said), "stage": str(place), "documents": len(store), "tokens": store.tokens}
+
+
+def _yaml(text: str) -> str:
+    """A text as YAML gives it back: quoted when it would be read as a number, an alias, a comment or a list."""
+    try:
+        plain = yaml.safe_load(f"{{x: {text}}}") == {"x": text}
+    except (yaml.YAMLError, ValueError):
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def _rounded(tokens: int) -> str:
