@@ -79,7 +79,10 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
     if replay:
         build_store(Files("replay", replay, root=root, where="--replay"), encoder, cache)
         share = 1 - _SHARE
-        lines = f"    - {{name: replay, path: {_yaml(replay)}, share: {_SHARE:.0%}, role: replay}}   # old text, against forgetting\n"
+        lines = (
+            f"    - {{name: replay, path: {_yaml(replay)}, share: {_SHARE:.0%}, role: replay}}"
+            "   # old text, against forgetting\n"
+        )
     else:
         lines = (
             "    # Without old text the model forgets. Uncomment and name some of what it was trained on:\n"
