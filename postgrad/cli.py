@@ -277,6 +277,11 @@ def _guarded(run: Callable[[], object]) -> None:
     except PostgradError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of Ctrl-C
+            print("stopped", file=sys.stderr)
+            raise SystemExit(3) from None
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

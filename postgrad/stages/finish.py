@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from postgrad.reports import tables
 from postgrad.stages.run import MODEL, REPORT, Finished
 
@@ -20,5 +22,5 @@ def outcome_text(outcome: Finished) -> str:
             f"(upper end {worst['high']:+.2%}), allowed {gate['max_forgetting']:.2%}"
         )
     lines += ["", f"model:  {place / MODEL}", f"report: {place / REPORT}"]
-    following = f"postgrad generate {place}" if record["status"] == "finished" else f"postgrad lineage {place}"
-    return "\n".join([*lines, f"next: {following}"])
+    verb = "generate" if record["status"] == "finished" else "lineage"
+    return "\n".join([*lines, f"next: {shlex.join(['postgrad', verb, str(place)])}"])

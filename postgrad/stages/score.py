@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -133,7 +134,7 @@ def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[
                     )
             lines.append(line)
             rows.append(row)
-    lines.append(f"next: postgrad generate {models[0]} --beside {models[1]}")
+    lines.append(f"next: {shlex.join(['postgrad', 'generate', models[0], '--beside', models[1]])}")
     return {"text": "\n".join(lines), "context": context, "rows": rows}
 
 
@@ -203,7 +204,7 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
         page.write(report, page.comparison_page(records, metrics, title, tables.arm_names(records)[0]))
         text += f"\n\nreport: {report}\nnext: open it in a browser"
     else:
-        text += f"\nnext: postgrad compare {' '.join(str(r) for r in runs)} --report compare.html"
+        text += f"\nnext: {shlex.join(['postgrad', 'compare', *map(str, runs), '--report', 'compare.html'])}"
     return {"text": text, **found}
 
 
@@ -251,7 +252,7 @@ def show_lineage(run: Path, report: Path | None, *, cache: Path) -> dict[str, An
         page.write(report, page.lineage_page(found))
         text += f"\n\nreport: {report}\nnext: open it in a browser"
     else:
-        text += f"\nnext: postgrad lineage {run} --report lineage.html"
+        text += f"\nnext: {shlex.join(['postgrad', 'lineage', str(run), '--report', 'lineage.html'])}"
     return {"text": text, **found}
 
 

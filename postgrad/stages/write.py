@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,14 @@ from postgrad.publish import publish
 _Writer = tuple[str, PreTrainedModel, PreTrainedTokenizerBase]
 
 
-def _writers(models: list[str]) -> list[_Writer]:
+def _writers(models: list[str], *, tokens: int, temperature: float, top_p: float, **_: Any) -> list[_Writer]:
+    for option, value, fits, expected in (
+        ("--tokens", tokens, tokens >= 1, "1 or more"),
+        ("--temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
+        ("--top-p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
+    ):
+        if not fits:
+            raise StageError(f"{value} is no such number", where=option, expected=expected)
     starts = [(name, locate(name, Path.cwd())) for name in models]
     return [(name, _placed(load_model(start)), load_tokenizer(start)) for name, start in starts]
 
@@ -60,7 +69,7 @@ def _written(writer: _Writer, prompt: str, *, tokens: int, temperature: float, t
 
 def write_once(models: list[str], prompt: str, **options: Any) -> dict[str, Any]:
     """Each model's continuation of a text."""
-    found = [{"model": writer[0], "written": _written(writer, prompt, **options)} for writer in _writers(models)]
+    found = [{"model": writer[0], "written": _written(writer, prompt, **options)} for writer in _writers(models, **options)]
     if len(found) == 1:
         text = prompt + found[0]["written"]
     else:
@@ -72,7 +81,7 @@ def chat(models: list[str], **options: Any) -> None:
     """Ask for a text again and again, and let each model go on from it; ends with an empty line or Ctrl-D."""
     if not sys.stdin.isatty():
         raise StageError("there is nobody to ask for a text", where="generate", way_out="give one with --prompt")
-    writers = _writers(models)
+    writers = _writers(models, **options)
     print("Give a text; an empty line ends.")
     while True:
         try:
@@ -108,6 +117,6 @@ def export_model(name: str, folder: Path, dtype: str) -> dict[str, Any]:
     size = sum(p.stat().st_size for p in folder.iterdir())
     text = (
         f"{folder}: {str(wanted).removeprefix('torch.')}, {size:,} bytes; plain transformers reads the same logits\n"
-        f"next: postgrad generate {folder}"
+        f"next: {shlex.join(['postgrad', 'generate', str(folder)])}"
     )
     return {"text": text, "folder": str(folder), "dtype": str(wanted).removeprefix("torch."), "bytes": size}
