@@ -94,7 +94,7 @@ def evaluate_files(
             f"  {name:<24} {row['nats']:>10.4f} {interval:>17} {row['perplexity']:>11.2f} {row['bits_per_byte']:>10.4f} "
             f"{row['tokens']:>11,} {row['documents']:>10,}"
         )
-    lines.append(f"next: postgrad generate {model}")
+    lines.append(f"next: {shlex.join(['postgrad', 'generate', model])}")
     return {"text": "\n".join(lines), "model": model, "context": used, "sets": summaries}
 
 

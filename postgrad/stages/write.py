@@ -69,7 +69,9 @@ def _written(writer: _Writer, prompt: str, *, tokens: int, temperature: float, t
 
 def write_once(models: list[str], prompt: str, **options: Any) -> dict[str, Any]:
     """Each model's continuation of a text."""
-    found = [{"model": writer[0], "written": _written(writer, prompt, **options)} for writer in _writers(models, **options)]
+    found = [
+        {"model": writer[0], "written": _written(writer, prompt, **options)} for writer in _writers(models, **options)
+    ]
     if len(found) == 1:
         text = prompt + found[0]["written"]
     else:
