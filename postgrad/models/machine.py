@@ -6,8 +6,11 @@ import ctypes
 import os
 import platform
 import statistics
+import sysconfig
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import torch
 
@@ -35,6 +38,13 @@ def tune_allocator() -> bool:
     m_trim_threshold, m_mmap_max = -1, -4  # the names of malloc.h
     _TUNED = bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
     return _TUNED
+
+
+def can_compile(on: torch.device) -> bool:
+    """Whether torch.compile has what it needs here: a C++ compiler and Python's headers, and Triton for a GPU."""
+    compiler = any(which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    return compiler and headers and (on.type == "cpu" or find_spec("triton") is not None)
 
 
 def device() -> torch.device:
