@@ -99,7 +99,7 @@ def stage_text(name: str) -> str:
             f"data:\n  sequence_length: {LENGTH}\n  sources:\n"
             "    - {name: english, path: data/old.jsonl, max_passes: 20}\n"
             "schedule: {kind: cosine, peak: 3.0e-3, floor: 3.0e-4, warmup: 5%}\n"
-            "batch: {sequences: 16}\n"
+            "batch: {sequences: 16}\ncompute: {compile: false}   # a run this short gains nothing\n"
             "evaluation: {learned: [{name: english, path: data/old-heldout.jsonl}], every: 50%, during_tokens: 8k}\n"
         )
     sources = new + "}\n"
@@ -109,7 +109,7 @@ def stage_text(name: str) -> str:
         f"name: {name}\nmodel: runs/base\ntokens: {NEW_TOKENS}   # the same for both arms: replay costs no compute\n"
         f"seed: {SEED}\ndata:\n  sequence_length: {LENGTH}\n  sources:\n{sources}"
         "schedule: {kind: rewarm, peak: 2.0e-3, floor: 2.0e-4, warmup: 1%}\n"
-        f"batch: {{sequences: 16}}\n{evaluation}\n"
+        f"batch: {{sequences: 16}}\ncompute: {{compile: false}}\n{evaluation}\n"
     )
 
 

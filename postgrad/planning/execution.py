@@ -79,7 +79,7 @@ def shape_of(config: PreTrainedConfig, parameters: int) -> Shape:
 
 
 def choose(wishes: Wishes, model: PreTrainedModel, device: torch.device, ranks: int = 1) -> Execution:
-    """Decide what was left open, with a reason each. Raises `StageError` when rows do not part evenly."""
+    """Decide what was left open, with a reason each. Raises `StageError` for what cannot be had here."""
     reasons: dict[str, str] = {}
     shape = shape_of(model.config, parameters_of(model))
     mine = _rows_of_a_rank(wishes, ranks)
@@ -108,10 +108,19 @@ def choose(wishes: Wishes, model: PreTrainedModel, device: torch.device, ranks: 
     model.set_attn_implementation(attention)
     seconds = _seconds(model, wishes, micro, dtype, device) * (mine // micro) * wishes.steps
     compiled, limit = wishes.compile, _COMPILE_SECONDS[_kind(device)]
+    able = machine.can_compile(device)
     if compiled == "auto":
-        compiled = seconds > limit
+        compiled = able and seconds > limit
         reasons["compile"] = (
             f"the training takes about {seconds:,.0f} s without; compiling pays from about {limit:.0f} s"
+            if able
+            else "there is no C++ compiler or no Python headers here"
+        )
+    elif compiled and not able:
+        raise StageError(
+            "torch.compile finds no C++ compiler or no Python headers here",
+            where="compute.compile",
+            way_out="install them, or leave it at auto",
         )
     return Execution(
         dtype=dtype,
