@@ -57,21 +57,21 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
     # A stage that went on from a checkpoint of its parent: the lineage leads through that checkpoint.
     following = [(record.get("parents") or [{}])[0] for _, record in stages[1:]]
     branches = [parent if parent.get("step") else None for parent in following] + [None]
-    names: list[str] = []
+    # The same text is one column under the name it first had: a replay of it is held out under a name of its own.
+    columns: dict[str, str] = {}
     learnt_at: dict[str, int] = {}
     for i, (_, record) in enumerate(stages, start=1):
         for name, change in record.get("changes", {}).items():
-            key = set_key(record, name)
-            if key not in names:
-                names.append(key)
-                learnt_at[key] = i if change["role"] == "learned" else 0
+            key = columns.setdefault(record["fingerprints"]["sets"][name], set_key(record, name))
+            learnt_at.setdefault(key, i if change["role"] == "learned" else 0)
+    names = list(learnt_at)
     context = stages[-1][1]["model"].get("context")
     losses = np.full((len(stages) + 1, len(names)), np.nan)
     for i, (_, record) in enumerate(stages, start=1):
         for name in record.get("changes", {}):
             if record["model"].get("context") != context:  # scored with another context: not one column
                 continue
-            j = names.index(set_key(record, name))
+            j = names.index(columns[record["fingerprints"]["sets"][name]])
             losses[i - 1, j] = record["scores"]["before"][name]["nats"]
             losses[i, j] = record["scores"]["after"][name]["nats"]
     for i, j in zip(*np.nonzero(np.isnan(losses)), strict=True):
@@ -116,5 +116,5 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
 
 
 def set_key(record: Record, name: str) -> str:
-    """`name:fingerprint` of a held-out set: the same text under the same name is one column."""
+    """`name:fingerprint` of a held-out set of a run."""
     return f"{name}:{record['fingerprints']['sets'][name]}"

@@ -160,6 +160,22 @@ def test_another_text_under_the_same_name_is_another_column(tmp_path: Path) -> N
     assert all(n.startswith("old-") for n in names)
 
 
+def test_the_same_text_under_another_name_is_one_column_that_was_learnt_when_it_was(tmp_path: Path) -> None:
+    """A stage that replays everything seen holds the old texts out under names of its own."""
+    one = run(tmp_path / "one", {"a": ("learned", 5.0, 3.0)})
+    two = run(
+        tmp_path / "two",
+        {"b": ("learned", 6.0, 4.0), "replay-a": ("retained", 3.0, 3.5)},
+        one,
+        hashes={"replay-a": "hash-a"},
+    )
+    found = tree(chain(two), lambda row, key: None)
+    assert [s["name"] for s in found["sets"]] == ["a", "b"]
+    assert [s["learnt_at"] for s in found["sets"]] == [1, 2]
+    assert found["R"] == [[5.0, None], [3.0, 6.0], [3.5, 4.0]]
+    assert found["summary"]["BWT"] == pytest.approx(-0.5)  # not 5.0 - 3.5, a gain, as from a column of its own
+
+
 def test_a_ledger_of_what_was_seen_adds_up() -> None:
     def item(name: str, tokens: int) -> dict[str, Any]:
         return {"fingerprint": f"f-{name}", "name": name, "tokens": tokens, "origin": {"path": name}}
