@@ -80,6 +80,16 @@ def test_tokens_is_the_total_and_new_tokens_leaves_replay_out(stage_of: StageOf,
         assert record["tokens"] == sum(s["trained"] for s in record["sources"])
 
 
+def test_new_tokens_hold_over_a_curriculum(stage_of: StageOf, plan_of: PlanOf) -> None:
+    raw = stage_of(new_tokens=6000)
+    raw.pop("tokens")
+    shifts = [{"at": "50%", "shares": {"new": 0.25, "old": 0.75}}]
+    plan = plan_of({**raw, "data": data_of(raw, shifts=shifts, when_short="repeat")})
+    read = trained(plan, 0, plan.steps)
+    assert read[0] == pytest.approx(6000, abs=2 * 8 * ROW)
+    assert read.sum() == pytest.approx(12000, abs=2 * 8 * ROW)  # half new on the whole, not three quarters
+
+
 def test_a_share_that_is_left_out_is_the_rest(stage_of: StageOf, plan_of: PlanOf) -> None:
     raw = stage_of()
     raw["data"]["sources"][0].pop("share")
