@@ -50,7 +50,6 @@ def choose_execution(plan: Plan, model: PreTrainedModel, world: World) -> Execut
 
 def build(plan: Plan, model: CausalModel, execution: Execution, world: World) -> Run:
     """The run of a stage at its step 0: model laid out, masters and optimizer made. The model is changed in place."""
-    machine.tune_allocator()
     torch.set_num_threads(execution.threads)
     stage = plan.stage
     if execution.activation_checkpointing:

@@ -19,6 +19,7 @@ from postgrad.training.world import World
 
 def check_stage(plan: Plan) -> dict[str, Any]:
     """The plan with what only the model can tell: whether documents stay apart, memory, time. Raises what is wrong."""
+    machine.tune_allocator()
     world = World(machine.device())
     model = CausalModel(load_model(plan.start)).to(world.device)
     parameters = parameters_of(model)

@@ -135,8 +135,8 @@ Event = Began | Stepped | Looked | Saved | Doing | Warned | Stopped | Finished
 def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
     """Carry out a stage. Raises the error of whatever fails; what was trained up to the last checkpoint is kept."""
     home = plan.output
-    world = World.join(machine.device())
-    with _alone(home, world), _Interrupt() as interrupt:
+    machine.tune_allocator()
+    with World.joined(machine.device()) as world, _alone(home, world), _Interrupt() as interrupt:
         world.wait()
         finished = home / RECORD
         identity = model_fingerprint(plan.start.folder) if plan.start.folder else plan.start.name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,14 +21,19 @@ class World:
     size: int = 1
 
     @classmethod
-    def join(cls, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> World:
-        """Join the group that the environment of `torchrun` names; without one, be alone."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1 and "RANK" not in os.environ:
-            return cls(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        return cls(device, dist.get_rank(), dist.get_world_size())
+    @contextmanager
+    def joined(cls, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+        """Inside, be one of the group that the environment of `torchrun` names; without one, be alone."""
+        if "RANK" not in os.environ:
+            yield cls(device)
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        try:
+            yield cls(device, dist.get_rank(), dist.get_world_size())
+        finally:
+            dist.destroy_process_group()
 
     @property
     def main(self) -> bool:
@@ -64,8 +71,3 @@ class World:
         """Meet the others."""
         if self.size > 1:
             dist.barrier()
-
-    def leave(self) -> None:
-        """Leave the group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
