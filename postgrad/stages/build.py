@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from postgrad.data.loader import Loader
 from postgrad.errors import ResumeError
-from postgrad.models import machine, sharding
+from postgrad.models import sharding
 from postgrad.models.pretrained import CausalModel, Start
 from postgrad.objectives.next_token import NextToken
 from postgrad.objectives.objective import Objective
