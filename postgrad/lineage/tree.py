@@ -63,7 +63,9 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
     for i, (_, record) in enumerate(stages, start=1):
         for name, change in record.get("changes", {}).items():
             key = columns.setdefault(record["fingerprints"]["sets"][name], set_key(record, name))
-            learnt_at.setdefault(key, i if change["role"] == "learned" else 0)
+            # The first stage that trained on it; 0: the start model knew it, or no stage ever did.
+            if not learnt_at.setdefault(key, 0) and change["role"] == "learned":
+                learnt_at[key] = i
     names = list(learnt_at)
     context = stages[-1][1]["model"].get("context")
     losses = np.full((len(stages) + 1, len(names)), np.nan)

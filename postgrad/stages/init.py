@@ -53,9 +53,11 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
     if place.exists() and not force:
         raise StageError(f"{place} is there already", where="init", way_out="choose another name, or give --force")
     name = place.stem
-    if not re.fullmatch(r"[\w.\-]+", name):
+    if not re.fullmatch(r"[\w.\-]+", name) or place.parent != Path():
         raise StageError(
-            f"{name!r} cannot name a run folder", where="init", expected="letters, digits, '.', '_' and '-'"
+            f"{str(place.with_suffix(''))!r} cannot name a run folder",
+            where="init",
+            expected="letters, digits, '.', '_' and '-'",
         )
     root = place.resolve().parent
     start = locate(model, root)

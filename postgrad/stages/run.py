@@ -9,31 +9,20 @@ again with the same command it goes on from the newest whole checkpoint and ends
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
-import fcntl
 import json
-import os
-import platform
-import signal
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel
 
-import postgrad
-from postgrad import schedules
-from postgrad.errors import BusyError, ResumeError
 from postgrad.evaluation.samples import Prompt, continuations, prompts, text_of
-from postgrad.lineage.fingerprint import differences, model_fingerprint
-from postgrad.lineage.record import PLAN, RECORD, STAGE, Record, read_record, with_stage, write_record
+from postgrad.lineage.fingerprint import model_fingerprint
+from postgrad.lineage.record import PLAN, RECORD, STAGE, Record, read_record, write_record
 from postgrad.models import machine
 from postgrad.models.pretrained import (
     CausalModel,
@@ -50,15 +39,17 @@ from postgrad.reports import page
 from postgrad.stages import measure
 from postgrad.stages import stage as s
 from postgrad.stages.build import build, choose_execution, make_loader
-from postgrad.stages.plan import Plan, consumed, leaves_of
+from postgrad.stages.folder import Interrupt, alone, claim
+from postgrad.stages.leaves import leaves_of
+from postgrad.stages.plan import Plan
+from postgrad.stages.provenance import METRICS, achieved, describe, now, seen_after, stage_text
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.loop import steps
 from postgrad.training.meters import Metrics, Pace, read_metrics
-from postgrad.training.state import read_progress, restore, write_state
+from postgrad.training.state import restore, write_state
 from postgrad.training.step import Run, StepReport
 from postgrad.training.world import World
 
-METRICS = "metrics.jsonl"
 MODEL = "model"
 REPORT = "report.html"
 
@@ -136,12 +127,12 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
     """Carry out a stage. Raises the error of whatever fails; what was trained up to the last checkpoint is kept."""
     home = plan.output
     machine.tune_allocator()
-    with World.joined(machine.device()) as world, _alone(home, world), _Interrupt() as interrupt:
+    with World.joined(machine.device()) as world, alone(home, world), Interrupt() as interrupt:
         world.wait()
         finished = home / RECORD
         identity = model_fingerprint(plan.start.folder) if plan.start.folder else plan.start.name
         fingerprints = {**plan.fingerprints(), "start_model": identity}
-        kept = _claim(home, plan, fingerprints)
+        kept = claim(home, plan, fingerprints)
         if finished.exists() and read_record(home)["status"] != "stopped":
             yield Finished(read_record(home), home, already=True)
             return
@@ -160,11 +151,11 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
                 "execution": execution.as_dict(),
                 "plan": plan.as_record(),
                 "seen_before": plan.seen,
-                "leaves": leaves_of(plan),
+                "leaves": leaves_of(plan.leaves),
                 "id": (kept or {}).get("id") or uuid.uuid4().hex,
-                "created": (kept or {}).get("created") or _now(),
+                "created": (kept or {}).get("created") or now(),
             }
-            write_atomically(home / STAGE, _stage_text(plan.stage))
+            write_atomically(home / STAGE, stage_text(plan.stage))
             write_atomically(home / PLAN, json.dumps(document, indent=1))
             sweep(home)
         world.wait()
@@ -238,12 +229,12 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
         samples = _samples(plan, model.pretrained, wanted, json.loads(samples_file.read_text()))
         found = measure.changes(plan.held_out, before, after, plan.vocabulary)
         gate = measure.gate(found, before, plan.stage.max_forgetting)
-        record = _base_record(home, plan, kept, fingerprints, execution, parameters, command)
+        record = describe(home, plan, kept, fingerprints, execution, parameters, command)
         record |= {
             "status": "finished" if gate is None or gate["passed"] else "gate-failed",
-            "finished": _now(),
-            "achieved": _achieved(home, plan, trained, by_source, plan.steps),
-            "seen": _seen(plan, by_source),
+            "finished": now(),
+            "achieved": achieved(home, plan, trained, by_source, plan.steps),
+            "seen": seen_after(plan, by_source),
             "scores": {
                 "before": {n: v.summary() for n, v in before.items()},
                 "after": {n: v.summary() for n, v in after.items()},
@@ -265,7 +256,7 @@ def _train(
     checkpoints: Checkpoints,
     metrics: Metrics,
     before: measure.AllScores,
-    interrupt: _Interrupt,
+    interrupt: Interrupt,
     stage: str,
 ) -> Iterator[Event]:
     """The loop with its observers; its value is True when the user stopped it."""
@@ -356,61 +347,6 @@ def save_steps(every: str, steps: int, tokens: int) -> set[int]:
     return {*range(stride, steps + 1, stride), steps}
 
 
-# -- the run folder ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _alone(home: Path, world: World) -> Iterator[None]:
-    """Hold the run folder for this process group. Raises `BusyError` when another process has it."""
-    if not world.main:
-        yield
-        return
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise BusyError(
-                f"another process ({file.read().strip() or 'unknown'}) is working in this run folder",
-                where=str(home),
-                way_out="wait for it, or give this run another `output`",
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
-
-
-def _claim(home: Path, plan: Plan, fingerprints: dict[str, Any]) -> dict[str, Any] | None:
-    """What the folder holds of this very run, or None when it is new. Raises `ResumeError` when it is another's."""
-    if not (home / PLAN).exists():
-        foreign = [
-            p.name for p in home.iterdir() if p.name not in ("lock", STAGE) and not p.name.startswith(".staging-")
-        ]
-        if foreign:
-            raise ResumeError(
-                f"the folder is not empty and not a run ({foreign[0]} is in it)",
-                where=str(home),
-                way_out="give another `output`, or empty the folder",
-            )
-        return None
-    kept = json.loads((home / PLAN).read_text())
-    if kept["fingerprints"] != fingerprints:
-        now = json.loads(json.dumps(plan.stage.model_dump(mode="json")))
-        found = differences(kept["stage"], now) + [
-            line for line in differences(kept["fingerprints"], fingerprints) if not line.startswith("stage:")
-        ]
-        harmless = ("save.every", "save.keep", "output")
-        listed = "\n    ".join(line for line in found if not line.startswith(harmless))
-        raise ResumeError(
-            f"this folder holds a run of another stage; since then has changed:\n    {listed}",
-            where=str(home),
-            way_out="undo the change to go on, or give the new stage another `name` or `output`",
-        )
-    return kept
-
-
 def _load(plan: Plan, kept: dict[str, Any] | None, world: World) -> CausalModel:
     attention = kept["execution"]["attention"] if kept else None
     return CausalModel(load_model(plan.start, attention=attention)).to(world.device)
@@ -431,114 +367,6 @@ def _execution(plan: Plan, model: PreTrainedModel, kept: dict[str, Any] | None, 
 def _dtype(plan: Plan) -> torch.dtype:
     wanted = plan.stage.save.dtype
     return stored_dtype(plan.start) if wanted == "auto" else getattr(torch, wanted)
-
-
-def _stage_text(stage: s.Stage) -> str:
-    return yaml.safe_dump(stage.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-
-
-# -- the record -------------------------------------------------------------------------------------------------------
-
-
-def _base_record(
-    home: Path,
-    plan: Plan,
-    kept: dict[str, Any],
-    fingerprints: dict[str, Any],
-    execution: Execution,
-    parameters: int,
-    command: str,
-) -> Record:
-    return {
-        "id": kept["id"],
-        "name": plan.stage.name,
-        "created": kept["created"],
-        "command": command,
-        "stage_yaml": _stage_text(plan.stage),
-        "stage": plan.stage.model_dump(mode="json"),
-        "root": str(plan.root),
-        "model": {
-            "start": plan.stage.model,
-            "source": plan.start.source,
-            "parameters": parameters,
-            "vocabulary": plan.vocabulary,
-            "context": plan.context,
-        },
-        "fingerprints": dict(fingerprints),
-        "parents": _parents(home, plan),
-        "versions": {
-            "postgrad": postgrad.__version__,
-            **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
-            "python": platform.python_version(),
-        },
-        "machine": {
-            "cpu": machine.processor(),
-            "cores": machine.cores(),
-            "device": machine.device().type,
-            "system": platform.system(),
-        },
-        "execution": execution.as_dict(),
-        "plan": plan.as_record(),
-        "ledger": {leaf.name: r.ledger.as_dict() for leaf, r in zip(plan.leaves, plan.rows, strict=True)},
-        "notes": list(plan.notes),
-        "overlap": plan.overlap,
-        "schedule_curve": schedules.sampled(plan.schedule, plan.steps),
-        "held_out": [
-            {"name": h.name, "role": h.role, "documents": len(h.documents), "fingerprint": h.fingerprint}
-            for h in plan.held_out
-        ],
-    }
-
-
-def _parents(home: Path, plan: Plan) -> list[dict[str, Any]]:
-    run = plan.start.run
-    if run is None or not (run / PLAN).exists():
-        return []
-    parent = json.loads((run / PLAN).read_text())
-    folder = plan.start.folder
-    progress = read_progress(folder) if folder and (folder / "state.json").exists() else None
-    return [
-        {
-            "path": str(run),
-            "relative": os.path.relpath(run, home),
-            "name": run.name,
-            "id": parent["id"],
-            # Set when the stage branched from a checkpoint instead of the parent's final model.
-            "step": progress.step if progress else None,
-            "tokens": progress.trained if progress else None,
-            "fingerprint": model_fingerprint(plan.start.folder) if plan.start.folder else "",
-        }
-    ]
-
-
-def _achieved(home: Path, plan: Plan, trained: int, by_source: list[int], step: int) -> dict[str, Any]:
-    block, first = plan.mixture.block, plan.stage.data.skip_steps
-    rows = [
-        b - a
-        for a, b in zip(plan.mixture.counts(first * block), plan.mixture.counts((first + step) * block), strict=True)
-    ]
-    seconds = sum(row["seconds"] for row in read_metrics(home / METRICS) if row["kind"] == "step")
-    return {
-        "steps": step,
-        "tokens": trained,
-        "seconds": seconds,
-        "tokens_per_second": trained / max(seconds, 1e-9),
-        "sources": [
-            {
-                "name": leaf.name,
-                "role": leaf.role,
-                "share": n / max(trained, 1),
-                "trained": n,
-                "rows": r,
-                "passes": r / len(packed),
-            }
-            for leaf, n, r, packed in zip(plan.leaves, by_source, rows, plan.rows, strict=True)
-        ],
-    }
-
-
-def _seen(plan: Plan, by_source: list[int]) -> dict[str, dict[str, Any]]:
-    return with_stage(plan.seen, consumed(leaves_of(plan), dict(zip(plan.sources, by_source, strict=True))))
 
 
 def _samples(plan: Plan, model: PreTrainedModel, wanted: list[Prompt], before: list[str]) -> list[dict[str, str]]:
@@ -570,13 +398,13 @@ def _record_stop(
     if not world.main:
         return
     by_source = [int(n) for n in run.trained_by_source]
-    record = _base_record(home, plan, kept, fingerprints, execution, parameters, command)
+    record = describe(home, plan, kept, fingerprints, execution, parameters, command)
     before = measure.read_scores(home / "scores" / "before.npz")
     record |= {
         "status": "stopped",
-        "finished": _now(),
-        "achieved": _achieved(home, plan, run.trained, by_source, run.step),
-        "seen": _seen(plan, by_source),
+        "finished": now(),
+        "achieved": achieved(home, plan, run.trained, by_source, run.step),
+        "seen": seen_after(plan, by_source),
         "scores": {"before": {n: v.summary() for n, v in before.items()}, "after": {}},
         "changes": {},
         "gate": None,
@@ -584,36 +412,3 @@ def _record_stop(
     }
     write_record(home, record)
     write_atomically(home / REPORT, page.run_page(record, read_metrics(home / METRICS)))
-
-
-def _now() -> str:
-    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-
-
-class _Interrupt:
-    """Ctrl-C and SIGTERM ask the run to save and stop; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._old[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: whoever runs it there stops it there
-                return self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def wanted(self, world: World) -> bool:
-        """Whether any rank was asked to stop."""
-        return world.any(self.asked)

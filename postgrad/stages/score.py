@@ -22,7 +22,8 @@ from postgrad.models.pretrained import CausalModel, Start, load_model, load_toke
 from postgrad.reports import page, tables
 from postgrad.stages import measure
 from postgrad.stages import stage as s
-from postgrad.stages.plan import held_out_files, held_out_set, make_encoder, make_plan
+from postgrad.stages.held_out import held_out_files, held_out_set
+from postgrad.stages.plan import make_encoder, make_plan
 from postgrad.training.meters import read_metrics
 from postgrad.training.world import World
 

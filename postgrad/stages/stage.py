@@ -6,6 +6,7 @@ Schema has them, and an unknown key is an error that names the nearest one.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -135,6 +136,12 @@ class Source(Part):
     def _one_origin(self) -> Source:
         if sum([self.path is not None, self.hub is not None, self.seen_so_far]) != 1:
             raise ValueError("a source has exactly one of `path`, `hub` and `seen_so_far`")
+        if self.seen_so_far:
+            fixed = sorted(
+                {"columns", "documents", "held_out", "stands_for", "subset", "split"} & self.model_fields_set
+            )
+            if fixed:
+                raise ValueError(f"a replay of everything seen takes `{fixed[0]}` from the earlier stages")
         return self
 
 
@@ -210,6 +217,13 @@ class Optimizer(Part):
     """At the stage's start: from zero, or the start checkpoint's (both moments, or only the second)."""
 
 
+def _falling(**rates: float) -> None:
+    """Refuse rates that do not fall in the order they are given: a swapped pair is a mistake, not a wish."""
+    for (above, high), (below, low) in itertools.pairwise(rates.items()):
+        if low > high:
+            raise ValueError(f"`{below}` ({low:g}) lies above `{above}` ({high:g})")
+
+
 class Constant(Part):
     """Warm-up, then one rate."""
 
@@ -229,6 +243,11 @@ class Decay(Part):
     start: Annotated[float, Field(ge=0)] = 0.0
     """The rate the warm-up starts from."""
 
+    @model_validator(mode="after")
+    def _falls(self) -> Decay:
+        _falling(peak=self.peak, floor=self.floor)
+        return self
+
 
 class FromFloor(Part):
     """No warm-up: start at the pre-training's final rate and decay on (Parmar et al. 2024)."""
@@ -237,6 +256,11 @@ class FromFloor(Part):
     start: Rate
     floor: Annotated[float, Field(ge=0)]
     shape: Literal["cosine", "linear", "exponential", "1-sqrt", "inverse-sqrt"] = "cosine"
+
+    @model_validator(mode="after")
+    def _falls(self) -> FromFloor:
+        _falling(start=self.start, floor=self.floor)
+        return self
 
 
 class Infinite(Part):
@@ -256,6 +280,11 @@ class Infinite(Part):
     timescale: Annotated[float, Field(gt=0)] = 10.0
     """How bent the inverse-sqrt cooldown is."""
 
+    @model_validator(mode="after")
+    def _falls(self) -> Infinite:
+        _falling(peak=self.peak, constant=self.constant, floor=self.floor)
+        return self
+
 
 class Wsd(Part):
     """Warm-up, stable, decay at the end (Hu et al. 2024)."""
@@ -266,6 +295,11 @@ class Wsd(Part):
     warmup: Length = "1%"
     decay: Length = "10%"
     shape: Literal["1-sqrt", "linear", "cosine", "exponential", "inverse-linear"] = "1-sqrt"
+
+    @model_validator(mode="after")
+    def _falls(self) -> Wsd:
+        _falling(peak=self.peak, floor=self.floor)
+        return self
 
 
 class Anneal(Part):
@@ -438,6 +472,19 @@ class Stage(Part):
         return fingerprint(self.model_dump(mode="json", exclude={"save": {"every", "keep"}, "output": True}))
 
 
+class _Strict(yaml.SafeLoader):
+    """YAML without surprises: a key that is there twice is an error, where YAML would let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (key_node, _), key in zip(node.value, keys, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
     """Read a stage file and apply `key.sub=value` overrides.
 
@@ -450,7 +497,7 @@ def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
     except UnicodeDecodeError as error:
         raise StageError("the stage file is not UTF-8", where=str(path)) from error
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, _Strict)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)

@@ -19,7 +19,8 @@ import postgrad
 from postgrad.errors import StageError
 from postgrad.models.pretrained import Start
 from postgrad.stages import stage as s
-from postgrad.stages.plan import make_plan, make_schedule
+from postgrad.stages.plan import make_plan
+from postgrad.stages.rates import make_schedule
 from postgrad.stages.stage import Stage, in_steps, json_schema, load_stage, parse_stage
 
 GOOD: dict[str, Any] = {

@@ -1,0 +1,80 @@
+"""How much of a training step does reading its rows take?
+
+    python benchmarks/reading.py --json benchmarks/results/reading.json
+
+Packs and mixes the demo's texts as a stage would, times the reading of whole global batches on one thread, and sets the
+median beside the time a step of a small model takes here. The loader reads ahead in a thread, so this is an upper bound
+of what a step can wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from postgrad.demo import stage_text, write_random_model, write_texts
+from postgrad.models import machine
+from postgrad.models.pretrained import CausalModel, load_model
+from postgrad.stages.build import build, choose_execution, make_loader
+from postgrad.stages.plan import make_plan
+from postgrad.stages.stage import load_stage
+from postgrad.training.step import train_step
+from postgrad.training.world import World
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    machine.tune_allocator()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_texts(folder / "data")
+        write_random_model(folder / "random", folder / "data" / "old.jsonl")
+        (folder / "replay.yaml").write_text(stage_text("replay").replace("runs/base", "random"))
+        plan = make_plan(load_stage(folder / "replay.yaml"), folder, folder / "cache")
+        world = World(torch.device("cpu"))
+        model = CausalModel(load_model(plan.start))
+        execution = choose_execution(plan, model.pretrained, world)
+        run = build(plan, model, execution, world)
+        loader = make_loader(plan, execution, world)
+        reads, steps = [], []
+        for step in range(1, options.batches + 1):
+            begin = time.perf_counter()
+            batches = loader.read(step)
+            reads.append(time.perf_counter() - begin)
+            if step <= options.steps:
+                begin = time.perf_counter()
+                train_step(run, batches)
+                steps.append(time.perf_counter() - begin)
+        read, trained = statistics.median(reads), statistics.median(steps[3:])
+        found = {
+            "rows": plan.mixture.block,
+            "row_tokens": plan.context,
+            "parameters": run.weights.numel(),
+            "read_ms": 1e3 * read,
+            "read_ms_range": [1e3 * min(reads), 1e3 * max(reads)],
+            "step_ms": 1e3 * trained,
+            "share_of_step": read / trained,
+            "tokens_per_second_read": plan.mixture.block * plan.context / read,
+        }
+    print(
+        f"{found['rows']} rows of {found['row_tokens']} tokens are read in {found['read_ms']:.2f} ms; a step of a model of "
+        f"{found['parameters']:,} weights takes {found['step_ms']:.0f} ms: {found['share_of_step']:.2%}"
+    )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
