@@ -22,6 +22,7 @@ from postgrad.stages import stage as s
 from postgrad.stages.plan import make_plan
 from postgrad.stages.rates import make_schedule
 from postgrad.stages.stage import Stage, in_steps, json_schema, load_stage, parse_stage
+from tests.conftest import StageOf
 
 GOOD: dict[str, Any] = {
     "name": "medicine",
@@ -503,3 +504,41 @@ def test_a_fingerprint_is_of_everything_but_where_and_how_often() -> None:
 
 def test_the_way_a_number_is_written_is_no_other_stage() -> None:
     assert stage(tokens=20_000_000, data__sources__1__share=0.1).fingerprint() == stage().fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\nname: b\n", r":2: not YAML: the key 'name' is there twice"),
+        ("data:\n  sources: []\n  sources: []\n", r":3: not YAML: the key 'sources' is there twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    """YAML itself would let the last one win."""
+    file = tmp_path / "stage.yaml"
+    file.write_text(text)
+    with pytest.raises(StageError, match=expected):
+        s.load_stage(file)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"kind": "rewarm", "peak": 1e-5, "floor": 1e-4},
+        {"kind": "from-floor", "start": 1e-5, "floor": 1e-4},
+        {"kind": "wsd", "peak": 1e-5, "floor": 1e-4},
+        {"kind": "infinite", "peak": 1e-4, "constant": 2e-4, "floor": 1e-5},
+        {"kind": "infinite", "peak": 1e-4, "constant": 5e-5, "floor": 6e-5},
+    ],
+)
+def test_rates_that_would_rise_are_refused(stage_of: StageOf, schedule: dict[str, Any]) -> None:
+    with pytest.raises(StageError, match=r"schedule.*lies above"):
+        s.parse_stage(stage_of(schedule=schedule), "stage.yaml")
+
+
+@pytest.mark.parametrize("setting", [{"columns": {"text": "body"}}, {"documents": "lines"}, {"held_out": 0.1}])
+def test_a_replay_of_everything_has_no_settings_of_its_own(stage_of: StageOf, setting: dict[str, Any]) -> None:
+    raw = stage_of()
+    raw["data"]["sources"][1] = {"name": "seen", "seen_so_far": True, "share": 0.25, **setting}
+    with pytest.raises(StageError, match=f"takes `{next(iter(setting))}` from the earlier stages"):
+        s.parse_stage(raw, "stage.yaml")
