@@ -157,6 +157,7 @@ class _BarScreen:
             TextColumn("{task.fields[more]}"),
             console=self.console,
             transient=True,
+            refresh_per_second=4,
         )
         self.started = False
         self.task: TaskID | None = None

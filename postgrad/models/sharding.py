@@ -11,7 +11,10 @@ from postgrad.models.pretrained import CausalModel, layers_of
 
 def checkpoint_activations(model: CausalModel) -> None:
     """Recompute each block's activations in the backward pass instead of keeping them."""
-    model.pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    pretrained = model.pretrained
+    # The older name is what transformers had before 5.2x, and it warns where both are there.
+    enable = getattr(pretrained, "activation_checkpointing_enable", None) or pretrained.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def compile_layers(model: CausalModel) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from postgrad.lineage.record import read_record
-from postgrad.stages.run import run_stage
+from postgrad.stages.run import Began, run_stage
 from postgrad.training.meters import read_metrics
 from tests.conftest import StageOf
 from tests.stages.test_run import plan_of
@@ -40,7 +40,13 @@ def test_two_ranks_make_the_steps_of_one(stage_of: StageOf, cache: Path, tmp_pat
     for name, before in one["scores"]["before"].items():
         assert two["scores"]["before"][name]["nats"] == pytest.approx(before["nats"], rel=1e-6)
         assert two["scores"]["after"][name]["nats"] == pytest.approx(one["scores"]["after"][name]["nats"], rel=1e-4)
-    # A checkpoint is whole: one process resumes what two began.
+    # A checkpoint is whole: one process goes on from what two began.
+    home = tmp_path / "two"
     for name in ("record.json", "report.html"):
-        (tmp_path / "two" / name).unlink()
-    assert json.loads((tmp_path / "two" / "plan.json").read_text())["execution"]["micro"] == 2
+        (home / name).unlink()
+    for place in (home / "model", sorted((home / "checkpoints").iterdir())[-1]):
+        shutil.rmtree(place)
+    resumed = list(run_stage(plan_of(yaml.safe_load(file.read_text()), cache), command="test", cache=cache))
+    began = next(event for event in resumed if isinstance(event, Began))
+    assert 0 < began.step < began.plan.steps
+    assert losses(home) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)

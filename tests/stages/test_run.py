@@ -213,3 +213,31 @@ def test_before_and_after_are_of_the_same_documents(stage_of: StageOf, cache: Pa
     for name in before:
         assert np.array_equal(before[name].tokens_W, after[name].tokens_W)
         assert np.array_equal(before[name].bytes_N, after[name].bytes_N)
+
+
+def losses_of(home: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+
+
+def test_recomputed_activations_make_no_difference(stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
+    compute = {"threads": 1, "dtype": "float32", "compile": False}
+    events_of(stage_of(output=str(tmp_path / "kept"), compute=compute), cache)
+    events_of(stage_of(output=str(tmp_path / "again"), compute={**compute, "activation_checkpointing": True}), cache)
+    assert losses_of(tmp_path / "again") == pytest.approx(losses_of(tmp_path / "kept"), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("default")  # dynamo looks at tensors in ways that torch itself warns of
+def test_a_compiled_bf16_run_resumes_to_the_same_bits(stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
+    compute = {"threads": 1, "dtype": "bfloat16", "compile": True}
+    events_of(stage_of(output=str(tmp_path / "whole"), compute=compute), cache)
+    raw = stage_of(output=str(tmp_path / "parts"), compute=compute)
+    for event in run_stage(plan_of(raw, cache), command="test", cache=cache):
+        if isinstance(event, Stepped) and event.report.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert isinstance(events_of(raw, cache)[-1], Finished)
+    assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
+    # The mutant: the same run not compiled is another run, so the comparison can fail.
+    events_of(stage_of(output=str(tmp_path / "plain"), compute={**compute, "compile": False}), cache)
+    assert trace(tmp_path / "plain") != trace(tmp_path / "whole")
