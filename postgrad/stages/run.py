@@ -125,128 +125,136 @@ Event = Began | Stepped | Looked | Saved | Doing | Warned | Stopped | Finished
 
 def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
     """Carry out a stage. Raises the error of whatever fails; what was trained up to the last checkpoint is kept."""
-    home = plan.output
     machine.tune_allocator()
-    with World.joined(machine.device()) as world, alone(home, world), Interrupt() as interrupt:
-        world.wait()
-        finished = home / RECORD
-        identity = model_fingerprint(plan.start.folder) if plan.start.folder else plan.start.name
-        fingerprints = {**plan.fingerprints(), "start_model": identity}
-        kept = claim(home, plan, fingerprints)
-        if finished.exists() and read_record(home)["status"] != "stopped":
-            yield Finished(read_record(home), home, already=True)
-            return
+    with World.joined(machine.device()) as world, alone(plan.output, world), Interrupt() as interrupt:
+        # A generator of its own, so that nothing of the run outlives the process group.
+        yield from _carried_out(plan, world, interrupt, command=command, cache=cache)
 
-        yield Doing("loading the model")
-        model = _load(plan, kept, world)
-        parameters = parameters_of(model)
-        execution = _execution(plan, model.pretrained, kept, world)
-        if model.pretrained.config._attn_implementation != execution.attention:
-            model.pretrained.set_attn_implementation(execution.attention)
-        probe(model)
-        if world.main:
-            document = {
-                "stage": plan.stage.model_dump(mode="json"),
-                "fingerprints": fingerprints,
-                "execution": execution.as_dict(),
-                "plan": plan.as_record(),
-                "seen_before": plan.seen,
-                "leaves": leaves_of(plan.leaves),
-                "id": (kept or {}).get("id") or uuid.uuid4().hex,
-                "created": (kept or {}).get("created") or now(),
-            }
-            write_atomically(home / STAGE, stage_text(plan.stage))
-            write_atomically(home / PLAN, json.dumps(document, indent=1))
-            sweep(home)
-        world.wait()
-        kept = json.loads((home / PLAN).read_text())
 
-        # Before: on the exact start model, once, in fp32.
-        yield Doing("scoring the start model")
-        before_file, samples_file = home / "scores" / "before.npz", home / "scores" / "samples-before.json"
-        # A sharded model cannot write by itself (generation is one rank's business): no samples then.
-        each = 0 if world.sharded else plan.stage.evaluation.samples
-        wanted = [p for h in plan.held_out for p in prompts(h, each)]
-        if world.any(not before_file.exists()):  # asked together: one rank may write before another looks
-            before = measure.measure(
-                model, plan.held_out, context=plan.context, world=world, identity=identity, cache=cache
-            )
-            if world.main:
-                measure.write_scores(before_file, before)
-        world.wait()
-        before = measure.read_scores(before_file)
-        if not samples_file.exists() and world.main:
-            write_atomically(samples_file, json.dumps(continuations(model.pretrained, plan.tokenizer, wanted)))
-        if interrupt.wanted(world):
-            yield Stopped(0, plan.steps)
-            return
+def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str, cache: Path) -> Iterator[Event]:
+    """Build or resume, train, publish, measure, record."""
+    home = plan.output
+    world.wait()
+    finished = home / RECORD
+    identity = model_fingerprint(plan.start.folder) if plan.start.folder else plan.start.name
+    fingerprints = {**plan.fingerprints(), "start_model": identity}
+    kept = claim(home, plan, fingerprints)
+    if finished.exists() and read_record(home)["status"] != "stopped":
+        yield Finished(read_record(home), home, already=True)
+        return
 
-        run = build(plan, model, execution, world)
-        checkpoints = Checkpoints(home / "checkpoints", None if plan.stage.save.keep == "all" else plan.stage.save.keep)
-        trouble: list[str] = []
-        newest = checkpoints.newest(trouble.append)
-        for message in trouble:
-            yield Warned(message)
-        if newest:
-            restore(run, newest)
-        elif world.main:
-            checkpoints.require_room(16 * parameters)
-        metrics = Metrics(home / METRICS)
-        if world.main:
-            metrics.rewind(run.step if newest else -1)
-        yield Began(plan, execution, run.step, parameters)
-
-        stop = yield from _train(plan, run, execution, checkpoints, metrics, before, interrupt, fingerprints["stage"])
-        if stop:
-            _record_stop(home, plan, kept, fingerprints, execution, parameters, run, command, world)
-            yield Stopped(run.step, plan.steps)
-            return
-
-        yield Doing("publishing the model")
-        dtype = _dtype(plan)
-        if not (home / MODEL).exists():
-            state = run.weights.whole_state()
-            if world.main:
-                publish(
-                    home / MODEL,
-                    lambda folder: save_pretrained(model.pretrained, plan.tokenizer, folder, dtype=dtype, state=state),
-                )
-            del state
-        world.wait()
-        # After: on what was published, read back with plain transformers, unless it is spread over several machines.
-        yield Doing("scoring the trained model")
-        trained = run.trained
-        by_source = [int(n) for n in run.trained_by_source]
-        if not world.sharded:
-            del run, model
-            verify(home / MODEL)
-            model = CausalModel(load_model(Start(MODEL, home / MODEL), attention=execution.attention)).to(world.device)
-        after = measure.measure(model, plan.held_out, context=plan.context, world=world)
-        if not world.main:
-            yield Doing("the first rank writes the record")
-            return
-        measure.write_scores(home / "scores" / "after.npz", after)
-        samples = _samples(plan, model.pretrained, wanted, json.loads(samples_file.read_text()))
-        found = measure.changes(plan.held_out, before, after, plan.vocabulary)
-        gate = measure.gate(found, before, plan.stage.max_forgetting)
-        record = describe(home, plan, kept, fingerprints, execution, parameters, command)
-        record |= {
-            "status": "finished" if gate is None or gate["passed"] else "gate-failed",
-            "finished": now(),
-            "achieved": achieved(home, plan, trained, by_source, plan.steps),
-            "seen": seen_after(plan, by_source),
-            "scores": {
-                "before": {n: v.summary() for n, v in before.items()},
-                "after": {n: v.summary() for n, v in after.items()},
-            },
-            "changes": found,
-            "gate": gate,
-            "samples": samples,
+    yield Doing("loading the model")
+    model = _load(plan, kept, world)
+    parameters = parameters_of(model)
+    execution = _execution(plan, model.pretrained, kept, world)
+    if model.pretrained.config._attn_implementation != execution.attention:
+        model.pretrained.set_attn_implementation(execution.attention)
+    probe(model)
+    if world.main:
+        document = {
+            "stage": plan.stage.model_dump(mode="json"),
+            "fingerprints": fingerprints,
+            "execution": execution.as_dict(),
+            "plan": plan.as_record(),
+            "seen_before": plan.seen,
+            "leaves": leaves_of(plan.leaves),
+            "id": (kept or {}).get("id") or uuid.uuid4().hex,
+            "created": (kept or {}).get("created") or now(),
         }
-        record["fingerprints"]["model"] = model_fingerprint(home / MODEL)
-        write_record(home, record)
-        write_atomically(home / REPORT, page.run_page(record, read_metrics(home / METRICS)))
-        yield Finished(read_record(home), home)
+        write_atomically(home / STAGE, stage_text(plan.stage))
+        write_atomically(home / PLAN, json.dumps(document, indent=1))
+        sweep(home)
+    world.wait()
+    kept = json.loads((home / PLAN).read_text())
+
+    # Before: on the exact start model, once, in fp32.
+    yield Doing("scoring the start model")
+    before_file, samples_file = home / "scores" / "before.npz", home / "scores" / "samples-before.json"
+    # A sharded model cannot write by itself (generation is one rank's business): no samples then.
+    each = 0 if world.sharded else plan.stage.evaluation.samples
+    wanted = [p for h in plan.held_out for p in prompts(h, each)]
+    if world.any(not before_file.exists()):  # asked together: one rank may write before another looks
+        before = measure.measure(
+            model, plan.held_out, context=plan.context, world=world, identity=identity, cache=cache
+        )
+        if world.main:
+            measure.write_scores(before_file, before)
+    world.wait()
+    before = measure.read_scores(before_file)
+    told = json.loads(samples_file.read_text()) if samples_file.exists() else []
+    if len(told) != len(wanted) and world.main:
+        told = continuations(model.pretrained, plan.tokenizer, wanted)
+        write_atomically(samples_file, json.dumps(told))
+    if interrupt.wanted(world):
+        yield Stopped(0, plan.steps)
+        return
+
+    run = build(plan, model, execution, world)
+    checkpoints = Checkpoints(home / "checkpoints", None if plan.stage.save.keep == "all" else plan.stage.save.keep)
+    trouble: list[str] = []
+    newest = checkpoints.newest(trouble.append)
+    for message in trouble:
+        yield Warned(message)
+    if newest:
+        restore(run, newest)
+    elif world.main:
+        checkpoints.require_room(16 * parameters)
+    metrics = Metrics(home / METRICS)
+    if world.main:
+        metrics.rewind(run.step if newest else -1)
+    yield Began(plan, execution, run.step, parameters)
+
+    stop = yield from _train(plan, run, execution, checkpoints, metrics, before, interrupt, fingerprints["stage"])
+    if stop:
+        _record_stop(home, plan, kept, fingerprints, execution, parameters, run, command, world)
+        yield Stopped(run.step, plan.steps)
+        return
+
+    yield Doing("publishing the model")
+    dtype = _dtype(plan)
+    if not (home / MODEL).exists():
+        state = run.weights.whole_state()
+        if world.main:
+            publish(
+                home / MODEL,
+                lambda folder: save_pretrained(model.pretrained, plan.tokenizer, folder, dtype=dtype, state=state),
+            )
+        del state
+    world.wait()
+    # After: on what was published, read back with plain transformers, unless it is spread over several machines.
+    yield Doing("scoring the trained model")
+    trained = run.trained
+    by_source = [int(n) for n in run.trained_by_source]
+    if not world.sharded:
+        del run, model
+        verify(home / MODEL)
+        model = CausalModel(load_model(Start(MODEL, home / MODEL), attention=execution.attention)).to(world.device)
+    after = measure.measure(model, plan.held_out, context=plan.context, world=world)
+    if not world.main:
+        yield Doing("the first rank writes the record")
+        return
+    measure.write_scores(home / "scores" / "after.npz", after)
+    samples = _samples(plan, model.pretrained, wanted, told)
+    found = measure.changes(plan.held_out, before, after, plan.vocabulary)
+    gate = measure.gate(found, before, plan.stage.max_forgetting)
+    record = describe(home, plan, kept, fingerprints, execution, parameters, command)
+    record |= {
+        "status": "finished" if gate is None or gate["passed"] else "gate-failed",
+        "finished": now(),
+        "achieved": achieved(home, plan, trained, by_source, plan.steps),
+        "seen": seen_after(plan, by_source),
+        "scores": {
+            "before": {n: v.summary() for n, v in before.items()},
+            "after": {n: v.summary() for n, v in after.items()},
+        },
+        "changes": found,
+        "gate": gate,
+        "samples": samples,
+    }
+    record["fingerprints"]["model"] = model_fingerprint(home / MODEL)
+    write_record(home, record)
+    write_atomically(home / REPORT, page.run_page(record, read_metrics(home / METRICS)))
+    yield Finished(read_record(home), home)
 
 
 def _train(

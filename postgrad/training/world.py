@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ class World:
         try:
             yield cls(device, dist.get_rank(), dist.get_world_size())
         finally:
+            gc.collect()  # sharded modules in cycles would hold the group past its end
             dist.destroy_process_group()
 
     @property
