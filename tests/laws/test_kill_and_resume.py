@@ -138,7 +138,7 @@ def test_killed_at_every_boundary_of_a_write_it_ends_with_the_same_bits(
 ) -> None:
     tried, failures = swept(stage_of, cache, tmp_path, every=1)
     print(f"{tried} boundaries, {len(failures)} failures")
-    assert tried >= 150 and not failures
+    assert tried >= 120 and not failures
 
 
 def in_place(place: Path, write: Callable[[Path], None]) -> Path:
