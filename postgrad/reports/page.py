@@ -9,7 +9,6 @@ that were stopped.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import html as html_escape
 import json
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from postgrad.errors import DiskError
+from postgrad.publish import write_atomically
 from postgrad.reports import figures, tables
 from postgrad.reports.figures import Estimate, Level, Mark, Series, Spot
 from postgrad.reports.notation import (
@@ -1174,26 +1173,7 @@ def _column(matrix: Sequence[Sequence[float | None]], j: int) -> list[float | No
 
 
 def write(path: str | os.PathLike[str], html: str) -> Path:
-    """Publish a page atomically: whoever opens `path` sees the old page or the whole new one.
-
-    The file is written beside its place, synchronised, and renamed. Raises DiskError where that fails.
-    """
+    """Publish a page: whoever opens `path` sees the old page or the whole new one. Raises DiskError where that fails."""
     target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "w", encoding="utf-8", newline="\n") as file:
-            file.write(html)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise DiskError(
-            f"the report could not be written ({error.strerror or error})",
-            where=str(target),
-            expected="a folder with room that this user may write to",
-            way_out="free some space or give another path",
-        ) from error
+    write_atomically(target, html)
     return target

@@ -426,10 +426,10 @@ def test_write_publishes_whole_pages_only(tmp_path: Path, monkeypatch: pytest.Mo
     before = os.replace
 
     def broken(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "the disk is full on device")
 
     monkeypatch.setattr(os, "replace", broken)
-    with pytest.raises(DiskError, match="No space left"):
+    with pytest.raises(DiskError, match="the disk is full"):
         page.write(target, "two")
     monkeypatch.setattr(os, "replace", before)
     assert target.read_text(encoding="utf-8") == "one \u2713"
