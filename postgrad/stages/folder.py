@@ -15,6 +15,7 @@ from typing import Any
 from postgrad.errors import BusyError, ResumeError
 from postgrad.lineage.fingerprint import differences
 from postgrad.lineage.record import PLAN, STAGE
+from postgrad.publish import disk_error
 from postgrad.stages.plan import Plan
 from postgrad.training.world import World
 
@@ -25,8 +26,12 @@ def alone(home: Path, world: World) -> Iterator[None]:
     if not world.main:
         yield
         return
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "lock").open("a+") as file:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = (home / "lock").open("a+")
+    except OSError as error:
+        raise disk_error(error, home) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from postgrad.errors import BusyError, NonFiniteError, ResumeError
+from postgrad.errors import BusyError, DiskError, NonFiniteError, ResumeError
 from postgrad.lineage.record import read_record
 from postgrad.publish import verify
 from postgrad.stages import measure
@@ -241,3 +241,10 @@ def test_a_compiled_bf16_run_resumes_to_the_same_bits(stage_of: StageOf, cache: 
     # The mutant: the same run not compiled is another run, so the comparison can fail.
     events_of(stage_of(output=str(tmp_path / "plain"), compute={**compute, "compile": False}), cache)
     assert trace(tmp_path / "plain") != trace(tmp_path / "whole")
+
+
+def test_an_output_that_cannot_be_made_is_told(stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DiskError, match="file/run"):
+        events_of(stage_of(output=str(tmp_path / "file" / "run")), cache)
+    assert (tmp_path / "file").read_text() == "in the way"
