@@ -285,6 +285,9 @@ def _guarded(run: Callable[[], object]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except OSError as error:  # a file or folder that was there a moment ago, or is not ours
+        print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":
