@@ -4,6 +4,7 @@
     ├── StageError           the stage file: unknown key, impossible value
     ├── DataError            a source: missing, empty, broken, in the wrong shape
     ├── ModelError           a model or tokenizer that cannot be used here
+    ├── TuningError          a way of tuning that this model, or what was asked of it, does not allow
     ├── ResumeError          a run folder that does not belong to this stage
     ├── BusyError            a run folder that another process is using
     ├── MissingExtra         an optional package that is not installed
@@ -46,6 +47,10 @@ class DataError(PostgradError):
 
 class ModelError(PostgradError):
     """A model or tokenizer that cannot be used for what was asked."""
+
+
+class TuningError(PostgradError):
+    """A way of tuning that does not fit this model, or cannot do what was asked of it."""
 
 
 class ResumeError(PostgradError):

@@ -1,0 +1,133 @@
+"""Which weights move? A tuning reshapes a model before training: it freezes, it adds, and it can be taken out again.
+
+Every kind keeps to one protocol, so that whatever trains, scores, saves or generates needs to know none of them:
+
+    attach   the constructor: `Kind(model, ...)` changes the model in place and sets `requires_grad` everywhere
+    off      inside, the model answers as its base did (so a base can be its own teacher)
+    state    my tensors alone, all that an exact resume needs; `load` takes them back
+    detach   take everything of mine out
+    merge    become part of the plain weights, where the mathematics allows it
+
+Modules that a tuning adds are registered inside the Hugging Face model, so its `named_parameters()` are all there is to
+train, and an optimizer, a checkpoint or FSDP finds them without being told.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from postgrad.errors import TuningError
+
+
+class Published(NamedTuple):
+    """A tuning as it leaves training: what it takes to make one of the same effect, and no more.
+
+    `options` are the constructor's keyword arguments (plain data, with `kind`), `state` its tensors.
+    """
+
+    options: dict[str, Any]
+    state: dict[str, Tensor]
+
+
+class PeftFolder(NamedTuple):
+    """What `adapter_config.json` and `adapter_model.safetensors` hold in PEFT's format."""
+
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+
+
+class Tuning(ABC):
+    """What every kind answers; a kind overrides what is not so for it.
+
+    `additive`: the base's own weights stay as they are, so that I can be switched off, and kept as a small folder.
+    `virtual`: how many ids from the end of the vocabulary on stand for vectors of mine (they may be used in `input_ids`).
+    `attention`: the attention implementation that I need, when I need one.
+    """
+
+    kind: str
+    additive: bool = True
+    virtual: int = 0
+    attention: str | None = None
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def off(self) -> AbstractContextManager[None]:
+        """Inside, the model answers as the base does. Raises `TuningError` when the base's own weights have moved."""
+        raise TuningError(
+            f"`{self.kind}` moves the base's own weights, so there is nothing to switch off",
+            where="tuning",
+            way_out="load the start model as a second model",
+        )
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """My tensors by name, all that an exact resume needs."""
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave. Raises `TuningError` when names or shapes are not mine."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Take everything of mine out of the model."""
+
+    def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Become part of the model's plain weights, and detach. Raises `TuningError` when that cannot be.
+
+        Only ever into a full-precision base. `tokenizer` gets the new tokens of kinds that add any.
+        """
+        raise TuningError(f"`{self.kind}` cannot be merged into plain weights", where="tuning")
+
+    @abstractmethod
+    def published(self) -> Published:
+        """A tuning of the same effect without what only training needs."""
+
+    def peft(self) -> PeftFolder | None:
+        """The same in PEFT's format; None for a kind that PEFT cannot load."""
+        return None
+
+    def rate_factor(self, name: str) -> float:
+        """What the learning rate of a parameter is multiplied by."""
+        return 1.0
+
+    def at_step(self, step: int) -> None:
+        """Told before every step (counted from 1): a schedule of unfreezing acts here, as a pure function of the step."""
+
+
+def freeze(model: nn.Module) -> None:
+    """Nothing moves any more."""
+    model.requires_grad_(False)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that move, by name. Raises `TuningError` when there are none."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise TuningError("nothing is left to train", where="tuning", expected="at least one trainable weight")
+    return found
+
+
+def take(own: Mapping[str, Tensor], given: Mapping[str, Tensor], kind: str) -> None:
+    """Copy `given` into `own`, in place. Raises `TuningError`, before anything is copied, when names or shapes differ."""
+    missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which is not mine"
+        raise TuningError(
+            f"this state of `{kind}` {what}", where="tuning", expected="the state of the same kind and options"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != given[name].shape:
+            raise TuningError(
+                f"{name} has the shape {tuple(given[name].shape)}",
+                where="tuning",
+                expected=f"{tuple(tensor.shape)}, as in this model",
+            )
+    for name, tensor in own.items():
+        tensor.detach().copy_(given[name])
