@@ -97,7 +97,7 @@ class Tuning(ABC):
         """What the learning rate of a parameter is multiplied by."""
         return 1.0
 
-    def at_step(self, step: int) -> None:
+    def at_step(self, step: int) -> None:  # noqa: B027 (most kinds have nothing to do)
         """Told before every step (counted from 1): a schedule of unfreezing acts here, as a pure function of the step."""
 
 
