@@ -14,9 +14,11 @@ train, and an optimizer, a checkpoint or FSDP finds them without being told.
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -48,6 +50,7 @@ class Tuning(ABC):
     `additive`: the base's own weights stay as they are, so that I can be switched off, and kept as a small folder.
     `virtual`: how many ids from the end of the vocabulary on stand for vectors of mine (they may be used in `input_ids`).
     `attention`: the attention implementation that I need, when I need one.
+    `notes`: what attaching changed that its options do not say, in sentences for the reader of a plan.
     """
 
     kind: str
@@ -57,6 +60,7 @@ class Tuning(ABC):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.notes: list[str] = []
 
     def off(self) -> AbstractContextManager[None]:
         """Inside, the model answers as the base does. Raises `TuningError` when the base's own weights have moved."""
@@ -104,6 +108,45 @@ class Tuning(ABC):
 def freeze(model: nn.Module) -> None:
     """Nothing moves any more."""
     model.requires_grad_(False)
+
+
+def unfreeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Let the parameters that `patterns` name move besides; their names, in the model's order.
+
+    A pattern (shell style, as in fnmatch) names parameters, or modules with all that is in them. Raises `TuningError`,
+    before anything changes, when one matches nothing, or only the second name of a tied weight.
+    """
+    named = dict(model.named_parameters())
+    first = {id(p): name for name, p in named.items()}
+    every = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        met = {n: every[n] for n in every if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
+        if not met:
+            raise TuningError(
+                f"'{pattern}' matches no parameter of {type(model).__name__}",
+                where="tuning",
+                expected=f"names such as {', '.join(_nearest_names(pattern, every))}",
+            )
+        for name, owner in met.items():
+            if owner not in met:
+                raise TuningError(
+                    f"'{pattern}' names {name}, which is tied: it is the same weight as {owner}",
+                    where="tuning",
+                    way_out=f"name {owner} if all of it is to move, or untie the two first",
+                )
+        chosen.update(met)
+    moving = [name for name in named if name in chosen]
+    for name in moving:
+        named[name].requires_grad_(True)
+    return moving
+
+
+def _nearest_names(pattern: str, names: Iterable[str]) -> list[str]:
+    """Up to three names of parameters or modules that `pattern` may have meant."""
+    parts = [name.split(".") for name in names]
+    known = list(dict.fromkeys(".".join(p[:end]) for p in parts for end in range(1, len(p) + 1)))
+    return difflib.get_close_matches(pattern.strip("*."), known, n=3, cutoff=0.5) or known[-3:]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
