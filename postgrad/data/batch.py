@@ -12,16 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from postgrad.data.pack import IGNORED, Row
+from postgrad.data.rows import IGNORED, Row
+
+_MULTIPLE = 8
+"""Rows of unequal lengths are padded to a multiple of this, so that few shapes occur."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. `counted_B` and `source_B` stay on the host, so that counting never waits for a device."""
+    """A micro-batch: what the model is called with, by name, and the labels.
 
-    ids_BT: Tensor
-    labels_BT: Tensor
-    positions_BT: Tensor
+    `counted_B` and `source_B` stay on the host, so that counting never waits for a device.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
     source_B: np.ndarray
     counted_B: np.ndarray
 
@@ -32,24 +37,33 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same micro-batch with its tensors on `device`."""
-        if self.ids_BT.device == device:
+        if self.labels.device == device:
             return self
         return Batch(
-            self.ids_BT.to(device, non_blocking=True),
-            self.labels_BT.to(device, non_blocking=True),
-            self.positions_BT.to(device, non_blocking=True),
+            {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
+            self.labels.to(device, non_blocking=True),
             self.source_B,
             self.counted_B,
         )
 
 
 def collate(rows: Sequence[Row], sources: Sequence[int]) -> Batch:
-    """Stack rows of one length."""
-    labels = np.stack([row.labels_T for row in rows])
+    """Stack rows of one layout; shorter ones are padded on the right: inputs with 0, labels with what counts nothing."""
+    names = rows[0].inputs
     return Batch(
-        torch.from_numpy(np.stack([row.ids_T for row in rows])),
-        torch.from_numpy(labels),
-        torch.from_numpy(np.stack([row.positions_T for row in rows])),
+        {name: torch.from_numpy(_stacked([row.inputs[name] for row in rows], 0)) for name in names},
+        torch.from_numpy(_stacked([row.labels for row in rows], IGNORED)),
         np.asarray(sources, np.int64),
-        (labels != IGNORED).sum(axis=1),
+        np.array([row.counted for row in rows], np.int64),
     )
+
+
+def _stacked(arrays: Sequence[np.ndarray], padding: int) -> np.ndarray:
+    lengths = {array.shape[:1] for array in arrays}
+    if len(lengths) == 1:
+        return np.stack(arrays)
+    longest = -(-max(len(array) for array in arrays) // _MULTIPLE) * _MULTIPLE
+    out = np.full((len(arrays), longest, *arrays[0].shape[1:]), padding, arrays[0].dtype)
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+    return out

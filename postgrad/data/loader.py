@@ -7,15 +7,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from postgrad.data.batch import Batch, collate
 from postgrad.data.mixture import Mixture
-from postgrad.data.pack import PackedRows
+from postgrad.data.rows import Rows
 
 
 class Loader:
-    """Micro-batches by step number. The block of the mixture is the global batch; rank r takes its r-th slice."""
+    """Micro-batches by step number. The block of the mixture is the global batch; rank r takes its r-th slice.
+
+    Rows of different layouts never share a micro-batch: a slice is sorted by layout before it is cut. As the loss is a sum
+    that is divided once, this makes no difference to the step.
+    """
 
     def __init__(
         self,
-        sources: Sequence[PackedRows],
+        sources: Sequence[Rows],
         mixture: Mixture,
         *,
         micro: int,
@@ -40,10 +44,15 @@ class Loader:
 
     def read(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, read now."""
-        mine = self.rows(step)[self.begin : self.end]
+        first = (self.skip + step - 1) * self.mixture.block
+        mine = [(k, row, first + i) for i, (k, row) in enumerate(self.rows(step))][self.begin : self.end]
+        by_layout: dict[str, list[tuple[int, int, int]]] = {}
+        for draw in mine:
+            by_layout.setdefault(self.sources[draw[0]].layout, []).append(draw)
         return [
-            collate([self.sources[k][row] for k, row in part], [k for k, _ in part])
-            for part in (mine[i : i + self.micro] for i in range(0, len(mine), self.micro))
+            collate([self.sources[k].at(row, position) for k, row, position in part], [k for k, _, _ in part])
+            for _, draws in sorted(by_layout.items())
+            for part in (draws[i : i + self.micro] for i in range(0, len(draws), self.micro))
         ]
 
     def __call__(self, step: int, *, last: int | None = None) -> list[Batch]:

@@ -189,12 +189,12 @@ class CausalModel(nn.Module):
         self.scale: float = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
-    def forward(self, ids_BT: Tensor, positions_BT: Tensor) -> Output:
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Output:
         """Hidden states of packed rows: positions that restart part the documents from one another.
 
         The cache stays off and no attention mask is given: with either, transformers lets documents see each other.
         """
-        hidden = self.body(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+        hidden = self.body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         return Output(hidden, self.head())
 
     def head(self) -> Head:

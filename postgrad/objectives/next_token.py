@@ -27,9 +27,9 @@ class NextToken:
         loss, losses_N = linear_cross_entropy_by_token(
             output.hidden_BTD.flatten(0, 1),
             head.weight_VD,
-            batch.labels_BT.flatten(),
+            batch.labels.flatten(),
             bias_V=head.bias_V,
             logit_scale=head.scale,
             softcap=head.softcap,
         )
-        return self.weight * loss, losses_N.view(batch.labels_BT.shape).sum(1)
+        return self.weight * loss, losses_N.view(batch.labels.shape).sum(1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from postgrad.data.formats import read_documents
 from postgrad.data.overlap import OverlapReport, overlap
-from postgrad.data.pack import held_out_mask
+from postgrad.data.rows import held_out_mask
 from postgrad.data.sources import Source as Files
 from postgrad.data.sources import find_files
 from postgrad.data.store import TokenStore

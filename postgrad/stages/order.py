@@ -8,7 +8,7 @@ import numpy as np
 
 from postgrad import schedules
 from postgrad.data.mixture import Mixture, Segment, row_rates
-from postgrad.data.pack import PackedRows
+from postgrad.data.rows import Rows
 from postgrad.errors import DataError, StageError
 from postgrad.models.pretrained import Start
 from postgrad.stages import stage as s
@@ -65,7 +65,7 @@ def _budget(stage: s.Stage, leaves: Sequence[Leaf], per_row: Sequence[float], st
 
 
 def make_order(
-    stage: s.Stage, leaves: Sequence[Leaf], rows: Sequence[PackedRows], notes: list[str], start: Start
+    stage: s.Stage, leaves: Sequence[Leaf], rows: Sequence[Rows], notes: list[str], start: Start
 ) -> tuple[int, Mixture, int]:
     """Steps, the mixture, and the budget in trained tokens."""
     block = stage.batch.sequences

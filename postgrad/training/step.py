@@ -73,7 +73,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     for index, batch in enumerate(micro_batches):
         batch = batch.to(run.world.device)
         synchronise_gradients(run.model, index == len(micro_batches) - 1)
-        output = run.model(batch.ids_BT, batch.positions_BT)
+        output = run.model(**batch.inputs)
         weighed = [objective(output, batch) for objective in run.objectives]
         torch.stack([loss for loss, _ in weighed]).sum().div(counted).backward()
         run.weights.collect()

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.pack import IGNORED, PackedRows, held_out_mask
+from postgrad.data.pack import PackedRows
+from postgrad.data.rows import IGNORED, Row, held_out_mask
 
 EOS = 1
 
@@ -25,13 +26,17 @@ class Memory:
 
 def test_one_row_by_hand() -> None:
     rows = PackedRows(Memory([[5, 6, EOS], [7, 8, 9, 10, EOS]]), 6)
-    ids, labels, positions = rows[0]
+    ids, labels, positions = arrays(rows.at(0, 0))
     assert ids.tolist() == [5, 6, EOS, 7, 8, 9]
     assert labels.tolist() == [6, EOS, IGNORED, 8, 9, 10]  # the EOS is a label, the next document's first token is not
     assert positions.tolist() == [0, 1, 2, 0, 1, 2]
-    ids, labels, positions = rows[1]
+    ids, labels, positions = arrays(rows.at(1, 0))
     assert ids[:2].tolist() == [10, EOS] and labels.tolist() == [EOS] + [IGNORED] * 5
     assert positions.tolist() == [0, 1, 0, 1, 2, 3]  # padding is a document of its own
+
+
+def arrays(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return row.inputs["input_ids"], row.labels, row.inputs["position_ids"]
 
 
 documents = st.lists(st.integers(1, 40).map(lambda n: [*range(2, n + 1), EOS]), min_size=1, max_size=30)
@@ -46,14 +51,14 @@ def test_the_ledger_adds_up(docs: list[list[int]], length: int, cap: int | None,
     assert book.read == book.held_out + book.dropped + book.truncated + book.placed
     assert len(rows) * length == book.placed + book.padding
     assert book.placed == book.trained + book.context
-    read = [rows[i] for i in range(len(rows))]
-    assert sum(int((r.labels_T != IGNORED).sum()) for r in read) == book.trained
-    assert sum(int((r.ids_T != 0).sum()) for r in read) == book.placed
+    read = [rows.at(i, 0) for i in range(len(rows))]
+    assert sum(int((r.labels != IGNORED).sum()) for r in read) == sum(r.counted for r in read) == book.trained
+    assert sum(int((r.inputs["input_ids"] != 0).sum()) for r in read) == book.placed
 
 
 def labels_of(docs: list[list[int]], length: int) -> list[int]:
     rows = PackedRows(Memory(docs), length)
-    return [int(x) for i in range(len(rows)) for x in rows[i].labels_T if x != IGNORED]
+    return [int(x) for i in range(len(rows)) for x in rows.at(i, 0).labels if x != IGNORED]
 
 
 @given(documents, st.integers(2, 16))
@@ -66,7 +71,7 @@ def test_a_window_without_the_extra_token_would_lose_labels() -> None:
     """The mutant: labels shifted inside a row of T tokens lose one label at each cut."""
     document = [*range(2, 40), EOS]
     rows = PackedRows(Memory([document]), 8)
-    shifted = [int(x) for i in range(len(rows)) for x in rows[i].ids_T[1:] if x != 0]
+    shifted = [int(x) for i in range(len(rows)) for x in rows.at(i, 0).inputs["input_ids"][1:] if x != 0]
     assert len(shifted) < len(document) - 1 == len(labels_of([document], 8))
 
 

@@ -10,7 +10,8 @@ import torch
 
 from postgrad import schedules
 from postgrad.data.batch import Batch, collate
-from postgrad.data.pack import IGNORED, PackedRows
+from postgrad.data.pack import PackedRows
+from postgrad.data.rows import IGNORED
 from postgrad.models.pretrained import CausalModel
 from postgrad.objectives.next_token import NextToken
 from postgrad.training.optimizer import AdamW, Weights
@@ -34,7 +35,7 @@ def rows(count: int = 8) -> PackedRows:
 def batches(sizes: Sequence[int]) -> list[Batch]:
     packed, out, at = rows(), [], 0
     for size in sizes:
-        out.append(collate([packed[i] for i in range(at, at + size)], [i % 2 for i in range(size)]))
+        out.append(collate([packed.at(i, i) for i in range(at, at + size)], [i % 2 for i in range(size)]))
         at += size
     return out
 
@@ -75,7 +76,7 @@ def gradient(sizes: Sequence[int], *, mean_of_means: bool) -> torch.Tensor:
     run, parts = run_of(), batches(sizes)
     counted = sum(b.counted for b in parts)
     for batch in parts:
-        loss, _ = NextToken()(run.model(batch.ids_BT, batch.positions_BT), batch)
+        loss, _ = NextToken()(run.model(**batch.inputs), batch)
         (loss / (batch.counted * len(parts)) if mean_of_means else loss / counted).backward()
     return torch.cat([m.grad.flatten() for m in run.weights.masters if m.grad is not None])
 
@@ -91,14 +92,12 @@ def test_the_loss_is_that_of_transformers_over_the_whole_batch() -> None:
     batch = batches([8])[0]
     run = run_of()
     with torch.no_grad():
-        logits = run.model.pretrained(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False).logits
-        wanted = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch.labels_BT.flatten(), ignore_index=IGNORED
-        )
+        logits = run.model.pretrained(**batch.inputs, use_cache=False).logits
+        wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
     report = train_step(run, [batch])
     assert report.loss == pytest.approx(float(wanted), rel=1e-6)
     assert sum(nats for nats, _ in report.by_source.values()) / report.tokens == pytest.approx(report.loss, rel=1e-6)
-    assert report.tokens == int((batch.labels_BT != IGNORED).sum())
+    assert report.tokens == int((batch.labels != IGNORED).sum())
 
 
 def test_three_steps_are_those_of_a_plain_torch_loop() -> None:
@@ -114,8 +113,8 @@ def test_three_steps_are_those_of_a_plain_torch_loop() -> None:
     )
     batch = batches([8])[0]
     for _ in range(3):
-        logits = model(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels_BT.flatten())
+        logits = model(**batch.inputs, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -156,10 +155,10 @@ def test_full_precision_computes_with_the_masters_and_gives_the_copies_back() ->
     train_step(run, batches([8]))
     batch = batches([8])[0]
     with torch.no_grad():
-        low = run.model(batch.ids_BT, batch.positions_BT).hidden_BTD
+        low = run.model(**batch.inputs).hidden_BTD
         with run.weights.full_precision():
-            high = run.model(batch.ids_BT, batch.positions_BT).hidden_BTD
-        again = run.model(batch.ids_BT, batch.positions_BT).hidden_BTD
+            high = run.model(**batch.inputs).hidden_BTD
+        again = run.model(**batch.inputs).hidden_BTD
     assert low.dtype == torch.bfloat16 and high.dtype == torch.float32
     assert torch.equal(low, again) and not torch.equal(low.float(), high)
 

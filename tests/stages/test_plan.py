@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from postgrad.data.pack import IGNORED
+from postgrad.data.rows import IGNORED
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.lineage.record import read_record, write_record
 from postgrad.models.pretrained import save_pretrained
@@ -52,7 +52,7 @@ def trained(plan: Plan, first: int, last: int) -> np.ndarray:
     for step in range(first, last):
         sources, rows = plan.mixture.rows(step)
         for source, row in zip(sources, rows, strict=True):
-            out[source] += int((plan.rows[source][int(row)].labels_T != IGNORED).sum())
+            out[source] += int((plan.rows[source].at(int(row), 0).labels != IGNORED).sum())
     return out
 
 
@@ -240,8 +240,8 @@ def test_steps_that_are_skipped_are_those_of_the_stage_it_branches_from(stage_of
 
     a, b = Loader(whole.rows, whole.mixture, micro=8), Loader(branch.rows, branch.mixture, micro=8, skip=5)
     for step in range(1, branch.steps + 1):
-        assert torch.equal(b.read(step)[0].ids_BT, a.read(step + 5)[0].ids_BT)
-    assert not torch.equal(b.read(1)[0].ids_BT, a.read(1)[0].ids_BT)
+        assert torch.equal(b.read(step)[0].inputs["input_ids"], a.read(step + 5)[0].inputs["input_ids"])
+    assert not torch.equal(b.read(1)[0].inputs["input_ids"], a.read(1)[0].inputs["input_ids"])
     assert branch.as_record()["sources"][0]["rows"] == sum(
         int((whole.mixture.rows(step)[0] == 0).sum()) for step in range(5, 5 + branch.steps)
     )
