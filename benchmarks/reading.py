@@ -20,7 +20,8 @@ import torch
 
 from postgrad.demo import stage_text, write_random_model, write_texts
 from postgrad.models import machine
-from postgrad.models.pretrained import CausalModel, load_model
+from postgrad.models.model import CausalModel
+from postgrad.models.pretrained import load_model
 from postgrad.stages.build import build, choose_execution, make_loader
 from postgrad.stages.plan import make_plan
 from postgrad.stages.stage import load_stage

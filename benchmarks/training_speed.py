@@ -260,8 +260,9 @@ def run_ours(work: Path, steps: int, setting: dict[str, Any]) -> None:
     from postgrad import schedules
     from postgrad.data.batch import Batch
     from postgrad.models import attention, machine, sharding
-    from postgrad.models.pretrained import CausalModel, Start, load_model
-    from postgrad.objectives.next_token import NextToken
+    from postgrad.models.model import CausalModel
+from postgrad.models.pretrained import Start, load_model
+    from postgrad.objectives.tokens import Tokens
     from postgrad.training.optimizer import AdamW, Weights
     from postgrad.training.step import Run, train_step
     from postgrad.training.world import World
@@ -274,7 +275,7 @@ def run_ours(work: Path, steps: int, setting: dict[str, Any]) -> None:
         model=model,
         weights=weights,
         optimizer=AdamW(weights, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0),
-        objectives=[NextToken()],
+        objectives=[Tokens()],
         schedule=schedules.then((schedules.constant(setting["rate"]), 1)),
         world=World(torch.device("cpu")),
         sources=["text"],

@@ -29,6 +29,8 @@ class Batch:
     labels: Tensor
     source_B: np.ndarray
     counted_B: np.ndarray
+    objectives: tuple[int, ...] = (0,)
+    """Which of the stage's objectives weigh these rows."""
 
     @property
     def counted(self) -> int:
@@ -44,10 +46,11 @@ class Batch:
             self.labels.to(device, non_blocking=True),
             self.source_B,
             self.counted_B,
+            self.objectives,
         )
 
 
-def collate(rows: Sequence[Row], sources: Sequence[int]) -> Batch:
+def collate(rows: Sequence[Row], sources: Sequence[int], objectives: tuple[int, ...] = (0,)) -> Batch:
     """Stack rows of one layout; shorter ones are padded on the right: inputs with 0, labels with what counts nothing."""
     names = rows[0].inputs
     return Batch(
@@ -55,6 +58,7 @@ def collate(rows: Sequence[Row], sources: Sequence[int]) -> Batch:
         torch.from_numpy(_stacked([row.labels for row in rows], IGNORED)),
         np.asarray(sources, np.int64),
         np.array([row.counted for row in rows], np.int64),
+        objectives,
     )
 
 

@@ -13,8 +13,8 @@ from postgrad.data.rows import Rows
 class Loader:
     """Micro-batches by step number. The block of the mixture is the global batch; rank r takes its r-th slice.
 
-    Rows of different layouts never share a micro-batch: a slice is sorted by layout before it is cut. As the loss is a sum
-    that is divided once, this makes no difference to the step.
+    Rows of different layouts, or weighed by different objectives, never share a micro-batch: a slice is sorted before it is
+    cut. As the loss is a sum that is divided once, this makes no difference to the step.
     """
 
     def __init__(
@@ -23,15 +23,20 @@ class Loader:
         mixture: Mixture,
         *,
         micro: int,
+        objectives: Sequence[tuple[int, ...]] | None = None,
         rank: int = 0,
         ranks: int = 1,
         skip: int = 0,
     ) -> None:
-        """`skip`: how many steps' worth of the mixture were read before this stage."""
+        """`objectives`: those that weigh each source's rows (left out: the first).
+
+        `skip`: how many steps' worth of the mixture were read before this stage.
+        """
         if mixture.block % (micro * ranks):
             raise ValueError(f"a global batch of {mixture.block} rows does not part into {ranks} ranks of {micro}")
         self.sources, self.mixture, self.micro = sources, mixture, micro
         self.skip = skip
+        self.objectives = objectives or [(0,)] * len(sources)
         share = mixture.block // ranks
         self.begin, self.end = rank * share, (rank + 1) * share
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="rows")
@@ -46,12 +51,12 @@ class Loader:
         """This rank's micro-batches of a step, read now."""
         first = (self.skip + step - 1) * self.mixture.block
         mine = [(k, row, first + i) for i, (k, row) in enumerate(self.rows(step))][self.begin : self.end]
-        by_layout: dict[str, list[tuple[int, int, int]]] = {}
+        alike: dict[tuple[str, tuple[int, ...]], list[tuple[int, int, int]]] = {}
         for draw in mine:
-            by_layout.setdefault(self.sources[draw[0]].layout, []).append(draw)
+            alike.setdefault((self.sources[draw[0]].layout, self.objectives[draw[0]]), []).append(draw)
         return [
-            collate([self.sources[k].at(row, position) for k, row, position in part], [k for k, _, _ in part])
-            for _, draws in sorted(by_layout.items())
+            collate([self.sources[k].at(row, at) for k, row, at in part], [k for k, _, _ in part], objectives)
+            for (_, objectives), draws in sorted(alike.items())
             for part in (draws[i : i + self.micro] for i in range(0, len(draws), self.micro))
         ]
 

@@ -1,15 +1,9 @@
-"""How well does a model predict a text? Nats of every token, once, given what stands before it in its document.
+"""How well does a model predict held-out text, or the answers of a task? Nats of every label, once.
 
-Legend: B batch, T time, V vocabulary.
+Legend: B batch, T time, V vocabulary, R rows, N documents, I labelled items.
 
-What is scored: every token of a document but its first (nothing stands before it; with a tokenizer that sets a BOS, that
-is the BOS, so all of the text is scored) and never the EOS (models differ in whether they ever saw one, and it is no
-part of the text). A document longer than the context is read in windows that advance by half a context; in each window
-only the tokens that no earlier window scored count. Sums are taken in float64, so neither the batch size nor padding
-matters beyond rounding.
-
-Bits per byte, `nats / (ln 2 x UTF-8 bytes)`, is the only one of the three numbers that can be compared between models
-with different tokenizers.
+Sums are taken in float64, so neither the batch size nor padding matters beyond rounding. Bits per byte,
+`nats / (ln 2 x UTF-8 bytes)`, is the only number that can be compared between models with different tokenizers.
 """
 
 from __future__ import annotations
@@ -17,60 +11,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from postgrad.data.batch import Batch, collate
+from postgrad.data.rows import IGNORED
+from postgrad.evaluation.held_out import AnyHeldOut
 from postgrad.lineage.forgetting import FEWEST_DOCUMENTS, bootstrap
-from postgrad.models.pretrained import CausalModel
+from postgrad.models.model import Model, Output
 
 _TOKENS_AT_ONCE = 8192
 _LOGITS_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """A set of documents to be scored: ids (BOS included where the tokenizer sets one, EOS left out)."""
-
-    name: str
-    role: str
-    documents: tuple[np.ndarray, ...]
-    bytes: np.ndarray
-    fingerprint: str
-    digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    """Content hash of each document, to pair documents across tokenizers."""
-
-    def first(self, tokens: int) -> HeldOut:
-        """The first documents, up to so many tokens; the last one is cut. At least two tokens of one document."""
-        ends = np.cumsum([len(d) for d in self.documents])
-        count = min(int(np.searchsorted(ends, tokens)) + 1, len(self.documents))
-        documents = list(self.documents[:count])
-        sizes = self.bytes[:count].copy()
-        spare = int(ends[count - 1]) - tokens if count else 0
-        if spare > 0:
-            cut = len(documents[-1]) - spare
-            if cut < 2 and count > 1:  # a single token has nothing to score, and all of the document may be long
-                return self._of(documents[:-1], sizes[:-1])
-            cut = max(cut, 2)
-            sizes[-1] = round(sizes[-1] * cut / len(documents[-1]))
-            documents[-1] = documents[-1][:cut]
-        return self._of(documents, sizes)
-
-    def _of(self, documents: list[np.ndarray], sizes: np.ndarray) -> HeldOut:
-        """The same set with only its first documents (the last may be cut)."""
-        return HeldOut(self.name, self.role, tuple(documents), sizes, self.fingerprint, self.digests[: len(documents)])
-
-
-@dataclass(frozen=True)
 class Scores:
-    """Summed nats and scored tokens of each window, and each document's bytes."""
+    """Summed nats and scored labels of each row (a window of a text, or an example), and each document's bytes.
+
+    Of a classifier also what it `said` and what was `meant`, item by item, and the document each item is of.
+    """
 
     document_W: np.ndarray
     nats_W: np.ndarray
     tokens_W: np.ndarray
     bytes_N: np.ndarray
+    said_I: np.ndarray = field(default_factory=lambda: np.empty(0))
+    meant_I: np.ndarray = field(default_factory=lambda: np.empty(0))
+    item_I: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def units(self) -> str:
@@ -89,7 +60,7 @@ class Scores:
 
     @property
     def nats(self) -> float:
-        """Mean nats per scored token."""
+        """Mean nats per scored label."""
         return float(self.nats_W.sum() / max(self.tokens_W.sum(), 1))
 
     def summary(self) -> dict[str, float | int]:
@@ -108,35 +79,17 @@ class Scores:
         }
 
 
-@dataclass(frozen=True)
-class _Window:
-    document: int
-    begin: int
-    end: int
-    scored_from: int
-
-
-def windows(length: int, context: int, document: int = 0) -> Iterator[_Window]:
-    """Windows of a document that score each of its tokens but the first exactly once.
-
-    The first window has a full context; each later one advances by half a context and scores its second half.
-    """
-    end = min(length, context)
-    if length >= 2:
-        yield _Window(document, 0, end, 1)
-    while end < length:
-        following = min(length, end + context // 2)
-        yield _Window(document, following - context, following, end)
-        end = following
+Part = tuple[int, Any]
+"""The number of a batch, and what was found in it."""
 
 
 @torch.no_grad()
 def score(
-    model: CausalModel,
-    held_out: HeldOut,
+    model: Model,
+    held_out: AnyHeldOut,
     *,
     context: int,
-    share: Callable[[list[tuple[int, np.ndarray]]], list[tuple[int, np.ndarray]]] | None = None,
+    share: Callable[[list[Part]], list[Part]] | None = None,
     rank: int = 0,
     ranks: int = 1,
 ) -> Scores:
@@ -144,28 +97,38 @@ def score(
 
     Every rank runs the same number of batches, as sharded models need.
     """
-    todo = [w for i, ids in enumerate(held_out.documents) for w in windows(len(ids), context, i)]
-    nats_W = np.zeros(len(todo))
-    # Windows of like length go together; the order is stable, so a batch is a function of the documents alone.
-    order = sorted(range(len(todo)), key=lambda i: todo[i].end - todo[i].begin)
-    batches = list(_batches(order, [w.end - w.begin for w in todo]))
+    pieces = list(held_out.pieces(context))
+    lengths = [len(piece.row.inputs["input_ids"]) for piece in pieces]
+    # Rows of like length go together; the order is stable, so a batch is a function of the documents alone.
+    order = sorted(range(len(pieces)), key=lengths.__getitem__)
+    batches = list(_batches(order, lengths))
     while len(batches) % ranks:
         batches.append(batches[-1])
-    parts: list[tuple[int, np.ndarray]] = []
+    parts: list[Part] = []
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         for index in range(rank, len(batches), ranks):
-            chosen = [todo[i] for i in batches[index]]
-            parts.append((index, _score_batch(model, held_out.documents, chosen)))
+            rows = [pieces[i].row for i in batches[index]]
+            batch = collate(rows, [0] * len(rows)).to(device)
+            parts.append((index, _judged(model(**batch.inputs), batch, held_out.task)))
     model.train(was_training)
-    for index, nats in share(parts) if share else parts:
+    nats_W = np.zeros(len(pieces))
+    items: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for index, (nats, answers) in share(parts) if share else parts:
         nats_W[batches[index]] = nats
+        items.update(zip(batches[index], answers, strict=True) if answers else ())
+    document_W = np.array([piece.document for piece in pieces], np.int64)
+    answered = [items[i] for i in range(len(pieces))] if items else []
     return Scores(
-        document_W=np.array([w.document for w in todo], np.int64),
+        document_W=document_W,
         nats_W=nats_W,
-        tokens_W=np.array([w.end - w.scored_from for w in todo], np.int64),
+        tokens_W=np.array([piece.row.counted for piece in pieces], np.int64),
         bytes_N=np.asarray(held_out.bytes, np.int64),
+        said_I=np.concatenate([said for said, _ in answered]) if answered else np.empty(0),
+        meant_I=np.concatenate([meant for _, meant in answered]) if answered else np.empty(0),
+        item_I=np.repeat(document_W, [len(said) for said, _ in answered]) if answered else np.empty(0, np.int64),
     )
 
 
@@ -181,32 +144,40 @@ def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]
         yield group
 
 
-def _score_batch(model: CausalModel, documents: Sequence[np.ndarray], chosen: list[_Window]) -> np.ndarray:
-    length = max(w.end - w.begin for w in chosen)
-    ids = np.zeros((len(chosen), length), np.int64)
-    wanted = np.zeros((len(chosen), length), bool)
-    for row, w in enumerate(chosen):
-        ids[row, : w.end - w.begin] = documents[w.document][w.begin : w.end]
-        wanted[row, w.scored_from - w.begin : w.end - w.begin] = True
-    device = next(model.parameters()).device
-    ids_BT = torch.from_numpy(ids).to(device)
-    # Padding stands on the right, where causal attention never looks.
-    positions_BT = torch.arange(length, device=device).expand(len(chosen), -1)
-    output = model(ids_BT, positions_BT)
-    nats_BT = token_nats(output.hidden_BTD[:, :-1], ids_BT[:, 1:], output.head.logits)
-    nats = nats_BT.double().cpu().numpy() * wanted[:, 1:]
-    return nats.sum(1)
+def _judged(output: Output, batch: Batch, task: str) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Each row's nats, and of a classifier what it said and what was meant, item by item."""
+    if output.head is not None:
+        nats_BT = token_nats(output.hidden, batch.labels, output.head.logits)
+        return nats_BT.double().sum(1).cpu().numpy(), []
+    count = len(batch.labels)
+    losses, said = _decided(output.hidden.float(), batch.labels, task)
+    losses, said, meant = (t.reshape(count, -1).cpu().numpy() for t in (losses, said, batch.labels))
+    answers = [(s[m != IGNORED], m[m != IGNORED]) for s, m in zip(said, meant, strict=True)]
+    return losses.sum(1), answers
+
+
+def _decided(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
+    """The loss of each label and the decision, of shape (B, ...): by argmax, each class by itself, or a number."""
+    match task:
+        case "multi":
+            losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1, keepdim=True)
+            return losses.double(), (logits > 0).to(labels.dtype)
+        case "number":
+            number = logits[..., :1]
+            return (number - labels[:, None]).double().square(), number
+        case _:
+            losses = functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+            return losses.double().view(len(labels), -1), logits.argmax(-1).view(len(labels), -1)
 
 
 def token_nats(hidden_BTD: Tensor, labels_BT: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
-    """`-log p(label)` of each position, of shape (B, T), without holding all logits at once."""
+    """`-log p(label)` of each position, of shape (B, T) and 0 without a label, without holding all logits at once."""
     flat, labels = hidden_BTD.flatten(0, 1), labels_BT.flatten()
-    if not len(flat):
-        return torch.zeros(labels_BT.shape, device=labels_BT.device)
+    wanted = (labels != IGNORED).nonzero().flatten()
+    out = torch.zeros(labels.shape, device=labels.device)
+    if not len(wanted):
+        return out.view(labels_BT.shape)
     width = logits(flat[:1]).shape[-1]
     rows = max(1, _LOGITS_AT_ONCE // width)
-    parts = [
-        functional.cross_entropy(logits(h).float(), y, reduction="none")
-        for h, y in zip(flat.split(rows), labels.split(rows), strict=True)
-    ]
-    return torch.cat(parts).view(labels_BT.shape)
+    parts = [functional.cross_entropy(logits(flat[i]).float(), labels[i], reduction="none") for i in wanted.split(rows)]
+    return out.index_copy(0, wanted, torch.cat(parts)).view(labels_BT.shape)

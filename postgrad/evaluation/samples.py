@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from postgrad.evaluation.likelihood import HeldOut
+from postgrad.evaluation.held_out import HeldOut
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
 

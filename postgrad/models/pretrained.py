@@ -1,9 +1,6 @@
-"""How does a Hugging Face model come in, and what does it answer?
+"""How does a Hugging Face model come in, and how does it leave?
 
-Legend: B batch, T time, D model width, V vocabulary.
-
-A causal model is seen as a *body* (ids to hidden states) and a *head* (hidden states to logits), so that a loss can be
-computed without ever holding all logits. Whether that view is right for an architecture is probed, not assumed.
+Legend: D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,13 +9,19 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -94,38 +97,135 @@ def load_tokenizer(start: Start) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(start: Start, *, attention: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The causal model in `dtype`, in eval mode. No code of a foreign repository runs.
+Task = Literal["causal", "masked", "text-to-text", "classify", "tag"]
+"""What a model is for: it decides which layer stands on the backbone."""
 
-    Without `attention`, transformers picks what the architecture supports: SDPA where it can.
+_CLASSES: dict[Task, Any] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "text-to-text": AutoModelForSeq2SeqLM,
+    "classify": AutoModelForSequenceClassification,
+    "tag": AutoModelForTokenClassification,
+}
+_NAMES: dict[Task, str] = {
+    "causal": "a causal language model",
+    "masked": "a masked language model",
+    "text-to-text": "an encoder-decoder language model",
+    "classify": "a text classifier",
+    "tag": "a token classifier",
+}
+
+
+class Loaded(NamedTuple):
+    """A model, and the weights that its folder did not have: a new task layer, drawn at random."""
+
+    model: PreTrainedModel
+    new: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TaskLayer:
+    """What a classifier decides between. `problem` is what transformers calls it; `seed` draws a new layer."""
+
+    labels: tuple[str, ...]
+    problem: Literal["single_label_classification", "multi_label_classification", "regression"]
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """As the configuration of a model has it."""
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {name: i for i, name in enumerate(self.labels)},
+            "problem_type": self.problem,
+        }
+
+
+def task_of(start: Start) -> Task:
+    """What a model folder is for, by the architecture that its configuration names."""
+    config = AutoConfig.from_pretrained(start.source)
+    name = (getattr(config, "architectures", None) or [""])[0]
+    endings: dict[str, Task] = {
+        "ForMaskedLM": "masked",
+        "ForPreTraining": "masked",
+        "ForSequenceClassification": "classify",
+        "ForTokenClassification": "tag",
+        "ForConditionalGeneration": "text-to-text" if config.is_encoder_decoder else "causal",
+    }
+    for ending, task in endings.items():
+        if name.endswith(ending):
+            return task
+    if config.is_encoder_decoder:
+        return "text-to-text"
+    return "causal" if type(config) in AutoModelForCausalLM._model_mapping and not _encoder(name, config) else "masked"
+
+
+def _encoder(name: str, config: PreTrainedConfig) -> bool:
+    """Whether a bare backbone is an encoder: the families that also have a masked language model, and are no decoders."""
+    bare = name.endswith("Model") or not name
+    return bare and type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+
+
+def load(
+    start: Start,
+    task: Task = "causal",
+    *,
+    layer: TaskLayer | None = None,
+    attention: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Loaded:
+    """The model for a task in `dtype`, in eval mode. No code of a foreign repository runs.
+
+    Without `attention`, transformers picks what the architecture supports: SDPA where it can. With `layer`, a task layer
+    that the folder lacks (or has for other labels) is drawn at random from its seed; nothing else may be missing.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             config = AutoConfig.from_pretrained(start.source)
             _harmless(config, start.name)
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            options = {}
+            if layer:
+                torch.manual_seed(layer.seed)
+                for key, value in layer.options().items():
+                    setattr(config, key, value)
+                options["ignore_mismatched_sizes"] = True
+            model, loading = _CLASSES[task].from_pretrained(
                 start.source,
                 config=config,
                 dtype=dtype,
                 attn_implementation=attention,
                 use_safetensors=True,
                 output_loading_info=True,
+                **options,
             )
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            f"{start.name} could not be loaded as a causal language model: {_first_line(error)}", where="model"
+            f"{start.name} could not be loaded as {_NAMES[task]}: {_first_line(error)}", where="model"
         ) from error
-    missing = sorted(loading["missing_keys"])
+    # A pooler stands in the backbone of some architectures, and only a task layer reads it.
+    new = sorted({*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))})
+    missing = [key for key in new if not (layer and _of_task_layer(model, key))]
     if missing:
         raise ModelError(
             f"{start.name} lacks {len(missing)} weights ({missing[0]}, ...); they would have been random",
             where="model",
             expected="weights for every parameter of the architecture in its config.json",
         )
-    return model.eval()
+    return Loaded(model.eval(), tuple(new))
+
+
+def load_model(start: Start, *, attention: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model as what its folder says it is; see `load`."""
+    return load(start, task_of(start), attention=attention, dtype=dtype).model
+
+
+def _of_task_layer(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight belongs to what stands on the backbone."""
+    prefix = f"{model.base_model_prefix}."
+    return not key.startswith(prefix) or key.removeprefix(prefix).startswith("pooler.")
 
 
 def stored_dtype(start: Start) -> torch.dtype:
@@ -148,104 +248,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-@dataclass(frozen=True)
-class Head:
-    """Hidden states to logits: `softcap(scale (h W^T + b))`."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of shape (..., V) for hidden states of shape (..., D)."""
-        bias = None if self.bias_V is None else self.bias_V.to(hidden.dtype)
-        out = nn.functional.linear(hidden, self.weight_VD.to(hidden.dtype), bias) * self.scale
-        return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a model says about a batch: hidden states and the head that turns them into logits."""
-
-    hidden_BTD: Tensor
-    head: Head
-
-    def logits_BTV(self) -> Tensor:
-        """All logits at once; an objective that can should work in chunks instead."""
-        return self.head.logits(self.hidden_BTD)
-
-
-class CausalModel(nn.Module):
-    """A Hugging Face causal model as a body and a head."""
-
-    def __init__(self, pretrained: PreTrainedModel) -> None:
-        super().__init__()
-        self.pretrained = pretrained
-        self.body: nn.Module = pretrained.base_model
-        config = pretrained.config
-        # Granite divides its logits, Cohere multiplies them, Gemma caps them; `fits` tells whether this covers a model.
-        scaling = getattr(config, "logits_scaling", None)
-        self.scale: float = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Output:
-        """Hidden states of packed rows: positions that restart part the documents from one another.
-
-        The cache stays off and no attention mask is given: with either, transformers lets documents see each other.
-        """
-        hidden = self.body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        return Output(hidden, self.head())
-
-    def head(self) -> Head:
-        """The head as it is now."""
-        layer = self.pretrained.get_output_embeddings()
-        if layer is None:
-            raise ModelError(f"{type(self.pretrained).__name__} has no output embedding", where="model")
-        return Head(layer.weight, getattr(layer, "bias", None), self.scale, self.softcap)
-
-
-def probe(model: CausalModel, *, length: int = 24, tolerance: float = 1e-4) -> None:
-    """Check on random ids that the body-and-head view is right and that packed documents do not see each other.
-
-    Raises `ModelError` for an architecture that does not keep documents apart (recurrent and hybrid ones carry state
-    across), or whose logits are not what body and head give.
-    """
-    vocabulary = table_of(model.pretrained).shape[0]
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (1, 2 * length), generator=generator).to(device)
-    other = ids.clone()
-    other[:, :length] = torch.randint(0, vocabulary, (1, length), generator=generator).to(device)
-    positions = torch.arange(length, device=device).repeat(2)[None]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        ours = model(ids, positions).logits_BTV().float()
-        plain = model.pretrained(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
-        leak = (model(other, positions).logits_BTV().float() - ours)[:, length:].abs().max().item()
-        alone = (
-            (model(ids[:, length:], positions[:, length:]).logits_BTV().float() - ours[:, length:]).abs().max().item()
-        )
-    model.train(was_training)
-    size = max(1.0, plain.abs().max().item())
-    kind = model.pretrained.config.model_type
-    if (ours - plain).abs().max().item() > tolerance * size:
-        raise ModelError(
-            f"the logits of this architecture ({kind}) are not its output embedding applied to its last hidden state",
-            where="model",
-            expected="a causal model with a plain, scaled or soft-capped head",
-        )
-    if max(leak, alone) > tolerance * size:
-        raise ModelError(
-            f"packed documents see each other in this architecture ({kind}): logits of the second change by "
-            f"{max(leak, alone):.2g} with the first",
-            where="model",
-            expected="attention that stays within a document (recurrent and hybrid models carry state across)",
-            way_out="use a model with plain attention layers",
-        )
-
-
 def table_of(model: PreTrainedModel) -> Tensor:
     """The input embedding's weight, of shape (V, D)."""
     weight = model.get_input_embeddings().weight
@@ -258,12 +260,27 @@ def parameters_of(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The stack of blocks: the longest module list of the body. Raises `ModelError` when there is none."""
-    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        raise ModelError(f"no stack of layers was found in {type(model).__name__}", where="model")
-    return max(lists, key=len)
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """All blocks, in order; an encoder-decoder has two stacks of them. Raises `ModelError` when there are none."""
+    stacks = stacks_of(model)
+    return [layer for stack in stacks for layer in stack]
+
+
+def stacks_of(model: PreTrainedModel) -> list[nn.ModuleList]:
+    """The stacks of blocks: the longest module list of the backbone, or of its encoder and of its decoder."""
+    body = model.base_model
+    halves = (
+        [body.get_submodule(name) for name in ("encoder", "decoder")] if model.config.is_encoder_decoder else [body]
+    )
+    stacks: list[nn.ModuleList] = []
+    for half in halves:
+        lists = {name: m for name, m in half.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+        # A list inside a block (experts of a mixture) may be longer than the stack.
+        outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+        if not outer:
+            raise ModelError(f"no stack of layers was found in {type(model).__name__}", where="model")
+        stacks.append(max(outer, key=len))
+    return stacks
 
 
 def save_pretrained(

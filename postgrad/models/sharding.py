@@ -6,7 +6,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from postgrad.models.pretrained import CausalModel, layers_of
+from postgrad.models.model import CausalModel
+from postgrad.models.pretrained import layers_of
 
 
 def checkpoint_activations(model: CausalModel) -> None:

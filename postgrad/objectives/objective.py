@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from postgrad.data.batch import Batch
-from postgrad.models.pretrained import Output
+from postgrad.models.model import Output
 
 
 class Objective(Protocol):

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from postgrad.data.loader import Loader
 from postgrad.errors import ResumeError
 from postgrad.models import sharding
-from postgrad.models.pretrained import CausalModel, Start
-from postgrad.objectives.next_token import NextToken
+from postgrad.models.model import CausalModel
+from postgrad.models.pretrained import Start
 from postgrad.objectives.objective import Objective
+from postgrad.objectives.tokens import Tokens
 from postgrad.planning.execution import Execution, Wishes, choose
 from postgrad.stages import stage as s
 from postgrad.stages.plan import Plan
@@ -28,7 +29,7 @@ def make_objective(spec: s.AnyObjective) -> Objective:
     """An objective from its description."""
     match spec:
         case s.NextTokenObjective():
-            return NextToken(weight=spec.weight)
+            return Tokens(spec.kind, spec.weight)
 
 
 def choose_execution(plan: Plan, model: PreTrainedModel, world: World) -> Execution:

@@ -7,7 +7,8 @@ from typing import Any
 
 from postgrad import schedules
 from postgrad.models import machine
-from postgrad.models.pretrained import CausalModel, load_model, parameters_of, probe
+from postgrad.models.model import CausalModel, probe
+from postgrad.models.pretrained import load_model, parameters_of
 from postgrad.planning.execution import shape_of
 from postgrad.planning.memory import estimate, readable
 from postgrad.reports.notation import duration

@@ -17,7 +17,7 @@ from postgrad.data.sources import find_files
 from postgrad.data.store import TokenStore
 from postgrad.data.tokenize import Encoder
 from postgrad.errors import DataError, StageError
-from postgrad.evaluation.likelihood import HeldOut
+from postgrad.evaluation.held_out import HeldOut
 from postgrad.lineage.fingerprint import fingerprint
 from postgrad.publish import write_atomically
 from postgrad.stages import stage as s

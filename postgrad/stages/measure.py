@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from postgrad.evaluation.likelihood import HeldOut, Scores, score
+from postgrad.evaluation.held_out import AnyHeldOut
+from postgrad.evaluation.likelihood import Scores, score
 from postgrad.lineage.fingerprint import fingerprint
 from postgrad.lineage.forgetting import Change, paired_change
-from postgrad.models.pretrained import CausalModel
+from postgrad.models.model import CausalModel
 from postgrad.publish import write_atomically
 from postgrad.training.world import World
 
@@ -22,7 +23,7 @@ AllScores = dict[str, Scores]
 
 def measure(
     model: CausalModel,
-    sets: Iterable[HeldOut],
+    sets: Iterable[AnyHeldOut],
     *,
     context: int,
     world: World,
@@ -34,7 +35,7 @@ def measure(
     for held_out in sets:
         place = None
         if identity and cache and world.size == 1:  # ranks must not differ in what they find there
-            key = fingerprint([identity, held_out.fingerprint, context, len(held_out.documents)])
+            key = fingerprint([identity, held_out.fingerprint, context, len(held_out)])
             place = cache / "scores" / f"{key}.npz"
             if place.exists():
                 out[held_out.name] = next(iter(read_scores(place).values()))  # the name is the caller's
@@ -81,7 +82,9 @@ def change(before: Scores, after: Scores, vocabulary: int) -> Change:
     )
 
 
-def changes(sets: Sequence[HeldOut], before: AllScores, after: AllScores, vocabulary: int) -> dict[str, dict[str, Any]]:
+def changes(
+    sets: Sequence[AnyHeldOut], before: AllScores, after: AllScores, vocabulary: int
+) -> dict[str, dict[str, Any]]:
     """The change of every set with its role, as plain data."""
     return {
         h.name: {"role": h.role, **asdict(change(before[h.name], after[h.name], vocabulary))}
@@ -109,7 +112,7 @@ def gate(found: Mapping[str, dict[str, Any]], before: AllScores, limit: float | 
 
 
 def evaluation_row(
-    step: int, trained: int, sets: Sequence[HeldOut], before: AllScores, now: AllScores, vocabulary: int
+    step: int, trained: int, sets: Sequence[AnyHeldOut], before: AllScores, now: AllScores, vocabulary: int
 ) -> dict[str, Any]:
     """A line of metrics: every set's loss now and its change since the start."""
     found = changes(sets, before, now, vocabulary)

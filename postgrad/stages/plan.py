@@ -14,7 +14,7 @@ from postgrad.data.mixture import Mixture
 from postgrad.data.pack import PackedRows
 from postgrad.data.tokenize import Encoder
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.evaluation.likelihood import HeldOut
+from postgrad.evaluation.held_out import HeldOut
 from postgrad.models.pretrained import Start, load_tokenizer, locate
 from postgrad.stages import stage as s
 from postgrad.stages.held_out import held_out_sets, overlaps

@@ -25,8 +25,7 @@ def plan_lines(plan: Plan, width: int = 72) -> list[str]:
         )
     lines += ["", f"  {'held out':<18} {'role':<9} {'documents':>10} {'tokens':>11} {'bytes':>11}"]
     for h in plan.held_out:
-        tokens = sum(len(d) - 1 for d in h.documents)
-        lines.append(f"  {h.name:<18} {h.role:<9} {len(h.documents):>10,} {tokens:>11,} {int(h.bytes.sum()):>11,}")
+        lines.append(f"  {h.name:<18} {h.role:<9} {len(h):>10,} {h.tokens:>11,} {int(h.bytes.sum()):>11,}")
     for name, found in plan.overlap.items():
         lines.append(
             f"  {name}: {found['duplicates']} exact copies in the training text (dropped there), "

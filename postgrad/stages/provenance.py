@@ -71,8 +71,7 @@ def describe(
         "overlap": plan.overlap,
         "schedule_curve": schedules.sampled(plan.schedule, plan.steps),
         "held_out": [
-            {"name": h.name, "role": h.role, "documents": len(h.documents), "fingerprint": h.fingerprint}
-            for h in plan.held_out
+            {"name": h.name, "role": h.role, "documents": len(h), "fingerprint": h.fingerprint} for h in plan.held_out
         ],
     }
 

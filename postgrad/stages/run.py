@@ -24,15 +24,8 @@ from postgrad.evaluation.samples import Prompt, continuations, prompts, text_of
 from postgrad.lineage.fingerprint import model_fingerprint
 from postgrad.lineage.record import PLAN, RECORD, STAGE, Record, read_record, write_record
 from postgrad.models import machine
-from postgrad.models.pretrained import (
-    CausalModel,
-    Start,
-    load_model,
-    parameters_of,
-    probe,
-    save_pretrained,
-    stored_dtype,
-)
+from postgrad.models.model import CausalModel, probe
+from postgrad.models.pretrained import Start, load_model, parameters_of, save_pretrained, stored_dtype
 from postgrad.planning.execution import Execution
 from postgrad.publish import publish, sweep, verify, write_atomically
 from postgrad.reports import page

@@ -12,13 +12,15 @@ import yaml
 from transformers import AutoConfig
 
 from postgrad.errors import ModelError, StageError, nearest
-from postgrad.evaluation.likelihood import HeldOut, Scores
+from postgrad.evaluation.held_out import HeldOut
+from postgrad.evaluation.likelihood import Scores
 from postgrad.lineage.fingerprint import model_fingerprint
 from postgrad.lineage.forgetting import paired_change
 from postgrad.lineage.record import Record, read_record
 from postgrad.lineage.tree import chain, set_key, tree
 from postgrad.models import machine
-from postgrad.models.pretrained import CausalModel, Start, load_model, load_tokenizer, locate
+from postgrad.models.model import CausalModel
+from postgrad.models.pretrained import Start, load_model, load_tokenizer, locate
 from postgrad.reports import page, tables
 from postgrad.stages import measure
 from postgrad.stages import stage as s

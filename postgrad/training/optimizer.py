@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from postgrad.models.pretrained import CausalModel, table_of
+from postgrad.models.model import CausalModel
+from postgrad.models.pretrained import table_of
 
 Moments = dict[str, Tensor]
 

@@ -10,7 +10,7 @@ import torch
 
 from postgrad.data.batch import Batch
 from postgrad.errors import NonFiniteError
-from postgrad.models.pretrained import CausalModel
+from postgrad.models.model import CausalModel
 from postgrad.models.sharding import synchronise_gradients
 from postgrad.objectives.objective import Objective
 from postgrad.schedules import Schedule
@@ -74,10 +74,10 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         batch = batch.to(run.world.device)
         synchronise_gradients(run.model, index == len(micro_batches) - 1)
         output = run.model(**batch.inputs)
-        weighed = [objective(output, batch) for objective in run.objectives]
+        weighed = [run.objectives[i](output, batch) for i in batch.objectives]
         torch.stack([loss for loss, _ in weighed]).sum().div(counted).backward()
         run.weights.collect()
-        sums += torch.stack([loss.detach().double() for loss, _ in weighed])
+        sums[list(batch.objectives)] += torch.stack([loss.detach().double() for loss, _ in weighed])
         rows_B = torch.stack([rows for _, rows in weighed]).sum(0).double()
         by_source.index_add_(0, torch.from_numpy(batch.source_B).to(rows_B.device), rows_B)
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from postgrad.evaluation import likelihood
-from postgrad.evaluation.likelihood import HeldOut, Scores, _Window, score, windows
+from postgrad.evaluation.held_out import HeldOut, _Window, windows
+from postgrad.evaluation.likelihood import Scores, score
 from postgrad.lineage.forgetting import FEWEST_DOCUMENTS
-from postgrad.models.pretrained import CausalModel
+from postgrad.models.model import CausalModel
 from tests.conftest import VOCABULARY, make_llama
 
 CONTEXT = 32

@@ -12,8 +12,8 @@ from postgrad import schedules
 from postgrad.data.batch import Batch, collate
 from postgrad.data.pack import PackedRows
 from postgrad.data.rows import IGNORED
-from postgrad.models.pretrained import CausalModel
-from postgrad.objectives.next_token import NextToken
+from postgrad.models.model import CausalModel
+from postgrad.objectives.tokens import Tokens
 from postgrad.training.optimizer import AdamW, Weights
 from postgrad.training.step import Run, train_step
 from postgrad.training.world import World
@@ -48,7 +48,7 @@ def run_of(dtype: torch.dtype = torch.float32, clip: float = 1e9) -> Run:
         model=model,
         weights=weights,
         optimizer=optimizer,
-        objectives=[NextToken()],
+        objectives=[Tokens()],
         schedule=schedules.then((schedules.constant(1e-3), 10)),
         world=World(torch.device("cpu")),
         sources=["a", "b"],
@@ -76,7 +76,7 @@ def gradient(sizes: Sequence[int], *, mean_of_means: bool) -> torch.Tensor:
     run, parts = run_of(), batches(sizes)
     counted = sum(b.counted for b in parts)
     for batch in parts:
-        loss, _ = NextToken()(run.model(**batch.inputs), batch)
+        loss, _ = Tokens()(run.model(**batch.inputs), batch)
         (loss / (batch.counted * len(parts)) if mean_of_means else loss / counted).backward()
     return torch.cat([m.grad.flatten() for m in run.weights.masters if m.grad is not None])
 
@@ -155,10 +155,10 @@ def test_full_precision_computes_with_the_masters_and_gives_the_copies_back() ->
     train_step(run, batches([8]))
     batch = batches([8])[0]
     with torch.no_grad():
-        low = run.model(**batch.inputs).hidden_BTD
+        low = run.model(**batch.inputs).hidden
         with run.weights.full_precision():
-            high = run.model(**batch.inputs).hidden_BTD
-        again = run.model(**batch.inputs).hidden_BTD
+            high = run.model(**batch.inputs).hidden
+        again = run.model(**batch.inputs).hidden
     assert low.dtype == torch.bfloat16 and high.dtype == torch.float32
     assert torch.equal(low, again) and not torch.equal(low.float(), high)
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from postgrad.errors import ModelError
 from postgrad.models.attention import NAME, causal_blocks, usable
-from postgrad.models.pretrained import CausalModel, Start, load_model, load_tokenizer, locate, probe, save_pretrained
+from postgrad.models.model import CausalModel, probe
+from postgrad.models.pretrained import Start, load_model, load_tokenizer, locate, save_pretrained
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
 
 SMALL = {
@@ -82,8 +83,12 @@ def test_positions_that_do_not_restart_would_leak() -> None:
     other[:, :20] = torch.randint(0, VOCABULARY, (1, 20))
     apart, together = torch.arange(20).repeat(2)[None], torch.arange(40)[None]
     with torch.no_grad():
-        kept = (model(ids, apart).logits_BTV() - model(other, apart).logits_BTV())[:, 20:].abs().max()
-        leaked = (model(ids, together).logits_BTV() - model(other, together).logits_BTV())[:, 20:].abs().max()
+
+        def change(positions: torch.Tensor) -> torch.Tensor:
+            one, two = (model(input_ids=i, position_ids=positions).logits() for i in (ids, other))
+            return (one - two)[:, 20:].abs().max()
+
+        kept, leaked = change(apart), change(together)
     assert kept == 0 < 1e-3 < leaked
 
 

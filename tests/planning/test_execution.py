@@ -12,7 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from postgrad.errors import StageError
 from postgrad.models import machine
 from postgrad.models.attention import NAME
-from postgrad.models.pretrained import CausalModel, parameters_of
+from postgrad.models.model import CausalModel
+from postgrad.models.pretrained import parameters_of
 from postgrad.planning import execution
 from postgrad.planning.execution import Execution, Wishes, choose, shape_of
 from postgrad.planning.memory import Shape, estimate, readable
@@ -187,7 +188,7 @@ def saved_bytes(model: CausalModel, rows: int, length: int) -> int:
     model.train()
     positions = torch.arange(length).expand(rows, -1)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model(torch.zeros(rows, length, dtype=torch.long), positions).hidden_BTD
+        hidden = model(input_ids=torch.zeros(rows, length, dtype=torch.long), position_ids=positions).hidden
     assert hidden.requires_grad
     return sum(kept.values())
 

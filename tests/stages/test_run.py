@@ -182,15 +182,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     for event in generator:
         if isinstance(event, Saved):
             break
-    from postgrad.objectives.next_token import NextToken
+    from postgrad.objectives.tokens import Tokens
 
-    whole = NextToken.__call__
+    whole = Tokens.__call__
 
-    def broken(self: NextToken, output: Any, batch: Any) -> Any:
+    def broken(self: Tokens, output: Any, batch: Any) -> Any:
         loss, rows = whole(self, output, batch)
         return loss * float("nan"), rows
 
-    monkeypatch.setattr(NextToken, "__call__", broken)
+    monkeypatch.setattr(Tokens, "__call__", broken)
     with pytest.raises(NonFiniteError, match="no weight was moved"):
         list(generator)
     monkeypatch.undo()

@@ -1,0 +1,152 @@
+"""What is scored? Held-out text in windows, or held-out rows of a task, one document after the other.
+
+Of a text every token is scored but its first (nothing stands before it; with a tokenizer that sets a BOS, that is the BOS,
+so all of the text is scored), and never the EOS (models differ in whether they ever saw one, and it is no part of the text).
+A document longer than the context is read in windows that advance by half a context; in each window only the tokens that
+no earlier window scored count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from postgrad.data.rows import IGNORED, Row
+
+
+class Piece(NamedTuple):
+    """A row to be scored, and the document (by its number in the set) that its loss belongs to."""
+
+    document: int
+    row: Row
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Texts to be scored: ids (BOS included where the tokenizer sets one, EOS left out)."""
+
+    name: str
+    role: str
+    documents: tuple[np.ndarray, ...]
+    bytes: np.ndarray
+    fingerprint: str
+    digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    """Content hash of each document, to pair documents across tokenizers."""
+    before: tuple[int, ...] = ()
+    """Ids that are set before each window and not scored: a soft prompt."""
+    task: str = "text"
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens."""
+        return sum(len(d) - 1 for d in self.documents)
+
+    def first(self, tokens: int) -> HeldOut:
+        """The first documents, up to so many tokens; the last one is cut. At least two tokens of one document."""
+        ends = np.cumsum([len(d) for d in self.documents])
+        count = min(int(np.searchsorted(ends, tokens)) + 1, len(self.documents))
+        documents = list(self.documents[:count])
+        sizes = self.bytes[:count].copy()
+        spare = int(ends[count - 1]) - tokens if count else 0
+        if spare > 0:
+            cut = len(documents[-1]) - spare
+            if cut < 2 and count > 1:  # a single token has nothing to score, and all of the document may be long
+                return self._of(documents[:-1], sizes[:-1])
+            cut = max(cut, 2)
+            sizes[-1] = round(sizes[-1] * cut / len(documents[-1]))
+            documents[-1] = documents[-1][:cut]
+        return self._of(documents, sizes)
+
+    def _of(self, documents: list[np.ndarray], sizes: np.ndarray) -> HeldOut:
+        """The same set with only its first documents (the last may be cut)."""
+        digests = self.digests[: len(documents)]
+        return HeldOut(self.name, self.role, tuple(documents), sizes, self.fingerprint, digests, self.before)
+
+    def pieces(self, context: int) -> Iterator[Piece]:
+        """The windows of every document as rows."""
+        before = np.asarray(self.before, np.int64)
+        for i, document in enumerate(self.documents):
+            for window in windows(len(document), context - len(before), i):
+                ids = np.concatenate([before, document[window.begin : window.end]])
+                labels = np.full(len(ids), IGNORED, np.int64)
+                fresh = window.end - window.scored_from
+                labels[len(ids) - 1 - fresh : -1] = ids[len(ids) - fresh :]
+                # No positions: they count on over the padding, which stands on the right, where nothing looks.
+                yield Piece(i, Row({"input_ids": ids}, labels, fresh))
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """Rows of a task to be scored; `document_R` says which document each row belongs to."""
+
+    name: str
+    role: str
+    rows: tuple[Row, ...]
+    document_R: np.ndarray
+    bytes: np.ndarray
+    fingerprint: str
+    digests: np.ndarray
+    task: str
+    """What the labels are: `answers` (tokens), `class`, `multi`, `number` or `tags`."""
+    labels: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+    @property
+    def tokens(self) -> int:
+        """Scored labels."""
+        return sum(row.counted for row in self.rows)
+
+    def first(self, tokens: int) -> HeldOutRows:
+        """The first documents, up to about so many labels or input tokens; at least one."""
+        sizes = np.bincount(self.document_R, [len(row.inputs["input_ids"]) for row in self.rows], len(self))
+        count = max(1, int(np.searchsorted(np.cumsum(sizes), tokens, side="right")))
+        rows = int(np.searchsorted(self.document_R, count))
+        return HeldOutRows(
+            self.name,
+            self.role,
+            self.rows[:rows],
+            self.document_R[:rows],
+            self.bytes[:count],
+            self.fingerprint,
+            self.digests[:count],
+            self.task,
+            self.labels,
+        )
+
+    def pieces(self, context: int) -> Iterator[Piece]:
+        """The rows as they are: they were made for the context they are read in."""
+        for document, row in zip(self.document_R.tolist(), self.rows, strict=True):
+            yield Piece(document, row)
+
+
+AnyHeldOut = HeldOut | HeldOutRows
+
+
+@dataclass(frozen=True)
+class _Window:
+    document: int
+    begin: int
+    end: int
+    scored_from: int
+
+
+def windows(length: int, context: int, document: int = 0) -> Iterator[_Window]:
+    """Windows of a document that score each of its tokens but the first exactly once.
+
+    The first window has a full context; each later one advances by half a context and scores its second half.
+    """
+    end = min(length, context)
+    if length >= 2:
+        yield _Window(document, 0, end, 1)
+    while end < length:
+        following = min(length, end + context // 2)
+        yield _Window(document, following - context, following, end)
+        end = following

@@ -1,0 +1,209 @@
+"""What does a model answer to a batch?
+
+Legend: B batch, T time, D model width, V vocabulary, C classes.
+
+A language model is seen as something that gives hidden states and a *head* that turns them into logits, so that a loss can
+be computed without ever holding all logits. Whether that view is right for an architecture is probed, not assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from postgrad.errors import ModelError
+from postgrad.models.pretrained import Task, table_of
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states to logits: `softcap(scale (h W^T + b))`."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of shape (..., V) for hidden states of shape (..., D)."""
+        bias = None if self.bias_V is None else self.bias_V.to(hidden.dtype)
+        out = nn.functional.linear(hidden, self.weight_VD.to(hidden.dtype), bias) * self.scale
+        return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model says about a batch: hidden states and the head that turns them into logits.
+
+    Without a head the hidden states are the logits already: a task layer has few classes, and nothing is to be saved.
+    """
+
+    hidden: Tensor
+    head: Head | None
+
+    def logits(self) -> Tensor:
+        """All logits at once; an objective that can should work in chunks instead."""
+        return self.hidden if self.head is None else self.head.logits(self.hidden)
+
+
+class Model(nn.Module):
+    """A Hugging Face model of any task, called with the arrays of a row by their names."""
+
+    def __init__(self, pretrained: PreTrainedModel) -> None:
+        super().__init__()
+        self.pretrained = pretrained
+
+    @property
+    def body(self) -> nn.Module:
+        """The backbone, without its task layer."""
+        return self.pretrained.base_model
+
+    def forward(self, **inputs: Tensor) -> Output:
+        """The logits of a task layer, of shape (B, C) or (B, T, C)."""
+        return Output(self.pretrained(**inputs).logits, None)
+
+    def head(self) -> Head | None:
+        """The head as it is now; None when the model gives logits itself."""
+        return None
+
+
+class CausalModel(Model):
+    """A causal language model as a body and a head."""
+
+    def __init__(self, pretrained: PreTrainedModel) -> None:
+        super().__init__(pretrained)
+        config = pretrained.config
+        # Granite divides its logits, Cohere multiplies them, Gemma caps them; `probe` tells whether this covers a model.
+        scaling = getattr(config, "logits_scaling", None)
+        self.scale: float = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    def forward(self, **inputs: Tensor) -> Output:
+        """Hidden states of packed rows: positions that restart part the documents from one another.
+
+        The cache stays off and packed rows bring no attention mask: with either, transformers lets documents see each other.
+        """
+        hidden = self.body(**inputs, use_cache=False).last_hidden_state
+        return Output(hidden, self.head())
+
+    def head(self) -> Head:
+        """The head as it is now."""
+        layer = _output_layer(self.pretrained)
+        return Head(layer.weight, layer.bias, self.scale, self.softcap)
+
+
+class HeadedModel(Model):
+    """A masked or encoder-decoder language model, whose forward ends in its output embedding.
+
+    What stands before that embedding (a transform, a scaling) differs from one architecture to the next, so the model's own
+    forward runs with the embedding left out.
+    """
+
+    def __init__(self, pretrained: PreTrainedModel) -> None:
+        super().__init__(pretrained)
+        self.options = {"use_cache": False} if pretrained.config.is_encoder_decoder else {}
+
+    def forward(self, **inputs: Tensor) -> Output:
+        """What would go into the output embedding, of shape (B, T, D)."""
+        with _passing(_output_layer(self.pretrained)):
+            hidden = self.pretrained(**inputs, **self.options).logits
+        return Output(hidden, self.head())
+
+    def head(self) -> Head:
+        """The head as it is now."""
+        layer = _output_layer(self.pretrained)
+        return Head(layer.weight, layer.bias)
+
+
+def model_for(pretrained: PreTrainedModel, task: Task) -> Model:
+    """The view of a model that its task asks for."""
+    views: dict[Task, type[Model]] = {"causal": CausalModel, "masked": HeadedModel, "text-to-text": HeadedModel}
+    return views.get(task, Model)(pretrained)
+
+
+def _output_layer(pretrained: PreTrainedModel) -> nn.Linear:
+    layer = pretrained.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(f"{type(pretrained).__name__} has no output embedding", where="model")
+    return layer
+
+
+@contextmanager
+def _passing(layer: nn.Module) -> Iterator[None]:
+    """Inside, a layer gives back what it is given."""
+    layer.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def probe(model: Model, *, length: int = 24, tolerance: float = 1e-4) -> None:
+    """Check on random ids that the view of a model as hidden states and a head is right.
+
+    Of a causal model also that packed documents do not see each other. Raises `ModelError` for an architecture that does not
+    keep them apart (recurrent and hybrid ones carry state across), or whose logits are not what hidden states and head give.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        if isinstance(model, CausalModel):
+            _probe_packed(model, length, tolerance, device)
+        elif isinstance(model, HeadedModel):
+            ids = _random_ids(model, (2, length), device)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if model.pretrained.config.is_encoder_decoder:
+                inputs["decoder_input_ids"] = ids.flip(0)
+            _same_logits(model, inputs, tolerance)
+    model.train(was_training)
+
+
+def _probe_packed(model: CausalModel, length: int, tolerance: float, device: torch.device) -> None:
+    ids = _random_ids(model, (1, 2 * length), device)
+    other = ids.clone()
+    other[:, :length] = ids[:, length:].flip(1)
+    positions = torch.arange(length, device=device).repeat(2)[None]
+    ours = _same_logits(model, {"input_ids": ids, "position_ids": positions}, tolerance, use_cache=False)
+
+    def off(ids: Tensor, positions: Tensor) -> float:
+        second = model(input_ids=ids, position_ids=positions).logits()[:, -length:].float()
+        return (second - ours[:, length:]).abs().max().item()
+
+    leak = max(off(other, positions), off(ids[:, length:], positions[:, length:]))
+    if leak > tolerance * max(1.0, ours.abs().max().item()):
+        raise ModelError(
+            f"packed documents see each other in this architecture ({model.pretrained.config.model_type}): logits of the "
+            f"second change by {leak:.2g} with the first",
+            where="model",
+            expected="attention that stays within a document (recurrent and hybrid models carry state across)",
+            way_out="use a model with plain attention layers",
+        )
+
+
+def _same_logits(model: Model, inputs: dict[str, Tensor], tolerance: float, **options: bool) -> Tensor:
+    """Our logits, when they are those of the model itself."""
+    try:
+        ours = model(**inputs).logits().float()
+    except RuntimeError:  # something stands behind the output embedding that wants all logits
+        ours = None
+    plain = model.pretrained(**inputs, **options).logits.float()
+    size = max(1.0, plain.abs().max().item())
+    if ours is None or (ours - plain).abs().max().item() > tolerance * size:
+        raise ModelError(
+            f"the logits of this architecture ({model.pretrained.config.model_type}) are not its output embedding applied "
+            "to what stands before it",
+            where="model",
+            expected="a language model with a plain, scaled or soft-capped head",
+        )
+    return ours
+
+
+def _random_ids(model: Model, shape: tuple[int, int], device: torch.device) -> Tensor:
+    vocabulary = table_of(model.pretrained).shape[0]
+    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)
