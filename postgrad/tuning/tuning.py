@@ -50,6 +50,7 @@ class Tuning(ABC):
     `additive`: the base's own weights stay as they are, so that I can be switched off, and kept as a small folder.
     `virtual`: how many ids from the end of the vocabulary on stand for vectors of mine (they may be used in `input_ids`).
     `attention`: the attention implementation that I need, when I need one.
+    `whole`: every weight moves, so that what is kept of me is a whole model.
     `notes`: what attaching changed that its options do not say, in sentences for the reader of a plan.
     """
 
@@ -57,6 +58,7 @@ class Tuning(ABC):
     additive: bool = True
     virtual: int = 0
     attention: str | None = None
+    whole: bool = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
