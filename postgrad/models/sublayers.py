@@ -1,0 +1,305 @@
+"""Where do a block's sub-layers join the residual stream, whatever an architecture calls them?
+
+Legend: B batch, T time, D model width.
+
+A block adds what its sub-layers say to a stream of hidden states: `stream + attention(...)`, `stream + feed_forward(...)`.
+One forward pass over a few tokens is watched operation by operation, so no table of class names is needed:
+
+    stream      the block's input, and whatever is made of it without a product with a matrix
+    branch      whatever has been through such a product since
+    residual    an addition of the two, each of shape (B, T, D): here a sub-layer ends, and the sum is stream again
+
+A branch that multiplies activations by one another (or runs a fused attention) is attention; the others are feed-forward.
+Dropout, scaling and reshaping leave a branch the output of the module that it came from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from postgrad.models.pretrained import table_of
+
+ATTENTION, CROSS_ATTENTION, FEED_FORWARD = "attention", "cross_attention", "feed_forward"
+
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "_grouped_mm"})
+SUMS = frozenset({"add", "add_"})
+
+
+class Sublayer(NamedTuple):
+    """One branch of a block, by the modules at its two ends.
+
+    `output` is the last module whose output (or its element `index`) joins the stream, with nothing learned in between.
+    `entry` is the first module of the branch that multiplies; its first argument is what the sub-layer reads.
+    `norm` is there where the sum goes on through a norm alone (post-LN).
+    """
+
+    name: str
+    output: nn.Module
+    index: int | None
+    entry: nn.Module | None
+    norm: nn.Module | None
+
+
+class Block(NamedTuple):
+    """A block of a stack: its name in the model, its width D, and its sub-layers in the order they are added."""
+
+    name: str
+    module: nn.Module
+    width: int
+    sublayers: tuple[Sublayer, ...]
+
+
+def few_tokens(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The arguments of a small forward pass of the model's body: two rows of five ids."""
+    ids_BT = (torch.arange(10).reshape(2, 5) % table_of(model).shape[0]).to(model.device)
+    decoder = {"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {}
+    return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), **decoder}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises: it is called so, and has no matrix."""
+    return "norm" in type(module).__name__.lower() and all(p.ndim < 2 for p in module.parameters())
+
+
+def blocks_of(model: PreTrainedModel) -> list[Block]:
+    """The blocks of every stack (encoder before decoder) with their sub-layers; empty when no stack has any.
+
+    A block whose sub-layers could not be made out has none.
+    """
+    body = model.base_model
+    names = {module: name for name, module in model.named_modules()}
+    stacks = list(_outermost_lists(body))
+    watch = _Watch()
+    with ExitStack() as hooks, evaluating(model), torch.no_grad():
+        for block in (block for stack in stacks for block in stack):
+            watch.over(block, hooks)
+        with watch:
+            body(**few_tokens(model))
+    seen = {block: one.sublayers() for block, one in watch.seen.items()}
+    return [
+        Block(names[block], block, watch.seen[block].width if block in seen else 0, seen.get(block, ()))
+        for stack in stacks
+        if any(seen.get(block) for block in stack)
+        for block in stack
+    ]
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """Module lists that are in no other module list."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """What a tensor has been through since the stream: the modules it came out of, in order, and the first one."""
+
+    out_of: tuple[tuple[nn.Module, int | None], ...] = ()
+    attends: bool = False
+    entry: nn.Module | None = None
+
+
+class _Known(NamedTuple):
+    """A tensor with the branches that it is the sum of; none: it is stream."""
+
+    tensor: Tensor
+    branches: tuple[_Branch, ...]
+
+
+class _Sum(NamedTuple):
+    """A residual addition: its branches and where its result lies in memory."""
+
+    branches: tuple[_Branch, ...]
+    address: int
+
+
+class _Pass:
+    """One pass through one block."""
+
+    def __init__(self, hidden_BTD: Tensor, given: list[Tensor]) -> None:
+        """`given`: all that the block reads, encoder states included."""
+        self.width, self.numel = hidden_BTD.shape[-1], hidden_BTD.numel()
+        # Tensors are kept so that neither an id nor an address is used twice.
+        self.known: dict[int, _Known] = {id(tensor): _Known(tensor, ()) for tensor in given}
+        self.written: dict[int, _Known] = {}
+        self.inside: list[tuple[nn.Module, Tensor | None]] = []
+        self.calls: Counter[nn.Module] = Counter()
+        self.sums: list[_Sum] = []
+        self.norms: dict[int, nn.Module] = {}
+        self.kept: set[int] = set()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        self.inside.append((module, first))
+        self.calls[module] += 1
+        if first is not None and first.numel() == self.numel and is_norm(module):
+            self.norms[first.data_ptr()] = module
+
+    def leave(self, module: nn.Module, output: object) -> None:
+        self.inside.pop()
+        parts = [(None, output)] if isinstance(output, Tensor) else _elements(output)
+        for index, part in parts:
+            found = self._of(part) if isinstance(part, Tensor) else None
+            if found and found.branches:
+                before = found.branches[0].out_of if len(found.branches) == 1 else ()
+                branch = replace(_joined(found.branches), out_of=(*before, (module, index)))
+                self.known[id(part)] = _Known(found.tensor, (branch,))
+
+    def saw(self, op: Any, arguments: object, result: object) -> None:
+        """An operation ran."""
+        name = op.overloadpacket.__name__
+        tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+        known = [found for found in map(self._of, tensors) if found]
+        if not known or name.endswith("_like") or name.startswith("new_"):
+            return
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+        branches = self._branches_after(name, op.namespace == "aten", known, outputs)
+        for tensor in outputs:
+            self.known[id(tensor)] = _Known(tensor, branches)
+            if name.endswith("_"):
+                self.written[_storage(tensor)] = self.known[id(tensor)]
+
+    def _of(self, tensor: Tensor) -> _Known | None:
+        """What is known of a tensor, or of what was written into it piece by piece."""
+        if id(tensor) in self.known or _storage(tensor) not in self.written:
+            return self.known.get(id(tensor))
+        return _Known(tensor, self.written[_storage(tensor)].branches)
+
+    def _branches_after(self, name: str, own: bool, known: list[_Known], outputs: list[Tensor]) -> tuple[_Branch, ...]:
+        through = [branches for _, branches in known if branches]
+        # What another library computes (quantised products, fused attention) is taken for a product.
+        if name in PRODUCTS or not own or "attention" in name or "conv" in name:
+            joined = _joined(tuple(b for branches in through for b in branches))
+            fused = "attention" in name or "attn" in name or "conv" in name
+            attends = joined.attends or fused or (name in PRODUCTS and len(known) > 1)
+            return (_Branch((), attends, joined.entry or self._entry(known[0][0])),)
+        if not through:
+            return ()
+        if name in SUMS and len(known) == 2:
+            if len(through) == 1 and self._is_stream(known[0][0]) and known[0][0].shape == known[1][0].shape:
+                (stream,) = (tensor for tensor, branches in known if not branches)
+                self.kept.add(stream.data_ptr())
+                self.sums.append(_Sum(through[0], outputs[0].data_ptr()))
+                return ()
+            return tuple(b for branches in through for b in branches)
+        return through[0] if len(through) == 1 else (_joined(tuple(b for branches in through for b in branches)),)
+
+    def _is_stream(self, tensor: Tensor) -> bool:
+        return tensor.shape[-1] == self.width and tensor.numel() == self.numel
+
+    def _entry(self, read: Tensor) -> nn.Module | None:
+        """The module that runs, if `read` is the whole of its first argument."""
+        if not self.inside:
+            return None
+        module, first = self.inside[-1]
+        if first is None or first.shape[-1] != self.width or first.numel() != self.numel or read.numel() != self.numel:
+            return None
+        return module if torch.equal(first.reshape(-1), read.reshape(-1)) else None
+
+    def close(self, output: object) -> None:
+        self.kept |= {t.data_ptr() for t in tree_leaves(output) if isinstance(t, Tensor)}
+        self.known.clear()
+
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """What joined the stream, for each branch with a module that ran once (others would be met elsewhere too)."""
+        out: list[Sublayer] = []
+        for added in self.sums:
+            norm = None if added.address in self.kept else self.norms.get(added.address)
+            for branch in added.branches:
+                once = [end for end in branch.out_of if self.calls[end[0]] == 1]
+                if once:
+                    name = _name(branch.attends, [s.name for s in out])
+                    out.append(Sublayer(name, *once[-1], branch.entry, norm))
+        return tuple(out)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operation while a block runs; of each block, its first pass is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[nn.Module, _Pass] = {}
+        self.now: _Pass | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.now is not None:
+            self.now.saw(func, (args, kwargs), result)
+        return result
+
+    def over(self, block: nn.Module, hooks: ExitStack) -> None:
+        """Watch a block for as long as `hooks` lasts."""
+
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+            if module not in self.seen and given:
+                self.now = self.seen[module] = _Pass(kwargs.get("hidden_states", given[0]), given)
+
+        def end(_module: nn.Module, _args: object, output: object) -> None:
+            if self.now is not None:
+                self.now.close(output)
+            self.now = None
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self.now is not None:
+                self.now.enter(module, args)
+
+        def leave(module: nn.Module, _args: object, output: object) -> None:
+            if self.now is not None:
+                self.now.leave(module, output)
+
+        handles = [block.register_forward_pre_hook(begin, with_kwargs=True), block.register_forward_hook(end)]
+        for module in block.modules():
+            if module is not block:
+                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        for handle in handles:
+            hooks.callback(handle.remove)
+
+
+def _joined(branches: tuple[_Branch, ...]) -> _Branch:
+    """One branch made of several by something else than an addition."""
+    entries = [b.entry for b in branches if b.entry is not None]
+    return _Branch((), any(b.attends for b in branches), entries[0] if entries else None)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Where a tensor's memory begins."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _elements(output: object) -> list[tuple[int | None, object]]:
+    return list(enumerate(output)) if isinstance(output, tuple | list) else []
+
+
+def _name(attends: bool, taken: list[str]) -> str:
+    """A name for one more sub-layer; a block's second attention reads the encoder."""
+    names = [ATTENTION, CROSS_ATTENTION] if attends else [FEED_FORWARD]
+    free = [name for name in names if name not in taken]
+    return free[0] if free else f"{names[-1]}_{1 + sum(name.startswith(names[-1]) for name in taken)}"
