@@ -51,6 +51,7 @@ class Tuning(ABC):
     `virtual`: how many ids from the end of the vocabulary on stand for vectors of mine (they may be used in `input_ids`).
     `attention`: the attention implementation that I need, when I need one.
     `whole`: every weight moves, so that what is kept of me is a whole model.
+    `folds`: merging me leaves a model that takes the same inputs and gives the same answers.
     `notes`: what attaching changed that its options do not say, in sentences for the reader of a plan.
     """
 
@@ -59,6 +60,7 @@ class Tuning(ABC):
     virtual: int = 0
     attention: str | None = None
     whole: bool = False
+    folds: bool = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
