@@ -138,8 +138,9 @@ class Prompt(Tuning):
             written_by = ENCODERS[chosen](first_values.shape[1], hidden)
 
         self._found = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._moving = unfreeze(model, also if self.additive else ["*"])  # raises while nothing has changed
         freeze(model)
-        self._moving = unfreeze(model, also if self.additive else ["*"])
+        unfreeze(model, self._moving)
         taken = [m.stop for m in model.modules() if isinstance(m, Vectors)]
         self.first = max([len(table_of(model)), *taken])
         self.vectors = Vectors(first_values, written_by, self.first).to(first_values.device)

@@ -19,40 +19,33 @@ from postgrad.errors import TuningError
 class Lstm(nn.Module):
     """P-tuning's encoder: a bidirectional LSTM of two layers, then Linear(2H, D), ReLU, Linear(D, D).
 
-    With H = D // 2 it is the one of the LAMA code (the default), with H = D the one of the SuperGLUE code. `nn.LSTM` only
-    holds the weights: its kernels differ in the last bits with and without gradients, want their weights to stay where
-    they are in memory, and cannot be compiled.
+    With H = D // 2 (the default) it is the one of the LAMA code, with H = D the one of the SuperGLUE code. It is made of
+    cells because the kernels of `nn.LSTM` differ in the last bits with and without gradients, want their weights to stay
+    where they are in memory, and cannot be compiled.
     """
 
     def __init__(self, width: int, hidden: int | None) -> None:
         super().__init__()
         inner = width // 2 if hidden is None else hidden
-        self.lstm = nn.LSTM(width, inner, num_layers=2, bidirectional=True)
+        self.ahead = nn.ModuleList([nn.LSTMCell(width, inner), nn.LSTMCell(2 * inner, inner)])
+        self.back = nn.ModuleList([nn.LSTMCell(width, inner), nn.LSTMCell(2 * inner, inner)])
         self.mlp = nn.Sequential(nn.Linear(2 * inner, width), nn.ReLU(), nn.Linear(width, width))
 
     def forward(self, inputs_PD: Tensor) -> Tensor:
         """Vectors of shape (P, D)."""
-        hidden = inputs_PD
-        for layer in range(2):
-            ahead = self._read(hidden, f"l{layer}")
-            back = self._read(hidden.flip(0), f"l{layer}_reverse").flip(0)
-            hidden = torch.cat([ahead, back], -1)
-        return self.mlp(hidden)
+        hidden_PX = inputs_PD
+        for ahead, back in zip(self.ahead, self.back, strict=True):
+            hidden_PX = torch.cat([_read(ahead, hidden_PX), _read(back, hidden_PX.flip(0)).flip(0)], -1)
+        return self.mlp(hidden_PX)
 
-    def _read(self, inputs_PX: Tensor, which: str) -> Tensor:
-        """One direction of one layer, of shape (P, H); gates in PyTorch's order: input, forget, cell, output."""
-        of_input, of_state, bias, more = (
-            getattr(self.lstm, f"{name}_{which}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        )
-        gates_P4H = nn.functional.linear(inputs_PX, of_input, bias + more)
-        state = cell = gates_P4H.new_zeros(of_state.shape[1])
-        states = []
-        for gates_4H in gates_P4H:
-            let_in, keep, new, let_out = nn.functional.linear(state, of_state, gates_4H).chunk(4)
-            cell = keep.sigmoid() * cell + let_in.sigmoid() * new.tanh()
-            state = let_out.sigmoid() * cell.tanh()
-            states.append(state)
-        return torch.stack(states)
+
+def _read(cell: nn.Module, inputs_PX: Tensor) -> Tensor:
+    """One direction of one layer, of shape (P, H)."""
+    states, before = [], None
+    for input_1X in inputs_PX.split(1):
+        before = cell(input_1X, before)
+        states.append(before[0])
+    return torch.cat(states)
 
 
 def _mlp(width: int, hidden: int | None) -> nn.Module:
