@@ -139,7 +139,7 @@ class Adapter(Tuning):
         model: PreTrainedModel,
         *,
         form: Form = "houlsby",
-        reduction: int = 16,
+        reduction: float = 16,
         size: int | None = None,
         activation: str | None = None,
         scale: float | None = None,
@@ -150,7 +150,7 @@ class Adapter(Tuning):
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """Freeze the model and add an adapter of width M = `size`, or D // `reduction`, to each of the form's places.
+        """Freeze the model and add an adapter of width M = `size`, or D / `reduction`, to each of the form's places.
 
         What is None is as the form was published: `activation` swish (houlsby) or relu, `scale` (what an adapter's answer
         is multiplied by) 4 for parallel and else 1, `train_norms` (the body's norms move too) for houlsby only.
@@ -180,9 +180,12 @@ class Adapter(Tuning):
             blocks = blocks_of(model)
         chosen = _chosen(blocks, self.options["leave_out"], model)
         places = [(block, _places(block, form)) for block in chosen]
-        freeze(model)
         norms = _norms(model, blocks, chosen) if self.options["train_norms"] else []
+        self._found = [(_owner(model, name), p.requires_grad) for name, p in model.named_parameters()]
         self._moved = {name: _owner(model, name) for name in unfreeze(model, [*norms, *also])}
+        freeze(model)
+        for owner in self._moved.values():
+            _weight(owner).requires_grad_(True)
         self._start = {name: _weight(owner).detach().clone() for name, owner in self._moved.items()}
         self._adapters: dict[str, Bottleneck] = {}
         self._homes: list[tuple[nn.Module, str]] = []
@@ -198,7 +201,7 @@ class Adapter(Tuning):
         o = self.options
         home = nn.ModuleDict()
         for sublayer in sublayers:
-            size = o["size"] or max(1, block.width // o["reduction"])
+            size = o["size"] or max(1, int(block.width / o["reduction"]))
             adapter = Bottleneck(block.width, size, o["activation"], o["dropout"], o["scale"], generator)
             adapter.train(block.module.training)
             self._adapters[f"{block.name}.{sublayer.name}"] = adapter
@@ -259,13 +262,15 @@ class Adapter(Tuning):
         take(self.state(), state, self.kind)
 
     def detach(self) -> None:
-        """Take adapters and hooks out, and give the base's own weights back what they were."""
+        """Take adapters and hooks out; the base's own weights are what they were, and as trainable."""
         for handle in self._hooks:
             handle.remove()
         for block, name in self._homes:
             delattr(block, name)
         self._put(self._start)
-        self._hooks, self._homes, self._moved, self._adapters = [], [], {}, {}
+        for owner, moves in self._found:
+            _weight(owner).requires_grad_(moves)
+        self._hooks, self._homes, self._found, self._moved, self._adapters = [], [], [], {}, {}
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raises `TuningError`: there are no plain weights of the same effect."""
@@ -292,7 +297,7 @@ def _check(options: Mapping[str, Any]) -> None:
     activation = options["activation"]
     near = difflib.get_close_matches(activation, ACT2FN) or ["swish", "relu", "gelu", "tanh"]
     ranges = {
-        "reduction": (options["reduction"] >= 1, "1 or more: M is D divided by it"),
+        "reduction": (options["reduction"] > 0, "more than 0: M is D divided by it"),
         "size": (options["size"] is None or options["size"] >= 1, "1 or more"),
         "dropout": (0 <= options["dropout"] < 1, "a share from 0 to below 1"),
         "activation": (activation in ACT2FN, f"a name that transformers has, such as {', '.join(near)}"),
