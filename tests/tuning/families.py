@@ -93,6 +93,7 @@ def _modern(kind: type[PreTrainedConfig], **more: Any) -> Callable[[], PreTraine
         "eos_token_id": END,
         "num_labels": LABELS,
         "attention_dropout": 0.0,
+        "classifier_dropout": 0.0,
         **more,
     }
     return functools.partial(kind, **values)
@@ -176,7 +177,7 @@ WIDER = {
             ("lm", "classify"),
         ),
         Family("olmo2", "decoder", _modern(Olmo2Config), ("lm", "classify")),
-        Family("gpt-neox", "decoder", _modern(GPTNeoXConfig, hidden_dropout=0.0, classifier_dropout=0.0)),
+        Family("gpt-neox", "decoder", _modern(GPTNeoXConfig, hidden_dropout=0.0)),
         Family(
             "opt",
             "decoder",
