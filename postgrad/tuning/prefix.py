@@ -1,0 +1,571 @@
+"""What if every layer could read a few more keys and values, learnt for the task? Prefix-tuning and P-tuning v2.
+
+Legend: B batch, H key heads, T time, N prefix length, C head width, D model width, M width of the MLP, S all numbers of
+one position (2 H C, summed over the attention modules of a role).
+
+Two publications, one mechanism; they differ in values:
+
+    prefix        a table (N, D) goes through an MLP, D to M, tanh, M to S. Encoder, decoder and cross-attention have a
+                  table and an MLP each. Li & Liang 2021 (arXiv 2101.00190, section 4.3) and their code.
+    p-tuning-v2   the table (N, S) itself, with dropout. Liu et al. 2021 (arXiv 2110.07602, section 3.2) and their code.
+
+How attention comes to read them is said in `prefix_attention`. Which modules attend, and in what shapes, is seen in one
+forward pass over a few tokens, so there is no table of class names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from postgrad.errors import TuningError, nearest
+from postgrad.models.pretrained import table_of
+from postgrad.models.sublayers import evaluating
+from postgrad.tuning.prefix_attention import (
+    NAME,
+    SHARES,
+    WATCHED,
+    Met,
+    Share,
+    arguments,
+    attending,
+    few_ids,
+    implementation_of,
+    watch,
+)
+from postgrad.tuning.tuning import PeftFolder, Published, Tuning, freeze, take, unfreeze
+
+ROLES = ("encoder", "decoder", "cross")
+INSTEAD = "prompt tuning, LoRA and adapters work on this model"
+_SOURCE, _TARGET = 7, 5
+"""Lengths of the forward pass that is watched; they tell cross-attention from the others."""
+
+
+class _Published(NamedTuple):
+    """What a publication's code takes when it is told nothing."""
+
+    hidden: int | None
+    dropout: float
+
+
+KINDS: Mapping[str, _Published] = {"prefix": _Published(512, 0.0), "p-tuning-v2": _Published(None, 0.1)}
+
+
+class Table(nn.Module):
+    """The keys and values themselves, (N, S)."""
+
+    def __init__(self, length: int, out: int, spread: float) -> None:
+        """Drawn from N(0, spread^2)."""
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(length, out) * spread)
+
+    def forward(self) -> Tensor:
+        """All keys and values, (N, S)."""
+        return self.table
+
+    @torch.no_grad()
+    def start_at(self, target_NS: Tensor) -> None:
+        """Become these keys and values."""
+        self.table.copy_(target_NS)
+
+
+class Reparameterised(nn.Module):
+    """A table (N, D) and an MLP that makes (N, S) of it, drawn as the published code's (torch's own ways).
+
+    Its layers are plain parameters, so that nothing which looks for linear layers of the model takes them for such.
+    """
+
+    def __init__(self, length: int, widths: Sequence[int]) -> None:
+        """`widths`: D, M (twice for the deep one), S."""
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(length, widths[0]))
+        bounds = [(a, b, a**-0.5) for a, b in pairwise(widths)]
+        self.weights = nn.ParameterList([torch.empty(b, a).uniform_(-bound, bound) for a, b, bound in bounds])
+        self.biases = nn.ParameterList([torch.empty(b).uniform_(-bound, bound) for _, b, bound in bounds])
+
+    def forward(self) -> Tensor:
+        """All keys and values, (N, S)."""
+        return nn.functional.linear(self._hidden(), self.weights[-1], self.biases[-1])
+
+    def _hidden(self) -> Tensor:
+        """What the last layer reads, (N, M)."""
+        hidden = self.table
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            hidden = torch.tanh(nn.functional.linear(hidden, weight, bias))
+        return hidden
+
+    @torch.no_grad()
+    def start_at(self, target_NS: Tensor) -> None:
+        """Make these keys and values, by the least change of the last layer that comes nearest to them.
+
+        The published code takes 500 steps of Adam down the same squared error; with N up to M this reaches zero.
+        """
+        missing_NS = (target_NS - self()).double()
+        change_MS = torch.linalg.pinv(self._hidden().double()) @ missing_NS
+        self.weights[-1] += change_MS.T.to(self.weights[-1])
+
+
+class Vectors(nn.Module):
+    """All that one prefix learns, by role, and the shares of the attention modules, which it fills."""
+
+    def __init__(
+        self, parts: Mapping[str, Table | Reparameterised], dropout: float, original: str | dict[str, str]
+    ) -> None:
+        """`original`: how the model attended before its first prefix came."""
+        super().__init__()
+        self.parts = nn.ModuleDict(parts)
+        self.dropout = nn.Dropout(dropout)
+        self.original = original
+        self.on = True
+        self.shares: dict[str, list[Share]] = {role: [] for role in parts}
+        self.roles: dict[nn.Module, set[str]] = {}
+
+    def all_shares(self) -> list[Share]:
+        """Those of every role."""
+        return [share for shares in self.shares.values() for share in shares]
+
+    def begin(self, stack: nn.Module, _inputs: object) -> None:
+        """Before a stack of blocks runs: compute what its attention modules read, once for all of them.
+
+        Raises `TuningError` when the model attends in a way that would leave the prefix out.
+        """
+        if not self.on:
+            return
+        now = getattr(getattr(stack, "config", None), "_attn_implementation", NAME)
+        if now not in (NAME, WATCHED):
+            raise TuningError(
+                f"the model attends by `{now}`, so its prefix would be left out",
+                where="tuning",
+                way_out=f'model.set_attn_implementation("{NAME}"), or `off()`',
+            )
+        for role in self.roles[stack]:
+            for share, both in zip(self.shares[role], self.keys_and_values(role), strict=True):
+                share.kept = both
+
+    def keys_and_values(self, role: str) -> list[tuple[Tensor, Tensor]]:
+        """For each share of a role, keys and values of shape (H, N, C)."""
+        shares = self.shares[role]
+        pieces = self.parts[role]().split([size for share in shares for size in share.sizes], -1)
+        folded = [piece.unflatten(-1, (shares[i // 2].heads, -1)).transpose(0, 1) for i, piece in enumerate(pieces)]
+        return list(zip(folded[::2], folded[1::2], strict=True))
+
+    def alone(self, share: Share) -> tuple[Tensor, Tensor]:
+        """One share's keys and values of shape (H, N, C), with a graph of their own."""
+        role = next(role for role, shares in self.shares.items() if share in shares)
+        return self.keys_and_values(role)[self.shares[role].index(share)]
+
+
+class _Slot(NamedTuple):
+    """An attention module that can read a prefix: `heads` key heads, `key` and `value` numbers wide."""
+
+    name: str
+    module: nn.Module
+    role: str
+    heads: int
+    key: int
+    value: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many numbers all heads' keys and values of one position have."""
+        return self.heads * self.key, self.heads * self.value
+
+
+class Prefix(Tuning):
+    """`length` more keys and values for every attention module, trained; the base's own weights stay as they are.
+
+    `hidden`: the MLP's width M; None: no MLP; "auto": as the kind was published (512 for prefix, None for p-tuning-v2).
+    `deep`: an MLP of two hidden layers. `dropout` acts on the keys and values in training; "auto": 0, or 0.1 for
+    p-tuning-v2. `slots`: "all", or some of "encoder", "decoder" and "cross". `start`: a text whose keys and values in the
+    base are the first ones; it is repeated or cut to `length` tokens (Li & Liang 2021, section 7.4). `also`: patterns of
+    the base's parameters that move besides (a new task layer); they stay what they became in `off`.
+
+    Attention is computed by `sdpa`, whatever computed it before; `set_attn_implementation` must not be called with
+    another while this is attached. A second prefix adds its own keys and values to the first one's.
+
+    Raises `TuningError` for a model that is not on transformers' attention interface (T5 is from 5.16.1 on), one that
+    `sdpa` does not compute (soft-capped scores, sinks), one where the prefix changes nothing, and for options that
+    cannot be.
+    """
+
+    attention = NAME
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        kind: str = "prefix",
+        length: int = 10,
+        hidden: int | Literal["auto"] | None = "auto",
+        deep: bool = False,
+        dropout: float | Literal["auto"] = "auto",
+        slots: Sequence[str] | Literal["all"] = "all",
+        start: str | None = None,
+        also: Sequence[str] = (),
+        seed: int = 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__(model)
+        published = _published(kind)
+        self.kind, self.length, self.also = kind, length, list(also)
+        self.hidden = published.hidden if hidden == "auto" else hidden
+        self.dropout = published.dropout if dropout == "auto" else dropout
+        self.deep = deep
+        _check(self)
+        found = _discover(model)
+        self.roles = _chosen(slots, {slot.role for slot in found})
+        self.slots = [slot for slot in found if slot.role in self.roles]
+        first_NS = {} if start is None else self._first(start, tokenizer)
+
+        earlier = [m for m in model.modules() if isinstance(m, Vectors)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            parts = {role: self._part(role) for role in self.roles}
+        self.vectors = Vectors(parts, self.dropout, (earlier[0].original if earlier else implementation_of(model)))
+        self.vectors.to(table_of(model).device).train(model.training)
+        for role, target_NS in first_NS.items():
+            parts[role].start_at(target_NS)
+
+        self._found = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._hooks: list[RemovableHandle] = []
+        self._name = next(
+            n for n in ("prefix", *(f"prefix_{i + 2}" for i in range(len(earlier)))) if not hasattr(model, n)
+        )
+        freeze(model)
+        model.add_module(self._name, self.vectors)
+        try:
+            self._moving = unfreeze(model, also)
+            self._place()
+            self._probe()
+        except TuningError:
+            self.detach()
+            raise
+        self.notes.append(
+            f"a prefix of {length} keys and values in {len(self.slots)} attention modules ({', '.join(self.roles)}), "
+            "computed by `sdpa`"
+        )
+
+    def _part(self, role: str) -> Table | Reparameterised:
+        """What is learnt for a role."""
+        config = self.model.config.get_text_config()
+        out = sum(sum(slot.sizes) for slot in self.slots if slot.role == role)
+        if self.hidden is None:
+            return Table(self.length, out, float(getattr(config, "initializer_range", 0.02)))
+        return Reparameterised(self.length, [config.hidden_size, *[self.hidden] * (1 + self.deep), out])
+
+    def _first(self, text: str, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Tensor]:
+        """By role, the keys and values (N, S) of a text's tokens."""
+        ids = [] if tokenizer is None else tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise TuningError(
+                "there is no tokenizer to read the text with" if tokenizer is None else f"{text!r} has no tokens",
+                where="tuning.start",
+                expected="words that the first keys and values come from, or no start at all",
+            )
+        repeated = (ids * math.ceil(self.length / len(ids)))[: self.length]
+        words_1N = torch.tensor([repeated], device=table_of(self.model).device)
+        with evaluating(self.model):
+            _, calls = watch(self.model, arguments(self.model, words_1N, words_1N))
+        met = {id(call.module): call for call in reversed(calls)}  # the first, where blocks share weights
+        by_role = {role: [met[id(s.module)] for s in self.slots if s.role == role] for role in self.roles}
+        return {role: torch.cat([_flat(call) for call in of], 1) for role, of in by_role.items()}
+
+    def _place(self) -> None:
+        """Give every attention module its share, and have the shares filled when its stack begins."""
+        for slot in self.slots:
+            share = Share(self.vectors, slot.heads, slot.sizes)
+            self.vectors.shares[slot.role].append(share)
+            setattr(slot.module, SHARES, [*getattr(slot.module, SHARES, ()), share])
+            self.vectors.roles.setdefault(_stack(self.model, slot.name), set()).add(slot.role)
+        self._hooks = [stack.register_forward_pre_hook(self.vectors.begin) for stack in self.vectors.roles]
+        self.model.set_attn_implementation(NAME)
+
+    def _probe(self) -> None:
+        """Raise `TuningError` unless the prefix changes what the body answers, and learns in every module."""
+        model, shares = self.model, self.vectors.all_shares()
+        inputs = arguments(model, few_ids(model, 1, _SOURCE), few_ids(model, 1, _TARGET))
+        with evaluating(model):
+            with torch.enable_grad():
+                answer = model.base_model(**inputs)[0].float()
+                # Not the plain sum: behind a norm that is a constant.
+                along = torch.linspace(-1, 1, answer.numel(), device=answer.device).sin().view_as(answer)
+                read = [tensor for share in shares for tensor in share.kept or ()]
+                gradients = torch.autograd.grad((answer * along).sum(), read, allow_unused=True)
+            with torch.no_grad(), self.off():
+                base = model.base_model(**inputs)[0].float()
+        deaf = [g is None or not bool(g.any()) for g in gradients]
+        if torch.equal(answer, base) or len(read) < 2 * len(shares) or any(deaf):
+            raise TuningError(
+                f"the prefix does not reach the answers of {type(model).__name__}",
+                where="tuning",
+                expected="attention modules whose keys and values all matter to the last hidden states",
+                way_out=INSTEAD,
+            )
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the model attends as it did before, without my keys and values; another prefix stays."""
+        others = any(m.on for m in self.model.modules() if isinstance(m, Vectors) and m is not self.vectors)
+        was, self.vectors.on = self.vectors.on, False
+        try:
+            with nullcontext() if others else attending(self.model, self.vectors.original):
+                yield
+        finally:
+            self.vectors.on = was
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        moving = {name: self.model.get_parameter(name) for name in self._moving}
+        return dict(self.vectors.named_parameters()) | moving
+
+    def state(self) -> dict[str, Tensor]:
+        """What is learnt for each role, its MLP included, and the base's weights that move."""
+        return {name: p.detach() for name, p in self._own().items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave. Raises `TuningError` for another state, so also for vectors without their MLP."""
+        take(self._own(), state, self.kind)
+
+    def detach(self) -> None:
+        """Take keys, values and hooks out; the model attends, and its parameters are trainable, as it was found."""
+        for hook in self._hooks:
+            hook.remove()
+        for slot in self.slots:
+            left = [share for share in getattr(slot.module, SHARES, ()) if share.source is not self.vectors]
+            if left:
+                setattr(slot.module, SHARES, left)
+            elif hasattr(slot.module, SHARES):
+                delattr(slot.module, SHARES)
+        delattr(self.model, self._name)
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(self._found.get(name, p.requires_grad))
+        if not any(isinstance(m, Vectors) for m in self.model.modules()):
+            self.model.set_attn_implementation(self.vectors.original)
+
+    def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Raises `TuningError`: there are no plain weights of the same effect."""
+        raise TuningError(
+            "a prefix is no weight: every token reads it as more keys and values, which no matrix of the model can add",
+            where="tuning",
+            expected="a tuning that is linear in the weights, such as LoRA, to merge",
+            way_out="publish the prefix as a folder and attach it where the model is used",
+        )
+
+    def published(self) -> Published:
+        """The keys and values themselves, computed once, without the MLP that made them."""
+        options = {
+            "kind": self.kind,
+            "length": self.length,
+            "hidden": None,
+            "dropout": self.dropout,
+            "slots": list(self.roles),
+            "also": self.also,
+        }
+        with torch.no_grad():
+            flat = {f"parts.{role}.table": part().clone() for role, part in self.vectors.parts.items()}
+        return Published(options, flat | {name: self.model.get_parameter(name).detach() for name in self._moving})
+
+    def peft(self) -> PeftFolder | None:
+        """PEFT's PREFIX_TUNING, for causal decoders with rotary (or no) positions and no sliding window; else None.
+
+        PEFT puts the prefix into the cache, which moves every token N positions on. Rotary scores depend on distances
+        alone, so keys that are moved on by N too have the same effect there. For learnt positions there is no such prefix
+        (it would be equal only if positions were moved back by N), and a sliding window would leave it behind.
+        """
+        config, shape = self.model.config.get_text_config(), self.slots[0]
+        alike = all(slot[3:] == shape[3:] for slot in self.slots) and shape.key == shape.value
+        windowed = getattr(config, "sliding_window", None) is not None
+        causal = self.roles == ["decoder"] and self.model.get_output_embeddings() is not None
+        if not causal or windowed or not alike or self._moving or len(self.slots) != config.num_hidden_layers:
+            return None
+        with self.off():
+            turns = _turns(self.model, self.slots, self.length)
+        if turns is None:
+            return None
+        description = {
+            "peft_type": "PREFIX_TUNING",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.model.config.name_or_path or None,
+            "inference_mode": True,
+            "num_virtual_tokens": self.length,
+            "token_dim": shape.sizes[0],
+            "num_transformer_submodules": 1,
+            "num_attention_heads": shape.heads,
+            "num_layers": len(self.slots),
+            "encoder_hidden_size": shape.sizes[0],
+            "prefix_projection": False,
+        }
+        flat_NS = self.published().state["parts.decoder.table"]
+        return PeftFolder(description, {"prompt_embeddings": _turned(flat_NS, self.slots, turns)})
+
+
+def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Prefix:
+    """A prefix of the same effect as a PEFT folder of prefix-tuning, for decoders.
+
+    `config` is its adapter_config.json, `state` its adapter_model.safetensors. PEFT saves final keys and values only, so
+    there is no MLP to go on with. Layers that it saved besides (a task layer) come along and move. Where positions are
+    rotary, keys are moved back by the N positions that PEFT moves every token on. Where they are learnt, the effect is the
+    same only for `position_ids` that are moved on by N, which a note says.
+
+    Raises `TuningError` for another kind of folder, and for one that does not fit the model.
+    """
+    given = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
+    flat_NS = state.get("prompt_embeddings")
+    if given != "PREFIX_TUNING" or flat_NS is None:
+        raise TuningError(
+            f"this PEFT folder holds {given} and {'no' if flat_NS is None else 'its'} `prompt_embeddings`",
+            where="tuning.peft_type",
+            expected="PREFIX_TUNING with `prompt_embeddings`",
+        )
+    beside = {name.removeprefix("base_model."): t for name, t in state.items() if name != "prompt_embeddings"}
+    kind = "prefix" if config.get("prefix_projection") else "p-tuning-v2"
+    prefix = Prefix(model, kind=kind, length=len(flat_NS), hidden=None, dropout=0.0, also=list(beside))
+    try:
+        if prefix.roles != ["decoder"]:
+            raise TuningError(
+                f"a PEFT prefix for {type(model).__name__}",
+                where="tuning",
+                expected="a decoder: elsewhere PEFT moves what positions and the first token mean",
+            )
+        prefix.load({"parts.decoder.table": flat_NS, **beside})
+    except TuningError:
+        prefix.detach()
+        raise
+    with prefix.off():
+        turns = _turns(model, prefix.slots, prefix.length)
+    if turns is None:
+        prefix.notes.append(f"learnt for positions from {prefix.length} on: give `position_ids` moved on by as many")
+    else:
+        back = _turned(flat_NS, prefix.slots, [turn_CC.T for turn_CC in turns])
+        prefix.load({"parts.decoder.table": back, **beside})
+    return prefix
+
+
+def _published(kind: str) -> _Published:
+    if kind not in KINDS:
+        known = " or ".join(KINDS)
+        raise TuningError(f"'{kind}' is no prefix", where="tuning.kind", expected=known, way_out=nearest(kind, KINDS))
+    return KINDS[kind]
+
+
+def _check(prefix: Prefix) -> None:
+    """Raise `TuningError` for an option that makes no prefix."""
+    ranges = {
+        "length": (prefix.length >= 1, "1 or more"),
+        "hidden": (prefix.hidden is None or prefix.hidden >= 1, "1 or more, or null for no MLP"),
+        "deep": (not prefix.deep or prefix.hidden is not None, "an MLP to be deep: `hidden`"),
+        "dropout": (0 <= prefix.dropout < 1, "a share from 0 to below 1"),
+    }
+    for key, (right, expected) in ranges.items():
+        if not right:
+            raise TuningError(f"{getattr(prefix, key)!r} cannot be used", where=f"tuning.{key}", expected=expected)
+
+
+def _chosen(slots: Sequence[str] | Literal["all"], there: set[str]) -> list[str]:
+    """The roles that get a prefix. Raises `TuningError` for one that the model has not."""
+    wanted = there if slots == "all" else set(slots)
+    if not wanted or not wanted <= there:
+        raise TuningError(
+            f"no attention of this model is '{min(wanted - there)}'" if wanted else "no attention is named",
+            where="tuning.slots",
+            expected=f"all, or some of {', '.join(role for role in ROLES if role in there)}",
+        )
+    return [role for role in ROLES if role in wanted]
+
+
+def _discover(model: PreTrainedModel) -> list[_Slot]:
+    """The model's attention modules, in the order they are called. Raises `TuningError` when a prefix could not get in."""
+    inputs = arguments(model, few_ids(model, 1, _SOURCE), few_ids(model, 1, _TARGET))
+    way_out = INSTEAD
+    try:
+        with evaluating(model), torch.no_grad():
+            usual = model.base_model(**inputs)[0].float()
+            answer, calls = watch(model, inputs)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise TuningError(
+            f"{type(model).__name__} cannot attend by `sdpa`: {(str(error).splitlines() or [''])[0]}",
+            where="tuning",
+            way_out=way_out,
+        ) from error
+    if not calls:
+        raise TuningError(
+            f"no attention of {type(model).__name__} goes through transformers' attention interface",
+            where="tuning",
+            expected="an architecture that does (T5 from transformers 5.16.1 on)",
+            way_out=way_out,
+        )
+    tolerance = torch.finfo(table_of(model).dtype).eps ** 0.5 * max(1.0, usual.abs().max().item())
+    if (answer.float() - usual).abs().max().item() > tolerance:
+        raise TuningError(
+            f"attention of {type(model).__name__} is more than `sdpa` computes (sinks, soft-capped scores)",
+            where="tuning",
+            way_out=way_out,
+        )
+    names = {id(module): name for name, module in model.named_modules()}
+    once = {id(call.module): call for call in calls}
+    return [_slot(names[key], call, two="decoder_input_ids" in inputs) for key, call in once.items()]
+
+
+def _slot(name: str, call: Met, *, two: bool) -> _Slot:
+    """What a call says of its module; with `two` stacks, lengths tell them apart."""
+    keys = call.key.shape[2]
+    alone = "decoder" if call.causal else "encoder"
+    behind = "cross" if keys != call.queries else "encoder" if keys == _SOURCE else "decoder"
+    return _Slot(name, call.module, behind if two else alone, call.key.shape[1], call.key.shape[3], call.value.shape[3])
+
+
+def _stack(model: PreTrainedModel, name: str) -> nn.Module:
+    """What holds the outermost list of blocks that a module stands in; the body when it stands in none."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return model.get_submodule(".".join(parts[: end - 1]))
+    return model.base_model
+
+
+def _flat(call: Met) -> Tensor:
+    """The keys and values that one row met, (T, numbers of this module)."""
+    return torch.cat([part[0].transpose(0, 1).flatten(1) for part in (call.key, call.value)], 1)
+
+
+def _turns(model: PreTrainedModel, slots: Sequence[_Slot], by: int) -> list[Tensor] | None:
+    """For each slot the rotation (C, C) that a key undergoes when its token moves on by some positions.
+
+    Measured, not looked up: single tokens attend to themselves alone, so moving one changes its keys by the rotation and
+    nothing else. None where it changes them in another way (learnt positions), or positions cannot be given.
+    """
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return None
+    ids_B1 = few_ids(model, 2 * max(slot.key for slot in slots), 1)
+    met: list[dict[int, Tensor]] = []
+    with evaluating(model):
+        for position in (0, by):
+            _, calls = watch(model, {"input_ids": ids_B1, "position_ids": torch.full_like(ids_B1, position)})
+            met.append({id(call.module): call.key.squeeze(2).flatten(0, 1).double() for call in calls})
+    turns = []
+    for slot in slots:
+        here, there = (keys[id(slot.module)] for keys in met)
+        # The orthogonal matrix that comes nearest (Schönemann 1966).
+        left, sizes, right = torch.linalg.svd(here.T @ there)
+        turn_CC = left @ right
+        if sizes[-1] < 1e-9 * sizes[0] or (here @ turn_CC - there).norm() > 1e-4 * there.norm():
+            return None
+        turns.append(turn_CC)
+    return turns
+
+
+def _turned(flat_NS: Tensor, slots: Sequence[_Slot], turns: Sequence[Tensor]) -> Tensor:
+    """Keys multiplied by a matrix for each slot, values as they are."""
+    pieces = list(flat_NS.split([size for slot in slots for size in slot.sizes], 1))
+    for i, (slot, turn_CC) in enumerate(zip(slots, turns, strict=True)):
+        heads_NHC = pieces[2 * i].unflatten(1, (slot.heads, slot.key)).double()
+        pieces[2 * i] = (heads_NHC @ turn_CC).flatten(1).to(flat_NS.dtype)
+    return torch.cat(pieces, 1)
