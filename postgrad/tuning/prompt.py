@@ -134,7 +134,7 @@ class Prompt(Tuning):
         how = usual.start if start is None else start
         first_values = start_PD(model, Start(how, self.virtual, scale, text, labels, seed, tokenizer))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed GPUs too
             written_by = ENCODERS[chosen](first_values.shape[1], hidden)
 
         self._found = {name: p.requires_grad for name, p in model.named_parameters()}
