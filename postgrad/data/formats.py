@@ -1,19 +1,35 @@
 """How do rows become documents?
 
 A row of text is a document; a row of token ids is one already tokenised; a text file is cut into documents
-as `documents` says. Rows of the other kinds the field knows (chat, instructions, pairs) are recognised only
-to be named in the error. Empty documents are handed on, so that whoever counts can account for each of them.
+as `documents` says; a row that has parts (a conversation, a pair, a text with its label ...) is a document
+that carries an `Example`. Empty documents, and rows that teach nothing, are handed on, so that whoever counts
+can account for each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from postgrad.data.examples import (
+    KINDS,
+    LAYOUTS,
+    ROLES,
+    RUNNING,
+    Columns,
+    Example,
+    Labels,
+    Skipped,
+    columns_of,
+    labels_in,
+    make_example,
+    named,
+)
 from postgrad.data.sources import (
     TEXT_KINDS,
     Line,
@@ -30,17 +46,6 @@ from postgrad.errors import DataError, nearest
 CUTS = ("auto", "file", "passages", "paragraphs", "lines")
 """The ways to cut a text file: by its size, one document a file, passages, paragraphs, lines."""
 
-ROLES = ("text", "input_ids")
-"""What a column can be to training; the first that a row has decides the kind of the source."""
-
-OTHER_KINDS = (
-    ("chat", ("messages",)),
-    ("chat", ("conversations",)),
-    ("instruction", ("instruction", "output")),
-    ("prompt", ("prompt", "completion")),
-    ("pair", ("source", "target")),
-)
-
 WHOLE_FILE = 256 * 2**10
 """Bytes up to which `auto` takes a text file for one document."""
 PASSAGE = 4_000
@@ -51,14 +56,21 @@ FILE_CAP = 256 * 2**20
 """Characters above which a text file cannot be one document."""
 
 _PEEKED = 16
+_LINES = Columns("text", {"text": "text"}, ("text",))
+"""What a text file has."""
 
 
 class Document(NamedTuple):
-    """A text, or its token ids, and the place it came from (`file:line`)."""
+    """A text, or its token ids, and the place it came from (`file:line`).
+
+    With an `example`, `text` is the example's own. A row that teaches nothing has no text, and says why in `skipped`.
+    """
 
     text: str | None
     ids: np.ndarray | None
     place: str
+    example: Example | None = None
+    skipped: str = ""
 
     @property
     def empty(self) -> bool:
@@ -71,8 +83,8 @@ class Document(NamedTuple):
 def read_documents(source: Source, seen: Callable[[int], None] = lambda _: None) -> Iterator[Document]:
     """All documents of a source in its files' sorted order, the empty ones included.
 
-    Raises `DataError` for rows of another kind, for a broken file, and, at the end, for a source in which
-    every document is empty.
+    Raises `DataError` for rows of no known kind or of several, for a broken row or file, and, at the end, for a
+    source in which every document is empty.
     """
     if source.documents not in CUTS:
         raise DataError(
@@ -81,88 +93,166 @@ def read_documents(source: Source, seen: Callable[[int], None] = lambda _: None)
             expected=" | ".join(CUTS),
             way_out=nearest(source.documents, CUTS),
         )
+    if source.kind not in ("auto", *KINDS):
+        raise DataError(
+            f"'{source.kind}' is no kind of rows",
+            where=f"{source.where}.kind",
+            expected=" | ".join(("auto", *KINDS)),
+            way_out=nearest(source.kind, KINDS),
+        )
     for role in source.columns:
         if role not in ROLES:
             raise DataError(
                 f"'{role}' is nothing a column can be",
                 where=f"{source.where}.columns",
-                expected="columns: {text: <column>} or {input_ids: <column>}",
+                expected="columns: {text: <column>}, {input_ids: <column>}, {messages: <column>} ...",
                 way_out=nearest(role, ROLES),
             )
     return _not_all_empty(source, chain.from_iterable(_streams(source, seen)))
+
+
+def read_examples(source: Source) -> Iterator[tuple[Example, str]]:
+    """The examples of a source and their places; rows that teach nothing are left out.
+
+    Raises `DataError` as `read_documents` does, and for a source of running text.
+    """
+    for document in read_documents(source):
+        if document.example is not None:
+            yield document.example, document.place
+        elif not document.skipped:
+            raise DataError("running text", where=document.place, expected="rows that have parts")
+
+
+def read_labels(source: Source) -> Labels:
+    """The labels or tags that a source has. Raises `DataError` when it has none, or such as do not go together."""
+    return labels_in(((_with_labels(*each), each[1]) for each in read_examples(source)), source.where)
+
+
+def _with_labels(example: Example, place: str) -> Example:
+    if example.kind not in ("labelled", "tagged"):
+        raise DataError(
+            f"rows of `{example.kind}` have no labels",
+            where=place,
+            expected="rows of `labelled` or `tagged`",
+            way_out="say `kind: labelled`, or name the column with columns: {label: <column>}",
+        )
+    return example
+
+
+def source_kind(source: Source) -> str:
+    """What kind the rows of a source are, by the first of them. Raises `DataError` when they are of none."""
+    if source.kind != "auto":
+        return source.kind
+    if source.hub is not None:
+        return _columns(list(islice(read_hub(source.hub, source.root, source.where), _PEEKED)), source).kind
+    assert source.path is not None
+    for file in find_files(source.path, source.root, source.where):
+        if kind_of(file) in TEXT_KINDS:
+            return "text"
+        if first := list(islice(read_rows(file), _PEEKED)):
+            return _columns(first, source).kind
+    return "text"
 
 
 def _streams(source: Source, seen: Callable[[int], None]) -> Iterator[Iterator[Document]]:
     if source.hub is not None:
         rows = read_hub(source.hub, source.root, source.where)
         first = list(islice(rows, _PEEKED))
-        yield _from_rows(chain(first, rows), _kind(first, source), source)
+        yield _from_rows(chain(first, rows), _columns(first, source))
         return
     assert source.path is not None
     files = find_files(source.path, source.root, source.where)
-    kind: tuple[str, str] | None = None
+    kind = ""
     for file in files:
         text_file = kind_of(file) in TEXT_KINDS
         first = [] if text_file else list(islice(read_rows(file), _PEEKED))
         if not first and not text_file:
             continue
-        here = ("text", "text") if text_file else _kind(first, source)
-        if kind is not None and here[0] != kind[0]:
+        columns = _LINES if text_file else _columns(first, source)
+        if text_file and source.kind not in ("auto", "text"):
             raise DataError(
-                f"`{here[0]}` after rows of `{kind[0]}`",
+                f"a text file has no rows of kind `{source.kind}`",
                 where=str(file),
-                expected="one kind of rows in a source",
-                way_out="make two sources of it",
+                expected="files of .jsonl, .json, .csv or .parquet",
             )
-        kind = here
+        if columns.kind != (kind := kind or columns.kind):
+            raise _mixed(columns.kind, kind, first[0].place if first else f"{file}:1")
         if text_file:
             yield _from_text(file, source.documents, seen)
         else:
-            yield _from_rows(read_rows(file, {kind[1]}, seen), kind, source)
+            rows = read_rows(file, set(columns.by_role.values()), seen)
+            yield _from_rows(rows, columns, typed=kind_of(file) != ".csv")
 
 
 def _not_all_empty(source: Source, documents: Iterator[Document]) -> Iterator[Document]:
     met = empty = 0
+    document = None
     for document in documents:
         met += 1
         empty += document.empty
         yield document
-    if met == empty:
-        given = source.path if source.hub is None else source.hub.name
+    if met > empty:
+        return
+    given = source.path if source.hub is None else source.hub.name
+    if document is not None and document.skipped:
         raise DataError(
-            f"{given} holds {f'{empty:,} documents, all empty' if met else 'no document'}",
-            where=source.where,
-            expected="at least one document with text",
+            f"nothing can be learnt from any row of {given}; from this one: {document.skipped}",
+            where=document.place,
+            expected="at least one row with an answer or a label",
         )
+    raise DataError(
+        f"{given} holds {f'{empty:,} documents, all empty' if met else 'no document'}",
+        where=source.where,
+        expected="at least one document with text",
+    )
 
 
 # --- rows ---------------------------------------------------------------------------------------------
 
 
-def _kind(rows: list[Row], source: Source) -> tuple[str, str]:
-    """(role, column) that the first rows have, or the error that names what they are."""
-    columns = list(dict.fromkeys(chain.from_iterable(row.values for row in rows)))
-    place = rows[0].place if rows else source.where
+def _columns(rows: list[Row], source: Source) -> Columns:
+    """The kind and columns that the first rows have, or the error that says what they have instead."""
     if not rows:
-        return "text", "text"
-    for role in ROLES:
-        if role in source.columns:
-            column = source.columns[role]
-            if column not in columns:
-                raise _no_column(column, columns, place)
-            return role, column
-    for role in ROLES:
-        if role in columns:
-            return role, role
-    for kind, marks in OTHER_KINDS:
-        if all(mark in columns for mark in marks):
-            raise DataError(
-                f"{kind} rows ({', '.join(f'`{mark}`' for mark in marks)}) cannot be trained on yet",
-                where=place,
-                expected="a column `text` or `input_ids`",
-                way_out=f"map a column with columns: {{text: ...}}; met {_listed(columns)}",
+        return _LINES
+    names = list(dict.fromkeys(chain.from_iterable(row.values for row in rows)))
+    found = columns_of(names, source.columns, source.kind)
+    if found is None:
+        raise _no_kind(names, source, rows[0].place)
+    return found
+
+
+def _no_kind(names: list[str], source: Source, place: str) -> DataError:
+    """Why rows with columns `names` are not of the kind that is asked for, or of none."""
+    for column in source.columns.values():
+        if column not in names:
+            return _no_column(column, names, place)
+    sought = [layout for layout in LAYOUTS if source.kind in ("auto", layout.kind)]
+    if source.columns:
+        sought = [layout for layout in sought if source.columns.keys() <= set(layout.roles)]
+        if not sought:
+            return DataError(
+                f"columns: {_listed(list(source.columns))} do not go together"
+                + ("" if source.kind == "auto" else f" in rows of kind `{source.kind}`"),
+                where=f"{source.where}.columns",
+                expected="columns of one kind of rows",
             )
-    raise _no_column("text", columns, place)
+    if source.kind == "auto" and not source.columns:
+        return DataError(
+            f"no column `text` among {_listed(names)}",
+            where=place,
+            expected=f"columns of one of the kinds {', '.join(KINDS)}, or columns: {{text: <column>}}",
+            way_out=nearest("text", names),
+        )
+    missing = [[source.columns.get(role, role) for role in layout.required] for layout in sought]
+    best = max(missing, key=lambda columns: sum(column in names for column in columns))
+    column = next(column for column in best if column not in names)
+    expected = f"rows of kind `{sought[0].kind}`: " + " or ".join(_listed(columns) for columns in missing[:3])
+    return DataError(
+        f"no column `{column}` among {_listed(names)}",
+        where=place,
+        expected=expected,
+        way_out=nearest(column, names) or f"name the column with columns: {{{column}: <column>}}",
+    )
 
 
 def _no_column(column: str, columns: list[str], place: str) -> DataError:
@@ -175,25 +265,71 @@ def _no_column(column: str, columns: list[str], place: str) -> DataError:
     )
 
 
+def _mixed(kind: str, before: str, place: str) -> DataError:
+    return DataError(
+        f"`{kind}` after rows of `{before}`",
+        where=place,
+        expected="one kind of rows in a source",
+        way_out="make two sources of it",
+    )
+
+
 def _listed(columns: list[str], most: int = 12) -> str:
     shown = ", ".join(f"`{str(column)[:60]}`" for column in columns[:most])
     return (shown or "no columns") + (" ..." if len(columns) > most else "")
 
 
-def _from_rows(rows: Iterator[Row], kind: tuple[str, str], source: Source) -> Iterator[Document]:
-    role, column = kind
-    convert = _text if role == "text" else _ids
+def _from_rows(rows: Iterator[Row], columns: Columns, *, typed: bool = True) -> Iterator[Document]:
+    return _running(rows, columns) if columns.kind in RUNNING else _examples(rows, columns, typed)
+
+
+def _running(rows: Iterator[Row], columns: Columns) -> Iterator[Document]:
+    column = columns.by_role[columns.kind]
+    convert = _text if columns.kind == "text" else _ids
     for row in rows:
         if column not in row.values:
-            raise _no_column(column, list(row.values), row.place)
+            raise _other_row(row, column, columns.kind)
         yield convert(row.values[column], row.place, column)
+
+
+def _other_row(row: Row, column: str, kind: str) -> DataError:
+    """A row without a column that its source has: it is of another kind, or of none."""
+    names = list(row.values)
+    other = columns_of(names, {})
+    return _mixed(other.kind, kind, row.place) if other and other.kind != kind else _no_column(column, names, row.place)
+
+
+def _examples(rows: Iterable[Row], columns: Columns, typed: bool) -> Iterator[Document]:
+    for row in rows:
+        for column in columns.required:
+            if column not in row.values:
+                raise _other_row(row, column, columns.kind)
+        values = {role: row.values.get(column) for role, column in columns.by_role.items()}
+        if not typed and "label" in values:
+            values["label"] = _typed(values["label"])
+        try:
+            example = make_example(columns.kind, values, row.place)
+        except Skipped as reason:
+            yield Document("", None, row.place, None, str(reason))
+        else:
+            yield Document(example.text, None, row.place, example)
+
+
+_WHOLE, _POINT = re.compile(r"[+-]?\d+"), re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def _typed(label: Any) -> str | int | float:
+    """A label of a CSV file, where everything is text: as the number that it looks like."""
+    if _WHOLE.fullmatch(label):
+        return int(label)
+    return float(label) if _POINT.fullmatch(label) else label
 
 
 def _text(value: Any, place: str, column: str) -> Document:
     if value is None:  # what Parquet and JSON write for "no text": empty, and counted as such
         return Document("", None, place)
     if not isinstance(value, str):
-        raise DataError(f"`{column}` is {_named(value)}", where=place, expected="text")
+        raise DataError(f"`{column}` is {named(value)}", where=place, expected="text")
     if not value.isascii():
         try:
             value.encode()
@@ -210,31 +346,14 @@ def _ids(value: Any, place: str, column: str) -> Document:
     if value is None:
         value = []
     if not isinstance(value, list):
-        raise DataError(f"`{column}` is {_named(value)}", where=place, expected="a list of token ids")
+        raise DataError(f"`{column}` is {named(value)}", where=place, expected="a list of token ids")
     for kind in set(map(type, value)) - {int}:
-        met = _named(next(item for item in value if type(item) is kind))
+        met = named(next(item for item in value if type(item) is kind))
         raise DataError(f"`{column}` holds {met}", where=place, expected="a list of whole numbers")
     if value and (min(value) < 0 or max(value) >= 2**32):
         wrong = next(item for item in value if not 0 <= item < 2**32)
         raise DataError(f"`{column}` holds {str(wrong)[:24]}", where=place, expected="token ids, from 0 to 2^32 - 1")
     return Document(None, np.array(value, dtype=np.uint32), place)
-
-
-def _named(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true or false"
-        case int() | float():
-            return f"the number {value!r}"[:40]
-        case str():
-            return "text"
-        case list():
-            return "a list"
-        case Mapping():
-            return "an object"
-    return f"a {type(value).__name__}"
 
 
 # --- text files ---------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ class Source:
 
     `path` (relative to `root`) or `hub` is given, never both. `columns` renames (`{"text": "abstract"}`);
     `documents` says how a text file is cut (`auto`, `file`, `passages`, `paragraphs`, `lines`); `where` is
-    the key path that errors name, such as `data.sources[0]`.
+    the key path that errors name, such as `data.sources[0]`; `kind` is what the rows are, `auto` what their
+    columns say.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Source:
     documents: str = "auto"
     root: Path = Path()
     where: str = "data.sources"
+    kind: str = "auto"
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.hub is None):

@@ -6,6 +6,12 @@ A store is a folder that is never changed once it has its name:
     documents.npy    a row for each document: shard, start (tokens inside the shard), tokens, bytes, digest
     shard-00000/     tokens.bin: the ids, little-endian, two bytes each up to a vocabulary of 65,536, else 4
 
+Documents that were made of rows with parts (conversations, labelled texts ...) have two things more:
+
+    shard-00000/     marks.bin: two bytes for each token, which say what it is: answer or context, first text or
+                     second, the tag of the word that begins there
+    values.npy       a row of float32 for each document, where it has a label: class, classes or number
+
 While it grows, each finished shard stands beside the others as a folder of its own, published (staged,
 synced, renamed). What is found under its final name is therefore whole, wherever the process was killed.
 """
@@ -17,9 +23,10 @@ import io
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +37,11 @@ from postgrad.errors import DataError
 from postgrad.publish import MANIFEST, disk_error, publish, sha256, verify, write_atomically
 
 FORMAT = 1
+MARKED_FORMAT = 2
+"""Of a store with marks: whoever does not know them would train on what is only context."""
+
+MARK = np.dtype("<u2")
+VALUE = np.dtype("<f4")
 
 DOCUMENT = np.dtype([("shard", "<u4"), ("start", "<u8"), ("tokens", "<u4"), ("bytes", "<u8"), ("digest", "<u8")])
 """A row of the document table. `digest` is blake2b-8 of the text's UTF-8 bytes, or of the ids as `<u4`."""
@@ -62,6 +74,12 @@ class TokenStore:
         self.tokens: int = header["tokens"]
         self.bytes: int = header["bytes"]
         self.empty: int = header["empty"]
+        self.labels: list[str | int] | None = header.get("labels")
+        """The names of the classes or tags, by index."""
+        self.problem: str | None = header.get("problem")
+        """What `values` or marks say of a label: `class`, `multi`, `number` or `tags`."""
+        self.skipped: dict[str, int] = header.get("skipped", {})
+        """How many of the empty documents were left out for which reason."""
         self.dtype = np.dtype(header["dtype"])
 
     @classmethod
@@ -70,8 +88,12 @@ class TokenStore:
         try:
             header = json.loads((path / "store.json").read_text("utf-8"))
             version = header["format"]
-            if version != FORMAT:
-                raise DataError(f"a token store of format {version}", where=str(path), expected=f"format {FORMAT}")
+            if version not in (FORMAT, MARKED_FORMAT):
+                raise DataError(
+                    f"a token store of format {version}",
+                    where=str(path),
+                    expected=f"format {FORMAT} or {MARKED_FORMAT}",
+                )
             for name, entry in header["files"].items():
                 size = (path / name).stat().st_size
                 if size != entry["size"]:
@@ -101,12 +123,29 @@ class TokenStore:
         return np.load(self.path / "documents.npy", mmap_mode="r", allow_pickle=False)
 
     @cached_property
+    def values(self) -> np.ndarray | None:
+        """What is said of each document beside its tokens, of shape (documents, K); None where nothing is.
+
+        K is 1 for `problem` class (its index) and number, and the number of classes for multi (1 for those it has).
+        """
+        if "values.npy" not in self.header["files"]:
+            return None
+        return np.load(self.path / "values.npy", mmap_mode="r", allow_pickle=False)
+
+    @cached_property
     def _shards(self) -> list[np.ndarray]:
+        return self._maps("tokens.bin", self.dtype)
+
+    @cached_property
+    def _marks(self) -> list[np.ndarray]:
+        return self._maps("marks.bin", MARK)
+
+    def _maps(self, ending: str, dtype: np.dtype[Any]) -> list[np.ndarray]:
         """Plain arrays over the maps: slicing an `np.memmap` costs several times as much."""
         maps = []
         for name, entry in self.header["files"].items():
-            if name.endswith("tokens.bin"):
-                mapped = np.memmap(self.path / name, self.dtype, "r") if entry["size"] else np.zeros(0, self.dtype)
+            if name.endswith(ending):
+                mapped = np.memmap(self.path / name, dtype, "r") if entry["size"] else np.zeros(0, dtype)
                 maps.append(np.asarray(mapped))
         return maps
 
@@ -125,6 +164,20 @@ class TokenStore:
         first = int(starts[document])
         stop = length if stop is None else min(stop, length)
         return self._shards[shards[document]][first + min(start, length) : first + max(stop, 0)]
+
+    def marks(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
+        """The marks of the tokens that `read` gives for the same bounds; None where the documents have none.
+
+        Language-model rows: 1 for an answer, which is trained, 0 for what is only read. Labelled rows: 1 for the
+        second text. Tagged rows: the tag's index + 1 where a word begins. Everywhere else 0.
+        """
+        if not self._marks:
+            return None
+        shards, starts, lengths = self._places
+        length = int(lengths[document])
+        first = int(starts[document])
+        stop = length if stop is None else min(stop, length)
+        return self._marks[shards[document]][first + min(start, length) : first + max(stop, 0)]
 
     def verify(self) -> None:
         """Reads every byte. Raises `DataError` that names the file which is not what was written."""
@@ -150,6 +203,8 @@ class Shard:
     empty: int
     tokens: int
     bytes: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    """How many of the empty ones for which reason."""
 
     @property
     def met(self) -> int:
@@ -161,16 +216,30 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}"
 
 
-class ShardWriter:
-    """Writes the tokens and the document table of one shard into a folder, as they come."""
+@dataclass(frozen=True)
+class Extras:
+    """What a store holds beside tokens: whether each token has a mark, and how many values a document has."""
 
-    def __init__(self, folder: Path, number: int, vocabulary: int) -> None:
+    marks: bool = False
+    width: int = 0
+
+
+PLAIN = Extras()
+
+
+class ShardWriter:
+    """Writes the tokens and the document table of one shard into a folder, as they come, and what goes with them."""
+
+    def __init__(self, folder: Path, number: int, vocabulary: int, extras: Extras = PLAIN) -> None:
         self.number, self.vocabulary = number, vocabulary
         self.dtype = token_dtype(vocabulary)
         self.documents = self.tokens = self.bytes = 0
+        self.skipped: Counter[str] = Counter()
         self._open_tokens = 0
         self._tokens = open(folder / "tokens.bin", "xb", buffering=0)  # noqa: SIM115 (closed in `close`)
         self._table = open(folder / "documents.bin", "xb", buffering=0)  # noqa: SIM115
+        self._marks = open(folder / "marks.bin", "xb", buffering=0) if extras.marks else None  # noqa: SIM115
+        self._values = open(folder / "values.bin", "xb", buffering=0) if extras.width else None  # noqa: SIM115
 
     def add(
         self,
@@ -180,10 +249,13 @@ class ShardWriter:
         digests: np.ndarray,
         places: Sequence[str],
         *,
+        marks: np.ndarray | None = None,
+        values: np.ndarray | None = None,
         open_end: bool = False,
     ) -> None:
         """Documents one after another: all their `ids`, and for each its length, UTF-8 bytes, digest, place.
 
+        A writer of `extras` takes `marks` (as many as ids) and `values` (documents, width) too.
         With `open_end` the last document is not finished: the first one of the next call continues it (and
         gives its bytes and digest). Raises `DataError` with place and id for an id outside the vocabulary,
         which numpy would wrap in silence.
@@ -200,6 +272,12 @@ class ShardWriter:
                 way_out="use the tokenizer that belongs to the model",
             )
         _write(self._tokens, ids.astype(self.dtype).tobytes())
+        if self._marks is not None:
+            assert marks is not None and len(marks) == len(ids)
+            _write(self._marks, marks.astype(MARK).tobytes())
+        if self._values is not None:
+            assert values is not None and len(values) == len(lengths)
+            _write(self._values, values.astype(VALUE).tobytes())
         lengths = lengths.astype(np.int64)
         lengths[0] += self._open_tokens
         closed = len(lengths) - open_end
@@ -216,22 +294,26 @@ class ShardWriter:
         self.bytes += int(table["bytes"].sum())
 
     def close(self) -> None:
-        self._tokens.close()
-        self._table.close()
+        for file in (self._tokens, self._table, self._marks, self._values):
+            if file is not None:
+                file.close()
 
 
-def publish_shard(building: Path, number: int, vocabulary: int, write: Callable[[ShardWriter], int]) -> Shard:
+def publish_shard(
+    building: Path, number: int, vocabulary: int, write: Callable[[ShardWriter], int], extras: Extras = PLAIN
+) -> Shard:
     """Makes shard `number` of what `write(writer)` adds; that call returns how many documents were empty."""
     made: list[Shard] = []
 
     def fill(folder: Path) -> None:
-        writer = ShardWriter(folder, number, vocabulary)
+        writer = ShardWriter(folder, number, vocabulary, extras)
         try:
             empty = write(writer)
         finally:
             writer.close()
-        made.append(Shard(number, writer.documents, empty, writer.tokens, writer.bytes))
-        (folder / "shard.json").write_bytes(_json(asdict(made[0])))
+        shard = Shard(number, writer.documents, empty, writer.tokens, writer.bytes, dict(writer.skipped))
+        made.append(shard)
+        (folder / "shard.json").write_bytes(_json(asdict(shard)))
 
     publish(building / shard_name(number), fill)
     return made[0]
@@ -245,26 +327,29 @@ def finished_shards(building: Path) -> list[Shard]:
     return shards
 
 
-def publish_store(building: Path, final: Path, shards: Sequence[Shard], header: dict[str, Any]) -> TokenStore:
+def publish_store(
+    building: Path, final: Path, shards: Sequence[Shard], header: dict[str, Any], extras: Extras = PLAIN
+) -> TokenStore:
     """Writes the table and the header over finished shards and gives the folder its final name.
 
     `header` brings vocabulary, eos, kind and fingerprint; the counts come from the shards.
     """
     documents = sum(shard.documents for shard in shards)
+    streams = ("tokens.bin", "marks.bin") if extras.marks else ("tokens.bin",)
     files: dict[str, Any] = {}
     try:
-        with open(building / "documents.npy", "wb") as table:
-            table.write(_npy_head(documents))
+        for shard in shards:
+            folder = building / shard_name(shard.number)
+            listing = verify(folder)
+            files |= {f"{folder.name}/{stream}": listing[stream] for stream in streams}
+        files["documents.npy"] = _joined(building, shards, "documents", _npy_head(DOCUMENT, (documents,)))
+        if extras.width:
+            files["values.npy"] = _joined(building, shards, "values", _npy_head(VALUE, (documents, extras.width)))
+        if extras.marks:
+            skipped: Counter[str] = Counter()
             for shard in shards:
-                folder = building / shard_name(shard.number)
-                files[f"{folder.name}/tokens.bin"] = verify(folder)["tokens.bin"]
-                with open(folder / "documents.bin", "rb") as part:
-                    while block := part.read(2**20):
-                        table.write(block)
-            table.flush()
-            os.fsync(table.fileno())
-        written = building / "documents.npy"
-        files[written.name] = {"size": written.stat().st_size, "sha256": sha256(written)}
+                skipped.update(shard.skipped)
+            header = {**header, "format": MARKED_FORMAT, "skipped": dict(skipped)}
         whole = {
             "format": FORMAT,
             **header,
@@ -287,22 +372,36 @@ def publish_store(building: Path, final: Path, shards: Sequence[Shard], header: 
     return tidied(TokenStore.open(final))
 
 
+def _joined(building: Path, shards: Sequence[Shard], name: str, head: bytes) -> dict[str, str | int]:
+    """Streams what the shards hold under `name` behind the head of one .npy file; its size and hash."""
+    whole = building / f"{name}.npy"
+    with open(whole, "wb") as out:
+        out.write(head)
+        for shard in shards:
+            with open(building / shard_name(shard.number) / f"{name}.bin", "rb") as part:
+                while block := part.read(2**20):
+                    out.write(block)
+        out.flush()
+        os.fsync(out.fileno())
+    return {"size": whole.stat().st_size, "sha256": sha256(whole)}
+
+
 def tidied(store: TokenStore) -> TokenStore:
     """The store, without what was only of use while it grew."""
     for name in store.header["files"]:
         if name.endswith("tokens.bin"):
             folder = (store.path / name).parent
-            for leftover in ("documents.bin", "shard.json", MANIFEST):
+            for leftover in ("documents.bin", "values.bin", "shard.json", MANIFEST):
                 with suppress(OSError):  # a cache shared for reading may be read-only
                     (folder / leftover).unlink(missing_ok=True)
     return store
 
 
-def _npy_head(rows: int) -> bytes:
-    """The head of a .npy file, written here so that the table can be streamed behind it."""
+def _npy_head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """The head of a .npy file, written here so that its rows can be streamed behind it."""
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(
-        head, {"descr": np.lib.format.dtype_to_descr(DOCUMENT), "fortran_order": False, "shape": (rows,)}
+        head, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     )
     return head.getvalue()
 

@@ -4,6 +4,9 @@ In parallel, restartable and cached. Threads are enough: the `tokenizers` packag
 while it encodes, and one tokenizer with its cache of words serves them all (measured: as fast as its own
 threads, and faster than worker processes). Each document becomes `[bos] + ids + [eos]`, with exactly one eos.
 
+Rows that have parts are put into words by a renderer, which is passed in. Their tokens are found together with
+their places in the text, so that each gets the mark of what it stands in, wherever the tokenizer parts the text.
+
 The store's name is the hash of everything its bytes depend on: the files' contents, the tokenizer and the
 options. Shards end at places that depend on the documents alone, so that a build which was killed keeps its
 finished shards, goes on behind them, and ends with the same bytes.
@@ -19,7 +22,7 @@ import shutil
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -32,10 +35,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from postgrad.data import formats
-from postgrad.data.formats import Document, read_documents
+from postgrad.data.examples import RUNNING, Labels, Rendered, Renderer, joined
+from postgrad.data.formats import Document, read_documents, read_labels, source_kind
 from postgrad.data.sources import HubRows, Source, find_files
 from postgrad.data.store import (
     FORMAT,
+    MARK,
+    MARKED_FORMAT,
+    Extras,
     ShardWriter,
     TokenStore,
     digest,
@@ -115,19 +122,26 @@ def build_store(
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
     workers: int | None = None,
+    renderer: Renderer | None = None,
 ) -> TokenStore:
     """The store of a source's documents: the one in `cache` if it is there, else built now.
 
     `progress(bytes_done, bytes_total)` counts bytes of the source's files (the total is 0 where it is
     unknown, as on the Hub). `workers` is the number of threads, by default the cores this process may run on.
+    `renderer` puts rows that have parts into words; for running text it makes no difference.
     Raises `DataError` with the place of what cannot be used, and `DiskError` when there is no room.
     """
+    if renderer is not None and source_kind(source) in RUNNING:
+        renderer = None
     try:
         for folder in ("stores", "building", "locks"):
             (cache / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, cache) from error
     inputs = _Inputs.of(source, cache)
+    asked: dict[str, Any] = {} if source.kind in ("auto", "text") else {"kind": source.kind}
+    if renderer is not None:
+        asked |= {"format": MARKED_FORMAT, "renderer": renderer.fingerprint}
     fingerprint = _hash(
         {
             "format": FORMAT,
@@ -137,6 +151,7 @@ def build_store(
             "documents": source.documents,
             "cuts": [formats.WHOLE_FILE, formats.PASSAGE, formats.PARAGRAPH_CAP, WHOLE_DOCUMENT, PIECE],
             "shard": SHARD_CHARACTERS,
+            **asked,
         }
     )
     final = cache / "stores" / fingerprint
@@ -145,7 +160,28 @@ def build_store(
     with _alone(cache / "locks" / f"{fingerprint}.lock") as alone:
         mine = fingerprint if alone else f"{fingerprint}-{os.getpid()}"
         building = cache / "building" / mine
-        return _published(final) or _build(source, encoder, inputs, building, final, progress, workers)
+        return _published(final) or _build(source, encoder, renderer, inputs, building, final, progress, workers)
+
+
+def labels_of(sources: Sequence[Source], cache: Path) -> Labels:
+    """The labels that labelled or tagged sources have together, read once for each state of their files.
+
+    Raises `DataError` as `read_labels` does, and when the sources have labels of different sorts.
+    """
+    return joined(_labels_of(source, cache) for source in sources)
+
+
+def _labels_of(source: Source, cache: Path) -> Labels:
+    asked = [FORMAT, _Inputs.of(source, cache).fingerprint, dict(source.columns), source.kind]
+    place = cache / "labels" / f"{_hash(asked)}.json"
+    try:
+        written = json.loads(place.read_bytes())
+        return Labels(written["problem"], tuple(written["names"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        labels = read_labels(source)
+    with suppress(DiskError):  # only a memo
+        write_atomically(place, json.dumps({"problem": labels.problem, "names": labels.names}))
+    return labels
 
 
 def _published(final: Path) -> TokenStore | None:
@@ -161,6 +197,7 @@ def _published(final: Path) -> TokenStore | None:
 def _build(
     source: Source,
     encoder: Encoder,
+    renderer: Renderer | None,
     inputs: _Inputs,
     building: Path,
     final: Path,
@@ -169,6 +206,8 @@ def _build(
 ) -> TokenStore:
     sweep(building)
     tokenizer = encoder.load()
+    if renderer is not None:
+        tokenizer.post_processor = None  # it adds nothing here, but would take white space out of the tokens' places
     read = 0
 
     def seen(count: int) -> None:
@@ -179,8 +218,15 @@ def _build(
     shards = finished_shards(building)
     kind = ""
     for document in islice(documents, sum(shard.met for shard in shards)):
-        kind = _kind(document)
-    results = _encoded(_batches(documents), tokenizer, encoder, workers or _cores())
+        kind = kind or _kind(document)
+
+    def encode(batch: _Batch) -> _Encoded:
+        if renderer is None:
+            return _encode(batch, tokenizer, encoder)
+        return _encode_examples(batch, tokenizer, encoder, renderer)
+
+    extras = Extras() if renderer is None else Extras(marks=True, width=renderer.width)
+    results = _encoded(_batches(documents), encode, workers or _cores())
     with closing(results), _swept(building):
         while first := next(results, None):
 
@@ -189,7 +235,8 @@ def _build(
                 empty = 0
                 for batch, encoded in chain([first], results):
                     kind = kind or batch.kind
-                    writer.add(*encoded, open_end=not batch.last)
+                    writer.add(*encoded[:5], marks=encoded.marks, values=encoded.values, open_end=not batch.last)
+                    writer.skipped.update(batch.skipped + encoded.skipped)
                     empty += batch.met - len(encoded.lengths) * batch.last
                     if progress:
                         progress(min(read, inputs.size), inputs.size)
@@ -198,7 +245,7 @@ def _build(
                 inputs.check_unchanged()
                 return empty
 
-            shards.append(publish_shard(building, len(shards), encoder.vocabulary, write))
+            shards.append(publish_shard(building, len(shards), encoder.vocabulary, write, extras))
     if not sum(shard.documents for shard in shards):
         shutil.rmtree(building, ignore_errors=True)
         raise DataError(
@@ -213,7 +260,9 @@ def _build(
         "kind": kind,
         "fingerprint": final.name,
     }
-    store = publish_store(building, final, shards, header)
+    if renderer is not None and renderer.labels is not None:
+        header |= {"labels": renderer.labels.names or None, "problem": renderer.labels.problem}
+    store = publish_store(building, final, shards, header, extras)
     if progress:
         progress(inputs.size, inputs.size)
     return store
@@ -361,6 +410,8 @@ class _Batch:
     last: bool = True
     whole: tuple[int, int] | None = None
     """Bytes and digest of the document whose last piece this is."""
+    skipped: tuple[str, ...] = ()
+    """Why rows were left out that teach nothing."""
 
     @property
     def kind(self) -> str:
@@ -368,17 +419,23 @@ class _Batch:
 
 
 def _kind(document: Document) -> str:
+    """What a document is; nothing can be said of a row that was left out."""
+    if document.example is not None:
+        return document.example.kind
+    if document.skipped:
+        return ""
     return "text" if document.text is not None else "input_ids"
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[_Batch]:
     """Where a batch and a shard end depends on the documents alone, so that every build cuts alike."""
     held: list[Document] = []
+    skipped: list[str] = []
     size = shard = met = 0
     for document in documents:
         met += 1
         text, ids = document.text, document.ids
-        if text is not None and len(text) > WHOLE_DOCUMENT:
+        if text is not None and len(text) > WHOLE_DOCUMENT and document.example is None:
             if held or met > 1:
                 yield _Batch(held, met - 1, False)
             data = text.encode()
@@ -393,14 +450,16 @@ def _batches(documents: Iterator[Document]) -> Iterator[_Batch]:
             length = len(text) if text is not None else 4 * len(ids)  # type: ignore[arg-type]
             size += length
             shard += length
+        elif document.skipped:
+            skipped.append(document.skipped)
         if shard >= SHARD_CHARACTERS:
-            yield _Batch(held, met, True)
-            held, size, met, shard = [], 0, 0, 0
+            yield _Batch(held, met, True, skipped=tuple(skipped))
+            held, skipped, size, met, shard = [], [], 0, 0, 0
         elif size >= BATCH_CHARACTERS or met >= BATCH_DOCUMENTS:
-            yield _Batch(held, met, False)
-            held, size, met = [], 0, 0
+            yield _Batch(held, met, False, skipped=tuple(skipped))
+            held, skipped, size, met = [], [], 0, 0
     if met:
-        yield _Batch(held, met, True)
+        yield _Batch(held, met, True, skipped=tuple(skipped))
 
 
 def _piece_batches(text: str, place: str, whole: tuple[int, int], ends_shard: bool) -> Iterator[_Batch]:
@@ -433,24 +492,27 @@ def _cut(text: str, near: int) -> int:
 
 
 class _Encoded(NamedTuple):
-    """The non-empty documents of a batch, as `ShardWriter.add` takes them."""
+    """The non-empty documents of a batch, as `ShardWriter.add` takes them, and why others were left out."""
 
     ids: np.ndarray
     lengths: np.ndarray
     sizes: np.ndarray
     digests: np.ndarray
     places: list[str]
+    marks: np.ndarray | None = None
+    values: np.ndarray | None = None
+    skipped: tuple[str, ...] = ()
 
 
 def _encoded(
-    batches: Iterator[_Batch], tokenizer: Tokenizer, encoder: Encoder, workers: int
+    batches: Iterator[_Batch], encode: Callable[[_Batch], _Encoded], workers: int
 ) -> Generator[tuple[_Batch, _Encoded], None, None]:
     """The batches in their order, `workers` of them being encoded while the next ones are read."""
     waiting: deque[tuple[_Batch, Future[_Encoded]]] = deque()
     with _without_own_threads(), ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
         try:
             for batch in batches:
-                waiting.append((batch, pool.submit(_encode, batch, tokenizer, encoder)))
+                waiting.append((batch, pool.submit(encode, batch)))
                 if len(waiting) > workers + 1:
                     done, future = waiting.popleft()
                     yield done, future.result()
@@ -477,6 +539,13 @@ def _without_own_threads() -> Iterator[None]:
 
 
 def _encode(batch: _Batch, tokenizer: Tokenizer, encoder: Encoder) -> _Encoded:
+    if batch.kind not in ("", *RUNNING):
+        raise DataError(
+            f"rows of kind `{batch.kind}` where running text is read",
+            where=batch.documents[0].place,
+            expected="rows with `text` or `input_ids`",
+            way_out="name the column that holds running text with columns: {text: <column>}",
+        )
     flat = array("I")  # filled from lists at half the price of numpy's own ways
     lengths: list[int] = []
     sizes: list[int] = []
@@ -540,11 +609,100 @@ def _contents(batch: _Batch, tokenizer: Tokenizer) -> Iterator[tuple[list[int], 
     except (MemoryError, DataError):
         raise
     except Exception as error:  # the package raises bare Exception
-        raise DataError(
-            f"the tokenizer fails: {error}",
-            where=f"{documents[0].place} to {documents[-1].place}",
-            expected="a tokenizer that can encode every text",
-        ) from None
+        raise _failed(error, batch) from None
+
+
+def _failed(error: Exception, batch: _Batch) -> DataError:
+    return DataError(
+        f"the tokenizer fails: {error}",
+        where=f"{batch.documents[0].place} to {batch.documents[-1].place}",
+        expected="a tokenizer that can encode every text",
+    )
+
+
+def _encode_examples(batch: _Batch, tokenizer: Tokenizer, encoder: Encoder, renderer: Renderer) -> _Encoded:
+    """The documents of a batch as `renderer` words them: `[bos] + ids + [eos]` as everywhere, and a mark for each."""
+    rendered = [_rendered(document, renderer) for document in batch.documents]
+    parts = iter(_tokens([text for each in rendered for text in _texts(each)], tokenizer, batch))
+    ids: list[np.ndarray] = []
+    marks: list[np.ndarray] = []
+    kept: list[int] = []
+    for number, each in enumerate(rendered):
+        met = [next(parts) for _ in _texts(each)]
+        spans = [each.pieces] if each.joint else [(piece,) for piece in each.pieces]
+        own = np.concatenate([each_ids for each_ids, _ in met])
+        its = np.concatenate([_marks(span, ends, each.words) for span, (_, ends) in zip(spans, met, strict=True)])
+        others = np.flatnonzero(own != encoder.eos)
+        stop = int(others[-1]) + 1 if len(others) else 0
+        start = 0
+        while encoder.bos is not None and start < stop and own[start] == encoder.bos:
+            start += 1
+        if start == stop:
+            continue
+        first = [] if encoder.bos is None else [encoder.bos]
+        last = 0 if each.words else each.pieces[-1][1]
+        ids.append(np.concatenate([first, own[start:stop], [encoder.eos]]))
+        marks.append(np.concatenate([[0] * len(first), its[start:stop], [last]]))
+        kept.append(number)
+    return _Encoded(
+        np.concatenate(ids).astype(np.int64) if ids else np.zeros(0, np.int64),
+        np.array([len(own) for own in ids], np.int64),
+        np.array([len("".join(_texts(rendered[number])).encode()) for number in kept], np.uint64),
+        np.array([digest((batch.documents[number].text or "").encode()) for number in kept], np.uint64),
+        [batch.documents[number].place for number in kept],
+        np.concatenate(marks).astype(MARK) if marks else np.zeros(0, MARK),
+        np.array([rendered[number].values for number in kept], np.float32).reshape(len(kept), renderer.width),
+        ("no tokens",) * (len(rendered) - len(kept)),
+    )
+
+
+def _rendered(document: Document, renderer: Renderer) -> Rendered:
+    assert document.example is not None
+    try:
+        return renderer.render(document.example)
+    except DataError as error:
+        where = error.where or document.place
+        raise DataError(error.met, where=where, expected=error.expected, way_out=error.way_out) from None
+
+
+def _texts(rendered: Rendered) -> list[str]:
+    """What is tokenised by itself: all pieces as one text, or each."""
+    texts = [text for text, _ in rendered.pieces]
+    return ["".join(texts)] if rendered.joint else texts
+
+
+def _tokens(texts: list[str], tokenizer: Tokenizer, batch: _Batch) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each text its ids, and the characters (from, to) that each id stands for, of shape (T, 2)."""
+    if not texts:
+        return []
+    try:
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    except Exception as error:  # the package raises bare Exception
+        raise _failed(error, batch) from None
+    return [
+        (np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2))
+        for encoding in encodings
+    ]
+
+
+def _marks(pieces: Sequence[tuple[str, int]], places: np.ndarray, words: bool) -> np.ndarray:
+    """The mark of each token, `places` being its characters: the greatest of its pieces' marks.
+
+    With `words` only the first token that a piece has any character of, unless an earlier piece has it already.
+    """
+    marks = np.zeros(len(places), np.int64)
+    starts, stops = places[:, 0], places[:, 1]
+    at = 0
+    for text, mark in pieces:
+        end = at + len(text)
+        if mark and text:
+            first, last = np.searchsorted(stops, at, "right"), np.searchsorted(starts, end, "left")
+            if not words:
+                marks[first:last] = np.maximum(marks[first:last], mark)
+            elif first < last and not marks[first]:
+                marks[first] = mark
+        at = end
+    return marks
 
 
 def _cores() -> int:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from postgrad.data import formats
-from postgrad.data.formats import read_documents
+from postgrad.data.formats import read_documents, read_examples, read_labels, source_kind
 from postgrad.data.sources import Source
 from postgrad.errors import DataError
 
@@ -59,25 +59,59 @@ def test_columns_rename(tmp_path: Path) -> None:
     assert next(read_documents(as_ids)).text is None
 
 
+KINDS = [
+    ({"text": "a"}, "text"),
+    ({"text": "a", "label": 1}, "text"),  # as ever: the label has to be asked for
+    ({"text": "a", "messages": []}, "text"),
+    ({"input_ids": [1]}, "input_ids"),
+    ({"messages": []}, "chat"),
+    ({"conversations": [], "id": 1}, "chat"),
+    ({"instruction": "a", "input": "", "output": "b"}, "instruction"),
+    ({"instruction": "a", "output": "b"}, "instruction"),
+    ({"prompt": "a", "completion": "b"}, "completion"),
+    ({"source": "a", "target": "b"}, "pair"),
+    ({"question": "a", "choices": ["a", "b"], "answer": 0}, "choices"),
+    ({"question": "a", "choices": ["a", "b"], "answerKey": "A"}, "choices"),
+    ({"tokens": ["a"], "tags": ["O"]}, "tagged"),
+    ({"tokens": ["a"], "pos_tags": [1], "ner_tags": [0]}, "tagged"),
+    ({"tokens": ["a"], "labels": [0]}, "tagged"),
+    ({"sentence": "a", "label": 0}, "labelled"),
+    ({"text_a": "a", "text_b": "b", "label": 0}, "labelled"),
+    ({"sentence1": "a", "sentence2": "b", "label": 0.5}, "labelled"),
+    ({"premise": "a", "hypothesis": "b", "label": "no"}, "labelled"),
+    ({"question1": "a", "question2": "b", "labels": [1]}, "labelled"),
+    ({"question": "a", "sentence": "b", "label": 0}, "labelled"),
+]
+
+
+@pytest.mark.parametrize(("row", "kind"), KINDS, ids=[f"{kind}: {' '.join(row)}" for row, kind in KINDS])
+def test_the_columns_say_the_kind(tmp_path: Path, row: dict[str, Any], kind: str) -> None:
+    rows(tmp_path, row)
+    assert source_kind(source(tmp_path, "a.jsonl")) == kind
+
+
 @pytest.mark.parametrize(
-    ("row", "columns", "told"),
+    ("row", "columns", "kind", "told"),
     [
-        ({"messages": []}, {}, "chat rows (`messages`) cannot be trained on yet"),
-        ({"conversations": [], "id": 1}, {}, "chat rows (`conversations`)"),
-        ({"instruction": "a", "input": "", "output": "b"}, {}, "instruction rows (`instruction`, `output`)"),
-        ({"prompt": "a", "completion": "b"}, {}, "prompt rows (`prompt`, `completion`)"),
-        ({"source": "a", "target": "b"}, {}, "pair rows (`source`, `target`)"),
-        ({"messages": []}, {}, "columns: {text: ...}"),
-        ({"instruction": "a", "output": "b", "input": ""}, {}, "met `instruction`, `output`, `input`"),
-        ({"txt": "a"}, {}, "did you mean 'txt'?"),
-        ({"abstract": "a"}, {"text": "abstrct"}, "did you mean 'abstract'?"),
-        ({"abstract": "a"}, {"txt": "abstract"}, "did you mean 'text'?"),
+        ({"txt": "a"}, {}, "auto", "did you mean 'txt'?"),
+        ({"abstract": "a"}, {"text": "abstrct"}, "auto", "did you mean 'abstract'?"),
+        ({"abstract": "a"}, {"txt": "abstract"}, "auto", "did you mean 'text'?"),
+        ({"prompt": "a", "chosen": "b"}, {}, "auto", "kinds text, input_ids, chat, instruction, completion"),
+        ({"messages": []}, {}, "chatt", "did you mean 'chat'?"),
+        ({"text": "a", "lable": 1}, {}, "labelled", "did you mean 'lable'?"),
+        ({"text": "a"}, {}, "chat", "`messages` or `conversations`"),
+        ({"q": "a", "a": "b"}, {"prompt": "q"}, "auto", "no column `completion` among `q`, `a`"),
+        ({"q": "a", "t": "b"}, {"prompt": "q", "target": "t"}, "auto", "`prompt`, `target` do not go together"),
+        ({"text": "a"}, {"text": "text"}, "chat", "`text` do not go together in rows of kind `chat`"),
+        ({"messages": []}, {"messages": "messages", "system": "sys"}, "auto", "no column `sys`"),
     ],
 )
-def test_other_rows_are_named(tmp_path: Path, row: dict[str, Any], columns: dict[str, str], told: str) -> None:
+def test_rows_of_no_kind_are_named(
+    tmp_path: Path, row: dict[str, Any], columns: dict[str, str], kind: str, told: str
+) -> None:
     rows(tmp_path, row)
     with pytest.raises(DataError) as caught:
-        list(read_documents(source(tmp_path, "a.jsonl", columns=columns)))
+        list(read_documents(source(tmp_path, "a.jsonl", columns=columns, kind=kind)))
     assert told in str(caught.value)
 
 
@@ -91,6 +125,135 @@ def test_kinds_do_not_mix(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("text")
     with pytest.raises(DataError, match="one kind of rows"):
         list(read_documents(source(tmp_path, ".")))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"text": "a"}, {"messages": [{"role": "user", "content": "a"}]}),
+        ({"messages": [], "id": 1}, {"prompt": "a", "completion": "b"}),
+        ({"source": "a", "target": "b"}, {"text": "a"}),
+        ({"tokens": ["a"], "tags": ["O"]}, {"sentence": "a", "label": 0}),
+    ],
+)
+def test_two_kinds_in_one_file_are_told_with_the_line(
+    tmp_path: Path, first: dict[str, Any], then: dict[str, Any]
+) -> None:
+    file = rows(tmp_path, *[first] * 20, then)
+    with pytest.raises(DataError) as caught:
+        list(read_documents(source(tmp_path, "a.jsonl")))
+    assert caught.value.where == f"{file}:21"
+    kinds = []
+    for number, row in enumerate((first, then)):
+        (tmp_path / str(number)).mkdir()
+        rows(tmp_path / str(number), row)
+        kinds.append(source_kind(source(tmp_path / str(number), "a.jsonl")))
+    assert f"`{kinds[1]}` after rows of `{kinds[0]}`" in str(caught.value)
+
+
+def test_two_kinds_in_two_files_are_told_with_the_line(tmp_path: Path) -> None:
+    rows(tmp_path, {"source": "a", "target": "b"})
+    (tmp_path / "b.jsonl").write_text('\n{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl:2: `completion` after rows of `pair`"):
+        list(read_documents(source(tmp_path, ".")))
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "c.txt").write_text("text")
+    with pytest.raises(DataError, match=r"c\.txt:1: `text` after rows of `pair`"):
+        list(read_documents(source(tmp_path, ".")))
+    with pytest.raises(DataError, match="a text file has no rows of kind `chat`"):
+        list(read_documents(source(tmp_path, "c.txt", kind="chat")))
+
+
+def test_a_row_without_a_column_of_its_kind_is_told_with_the_line(tmp_path: Path) -> None:
+    file = rows(tmp_path, {"source": "a", "target": "b"}, {"source": "a"})
+    with pytest.raises(DataError, match="no column `target` among `source`") as caught:
+        list(read_documents(source(tmp_path, "a.jsonl")))
+    assert caught.value.where == f"{file}:2"
+
+
+# --- examples -----------------------------------------------------------------------------------------
+
+
+def test_a_label_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
+    rows(tmp_path, {"text": "fine", "label": "good"}, {"text": "bad", "label": None})
+    plain = list(read_documents(source(tmp_path, "a.jsonl")))
+    assert [(document.text, document.example) for document in plain] == [("fine", None), ("bad", None)]
+    for options in ({"kind": "labelled"}, {"columns": {"label": "label"}}):
+        first, second = read_documents(source(tmp_path, "a.jsonl", **options))
+        assert first.example is not None
+        assert first.example.fields == {"text": "fine", "label": "good"}
+        assert (first.text, first.place) == ("fine", f"{tmp_path / 'a.jsonl'}:1")
+        assert (second.example, second.empty, second.skipped) == (None, True, "no label")
+    rows(tmp_path, {"review": "fine", "stars": 5})
+    mapped = next(read_examples(source(tmp_path, "a.jsonl", columns={"text": "review", "label": "stars"})))[0]
+    assert mapped.fields == {"text": "fine", "label": 5}
+    text = next(read_documents(source(tmp_path, "a.jsonl", columns={"text": "review"})))
+    assert (text.text, text.example) == ("fine", None)
+
+
+def test_columns_can_be_renamed_in_every_kind(tmp_path: Path) -> None:
+    rows(tmp_path, {"de": "Haus", "en": "house"})
+    example, place = next(read_examples(source(tmp_path, "a.jsonl", columns={"source": "de", "target": "en"})))
+    assert (example.kind, dict(example.fields)) == ("pair", {"source": "Haus", "target": "house"})
+    assert place.endswith("a.jsonl:1")
+    rows(tmp_path, {"tokens": ["a"], "pos_tags": [3], "ner_tags": [0]})
+    example, _ = next(read_examples(source(tmp_path, "a.jsonl", columns={"tags": "pos_tags"})))
+    assert example.fields["tags"] == (3,)
+
+
+def test_a_column_that_only_later_rows_have_is_read(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows(tmp_path, *[{"messages": turns}] * 30, {"messages": turns, "system": "be kind"})
+    *_, (last, _) = read_examples(source(tmp_path, "a.jsonl"))
+    assert last.messages[0] == {"role": "system", "content": "be kind"}
+
+
+def test_numbers_in_a_csv_file_are_numbers(tmp_path: Path) -> None:
+    def labels(*cells: str) -> list[Any]:
+        (tmp_path / "a.csv").write_text("sentence,label\n" + "".join(f"x,{cell}\n" for cell in cells))
+        return [example.fields["label"] for example, _ in read_examples(source(tmp_path, "a.csv"))]
+
+    assert labels("1", "-2", "", "10") == [1, -2, 10]
+    assert labels("1", "2.5", "3.", ".5e1") == [1, 2.5, 3.0, 5.0]
+    assert labels("yes", "1e5", "nan", "1 2") == ["yes", "1e5", "nan", "1 2"]
+
+
+def test_parquet_gives_the_same_examples_as_lines(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    given = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "name": "x"}], "n": 1},
+        {"messages": [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}], "n": 2},
+    ]
+    rows(tmp_path, *given)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(given), tmp_path / "a.parquet")
+    lines, table = (
+        [example for example, _ in read_examples(source(tmp_path, name))] for name in ("a.jsonl", "a.parquet")
+    )
+    assert lines == table  # where a message has no name, Parquet says null
+
+
+def test_rows_from_which_nothing_can_be_learnt_are_an_error_with_a_place(tmp_path: Path) -> None:
+    file = rows(tmp_path, {"prompt": "a", "completion": ""}, {"prompt": "a", "completion": None})
+    with pytest.raises(DataError, match=r"nothing can be learnt from any row of .*: empty answer") as caught:
+        list(read_documents(source(tmp_path, "a.jsonl")))
+    assert caught.value.where == f"{file}:2"
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"source": "a", "target": "b\\ud800"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the row holds half a surrogate pair"):
+        list(read_documents(source(tmp_path, "a.jsonl")))
+
+
+def test_running_text_has_no_examples_and_a_conversation_no_labels(tmp_path: Path) -> None:
+    rows(tmp_path, {"text": "a"})
+    with pytest.raises(DataError, match="running text"):
+        list(read_examples(source(tmp_path, "a.jsonl")))
+    rows(tmp_path, {"source": "a", "target": "b"})
+    with pytest.raises(DataError, match=r"a\.jsonl:1: rows of `pair` have no labels"):
+        read_labels(source(tmp_path, "a.jsonl"))
 
 
 def test_an_unknown_cut_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,589 @@
+"""What can a row be besides running text?
+
+A conversation, an instruction, a prompt and its completion, a pair of texts, a text with its label, words with their
+tags, or a question with choices. Each becomes an `Example`: its kind and its fields, checked. What kind a row has
+follows from its columns (`LAYOUTS`). A row that is broken is an error with its place; a row that is whole and yet
+teaches nothing (an empty answer, no label) is `Skipped` for a reason that can be counted.
+
+How an example becomes text is not decided here: that is a `Renderer`, a value that is passed to whoever tokenises.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import string
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+from postgrad.errors import DataError, nearest
+
+MOST_LABELS = 2**16 - 2
+"""A mark has two bytes, and 0 is no tag."""
+
+
+# --- what the columns say -----------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """Columns by which rows of a kind are known: all of `required`, and what may stand beside them."""
+
+    kind: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+
+PAIRS = (
+    ("text_a", "text_b"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+)
+"""Names under which the two texts of a labelled pair come."""
+
+LAYOUTS = (
+    Layout("text", ("text",)),
+    Layout("input_ids", ("input_ids",)),
+    Layout("chat", ("messages",), ("system", "tools")),
+    Layout("chat", ("conversations",), ("system", "tools")),
+    Layout("instruction", ("instruction", "output"), ("input", "system", "history")),
+    Layout("completion", ("prompt", "completion")),
+    Layout("pair", ("source", "target")),
+    Layout("choices", ("question", "choices", "answer")),
+    Layout("choices", ("question", "choices", "answerKey")),
+    *(Layout("tagged", ("tokens", tags)) for tags in ("tags", "ner_tags", "labels")),
+    *(
+        Layout("labelled", (*texts, label))
+        for texts in (*PAIRS, ("text",), ("sentence",))
+        for label in ("label", "labels")
+    ),
+)
+"""The first that fits decides. So rows with `text` and `label` are running text, unless the label is asked for."""
+
+KINDS = tuple(dict.fromkeys(layout.kind for layout in LAYOUTS))
+RUNNING = ("text", "input_ids")
+"""The kinds that are no examples."""
+ROLES = tuple(dict.fromkeys(chain.from_iterable(layout.roles for layout in LAYOUTS)))
+"""What a column can be."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The kind of some rows, the column of each role, and the columns that every row must have."""
+
+    kind: str
+    by_role: Mapping[str, str]
+    required: tuple[str, ...]
+
+
+def columns_of(names: Collection[str], renamed: Mapping[str, str], kind: str = "auto") -> Columns | None:
+    """The kind that rows with columns `names` have, `renamed` (role to column) being given; None if it is none."""
+    for layout in LAYOUTS:
+        if kind not in ("auto", layout.kind) or not renamed.keys() <= set(layout.roles):
+            continue
+        by_role = {role: renamed.get(role, role) for role in layout.roles}
+        if all(by_role[role] in names for role in {*layout.required, *renamed}):
+            return Columns(layout.kind, by_role, tuple(by_role[role] for role in layout.required))
+    return None
+
+
+# --- examples -----------------------------------------------------------------------------------------
+
+Label = str | int | float
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row that has parts. `fields` holds by kind (all strings, if nothing else is said):
+
+    - chat: `messages`, each a mapping with `role`, `content` and whatever else a template reads; `tools`, a list
+    - instruction: `instruction`, `input`, `output`, and the `messages` of the same conversation
+    - completion: `prompt`, `completion`
+    - pair: `source`, `target`
+    - labelled: one or two texts under their own names, and `label`, or `labels`, a tuple
+    - tagged: `tokens` and `tags`, tuples of one length
+    - choices: `question`, `choices`, a tuple, and `answer`, an index
+
+    `text` is all its words without its labels: by it copies are recognised and the held-out part is drawn.
+    """
+
+    kind: str
+    fields: Mapping[str, Any]
+    text: str
+
+    @property
+    def messages(self) -> tuple[Mapping[str, Any], ...]:
+        """The conversation of a chat or an instruction."""
+        return self.fields["messages"]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The one or two texts of a labelled row, by name."""
+        return {name: value for name, value in self.fields.items() if name not in ("label", "labels")}
+
+
+class Skipped(Exception):
+    """A whole row that teaches nothing; its argument is the reason under which it is counted."""
+
+
+def make_example(kind: str, values: Mapping[str, Any], place: str) -> Example:
+    """The example that a row of `kind` is; `values` are by role.
+
+    Raises `DataError` with `place` for what cannot be, and `Skipped` for a row from which nothing can be learnt.
+    """
+    fields, texts = _MAKERS[kind](values, place)
+    text = "\n".join(texts)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the row holds half a surrogate pair ({error.object[error.start]!a})",
+            where=place,
+            expected="text that can be written as UTF-8",
+        ) from None
+    return Example(kind, MappingProxyType(fields), text)
+
+
+_Made = tuple[dict[str, Any], list[str]]
+
+
+def _completion(values: Mapping[str, Any], place: str) -> _Made:
+    prompt, completion = (_string(values, role, place) for role in ("prompt", "completion"))
+    _refuse_blank(completion, "empty answer")
+    return {"prompt": prompt, "completion": completion}, [prompt, completion]
+
+
+def _pair(values: Mapping[str, Any], place: str) -> _Made:
+    source, target = (_string(values, role, place) for role in ("source", "target"))
+    _refuse_blank(source, "empty source")
+    _refuse_blank(target, "empty answer")
+    return {"source": source, "target": target}, [source, target]
+
+
+def _labelled(values: Mapping[str, Any], place: str) -> _Made:
+    fields: dict[str, Any] = {}
+    for role in values:
+        if role not in ("label", "labels"):
+            fields[role] = _string(values, role, place)
+            _refuse_blank(fields[role], "empty text")
+    texts = list(fields.values())
+    if "labels" in values:
+        labels = values["labels"]
+        if labels is None:
+            raise Skipped("no label")
+        fields["labels"] = tuple(_name(item, "labels", place) for item in _list(labels, "labels", place))
+    else:
+        fields["label"] = _label(values["label"], place)
+    return fields, texts
+
+
+def _tagged(values: Mapping[str, Any], place: str) -> _Made:
+    role = next(role for role in values if role != "tokens")
+    words = [_word(item, place) for item in _list(values["tokens"] or [], "tokens", place)]
+    tags = [_name(item, role, place) for item in _list(values[role] or [], role, place)]
+    if len(words) != len(tags):
+        raise DataError(
+            f"{len(words):,} words in `tokens` and {len(tags):,} tags in `{role}`",
+            where=place,
+            expected="one tag for each word",
+        )
+    if not any(word.strip() for word in words):
+        raise Skipped("no words")
+    return {"tokens": tuple(words), "tags": tuple(tags)}, [" ".join(words)]
+
+
+# --- conversations ------------------------------------------------------------------------------------
+
+_ROLE_OF = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+
+
+def _chat(values: Mapping[str, Any], place: str) -> _Made:
+    column = "messages" if "messages" in values else "conversations"
+    given = _list(values[column] or [], column, place)
+    messages = [_message(item, f"`{column}` {number}", place) for number, item in enumerate(given, 1)]
+    system = _string(values, "system", place)
+    if system.strip() and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": system})
+    # What stands behind the last answer can teach nothing: no answer follows from it.
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise Skipped("no answer")
+    if next(message["role"] for message in messages if message["role"] != "system") == "assistant":
+        raise Skipped("an answer before any question")
+    for message in messages:
+        if message["role"] == "assistant" and not message.get("tool_calls"):
+            _refuse_blank(message["content"], "empty answer")
+    fields: dict[str, Any] = {"messages": tuple(messages)}
+    if tools := _tools(values.get("tools"), place):
+        fields["tools"] = tools
+    return fields, [_words(message) for message in messages]
+
+
+def _message(value: Any, name: str, place: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{name} is {named(value)}", where=place, expected='{"role": ..., "content": ...}')
+    given = {key: item for key, item in value.items() if item is not None}  # Parquet fills in what is not there
+    role = given.pop("role", given.pop("from", None))
+    content = given.pop("content", given.pop("value", ""))
+    if not isinstance(role, str):
+        raise DataError(f"{name} has no role", where=place, expected='{"role": ..., "content": ...}')
+    if role not in _ROLE_OF:
+        raise DataError(
+            f"{name} has the role '{role[:40]}'",
+            where=place,
+            expected="system, user, assistant or tool; in ShareGPT's words system, human, gpt or observation",
+            way_out=nearest(role, _ROLE_OF),
+        )
+    if isinstance(content, list):
+        content = "".join(_part(part, name, place) for part in content)
+    if not isinstance(content, str):
+        raise DataError(f"{name} has {named(content)} for its content", where=place, expected="text")
+    return {"role": _ROLE_OF[role], "content": content, **given}
+
+
+def _part(part: Any, name: str, place: str) -> str:
+    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise DataError(f"{name} has content that is not text", where=place, expected='parts {"type": "text", "text": ...}')
+
+
+def _tools(value: Any, place: str) -> list[Any]:
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise DataError("`tools` is no JSON", where=place, expected="a list of tools, or JSON of one") from None
+    if not value:
+        return []
+    return _list(value, "tools", place)
+
+
+def _words(message: Mapping[str, Any]) -> str:
+    calls = message.get("tool_calls")
+    return message["content"] + (json.dumps(calls, sort_keys=True, default=str) if calls else "")
+
+
+def _instruction(values: Mapping[str, Any], place: str) -> _Made:
+    instruction, given, output, system = (
+        _string(values, role, place) for role in ("instruction", "input", "output", "system")
+    )
+    question = "\n\n".join(part for part in (instruction, given) if part.strip())
+    _refuse_blank(question, "empty instruction")
+    _refuse_blank(output, "empty answer")
+    turns = [(_string(turn, 0, place), _string(turn, 1, place)) for turn in _history(values.get("history"), place)]
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    for asked, answered in (*turns, (question, output)):
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    fields = {
+        "instruction": instruction,
+        "input": given,
+        "output": output,
+        "messages": tuple(messages),
+    }
+    return fields, [message["content"] for message in messages]
+
+
+def _history(value: Any, place: str) -> list[dict[int, Any]]:
+    turns = _list(value or [], "history", place)
+    for turn in turns:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise DataError(f"`history` holds {named(turn)}", where=place, expected="pairs of a question and an answer")
+    return [dict(enumerate(turn)) for turn in turns]
+
+
+# --- questions with choices ---------------------------------------------------------------------------
+
+
+def _choices(values: Mapping[str, Any], place: str) -> _Made:
+    question = _string(values, "question", place)
+    _refuse_blank(question, "empty question")
+    texts, names = _options(values["choices"], place)
+    if not 2 <= len(texts) <= len(string.ascii_uppercase):
+        raise DataError(f"{len(texts)} choices", where=place, expected=f"2 to {len(string.ascii_uppercase)}")
+    role = "answer" if "answer" in values else "answerKey"
+    answer = _answer(values[role], texts, names, place)
+    return {"question": question, "choices": tuple(texts), "answer": answer}, [question, *texts]
+
+
+def _options(value: Any, place: str) -> tuple[list[str], list[str]]:
+    """The texts of the choices, and the names that the row gives them, if it gives any."""
+    if isinstance(value, Mapping):
+        texts, names = _list(value.get("text"), "choices.text", place), value.get("label")
+    else:
+        texts, names = _list(value, "choices", place), None
+        if texts and all(isinstance(item, Mapping) for item in texts):
+            names = [item.get("label") for item in texts]
+            texts = [item.get("text") for item in texts]
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"`choices` holds {named(text)}", where=place, expected="texts")
+    if names is not None and (not isinstance(names, list) or len(names) != len(texts)):
+        raise DataError("`choices` has other than one label for each text", where=place, expected="as many labels")
+    return texts, [str(name) for name in names or []]
+
+
+def _answer(value: Any, texts: list[str], names: list[str], place: str) -> int:
+    """The index that an answer means, given as an index, a label, a letter or the text itself."""
+    if value is None or value in ("", -1):
+        raise Skipped("no answer")
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise DataError(
+            f"the answer is {named(value)}", where=place, expected="an index, a letter or one of the choices"
+        )
+    found: list[int]
+    if isinstance(value, int):
+        found = [value] if 0 <= value < len(texts) else []
+    elif value in names:
+        found = [names.index(value)]
+    else:
+        letters = string.ascii_uppercase[: len(texts)]
+        found = [texts.index(value)] if value in texts else []
+        found += [letters.index(value)] if len(value) == 1 and value in letters else []
+        found += [int(value)] if re.fullmatch(r"\d{1,2}", value) and int(value) < len(texts) else []
+    if len(set(found)) != 1:
+        met = f"the answer {str(value)[:40]!r} is {'none' if not found else 'more than one'} of the choices"
+        raise DataError(met, where=place, expected="an index from 0, a letter from A, or the text of one choice")
+    return found[0]
+
+
+# --- single values ------------------------------------------------------------------------------------
+
+
+def named(value: Any) -> str:
+    """What a value is, in words."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return f"the number {value!r}"[:40]
+        case str():
+            return "text"
+        case list():
+            return "a list"
+        case Mapping():
+            return "an object"
+    return f"a {type(value).__name__}"
+
+
+def _string(values: Mapping[Any, Any], role: str | int, place: str) -> str:
+    value = values.get(role)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"`{role}` is {named(value)}", where=place, expected="text")
+    return value
+
+
+def _list(value: Any, role: str, place: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise DataError(f"`{role}` is {named(value)}", where=place, expected="a list")
+    return value
+
+
+def _refuse_blank(text: str, reason: str) -> None:
+    if not text or text.isspace():
+        raise Skipped(reason)
+
+
+def _word(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"`tokens` holds {named(value)}", where=place, expected="a list of words")
+    return value
+
+
+def _name(value: Any, role: str, place: str) -> str | int:
+    """A label that is a name: of a tag, or of one of several classes."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"`{role}` holds {named(value)}", where=place, expected="a list of names or whole numbers")
+    return value
+
+
+def _label(value: Any, place: str) -> Label:
+    if value is None or value == "":
+        raise Skipped("no label")
+    if isinstance(value, bool):
+        return int(value)
+    if not isinstance(value, str | int | float):
+        raise DataError(f"`label` is {named(value)}", where=place, expected="a name or a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"`label` is {named(value)}", where=place, expected="a number that is one")
+    return value
+
+
+_MAKERS: Mapping[str, Callable[[Mapping[str, Any], str], _Made]] = MappingProxyType(
+    {
+        "chat": _chat,
+        "instruction": _instruction,
+        "completion": _completion,
+        "pair": _pair,
+        "labelled": _labelled,
+        "tagged": _tagged,
+        "choices": _choices,
+    }
+)
+
+
+# --- labels -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of labelled or tagged rows can be.
+
+    `problem` is `class` (one of `names`), `multi` (any of them), `number` (then there are no names) or `tags`.
+    The place of a name among `names` is the class's index.
+    """
+
+    problem: str
+    names: tuple[str | int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """How many numbers say what an example's label is; none for tags, which are marks on the words."""
+        return {"class": 1, "multi": len(self.names), "number": 1, "tags": 0}[self.problem]
+
+    def index(self, name: Label) -> int:
+        """The index of a name. Raises `DataError` for one that is not known."""
+        found = self._indices.get(name)
+        if found is None or isinstance(name, float):
+            raise DataError(
+                f"the label {name!r} is none of the {len(self.names):,} known ones",
+                expected=", ".join(map(str, self.names[:12])) + (" ..." if len(self.names) > 12 else ""),
+                way_out=nearest(str(name), map(str, self.names)),
+            )
+        return found
+
+    def values(self, example: Example) -> tuple[float, ...]:
+        """The label of a labelled example as `width` numbers: its index, a 1 for each class it has, or the number."""
+        if self.problem == "multi":
+            if "labels" not in example.fields:
+                raise DataError("a single label", expected="`labels`, a list")
+            met = {self.index(name) for name in example.fields["labels"]}
+            return tuple(float(index in met) for index in range(len(self.names)))
+        if "label" not in example.fields:
+            raise DataError("a list of labels", expected="`label`, a single one")
+        label = example.fields["label"]
+        if self.problem == "class":
+            return (float(self.index(label)),)
+        if isinstance(label, str):
+            raise DataError(f"the label {label!r} is text", expected="a number")
+        return (float(label),)
+
+    @cached_property
+    def _indices(self) -> dict[Label, int]:
+        return {name: index for index, name in enumerate(self.names)}
+
+
+def labels_in(examples: Iterable[tuple[Example, str]], where: str = "") -> Labels:
+    """The labels that examples (each with its place) have: names sorted, whole numbers in their order.
+
+    A single label that is anywhere a number with a point makes all of them numbers. Raises `DataError` with the place
+    of the first label that is of another sort than those before it.
+    """
+    problem, sort, numbers = "", "", False
+    names: set[Label] = set()
+    for example, place in examples:
+        here, given = _given(example)
+        if here != (problem := problem or here):
+            raise _other(f"`{here}`", f"`{problem}`", place)
+        for name in given:
+            its = "text" if isinstance(name, str) else "a number"
+            if its != (sort := sort or its):
+                raise _other(f"{name!r}, {its}", sort, place)
+            numbers |= isinstance(name, float)
+            if not numbers:
+                names.add(name)
+        if len(names) > MOST_LABELS and not numbers:
+            raise DataError(
+                f"more than {MOST_LABELS:,} different labels",
+                where=place,
+                expected="classes",
+                way_out="write a label that is a quantity with a point: 3.0",
+            )
+    if not sort:
+        raise DataError("no row has a label", where=where, expected="rows with labels or tags")
+    return Labels("number") if numbers else Labels(problem, tuple(sorted(names)))  # type: ignore[type-var]
+
+
+def joined(every: Iterable[Labels]) -> Labels:
+    """The labels of several sources together. Raises `DataError` when they are of different sorts."""
+    problems, names = set(), set()
+    for labels in every:
+        problems.add(labels.problem)
+        names.update(labels.names)
+    sorts = {type(name) for name in names}
+    if problems == {"class", "number"} and sorts == {int}:
+        return Labels("number")
+    if len(problems) > 1 or len(sorts) > 1:
+        raise _other(" and ".join(f"`{problem}`" for problem in sorted(problems)), "labels of other sources")
+    return Labels(problems.pop(), tuple(sorted(names)))
+
+
+def _given(example: Example) -> tuple[str, Sequence[Label]]:
+    """What sort of labels an example has, and which."""
+    if example.kind == "tagged":
+        return "tags", example.fields["tags"]
+    if "labels" in example.fields:
+        return "multi", example.fields["labels"]
+    return "class", (example.fields["label"],)
+
+
+def _other(met: str, before: str, place: str = "") -> DataError:
+    return DataError(
+        f"a label that is {met} after labels that are {before}", where=place, expected="labels of one sort"
+    )
+
+
+# --- renderers ----------------------------------------------------------------------------------------
+
+
+class Rendered(NamedTuple):
+    """An example as text: pieces with the mark that their tokens get, and the numbers that say its label.
+
+    Where `joint`, the pieces are one running text, tokenised as a whole, and a token gets the greatest mark of its
+    characters; otherwise each piece is tokenised by itself. With `words` only the first token of a piece gets its mark
+    (and the one that ends the document gets none, where it otherwise gets the last piece's).
+    """
+
+    pieces: tuple[tuple[str, int], ...]
+    values: tuple[float, ...] = ()
+    joint: bool = True
+    words: bool = False
+
+
+class Renderer(Protocol):
+    """How examples become text, as a value: equal fingerprints render alike.
+
+    `labels` are those that its marks or values speak of, if they do; `width` is the number of values of an example.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def labels(self) -> Labels | None: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def render(self, example: Example) -> Rendered:
+        """Raises `DataError` (without a place, which whoever calls knows) for an example it cannot render."""
+        ...
