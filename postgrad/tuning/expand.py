@@ -68,6 +68,8 @@ class Expand(Tuning):
     """
 
     kind = "expand"
+    folds = True
+    leaves_model = True
 
     def __init__(
         self,

@@ -26,7 +26,8 @@ class Selection(Tuning):
     """Some of the base's own weights move, the others stay."""
 
     additive = False
-    factors: Mapping[str, float]
+    folds = True
+    leaves_model = True
 
     def __init__(
         self,
