@@ -1,0 +1,94 @@
+"""How are a model's frozen weights held in few bits? (QLoRA)
+
+Dettmers et al. 2023 (arXiv 2305.14314): the linear layers of the blocks in 4-bit normal floats, with their scales quantised
+once more, or Dettmers et al. 2022 (arXiv 2208.07339): in 8-bit integers with outlying columns kept apart. Everything else
+(embeddings, heads, norms, routers) stays as it is, and so do the layers that an architecture marks as in need of fp32, such
+as T5's `wo`. Computing happens in the dtype of what comes in.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from postgrad.errors import MissingExtra, TuningError
+from postgrad.tuning.targets import linear_layers
+
+Precision = Literal["nf4", "int8"]
+
+
+def quantise_blocks(model: PreTrainedModel, precision: Precision) -> None:
+    """Replace the blocks' linear layers by quantised ones, in place; those that are already are left alone.
+
+    Raises `MissingExtra` without the package bitsandbytes, `TuningError` for transposed layers (GPT-2's), for layers that
+    carry adapters, and when the model has no layer to quantise.
+    """
+    if precision not in get_args(Precision):
+        raise TuningError(f"'{precision}'", where="tuning.quantise", expected=" or ".join(get_args(Precision)))
+    bits = _bitsandbytes()
+    kept = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
+    layers = [layer for layer in linear_layers(model) if layer.ordinary and not kept & set(layer.name.split("."))]
+    for layer in layers:
+        if not isinstance(layer.module, nn.Linear):
+            raise TuningError(
+                f"{layer.name} is a {type(layer.module).__name__}, which is not quantised",
+                where="tuning.quantise",
+                expected="plain linear layers without adapters",
+            )
+    if not layers:
+        raise TuningError(f"{type(model).__name__} has no layer to quantise", where="tuning.quantise")
+    make = {"nf4": _four_bits, "int8": _eight_bits}[precision]
+    for layer in layers:
+        if not is_quantised(layer.module):
+            assert isinstance(layer.module, nn.Linear)
+            parent, _, leaf = layer.name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, make(bits, layer.module))
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer holds integers."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, torch.Tensor) and not weight.is_floating_point()
+
+
+def _four_bits(bits: ModuleType, plain: nn.Linear) -> nn.Module:
+    made = bits.nn.Linear4bit(
+        plain.in_features, plain.out_features, plain.bias is not None, quant_type="nf4", device="meta"
+    )
+    made.weight = bits.nn.Params4bit(
+        plain.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
+    )
+    return _in_place_of(plain, made)
+
+
+def _eight_bits(bits: ModuleType, plain: nn.Linear) -> nn.Module:
+    made = bits.nn.Linear8bitLt(
+        plain.in_features,
+        plain.out_features,
+        plain.bias is not None,
+        has_fp16_weights=False,
+        threshold=6.0,
+        device="meta",
+    )
+    made.weight = bits.nn.Int8Params(plain.weight.data, requires_grad=False, has_fp16_weights=False)
+    return _in_place_of(plain, made)
+
+
+def _in_place_of(plain: nn.Linear, made: nn.Module) -> nn.Module:
+    """The new layer where the old one is: moving it is what quantises."""
+    made.bias = plain.bias
+    return made.to(plain.weight.device).train(plain.training)
+
+
+def _bitsandbytes() -> ModuleType:
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError:
+        raise MissingExtra(
+            "quantising needs the package bitsandbytes", where="tuning.quantise", way_out="pip install bitsandbytes"
+        ) from None
