@@ -4,19 +4,18 @@ Block expansion (LLaMA-Pro, Wu et al. 2024, arXiv 2401.02415, section 3.2): copi
 copy whose writes to the residual stream are zero is the identity, so the model starts as exactly the base; only the copies
 are trained. The result is a plain model of the same architecture with a larger depth in its configuration.
 
-No architecture is known by name. What writes to the stream is read off the graph of one small forward pass: a block's
-output has to be a sum of its input and of what some modules gave, and those modules are silenced. How depth is written
-down, and what a block knows of its place (the index that the cache goes by, its kind of attention), is read off two empty
-models that transformers builds from the configuration before and after.
+No architecture is known by name. How depth is written down, and what a block knows of its place (the index that the cache
+goes by, its kind of attention), is read off two empty models that transformers builds from the configuration before and
+after.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +25,9 @@ from postgrad.errors import TuningError
 from postgrad.models.sublayers import evaluating, few_tokens
 from postgrad.tuning.anatomy import Place, at, named_stacks, place_of, task_layers
 from postgrad.tuning.tuning import Published, Tuning, freeze, take, unfreeze
+from postgrad.tuning.writers import Call, silence, writers_of
 
 PLAIN = (int, float, bool, str, type(None))
-PASSING = (
-    "View",
-    "UnsafeView",
-    "ReshapeAlias",
-    "Alias",
-    "Clone",
-    "ToCopy",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Mul",
-    "Div",
-)
-"""Operations of autograd's graph that give nothing when they are given nothing."""
 
 
 class Slot(NamedTuple):
@@ -49,14 +35,6 @@ class Slot(NamedTuple):
 
     source: int
     new: bool
-
-
-class Call(NamedTuple):
-    """A module's call during the small forward pass; `name` is within its block."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class Expand(Tuning):
@@ -125,7 +103,12 @@ class Expand(Tuning):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, the new blocks are not there. What `also` moved of the base's weights stays moved."""
+        """Inside, the new blocks are not there (what `also` moved of the base stays moved).
+
+        Raises `TuningError` when they are part of the model by now.
+        """
+        if not self._changes:
+            raise TuningError("the new blocks were merged or taken out, and cannot be switched off", where="tuning")
         if not self._off:
             _swap(self._changes)
         self._off += 1
@@ -226,7 +209,9 @@ def _growth(model: PreTrainedModel, plans: Mapping[str, list[Slot]]) -> tuple[li
             way_out="put expand before other tunings, or merge them first",
         )
     after = _empty(model, _grown_config(model, plans))
-    writers = _writers(model, {name: {slot.source for slot in slots if slot.new} for name, slots in plans.items()})
+    writers = writers_of(
+        model, {f"{name}.{slot.source}" for name, slots in plans.items() for slot in slots if slot.new}
+    )
     changes = _config_changes(model, before, after, plans)
     changes += [Change(model.get_submodule(d.module), d.name, d.after) for d in _differences(before, after, plans)]
     for name, slots in plans.items():
@@ -238,7 +223,7 @@ def _growth(model: PreTrainedModel, plans: Mapping[str, list[Slot]]) -> tuple[li
         for i, slot in enumerate(slots):
             old, differences = stack[slot.source], list(_differences(was[slot.source], becomes[i]))
             if slot.new:
-                grown[str(i)] = _silent_copy(model, old, becomes[i], writers[name][slot.source])
+                grown[str(i)] = _silent_copy(model, old, becomes[i], writers[f"{name}.{slot.source}"])
             else:
                 grown[str(i)] = old
                 _same_kind(f"{name}.{slot.source}", differences, slot.source, i)
@@ -360,7 +345,7 @@ def _as_loaded(model: PreTrainedModel, after: PreTrainedModel) -> None:
         )
 
 
-def _silent_copy(model: PreTrainedModel, old: nn.Module, like: nn.Module, writers: Sequence[Call]) -> nn.Module:
+def _silent_copy(model: PreTrainedModel, old: nn.Module, like: nn.Module, writers: Sequence[Call] | None) -> nn.Module:
     """A copy of a block that gives back what it is given, with only the modules that a block in its new place has."""
     shared = {id(c): c for module in model.modules() if (c := _config_of(module)) is not None}
     block = copy.deepcopy(old, shared)
@@ -369,112 +354,12 @@ def _silent_copy(model: PreTrainedModel, old: nn.Module, like: nn.Module, writer
         path, _, leaf = name.rpartition(".")
         if path in wanted:  # the first position bias of T5 is the whole stack's
             delattr(block.get_submodule(path), leaf)
+    if writers is None:
+        raise _refusal(model, "its blocks do not just add to what they are given, so no copy can be silent")
     for call in writers:
-        if not _silence(block.get_submodule(call.name), call):
-            raise _refusal(model, f"no weight of {call.name} silences it and learns again")
+        if not silence(block, call):
+            raise _refusal(model, f"no weight of {call.module} silences it and learns again")
     return block.requires_grad_(True)
-
-
-def _silence(module: nn.Module, call: Call) -> bool:
-    """Set one weight of a module (and the bias beside it) so that it gives zero, and that weight still gets a gradient.
-
-    Zero does so for a matrix or a gain; minus one for a gain that is counted from one.
-    """
-    for name, weight in module.named_parameters(recurse=False):
-        bias = getattr(module, "bias" if name == "weight" else f"{name}_bias", None)
-        several = [weight] if bias is None or bias is weight else [weight, bias]
-        kept = [p.detach().clone() for p in several]
-        for value in (0.0, -1.0):
-            with torch.no_grad():
-                weight.fill_(value)
-                for p in several[1:]:
-                    p.zero_()
-            with torch.enable_grad():
-                out = module(*call.args, **call.kwargs)
-                (slope,) = torch.autograd.grad(
-                    out, weight.requires_grad_(True), torch.ones_like(out), allow_unused=True
-                )
-            if not out.any() and slope is not None and slope.any():
-                return True
-        with torch.no_grad():
-            for p, value in zip(several, kept, strict=True):
-                p.copy_(value)
-    return False
-
-
-def _writers(model: PreTrainedModel, sources: Mapping[str, set[int]]) -> dict[str, dict[int, list[Call]]]:
-    """The modules of these blocks whose outputs are added to the residual stream.
-
-    Raises `TuningError` when a block does not just add to what it is given (as where a norm stands behind the addition).
-    """
-    with ExitStack() as hooks, torch.enable_grad(), evaluating(model):
-        watches = {
-            name: {i: _Watch(model.get_submodule(f"{name}.{i}"), hooks) for i in numbers}
-            for name, numbers in sources.items()
-        }
-        model.base_model(**few_tokens(model))
-    found: dict[str, dict[int, list[Call]]] = {}
-    for name, several in watches.items():
-        found[name] = {}
-        for i, watch in several.items():
-            terms = watch.terms(watch.end)
-            if terms is None or terms.count(None) != 1:
-                raise _refusal(model, "its blocks do not just add to what they are given, so no copy can be silent")
-            found[name][i] = [call for call in terms if call is not None]
-    return found
-
-
-class _Watch:
-    """What autograd's graph of one block's pass says: where the stream comes in, what modules made, where it goes out."""
-
-    def __init__(self, block: nn.Module, hooks: ExitStack) -> None:
-        self.start: Any = None
-        self.end: Any = None
-        self.made: dict[Any, Call] = {}
-        names = {id(module): name for name, module in block.named_modules()}
-
-        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            hidden_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            stream_BTD = hidden_BTD.detach().requires_grad_().clone()
-            self.start = stream_BTD.grad_fn
-            if "hidden_states" in kwargs:
-                return args, {**kwargs, "hidden_states": stream_BTD}
-            return (stream_BTD, *args[1:]), kwargs
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-            if isinstance(output, Tensor) and output.grad_fn is not None:
-                given = tuple(_cut(a) for a in args), {key: _cut(a) for key, a in kwargs.items()}
-                self.made.setdefault(output.grad_fn, Call(names[id(module)], *given))
-
-        def leave(_module: nn.Module, _args: object, output: Any) -> None:
-            self.end = (output if isinstance(output, Tensor) else output[0]).grad_fn
-
-        handles = [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
-        for module in block.modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                handles.append(module.register_forward_hook(note, with_kwargs=True))
-        for handle in handles:
-            hooks.callback(handle.remove)
-
-    def terms(self, node: Any) -> list[Call | None] | None:
-        """The sum that a node is, None in it for the stream itself; None when it is no such sum."""
-        if node is self.start:
-            return [None]
-        if node in self.made:
-            return [self.made[node]]
-        operation = node.name()
-        if not operation.startswith(("Add", *PASSING)):
-            return None
-        inputs = [self.terms(before) for before, _ in node.next_functions if before is not None]
-        known = [terms for terms in inputs if terms is not None]
-        if operation.startswith("Add"):
-            return [term for terms in known for term in terms] if len(known) == len(inputs) else None
-        # A product is nothing as soon as one of its factors is.
-        return known[0] if known else None
-
-
-def _cut(value: object) -> object:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _answer(model: PreTrainedModel) -> Tensor:

@@ -9,6 +9,7 @@ Constructors take `seed` and `tokenizer` because every kind is made the same way
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -50,7 +51,7 @@ class Selection(Tuning):
         freeze(model)
         for name, parameter in model.named_parameters():
             if name in chosen:
-                _let_move(name, parameter)
+                _movable(name, parameter).requires_grad_(True)
         self.own = {name: place_of(model, name) for name in trainable(model)}
 
     def state(self) -> dict[str, Tensor]:
@@ -139,10 +140,10 @@ class Blocks(Selection):
     the bottom of each stack) and `names` (patterns such as `decoder.block.3` or `*layers.1?`). `head` adds what stands
     behind the blocks (final norm, pooler, task layer; not a tied output embedding), `embeddings` what stands before them.
 
-    With `unfreeze_every` steps they thaw from the top, one more every so many steps: first a task layer alone, then block by
-    block (in an encoder-decoder one of each stack at a time), at last the embeddings (gradual unfreezing, ULMFiT, arXiv
-    1801.06146, section 3.3). Where no task layer moves, the top block is first, with the final norm. `layer_decay` is as in
-    `Full`; ULMFiT's own is 1 / 2.6 (section 3.2).
+    With `unfreeze_every` steps they thaw from the top, one more every so many steps: first a task's own layer alone, then
+    block by block (in an encoder-decoder one of each stack at a time), at last the embeddings (gradual unfreezing, ULMFiT,
+    arXiv 1801.06146, section 3.3). A language model's head is no newcomer and thaws with the top block. `layer_decay` is as
+    in `Full`; ULMFiT's own is 1 / 2.6 (section 3.2).
     """
 
     kind = "blocks"
@@ -192,7 +193,7 @@ class Blocks(Selection):
             },
         )
         self.every = unfreeze_every
-        first = 0 if any(name in self.own for name in outside(model)) else min(chosen.values())
+        first = 0 if any(name in self.own for name in task_layers(model)) else min(chosen.values())
         place = {name: max(first, moving.get(name, 0)) for name in self.own}
         order = sorted(set(place.values()))
         self._turn = {name: order.index(distance) for name, distance in place.items()}
@@ -261,7 +262,7 @@ class Norm(Selection):
         found = [
             f"{name}.{leaf}"
             for name, module in model.named_modules()
-            if isinstance(module, self.classes) or type(module).__name__.endswith("Norm")
+            if isinstance(module, self.classes) or re.search("Norm(?![a-z])", type(module).__name__)
             for leaf, _ in module.named_parameters(recurse=False)
         ]
         if not found:
@@ -274,7 +275,7 @@ class Norm(Selection):
         super().__init__(model, [*found, *task_layers(model)], also=also, options={"also": list(also)})
 
 
-def _let_move(name: str, parameter: nn.Parameter) -> None:
+def _movable(name: str, parameter: nn.Parameter) -> nn.Parameter:
     if not parameter.is_floating_point():
         raise TuningError(
             f"{name} is held in {str(parameter.dtype).removeprefix('torch.')}, which no gradient can move",
@@ -282,7 +283,7 @@ def _let_move(name: str, parameter: nn.Parameter) -> None:
             expected="a model in full precision",
             way_out="lora trains beside quantised weights",
         )
-    parameter.requires_grad_(True)
+    return parameter
 
 
 def _decayed(model: PreTrainedModel, layer_decay: float) -> dict[str, float]:
