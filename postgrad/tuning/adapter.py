@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
@@ -250,7 +251,8 @@ class Adapter(Tuning):
     def _put(self, values: Mapping[str, Tensor]) -> None:
         """Give the base's own weights these values; what autograd has kept of them stays valid once they are back."""
         for name, owner in self._moved.items():
-            _weight(owner).data.copy_(values[name])
+            weight = _weight(owner).data
+            weight.copy_(_laid_out_as(weight, values[name]))
 
     def state(self) -> dict[str, Tensor]:
         """`<block>.<sub-layer>.<weight>` of every adapter, and the base's own weights that move, by their names."""
@@ -367,6 +369,13 @@ def _weight(owner: tuple[nn.Module, str]) -> nn.Parameter:
     weight = getattr(*owner)
     assert isinstance(weight, nn.Parameter)
     return weight
+
+
+def _laid_out_as(weight: Tensor, value: Tensor) -> Tensor:
+    """`value` sharded as `weight` is, where FSDP has sharded it since `value` was taken."""
+    if not isinstance(weight, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
 
 
 @contextmanager

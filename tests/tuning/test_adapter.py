@@ -8,12 +8,15 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import gelu, linear, relu, silu
 from transformers import PreTrainedModel
 
@@ -310,12 +313,12 @@ def test_seed_decides_where_it_starts() -> None:
 
 
 def test_dropout_acts_in_training_alone() -> None:
-    model = build("llama", "lm").train()
+    model = build("llama", "lm")
     speak(Adapter(model, dropout=0.5))
     inputs = batch("llama", "lm")
-    assert not torch.equal(logits(model, inputs), logits(model, inputs))
-    model.eval()
     assert torch.equal(logits(model, inputs), logits(model, inputs))
+    model.train()
+    assert not torch.equal(logits(model, inputs), logits(model, inputs))
 
 
 @every_form
@@ -386,6 +389,26 @@ def test_its_own_base_can_be_the_teacher_within_a_step() -> None:
     plain, asked = gradients(ask=False), gradients(ask=True)
     assert plain.keys() == asked.keys() and len(plain) > 10
     assert all(torch.equal(plain[name], asked[name]) for name in plain)
+
+
+def test_off_equals_base_where_fsdp_has_sharded_the_norms(tmp_path: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model: Any = build("llama", "lm")
+        inputs = batch("llama", "lm")
+        expected = logits(model, inputs)
+        tuning = Adapter(model)
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        loss(model, inputs).backward()
+        torch.optim.SGD(trainable(model).values(), lr=0.3).step()
+        tuned = logits(model, inputs)
+        assert not torch.equal(tuned, expected)
+        with tuning.off():
+            assert torch.equal(logits(model, inputs), expected)
+        assert torch.equal(logits(model, inputs), tuned)
+    finally:
+        distributed.destroy_process_group()
 
 
 @every_form
