@@ -53,6 +53,7 @@ def test_the_form_that_p_tuning_published() -> None:
         ("Q: {x}\nA:", (Words("Q: "), Field("x"), Words("\nA:"))),
         ("[CLS]  Q: {x} {2}", (Special("cls"), Words("Q: "), Field("x"), Virtual(0, 2))),
         ("{2}\nQ {x}", (Virtual(0, 2), Words("\nQ "), Field("x"))),
+        ("{x}\n [SEP]", (Field("x"), Words("\n"), Special("sep"))),
         (" {x} ", (Words(" "), Field("x"), Words(" "))),
         ("a {{x}} {x}}}", (Words("a {x} "), Field("x"), Words("}"))),
         ("[[MASK]] is [MASK] [1] [note]", (Words("[MASK] is"), Special("mask"), Words("[1] [note]"))),
@@ -88,6 +89,8 @@ def test_rows_are_shortened_where_it_is_said() -> None:
     assert rendered(text, fields, limit=6, cut="x") == [101, 1, 2, 1000, 5, 6]
     assert rendered(text, fields, limit=6, cut="x", cut_at="beginning") == [101, 3, 4, 1000, 5, 6]
     assert rendered("{x}[SEP]{x}", fields, limit=6, cut="x") == [1, 2, 102, 1, 2]
+    assert rendered("[CLS] {y}", fields, limit=3) == [101, 5, 6]
+    assert rendered("[CLS] {y}", {"y": []}, limit=1, cut="y") == [101]
 
 
 @given(
