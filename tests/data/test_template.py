@@ -81,6 +81,7 @@ def test_its_own_tokens_by_where_they_stand() -> None:
     template = Template.parse("[CLS] {2} {first} [SEP] {second} {1} [SEP]")
     assert template.around(SPECIAL, 500, letters) == [[101, 500, 501], [102], [502, 102]]
     assert template.fields == ("first", "second")
+    assert Template.parse("{x}{y}{x}").fields == ("x", "y")
 
 
 def test_rows_are_shortened_where_it_is_said() -> None:
