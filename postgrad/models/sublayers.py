@@ -97,7 +97,8 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
             watch.over(block, hooks)
         with watch:
             body(**few_tokens(model))
-    seen = {block: one.sublayers() for block, one in watch.seen.items()}
+    within = Counter(module for stack in stacks for block in stack for module in block.modules())
+    seen = {block: one.sublayers(within) for block, one in watch.seen.items()}
     return [
         Block(names[block], block, watch.seen[block].width if block in seen else 0, seen.get(block, ()))
         for stack in stacks
@@ -225,16 +226,23 @@ class _Pass:
         self.kept |= {t.data_ptr() for t in tree_leaves(output) if isinstance(t, Tensor)}
         self.known.clear()
 
-    def sublayers(self) -> tuple[Sublayer, ...]:
-        """What joined the stream, for each branch with a module that ran once (others would be met elsewhere too)."""
+    def sublayers(self, within: Mapping[nn.Module, int]) -> tuple[Sublayer, ...]:
+        """What joined the stream, for each branch that has an end of its own.
+
+        Such a module ran once, and is `within` one block: at others one would meet more than this branch.
+        """
+
+        def own(module: nn.Module | None) -> bool:
+            return module is not None and self.calls[module] == 1 and within[module] == 1
+
         out: list[Sublayer] = []
         for added in self.sums:
             norm = None if added.address in self.kept else self.norms.get(added.address)
             for branch in added.branches:
-                once = [end for end in branch.out_of if self.calls[end[0]] == 1]
-                if once:
+                ends = [end for end in branch.out_of if own(end[0])]
+                if ends:
                     name = _name(branch.attends, [s.name for s in out])
-                    out.append(Sublayer(name, *once[-1], branch.entry, norm))
+                    out.append(Sublayer(name, *ends[-1], branch.entry if own(branch.entry) else None, norm))
         return tuple(out)
 
 

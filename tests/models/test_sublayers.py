@@ -189,6 +189,20 @@ def test_experts_of_an_encoder_decoder() -> None:
     assert [[s.name for s in b.sublayers] for b in blocks] == 2 * [[ATTENTION, FEED]] + 2 * [[ATTENTION, CROSS, FEED]]
 
 
+def test_ends_that_blocks_share_are_nobodys() -> None:
+    model = build("llama", "lm")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    assert [[s.name for s in block.sublayers] for block in blocks_of(model)] == [[ATTENTION], [ATTENTION]]
+
+
+def test_an_entry_that_runs_twice_is_none() -> None:
+    model = build("llama", "lm")
+    layer = model.model.layers[0]
+    layer.mlp.up_proj = layer.mlp.gate_proj
+    entries = {s.name: s.entry for s in blocks_of(model)[0].sublayers}
+    assert entries == {ATTENTION: layer.self_attn.q_proj, FEED: None}
+
+
 def test_a_model_without_blocks_has_none() -> None:
     model = build("llama", "lm")
     model.model.layers = nn.ModuleList()
