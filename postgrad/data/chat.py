@@ -31,10 +31,11 @@ from postgrad.data.render import ANSWER, CONTEXT, PlainRenderer
 from postgrad.errors import DataError, ModelError
 
 PLAIN = """\
+{%- set names = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"} %}
 {%- for message in messages %}
-    {%- if message.tool_calls %}{{ raise_exception("the plain template has no words for tool calls") }}{% endif %}
-    {{- "### " + message.role.capitalize() + ":\\n" + message.content }}
-    {{- (eos_token if message.role == "assistant" else "") + ("" if loop.last else "\\n\\n") }}
+    {%- if "tool_calls" in message %}{{ raise_exception("the plain template has no words for tool calls") }}{% endif %}
+    {{- "### " + names[message["role"]] + ":\\n" + message["content"] }}
+    {{- eos_token if message["role"] == "assistant" }}{{ "" if loop.last else "\\n\\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "\\n\\n### Assistant:\\n" }}{% endif %}"""
 """`### User:`, a line for each role, and the EOS behind each answer."""
@@ -85,6 +86,11 @@ class ChatRenderer:
     def _compiled(self) -> jinja2.Template:
         return compiled(self.template or PLAIN, self.today)
 
+    @property
+    def _generation(self) -> bool:
+        """Whether the template itself says where the answers are."""
+        return _GENERATION.search(self.template or "") is not None
+
     def render(self, example: Example) -> Rendered:
         """The conversation with its answers marked. Raises `DataError` where the template does not let them be found."""
         if "messages" in example.fields:
@@ -94,7 +100,7 @@ class ChatRenderer:
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         tools = example.fields.get("tools")
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if _GENERATION.search(self.template or ""):
+        if self._generation:
             if _BEGIN in example.text or _END in example.text:
                 raise DataError("U+FDD0 or U+FDD1, which are no characters", expected="text without them")
             pieces = self._by_generation(self._written(messages, tools), len(answers))
@@ -104,7 +110,8 @@ class ChatRenderer:
 
     def text(self, messages: Messages, tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str:
         """The conversation as the template writes it, with `prompt` up to where the next answer begins."""
-        return self._written(messages, tools, prompt=prompt).replace(_BEGIN, "").replace(_END, "")
+        written = self._written(messages, tools, prompt=prompt)
+        return written.replace(_BEGIN, "").replace(_END, "") if self._generation else written
 
     def _written(self, messages: Messages, tools: Sequence[Any] | None, *, prompt: bool = False) -> str:
         try:

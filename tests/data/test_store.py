@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from postgrad.data.store import (
+    FORMAT,
+    MARKED_FORMAT,
+    Extras,
     ShardWriter,
     TokenStore,
     digest,
@@ -123,6 +126,103 @@ def test_a_document_may_come_in_pieces(tmp_path: Path) -> None:
     store = publish_store(tmp_path / "b", tmp_path / "f", [shard], header)
     assert [store.read(n).tolist() for n in range(3)] == [[1], [2, 3, 4, 5, 6], [7]]
     assert store.documents["bytes"].tolist() == [5, 9, 1]
+
+
+# --- marks and values ---------------------------------------------------------------------------------
+
+Marked = tuple[list[int], list[int], list[float]]
+
+
+def build_marked(folder: Path, shards: Sequence[Sequence[Marked]], width: int) -> TokenStore:
+    """A store of documents with marks and values; each shard has left out a row, two of them for one reason."""
+    building = folder / "building"
+    building.mkdir()
+    extras = Extras(marks=True, width=width)
+    made = []
+    for number, documents in enumerate(shards):
+
+        def write(writer: ShardWriter, documents: Sequence[Marked] = documents, number: int = number) -> int:
+            for ids, marks, values in documents:
+                one = np.zeros(1)
+                writer.add(
+                    np.array(ids), np.array([len(ids)]), one, one, ["f:1"],
+                    marks=np.array(marks), values=np.array([values]).reshape(1, width),
+                )  # fmt: skip
+            writer.skipped.update(["b" if number else "a"])
+            return 1
+
+        made.append(publish_shard(building, number, 70_000, write, extras))
+    assert finished_shards(building) == made
+    header = {"vocabulary": 70_000, "bos": None, "eos": 0, "kind": "labelled", "fingerprint": "f"}
+    header |= {"labels": ["x", "y"], "problem": "class"}
+    return publish_store(building, folder / "final", made, header, extras)
+
+
+MARKED: list[list[Marked]] = [
+    [([1, 2, 3], [0, 65_535, 1], [1.5]), ([69_999], [2], [-2.0])],
+    [],
+    [([5, 0], [0, 1], [0.0])],
+]
+
+
+def test_marks_and_values_are_what_was_written(tmp_path: Path) -> None:
+    store = build_marked(tmp_path, MARKED, 1)
+    flat = [document for shard in MARKED for document in shard]
+    for number, (ids, marks, _) in enumerate(flat):
+        assert store.read(number).tolist() == ids
+        for start, stop in ((0, None), (1, None), (0, 1), (1, 2), (2, 9), (5, 9)):
+            given = store.marks(number, start, stop)
+            assert given is not None
+            assert given.tolist() == marks[start:stop]
+            assert len(given) == len(store.read(number, start, stop))
+    assert store.values is not None
+    assert (store.values.dtype, store.values.tolist()) == (np.float32, [values for _, _, values in flat])
+    assert (store.labels, store.problem) == (["x", "y"], "class")
+    assert (store.skipped, store.empty) == ({"a": 1, "b": 2}, 3)
+    assert store.header["format"] == MARKED_FORMAT
+    store.verify()
+    again = pickle.loads(pickle.dumps(store))
+    assert again.marks(0).tolist() == [0, 65_535, 1]
+    files = {str(file.relative_to(store.path)) for file in store.path.rglob("*") if file.is_file()}
+    shards = {f"shard-0000{n}/{name}.bin" for n in range(3) for name in ("tokens", "marks")}
+    assert files == {"documents.npy", "values.npy", "store.json", *shards}
+
+
+def test_several_values_or_none(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    store = build_marked(tmp_path / "a", [[([1], [1], [1.0, 0.0, 1.0])], [([1], [1], [0.0, 1.0, 0.0])]], 3)
+    assert store.values is not None
+    assert store.values.tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert build_marked(tmp_path / "b", [[([1], [1], [])]], 0).values is None
+
+
+def test_a_store_of_running_text_has_neither(tmp_path: Path) -> None:
+    store = build(tmp_path, [[[1, 2, 3]]], 10)
+    assert store.header["format"] == FORMAT == 1
+    assert not {"skipped", "labels", "problem"} & store.header.keys()
+    assert (store.marks(0), store.values, store.labels, store.problem, store.skipped) == (None, None, None, None, {})
+
+
+def test_marks_must_be_as_many_as_tokens(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, 0, 10, Extras(marks=True))
+    for marks in (None, np.zeros(1)):
+        with pytest.raises(AssertionError):
+            writer.add(np.array([1, 2]), np.array([2]), np.zeros(1), np.zeros(1), ["a"], marks=marks)
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["values.npy", "shard-00000/marks.bin", "shard-00002/marks.bin"])
+def test_every_flipped_bit_of_marks_and_values_is_found(tmp_path: Path, name: str) -> None:
+    store = build_marked(tmp_path, MARKED, 1)
+    whole = (store.path / name).read_bytes()
+    for at in range(0, len(whole), max(1, len(whole) // 20)):
+        (store.path / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(DataError, match="was changed after it was written"):
+            TokenStore.open(store.path).verify()
+    (store.path / name).write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=f"{name} has"):
+        TokenStore.open(store.path)
 
 
 def test_a_store_travels_as_its_path(tmp_path: Path) -> None:

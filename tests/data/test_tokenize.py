@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,18 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from postgrad.data import store as store_module
 from postgrad.data import tokenize
+from postgrad.data.chat import ChatRenderer
+from postgrad.data.examples import Labels, Renderer
+from postgrad.data.render import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.sources import HubRows, Source
 from postgrad.data.store import TokenStore, digest
-from postgrad.data.tokenize import Encoder, build_store
+from postgrad.data.tokenize import Encoder, build_store, labels_of
 from postgrad.errors import DataError, ModelError
+from tests.conftest import make_tokenizer
 
 BOS, EOS = 0, 1
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "it", "rained", "and", "nobody", "Übermut", "42"]
@@ -336,6 +343,381 @@ def test_threads_of_the_tokenizer_itself_are_not_started(tmp_path: Path, encoder
     assert done.stdout.split() == ["1", "None"]
 
 
+# --- rows that have parts -----------------------------------------------------------------------------
+
+PIECES = ["the", " cat", "é", "日本", "ü", " ", "\n", "🙂", "</s>", "a", "Übermut", "x" * 9]
+
+
+def rows_of(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Source:
+    folder.mkdir(exist_ok=True)
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source("s", path="a.jsonl", root=folder, where="data.sources[0]", **options)
+
+
+def runs(store: TokenStore, document: int, tokenizer: Tokenizer) -> list[tuple[int, str]]:
+    """The text of each run of equal marks."""
+    ids, marks = store.read(document).tolist(), store.marks(document)
+    assert marks is not None
+    borders = [0, *(np.flatnonzero(np.diff(marks.astype(int))) + 1).tolist(), len(ids)]
+    return [
+        (int(marks[start]), tokenizer.decode(ids[start:stop], skip_special_tokens=False))
+        for start, stop in itertools.pairwise(borders)
+    ]
+
+
+CHAT = [
+    {"role": "user", "content": "the cat é"},
+    {"role": "assistant", "content": "日本 sat"},
+    {"role": "user", "content": "on"},
+    {"role": "assistant", "content": "a mat"},
+]
+CHATML = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+PLAIN_CHAT = ChatRenderer(None, {"eos_token": "</s>"})
+BEFORE = "### User:\nthe cat é\n\n### Assistant:\n"
+AFTER = "\n\n### User:\non\n\n### Assistant:\n"
+CLASSES = Labels("class", ("no", "yes"))
+
+GOLDEN: list[tuple[str, dict[str, Any], Renderer, list[tuple[int, str]], list[float] | None]] = [
+    ("chat", {"messages": CHAT}, PLAIN_CHAT, [(0, BEFORE), (1, "日本 sat</s>"), (0, AFTER), (1, "a mat</s>")], None),
+    ("chat", {"messages": CHAT}, ChatRenderer(CHATML, {"eos_token": "</s>"}),
+     [(0, "[user]the cat é</s>\n[assistant]"), (1, "日本 sat</s>"), (0, "\n[user]on</s>\n[assistant]"),
+      (1, "a mat</s>")], None),
+    ("chat", {"messages": CHAT}, ChatRenderer("<s>" + CHATML, {"eos_token": "</s>"}, answers="last"),
+     [(0, "<s>[user]the cat é</s>\n[assistant]日本 sat</s>\n[user]on</s>\n[assistant]"), (1, "a mat</s>")], None),
+    ("instruction", {"instruction": "the", "input": "cat", "output": "sat"}, PLAIN_CHAT,
+     [(0, "### User:\nthe\n\ncat\n\n### Assistant:\n"), (1, "sat</s>")], None),
+    ("completion", {"prompt": "the cat", "completion": " sat</s>"}, PlainRenderer(),
+     [(0, "the cat"), (1, " sat</s>")], None),
+    ("completion", {"prompt": "", "completion": "cat"}, PlainRenderer(), [(1, "cat</s>")], None),
+    ("pair", {"source": "日", "target": "é"}, PlainRenderer(), [(0, "日\n"), (1, "é</s>")], None),
+    ("pair", {"source": "the", "target": "cat"}, PlainRenderer(separate=True), [(0, "the"), (1, "cat</s>")], None),
+    ("labelled", {"premise": "the é", "hypothesis": "日 cat", "label": "yes"}, ClassRenderer(CLASSES),
+     [(0, "the é\n"), (1, "日 cat</s>")], [1.0]),
+    ("labelled", {"sentence": "cat", "label": "no"}, ClassRenderer(CLASSES), [(0, "cat</s>")], [0.0]),
+    ("labelled", {"sentence": "cat", "label": 2.5}, ClassRenderer(Labels("number")), [(0, "cat</s>")], [2.5]),
+    ("labelled", {"sentence": "cat", "labels": ["yes"]}, ClassRenderer(Labels("multi", ("no", "yes"))),
+     [(0, "cat</s>")], [0.0, 1.0]),
+    ("labelled", {"sentence": "cat", "label": "no"}, PlainRenderer("{sentence}?"), [(0, "cat?"), (1, " no</s>")], None),
+    ("choices", {"question": "a", "choices": ["cat", "mat"], "answer": 1}, PlainRenderer(),
+     [(0, "a\nA. cat\nB. mat\nAnswer:"), (1, " mat</s>")], None),
+    ("tagged", {"tokens": ["the", "cat"], "tags": ["O", "B"]}, PlainRenderer(), [(0, "the cat\n"), (1, "O B</s>")], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "row", "renderer", "expected", "values"), GOLDEN)
+@pytest.mark.parametrize("bos", [None, BOS])
+def test_every_kind_of_row_with_its_marks(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    bos: int | None,
+    kind: str,
+    row: dict[str, Any],
+    renderer: Renderer,
+    expected: list[tuple[int, str]],
+    values: list[float] | None,
+) -> None:
+    encoder = Encoder(tokenizer.to_str(), bos, EOS, 400)
+    store = build_store(rows_of(tmp_path, [row]), encoder, tmp_path / "cache", renderer=renderer)
+    if bos is not None and not expected[0][1].startswith("<s>"):  # never two, whether or not the template sets one
+        first, *rest = expected
+        expected = [(0, "<s>"), *expected] if first[0] else [(0, "<s>" + first[1]), *rest]
+    assert runs(store, 0, tokenizer) == expected
+    assert store.kind == kind
+    if values is None:
+        assert store.values is None
+    else:
+        assert store.values is not None
+        assert store.values[0].tolist() == values
+    assert store.labels == (list(renderer.labels.names) or None if renderer.labels else None)
+    store.verify()
+
+
+def test_only_the_first_token_of_a_word_has_its_tag(tmp_path: Path, tokenizer: Tokenizer, encoder: Encoder) -> None:
+    words, tags = ["Übermut", "the", "日本", "\u200b", "42."], ["B", "O", "B", "O", "I"]
+    source = rows_of(tmp_path, [{"tokens": words, "tags": tags}])
+    store = build_store(source, encoder, tmp_path / "cache", renderer=TagRenderer(labels_of([source], tmp_path)))
+    assert (store.labels, store.problem, store.values) == (["B", "I", "O"], "tags", None)
+    ids, marks = store.read(0).tolist(), store.marks(0)
+    assert marks is not None
+    at = np.flatnonzero(marks).tolist()
+    assert [store.labels[marks[n] - 1] for n in at] == tags
+    for n, following, word in zip(at, [*at[1:], len(ids) - 1], words, strict=True):
+        assert tokenizer.decode(ids[n:following]).strip(" ") == word
+    assert (ids[-1], marks[-1]) == (EOS, 0)
+
+
+def byte_level() -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["".join(PIECES[:8]), "é日本", "ü日", "🙂🙂 é", "the the cat"] * 3, trainer)
+    return made
+
+
+def byte_fallback() -> Tokenizer:
+    """As SentencePiece makes them: spaces are marked, and what is not in the vocabulary falls apart into bytes."""
+    vocabulary = {"<unk>": 2, "<s>": 0, "</s>": 1} | {f"<0x{n:02X}>": 3 + n for n in range(256)}
+    letters = "▁abcdefghijklmnopqrstuvwxyz日"
+    merged = ["th", "the", "▁the", "ca", "cat", "▁cat"]
+    for token in (*letters, *merged):
+        vocabulary[token] = len(vocabulary)
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("c", "a"), ("ca", "t"), ("▁", "cat")]
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens(["<s>", "</s>"])
+    return made
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes that a token stands for, by the definitions of the two families."""
+    if token in ("<s>", "</s>"):
+        return token.encode()
+    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+        return bytes([int(match[1], 16)])
+    if "▁" in token or not set(token) <= ALPHABET.keys():
+        return token.replace("▁", " ").encode()
+    return bytes(ALPHABET[character] for character in token)
+
+
+def _alphabet() -> dict[str, int]:
+    """The letter that stands for each byte in byte-level tokens: itself where it can be seen, else one from 256 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+ALPHABET = _alphabet()
+FAMILIES = {"byte-level": byte_level(), "byte-fallback": byte_fallback()}
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    pieces=st.lists(st.tuples(st.sampled_from(PIECES), st.integers(0, 1)), min_size=1, max_size=12),
+    family=st.sampled_from(sorted(FAMILIES)),
+)
+def test_a_token_is_an_answers_when_any_of_its_bytes_is(pieces: list[tuple[str, int]], family: str) -> None:
+    """Against the tokens' own bytes laid end to end: a character is an answer's if any of its bytes is met."""
+    tokenizer = FAMILIES[family]
+    text = "".join(text for text, _ in pieces)
+    marked = [mark for text, mark in pieces for character in text for _ in character.encode()]
+    spans = [n for n, character in enumerate(text) for _ in character.encode()]
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    expected, at = [], 0
+    for token in encoding.tokens:
+        size = len(token_bytes(token))
+        characters = set(spans[at : at + size])
+        expected.append(max(mark for mark, character in zip(marked, spans, strict=True) if character in characters))
+        at += size
+    assert at == len(marked)
+    given = tokenize._marks(pieces, np.array(encoding.offsets).reshape(-1, 2), False)
+    assert given.tolist() == expected
+
+
+def test_the_marks_of_a_pair_are_the_token_types_of_the_tokenizers_own_pairs(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    names = ["[UNK]", "[CLS]", "[SEP]", "the", "cat", "##s", "sat", "e"]
+    made = Tokenizer(models.WordPiece({name: n for n, name in enumerate(names)}, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.add_special_tokens(["[CLS]", "[SEP]"])
+    made.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    pairs = [("The cats", "sat é"), ("é", "cat cat the"), ("cats sat", "日")]
+    rows = [{"sentence1": a, "sentence2": b, "label": "no"} for a, b in pairs]
+    renderer = ClassRenderer(CLASSES, "[SEP]", joint=False)
+    store = build_store(rows_of(tmp_path, rows), Encoder(made.to_str(), 1, 2, 8), tmp_path / "cache", renderer=renderer)
+    for number, (a, b) in enumerate(pairs):
+        own = made.encode(a, b)
+        assert store.read(number).tolist() == own.ids
+        assert store.marks(number).tolist() == own.type_ids  # type: ignore[union-attr]
+
+
+def test_where_the_end_is_also_the_padding_it_is_trained(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), None, tokenizer.eos_token_id, 320)
+    renderer = ChatRenderer(None, tokenizer.special_tokens_map)
+    store = build_store(rows_of(tmp_path, [{"messages": CHAT}]), encoder, tmp_path / "cache", renderer=renderer)
+    ends = store.read(0) == tokenizer.pad_token_id
+    assert ends.sum() == 2
+    assert (store.marks(0)[ends] == 1).all()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_the_ids_are_those_of_transformers(tmp_path: Path, bos: bool) -> None:
+    tokenizer = make_tokenizer(bos=True)
+    template = (
+        ("{{ bos_token }}" if bos else "")
+        + "{%- for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
+        + "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), None, tokenizer.eos_token_id, 320)
+    renderer = ChatRenderer(template, tokenizer.special_tokens_map)
+    store = build_store(rows_of(tmp_path, [{"messages": CHAT}]), encoder, tmp_path / "cache", renderer=renderer)
+    theirs = tokenizer.apply_chat_template(
+        CHAT, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert store.read(0).tolist() == theirs["input_ids"]
+    assert store.marks(0).tolist() == theirs["assistant_masks"]  # type: ignore[union-attr]
+    assert (store.read(0)[0] == tokenizer.bos_token_id) is np.bool_(bos)
+
+
+def test_the_table_knows_a_row_by_its_content_not_by_its_template(tmp_path: Path, encoder: Encoder) -> None:
+    source = rows_of(tmp_path, [{"sentence": "the cat é", "label": "yes"}])
+    one, other, third = (
+        build_store(source, encoder, tmp_path / "cache", renderer=renderer)
+        for renderer in (PlainRenderer(), PlainRenderer("x {sentence}"), ClassRenderer(CLASSES))
+    )
+    assert len({one.path, other.path, third.path}) == 3
+    digests = {int(store.documents["digest"][0]) for store in (one, other, third)}
+    assert digests == {digest("the cat é".encode())}  # so copies are met, and the held-out part stays the same
+    assert third.documents["bytes"][0] == len("the cat é".encode())
+    assert other.documents["bytes"][0] == len("x the cat é yes".encode())
+
+
+def test_skipped_rows_are_counted_by_reason(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = {"prompt": "the", "completion": "cat"}
+    rows = [good, {"prompt": "a", "completion": ""}, good, {"prompt": "", "completion": "</s>"}] * 5
+    source = rows_of(tmp_path, rows)
+    plain = build_store(source, encoder, tmp_path / "cache", renderer=PlainRenderer())
+    assert (len(plain), plain.empty, plain.skipped) == (10, 10, {"empty answer": 5, "no tokens": 5})
+    monkeypatch.setattr(tokenize, "SHARD_CHARACTERS", 15)
+    shards = build_store(source, encoder, tmp_path / "cache", renderer=PlainRenderer())
+    assert len(shards.header["files"]) > 5
+    assert (len(shards), shards.empty, shards.skipped) == (10, 10, plain.skipped)
+
+
+def test_a_row_longer_than_a_piece_is_encoded_as_a_whole(
+    tmp_path: Path, tokenizer: Tokenizer, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize, "WHOLE_DOCUMENT", 100)
+    monkeypatch.setattr(tokenize, "PIECE", 50)
+    source = rows_of(tmp_path, [{"prompt": "the " * 200, "completion": "cat " * 200}] * 2)
+    store = build_store(source, encoder, tmp_path / "cache", renderer=PlainRenderer())
+    assert runs(store, 1, tokenizer) == [(0, "the " * 199 + "the"), (1, " cat" * 200 + " </s>")]
+
+
+def test_running_text_does_not_change_with_a_renderer(tmp_path: Path, encoder: Encoder) -> None:
+    source = rows_of(tmp_path, [{"text": "the cat", "label": 1}])
+    plain = build_store(source, encoder, tmp_path / "cache")
+    assert build_store(source, encoder, tmp_path / "cache", renderer=PlainRenderer()).path == plain.path
+    asked = rows_of(tmp_path, [{"text": "the cat", "label": 1}], kind="text")
+    assert build_store(asked, encoder, tmp_path / "cache").path == plain.path
+    labelled = rows_of(tmp_path, [{"text": "the cat", "label": 1}], kind="labelled")
+    store = build_store(labelled, encoder, tmp_path / "cache", renderer=PlainRenderer())
+    assert (store.kind, store.path == plain.path) == ("labelled", False)
+
+
+WORD_LEVEL = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "WhitespaceSplit"},
+    "post_processor": None,
+    "decoder": None,
+    "model": {
+        "type": "WordLevel",
+        "vocab": {"</s>": 0, "<unk>": 1, "the": 2, "cat": 3, "sat": 4},
+        "unk_token": "<unk>",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "cut", "fingerprint", "header"),
+    [
+        ("a.jsonl", '{"text": "the cat", "label": 1}\n{"text": ""}\n{"text": "the cat sat"}\n', "auto",
+         "a8d814b66d49ef3dab9efa4a4b13534ffc4d03734e99891400e304c75dde23ee",
+         "ccd7304e05bf0c84ea12d551d231aa454e25b36018834477594af32adf852a97"),
+        ("b.txt", "the cat\n\nsat", "paragraphs",
+         "51f854d4bb151064837fa0e8ae5b2036b20b50c3d11322e6e91403da8f7609a2",
+         "f2706b7ddf186f5764530259d96f5e8db9537aad2476fd13a45623da3086752c"),
+        ("c.jsonl", '{"input_ids": [2, 3]}\n{"input_ids": []}\n', "auto",
+         "3e68c2b291b41c8aa140ec37a84a67e2c5963320ead05ec688e450215a428424",
+         "2a6f8ba9b175e14c1c8f858ee0e14a7ca454a86cd4dcbf03d7df99950eb98114"),
+    ],
+)  # fmt: skip
+def test_a_store_of_running_text_is_still_of_the_first_format(
+    tmp_path: Path, name: str, text: str, cut: str, fingerprint: str, header: str
+) -> None:
+    """Caches are shared between versions: the name and the bytes (its header lists their hashes) must not change."""
+    (tmp_path / name).write_text(text)
+    source = Source("s", path=name, root=tmp_path, documents=cut)
+    store = build_store(source, Encoder(json.dumps(WORD_LEVEL), None, 0, 5), tmp_path / "cache")
+    assert store.path.name == fingerprint
+    assert hashlib.sha256((store.path / "store.json").read_bytes()).hexdigest() == header
+
+
+def test_rows_with_parts_need_a_renderer(tmp_path: Path, encoder: Encoder) -> None:
+    source = rows_of(tmp_path, [{"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "b"}])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: rows of kind `completion` where running text is read"):
+        build_store(source, encoder, tmp_path / "cache")
+
+
+def test_what_a_renderer_refuses_is_told_with_its_place(tmp_path: Path, encoder: Encoder) -> None:
+    rows = [{"sentence": "the", "label": "yes"}] * 3
+    source = rows_of(tmp_path, [*rows, {"sentence": "cat", "label": "yess"}])
+    with pytest.raises(DataError, match=r"a\.jsonl:4: the label 'yess'(.|\n)*did you mean 'yes'") as caught:
+        build_store(source, encoder, tmp_path / "cache", renderer=ClassRenderer(CLASSES))
+    assert caught.value.where == f"{tmp_path / 'a.jsonl'}:4"
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the template asks for \{text\}"):
+        build_store(source, encoder, tmp_path / "cache", renderer=PlainRenderer("{text}"))
+    assert not list((tmp_path / "cache").rglob(".staging*"))
+
+
+def test_labels_are_read_once_for_each_state_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = rows_of(tmp_path / "a", [{"sentence": "x", "label": label} for label in (3, 1)])
+    second = rows_of(tmp_path / "b", [{"sentence": "x", "label": 2}])
+    assert labels_of([first, second], tmp_path / "cache") == Labels("class", (1, 2, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize, "read_labels", None)  # it would be called
+        assert labels_of([second, first], tmp_path / "cache") == Labels("class", (1, 2, 3))
+    second = rows_of(tmp_path / "b", [{"sentence": "x", "label": 7}])
+    assert labels_of([first, second], tmp_path / "cache") == Labels("class", (1, 3, 7))
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    """Conversations of one to three turns; every fifth has an empty answer."""
+    return [
+        {"messages": [
+            {"role": role, "content": prose(10 * n + turn, 12) if n % 5 or role == "user" else ""}
+            for turn in range(1 + n % 3) for role in ("user", "assistant")
+        ]}
+        for n in range(count)
+    ]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=8)
+@given(batch=st.integers(1, 400), shard=st.integers(800, 3000), workers=st.integers(1, 4))
+def test_threads_and_batches_change_no_byte_of_rows(
+    tmp_path_factory: pytest.TempPathFactory, encoder: Encoder, batch: int, shard: int, workers: int
+) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    source = rows_of(folder, conversations(25))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize, "SHARD_CHARACTERS", shard)
+        one = build_store(source, encoder, folder / "one", workers=1, renderer=PLAIN_CHAT)
+        patch.setattr(tokenize, "BATCH_CHARACTERS", batch)
+        other = build_store(source, encoder, folder / "other", workers=workers, renderer=PLAIN_CHAT)
+    assert tree(one.path) == tree(other.path)
+    assert len(one) + one.empty == 25
+    assert one.skipped == {"empty answer": 5}
+
+
 # --- killed anywhere ----------------------------------------------------------------------------------
 
 KILLED = 77
@@ -393,6 +775,8 @@ def die_at(step: int) -> None:
 
 def sweep_kills(source: Source, encoder: Encoder, folder: Path, build: Callable[..., TokenStore]) -> Iterator[int]:
     """Kills a build at every boundary, finishes it, and yields how many shards were kept each time."""
+    assert source.path is not None
+    os.utime(source.root / source.path, (2**32, 2**32))  # too young for the memo of hashes, however slow the sweep
     whole = tree(build(source, encoder, folder / "whole", workers=1).path)
     for step in range(1000):
         cache = folder / f"cache-{step}"
@@ -421,6 +805,20 @@ def test_killed_at_every_boundary_the_bytes_are_the_same(tmp_path: Path, encoder
     kept = list(sweep_kills(source, encoder, tmp_path, build_store))
     assert len(kept) > 50
     assert set(kept) >= {0, 1, 2, 3}  # finished shards are there again after the kill
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_killed_at_every_boundary_marks_and_values_are_the_same(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize, "SHARD_CHARACTERS", 500)
+    rows = [{"sentence": prose(n, 20), "label": ["no", "yes", None][n % 3]} for n in range(18)]
+    source, renderer = rows_of(tmp_path, rows), ClassRenderer(CLASSES)
+    assert set(sweep_kills(source, encoder, tmp_path, partial(build_store, renderer=renderer))) >= {0, 1, 2}
+    store = build_store(source, encoder, tmp_path / "whole", renderer=renderer)
+    assert store.skipped == {"no label": 6}
+    assert store.values is not None
+    assert store.values[:, 0].tolist() == [0.0, 1.0] * 6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
