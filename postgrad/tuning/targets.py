@@ -30,7 +30,7 @@ from postgrad.errors import TuningError
 _ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
 _ROUTER = re.compile(r"(^|_)router(_|$)|^(shared_expert_)?gate$|^gating$")
 _ROUTER_CLASS = re.compile(r"router|gating|topk", re.IGNORECASE)
-_QUERY_OR_VALUE = re.compile(r"(^|_)(w?q|w?v|kv|query|value)(_|$)|qkv|^(c|q|kv)_attn$|^att_proj$", re.IGNORECASE)
+_QUERY_OR_VALUE = re.compile(r"(^|_)(w?q|w?v|kv|query|value)(_|$)|qkv|^(c|q|kv)_attn$|^(in|att)_proj$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
