@@ -23,8 +23,8 @@ from postgrad.models import machine
 from postgrad.models.model import CausalModel
 from postgrad.models.pretrained import load_model
 from postgrad.stages.build import build, choose_execution, make_loader
+from postgrad.stages.parsing import load_stage
 from postgrad.stages.plan import make_plan
-from postgrad.stages.stage import load_stage
 from postgrad.training.step import train_step
 from postgrad.training.world import World
 

@@ -269,13 +269,14 @@ from postgrad.models.pretrained import Start, load_model
 
     machine.tune_allocator()
     model = CausalModel(load_model(Start("start", work / "model"), attention=attention.NAME)).train()
-    weights = Weights(model, torch.bfloat16, split=True)
+    weights = Weights(model, Full(model.pretrained), torch.bfloat16, split=True)
     sharding.compile_layers(model)
     run = Run(
         model=model,
         weights=weights,
         optimizer=AdamW(weights, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0),
         objectives=[Tokens()],
+        penalties=[],
         schedule=schedules.then((schedules.constant(setting["rate"]), 1)),
         world=World(torch.device("cpu")),
         sources=["text"],

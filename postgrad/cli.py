@@ -230,7 +230,7 @@ def needs_training() -> None:
 
 
 def _plan(stage: Path, overrides: list[str] | None, as_json: bool) -> Any:
-    from postgrad.stages.stage import load_stage
+    from postgrad.stages.parsing import load_stage
 
     spec = load_stage(stage, overrides)
     needs_training()

@@ -35,7 +35,7 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     from postgrad.screen import screen_for, watch
     from postgrad.stages.plan import make_plan
     from postgrad.stages.run import Finished, run_stage
-    from postgrad.stages.stage import load_stage
+    from postgrad.stages.parsing import load_stage
     from postgrad.training.meters import read_metrics
 
     begun = time.perf_counter()

@@ -57,13 +57,21 @@ def watch(events: Iterable[r.Event], screen: Screen) -> r.Event:
     return last
 
 
+def moving(event: r.Began) -> str:
+    """The weights, and how many of them move."""
+    counts = event.counts
+    if counts.trainable == counts.parameters:
+        return f"{counts.parameters:,} weights"
+    return f"{counts.trainable:,} of {counts.parameters:,} weights move"
+
+
 def said(event: r.Event) -> str:
     """An event as a line, or nothing."""
     match event:
         case r.Began():
             execution = event.execution
             parts = [
-                f"{event.parameters:,} weights",
+                moving(event),
                 "bf16 with fp32 masters" if execution.dtype == "bfloat16" else "fp32",
                 "compiled" if execution.compile else "not compiled",
                 f"{execution.attention} attention",

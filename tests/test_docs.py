@@ -15,7 +15,8 @@ import yaml
 
 from postgrad.cli import app
 from postgrad.errors import StageError
-from postgrad.stages.stage import Stage, json_schema, load_stage, parse_stage
+from postgrad.stages.parsing import json_schema, load_stage, parse_stage
+from postgrad.stages.stage import Stage
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -50,11 +50,17 @@ class Batch:
         )
 
 
-def collate(rows: Sequence[Row], sources: Sequence[int], objectives: tuple[int, ...] = (0,)) -> Batch:
-    """Stack rows of one layout; shorter ones are padded on the right: inputs with 0, labels with what counts nothing."""
-    names = rows[0].inputs
+def collate(rows: Sequence[Row], sources: Sequence[int], objectives: tuple[int, ...] = (0,), pad: int = 0) -> Batch:
+    """Stack rows of one layout; shorter ones are padded on the right.
+
+    Labels are padded with what counts nothing, ids with `pad` (some models find the end of a text by it), the rest with 0.
+    """
+    padding = {"input_ids": pad}
     return Batch(
-        {name: torch.from_numpy(_stacked([row.inputs[name] for row in rows], 0)) for name in names},
+        {
+            name: torch.from_numpy(_stacked([row.inputs[name] for row in rows], padding.get(name, 0)))
+            for name in rows[0].inputs
+        },
         torch.from_numpy(_stacked([row.labels for row in rows], IGNORED)),
         np.asarray(sources, np.int64),
         np.array([row.counted for row in rows], np.int64),

@@ -24,18 +24,19 @@ class Loader:
         *,
         micro: int,
         objectives: Sequence[tuple[int, ...]] | None = None,
+        pad: int = 0,
         rank: int = 0,
         ranks: int = 1,
         skip: int = 0,
     ) -> None:
-        """`objectives`: those that weigh each source's rows (left out: the first).
+        """`objectives`: those that weigh each source's rows (left out: the first); `pad`: the id that fills short rows.
 
         `skip`: how many steps' worth of the mixture were read before this stage.
         """
         if mixture.block % (micro * ranks):
             raise ValueError(f"a global batch of {mixture.block} rows does not part into {ranks} ranks of {micro}")
         self.sources, self.mixture, self.micro = sources, mixture, micro
-        self.skip = skip
+        self.skip, self.pad = skip, pad
         self.objectives = objectives or [(0,)] * len(sources)
         share = mixture.block // ranks
         self.begin, self.end = rank * share, (rank + 1) * share
@@ -55,7 +56,7 @@ class Loader:
         for draw in mine:
             alike.setdefault((self.sources[draw[0]].layout, self.objectives[draw[0]]), []).append(draw)
         return [
-            collate([self.sources[k].at(row, at) for k, row, at in part], [k for k, _, _ in part], objectives)
+            collate([self.sources[k].at(row, at) for k, row, at in part], [k for k, _, _ in part], objectives, self.pad)
             for (_, objectives), draws in sorted(alike.items())
             for part in (draws[i : i + self.micro] for i in range(0, len(draws), self.micro))
         ]

@@ -20,6 +20,7 @@ class PackedRows:
     """The rows of a source: `len(rows)`, `rows.at(i, position)`, and the ledger of how they came to be."""
 
     layout = "packed"
+    document_R: np.ndarray | None = None
 
     def __init__(
         self,

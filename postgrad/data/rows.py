@@ -58,10 +58,16 @@ class Ledger:
 
 
 class Rows(Protocol):
-    """The rows of a source in one layout; `layout` is equal for rows that can stand in one batch."""
+    """The rows of a source in one layout; `layout` is equal for rows that can stand in one batch.
+
+    `document_R`: the document that each row is of, where each is of one.
+    """
 
     layout: str
     ledger: Ledger
+
+    @property
+    def document_R(self) -> np.ndarray | None: ...
 
     def __len__(self) -> int: ...
 

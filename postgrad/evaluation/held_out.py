@@ -8,9 +8,9 @@ no earlier window scored count.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,11 +36,20 @@ class HeldOut:
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     """Content hash of each document, to pair documents across tokenizers."""
     before: tuple[int, ...] = ()
-    """Ids that are set before each window and not scored: a soft prompt."""
+    """Ids that are set before each window (behind its BOS) and not scored: a soft prompt."""
+    bos: int | None = None
+    spare: int = 0
+    """Positions that each window leaves free: as many as a soft prompt takes in the model it is compared with."""
     task: str = "text"
+    pad: int = 0
 
     def __len__(self) -> int:
         return len(self.documents)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What decides its scores, beside the model and the context."""
+        return [self.fingerprint, len(self), list(self.before), self.spare]
 
     @property
     def tokens(self) -> int:
@@ -66,14 +75,14 @@ class HeldOut:
     def _of(self, documents: list[np.ndarray], sizes: np.ndarray) -> HeldOut:
         """The same set with only its first documents (the last may be cut)."""
         digests = self.digests[: len(documents)]
-        return HeldOut(self.name, self.role, tuple(documents), sizes, self.fingerprint, digests, self.before)
+        return replace(self, documents=tuple(documents), bytes=sizes, digests=digests)
 
     def pieces(self, context: int) -> Iterator[Piece]:
         """The windows of every document as rows."""
-        before = np.asarray(self.before, np.int64)
+        room = context - max(len(self.before), self.spare)
         for i, document in enumerate(self.documents):
-            for window in windows(len(document), context - len(before), i):
-                ids = np.concatenate([before, document[window.begin : window.end]])
+            for window in windows(len(document), room, i):
+                ids = behind_bos(document[window.begin : window.end], self.before, self.bos)
                 labels = np.full(len(ids), IGNORED, np.int64)
                 fresh = window.end - window.scored_from
                 labels[len(ids) - 1 - fresh : -1] = ids[len(ids) - fresh :]
@@ -95,9 +104,18 @@ class HeldOutRows:
     task: str
     """What the labels are: `answers` (tokens), `class`, `multi`, `number` or `tags`."""
     labels: tuple[str, ...] = ()
+    before: tuple[int, ...] = ()
+    """What the rows have before their text; it tells one reading of them from another."""
+    pad: int = 0
+    """What short rows are filled up with."""
 
     def __len__(self) -> int:
         return len(self.bytes)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What decides its scores, beside the model and the context."""
+        return [self.fingerprint, len(self), list(self.before), self.task]
 
     @property
     def tokens(self) -> int:
@@ -109,16 +127,12 @@ class HeldOutRows:
         sizes = np.bincount(self.document_R, [len(row.inputs["input_ids"]) for row in self.rows], len(self))
         count = max(1, int(np.searchsorted(np.cumsum(sizes), tokens, side="right")))
         rows = int(np.searchsorted(self.document_R, count))
-        return HeldOutRows(
-            self.name,
-            self.role,
-            self.rows[:rows],
-            self.document_R[:rows],
-            self.bytes[:count],
-            self.fingerprint,
-            self.digests[:count],
-            self.task,
-            self.labels,
+        return replace(
+            self,
+            rows=self.rows[:rows],
+            document_R=self.document_R[:rows],
+            bytes=self.bytes[:count],
+            digests=self.digests[:count],
         )
 
     def pieces(self, context: int) -> Iterator[Piece]:
@@ -128,6 +142,12 @@ class HeldOutRows:
 
 
 AnyHeldOut = HeldOut | HeldOutRows
+
+
+def behind_bos(ids: np.ndarray, before: Sequence[int], bos: int | None) -> np.ndarray:
+    """Ids with a soft prompt before them, and behind the BOS when they begin with one."""
+    lead = int(bool(before) and bos is not None and len(ids) > 0 and int(ids[0]) == bos)
+    return np.concatenate([ids[:lead], np.asarray(before, np.int64), ids[lead:]]).astype(np.int64)
 
 
 @dataclass(frozen=True)

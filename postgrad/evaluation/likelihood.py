@@ -111,7 +111,7 @@ def score(
     with torch.compiler.set_stance("force_eager"):
         for index in range(rank, len(batches), ranks):
             rows = [pieces[i].row for i in batches[index]]
-            batch = collate(rows, [0] * len(rows)).to(device)
+            batch = collate(rows, [0] * len(rows), pad=held_out.pad).to(device)
             parts.append((index, _judged(model(**batch.inputs), batch, held_out.task)))
     model.train(was_training)
     nats_W = np.zeros(len(pieces))

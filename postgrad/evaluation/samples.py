@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from postgrad.evaluation.held_out import HeldOut
+from postgrad.evaluation.held_out import AnyHeldOut, HeldOut, behind_bos
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
 
@@ -23,8 +23,10 @@ class Prompt:
     reference: np.ndarray
 
 
-def prompts(held_out: HeldOut, count: int) -> list[Prompt]:
-    """The beginnings of the first documents that are long enough."""
+def prompts(held_out: AnyHeldOut, count: int) -> list[Prompt]:
+    """The beginnings of the first texts that are long enough; rows of a task have none."""
+    if not isinstance(held_out, HeldOut):
+        return []
     long = [d for d in held_out.documents if len(d) >= PROMPT_TOKENS + 8]
     return [
         Prompt(held_out.name, d[:PROMPT_TOKENS], d[PROMPT_TOKENS : PROMPT_TOKENS + NEW_TOKENS]) for d in long[:count]
@@ -32,14 +34,21 @@ def prompts(held_out: HeldOut, count: int) -> list[Prompt]:
 
 
 @torch.no_grad()
-def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[Prompt]) -> list[str]:
-    """The model's greedy continuation of each prompt, as text."""
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Sequence[Prompt],
+    before: Sequence[int] = (),
+    bos: int | None = None,
+) -> list[str]:
+    """The model's greedy continuation of each prompt, as text; `before` is set before each (a soft prompt's places)."""
     out = []
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         for prompt in wanted:
-            ids = torch.from_numpy(prompt.ids.astype(np.int64))[None].to(next(model.parameters()).device)
+            given = torch.from_numpy(behind_bos(prompt.ids, before, bos))
+            ids = given[None].to(next(model.parameters()).device)
             written = model.generate(  # pyrefly: ignore[not-callable]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

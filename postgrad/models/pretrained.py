@@ -5,8 +5,11 @@ Legend: D model width, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,6 +37,10 @@ transformers_logging.disable_progress_bar()
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
+TUNING, PEFT = "tuning.json", "adapter_config.json"
+"""What describes a folder that holds a tuning instead of a model: ours, and PEFT's."""
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a model comes from: its folder (or Hub name), and the run that made it, when one did."""
@@ -41,36 +48,47 @@ class Start:
     name: str
     folder: Path | None
     run: Path | None = None
+    base: Start | None = None
+    """Of a folder that holds a tuning: the model that it sits on."""
+    trusted: bool = False
+    """The base was named by the user, and not by the tuning's folder."""
+
+    @property
+    def plain(self) -> Start:
+        """The plain model at the bottom."""
+        return self.base.plain if self.base else self
 
     @property
     def source(self) -> str:
         """What `from_pretrained` is given."""
-        return str(self.folder) if self.folder else self.name
+        plain = self.plain
+        return str(plain.folder) if plain.folder else plain.name
 
 
-def locate(name: str, root: Path) -> Start:
+def locate(name: str, root: Path, base: str | None = None) -> Start:
     """Resolve a folder, a run folder (its final model), a checkpoint of a run, or a Hub name, relative to `root`.
 
-    Raises `ModelError` when the name looks like a path and nothing is there.
+    A folder that holds a tuning says itself which model it sits on; `base` names another place for that model. Raises
+    `ModelError` when the name looks like a path and nothing is there.
     """
     folder = (root / Path(name).expanduser()).resolve()
     if folder.is_dir():
         if (folder / "stage.yaml").exists():  # a run folder
-            if not (folder / "model" / "config.json").exists():
+            if not _described(folder / "model"):
                 raise ModelError(
                     f"the run {name} has not finished, so it has no model yet",
                     where="model",
                     way_out=f"finish it, or name one of its checkpoints: {name}/checkpoints/step-...",
                 )
-            return Start(name, folder / "model", folder)
-        if not (folder / "config.json").exists():
+            return _on_base(Start(name, folder / "model", folder), root, base)
+        if not _described(folder):
             raise ModelError(
                 f"{name} is a folder without a config.json",
                 where="model",
-                expected="a Hugging Face model folder, a run folder or a checkpoint",
+                expected="a Hugging Face model folder, a run folder, a checkpoint, or a tuning's folder",
             )
         run = folder.parent.parent if folder.parent.name == "checkpoints" else None
-        return Start(name, folder, run if run and (run / "stage.yaml").exists() else None)
+        return _on_base(Start(name, folder, run if run and (run / "stage.yaml").exists() else None), root, base)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ((root / name).parent.is_dir() and "/" not in name):
         raise ModelError(
             f"there is no folder {name}",
@@ -78,6 +96,45 @@ def locate(name: str, root: Path) -> Start:
             expected="a folder with config.json and safetensors weights, a run folder, or a Hub name (owner/name)",
         )
     return Start(name, None)
+
+
+def _described(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", TUNING, PEFT))
+
+
+def _on_base(start: Start, root: Path, base: str | None) -> Start:
+    """The start with the model that it sits on, when it is a tuning's folder."""
+    folder = start.folder
+    assert folder is not None
+    if (folder / "config.json").exists():
+        if base is not None:
+            raise ModelError(f"{start.name} is a whole model and sits on no other", where="base")
+        return start
+    if base is not None:
+        return dataclasses.replace(start, base=locate(base, root), trusted=True)
+    try:
+        if (folder / TUNING).exists():
+            recorded = json.loads((folder / TUNING).read_text())["base"]
+            places = [recorded["relative"], recorded["name"]]
+        else:
+            places = [json.loads((folder / PEFT).read_text())["base_model_name_or_path"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{start.name} does not tell which model it sits on ({type(error).__name__})",
+            where="model",
+            way_out="name that model as `base`",
+        ) from None
+    for place in places:
+        if place and (folder / place).is_dir():
+            return dataclasses.replace(start, base=locate(place, folder))
+    try:
+        return dataclasses.replace(start, base=locate(places[-1], folder))
+    except ModelError as error:
+        raise ModelError(
+            f"{start.name} sits on {places[-1]}, which is not there",
+            where="model",
+            way_out="name the place of that model as `base`",
+        ) from error
 
 
 def load_tokenizer(start: Start) -> PreTrainedTokenizerBase:
@@ -173,26 +230,30 @@ def load(
     layer: TaskLayer | None = None,
     attention: str | None = None,
     dtype: torch.dtype = torch.float32,
+    state: dict[str, Tensor] | None = None,
 ) -> Loaded:
-    """The model for a task in `dtype`, in eval mode. No code of a foreign repository runs.
+    """The plain model at the bottom of `start` for a task in `dtype`, in eval mode. No code of a foreign repository runs.
 
     Without `attention`, transformers picks what the architecture supports: SDPA where it can. With `layer`, a task layer
-    that the folder lacks (or has for other labels) is drawn at random from its seed; nothing else may be missing.
+    that the folder lacks (or has for other labels) is drawn at random from its seed; nothing else may be missing. With
+    `state`, the weights are these instead of the folder's.
     """
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _quiet():
             warnings.simplefilter("ignore")
             config = AutoConfig.from_pretrained(start.source)
             _harmless(config, start.name)
+            where, make = (start.source, _CLASSES[task]) if state is None else (None, _class_of(config, task))
             options = {}
             if layer:
                 torch.manual_seed(layer.seed)
                 for key, value in layer.options().items():
                     setattr(config, key, value)
                 options["ignore_mismatched_sizes"] = True
-            model, loading = _CLASSES[task].from_pretrained(
-                start.source,
+            model, loading = make.from_pretrained(
+                where,
                 config=config,
+                state_dict=state,
                 dtype=dtype,
                 attn_implementation=attention,
                 use_safetensors=True,
@@ -215,6 +276,21 @@ def load(
             expected="weights for every parameter of the architecture in its config.json",
         )
     return Loaded(model.eval(), tuple(new))
+
+
+def _class_of(config: PreTrainedConfig, task: Task) -> Any:
+    return _CLASSES[task]._model_mapping[type(config)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, transformers keeps its report of new weights to itself; what matters of it is looked at."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def load_model(start: Start, *, attention: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -6,11 +6,11 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from postgrad.models.model import CausalModel
+from postgrad.models.model import Model
 from postgrad.models.pretrained import layers_of
 
 
-def checkpoint_activations(model: CausalModel) -> None:
+def checkpoint_activations(model: Model) -> None:
     """Recompute each block's activations in the backward pass instead of keeping them."""
     pretrained = model.pretrained
     # The older name is what transformers had before 5.2x, and it warns where both are there.
@@ -18,7 +18,7 @@ def checkpoint_activations(model: CausalModel) -> None:
     enable({"use_reentrant": False})
 
 
-def compile_layers(model: CausalModel) -> None:
+def compile_layers(model: Model) -> None:
     """Compile each block in place: as fast as compiling the whole model, and compiled once for all blocks.
 
     Beside the blocks, the body's other parts that stand behind them (a final norm) are small and worth it too.
@@ -33,7 +33,7 @@ def compile_layers(model: CausalModel) -> None:
             part.compile(dynamic=False)
 
 
-def shard(model: CausalModel, ranks: int, compute: torch.dtype) -> None:
+def shard(model: Model, ranks: int, compute: torch.dtype) -> None:
     """Shard weights, gradients and optimizer state over all ranks (FSDP2), fp32 shards and `compute` arithmetic.
 
     Losses are sums divided once by the global count of trained tokens, so gradients are summed over ranks and never

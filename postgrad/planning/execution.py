@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor
 
 from postgrad.errors import StageError
 from postgrad.models import machine
 from postgrad.models.attention import NAME, usable
-from postgrad.models.pretrained import parameters_of, table_of
+from postgrad.models.model import CausalModel, Model
+from postgrad.models.pretrained import layers_of
 from postgrad.planning.memory import Shape, estimate
 
 _BF16_WORTH = 1.3
@@ -38,6 +40,8 @@ class Wishes:
     sequences: int
     length: int
     steps: int
+    one_length: bool = True
+    """Every row is as long as the next; where they are not, compiled code would be compiled again and again."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,15 @@ class Execution:
         return asdict(self)
 
 
-def shape_of(config: PreTrainedConfig, parameters: int) -> Shape:
+def shape_of(model: Model) -> Shape:
     """A model's shape from its configuration, whatever its keys are called."""
+    config = model.pretrained.config
     width = int(getattr(config, "hidden_size", 0) or getattr(config, "n_embd", 0) or 1)
     inner = int(getattr(config, "intermediate_size", 0) or getattr(config, "n_inner", 0) or 4 * width)
     return Shape(
-        parameters=parameters,
-        layers=int(getattr(config, "num_hidden_layers", 0) or getattr(config, "n_layer", 0) or 1),
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        layers=len(layers_of(model.pretrained)),
         width=width,
         inner=inner,
         heads=int(getattr(config, "num_attention_heads", 0) or getattr(config, "n_head", 0) or 1),
@@ -78,10 +84,15 @@ def shape_of(config: PreTrainedConfig, parameters: int) -> Shape:
     )
 
 
-def choose(wishes: Wishes, model: PreTrainedModel, device: torch.device, ranks: int = 1) -> Execution:
-    """Decide what was left open, with a reason each. Raises `StageError` for what cannot be had here."""
+def choose(
+    wishes: Wishes, model: Model, example: Callable[[int], dict[str, Tensor]], device: torch.device, ranks: int = 1
+) -> Execution:
+    """Decide what was left open, with a reason each; `example` gives what the model is called with for so many rows.
+
+    Raises `StageError` for what cannot be had here.
+    """
     reasons: dict[str, str] = {}
-    shape = shape_of(model.config, parameters_of(model))
+    shape = shape_of(model)
     mine = _rows_of_a_rank(wishes, ranks)
     product = (min(2048, (wishes.micro or mine) * wishes.length), shape.width, shape.inner)
 
@@ -100,22 +111,26 @@ def choose(wishes: Wishes, model: PreTrainedModel, device: torch.device, ranks: 
 
     attention = wishes.attention
     if attention == "auto":
-        attention = model.config._attn_implementation or "eager"
+        attention = model.pretrained.config._attn_implementation or "eager"
         reasons["attention"] = "what transformers picks for this architecture"
-        if device.type == "cpu" and wishes.length <= _BLOCKS_LENGTH and usable(model):
+        packed = isinstance(model, CausalModel) and wishes.one_length
+        if device.type == "cpu" and packed and wishes.length <= _BLOCKS_LENGTH and usable(model.pretrained):
             attention = NAME
             reasons["attention"] = "faster than SDPA on a CPU (up to three times, compiled); its logits were checked"
-    model.set_attn_implementation(attention)
-    seconds = _seconds(model, wishes, micro, dtype, device) * (mine // micro) * wishes.steps
+    model.pretrained.set_attn_implementation(attention)
+    seconds = _seconds(model, example(micro), dtype, device) * (mine // micro) * wishes.steps
     compiled, limit = wishes.compile, _COMPILE_SECONDS[_kind(device)]
     able = machine.can_compile(device)
     if compiled == "auto":
-        compiled = able and seconds > limit
-        reasons["compile"] = (
-            f"the training takes about {seconds:,.0f} s without; compiling pays from about {limit:.0f} s"
-            if able
-            else "there is no C++ compiler or no Python headers here"
-        )
+        compiled = able and wishes.one_length and seconds > limit
+        if not able:
+            reasons["compile"] = "there is no C++ compiler or no Python headers here"
+        elif not wishes.one_length:
+            reasons["compile"] = "the rows differ in length, so it would be compiled again for each"
+        else:
+            reasons["compile"] = (
+                f"the training takes about {seconds:,.0f} s without; compiling pays from about {limit:.0f} s"
+            )
     elif compiled and not able:
         raise StageError(
             "torch.compile finds no C++ compiler or no Python headers here",
@@ -191,28 +206,31 @@ def _micro(wishes: Wishes, shape: Shape, mine: int, device: torch.device, *, bf1
     return fitting
 
 
-def _seconds(model: PreTrainedModel, wishes: Wishes, micro: int, dtype: str, device: torch.device) -> float:
+def _seconds(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
     """Seconds of one micro-batch, forward and backward, not compiled: the shorter of two after a first one.
 
     The head is timed on a part of the tokens, as the loss takes it: all logits at once could need more memory than the
     training itself.
     """
-    ids = torch.randint(0, table_of(model).shape[0], (micro, wishes.length), device=device)
-    head = model.get_output_embeddings()
-    assert head is not None  # every causal model has one
-    part = min(256, ids.numel())
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    moving = [p for p in model.parameters() if p.requires_grad]
     times: list[float] = []
     while len(times) < 3 and sum(times) < 10:  # a large model: one is enough
         begin = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            output = model(**inputs)
+            tokens = output.hidden[..., 0].numel()
+            part = min(256, tokens)
             seconds_of_head = -time.perf_counter()
-            read = hidden.detach().flatten(0, 1)[:part].requires_grad_()
-            head(read).float().logsumexp(-1).sum().backward()
+            read = output.hidden.detach().flatten(0, -2)[:part].requires_grad_()
+            logits = read if output.head is None else output.head.logits(read)
+            logits.float().logsumexp(-1).sum().backward()
             seconds_of_head += time.perf_counter()
-        hidden.float().mean().backward()
+        if output.hidden.requires_grad:
+            output.hidden.float().mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin + seconds_of_head * (ids.numel() / part - 1))
-        model.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - begin + seconds_of_head * (tokens / part - 1))
+        for parameter in moving:
+            parameter.grad = None
     return min(times[1:], default=times[0])

@@ -1,6 +1,6 @@
 """How much memory does a training step take? An estimate from shapes, for the plan.
 
-Legend: N weights, B rows at once, T positions, D width, L layers, V vocabulary.
+Legend: N weights, M of them trainable, B rows at once, T positions, D width, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ class Shape:
     """What the estimates need to know of a model."""
 
     parameters: int
+    trainable: int
     layers: int
     width: int
     inner: int
@@ -44,15 +45,16 @@ def estimate(
     `B T (10 D + 3 I)` numbers a layer beside attention scores `B h T^2`, which SDPA does not keep.
     """
     item = 2 if bf16 else 4
-    n = shape.parameters // ranks
+    moving = shape.trainable // ranks
+    frozen = (shape.parameters - shape.trainable) // ranks
     per_layer = rows * length * (10 * shape.width + 3 * shape.inner) * item
     if not sdpa:
         per_layer += rows * shape.heads * length * length * (2 * item)
     kept = rows * length * shape.width * item * shape.layers + per_layer if checkpointing else per_layer * shape.layers
     return Memory(
-        weights=4 * n + (2 * n if bf16 else 0),
-        gradients=4 * n + (2 * n if bf16 else 0),
-        moments=8 * n,
+        weights=(4 + (2 if bf16 else 0)) * moving + item * frozen,
+        gradients=(4 + (2 if bf16 else 0)) * moving,
+        moments=8 * moving,
         activations=kept + (1 << 25) * 6,  # the loss works on chunks of logits of about this size
     )
 

@@ -2,66 +2,177 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
+from postgrad.data.batch import collate
 from postgrad.data.loader import Loader
-from postgrad.errors import ResumeError
+from postgrad.data.pack import PackedRows
+from postgrad.errors import ResumeError, StageError, TuningError
+from postgrad.lineage.tree import chain
 from postgrad.models import sharding
-from postgrad.models.model import CausalModel
-from postgrad.models.pretrained import Start
+from postgrad.models.model import Model, model_for
+from postgrad.models.pretrained import TUNING, Start
+from postgrad.objectives.decisions import Decisions, Problem
 from postgrad.objectives.objective import Objective
 from postgrad.objectives.tokens import Tokens
+from postgrad.penalties.orthogonal import Orthogonal
+from postgrad.penalties.penalty import Penalty
 from postgrad.planning.execution import Execution, Wishes, choose
-from postgrad.stages import stage as s
+from postgrad.stages.amounts import in_steps
+from postgrad.stages.objectives import AnyObjective, ClassifyObjective
 from postgrad.stages.plan import Plan
+from postgrad.stages.reading import virtual
+from postgrad.stages.tunings import Also, BlocksTuning, ExpandTuning, FullTuning, LoraTuning, PTuning, options_of
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.optimizer import AdamW, Weights
 from postgrad.training.state import read_moments, read_progress
 from postgrad.training.step import Run
 from postgrad.training.world import World
+from postgrad.tuning.attach import attach, read_published
+from postgrad.tuning.opened import Opened, open_model
+from postgrad.tuning.tuning import Published, Tuning
 
 
-def make_objective(spec: s.AnyObjective) -> Objective:
-    """An objective from its description."""
+def make_objective(spec: AnyObjective, problem: Problem) -> Objective:
+    """An objective from its description; `problem` is what a classifier of this stage decides."""
     match spec:
-        case s.NextTokenObjective():
+        case ClassifyObjective():
+            return Decisions(problem, spec.kind, spec.weight)
+        case _:
             return Tokens(spec.kind, spec.weight)
 
 
-def choose_execution(plan: Plan, model: PreTrainedModel, world: World) -> Execution:
+class Counts(NamedTuple):
+    """Weights of a model, tied ones counted once, and how many of them move."""
+
+    parameters: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained: a model, what its lineage left on it, and the stage's tuning."""
+
+    model: Model
+    opened: Opened
+    tuning: Tuning
+    options: dict[str, Any]
+    """Those that the tuning was made with."""
+
+    def counts(self) -> Counts:
+        """Weights in the model, and those that move."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return Counts(sum(n for n, _ in sizes), sum(n for n, moves in sizes if moves))
+
+
+def make_subject(plan: Plan, world: World, *, attention: str | None = None) -> Subject:
+    """The start model with the stage's tuning in it, on this rank's device."""
+    opened = open_model(plan.start, plan.task, layer=plan.layer, attention=attention)
+    spec = plan.stage.tuning
+    options = tuning_options(plan, opened)
+    if opened.tunings and not isinstance(spec, Also):
+        raise TuningError(
+            f"`{spec.kind}` moves the weights of {plan.start.name}, in which `{opened.tunings[-1].kind}` stands that cannot "
+            "become part of them",
+            where="tuning.kind",
+            expected="a kind that adds something of its own, such as lora, adapter or prompt",
+        )
+    tuning = attach(opened.model, options, seed=plan.stage.seed, tokenizer=plan.tokenizer)
+    model = model_for(opened.model, opened.task).to(world.device)
+    return Subject(model, opened, tuning, {**options, "seed": plan.stage.seed})
+
+
+def tuning_options(plan: Plan, opened: Opened) -> dict[str, Any]:
+    """The keyword arguments of the stage's tuning: lengths in steps, and a new task layer moves besides."""
+    spec = plan.stage.tuning
+    options = options_of(spec)
+    for key in ("template", "demonstrations", "orthogonal"):  # read by whoever makes the rows, or the penalties
+        options.pop(key, None)
+    if isinstance(spec, PTuning):
+        options["length"] = virtual(spec)
+    if isinstance(spec, BlocksTuning) and spec.unfreeze_every is not None:
+        options["unfreeze_every"] = max(1, round(in_steps(spec.unfreeze_every, plan.steps, plan.tokens)))
+    if opened.new and not isinstance(spec, FullTuning | ExpandTuning):
+        options["also"] = [*options.get("also", ()), *opened.new]
+    return options
+
+
+def make_penalties(plan: Plan, subject: Subject, weights: Weights) -> list[Penalty]:
+    """What pulls the weights back."""
+    spec = plan.stage.tuning
+    if not isinstance(spec, LoraTuning) or spec.orthogonal is None:
+        return []
+    from postgrad.tuning.low_rank import LowRank, earlier_directions
+
+    assert isinstance(subject.tuning, LowRank)
+    earlier = earlier_directions(low_rank_before(plan.start))
+    new = {name: parameter for name, parameter in subject.tuning.directions().items() if name in earlier}
+    if not new:
+        raise StageError(
+            f"no earlier stage of {plan.start.name} has low-rank adapters on the layers that this one tunes",
+            where="tuning.orthogonal",
+            expected="a start model whose lineage has a `lora` stage with the same targets",
+        )
+    masters = {id(w.compute): w.master for w in weights.all}
+    return [Orthogonal([masters[id(p)] for p in new.values()], [earlier[name] for name in new], spec.orthogonal)]
+
+
+def low_rank_before(start: Start) -> list[Published]:
+    """The low-rank adapters that the lineage of a start has trained, whether they were merged since or not."""
+    folders = [run / "model" for run, _ in (chain(start.run) if start.run else [])]
+    here: Start | None = start
+    while here is not None:
+        folders += [here.folder] if here.folder else []
+        here = here.base
+    found = {folder.resolve(): read_published(folder) for folder in folders if (folder / TUNING).exists()}
+    return [part for part in found.values() if part.options["kind"] == "lora"]
+
+
+def choose_execution(plan: Plan, subject: Subject, world: World) -> Execution:
     """How this machine will compute the stage."""
     compute, batch = plan.stage.compute, plan.stage.batch
+    longest = max(plan.rows, key=lambda rows: rows.ledger.placed / max(len(rows), 1))
+
+    def example(rows: int) -> dict[str, Tensor]:
+        batch = collate([longest.at(i % len(longest), i) for i in range(rows)], [0] * rows, pad=plan.reading.pad)
+        return batch.inputs
+
     wishes = Wishes(
         dtype=compute.dtype,
         compile=compute.compile,
-        attention=compute.attention,
+        attention=subject.tuning.attention or compute.attention,
         activation_checkpointing=compute.activation_checkpointing,
         threads=compute.threads,
         micro=batch.micro,
         sequences=batch.sequences,
         length=plan.context,
         steps=plan.steps,
+        one_length=all(rows.layout == PackedRows.layout for rows in plan.rows),
     )
-    return choose(wishes, model, world.device, world.size)
+    return choose(wishes, subject.model, example, world.device, world.size)
 
 
-def build(plan: Plan, model: CausalModel, execution: Execution, world: World) -> Run:
+def build(plan: Plan, subject: Subject, execution: Execution, world: World) -> Run:
     """The run of a stage at its step 0: model laid out, masters and optimizer made. The model is changed in place."""
     torch.set_num_threads(execution.threads)
-    stage = plan.stage
+    stage, model = plan.stage, subject.model
     if execution.activation_checkpointing:
         sharding.checkpoint_activations(model)
     if world.sharded:
         sharding.shard(model, world.size, execution.compute)
-    weights = Weights(model, execution.compute, split=not world.sharded)
+    weights = Weights(model, subject.tuning, execution.compute, split=not world.sharded)
     if execution.compile:
         sharding.compile_layers(model)
     spec = stage.optimizer
-    optimizer = AdamW(weights, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
+    optimizer = AdamW(
+        weights, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, decay_tables=spec.decay_tables
+    )
     if spec.moments != "reset":
         checkpoint = _moments_of(plan.start)
         keep = ("exp_avg", "exp_avg_sq") if spec.moments == "keep" else ("exp_avg_sq",)
@@ -70,7 +181,8 @@ def build(plan: Plan, model: CausalModel, execution: Execution, world: World) ->
         model=model,
         weights=weights,
         optimizer=optimizer,
-        objectives=[make_objective(o) for o in stage.objectives],
+        objectives=[make_objective(o, plan.problem) for o in plan.objectives],
+        penalties=make_penalties(plan, subject, weights),
         schedule=plan.schedule,
         world=world,
         sources=plan.sources,
@@ -86,6 +198,8 @@ def make_loader(plan: Plan, execution: Execution, world: World) -> Loader:
         plan.rows,
         plan.mixture,
         micro=execution.micro,
+        objectives=plan.weighed,
+        pad=plan.reading.pad,
         rank=world.rank,
         ranks=world.size,
         skip=plan.stage.data.skip_steps,

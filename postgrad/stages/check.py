@@ -7,12 +7,11 @@ from typing import Any
 
 from postgrad import schedules
 from postgrad.models import machine
-from postgrad.models.model import CausalModel, probe
-from postgrad.models.pretrained import load_model, parameters_of
+from postgrad.models.model import probe
 from postgrad.planning.execution import shape_of
 from postgrad.planning.memory import estimate, readable
 from postgrad.reports.notation import duration
-from postgrad.stages.build import choose_execution
+from postgrad.stages.build import Counts, choose_execution, make_subject
 from postgrad.stages.plan import Plan
 from postgrad.stages.plan_text import plan_lines
 from postgrad.training.world import World
@@ -22,34 +21,41 @@ def check_stage(plan: Plan) -> dict[str, Any]:
     """The plan with what only the model can tell: whether documents stay apart, memory, time. Raises what is wrong."""
     machine.tune_allocator()
     world = World(machine.device())
-    model = CausalModel(load_model(plan.start)).to(world.device)
-    parameters = parameters_of(model)
-    execution = choose_execution(plan, model.pretrained, world)
-    model.pretrained.set_attn_implementation(execution.attention)
-    probe(model)
+    subject = make_subject(plan, world)
+    counts = subject.counts()
+    execution = choose_execution(plan, subject, world)
+    subject.model.pretrained.set_attn_implementation(execution.attention)
+    probe(subject.model)
     memory = estimate(
-        shape_of(model.pretrained.config, parameters),
+        shape_of(subject.model),
         rows=execution.micro,
         length=plan.context,
         bf16=execution.dtype == "bfloat16",
         checkpointing=execution.activation_checkpointing,
         sdpa=execution.attention != "eager",
     )
+    notes = (*plan.notes, *subject.opened.notes, *subject.tuning.notes)
     record = {
         **plan.as_record(),
-        "parameters": parameters,
+        "parameters": counts.parameters,
+        "trainable": counts.trainable,
+        "tuning": plan.stage.tuning.kind,
+        "task": plan.task,
         "execution": execution.as_dict(),
         "memory": dataclasses.asdict(memory),
         "seconds": execution.seconds,
-        "notes": list(plan.notes),
+        "notes": list(notes),
         "overlap": plan.overlap,
         "schedule_curve": schedules.sampled(plan.schedule, plan.steps, 60),
     }
     free = machine.memory_bytes()
+    apart = "; packed documents do not see each other (probed)" if plan.task == "causal" else ""
     lines = [
         *plan_lines(plan),
+        *(f"note: {note}" for note in notes[len(plan.notes) :]),
         "",
-        f"model: {parameters:,} weights, {plan.vocabulary:,} tokens; packed documents do not see each other (probed)",
+        f"model: {counts.parameters:,} weights, {plan.vocabulary:,} tokens{apart}",
+        tuning_line(plan.stage.tuning.kind, counts),
         f"compute: {execution.dtype}, {execution.attention} attention, {execution.micro} rows at once, "
         f"{'compiled' if execution.compile else 'not compiled'}, {execution.threads} thread{'s' * (execution.threads > 1)}",
         *(f"  {key}: {reason}" for key, reason in execution.reasons.items()),
@@ -61,3 +67,14 @@ def check_stage(plan: Plan) -> dict[str, Any]:
         + "; evaluation comes on top",
     ]
     return {"text": "\n".join(lines), **record}
+
+
+def tuning_line(kind: str, counts: Counts) -> str:
+    """Which weights move, and how many of all that is."""
+    return f"tuning: {kind}, {counts.trainable:,} of {counts.parameters:,} weights move ({_percent(counts)})"
+
+
+def _percent(counts: Counts) -> str:
+    """A share with two digits that say something, however small it is."""
+    share = 100 * counts.trainable / counts.parameters
+    return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"

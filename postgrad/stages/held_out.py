@@ -4,46 +4,72 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from postgrad.data.formats import read_documents
+from postgrad.data.examples import RUNNING, Labels, Renderer
+from postgrad.data.formats import read_documents, source_kind
 from postgrad.data.overlap import OverlapReport, overlap
+from postgrad.data.part import Part
 from postgrad.data.rows import held_out_mask
 from postgrad.data.sources import Source as Files
 from postgrad.data.sources import find_files
 from postgrad.data.store import TokenStore
-from postgrad.data.tokenize import Encoder
 from postgrad.errors import DataError, StageError
-from postgrad.evaluation.held_out import HeldOut
+from postgrad.evaluation.held_out import AnyHeldOut, HeldOut, HeldOutRows
 from postgrad.lineage.fingerprint import fingerprint
+from postgrad.objectives.decisions import Problem
 from postgrad.publish import write_atomically
 from postgrad.stages import stage as s
-from postgrad.stages.leaves import Leaf, Progress, store_of
+from postgrad.stages.layouts import make_rows, objective_for, renderer_for
+from postgrad.stages.leaves import Leaf, Progress, Wanted, files_of, store_of, wording_of
+from postgrad.stages.objectives import AnyObjective, ClassifyObjective, NextTokenObjective
+from postgrad.stages.reading import Reading
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Documents to be scored, before it is settled how a model reads them."""
+
+    name: str
+    role: str
+    store: TokenStore
+    documents: np.ndarray
+    objective: AnyObjective
+    renderer: Renderer | None
 
 
 def held_out_sets(
     stage: s.Stage,
     root: Path,
     leaves: Sequence[Leaf],
+    objectives: Sequence[AnyObjective],
+    labels: Labels | None,
     seen: dict[str, dict[str, Any]],
-    encoder: Encoder,
+    reading: Reading,
     cache: Path,
     progress: Progress | None,
     notes: list[str],
-) -> tuple[list[HeldOut], list[np.ndarray]]:
-    """The sets to be scored, and the document tables of all held-out text (training copies are dropped)."""
-    sets: list[HeldOut] = []
+) -> tuple[list[Chosen], list[np.ndarray]]:
+    """The documents to be scored, and the document tables of all held-out text (training copies are dropped)."""
+    sets: list[Chosen] = []
     tables: list[np.ndarray] = []
-    limit = stage.evaluation.max_tokens
     listed = [("retained", item) for item in stage.evaluation.retained]
     listed += [("learned", item) for item in stage.evaluation.learned]
+    by_source = {leaf.wanted.source: leaf.wanted for leaf in leaves}
     for role, item in listed:
-        files = held_out_files(item, root, f"evaluation.{role}")
-        store = store_of(files, encoder, cache, progress, stage.data.workers)
-        sets.append(held_out_set(item.name, role, store, np.arange(len(store)), limit, encoder, notes))
+        where = f"evaluation.{role}"
+        given = _worded(item, role, by_source)
+        files = files_of(item.name, given, root, where)
+        kind = source_kind(files)
+        like = item.like or item.name
+        _, objective = objective_for(like, kind, objectives, where)
+        renderer = renderer_for(objective, kind, reading, wording_of(given), labels)
+        store = store_of(files, reading.encoder, cache, progress, stage.data.workers, renderer)
+        sets.append(Chosen(item.name, role, store, np.arange(len(store)), objective, renderer))
         tables.append(np.asarray(store.documents))
     for leaf in leaves:
         if not leaf.held_out:
@@ -68,7 +94,7 @@ def held_out_sets(
                 "it is not measured (a text file can be cut into more documents with `documents: passages`)"
             )
             continue
-        sets.append(held_out_set(name, role, leaf.store, chosen, limit, encoder, notes))
+        sets.append(Chosen(name, role, leaf.store, chosen, objectives[leaf.wanted.objective], leaf.renderer))
         tables.append(table[chosen])
     if not sets:
         raise StageError(
@@ -81,23 +107,61 @@ def held_out_sets(
     return sets, tables
 
 
-def held_out_files(item: s.HeldOutFile, root: Path, where: str) -> Files:
-    """A held-out file as a source."""
-    return Files(item.name, item.path, None, item.columns, item.documents, root, where)
+def _worded(item: s.HeldOutFile, role: str, by_source: dict[str, Wanted]) -> dict[str, Any]:
+    """A held-out file as plain data; what it does not say it has from the source that it is like.
+
+    Without `like`, a file whose kind is not said is like the only source of its role whose kind is said.
+    """
+    given = {**item.model_dump(), "hub": None}
+    alike = [by_source[item.like]] if item.like and item.like in by_source else []
+    if not alike and item.kind == "auto":
+        wanted = "replay" if role == "retained" else "new"
+        alike = [w for w in by_source.values() if w.role == wanted and w.files.kind != "auto"]
+    if len(alike) == 1:
+        other = alike[0]
+        own = item.model_fields_set
+        given |= {"kind": other.files.kind} if "kind" not in own else {}
+        given |= {"columns": dict(other.files.columns)} if "columns" not in own else {}
+        for key, value in (
+            ("prompt", other.wording.prompt),
+            ("answer", other.wording.answer),
+            ("words", dict(other.wording.words)),
+        ):
+            given |= {key: value} if key not in own else {}
+    return given
 
 
-def held_out_set(
+def as_read(
+    chosen: Chosen, reading: Reading, limit: int, notes: list[str], *, spare: int = 0, problem: Problem = "class"
+) -> AnyHeldOut:
+    """A set as a model reads it, in the order of the documents' content hash, up to about `limit` tokens.
+
+    `spare`: positions that windows of running text leave free. Raises `DataError` when nothing of it can be scored.
+    """
+    running = chosen.store.kind in RUNNING
+    if running and isinstance(chosen.objective, NextTokenObjective):
+        found: AnyHeldOut = replace(
+            held_out_text(chosen.name, chosen.role, chosen.store, chosen.documents, limit, reading, notes),
+            before=reading.before,
+            spare=spare,
+        )
+        return found
+    return _rows(chosen, reading, limit, notes, problem)
+
+
+def held_out_text(
     name: str,
     role: str,
     store: TokenStore,
     chosen: np.ndarray,
     limit: int,
-    encoder: Encoder,
+    reading: Reading,
     notes: list[str],
 ) -> HeldOut:
-    """Documents of a store as a set to be scored, in the order of their content hash, up to about `limit` tokens."""
+    """Running text to be scored by a decoder."""
     table = np.asarray(store.documents)[chosen]
     order = chosen[np.argsort(table["digest"], kind="stable")]
+    encoder = reading.encoder
     documents: list[np.ndarray] = []
     sizes: list[int] = []
     digests: list[int] = []
@@ -120,20 +184,74 @@ def held_out_set(
             f"{name}: {len(documents):,} of {len(order):,} documents are scored (evaluation.max_tokens: {limit:,})"
         )
     identity = fingerprint([[int(d) for d in np.sort(table["digest"])], limit, encoder.fingerprint])
-    found = HeldOut(name, role, tuple(documents), np.array(sizes, np.int64), identity, np.array(digests, np.uint64))
+    found = HeldOut(
+        name,
+        role,
+        tuple(documents),
+        np.array(sizes, np.int64),
+        identity,
+        np.array(digests, np.uint64),
+        bos=encoder.bos,
+    )
     return found.first(limit)
 
 
+def _rows(chosen: Chosen, reading: Reading, limit: int, notes: list[str], problem: Problem) -> HeldOutRows:
+    """Rows of a task, or text for an encoder or an encoder-decoder, as the objective makes them."""
+    table = np.asarray(chosen.store.documents)[chosen.documents]
+    order = np.argsort(table["digest"], kind="stable")
+    most = int(np.searchsorted(np.cumsum(table["tokens"][order]), limit)) + 1
+    part = Part(chosen.store, chosen.documents[order[:most]])
+    rows = make_rows(chosen.objective, part, reading, problem=problem, together=False)
+    if not len(rows):
+        raise DataError(
+            f"no document of the held-out set '{chosen.name}' can be scored",
+            where=f"evaluation.{chosen.role}",
+            expected="documents that fit a row and have something to predict",
+        )
+    if most < len(order):
+        notes.append(
+            f"{chosen.name}: {most:,} of {len(order):,} documents are scored (evaluation.max_tokens: {limit:,})"
+        )
+    # Documents that are no rows (too short, too long) are none of the set.
+    kept, document_R = np.unique(np.asarray(rows.document_R), return_inverse=True)
+    labels = chosen.store.labels or ()
+    return HeldOutRows(
+        chosen.name,
+        chosen.role,
+        tuple(rows.at(i, i) for i in range(len(rows))),
+        document_R,
+        part.documents["bytes"][kept].astype(np.int64),
+        fingerprint(
+            [
+                [int(d) for d in np.sort(table["digest"])],
+                limit,
+                reading.encoder.fingerprint,
+                chosen.objective.model_dump(mode="json"),
+                chosen.renderer.fingerprint if chosen.renderer else None,
+                reading.length,
+            ]
+        ),
+        part.documents["digest"][kept].astype(np.uint64),
+        problem if isinstance(chosen.objective, ClassifyObjective) else "answers",
+        tuple(str(label) for label in labels),
+        reading.frame.before,
+        reading.pad,
+    )
+
+
 def overlaps(
-    stage: s.Stage, root: Path, leaves: Sequence[Leaf], held_out: Sequence[HeldOut], cache: Path, notes: list[str]
+    stage: s.Stage, root: Path, leaves: Sequence[Leaf], held_out: Sequence[AnyHeldOut], cache: Path, notes: list[str]
 ) -> dict[str, dict[str, Any]]:
     """13-gram overlap of each held-out file with the training text (a source's own split is exact by construction)."""
     if stage.data.overlap == "off":
         return {}
     out: dict[str, dict[str, Any]] = {}
+    by_source = {leaf.wanted.source: leaf.wanted for leaf in leaves}
     for role in ("retained", "learned"):
         for item in getattr(stage.evaluation, role):
-            found = _overlap_with(item, root, role, leaves, cache)
+            files = files_of(item.name, _worded(item, role, by_source), root, f"evaluation.{role}")
+            found = _overlap_with(files, leaves, cache)
             out[item.name] = found
             if found["half"]:
                 message = (
@@ -148,8 +266,7 @@ def overlaps(
     return out
 
 
-def _overlap_with(item: s.HeldOutFile, root: Path, role: str, leaves: Sequence[Leaf], cache: Path) -> dict[str, Any]:
-    files = held_out_files(item, root, f"evaluation.{role}")
+def _overlap_with(files: Files, leaves: Sequence[Leaf], cache: Path) -> dict[str, Any]:
     key = fingerprint([str(files), sorted(leaf.store.fingerprint for leaf in leaves), _stamp(files)])
     place = cache / "overlap" / f"{key}.json"
     if place.exists():

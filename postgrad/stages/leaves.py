@@ -1,13 +1,16 @@
-"""Which texts does a stage read, and what has the start model read before?"""
+"""Which texts does a stage read, what is each for, and what has the start model read before?"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from postgrad.data.examples import Labels, Renderer
+from postgrad.data.formats import read_labels, source_kind
 from postgrad.data.mixture import seen_weights
 from postgrad.data.sources import HubRows
 from postgrad.data.sources import Source as Files
@@ -17,6 +20,9 @@ from postgrad.errors import StageError
 from postgrad.lineage.record import PLAN, read_record, seen_so_far, with_stage
 from postgrad.models.pretrained import Start
 from postgrad.stages import stage as s
+from postgrad.stages.layouts import Wording, objective_for, renderer_for
+from postgrad.stages.objectives import AnyObjective, ClassifyObjective
+from postgrad.stages.reading import Reading
 from postgrad.training.state import read_progress
 
 Progress = Callable[[str, int, int], None]
@@ -26,19 +32,51 @@ _HELD_OUT_DOCUMENTS = 200
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """A source as it is read: a replay of everything seen becomes one leaf for each origin."""
+class Wanted:
+    """A source before it is read: a replay of everything seen becomes one for each origin."""
 
     name: str
     source: str
     role: str
     part: float
     """Its share of the source: 1, or less when the source is a replay of everything seen."""
-    held_out: float
+    held_out: float | None
     max_passes: float
     files: Files
-    store: TokenStore
+    wording: Wording
     stands_for: int | None
+    objective: int
+    """The number of the objective that its rows are made for."""
+
+    @cached_property
+    def kind(self) -> str:
+        """What its rows are."""
+        return source_kind(self.files)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A source as it is read."""
+
+    wanted: Wanted
+    held_out: float
+    renderer: Renderer | None
+    store: TokenStore
+
+    @property
+    def name(self) -> str:
+        """Names it in the plan, the metrics and the report."""
+        return self.wanted.name
+
+    @property
+    def role(self) -> str:
+        """`new` or `replay`."""
+        return self.wanted.role
+
+    @property
+    def files(self) -> Files:
+        """Where its documents come from."""
+        return self.wanted.files
 
 
 def seen_by(start: Start) -> dict[str, dict[str, Any]]:
@@ -52,63 +90,106 @@ def seen_by(start: Start) -> dict[str, dict[str, Any]]:
     return seen_so_far(read_record(start.run))
 
 
+def wanted_sources(
+    stage: s.Stage, objectives: Sequence[AnyObjective], root: Path, seen: dict[str, dict[str, Any]]
+) -> list[Wanted]:
+    """The sources of a stage with what each is for. Raises `StageError` for rows that no objective serves."""
+    out: list[Wanted] = []
+    for i, source in enumerate(stage.data.sources):
+        where = f"data.sources[{i}]"
+        if not source.seen_so_far:
+            origins = [(1.0, source.name, source.model_dump(), root, source.held_out, source.stands_for)]
+        elif seen:
+            weights = seen_weights({key: entry["tokens"] for key, entry in seen.items()}, 1.0)
+            origins = [
+                (
+                    weight,
+                    f"{source.name}/{seen[key]['name']}",
+                    seen[key]["origin"],
+                    Path(seen[key]["origin"]["root"]),
+                    seen[key]["origin"]["held_out"],
+                    None,
+                )
+                for key, weight in weights.items()
+            ]
+        else:
+            raise StageError(
+                f"nothing is recorded of what {stage.model} has seen",
+                where=f"{where}.seen_so_far",
+                expected="a start model that is a run folder of an earlier stage",
+                way_out="give the old text itself as `path`",
+            )
+        for part, name, given, base, held_out, stands_for in origins:
+            files = files_of(name, given, base, where)
+            number, _ = objective_for(source.name, source_kind(files), objectives, where)
+            role = "replay" if source.seen_so_far else source.role
+            wording = wording_of(given)
+            out.append(
+                Wanted(name, source.name, role, part, held_out, source.max_passes, files, wording, stands_for, number)
+            )
+    return out
+
+
+def labels_for(wanted: Sequence[Wanted], objectives: Sequence[AnyObjective]) -> Labels | None:
+    """What a classifier of this stage decides between; None when there is no classifier.
+
+    Raises `StageError` when sources are labelled in different ways, `DataError` for labels that do not go together.
+    """
+    found: dict[str, Labels] = {}
+    asked = None
+    for item in wanted:
+        objective = objectives[item.objective]
+        if isinstance(objective, ClassifyObjective):
+            asked = objective
+            found[item.name] = read_labels(item.files)
+    if asked is None:
+        return None
+    problems = {labels.problem: name for name, labels in found.items()}
+    if len(problems) > 1:
+        (one, first), (two, second), *_ = problems.items()
+        raise StageError(
+            f"'{first}' has labels of the sort {one} and '{second}' of the sort {two}",
+            where="data.sources",
+            expected="one sort of labels for a classifier",
+        )
+    (problem,) = problems
+    problem = problem if asked.problem == "auto" else asked.problem
+    if problem == "number":
+        return Labels("number")
+    names = set().union(*(labels.names for labels in found.values()))
+    if asked.labels is None:
+        texts = sorted(name for name in names if isinstance(name, str))
+        return Labels(problem, (*sorted(name for name in names if not isinstance(name, str)), *texts))
+    by_text = {str(name): name for name in names}
+    unknown = sorted(by_text.keys() - set(asked.labels))
+    if unknown:
+        raise StageError(
+            f"the rows have a label '{unknown[0]}', which is not listed",
+            where="objectives.labels",
+            expected=f"all of {', '.join(sorted(by_text))}",
+        )
+    return Labels(problem, tuple(by_text.get(name, name) for name in asked.labels))
+
+
 def make_leaves(
     stage: s.Stage,
-    root: Path,
-    seen: dict[str, dict[str, Any]],
-    encoder: Encoder,
+    wanted: Sequence[Wanted],
+    objectives: Sequence[AnyObjective],
+    labels: Labels | None,
+    reading: Reading,
     cache: Path,
     progress: Progress | None,
 ) -> list[Leaf]:
+    """Read and tokenise the sources."""
     leaves: list[Leaf] = []
-    for i, source in enumerate(stage.data.sources):
-        where = f"data.sources[{i}]"
-        if source.seen_so_far:
-            if not seen:
-                raise StageError(
-                    f"nothing is recorded of what {stage.model} has seen",
-                    where=f"{where}.seen_so_far",
-                    expected="a start model that is a run folder of an earlier stage",
-                    way_out="give the old text itself as `path`",
-                )
-            weights = seen_weights({key: entry["tokens"] for key, entry in seen.items()}, 1.0)
-            for key, weight in weights.items():
-                origin = seen[key]["origin"]
-                files = _files(f"{source.name}/{seen[key]['name']}", origin, Path(origin["root"]), where)
-                store = store_of(files, encoder, cache, progress, stage.data.workers)
-                leaves.append(
-                    Leaf(
-                        files.name,
-                        source.name,
-                        "replay",
-                        weight,
-                        origin["held_out"],
-                        source.max_passes,
-                        files,
-                        store,
-                        None,
-                    )
-                )
-            continue
-        files = _files(source.name, source.model_dump(), root, where)
-        store = store_of(files, encoder, cache, progress, stage.data.workers)
-        held_out = source.held_out
+    for item in wanted:
+        renderer = renderer_for(objectives[item.objective], item.kind, reading, item.wording, labels)
+        store = store_of(item.files, reading.encoder, cache, progress, stage.data.workers, renderer)
+        held_out = item.held_out
         if held_out is None:
-            named = stage.evaluation.retained if source.role == "replay" else stage.evaluation.learned
+            named = stage.evaluation.retained if item.role == "replay" else stage.evaluation.learned
             held_out = 0.0 if named else min(0.1, max(0.005, _HELD_OUT_DOCUMENTS / max(len(store), 1)))
-        leaves.append(
-            Leaf(
-                source.name,
-                source.name,
-                source.role,
-                1.0,
-                held_out,
-                source.max_passes,
-                files,
-                store,
-                source.stands_for,
-            )
-        )
+        leaves.append(Leaf(item, held_out, renderer, store))
     return leaves
 
 
@@ -118,7 +199,7 @@ def leaves_of(leaves: Sequence[Leaf]) -> list[dict[str, Any]]:
         {
             "name": leaf.name,
             "fingerprint": leaf.store.fingerprint,
-            "stands_for": leaf.stands_for or 0,
+            "stands_for": leaf.wanted.stands_for or 0,
             "origin": origin_of(leaf),
         }
         for leaf in leaves
@@ -140,27 +221,46 @@ def consumed(leaves: list[dict[str, Any]], trained: dict[str, int]) -> list[dict
 
 def origin_of(leaf: Leaf) -> dict[str, Any]:
     """What a later stage needs to read the same documents again."""
-    hub = leaf.files.hub
+    hub, wording = leaf.files.hub, leaf.wanted.wording
     return {
         "path": leaf.files.path,
         "hub": hub.name if hub else None,
         "subset": hub.subset if hub else None,
         "split": hub.split if hub else "train",
         "revision": hub.revision if hub else None,
+        "kind": leaf.files.kind,
         "columns": dict(leaf.files.columns),
         "documents": leaf.files.documents,
+        "prompt": wording.prompt,
+        "answer": wording.answer,
+        "words": dict(wording.words),
         "root": str(leaf.files.root),
         "held_out": leaf.held_out,
     }
 
 
-def _files(name: str, source: dict[str, Any], root: Path, where: str) -> Files:
+def wording_of(given: dict[str, Any]) -> Wording:
+    """How rows are put into words, from a source or its origin as plain data."""
+    return Wording(given.get("prompt"), given.get("answer"), given.get("words") or {})
+
+
+def files_of(name: str, given: dict[str, Any], root: Path, where: str) -> Files:
+    """A source, its origin or a held-out file, given as plain data, as something to read."""
     hub = None
-    if source["hub"]:
-        hub = HubRows(source["hub"], source["subset"], source["split"], source["revision"])
-    return Files(name, source["path"], hub, source["columns"], source["documents"], root, where)
+    if given.get("hub"):
+        hub = HubRows(given["hub"], given["subset"], given["split"], given["revision"])
+    kind = given.get("kind", "auto")
+    return Files(name, given["path"], hub, given["columns"], given["documents"], root, where, kind)
 
 
-def store_of(files: Files, encoder: Encoder, cache: Path, progress: Progress | None, workers: int | None) -> TokenStore:
+def store_of(
+    files: Files,
+    encoder: Encoder,
+    cache: Path,
+    progress: Progress | None,
+    workers: int | None,
+    renderer: Renderer | None = None,
+) -> TokenStore:
+    """The token store of a source's documents."""
     report = (lambda done, total: progress(files.name, done, total)) if progress else None
-    return build_store(files, encoder, cache, report, workers)
+    return build_store(files, encoder, cache, report, workers, renderer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from postgrad.evaluation.held_out import AnyHeldOut
 from postgrad.evaluation.likelihood import Scores, score
 from postgrad.lineage.fingerprint import fingerprint
 from postgrad.lineage.forgetting import Change, paired_change
-from postgrad.models.model import CausalModel
+from postgrad.models.model import Model
 from postgrad.publish import write_atomically
 from postgrad.training.world import World
 
@@ -22,7 +22,7 @@ AllScores = dict[str, Scores]
 
 
 def measure(
-    model: CausalModel,
+    model: Model,
     sets: Iterable[AnyHeldOut],
     *,
     context: int,
@@ -35,7 +35,7 @@ def measure(
     for held_out in sets:
         place = None
         if identity and cache and world.size == 1:  # ranks must not differ in what they find there
-            key = fingerprint([identity, held_out.fingerprint, context, len(held_out)])
+            key = fingerprint([identity, *held_out.identity, context])
             place = cache / "scores" / f"{key}.npz"
             if place.exists():
                 out[held_out.name] = next(iter(read_scores(place).values()))  # the name is the caller's
@@ -62,10 +62,7 @@ def read_scores(path: Path) -> AllScores:
     """What `write_scores` wrote."""
     with np.load(path, allow_pickle=False) as stored:
         names = sorted({key.rsplit("/", 1)[0] for key in stored.files})
-        return {
-            name: Scores(**{k: stored[f"{name}/{k}"] for k in ("document_W", "nats_W", "tokens_W", "bytes_N")})
-            for name in names
-        }
+        return {name: Scores(**{f.name: stored[f"{name}/{f.name}"] for f in fields(Scores)}) for name in names}
 
 
 def change(before: Scores, after: Scores, vocabulary: int) -> Change:

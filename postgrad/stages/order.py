@@ -12,6 +12,7 @@ from postgrad.data.rows import Rows
 from postgrad.errors import DataError, StageError
 from postgrad.models.pretrained import Start
 from postgrad.stages import stage as s
+from postgrad.stages.amounts import in_steps
 from postgrad.stages.leaves import Leaf
 from postgrad.stages.rates import make_schedule
 
@@ -23,14 +24,14 @@ def _phases(
 
     def leaf_shares(by_source: dict[str, float]) -> tuple[float, ...]:
         """Shares of sources as shares of leaves (a replay of everything keeps its inner proportions)."""
-        return tuple(leaf.part * by_source.get(leaf.source, 0.0) for leaf in leaves)
+        return tuple(leaf.wanted.part * by_source.get(leaf.wanted.source, 0.0) for leaf in leaves)
 
     plain = {source.name: share for source, share in zip(stage.data.sources, stage.shares(), strict=True)}
     phases = [(0.0, leaf_shares(plain))]
     rough = max(1, round(tokens / (stage.batch.sequences * float(np.mean(per_row)))))
     for shift in stage.data.shifts:
         if shift.at is not None:
-            point = s.in_steps(shift.at, rough, tokens) / rough
+            point = in_steps(shift.at, rough, tokens) / rough
         else:
             assert shift.at_rate is not None
             curve = make_schedule(stage.schedule, rough, tokens, start)
@@ -83,13 +84,13 @@ def make_order(
         begin += max(1, round((until - point) * tokens / (block * trained)))
     steps = begin
 
-    caps = [int(leaf.max_passes * size) for leaf, size in zip(leaves, sizes, strict=True)]
+    caps = [int(leaf.wanted.max_passes * size) for leaf, size in zip(leaves, sizes, strict=True)]
     short = _first_short(Mixture(stage.seed, sizes, segments, block), caps, first, steps)
     if short is not None and stage.data.when_short != "repeat":
         leaf = leaves[short]
         asked = Mixture(stage.seed, sizes, segments, block).counts((first + steps) * block)[short] / sizes[short]
         met = (
-            f"'{leaf.name}' would be read {asked:.1f} times; its max_passes is {leaf.max_passes:g} "
+            f"'{leaf.name}' would be read {asked:.1f} times; its max_passes is {leaf.wanted.max_passes:g} "
             f"({rows[short].ledger.trained:,} trained tokens a pass)"
         )
         if stage.data.when_short == "refuse":

@@ -10,17 +10,22 @@ import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from postgrad import schedules
+from postgrad.data.examples import Labels
 from postgrad.data.mixture import Mixture
-from postgrad.data.pack import PackedRows
+from postgrad.data.rows import Rows
 from postgrad.data.tokenize import Encoder
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.evaluation.held_out import HeldOut
-from postgrad.models.pretrained import Start, load_tokenizer, locate
+from postgrad.evaluation.held_out import AnyHeldOut
+from postgrad.models.pretrained import Start, Task, TaskLayer, load_tokenizer, locate
+from postgrad.objectives.decisions import Problem
 from postgrad.stages import stage as s
-from postgrad.stages.held_out import held_out_sets, overlaps
-from postgrad.stages.leaves import Leaf, Progress, make_leaves, seen_by
+from postgrad.stages.held_out import as_read, held_out_sets, overlaps
+from postgrad.stages.layouts import make_rows, objectives_for, task_for
+from postgrad.stages.leaves import Leaf, Progress, labels_for, make_leaves, seen_by, wanted_sources
+from postgrad.stages.objectives import AnyObjective
 from postgrad.stages.order import make_order
 from postgrad.stages.rates import make_schedule
+from postgrad.stages.reading import Reading, make_reading
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,23 @@ class Plan:
     vocabulary: int
     context: int
     leaves: tuple[Leaf, ...]
-    rows: tuple[PackedRows, ...]
+    rows: tuple[Rows, ...]
+    task: Task
+    objectives: tuple[AnyObjective, ...]
+    weighed: tuple[tuple[int, ...], ...]
+    """The numbers of the objectives that weigh each leaf's rows."""
+    problem: Problem
+    """What a classifier decides."""
+    layer: TaskLayer | None
+    reading: Reading
     mixture: Mixture
     steps: int
     tokens: int
     schedule: schedules.Schedule
-    held_out: tuple[HeldOut, ...]
+    held_out: tuple[AnyHeldOut, ...]
+    """As the model reads them under the stage's tuning."""
+    held_out_before: tuple[AnyHeldOut, ...]
+    """The same documents as the start model reads them."""
     seen: dict[str, dict[str, Any]]
     overlap: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
@@ -99,8 +115,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
 
     Paths in the stage are relative to `root`, the stage file's folder. Raises the error of whatever is impossible.
     """
-    start = locate(stage.model, root)
-    tokenizer = load_tokenizer(start)
+    start = locate(stage.model, root, stage.base)
+    tokenizer = load_tokenizer(start.plain)
     config = AutoConfig.from_pretrained(start.source)
     vocabulary = int(config.vocab_size)
     encoder = make_encoder(tokenizer, vocabulary, stage.data.eos)
@@ -114,20 +130,33 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         )
     if stage.max_forgetting is not None and not _has_retained(stage):
         raise _no_gate()
+    objectives = objectives_for(stage.objectives, start)
     seen = seen_by(start)
     notes: list[str] = []
-    leaves = make_leaves(stage, root, seen, encoder, cache, progress)
-    held_out, tables = held_out_sets(stage, root, leaves, seen, encoder, cache, progress, notes)
-    if stage.max_forgetting is not None and not any(h.role == "retained" for h in held_out):
+    wanted = wanted_sources(stage, objectives, root, seen)
+    labels = labels_for(wanted, objectives)
+    task = task_for(objectives, start)
+    if labels and labels.problem == "tags":
+        task = "tag"
+    reading = make_reading(task, start, tokenizer, encoder, length=length, seed=stage.seed, tuning=stage.tuning)
+    problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
+    leaves = make_leaves(stage, wanted, objectives, labels, reading, cache, progress)
+    chosen, tables = held_out_sets(stage, root, leaves, objectives, labels, seen, reading, cache, progress, notes)
+    if stage.max_forgetting is not None and not any(h.role == "retained" for h in chosen):
         raise _no_gate()  # a replay source so small that nothing of it fell into the held-out share
+    most, spare = stage.evaluation.max_tokens, len(reading.before)
+    held_out = [as_read(c, reading, most, notes, problem=problem) for c in chosen]
+    before = [as_read(c, reading.without, most, [], spare=spare, problem=problem) for c in chosen]
     excluded = np.unique(np.concatenate([t["digest"] for t in tables])) if tables else None
     rows = tuple(
-        PackedRows(
+        make_rows(
+            objectives[leaf.wanted.objective],
             leaf.store,
-            length,
+            reading,
             held_out=leaf.held_out,
             excluded=excluded,
-            max_document_tokens=stage.data.max_document_tokens,
+            most=stage.data.max_document_tokens,
+            problem=problem,
         )
         for leaf in leaves
     )
@@ -144,6 +173,10 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
                 f"{leaf.name}: {packed.ledger.dropped:,} tokens are dropped "
                 "(copies of held-out documents, or documents of one token)"
             )
+        left_out = {**leaf.store.skipped, **getattr(packed, "skipped", {})}
+        for reason, count in left_out.items():
+            if count:
+                notes.append(f"{leaf.name}: {count:,} rows are left out ({reason})")
     steps, mixture, tokens = make_order(stage, leaves, rows, notes, start)
     schedule = make_schedule(stage.schedule, steps, tokens, start)
     return Plan(
@@ -156,11 +189,18 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         context=length,
         leaves=tuple(leaves),
         rows=rows,
+        task=task,
+        objectives=objectives,
+        weighed=tuple((leaf.wanted.objective,) for leaf in leaves),
+        problem=problem,
+        layer=_task_layer(labels, stage.seed),
+        reading=reading,
         mixture=mixture,
         steps=steps,
         tokens=tokens,
         schedule=schedule,
         held_out=tuple(held_out),
+        held_out_before=tuple(before),
         seen=seen,
         overlap=overlaps(stage, root, leaves, held_out, cache, notes),
         notes=tuple(notes),
@@ -180,7 +220,8 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str |
             way_out="use the model's own tokenizer, or resize the model's embeddings first",
         )
     if eos is None:
-        eos_id = tokenizer.eos_token_id
+        # Encoders end a text with their separator.
+        eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if eos_id is None:
             raise ModelError(
                 "the tokenizer names no end-of-text token",
@@ -193,9 +234,26 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str |
             raise StageError(f"{eos!r} is not a token of this tokenizer", where="data.eos")
     # What the tokenizer itself puts before a text is what the model was trained on.
     first = tokenizer("a")["input_ids"][:1]
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else None
+    starts = [token for token in (tokenizer.bos_token_id, tokenizer.cls_token_id) if token is not None]
+    bos = next((token for token in starts if first == [token]), None)
     assert isinstance(eos_id, int)
     return Encoder(tokenizer.backend_tokenizer.to_str(), bos, eos_id, vocabulary)
+
+
+_PROBLEMS = {
+    "class": "single_label_classification",
+    "multi": "multi_label_classification",
+    "number": "regression",
+    "tags": "single_label_classification",
+}
+
+
+def _task_layer(labels: Labels | None, seed: int) -> TaskLayer | None:
+    """The task layer of a classifier; a number is what its only output says."""
+    if labels is None:
+        return None
+    names = tuple(str(name) for name in labels.names) or ("number",)
+    return TaskLayer(names, _PROBLEMS[labels.problem], seed)  # type: ignore[arg-type]
 
 
 def _has_retained(stage: s.Stage) -> bool:

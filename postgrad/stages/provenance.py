@@ -19,6 +19,7 @@ from postgrad.lineage.record import PLAN, Record, with_stage
 from postgrad.models import machine
 from postgrad.planning.execution import Execution
 from postgrad.stages import stage as s
+from postgrad.stages.build import Counts
 from postgrad.stages.leaves import consumed, leaves_of
 from postgrad.stages.plan import Plan
 from postgrad.training.meters import read_metrics
@@ -33,7 +34,7 @@ def describe(
     kept: dict[str, Any],
     fingerprints: dict[str, Any],
     execution: Execution,
-    parameters: int,
+    counts: Counts,
     command: str,
 ) -> Record:
     return {
@@ -47,7 +48,9 @@ def describe(
         "model": {
             "start": plan.stage.model,
             "source": plan.start.source,
-            "parameters": parameters,
+            "parameters": counts.parameters,
+            "trainable": counts.trainable,
+            "task": plan.task,
             "vocabulary": plan.vocabulary,
             "context": plan.context,
         },

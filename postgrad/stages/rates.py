@@ -5,7 +5,8 @@ from __future__ import annotations
 from postgrad import schedules
 from postgrad.errors import StageError
 from postgrad.models.pretrained import Start
-from postgrad.stages import stage as s
+from postgrad.stages import schedules as s
+from postgrad.stages.amounts import in_steps
 from postgrad.training.state import read_progress
 
 
@@ -13,7 +14,7 @@ def make_schedule(spec: s.AnySchedule, steps: int, tokens: int, start: Start) ->
     """The learning rate of each step, as a pure function."""
 
     def length(text: str) -> float:
-        return s.in_steps(text, steps, tokens)
+        return in_steps(text, steps, tokens)
 
     match spec:
         case s.Constant():

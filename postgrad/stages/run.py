@@ -12,36 +12,39 @@ import dataclasses
 import json
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
+from postgrad.evaluation.held_out import AnyHeldOut
 from postgrad.evaluation.samples import Prompt, continuations, prompts, text_of
 from postgrad.lineage.fingerprint import model_fingerprint
 from postgrad.lineage.record import PLAN, RECORD, STAGE, Record, read_record, write_record
 from postgrad.models import machine
-from postgrad.models.model import CausalModel, probe
-from postgrad.models.pretrained import Start, load_model, parameters_of, save_pretrained, stored_dtype
+from postgrad.models.model import model_for, probe
+from postgrad.models.pretrained import locate
 from postgrad.planning.execution import Execution
-from postgrad.publish import publish, sweep, verify, write_atomically
+from postgrad.publish import sweep, verify, write_atomically
 from postgrad.reports import page
 from postgrad.stages import measure
-from postgrad.stages import stage as s
-from postgrad.stages.build import build, choose_execution, make_loader
+from postgrad.stages.amounts import in_steps
+from postgrad.stages.build import Counts, Subject, build, choose_execution, make_loader, make_subject
 from postgrad.stages.folder import Interrupt, alone, claim
+from postgrad.stages.leave import publish_trained, sitting
 from postgrad.stages.leaves import leaves_of
 from postgrad.stages.plan import Plan
 from postgrad.stages.provenance import METRICS, achieved, describe, now, seen_after, stage_text
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.loop import steps
 from postgrad.training.meters import Metrics, Pace, read_metrics
-from postgrad.training.state import restore, write_state
+from postgrad.training.state import Keeping, restore, write_state
 from postgrad.training.step import Run, StepReport
 from postgrad.training.world import World
+from postgrad.tuning.opened import open_model, start_fingerprint
 
 MODEL = "model"
 REPORT = "report.html"
@@ -54,7 +57,7 @@ class Began:
     plan: Plan
     execution: Execution
     step: int
-    parameters: int
+    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -129,17 +132,33 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     home = plan.output
     world.wait()
     finished = home / RECORD
-    identity = model_fingerprint(plan.start.folder) if plan.start.folder else plan.start.name
+    identity = start_fingerprint(plan.start) or plan.start.name
     fingerprints = {**plan.fingerprints(), "start_model": identity}
     kept = claim(home, plan, fingerprints)
     if finished.exists() and read_record(home)["status"] != "stopped":
         yield Finished(read_record(home), home, already=True)
         return
 
+    # Before: on the exact start model, once, in fp32, as it is without the stage's tuning.
+    yield Doing("scoring the start model")
+    before_file, samples_file = home / "scores" / "before.npz", home / "scores" / "samples-before.json"
+    # A sharded model cannot write by itself (generation is one rank's business): no samples then.
+    each = 0 if world.sharded else plan.stage.evaluation.samples
+    wanted = [p for h in plan.held_out for p in prompts(h, each)]
+    told = json.loads(samples_file.read_text()) if samples_file.exists() else []
+    if world.any(not before_file.exists() or len(told) != len(wanted)):  # one rank may write before another looks
+        before, told = _begin(plan, wanted, identity, cache, world)
+        if world.main:
+            measure.write_scores(before_file, before)
+            write_atomically(samples_file, json.dumps(told))
+    world.wait()
+    before = measure.read_scores(before_file)
+
     yield Doing("loading the model")
-    model = _load(plan, kept, world)
-    parameters = parameters_of(model)
-    execution = _execution(plan, model.pretrained, kept, world)
+    subject = make_subject(plan, world, attention=kept["execution"]["attention"] if kept else None)
+    model = subject.model
+    counts = subject.counts()
+    execution = _execution(plan, subject, kept, world)
     if model.pretrained.config._attn_implementation != execution.attention:
         model.pretrained.set_attn_implementation(execution.attention)
     probe(model)
@@ -160,29 +179,11 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     world.wait()
     kept = json.loads((home / PLAN).read_text())
 
-    # Before: on the exact start model, once, in fp32.
-    yield Doing("scoring the start model")
-    before_file, samples_file = home / "scores" / "before.npz", home / "scores" / "samples-before.json"
-    # A sharded model cannot write by itself (generation is one rank's business): no samples then.
-    each = 0 if world.sharded else plan.stage.evaluation.samples
-    wanted = [p for h in plan.held_out for p in prompts(h, each)]
-    if world.any(not before_file.exists()):  # asked together: one rank may write before another looks
-        before = measure.measure(
-            model, plan.held_out, context=plan.context, world=world, identity=identity, cache=cache
-        )
-        if world.main:
-            measure.write_scores(before_file, before)
-    world.wait()
-    before = measure.read_scores(before_file)
-    told = json.loads(samples_file.read_text()) if samples_file.exists() else []
-    if len(told) != len(wanted) and world.main:
-        told = continuations(model.pretrained, plan.tokenizer, wanted)
-        write_atomically(samples_file, json.dumps(told))
     if interrupt.wanted(world):
         yield Stopped(0, plan.steps)
         return
 
-    run = build(plan, model, execution, world)
+    run = build(plan, subject, execution, world)
     checkpoints = Checkpoints(home / "checkpoints", None if plan.stage.save.keep == "all" else plan.stage.save.keep)
     trouble: list[str] = []
     newest = checkpoints.newest(trouble.append)
@@ -191,27 +192,25 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     if newest:
         restore(run, newest)
     elif world.main:
-        checkpoints.require_room(16 * parameters)
+        checkpoints.require_room(16 * counts.trainable)
     metrics = Metrics(home / METRICS)
     if world.main:
         metrics.rewind(run.step if newest else -1)
-    yield Began(plan, execution, run.step, parameters)
+    yield Began(plan, execution, run.step, counts)
 
-    stop = yield from _train(plan, run, execution, checkpoints, metrics, before, interrupt, fingerprints["stage"])
+    at = checkpoints.place(0)
+    keeping = Keeping(fingerprints["stage"], subject.options, sitting(plan, at))
+    stop = yield from _train(plan, run, execution, checkpoints, metrics, interrupt, keeping)
     if stop:
-        _record_stop(home, plan, kept, fingerprints, execution, parameters, run, command, world)
+        _record_stop(home, plan, kept, fingerprints, execution, counts, run, command, world)
         yield Stopped(run.step, plan.steps)
         return
 
     yield Doing("publishing the model")
-    dtype = _dtype(plan)
     if not (home / MODEL).exists():
-        state = run.weights.whole_state()
+        state = run.weights.whole_state() if subject.tuning.whole else run.weights.state()
         if world.main:
-            publish(
-                home / MODEL,
-                lambda folder: save_pretrained(model.pretrained, plan.tokenizer, folder, dtype=dtype, state=state),
-            )
+            publish_trained(home / MODEL, plan, subject, state)
         del state
     world.wait()
     # After: on what was published, read back with plain transformers, unless it is spread over several machines.
@@ -219,9 +218,10 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     trained = run.trained
     by_source = [int(n) for n in run.trained_by_source]
     if not world.sharded:
-        del run, model
+        del run, model, subject
         verify(home / MODEL)
-        model = CausalModel(load_model(Start(MODEL, home / MODEL), attention=execution.attention)).to(world.device)
+        opened = open_model(locate(str(home / MODEL), home))
+        model = model_for(opened.model, opened.task).to(world.device)
     after = measure.measure(model, plan.held_out, context=plan.context, world=world)
     if not world.main:
         yield Doing("the first rank writes the record")
@@ -230,7 +230,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     samples = _samples(plan, model.pretrained, wanted, told)
     found = measure.changes(plan.held_out, before, after, plan.vocabulary)
     gate = measure.gate(found, before, plan.stage.max_forgetting)
-    record = describe(home, plan, kept, fingerprints, execution, parameters, command)
+    record = describe(home, plan, kept, fingerprints, execution, counts, command)
     record |= {
         "status": "finished" if gate is None or gate["passed"] else "gate-failed",
         "finished": now(),
@@ -256,9 +256,8 @@ def _train(
     execution: Execution,
     checkpoints: Checkpoints,
     metrics: Metrics,
-    before: measure.AllScores,
     interrupt: Interrupt,
-    stage: str,
+    keeping: Keeping,
 ) -> Iterator[Event]:
     """The loop with its observers; its value is True when the user stopped it."""
     world, pace = run.world, Pace()
@@ -267,20 +266,22 @@ def _train(
     quick = [h.first(plan.stage.evaluation.during_tokens) for h in plan.held_out]
     loader = make_loader(plan, execution, world)
 
-    def look() -> measure.AllScores:
+    def look(sets: Sequence[AnyHeldOut]) -> measure.AllScores:
         with run.weights.full_precision():
-            return measure.measure(run.model, quick, context=plan.context, world=world)
+            return measure.measure(run.model, sets, context=plan.context, world=world)
 
     def save() -> Saved:
         metrics.sync()
         if world.sharded:  # gathering is everyone's business, writing is the first rank's
-            return _save_together(checkpoints, run, plan, stage)
-        return Saved(run.step, checkpoints.save(run.step, lambda f: write_state(f, run, plan.tokenizer, stage)))
+            return _save_together(checkpoints, run, plan, keeping)
+        return Saved(run.step, checkpoints.save(run.step, lambda f: write_state(f, run, plan.tokenizer, keeping)))
 
     # The same documents, cut the same way, on the start model: what changes during training are held against.
     start_file = plan.output / "scores" / "start.npz"
-    if world.any(not start_file.exists()):
-        start = look()  # only ever reached at step 0
+    if world.any(not start_file.exists()):  # only ever reached at step 0
+        tuning = run.weights.tuning
+        with tuning.off() if tuning.additive else nullcontext():
+            start = look([h.first(plan.stage.evaluation.during_tokens) for h in plan.held_out_before])
         if world.main:
             measure.write_scores(start_file, start)
     world.wait()
@@ -299,6 +300,7 @@ def _train(
                     "trained": report.trained,
                     "loss": report.loss,
                     "losses": report.losses,
+                    "penalties": report.penalties,
                     "by_source": report.by_source,
                     "rate": report.rate,
                     "grad_norm": report.gradient_norm,
@@ -307,7 +309,7 @@ def _train(
             )
         yield Stepped(report, seconds, pace.rate, pace.left((plan.steps - report.step) * report.tokens))
         if report.step in looks:
-            row = measure.evaluation_row(report.step, report.trained, quick, start, look(), plan.vocabulary)
+            row = measure.evaluation_row(report.step, report.trained, quick, start, look(quick), plan.vocabulary)
             if world.main:
                 metrics.write(row)
             yield Looked(row)
@@ -324,12 +326,12 @@ def _train(
     return False
 
 
-def _save_together(checkpoints: Checkpoints, run: Run, plan: Plan, stage: str) -> Saved:
+def _save_together(checkpoints: Checkpoints, run: Run, plan: Plan, keeping: Keeping) -> Saved:
     if run.world.main:
-        place = checkpoints.save(run.step, lambda f: write_state(f, run, plan.tokenizer, stage))
+        place = checkpoints.save(run.step, lambda f: write_state(f, run, plan.tokenizer, keeping))
     else:
         with tempfile.TemporaryDirectory() as nothing:
-            write_state(Path(nothing), run, plan.tokenizer, stage)
+            write_state(Path(nothing), run, plan.tokenizer, keeping)
         place = checkpoints.place(run.step)
     run.world.wait()
     return Saved(run.step, place)
@@ -337,23 +339,35 @@ def _save_together(checkpoints: Checkpoints, run: Run, plan: Plan, stage: str) -
 
 def look_steps(every: str, steps: int, tokens: int) -> set[int]:
     """When the held-out sets are scored: evenly, at the end, and densely in the first 2 %, where a dip is expected."""
-    stride = max(1, round(s.in_steps(every, steps, tokens)))
+    stride = max(1, round(in_steps(every, steps, tokens)))
     early = {max(1, round(share * steps)) for share in (0.0025, 0.005, 0.01, 0.015, 0.02)}
     return {*early, *range(stride, steps + 1, stride), steps}
 
 
 def save_steps(every: str, steps: int, tokens: int) -> set[int]:
     """When checkpoints are written: evenly, and at the end."""
-    stride = max(1, round(s.in_steps(every, steps, tokens)))
+    stride = max(1, round(in_steps(every, steps, tokens)))
     return {*range(stride, steps + 1, stride), steps}
 
 
-def _load(plan: Plan, kept: dict[str, Any] | None, world: World) -> CausalModel:
-    attention = kept["execution"]["attention"] if kept else None
-    return CausalModel(load_model(plan.start, attention=attention)).to(world.device)
+def _begin(
+    plan: Plan, wanted: list[Prompt], identity: str, cache: Path, world: World
+) -> tuple[measure.AllScores, list[str]]:
+    """The start model's scores, and what it writes."""
+    opened = open_model(plan.start, plan.task, layer=plan.layer)
+    model = model_for(opened.model, plan.task).to(world.device)
+    scores = measure.measure(
+        model, plan.held_out_before, context=plan.context, world=world, identity=identity, cache=cache
+    )
+    told = (
+        continuations(model.pretrained, plan.tokenizer, wanted, plan.reading.left, plan.reading.encoder.bos)
+        if world.main
+        else []
+    )
+    return scores, told
 
 
-def _execution(plan: Plan, model: PreTrainedModel, kept: dict[str, Any] | None, world: World) -> Execution:
+def _execution(plan: Plan, subject: Subject, kept: dict[str, Any] | None, world: World) -> Execution:
     """How to compute: chosen once and kept, so that a resumed run has the same bits."""
     if kept:
         execution = Execution(**kept["execution"])
@@ -361,17 +375,12 @@ def _execution(plan: Plan, model: PreTrainedModel, kept: dict[str, Any] | None, 
         # With another number of ranks the rows part differently; the result does not depend on it.
         micro = max(m for m in range(1, min(execution.micro, mine) + 1) if mine % m == 0)
         return dataclasses.replace(execution, micro=micro)
-    chosen = choose_execution(plan, model, world)
+    chosen = choose_execution(plan, subject, world)
     return world.gathered(chosen)[0]  # type: ignore[return-value]
 
 
-def _dtype(plan: Plan) -> torch.dtype:
-    wanted = plan.stage.save.dtype
-    return stored_dtype(plan.start) if wanted == "auto" else getattr(torch, wanted)
-
-
 def _samples(plan: Plan, model: PreTrainedModel, wanted: list[Prompt], before: list[str]) -> list[dict[str, str]]:
-    after = continuations(model, plan.tokenizer, wanted)
+    after = continuations(model, plan.tokenizer, wanted, plan.reading.before, plan.reading.encoder.bos)
     return [
         {
             "set": p.set,
@@ -390,7 +399,7 @@ def _record_stop(
     kept: dict[str, Any],
     fingerprints: dict[str, Any],
     execution: Execution,
-    parameters: int,
+    counts: Counts,
     run: Run,
     command: str,
     world: World,
@@ -399,7 +408,7 @@ def _record_stop(
     if not world.main:
         return
     by_source = [int(n) for n in run.trained_by_source]
-    record = describe(home, plan, kept, fingerprints, execution, parameters, command)
+    record = describe(home, plan, kept, fingerprints, execution, counts, command)
     before = measure.read_scores(home / "scores" / "before.npz")
     record |= {
         "status": "stopped",

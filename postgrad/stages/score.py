@@ -11,23 +11,29 @@ import numpy as np
 import yaml
 from transformers import AutoConfig
 
+from postgrad.data.formats import source_kind
+from postgrad.data.tokenize import build_store
 from postgrad.errors import ModelError, StageError, nearest
-from postgrad.evaluation.held_out import HeldOut
+from postgrad.evaluation.held_out import AnyHeldOut
 from postgrad.evaluation.likelihood import Scores
-from postgrad.lineage.fingerprint import model_fingerprint
 from postgrad.lineage.forgetting import paired_change
 from postgrad.lineage.record import Record, read_record
 from postgrad.lineage.tree import chain, set_key, tree
 from postgrad.models import machine
-from postgrad.models.model import CausalModel
-from postgrad.models.pretrained import Start, load_model, load_tokenizer, locate
+from postgrad.models.model import model_for
+from postgrad.models.pretrained import Start, load_tokenizer, locate
 from postgrad.reports import page, tables
 from postgrad.stages import measure
 from postgrad.stages import stage as s
-from postgrad.stages.held_out import held_out_files, held_out_set
+from postgrad.stages.held_out import Chosen, as_read
+from postgrad.stages.layouts import Wording, objective_for, objectives_for, renderer_for
+from postgrad.stages.leaves import files_of
+from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import make_encoder, make_plan
+from postgrad.stages.reading import Reading, make_reading
 from postgrad.training.meters import read_metrics
 from postgrad.training.world import World
+from postgrad.tuning.opened import open_model, start_fingerprint, task_at
 
 _CONTEXT = 1024
 _LIMIT = 10_000_000
@@ -35,10 +41,9 @@ _CUTS = get_args(s.HeldOutFile.model_fields["documents"].annotation)
 
 
 def _texts(
-    start: Start, files: list[str], documents: str, column: str | None, cache: Path
-) -> tuple[list[HeldOut], int]:
-    from postgrad.data.tokenize import build_store
-
+    start: Start, files: list[str], documents: str, column: str | None, context: int, cache: Path
+) -> tuple[list[AnyHeldOut], int]:
+    """Files as held-out sets, read as the model of a start reads them, and the size of its vocabulary."""
     if documents not in _CUTS:
         raise StageError(
             f"there is no cut {documents!r}",
@@ -46,10 +51,9 @@ def _texts(
             expected=", ".join(_CUTS),
             way_out=nearest(documents, _CUTS),
         )
-    tokenizer = load_tokenizer(start)
-    vocabulary = int(AutoConfig.from_pretrained(start.source).vocab_size)
-    encoder = make_encoder(tokenizer, vocabulary)
-    sets: list[HeldOut] = []
+    reading = read_by(start, context)
+    objectives = objectives_for([], start)
+    sets: list[AnyHeldOut] = []
     for path in files:
         item = s.HeldOutFile.model_validate(
             {**s.held_out_file(path), "documents": documents, "columns": {"text": column} if column else {}}
@@ -57,15 +61,29 @@ def _texts(
         name, number = item.name, 2
         while any(h.name == name for h in sets):
             name, number = f"{item.name}-{number}", number + 1
-        store = build_store(held_out_files(item, Path.cwd(), path), encoder, cache)
-        sets.append(held_out_set(name, "learned", store, np.arange(len(store)), _LIMIT, encoder, []))
-    return sets, vocabulary
+        given = files_of(name, {**item.model_dump(), "hub": None}, Path.cwd(), path)
+        kind = source_kind(given)
+        _, objective = objective_for(name, kind, objectives, path)
+        renderer = renderer_for(objective, kind, reading, Wording(), None)
+        store = build_store(given, reading.encoder, cache, renderer=renderer)
+        chosen = Chosen(name, "learned", store, np.arange(len(store)), objective, renderer)
+        sets.append(as_read(chosen, reading, _LIMIT, []))
+    return sets, reading.encoder.vocabulary
 
 
-def _scores(start: Start, sets: list[HeldOut], context: int, cache: Path) -> dict[str, Scores]:
+def read_by(start: Start, context: int) -> Reading:
+    """How the model of a start reads text, outside of any stage."""
+    tokenizer = load_tokenizer(start.plain)
+    vocabulary = int(AutoConfig.from_pretrained(start.source).vocab_size)
+    encoder = make_encoder(tokenizer, vocabulary)
+    return make_reading(task_at(start), start, tokenizer, encoder, length=context, seed=0)
+
+
+def _scores(start: Start, sets: list[AnyHeldOut], context: int, cache: Path) -> dict[str, Scores]:
     device = machine.device()
-    identity = model_fingerprint(start.folder) if start.folder else None
-    model = CausalModel(load_model(start)).to(device)
+    identity = start_fingerprint(start)
+    opened = open_model(start)
+    model = model_for(opened.model, opened.task).to(device)
     return measure.measure(model, sets, context=context, world=World(device), identity=identity, cache=cache)
 
 
@@ -82,8 +100,8 @@ def evaluate_files(
     """Score a model on files. Raises `ModelError` or `DataError`."""
     machine.tune_allocator()
     start = locate(model, Path.cwd())
-    sets, _ = _texts(start, files, documents, column, cache)
     used = _context(start, context)
+    sets, _ = _texts(start, files, documents, column, used, cache)
     found = _scores(start, sets, used, cache)
     summaries = {name: scores.summary() for name, scores in found.items()}
     lines = [
@@ -108,7 +126,7 @@ def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[
     machine.tune_allocator()
     starts = [locate(m, Path.cwd()) for m in models]
     context = min(_context(start, None) for start in starts)
-    texts = [_texts(start, files, "auto", None, cache) for start in starts]
+    texts = [_texts(start, files, "auto", None, context, cache) for start in starts]
     found = [_scores(start, sets, context, cache) for start, (sets, _) in zip(starts, texts, strict=True)]
     names = [h.name for h in texts[0][0]]
     rows: list[dict[str, Any]] = []
@@ -141,7 +159,7 @@ def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[
     return {"text": "\n".join(lines), "context": context, "rows": rows}
 
 
-def _by_bytes(before: Scores, after: Scores, sets: tuple[HeldOut, HeldOut]) -> tuple[float, float, float]:
+def _by_bytes(before: Scores, after: Scores, sets: tuple[AnyHeldOut, AnyHeldOut]) -> tuple[float, float, float]:
     """Difference in bits per byte with its interval, for models that cut text into different tokens.
 
     Documents are paired by their content: a tokenizer may leave out one that is a single token to it.
@@ -237,7 +255,7 @@ def show_lineage(run: Path, report: Path | None, *, cache: Path) -> dict[str, An
     """The chain of stages that led to a run, its R matrix and summary; cells that no run measured are measured now."""
     machine.tune_allocator()
     stages = chain(run)
-    known: dict[str, HeldOut] = {}
+    known: dict[str, AnyHeldOut] = {}
 
     def missing(row: int, key: str) -> float | None:
         place, record = stages[0] if row == 0 else stages[row - 1]
@@ -259,12 +277,12 @@ def show_lineage(run: Path, report: Path | None, *, cache: Path) -> dict[str, An
     return {"text": text, **found}
 
 
-def _sets_of(stages: list[tuple[Path, Record]], key: str, cache: Path) -> dict[str, HeldOut]:
+def _sets_of(stages: list[tuple[Path, Record]], key: str, cache: Path) -> dict[str, AnyHeldOut]:
     """The held-out sets of the stage that knows `key`, read again."""
     for _, record in stages:
         if any(set_key(record, name) == key for name in record.get("changes", {})):
             plan = make_plan(
-                s.parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
+                parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
             )
             return {f"{h.name}:{h.fingerprint}": h for h in plan.held_out}
     return {}

@@ -1,110 +1,48 @@
 """What is a stage? One answer to each of the six questions, as frozen data read from a YAML file.
 
-The closed unions of schedules and objectives are written here as types, so an editor can list them, the published JSON
-Schema has them, and an unknown key is an error that names the nearest one.
+The closed unions of schedules, objectives and tunings stand beside this file as types, so an editor can list them, the
+published JSON Schema has them, and an unknown key is an error that names the nearest one.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from postgrad.errors import PostgradError, StageError, nearest
+from postgrad.errors import nearest
 from postgrad.lineage.fingerprint import fingerprint
+from postgrad.stages.amounts import Amount, Beta, Length, Part, Positive, Share
+from postgrad.stages.objectives import AnyObjective
+from postgrad.stages.schedules import AnySchedule
+from postgrad.stages.tunings import AnyTuning, FullTuning
 
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-
-
-_NUMBER = r"\d[\d_,]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?"
-
-
-def _number(value: Any) -> Any:
-    """YAML reads yes and no as truth values, which Python counts as 1 and 0."""
-    if isinstance(value, bool):
-        raise ValueError(f"a number is expected, not {str(value).lower()}")
-    return value
-
-
-def _amount(value: Any) -> Any:
-    if isinstance(value, str):
-        match = re.fullmatch(rf"\s*({_NUMBER})\s*([kmbgt]?)\s*(?:tokens?)?\s*", value, re.IGNORECASE)
-        if not match:
-            raise ValueError(f"a number of tokens such as 500k, 20M or 1.5B is expected, not {value!r}")
-        value = float(match[1].replace("_", "").replace(",", "")) * _UNITS[match[2].lower()]
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"a number of tokens such as 500k, 20M or 1.5B is expected, not {value}")
-        return round(value)
-    return _number(value)
-
-
-def _share(value: Any) -> Any:
-    if isinstance(value, str):
-        match = re.fullmatch(rf"\s*({_NUMBER})\s*(%?)\s*", value, re.IGNORECASE)
-        if not match:
-            raise ValueError(f"a share such as 5% or 0.05 is expected, not {value!r}")
-        return float(match[1].replace("_", "").replace(",", "")) / (100 if match[2] else 1)
-    return _number(value)
-
-
-def _length(value: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return f"{value} steps"
-    if isinstance(value, str) and re.fullmatch(
-        rf"\s*(?:{_NUMBER})\s*(%|steps?|[kmbgt]?\s*tokens?|)\s*", value, re.IGNORECASE
-    ):
-        return f"{value.strip()} steps" if re.fullmatch(r"[\d_]+", value.strip()) else value.strip()
-    raise ValueError(f"a length such as 1%, 200 steps or 2M tokens is expected, not {value!r}")
-
-
-# In a file each of these may also be text; the schema says so, as editors hold files against it.
-Amount = Annotated[
-    int,
-    Field(gt=0, description="tokens: 500k, 20M, 1.5B"),
-    BeforeValidator(_amount, json_schema_input_type=int | float | str),
+Kind = Literal[
+    "auto", "text", "input_ids", "chat", "instruction", "completion", "pair", "labelled", "tagged", "choices"
 ]
-Share = Annotated[
-    float,
-    Field(ge=0, le=1, description="5% or 0.05"),
-    BeforeValidator(_share, json_schema_input_type=float | str),
-]
-Length = Annotated[
-    str,
-    Field(description="1%, 200 steps or 2M tokens"),
-    BeforeValidator(_length, json_schema_input_type=int | str),
-]
-Rate = Annotated[float, Field(gt=0, description="a learning rate"), BeforeValidator(_number)]
-Positive = Annotated[int, Field(gt=0), BeforeValidator(_number)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Cut = Literal["auto", "file", "passages", "paragraphs", "lines"]
 
 
-def in_steps(length: str, steps: int, tokens: int) -> float:
-    """A length in steps, for a stage of so many steps and tokens."""
-    match = re.fullmatch(rf"({_NUMBER})\s*(.*)", length, re.IGNORECASE)
-    assert match, length
-    unit = match[2].lower().strip()
-    number = float(match[1].replace("_", "").replace(",", ""))
-    if unit == "%":
-        return number / 100 * steps
-    if unit.endswith(("token", "tokens")):
-        return number * _UNITS[unit.split("token")[0].strip()] / tokens * steps
-    return number
+class Worded(Part):
+    """What rows are, and how they are put into words."""
+
+    kind: Kind = "auto"
+    """What the rows are; auto: what their columns say. Rows with `text` and `label` are text unless `labelled` is said."""
+    columns: dict[str, str] = {}
+    """Which column is which, e.g. `{text: abstract}`."""
+    documents: Cut = "auto"
+    """What a document is in a text file; auto: the file, or passages of about 4,000 characters in a large one."""
+    prompt: str | None = None
+    """What a row with parts is read as: `{field}` stands for a field of it. Left out: by its kind."""
+    answer: str | None = None
+    """What is answered, likewise."""
+    words: dict[str, str] = {}
+    """How labels are said: `{"0": negative, "1": positive}`."""
 
 
-class Part(BaseModel):
-    """A frozen piece of a stage; every key is known."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class Source(Part):
+class Source(Worded):
     """Text to read: files (`path`), a Hub data set (`hub`), or everything the start model has seen (`seen_so_far`)."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
@@ -120,10 +58,6 @@ class Source(Part):
     share: Share | None = None
     """Share of the stage's trained tokens; one source may leave it out and takes what remains."""
     role: Literal["new", "replay"] = "new"
-    columns: dict[str, str] = {}
-    """Which column is which, e.g. `{text: abstract}`."""
-    documents: Literal["auto", "file", "passages", "paragraphs", "lines"] = "auto"
-    """What a document is in a text file; auto: the file, or passages of about 4,000 characters in a large one."""
     held_out: Share | None = None
     """Share of documents (by content hash) kept for evaluation; left out: enough for about 200 documents when
     `evaluation` names no file of that role (learned; retained for replay), else none."""
@@ -137,9 +71,7 @@ class Source(Part):
         if sum([self.path is not None, self.hub is not None, self.seen_so_far]) != 1:
             raise ValueError("a source has exactly one of `path`, `hub` and `seen_so_far`")
         if self.seen_so_far:
-            fixed = sorted(
-                {"columns", "documents", "held_out", "stands_for", "subset", "split"} & self.model_fields_set
-            )
+            fixed = sorted({*Worded.model_fields, "held_out", "stands_for", "subset", "split"} & self.model_fields_set)
             if fixed:
                 raise ValueError(f"a replay of everything seen takes `{fixed[0]}` from the earlier stages")
         return self
@@ -206,158 +138,26 @@ class Batch(Part):
 
 
 class Optimizer(Part):
-    """AdamW. Matrices decay, vectors do not."""
+    """AdamW. Matrices decay; vectors and tables do not."""
 
     kind: Literal["adamw"] = "adamw"
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    decay_tables: bool = False
+    """Let the input embedding and the output head decay too."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     moments: Literal["reset", "keep", "keep-second"] = "reset"
     """At the stage's start: from zero, or the start checkpoint's (both moments, or only the second)."""
 
 
-def _falling(**rates: float) -> None:
-    """Refuse rates that do not fall in the order they are given: a swapped pair is a mistake, not a wish."""
-    for (above, high), (below, low) in itertools.pairwise(rates.items()):
-        if low > high:
-            raise ValueError(f"`{below}` ({low:g}) lies above `{above}` ({high:g})")
-
-
-class Constant(Part):
-    """Warm-up, then one rate."""
-
-    kind: Literal["constant"]
-    peak: Rate
-    warmup: Length = "0%"
-
-
-class Decay(Part):
-    """Warm-up to `peak`, then a decay to `floor` over the rest: re-warming and re-decaying when a model is continued."""
-
-    kind: Literal["rewarm", "cosine", "linear", "inverse-sqrt", "exponential", "1-sqrt"]
-    """`rewarm` and `cosine` are the same curve."""
-    peak: Rate
-    floor: Annotated[float, Field(ge=0)]
-    warmup: Length = "1%"
-    start: Annotated[float, Field(ge=0)] = 0.0
-    """The rate the warm-up starts from."""
-
-    @model_validator(mode="after")
-    def _falls(self) -> Decay:
-        _falling(peak=self.peak, floor=self.floor)
-        return self
-
-
-class FromFloor(Part):
-    """No warm-up: start at the pre-training's final rate and decay on (Parmar et al. 2024)."""
-
-    kind: Literal["from-floor"]
-    start: Rate
-    floor: Annotated[float, Field(ge=0)]
-    shape: Literal["cosine", "linear", "exponential", "1-sqrt", "inverse-sqrt"] = "cosine"
-
-    @model_validator(mode="after")
-    def _falls(self) -> FromFloor:
-        _falling(start=self.start, floor=self.floor)
-        return self
-
-
-class Infinite(Part):
-    """Warm-up, cooldown, constant, anneal: no budget has to be fixed beforehand (Ibrahim et al. 2024)."""
-
-    kind: Literal["infinite"]
-    peak: Rate
-    constant: Rate
-    """The rate of the constant phase."""
-    floor: Rate
-    warmup: Length = "1%"
-    cooldown: Length = "60%"
-    """Length of the cooldown, from the end of the warm-up."""
-    constant_until: Length = "85%"
-    """Where the constant phase ends and the anneal begins, from the stage's first step; 100%: no anneal."""
-    cooldown_shape: Literal["cosine", "inverse-sqrt"] = "cosine"
-    timescale: Annotated[float, Field(gt=0)] = 10.0
-    """How bent the inverse-sqrt cooldown is."""
-
-    @model_validator(mode="after")
-    def _falls(self) -> Infinite:
-        _falling(peak=self.peak, constant=self.constant, floor=self.floor)
-        return self
-
-
-class Wsd(Part):
-    """Warm-up, stable, decay at the end (Hu et al. 2024)."""
-
-    kind: Literal["wsd"]
-    peak: Rate
-    floor: Rate
-    warmup: Length = "1%"
-    decay: Length = "10%"
-    shape: Literal["1-sqrt", "linear", "cosine", "exponential", "inverse-linear"] = "1-sqrt"
-
-    @model_validator(mode="after")
-    def _falls(self) -> Wsd:
-        _falling(peak=self.peak, floor=self.floor)
-        return self
-
-
-class Anneal(Part):
-    """Only the decay: branched from a checkpoint of a constant phase, starting at the rate that held there."""
-
-    kind: Literal["anneal"]
-    floor: Rate
-    start: Rate | None = None
-    """Left out: the rate at the checkpoint the stage starts from."""
-    shape: Literal["exponential", "1-sqrt", "linear", "cosine", "inverse-linear"] = "exponential"
-
-
-class Piece(Part):
-    """One piece of a schedule put together by hand."""
-
-    shape: Literal["constant", "linear", "cosine", "inverse-sqrt", "exponential", "1-sqrt", "inverse-linear"]
-    start: Annotated[float, Field(ge=0)]
-    end: Annotated[float, Field(ge=0)] | None = None
-    length: Length | None = None
-    """The last piece may leave it out and takes the rest."""
-
-
-class Then(Part):
-    """Pieces one after the other."""
-
-    kind: Literal["then"]
-    pieces: Annotated[list[Piece], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _ends(self) -> Then:
-        for piece in self.pieces:
-            if (piece.shape != "constant") == (piece.end is None):
-                raise ValueError("a constant piece has no `end`; every other piece has one")
-        if any(piece.length is None for piece in self.pieces[:-1]):
-            raise ValueError("only the last piece may leave out its `length`")
-        return self
-
-
-AnySchedule = Annotated[Constant | Decay | FromFloor | Infinite | Wsd | Anneal | Then, Field(discriminator="kind")]
-
-
-class NextTokenObjective(Part):
-    """Next-token prediction."""
-
-    kind: Literal["next-token"]
-    weight: Annotated[float, Field(gt=0)] = 1.0
-
-
-AnyObjective = NextTokenObjective
-
-
-class HeldOutFile(Part):
-    """Text to be scored."""
+class HeldOutFile(Worded):
+    """Text, or rows of a task, to be scored."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
     path: str
-    columns: dict[str, str] = {}
-    documents: Literal["auto", "file", "passages", "paragraphs", "lines"] = "auto"
+    like: str | None = None
+    """A source of this stage, whose kind, columns and words these rows have too."""
 
 
 def held_out_file(value: Any) -> Any:
@@ -420,6 +220,8 @@ class Stage(Part):
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
     model: str
     """A folder, a Hub name, an earlier stage's run folder or one of its checkpoints."""
+    base: str | None = None
+    """The model that a tuning's folder sits on, when it is not where that folder says."""
     output: str | None = None
     """The run folder; left out: runs/<name>."""
     tokens: Amount | None = None
@@ -431,7 +233,10 @@ class Stage(Part):
     batch: Batch = Batch()
     schedule: AnySchedule
     optimizer: Optimizer = Optimizer()
-    objectives: Annotated[list[AnyObjective], Field(min_length=1)] = [NextTokenObjective(kind="next-token")]
+    objectives: list[AnyObjective] = []
+    """What a token is worth; left out: what the start model was made with (a decoder: next-token)."""
+    tuning: AnyTuning = FullTuning(kind="full")
+    """Which weights move."""
     evaluation: Evaluation = Evaluation()
     max_forgetting: Share | None = None
     """The retention gate: the largest allowed rise of loss on a retained set, upper end of its interval."""
@@ -453,6 +258,13 @@ class Stage(Part):
                 )
         elif abs(given - 1) > 1e-6:
             raise ValueError(f"data.sources: the shares add up to {given:.4g}, not to 1")
+        names = [source.name for source in self.data.sources]
+        for path, name in (
+            *(("objectives", name) for o in self.objectives for name in o.on),
+            *(("evaluation", h.like) for h in (*self.evaluation.retained, *self.evaluation.learned) if h.like),
+        ):
+            if name not in names:
+                raise ValueError(f"`{path}` names a source {name!r} that is not there; {nearest(name, names)}")
         for shift in self.data.shifts:
             total = sum(shift.shares.values())
             if abs(total - 1) > 1e-6:
@@ -470,162 +282,3 @@ class Stage(Part):
     def fingerprint(self) -> str:
         """Of everything that decides the result: not of when checkpoints are written, nor of where."""
         return fingerprint(self.model_dump(mode="json", exclude={"save": {"every", "keep"}, "output": True}))
-
-
-class _Strict(yaml.SafeLoader):
-    """YAML without surprises: a key that is there twice is an error, where YAML would let the last one win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
-                )
-            seen.append(key)
-        return super().construct_mapping(node, deep)
-
-
-def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
-    """Read a stage file and apply `key.sub=value` overrides.
-
-    Raises `StageError` with `file: key.path`, what was met and what was expected.
-    """
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise StageError(f"the stage file cannot be read ({error.strerror})", where=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise StageError("the stage file is not UTF-8", where=str(path)) from error
-    try:
-        raw = yaml.load(text, _Strict)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise StageError(f"not YAML: {getattr(error, 'problem', error)}", where=where) from error
-    except ValueError as error:  # what looks like a date and is none
-        raise StageError(f"not YAML: {error}", where=str(path)) from error
-    if not isinstance(raw, dict):
-        raise StageError("a stage is a mapping of keys to values", where=str(path))
-    for override in overrides or []:
-        _override(raw, override)
-    return parse_stage(raw, str(path))
-
-
-def parse_stage(raw: dict[str, Any], where: str) -> Stage:
-    """A stage from plain data; `where` names its origin in errors."""
-    try:
-        return Stage.model_validate(raw)
-    except ValidationError as error:
-        raise _readable(error, where, raw) from error
-
-
-def json_schema() -> str:
-    """The JSON Schema of a stage file, for editors."""
-    return json.dumps(Stage.model_json_schema(), indent=2)
-
-
-def _override(raw: dict[str, Any], text: str) -> None:
-    key, found, value = text.partition("=")
-    if not found or not key:
-        raise StageError(f"cannot read the override {text!r}", expected="key.sub=value")
-    here: Any = raw
-    *path, last = key.split(".")
-    for name in path:
-        here = _item(here, name, key) if isinstance(here, list) else here.setdefault(name, {})
-        if not isinstance(here, (dict, list)):
-            raise StageError(f"{name} holds a value, so nothing can be set under it", where=key)
-    try:
-        parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):  # such as a glob, whose star is an alias to YAML
-        parsed = value
-    if isinstance(here, list):
-        here[here.index(_item(here, last, key))] = parsed
-    else:
-        here[last] = parsed
-
-
-def _item(items: list[Any], name: str, key: str) -> Any:
-    """An item of a list by its number or by its `name`."""
-    for item in items:
-        if isinstance(item, dict) and item.get("name") == name:
-            return item
-    if name.isdigit() and int(name) < len(items):
-        return items[int(name)]
-    names = [item["name"] for item in items if isinstance(item, dict) and "name" in item]
-    raise StageError(
-        f"there is no item {name!r}", where=key, expected=f"0 to {len(items) - 1}, or one of {', '.join(names)}"
-    )
-
-
-def _readable(error: ValidationError, where: str, raw: dict[str, Any]) -> PostgradError:
-    """Pydantic's first finding, told with the key's path and the way out (the others are counted)."""
-    findings = error.errors()
-    first = findings[0]
-    path = _path(first["loc"], raw, missing=first["type"] == "missing")
-    met, expected, way_out = first["msg"], "", ""
-    if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"])
-        met = f"there is no key {first['loc'][-1]!r}"
-        way_out = nearest(str(first["loc"][-1]), known)
-        expected = "one of " + ", ".join(known)
-    elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        kinds = re.findall(r"'([\w-]+)'", first["ctx"].get("expected_tags", ""))
-        given = first["ctx"].get("tag")
-        met = f"there is no kind {given!r}" if given else "the `kind` is missing"
-        expected = "one of " + ", ".join(
-            kinds or ["constant", "rewarm", "infinite", "wsd", "from-floor", "anneal", "then"]
-        )
-        way_out = nearest(str(given), kinds) if given else ""
-    elif first["type"] == "missing":
-        met = "the key is missing"
-    elif first["type"] == "string_pattern_mismatch":
-        met = f"{first['input']!r} cannot be a name"
-        expected = "letters, digits, '.', '_' and '-'"
-    elif first["type"] == "value_error":
-        met = str(first["ctx"]["error"])
-    else:
-        met = f"{met[0].lower()}{met[1:]}, not {first['input']!r}"
-    more = f"(and {len(findings) - 1} more)" if len(findings) > 1 else ""
-    return StageError(
-        f"{met} {more}".strip(), where=f"{where}: {path}" if path else where, expected=expected, way_out=way_out
-    )
-
-
-def _path(location: tuple[int | str, ...], raw: Any, *, missing: bool) -> str:
-    """`key.path[0]` of a finding as the user wrote it: pydantic puts the names of union members in between."""
-    path = ""
-    here = raw
-    for i, part in enumerate(location):
-        if (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int)):
-            here = here[part] if isinstance(here, dict) or part < len(here) else None
-        elif not (missing and i == len(location) - 1):
-            continue
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return path.removeprefix(".")
-
-
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The known keys of the mapping in which an unknown one was met."""
-    schema = Stage.model_json_schema()
-    node: dict[str, Any] = schema
-    for part in location[:-1]:
-        node = _resolved(schema, node)
-        if isinstance(part, int):
-            node = node.get("items", {})
-        elif "discriminator" in node:
-            node = {"$ref": node["discriminator"]["mapping"].get(part, "")}
-        else:
-            node = node.get("properties", {}).get(part, {})
-    return list(_resolved(schema, node).get("properties", {}))
-
-
-def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    while "$ref" in node or ("anyOf" in node and any("$ref" in option for option in node["anyOf"])):
-        reference = node.get("$ref") or next(o["$ref"] for o in node["anyOf"] if "$ref" in o)
-        name = reference.rsplit("/", 1)[-1]
-        if name not in schema["$defs"]:
-            return {}
-        node = schema["$defs"][name]
-    return node

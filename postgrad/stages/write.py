@@ -5,26 +5,42 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import ModelError, StageError
+from postgrad.evaluation.held_out import behind_bos
 from postgrad.evaluation.samples import text_of
 from postgrad.models import machine
+from postgrad.models.model import model_for
 from postgrad.models.pretrained import (
     Start,
-    load_model,
+    Task,
+    load,
     load_tokenizer,
     locate,
     save_pretrained,
     stored_dtype,
+    table_of,
 )
 from postgrad.publish import publish
+from postgrad.tuning.opened import open_model
 
-_Writer = tuple[str, PreTrainedModel, PreTrainedTokenizerBase]
+
+@dataclass(frozen=True)
+class _Writer:
+    """A model that can write, and what it reads before each text."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    before: tuple[int, ...]
 
 
 def _writers(models: list[str], *, tokens: int, temperature: float, top_p: float, **_: Any) -> list[_Writer]:
@@ -35,31 +51,37 @@ def _writers(models: list[str], *, tokens: int, temperature: float, top_p: float
     ):
         if not fits:
             raise StageError(f"{value} is no such number", where=option, expected=expected)
-    starts = [(name, locate(name, Path.cwd())) for name in models]
-    return [(name, _placed(load_model(start)), load_tokenizer(start)) for name, start in starts]
+    return [_writer(name, locate(name, Path.cwd())) for name in models]
 
 
-def _placed(model: PreTrainedModel) -> PreTrainedModel:
-    torch.nn.Module.to(model, machine.device())
-    return model
+def _writer(name: str, start: Start) -> _Writer:
+    opened = open_model(start)
+    if opened.task not in ("causal", "text-to-text"):
+        raise ModelError(
+            f"{name} does not write text", where="model", expected="a decoder or an encoder-decoder language model"
+        )
+    torch.nn.Module.to(opened.model, machine.device())
+    return _Writer(name, opened.model, load_tokenizer(start.plain), opened.task, opened.before)
 
 
 @torch.no_grad()
 def _written(writer: _Writer, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int) -> str:
-    _, model, tokenizer = writer
+    model, tokenizer = writer.model, writer.tokenizer
     torch.manual_seed(seed)
-    inputs = tokenizer(prompt or (tokenizer.bos_token or tokenizer.eos_token), return_tensors="pt").to(model.device)
+    given = tokenizer(prompt or (tokenizer.bos_token or tokenizer.eos_token))["input_ids"]
+    ids = torch.from_numpy(behind_bos(np.array(given, np.int64), writer.before, tokenizer.bos_token_id))[None]
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     limit = getattr(model.config, "max_position_embeddings", None)
-    begun = inputs["input_ids"].shape[1]
+    # An encoder-decoder writes where it has not read.
+    begun = 0 if writer.task == "text-to-text" else ids.shape[1]
     if limit and begun + tokens > limit:
         if begun >= limit:
             raise ModelError(f"the text has {begun} tokens and the model {limit} positions", where="--prompt")
         tokens = limit - begun
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = model.generate(  # pyrefly: ignore[not-callable]
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        input_ids=ids.to(model.device),
+        attention_mask=torch.ones_like(ids).to(model.device),
         max_new_tokens=tokens,
         pad_token_id=pad,
         **drawn,
@@ -70,7 +92,7 @@ def _written(writer: _Writer, prompt: str, *, tokens: int, temperature: float, t
 def write_once(models: list[str], prompt: str, **options: Any) -> dict[str, Any]:
     """Each model's continuation of a text."""
     found = [
-        {"model": writer[0], "written": _written(writer, prompt, **options)} for writer in _writers(models, **options)
+        {"model": writer.name, "written": _written(writer, prompt, **options)} for writer in _writers(models, **options)
     ]
     if len(found) == 1:
         text = prompt + found[0]["written"]
@@ -93,32 +115,50 @@ def chat(models: list[str], **options: Any) -> None:
         if not prompt.strip():
             break
         for writer in writers:
-            label = f"[{writer[0]}] " if len(writers) > 1 else ""
+            label = f"[{writer.name}] " if len(writers) > 1 else ""
             print(f"{label}{prompt}{_written(writer, prompt, **options)}\n")
 
 
-def export_model(name: str, folder: Path, dtype: str) -> dict[str, Any]:
+def export_model(name: str, folder: Path, dtype: str, base: str | None = None) -> dict[str, Any]:
     """Publish a plain Hugging Face folder and compare its logits, read back, with the source's.
 
-    Raises `StageError` when `folder` is there already, `ModelError` when the logits differ (the folder is kept).
+    What stands in the model becomes part of its weights where the mathematics allows it: a soft prompt becomes rows of the
+    vocabulary. Raises `StageError` when `folder` is there already, `TuningError` for what cannot become weights, `ModelError`
+    when the logits differ (the folder is kept).
     """
     if folder.exists():
         raise StageError(f"{folder} is there already", where="export", way_out="name a folder that does not exist")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise StageError(f"there is no dtype {dtype!r}", where="--dtype", expected="auto, float32, bfloat16 or float16")
-    start = locate(name, Path.cwd())
+    start = locate(name, Path.cwd(), base)
     wanted = stored_dtype(start) if dtype == "auto" else getattr(torch, dtype)
-    model, tokenizer = load_model(start, dtype=wanted), load_tokenizer(start)
-    publish(folder, lambda staged: save_pretrained(model, tokenizer, staged, dtype=wanted))
-    back = load_model(Start(str(folder), folder.resolve()), dtype=wanted)
-    ids = torch.arange(16)[None] % model.config.vocab_size
+    opened, tokenizer = open_model(start), load_tokenizer(start.plain)
+    model = opened.model
+    ids = torch.arange(16)[None] % table_of(model).shape[0]
+    before = torch.tensor([opened.before], dtype=torch.long)
+    ids = torch.cat([before, ids], 1)
+    for tuning in reversed(opened.tunings):
+        tuning.merge(tokenizer)
+    torch.nn.Module.to(model, wanted)
     with torch.no_grad():
-        difference = (model(input_ids=ids).logits.float() - back(input_ids=ids).logits.float()).abs().max().item()
+        expected = model_for(model, opened.task)(**_inputs(opened.task, ids)).logits().float()
+    publish(folder, lambda staged: save_pretrained(model, tokenizer, staged, dtype=wanted))
+    back = load(Start(str(folder), folder.resolve()), opened.task, dtype=wanted).model
+    with torch.no_grad():
+        found = model_for(back, opened.task)(**_inputs(opened.task, ids)).logits().float()
+        difference = (found - expected).abs().max().item()
     if difference != 0:
         raise ModelError(f"the exported model's logits differ by {difference:.2g}", where=str(folder))
     size = sum(p.stat().st_size for p in folder.iterdir())
-    text = (
-        f"{folder}: {str(wanted).removeprefix('torch.')}, {size:,} bytes; plain transformers reads the same logits\n"
-        f"next: {shlex.join(['postgrad', 'generate', str(folder)])}"
-    )
+    text = f"{folder}: {str(wanted).removeprefix('torch.')}, {size:,} bytes; plain transformers reads the same logits\n"
+    if opened.before:
+        said = tokenizer.decode(list(opened.before))
+        text += f"its soft prompt is the text {said[:60]}{'...' * (len(said) > 60)}: put it before what the model is to read\n"
+    verb = "generate" if opened.task in ("causal", "text-to-text") else "eval"
+    text += f"next: {shlex.join(['postgrad', verb, str(folder)])}"
     return {"text": text, "folder": str(folder), "dtype": str(wanted).removeprefix("torch."), "bytes": size}
+
+
+def _inputs(task: Task, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Something to call a model of a task with."""
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if task == "text-to-text" else {"input_ids": ids}

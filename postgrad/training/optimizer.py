@@ -7,6 +7,8 @@ half a unit in the last place of most of them); in the masters they are not.
 
 The tables (input embedding and output head) stay fp32 and are their own masters: a table's gradient is a sum over every
 place a token occurs, and summed in bf16 the frequent tokens stop moving.
+
+Weights that a tuning holds fast need no master: they are held in the compute dtype alone.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from postgrad.models.model import CausalModel
+from postgrad.models.model import Model
 from postgrad.models.pretrained import table_of
+from postgrad.tuning.tuning import Tuning
 
 Moments = dict[str, Tensor]
 
@@ -32,6 +35,9 @@ class Weight:
     name: str
     compute: nn.Parameter
     master: Tensor
+    rate_factor: float = 1.0
+    table: bool = False
+    """Whether it is the input embedding or the output head."""
 
     @property
     def split(self) -> bool:
@@ -42,21 +48,27 @@ class Weight:
 class Weights:
     """The trainable weights of a model, in a fixed order."""
 
-    def __init__(self, model: CausalModel, compute: torch.dtype, *, split: bool) -> None:
+    def __init__(self, model: Model, tuning: Tuning, compute: torch.dtype, *, split: bool) -> None:
         """`split`: compute in copies of dtype `compute`; otherwise the parameters themselves are the masters."""
-        self.model = model.pretrained
+        self.model, self.tuning = model.pretrained, tuning
         self.split = split and compute != torch.float32
         self.compute_dtype = compute
         self.all: list[Weight] = []
-        tables = {id(table_of(self.model)), id(model.head().weight_VD)}
+        head = model.head()
+        tables = {id(table_of(self.model)), id(head.weight_VD) if head else 0}
+        self.frozen = False
         for name, parameter in self.model.named_parameters():  # tied weights come once
             if not parameter.requires_grad:
+                self.frozen = True
+                if self.split and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(compute)
                 continue
             master: Tensor = parameter
-            if self.split and id(parameter) not in tables:
+            table = id(parameter) in tables
+            if self.split and not table:
                 master = parameter.detach().clone().requires_grad_()
                 parameter.data = parameter.data.to(compute)
-            self.all.append(Weight(name, parameter, master))
+            self.all.append(Weight(name, parameter, master, tuning.rate_factor(name), table))
         self._pairs = [(w.compute, w.master) for w in self.all if w.split]
         if self.split:
             self.model.get_input_embeddings().register_forward_hook(self._to_compute)
@@ -108,23 +120,47 @@ class Weights:
             torch._foreach_copy_([c for c, _ in self._pairs], [m for _, m in self._pairs])
 
     @contextmanager
-    def full_precision(self) -> Iterator[None]:
-        """Inside, the model computes in fp32 with the masters themselves; no memory is taken for it."""
+    def _masters(self) -> Iterator[None]:
+        """Inside, the model holds the masters themselves; no memory is taken for it."""
         saved = [c.data for c, _ in self._pairs]
-        split, self.split = self.split, False
         for compute, master in self._pairs:
             compute.data = master.detach()
         try:
             yield
         finally:
-            self.split = split
             for (compute, _), data in zip(self._pairs, saved, strict=True):
                 compute.data = data
 
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Inside, the model computes in fp32; where weights are held fast in the compute dtype, it computes as always."""
+        if self.frozen:
+            yield
+            return
+        split, self.split = self.split, False
+        try:
+            with self._masters():
+                yield
+        finally:
+            self.split = split
+
     def whole_state(self) -> dict[str, Tensor]:
-        """The model's state dict in fp32, whole on every rank; to be saved."""
-        with self.full_precision():
+        """The model's state dict in fp32, whole on every rank, for a model of which nothing is held fast."""
+        with self._masters():
             return {name: whole(t) for name, t in self.model.state_dict().items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """What the tuning keeps of itself, in fp32 and whole on every rank; to be saved."""
+        with self._masters():
+            return {name: whole(t) for name, t in self.tuning.state().items()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take back whole tensors that `state` gave (each rank takes its part)."""
+        with self._masters():
+            own = self.tuning.state()
+            self.tuning.load({name: _laid_out(t, own.get(name)) for name, t in state.items()})
+        self.write_back()
 
 
 def _grad(tensor: Tensor) -> Tensor:
@@ -145,20 +181,39 @@ def whole(tensor: Tensor) -> Tensor:
 class AdamW:
     """Torch's fused AdamW over the masters, with a rate that is handed in at each step.
 
-    Matrices decay, vectors (norms, biases) do not: pulling a norm's gain to zero is no prior anyone holds.
+    Matrices decay; vectors (norms, biases) do not, as pulling a norm's gain to zero is no prior anyone holds, and neither do
+    the tables, whose rare rows would only shrink (`decay_tables` lets them).
     """
 
-    def __init__(self, weights: Weights, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-        matrices = [w.master for w in weights.all if w.master.ndim >= 2]
-        vectors = [w.master for w in weights.all if w.master.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        decay_tables: bool = False,
+    ) -> None:
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for w in weights.all:
+            decays = w.master.ndim >= 2 and (decay_tables or not w.table)
+            groups.setdefault((weight_decay if decays else 0.0, w.rate_factor), []).append(w.master)
         self.weights = weights
-        self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+        self.inner = torch.optim.AdamW(
+            [
+                {"params": masters, "weight_decay": decay, "rate_factor": factor}
+                for (decay, factor), masters in groups.items()
+            ],
+            lr=0.0,
+            betas=betas,
+            eps=eps,
+            fused=True,
+        )
 
     def step(self, rate: float) -> None:
         """Move the weights by one update at this learning rate, and forget the gradients."""
         for group in self.inner.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_factor"]
         self.inner.step()
         self.weights.write_back()
         self.weights.clear()
@@ -172,16 +227,23 @@ class AdamW:
                     out[f"{w.name}.{key}"] = whole(value)
         return out
 
-    def updates(self) -> int:
-        """Updates since the moments were last reset; Adam's bias correction counts from there."""
-        return max((int(state["step"]) for state in self.inner.state.values()), default=0)
+    def updates(self) -> dict[str, int]:
+        """Updates of each weight since its moments were last reset; Adam's bias correction counts from there.
 
-    def restore(self, moments: Moments, updates: int, *, keep: tuple[str, ...] = ("exp_avg", "exp_avg_sq")) -> None:
-        """Take over moments (those of `keep`, the others start at zero) and their count of updates."""
+        They differ where weights were unfrozen one after the other.
+        """
+        return {
+            w.name: int(self.inner.state[w.master]["step"]) for w in self.weights.all if w.master in self.inner.state
+        }
+
+    def restore(
+        self, moments: Moments, updates: dict[str, int], *, keep: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    ) -> None:
+        """Take over moments (those of `keep`, the others start at zero) and their counts of updates."""
         for w in self.weights.all:
-            if f"{w.name}.exp_avg" not in moments:
+            if w.name not in updates:
                 continue
-            state: dict[str, Tensor] = {"step": torch.tensor(float(updates))}
+            state: dict[str, Tensor] = {"step": torch.tensor(float(updates[w.name]))}
             if w.master.is_cuda:  # the fused kernel wants its counter beside the weights
                 state["step"] = state["step"].to(w.master.device)
             for key in ("exp_avg", "exp_avg_sq"):
@@ -194,9 +256,15 @@ class AdamW:
 
 def _shard_like(value: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor, laid out as `like`."""
+    laid = _laid_out(value, like)
+    return laid.to_local() if isinstance(laid, DTensor) else laid
+
+
+def _laid_out(value: Tensor, like: Tensor | None) -> Tensor:
+    """A whole tensor, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements).to_local()
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 def load_whole(weights: Weights, state: dict[str, Tensor]) -> None:

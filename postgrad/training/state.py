@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from postgrad.models.pretrained import save_pretrained
 from postgrad.training.optimizer import load_whole
 from postgrad.training.step import Run
+from postgrad.tuning.attach import write_tuning
 
 STATE = "state.json"
 MOMENTS = "optimizer.safetensors"
@@ -26,22 +28,39 @@ class Progress:
     step: int
     trained: int
     trained_by_source: dict[str, int]
-    updates: int
+    updates: dict[str, int]
+    """Updates of each weight since its moments began."""
     rate: float
     """The learning rate of this step; an anneal branched from here starts with it."""
     stage: str
     """The fingerprint of the stage this belongs to."""
 
 
-def write_state(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase, stage: str) -> None:
-    """Write a checkpoint's files: a plain Hugging Face folder (fp32 weights), the moments, and `state.json`."""
-    state, moments = run.weights.whole_state(), run.optimizer.moments()
+@dataclass(frozen=True)
+class Keeping:
+    """What a checkpoint says beside its tensors: the stage's fingerprint, the tuning's options, and what it sits on."""
+
+    stage: str
+    options: dict[str, Any]
+    base: dict[str, Any]
+
+
+def write_state(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase, keeping: Keeping) -> None:
+    """Write a checkpoint's files: a plain Hugging Face folder (fp32 weights) or a tuning's, the moments, and `state.json`."""
+    whole = run.weights.tuning.whole
+    state = run.weights.whole_state() if whole else run.weights.state()
+    moments = run.optimizer.moments()
     if not run.world.main:
         return
-    save_pretrained(run.model.pretrained, tokenizer, folder, dtype=torch.float32, state=state)
+    if whole:
+        save_pretrained(run.model.pretrained, tokenizer, folder, dtype=torch.float32, state=state)
+    else:
+        write_tuning(folder, keeping.options, state, keeping.base)
     save_file({name: t.contiguous() for name, t in moments.items()}, folder / MOMENTS)
     by_source = dict(zip(run.sources, (int(n) for n in run.trained_by_source), strict=True))
-    progress = Progress(run.step, run.trained, by_source, run.optimizer.updates(), run.schedule(run.step), stage)
+    progress = Progress(
+        run.step, run.trained, by_source, run.optimizer.updates(), run.schedule(run.step), keeping.stage
+    )
     (folder / STATE).write_text(json.dumps(asdict(progress), indent=1))
 
 
@@ -51,10 +70,11 @@ def read_progress(folder: Path) -> Progress:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """A checkpoint's fp32 weights by name, whole (all its safetensors files)."""
+    """A checkpoint's fp32 tensors by name, whole (all its safetensors files but the moments)."""
     out: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        out.update(load_file(path))
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name != MOMENTS:
+            out.update(load_file(path))
     return out
 
 
@@ -66,7 +86,10 @@ def read_moments(folder: Path) -> dict[str, Tensor]:
 def restore(run: Run, folder: Path) -> None:
     """Put a run where its checkpoint was."""
     progress = read_progress(folder)
-    load_whole(run.weights, read_weights(folder))
+    if run.weights.tuning.whole:
+        load_whole(run.weights, read_weights(folder))
+    else:
+        run.weights.load(read_weights(folder))
     run.optimizer.restore(read_moments(folder), progress.updates)
     run.step, run.trained = progress.step, progress.trained
     for k, name in enumerate(run.sources):

@@ -1,4 +1,4 @@
-"""One move of the weights: read, weigh, divide once, check, clip, move."""
+"""One move of the weights: read, weigh, divide once, pull, check, clip, move."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 from postgrad.data.batch import Batch
 from postgrad.errors import NonFiniteError
-from postgrad.models.model import CausalModel
+from postgrad.models.model import Model
 from postgrad.models.sharding import synchronise_gradients
 from postgrad.objectives.objective import Objective
+from postgrad.penalties.penalty import Penalty
 from postgrad.schedules import Schedule
 from postgrad.training.optimizer import AdamW, Weights
 from postgrad.training.world import World
@@ -22,10 +23,11 @@ from postgrad.training.world import World
 class Run:
     """Everything a step needs, put together by the stage."""
 
-    model: CausalModel
+    model: Model
     weights: Weights
     optimizer: AdamW
     objectives: Sequence[Objective]
+    penalties: Sequence[Penalty]
     schedule: Schedule
     world: World
     sources: Sequence[str]
@@ -45,6 +47,7 @@ class StepReport:
     trained: int
     loss: float
     losses: dict[str, float]
+    penalties: dict[str, float]
     by_source: dict[str, tuple[float, int]]
     rate: float
     gradient_norm: float
@@ -58,6 +61,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     together and before any weight has moved, when the loss or the gradient is not finite.
     """
     step = run.step + 1
+    run.weights.tuning.at_step(step)
     # Drawn anew each step from (seed, step, rank): nothing random is ever saved or restored.
     torch.manual_seed(_seed(run.seed, step, run.world.rank))
     counts = torch.zeros(len(run.sources), dtype=torch.int64)
@@ -83,6 +87,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
 
     run.world.total(sums)
     run.world.total(by_source)
+    pulls = {penalty.name: float(penalty()) for penalty in run.penalties}
     norm = run.weights.gradient_norm()
     loss, gradient_norm = float(sums.sum()) / counted, float(norm)
     if run.world.any(not (np.isfinite(loss) and np.isfinite(gradient_norm))):
@@ -106,6 +111,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         trained=run.trained,
         loss=loss,
         losses={o.name: float(s) / counted for o, s in zip(run.objectives, sums, strict=True)},
+        penalties=pulls,
         by_source={name: (float(by_source[k]), int(counts[k])) for k, name in enumerate(run.sources) if counts[k]},
         rate=rate,
         gradient_norm=gradient_norm,

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError, nearest
-from postgrad.tuning.tuning import PeftFolder, Tuning
+from postgrad.tuning.tuning import PeftFolder, Published, Tuning
 
 FORMAT = 1
 DESCRIPTION, TENSORS = "tuning.json", "tuning.safetensors"
@@ -76,7 +76,9 @@ def attach(
     return make(model, **{name: value for name, value in arguments.items() if name in takes})
 
 
-def write_tuning(folder: Path, options: Mapping[str, Any], state: Mapping[str, Tensor], base: Mapping[str, Any]) -> None:
+def write_tuning(
+    folder: Path, options: Mapping[str, Any], state: Mapping[str, Tensor], base: Mapping[str, Any]
+) -> None:
     """Write the options and tensors of a tuning into the existing `folder`; `base` says what it sits on.
 
     Of the base, `name` and `fingerprint` are looked at when it is read. Raises `OSError` when a file cannot be written.
@@ -132,8 +134,13 @@ def load_tuning(
             expected="the base that it was trained on",
             way_out="load that base, or say force to attach it all the same",
         )
-    tuning = attach(model, description["options"], tokenizer=tokenizer)
-    return _filled(tuning, _read_tensors(folder / TENSORS))
+    state = _read_tensors(folder / TENSORS)
+    return _filled(attach(model, description["options"], tokenizer=tokenizer), state)
+
+
+def read_published(folder: Path) -> Published:
+    """The options and tensors that a folder of ours holds. Raises `TuningError` when they cannot be read."""
+    return Published(_read(folder / DESCRIPTION)["options"], _read_tensors(folder / TENSORS))
 
 
 def _filled(tuning: Tuning, state: Mapping[str, Tensor]) -> Tuning:

@@ -52,6 +52,7 @@ class Tuning(ABC):
     `attention`: the attention implementation that I need, when I need one.
     `whole`: every weight moves, so that what is kept of me is a whole model.
     `folds`: merging me leaves a model that takes the same inputs and gives the same answers.
+    `leaves_model`: what leaves training is a plain model, with me merged into it.
     `notes`: what attaching changed that its options do not say, in sentences for the reader of a plan.
     """
 
@@ -61,6 +62,7 @@ class Tuning(ABC):
     attention: str | None = None
     whole: bool = False
     folds: bool = False
+    leaves_model: bool = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

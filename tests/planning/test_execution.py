@@ -13,17 +13,22 @@ from postgrad.errors import StageError
 from postgrad.models import machine
 from postgrad.models.attention import NAME
 from postgrad.models.model import CausalModel
-from postgrad.models.pretrained import parameters_of
 from postgrad.planning import execution
 from postgrad.planning.execution import Execution, Wishes, choose, shape_of
 from postgrad.planning.memory import Shape, estimate, readable
 from postgrad.training.optimizer import AdamW, Weights
+from postgrad.tuning.selection import Full
 from tests.conftest import make_llama
 
 CPU = torch.device("cpu")
 FREE = 8 << 30
 
 Choose = Callable[..., Execution]
+
+
+def example(rows: int) -> dict[str, torch.Tensor]:
+    """What a model is called with for so many rows."""
+    return {"input_ids": torch.zeros(rows, 32, dtype=torch.long), "position_ids": torch.arange(32).expand(rows, -1)}
 
 
 @pytest.fixture
@@ -55,7 +60,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Choose:
         }  # fmt: skip
         before = torch.get_num_threads()
         try:
-            return choose(Wishes(**asked), model or make_llama(), CPU, ranks)
+            return choose(Wishes(**asked), CausalModel(model or make_llama()), example, CPU, ranks)
         finally:
             torch.set_num_threads(before)
 
@@ -117,7 +122,7 @@ def test_micro_batches_part_a_ranks_rows_evenly(chosen: Choose, sequences: int, 
 
 def test_little_memory_means_few_rows_at_once(chosen: Choose) -> None:
     model = make_llama(hidden_size=256, intermediate_size=1024)
-    shape = shape_of(model.config, parameters_of(model))
+    shape = shape_of(CausalModel(model))
     roomy = chosen(model=model, length=128, sequences=16, free=None)
     assert roomy.micro == 16
     asked = {"length": 128, "bf16": False, "checkpointing": False, "sdpa": True}
@@ -146,7 +151,7 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
     model = make_llama()
     before = [p.detach().clone() for p in model.parameters()]
     wishes = Wishes("auto", "auto", "auto", False, 1, None, 4, 32, 1000)
-    found = choose(wishes, model, CPU)
+    found = choose(wishes, CausalModel(model), example, CPU)
     assert 0 < found.seconds < 600
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -160,12 +165,12 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_state_takes_as_many_bytes_as_its_tensors(dtype: torch.dtype) -> None:
     model = CausalModel(make_llama(hidden_size=64, intermediate_size=512))
-    weights = Weights(model, dtype, split=True)
+    weights = Weights(model, Full(model.pretrained), dtype, split=True)
     optimizer = AdamW(weights, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for p in {*weights.masters, *model.parameters()}:
         p.grad = torch.zeros_like(p)
     optimizer.step(1e-4)
-    shape = shape_of(model.pretrained.config, parameters_of(model))
+    shape = shape_of(model)
     planned = estimate(shape, rows=1, length=8, bf16=dtype == torch.bfloat16, checkpointing=False, sdpa=True)
     parts = {id(p): p for p in [*weights.masters, *model.parameters()]}
     held = sum(p.numel() * p.element_size() for p in parts.values())
@@ -198,7 +203,7 @@ def test_activations_are_about_what_a_forward_pass_keeps(layers: int, rows: int)
     model = CausalModel(make_llama(
         hidden_size=128, intermediate_size=352, num_hidden_layers=layers, num_key_value_heads=4, attn_implementation="sdpa",
     ))  # fmt: skip
-    shape = shape_of(model.pretrained.config, parameters_of(model))
+    shape = shape_of(model)
 
     def planned(rows: int) -> int:
         return estimate(shape, rows=rows, length=64, bf16=False, checkpointing=False, sdpa=True).activations
@@ -208,7 +213,7 @@ def test_activations_are_about_what_a_forward_pass_keeps(layers: int, rows: int)
 
 
 def test_estimates_grow_and_shrink_with_what_they_should() -> None:
-    shape = Shape(parameters=10**6, layers=8, width=256, inner=1024, heads=8, vocabulary=1000)
+    shape = Shape(parameters=10**6, trainable=10**6, layers=8, width=256, inner=1024, heads=8, vocabulary=1000)
 
     def total(**changes: Any) -> int:
         asked = {"rows": 4, "length": 256, "bf16": False, "checkpointing": False, "sdpa": True, **changes}
@@ -228,12 +233,23 @@ def test_estimates_grow_and_shrink_with_what_they_should() -> None:
 
 
 def test_shapes_are_read_whatever_the_keys_are_called() -> None:
-    from transformers import GPT2Config
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    found = shape_of(GPT2Config(n_embd=48, n_layer=3, n_head=4, vocab_size=77), 5)
-    assert found == Shape(parameters=5, layers=3, width=48, inner=192, heads=4, vocabulary=77)
-    config = make_llama().config
-    assert shape_of(config, 9) == Shape(parameters=9, layers=2, width=32, inner=64, heads=4, vocabulary=320)
+    gpt = CausalModel(GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=3, n_head=4, vocab_size=77)))
+    n = sum(p.numel() for p in gpt.parameters())
+    assert shape_of(gpt) == Shape(parameters=n, trainable=n, layers=3, width=48, inner=192, heads=4, vocabulary=77)
+    llama = CausalModel(make_llama())
+    llama.body.requires_grad_(False)
+    n = sum(p.numel() for p in llama.parameters())
+    assert shape_of(llama) == Shape(parameters=n, trainable=0, layers=2, width=32, inner=64, heads=4, vocabulary=320)
+
+
+def test_weights_that_are_held_fast_need_neither_gradients_nor_moments() -> None:
+    shape = Shape(parameters=10**6, trainable=10**4, layers=8, width=256, inner=1024, heads=8, vocabulary=1000)
+    asked = {"rows": 4, "length": 256, "checkpointing": False, "sdpa": True}
+    low, high = (estimate(shape, bf16=bf16, **asked) for bf16 in (True, False))  # type: ignore[arg-type]
+    assert low.weights == 6 * 10**4 + 2 * (10**6 - 10**4) < high.weights == 4 * 10**6
+    assert (low.gradients, low.moments) == (6 * 10**4, 8 * 10**4)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import make_plan
 from postgrad.stages.run import Finished, run_stage
-from postgrad.stages.stage import parse_stage
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from postgrad.data.rows import IGNORED
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.lineage.record import read_record, write_record
 from postgrad.models.pretrained import save_pretrained
+from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import Plan, make_plan
 from postgrad.stages.plan_text import plan_lines
 from postgrad.stages.run import Finished, run_stage
-from postgrad.stages.stage import parse_stage
 from tests.conftest import StageOf, make_llama, make_tokenizer, new_text, old_text, write_jsonl
 
 ROW = 32
@@ -276,9 +276,9 @@ def test_replay_of_everything_has_the_published_weights(
             record["seen"][by_name[name]]["tokens"] = tokens
         write_record(tmp_path / "one", record)
         plan = plan_of(following)
-        assert all(leaf.role == "replay" for leaf in plan.leaves if leaf.source == "replay")
+        assert all(leaf.role == "replay" for leaf in plan.leaves if leaf.wanted.source == "replay")
         shares = dict(zip([x.name for x in plan.stage.data.sources], plan.stage.shares(), strict=True))
-        return {leaf.name: leaf.part * shares[leaf.source] for leaf in plan.leaves}
+        return {leaf.name: leaf.wanted.part * shares[leaf.source] for leaf in plan.leaves}
 
     billion = 10**9
     found = weights(old=300 * billion + 5 * billion, new=95 * billion)

@@ -17,9 +17,9 @@ from postgrad.errors import BusyError, DiskError, NonFiniteError, ResumeError
 from postgrad.lineage.record import read_record
 from postgrad.publish import verify
 from postgrad.stages import measure
+from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import Plan, make_plan
 from postgrad.stages.run import Began, Event, Finished, Looked, Saved, Stepped, Stopped, look_steps, run_stage
-from postgrad.stages.stage import parse_stage
 from postgrad.training.meters import read_metrics
 from tests.conftest import StageOf
 

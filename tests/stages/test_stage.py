@@ -8,7 +8,7 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -19,9 +19,14 @@ import postgrad
 from postgrad.errors import StageError
 from postgrad.models.pretrained import Start
 from postgrad.stages import stage as s
+from postgrad.stages import objectives, schedules, tunings
+from postgrad.stages.amounts import Part, in_steps
+from postgrad.stages.parsing import json_schema, load_stage, parse_stage
 from postgrad.stages.plan import make_plan
 from postgrad.stages.rates import make_schedule
-from postgrad.stages.stage import Stage, in_steps, json_schema, load_stage, parse_stage
+from postgrad.stages.schedules import Decay
+from postgrad.stages.stage import Stage
+from postgrad.tuning.attach import KINDS, _maker
 from tests.conftest import StageOf
 
 GOOD: dict[str, Any] = {
@@ -93,7 +98,7 @@ def test_shares(written: object, share: float) -> None:
 )  # fmt: skip
 def test_lengths(written: object, steps: float) -> None:
     found = stage(schedule__warmup=written).schedule
-    assert isinstance(found, s.Decay)
+    assert isinstance(found, Decay)
     assert in_steps(found.warmup, 1000, 10_000_000) == pytest.approx(steps)
 
 
@@ -111,7 +116,7 @@ def test_defaults_are_those_of_the_reference() -> None:
     assert (found.optimizer.betas, found.optimizer.eps, found.optimizer.weight_decay) == ((0.9, 0.95), 1e-8, 0.1)
     assert (found.optimizer.clip, found.optimizer.moments) == (1.0, "reset")
     assert (found.data.when_short, found.data.overlap, found.data.sources[0].max_passes) == ("refuse", "report", 4.0)
-    assert [o.kind for o in found.objectives] == ["next-token"]
+    assert (found.objectives, found.tuning.kind) == ([], "full")
     assert (found.save.keep, found.save.dtype, found.max_forgetting) == (2, "auto", None)
     assert found.evaluation.retained[0] == s.HeldOutFile(name="old-heldout", path="old-heldout.jsonl")
 
@@ -282,8 +287,11 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"optimizer.eps": -1}, "optimizer.eps", "greater than 0"),
     ({"optimizer.clip": 0}, "optimizer.clip", "greater than 0"),
     ({"optimizer.moments": "some"}, "optimizer.moments", "'keep-second'"),
-    ({"objectives": []}, "objectives", "at least 1 item"),
-    ({"objectives": [{"kind": "nexttoken"}]}, "objectives[0].kind", "'next-token'"),
+    ({"objectives": [{"kind": "nexttoken"}]}, "objectives[0]", "did you mean 'next-token'?"),
+    ({"objectives": [{"kind": "next-token", "on": ["paper"]}]}, "", "did you mean 'papers'?"),
+    ({"tuning": {"kind": "lorra"}}, "tuning", "did you mean 'lora'?"),
+    ({"tuning": {"kind": "lora", "rnak": 8}}, "tuning.rnak", "did you mean 'rank'?"),
+    ({"tuning": {"kind": "blocks"}}, "tuning", "exactly one of `last`, `all_but_first` and `names`"),
     ({"evaluation.retained": ["a/x.txt", "b/x.txt"]}, "evaluation", "give them a `name`"),
     ({"evaluation.retained": "x.txt"}, "evaluation.retained", "valid list"),
     ({"evaluation.retained": [{"path": "y"}]}, "evaluation.retained[0].name", "missing"),
@@ -441,7 +449,8 @@ def test_the_schema_refuses_what_the_tool_refuses() -> None:
 
 def parts(model: type[BaseModel]) -> list[type[BaseModel]]:
     """A model and all models its fields are made of."""
-    known = [v for v in vars(s).values() if inspect.isclass(v) and issubclass(v, s.Part)]
+    homes = (s, schedules, objectives, tunings)
+    known = {v for home in homes for v in vars(home).values() if inspect.isclass(v) and issubclass(v, Part)}
     found = [model]
     for here in found:  # grows while it is walked
         words = {w for field in here.model_fields.values() for w in re.findall(r"\w+", str(field.annotation))}
@@ -466,8 +475,21 @@ def test_every_key_of_a_stage_is_read_somewhere() -> None:
     assert {"Stage", "Source", "Shift", "Infinite", "Piece", "HeldOutFile", "Compute"} <= {m.__name__ for m in models}
     names = read_names()
     unread = [f"{m.__name__}.{f}" for m in models for f in m.model_fields if f not in names and f != "kind"]
-    assert unread == []
+    # A tuning's other keys are handed to its kind as they are, which the next test looks at.
+    assert [name for name in unread if name.split(".")[0] not in vars(tunings)] == []
     assert "constant_iters_percent" not in names  # the mutant: a key that nobody reads is not found
+
+
+def test_every_key_of_a_tuning_is_an_option_of_its_kind() -> None:
+    elsewhere = {"kind", "template", "demonstrations", "orthogonal"}
+    kinds = [m for m in parts(Stage) if m.__name__ in vars(tunings) and "kind" in m.model_fields]
+    assert len(kinds) == len(KINDS)
+    for model in kinds:
+        (kind,) = get_args(model.model_fields["kind"].annotation)
+        options = inspect.signature(_maker(kind)).parameters
+        assert set(model.model_fields) - elsewhere - set(options) == set(), kind
+    names = read_names()
+    assert elsewhere <= names
 
 
 # -- the fingerprint --------------------------------------------------------------------------------------------------
@@ -481,6 +503,7 @@ OTHER: dict[str, Any] = {
     "data.sources.1.role": "new", "batch.sequences": 16, "batch.micro": 2, "schedule.peak": 1, "schedule.floor": 0,
     "schedule.warmup": "2%", "schedule.start": 1e-7, "schedule.kind": "linear", "optimizer.betas": [0.9, 0.99],
     "optimizer.eps": 1e-6, "optimizer.weight_decay": 0, "optimizer.clip": 2, "optimizer.moments": "keep",
+    "optimizer.decay_tables": True, "tuning": {"kind": "norm"},
     "objectives": [{"kind": "next-token", "weight": 2}], "evaluation.retained": [], "evaluation.learned": ["x"],
     "evaluation.every": "20%", "evaluation.during_tokens": 5, "evaluation.max_tokens": 5, "evaluation.samples": 0,
     "save.dtype": "float32", "compute.dtype": "float32", "compute.compile": True, "compute.attention": "eager",
@@ -518,7 +541,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, expected:
     file = tmp_path / "stage.yaml"
     file.write_text(text)
     with pytest.raises(StageError, match=expected):
-        s.load_stage(file)
+        load_stage(file)
 
 
 @pytest.mark.parametrize(
@@ -533,7 +556,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, expected:
 )
 def test_rates_that_would_rise_are_refused(stage_of: StageOf, schedule: dict[str, Any]) -> None:
     with pytest.raises(StageError, match=r"schedule.*lies above"):
-        s.parse_stage(stage_of(schedule=schedule), "stage.yaml")
+        parse_stage(stage_of(schedule=schedule), "stage.yaml")
 
 
 @pytest.mark.parametrize("setting", [{"columns": {"text": "body"}}, {"documents": "lines"}, {"held_out": 0.1}])
@@ -541,4 +564,4 @@ def test_a_replay_of_everything_has_no_settings_of_its_own(stage_of: StageOf, se
     raw = stage_of()
     raw["data"]["sources"][1] = {"name": "seen", "seen_so_far": True, "share": 0.25, **setting}
     with pytest.raises(StageError, match=f"takes `{next(iter(setting))}` from the earlier stages"):
-        s.parse_stage(raw, "stage.yaml")
+        parse_stage(raw, "stage.yaml")

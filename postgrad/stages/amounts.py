@@ -1,0 +1,93 @@
+"""How are amounts written in a stage? `20M` tokens, `5%`, `200 steps`, and what each means in numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+
+
+_NUMBER = r"\d[\d_,]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?"
+
+
+def _number(value: Any) -> Any:
+    """YAML reads yes and no as truth values, which Python counts as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"a number is expected, not {str(value).lower()}")
+    return value
+
+
+def _amount(value: Any) -> Any:
+    if isinstance(value, str):
+        match = re.fullmatch(rf"\s*({_NUMBER})\s*([kmbgt]?)\s*(?:tokens?)?\s*", value, re.IGNORECASE)
+        if not match:
+            raise ValueError(f"a number of tokens such as 500k, 20M or 1.5B is expected, not {value!r}")
+        value = float(match[1].replace("_", "").replace(",", "")) * _UNITS[match[2].lower()]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"a number of tokens such as 500k, 20M or 1.5B is expected, not {value}")
+        return round(value)
+    return _number(value)
+
+
+def _share(value: Any) -> Any:
+    if isinstance(value, str):
+        match = re.fullmatch(rf"\s*({_NUMBER})\s*(%?)\s*", value, re.IGNORECASE)
+        if not match:
+            raise ValueError(f"a share such as 5% or 0.05 is expected, not {value!r}")
+        return float(match[1].replace("_", "").replace(",", "")) / (100 if match[2] else 1)
+    return _number(value)
+
+
+def _length(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return f"{value} steps"
+    if isinstance(value, str) and re.fullmatch(
+        rf"\s*(?:{_NUMBER})\s*(%|steps?|[kmbgt]?\s*tokens?|)\s*", value, re.IGNORECASE
+    ):
+        return f"{value.strip()} steps" if re.fullmatch(r"[\d_]+", value.strip()) else value.strip()
+    raise ValueError(f"a length such as 1%, 200 steps or 2M tokens is expected, not {value!r}")
+
+
+# In a file each of these may also be text; the schema says so, as editors hold files against it.
+Amount = Annotated[
+    int,
+    Field(gt=0, description="tokens: 500k, 20M, 1.5B"),
+    BeforeValidator(_amount, json_schema_input_type=int | float | str),
+]
+Share = Annotated[
+    float,
+    Field(ge=0, le=1, description="5% or 0.05"),
+    BeforeValidator(_share, json_schema_input_type=float | str),
+]
+Length = Annotated[
+    str,
+    Field(description="1%, 200 steps or 2M tokens"),
+    BeforeValidator(_length, json_schema_input_type=int | str),
+]
+Rate = Annotated[float, Field(gt=0, description="a learning rate"), BeforeValidator(_number)]
+Positive = Annotated[int, Field(gt=0), BeforeValidator(_number)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def in_steps(length: str, steps: int, tokens: int) -> float:
+    """A length in steps, for a stage of so many steps and tokens."""
+    match = re.fullmatch(rf"({_NUMBER})\s*(.*)", length, re.IGNORECASE)
+    assert match, length
+    unit = match[2].lower().strip()
+    number = float(match[1].replace("_", "").replace(",", ""))
+    if unit == "%":
+        return number / 100 * steps
+    if unit.endswith(("token", "tokens")):
+        return number * _UNITS[unit.split("token")[0].strip()] / tokens * steps
+    return number
+
+
+class Part(BaseModel):
+    """A frozen piece of a stage; every key is known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)

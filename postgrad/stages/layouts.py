@@ -1,0 +1,229 @@
+"""Which rows does an objective ask for, and which does it serve? An objective and a kind of rows have one layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from postgrad.data.chat import ChatRenderer
+from postgrad.data.examples import RUNNING, Labels, Renderer
+from postgrad.data.labelled import LabelledRows, TaggedRows
+from postgrad.data.masked import MaskedRows
+from postgrad.data.pack import PackedRows
+from postgrad.data.pairs import PairRows
+from postgrad.data.part import Part
+from postgrad.data.render import ClassRenderer, PlainRenderer, TagRenderer
+from postgrad.data.rows import Rows
+from postgrad.data.spans import SpanRows
+from postgrad.data.store import TokenStore
+from postgrad.data.whole import WholeRows
+from postgrad.errors import StageError
+from postgrad.models.pretrained import Start, Task
+from postgrad.objectives.decisions import Problem
+from postgrad.stages.objectives import (
+    AnyObjective,
+    ClassifyObjective,
+    MaskedObjective,
+    NextTokenObjective,
+    SpanCorruptionObjective,
+    TextToTextObjective,
+)
+from postgrad.stages.reading import Reading
+from postgrad.tuning.opened import task_at
+
+_ANSWERED = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "choices")
+SERVES: dict[str, tuple[str, ...]] = {
+    "next-token": (*RUNNING, *_ANSWERED),
+    "masked": RUNNING,
+    "span-corruption": RUNNING,
+    "text-to-text": (*RUNNING, *_ANSWERED),
+    "classify": ("labelled", "tagged"),
+}
+"""The kinds of rows that an objective can be taken on."""
+
+_TASKS: dict[str, Task] = {
+    "next-token": "causal",
+    "masked": "masked",
+    "span-corruption": "text-to-text",
+    "text-to-text": "text-to-text",
+    "classify": "classify",
+}
+_OF_TASK: dict[Task, AnyObjective] = {
+    "causal": NextTokenObjective(kind="next-token"),
+    "masked": MaskedObjective(kind="masked"),
+    "text-to-text": SpanCorruptionObjective(kind="span-corruption"),
+    "classify": ClassifyObjective(kind="classify"),
+    "tag": ClassifyObjective(kind="classify", problem="tags"),
+}
+_WHO = {
+    "causal": "a decoder",
+    "masked": "an encoder",
+    "text-to-text": "an encoder-decoder",
+    "classify": "a classifier",
+    "tag": "a token classifier",
+}
+
+
+def objectives_for(given: Sequence[AnyObjective] | None, start: Start) -> tuple[AnyObjective, ...]:
+    """The objectives of a stage: those it names, or the one that the start model was made with."""
+    return tuple(given) if given else (_OF_TASK[task_at(start)],)
+
+
+def task_for(objectives: Sequence[AnyObjective], start: Start) -> Task:
+    """The task that all objectives together ask for. Raises `StageError` when they, or the model, do not go together."""
+    tasks = {_TASKS[o.kind]: o for o in objectives}
+    if len(tasks) > 1:
+        kinds = " and ".join(o.kind for o in tasks.values())
+        raise StageError(
+            f"{kinds} need different models: {' and '.join(_WHO[t] for t in tasks)}",
+            where="objectives",
+            expected="objectives that one model can serve",
+            way_out="write the labelled rows as text (text-to-text, or next-token on examples)",
+        )
+    (task,) = tasks
+    own = task_at(start)
+    if task == "classify":
+        tags = any(isinstance(o, ClassifyObjective) and o.problem == "tags" for o in objectives)
+        return "tag" if tags else "classify"
+    if own != task and not (task == "masked" and own in ("classify", "tag")):
+        raise StageError(
+            f"{tasks[task].kind} needs {_WHO[task]}, and {start.name} is {_WHO[own]}",
+            where="objectives",
+            expected=f"an objective for {_WHO[own]}, such as {_OF_TASK[own].kind}",
+        )
+    return task
+
+
+def objective_for(name: str, kind: str, objectives: Sequence[AnyObjective], where: str) -> tuple[int, AnyObjective]:
+    """The objective that a source's rows are made for: the one that names it, or the first that serves its kind of rows."""
+    named = [(i, o) for i, o in enumerate(objectives) if name in o.on]
+    open_ = [(i, o) for i, o in enumerate(objectives) if not o.on]
+    serving = [(i, o) for i, o in named or open_ if kind in SERVES[o.kind]]
+    if not serving:
+        said = named or open_
+        raise StageError(
+            f"'{name}' has rows of kind {kind}, which "
+            + (f"{said[0][1].kind} cannot be taken on" if said else "no objective names"),
+            where=where,
+            expected=f"an objective that serves them: {', '.join(k for k, kinds in SERVES.items() if kind in kinds)}",
+        )
+    if len(named) > 1:
+        raise StageError(
+            f"two objectives name '{name}': {' and '.join(o.kind for _, o in named)}",
+            where="objectives",
+            expected="one for each source",
+        )
+    return serving[0]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a source's rows are put into words, as the stage says it."""
+
+    prompt: str | None = None
+    answer: str | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
+
+
+def renderer_for(
+    objective: AnyObjective, kind: str, reading: Reading, wording: Wording, labels: Labels | None
+) -> Renderer | None:
+    """What puts rows of a kind into words for an objective; None for running text."""
+    if kind in RUNNING:
+        return None
+    plain = PlainRenderer(
+        prompt=wording.prompt,
+        answer=wording.answer,
+        words=wording.words,
+        separate=reading.task == "text-to-text",
+    )
+    if isinstance(objective, ClassifyObjective):
+        assert labels is not None
+        if kind == "tagged":
+            return TagRenderer(labels)
+        between = bool(reading.own.between)
+        return ClassRenderer(labels, separator="" if between else "\n", joint=not between)
+    tokenizer = reading.tokenizer
+    chats = kind in ("chat", "instruction") or (kind == "completion" and tokenizer.chat_template)
+    if chats and reading.task == "causal" and wording.prompt is None:
+        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        return ChatRenderer(template, special, turn=plain)
+    return plain
+
+
+def make_rows(
+    objective: AnyObjective,
+    store: TokenStore | Part,
+    reading: Reading,
+    *,
+    held_out: float = 0.0,
+    excluded: np.ndarray | None = None,
+    most: int | None = None,
+    problem: Problem = "class",
+    together: bool = True,
+) -> Rows:
+    """The rows of a store for an objective, as a model reads them. `together=False`: no two documents in a row."""
+    common: dict[str, Any] = {"held_out": held_out, "excluded": excluded, "max_document_tokens": most}
+    framed: dict[str, Any] = {**common, "frame": reading.frame, "lead": reading.lead}
+    match objective:
+        case NextTokenObjective():
+            running = store.marks(0) is None
+            if running and not reading.prompted and together:
+                return PackedRows(store, reading.length, **common)
+            return WholeRows(
+                store,
+                reading.length,
+                train_on=objective.train_on,
+                too_long=objective.too_long,
+                together=together,
+                **framed,
+            )
+        case MaskedObjective():
+            return MaskedRows(
+                store,
+                reading.length,
+                mask_id=reading.mask,
+                vocabulary=reading.encoder.vocabulary,
+                special_ids=reading.special,
+                seed=reading.seed,
+                share=objective.share,
+                continues_V=reading.continues_V if objective.whole_words else None,
+                **framed,
+            )
+        case SpanCorruptionObjective():
+            return SpanRows(
+                store,
+                reading.length,
+                sentinels=reading.sentinels,
+                eos=reading.encoder.eos,
+                decoder_start=reading.decoder_start,
+                seed=reading.seed,
+                density=objective.density,
+                mean_span=objective.mean_span,
+                **{**framed, "frame": _without_eos(reading)},
+            )
+        case TextToTextObjective():
+            return PairRows(
+                store,
+                reading.length,
+                objective.target_length,
+                eos=reading.encoder.eos,
+                decoder_start=reading.decoder_start,
+                seed=reading.seed,
+                **{**framed, "frame": _without_eos(reading)},
+            )
+        case ClassifyObjective():
+            if problem == "tags":
+                return TaggedRows(store, reading.length, **framed)
+            return LabelledRows(store, reading.length, kind=problem, types=reading.types, **framed)
+
+
+def _without_eos(reading: Reading) -> Any:
+    """The frame of rows that set their own EOS behind the text."""
+    after = reading.frame.after
+    return dataclasses.replace(reading.frame, after=after[:-1] if after[-1:] == (reading.encoder.eos,) else after)

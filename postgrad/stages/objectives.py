@@ -1,0 +1,70 @@
+"""Which objectives can a stage name? A closed union; `build.py` makes the losses, `layouts.py` the rows they are taken on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from postgrad.stages.amounts import Part, Positive
+
+Weight = Annotated[float, Field(gt=0)]
+
+
+class Objective(Part):
+    """What a token, or a label, of some sources is worth."""
+
+    weight: Weight = 1.0
+    on: list[str] = []
+    """Names of the sources it is taken on; left out: all that no other objective names."""
+
+
+class NextTokenObjective(Objective):
+    """Next-token prediction, on running text or on the answers of examples."""
+
+    kind: Literal["next-token"]
+    train_on: Literal["answers", "all"] = "answers"
+    """Of rows that have answers (chats, instructions, completions): only those, or every token. Text is trained whole."""
+    too_long: Literal["cut-context", "cut-end", "drop"] = "cut-context"
+    """What becomes of an example longer than a row; what is cut or dropped is counted."""
+
+
+class MaskedObjective(Objective):
+    """Masked language modelling for encoders (Devlin et al. 2019): of the chosen tokens 80 % are masked, 10 % replaced."""
+
+    kind: Literal["masked"]
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Of the tokens of a row that are chosen."""
+    whole_words: bool = False
+
+
+class SpanCorruptionObjective(Objective):
+    """Span corruption for encoder-decoders (Raffel et al. 2020): spans leave the input and are written by the decoder."""
+
+    kind: Literal["span-corruption"]
+    density: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    mean_span: Annotated[float, Field(ge=1)] = 3.0
+
+
+class TextToTextObjective(Objective):
+    """Every task as text to text: the source is read, the target written by the decoder of an encoder-decoder."""
+
+    kind: Literal["text-to-text"]
+    target_length: Positive = 128
+    """Positions of the decoder."""
+
+
+class ClassifyObjective(Objective):
+    """A task layer on the backbone: classes, several classes at once, a number, or tags of words."""
+
+    kind: Literal["classify"]
+    labels: list[str] | None = None
+    """Left out: those that occur in the training rows."""
+    problem: Literal["auto", "class", "multi", "number", "tags"] = "auto"
+    """auto: by the rows: tags for words, multi for lists of labels, a number for fractions, else one class."""
+
+
+AnyObjective = Annotated[
+    NextTokenObjective | MaskedObjective | SpanCorruptionObjective | TextToTextObjective | ClassifyObjective,
+    Field(discriminator="kind"),
+]

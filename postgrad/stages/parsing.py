@@ -1,0 +1,173 @@
+"""How does a stage file become a stage, and how is a mistake in it told?"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from postgrad.errors import PostgradError, StageError, nearest
+from postgrad.stages.stage import Stage
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML without surprises: a key that is there twice is an error, where YAML would let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
+    """Read a stage file and apply `key.sub=value` overrides.
+
+    Raises `StageError` with `file: key.path`, what was met and what was expected.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise StageError(f"the stage file cannot be read ({error.strerror})", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise StageError("the stage file is not UTF-8", where=str(path)) from error
+    try:
+        raw = yaml.load(text, _Strict)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise StageError(f"not YAML: {getattr(error, 'problem', error)}", where=where) from error
+    except ValueError as error:  # what looks like a date and is none
+        raise StageError(f"not YAML: {error}", where=str(path)) from error
+    if not isinstance(raw, dict):
+        raise StageError("a stage is a mapping of keys to values", where=str(path))
+    for override in overrides or []:
+        _override(raw, override)
+    return parse_stage(raw, str(path))
+
+
+def parse_stage(raw: dict[str, Any], where: str) -> Stage:
+    """A stage from plain data; `where` names its origin in errors."""
+    try:
+        return Stage.model_validate(raw)
+    except ValidationError as error:
+        raise _readable(error, where, raw) from error
+
+
+def json_schema() -> str:
+    """The JSON Schema of a stage file, for editors."""
+    return json.dumps(Stage.model_json_schema(), indent=2)
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise StageError(f"cannot read the override {text!r}", expected="key.sub=value")
+    here: Any = raw
+    *path, last = key.split(".")
+    for name in path:
+        here = _item(here, name, key) if isinstance(here, list) else here.setdefault(name, {})
+        if not isinstance(here, (dict, list)):
+            raise StageError(f"{name} holds a value, so nothing can be set under it", where=key)
+    try:
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):  # such as a glob, whose star is an alias to YAML
+        parsed = value
+    if isinstance(here, list):
+        here[here.index(_item(here, last, key))] = parsed
+    else:
+        here[last] = parsed
+
+
+def _item(items: list[Any], name: str, key: str) -> Any:
+    """An item of a list by its number or by its `name`."""
+    for item in items:
+        if isinstance(item, dict) and item.get("name") == name:
+            return item
+    if name.isdigit() and int(name) < len(items):
+        return items[int(name)]
+    names = [item["name"] for item in items if isinstance(item, dict) and "name" in item]
+    raise StageError(
+        f"there is no item {name!r}", where=key, expected=f"0 to {len(items) - 1}, or one of {', '.join(names)}"
+    )
+
+
+def _readable(error: ValidationError, where: str, raw: dict[str, Any]) -> PostgradError:
+    """Pydantic's first finding, told with the key's path and the way out (the others are counted)."""
+    findings = error.errors()
+    first = findings[0]
+    path = _path(first["loc"], raw, missing=first["type"] == "missing")
+    met, expected, way_out = first["msg"], "", ""
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"])
+        met = f"there is no key {first['loc'][-1]!r}"
+        way_out = nearest(str(first["loc"][-1]), known)
+        expected = "one of " + ", ".join(known)
+    elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kinds = re.findall(r"'([\w-]+)'", first["ctx"].get("expected_tags", ""))
+        given = first["ctx"].get("tag")
+        met = f"there is no kind {given!r}" if given else "the `kind` is missing"
+        expected = "one of " + ", ".join(
+            kinds or ["constant", "rewarm", "infinite", "wsd", "from-floor", "anneal", "then"]
+        )
+        way_out = nearest(str(given), kinds) if given else ""
+    elif first["type"] == "missing":
+        met = "the key is missing"
+    elif first["type"] == "string_pattern_mismatch":
+        met = f"{first['input']!r} cannot be a name"
+        expected = "letters, digits, '.', '_' and '-'"
+    elif first["type"] == "value_error":
+        met = str(first["ctx"]["error"])
+    else:
+        met = f"{met[0].lower()}{met[1:]}, not {first['input']!r}"
+    more = f"(and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    return StageError(
+        f"{met} {more}".strip(), where=f"{where}: {path}" if path else where, expected=expected, way_out=way_out
+    )
+
+
+def _path(location: tuple[int | str, ...], raw: Any, *, missing: bool) -> str:
+    """`key.path[0]` of a finding as the user wrote it: pydantic puts the names of union members in between."""
+    path = ""
+    here = raw
+    for i, part in enumerate(location):
+        if (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int)):
+            here = here[part] if isinstance(here, dict) or part < len(here) else None
+        elif not (missing and i == len(location) - 1):
+            continue
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".")
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The known keys of the mapping in which an unknown one was met."""
+    schema = Stage.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in location[:-1]:
+        node = _resolved(schema, node)
+        if isinstance(part, int):
+            node = node.get("items", {})
+        elif "discriminator" in node:
+            node = {"$ref": node["discriminator"]["mapping"].get(part, "")}
+        else:
+            node = node.get("properties", {}).get(part, {})
+    return list(_resolved(schema, node).get("properties", {}))
+
+
+def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in node or ("anyOf" in node and any("$ref" in option for option in node["anyOf"])):
+        reference = node.get("$ref") or next(o["$ref"] for o in node["anyOf"] if "$ref" in o)
+        name = reference.rsplit("/", 1)[-1]
+        if name not in schema["$defs"]:
+            return {}
+        node = schema["$defs"][name]
+    return node

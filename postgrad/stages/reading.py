@@ -1,0 +1,207 @@
+"""How does a model of this stage read a text: which ids stand around it, and which are special to it?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from postgrad.data.frame import Frame
+from postgrad.data.template import Template
+from postgrad.data.tokenize import Encoder
+from postgrad.errors import ModelError
+from postgrad.models.pretrained import Start, Task
+from postgrad.stages.tunings import AnyTuning, InstructionPrompt, PromptTuning, PTuning
+from postgrad.tuning.opened import Sitting
+
+_MOST_SENTINELS = 1000
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What rows need to know of a model and its tokenizer."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    config: Any
+    encoder: Encoder
+    length: int
+    seed: int
+    own: Frame
+    """What the tokenizer itself sets around one text or two."""
+    left: tuple[int, ...]
+    """The places of the soft prompts that the model's lineage left on it."""
+    added: Frame
+    """What the stage's tuning sets around a text: the places of its vectors, inside of `own`."""
+
+    @property
+    def lead(self) -> int:
+        """Tokens at the start of every stored document that a frame replaces."""
+        return 0 if self.encoder.bos is None else 1
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """Ids of soft prompts that stand before each text."""
+        return (*self.left, *self.added.before)
+
+    @property
+    def prompted(self) -> bool:
+        """Whether soft prompts stand around the texts."""
+        return bool(self.left or self.added != Frame())
+
+    @cached_property
+    def frame(self) -> Frame:
+        """What stands around the texts of a row: the tokenizer's own ids, and soft prompts inside of them."""
+        first = () if self.encoder.bos is None else (self.encoder.bos,)
+        outer = Frame(first) if self.task == "causal" else self.own
+        return Frame(
+            (*outer.before, *self.left, *self.added.before),
+            (*self.added.between, *outer.between),
+            (*self.added.after, *outer.after),
+        )
+
+    @cached_property
+    def without(self) -> Reading:
+        """The same without what the stage's tuning sets around a text."""
+        return Reading(
+            self.task, self.tokenizer, self.config, self.encoder, self.length, self.seed, self.own, self.left, Frame()
+        )
+
+    @property
+    def pad(self) -> int:
+        """What short rows are filled up with; a decoder that classifies finds its last token by it."""
+        for token in (self.config.pad_token_id, self.tokenizer.pad_token_id, self.encoder.eos):
+            if token is not None:
+                return int(token)
+        raise AssertionError("every encoder has an EOS")
+
+    @property
+    def mask(self) -> int:
+        """The mask. Raises `ModelError` when the tokenizer has none."""
+        found = self.tokenizer.mask_token_id
+        if not isinstance(found, int):
+            raise ModelError("the tokenizer has no mask token", where="model", expected="an encoder trained with masks")
+        return found
+
+    @property
+    def special(self) -> list[int]:
+        """All special ids of the tokenizer."""
+        return [int(token) for token in self.tokenizer.all_special_ids]
+
+    @cached_property
+    def continues_V(self) -> np.ndarray:
+        """Whether a token goes on with the word before it, for every id: of shape (V,)."""
+        tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
+        pieces = any(str(token).startswith("##") for token in tokens)
+        out = np.zeros(self.encoder.vocabulary, bool)
+        out[: len(tokens)] = [
+            str(token).startswith("##") if pieces else not str(token).startswith(("Ġ", "▁", "Ċ")) for token in tokens
+        ]
+        return out
+
+    @cached_property
+    def sentinels(self) -> list[int]:
+        """The tokens that stand for corrupted spans, the first one first. Raises `ModelError` when there are none."""
+        known = self.tokenizer.get_vocab()
+        found = []
+        for i in range(_MOST_SENTINELS):
+            token = known.get(f"<extra_id_{i}>")
+            if token is None:
+                break
+            found.append(int(token))
+        if not found:
+            raise ModelError(
+                "the tokenizer has no sentinel tokens", where="model", expected="<extra_id_0> and so on, as T5 has them"
+            )
+        return found
+
+    @property
+    def decoder_start(self) -> int:
+        """What a decoder begins with. Raises `ModelError` when the configuration names nothing."""
+        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+            token = getattr(self.config, name, None)
+            if token is not None:
+                return int(token)
+        raise ModelError("the configuration names no decoder_start_token_id", where="model")
+
+    @property
+    def types(self) -> bool:
+        """Whether the model tells two texts apart by token types."""
+        return "token_type_ids" in self.tokenizer.model_input_names
+
+
+def make_reading(
+    task: Task,
+    start: Start,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    *,
+    length: int,
+    seed: int,
+    tuning: AnyTuning | None = None,
+) -> Reading:
+    """How a model of this start and task, under this tuning, reads a text. Raises the template's errors."""
+    left = _left(start)
+    first = encoder.vocabulary + len(left)
+    return Reading(
+        task,
+        tokenizer,
+        AutoConfig.from_pretrained(start.source),
+        encoder,
+        length,
+        seed,
+        own_frame(tokenizer),
+        left,
+        _added(tuning, tokenizer, first),
+    )
+
+
+def virtual(tuning: AnyTuning | None) -> int:
+    """How many vectors a tuning sets among the ids."""
+    match tuning:
+        case PromptTuning() | InstructionPrompt():
+            return tuning.length
+        case PTuning():
+            return Template.parse(tuning.template).virtual
+        case _:
+            return 0
+
+
+def own_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What a tokenizer sets around one text, and between two."""
+    one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
+    alone, pair = tokenizer("a")["input_ids"], tokenizer("a", "b")["input_ids"]
+    begin = _find(alone, one, 0)
+    split = _find(pair, one, 0) + len(one)
+    other = _find(pair, two, split)
+    return Frame(tuple(alone[:begin]), tuple(pair[split:other]), tuple(alone[begin + len(one) :]))
+
+
+def _find(ids: list[int], part: list[int], start: int) -> int:
+    return next(i for i in range(start, len(ids)) if ids[i : i + len(part)] == part)
+
+
+def _left(start: Start) -> tuple[int, ...]:
+    if start.base is None:
+        return ()
+    said = Sitting.of(start)
+    return said.before if said else ()
+
+
+def _added(tuning: AnyTuning | None, tokenizer: PreTrainedTokenizerBase, first: int) -> Frame:
+    """The places of a tuning's vectors around a text."""
+    if isinstance(tuning, PTuning):
+        special = {
+            name: token
+            for name in ("bos", "eos", "cls", "sep", "mask", "pad")
+            if isinstance(token := getattr(tokenizer, f"{name}_token_id", None), int)
+        }
+
+        def literal(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        return Frame.of(Template.parse(tuning.template), special, first, literal)
+    return Frame(tuple(range(first, first + virtual(tuning))))

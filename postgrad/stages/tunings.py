@@ -1,0 +1,227 @@
+"""Which ways of tuning can a stage name? A closed union; `postgrad/tuning/` has a module for each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from postgrad.stages.amounts import Length, Part, Positive
+
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Slots = Literal["all"] | list[Literal["encoder", "decoder", "cross"]]
+
+
+class FullTuning(Part):
+    """Every weight moves."""
+
+    kind: Literal["full"]
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The learning rate of each block is that of the block above it times this; 1: all alike."""
+
+
+class HeadTuning(Part):
+    """Lightweight tuning: the backbone is held fast, only the task layer moves."""
+
+    kind: Literal["head"]
+    untie: bool = False
+    """Give a language model whose head is its input embedding a head of its own."""
+
+
+class BlocksTuning(Part):
+    """Only some blocks move, all at once or one after the other from the top (gradual unfreezing)."""
+
+    kind: Literal["blocks"]
+    last: Positive | None = None
+    """Only the last so many blocks ..."""
+    all_but_first: Positive | None = None
+    """... or all but the first so many ..."""
+    names: list[str] = []
+    """... or the modules of these names (`*` and `?` stand for any letters)."""
+    head: bool = True
+    """The task layer, and the norm before it, move too."""
+    embeddings: bool = False
+    unfreeze_every: Length | None = None
+    """Begin with the topmost block, and add the one below after each such length."""
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> BlocksTuning:
+        if sum([self.last is not None, self.all_but_first is not None, bool(self.names)]) != 1:
+            raise ValueError("`blocks` has exactly one of `last`, `all_but_first` and `names`")
+        return self
+
+
+class Also(Part):
+    """What every kind below has: weights of the model that move besides (a new task layer always does)."""
+
+    also: list[str] = []
+    """Names of weights or modules of the model that move besides (`*` and `?` stand for any letters)."""
+
+
+class BiasTuning(Also):
+    """Only the biases move (BitFit)."""
+
+    kind: Literal["bias"]
+
+
+class NormTuning(Also):
+    """Only the norms move."""
+
+    kind: Literal["norm"]
+
+
+class AdapterTuning(Also):
+    """Bottleneck adapters in every block."""
+
+    kind: Literal["adapter"]
+    form: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
+    """houlsby: behind attention and feed-forward; pfeiffer: behind the feed-forward; parallel: beside it."""
+    reduction: Annotated[float, Field(gt=0)] = 16
+    """The bottleneck is the model's width divided by this ..."""
+    size: Positive | None = None
+    """... or so wide."""
+    activation: str = "swish"
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """What an adapter's output is multiplied by; left out: 4 for parallel, else 1."""
+    dropout: Dropout = 0.0
+    train_norms: bool | None = None
+    """Left out: yes for houlsby."""
+    leave_out: list[int] = []
+    """Blocks without an adapter."""
+
+
+class PrefixTuning(Also):
+    """Vectors before the keys and values of every layer, re-parameterised by an MLP while they are trained."""
+
+    kind: Literal["prefix"]
+    length: Positive = 10
+    hidden: Positive = 512
+    """Width of the MLP."""
+    deep: bool = False
+    """Two hidden layers instead of one."""
+    dropout: Dropout = 0.0
+    slots: Slots = "all"
+    start: str | None = None
+    """A text whose keys and values the prefix begins with."""
+
+
+class PTuningV2(Also):
+    """Vectors before the keys and values of every layer, trained as they are (P-tuning v2)."""
+
+    kind: Literal["p-tuning-v2"]
+    length: Positive = 20
+    dropout: Dropout = 0.1
+    slots: Slots = "all"
+    start: str | None = None
+    """A text whose keys and values the prefix begins with."""
+
+
+class PromptTuning(Also):
+    """Vectors in front of the input (prompt tuning)."""
+
+    kind: Literal["prompt"]
+    length: Positive = 20
+    start: Literal["random", "vocabulary", "text", "labels"] = "vocabulary"
+    text: str | None = None
+    """The text whose embeddings they begin as, for `start: text`."""
+    labels: list[str] | None = None
+    """The class labels whose embeddings they begin as, for `start: labels`."""
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """With `start: random` vectors are drawn between minus this and this; left out: 0.5."""
+
+
+class PTuning(Also):
+    """Vectors anywhere in the input, written by a small encoder while they are trained (P-tuning)."""
+
+    kind: Literal["p-tuning"]
+    template: str = "{20} {x}"
+    """`{3}` stands for three vectors, `{x}` for the text, `[MASK]` for a special token, other words for themselves."""
+    encoder: Literal["lstm", "mlp"] = "lstm"
+    hidden: Positive | None = None
+    """Width of the encoder; left out: as in the publication."""
+    backbone: Literal["frozen", "trained"] = "frozen"
+
+
+class Demonstrations(Part):
+    """Examples that are set before a question, taken from the training rows."""
+
+    count: Positive = 2
+    by: Literal["bm25", "embedding", "seed"] = "bm25"
+    """The most alike by words, the most alike by the model's mean input embeddings, or drawn by the stage's seed."""
+    tokens: Positive = 512
+    """At most so many tokens of demonstrations; the least alike are left out first."""
+
+
+class InstructionPrompt(Also):
+    """Instruction prompt tuning: retrieved demonstrations as a hard prompt, and vectors before it."""
+
+    kind: Literal["instruction-prompt"]
+    length: Positive = 100
+    start: Literal["random", "vocabulary", "text"] = "random"
+    text: str | None = None
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """With `start: random` vectors are drawn between minus this and this; left out: 0.5."""
+    demonstrations: Demonstrations = Demonstrations()
+
+
+class LoraTuning(Also):
+    """Low-rank updates of the weight matrices: LoRA and its kin, through peft."""
+
+    kind: Literal["lora"]
+    form: Literal["lora", "rslora", "dora", "pissa"] = "lora"
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank (rsLoRA: by alpha / sqrt(rank)); left out: twice the rank."""
+    dropout: Dropout = 0.0
+    targets: Literal["all-linear", "attention", "feed-forward"] | list[str] = "all-linear"
+    """Which matrices of the blocks; or names (`*` and `?` stand for any letters)."""
+    exclude: list[str] = []
+    quantise: Literal["nf4", "int8"] | None = None
+    """Hold the base in four or eight bits (QLoRA); needs the package bitsandbytes."""
+    orthogonal: Annotated[float, Field(gt=0)] | None = None
+    """O-LoRA: how strongly the new directions are kept orthogonal to those of the lineage's earlier LoRA stages."""
+
+
+class OsfTuning(Also):
+    """Orthogonal subspace fine-tuning: only the directions of small singular values move, through peft."""
+
+    kind: Literal["osf"]
+    effective_rank: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of each matrix's singular directions that is held fast."""
+    targets: Literal["all-linear", "attention", "feed-forward"] | list[str] = "all-linear"
+
+
+class ExpandTuning(Part):
+    """Block expansion: new blocks that begin as nothing stand between the old ones, and only they move (LLaMA-Pro)."""
+
+    kind: Literal["expand"]
+    blocks: Positive = 1
+    """New blocks in each place."""
+    every: Positive | None = None
+    """A place behind every so many blocks ..."""
+    positions: list[int] | None = None
+    """... or behind the blocks of these numbers (from 0); left out both: behind every fourth block."""
+
+
+AnyTuning = Annotated[
+    FullTuning
+    | HeadTuning
+    | BlocksTuning
+    | BiasTuning
+    | NormTuning
+    | AdapterTuning
+    | PrefixTuning
+    | PTuningV2
+    | PromptTuning
+    | PTuning
+    | InstructionPrompt
+    | LoraTuning
+    | OsfTuning
+    | ExpandTuning,
+    Field(discriminator="kind"),
+]
+
+
+def options_of(spec: AnyTuning) -> dict[str, Any]:
+    """The keyword arguments of a kind, as plain data; what was left out keeps the kind's own default."""
+    return spec.model_dump(mode="json", exclude_none=True)
