@@ -34,12 +34,15 @@ from postgrad.tuning.prefix_attention import (
     NAME,
     SHARES,
     WATCHED,
+    Implementations,
     Met,
     Share,
+    all_by,
     arguments,
+    attend_by,
     attending,
     few_ids,
-    implementation_of,
+    implementations_of,
     watch,
 )
 from postgrad.tuning.tuning import PeftFolder, Published, Tuning, freeze, take, unfreeze
@@ -117,9 +120,7 @@ class Reparameterised(nn.Module):
 class Vectors(nn.Module):
     """All that one prefix learns, by role, and the shares of the attention modules, which it fills."""
 
-    def __init__(
-        self, parts: Mapping[str, Table | Reparameterised], dropout: float, original: str | dict[str, str]
-    ) -> None:
+    def __init__(self, parts: Mapping[str, Table | Reparameterised], dropout: float, original: Implementations) -> None:
         """`original`: how the model attended before its first prefix came."""
         super().__init__()
         self.parts = nn.ModuleDict(parts)
@@ -230,23 +231,22 @@ class Prefix(Tuning):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             parts = {role: self._part(role) for role in self.roles}
-        self.vectors = Vectors(parts, self.dropout, (earlier[0].original if earlier else implementation_of(model)))
+        self.vectors = Vectors(parts, self.dropout, earlier[0].original if earlier else implementations_of(model))
         self.vectors.to(table_of(model).device).train(model.training)
         for role, target_NS in first_NS.items():
             parts[role].start_at(target_NS)
 
         self._found = {name: p.requires_grad for name, p in model.named_parameters()}
         self._hooks: list[RemovableHandle] = []
-        self._name = next(
-            n for n in ("prefix", *(f"prefix_{i + 2}" for i in range(len(earlier)))) if not hasattr(model, n)
-        )
+        names = ("prefix", *(f"prefix_{i + 2}" for i in range(len(earlier))))
+        self._name = next(name for name in names if not hasattr(model, name))
         freeze(model)
         model.add_module(self._name, self.vectors)
         try:
             self._moving = unfreeze(model, also)
             self._place()
             self._probe()
-        except TuningError:
+        except Exception:
             self.detach()
             raise
         self.notes.append(
@@ -287,7 +287,7 @@ class Prefix(Tuning):
             setattr(slot.module, SHARES, [*getattr(slot.module, SHARES, ()), share])
             self.vectors.roles.setdefault(_stack(self.model, slot.name), set()).add(slot.role)
         self._hooks = [stack.register_forward_pre_hook(self.vectors.begin) for stack in self.vectors.roles]
-        self.model.set_attn_implementation(NAME)
+        attend_by(all_by(self.model, NAME))
 
     def _probe(self) -> None:
         """Raise `TuningError` unless the prefix changes what the body answers, and learns in every module."""
@@ -299,11 +299,12 @@ class Prefix(Tuning):
                 # Not the plain sum: behind a norm that is a constant.
                 along = torch.linspace(-1, 1, answer.numel(), device=answer.device).sin().view_as(answer)
                 read = [tensor for share in shares for tensor in share.kept or ()]
-                gradients = torch.autograd.grad((answer * along).sum(), read, allow_unused=True)
+                reached = answer.requires_grad and len(read) == 2 * len(shares)
+                gradients = torch.autograd.grad((answer * along).sum(), read, allow_unused=True) if reached else ()
             with torch.no_grad(), self.off():
                 base = model.base_model(**inputs)[0].float()
-        deaf = [g is None or not bool(g.any()) for g in gradients]
-        if torch.equal(answer, base) or len(read) < 2 * len(shares) or any(deaf):
+        deaf = any(gradient is None or not bool(gradient.any()) for gradient in gradients)
+        if not reached or deaf or torch.equal(answer, base):
             raise TuningError(
                 f"the prefix does not reach the answers of {type(model).__name__}",
                 where="tuning",
@@ -348,7 +349,7 @@ class Prefix(Tuning):
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._found.get(name, p.requires_grad))
         if not any(isinstance(m, Vectors) for m in self.model.modules()):
-            self.model.set_attn_implementation(self.vectors.original)
+            attend_by(self.vectors.original)
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raises `TuningError`: there are no plain weights of the same effect."""
@@ -382,9 +383,9 @@ class Prefix(Tuning):
         """
         config, shape = self.model.config.get_text_config(), self.slots[0]
         alike = all(slot[3:] == shape[3:] for slot in self.slots) and shape.key == shape.value
-        windowed = getattr(config, "sliding_window", None) is not None
         causal = self.roles == ["decoder"] and self.model.get_output_embeddings() is not None
-        if not causal or windowed or not alike or self._moving or len(self.slots) != config.num_hidden_layers:
+        whole = alike and len(self.slots) == config.num_hidden_layers
+        if not causal or not whole or _windowed(self.model) or self._moving:
             return None
         with self.off():
             turns = _turns(self.model, self.slots, self.length)
@@ -441,6 +442,8 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
         raise
     with prefix.off():
         turns = _turns(model, prefix.slots, prefix.length)
+    if _windowed(model):
+        prefix.notes.append("with PEFT the sliding window leaves the prefix behind, here it stays in sight")
     if turns is None:
         prefix.notes.append(f"learnt for positions from {prefix.length} on: give `position_ids` moved on by as many")
     else:
@@ -483,33 +486,26 @@ def _chosen(slots: Sequence[str] | Literal["all"], there: set[str]) -> list[str]
 
 def _discover(model: PreTrainedModel) -> list[_Slot]:
     """The model's attention modules, in the order they are called. Raises `TuningError` when a prefix could not get in."""
-    inputs = arguments(model, few_ids(model, 1, _SOURCE), few_ids(model, 1, _TARGET))
-    way_out = INSTEAD
+    inputs, name = arguments(model, few_ids(model, 1, _SOURCE), few_ids(model, 1, _TARGET)), type(model).__name__
     try:
         with evaluating(model), torch.no_grad():
             usual = model.base_model(**inputs)[0].float()
             answer, calls = watch(model, inputs)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise TuningError(
-            f"{type(model).__name__} cannot attend by `sdpa`: {(str(error).splitlines() or [''])[0]}",
-            where="tuning",
-            way_out=way_out,
-        ) from error
+        why = (str(error).splitlines() or [""])[0]
+        raise TuningError(f"{name} cannot attend by `sdpa`: {why}", where="tuning", way_out=INSTEAD) from error
     if not calls:
         raise TuningError(
-            f"no attention of {type(model).__name__} goes through transformers' attention interface",
+            f"no attention of {name} goes through transformers' attention interface",
             where="tuning",
             expected="an architecture that does (T5 from transformers 5.16.1 on)",
-            way_out=way_out,
+            way_out=INSTEAD,
         )
     tolerance = torch.finfo(table_of(model).dtype).eps ** 0.5 * max(1.0, usual.abs().max().item())
     if (answer.float() - usual).abs().max().item() > tolerance:
-        raise TuningError(
-            f"attention of {type(model).__name__} is more than `sdpa` computes (sinks, soft-capped scores)",
-            where="tuning",
-            way_out=way_out,
-        )
-    names = {id(module): name for name, module in model.named_modules()}
+        what = f"attention of {name} is more than `sdpa` computes (sinks, soft-capped scores)"
+        raise TuningError(what, where="tuning", way_out=INSTEAD)
+    names = {id(module): path for path, module in model.named_modules()}
     once = {id(call.module): call for call in calls}
     return [_slot(names[key], call, two="decoder_input_ids" in inputs) for key, call in once.items()]
 
@@ -536,6 +532,12 @@ def _flat(call: Met) -> Tensor:
     return torch.cat([part[0].transpose(0, 1).flatten(1) for part in (call.key, call.value)], 1)
 
 
+def _windowed(model: PreTrainedModel) -> bool:
+    """Whether some layers see only the last tokens of the cache."""
+    config = model.config.get_text_config()
+    return any(getattr(config, key, None) is not None for key in ("sliding_window", "attention_chunk_size"))
+
+
 def _turns(model: PreTrainedModel, slots: Sequence[_Slot], by: int) -> list[Tensor] | None:
     """For each slot the rotation (C, C) that a key undergoes when its token moves on by some positions.
 
@@ -544,6 +546,7 @@ def _turns(model: PreTrainedModel, slots: Sequence[_Slot], by: int) -> list[Tens
     """
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return None
+    tolerance = torch.finfo(table_of(model).dtype).eps ** 0.5
     ids_B1 = few_ids(model, 2 * max(slot.key for slot in slots), 1)
     met: list[dict[int, Tensor]] = []
     with evaluating(model):
@@ -556,7 +559,7 @@ def _turns(model: PreTrainedModel, slots: Sequence[_Slot], by: int) -> list[Tens
         # The orthogonal matrix that comes nearest (Schönemann 1966).
         left, sizes, right = torch.linalg.svd(here.T @ there)
         turn_CC = left @ right
-        if sizes[-1] < 1e-9 * sizes[0] or (here @ turn_CC - there).norm() > 1e-4 * there.norm():
+        if sizes[-1] < 1e-9 * sizes[0] or (here @ turn_CC - there).norm() > tolerance * there.norm():
             return None
         turns.append(turn_CC)
     return turns

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -150,31 +150,45 @@ for _name, _function in ((NAME, prefixed), (WATCHED, _watched)):
     AttentionMaskInterface.register(_name, sdpa_mask)
 
 
+Implementations = list[tuple[PreTrainedConfig, str | None]]
+"""By what each of a model's configurations makes its modules attend."""
+
+
+def implementations_of(model: PreTrainedModel) -> Implementations:
+    """How every part of the model attends: T5's stacks and composite models' parts have configurations of their own."""
+    configs: list[object] = [getattr(module, "config", None) for module in model.modules()]
+    found = {id(config): config for config in configs if isinstance(config, PreTrainedConfig)}
+    return [(config, config._attn_implementation) for config in found.values()]
+
+
+def attend_by(implementations: Implementations) -> None:
+    """Make every part of a model attend in its way."""
+    for config, implementation in implementations:
+        # A plain name would be handed down to the parts, which have entries of their own.
+        config._attn_implementation = {"": implementation}
+
+
+def all_by(model: PreTrainedModel, implementation: str) -> Implementations:
+    """The same implementation for every part."""
+    return [(config, implementation) for config, _ in implementations_of(model)]
+
+
 @contextmanager
-def attending(model: PreTrainedModel, implementation: str | dict[str, str]) -> Iterator[None]:
-    """Inside, the model attends by this implementation; afterwards by its own again."""
-    before = implementation_of(model)
-    model.set_attn_implementation(implementation)
+def attending(model: PreTrainedModel, implementations: Implementations) -> Iterator[None]:
+    """Inside, the model attends so; afterwards as it did before."""
+    before = implementations_of(model)
+    attend_by(implementations)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
-
-
-def implementation_of(model: PreTrainedModel) -> str | dict[str, str]:
-    """How the model attends, as `set_attn_implementation` takes it; composite models by their parts."""
-    config = model.config
-    own = config._attn_implementation or "eager"
-    parts = {key: getattr(config, key, None) for key in config.sub_configs}
-    by_part = {key: part._attn_implementation or "eager" for key, part in parts.items() if part is not None}
-    return {"": own, **by_part} if by_part else own
+        attend_by(before)
 
 
 def watch(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Met]]:
     """The first output of the model's body, and its calls of attention in order."""
     _MET.clear()
     try:
-        with attending(model, WATCHED), torch.no_grad():
+        with attending(model, all_by(model, WATCHED)), torch.no_grad():
             output = model.base_model(**inputs)[0]
         return output, list(_MET)
     finally:
