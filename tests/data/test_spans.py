@@ -147,3 +147,10 @@ def test_too_few_sentinels_are_refused() -> None:
 def test_a_single_token_is_left_out() -> None:
     rows = rows_of([[5, EOS], [5, 6, EOS]])
     assert len(rows) == 1 and rows.skipped == {"a single token": 1} and rows.ledger.dropped == 2
+
+
+def test_rows_with_no_room_for_two_tokens_and_one_more_are_refused() -> None:
+    """Equal windows of at most two tokens could be of one, and that one be lost."""
+    with pytest.raises(StageError, match="at least 4"):
+        rows_of([[5, 6, 7, EOS]], 3)
+    assert len(rows_of([[5, 6, 7, EOS]], 4)) == 1

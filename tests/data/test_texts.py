@@ -54,3 +54,10 @@ def test_draws_belong_to_seed_row_and_position() -> None:
     large = Draws(0).at(2**40, 2**40).random()
     assert 0 <= large < 1
     assert np.mean([first(0, row, 7)[0] for row in range(400)]) == pytest.approx(0.5, abs=0.05)
+
+
+def test_draws_of_two_rows_share_no_number() -> None:
+    """Law: no row's stream runs into that of the next row or position."""
+    places = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+    drawn = [set(Draws(0).at(*place).random(2000).tolist()) for place in places]
+    assert len(set.union(*drawn)) == sum(map(len, drawn))

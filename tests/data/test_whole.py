@@ -85,7 +85,8 @@ def test_what_does_not_fit_is_left_out_and_counted() -> None:
     assert WholeRows(LONG, 2).skipped["answer too long"] == 1
     assert WholeRows(LONG, 1, too_long="cut-end").skipped["answer too long"] == 1
     assert WholeRows(LONG, 7, too_long="drop").skipped["too long"] == 1
-    assert len(WholeRows(LONG, 7, too_long="drop")) == 0
+    dropped = WholeRows(LONG, 7, too_long="drop")
+    assert len(dropped) == 0 and (dropped.ledger.dropped, dropped.ledger.truncated) == (9, 0)
     nothing = Memory([[5, 6, EOS], [EOS, EOS], [5, EOS]], [[0, 0, 0], [0, 0], [1, 1]])
     assert WholeRows(nothing, 8, lead=1).skipped["nothing to learn"] == 3
     text = Memory([[5, 6, 7, EOS], [5, 6, 7, 8, 9, 10, EOS]])
