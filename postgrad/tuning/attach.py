@@ -116,15 +116,8 @@ def load_tuning(
     """
     if not (folder / DESCRIPTION).exists():
         return _from_peft(model, folder)
-    description = _read(folder / DESCRIPTION)
-    if description.get("format") != FORMAT or not isinstance(description.get("options"), dict):
-        raise TuningError(
-            f"the description has the format {description.get('format')!r}",
-            where=str(folder / DESCRIPTION),
-            expected=f"format {FORMAT} with options",
-            way_out="read it with the version that wrote it",
-        )
-    base = description.get("base") or {}
+    description = _described(folder)
+    base = description["base"]
     recorded = base.get("fingerprint")
     if not force and None not in (fingerprint, recorded) and fingerprint != recorded:
         raise TuningError(
@@ -140,7 +133,20 @@ def load_tuning(
 
 def read_published(folder: Path) -> Published:
     """The options and tensors that a folder of ours holds. Raises `TuningError` when they cannot be read."""
-    return Published(_read(folder / DESCRIPTION)["options"], _read_tensors(folder / TENSORS))
+    return Published(_described(folder)["options"], _read_tensors(folder / TENSORS))
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What `write_tuning` said of a tuning. Raises `TuningError` when it cannot be read, or was written otherwise."""
+    said = _read(folder / DESCRIPTION)
+    if said.get("format") != FORMAT or not all(isinstance(said.get(part), dict) for part in ("options", "base")):
+        raise TuningError(
+            f"the description has the format {said.get('format')!r}",
+            where=str(folder / DESCRIPTION),
+            expected=f"format {FORMAT}, with options and a base",
+            way_out="read it with the version that wrote it",
+        )
+    return said
 
 
 def _filled(tuning: Tuning, state: Mapping[str, Tensor]) -> Tuning:

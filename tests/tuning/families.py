@@ -55,6 +55,8 @@ VOCABULARY = 120
 PAD, END, CLS, SEP, MASK, REAL = 0, 1, 2, 3, 4, 5
 LABELS = 3
 IGNORED = -100
+TASK_LAYERS = ("score.*", "classifier.*", "pre_classifier.*", "classification_head.*", "head.*")
+"""Patterns of what stands on the bodies of these families for a task."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,9 @@ def _made(family: str, task: Task) -> PreTrainedModel:
         )
         start = parameter.data if parameter.ndim < 2 else 0.0
         parameter.data.copy_(start + size * torch.randn(parameter.shape))
+    if task == "classify":
+        # Else the first loss would write it into the configuration.
+        model.config.problem_type = "single_label_classification"
     return model.eval()
 
 

@@ -19,9 +19,7 @@ from postgrad.errors import TuningError
 from postgrad.tuning.attach import KINDS, attach
 from postgrad.tuning.tuning import Tuning
 from tests.tuning import checks
-from tests.tuning.families import EVERY, FAMILIES, WIDER, Task
-
-TASK_LAYERS = ("score.*", "classifier.*", "classification_head.*")
+from tests.tuning.families import EVERY, FAMILIES, TASK_LAYERS, WIDER, Task
 
 
 @dataclass(frozen=True)
@@ -55,26 +53,66 @@ class Kind:
 
     def attach(self, model: PreTrainedModel, *, seed: int = 0) -> Tuning:
         """Attached, with the task layer moving, where there is one."""
-        heads = [p for p in TASK_LAYERS if any(fnmatchcase(n, p) for n, _ in model.named_parameters())]
+        names = [n for n, _ in model.named_parameters()] if type(model).__name__.endswith("Classification") else []
+        heads = [p for p in TASK_LAYERS if any(fnmatchcase(n, p) for n in names)]
         also = {} if self.finds_task_layers or not heads else {"also": heads}
         return attach(model, {**self.options, **also}, seed=seed, tokenizer=checks.tokenizer())
 
 
-LAST_BLOCK = {
-    "llama": ["model.layers.1.*", "model.norm.*", "lm_head.*"],
-    "qwen3": ["model.layers.1.*", "model.norm.*", "lm_head.*"],
-    "gpt2": ["transformer.h.1.*", "transformer.ln_f.*"],
-    "bert": ["bert.encoder.layer.1.*", "cls.predictions.transform.*", "cls.predictions.bias", "bert.pooler.*"],
-    "t5": ["*encoder.block.1.*", "*decoder.block.1.*", "*final_layer_norm.*"],
+MODERN = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "olmo2")
+UNTIED = (*MODERN, "gpt-neox", "opt")
+MASKED_HEADS = {
+    "bert": ["cls.predictions.transform.*"],
+    "roberta": ["lm_head.dense.*", "lm_head.layer_norm.*"],
+    "distilbert": ["vocab_transform.*", "vocab_layer_norm.*"],
+    "modernbert": ["head.*"],
+    "electra": ["generator_predictions.*"],
+}
+MASKED_BIASES = {
+    "bert": ["cls.predictions.bias"],
+    "roberta": ["lm_head.bias"],
+    "distilbert": ["vocab_projector.bias"],
+    "modernbert": ["decoder.bias"],
+    "electra": ["generator_lm_head.bias"],
 }
 NORMS = {
-    "llama": ["*norm.*"],
-    "qwen3": ["*norm.*"],
+    **{family: ["*norm.*"] for family in (*MODERN, "gpt-neox")},
+    **{family: ["*layer_norm.*"] for family in ("t5", "mt5", "opt")},
+    **{family: [f"{family}.*LayerNorm.*"] for family in ("bert", "roberta", "electra")},
     "gpt2": ["*.ln_*"],
-    "bert": ["bert.*LayerNorm.*"],
-    "t5": ["*layer_norm.*"],
+    "distilbert": ["distilbert.*LayerNorm.*", "distilbert.*layer_norm.*"],
+    "modernbert": ["model.*norm.*"],
+    "bart": ["*layer_norm.*", "*layernorm_embedding.*"],
 }
-OWN_OUTPUT = {family: ["lm_head.*"] for family in ("llama", "qwen3")}
+NORMS_OF_HEADS = {
+    "bert": ["cls.predictions.transform.LayerNorm.*"],
+    "roberta": ["lm_head.layer_norm.*"],
+    "distilbert": ["vocab_layer_norm.*"],
+    "modernbert": ["head.*norm.*"],
+    "electra": ["generator_predictions.LayerNorm.*"],
+}
+LAST_BLOCKS = {
+    **{family: ["model.layers.1.*", "model.norm.*"] for family in MODERN},
+    **{family: [f"{family}.encoder.layer.1.*", f"{family}.pooler.*"] for family in ("bert", "roberta", "electra")},
+    **{family: ["*encoder.block.1.*", "*decoder.block.1.*", "*final_layer_norm.*"] for family in ("t5", "mt5")},
+    "gpt2": ["transformer.h.1.*", "transformer.ln_f.*"],
+    "gpt-neox": ["gpt_neox.layers.1.*", "gpt_neox.final_layer_norm.*"],
+    "opt": ["model.decoder.layers.1.*", "model.decoder.final_layer_norm.*"],
+    "distilbert": ["distilbert.transformer.layer.1.*"],
+    "modernbert": ["model.layers.1.*", "model.final_norm.*"],
+    "bart": ["model.encoder.layers.1.*", "model.decoder.layers.1.*"],
+}
+# BERT's and RoBERTa's have two names, so untying makes them a weight of its own.
+BIASES_OF_ONE_NAME = {family: MASKED_BIASES[family] for family in ("distilbert", "modernbert", "electra")}
+OWN_OUTPUT = {family: ["lm_head.*"] for family in UNTIED}
+
+
+def both(*tables: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The patterns of several tables, by family."""
+    return {family: [p for table in tables for p in table.get(family, ())] for table in tables for family in table}
+
+
+LAST_AND_HEADS = both(LAST_BLOCKS, OWN_OUTPUT, MASKED_HEADS, MASKED_BIASES)
 
 
 def selection(moves: Mapping[str, Sequence[str]], **options: Any) -> Kind:
@@ -86,14 +124,14 @@ TUNINGS = {
     "head": selection(OWN_OUTPUT, kind="head"),
     "head-untied": Kind(
         {"kind": "head", "untie": True},
-        {**OWN_OUTPUT, "bert": ["cls.predictions.transform.*"]},
+        both(OWN_OUTPUT, MASKED_HEADS, BIASES_OF_ONE_NAME),
         tasks=("lm",),
         leaves=("configuration",),
     ),
-    "blocks": selection(LAST_BLOCK, kind="blocks", last=1),
-    "blocks-thawing": selection(LAST_BLOCK, kind="blocks", last=1, unfreeze_every=1),
+    "blocks": selection(LAST_AND_HEADS, kind="blocks", last=1),
+    "blocks-thawing": selection(LAST_AND_HEADS, kind="blocks", last=1, unfreeze_every=1),
     "bias": selection({"": ["*bias"]}, kind="bias"),
-    "norm": selection({**NORMS, "bert": ["*LayerNorm.*"]}, kind="norm"),
+    "norm": selection(both(NORMS, NORMS_OF_HEADS), kind="norm"),
     "houlsby": Kind({"kind": "adapter", "form": "houlsby", "size": 4}, NORMS),
     "pfeiffer": Kind({"kind": "adapter", "form": "pfeiffer", "size": 4}),
     "parallel": Kind({"kind": "adapter", "form": "parallel", "size": 4}),
@@ -103,6 +141,12 @@ TUNINGS = {
     "p-tuning-lstm": Kind({"kind": "p-tuning", "length": 3, "encoder": "lstm"}, starts=None),
     "p-tuning-mlp": Kind({"kind": "p-tuning", "length": 3, "encoder": "mlp"}, starts=None),
     "instruction-prompt": Kind({"kind": "instruction-prompt", "length": 4}, starts=None),
+    "lora": Kind({"kind": "lora", "rank": 2}),
+    "rslora": Kind({"kind": "lora", "rank": 2, "form": "rslora"}),
+    "dora": Kind({"kind": "lora", "rank": 2, "form": "dora"}, starts=checks.TOLERANCE),
+    "pissa": Kind({"kind": "lora", "rank": 2, "form": "pissa"}, starts=checks.TOLERANCE, published=checks.TOLERANCE),
+    "osf": Kind({"kind": "osf"}, starts=checks.TOLERANCE),
+    "expand": Kind({"kind": "expand", "every": 1}, finds_task_layers=True),
 }
 
 
@@ -159,12 +203,23 @@ class Refusal(NamedTuple):
 
 SELECTIONS = ("full", "head", "head-untied", "blocks", "blocks-thawing", "bias", "norm")
 ADAPTERS = ("houlsby", "pfeiffer", "parallel")
+TIED = ("gpt2", "bert", "t5", "mt5", "roberta", "distilbert", "modernbert", "electra", "bart")
+WITHOUT_BIASES = ("llama", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "olmo2", "modernbert", "t5", "mt5")
+POST_LN = ("bert", "roberta", "distilbert", "electra", "bart")
 REFUSED = (
     # With all of the input embedding moving, "only the head" would not be true.
-    Refusal("is tied to", ["head"], families=["gpt2", "bert", "t5"], tasks=["lm"]),
-    Refusal("has no biases", ["bias"], families=["llama", "qwen3", "t5"]),
+    Refusal("is tied to", ["head"], families=TIED, tasks=["lm"]),
+    Refusal("has no biases", ["bias"], families=WITHOUT_BIASES),
     # The base is gone when its own weights have moved.
     Refusal("nothing to switch off", SELECTIONS, checks=["off"]),
+    # PEFT's layer holds its weights the other way round than GPT-2.
+    Refusal("is a Conv1D", ["osf"], families=["gpt2"]),
+    # Behind a block of the post-LN kind stands a norm, so a block that adds nothing still changes what goes through it.
+    Refusal("cannot be expanded", ["expand"], families=POST_LN),
+    # Its first block lacks a norm that every other has, so no copy of it can stand elsewhere.
+    Refusal("in its new place", ["expand"], families=["modernbert"]),
+    # Scores that are capped before the softmax are not what torch's attention computes.
+    Refusal("cannot attend by `sdpa`", ["prefix", "p-tuning-v2"], families=["gemma2"]),
     # A nonlinear function is no matrix.
     Refusal("nonlinearity", ADAPTERS, checks=["merging"]),
     # Nor are keys and values that every token reads.
@@ -179,7 +234,8 @@ def applies(check: str, kind: str, family: str, task: Task) -> bool:
         task in TUNINGS[kind].tasks
         and (check != "starts" or TUNINGS[kind].starts is not None)
         and (check != "cache" or (task == "lm" and shape != "encoder"))
-        and (check != "packing" or (task == "lm" and shape == "decoder"))
+        # OPT numbers positions itself and lets packed documents see each other, whatever it is tuned by.
+        and (check != "packing" or (task == "lm" and shape == "decoder" and family != "opt"))
     )
 
 
