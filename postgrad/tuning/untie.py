@@ -74,13 +74,11 @@ def _tell(model: PreTrainedModel, own: set[str]) -> str:
     for ties in ("all_tied_weights_keys", "_tied_weights_keys"):
         known = getattr(model, ties, None) or {}
         setattr(model, ties, {k: v for k, v in known.items() if k not in own and v not in own})
-    config = model.config
-    always = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False}).tie_word_embeddings
-    if always or model.all_tied_weights_keys:
-        # The key also ties other weights (BART's two input embeddings), or means something else (T5). With both weights
-        # in a folder, transformers ties them only where they are equal.
+    if model.all_tied_weights_keys:
+        # The key also ties other weights, such as the two input embeddings of T5 and BART. With both weights in a folder,
+        # transformers ties them only where they are equal.
         return "the configuration still says tie_word_embeddings: true, and the saved folder holds both weights"
-    config.tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
     return "the configuration says tie_word_embeddings: false now"
 
 
