@@ -42,6 +42,7 @@ from postgrad.models.sublayers import (
     few_tokens,
     is_norm,
 )
+from postgrad.tuning.anatomy import task_layers
 from postgrad.tuning.tuning import Published, Tuning, freeze, take, unfreeze
 
 Form = Literal["houlsby", "pfeiffer", "parallel"]
@@ -159,8 +160,10 @@ class Adapter(Tuning):
         the decoder's (AdapterDrop, Rueckle et al. 2021, arXiv 2010.11918). `also`: parameters that move besides.
 
         Norms and what `also` names are the base's own: they are part of `state`, and `off` and `detach` give back what
-        they were. Raises `TuningError` for options out of range, and for a model in whose blocks the form's places
-        cannot be found or from whose adapters no gradient comes back.
+        they were; but a task's own layer has no base to go back to, and stays what it became.
+
+        Raises `TuningError` for options out of range, and for a model in whose blocks the form's places cannot be found or
+        from whose adapters no gradient comes back.
         """
         super().__init__(model)
         published = _form(form)
@@ -187,7 +190,8 @@ class Adapter(Tuning):
         freeze(model)
         for owner in self._moved.values():
             _weight(owner).requires_grad_(True)
-        self._start = {name: _weight(owner).detach().clone() for name, owner in self._moved.items()}
+        based = self._moved.keys() - set(task_layers(model))
+        self._start = {name: _weight(self._moved[name]).detach().clone() for name in sorted(based)}
         self._adapters: dict[str, Bottleneck] = {}
         self._homes: list[tuple[nn.Module, str]] = []
         self._hooks: list[RemovableHandle] = []
@@ -239,8 +243,8 @@ class Adapter(Tuning):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, the model answers as the base does, bit for bit: adapters are silent, the base's weights are back."""
-        kept = {name: _weight(owner).data.clone() for name, owner in self._moved.items()}
+        """Inside, the model answers as the base does, bit for bit: adapters are silent, and the body's weights are back."""
+        kept = {name: _weight(self._moved[name]).data.clone() for name in self._start}
         self._put(self._start)
         try:
             with _silent(self._adapters.values()):
@@ -250,9 +254,9 @@ class Adapter(Tuning):
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
         """Give the base's own weights these values; what autograd has kept of them stays valid once they are back."""
-        for name, owner in self._moved.items():
-            weight = _weight(owner).data
-            weight.copy_(_laid_out_as(weight, values[name]))
+        for name, value in values.items():
+            weight = _weight(self._moved[name]).data
+            weight.copy_(_laid_out_as(weight, value))
 
     def state(self) -> dict[str, Tensor]:
         """`<block>.<sub-layer>.<weight>` of every adapter, and the base's own weights that move, by their names."""
@@ -272,7 +276,8 @@ class Adapter(Tuning):
         self._put(self._start)
         for owner, moves in self._found:
             _weight(owner).requires_grad_(moves)
-        self._hooks, self._homes, self._found, self._moved, self._adapters = [], [], [], {}, {}
+        self._hooks, self._homes, self._found = [], [], []
+        self._adapters, self._moved, self._start = {}, {}, {}
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raises `TuningError`: there are no plain weights of the same effect."""

@@ -296,7 +296,23 @@ def test_layers_left_out_stay_as_they_are() -> None:
     assert not hasattr(model.encoder.block[0], "adapter") and hasattr(model.encoder.block[1], "adapter")
 
 
-def test_a_new_task_layer_moves_and_comes_back() -> None:
+def test_what_else_moves_in_the_body_comes_back_and_a_task_layer_stays() -> None:
+    model = build("bert", "classify")
+    tuning = Adapter(model, also=["bert.pooler", "classifier"])
+    start = {name: t.clone() for name, t in tuning.state().items()}
+    speak(tuning)
+    moved = {name: t.clone() for name, t in tuning.state().items()}
+    now = dict(model.named_parameters())
+    pooler, classifier = "bert.pooler.dense.weight", "classifier.weight"
+    with tuning.off():
+        assert torch.equal(now[pooler], start[pooler]) and torch.equal(now[classifier], moved[classifier])
+    assert torch.equal(now[pooler], moved[pooler])
+    tuning.detach()
+    assert torch.equal(now[pooler], start[pooler]) and torch.equal(now[classifier], moved[classifier])
+    assert not torch.equal(start[classifier], moved[classifier])
+
+
+def test_a_new_task_layer_moves() -> None:
     checks.trains_only_what_it_should(
         attaching("pfeiffer", also=["classifier"], activation="gelu"), "bert", "classify", base=["classifier.*"]
     )
@@ -319,6 +335,16 @@ def test_dropout_acts_in_training_alone() -> None:
     assert torch.equal(logits(model, inputs), logits(model, inputs))
     model.train()
     assert not torch.equal(logits(model, inputs), logits(model, inputs))
+
+
+def test_attaching_draws_nothing_that_others_draw_from() -> None:
+    model = build("gpt2", "lm").train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    before = torch.get_rng_state()
+    Adapter(model)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @every_form
