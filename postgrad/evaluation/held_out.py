@@ -101,6 +101,8 @@ class HeldOutRows:
     bytes: np.ndarray
     fingerprint: str
     digests: np.ndarray
+    tokens_N: np.ndarray
+    """Tokens of each document, without what a model reads around it."""
     task: str
     """What the labels are: `answers` (tokens), `class`, `multi`, `number` or `tags`."""
     labels: tuple[str, ...] = ()
@@ -123,9 +125,8 @@ class HeldOutRows:
         return sum(row.counted for row in self.rows)
 
     def first(self, tokens: int) -> HeldOutRows:
-        """The first documents, up to about so many labels or input tokens; at least one."""
-        sizes = np.bincount(self.document_R, [len(row.inputs["input_ids"]) for row in self.rows], len(self))
-        count = max(1, int(np.searchsorted(np.cumsum(sizes), tokens, side="right")))
+        """The first documents, up to about so many tokens; at least one."""
+        count = max(1, int(np.searchsorted(np.cumsum(self.tokens_N), tokens, side="right")))
         rows = int(np.searchsorted(self.document_R, count))
         return replace(
             self,
@@ -133,6 +134,7 @@ class HeldOutRows:
             document_R=self.document_R[:rows],
             bytes=self.bytes[:count],
             digests=self.digests[:count],
+            tokens_N=self.tokens_N[:count],
         )
 
     def pieces(self, context: int) -> Iterator[Piece]:

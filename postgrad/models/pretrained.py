@@ -182,10 +182,14 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskLayer:
-    """What a classifier decides between. `problem` is what transformers calls it; `seed` draws a new layer."""
+    """What a classifier decides between. `problem` is what transformers calls it; `seed` draws a new layer.
+
+    `pad`: the id that fills short rows; a decoder that classifies finds the end of a text by it.
+    """
 
     labels: tuple[str, ...]
     problem: Literal["single_label_classification", "multi_label_classification", "regression"]
+    pad: int
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
@@ -195,6 +199,7 @@ class TaskLayer:
             "id2label": dict(enumerate(self.labels)),
             "label2id": {name: i for i, name in enumerate(self.labels)},
             "problem_type": self.problem,
+            "pad_token_id": self.pad,
         }
 
 

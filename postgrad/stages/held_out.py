@@ -233,6 +233,7 @@ def _rows(chosen: Chosen, reading: Reading, limit: int, notes: list[str], proble
             ]
         ),
         part.documents["digest"][kept].astype(np.uint64),
+        part.documents["tokens"][kept].astype(np.int64),
         problem if isinstance(chosen.objective, ClassifyObjective) else "answers",
         tuple(str(label) for label in labels),
         reading.frame.before,

@@ -175,6 +175,8 @@ def make_rows(
             running = store.marks(0) is None
             if running and not reading.prompted and together:
                 return PackedRows(store, reading.length, **common)
+            if running:  # there is no answer before which anything could stand
+                framed["frame"] = dataclasses.replace(reading.frame, between=())
             return WholeRows(
                 store,
                 reading.length,

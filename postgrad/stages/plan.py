@@ -10,7 +10,7 @@ import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from postgrad import schedules
-from postgrad.data.examples import Labels
+from postgrad.data.examples import RUNNING, Labels
 from postgrad.data.mixture import Mixture
 from postgrad.data.rows import Rows
 from postgrad.data.tokenize import Encoder
@@ -177,6 +177,12 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         for reason, count in left_out.items():
             if count:
                 notes.append(f"{leaf.name}: {count:,} rows are left out ({reason})")
+    if reading.added.after and task == "causal" and all(leaf.store.kind in RUNNING for leaf in leaves):
+        raise StageError(
+            "vectors behind running text would never be trained: nothing that a decoder predicts stands behind them",
+            where="tuning.template",
+            expected="vectors before {x}, or rows with answers",
+        )
     steps, mixture, tokens = make_order(stage, leaves, rows, notes, start)
     schedule = make_schedule(stage.schedule, steps, tokens, start)
     return Plan(
@@ -193,7 +199,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         objectives=objectives,
         weighed=tuple((leaf.wanted.objective,) for leaf in leaves),
         problem=problem,
-        layer=_task_layer(labels, stage.seed),
+        layer=_task_layer(labels, reading.pad, stage.seed),
         reading=reading,
         mixture=mixture,
         steps=steps,
@@ -248,12 +254,12 @@ _PROBLEMS = {
 }
 
 
-def _task_layer(labels: Labels | None, seed: int) -> TaskLayer | None:
+def _task_layer(labels: Labels | None, pad: int, seed: int) -> TaskLayer | None:
     """The task layer of a classifier; a number is what its only output says."""
     if labels is None:
         return None
     names = tuple(str(name) for name in labels.names) or ("number",)
-    return TaskLayer(names, _PROBLEMS[labels.problem], seed)  # type: ignore[arg-type]
+    return TaskLayer(names, _PROBLEMS[labels.problem], pad, seed)  # type: ignore[arg-type]
 
 
 def _has_retained(stage: s.Stage) -> bool:

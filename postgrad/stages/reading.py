@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -56,19 +56,19 @@ class Reading:
     def frame(self) -> Frame:
         """What stands around the texts of a row: the tokenizer's own ids, and soft prompts inside of them."""
         first = () if self.encoder.bos is None else (self.encoder.bos,)
-        outer = Frame(first) if self.task == "causal" else self.own
+        added = self.added
+        if self.task == "causal":  # what stands behind a question stands before its answer
+            return Frame((*first, *self.left, *added.before), (*added.between, *added.after))
         return Frame(
-            (*outer.before, *self.left, *self.added.before),
-            (*self.added.between, *outer.between),
-            (*self.added.after, *outer.after),
+            (*self.own.before, *self.left, *added.before),
+            (*added.between, *self.own.between),
+            (*added.after, *self.own.after),
         )
 
     @cached_property
     def without(self) -> Reading:
-        """The same without what the stage's tuning sets around a text."""
-        return Reading(
-            self.task, self.tokenizer, self.config, self.encoder, self.length, self.seed, self.own, self.left, Frame()
-        )
+        """The same without what the stage's tuning sets around a text, and with as much room for the text."""
+        return replace(self, added=Frame(), length=self.length - self.added.size(2))
 
     @property
     def pad(self) -> int:

@@ -61,7 +61,7 @@ class Sitting:
             said.get("relative"),
             said.get("fingerprint"),
             said.get("task", "causal"),
-            TaskLayer(tuple(layer["labels"]), layer["problem"], layer["seed"]) if layer else None,
+            TaskLayer(tuple(layer["labels"]), layer["problem"], layer["pad"], layer["seed"]) if layer else None,
             tuple(said.get("before", ())),
         )
 
