@@ -396,6 +396,8 @@ GOLDEN: list[tuple[str, dict[str, Any], Renderer, list[tuple[int, str]], list[fl
     ("pair", {"source": "the", "target": "cat"}, PlainRenderer(separate=True), [(0, "the"), (1, "cat</s>")], None),
     ("labelled", {"premise": "the é", "hypothesis": "日 cat", "label": "yes"}, ClassRenderer(CLASSES),
      [(0, "the é\n"), (1, "日 cat</s>")], [1.0]),
+    ("labelled", {"premise": "the é", "hypothesis": "日 cat", "label": "no"}, ClassRenderer(CLASSES, "", joint=False),
+     [(0, "the é"), (1, "日 cat</s>")], [0.0]),
     ("labelled", {"sentence": "cat", "label": "no"}, ClassRenderer(CLASSES), [(0, "cat</s>")], [0.0]),
     ("labelled", {"sentence": "cat", "label": 2.5}, ClassRenderer(Labels("number")), [(0, "cat</s>")], [2.5]),
     ("labelled", {"sentence": "cat", "labels": ["yes"]}, ClassRenderer(Labels("multi", ("no", "yes"))),
@@ -544,6 +546,23 @@ def test_the_marks_of_a_pair_are_the_token_types_of_the_tokenizers_own_pairs(tmp
         assert store.marks(number).tolist() == own.type_ids  # type: ignore[union-attr]
 
 
+def test_a_tokenizer_that_trims_its_places_marks_the_same_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A byte-level post-processor takes spaces out of the places, by which tokens of nothing but spaces lose theirs."""
+    from tokenizers.processors import ByteLevel
+
+    trimming = Tokenizer.from_str(tokenizer.to_str())
+    trimming.post_processor = ByteLevel(trim_offsets=True)
+    source = rows_of(tmp_path, [{"prompt": "the \n", "completion": "  cat   sat \n "}])
+    stores = [
+        build_store(source, Encoder(each.to_str(), None, EOS, 400), tmp_path / "cache", renderer=PlainRenderer())
+        for each in (tokenizer, trimming)
+    ]
+    assert stores[0].path != stores[1].path
+    assert runs(stores[0], 0, tokenizer) == runs(stores[1], 0, tokenizer) == [
+        (0, "the \n"), (1, "  cat   sat \n </s>"),
+    ]  # fmt: skip
+
+
 def test_where_the_end_is_also_the_padding_it_is_trained(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
@@ -597,6 +616,17 @@ def test_skipped_rows_are_counted_by_reason(tmp_path: Path, encoder: Encoder, mo
     shards = build_store(source, encoder, tmp_path / "cache", renderer=PlainRenderer())
     assert len(shards.header["files"]) > 5
     assert (len(shards), shards.empty, shards.skipped) == (10, 10, plain.skipped)
+
+
+def test_what_is_said_of_a_row_stays_with_it_when_others_are_left_out(tmp_path: Path, encoder: Encoder) -> None:
+    texts = [("the", "no"), ("</s>", "yes"), ("cat", "yes"), ("", "no"), ("sat é", "no"), ("</s></s>", "yes")]
+    source = rows_of(tmp_path, [{"sentence": text, "label": label} for text, label in texts])
+    store = build_store(source, encoder, tmp_path / "cache", renderer=ClassRenderer(CLASSES))
+    assert store.values is not None
+    assert store.values.tolist() == [[0.0], [1.0], [0.0]]
+    assert store.documents["digest"].tolist() == [digest(text.encode()) for text in ("the", "cat", "sat é")]
+    assert store.documents["bytes"].tolist() == [3, 3, 6]
+    assert store.skipped == {"no tokens": 2, "empty text": 1}
 
 
 def test_a_row_longer_than_a_piece_is_encoded_as_a_whole(
