@@ -64,7 +64,7 @@ def silence(block: nn.Module, call: Call) -> bool:
     Zero does so for a matrix or a gain, minus one for a gain that is counted from one. Only a weight that still gets a
     gradient will do: the block has to learn to speak again.
     """
-    module = block.get_submodule(call.module)
+    module = block.get_submodule(call.module).requires_grad_(True)
     for name, weight in module.named_parameters(recurse=False):
         beside = getattr(module, "bias" if name == "weight" else f"{name}_bias", None)
         kept = [(p, p.detach().clone()) for p in (weight, beside) if p is not None]
@@ -85,7 +85,7 @@ def _silent(module: nn.Module, call: Call, weight: nn.Parameter) -> bool:
     """Whether a module gives zero, and `weight` a gradient."""
     with torch.enable_grad():
         out = module(*call.args, **call.kwargs)
-        (slope,) = torch.autograd.grad(out, weight.requires_grad_(True), torch.ones_like(out), allow_unused=True)
+        (slope,) = torch.autograd.grad(out, weight, torch.ones_like(out), allow_unused=True)
     return not out.any() and slope is not None and bool(slope.any())
 
 
