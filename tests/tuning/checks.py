@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from postgrad.tuning.tuning import Tuning, trainable
+from postgrad.tuning.tuning import Tuning, freeze, trainable
 from tests.tuning.families import (
     END,
     EVERY,
@@ -315,6 +315,46 @@ def packed_documents_apart(attach: Attach, family: str) -> None:
     _close(one[-length:], single, TOLERANCE, "the second document is not answered as it is alone")
 
 
+def stands_on_another(below: Attach, attach: Attach, family: str, task: Task) -> None:
+    """On top of another tuning, held fast, a tuning leaves it as it is, and off or taken out gives its answers again."""
+    model = build(family, task)
+    lower = _trained(below, model, family, task)
+    first = first_virtual(model)
+    before = batch(family, task, seed=89, virtual=range(first, first + lower.virtual))
+    expected, kept = logits(model, before), {name: t.detach().clone() for name, t in lower.state().items()}
+
+    def add(model: PreTrainedModel, lower: Tuning, seed: int) -> tuple[Tuning, Inputs]:
+        freeze(model)
+        upper = attach(model, seed=seed)
+        return upper, batch(family, task, seed=89, virtual=range(first, first + lower.virtual + upper.virtual))
+
+    upper, after = add(model, lower, 0)
+    train(model, upper, family, task, steps=3, virtual=lower.virtual + upper.virtual)
+    answer = logits(model, after)
+    if answer.shape == expected.shape:
+        assert _distance(answer, expected) > 100 * TOLERANCE, "on top of the other, the tuning does next to nothing"
+    for name, tensor in lower.state().items():
+        _same_bits(tensor, kept[name], f"the tuning below moved: {name}")
+    with upper.off():
+        _same_bits(logits(model, before), expected, "switched off, the tuning below does not answer as it did")
+
+    fresh = build(family, task)
+    again = below(fresh, seed=1)
+    again.load(kept)
+    on_top, _ = add(fresh, again, 1)
+    on_top.load(_through_a_file(upper.state()))
+    _same_bits(logits(fresh, after), answer, "both put on again answer differently")
+
+    upper.detach()
+    model.eval()
+    _same_bits(logits(model, before), expected, "taken out, the tuning below does not answer as it did")
+    lower.detach()
+    plain = batch(family, task, seed=89)
+    _same_bits(
+        logits(model, plain), logits(build(family, task), plain), "with both taken out, the base does not answer"
+    )
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """One word to each id of the vocabulary."""
     words = {f"w{i}": i for i in range(VOCABULARY)}
@@ -344,15 +384,21 @@ def train(
     first: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
     look: Callable[[], None] = lambda: None,
+    virtual: int | None = None,
 ) -> None:
-    """Steps `first`, `first + 1`, ... each on a batch of its own; `look` is called with the gradients in place."""
+    """Steps `first`, `first + 1`, ... each on a batch of its own, led by the first `virtual` ids (the tuning's own).
+
+    `look` is called with the gradients in place.
+    """
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
+    start = first_virtual(model)
+    ids = range(start, start + (tuning.virtual if virtual is None else virtual))
     model.train()
     for step in range(first, first + steps):
         torch.manual_seed(step)  # the same dropout, however often and with whatever else the step is taken
         tuning.at_step(step)
         optimizer.zero_grad()
-        loss(model, _inputs(model, tuning, family, task, seed=step)).backward()
+        loss(model, batch(family, task, seed=step, virtual=ids)).backward()
         look()
         optimizer.step()
     optimizer.zero_grad()
