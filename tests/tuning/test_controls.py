@@ -39,6 +39,7 @@ class Stand(Tuning):
     """A right tuning: one bottleneck behind each feed-forward part of a Llama."""
 
     kind = "stand"
+    name = "narrow"
 
     def __init__(self, model: PreTrainedModel, *, seed: int = 0) -> None:
         super().__init__(model)
@@ -49,8 +50,8 @@ class Stand(Tuning):
         self.narrow = [Bottleneck(model.config.hidden_size, generator) for _ in self.places]
         self.hooks = []
         for place, narrow in zip(self.places, self.narrow, strict=True):
-            place.narrow = narrow
-            self.hooks.append(place.register_forward_hook(lambda m, _, out: m.narrow(out)))
+            setattr(place, self.name, narrow)
+            self.hooks.append(place.register_forward_hook(lambda m, _, out: getattr(m, self.name)(out)))
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -78,7 +79,7 @@ class Stand(Tuning):
         for hook in self.hooks:
             hook.remove()
         for place in self.places:
-            del place.narrow
+            delattr(place, self.name)
         for name, p in self.model.named_parameters():
             p.requires_grad_(self.was[name])
 
@@ -239,6 +240,28 @@ class SeesAcrossDocuments(Stand):
         self.hooks.append(self.places[0].register_forward_hook(lambda m, _, out: out + 0.1 * out.cumsum(1)))
 
 
+class Second(Stand):
+    name = "second"
+
+
+class MovesWhatItStandsOn(Second):
+    def at_step(self, step: int) -> None:
+        self.places[0].narrow.up.data.add_(1e-3)
+
+
+class SilencesWhatItStandsOn(Second):
+    def switch(self, on: bool) -> None:
+        super().switch(on)
+        self.places[0].narrow.on = on
+
+
+class TakesAllHooksOut(Second):
+    def detach(self) -> None:
+        super().detach()
+        for place in self.places:
+            place._forward_hooks.clear()
+
+
 def published_equal(attach: Callable[..., Tuning], family: str, task: Any) -> None:
     checks.published_equal(attach, from_options, family, task)
 
@@ -307,6 +330,23 @@ def test_a_mutant_fails(check: Callable[..., None], mutant: type[Stand], why: st
 def test_a_tuning_that_moves_less_than_it_says_fails() -> None:
     with pytest.raises(AssertionError, match=r"norm\.weight moves or stays"):
         checks.trains_only_what_it_should(Stand, "llama", "lm", base=["model.norm.weight"])
+
+
+def test_a_right_tuning_stands_on_another() -> None:
+    checks.stands_on_another(Stand, Second, "llama", "lm")
+
+
+@pytest.mark.parametrize(
+    ("mutant", "why"),
+    [
+        (MovesWhatItStandsOn, "the tuning below moved"),
+        (SilencesWhatItStandsOn, "switched off, the tuning below"),
+        (TakesAllHooksOut, "taken out, the tuning below"),
+    ],
+)
+def test_a_mutant_that_stands_on_another_fails(mutant: type[Stand], why: str) -> None:
+    with pytest.raises(AssertionError, match=why):
+        checks.stands_on_another(Stand, mutant, "llama", "lm")
 
 
 class PeftsPrompt(Stand):
