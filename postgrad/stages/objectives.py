@@ -15,6 +15,7 @@ class Objective(Part):
     """What a token, or a label, of some sources is worth."""
 
     weight: Weight = 1.0
+    """Factor of the loss."""
     on: list[str] = []
     """Names of the sources it is taken on; left out: all that no other objective names."""
 
@@ -34,8 +35,9 @@ class MaskedObjective(Objective):
 
     kind: Literal["masked"]
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Of the tokens of a row that are chosen."""
+    """Share of a row's tokens that are chosen."""
     whole_words: bool = False
+    """Choose whole words, not pieces of them."""
 
 
 class SpanCorruptionObjective(Objective):
@@ -43,7 +45,9 @@ class SpanCorruptionObjective(Objective):
 
     kind: Literal["span-corruption"]
     density: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of a row's tokens that leave the input."""
     mean_span: Annotated[float, Field(ge=1)] = 3.0
+    """Mean length of a span."""
 
 
 class TextToTextObjective(Objective):
@@ -59,7 +63,7 @@ class ClassifyObjective(Objective):
 
     kind: Literal["classify"]
     labels: list[str] | None = None
-    """Left out: those that occur in the training rows."""
+    """The classes; left out: those that occur in the training rows."""
     problem: Literal["auto", "class", "multi", "number", "tags"] = "auto"
     """auto: by the rows: tags for words, multi for lists of labels, a number for fractions, else one class."""
 

@@ -25,7 +25,7 @@ from postgrad.evaluation.samples import Prompt, continuations, prompts, text_of
 from postgrad.lineage.fingerprint import model_fingerprint
 from postgrad.lineage.record import PLAN, RECORD, STAGE, Record, read_record, write_record
 from postgrad.models import machine
-from postgrad.models.model import model_for, probe
+from postgrad.models.model import Model, model_for, probe
 from postgrad.models.pretrained import locate
 from postgrad.planning.execution import Execution
 from postgrad.publish import sweep, verify, write_atomically
@@ -139,29 +139,12 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         yield Finished(read_record(home), home, already=True)
         return
 
-    # Before: on the exact start model, once, in fp32, as it is without the stage's tuning.
-    yield Doing("scoring the start model")
-    before_file, samples_file = home / "scores" / "before.npz", home / "scores" / "samples-before.json"
-    # A sharded model cannot write by itself (generation is one rank's business): no samples then.
-    each = 0 if world.sharded else plan.stage.evaluation.samples
-    wanted = [p for h in plan.held_out for p in prompts(h, each)]
-    told = json.loads(samples_file.read_text()) if samples_file.exists() else []
-    if world.any(not before_file.exists() or len(told) != len(wanted)):  # one rank may write before another looks
-        before, told = _begin(plan, wanted, identity, cache, world)
-        if world.main:
-            measure.write_scores(before_file, before)
-            write_atomically(samples_file, json.dumps(told))
-    world.wait()
-    before = measure.read_scores(before_file)
-
     yield Doing("loading the model")
-    subject = make_subject(plan, world, attention=kept["execution"]["attention"] if kept else None)
+    subject = make_subject(plan, world)
     model = subject.model
     counts = subject.counts()
     execution = _execution(plan, subject, kept, world)
-    if model.pretrained.config._attn_implementation != execution.attention:
-        model.pretrained.set_attn_implementation(execution.attention)
-    probe(model)
+    _prepare(model, execution)
     if world.main:
         document = {
             "stage": plan.stage.model_dump(mode="json"),
@@ -179,6 +162,24 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     world.wait()
     kept = json.loads((home / PLAN).read_text())
 
+    # Before: on the exact start model, once, in fp32, as it is without the stage's tuning.
+    yield Doing("scoring the start model")
+    before_file, samples_file = home / "scores" / "before.npz", home / "scores" / "samples-before.json"
+    # A sharded model cannot write by itself (generation is one rank's business): no samples then.
+    each = 0 if world.sharded else plan.stage.evaluation.samples
+    wanted = [p for h in plan.held_out for p in prompts(h, each)]
+    told = json.loads(samples_file.read_text()) if samples_file.exists() else []
+    if world.any(not before_file.exists() or len(told) != len(wanted)):  # one rank may write before another looks
+        del subject, model  # there may be room for one model only
+        before, told = _begin(plan, wanted, identity, cache, world)
+        if world.main:
+            measure.write_scores(before_file, before)
+            write_atomically(samples_file, json.dumps(told))
+        subject = make_subject(plan, world)
+        model = subject.model
+        _prepare(model, execution)
+    world.wait()
+    before = measure.read_scores(before_file)
     if interrupt.wanted(world):
         yield Stopped(0, plan.steps)
         return
@@ -365,6 +366,13 @@ def _begin(
         else []
     )
     return scores, told
+
+
+def _prepare(model: Model, execution: Execution) -> None:
+    """Let the model compute attention as chosen, and check that it is one that can be trained here."""
+    if model.pretrained.config._attn_implementation != execution.attention:
+        model.pretrained.set_attn_implementation(execution.attention)
+    probe(model)
 
 
 def _execution(plan: Plan, subject: Subject, kept: dict[str, Any] | None, world: World) -> Execution:

@@ -22,7 +22,9 @@ class Constant(Part):
 
     kind: Literal["constant"]
     peak: Rate
+    """The rate."""
     warmup: Length = "0%"
+    """From zero to `peak`."""
 
 
 class Decay(Part):
@@ -31,8 +33,11 @@ class Decay(Part):
     kind: Literal["rewarm", "cosine", "linear", "inverse-sqrt", "exponential", "1-sqrt"]
     """`rewarm` and `cosine` are the same curve."""
     peak: Rate
+    """The highest rate."""
     floor: Annotated[float, Field(ge=0)]
+    """The rate at the stage's last step."""
     warmup: Length = "1%"
+    """From `start` to `peak`."""
     start: Annotated[float, Field(ge=0)] = 0.0
     """The rate the warm-up starts from."""
 
@@ -47,8 +52,11 @@ class FromFloor(Part):
 
     kind: Literal["from-floor"]
     start: Rate
+    """The rate of the first steps."""
     floor: Annotated[float, Field(ge=0)]
+    """The rate at the stage's last step."""
     shape: Literal["cosine", "linear", "exponential", "1-sqrt", "inverse-sqrt"] = "cosine"
+    """Of the decay."""
 
     @model_validator(mode="after")
     def _falls(self) -> FromFloor:
@@ -61,15 +69,19 @@ class Infinite(Part):
 
     kind: Literal["infinite"]
     peak: Rate
+    """The highest rate."""
     constant: Rate
     """The rate of the constant phase."""
     floor: Rate
+    """The rate at the end of the anneal."""
     warmup: Length = "1%"
+    """From zero to `peak`."""
     cooldown: Length = "60%"
     """Length of the cooldown, from the end of the warm-up."""
     constant_until: Length = "85%"
     """Where the constant phase ends and the anneal begins, from the stage's first step; 100%: no anneal."""
     cooldown_shape: Literal["cosine", "inverse-sqrt"] = "cosine"
+    """From `peak` to `constant`."""
     timescale: Annotated[float, Field(gt=0)] = 10.0
     """How bent the inverse-sqrt cooldown is."""
 
@@ -84,10 +96,15 @@ class Wsd(Part):
 
     kind: Literal["wsd"]
     peak: Rate
+    """The rate of the stable phase."""
     floor: Rate
+    """The rate at the stage's last step."""
     warmup: Length = "1%"
+    """From zero to `peak`."""
     decay: Length = "10%"
+    """Length of the decay at the stage's end."""
     shape: Literal["1-sqrt", "linear", "cosine", "exponential", "inverse-linear"] = "1-sqrt"
+    """Of the decay."""
 
     @model_validator(mode="after")
     def _falls(self) -> Wsd:
@@ -100,17 +117,22 @@ class Anneal(Part):
 
     kind: Literal["anneal"]
     floor: Rate
+    """The rate at the stage's last step."""
     start: Rate | None = None
     """Left out: the rate at the checkpoint the stage starts from."""
     shape: Literal["exponential", "1-sqrt", "linear", "cosine", "inverse-linear"] = "exponential"
+    """Of the decay."""
 
 
 class Piece(Part):
     """One piece of a schedule put together by hand."""
 
     shape: Literal["constant", "linear", "cosine", "inverse-sqrt", "exponential", "1-sqrt", "inverse-linear"]
+    """Of the piece."""
     start: Annotated[float, Field(ge=0)]
+    """The rate it begins with."""
     end: Annotated[float, Field(ge=0)] | None = None
+    """The rate it ends with; a constant piece has none."""
     length: Length | None = None
     """The last piece may leave it out and takes the rest."""
 
@@ -120,6 +142,7 @@ class Then(Part):
 
     kind: Literal["then"]
     pieces: Annotated[list[Piece], Field(min_length=1)]
+    """In their order."""
 
     @model_validator(mode="after")
     def _ends(self) -> Then:

@@ -46,18 +46,23 @@ class Source(Worded):
     """Text to read: files (`path`), a Hub data set (`hub`), or everything the start model has seen (`seen_so_far`)."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+    """Names the source in the plan, the metrics and the report."""
     path: str | None = None
     """A file, a folder or a glob; .txt .md .jsonl .json .csv .parquet, each also .gz and .zst."""
     hub: str | None = None
     """A data set on the Hugging Face Hub, `owner/name`."""
     subset: str | None = None
+    """With `hub`: the subset (configuration) of the data set."""
     split: str = "train"
+    """With `hub`: the split."""
     revision: str | None = None
+    """With `hub`: a branch, tag or commit."""
     seen_so_far: bool = False
     """Replay the token-weighted mixture of everything earlier stages consumed, replays included."""
     share: Share | None = None
     """Share of the stage's trained tokens; one source may leave it out and takes what remains."""
     role: Literal["new", "replay"] = "new"
+    """`replay` is old text: its held-out part is a retained set, and `new_tokens` does not count it."""
     held_out: Share | None = None
     """Share of documents (by content hash) kept for evaluation; left out: enough for about 200 documents when
     `evaluation` names no file of that role (learned; retained for replay), else none."""
@@ -85,6 +90,7 @@ class Shift(Part):
     at_rate: Share | None = None
     """... or when the learning rate has fallen to this share of its peak."""
     shares: dict[str, Share]
+    """The share of each source from there on; a source that is not named gets none."""
 
     @model_validator(mode="after")
     def _one_point(self) -> Shift:
@@ -97,6 +103,7 @@ class Data(Part):
     """What is read."""
 
     sources: Annotated[list[Source], Field(min_length=1)]
+    """What the rows are read from, and in which shares."""
     sequence_length: Annotated[int, Field(ge=2)] = 1024
     """Positions in a row."""
     shifts: list[Shift] = []
@@ -142,11 +149,15 @@ class Optimizer(Part):
 
     kind: Literal["adamw"] = "adamw"
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of the two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled, times the rate."""
     decay_tables: bool = False
     """Let the input embedding and the output head decay too."""
     clip: Annotated[float, Field(gt=0)] = 1.0
+    """The largest 2-norm of the whole gradient."""
     moments: Literal["reset", "keep", "keep-second"] = "reset"
     """At the stage's start: from zero, or the start checkpoint's (both moments, or only the second)."""
 
@@ -155,7 +166,9 @@ class HeldOutFile(Worded):
     """Text, or rows of a task, to be scored."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+    """Names the set."""
     path: str
+    """A file, a folder or a glob."""
     like: str | None = None
     """A source of this stage, whose kind, columns and words these rows have too."""
 
@@ -199,7 +212,9 @@ class Save(Part):
     """When checkpoints are written, and which stay."""
 
     every: Length = "20%"
+    """How often a checkpoint is written; there is always one at the last step."""
     keep: Positive | Literal["all"] = 2
+    """How many of the newest checkpoints stay."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the final model; auto: as the start model is stored."""
 
@@ -208,16 +223,22 @@ class Compute(Part):
     """How the arithmetic is done. `auto` is decided by a probe of this machine, said in the plan, and kept on resume."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward and backward pass; master weights are fp32."""
     compile: Literal["auto"] | bool = "auto"
+    """Compile each block."""
     attention: Literal["auto", "eager", "sdpa", "causal_blocks"] = "auto"
+    """`causal_blocks` is this package's own, for CPUs. A prefix has its own way, whatever is said here."""
     activation_checkpointing: bool = False
+    """Recompute activations instead of keeping them."""
     threads: Positive | None = None
+    """Left out: the cores this process may use."""
 
 
 class Stage(Part):
     """One stage of a lineage."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+    """Names the run and, without `output`, its folder."""
     model: str
     """A folder, a Hub name, an earlier stage's run folder or one of its checkpoints."""
     base: str | None = None
@@ -229,19 +250,27 @@ class Stage(Part):
     new_tokens: Amount | None = None
     """... or the budget in tokens of the new sources; replay comes on top."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Decides the order of the rows, what is drawn in them (masks, spans), fresh weights and dropout."""
     data: Data
+    """What is read."""
     batch: Batch = Batch()
+    """How many rows make a step."""
     schedule: AnySchedule
+    """The learning rate of each step."""
     optimizer: Optimizer = Optimizer()
+    """How the weights are moved."""
     objectives: list[AnyObjective] = []
     """What a token is worth; left out: what the start model was made with (a decoder: next-token)."""
     tuning: AnyTuning = FullTuning(kind="full")
     """Which weights move."""
     evaluation: Evaluation = Evaluation()
+    """What is scored."""
     max_forgetting: Share | None = None
     """The retention gate: the largest allowed rise of loss on a retained set, upper end of its interval."""
     save: Save = Save()
+    """When checkpoints are written, and which stay."""
     compute: Compute = Compute()
+    """How the arithmetic is done."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Stage:

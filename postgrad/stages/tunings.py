@@ -41,8 +41,9 @@ class BlocksTuning(Part):
     head: bool = True
     """The task layer, and the norm before it, move too."""
     embeddings: bool = False
+    """What stands before the blocks moves too."""
     unfreeze_every: Length | None = None
-    """Begin with the topmost block, and add the one below after each such length."""
+    """Begin with the task layer (without a new one: with the topmost block), and add the block below after each such length."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> BlocksTuning:
@@ -81,13 +82,15 @@ class AdapterTuning(Also):
     size: Positive | None = None
     """... or so wide."""
     activation: str = "swish"
+    """The nonlinearity in the bottleneck, by the name that transformers has for it."""
     scale: Annotated[float, Field(gt=0)] | None = None
     """What an adapter's output is multiplied by; left out: 4 for parallel, else 1."""
     dropout: Dropout = 0.0
+    """On the bottleneck, while it is trained."""
     train_norms: bool | None = None
-    """Left out: yes for houlsby."""
+    """The norms move too; left out: for houlsby they do."""
     leave_out: list[int] = []
-    """Blocks without an adapter."""
+    """Numbers of blocks (from 0) without an adapter."""
 
 
 class PrefixTuning(Also):
@@ -95,12 +98,15 @@ class PrefixTuning(Also):
 
     kind: Literal["prefix"]
     length: Positive = 10
+    """How many keys, and values, for each layer."""
     hidden: Positive = 512
     """Width of the MLP."""
     deep: bool = False
     """Two hidden layers instead of one."""
     dropout: Dropout = 0.0
+    """On the keys and values, while they are trained."""
     slots: Slots = "all"
+    """Of an encoder-decoder: only the attention of the encoder, of the decoder, or across."""
     start: str | None = None
     """A text whose keys and values the prefix begins with."""
 
@@ -110,8 +116,11 @@ class PTuningV2(Also):
 
     kind: Literal["p-tuning-v2"]
     length: Positive = 20
+    """How many keys, and values, for each layer."""
     dropout: Dropout = 0.1
+    """On the keys and values, while they are trained."""
     slots: Slots = "all"
+    """Of an encoder-decoder: only the attention of the encoder, of the decoder, or across."""
     start: str | None = None
     """A text whose keys and values the prefix begins with."""
 
@@ -121,7 +130,9 @@ class PromptTuning(Also):
 
     kind: Literal["prompt"]
     length: Positive = 20
+    """How many vectors."""
     start: Literal["random", "vocabulary", "text", "labels"] = "vocabulary"
+    """What they begin as: random numbers, or the embeddings of frequent tokens, of a text, or of class labels."""
     text: str | None = None
     """The text whose embeddings they begin as, for `start: text`."""
     labels: list[str] | None = None
@@ -137,15 +148,18 @@ class PTuning(Also):
     template: str = "{20} {x}"
     """`{3}` stands for three vectors, `{x}` for the text, `[MASK]` for a special token, other words for themselves."""
     encoder: Literal["lstm", "mlp"] = "lstm"
+    """The network that writes them."""
     hidden: Positive | None = None
     """Width of the encoder; left out: as in the publication."""
     backbone: Literal["frozen", "trained"] = "frozen"
+    """`trained`: every weight of the model moves too."""
 
 
 class Demonstrations(Part):
     """Examples that are set before a question, taken from the training rows."""
 
     count: Positive = 2
+    """How many."""
     by: Literal["bm25", "embedding", "seed"] = "bm25"
     """The most alike by words, the most alike by the model's mean input embeddings, or drawn by the stage's seed."""
     tokens: Positive = 512
@@ -157,11 +171,15 @@ class InstructionPrompt(Also):
 
     kind: Literal["instruction-prompt"]
     length: Positive = 100
+    """How many vectors."""
     start: Literal["random", "vocabulary", "text"] = "random"
+    """What they begin as: random numbers, or the embeddings of frequent tokens or of a text."""
     text: str | None = None
+    """The text whose embeddings they begin as, for `start: text`."""
     scale: Annotated[float, Field(gt=0)] | None = None
     """With `start: random` vectors are drawn between minus this and this; left out: 0.5."""
     demonstrations: Demonstrations = Demonstrations()
+    """Examples that are set before each question."""
 
 
 class LoraTuning(Also):
@@ -169,13 +187,18 @@ class LoraTuning(Also):
 
     kind: Literal["lora"]
     form: Literal["lora", "rslora", "dora", "pissa"] = "lora"
+    """rslora: scaled otherwise, see `alpha`; dora: with a trained size for each row; pissa: begun at the largest singular
+    directions."""
     rank: Positive = 16
+    """Rows of A and columns of B, for an update B A of each matrix."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """The update is scaled by alpha / rank (rsLoRA: by alpha / sqrt(rank)); left out: twice the rank."""
+    """The update is scaled by alpha / rank (rsLoRA: by alpha / sqrt(rank)); left out: twice the rank (pissa: the rank)."""
     dropout: Dropout = 0.0
+    """On what A reads, while it is trained."""
     targets: Literal["all-linear", "attention", "feed-forward"] | list[str] = "all-linear"
     """Which matrices of the blocks; or names (`*` and `?` stand for any letters)."""
     exclude: list[str] = []
+    """Matrices that `targets` would take and that stay plain; named likewise."""
     quantise: Literal["nf4", "int8"] | None = None
     """Hold the base in four or eight bits (QLoRA); needs the package bitsandbytes."""
     orthogonal: Annotated[float, Field(gt=0)] | None = None
@@ -189,6 +212,7 @@ class OsfTuning(Also):
     effective_rank: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of each matrix's singular directions that is held fast."""
     targets: Literal["all-linear", "attention", "feed-forward"] | list[str] = "all-linear"
+    """Which matrices of the blocks; or names (`*` and `?` stand for any letters)."""
 
 
 class ExpandTuning(Part):
@@ -200,7 +224,7 @@ class ExpandTuning(Part):
     every: Positive | None = None
     """A place behind every so many blocks ..."""
     positions: list[int] | None = None
-    """... or behind the blocks of these numbers (from 0); left out both: behind every fourth block."""
+    """... or behind the blocks of these numbers (from 0); both left out: behind every fourth, if that divides their number."""
 
 
 AnyTuning = Annotated[

@@ -139,7 +139,8 @@ def export_model(name: str, folder: Path, dtype: str, base: str | None = None) -
     ids = torch.cat([before, ids], 1)
     for tuning in reversed(opened.tunings):
         tuning.merge(tokenizer)
-    torch.nn.Module.to(model, wanted)
+    for parameter in model.parameters():  # not the buffers: angles of positions stay in full precision
+        parameter.data = parameter.data.to(wanted)
     with torch.no_grad():
         expected = model_for(model, opened.task)(**_inputs(opened.task, ids)).logits().float()
     publish(folder, lambda staged: save_pretrained(model, tokenizer, staged, dtype=wanted))

@@ -153,11 +153,11 @@ def in_place(place: Path, write: Callable[[Path], None]) -> Path:
 def test_a_saver_that_writes_in_place_would_be_caught(
     stage_of: StageOf, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from postgrad.stages import run as running
+    from postgrad.stages import leave
     from postgrad.training import checkpoint
 
     monkeypatch.setattr(checkpoint, "publish", in_place)
-    monkeypatch.setattr(running, "publish", in_place)
+    monkeypatch.setattr(leave, "publish", in_place)
     _, failures = swept(stage_of, cache, tmp_path, every=5)
     assert failures
 

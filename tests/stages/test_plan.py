@@ -278,7 +278,7 @@ def test_replay_of_everything_has_the_published_weights(
         plan = plan_of(following)
         assert all(leaf.role == "replay" for leaf in plan.leaves if leaf.wanted.source == "replay")
         shares = dict(zip([x.name for x in plan.stage.data.sources], plan.stage.shares(), strict=True))
-        return {leaf.name: leaf.wanted.part * shares[leaf.source] for leaf in plan.leaves}
+        return {leaf.name: leaf.wanted.part * shares[leaf.wanted.source] for leaf in plan.leaves}
 
     billion = 10**9
     found = weights(old=300 * billion + 5 * billion, new=95 * billion)
