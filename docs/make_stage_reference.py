@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from postgrad.stages import amounts, objectives, parsing, schedules, tunings
 from postgrad.stages import stage as s
 
 HEAD = """\
@@ -27,8 +28,8 @@ How values are written:
 | length | `1%` of the stage's steps, `200 steps` (or `200`), or `2M tokens` |
 | rate | a learning rate above zero, such as `2.0e-5` |
 
-This page is made from the types in `postgrad/stages/stage.py` by `docs/make_stage_reference.py`; `docs/stage.schema.json`
-is the same as a JSON Schema.
+This page is made from the types in `postgrad/stages/` by `docs/make_stage_reference.py`; `docs/stage.schema.json` is the
+same as a JSON Schema.
 """
 
 PARTS = (
@@ -47,76 +48,37 @@ PARTS = (
     ("Piece", "`schedule.pieces[]`"),
     ("Optimizer", "`optimizer`"),
     ("NextTokenObjective", "`objectives[]`: `next-token`"),
+    ("MaskedObjective", "`objectives[]`: `masked`"),
+    ("SpanCorruptionObjective", "`objectives[]`: `span-corruption`"),
+    ("TextToTextObjective", "`objectives[]`: `text-to-text`"),
+    ("ClassifyObjective", "`objectives[]`: `classify`"),
+    ("FullTuning", "`tuning`: `full`"),
+    ("HeadTuning", "`tuning`: `head`"),
+    ("BlocksTuning", "`tuning`: `blocks`"),
+    ("BiasTuning", "`tuning`: `bias`"),
+    ("NormTuning", "`tuning`: `norm`"),
+    ("LoraTuning", "`tuning`: `lora`"),
+    ("OsfTuning", "`tuning`: `osf`"),
+    ("AdapterTuning", "`tuning`: `adapter`"),
+    ("PrefixTuning", "`tuning`: `prefix`"),
+    ("PTuningV2", "`tuning`: `p-tuning-v2`"),
+    ("PromptTuning", "`tuning`: `prompt`"),
+    ("PTuning", "`tuning`: `p-tuning`"),
+    ("InstructionPrompt", "`tuning`: `instruction-prompt`"),
+    ("Demonstrations", "`tuning.demonstrations`"),
+    ("ExpandTuning", "`tuning`: `expand`"),
     ("Evaluation", "`evaluation`"),
     ("HeldOutFile", "`evaluation.retained[]`, `evaluation.learned[]`"),
     ("Save", "`save`"),
     ("Compute", "`compute`"),
 )
 NOTES = {"HeldOutFile": "A path alone, without a mapping, is also accepted; its file name then gives the `name`."}
-MEANINGS = {  # of keys that the source leaves to their names
-    "Stage.name": "Names the run and, without `output`, its folder.",
-    "Stage.seed": "Decides the order of the rows and whatever a model draws (dropout).",
-    "Stage.data": "What is read.",
-    "Stage.batch": "How many rows make a step.",
-    "Stage.schedule": "The learning rate of each step.",
-    "Stage.optimizer": "How the weights are moved.",
-    "Stage.objectives": "What a token is worth; next-token prediction is the one there is.",
-    "Stage.evaluation": "What is scored.",
-    "Stage.save": "When checkpoints are written, and which stay.",
-    "Stage.compute": "How the arithmetic is done.",
-    "Data.sources": "What the rows are read from, and in which shares.",
-    "Source.name": "Names the source in the plan, the metrics and the report.",
-    "Source.subset": "With `hub`: the subset (configuration) of the data set.",
-    "Source.split": "With `hub`: the split.",
-    "Source.revision": "With `hub`: a branch, tag or commit.",
-    "Source.role": "`replay` is old text: its held-out part is a retained set, and `new_tokens` does not count it.",
-    "Shift.shares": "The share of each source from there on; a source that is not named gets none.",
-    "Constant.peak": "The rate.",
-    "Constant.warmup": "From zero to `peak`.",
-    "Decay.peak": "The highest rate.",
-    "Decay.floor": "The rate at the stage's last step.",
-    "Decay.warmup": "From `start` to `peak`.",
-    "FromFloor.start": "The rate of the first steps.",
-    "FromFloor.floor": "The rate at the stage's last step.",
-    "FromFloor.shape": "Of the decay.",
-    "Infinite.peak": "The highest rate.",
-    "Infinite.floor": "The rate at the end of the anneal.",
-    "Infinite.warmup": "From zero to `peak`.",
-    "Infinite.cooldown_shape": "From `peak` to `constant`.",
-    "Wsd.peak": "The rate of the stable phase.",
-    "Wsd.floor": "The rate at the stage's last step.",
-    "Wsd.warmup": "From zero to `peak`.",
-    "Wsd.decay": "Length of the decay at the stage's end.",
-    "Wsd.shape": "Of the decay.",
-    "Anneal.floor": "The rate at the stage's last step.",
-    "Anneal.shape": "Of the decay.",
-    "Piece.shape": "Of the piece.",
-    "Piece.start": "The rate it begins with.",
-    "Piece.end": "The rate it ends with; a constant piece has none.",
-    "Then.pieces": "In their order.",
-    "Optimizer.betas": "Decay of the two moments.",
-    "Optimizer.eps": "Added to the root of the second moment.",
-    "Optimizer.weight_decay": "Decoupled, times the rate.",
-    "Optimizer.clip": "The largest 2-norm of the whole gradient.",
-    "NextTokenObjective.weight": "Factor of the loss.",
-    "HeldOutFile.name": "Names the set.",
-    "HeldOutFile.path": "A file, a folder or a glob.",
-    "HeldOutFile.columns": "As of a source.",
-    "HeldOutFile.documents": "As of a source.",
-    "Save.every": "How often a checkpoint is written; there is always one at the last step.",
-    "Save.keep": "How many of the newest checkpoints stay.",
-    "Compute.dtype": "Of the forward and backward pass; the master weights are fp32.",
-    "Compute.compile": "Compile each block.",
-    "Compute.attention": "`causal_blocks` is this package's own, for CPUs.",
-    "Compute.activation_checkpointing": "Recompute activations instead of keeping them.",
-    "Compute.threads": "Left out: the cores this process may use.",
-}
 WORDS = {"Amount": "tokens", "Share": "share", "Length": "length", "Rate": "rate"}
 
 
 def stage_reference() -> str:
     """The page, as text."""
-    schema = json.loads(s.json_schema())
+    schema = json.loads(parsing.json_schema())
     parts = {"Stage": schema, **schema["$defs"]}
     missing = parts.keys() - {name for name, _ in PARTS}
     if missing:
@@ -128,28 +90,41 @@ def _section(name: str, title: str, part: dict[str, Any]) -> str:
     about = [part.get("description", ""), NOTES.get(name, "")]
     lines = [f"\n## {title}\n", *(f"{text}\n" for text in about if text)]
     lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
-    declared = _declared(name)
-    for key, node in part["properties"].items():
+    declared, said = _declared(_type(name)), _docstrings(_type(name))
+    own = _type(name).__annotations__
+    for key, node in sorted(part["properties"].items(), key=lambda item: item[0] not in own):
         default = "required" if key in part.get("required", []) else _default(node)
-        value = _word(declared.get(key, "")) or _value(node)
-        meaning = " ".join((_docstrings(name).get(key) or MEANINGS.get(f"{name}.{key}", "")).split())
-        meaning = meaning.replace("<", "&lt;")
-        lines.append("| " + " | ".join((f"`{key}`", value, default, meaning)).replace("\n", " ") + " |")
+        value = _word(declared[key]) or _value(node)
+        if key not in said and key != "kind":
+            raise ValueError(f"{name}.{key} has no docstring that says what it means")
+        meaning = " ".join(said.get(key, "").split()).replace("<", "&lt;").replace("|", "\\|")
+        lines.append("| " + " | ".join((f"`{key}`", value, default, meaning)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _declared(name: str) -> dict[str, str]:
-    """The types of a part as they are written in the source."""
-    return {key: str(value) for key, value in getattr(s, name).__annotations__.items()}
+def _type(name: str) -> type:
+    """The type of a part, wherever it is written."""
+    return next(vars(home)[name] for home in (s, schedules, objectives, tunings) if name in vars(home))
 
 
-def _docstrings(name: str) -> dict[str, str]:
+def _bases(part: type) -> list[type]:
+    """A part and what it inherits keys from, those that are inherited first."""
+    return [base for base in reversed(part.__mro__) if issubclass(base, amounts.Part) and base is not amounts.Part]
+
+
+def _declared(part: type) -> dict[str, str]:
+    """The types of a part's keys as they are written in the source."""
+    return {key: str(value) for base in _bases(part) for key, value in base.__annotations__.items()}
+
+
+def _docstrings(part: type) -> dict[str, str]:
     """The text under each key in the source (a type's own description hides it in the schema)."""
-    body = ast.parse(inspect.getsource(getattr(s, name))).body[0].body  # type: ignore[attr-defined]
     out: dict[str, str] = {}
-    for here, following in itertools.pairwise(body):
-        if isinstance(here, ast.AnnAssign) and isinstance(following, ast.Expr):
-            out[ast.unparse(here.target)] = ast.literal_eval(following.value)
+    for base in _bases(part):
+        body = ast.parse(inspect.getsource(base)).body[0].body  # type: ignore[attr-defined]
+        for here, following in itertools.pairwise(body):
+            if isinstance(here, ast.AnnAssign) and isinstance(following, ast.Expr):
+                out[ast.unparse(here.target)] = ast.literal_eval(following.value)
     return out
 
 
@@ -184,8 +159,8 @@ def _default(node: dict[str, Any]) -> str:
     if "$ref" in node:
         return "as below"
     default = node["default"]
-    if isinstance(default, list) and default and isinstance(default[0], dict):
-        return "one `next-token`"
+    if isinstance(default, dict) and "kind" in default:
+        return f"`{default['kind']}`"
     text = json.dumps(default) if not isinstance(default, str) else default
     return f"`{text}`"
 
@@ -193,4 +168,4 @@ def _default(node: dict[str, Any]) -> str:
 if __name__ == "__main__":
     here = Path(__file__).parent
     (here / "stage.md").write_text(stage_reference())
-    (here / "stage.schema.json").write_text(s.json_schema() + "\n")
+    (here / "stage.schema.json").write_text(parsing.json_schema() + "\n")

@@ -43,7 +43,7 @@ class BlocksTuning(Part):
     embeddings: bool = False
     """What stands before the blocks moves too."""
     unfreeze_every: Length | None = None
-    """Begin with the task layer (without a new one: with the topmost block), and add the block below after each such length."""
+    """Begin with the task layer (a language model: with its topmost block), and add the block below after each such length."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> BlocksTuning:
