@@ -97,8 +97,7 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
             watch.over(block, hooks)
         with watch:
             body(**few_tokens(model))
-    within = Counter(module for stack in stacks for block in stack for module in block.modules())
-    seen = {block: one.sublayers(within) for block, one in watch.seen.items()}
+    seen = {block: one.sublayers() for block, one in watch.seen.items()}
     return [
         Block(names[block], block, watch.seen[block].width if block in seen else 0, seen.get(block, ()))
         for stack in stacks
@@ -222,18 +221,21 @@ class _Pass:
             return None
         return module if torch.equal(first.reshape(-1), read.reshape(-1)) else None
 
-    def close(self, output: object) -> None:
-        self.kept |= {t.data_ptr() for t in tree_leaves(output) if isinstance(t, Tensor)}
+    def close(self) -> None:
+        """Let all tensors go."""
         self.known.clear()
+        self.written.clear()
+        self.inside.clear()
 
-    def sublayers(self, within: Mapping[nn.Module, int]) -> tuple[Sublayer, ...]:
+    def sublayers(self) -> tuple[Sublayer, ...]:
         """What joined the stream, for each branch that has an end of its own.
 
-        Such a module ran once, and is `within` one block: at others one would meet more than this branch.
+        Such a module ran once: at others one would meet more than this branch. One that belongs to several blocks is
+        watched for each of them, and never counts as having run once.
         """
 
         def own(module: nn.Module | None) -> bool:
-            return module is not None and self.calls[module] == 1 and within[module] == 1
+            return module is not None and self.calls[module] == 1
 
         out: list[Sublayer] = []
         for added in self.sums:
@@ -247,7 +249,7 @@ class _Pass:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every operation while a block runs; of each block, its first pass is kept."""
+    """Sees every operation while a block runs; of each block, its last pass is kept."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,12 +269,12 @@ class _Watch(TorchDispatchMode):
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
-            if module not in self.seen and given:
+            if given:
                 self.now = self.seen[module] = _Pass(kwargs.get("hidden_states", given[0]), given)
 
-        def end(_module: nn.Module, _args: object, output: object) -> None:
+        def end(*_: object) -> None:
             if self.now is not None:
-                self.now.close(output)
+                self.now.close()
             self.now = None
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:

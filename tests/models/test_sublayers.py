@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
     AutoModel,
@@ -201,6 +203,54 @@ def test_an_entry_that_runs_twice_is_none() -> None:
     layer.mlp.up_proj = layer.mlp.gate_proj
     entries = {s.name: s.entry for s in blocks_of(model)[0].sublayers}
     assert entries == {ATTENTION: layer.self_attn.q_proj, FEED: None}
+
+
+def test_an_end_that_runs_twice_gives_way_to_the_one_before() -> None:
+    model = build("gpt-neox", "lm")
+    layer = model.gpt_neox.layers[0]
+    layer.post_mlp_dropout = layer.post_attention_dropout
+    outputs = {s.name: (s.output, s.index) for s in blocks_of(model)[0].sublayers}
+    assert outputs == {ATTENTION: (layer.attention, 0), FEED: (layer.mlp, None)}
+
+
+class Collected(nn.Module):
+    """A feed-forward part whose answer is added to a fresh tensor first, as experts' answers are."""
+
+    def __init__(self, fresh: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.fresh = nn.Linear(32, 32), fresh
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.fresh(hidden_BTD) + self.inner(hidden_BTD)
+
+
+@pytest.mark.parametrize("fresh", [torch.zeros_like, lambda x: x.new_zeros(x.shape)])
+def test_a_fresh_tensor_is_no_stream(fresh: Callable[[Tensor], Tensor]) -> None:
+    model = build("llama", "lm")
+    mlp = model.model.layers[0].mlp = Collected(fresh)
+    assert [s.output for s in blocks_of(model)[0].sublayers if s.name == FEED] == [mlp]
+
+
+@torch.library.custom_op("tests::packed_product", mutates_args=())
+def packed_product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight
+
+
+class Packed(nn.Module):
+    """A feed-forward part whose product is another library's, as that of quantised weights is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32, 32))
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return packed_product(hidden_BTD, self.weight)
+
+
+def test_products_of_other_libraries_count() -> None:
+    model = build("llama", "lm")
+    mlp = model.model.layers[0].mlp = Packed()
+    assert [(s.output, s.entry) for s in blocks_of(model)[0].sublayers if s.name == FEED] == [(mlp, mlp)]
 
 
 def test_a_model_without_blocks_has_none() -> None:
