@@ -146,6 +146,13 @@ def test_the_answers_with_their_ends_are_trained_and_nothing_else(contents: list
     assert whole(renderer, example).endswith(EOS)
 
 
+@pytest.mark.parametrize("name", ["chatml", "generation", "plain"])
+def test_all_answers_or_the_last(name: str) -> None:
+    example = chat(turns("q", "a", "r", "b"))
+    assert trained(ChatRenderer(TEMPLATES[name], SPECIAL), example) == [f"a{EOS}", f"b{EOS}"]
+    assert trained(ChatRenderer(TEMPLATES[name], SPECIAL, answers="last"), example) == [f"b{EOS}"]
+
+
 def test_without_an_eos_of_its_own_an_answer_ends_as_the_template_says() -> None:
     example = chat(turns("q", "a", "r", "b"))
     assert trained(ChatRenderer(TOOLS, SPECIAL), example) == ["a</assistant>\n", "b</assistant>\n"]

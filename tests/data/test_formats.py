@@ -223,7 +223,10 @@ def test_parquet_gives_the_same_examples_as_lines(tmp_path: Path) -> None:
     import pyarrow.parquet
 
     given = [
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "name": "x"}], "n": 1},
+        {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "name": "x"}],
+            "system": "s",
+        },
         {"messages": [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}], "n": 2},
     ]
     rows(tmp_path, *given)
@@ -231,6 +234,7 @@ def test_parquet_gives_the_same_examples_as_lines(tmp_path: Path) -> None:
     lines, table = (
         [example for example, _ in read_examples(source(tmp_path, name))] for name in ("a.jsonl", "a.parquet")
     )
+    assert lines[0].messages[0] == {"role": "system", "content": "s"}
     assert lines == table  # where a message has no name, Parquet says null
 
 
