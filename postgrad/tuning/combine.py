@@ -63,8 +63,8 @@ def combine(
     """Attach to `model` the one adapter that `parts` with their weights make.
 
     `rank`: of the sum, for the ways with svd (left out: the largest of the parts). `density`: the share of numbers that ties,
-    dare and pruning keep. `sign`: whether ties counts sizes or heads. `seed`: of what dare drops. Parts that are attached to
-    `model` are taken out. A weight that one part trained besides comes along as it is.
+    dare and pruning keep, below one. `sign`: whether ties counts sizes or heads. `seed`: of what dare drops. Parts that are
+    attached to `model` are taken out. A weight that one part trained besides comes along as it is.
 
     Raises `TuningError` for parts that cannot be summed: dora (its magnitudes are no summand), different ranks where A's are
     summed one by one, or the same weight trained besides by two of them.
@@ -81,6 +81,9 @@ def combine(
         torch.default_generator.manual_seed(seed)
         for name in dict.fromkeys(name for part, _ in matrices for name in part):
             here = [(part[name], weight) for part, weight in matrices if name in part]
+            if _prunes(how) and len(here) == 1:  # PEFT prunes nothing that stands alone
+                (a_RI, b_OR, _), _ = here[0]
+                here.append(((torch.zeros_like(a_RI), torch.zeros_like(b_OR), 1.0), 1.0))
             _check_ranks(name, [a_RI.shape[0] for (a_RI, _, _), _ in here], how)
             summed[name] = _summed(here, how, rank, density, sign)
     ranks = {name: a_RI.shape[0] for name, (a_RI, _) in summed.items()}
@@ -107,14 +110,18 @@ def _check(parts: Sequence[tuple[LowRank | Published, float]], how: str, density
             expected=", ".join(get_args(How)),
             way_out=nearest(how, get_args(How)),
         )
-    if not parts:
-        raise TuningError("there is nothing to combine", where="combine", expected="one adapter or more")
-    needs = how.startswith(("ties", "dare", "magnitude"))
-    if needs != (density is not None) or (density is not None and not 0.0 < density <= 1.0):
+    prunes = _prunes(how)
+    if len(parts) < 1 + prunes:
+        raise TuningError(
+            f"{how} of {len(parts)} adapters",
+            where="combine",
+            expected="two adapters or more, that could get in one another's way" if prunes else "one adapter or more",
+        )
+    if prunes != (density is not None) or (density is not None and not 0.0 < density < 1.0):
         raise TuningError(
             f"{how} with a density of {density}",
             where="combine",
-            expected="a share above 0 and at most 1" if needs else "no density: every number is kept",
+            expected="a share above 0 and below 1" if prunes else "no density: every number is kept",
         )
     for part, _ in parts:
         form = part.form if isinstance(part, LowRank) else part.options.get("form", "lora")
@@ -124,6 +131,10 @@ def _check(parts: Sequence[tuple[LowRank | Published, float]], how: str, density
                 where="combine",
                 way_out="merge it into its base, and combine the models",
             )
+
+
+def _prunes(how: str) -> bool:
+    return how.startswith(("ties", "dare", "magnitude"))
 
 
 def _check_ranks(name: str, ranks: Sequence[int], how: How) -> None:

@@ -36,10 +36,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError, nearest
+from postgrad.tuning.besides import Besides
 from postgrad.tuning.peft_folder import read_lora, write_lora
-from postgrad.tuning.quantised import Precision, is_quantised, quantise_blocks
+from postgrad.tuning.quantised import Precision, is_quantised, quantiser
 from postgrad.tuning.targets import is_transposed, resolve, short_names
-from postgrad.tuning.tuning import PeftFolder, Published, Tuning, freeze, take, trainable, unfreeze
+from postgrad.tuning.tuning import PeftFolder, Published, Tuning, take, trainable
 
 Form = Literal["lora", "rslora", "dora", "pissa"]
 T = TypeVar("T")
@@ -95,13 +96,10 @@ class LowRank(Tuning):
         ranks = _by_pattern(names, rank_pattern or {}, rank, "rank_pattern")
         alphas = _by_pattern(names, alpha_pattern or {}, self.alpha, "alpha_pattern")
         _check_layers(model, ranks, form, quantise)
-        self._requires_grad = {name: p.requires_grad for name, p in _parameters(model).items()}
-        freeze(model)
-        self.also = [_bare(name) for name in unfreeze(model, also)]
-        parameters = _parameters(model)
-        self._was = {name: parameters[name].detach().clone() for name in self.also}
-        if quantise is not None:
-            quantise_blocks(model, quantise)
+        hold = None if quantise is None else quantiser(model, quantise)
+        self.besides = Besides(model, also)
+        if hold is not None:
+            hold()
             self.notes.append(f"the blocks' linear layers are held in {quantise}")
         if any(type(module).__name__.endswith("Experts") for module in model.modules()):
             self.notes.append("the weights of experts are one tensor each, not linear layers, and stay as they are")
@@ -124,26 +122,24 @@ class LowRank(Tuning):
                     fan_in_fan_out=is_transposed(model.get_submodule(name)),
                 )
                 self._layers[name] = self._attach(name, config)
-        for name in self.also:
-            parameters[name].requires_grad_(True)
+        for parameter in self.besides.tensors().values():
+            parameter.requires_grad_(True)
         trainable(model)
 
     # -- what every tuning answers
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, the model answers as it did before this was attached, bit for bit; weights that move besides are back."""
+        """Inside, the model answers as it did before this was attached, bit for bit; a task's new layer stays as it is."""
         active = {name: layer.active_adapters for name, layer in self._layers.items()}
-        now = {name: parameter.detach().clone() for name, parameter in self._besides().items()}
         try:
             for name, layer in self._layers.items():
                 _activate(layer, [adapter for adapter in active[name] if adapter not in self._mine])
-            self._put(self._was)
-            yield
+            with self.besides.as_before():
+                yield
         finally:
             for name, layer in self._layers.items():
                 _activate(layer, active[name])
-            self._put(now)
 
     def state(self) -> dict[str, Tensor]:
         """`<layer>.lora_A.weight`, `<layer>.lora_B.weight`; `<layer>.lora_magnitude_vector` (dora); `<layer>.start_A.weight`
@@ -160,7 +156,7 @@ class LowRank(Tuning):
 
     def detach(self) -> None:
         """Take the adapters out, and give what moved besides its old values; a quantised base stays quantised."""
-        self._put(self._was)
+        self.besides.put_back()
         self._take_out()
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -193,7 +189,7 @@ class LowRank(Tuning):
             "alpha_pattern": {name: double * alpha for name, (_, alpha) in own.items() if alpha != self.alpha},
         }
         options |= {key: pattern for key, pattern in patterns.items() if pattern}
-        options |= {"also": self.also} if self.also else {}
+        options |= {"also": self.besides.names} if self.besides.names else {}
         options |= {"quantise": self.quantise} if self.quantise else {}
         return Published(options, _plain(self.state()))
 
@@ -255,17 +251,7 @@ class LowRank(Tuning):
             found[f"{name}.lora_B.weight"] = _weight(layer.lora_B, self.adapter)
             if self.form == "dora":
                 found[f"{name}.lora_magnitude_vector"] = _weight(layer.lora_magnitude_vector, self.adapter)
-        return found | self._starts | self._besides()
-
-    def _besides(self) -> dict[str, nn.Parameter]:
-        """The base's parameters that move besides the adapters."""
-        parameters = _parameters(self.model) if self.also else {}
-        return {name: parameters[name] for name in self.also}
-
-    def _put(self, values: Mapping[str, Tensor]) -> None:
-        """Give parameters that move besides these values; what autograd kept of them is right again once they are back."""
-        for name, parameter in self._besides().items():
-            parameter.data.copy_(values[name])
+        return found | self._starts | self.besides.tensors()
 
     def _take_out(self) -> None:
         """Take the adapters out of the layers, and let move what moved before they came."""
@@ -277,11 +263,8 @@ class LowRank(Tuning):
             if not layer.lora_A:
                 _replace(self.model, name, layer.base_layer)
         self._layers = {}
-        # What stands on me wants the base frozen, as it found it.
-        flags = self._requires_grad if on_top else {}
-        for name, parameter in _parameters(self.model).items():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+        if on_top:  # what stands on me wants the base frozen, as it found it
+            self.besides.give_back()
 
     def _check_merge(self) -> None:
         for name, layer in self._layers.items():
@@ -368,6 +351,12 @@ def _check_layers(model: PreTrainedModel, ranks: Mapping[str, int], form: Form, 
                 where="tuning.form",
                 way_out="merge the earlier adapter first, or take another form",
             )
+        if form == "dora" and (quantise == "int8" or getattr(_base(target).weight, "dtype", None) == torch.int8):
+            raise TuningError(
+                f"dora reads the weights at every step, and {name} in int8 loses its scales when it is read",
+                where="tuning.quantise",
+                way_out="take nf4, or another form",
+            )
         if form == "pissa" and (quantise or is_quantised(_base(target))):
             raise TuningError(
                 f"pissa starts from the singular directions of full weights, and {name} is quantised",
@@ -438,16 +427,6 @@ def _base(module: nn.Module) -> Any:
 
 
 # -- names
-
-
-def _bare(name: str) -> str:
-    """A parameter's name without the adapters around its layer."""
-    return name.replace(".base_layer.", ".")
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by the names that they have without adapters."""
-    return {_bare(name): parameter for name, parameter in model.named_parameters()}
 
 
 def _free_name(model: nn.Module) -> str:

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
+from postgrad.tuning.besides import Besides
 from postgrad.tuning.quantised import is_quantised
 from postgrad.tuning.targets import is_transposed, resolve, short_names
-from postgrad.tuning.tuning import PeftFolder, Published, Tuning, freeze, take, trainable, unfreeze
+from postgrad.tuning.tuning import PeftFolder, Published, Tuning, take, trainable
 
 ADAPTER = "osf"
 FACTORS = ("U_low", "S_low", "V_low")
@@ -67,11 +68,7 @@ class OrthogonalSubspace(Tuning):
         self.effective_rank = effective_rank
         names = resolve(model, targets, exclude)
         kept = {name: _kept(name, model.get_submodule(name), effective_rank) for name in names}
-        self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        freeze(model)
-        self.also = unfreeze(model, also)
-        parameters = dict(model.named_parameters())
-        self._was = {name: parameters[name].detach().clone() for name in self.also}
+        self.besides = Besides(model, also)
         self._layers: dict[str, _Layer] = {}
         for name in names:
             plain = model.get_submodule(name)
@@ -86,15 +83,13 @@ class OrthogonalSubspace(Tuning):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, the model answers as its base, bit for bit; weights that move besides are back."""
-        now = {name: parameter.detach().clone() for name, parameter in self._besides().items()}
+        """Inside, the model answers as its base, bit for bit; a task's new layer stays as it is."""
         try:
             self._switch(True)
-            self._put(self._was)
-            yield
+            with self.besides.as_before():
+                yield
         finally:
             self._switch(False)
-            self._put(now)
 
     def state(self) -> dict[str, Tensor]:
         """`<layer>.U_low` (O, L), `S_low` (L) and `V_low` (L, I), trained; `<layer>.start.*`, the same at the start; and
@@ -107,7 +102,7 @@ class OrthogonalSubspace(Tuning):
 
     def detach(self) -> None:
         """Put the plain layers back, and give what moved besides its old values."""
-        self._put(self._was)
+        self.besides.put_back()
         self._take_out()
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -137,13 +132,13 @@ class OrthogonalSubspace(Tuning):
             "kind": self.kind,
             "effective_rank": self.effective_rank,
             "targets": short_names(self.model, self._layers),
-            "also": list(self.also),
+            "also": self.besides.names,
         }
         return Published(options, self.state())
 
     def peft(self) -> PeftFolder | None:
         """The same in PEFT's format; None when weights of the base move besides."""
-        if self.also:
+        if self.besides.names:
             return None
         config = OSFConfig(
             effective_rank=self.effective_rank,
@@ -163,17 +158,7 @@ class OrthogonalSubspace(Tuning):
         found = {
             f"{name}.{own}": tensor for name, layer in self._layers.items() for own, tensor in layer.tensors().items()
         }
-        return found | self._besides()
-
-    def _besides(self) -> dict[str, nn.Parameter]:
-        """The base's parameters that move besides."""
-        parameters = dict(self.model.named_parameters()) if self.also else {}
-        return {name: parameters[name] for name in self.also}
-
-    def _put(self, values: Mapping[str, Tensor]) -> None:
-        """Give parameters that move besides these values; what autograd kept of them is right again once they are back."""
-        for name, parameter in self._besides().items():
-            parameter.data.copy_(values[name])
+        return found | self.besides.tensors()
 
     def _switch(self, off: bool) -> None:
         for layer in self._layers.values():
@@ -183,8 +168,7 @@ class OrthogonalSubspace(Tuning):
         for name, layer in self._layers.items():
             _replace(self.model, name, layer.base_layer)
         self._layers = {}
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
+        self.besides.give_back()
 
 
 class _Layer(Linear):

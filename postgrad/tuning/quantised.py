@@ -9,6 +9,7 @@ as T5's `wo`. Computing happens in the dtype of what comes in.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -22,32 +23,37 @@ from postgrad.tuning.targets import linear_layers
 Precision = Literal["nf4", "int8"]
 
 
-def quantise_blocks(model: PreTrainedModel, precision: Precision) -> None:
-    """Replace the blocks' linear layers by quantised ones, in place; those that are already are left alone.
+def quantiser(model: PreTrainedModel, precision: Precision) -> Callable[[], None]:
+    """What replaces the blocks' linear layers by quantised ones, in place; those that are already are left alone.
 
     Raises `MissingExtra` without the package bitsandbytes, `TuningError` for transposed layers (GPT-2's), for layers that
-    carry adapters, and when the model has no layer to quantise.
+    carry adapters, and when the model has no layer to quantise. Nothing has changed then.
     """
     if precision not in get_args(Precision):
         raise TuningError(f"'{precision}'", where="tuning.quantise", expected=" or ".join(get_args(Precision)))
     bits = _bitsandbytes()
     kept = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
-    layers = [layer for layer in linear_layers(model) if layer.ordinary and not kept & set(layer.name.split("."))]
-    for layer in layers:
+    plain: dict[str, nn.Linear] = {}
+    for layer in linear_layers(model):
+        if not layer.ordinary or kept & set(layer.name.split(".")) or is_quantised(layer.module):
+            continue
         if not isinstance(layer.module, nn.Linear):
             raise TuningError(
                 f"{layer.name} is a {type(layer.module).__name__}, which is not quantised",
                 where="tuning.quantise",
                 expected="plain linear layers without adapters",
             )
-    if not layers:
+        plain[layer.name] = layer.module
+    if not plain and not any(is_quantised(module) for module in model.modules()):
         raise TuningError(f"{type(model).__name__} has no layer to quantise", where="tuning.quantise")
     make = {"nf4": _four_bits, "int8": _eight_bits}[precision]
-    for layer in layers:
-        if not is_quantised(layer.module):
-            assert isinstance(layer.module, nn.Linear)
-            parent, _, leaf = layer.name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, make(bits, layer.module))
+
+    def quantise() -> None:
+        for name, layer in plain.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, make(bits, layer))
+
+    return quantise
 
 
 def is_quantised(layer: nn.Module) -> bool:
@@ -60,6 +66,8 @@ def _four_bits(bits: ModuleType, plain: nn.Linear) -> nn.Module:
     made = bits.nn.Linear4bit(
         plain.in_features, plain.out_features, plain.bias is not None, quant_type="nf4", device="meta"
     )
+    # On some CPUs it would pack its weights anew at the first answer, compute in bf16 from then on, and read back as others.
+    made.support_avx512bf16_for_cpu = False
     made.weight = bits.nn.Params4bit(
         plain.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
     )
