@@ -65,6 +65,11 @@ class Subject:
     options: dict[str, Any]
     """Those that the tuning was made with."""
 
+    @property
+    def attention(self) -> str | None:
+        """The attention implementation that a tuning in the model needs, if one does."""
+        return next((t.attention for t in (self.tuning, *self.opened.tunings) if t.attention), None)
+
     def counts(self) -> Counts:
         """Weights in the model, and those that move."""
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
@@ -146,7 +151,7 @@ def choose_execution(plan: Plan, subject: Subject, world: World) -> Execution:
     wishes = Wishes(
         dtype=compute.dtype,
         compile=compute.compile,
-        attention=subject.tuning.attention or compute.attention,
+        attention=subject.attention or compute.attention,
         activation_checkpointing=compute.activation_checkpointing,
         threads=compute.threads,
         micro=batch.micro,

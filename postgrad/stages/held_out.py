@@ -24,7 +24,7 @@ from postgrad.lineage.fingerprint import fingerprint
 from postgrad.objectives.decisions import Problem
 from postgrad.publish import write_atomically
 from postgrad.stages import stage as s
-from postgrad.stages.layouts import make_rows, objective_for, renderer_for
+from postgrad.stages.layouts import Demonstrated, make_rows, objective_for, renderer_for
 from postgrad.stages.leaves import Leaf, Progress, Wanted, files_of, store_of, wording_of
 from postgrad.stages.objectives import AnyObjective, ClassifyObjective, NextTokenObjective
 from postgrad.stages.reading import Reading
@@ -48,6 +48,7 @@ def held_out_sets(
     leaves: Sequence[Leaf],
     objectives: Sequence[AnyObjective],
     labels: Labels | None,
+    demonstrated: Demonstrated | None,
     seen: dict[str, dict[str, Any]],
     reading: Reading,
     cache: Path,
@@ -67,7 +68,7 @@ def held_out_sets(
         kind = source_kind(files)
         like = item.like or item.name
         _, objective = objective_for(like, kind, objectives, where)
-        renderer = renderer_for(objective, kind, reading, wording_of(given), labels)
+        renderer = renderer_for(objective, kind, reading, wording_of(given), labels, demonstrated)
         store = store_of(files, reading.encoder, cache, progress, stage.data.workers, renderer)
         sets.append(Chosen(item.name, role, store, np.arange(len(store)), objective, renderer))
         tables.append(np.asarray(store.documents))

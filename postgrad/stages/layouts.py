@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,12 +129,28 @@ class Wording:
     words: Mapping[str, str] = field(default_factory=dict)
 
 
+Demonstrated = Callable[[Renderer], Renderer]
+"""Makes a renderer that sets demonstrations before each example."""
+
+
 def renderer_for(
-    objective: AnyObjective, kind: str, reading: Reading, wording: Wording, labels: Labels | None
+    objective: AnyObjective,
+    kind: str,
+    reading: Reading,
+    wording: Wording,
+    labels: Labels | None,
+    demonstrated: Demonstrated | None = None,
 ) -> Renderer | None:
     """What puts rows of a kind into words for an objective; None for running text."""
     if kind in RUNNING:
         return None
+    renderer = _renderer(objective, kind, reading, wording, labels)
+    return demonstrated(renderer) if demonstrated else renderer
+
+
+def _renderer(
+    objective: AnyObjective, kind: str, reading: Reading, wording: Wording, labels: Labels | None
+) -> Renderer:
     plain = PlainRenderer(
         prompt=wording.prompt,
         answer=wording.answer,

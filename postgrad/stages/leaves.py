@@ -9,20 +9,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from postgrad.data.examples import Labels, Renderer
-from postgrad.data.formats import read_labels, source_kind
+import numpy as np
+
+from postgrad.data.demonstrations import Demonstrations
+from postgrad.data.examples import RUNNING, Example, Labels, Renderer
+from postgrad.data.formats import read_examples, read_labels, source_kind
 from postgrad.data.mixture import seen_weights
+from postgrad.data.rows import held_out_mask
 from postgrad.data.sources import HubRows
 from postgrad.data.sources import Source as Files
-from postgrad.data.store import TokenStore
+from postgrad.data.store import TokenStore, digest
 from postgrad.data.tokenize import Encoder, build_store
 from postgrad.errors import StageError
 from postgrad.lineage.record import PLAN, read_record, seen_so_far, with_stage
 from postgrad.models.pretrained import Start
 from postgrad.stages import stage as s
-from postgrad.stages.layouts import Wording, objective_for, renderer_for
+from postgrad.stages.layouts import Demonstrated, Wording, objective_for, renderer_for
 from postgrad.stages.objectives import AnyObjective, ClassifyObjective
 from postgrad.stages.reading import Reading
+from postgrad.stages.tunings import InstructionPrompt
 from postgrad.training.state import read_progress
 
 Progress = Callable[[str, int, int], None]
@@ -176,6 +181,7 @@ def make_leaves(
     wanted: Sequence[Wanted],
     objectives: Sequence[AnyObjective],
     labels: Labels | None,
+    demonstrated: Demonstrated | None,
     reading: Reading,
     cache: Path,
     progress: Progress | None,
@@ -183,14 +189,46 @@ def make_leaves(
     """Read and tokenise the sources."""
     leaves: list[Leaf] = []
     for item in wanted:
-        renderer = renderer_for(objectives[item.objective], item.kind, reading, item.wording, labels)
+        renderer = renderer_for(objectives[item.objective], item.kind, reading, item.wording, labels, demonstrated)
         store = store_of(item.files, reading.encoder, cache, progress, stage.data.workers, renderer)
-        held_out = item.held_out
-        if held_out is None:
-            named = stage.evaluation.retained if item.role == "replay" else stage.evaluation.learned
-            held_out = 0.0 if named else min(0.1, max(0.005, _HELD_OUT_DOCUMENTS / max(len(store), 1)))
-        leaves.append(Leaf(item, held_out, renderer, store))
+        leaves.append(Leaf(item, held_out_share(stage, item, len(store)), renderer, store))
     return leaves
+
+
+def held_out_share(stage: s.Stage, item: Wanted, documents: int) -> float:
+    """The share of a source's documents that is kept for evaluation."""
+    if item.held_out is not None:
+        return item.held_out
+    named = stage.evaluation.retained if item.role == "replay" else stage.evaluation.learned
+    return 0.0 if named else min(0.1, max(0.005, _HELD_OUT_DOCUMENTS / max(documents, 1)))
+
+
+def demonstrating(stage: s.Stage, wanted: Sequence[Wanted], reading: Reading) -> Demonstrated | None:
+    """What sets demonstrations before each example, when the stage's tuning asks for them: from the training rows alone.
+
+    Raises `StageError` when no source has examples.
+    """
+    if not isinstance(stage.tuning, InstructionPrompt):
+        return None
+    pool: list[Example] = []
+    for item in wanted:
+        if item.kind not in RUNNING:
+            found = [example for example, _ in read_examples(item.files)]
+            digests = np.array([digest(example.text.encode()) for example in found], np.uint64)
+            kept = ~held_out_mask(digests, held_out_share(stage, item, len(found)))
+            pool += [example for example, keep in zip(found, kept, strict=True) if keep]
+    if not pool:
+        raise StageError(
+            "no source has examples that could be demonstrations",
+            where="tuning.demonstrations",
+            expected="rows with answers, such as prompt and completion",
+        )
+    asked, seed = stage.tuning.demonstrations, stage.seed
+
+    def demonstrated(inner: Renderer) -> Renderer:
+        return Demonstrations(inner, pool, asked.count, asked.by, asked.tokens, reading.size, reading.vector, seed)
+
+    return demonstrated
 
 
 def leaves_of(leaves: Sequence[Leaf]) -> list[dict[str, Any]]:

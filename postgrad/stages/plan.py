@@ -21,7 +21,7 @@ from postgrad.objectives.decisions import Problem
 from postgrad.stages import stage as s
 from postgrad.stages.held_out import as_read, held_out_sets, overlaps
 from postgrad.stages.layouts import make_rows, objectives_for, task_for
-from postgrad.stages.leaves import Leaf, Progress, labels_for, make_leaves, seen_by, wanted_sources
+from postgrad.stages.leaves import Leaf, Progress, demonstrating, labels_for, make_leaves, seen_by, wanted_sources
 from postgrad.stages.objectives import AnyObjective
 from postgrad.stages.order import make_order
 from postgrad.stages.rates import make_schedule
@@ -140,8 +140,11 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         task = "tag"
     reading = make_reading(task, start, tokenizer, encoder, length=length, seed=stage.seed, tuning=stage.tuning)
     problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
-    leaves = make_leaves(stage, wanted, objectives, labels, reading, cache, progress)
-    chosen, tables = held_out_sets(stage, root, leaves, objectives, labels, seen, reading, cache, progress, notes)
+    demonstrated = demonstrating(stage, wanted, reading)
+    leaves = make_leaves(stage, wanted, objectives, labels, demonstrated, reading, cache, progress)
+    chosen, tables = held_out_sets(
+        stage, root, leaves, objectives, labels, demonstrated, seen, reading, cache, progress, notes
+    )
     if stage.max_forgetting is not None and not any(h.role == "retained" for h in chosen):
         raise _no_gate()  # a replay source so small that nothing of it fell into the held-out share
     most, spare = stage.evaluation.max_tokens, len(reading.before)

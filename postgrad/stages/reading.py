@@ -13,7 +13,7 @@ from postgrad.data.frame import Frame
 from postgrad.data.template import Template
 from postgrad.data.tokenize import Encoder
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import Start, Task
+from postgrad.models.pretrained import Start, Task, load, table_of, task_of
 from postgrad.stages.tunings import AnyTuning, InstructionPrompt, PromptTuning, PTuning
 from postgrad.tuning.opened import Sitting
 
@@ -25,6 +25,7 @@ class Reading:
     """What rows need to know of a model and its tokenizer."""
 
     task: Task
+    start: Start
     tokenizer: PreTrainedTokenizerBase
     config: Any
     encoder: Encoder
@@ -127,6 +128,20 @@ class Reading:
                 return int(token)
         raise ModelError("the configuration names no decoder_start_token_id", where="model")
 
+    def size(self, text: str) -> int:
+        """How many tokens a text has."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def vector(self, text: str) -> np.ndarray:
+        """The mean of the input embeddings of a text's tokens, of shape (D,)."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._table_VD[ids].mean(0) if ids else np.zeros(self._table_VD.shape[1], np.float32)
+
+    @cached_property
+    def _table_VD(self) -> np.ndarray:
+        model = load(self.start, task_of(self.start.plain)).model
+        return table_of(model).detach().numpy().copy()
+
     @property
     def types(self) -> bool:
         """Whether the model tells two texts apart by token types."""
@@ -148,6 +163,7 @@ def make_reading(
     first = encoder.vocabulary + len(left)
     return Reading(
         task,
+        start,
         tokenizer,
         AutoConfig.from_pretrained(start.source),
         encoder,
