@@ -33,9 +33,9 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     """Make the texts and the base model, train both arms, and write the page that compares them."""
     from postgrad.reports import page, tables
     from postgrad.screen import screen_for, watch
+    from postgrad.stages.parsing import load_stage
     from postgrad.stages.plan import make_plan
     from postgrad.stages.run import Finished, run_stage
-    from postgrad.stages.parsing import load_stage
     from postgrad.training.meters import read_metrics
 
     begun = time.perf_counter()

@@ -21,6 +21,7 @@ from torch.nn import functional
 from postgrad.data.batch import Batch, collate
 from postgrad.data.rows import IGNORED
 from postgrad.evaluation.held_out import AnyHeldOut
+from postgrad.evaluation.metrics import measured
 from postgrad.lineage.forgetting import FEWEST_DOCUMENTS, bootstrap
 from postgrad.models.model import Model, Output
 
@@ -42,6 +43,8 @@ class Scores:
     said_I: np.ndarray = field(default_factory=lambda: np.empty(0))
     meant_I: np.ndarray = field(default_factory=lambda: np.empty(0))
     item_I: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    problem: str = ""
+    """What a classifier decided; empty for anything else."""
 
     @property
     def units(self) -> str:
@@ -63,11 +66,16 @@ class Scores:
         """Mean nats per scored label."""
         return float(self.nats_W.sum() / max(self.tokens_W.sum(), 1))
 
-    def summary(self) -> dict[str, float | int]:
-        """Nats per token with its 95 % interval, perplexity, bits per byte, and what was counted."""
+    def summary(self) -> dict[str, Any]:
+        """Nats per token with its 95 % interval, perplexity, bits per byte, and what was counted.
+
+        Of a classifier also its `metrics`, each with its interval.
+        """
         nats, tokens = self.per_unit()
         low, high = bootstrap(nats, tokens)
+        right = {"metrics": measured(self.problem, self.said_I, self.meant_I, self.item_I)} if len(self.said_I) else {}
         return {
+            **right,
             "nats": self.nats,
             "low": low,
             "high": high,
@@ -129,6 +137,7 @@ def score(
         said_I=np.concatenate([said for said, _ in answered]) if answered else np.empty(0),
         meant_I=np.concatenate([meant for _, meant in answered]) if answered else np.empty(0),
         item_I=np.repeat(document_W, [len(said) for said, _ in answered]) if answered else np.empty(0, np.int64),
+        problem=held_out.task if answered else "",
     )
 
 

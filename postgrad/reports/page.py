@@ -445,6 +445,10 @@ def _facts(record: Mapping[str, object], curves: Curves) -> str:
         facts.append(("from", plain(masked(model["start"]), 80)))
     if number(model.get("parameters")) is not None:
         facts.append(("parameters", compact(model["parameters"])))
+    kind = plain(mapping(mapping(record.get("stage")).get("tuning")).get("kind"), 30)
+    moving, all_ = number(model.get("trainable")), number(model.get("parameters"))
+    if kind and moving is not None and all_ and moving < all_:
+        facts.append(("tuning", f"{kind}, {compact(moving)} of them move"))
     if tokens is not None:
         facts.append(("trained tokens", compact(tokens)))
     elif number(plan.get("tokens")) is not None:
@@ -564,7 +568,8 @@ def _result(record: Mapping[str, object]) -> str:
         " interval that does not contain zero is evidence of a change. <b>Share of range</b> is the"
         " difference as a share of the range from the loss before to that of a uniform guess, ln V.</p>",
     )
-    return tables.score_table(record).html() + reading + _pair(*plots)
+    decisions = tables.metrics_table(record)
+    return tables.score_table(record).html() + (decisions.html() if decisions else "") + reading + _pair(*plots)
 
 
 def _retention(record: Mapping[str, object], curves: Curves) -> str:

@@ -345,6 +345,33 @@ def score_table(record: Mapping[str, object], brief: bool = False) -> Table:
     return Table("Loss on held-out text before and after", columns, tuple(body), notes)
 
 
+def metrics_table(record: Mapping[str, object]) -> Table | None:
+    """How often a classifier is right on each held-out set, before and after; None when nothing was classified."""
+    scores = mapping(record.get("scores"))
+    before, after = mapping(scores.get("before")), mapping(scores.get("after"))
+    body = []
+    for name in set_names(record):
+        was, now = (mapping(mapping(side.get(name)).get("metrics")) for side in (before, after))
+        for metric in now:
+            then, here = mapping(was.get(metric)), mapping(now.get(metric))
+            body.append(
+                (
+                    words(name),
+                    words(metric),
+                    level(then.get("value")),
+                    level(here.get("value")),
+                    Cell((Number(f"{fixed(here.get('low'))} to {fixed(here.get('high'))}", None),)),
+                )
+            )
+    if not body:
+        return None
+    columns = (
+        Column("set", words=True), Column("metric", words=True), Column("before"), Column("after"), Column("95 %"),
+    )  # fmt: skip
+    notes = ("The interval is that of the value after, over resampled examples.",)
+    return Table("Decisions on held-out examples", columns, tuple(body), notes)
+
+
 def retained(record: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
     return _of_role(record, "retained")
 

@@ -13,6 +13,9 @@ def outcome_text(outcome: Finished) -> str:
     record, place = outcome.record, outcome.place
     lines = ["this stage was already complete", ""] if outcome.already else [""]
     lines.append(tables.score_table(record, brief=True).text())
+    decisions = tables.metrics_table(record)
+    if decisions:
+        lines += ["", decisions.text()]
     gate = record.get("gate")
     if gate:
         worst = gate["worst"]
@@ -22,5 +25,6 @@ def outcome_text(outcome: Finished) -> str:
             f"(upper end {worst['high']:+.2%}), allowed {gate['max_forgetting']:.2%}"
         )
     lines += ["", f"model:  {place / MODEL}", f"report: {place / REPORT}"]
-    verb = "generate" if record["status"] == "finished" else "lineage"
+    writes = record["model"].get("task", "causal") in ("causal", "text-to-text")
+    verb = "generate" if record["status"] == "finished" and writes else "lineage"
     return "\n".join([*lines, f"next: {shlex.join(['postgrad', verb, str(place)])}"])

@@ -168,7 +168,8 @@ def _renderer(
     if chats and reading.task == "causal" and wording.prompt is None:
         template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        return ChatRenderer(template, special, turn=plain)
+        answers = objective.answers if isinstance(objective, NextTokenObjective) else "all"
+        return ChatRenderer(template, special, answers, plain)
     return plain
 
 

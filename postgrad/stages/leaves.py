@@ -13,13 +13,13 @@ import numpy as np
 
 from postgrad.data.demonstrations import Demonstrations
 from postgrad.data.examples import RUNNING, Example, Labels, Renderer
-from postgrad.data.formats import read_examples, read_labels, source_kind
+from postgrad.data.formats import read_examples, source_kind
 from postgrad.data.mixture import seen_weights
 from postgrad.data.rows import held_out_mask
 from postgrad.data.sources import HubRows
 from postgrad.data.sources import Source as Files
 from postgrad.data.store import TokenStore, digest
-from postgrad.data.tokenize import Encoder, build_store
+from postgrad.data.tokenize import Encoder, build_store, labels_of
 from postgrad.errors import StageError
 from postgrad.lineage.record import PLAN, read_record, seen_so_far, with_stage
 from postgrad.models.pretrained import Start
@@ -135,7 +135,7 @@ def wanted_sources(
     return out
 
 
-def labels_for(wanted: Sequence[Wanted], objectives: Sequence[AnyObjective]) -> Labels | None:
+def labels_for(wanted: Sequence[Wanted], objectives: Sequence[AnyObjective], cache: Path) -> Labels | None:
     """What a classifier of this stage decides between; None when there is no classifier.
 
     Raises `StageError` when sources are labelled in different ways, `DataError` for labels that do not go together.
@@ -146,7 +146,7 @@ def labels_for(wanted: Sequence[Wanted], objectives: Sequence[AnyObjective]) -> 
         objective = objectives[item.objective]
         if isinstance(objective, ClassifyObjective):
             asked = objective
-            found[item.name] = read_labels(item.files)
+            found[item.name] = labels_of([item.files], cache)
     if asked is None:
         return None
     problems = {labels.problem: name for name, labels in found.items()}

@@ -62,7 +62,12 @@ def read_scores(path: Path) -> AllScores:
     """What `write_scores` wrote."""
     with np.load(path, allow_pickle=False) as stored:
         names = sorted({key.rsplit("/", 1)[0] for key in stored.files})
-        return {name: Scores(**{f.name: stored[f"{name}/{f.name}"] for f in fields(Scores)}) for name in names}
+        return {name: Scores(**{f.name: _value(stored[f"{name}/{f.name}"]) for f in fields(Scores)}) for name in names}
+
+
+def _value(stored: np.ndarray) -> Any:
+    """An array, or the text that was written as one."""
+    return str(stored) if stored.dtype.kind == "U" else stored
 
 
 def change(before: Scores, after: Scores, vocabulary: int) -> Change:

@@ -26,6 +26,8 @@ class NextTokenObjective(Objective):
     kind: Literal["next-token"]
     train_on: Literal["answers", "all"] = "answers"
     """Of rows that have answers (chats, instructions, completions): only those, or every token. Text is trained whole."""
+    answers: Literal["all", "last"] = "all"
+    """Of a conversation: every answer, or the last one alone, which asks less of a chat template."""
     too_long: Literal["cut-context", "cut-end", "drop"] = "cut-context"
     """What becomes of an example longer than a row; what is cut or dropped is counted."""
 

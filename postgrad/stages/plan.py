@@ -134,7 +134,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     seen = seen_by(start)
     notes: list[str] = []
     wanted = wanted_sources(stage, objectives, root, seen)
-    labels = labels_for(wanted, objectives)
+    labels = labels_for(wanted, objectives, cache)
     task = task_for(objectives, start)
     if labels and labels.problem == "tags":
         task = "tag"

@@ -81,7 +81,8 @@ class AdapterTuning(Also):
     """The bottleneck is the model's width divided by this ..."""
     size: Positive | None = None
     """... or so wide."""
-    activation: str = "swish"
+    activation: str | None = None
+    """Left out: as published, swish for houlsby, else relu."""
     """The nonlinearity in the bottleneck, by the name that transformers has for it."""
     scale: Annotated[float, Field(gt=0)] | None = None
     """What an adapter's output is multiplied by; left out: 4 for parallel, else 1."""

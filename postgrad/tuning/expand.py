@@ -234,7 +234,7 @@ def _growth(model: PreTrainedModel, plans: Mapping[str, list[Slot]]) -> tuple[li
 
 def _empty(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """What transformers makes of a configuration, without weights."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.device("meta"):
         return type(model)(copy.deepcopy(config))
 
 

@@ -102,9 +102,6 @@ def prefixed(
     queries, keys = query.shape[2], key.shape[2]
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and queries > 1 and attention_mask is None
-    if causal and keys > queries:  # a static cache that is still empty behind the queries
-        keys, key, value = queries, key[:, :, :queries], value[:, :, :queries]
-        position_bias = None if position_bias is None else position_bias[..., :queries]
     mine = [share.read(key, value) for share in shares]
     key, value = torch.cat([*(k for k, _ in mine), key], 2), torch.cat([*(v for _, v in mine), value], 2)
     more = key.shape[2] - keys
@@ -116,6 +113,7 @@ def prefixed(
         seen = torch.ones(queries, more + keys, dtype=torch.bool, device=query.device).tril(more)
         attention_mask = seen[None, None]
     elif causal:
+        # `sdpa` itself cuts off the keys that a static cache has no tokens for yet.
         query = pad(query, (0, 0, more, 0))
     out, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, is_causal=causal, position_bias=position_bias, **kwargs
@@ -164,8 +162,8 @@ def implementations_of(model: PreTrainedModel) -> Implementations:
 def attend_by(implementations: Implementations) -> None:
     """Make every part of a model attend in its way."""
     for config, implementation in implementations:
-        # A plain name would be handed down to the parts, which have entries of their own.
-        config._attn_implementation = {"": implementation}
+        # A whole hands its own down to its parts, whose entries come after it.
+        config._attn_implementation = implementation
 
 
 def all_by(model: PreTrainedModel, implementation: str) -> Implementations:
