@@ -82,8 +82,7 @@ class AdapterTuning(Also):
     size: Positive | None = None
     """... or so wide."""
     activation: str | None = None
-    """Left out: as published, swish for houlsby, else relu."""
-    """The nonlinearity in the bottleneck, by the name that transformers has for it."""
+    """The nonlinearity in the bottleneck, as transformers calls it; left out: as published, swish for houlsby, else relu."""
     scale: Annotated[float, Field(gt=0)] | None = None
     """What an adapter's output is multiplied by; left out: 4 for parallel, else 1."""
     dropout: Dropout = 0.0
