@@ -24,6 +24,7 @@ from transformers import (
     GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaForCausalLM,
     MBartConfig,
     MBartForConditionalGeneration,
     PreTrainedModel,
@@ -232,6 +233,14 @@ def test_blocks_know_their_new_places_and_the_cache_has_as_many(family: str) -> 
         assert torch.equal(own.layers[2 * i].keys, layer.keys), "an old block's keys are in another place of the cache"
 
 
+@pytest.mark.parametrize("family", GROWS)
+def test_blocks_go_by_the_models_own_configuration(family: str) -> None:
+    model = build(family, "lm")
+    known = {id(m.config) for m in model.modules() if hasattr(m, "config")}
+    attach(model)
+    assert {id(m.config) for m in model.modules() if hasattr(m, "config")} == known
+
+
 def test_kinds_of_attention_stay_with_their_blocks() -> None:
     model = build("gemma2", "lm")
     assert model.config.layer_types == ["sliding_attention", "full_attention"]
@@ -242,9 +251,7 @@ def test_kinds_of_attention_stay_with_their_blocks() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_new_blocks_are_silent_under_dropout_too(family: str) -> None:
-    config: Any = EVERY[family].config()
-    config.update({"attention_dropout": 0.3, "dropout_rate": 0.3, "resid_pdrop": 0.3})
-    model = EVERY[family].classes["lm"].from_config(config).train()
+    model = with_dropout(family).train()
     attach(model)
     inputs = few_tokens(model)
     for stack in stacks_of(model):
@@ -257,6 +264,12 @@ def test_new_blocks_are_silent_under_dropout_too(family: str) -> None:
             assert torch.equal(new.watch.output, old.watch.output)
 
 
+def with_dropout(family: str) -> PreTrainedModel:
+    config: Any = EVERY[family].config()
+    config.update({"attention_dropout": 0.3, "dropout_rate": 0.3})
+    return EVERY[family].classes["lm"].from_config(config)
+
+
 class Seen:
     """Remembers what a module gave."""
 
@@ -267,7 +280,7 @@ class Seen:
 
 
 def test_attaching_draws_nothing_and_leaves_modes_alone() -> None:
-    model = build("llama", "lm").train()
+    model: Any = with_dropout("llama").train()
     model.model.layers[0].eval()
     state = torch.get_rng_state()
     attach(model)
@@ -381,7 +394,28 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], str]] = 
     ),
     "attention scaled by the block's number": (lambda: scaled_by_number(), {"positions": [0]}, "another kind .scaling"),
     "another depth than its configuration says": (lambda: cut_short(), {}, "not what its configuration makes"),
+    "a weight for each block": (lambda: WeightForEachBlock(EVERY["llama"].config()), {}, "weights is not as in"),
+    "answers that go by depth": (lambda: averaged_over_blocks(), {}, "answers differently with silent blocks"),
 }
+
+
+class WeightForEachBlock(LlamaForCausalLM):
+    """Has a vector as long as the model is deep."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.weights = nn.Parameter(torch.ones(config.num_hidden_layers))
+
+
+def averaged_over_blocks() -> PreTrainedModel:
+    model = build("llama", "lm")
+
+    def average(body: Any, _inputs: object, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state / len(body.layers)
+        return output
+
+    model.model.register_forward_hook(average)
+    return model
 
 
 def scaled_by_number() -> PreTrainedModel:
