@@ -29,6 +29,10 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Base = Annotated[
+    str | None,
+    typer.Option(help="The model that a tuning's folder sits on, when it is not where that says.", show_default=False),
+]
 StageFile = Annotated[Path, typer.Argument(help="The stage file (YAML).", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, as many as you like.", show_default=False)]
 
@@ -120,13 +124,16 @@ def evaluate(
         str, typer.Option(help="What a document is in a text file: auto, file, passages, paragraphs, lines.")
     ] = "auto",
     column: Annotated[str | None, typer.Option(help="The column that holds the text.", show_default=False)] = None,
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Score any causal model on text: nats per token, perplexity, bits per byte, with intervals."""
+    """Score any language model on text: nats per token, perplexity, bits per byte, with intervals."""
     needs_training()
     from postgrad.stages.score import evaluate_files
 
-    found = evaluate_files(model, files, context=context, documents=documents, column=column, cache=cache_folder())
+    found = evaluate_files(
+        model, files, context=context, documents=documents, column=column, base=base, cache=cache_folder()
+    )
     _print(found, as_json, found.pop("text"))
 
 
@@ -190,13 +197,14 @@ def generate(
     beside: Annotated[
         str | None, typer.Option(help="A second model that goes on from the same text.", show_default=False)
     ] = None,
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Let a model write; with --beside, two of them."""
     needs_training()
     from postgrad.stages.write import chat, write_once
 
-    options = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    options = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "base": base}
     models = [model, beside] if beside else [model]
     if prompt is None:
         chat(models, **options)
@@ -212,13 +220,14 @@ def export(
         Path, typer.Argument(help="The Hugging Face folder to make; must not exist.", show_default=False)
     ],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as it is stored).")] = "auto",
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Make a plain Hugging Face folder, and check that plain transformers reads the same logits from it."""
     needs_training()
     from postgrad.stages.write import export_model
 
-    found = export_model(run, folder, dtype)
+    found = export_model(run, folder, dtype, base)
     _print(found, as_json, found.pop("text"))
 
 

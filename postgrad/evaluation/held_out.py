@@ -42,6 +42,7 @@ class HeldOut:
     """Positions that each window leaves free: as many as a soft prompt takes in the model it is compared with."""
     task: str = "text"
     pad: int = 0
+    words: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -79,7 +80,7 @@ class HeldOut:
 
     def pieces(self, context: int) -> Iterator[Piece]:
         """The windows of every document as rows."""
-        room = context - max(len(self.before), self.spare)
+        room = context - len(self.before) - self.spare
         for i, document in enumerate(self.documents):
             for window in windows(len(document), room, i):
                 ids = behind_bos(document[window.begin : window.end], self.before, self.bos)
@@ -110,6 +111,8 @@ class HeldOutRows:
     """What the rows have before their text; it tells one reading of them from another."""
     pad: int = 0
     """What short rows are filled up with."""
+    words: tuple[int, ...] = ()
+    """Of a task that is answered by one of several words: their tokens."""
 
     def __len__(self) -> int:
         return len(self.bytes)

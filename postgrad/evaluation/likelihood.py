@@ -120,7 +120,7 @@ def score(
         for index in range(rank, len(batches), ranks):
             rows = [pieces[i].row for i in batches[index]]
             batch = collate(rows, [0] * len(rows), pad=held_out.pad).to(device)
-            parts.append((index, _judged(model(**batch.inputs), batch, held_out.task)))
+            parts.append((index, _judged(model(**batch.inputs), batch, held_out)))
     model.train(was_training)
     nats_W = np.zeros(len(pieces))
     items: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -137,7 +137,7 @@ def score(
         said_I=np.concatenate([said for said, _ in answered]) if answered else np.empty(0),
         meant_I=np.concatenate([meant for _, meant in answered]) if answered else np.empty(0),
         item_I=np.repeat(document_W, [len(said) for said, _ in answered]) if answered else np.empty(0, np.int64),
-        problem=held_out.task if answered else "",
+        problem=("class" if held_out.words else held_out.task) if answered else "",
     )
 
 
@@ -153,16 +153,31 @@ def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]
         yield group
 
 
-def _judged(output: Output, batch: Batch, task: str) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+def _judged(
+    output: Output, batch: Batch, held_out: AnyHeldOut
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
     """Each row's nats, and of a classifier what it said and what was meant, item by item."""
     if output.head is not None:
         nats_BT = token_nats(output.hidden, batch.labels, output.head.logits)
-        return nats_BT.double().sum(1).cpu().numpy(), []
+        answers = _worded(output, batch, held_out.words) if held_out.words else []
+        return nats_BT.double().sum(1).cpu().numpy(), answers
     count = len(batch.labels)
-    losses, said = _decided(output.hidden.float(), batch.labels, task)
+    losses, said = _decided(output.hidden.float(), batch.labels, held_out.task)
     losses, said, meant = (t.reshape(count, -1).cpu().numpy() for t in (losses, said, batch.labels))
     answers = [(s[m != IGNORED], m[m != IGNORED]) for s, m in zip(said, meant, strict=True)]
     return losses.sum(1), answers
+
+
+def _worded(output: Output, batch: Batch, words: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each row the likeliest of some words where its one label is, and the label, as numbers of the words."""
+    assert output.head is not None
+    place_B = (batch.labels != IGNORED).int().argmax(1)
+    rows_B = torch.arange(len(place_B), device=place_B.device)
+    tokens_W = torch.tensor(words, device=place_B.device)
+    logits_BW = output.head.logits(output.hidden[rows_B, place_B])[:, tokens_W]
+    meant_B = (batch.labels[rows_B, place_B][:, None] == tokens_W).int().argmax(1)
+    said, meant = logits_BW.argmax(1).cpu().numpy(), meant_B.cpu().numpy()
+    return [(said[i : i + 1], meant[i : i + 1]) for i in range(len(said))]
 
 
 def _decided(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:

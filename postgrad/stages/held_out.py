@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from postgrad.lineage.fingerprint import fingerprint
 from postgrad.objectives.decisions import Problem
 from postgrad.publish import write_atomically
 from postgrad.stages import stage as s
-from postgrad.stages.layouts import Demonstrated, make_rows, objective_for, renderer_for
+from postgrad.stages.layouts import Demonstrated, make_rows, objective_for, renderer_for, verbalisers
 from postgrad.stages.leaves import Leaf, Progress, Wanted, files_of, store_of, wording_of
-from postgrad.stages.objectives import AnyObjective, ClassifyObjective, NextTokenObjective
+from postgrad.stages.objectives import AnyObjective, ClassifyObjective, MaskedObjective, NextTokenObjective
 from postgrad.stages.reading import Reading
 
 
@@ -40,6 +40,8 @@ class Chosen:
     documents: np.ndarray
     objective: AnyObjective
     renderer: Renderer | None
+    words: Mapping[str, str] = field(default_factory=dict)
+    """How labels are said."""
 
 
 def held_out_sets(
@@ -70,7 +72,7 @@ def held_out_sets(
         _, objective = objective_for(like, kind, objectives, where)
         renderer = renderer_for(objective, kind, reading, wording_of(given), labels, demonstrated)
         store = store_of(files, reading.encoder, cache, progress, stage.data.workers, renderer)
-        sets.append(Chosen(item.name, role, store, np.arange(len(store)), objective, renderer))
+        sets.append(Chosen(item.name, role, store, np.arange(len(store)), objective, renderer, given["words"]))
         tables.append(np.asarray(store.documents))
     for leaf in leaves:
         if not leaf.held_out:
@@ -95,7 +97,8 @@ def held_out_sets(
                 "it is not measured (a text file can be cut into more documents with `documents: passages`)"
             )
             continue
-        sets.append(Chosen(name, role, leaf.store, chosen, objectives[leaf.wanted.objective], leaf.renderer))
+        objective, words = objectives[leaf.wanted.objective], leaf.wanted.wording.words
+        sets.append(Chosen(name, role, leaf.store, chosen, objective, leaf.renderer, words))
         tables.append(table[chosen])
     if not sets:
         raise StageError(
@@ -203,7 +206,8 @@ def _rows(chosen: Chosen, reading: Reading, limit: int, notes: list[str], proble
     order = np.argsort(table["digest"], kind="stable")
     most = int(np.searchsorted(np.cumsum(table["tokens"][order]), limit)) + 1
     part = Part(chosen.store, chosen.documents[order[:most]])
-    rows = make_rows(chosen.objective, part, reading, problem=problem, together=False)
+    rows = make_rows(chosen.objective, part, reading, problem=problem, together=False, words=chosen.words)
+    cloze = isinstance(chosen.objective, MaskedObjective) and chosen.store.kind == "labelled"
     if not len(rows):
         raise DataError(
             f"no document of the held-out set '{chosen.name}' can be scored",
@@ -239,6 +243,7 @@ def _rows(chosen: Chosen, reading: Reading, limit: int, notes: list[str], proble
         tuple(str(label) for label in labels),
         reading.frame.before,
         reading.pad,
+        tuple(verbalisers(part, reading, chosen.words)) if cloze else (),
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from postgrad.data.chat import ChatRenderer
 from postgrad.data.examples import RUNNING, Labels, Renderer
-from postgrad.data.labelled import LabelledRows, TaggedRows
+from postgrad.data.labelled import ClozeRows, LabelledRows, TaggedRows
 from postgrad.data.masked import MaskedRows
 from postgrad.data.pack import PackedRows
 from postgrad.data.pairs import PairRows
@@ -38,7 +39,7 @@ from postgrad.tuning.opened import task_at
 _ANSWERED = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "choices")
 SERVES: dict[str, tuple[str, ...]] = {
     "next-token": (*RUNNING, *_ANSWERED),
-    "masked": RUNNING,
+    "masked": (*RUNNING, "labelled"),
     "span-corruption": RUNNING,
     "text-to-text": (*RUNNING, *_ANSWERED),
     "classify": ("labelled", "tagged"),
@@ -157,7 +158,7 @@ def _renderer(
         words=wording.words,
         separate=reading.task == "text-to-text",
     )
-    if isinstance(objective, ClassifyObjective):
+    if isinstance(objective, ClassifyObjective | MaskedObjective):
         assert labels is not None
         if kind == "tagged":
             return TagRenderer(labels)
@@ -183,8 +184,12 @@ def make_rows(
     most: int | None = None,
     problem: Problem = "class",
     together: bool = True,
+    words: Mapping[str, str] = MappingProxyType({}),
 ) -> Rows:
-    """The rows of a store for an objective, as a model reads them. `together=False`: no two documents in a row."""
+    """The rows of a store for an objective, as a model reads them. `together=False`: no two documents in a row.
+
+    `words` say the labels of rows that are answered at the mask of a template.
+    """
     common: dict[str, Any] = {"held_out": held_out, "excluded": excluded, "max_document_tokens": most}
     framed: dict[str, Any] = {**common, "frame": reading.frame, "lead": reading.lead}
     match objective:
@@ -201,6 +206,10 @@ def make_rows(
                 too_long=objective.too_long,
                 together=together,
                 **framed,
+            )
+        case MaskedObjective() if store.marks(0) is not None:
+            return ClozeRows(
+                store, reading.length, mask_id=reading.mask, verbalisers=verbalisers(store, reading, words), **framed
             )
         case MaskedObjective():
             return MaskedRows(
@@ -240,6 +249,25 @@ def make_rows(
             if problem == "tags":
                 return TaggedRows(store, reading.length, **framed)
             return LabelledRows(store, reading.length, kind=problem, types=reading.types, **framed)
+
+
+def verbalisers(store: TokenStore | Part, reading: Reading, words: Mapping[str, str]) -> list[int]:
+    """A token for each label: what a masked language model is to say at the mask.
+
+    Raises `StageError` for a label without a word, and for a word of several tokens.
+    """
+    out: list[int] = []
+    for label in store.labels or ():
+        word = words.get(str(label), str(label))
+        ids = reading.tokenizer(word, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or ids[0] == reading.tokenizer.unk_token_id:
+            raise StageError(
+                f"the word '{word}' for the label '{label}' is not one token of this tokenizer",
+                where="data.sources.words",
+                expected="a word of one token for each label",
+            )
+        out.append(int(ids[0]))
+    return out
 
 
 def _without_eos(reading: Reading) -> Any:

@@ -25,7 +25,7 @@ from postgrad.lineage.record import PLAN, read_record, seen_so_far, with_stage
 from postgrad.models.pretrained import Start
 from postgrad.stages import stage as s
 from postgrad.stages.layouts import Demonstrated, Wording, objective_for, renderer_for
-from postgrad.stages.objectives import AnyObjective, ClassifyObjective
+from postgrad.stages.objectives import AnyObjective, ClassifyObjective, MaskedObjective
 from postgrad.stages.reading import Reading
 from postgrad.stages.tunings import InstructionPrompt
 from postgrad.training.state import read_progress
@@ -144,8 +144,9 @@ def labels_for(wanted: Sequence[Wanted], objectives: Sequence[AnyObjective], cac
     asked = None
     for item in wanted:
         objective = objectives[item.objective]
-        if isinstance(objective, ClassifyObjective):
-            asked = objective
+        cloze = isinstance(objective, MaskedObjective) and item.kind == "labelled"
+        if cloze or isinstance(objective, ClassifyObjective):
+            asked = objective if isinstance(objective, ClassifyObjective) else ClassifyObjective(kind="classify")
             found[item.name] = labels_of([item.files], cache)
     if asked is None:
         return None

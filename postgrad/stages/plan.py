@@ -136,7 +136,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     wanted = wanted_sources(stage, objectives, root, seen)
     labels = labels_for(wanted, objectives, cache)
     task = task_for(objectives, start)
-    if labels and labels.problem == "tags":
+    if labels and labels.problem == "tags" and task == "classify":
         task = "tag"
     reading = make_reading(task, start, tokenizer, encoder, length=length, seed=stage.seed, tuning=stage.tuning)
     problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
@@ -147,7 +147,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     )
     if stage.max_forgetting is not None and not any(h.role == "retained" for h in chosen):
         raise _no_gate()  # a replay source so small that nothing of it fell into the held-out share
-    most, spare = stage.evaluation.max_tokens, len(reading.before)
+    most, spare = stage.evaluation.max_tokens, len(reading.before) - len(reading.without.before)
     held_out = [as_read(c, reading, most, notes, problem=problem) for c in chosen]
     before = [as_read(c, reading.without, most, [], spare=spare, problem=problem) for c in chosen]
     excluded = np.unique(np.concatenate([t["digest"] for t in tables])) if tables else None
@@ -160,6 +160,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
             excluded=excluded,
             most=stage.data.max_document_tokens,
             problem=problem,
+            words=leaf.wanted.wording.words,
         )
         for leaf in leaves
     )
@@ -202,7 +203,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         objectives=objectives,
         weighed=tuple((leaf.wanted.objective,) for leaf in leaves),
         problem=problem,
-        layer=_task_layer(labels, reading.pad, stage.seed),
+        layer=_task_layer(labels, reading.pad, stage.seed) if task in ("classify", "tag") else None,
         reading=reading,
         mixture=mixture,
         steps=steps,

@@ -68,8 +68,14 @@ class Reading:
 
     @cached_property
     def without(self) -> Reading:
-        """The same without what the stage's tuning sets around a text, and with as much room for the text."""
-        return replace(self, added=Frame(), length=self.length - self.added.size(2))
+        """The same without the vectors of the stage's tuning, and with as much room for the text.
+
+        The words and special tokens of a template stay: that is prompting without training.
+        """
+        first = self.encoder.vocabulary + len(self.left)
+        parts = (self.added.before, self.added.between, self.added.after)
+        plain = Frame(*(tuple(token for token in part if token < first) for part in parts))
+        return replace(self, added=plain, length=self.length - self.added.size(2) + plain.size(2))
 
     @property
     def pad(self) -> int:

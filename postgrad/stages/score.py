@@ -95,11 +95,18 @@ def _context(start: Start, asked: int | None) -> int:
 
 
 def evaluate_files(
-    model: str, files: list[str], *, context: int | None, documents: str, column: str | None, cache: Path
+    model: str,
+    files: list[str],
+    *,
+    context: int | None,
+    documents: str,
+    column: str | None,
+    cache: Path,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Score a model on files. Raises `ModelError` or `DataError`."""
     machine.tune_allocator()
-    start = locate(model, Path.cwd())
+    start = locate(model, Path.cwd(), base)
     used = _context(start, context)
     sets, _ = _texts(start, files, documents, column, used, cache)
     found = _scores(start, sets, used, cache)

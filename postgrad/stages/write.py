@@ -43,7 +43,10 @@ class _Writer:
     before: tuple[int, ...]
 
 
-def _writers(models: list[str], *, tokens: int, temperature: float, top_p: float, **_: Any) -> list[_Writer]:
+def _writers(
+    models: list[str], *, tokens: int, temperature: float, top_p: float, base: str | None = None, **_: Any
+) -> list[_Writer]:
+    """The models that write; `base` is what the first of them sits on."""
     for option, value, fits, expected in (
         ("--tokens", tokens, tokens >= 1, "1 or more"),
         ("--temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
@@ -51,7 +54,9 @@ def _writers(models: list[str], *, tokens: int, temperature: float, top_p: float
     ):
         if not fits:
             raise StageError(f"{value} is no such number", where=option, expected=expected)
-    return [_writer(name, locate(name, Path.cwd())) for name in models]
+    first, *others = models
+    starts = [(first, locate(first, Path.cwd(), base)), *((name, locate(name, Path.cwd())) for name in others)]
+    return [_writer(name, start) for name, start in starts]
 
 
 def _writer(name: str, start: Start) -> _Writer:
@@ -65,7 +70,9 @@ def _writer(name: str, start: Start) -> _Writer:
 
 
 @torch.no_grad()
-def _written(writer: _Writer, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int) -> str:
+def _written(
+    writer: _Writer, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int, **_: Any
+) -> str:
     model, tokenizer = writer.model, writer.tokenizer
     torch.manual_seed(seed)
     given = tokenizer(prompt or (tokenizer.bos_token or tokenizer.eos_token))["input_ids"]

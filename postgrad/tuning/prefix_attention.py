@@ -137,6 +137,9 @@ _MET: list[Met] = []
 def _watched(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    for more in ("softcap", "s_aux"):  # soft-capped scores, sinks: some versions of `sdpa` pass over them in silence
+        if kwargs.get(more) is not None:
+            raise ValueError(f"it does not know `{more}`")
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     _MET.append(Met(module, query.shape[2], key, value, bool(causal)))
