@@ -742,7 +742,7 @@ def bloom() -> PreTrainedModel:
 
 
 def test_models_outside_of_the_interface_are_refused() -> None:
-    for model, why in ((bloom(), "attention interface"), (build("gemma2", "lm"), "cannot attend by `sdpa`")):
+    for model, why in ((bloom(), "attention interface"), (build("gemma2", "lm"), "does not know `softcap`")):
         before = anatomy(model)
         with pytest.raises(TuningError, match=why) as error:
             prefix(model)
