@@ -46,8 +46,6 @@ from transformers import (
     T5Config,
 )
 
-torch.set_num_threads(1)
-
 Task = Literal["lm", "classify", "tags"]
 Inputs = dict[str, Tensor]
 
