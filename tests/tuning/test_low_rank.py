@@ -230,6 +230,20 @@ def test_pissa_starts_from_the_largest_singular_directions() -> None:
     assert torch.equal(model.transformer.h[0].attn.c_attn.weight, weight_IO)
 
 
+def test_pissa_s_start_comes_from_the_state() -> None:
+    """Another machine may find other singular vectors: what is taken away is what was there, not what is found anew."""
+    tuning = trained(functools.partial(LowRank, rank=4, form="pissa"), "llama", "lm")
+    state = {name: tensor.clone() for name, tensor in tuning.state().items()}
+    for name in [name for name in state if ".start_" in name]:
+        state[name] = state[name.replace(".start_", ".lora_")].clone()
+    model = build("llama", "lm")
+    expected = logits(model, batch("llama", "lm"))
+    again = LowRank(model, rank=4, form="pissa")
+    again.load(state)
+    close(logits(model, batch("llama", "lm")), expected)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state().items())
+
+
 def test_pissa_by_subspace_iterations_is_near_the_exact_start_and_seeded() -> None:
     def start(**options: Any) -> Tensor:
         state = LowRank(build("llama", "lm"), form="pissa", rank=4, **options).state()

@@ -185,17 +185,21 @@ def test_weights_held_in_bf16_learn_in_the_same_directions_and_start_at_the_base
     for parameter in (*model.parameters(), *base.parameters()):
         parameter.data = parameter.data.bfloat16()
     expected = logits(base, inputs).float()
-    assert (logits(model, inputs).float() - expected).abs().max() <= (expected - full).abs().max()
+    rounding = (expected - full).abs().max()
+    assert (
+        logits(model, inputs).float() - expected
+    ).abs().max() < 0.1 * rounding  # the start is rounded as what is trained
     with tuning.off():
         assert torch.equal(logits(model, inputs).float(), expected)
     loss(model, inputs).backward()
-    for layer in tuning._layers.values():
+    shares = []
+    for name, layer in tuning._layers.items():
         u_OL = layer.tensors()["U_low"]
         assert u_OL.grad is not None and u_OL.grad.dtype == torch.bfloat16
-        u_OH, _ = halves(build("llama", "lm").get_submodule(next(iter(tuning._layers))).weight.detach(), 16)
-        break
-    gradient = u_OL.grad.float()
-    assert (u_OH.T @ gradient).norm() < 0.02 * gradient.norm()
+        weight_OI = build("llama", "lm").get_submodule(name).weight.detach()
+        u_OH, _ = halves(weight_OI, min(weight_OI.shape) // 2)
+        shares.append((u_OH.T @ u_OL.grad.float()).norm() / u_OL.grad.float().norm())
+    assert torch.stack(shares).mean() < 1.3e-3  # a rounding to bf16 alone; 0.7 without a projection
     assert all(t.dtype == torch.float32 for name, t in tuning.state().items() if ".start." in name or "high" in name)
 
 
