@@ -56,6 +56,13 @@ def shard(model: Model, ranks: int, compute: torch.dtype) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Let go of the whole weights that a forward pass has gathered: whoever changes weights now changes the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def synchronise_gradients(model: torch.nn.Module, wanted: bool) -> None:
     """Whether the next backward pass sums gradients over ranks (only the last micro-batch needs to)."""
     if isinstance(model, FSDPModule):

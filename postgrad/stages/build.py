@@ -28,7 +28,7 @@ from postgrad.stages.amounts import in_steps
 from postgrad.stages.objectives import AnyObjective, ClassifyObjective
 from postgrad.stages.plan import Plan
 from postgrad.stages.reading import virtual
-from postgrad.stages.tunings import Also, BlocksTuning, ExpandTuning, FullTuning, LoraTuning, PTuning, options_of
+from postgrad.stages.tunings import BlocksTuning, FullTuning, LoraTuning, PTuning, options_of
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.optimizer import AdamW, Weights
 from postgrad.training.state import read_moments, read_progress
@@ -81,14 +81,14 @@ def make_subject(plan: Plan, world: World, *, attention: str | None = None) -> S
     opened = open_model(plan.start, plan.task, layer=plan.layer, attention=attention)
     spec = plan.stage.tuning
     options = tuning_options(plan, opened)
-    if opened.tunings and not isinstance(spec, Also):
+    tuning = attach(opened.model, options, seed=plan.stage.seed, tokenizer=plan.tokenizer)
+    if opened.tunings and (tuning.whole or tuning.leaves_model):
         raise TuningError(
-            f"`{spec.kind}` moves the weights of {plan.start.name}, in which `{opened.tunings[-1].kind}` stands that cannot "
-            "become part of them",
+            f"`{spec.kind}` leaves a plain model, and in {plan.start.name} stands `{opened.tunings[-1].kind}`, which cannot "
+            "become part of one",
             where="tuning.kind",
             expected="a kind that adds something of its own, such as lora, adapter or prompt",
         )
-    tuning = attach(opened.model, options, seed=plan.stage.seed, tokenizer=plan.tokenizer)
     model = model_for(opened.model, opened.task).to(world.device)
     return Subject(model, opened, tuning, {**options, "seed": plan.stage.seed})
 
@@ -103,7 +103,7 @@ def tuning_options(plan: Plan, opened: Opened) -> dict[str, Any]:
         options["length"] = virtual(spec)
     if isinstance(spec, BlocksTuning) and spec.unfreeze_every is not None:
         options["unfreeze_every"] = max(1, round(in_steps(spec.unfreeze_every, plan.steps, plan.tokens)))
-    if opened.new and not isinstance(spec, FullTuning | ExpandTuning):
+    if opened.new and not isinstance(spec, FullTuning):
         options["also"] = [*options.get("also", ()), *opened.new]
     return options
 

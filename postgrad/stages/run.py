@@ -27,6 +27,7 @@ from postgrad.lineage.record import PLAN, RECORD, STAGE, Record, read_record, wr
 from postgrad.models import machine
 from postgrad.models.model import Model, model_for, probe
 from postgrad.models.pretrained import locate
+from postgrad.models.sharding import reshard
 from postgrad.planning.execution import Execution
 from postgrad.publish import sweep, verify, write_atomically
 from postgrad.reports import page
@@ -269,7 +270,9 @@ def _train(
 
     def look(sets: Sequence[AnyHeldOut]) -> measure.AllScores:
         with run.weights.full_precision():
-            return measure.measure(run.model, sets, context=plan.context, world=world)
+            found = measure.measure(run.model, sets, context=plan.context, world=world)
+            reshard(run.model)
+            return found
 
     def save() -> Saved:
         metrics.sync()

@@ -20,7 +20,14 @@ class FullTuning(Part):
     """The learning rate of each block is that of the block above it times this; 1: all alike."""
 
 
-class HeadTuning(Part):
+class Also(Part):
+    """What every kind below has: weights of the model that move besides (a new task layer always does)."""
+
+    also: list[str] = []
+    """Names of weights or modules of the model that move besides (`*` and `?` stand for any letters)."""
+
+
+class HeadTuning(Also):
     """Lightweight tuning: the backbone is held fast, only the task layer moves."""
 
     kind: Literal["head"]
@@ -28,13 +35,13 @@ class HeadTuning(Part):
     """Give a language model whose head is its input embedding a head of its own."""
 
 
-class BlocksTuning(Part):
+class BlocksTuning(Also):
     """Only some blocks move, all at once or one after the other from the top (gradual unfreezing)."""
 
     kind: Literal["blocks"]
     last: Positive | None = None
     """Only the last so many blocks ..."""
-    all_but_first: Positive | None = None
+    all_but_first: Annotated[int, Field(ge=0)] | None = None
     """... or all but the first so many ..."""
     names: list[str] = []
     """... or the modules of these names (`*` and `?` stand for any letters)."""
@@ -52,17 +59,12 @@ class BlocksTuning(Part):
         return self
 
 
-class Also(Part):
-    """What every kind below has: weights of the model that move besides (a new task layer always does)."""
-
-    also: list[str] = []
-    """Names of weights or modules of the model that move besides (`*` and `?` stand for any letters)."""
-
-
 class BiasTuning(Also):
     """Only the biases move (BitFit)."""
 
     kind: Literal["bias"]
+    names: list[str] = ["*"]
+    """Only those of these names (`*` and `?` stand for any letters), such as `*query*`."""
 
 
 class NormTuning(Also):
@@ -215,7 +217,7 @@ class OsfTuning(Also):
     """Which matrices of the blocks; or names (`*` and `?` stand for any letters)."""
 
 
-class ExpandTuning(Part):
+class ExpandTuning(Also):
     """Block expansion: new blocks that begin as nothing stand between the old ones, and only they move (LLaMA-Pro)."""
 
     kind: Literal["expand"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from postgrad.errors import TuningError
 from postgrad.models.sublayers import evaluating, few_tokens
 from postgrad.tuning.anatomy import Place, at, named_stacks, place_of, task_layers
-from postgrad.tuning.tuning import Published, Tuning, freeze, take, unfreeze
+from postgrad.tuning.besides import Besides
+from postgrad.tuning.tuning import Published, Tuning, take, unfreeze
 from postgrad.tuning.writers import Call, silence, writers_of
 
 PLAIN = (int, float, bool, str, type(None))
@@ -92,31 +93,36 @@ class Expand(Tuning):
             if not torch.equal(_answer(model), base):
                 raise _refusal(model, "it answers differently with silent blocks in it")
             fresh = [f"{name}.{i}" for name, slots in plans.items() for i, slot in enumerate(slots) if slot.new]
-            moving = unfreeze(model, [*fresh, *task_layers(model), *also])
+            self._besides = Besides(model, also)
+            moving = unfreeze(model, [*fresh, *task_layers(model), *self._besides.names])
         except TuningError:
             _swap(self._changes)
             raise
-        freeze(model)
         self.own: dict[str, Place] = {name: place_of(model, name) for name in moving}
-        for place in self.own.values():
-            at(place).requires_grad_(True)
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, the new blocks are not there (what `also` moved of the base stays moved).
+        """Inside, the new blocks are not there, and what `also` moved of the base's body is back.
 
         Raises `TuningError` when they are part of the model by now.
         """
         if not self._changes:
             raise TuningError("the new blocks were merged or taken out, and cannot be switched off", where="tuning")
-        if not self._off:
-            _swap(self._changes)
         self._off += 1
         try:
-            yield
+            with self._without() if self._off == 1 else nullcontext():
+                yield
         finally:
             self._off -= 1
-            if not self._off:
+
+    @contextmanager
+    def _without(self) -> Iterator[None]:
+        # Names of weights are those of the grown model, so values are exchanged while it is there.
+        with self._besides.as_before():
+            _swap(self._changes)
+            try:
+                yield
+            finally:
                 _swap(self._changes)
 
     def state(self) -> dict[str, Tensor]:
@@ -128,7 +134,8 @@ class Expand(Tuning):
         take(self.state(), state, self.kind)
 
     def detach(self) -> None:
-        """Take the new blocks out, and let the others be as trainable as they were before."""
+        """Take the new blocks out; the others have their old values, and are as trainable as they were before."""
+        self._besides.put_back()
         _swap(self._changes)
         self._release()
 

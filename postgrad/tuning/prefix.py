@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from postgrad.errors import TuningError, nearest
 from postgrad.models.pretrained import table_of
 from postgrad.models.sublayers import evaluating
+from postgrad.tuning.besides import Besides
 from postgrad.tuning.prefix_attention import (
     NAME,
     SHARES,
@@ -45,7 +46,7 @@ from postgrad.tuning.prefix_attention import (
     implementations_of,
     watch,
 )
-from postgrad.tuning.tuning import PeftFolder, Published, Tuning, freeze, take, unfreeze
+from postgrad.tuning.tuning import PeftFolder, Published, Tuning, take
 
 ROLES = ("encoder", "decoder", "cross")
 INSTEAD = "prompt tuning, LoRA and adapters work on this model"
@@ -188,7 +189,7 @@ class Prefix(Tuning):
     `deep`: an MLP of two hidden layers. `dropout` acts on the keys and values in training; "auto": 0, or 0.1 for
     p-tuning-v2. `slots`: "all", or some of "encoder", "decoder" and "cross". `start`: a text whose keys and values in the
     base are the first ones; it is repeated or cut to `length` tokens (Li & Liang 2021, section 7.4). `also`: patterns of
-    the base's parameters that move besides (a new task layer); they stay what they became in `off`.
+    the base's parameters that move besides; `off` and `detach` give those of its body their old values.
 
     Attention is computed by `sdpa`, whatever computed it before; `set_attn_implementation` must not be called with
     another while this is attached. A second prefix adds its own keys and values to the first one's.
@@ -236,14 +237,12 @@ class Prefix(Tuning):
         for role, target_NS in first_NS.items():
             parts[role].start_at(target_NS)
 
-        self._found = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._besides = Besides(model, also)
         self._hooks: list[RemovableHandle] = []
         names = ("prefix", *(f"prefix_{i + 2}" for i in range(len(earlier))))
         self._name = next(name for name in names if not hasattr(model, name))
-        freeze(model)
         model.add_module(self._name, self.vectors)
         try:
-            self._moving = unfreeze(model, also)
             self._place()
             self._probe()
         except Exception:
@@ -318,14 +317,13 @@ class Prefix(Tuning):
         others = any(m.on for m in self.model.modules() if isinstance(m, Vectors) and m is not self.vectors)
         was, self.vectors.on = self.vectors.on, False
         try:
-            with nullcontext() if others else attending(self.model, self.vectors.original):
+            with self._besides.as_before(), nullcontext() if others else attending(self.model, self.vectors.original):
                 yield
         finally:
             self.vectors.on = was
 
     def _own(self) -> dict[str, nn.Parameter]:
-        moving = {name: self.model.get_parameter(name) for name in self._moving}
-        return dict(self.vectors.named_parameters()) | moving
+        return dict(self.vectors.named_parameters()) | self._besides.tensors()
 
     def state(self) -> dict[str, Tensor]:
         """What is learnt for each role, its MLP included, and the base's weights that move."""
@@ -336,7 +334,8 @@ class Prefix(Tuning):
         take(self._own(), state, self.kind)
 
     def detach(self) -> None:
-        """Take keys, values and hooks out; the model attends, and its parameters are trainable, as it was found."""
+        """Take keys, values and hooks out; the model attends, and its body's weights are and may move, as it was found."""
+        self._besides.put_back()
         for hook in self._hooks:
             hook.remove()
         for slot in self.slots:
@@ -346,8 +345,7 @@ class Prefix(Tuning):
             elif hasattr(slot.module, SHARES):
                 delattr(slot.module, SHARES)
         delattr(self.model, self._name)
-        for name, p in self.model.named_parameters():
-            p.requires_grad_(self._found.get(name, p.requires_grad))
+        self._besides.give_back()
         if not any(isinstance(m, Vectors) for m in self.model.modules()):
             attend_by(self.vectors.original)
 
@@ -372,7 +370,7 @@ class Prefix(Tuning):
         }
         with torch.no_grad():
             flat = {f"parts.{role}.table": part().clone() for role, part in self.vectors.parts.items()}
-        return Published(options, flat | {name: self.model.get_parameter(name).detach() for name in self._moving})
+        return Published(options, flat | {name: p.detach() for name, p in self._besides.tensors().items()})
 
     def peft(self) -> PeftFolder | None:
         """PEFT's PREFIX_TUNING, for causal decoders with rotary (or no) positions and no sliding window; else None.
@@ -385,7 +383,7 @@ class Prefix(Tuning):
         alike = all(slot[3:] == shape[3:] for slot in self.slots) and shape.key == shape.value
         causal = self.roles == ["decoder"] and self.model.get_output_embeddings() is not None
         whole = alike and len(self.slots) == config.num_hidden_layers
-        if not causal or not whole or _windowed(self.model) or self._moving:
+        if not causal or not whole or _windowed(self.model) or self._besides.names:
             return None
         with self.off():
             turns = _turns(self.model, self.slots, self.length)

@@ -24,9 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError, nearest
 from postgrad.models.pretrained import table_of
+from postgrad.tuning.besides import Besides, bare, named_parameters
 from postgrad.tuning.prompt_encoder import ENCODERS
 from postgrad.tuning.prompt_start import Start, start_PD
-from postgrad.tuning.tuning import PeftFolder, Published, Tuning, freeze, take, unfreeze
+from postgrad.tuning.tuning import PeftFolder, Published, Tuning, take, unfreeze
 
 
 class Defaults(NamedTuple):
@@ -100,7 +101,7 @@ class Prompt(Tuning):
     `start`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these
     are what it reads. `encoder`: "none", "lstm" or "mlp", `hidden` its width. `backbone="trained"` moves the base too, as
     P-tuning's SuperGLUE code does; the tuning is then not additive. `also`: patterns of the base's parameters that move
-    besides (a new task layer); they stay what they became in `off`. What is left out is as the kind's publication has it.
+    besides; `off` and `detach` give those of its body their old values. What is left out is as the kind's publication has it.
 
     Raises `TuningError` for a prompt that leaves the model's context no room for words, and for options that cannot be.
     """
@@ -137,10 +138,8 @@ class Prompt(Tuning):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed GPUs too
             written_by = ENCODERS[chosen](first_values.shape[1], hidden)
 
-        self._found = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._moving = unfreeze(model, also if self.additive else ["*"])  # raises while nothing has changed
-        freeze(model)
-        unfreeze(model, self._moving)
+        self._besides = Besides(model, also if self.additive else ())
+        self._moving = self._besides.names if self.additive else [bare(name) for name in unfreeze(model, ["*"])]
         taken = [m.stop for m in model.modules() if isinstance(m, Vectors)]
         self.first = max([len(table_of(model)), *taken])
         self.vectors = Vectors(first_values, written_by, self.first).to(first_values.device)
@@ -164,7 +163,8 @@ class Prompt(Tuning):
     def _silence(self) -> Iterator[None]:
         was, self.vectors.on = self.vectors.on, False
         try:
-            yield
+            with self._besides.as_before():
+                yield
         finally:
             self.vectors.on = was
 
@@ -173,20 +173,26 @@ class Prompt(Tuning):
         return {name: p.detach() for name, p in self._own().items()}
 
     def _own(self) -> dict[str, nn.Parameter]:
-        moving = {name: self.model.get_parameter(name) for name in self._moving}
-        return {**dict(self.vectors.named_parameters()), **moving}
+        return {**dict(self.vectors.named_parameters()), **self._moved()}
+
+    def _moved(self) -> dict[str, nn.Parameter]:
+        parameters = named_parameters(self.model) if self._moving else {}
+        return {name: parameters[name] for name in self._moving}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises `TuningError` for another state, so also for vectors without their encoder."""
         take(self._own(), state, self.kind)
 
     def detach(self) -> None:
-        """Take the vectors and hooks out; parameters are trainable again where they were."""
+        """Take the vectors and hooks out; what moved besides has its old values, and is as trainable as it was."""
+        self._besides.put_back()
+        self._take_out()
+
+    def _take_out(self) -> None:
         for hook in self._hooks:
             hook.remove()
         delattr(self.model, self._name)
-        for name, p in self.model.named_parameters():
-            p.requires_grad_(self._found.get(name, p.requires_grad))
+        self._besides.give_back()
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Append the vectors to the vocabulary: a plain model to which my virtual ids are ordinary ones.
@@ -211,7 +217,7 @@ class Prompt(Tuning):
             _add_tokens(tokenizer, self.first, self.virtual)
         with torch.no_grad():
             vectors_PD = self.vectors() / scale
-        self.detach()
+        self._take_out()
         _append(self.model, vectors_PD)
 
     def published(self) -> Published:
@@ -224,7 +230,7 @@ class Prompt(Tuning):
             "backbone": self.backbone,
             "also": self.also,
         }
-        moving = {name: self.model.get_parameter(name).detach() for name in self._moving}
+        moving = {name: parameter.detach() for name, parameter in self._moved().items()}
         with torch.no_grad():
             return Published(options, {"vectors": self.vectors().detach(), **moving})
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,9 +23,22 @@ def losses(home: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
 
 
+TUNINGS = [
+    {"kind": "full"},
+    pytest.param({"kind": "lora", "rank": 4}, marks=pytest.mark.slow),
+    pytest.param({"kind": "adapter", "form": "houlsby"}, marks=pytest.mark.slow),
+    pytest.param({"kind": "prefix", "length": 3, "hidden": 8}, marks=pytest.mark.slow),
+    pytest.param({"kind": "prompt", "length": 3}, marks=pytest.mark.slow),
+    pytest.param({"kind": "blocks", "last": 2, "unfreeze_every": "3 steps"}, marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.timeout(600)
-def test_two_ranks_make_the_steps_of_one(stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
-    changes = {"tokens": 3000, "save": {"every": "4 steps"}, "batch": {"sequences": 8, "micro": 2}}
+@pytest.mark.parametrize("tuning", TUNINGS, ids=lambda tuning: tuning["kind"])
+def test_two_ranks_make_the_steps_of_one(
+    tuning: dict[str, Any], stage_of: StageOf, cache: Path, tmp_path: Path
+) -> None:
+    changes = {"tuning": tuning, "tokens": 3000, "save": {"every": "4 steps"}, "batch": {"sequences": 8, "micro": 2}}
     alone = stage_of(output=str(tmp_path / "one"), **changes)
     list(run_stage(plan_of(alone, cache), command="test", cache=cache))
     file = tmp_path / "two.yaml"
