@@ -86,7 +86,7 @@ def write_lora(model: PreTrainedModel, published: Published, layers: Sequence[st
 def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Published:
     """A LoRA folder of PEFT's as options and state of ours. Raises `TuningError` for what has no place in them."""
     _check(config)
-    ours = {name.removeprefix(PREFIX).replace(".modules_to_save.", "."): tensor for name, tensor in state.items()}
+    ours = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     layers = [name.removesuffix(".lora_A.weight") for name in ours if name.endswith(".lora_A.weight")]
     endings = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if config.get("use_dora") else ()))
     adapters = {f"{layer}.{ending}" for layer in layers for ending in endings}

@@ -501,6 +501,14 @@ def test_a_frozen_head_is_no_matter_to_peft(tmp_path: Path) -> None:
     assert torch.equal(logits(theirs, inputs), logits(tuning.model, inputs))
 
 
+def test_a_tied_table_that_moves_besides_has_no_place_in_peft_s_format() -> None:
+    """PEFT would give the embedding new values, and leave the output with the old ones."""
+    model = build("gpt2", "lm")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert LowRank(model, rank=2, also=["transformer.wte"]).peft() is None
+    assert LowRank(build("llama", "lm"), rank=2, also=["model.embed_tokens"]).peft() is not None
+
+
 def test_peft_s_configuration_is_plain_and_says_the_task() -> None:
     tasks: Sequence[tuple[str, Task, str | None]] = [
         ("llama", "lm", "CAUSAL_LM"),
