@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from postgrad.errors import TuningError
 from postgrad.lineage.fingerprint import fingerprint, model_fingerprint
-from postgrad.models.pretrained import TUNING, Start, Task, TaskLayer, load, load_tokenizer, task_of
+from postgrad.models.pretrained import PEFT, TUNING, Start, Task, TaskLayer, load, load_tokenizer, task_of
 from postgrad.tuning.attach import load_tuning
 from postgrad.tuning.tuning import Tuning, freeze
 
@@ -51,9 +51,11 @@ class Sitting:
 
     @classmethod
     def of(cls, start: Start) -> Sitting | None:
-        """What the folder of a start says, when it holds a tuning of ours."""
-        if start.base is None or start.folder is None or not (start.folder / TUNING).exists():
+        """What the folder of a start says, when it holds a tuning."""
+        if start.base is None or start.folder is None:
             return None
+        if not (start.folder / TUNING).exists():
+            return _of_peft(start, start.base, json.loads((start.folder / PEFT).read_text()))
         said = json.loads((start.folder / TUNING).read_text())["base"]
         layer = said.get("layer")
         return cls(
@@ -68,6 +70,24 @@ class Sitting:
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
+
+
+_PEFT_TASKS: dict[str, Task] = {
+    "CAUSAL_LM": "causal",
+    "SEQ_2_SEQ_LM": "text-to-text",
+    "SEQ_CLS": "classify",
+    "TOKEN_CLS": "tag",
+}
+
+
+def _of_peft(start: Start, base: Start, config: dict[str, Any]) -> Sitting:
+    """What PEFT's own description says: a prompt stands before every text."""
+    task = _PEFT_TASKS.get(config.get("task_type") or "") or task_at(base)
+    before: tuple[int, ...] = ()
+    if config.get("peft_type") in ("PROMPT_TUNING", "P_TUNING"):
+        first = int(AutoConfig.from_pretrained(start.source).vocab_size)
+        before = tuple(range(first, first + int(config["num_virtual_tokens"])))
+    return Sitting(config.get("base_model_name_or_path") or "", None, None, task, before=before)
 
 
 @dataclass(frozen=True)
@@ -121,8 +141,9 @@ def open_model(
         loaded = load(start, task, layer=layer, attention=attention, dtype=dtype)
         return Opened(loaded.model, task, layer, loaded.new)
     said = Sitting.of(start)
-    own = said.task if said else task_of(start.plain)
-    below = open_model(start.base, own, layer=said.layer if said else None, attention=attention, dtype=dtype)
+    assert said is not None
+    own = said.task
+    below = open_model(start.base, own, layer=said.layer, attention=attention, dtype=dtype)
     found = start_fingerprint(start.base)
     tuning = load_tuning(
         below.model,
@@ -132,17 +153,17 @@ def open_model(
         force=start.trusted,
     )
     notes = below.notes
-    if said and said.fingerprint and found and said.fingerprint != found:
+    if said.fingerprint and found and said.fingerprint != found:
         notes += (f"{start.name} was trained on another model than {start.base.name} (its fingerprint differs)",)
     freeze(below.model)
     stands = () if _becomes_part(tuning, dtype) else (tuning,)
     opened = Opened(
         below.model,
         own,
-        said.layer if said else None,
+        said.layer,
         (),
         below.tunings + stands,
-        said.before if said else below.before,
+        said.before,
         notes,
     )
     wanted = task or own
