@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -274,6 +274,17 @@ def try_cell(check: str, kind: str, family: str, task: Task) -> None:
 @pytest.mark.parametrize(("check", "kind", "family", "task"), cells(FAMILIES, always=True))
 def test_promise(check: str, kind: str, family: str, task: Task) -> None:
     try_cell(check, kind, family, task)
+
+
+ADDITIVE = tuple(kind for kind in TUNINGS if kind not in SELECTIONS)
+
+
+@pytest.mark.parametrize("check", ["off", "detaching", "saving", "resuming", "publishing"])
+@pytest.mark.parametrize("kind", ADDITIVE)
+def test_weights_of_the_body_that_move_besides_come_back(check: str, kind: str) -> None:
+    """And they are part of what is saved."""
+    besides = {"also": ["model.layers.0.input_layernorm", "lm_head"]}
+    CHECKS[check](replace(TUNINGS[kind], options={**TUNINGS[kind].options, **besides}), "llama", "lm")
 
 
 # Not Houlsby's adapters: two of them share the norms that both train.
