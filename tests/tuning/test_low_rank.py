@@ -31,14 +31,11 @@ from tests.tuning.families import Task, batch, build, logits, loss
 
 FORMS = ("lora", "rslora", "dora", "pissa")
 HEADS = {"llama": "score", "gpt2": "score", "qwen3": "score", "bert": "classifier", "t5": "classification_head"}
+# One of each; the matrix of promises tries every form on every family and task.
 CELLS: list[tuple[str, str, Task]] = [
     ("lora", "llama", "lm"),
-    ("lora", "bert", "tags"),
     ("rslora", "gpt2", "classify"),
-    ("rslora", "t5", "lm"),
-    ("dora", "gpt2", "lm"),
-    ("dora", "bert", "lm"),
-    ("pissa", "qwen3", "lm"),
+    ("dora", "bert", "tags"),
     ("pissa", "t5", "classify"),
 ]
 
