@@ -221,13 +221,25 @@ def export(
     ],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as it is stored).")] = "auto",
     base: Base = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with", help="Another LoRA run of the same base, RUN=WEIGHT; may be repeated.", show_default=False
+        ),
+    ] = None,
+    weight: Annotated[float, typer.Option(help="The first run's weight, with --with.")] = 1.0,
+    how: Annotated[str, typer.Option(help="How adapters become one: cat, svd, linear, ties, dare_ties, ...")] = "cat",
+    density: Annotated[
+        float | None,
+        typer.Option(help="The share of numbers that ties, dare and pruning keep.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a plain Hugging Face folder, and check that plain transformers reads the same logits from it."""
     needs_training()
     from postgrad.stages.write import export_model
 
-    found = export_model(run, folder, dtype, base)
+    found = export_model(run, folder, dtype, base, others or [], weight, how, density)
     _print(found, as_json, found.pop("text"))
 
 

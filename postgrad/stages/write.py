@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from postgrad.evaluation.samples import text_of
 from postgrad.models import machine
 from postgrad.models.model import model_for
 from postgrad.models.pretrained import (
+    TUNING,
     Start,
     Task,
     load,
@@ -29,7 +31,8 @@ from postgrad.models.pretrained import (
     table_of,
 )
 from postgrad.publish import publish
-from postgrad.tuning.opened import open_model
+from postgrad.tuning.attach import read_published
+from postgrad.tuning.opened import Opened, open_model, start_fingerprint
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,21 @@ def chat(models: list[str], **options: Any) -> None:
             print(f"{label}{prompt}{_written(writer, prompt, **options)}\n")
 
 
-def export_model(name: str, folder: Path, dtype: str, base: str | None = None) -> dict[str, Any]:
+def export_model(
+    name: str,
+    folder: Path,
+    dtype: str,
+    base: str | None = None,
+    others: Sequence[str] = (),
+    weight: float = 1.0,
+    how: str = "cat",
+    density: float | None = None,
+) -> dict[str, Any]:
     """Publish a plain Hugging Face folder and compare its logits, read back, with the source's.
 
     What stands in the model becomes part of its weights where the mathematics allows it: a soft prompt becomes rows of the
-    vocabulary. Raises `StageError` when `folder` is there already, `TuningError` for what cannot become weights, `ModelError`
+    vocabulary. With `others` (`RUN` or `RUN=WEIGHT`) low-rank adapters of one base are combined into one, in the way `how`.
+    Raises `StageError` when `folder` is there already, `TuningError` for what cannot become weights, `ModelError`
     when the logits differ (the folder is kept).
     """
     if folder.exists():
@@ -139,12 +152,12 @@ def export_model(name: str, folder: Path, dtype: str, base: str | None = None) -
         raise StageError(f"there is no dtype {dtype!r}", where="--dtype", expected="auto, float32, bfloat16 or float16")
     start = locate(name, Path.cwd(), base)
     wanted = stored_dtype(start) if dtype == "auto" else getattr(torch, dtype)
-    opened, tokenizer = open_model(start), load_tokenizer(start.plain)
-    model = opened.model
+    opened = _combined(start, weight, others, how, density) if others else open_model(start)
+    model, tokenizer = opened.model, load_tokenizer(start.plain)
     ids = torch.arange(16)[None] % table_of(model).shape[0]
     before = torch.tensor([opened.before], dtype=torch.long)
     ids = torch.cat([before, ids], 1)
-    for tuning in reversed(opened.tunings):
+    for tuning in opened.tunings:  # the ids of a later prompt are those behind an earlier one's
         tuning.merge(tokenizer)
     for parameter in model.parameters():  # not the buffers: angles of positions stay in full precision
         parameter.data = parameter.data.to(wanted)
@@ -165,6 +178,37 @@ def export_model(name: str, folder: Path, dtype: str, base: str | None = None) -
     verb = "generate" if opened.task in ("causal", "text-to-text") else "eval"
     text += f"next: {shlex.join(['postgrad', verb, str(folder)])}"
     return {"text": text, "folder": str(folder), "dtype": str(wanted).removeprefix("torch."), "bytes": size}
+
+
+def _combined(start: Start, weight: float, others: Sequence[str], how: str, density: float | None) -> Opened:
+    """The base of several low-rank tunings with their weighted sum in its weights."""
+    from postgrad.tuning.combine import combine
+
+    parts = [(start, weight), *((locate(name, Path.cwd()), share) for name, share in map(_weighted, others))]
+    below = {start_fingerprint(part.base) if part.base else part.name: part.name for part, _ in parts}
+    published = [
+        (read_published(part.folder), share) for part, share in parts if part.folder and (part.folder / TUNING).exists()
+    ]
+    if len(below) > 1 or start.base is None or len(published) < len(parts):
+        raise StageError(
+            f"{' and '.join(part.name for part, _ in parts)} are no tunings of one base",
+            where="--with",
+            expected="runs with `tuning: {kind: lora}` that started from the same model",
+        )
+    opened = open_model(start.base)
+    combine(opened.model, published, how, density=density).merge()  # type: ignore[bad-argument-type]
+    return opened
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """`RUN=WEIGHT`, or a run alone, which has the weight one."""
+    name, found, weight = text.rpartition("=")
+    if not found:
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise StageError(f"{weight!r} is no weight", where="--with", expected="RUN=0.5") from None
 
 
 def _inputs(task: Task, ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -125,7 +125,7 @@ def load_tuning(
             f"and this model's is {fingerprint}",
             where=str(folder),
             expected="the base that it was trained on",
-            way_out="load that base, or say force to attach it all the same",
+            way_out="put that base back, or name the one at hand as `base` to take it all the same",
         )
     state = _read_tensors(folder / TENSORS)
     return _filled(attach(model, description["options"], tokenizer=tokenizer), state)

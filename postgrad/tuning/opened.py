@@ -39,7 +39,8 @@ class Sitting:
     @classmethod
     def on(cls, start: Start, folder: Path, task: Task, layer: TaskLayer | None, before: tuple[int, ...]) -> Sitting:
         """What the folder of a tuning on `start` says."""
-        at = start.run or start.folder
+        # A run stands for its final model; a checkpoint of it is another model.
+        at = start.run if start.run and start.folder == start.run / "model" else start.folder
         return cls(
             start.name if start.folder is None else str(at),
             os.path.relpath(at, folder) if at else None,
