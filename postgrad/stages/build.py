@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 from postgrad.data.batch import collate
 from postgrad.data.loader import Loader
 from postgrad.data.pack import PackedRows
+from postgrad.data.rows import Row, Rows
 from postgrad.errors import ResumeError, StageError, TuningError
 from postgrad.lineage.tree import chain
 from postgrad.models import sharding
@@ -142,11 +144,10 @@ def low_rank_before(start: Start) -> list[Published]:
 def choose_execution(plan: Plan, subject: Subject, world: World) -> Execution:
     """How this machine will compute the stage."""
     compute, batch = plan.stage.compute, plan.stage.batch
-    longest = max(plan.rows, key=lambda rows: rows.ledger.placed / max(len(rows), 1))
+    longest = max((row for rows in plan.rows for row in _some(rows)), key=_length)
 
     def example(rows: int) -> dict[str, Tensor]:
-        batch = collate([longest.at(i % len(longest), i) for i in range(rows)], [0] * rows, pad=plan.reading.pad)
-        return batch.inputs
+        return collate([longest] * rows, [0] * rows, pad=plan.reading.pad).inputs
 
     wishes = Wishes(
         dtype=compute.dtype,
@@ -156,11 +157,25 @@ def choose_execution(plan: Plan, subject: Subject, world: World) -> Execution:
         threads=compute.threads,
         micro=batch.micro,
         sequences=batch.sequences,
-        length=plan.context,
+        length=_length(longest),
         steps=plan.steps,
         one_length=all(rows.layout == PackedRows.layout for rows in plan.rows),
     )
     return choose(wishes, subject.model, example, world.device, world.size)
+
+
+_LOOKED_AT = 256
+"""Rows of a source that are looked at to see how long its rows are."""
+
+
+def _some(rows: Rows) -> Iterator[Row]:
+    """Rows spread over a source; where all are of one length, one of them."""
+    count = 1 if rows.layout == PackedRows.layout else min(len(rows), _LOOKED_AT)
+    return (rows.at(i * len(rows) // count, i) for i in range(count))
+
+
+def _length(row: Row) -> int:
+    return len(row.inputs["input_ids"])
 
 
 def build(plan: Plan, subject: Subject, execution: Execution, world: World) -> Run:
