@@ -1,0 +1,405 @@
+"""What does a training step of each kind of tuning cost beside PEFT's, and what does a tuning cost that is switched off?
+
+    python benchmarks/tuning_speed.py --json benchmarks/results/tuning_speed.json
+
+Every arm trains the same random Llama on the same batch: forward, backward and torch's AdamW, in fp32 with SDPA. Ours and
+PEFT's of a kind take turns, and the one that begins changes each round; the ratio is of the two steps of one round, so a
+slow minute hits both. Kinds that PEFT has not are held against tuning the whole model, which has no PEFT to beat.
+Switched off: a forward without gradients inside `off()`, and one of a model that never had a tuning.
+
+Memory is that of a whole training of a LoRA, ours as a stage steps and PEFT's under Trainer, in processes of their own: the
+most each ever held (VmHWM), less what it held with its libraries imported and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+VECTORS, WIDTH_OF_MLP, RANK = 20, 512, 16
+Kind = dict[str, Any]
+# By name: ours, and PEFT's configuration of the same (None: it has none).
+KINDS: dict[str, tuple[Kind, Callable[[LlamaConfig], Any] | None]] = {
+    "lora": ({"kind": "lora", "rank": RANK}, lambda c: _lora()),
+    "dora": ({"kind": "lora", "rank": RANK, "form": "dora"}, lambda c: _lora(use_dora=True)),
+    "prompt": ({"kind": "prompt", "length": VECTORS, "start": "random"}, lambda c: _prompt()),
+    "prefix": ({"kind": "prefix", "length": VECTORS, "hidden": WIDTH_OF_MLP}, lambda c: _prefix(projected=True)),
+    "p-tuning-v2": ({"kind": "p-tuning-v2", "length": VECTORS, "dropout": 0.0}, lambda c: _prefix(projected=False)),
+    "osf": ({"kind": "osf"}, lambda c: _osf(c)),
+    "norm": ({"kind": "norm"}, lambda c: _norm()),
+    "adapter": ({"kind": "adapter", "form": "pfeiffer"}, None),
+    "blocks": ({"kind": "blocks", "last": 1}, None),
+    "expand": ({"kind": "expand", "every": 3}, None),
+    "full": ({"kind": "full"}, None),
+}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RATE = 1e-4
+
+
+def _lora(**more: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM", **more)
+
+
+def _prompt() -> Any:
+    from peft import PromptTuningConfig
+
+    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VECTORS)
+
+
+def _prefix(*, projected: bool) -> Any:
+    from peft import PrefixTuningConfig
+
+    return PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=VECTORS,
+        prefix_projection=projected,
+        encoder_hidden_size=WIDTH_OF_MLP,
+    )
+
+
+def _osf(config: LlamaConfig) -> Any:
+    from peft import OSFConfig
+
+    return OSFConfig(task_type="CAUSAL_LM", target_modules=LINEAR, effective_rank=0.5)
+
+
+def _norm() -> Any:
+    from peft import LNTuningConfig
+
+    names = ["input_layernorm", "post_attention_layernorm", "norm"]
+    return LNTuningConfig(task_type="CAUSAL_LM", target_modules=names)
+
+
+# --- steps -------------------------------------------------------------------------------------------------------
+
+
+def random_model(options: argparse.Namespace) -> LlamaForCausalLM:
+    """The same Llama every time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // 64,
+        num_key_value_heads=options.hidden // 64,
+        intermediate_size=options.inner,
+        vocab_size=options.vocabulary,
+        max_position_embeddings=options.time + VECTORS,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).train()
+
+
+class Arm:
+    """A model under a tuning, and its optimizer."""
+
+    def __init__(
+        self, model: torch.nn.Module, ids: Tensor, *, virtual: int = 0, first: int = 0, caches: bool = False
+    ) -> None:
+        """`virtual` ids from `first` on are set before each row; PEFT sets its own."""
+        vectors = torch.arange(first, first + virtual).expand(len(ids), -1)
+        self.ids = torch.cat([vectors, ids], 1)
+        self.labels = torch.cat([torch.full_like(vectors, -100), ids], 1)
+        self.model, self.caches = model, caches
+        moving = [p for p in model.parameters() if p.requires_grad]
+        self.trainable = sum(p.numel() for p in moving)
+        self.optimizer = torch.optim.AdamW(moving, lr=RATE)
+
+    def step(self) -> float:
+        """Seconds of forward, backward and update."""
+        begin = time.perf_counter()
+        self.model(input_ids=self.ids, labels=self.labels, use_cache=self.caches).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - begin
+
+
+def ours(options: argparse.Namespace, kind: Kind, ids: Tensor) -> tuple[Arm, Any]:
+    """Our arm, and its tuning."""
+    from postgrad.tuning.attach import attach
+
+    model = random_model(options)
+    tuning = attach(model, kind)
+    return Arm(model, ids, virtual=tuning.virtual, first=options.vocabulary), tuning
+
+
+def peft(options: argparse.Namespace, config: Callable[[LlamaConfig], Any], ids: Tensor) -> Arm:
+    """PEFT's arm."""
+    from peft import get_peft_model
+
+    model = random_model(options)
+    wanted = config(model.config)
+    # PEFT hands its prefix over in the cache, and takes no other way on this architecture.
+    return Arm(get_peft_model(model, wanted), ids, caches=wanted.peft_type == "PREFIX_TUNING")
+
+
+def middle(values: list[float]) -> list[float]:
+    """Median, lowest and highest."""
+    return [statistics.median(values), min(values), max(values)]
+
+
+def steps(options: argparse.Namespace, ids: Tensor) -> list[dict[str, Any]]:
+    """Each kind's step beside PEFT's, or beside that of tuning the whole model."""
+    rows = []
+    for name in options.kinds:
+        kind, config = KINDS[name]
+        mine, _ = ours(options, kind, ids)
+        other = peft(options, config, ids) if config else ours(options, {"kind": "full"}, ids)[0]
+        seconds: dict[str, list[float]] = {"ours": [], "other": []}
+        for turn in range(options.rounds + options.warm):
+            arms = [("ours", mine), ("other", other)]
+            for side, arm in arms if turn % 2 else reversed(arms):
+                seconds[side].append(arm.step())
+        kept = {side: values[options.warm :] for side, values in seconds.items()}
+        row = {
+            "kind": name,
+            "against": "peft" if config else "full",
+            "ours_ms": [1e3 * v for v in middle(kept["ours"])],
+            "other_ms": [1e3 * v for v in middle(kept["other"])],
+            "ratio": middle([a / b for a, b in zip(kept["ours"], kept["other"], strict=True)]),
+            "trainable": mine.trainable,
+            "other_trainable": other.trainable,
+        }
+        rows.append(row)
+        ratio = row["ratio"]
+        print(
+            f"{name:<12} {row['ours_ms'][0]:>8.1f} ms  {row['against']:<5}{row['other_ms'][0]:>8.1f} ms"
+            f"  ratio {ratio[0]:.3f} [{ratio[1]:.3f}..{ratio[2]:.3f}]  weights {mine.trainable:,} / {other.trainable:,}",
+            flush=True,
+        )
+    return rows
+
+
+@torch.no_grad()
+def switched_off(options: argparse.Namespace, ids: Tensor) -> list[dict[str, Any]]:
+    """A forward with each tuning off, and on, beside one of the bare model."""
+    bare = random_model(options).eval()
+    rows = []
+    for name in options.kinds:
+        arm, tuning = ours(options, KINDS[name][0], ids)
+        if not tuning.additive:
+            continue
+        arm.model.eval()
+
+        arms = {
+            "bare": (bare, ids, nullcontext),
+            "off": (arm.model, ids, tuning.off),
+            "on": (arm.model, arm.ids, nullcontext),
+        }
+        seconds: dict[str, list[float]] = {side: [] for side in arms}
+        for turn in range(options.rounds + options.warm):
+            for side in list(arms) if turn % 2 else reversed(arms):
+                model, read, context = arms[side]
+                with context():
+                    begin = time.perf_counter()
+                    model(input_ids=read, use_cache=False)
+                    seconds[side].append(time.perf_counter() - begin)
+        kept = {side: values[options.warm :] for side, values in seconds.items()}
+        ratios = {
+            f"{side}_ratio": middle([a / b for a, b in zip(kept[side], kept["bare"], strict=True)])
+            for side in ("off", "on")
+        }
+        with tuning.off():
+            same = torch.equal(arm.model(input_ids=ids).logits, bare(input_ids=ids).logits)
+        rows.append(
+            {"kind": name, "bare_ms": 1e3 * statistics.median(kept["bare"]), **ratios, "off_is_bit_equal": same}
+        )
+        told = "  ".join(f"{k.split('_')[0]} {v[0]:.3f} [{v[1]:.3f}..{v[2]:.3f}]" for k, v in ratios.items())
+        print(f"{name:<12} x bare: {told}  off bit-equal: {same}", flush=True)
+    return rows
+
+
+# --- memory, in a process of its own -------------------------------------------------------------------------------
+
+
+def status(key: str) -> float:
+    """A number of this process in megabytes, such as VmHWM or VmRSS."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{key}:"))
+
+
+def memory(arm: str, work: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Train a LoRA for some steps; what the process held at most beside its libraries."""
+    ids = torch.randint(0, options.vocabulary, (1, options.time), generator=torch.Generator().manual_seed(0))
+    dtype = torch.bfloat16 if arm.endswith("bf16") else torch.float32
+    train = (ours_trained if arm.startswith("ours") else trainer_trained)(work, ids, options, dtype)
+    # Libraries load parts of themselves at their first product.
+    torch.nn.functional.linear(torch.zeros(8, 8), torch.zeros(8, 8))
+    libraries = status("VmRSS")
+    train()
+    return {"peak_mb": status("VmHWM") - libraries, "libraries_mb": libraries}
+
+
+def ours_trained(work: Path, ids: Tensor, options: argparse.Namespace, dtype: torch.dtype) -> Callable[[], None]:
+    """The steps of a stage, its libraries imported: masters where something moves, the base in the compute dtype."""
+    import numpy as np
+
+    from postgrad import schedules
+    from postgrad.data.batch import Batch
+    from postgrad.models import machine
+    from postgrad.models.model import CausalModel
+    from postgrad.objectives.tokens import Tokens
+    from postgrad.training.optimizer import AdamW, Weights
+    from postgrad.training.step import Run, train_step
+    from postgrad.training.world import World
+    from postgrad.tuning import low_rank
+    from postgrad.tuning.attach import attach
+
+    def train() -> None:
+        machine.tune_allocator()
+        pretrained = LlamaForCausalLM.from_pretrained(work, attn_implementation="sdpa")
+        tuning = attach(pretrained, KINDS["lora"][0])
+        assert isinstance(tuning, low_rank.LowRank)
+        model = CausalModel(pretrained).train()
+        weights = Weights(model, tuning, dtype, split=True)
+        run = Run(
+            model=model,
+            weights=weights,
+            optimizer=AdamW(weights, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0),
+            objectives=[Tokens("next-token", 1.0)],
+            penalties=[],
+            schedule=schedules.then((schedules.constant(RATE), 1)),
+            world=World(torch.device("cpu")),
+            sources=["text"],
+            clip=1.0,
+            seed=0,
+            trained_by_source=np.zeros(1, np.int64),
+        )
+        labels = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -100)], 1)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        batch = Batch(
+            {"input_ids": ids, "position_ids": positions},
+            labels,
+            np.zeros(len(ids), np.int64),
+            (labels != -100).sum(1).numpy(),
+        )
+        for _ in range(options.memory_steps):
+            train_step(run, [batch])
+
+    return train
+
+
+def trainer_trained(work: Path, ids: Tensor, options: argparse.Namespace, dtype: torch.dtype) -> Callable[[], None]:
+    """PEFT's LoRA under Hugging Face Trainer, its libraries imported."""
+    import accelerate  # noqa: F401 (Trainer imports it late)
+    from peft import get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(work / "trainer"),
+        per_device_train_batch_size=len(ids),
+        max_steps=options.memory_steps,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+    def train() -> None:
+        model: PreTrainedModel = LlamaForCausalLM.from_pretrained(work, attn_implementation="sdpa")
+        rows = [{"input_ids": row, "labels": row} for row in ids] * options.memory_steps
+        Trainer(model=get_peft_model(model, _lora()), args=arguments, train_dataset=rows).train()
+
+    return train
+
+
+MEMORY_ARMS = ("ours-fp32", "peft-trainer-fp32", "ours-bf16", "peft-trainer-bf16")
+
+
+def memories(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Each arm's peak, in turns."""
+    sizes = {"hidden": 1024, "inner": 4096, "layers": 2, "time": 512, "vocabulary": options.vocabulary}
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in MEMORY_ARMS}
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(argparse.Namespace(**sizes)).save_pretrained(folder)
+        told = json.dumps({**sizes, "memory_steps": options.memory_steps})
+        for _ in range(options.memory_rounds):
+            for arm in MEMORY_ARMS:
+                command = [sys.executable, __file__, "--memory-of", arm, "--work", folder, "--sizes", told]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                found[arm].append(json.loads(done.stdout.splitlines()[-1]))
+    out = {arm: {key: middle([run[key] for run in runs]) for key in runs[0]} for arm, runs in found.items()}
+    for arm, each in out.items():
+        peak = each["peak_mb"]
+        beside = each["libraries_mb"][0]
+        print(f"{arm:<18} peak {peak[0]:.0f} MB [{peak[1]:.0f}..{peak[2]:.0f}] beside {beside:.0f} MB of libraries")
+    return out
+
+
+def arguments() -> argparse.Namespace:
+    """What is asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--inner", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--time", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--warm", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory-steps", type=int, default=4)
+    parser.add_argument("--memory-rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory-of", choices=MEMORY_ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=json.loads, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compare, or (with --memory-of) be one of the arms."""
+    import peft as library
+    import transformers
+
+    from postgrad.models import machine
+
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        print(json.dumps(memory(options.memory_of, options.work, argparse.Namespace(**options.sizes))))
+        return
+    load = os.getloadavg()[0]
+    ids = torch.randint(0, options.vocabulary, (options.rows, options.time), generator=torch.Generator().manual_seed(0))
+    found = {"steps": steps(options, ids), "forwards": switched_off(options, ids), "memory": memories(options)}
+    if options.json:
+        asked = {k: v for k, v in vars(options).items() if v is not None and k not in ("json", "kinds")}
+        setting = {
+            "repeat": "python benchmarks/tuning_speed.py",
+            **asked,
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "peft": library.__version__,
+            },
+            "machine": {"cpu": machine.processor(), "cores": machine.cores()},
+            "load_average": load,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"setting": setting, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

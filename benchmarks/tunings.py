@@ -1,0 +1,700 @@
+"""What does each kind of tuning learn, what does it forget, and what does it cost, on one task from one model?
+
+    python benchmarks/tunings.py --task classify --model MODEL --train train.jsonl --valid valid.jsonl \
+        --json benchmarks/results/tunings_classify.json
+    python benchmarks/tunings.py --task answers --model MODEL --train train.jsonl --valid valid.jsonl \
+        --retained old.jsonl --json benchmarks/results/tunings_answers.json
+
+Rows of the task are `text` and `label`, or for `answers` also `prompt` and `completion` (or any rows a stage reads).
+Each kind, at each of its rates, with each seed, is a stage of its own in a process of its own; what is tokenised is
+shared. A first process for each kind makes a few steps and nothing else, for memory and seconds.
+
+How kinds are compared: at a fixed number of steps the one with the highest effective rate has learnt most and forgotten
+most, whatever it is. So every kind has a sweep of rates, and forgetting is read off where kinds have the same loss on
+the new task: between two looks during training, linearly, at the first crossing. The rate is constant after a warm-up
+when there is a retained set, so that no point of a curve depends on the budget; else it falls linearly to zero.
+
+The best rate is the one with the lowest loss on the valid set, which is therefore a little too good, for every kind
+alike (all have equally many rates). `matched` gives the retained change at that rate; `least` the lowest among rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Found = dict[str, Any]
+
+KINDS: dict[str, Found] = {
+    "full": {"kind": "full"},
+    "head": {"kind": "head"},
+    "blocks": {"kind": "blocks", "last": 1},
+    "bias": {"kind": "bias"},
+    "norm": {"kind": "norm"},
+    "adapter-houlsby": {"kind": "adapter", "form": "houlsby"},
+    "adapter-pfeiffer": {"kind": "adapter", "form": "pfeiffer"},
+    "adapter-parallel": {"kind": "adapter", "form": "parallel"},
+    "prefix": {"kind": "prefix", "length": 10, "hidden": 128},
+    "p-tuning-v2": {"kind": "p-tuning-v2", "length": 20},
+    "prompt": {"kind": "prompt", "length": 20},
+    "p-tuning": {"kind": "p-tuning", "template": "{20} {x}"},
+    "instruction-prompt": {"kind": "instruction-prompt", "length": 20, "demonstrations": {"tokens": 96}},
+    "lora": {"kind": "lora", "rank": 8},
+    "rslora": {"kind": "lora", "rank": 8, "form": "rslora"},
+    "dora": {"kind": "lora", "rank": 8, "form": "dora"},
+    "pissa": {"kind": "lora", "rank": 8, "form": "pissa"},
+    "osf": {"kind": "osf"},
+    "expand": {"kind": "expand"},
+}
+# The middle one first, so that a run that is cut short has it for every kind.
+RATES: dict[str, tuple[float, ...]] = {
+    "full": (3e-4, 1e-3, 1e-4),
+    "head": (1e-2, 3e-2, 3e-3),
+    "blocks": (3e-4, 1e-3, 1e-4),
+    "bias": (3e-3, 1e-2, 1e-3),
+    "norm": (3e-3, 1e-2, 1e-3),
+    "adapter-houlsby": (1e-3, 3e-3, 3e-4),
+    "adapter-pfeiffer": (1e-3, 3e-3, 3e-4),
+    "adapter-parallel": (1e-3, 3e-3, 3e-4),
+    "prefix": (1e-3, 3e-3, 3e-4),
+    "p-tuning-v2": (1e-2, 3e-2, 3e-3),
+    "prompt": (3e-2, 1e-1, 1e-2),
+    "p-tuning": (3e-3, 1e-2, 1e-3),
+    "instruction-prompt": (3e-2, 1e-1, 1e-2),
+    "lora": (1e-3, 3e-3, 3e-4),
+    "rslora": (1e-3, 3e-3, 3e-4),
+    "dora": (1e-3, 3e-3, 3e-4),
+    "pissa": (3e-4, 1e-3, 1e-4),
+    "osf": (3e-4, 1e-3, 1e-4),
+    "expand": (1e-3, 3e-3, 3e-4),
+}
+SHARES = {"all": 1.0, "three quarters": 0.75, "half": 0.5}
+"""New-task losses that so many of the kinds reach are where forgetting is compared."""
+COST_STEPS, FORWARDS, FORWARD_TOKENS = 8, 7, 2000
+
+
+# --- in a process of its own -------------------------------------------------------------------------------------
+
+
+def status(key: str) -> float | None:
+    """A number of this process in megabytes, such as VmHWM (the most it ever held) or VmRSS; None where there is no /proc."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def cost(work: Found) -> Found:
+    """A few steps of a stage and nothing else: what moves, seconds of a step and a forward, memory."""
+    import torch
+
+    from postgrad.models import machine
+    from postgrad.stages.build import build, choose_execution, make_loader, make_subject
+    from postgrad.training.step import train_step
+    from postgrad.training.world import World
+
+    machine.tune_allocator()
+    plan = planned(work)
+    world = World(torch.device("cpu"))
+    libraries = status("VmRSS")
+    subject = make_subject(plan, world)
+    counts = subject.counts()
+    execution = choose_execution(plan, subject, world)
+    run = build(plan, subject, execution, world)
+    loader = make_loader(plan, execution, world)
+    run.model.train()
+    seconds = []
+    for step in range(1, COST_STEPS + 1):
+        batches = loader.read(step)
+        begin = time.perf_counter()
+        train_step(run, batches)
+        seconds.append(time.perf_counter() - begin)
+    peak = status("VmHWM")
+    return {
+        "parameters": counts.parameters,
+        "trainable": counts.trainable,
+        "step_seconds": statistics.median(seconds[2:]),
+        "step_seconds_range": [min(seconds[2:]), max(seconds[2:])],
+        "peak_mb": None if peak is None or libraries is None else peak - libraries,
+        "dtype": execution.dtype,
+        **forward(plan),
+    }
+
+
+def carried_out(work: Found) -> Found:
+    """A whole stage: scores before and after, the looks in between, what is kept of it, and the cost of an answer."""
+    from postgrad.stages.run import Finished, run_stage
+
+    plan = planned(work)
+    begin = time.perf_counter()
+    last = None
+    for event in run_stage(plan, command="benchmarks/tunings.py", cache=Path(work["cache"])):
+        last = event
+    assert isinstance(last, Finished), last
+    record, home = last.record, plan.output
+    lines = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+    looks = [{"step": line["step"], **line["sets"]} for line in lines if line["kind"] == "evaluation"]
+    scores, changes = record["scores"], record["changes"]
+    return {
+        "steps": plan.steps,
+        "learned": {"before": scores["before"]["valid"], "after": scores["after"]["valid"], "change": changes["valid"]},
+        "retained": changes.get("retained"),
+        "looks": looks,
+        "seconds": sum(line["seconds"] for line in lines if line["kind"] == "step"),
+        "wall_seconds": time.perf_counter() - begin,
+        "kept_bytes": kept_bytes(home / "model"),
+        **after_training(plan, home),
+    }
+
+
+def scored(work: Found) -> Found:
+    """The published model of a finished stage on the valid set that the stage names now."""
+    import torch
+
+    from postgrad.models.model import model_for
+    from postgrad.models.pretrained import locate
+    from postgrad.stages import measure
+    from postgrad.training.world import World
+    from postgrad.tuning.opened import open_model
+
+    plan = planned(work)
+    opened = open_model(locate(str(plan.output / "model"), plan.root))
+    model = model_for(opened.model, opened.task)
+    return measure.measure(model, plan.held_out, context=plan.context, world=World(torch.device("cpu")))[
+        "valid"
+    ].summary()
+
+
+def planned(work: Found) -> Any:
+    """The plan of a stage."""
+    from postgrad.stages.parsing import parse_stage
+    from postgrad.stages.plan import make_plan
+
+    return make_plan(parse_stage(work["stage"], work["stage"]["name"]), Path(work["root"]), Path(work["cache"]))
+
+
+def kept_bytes(folder: Path) -> int:
+    """What has to be kept beside the start model: the tuning's own tensors, or a whole model."""
+    own = folder / "tuning.safetensors"
+    return sum(f.stat().st_size for f in ([own] if own.exists() else folder.glob("*.safetensors")))
+
+
+def forward(plan: Any) -> Found:
+    """How much longer an answer takes than the start model's, in turns; a kind that can be merged is."""
+    import torch
+
+    from postgrad.evaluation.likelihood import score
+    from postgrad.models.model import model_for
+    from postgrad.stages.build import make_subject
+    from postgrad.training.world import World
+    from postgrad.tuning.opened import open_model
+
+    subject = make_subject(plan, World(torch.device("cpu")))
+    if subject.tuning.folds:
+        subject.tuning.merge()
+    base = open_model(plan.start, plan.task, layer=plan.layer)
+    sides = [(subject.model, plan.held_out), (model_for(base.model, base.task), plan.held_out_before)]
+    ratios = []
+    for turn in range(FORWARDS + 1):
+        seconds = [0.0, 0.0]
+        for side in (0, 1) if turn % 2 else (1, 0):
+            model, sets = sides[side]
+            rows = next(h for h in sets if h.name == "valid").first(FORWARD_TOKENS)
+            begin = time.perf_counter()
+            score(model, rows, context=plan.context)
+            seconds[side] = time.perf_counter() - begin
+        ratios.append(seconds[0] / seconds[1])
+    ratios = ratios[1:]  # the first is a warm-up
+    return {"forward": statistics.median(ratios), "forward_range": [min(ratios), max(ratios)]}
+
+
+def after_training(plan: Any, home: Path) -> Found:
+    """How many answers the start model and the published one give to the letter."""
+    from postgrad.models.model import model_for
+    from postgrad.models.pretrained import locate
+    from postgrad.tuning.opened import open_model
+
+    if plan.task != "causal":
+        return {}
+    opened = [open_model(locate(str(home / "model"), home)), open_model(plan.start)]
+    told = [
+        exactly(model_for(o.model, o.task), next(h for h in sets if h.name == "valid"), plan.context)
+        for o, sets in zip(opened, (plan.held_out, plan.held_out_before), strict=True)
+    ]
+    return {"right": told[0], "right_before": told[1]}
+
+
+def exactly(model: Any, rows: Any, context: int) -> Found:
+    """The share of answers that greedy decoding gives to the letter, with a 95 % interval from resampled rows.
+
+    Greedy decoding writes the reference exactly when each of its tokens is the likeliest one after those before it.
+    """
+    import torch
+
+    from postgrad.data.batch import collate
+    from postgrad.data.rows import IGNORED
+
+    right = []
+    pieces = list(rows.pieces(context))
+    model.eval()
+    with torch.no_grad():
+        for begin in range(0, len(pieces), 32):
+            part = [piece.row for piece in pieces[begin : begin + 32]]
+            batch = collate(part, [0] * len(part), pad=rows.pad)
+            said = model(**batch.inputs).logits().argmax(-1)
+            right += ((said == batch.labels) | (batch.labels == IGNORED)).all(1).tolist()
+    draws = np.random.default_rng(0).choice(np.asarray(right, float), (1000, len(right))).mean(1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {"value": float(np.mean(right)), "low": float(low), "high": float(high)}
+
+
+def in_a_process(work: Found, folder: Path) -> Found:
+    """What `cost`, `carried_out` or `scored` (`work["what"]`) found, or the error that there was."""
+    asked, answer = folder / f"{work['id']}.json", folder / f"{work['id']}.answer.json"
+    asked.write_text(json.dumps(work))
+    command = [sys.executable, __file__, "--one", str(asked), str(answer)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return json.loads(answer.read_text())
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return {"error": lines[-1] if lines else f"exit {done.returncode}"}
+
+
+def one(asked: Path, answer: Path) -> None:
+    """Be the process."""
+    from postgrad.errors import PostgradError
+
+    work = json.loads(asked.read_text())
+    try:
+        found = {"cost": cost, "stage": carried_out, "score": scored}[work["what"]](work)
+    except PostgradError as error:
+        found = {"error": " ".join(str(error).split())}
+    answer.write_text(json.dumps(found))
+
+
+# --- stages ------------------------------------------------------------------------------------------------------
+
+
+def stage(options: argparse.Namespace, kind: str, rate: float, seed: int, output: Path) -> Found:
+    """The stage of a kind at a rate."""
+    tuning = {**KINDS[kind], **options.options.get(kind, {})}
+    if kind == "head" and options.task == "answers":
+        tuning.setdefault("untie", True)
+    labelled = "label" in json.loads(options.train.open().readline())
+    source = {"name": "task", "path": str(options.train.resolve()), "max_passes": 1e6}
+    held_out: dict[str, list[Found]] = {
+        "learned": [{"name": "valid", "path": str(options.valid.resolve()), "like": "task"}]
+    }
+    if options.retained:
+        held_out["retained"] = [{"name": "retained", "path": str(options.retained.resolve())}]
+    falls = {"kind": "linear", "floor": 0} if options.retained is None else {"kind": "constant"}
+    return {
+        "name": f"{kind}-{rate:g}-{seed}",
+        "model": str(options.model.resolve()),
+        "output": str(output),
+        "tokens": options.tokens,
+        "seed": seed,
+        "data": {
+            # Rows have the same room for text whatever a kind sets before it.
+            "sequence_length": options.length + room(tuning),
+            "sources": [source | ({"kind": "labelled"} if labelled else {})],
+            "overlap": "off",
+        },
+        "batch": {"sequences": options.batch},
+        "schedule": {**falls, "peak": rate, "warmup": "5%"},
+        "optimizer": {"weight_decay": 0.0},
+        **({"objectives": [{"kind": "classify"}]} if options.task == "classify" else {}),
+        "tuning": tuning,
+        "evaluation": {**held_out, "every": options.every, "during_tokens": options.look_tokens, "samples": 0},
+        "save": {"every": "100%"},
+        "compute": {"threads": options.threads, "dtype": options.dtype, "compile": False},
+    }
+
+
+def room(tuning: Found) -> int:
+    """Positions that a kind takes: vectors, and demonstrations."""
+    from postgrad.data.template import Template
+
+    taken = {
+        "prompt": lambda: tuning["length"],
+        "p-tuning": lambda: Template.parse(tuning["template"]).virtual,
+        "instruction-prompt": lambda: tuning["length"] + tuning["demonstrations"]["tokens"],
+    }
+    return taken.get(tuning["kind"], lambda: 0)()
+
+
+# --- the comparison ----------------------------------------------------------------------------------------------
+
+
+def curve(run: Found) -> list[tuple[float, tuple[float, float, float]]]:
+    """The looks of a run: the loss on the new task, and the change of the retained one with its interval."""
+    return [
+        (look["valid"]["nats"], tuple(look["retained"][k] for k in ("change", "low", "high")))  # type: ignore[misc]
+        for look in run["looks"]
+    ]
+
+
+def at_loss(run: Found, loss: float) -> tuple[float, ...] | None:
+    """The retained change (and its interval) where a run first has this loss on the new task; None if it never has."""
+    points = curve(run)
+    for (above, before), (below, after) in itertools.pairwise(points):
+        if above > loss >= below:
+            part = (above - loss) / (above - below)
+            return tuple(a + part * (b - a) for a, b in zip(before, after, strict=True))
+    return None
+
+
+def lowest(run: Found) -> float:
+    """The lowest loss on the new task that a run has had at a look."""
+    return min(look["valid"]["nats"] for look in run["looks"])
+
+
+def final(run: Found) -> float:
+    """The loss on the new task at the end."""
+    return run["learned"]["after"]["nats"]
+
+
+def middle(values: Iterable[float]) -> list[float]:
+    """Median, lowest and highest."""
+    known = list(values)
+    return [statistics.median(known), min(known), max(known)]
+
+
+def best_rates(runs: Sequence[Found]) -> dict[str, float]:
+    """Of each kind the rate with the lowest final loss on the new task (median over seeds)."""
+    out = {}
+    for kind in dict.fromkeys(run["kind"] for run in runs):
+        rates = dict.fromkeys(run["rate"] for run in runs if run["kind"] == kind)
+        out[kind] = min(
+            rates, key=lambda r: statistics.median(final(x) for x in runs if (x["kind"], x["rate"]) == (kind, r))
+        )
+    return out
+
+
+def targets(runs: Sequence[Found], best: dict[str, float]) -> dict[str, float]:
+    """New-task losses that all, three quarters and half of the kinds have reached at their best rates."""
+    reached = sorted(
+        statistics.median(lowest(run) for run in runs if (run["kind"], run["rate"]) == (kind, rate))
+        for kind, rate in best.items()
+    )
+    return {name: reached[max(0, round(share * len(reached)) - 1)] for name, share in SHARES.items()}
+
+
+def summarise(runs: Sequence[Found], costs: dict[str, Found], task: str) -> tuple[list[Found], dict[str, float]]:
+    """A row for each kind at its best rate, by its loss on the new task; and the losses at which forgetting was compared."""
+    good = [run for run in runs if "error" not in run]
+    best = best_rates(good)
+    with_retained = [run for run in good if run["retained"]]
+    wanted = targets(good, best) if with_retained else {}
+    rows = []
+    for kind, rate in best.items():
+        own = [run for run in good if run["kind"] == kind]
+        chosen = [run for run in own if run["rate"] == rate]
+        accuracy = [right(run, task) for run in chosen]
+        row: Found = {
+            "kind": kind,
+            "rate": rate,
+            "rates": sorted({run["rate"] for run in own}),
+            "seeds": len(chosen),
+            "loss": middle(map(final, chosen)),
+            "loss_by_rate": {
+                f"{r:g}": middle(final(x) for x in own if x["rate"] == r) for r in sorted({x["rate"] for x in own})
+            },
+            "right": {key: statistics.median(a[key] for a in accuracy) for key in ("value", "low", "high")},
+            "kept_bytes": chosen[0]["kept_bytes"],
+            "seconds": statistics.median(run["seconds"] for run in chosen),
+            **costs.get(kind, {}),
+        }
+        if with_retained:
+            row["gain"] = statistics.median(-run["learned"]["change"]["difference"] for run in chosen)
+            row["forgetting"] = {
+                key: statistics.median(run["retained"][key] for run in chosen) for key in ("difference", "low", "high")
+            }
+            row["matched"] = {name: matched(chosen, own, loss) for name, loss in wanted.items()}
+        rows.append(row)
+    for row in rows if with_retained else ():
+        row["dominated_by"] = [other["kind"] for other in rows if dominates(other, row)]
+    return sorted(rows, key=lambda row: row["loss"][0]), wanted
+
+
+def matched(chosen: Sequence[Found], own: Sequence[Found], loss: float) -> Found | None:
+    """The retained change at this new-task loss: at the best rate over its seeds, and the least of all rates; None if never."""
+    here = [found for run in chosen if (found := at_loss(run, loss))]
+    by_rate: dict[float, list[float]] = {}
+    for run in own:
+        found = at_loss(run, loss)
+        if found:
+            by_rate.setdefault(run["rate"], []).append(found[0])
+    if len(here) < len(chosen):  # one seed did not get there
+        return None
+    least = min(by_rate, key=lambda rate: statistics.median(by_rate[rate]))
+    return {
+        "change": middle(h[0] for h in here),
+        "interval": [statistics.median(h[i] for h in here) for i in (1, 2)],
+        "least": statistics.median(by_rate[least]),
+        "least_rate": least,
+    }
+
+
+def dominates(one_row: Found, other: Found) -> bool:
+    """Whether a kind has learnt at least as much and forgotten at most as much as another, and one of them truly."""
+    gains, lost = (one_row["gain"], other["gain"]), [r["forgetting"]["difference"] for r in (one_row, other)]
+    return gains[0] >= gains[1] and lost[0] <= lost[1] and (gains[0] > gains[1] or lost[0] < lost[1])
+
+
+def right(run: Found, task: str) -> Found:
+    """How often a run is right at its end: the classifier's accuracy, or answers to the letter."""
+    return run["learned"]["after"]["metrics"]["accuracy"] if task == "classify" else run["right"]
+
+
+def base(runs: Sequence[Found], options: argparse.Namespace) -> Found:
+    """Without any training: the commonest class, or the start model prompted with the same questions."""
+    if options.task == "classify":
+        known = Counter(json.loads(line)["label"] for line in options.valid.open())
+        label, count = known.most_common(1)[0]
+        return {"what": f"always {label!r}", "right": count / known.total()}
+    run = next(run for run in runs if "error" not in run)
+    return {"what": "prompted", "loss": run["learned"]["before"]["nats"], "right": run["right_before"]}
+
+
+# --- what is shown -----------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Found], start: Found, wanted: dict[str, float]) -> str:
+    """The rows as a Markdown table, the base first."""
+    forgets = any("forgetting" in row for row in rows)
+    heads = ["kind", "rate", "new-task loss (seeds)", "right (95 %)"]
+    if forgets:
+        heads += ["retained change (95 %)", *(f"at loss {loss:.3f}" for loss in wanted.values())]
+    heads += ["weights", "kept", "s/step", "peak MB", "forward"] + (["frontier"] if forgets else [])
+    value = start["right"] if isinstance(start["right"], float) else start["right"]["value"]
+    loss = f"{start['loss']:.3f}" if "loss" in start else ""
+    lines = [["*base*", start["what"], loss, f"{value:.1%}", *[""] * (len(heads) - 4)]]
+    for row in rows:
+        accuracy = row["right"]
+        line = [
+            row["kind"],
+            f"{row['rate']:g}",
+            f"{row['loss'][0]:.3f} [{row['loss'][1]:.3f}..{row['loss'][2]:.3f}]",
+            f"{accuracy['value']:.1%} [{accuracy['low']:.1%}..{accuracy['high']:.1%}]",
+        ]
+        if forgets:
+            lost = row["forgetting"]
+            line.append(f"{lost['difference']:+.3f} [{lost['low']:+.3f}..{lost['high']:+.3f}]")
+            line += [at_target(row["matched"][name]) for name in wanted]
+        line += [
+            f"{row['trainable']:,}" if "trainable" in row else "",
+            f"{row['kept_bytes'] / 1e6:.2f} MB",
+            f"{row['step_seconds']:.3f}" if "step_seconds" in row else "",
+            f"{row['peak_mb']:.0f}" if row.get("peak_mb") else "",
+            f"{row['forward']:.2f}x" if "forward" in row else "",
+        ]
+        if forgets:
+            line.append("on it" if not row["dominated_by"] else f"below {row['dominated_by'][0]}")
+        lines.append(line)
+    widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
+    ruled = [heads, ["-" * width for width in widths], *lines]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in ruled)
+
+
+def at_target(found: Found | None) -> str:
+    """A cell: the retained change at the best rate with the range of its seeds, and the least over rates."""
+    if found is None:
+        return "-"
+    change = found["change"]
+    spread = f" [{change[1]:+.3f}..{change[2]:+.3f}]" if change[1] != change[2] else ""
+    return f"{change[0]:+.3f}{spread}, least {found['least']:+.3f}"
+
+
+def figure(rows: Sequence[Found]) -> str:
+    """Gain against forgetting, a spot a kind, as a picture by itself."""
+    from postgrad.reports.figures import STYLE, Spot, scatter
+
+    spots = [
+        Spot(row["kind"], row["forgetting"]["difference"], row["gain"],
+             x_interval=(row["forgetting"]["low"], row["forgetting"]["high"]))
+        for row in rows
+    ]  # fmt: skip
+    drawn = scatter(
+        spots, title="Gain against forgetting", x_label="retained loss, change (nats per token)",
+        y_label="new-task loss, fall (nats per token)", width=760, height=460, best="learns more, forgets less",
+    )  # fmt: skip
+    return alone(drawn, STYLE)
+
+
+def alone(svg: str, style: str) -> str:
+    """A figure of a page as a file of its own."""
+    ground = '<rect width="100%" height="100%" style="fill:var(--ground)"/>'
+    begin, rest = svg.split(">", 1)
+    begin = begin.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return f"{begin}><style>{style}svg{{font-family:sans-serif}}</style>{ground}{rest}\n"
+
+
+def setting(options: argparse.Namespace) -> Found:
+    """Machine, versions, and how to do it again; of paths only the names."""
+    import peft
+    import torch
+    import transformers
+
+    from postgrad.models import machine
+
+    named = ("model", "train", "valid", "retained", "json", "data")
+    repeat = [
+        f"--{key.replace('_', '-')} {key.upper()}" if key in named else told(key, value)
+        for key, value in vars(options).items()
+        if value not in (None, [], {}, False) and key != "one"
+    ]
+    return {
+        "repeat": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(repeat)}",
+        **{k: getattr(options, k).name for k in (*named[1:4], "data") if getattr(options, k, None) is not None},
+        "name": options.name,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "machine": {"cpu": machine.processor(), "cores": machine.cores(), "system": platform.system()},
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def told(key: str, value: Any) -> str:
+    """An option as it is given on the command line."""
+    if isinstance(value, dict) and key == "rates":
+        return "--rates " + " ".join(f"{kind}={','.join(f'{r:g}' for r in rates)}" for kind, rates in value.items())
+    if isinstance(value, dict):
+        value = json.dumps(value)
+    words = value if isinstance(value, list) else [value]
+    return f"--{key.replace('_', '-')} {' '.join(shlex.quote(str(word)) for word in words)}"
+
+
+def rates_of(text: str) -> tuple[str, tuple[float, ...]]:
+    """`kind=rate,rate`."""
+    kind, _, rates = text.partition("=")
+    if kind not in KINDS or not rates:
+        raise argparse.ArgumentTypeError(f"{text!r}: kind=rate,rate is expected, with one of {', '.join(KINDS)}")
+    return kind, tuple(float(rate) for rate in rates.split(","))
+
+
+def arguments() -> argparse.Namespace:
+    """What is asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=("classify", "answers"), default="classify")
+    parser.add_argument("--name", help="what model and data are called in the result")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--valid", type=Path, required=True)
+    parser.add_argument("--retained", type=Path)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--rates", nargs="+", type=rates_of, default=[], help="kind=rate,rate in place of its own")
+    parser.add_argument("--most-rates", type=int, default=3, help="only the first so many of each kind's rates")
+    parser.add_argument("--options", type=json.loads, default={}, help='JSON: {"lora": {"rank": 4}}')
+    parser.add_argument("--tokens", type=int, default=6000, help="trained tokens of a run; of a classifier: rows")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--every", default="10%", help="between looks during training")
+    parser.add_argument("--look-tokens", type=int, default=20_000)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once; more than one disturbs the seconds")
+    parser.add_argument("--minutes", type=float, help="begin no run later than this")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    options.rates = dict(options.rates)
+    return options
+
+
+def main() -> None:
+    """Measure and print."""
+    options = arguments()
+    started = time.monotonic()
+    sweep = {kind: options.rates.get(kind, RATES[kind][: options.most_rates]) for kind in options.kinds}
+    runs: list[Found] = []
+    costs: dict[str, Found] = {}
+    failed: dict[str, str] = {}
+    skipped: list[str] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def work(what: str, kind: str, rate: float, seed: int) -> Found | None:
+            label = f"{what}-{kind}-{rate:g}-{seed}"
+            if kind in failed:
+                return None
+            if options.minutes and time.monotonic() - started > 60 * options.minutes:
+                skipped.append(label)
+                return None
+            asked = {"what": what, "id": label, "root": name, "cache": str(folder / "cache")}
+            found = in_a_process(asked | {"stage": stage(options, kind, rate, seed, folder / label)}, folder)
+            print(f"{label}: {found.get('error') or 'done'} ({time.monotonic() - started:.0f} s)", flush=True)
+            return found
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for kind, found in zip(sweep, pool.map(lambda k: work("cost", k, sweep[k][0], 0), sweep), strict=True):
+                if found and "error" in found:
+                    failed[kind] = found["error"]
+                elif found:
+                    costs[kind] = found
+            wanted = [
+                (kind, sweep[kind][turn], seed)
+                for seed in options.seeds
+                for turn in range(max(map(len, sweep.values())))
+                for kind in sweep
+                if turn < len(sweep[kind])
+            ]
+            for (kind, rate, seed), found in zip(wanted, pool.map(lambda w: work("stage", *w), wanted), strict=True):
+                if found:
+                    runs.append({"kind": kind, "rate": rate, "seed": seed, **found})
+    rows, losses = summarise(runs, costs, options.task)
+    start = base(runs, options)
+    text = table(rows, start, losses)
+    print(text)
+    for kind, error in failed.items():
+        print(f"{kind}: {error}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        found = {
+            "setting": setting(options),
+            "kinds": {kind: {**KINDS[kind], **options.options.get(kind, {})} for kind in options.kinds},
+            "base": start,
+            "compared_at": losses,
+            "rows": rows,
+            "not_applicable": failed,
+            "left_out": skipped,
+            "runs": [short(run) for run in runs],
+        }
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.with_suffix(".md").write_text(text + "\n")
+        if losses:
+            options.json.with_suffix(".svg").write_text(figure(rows))
+
+
+def short(run: Found) -> Found:
+    """A run without what is said elsewhere."""
+    if "error" in run:
+        return run
+    names = ("kind", "rate", "seed", "steps", "seconds", "wall_seconds", "kept_bytes")
+    kept = {name: run[name] for name in names} | {k: run[k] for k in ("right", "right_before") if k in run}
+    looks = [
+        [look["step"], *(round(look[s]["nats"], 5) for s in ("valid", "retained") if s in look)]
+        for look in run["looks"]
+    ]
+    return {**kept, "learned": run["learned"], "retained": run["retained"], "looks_step_new_retained": looks}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        one(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        main()
