@@ -115,8 +115,9 @@ def _on_base(start: Start, root: Path, base: str | None) -> Start:
     try:
         if (folder / TUNING).exists():
             recorded = json.loads((folder / TUNING).read_text())["base"]
-            places = [recorded["relative"], recorded["name"]]
+            places, below = [recorded["relative"], recorded["name"]], recorded.get("below")
         else:
+            below = None
             places = [json.loads((folder / PEFT).read_text())["base_model_name_or_path"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
@@ -126,9 +127,9 @@ def _on_base(start: Start, root: Path, base: str | None) -> Start:
         ) from None
     for place in places:
         if place and (folder / place).is_dir():
-            return dataclasses.replace(start, base=locate(place, folder))
+            return dataclasses.replace(start, base=locate(place, folder, below))
     try:
-        return dataclasses.replace(start, base=locate(places[-1], folder))
+        return dataclasses.replace(start, base=locate(places[-1], folder, below))
     except ModelError as error:
         raise ModelError(
             f"{start.name} sits on {places[-1]}, which is not there",

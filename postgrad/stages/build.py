@@ -193,10 +193,23 @@ def build(plan: Plan, subject: Subject, execution: Execution, world: World) -> R
     optimizer = AdamW(
         weights, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, decay_tables=spec.decay_tables
     )
+    if spec.moments != "reset" and not subject.tuning.whole:
+        raise StageError(
+            f"`{stage.tuning.kind}` begins with weights of its own, for which {plan.start.name} has no moments",
+            where="optimizer.moments",
+            expected="reset, or tuning: {kind: full}",
+        )
     if spec.moments != "reset":
         checkpoint = _moments_of(plan.start)
         keep = ("exp_avg", "exp_avg_sq") if spec.moments == "keep" else ("exp_avg_sq",)
         optimizer.restore(read_moments(checkpoint), read_progress(checkpoint).updates, keep=keep)
+        if not optimizer.updates():
+            raise ResumeError(
+                f"the moments of {plan.start.name} are those of other weights",
+                where="optimizer.moments",
+                expected="a start model whose stage moved all of its weights",
+                way_out="set optimizer.moments: reset",
+            )
     return Run(
         model=model,
         weights=weights,

@@ -18,7 +18,7 @@ from postgrad.tuning.opened import Sitting, open_model
 
 def sitting(plan: Plan, folder: Path) -> dict[str, Any]:
     """What a folder of this stage's tuning says of the model that it sits on."""
-    return Sitting.on(plan.start, folder, plan.task, plan.layer, plan.reading.before).as_dict()
+    return Sitting.on(plan.start, folder, plan.task, plan.layer, plan.reading.set_around).as_dict()
 
 
 def publish_trained(folder: Path, plan: Plan, subject: Subject, state: dict[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from postgrad.stages.amounts import Part, Positive
+from postgrad.stages.amounts import Part, Positive, Share
 
 Weight = Annotated[float, Field(gt=0)]
 
@@ -36,7 +36,7 @@ class MaskedObjective(Objective):
     """Masked language modelling for encoders (Devlin et al. 2019): of the chosen tokens 80 % are masked, 10 % replaced."""
 
     kind: Literal["masked"]
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    share: Annotated[Share, Field(gt=0, lt=1)] = 0.15
     """Share of a row's tokens that are chosen."""
     whole_words: bool = False
     """Choose whole words, not pieces of them."""
@@ -46,7 +46,7 @@ class SpanCorruptionObjective(Objective):
     """Span corruption for encoder-decoders (Raffel et al. 2020): spans leave the input and are written by the decoder."""
 
     kind: Literal["span-corruption"]
-    density: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    density: Annotated[Share, Field(gt=0, lt=1)] = 0.15
     """Share of a row's tokens that leave the input."""
     mean_span: Annotated[float, Field(ge=1)] = 3.0
     """Mean length of a span."""

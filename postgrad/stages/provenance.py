@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def describe(
     execution: Execution,
     counts: Counts,
     command: str,
+    notes: Sequence[str] = (),
 ) -> Record:
     return {
         "id": kept["id"],
@@ -70,7 +72,7 @@ def describe(
         "execution": execution.as_dict(),
         "plan": plan.as_record(),
         "ledger": {leaf.name: r.ledger.as_dict() for leaf, r in zip(plan.leaves, plan.rows, strict=True)},
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *notes],
         "overlap": plan.overlap,
         "schedule_curve": schedules.sampled(plan.schedule, plan.steps),
         "held_out": [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from postgrad.data.frame import Frame
+from postgrad.data.frame import BARE, Frame
 from postgrad.data.template import Template
 from postgrad.data.tokenize import Encoder
 from postgrad.errors import ModelError
@@ -33,8 +33,8 @@ class Reading:
     seed: int
     own: Frame
     """What the tokenizer itself sets around one text or two."""
-    left: tuple[int, ...]
-    """The places of the soft prompts that the model's lineage left on it."""
+    left: Frame
+    """What the model's lineage sets around a text: the places of its soft prompts."""
     added: Frame
     """What the stage's tuning sets around a text: the places of its vectors, inside of `own`."""
 
@@ -46,24 +46,28 @@ class Reading:
     @property
     def before(self) -> tuple[int, ...]:
         """Ids of soft prompts that stand before each text."""
-        return (*self.left, *self.added.before)
+        return self.set_around.before
+
+    @cached_property
+    def set_around(self) -> Frame:
+        """What the lineage and the stage's tuning set around a text, the older outside."""
+        left, added = self.left, self.added
+        return Frame((*left.before, *added.before), (*added.between, *left.between), (*added.after, *left.after))
 
     @property
     def prompted(self) -> bool:
         """Whether soft prompts stand around the texts."""
-        return bool(self.left or self.added != Frame())
+        return self.set_around != BARE
 
     @cached_property
     def frame(self) -> Frame:
         """What stands around the texts of a row: the tokenizer's own ids, and soft prompts inside of them."""
         first = () if self.encoder.bos is None else (self.encoder.bos,)
-        added = self.added
+        inner = self.set_around
         if self.task == "causal":  # what stands behind a question stands before its answer
-            return Frame((*first, *self.left, *added.before), (*added.between, *added.after))
+            return Frame((*first, *inner.before), (*inner.between, *inner.after))
         return Frame(
-            (*self.own.before, *self.left, *added.before),
-            (*added.between, *self.own.between),
-            (*added.after, *self.own.after),
+            (*self.own.before, *inner.before), (*inner.between, *self.own.between), (*inner.after, *self.own.after)
         )
 
     @cached_property
@@ -72,7 +76,7 @@ class Reading:
 
         The words and special tokens of a template stay: that is prompting without training.
         """
-        first = self.encoder.vocabulary + len(self.left)
+        first = self.encoder.vocabulary + _virtual(self.left, self.encoder.vocabulary)
         parts = (self.added.before, self.added.between, self.added.after)
         plain = Frame(*(tuple(token for token in part if token < first) for part in parts))
         return replace(self, added=plain, length=self.length - self.added.size(2) + plain.size(2))
@@ -166,7 +170,8 @@ def make_reading(
 ) -> Reading:
     """How a model of this start and task, under this tuning, reads a text. Raises the template's errors."""
     left = _left(start)
-    first = encoder.vocabulary + len(left)
+    first = encoder.vocabulary + _virtual(left, encoder.vocabulary)
+    own = own_frame(tokenizer)
     return Reading(
         task,
         start,
@@ -175,9 +180,9 @@ def make_reading(
         encoder,
         length,
         seed,
-        own_frame(tokenizer),
+        own,
         left,
-        _added(tuning, tokenizer, first),
+        _inside(own, _added(tuning, tokenizer, first)),
     )
 
 
@@ -206,11 +211,24 @@ def _find(ids: list[int], part: list[int], start: int) -> int:
     return next(i for i in range(start, len(ids)) if ids[i : i + len(part)] == part)
 
 
-def _left(start: Start) -> tuple[int, ...]:
-    if start.base is None:
-        return ()
+def _left(start: Start) -> Frame:
     said = Sitting.of(start)
-    return said.before if said else ()
+    return said.frame if said else BARE
+
+
+def _virtual(frame: Frame, vocabulary: int) -> int:
+    """How many ids of a frame are places of vectors."""
+    return sum(token >= vocabulary for part in (frame.before, frame.between, frame.after) for token in part)
+
+
+def _inside(own: Frame, added: Frame) -> Frame:
+    """A template without the special tokens at its ends that the tokenizer sets anyway."""
+    before, after = added.before, added.after
+    if own.before and before[: len(own.before)] == own.before:
+        before = before[len(own.before) :]
+    if own.after and after[-len(own.after) :] == own.after:
+        after = after[: -len(own.after)]
+    return Frame(before, added.between, after)
 
 
 def _added(tuning: AnyTuning | None, tokenizer: PreTrainedTokenizerBase, first: int) -> Frame:

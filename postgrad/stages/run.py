@@ -143,7 +143,9 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     yield Doing("loading the model")
     subject = make_subject(plan, world)
     model = subject.model
-    counts = subject.counts()
+    counts, notes = subject.counts(), (*subject.opened.notes, *subject.tuning.notes)
+    for note in subject.opened.notes:
+        yield Warned(note)
     execution = _execution(plan, subject, kept, world)
     _prepare(model, execution)
     if world.main:
@@ -232,7 +234,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     samples = _samples(plan, model.pretrained, wanted, told)
     found = measure.changes(plan.held_out, before, after, plan.vocabulary)
     gate = measure.gate(found, before, plan.stage.max_forgetting)
-    record = describe(home, plan, kept, fingerprints, execution, counts, command)
+    record = describe(home, plan, kept, fingerprints, execution, counts, command, notes)
     record |= {
         "status": "finished" if gate is None or gate["passed"] else "gate-failed",
         "finished": now(),
@@ -364,7 +366,7 @@ def _begin(
         model, plan.held_out_before, context=plan.context, world=world, identity=identity, cache=cache
     )
     told = (
-        continuations(model.pretrained, plan.tokenizer, wanted, plan.reading.left, plan.reading.encoder.bos)
+        continuations(model.pretrained, plan.tokenizer, wanted, plan.reading.without.before, plan.reading.encoder.bos)
         if world.main
         else []
     )

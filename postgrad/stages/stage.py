@@ -76,7 +76,8 @@ class Source(Worded):
         if sum([self.path is not None, self.hub is not None, self.seen_so_far]) != 1:
             raise ValueError("a source has exactly one of `path`, `hub` and `seen_so_far`")
         if self.seen_so_far:
-            fixed = sorted({*Worded.model_fields, "held_out", "stands_for", "subset", "split"} & self.model_fields_set)
+            given = (*Worded.model_fields, "held_out", "stands_for", "subset", "split")
+            fixed = sorted(name for name in given if getattr(self, name) != Source.model_fields[name].default)
             if fixed:
                 raise ValueError(f"a replay of everything seen takes `{fixed[0]}` from the earlier stages")
         return self

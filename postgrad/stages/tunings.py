@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from postgrad.stages.amounts import Length, Part, Positive
+from postgrad.stages.amounts import Length, Part, Positive, Share
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Slots = Literal["all"] | list[Literal["encoder", "decoder", "cross"]]
@@ -211,7 +211,7 @@ class OsfTuning(Also):
     """Orthogonal subspace fine-tuning: only the directions of small singular values move, through peft."""
 
     kind: Literal["osf"]
-    effective_rank: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    effective_rank: Annotated[Share, Field(gt=0, lt=1)] = 0.5
     """Share of each matrix's singular directions that is held fast."""
     targets: Literal["all-linear", "attention", "feed-forward"] | list[str] = "all-linear"
     """Which matrices of the blocks; or names (`*` and `?` stand for any letters)."""

@@ -69,7 +69,7 @@ def _writer(name: str, start: Start) -> _Writer:
             f"{name} does not write text", where="model", expected="a decoder or an encoder-decoder language model"
         )
     torch.nn.Module.to(opened.model, machine.device())
-    return _Writer(name, opened.model, load_tokenizer(start.plain), opened.task, opened.before)
+    return _Writer(name, opened.model, load_tokenizer(start.plain), opened.task, opened.frame.before)
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def export_model(
     opened = _combined(start, weight, others, how, density) if others else open_model(start)
     model, tokenizer = opened.model, load_tokenizer(start.plain)
     ids = torch.arange(16)[None] % table_of(model).shape[0]
-    before = torch.tensor([opened.before], dtype=torch.long)
+    before = torch.tensor([opened.frame.before], dtype=torch.long)
     ids = torch.cat([before, ids], 1)
     for tuning in opened.tunings:  # the ids of a later prompt are those behind an earlier one's
         tuning.merge(tokenizer)
@@ -172,9 +172,11 @@ def export_model(
         raise ModelError(f"the exported model's logits differ by {difference:.2g}", where=str(folder))
     size = sum(p.stat().st_size for p in folder.iterdir())
     text = f"{folder}: {str(wanted).removeprefix('torch.')}, {size:,} bytes; plain transformers reads the same logits\n"
-    if opened.before:
-        said = tokenizer.decode(list(opened.before))
-        text += f"its soft prompt is the text {said[:60]}{'...' * (len(said) > 60)}: put it before what the model is to read\n"
+    places = list(opened.frame.before)
+    if places:
+        said = tokenizer.convert_ids_to_tokens(places)
+        shown = "".join(said) if len(said) <= 4 else f"{said[0]}{said[1]}... to ...{said[-1]}, {len(said)} in all"
+        text += f"what is set before a text is {shown}: put it before what the model is to read\n"
     verb = "generate" if opened.task in ("causal", "text-to-text") else "eval"
     text += f"next: {shlex.join(['postgrad', verb, str(folder)])}"
     return {"text": text, "folder": str(folder), "dtype": str(wanted).removeprefix("torch."), "bytes": size}

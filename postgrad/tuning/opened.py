@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from postgrad.data.frame import BARE, Frame
 from postgrad.errors import TuningError
 from postgrad.lineage.fingerprint import fingerprint, model_fingerprint
 from postgrad.models.pretrained import PEFT, TUNING, Start, Task, TaskLayer, load, load_tokenizer, task_of
@@ -33,11 +34,13 @@ class Sitting:
     fingerprint: str | None
     task: Task
     layer: TaskLayer | None = None
-    before: tuple[int, ...] = ()
-    """Ids that were set before each text: the places of a soft prompt, and special tokens around them."""
+    frame: Frame = BARE
+    """Ids that were set around each text: the places of a soft prompt, and a template's words and special tokens."""
+    below: str | None = None
+    """Where what it sits on has its own base, when the user had to say it."""
 
     @classmethod
-    def on(cls, start: Start, folder: Path, task: Task, layer: TaskLayer | None, before: tuple[int, ...]) -> Sitting:
+    def on(cls, start: Start, folder: Path, task: Task, layer: TaskLayer | None, frame: Frame) -> Sitting:
         """What the folder of a tuning on `start` says."""
         # A run stands for its final model; a checkpoint of it is another model.
         at = start.run if start.run and start.folder == start.run / "model" else start.folder
@@ -47,7 +50,8 @@ class Sitting:
             start_fingerprint(start),
             task,
             layer,
-            before,
+            frame,
+            str(start.base.folder or start.base.name) if start.base and start.trusted else None,
         )
 
     @classmethod
@@ -65,7 +69,8 @@ class Sitting:
             said.get("fingerprint"),
             said.get("task", "causal"),
             TaskLayer(tuple(layer["labels"]), layer["problem"], layer["pad"], layer["seed"]) if layer else None,
-            tuple(said.get("before", ())),
+            Frame(*(tuple(said["frame"][part]) for part in ("before", "between", "after"))),
+            said["below"],
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def _of_peft(start: Start, base: Start, config: dict[str, Any]) -> Sitting:
     if config.get("peft_type") in ("PROMPT_TUNING", "P_TUNING"):
         first = int(AutoConfig.from_pretrained(start.source).vocab_size)
         before = tuple(range(first, first + int(config["num_virtual_tokens"])))
-    return Sitting(config.get("base_model_name_or_path") or "", None, None, task, before=before)
+    return Sitting(config.get("base_model_name_or_path") or "", None, None, task, frame=Frame(before))
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,8 @@ class Opened:
     """Weights that nothing had: a new task layer."""
     tunings: tuple[Tuning, ...] = ()
     """Those that stand in the model, held fast."""
-    before: tuple[int, ...] = ()
-    """Ids that are to be set before each text."""
+    frame: Frame = BARE
+    """Ids that are to be set around each text."""
     notes: tuple[str, ...] = field(default=())
 
 
@@ -164,7 +169,7 @@ def open_model(
         said.layer,
         (),
         below.tunings + stands,
-        said.before,
+        said.frame,
         notes,
     )
     wanted = task or own
