@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,13 +42,24 @@ from postgrad.tuning.opened import Opened, open_model
 from postgrad.tuning.tuning import Published, Tuning
 
 
-def make_objective(spec: AnyObjective, problem: Problem) -> Objective:
-    """An objective from its description; `problem` is what a classifier of this stage decides."""
+def make_objectives(specs: Sequence[AnyObjective], problem: Problem) -> list[Objective]:
+    """Objectives from their descriptions; `problem` is what a classifier of this stage decides.
+
+    Each is told by its kind, and one of several of a kind also by the sources that it names.
+    """
+    kinds = [spec.kind for spec in specs]
+    return [
+        _objective(spec, problem, spec.kind if kinds.count(spec.kind) == 1 else " ".join([spec.kind, *spec.on]))
+        for spec in specs
+    ]
+
+
+def _objective(spec: AnyObjective, problem: Problem, name: str) -> Objective:
     match spec:
         case ClassifyObjective():
-            return Decisions(problem, spec.kind, spec.weight)
+            return Decisions(problem, name, spec.weight)
         case _:
-            return Tokens(spec.kind, spec.weight)
+            return Tokens(name, spec.weight)
 
 
 class Counts(NamedTuple):
@@ -214,7 +226,7 @@ def build(plan: Plan, subject: Subject, execution: Execution, world: World) -> R
         model=model,
         weights=weights,
         optimizer=optimizer,
-        objectives=[make_objective(o, plan.problem) for o in plan.objectives],
+        objectives=make_objectives(plan.objectives, plan.problem),
         penalties=make_penalties(plan, subject, weights),
         schedule=plan.schedule,
         world=world,
