@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -40,6 +41,7 @@ class Besides:
     @contextmanager
     def as_before(self) -> Iterator[None]:
         """Inside, weights of the body have their old values; what autograd kept of them is right again afterwards."""
+        _reshard(self.model)
         now = {name: parameter.detach().clone() for name, parameter in self.tensors().items() if name in self._before}
         self._put(self._before)
         try:
@@ -58,11 +60,19 @@ class Besides:
                 parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
+        _reshard(self.model)
         parameters = self.tensors()
         for name, value in values.items():
             held = parameters[name].data
             split = isinstance(held, DTensor) and not isinstance(value, DTensor)
             held.copy_(distribute_tensor(value.to(held.device), held.device_mesh, held.placements) if split else value)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let FSDP hold its shards alone: values given to what it gathered for a forward pass would be gone after it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
