@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -23,11 +24,16 @@ from transformers import (
 )
 
 from postgrad.models.pretrained import save_pretrained
+from postgrad.planning.execution import Execution
 from postgrad.publish import MANIFEST
+from postgrad.stages.build import build, make_loader, make_subject
 from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import Plan, make_plan
 from postgrad.stages.run import Event, Finished, Saved, Stepped, Stopped, run_stage
+from postgrad.training.loop import steps
 from postgrad.training.meters import read_metrics
+from postgrad.training.step import Run
+from postgrad.training.world import World
 from tests.conftest import make_llama, make_tokenizer, new_text, old_text, write_jsonl
 
 LENGTH = 48
@@ -367,3 +373,16 @@ def carried_out_in_parts(shelf: Shelf, raw: dict[str, Any]) -> Finished:
             os.kill(os.getpid(), signal.SIGTERM)
     assert saved and isinstance(last, Stopped) and last.step == 5
     return shelf.run(raw)
+
+
+def trained(shelf: Shelf, raw: dict[str, Any], count: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Run]:
+    """Every weight of a model before and after so many steps of a stage, and the run."""
+    plan, world = shelf.plan(raw), World(torch.device("cpu"))
+    subject = make_subject(plan, world)
+    model = subject.model.pretrained
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    execution = Execution("float32", False, subject.attention or "sdpa", 1, 2, False, 0.0)
+    run = build(plan, subject, execution, world)
+    for _ in steps(run, make_loader(plan, execution, world), count):
+        pass
+    return before, {name: p.detach() for name, p in model.named_parameters()}, run

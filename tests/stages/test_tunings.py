@@ -22,14 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from postgrad.errors import StageError, TuningError
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load, locate
-from postgrad.planning.execution import Execution
 from postgrad.stages import run as run_module
-from postgrad.stages.build import build, make_loader, make_subject
+from postgrad.stages.build import make_subject
 from postgrad.stages.check import check_stage
 from postgrad.stages.measure import read_scores
 from postgrad.stages.score import evaluate_files
 from postgrad.stages.write import export_model
-from postgrad.training.loop import steps
 from postgrad.training.meters import read_metrics
 from postgrad.training.optimizer import AdamW
 from postgrad.training.state import read_progress
@@ -39,7 +37,7 @@ from postgrad.tuning.attach import load_tuning, read_published
 from postgrad.tuning.besides import bare
 from postgrad.tuning.opened import open_model, start_fingerprint
 from tests.conftest import make_llama, make_tokenizer, new_text, write_jsonl
-from tests.stages.models import LENGTH, Shelf, carried_out_in_parts, make_shelf, trace, written
+from tests.stages.models import LENGTH, Shelf, carried_out_in_parts, make_shelf, trace, trained, written
 
 SETS = ("old-heldout", "new-heldout")
 BLOCKS, WIDTH, INNER, KEYS, VOCABULARY = 2, 32, 64, 16, 320
@@ -212,19 +210,6 @@ def logits(model: PreTrainedModel, before: Iterable[int] = ()) -> Tensor:
 
 
 # -- what moves --------------------------------------------------------------------------------------------------------
-
-
-def trained(shelf: Shelf, raw: dict[str, Any], count: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Run]:
-    """Every weight of a model before and after so many steps of a stage, and the run."""
-    plan, world = shelf.plan(raw), World(torch.device("cpu"))
-    subject = make_subject(plan, world)
-    model = subject.model.pretrained
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    execution = Execution("float32", False, subject.attention or "sdpa", 1, 2, False, 0.0)
-    run = build(plan, subject, execution, world)
-    for _ in steps(run, make_loader(plan, execution, world), count):
-        pass
-    return before, {name: p.detach() for name, p in model.named_parameters()}, run
 
 
 @pytest.mark.parametrize("name", CASES)
