@@ -261,11 +261,12 @@ def run_ours(work: Path, steps: int, setting: dict[str, Any]) -> None:
     from postgrad.data.batch import Batch
     from postgrad.models import attention, machine, sharding
     from postgrad.models.model import CausalModel
-from postgrad.models.pretrained import Start, load_model
+    from postgrad.models.pretrained import Start, load_model
     from postgrad.objectives.tokens import Tokens
     from postgrad.training.optimizer import AdamW, Weights
     from postgrad.training.step import Run, train_step
     from postgrad.training.world import World
+    from postgrad.tuning.selection import Full
 
     machine.tune_allocator()
     model = CausalModel(load_model(Start("start", work / "model"), attention=attention.NAME)).train()
@@ -290,7 +291,7 @@ from postgrad.models.pretrained import Start, load_model
         ids, positions, labels = next(feed)
         ahead = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], dim=1)
         whole = [
-            Batch(i, y, p, np.zeros(len(i), np.int64), (y != -100).sum(1).numpy())
+            Batch({"input_ids": i, "position_ids": p}, y, np.zeros(len(i), np.int64), (y != -100).sum(1).numpy())
             for i, y, p in zip(ids.split(micro), ahead.split(micro), positions.split(micro), strict=True)
         ]
         report(train_step(run, whole).loss)
