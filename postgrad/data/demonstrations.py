@@ -28,9 +28,10 @@ BETWEEN = "\n\n"
 class Demonstrations:
     """A renderer that sets retrieved examples before each one that another renderer words.
 
-    `pool`: the examples to draw from; one with the words of the question is never drawn. `size` counts the tokens of a text:
-    of the `count` examples most like the question, the least alike are left out until the rest takes at most `tokens`.
-    The most alike stands last, next to the question. `vectors` gives a vector of shape (D,) for a text, for `by: embedding`.
+    `pool`: the examples to draw from; one that asks the same is never drawn. What is compared are the questions alone: the
+    answer to the one at hand is not known where the model is used. `size` counts the tokens of a text: of the `count` examples
+    most like the question, the least alike are left out until the rest takes at most `tokens`. The most alike stands last,
+    next to the question. `vectors` gives a vector of shape (D,) for a text, for `by: embedding`.
     """
 
     inner: Renderer
@@ -46,15 +47,17 @@ class Demonstrations:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that decides the text."""
-        pool = hashlib.sha256("".join(f"{mark:016x}" for mark in sorted(self._digests.tolist())).encode()).hexdigest()
-        parts = [self.inner.fingerprint, pool, self.count, self.by, self.tokens, self.seed]
+        """Of all that decides the text: the answers of the pool too, and the vectors that it is compared by."""
+        pool = hashlib.sha256("".join(f"{mark:016x}" for mark in sorted(map(_digest, self._shown))).encode())
+        if self.by == "embedding":
+            pool.update(self._vectors.tobytes())
+        parts = [self.inner.fingerprint, pool.hexdigest(), self.count, self.by, self.tokens, self.seed]
         return hashlib.sha256(json.dumps(["demonstrations", *parts]).encode()).hexdigest()
 
     def render(self, example: Example) -> Rendered:
         """The chosen examples with their answers as context, then the example itself."""
         own = self.inner.render(example)
-        shown = [_text(self.inner.render(found)) + BETWEEN for found in self.chosen(example)]
+        shown = [self._shown[i] + BETWEEN for i in self._chosen(_question(own))]
         lengths = [self.size(text) for text in shown]
         while shown and sum(lengths) > self.tokens:
             shown.pop(0)
@@ -63,43 +66,67 @@ class Demonstrations:
 
     def chosen(self, example: Example) -> list[Example]:
         """The examples before this one, the most alike last."""
-        mark = digest(example.text.encode())
-        found = [i for i in self._order(example, mark) if int(self._digests[i]) != mark]
-        return [self.pool[i] for i in found[: self.count]][::-1]
+        return [self.pool[i] for i in self._chosen(_question(self.inner.render(example)))]
 
-    def _order(self, example: Example, mark: int) -> list[int]:
+    def _chosen(self, question: str) -> list[int]:
+        mark = _digest(question)
+        found = [i for i in self._order(question, mark) if int(self._digests[i]) != mark]
+        return found[: self.count][::-1]
+
+    def _order(self, question: str, mark: int) -> list[int]:
         """Numbers of the pool, the most alike first: more than are wanted, as copies of the question fall out."""
         most = min(len(self.pool), self.count + int((self._digests == mark).sum()))
         match self.by:
             case "bm25":
-                scores = np.asarray(self._index.get_scores(_words(example.text)))
+                scores = np.asarray(self._index.get_scores(_words(question)))
             case "embedding":
                 assert self.vectors is not None
-                scores = self._matrix @ _unit(self.vectors(example.text))
+                scores = self._matrix @ _unit(self.vectors(question))
             case "seed":
                 return np.random.default_rng(derived(self.seed, mark)).permutation(len(self.pool)).tolist()
         return np.argsort(-scores, kind="stable")[:most].tolist()
 
     @cached_property
+    def _rendered(self) -> list[Rendered]:
+        return [self.inner.render(example) for example in self.pool]
+
+    @cached_property
+    def _shown(self) -> list[str]:
+        return ["".join(text for text, _ in rendered.pieces) for rendered in self._rendered]
+
+    @cached_property
+    def _questions(self) -> list[str]:
+        return [_question(rendered) for rendered in self._rendered]
+
+    @cached_property
     def _digests(self) -> np.ndarray:
-        return np.array([digest(example.text.encode()) for example in self.pool], np.uint64)
+        return np.array([_digest(question) for question in self._questions], np.uint64)
 
     @cached_property
     def _index(self) -> Any:
         import bm25s
 
         index = bm25s.BM25()
-        index.index([_words(example.text) for example in self.pool], show_progress=False)
+        index.index([_words(question) for question in self._questions], show_progress=False)
         return index
 
     @cached_property
-    def _matrix(self) -> np.ndarray:
+    def _vectors(self) -> np.ndarray:
         assert self.vectors is not None
-        return np.stack([_unit(self.vectors(example.text)) for example in self.pool])
+        return np.stack([self.vectors(question) for question in self._questions])
+
+    @cached_property
+    def _matrix(self) -> np.ndarray:
+        return np.stack([_unit(vector) for vector in self._vectors])
 
 
-def _text(rendered: Rendered) -> str:
-    return "".join(text for text, _ in rendered.pieces)
+def _question(rendered: Rendered) -> str:
+    """What is read, without what is to be answered."""
+    return "".join(text for text, mark in rendered.pieces if not mark)
+
+
+def _digest(text: str) -> int:
+    return digest(text.encode())
 
 
 def _words(text: str) -> list[str]:

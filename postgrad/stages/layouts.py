@@ -130,8 +130,8 @@ class Wording:
     words: Mapping[str, str] = field(default_factory=dict)
 
 
-Demonstrated = Callable[[Renderer], Renderer]
-"""Makes a renderer that sets demonstrations before each example."""
+Demonstrated = Callable[[Renderer, str], Renderer]
+"""Makes a renderer of rows of a kind one that sets demonstrations before each example."""
 
 
 def renderer_for(
@@ -142,11 +142,22 @@ def renderer_for(
     labels: Labels | None,
     demonstrated: Demonstrated | None = None,
 ) -> Renderer | None:
-    """What puts rows of a kind into words for an objective; None for running text."""
+    """What puts rows of a kind into words for an objective; None for running text.
+
+    Raises `StageError` for demonstrations before rows that are not answered in words.
+    """
     if kind in RUNNING:
         return None
     renderer = _renderer(objective, kind, reading, wording, labels)
-    return demonstrated(renderer) if demonstrated else renderer
+    if demonstrated is None:
+        return renderer
+    if isinstance(objective, ClassifyObjective | MaskedObjective):
+        raise StageError(
+            f"demonstrations show answers in words, and {objective.kind} has none",
+            where="tuning.demonstrations",
+            expected="an objective whose answers are written: next-token or text-to-text",
+        )
+    return demonstrated(renderer, kind)
 
 
 def _renderer(

@@ -226,8 +226,11 @@ def demonstrating(stage: s.Stage, wanted: Sequence[Wanted], reading: Reading) ->
         )
     asked, seed = stage.tuning.demonstrations, stage.seed
 
-    def demonstrated(inner: Renderer) -> Renderer:
-        return Demonstrations(inner, pool, asked.count, asked.by, asked.tokens, reading.size, reading.vector, seed)
+    def demonstrated(inner: Renderer, kind: str) -> Renderer:
+        alike = [example for example in pool if example.kind == kind]  # what words one kind may have none for another
+        if not alike:
+            return inner
+        return Demonstrations(inner, alike, asked.count, asked.by, asked.tokens, reading.size, reading.vector, seed)
 
     return demonstrated
 

@@ -620,6 +620,24 @@ def test_demonstrations_need_examples(shelf: Shelf) -> None:
     assert met.value.where == "tuning.demonstrations"
 
 
+def test_demonstrations_are_for_models_that_write(shelf: Shelf) -> None:
+    with pytest.raises(StageError, match="classify has none") as met:
+        shelf.plan(stage_of(shelf, "bert class", {"kind": "instruction-prompt", "length": 2}))
+    assert met.value.where == "tuning.demonstrations"
+
+
+def test_demonstrations_are_of_the_questions_own_kind(shelf: Shelf) -> None:
+    sources = [shelf.source("completion", share=0.5), shelf.source("chat", share=0.5)]
+    tuning = {"kind": "instruction-prompt", "length": 2, "demonstrations": {"count": 1}}
+    plan = shelf.plan(
+        shelf.stage("two-kinds", tuning, sources=sources, evaluation=QUICK, data={"sequence_length": 120})
+    )
+    for leaf, sign in zip(plan.leaves, (False, True), strict=True):
+        rows = make_rows(plan.objectives[0], leaf.store, plan.reading, together=False)
+        texts = [plan.tokenizer.decode(rows.at(i, i).inputs["input_ids"][2:]) for i in range(len(rows))]
+        assert all(("### User" in text) == sign for text in texts)
+
+
 def test_biases_that_are_not_there_are_refused(shelf: Shelf) -> None:
     with pytest.raises(TuningError, match="has no biases") as met:
         shelf.run(shelf.stage("no-bias", {"kind": "bias"}))
