@@ -195,7 +195,7 @@ class LowRank(Tuning):
 
     def peft(self) -> PeftFolder | None:
         """The same in PEFT's format, task heads as its `modules_to_save`; None when a weight that moves besides has no place
-        in it (one of a targeted layer, or one that is tied)."""
+        in it (one of a targeted layer, or one that is tied), or PEFT would read the layers' names as others' (some experts)."""
         return write_lora(self.model, self.published(), list(self._layers))
 
     def rate_factor(self, name: str) -> float:
@@ -394,8 +394,8 @@ def _by_pattern(names: Sequence[str], patterns: Mapping[str, T], default: T, opt
 def _with_adapter(target: nn.Module, adapter: str, config: LoraConfig) -> Layer:
     """One layer with one more adapter.
 
-    Layer by layer, not by PEFT's injection: that takes layers by the ends of their names, which on mixtures of experts takes
-    others than those that were named, and leaves its configuration on the model.
+    Layer by layer, not by PEFT's injection: that leaves its configuration on the model, and on mixtures of experts takes
+    others than the named layers (a pattern is cut to the end of its name, and a dense layer is taken for an expert).
     """
     if isinstance(target, LoraLayer):
         target.update_layer(adapter, config.r, lora_alpha=config.lora_alpha, config=config)

@@ -7,6 +7,7 @@ in `adapter_config.json`, where patterns are regular expressions for the ends of
 
 from __future__ import annotations
 
+import copy
 import glob
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -49,7 +51,10 @@ _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def write_lora(model: PreTrainedModel, published: Published, layers: Sequence[str]) -> PeftFolder | None:
-    """A published adapter of `layers` in PEFT's format; None when a weight that moved besides has no place in it."""
+    """A published adapter of `layers` in PEFT's format.
+
+    None when a weight that moved besides has no place in it, or PEFT would take the layers' names for others.
+    """
     options = published.options
     saved = _modules_to_save(model, options.get("also", []), layers)
     if saved is None:
@@ -71,6 +76,8 @@ def write_lora(model: PreTrainedModel, published: Published, layers: Sequence[st
         inference_mode=True,
         base_model_name_or_path=model.name_or_path or None,
     )
+    if not _taken_as_named(config, model):
+        return None
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     plain["peft_type"] = "LORA"
     # PEFT loads whole modules, so what was not trained of them goes along.
@@ -152,6 +159,16 @@ def _modules_to_save(model: PreTrainedModel, also: Sequence[str], layers: Sequen
         if not owner or tied or any(f"{layer}.".startswith(f"{owner}.") for layer in layers):
             return None
     return owners
+
+
+def _taken_as_named(config: LoraConfig, model: PreTrainedModel) -> bool:
+    """Whether PEFT leaves the names of layers as they are: of some mixtures of experts it takes dense layers for experts."""
+    read = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(read, model, None)
+    except ValueError:
+        return False
+    return read.target_modules == config.target_modules and not read.target_parameters
 
 
 def _number(value: float) -> float:

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
 
 from postgrad.errors import MissingExtra, TuningError
 from postgrad.penalties.orthogonal import Orthogonal
@@ -415,26 +415,42 @@ def test_quantising_without_the_package_says_what_to_install(monkeypatch: pytest
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_experts_that_stay_as_they_are_are_said_and_only_the_named_layers_are_taken() -> None:
-    """PEFT's injection takes every layer of the same ending here, and shared experts for the routed ones."""
+def test_on_a_mixture_of_experts_only_the_named_layers_are_taken_and_experts_are_said_to_stay() -> None:
+    """Named the dense layers of the first block, PEFT's injection takes the experts of the second."""
     torch.manual_seed(0)
-    config = Qwen2MoeConfig(
+    config = DeepseekV3Config(
         vocab_size=120,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
     )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.shared_expert.gate_proj"]
+    names = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]
+
+    def taken(model: PreTrainedModel) -> list[str]:
+        return [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+    with pytest.warns(RuntimeWarning, match="rank_pattern"):
+        theirs = inject_adapter_in_model(LoraConfig(target_modules=names), AutoModelForCausalLM.from_config(config))
+    assert taken(theirs) == ["model.layers.1.mlp.experts"]
+    model = AutoModelForCausalLM.from_config(config)
     tuning = LowRank(model, rank=2, targets=names)
-    assert [name for name, module in model.named_modules() if isinstance(module, LoraLayer)] == names
+    assert taken(model) == names
     assert any("experts" in note for note in tuning.notes)
+    assert tuning.peft() is None
+    assert LowRank(AutoModelForCausalLM.from_config(config), rank=2, targets="attention").peft() is not None
     assert not LowRank(build("llama", "lm"), rank=2).notes
 
 
