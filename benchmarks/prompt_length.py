@@ -165,11 +165,11 @@ def main() -> None:
             return {"id": f"{label}-{on}", "root": name, "cache": str(folder / "cache"), "stage": described}
 
         def run(length: int, rate: float, seed: int) -> Found:
-            found = in_a_process(asked(length, rate, seed, "dev") | {"what": "stage"}, folder)
+            found = in_a_process([asked(length, rate, seed, "dev") | {"what": "stage"}], folder)[0]
             if "error" in found:
                 raise SystemExit(f"length {length}, rate {rate:g}: {found['error']}")
             said = on_dev(found)["metrics"]["accuracy"]["value"]
-            print(f"{length}, {rate:g}, {seed}: {said:.1%} on dev ({time.monotonic() - began:.0f} s)", flush=True)
+            print(f"{said:.1%} on dev ({time.monotonic() - began:.0f} s)", flush=True)
             return {"length": length, "rate": rate, "seed": seed, **found}
 
         grid = [(n, r, s) for s in options.seeds for r in options.rates for n in options.lengths]
@@ -177,7 +177,7 @@ def main() -> None:
             runs = list(pool.map(lambda given: run(*given), grid))
         best = choose(runs)
         chosen = (best["length"], best["rate"], best["seed"])
-        test = in_a_process(asked(*chosen, "test") | {"what": "score"}, folder)
+        test = in_a_process([asked(*chosen, "test") | {"what": "score"}], folder)[0]
         rows = by_length(runs)
     text = table(rows)
     said = test["metrics"]["accuracy"]

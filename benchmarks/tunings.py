@@ -6,8 +6,8 @@
         --retained old.jsonl --json benchmarks/results/tunings_answers.json
 
 Rows of the task are `text` and `label`, or for `answers` also `prompt` and `completion` (or any rows a stage reads).
-Each kind, at each of its rates, with each seed, is a stage of its own in a process of its own; what is tokenised is
-shared. A first process for each kind makes a few steps and nothing else, for memory and seconds.
+Each kind, at each of its rates, with each seed, is a stage of its own; what is tokenised is shared. Each kind has a process
+of its own, which first makes a few steps and nothing else, for memory and seconds.
 
 How kinds are compared: at a fixed number of steps the one with the highest effective rate has learnt most and forgotten
 most, whatever it is. So every kind has a sweep of rates, and forgetting is read off where kinds have the same loss on
@@ -15,7 +15,9 @@ the new task: between two looks during training, linearly, at the first crossing
 when there is a retained set, so that no point of a curve depends on the budget; else it falls linearly to zero.
 
 The best rate is the one with the lowest loss on the valid set, which is therefore a little too good, for every kind
-alike (all have equally many rates). `matched` gives the retained change at that rate; `least` the lowest among rates.
+alike (all have equally many rates). `matched` gives the retained change at that rate; `least` the lowest among rates. A kind
+is dominated when another has learnt at least as much and forgotten at most as much, by the values alone. The retained set
+is read with the tuning on; an additive kind can also be switched off, and then nothing is forgotten.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ RATES: dict[str, tuple[float, ...]] = {
 }
 SHARES = {"all": 1.0, "three quarters": 0.75, "half": 0.5}
 """New-task losses that so many of the kinds reach are where forgetting is compared."""
-COST_STEPS, FORWARDS, FORWARD_TOKENS = 8, 7, 2000
+COST_STEPS, FORWARDS, FORWARD_TOKENS = 7, 5, 600
 
 
 # --- in a process of its own -------------------------------------------------------------------------------------
@@ -263,27 +265,37 @@ def exactly(model: Any, rows: Any, context: int) -> Found:
     return {"value": float(np.mean(right)), "low": float(low), "high": float(high)}
 
 
-def in_a_process(work: Found, folder: Path) -> Found:
-    """What `cost`, `carried_out` or `scored` (`work["what"]`) found, or the error that there was."""
-    asked, answer = folder / f"{work['id']}.json", folder / f"{work['id']}.answer.json"
-    asked.write_text(json.dumps(work))
-    command = [sys.executable, __file__, "--one", str(asked), str(answer)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def in_a_process(works: Sequence[Found], folder: Path, until: float = float("inf")) -> list[Found]:
+    """What `cost`, `carried_out` or `scored` (a work's `what`) found, one after the other, or the error that there was.
+
+    No work is begun after `until` (seconds since the epoch), nor any of a kind whose first failed: they answer `None`.
+    """
+    asked, answer = folder / f"{works[0]['id']}.json", folder / f"{works[0]['id']}.answer.json"
+    asked.write_text(json.dumps({"works": list(works), "until": until if until < float("inf") else None}))
+    command = [sys.executable, __file__, "--works", str(asked), str(answer)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 0:
         return json.loads(answer.read_text())
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return {"error": lines[-1] if lines else f"exit {done.returncode}"}
+    return [{"error": lines[-1] if lines else f"exit {done.returncode}"}] + [{"left_out": True}] * (len(works) - 1)
 
 
-def one(asked: Path, answer: Path) -> None:
-    """Be the process."""
+def be_the_process(asked: Path, answer: Path) -> None:
+    """Do the works."""
     from postgrad.errors import PostgradError
 
-    work = json.loads(asked.read_text())
-    try:
-        found = {"cost": cost, "stage": carried_out, "score": scored}[work["what"]](work)
-    except PostgradError as error:
-        found = {"error": " ".join(str(error).split())}
+    given = json.loads(asked.read_text())
+    found: list[Found] = []
+    for work in given["works"]:
+        if (given["until"] and time.time() > given["until"]) or (found and "error" in found[0]):
+            found.append({"left_out": True})
+            continue
+        begin = time.perf_counter()
+        try:
+            found.append({"cost": cost, "stage": carried_out, "score": scored}[work["what"]](work))
+        except PostgradError as error:
+            found.append({"error": " ".join(str(error).split())})
+        print(f"{work['id']}: {found[-1].get('error', 'done')} ({time.perf_counter() - begin:.0f} s)", flush=True)
     answer.write_text(json.dumps(found))
 
 
@@ -505,7 +517,7 @@ def table(rows: Sequence[Found], start: Found, wanted: dict[str, float]) -> str:
             f"{row['forward']:.2f}x" if "forward" in row else "",
         ]
         if forgets:
-            line.append("on it" if not row["dominated_by"] else f"below {row['dominated_by'][0]}")
+            line.append("on it" if not row["dominated_by"] else f"dominated by {row['dominated_by'][0]}")
         lines.append(line)
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
     ruled = [heads, ["-" * width for width in widths], *lines]
@@ -619,7 +631,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure and print."""
     options = arguments()
-    started = time.monotonic()
+    until = time.time() + 60 * options.minutes if options.minutes else float("inf")
     sweep = {kind: options.rates.get(kind, RATES[kind][: options.most_rates]) for kind in options.kinds}
     runs: list[Found] = []
     costs: dict[str, Found] = {}
@@ -628,34 +640,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
-        def work(what: str, kind: str, rate: float, seed: int) -> Found | None:
-            label = f"{what}-{kind}-{rate:g}-{seed}"
-            if kind in failed:
-                return None
-            if options.minutes and time.monotonic() - started > 60 * options.minutes:
-                skipped.append(label)
-                return None
-            asked = {"what": what, "id": label, "root": name, "cache": str(folder / "cache")}
-            found = in_a_process(asked | {"stage": stage(options, kind, rate, seed, folder / label)}, folder)
-            print(f"{label}: {found.get('error') or 'done'} ({time.monotonic() - started:.0f} s)", flush=True)
-            return found
+        def works(kind: str) -> list[Found]:
+            wanted = [(rate, seed) for seed in options.seeds for rate in sweep[kind]]
+            out = []
+            for what, (rate, seed) in [("cost", wanted[0]), *(("stage", each) for each in wanted)]:
+                label = f"{kind}-{rate:g}-{seed}-{what}"
+                described = stage(options, kind, rate, seed, folder / label)
+                asked = {"what": what, "id": label, "root": name, "cache": str(folder / "cache")}
+                out.append(asked | {"kind": kind, "rate": rate, "seed": seed, "stage": described})
+            return out
 
+        by_kind = [works(kind) for kind in sweep]
         with ThreadPoolExecutor(options.jobs) as pool:
-            for kind, found in zip(sweep, pool.map(lambda k: work("cost", k, sweep[k][0], 0), sweep), strict=True):
-                if found and "error" in found:
-                    failed[kind] = found["error"]
-                elif found:
-                    costs[kind] = found
-            wanted = [
-                (kind, sweep[kind][turn], seed)
-                for seed in options.seeds
-                for turn in range(max(map(len, sweep.values())))
-                for kind in sweep
-                if turn < len(sweep[kind])
-            ]
-            for (kind, rate, seed), found in zip(wanted, pool.map(lambda w: work("stage", *w), wanted), strict=True):
-                if found:
-                    runs.append({"kind": kind, "rate": rate, "seed": seed, **found})
+            answers = list(pool.map(lambda each: in_a_process(each, folder, until), by_kind))
+        for asked, answered in zip(by_kind, answers, strict=True):
+            for work, found in zip(asked, answered, strict=True):
+                if "left_out" in found:
+                    skipped += [work["id"]] if work["kind"] not in failed else []
+                elif work["what"] == "stage":
+                    runs.append({key: work[key] for key in ("kind", "rate", "seed")} | found)
+                elif "error" in found:
+                    failed[work["kind"]] = found["error"]
+                else:
+                    costs[work["kind"]] = found
     rows, losses = summarise(runs, costs, options.task)
     start = base(runs, options)
     text = table(rows, start, losses)
@@ -694,7 +701,7 @@ def short(run: Found) -> Found:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        one(Path(sys.argv[2]), Path(sys.argv[3]))
+    if sys.argv[1:2] == ["--works"]:
+        be_the_process(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         main()

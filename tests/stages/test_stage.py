@@ -18,8 +18,8 @@ from pydantic import BaseModel
 import postgrad
 from postgrad.errors import StageError
 from postgrad.models.pretrained import Start
-from postgrad.stages import stage as s
 from postgrad.stages import objectives, schedules, tunings
+from postgrad.stages import stage as s
 from postgrad.stages.amounts import Part, in_steps
 from postgrad.stages.parsing import json_schema, load_stage, parse_stage
 from postgrad.stages.plan import make_plan

@@ -102,7 +102,7 @@ def test_another_base_is_refused_unless_it_is_forced(tmp_path: Path) -> None:
     _, tuning = trained({"kind": "prompt", "length": 3})
     save_tuning(tuning, tmp_path, BASE)
     model = build("llama", "lm")
-    with pytest.raises(TuningError, match=r"(?s)a/base with the fingerprint f00d, and this model's is beef.*force"):
+    with pytest.raises(TuningError, match=r"(?s)a/base with the fingerprint f00d, and this model's is beef.*`base`"):
         load_tuning(model, tmp_path, fingerprint="beef")
     assert load_tuning(model, tmp_path, fingerprint="beef", force=True).kind == "prompt"
     assert load_tuning(build("llama", "lm"), tmp_path).kind == "prompt"
