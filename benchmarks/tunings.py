@@ -280,6 +280,18 @@ def in_a_process(works: Sequence[Found], folder: Path, until: float = float("inf
     return [{"error": lines[-1] if lines else f"exit {done.returncode}"}] + [{"left_out": True}] * (len(works) - 1)
 
 
+def known_or_done(works: Sequence[Found], folder: Path, until: float, keep: Path | None) -> list[Found]:
+    """The same, or what an earlier call left in the folder `keep`; only what is complete is left there."""
+    place = keep / f"{works[0]['kind']}.json" if keep else None
+    if place and place.exists():
+        return json.loads(place.read_text())
+    found = in_a_process(works, folder, until)
+    if place and ("error" in found[0] or not any("left_out" in each for each in found)):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(found))
+    return found
+
+
 def be_the_process(asked: Path, answer: Path) -> None:
     """Do the works."""
     from postgrad.errors import PostgradError
@@ -565,7 +577,7 @@ def setting(options: argparse.Namespace) -> Found:
 
     from postgrad.models import machine
 
-    named = ("model", "train", "valid", "retained", "json", "data")
+    named = ("model", "train", "valid", "retained", "json", "data", "keep")
     repeat = [
         f"--{key.replace('_', '-')} {key.upper()}" if key in named else told(key, value)
         for key, value in vars(options).items()
@@ -622,6 +634,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="processes at once; more than one disturbs the seconds")
     parser.add_argument("--minutes", type=float, help="begin no run later than this")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder for what is done, kind by kind; what is there is not done again"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.rates = dict(options.rates)
@@ -652,7 +667,7 @@ def main() -> None:
 
         by_kind = [works(kind) for kind in sweep]
         with ThreadPoolExecutor(options.jobs) as pool:
-            answers = list(pool.map(lambda each: in_a_process(each, folder, until), by_kind))
+            answers = list(pool.map(lambda each: known_or_done(each, folder, until, options.keep), by_kind))
         for asked, answered in zip(by_kind, answers, strict=True):
             for work, found in zip(asked, answered, strict=True):
                 if "left_out" in found:
