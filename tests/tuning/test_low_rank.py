@@ -442,7 +442,7 @@ def test_on_a_mixture_of_experts_only_the_named_layers_are_taken_and_experts_are
     def taken(model: PreTrainedModel) -> list[str]:
         return [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
-    with pytest.warns(RuntimeWarning, match="rank_pattern"):
+    with pytest.warns(RuntimeWarning):  # of patterns for ranks and alphas that it made itself
         theirs = inject_adapter_in_model(LoraConfig(target_modules=names), AutoModelForCausalLM.from_config(config))
     assert taken(theirs) == ["model.layers.1.mlp.experts"]
     model = AutoModelForCausalLM.from_config(config)
