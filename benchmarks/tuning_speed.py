@@ -387,7 +387,8 @@ def main() -> None:
     if options.json:
         asked = {k: v for k, v in vars(options).items() if v is not None and k not in ("json", "kinds")}
         setting = {
-            "repeat": "python benchmarks/tuning_speed.py",
+            "repeat": "python benchmarks/tuning_speed.py "
+            + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in asked.items()),
             **asked,
             "versions": {
                 "torch": torch.__version__,
