@@ -107,8 +107,8 @@ class HeldOutRows:
     task: str
     """What the labels are: `answers` (tokens), `class`, `multi`, `number` or `tags`."""
     labels: tuple[str, ...] = ()
-    before: tuple[int, ...] = ()
-    """What the rows have before their text; it tells one reading of them from another."""
+    around: tuple[tuple[int, ...], ...] = ()
+    """What the rows have around their texts; it tells one reading of them from another."""
     pad: int = 0
     """What short rows are filled up with."""
     words: tuple[int, ...] = ()
@@ -120,7 +120,7 @@ class HeldOutRows:
     @property
     def identity(self) -> list[Any]:
         """What decides its scores, beside the model and the context."""
-        return [self.fingerprint, len(self), list(self.before), self.task]
+        return [self.fingerprint, len(self), [list(part) for part in self.around], self.task, list(self.words)]
 
     @property
     def tokens(self) -> int:

@@ -206,6 +206,7 @@ def _rows(chosen: Chosen, reading: Reading, limit: int, notes: list[str], proble
     order = np.argsort(table["digest"], kind="stable")
     most = int(np.searchsorted(np.cumsum(table["tokens"][order]), limit)) + 1
     part = Part(chosen.store, chosen.documents[order[:most]])
+    reading = replace(reading, seed=0)  # what is masked or cut out of held-out text is the same in every stage
     rows = make_rows(chosen.objective, part, reading, problem=problem, together=False, words=chosen.words)
     cloze = isinstance(chosen.objective, MaskedObjective) and chosen.store.kind == "labelled"
     if not len(rows):
@@ -241,7 +242,7 @@ def _rows(chosen: Chosen, reading: Reading, limit: int, notes: list[str], proble
         part.documents["tokens"][kept].astype(np.int64),
         problem if isinstance(chosen.objective, ClassifyObjective) else "answers",
         tuple(str(label) for label in labels),
-        reading.frame.before,
+        (reading.frame.before, reading.frame.between, reading.frame.after),
         reading.pad,
         tuple(verbalisers(part, reading, chosen.words)) if cloze else (),
     )

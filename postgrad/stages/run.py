@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from postgrad.evaluation.held_out import AnyHeldOut
 from postgrad.evaluation.samples import Prompt, continuations, prompts, text_of
-from postgrad.lineage.fingerprint import model_fingerprint
+from postgrad.lineage.fingerprint import fingerprint, model_fingerprint
 from postgrad.lineage.record import PLAN, RECORD, STAGE, Record, read_record, write_record
 from postgrad.models import machine
 from postgrad.models.model import Model, model_for, probe
@@ -360,6 +360,8 @@ def _begin(
     plan: Plan, wanted: list[Prompt], identity: str, cache: Path, world: World
 ) -> tuple[measure.AllScores, list[str]]:
     """The start model's scores, and what it writes."""
+    if plan.layer:  # a new task layer is drawn by the stage's seed
+        identity = fingerprint([identity, dataclasses.asdict(plan.layer)])
     opened = open_model(plan.start, plan.task, layer=plan.layer)
     model = model_for(opened.model, plan.task).to(world.device)
     scores = measure.measure(

@@ -25,12 +25,13 @@ from transformers import (
 from postgrad.data.batch import Batch
 from postgrad.data.rows import IGNORED
 from postgrad.errors import DataError, ModelError, StageError, TuningError
+from postgrad.models.model import model_for
 from postgrad.models.pretrained import locate
 from postgrad.planning.execution import Execution
 from postgrad.stages import leaves
 from postgrad.stages.build import build, make_loader, make_objectives, make_subject
 from postgrad.stages.layouts import make_rows
-from postgrad.stages.measure import read_scores
+from postgrad.stages.measure import measure, read_scores
 from postgrad.stages.plan import Plan
 from postgrad.training.meters import read_metrics
 from postgrad.training.optimizer import AdamW
@@ -308,6 +309,47 @@ def test_a_cloze_task_says_a_word_at_the_mask(shelf: Shelf) -> None:
     assert after["nats"] != before["nats"]
     (held_out,) = plan.held_out
     assert all(len(set(row.inputs["input_ids"]) & {len(tokenizer), len(tokenizer) + 1}) == 2 for row in held_out.rows)
+
+
+def before_of(shelf: Shelf, raw: dict[str, Any]) -> tuple[float, float]:
+    """What a stage says of its start model, and what the start model scores when nothing is kept."""
+    done, plan = shelf.run(raw), shelf.plan(raw)
+    opened = open_model(plan.start, plan.task, layer=plan.layer)
+    found = measure(model_for(opened.model, plan.task), plan.held_out_before, context=plan.context, world=CPU)
+    (name,) = found
+    return done.record["scores"]["before"][name]["nats"], found[name].nats
+
+
+def test_scores_that_are_kept_are_of_the_same_words_masks_and_layer(shelf: Shelf) -> None:
+    """Stages that share a cache: other words in a template, other words for the labels, another seed."""
+
+    def cloze(template: str, **words: str) -> dict[str, Any]:
+        learned = {"name": "held", "path": shelf.file("labelled", held_out=True), "like": "labelled"}
+        return stage_of(
+            shelf,
+            "bert class",
+            {"kind": "p-tuning", "template": template, "hidden": 8},
+            f"{template[4:7].strip()} {words['words']}",
+            objectives=[{"kind": "masked"}],
+            sources=[shelf.source("labelled", kind="labelled", words=words)],
+            evaluation={**QUICK, "learned": [learned]},
+        )
+
+    yes, six = {"words": "yes", "sums": "no"}, {"words": "six", "sums": "nine"}
+    found = [
+        before_of(shelf, cloze("{x} yes {1} [MASK]", **yes)),
+        before_of(shelf, cloze("{x} no {1} [MASK]", **yes)),
+        before_of(shelf, cloze("{x} no {1} [MASK]", **six)),
+    ]
+    found += [before_of(shelf, stage_of(shelf, "bert class", None, f"class-{seed}", seed=seed)) for seed in (0, 1)]
+    assert all(kept == anew for kept, anew in found)
+    assert len(set(found)) == len(found)
+    # Held-out text is masked alike whatever the stage's seed, so that stages can be held against each other.
+    masked = [shelf.stage(f"masked-{seed}", model="bert", tokens=100, seed=seed) for seed in (0, 1)]
+    one, other = (shelf.run(raw).record for raw in masked)
+    assert one["scores"]["before"] == other["scores"]["before"] and one["scores"]["after"] != other["scores"]["after"]
+    rows = [plan.held_out[0].rows for plan in map(shelf.plan, masked)]
+    assert all(np.array_equal(a.labels, b.labels) for a, b in zip(*rows, strict=True))
 
 
 # -- loss and gradient ---------------------------------------------------------------------------------------------------
