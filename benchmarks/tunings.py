@@ -536,6 +536,15 @@ def table(rows: Sequence[Found], start: Found, wanted: dict[str, float]) -> str:
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in ruled)
 
 
+def told_of(options: argparse.Namespace) -> str:
+    """What the numbers were taken with."""
+    return (
+        f"{options.tokens:,} trained tokens a run, seeds {', '.join(map(str, options.seeds))}, {options.dtype}; "
+        f"{options.jobs} processes at once on {os.cpu_count()} cores with a load of {os.getloadavg()[0]:.1f}, so seconds, "
+        "memory and forward times are rough."
+    )
+
+
 def at_target(found: Found | None) -> str:
     """A cell: the retained change at the best rate with the range of its seeds, and the least over rates."""
     if found is None:
@@ -581,7 +590,7 @@ def setting(options: argparse.Namespace) -> Found:
     repeat = [
         f"--{key.replace('_', '-')} {key.upper()}" if key in named else told(key, value)
         for key, value in vars(options).items()
-        if value not in (None, [], {}, False) and key != "one"
+        if value not in (None, [], {}, False) and key not in ("minutes", "keep")
     ]
     return {
         "repeat": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(repeat)}",
@@ -680,7 +689,7 @@ def main() -> None:
                     costs[work["kind"]] = found
     rows, losses = summarise(runs, costs, options.task)
     start = base(runs, options)
-    text = table(rows, start, losses)
+    text = f"{options.name or options.model.name}. {told_of(options)}\n\n{table(rows, start, losses)}"
     print(text)
     for kind, error in failed.items():
         print(f"{kind}: {error}")
