@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import (
 from postgrad.data.batch import Batch
 from postgrad.data.rows import IGNORED
 from postgrad.errors import DataError, ModelError, StageError, TuningError
+from postgrad.evaluation import metrics
 from postgrad.models.model import model_for
 from postgrad.models.pretrained import locate
 from postgrad.planning.execution import Execution
@@ -188,8 +189,10 @@ BY_HAND = CLASSIFIERS | WRITERS
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_DRAWS", 4)  # intervals are not what is looked at here, and take longest
+        yield make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
 def stage_of(
@@ -218,7 +221,10 @@ def read_rows(path: str) -> list[dict[str, Any]]:
 # -- scores --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("llama two texts", "t5 number") else n for n in BY_HAND],
+)
 def test_a_task_is_learnt_and_scored_as_plain_transformers_scores_it(shelf: Shelf, name: str) -> None:
     case = BY_HAND[name]
     done = shelf.run(stage_of(shelf, name))
@@ -762,12 +768,13 @@ TUNINGS: dict[str, dict[str, Any]] = {
 WIDE = {"bert masked": 200, "bert class": 24, "bert tags": 160, "t5 spans": 200, "t5 pair": 200, "t5 class": 24}
 """Tasks, and tokens for six steps of each."""
 _LANGUAGE = ("bert masked", "t5 spans", "t5 pair")
-FAST = {("bert class", "p-tuning"), ("bert tags", "prefix"), ("t5 spans", "lora"), ("t5 class", "prompt")}
+FAST = {("bert class", "p-tuning"), ("t5 spans", "lora")}
 SWEEP = [
     pytest.param(task, tuning, id=f"{task} {tuning}", marks=() if (task, tuning) in FAST else pytest.mark.slow)
     for task in WIDE
     for tuning in TUNINGS
     if not (task.startswith("t5") and tuning == "bias")  # T5 has none
+    if not (task.startswith("bert") and tuning == "expand")  # norms stand in the stream: no copy can be silent
 ]
 
 
@@ -786,7 +793,7 @@ def test_a_tuning_serves_a_task(shelf: Shelf, task: str, name: str) -> None:
             return shelf.stage(f"{run}-{suffix}", tuning, **{**changes, **more})
         return stage_of(shelf, task, tuning, f"{run}-{suffix}", **{**changes, **more})
 
-    before, after, made = trained(shelf, stage("moved", tuning), 4)
+    before, after, made = trained(shelf, stage("moved", tuning), 6)
     moving = {w.name for w in made.weights.all}
     assert {n for n in before if not torch.equal(before[n], after[n])} == moving
     whole = shelf.run(stage("whole", tuning))

@@ -1,0 +1,135 @@
+"""How often a classifier is right: the numbers are scikit-learn's and scipy's, the intervals those of resampled documents."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn import metrics
+
+from postgrad.evaluation import metrics as evaluation_metrics
+from postgrad.evaluation.likelihood import Scores
+from postgrad.evaluation.metrics import MEASURES, measured
+from postgrad.objectives.decisions import Problem
+
+
+def drawn(problem: str, count: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is said and meant, of which document: mostly right; tags and several classes have many items a document."""
+    rng = np.random.default_rng(seed)
+    if problem == "number":
+        meant = rng.normal(size=count)
+        return meant + 0.5 * rng.normal(size=count), meant, np.arange(count)
+    classes = 2 if problem == "multi" else 3
+    meant = rng.integers(classes, size=count)
+    said = np.where(rng.random(count) < 0.7, meant, rng.integers(classes, size=count))
+    items = {"class": np.arange(count), "multi": np.arange(count) // 3, "tags": np.sort(rng.integers(12, size=count))}
+    return said, meant, items[problem]
+
+
+def by_hand(problem: str, said: np.ndarray, meant: np.ndarray) -> dict[str, float]:
+    """From the definitions; scipy for correlations."""
+    if problem == "number":
+        return {"MSE": float(((said - meant) ** 2).mean()), "Pearson": float(stats.pearsonr(said, meant).statistic)}
+    one = {}
+    for label in set(said.tolist()) | set(meant.tolist()):
+        hit = int(((said == label) & (meant == label)).sum())
+        one[label] = 2 * hit / ((said == label).sum() + (meant == label).sum())
+    found = {"accuracy": float((said == meant).mean())}
+    if problem == "multi":
+        return {**found, "F1": one[1]}
+    found["macro F1"] = float(np.mean(list(one.values())))
+    if problem == "class":  # the correlation of the two indicator matrices (Gorodkin 2004)
+        a, b = (np.eye(3)[labels] - np.eye(3)[labels].mean(0) for labels in (said, meant))
+        found["MCC"] = float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+    return found
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few draws, for what is not about intervals."""
+    monkeypatch.setattr(evaluation_metrics, "_DRAWS", 4)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("problem", MEASURES)
+@pytest.mark.parametrize("seed", range(3))
+def test_values_are_those_of_the_definitions(problem: str, seed: int) -> None:
+    said, meant, item = drawn(problem, seed=seed)
+    found = measured(problem, said, meant, item)
+    wanted = by_hand(problem, said, meant)
+    assert {name: m["value"] for name, m in found.items()} == pytest.approx(wanted)
+    # The mutants: something else is said, or the two are taken for one another where that matters.
+    other = measured(problem, np.roll(said, 1), meant, item)
+    assert all(other[name]["value"] != pytest.approx(wanted[name]) for name in wanted)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("problem", MEASURES)
+def test_values_are_those_of_scikit_learn(problem: str) -> None:
+    said, meant, item = drawn(problem)
+    theirs = {
+        "accuracy": lambda: metrics.accuracy_score(meant, said),
+        "macro F1": lambda: metrics.f1_score(meant, said, average="macro"),
+        "MCC": lambda: metrics.matthews_corrcoef(meant, said),
+        "F1": lambda: metrics.f1_score(meant, said),
+        "MSE": lambda: metrics.mean_squared_error(meant, said),
+        "Pearson": lambda: stats.pearsonr(meant, said).statistic,
+    }
+    for name, found in measured(problem, said, meant, item).items():
+        assert found["value"] == pytest.approx(float(theirs[name]()))
+
+
+@pytest.mark.parametrize("problem", MEASURES)
+def test_intervals_hold_their_value_and_are_the_same_each_time(problem: str) -> None:
+    said, meant, item = drawn(problem)
+    found = measured(problem, said, meant, item)
+    for m in found.values():
+        assert m["low"] < m["value"] < m["high"]
+    again = measured("number" if problem == "number" else "tags", said, meant, item)
+    assert all(found[name] == m for name, m in again.items() if name in found)
+    more = {}
+    for repeat in (1, 16):
+        parts = [drawn(problem, seed=s) for s in range(repeat)]
+        items = np.concatenate([part[2] + 1000 * s for s, part in enumerate(parts)])
+        more[repeat] = measured(problem, *(np.concatenate([p[i] for p in parts]) for i in (0, 1)), items)
+    for name in found:  # sixteen times the documents: a quarter of the width
+        widths = [more[repeat][name]["high"] - more[repeat][name]["low"] for repeat in (1, 16)]
+        assert 2 < widths[0] / widths[1] < 8
+
+
+def test_documents_are_drawn_and_not_their_items() -> None:
+    """A document's items are right or wrong together: as many documents, not as many items, decide how sure one is."""
+    rng = np.random.default_rng(0)
+    right = rng.random(40) < 0.6
+    together = np.repeat(right, 25).astype(int)
+    meant, item = np.ones(1000, int), np.repeat(np.arange(40), 25)
+    wide = measured("tags", together, meant, item)["accuracy"]
+    narrow = measured("tags", together, meant, np.arange(1000))["accuracy"]
+    alone = measured("tags", right.astype(int), np.ones(40, int), np.arange(40))["accuracy"]
+    assert wide == pytest.approx(alone)
+    assert (wide["high"] - wide["low"]) / (narrow["high"] - narrow["low"]) == pytest.approx(5, rel=0.2)  # sqrt(25)
+
+
+@given(st.integers(1, 30), st.sampled_from(sorted(MEASURES)), st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_any_items_have_finite_metrics(count: int, problem: str, seed: int) -> None:
+    """One class alone, one example alone, a draw without a class: a number, and never a warning."""
+    said, meant, item = drawn(problem, count, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation_metrics, "_DRAWS", 4)
+        for answers in ((said, meant), (meant, meant), (np.zeros_like(said), np.zeros_like(meant))):
+            for m in measured(problem, *answers, item).values():
+                assert np.isfinite(list(m.values())).all()
+                assert m["low"] <= m["high"]
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("problem", ["class", "tags", "multi", "number"])
+def test_scores_of_a_classifier_tell_its_metrics(problem: Problem) -> None:
+    said, meant, item = drawn(problem)
+    rows = len(set(item.tolist()))
+    scores = Scores(np.arange(rows), np.ones(rows), np.ones(rows, int), np.full(rows, 9), said, meant, item, problem)
+    assert scores.summary()["metrics"] == measured(problem, said, meant, item)
+    assert "metrics" not in Scores(np.arange(rows), np.ones(rows), np.ones(rows, int), np.full(rows, 9)).summary()
