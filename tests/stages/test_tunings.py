@@ -420,13 +420,13 @@ def test_export_gives_a_plain_folder_with_equal_logits(shelf: Shelf, name: str, 
     export_model(str(home), tmp_path / "plain", "auto")
     assert (tmp_path / "plain" / "config.json").exists() and not (tmp_path / "plain" / "tuning.json").exists()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    expected = logits(opened.model, opened.before)
-    assert torch.equal(logits(plain, opened.before), expected)
+    expected = logits(opened.model, opened.frame.before)
+    assert torch.equal(logits(plain, opened.frame.before), expected)
     start = load(locate(str(shelf.home / CASES[name].model), shelf.home)).model
-    assert not torch.allclose(logits(start), expected[:, len(opened.before) :], atol=1e-4)  # as it can be otherwise
-    if opened.before:
+    assert not torch.allclose(logits(start), expected[:, len(opened.frame.before) :], atol=1e-4)  # as it can be otherwise
+    if opened.frame.before:
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
-        virtual = [i for i in opened.before if i >= VOCABULARY]
+        virtual = [i for i in opened.frame.before if i >= VOCABULARY]
         assert len(virtual) == 3
         assert tokenizer.convert_ids_to_tokens(virtual) == [f"<|prompt-{i}|>" for i in range(3)]
 
@@ -470,7 +470,7 @@ def test_a_prompt_is_pefts_too(shelf: Shelf) -> None:
     folder = home_of(shelf, "prompt") / "model"
     opened = open_model(locate(str(folder), shelf.home))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(shelf.home / "llama"), folder).eval()
-    torch.testing.assert_close(logits(theirs), logits(opened.model, opened.before), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(theirs), logits(opened.model, opened.frame.before), rtol=0, atol=1e-6)
 
 
 @WRAPPED
@@ -531,10 +531,10 @@ def test_a_stage_stands_on_the_one_before(shelf: Shelf, kinds: tuple[str, ...], 
 def test_soft_prompts_stand_side_by_side(shelf: Shelf, tmp_path: Path) -> None:
     top = stack(shelf, "prompt", "prompt")
     opened = open_model(locate(str(top), shelf.home))
-    assert opened.before == tuple(range(VOCABULARY, VOCABULARY + 6))
+    assert opened.frame.before == tuple(range(VOCABULARY, VOCABULARY + 6))
     export_model(str(top), tmp_path / "plain", "auto")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    assert torch.equal(logits(plain, opened.before), logits(opened.model, opened.before))
+    assert torch.equal(logits(plain, opened.frame.before), logits(opened.model, opened.frame.before))
 
 
 def test_full_goes_on_from_an_adapter_that_becomes_weights(shelf: Shelf) -> None:
