@@ -20,9 +20,7 @@ import torch
 
 from postgrad.demo import stage_text, write_random_model, write_texts
 from postgrad.models import machine
-from postgrad.models.model import CausalModel
-from postgrad.models.pretrained import load_model
-from postgrad.stages.build import build, choose_execution, make_loader
+from postgrad.stages.build import build, choose_execution, make_loader, make_subject
 from postgrad.stages.parsing import load_stage
 from postgrad.stages.plan import make_plan
 from postgrad.training.step import train_step
@@ -44,9 +42,9 @@ def main() -> None:
         (folder / "replay.yaml").write_text(stage_text("replay").replace("runs/base", "random"))
         plan = make_plan(load_stage(folder / "replay.yaml"), folder, folder / "cache")
         world = World(torch.device("cpu"))
-        model = CausalModel(load_model(plan.start))
-        execution = choose_execution(plan, model.pretrained, world)
-        run = build(plan, model, execution, world)
+        subject = make_subject(plan, world)
+        execution = choose_execution(plan, subject, world)
+        run = build(plan, subject, execution, world)
         loader = make_loader(plan, execution, world)
         reads, steps = [], []
         for step in range(1, options.batches + 1):
