@@ -176,11 +176,11 @@ def _renderer(
         between = bool(reading.own.between)
         return ClassRenderer(labels, separator="" if between else "\n", joint=not between)
     tokenizer = reading.tokenizer
-    chats = kind in ("chat", "instruction") or (kind == "completion" and tokenizer.chat_template)
-    if chats and reading.task == "causal" and wording.prompt is None:
+    turns = kind == "instruction" or (kind == "completion" and tokenizer.chat_template)
+    if wording.prompt is None and (kind == "chat" or (turns and reading.task == "causal")):
         template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        answers = objective.answers if isinstance(objective, NextTokenObjective) else "all"
+        answers = objective.answers if isinstance(objective, NextTokenObjective) else "last"
         return ChatRenderer(template, special, answers, plain)
     return plain
 

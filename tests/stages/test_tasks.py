@@ -127,20 +127,35 @@ def choice_by_hand(model: Any, tokenizer: Any, row: dict[str, Any]) -> tuple[lis
     return continued(model, tokenizer, f"{row['question']}\n{options}\nAnswer: ", row["choices"][row["answer"]])
 
 
-def chat_by_hand(model: Any, tokenizer: Any, row: dict[str, Any]) -> tuple[list[float], Any, Any]:
-    """Each answer with its EOS."""
+def told(tokenizer: Any, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
+    """A conversation in the plain template, and what of it is answered."""
     names = {"user": "User", "assistant": "Assistant"}
     pieces: list[tuple[str, bool]] = []
-    for i, message in enumerate(row["messages"]):
+    for i, message in enumerate(messages):
         pieces.append(("\n\n" * (i > 0) + f"### {names[message['role']]}:\n", False))
         answer = message["role"] == "assistant"
         pieces.append((message["content"] + tokenizer.eos_token * answer, answer))
+    return pieces
+
+
+def chat_by_hand(model: Any, tokenizer: Any, row: dict[str, Any]) -> tuple[list[float], Any, Any]:
+    """Each answer with its EOS."""
+    pieces = told(tokenizer, row["messages"])
     text = tokenizer("".join(piece for piece, _ in pieces), return_offsets_mapping=True)
     answered_C = [answer for piece, answer in pieces for _ in piece]
     ids = torch.tensor(text["input_ids"])
     log_p = torch.log_softmax(logits_of(model, input_ids=ids[None]), -1)
     asked = [i for i, (begin, end) in enumerate(text["offset_mapping"]) if any(answered_C[begin:end])]
     return [-float(log_p[i - 1, ids[i]]) for i in asked], None, None
+
+
+def last_by_hand(model: Any, tokenizer: Any, row: dict[str, Any]) -> tuple[list[float], Any, Any]:
+    """The last answer of a conversation, written by a decoder of its own."""
+    *before, (answer, _) = told(tokenizer, row["messages"])
+    source = tokenizer("".join(piece for piece, _ in before), return_tensors="pt")
+    labels = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    log_p = torch.log_softmax(logits_of(model, **source, labels=labels), -1)
+    return (-log_p.gather(1, labels[0, :, None])[:, 0]).tolist(), None, None
 
 
 def pair_by_hand(model: Any, tokenizer: Any, row: dict[str, Any]) -> tuple[list[float], Any, Any]:
@@ -181,6 +196,9 @@ WRITERS = {
         tokens=100,
     ),
     "llama choices": Case("llama", "choices", AutoModelForCausalLM, choice_by_hand, tokens=100),
+    "t5 chat": Case(
+        "t5", "chat", AutoModelForSeq2SeqLM, last_by_hand, ({"kind": "text-to-text"},), length=96, tokens=100
+    ),
     "t5 pair": Case(
         "t5", "pair", AutoModelForSeq2SeqLM, pair_by_hand, ({"kind": "text-to-text", "target_length": 16},), tokens=100
     ),
