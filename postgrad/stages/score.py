@@ -11,7 +11,9 @@ import numpy as np
 import yaml
 from transformers import AutoConfig
 
-from postgrad.data.formats import source_kind
+from postgrad.data.examples import Labels
+from postgrad.data.formats import read_labels, source_kind
+from postgrad.data.sources import Source
 from postgrad.data.tokenize import build_store
 from postgrad.errors import ModelError, StageError, nearest
 from postgrad.evaluation.held_out import AnyHeldOut
@@ -21,23 +23,27 @@ from postgrad.lineage.record import Record, read_record
 from postgrad.lineage.tree import chain, set_key, tree
 from postgrad.models import machine
 from postgrad.models.model import model_for
-from postgrad.models.pretrained import Start, load_tokenizer, locate
+from postgrad.models.pretrained import Start, Task, load_tokenizer, locate
+from postgrad.objectives.decisions import Problem
 from postgrad.reports import page, tables
 from postgrad.stages import measure
 from postgrad.stages import stage as s
 from postgrad.stages.held_out import Chosen, as_read
 from postgrad.stages.layouts import Wording, objective_for, objectives_for, renderer_for
 from postgrad.stages.leaves import files_of
+from postgrad.stages.objectives import TextToTextObjective
 from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import make_encoder, make_plan
 from postgrad.stages.reading import Reading, make_reading
 from postgrad.training.meters import read_metrics
 from postgrad.training.world import World
-from postgrad.tuning.opened import open_model, start_fingerprint, task_at
+from postgrad.tuning.opened import Sitting, open_model, start_fingerprint, task_at
 
 _CONTEXT = 1024
 _LIMIT = 10_000_000
 _CUTS = get_args(s.HeldOutFile.model_fields["documents"].annotation)
+_KINDS = {"classify": "labelled", "tag": "tagged"}
+"""The rows that a classifier is scored on."""
 
 
 def _texts(
@@ -53,6 +59,9 @@ def _texts(
         )
     reading = read_by(start, context)
     objectives = objectives_for([], start)
+    if reading.task == "text-to-text":  # which serves rows with answers besides
+        objectives += (TextToTextObjective(kind="text-to-text"),)
+    decided = _KINDS.get(reading.task)
     sets: list[AnyHeldOut] = []
     for path in files:
         item = s.HeldOutFile.model_validate(
@@ -61,14 +70,33 @@ def _texts(
         name, number = item.name, 2
         while any(h.name == name for h in sets):
             name, number = f"{item.name}-{number}", number + 1
-        given = files_of(name, {**item.model_dump(), "hub": None}, Path.cwd(), path)
+        asked = {"kind": decided} if decided else {}
+        given = files_of(name, {**item.model_dump(), "hub": None, **asked}, Path.cwd(), path)
         kind = source_kind(given)
         _, objective = objective_for(name, kind, objectives, path)
-        renderer = renderer_for(objective, kind, reading, Wording(), None)
+        labels = _labels(start, reading.task, given) if decided else None
+        renderer = renderer_for(objective, kind, reading, Wording(), labels)
         store = build_store(given, reading.encoder, cache, renderer=renderer)
         chosen = Chosen(name, "learned", store, np.arange(len(store)), objective, renderer)
-        sets.append(as_read(chosen, reading, _LIMIT, []))
+        problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
+        sets.append(as_read(chosen, reading, _LIMIT, [], problem=problem))
     return sets, reading.encoder.vocabulary
+
+
+def _labels(start: Start, task: Task, files: Source) -> Labels:
+    """What a classifier decides between, its names as the rows write them."""
+    said = Sitting.of(start)
+    if said and said.layer:
+        names, problem = said.layer.labels, said.layer.problem
+    else:
+        config: Any = AutoConfig.from_pretrained(start.source)
+        names = tuple(config.id2label[i] for i in range(config.num_labels))
+        problem = config.problem_type or ("regression" if len(names) == 1 else "single_label_classification")
+    if problem == "regression":
+        return Labels("number")
+    written = {str(name): name for name in read_labels(files).names}
+    sort = "tags" if task == "tag" else "multi" if problem == "multi_label_classification" else "class"
+    return Labels(sort, tuple(written.get(name, name) for name in names))
 
 
 def read_by(start: Start, context: int) -> Reading:
@@ -122,7 +150,11 @@ def evaluate_files(
             f"  {name:<24} {row['nats']:>10.4f} {interval:>17} {row['perplexity']:>11.2f} {row['bits_per_byte']:>10.4f} "
             f"{row['tokens']:>11,} {row['documents']:>10,}"
         )
-    lines.append(f"next: {shlex.join(['postgrad', 'generate', model])}")
+        for metric, value in row.get("metrics", {}).items():
+            lines.append(f"    {metric} {value['value']:.4f} ({value['low']:.4f}–{value['high']:.4f})")
+    writes = task_at(start) in ("causal", "text-to-text")
+    following = ["generate", model] if writes else ["export", model, "exported"]
+    lines.append(f"next: {shlex.join(['postgrad', *following])}")
     return {"text": "\n".join(lines), "model": model, "context": used, "sets": summaries}
 
 

@@ -34,6 +34,8 @@ from postgrad.stages.build import build, make_loader, make_objectives, make_subj
 from postgrad.stages.layouts import make_rows
 from postgrad.stages.measure import measure, read_scores
 from postgrad.stages.plan import Plan
+from postgrad.stages.score import evaluate_files
+from postgrad.stages.write import export_model
 from postgrad.training.meters import read_metrics
 from postgrad.training.optimizer import AdamW
 from postgrad.training.step import Run, StepReport, train_step
@@ -266,6 +268,37 @@ def test_a_task_is_learnt_and_scored_as_plain_transformers_scores_it(shelf: Shel
         assert np.allclose(both, sorted(zip(meant.tolist(), said.tolist(), strict=True)), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name", ["bert class", "bert multi", "bert number", "bert tags", "llama class", "t5 pair", "t5 chat"]
+)
+def test_what_left_is_scored_alike_outside_of_its_stage(shelf: Shelf, name: str, tmp_path: Path) -> None:
+    """As a run, as a small folder on its base, and exported as a plain model."""
+    file = shelf.file(BY_HAND[name].rows, held_out=True)
+
+    def evaluated(model: Path) -> dict[str, Any]:
+        length = BY_HAND[name].length
+        found = evaluate_files(
+            str(model), [file], context=length, documents="auto", column=None, cache=tmp_path / "scores"
+        )
+        assert all(
+            f"    {metric} " in found["text"] for metric in next(iter(found["sets"].values())).get("metrics", ())
+        )
+        return found["sets"]
+
+    for tuning in (None, {"kind": "lora", "rank": 1}):
+        done = shelf.run(stage_of(shelf, name, tuning, f"{name}{' lora' if tuning else ''}"))
+        assert evaluated(done.place) == done.record["scores"]["after"]
+    export_model(str(done.place), tmp_path / "plain", "auto")
+    assert evaluated(tmp_path / "plain") == done.record["scores"]["after"]
+
+
+def test_labels_that_a_classifier_does_not_know_are_met(shelf: Shelf) -> None:
+    file = rows(shelf.home / "foreign.jsonl", [{"text": "six and one.", "label": "verse"}])
+    run = shelf.run(stage_of(shelf, "bert class")).place
+    with pytest.raises(DataError, match="'verse' is none of the 2 known ones"):
+        evaluate_files(str(run), [str(file)], context=LENGTH, documents="auto", column=None, cache=shelf.cache)
+
+
 def test_a_classifier_leaves_with_its_labels(shelf: Shelf) -> None:
     folder = shelf.run(stage_of(shelf, "bert class")).place / "model"
     config = json.loads((folder / "config.json").read_text())
@@ -357,6 +390,7 @@ def test_scores_that_are_kept_are_of_the_same_words_masks_and_layer(shelf: Shelf
             objectives=[{"kind": "masked"}],
             sources=[shelf.source("labelled", kind="labelled", words=words)],
             evaluation={**QUICK, "learned": [learned]},
+            tokens=8,
         )
 
     yes, six = {"words": "yes", "sums": "no"}, {"words": "six", "sums": "nine"}
@@ -365,11 +399,13 @@ def test_scores_that_are_kept_are_of_the_same_words_masks_and_layer(shelf: Shelf
         before_of(shelf, cloze("{x} no {1} [MASK]", **yes)),
         before_of(shelf, cloze("{x} no {1} [MASK]", **six)),
     ]
-    found += [before_of(shelf, stage_of(shelf, "bert class", None, f"class-{seed}", seed=seed)) for seed in (0, 1)]
+    found += [
+        before_of(shelf, stage_of(shelf, "bert class", None, f"class-{seed}", seed=seed, tokens=8)) for seed in (0, 1)
+    ]
     assert all(kept == anew for kept, anew in found)
     assert len(set(found)) == len(found)
     # Held-out text is masked alike whatever the stage's seed, so that stages can be held against each other.
-    masked = [shelf.stage(f"masked-{seed}", model="bert", tokens=100, seed=seed) for seed in (0, 1)]
+    masked = [shelf.stage(f"masked-{seed}", model="bert", tokens=50, seed=seed) for seed in (0, 1)]
     one, other = (shelf.run(raw).record for raw in masked)
     assert one["scores"]["before"] == other["scores"]["before"] and one["scores"]["after"] != other["scores"]["after"]
     rows = [plan.held_out[0].rows for plan in map(shelf.plan, masked)]
@@ -786,7 +822,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
 WIDE = {"bert masked": 200, "bert class": 24, "bert tags": 160, "t5 spans": 200, "t5 pair": 200, "t5 class": 24}
 """Tasks, and tokens for six steps of each."""
 _LANGUAGE = ("bert masked", "t5 spans", "t5 pair")
-FAST = {("bert class", "p-tuning"), ("t5 spans", "lora")}
+FAST = {("bert class", "p-tuning")}
 SWEEP = [
     pytest.param(task, tuning, id=f"{task} {tuning}", marks=() if (task, tuning) in FAST else pytest.mark.slow)
     for task in WIDE
