@@ -372,6 +372,19 @@ def test_stopped_and_resumed_in_bf16_equals_never_stopped(shelf: Shelf, name: st
     assert evaluated(shelf, whole.place) == whole.record["scores"]["after"]
 
 
+def losses_of(home: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+
+
+@mostly(*(set(CASES) - {"lora", "prefix"}))
+def test_recomputed_activations_make_no_difference(shelf: Shelf, name: str) -> None:
+    """Dropout draws again what it drew, and hooks that add something do so once more."""
+    compute = {"threads": 1, "dtype": "float32", "compile": False, "activation_checkpointing": True}
+    again = shelf.run(stage_of(shelf, name, f"{name}-again", compute=compute)).place
+    assert losses_of(again) == pytest.approx(losses_of(home_of(shelf, name)), rel=1e-6)
+    assert len(set(losses_of(again))) > 1
+
+
 @pytest.mark.parametrize("name", ["lora", "lstm"])
 def test_a_resume_that_forgets_something_is_met(shelf: Shelf, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutants: moments that begin anew; a prompt whose encoder is lost, as where only its vectors are kept."""
