@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from postgrad.stages import amounts, objectives, parsing, schedules, tunings
+from postgrad.stages import amounts, mixing, objectives, parsing, schedules, tunings
 from postgrad.stages import stage as s
 
 HEAD = """\
@@ -37,6 +37,9 @@ PARTS = (
     ("Data", "`data`"),
     ("Source", "`data.sources[]`"),
     ("Shift", "`data.shifts[]`"),
+    ("ByExamples", "`data.mixing`: `examples`"),
+    ("ByTemperature", "`data.mixing`: `temperature`"),
+    ("Equal", "`data.mixing`: `equal`"),
     ("Batch", "`batch`"),
     ("Constant", "`schedule`: `constant`"),
     ("Decay", "`schedule`: `rewarm`, `cosine`, `linear`, `inverse-sqrt`, `exponential`, `1-sqrt`"),
@@ -104,7 +107,7 @@ def _section(name: str, title: str, part: dict[str, Any]) -> str:
 
 def _type(name: str) -> type:
     """The type of a part, wherever it is written."""
-    return next(vars(home)[name] for home in (s, schedules, objectives, tunings) if name in vars(home))
+    return next(vars(home)[name] for home in (s, schedules, objectives, tunings, mixing) if name in vars(home))
 
 
 def _bases(part: type) -> list[type]:

@@ -18,15 +18,20 @@ from postgrad.stages.rates import make_schedule
 
 
 def _phases(
-    stage: s.Stage, leaves: Sequence[Leaf], per_row: Sequence[float], tokens: int, start: Start
+    stage: s.Stage,
+    leaves: Sequence[Leaf],
+    given: Sequence[float],
+    per_row: Sequence[float],
+    tokens: int,
+    start: Start,
 ) -> list[tuple[float, tuple[float, ...]]]:
-    """`(point, shares)`: from which part of the stage on which shares of the leaves hold."""
+    """`(point, shares)`: from which part of the stage on which shares of the leaves hold; `given`: at first, by source."""
 
     def leaf_shares(by_source: dict[str, float]) -> tuple[float, ...]:
         """Shares of sources as shares of leaves (a replay of everything keeps its inner proportions)."""
         return tuple(leaf.wanted.part * by_source.get(leaf.wanted.source, 0.0) for leaf in leaves)
 
-    plain = {source.name: share for source, share in zip(stage.data.sources, stage.shares(), strict=True)}
+    plain = {source.name: share for source, share in zip(stage.data.sources, given, strict=True)}
     phases = [(0.0, leaf_shares(plain))]
     rough = max(1, round(tokens / (stage.batch.sequences * float(np.mean(per_row)))))
     for shift in stage.data.shifts:
@@ -46,14 +51,16 @@ def _phases(
     return phases
 
 
-def _budget(stage: s.Stage, leaves: Sequence[Leaf], per_row: Sequence[float], start: Start) -> int:
+def _budget(
+    stage: s.Stage, leaves: Sequence[Leaf], given: Sequence[float], per_row: Sequence[float], start: Start
+) -> int:
     """The stage's trained tokens: as given, or as many as hold the `new_tokens` that are asked for."""
     if stage.tokens is not None:
         return stage.tokens
     assert stage.new_tokens is not None
     tokens = float(stage.new_tokens)
     for _ in range(20):  # points that are given in tokens move with the budget; this settles in a few rounds
-        phases = _phases(stage, leaves, per_row, round(tokens), start)
+        phases = _phases(stage, leaves, given, per_row, round(tokens), start)
         until = [*(point for point, _ in phases[1:]), 1.0]
         share_of_new = sum(
             (end - point) * sum(share for share, leaf in zip(shares, leaves, strict=True) if leaf.role == "new")
@@ -66,14 +73,14 @@ def _budget(stage: s.Stage, leaves: Sequence[Leaf], per_row: Sequence[float], st
 
 
 def make_order(
-    stage: s.Stage, leaves: Sequence[Leaf], rows: Sequence[Rows], notes: list[str], start: Start
+    stage: s.Stage, leaves: Sequence[Leaf], rows: Sequence[Rows], given: Sequence[float], notes: list[str], start: Start
 ) -> tuple[int, Mixture, int]:
-    """Steps, the mixture, and the budget in trained tokens."""
+    """Steps, the mixture, and the budget in trained tokens, for the shares `given` of the stage's sources."""
     block = stage.batch.sequences
     per_row = [r.ledger.trained / len(r) for r in rows]
     sizes = [len(r) for r in rows]
-    tokens = _budget(stage, leaves, per_row, start)
-    phases = _phases(stage, leaves, per_row, tokens, start)
+    tokens = _budget(stage, leaves, given, per_row, start)
+    phases = _phases(stage, leaves, given, per_row, tokens, start)
     first = stage.data.skip_steps
     segments: list[Segment] = []
     begin = 0

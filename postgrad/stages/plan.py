@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from postgrad import schedules
 from postgrad.data.examples import RUNNING, Labels
 from postgrad.data.mixture import Mixture
-from postgrad.data.rows import Rows
+from postgrad.data.rows import Rows, keep
 from postgrad.data.tokenize import Encoder
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.held_out import AnyHeldOut
@@ -22,6 +23,7 @@ from postgrad.stages import stage as s
 from postgrad.stages.held_out import as_read, held_out_sets, overlaps
 from postgrad.stages.layouts import make_rows, objectives_for, task_for
 from postgrad.stages.leaves import Leaf, Progress, demonstrating, labels_for, make_leaves, seen_by, wanted_sources
+from postgrad.stages.mixing import told
 from postgrad.stages.objectives import AnyObjective
 from postgrad.stages.order import make_order
 from postgrad.stages.rates import make_schedule
@@ -187,7 +189,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
             where="tuning.template",
             expected="vectors before {x}, or rows with answers",
         )
-    steps, mixture, tokens = make_order(stage, leaves, rows, notes, start)
+    shares = _shares(stage, leaves, excluded, notes)
+    steps, mixture, tokens = make_order(stage, leaves, rows, shares, notes, start)
     schedule = make_schedule(stage.schedule, steps, tokens, start)
     return Plan(
         stage=stage,
@@ -215,6 +218,19 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         overlap=overlaps(stage, root, leaves, held_out, cache, notes),
         notes=tuple(notes),
     )
+
+
+def _shares(stage: s.Stage, leaves: Sequence[Leaf], excluded: np.ndarray | None, notes: list[str]) -> tuple[float, ...]:
+    """The share of each source; where `data.mixing` parts what is left, by the documents that may be trained on."""
+    if stage.data.mixing is None:
+        return stage.shares()
+    examples = {source.name: 0 for source in stage.data.sources}
+    for leaf in leaves:
+        examples[leaf.wanted.source] += len(keep(leaf.store, held_out=leaf.held_out, excluded=excluded).documents)
+    shares = stage.shares(examples)
+    left_out = [source.name for source in stage.data.sources if source.share is None]
+    notes.append(told(stage.data.mixing, dict(zip(examples, shares, strict=True)), examples, left_out))
+    return shares
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str | None = None) -> Encoder:

@@ -7,7 +7,9 @@ published JSON Schema has them, and an unknown key is an error that names the ne
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -15,6 +17,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from postgrad.errors import nearest
 from postgrad.lineage.fingerprint import fingerprint
 from postgrad.stages.amounts import Amount, Beta, Length, Part, Positive, Share
+from postgrad.stages.mixing import AnyMixing, completed
 from postgrad.stages.objectives import AnyObjective
 from postgrad.stages.schedules import AnySchedule
 from postgrad.stages.tunings import AnyTuning, FullTuning
@@ -60,7 +63,7 @@ class Source(Worded):
     seen_so_far: bool = False
     """Replay the token-weighted mixture of everything earlier stages consumed, replays included."""
     share: Share | None = None
-    """Share of the stage's trained tokens; one source may leave it out and takes what remains."""
+    """Share of the stage's trained tokens; one source may leave it out and takes what remains (several: see `data.mixing`)."""
     role: Literal["new", "replay"] = "new"
     """`replay` is old text: its held-out part is a retained set, and `new_tokens` does not count it."""
     held_out: Share | None = None
@@ -107,6 +110,8 @@ class Data(Part):
     """What the rows are read from, and in which shares."""
     sequence_length: Annotated[int, Field(ge=2)] = 1024
     """Positions in a row."""
+    mixing: AnyMixing | None = None
+    """How the sources that name no `share` part what remains, when there are several."""
     shifts: list[Shift] = []
     """A curriculum: shares that change over the stage."""
     when_short: Literal["refuse", "repeat", "stop", "renormalise"] = "refuse"
@@ -279,8 +284,13 @@ class Stage(Part):
             raise ValueError("a stage has exactly one of `tokens` (replay included) and `new_tokens` (replay on top)")
         shares = [s.share for s in self.data.sources]
         given = sum(s for s in shares if s is not None)
-        if shares.count(None) > 1:
-            raise ValueError("data.sources: at most one source may leave out its `share`")
+        if shares.count(None) > 1 and self.data.mixing is None:
+            raise ValueError(
+                "data.sources: at most one source may leave out its `share`; for several say how they are mixed, such as "
+                "data.mixing: {kind: examples}"
+            )
+        if None not in shares and self.data.mixing is not None:
+            raise ValueError("data.mixing is for sources that name no `share`, and each of them names one")
         if None in shares:
             if given >= 1:
                 raise ValueError(
@@ -303,11 +313,10 @@ class Stage(Part):
             raise ValueError("`new_tokens` needs a source with role: new")
         return self
 
-    def shares(self) -> tuple[float, ...]:
-        """The share of each source, the one that was left out filled in."""
-        given = [s.share for s in self.data.sources]
-        rest = 1 - sum(s for s in given if s is not None)
-        return tuple(rest if s is None else s for s in given)
+    def shares(self, examples: Mapping[str, int] = MappingProxyType({})) -> tuple[float, ...]:
+        """The share of each source, those that were left out filled in; with `data.mixing` by the `examples` of each."""
+        given = {source.name: source.share for source in self.data.sources}
+        return tuple(completed(given, self.data.mixing, examples).values())
 
     def fingerprint(self) -> str:
         """Of everything that decides the result: not of when checkpoints are written, nor of where."""

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 import postgrad
 from postgrad.errors import StageError
 from postgrad.models.pretrained import Start
-from postgrad.stages import objectives, schedules, tunings
+from postgrad.stages import mixing, objectives, schedules, tunings
 from postgrad.stages import stage as s
 from postgrad.stages.amounts import Part, in_steps
 from postgrad.stages.parsing import json_schema, load_stage, parse_stage
@@ -449,7 +449,7 @@ def test_the_schema_refuses_what_the_tool_refuses() -> None:
 
 def parts(model: type[BaseModel]) -> list[type[BaseModel]]:
     """A model and all models its fields are made of."""
-    homes = (s, schedules, objectives, tunings)
+    homes = (s, schedules, objectives, tunings, mixing)
     known = {v for home in homes for v in vars(home).values() if inspect.isclass(v) and issubclass(v, Part)}
     found = [model]
     for here in found:  # grows while it is walked
@@ -516,12 +516,18 @@ def test_a_fingerprint_is_of_everything_but_where_and_how_often() -> None:
     plain = stage().fingerprint()
     assert {parse_stage(changed({k: v}), "t").fingerprint() for k, v in SAME.items()} == {plain}
     prints = [plain, *(parse_stage(changed({k: v}), "t").fingerprint() for k, v in OTHER.items())]
+    rest = {"data.sources.0.share": GONE}  # which is what a mixing is for
+    prints += [
+        parse_stage(changed({**rest, **more}), "t").fingerprint() for more in ({}, {"data.mixing": {"kind": "equal"}})
+    ]
     assert len(set(prints)) == len(prints)
     # Every top-level key and every key of a plain part is in one of the lists above.
     listed = {key.split(".0.")[0] if ".0." not in key else key for key in (*OTHER, *SAME)}
     for part in ("data", "batch", "optimizer", "evaluation", "save", "compute"):
         model = type(getattr(stage(), part))
-        missing = {f"{part}.{f}" for f in model.model_fields} - listed - {"data.sources", "optimizer.kind"}
+        missing = (
+            {f"{part}.{f}" for f in model.model_fields} - listed - {"data.sources", "data.mixing", "optimizer.kind"}
+        )
         assert missing == set()
 
 
