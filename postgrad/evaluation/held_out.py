@@ -43,6 +43,7 @@ class HeldOut:
     task: str = "text"
     pad: int = 0
     words: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -120,7 +121,8 @@ class HeldOutRows:
     @property
     def identity(self) -> list[Any]:
         """What decides its scores, beside the model and the context."""
-        return [self.fingerprint, len(self), [list(part) for part in self.around], self.task, list(self.words)]
+        around = [list(part) for part in self.around]
+        return [self.fingerprint, len(self), around, self.task, list(self.words), list(self.labels)]
 
     @property
     def tokens(self) -> int:

@@ -45,6 +45,8 @@ class Scores:
     item_I: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     problem: str = ""
     """What a classifier decided; empty for anything else."""
+    names: np.ndarray = field(default_factory=lambda: np.empty(0, np.str_))
+    """The names of what it decided between, by their numbers."""
 
     @property
     def units(self) -> str:
@@ -73,7 +75,8 @@ class Scores:
         """
         nats, tokens = self.per_unit()
         low, high = bootstrap(nats, tokens)
-        right = {"metrics": measured(self.problem, self.said_I, self.meant_I, self.item_I)} if len(self.said_I) else {}
+        answers = self.said_I, self.meant_I, self.item_I, self.names.tolist()
+        right = {"metrics": measured(self.problem, *answers)} if len(self.said_I) else {}
         return {
             **right,
             "nats": self.nats,
@@ -138,6 +141,7 @@ def score(
         meant_I=np.concatenate([meant for _, meant in answered]) if answered else np.empty(0),
         item_I=np.repeat(document_W, [len(said) for said, _ in answered]) if answered else np.empty(0, np.int64),
         problem=("class" if held_out.words else held_out.task) if answered else "",
+        names=np.array(held_out.labels if answered else (), np.str_),
     )
 
 

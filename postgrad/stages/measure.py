@@ -62,12 +62,14 @@ def read_scores(path: Path) -> AllScores:
     """What `write_scores` wrote."""
     with np.load(path, allow_pickle=False) as stored:
         names = sorted({key.rsplit("/", 1)[0] for key in stored.files})
-        return {name: Scores(**{f.name: _value(stored[f"{name}/{f.name}"]) for f in fields(Scores)}) for name in names}
+        # What an older version did not write yet has its default.
+        kept = {name: [f.name for f in fields(Scores) if f"{name}/{f.name}" in stored.files] for name in names}
+        return {name: Scores(**{key: _value(stored[f"{name}/{key}"]) for key in keys}) for name, keys in kept.items()}
 
 
 def _value(stored: np.ndarray) -> Any:
     """An array, or the text that was written as one."""
-    return str(stored) if stored.dtype.kind == "U" else stored
+    return str(stored) if stored.dtype.kind == "U" and stored.ndim == 0 else stored
 
 
 def change(before: Scores, after: Scores, vocabulary: int) -> Change:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from seqeval import metrics as seqeval
 from sklearn import metrics
 
 from postgrad.evaluation import metrics as evaluation_metrics
 from postgrad.evaluation.likelihood import Scores
-from postgrad.evaluation.metrics import MEASURES, measured
+from postgrad.evaluation.metrics import PROBLEMS, mark_spans, measured, span_counts
 from postgrad.objectives.decisions import Problem
 
 
@@ -31,7 +35,11 @@ def drawn(problem: str, count: int = 60, seed: int = 0) -> tuple[np.ndarray, np.
 def by_hand(problem: str, said: np.ndarray, meant: np.ndarray) -> dict[str, float]:
     """From the definitions; scipy for correlations."""
     if problem == "number":
-        return {"MSE": float(((said - meant) ** 2).mean()), "Pearson": float(stats.pearsonr(said, meant).statistic)}
+        return {
+            "MSE": float(((said - meant) ** 2).mean()),
+            "Pearson": float(stats.pearsonr(said, meant).statistic),
+            "Spearman": float(stats.spearmanr(said, meant).statistic),
+        }
     one = {}
     for label in set(said.tolist()) | set(meant.tolist()):
         hit = int(((said == label) & (meant == label)).sum())
@@ -53,7 +61,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("problem", MEASURES)
+@pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("seed", range(3))
 def test_values_are_those_of_the_definitions(problem: str, seed: int) -> None:
     said, meant, item = drawn(problem, seed=seed)
@@ -66,7 +74,7 @@ def test_values_are_those_of_the_definitions(problem: str, seed: int) -> None:
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("problem", MEASURES)
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_values_are_those_of_scikit_learn(problem: str) -> None:
     said, meant, item = drawn(problem)
     theirs = {
@@ -76,12 +84,13 @@ def test_values_are_those_of_scikit_learn(problem: str) -> None:
         "F1": lambda: metrics.f1_score(meant, said),
         "MSE": lambda: metrics.mean_squared_error(meant, said),
         "Pearson": lambda: stats.pearsonr(meant, said).statistic,
+        "Spearman": lambda: stats.spearmanr(meant, said).statistic,
     }
     for name, found in measured(problem, said, meant, item).items():
         assert found["value"] == pytest.approx(float(theirs[name]()))
 
 
-@pytest.mark.parametrize("problem", MEASURES)
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_intervals_hold_their_value_and_are_the_same_each_time(problem: str) -> None:
     said, meant, item = drawn(problem)
     found = measured(problem, said, meant, item)
@@ -112,7 +121,7 @@ def test_documents_are_drawn_and_not_their_items() -> None:
     assert (wide["high"] - wide["low"]) / (narrow["high"] - narrow["low"]) == pytest.approx(5, rel=0.2)  # sqrt(25)
 
 
-@given(st.integers(1, 30), st.sampled_from(sorted(MEASURES)), st.integers(0, 99))
+@given(st.integers(1, 30), st.sampled_from(sorted(PROBLEMS)), st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_any_items_have_finite_metrics(count: int, problem: str, seed: int) -> None:
     """One class alone, one example alone, a draw without a class: a number, and never a warning."""
@@ -133,3 +142,103 @@ def test_scores_of_a_classifier_tell_its_metrics(problem: Problem) -> None:
     scores = Scores(np.arange(rows), np.ones(rows), np.ones(rows, int), np.full(rows, 9), said, meant, item, problem)
     assert scores.summary()["metrics"] == measured(problem, said, meant, item)
     assert "metrics" not in Scores(np.arange(rows), np.ones(rows), np.ones(rows, int), np.full(rows, 9)).summary()
+
+
+# -- against what drawing documents means, one draw after the other --------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_intervals_are_those_of_documents_that_are_drawn_and_measured_anew(
+    problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_metrics, "_DRAWS", 20)
+    said, meant, item = drawn(problem)
+    of = [np.flatnonzero(item == document) for document in np.unique(item)]
+    draws = np.random.default_rng(0).integers(len(of), size=(20, len(of)))
+    values: dict[str, list[float]] = {}
+    for draw in draws:
+        items = np.concatenate([of[i] for i in draw])
+        for name, value in by_hand(problem, said[items], meant[items]).items():
+            values.setdefault(name, []).append(value)
+    for name, found in measured(problem, said, meant, item).items():
+        assert [found["low"], found["high"]] == pytest.approx(list(np.percentile(values[name], [2.5, 97.5])))
+
+
+# -- spans -----------------------------------------------------------------------------------------------------------------
+
+SCHEMES = {
+    "BIO": ("O", "B-a", "I-a", "B-b", "I-b"),
+    "IOB2": ("B-gene", "I-gene", "O"),
+    "IOBES": ("O", "B-a", "I-a", "E-a", "S-a", "B-b", "I-b", "E-b", "S-b"),
+}
+
+
+def tag_sequences(names: tuple[str, ...], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tags that follow no grammar at all, said and meant, of documents of one to twelve words."""
+    rng = np.random.default_rng(seed)
+    item = np.repeat(np.arange(30), rng.integers(1, 13, size=30))
+    meant = rng.integers(len(names), size=len(item))
+    return np.where(rng.random(len(item)) < 0.8, meant, rng.integers(len(names), size=len(item))), meant, item
+
+
+def as_lists(tags: np.ndarray, item: np.ndarray, names: tuple[str, ...]) -> list[list[str]]:
+    return [[names[tag] for tag in tags[item == document]] for document in np.unique(item)]
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("seed", range(5))
+def test_spans_are_scored_as_seqeval_scores_them(scheme: str, seed: int) -> None:
+    names = SCHEMES[scheme]
+    said, meant, item = tag_sequences(names, seed)
+    found = measured("tags", said, meant, item, names)
+    lists = [as_lists(tags, item, names) for tags in (meant, said)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert found["span F1"]["value"] == pytest.approx(seqeval.f1_score(*lists))
+        assert found["span precision"]["value"] == pytest.approx(seqeval.precision_score(*lists))
+        assert found["span recall"]["value"] == pytest.approx(seqeval.recall_score(*lists))
+        # The mutant: the words of all documents as one, so that spans run on from one to the next.
+        one = [[[tag for words in tags for tag in words]] for tags in lists]
+        assert seqeval.f1_score(*one) != pytest.approx(found["span F1"]["value"])
+
+
+def test_the_interval_of_spans_is_that_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation_metrics, "_DRAWS", 30)
+    names = SCHEMES["BIO"]
+    said, meant, item = tag_sequences(names, 0)
+    lists = [as_lists(tags, item, names) for tags in (meant, said)]
+    draws = np.random.default_rng(0).integers(30, size=(30, 30))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        values = [seqeval.f1_score(*([tags[i] for i in draw] for tags in lists)) for draw in draws]
+    found = measured("tags", said, meant, item, names)["span F1"]
+    assert [found["low"], found["high"]] == pytest.approx(list(np.percentile(values, [2.5, 97.5])))
+
+
+def test_spans_are_counted_by_document_whatever_the_order_of_documents() -> None:
+    names = ("O", "B-a", "I-a")
+    meant = np.array([1, 2, 0, 1, 0, 1])
+    said = np.array([1, 2, 0, 0, 1, 1])
+    document = np.array([1, 1, 1, 1, 0, 0])
+    assert span_counts(said, meant, document, names).tolist() == [[1, 2, 1], [1, 1, 2]]
+
+
+def test_only_tags_that_mark_spans_have_spans() -> None:
+    assert all(mark_spans(names) for names in SCHEMES.values())
+    for names in (("NOUN", "VERB"), ("O",), ("O", "B-a", "X-a"), ("B", "I", "O"), ()):
+        assert not mark_spans(names)
+        if names:
+            assert "span F1" not in measured("tags", np.zeros(3, int), np.zeros(3, int), np.arange(3), names)
+
+
+def test_many_documents_are_measured_in_seconds() -> None:
+    """Counts of documents, and not 200 times all of it."""
+    names = SCHEMES["BIO"]
+    rng = np.random.default_rng(0)
+    meant, item = rng.integers(5, size=60_000), np.repeat(np.arange(3000), 20)
+    said = np.where(rng.random(60_000) < 0.9, meant, 0)
+    begun = time.perf_counter()
+    found = measured("tags", said, meant, item, names)
+    assert found["span F1"]["low"] < found["span F1"]["value"] < found["span F1"]["high"]
+    assert time.perf_counter() - begun < 5
