@@ -1,0 +1,211 @@
+"""Which tokens must a decoder read, when what many sequences begin with is read once? Trees of tokens, packed into rows.
+
+Legend: N sequences, T tokens of a row, P tokens of a trunk, A answers that are asked for.
+
+Sequences that are sorted have what they share with earlier ones in common with the one just before them. So a row is a
+tree written down depth first: each sequence adds the tokens that the one before it has not. In that order everything
+that follows a token lies in one piece behind it, from the token's own number to its `end`: token i reads token j when
+`j <= i < end[j]`. What very many sequences begin with (instructions, demonstrations) would have to be in every row; it
+becomes the trunk of a group, is read once, and its keys and values stand before all rows of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+ROOM = 256
+"""Tokens of a row. A longer one spends more on attention to others' tokens, shorter ones copy the trunk's keys more often."""
+_MOST = 4 * ROOM
+_GROUP = 256
+"""What a group of its own costs, in tokens: one more forward pass for the trunk, and batches that are less full."""
+
+
+class Branch(NamedTuple):
+    """A sequence, and what is asked at its end.
+
+    `ids` are read; from token `first` - 1 on the next token is asked for, which is `wanted[0]`, `wanted[1]`, ...; the
+    answers have the numbers `slot`, `slot + 1`, ...
+    """
+
+    ids: np.ndarray
+    first: int
+    wanted: tuple[int, ...]
+    slot: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tree of tokens depth first; all but `asked_A` and what belongs to it of shape (T,)."""
+
+    ids: np.ndarray
+    depth: np.ndarray
+    """Each token's place in its sequences, the trunk counted."""
+    end: np.ndarray
+    """The number after the last token that follows each token."""
+    asked_A: np.ndarray
+    """After which token (its number in the row) the next one is asked for."""
+    wanted_A: np.ndarray
+    slot_A: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are read together behind a trunk (P,), which may be empty."""
+
+    trunk: np.ndarray
+    rows: tuple[Row, ...]
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.ids) for row in self.rows)
+
+
+def shared_batches(branches: Sequence[Branch], most: int) -> list[Batch]:
+    """The branches as trees in batches of at most about `most` tokens; every trunk's batches follow one another."""
+    ordered = sorted(branches, key=_sorting)
+    batches: list[Batch] = []
+    for trunk, members in _groups(ordered):
+        rows = [grown(part, trunk) for part in _parts(members, trunk)]
+        ids = members[0].ids[:trunk]
+        batches += [Batch(ids, tuple(some)) for some in _together(rows, trunk, most)]
+    return batches
+
+
+def single_batches(branches: Sequence[Branch], most: int) -> list[Batch]:
+    """Every sequence in a row of its own, once; nothing else is shared."""
+    ordered = sorted(branches, key=_sorting)
+    rows: list[list[Branch]] = []
+    for branch in ordered:
+        if rows and np.array_equal(rows[-1][0].ids, branch.ids):
+            rows[-1].append(branch)
+        else:
+            rows.append([branch])
+    none = np.empty(0, np.int64)
+    return [Batch(none, tuple(some)) for some in _together([grown(row, 0) for row in rows], 0, most)]
+
+
+def tokens_of(batches: Sequence[Batch]) -> int:
+    """How many tokens are read, padding left out: each trunk once, and all rows."""
+    trunks = {id(batch.trunk): len(batch.trunk) for batch in batches}
+    return sum(trunks.values()) + sum(len(row.ids) for batch in batches for row in batch.rows)
+
+
+def grown(branches: Sequence[Branch], trunk: int) -> Row:
+    """Sorted sequences that share their first `trunk` tokens, which are left out, as one tree."""
+    ids: list[np.ndarray] = []
+    depths: list[np.ndarray] = []
+    end: list[int] = []
+    asked: list[int] = []
+    path: list[int] = []
+    """The numbers of the last sequence's tokens."""
+    last = np.empty(0, np.int64)
+    for branch in branches:
+        own = branch.ids[trunk:]
+        shared = _shared(last, own)
+        size = len(end)
+        for number in path[shared:]:
+            end[number] = size
+        path[shared:] = range(size, size + len(own) - shared)
+        ids.append(own[shared:])
+        depths.append(np.arange(trunk + shared, trunk + len(own)))
+        end += [0] * (len(own) - shared)
+        begin = branch.first - 1 - trunk
+        asked += path[begin : begin + len(branch.wanted)]
+        last = own
+    for number in path:
+        end[number] = len(end)
+    return Row(
+        np.concatenate(ids),
+        np.concatenate(depths),
+        np.array(end, np.int64),
+        np.array(asked, np.int64),
+        np.array([token for branch in branches for token in branch.wanted], np.int64),
+        np.array([branch.slot + i for branch in branches for i in range(len(branch.wanted))], np.int64),
+    )
+
+
+def _sorting(branch: Branch) -> bytes:
+    return branch.ids.astype(">u4").tobytes()
+
+
+def _shared(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two sequences begin with alike."""
+    size = min(len(a), len(b))
+    other = np.flatnonzero(a[:size] != b[:size])
+    return int(other[0]) if len(other) else size
+
+
+def _groups(ordered: Sequence[Branch]) -> Iterator[tuple[int, list[Branch]]]:
+    """Each group's trunk (how many tokens) and its members in order; one group may be without a trunk."""
+    # What is asked for stands in a row, so a trunk ends before the last token of a context.
+    alike = [min(_shared(a.ids, b.ids), a.first - 1, b.first - 1) for a, b in pairwise(ordered)]
+    alike_N = np.array([0, *alike], np.int64)
+    owner_N = np.full(len(ordered), -1)
+    trunks: list[int] = []
+    waiting = [(0, len(ordered), -1)]
+    while waiting:
+        begin, stop, owner = waiting.pop()
+        owner_N[begin:stop] = owner
+        if stop - begin < 2:
+            continue
+        inner = alike_N[begin + 1 : stop]
+        trunk = int(inner.min())
+        if _saved(ordered[begin:stop], trunk, trunks[owner] if owner >= 0 else 0) > trunk + _GROUP:
+            owner = len(trunks)
+            trunks.append(trunk)
+            owner_N[begin:stop] = owner
+        cuts = [begin, *(begin + 1 + np.flatnonzero(inner == trunk)).tolist(), stop]
+        waiting += [(a, b, owner) for a, b in pairwise(cuts) if b - a > 1]
+    rest: list[Branch] = []
+    for owner, trunk in enumerate(trunks):
+        members = [ordered[i] for i in np.flatnonzero(owner_N == owner).tolist()]
+        if _saved(members, trunk, 0) > trunk + _GROUP:
+            yield trunk, members
+        else:
+            rest += members
+    rest = sorted([*rest, *(ordered[i] for i in np.flatnonzero(owner_N < 0).tolist())], key=_sorting)
+    if rest:
+        yield 0, rest
+
+
+def _saved(members: Sequence[Branch], trunk: int, before: int) -> int:
+    """Tokens that rows are spared when they stand behind `trunk` tokens and not behind `before`."""
+    rows = sum(1 for _ in _parts(members, trunk)) if trunk > before else 0
+    return rows * (trunk - before)
+
+
+def _parts(members: Sequence[Branch], trunk: int) -> Iterator[list[Branch]]:
+    """Sorted sequences in rows: a row that is full ends where little has to be read again, or where it grows too long."""
+    part: list[Branch] = []
+    size = 0
+    for branch in members:
+        length = len(branch.ids) - trunk
+        shared = _shared(part[-1].ids, branch.ids) - trunk if part else 0
+        grows = size + length - shared
+        if part and ((grows > ROOM and 4 * shared < length) or (grows > _MOST and length > shared)):
+            yield part
+            part, grows = [], length
+        part.append(branch)
+        size = grows
+    if part:
+        yield part
+
+
+def _together(rows: Sequence[Row], trunk: int, most: int) -> Iterator[list[Row]]:
+    """Rows of like length that are read at once; their masks, of rows x T x (P + T) places, stay small too."""
+    group: list[Row] = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        size = len(row.ids)
+        tokens = (len(group) + 1) * size
+        if group and (tokens > most or tokens * (trunk + size) > most * 2048):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
