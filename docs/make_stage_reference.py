@@ -51,6 +51,7 @@ PARTS = (
     ("Piece", "`schedule.pieces[]`"),
     ("Optimizer", "`optimizer`"),
     ("NextTokenObjective", "`objectives[]`: `next-token`"),
+    ("PrefixLMObjective", "`objectives[]`: `prefix-lm`"),
     ("MaskedObjective", "`objectives[]`: `masked`"),
     ("SpanCorruptionObjective", "`objectives[]`: `span-corruption`"),
     ("TextToTextObjective", "`objectives[]`: `text-to-text`"),

@@ -132,6 +132,10 @@ class WholeRows:
     def __len__(self) -> int:
         return len(self.ends_R)
 
+    def pieces_of(self, row: int) -> list[int]:
+        """The numbers of a row's pieces, in the order in which they stand."""
+        return self.order_P[self.ends_R[row - 1] if row else 0 : self.ends_R[row]].tolist()
+
     def at(self, row: int, position: int) -> Row:
         """The row's ids, its labels, and positions that restart with each piece."""
         length = int(self.lengths_R[row])
@@ -139,7 +143,7 @@ class WholeRows:
         labels_T = np.full(length, IGNORED, np.int64)
         positions_T = np.empty(length, np.int64)
         at = counted = 0
-        for piece in self.order_P[self.ends_R[row - 1] if row else 0 : self.ends_R[row]].tolist():
+        for piece in self.pieces_of(row):
             ids, labels = self._tokens(piece)
             end = at + len(labels)
             ids_T[at:end] = ids

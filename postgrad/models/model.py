@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
+from postgrad.models.prefix_lm import mask_for, window_of
 from postgrad.models.pretrained import Task, table_of
 
 
@@ -83,11 +84,14 @@ class CausalModel(Model):
         self.scale: float = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
-    def forward(self, **inputs: Tensor) -> Output:
+    def forward(self, *, prefix: Tensor | None = None, **inputs: Tensor) -> Output:
         """Hidden states of packed rows: positions that restart part the documents from one another.
 
         The cache stays off and packed rows bring no attention mask: with either, transformers lets documents see each other.
+        Tokens of a `prefix` of shape (B, T) see each other, for which positions must be given.
         """
+        if prefix is not None:
+            inputs["attention_mask"] = mask_for(self.pretrained, prefix, inputs["position_ids"])
         hidden = self.body(**inputs, use_cache=False).last_hidden_state
         return Output(hidden, self.head())
 
@@ -143,11 +147,13 @@ def _passing(layer: nn.Module) -> Iterator[None]:
         del layer.forward
 
 
-def probe(model: Model, *, length: int = 24, tolerance: float = 1e-4) -> None:
+def probe(model: Model, *, length: int = 24, tolerance: float = 1e-4, prefixes: int = 0) -> None:
     """Check on random ids that the view of a model as hidden states and a head is right.
 
-    Of a causal model also that packed documents do not see each other. Raises `ModelError` for an architecture that does not
-    keep them apart (recurrent and hybrid ones carry state across), or whose logits are not what hidden states and head give.
+    Of a causal model also that packed documents do not see each other, and, where rows of `prefixes` tokens are to be read
+    in both directions, that they are. Raises `ModelError` for an architecture that does not keep documents apart (recurrent
+    and hybrid ones carry state across), that reads prefixes in its own way, or whose logits are not what hidden states and
+    head give.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -155,6 +161,8 @@ def probe(model: Model, *, length: int = 24, tolerance: float = 1e-4) -> None:
     with torch.no_grad():
         if isinstance(model, CausalModel):
             _probe_packed(model, length, tolerance, device)
+            if prefixes:
+                _probe_prefixes(model, length, prefixes, tolerance, device)
         elif isinstance(model, HeadedModel):
             ids = _random_ids(model, (2, length), device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -183,6 +191,54 @@ def _probe_packed(model: CausalModel, length: int, tolerance: float, device: tor
             where="model",
             expected="attention that stays within a document (recurrent and hybrid models carry state across)",
             way_out="use a model with plain attention layers",
+        )
+
+
+def _probe_prefixes(model: CausalModel, length: int, longest: int, tolerance: float, device: torch.device) -> None:
+    """Look whether the mask of a prefix language model is what decides who sees whom."""
+    config = model.pretrained.config
+    window = window_of(config)
+    if window is not None and longest > window:
+        raise ModelError(
+            f"rows have {longest:,} tokens, and layers of this model see {window:,}: beyond that a prefix cannot be read "
+            "in both directions",
+            where="data.sequence_length",
+            expected=f"at most {window:,}",
+        )
+    length = length if window is None else min(length, window)
+    half = length // 2
+    ids = _random_ids(model, (1, 2 * length), device)
+    positions = torch.arange(length, device=device).repeat(2)[None]
+    other_prefix, other_rest = ids.clone(), ids.clone()
+    other_prefix[:, length + 1 : length + half] = ids[:, 1:half]
+    other_rest[:, length + half :] = ids[:, half:length]
+
+    def logits(ids: Tensor, size: int) -> Tensor:
+        return model(input_ids=ids, position_ids=positions, prefix=(positions < size).long()).logits().float()
+
+    try:
+        plain = model(input_ids=ids, position_ids=positions).logits().float()
+        alone, ours = logits(ids, 1), logits(ids, half)
+        size = tolerance * max(1.0, plain.abs().max().item())
+
+        def off(one: Tensor, two: Tensor, begin: int, end: int) -> float:
+            return (one - two)[:, begin:end].abs().max().item()
+
+        found = {
+            "a prefix of one token is not plain reading": off(plain, alone, 0, 2 * length) > size,
+            "the first token does not see the prefix": off(ours, logits(other_prefix, half), length, length + 1) < 1e-6,
+            "a prefix sees what comes after it": off(ours, logits(other_rest, half), length, length + half) > size,
+            "documents see each other's prefixes": off(ours, logits(other_prefix, half), 0, length) > size,
+        }
+        wrong = [what for what, is_so in found.items() if is_so]
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        wrong = [f"it does not take a mask of its own ({type(error).__name__})"]
+    if wrong:
+        raise ModelError(
+            f"prefixes cannot be read in both directions by this architecture ({config.model_type}): {wrong[0]}",
+            where="objectives",
+            expected="a model whose attention takes a mask from outside",
+            way_out="use next-token, or a model with plain attention layers",
         )
 
 

@@ -42,6 +42,8 @@ class Wishes:
     steps: int
     one_length: bool = True
     """Every row is as long as the next; where they are not, compiled code would be compiled again and again."""
+    causal: bool = True
+    """No token sees what stands behind it; of a prefix language model's rows that is not so."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,16 @@ def choose(
         reasons["micro"] = f"as many rows at once as fit, about {_TOKENS_AT_ONCE[_kind(device)]:,} tokens"
 
     attention = wishes.attention
+    if attention == NAME and not wishes.causal:
+        raise StageError(
+            f"{NAME} looks only at what stands before a token, and prefixes are read in both directions",
+            where="compute.attention",
+            expected="auto, sdpa or eager",
+        )
     if attention == "auto":
         attention = model.pretrained.config._attn_implementation or "eager"
         reasons["attention"] = "what transformers picks for this architecture"
-        packed = isinstance(model, CausalModel) and wishes.one_length
+        packed = isinstance(model, CausalModel) and wishes.one_length and wishes.causal
         if device.type == "cpu" and packed and wishes.length <= _BLOCKS_LENGTH and usable(model.pretrained):
             attention = NAME
             reasons["attention"] = "faster than SDPA on a CPU (up to three times, compiled); its logits were checked"

@@ -14,11 +14,13 @@ from torch import Tensor
 from postgrad.data.batch import collate
 from postgrad.data.loader import Loader
 from postgrad.data.pack import PackedRows
+from postgrad.data.prefixed import PrefixRows
 from postgrad.data.rows import Row, Rows
 from postgrad.errors import ResumeError, StageError, TuningError
 from postgrad.lineage.tree import chain
 from postgrad.models import sharding
 from postgrad.models.model import Model, model_for
+from postgrad.models.prefix_lm import mark
 from postgrad.models.pretrained import TUNING, Start
 from postgrad.objectives.decisions import Decisions, Problem
 from postgrad.objectives.objective import Objective
@@ -94,6 +96,7 @@ def make_subject(plan: Plan, world: World, *, attention: str | None = None) -> S
     opened = open_model(plan.start, plan.task, layer=plan.layer, attention=attention)
     spec = plan.stage.tuning
     options = tuning_options(plan, opened)
+    mark(opened.model.config, bool(plan.prefixes))
     tuning = attach(opened.model, options, seed=plan.stage.seed, tokenizer=plan.tokenizer)
     if opened.tunings and (tuning.whole or tuning.leaves_model):
         raise TuningError(
@@ -170,18 +173,21 @@ def choose_execution(plan: Plan, subject: Subject, world: World) -> Execution:
         sequences=batch.sequences,
         length=_length(longest),
         steps=plan.steps,
-        one_length=all(rows.layout == PackedRows.layout for rows in plan.rows),
+        one_length=all(rows.layout in _FILLED for rows in plan.rows),
+        causal=not plan.prefixes,
     )
     return choose(wishes, subject.model, example, world.device, world.size)
 
 
+_FILLED = (PackedRows.layout, PrefixRows.layout)
+"""Layouts in which every row is as long as the next."""
 _LOOKED_AT = 256
 """Rows of a source that are looked at to see how long its rows are."""
 
 
 def _some(rows: Rows) -> Iterator[Row]:
     """Rows spread over a source; where all are of one length, one of them."""
-    count = 1 if rows.layout == PackedRows.layout else min(len(rows), _LOOKED_AT)
+    count = 1 if rows.layout in _FILLED else min(len(rows), _LOOKED_AT)
     return (rows.at(i * len(rows) // count, i) for i in range(count))
 
 

@@ -25,7 +25,7 @@ def check_stage(plan: Plan) -> dict[str, Any]:
     counts = subject.counts()
     execution = choose_execution(plan, subject, world)
     subject.model.pretrained.set_attn_implementation(execution.attention)
-    probe(subject.model)
+    probe(subject.model, prefixes=plan.prefixes)
     memory = estimate(
         shape_of(subject.model),
         rows=execution.micro,
@@ -50,6 +50,7 @@ def check_stage(plan: Plan) -> dict[str, Any]:
     }
     free = machine.memory_bytes()
     apart = "; packed documents do not see each other (probed)" if plan.task == "causal" else ""
+    apart += "; prefixes are read in both directions (probed)" if plan.prefixes else ""
     lines = [
         *plan_lines(plan),
         *(f"note: {note}" for note in notes[len(plan.notes) :]),

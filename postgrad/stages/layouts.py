@@ -17,6 +17,7 @@ from postgrad.data.masked import MaskedRows
 from postgrad.data.pack import PackedRows
 from postgrad.data.pairs import PairRows
 from postgrad.data.part import Part
+from postgrad.data.prefixed import PrefixRows
 from postgrad.data.render import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.rows import Rows
 from postgrad.data.spans import SpanRows
@@ -30,15 +31,17 @@ from postgrad.stages.objectives import (
     ClassifyObjective,
     MaskedObjective,
     NextTokenObjective,
+    PrefixLMObjective,
     SpanCorruptionObjective,
     TextToTextObjective,
 )
 from postgrad.stages.reading import Reading
-from postgrad.tuning.opened import task_at
+from postgrad.tuning.opened import prefixes_at, task_at
 
 _ANSWERED = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "choices")
 SERVES: dict[str, tuple[str, ...]] = {
     "next-token": (*RUNNING, *_ANSWERED),
+    "prefix-lm": (*RUNNING, *_ANSWERED),
     "masked": (*RUNNING, "labelled"),
     "span-corruption": RUNNING,
     "text-to-text": (*RUNNING, *_ANSWERED),
@@ -48,6 +51,7 @@ SERVES: dict[str, tuple[str, ...]] = {
 
 _TASKS: dict[str, Task] = {
     "next-token": "causal",
+    "prefix-lm": "causal",
     "masked": "masked",
     "span-corruption": "text-to-text",
     "text-to-text": "text-to-text",
@@ -71,7 +75,12 @@ _WHO = {
 
 def objectives_for(given: Sequence[AnyObjective] | None, start: Start) -> tuple[AnyObjective, ...]:
     """The objectives of a stage: those it names, or the one that the start model was made with."""
-    return tuple(given) if given else (_OF_TASK[task_at(start)],)
+    return tuple(given) if given else (made_with(start),)
+
+
+def made_with(start: Start) -> AnyObjective:
+    """The objective that a start model was made with."""
+    return PrefixLMObjective(kind="prefix-lm") if prefixes_at(start) else _OF_TASK[task_at(start)]
 
 
 def task_for(objectives: Sequence[AnyObjective], start: Start) -> Task:
@@ -217,6 +226,12 @@ def make_rows(
                 too_long=objective.too_long,
                 together=together,
                 **framed,
+            )
+        case PrefixLMObjective():
+            if store.marks(0) is None:
+                framed["frame"] = dataclasses.replace(reading.frame, between=())
+            return PrefixRows(
+                store, reading.length, seed=reading.seed, too_long=objective.too_long, together=together, **framed
             )
         case MaskedObjective() if store.marks(0) is not None:
             return ClozeRows(

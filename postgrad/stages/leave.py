@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from postgrad.models.prefix_lm import mark
 from postgrad.models.pretrained import save_pretrained, stored_dtype
 from postgrad.publish import publish
 from postgrad.stages.build import Subject
@@ -18,7 +19,7 @@ from postgrad.tuning.opened import Sitting, open_model
 
 def sitting(plan: Plan, folder: Path) -> dict[str, Any]:
     """What a folder of this stage's tuning says of the model that it sits on."""
-    return Sitting.on(plan.start, folder, plan.task, plan.layer, plan.reading.set_around).as_dict()
+    return Sitting.on(plan.start, folder, plan.task, plan.layer, plan.reading.set_around, bool(plan.prefixes)).as_dict()
 
 
 def publish_trained(folder: Path, plan: Plan, subject: Subject, state: dict[str, Tensor]) -> None:
@@ -32,6 +33,7 @@ def publish_trained(folder: Path, plan: Plan, subject: Subject, state: dict[str,
         publish(folder, lambda staged: save_pretrained(pretrained, plan.tokenizer, staged, dtype=dtype, state=state))
         return
     opened = open_model(plan.start, plan.task, layer=plan.layer)
+    mark(opened.model.config, bool(plan.prefixes))
     tuning = attach(opened.model, subject.options, tokenizer=plan.tokenizer)
     tuning.load(state)
     if tuning.leaves_model:

@@ -32,6 +32,17 @@ class NextTokenObjective(Objective):
     """What becomes of an example longer than a row; what is cut or dropped is counted."""
 
 
+class PrefixLMObjective(Objective):
+    """Prefix language modelling (Raffel et al. 2020): a decoder reads a prefix in both directions, and is asked for the rest.
+
+    Of examples the prompt is the prefix and the last answer is asked for; running text is cut at a place that is drawn.
+    """
+
+    kind: Literal["prefix-lm"]
+    too_long: Literal["cut-context", "cut-end", "drop"] = "cut-context"
+    """What becomes of an example longer than a row; what is cut or dropped is counted."""
+
+
 class MaskedObjective(Objective):
     """Masked language modelling for encoders (Devlin et al. 2019): of the chosen tokens 80 % are masked, 10 % replaced."""
 
@@ -71,6 +82,11 @@ class ClassifyObjective(Objective):
 
 
 AnyObjective = Annotated[
-    NextTokenObjective | MaskedObjective | SpanCorruptionObjective | TextToTextObjective | ClassifyObjective,
+    NextTokenObjective
+    | PrefixLMObjective
+    | MaskedObjective
+    | SpanCorruptionObjective
+    | TextToTextObjective
+    | ClassifyObjective,
     Field(discriminator="kind"),
 ]

@@ -24,7 +24,7 @@ from postgrad.stages.held_out import as_read, held_out_sets, overlaps
 from postgrad.stages.layouts import make_rows, objectives_for, task_for
 from postgrad.stages.leaves import Leaf, Progress, demonstrating, labels_for, make_leaves, seen_by, wanted_sources
 from postgrad.stages.mixing import told
-from postgrad.stages.objectives import AnyObjective
+from postgrad.stages.objectives import AnyObjective, PrefixLMObjective
 from postgrad.stages.order import make_order
 from postgrad.stages.rates import make_schedule
 from postgrad.stages.reading import Reading, make_reading
@@ -67,6 +67,11 @@ class Plan:
     def sources(self) -> list[str]:
         """Names of the leaves, in the order of the mixture."""
         return [leaf.name for leaf in self.leaves]
+
+    @property
+    def prefixes(self) -> int:
+        """How long rows are whose beginnings are read in both directions; 0 when there are none."""
+        return self.context if any(isinstance(o, PrefixLMObjective) for o in self.objectives) else 0
 
     def trained_per_row(self) -> list[float]:
         """Mean trained tokens in a row of each source."""

@@ -147,7 +147,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     for note in subject.opened.notes:
         yield Warned(note)
     execution = _execution(plan, subject, kept, world)
-    _prepare(model, execution)
+    _prepare(plan, model, execution)
     if world.main:
         document = {
             "stage": plan.stage.model_dump(mode="json"),
@@ -180,7 +180,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
             write_atomically(samples_file, json.dumps(told))
         subject = make_subject(plan, world)
         model = subject.model
-        _prepare(model, execution)
+        _prepare(plan, model, execution)
     world.wait()
     before = measure.read_scores(before_file)
     if interrupt.wanted(world):
@@ -375,11 +375,11 @@ def _begin(
     return scores, told
 
 
-def _prepare(model: Model, execution: Execution) -> None:
+def _prepare(plan: Plan, model: Model, execution: Execution) -> None:
     """Let the model compute attention as chosen, and check that it is one that can be trained here."""
     if model.pretrained.config._attn_implementation != execution.attention:
         model.pretrained.set_attn_implementation(execution.attention)
-    probe(model)
+    probe(model, prefixes=plan.prefixes)
 
 
 def _execution(plan: Plan, subject: Subject, kept: dict[str, Any] | None, world: World) -> Execution:

@@ -37,7 +37,7 @@ from postgrad.stages.plan import make_encoder, make_plan
 from postgrad.stages.reading import Reading, make_reading
 from postgrad.training.meters import read_metrics
 from postgrad.training.world import World
-from postgrad.tuning.opened import Sitting, open_model, start_fingerprint, task_at
+from postgrad.tuning.opened import Sitting, open_model, prefixes_at, start_fingerprint, task_at
 
 _CONTEXT = 1024
 _LIMIT = 10_000_000
@@ -139,8 +139,11 @@ def evaluate_files(
     sets, _ = _texts(start, files, documents, column, used, cache)
     found = _scores(start, sets, used, cache)
     summaries = {name: scores.summary() for name, scores in found.items()}
+    scored = "every token scored once"
+    if prefixes_at(start):
+        scored = "a beginning of each text read in both directions, every token behind it scored once"
     lines = [
-        f"{model}, {used} tokens of context, every token scored once",
+        f"{model}, {used} tokens of context, {scored}",
         f"  {'text':<24} {'nats/token':>10} {'95 % interval':>17} {'perplexity':>11} {'bits/byte':>10} "
         f"{'tokens':>11} {'documents':>10}",
     ]
@@ -164,6 +167,13 @@ def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[
         raise StageError("one model has nothing to be compared with", where="compare", expected="two or more models")
     machine.tune_allocator()
     starts = [locate(m, Path.cwd()) for m in models]
+    if len({prefixes_at(start) for start in starts}) > 1:
+        raise StageError(
+            "some of these models read a prompt in both directions and others do not: they are scored on other tokens",
+            where="compare",
+            expected="models that read alike",
+            way_out="compare runs of one start model, whose stages scored it as they read",
+        )
     context = min(_context(start, None) for start in starts)
     texts = [_texts(start, files, "auto", None, context, cache) for start in starts]
     found = [_scores(start, sets, context, cache) for start, (sets, _) in zip(starts, texts, strict=True)]

@@ -19,6 +19,7 @@ from postgrad.evaluation.held_out import behind_bos
 from postgrad.evaluation.samples import text_of
 from postgrad.models import machine
 from postgrad.models.model import model_for
+from postgrad.models.prefix_lm import KEY, prefilled, reads_prefixes
 from postgrad.models.pretrained import (
     TUNING,
     Start,
@@ -89,12 +90,15 @@ def _written(
             raise ModelError(f"the text has {begun} tokens and the model {limit} positions", where="--prompt")
         tokens = limit - begun
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = ids.to(model.device)
+    read = {"past_key_values": prefilled(model, ids)} if reads_prefixes(model.config) else {}
     out = model.generate(  # pyrefly: ignore[not-callable]
-        input_ids=ids.to(model.device),
-        attention_mask=torch.ones_like(ids).to(model.device),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,
         pad_token_id=pad,
         **drawn,
+        **read,
     )
     return text_of(tokenizer, out[0, begun:])
 
@@ -177,6 +181,10 @@ def export_model(
         said = tokenizer.convert_ids_to_tokens(places)
         shown = "".join(said) if len(said) <= 4 else f"{said[0]}{said[1]}... to ...{said[-1]}, {len(said)} in all"
         text += f"what is set before a text is {shown}: put it before what the model is to read\n"
+    if reads_prefixes(model.config):
+        text += (
+            f"it was trained to read a prompt in both directions ({KEY} in config.json); plain transformers does not\n"
+        )
     verb = "generate" if opened.task in ("causal", "text-to-text") else "eval"
     text += f"next: {shlex.join(['postgrad', verb, str(folder)])}"
     return {"text": text, "folder": str(folder), "dtype": str(wanted).removeprefix("torch."), "bytes": size}

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from postgrad.data.frame import BARE, Frame
 from postgrad.errors import TuningError
 from postgrad.lineage.fingerprint import fingerprint, model_fingerprint
+from postgrad.models.prefix_lm import mark, reads_prefixes
 from postgrad.models.pretrained import PEFT, TUNING, Start, Task, TaskLayer, load, load_tokenizer, task_of
 from postgrad.tuning.attach import load_tuning
 from postgrad.tuning.tuning import Tuning, freeze
@@ -38,9 +39,13 @@ class Sitting:
     """Ids that were set around each text: the places of a soft prompt, and a template's words and special tokens."""
     below: str | None = None
     """Where what it sits on has its own base, when the user had to say it."""
+    prefixes: bool = False
+    """Whether it was trained to read a prompt in both directions."""
 
     @classmethod
-    def on(cls, start: Start, folder: Path, task: Task, layer: TaskLayer | None, frame: Frame) -> Sitting:
+    def on(
+        cls, start: Start, folder: Path, task: Task, layer: TaskLayer | None, frame: Frame, prefixes: bool = False
+    ) -> Sitting:
         """What the folder of a tuning on `start` says."""
         # A run stands for its final model; a checkpoint of it is another model.
         at = start.run if start.run and start.folder == start.run / "model" else start.folder
@@ -52,6 +57,7 @@ class Sitting:
             layer,
             frame,
             str(start.base.folder or start.base.name) if start.base and start.trusted else None,
+            prefixes,
         )
 
     @classmethod
@@ -71,6 +77,7 @@ class Sitting:
             TaskLayer(tuple(layer["labels"]), layer["problem"], layer["pad"], layer["seed"]) if layer else None,
             Frame(*(tuple(said["frame"][part]) for part in ("before", "between", "after"))),
             said["below"],
+            said.get("prefixes", False),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -129,6 +136,12 @@ def task_at(start: Start) -> Task:
     return said.task if said else task_of(start.plain)
 
 
+def prefixes_at(start: Start) -> bool:
+    """Whether the model of a start was trained to read a prompt in both directions."""
+    said = Sitting.of(start)
+    return said.prefixes if said else reads_prefixes(AutoConfig.from_pretrained(start.source))
+
+
 def open_model(
     start: Start,
     task: Task | None = None,
@@ -162,6 +175,7 @@ def open_model(
     if said.fingerprint and found and said.fingerprint != found:
         notes += (f"{start.name} was trained on another model than {start.base.name} (its fingerprint differs)",)
     freeze(below.model)
+    mark(below.model.config, said.prefixes)
     stands = () if _becomes_part(tuning, dtype) else (tuning,)
     opened = Opened(
         below.model,
