@@ -31,7 +31,7 @@ _HELD_OUT = 15
 
 def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     """Make the texts and the base model, train both arms, and write the page that compares them."""
-    from postgrad.reports import page, tables
+    from postgrad.reports import page, shell, tables
     from postgrad.screen import screen_for, watch
     from postgrad.stages.parsing import load_stage
     from postgrad.stages.plan import make_plan
@@ -65,7 +65,7 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     arms = [records["naive"], records["replay"]]
     report = folder / "report.html"
     metrics = [list(read_metrics(folder / "runs" / name / "metrics.jsonl")) for name in ("naive", "replay")]
-    page.write(report, page.comparison_page(arms, metrics, "Forgetting, and its cure", "naive"))
+    shell.write(report, page.comparison_page(arms, metrics, "Forgetting, and its cure", "naive"))
     lines = ["", tables.arms_table(arms, "naive").text(), "", *_conclusion(arms), ""]
     lines += [
         f"took {time.perf_counter() - begun:.0f} s",

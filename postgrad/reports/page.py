@@ -1,24 +1,16 @@
 """How do the JSON files of a run become one page that opens anywhere, offline, years later?
 
-A page is one HTML file without scripts and without anything fetched: its Content-Security-Policy allows
-only its own style sheet, by hash. Everything that came from data was escaped on its way in
-(`notation.escaped`). Whatever a record lacks is left out or said, never an error: a report is also for runs
+Whatever a record lacks is left out or said, never an error: a report is also for runs
 that were stopped.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html as html_escape
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from postgrad.publish import write_atomically
 from postgrad.reports import figures, tables
 from postgrad.reports.figures import Estimate, Level, Mark, Series, Spot
 from postgrad.reports.notation import (
@@ -36,133 +28,28 @@ from postgrad.reports.notation import (
     rows,
     signed,
 )
+from postgrad.reports.shell import (
+    FOOTER,
+    MOST_YAML,
+    about,
+    badge,
+    details,
+    document,
+    facts,
+    figure,
+    moment,
+    named,
+    preformatted,
+    prose,
+    side_by_side,
+)
 from postgrad.reports.tables import VERDICTS, Column, Table
 
-WIDE, NARROW = 560.0, 358.0  # a column of a two-column page, and a telephone of 390 px less its margins
-MOST_SAMPLES, MOST_YAML, MOST_SERIES = 12, 60_000, 12
+MOST_SAMPLES, MOST_SERIES = 12, 12
 EARLY, EARLY_WORDS = (
     0.02,
     "2 %",
 )  # forgetting starts in the first steps: this part of the run has a panel of its own
-
-_STYLE = (
-    """
-:root{color-scheme:light dark;--panel:#f6f8fa}
-@media (prefers-color-scheme:dark){:root{--panel:#1c2128}}
-"""
-    + figures.STYLE
-    + """
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--ground);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",sans-serif}
-main,header.top,footer{max-width:1232px;margin:0 auto;padding:0 16px}
-header.top{padding-top:40px}
-.skip{position:absolute;left:-999px}.skip:focus{left:16px;top:8px}
-a{color:var(--c0)}
-a:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--c0);outline-offset:2px}
-.over{margin:0;color:var(--soft);font-size:.8125rem;letter-spacing:.04em}
-h1{margin:.1em 0 .3em;font-size:2.125rem;line-height:1.2;letter-spacing:-.015em;overflow-wrap:anywhere}
-.lead{margin:0 0 1rem;max-width:62em;font-size:1.1875rem;line-height:1.5}
-.lead b{font-weight:600}
-.facts{display:flex;flex-wrap:wrap;gap:.25rem 1.75rem;margin:0;padding:0;list-style:none;color:var(--soft);
-font-size:.875rem}
-.facts b{color:var(--ink);font-weight:600}
-nav{margin:1.25rem 0 0;padding:.5rem 0;border-block:1px solid var(--line);font-size:.875rem}
-nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:0;padding:0;list-style:none}
-nav a{text-decoration:none;color:var(--soft)}nav a:hover{color:var(--c0);text-decoration:underline}
-section{margin:3rem 0 0}
-h2{margin:0 0 .25rem;font-size:1.3125rem;line-height:1.3;letter-spacing:-.01em}
-h3{margin:1.5rem 0 .25rem;font-size:1rem}
-.about{margin:0 0 1rem;max-width:56em;color:var(--soft);font-size:.9375rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:12px;margin:1.5rem 0 0;
-padding:0;list-style:none}
-.cards li{border:1px solid var(--line);border-radius:8px;padding:14px 16px;border-top-width:3px}
-.cards .t-good{border-top-color:var(--good)}.cards .t-bad{border-top-color:var(--bad)}
-.cards .t-even{border-top-color:var(--even)}.cards .t-open{border-top-color:var(--open)}
-.cards .what{display:flex;justify-content:space-between;gap:8px;align-items:baseline;font-weight:600}
-.cards .what bdi{overflow-wrap:anywhere;min-width:0}
-.cards p.big{color:var(--ink);margin:.35rem 0 .35rem;line-height:1.2;font-weight:600;
-font-variant-numeric:tabular-nums;letter-spacing:-.01em;font-size:1.75rem}
-.cards .big small{font-size:.8125rem;font-weight:400;color:var(--soft);letter-spacing:0}
-.cards p{margin:.15rem 0 0;font-size:.875rem;color:var(--soft);font-variant-numeric:tabular-nums}
-.badge{display:inline-block;white-space:nowrap;border:1px solid;border-radius:99px;padding:0 .6em;
-font-size:.8125rem;font-weight:600;line-height:1.6}
-.badge.t-good{color:var(--good)}.badge.t-bad{color:var(--bad)}.badge.t-even{color:var(--even)}
-.badge.t-open{color:var(--open)}
-.notice{margin:1.25rem 0 0;border:1px solid var(--line);border-left:4px solid var(--open);border-radius:4px;
-padding:10px 16px;background:var(--panel)}
-.notice.t-bad{border-left-color:var(--bad)}.notice.t-good{border-left-color:var(--good)}
-.notice p{margin:0}
-.pair{display:grid;gap:2rem 40px;margin-top:1.25rem}
-@media (min-width:1000px){.pair{grid-template-columns:1fr 1fr}}
-.trio{display:grid;gap:2rem 40px;margin-top:1.25rem}
-figure{margin:0;min-width:0;max-width:720px}
-figcaption{margin:0 0 .5rem;font-size:.9375rem;font-weight:600}
-figcaption small{display:block;font-weight:400;font-size:.8125rem;color:var(--soft)}
-.narrow{display:none}
-@media (max-width:640px){.wide{display:none}.narrow{display:block}h1{font-size:1.75rem}
-.lead{font-size:1.0625rem}
-header.top{padding-top:24px}section{margin-top:2.5rem}}
-@media (min-width:1100px){.trio{grid-template-columns:1fr 1fr 1fr}.trio .wide{display:none}
-.trio .narrow{display:block}}
-.scroll{overflow-x:auto;margin-top:1rem}
-table{border-collapse:collapse;font-size:.875rem;line-height:1.4;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);font-size:.8125rem;padding-bottom:6px}
-th,td{padding:7px 10px;text-align:left;vertical-align:baseline;border-bottom:1px solid var(--line);
-white-space:nowrap}
-thead th{color:var(--soft);font-weight:600;font-size:.8125rem;vertical-align:bottom}
-thead small{font-weight:400}
-.groups th{text-align:center;border-bottom:1px solid var(--line)}.groups td{border:0}
-tbody th{font-weight:600;max-width:22em;overflow:hidden;text-overflow:ellipsis}
-th:first-child,td:first-child{padding-left:0}
-.n{text-align:right}
-td.t-good{color:var(--good);font-weight:600}td.t-bad{color:var(--bad);font-weight:600}
-td.t-even{color:var(--even);font-weight:600}td.t-open{color:var(--open)}
-tr.total th,tr.total td{border-top:2px solid var(--line);font-weight:600}
-small.below{display:block;color:var(--soft);font-weight:400;font-size:.8125rem}
-.note{margin:.5rem 0 0;max-width:60em;color:var(--soft);font-size:.8125rem}
-td.prose{white-space:normal;overflow-wrap:anywhere;min-width:12em}
-details{margin-top:.75rem}
-summary{cursor:pointer;color:var(--soft);font-size:.875rem;width:fit-content}
-pre{margin:.5rem 0 0;padding:12px 14px;border-radius:6px;background:var(--panel);font-size:.8125rem;
-line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere}
-pre,code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace}
-code{font-size:.9em;overflow-wrap:anywhere}
-.sample{border-top:1px solid var(--line);padding-top:1rem;margin-top:1.25rem}
-.sample .prompt{margin:.25rem 0 0;max-width:60em;white-space:pre-wrap;overflow-wrap:anywhere}
-.texts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(270px,100%),1fr));gap:12px;margin-top:.75rem}
-.texts>div{background:var(--panel);border-radius:6px;padding:10px 14px;min-width:0}
-.texts h4{margin:0 0 .25rem;font-size:.75rem;font-weight:600;color:var(--soft)}
-.texts p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.9375rem}
-dl.kv{display:grid;grid-template-columns:minmax(8em,max-content) 1fr;gap:.3rem 1.25rem;margin:.75rem 0 0;
-font-size:.875rem}
-dl.kv dt{color:var(--soft)}dl.kv dd{margin:0;min-width:0;overflow-wrap:anywhere}
-dl.kv dd small{display:block;color:var(--soft)}
-.blocks{display:grid;gap:1rem 40px}
-@media (min-width:1000px){.blocks{grid-template-columns:1fr 1fr}}
-ol.chain{display:flex;flex-wrap:wrap;gap:10px 34px;margin:1rem 0 0;padding:0;list-style:none}
-ol.chain li{position:relative;border:1px solid var(--line);border-radius:8px;padding:10px 14px;min-width:9em}
-ol.chain li+li::before{content:"\\2192";position:absolute;left:-25px;top:50%;
-translate:0 -50%;color:var(--soft)}
-ol.chain b{display:block;overflow-wrap:anywhere}
-ol.chain span{display:block;color:var(--soft);font-size:.8125rem;
-overflow-wrap:anywhere}
-footer{margin-top:4rem;padding-bottom:3rem;color:var(--soft);font-size:.8125rem}
-footer p{border-top:1px solid var(--line);padding-top:1rem;margin:0}
-@media print{@page{margin:16mm}:root{color-scheme:light}body{font-size:11pt}nav,.skip{display:none}
-section{margin-top:1.75rem}figure,.cards li,.sample,tr{break-inside:avoid}h2,h3,figcaption{break-after:avoid}
-.scroll{overflow:visible}th,td{padding:3px 4px}table{font-size:7pt}
-thead th,caption,small.below,.note{font-size:7pt}figure details{display:none}
-.wide{display:none}.narrow{display:block}.pair,.trio{grid-template-columns:1fr 1fr;gap:8mm}
-.blocks{grid-template-columns:1fr 1fr}
-details::details-content{content-visibility:visible;block-size:auto;display:block}}
-"""
-)
-
-# Print is always on white paper: the light colours once more, after everything else.
-_STYLE += "@media print{" + figures.STYLE.split("@media", 1)[0].strip() + ":root{--panel:#f6f8fa}}"
-
 
 # --- reading a run ----------------------------------------------------------------------------------------
 
@@ -247,90 +134,6 @@ def read_curves(metrics: Iterable[Mapping[str, object]]) -> Curves:
 # --- pieces of a page -------------------------------------------------------------------------------------
 
 
-def _document(title: str, header: str, sections: Sequence[tuple[str, str, str, str]], footer: str) -> str:
-    """Sections are (id, short name, heading, body); an empty body leaves the section and its link out."""
-    present = [section for section in sections if section[-1]]
-    links = "".join(f'<li><a href="#{i}">{n}</a></li>' for i, n, _, _ in present)
-    body = "".join(
-        f'<section id="{i}" aria-labelledby="{i}-h"><h2 id="{i}-h">{h}</h2>{b}</section>' for i, _, h, b in present
-    )
-    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="referrer" content="no-referrer"><meta name="color-scheme" content="light dark">'
-        f"<title>{escaped(title, 200)}</title><style>{_STYLE}</style></head><body>"
-        f'<a class="skip" href="#content">Skip to the content</a><header class="top">{header}'
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
-        f'<main id="content">{body}</main><footer><p>{footer}</p></footer></body></html>\n'
-    )
-
-
-_FOOTER = (
-    "Made by postgrad from the run\u2019s own records. This page holds everything it shows:"
-    " it runs no script and loads nothing."
-)
-
-
-def _figure(caption: str, draw: Callable[[float], str], *, about: str = "", numbers: Table | None = None) -> str:
-    """The same figure drawn for a wide and for a narrow screen; the style sheet shows one of them."""
-    small = f"<small>{escaped(about)}</small>" if about else ""
-    return (
-        f"<figure><figcaption>{escaped(caption)}{small}</figcaption>"
-        f'<div class="wide">{draw(WIDE)}</div><div class="narrow">{draw(NARROW)}</div>'
-        + (_details("The numbers", numbers.html()) if numbers and numbers.rows else "")
-        + "</figure>"
-    )
-
-
-def _pair(*parts: str) -> str:
-    """Figures side by side where there is room; three stand in three columns."""
-    shown = [part for part in parts if part]
-    style = "trio" if len(shown) == 3 else "pair"
-    return f'<div class="{style}">{"".join(shown)}</div>' if shown else ""
-
-
-def _details(summary: str, body: str) -> str:
-    return f"<details><summary>{escaped(summary)}</summary>{body}</details>"
-
-
-def _about(text: str) -> str:
-    return f'<p class="about">{escaped(text)}</p>'
-
-
-def _pre(text: object, limit: int = MOST_YAML) -> str:
-    shown = html_escape.escape(passage(masked(text), limit), quote=True)
-    return f'<pre dir="auto" tabindex="0">{shown}</pre>'
-
-
-def _prose(text: object) -> str:
-    return html_escape.escape(passage(text), quote=True)
-
-
-def _pairs(entries: Iterable[tuple[str, object]]) -> str:
-    """A list of facts; the empty ones are left out."""
-    known = [(k, plain(masked(v), 600)) for k, v in entries if v not in (None, "", [], {})]
-    lines = "".join(f"<dt>{escaped(k, 80)}</dt><dd><bdi>{escaped(v)}</bdi></dd>" for k, v in known)
-    return f'<dl class="kv">{lines}</dl>' if lines else ""
-
-
-def _badge(said: str) -> str:
-    tone, symbol, told = VERDICTS.get(said, ("open", "?", "not judged"))
-    return f'<span class="badge t-{tone}"><span aria-hidden="true">{symbol}</span> {told}</span>'
-
-
-def _name(text: object) -> str:
-    return f"<b><bdi>{escaped(text, 80)}</bdi></b>"
-
-
-def _time(text: object) -> str:
-    """`2026-11-21 14:03` of an ISO time; other texts stay what they are."""
-    shown = plain(text, 40)
-    return shown[:16].replace("T", " ") if len(shown) >= 16 and shown[4:5] == "-" else shown
-
-
 # --- the run page -----------------------------------------------------------------------------------------
 
 
@@ -358,7 +161,7 @@ def run_page(record: Mapping[str, object], metrics: Iterable[Mapping[str, object
         f"{_facts(record, curves)}"
         f"{_notices(record, curves)}{_cards(record)}"
     )
-    return _document(f"{name} \u2013 postgrad", header, sections, _FOOTER)
+    return document(f"{name} \u2013 postgrad", header, sections, FOOTER)
 
 
 def headline(record: Mapping[str, object]) -> str:
@@ -391,7 +194,7 @@ def _last_look(record: Mapping[str, object], curves: Curves) -> str:
         if math.isfinite(change):
             known = math.isfinite(low) and math.isfinite(high)
             span = f" (95 % interval {signed(low)} to {signed(high)})" if known else ""
-            found.append(f"{_name(name)} {signed(change)}{span}")
+            found.append(f"{named(name)} {signed(change)}{span}")
     when = f"after {compact(latest)} trained tokens" if curves.unit != "step" else f"at step {count(latest)}"
     return f'<p class="lead">At the last evaluation, {when}, in nats per token: {", ".join(found)}.</p>'
 
@@ -403,7 +206,7 @@ def _sentence(set_name: str, entry: Mapping[str, object], before: object, after:
     if number(entry.get("low")) is not None and number(entry.get("high")) is not None:
         span = f", 95 % interval {signed(entry.get('low'))} to {signed(entry.get('high'))}"
     verb = {"learnt": "Learnt", "kept": "Kept", "forgot": "Forgot"}.get(said)
-    start = f"{verb} {_name(set_name)}" if verb else f"No clear change on {_name(set_name)}"
+    start = f"{verb} {named(set_name)}" if verb else f"No clear change on {named(set_name)}"
     if number(before) is not None and number(after) is not None:
         move = f"{fixed(before)} \u2192 {fixed(after)} nats per token ({signed(difference)}{span})"
     else:
@@ -430,7 +233,7 @@ def _cards(record: Mapping[str, object]) -> str:
         shown.append(
             f'<li class="t-{VERDICTS.get(said, ("open",))[0]}"><div class="what">'
             f"<bdi>{escaped(set_name, 80)}</bdi>"
-            f"{_badge(said)}</div>"
+            f"{badge(said)}</div>"
             f'<p class="big">{signed(entry["difference"])} <small>nats per token</small></p>'
             f"<p>{br.join(lines)}</p></li>"
         )
@@ -461,7 +264,7 @@ def _facts(record: Mapping[str, object], curves: Curves) -> str:
         facts.append(("steps", count(curves.last_step)))
     if record.get("finished") or record.get("created"):
         word = "ended" if record.get("finished") else "started"
-        facts.append((word, _time(record.get("finished") or record.get("created"))))
+        facts.append((word, moment(record.get("finished") or record.get("created"))))
     lines = "".join(f"<li>{escaped(k)} <b><bdi>{escaped(v)}</bdi></b></li>" for k, v in facts)
     return f'<ul class="facts">{lines}</ul>' if lines else ""
 
@@ -494,7 +297,7 @@ def _notices(record: Mapping[str, object], curves: Curves) -> str:
         entry = mapping(entry)
         if number(entry.get("duplicates")) or number(entry.get("half")):
             notices.append(
-                ("bad", f"<b>Held-out text was also in the training data.</b> {_name(name)}:"
+                ("bad", f"<b>Held-out text was also in the training data.</b> {named(name)}:"
                  f" {count(entry.get('duplicates'))} of {count(entry.get('documents'))} documents are"
                  f" duplicates, {count(entry.get('half'))} share at least half of their passages. Its"
                  " scores look better than they are.")
@@ -513,7 +316,7 @@ def _gate_notice(record: Mapping[str, object]) -> list[tuple[str, str]]:
     if worst:
         high = worst.get("high")
         detail = (
-            f" The loss on the worst retained set, {_name(worst.get('set'))}, changed by {percent(worst.get('rise'))}"
+            f" The loss on the worst retained set, {named(worst.get('set'))}, changed by {percent(worst.get('rise'))}"
         )
         detail += f" (upper end {percent(high)})." if number(high) is not None else "."
     limit = f" At most {percent(gate.get('max_forgetting'))} was allowed." if "max_forgetting" in gate else ""
@@ -544,7 +347,7 @@ def _result(record: Mapping[str, object]) -> str:
     plots = []
     if kept:
         plots.append(
-            _figure(
+            figure(
                 "Retained sets",
                 lambda w: figures.forest_plot(kept, title="Change on retained sets", width=w, limit=limit, **words),
                 about="What the model knew before. Zero is no change; bars are 95 % intervals.",
@@ -553,13 +356,13 @@ def _result(record: Mapping[str, object]) -> str:
     if learnt:
         both = [*learnt, *kept]
         plots.append(
-            _figure(
+            figure(
                 "All sets on one scale" if kept else "Learned sets",
                 lambda w: figures.forest_plot(both, title="Change on all sets", width=w, **words),
                 about="What was gained beside what it cost.",
             )
         )
-    reading = _details(
+    reading = details(
         "How to read these numbers",
         '<p class="note">Held-out text was kept away from training. The loss says how badly the model'
         " predicts it: in <b>nats per token</b>, the mean of minus the log probability of each true next"
@@ -569,7 +372,7 @@ def _result(record: Mapping[str, object]) -> str:
         " difference as a share of the range from the loss before to that of a uniform guess, ln V.</p>",
     )
     decisions = tables.metrics_table(record)
-    return tables.score_table(record).html() + (decisions.html() if decisions else "") + reading + _pair(*plots)
+    return tables.score_table(record).html() + (decisions.html() if decisions else "") + reading + side_by_side(*plots)
 
 
 def _retention(record: Mapping[str, object], curves: Curves) -> str:
@@ -585,7 +388,7 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
     if curves.unit != "step" and planned and record.get("status") != "finished":
         whole = max(whole, planned)
     gate = number(mapping(record.get("gate")).get("level"))
-    body = _about(
+    body = about(
         "Change of the loss on held-out text since the start of the stage. Above zero is forgetting; the"
         " shaded bands are 95 % intervals. Most forgetting happens right after the switch, so the first"
         f" {EARLY_WORDS} of the run is drawn again beside the whole."
@@ -606,7 +409,7 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
             "least": 0.01,
         }
         numbers = _evaluation_numbers(names, curves)
-        first = _figure(
+        first = figure(
             f"{heading} sets, the whole run",
             lambda w, s=series, k=words, t=heading: figures.line_chart(
                 s, title=f"{t} sets through the run", width=w, **k
@@ -616,14 +419,14 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
         )
         second = ""
         if early:
-            second = _figure(
+            second = figure(
                 f"{heading} sets, the first {EARLY_WORDS}",
                 lambda w, s=series, k=words, t=heading: figures.line_chart(
                     s, title=f"{t} sets in the first {EARLY_WORDS} of the run", width=w,
                     x_range=(0.0, EARLY * whole), marks=[Mark(0.0, "switch")], **k
                 ),
             )  # fmt: skip
-        body += _pair(first, second)
+        body += side_by_side(first, second)
     return body
 
 
@@ -682,7 +485,7 @@ def _training(record: Mapping[str, object], curves: Curves) -> str:
             lines.append(Series("smoothed", figures.smoothed(curves.loss, span, curves.weights), colour=0, label=False))
         about = "Faint: every step. Solid: smoothed over trained tokens" + (", by source." if len(sources) > 1 else ".")
         drawn.append(
-            _figure(
+            figure(
                 "Training loss",
                 lambda w: figures.line_chart(
                     lines, title="Training loss", x_label=curves.unit, y_label="nats per token", width=w
@@ -704,7 +507,7 @@ def _training(record: Mapping[str, object], curves: Curves) -> str:
         unit = "step" if planned else curves.unit
         now = [Mark(float(curves.last_step), "stopped here")] if _stopped_short(planned, curves) else []
         drawn.append(
-            _figure(
+            figure(
                 "Learning rate",
                 lambda w: figures.line_chart(
                     [Series("learning rate", rate, label=False, colour=2)], title="Learning rate",
@@ -720,7 +523,7 @@ def _training(record: Mapping[str, object], curves: Curves) -> str:
             Series("smoothed", figures.smoothed(curves.grad_norm, span), label=False, colour=3),
         ]
         drawn.append(
-            _figure(
+            figure(
                 "Gradient norm",
                 lambda w: figures.line_chart(
                     norm, title="Gradient norm", x_label=curves.unit, y_label="norm before clipping", width=w
@@ -728,7 +531,7 @@ def _training(record: Mapping[str, object], curves: Curves) -> str:
                 about="Spikes are kept when the curve is thinned.",
             )
         )
-    return _pair(*drawn)
+    return side_by_side(*drawn)
 
 
 def _two(pair: object) -> tuple[float | None, float | None]:
@@ -757,7 +560,7 @@ def _mixture(record: Mapping[str, object]) -> str:
     drawn = []
     if pairs:
         drawn.append(
-            _figure(
+            figure(
                 "Share of the trained tokens",
                 lambda w: figures.paired_bars(
                     pairs, title="Mixture, planned and achieved", first="planned", second="achieved", width=w
@@ -769,7 +572,7 @@ def _mixture(record: Mapping[str, object]) -> str:
     bars = [(name, [number(mapping(entry).get(k)) or 0.0 for k in kinds]) for name, entry in ledger.items()]
     if bars:
         drawn.append(
-            _figure(
+            figure(
                 "Where the tokens of the files went",
                 lambda w: figures.stacked_bars(
                     bars[:MOST_SERIES],
@@ -780,7 +583,7 @@ def _mixture(record: Mapping[str, object]) -> str:
             )
         )
     mixture, table = tables.mixture_table(record), tables.ledger_table(record)
-    body = _pair(*drawn)
+    body = side_by_side(*drawn)
     if mixture.rows:
         body += mixture.html()
     if table.rows:
@@ -794,7 +597,7 @@ def _samples(record: Mapping[str, object]) -> str:
     for sample in samples[:MOST_SAMPLES]:
         texts = [(k, t) for k, t in (("Before", "before"), ("After", "after"), ("Reference", "reference"))]
         boxes = "".join(
-            f'<div><h4>{word}</h4><p dir="auto">{_prose(sample[key]).strip()}</p></div>'
+            f'<div><h4>{word}</h4><p dir="auto">{prose(sample[key]).strip()}</p></div>'
             for word, key in texts
             if sample.get(key) not in (None, "")
         )
@@ -804,7 +607,7 @@ def _samples(record: Mapping[str, object]) -> str:
     more = len(samples) - len(shown)
     end = f'<p class="note">{more} more samples are in the record.</p>' if more > 0 else ""
     return (
-        _about(
+        about(
             "The same prompts, continued by the model before and after the stage. Samples illustrate; they"
             " prove nothing."
         )
@@ -815,7 +618,7 @@ def _samples(record: Mapping[str, object]) -> str:
 
 def _sample(sample: Mapping[str, object], boxes: str) -> str:
     source = f'<p class="over">prompt from <bdi>{escaped(sample["set"], 80)}</bdi></p>' if sample.get("set") else ""
-    prompt = f'<p class="prompt" dir="auto">{_prose(sample.get("prompt"))}</p>'
+    prompt = f'<p class="prompt" dir="auto">{prose(sample.get("prompt"))}</p>'
     return f'<article class="sample">{source}{prompt}<div class="texts">{boxes}</div></article>'
 
 
@@ -829,20 +632,20 @@ def _method(record: Mapping[str, object]) -> str:
         choices.append(f"<dt>{escaped(key, 60)}</dt><dd><bdi>{escaped(_said(value), 200)}</bdi>{small}</dd>")
     blocks = []
     if model:
-        blocks.append(("Model", _pairs((k, _said(v)) for k, v in model.items())))
+        blocks.append(("Model", facts((k, _said(v)) for k, v in model.items())))
     if choices:
         blocks.append(("Execution, and why", f'<dl class="kv">{"".join(choices)}</dl>'))
     for key, heading in (("machine", "Machine"), ("versions", "Versions")):
         entries = mapping(record.get(key))
         if entries:
-            blocks.append((heading, _pairs((k, _said(v)) for k, v in entries.items())))
+            blocks.append((heading, facts((k, _said(v)) for k, v in entries.items())))
     body = "".join(f"<div><h3>{h}</h3>{b}</div>" for h, b in blocks if b)
     body = f'<div class="blocks">{body}</div>' if body else ""
     text = record.get("stage_yaml")
     if not text and record.get("stage"):
         text = json.dumps(record["stage"], indent=2, ensure_ascii=False, default=str)
     if text:
-        body += _details("The exact stage file", _pre(text))
+        body += details("The exact stage file", preformatted(text))
     return body
 
 
@@ -878,16 +681,16 @@ def _again(record: Mapping[str, object]) -> str:
         body += f'<h3>Parents</h3><ol class="chain">{lines}{this}</ol>'
     blocks = ""
     if flat:
-        blocks += f"<div><h3>Fingerprints</h3>{_pairs(flat)}</div>"
-    when = _pairs([("created", _time(record.get("created"))), ("finished", _time(record.get("finished")))])
+        blocks += f"<div><h3>Fingerprints</h3>{facts(flat)}</div>"
+    when = facts([("created", moment(record.get("created"))), ("finished", moment(record.get("finished")))])
     if when:
         blocks += f"<div><h3>When</h3>{when}</div>"
     body += f'<div class="blocks">{blocks}</div>' if blocks else ""
     if record.get("command"):
         body += (
             "<h3>Run it again</h3>"
-            + _about("With the same start model, data and versions, in the folder of the stage file:")
-            + _pre(record["command"], 2000)
+            + about("With the same start model, data and versions, in the folder of the stage file:")
+            + preformatted(record["command"], 2000)
         )  # fmt: skip
     return body
 
@@ -922,7 +725,7 @@ def comparison_page(
     unfinished = [n for n, r in zip(names, records, strict=True) if r.get("status") not in ("finished", "gate-failed")]
     notice = ""
     if unfinished:
-        listed = ", ".join(_name(n) for n in unfinished[:8])
+        listed = ", ".join(named(n) for n in unfinished[:8])
         notice = f'<div class="notice"><p><b>Not finished:</b> {listed}. What they lack is left empty.</p></div>'
     how_many = "1 run" if len(records) == 1 else f"{len(records)} runs"
     header = (
@@ -930,7 +733,7 @@ def comparison_page(
         f"<h1><bdi>{escaped(title or 'Comparison', 160)}</bdi></h1>"
         f"{_verdict_of_arms(records, names, baseline)}{notice}"
     )
-    return _document(f"{title or 'Comparison'} \u2013 postgrad", header, sections, _FOOTER)
+    return document(f"{title or 'Comparison'} \u2013 postgrad", header, sections, FOOTER)
 
 
 def _verdict_of_arms(records: Sequence[Mapping[str, object]], names: Sequence[str], baseline: str | None) -> str:
@@ -941,11 +744,11 @@ def _verdict_of_arms(records: Sequence[Mapping[str, object]], names: Sequence[st
     if len(known) < 2:
         return '<p class="lead">There are not two arms with scores on retained text to compare yet.</p>'
     best = min(known, key=lambda n: known[n])
-    words = [f"{_name(best)} kept most: {signed(known[best])} nats per token on retained text."]
+    words = [f"{named(best)} kept most: {signed(known[best])} nats per token on retained text."]
     base = known.get(baseline or "")
     part = tables.removed(known[best], base)
     if part is not None and best != baseline:
-        words.append(f"That is {percent(part, 0)} less forgetting than {_name(baseline)} ({signed(base)}).")
+        words.append(f"That is {percent(part, 0)} less forgetting than {named(baseline)} ({signed(base)}).")
     learnt = {n: v for n, v in gained.items() if v is not None}
     if learnt:
         most = min(learnt, key=lambda n: learnt[n])
@@ -953,7 +756,7 @@ def _verdict_of_arms(records: Sequence[Mapping[str, object]], names: Sequence[st
             words.append(f"It also learnt most: {signed(learnt[most])} on new text.")
         elif best in learnt:
             words.append(
-                f"{_name(most)} learnt most: {signed(learnt[most])} on new text, against {signed(learnt[best])}."
+                f"{named(most)} learnt most: {signed(learnt[most])} on new text, against {signed(learnt[best])}."
             )
     return f'<p class="lead">{" ".join(words)}</p>'
 
@@ -978,7 +781,7 @@ def _trade(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str
     for name, record in zip(names, records, strict=True):
         for e in _estimates(tables.retained(record)):
             by_set.setdefault(e.name, []).append(Estimate(name, e.value, e.low, e.high, e.tone, e.note))
-    first = _figure(
+    first = figure(
         "Gain against forgetting",
         lambda w: figures.scatter(
             spots, title="Gain against forgetting", width=w,
@@ -988,7 +791,7 @@ def _trade(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str
         about="One point an arm, mean over its sets; bars are 95 % intervals where there is one set.",
     )  # fmt: skip
     forests = [
-        _figure(
+        figure(
             f"Forgetting of {plain(set_name, 60)} by arm",
             lambda w, entries=entries, of=set_name: figures.forest_plot(
                 entries[:40], title=f"Change on {plain(of, 60)} by arm", width=w, left_word="better",
@@ -998,7 +801,7 @@ def _trade(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str
         )
         for set_name, entries in list(by_set.items())[:5]
     ]  # fmt: skip
-    return _pair(first, *forests)
+    return side_by_side(first, *forests)
 
 
 def _one_interval(entries: Mapping[str, Mapping[str, object]], sign: int) -> tuple[float, float] | None:
@@ -1022,7 +825,7 @@ def _overlays(records: Sequence[Mapping[str, object]], names: Sequence[str], cur
     same = all(c.unit == unit for c in curves if c.sets)
     if not order:
         return ""
-    body = _about(
+    body = about(
         "Change of the loss since the switch to the new data, one line an arm, with 95 % intervals."
         + ("" if same else " Some arms count steps and others tokens: their x axes do not agree.")
     )
@@ -1036,7 +839,7 @@ def _overlays(records: Sequence[Mapping[str, object]], names: Sequence[str], cur
         role = f" ({roles[name]})" if roles[name] else ""
         words = {"x_label": unit, "y_label": "change, nats per token", "zero": True, "least": 0.01}
         mark = [Mark(0.0, "switch")]
-        first = _figure(
+        first = figure(
             f"{plain(name, 60)}{role}",
             lambda w, s=series, k=words, m=mark, n=name: figures.line_chart(
                 s, title=f"Change on {plain(n, 60)} by arm", width=w, marks=m, **k
@@ -1044,14 +847,14 @@ def _overlays(records: Sequence[Mapping[str, object]], names: Sequence[str], cur
         )
         second = ""
         if early:
-            second = _figure(
+            second = figure(
                 f"{plain(name, 60)}, the first {EARLY_WORDS}",
                 lambda w, s=series, k=words, m=mark, n=name, e=EARLY * whole: figures.line_chart(
                     s, title=f"Change on {plain(n, 60)} by arm, first {EARLY_WORDS}", width=w, marks=m,
                     x_range=(0.0, e), **k
                 ),
             )  # fmt: skip
-        body += _pair(first, second)
+        body += side_by_side(first, second)
     return body
 
 
@@ -1068,7 +871,7 @@ def _samples_by_arm(records: Sequence[Mapping[str, object]], names: Sequence[str
         sample = entry["sample"]
         texts = [(w, sample[k]) for w, k in (("Reference", "reference"), ("Before", "before")) if sample.get(k)]
         boxes = "".join(
-            f'<div><h4><bdi>{escaped(word, 80)}</bdi></h4><p dir="auto">{_prose(text).strip()}</p></div>'
+            f'<div><h4><bdi>{escaped(word, 80)}</bdi></h4><p dir="auto">{prose(text).strip()}</p></div>'
             for word, text in [*texts, *entry["arms"][:MOST_SERIES]]
         )
         shown.append(_sample(sample, boxes))
@@ -1096,7 +899,7 @@ def _runs(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
         Column("command", words=True),
     )  # fmt: skip
     stages = "".join(
-        _details(f"Stage file of {name}", _pre(record["stage_yaml"], MOST_YAML // max(len(records), 1)))
+        details(f"Stage file of {name}", preformatted(record["stage_yaml"], MOST_YAML // max(len(records), 1)))
         for name, record in zip(names, records, strict=True)
         if record.get("stage_yaml")
     )
@@ -1120,7 +923,7 @@ def lineage_page(tree: Mapping[str, object]) -> str:
     chain = "".join(
         f"<li><b><bdi>{escaped(s.get('name') or 'stage', 80)}</bdi></b>"
         + (f"<span>{compact(s['tokens'])} tokens</span>" if number(s.get("tokens")) else "")
-        + (f"<span><bdi>{escaped(_time(s['created']))}</bdi></span>" if s.get("created") else "")
+        + (f"<span><bdi>{escaped(moment(s['created']))}</bdi></span>" if s.get("created") else "")
         + (f"<span><bdi>{escaped(masked(s['path']), 120)}</bdi></span>" if s.get("path") else "")
         + "</li>"
         for s in stages
@@ -1142,9 +945,9 @@ def lineage_page(tree: Mapping[str, object]) -> str:
             for j, n in enumerate(sets[:MOST_SERIES])
         ]
         labels = [(float(i), plain(n, 18)) for i, n in enumerate(names)]
-        heat = _pair(
+        heat = side_by_side(
             f"<div>{heat}</div>",
-            _figure(
+            figure(
                 "Loss from stage to stage",
                 lambda w: figures.line_chart(
                     series, title="Loss on each set after each stage", x_label="after stage",
@@ -1167,7 +970,7 @@ def lineage_page(tree: Mapping[str, object]) -> str:
     if number(forgetting) is not None:
         lead += f". Forgetting over the chain: {signed(forgetting)} nats per token"
     header = f'<p class="over">postgrad \u00b7 lineage</p><h1>Lineage</h1><p class="lead">{lead}.</p>'
-    return _document("Lineage \u2013 postgrad", header, sections, _FOOTER)
+    return document("Lineage \u2013 postgrad", header, sections, FOOTER)
 
 
 def _column(matrix: Sequence[Sequence[float | None]], j: int) -> list[float | None]:
@@ -1175,10 +978,3 @@ def _column(matrix: Sequence[Sequence[float | None]], j: int) -> list[float | No
 
 
 # --- publishing -------------------------------------------------------------------------------------------
-
-
-def write(path: str | os.PathLike[str], html: str) -> Path:
-    """Publish a page: whoever opens `path` sees the old page or the whole new one. Raises DiskError where that fails."""
-    target = Path(path)
-    write_atomically(target, html)
-    return target

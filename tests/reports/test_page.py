@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from postgrad.errors import DiskError
-from postgrad.reports import page
+from postgrad.reports import page, shell
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 TAGS = set(
@@ -420,7 +420,7 @@ def test_secrets_do_not_leave(record: dict) -> None:
 
 def test_write_publishes_whole_pages_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "new" / "report.html"
-    assert page.write(target, "one \u2713") == target
+    assert shell.write(target, "one \u2713") == target
     assert target.read_text(encoding="utf-8") == "one \u2713"
     assert stat.S_IMODE(target.stat().st_mode) & stat.S_IRUSR
     before = os.replace
@@ -430,15 +430,15 @@ def test_write_publishes_whole_pages_only(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(DiskError, match="the disk is full"):
-        page.write(target, "two")
+        shell.write(target, "two")
     monkeypatch.setattr(os, "replace", before)
     assert target.read_text(encoding="utf-8") == "one \u2713"
     assert list(target.parent.iterdir()) == [target]
-    page.write(target, "three")
+    shell.write(target, "three")
     assert target.read_text(encoding="utf-8") == "three"
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError):
-        page.write(tmp_path / "file" / "report.html", "x")
+        shell.write(tmp_path / "file" / "report.html", "x")
 
 
 def test_reports_need_neither_torch_nor_numpy() -> None:
