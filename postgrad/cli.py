@@ -159,6 +159,28 @@ def compare(
 
 
 @app.command()
+def shift(
+    model: Annotated[str, typer.Option(help="The model: a folder, run, checkpoint or Hub name.", show_default=False)],
+    old: Annotated[
+        list[str], typer.Option(help="Text the model knows; may be repeated, or its own writing.", show_default=False)
+    ],
+    new: Annotated[list[str], typer.Option(help="Text it is to learn; may be repeated.", show_default=False)],
+    context: Annotated[
+        int | None, typer.Option(help="Tokens the model sees at once; default: its own, at most 1024.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page here.", show_default=False)] = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how far new text is from what a model knows, and propose replay, rate, warm-up and vocabulary."""
+    needs_training()
+    from postgrad.stages.shift import measure_shift
+
+    found = measure_shift(model, old, new, base=base, context=context, report=report, cache=cache_folder())
+    _print(found, as_json, found.pop("text"))
+
+
+@app.command()
 def lineage(
     run: Annotated[Path, typer.Argument(help="The last run of the lineage.", show_default=False)],
     report: Annotated[Path | None, typer.Option(help="Write the page here.", show_default=False)] = None,

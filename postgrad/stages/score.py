@@ -25,7 +25,7 @@ from postgrad.models import machine
 from postgrad.models.model import model_for
 from postgrad.models.pretrained import Start, Task, load_tokenizer, locate
 from postgrad.objectives.decisions import Problem
-from postgrad.reports import page, tables
+from postgrad.reports import page, shell, tables
 from postgrad.stages import measure
 from postgrad.stages import stage as s
 from postgrad.stages.held_out import Chosen, as_read
@@ -46,10 +46,19 @@ _KINDS = {"classify": "labelled", "tag": "tagged"}
 """The rows that a classifier is scored on."""
 
 
-def _texts(
-    start: Start, files: list[str], documents: str, column: str | None, context: int, cache: Path
+def files_as_read(
+    start: Start,
+    files: list[str],
+    documents: str,
+    column: str | None,
+    context: int,
+    cache: Path,
+    limit: int = _LIMIT,
 ) -> tuple[list[AnyHeldOut], int]:
-    """Files as held-out sets, read as the model of a start reads them, and the size of its vocabulary."""
+    """Files as held-out sets, read as the model of a start reads them, and the size of its vocabulary.
+
+    `limit`: about how many tokens of each file.
+    """
     if documents not in _CUTS:
         raise StageError(
             f"there is no cut {documents!r}",
@@ -79,7 +88,7 @@ def _texts(
         store = build_store(given, reading.encoder, cache, renderer=renderer)
         chosen = Chosen(name, "learned", store, np.arange(len(store)), objective, renderer)
         problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
-        sets.append(as_read(chosen, reading, _LIMIT, [], problem=problem))
+        sets.append(as_read(chosen, reading, limit, [], problem=problem))
     return sets, reading.encoder.vocabulary
 
 
@@ -107,7 +116,8 @@ def read_by(start: Start, context: int) -> Reading:
     return make_reading(task_at(start), start, tokenizer, encoder, length=context, seed=0)
 
 
-def _scores(start: Start, sets: list[AnyHeldOut], context: int, cache: Path) -> dict[str, Scores]:
+def scores_of(start: Start, sets: list[AnyHeldOut], context: int, cache: Path) -> dict[str, Scores]:
+    """What the model of a start scores on sets; from the cache when it was scored before."""
     device = machine.device()
     identity = start_fingerprint(start)
     opened = open_model(start)
@@ -115,7 +125,8 @@ def _scores(start: Start, sets: list[AnyHeldOut], context: int, cache: Path) -> 
     return measure.measure(model, sets, context=context, world=World(device), identity=identity, cache=cache)
 
 
-def _context(start: Start, asked: int | None) -> int:
+def context_of(start: Start, asked: int | None) -> int:
+    """Tokens that a model sees at once: as many as asked, or its own limit, at most 1,024."""
     limit = getattr(AutoConfig.from_pretrained(start.source), "max_position_embeddings", None) or _CONTEXT
     if asked is not None and not 2 <= asked <= limit:
         raise ModelError(f"a context of {asked} does not fit {start.name}", where="--context", expected=f"2 to {limit}")
@@ -135,9 +146,9 @@ def evaluate_files(
     """Score a model on files. Raises `ModelError` or `DataError`."""
     machine.tune_allocator()
     start = locate(model, Path.cwd(), base)
-    used = _context(start, context)
-    sets, _ = _texts(start, files, documents, column, used, cache)
-    found = _scores(start, sets, used, cache)
+    used = context_of(start, context)
+    sets, _ = files_as_read(start, files, documents, column, used, cache)
+    found = scores_of(start, sets, used, cache)
     summaries = {name: scores.summary() for name, scores in found.items()}
     scored = "every token scored once"
     if prefixes_at(start):
@@ -174,9 +185,9 @@ def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[
             expected="models that read alike",
             way_out="compare runs of one start model, whose stages scored it as they read",
         )
-    context = min(_context(start, None) for start in starts)
-    texts = [_texts(start, files, "auto", None, context, cache) for start in starts]
-    found = [_scores(start, sets, context, cache) for start, (sets, _) in zip(starts, texts, strict=True)]
+    context = min(context_of(start, None) for start in starts)
+    texts = [files_as_read(start, files, "auto", None, context, cache) for start in starts]
+    found = [scores_of(start, sets, context, cache) for start, (sets, _) in zip(starts, texts, strict=True)]
     names = [h.name for h in texts[0][0]]
     rows: list[dict[str, Any]] = []
     lines = [f"each model held against {models[0]}, document by document"]
@@ -271,7 +282,7 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
     if report:
         metrics = [list(read_metrics(run / "metrics.jsonl")) for run in runs]
         title = " and ".join(tables.arm_names(records))
-        page.write(report, page.comparison_page(records, metrics, title, tables.arm_names(records)[0]))
+        shell.write(report, page.comparison_page(records, metrics, title, tables.arm_names(records)[0]))
         text += f"\n\nreport: {report}\nnext: open it in a browser"
     else:
         text += f"\nnext: {shlex.join(['postgrad', 'compare', *map(str, runs), '--report', 'compare.html'])}"
@@ -314,12 +325,12 @@ def show_lineage(run: Path, report: Path | None, *, cache: Path) -> dict[str, An
             return None
         start = locate(record["model"]["source"], Path(record["root"])) if row == 0 else locate(str(place), Path.cwd())
         held_out = known[key]
-        return _scores(start, [held_out], record["model"]["context"], cache)[held_out.name].nats
+        return scores_of(start, [held_out], record["model"]["context"], cache)[held_out.name].nats
 
     found = tree(stages, missing)
     text = tables.lineage_table(found).text() + "\n\n" + tables.summary_table(found).text(most=100)
     if report:
-        page.write(report, page.lineage_page(found))
+        shell.write(report, page.lineage_page(found))
         text += f"\n\nreport: {report}\nnext: open it in a browser"
     else:
         text += f"\nnext: {shlex.join(['postgrad', 'lineage', str(run), '--report', 'lineage.html'])}"

@@ -1,0 +1,119 @@
+"""What does a shift ask for? A share of replay, a peak rate, a warm-up and a word on the vocabulary, each with its reason.
+
+Rules of thumb from published runs, to begin a stage with. What they cost and bring on the user's own text is for short pilots,
+or the stage itself, to measure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Strength = Literal["none", "weak", "strong"]
+
+STRONG = 0.33
+"""Excess of the divergence of byte trigrams, in bits, from which a shift is strong: another language, code, no language at all.
+
+Between real corpora of English prose it was .06 to .30, from prose to source code .34, to German .36 to .53, to molecules .87
+to .92."""
+NONE = 0.02
+"""... and up to which the two texts are of one kind."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A setting, why it is proposed, and whose finding that is."""
+
+    what: str
+    value: str
+    reason: str
+    source: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def strength_of(distance: float, same: float) -> Strength:
+    """How strong a shift is, by how far its divergence lies above that of two samples of the old text."""
+    excess = distance - same
+    return "strong" if excess >= STRONG else "weak" if excess > NONE else "none"
+
+
+_IBRAHIM = "Ibrahim et al. 2024, arXiv 2403.08763"
+_REUSE = "Parmar et al. 2024, arXiv 2407.07263"
+_REPLAY = {
+    "none": ("1%", "the two texts are of one kind; a little replay costs nothing and guards against surprises"),
+    "weak": ("5%", "at 5 % replay 78 % of the forgetting of a weak shift was gone, for .01 nats on the new text"),
+    "strong": ("25%", "at 25 % replay 88 % of the forgetting of a strong shift was gone, for .05 nats on the new text"),
+}
+
+
+def proposals(
+    strength: Strength, *, tokens: int, old_bytes_per_token: float, new_bytes_per_token: float, unknown: float
+) -> list[Proposal]:
+    """What to begin a stage with. `tokens`: of the new text; the rest is how the model's tokenizer cuts both texts."""
+    share, why = _REPLAY[strength]
+    out = [Proposal("replay share", share, why, f"{_IBRAHIM}, tables 2 and 4")]
+    if tokens < 100_000_000:
+        out.append(
+            Proposal(
+                "peak rate",
+                "2.0e-5",
+                f"{tokens:,} tokens are few: a fifteenth to a tenth of a pre-training peak moves the weights less than "
+                "a full re-warming, and more epochs make up for it; try half and double of it",
+                "practice of adapted 7B to 70B models (e-Llama, Swallow, ChipNeMo)",
+            )
+        )
+    elif strength == "strong":
+        out.append(
+            Proposal(
+                "peak rate",
+                "the peak of pre-training",
+                "re-warming to the full peak learnt a new language best: 1.11 against 1.21 nats at a constant floor",
+                f"{_IBRAHIM}, section 6",
+            )
+        )
+    else:
+        out.append(
+            Proposal(
+                "peak rate",
+                "the floor of pre-training, up to half of its peak",
+                "a weak shift gains little from a high peak (2.50 against 2.51 nats) and forgets more with it",
+                f"{_IBRAHIM}, section 6; {_REUSE}",
+            )
+        )
+    out.append(
+        Proposal("warm-up", "1%", "its length makes no difference in the end; without any there is a spike", _IBRAHIM)
+    )
+    out.append(_vocabulary(tokens, old_bytes_per_token / new_bytes_per_token, unknown))
+    return out
+
+
+def _vocabulary(tokens: int, finer: float, unknown: float) -> Proposal:
+    """`finer`: how many times as many tokens a byte of the new text takes."""
+    if unknown > 0.01:
+        return Proposal(
+            "vocabulary",
+            "grow it",
+            f"{unknown:.1%} of the new text's tokens are unknown to the tokenizer: what they stand for is lost",
+            "a tokenizer without byte fallback",
+        )
+    if finer < 1.5:
+        return Proposal(
+            "vocabulary", "keep it", f"the new text takes {finer:.2f} times the tokens a byte of the old", _IBRAHIM
+        )
+    if tokens < 1_000_000_000:
+        return Proposal(
+            "vocabulary",
+            "keep it, or grow it by what the text needs",
+            f"the new text takes {finer:.2f} times the tokens a byte, so it reads slowly; new rows need text to be learnt, "
+            f"and {tokens:,} tokens are few",
+            "Dagan et al. 2024, arXiv 2402.01035: a full exchange pays after about 50B tokens",
+        )
+    return Proposal(
+        "vocabulary",
+        "grow it, new rows as the mean of their parts",
+        f"the new text takes {finer:.2f} times the tokens a byte",
+        "Fujii et al. 2024 (Swallow), arXiv 2404.17790",
+    )
