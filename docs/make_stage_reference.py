@@ -34,6 +34,8 @@ same as a JSON Schema.
 
 PARTS = (
     ("Stage", "The stage"),
+    ("FreshModel", "`model`"),
+    ("NewTokenizer", "`model.tokenizer`"),
     ("Data", "`data`"),
     ("Source", "`data.sources[]`"),
     ("Shift", "`data.shifts[]`"),
@@ -76,7 +78,11 @@ PARTS = (
     ("Save", "`save`"),
     ("Compute", "`compute`"),
 )
-NOTES = {"HeldOutFile": "A path alone, without a mapping, is also accepted; its file name then gives the `name`."}
+NOTES = {
+    "HeldOutFile": "A path alone, without a mapping, is also accepted; its file name then gives the `name`.",
+    "FreshModel": "A name alone, without a mapping, is a model that is there.",
+    "NewTokenizer": "A name alone, without a mapping, is a tokenizer that is there.",
+}
 WORDS = {"Amount": "tokens", "Share": "share", "Length": "length", "Rate": "rate"}
 
 

@@ -157,10 +157,15 @@ def build_store(
     final = cache / "stores" / fingerprint
     if store := _published(final):
         return store
-    with _alone(cache / "locks" / f"{fingerprint}.lock") as alone:
+    with one_at_a_time(cache / "locks" / f"{fingerprint}.lock") as alone:
         mine = fingerprint if alone else f"{fingerprint}-{os.getpid()}"
         building = cache / "building" / mine
         return _published(final) or _build(source, encoder, renderer, inputs, building, final, progress, workers)
+
+
+def inputs_fingerprint(source: Source, cache: Path) -> str:
+    """Of the contents of a source's files as they are now. Raises `DataError` when one cannot be read."""
+    return _Inputs.of(source, cache).fingerprint
 
 
 def labels_of(sources: Sequence[Source], cache: Path) -> Labels:
@@ -371,8 +376,8 @@ def _hash(value: Any) -> str:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[bool]:
-    """One process builds a store, others wait for it; a lock dies with its process, however that ends.
+def one_at_a_time(lock: Path) -> Iterator[bool]:
+    """One process makes something, others wait for it; a lock dies with its process, however that ends.
 
     False where there is no such lock: then each process builds for itself, and the first to end has its way.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,8 @@ class Start:
     """Of a folder that holds a tuning: the model that it sits on."""
     trusted: bool = False
     """The base was named by the user, and not by the tuning's folder."""
+    made: Mapping[str, Any] | None = None
+    """Of a model that was made anew: what it was made of."""
 
     @property
     def plain(self) -> Start:
@@ -206,7 +208,11 @@ class TaskLayer:
 
 def task_of(start: Start) -> Task:
     """What a model folder is for, by the architecture that its configuration names."""
-    config = AutoConfig.from_pretrained(start.source)
+    return task_of_config(AutoConfig.from_pretrained(start.source))
+
+
+def task_of_config(config: PreTrainedConfig) -> Task:
+    """What a model of a configuration is for."""
     name = (getattr(config, "architectures", None) or [""])[0]
     endings: dict[str, Task] = {
         "ForMaskedLM": "masked",
@@ -248,7 +254,7 @@ def load(
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _quiet():
             warnings.simplefilter("ignore")
             config = AutoConfig.from_pretrained(start.source)
-            _harmless(config, start.name)
+            refuse_foreign_code(config, start.name)
             where, make = (start.source, _CLASSES[task]) if state is None else (None, _class_of(config, task))
             options = {}
             if layer:
@@ -284,6 +290,24 @@ def load(
     return Loaded(model.eval(), tuple(new))
 
 
+def from_config(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
+    """A model of a configuration with the weights that transformers draws for it, in fp32 and eval mode.
+
+    Whoever calls it seeds torch. Raises `ModelError` for a configuration that has no model for the task.
+    """
+    refuse_foreign_code(config, "the configuration")
+    try:
+        with warnings.catch_warnings(), _quiet():
+            warnings.simplefilter("ignore")
+            return _CLASSES[task].from_config(config, dtype=torch.float32).eval()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"no {config.model_type} could be made as {_NAMES[task]}: {_first_line(error)}", where="model"
+        ) from error
+
+
 def _class_of(config: PreTrainedConfig, task: Task) -> Any:
     return _CLASSES[task]._model_mapping[type(config)]
 
@@ -316,7 +340,7 @@ def stored_dtype(start: Start) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _harmless(config: object, name: str) -> None:
+def refuse_foreign_code(config: object, name: str) -> None:
     """Refuse what would run code of a foreign repository."""
     if getattr(config, "auto_map", None):
         raise ModelError(

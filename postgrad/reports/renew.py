@@ -26,7 +26,7 @@ def renew(run: Path) -> Path:
             "plan": planned["plan"],
             "execution": planned["execution"],
             "fingerprints": planned["fingerprints"],
-            "model": {"start": planned["stage"]["model"]},
+            "model": {"start": planned.get("start") or planned["stage"]["model"]},
         }
     else:
         raise StageError(f"{run} is not a run folder", expected="the output folder of `postgrad train`")

@@ -105,6 +105,13 @@ def make_subject(plan: Plan, world: World, *, attention: str | None = None) -> S
             where="tuning.kind",
             expected="a kind that adds something of its own, such as lora, adapter or prompt",
         )
+    if plan.start.made and not (tuning.whole or tuning.leaves_model):
+        raise TuningError(
+            f"`{spec.kind}` leaves a small folder that sits on its start model, and a new model lies only in the cache",
+            where="tuning.kind",
+            expected="full, or another kind that leaves a whole model",
+            way_out=f"train the new model whole first; `{spec.kind}` can go on from that run",
+        )
     model = model_for(opened.model, opened.task).to(world.device)
     return Subject(model, opened, tuning, {**options, "seed": plan.stage.seed})
 

@@ -65,7 +65,7 @@ def held_out_sets(
     by_source = {leaf.wanted.source: leaf.wanted for leaf in leaves}
     for role, item in listed:
         where = f"evaluation.{role}"
-        given = _worded(item, role, by_source)
+        given = worded(item, role, by_source)
         files = files_of(item.name, given, root, where)
         kind = source_kind(files)
         like = item.like or item.name
@@ -106,12 +106,12 @@ def held_out_sets(
             where="evaluation",
             way_out="name files under evaluation.retained and evaluation.learned, or leave out `held_out: 0` of the sources",
         )
-    if not any(h.role == "retained" for h in sets):
+    if reading.start.made is None and not any(h.role == "retained" for h in sets):
         notes.append("no retained set: forgetting is not measured (name old text under evaluation.retained)")
     return sets, tables
 
 
-def _worded(item: s.HeldOutFile, role: str, by_source: dict[str, Wanted]) -> dict[str, Any]:
+def worded(item: s.HeldOutFile, role: str, by_source: dict[str, Wanted]) -> dict[str, Any]:
     """A held-out file as plain data; what it does not say it has from the source that it is like.
 
     Without `like`, a file whose kind is not said is like the only source of its role whose kind is said.
@@ -258,7 +258,7 @@ def overlaps(
     by_source = {leaf.wanted.source: leaf.wanted for leaf in leaves}
     for role in ("retained", "learned"):
         for item in getattr(stage.evaluation, role):
-            files = files_of(item.name, _worded(item, role, by_source), root, f"evaluation.{role}")
+            files = files_of(item.name, worded(item, role, by_source), root, f"evaluation.{role}")
             found = _overlap_with(files, leaves, cache)
             out[item.name] = found
             if found["half"]:

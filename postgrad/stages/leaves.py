@@ -119,7 +119,7 @@ def wanted_sources(
             ]
         else:
             raise StageError(
-                f"nothing is recorded of what {stage.model} has seen",
+                f"nothing is recorded of what {stage.model if isinstance(stage.model, str) else 'a new model'} has seen",
                 where=f"{where}.seen_so_far",
                 expected="a start model that is a run folder of an earlier stage",
                 way_out="give the old text itself as `path`",
@@ -196,7 +196,7 @@ def make_leaves(
     return leaves
 
 
-def held_out_share(stage: s.Stage, item: Wanted, documents: int) -> float:
+def held_out_share(stage: s.Stage, item: Wanted | s.Source, documents: int) -> float:
     """The share of a source's documents that is kept for evaluation."""
     if item.held_out is not None:
         return item.held_out

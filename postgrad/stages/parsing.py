@@ -158,16 +158,21 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
             node = node.get("items", {})
         elif "discriminator" in node:
             node = {"$ref": node["discriminator"]["mapping"].get(part, "")}
-        else:
-            node = node.get("properties", {}).get(part, {})
+        else:  # what is no key is the name of a union's member, which is resolved already
+            node = node.get("properties", {}).get(part, node)
     return list(_resolved(schema, node).get("properties", {}))
 
 
 def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    while "$ref" in node or ("anyOf" in node and any("$ref" in option for option in node["anyOf"])):
-        reference = node.get("$ref") or next(o["$ref"] for o in node["anyOf"] if "$ref" in o)
+    while "$ref" in node or (_options(node) and any("$ref" in option for option in _options(node))):
+        reference = node.get("$ref") or next(o["$ref"] for o in _options(node) if "$ref" in o)
         name = reference.rsplit("/", 1)[-1]
         if name not in schema["$defs"]:
             return {}
         node = schema["$defs"][name]
     return node
+
+
+def _options(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The members of a union that are not told apart by their `kind`."""
+    return node.get("anyOf") or ([] if "discriminator" in node else node.get("oneOf", []))

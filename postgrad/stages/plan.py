@@ -17,9 +17,10 @@ from postgrad.data.rows import Rows, keep
 from postgrad.data.tokenize import Encoder
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.held_out import AnyHeldOut
-from postgrad.models.pretrained import Start, Task, TaskLayer, load_tokenizer, locate
+from postgrad.models.pretrained import Start, Task, TaskLayer, load_tokenizer
 from postgrad.objectives.decisions import Problem
 from postgrad.stages import stage as s
+from postgrad.stages.fresh import made_note, start_of
 from postgrad.stages.held_out import as_read, held_out_sets, overlaps
 from postgrad.stages.layouts import make_rows, objectives_for, task_for
 from postgrad.stages.leaves import Leaf, Progress, demonstrating, labels_for, make_leaves, seen_by, wanted_sources
@@ -122,7 +123,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
 
     Paths in the stage are relative to `root`, the stage file's folder. Raises the error of whatever is impossible.
     """
-    start = locate(stage.model, root, stage.base)
+    start = start_of(stage, root, cache, progress)
     tokenizer = load_tokenizer(start.plain)
     config = AutoConfig.from_pretrained(start.source)
     vocabulary = int(config.vocab_size)
@@ -139,7 +140,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         raise _no_gate()
     objectives = objectives_for(stage.objectives, start)
     seen = seen_by(start)
-    notes: list[str] = []
+    notes: list[str] = [made_note(start, stage)] if start.made else []
     wanted = wanted_sources(stage, objectives, root, seen)
     labels = labels_for(wanted, objectives, cache)
     task = task_for(objectives, start)

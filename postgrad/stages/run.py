@@ -151,6 +151,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     if world.main:
         document = {
             "stage": plan.stage.model_dump(mode="json"),
+            "start": plan.start.name,
             "fingerprints": fingerprints,
             "execution": execution.as_dict(),
             "plan": plan.as_record(),

@@ -28,6 +28,7 @@ from postgrad.objectives.decisions import Problem
 from postgrad.reports import page, shell, tables
 from postgrad.stages import measure
 from postgrad.stages import stage as s
+from postgrad.stages.fresh import start_of
 from postgrad.stages.held_out import Chosen, as_read
 from postgrad.stages.layouts import Wording, objective_for, objectives_for, renderer_for
 from postgrad.stages.leaves import files_of
@@ -323,7 +324,7 @@ def show_lineage(run: Path, report: Path | None, *, cache: Path) -> dict[str, An
             known.update(_sets_of(stages, key, cache))
         if key not in known:
             return None
-        start = locate(record["model"]["source"], Path(record["root"])) if row == 0 else locate(str(place), Path.cwd())
+        start = _first(record, cache) if row == 0 else locate(str(place), Path.cwd())
         held_out = known[key]
         return scores_of(start, [held_out], record["model"]["context"], cache)[held_out.name].nats
 
@@ -335,6 +336,13 @@ def show_lineage(run: Path, report: Path | None, *, cache: Path) -> dict[str, An
     else:
         text += f"\nnext: {shlex.join(['postgrad', 'lineage', str(run), '--report', 'lineage.html'])}"
     return {"text": text, **found}
+
+
+def _first(record: Record, cache: Path) -> Start:
+    """The model that a run started from; one that was made anew is made again when it is gone."""
+    if "fresh" not in record["model"]:
+        return locate(record["model"]["source"], Path(record["root"]))
+    return start_of(parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache)
 
 
 def _sets_of(stages: list[tuple[Path, Record]], key: str, cache: Path) -> dict[str, AnyHeldOut]:

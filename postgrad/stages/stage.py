@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from postgrad.errors import nearest
 from postgrad.lineage.fingerprint import fingerprint
@@ -240,13 +240,55 @@ class Compute(Part):
     """Left out: the cores this process may use."""
 
 
+def _form(value: Any) -> str:
+    return "by parts" if isinstance(value, dict | Part) else "by name"
+
+
+class NewTokenizer(Part):
+    """A tokenizer learnt from the training documents of the stage, in their shares; no held-out document is looked at."""
+
+    kind: Literal["byte-bpe"] = "byte-bpe"
+    """Byte-level BPE: every text can be written with it."""
+    vocabulary: Annotated[int, Field(ge=300)] = 8000
+    """Tokens, the family's special ones included; fewer where the text has no more pairs that occur twice."""
+
+
+AnyTokenizer = Annotated[
+    Annotated[str, Tag("by name")] | Annotated[NewTokenizer, Tag("by parts")], Discriminator(_form)
+]
+
+
+class FreshModel(Part):
+    """A model with random weights, drawn from the stage's seed."""
+
+    fresh: str | None = None
+    """A family and the number of its weights, such as `llama-15M`, `gpt2-15M`, `qwen3-60M`, `bert-10M` or `t5-20M`: all
+    weights of the language model, embeddings included, those that are tied counted once. Width, depth and inner width are
+    solved for it."""
+    config: str | None = None
+    """... or a `config.json`, a folder that has one, or a Hub name."""
+    tokenizer: AnyTokenizer = NewTokenizer()
+    """A new one, or the folder or Hub name of one that is there."""
+    dropout: Annotated[Share, Field(lt=1)] | None = None
+    """Left out: as the family (or the configuration) has it."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> FreshModel:
+        if (self.fresh is None) == (self.config is None):
+            raise ValueError("a new model has exactly one of `fresh` (a family and a size) and `config`")
+        return self
+
+
+AnyModel = Annotated[Annotated[str, Tag("by name")] | Annotated[FreshModel, Tag("by parts")], Discriminator(_form)]
+
+
 class Stage(Part):
     """One stage of a lineage."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
     """Names the run and, without `output`, its folder."""
-    model: str
-    """A folder, a Hub name, an earlier stage's run folder or one of its checkpoints."""
+    model: AnyModel
+    """A folder, a Hub name, an earlier stage's run folder or one of its checkpoints; or a new model, by parts."""
     base: str | None = None
     """The model that a tuning's folder sits on, when it is not where that folder says."""
     output: str | None = None
@@ -282,6 +324,8 @@ class Stage(Part):
     def _consistent(self) -> Stage:
         if (self.tokens is None) == (self.new_tokens is None):
             raise ValueError("a stage has exactly one of `tokens` (replay included) and `new_tokens` (replay on top)")
+        if self.base is not None and isinstance(self.model, FreshModel):
+            raise ValueError("`base` is what a tuning's folder sits on; a new model sits on nothing")
         shares = [s.share for s in self.data.sources]
         given = sum(s for s in shares if s is not None)
         if shares.count(None) > 1 and self.data.mixing is None:

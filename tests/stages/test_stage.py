@@ -304,6 +304,18 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"name": "a b"}, "name", "'a b' cannot be a name"),
     ({"name": 2024}, "name", "valid string"),
     ({"model": GONE}, "model", "missing"),
+    ({"model": 5}, "model", "valid string"),
+    ({"model": {"fresh": "llama-1M", "tokeniser": 1}}, "model.tokeniser", "did you mean 'tokenizer'?"),
+    (
+        {"model": {"fresh": "llama-1M", "tokenizer": {"vocab": 1}}},
+        "model.tokenizer.vocab",
+        "did you mean 'vocabulary'?",
+    ),
+    ({"model": {"fresh": "llama-1M", "tokenizer": {"vocabulary": 9}}}, "model.tokenizer.vocabulary", "equal to 300"),
+    ({"model": {"fresh": "llama-1M", "config": "x"}}, "model", "exactly one of `fresh`"),
+    ({"model": {"tokenizer": "x"}}, "model", "exactly one of `fresh`"),
+    ({"model": {"fresh": "llama-1M", "dropout": 1}}, "model.dropout", "less than 1"),
+    ({"model": {"fresh": "llama-1M"}, "base": "x"}, "", "a new model sits on nothing"),
 ]
 
 
@@ -422,6 +434,8 @@ def written_by_hand() -> list[dict[str, Any]]:
     return [
         GOOD,
         *(changed({"schedule": schedule}) for schedule in (THEN, INFINITE)),
+        changed({"model": {"fresh": "llama-15M", "tokenizer": {"vocabulary": 4000}, "dropout": "10%"}}),
+        changed({"model": {"config": "config.json", "tokenizer": "gpt2"}}),
         changed({"save.keep": "all", "schedule.warmup": 200, "tokens": 5, "data.sources.0.held_out": "1%"}),
         *(yaml.safe_load(file.read_text()) for file in examples),
     ]
