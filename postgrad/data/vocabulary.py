@@ -34,16 +34,21 @@ _CHOICE = np.uint64(0xD1342543DE82EF95)
 
 @dataclass(frozen=True)
 class Portion:
-    """A source, its share, and the share of so many documents that is held out."""
+    """A source, and the share of so many documents that is held out."""
 
     source: Source
-    share: float
     held_out: Callable[[int], float]
+
+
+Shares = Callable[[Sequence[int]], Sequence[float]]
+"""The share of each source, when so many documents of each may be trained on."""
 
 
 def learn_vocabulary(
     portions: Sequence[Portion],
+    shares: Shares,
     *,
+    rule: object,
     size: int,
     special: Sequence[str],
     away: Sequence[Source],
@@ -51,19 +56,19 @@ def learn_vocabulary(
     progress: Callable[[int, int], None] | None = None,
     most: int = MOST_BYTES,
 ) -> str:
-    """A tokenizer as the JSON of `tokenizer.json`: `size` tokens, those in `special` first.
+    """A tokenizer as the JSON of `tokenizer.json`: `size` tokens, those in `special` first. `rule`: `shares` as plain data.
 
     What a source holds out is not looked at, nor is any copy of a document of `away`. It has fewer tokens where no more pairs
     occur twice. Raises `DataError` for sources of token ids, and when no document is left.
     """
-    read = [[_known_by(p.source, cache), p.share, p.held_out(1), p.held_out(10**6)] for p in portions]
-    asked = [_FORMAT, size, list(special), most, read, [_known_by(source, cache) for source in away]]
+    read = [[_known_by(p.source, cache), p.held_out(1), p.held_out(10**6)] for p in portions]
+    asked = [_FORMAT, size, list(special), most, read, rule, [_known_by(source, cache) for source in away]]
     place = cache / "vocabularies" / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()}.json"
     if place.exists():
         return place.read_text("utf-8")
     copies = np.unique(np.concatenate([np.empty(0, np.uint64), *(_measured(source)[0] for source in away)]))
     measured = [(*_measured(p.source), p) for p in portions]
-    times = _times(measured, copies, most)
+    times = _times(measured, shares, copies, most)
     if not any(n.any() for n in times):
         raise DataError(
             "no document is left that a vocabulary could be learnt from",
@@ -120,15 +125,16 @@ def _measured(source: Source) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _times(
-    measured: Sequence[tuple[np.ndarray, np.ndarray, Portion]], copies: np.ndarray, most: int
+    measured: Sequence[tuple[np.ndarray, np.ndarray, Portion]], shares: Shares, copies: np.ndarray, most: int
 ) -> list[np.ndarray]:
     """How often each document of each source is read, so that the bytes of the sources have their shares."""
     allowed = [~held_out_mask(d, p.held_out(len(d))) & ~np.isin(d, copies) for d, _, p in measured]
     there = [int(sizes[free].sum()) for (_, sizes, _), free in zip(measured, allowed, strict=True)]
     total = min(most, sum(there))
+    given = shares([int(free.sum()) for free in allowed])
     out: list[np.ndarray] = []
-    for (digests, sizes, portion), free, have in zip(measured, allowed, there, strict=True):
-        whole, rest = divmod(round(portion.share * total), max(have, 1))
+    for (digests, sizes, _), free, have, share in zip(measured, allowed, there, given, strict=True):
+        whole, rest = divmod(round(share * total), max(have, 1))
         order = np.argsort(digests * _CHOICE, kind="stable")
         order = order[free[order]]
         times = np.where(free, whole, 0)

@@ -133,7 +133,7 @@ def _tokenizer(
         )
     portions: list[Portion] = []
     wanted: dict[str, Wanted] = {}
-    for i, (source, share) in enumerate(zip(stage.data.sources, stage.shares(), strict=True)):
+    for i, source in enumerate(stage.data.sources):
         where = f"data.sources[{i}]"
         if source.seen_so_far:
             raise StageError(
@@ -153,15 +153,19 @@ def _tokenizer(
             None,
             0,
         )
-        portions.append(Portion(files, share, lambda n, source=source: held_out_share(stage, source, n)))
+        portions.append(Portion(files, lambda n, source=source: held_out_share(stage, source, n)))
     named = [("retained", stage.evaluation.retained), ("learned", stage.evaluation.learned)]
     away = [
         files_of(item.name, worded(item, role, wanted), root, f"evaluation.{role}")
         for role, items in named
         for item in items
     ]
+    names = [source.name for source in stage.data.sources]
+    mixing = stage.data.mixing
     written = learn_vocabulary(
         portions,
+        lambda counts: stage.shares(dict(zip(names, counts, strict=True))),
+        rule=[[s.share for s in stage.data.sources], mixing.model_dump(mode="json") if mixing else None],
         size=asked.vocabulary,
         special=marks.tokens,
         away=away,

@@ -25,9 +25,16 @@ def source(path: Path) -> Source:
 
 
 def learnt(parts: list[tuple[Path, float, float]], cache: Path, away: list[Path] | None = None, size: int = 400) -> str:
-    portions = [Portion(source(path), share, lambda _, held=held: held) for path, share, held in parts]
+    portions = [Portion(source(path), lambda _, held=held: held) for path, _, held in parts]
+    shares = [share for _, share, _ in parts]
     return learn_vocabulary(
-        portions, size=size, special=["<s>", "</s>"], away=[source(path) for path in away or []], cache=cache
+        portions,
+        lambda _: shares,
+        rule=shares,
+        size=size,
+        special=["<s>", "</s>"],
+        away=[source(path) for path in away or []],
+        cache=cache,
     )
 
 
@@ -71,18 +78,18 @@ def test_sources_count_by_their_share(tmp_path: Path) -> None:
     old, new = write_jsonl(tmp_path / "old.jsonl", old_text(300)), write_jsonl(tmp_path / "new.jsonl", new_text(30))
     rng = np.random.default_rng(0)
     parts = []
-    for count, share in ((3000, 0.25), (400, 0.75)):
+    for count in (3000, 400):
         digests = rng.integers(0, 2**63, count).astype(np.uint64)
-        parts.append((digests, rng.integers(10, 100, count), Portion(source(old), share, lambda _: 0.0)))
-    read = [
-        int(sizes @ n) for (_, sizes, _), n in zip(parts, _times(parts, np.empty(0, np.uint64), 10**9), strict=True)
-    ]
+        parts.append((digests, rng.integers(10, 100, count), Portion(source(old), lambda _: 0.0)))
+
+    def read_of(most: int) -> list[int]:
+        times = _times(parts, lambda counts: (0.25, 0.75), np.empty(0, np.uint64), most)
+        return [int(sizes @ n) for (_, sizes, _), n in zip(parts, times, strict=True)]
+
+    read, few = read_of(10**9), read_of(20_000)
     assert sum(read) == pytest.approx(sum(int(sizes.sum()) for _, sizes, _ in parts), rel=1e-3)
     assert read[0] / sum(read) == pytest.approx(0.25, abs=1e-3)
     # A limit is on the bytes of both together.
-    few = [
-        int(sizes @ n) for (_, sizes, _), n in zip(parts, _times(parts, np.empty(0, np.uint64), 20_000), strict=True)
-    ]
     assert sum(few) == pytest.approx(20_000, rel=0.01) and few[1] / sum(few) == pytest.approx(0.75, abs=0.01)
     mostly_old = tokens(learnt([(old, 0.99, 0.0), (new, 0.01, 0.0)], tmp_path, size=290))
     mostly_new = tokens(learnt([(old, 0.01, 0.0), (new, 0.99, 0.0)], tmp_path, size=290))

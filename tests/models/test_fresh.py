@@ -152,7 +152,9 @@ def test_tokenizers_have_the_special_tokens_of_their_family(family: str, tmp_pat
     marks = FAMILIES[family].marks
     path = write_jsonl(tmp_path / "a.jsonl", old_text(60))
     written = learn_vocabulary(
-        [Portion(Source("a", str(path), where="a"), 1.0, lambda _: 0.0)],
+        [Portion(Source("a", str(path), where="a"), lambda _: 0.0)],
+        lambda _: [1.0],
+        rule=None,
         size=VOCABULARY, special=marks.tokens, away=[], cache=tmp_path,
     )  # fmt: skip
     tokenizer = make_tokenizer(written, marks)
