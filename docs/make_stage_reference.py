@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from postgrad.stages import amounts, mixing, objectives, parsing, schedules, tunings
+from postgrad.stages import amounts, mixing, objectives, parsing, penalties, schedules, tunings
 from postgrad.stages import stage as s
 
 HEAD = """\
@@ -58,6 +58,7 @@ PARTS = (
     ("SpanCorruptionObjective", "`objectives[]`: `span-corruption`"),
     ("TextToTextObjective", "`objectives[]`: `text-to-text`"),
     ("ClassifyObjective", "`objectives[]`: `classify`"),
+    ("AnchorPenalty", "`penalties[]`: `anchor`"),
     ("FullTuning", "`tuning`: `full`"),
     ("HeadTuning", "`tuning`: `head`"),
     ("BlocksTuning", "`tuning`: `blocks`"),
@@ -114,7 +115,9 @@ def _section(name: str, title: str, part: dict[str, Any]) -> str:
 
 def _type(name: str) -> type:
     """The type of a part, wherever it is written."""
-    return next(vars(home)[name] for home in (s, schedules, objectives, tunings, mixing) if name in vars(home))
+    return next(
+        vars(home)[name] for home in (s, schedules, objectives, penalties, tunings, mixing) if name in vars(home)
+    )
 
 
 def _bases(part: type) -> list[type]:

@@ -85,6 +85,8 @@ def said(event: r.Event) -> str:
             return f"step {event.step:>6,}  checkpoint {event.place.name} saved and verified"
         case r.Doing():
             return f"{event.what} ..."
+        case r.Said():
+            return event.what
         case r.Warned():
             return f"warning: {event.what}"
         case _:
@@ -228,6 +230,8 @@ class _JsonScreen:
                 row = {"event": "evaluation", **{k: v for k, v in event.row.items() if k != "kind"}}
             case r.Saved():
                 row = {"event": "saved", "step": event.step, "place": str(event.place)}
+            case r.Said():
+                row = {"event": "said", "what": event.what}
             case r.Warned():
                 row = {"event": "warning", "what": event.what}
             case _:

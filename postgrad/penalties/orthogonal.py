@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
 
 from postgrad.errors import TuningError
+from postgrad.penalties.shards import over_ranks, own, own_gradient
 
 
 class Orthogonal:
@@ -53,25 +53,7 @@ class Orthogonal:
         total = torch.zeros((), device=self.new[0].device)
         for a_new_RI, a_earlier_EI in zip(self.new, self.earlier, strict=True):
             # Each row of A_new has a gradient of its own, so a rank that holds some of the rows needs no others.
-            overlap_ER = a_earlier_EI @ _own_rows(a_new_RI).T
-            _add_gradient(a_new_RI, overlap_ER.sign().T @ a_earlier_EI, self.strength)
-            total += _over_ranks(overlap_ER.abs().sum(), a_new_RI)
+            overlap_ER = a_earlier_EI @ own(a_new_RI).T
+            own_gradient(a_new_RI).add_(overlap_ER.sign().T @ a_earlier_EI, alpha=self.strength)
+            total += over_ranks(overlap_ER.abs().sum(), a_new_RI)
         return self.strength * total
-
-
-def _own_rows(tensor: Tensor) -> Tensor:
-    """The rows that this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _add_gradient(master: Tensor, gradient: Tensor, strength: float) -> None:
-    if master.grad is None:
-        master.grad = torch.zeros_like(master)
-    _own_rows(master.grad).add_(gradient, alpha=strength)
-
-
-def _over_ranks(value: Tensor, like: Tensor) -> Tensor:
-    """The sum over the ranks that `like` is split over."""
-    if not isinstance(like, DTensor):
-        return value
-    return DTensor.from_local(value, like.device_mesh, [Partial()] * like.device_mesh.ndim).full_tensor()

@@ -24,3 +24,11 @@ class Penalty(Protocol):
         scalar, detached, the same on every rank.
         """
         ...
+
+
+class Decay(Protocol):
+    """What pulls in the optimizer's step itself, as weight decay does."""
+
+    def decay(self, rate: float) -> None:
+        """Move the masters at this learning rate; called before the optimizer's own update."""
+        ...

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from postgrad.data.batch import collate
 from postgrad.data.loader import Loader
@@ -25,10 +25,12 @@ from postgrad.models.pretrained import TUNING, Start
 from postgrad.objectives.decisions import Decisions, Problem
 from postgrad.objectives.objective import Objective
 from postgrad.objectives.tokens import Tokens
+from postgrad.penalties.anchor import AnchoredDecay
 from postgrad.penalties.orthogonal import Orthogonal
-from postgrad.penalties.penalty import Penalty
+from postgrad.penalties.penalty import Decay, Penalty
 from postgrad.planning.execution import Execution, Wishes, choose
 from postgrad.stages.amounts import in_steps
+from postgrad.stages.anchors import make_anchor
 from postgrad.stages.objectives import AnyObjective, ClassifyObjective
 from postgrad.stages.plan import Plan
 from postgrad.stages.reading import virtual
@@ -39,6 +41,7 @@ from postgrad.training.state import read_moments, read_progress
 from postgrad.training.step import Run
 from postgrad.training.world import World
 from postgrad.tuning.attach import attach, read_published
+from postgrad.tuning.besides import bare
 from postgrad.tuning.opened import Opened, open_model
 from postgrad.tuning.tuning import Published, Tuning
 
@@ -79,6 +82,8 @@ class Subject:
     tuning: Tuning
     options: dict[str, Any]
     """Those that the tuning was made with."""
+    base_names: dict[str, str]
+    """Of each parameter of the start model, by the name that it has under the tuning: the name that it had before."""
 
     @property
     def attention(self) -> str | None:
@@ -97,7 +102,9 @@ def make_subject(plan: Plan, world: World, *, attention: str | None = None) -> S
     spec = plan.stage.tuning
     options = tuning_options(plan, opened)
     mark(opened.model.config, bool(plan.prefixes))
+    names = _names(opened.model)
     tuning = attach(opened.model, options, seed=plan.stage.seed, tokenizer=plan.tokenizer)
+    base_names = _still(opened.model, names)
     if opened.tunings and (tuning.whole or tuning.leaves_model):
         raise TuningError(
             f"`{spec.kind}` leaves a plain model, and in {plan.start.name} stands `{opened.tunings[-1].kind}`, which cannot "
@@ -113,7 +120,27 @@ def make_subject(plan: Plan, world: World, *, attention: str | None = None) -> S
             way_out=f"train the new model whole first; `{spec.kind}` can go on from that run",
         )
     model = model_for(opened.model, opened.task).to(world.device)
-    return Subject(model, opened, tuning, {**options, "seed": plan.stage.seed})
+    return Subject(model, opened, tuning, {**options, "seed": plan.stage.seed}, base_names)
+
+
+def _names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by all of their names."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _still(model: nn.Module, before: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Which parameters of a model are those of `before`: its names for them, and theirs.
+
+    A parameter is known by itself and not by its name: new blocks push the old ones on. A copy that unties two names has
+    no other origin than its name.
+    """
+    known = {id(parameter): name for name, parameter in reversed(list(before.items()))}
+    copies = before.keys() - known.values()
+    return {
+        name: known.get(id(parameter), bare(name))
+        for name, parameter in model.named_parameters()
+        if id(parameter) in known or bare(name) in copies
+    }
 
 
 def tuning_options(plan: Plan, opened: Opened) -> dict[str, Any]:
@@ -133,6 +160,15 @@ def tuning_options(plan: Plan, opened: Opened) -> dict[str, Any]:
 
 def make_penalties(plan: Plan, subject: Subject, weights: Weights) -> list[Penalty]:
     """What pulls the weights back."""
+    named = [
+        make_anchor(number, plan, subject.tuning, weights, subject.base_names, subject.opened.new)
+        for number in range(len(plan.stage.penalties))
+    ]
+    return [*_orthogonal(plan, subject, weights), *named]
+
+
+def _orthogonal(plan: Plan, subject: Subject, weights: Weights) -> list[Penalty]:
+    """O-LoRA's penalty, where the tuning asks for it."""
     spec = plan.stage.tuning
     if not isinstance(spec, LoraTuning) or spec.orthogonal is None:
         return []
@@ -213,10 +249,9 @@ def build(plan: Plan, subject: Subject, execution: Execution, world: World) -> R
     weights = Weights(model, subject.tuning, execution.compute, split=not world.sharded)
     if execution.compile:
         sharding.compile_layers(model)
+    penalties = make_penalties(plan, subject, weights)
     spec = stage.optimizer
-    optimizer = AdamW(
-        weights, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, decay_tables=spec.decay_tables
-    )
+    optimizer = make_optimizer(plan, weights, [p for p in penalties if isinstance(p, AnchoredDecay)])
     if spec.moments != "reset" and not subject.tuning.whole:
         raise StageError(
             f"`{stage.tuning.kind}` begins with weights of its own, for which {plan.start.name} has no moments",
@@ -239,13 +274,26 @@ def build(plan: Plan, subject: Subject, execution: Execution, world: World) -> R
         weights=weights,
         optimizer=optimizer,
         objectives=make_objectives(plan.objectives, plan.problem),
-        penalties=make_penalties(plan, subject, weights),
+        penalties=penalties,
         schedule=plan.schedule,
         world=world,
         sources=plan.sources,
         clip=spec.clip,
         seed=stage.seed,
         trained_by_source=np.zeros(len(plan.sources), np.int64),
+    )
+
+
+def make_optimizer(plan: Plan, weights: Weights, decays: Sequence[Decay] = ()) -> AdamW:
+    """The stage's optimizer, without moments yet."""
+    spec = plan.stage.optimizer
+    return AdamW(
+        weights,
+        betas=spec.betas,
+        eps=spec.eps,
+        weight_decay=spec.weight_decay,
+        decay_tables=spec.decay_tables,
+        decays=decays,
     )
 
 

@@ -11,6 +11,7 @@ from postgrad.models.model import probe
 from postgrad.planning.execution import shape_of
 from postgrad.planning.memory import estimate, readable
 from postgrad.reports.notation import duration
+from postgrad.stages.anchor_cost import check_penalties
 from postgrad.stages.build import Counts, choose_execution, make_subject
 from postgrad.stages.plan import Plan
 from postgrad.stages.plan_text import plan_lines
@@ -34,6 +35,7 @@ def check_stage(plan: Plan) -> dict[str, Any]:
         checkpointing=execution.activation_checkpointing,
         sdpa=execution.attention != "eager",
     )
+    penalties = check_penalties(plan, subject, execution, world)
     notes = (*plan.notes, *subject.opened.notes, *subject.tuning.notes)
     record = {
         **plan.as_record(),
@@ -44,6 +46,7 @@ def check_stage(plan: Plan) -> dict[str, Any]:
         "execution": execution.as_dict(),
         "memory": dataclasses.asdict(memory),
         "seconds": execution.seconds,
+        "penalties": [penalty.record for penalty in penalties],
         "notes": list(notes),
         "overlap": plan.overlap,
         "schedule_curve": schedules.sampled(plan.schedule, plan.steps, 60),
@@ -63,6 +66,7 @@ def check_stage(plan: Plan) -> dict[str, Any]:
         f"memory: about {readable(memory.total)} (weights {readable(memory.weights)}, gradients {readable(memory.gradients)}, "
         f"moments {readable(memory.moments)}, activations {readable(memory.activations)})"
         + (f" of {readable(free)} free" if free else ""),
+        *(line for penalty in penalties for line in penalty.lines),
         f"time: about {duration(execution.seconds)}, from timed micro-batches"
         + (" without compiling; compiled it will be less" if execution.compile else "")
         + "; evaluation comes on top",

@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from postgrad.data.loader import Loader
 from postgrad.evaluation.held_out import AnyHeldOut
 from postgrad.evaluation.samples import Prompt, continuations, prompts, text_of
 from postgrad.lineage.fingerprint import fingerprint, model_fingerprint
@@ -33,12 +34,14 @@ from postgrad.publish import sweep, verify, write_atomically
 from postgrad.reports import page
 from postgrad.stages import measure
 from postgrad.stages.amounts import in_steps
-from postgrad.stages.build import Counts, Subject, build, choose_execution, make_loader, make_subject
+from postgrad.stages.anchors import about_penalty, penalty_prints
+from postgrad.stages.build import Counts, Subject, build, choose_execution, make_loader, make_optimizer, make_subject
 from postgrad.stages.folder import Interrupt, alone, claim
 from postgrad.stages.leave import publish_trained, sitting
 from postgrad.stages.leaves import leaves_of
 from postgrad.stages.plan import Plan
 from postgrad.stages.provenance import METRICS, achieved, describe, now, seen_after, stage_text
+from postgrad.stages.strengths import anchors_of, find_strengths, open_strengths, settle, strength_lines, too_strong
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.loop import steps
 from postgrad.training.meters import Metrics, Pace, read_metrics
@@ -94,6 +97,13 @@ class Doing:
 
 
 @dataclass(frozen=True)
+class Said:
+    """Something that was found out, for whoever reads along."""
+
+    what: str
+
+
+@dataclass(frozen=True)
 class Warned:
     """Something the user should know."""
 
@@ -117,7 +127,7 @@ class Finished:
     already: bool = False
 
 
-Event = Began | Stepped | Looked | Saved | Doing | Warned | Stopped | Finished
+Event = Began | Stepped | Looked | Saved | Doing | Said | Warned | Stopped | Finished
 
 
 def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[Event]:
@@ -135,6 +145,8 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     finished = home / RECORD
     identity = start_fingerprint(plan.start) or plan.start.name
     fingerprints = {**plan.fingerprints(), "start_model": identity}
+    if plan.stage.penalties:
+        fingerprints["penalties"] = penalty_prints(plan)
     kept = claim(home, plan, fingerprints)
     if finished.exists() and read_record(home)["status"] != "stopped":
         yield Finished(read_record(home), home, already=True)
@@ -157,6 +169,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
             "plan": plan.as_record(),
             "seen_before": plan.seen,
             "leaves": leaves_of(plan.leaves),
+            "strengths": (kept or {}).get("strengths", {}),
             "id": (kept or {}).get("id") or uuid.uuid4().hex,
             "created": (kept or {}).get("created") or now(),
         }
@@ -189,6 +202,9 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         return
 
     run = build(plan, subject, execution, world)
+    loader = make_loader(plan, execution, world)
+    if open_strengths(run):
+        yield from _settled(plan, run, loader, kept)
     checkpoints = Checkpoints(home / "checkpoints", None if plan.stage.save.keep == "all" else plan.stage.save.keep)
     trouble: list[str] = []
     newest = checkpoints.newest(trouble.append)
@@ -205,9 +221,10 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
 
     at = checkpoints.place(0)
     keeping = Keeping(fingerprints["stage"], subject.options, sitting(plan, at))
-    stop = yield from _train(plan, run, execution, checkpoints, metrics, interrupt, keeping)
+    about = [about_penalty(penalty) for penalty in anchors_of(run)]
+    stop = yield from _train(plan, run, loader, checkpoints, metrics, interrupt, keeping)
     if stop:
-        _record_stop(home, plan, kept, fingerprints, execution, counts, run, command, world)
+        _record_stop(home, plan, kept, fingerprints, execution, counts, run, command, world, about)
         yield Stopped(run.step, plan.steps)
         return
 
@@ -239,6 +256,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     record |= {
         "status": "finished" if gate is None or gate["passed"] else "gate-failed",
         "finished": now(),
+        "penalties": about,
         "achieved": achieved(home, plan, trained, by_source, plan.steps),
         "seen": seen_after(plan, by_source),
         "scores": {
@@ -255,10 +273,24 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     yield Finished(read_record(home), home)
 
 
+def _settled(plan: Plan, run: Run, loader: Loader, kept: dict[str, Any]) -> Iterator[Event]:
+    """Give every penalty its strength: the one that is kept of this run, or one that is found now and kept."""
+    if not kept["strengths"]:
+        yield Doing("finding how strong the penalties are to be")
+        rates = [plan.schedule(step) for step in range(1, plan.steps + 1)]
+        kept["strengths"] = find_strengths(run, loader, rates, make_optimizer(plan, run.weights))
+        if run.world.main:
+            write_atomically(plan.output / PLAN, json.dumps(kept, indent=1))
+        run.world.wait()
+        for line in strength_lines(kept["strengths"]):
+            yield Said(line)
+    settle(run, kept["strengths"])
+
+
 def _train(
     plan: Plan,
     run: Run,
-    execution: Execution,
+    loader: Loader,
     checkpoints: Checkpoints,
     metrics: Metrics,
     interrupt: Interrupt,
@@ -269,7 +301,6 @@ def _train(
     looks = look_steps(plan.stage.evaluation.every, plan.steps, plan.tokens)
     saves = save_steps(plan.stage.save.every, plan.steps, plan.tokens)
     quick = [h.first(plan.stage.evaluation.during_tokens) for h in plan.held_out]
-    loader = make_loader(plan, execution, world)
 
     def look(sets: Sequence[AnyHeldOut]) -> measure.AllScores:
         with run.weights.full_precision():
@@ -295,7 +326,7 @@ def _train(
     start = measure.read_scores(start_file)
     if run.step == 0 and world.main:
         metrics.write(measure.evaluation_row(0, 0, quick, start, start, plan.vocabulary))
-    saved_at = run.step
+    saved_at, told = run.step, False
     for report in steps(run, loader, plan.steps):
         seconds = pace.step(report.tokens)
         if world.main:
@@ -311,9 +342,13 @@ def _train(
                     "by_source": report.by_source,
                     "rate": report.rate,
                     "grad_norm": report.gradient_norm,
+                    **({} if report.push is None else {"push": report.push}),
                     "seconds": round(seconds, 4),
                 }
             )
+        if not told and (warning := too_strong(report)):
+            told = True
+            yield Warned(warning)
         yield Stepped(report, seconds, pace.rate, pace.left((plan.steps - report.step) * report.tokens))
         if report.step in looks:
             row = measure.evaluation_row(report.step, report.trained, quick, start, look(quick), plan.vocabulary)
@@ -419,6 +454,7 @@ def _record_stop(
     run: Run,
     command: str,
     world: World,
+    penalties: list[dict[str, Any]],
 ) -> None:
     """Leave a record of a run that was stopped, so that it can be reported on."""
     if not world.main:
@@ -429,6 +465,7 @@ def _record_stop(
     record |= {
         "status": "stopped",
         "finished": now(),
+        "penalties": penalties,
         "achieved": achieved(home, plan, run.trained, by_source, run.step),
         "seen": seen_after(plan, by_source),
         "scores": {"before": {n: v.summary() for n, v in before.items()}, "after": {}},

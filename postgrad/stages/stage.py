@@ -19,6 +19,7 @@ from postgrad.lineage.fingerprint import fingerprint
 from postgrad.stages.amounts import Amount, Beta, Length, Part, Positive, Share
 from postgrad.stages.mixing import AnyMixing, completed
 from postgrad.stages.objectives import AnyObjective
+from postgrad.stages.penalties import AnyPenalty
 from postgrad.stages.schedules import AnySchedule
 from postgrad.stages.tunings import AnyTuning, FullTuning
 
@@ -309,6 +310,8 @@ class Stage(Part):
     """How the weights are moved."""
     objectives: list[AnyObjective] = []
     """What a token is worth; left out: what the start model was made with (a decoder: next-token)."""
+    penalties: list[AnyPenalty] = []
+    """What pulls the weights back to where they were."""
     tuning: AnyTuning = FullTuning(kind="full")
     """Which weights move."""
     evaluation: Evaluation = Evaluation()

@@ -13,7 +13,7 @@ Weights that a tuning holds fast need no master: they are held in the compute dt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from postgrad.models.model import Model
 from postgrad.models.pretrained import table_of
+from postgrad.penalties.penalty import Decay
 from postgrad.tuning.tuning import Tuning
 
 Moments = dict[str, Tensor]
@@ -193,12 +194,14 @@ class AdamW:
         eps: float,
         weight_decay: float,
         decay_tables: bool = False,
+        decays: Sequence[Decay] = (),
     ) -> None:
+        """`decays`: what else pulls in the step itself, beside `weight_decay`."""
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for w in weights.all:
-            decays = w.master.ndim >= 2 and (decay_tables or not w.table)
-            groups.setdefault((weight_decay if decays else 0.0, w.rate_factor), []).append(w.master)
-        self.weights = weights
+            shrinks = w.master.ndim >= 2 and (decay_tables or not w.table)
+            groups.setdefault((weight_decay if shrinks else 0.0, w.rate_factor), []).append(w.master)
+        self.weights, self.decays = weights, decays
         self.inner = torch.optim.AdamW(
             [
                 {"params": masters, "weight_decay": decay, "rate_factor": factor}
@@ -212,6 +215,8 @@ class AdamW:
 
     def step(self, rate: float) -> None:
         """Move the weights by one update at this learning rate, and forget the gradients."""
+        for decay in self.decays:
+            decay.decay(rate)
         for group in self.inner.param_groups:
             group["lr"] = rate * group["rate_factor"]
         self.inner.step()

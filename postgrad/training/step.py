@@ -40,7 +40,10 @@ class Run:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did: mean losses per trained token in nats, the rate, the gradient's norm before clipping."""
+    """What a step did: mean losses per trained token in nats, the rate, the gradient's norm before clipping.
+
+    `push`: the norm of the losses' gradient alone, where penalties pull against it.
+    """
 
     step: int
     tokens: int
@@ -51,6 +54,7 @@ class StepReport:
     by_source: dict[str, tuple[float, int]]
     rate: float
     gradient_norm: float
+    push: float | None = None
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
@@ -87,6 +91,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
 
     run.world.total(sums)
     run.world.total(by_source)
+    push = float(run.weights.gradient_norm()) if run.penalties else None
     pulls = {penalty.name: float(penalty()) for penalty in run.penalties}
     norm = run.weights.gradient_norm()
     loss, gradient_norm = float(sums.sum()) / counted, float(norm)
@@ -115,6 +120,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         by_source={name: (float(by_source[k]), int(counts[k])) for k, name in enumerate(run.sources) if counts[k]},
         rate=rate,
         gradient_norm=gradient_norm,
+        push=push,
     )
 
 

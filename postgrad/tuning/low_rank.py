@@ -32,11 +32,14 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError, nearest
 from postgrad.tuning.besides import Besides
+from postgrad.tuning.change import LowRankChange, Moved, RescaledChange
 from postgrad.tuning.peft_folder import read_lora, write_lora
 from postgrad.tuning.quantised import Precision, is_quantised, quantiser
 from postgrad.tuning.targets import is_transposed, resolve, short_names
@@ -207,6 +210,21 @@ class LowRank(Tuning):
     def directions(self) -> dict[str, nn.Parameter]:
         """My A's (R, I), which training moves, by the name of their layer: the inputs that I react to."""
         return {name: _weight(layer.lora_A, self.adapter) for name, layer in self._layers.items()}
+
+    def changes(self) -> dict[str, Moved]:
+        """Of every layer, what A and B (dora: and the magnitudes) make of its weight."""
+        return {f"{name}.base_layer.weight": self._change(name, layer) for name, layer in self._layers.items()}
+
+    def _change(self, name: str, layer: Layer) -> Moved:
+        base, scale = _base(layer), float(layer.scaling[self.adapter])
+        transposed = is_transposed(base)
+        a_RI, b_OR = _weight(layer.lora_A, self.adapter), _weight(layer.lora_B, self.adapter)
+        shape = (a_RI.shape[1], b_OR.shape[0]) if transposed else (b_OR.shape[0], a_RI.shape[1])
+        if self.form == "dora":
+            held = RescaledChange(scale, lambda: _whole_weight(base), transposed)
+            return Moved(held, (a_RI, b_OR, _weight(layer.lora_magnitude_vector, self.adapter)), shape)
+        start = tuple(self._starts[f"{name}.start_{part}.weight"] for part in "AB") if self._starts else None
+        return Moved(LowRankChange(scale, transposed, start), (a_RI, b_OR), shape)  # type: ignore[bad-argument-type]
 
     # -- how it is made
 
@@ -424,6 +442,12 @@ def _weight(part: nn.ModuleDict, adapter: str) -> nn.Parameter:
 def _base(module: nn.Module) -> Any:
     """A layer without the adapters around it."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _whole_weight(base: Any) -> Tensor:
+    """A layer's weight as it is held, whole and not quantised."""
+    weight = dequantize_module_weight(base).detach() if is_quantised(base) else base.weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 # -- names

@@ -18,7 +18,7 @@ Legend: O outputs and I inputs of a layer, H directions kept, L directions train
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
 from postgrad.tuning.besides import Besides
+from postgrad.tuning.change import Moved, SubspaceChange
 from postgrad.tuning.quantised import is_quantised
 from postgrad.tuning.targets import is_transposed, resolve, short_names
 from postgrad.tuning.tuning import PeftFolder, Published, Tuning, take, trainable
@@ -153,6 +154,10 @@ class OrthogonalSubspace(Tuning):
         }
         return PeftFolder(config | {"peft_type": "OSF"}, state)
 
+    def changes(self) -> dict[str, Moved]:
+        """Of every layer, what the trained directions make of its weight."""
+        return {f"{name}.base_layer.weight": layer.change() for name, layer in self._layers.items()}
+
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of `state`, which training and `load` change."""
         found = {
@@ -192,6 +197,21 @@ class _Layer(Linear):
         in_MI = torch.cat([v_LI, v0_LI]).to(x.dtype)
         return plain + nn.functional.linear(nn.functional.linear(x, in_MI), out_OM)
 
+    def change(self) -> Moved:
+        """What the trained directions make of the weight; gradients of theirs are projected as `forward` projects them."""
+        own = self.tensors()
+        u0_OL, s0_L, v0_LI = (own[f"start.{factor}"] for factor in FACTORS)
+
+        def side(high: Tensor | None, low: Tensor) -> Callable[[Tensor], Tensor]:
+            basis = low if high is None else high
+            return lambda gradient: projected(gradient, basis, off=high is not None)
+
+        left = side(own.get("U_high"), u0_OL)
+        right = side(own["V_high"].T if "V_high" in own else None, v0_LI.T)
+        change = SubspaceChange((u0_OL, s0_L, v0_LI), (left, lambda gradient_LI: right(gradient_LI.T).T))
+        trained: Any = self.osf_svd_params[ADAPTER]
+        return Moved(change, tuple(trained[factor] for factor in FACTORS), (u0_OL.shape[0], v0_LI.shape[1]))
+
     def tensors(self) -> dict[str, Tensor]:
         """What is trained, what it started from, and the directions kept, where the start does not say them."""
         trained: Any = self.osf_svd_params[ADAPTER]
@@ -222,9 +242,14 @@ class _Projected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[bad-override]  # torch's is (*Any)
         (basis,) = ctx.saved_tensors
-        exact = gradient.to(basis.dtype)
-        within = basis @ (basis.T @ exact)
-        return (exact - within if ctx.off else within).to(gradient.dtype), None, None
+        return projected(gradient, basis, off=ctx.off), None, None
+
+
+def projected(gradient: Tensor, basis: Tensor, *, off: bool) -> Tensor:
+    """A gradient projected onto the span of an orthonormal basis, or off it."""
+    exact = gradient.to(basis.dtype)
+    within = basis @ (basis.T @ exact)
+    return (exact - within if off else within).to(gradient.dtype)
 
 
 def _kept(name: str, layer: nn.Module, effective_rank: float) -> int:

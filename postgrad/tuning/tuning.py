@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
+from postgrad.tuning.change import Moved
 
 
 class Published(NamedTuple):
@@ -102,6 +103,10 @@ class Tuning(ABC):
     def peft(self) -> PeftFolder | None:
         """The same in PEFT's format; None for a kind that PEFT cannot load."""
         return None
+
+    def changes(self) -> dict[str, Moved]:
+        """The weights of the base that tensors of mine change, by the names that they have in the model now."""
+        return {}
 
     def rate_factor(self, name: str) -> float:
         """What the learning rate of a parameter is multiplied by."""

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from postgrad.lineage.record import read_record
+from postgrad.models.pretrained import load, locate
+from postgrad.penalties.importance import About, write_importance
 from postgrad.stages.run import Began, run_stage
 from postgrad.training.meters import read_metrics
+from postgrad.tuning.opened import start_fingerprint
 from tests.conftest import StageOf
 from tests.stages.test_run import plan_of
 
@@ -64,3 +68,53 @@ def test_two_ranks_make_the_steps_of_one(
     began = next(event for event in resumed if isinstance(event, Began))
     assert 0 < began.step < began.plan.steps
     assert losses(home) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+PENALTIES: list[dict[str, Any]] = [
+    {"penalties": [{"kind": "anchor", "strength": 2.0}]},
+    {"penalties": [{"kind": "anchor", "strength": 2.0, "storage": "mapped", "only": ["model.layers.0"]}]},
+    {"penalties": [{"kind": "anchor", "strength": 5.0, "decoupled": True}]},
+    {"penalties": [{"kind": "anchor", "strength": "auto"}], "tuning": {"kind": "lora", "rank": 4}},
+    {"penalties": [{"kind": "anchor", "strength": 2.0}], "tuning": {"kind": "lora", "rank": 4, "form": "dora"}},
+    {"penalties": [{"kind": "anchor", "strength": 2.0}], "tuning": {"kind": "osf"}},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("weighed", [False, True], ids=["l2-sp", "ewc"])
+@pytest.mark.parametrize("case", PENALTIES, ids=["full", "mapped", "decoupled", "lora", "dora", "osf"])
+def test_penalties_pull_on_two_ranks_as_on_one(
+    case: dict[str, Any], weighed: bool, base: Path, stage_of: StageOf, cache: Path, tmp_path: Path
+) -> None:
+    if weighed:
+        case = {**case, "penalties": [{**case["penalties"][0], "importance": str(drawn(base, tmp_path))}]}
+    changes = {**case, "tokens": 2000, "batch": {"sequences": 8, "micro": 2}}
+    alone = stage_of(output=str(tmp_path / "one"), **changes)
+    list(run_stage(plan_of(alone, cache), command="test", cache=cache))
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(stage_of(output=str(tmp_path / "two"), **changes)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--standalone", "-m", "postgrad", "train", str(file)]
+    environment = {**os.environ, "POSTGRAD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    pulls = [
+        [row["penalties"]["anchor"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if row["kind"] == "step"]
+        for name in ("one", "two")
+    ]
+    assert pulls[1] == pytest.approx(pulls[0], rel=1e-4, abs=1e-9)
+    assert pulls[0][-1] > 0
+    one, two = (read_record(tmp_path / name)["penalties"][0] for name in ("one", "two"))
+    assert two["strength"] == pytest.approx(one["strength"], rel=1e-2)  # three digits of it are kept
+
+
+def drawn(base: Path, home: Path) -> Path:
+    """Importance of the tests' model, drawn at random."""
+    start = locate(str(base / "base"), base)
+    generator = torch.Generator().manual_seed(3)
+    made = {n: torch.rand(p.shape, generator=generator) for n, p in load(start).model.named_parameters()}
+    about = About("fisher", "token", 100, "base", start_fingerprint(start), 0.5)
+    write_importance(home / "importance.safetensors", made, about, torch.float32)
+    return home / "importance.safetensors"

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 import postgrad
 from postgrad.errors import StageError
 from postgrad.models.pretrained import Start
-from postgrad.stages import mixing, objectives, schedules, tunings
+from postgrad.stages import mixing, objectives, penalties, schedules, tunings
 from postgrad.stages import stage as s
 from postgrad.stages.amounts import Part, in_steps
 from postgrad.stages.parsing import json_schema, load_stage, parse_stage
@@ -463,7 +463,7 @@ def test_the_schema_refuses_what_the_tool_refuses() -> None:
 
 def parts(model: type[BaseModel]) -> list[type[BaseModel]]:
     """A model and all models its fields are made of."""
-    homes = (s, schedules, objectives, tunings, mixing)
+    homes = (s, schedules, objectives, penalties, tunings, mixing)
     known = {v for home in homes for v in vars(home).values() if inspect.isclass(v) and issubclass(v, Part)}
     found = [model]
     for here in found:  # grows while it is walked
@@ -517,7 +517,7 @@ OTHER: dict[str, Any] = {
     "data.sources.1.role": "new", "batch.sequences": 16, "batch.micro": 2, "schedule.peak": 1, "schedule.floor": 0,
     "schedule.warmup": "2%", "schedule.start": 1e-7, "schedule.kind": "linear", "optimizer.betas": [0.9, 0.99],
     "optimizer.eps": 1e-6, "optimizer.weight_decay": 0, "optimizer.clip": 2, "optimizer.moments": "keep",
-    "optimizer.decay_tables": True, "tuning": {"kind": "norm"},
+    "optimizer.decay_tables": True, "penalties": [{"kind": "anchor", "strength": 1}], "tuning": {"kind": "norm"},
     "objectives": [{"kind": "next-token", "weight": 2}], "evaluation.retained": [], "evaluation.learned": ["x"],
     "evaluation.every": "20%", "evaluation.during_tokens": 5, "evaluation.max_tokens": 5, "evaluation.samples": 0,
     "save.dtype": "float32", "compute.dtype": "float32", "compute.compile": True, "compute.attention": "eager",

@@ -1,0 +1,119 @@
+"""How does the importance of weights lie in a file, and is it that of these weights?
+
+A safetensors file with one tensor a weight, by the names that weights have in the plain model, and in its metadata what the
+numbers are: kind, convention, tokens, the model they were measured on, and how far two halves of the text agree.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from postgrad.errors import DataError
+
+FORMAT = 1
+KEY = "importance"
+Kind = Literal["fisher", "empirical", "mas"]
+SAYS: dict[Kind, str] = {
+    "fisher": "the diagonal Fisher information, labels drawn from the model",
+    "empirical": "squared gradients of the text's own labels, sample by sample: biased, small where the text is known",
+    "mas": "the size of the gradient of the squared norm of the logits, sample by sample",
+}
+
+
+@dataclass(frozen=True)
+class About:
+    """What a file of importance says of itself."""
+
+    kind: Kind
+    per: str
+    """What the sums are divided by: `token` (each trained token), or `label` (of a classifier)."""
+    tokens: int
+    """How many of them were looked at."""
+    model: str
+    fingerprint: str | None
+    """Of the model that it was measured on; None for a model that is known by a name alone."""
+    mean: float
+    """Over all weights."""
+    convergence: list[dict[str, float]] = field(default_factory=list)
+    onto: dict[str, Any] | None = None
+    """Of a decayed sum (online EWC): what the older importance said of itself, and `decay`."""
+
+
+class ImportanceFile:
+    """A file of importance; its tensors are mapped, not read."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `DataError` when it cannot be read, or holds something else."""
+        self.path = path
+        try:
+            self._file = safe_open(path, "pt")
+            metadata = self._file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"the importance cannot be read: {error}",
+                where=str(path),
+                expected="a file that `postgrad importance` wrote",
+            ) from error
+        self.about = _about(metadata.get(KEY), path)
+        self.names = frozenset(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight's importance."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The importance of a weight, as it is stored."""
+        return self._file.get_tensor(name)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight's importance, one after the other."""
+        for name in sorted(self.names):
+            yield name, self[name]
+
+
+def _about(said: str | None, path: Path) -> About:
+    try:
+        found = json.loads(said or "")
+        if found.pop("format") != FORMAT:
+            raise ValueError("another format")
+        return About(**found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            "the file does not say what importance it holds",
+            where=str(path),
+            expected="a file that `postgrad importance` of this version wrote",
+        ) from error
+
+
+def write_importance(path: Path, tensors: Mapping[str, Tensor], about: About, dtype: torch.dtype) -> None:
+    """Write importance in `dtype`. Raises `OSError`."""
+    kept = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    save_file(kept, path, metadata={KEY: json.dumps({"format": FORMAT, **asdict(about)}, sort_keys=True)})
+
+
+def added_onto(old: ImportanceFile, new: Mapping[str, Tensor], decay: float) -> dict[str, Tensor]:
+    """`decay * old + new`, weight by weight: online EWC (Schwarz et al. 2018, arXiv 1805.06370, section 4).
+
+    Raises `DataError` when the two are not of the same weights; both shapes are named.
+    """
+    missing, unknown = sorted(new.keys() - old.names), sorted(old.names - new.keys())
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which this model has not"
+        raise DataError(f"the older importance {what}", where=str(old.path), expected="importance of the same weights")
+    for name, tensor in new.items():
+        if old.shape(name) != tuple(tensor.shape):
+            raise DataError(
+                f"the older importance of {name} has the shape {old.shape(name)}, and this model's {tuple(tensor.shape)}",
+                where=str(old.path),
+                expected="importance of the same weights",
+            )
+    return {name: decay * old[name].to(tensor.device, torch.float32) + tensor for name, tensor in new.items()}

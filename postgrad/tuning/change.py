@@ -1,0 +1,150 @@
+"""What has a tuning made of a weight of the base, and what does a pull on that weight mean for the tuning's own tensors?
+
+Each class is a change of one weight W as functions of the values of the tensors that move: what is added to W, and the chain
+rule from a gradient of W to gradients of them. A tuning says its changes with the tensors they are made of.
+
+Legend: O outputs and I inputs of a layer, R rank of an update, L trained directions; W is (O, I), or (I, O) where it is kept
+transposed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class Change(ABC):
+    """How tensors change a weight, as functions of their values."""
+
+    @abstractmethod
+    def delta(self, values: Sequence[Tensor]) -> Tensor:
+        """What is added to the weight, of its shape."""
+
+    @abstractmethod
+    def chain(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+        """The gradient of each tensor, when `gradient` is that of the weight, of its shape."""
+
+    def square(self, values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """`sum delta^2`, and the gradient of half of it for each tensor."""
+        delta = self.delta(values)
+        return delta.square().sum(), self.chain(values, delta)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A change of a weight, the parameters that make it, and the weight's shape (a quantised one has another in memory)."""
+
+    change: Change
+    parameters: tuple[nn.Parameter, ...]
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LowRankChange(Change):
+    """`s (B A - B0 A0)`: LoRA, and PiSSA, which begins at a start that is taken away. Values: A (R, I), B (O, R)."""
+
+    scale: float
+    transposed: bool = False
+    start: tuple[Tensor, Tensor] | None = None
+    """A0 and B0."""
+
+    def delta(self, values: Sequence[Tensor]) -> Tensor:
+        """The update, of the weight's shape."""
+        left_OK, right_KI = self._factors(values)
+        return _laid(self.scale * left_OK @ right_KI, self.transposed)
+
+    def chain(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+        """`s B^T G` and `s G A^T`."""
+        a_RI, b_OR = values
+        gradient_OI = _laid(gradient, self.transposed)
+        return [self.scale * b_OR.T @ gradient_OI, self.scale * gradient_OI @ a_RI.T]
+
+    def square(self, values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The same without ever making a matrix of O x I: `|L M|^2 = sum (L^T L) * (M M^T)`."""
+        a_RI, b_OR = values
+        left_OK, right_KI = self._factors(values)
+        inner_KK, outer_KK = left_OK.T @ left_OK, right_KI @ right_KI.T
+        scale = self.scale**2
+        gradient_A_RI = scale * (b_OR.T @ left_OK) @ right_KI
+        gradient_B_OR = scale * left_OK @ (right_KI @ a_RI.T)
+        return scale * (inner_KK * outer_KK).sum(), [gradient_A_RI, gradient_B_OR]
+
+    def _factors(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """L (O, K) and M (K, I) with `delta = s L M`."""
+        a_RI, b_OR = values
+        if self.start is None:
+            return b_OR, a_RI
+        # B A - B0 A0 = (B - B0) A + B0 (A - A0), where nothing large cancels.
+        a0_RI, b0_OR = (t.to(a_RI.device) for t in self.start)
+        return torch.cat([b_OR - b0_OR, b0_OR], 1), torch.cat([a_RI, a_RI - a0_RI])
+
+
+@dataclass(frozen=True)
+class RescaledChange(Change):
+    """`m V / |V| - W` with `V = W + s B A`, the norm taken over each row: DoRA. Values: A (R, I), B (O, R), m (O).
+
+    The gradient is the written term's, also through the norm, which the forward pass takes as a constant.
+    """
+
+    scale: float
+    weight: Callable[[], Tensor]
+    """W as it is held, whole."""
+    transposed: bool = False
+
+    def delta(self, values: Sequence[Tensor]) -> Tensor:
+        """The change, of the weight's shape: `(m / |V| - 1) W + m / |V| s B A`, where nothing large cancels."""
+        a_RI, b_OR, m_O = values
+        weight_OI, update_OI, norm_O1 = self._parts(a_RI, b_OR)
+        grown_O1 = (m_O[:, None] - norm_O1) / norm_O1
+        return _laid(grown_O1 * weight_OI + (grown_O1 + 1) * update_OI, self.transposed)
+
+    def chain(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+        """`dV = m / |V| (G - U <G, U>)` row by row with U = V / |V|, from there as for LoRA; `dm = <G, U>`."""
+        a_RI, b_OR, m_O = values
+        weight_OI, update_OI, norm_O1 = self._parts(a_RI, b_OR)
+        direction_OI = (weight_OI + update_OI) / norm_O1
+        gradient_OI = _laid(gradient, self.transposed)
+        along_O1 = (gradient_OI * direction_OI).sum(1, keepdim=True)
+        across_OI = m_O[:, None] / norm_O1 * (gradient_OI - direction_OI * along_O1)
+        return [self.scale * b_OR.T @ across_OI, self.scale * across_OI @ a_RI.T, along_O1[:, 0]]
+
+    def _parts(self, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W, s B A, and |W + s B A|."""
+        weight_OI = _laid(self.weight().to(a_RI.dtype), self.transposed)
+        update_OI = self.scale * b_OR @ a_RI
+        return weight_OI, update_OI, torch.linalg.vector_norm(weight_OI + update_OI, dim=1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class SubspaceChange(Change):
+    """`U S V - U0 S0 V0`: orthogonal subspace fine-tuning. Values: U (O, L), S (L), V (L, I).
+
+    Gradients of U and V are projected as those of the loss are.
+    """
+
+    start: tuple[Tensor, Tensor, Tensor]
+    """U0, S0 and V0."""
+    project: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+    """What becomes of a gradient of U (O, L), and of one of V (L, I)."""
+
+    def delta(self, values: Sequence[Tensor]) -> Tensor:
+        """The update (O, I): `(U S - U0 S0) V + U0 S0 (V - V0)`, where nothing large cancels."""
+        u_OL, s_L, v_LI = values
+        u0_OL, s0_L, v0_LI = (t.to(u_OL) for t in self.start)
+        return (u_OL * s_L - u0_OL * s0_L) @ v_LI + (u0_OL * s0_L) @ (v_LI - v0_LI)
+
+    def chain(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+        """`G V^T S`, `diag(U^T G V^T)` and `S U^T G`, the first and last projected."""
+        u_OL, s_L, v_LI = values
+        gradient_OL, gradient_LI = gradient @ v_LI.T, u_OL.T @ gradient
+        along_L = (u_OL * gradient_OL).sum(0)
+        return [self.project[0](gradient_OL * s_L), along_L, self.project[1](s_L[:, None] * gradient_LI)]
+
+
+def _laid(matrix: Tensor, transposed: bool) -> Tensor:
+    """From the weight's layout to (O, I), or back."""
+    return matrix.T if transposed else matrix
