@@ -17,7 +17,7 @@ class AnchorPenalty(Part):
     """Factor, per trained token; with the Fisher information about old tokens / new tokens. auto: found by a few steps before
     the training."""
     importance: str | None = None
-    """A file of `postgrad importance`: how much each weight matters; left out: all alike."""
+    """A file that the verb `importance` wrote: how much each weight matters; left out: all alike."""
     normalise: bool = False
     """Divide the importance by its mean over the weights that are held, so that strengths compare with those without one."""
     reference: str = "start"
