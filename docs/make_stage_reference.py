@@ -59,6 +59,8 @@ PARTS = (
     ("TextToTextObjective", "`objectives[]`: `text-to-text`"),
     ("ClassifyObjective", "`objectives[]`: `classify`"),
     ("AnchorPenalty", "`penalties[]`: `anchor`"),
+    ("JoinedLayers", "`objectives[].layers` of `classify`"),
+    ("DecidingHead", "`objectives[].head` of `classify`"),
     ("FullTuning", "`tuning`: `full`"),
     ("HeadTuning", "`tuning`: `head`"),
     ("BlocksTuning", "`tuning`: `blocks`"),

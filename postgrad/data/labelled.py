@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -61,8 +61,7 @@ class Examples:
         self.split_R = np.array([_split(store, *place) for place in texts.places()], np.int64)
         whole_R, rest_R = self.split_R - texts.start_N, texts.stop_N - self.split_R
         room_R = np.where(rest_R > 0, length - frame.size(2), length - frame.size(1))
-        self.first_R = np.minimum(whole_R, np.maximum(room_R - rest_R, -(-room_R // 2)))
-        self.second_R = np.minimum(rest_R, room_R - self.first_R)
+        self.first_R, self.second_R = shared_room(whole_R, rest_R, room_R)
         cut = int((whole_R + rest_R - self.first_R - self.second_R).sum())
         placed = int((texts.stop_N + texts.ended_N).sum()) - cut
         self.ledger = ledger_of(kept, placed=placed, truncated=cut, trained=len(self.document_R))
@@ -76,6 +75,12 @@ class Examples:
         first_T = self.store.read(document, start, start + int(self.first_R[row]))
         second = int(self.second_R[row])
         return self.frame.around(first_T, self.store.read(document, split, split + second) if second else None)
+
+
+def shared_room(first: Any, second: Any, room: Any) -> tuple[Any, Any]:
+    """How much of two texts (numbers, or arrays of them) is kept: the longer is cut until both are alike, then both."""
+    kept = np.minimum(first, np.maximum(room - second, -(-room // 2)))
+    return kept, np.minimum(second, room - kept)
 
 
 def _split(store: Marked, document: int, start: int, stop: int) -> int:

@@ -636,7 +636,7 @@ def _encode_examples(batch: _Batch, tokenizer: Tokenizer, encoder: Encoder, rend
         met = [next(parts) for _ in _texts(each)]
         spans = [each.pieces] if each.joint else [(piece,) for piece in each.pieces]
         own = np.concatenate([each_ids for each_ids, _ in met])
-        its = np.concatenate([_marks(span, ends, each.words) for span, (_, ends) in zip(spans, met, strict=True)])
+        its = np.concatenate([marks_of(span, ends, each.words) for span, (_, ends) in zip(spans, met, strict=True)])
         others = np.flatnonzero(own != encoder.eos)
         stop = int(others[-1]) + 1 if len(others) else 0
         start = 0
@@ -690,7 +690,7 @@ def _tokens(texts: list[str], tokenizer: Tokenizer, batch: _Batch) -> list[tuple
     ]
 
 
-def _marks(pieces: Sequence[tuple[str, int]], places: np.ndarray, words: bool) -> np.ndarray:
+def marks_of(pieces: Sequence[tuple[str, int]], places: np.ndarray, words: bool) -> np.ndarray:
     """The mark of each token, `places` being its characters: the greatest of its pieces' marks.
 
     With `words` only the first token that a piece has any character of, unless an earlier piece has it already.

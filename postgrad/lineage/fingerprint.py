@@ -9,7 +9,7 @@ from typing import Any
 
 from postgrad.publish import sha256
 
-MODEL_FILES = ("config.json", "tuning.json", "adapter_config.json", "*.safetensors")
+MODEL_FILES = ("config.json", "task_layer.json", "tuning.json", "adapter_config.json", "*.safetensors")
 
 
 def fingerprint(value: Any) -> str:

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError
+from postgrad.models.representation import Representation, described, model_class
 
 transformers_logging.disable_progress_bar()
 
@@ -188,12 +189,22 @@ class TaskLayer:
     """What a classifier decides between. `problem` is what transformers calls it; `seed` draws a new layer.
 
     `pad`: the id that fills short rows; a decoder that classifies finds the end of a text by it.
+    `form`: what the layer reads of the backbone; None: as transformers' own classifier of the family does.
     """
 
     labels: tuple[str, ...]
     problem: Literal["single_label_classification", "multi_label_classification", "regression"]
     pad: int
     seed: int = 0
+    form: Representation | None = None
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> TaskLayer:
+        """From plain data, as `asdict` gives it."""
+        form = said.get("form")
+        return cls(
+            tuple(said["labels"]), said["problem"], said["pad"], said["seed"], Representation.of(form) if form else None
+        )
 
     def options(self) -> dict[str, Any]:
         """As the configuration of a model has it."""
@@ -207,7 +218,10 @@ class TaskLayer:
 
 
 def task_of(start: Start) -> Task:
-    """What a model folder is for, by the architecture that its configuration names."""
+    """What a model folder is for, by its task layer, or the architecture that its configuration names."""
+    form = described(start.folder)
+    if form:
+        return "tag" if form.pooling is None else "classify"
     return task_of_config(AutoConfig.from_pretrained(start.source))
 
 
@@ -255,7 +269,10 @@ def load(
             warnings.simplefilter("ignore")
             config = AutoConfig.from_pretrained(start.source)
             refuse_foreign_code(config, start.name)
+            own = described(start.plain.folder)
+            form = layer.form if layer else own if task in ("classify", "tag") else None
             where, make = (start.source, _CLASSES[task]) if state is None else (None, _class_of(config, task))
+            make = model_class(config, form) if form else make
             options = {}
             if layer:
                 torch.manual_seed(layer.seed)

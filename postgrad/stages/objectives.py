@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from postgrad.stages.amounts import Part, Positive, Share
 
@@ -71,14 +71,93 @@ class TextToTextObjective(Objective):
     """Positions of the decoder."""
 
 
+Several = Positive | Annotated[list[int], Field(min_length=1)]
+
+
+class JoinedLayers(Part):
+    """Several layers as one: exactly one of the three, each the last so many layers, or a list of them."""
+
+    sum: Several | None = None
+    """Added up ..."""
+    concat: Several | None = None
+    """... or side by side ..."""
+    mix: Several | None = None
+    """... or as a mean whose weights are learnt (ELMo, Peters et al. 2018)."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> JoinedLayers:
+        if [self.sum, self.concat, self.mix].count(None) != 2:
+            raise ValueError("layers are joined in exactly one way: `sum`, `concat` or `mix`")
+        return self
+
+
+class DecidingHead(Part):
+    """What decides on what is read."""
+
+    kind: Literal["auto", "linear", "mlp", "bilstm"] = "auto"
+    """auto: the backbone's own where everything else is as it has it, else linear; mlp: tanh layers and a linear one."""
+    width: Positive | None = None
+    """Of the tanh layers (left out: as wide as what they read), or of each direction of the BiLSTM (768)."""
+    depth: Positive | None = None
+    """How many tanh layers (left out: one), or layers of the BiLSTM (two, as in BERT's feature-based runs)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Between its layers; left out: the backbone's own, or 10%."""
+
+    @model_validator(mode="after")
+    def _has_its_sizes(self) -> DecidingHead:
+        sizes = {"width": self.width, "depth": self.depth}
+        given = [name for name, value in sizes.items() if value is not None and self.kind in ("auto", "linear")]
+        given += ["dropout"] if self.kind == "auto" and self.dropout is not None else []
+        if given:
+            raise ValueError(f"a head of the kind `{self.kind}` has no `{given[0]}`; say its `kind`")
+        return self
+
+
+def _layers(value: Any) -> str:
+    """Of which sort a choice of layers is: so that a mistake in it is told as one of its sort."""
+    sorts = {str: "word", list: "list", dict: "joined", JoinedLayers: "joined"}
+    return sorts.get(type(value), "number")
+
+
+Word = Literal["auto", "last", "embeddings", "mix"]
+AnyLayers = Annotated[
+    Annotated[Word, Tag("word")]
+    | Annotated[int, Tag("number")]
+    | Annotated[list[int], Field(min_length=1), Tag("list")]
+    | Annotated[JoinedLayers, Tag("joined")],
+    Discriminator(_layers),
+]
+
+
+def _head(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class ClassifyObjective(Objective):
-    """A task layer on the backbone: classes, several classes at once, a number, or tags of words."""
+    """A task layer on the backbone: classes, several classes at once, a number, or tags of words.
+
+    Left alone, it is the one that transformers has for the backbone. Layer 0 is what the embeddings give, 1 what the
+    first block gives; negative numbers count from the top.
+    """
 
     kind: Literal["classify"]
     labels: list[str] | None = None
     """The classes; left out: those that occur in the training rows."""
     problem: Literal["auto", "class", "multi", "number", "tags"] = "auto"
     """auto: by the rows: tags for words, multi for lists of labels, a number for fractions, else one class."""
+    layers: AnyLayers = "auto"
+    """What is read: a layer, several side by side, or joined otherwise; mix: of all. auto: the last, or what the start
+    model's own task layer reads."""
+    pooling: Literal["auto", "first", "mean", "max", "last"] = "auto"
+    """How the real tokens of a text become one vector (tags have none). auto: as the backbone's own classifier has it, else
+    by its kind: an encoder's first, a decoder's last, the mean of an encoder-decoder's encoder."""
+    stack: Literal["auto", "encoder", "decoder"] = "auto"
+    """Which half of an encoder-decoder is read. auto: the encoder, but where all is auto as transformers' own classifier."""
+    head: Annotated[
+        DecidingHead,
+        BeforeValidator(_head, json_schema_input_type=Literal["auto", "linear", "mlp", "bilstm"] | DecidingHead),
+    ] = DecidingHead()
+    """What decides: `linear`, `mlp` or `bilstm`, or a mapping with its sizes."""
 
 
 AnyObjective = Annotated[

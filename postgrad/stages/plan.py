@@ -18,6 +18,7 @@ from postgrad.data.tokenize import Encoder
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.held_out import AnyHeldOut
 from postgrad.models.pretrained import Start, Task, TaskLayer, load_tokenizer
+from postgrad.models.representation import Representation
 from postgrad.objectives.decisions import Problem
 from postgrad.stages import stage as s
 from postgrad.stages.fresh import made_note, start_of
@@ -29,6 +30,7 @@ from postgrad.stages.objectives import AnyObjective, PrefixLMObjective
 from postgrad.stages.order import make_order
 from postgrad.stages.rates import make_schedule
 from postgrad.stages.reading import Reading, make_reading
+from postgrad.stages.representation import form_for
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     task = task_for(objectives, start)
     if labels and labels.problem == "tags" and task == "classify":
         task = "tag"
+    form = form_for(objectives, start, task)
     reading = make_reading(task, start, tokenizer, encoder, length=length, seed=stage.seed, tuning=stage.tuning)
     problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
     demonstrated = demonstrating(stage, wanted, reading)
@@ -212,7 +215,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         objectives=objectives,
         weighed=tuple((leaf.wanted.objective,) for leaf in leaves),
         problem=problem,
-        layer=_task_layer(labels, reading.pad, stage.seed) if task in ("classify", "tag") else None,
+        layer=_task_layer(labels, reading.pad, stage.seed, form) if task in ("classify", "tag") else None,
         reading=reading,
         mixture=mixture,
         steps=steps,
@@ -280,12 +283,12 @@ _PROBLEMS = {
 }
 
 
-def _task_layer(labels: Labels | None, pad: int, seed: int) -> TaskLayer | None:
+def _task_layer(labels: Labels | None, pad: int, seed: int, form: Representation | None) -> TaskLayer | None:
     """The task layer of a classifier; a number is what its only output says."""
     if labels is None:
         return None
     names = tuple(str(name) for name in labels.names) or ("number",)
-    return TaskLayer(names, _PROBLEMS[labels.problem], pad, seed)  # type: ignore[arg-type]
+    return TaskLayer(names, _PROBLEMS[labels.problem], pad, seed, form)  # type: ignore[arg-type]
 
 
 def _has_retained(stage: s.Stage) -> bool:

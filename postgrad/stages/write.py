@@ -31,6 +31,7 @@ from postgrad.models.pretrained import (
     stored_dtype,
     table_of,
 )
+from postgrad.models.representation import described
 from postgrad.publish import publish
 from postgrad.tuning.attach import read_published
 from postgrad.tuning.opened import Opened, open_model, start_fingerprint
@@ -175,7 +176,8 @@ def export_model(
     if difference != 0:
         raise ModelError(f"the exported model's logits differ by {difference:.2g}", where=str(folder))
     size = sum(p.stat().st_size for p in folder.iterdir())
-    text = f"{folder}: {str(wanted).removeprefix('torch.')}, {size:,} bytes; plain transformers reads the same logits\n"
+    reader = "postgrad.load" if described(folder) else "plain transformers"
+    text = f"{folder}: {str(wanted).removeprefix('torch.')}, {size:,} bytes; {reader} reads the same logits\n"
     places = list(opened.frame.before)
     if places:
         said = tokenizer.convert_ids_to_tokens(places)

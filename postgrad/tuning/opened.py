@@ -74,7 +74,7 @@ class Sitting:
             said.get("relative"),
             said.get("fingerprint"),
             said.get("task", "causal"),
-            TaskLayer(tuple(layer["labels"]), layer["problem"], layer["pad"], layer["seed"]) if layer else None,
+            TaskLayer.of(layer) if layer else None,
             Frame(*(tuple(said["frame"][part]) for part in ("before", "between", "after"))),
             said["below"],
             said.get("prefixes", False),
