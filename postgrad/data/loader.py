@@ -4,17 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 from postgrad.data.batch import Batch, collate
 from postgrad.data.mixture import Mixture
-from postgrad.data.rows import Rows
+from postgrad.data.rows import Rows, silenced
+
+
+class Draw(NamedTuple):
+    """A row of a source, and the position of the mixture at which it is read."""
+
+    source: int
+    row: int
+    position: int
+
+
+class MicroBatch(NamedTuple):
+    """A micro-batch before its rows are read: what is drawn, the objectives that weigh it, and whether it counts nothing."""
+
+    draws: Sequence[Draw]
+    objectives: tuple[int, ...]
+    silent: bool = False
 
 
 class Loader:
-    """Micro-batches by step number. The block of the mixture is the global batch; rank r takes its r-th slice.
+    """Micro-batches by step number. The block of the mixture is the global batch; every rank takes an even part of it.
 
-    Rows of different layouts, or weighed by different objectives, never share a micro-batch: a slice is sorted before it is
-    cut. As the loss is a sum that is divided once, this makes no difference to the step.
+    Rows of different layouts, or weighed by different objectives, never share a micro-batch: a global batch is sorted before
+    it is cut. As the loss is a sum that is divided once, this makes no difference to the step. All ranks make equally many
+    micro-batches of each sort, for sharded weights are gathered by all ranks together: where a rank has a row less than
+    another and so would lack one, it computes a row of which nothing counts.
     """
 
     def __init__(
@@ -36,10 +55,9 @@ class Loader:
         if mixture.block % (micro * ranks):
             raise ValueError(f"a global batch of {mixture.block} rows does not part into {ranks} ranks of {micro}")
         self.sources, self.mixture, self.micro = sources, mixture, micro
+        self.rank, self.ranks = rank, ranks
         self.skip, self.pad = skip, pad
         self.objectives = objectives or [(0,)] * len(sources)
-        share = mixture.block // ranks
-        self.begin, self.end = rank * share, (rank + 1) * share
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
@@ -48,18 +66,30 @@ class Loader:
         sources, rows = self.mixture.rows(self.skip + step - 1)
         return list(zip(sources.tolist(), rows.tolist(), strict=True))
 
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """What this rank's micro-batches of a step are made of."""
+        first = (self.skip + step - 1) * self.mixture.block
+        alike: dict[tuple[str, tuple[int, ...]], list[Draw]] = {}
+        for i, (source, row) in enumerate(self.rows(step)):
+            sort = self.sources[source].layout, self.objectives[source]
+            alike.setdefault(sort, []).append(Draw(source, row, first + i))
+        return [part for (_, objectives), draws in sorted(alike.items()) for part in self._parts(draws, objectives)]
+
+    def _parts(self, draws: list[Draw], objectives: tuple[int, ...]) -> list[MicroBatch]:
+        begin, end = (rank * len(draws) // self.ranks for rank in (self.rank, self.rank + 1))
+        parts = [MicroBatch(draws[i : min(i + self.micro, end)], objectives) for i in range(begin, end, self.micro)]
+        most = -(-len(draws) // self.ranks)
+        missing = -(-most // self.micro) - len(parts)
+        return [*parts, *[MicroBatch(draws[:1], objectives, silent=True)] * missing]
+
     def read(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, read now."""
-        first = (self.skip + step - 1) * self.mixture.block
-        mine = [(k, row, first + i) for i, (k, row) in enumerate(self.rows(step))][self.begin : self.end]
-        alike: dict[tuple[str, tuple[int, ...]], list[tuple[int, int, int]]] = {}
-        for draw in mine:
-            alike.setdefault((self.sources[draw[0]].layout, self.objectives[draw[0]]), []).append(draw)
-        return [
-            collate([self.sources[k].at(row, at) for k, row, at in part], [k for k, _, _ in part], objectives, self.pad)
-            for (_, objectives), draws in sorted(alike.items())
-            for part in (draws[i : i + self.micro] for i in range(0, len(draws), self.micro))
-        ]
+        return [self._batch(part) for part in self.micro_batches(step)]
+
+    def _batch(self, part: MicroBatch) -> Batch:
+        rows = [self.sources[draw.source].at(draw.row, draw.position) for draw in part.draws]
+        rows = [silenced(row) for row in rows] if part.silent else rows
+        return collate(rows, [draw.source for draw in part.draws], part.objectives, self.pad)
 
     def __call__(self, step: int, *, last: int | None = None) -> list[Batch]:
         """This rank's micro-batches of a step; the next step is read meanwhile (unless `step` is the `last`)."""

@@ -39,6 +39,12 @@ class Row(NamedTuple):
     counted: int
 
 
+def silenced(row: Row) -> Row:
+    """The same row with no label that counts. A label that is a number stays one; `counted` says that it counts nothing."""
+    whole = np.issubdtype(row.labels.dtype, np.integer)
+    return Row(row.inputs, np.full_like(row.labels, IGNORED) if whole else row.labels, 0)
+
+
 @dataclass(frozen=True)
 class Ledger:
     """Where every token of a source went (tokens, EOS and BOS included)."""

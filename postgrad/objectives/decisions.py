@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -43,4 +44,7 @@ class Decisions:
                     logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
                 )
                 losses_B = losses.view(len(labels), -1).sum(1)
+        losses_B = losses_B * torch.from_numpy(batch.counted_B > 0).to(
+            losses_B.device
+        )  # numbers have no label to ignore
         return self.weight * losses_B.sum(), losses_B.detach()

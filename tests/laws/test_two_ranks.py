@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from postgrad.data.loader import Loader
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load, locate
 from postgrad.penalties.importance import About, write_importance
@@ -20,11 +21,22 @@ from postgrad.stages.run import Began, run_stage
 from postgrad.training.meters import read_metrics
 from postgrad.tuning.opened import start_fingerprint
 from tests.conftest import StageOf
+from tests.stages.models import make_shelf
 from tests.stages.test_run import plan_of
+from tests.stages.test_tasks import mixed
 
 
 def losses(home: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+
+
+def train_on_two(file: Path, cache: Path) -> None:
+    """A stage carried out by two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--standalone", "-m", "postgrad", "train", str(file)]
+    environment = {**os.environ, "POSTGRAD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 TUNINGS = [
@@ -47,11 +59,7 @@ def test_two_ranks_make_the_steps_of_one(
     list(run_stage(plan_of(alone, cache), command="test", cache=cache))
     file = tmp_path / "two.yaml"
     file.write_text(yaml.safe_dump(stage_of(output=str(tmp_path / "two"), **changes)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--standalone", "-m", "postgrad", "train", str(file)]
-    environment = {**os.environ, "POSTGRAD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_on_two(file, cache)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
     one, two = read_record(tmp_path / "one"), read_record(tmp_path / "two")
     assert one["achieved"]["sources"] == two["achieved"]["sources"]
@@ -94,11 +102,7 @@ def test_penalties_pull_on_two_ranks_as_on_one(
     list(run_stage(plan_of(alone, cache), command="test", cache=cache))
     file = tmp_path / "two.yaml"
     file.write_text(yaml.safe_dump(stage_of(output=str(tmp_path / "two"), **changes)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--standalone", "-m", "postgrad", "train", str(file)]
-    environment = {**os.environ, "POSTGRAD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_on_two(file, cache)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     pulls = [
         [row["penalties"]["anchor"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if row["kind"] == "step"]
@@ -118,3 +122,30 @@ def drawn(base: Path, home: Path) -> Path:
     about = About("fisher", "token", 100, "base", start_fingerprint(start), 0.5)
     write_importance(home / "importance.safetensors", made, about, torch.float32)
     return home / "importance.safetensors"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+def test_two_ranks_of_mixed_rows_make_the_steps_of_one(model: str, cache: Path, tmp_path: Path) -> None:
+    """Rows of two sorts, of which one rank or the other has more in most steps; without a silent row they would wait
+    for one another for ever."""
+    shelf = make_shelf(tmp_path / "shelf", cache)
+    raw = mixed(shelf, model, batch={"sequences": 10, "micro": 1}, tokens=1500)
+    plan = shelf.plan(raw)
+    silent = [
+        part.silent
+        for step in range(1, plan.steps + 1)
+        for rank in range(2)
+        for part in Loader(plan.rows, plan.mixture, micro=1, objectives=plan.weighed, rank=rank, ranks=2).micro_batches(
+            step
+        )
+    ]
+    assert any(silent) and plan.steps > 3
+    list(run_stage(plan, command="test", cache=cache))
+    two = {**raw, "output": str(tmp_path / "two")}
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(two))
+    train_on_two(file, cache)
+    assert losses(tmp_path / "two") == pytest.approx(losses(Path(raw["output"])), rel=1e-4)
+    one, two = read_record(Path(raw["output"])), read_record(tmp_path / "two")
+    assert one["achieved"]["sources"] == two["achieved"]["sources"]
