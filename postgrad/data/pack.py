@@ -4,7 +4,8 @@ Legend: T positions in a row.
 
 Every document ends with one EOS, which is always a label; documents do not attend to each other, so each piece of a
 document inside a row starts again at position 0. A row is a window of T + 1 tokens: the last one is only a label, so a
-document that is cut at a row's border loses nothing: beside the ledger of all layouts, `rows T = placed + padding`.
+document that is cut at a row's border loses nothing: beside the ledger of all layouts, `rows T = placed + padding`. (One EOS
+that would have a row to itself has none: it is the last label of the row before, and nothing follows from it.)
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class PackedRows:
         self.kept: np.ndarray = kept.documents
         self.ends: np.ndarray = np.cumsum(kept.sizes)
         placed = int(self.ends[-1]) if len(self.ends) else 0
-        self.rows = -(-placed // length)
+        self.rows = -(-(placed - 1) // length) if placed else 0
         self.ledger = Ledger(
             read=kept.read,
             held_out=kept.held_out,
             dropped=kept.dropped,
             truncated=kept.truncated,
             placed=placed,
-            padding=self.rows * length - placed,
+            padding=max(0, self.rows * length - placed),
             trained=placed - len(self.kept),
             context=len(self.kept),
         )
