@@ -76,13 +76,33 @@ def init(
 
 
 @app.command()
-def check(stage: StageFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def check(
+    stage: StageFile,
+    overrides: Overrides = None,
+    show: Annotated[
+        int, typer.Option(min=0, help="Print so many rows of each source as the model sees them.", show_default=False)
+    ] = 0,
+    as_json: Json = False,
+) -> None:
     """Check a stage and print its plan: tokens by source, passes, the learning rate, memory and time."""
     from postgrad.stages.check import check_stage
 
     plan = _plan(stage, overrides, as_json)
-    found = check_stage(plan)
-    _print(found, as_json, found.pop("text") + f"\nnext: {_command('train', stage, overrides)}")
+    found = check_stage(plan, cache=cache_folder(), show=show)
+    text, shown = found.pop("text"), found.pop("shown", [])
+    if as_json:
+        print(json.dumps({**found, **({"shown": [source.as_record() for source in shown]} if show else {})}, indent=1))
+        return
+    print(text)
+    if shown:
+        from rich.console import Console
+
+        from postgrad.stages.show_text import print_rows
+
+        print()
+        print_rows(shown, Console(highlight=False))
+        print()
+    print(f"next: {_command('train', stage, overrides)}")
 
 
 @app.command()

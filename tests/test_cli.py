@@ -269,6 +269,24 @@ def test_overrides_reach_the_run_and_its_command(postgrad: Command, stage_file: 
     assert "50." in done.out
 
 
+def test_rows_are_shown_as_the_model_sees_them(postgrad: Command, stage_file: StageFile, base: Path) -> None:
+    done = postgrad("check", stage_file(), "--show", 2)
+    assert done.code == 0, done.err
+    assert shlex.split(done.next)[0] == "train"
+    assert f"new: {base / 'new.jsonl'}: 150 rows are text (column text), every token is trained" in done.out
+    shown = done.out[done.out.index("«trained» is predicted") :]
+    assert shown.count("  step 1, row ") == 4
+    assert "new (next-token): the first 2 of" in shown and "old (next-token): the first 2 of" in shown
+    found = postgrad("check", stage_file(), "--show", 1, "--json").json
+    (new, old) = found["shown"]
+    assert (new["source"], old["source"], len(new["rows"])) == ("new", "old", 1)
+    (row,) = new["rows"]
+    tokens = [token for strand in row["strands"] for token in strand["tokens"]]
+    assert sum(token["state"] == "trained" for token in tokens) == row["trained"] > 0
+    assert "shown" not in postgrad("check", stage_file(), "--json").json
+    assert postgrad("check", stage_file(), "--show", -1).code == 2
+
+
 def test_a_mistake_in_a_stage_is_bad_input(postgrad: Command, stage_file: StageFile) -> None:
     done = postgrad("train", stage_file(), "data.sequence_lenght=5")
     assert done.code == 2

@@ -143,15 +143,24 @@ def source_kind(source: Source) -> str:
     """What kind the rows of a source are, by the first of them. Raises `DataError` when they are of none."""
     if source.kind != "auto":
         return source.kind
+    columns = source_columns(source)
+    return columns.kind if columns else "text"
+
+
+def source_columns(source: Source) -> Columns | None:
+    """The columns by which the first rows of a source are known; None for text files, and where there is no row.
+
+    Raises `DataError` when they are of no kind.
+    """
     if source.hub is not None:
-        return _columns(list(islice(read_hub(source.hub, source.root, source.where), _PEEKED)), source).kind
+        return _columns(list(islice(read_hub(source.hub, source.root, source.where), _PEEKED)), source)
     assert source.path is not None
     for file in find_files(source.path, source.root, source.where):
         if kind_of(file) in TEXT_KINDS:
-            return "text"
+            return None
         if first := list(islice(read_rows(file), _PEEKED)):
-            return _columns(first, source).kind
-    return "text"
+            return _columns(first, source)
+    return None
 
 
 def _streams(source: Source, seen: Callable[[int], None]) -> Iterator[Iterator[Document]]:

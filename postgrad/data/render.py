@@ -81,13 +81,15 @@ class PlainRenderer:
                 expected="rows of one prompt and one answer",
                 way_out="render conversations with a chat template",
             )
-        prompt, between, answer = _PROMPTS[example.kind]
+        prompt, between, answer = self.templates(example.kind)
         fields = _words_of(example, self.words)
-        return (
-            _filled(prompt if self.prompt is None else self.prompt, fields),
-            between if self.between is None else self.between,
-            _filled(answer if self.answer is None else self.answer, fields),
-        )
+        return _filled(prompt, fields), between, _filled(answer, fields)
+
+    def templates(self, kind: str) -> tuple[str, str, str]:
+        """Prompt, what stands between in running text, and answer of rows of a kind, with their fields."""
+        given = (self.prompt, self.between, self.answer)
+        own = _PROMPTS[kind]
+        return tuple(theirs if theirs is not None else usual for theirs, usual in zip(given, own, strict=True))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

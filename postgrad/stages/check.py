@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from postgrad import schedules
@@ -12,14 +13,19 @@ from postgrad.planning.execution import shape_of
 from postgrad.planning.memory import estimate, readable
 from postgrad.reports.notation import duration
 from postgrad.stages.anchor_cost import check_penalties
-from postgrad.stages.build import Counts, choose_execution, make_subject
+from postgrad.stages.build import Counts, choose_execution, make_loader, make_subject
+from postgrad.stages.found import found_lines
 from postgrad.stages.plan import Plan
 from postgrad.stages.plan_text import plan_lines
+from postgrad.stages.show import shown_rows
 from postgrad.training.world import World
 
 
-def check_stage(plan: Plan) -> dict[str, Any]:
-    """The plan with what only the model can tell: whether documents stay apart, memory, time. Raises what is wrong."""
+def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
+    """The plan with what only the model can tell: whether documents stay apart, memory, time. Raises what is wrong.
+
+    `show`: how many rows of each source to show as the model sees them; they are under `shown`.
+    """
     machine.tune_allocator()
     world = World(machine.device())
     subject = make_subject(plan, world)
@@ -36,6 +42,7 @@ def check_stage(plan: Plan) -> dict[str, Any]:
         sdpa=execution.attention != "eager",
     )
     penalties = check_penalties(plan, subject, execution, world)
+    found = found_lines(plan, cache)
     notes = (*plan.notes, *subject.opened.notes, *subject.tuning.notes)
     record = {
         **plan.as_record(),
@@ -47,6 +54,7 @@ def check_stage(plan: Plan) -> dict[str, Any]:
         "memory": dataclasses.asdict(memory),
         "seconds": execution.seconds,
         "penalties": [penalty.record for penalty in penalties],
+        "found": found,
         "notes": list(notes),
         "overlap": plan.overlap,
         "schedule_curve": schedules.sampled(plan.schedule, plan.steps, 60),
@@ -55,7 +63,7 @@ def check_stage(plan: Plan) -> dict[str, Any]:
     apart = "; packed documents do not see each other (probed)" if plan.task == "causal" else ""
     apart += "; prefixes are read in both directions (probed)" if plan.prefixes else ""
     lines = [
-        *plan_lines(plan),
+        *plan_lines(plan, found),
         *(f"note: {note}" for note in notes[len(plan.notes) :]),
         "",
         f"model: {counts.parameters:,} weights, {plan.vocabulary:,} tokens{apart}",
@@ -71,6 +79,8 @@ def check_stage(plan: Plan) -> dict[str, Any]:
         + (" without compiling; compiled it will be less" if execution.compile else "")
         + "; evaluation comes on top",
     ]
+    if show:
+        record["shown"] = shown_rows(plan, make_loader(plan, execution, world), show)
     return {"text": "\n".join(lines), **record}
 
 

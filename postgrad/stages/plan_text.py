@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from postgrad import schedules
 from postgrad.stages.plan import Plan
 
 
-def plan_lines(plan: Plan, width: int = 72) -> list[str]:
-    """A plan as people read it: the texts, the budget, the curve."""
+def plan_lines(plan: Plan, found: Sequence[str] = (), width: int = 72) -> list[str]:
+    """A plan as people read it: the texts with what was `found` in each, the budget, the curve."""
     record = plan.as_record()
     stage = plan.stage
     lines = [
@@ -23,13 +24,14 @@ def plan_lines(plan: Plan, width: int = 72) -> list[str]:
             f"  {source['name']:<18} {source['role']:<7} {source['kind']:<9} {source['documents']:>10,} "
             f"{source['trained']:>13,} {source['share']:>7.2%} {source['passes']:>7.2f}"
         )
+    lines += ["", *(f"  {line}" for line in found)] if found else []
     lines += ["", f"  {'held out':<18} {'role':<9} {'documents':>10} {'tokens':>11} {'bytes':>11}"]
     for h in plan.held_out:
         lines.append(f"  {h.name:<18} {h.role:<9} {len(h):>10,} {h.tokens:>11,} {int(h.bytes.sum()):>11,}")
-    for name, found in plan.overlap.items():
+    for name, met in plan.overlap.items():
         lines.append(
-            f"  {name}: {found['duplicates']} exact copies in the training text (dropped there), "
-            f"{found['any']} documents share a 13-gram with it, {found['half']} at least half"
+            f"  {name}: {met['duplicates']} exact copies in the training text (dropped there), "
+            f"{met['any']} documents share a 13-gram with it, {met['half']} at least half"
         )
     lines += ["", *draw(plan, width), *(f"note: {note}" for note in plan.notes)]
     return lines

@@ -633,12 +633,12 @@ def test_a_tuning_on_another_base_is_refused(shelf: Shelf, tmp_path: Path) -> No
     raw = shelf.stage(
         "on-it", {"kind": "lora", "rank": 1}, model=str(home), base=str(base), output=str(tmp_path / "on")
     )
-    checked = check_stage(shelf.plan(raw))
+    checked = check_stage(shelf.plan(raw), cache=shelf.cache)
     assert any("fingerprint differs" in note for note in checked["notes"])
     # A base of the same content at another place is the same base.
     shutil.copytree(shelf.home / "llama", tmp_path / "other")
     moved = {**raw, "base": str(tmp_path / "other")}
-    assert not any("fingerprint" in note for note in check_stage(shelf.plan(moved))["notes"])
+    assert not any("fingerprint" in note for note in check_stage(shelf.plan(moved), cache=shelf.cache)["notes"])
     opened = open_model(locate(str(home), tmp_path, str(tmp_path / "other")))
     assert not opened.notes
 
