@@ -18,6 +18,7 @@ from postgrad.stages.objectives import (
     ClassifyObjective,
     MaskedObjective,
     NextTokenObjective,
+    PrefixLMObjective,
     SpanCorruptionObjective,
     TextToTextObjective,
 )
@@ -108,6 +109,8 @@ def _trained(leaf: Leaf, objective: AnyObjective) -> str:
     match objective:
         case NextTokenObjective():
             return "every token is trained" if running or objective.train_on == "all" else "only answers are trained"
+        case PrefixLMObjective():
+            return "a beginning is read and the rest is trained" if running else "only the last answer is trained"
         case MaskedObjective():
             return f"{objective.share:.0%} of the tokens are masked" if running else "the label is said at the mask"
         case SpanCorruptionObjective():

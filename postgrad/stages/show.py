@@ -142,7 +142,7 @@ def _seen(plan: Plan, source: int, arrays: dict[str, np.ndarray]) -> tuple[tuple
     names = plan.layer.labels if plan.layer else ()
     ids_T, labels = arrays["input_ids"], arrays["labels"]
     match plan.rows[source].layout:
-        case "packed":
+        case "packed" | "prefix":
             return tuple(_documents(ids_T, labels, arrays["position_ids"], spell)), None
         case "masked":
             return (Strand("reads", _masked(ids_T, labels, arrays["attention_mask"], spell)),), None

@@ -56,7 +56,9 @@ def _legend(sources: Sequence[ShownSource], marks: Marks) -> Text:
         parts += [Text("; "), Text("[MASK]", READ), _marked("word", marks), Text(": what is read, and what was there")]
     if "tagged" in layouts:
         parts += [Text("; a "), _marked("tag", marks), Text(" stands below its word")]
-    if "packed" in layouts:
+    if "prefix" in layouts:
+        parts += [Text(", as a prefix in both directions")]
+    if layouts & {"packed", "prefix"}:
         parts += [Text("; "), Text("1│ 2│", "dim"), Text(" documents that do not see each other")]
     return Text.assemble(*parts, "; ", ("[pad×8]", STYLES["padding"]), " fills a row up; ↵ is a line break")
 

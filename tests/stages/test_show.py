@@ -51,6 +51,7 @@ STAGES: dict[str, Callable[[Shelf], dict[str, Any]]] = {
     "mixed decoder": lambda shelf: mixed(shelf, "llama"),
     "prompted": lambda shelf: mixed(shelf, "llama", tuning={"kind": "p-tuning", "template": "{2} {x} {1}"}),
     "mixed encoder-decoder": lambda shelf: mixed(shelf, "t5"),
+    "prefix-lm": lambda shelf: mixed(shelf, "llama", objectives=[{"kind": "prefix-lm"}]),
     "masked": lambda shelf: shelf.stage("masked", model="bert"),
     "class": lambda shelf: classified(shelf, "bert", "labelled", "labelled"),
     "class of a decoder": lambda shelf: classified(shelf, "llama", "paired"),
@@ -171,6 +172,13 @@ def test_packed_rows_by_hand(shelf: Shelf) -> None:
         "      2│ x1 =« 7;<|end|>»",
         f"    pad│ [pad×{counts[2]}]",
     ]
+
+
+def test_prefixes_by_hand(shelf: Shelf) -> None:
+    made = [{"prompt": "one and two.", "completion": " six\n"}]
+    text = printed(of(only(shelf, "llama", "prefixed", made, 24, tokens=20, objectives=[{"kind": "prefix-lm"}]), 1))
+    assert text.startswith("«trained» is predicted, the rest is read, as a prefix in both directions; 1│ 2│ documents")
+    assert "1│ one and two.« six↵\n       │ <|end|>»" in text
 
 
 def test_a_soft_prompt_is_shown_by_its_numbers(shelf: Shelf) -> None:
@@ -308,6 +316,7 @@ FOUND = {
         "the answer is written",
         "60 rows are text (column text), 15% of the tokens are to be restored",
     ],
+    "prefix-lm": ["only the last answer is trained", "a beginning is read and the rest is trained"],
     "masked": ["60 rows are text (column text), 15% of the tokens are masked"],
     "class": [
         "60 rows are labelled (columns text, label; 2 labels: sums, words), read as they are; "
