@@ -86,7 +86,7 @@ NOTES = {
     "FreshModel": "A name alone, without a mapping, is a model that is there.",
     "NewTokenizer": "A name alone, without a mapping, is a tokenizer that is there.",
 }
-WORDS = {"Amount": "tokens", "Share": "share", "Length": "length", "Rate": "rate"}
+WORDS = {"Amount": "tokens", "AmountOrNone": "tokens", "Share": "share", "Length": "length", "Rate": "rate"}
 
 
 def stage_reference() -> str:

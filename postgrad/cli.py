@@ -144,6 +144,9 @@ def evaluate(
         str, typer.Option(help="What a document is in a text file: auto, file, passages, paragraphs, lines.")
     ] = "auto",
     column: Annotated[str | None, typer.Option(help="The column that holds the text.", show_default=False)] = None,
+    pseudo: Annotated[
+        int, typer.Option(help="Of a masked language model: tokens of each text that are masked one at a time.")
+    ] = 0,
     base: Base = None,
     as_json: Json = False,
 ) -> None:
@@ -152,7 +155,14 @@ def evaluate(
     from postgrad.stages.score import evaluate_files
 
     found = evaluate_files(
-        model, files, context=context, documents=documents, column=column, base=base, cache=cache_folder()
+        model,
+        files,
+        context=context,
+        documents=documents,
+        column=column,
+        base=base,
+        cache=cache_folder(),
+        pseudo=pseudo,
     )
     _print(found, as_json, found.pop("text"))
 

@@ -371,8 +371,8 @@ def _result(record: Mapping[str, object]) -> str:
         " interval that does not contain zero is evidence of a change. <b>Share of range</b> is the"
         " difference as a share of the range from the loss before to that of a uniform guess, ln V.</p>",
     )
-    decisions = tables.metrics_table(record)
-    return tables.score_table(record).html() + (decisions.html() if decisions else "") + reading + side_by_side(*plots)
+    besides = [table.html() for table in (tables.pseudo_table(record), tables.metrics_table(record)) if table]
+    return "".join((tables.score_table(record).html(), *besides, reading, side_by_side(*plots)))
 
 
 def _retention(record: Mapping[str, object], curves: Curves) -> str:

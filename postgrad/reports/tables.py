@@ -11,7 +11,7 @@ import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from postgrad.reports.notation import (
     ABSENT,
@@ -343,6 +343,23 @@ def score_table(record: Mapping[str, object], brief: bool = False) -> Table:
         columns = tuple(columns[i] for i in picked)
         body = [tuple(row[i] for i in picked) for row in body]
     return Table("Loss on held-out text before and after", columns, tuple(body), notes)
+
+
+def pseudo_table(record: Mapping[str, object], brief: bool = False) -> Table | None:
+    """What a masked language model says of each token when it sees all the others; None when it was not asked."""
+    told = mapping(record.get("pseudo_perplexity"))
+    if not told:
+        return None
+    table = score_table(told, brief)
+    columns = tuple(
+        replace(column, group="pseudo-perplexity") if column.group == "perplexity" else column
+        for column in table.columns
+    )
+    notes = (
+        "Every token of a part of each set was masked, one at a time, and predicted from all the others (Salazar et al."
+        " 2020); nothing else was hidden, so these losses lie below those of masked language modelling.",
+    )
+    return replace(table, caption="Every token given all the others, before and after", columns=columns, notes=notes)
 
 
 def metrics_table(record: Mapping[str, object]) -> Table | None:

@@ -59,6 +59,11 @@ Amount = Annotated[
     Field(gt=0, description="tokens: 500k, 20M, 1.5B"),
     BeforeValidator(_amount, json_schema_input_type=int | float | str),
 ]
+AmountOrNone = Annotated[
+    int,
+    Field(ge=0, description="tokens: 500k, 20M, 1.5B; 0: none"),
+    BeforeValidator(_amount, json_schema_input_type=int | float | str),
+]
 Share = Annotated[
     float,
     Field(ge=0, le=1, description="5% or 0.05"),

@@ -13,9 +13,9 @@ def outcome_text(outcome: Finished) -> str:
     record, place = outcome.record, outcome.place
     lines = ["this stage was already complete", ""] if outcome.already else [""]
     lines.append(tables.score_table(record, brief=True).text())
-    decisions = tables.metrics_table(record)
-    if decisions:
-        lines += ["", decisions.text()]
+    for table in (tables.pseudo_table(record, brief=True), tables.metrics_table(record)):
+        if table:
+            lines += ["", table.text()]
     gate = record.get("gate")
     if gate:
         worst = gate["worst"]

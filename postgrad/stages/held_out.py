@@ -14,12 +14,14 @@ from postgrad.data.examples import RUNNING, Labels, Renderer
 from postgrad.data.formats import read_documents, source_kind
 from postgrad.data.overlap import OverlapReport, overlap
 from postgrad.data.part import Part
-from postgrad.data.rows import held_out_mask
+from postgrad.data.rows import held_out_mask, keep
 from postgrad.data.sources import Source as Files
 from postgrad.data.sources import find_files
 from postgrad.data.store import TokenStore
+from postgrad.data.texts import room_for_text, texts_of, windows_of
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.held_out import AnyHeldOut, HeldOut, HeldOutRows
+from postgrad.evaluation.pseudo import OneByOne, Window
 from postgrad.lineage.fingerprint import fingerprint
 from postgrad.objectives.decisions import Problem
 from postgrad.publish import write_atomically
@@ -151,6 +153,48 @@ def as_read(
         )
         return found
     return _rows(chosen, reading, limit, notes, problem)
+
+
+def one_by_one(chosen: Chosen, reading: Reading, limit: int) -> OneByOne:
+    """Running text of which about `limit` tokens are masked one at a time: whole windows, up to the one that reaches it."""
+    table = np.asarray(chosen.store.documents)[chosen.documents]
+    order = np.argsort(table["digest"], kind="stable")
+    most = int(np.searchsorted(np.cumsum(table["tokens"][order]), 2 * limit)) + 1
+    part = Part(chosen.store, chosen.documents[order[:most]])
+    cut = windows_of(texts_of(part, keep(part), reading.lead), room_for_text(reading.length, reading.frame.size(1), 1))
+    special, found, tokens = np.array(reading.special), [], 0
+    scored: dict[int, int] = {}
+    for document, start, stop in zip(cut.document_R.tolist(), cut.start_R.tolist(), cut.stop_R.tolist(), strict=True):
+        text = part.read(document, start, stop).astype(np.int64)
+        places = np.flatnonzero(~np.isin(text, special))
+        if not len(places):
+            continue
+        number = list(scored).index(document) if document in scored else len(scored)
+        found.append(Window(number, reading.frame.around(text), places + len(reading.frame.before)))
+        scored[document] = scored.get(document, 0) + len(text)
+        tokens += len(places)
+        if tokens >= limit:
+            break
+    if not found:
+        raise DataError(
+            f"no document of the held-out set '{chosen.name}' has a token to mask", where=f"evaluation.{chosen.role}"
+        )
+    kept = part.documents[list(scored)]
+    share = np.minimum(1.0, np.array(list(scored.values())) / np.maximum(kept["tokens"] - 1 - reading.lead, 1))
+    identity = [
+        [int(d) for d in kept["digest"]],
+        reading.encoder.fingerprint,
+        [list(part) for part in (reading.frame.before, reading.frame.between, reading.frame.after)],
+        reading.length,
+    ]
+    return OneByOne(
+        chosen.name,
+        chosen.role,
+        tuple(found),
+        np.rint(kept["bytes"] * share).astype(np.int64),
+        fingerprint(identity),
+        reading.mask,
+    )
 
 
 def held_out_text(

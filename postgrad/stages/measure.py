@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,16 +21,33 @@ from postgrad.training.world import World
 AllScores = dict[str, Scores]
 
 
+class Named(Protocol):
+    """What is scored."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def identity(self) -> list[Any]: ...
+
+
 def measure(
     model: Model,
-    sets: Iterable[AnyHeldOut],
+    sets: Iterable[Named],
+    by: Callable[..., Scores] = score,
     *,
     context: int,
     world: World,
     identity: str | None = None,
     cache: Path | None = None,
 ) -> AllScores:
-    """Score every set. With the model's `identity` (a fingerprint) scores are kept in, and taken from, the cache."""
+    """Score every set, in the way `by`.
+
+    With the model's `identity` (a fingerprint) scores are kept in, and taken from, the cache.
+    """
     out: AllScores = {}
     for held_out in sets:
         place = None
@@ -44,7 +61,7 @@ def measure(
         def share(parts: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
             return [part for rank in world.gathered(parts) for part in rank]  # type: ignore[attr-defined]
 
-        out[held_out.name] = score(model, held_out, context=context, share=share, rank=world.rank, ranks=world.size)
+        out[held_out.name] = by(model, held_out, context=context, share=share, rank=world.rank, ranks=world.size)
         if place and world.main:
             write_scores(place, {held_out.name: out[held_out.name]})
     return out
@@ -86,14 +103,23 @@ def change(before: Scores, after: Scores, vocabulary: int) -> Change:
     )
 
 
-def changes(
-    sets: Sequence[AnyHeldOut], before: AllScores, after: AllScores, vocabulary: int
-) -> dict[str, dict[str, Any]]:
+def changes(sets: Sequence[Named], before: AllScores, after: AllScores, vocabulary: int) -> dict[str, dict[str, Any]]:
     """The change of every set with its role, as plain data."""
     return {
         h.name: {"role": h.role, **asdict(change(before[h.name], after[h.name], vocabulary))}
         for h in sets
         if h.name in before and h.name in after
+    }
+
+
+def outcome(sets: Sequence[Named], before: AllScores, after: AllScores, vocabulary: int) -> dict[str, Any]:
+    """The scores before and after and the changes, as a record has them."""
+    return {
+        "scores": {
+            "before": {name: scores.summary() for name, scores in before.items()},
+            "after": {name: scores.summary() for name, scores in after.items()},
+        },
+        "changes": changes(sets, before, after, vocabulary),
     }
 
 

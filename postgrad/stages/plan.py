@@ -17,12 +17,13 @@ from postgrad.data.rows import Rows, keep
 from postgrad.data.tokenize import Encoder
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.held_out import AnyHeldOut
+from postgrad.evaluation.pseudo import OneByOne
 from postgrad.models.pretrained import Start, Task, TaskLayer, load_tokenizer
 from postgrad.models.representation import Representation
 from postgrad.objectives.decisions import Problem
 from postgrad.stages import stage as s
 from postgrad.stages.fresh import made_note, start_of
-from postgrad.stages.held_out import as_read, held_out_sets, overlaps
+from postgrad.stages.held_out import Chosen, as_read, held_out_sets, one_by_one, overlaps
 from postgrad.stages.layouts import make_rows, objectives_for, task_for
 from postgrad.stages.leaves import Leaf, Progress, demonstrating, labels_for, make_leaves, seen_by, wanted_sources
 from postgrad.stages.mixing import told
@@ -62,6 +63,10 @@ class Plan:
     """As the model reads them under the stage's tuning."""
     held_out_before: tuple[AnyHeldOut, ...]
     """The same documents as the start model reads them."""
+    pseudo: tuple[OneByOne, ...]
+    """Of masked language models: held-out text of which every token is masked in turn."""
+    pseudo_before: tuple[OneByOne, ...]
+    """The same texts as the start model reads them."""
     seen: dict[str, dict[str, Any]]
     overlap: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
@@ -223,6 +228,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         schedule=schedule,
         held_out=tuple(held_out),
         held_out_before=tuple(before),
+        pseudo=_pseudo(stage, task, chosen, reading),
+        pseudo_before=_pseudo(stage, task, chosen, reading.without),
         seen=seen,
         overlap=overlaps(stage, root, leaves, held_out, cache, notes),
         notes=tuple(notes),
@@ -240,6 +247,18 @@ def _shares(stage: s.Stage, leaves: Sequence[Leaf], excluded: np.ndarray | None,
     left_out = [source.name for source in stage.data.sources if source.share is None]
     notes.append(told(stage.data.mixing, dict(zip(examples, shares, strict=True)), examples, left_out))
     return shares
+
+
+def _pseudo(stage: s.Stage, task: Task, chosen: Sequence[Chosen], reading: Reading) -> tuple[OneByOne, ...]:
+    """Every set of running text, to be masked token by token. Raises `StageError` for a model that fills in no masks."""
+    limit = stage.evaluation.pseudo_perplexity
+    if limit and task != "masked":
+        raise StageError(
+            f"pseudo-perplexity is of masked language models, and {stage.model} is none",
+            where="evaluation.pseudo_perplexity",
+            expected="0, or an encoder under the objective masked",
+        )
+    return tuple(one_by_one(c, reading, limit) for c in chosen if c.store.kind in RUNNING) if limit else ()
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str | None = None) -> Encoder:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from postgrad.data.loader import Loader
 from postgrad.evaluation.held_out import AnyHeldOut
+from postgrad.evaluation.pseudo import score_one_by_one
 from postgrad.evaluation.samples import Prompt, continuations, prompts, text_of
 from postgrad.lineage.fingerprint import fingerprint, model_fingerprint
 from postgrad.lineage.record import PLAN, RECORD, STAGE, Record, read_record, write_record
@@ -182,21 +183,26 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     # Before: on the exact start model, once, in fp32, as it is without the stage's tuning.
     yield Doing("scoring the start model")
     before_file, samples_file = home / "scores" / "before.npz", home / "scores" / "samples-before.json"
+    pseudo_file = home / "scores" / "pseudo-before.npz"
     # A sharded model cannot write by itself (generation is one rank's business): no samples then.
     each = 0 if world.sharded else plan.stage.evaluation.samples
     wanted = [p for h in plan.held_out for p in prompts(h, each)]
     told = json.loads(samples_file.read_text()) if samples_file.exists() else []
-    if world.any(not before_file.exists() or len(told) != len(wanted)):  # one rank may write before another looks
+    begun = before_file.exists() and len(told) == len(wanted) and (not plan.pseudo or pseudo_file.exists())
+    if world.any(not begun):  # one rank may write before another looks
         del subject, model  # there may be room for one model only
-        before, told = _begin(plan, wanted, identity, cache, world)
+        before, pseudo_before, told = _begin(plan, wanted, identity, cache, world)
         if world.main:
             measure.write_scores(before_file, before)
+            if plan.pseudo:
+                measure.write_scores(pseudo_file, pseudo_before)
             write_atomically(samples_file, json.dumps(told))
         subject = make_subject(plan, world)
         model = subject.model
         _prepare(plan, model, execution)
     world.wait()
     before = measure.read_scores(before_file)
+    pseudo_before = measure.read_scores(pseudo_file) if plan.pseudo else {}
     if interrupt.wanted(world):
         yield Stopped(0, plan.steps)
         return
@@ -245,13 +251,16 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         opened = open_model(locate(str(home / MODEL), home))
         model = model_for(opened.model, opened.task).to(world.device)
     after = measure.measure(model, plan.held_out, context=plan.context, world=world)
+    pseudo = measure.measure(model, plan.pseudo, score_one_by_one, context=plan.context, world=world)
     if not world.main:
         yield Doing("the first rank writes the record")
         return
     measure.write_scores(home / "scores" / "after.npz", after)
+    if pseudo:
+        measure.write_scores(home / "scores" / "pseudo-after.npz", pseudo)
     samples = _samples(plan, model.pretrained, wanted, told)
-    found = measure.changes(plan.held_out, before, after, plan.vocabulary)
-    gate = measure.gate(found, before, plan.stage.max_forgetting)
+    found = measure.outcome(plan.held_out, before, after, plan.vocabulary)
+    gate = measure.gate(found["changes"], before, plan.stage.max_forgetting)
     record = describe(home, plan, kept, fingerprints, execution, counts, command, notes)
     record |= {
         "status": "finished" if gate is None or gate["passed"] else "gate-failed",
@@ -259,11 +268,8 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         "penalties": about,
         "achieved": achieved(home, plan, trained, by_source, plan.steps),
         "seen": seen_after(plan, by_source),
-        "scores": {
-            "before": {n: v.summary() for n, v in before.items()},
-            "after": {n: v.summary() for n, v in after.items()},
-        },
-        "changes": found,
+        **found,
+        "pseudo_perplexity": measure.outcome(plan.pseudo, pseudo_before, pseudo, plan.vocabulary) if pseudo else None,
         "gate": gate,
         "samples": samples,
     }
@@ -394,8 +400,8 @@ def save_steps(every: str, steps: int, tokens: int) -> set[int]:
 
 def _begin(
     plan: Plan, wanted: list[Prompt], identity: str, cache: Path, world: World
-) -> tuple[measure.AllScores, list[str]]:
-    """The start model's scores, and what it writes."""
+) -> tuple[measure.AllScores, measure.AllScores, list[str]]:
+    """The start model's scores, those of text that is masked token by token, and what it writes."""
     if plan.layer:  # a new task layer is drawn by the stage's seed
         identity = fingerprint([identity, dataclasses.asdict(plan.layer)])
     opened = open_model(plan.start, plan.task, layer=plan.layer)
@@ -408,7 +414,16 @@ def _begin(
         if world.main
         else []
     )
-    return scores, told
+    one_by_one = measure.measure(
+        model,
+        plan.pseudo_before,
+        score_one_by_one,
+        context=plan.context,
+        world=world,
+        identity=identity,
+        cache=cache,
+    )
+    return scores, one_by_one, told
 
 
 def _prepare(plan: Plan, model: Model, execution: Execution) -> None:

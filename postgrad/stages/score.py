@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,13 +12,14 @@ import numpy as np
 import yaml
 from transformers import AutoConfig
 
-from postgrad.data.examples import Labels
+from postgrad.data.examples import RUNNING, Labels
 from postgrad.data.formats import read_labels, source_kind
 from postgrad.data.sources import Source
 from postgrad.data.tokenize import build_store
 from postgrad.errors import ModelError, StageError, nearest
 from postgrad.evaluation.held_out import AnyHeldOut
-from postgrad.evaluation.likelihood import Scores
+from postgrad.evaluation.likelihood import Scores, score
+from postgrad.evaluation.pseudo import score_one_by_one
 from postgrad.lineage.forgetting import paired_change
 from postgrad.lineage.record import Record, read_record
 from postgrad.lineage.tree import chain, set_key, tree
@@ -29,7 +31,7 @@ from postgrad.reports import page, shell, tables
 from postgrad.stages import measure
 from postgrad.stages import stage as s
 from postgrad.stages.fresh import start_of
-from postgrad.stages.held_out import Chosen, as_read
+from postgrad.stages.held_out import Chosen, as_read, one_by_one
 from postgrad.stages.layouts import Wording, objective_for, objectives_for, renderer_for
 from postgrad.stages.leaves import files_of
 from postgrad.stages.objectives import TextToTextObjective
@@ -47,6 +49,15 @@ _KINDS = {"classify": "labelled", "tag": "tagged"}
 """The rows that a classifier is scored on."""
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Files as held-out sets, read as a model reads them."""
+
+    reading: Reading
+    chosen: tuple[Chosen, ...]
+    sets: tuple[AnyHeldOut, ...]
+
+
 def files_as_read(
     start: Start,
     files: list[str],
@@ -55,11 +66,8 @@ def files_as_read(
     context: int,
     cache: Path,
     limit: int = _LIMIT,
-) -> tuple[list[AnyHeldOut], int]:
-    """Files as held-out sets, read as the model of a start reads them, and the size of its vocabulary.
-
-    `limit`: about how many tokens of each file.
-    """
+) -> Texts:
+    """Files as held-out sets, read as the model of a start reads them. `limit`: about how many tokens of each file."""
     if documents not in _CUTS:
         raise StageError(
             f"there is no cut {documents!r}",
@@ -72,6 +80,7 @@ def files_as_read(
     if reading.task == "text-to-text":  # which serves rows with answers besides
         objectives += (TextToTextObjective(kind="text-to-text"),)
     decided = _KINDS.get(reading.task)
+    found: list[Chosen] = []
     sets: list[AnyHeldOut] = []
     for path in files:
         item = s.HeldOutFile.model_validate(
@@ -89,8 +98,9 @@ def files_as_read(
         store = build_store(given, reading.encoder, cache, renderer=renderer)
         chosen = Chosen(name, "learned", store, np.arange(len(store)), objective, renderer)
         problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
+        found.append(chosen)
         sets.append(as_read(chosen, reading, limit, [], problem=problem))
-    return sets, reading.encoder.vocabulary
+    return Texts(reading, tuple(found), tuple(sets))
 
 
 def _labels(start: Start, task: Task, files: Source) -> Labels:
@@ -117,13 +127,15 @@ def read_by(start: Start, context: int) -> Reading:
     return make_reading(task_at(start), start, tokenizer, encoder, length=context, seed=0)
 
 
-def scores_of(start: Start, sets: list[AnyHeldOut], context: int, cache: Path) -> dict[str, Scores]:
+def scores_of(
+    start: Start, sets: Sequence[measure.Named], context: int, cache: Path, by: Callable[..., Scores] = score
+) -> dict[str, Scores]:
     """What the model of a start scores on sets; from the cache when it was scored before."""
     device = machine.device()
     identity = start_fingerprint(start)
     opened = open_model(start)
     model = model_for(opened.model, opened.task).to(device)
-    return measure.measure(model, sets, context=context, world=World(device), identity=identity, cache=cache)
+    return measure.measure(model, sets, by, context=context, world=World(device), identity=identity, cache=cache)
 
 
 def context_of(start: Start, asked: int | None) -> int:
@@ -143,14 +155,20 @@ def evaluate_files(
     column: str | None,
     cache: Path,
     base: str | None = None,
+    pseudo: int = 0,
 ) -> dict[str, Any]:
-    """Score a model on files. Raises `ModelError` or `DataError`."""
+    """Score a model on files; with `pseudo` also about so many tokens of each, masked one at a time.
+
+    Raises `ModelError`, `DataError` or, for a model that fills in no masks, `StageError`.
+    """
     machine.tune_allocator()
     start = locate(model, Path.cwd(), base)
     used = context_of(start, context)
-    sets, _ = files_as_read(start, files, documents, column, used, cache)
-    found = scores_of(start, sets, used, cache)
+    texts = files_as_read(start, files, documents, column, used, cache)
+    found = scores_of(start, texts.sets, used, cache)
     summaries = {name: scores.summary() for name, scores in found.items()}
+    for name, scores in _one_by_one(start, texts, pseudo, used, cache).items():
+        summaries[name]["pseudo"] = scores.summary()
     scored = "every token scored once"
     if prefixes_at(start):
         scored = "a beginning of each text read in both directions, every token behind it scored once"
@@ -165,12 +183,32 @@ def evaluate_files(
             f"  {name:<24} {row['nats']:>10.4f} {interval:>17} {row['perplexity']:>11.2f} {row['bits_per_byte']:>10.4f} "
             f"{row['tokens']:>11,} {row['documents']:>10,}"
         )
+        if asked := row.get("pseudo"):
+            lines.append(
+                f"    each given all the others: {asked['nats']:.4f} nats/token ({asked['low']:.4f}–{asked['high']:.4f}), "
+                f"pseudo-perplexity {asked['perplexity']:.2f}, {asked['tokens']:,} tokens masked one at a time"
+            )
         for metric, value in row.get("metrics", {}).items():
             lines.append(f"    {metric} {value['value']:.4f} ({value['low']:.4f}–{value['high']:.4f})")
     writes = task_at(start) in ("causal", "text-to-text")
     following = ["generate", model] if writes else ["export", model, "exported"]
     lines.append(f"next: {shlex.join(['postgrad', *following])}")
     return {"text": "\n".join(lines), "model": model, "context": used, "sets": summaries}
+
+
+def _one_by_one(start: Start, texts: Texts, tokens: int, context: int, cache: Path) -> dict[str, Scores]:
+    """The scores of texts of which every token is masked in turn."""
+    if not tokens:
+        return {}
+    if tokens < 0 or texts.reading.task != "masked":
+        raise StageError(
+            f"{start.name} fills in no masks" if tokens > 0 else f"{tokens} is no number of tokens",
+            where="--pseudo",
+            expected="a masked language model, and 1 or more tokens",
+        )
+    running = [chosen for chosen in texts.chosen if chosen.store.kind in RUNNING]
+    sets = [one_by_one(chosen, texts.reading, tokens) for chosen in running]
+    return scores_of(start, sets, context, cache, score_one_by_one)
 
 
 def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[str, Any]:
@@ -188,26 +226,28 @@ def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[
         )
     context = min(context_of(start, None) for start in starts)
     texts = [files_as_read(start, files, "auto", None, context, cache) for start in starts]
-    found = [scores_of(start, sets, context, cache) for start, (sets, _) in zip(starts, texts, strict=True)]
-    names = [h.name for h in texts[0][0]]
+    found = [scores_of(start, t.sets, context, cache) for start, t in zip(starts, texts, strict=True)]
+    own = texts[0].sets
+    names = [h.name for h in own]
     rows: list[dict[str, Any]] = []
     lines = [f"each model held against {models[0]}, document by document"]
     for name in names:
         lines.append(f"\n{name}")
         lines.append(f"  {'model':<32} {'nats/token':>10} {'bits/byte':>10}   change (95 % interval)")
         first = found[0][name]
-        for model, scores, (sets, vocabulary) in zip(models, found, texts, strict=True):
+        for model, scores, read in zip(models, found, texts, strict=True):
+            sets, vocabulary = read.sets, read.reading.encoder.vocabulary
             summary = scores[name].summary()
             row: dict[str, Any] = {"model": model, "set": name, **summary, "change": None}
             line = f"  {model:<32} {summary['nats']:>10.4f} {summary['bits_per_byte']:>10.4f}"
-            same = [h.fingerprint for h in sets] == [h.fingerprint for h in texts[0][0]]
+            same = [h.fingerprint for h in sets] == [h.fingerprint for h in own]
             if scores is not found[0]:
                 if same:
                     change = measure.change(first, scores[name], vocabulary)
                     row["change"] = asdict(change)
                     line += f"   {change.difference:+.4f} nats/token ({change.low:+.4f} to {change.high:+.4f})"
                 else:
-                    held = next(h for h in sets if h.name == name), next(h for h in texts[0][0] if h.name == name)
+                    held = next(h for h in sets if h.name == name), next(h for h in own if h.name == name)
                     found_change = _by_bytes(first, scores[name], held[::-1])
                     row["change"] = {"bits_per_byte": found_change}
                     line += (

@@ -74,7 +74,7 @@ def measure_shift(
     }
     used = context_of(start, context)
     scored = [
-        scores_of(start, files_as_read(start, text.files, "auto", None, used, cache, limit=_SCORED)[0], used, cache)
+        scores_of(start, files_as_read(start, text.files, "auto", None, used, cache, limit=_SCORED).sets, used, cache)
         for text in texts
     ]
     bits = [_bits_per_byte(list(found.values())) for found in scored]

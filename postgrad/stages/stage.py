@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from postgrad.errors import nearest
 from postgrad.lineage.fingerprint import fingerprint
-from postgrad.stages.amounts import Amount, Beta, Length, Part, Positive, Share
+from postgrad.stages.amounts import Amount, AmountOrNone, Beta, Length, Part, Positive, Share
 from postgrad.stages.mixing import AnyMixing, completed
 from postgrad.stages.objectives import AnyObjective
 from postgrad.stages.penalties import AnyPenalty
@@ -203,6 +203,9 @@ class Evaluation(Part):
     """Tokens of each set that are scored during training; before and after, all are."""
     max_tokens: Amount = 1_000_000
     """Tokens of each set that are scored before and after (documents in the order of their content hash)."""
+    pseudo_perplexity: AmountOrNone = 0
+    """Of a masked language model: about so many tokens of each set are also masked one at a time (Salazar et al. 2020),
+    before and after; each costs a row, 0: none."""
     samples: Annotated[int, Field(ge=0)] = 2
     """Texts of each set that are continued before and after, for the report."""
 
