@@ -211,6 +211,43 @@ def shift(
 
 
 @app.command()
+def blend(
+    run: Annotated[Path, typer.Argument(help="A finished run.", show_default=False)],
+    sweep: Annotated[str, typer.Option(help="Weights of the trained model.")] = "0,0.2,0.4,0.5,0.6,0.7,0.8,0.9,1",
+    by: Annotated[str, typer.Option(help="whole, or block: also each block by itself.")] = "whole",
+    average: Annotated[
+        int | None, typer.Option(help="Blend to the mean of so many last checkpoints.", show_default=False)
+    ] = None,
+    max_forgetting: Annotated[
+        str | None,
+        typer.Option(help="Choose what learnt most within this rise on retained sets, e.g. 1%.", show_default=False),
+    ] = None,
+    choose: Annotated[float | None, typer.Option(help="Choose this weight.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the chosen model here, a plain folder.", show_default=False)
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page here.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Score the models between a run's start and its end, and write the one that is wanted."""
+    needs_training()
+    from postgrad.stages.blend import blend_run, bound_of, weights_in
+
+    found = blend_run(
+        run,
+        sweep=weights_in(sweep),
+        by=by,
+        average=average,
+        max_forgetting=bound_of(max_forgetting),
+        choose=choose,
+        out=out,
+        report=report,
+        cache=cache_folder(),
+    )
+    _print(found, as_json, found.pop("text"))
+
+
+@app.command()
 def lineage(
     run: Annotated[Path, typer.Argument(help="The last run of the lineage.", show_default=False)],
     report: Annotated[Path | None, typer.Option(help="Write the page here.", show_default=False)] = None,
