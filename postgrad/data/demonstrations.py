@@ -1,4 +1,4 @@
-"""Which examples stand before a question? Those of the training rows that are most like it, never the question itself.
+"""Which examples stand before a question? Training rows that are most like it, or drawn ones, never the question itself.
 
 The hard part of an instruction prompt (Singhal et al. 2022, arXiv 2212.13138, section 3.3.2, with exemplars retrieved instead
 of fixed): retrieved examples with their answers, as context, before the example that is to be answered.
@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,9 @@ from postgrad.data.examples import Example, Labels, Rendered, Renderer
 from postgrad.data.mixture import derived
 from postgrad.data.store import digest
 
-By = Literal["bm25", "embedding", "seed"]
+By = Literal["bm25", "embedding", "seed", "once", "balanced"]
+"""Most alike by words or by vectors; drawn anew for each question; drawn once for all; or once, as evenly over the answers as
+can be."""
 BETWEEN = "\n\n"
 """What stands between two examples."""
 
@@ -84,7 +87,38 @@ class Demonstrations:
                 scores = self._matrix @ _unit(self.vectors(question))
             case "seed":
                 return np.random.default_rng(derived(self.seed, mark)).permutation(len(self.pool)).tolist()
+            case "once":
+                return np.random.default_rng(self.seed).permutation(len(self.pool)).tolist()
+            case "balanced":
+                return self._balanced(mark) if (self._digests == mark).any() else self._balanced_for_all
         return np.argsort(-scores, kind="stable")[:most].tolist()
+
+    def _balanced(self, mark: int | None) -> list[int]:
+        """One of each answer, then one more of each, and so on, drawn; in an order that tells nothing of the answers."""
+        generator = np.random.default_rng(self.seed)
+        by_answer: dict[Any, list[int]] = {}
+        for i in generator.permutation(len(self.pool)).tolist():
+            if int(self._digests[i]) != mark:
+                by_answer.setdefault(self._answers[i], []).append(i)
+        groups = [list(by_answer.values())[i] for i in generator.permutation(len(by_answer))]
+        rounds = [i for i in chain.from_iterable(zip_longest(*groups)) if i is not None]
+        first = rounds[: self.count]
+        return [first[i] for i in generator.permutation(len(first))]
+
+    @cached_property
+    def _balanced_for_all(self) -> list[int]:
+        """For every question that the pool does not ask."""
+        return self._balanced(None)
+
+    @cached_property
+    def _answers(self) -> list[Any]:
+        """What is balanced: the label, the place of the right choice, or the answer as it is worded."""
+        worded = ("".join(text for text, mark in rendered.pieces if mark) for rendered in self._rendered)
+        keys = {"labelled": ("label", "labels"), "choices": ("answer",)}
+        return [
+            next((example.fields[key] for key in keys.get(example.kind, ()) if key in example.fields), said)
+            for example, said in zip(self.pool, worded, strict=True)
+        ]
 
     @cached_property
     def _rendered(self) -> list[Rendered]:

@@ -56,9 +56,9 @@ LAYOUTS = (
     Layout("input_ids", ("input_ids",)),
     Layout("chat", ("messages",), ("system", "tools")),
     Layout("chat", ("conversations",), ("system", "tools")),
-    Layout("instruction", ("instruction", "output"), ("input", "system", "history")),
-    Layout("completion", ("prompt", "completion")),
-    Layout("pair", ("source", "target")),
+    Layout("instruction", ("instruction", "output"), ("input", "system", "history", "references")),
+    Layout("completion", ("prompt", "completion"), ("references",)),
+    Layout("pair", ("source", "target"), ("references",)),
     Layout("choices", ("question", "choices", "answer")),
     Layout("choices", ("question", "choices", "answerKey")),
     *(Layout("tagged", ("tokens", tags)) for tags in ("tags", "ner_tags", "labels")),
@@ -114,6 +114,7 @@ class Example:
     - tagged: `tokens` and `tags`, tuples of one length
     - choices: `question`, `choices`, a tuple, and `answer`, an index
 
+    Instructions, completions and pairs may have `references`, a tuple: other answers that are as good. They are not trained.
     `text` is all its words without its labels: by it copies are recognised and the held-out part is drawn.
     """
 
@@ -160,14 +161,25 @@ _Made = tuple[dict[str, Any], list[str]]
 def _completion(values: Mapping[str, Any], place: str) -> _Made:
     prompt, completion = (_string(values, role, place) for role in ("prompt", "completion"))
     _refuse_blank(completion, "empty answer")
-    return {"prompt": prompt, "completion": completion}, [prompt, completion]
+    return {"prompt": prompt, "completion": completion, **_references(values, place)}, [prompt, completion]
+
+
+def _references(values: Mapping[str, Any], place: str) -> dict[str, tuple[str, ...]]:
+    """Other answers that are as good, given as a text or as a list of texts; nothing when there are none."""
+    given = values.get("references")
+    texts = [given] if isinstance(given, str) else _list(given or [], "references", place)
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"`references` holds {named(text)}", where=place, expected="texts")
+    kept = tuple(text for text in texts if text.strip())
+    return {"references": kept} if kept else {}
 
 
 def _pair(values: Mapping[str, Any], place: str) -> _Made:
     source, target = (_string(values, role, place) for role in ("source", "target"))
     _refuse_blank(source, "empty source")
     _refuse_blank(target, "empty answer")
-    return {"source": source, "target": target}, [source, target]
+    return {"source": source, "target": target, **_references(values, place)}, [source, target]
 
 
 def _labelled(values: Mapping[str, Any], place: str) -> _Made:
@@ -295,6 +307,7 @@ def _instruction(values: Mapping[str, Any], place: str) -> _Made:
         "input": given,
         "output": output,
         "messages": tuple(messages),
+        **_references(values, place),
     }
     return fields, [message["content"] for message in messages]
 

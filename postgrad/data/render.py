@@ -182,7 +182,7 @@ def _words_of(example: Example, words: Mapping[str, str]) -> dict[str, str]:
         case "instruction":
             own = {name: fields[name] for name in ("instruction", "input", "output")}
             return {**own, "question": fields["messages"][-2]["content"]}
-    return dict(fields)
+    return {name: value for name, value in fields.items() if isinstance(value, str)}
 
 
 def _said(label: str | int | float, words: Mapping[str, str]) -> str:
