@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from postgrad.stages import amounts, mixing, objectives, parsing, penalties, schedules, tunings
+from postgrad.stages import amounts, mixing, objectives, parsing, penalties, schedules, tasks, tunings, worded
 from postgrad.stages import stage as s
 
 HEAD = """\
@@ -78,6 +78,8 @@ PARTS = (
     ("ExpandTuning", "`tuning`: `expand`"),
     ("Evaluation", "`evaluation`"),
     ("HeldOutFile", "`evaluation.retained[]`, `evaluation.learned[]`"),
+    ("Task", "`evaluation.tasks[]`"),
+    ("Shown", "`evaluation.tasks[].shown`"),
     ("Save", "`save`"),
     ("Compute", "`compute`"),
 )
@@ -118,7 +120,9 @@ def _section(name: str, title: str, part: dict[str, Any]) -> str:
 def _type(name: str) -> type:
     """The type of a part, wherever it is written."""
     return next(
-        vars(home)[name] for home in (s, schedules, objectives, penalties, tunings, mixing) if name in vars(home)
+        vars(home)[name]
+        for home in (s, schedules, objectives, penalties, tunings, mixing, tasks, worded)
+        if name in vars(home)
     )
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from postgrad import __version__
-from postgrad.errors import Interrupted, MissingExtra, PostgradError
+from postgrad.errors import Interrupted, MissingExtra, PostgradError, StageError
 
 app = typer.Typer(
     name="postgrad",
@@ -32,6 +32,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Base = Annotated[
     str | None,
     typer.Option(help="The model that a tuning's folder sits on, when it is not where that says.", show_default=False),
+]
+Tasks = Annotated[
+    Path | None,
+    typer.Option(help="Ask the tasks of this YAML file: a list as under evaluation.tasks.", show_default=False),
 ]
 StageFile = Annotated[Path, typer.Argument(help="The stage file (YAML).", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, as many as you like.", show_default=False)]
@@ -136,7 +140,11 @@ def train(stage: StageFile, overrides: Overrides = None, as_json: Json = False) 
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.", show_default=False)],
-    files: Annotated[list[str], typer.Argument(help="Text to score.", show_default=False)],
+    files: Annotated[list[str] | None, typer.Argument(help="Text to score.", show_default=False)] = None,
+    tasks: Tasks = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="With --tasks: demonstrations before each question.", show_default=False)
+    ] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens the model sees at once; default: its own, at most 1024.")
     ] = None,
@@ -150,21 +158,32 @@ def evaluate(
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Score any language model on text: nats per token, perplexity, bits per byte, with intervals."""
+    """Score any language model: on text in nats per token, perplexity and bits per byte; on tasks by what it answers."""
+    if not files and tasks is None:
+        raise StageError("there is nothing to score", where="eval", expected="files of text, or --tasks FILE")
     needs_training()
-    from postgrad.stages.score import evaluate_files
+    found: dict[str, Any] = {}
+    texts: list[str] = []
+    if files:
+        from postgrad.stages.score import evaluate_files
 
-    found = evaluate_files(
-        model,
-        files,
-        context=context,
-        documents=documents,
-        column=column,
-        base=base,
-        cache=cache_folder(),
-        pseudo=pseudo,
-    )
-    _print(found, as_json, found.pop("text"))
+        found |= evaluate_files(
+            model,
+            files,
+            context=context,
+            documents=documents,
+            column=column,
+            base=base,
+            cache=cache_folder(),
+            pseudo=pseudo,
+        )
+        texts.append(found.pop("text"))
+    if tasks is not None:
+        from postgrad.stages.asking import evaluate_tasks
+
+        found |= evaluate_tasks(model, tasks, shots=shots, base=base, cache=cache_folder())
+        texts.append(found.pop("text"))
+    _print(found, as_json, "\n\n".join(texts))
 
 
 @app.command()
@@ -175,6 +194,7 @@ def compare(
     on: Annotated[
         list[str] | None, typer.Option(help="Text to compare on; left out: what the runs held out.", show_default=False)
     ] = None,
+    tasks: Tasks = None,
     report: Annotated[
         Path | None, typer.Option(help="Write a page that shows the runs side by side.", show_default=False)
     ] = None,
@@ -182,6 +202,14 @@ def compare(
 ) -> None:
     """Set runs or models side by side, with paired intervals."""
     needs_training()
+    if tasks is not None:
+        from postgrad.stages.asking import compare_tasks
+
+        if on:
+            raise StageError("--on and --tasks are two comparisons", where="compare", way_out="ask for one at a time")
+        found = compare_tasks(models, tasks, cache=cache_folder())
+        _print(found, as_json, found.pop("text"))
+        return
     from postgrad.stages.score import compare_models, compare_runs
 
     found = compare_models(models, on, cache=cache_folder()) if on else compare_runs([Path(m) for m in models], report)

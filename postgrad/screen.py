@@ -97,7 +97,9 @@ def _looked(row: dict[str, Any]) -> str:
     parts = []
     for name, found in row["sets"].items():
         parts.append(f"{name} {found['nats']:.3f} ({found['change']:+.3f})")
-    return "held out: " + ", ".join(parts)
+    text = "held out: " + ", ".join(parts)
+    asked = [f"{name} {found['metric']} {found['value']:.3f}" for name, found in row.get("tasks", {}).items()]
+    return text + ("; asked: " + ", ".join(asked) if asked else "")
 
 
 def _stepped(event: r.Stepped, steps: int) -> str:

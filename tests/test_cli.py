@@ -131,7 +131,7 @@ def test_the_installed_command_and_the_module_are_one() -> None:
         (["train", "a.yaml", "--fast"], "No such option"),
         (["polish"], "No such command"),
         (["train"], "Missing argument"),
-        (["eval", "model"], "Missing argument"),
+        (["eval", "model"], "nothing to score"),
         (["init", "x"], "Missing option"),
         (["generate", "m", "--tokens", "many"], "integer"),
         (["export", "m"], "Missing argument"),

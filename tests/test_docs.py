@@ -116,7 +116,7 @@ def test_the_reference_is_of_these_types() -> None:
     assert (ROOT / "docs" / "stage.schema.json").read_text() == json_schema() + "\n"
 
 
-@pytest.mark.parametrize("wrong", ["train", "train a.yaml --fast", "polish a", "eval model"])
+@pytest.mark.parametrize("wrong", ["train", "train a.yaml --fast", "polish a", "generate"])
 def test_a_wrong_command_would_be_caught(wrong: str) -> None:
     assert commands_of(f"```console\n$ postgrad {wrong}\n```") == [f" {wrong}"]
     with pytest.raises(Exception, match=r"Missing|No such"):

@@ -9,7 +9,7 @@ can account for each of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,7 +167,7 @@ def _streams(source: Source, seen: Callable[[int], None]) -> Iterator[Iterator[D
     if source.hub is not None:
         rows = read_hub(source.hub, source.root, source.where)
         first = list(islice(rows, _PEEKED))
-        yield _from_rows(chain(first, rows), _columns(first, source))
+        yield _from_rows(_chosen(chain(first, rows), source), _columns(first, source))
         return
     assert source.path is not None
     files = find_files(source.path, source.root, source.where)
@@ -178,9 +178,10 @@ def _streams(source: Source, seen: Callable[[int], None]) -> Iterator[Iterator[D
         if not first and not text_file:
             continue
         columns = _LINES if text_file else _columns(first, source)
-        if text_file and source.kind not in ("auto", "text"):
+        if text_file and (source.only or source.kind not in ("auto", "text")):
+            met = "columns to choose rows by" if source.only else f"rows of kind `{source.kind}`"
             raise DataError(
-                f"a text file has no rows of kind `{source.kind}`",
+                f"a text file has no {met}",
                 where=str(file),
                 expected="files of .jsonl, .json, .csv or .parquet",
             )
@@ -189,8 +190,26 @@ def _streams(source: Source, seen: Callable[[int], None]) -> Iterator[Iterator[D
         if text_file:
             yield _from_text(file, source.documents, seen)
         else:
-            rows = read_rows(file, set(columns.by_role.values()), seen)
-            yield _from_rows(rows, columns, typed=kind_of(file) != ".csv")
+            rows = read_rows(file, {*columns.by_role.values(), *source.only}, seen)
+            yield _from_rows(_chosen(rows, source), columns, typed=kind_of(file) != ".csv")
+
+
+def _chosen(rows: Iterator[Row], source: Source) -> Iterator[Row]:
+    """The rows that have one of the values that are asked for in each of the columns of `source.only`."""
+    if not source.only:
+        return rows
+    return (row for row in rows if all(_has(row, column, values) for column, values in source.only.items()))
+
+
+def _has(row: Row, column: str, values: Collection[str]) -> bool:
+    if column not in row.values:
+        raise DataError(
+            f"no column `{column}` among {_listed(list(row.values))}",
+            where=row.place,
+            expected="every column that `only` names",
+            way_out=nearest(column, row.values),
+        )
+    return str(row.values[column]) in values
 
 
 def _not_all_empty(source: Source, documents: Iterator[Document]) -> Iterator[Document]:
@@ -209,8 +228,10 @@ def _not_all_empty(source: Source, documents: Iterator[Document]) -> Iterator[Do
             where=document.place,
             expected="at least one row with an answer or a label",
         )
+    asked = " and ".join(f"{column} {' or '.join(values)}" for column, values in source.only.items())
+    such = f" with {asked}" if asked else ""
     raise DataError(
-        f"{given} holds {f'{empty:,} documents, all empty' if met else 'no document'}",
+        f"{given} holds {f'{empty:,} documents, all empty' if met else f'no document{such}'}",
         where=source.where,
         expected="at least one document with text",
     )

@@ -64,7 +64,7 @@ class Source:
     `path` (relative to `root`) or `hub` is given, never both. `columns` renames (`{"text": "abstract"}`);
     `documents` says how a text file is cut (`auto`, `file`, `passages`, `paragraphs`, `lines`); `where` is
     the key path that errors name, such as `data.sources[0]`; `kind` is what the rows are, `auto` what their
-    columns say.
+    columns say; of `only` each column must have one of the values (as text) for a row to be read.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Source:
     root: Path = Path()
     where: str = "data.sources"
     kind: str = "auto"
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.hub is None):

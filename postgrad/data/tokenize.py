@@ -140,6 +140,8 @@ def build_store(
         raise disk_error(error, cache) from error
     inputs = _Inputs.of(source, cache)
     asked: dict[str, Any] = {} if source.kind in ("auto", "text") else {"kind": source.kind}
+    if source.only:
+        asked |= {"only": _only(source)}
     if renderer is not None:
         asked |= {"format": MARKED_FORMAT, "renderer": renderer.fingerprint}
     fingerprint = _hash(
@@ -177,7 +179,7 @@ def labels_of(sources: Sequence[Source], cache: Path) -> Labels:
 
 
 def _labels_of(source: Source, cache: Path) -> Labels:
-    asked = [FORMAT, _Inputs.of(source, cache).fingerprint, dict(source.columns), source.kind]
+    asked = [FORMAT, _Inputs.of(source, cache).fingerprint, dict(source.columns), source.kind, _only(source)]
     place = cache / "labels" / f"{_hash(asked)}.json"
     try:
         written = json.loads(place.read_bytes())
@@ -187,6 +189,10 @@ def _labels_of(source: Source, cache: Path) -> Labels:
     with suppress(DiskError):  # only a memo
         write_atomically(place, json.dumps({"problem": labels.problem, "names": labels.names}))
     return labels
+
+
+def _only(source: Source) -> dict[str, list[str]]:
+    return {column: sorted(values) for column, values in source.only.items()}
 
 
 def _published(final: Path) -> TokenStore | None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from postgrad.reports import figures, tables
+from postgrad.reports import figures, tables, tasks
 from postgrad.reports.figures import Estimate, Level, Mark, Series, Spot
 from postgrad.reports.notation import (
     compact,
@@ -70,6 +70,8 @@ class Curves:
     steps: int = 0
     not_finite: int = 0
     x_of_step: list[tuple[float, float]] = field(default_factory=list)
+    tasks: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
+    """By metric and task: what was reached at each look."""
 
 
 def read_curves(metrics: Iterable[Mapping[str, object]]) -> Curves:
@@ -89,6 +91,11 @@ def read_curves(metrics: Iterable[Mapping[str, object]]) -> Curves:
         if step is not None:
             curves.x_of_step.append((step, x))
         if row.get("kind") == "evaluation":
+            for name, entry in mapping(row.get("tasks")).items():
+                value = number(mapping(entry).get("value"))
+                if value is not None:
+                    metric = plain(mapping(entry).get("metric"))
+                    curves.tasks.setdefault(metric, {}).setdefault(name, []).append((x, value))
             for name, entry in mapping(row.get("sets")).items():
                 entry = mapping(entry)
                 nats, change = number(entry.get("nats")), number(entry.get("change"))
@@ -148,6 +155,7 @@ def run_page(record: Mapping[str, object], metrics: Iterable[Mapping[str, object
     name = plain(record.get("name"), 120) or "run without a name"
     sections = [
         ("result", "Result", "What was kept, what was learnt", _result(record)),
+        ("tasks", "Tasks", "What it was asked", tasks.section(record, curves.tasks, curves.unit)),
         ("retention", "Retention", "Forgetting while it trained", _retention(record, curves)),
         ("training", "Training", "Training", _training(record, curves)),
         ("mixture", "Mixture", "What was read", _mixture(record)),
@@ -711,6 +719,7 @@ def comparison_page(
     records = [mapping(r) for r in records]
     names = tables.arm_names(records)
     curves = [read_curves(metrics[i] if i < len(metrics) else ()) for i in range(len(records))]
+    asked = tasks.arms_task_table(records)
     sections = [
         (
             "arms",
@@ -718,6 +727,7 @@ def comparison_page(
             "The arms",
             tables.arms_table(records, baseline).html() + _trade(records, names) if records else "",
         ),
+        ("tasks", "Tasks", "What the arms answered", asked.html() if asked else ""),
         ("curves", "Curves", "Every set, every arm", _overlays(records, names, curves)),
         ("samples", "Samples", "Text by arm", _samples_by_arm(records, names)),
         ("runs", "Runs", "The runs", _runs(records, names)),

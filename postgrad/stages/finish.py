@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from postgrad.reports import tables
+from postgrad.reports.tasks import cluster_table, task_table
 from postgrad.stages.run import MODEL, REPORT, Finished
 
 
@@ -13,7 +14,12 @@ def outcome_text(outcome: Finished) -> str:
     record, place = outcome.record, outcome.place
     lines = ["this stage was already complete", ""] if outcome.already else [""]
     lines.append(tables.score_table(record, brief=True).text())
-    for table in (tables.pseudo_table(record, brief=True), tables.metrics_table(record)):
+    for table in (
+        tables.pseudo_table(record, brief=True),
+        tables.metrics_table(record),
+        task_table(record, brief=True),
+        cluster_table(record),
+    ):
         if table:
             lines += ["", table.text()]
     gate = record.get("gate")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -172,24 +172,31 @@ def renderer_for(
 def _renderer(
     objective: AnyObjective, kind: str, reading: Reading, wording: Wording, labels: Labels | None
 ) -> Renderer:
-    plain = PlainRenderer(
-        prompt=wording.prompt,
-        answer=wording.answer,
-        words=wording.words,
-        separate=reading.task == "text-to-text",
-    )
     if isinstance(objective, ClassifyObjective | MaskedObjective):
         assert labels is not None
         if kind == "tagged":
             return TagRenderer(labels)
         between = bool(reading.own.between)
         return ClassRenderer(labels, separator="" if between else "\n", joint=not between)
+    answers = objective.answers if isinstance(objective, NextTokenObjective) else "last"
+    return writer_for(kind, reading, wording, answers)
+
+
+def writer_for(
+    kind: str, reading: Reading, wording: Wording, answers: Literal["all", "last"]
+) -> PlainRenderer | ChatRenderer:
+    """What puts rows into words for a model that answers in words: a template, or conversations in the chat template."""
+    plain = PlainRenderer(
+        prompt=wording.prompt,
+        answer=wording.answer,
+        words=wording.words,
+        separate=reading.task == "text-to-text",
+    )
     tokenizer = reading.tokenizer
     turns = kind == "instruction" or (kind == "completion" and tokenizer.chat_template)
     if wording.prompt is None and (kind == "chat" or (turns and reading.task == "causal")):
         template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        answers = objective.answers if isinstance(objective, NextTokenObjective) else "last"
         return ChatRenderer(template, special, answers, plain)
     return plain
 

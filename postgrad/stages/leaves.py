@@ -52,6 +52,8 @@ class Wanted:
     stands_for: int | None
     objective: int
     """The number of the objective that its rows are made for."""
+    cluster: str | None = None
+    """The sort of task its rows are."""
 
     @cached_property
     def kind(self) -> str:
@@ -130,7 +132,19 @@ def wanted_sources(
             role = "replay" if source.seen_so_far else source.role
             wording = wording_of(given)
             out.append(
-                Wanted(name, source.name, role, part, held_out, source.max_passes, files, wording, stands_for, number)
+                Wanted(
+                    name,
+                    source.name,
+                    role,
+                    part,
+                    held_out,
+                    source.max_passes,
+                    files,
+                    wording,
+                    stands_for,
+                    number,
+                    given.get("cluster"),
+                )
             )
     return out
 
@@ -273,6 +287,8 @@ def origin_of(leaf: Leaf) -> dict[str, Any]:
         "kind": leaf.files.kind,
         "columns": dict(leaf.files.columns),
         "documents": leaf.files.documents,
+        "only": {column: list(values) for column, values in leaf.files.only.items()},
+        "cluster": leaf.wanted.cluster,
         "prompt": wording.prompt,
         "answer": wording.answer,
         "words": dict(wording.words),
@@ -292,7 +308,8 @@ def files_of(name: str, given: dict[str, Any], root: Path, where: str) -> Files:
     if given.get("hub"):
         hub = HubRows(given["hub"], given["subset"], given["split"], given["revision"])
     kind = given.get("kind", "auto")
-    return Files(name, given["path"], hub, given["columns"], given["documents"], root, where, kind)
+    only = {column: tuple(values) for column, values in (given.get("only") or {}).items()}
+    return Files(name, given["path"], hub, given["columns"], given["documents"], root, where, kind, only)
 
 
 def store_of(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from postgrad.errors import PostgradError, StageError, nearest
-from postgrad.stages.stage import Stage
+from postgrad.stages.stage import Evaluation, Stage
+from postgrad.stages.tasks import Task
 
 
 class _Strict(yaml.SafeLoader):
@@ -34,20 +35,7 @@ def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
 
     Raises `StageError` with `file: key.path`, what was met and what was expected.
     """
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise StageError(f"the stage file cannot be read ({error.strerror})", where=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise StageError("the stage file is not UTF-8", where=str(path)) from error
-    try:
-        raw = yaml.load(text, _Strict)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise StageError(f"not YAML: {getattr(error, 'problem', error)}", where=where) from error
-    except ValueError as error:  # what looks like a date and is none
-        raise StageError(f"not YAML: {error}", where=str(path)) from error
+    raw = _read(path, "the stage file")
     if not isinstance(raw, dict):
         raise StageError("a stage is a mapping of keys to values", where=str(path))
     for override in overrides or []:
@@ -61,6 +49,40 @@ def parse_stage(raw: dict[str, Any], where: str) -> Stage:
         return Stage.model_validate(raw)
     except ValidationError as error:
         raise _readable(error, where, raw) from error
+
+
+def load_tasks(path: Path, shots: int | None = None) -> list[Task]:
+    """A list of tasks, each written as under `evaluation.tasks` of a stage; `shots` replaces the number of all of them.
+
+    Raises `StageError` with `file: key.path`, what was met and what was expected.
+    """
+    raw = _read(path, "the file of tasks")
+    if not isinstance(raw, list) or not raw:
+        raise StageError("a file of tasks is a list", where=str(path), expected="- {name: ..., path: ...}")
+    if shots is not None:
+        raw = [{**item, "shots": shots} if isinstance(item, dict) else item for item in raw]
+    try:
+        return Evaluation.model_validate({"tasks": raw}).tasks
+    except ValidationError as error:
+        raise _readable(error, str(path), {"tasks": raw}, Evaluation) from error
+
+
+def _read(path: Path, what: str) -> Any:
+    """A YAML file as plain data."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise StageError(f"{what} cannot be read ({error.strerror})", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise StageError(f"{what} is not UTF-8", where=str(path)) from error
+    try:
+        return yaml.load(text, _Strict)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise StageError(f"not YAML: {getattr(error, 'problem', error)}", where=where) from error
+    except ValueError as error:  # what looks like a date and is none
+        raise StageError(f"not YAML: {error}", where=str(path)) from error
 
 
 def json_schema() -> str:
@@ -101,14 +123,14 @@ def _item(items: list[Any], name: str, key: str) -> Any:
     )
 
 
-def _readable(error: ValidationError, where: str, raw: dict[str, Any]) -> PostgradError:
+def _readable(error: ValidationError, where: str, raw: dict[str, Any], root: type[BaseModel] = Stage) -> PostgradError:
     """Pydantic's first finding, told with the key's path and the way out (the others are counted)."""
     findings = error.errors()
     first = findings[0]
     path = _path(first["loc"], raw, missing=first["type"] == "missing")
     met, expected, way_out = first["msg"], "", ""
     if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"])
+        known = _keys_at(first["loc"], root)
         met = f"there is no key {first['loc'][-1]!r}"
         way_out = nearest(str(first["loc"][-1]), known)
         expected = "one of " + ", ".join(known)
@@ -148,9 +170,9 @@ def _path(location: tuple[int | str, ...], raw: Any, *, missing: bool) -> str:
     return path.removeprefix(".")
 
 
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+def _keys_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
     """The known keys of the mapping in which an unknown one was met."""
-    schema = Stage.model_json_schema()
+    schema = root.model_json_schema()
     node: dict[str, Any] = schema
     for part in location[:-1]:
         node = _resolved(schema, node)

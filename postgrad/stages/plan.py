@@ -29,6 +29,7 @@ from postgrad.stages.leaves import Leaf, Progress, demonstrating, labels_for, ma
 from postgrad.stages.mixing import told
 from postgrad.stages.objectives import AnyObjective, PrefixLMObjective
 from postgrad.stages.order import make_order
+from postgrad.stages.prompting import Asked, framed, make_asked
 from postgrad.stages.rates import make_schedule
 from postgrad.stages.reading import Reading, make_reading
 from postgrad.stages.representation import form_for
@@ -67,6 +68,10 @@ class Plan:
     """Of masked language models: held-out text of which every token is masked in turn."""
     pseudo_before: tuple[OneByOne, ...]
     """The same texts as the start model reads them."""
+    tasks: tuple[Asked, ...]
+    """What the model is asked under the stage's tuning."""
+    tasks_before: tuple[Asked, ...]
+    """The same, as the start model is asked."""
     seen: dict[str, dict[str, Any]]
     overlap: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
@@ -122,7 +127,14 @@ class Plan:
             "stage": self.stage.fingerprint(),
             "data": {leaf.name: leaf.store.fingerprint for leaf in self.leaves},
             "sets": {h.name: h.fingerprint for h in self.held_out},
+            **({"tasks": {t.name: t.fingerprint for t in self.tasks}} if self.tasks else {}),
         }
+
+    @property
+    def clusters_seen(self) -> set[str]:
+        """The sorts of tasks that this stage or an earlier one trains on."""
+        earlier = (entry["origin"].get("cluster") for entry in self.seen.values())
+        return {c for c in (*earlier, *(leaf.wanted.cluster for leaf in self.leaves)) if c is not None}
 
 
 def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None = None) -> Plan:
@@ -166,7 +178,10 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     most, spare = stage.evaluation.max_tokens, len(reading.before) - len(reading.without.before)
     held_out = [as_read(c, reading, most, notes, problem=problem) for c in chosen]
     before = [as_read(c, reading.without, most, [], spare=spare, problem=problem) for c in chosen]
-    excluded = np.unique(np.concatenate([t["digest"] for t in tables])) if tables else None
+    tasks = [make_asked(task, reading, root, f"evaluation.tasks[{i}]") for i, task in enumerate(stage.evaluation.tasks)]
+    notes += [note for asked in tasks for note in asked.notes]
+    kept_out = [t["digest"] for t in tables] + [asked.tested_N for asked in tasks]
+    excluded = np.unique(np.concatenate(kept_out)) if kept_out else None
     rows = tuple(
         make_rows(
             objectives[leaf.wanted.objective],
@@ -230,6 +245,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         held_out_before=tuple(before),
         pseudo=_pseudo(stage, task, chosen, reading),
         pseudo_before=_pseudo(stage, task, chosen, reading.without),
+        tasks=tuple(framed(asked, reading) for asked in tasks),
+        tasks_before=tuple(framed(asked, reading.without) for asked in tasks),
         seen=seen,
         overlap=overlaps(stage, root, leaves, held_out, cache, notes),
         notes=tuple(notes),

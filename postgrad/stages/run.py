@@ -33,7 +33,7 @@ from postgrad.models.sharding import reshard
 from postgrad.planning.execution import Execution
 from postgrad.publish import sweep, verify, write_atomically
 from postgrad.reports import page
-from postgrad.stages import measure
+from postgrad.stages import answering, measure
 from postgrad.stages.amounts import in_steps
 from postgrad.stages.anchors import about_penalty, penalty_prints
 from postgrad.stages.build import Counts, Subject, build, choose_execution, make_loader, make_optimizer, make_subject
@@ -184,25 +184,30 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     yield Doing("scoring the start model")
     before_file, samples_file = home / "scores" / "before.npz", home / "scores" / "samples-before.json"
     pseudo_file = home / "scores" / "pseudo-before.npz"
+    tasks_file = home / "scores" / "tasks-before.json"
     # A sharded model cannot write by itself (generation is one rank's business): no samples then.
     each = 0 if world.sharded else plan.stage.evaluation.samples
     wanted = [p for h in plan.held_out for p in prompts(h, each)]
     told = json.loads(samples_file.read_text()) if samples_file.exists() else []
     begun = before_file.exists() and len(told) == len(wanted) and (not plan.pseudo or pseudo_file.exists())
+    begun &= not plan.tasks or tasks_file.exists()
     if world.any(not begun):  # one rank may write before another looks
         del subject, model  # there may be room for one model only
-        before, pseudo_before, told = _begin(plan, wanted, identity, cache, world)
+        before, pseudo_before, told, answers = _begin(plan, wanted, identity, cache, world)
         if world.main:
             measure.write_scores(before_file, before)
             if plan.pseudo:
                 measure.write_scores(pseudo_file, pseudo_before)
             write_atomically(samples_file, json.dumps(told))
+            if answers:
+                answering.write_answers(tasks_file, answers)
         subject = make_subject(plan, world)
         model = subject.model
         _prepare(plan, model, execution)
     world.wait()
     before = measure.read_scores(before_file)
     pseudo_before = measure.read_scores(pseudo_file) if plan.pseudo else {}
+    answers_before = answering.read_answers(tasks_file)
     if interrupt.wanted(world):
         yield Stopped(0, plan.steps)
         return
@@ -252,12 +257,15 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         model = model_for(opened.model, opened.task).to(world.device)
     after = measure.measure(model, plan.held_out, context=plan.context, world=world)
     pseudo = measure.measure(model, plan.pseudo, score_one_by_one, context=plan.context, world=world)
+    answers = _answers_after(plan, home, model, world)
     if not world.main:
         yield Doing("the first rank writes the record")
         return
     measure.write_scores(home / "scores" / "after.npz", after)
     if pseudo:
         measure.write_scores(home / "scores" / "pseudo-after.npz", pseudo)
+    if answers:
+        answering.write_answers(home / "scores" / "tasks-after.json", answers)
     samples = _samples(plan, model.pretrained, wanted, told)
     found = measure.outcome(plan.held_out, before, after, plan.vocabulary)
     gate = measure.gate(found["changes"], before, plan.stage.max_forgetting)
@@ -271,6 +279,8 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         **found,
         "pseudo_perplexity": measure.outcome(plan.pseudo, pseudo_before, pseudo, plan.vocabulary) if pseudo else None,
         "gate": gate,
+        "tasks": answering.table_of(plan.tasks, answers_before, answers),
+        "clusters": answering.clusters_of(plan.tasks, answers_before, answers, plan.clusters_seen),
         "samples": samples,
     }
     record["fingerprints"]["model"] = model_fingerprint(home / MODEL)
@@ -314,6 +324,16 @@ def _train(
             reshard(run.model)
             return found
 
+    # A sharded model cannot write by itself: its tasks are asked before and after.
+    asked = [task for task in plan.tasks if task.task.during and not world.sharded]
+
+    def at_tasks(row: dict[str, Any], answers: answering.AllAnswers | None = None) -> dict[str, Any]:
+        if not asked:
+            return row
+        with run.weights.full_precision():
+            now = answering.ask(run.model, asked, plan.reading, world=world) if answers is None else answers
+        return {**row, "tasks": answering.look_of(asked, now)}
+
     def save() -> Saved:
         metrics.sync()
         if world.sharded:  # gathering is everyone's business, writing is the first rank's
@@ -331,7 +351,8 @@ def _train(
     world.wait()
     start = measure.read_scores(start_file)
     if run.step == 0 and world.main:
-        metrics.write(measure.evaluation_row(0, 0, quick, start, start, plan.vocabulary))
+        row = measure.evaluation_row(0, 0, quick, start, start, plan.vocabulary)
+        metrics.write(at_tasks(row, answering.read_answers(plan.output / "scores" / "tasks-before.json")))
     saved_at, told = run.step, False
     for report in steps(run, loader, plan.steps):
         seconds = pace.step(report.tokens)
@@ -358,6 +379,7 @@ def _train(
         yield Stepped(report, seconds, pace.rate, pace.left((plan.steps - report.step) * report.tokens))
         if report.step in looks:
             row = measure.evaluation_row(report.step, report.trained, quick, start, look(quick), plan.vocabulary)
+            row = at_tasks(row)
             if world.main:
                 metrics.write(row)
             yield Looked(row)
@@ -400,8 +422,8 @@ def save_steps(every: str, steps: int, tokens: int) -> set[int]:
 
 def _begin(
     plan: Plan, wanted: list[Prompt], identity: str, cache: Path, world: World
-) -> tuple[measure.AllScores, measure.AllScores, list[str]]:
-    """The start model's scores, those of text that is masked token by token, and what it writes."""
+) -> tuple[measure.AllScores, measure.AllScores, list[str], answering.AllAnswers]:
+    """The start model's scores, those of text that is masked token by token, what it writes and what it answers."""
     if plan.layer:  # a new task layer is drawn by the stage's seed
         identity = fingerprint([identity, dataclasses.asdict(plan.layer)])
     opened = open_model(plan.start, plan.task, layer=plan.layer)
@@ -423,7 +445,18 @@ def _begin(
         identity=identity,
         cache=cache,
     )
-    return scores, one_by_one, told
+    answers = answering.ask(model, plan.tasks_before, plan.reading, world=world, identity=identity, cache=cache)
+    return scores, one_by_one, told, answers
+
+
+def _answers_after(plan: Plan, home: Path, model: Model, world: World) -> answering.AllAnswers:
+    """What the published model answers; where it is spread over several machines, each reads the whole of it back."""
+    if plan.tasks and world.sharded:
+        world.wait()
+        verify(home / MODEL)
+        opened = open_model(locate(str(home / MODEL), home))
+        model = model_for(opened.model, opened.task).to(world.device)
+    return answering.ask(model, plan.tasks, plan.reading, world=world)
 
 
 def _prepare(plan: Plan, model: Model, execution: Execution) -> None:
@@ -486,6 +519,7 @@ def _record_stop(
         "scores": {"before": {n: v.summary() for n, v in before.items()}, "after": {}},
         "changes": {},
         "gate": None,
+        "tasks": answering.table_of(plan.tasks, answering.read_answers(home / "scores" / "tasks-before.json"), {}),
         "samples": [],
     }
     write_record(home, record)

@@ -28,7 +28,8 @@ from postgrad.models.model import model_for
 from postgrad.models.pretrained import Start, Task, load_tokenizer, locate
 from postgrad.objectives.decisions import Problem
 from postgrad.reports import page, shell, tables
-from postgrad.stages import measure
+from postgrad.reports.tasks import arms_task_table
+from postgrad.stages import answering, measure
 from postgrad.stages import stage as s
 from postgrad.stages.fresh import start_of
 from postgrad.stages.held_out import Chosen, as_read, one_by_one
@@ -302,12 +303,15 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
             if record["fingerprints"]["sets"][name] != first["fingerprints"]["sets"][name]:
                 raise StageError(f"the held-out set '{name}' of {run} is not that of {runs[0]}", where="compare")
     text = tables.arms_table(records, tables.arm_names(records)[0]).text()
+    asked = arms_task_table(records)
+    text += f"\n\n{asked.text()}" if asked else ""
     found: dict[str, Any] = {
         "arms": [
-            {"run": str(run), "changes": r["changes"], "achieved": r["achieved"]}
+            {"run": str(run), "changes": r["changes"], "achieved": r["achieved"], "tasks": r.get("tasks", [])}
             for run, r in zip(runs, records, strict=True)
         ],
         "paired": _between(runs, records),
+        "paired_tasks": answering.between(runs, records, tables.arm_names(records)),
     }
     budgets = {record["achieved"]["tokens"] for record in records}
     if max(budgets) > 1.02 * min(budgets):
@@ -319,6 +323,11 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
         text += (
             f"\n{item['set']}: {item['arm']} - {item['against']} = {item['difference']:+.4f} nats/token "
             f"({item['low']:+.4f} to {item['high']:+.4f})"
+        )
+    for item in found["paired_tasks"]:
+        text += (
+            f"\n{item['task']}: {item['arm']} - {item['against']} = {item['difference']:+.3f} {item['metric']} "
+            f"({item['low']:+.3f} to {item['high']:+.3f})"
         )
     if report:
         metrics = [list(read_metrics(run / "metrics.jsonl")) for run in runs]
@@ -389,8 +398,8 @@ def _sets_of(stages: list[tuple[Path, Record]], key: str, cache: Path) -> dict[s
     """The held-out sets of the stage that knows `key`, read again."""
     for _, record in stages:
         if any(set_key(record, name) == key for name in record.get("changes", {})):
-            plan = make_plan(
-                parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
-            )
+            raw = yaml.safe_load(record["stage_yaml"])
+            raw["evaluation"]["tasks"] = []  # which may have moved since, and have no column in the matrix
+            plan = make_plan(parse_stage(raw, record["name"]), Path(record["root"]), cache)
             return {f"{h.name}:{h.fingerprint}": h for h in plan.held_out}
     return {}

@@ -21,29 +21,9 @@ from postgrad.stages.mixing import AnyMixing, completed
 from postgrad.stages.objectives import AnyObjective
 from postgrad.stages.penalties import AnyPenalty
 from postgrad.stages.schedules import AnySchedule
+from postgrad.stages.tasks import Task
 from postgrad.stages.tunings import AnyTuning, FullTuning
-
-Kind = Literal[
-    "auto", "text", "input_ids", "chat", "instruction", "completion", "pair", "labelled", "tagged", "choices"
-]
-Cut = Literal["auto", "file", "passages", "paragraphs", "lines"]
-
-
-class Worded(Part):
-    """What rows are, and how they are put into words."""
-
-    kind: Kind = "auto"
-    """What the rows are; auto: what their columns say. Rows with `text` and `label` are text unless `labelled` is said."""
-    columns: dict[str, str] = {}
-    """Which column is which, e.g. `{text: abstract}`."""
-    documents: Cut = "auto"
-    """What a document is in a text file; auto: the file, or passages of about 4,000 characters in a large one."""
-    prompt: str | None = None
-    """What a row with parts is read as: `{field}` stands for a field of it. Left out: by its kind."""
-    answer: str | None = None
-    """What is answered, likewise."""
-    words: dict[str, str] = {}
-    """How labels are said: `{"0": negative, "1": positive}`."""
+from postgrad.stages.worded import Worded
 
 
 class Source(Worded):
@@ -74,6 +54,8 @@ class Source(Worded):
     """How often the source may be read in this stage; see `data.when_short`."""
     stands_for: Amount | None = None
     """Tokens of this distribution that the start model consumed before its first recorded stage; counts as seen."""
+    cluster: str | None = None
+    """The sort of task its rows are: tasks of other clusters (`evaluation.tasks`) were never seen."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -208,6 +190,8 @@ class Evaluation(Part):
     before and after; each costs a row, 0: none."""
     samples: Annotated[int, Field(ge=0)] = 2
     """Texts of each set that are continued before and after, for the report."""
+    tasks: list[Task] = []
+    """Tasks that the model is asked in prompts, before and after."""
 
     @model_validator(mode="after")
     def _names(self) -> Evaluation:
@@ -215,6 +199,9 @@ class Evaluation(Part):
         doubled = {name for name in names if names.count(name) > 1}
         if doubled:
             raise ValueError(f"two held-out files are called {sorted(doubled)[0]!r}; give them a `name`")
+        tasks = [task.name for task in self.tasks]
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"two tasks are called {next(n for n in tasks if tasks.count(n) > 1)!r}")
         return self
 
 
