@@ -17,10 +17,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from postgrad.evaluation.branches import Batch, Branch, Row, grown, shared_batches, single_batches, tokens_of
+from postgrad.evaluation.branches import (
+    Batch,
+    Branch,
+    Row,
+    grown,
+    shared_batches,
+    single_batches,
+    single_tokens,
+    tokens_of,
+)
 from postgrad.models.model import CausalModel, Head
 
 _LOGITS_AT_ONCE = 1 << 25
+_BESIDE = 16
+"""Tokens that stand beside the sequence by which it is tried whether trees work."""
 _TAKES_TRUTH = ("sdpa", "prefix")
 """Ways to attend that take a mask of true and false; any other gets numbers to be added."""
 
@@ -36,15 +47,18 @@ class Answers(NamedTuple):
 class _Read(DynamicLayer):
     """A layer's keys and values of a trunk (1, H, P, C), which every batch stands behind and none adds to."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
         super().__init__()
+        if keys is None or values is None:
+            raise TypeError("a layer without keys of its own")
         self.keys, self.values = keys, values
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_options: Any) -> tuple[Tensor, Tensor]:
         """The trunk's before the rows' own, (B, H, P + T, C)."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         rows = len(key_states)
         key, value = (old.expand(rows, -1, -1, -1) for old in (self.keys, self.values))
         return torch.cat([key, key_states], 2), torch.cat([value, value_states], 2)
@@ -56,43 +70,53 @@ class Decoder:
     def __init__(self, model: CausalModel, branches: Sequence[Branch], pad: int, at_once: int) -> None:
         self.model, self.pad = model, pad
         self.trunk: Cache | None = None
-        plain, shared = single_batches(branches, at_once), shared_batches(branches, at_once)
+        self.tried: np.ndarray | None = None
+        shared = shared_batches(branches, at_once)
         longest = max(branches, key=lambda branch: len(branch.ids), default=None)
         self.trees = (
             longest is not None
-            and tokens_of(shared) + 2 * len(longest.ids) < tokens_of(plain)
-            and self._agrees(longest)
+            and tokens_of(shared) + len(longest.ids) < single_tokens(branches)
+            and self._agrees(longest, shared)
         )
-        self.batches = shared if self.trees else plain
+        if self.trees:  # the trunk that was read for the trial comes first
+            self.batches = sorted(shared, key=lambda batch: batch.trunk is not self.tried)
+        else:
+            self.batches = single_batches(branches, at_once)
         self.read = tokens_of(self.batches)
 
-    def _agrees(self, branch: Branch) -> bool:
-        """Whether a sequence says the same as a tree behind a trunk as by itself; the longest meets every window there is."""
-        trunk = branch.first // 2
+    def _agrees(self, branch: Branch, shared: Sequence[Batch]) -> bool:
+        """Whether a sequence says the same in a tree as by itself; the longest one meets every window there is."""
+        trunk = next(batch.trunk for batch in shared if any(branch.slot in row.slot_A for row in batch.rows))
+        ids = branch.ids[: len(trunk) or branch.first // 2]
+        # What stands before it in its row would show where a mask or places are passed over.
+        other = Branch(np.append(ids, branch.ids[len(ids) :][:_BESIDE][::-1]), len(ids) + 1, (), 0)
         try:
+            self.trunk = self._behind(ids)
+            tree = self._trees(Batch(ids, (grown([other, branch], len(ids)),)), self.trunk).log_p
             (alone,) = single_batches([branch], len(branch.ids))
-            # Twice, so that what stands beside it in a row would show.
-            row = grown([branch, branch._replace(ids=np.append(branch.ids[:trunk], branch.ids[trunk:][::-1]))], trunk)
-            tree = self._trees(Batch(branch.ids[:trunk], (row,)), self._behind(branch.ids[:trunk])).log_p
             plain = self._rows(alone).log_p
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
             return False
+        if len(trunk):
+            self.tried = trunk
         dtype = next(self.model.parameters()).dtype
-        off = np.abs(tree[: len(plain)] - plain)
+        off = np.abs(tree - plain)
         return bool((off <= torch.finfo(dtype).eps ** 0.5 * np.maximum(1, np.abs(plain))).all())
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
     def before(self, turn: Sequence[int], mine: int) -> None:
         """Read the trunk that batch `mine` stands behind; a rank whose batch has none, beside some that have, reads a token."""
-        self.trunk = None
+        if all(self.batches[number].trunk is self.tried for number in turn):
+            return
+        self.trunk, self.tried = None, None
         if any(len(self.batches[number].trunk) for number in turn):
             trunk = self.batches[mine].trunk
             read = self._behind(trunk if len(trunk) else np.array([self.pad]))
             self.trunk = read if len(trunk) else None
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
     def same(self, a: int, b: int) -> bool:
         """Whether two batches stand behind the same trunk."""
@@ -111,7 +135,10 @@ class Decoder:
         cache = DynamicCache()  # without a configuration: all keys, whatever window a layer has
         places = torch.arange(len(trunk), device=ids.device)[None]
         self.model(input_ids=ids, position_ids=places, past_key_values=cache)
-        return Cache(layers=[_Read(layer.keys, layer.values) for layer in cache.layers])
+        layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        if len(layers) < len(cache.layers):
+            raise TypeError("a past that is more than keys and values")
+        return Cache(layers=[_Read(layer.keys, layer.values) for layer in layers])
 
     def _trees(self, batch: Batch, trunk: Cache | None) -> Answers:
         arrays = filled(batch.rows, batch.width, len(batch.trunk), self.pad)

@@ -79,15 +79,22 @@ def shared_batches(branches: Sequence[Branch], most: int) -> list[Batch]:
 
 def single_batches(branches: Sequence[Branch], most: int) -> list[Batch]:
     """Every sequence in a row of its own, once; nothing else is shared."""
-    ordered = sorted(branches, key=_sorting)
-    rows: list[list[Branch]] = []
-    for branch in ordered:
-        if rows and np.array_equal(rows[-1][0].ids, branch.ids):
-            rows[-1].append(branch)
-        else:
-            rows.append([branch])
     none = np.empty(0, np.int64)
-    return [Batch(none, tuple(some)) for some in _together([grown(row, 0) for row in rows], 0, most)]
+    rows = [grown(alike, 0) for alike in _alike(branches).values()]
+    return [Batch(none, tuple(some)) for some in _together(rows, 0, most)]
+
+
+def single_tokens(branches: Sequence[Branch]) -> int:
+    """How many tokens are read when every sequence stands in a row of its own."""
+    return sum(len(alike[0].ids) for alike in _alike(branches).values())
+
+
+def _alike(branches: Sequence[Branch]) -> dict[bytes, list[Branch]]:
+    """Branches by their sequence."""
+    out: dict[bytes, list[Branch]] = {}
+    for branch in branches:
+        out.setdefault(branch.ids.tobytes(), []).append(branch)
+    return out
 
 
 def tokens_of(batches: Sequence[Batch]) -> int:
@@ -118,8 +125,9 @@ def grown(branches: Sequence[Branch], trunk: int) -> Row:
         begin = branch.first - 1 - trunk
         asked += path[begin : begin + len(branch.wanted)]
         last = own
+    size = len(end)
     for number in path:
-        end[number] = len(end)
+        end[number] = size
     return Row(
         np.concatenate(ids),
         np.concatenate(depths),

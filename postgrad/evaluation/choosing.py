@@ -231,7 +231,12 @@ def _asked(item: Item, slot: int) -> list[Asked]:
 def _reader(model: Model, wanted: Sequence[Asked], pad: int, at_once: int) -> Reader:
     if isinstance(model, CausalModel):
         branches = [
-            Branch(np.append(asked.context, asked.choice[:-1]), len(asked.context), asked.choice, asked.slot)
+            Branch(
+                np.append(asked.context, np.array(asked.choice[:-1], np.int64)),
+                len(asked.context),
+                asked.choice,
+                asked.slot,
+            )
             for asked in wanted
         ]
         return Decoder(model, branches, pad, at_once)
