@@ -1,9 +1,9 @@
 """What can a row be besides running text?
 
 A conversation, an instruction, a prompt and its completion, a pair of texts, a text with its label, words with their
-tags, or a question with choices. Each becomes an `Example`: its kind and its fields, checked. What kind a row has
-follows from its columns (`LAYOUTS`). A row that is broken is an error with its place; a row that is whole and yet
-teaches nothing (an empty answer, no label) is `Skipped` for a reason that can be counted.
+tags, a question about a text, or one with choices. Each becomes an `Example`: its kind and its fields, checked. What
+kind a row has follows from its columns (`LAYOUTS`). A row that is broken is an error with its place; a row that is whole
+and yet teaches nothing (an empty answer, no label) is `Skipped` for a reason that can be counted.
 
 How an example becomes text is not decided here: that is a `Renderer`, a value that is passed to whoever tokenises.
 """
@@ -51,6 +51,9 @@ PAIRS = (
 )
 """Names under which the two texts of a labelled pair come."""
 
+SUMMARIES = (("document", "summary"), ("article", "highlights"), ("dialogue", "summary"), ("text", "summary"))
+"""Names under which a text and its summary come."""
+
 LAYOUTS = (
     Layout("text", ("text",)),
     Layout("input_ids", ("input_ids",)),
@@ -59,8 +62,11 @@ LAYOUTS = (
     Layout("instruction", ("instruction", "output"), ("input", "system", "history", "references")),
     Layout("completion", ("prompt", "completion"), ("references",)),
     Layout("pair", ("source", "target"), ("references",)),
+    *(Layout("pair", names, ("references",)) for names in SUMMARIES),
+    Layout("pair", ("translation",)),
     Layout("choices", ("question", "choices", "answer")),
     Layout("choices", ("question", "choices", "answerKey")),
+    *(Layout("question", ("question", "context", answers)) for answers in ("answers", "answer")),
     *(Layout("tagged", ("tokens", tags)) for tags in ("tags", "ner_tags", "labels")),
     *(
         Layout("labelled", (*texts, label))
@@ -92,9 +98,38 @@ def columns_of(names: Collection[str], renamed: Mapping[str, str], kind: str = "
         if kind not in ("auto", layout.kind) or not renamed.keys() <= set(layout.roles):
             continue
         by_role = {role: renamed.get(role, role) for role in layout.roles}
-        if all(by_role[role] in names for role in {*layout.required, *renamed}):
+        if all(has_column(names, by_role[role]) for role in {*layout.required, *renamed}):
             return Columns(layout.kind, by_role, tuple(by_role[role] for role in layout.required))
     return None
+
+
+def has_column(names: Collection[str], column: str) -> bool:
+    """Whether rows with columns `names` have one; `translation.en` is what the object in `translation` has under `en`."""
+    return column in names or ("." in column and column.partition(".")[0] in names)
+
+
+def in_column(values: Mapping[str, Any], column: str, place: str) -> Any:
+    """What a row has in a column, or inside of one; None where there is nothing.
+
+    Raises `DataError` with `place` when there is no such thing inside of a column.
+    """
+    head, dot, rest = column.partition(".")
+    if column in values or not dot:
+        return values.get(column)
+    inner = values.get(head)
+    if inner is None:
+        return None
+    if not isinstance(inner, Mapping):
+        raise DataError(f"`{head}` is {named(inner)}", where=place, expected=f"an object that has `{rest}`")
+    if not has_column(inner.keys(), rest):
+        names = list(map(str, inner))
+        raise DataError(
+            f"there is no `{rest}` in `{head}`",
+            where=place,
+            expected=" or ".join(f"`{name}`" for name in names[:12]) or "an object that is not empty",
+            way_out=nearest(rest, names),
+        )
+    return in_column(inner, rest, place)
 
 
 # --- examples -----------------------------------------------------------------------------------------
@@ -109,12 +144,14 @@ class Example:
     - chat: `messages`, each a mapping with `role`, `content` and whatever else a template reads; `tools`, a list
     - instruction: `instruction`, `input`, `output`, and the `messages` of the same conversation
     - completion: `prompt`, `completion`
-    - pair: `source`, `target`
+    - pair: `source`, `target`, and the same under the names that the row has for them
+    - question: `question`, `context`, `answer`
     - labelled: one or two texts under their own names, and `label`, or `labels`, a tuple
     - tagged: `tokens` and `tags`, tuples of one length
     - choices: `question`, `choices`, a tuple, and `answer`, an index
 
-    Instructions, completions and pairs may have `references`, a tuple: other answers that are as good. They are not trained.
+    Instructions, completions, pairs and questions may have `references`, a tuple: other answers that are as good. They are
+    not trained.
     `text` is all its words without its labels: by it copies are recognised and the held-out part is drawn.
     """
 
@@ -176,10 +213,25 @@ def _references(values: Mapping[str, Any], place: str) -> dict[str, tuple[str, .
 
 
 def _pair(values: Mapping[str, Any], place: str) -> _Made:
-    source, target = (_string(values, role, place) for role in ("source", "target"))
+    if "translation" in values:
+        values = _two_languages(values["translation"], place)
+    texts = {role: _string(values, role, place) for role in values if role != "references"}
+    source, target = texts.values()
     _refuse_blank(source, "empty source")
     _refuse_blank(target, "empty answer")
-    return {"source": source, "target": target, **_references(values, place)}, [source, target]
+    return {"source": source, "target": target, **texts, **_references(values, place)}, [source, target]
+
+
+def _two_languages(value: Any, place: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or len(value) != 2:
+        raise DataError(
+            f"`translation` is {named(value)}"
+            + (f" with {len(value)} languages" if isinstance(value, Mapping) else ""),
+            where=place,
+            expected='a text in two languages, {"en": ..., "de": ...}, the source first',
+            way_out="name them with columns: {source: translation.en, target: translation.de}",
+        )
+    return value
 
 
 def _labelled(values: Mapping[str, Any], place: str) -> _Made:
@@ -320,6 +372,41 @@ def _history(value: Any, place: str) -> list[dict[int, Any]]:
     return [dict(enumerate(turn)) for turn in turns]
 
 
+# --- questions ------------------------------------------------------------------------------------------
+
+
+def _question(values: Mapping[str, Any], place: str) -> _Made:
+    question, context = (_string(values, role, place) for role in ("question", "context"))
+    _refuse_blank(question, "empty question")
+    role = "answers" if "answers" in values else "answer"
+    found = _answers(values[role], role, place)
+    if not found:
+        raise Skipped("no answer")
+    answers = tuple(dict.fromkeys(answer for answer in found if answer.strip()))
+    if not answers:
+        raise Skipped("empty answer")
+    answer, *others = answers
+    fields = {"question": question, "context": context, "answer": answer}
+    return fields | ({"references": tuple(others)} if others else {}), [question, context, answer]
+
+
+def _answers(value: Any, role: str, place: str) -> list[str]:
+    """All answers that are right, given as a text, a list, or SQuAD's `{"text": [...], "answer_start": [...]}`."""
+    if isinstance(value, Mapping):
+        value, role = value.get("text"), f"{role}.text"
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    out: list[str] = []
+    for item in _list(value, role, place):
+        text = item.get("text") if isinstance(item, Mapping) else item
+        if not isinstance(text, str):
+            raise DataError(f"`{role}` holds {named(text)}", where=place, expected="texts")
+        out.append(text)
+    return out
+
+
 # --- questions with choices ---------------------------------------------------------------------------
 
 
@@ -449,6 +536,7 @@ _MAKERS: Mapping[str, Callable[[Mapping[str, Any], str], _Made]] = MappingProxyT
         "pair": _pair,
         "labelled": _labelled,
         "tagged": _tagged,
+        "question": _question,
         "choices": _choices,
     }
 )

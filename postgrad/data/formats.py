@@ -26,6 +26,8 @@ from postgrad.data.examples import (
     Labels,
     Skipped,
     columns_of,
+    has_column,
+    in_column,
     labels_in,
     make_example,
     named,
@@ -190,7 +192,8 @@ def _streams(source: Source, seen: Callable[[int], None]) -> Iterator[Iterator[D
         if text_file:
             yield _from_text(file, source.documents, seen)
         else:
-            rows = read_rows(file, {*columns.by_role.values(), *source.only}, seen)
+            wanted = {name for column in columns.by_role.values() for name in (column, column.partition(".")[0])}
+            rows = read_rows(file, wanted | source.only.keys(), seen)
             yield _from_rows(_chosen(rows, source), columns, typed=kind_of(file) != ".csv")
 
 
@@ -254,7 +257,7 @@ def _columns(rows: list[Row], source: Source) -> Columns:
 def _no_kind(names: list[str], source: Source, place: str) -> DataError:
     """Why rows with columns `names` are not of the kind that is asked for, or of none."""
     for column in source.columns.values():
-        if column not in names:
+        if not has_column(names, column):
             return _no_column(column, names, place)
     sought = [layout for layout in LAYOUTS if source.kind in ("auto", layout.kind)]
     if source.columns:
@@ -274,8 +277,8 @@ def _no_kind(names: list[str], source: Source, place: str) -> DataError:
             way_out=nearest("text", names),
         )
     missing = [[source.columns.get(role, role) for role in layout.required] for layout in sought]
-    best = max(missing, key=lambda columns: sum(column in names for column in columns))
-    column = next(column for column in best if column not in names)
+    best = max(missing, key=lambda columns: sum(has_column(names, column) for column in columns))
+    column = next(column for column in best if not has_column(names, column))
     expected = f"rows of kind `{sought[0].kind}`: " + " or ".join(_listed(columns) for columns in missing[:3])
     return DataError(
         f"no column `{column}` among {_listed(names)}",
@@ -317,9 +320,9 @@ def _running(rows: Iterator[Row], columns: Columns) -> Iterator[Document]:
     column = columns.by_role[columns.kind]
     convert = _text if columns.kind == "text" else _ids
     for row in rows:
-        if column not in row.values:
+        if not has_column(row.values.keys(), column):
             raise _other_row(row, column, columns.kind)
-        yield convert(row.values[column], row.place, column)
+        yield convert(in_column(row.values, column, row.place), row.place, column)
 
 
 def _other_row(row: Row, column: str, kind: str) -> DataError:
@@ -332,9 +335,9 @@ def _other_row(row: Row, column: str, kind: str) -> DataError:
 def _examples(rows: Iterable[Row], columns: Columns, typed: bool) -> Iterator[Document]:
     for row in rows:
         for column in columns.required:
-            if column not in row.values:
+            if not has_column(row.values.keys(), column):
                 raise _other_row(row, column, columns.kind)
-        values = {role: row.values.get(column) for role, column in columns.by_role.items()}
+        values = {role: in_column(row.values, column, row.place) for role, column in columns.by_role.items()}
         if not typed and "label" in values:
             values["label"] = _typed(values["label"])
         try:

@@ -12,6 +12,7 @@ import re
 import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +30,7 @@ _PROMPTS = MappingProxyType(
         "pair": ("{source}", "\n", "{target}"),
         "labelled": ("{lines}\nlabel:", " ", "{label}"),
         "tagged": ("{tokens}", "\n", "{tags}"),
+        "question": ("question: {question}\ncontext: {context}\nanswer:", " ", "{answer}"),
         "choices": ("{question}\n{choices}\nAnswer:", " ", "{answer}"),
     }
 )
@@ -39,7 +41,9 @@ _PROMPTS = MappingProxyType(
 class PlainRenderer:
     """A prompt and an answer, each a template: `{field}` is a field of the row, `{{` and `}}` are braces.
 
-    What is left out goes by the kind of the row. The fields are the row's own (`prompt`, `premise`, `label` ...) and:
+    `{label:round 0.2}` is a number rounded to the nearest multiple of 0.2 (a half to the even one), as T5 writes
+    similarities (Raffel et al. 2020, section 2.4). What is left out goes by the kind of the row. The fields are the row's own
+    (`prompt`, `premise`, `label` ...) and:
 
     - labelled: `lines`, one `name: text` for each text; `label`, through `words` where that names it (`{"0": "no"}`)
     - choices: `choices`, a line `A. ...` for each; `answer`, the text of the right one; `letter`, its letter
@@ -201,9 +205,40 @@ def _said(label: str | int | float, words: Mapping[str, str]) -> str:
 _TOKEN = re.compile(r"(\{\{|\}\}|\{[^{}]*\}|[{}])")
 
 
-def _parsed(template: str) -> list[tuple[str, bool]]:
-    """The parts of a template: text, or the name of a field. Raises `StageError` for a brace that stands alone."""
-    parts: list[tuple[str, bool]] = []
+@dataclass(frozen=True)
+class _Field:
+    """A field of the row, and to which multiple of what its number is rounded, if it is."""
+
+    name: str
+    step: Decimal | None = None
+
+    def filled(self, fields: Mapping[str, str]) -> str:
+        if self.name not in fields:
+            raise DataError(
+                f"the template asks for {{{self.name}}}, which the row has not",
+                expected=" ".join(f"{{{name}}}" for name in fields),
+                way_out=nearest(self.name, fields),
+            )
+        text = fields[self.name]
+        return text if self.step is None else _rounded(text, self.step, self.name)
+
+
+def _rounded(text: str, step: Decimal, name: str) -> str:
+    try:
+        number = Decimal(text)
+        if not number.is_finite():
+            raise InvalidOperation
+        multiple = (number / step).to_integral_value(ROUND_HALF_EVEN) * step
+    except InvalidOperation:
+        raise DataError(
+            f"{{{name}}} is to be rounded, and is {text[:40]!r}", expected="a number", way_out="leave out `round`"
+        ) from None
+    return str(abs(multiple) if multiple.is_zero() else multiple)
+
+
+def _parsed(template: str) -> list[str | _Field]:
+    """The parts of a template. Raises `StageError` for a brace that stands alone, and for an unknown way to write a field."""
+    parts: list[str | _Field] = []
     for part in _TOKEN.split(template):
         if part in ("{", "}"):
             raise StageError(
@@ -211,22 +246,26 @@ def _parsed(template: str) -> list[tuple[str, bool]]:
                 expected="fields as {name}, and braces doubled where they are meant: {{ and }}",
             )
         if part in ("{{", "}}"):
-            parts.append((part[0], False))
+            parts.append(part[0])
         elif part.startswith("{"):
-            parts.append((part[1:-1], True))
+            parts.append(_field(part, template))
         elif part:
-            parts.append((part, False))
+            parts.append(part)
     return parts
 
 
+def _field(part: str, template: str) -> _Field:
+    name, colon, how = part[1:-1].partition(":")
+    if not colon:
+        return _Field(name)
+    step = re.fullmatch(r" *round +(\d*\.?\d+) *", how)
+    if step is None or not Decimal(step[1]):
+        raise StageError(
+            f"{part} in the template {template[:60]!r} asks for something that there is not",
+            expected="{name}, or {name:round 0.2}",
+        )
+    return _Field(name, Decimal(step[1]))
+
+
 def _filled(template: str, fields: Mapping[str, str]) -> str:
-    out: list[str] = []
-    for part, is_field in _parsed(template):
-        if is_field and part not in fields:
-            raise DataError(
-                f"the template asks for {{{part}}}, which the row has not",
-                expected=" ".join(f"{{{name}}}" for name in fields),
-                way_out=nearest(part, fields),
-            )
-        out.append(fields[part] if is_field else part)
-    return "".join(out)
+    return "".join(part.filled(fields) if isinstance(part, _Field) else part for part in _parsed(template))

@@ -38,7 +38,7 @@ from postgrad.stages.objectives import (
 from postgrad.stages.reading import Reading
 from postgrad.tuning.opened import prefixes_at, task_at
 
-_ANSWERED = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "choices")
+_ANSWERED = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "question", "choices")
 SERVES: dict[str, tuple[str, ...]] = {
     "next-token": (*RUNNING, *_ANSWERED),
     "prefix-lm": (*RUNNING, *_ANSWERED),

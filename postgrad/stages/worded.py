@@ -9,7 +9,17 @@ from pydantic import BeforeValidator
 from postgrad.stages.amounts import Part
 
 Kind = Literal[
-    "auto", "text", "input_ids", "chat", "instruction", "completion", "pair", "labelled", "tagged", "choices"
+    "auto",
+    "text",
+    "input_ids",
+    "chat",
+    "instruction",
+    "completion",
+    "pair",
+    "labelled",
+    "tagged",
+    "question",
+    "choices",
 ]
 Cut = Literal["auto", "file", "passages", "paragraphs", "lines"]
 
@@ -29,7 +39,7 @@ class Worded(Part):
     kind: Kind = "auto"
     """What the rows are; auto: what their columns say. Rows with `text` and `label` are text unless `labelled` is said."""
     columns: dict[str, str] = {}
-    """Which column is which, e.g. `{text: abstract}`."""
+    """Which column is which, e.g. `{text: abstract}`, or what is inside of one: `{source: translation.en}`."""
     only: dict[str, Values] = {}
     """Only rows that have one of these values in each of these columns: `{task: [boolq, copa]}`."""
     documents: Cut = "auto"

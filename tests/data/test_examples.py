@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -36,6 +37,16 @@ CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}, "a\nb"),
         ({"prompt": None, "completion": "b"}, {"prompt": "", "completion": "b"}, "\nb"),
         ({"source": "a", "target": "b"}, {"source": "a", "target": "b"}, "a\nb"),
+        ({"document": "a", "summary": "b"}, {"source": "a", "target": "b", "document": "a", "summary": "b"}, "a\nb"),
+        ({"translation": {"en": "a", "de": "b"}}, {"source": "a", "target": "b", "en": "a", "de": "b"}, "a\nb"),
+        ({"question": "q", "context": "c", "answers": {"text": ["a", "b", "a"], "answer_start": [0, 3, 0]}},
+         {"question": "q", "context": "c", "answer": "a", "references": ("b",)}, "q\nc\na"),
+        ({"question": "q", "context": None, "answers": ["", "a"]},
+         {"question": "q", "context": "", "answer": "a"}, "q\n\na"),
+        ({"question": "q", "context": "c", "answers": [{"text": "a", "answer_start": 0}]},
+         {"question": "q", "context": "c", "answer": "a"}, "q\nc\na"),
+        ({"question": "q", "context": "c", "answer": "a"},
+         {"question": "q", "context": "c", "answer": "a"}, "q\nc\na"),
         ({"sentence": "a", "label": "x"}, {"sentence": "a", "label": "x"}, "a"),
         ({"sentence": "a", "label": True}, {"sentence": "a", "label": 1}, "a"),
         ({"sentence": "a", "label": -1}, {"sentence": "a", "label": -1}, "a"),
@@ -98,6 +109,12 @@ def test_the_fields_of_an_example_cannot_be_changed() -> None:
         ({"prompt": "p", "completion": ""}, "empty answer"),
         ({"source": "", "target": "t"}, "empty source"),
         ({"source": "s", "target": " "}, "empty answer"),
+        ({"article": "a", "highlights": None}, "empty answer"),
+        ({"translation": {"en": " ", "de": "b"}}, "empty source"),
+        ({"question": " ", "context": "c", "answers": ["a"]}, "empty question"),
+        ({"question": "q", "context": "c", "answers": {"text": [], "answer_start": []}}, "no answer"),
+        ({"question": "q", "context": "c", "answers": None}, "no answer"),
+        ({"question": "q", "context": "c", "answers": ["", " "]}, "empty answer"),
         ({"sentence": "", "label": 1}, "empty text"),
         ({"premise": "a", "hypothesis": None, "label": 1}, "empty text"),
         ({"sentence": "a", "label": None}, "no label"),
@@ -132,6 +149,13 @@ def test_a_row_that_teaches_nothing_is_skipped_for_a_reason(row: dict[str, Any],
         ({"instruction": ["i"], "output": "o"}, "`instruction` is a list"),
         ({"instruction": "i", "output": "o", "history": ["q"]}, "`history` holds text"),
         ({"prompt": "p", "completion": 1}, "`completion` is the number 1"),
+        ({"document": "d", "summary": ["s"]}, "`summary` is a list"),
+        ({"translation": "a"}, "`translation` is text"),
+        ({"translation": {"en": "a", "de": "b", "fr": "c"}}, "`translation` is an object with 3 languages"),
+        ({"question": "q", "context": {"a": 1}, "answers": ["a"]}, "`context` is an object"),
+        ({"question": "q", "context": "c", "answers": 3}, "`answers` is the number 3"),
+        ({"question": "q", "context": "c", "answers": [3]}, "`answers` holds the number 3"),
+        ({"question": "q", "context": "c", "answers": {"text": [None]}}, "`answers.text` holds null"),
         ({"sentence": "a", "label": ["x"]}, "`label` is a list"),
         ({"sentence": "a", "label": float("nan")}, "`label` is the number nan"),
         ({"sentence": "a", "labels": "x"}, "`labels` is text"),
@@ -274,6 +298,13 @@ def test_labels_of_several_sources() -> None:
         ({"source": "a", "target": "b"}, PlainRenderer(separate=True), "a", "b"),
         ({"source": "a", "target": "b"}, PlainRenderer(between=" = "), "a = ", "b"),
         ({"source": "a", "target": "b"}, PlainRenderer("{{{source}}}", "{target}{target}"), "{a}\n", "bb"),
+        ({"document": "a", "summary": "b"}, PlainRenderer("summarize: {document}", "{summary}"), "summarize: a\n", "b"),
+        ({"translation": {"en": "a", "de": "b"}}, PlainRenderer("translate German to English: {de}", "{en}"),
+         "translate German to English: b\n", "a"),
+        ({"question": "q", "context": "c", "answers": ["a", "b"]}, PlainRenderer(),
+         "question: q\ncontext: c\nanswer: ", "a"),
+        ({"sentence1": "a", "sentence2": "b", "label": 3.799999952316284}, PlainRenderer(answer="{label:round 0.2}"),
+         "sentence1: a\nsentence2: b\nlabel: ", "3.8"),
         ({"sentence": "fine", "label": 1}, PlainRenderer(), "sentence: fine\nlabel: ", "1"),
         ({"sentence": "fine", "label": 1}, PlainRenderer("sst2 sentence: {sentence}", "{label}", words={"1": "good"}),
          "sst2 sentence: fine ", "good"),
@@ -293,6 +324,32 @@ def test_prompts_and_answers(row: dict[str, Any], renderer: PlainRenderer, conte
     assert rendered.pieces == ((context, 0), (answer, 1))
     assert rendered.joint is not renderer.separate
     assert (rendered.values, rendered.words) == ((), False)
+
+
+@pytest.mark.parametrize("step", ["0.2", "0.5", "1", "5"])
+def test_a_number_is_rounded_to_the_nearest_multiple(step: str) -> None:
+    """With 0.2 as T5 rounds similarities: `round(5 score) / 5`, a half to the even one, with one decimal."""
+    template = PlainRenderer(answer=f"{{label:round {step}}}")
+    for hundredths in range(0, 501, 5):
+        (_, (said, _)) = template.render(example({"sentence": "a", "label": hundredths / 100})).pieces
+        wanted = float(round(Fraction(hundredths, 100) / Fraction(step)) * Fraction(step))  # `round` has the same rule
+        assert float(said) == pytest.approx(wanted)
+        assert said == (f"{wanted:.1f}" if "." in step else f"{wanted:.0f}")
+
+
+def test_a_number_below_zero_has_no_zero_of_its_own() -> None:
+    template = PlainRenderer(answer="{label:round 0.2}")
+    said = [template.render(example({"sentence": "a", "label": label})).pieces[1][0] for label in (-0.05, -0.3)]
+    assert said == ["0.0", "-0.4"]
+
+
+def test_what_cannot_be_rounded() -> None:
+    for label in ("good", "nan"):
+        with pytest.raises(DataError, match="is to be rounded"):
+            PlainRenderer(answer="{label:round 0.2}").render(example({"sentence": "a", "label": label}))
+    for template in ("{label:round}", "{label:upper}", "{label:round 0}", "{label:round -1}", "{label:round x}"):
+        with pytest.raises(StageError, match="asks for something that there is not"):
+            PlainRenderer(answer=template)
 
 
 def test_what_a_template_cannot_have() -> None:

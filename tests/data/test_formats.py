@@ -8,6 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -70,6 +72,14 @@ KINDS = [
     ({"instruction": "a", "output": "b"}, "instruction"),
     ({"prompt": "a", "completion": "b"}, "completion"),
     ({"source": "a", "target": "b"}, "pair"),
+    ({"document": "a", "summary": "b", "id": "1"}, "pair"),
+    ({"article": "a", "highlights": "b"}, "pair"),
+    ({"dialogue": "a", "summary": "b"}, "pair"),
+    ({"text": "a", "summary": "b"}, "text"),  # the summary has to be asked for
+    ({"id": "1", "translation": {"en": "a", "de": "b"}}, "pair"),
+    ({"id": "1", "title": "t", "context": "a", "question": "b", "answers": {"text": ["a"]}}, "question"),
+    ({"context": "a", "question": "b", "answer": "a"}, "question"),
+    ({"context": "a", "question": "b", "choices": ["a", "b"], "answer": 0}, "choices"),
     ({"question": "a", "choices": ["a", "b"], "answer": 0}, "choices"),
     ({"question": "a", "choices": ["a", "b"], "answerKey": "A"}, "choices"),
     ({"tokens": ["a"], "tags": ["O"]}, "tagged"),
@@ -199,6 +209,51 @@ def test_columns_can_be_renamed_in_every_kind(tmp_path: Path) -> None:
     rows(tmp_path, {"tokens": ["a"], "pos_tags": [3], "ner_tags": [0]})
     example, _ = next(read_examples(source(tmp_path, "a.jsonl", columns={"tags": "pos_tags"})))
     assert example.fields["tags"] == (3,)
+
+
+def test_a_summary_of_a_text_is_asked_for(tmp_path: Path) -> None:
+    rows(tmp_path, {"text": "long", "summary": "short"})
+    for options in ({"kind": "pair"}, {"columns": {"summary": "summary"}}):
+        example, _ = next(read_examples(source(tmp_path, "a.jsonl", **options)))
+        assert (example.kind, example.fields["source"], example.fields["target"]) == ("pair", "long", "short")
+
+
+TWO_WAYS = [{"id": str(n), "translation": {"en": f"house {n}", "de": f"Haus {n}"}} for n in range(20)]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_what_is_inside_of_a_column_can_be_named(tmp_path: Path, ending: str) -> None:
+    if ending == "jsonl":
+        rows(tmp_path, *TWO_WAYS)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TWO_WAYS), tmp_path / "a.parquet")
+    plain = [e.fields["target"] for e, _ in read_examples(source(tmp_path, f"a.{ending}"))]
+    assert plain == [f"Haus {n}" for n in range(20)]
+    turned = {"source": "translation.de", "target": "translation.en"}
+    found = [dict(e.fields) for e, _ in read_examples(source(tmp_path, f"a.{ending}", columns=turned))]
+    assert found == [{"source": f"Haus {n}", "target": f"house {n}"} for n in range(20)]
+    texts = read_documents(source(tmp_path, f"a.{ending}", columns={"text": "translation.de"}))
+    assert [document.text for document in texts] == [f"Haus {n}" for n in range(20)]
+
+
+def test_what_is_not_inside_of_a_column_is_told_with_the_line(tmp_path: Path) -> None:
+    file = rows(tmp_path, *TWO_WAYS[:2], {"translation": {"en": "a", "fr": "b"}}, {"translation": "a"}, {"other": 1})
+    named = {"source": "translation.en", "target": "translation.de"}
+    with pytest.raises(DataError, match=r"there is no `de` in `translation`[\s\S]*`en` or `fr`") as caught:
+        list(read_examples(source(tmp_path, "a.jsonl", columns=named)))
+    assert caught.value.where == f"{file}:3"
+    rows(tmp_path, TWO_WAYS[0], {"translation": "a"})
+    with pytest.raises(DataError, match="`translation` is text") as caught:
+        list(read_examples(source(tmp_path, "a.jsonl", columns=named)))
+    assert caught.value.where == f"{file}:2"
+    rows(tmp_path, TWO_WAYS[0], {"other": 1})
+    with pytest.raises(DataError, match=r"no column `translation\.en` among `other`|no column `translation\.de` among"):
+        list(read_examples(source(tmp_path, "a.jsonl", columns=named)))
+    rows(tmp_path, {"a.b": "dotted", "a": {"b": "inside"}})  # a column's own name comes first
+    assert next(read_documents(source(tmp_path, "a.jsonl", columns={"text": "a.b"}))).text == "dotted"
+    with pytest.raises(DataError, match=r"no column `translatoin\.en`"):
+        rows(tmp_path, *TWO_WAYS)
+        list(read_examples(source(tmp_path, "a.jsonl", columns={**named, "source": "translatoin.en"})))
 
 
 def test_a_column_that_only_later_rows_have_is_read(tmp_path: Path) -> None:

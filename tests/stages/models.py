@@ -241,6 +241,14 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return [{"source": text[:25], "target": kind} for text, kind in two_kinds(count, seed)]
 
 
+def questions(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """A question about a text, and its answers as SQuAD has them."""
+    return [
+        {"question": "what is it?", "context": text[:20], "answers": {"text": [kind, "text"], "answer_start": [0, 0]}}
+        for text, kind in two_kinds(count, seed)
+    ]
+
+
 def choices(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """A question, choices, and the number of the right one."""
     return [
@@ -259,6 +267,7 @@ MAKERS = {
     "completion": completions,
     "chat": chats,
     "pair": pairs,
+    "question": questions,
     "choices": choices,
 }
 """Rows of every sort, by the name of their file."""
