@@ -239,6 +239,44 @@ def shift(
 
 
 @app.command()
+def synthesize(
+    model: Annotated[str, typer.Argument(help="The model that is to write: the start model.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The JSONL file to write.", show_default=False)],
+    tokens: Annotated[str, typer.Option(help="Tokens of text to be kept: 500k, 2M.")] = "1M",
+    longest: Annotated[int, typer.Option(help="Tokens of a document at most.")] = 512,
+    beginnings: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="Texts whose first tokens the documents begin with.", show_default=False),
+    ] = None,
+    beginning: Annotated[int, typer.Option(help="Tokens that are taken from a text, with --from.")] = 0,
+    temperature: Annotated[float, typer.Option(help="1: as the model knows it.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Below 1 the unlikely is cut off, and forgotten.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    at_once: Annotated[int, typer.Option(help="Documents that are written at once.")] = 32,
+    most_repeated: Annotated[float, typer.Option(help="Leave out documents with more of them in repeats.")] = 0.3,
+    alike: Annotated[float, typer.Option(help="Leave out documents that share so much with one before.")] = 0.8,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Let a model write its own replay, for when the old text is gone. The same command goes on after a stop."""
+    needs_training()
+    from postgrad.screen import count
+    from postgrad.stages.amounts import amount_of
+    from postgrad.stages.synthesize import Wish, told
+    from postgrad.stages.synthesize import synthesize as written
+
+    wish = Wish(
+        amount_of(tokens, "--tokens"), longest, seed, temperature, top_p, beginning, at_once, most_repeated, alike
+    )
+    try:
+        count(written(model, out, wish, beginnings or [], base=base), as_json)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped", way_out="the same command goes on; what was written is kept") from None
+    found = told(model, out)
+    _print(found, as_json, found.pop("text"))
+
+
+@app.command()
 def blend(
     run: Annotated[Path, typer.Argument(help="A finished run.", show_default=False)],
     sweep: Annotated[str, typer.Option(help="Weights of the trained model.")] = "0,0.2,0.4,0.5,0.6,0.7,0.8,0.9,1",
@@ -259,14 +297,15 @@ def blend(
 ) -> None:
     """Score the models between a run's start and its end, and write the one that is wanted."""
     needs_training()
-    from postgrad.stages.blend import blend_run, bound_of, weights_in
+    from postgrad.stages.amounts import share_of
+    from postgrad.stages.blend import blend_run, weights_in
 
     found = blend_run(
         run,
         sweep=weights_in(sweep),
         by=by,
         average=average,
-        max_forgetting=bound_of(max_forgetting),
+        max_forgetting=share_of(max_forgetting, "--max-forgetting") if max_forgetting else None,
         choose=choose,
         out=out,
         report=report,

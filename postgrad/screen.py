@@ -16,7 +16,7 @@ from postgrad.planning.memory import readable
 from postgrad.reports.notation import duration
 from postgrad.stages import run as r
 
-_PLAIN_EVERY_SECONDS = 5.0
+_PLAIN_EVERY_SECONDS, _COUNT_EVERY_SECONDS = 5.0, 2.0
 
 
 class Screen(Protocol):
@@ -109,6 +109,29 @@ def _stepped(event: r.Stepped, steps: int) -> str:
         f"step {report.step:>6,}/{steps:,}  loss {report.loss:.4f}  rate {report.rate:.2e}  "
         f"{event.tokens_per_second:,.0f} tokens/s  {left} left"
     )
+
+
+class Progressed(Protocol):
+    """How far something is: so many of so many tokens."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def wanted(self) -> int: ...
+
+
+def count(steps: Iterable[Progressed], as_json: bool) -> None:
+    """Carry something out and say on the way how far it is, a few times a minute."""
+    begun = said = time.monotonic()
+    for step in steps:
+        now = time.monotonic()
+        if as_json or now - said < _COUNT_EVERY_SECONDS:
+            continue
+        said, rate = now, step.tokens / (now - begun)
+        left = duration(max(step.wanted - step.tokens, 0) / max(rate, 1e-9))
+        print(
+            f"{step.tokens:,} of {step.wanted:,} tokens, {rate:,.0f} a second, {left} left", file=sys.stderr, flush=True
+        )
 
 
 class _SilentScreen:

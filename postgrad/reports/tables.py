@@ -540,7 +540,7 @@ def mixture_table(record: Mapping[str, object]) -> Table:
         body.append(
             (
                 words(name),
-                words(p.get("role") or a.get("role")),
+                words(f"{p.get('role') or a.get('role')}{', self-made' if p.get('made_by') else ''}"),
                 share(p.get("share"), 2),
                 share(a.get("share"), 2),
                 whole(p.get("trained")),

@@ -6,7 +6,9 @@ import math
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from postgrad.errors import StageError
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
@@ -96,3 +98,20 @@ class Part(BaseModel):
     """A frozen piece of a stage; every key is known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def amount_of(text: str, where: str) -> int:
+    """An amount of tokens as it is given on the command line, at the option `where`. Raises `StageError`."""
+    return _given(Amount, text, where, "a number of tokens: 500k, 2M")
+
+
+def share_of(text: str, where: str) -> float:
+    """A share as it is given on the command line, at the option `where`. Raises `StageError`."""
+    return _given(Share, text, where, "5%, or 0.05")
+
+
+def _given(kind: Any, text: str, where: str, expected: str) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(text)
+    except ValidationError:
+        raise StageError(f"{text!r} is none of that", where=where, expected=expected) from None

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,7 +26,6 @@ from postgrad.models.pretrained import load_tokenizer, locate, save_pretrained, 
 from postgrad.publish import publish
 from postgrad.reports import blend_page, shell
 from postgrad.stages import measure
-from postgrad.stages.amounts import Share
 from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import Plan, make_plan
 from postgrad.training.checkpoint import Checkpoints
@@ -137,14 +135,6 @@ def weights_in(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise StageError(f"{text!r} is no list of weights", where="--sweep", expected="0,0.5,1") from None
-
-
-def bound_of(text: str | None) -> float | None:
-    """A share as it is given on the command line. Raises `StageError`."""
-    try:
-        return None if text is None else TypeAdapter(Share).validate_python(text)
-    except ValidationError:
-        raise StageError(f"{text!r} is no share", where="--max-forgetting", expected="1%, or 0.01") from None
 
 
 def _check(

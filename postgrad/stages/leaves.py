@@ -14,6 +14,7 @@ import numpy as np
 from postgrad.data.demonstrations import Demonstrations
 from postgrad.data.examples import RUNNING, Example, Labels, Renderer
 from postgrad.data.formats import read_examples, source_kind
+from postgrad.data.made import made_by
 from postgrad.data.mixture import seen_weights
 from postgrad.data.rows import held_out_mask
 from postgrad.data.sources import HubRows
@@ -84,6 +85,11 @@ class Leaf:
     def files(self) -> Files:
         """Where its documents come from."""
         return self.wanted.files
+
+    @cached_property
+    def made_by(self) -> str | None:
+        """The model that wrote its documents, when one did."""
+        return made_by(self.files)
 
 
 def seen_by(start: Start) -> dict[str, dict[str, Any]]:

@@ -116,6 +116,7 @@ class Plan:
                     "available": r.ledger.trained,
                     "documents": len(leaf.store),
                     "kind": leaf.store.kind,
+                    "made_by": leaf.made_by,
                 }
                 for leaf, c, t, r in zip(self.leaves, counts, trained, self.rows, strict=True)
             ],
@@ -208,6 +209,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
                 f"{leaf.name}: {packed.ledger.dropped:,} tokens are dropped "
                 "(copies of held-out documents, or documents of one token)"
             )
+        if leaf.made_by:
+            notes.append(f"{leaf.name}: self-made text, written by {leaf.made_by}; not what that model was trained on")
         left_out = {**leaf.store.skipped, **getattr(packed, "skipped", {})}
         for reason, count in left_out.items():
             if count:

@@ -21,7 +21,8 @@ def plan_lines(plan: Plan, found: Sequence[str] = (), width: int = 72) -> list[s
     ]
     for source in record["sources"]:
         lines.append(
-            f"  {source['name']:<18} {source['role']:<7} {source['kind']:<9} {source['documents']:>10,} "
+            f"  {source['name']:<18} {source['role']:<7} {'self-made' if source['made_by'] else source['kind']:<9} "
+            f"{source['documents']:>10,} "
             f"{source['trained']:>13,} {source['share']:>7.2%} {source['passes']:>7.2f}"
         )
     lines += ["", *(f"  {line}" for line in found)] if found else []

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from postgrad.errors import StageError
 from postgrad.lineage.record import read_record
-from postgrad.stages.blend import blend_run, bound_of, weights_in
+from postgrad.stages.blend import blend_run, weights_in
 from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import make_plan
 from postgrad.stages.run import run_stage
@@ -143,8 +143,5 @@ def test_what_cannot_be_blended_or_asked_is_said(
     ):
         with pytest.raises(StageError, match=says):
             blended(plain, cache, **options)
-    assert bound_of("5%") == pytest.approx(0.05) and bound_of(None) is None
-    with pytest.raises(StageError, match="no share"):
-        bound_of("much")
     with pytest.raises(StageError, match="no list of weights"):
         weights_in("0;1")
