@@ -61,6 +61,8 @@ PARTS = (
     ("AnchorPenalty", "`penalties[]`: `anchor`"),
     ("JoinedLayers", "`objectives[].layers` of `classify`"),
     ("DecidingHead", "`objectives[].head` of `classify`"),
+    ("DistillObjective", "`objectives[]`: `distill`"),
+    ("Weighing", "`objectives[].weight`"),
     ("FullTuning", "`tuning`: `full`"),
     ("HeadTuning", "`tuning`: `head`"),
     ("BlocksTuning", "`tuning`: `blocks`"),

@@ -1,12 +1,13 @@
 """What does the model see at once? Rows as tensors, with the count of trained tokens known on the host.
 
-Legend: B batch, T time.
+Legend: B batch, T time, N labels of a batch, E ids told of all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,26 @@ from postgrad.data.rows import IGNORED, Row
 
 _MULTIPLE = 8
 """Rows of unequal lengths are padded to a multiple of this, so that few shapes occur."""
+
+
+class Few(NamedTuple):
+    """What a teacher said of N labels: `ids_E` with their weights, those of label i up to `ends_N[i]` (on the host).
+
+    `rest_N`: the mass of all other ids; None when the ids were drawn. `entropy_N`: of the teacher's distribution; None when
+    the weights tell it.
+    """
+
+    ids_E: Tensor
+    weights_E: Tensor
+    ends_N: np.ndarray
+    rest_N: Tensor | None
+    entropy_N: Tensor | None
+
+    def to(self, device: torch.device) -> Few:
+        """The same with its tensors on `device`."""
+        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.rest_N, self.entropy_N)]
+        ids_E, weights_E = (t.to(device, non_blocking=True) for t in (self.ids_E, self.weights_E))
+        return Few(ids_E, weights_E, self.ends_N, *moved)
 
 
 @dataclass(frozen=True)
@@ -31,6 +52,10 @@ class Batch:
     counted_B: np.ndarray
     objectives: tuple[int, ...] = (0,)
     """Which of the stage's objectives weigh these rows."""
+    step: int = 0
+    """The step they belong to, counted from 1."""
+    told: Mapping[str, Few] = field(default_factory=dict)
+    """What was said of the labels before the training, by the name of the objective that wants it."""
 
     @property
     def counted(self) -> int:
@@ -41,12 +66,11 @@ class Batch:
         """The same micro-batch with its tensors on `device`."""
         if self.labels.device == device:
             return self
-        return Batch(
-            {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
-            self.labels.to(device, non_blocking=True),
-            self.source_B,
-            self.counted_B,
-            self.objectives,
+        return replace(
+            self,
+            inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
+            labels=self.labels.to(device, non_blocking=True),
+            told={name: few.to(device) for name, few in self.told.items()},
         )
 
 

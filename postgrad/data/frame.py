@@ -50,6 +50,11 @@ class Frame:
         """Ids around so many texts (one or two)."""
         return len(self.before) + len(self.after) + (len(self.between) if texts == 2 else 0)
 
+    @property
+    def all(self) -> tuple[int, ...]:
+        """All ids around the texts."""
+        return (*self.before, *self.between, *self.after)
+
     @cached_property
     def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`before`, `between`, `after` as arrays of int64."""

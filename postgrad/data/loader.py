@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 from postgrad.data.batch import Batch, collate
@@ -84,7 +85,7 @@ class Loader:
 
     def read(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, read now."""
-        return [self._batch(part) for part in self.micro_batches(step)]
+        return [replace(self._batch(part), step=step) for part in self.micro_batches(step)]
 
     def _batch(self, part: MicroBatch) -> Batch:
         rows = [self.sources[draw.source].at(draw.row, draw.position) for draw in part.draws]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +22,11 @@ from postgrad.lineage.tree import chain
 from postgrad.models import sharding
 from postgrad.models.model import Model, model_for
 from postgrad.models.prefix_lm import mark
-from postgrad.models.pretrained import TUNING, Start
+from postgrad.models.pretrained import TUNING, Start, Task
 from postgrad.objectives.decisions import Decisions, Problem
+from postgrad.objectives.distill import Distill, DistillDecisions, DistillTold
 from postgrad.objectives.objective import Objective
+from postgrad.objectives.teacher import Teacher
 from postgrad.objectives.tokens import Tokens
 from postgrad.penalties.anchor import AnchoredDecay
 from postgrad.penalties.orthogonal import Orthogonal
@@ -31,9 +34,10 @@ from postgrad.penalties.penalty import Decay, Penalty
 from postgrad.planning.execution import Execution, Wishes, choose
 from postgrad.stages.amounts import in_steps
 from postgrad.stages.anchors import make_anchor
-from postgrad.stages.objectives import AnyObjective, ClassifyObjective
+from postgrad.stages.objectives import AnyObjective, ClassifyObjective, DistillObjective
 from postgrad.stages.plan import Plan
 from postgrad.stages.reading import virtual
+from postgrad.stages.teaching import online_teachers, weight_of
 from postgrad.stages.tunings import BlocksTuning, FullTuning, LoraTuning, PTuning, options_of
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.optimizer import AdamW, Weights
@@ -46,24 +50,44 @@ from postgrad.tuning.opened import Opened, open_model
 from postgrad.tuning.tuning import Published, Tuning
 
 
-def make_objectives(specs: Sequence[AnyObjective], problem: Problem) -> list[Objective]:
+def make_objectives(
+    specs: Sequence[AnyObjective],
+    problem: Problem,
+    task: Task = "causal",
+    *,
+    teachers: Mapping[int, Teacher] = MappingProxyType({}),
+    steps: int = 1,
+    tokens: int = 1,
+) -> list[Objective]:
     """Objectives from their descriptions; `problem` is what a classifier of this stage decides.
 
-    Each is told by its kind, and one of several of a kind also by the sources that it names.
+    `task`: of the model. `teachers`: those that are asked at every step, by the number of their objective. `steps` and
+    `tokens`: of the stage, for weights that change over it.
     """
+
+    def objective(number: int, spec: AnyObjective, name: str) -> Objective:
+        match spec:
+            case ClassifyObjective():
+                return Decisions(problem, name, spec.weight)
+            case DistillObjective():
+                weight = weight_of(spec.weight, steps, tokens)
+                if number not in teachers:
+                    return DistillTold(weight, spec.temperature, name)
+                how = weight, spec.direction, spec.temperature, name
+                if task in ("classify", "tag"):
+                    return DistillDecisions(problem, teachers[number], *how)
+                return Distill(teachers[number], *how)
+            case _:
+                return Tokens(name, spec.weight)
+
+    return [objective(i, spec, name) for i, (spec, name) in enumerate(zip(specs, names_of(specs), strict=True))]
+
+
+def names_of(specs: Sequence[AnyObjective]) -> list[str]:
+    """What each objective is called: its kind, and one of several of a kind also by the sources that it names."""
     kinds = [spec.kind for spec in specs]
-    return [
-        _objective(spec, problem, spec.kind if kinds.count(spec.kind) == 1 else " ".join([spec.kind, *spec.on]))
-        for spec in specs
-    ]
-
-
-def _objective(spec: AnyObjective, problem: Problem, name: str) -> Objective:
-    match spec:
-        case ClassifyObjective():
-            return Decisions(problem, name, spec.weight)
-        case _:
-            return Tokens(name, spec.weight)
+    plain = [spec.kind if kinds.count(spec.kind) == 1 else " ".join([spec.kind, *spec.on]) for spec in specs]
+    return [f"{name} {plain[:i].count(name) + 1}" if plain[:i].count(name) else name for i, name in enumerate(plain)]
 
 
 class Counts(NamedTuple):
@@ -242,6 +266,7 @@ def build(plan: Plan, subject: Subject, execution: Execution, world: World) -> R
     """The run of a stage at its step 0: model laid out, masters and optimizer made. The model is changed in place."""
     torch.set_num_threads(execution.threads)
     stage, model = plan.stage, subject.model
+    teachers = online_teachers(plan, model, subject.tuning, subject.base_names, execution, world)
     if execution.activation_checkpointing:
         sharding.checkpoint_activations(model)
     if world.sharded:
@@ -273,7 +298,9 @@ def build(plan: Plan, subject: Subject, execution: Execution, world: World) -> R
         model=model,
         weights=weights,
         optimizer=optimizer,
-        objectives=make_objectives(plan.objectives, plan.problem),
+        objectives=make_objectives(
+            plan.objectives, plan.problem, plan.task, teachers=teachers, steps=plan.steps, tokens=plan.tokens
+        ),
         penalties=penalties,
         schedule=plan.schedule,
         world=world,

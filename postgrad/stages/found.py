@@ -14,11 +14,11 @@ from postgrad.errors import DataError
 from postgrad.reports.notation import plain
 from postgrad.stages.leaves import Leaf
 from postgrad.stages.objectives import (
-    AnyObjective,
     ClassifyObjective,
     MaskedObjective,
     NextTokenObjective,
     PrefixLMObjective,
+    RowsObjective,
     SpanCorruptionObjective,
     TextToTextObjective,
 )
@@ -30,10 +30,10 @@ _NAMED = 6
 
 def found_lines(plan: Plan, cache: Path) -> list[str]:
     """A line for each source."""
-    return [_line(leaf, plan.objectives[leaf.wanted.objective], cache) for leaf in plan.leaves]
+    return [_line(leaf, leaf.wanted.objective, cache) for leaf in plan.leaves]
 
 
-def _line(leaf: Leaf, objective: AnyObjective, cache: Path) -> str:
+def _line(leaf: Leaf, objective: RowsObjective, cache: Path) -> str:
     hub = leaf.files.hub
     origin = leaf.files.path if hub is None else f"{hub.name} on the Hub"
     parts = [*_wording(leaf), _trained(leaf, objective)]
@@ -103,7 +103,7 @@ def _quoted(prompt: str, between: str, answer: str, separate: bool = True) -> st
     return f'"{plain(prompt + between + answer)}"'
 
 
-def _trained(leaf: Leaf, objective: AnyObjective) -> str:
+def _trained(leaf: Leaf, objective: RowsObjective) -> str:
     """What a model learns of a row."""
     running = leaf.store.kind in RUNNING
     match objective:

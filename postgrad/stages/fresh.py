@@ -34,6 +34,7 @@ from postgrad.publish import publish, remove, verify
 from postgrad.stages import stage as s
 from postgrad.stages.held_out import worded
 from postgrad.stages.leaves import Progress, Wanted, files_of, held_out_share, wording_of
+from postgrad.stages.objectives import NextTokenObjective
 
 _FORMAT = 1
 _LEAST_POSITIONS = 512
@@ -151,7 +152,8 @@ def _tokenizer(
             files,
             wording_of(given),
             None,
-            0,
+            NextTokenObjective(kind="next-token"),  # no rows are made of it here
+            (),
         )
         portions.append(Portion(files, lambda n, source=source: held_out_share(stage, source, n)))
     named = [("retained", stage.evaluation.retained), ("learned", stage.evaluation.learned)]

@@ -26,9 +26,15 @@ from postgrad.lineage.fingerprint import fingerprint
 from postgrad.objectives.decisions import Problem
 from postgrad.publish import write_atomically
 from postgrad.stages import stage as s
-from postgrad.stages.layouts import Demonstrated, make_rows, objective_for, renderer_for, verbalisers
+from postgrad.stages.layouts import Demonstrated, made_with, make_rows, objective_for, renderer_for, verbalisers
 from postgrad.stages.leaves import Leaf, Progress, Wanted, files_of, store_of, wording_of
-from postgrad.stages.objectives import AnyObjective, ClassifyObjective, MaskedObjective, NextTokenObjective
+from postgrad.stages.objectives import (
+    AnyObjective,
+    ClassifyObjective,
+    MaskedObjective,
+    NextTokenObjective,
+    RowsObjective,
+)
 from postgrad.stages.reading import Reading
 
 
@@ -40,7 +46,7 @@ class Chosen:
     role: str
     store: TokenStore
     documents: np.ndarray
-    objective: AnyObjective
+    objective: RowsObjective
     renderer: Renderer | None
     words: Mapping[str, str] = field(default_factory=dict)
     """How labels are said."""
@@ -71,7 +77,7 @@ def held_out_sets(
         files = files_of(item.name, given, root, where)
         kind = source_kind(files)
         like = item.like or item.name
-        _, objective = objective_for(like, kind, objectives, where)
+        objective = objective_for(like, kind, objectives, made_with(reading.start), where).made_for
         renderer = renderer_for(objective, kind, reading, wording_of(given), labels, demonstrated)
         store = store_of(files, reading.encoder, cache, progress, stage.data.workers, renderer)
         sets.append(Chosen(item.name, role, store, np.arange(len(store)), objective, renderer, given["words"]))
@@ -99,7 +105,7 @@ def held_out_sets(
                 "it is not measured (a text file can be cut into more documents with `documents: passages`)"
             )
             continue
-        objective, words = objectives[leaf.wanted.objective], leaf.wanted.wording.words
+        objective, words = leaf.wanted.objective, leaf.wanted.wording.words
         sets.append(Chosen(name, role, leaf.store, chosen, objective, leaf.renderer, words))
         tables.append(table[chosen])
     if not sets:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -29,9 +29,11 @@ from postgrad.objectives.decisions import Problem
 from postgrad.stages.objectives import (
     AnyObjective,
     ClassifyObjective,
+    DistillObjective,
     MaskedObjective,
     NextTokenObjective,
     PrefixLMObjective,
+    RowsObjective,
     SpanCorruptionObjective,
     TextToTextObjective,
 )
@@ -57,13 +59,14 @@ _TASKS: dict[str, Task] = {
     "text-to-text": "text-to-text",
     "classify": "classify",
 }
-_OF_TASK: dict[Task, AnyObjective] = {
-    "causal": NextTokenObjective(kind="next-token"),
-    "masked": MaskedObjective(kind="masked"),
-    "text-to-text": SpanCorruptionObjective(kind="span-corruption"),
-    "classify": ClassifyObjective(kind="classify"),
-    "tag": ClassifyObjective(kind="classify", problem="tags"),
+_OF_TASK: dict[Task, tuple[RowsObjective, ...]] = {
+    "causal": (NextTokenObjective(kind="next-token"),),
+    "masked": (MaskedObjective(kind="masked"),),
+    "text-to-text": (SpanCorruptionObjective(kind="span-corruption"), TextToTextObjective(kind="text-to-text")),
+    "classify": (ClassifyObjective(kind="classify"),),
+    "tag": (ClassifyObjective(kind="classify", problem="tags"),),
 }
+"""What a model of a task was made with; the first that serves a kind of rows also makes the rows of a teacher's source."""
 _WHO = {
     "causal": "a decoder",
     "masked": "an encoder",
@@ -75,17 +78,20 @@ _WHO = {
 
 def objectives_for(given: Sequence[AnyObjective] | None, start: Start) -> tuple[AnyObjective, ...]:
     """The objectives of a stage: those it names, or the one that the start model was made with."""
-    return tuple(given) if given else (made_with(start),)
+    return tuple(given) if given else made_with(start)[:1]
 
 
-def made_with(start: Start) -> AnyObjective:
-    """The objective that a start model was made with."""
-    return PrefixLMObjective(kind="prefix-lm") if prefixes_at(start) else _OF_TASK[task_at(start)]
+def made_with(start: Start) -> tuple[RowsObjective, ...]:
+    """The objective that a start model was made with, and what else it may be."""
+    return (PrefixLMObjective(kind="prefix-lm"),) if prefixes_at(start) else _OF_TASK[task_at(start)]
 
 
 def task_for(objectives: Sequence[AnyObjective], start: Start) -> Task:
     """The task that all objectives together ask for. Raises `StageError` when they, or the model, do not go together."""
-    tasks = {_TASKS[o.kind]: o for o in objectives}
+    tasks = {_TASKS[o.kind]: o for o in objectives if not isinstance(o, DistillObjective)}
+    own = task_at(start)
+    if not tasks:  # a teacher answers whatever the model answers
+        return own
     if len(tasks) > 1:
         kinds = " and ".join(o.kind for o in tasks.values())
         raise StageError(
@@ -95,7 +101,6 @@ def task_for(objectives: Sequence[AnyObjective], start: Start) -> Task:
             way_out="write the labelled rows as text (text-to-text, or next-token on examples)",
         )
     (task,) = tasks
-    own = task_at(start)
     if task == "classify":
         tags = any(isinstance(o, ClassifyObjective) and o.problem == "tags" for o in objectives)
         return "tag" if tags else "classify"
@@ -103,18 +108,34 @@ def task_for(objectives: Sequence[AnyObjective], start: Start) -> Task:
         raise StageError(
             f"{tasks[task].kind} needs {_WHO[task]}, and {start.name} is {_WHO[own]}",
             where="objectives",
-            expected=f"an objective for {_WHO[own]}, such as {_OF_TASK[own].kind}",
+            expected=f"an objective for {_WHO[own]}, such as {_OF_TASK[own][0].kind}",
         )
     return task
 
 
-def objective_for(name: str, kind: str, objectives: Sequence[AnyObjective], where: str) -> tuple[int, AnyObjective]:
-    """The objective that a source's rows are made for: the one that names it, or the first that serves its kind of rows."""
-    named = [(i, o) for i, o in enumerate(objectives) if name in o.on]
-    open_ = [(i, o) for i, o in enumerate(objectives) if not o.on]
-    serving = [(i, o) for i, o in named or open_ if kind in SERVES[o.kind]]
+class Weighed(NamedTuple):
+    """The objective that a source's rows are made for, and the numbers of all that weigh them."""
+
+    made_for: RowsObjective
+    numbers: tuple[int, ...]
+
+
+def objective_for(
+    name: str, kind: str, objectives: Sequence[AnyObjective], own: Sequence[RowsObjective], where: str
+) -> Weighed:
+    """What a source's rows are made for: the objective that names it, or the first that serves its kind of rows.
+
+    Distillation is taken on rows that are made for another objective. Beside one, rows that no other objective asks for are
+    made for the first of the start model's `own` that serves them.
+    """
+    teachers = [i for i, o in enumerate(objectives) if isinstance(o, DistillObjective) and (name in o.on or not o.on)]
+    makers = [(i, o) for i, o in enumerate(objectives) if not isinstance(o, DistillObjective)]
+    named = [(i, o) for i, o in makers if name in o.on]
+    said = named or [(i, o) for i, o in makers if not o.on]
+    if not said and len(makers) < len(objectives):
+        said = [(-1, o) for o in own]
+    serving = [(i, o) for i, o in said if kind in SERVES[o.kind]]
     if not serving:
-        said = named or open_
         raise StageError(
             f"'{name}' has rows of kind {kind}, which "
             + (f"{said[0][1].kind} cannot be taken on" if said else "no objective names"),
@@ -127,7 +148,8 @@ def objective_for(name: str, kind: str, objectives: Sequence[AnyObjective], wher
             where="objectives",
             expected="one for each source",
         )
-    return serving[0]
+    number, made_for = serving[0]
+    return Weighed(made_for, (*((number,) if number >= 0 else ()), *teachers))
 
 
 @dataclass(frozen=True)
@@ -144,7 +166,7 @@ Demonstrated = Callable[[Renderer, str], Renderer]
 
 
 def renderer_for(
-    objective: AnyObjective,
+    objective: RowsObjective,
     kind: str,
     reading: Reading,
     wording: Wording,
@@ -170,7 +192,7 @@ def renderer_for(
 
 
 def _renderer(
-    objective: AnyObjective, kind: str, reading: Reading, wording: Wording, labels: Labels | None
+    objective: RowsObjective, kind: str, reading: Reading, wording: Wording, labels: Labels | None
 ) -> Renderer:
     if isinstance(objective, ClassifyObjective | MaskedObjective):
         assert labels is not None
@@ -202,7 +224,7 @@ def writer_for(
 
 
 def make_rows(
-    objective: AnyObjective,
+    objective: RowsObjective,
     store: TokenStore | Part,
     reading: Reading,
     *,

@@ -26,7 +26,7 @@ from postgrad.lineage.record import PLAN, read_record, seen_so_far, with_stage
 from postgrad.models.pretrained import Start
 from postgrad.stages import stage as s
 from postgrad.stages.layouts import Demonstrated, Wording, objective_for, renderer_for
-from postgrad.stages.objectives import AnyObjective, ClassifyObjective, MaskedObjective
+from postgrad.stages.objectives import AnyObjective, ClassifyObjective, MaskedObjective, RowsObjective
 from postgrad.stages.reading import Reading
 from postgrad.stages.tunings import InstructionPrompt
 from postgrad.training.state import read_progress
@@ -51,8 +51,10 @@ class Wanted:
     files: Files
     wording: Wording
     stands_for: int | None
-    objective: int
-    """The number of the objective that its rows are made for."""
+    objective: RowsObjective
+    """What its rows are made for."""
+    weighed: tuple[int, ...]
+    """The numbers of the objectives that weigh them."""
     cluster: str | None = None
     """The sort of task its rows are."""
 
@@ -104,7 +106,11 @@ def seen_by(start: Start) -> dict[str, dict[str, Any]]:
 
 
 def wanted_sources(
-    stage: s.Stage, objectives: Sequence[AnyObjective], root: Path, seen: dict[str, dict[str, Any]]
+    stage: s.Stage,
+    objectives: Sequence[AnyObjective],
+    own: Sequence[RowsObjective],
+    root: Path,
+    seen: dict[str, dict[str, Any]],
 ) -> list[Wanted]:
     """The sources of a stage with what each is for. Raises `StageError` for rows that no objective serves."""
     out: list[Wanted] = []
@@ -134,7 +140,13 @@ def wanted_sources(
             )
         for part, name, given, base, held_out, stands_for in origins:
             files = files_of(name, given, base, where)
-            number, _ = objective_for(source.name, source_kind(files), objectives, where)
+            weighed = objective_for(source.name, source_kind(files), objectives, own, where)
+            if not weighed.numbers:
+                raise StageError(
+                    f"no objective is taken on '{source.name}'",
+                    where=where,
+                    expected="an objective that names it under `on`, or one without `on`",
+                )
             role = "replay" if source.seen_so_far else source.role
             wording = wording_of(given)
             out.append(
@@ -148,14 +160,14 @@ def wanted_sources(
                     files,
                     wording,
                     stands_for,
-                    number,
+                    *weighed,
                     given.get("cluster"),
                 )
             )
     return out
 
 
-def labels_for(wanted: Sequence[Wanted], objectives: Sequence[AnyObjective], cache: Path) -> Labels | None:
+def labels_for(wanted: Sequence[Wanted], cache: Path) -> Labels | None:
     """What a classifier of this stage decides between; None when there is no classifier.
 
     Raises `StageError` when sources are labelled in different ways, `DataError` for labels that do not go together.
@@ -163,7 +175,7 @@ def labels_for(wanted: Sequence[Wanted], objectives: Sequence[AnyObjective], cac
     found: dict[str, Labels] = {}
     asked = None
     for item in wanted:
-        objective = objectives[item.objective]
+        objective = item.objective
         cloze = isinstance(objective, MaskedObjective) and item.kind == "labelled"
         if cloze or isinstance(objective, ClassifyObjective):
             asked = objective if isinstance(objective, ClassifyObjective) else ClassifyObjective(kind="classify")
@@ -200,7 +212,6 @@ def labels_for(wanted: Sequence[Wanted], objectives: Sequence[AnyObjective], cac
 def make_leaves(
     stage: s.Stage,
     wanted: Sequence[Wanted],
-    objectives: Sequence[AnyObjective],
     labels: Labels | None,
     demonstrated: Demonstrated | None,
     reading: Reading,
@@ -210,7 +221,7 @@ def make_leaves(
     """Read and tokenise the sources."""
     leaves: list[Leaf] = []
     for item in wanted:
-        renderer = renderer_for(objectives[item.objective], item.kind, reading, item.wording, labels, demonstrated)
+        renderer = renderer_for(item.objective, item.kind, reading, item.wording, labels, demonstrated)
         store = store_of(item.files, reading.encoder, cache, progress, stage.data.workers, renderer)
         leaves.append(Leaf(item, held_out_share(stage, item, len(store)), renderer, store))
     return leaves

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from postgrad.stages.amounts import Part, Positive, Share
+from postgrad.stages.amounts import Length, Part, Positive, Share
 
 Weight = Annotated[float, Field(gt=0)]
 
@@ -17,7 +17,7 @@ class Objective(Part):
     weight: Weight = 1.0
     """Factor of the loss."""
     on: list[str] = []
-    """Names of the sources it is taken on; left out: all that no other objective names."""
+    """Names of the sources it is taken on; left out: all that no other objective (but distillation) names."""
 
 
 class NextTokenObjective(Objective):
@@ -160,12 +160,52 @@ class ClassifyObjective(Objective):
     """What decides: `linear`, `mlp` or `bilstm`, or a mapping with its sizes."""
 
 
-AnyObjective = Annotated[
+class Weighing(Part):
+    """A weight that changes over the stage: a pure function of the step."""
+
+    start: Annotated[float, Field(ge=0)]
+    """At the stage's first step."""
+    end: Annotated[float, Field(ge=0)]
+    """From the end of `over` on."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """How it gets there."""
+    over: Length = "100%"
+    """How long it takes."""
+
+
+def _form(value: Any) -> str:
+    """Which member of a union of plain values and mappings is meant, so that an error is told of that one alone."""
+    return "mapping" if isinstance(value, dict | Part) else "plain"
+
+
+AnyWeight = Annotated[Annotated[Weight, Tag("plain")] | Annotated[Weighing, Tag("mapping")], Discriminator(_form)]
+
+
+class DistillObjective(Objective):
+    """Answer as a teacher does: from the start model on new text (learning without forgetting), or on replayed text."""
+
+    kind: Literal["distill"]
+    teacher: str = "start"
+    """`start`, or a folder, a Hub name, an earlier stage's run folder or one of its checkpoints; it has the same tokenizer."""
+    weight: AnyWeight = 1.0  # type: ignore[assignment]
+    """Factor of the loss: a number, or how it changes over the stage."""
+    on: list[str] = []
+    """Names of the sources it is taken on, beside their own objective; left out: every source. A source that no other
+    objective is taken on has this one alone."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """forward: KL(teacher || model), which covers all that the teacher says; reverse: KL(model || teacher)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Both distributions are softened by it; the divergence is multiplied by its square."""
+
+
+RowsObjective = (
     NextTokenObjective
     | PrefixLMObjective
     | MaskedObjective
     | SpanCorruptionObjective
     | TextToTextObjective
-    | ClassifyObjective,
-    Field(discriminator="kind"),
-]
+    | ClassifyObjective
+)
+"""Those that say how rows are made; the others are taken on rows that are made for one of these."""
+
+AnyObjective = Annotated[RowsObjective | DistillObjective, Field(discriminator="kind")]

@@ -175,18 +175,21 @@ def _keys_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str
     schema = root.model_json_schema()
     node: dict[str, Any] = schema
     for part in location[:-1]:
-        node = _resolved(schema, node)
-        if isinstance(part, int):
-            node = node.get("items", {})
-        elif "discriminator" in node:
-            node = {"$ref": node["discriminator"]["mapping"].get(part, "")}
-        else:  # what is no key is the name of a union's member, which is resolved already
-            node = node.get("properties", {}).get(part, node)
+        members = [option for option in _options(node) if part in _kinds(_resolved(schema, option))]
+        here = _resolved(schema, node)
+        if members:
+            node = members[0]
+        elif isinstance(part, int):
+            node = here.get("items", {})
+        elif "discriminator" in here:
+            node = {"$ref": here["discriminator"]["mapping"].get(part, "")}
+        else:  # the name of a union's member leads nowhere
+            node = here.get("properties", {}).get(part, node if "properties" in here else {})
     return list(_resolved(schema, node).get("properties", {}))
 
 
 def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    while "$ref" in node or (_options(node) and any("$ref" in option for option in _options(node))):
+    while "$ref" in node or any("$ref" in option for option in _options(node)):
         reference = node.get("$ref") or next(o["$ref"] for o in _options(node) if "$ref" in o)
         name = reference.rsplit("/", 1)[-1]
         if name not in schema["$defs"]:
@@ -196,5 +199,11 @@ def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(node: dict[str, Any]) -> list[dict[str, Any]]:
-    """The members of a union that are not told apart by their `kind`."""
-    return node.get("anyOf") or ([] if "discriminator" in node else node.get("oneOf", []))
+    """The members of a union that is told by no `kind`."""
+    return [] if "discriminator" in node else node.get("anyOf", node.get("oneOf", []))
+
+
+def _kinds(node: dict[str, Any]) -> list[str]:
+    """What the `kind` of a mapping may be."""
+    kind = node.get("properties", {}).get("kind", {})
+    return kind.get("enum", [kind["const"]] if "const" in kind else [])

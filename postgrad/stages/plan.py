@@ -24,7 +24,7 @@ from postgrad.objectives.decisions import Problem
 from postgrad.stages import stage as s
 from postgrad.stages.fresh import made_note, start_of
 from postgrad.stages.held_out import Chosen, as_read, held_out_sets, one_by_one, overlaps
-from postgrad.stages.layouts import make_rows, objectives_for, task_for
+from postgrad.stages.layouts import made_with, make_rows, objectives_for, task_for
 from postgrad.stages.leaves import Leaf, Progress, demonstrating, labels_for, make_leaves, seen_by, wanted_sources
 from postgrad.stages.mixing import told
 from postgrad.stages.objectives import AnyObjective, PrefixLMObjective
@@ -33,6 +33,7 @@ from postgrad.stages.prompting import Asked, framed, make_asked
 from postgrad.stages.rates import make_schedule
 from postgrad.stages.reading import Reading, make_reading
 from postgrad.stages.representation import form_for
+from postgrad.stages.teachers import name_of, teachers_for
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Plan:
     objectives: tuple[AnyObjective, ...]
     weighed: tuple[tuple[int, ...], ...]
     """The numbers of the objectives that weigh each leaf's rows."""
+    teachers: dict[int, Start]
+    """Whom an objective is taught by, by the objective's number."""
     problem: Problem
     """What a classifier decides."""
     layer: TaskLayer | None
@@ -84,7 +87,7 @@ class Plan:
     @property
     def prefixes(self) -> int:
         """How long rows are whose beginnings are read in both directions; 0 when there are none."""
-        return self.context if any(isinstance(o, PrefixLMObjective) for o in self.objectives) else 0
+        return self.context if any(isinstance(leaf.wanted.objective, PrefixLMObjective) for leaf in self.leaves) else 0
 
     def trained_per_row(self) -> list[float]:
         """Mean trained tokens in a row of each source."""
@@ -129,6 +132,8 @@ class Plan:
             "data": {leaf.name: leaf.store.fingerprint for leaf in self.leaves},
             "sets": {h.name: h.fingerprint for h in self.held_out},
             **({"tasks": {t.name: t.fingerprint for t in self.tasks}} if self.tasks else {}),
+            # Left out where there are none: a run from before there were teachers can still be resumed.
+            **({"teachers": [name_of(t) for t in self.teachers.values()]} if self.teachers else {}),
         }
 
     @property
@@ -161,16 +166,16 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     objectives = objectives_for(stage.objectives, start)
     seen = seen_by(start)
     notes: list[str] = [made_note(start, stage)] if start.made else []
-    wanted = wanted_sources(stage, objectives, root, seen)
-    labels = labels_for(wanted, objectives, cache)
     task = task_for(objectives, start)
+    wanted = wanted_sources(stage, objectives, made_with(start), root, seen)
+    labels = labels_for(wanted, cache)
     if labels and labels.problem == "tags" and task == "classify":
         task = "tag"
-    form = form_for(objectives, start, task)
+    form = form_for([item.objective for item in wanted], start, task)
     reading = make_reading(task, start, tokenizer, encoder, length=length, seed=stage.seed, tuning=stage.tuning)
     problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
     demonstrated = demonstrating(stage, wanted, reading)
-    leaves = make_leaves(stage, wanted, objectives, labels, demonstrated, reading, cache, progress)
+    leaves = make_leaves(stage, wanted, labels, demonstrated, reading, cache, progress)
     chosen, tables = held_out_sets(
         stage, root, leaves, objectives, labels, demonstrated, seen, reading, cache, progress, notes
     )
@@ -185,7 +190,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     excluded = np.unique(np.concatenate(kept_out)) if kept_out else None
     rows = tuple(
         make_rows(
-            objectives[leaf.wanted.objective],
+            leaf.wanted.objective,
             leaf.store,
             reading,
             held_out=leaf.held_out,
@@ -236,7 +241,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         rows=rows,
         task=task,
         objectives=objectives,
-        weighed=tuple((leaf.wanted.objective,) for leaf in leaves),
+        teachers=teachers_for(objectives, start, tokenizer, vocabulary, root),
+        weighed=tuple(leaf.wanted.weighed for leaf in leaves),
         problem=problem,
         layer=_task_layer(labels, reading.pad, stage.seed, form) if task in ("classify", "tag") else None,
         reading=reading,

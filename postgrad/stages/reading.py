@@ -70,13 +70,18 @@ class Reading:
             (*self.own.before, *inner.before), (*inner.between, *self.own.between), (*inner.after, *self.own.after)
         )
 
+    @property
+    def first_added(self) -> int:
+        """The id that stands for the first vector of the stage's tuning."""
+        return self.encoder.vocabulary + _virtual(self.left, self.encoder.vocabulary)
+
     @cached_property
     def without(self) -> Reading:
         """The same without the vectors of the stage's tuning, and with as much room for the text.
 
         The words and special tokens of a template stay: that is prompting without training.
         """
-        first = self.encoder.vocabulary + _virtual(self.left, self.encoder.vocabulary)
+        first = self.first_added
         parts = (self.added.before, self.added.between, self.added.after)
         plain = Frame(*(tuple(token for token in part if token < first) for part in parts))
         return replace(self, added=plain, length=self.length - self.added.size(2) + plain.size(2))

@@ -33,7 +33,7 @@ from postgrad.stages import answering, measure
 from postgrad.stages import stage as s
 from postgrad.stages.fresh import start_of
 from postgrad.stages.held_out import Chosen, as_read, one_by_one
-from postgrad.stages.layouts import Wording, objective_for, objectives_for, renderer_for
+from postgrad.stages.layouts import Wording, made_with, objective_for, objectives_for, renderer_for
 from postgrad.stages.leaves import files_of
 from postgrad.stages.objectives import TextToTextObjective
 from postgrad.stages.parsing import parse_stage
@@ -93,7 +93,7 @@ def files_as_read(
         asked = {"kind": decided} if decided else {}
         given = files_of(name, {**item.model_dump(), "hub": None, **asked}, Path.cwd(), path)
         kind = source_kind(given)
-        _, objective = objective_for(name, kind, objectives, path)
+        objective = objective_for(name, kind, objectives, made_with(start), path).made_for
         labels = _labels(start, reading.task, given) if decided else None
         renderer = renderer_for(objective, kind, reading, Wording(), labels)
         store = build_store(given, reading.encoder, cache, renderer=renderer)

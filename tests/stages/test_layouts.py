@@ -33,12 +33,12 @@ from postgrad.stages.layouts import (
     task_for,
     verbalisers,
 )
-from postgrad.stages.objectives import AnyObjective, ClassifyObjective, MaskedObjective, NextTokenObjective
+from postgrad.stages.objectives import ClassifyObjective, MaskedObjective, NextTokenObjective, RowsObjective
 from postgrad.stages.plan import Plan
 from tests.stages.models import QUICK, Shelf, make_shelf, rows
 
 OBJECTIVES: dict[str, type[Any]] = {
-    model.model_fields["kind"].annotation.__args__[0]: model for model in get_args(get_args(AnyObjective)[0])
+    model.model_fields["kind"].annotation.__args__[0]: model for model in get_args(RowsObjective)
 }
 MODEL_OF = {
     "next-token": "llama",
@@ -143,7 +143,7 @@ def test_what_is_not_served_is_refused_with_what_serves_it(objective: str, kind:
     with pytest.raises(
         StageError, match=f"'mine' has rows of kind {kind}, which {objective} cannot be taken on"
     ) as met:
-        objective_for("mine", kind, [OBJECTIVES[objective](kind=objective)], "data.sources[3]")
+        objective_for("mine", kind, [OBJECTIVES[objective](kind=objective)], (), "data.sources[3]")
     assert met.value.where == "data.sources[3]"
     named = met.value.expected.partition(": ")[2].split(", ")
     assert set(named) == {o for o, kinds in SERVES.items() if kind in kinds}
@@ -154,14 +154,14 @@ def test_what_is_not_served_is_refused_with_what_serves_it(objective: str, kind:
 
 def test_the_one_that_names_a_source_comes_first() -> None:
     open_, named = NextTokenObjective(kind="next-token"), NextTokenObjective(kind="next-token", on=["mine"])
-    assert objective_for("mine", "text", [open_, named], "") == (1, named)
-    assert objective_for("other", "text", [named, open_], "") == (1, open_)
+    assert objective_for("mine", "text", [open_, named], (), "") == (named, (1,))
+    assert objective_for("other", "text", [named, open_], (), "") == (open_, (1,))
     # Of those that name none, the first that serves the rows.
     classify, masked = ClassifyObjective(kind="classify"), MaskedObjective(kind="masked")
-    assert objective_for("mine", "text", [classify, masked], "") == (1, masked)
-    assert objective_for("mine", "tagged", [masked, classify], "") == (1, classify)
+    assert objective_for("mine", "text", [classify, masked], (), "") == (masked, (1,))
+    assert objective_for("mine", "tagged", [masked, classify], (), "") == (classify, (1,))
     with pytest.raises(StageError, match="no objective names"):
-        objective_for("other", "text", [named], "")
+        objective_for("other", "text", [named], (), "")
 
 
 @pytest.mark.parametrize(
@@ -292,4 +292,4 @@ def test_described_objectives_are_all_built() -> None:
     names = {
         name for name, value in vars(described).items() if name.endswith("Objective") and name != "Objective" and value
     }
-    assert len(names - {"AnyObjective"}) == len(OBJECTIVES)
+    assert len(names - {"AnyObjective", "RowsObjective", "DistillObjective"}) == len(OBJECTIVES)

@@ -1,0 +1,188 @@
+"""How is a loss of a language model's head computed without ever holding all its logits?
+
+The logits of a batch are its largest tensor by far: tokens x vocabulary, and once more in fp32, and once
+more as a gradient. But the losses that tokens have (cross-entropy, divergences from another model) have a
+gradient that is known as soon as the logits are. So the forward pass goes through the tokens in chunks, turns
+each chunk's logits into their gradient in place, multiplies that into the gradients of hidden states and
+weight, and forgets it. The backward pass only scales what is there.
+
+Shapes: N tokens, D hidden width, V vocabulary, C tokens of one chunk, R rows of one block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from postgrad.models.model import Head
+
+_CHUNK_BYTES = 64 * 2**20
+# A smaller chunk would save little more, and each one costs a pass over the fp32 gradient of the weight.
+_SMALLEST_CHUNK = 512
+# Softmax in fp32 goes block by block: on a processor small enough to stay in its cache (4 MiB; as fast as a
+# compiled kernel, measured), elsewhere large enough to fill the device.
+_BLOCK_ELEMENTS = {"cpu": 2**20, "other": 2**24}
+
+
+class Rule(Protocol):
+    """What a loss is, given the logits of some tokens."""
+
+    def begin(self, tokens: slice) -> None:
+        """A chunk of tokens is next; its blocks come in order."""
+
+    def block(self, logits_RV: Tensor, gradient_RV: Tensor, tokens: slice, *, keep_gradient: bool) -> Tensor:
+        """The losses (R,) of a block; with `keep_gradient`, `gradient_RV` is filled with their gradient.
+
+        `logits_RV` must be left as it is.
+        """
+        ...
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def products(hidden_CD: Tensor, head: Head, out_CV: Tensor) -> None:
+    """`h W^T` of a head, in the dtype of the hidden states."""
+    torch.mm(hidden_CD, head.weight_VD.to(hidden_CD.dtype).t(), out=out_CV)
+
+
+def logits_of(products_RV: Tensor, head: Head, out_RV: Tensor) -> None:
+    """A head's logits of rows of its products, in the dtype of `out_RV`."""
+    out_RV.copy_(products_RV)
+    if head.bias_V is not None:
+        out_RV += head.bias_V.to(out_RV.dtype)
+    if head.scale != 1.0:
+        out_RV *= head.scale
+    if head.softcap is not None:
+        out_RV.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def log_sum_R(logits_RV: Tensor, shares_RV: Tensor) -> Tensor:
+    """`log sum exp` of rows whose softmax is known: the largest share is at least 1 / V, so its logarithm is finite."""
+    return logits_RV.amax(-1) - shares_RV.amax(-1).log()
+
+
+@torch.compiler.disable
+def linear_loss(hidden_ND: Tensor, head: Head, rule: Rule, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """The summed loss of a head's logits under a rule, and each token's part of it.
+
+    The products run in the dtype of `hidden_ND` (under autocast, in autocast's), the rule and all sums in fp32 (fp64 for
+    fp64). The gradient of the weight is added up in fp32 and returned in the weight's own dtype. Differentiable once, in
+    hidden states, weight and bias; one backward pass per call. `chunk`: tokens whose logits exist at one time; None: 64
+    MiB of logits, at least 512 tokens. The second value, of shape (N,), has no gradient.
+    """
+    device = hidden_ND.device.type
+    if torch.is_autocast_enabled(device) and hidden_ND.dtype != torch.float64:
+        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
+    if chunk is None:
+        chunk = max(_SMALLEST_CHUNK, _CHUNK_BYTES // (head.weight_VD.shape[0] * hidden_ND.element_size()))
+    return _LinearLoss.apply(  # type: ignore[no-any-return]
+        hidden_ND, head.weight_VD, head.bias_V, rule, chunk, head.scale, head.softcap, torch.is_grad_enabled()
+    )
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        rule: Rule,
+        chunk: int,
+        scale: float,
+        softcap: float | None,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wants_hidden, wants_weight, wants_bias = (with_gradients and w for w in ctx.needs_input_grad[:3])
+        wants_any = wants_hidden or wants_weight or wants_bias
+        exact = exact_dtype(hidden_ND.dtype)
+        d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if wants_weight else None
+        d_bias_V = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and wants_bias else None
+
+        count = len(hidden_ND)
+        losses_N = hidden_ND.new_empty(count, dtype=exact)
+        head = Head(weight_VD.to(hidden_ND.dtype), bias_V, scale, softcap)
+        logits = hidden_ND.new_empty(min(chunk, count), len(weight_VD))
+        blocks = _Blocks(logits, head, rule)
+        for start in range(0, count, chunk):
+            here = slice(start, min(start + chunk, count))
+            hidden_CD, logits_CV = hidden_ND[here], logits[: here.stop - here.start]
+            products(hidden_CD, head, logits_CV)
+            rule.begin(here)
+            blocks.losses(logits_CV, here, losses_N, d_bias_V, keep_gradient=wants_any)
+            gradient_CV = logits_CV  # overwritten in place by the line above
+            if d_hidden_ND is not None:
+                torch.mm(gradient_CV, head.weight_VD, out=d_hidden_ND[here])
+            if d_weight_VD is not None:
+                d_weight_VD += gradient_CV.t() @ hidden_CD
+        ctx.gradients = [d_hidden_ND, d_weight_VD, d_bias_V]
+        ctx.dtypes = [hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype]
+        ctx.mark_non_differentiable(losses_N)
+        ctx.set_materialize_grads(False)
+        return losses_N.sum(), losses_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]  # once_differentiable hides the parameters
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
+        d_loss: Tensor | None = grad_outputs[0]
+        if d_loss is None:
+            return (None,) * 8
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_loss: backward ran a second time, but its gradients were handed out and are gone; call the loss "
+                "again (retain_graph does not reach in here)"
+            )
+        # In place: the weight's gradient is the largest tensor here, and a second one would double the peak.
+        d_hidden_ND, d_weight_VD, d_bias_V = (
+            None if gradient is None else gradient.mul_(d_loss).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        )
+        ctx.gradients = None
+        return d_hidden_ND, d_weight_VD, d_bias_V, None, None, None, None, None
+
+
+class _Blocks:
+    """Turns a chunk of products into the gradient of their losses, block by block, in buffers that are made once."""
+
+    def __init__(self, products_CV: Tensor, head: Head, rule: Rule) -> None:
+        tokens, vocabulary = products_CV.shape
+        elements = _BLOCK_ELEMENTS.get(products_CV.device.type, _BLOCK_ELEMENTS["other"])
+        self.rows = max(1, min(tokens, max(elements // vocabulary, torch.get_num_threads())))
+        self.exact_RV = products_CV.new_empty(self.rows, vocabulary, dtype=exact_dtype(products_CV.dtype))
+        self.gradient_RV = torch.empty_like(self.exact_RV)
+        self.head, self.rule = head, rule
+
+    def losses(
+        self,
+        products_CV: Tensor,
+        tokens: slice,
+        losses_N: Tensor,
+        d_bias_V: Tensor | None,
+        *,
+        keep_gradient: bool,
+    ) -> None:
+        """Fill the tokens' losses; with `keep_gradient`, also turn the products into their gradient, and add to `d_bias_V`."""
+        for start in range(0, len(products_CV), self.rows):
+            block_RV = products_CV[start : start + self.rows]
+            here = slice(tokens.start + start, tokens.start + start + len(block_RV))
+            exact_RV, gradient_RV = self.exact_RV[: len(block_RV)], self.gradient_RV[: len(block_RV)]
+            logits_of(block_RV, self.head, exact_RV)
+            losses_N[here] = self.rule.block(exact_RV, gradient_RV, here, keep_gradient=keep_gradient)
+            if not keep_gradient:
+                continue
+            if self.head.softcap is not None:
+                gradient_RV *= exact_RV.div_(self.head.softcap).square_().neg_().add_(1.0)
+            if self.head.scale != 1.0:
+                gradient_RV *= self.head.scale
+            if d_bias_V is not None:
+                d_bias_V += gradient_RV.sum(0)
+            block_RV.copy_(gradient_RV)
