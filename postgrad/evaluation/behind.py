@@ -17,17 +17,20 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from postgrad.errors import ModelError
 from postgrad.evaluation.branches import (
     Batch,
     Branch,
     Row,
     grown,
+    prefixed_batches,
     shared_batches,
     single_batches,
     single_tokens,
     tokens_of,
 )
 from postgrad.models.model import CausalModel, Head
+from postgrad.models.prefix_lm import reads_prefixes
 
 _LOGITS_AT_ONCE = 1 << 25
 _BESIDE = 16
@@ -71,6 +74,10 @@ class Decoder:
         self.model, self.pad = model, pad
         self.trunk: Cache | None = None
         self.tried: np.ndarray | None = None
+        if reads_prefixes(model.pretrained.config):
+            self.trees, self.batches = True, prefixed_batches(branches, at_once)
+            self.read = tokens_of(self.batches)
+            return
         shared = shared_batches(branches, at_once)
         longest = max(branches, key=lambda branch: len(branch.ids), default=None)
         self.trees = (
@@ -144,7 +151,8 @@ class Decoder:
         arrays = filled(batch.rows, batch.width, len(batch.trunk), self.pad)
         ids_BT, depth_BT, end_BT = (torch.from_numpy(array).to(self._device) for array in arrays)
         past = {} if trunk is None else {"past_key_values": trunk}
-        masks = _masks(self.model, depth_BT, end_BT, len(batch.trunk))
+        prefix_B = torch.tensor([row.prefix for row in batch.rows], device=self._device)
+        masks = _masks(self.model, depth_BT, end_BT, len(batch.trunk), prefix_B)
         output = self.model(input_ids=ids_BT, position_ids=depth_BT, attention_mask=masks, **past)
         return answers(output.hidden, output.head, batch.rows)
 
@@ -191,15 +199,25 @@ def filled(rows: Sequence[Row], width: int, trunk: int, pad: int) -> tuple[np.nd
     return ids, depth, end
 
 
-def _masks(model: CausalModel, depth_BT: Tensor, end_BT: Tensor, trunk: int) -> Tensor | dict[str, Tensor]:
+def _masks(
+    model: CausalModel, depth_BT: Tensor, end_BT: Tensor, trunk: int, prefix_B: Tensor
+) -> Tensor | dict[str, Tensor]:
     """What each token sees, (B, 1, T, P + T): one mask, or one for each sort of layer where some see a window alone."""
     config: Any = model.pretrained.config.get_text_config()
     numbers_T = torch.arange(depth_BT.shape[1], device=depth_BT.device)
     before_BTT = (numbers_T[:, None] >= numbers_T) & (numbers_T[:, None] < end_BT[:, None, :])
+    of_prefix_BT = numbers_T < prefix_B[:, None]
+    before_BTT |= of_prefix_BT[:, :, None] & of_prefix_BT[:, None, :]
     seen_BTK = torch.nn.functional.pad(before_BTT, (trunk, 0), value=True)
     window = getattr(config, "sliding_window", None)
     if not window or depth_BT.max() < window:
         return _mask(model, seen_BTK)
+    if of_prefix_BT.any():
+        raise ModelError(
+            f"a question with {int(depth_BT.max()) + 1:,} tokens, and layers of this model see {window:,}",
+            where="model",
+            expected="questions inside the window: beyond it a prefix cannot be read in both directions",
+        )
     places = torch.arange(trunk, device=depth_BT.device).expand(len(depth_BT), -1)
     far_BTK = depth_BT[:, :, None] - torch.cat([places, depth_BT], 1)[:, None] >= window
     masks = {"full_attention": _mask(model, seen_BTK), "sliding_attention": _mask(model, seen_BTK & ~far_BTK)}

@@ -12,7 +12,7 @@ becomes the trunk of a group, is read once, and its keys and values stand before
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -51,6 +51,8 @@ class Row:
     """After which token (its number in the row) the next one is asked for."""
     wanted_A: np.ndarray
     slot_A: np.ndarray
+    prefix: int = 0
+    """Tokens at the beginning that see each other in both directions."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,17 @@ def single_batches(branches: Sequence[Branch], most: int) -> list[Batch]:
     """Every sequence in a row of its own, once; nothing else is shared."""
     none = np.empty(0, np.int64)
     rows = [grown(alike, 0) for alike in _alike(branches).values()]
+    return [Batch(none, tuple(some)) for some in _together(rows, 0, most)]
+
+
+def prefixed_batches(branches: Sequence[Branch], most: int) -> list[Batch]:
+    """Each context, read in both directions, once with all that is behind it: nothing of it is as in another context."""
+    by_context: dict[bytes, list[Branch]] = {}
+    for branch in sorted(branches, key=_sorting):
+        by_context.setdefault(branch.ids[: branch.first].tobytes(), []).append(branch)
+    parts = (part for members in by_context.values() for part in _parts(members, 0))
+    rows = [replace(grown(part, 0), prefix=part[0].first) for part in parts]
+    none = np.empty(0, np.int64)
     return [Batch(none, tuple(some)) for some in _together(rows, 0, most)]
 
 

@@ -21,6 +21,7 @@ from postgrad.evaluation.branches import Branch, Row, shared_batches, single_bat
 from postgrad.evaluation.choosing import Chosen, Item, choose
 from postgrad.evaluation.encoded import EncoderDecoder
 from postgrad.models.model import Model, model_for
+from postgrad.models.prefix_lm import mark
 from postgrad.tuning.attach import attach
 from tests.tuning.checks import tokenizer as words
 from tests.tuning.families import PAD, REAL, VOCABULARY, build, first_virtual
@@ -259,7 +260,7 @@ def test_a_model_without_such_a_past_reads_every_sequence(make: Callable[[], Pre
     assert same(found, by_hand(pretrained, items), 5e-4)
 
 
-def everything(model: object, depth_BT: Tensor, end_BT: Tensor, trunk: int) -> Tensor:
+def everything(model: object, depth_BT: Tensor, end_BT: Tensor, trunk: int, prefix_B: Tensor) -> Tensor:
     width = depth_BT.shape[1]
     seen = torch.ones(width, width, dtype=torch.bool).tril()
     return torch.nn.functional.pad(seen, (trunk, 0), value=True).expand(len(depth_BT), 1, -1, -1)
@@ -303,6 +304,39 @@ def test_an_encoder_decoder_whose_past_is_wrong_is_found_out(monkeypatch: pytest
     assert same(chosen(view(pretrained), items), wanted)
     monkeypatch.setattr(EncoderDecoder, "_agrees", lambda *_: True)
     assert not same(chosen(view(pretrained), items), wanted)
+
+
+# -- prefix language models -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_prefix_language_model_reads_questions_in_both_directions(family: str) -> None:
+    pretrained, items = build(family, "lm"), questions()
+    model = view(pretrained)
+    causal = chosen(model, items)
+    mark(pretrained.config, True)
+    found = chosen(model, items)
+    for i, item in enumerate(items):
+        for c, choice in enumerate(item.choices):
+            ids = torch.tensor([[*item.context, *choice]])
+            places = torch.arange(ids.shape[1])[None]
+            with torch.no_grad():
+                logits = model(input_ids=ids, position_ids=places, prefix=(places < len(item.context)).long()).logits()
+            each = torch.log_softmax(logits[0, len(item.context) - 1 : -1].double(), -1).gather(
+                1, torch.tensor(choice)[:, None]
+            )
+            assert found.log_p[i][c] == pytest.approx(float(each.sum()), abs=2e-4)
+    assert found.read <= sum(len(item.context) for item in items) + 12 * len(items)
+    assert (
+        max(np.abs(a - b).max() for a, b in zip(found.log_p, causal.log_p, strict=True)) > 0.1
+    )  # the mutant: causally
+
+
+def test_a_question_beyond_the_window_of_a_prefix_language_model() -> None:
+    pretrained = build("mistral", "lm")
+    mark(pretrained.config, True)
+    with pytest.raises(ModelError, match=r"layers of this model see 6[\s\S]*inside the window"):
+        chosen(view(pretrained), questions())
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------
