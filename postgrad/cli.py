@@ -353,19 +353,28 @@ def generate(
     beside: Annotated[
         str | None, typer.Option(help="A second model that goes on from the same text.", show_default=False)
     ] = None,
+    as_chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Answer in the model's chat template, or go on from the text; left out: answer where nothing is given by "
+            "--prompt and the model has a template.",
+            show_default=False,
+        ),
+    ] = None,
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Let a model write; with --beside, two of them."""
+    """Let a model write, or talk with one; with --beside, two of them."""
     needs_training()
     from postgrad.stages.write import chat, write_once
 
     options = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "base": base}
     models = [model, beside] if beside else [model]
     if prompt is None:
-        chat(models, **options)
+        chat(models, as_chat=as_chat is not False, **options)
         return
-    found = write_once(models, prompt, **options)
+    found = write_once(models, prompt, as_chat=bool(as_chat), **options)
     _print(found, as_json, found.pop("text"))
 
 

@@ -6,7 +6,8 @@ asked with. Where the answers stand is found in either of two ways:
 - the template says so, with `{% generation %}` around them;
 - by prefixes: the text up to an answer, `add_generation_prompt` included, must be how the text with the answer begins.
 
-Base models have no template. For them there is a plain one (`PLAIN`), which ends each answer with the EOS.
+Base models have no template. For them there is a plain one (`PLAIN`), which needs no new tokens and ends each answer with the
+EOS. A model that was trained with it leaves with it (`plain_template`), so that whoever asks it asks as it was trained.
 """
 
 from __future__ import annotations
@@ -39,6 +40,18 @@ PLAIN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "\\n\\n### Assistant:\\n" }}{% endif %}"""
 """`### User:`, a line for each role, and the EOS behind each answer."""
+
+
+def plain_template(bos: bool) -> str:
+    """The plain template as a tokenizer carries it; with `bos` it also sets the BOS, as templates are expected to."""
+    return "{{- bos_token }}" * bos + PLAIN
+
+
+def own_template(carried: str | Mapping[str, str] | None) -> str | None:
+    """The chat template that a tokenizer carries (of several the default one); None when it is the plain one, or none."""
+    template = carried.get("default") if isinstance(carried, Mapping) else carried
+    return None if template in (plain_template(False), plain_template(True)) else template
+
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 """Set around what stands between `{% generation %}` and `{% endgeneration %}`: no characters of any text."""

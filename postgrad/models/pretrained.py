@@ -40,6 +40,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 TUNING, PEFT = "tuning.json", "adapter_config.json"
 """What describes a folder that holds a tuning instead of a model: ours, and PEFT's."""
+CHAT = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,10 @@ def _on_base(start: Start, root: Path, base: str | None) -> Start:
 
 
 def load_tokenizer(start: Start) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer. Raises `ModelError` when there is none that is fast."""
+    """The tokenizer of the plain model at the bottom, with the chat template of the newest tuning that has one.
+
+    Raises `ModelError` when there is no tokenizer that is fast.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -155,7 +159,19 @@ def load_tokenizer(start: Start) -> PreTrainedTokenizerBase:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
         raise ModelError(f"{start.name} has no fast tokenizer", where="model", expected="a tokenizer.json")
+    here: Start | None = start
+    while here and here.base:
+        if here.folder and (here.folder / CHAT).exists():
+            tokenizer.chat_template = (here.folder / CHAT).read_text("utf-8")
+            break
+        here = here.base
     return tokenizer
+
+
+def save_chat_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Leave the chat template that a tuning was trained with in its folder, under the name that Hugging Face has for it."""
+    if isinstance(tokenizer.chat_template, str):
+        (folder / CHAT).write_text(tokenizer.chat_template, "utf-8")
 
 
 Task = Literal["causal", "masked", "text-to-text", "classify", "tag"]

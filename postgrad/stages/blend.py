@@ -258,4 +258,4 @@ def _publish(out: Path, model: PreTrainedModel, record: Record) -> None:
     start = locate(record["model"]["source"], Path(record["root"]))
     dtype = stored_dtype(start)
     with torch.no_grad():
-        publish(out, lambda staged: save_pretrained(model, load_tokenizer(start.plain), staged, dtype=dtype))
+        publish(out, lambda staged: save_pretrained(model, load_tokenizer(start), staged, dtype=dtype))

@@ -84,7 +84,7 @@ def _worded(renderer: Renderer, kind: str) -> str:
             its = (
                 "the tokenizer's chat template"
                 if renderer.template
-                else "a plain chat template (the tokenizer has none)"
+                else "a plain chat template (the tokenizer has no other)"
             )
             turn = (
                 "" if kind in ("chat", "instruction") else f", as a question {_quoted(*renderer.turn.templates(kind))}"

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from postgrad.data.chat import ChatRenderer
+from postgrad.data.chat import ChatRenderer, own_template
+from postgrad.data.demonstrations import Demonstrations
 from postgrad.data.examples import RUNNING, Labels, Renderer
 from postgrad.data.labelled import ClozeRows, LabelledRows, TaggedRows
 from postgrad.data.masked import MaskedRows
@@ -215,12 +216,19 @@ def writer_for(
         separate=reading.task == "text-to-text",
     )
     tokenizer = reading.tokenizer
-    turns = kind == "instruction" or (kind == "completion" and tokenizer.chat_template)
+    template = own_template(tokenizer.chat_template)
+    turns = kind == "instruction" or (kind == "completion" and template)
     if wording.prompt is None and (kind == "chat" or (turns and reading.task == "causal")):
-        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         return ChatRenderer(template, special, answers, plain)
     return plain
+
+
+def plainly_chats(renderer: Renderer | None) -> bool:
+    """Whether rows are put into words by the plain chat template."""
+    if isinstance(renderer, Demonstrations):
+        return plainly_chats(renderer.inner)
+    return isinstance(renderer, ChatRenderer) and renderer.template is None
 
 
 def make_rows(

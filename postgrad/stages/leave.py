@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from postgrad.models.prefix_lm import mark
-from postgrad.models.pretrained import save_pretrained, stored_dtype
+from postgrad.models.pretrained import save_chat_template, save_pretrained, stored_dtype
 from postgrad.publish import publish
 from postgrad.stages.build import Subject
 from postgrad.stages.plan import Plan
@@ -41,4 +41,9 @@ def publish_trained(folder: Path, plan: Plan, subject: Subject, state: dict[str,
         publish(folder, lambda staged: save_pretrained(opened.model, plan.tokenizer, staged, dtype=dtype))
     else:
         base = sitting(plan, folder)
-        publish(folder, lambda staged: save_tuning(tuning, staged, base))
+
+        def write(staged: Path) -> None:
+            save_tuning(tuning, staged, base)
+            save_chat_template(plan.tokenizer, staged)
+
+        publish(folder, write)

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from postgrad import schedules
+from postgrad.data.chat import plain_template
 from postgrad.data.examples import RUNNING, Labels
 from postgrad.data.mixture import Mixture
 from postgrad.data.rows import Rows, keep
@@ -24,7 +25,7 @@ from postgrad.objectives.decisions import Problem
 from postgrad.stages import stage as s
 from postgrad.stages.fresh import made_note, start_of
 from postgrad.stages.held_out import Chosen, as_read, held_out_sets, one_by_one, overlaps
-from postgrad.stages.layouts import made_with, make_rows, objectives_for, task_for
+from postgrad.stages.layouts import made_with, make_rows, objectives_for, plainly_chats, task_for
 from postgrad.stages.leaves import Leaf, Progress, demonstrating, labels_for, make_leaves, seen_by, wanted_sources
 from postgrad.stages.mixing import told
 from postgrad.stages.objectives import AnyObjective, PrefixLMObjective
@@ -149,7 +150,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     Paths in the stage are relative to `root`, the stage file's folder. Raises the error of whatever is impossible.
     """
     start = start_of(stage, root, cache, progress)
-    tokenizer = load_tokenizer(start.plain)
+    tokenizer = load_tokenizer(start)
     config = AutoConfig.from_pretrained(start.source)
     vocabulary = int(config.vocab_size)
     encoder = make_encoder(tokenizer, vocabulary, stage.data.eos)
@@ -176,6 +177,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
     demonstrated = demonstrating(stage, wanted, reading)
     leaves = make_leaves(stage, wanted, labels, demonstrated, reading, cache, progress)
+    if any(plainly_chats(leaf.renderer) for leaf in leaves):  # the model leaves with what it was trained with
+        tokenizer.chat_template = plain_template(encoder.bos is not None)
     chosen, tables = held_out_sets(
         stage, root, leaves, objectives, labels, demonstrated, seen, reading, cache, progress, notes
     )

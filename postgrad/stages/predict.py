@@ -167,7 +167,7 @@ def load(name: str, base: str | None = None) -> Classifier:
             expected="a model that was trained with the objective `classify`",
             way_out="language models load with transformers, and answer to `postgrad generate`",
         )
-    tokenizer = load_tokenizer(start.plain)
+    tokenizer = load_tokenizer(start)
     config: Any = AutoConfig.from_pretrained(start.source)
     context = min(getattr(config, "max_position_embeddings", None) or _CONTEXT, _CONTEXT)
     reading = make_reading(

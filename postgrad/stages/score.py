@@ -122,7 +122,7 @@ def _labels(start: Start, task: Task, files: Source) -> Labels:
 
 def read_by(start: Start, context: int) -> Reading:
     """How the model of a start reads text, outside of any stage."""
-    tokenizer = load_tokenizer(start.plain)
+    tokenizer = load_tokenizer(start)
     vocabulary = int(AutoConfig.from_pretrained(start.source).vocab_size)
     encoder = make_encoder(tokenizer, vocabulary)
     return make_reading(task_at(start), start, tokenizer, encoder, length=context, seed=0)

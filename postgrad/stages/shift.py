@@ -55,7 +55,7 @@ def measure_shift(
     """
     machine.tune_allocator()
     start = locate(model, Path.cwd(), base)
-    tokenizer = load_tokenizer(start.plain)
+    tokenizer = load_tokenizer(start)
     texts = [_text("--old", old), _text("--new", new)]
     shift.refuse_same(*(text.documents for text in texts))
 

@@ -71,57 +71,99 @@ def _writer(name: str, start: Start) -> _Writer:
             f"{name} does not write text", where="model", expected="a decoder or an encoder-decoder language model"
         )
     torch.nn.Module.to(opened.model, machine.device())
-    return _Writer(name, opened.model, load_tokenizer(start.plain), opened.task, opened.frame.before)
+    return _Writer(name, opened.model, load_tokenizer(start), opened.task, opened.frame.before)
+
+
+def _read(writer: _Writer, prompt: str) -> np.ndarray:
+    """The ids of a text to go on from, of shape (T,)."""
+    tokenizer = writer.tokenizer
+    given = tokenizer(prompt or (tokenizer.bos_token or tokenizer.eos_token))["input_ids"]
+    return np.array(given, np.int64)
+
+
+def _turns(writer: _Writer, messages: list[dict[str, str]]) -> np.ndarray:
+    """The ids of a conversation up to where the next answer begins, of shape (T,), as rows of training have them."""
+    tokenizer = writer.tokenizer
+    text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    if writer.task == "text-to-text":
+        return _read(writer, text)
+    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+    bos = tokenizer.bos_token_id
+    sets_one = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return np.concatenate([[bos], ids]) if sets_one and ids[:1].tolist() != [bos] else ids
+
+
+def _room(writer: _Writer, begun: int) -> float:
+    """How many tokens can follow so many."""
+    limit = getattr(writer.model.config, "max_position_embeddings", None)
+    return math.inf if not limit or writer.task == "text-to-text" else limit - begun
 
 
 @torch.no_grad()
 def _written(
-    writer: _Writer, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int, **_: Any
+    writer: _Writer, given: np.ndarray, *, tokens: int, temperature: float, top_p: float, seed: int, **_: Any
 ) -> str:
     model, tokenizer = writer.model, writer.tokenizer
     torch.manual_seed(seed)
-    given = tokenizer(prompt or (tokenizer.bos_token or tokenizer.eos_token))["input_ids"]
-    ids = torch.from_numpy(behind_bos(np.array(given, np.int64), writer.before, tokenizer.bos_token_id))[None]
+    ids = torch.from_numpy(behind_bos(given, writer.before, tokenizer.bos_token_id))[None]
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    limit = getattr(model.config, "max_position_embeddings", None)
-    # An encoder-decoder writes where it has not read.
-    begun = 0 if writer.task == "text-to-text" else ids.shape[1]
-    if limit and begun + tokens > limit:
-        if begun >= limit:
-            raise ModelError(f"the text has {begun} tokens and the model {limit} positions", where="--prompt")
-        tokens = limit - begun
+    room = _room(writer, ids.shape[1])
+    if room < 1:
+        limit = ids.shape[1] + int(room)
+        raise ModelError(f"the text has {ids.shape[1]} tokens and the model {limit} positions", where="--prompt")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ends = model.generation_config.eos_token_id  # pyrefly: ignore[missing-attribute]
     ids = ids.to(model.device)
     read = {"past_key_values": prefilled(model, ids)} if reads_prefixes(model.config) else {}
     out = model.generate(  # pyrefly: ignore[not-callable]
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
+        max_new_tokens=int(min(tokens, room)),
         pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
         **drawn,
         **read,
     )
-    return text_of(tokenizer, out[0, begun:])
+    # An encoder-decoder writes where it has not read.
+    return text_of(tokenizer, out[0, 0 if writer.task == "text-to-text" else ids.shape[1] :])
 
 
-def write_once(models: list[str], prompt: str, **options: Any) -> dict[str, Any]:
-    """Each model's continuation of a text."""
-    found = [
-        {"model": writer.name, "written": _written(writer, prompt, **options)} for writer in _writers(models, **options)
-    ]
+def write_once(models: list[str], prompt: str, *, as_chat: bool = False, **options: Any) -> dict[str, Any]:
+    """Each model's continuation of a text, or with `as_chat` its answer to it in the model's chat template.
+
+    Raises `ModelError` for a model without a chat template that is to answer.
+    """
+    found = []
+    for writer in _writers(models, **options):
+        if as_chat and not writer.tokenizer.chat_template:
+            raise ModelError(
+                f"{writer.name} has no chat template",
+                where="--chat",
+                expected="a model that was trained on conversations",
+            )
+        given = _turns(writer, [{"role": "user", "content": prompt}]) if as_chat else _read(writer, prompt)
+        found.append({"model": writer.name, "written": _written(writer, given, **options)})
+    before = "" if as_chat else prompt
     if len(found) == 1:
-        text = prompt + found[0]["written"]
+        text = before + found[0]["written"]
     else:
-        text = "\n\n".join(f"[{item['model']}]\n{prompt}{item['written']}" for item in found)
+        text = "\n\n".join(f"[{item['model']}]\n{before}{item['written']}" for item in found)
     return {"text": text, "prompt": prompt, "continuations": found}
 
 
-def chat(models: list[str], **options: Any) -> None:
-    """Ask for a text again and again, and let each model go on from it; ends with an empty line or Ctrl-D."""
+def chat(models: list[str], *, as_chat: bool = True, **options: Any) -> None:
+    """Ask for a text again and again; ends with an empty line or Ctrl-D.
+
+    A model with a chat template answers, and hears the whole conversation; any other, or each with `as_chat=False`, goes on
+    from the text alone. What no longer fits before an answer is left out from the beginning.
+    """
     if not sys.stdin.isatty():
         raise StageError("there is nobody to ask for a text", where="generate", way_out="give one with --prompt")
     writers = _writers(models, **options)
-    print("Give a text; an empty line ends.")
+    heard: dict[int, list[dict[str, str]]] = {
+        i: [] for i, writer in enumerate(writers) if as_chat and writer.tokenizer.chat_template
+    }
+    print("Say something; an empty line ends." if heard else "Give a text; an empty line ends.")
     while True:
         try:
             prompt = input("> ")
@@ -129,9 +171,26 @@ def chat(models: list[str], **options: Any) -> None:
             break
         if not prompt.strip():
             break
-        for writer in writers:
+        for i, writer in enumerate(writers):
             label = f"[{writer.name}] " if len(writers) > 1 else ""
-            print(f"{label}{prompt}{_written(writer, prompt, **options)}\n")
+            try:
+                if i in heard:
+                    print(f"{label}{_answered(writer, heard[i], prompt, **options)}\n")
+                else:
+                    print(f"{label}{prompt}{_written(writer, _read(writer, prompt), **options)}\n")
+            except ModelError as error:  # a text that is too long; the next one may be shorter
+                print(f"error: {error}\n")
+                del heard.get(i, [])[-1:]
+
+
+def _answered(writer: _Writer, heard: list[dict[str, str]], said: str, *, tokens: int, **options: Any) -> str:
+    """The answer to what was said last; both are added to what was `heard`."""
+    heard.append({"role": "user", "content": said})
+    while _room(writer, len(writer.before) + len(_turns(writer, heard))) < tokens and len(heard) > 2:
+        del heard[:2]
+    answer = _written(writer, _turns(writer, heard), tokens=tokens, **options)
+    heard.append({"role": "assistant", "content": answer})
+    return answer
 
 
 def export_model(
@@ -158,7 +217,7 @@ def export_model(
     start = locate(name, Path.cwd(), base)
     wanted = stored_dtype(start) if dtype == "auto" else getattr(torch, dtype)
     opened = _combined(start, weight, others, how, density) if others else open_model(start)
-    model, tokenizer = opened.model, load_tokenizer(start.plain)
+    model, tokenizer = opened.model, load_tokenizer(start)
     ids = torch.arange(16)[None] % table_of(model).shape[0]
     before = torch.tensor([opened.frame.before], dtype=torch.long)
     ids = torch.cat([before, ids], 1)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from postgrad.models.pretrained import save_pretrained
+from postgrad.models.pretrained import save_chat_template, save_pretrained
 from postgrad.training.optimizer import load_whole
 from postgrad.training.step import Run
 from postgrad.tuning.attach import write_tuning
@@ -56,6 +56,7 @@ def write_state(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase, keep
         save_pretrained(run.model.pretrained, tokenizer, folder, dtype=torch.float32, state=state)
     else:
         write_tuning(folder, keeping.options, state, keeping.base)
+        save_chat_template(tokenizer, folder)
     save_file({name: t.contiguous() for name, t in moments.items()}, folder / MOMENTS)
     by_source = dict(zip(run.sources, (int(n) for n in run.trained_by_source), strict=True))
     progress = Progress(

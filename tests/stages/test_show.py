@@ -344,5 +344,6 @@ def test_what_was_found_of_words_and_files(shelf: Shelf) -> None:
     assert "(columns text, label; 2 labels: sums, words)" in first and 'as "{text}⏎is {label}"' in first
     assert "21 documents of text files, every token is trained" in second
     assert (
-        "60 rows are chat (column messages), put into words by a plain chat template (the tokenizer has none)" in third
+        "60 rows are chat (column messages), put into words by a plain chat template (the tokenizer has no other)"
+        in third
     )
