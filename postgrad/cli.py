@@ -277,6 +277,29 @@ def synthesize(
 
 
 @app.command()
+def grow(
+    model: Annotated[str, typer.Argument(help="A model folder, run or Hub name.", show_default=False)],
+    files: Annotated[list[str], typer.Argument(help="New text, in which tokens are looked for.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The plain folder to write; must not exist.", show_default=False)],
+    tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 1000,
+    head: Annotated[
+        str, typer.Option(help="Rows of an output head of its own: mean of their parts, or zero.")
+    ] = "mean",
+    old: Annotated[
+        list[str] | None, typer.Option(help="Old text, to see that it is cut as before.", show_default=False)
+    ] = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Add tokens learnt on new text to a model's vocabulary, each beginning as the mean of what stood for it."""
+    needs_training()
+    from postgrad.stages.grow import grow_vocabulary
+
+    found = grow_vocabulary(model, files, out, tokens=tokens, head=head, old=old or [], base=base)
+    _print(found, as_json, found.pop("text"))
+
+
+@app.command()
 def blend(
     run: Annotated[Path, typer.Argument(help="A finished run.", show_default=False)],
     sweep: Annotated[str, typer.Option(help="Weights of the trained model.")] = "0,0.2,0.4,0.5,0.6,0.7,0.8,0.9,1",

@@ -193,7 +193,7 @@ class Blocks(Selection):
             },
         )
         self.every = unfreeze_every
-        first = 0 if any(name in self.own for name in task_layers(model)) else min(chosen.values())
+        first = 0 if any(name in self.own for name in task_layers(model)) else min(chosen.values(), default=0)
         place = {name: max(first, moving.get(name, 0)) for name in self.own}
         order = sorted(set(place.values()))
         self._turn = {name: order.index(distance) for name, distance in place.items()}
@@ -338,10 +338,8 @@ def _chosen_blocks(
             raise TuningError(f"last is {last}", where="tuning.last", expected=f"1 to {depth}, as many as there are")
         return {name: distance for name, distance in blocks.items() if distance <= last}
     assert all_but_first is not None
-    if not 0 <= all_but_first < depth:
-        raise TuningError(
-            f"all_but_first is {all_but_first}", where="tuning.all_but_first", expected=f"0 to {depth - 1}"
-        )
+    if not 0 <= all_but_first <= depth:  # all but all of them: what stands around the blocks moves alone
+        raise TuningError(f"all_but_first is {all_but_first}", where="tuning.all_but_first", expected=f"0 to {depth}")
     return {name: d for name, d in blocks.items() if int(name.rpartition(".")[2]) >= all_but_first}
 
 

@@ -342,6 +342,9 @@ def test_the_head_and_the_embeddings_come_besides() -> None:
     model = build("llama", "lm")
     Blocks(model, last=1, head=False, embeddings=True)
     assert moving(model) == named(model, "model.embed_tokens.*", "model.layers.1.*")
+    model = build("llama", "lm")
+    Blocks(model, all_but_first=2, head=False, embeddings=True)  # and none of the blocks
+    assert moving(model) == named(model, "model.embed_tokens.*")
     model = build("gpt2", "lm")
     tuning = Blocks(model, last=1, also=["transformer.wpe"])
     assert moving(model) == named(model, "transformer.ln_f.*", "transformer.h.1.*", "transformer.wpe.*")
@@ -356,7 +359,7 @@ def test_the_head_and_the_embeddings_come_besides() -> None:
         ({"last": 1, "all_but_first": 1}, "exactly one of"),
         ({"last": 3}, "1 to 2"),
         ({"last": 0}, "1 to 2"),
-        ({"all_but_first": 2}, "0 to 1"),
+        ({"all_but_first": 3}, "0 to 2"),
         ({"names": ["model.layer.1"]}, "did you mean 'model.layers.1'"),
         ({"last": 1, "unfreeze_every": 0}, "at least 1 step"),
         ({"last": 1, "also": ["model.nrom"]}, "model.norm"),

@@ -1,0 +1,48 @@
+"""What does a new token mean before it was trained? The mean of the tokens that stood for it.
+
+Rows of the input embedding, and of an output head of its own, are means over the old pieces (Fujii et al. 2024, Swallow,
+arXiv 2404.17790); with `head="zero"` the head's are zero, so that at first a new token is as likely as an average one (Liu et
+al. 2023, ChipNeMo, arXiv 2311.00176).
+
+Legend: V rows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from postgrad.errors import ModelError
+from postgrad.models.pretrained import table_of
+
+Head = Literal["mean", "zero"]
+
+
+@torch.no_grad()
+def grow_tables(model: PreTrainedModel, parts: Mapping[int, Sequence[int]], head: Head = "mean") -> None:
+    """Give `model` a row for each new id of `parts`, made from the rows of its old ids. Nothing else changes."""
+    before = table_of(model).shape[0]
+    size = max(before, max(parts, default=-1) + 1)
+    output = model.get_output_embeddings()
+    tied = output is not None and output.weight is model.get_input_embeddings().weight
+    if output is not None and not isinstance(output, nn.Linear):
+        raise ModelError(f"{type(model).__name__} has no plain output embedding", where="model")
+    model.resize_token_embeddings(size, mean_resizing=False)
+    _fill(table_of(model), parts)
+    grown = model.get_output_embeddings()
+    if grown is None or tied:
+        return
+    assert isinstance(grown, nn.Linear)
+    _fill(grown.weight, parts, zero=head == "zero")
+    if grown.bias is not None:
+        _fill(grown.bias[:, None], parts)
+
+
+def _fill(table_VD: Tensor, parts: Mapping[int, Sequence[int]], *, zero: bool = False) -> None:
+    old = {new: table_VD[list(ids)].mean(0) if ids and not zero else None for new, ids in parts.items()}
+    for new, row in old.items():
+        table_VD[new] = 0.0 if row is None else row
