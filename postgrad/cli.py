@@ -363,6 +363,66 @@ def write_report(
 
 
 @app.command()
+def importance(
+    model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.", show_default=False)],
+    files: Annotated[list[str], typer.Argument(help="Text, or rows of the model's task.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The file to write (.safetensors).", show_default=False)],
+    tokens: Annotated[str, typer.Option(help="Labels to look at, such as 100k.")] = "100k",
+    kind: Annotated[
+        str,
+        typer.Option(help="fisher (labels drawn from the model), empirical (the text's own labels; biased), or mas."),
+    ] = "fisher",
+    onto: Annotated[
+        Path | None,
+        typer.Option(help="Older importance that this is added onto, decayed (online EWC).", show_default=False),
+    ] = None,
+    decay: Annotated[float, typer.Option(help="What the older importance is multiplied by.")] = 0.9,
+    dtype: Annotated[str, typer.Option(help="Of the file: float32 or bfloat16.")] = "float32",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens the model sees at once; default: its own, at most 1024.")
+    ] = None,
+    documents: Annotated[
+        str, typer.Option(help="What a document is in a text file: auto, file, passages, paragraphs, lines.")
+    ] = "auto",
+    column: Annotated[str | None, typer.Option(help="The column that holds the text.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of the drawn labels and the order of the text.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how much each weight matters to what a model says; an anchor holds those that matter (EWC, MAS)."""
+    needs_training()
+    from postgrad.screen import screen_for
+    from postgrad.stages.importance import measure_importance
+
+    screen = screen_for(as_json)
+    try:
+        found = measure_importance(
+            model,
+            files,
+            out=out,
+            tokens=tokens,
+            kind=kind,
+            onto=onto,
+            decay=decay,
+            dtype=dtype,
+            context=context,
+            documents=documents,
+            column=column,
+            seed=seed,
+            force=force,
+            base=base,
+            cache=cache_folder(),
+            progress=screen.measuring,
+        )
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; nothing was written", way_out="fewer --tokens take less time") from None
+    finally:
+        screen.close()
+    _print(found, as_json, found.pop("text"))
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.", show_default=False)],
     prompt: Annotated[

@@ -25,6 +25,9 @@ class Screen(Protocol):
     def reading(self, name: str, done: int, total: int) -> None:
         """Text of a source is being read and tokenised."""
 
+    def measuring(self, done: int, total: int) -> None:
+        """So many labels have been looked at."""
+
     def show(self, event: r.Event) -> None:
         """Something happened in a run."""
 
@@ -140,6 +143,9 @@ class _SilentScreen:
     def reading(self, name: str, done: int, total: int) -> None:
         pass
 
+    def measuring(self, done: int, total: int) -> None:
+        pass
+
     def show(self, event: r.Event) -> None:
         pass
 
@@ -160,6 +166,12 @@ class _PlainScreen:
         if now - self._said > _PLAIN_EVERY_SECONDS:
             self._said = now
             self._line(f"tokenising {name}: {readable(done)} of {readable(total)}")
+
+    def measuring(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._said > _PLAIN_EVERY_SECONDS:
+            self._said = now
+            self._line(f"measuring: {done:,} of {total:,} labels")
 
     def show(self, event: r.Event) -> None:
         if isinstance(event, r.Began):
@@ -213,6 +225,9 @@ class _BarScreen:
     def reading(self, name: str, done: int, total: int) -> None:
         self._at(f"tokenising {name}", done, total, f"{readable(done)} of {readable(total)}")
 
+    def measuring(self, done: int, total: int) -> None:
+        self._at("measuring", done, total, f"{done:,} of {total:,} labels")
+
     def show(self, event: r.Event) -> None:
         match event:
             case r.Stepped():
@@ -244,6 +259,9 @@ class _JsonScreen:
     """One JSON object a line on standard error; the result itself goes to standard output."""
 
     def reading(self, name: str, done: int, total: int) -> None:
+        pass
+
+    def measuring(self, done: int, total: int) -> None:
         pass
 
     def show(self, event: r.Event) -> None:

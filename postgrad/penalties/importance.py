@@ -7,7 +7,7 @@ numbers are: kind, convention, tokens, the model they were measured on, and how 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -74,10 +74,19 @@ class ImportanceFile:
         """The importance of a weight, as it is stored."""
         return self._file.get_tensor(name)
 
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight's importance, one after the other."""
-        for name in sorted(self.names):
-            yield name, self[name]
+    def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `DataError` when it is not of exactly these weights; both shapes are named."""
+        missing, unknown = sorted(shapes.keys() - self.names), sorted(self.names - shapes.keys())
+        if missing or unknown:
+            what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which this model has not"
+            raise DataError(f"the importance {what}", where=str(self.path), expected="importance of the same weights")
+        for name, shape in shapes.items():
+            if self.shape(name) != shape:
+                raise DataError(
+                    f"the importance of {name} has the shape {self.shape(name)}, and this model's weight {shape}",
+                    where=str(self.path),
+                    expected="importance of the same weights",
+                )
 
 
 def _about(said: str | None, path: Path) -> About:
@@ -103,17 +112,7 @@ def write_importance(path: Path, tensors: Mapping[str, Tensor], about: About, dt
 def added_onto(old: ImportanceFile, new: Mapping[str, Tensor], decay: float) -> dict[str, Tensor]:
     """`decay * old + new`, weight by weight: online EWC (Schwarz et al. 2018, arXiv 1805.06370, section 4).
 
-    Raises `DataError` when the two are not of the same weights; both shapes are named.
+    Raises `DataError` when the two are not of the same weights.
     """
-    missing, unknown = sorted(new.keys() - old.names), sorted(old.names - new.keys())
-    if missing or unknown:
-        what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which this model has not"
-        raise DataError(f"the older importance {what}", where=str(old.path), expected="importance of the same weights")
-    for name, tensor in new.items():
-        if old.shape(name) != tuple(tensor.shape):
-            raise DataError(
-                f"the older importance of {name} has the shape {old.shape(name)}, and this model's {tuple(tensor.shape)}",
-                where=str(old.path),
-                expected="importance of the same weights",
-            )
+    old.require({name: tuple(tensor.shape) for name, tensor in new.items()})
     return {name: decay * old[name].to(tensor.device, torch.float32) + tensor for name, tensor in new.items()}

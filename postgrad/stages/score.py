@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -69,6 +69,19 @@ def files_as_read(
     limit: int = _LIMIT,
 ) -> Texts:
     """Files as held-out sets, read as the model of a start reads them. `limit`: about how many tokens of each file."""
+    reading = read_by(start, context)
+    found = list(chosen_files(start, files, documents, column, reading, cache))
+    sets = [as_read(chosen, reading, limit, [], problem=problem) for chosen, problem in found]
+    return Texts(reading, tuple(chosen for chosen, _ in found), tuple(sets))
+
+
+def chosen_files(
+    start: Start, files: list[str], documents: str, column: str | None, reading: Reading, cache: Path
+) -> Iterator[tuple[Chosen, Problem]]:
+    """The documents of each file, with the objective that a model's own task takes on them, and what a classifier decides.
+
+    Raises `StageError` for a cut that there is not.
+    """
     if documents not in _CUTS:
         raise StageError(
             f"there is no cut {documents!r}",
@@ -76,20 +89,19 @@ def files_as_read(
             expected=", ".join(_CUTS),
             way_out=nearest(documents, _CUTS),
         )
-    reading = read_by(start, context)
     objectives = objectives_for([], start)
     if reading.task == "text-to-text":  # which serves rows with answers besides
         objectives += (TextToTextObjective(kind="text-to-text"),)
     decided = _KINDS.get(reading.task)
-    found: list[Chosen] = []
-    sets: list[AnyHeldOut] = []
+    taken: set[str] = set()
     for path in files:
         item = s.HeldOutFile.model_validate(
             {**s.held_out_file(path), "documents": documents, "columns": {"text": column} if column else {}}
         )
         name, number = item.name, 2
-        while any(h.name == name for h in sets):
+        while name in taken:
             name, number = f"{item.name}-{number}", number + 1
+        taken.add(name)
         asked = {"kind": decided} if decided else {}
         given = files_of(name, {**item.model_dump(), "hub": None, **asked}, Path.cwd(), path)
         kind = source_kind(given)
@@ -99,9 +111,7 @@ def files_as_read(
         store = build_store(given, reading.encoder, cache, renderer=renderer)
         chosen = Chosen(name, "learned", store, np.arange(len(store)), objective, renderer)
         problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
-        found.append(chosen)
-        sets.append(as_read(chosen, reading, limit, [], problem=problem))
-    return Texts(reading, tuple(found), tuple(sets))
+        yield chosen, problem
 
 
 def _labels(start: Start, task: Task, files: Source) -> Labels:

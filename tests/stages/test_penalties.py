@@ -16,17 +16,18 @@ from postgrad.errors import DataError, ModelError, ResumeError, StageError
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load, locate, save_pretrained
 from postgrad.penalties.anchor import Anchor
-from postgrad.penalties.importance import About, write_importance
+from postgrad.penalties.importance import About, ImportanceFile, write_importance
 from postgrad.planning.execution import Execution
 from postgrad.stages.build import make_loader, make_optimizer
 from postgrad.stages.check import check_stage
+from postgrad.stages.importance import measure_importance
 from postgrad.stages.run import Said, Warned
 from postgrad.stages.strengths import anchors_of, find_strengths
 from postgrad.training.meters import read_metrics
 from postgrad.training.step import Run
-from postgrad.tuning.opened import start_fingerprint
+from postgrad.tuning.opened import start_fingerprint, task_at
 from tests.conftest import make_llama, make_tokenizer
-from tests.stages.models import Shelf, carried_out_in_parts, make_shelf, trace, trained
+from tests.stages.models import QUICK, Shelf, carried_out_in_parts, make_shelf, trace, trained
 
 ANCHOR = {"kind": "anchor", "strength": 0.5}
 
@@ -450,3 +451,118 @@ def test_check_tells_what_is_wrong(shelf: Shelf) -> None:
     file = importance(shelf, "bent", **{"model.norm.weight": torch.ones(7)})
     with pytest.raises(DataError, match="has the shape"):
         check_stage(shelf.plan(shelf.stage("bent", penalties=[{**ANCHOR, "importance": file}])))
+
+
+# -- importance, measured ---------------------------------------------------------------------------------------------
+
+
+def measure(shelf: Shelf, model: str, file: str, out: str, **changes: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "out": shelf.home / out, "tokens": "200", "kind": "fisher", "onto": None, "decay": 0.9, "dtype": "float32",
+        "context": 48, "documents": "auto", "column": None, "seed": 0, "force": True, "base": None,
+    }  # fmt: skip
+    said: list[tuple[int, int]] = []
+    found = measure_importance(
+        model,
+        [file],
+        **{**options, **changes},
+        cache=shelf.cache,
+        progress=lambda done, total: said.append((done, total)),
+    )
+    assert said and said[-1][0] <= said[-1][1]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["fisher", "empirical", "mas"])
+@pytest.mark.parametrize(
+    ("model", "file"), [("llama", "old"), ("llama", "instruction"), ("bert", "old"), ("t5", "old"), ("t5", "pair")]
+)
+def test_importance_is_measured_and_read_by_an_anchor(shelf: Shelf, model: str, file: str, kind: str) -> None:
+    out = f"{model}-{file}-{kind}.safetensors"
+    found = measure(shelf, str(shelf.home / model), shelf.file(file), out, kind=kind)
+    made = ImportanceFile(shelf.home / out)
+    start = locate(str(shelf.home / model), shelf.home)
+    weights = dict(load(start, task_at(start)).model.named_parameters())
+    assert {n: made.shape(n) for n in made.names} == {n: tuple(p.shape) for n, p in weights.items()}
+    assert made.about.fingerprint == start_fingerprint(start) and made.about.kind == kind and made.about.per == "token"
+    assert made.about.tokens >= 200 and made.about.mean > 0 and made.about.convergence
+    assert all((made[n] >= 0).all() for n in made.names)
+    told = sum(float(made[n].double().sum()) for n in made.names) / sum(p.numel() for p in weights.values())
+    assert told == pytest.approx(made.about.mean) == pytest.approx(found["mean"])
+    if model == "llama" and file == "old":
+        raw = shelf.stage(f"by-{kind}", penalties=[{**ANCHOR, "importance": str(shelf.home / out)}])
+        assert anchor_of(trained(shelf, raw, 0)[2]).about["left_out"] == []
+
+
+@pytest.mark.parametrize("rows", ["labelled", "multi", "numbered", "tagged"])
+def test_importance_of_a_classifier(shelf: Shelf, rows: str) -> None:
+    raw = shelf.stage(
+        f"classifier-{rows}",
+        model="bert",
+        sources=[shelf.source(rows, "tagged" if rows == "tagged" else "labelled")],
+        objectives=[{"kind": "classify"}],
+        tokens=20,
+        evaluation=QUICK | {"learned": [{"name": "x", "path": shelf.file(rows, held_out=True), "like": rows}]},
+    )
+    place = shelf.run(raw).place
+    for kind in ("fisher", "empirical", "mas"):
+        found = measure(shelf, str(place), shelf.file(rows), f"{rows}-{kind}.safetensors", kind=kind, tokens="30")
+        assert found["per"] == "label" and found["mean"] > 0
+        assert any(part["part"] == "classifier.weight" and part["share"] > 0 for part in found["parts"])
+
+
+def test_older_importance_decays(shelf: Shelf) -> None:
+    llama = str(shelf.home / "llama")
+    measure(shelf, llama, shelf.file("old"), "one.safetensors")
+    measure(shelf, llama, shelf.file("new"), "two.safetensors")
+    found = measure(
+        shelf, llama, shelf.file("new"), "both.safetensors", onto=shelf.home / "one.safetensors", decay=0.5,
+        dtype="bfloat16",
+    )  # fmt: skip
+    one, two, both = (ImportanceFile(shelf.home / f"{name}.safetensors") for name in ("one", "two", "both"))
+    for name in one.names:
+        torch.testing.assert_close(both[name], (0.5 * one[name] + two[name]).bfloat16())
+    assert both.about.onto is not None and both.about.onto["model"] == llama and both.about.onto["decay"] == 0.5
+    assert "added onto 0.5 x what was measured on" in found["text"]
+
+
+def test_older_importance_of_other_weights_is_refused(shelf: Shelf) -> None:
+    llama = str(shelf.home / "llama")
+    older = importance(shelf, "older", **{"model.norm.weight": torch.ones(7)})
+    with pytest.raises(DataError, match=r"model\.norm\.weight has the shape \(7,\), and this model's weight \(32,\)"):
+        measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=Path(older))
+    measure(shelf, str(shelf.home / "bert"), shelf.file("old"), "bert.safetensors")
+    with pytest.raises(DataError, match=r"lacks|has bert"):
+        measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=shelf.home / "bert.safetensors")
+    with pytest.raises(DataError, match="is fisher, and this one mas"):
+        measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=Path(importance(shelf)), kind="mas")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kind": "fischer"}, "did you mean 'fisher'"),
+        ({"dtype": "float16"}, "float32, bfloat16"),
+        ({"decay": 2.0}, "0 to 1"),
+        ({"tokens": "many"}, "a number of tokens"),
+        ({"tokens": "0"}, "at least one"),
+        ({"out": "nowhere/x.safetensors"}, "no folder"),
+        ({"documents": "page"}, "passages"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
+)
+def test_what_cannot_be_measured_is_told(shelf: Shelf, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises((StageError, DataError), match=said):
+        measure(shelf, str(shelf.home / "llama"), shelf.file("old"), **{"out": "no.safetensors", **changes})
+
+
+def test_a_file_is_not_overwritten_without_a_word(shelf: Shelf) -> None:
+    file = importance(shelf)
+    with pytest.raises(StageError, match="--force"):
+        measure(shelf, str(shelf.home / "llama"), shelf.file("old"), Path(file).name, force=False)
+
+
+def test_importance_of_a_model_in_which_an_adapter_stands_is_refused(shelf: Shelf) -> None:
+    place = shelf.run(shelf.stage("standing", {"kind": "adapter", "size": 4})).place
+    with pytest.raises(ModelError, match="importance is of plain weights"):
+        measure(shelf, str(place), shelf.file("old"), "no.safetensors")
