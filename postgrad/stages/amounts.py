@@ -10,8 +10,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from postgrad.errors import StageError
 
-from postgrad.errors import StageError
-
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
@@ -81,17 +79,6 @@ Length = Annotated[
 Rate = Annotated[float, Field(gt=0, description="a learning rate"), BeforeValidator(_number)]
 Positive = Annotated[int, Field(gt=0), BeforeValidator(_number)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def amount(text: str) -> int:
-    """A number of tokens as it is written in a stage: 100k, 2M. Raises `StageError`."""
-    try:
-        found = _amount(text)
-    except ValueError as error:
-        raise StageError(str(error), where="--tokens") from None
-    if found < 1:
-        raise StageError(f"{text} tokens", where="--tokens", expected="at least one")
-    return found
 
 
 def in_steps(length: str, steps: int, tokens: int) -> float:

@@ -23,7 +23,7 @@ from postgrad.models.pretrained import Start, locate
 from postgrad.objectives.decisions import Problem
 from postgrad.penalties.importance import SAYS, About, ImportanceFile, Kind, added_onto, write_importance
 from postgrad.publish import disk_error
-from postgrad.stages.amounts import amount
+from postgrad.stages.amounts import amount_of
 from postgrad.stages.build import make_objectives
 from postgrad.stages.layouts import make_rows
 from postgrad.stages.objectives import AnyObjective
@@ -73,7 +73,7 @@ def measure_importance(
         )
     start = locate(model, Path.cwd(), base)
     found, per, short = _measured(
-        start, files, wanted, amount(tokens), older, context, documents, column, seed, cache, progress
+        start, files, wanted, amount_of(tokens, "--tokens"), older, context, documents, column, seed, cache, progress
     )
     about = About(
         kind=wanted,

@@ -545,7 +545,7 @@ def test_older_importance_of_other_weights_is_refused(shelf: Shelf) -> None:
         ({"dtype": "float16"}, "float32, bfloat16"),
         ({"decay": 2.0}, "0 to 1"),
         ({"tokens": "many"}, "a number of tokens"),
-        ({"tokens": "0"}, "at least one"),
+        ({"tokens": "0"}, "a number of tokens"),
         ({"out": "nowhere/x.safetensors"}, "no folder"),
         ({"documents": "page"}, "passages"),
     ],
