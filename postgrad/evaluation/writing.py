@@ -3,7 +3,8 @@
 Legend: B batch, T time.
 
 Prompts of a decoder are filled up on the left, so that the answers begin in one column; masked positions count for nothing, so
-what is written does not depend on who shares the batch. An encoder-decoder reads its prompts filled up on the right.
+what is written does not depend on who shares the batch. An encoder-decoder reads its prompts filled up on the right. A prefix
+language model reads prompts of one length together, in both directions.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from postgrad.models.prefix_lm import prefilled, reads_prefixes
 
 _TOKENS_AT_ONCE = 16_384
 _PROMPTS_AT_ONCE = 64
@@ -65,19 +68,21 @@ def write(
     """
     out = [""] * len(prompts)
     device = next(model.parameters()).device
-    apart = bool(model.config.is_encoder_decoder)
+    apart, prefixes = bool(model.config.is_encoder_decoder), reads_prefixes(model.config)
     own = getattr(model.generation_config, "eos_token_id", None)
     stops = sorted({*ends, *([own] if isinstance(own, int) else own or [])})
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        for group in _batches([len(prompt) for prompt in prompts], until.most):
-            ids_BT, mask_BT = _filled([prompts[i] for i in group], pad, left=not apart)
+        for group in _batches([len(prompt) for prompt in prompts], until.most, alike=prefixes):
+            arrays = _filled([prompts[i] for i in group], pad, left=not apart)
+            ids_BT, mask_BT = (array.to(device) for array in arrays)
+            read = {"past_key_values": prefilled(model, ids_BT)} if prefixes else {}
             begun = 1 if apart else ids_BT.shape[1]
             criteria = [_Stopped(tokenizer, until, begun)] if until.stop else []
             written = model.generate(  # pyrefly: ignore[not-callable]
-                input_ids=ids_BT.to(device),
-                attention_mask=mask_BT.to(device),
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
                 max_new_tokens=until.most,
                 min_new_tokens=None,
                 do_sample=False,
@@ -87,6 +92,7 @@ def write(
                 eos_token_id=stops,
                 pad_token_id=pad,
                 stopping_criteria=StoppingCriteriaList(criteria),
+                **read,
             )
             for i, row in zip(group, written[:, begun:].tolist(), strict=True):
                 end = next((at for at, token in enumerate(row) if token in stops), len(row))
@@ -99,12 +105,12 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Prompts of like length together, so many that they and their answers stay within the tokens at once."""
+def _batches(lengths: Sequence[int], most: int, *, alike: bool = False) -> Iterator[list[int]]:
+    """Prompts of like length together (`alike`: of the same), so many that they and their answers stay within the tokens."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # the newest is the longest
         full = (len(group) + 1) * (lengths[i] + most) > _TOKENS_AT_ONCE or len(group) == _PROMPTS_AT_ONCE
-        if group and full:
+        if group and (full or (alike and lengths[i] != lengths[group[0]])):
             yield group
             group = []
         group.append(i)

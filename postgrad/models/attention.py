@@ -85,9 +85,10 @@ def causal_blocks(
     s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention output of shape (B, T, H, D) for query (B, H, T, D) and key and value (B, H or fewer, T, D).
+    """Attention output of shape (B, T, H, D) for query (B, H, T, D) and key and value (B, H or fewer, T or more, D).
 
-    Without a mask (a batch of whole documents) plain causal attention is meant. Raises `ValueError` for what it lacks.
+    More keys than queries are those of a cache: the last query sees them all, and plain attention is what serves it. Without
+    a mask (a batch of whole documents) causal attention is meant. Raises `ValueError` for what it lacks.
     """
     if softcap is not None or s_aux is not None or dropout > 0:
         raise ValueError(f"{NAME} knows no soft-capped scores, sinks or dropout")
@@ -96,12 +97,15 @@ def causal_blocks(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    length, past = query.shape[2], key.shape[2] - query.shape[2]
     if attention_mask is None:
-        length = query.shape[2]
-        hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-        attention_mask = torch.zeros(1, 1, length, length, dtype=query.dtype, device=query.device)
+        hidden = torch.ones(length, past + length, dtype=torch.bool, device=query.device).triu(1 + past)
+        attention_mask = torch.zeros(1, 1, length, past + length, dtype=query.dtype, device=query.device)
         attention_mask = attention_mask.masked_fill(hidden, torch.finfo(query.dtype).min)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if past:
+        scores = (query @ key.transpose(2, 3)).float() * scale + attention_mask.float()
+        return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).contiguous(), None
     out = _CausalBlocks.apply(query, key, value, attention_mask, scale)
     return out.transpose(1, 2).contiguous(), None
 

@@ -11,6 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 from postgrad.evaluation import writing
 from postgrad.evaluation.writing import Until, write
+from postgrad.models.attention import NAME
+from postgrad.models.prefix_lm import mark, mask_for
 from postgrad.tuning.prefix import Prefix
 from postgrad.tuning.prompt import Prompt
 from tests.conftest import make_llama, make_tokenizer, old_text
@@ -37,6 +39,8 @@ FAMILIES = {
     "gpt2": lambda: (make_gpt2(), make_tokenizer()),
     "t5": lambda: (make_t5(len(t5_tokenizer())), t5_tokenizer()),
 }
+FAMILIES["causal_blocks"] = lambda: (make_llama(tie_word_embeddings=False, attn_implementation=NAME), make_tokenizer())
+"""As a model attends while it is trained on a CPU."""
 TUNINGS = {
     "none": None,
     "prompt": lambda model: Prompt(model, length=3, seed=1),
@@ -84,6 +88,29 @@ def test_together_as_one_by_one(family: str, tuning: str) -> None:
         found = write(model, tokenizer, prompts, Until(12), ends=[eos], pad=tokenizer.pad_token_id or 0)
         assert found == expected
         assert len(set(found)) > 3, "a model that always says the same would not show a wrong order"
+
+
+@torch.no_grad()
+def test_a_prefix_language_model_reads_its_prompts_in_both_directions() -> None:
+    with made("llama", "none") as (model, tokenizer, prompts):
+        prompts += [prompt[::-1] for prompt in prompts]
+        causal = write(model, tokenizer, prompts, Until(8), ends=[0], pad=0)
+        mark(model.config, True)
+        expected = []
+        for prompt in prompts:
+            ids = list(prompt)
+            for _ in range(8):
+                of_prefix = torch.tensor([[1] * len(prompt) + [0] * (len(ids) - len(prompt))])
+                places = torch.arange(len(ids))[None]
+                seen = mask_for(model, of_prefix, places)
+                logits = model(input_ids=torch.tensor([ids]), position_ids=places, attention_mask=seen).logits
+                ids.append(int(logits[0, -1].argmax()))
+                if ids[-1] == 0:
+                    ids.pop()
+                    break
+            expected.append(tokenizer.decode(ids[len(prompt) :]))
+        found = write(model, tokenizer, prompts, Until(8), ends=[0], pad=0)
+        assert found == expected != causal
 
 
 def test_padding_on_the_wrong_side_would_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
