@@ -110,10 +110,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -
     if not texts:
         return []
     lead = str(tokenizer.decode([_lead(tokenizer)]))
-    out = tokenizer(texts, **options)["input_ids"]
+    out = tokenizer(texts, verbose=False, **options)["input_ids"]
     for i, text in enumerate(texts):
         if text.startswith(lead):
-            out[i] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            out[i] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return out
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from postgrad.evaluation.choosing import Item, choose
+from postgrad.evaluation.preference import calibrated, comparable
 from postgrad.evaluation.text_metrics import Answers, change, joint_change, summary
 from postgrad.evaluation.writing import write
 from postgrad.lineage.fingerprint import fingerprint
@@ -81,24 +82,15 @@ def _choices(model: Model, asked: Asked, reading: Reading, world: World) -> tupl
 
 def scores(asked: Asked, prompt: Prompt, texts: Sequence[str], log_p: Mapping[Item, np.ndarray]) -> np.ndarray:
     """What the choices of a prompt are compared by, of shape (C,)."""
-    sizes = {
-        "token": [len(choice) for choice in prompt.item.choices],
-        "byte": [len(text.encode()) for text in texts],
-        "character": [len(text) for text in texts],
-    }
-    own_C = log_p[prompt.item]
-    size_C = np.maximum(sizes.get(asked.task.by, [1] * len(texts)), 1)
-    if asked.task.calibrate:
-        empty_C = np.mean([_softmax(log_p[item] / size_C) for item in prompt.against], 0)
-        return own_C / size_C - np.log(np.maximum(empty_C, 1e-300))
-    if prompt.against:
-        return own_C - log_p[prompt.against[0]]
-    return own_C / size_C
+    by, calibrate = asked.task.by, asked.task.calibrate
+    tokens_C = np.array([len(choice) for choice in prompt.item.choices])
+    alone_C = log_p[prompt.against[0]] if by == "answer-only" else None
 
+    def of(item: Item) -> np.ndarray:
+        return comparable(log_p[item], by, texts=texts, tokens_C=tokens_C, alone_C=alone_C)
 
-def _softmax(log_C: np.ndarray) -> np.ndarray:
-    p_C = np.exp(log_C - log_C.max())
-    return p_C / p_C.sum()
+    own_C = of(prompt.item)
+    return calibrated(own_C, np.stack([of(item) for item in prompt.against])) if calibrate else own_C
 
 
 def _together(mine: list[Any], count: int, world: World) -> list[Any]:

@@ -31,7 +31,7 @@ def evaluate_tasks(
     machine.tune_allocator()
     asked, answers = _answered(locate(model, Path.cwd(), base), file, shots, cache)
     entries = _entries(asked, answers)
-    lines = [answer_table(entries, f"{model}, asked the tasks of {file}").text()]
+    lines = [answer_table(entries, f"{model}, asked the tasks of {file}").text(most=100)]
     lines += [note for task in asked for note in task.notes]
     lines.append(f"next: {shlex.join(['postgrad', 'compare', model, 'another-model', '--tasks', str(file)])}")
     return {"text": "\n".join(lines), "model": model, "tasks": entries}
@@ -48,7 +48,7 @@ def compare_tasks(models: list[str], file: Path, *, cache: Path) -> dict[str, An
     (first, answers), *others = found
     entries = [_entries(*each) for each in found]
     for model, mine in zip(models, entries, strict=True):
-        parts.append(answer_table(mine, model).text())
+        parts.append(answer_table(mine, model).text(most=100))
     lines = [f"each model held against {models[0]}, item by item (metric: change, 95 % interval)"]
     for model, (theirs, said), mine in zip(models[1:], others, entries[1:], strict=True):
         for one, other, entry in zip(first, theirs, mine, strict=True):

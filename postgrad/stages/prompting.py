@@ -25,6 +25,7 @@ from postgrad.data.sources import Source
 from postgrad.data.store import digest
 from postgrad.errors import DataError, ModelError, StageError, nearest
 from postgrad.evaluation.choosing import Item, encode
+from postgrad.evaluation.preference import CONTENT_FREE
 from postgrad.evaluation.text_metrics import MetricName
 from postgrad.evaluation.writing import Until
 from postgrad.lineage.fingerprint import fingerprint
@@ -35,8 +36,6 @@ from postgrad.stages.tasks import Task
 
 BARE = "Answer:"
 """What stands before an answer alone, for `by: answer-only`."""
-CONTENT_FREE = ("N/A", "", "[MASK]")
-"""Questions without content (Zhao et al. 2021, section 5)."""
 _ROOM = 1024
 """Positions that a model without a limit is asked within."""
 _BY: Mapping[str, By] = {"seed": "once", "balanced": "balanced", "bm25": "bm25"}
@@ -337,7 +336,7 @@ class _Form:
         tokenizer, encoder = self.reading.tokenizer, self.reading.encoder
         # A template may write the BOS itself; a space at the end belongs to the answer's first word.
         given = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        ids = tokenizer(text.rstrip(" "), add_special_tokens=not given)["input_ids"]
+        ids = tokenizer(text.rstrip(" "), add_special_tokens=not given, verbose=False)["input_ids"]
         return Item(tuple(ids) or (encoder.eos if encoder.bos is None else encoder.bos,), ())
 
     def _fits(self, item: Item) -> bool:

@@ -88,13 +88,17 @@ def test_choices_compared_by_hand(shelf: Shelf) -> None:
     assert compared(shelf, "byte") == [-1, -1]  # three bytes and four
     assert compared(shelf, "character") == [-1.5, -1]
     assert compared(shelf, "answer-only", BARE) == [-2, -1]
+
     # Zhao et al. 2021: p / p_cf, where p_cf is over the choices alone: 0.75 and 0.25.
-    assert compared(shelf, "sum", FREE, calibrate=True) == pytest.approx([-3 - np.log(0.75), -4 - np.log(0.25)])
+    def ahead(*against: Item) -> float:
+        one, two = compared(shelf, "sum", *against, calibrate=True)
+        return one - two
+
+    assert ahead(FREE) == pytest.approx(-3 - np.log(0.75) - (-4 - np.log(0.25)))
     # Of several empty questions the mean of the probabilities, not of their logarithms.
     half = Item((7,), ((2,), (3, 4)))
-    LOG_P[half] = np.array([-2.0, -2.0])
-    expected = [-3 - np.log(0.625), -4 - np.log(0.375)]
-    assert compared(shelf, "sum", FREE, half, calibrate=True) == pytest.approx(expected)
+    LOG_P[half] = np.log([0.1, 0.1])
+    assert ahead(FREE, half) == pytest.approx(-3 - np.log(0.4) - (-4 - np.log(0.2)))
 
 
 @torch.no_grad()
@@ -200,6 +204,19 @@ def test_looks_during_training_ask_what_is_asked_for(shelf: Shelf, run: Path) ->
     (entry,) = (e for e in read_record(run)["tasks"] if e["name"] == "kinds")
     assert looks[0]["tasks"]["kinds"] == {"metric": "accuracy", "value": entry["before"]["accuracy"]["value"]}
     assert looks[-1]["tasks"]["kinds"]["value"] == entry["after"]["accuracy"]["value"]
+
+
+def test_looks_are_right_however_a_model_attends_while_it_is_trained(shelf: Shelf) -> None:
+    """What is written goes on from a cache, which training never has."""
+    compute = {"threads": 1, "dtype": "float32", "compile": False, "attention": "causal_blocks"}
+    schedule = {"kind": "constant", "peak": 3e-2, "warmup": 0}
+    raw = examined(shelf, "attending", "named", compute=compute, schedule=schedule, tokens=24 * 4 * 48)
+    raw["evaluation"]["tasks"][0] |= {"during": True, "metrics": ["chrF"]}
+    record = shelf.run(raw).record
+    (entry,) = record["tasks"]
+    assert entry["after"]["chrF"]["value"] > entry["before"]["chrF"]["value"] + 1
+    looks = [row for row in read_metrics(shelf.home / "runs/attending/metrics.jsonl") if row["kind"] == "evaluation"]
+    assert looks[-1]["tasks"]["named"]["value"] == pytest.approx(entry["after"]["chrF"]["value"])
 
 
 def test_the_end_and_the_page_tell_of_tasks(run: Path) -> None:

@@ -99,6 +99,13 @@ ROWS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]], str, tuple[str
         (),
         ("2",),
     ),
+    "question": (
+        [{"question": "who?", "context": "one came", "answers": {"text": ["one", "One"], "answer_start": [0, 0]}}],
+        [{"question": "how?", "context": "by foot", "answers": ["foot"]}],
+        "question: how?\ncontext: by foot\nanswer: foot\n\nquestion: who?\ncontext: one came\nanswer: ",
+        (),
+        ("one", "One"),
+    ),
     "tagged": (
         [{"tokens": ["one", "cat"], "tags": ["N", "A"]}],
         [{"tokens": ["two"], "tags": ["N"]}],
@@ -420,6 +427,15 @@ def test_mistakes_in_a_file_of_tasks(tmp_path: Path, written_: str, said: str) -
     file = tmp_path / "tasks.yaml"
     file.write_text(written_)
     with pytest.raises(StageError, match=said):
+        load_tasks(file)
+
+
+def test_tasks_may_share_keys(tmp_path: Path) -> None:
+    file = tmp_path / "tasks.yaml"
+    file.write_text("- &one {name: a, path: x, items: 7}\n- {<<: *one, name: b, items: 9}\n- {<<: *one, name: c}")
+    assert [(t.name, t.path, t.items) for t in load_tasks(file)] == [("a", "x", 7), ("b", "x", 9), ("c", "x", 7)]
+    file.write_text("- &one {name: a, path: x}\n- {<<: *one, name: b, name: c}")
+    with pytest.raises(StageError, match="'name' is there twice"):
         load_tasks(file)
 
 
