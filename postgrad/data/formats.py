@@ -251,6 +251,11 @@ def _columns(rows: list[Row], source: Source) -> Columns:
     found = columns_of(names, source.columns, source.kind)
     if found is None:
         raise _no_kind(names, source, rows[0].place)
+    first = rows[0]
+    own = columns_of(list(first.values), source.columns, source.kind)
+    if own and own.kind != found.kind:  # all of them together have the columns of a kind that the first is not of
+        other = next(row for row in rows if not all(has_column(row.values.keys(), column) for column in own.required))
+        raise _other_row(other, own)
     return found
 
 
@@ -321,22 +326,30 @@ def _running(rows: Iterator[Row], columns: Columns) -> Iterator[Document]:
     convert = _text if columns.kind == "text" else _ids
     for row in rows:
         if not has_column(row.values.keys(), column):
-            raise _other_row(row, column, columns.kind)
+            raise _other_row(row, columns)
         yield convert(in_column(row.values, column, row.place), row.place, column)
 
 
-def _other_row(row: Row, column: str, kind: str) -> DataError:
+def _other_row(row: Row, columns: Columns) -> DataError:
     """A row without a column that its source has: it is of another kind, or of none."""
     names = list(row.values)
     other = columns_of(names, {})
-    return _mixed(other.kind, kind, row.place) if other and other.kind != kind else _no_column(column, names, row.place)
+    if other and other.kind != columns.kind:
+        return _mixed(other.kind, columns.kind, row.place)
+    column = next(column for column in columns.required if not has_column(row.values.keys(), column))
+    return DataError(
+        f"no column `{column}` among {_listed(names)}",
+        where=row.place,
+        expected=f"rows of `{columns.kind}` as before it: {_listed(list(columns.required))}",
+        way_out=nearest(column, names),
+    )
 
 
 def _examples(rows: Iterable[Row], columns: Columns, typed: bool) -> Iterator[Document]:
     for row in rows:
         for column in columns.required:
             if not has_column(row.values.keys(), column):
-                raise _other_row(row, column, columns.kind)
+                raise _other_row(row, columns)
         values = {role: in_column(row.values, column, row.place) for role, column in columns.by_role.items()}
         if not typed and "label" in values:
             values["label"] = _typed(values["label"])

@@ -37,7 +37,8 @@ class Examples:
 
     Texts that do not fit are cut at their ends: the longer one until both are equally long, then both; the frame never is.
     `lead`: tokens at each document's start that the frame replaces (1 for a BOS or [CLS]). `skipped` counts documents by the
-    reason why they are no rows. Raises `StageError` when a row has no room for text.
+    reason why they are no rows, `cut` rows that lost something by what it is. Raises `StageError` when a row has no room for
+    text.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Examples:
         whole_R, rest_R = self.split_R - texts.start_N, texts.stop_N - self.split_R
         room_R = np.where(rest_R > 0, length - frame.size(2), length - frame.size(1))
         self.first_R, self.second_R = shared_room(whole_R, rest_R, room_R)
-        cut = int((whole_R + rest_R - self.first_R - self.second_R).sum())
+        lost_R = whole_R + rest_R - self.first_R - self.second_R
+        cut = int(lost_R.sum())
+        self.cut = {"the end of the longer text": int((lost_R > 0).sum())}
         placed = int((texts.stop_N + texts.ended_N).sum()) - cut
         self.ledger = ledger_of(kept, placed=placed, truncated=cut, trained=len(self.document_R))
 
@@ -153,9 +156,10 @@ class LabelledRows:
             max_document_tokens=max_document_tokens,
         )
         self.types = types
-        self.document_R, self.skipped, self.ledger = (
+        self.document_R, self.skipped, self.cut, self.ledger = (
             self.examples.document_R,
             self.examples.skipped,
+            self.examples.cut,
             self.examples.ledger,
         )
         self.labels_R = _values(store, self.document_R, kind)
@@ -209,7 +213,9 @@ class TaggedRows:
         self.texts, self.counted_R = fits.only(some_N), counted_N[some_N]
         self.document_R = self.texts.document_N
         self.skipped = {"no tags": int((~some_N).sum())}
-        cut = int((texts.stop_N - fits.stop_N)[some_N].sum())
+        lost_R = (texts.stop_N - fits.stop_N)[some_N]
+        cut = int(lost_R.sum())
+        self.cut = {"their end": int((lost_R > 0).sum())}
         placed = int((self.texts.stop_N + self.texts.ended_N).sum())
         self.ledger = ledger_of(kept, placed=placed, truncated=cut, trained=int(self.counted_R.sum()))
 
@@ -275,9 +281,10 @@ class ClozeRows:
             excluded=excluded,
             max_document_tokens=max_document_tokens,
         )
-        self.document_R, self.skipped, self.ledger = (
+        self.document_R, self.skipped, self.cut, self.ledger = (
             self.examples.document_R,
             self.examples.skipped,
+            self.examples.cut,
             self.examples.ledger,
         )
         self.words_R = np.array(verbalisers, np.int64)[_values(store, self.document_R, "class")]

@@ -10,14 +10,24 @@ labels, except where a target was cut: a model should not learn to stop in the m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from postgrad.data.draws import Draws
 from postgrad.data.frame import BARE, Frame
 from postgrad.data.rows import Row, keep
-from postgrad.data.texts import Marked, Texts, Windows, has_marks, ledger_of, room_for_text, texts_of, windows_of
+from postgrad.data.texts import (
+    Marked,
+    Texts,
+    TooLong,
+    Windows,
+    has_marks,
+    ledger_of,
+    room_for_text,
+    texts_of,
+    windows_of,
+)
 
 
 def pair_of(input_ids: np.ndarray, labels: np.ndarray, decoder_start: int) -> Row:
@@ -33,9 +43,15 @@ def pair_of(input_ids: np.ndarray, labels: np.ndarray, decoder_start: int) -> Ro
 class PairRows:
     """Rows of an example or a window each: `input_ids`, `attention_mask`, `decoder_input_ids`, and labels of shape (S,).
 
-    Of a source longer than `length`, frame and EOS included, the end is cut, and so it is with a target of more than
-    `target_length`. `lead`: tokens at each document's start that are no text (1 for a BOS). `skipped` counts documents by the
-    reason why they are no rows. Where a plain text is cut is drawn, so `trained` in its ledger is what it comes to on average.
+    `too_long`, for a source longer than `length`, frame and EOS included:
+
+        cut-context   leave out its beginning: in a conversation the last question stands at the end
+        cut-end       leave out its end, as T5 does
+        drop          leave the example out
+
+    Of a target of more than `target_length` the end is cut. `lead`: tokens at each document's start that are no text (1 for a
+    BOS). `skipped` counts documents by the reason why they are no rows, `cut` rows that lost something by what it is. Where
+    a plain text is cut is drawn, so `trained` in its ledger is what it comes to on average.
     Raises `StageError` when a row has no room for text.
     """
 
@@ -51,6 +67,7 @@ class PairRows:
         decoder_start: int,
         seed: int,
         frame: Frame = BARE,
+        too_long: TooLong = "cut-end",
         lead: int = 0,
         held_out: float = 0.0,
         excluded: np.ndarray | None = None,
@@ -63,14 +80,17 @@ class PairRows:
         kept = keep(store, held_out=held_out, excluded=excluded, most=max_document_tokens)
         texts = texts_of(store, kept, lead)
         if has_marks(store):
-            found = _examples(store, texts, room_for_text(length, around, 1), target_length)
-            self.skipped = {"no answer": len(texts.document_N) - len(found.windows)}
+            found = _examples(store, texts, room_for_text(length, around, 1), target_length, too_long)
+            self.skipped = {
+                "no answer": len(texts.document_N) - len(found.windows) - found.dropped,
+                "too long": found.dropped,
+            }
         else:
             # Room for two tokens on a side: then equal windows have two at least, and each can be cut.
             rooms = room_for_text(length, around, 2), room_for_text(target_length, 1, 2, where="data.target_length")
             found = _windows(texts, min(rooms))
             self.skipped = {"a single token": len(np.setdiff1d(texts.document_N, found.windows.document_R))}
-        self.windows, self.cuts_R2 = found.windows, found.cuts_R2
+        self.windows, self.cuts_R2, self.cut = found.windows, found.cuts_R2, found.cut
         self.document_R = self.windows.document_R
         placed = int(self.windows.stored_R.sum())
         self.ledger = ledger_of(kept, placed=placed, truncated=found.truncated, trained=found.trained)
@@ -100,6 +120,8 @@ class _Found:
     cuts_R2: np.ndarray | None
     truncated: int
     trained: int
+    dropped: int = 0
+    cut: dict[str, int] = field(default_factory=dict)
 
 
 def _windows(texts: Texts, room: int) -> _Found:
@@ -110,23 +132,35 @@ def _windows(texts: Texts, room: int) -> _Found:
     return _Found(windows, None, 0, int(windows.size_R.sum()) // 2 + int(windows.ended_R.sum()))
 
 
-def _examples(store: Marked, texts: Texts, room: int, target_length: int) -> _Found:
-    """Examples by their marks, from a source's start to the end of its last answer."""
+def _examples(store: Marked, texts: Texts, room: int, target_length: int, too_long: TooLong) -> _Found:
+    """Examples by their marks: as much of the source as fits, and the last answer."""
     answer_N2 = np.array([_last_answer(store, *place) for place in texts.places()], np.int64).reshape(-1, 2)
     some_N = answer_N2[:, 0] < answer_N2[:, 1]
+    long_N = answer_N2[:, 0] - texts.start_N > room
+    dropped_N = some_N & long_N & (too_long == "drop")
+    some_N &= ~dropped_N
     start_R, (answer_R, end_R) = texts.start_N[some_N], answer_N2[some_N].T
-    source_stop_R = np.minimum(answer_R, start_R + room)
+    lost_R = np.maximum(answer_R - start_R - room, 0)
+    first_R = start_R + (lost_R if too_long == "cut-context" else 0)
+    source_stop_R = answer_R - (lost_R if too_long == "cut-end" else 0)
     stop_R = np.minimum(end_R, answer_R + target_length)
     # An answer that is cut, here or before, does not end; one that just fits has no room for the EOS.
     ended_R = texts.ended_N[some_N] & (end_R - answer_R < target_length)
-    stored_R = source_stop_R + stop_R - answer_R + ended_R  # from the document's first token, the BOS, on
+    lead_R = start_R  # the BOS goes with the text
+    stored_R = lead_R + source_stop_R - first_R + stop_R - answer_R + ended_R
     whole_R = texts.stop_N[some_N] + texts.ended_N[some_N]
-    windows = Windows(texts.document_N[some_N], start_R, stop_R, ended_R, stored_R)
+    windows = Windows(texts.document_N[some_N], first_R, stop_R, ended_R, stored_R)
+    which = "the beginning" if too_long == "cut-context" else "the end"
     return _Found(
         windows,
         np.stack((source_stop_R, answer_R), 1),
         int((whole_R - stored_R).sum()),
         int((stop_R - answer_R + ended_R).sum()),
+        int(dropped_N.sum()),
+        {
+            f"{which} of what is read": int((lost_R > 0).sum()),
+            "the end of what is written": int((stop_R < end_R).sum()),
+        },
     )
 
 

@@ -27,6 +27,11 @@ class Part:
         return None if self.store.values is None else np.asarray(self.store.values)[self.chosen]
 
     @property
+    def kind(self) -> str:
+        """What its rows are."""
+        return self.store.kind
+
+    @property
     def labels(self) -> Sequence[str | int]:
         """The names of the classes or tags."""
         return self.store.labels or ()

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from postgrad.data.rows import Documents, Kept, Ledger
 from postgrad.errors import StageError
+
+TooLong = Literal["cut-context", "cut-end", "drop"]
+"""What becomes of an example that does not fit: without its beginning, without its end, or left out."""
 
 
 class Marked(Documents, Protocol):

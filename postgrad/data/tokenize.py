@@ -35,7 +35,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from postgrad.data import formats
-from postgrad.data.examples import RUNNING, Labels, Rendered, Renderer, joined
+from postgrad.data.examples import RUNNING, Example, Labels, Rendered, Renderer, joined
 from postgrad.data.formats import Document, read_documents, read_labels, source_kind
 from postgrad.data.sources import HubRows, Source, find_files
 from postgrad.data.store import (
@@ -633,7 +633,7 @@ def _failed(error: Exception, batch: _Batch) -> DataError:
 
 def _encode_examples(batch: _Batch, tokenizer: Tokenizer, encoder: Encoder, renderer: Renderer) -> _Encoded:
     """The documents of a batch as `renderer` words them: `[bos] + ids + [eos]` as everywhere, and a mark for each."""
-    rendered = [_rendered(document, renderer) for document in batch.documents]
+    rendered = [render_at(document.example, document.place, renderer) for document in batch.documents]
     parts = iter(_tokens([text for each in rendered for text in _texts(each)], tokenizer, batch))
     ids: list[np.ndarray] = []
     marks: list[np.ndarray] = []
@@ -667,12 +667,13 @@ def _encode_examples(batch: _Batch, tokenizer: Tokenizer, encoder: Encoder, rend
     )
 
 
-def _rendered(document: Document, renderer: Renderer) -> Rendered:
-    assert document.example is not None
+def render_at(example: Example | None, place: str, renderer: Renderer) -> Rendered:
+    """An example in words. Raises the renderer's `DataError`, with the place of the row."""
+    assert example is not None
     try:
-        return renderer.render(document.example)
+        return renderer.render(example)
     except DataError as error:
-        where = error.where or document.place
+        where = error.where or place
         raise DataError(error.met, where=where, expected=error.expected, way_out=error.way_out) from None
 
 

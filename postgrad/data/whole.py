@@ -22,11 +22,10 @@ import numpy as np
 
 from postgrad.data.frame import BARE, Frame
 from postgrad.data.rows import IGNORED, Row, keep
-from postgrad.data.texts import Marked, Texts, has_marks, ledger_of, room_for_text, texts_of
+from postgrad.data.texts import Marked, Texts, TooLong, has_marks, ledger_of, room_for_text, texts_of
 from postgrad.errors import StageError
 
 TrainOn = Literal["answers", "all"]
-TooLong = Literal["cut-context", "cut-end", "drop"]
 
 _OPEN = 1024
 """Pieces that are sorted together, and rows that are open at once."""
@@ -85,7 +84,8 @@ class WholeRows:
 
     `lead`: tokens at each document's start that the frame replaces (1 for a BOS, which the frame may then begin with).
     `together=False`: each piece is a row, not padded, and `document_R` its document. `skipped` counts documents by the reason
-    why they are no pieces. Raises `StageError` for a frame that has no place in these rows or leaves no room.
+    why they are no pieces, `cut` those that lost something by what it is. Raises `StageError` for a frame that has no place in
+    these rows or leaves no room.
     """
 
     layout = "packed"
@@ -112,6 +112,7 @@ class WholeRows:
         kept = keep(store, held_out=held_out, excluded=excluded, most=max_document_tokens)
         texts = texts_of(store, kept, lead)
         self.skipped: dict[str, int] = {}
+        self.cut: dict[str, int] = {}
         self.pieces = (self._examples if self.marked else self._windows)(texts, most, too_long)
         size_P = self.pieces.positions_P
         row_P = rows_of(size_P, length) if together else np.arange(len(size_P))
@@ -186,6 +187,7 @@ class WholeRows:
             fine_N &= fits_N
         count_N = np.where(fine_N, -(-(size_N - 1) // (most - 1)), 0)
         if too_long == "cut-end":
+            self.cut["their end"] = int((count_N > 1).sum())
             count_N = np.minimum(count_N, 1)
         text_P = np.repeat(np.arange(len(size_N)), count_N)
         number_P = np.arange(len(text_P)) - (np.cumsum(count_N) - count_N)[text_P]
@@ -209,6 +211,7 @@ class WholeRows:
         some_N = texts.size_N > 0
         self.skipped = {"nothing to learn": int((~some_N).sum()), "too long": 0, "answer too long": 0}
         texts = texts.only(some_N)
+        lost = {"cut-context": "their beginning", "cut-end": "their end"}.get(too_long, "")
         found: list[tuple[int, ...]] = []
         for (document, start, stop), ended in zip(texts.places(), texts.ended_N.tolist(), strict=True):
             answered = _answered(self.store, document, start, stop + ended, ended)
@@ -221,6 +224,8 @@ class WholeRows:
             if not trained:
                 self.skipped["answer too long" if answered.any() else "nothing to learn"] += 1
                 continue
+            if end - begin < whole:
+                self.cut[lost] = self.cut.get(lost, 0) + 1
             ends = ended and end == whole
             positions = framed + end - begin - 1
             found.append((document, start + begin, start + end, ends, positions, trained, start + end - begin))

@@ -19,6 +19,7 @@ from postgrad.data.sources import Source as Files
 from postgrad.data.sources import find_files
 from postgrad.data.store import TokenStore
 from postgrad.data.texts import room_for_text, texts_of, windows_of
+from postgrad.data.tokenize import labels_of
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.held_out import AnyHeldOut, HeldOut, HeldOutRows
 from postgrad.evaluation.pseudo import OneByOne, Window
@@ -26,8 +27,17 @@ from postgrad.lineage.fingerprint import fingerprint
 from postgrad.objectives.decisions import Problem
 from postgrad.publish import write_atomically
 from postgrad.stages import stage as s
-from postgrad.stages.layouts import Demonstrated, made_with, make_rows, objective_for, renderer_for, verbalisers
-from postgrad.stages.leaves import Leaf, Progress, Wanted, files_of, store_of, wording_of
+from postgrad.stages.layouts import (
+    Demonstrated,
+    left_out,
+    lost,
+    made_with,
+    make_rows,
+    objective_for,
+    renderer_for,
+    verbalisers,
+)
+from postgrad.stages.leaves import Leaf, Progress, Wanted, files_of, store_of, try_wording, wording_of
 from postgrad.stages.objectives import (
     AnyObjective,
     ClassifyObjective,
@@ -54,11 +64,8 @@ class Chosen:
 
 def held_out_sets(
     stage: s.Stage,
-    root: Path,
     leaves: Sequence[Leaf],
-    objectives: Sequence[AnyObjective],
-    labels: Labels | None,
-    demonstrated: Demonstrated | None,
+    listed: Sequence[Listed],
     seen: dict[str, dict[str, Any]],
     reading: Reading,
     cache: Path,
@@ -68,20 +75,13 @@ def held_out_sets(
     """The documents to be scored, and the document tables of all held-out text (training copies are dropped)."""
     sets: list[Chosen] = []
     tables: list[np.ndarray] = []
-    listed = [("retained", item) for item in stage.evaluation.retained]
-    listed += [("learned", item) for item in stage.evaluation.learned]
-    by_source = {leaf.wanted.source: leaf.wanted for leaf in leaves}
-    for role, item in listed:
-        where = f"evaluation.{role}"
-        given = worded(item, role, by_source)
-        files = files_of(item.name, given, root, where)
-        kind = source_kind(files)
-        like = item.like or item.name
-        objective = objective_for(like, kind, objectives, made_with(reading.start), where).made_for
-        renderer = renderer_for(objective, kind, reading, wording_of(given), labels, demonstrated)
-        store = store_of(files, reading.encoder, cache, progress, stage.data.workers, renderer)
-        sets.append(Chosen(item.name, role, store, np.arange(len(store)), objective, renderer, given["words"]))
+    for given in listed:
+        store = store_of(given.files, reading.encoder, cache, progress, stage.data.workers, given.renderer)
+        chosen = np.arange(len(store))
+        sets.append(Chosen(given.name, given.role, store, chosen, given.objective, given.renderer, given.words))
         tables.append(np.asarray(store.documents))
+        strange = new_labels(given, [leaf.wanted for leaf in leaves], cache)
+        notes += [f"{given.name}: {said}" for said in (*left_out(store.skipped), *strange)]
     for leaf in leaves:
         if not leaf.held_out:
             continue
@@ -117,6 +117,69 @@ def held_out_sets(
     if reading.start.made is None and not any(h.role == "retained" for h in sets):
         notes.append("no retained set: forgetting is not measured (name old text under evaluation.retained)")
     return sets, tables
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A held-out file before it is read."""
+
+    name: str
+    role: str
+    files: Files
+    kind: str
+    objective: RowsObjective
+    renderer: Renderer | None
+    words: Mapping[str, str]
+
+
+def listed_files(
+    stage: s.Stage,
+    root: Path,
+    wanted: Sequence[Wanted],
+    objectives: Sequence[AnyObjective],
+    labels: Labels | None,
+    demonstrated: Demonstrated | None,
+    reading: Reading,
+) -> list[Listed]:
+    """The files under `evaluation`, and how their rows are worded: tried on the first of each, before anything is tokenised.
+
+    Raises `DataError` for rows that cannot be worded, `StageError` for rows that no objective serves.
+    """
+    out: list[Listed] = []
+    by_source = {each.source: each for each in wanted}
+    for role, item in [
+        *(("retained", item) for item in stage.evaluation.retained),
+        *(("learned", item) for item in stage.evaluation.learned),
+    ]:
+        where = f"evaluation.{role}"
+        given = worded(item, role, by_source)
+        files = files_of(item.name, given, root, where)
+        kind = source_kind(files)
+        objective = objective_for(item.like or item.name, kind, objectives, made_with(reading.start), where).made_for
+        renderer = renderer_for(objective, kind, reading, wording_of(given), labels, demonstrated)
+        try_wording(files, renderer)
+        out.append(Listed(item.name, role, files, kind, objective, renderer, given["words"]))
+    return out
+
+
+def new_labels(given: Listed, wanted: Sequence[Wanted], cache: Path) -> list[str]:
+    """Labels of held-out rows that are written in words and that no row of a source has, told.
+
+    Old rows of another task have labels of their own; they are told only where some of their labels are trained.
+    """
+    alike = [each for each in wanted if each.kind == given.kind]
+    decided = isinstance(given.objective, ClassifyObjective | MaskedObjective)
+    if given.kind not in ("labelled", "tagged") or not alike or decided:
+        return []
+    try:
+        names, known = set(labels_of([given.files], cache).names), set(labels_of([w.files for w in alike], cache).names)
+    except DataError:  # labels of several sorts: they are only words here
+        return []
+    strange = sorted(map(str, names - known))
+    if not strange or (given.role == "retained" and not names & known):
+        return []
+    shown = ", ".join(strange[:6]) + (" ..." if len(strange) > 6 else "")
+    return [f"{len(strange):,} labels occur in no row that is trained on: {shown}"]
 
 
 def worded(item: s.HeldOutFile, role: str, by_source: dict[str, Wanted]) -> dict[str, Any]:
@@ -258,6 +321,7 @@ def _rows(chosen: Chosen, reading: Reading, limit: int, notes: list[str], proble
     part = Part(chosen.store, chosen.documents[order[:most]])
     reading = replace(reading, seed=0)  # what is masked or cut out of held-out text is the same in every stage
     rows = make_rows(chosen.objective, part, reading, problem=problem, together=False, words=chosen.words)
+    notes += [f"{chosen.name}: {said}" for said in lost(rows)]
     cloze = isinstance(chosen.objective, MaskedObjective) and chosen.store.kind == "labelled"
     if not len(rows):
         raise DataError(

@@ -23,6 +23,7 @@ from postgrad.data.render import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.rows import Rows
 from postgrad.data.spans import SpanRows
 from postgrad.data.store import TokenStore
+from postgrad.data.texts import TooLong
 from postgrad.data.whole import WholeRows
 from postgrad.errors import StageError
 from postgrad.models.pretrained import Start, Task
@@ -306,12 +307,33 @@ def make_rows(
                 eos=reading.encoder.eos,
                 decoder_start=reading.decoder_start,
                 seed=reading.seed,
+                too_long=_too_long(objective, store.kind),
                 **{**framed, "frame": _without_eos(reading)},
             )
         case ClassifyObjective():
             if problem == "tags":
                 return TaggedRows(store, reading.length, **framed)
             return LabelledRows(store, reading.length, kind=problem, types=reading.types, **framed)
+
+
+def _too_long(objective: TextToTextObjective, kind: str) -> TooLong:
+    """In a conversation the question stands at the end."""
+    if objective.too_long == "auto":
+        return "cut-context" if kind in ("chat", "instruction") else "cut-end"
+    return objective.too_long
+
+
+def left_out(skipped: Mapping[str, int]) -> list[str]:
+    """Rows that were left out, by the reason."""
+    return [f"{count:,} rows are left out ({reason})" for reason, count in skipped.items() if count]
+
+
+def lost(rows: Rows) -> list[str]:
+    """What rows have lost of the documents that they were made of: left out whole, or in part."""
+    cut: Mapping[str, int] = getattr(rows, "cut", {})
+    return left_out(getattr(rows, "skipped", {})) + [
+        f"{count:,} rows are too long; {what} is cut" for what, count in cut.items() if count
+    ]
 
 
 def verbalisers(store: TokenStore | Part, reading: Reading, words: Mapping[str, str]) -> list[int]:

@@ -20,7 +20,7 @@ from postgrad.data.rows import held_out_mask
 from postgrad.data.sources import HubRows
 from postgrad.data.sources import Source as Files
 from postgrad.data.store import TokenStore, digest
-from postgrad.data.tokenize import Encoder, build_store, labels_of
+from postgrad.data.tokenize import Encoder, build_store, labels_of, render_at
 from postgrad.errors import StageError
 from postgrad.lineage.record import PLAN, read_record, seen_so_far, with_stage
 from postgrad.models.pretrained import Start
@@ -220,11 +220,26 @@ def make_leaves(
 ) -> list[Leaf]:
     """Read and tokenise the sources."""
     leaves: list[Leaf] = []
-    for item in wanted:
-        renderer = renderer_for(item.objective, item.kind, reading, item.wording, labels, demonstrated)
+    renderers = [
+        renderer_for(item.objective, item.kind, reading, item.wording, labels, demonstrated) for item in wanted
+    ]
+    for item, renderer in zip(wanted, renderers, strict=True):
+        try_wording(item.files, renderer)
+    for item, renderer in zip(wanted, renderers, strict=True):
         store = store_of(item.files, reading.encoder, cache, progress, stage.data.workers, renderer)
         leaves.append(Leaf(item, held_out_share(stage, item, len(store)), renderer, store))
     return leaves
+
+
+def try_wording(files: Files, renderer: Renderer | None) -> None:
+    """Word the first row that can be: what a template lacks is lacking in all rows, and nothing is tokenised yet.
+
+    Raises `DataError` with the place of the row.
+    """
+    if renderer is not None:
+        for example, place in read_examples(files):
+            render_at(example, place, renderer)
+            return
 
 
 def held_out_share(stage: s.Stage, item: Wanted | s.Source, documents: int) -> float:

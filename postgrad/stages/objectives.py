@@ -69,6 +69,9 @@ class TextToTextObjective(Objective):
     kind: Literal["text-to-text"]
     target_length: Positive = 128
     """Positions of the decoder."""
+    too_long: Literal["auto", "cut-context", "cut-end", "drop"] = "auto"
+    """What becomes of an example whose source is longer than a row: cut at its beginning, at its end, or left out. auto:
+    conversations lose their beginning, everything else its end, as with T5; what is cut or dropped is counted."""
 
 
 Several = Positive | Annotated[list[int], Field(min_length=1)]

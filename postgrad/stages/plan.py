@@ -24,8 +24,8 @@ from postgrad.models.representation import Representation
 from postgrad.objectives.decisions import Problem
 from postgrad.stages import stage as s
 from postgrad.stages.fresh import made_note, start_of
-from postgrad.stages.held_out import Chosen, as_read, held_out_sets, one_by_one, overlaps
-from postgrad.stages.layouts import made_with, make_rows, objectives_for, plainly_chats, task_for
+from postgrad.stages.held_out import Chosen, as_read, held_out_sets, listed_files, one_by_one, overlaps
+from postgrad.stages.layouts import left_out, lost, made_with, make_rows, objectives_for, plainly_chats, task_for
 from postgrad.stages.leaves import Leaf, Progress, demonstrating, labels_for, make_leaves, seen_by, wanted_sources
 from postgrad.stages.mixing import told
 from postgrad.stages.objectives import AnyObjective, PrefixLMObjective
@@ -176,12 +176,11 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     reading = make_reading(task, start, tokenizer, encoder, length=length, seed=stage.seed, tuning=stage.tuning)
     problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
     demonstrated = demonstrating(stage, wanted, reading)
+    listed = listed_files(stage, root, wanted, objectives, labels, demonstrated, reading)
     leaves = make_leaves(stage, wanted, labels, demonstrated, reading, cache, progress)
     if any(plainly_chats(leaf.renderer) for leaf in leaves):  # the model leaves with what it was trained with
         tokenizer.chat_template = plain_template(encoder.bos is not None)
-    chosen, tables = held_out_sets(
-        stage, root, leaves, objectives, labels, demonstrated, seen, reading, cache, progress, notes
-    )
+    chosen, tables = held_out_sets(stage, leaves, listed, seen, reading, cache, progress, notes)
     if stage.max_forgetting is not None and not any(h.role == "retained" for h in chosen):
         raise _no_gate()  # a replay source so small that nothing of it fell into the held-out share
     most, spare = stage.evaluation.max_tokens, len(reading.before) - len(reading.without.before)
@@ -219,10 +218,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
             )
         if leaf.made_by:
             notes.append(f"{leaf.name}: self-made text, written by {leaf.made_by}; not what that model was trained on")
-        left_out = {**leaf.store.skipped, **getattr(packed, "skipped", {})}
-        for reason, count in left_out.items():
-            if count:
-                notes.append(f"{leaf.name}: {count:,} rows are left out ({reason})")
+        notes += [f"{leaf.name}: {said}" for said in (*left_out(leaf.store.skipped), *lost(packed))]
     if reading.added.after and task == "causal" and all(leaf.store.kind in RUNNING for leaf in leaves):
         raise StageError(
             "vectors behind running text would never be trained: nothing that a decoder predicts stands behind them",

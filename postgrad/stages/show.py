@@ -109,9 +109,14 @@ def shown_rows(plan: Plan, loader: Loader, count: int) -> list[ShownSource]:
                 strands, decision = _seen(plan, draw.source, arrays)
                 found[draw.source].append(ShownRow(step, draw.position, draw.row, strands, decision))
     return [
-        ShownSource(name, rows.layout, plan.objectives[plan.weighed[source][0]].kind, len(rows), tuple(found[source]))
+        ShownSource(name, rows.layout, _objectives(plan, source), len(rows), tuple(found[source]))
         for source, (name, rows) in enumerate(zip(plan.sources, plan.rows, strict=True))
     ]
+
+
+def _objectives(plan: Plan, source: int) -> str:
+    """What weighs the rows of a source."""
+    return " and ".join(plan.objectives[number].kind for number in plan.weighed[source])
 
 
 def _steps_with(plan: Plan, count: int) -> list[int]:

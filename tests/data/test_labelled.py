@@ -102,6 +102,7 @@ def test_the_longer_text_is_cut_first(first: int, second: int, length: int, kept
     wanted = (np.arange(100, 100 + kept[0]), np.arange(200, 200 + kept[1]) if second else None)
     assert ids == BERT.around(*wanted).tolist()
     assert rows.ledger.truncated == first + second - sum(kept)
+    assert rows.cut == {"the end of the longer text": int(rows.ledger.truncated > 0)}
 
 
 sizes = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 2)), min_size=1, max_size=12)
@@ -183,6 +184,7 @@ def test_tags_by_hand() -> None:
     assert row.labels.tolist() == [X, X, 0, X, 4, 1, X, X] and row.counted == 3
     cut = TaggedRows(store, 6, frame=Frame((CLS, 90), (), (SEP,)), lead=1)
     assert cut.at(0, 0).labels.tolist() == [X, X, 0, X, 4, X] and cut.ledger.truncated == 2
+    assert cut.cut == {"their end": 1}
 
 
 tags = st.lists(st.lists(st.integers(0, 4), max_size=14), min_size=1, max_size=12)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from postgrad.data.frame import BARE, Frame
 from postgrad.data.pairs import PairRows
 from postgrad.data.rows import Row
+from postgrad.data.texts import TooLong
 from postgrad.errors import StageError
 from tests.data.memory import Memory
 
@@ -49,6 +50,25 @@ def test_what_is_cut(length: int, target: int, ids: list[int], labels: list[int]
     rows = rows_of(EXAMPLE, length, target)
     assert arrays(rows.at(0, 0)) == (ids, labels)
     assert rows.ledger.truncated == 6 - (len(ids) - 1) - len(labels)
+    lost = {"the end of what is read": int(length < 4), "the end of what is written": int(target < 2)}
+    assert rows.cut == lost
+
+
+def test_a_long_source_loses_its_beginning_its_end_or_all_of_it() -> None:
+    for lead in (0, 1):
+        bos = [2] * lead
+        store = Memory(
+            [[*bos, 5, 6, 7, 8, 9, EOS], [*bos, 5, 8, EOS]], [[*[0] * lead, 0, 0, 0, 1, 1, 1], [*[0] * lead, 0, 1, 1]]
+        )
+        beginning = rows_of(store, 3, too_long="cut-context", lead=lead)
+        assert arrays(beginning.at(0, 0)) == ([6, 7, EOS], [8, 9, EOS])
+        assert beginning.cut["the beginning of what is read"] == 1 and beginning.ledger.truncated == 1
+        end = rows_of(store, 3, too_long="cut-end", lead=lead)
+        assert arrays(end.at(0, 0)) == ([5, 6, EOS], [8, 9, EOS]) and end.cut["the end of what is read"] == 1
+        dropped = rows_of(store, 3, too_long="drop", lead=lead)
+        assert arrays(dropped.at(0, 0)) == ([5, EOS], [8, EOS]) and dropped.document_R.tolist() == [1]
+        assert dropped.skipped == {"no answer": 0, "too long": 1} and not any(dropped.cut.values())
+        assert dropped.ledger.dropped == 6 + lead and dropped.ledger.truncated == 0
 
 
 def test_of_a_conversation_the_last_answer_is_the_target() -> None:
@@ -61,7 +81,7 @@ def test_of_a_conversation_the_last_answer_is_the_target() -> None:
 
 def test_examples_without_an_answer_are_left_out() -> None:
     rows = rows_of(Memory([[5, 6, EOS], [7, EOS], [5, EOS]], [[0, 0, 0], [1, 1], [0, 1]]))
-    assert len(rows) == 1 and rows.skipped == {"no answer": 2} and rows.document_R.tolist() == [1]
+    assert len(rows) == 1 and rows.skipped == {"no answer": 2, "too long": 0} and rows.document_R.tolist() == [1]
     assert arrays(rows.at(0, 0)) == ([EOS], [7, EOS])
 
 
@@ -85,6 +105,7 @@ options = st.fixed_dictionaries(
         "max_document_tokens": st.sampled_from([None, 7]),
     }
 )
+asked = st.sampled_from(["cut-context", "cut-end", "drop"])
 
 
 def check_ledger(rows: PairRows, read: list[Row], lead: int) -> None:
@@ -97,12 +118,15 @@ def check_ledger(rows: PairRows, read: list[Row], lead: int) -> None:
 
 
 @settings(max_examples=300)
-@given(marks, st.integers(4, 20), st.integers(1, 12), options)
-def test_source_and_target_are_the_example(marks: list[list[int]], length: int, target: int, chosen: dict) -> None:
+@given(marks, st.integers(4, 20), st.integers(1, 12), options, asked)
+def test_source_and_target_are_the_example(
+    marks: list[list[int]], length: int, target: int, chosen: dict, too_long: TooLong
+) -> None:
     """Law: the target starts where the source ends or was cut; only a finished answer ends."""
     documents = [[*range(100 * i + 100, 100 * i + 99 + len(m)), EOS] for i, m in enumerate(marks)]
-    rows = rows_of(Memory(documents, marks), length, target, **chosen)
+    rows = rows_of(Memory(documents, marks), length, target, too_long=too_long, **chosen)
     read = [rows.at(i, 0) for i in range(len(rows))]
+    cut = dict.fromkeys(rows.cut, 0)
     check_ledger(rows, read, chosen["lead"])
     assert sum(r.counted for r in read) == rows.ledger.trained
     around = len(chosen["frame"].before), len(chosen["frame"].after) + 1
@@ -112,7 +136,13 @@ def test_source_and_target_are_the_example(marks: list[list[int]], length: int, 
         whole, mark = documents[document][: chosen["max_document_tokens"]], marks[document]
         begin = whole.index(labels[0])
         assert mark[begin] == 1 and (begin == chosen["lead"] or mark[begin - 1] == 0)
-        assert source == whole[chosen["lead"] : begin][: length - sum(around)]
+        room = length - sum(around)
+        fits = slice(-room, None) if too_long == "cut-context" else slice(room)
+        assert source == whole[chosen["lead"] : begin][fits]
+        assert source == whole[chosen["lead"] : begin] or too_long != "drop"
+        cut["the beginning of what is read" if too_long == "cut-context" else "the end of what is read"] += (
+            source != whole[chosen["lead"] : begin]
+        )
         assert source == whole[chosen["lead"] : begin] or len(ids) == length
         answer = labels[:-1] if labels[-1] == EOS else labels
         assert answer == whole[begin : begin + len(answer)]
@@ -121,6 +151,8 @@ def test_source_and_target_are_the_example(marks: list[list[int]], length: int, 
             assert last >= len(documents[document]) - 1 or not any(mark[last:-1])
         else:
             assert len(labels) == target or len(whole) < len(documents[document])
+            cut["the end of what is written"] += last < len(whole) - (whole[-1] == EOS) and bool(mark[last])
+    assert cut == rows.cut
 
 
 @settings(max_examples=200)

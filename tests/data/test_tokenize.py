@@ -521,7 +521,7 @@ def test_a_token_is_an_answers_when_any_of_its_bytes_is(pieces: list[tuple[str, 
         expected.append(max(mark for mark, character in zip(marked, spans, strict=True) if character in characters))
         at += size
     assert at == len(marked)
-    given = tokenize._marks(pieces, np.array(encoding.offsets).reshape(-1, 2), False)
+    given = tokenize.marks_of(pieces, np.array(encoding.offsets).reshape(-1, 2), False)
     assert given.tolist() == expected
 
 

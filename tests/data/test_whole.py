@@ -79,6 +79,8 @@ def test_what_is_cut_of_a_long_example(length: int, too_long: TooLong, kept: lis
     assert ids[: len(kept)] == kept and [x for x in labels if x != X] == asked
     book = rows.ledger
     assert book.truncated == 9 - len(kept) - 1 and book.read == book.truncated + book.placed
+    lost = "their beginning" if too_long == "cut-context" else "their end"
+    assert rows.cut == ({lost: 1} if book.truncated else {})
 
 
 def test_what_does_not_fit_is_left_out_and_counted() -> None:
@@ -91,6 +93,7 @@ def test_what_does_not_fit_is_left_out_and_counted() -> None:
     assert WholeRows(nothing, 8, lead=1).skipped["nothing to learn"] == 3
     text = Memory([[5, 6, 7, EOS], [5, 6, 7, 8, 9, 10, EOS]])
     assert WholeRows(text, 4, too_long="drop").skipped == {"nothing to learn": 0, "too long": 1}
+    assert WholeRows(text, 4, too_long="cut-end").cut == {"their end": 1} and not WholeRows(text, 4).cut
     cut = WholeRows(text, 4, too_long="cut-end").ledger
     assert cut.truncated == 2 and cut.trained == 3 + 4
 
