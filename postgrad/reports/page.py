@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from postgrad.reports import figures, tables, tasks
+from postgrad.reports import drift, figures, tables, tasks
 from postgrad.reports.figures import Estimate, Level, Mark, Series, Spot
 from postgrad.reports.notation import (
     compact,
@@ -157,6 +157,7 @@ def run_page(record: Mapping[str, object], metrics: Iterable[Mapping[str, object
         ("result", "Result", "What was kept, what was learnt", _result(record)),
         ("tasks", "Tasks", "What it was asked", tasks.section(record, curves.tasks, curves.unit)),
         ("retention", "Retention", "Forgetting while it trained", _retention(record, curves)),
+        ("drift", "Drift", "How far it has moved", drift.section(record)),
         ("training", "Training", "Training", _training(record, curves)),
         ("mixture", "Mixture", "What was read", _mixture(record)),
         ("samples", "Samples", "Text before and after", _samples(record)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from postgrad.reports import tables
+from postgrad.reports.drift import drift_table
 from postgrad.reports.tasks import cluster_table, task_table
 from postgrad.stages.run import MODEL, REPORT, Finished
 
@@ -17,6 +18,7 @@ def outcome_text(outcome: Finished) -> str:
     for table in (
         tables.pseudo_table(record, brief=True),
         tables.metrics_table(record),
+        drift_table(record),
         task_table(record, brief=True),
         cluster_table(record),
     ):

@@ -37,6 +37,7 @@ from postgrad.stages import answering, measure
 from postgrad.stages.amounts import in_steps
 from postgrad.stages.anchors import about_penalty, penalty_prints
 from postgrad.stages.build import Counts, Subject, build, choose_execution, make_loader, make_optimizer, make_subject
+from postgrad.stages.drifting import drift_of
 from postgrad.stages.folder import Interrupt, alone, claim
 from postgrad.stages.leave import publish_trained, sitting
 from postgrad.stages.leaves import leaves_of
@@ -267,6 +268,10 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     if answers:
         answering.write_answers(home / "scores" / "tasks-after.json", answers)
     samples = _samples(plan, model.pretrained, wanted, told)
+    moved = None
+    if plan.stage.evaluation.drift_tokens and not world.sharded:
+        yield Doing("holding the trained model beside the start model")
+        moved = drift_of(plan, model, world)
     found = measure.outcome(plan.held_out, before, after, plan.vocabulary)
     gate = measure.gate(found["changes"], before, plan.stage.max_forgetting)
     record = describe(home, plan, kept, fingerprints, execution, counts, command, notes)
@@ -277,6 +282,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         "achieved": achieved(home, plan, trained, by_source, plan.steps),
         "seen": seen_after(plan, by_source),
         **found,
+        "drift": moved,
         "pseudo_perplexity": measure.outcome(plan.pseudo, pseudo_before, pseudo, plan.vocabulary) if pseudo else None,
         "gate": gate,
         "tasks": answering.table_of(plan.tasks, answers_before, answers),

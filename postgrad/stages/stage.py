@@ -188,6 +188,9 @@ class Evaluation(Part):
     pseudo_perplexity: AmountOrNone = 0
     """Of a masked language model: about so many tokens of each set are also masked one at a time (Salazar et al. 2020),
     before and after; each costs a row, 0: none."""
+    drift_tokens: AmountOrNone = 10_000
+    """Tokens of each set on which the start model and the trained one are held side by side: what they say, and their layers;
+    both are in memory for it. 0: none."""
     samples: Annotated[int, Field(ge=0)] = 2
     """Texts of each set that are continued before and after, for the report."""
     tasks: list[Task] = []

@@ -521,6 +521,7 @@ OTHER: dict[str, Any] = {
     "objectives": [{"kind": "next-token", "weight": 2}], "evaluation.retained": [], "evaluation.learned": ["x"],
     "evaluation.every": "20%", "evaluation.during_tokens": 5, "evaluation.max_tokens": 5, "evaluation.samples": 0,
     "evaluation.pseudo_perplexity": "2k",
+    "evaluation.drift_tokens": 500,
     "evaluation.tasks": [{"name": "quiz", "path": "quiz.jsonl"}],
     "save.dtype": "float32", "compute.dtype": "float32", "compute.compile": True, "compute.attention": "eager",
     "compute.activation_checkpointing": True, "compute.threads": 1,

@@ -1,0 +1,252 @@
+"""How far has a model moved from the one it was? By what it says, word for word, and by its layers.
+
+Legend: B rows, T positions, P labelled positions, V tokens (or classes), W rows in all, L layers, D width.
+
+A loss can stay the same while a model says other things. Four measures of that on the same text, before and after:
+
+    KL(before || after)     sum_v p(v) ln p(v)/q(v), nats a token: on new text it predicts forgetting (arXiv 2509.04259)
+    base cross-entropy      -sum_v p(v) ln q(v): forgetting by the model's own earlier predictions, which needs no labels and no
+                            old text (Kalajdzievski 2024, arXiv 2401.05605)
+    lost, won               labels that were the likeliest before and are not now, and the other way round
+    layers                  how far each block's output, and its weights, are from what they were
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from postgrad.data.batch import Batch, collate
+from postgrad.data.rows import IGNORED
+from postgrad.evaluation.held_out import AnyHeldOut
+from postgrad.lineage.forgetting import bootstrap
+from postgrad.models.blend import blocks_of
+from postgrad.models.model import Model, Output
+from postgrad.models.pretrained import stacks_of, table_of
+
+_TOKENS_AT_ONCE = 4096
+_LOGITS_AT_ONCE = 1 << 24
+SAYS_IN_SHARES = ("text", "answers", "class", "tags")
+"""What held-out sets must ask for that two answers can be compared as distributions."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Sums over the labelled positions of each row, the document that it is of; and the change of each block's output.
+
+    `moved_L`: the root of the sum of squared differences over that of squared sizes; `turned_L`: mean cosine. NaN where the
+    two models' outputs stand at different positions.
+    """
+
+    document_W: np.ndarray
+    tokens_W: np.ndarray
+    divergence_W: np.ndarray
+    crossed_W: np.ndarray
+    right_W: np.ndarray
+    lost_W: np.ndarray
+    won_W: np.ndarray
+    moved_L: np.ndarray
+    turned_L: np.ndarray
+
+    def summary(self) -> dict[str, Any]:
+        """The measures with their 95 % intervals over documents, as plain data."""
+        documents = int(self.document_W.max(initial=-1)) + 1
+        tokens = np.bincount(self.document_W, self.tokens_W, documents)
+
+        def of(sums_W: np.ndarray) -> dict[str, float]:
+            by_document = np.bincount(self.document_W, sums_W, documents)
+            low, high = bootstrap(by_document, tokens)
+            return {"value": float(by_document.sum() / max(tokens.sum(), 1)), "low": low, "high": high}
+
+        return {
+            "tokens": int(tokens.sum()),
+            "documents": documents,
+            "divergence": of(self.divergence_W),
+            "base_cross_entropy": of(self.crossed_W),
+            "right_before": of(self.right_W),
+            "lost": of(self.lost_W),
+            "won": of(self.won_W),
+            "outputs": [None if np.isnan(v) else float(v) for v in self.moved_L],
+            "cosines": [None if np.isnan(v) else float(v) for v in self.turned_L],
+        }
+
+
+class _Said(NamedTuple):
+    """Of each labelled position: the sums of `Drift`."""
+
+    divergence_P: Tensor
+    crossed_P: Tensor
+    right_P: Tensor
+    lost_P: Tensor
+    won_P: Tensor
+
+
+@torch.no_grad()
+def drift(before: Model, after: Model, sets: tuple[AnyHeldOut, AnyHeldOut], *, context: int) -> Drift:
+    """Compare two models on a set, `sets` being the same documents as each of them reads them."""
+    rows = list(zip(*(list(held_out.pieces(context)) for held_out in sets), strict=True))
+    document_W = np.array([piece.document for piece, _ in rows], np.int64)
+    sums_W = np.zeros((6, len(rows)))
+    layers = _Layers(before.pretrained, after.pretrained)
+    training = before.training, after.training
+    before.eval(), after.eval()
+    with torch.compiler.set_stance("force_eager"), layers.watched():
+        for part in _parts([max(len(p.row.inputs["input_ids"]) for p in pair) for pair in rows]):
+            batches = [
+                collate([rows[i][side].row for i in part], [0] * len(part), pad=sets[side].pad).to(_device(model))
+                for side, model in enumerate((before, after))
+            ]
+            outputs = [model(**batch.inputs) for model, batch in zip((before, after), batches, strict=True)]
+            layers.add(batches)
+            said, row_P = _compared(outputs, batches)
+            for number, values_P in enumerate((torch.ones_like(said[0]), *said)):
+                sums_W[number, part] = np.bincount(row_P, values_P.double().cpu().numpy(), len(part))
+    before.train(training[0]), after.train(training[1])
+    moved_L, turned_L = layers.changes()
+    tokens_W, divergence_W, crossed_W, right_W, lost_W, won_W = sums_W
+    return Drift(document_W, tokens_W, divergence_W, crossed_W, right_W, lost_W, won_W, moved_L, turned_L)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _parts(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows of like length, whose padded size stays within the tokens at once."""
+    part: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if part and (len(part) + 1) * lengths[i] > _TOKENS_AT_ONCE:
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
+
+
+def _labelled(batch: Batch) -> Tensor:
+    """Where the labels are: a mask like the labels."""
+    return batch.labels != IGNORED
+
+
+def _compared(outputs: Sequence[Output], batches: Sequence[Batch]) -> tuple[_Said, np.ndarray]:
+    """What both said at the labelled positions, and the row that each of these is in.
+
+    A soft prompt moves positions; the labels are the same ones in the same order.
+    """
+    masks = [_labelled(batch) for batch in batches]
+    labels_P = batches[1].labels[masks[1]]
+    hidden = [output.hidden[mask] for output, mask in zip(outputs, masks, strict=True)]
+    width = hidden[0].shape[-1] if outputs[0].head is None else outputs[0].head.weight_VD.shape[0]
+    rows = max(1, _LOGITS_AT_ONCE // width)
+    found = [
+        _said(_logits(outputs[0], hidden[0][i : i + rows]), _logits(outputs[1], hidden[1][i : i + rows]), labels)
+        for i, labels in zip(range(0, len(labels_P), rows), labels_P.split(rows), strict=True)
+    ]
+    row_P = masks[1].nonzero()[:, 0].cpu().numpy()
+    return _Said(*(torch.cat(parts) for parts in zip(*found, strict=True))), row_P
+
+
+def _logits(output: Output, hidden_PD: Tensor) -> Tensor:
+    return (hidden_PD if output.head is None else output.head.logits(hidden_PD)).float()
+
+
+def _said(before_PV: Tensor, after_PV: Tensor, labels_P: Tensor) -> _Said:
+    """A vocabulary that has grown is compared over the tokens that both have."""
+    shared = min(before_PV.shape[-1], after_PV.shape[-1])
+    p, q = (torch.log_softmax(logits[:, :shared].double(), -1) for logits in (before_PV, after_PV))
+    shares = p.exp()
+    # Where a token has no probability its logarithm does not matter.
+    entropy_P = -(shares * p.masked_fill(shares == 0, 0)).sum(-1)
+    crossed_P = -(shares * q.masked_fill(shares == 0, 0)).sum(-1)
+    was, now = (logits.argmax(-1) == labels_P for logits in (before_PV, after_PV))
+    return _Said(crossed_P - entropy_P, crossed_P, was, was & ~now, ~was & now)
+
+
+class _Layers:
+    """The outputs of both models' blocks, at the same positions, as sums."""
+
+    def __init__(self, before: PreTrainedModel, after: PreTrainedModel) -> None:
+        self.stacks = [[block for stack in stacks_of(model) for block in stack] for model in (before, after)]
+        # Blocks that were put in between have no counterpart.
+        self.count = len(self.stacks[0]) if len(self.stacks[0]) == len(self.stacks[1]) else 0
+        self.seen: list[dict[int, Tensor]] = [{}, {}]
+        self.sums_L4 = np.zeros((self.count, 4))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, the outputs of blocks are kept until they are added."""
+        handles = [
+            block.register_forward_hook(self._keeper(side, number))
+            for side, blocks in enumerate(self.stacks)
+            for number, block in enumerate(blocks[: self.count])
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keeper(self, side: int, number: int) -> Any:
+        def keep(_module: nn.Module, _inputs: object, output: Any) -> None:
+            self.seen[side][number] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def add(self, batches: Sequence[Batch]) -> None:
+        """Compare what was seen of a batch, at its labels, or at its tokens where a block has no labels."""
+        for number in range(self.count):
+            states = [self._states(seen.get(number), batch) for seen, batch in zip(self.seen, batches, strict=True)]
+            if states[0] is None or states[1] is None or states[0].shape != states[1].shape:
+                continue
+            was, now = (state.double() for state in states if state is not None)
+            cosine = nn.functional.cosine_similarity(was, now, dim=-1)
+            self.sums_L4[number] += [
+                float((now - was).square().sum()),
+                float(was.square().sum()),
+                float(cosine.sum()),
+                len(cosine),
+            ]
+        self.seen = [{}, {}]
+
+    @staticmethod
+    def _states(output: Tensor | None, batch: Batch) -> Tensor | None:
+        """Outputs of shape (P, D) at the labels; of a text's tokens, where the labels are not at its positions."""
+        if output is None or output.ndim != 3:
+            return None
+        for mask in (_labelled(batch), batch.inputs.get("attention_mask")):
+            if mask is not None and mask.shape == output.shape[:2]:
+                return output[mask.bool()]
+        return None
+
+    def changes(self) -> tuple[np.ndarray, np.ndarray]:
+        """`moved_L` and `turned_L`."""
+        squares, sizes, cosines, counts = self.sums_L4.T if self.count else np.zeros((4, 0))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.sqrt(squares / sizes), cosines / counts
+
+
+def weight_drift(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, float]:
+    """How far the weights have moved, as a share of their size (2-norms), for each block, the embeddings and the rest.
+
+    Weights that only one of the two has (a tuning's own, a new task layer) are left out.
+    """
+    was, now = (dict(model.named_parameters()) for model in (before, after))
+    group = {name: f"block {number}" for number, names in enumerate(blocks_of(before)) for name in names}
+    table = table_of(before)
+    sums: dict[str, list[float]] = {}
+    for name, old in was.items():
+        new = now.get(name)
+        if new is None or new.shape != old.shape:
+            continue
+        found = sums.setdefault(group.get(name, "embeddings" if old is table else "rest"), [0.0, 0.0])
+        found[0] += float((new.detach().double() - old.detach().double()).square().sum())
+        found[1] += float(old.detach().double().square().sum())
+    order = ["embeddings", *(f"block {number}" for number in range(len(blocks_of(before)))), "rest"]
+    return {name: (sums[name][0] / sums[name][1]) ** 0.5 for name in order if name in sums and sums[name][1] > 0}
