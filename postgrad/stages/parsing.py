@@ -16,13 +16,18 @@ from postgrad.stages.tasks import Task
 
 
 class _Strict(yaml.SafeLoader):
-    """YAML without surprises: a key that is there twice is an error, where YAML would let the last one win."""
+    """YAML without surprises: a key that is there twice is an error, where YAML would let the last one win.
+
+    And `on` is a key of that name, where YAML 1.1 takes it for the truth value.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, whose keys may be said anew
                 continue
+            if key_node.tag == "tag:yaml.org,2002:bool":
+                key_node.tag = "tag:yaml.org,2002:str"
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -103,7 +108,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if not isinstance(here, (dict, list)):
             raise StageError(f"{name} holds a value, so nothing can be set under it", where=key)
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, _Strict)
     except (yaml.YAMLError, ValueError):  # such as a glob, whose star is an alias to YAML
         parsed = value
     if isinstance(here, list):

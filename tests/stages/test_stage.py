@@ -166,6 +166,18 @@ def test_any_key_can_be_overridden(tmp_path: Path) -> None:
     assert found.data.sources[0].columns == {"text": "abstract"}
 
 
+def test_on_is_a_key_and_no_truth_value(tmp_path: Path) -> None:
+    assert yaml.safe_load("{on: [x]}") == {True: ["x"]}  # YAML 1.1
+    file = tmp_path / "stage.yaml"
+    written = yaml.safe_dump({**GOOD, "objectives": []}).replace(
+        "objectives: []", "objectives:\n- {kind: next-token, on: [papers]}"
+    )
+    file.write_text(written)
+    assert load_stage(file).objectives[0].on == ["papers"]
+    assert overridden(tmp_path, "objectives=[{kind: next-token, on: [replay]}]").objectives[0].on == ["replay"]
+    assert overridden(tmp_path, "compute.compile=on").compute.compile is True  # a value is what it was
+
+
 def test_a_glob_in_an_override_is_text(tmp_path: Path) -> None:
     assert overridden(tmp_path, "data.sources.papers.path=*.jsonl").data.sources[0].path == "*.jsonl"
     assert overridden(tmp_path, "data.sources.papers.path=[a.txt").data.sources[0].path == "[a.txt"
