@@ -338,6 +338,37 @@ def blend(
 
 
 @app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.", show_default=False)],
+    train: Annotated[str, typer.Argument(help="Labelled texts or tagged words to learn from.", show_default=False)],
+    test: Annotated[str, typer.Argument(help="The same, to be judged on, once.", show_default=False)],
+    dev: Annotated[
+        str | None, typer.Option(help="The same, to choose by; left out: a tenth of TRAIN.", show_default=False)
+    ] = None,
+    kind: Annotated[str, typer.Option(help="What the rows are: auto, labelled, tagged.")] = "auto",
+    pooling: Annotated[
+        str, typer.Option(help="How a text's tokens become one vector: auto, first, mean, max, last.")
+    ] = "auto",
+    stack: Annotated[str, typer.Option(help="Of an encoder-decoder: auto, encoder, decoder.")] = "auto",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens the model sees at once; default: its own, at most 512.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page with the picture here.", show_default=False)] = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Probe every layer of a frozen model for labels: which layer knows what, in one pass over the text."""
+    needs_training()
+    from postgrad.stages.probe import probe_layers
+
+    found = probe_layers(
+        model, train, test, dev=dev, kind=kind, pooling=pooling, stack=stack, context=context, base=base, report=report,
+        cache=cache_folder(),
+    )  # fmt: skip
+    _print(found, as_json, found.pop("text"))
+
+
+@app.command()
 def lineage(
     run: Annotated[Path, typer.Argument(help="The last run of the lineage.", show_default=False)],
     report: Annotated[Path | None, typer.Option(help="Write the page here.", show_default=False)] = None,

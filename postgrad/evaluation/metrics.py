@@ -79,22 +79,61 @@ PROBLEMS = (*COUNTED, "number")
 
 
 def measured(
-    problem: str, said_I: np.ndarray, meant_I: np.ndarray, item_I: np.ndarray, names: Sequence[str] = ()
+    problem: str,
+    said_I: np.ndarray,
+    meant_I: np.ndarray,
+    item_I: np.ndarray,
+    names: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
     """Each metric's value with its 95 % interval: documents (`item_I`) are drawn with replacement, seeded.
 
     With the `names` of the classes, tags that mark spans (`B-x I-x O`, also with `E-` and `S-`) have the metrics of spans too.
     """
     of_I = np.unique(item_I, return_inverse=True)[1]
-    times_RN = _times(int(of_I.max()) + 1)
-    if problem == "number":
-        found = _of_numbers(said_I, meant_I, of_I, times_RN)
-    else:
-        counts_RCC = _counts(problem, said_I, meant_I, of_I, times_RN)
-        found = {name: measure(counts_RCC) for name, measure in COUNTED[problem].items()}
-    if problem == "tags" and mark_spans(names):
-        found = _of_spans(times_RN @ span_counts(said_I, meant_I, of_I, names)) | found
+    found = _drawn(problem, said_I, meant_I, of_I, names, _times(int(of_I.max()) + 1))
     return {name: _with_interval(values_R) for name, values_R in found.items()}
+
+
+def values_of(
+    problem: str, said_I: np.ndarray, meant_I: np.ndarray, item_I: np.ndarray, names: Sequence[str] = ()
+) -> dict[str, float]:
+    """Each metric's value alone."""
+    of_I = np.unique(item_I, return_inverse=True)[1]
+    once_1N = np.ones((1, int(of_I.max()) + 1), np.int64)
+    return {n: float(values[0]) for n, values in _drawn(problem, said_I, meant_I, of_I, names, once_1N).items()}
+
+
+def compared(
+    problem: str,
+    before_I: np.ndarray,
+    after_I: np.ndarray,
+    meant_I: np.ndarray,
+    item_I: np.ndarray,
+    names: Sequence[str] = (),
+) -> dict[str, dict[str, float]]:
+    """How much each metric changes from what was said `before` to `after`, with its interval: both have the same draws."""
+    of_I = np.unique(item_I, return_inverse=True)[1]
+    times_RN = _times(int(of_I.max()) + 1)
+    before, after = (_drawn(problem, said_I, meant_I, of_I, names, times_RN) for said_I in (before_I, after_I))
+    return {name: _with_interval(after[name] - before[name]) for name in after}
+
+
+def _drawn(
+    problem: str,
+    said_I: np.ndarray,
+    meant_I: np.ndarray,
+    of_I: np.ndarray,
+    names: Sequence[str],
+    times_RN: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Each metric of every draw of documents: of shape (R,)."""
+    if problem == "number":
+        return _of_numbers(said_I, meant_I, of_I, times_RN)
+    counts_RCC = _counts(problem, said_I, meant_I, of_I, times_RN)
+    found = {name: measure(counts_RCC) for name, measure in COUNTED[problem].items()}
+    if problem == "tags" and mark_spans(names):
+        return _of_spans(times_RN @ span_counts(said_I, meant_I, of_I, names)) | found
+    return found
 
 
 def _times(documents: int) -> np.ndarray:

@@ -210,7 +210,6 @@ class Representing(PreTrainedModel):
         setattr(self, self.base_model_prefix, body)
         self.num_labels = len(_labels(config))
         self.task_layer = Reader(self.form, config.get_text_config().hidden_size, self.num_labels)
-        self.takes = frozenset(inspect.signature(body.forward).parameters)
         self.post_init()
 
     @property
@@ -229,25 +228,8 @@ class Representing(PreTrainedModel):
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> tuple[Tensor, ...]:
         """All states of the stack that is read, each of shape (B, T, D)."""
-        more: dict[str, Any] = {"use_cache": False} if "use_cache" in self.takes else {}
-        if self.form.stack == "decoder":
-            more |= {
-                "decoder_input_ids": _shifted(input_ids, attention_mask, _begin(self.config)),
-                "decoder_attention_mask": attention_mask,
-            }
-        elif self.causal and "position_ids" in self.takes and "position_ids" not in inputs:
-            # A decoder counts its positions from the first real token, wherever padding stands.
-            more["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        output = self.body(
-            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **inputs, **more
-        )
-        name = "decoder_hidden_states" if self.form.stack == "decoder" else "hidden_states"
-        return getattr(output, name)
-
-    @property
-    def causal(self) -> bool:
-        """Whether the backbone is a decoder alone."""
-        return is_decoder(self.config)
+        decoder = self.form.stack == "decoder"
+        return states_of(self.body, input_ids, attention_mask, "decoder" if decoder else None, **inputs)
 
     def forward(
         self,
@@ -314,6 +296,32 @@ class Representing(PreTrainedModel):
         }
         (folder / DESCRIPTION).write_text(json.dumps(said, indent=2) + "\n")
         (folder / "README.md").write_text(_page(self))
+
+
+def states_of(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    stack: Literal["encoder", "decoder"] | None,
+    **inputs: Tensor,
+) -> tuple[Tensor, ...]:
+    """All states of a backbone, or of a half of an encoder-decoder, each of shape (B, T, D).
+
+    A decoder behind an encoder is given the text that the encoder reads, behind the token that it begins with.
+    """
+    body: Any = model.get_encoder() if stack == "encoder" else model
+    takes = inspect.signature(body.forward).parameters
+    more: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+    if stack == "decoder":
+        more |= {
+            "decoder_input_ids": _shifted(input_ids, attention_mask, _begin(model.config)),
+            "decoder_attention_mask": attention_mask,
+        }
+    elif is_decoder(model.config) and "position_ids" in takes and "position_ids" not in inputs:
+        # A decoder counts its positions from the first real token, wherever padding stands.
+        more["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    output = body(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **inputs, **more)
+    return output.decoder_hidden_states if stack == "decoder" else output.hidden_states
 
 
 def _labels(config: Any) -> list[str]:

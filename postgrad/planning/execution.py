@@ -98,7 +98,7 @@ def choose(
     mine = _rows_of_a_rank(wishes, ranks)
     product = (min(2048, (wishes.micro or mine) * wishes.length), shape.width, shape.inner)
 
-    threads, reasons["threads"] = _threads(wishes.threads, product, device, ranks)
+    threads, reasons["threads"] = threads_for(wishes.threads, product, device, ranks)
     torch.set_num_threads(threads)
     gain = machine.product_speed(torch.bfloat16, product, device) / machine.product_speed(
         torch.float32, product, device
@@ -174,7 +174,7 @@ def _rows_of_a_rank(wishes: Wishes, ranks: int) -> int:
     return mine
 
 
-def _threads(asked: int | None, product: tuple[int, int, int], device: torch.device, ranks: int) -> tuple[int, str]:
+def threads_for(asked: int | None, product: tuple[int, int, int], device: torch.device, ranks: int) -> tuple[int, str]:
     """Threads, and why. Two threads beside a busy process are far slower than one, so more than one is tried out."""
     if asked is not None:
         return asked, "as asked"

@@ -15,7 +15,7 @@ from sklearn import metrics
 
 from postgrad.evaluation import metrics as evaluation_metrics
 from postgrad.evaluation.likelihood import Scores
-from postgrad.evaluation.metrics import PROBLEMS, mark_spans, measured, span_counts
+from postgrad.evaluation.metrics import PROBLEMS, compared, mark_spans, measured, span_counts, values_of
 from postgrad.objectives.decisions import Problem
 
 
@@ -242,3 +242,17 @@ def test_many_documents_are_measured_in_seconds() -> None:
     found = measured("tags", said, meant, item, names)
     assert found["span F1"]["low"] < found["span F1"]["value"] < found["span F1"]["high"]
     assert time.perf_counter() - begun < 5
+
+
+def test_a_comparison_draws_the_same_documents_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a document is worth to both cancels: one that is always right against one that errs on the same documents."""
+    monkeypatch.setattr(evaluation_metrics, "_DRAWS", 100)
+    said, meant, item = drawn("class", 200)
+    same = compared("class", said, said, meant, item)
+    assert all(value == 0 for found in same.values() for value in found.values())
+    better = np.where(np.arange(200) < 20, meant, said)
+    found = compared("class", said, better, meant, item)["accuracy"]
+    values = [measured("class", s, meant, item)["accuracy"] for s in (said, better)]
+    assert found["value"] == pytest.approx(values[1]["value"] - values[0]["value"])
+    assert found["high"] - found["low"] < 0.7 * (values[0]["high"] - values[0]["low"])
+    assert values_of("class", said, meant, item)["MCC"] == measured("class", said, meant, item)["MCC"]["value"]
