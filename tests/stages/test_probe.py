@@ -113,13 +113,14 @@ def test_the_test_is_answered_once(shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 
 
 def test_spans_are_scored_as_spans(shelf: Shelf) -> None:
+    def tags_of(words: list[str]) -> list[str]:
+        before = [False, *(word == "one" for word in words)]
+        return [SPANS[0] if w in ("and", "yes") else SPANS[1 + begun] for w, begun in zip(words, before, strict=False)]
+
     def sentences(count: int, seed: int) -> list[dict[str, Any]]:
         rng = np.random.default_rng(seed)
-        words = [list(rng.choice(["one", "two", "and", "yes"], 6)) for _ in range(count)]
-        return [
-            {"tokens": w, "tags": [SPANS[0] if x in ("and", "yes") else SPANS[1 + (i > 0 and w[i - 1] == "one")] for i, x in enumerate(w)]}
-            for w in words
-        ]  # fmt: skip
+        words = [[str(word) for word in rng.choice(["one", "two", "and", "yes"], 6)] for _ in range(count)]
+        return [{"tokens": each, "tags": tags_of(each)} for each in words]
 
     files = [str(rows(shelf.home / f"spans-{seed}.jsonl", sentences(80, seed))) for seed in range(3)]
     found = probe_layers(str(shelf.home / "bert"), files[0], files[1], dev=files[2], cache=shelf.cache)
