@@ -11,8 +11,8 @@ causally, and only the rest is asked for. The last token of the prefix sees all 
     labels      - - d e f
 
 Of an example everything before its answer is the prefix. Running text is cut into pieces that are no longer than a row; the
-end of each piece's prefix is drawn uniformly from all places that leave something on either side, and depends on seed, row
-and position alone.
+end of each piece's prefix is drawn uniformly from all places that leave some text on either side, and depends on seed, row
+and position alone: not on what stands around the text, so that models under different prompts are asked for the same.
 """
 
 from __future__ import annotations
@@ -63,22 +63,23 @@ class PrefixRows(WholeRows):
         )
         self.draws = Draws(seed)
         if not self.marked:
-            # Of n labels, any number from 1 to n is as likely as the others.
-            trained = (int(self.pieces.trained_P.sum()) + len(self.pieces)) // 2
+            # Of n tokens any number from 1 to n - 1 is as likely as the others.
+            trained = int((self.pieces.stop_P - self.pieces.start_P).sum()) // 2
             self.ledger = replace(self.ledger, trained=trained, context=self.ledger.placed - trained)
 
     def at(self, row: int, position: int) -> Row:
         """The row with the prefix of each of its pieces; a label that stands inside a prefix is none."""
-        inputs, labels_T, counted = super().at(row, position)
+        inputs, labels_T, _ = super().at(row, position)
         labels_T, prefix_T = labels_T.copy(), np.zeros(len(labels_T), np.int64)
         draws, begin = self.draws.at(row, position), 0
+        pieces = self.pieces
         for piece in self.pieces_of(row):
-            end = begin + int(self.pieces.positions_P[piece])
-            # The label of a token is the next one: the first label stands at the last token of the shortest prefix.
-            shortest = int(np.argmax(labels_T[begin:end] != IGNORED)) + 1
-            size = shortest if self.marked else int(draws.integers(shortest, end - begin + 1))
+            end = begin + int(pieces.positions_P[piece])
+            if self.marked:  # the label of a token is the next one, so the first stands at the prefix's last
+                size = int(np.argmax(labels_T[begin:end] != IGNORED)) + 1
+            else:
+                size = len(self.frame.before) + int(draws.integers(1, pieces.stop_P[piece] - pieces.start_P[piece]))
             labels_T[begin : begin + size - 1] = IGNORED
             prefix_T[begin : begin + size] = 1
-            counted -= size - shortest
             begin = end
-        return Row({**inputs, "prefix": prefix_T}, labels_T, counted)
+        return Row({**inputs, "prefix": prefix_T}, labels_T, int((labels_T != IGNORED).sum()))

@@ -72,6 +72,20 @@ def test_the_end_of_a_prefix_is_of_seed_row_and_position() -> None:
     assert len(set(prefixes(0, 0))) > 6  # the mutant, one cut for all positions, would have one
 
 
+def test_what_stands_before_a_text_does_not_change_what_is_asked_for() -> None:
+    """A soft prompt is held against the model without it on the same tokens. The mutant: a draw that counts it."""
+    texts = Memory([[*range(2, 40), EOS], [*range(2, 9), EOS], [2, EOS]])
+    plain = PrefixRows(texts, 20, seed=0, together=False)
+    prompted = PrefixRows(texts, 25, seed=0, frame=Frame(tuple(range(90, 95))), together=False)
+    assert len(plain) == len(prompted) == 4
+    for i in range(len(plain)):
+        for position in range(9):
+            one, other = plain.at(i, position), prompted.at(i, position)
+            assert one.labels[one.labels != X].tolist() == other.labels[other.labels != X].tolist()
+            assert one.counted == other.counted > 0
+            assert other.inputs["prefix"].sum() == one.inputs["prefix"].sum() + 5
+
+
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=8)
 frames = st.sampled_from([BARE, Frame((90, 91))])
 
