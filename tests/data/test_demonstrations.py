@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from postgrad.data.demonstrations import BETWEEN, By, Demonstrations
 from postgrad.data.examples import Example, make_example
 from postgrad.data.render import PlainRenderer
 
-EVERY: list[By] = ["bm25", "embedding", "seed"]
+EVERY: list[By] = ["bm25", "embedding", "seed", "once", "balanced"]
 
 
 def example(prompt: str, completion: str = " yes") -> Example:
@@ -134,6 +135,53 @@ def test_a_seed_decides_what_is_drawn() -> None:
     # Every example has its turn.
     seen = {text for i in range(200) for text in shown(showing(pool, "seed"), example(f"asked {i}"))}
     assert len(seen) == 30
+
+
+@pytest.mark.parametrize("by", ["once", "balanced"])
+def test_one_draw_serves_every_question(by: By) -> None:
+    pool = [example(f"question {i}?", f" {i % 3}") for i in range(30)]
+    found = {
+        seed: {tuple(shown(showing(pool, by, seed=seed), example(f"{n}?"))) for n in range(5)} for seed in range(6)
+    }
+    assert all(len(draws) == 1 for draws in found.values())
+    assert len(set().union(*found.values())) == 6
+    # But for a question that is one of them: another takes its place.
+    taken = next(iter(found[0]))[0]
+    asked = next(e for e in pool if e.fields["prompt"] + e.fields["completion"] == taken)
+    other = shown(showing(pool, by, seed=0), asked)
+    assert taken not in other and len(other) == 2
+
+
+@given(
+    answers=st.lists(st.sampled_from("aabbbc"), min_size=4, max_size=20),
+    count=st.integers(1, 6),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=60, deadline=None)
+def test_balanced_draws_have_as_many_of_each_answer_as_there_are(answers: list[str], count: int, seed: int) -> None:
+    pool = [example(f"{i}?", f" {answer}") for i, answer in enumerate(answers)]
+    chosen = showing(pool, "balanced", count=count, seed=seed).chosen(example("none?"))
+    drawn = Counter(e.fields["completion"].strip() for e in chosen)
+    there = Counter(answers)
+    assert sum(drawn.values()) == min(count, len(pool)) and len({e.text for e in chosen}) == len(chosen)
+    for answer in there:
+        # None has two fewer than another, unless there are no more of it.
+        assert drawn[answer] >= max(drawn.values()) - 1 or drawn[answer] == there[answer]
+
+
+def test_what_is_balanced_is_the_label_or_the_place_of_the_choice() -> None:
+    labelled = [make_example("labelled", {"text": f"{i}", "label": int(i > 1)}, "t") for i in range(20)]
+    choices = [
+        make_example("choices", {"question": f"{i}", "choices": [f"a{i}", f"b{i}"], "answer": int(i > 1)}, "t")
+        for i in range(20)
+    ]
+    for pool, key in ((labelled, "label"), (choices, "answer")):
+        for seed in range(5):
+            chosen = showing(pool, "balanced", count=4, seed=seed).chosen(example("none?"))
+            assert sorted(e.fields[key] for e in chosen) == [0, 0, 1, 1]
+    # The mutant: draws that look at no answer.
+    plain = [showing(labelled, "once", count=4, seed=seed).chosen(example("none?")) for seed in range(5)]
+    assert any(sorted(e.fields["label"] for e in chosen) != [0, 0, 1, 1] for chosen in plain)
 
 
 def test_a_chat_template_words_every_example() -> None:

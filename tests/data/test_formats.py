@@ -293,6 +293,36 @@ def test_parquet_gives_the_same_examples_as_lines(tmp_path: Path) -> None:
     assert lines == table  # where a message has no name, Parquet says null
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+def test_only_rows_with_the_values_that_are_asked_for(tmp_path: Path, ending: str) -> None:
+    """Whatever the columns besides are called, and whether they are read for anything else."""
+    given = [{"text": f"row {i}", "task": ["add", "sub", "mul"][i % 3], "size": i // 3} for i in range(9)]
+    if ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(given), tmp_path / "a.parquet")
+    elif ending == "csv":
+        lines = ["text,task,size", *(f"{row['text']},{row['task']},{row['size']}" for row in given)]
+        (tmp_path / "a.csv").write_text("\n".join(lines))
+    else:
+        rows(tmp_path, *given)
+
+    def met(**only: tuple[str, ...]) -> list[int]:
+        return [int(d.text[4:]) for d in read_documents(source(tmp_path, f"a.{ending}", only=only)) if d.text]
+
+    assert met(task=("add",)) == [0, 3, 6]
+    assert met(task=("add", "mul")) == [0, 2, 3, 5, 6, 8]
+    assert met(task=("sub",), size=("0", "2")) == [1, 7]
+    with pytest.raises(DataError, match=r"holds no document with task div or pow and size 1"):
+        met(task=("div", "pow"), size=("1",))
+    with pytest.raises(DataError, match=r"no column `tesk`"):
+        met(tesk=("add",))
+
+
+def test_a_text_file_has_nothing_to_choose_by(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(DataError, match="a text file has no columns to choose rows by"):
+        list(read_documents(source(tmp_path, "a.txt", only={"task": ("add",)})))
+
+
 def test_rows_from_which_nothing_can_be_learnt_are_an_error_with_a_place(tmp_path: Path) -> None:
     file = rows(tmp_path, {"prompt": "a", "completion": ""}, {"prompt": "a", "completion": None})
     with pytest.raises(DataError, match=r"nothing can be learnt from any row of .*: empty answer") as caught:

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -718,6 +719,19 @@ def test_labels_are_read_once_for_each_state_of_the_files(tmp_path: Path, monkey
         assert labels_of([second, first], tmp_path / "cache") == Labels("class", (1, 2, 3))
     second = rows_of(tmp_path / "b", [{"sentence": "x", "label": 7}])
     assert labels_of([first, second], tmp_path / "cache") == Labels("class", (1, 3, 7))
+
+
+def test_other_rows_of_a_file_are_another_store_with_other_labels(tmp_path: Path, encoder: Encoder) -> None:
+    made = [{"text": f"row {i}", "label": i % 4, "task": "ab"[i % 2]} for i in range(8)]
+    every = replace(rows_of(tmp_path, made), kind="labelled")
+    first, second = (replace(every, only={"task": (value,)}) for value in "ab")
+    cache = tmp_path / "cache"
+    assert [labels_of([one], cache).names for one in (every, first, second)] == [(0, 1, 2, 3), (0, 2), (1, 3)]
+    stores = [
+        build_store(one, encoder, cache, renderer=ClassRenderer(labels_of([every], cache)))
+        for one in (every, first, second)
+    ]
+    assert [len(store) for store in stores] == [8, 4, 4] and len({store.fingerprint for store in stores}) == 3
 
 
 def conversations(count: int) -> list[dict[str, Any]]:
