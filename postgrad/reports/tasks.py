@@ -68,10 +68,13 @@ def task_table(record: Mapping[str, object], brief: bool = False) -> Table | Non
         Column("before", "spread between seeds"), Column("after", "spread between seeds"),
         Column("left out", words=True),
     )  # fmt: skip
-    if brief:
-        picked = [0, 2, 4, 5, 6, 7, 8]
-        columns = tuple(columns[i] for i in picked)
-        body = [tuple(row[i] for i in picked) for row in body]
+    picked = [0, 2, 4, 5, 6, 7, 8] if brief else list(range(9))
+    if not brief:  # a column that says nothing takes the room of others
+        entries = [mapping(entry) for entry in rows(record.get("tasks"))]
+        picked += [9, 10] if any((number(entry.get("seeds")) or 1) > 1 for entry in entries) else []
+        picked += [11] if any(map(left_out, entries)) else []
+    columns = tuple(columns[i] for i in picked)
+    body = [tuple(row[i] for i in picked) for row in body]
     notes = (
         "Higher is better. The change is after minus before on the same items in the same prompts; its interval"
         " resamples items (paired bootstrap).",
@@ -236,9 +239,24 @@ def section(
             )
         )
     body += "".join(shell.side_by_side(*drawn[i : i + 2]) for i in range(0, len(drawn), 2))
-    for entry in entries[:_MOST]:
-        if entry.get("example"):
-            body += shell.details(
-                f"A prompt of {plain(entry.get('name'), 60)}", shell.preformatted(entry["example"], 6000)
-            )
-    return body
+    return body + "".join(_answers(entry) for entry in entries[:_MOST])
+
+
+def _answers(entry: Mapping[str, object]) -> str:
+    """A prompt as it was read, and some questions with what was answered."""
+    shown = "".join(
+        f'<article class="sample"><p class="prompt" dir="auto">{shell.prose(example.get("question"))}</p>'
+        f'<div class="texts">{_boxes(example)}</div></article>'
+        for example in map(mapping, rows(entry.get("examples")))
+    )
+    prompt = shell.preformatted(entry["prompt"], 6000) if entry.get("prompt") else ""
+    return shell.details(f"What was asked and answered: {plain(entry.get('name'), 60)}", prompt + shown)
+
+
+def _boxes(example: Mapping[str, object]) -> str:
+    named = (("Before", "before"), ("After", "after"), ("Reference", "reference"))
+    return "".join(
+        f'<div><h4>{word}</h4><p dir="auto">{shell.prose(example[key])}</p></div>'
+        for word, key in named
+        if example.get(key) is not None
+    )

@@ -24,6 +24,8 @@ from postgrad.stages.reading import Reading
 from postgrad.training.world import World
 
 AllAnswers = dict[str, Answers]
+_EXAMPLES = 3
+"""Questions of each task that a record shows with their answers."""
 
 
 def ask(
@@ -143,7 +145,7 @@ def described(asked: Asked) -> dict[str, Any]:
         "shortened": asked.shortened,
         "metrics": list(asked.metrics),
         "fingerprint": asked.same_rows,
-        "example": asked.prompts_KI[0][0].text,
+        "prompt": asked.prompts_KI[0][0].text,
     }
 
 
@@ -158,6 +160,15 @@ def table_of(tasks: Sequence[Asked], before: AllAnswers, after: AllAnswers) -> l
     for asked in tasks:
         was, now = before[asked.name], after.get(asked.name)
         entry = {**described(asked), "before": summarised(asked, was), "after": {}, "changes": {}}
+        entry["examples"] = [
+            {
+                "question": prompt.question,
+                "reference": was.references_I[i][0],
+                "before": was.said_KI[0][i],
+                "after": None if now is None else now.said_KI[0][i],
+            }
+            for i, prompt in enumerate(asked.prompts_KI[0][:_EXAMPLES])
+        ]
         if now is not None:
             entry["after"] = summarised(asked, now)
             entry["changes"] = {name: change(name, was, now) for name in asked.metrics}

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from postgrad import schedules
+from postgrad.reports.tasks import asked_how, left_out
+from postgrad.stages.answering import described
 from postgrad.stages.plan import Plan
+from postgrad.stages.prompting import Asked
 
 
 def plan_lines(plan: Plan, found: Sequence[str] = (), width: int = 72) -> list[str]:
@@ -34,8 +37,18 @@ def plan_lines(plan: Plan, found: Sequence[str] = (), width: int = 72) -> list[s
             f"  {name}: {met['duplicates']} exact copies in the training text (dropped there), "
             f"{met['any']} documents share a 13-gram with it, {met['half']} at least half"
         )
+    if plan.tasks:
+        lines += ["", f"  {'task':<18} {'role':<9} {'items':>6}  asked"]
+        lines += [f"  {t.name:<18} {t.task.role:<9} {len(t):>6,}  {_asked(t)}" for t in plan.tasks]
     lines += ["", *draw(plan, width), *(f"note: {note}" for note in plan.notes)]
     return lines
+
+
+def _asked(task: Asked) -> str:
+    """How a task is asked, and what could not be."""
+    entry = described(task)
+    parts = (asked_how(entry), f"by {', '.join(task.metrics)}", left_out(entry))
+    return "; ".join(part for part in parts if part)
 
 
 def draw(plan: Plan, width: int = 72, height: int = 8) -> list[str]:

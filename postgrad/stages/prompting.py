@@ -50,6 +50,8 @@ class Prompt(NamedTuple):
 
     text: str
     """What is read, in words."""
+    question: str
+    """... without the demonstrations."""
     shown: int
     """Demonstrations that fit."""
     item: Item
@@ -311,7 +313,7 @@ class _Form:
             except DataError as error:
                 raise _at(error, place) from None
             if all(map(self._fits, (item, *against))):
-                return Prompt(text, len(shown) - begin, item, against)
+                return Prompt(text, self.words.question(example), len(shown) - begin, item, against)
         return None
 
     def _variants(self, example: Example) -> list[Example]:

@@ -149,3 +149,31 @@ def test_two_ranks_of_mixed_rows_make_the_steps_of_one(model: str, cache: Path, 
     assert losses(tmp_path / "two") == pytest.approx(losses(Path(raw["output"])), rel=1e-4)
     one, two = read_record(Path(raw["output"])), read_record(tmp_path / "two")
     assert one["achieved"]["sources"] == two["achieved"]["sources"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ranks_answer_what_one_answers(cache: Path, tmp_path: Path) -> None:
+    """Before, each rank asks a part of the start model; after, of what was published."""
+    shelf = make_shelf(tmp_path, cache)
+    tasks = [
+        {"name": "kinds", "path": shelf.file("labelled", held_out=True), "shots": 2, "seeds": 2, "during": True,
+         "shown": {"path": shelf.file("labelled")}},
+        {"name": "named", "path": shelf.file("completion", held_out=True), "most_tokens": 6, "metrics": ["chrF"]},
+    ]  # fmt: skip
+    records = []
+    for name in ("one", "two"):
+        raw = shelf.stage(name, sources=[shelf.source("completion")])
+        raw["evaluation"] = {**shelf.texts, "tasks": tasks}
+        if name == "one":
+            shelf.run(raw)
+        else:
+            file = tmp_path / "two.yaml"
+            file.write_text(yaml.safe_dump(raw))
+            train_on_two(file, tmp_path / "no-cache")
+        records.append(read_record(tmp_path / "runs" / name))
+    one, two = ({entry["name"]: entry for entry in record["tasks"]} for record in records)
+    for name in one:
+        assert one[name]["before"] == two[name]["before"]
+        for metric, value in one[name]["after"].items():
+            assert two[name]["after"][metric]["value"] == pytest.approx(value["value"], rel=0.05)

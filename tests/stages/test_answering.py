@@ -79,7 +79,7 @@ LOG_P = {OWN: np.array([-3.0, -4.0]), BARE: np.array([-1.0, -3.0]), FREE: np.log
 def compared(shelf: Shelf, by: str, *against: Item, calibrate: bool = False) -> list[float]:
     quiz = asked_of(shelf, shelf.file("choices"))
     quiz = replace(quiz, task=quiz.task.model_copy(update={"by": by, "calibrate": calibrate}))
-    return scores(quiz, Prompt("", 0, OWN, against), ("sé", "long"), LOG_P).tolist()
+    return scores(quiz, Prompt("", "", 0, OWN, against), ("sé", "long"), LOG_P).tolist()
 
 
 def test_choices_compared_by_hand(shelf: Shelf) -> None:
@@ -227,7 +227,12 @@ def test_the_end_and_the_page_tell_of_tasks(run: Path) -> None:
     said = clusters.text()
     assert "never seen" in said and "trained on" in said
     html = page.run_page(record, read_metrics(run / "metrics.jsonl"))
-    for text in ("What it was asked", "2 shots, 2 seeds, chosen", "Clusters of tasks", "A prompt of named"):
+    for text in (
+        "What it was asked",
+        "2 shots, 2 seeds, chosen",
+        "Clusters of tasks",
+        "What was asked and answered: named",
+    ):
         assert text in html
     plain = page.run_page({**record, "tasks": [], "clusters": []}, [])
     assert "What it was asked" not in plain
