@@ -63,6 +63,8 @@ PARTS = (
     ("DecidingHead", "`objectives[].head` of `classify`"),
     ("DistillObjective", "`objectives[]`: `distill`"),
     ("Weighing", "`objectives[].weight`"),
+    ("SampledCache", "`objectives[].cache`: `sampled`"),
+    ("TopKCache", "`objectives[].cache`: `top-k`"),
     ("FullTuning", "`tuning`: `full`"),
     ("HeadTuning", "`tuning`: `head`"),
     ("BlocksTuning", "`tuning`: `blocks`"),

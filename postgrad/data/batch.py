@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from postgrad.data.rows import IGNORED, Row
+from postgrad.data.told import Word
 
 _MULTIPLE = 8
 """Rows of unequal lengths are padded to a multiple of this, so that few shapes occur."""
@@ -72,6 +73,19 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             told={name: few.to(device) for name, few in self.told.items()},
         )
+
+
+def few_of(words: Sequence[Word], *, rest: bool = False) -> Few:
+    """The words on the rows of a batch as one; `rest`: what is said of each label is the mass of all other ids."""
+    if not words:
+        nothing = torch.empty(0)
+        return Few(torch.empty(0, dtype=torch.int64), nothing, np.empty(0, np.int64), None, nothing)
+    ids_E, weights_E, counts_N, said_N = (np.concatenate(arrays) for arrays in zip(*words, strict=True))
+    said = torch.from_numpy(said_N)
+    ends_N = np.cumsum(counts_N)
+    return Few(
+        torch.from_numpy(ids_E), torch.from_numpy(weights_E), ends_N, said if rest else None, None if rest else said
+    )
 
 
 def collate(rows: Sequence[Row], sources: Sequence[int], objectives: tuple[int, ...] = (0,), pad: int = 0) -> Batch:

@@ -132,6 +132,7 @@ class LabelledRows:
     """
 
     layout = "labelled"
+    drawn = False
 
     def __init__(
         self,
@@ -192,6 +193,7 @@ class TaggedRows:
     """
 
     layout = "tagged"
+    drawn = False
 
     def __init__(
         self,
@@ -251,6 +253,7 @@ class ClozeRows:
     """
 
     layout = "masked"
+    drawn = False
 
     def __init__(
         self,

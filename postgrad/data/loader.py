@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
-from postgrad.data.batch import Batch, collate
+from postgrad.data.batch import Batch, Few, collate, few_of
 from postgrad.data.mixture import Mixture
-from postgrad.data.rows import Rows, silenced
+from postgrad.data.rows import Row, Rows, silenced
+from postgrad.data.told import Told
 
 
 class Draw(NamedTuple):
@@ -48,16 +49,19 @@ class Loader:
         rank: int = 0,
         ranks: int = 1,
         skip: int = 0,
+        told: Sequence[Mapping[str, Told]] = (),
     ) -> None:
         """`objectives`: those that weigh each source's rows (left out: the first); `pad`: the id that fills short rows.
 
-        `skip`: how many steps' worth of the mixture were read before this stage.
+        `skip`: how many steps' worth of the mixture were read before this stage. `told`: of each source, what teachers said of
+        its rows, by the name of the objective.
         """
         if mixture.block % (micro * ranks):
             raise ValueError(f"a global batch of {mixture.block} rows does not part into {ranks} ranks of {micro}")
         self.sources, self.mixture, self.micro = sources, mixture, micro
         self.rank, self.ranks = rank, ranks
         self.skip, self.pad = skip, pad
+        self.told = told or [{}] * len(sources)
         self.objectives = objectives or [(0,)] * len(sources)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
@@ -89,8 +93,21 @@ class Loader:
 
     def _batch(self, part: MicroBatch) -> Batch:
         rows = [self.sources[draw.source].at(draw.row, draw.position) for draw in part.draws]
+        told = {} if part.silent else self._told(part.draws, rows)
         rows = [silenced(row) for row in rows] if part.silent else rows
-        return collate(rows, [draw.source for draw in part.draws], part.objectives, self.pad)
+        batch = collate(rows, [draw.source for draw in part.draws], part.objectives, self.pad)
+        return replace(batch, told=told or {name: few_of([]) for name in self.told[part.draws[0].source]})
+
+    def _told(self, draws: Sequence[Draw], rows: Sequence[Row]) -> dict[str, Few]:
+        """What was said of these rows; their sources are taken on by the same objectives."""
+        out: dict[str, Few] = {}
+        for name in self.told[draws[0].source]:
+            words = []
+            for draw, row in zip(draws, rows, strict=True):
+                drawn = self.sources[draw.source].drawn
+                words.append(self.told[draw.source][name].at(draw.position if drawn else draw.row, row))
+            out[name] = few_of(words, rest=self.told[draws[0].source][name].rest_is_said)
+        return out
 
     def __call__(self, step: int, *, last: int | None = None) -> list[Batch]:
         """This rank's micro-batches of a step; the next step is read meanwhile (unless `step` is the `last`)."""

@@ -33,6 +33,7 @@ class MaskedRows:
     """
 
     layout = "masked"
+    drawn = True
 
     def __init__(
         self,

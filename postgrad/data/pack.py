@@ -21,6 +21,7 @@ class PackedRows:
     """The rows of a source: `len(rows)`, `rows.at(i, position)`, and the ledger of how they came to be."""
 
     layout = "packed"
+    drawn = False
     document_R: np.ndarray | None = None
 
     def __init__(

@@ -98,6 +98,11 @@ class PairRows:
     def __len__(self) -> int:
         return len(self.windows)
 
+    @property
+    def drawn(self) -> bool:
+        """Where a plain text is cut is."""
+        return self.cuts_R2 is None
+
     def at(self, row: int, position: int) -> Row:
         """Source and target; of a plain text with the cut that is drawn for this position."""
         windows = self.windows

@@ -67,6 +67,11 @@ class PrefixRows(WholeRows):
             trained = int((self.pieces.stop_P - self.pieces.start_P).sum()) // 2
             self.ledger = replace(self.ledger, trained=trained, context=self.ledger.placed - trained)
 
+    @property
+    def drawn(self) -> bool:
+        """Where the prefix of a running text ends is."""
+        return not self.marked
+
     def at(self, row: int, position: int) -> Row:
         """The row with the prefix of each of its pieces; a label that stands inside a prefix is none."""
         inputs, labels_T, _ = super().at(row, position)

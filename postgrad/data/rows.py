@@ -66,7 +66,8 @@ class Ledger:
 class Rows(Protocol):
     """The rows of a source in one layout; `layout` is equal for rows that can stand in one batch.
 
-    `document_R`: the document that each row is of, where each is of one.
+    `document_R`: the document that each row is of, where each is of one. `drawn`: what is read of a row depends on the
+    position too.
     """
 
     layout: str
@@ -74,6 +75,9 @@ class Rows(Protocol):
 
     @property
     def document_R(self) -> np.ndarray | None: ...
+
+    @property
+    def drawn(self) -> bool: ...
 
     def __len__(self) -> int: ...
 

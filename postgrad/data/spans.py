@@ -55,6 +55,7 @@ class SpanRows:
     """
 
     layout = "pairs"
+    drawn = True
 
     def __init__(
         self,

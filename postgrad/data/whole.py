@@ -133,6 +133,11 @@ class WholeRows:
     def __len__(self) -> int:
         return len(self.ends_R)
 
+    @property
+    def drawn(self) -> bool:
+        """Nothing is drawn."""
+        return False
+
     def pieces_of(self, row: int) -> list[int]:
         """The numbers of a row's pieces, in the order in which they stand."""
         return self.order_P[self.ends_R[row - 1] if row else 0 : self.ends_R[row]].tolist()

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from postgrad.data.batch import Batch
+from postgrad.data.batch import Batch, Few
 from postgrad.data.rows import IGNORED
 from postgrad.models.model import Output
 from postgrad.objectives.decisions import Problem
@@ -85,10 +86,20 @@ class DistillTold:
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed divergence (of drawn ids: an estimate of it without bias) and each row's part of it."""
         assert output.head is not None, "a language model has a head"
-        place_N = _labelled_N(batch)
+        place_N, told = _said(_labelled_N(batch), batch.told[self.name])
         hidden_ND = output.hidden.flatten(0, 1)[place_N]
-        loss, losses_N = linear_told(hidden_ND, output.head, batch.told[self.name], temperature=self.temperature)
+        loss, losses_N = linear_told(hidden_ND, output.head, told, temperature=self.temperature)
         return self.weight(batch.step) * loss, _rows_B(losses_N, place_N, batch)
+
+
+def _said(place_N: Tensor, told: Few) -> tuple[Tensor, Few]:
+    """The labels of which something was said: a teacher has no place for the first word behind a prompt that it lacks."""
+    some_N = np.diff(told.ends_N, prepend=0) > 0
+    if some_N.all():
+        return place_N, told
+    kept = torch.from_numpy(some_N).to(place_N.device)
+    rest_N, entropy_N = (None if t is None else t[kept] for t in (told.rest_N, told.entropy_N))
+    return place_N[kept], told._replace(ends_N=told.ends_N[some_N], rest_N=rest_N, entropy_N=entropy_N)
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,12 @@ class Memory:
     gradients: int
     moments: int
     activations: int
+    teachers: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.moments + self.activations
+        return self.weights + self.gradients + self.moments + self.activations + self.teachers
 
 
 def estimate(

@@ -17,6 +17,7 @@ from postgrad.data.loader import Loader
 from postgrad.data.pack import PackedRows
 from postgrad.data.prefixed import PrefixRows
 from postgrad.data.rows import Row, Rows
+from postgrad.data.told import Told
 from postgrad.errors import ResumeError, StageError, TuningError
 from postgrad.lineage.tree import chain
 from postgrad.models import sharding
@@ -34,7 +35,7 @@ from postgrad.penalties.penalty import Decay, Penalty
 from postgrad.planning.execution import Execution, Wishes, choose
 from postgrad.stages.amounts import in_steps
 from postgrad.stages.anchors import make_anchor
-from postgrad.stages.objectives import AnyObjective, ClassifyObjective, DistillObjective
+from postgrad.stages.objectives import AnyObjective, ClassifyObjective, DistillObjective, names_of
 from postgrad.stages.plan import Plan
 from postgrad.stages.reading import virtual
 from postgrad.stages.teaching import online_teachers, weight_of
@@ -81,13 +82,6 @@ def make_objectives(
                 return Tokens(name, spec.weight)
 
     return [objective(i, spec, name) for i, (spec, name) in enumerate(zip(specs, names_of(specs), strict=True))]
-
-
-def names_of(specs: Sequence[AnyObjective]) -> list[str]:
-    """What each objective is called: its kind, and one of several of a kind also by the sources that it names."""
-    kinds = [spec.kind for spec in specs]
-    plain = [spec.kind if kinds.count(spec.kind) == 1 else " ".join([spec.kind, *spec.on]) for spec in specs]
-    return [f"{name} {plain[:i].count(name) + 1}" if plain[:i].count(name) else name for i, name in enumerate(plain)]
 
 
 class Counts(NamedTuple):
@@ -324,8 +318,8 @@ def make_optimizer(plan: Plan, weights: Weights, decays: Sequence[Decay] = ()) -
     )
 
 
-def make_loader(plan: Plan, execution: Execution, world: World) -> Loader:
-    """The micro-batches of this rank."""
+def make_loader(plan: Plan, execution: Execution, world: World, *, told: Sequence[Mapping[str, Told]] = ()) -> Loader:
+    """The micro-batches of this rank; `told`: of each source, what teachers said of its rows."""
     return Loader(
         plan.rows,
         plan.mixture,
@@ -335,6 +329,7 @@ def make_loader(plan: Plan, execution: Execution, world: World) -> Loader:
         rank=world.rank,
         ranks=world.size,
         skip=plan.stage.data.skip_steps,
+        told=told,
     )
 
 

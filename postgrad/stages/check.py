@@ -18,6 +18,7 @@ from postgrad.stages.found import found_lines
 from postgrad.stages.plan import Plan
 from postgrad.stages.plan_text import plan_lines
 from postgrad.stages.show import shown_rows
+from postgrad.stages.teaching_cost import check_teaching
 from postgrad.training.world import World
 
 
@@ -41,6 +42,8 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         checkpointing=execution.activation_checkpointing,
         sdpa=execution.attention != "eager",
     )
+    teaching = check_teaching(plan, subject, execution, world)
+    memory = dataclasses.replace(memory, teachers=sum(cost.bytes for cost in teaching))
     penalties = check_penalties(plan, subject, execution, world)
     found = found_lines(plan, cache)
     notes = (*plan.notes, *subject.opened.notes, *subject.tuning.notes)
@@ -53,6 +56,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         "execution": execution.as_dict(),
         "memory": dataclasses.asdict(memory),
         "seconds": execution.seconds,
+        "teachers": [cost.record for cost in teaching],
         "penalties": [penalty.record for penalty in penalties],
         "found": found,
         "notes": list(notes),
@@ -72,8 +76,10 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         f"{'compiled' if execution.compile else 'not compiled'}, {execution.threads} thread{'s' * (execution.threads > 1)}",
         *(f"  {key}: {reason}" for key, reason in execution.reasons.items()),
         f"memory: about {readable(memory.total)} (weights {readable(memory.weights)}, gradients {readable(memory.gradients)}, "
-        f"moments {readable(memory.moments)}, activations {readable(memory.activations)})"
+        f"moments {readable(memory.moments)}, activations {readable(memory.activations)}"
+        + (f", teachers {readable(memory.teachers)})" if memory.teachers else ")")
         + (f" of {readable(free)} free" if free else ""),
+        *(line for cost in teaching for line in cost.lines),
         *(line for penalty in penalties for line in penalty.lines),
         f"time: about {duration(execution.seconds)}, from timed micro-batches"
         + (" without compiling; compiled it will be less" if execution.compile else "")

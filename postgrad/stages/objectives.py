@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -176,11 +177,41 @@ class Weighing(Part):
     """How long it takes."""
 
 
+class SampledCache(Part):
+    """Ids drawn from the teacher's distribution, with their counts: without bias (Anshumann et al. 2025)."""
+
+    kind: Literal["sampled"] = "sampled"
+    draws: Annotated[int, Field(ge=1, le=255)] = 50
+    """Draws for each label, with replacement; about a dozen different ids of 50."""
+    temper: Annotated[float, Field(gt=0)] = 1.0
+    """Ids are drawn from the distribution to this power and weighted back: below 1 rare ids are met more often."""
+
+
+class TopKCache(Part):
+    """The likeliest ids, and the mass of all others in one bucket: a lower bound of the divergence."""
+
+    kind: Literal["top-k"] = "top-k"
+    k: Positive = 64
+    """How many ids."""
+
+
+def _cache(value: Any) -> Any:
+    if isinstance(value, str) and value != "none":
+        return {"kind": value}
+    return {"kind": "sampled", **value} if isinstance(value, dict) else value
+
+
 def _form(value: Any) -> str:
     """Which member of a union of plain values and mappings is meant, so that an error is told of that one alone."""
     return "mapping" if isinstance(value, dict | Part) else "plain"
 
 
+AnyCache = Annotated[
+    Annotated[Literal["none"], Tag("plain")]
+    | Annotated[Annotated[SampledCache | TopKCache, Field(discriminator="kind")], Tag("mapping")],
+    Discriminator(_form),
+    BeforeValidator(_cache, json_schema_input_type=Literal["none", "sampled", "top-k"] | SampledCache | TopKCache),
+]
 AnyWeight = Annotated[Annotated[Weight, Tag("plain")] | Annotated[Weighing, Tag("mapping")], Discriminator(_form)]
 
 
@@ -199,6 +230,14 @@ class DistillObjective(Objective):
     """forward: KL(teacher || model), which covers all that the teacher says; reverse: KL(model || teacher)."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Both distributions are softened by it; the divergence is multiplied by its square."""
+    cache: AnyCache = "none"
+    """none: the teacher is asked at every step; else once, over the rows that the stage will read."""
+
+    @model_validator(mode="after")
+    def _knows_enough(self) -> DistillObjective:
+        if self.cache != "none" and self.direction == "reverse":
+            raise ValueError("`direction: reverse` needs all of the teacher's distribution, so it takes `cache: none`")
+        return self
 
 
 RowsObjective = (
@@ -212,3 +251,10 @@ RowsObjective = (
 """Those that say how rows are made; the others are taken on rows that are made for one of these."""
 
 AnyObjective = Annotated[RowsObjective | DistillObjective, Field(discriminator="kind")]
+
+
+def names_of(specs: Sequence[AnyObjective]) -> list[str]:
+    """What each objective is called: its kind, and one of several of a kind also by the sources that it names."""
+    kinds = [spec.kind for spec in specs]
+    plain = [spec.kind if kinds.count(spec.kind) == 1 else " ".join([spec.kind, *spec.on]) for spec in specs]
+    return [f"{name} {plain[:i].count(name) + 1}" if plain[:i].count(name) else name for i, name in enumerate(plain)]

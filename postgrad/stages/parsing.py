@@ -18,8 +18,13 @@ from postgrad.stages.tasks import Task
 class _Strict(yaml.SafeLoader):
     """YAML without surprises: a key that is there twice is an error, where YAML would let the last one win.
 
-    And `on` is a key of that name, where YAML 1.1 takes it for the truth value.
+    `on` and `off` are words, as they are in YAML 1.2, and a key is never a truth value.
     """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if first not in "oO" or tag != "tag:yaml.org,2002:bool"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []

@@ -79,6 +79,8 @@ class Plan:
     seen: dict[str, dict[str, Any]]
     overlap: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
+    cache: Path
+    """Where what can be made again is kept."""
 
     @property
     def sources(self) -> list[str]:
@@ -240,7 +242,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         rows=rows,
         task=task,
         objectives=objectives,
-        teachers=teachers_for(objectives, start, tokenizer, vocabulary, root),
+        teachers=teachers_for(objectives, start, task, tokenizer, vocabulary, root),
         weighed=tuple(leaf.wanted.weighed for leaf in leaves),
         problem=problem,
         layer=_task_layer(labels, reading.pad, stage.seed, form) if task in ("classify", "tag") else None,
@@ -258,6 +260,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         seen=seen,
         overlap=overlaps(stage, root, leaves, held_out, cache, notes),
         notes=tuple(notes),
+        cache=cache,
     )
 
 

@@ -44,6 +44,7 @@ from postgrad.stages.leaves import leaves_of
 from postgrad.stages.plan import Plan
 from postgrad.stages.provenance import METRICS, achieved, describe, now, seen_after, stage_text
 from postgrad.stages.strengths import anchors_of, find_strengths, open_strengths, settle, strength_lines, too_strong
+from postgrad.stages.telling import ask, asked_once, told_by_leaf
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.loop import steps
 from postgrad.training.meters import Metrics, Pace, read_metrics
@@ -213,8 +214,19 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         yield Stopped(0, plan.steps)
         return
 
+    if world.any(any(asked.told.missing() for asked in asked_once(plan))):
+        del subject, model
+        for what in ask(plan, execution, world):
+            yield Doing(what)
+            if interrupt.wanted(world):
+                yield Stopped(0, plan.steps)
+                return
+        subject = make_subject(plan, world)
+        model = subject.model
+        _prepare(plan, model, execution)
+
     run = build(plan, subject, execution, world)
-    loader = make_loader(plan, execution, world)
+    loader = make_loader(plan, execution, world, told=told_by_leaf(plan))
     if open_strengths(run):
         yield from _settled(plan, run, loader, kept)
     checkpoints = Checkpoints(home / "checkpoints", None if plan.stage.save.keep == "all" else plan.stage.save.keep)

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from postgrad.errors import StageError
-from postgrad.models.pretrained import Start, load_tokenizer, locate
+from postgrad.models.pretrained import Start, Task, load_tokenizer, locate
 from postgrad.stages.objectives import AnyObjective, DistillObjective
 from postgrad.tuning.opened import start_fingerprint
 
@@ -24,11 +24,19 @@ def name_of(teacher: Start) -> str:
 def teachers_for(
     objectives: Sequence[AnyObjective],
     start: Start,
+    task: Task,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: int,
     root: Path,
 ) -> dict[int, Start]:
     """The teacher of each objective that has one. Raises `StageError` for one that reads other tokens than the start model."""
+    for i, spec in enumerate(objectives):
+        if isinstance(spec, DistillObjective) and spec.cache != "none" and task in ("classify", "tag"):
+            raise StageError(
+                "a classifier says so little of a row that nothing is saved by asking it beforehand",
+                where=f"objectives[{i}].cache",
+                expected="none",
+            )
     return {
         i: start
         if spec.teacher == START

@@ -52,6 +52,8 @@ def online_teachers(
     for number, start in plan.teachers.items():
         spec = plan.objectives[number]
         assert isinstance(spec, DistillObjective)
+        if spec.cache != "none":
+            continue
         name = name_of(start)
         if name not in known:
             known[name] = (
@@ -136,10 +138,3 @@ def _attend(model: Model, opened: Opened, attention: str) -> None:
         pretrained.set_attn_implementation(attention)
     except ValueError:  # this architecture has not that one: its own answers are the same
         return
-
-
-def bytes_of(teacher: Online, student: Model) -> int:
-    """What a teacher's weights take on all ranks; nothing when it is the student."""
-    if teacher.model is student:
-        return 0
-    return sum(p.numel() * p.element_size() for p in teacher.model.parameters())

@@ -177,3 +177,33 @@ def test_two_ranks_answer_what_one_answers(cache: Path, tmp_path: Path) -> None:
         assert one[name]["before"] == two[name]["before"]
         for metric, value in one[name]["after"].items():
             assert two[name]["after"][metric]["value"] == pytest.approx(value["value"], rel=0.05)
+
+
+TAUGHT = {
+    "a second model": ({"kind": "full"}, {}),
+    "switched off": ({"kind": "lora", "rank": 4}, {}),
+    "asked once": ({"kind": "full"}, {"cache": {"kind": "top-k", "k": 8}}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", TAUGHT)
+def test_two_ranks_are_taught_as_one(how: str, stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
+    """A teacher is sharded like the model, or is the model; what it was asked beforehand is parted among the ranks."""
+    tuning, distill = TAUGHT[how]
+    objectives = [{"kind": "next-token"}, {"kind": "distill", "on": ["old"], "weight": 2.0, **distill}]
+    changes = {"tuning": tuning, "objectives": objectives, "tokens": 2000, "batch": {"sequences": 8, "micro": 2}}
+    list(run_stage(plan_of(stage_of(output=str(tmp_path / "one"), **changes), cache), command="test", cache=cache))
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(stage_of(output=str(tmp_path / "two"), **changes)))
+    for folder in (cache / "told").glob("*") if distill else ():
+        shutil.rmtree(folder)
+    train_on_two(file, cache)
+    both = [
+        [row["losses"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if row["kind"] == "step"]
+        for name in ("one", "two")
+    ]
+    for one, two in zip(*both, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
+    assert both[0][-1]["distill"] > 1e-4

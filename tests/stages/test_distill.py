@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +13,24 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
+from postgrad.data import told as told_module
 from postgrad.data.batch import collate
 from postgrad.data.rows import IGNORED, Row
-from postgrad.errors import StageError
+from postgrad.errors import DataError, StageError
 from postgrad.evaluation import metrics
 from postgrad.models.pretrained import save_pretrained
 from postgrad.objectives.teacher import Online, without
 from postgrad.planning.execution import Execution
+from postgrad.stages import telling
 from postgrad.stages.build import build, make_loader, make_subject
+from postgrad.stages.check import check_stage
 from postgrad.stages.objectives import Weighing
 from postgrad.stages.parsing import parse_stage
 from postgrad.stages.teaching import weight_of
+from postgrad.stages.telling import ask, asked_once, told_by_leaf
+from postgrad.training.meters import read_metrics
 from postgrad.training.step import Run, StepReport, train_step
 from postgrad.training.world import World
 from tests.conftest import make_llama, make_tokenizer
@@ -334,6 +341,9 @@ def test_a_teacher_behind_a_prompt_of_its_own_is_refused(shelf: Shelf) -> None:
 @pytest.mark.parametrize(
     ("objective", "said"),
     [
+        ({"cache": "sampled", "direction": "reverse"}, "reverse"),
+        ({"cache": {"kind": "top-k", "draws": 5}}, r"(?s)cache.draws.*one of kind, k"),
+        ({"cache": "topk"}, r"there is no kind 'topk'"),
         ({"weight": {"start": 1.0}}, r"weight.end: the key is missing"),
         (
             {"weight": {"start": 1.0, "end": 0.1, "form": "linear"}},
@@ -357,3 +367,184 @@ def test_a_stage_whose_teacher_has_changed_is_not_resumed(shelf: Shelf) -> None:
     save_pretrained(make_llama(9), make_tokenizer(), place, dtype=torch.float32)
     assert shelf.plan(raw).fingerprints() != first
     assert "teachers" not in shelf.plan(shelf.stage("plain")).fingerprints()
+
+
+# -- asked once --------------------------------------------------------------------------------------------------------------
+
+
+def cached(shelf: Shelf, name: str, cache: Any, **changes: Any) -> dict[str, Any]:
+    objectives = [{**NEXT, "on": ["new"]}, {**DISTILL, "teacher": "other", "on": ["old"], "cache": cache}]
+    return shelf.stage(name, **{"objectives": objectives, **changes})
+
+
+def asked(shelf: Shelf, raw: dict[str, Any], place: Path, micro: int = 2) -> tuple[Any, list[str]]:
+    """A plan whose cache is a folder of its own, its teacher asked; and what was said meanwhile."""
+    plan = dataclasses.replace(shelf.plan(raw), cache=place)
+    return plan, list(ask(plan, Execution("float32", False, "sdpa", 1, micro, False, 0.0), CPU))
+
+
+def gradient_of(plan: Any, step: int = 2) -> tuple[StepReport, Tensor]:
+    """The first gradient of a stage that looks up what was told, on the rows of a step."""
+    subject = make_subject(plan, CPU)
+    execution = Execution("float32", False, "sdpa", 1, 2, False, 0.0)
+    run = build(plan, subject, execution, CPU)
+    seen = Seen(run)
+    run.penalties = [seen]
+    report = train_step(run, make_loader(plan, execution, CPU, told=told_by_leaf(plan)).read(step))
+    return report, seen.gradient
+
+
+CACHED = {
+    "causal": {},
+    "masked": {"model": "bert"},
+    "span-corruption": {"model": "t5"},
+    "text-to-text": {"model": "t5", "rows": "pair"},
+}
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_all_ids_kept_is_asking_at_every_step(shelf: Shelf, name: str, tmp_path: Path) -> None:
+    """Online is the limit of top-k, up to the half precision in which probabilities are kept."""
+    task = dict(CACHED[name])
+    rows, model = task.pop("rows", "new"), task.get("model", "llama")
+    teacher = shelf.home / f"{model}-moved"
+    if not teacher.exists():
+        moved = AutoModel[model].from_pretrained(shelf.home / model)
+        for p in moved.parameters():
+            p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        shutil.copytree(shelf.home / model, teacher)
+        moved.save_pretrained(teacher)
+    raw = shelf.stage(
+        f"all-{name}",
+        model=model,
+        sources=[shelf.source(rows)],
+        tokens=100,
+        evaluation={**QUICK, "learned": [shelf.file(rows, held_out=True)]},
+    )
+    one = {**DISTILL, "teacher": str(teacher), "temperature": 1.5}
+    plain = shelf.plan({**raw, "objectives": [one]})
+    plan, _ = asked(shelf, {**raw, "objectives": [{**one, "cache": {"kind": "top-k", "k": 10_000}}]}, tmp_path)
+    (online, wanted), (told, found) = gradient_of(plain, 1), gradient_of(plan, 1)
+    assert told.loss == pytest.approx(online.loss, rel=2e-3) and online.loss > 1e-3
+    assert (found - wanted).norm() < 2e-3 * wanted.norm()
+    few, _ = asked(shelf, {**raw, "objectives": [{**one, "cache": {"kind": "top-k", "k": 3}}]}, tmp_path)
+    assert gradient_of(few, 1)[0].loss < online.loss
+
+
+AutoModel = {"llama": AutoModelForCausalLM, "bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
+
+
+@pytest.mark.parametrize("temper", [1.0, 0.8])
+def test_what_is_drawn_is_in_the_mean_what_the_teacher_says(shelf: Shelf, tmp_path: Path, temper: float) -> None:
+    """Over many seeds of the draws alone; a teacher's own draws, not those of the test above."""
+    raw = cached(shelf, "drawn", "none")
+    (_, wanted), found = gradient_of(shelf.plan(raw)), []
+    cache = {"kind": "sampled", "draws": 20, "temper": temper}
+    for seed in range(12):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(telling, "derived", lambda *_, seed=seed: 1000 + seed)
+            plan, _ = asked(shelf, cached(shelf, "drawn", cache), tmp_path / f"{temper}-{seed}")
+        found.append(gradient_of(plan)[1])
+    stacked = torch.stack(found)
+    error = (stacked.mean(0) - wanted).norm()
+    assert error < 1.6 * stacked.std(0).norm() / len(found) ** 0.5  # its expected size is 1
+    assert stacked.std(0).norm() > 0
+
+
+def test_a_run_that_was_killed_while_asking_goes_on_behind_the_last_part(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(told_module, "_LABELS_OF_PART", 2 * 40)
+    raw = cached(shelf, "parts", "sampled")
+    plan = dataclasses.replace(shelf.plan(raw), cache=tmp_path)
+    execution = Execution("float32", False, "sdpa", 1, 2, False, 0.0)
+    for i, _ in enumerate(ask(plan, execution, CPU)):
+        if i == 2:
+            break  # killed: two parts are whole
+    (told,) = [item.told for item in asked_once(plan)]
+    assert len(told.missing()) == told.parts - 2 and told.parts >= 3
+    said = list(ask(plan, execution, CPU))
+    assert [line.split("part ")[1].split()[0] for line in said] == [str(i + 1) for i in range(2, told.parts)]
+    whole, _ = asked(shelf, raw, tmp_path / "whole")
+    files = {p.relative_to(told.folder): p.read_bytes() for p in told.folder.rglob("*.npy")}
+    (other,) = [item.told for item in asked_once(whole)]
+    assert files == {p.relative_to(other.folder): p.read_bytes() for p in other.folder.rglob("*.npy")}
+    # Nothing is asked twice, and another budget, teacher or way of asking is another folder.
+    assert list(ask(plan, execution, CPU)) == []
+    for change in ({"tokens": 500}, {"seed": 3}, {"objectives": cached(shelf, "x", "top-k")["objectives"]}):
+        changed = dataclasses.replace(shelf.plan({**raw, **change}), cache=tmp_path)
+        assert asked_once(changed)[0].told.folder != told.folder
+
+
+def test_what_was_said_of_other_rows_is_refused_and_both_are_named(shelf: Shelf, tmp_path: Path) -> None:
+    plan, _ = asked(shelf, cached(shelf, "rows", "sampled"), tmp_path)
+    (item,) = asked_once(plan)
+    told, rows = item.told, plan.rows[item.leaf]
+    key = int(told.keys[0])
+    assert len(told.at(key, rows.at(key, 0)).counts_N) == rows.at(key, 0).counted
+    row = rows.at(key, 0)
+    other = row._replace(labels=row.labels[::-1].copy())
+    for wrong in (other, rows.at(int(told.keys[1]), 0)):
+        with pytest.raises(DataError, match=r"is [0-9a-f]{16} now, and the teacher read [0-9a-f]{16}"):
+            told.at(key, wrong)
+    with pytest.raises(DataError, match="never asked about row 999"):
+        told.at(999, row)
+    description = json.loads((told.folder / "told.json").read_text())
+    (told.folder / "told.json").write_text(json.dumps({**description, "temperature": 3.0}))
+    with pytest.raises(DataError, match=r"has the key \w+, and these rows have \w+: temperature"):
+        asked_once(plan)
+
+
+@pytest.mark.parametrize("cache", ["sampled", "top-k"])
+def test_a_stage_that_looks_up_its_teacher_resumes_bit_for_bit(shelf: Shelf, cache: str) -> None:
+    whole, parts = (cached(shelf, f"{cache}-{part}", cache) for part in ("whole", "parts"))
+    one, two = shelf.run(whole), carried_out_in_parts(shelf, parts)
+    assert trace(one.place) == trace(two.place)
+    steps = [row for row in read_metrics(one.place / "metrics.jsonl") if row["kind"] == "step"]
+    assert steps[0]["losses"]["distill"] > 0
+
+
+def test_a_first_word_behind_a_prompt_that_the_teacher_lacks_is_left_out_of_a_cache_too(
+    shelf: Shelf, tmp_path: Path
+) -> None:
+    tuning = {"kind": "prompt", "length": 3}
+    raw = shelf.stage("lacking", tuning, objectives=[{**DISTILL, "teacher": "other"}])
+    plan, _ = asked(
+        shelf, {**raw, "objectives": [{**DISTILL, "teacher": "other", "cache": {"kind": "top-k", "k": 999}}]}, tmp_path
+    )
+    (online, wanted), (told, found) = gradient_of(shelf.plan(raw)), gradient_of(plan)
+    assert told.loss == pytest.approx(online.loss, rel=2e-3)
+    assert (found - wanted).norm() < 2e-3 * wanted.norm()
+
+
+def test_a_classifier_is_not_asked_beforehand(shelf: Shelf) -> None:
+    raw = pure(shelf, "class") | {"objectives": [{**DISTILL, "cache": "sampled"}]}
+    with pytest.raises(StageError, match="classifier"):
+        shelf.plan(raw)
+
+
+# -- what is said beforehand ---------------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_each_teacher_costs(shelf: Shelf) -> None:
+    def told(**changes: Any) -> dict[str, Any]:
+        plan = shelf.plan(shelf.stage("cost", **changes))
+        return check_stage(plan, cache=shelf.cache)
+
+    at_once = told(objectives=[NEXT, {**DISTILL, "on": ["old"]}], tuning={"kind": "lora", "rank": 2})
+    (record,) = at_once["teachers"]
+    assert not record["second_model"] and at_once["memory"]["teachers"] == 0 and 0 < record["share_of_step"] < 2
+    assert "`lora` switched off, no second copy" in at_once["text"]
+    twice = told(objectives=[NEXT, {**DISTILL, "on": ["old"]}, {**DISTILL, "on": ["new"]}])
+    size = 4 * sum(p.numel() for p in make_llama().parameters())
+    assert [r["bytes"] for r in twice["teachers"]] == [size, 0] and twice["memory"]["teachers"] == size  # one model
+    plan = shelf.plan(shelf.stage("cost", objectives=[NEXT, {**DISTILL, "cache": "sampled"}]))
+    kept = told(objectives=[NEXT, {**DISTILL, "cache": "sampled"}])
+    assert [r["source"] for r in kept["teachers"]] == ["new", "old"] and not kept["teachers"][0]["there"]
+    for _ in ask(plan, Execution("float32", False, "sdpa", 1, 2, False, 0.0), CPU):
+        pass
+    told_again = told(objectives=[NEXT, {**DISTILL, "cache": "sampled"}])
+    for record, item in zip(told_again["teachers"], asked_once(plan), strict=True):
+        assert record["there"] and record["seconds"] == 0
+        on_disk = item.told.bytes()
+        assert record["labels"] * record["bytes_per_label"] == pytest.approx(on_disk, rel=0.25)

@@ -600,3 +600,17 @@ def test_a_replay_of_everything_has_no_settings_of_its_own(stage_of: StageOf, se
     raw["data"]["sources"][1] = {"name": "seen", "seen_so_far": True, "share": 0.25, **setting}
     with pytest.raises(StageError, match=f"takes `{next(iter(setting))}` from the earlier stages"):
         parse_stage(raw, "stage.yaml")
+
+
+def test_on_and_off_are_words(tmp_path: Path) -> None:
+    """As in YAML 1.2; plain YAML makes truth values of them, and the key `on` would be one."""
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "name: a\nmodel: b\ntokens: 1000\nschedule: {kind: constant, peak: 1.0e-3}\n"
+        "data: {overlap: off, sources: [{name: n, path: x.txt}]}\nobjectives: [{kind: next-token, on: [n]}]\n"
+    )
+    stage = load_stage(file)
+    assert stage.data.overlap == "off" and stage.objectives[0].on == ["n"]
+    assert load_stage(file, ["data.overlap=report"]).data.overlap == "report"
+    assert load_stage(file, ["data.overlap=off", "compute.compile=true"]).compute.compile is True
+    assert yaml.safe_load("on: off") == {True: False}  # the mutant
