@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from postgrad.data.rows import IGNORED
 from postgrad.errors import DataError, PostgradError, StageError
 from postgrad.stages.plan import Plan
 from postgrad.stages.plan_text import plan_lines
+from postgrad.training.meters import read_metrics
 from tests.stages.models import MAKERS, QUICK, Shelf, make_shelf
 
 CLASSIFY = [{"kind": "classify"}]
@@ -381,6 +383,38 @@ def test_of_a_long_conversation_the_last_question_stays(planned: Planned) -> Non
     assert "x1 = y1" in read and said.startswith("six")
     read, said = ends_of(planned(long, model="t5", length=ROOM, objectives=[{**T2T, "too_long": "cut-end"}]))
     assert "x1 = y1" not in read and said.startswith("six")
+
+
+def test_no_step_is_without_a_label(shelf: Shelf, tmp_path: Path) -> None:
+    """Answers without room, and an end of text that would have a row to itself: every step divides by something."""
+    tokenizer = AutoTokenizer.from_pretrained(shelf.home / "llama")
+    ids = tokenizer(LONG)["input_ids"][: 2 * ROOM]  # and an EOS behind two full rows
+    file = tmp_path / "full.jsonl"
+    file.write_text(json.dumps({"input_ids": ids}) + "\n")
+    answers = tmp_path / "answers.jsonl"
+    rows = [{"prompt": "six?", "completion": LONG}, {"prompt": "six?", "completion": " six"}]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    sources = [
+        {"name": "full", "path": str(file), "share": 0.9, "held_out": 0, "max_passes": 1e6},
+        {"name": "answers", "path": str(answers), "share": 0.1, "held_out": 0, "max_passes": 1e6},
+    ]
+    learned = {"name": "held", "path": shelf.file("old", held_out=True), "kind": "text"}
+    raw = shelf.stage(
+        "labels-everywhere",
+        sources=sources,
+        batch={"sequences": 1, "micro": 1},
+        evaluation={**QUICK, "learned": [learned]},
+        tokens=12 * ROOM,
+    )
+    plan = shelf.plan(raw)
+    assert [len(rows) for rows in plan.rows] == [
+        2,
+        1,
+    ] and "answers: 3 rows are left out (answer too long)" in plan.notes
+    done = shelf.run(raw)
+    steps = [row for row in read_metrics(done.place / "metrics.jsonl") if row["kind"] == "step"]
+    assert len(steps) == plan.steps > 8
+    assert all(row["tokens"] > 0 and math.isfinite(row["loss"]) and row["loss"] > 0 for row in steps)
 
 
 # -- labels --------------------------------------------------------------------------------------------------------------
