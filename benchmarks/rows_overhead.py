@@ -1,0 +1,268 @@
+"""What do packing and masking cost a training step, and how fast are rows read?
+
+    python benchmarks/rows_overhead.py --json benchmarks/results/rows_overhead.json
+
+The same Llama-style model takes steps on rows of the same number of positions, in three arms:
+
+    dense      one document fills a row, every token is a label
+    packed     many short documents in a row, kept apart, every token is a label
+    answers    many short examples in a row, kept apart, answers alone are labels
+
+Each arm is a stage's own: token store, rows, mixture, loader with its read-ahead, step. Arms take turns, a step each, and the
+one that begins changes each round; a ratio is of the steps of one round, so a slow minute of the machine hits all of them. The
+processor's own time is told beside the clock's: other processes do not count in it, and reading that is done ahead does. Beside
+it: what a loader reads by itself, on one thread. The text is the standard library's own source, parted into functions; an
+example is a function's first line and the rest of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from training_speed import SIZES
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from postgrad.data.loader import Loader
+from postgrad.models import machine
+from postgrad.models.pretrained import save_pretrained
+from postgrad.planning.execution import Execution
+from postgrad.stages.build import build, choose_execution, make_loader, make_subject
+from postgrad.stages.parsing import parse_stage
+from postgrad.stages.plan import Plan, make_plan
+from postgrad.training.step import Run, train_step
+from postgrad.training.world import World
+
+ARMS = ("dense", "packed", "answers")
+END = "<end>"
+
+
+def functions() -> list[str]:
+    """Functions and classes of the standard library."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(f for f in folder.rglob("*.py") if not {"site-packages", "test", "tests"} & set(f.parts))
+    texts = [text for f in files if 200 < len(text := f.read_text(errors="replace")) < 200_000]
+    order = np.random.default_rng(0).permutation(len(texts))
+    pieces = (piece for k in order for part in texts[k].split("\n\n\n") for piece in part.split("\n\n    def "))
+    return [piece for piece in pieces if 100 < len(piece) < 2000 and "\n" in piece]
+
+
+def prepare(home: Path, size: str, length: int) -> None:
+    """A model, and rows for each arm."""
+    shape, pieces = SIZES[size], functions()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        pieces,
+        trainers.BpeTrainer(
+            vocab_size=shape["vocabulary"], special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=shape["hidden"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["heads"],
+        intermediate_size=shape["intermediate"],
+        vocab_size=shape["vocabulary"],
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+    save_pretrained(LlamaForCausalLM(config), fast, home / "model", dtype=torch.float32)
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(pieces)]
+    stream = np.array(list(itertools.chain.from_iterable(encoded)))
+    whole = stream[: len(stream) // (length - 1) * (length - 1)].reshape(-1, length - 1)  # its EOS fills the row
+    _write(home / "dense.jsonl", ({"input_ids": ids} for ids in whole.tolist()))
+    _write(home / "packed.jsonl", ({"text": piece} for piece in pieces))
+    parted = (piece.partition("\n") for piece in pieces)
+    _write(home / "answers.jsonl", ({"prompt": first + end, "completion": rest} for first, end, rest in parted))
+
+
+def _write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def planned(home: Path, arm: str, length: int, batch: int) -> Plan:
+    """A stage on the rows of an arm."""
+    raw = {
+        "name": arm,
+        "model": "model",
+        "tokens": 10_000_000,
+        "data": {
+            "sequence_length": length,
+            "sources": [{"name": arm, "path": f"{arm}.jsonl", "held_out": 0.01, "max_passes": 1e6}],
+        },
+        "batch": {"sequences": batch},
+        "schedule": {"kind": "constant", "peak": 1e-4, "warmup": 0},
+        "evaluation": {"samples": 0},
+    }
+    return make_plan(parse_stage(raw, arm), home, home / "cache")
+
+
+def begun(plan: Plan, execution: Execution, world: World) -> tuple[Run, Loader]:
+    """A run at its first step, and its loader."""
+    subject = make_subject(plan, world)
+    subject.model.pretrained.set_attn_implementation(execution.attention)
+    run = build(plan, subject, execution, world)
+    run.model.train()
+    return run, make_loader(plan, execution, world)
+
+
+class Taken(NamedTuple):
+    """Seconds of a step, reading included (which is done ahead): by the clock, and of the processor."""
+
+    clock: float
+    processor: float
+
+
+def step(run: Run, loader: Loader) -> Taken:
+    """Make the next step."""
+    clock, processor = time.perf_counter(), time.process_time()
+    train_step(run, loader(run.step + 1))
+    return Taken(time.perf_counter() - clock, time.process_time() - processor)
+
+
+def described(plan: Plan) -> dict[str, float]:
+    """What the rows of an arm are like."""
+    ledger, rows = plan.rows[0].ledger, len(plan.rows[0])
+    sample = [plan.rows[0].at(i, i) for i in np.linspace(0, rows - 1, min(rows, 200)).astype(int).tolist()]
+    documents = statistics.mean(int((row.inputs["position_ids"] == 0).sum()) for row in sample)
+    positions = rows * plan.context
+    return {
+        "documents_per_row": documents,
+        "labels_share": ledger.trained / positions,
+        "padding_share": ledger.padding / positions,
+    }
+
+
+def read_alone(plan: Plan, execution: Execution, world: World, steps: int) -> dict[str, float]:
+    """What a loader reads by itself, on one thread."""
+    loader = make_loader(plan, execution, world)
+    times = []
+    for step in range(1, steps + 1):
+        begin = time.perf_counter()
+        loader.read(step)
+        times.append(time.perf_counter() - begin)
+    rows = plan.mixture.block
+    return {
+        "read_ms": 1e3 * statistics.median(times),
+        "rows_per_second": rows / statistics.median(times),
+        "positions_per_second": rows * plan.context / statistics.median(times),
+    }
+
+
+def over(ratios: Sequence[float]) -> dict[str, Any]:
+    """By how much one is above the other: the median of the rounds, its 95 % interval (bootstrap over rounds), quartiles."""
+    draws = np.random.default_rng(0).choice(np.array(ratios), (2000, len(ratios)))
+    low, high = np.quantile(np.median(draws, 1), [0.025, 0.975])
+    quartiles = [float(q) - 1 for q in np.quantile(ratios, [0.25, 0.75])]
+    return {"median": statistics.median(ratios) - 1, "interval": [low - 1, high - 1], "quartiles": quartiles}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All arms, in turns."""
+    world = World(machine.device())
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        prepare(home, options.size, options.length)
+        plans = {arm: planned(home, arm, options.length, options.batch) for arm in ARMS}
+        execution = choose_execution(plans["dense"], make_subject(plans["dense"], world), world)
+        changes = {key: value for key in ("attention", "dtype") if (value := getattr(options, key))}
+        execution = dataclasses.replace(execution, compile=options.compile, **changes)
+        runs = {arm: begun(plan, execution, world) for arm, plan in plans.items()}
+        for run, loader in runs.values():  # also what is compiled
+            for _ in range(options.warm_up):
+                step(run, loader)
+        rounds: list[dict[str, Taken]] = []
+        for number in range(options.rounds):
+            order = [ARMS[(number + i) % len(ARMS)] for i in range(len(ARMS))]
+            rounds.append({arm: step(*runs[arm]) for arm in order})
+            print(f"round {number + 1}: " + ", ".join(f"{a} {rounds[-1][a].processor:.3f} s" for a in ARMS), flush=True)
+        found: dict[str, Any] = {
+            "size": options.size,
+            "rows": options.batch,
+            "positions": options.length,
+            "rounds": options.rounds,
+            "execution": {k: v for k, v in execution.as_dict().items() if k not in ("reasons", "seconds")},
+            "machine": {"cpu": machine.processor(), "cores": machine.cores(), "device": world.device.type},
+            "torch": torch.__version__,
+            "arms": {},
+        }
+        for arm in ARMS:
+            clock, processor = [made[arm].clock for made in rounds], [made[arm].processor for made in rounds]
+            read = read_alone(plans[arm], execution, world, options.reads)
+            found["arms"][arm] = {
+                **described(plans[arm]),
+                "step_ms": 1e3 * statistics.median(clock),
+                "step_ms_range": [1e3 * min(clock), 1e3 * max(clock)],
+                "processor_ms": 1e3 * statistics.median(processor),
+                "over_dense": over([made[arm].clock / made["dense"].clock for made in rounds]),
+                "over_dense_processor": over([made[arm].processor / made["dense"].processor for made in rounds]),
+                **read,
+                "read_share_of_step": read["read_ms"] / (1e3 * statistics.median(processor)),
+            }
+    return found
+
+
+def told(found: dict[str, Any]) -> str:
+    """The results as a table."""
+    lines = [
+        "| rows | documents a row | labels | padding | step | over dense: clock | processor | rows read/s | of a step |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, x in found["arms"].items():
+        overs = ["" if arm == "dense" else _over(x[key]) for key in ("over_dense", "over_dense_processor")]
+        lines.append(
+            f"| {arm} | {x['documents_per_row']:.1f} | {x['labels_share']:.0%} | {x['padding_share']:.1%} | "
+            f"{x['step_ms']:.0f} ms | {' | '.join(overs)} | {x['rows_per_second']:,.0f} | {x['read_share_of_step']:.2%} |"
+        )
+    return "\n".join(lines)
+
+
+def _over(x: dict[str, Any]) -> str:
+    return f"{x['median']:+.1%} ({x['interval'][0]:+.1%} to {x['interval'][1]:+.1%})"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="5M")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--reads", type=int, default=200)
+    parser.add_argument("--attention", help="as transformers calls it; left out: as a stage chooses")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="left out: as a stage chooses")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    machine.tune_allocator()
+    found = measure(options)
+    print(told(found))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.with_suffix(".md").write_text(told(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
