@@ -81,10 +81,11 @@ PARTS = (
     ("Demonstrations", "`tuning.demonstrations`"),
     ("ExpandTuning", "`tuning`: `expand`"),
     ("Evaluation", "`evaluation`"),
-    ("HeldOutFile", "`evaluation.retained[]`, `evaluation.learned[]`"),
+    ("HeldOutFile", "`evaluation.retained[]`, `evaluation.learned[]`, `evaluation.test[]`"),
     ("Task", "`evaluation.tasks[]`"),
     ("Shown", "`evaluation.tasks[].shown`"),
     ("Save", "`save`"),
+    ("Choose", "`save.choose`"),
     ("Compute", "`compute`"),
 )
 NOTES = {

@@ -137,15 +137,20 @@ def wsd(*, steps: float, peak: float, floor: float, warmup: float, decay: float,
     )
 
 
+def peak_step(schedule: Schedule, steps: int) -> int:
+    """The first step with the highest rate: the end of the warm-up."""
+    return max(range(1, steps + 1), key=schedule)
+
+
 def first_step_at_or_below(schedule: Schedule, share: float, steps: int) -> int:
     """The first step after the peak whose rate is at most `share` of the peak, or `steps` when there is none.
 
     This is the trigger of a data switch such as "change the blend when the learning rate has fallen to one fifth"
     (Parmar et al. 2024, arXiv 2407.07263).
     """
-    peak_step = max(range(1, steps + 1), key=schedule)
-    limit = share * schedule(peak_step)
-    return next((step for step in range(peak_step, steps + 1) if schedule(step) <= limit), steps)
+    first = peak_step(schedule, steps)
+    limit = share * schedule(first)
+    return next((step for step in range(first, steps + 1) if schedule(step) <= limit), steps)
 
 
 def sampled(schedule: Schedule, steps: int, points: int = 400) -> list[tuple[int, float]]:

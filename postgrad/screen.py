@@ -100,6 +100,10 @@ def _looked(row: dict[str, Any]) -> str:
     parts = []
     for name, found in row["sets"].items():
         parts.append(f"{name} {found['nats']:.3f} ({found['change']:+.3f})")
+    choice = row.get("choice")
+    if choice:
+        best = "no candidate yet" if choice["best"] is None else f"best so far at step {choice['best']:,}"
+        parts.append(f"{choice['by']} on {choice['set']} {choice['value']:.4f} ({best})")
     text = "held out: " + ", ".join(parts)
     asked = [f"{name} {found['metric']} {found['value']:.3f}" for name, found in row.get("tasks", {}).items()]
     return text + ("; asked: " + ", ".join(asked) if asked else "")

@@ -68,6 +68,10 @@ class Scores:
         """Mean nats per scored label."""
         return float(self.nats_W.sum() / max(self.tokens_W.sum(), 1))
 
+    def measured(self) -> dict[str, dict[str, float]]:
+        """A classifier's metrics, each with its interval."""
+        return measured(self.problem, self.said_I, self.meant_I, self.item_I, self.names.tolist())
+
     def summary(self) -> dict[str, Any]:
         """Nats per token with its 95 % interval, perplexity, bits per byte, and what was counted.
 
@@ -75,8 +79,7 @@ class Scores:
         """
         nats, tokens = self.per_unit()
         low, high = bootstrap(nats, tokens)
-        answers = self.said_I, self.meant_I, self.item_I, self.names.tolist()
-        right = {"metrics": measured(self.problem, *answers)} if len(self.said_I) else {}
+        right = {"metrics": self.measured()} if len(self.said_I) else {}
         return {
             **right,
             "nats": self.nats,

@@ -78,6 +78,14 @@ OF_NUMBERS: dict[str, OfItems] = {"MSE": _mse, "Pearson": _pearson, "Spearman": 
 PROBLEMS = (*COUNTED, "number")
 
 
+def metrics_of(problem: str, names: Sequence[str] = ()) -> list[str]:
+    """The names of what `measured` measures."""
+    if problem == "number":
+        return [*OF_NUMBERS]
+    spans = [*_of_spans(np.zeros((1, 3)))] if problem == "tags" and mark_spans(names) else []
+    return [*spans, *COUNTED.get(problem, {})]
+
+
 def measured(
     problem: str,
     said_I: np.ndarray,

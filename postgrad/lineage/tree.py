@@ -61,7 +61,7 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
     columns: dict[str, str] = {}
     learnt_at: dict[str, int] = {}
     for i, (_, record) in enumerate(stages, start=1):
-        for name, change in record.get("changes", {}).items():
+        for name, change in _columns(record).items():
             key = columns.setdefault(record["fingerprints"]["sets"][name], set_key(record, name))
             # The first stage that trained on it; 0: the start model knew it, or no stage ever did.
             if not learnt_at.setdefault(key, 0) and change["role"] == "learned":
@@ -70,7 +70,7 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
     context = stages[-1][1]["model"].get("context")
     losses = np.full((len(stages) + 1, len(names)), np.nan)
     for i, (_, record) in enumerate(stages, start=1):
-        for name in record.get("changes", {}):
+        for name in _columns(record):
             if record["model"].get("context") != context:  # scored with another context: not one column
                 continue
             j = names.index(columns[record["fingerprints"]["sets"][name]])
@@ -96,7 +96,7 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
                     "path": str(path),
                     "model": record["model"]["start"],
                     "created": record["created"],
-                    "tokens": branch["tokens"] if branch else record["achieved"]["tokens"],
+                    "tokens": branch["tokens"] if branch else _trained(record),
                 }
                 for (path, record), branch in zip(stages, branches, strict=True)
             ),
@@ -115,6 +115,17 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
             "denominators": {{"FM": "forgetting"}.get(name, name): said for name, said in summary.denominators.items()},
         },
     }
+
+
+def _columns(record: Record) -> dict[str, Any]:
+    """The sets of a run that other models may be scored on too: all but its test sets, which are looked at once."""
+    return {name: change for name, change in record.get("changes", {}).items() if change["role"] != "test"}
+
+
+def _trained(record: Record) -> int:
+    """The trained tokens of the model that a run published: up to the step that was chosen, or all."""
+    chosen = record.get("chosen")
+    return chosen["trained"] if chosen else record["achieved"]["tokens"]
 
 
 def set_key(record: Record, name: str) -> str:

@@ -66,6 +66,7 @@ class Curves:
     grad_norm: list[tuple[float, float]] = field(default_factory=list)
     sets: dict[str, list[tuple[float, float, float, float, float]]] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
+    choice: list[tuple[float, float]] = field(default_factory=list)
     last_step: int = 0
     steps: int = 0
     not_finite: int = 0
@@ -96,6 +97,9 @@ def read_curves(metrics: Iterable[Mapping[str, object]]) -> Curves:
                 if value is not None:
                     metric = plain(mapping(entry).get("metric"))
                     curves.tasks.setdefault(metric, {}).setdefault(name, []).append((x, value))
+            value = number(mapping(row.get("choice")).get("value"))
+            if value is not None:
+                curves.choice.append((x, value))
             for name, entry in mapping(row.get("sets")).items():
                 entry = mapping(entry)
                 nats, change = number(entry.get("nats")), number(entry.get("change"))
@@ -157,6 +161,7 @@ def run_page(record: Mapping[str, object], metrics: Iterable[Mapping[str, object
         ("result", "Result", "What was kept, what was learnt", _result(record)),
         ("tasks", "Tasks", "What it was asked", tasks.section(record, curves.tasks, curves.unit)),
         ("retention", "Retention", "Forgetting while it trained", _retention(record, curves)),
+        ("choice", "Choice", "Which step was published", _choice(record, curves)),
         ("drift", "Drift", "How far it has moved", drift.section(record)),
         ("training", "Training", "Training", _training(record, curves)),
         ("mixture", "Mixture", "What was read", _mixture(record)),
@@ -174,11 +179,11 @@ def run_page(record: Mapping[str, object], metrics: Iterable[Mapping[str, object
 
 
 def headline(record: Mapping[str, object]) -> str:
-    """The result in plain words, `<p class="lead">`: learned sets first, then retained ones."""
+    """The result in plain words, `<p class="lead">`: test sets first, then learned ones, then retained ones."""
     scores = mapping(record.get("scores"))
     before, after = mapping(scores.get("before")), mapping(scores.get("after"))
     sentences = []
-    for entries, most in ((tables.learned(record), 3), (tables.retained(record), 3)):
+    for entries, most in ((tables.tests(record), 3), (tables.learned(record), 3), (tables.retained(record), 3)):
         ranked = sorted(entries, key=lambda n: -abs(number(entries[n].get("difference")) or 0.0))
         for set_name in ranked[:most]:
             entry = entries[set_name]
@@ -271,6 +276,8 @@ def _facts(record: Mapping[str, object], curves: Curves) -> str:
         facts.append(("speed", f"{count(achieved['tokens_per_second'])} tokens/s"))
     if curves.last_step:
         facts.append(("steps", count(curves.last_step)))
+    if number(mapping(record.get("chosen")).get("step")) is not None:
+        facts.append(("published", f"step {count(mapping(record['chosen'])['step'])}"))
     if record.get("finished") or record.get("created"):
         word = "ended" if record.get("finished") else "started"
         facts.append((word, moment(record.get("finished") or record.get("created"))))
@@ -349,7 +356,8 @@ def _result(record: Mapping[str, object]) -> str:
     names = tables.set_names(record)
     if not names:
         return ""
-    kept, learnt = _estimates(tables.retained(record)), _estimates(tables.learned(record))
+    kept = _estimates(tables.retained(record))
+    learnt = [*_estimates(tables.learned(record)), *_estimates(tables.tests(record))]
     gate = number(mapping(record.get("gate")).get("level"))
     limit = Level(gate, f"gate {signed(gate)}") if gate is not None else None
     words = {"x_label": "change of the loss, nats per token", "left_word": "better", "right_word": "worse"}
@@ -366,7 +374,11 @@ def _result(record: Mapping[str, object]) -> str:
         both = [*learnt, *kept]
         plots.append(
             figure(
-                "All sets on one scale" if kept else "Learned sets",
+                "All sets on one scale"
+                if kept
+                else "Learned and test sets"
+                if tables.tests(record)
+                else "Learned sets",
                 lambda w: figures.forest_plot(both, title="Change on all sets", width=w, **words),
                 about="What was gained beside what it cost.",
             )
@@ -397,6 +409,7 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
     if curves.unit != "step" and planned and record.get("status") != "finished":
         whole = max(whole, planned)
     gate = number(mapping(record.get("gate")).get("level"))
+    published = _published(record, curves)
     body = about(
         "Change of the loss on held-out text since the start of the stage. Above zero is forgetting; the"
         " shaded bands are 95 % intervals. Most forgetting happens right after the switch, so the first"
@@ -417,10 +430,11 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
             "levels": levels,
             "least": 0.01,
         }
+        seen_whole = {**words, "marks": published}
         numbers = _evaluation_numbers(names, curves)
         first = figure(
             f"{heading} sets, the whole run",
-            lambda w, s=series, k=words, t=heading: figures.line_chart(
+            lambda w, s=series, k=seen_whole, t=heading: figures.line_chart(
                 s, title=f"{t} sets through the run", width=w, **k
             ),
             numbers=numbers,
@@ -437,6 +451,34 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
             )  # fmt: skip
         body += side_by_side(first, second)
     return body
+
+
+def _published(record: Mapping[str, object], curves: Curves) -> list[Mark]:
+    """Where the published step lies, when one was chosen."""
+    chosen = mapping(record.get("chosen"))
+    at = number(chosen.get("step" if curves.unit == "step" else "trained"))
+    return [] if at is None else [Mark(at, "published")]
+
+
+def _choice(record: Mapping[str, object], curves: Curves) -> str:
+    """The value that decided, look by look, and what was decided."""
+    lines = tables.chosen_lines(record)
+    if not lines:
+        return ""
+    chosen = mapping(record.get("chosen"))
+    by, of = plain(chosen.get("by"), 40), plain(chosen.get("set"), 60)
+    drawn = ""
+    if curves.choice:
+        series = [Series(by, curves.choice, markers=True, label=False)]
+        drawn = figure(
+            f"{by[:1].upper()}{by[1:]} on {of}",
+            lambda w: figures.line_chart(
+                series, title=f"{by} on {of} at each look", x_label=curves.unit, y_label=by, width=w,
+                zero=False, marks=_published(record, curves)
+            ),
+            about=f"Each look scores the whole set. Candidates are the looks from step {count(chosen.get('first'))} on.",
+        )  # fmt: skip
+    return "".join(about(line) for line in lines) + drawn
 
 
 def _change_series(

@@ -273,11 +273,46 @@ def difference(entry: Mapping[str, object], decimals: int = 3, tone: str = "") -
 
 
 def set_names(record: Mapping[str, object]) -> list[str]:
-    """Held-out sets in reading order: retained ones first, then learned ones, then the rest."""
+    """Held-out sets in reading order: retained ones first, then learned ones, then test sets, then the rest."""
     scores, changes = mapping(record.get("scores")), mapping(record.get("changes"))
     found = dict.fromkeys([*changes, *mapping(scores.get("before")), *mapping(scores.get("after"))])
-    rank = {"retained": 0, "learned": 1}
-    return sorted(found, key=lambda name: rank.get(str(mapping(changes.get(name)).get("role")), 2))
+    rank = {"retained": 0, "learned": 1, "test": 2}
+    return sorted(found, key=lambda name: rank.get(str(mapping(changes.get(name)).get("role")), 3))
+
+
+ONCE = "A test set is looked at once: on the start model and on the published one, when all was trained and chosen."
+
+
+def set_cell(record: Mapping[str, object], name: str) -> Cell:
+    """The name of a held-out set; a test set is marked as one."""
+    return words(f"{name} (test)" if name in tests(record) else name)
+
+
+def chosen_lines(record: Mapping[str, object]) -> list[str]:
+    """Which step was published and why, as sentences; none where it is the last one by rule."""
+    found = mapping(record.get("chosen"))
+    if number(found.get("step")) is None:
+        return []
+    last, planned = found.get("last"), mapping(record.get("plan")).get("steps")
+    of = f"{plain(found.get('by'), 40)} on {plain(found.get('set'), 60)}"
+    looks = number(found.get("looks")) or 0
+    said = [
+        f"Published: step {count(found.get('step'))} of {count(last)}, the best of {count(looks)} "
+        f"look{'s' * (looks != 1)} by {of} ({fixed(found.get('value'), 4)})."
+    ]
+    limit = number(found.get("max_forgetting"))
+    if limit is not None and found.get("within") is False:
+        said.append(
+            f"No look kept the loss on every retained set within {percent(limit)}; "
+            f"this one forgot least ({percent(found.get('rise'))} at the upper end)."
+        )
+    elif limit is not None:
+        said.append(f"Looks at which a retained set's loss had risen by more than {percent(limit)} were passed over.")
+    if found.get("stopped"):
+        said.append(
+            f"Training ended at step {count(last)} of {count(planned)}: {count(found.get('since'))} looks without a gain."
+        )
+    return said
 
 
 def verdict(entry: Mapping[str, object]) -> str:
@@ -309,8 +344,8 @@ def score_table(record: Mapping[str, object], brief: bool = False) -> Table:
         how_many = c.get("count", b.get("documents"))
         body.append(
             (
-                words(name),
-                words(c.get("role")),
+                set_cell(record, name),
+                words("test (looked at once)" if c.get("role") == "test" else c.get("role")),
                 words(f"{symbol} {told}".strip(), tone),
                 level(b.get("nats")),
                 level(a.get("nats")),
@@ -337,6 +372,7 @@ def score_table(record: Mapping[str, object], brief: bool = False) -> Table:
     notes = (
         "Lower is better everywhere. The difference is after minus before on the same texts; its interval"
         " resamples whole units (paired bootstrap). Retained sets should not rise, learned sets should fall.",
+        *([ONCE] if tests(record) else []),
     )
     if brief:
         picked = [0, 2, 3, 4, 5, 7, 8]
@@ -373,7 +409,7 @@ def metrics_table(record: Mapping[str, object]) -> Table | None:
             then, here = mapping(was.get(metric)), mapping(now.get(metric))
             body.append(
                 (
-                    words(name),
+                    set_cell(record, name),
                     words(metric),
                     level(then.get("value")),
                     level(here.get("value")),
@@ -395,6 +431,10 @@ def retained(record: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
 
 def learned(record: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
     return _of_role(record, "learned")
+
+
+def tests(record: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
+    return _of_role(record, "test")
 
 
 def _of_role(record: Mapping[str, object], role: str) -> dict[str, Mapping[str, object]]:

@@ -55,6 +55,17 @@ def _length(value: Any) -> Any:
     raise ValueError(f"a length such as 1%, 200 steps or 2M tokens is expected, not {value!r}")
 
 
+def _patience(value: Any) -> Any:
+    if isinstance(value, str):
+        if value.strip().lower() == "none":
+            return None
+        match = re.fullmatch(r"\s*(\d+)\s*(?:looks?)?\s*", value)
+        if not match:
+            raise ValueError(f"a number of looks such as `3 looks`, or none, is expected, not {value!r}")
+        return int(match[1])
+    return _number(value)
+
+
 # In a file each of these may also be text; the schema says so, as editors hold files against it.
 Amount = Annotated[
     int,
@@ -75,6 +86,11 @@ Length = Annotated[
     str,
     Field(description="1%, 200 steps or 2M tokens"),
     BeforeValidator(_length, json_schema_input_type=int | str),
+]
+Patience = Annotated[
+    Annotated[int, Field(gt=0)] | None,
+    Field(description="3 looks, or none"),
+    BeforeValidator(_patience, json_schema_input_type=int | str | None),
 ]
 Rate = Annotated[float, Field(gt=0, description="a learning rate"), BeforeValidator(_number)]
 Positive = Annotated[int, Field(gt=0), BeforeValidator(_number)]

@@ -71,7 +71,7 @@ def blend_run(
     _check(sweep, by, choose, max_forgetting, out)
     record = read_record(run)
     plan = make_plan(parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache)
-    sets = list(plan.held_out)
+    sets = list(plan.looked_at)
     if not any(h.role == "retained" for h in sets):
         raise StageError(
             f"{run} has no retained set, so what a blend gives back could not be seen",

@@ -23,7 +23,7 @@ def drift_of(plan: Plan, after: Model, world: World) -> dict[str, Any] | None:
     before = model_for(opened.model, plan.task).to(world.device)
     tokens = plan.stage.evaluation.drift_tokens
     sets: dict[str, Any] = {}
-    for old, new in zip(plan.held_out_before, plan.held_out, strict=True):
+    for old, new in zip(plan.looked_at_before, plan.looked_at, strict=True):
         if new.task in SAYS_IN_SHARES:
             both = old.first(tokens), new.first(tokens)
             found = drift(before, after, both, context=plan.context).summary()

@@ -32,6 +32,8 @@ def outcome_text(outcome: Finished) -> str:
             f"\nretention gate {verdict}: the loss on {worst['set']} rose by {worst['rise']:+.2%} "
             f"(upper end {worst['high']:+.2%}), allowed {gate['max_forgetting']:.2%}"
         )
+    chosen = tables.chosen_lines(record)
+    lines += ["", *chosen] if chosen else []
     lines += ["", f"model:  {place / MODEL}", f"report: {place / REPORT}"]
     writes = record["model"].get("task", "causal") in ("causal", "text-to-text")
     verb = "generate" if record["status"] == "finished" and writes else "lineage"

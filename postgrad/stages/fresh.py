@@ -156,11 +156,13 @@ def _tokenizer(
             (),
         )
         portions.append(Portion(files, lambda n, source=source: held_out_share(stage, source, n)))
-    named = [("retained", stage.evaluation.retained), ("learned", stage.evaluation.learned)]
     away = [
         files_of(item.name, worded(item, role, wanted), root, f"evaluation.{role}")
-        for role, items in named
-        for item in items
+        for role, item in stage.evaluation.files()
+    ]
+    away += [
+        files_of(task.name, {**task.model_dump(), "hub": None}, root, f"evaluation.tasks[{i}]")
+        for i, task in enumerate(stage.evaluation.tasks)
     ]
     names = [source.name for source in stage.data.sources]
     mixing = stage.data.mixing

@@ -46,6 +46,7 @@ from postgrad.stages.objectives import (
     RowsObjective,
 )
 from postgrad.stages.reading import Reading
+from postgrad.stages.unseen import labels_among, refuse_unseen
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,13 @@ class Chosen:
     renderer: Renderer | None
     words: Mapping[str, str] = field(default_factory=dict)
     """How labels are said."""
+    files: Files | None = None
+    """Of a set that is no part of a source: where it comes from."""
+
+    @property
+    def table(self) -> np.ndarray:
+        """What the store says of its documents."""
+        return np.asarray(self.store.documents)[self.documents]
 
 
 def held_out_sets(
@@ -74,12 +82,12 @@ def held_out_sets(
 ) -> tuple[list[Chosen], list[np.ndarray]]:
     """The documents to be scored, and the document tables of all held-out text (training copies are dropped)."""
     sets: list[Chosen] = []
-    tables: list[np.ndarray] = []
     for given in listed:
         store = store_of(given.files, reading.encoder, cache, progress, stage.data.workers, given.renderer)
-        chosen = np.arange(len(store))
-        sets.append(Chosen(given.name, given.role, store, chosen, given.objective, given.renderer, given.words))
-        tables.append(np.asarray(store.documents))
+        every = np.arange(len(store))
+        sets.append(
+            Chosen(given.name, given.role, store, every, given.objective, given.renderer, given.words, given.files)
+        )
         strange = new_labels(given, [leaf.wanted for leaf in leaves], cache)
         notes += [f"{given.name}: {said}" for said in (*left_out(store.skipped), *strange)]
     for leaf in leaves:
@@ -107,7 +115,6 @@ def held_out_sets(
             continue
         objective, words = leaf.wanted.objective, leaf.wanted.wording.words
         sets.append(Chosen(name, role, leaf.store, chosen, objective, leaf.renderer, words))
-        tables.append(table[chosen])
     if not sets:
         raise StageError(
             "no held-out text: what is learnt and forgotten could not be measured",
@@ -116,7 +123,53 @@ def held_out_sets(
         )
     if reading.start.made is None and not any(h.role == "retained" for h in sets):
         notes.append("no retained set: forgetting is not measured (name old text under evaluation.retained)")
-    return sets, tables
+    return _apart(sets, notes), [chosen.table for chosen in sets]
+
+
+def _apart(sets: Sequence[Chosen], notes: list[str]) -> list[Chosen]:
+    """The sets, those that are looked at during training without the documents of test sets."""
+    tests = [chosen.table["digest"] for chosen in sets if chosen.role == "test"]
+    if not tests:
+        return list(sets)
+    secret = np.unique(np.concatenate(tests))
+    out: list[Chosen] = []
+    for chosen in sets:
+        copies = np.isin(chosen.table["digest"], secret)
+        if chosen.role == "test" or not copies.any():
+            out.append(chosen)
+            continue
+        if copies.all():
+            raise DataError(
+                f"every document of '{chosen.name}' is also in a test set, which is looked at once, after training",
+                where=f"evaluation.{chosen.role}",
+                expected="documents of its own",
+            )
+        notes.append(f"{chosen.name}: {int(copies.sum()):,} documents are copies of test documents and are left out")
+        out.append(replace(chosen, documents=chosen.documents[~copies]))
+    return out
+
+
+def check_labels(
+    sets: Sequence[Chosen], leaves: Sequence[Leaf], excluded: np.ndarray | None, cache: Path, notes: list[str]
+) -> None:
+    """Hold the labels of classification sets against those of the rows that are trained on.
+
+    Raises `DataError` for one that only a held-out file has; one that only the held-out part of a source has is noted.
+    """
+    asked = [c for c in sets if isinstance(c.objective, ClassifyObjective) and c.objective.labels is None]
+    if not asked:
+        return
+    trained = set[str | int]()
+    for leaf in leaves:
+        documents = keep(leaf.store, held_out=leaf.held_out, excluded=excluded).documents
+        trained |= labels_among(leaf.store, documents)
+    for chosen in asked:
+        unseen = labels_among(chosen.store, chosen.documents) - trained
+        if unseen and chosen.files is not None:
+            refuse_unseen(chosen.name, chosen.files, trained, cache, listed=False)
+        elif unseen:
+            listed = ", ".join(sorted(map(str, unseen)))
+            notes.append(f"{chosen.name}: no row with the label {listed} is left to train on; all are held out")
 
 
 @dataclass(frozen=True)
@@ -140,23 +193,24 @@ def listed_files(
     labels: Labels | None,
     demonstrated: Demonstrated | None,
     reading: Reading,
+    cache: Path,
 ) -> list[Listed]:
     """The files under `evaluation`, and how their rows are worded: tried on the first of each, before anything is tokenised.
 
-    Raises `DataError` for rows that cannot be worded, `StageError` for rows that no objective serves.
+    Raises `DataError` for rows that cannot be worded and for labels that a classifier does not know, `StageError` for rows
+    that no objective serves.
     """
     out: list[Listed] = []
     by_source = {each.source: each for each in wanted}
-    for role, item in [
-        *(("retained", item) for item in stage.evaluation.retained),
-        *(("learned", item) for item in stage.evaluation.learned),
-    ]:
+    for role, item in stage.evaluation.files():
         where = f"evaluation.{role}"
         given = worded(item, role, by_source)
         files = files_of(item.name, given, root, where)
         kind = source_kind(files)
         objective = objective_for(item.like or item.name, kind, objectives, made_with(reading.start), where).made_for
         renderer = renderer_for(objective, kind, reading, wording_of(given), labels, demonstrated)
+        if labels and labels.names and isinstance(objective, ClassifyObjective):
+            refuse_unseen(item.name, files, labels.names, cache, listed=objective.labels is not None)
         try_wording(files, renderer)
         out.append(Listed(item.name, role, files, kind, objective, renderer, given["words"]))
     return out
@@ -370,21 +424,18 @@ def overlaps(
         return {}
     out: dict[str, dict[str, Any]] = {}
     by_source = {leaf.wanted.source: leaf.wanted for leaf in leaves}
-    for role in ("retained", "learned"):
-        for item in getattr(stage.evaluation, role):
-            files = files_of(item.name, worded(item, role, by_source), root, f"evaluation.{role}")
-            found = _overlap_with(files, leaves, cache)
-            out[item.name] = found
-            if found["half"]:
-                message = (
-                    f"{item.name}: {found['half']:,} of {found['documents']:,} held-out documents share at least half of "
-                    f"their 13-grams with the training text"
-                )
-                if stage.data.overlap == "refuse":
-                    raise DataError(
-                        message, where=f"evaluation.{role}", way_out="remove them, or set data.overlap: report"
-                    )
-                notes.append(message)
+    for role, item in stage.evaluation.files():
+        files = files_of(item.name, worded(item, role, by_source), root, f"evaluation.{role}")
+        found = _overlap_with(files, leaves, cache)
+        out[item.name] = found
+        if found["half"]:
+            message = (
+                f"{item.name}: {found['half']:,} of {found['documents']:,} held-out documents share at least half of "
+                f"their 13-grams with the training text"
+            )
+            if stage.data.overlap == "refuse":
+                raise DataError(message, where=f"evaluation.{role}", way_out="remove them, or set data.overlap: report")
+            notes.append(message)
     return out
 
 

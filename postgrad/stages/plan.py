@@ -23,8 +23,17 @@ from postgrad.models.pretrained import Start, Task, TaskLayer, load_tokenizer
 from postgrad.models.representation import Representation
 from postgrad.objectives.decisions import Problem
 from postgrad.stages import stage as s
+from postgrad.stages.choose import Rule, make_rule
 from postgrad.stages.fresh import made_note, start_of
-from postgrad.stages.held_out import Chosen, as_read, held_out_sets, listed_files, one_by_one, overlaps
+from postgrad.stages.held_out import (
+    Chosen,
+    as_read,
+    check_labels,
+    held_out_sets,
+    listed_files,
+    one_by_one,
+    overlaps,
+)
 from postgrad.stages.layouts import left_out, lost, made_with, make_rows, objectives_for, plainly_chats, task_for
 from postgrad.stages.leaves import Leaf, Progress, demonstrating, labels_for, make_leaves, seen_by, wanted_sources
 from postgrad.stages.mixing import told
@@ -76,6 +85,8 @@ class Plan:
     """What the model is asked under the stage's tuning."""
     tasks_before: tuple[Asked, ...]
     """The same, as the start model is asked."""
+    choice: Rule | None
+    """By what the published step is chosen; None: the last one is published."""
     seen: dict[str, dict[str, Any]]
     overlap: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
@@ -91,6 +102,21 @@ class Plan:
     def prefixes(self) -> int:
         """How long rows are whose beginnings are read in both directions; 0 when there are none."""
         return self.context if any(isinstance(leaf.wanted.objective, PrefixLMObjective) for leaf in self.leaves) else 0
+
+    @property
+    def looked_at(self) -> tuple[AnyHeldOut, ...]:
+        """The sets that are scored before and during training: all but the test sets."""
+        return tuple(h for h in self.held_out if h.role != "test")
+
+    @property
+    def looked_at_before(self) -> tuple[AnyHeldOut, ...]:
+        """The same as the start model reads them."""
+        return tuple(h for h in self.held_out_before if h.role != "test")
+
+    def first_look(self, held_out: AnyHeldOut) -> AnyHeldOut:
+        """What of a set is scored during training: the first tokens of it, or all of it where it decides."""
+        whole = self.choice is not None and self.choice.watched(held_out)
+        return held_out if whole else held_out.first(self.stage.evaluation.during_tokens)
 
     def trained_per_row(self) -> list[float]:
         """Mean trained tokens in a row of each source."""
@@ -178,7 +204,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     reading = make_reading(task, start, tokenizer, encoder, length=length, seed=stage.seed, tuning=stage.tuning)
     problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
     demonstrated = demonstrating(stage, wanted, reading)
-    listed = listed_files(stage, root, wanted, objectives, labels, demonstrated, reading)
+    listed = listed_files(stage, root, wanted, objectives, labels, demonstrated, reading, cache)
     leaves = make_leaves(stage, wanted, labels, demonstrated, reading, cache, progress)
     if any(plainly_chats(leaf.renderer) for leaf in leaves):  # the model leaves with what it was trained with
         tokenizer.chat_template = plain_template(encoder.bos is not None)
@@ -192,6 +218,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     notes += [note for asked in tasks for note in asked.notes]
     kept_out = [t["digest"] for t in tables] + [asked.tested_N for asked in tasks]
     excluded = np.unique(np.concatenate(kept_out)) if kept_out else None
+    check_labels(chosen, leaves, excluded, cache, notes)
     rows = tuple(
         make_rows(
             leaf.wanted.objective,
@@ -230,6 +257,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     shares = _shares(stage, leaves, excluded, notes)
     steps, mixture, tokens = make_order(stage, leaves, rows, shares, notes, start)
     schedule = make_schedule(stage.schedule, steps, tokens, start)
+    looked_at = [c for c in chosen if c.role != "test"]
+    choice = make_rule(stage.save.choose, held_out, steps, tokens, schedule)
     return Plan(
         stage=stage,
         root=root,
@@ -253,10 +282,11 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         schedule=schedule,
         held_out=tuple(held_out),
         held_out_before=tuple(before),
-        pseudo=_pseudo(stage, task, chosen, reading),
-        pseudo_before=_pseudo(stage, task, chosen, reading.without),
+        pseudo=_pseudo(stage, task, looked_at, reading),
+        pseudo_before=_pseudo(stage, task, looked_at, reading.without),
         tasks=tuple(framed(asked, reading) for asked in tasks),
         tasks_before=tuple(framed(asked, reading.without) for asked in tasks),
+        choice=choice,
         seen=seen,
         overlap=overlaps(stage, root, leaves, held_out, cache, notes),
         notes=tuple(notes),
@@ -282,7 +312,7 @@ def _pseudo(stage: s.Stage, task: Task, chosen: Sequence[Chosen], reading: Readi
     limit = stage.evaluation.pseudo_perplexity
     if limit and task != "masked":
         raise StageError(
-            f"pseudo-perplexity is of masked language models, and {stage.model} is none",
+            f"pseudo-perplexity is of masked language models, and {reading.start.name} is none",
             where="evaluation.pseudo_perplexity",
             expected="0, or an encoder under the objective masked",
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from postgrad import schedules
 from postgrad.reports.tasks import asked_how, left_out
 from postgrad.stages.answering import described
+from postgrad.stages.choose import rule_line
 from postgrad.stages.plan import Plan
 from postgrad.stages.prompting import Asked
 
@@ -37,6 +38,8 @@ def plan_lines(plan: Plan, found: Sequence[str] = (), width: int = 72) -> list[s
             f"  {name}: {met['duplicates']} exact copies in the training text (dropped there), "
             f"{met['any']} documents share a 13-gram with it, {met['half']} at least half"
         )
+    if plan.choice:
+        lines.append(f"  {rule_line(plan.choice)}")
     if plan.tasks:
         lines += ["", f"  {'task':<18} {'role':<9} {'items':>6}  asked"]
         lines += [f"  {t.name:<18} {t.task.role:<9} {len(t):>6,}  {_asked(t)}" for t in plan.tasks]

@@ -37,6 +37,7 @@ from postgrad.stages import answering, measure
 from postgrad.stages.amounts import in_steps
 from postgrad.stages.anchors import about_penalty, penalty_prints
 from postgrad.stages.build import Counts, Subject, build, choose_execution, make_loader, make_optimizer, make_subject
+from postgrad.stages.choose import Chooser, look_at
 from postgrad.stages.drifting import drift_of
 from postgrad.stages.folder import Interrupt, alone, claim
 from postgrad.stages.leave import publish_trained, sitting
@@ -189,7 +190,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     tasks_file = home / "scores" / "tasks-before.json"
     # A sharded model cannot write by itself (generation is one rank's business): no samples then.
     each = 0 if world.sharded else plan.stage.evaluation.samples
-    wanted = [p for h in plan.held_out for p in prompts(h, each)]
+    wanted = [p for h in plan.looked_at for p in prompts(h, each)]
     told = json.loads(samples_file.read_text()) if samples_file.exists() else []
     begun = before_file.exists() and len(told) == len(wanted) and (not plan.pseudo or pseudo_file.exists())
     begun &= not plan.tasks or tasks_file.exists()
@@ -229,7 +230,8 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     loader = make_loader(plan, execution, world, told=told_by_leaf(plan))
     if open_strengths(run):
         yield from _settled(plan, run, loader, kept)
-    checkpoints = Checkpoints(home / "checkpoints", None if plan.stage.save.keep == "all" else plan.stage.save.keep)
+    keep = None if plan.stage.save.keep == "all" else plan.stage.save.keep
+    checkpoints = Checkpoints(home / "checkpoints", keep, besides=int(plan.choice is not None))
     trouble: list[str] = []
     newest = checkpoints.newest(trouble.append)
     for message in trouble:
@@ -246,12 +248,17 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     at = checkpoints.place(0)
     keeping = Keeping(fingerprints["stage"], subject.options, sitting(plan, at))
     about = [about_penalty(penalty) for penalty in anchors_of(run)]
-    stop = yield from _train(plan, run, loader, checkpoints, metrics, interrupt, keeping)
+    chooser = _chooser(plan, home, world)
+    stop = yield from _train(plan, run, loader, checkpoints, metrics, interrupt, keeping, chooser)
     if stop:
         _record_stop(home, plan, kept, fingerprints, execution, counts, run, command, world, about)
         yield Stopped(run.step, plan.steps)
         return
 
+    last = run.step
+    done = achieved(home, plan, run.trained, [int(n) for n in run.trained_by_source], last)
+    if chooser:
+        yield from _take_best(chooser, run, checkpoints)
     yield Doing("publishing the model")
     if not (home / MODEL).exists():
         state = run.weights.whole_state() if subject.tuning.whole else run.weights.state()
@@ -261,16 +268,27 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     world.wait()
     # After: on what was published, read back with plain transformers, unless it is spread over several machines.
     yield Doing("scoring the trained model")
-    trained = run.trained
     by_source = [int(n) for n in run.trained_by_source]
+    del run, subject
     if not world.sharded:
-        del run, model, subject
+        del model
         verify(home / MODEL)
         opened = open_model(locate(str(home / MODEL), home))
         model = model_for(opened.model, opened.task).to(world.device)
     after = measure.measure(model, plan.held_out, context=plan.context, world=world)
     pseudo = measure.measure(model, plan.pseudo, score_one_by_one, context=plan.context, world=world)
     answers = _answers_after(plan, home, model, world)
+    samples = _samples(plan, model.pretrained, wanted, told) if world.main else []
+    moved = None
+    if plan.stage.evaluation.drift_tokens and not world.sharded:
+        yield Doing("holding the trained model beside the start model")
+        moved = drift_of(plan, model, world)
+    tests = [h for h in plan.held_out_before if h.role == "test"]
+    if tests:
+        del model  # there may be room for one model only
+        yield Doing("scoring the start model on the test sets")
+        own, start = _with_layer(plan, identity), _start_model(plan, world)
+        before |= measure.measure(start, tests, context=plan.context, world=world, identity=own, cache=cache)
     if not world.main:
         yield Doing("the first rank writes the record")
         return
@@ -279,11 +297,8 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         measure.write_scores(home / "scores" / "pseudo-after.npz", pseudo)
     if answers:
         answering.write_answers(home / "scores" / "tasks-after.json", answers)
-    samples = _samples(plan, model.pretrained, wanted, told)
-    moved = None
-    if plan.stage.evaluation.drift_tokens and not world.sharded:
-        yield Doing("holding the trained model beside the start model")
-        moved = drift_of(plan, model, world)
+    if tests:
+        measure.write_scores(home / "scores" / "test-before.npz", {h.name: before[h.name] for h in tests})
     found = measure.outcome(plan.held_out, before, after, plan.vocabulary)
     gate = measure.gate(found["changes"], before, plan.stage.max_forgetting)
     record = describe(home, plan, kept, fingerprints, execution, counts, command, notes)
@@ -291,7 +306,8 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         "status": "finished" if gate is None or gate["passed"] else "gate-failed",
         "finished": now(),
         "penalties": about,
-        "achieved": achieved(home, plan, trained, by_source, plan.steps),
+        "achieved": done,
+        "chosen": chooser.described(last) if chooser else None,
         "seen": seen_after(plan, by_source),
         **found,
         "drift": moved,
@@ -329,12 +345,13 @@ def _train(
     metrics: Metrics,
     interrupt: Interrupt,
     keeping: Keeping,
+    chooser: Chooser | None,
 ) -> Iterator[Event]:
     """The loop with its observers; its value is True when the user stopped it."""
     world, pace = run.world, Pace()
     looks = look_steps(plan.stage.evaluation.every, plan.steps, plan.tokens)
     saves = save_steps(plan.stage.save.every, plan.steps, plan.tokens)
-    quick = [h.first(plan.stage.evaluation.during_tokens) for h in plan.held_out]
+    quick = [plan.first_look(h) for h in plan.looked_at]
 
     def look(sets: Sequence[AnyHeldOut]) -> measure.AllScores:
         with run.weights.full_precision():
@@ -354,16 +371,19 @@ def _train(
 
     def save() -> Saved:
         metrics.sync()
+        best = chooser.standing.best if chooser else None
+        stays = best.step if best else None
         if world.sharded:  # gathering is everyone's business, writing is the first rank's
-            return _save_together(checkpoints, run, plan, keeping)
-        return Saved(run.step, checkpoints.save(run.step, lambda f: write_state(f, run, plan.tokenizer, keeping)))
+            return _save_together(checkpoints, run, plan, keeping, stays)
+        place = checkpoints.save(run.step, lambda f: write_state(f, run, plan.tokenizer, keeping), stays)
+        return Saved(run.step, place)
 
     # The same documents, cut the same way, on the start model: what changes during training are held against.
     start_file = plan.output / "scores" / "start.npz"
     if world.any(not start_file.exists()):  # only ever reached at step 0
         tuning = run.weights.tuning
         with tuning.off() if tuning.additive else nullcontext():
-            start = look([h.first(plan.stage.evaluation.during_tokens) for h in plan.held_out_before])
+            start = look([plan.first_look(h) for h in plan.looked_at_before])
         if world.main:
             measure.write_scores(start_file, start)
     world.wait()
@@ -372,7 +392,8 @@ def _train(
         row = measure.evaluation_row(0, 0, quick, start, start, plan.vocabulary)
         metrics.write(at_tasks(row, answering.read_answers(plan.output / "scores" / "tasks-before.json")))
     saved_at, told = run.step, False
-    for report in steps(run, loader, plan.steps):
+    ended = chooser is not None and chooser.standing.stop
+    for report in steps(run, loader, run.step if ended else plan.steps):
         seconds = pace.step(report.tokens)
         if world.main:
             metrics.write(
@@ -395,34 +416,63 @@ def _train(
             told = True
             yield Warned(warning)
         yield Stepped(report, seconds, pace.rate, pace.left((plan.steps - report.step) * report.tokens))
+        better = False
         if report.step in looks:
-            row = measure.evaluation_row(report.step, report.trained, quick, start, look(quick), plan.vocabulary)
+            scores = look(quick)
+            row = measure.evaluation_row(report.step, report.trained, quick, start, scores, plan.vocabulary)
+            if chooser:
+                row["choice"] = chooser.add(look_at(chooser.rule, row, scores, start))
+                better, ended = row["choice"]["best"] == report.step, chooser.standing.stop
             row = at_tasks(row)
             if world.main:
                 metrics.write(row)
             yield Looked(row)
             run.model.train()
         stop = interrupt.wanted(world) and report.step < plan.steps
-        if report.step in saves or stop:
+        if report.step in saves or stop or better:
             yield save()
             saved_at = report.step
-        if stop:
+        if stop and not ended:
             return True
+        if ended:
+            break
         pace.pause()
     if saved_at < run.step:
         yield save()
     return False
 
 
-def _save_together(checkpoints: Checkpoints, run: Run, plan: Plan, keeping: Keeping) -> Saved:
+def _save_together(checkpoints: Checkpoints, run: Run, plan: Plan, keeping: Keeping, stays: int | None) -> Saved:
     if run.world.main:
-        place = checkpoints.save(run.step, lambda f: write_state(f, run, plan.tokenizer, keeping))
+        place = checkpoints.save(run.step, lambda f: write_state(f, run, plan.tokenizer, keeping), stays)
     else:
         with tempfile.TemporaryDirectory() as nothing:
             write_state(Path(nothing), run, plan.tokenizer, keeping)
         place = checkpoints.place(run.step)
     run.world.wait()
     return Saved(run.step, place)
+
+
+def _chooser(plan: Plan, home: Path, world: World) -> Chooser | None:
+    """What chooses the step that is published, with the looks that there were before."""
+    if plan.choice is None:
+        return None
+    rows = [row for row in read_metrics(home / METRICS) if row["kind"] == "evaluation"] if world.main else []
+    return Chooser(plan.choice, world.gathered(rows)[0])  # type: ignore[arg-type]
+
+
+def _take_best(chooser: Chooser, run: Run, checkpoints: Checkpoints) -> Iterator[Event]:
+    """Put the run where the chosen step left it. Raises `CheckpointError` when that checkpoint is gone or not whole."""
+    found = chooser.standing
+    assert found.best is not None  # the last step is always looked at
+    if found.stop:
+        yield Doing(f"training ends at step {run.step:,}: {found.since} looks without a gain on {chooser.rule.set}")
+    if found.best.step == run.step:
+        return
+    yield Doing(f"taking the best checkpoint, of step {found.best.step:,}")
+    place = checkpoints.place(found.best.step)
+    verify(place)
+    restore(run, place)
 
 
 def look_steps(every: str, steps: int, tokens: int) -> set[int]:
@@ -442,12 +492,9 @@ def _begin(
     plan: Plan, wanted: list[Prompt], identity: str, cache: Path, world: World
 ) -> tuple[measure.AllScores, measure.AllScores, list[str], answering.AllAnswers]:
     """The start model's scores, those of text that is masked token by token, what it writes and what it answers."""
-    if plan.layer:  # a new task layer is drawn by the stage's seed
-        identity = fingerprint([identity, dataclasses.asdict(plan.layer)])
-    opened = open_model(plan.start, plan.task, layer=plan.layer)
-    model = model_for(opened.model, plan.task).to(world.device)
+    identity, model = _with_layer(plan, identity), _start_model(plan, world)
     scores = measure.measure(
-        model, plan.held_out_before, context=plan.context, world=world, identity=identity, cache=cache
+        model, plan.looked_at_before, context=plan.context, world=world, identity=identity, cache=cache
     )
     told = (
         continuations(model.pretrained, plan.tokenizer, wanted, plan.reading.without.before, plan.reading.encoder.bos)
@@ -475,6 +522,17 @@ def _answers_after(plan: Plan, home: Path, model: Model, world: World) -> answer
         opened = open_model(locate(str(home / MODEL), home))
         model = model_for(opened.model, opened.task).to(world.device)
     return answering.ask(model, plan.tasks, plan.reading, world=world)
+
+
+def _start_model(plan: Plan, world: World) -> Model:
+    """The exact start model, in fp32, without the stage's tuning."""
+    opened = open_model(plan.start, plan.task, layer=plan.layer)
+    return model_for(opened.model, plan.task).to(world.device)
+
+
+def _with_layer(plan: Plan, identity: str) -> str:
+    """The start model's fingerprint with that of its task layer: a new one is drawn by the stage's seed."""
+    return fingerprint([identity, dataclasses.asdict(plan.layer)]) if plan.layer else identity
 
 
 def _prepare(plan: Plan, model: Model, execution: Execution) -> None:

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from postgrad.errors import nearest
 from postgrad.lineage.fingerprint import fingerprint
-from postgrad.stages.amounts import Amount, AmountOrNone, Beta, Length, Part, Positive, Share
+from postgrad.stages.amounts import Amount, AmountOrNone, Beta, Length, Part, Patience, Positive, Share
 from postgrad.stages.mixing import AnyMixing, completed
 from postgrad.stages.objectives import AnyObjective
 from postgrad.stages.penalties import AnyPenalty
@@ -179,6 +179,8 @@ class Evaluation(Part):
     """Text the model must not forget."""
     learned: list[AnyHeldOut] = []
     """Text of the new kind."""
+    test: list[AnyHeldOut] = []
+    """Looked at once: when all is trained and chosen, on the start model and on the published one."""
     every: Length = "10%"
     """How often during training; denser in the first 2 %, where the stability gap is."""
     during_tokens: Amount = 20_000
@@ -198,7 +200,7 @@ class Evaluation(Part):
 
     @model_validator(mode="after")
     def _names(self) -> Evaluation:
-        names = [item.name for item in (*self.retained, *self.learned)]
+        names = [item.name for _, item in self.files()]
         doubled = {name for name in names if names.count(name) > 1}
         if doubled:
             raise ValueError(f"two held-out files are called {sorted(doubled)[0]!r}; give them a `name`")
@@ -207,9 +209,32 @@ class Evaluation(Part):
             raise ValueError(f"two tasks are called {next(n for n in tasks if tasks.count(n) > 1)!r}")
         return self
 
+    def files(self) -> list[tuple[str, HeldOutFile]]:
+        """The held-out files with their roles."""
+        by_role = {"retained": self.retained, "learned": self.learned, "test": self.test}
+        return [(role, item) for role, items in by_role.items() for item in items]
+
+
+class Choose(Part):
+    """The published model is the best checkpoint by a held-out set, all of which is scored at each look."""
+
+    set: str
+    """The held-out set that decides; a source's own held-out part has the source's name."""
+    by: str = "loss"
+    """`loss`, or a metric of that set, such as `accuracy` or `macro F1`."""
+    patience: Patience = None
+    """Training ends after so many looks in a row without a gain, such as `3 looks`; none: the budget is used up."""
+    gain: Annotated[float, Field(ge=0)] = 0.0
+    """What the best so far must be surpassed by to count as a gain, in the unit of `by`."""
+    at_least: Length = "0%"
+    """Nothing is chosen before this, and training does not end; nor before the end of the warm-up, nor in the first 2 %."""
+    max_forgetting: Share | None = None
+    """Only a checkpoint is chosen at which no retained set's loss has risen by more, upper end of its interval; when there
+    is none, the one that forgot least."""
+
 
 class Save(Part):
-    """When checkpoints are written, and which stay."""
+    """When checkpoints are written, which stay, and which is published."""
 
     every: Length = "20%"
     """How often a checkpoint is written; there is always one at the last step."""
@@ -217,6 +242,8 @@ class Save(Part):
     """How many of the newest checkpoints stay."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the final model; auto: as the start model is stored."""
+    choose: Choose | None = None
+    """Left out: the last step's model is published."""
 
 
 class Compute(Part):
@@ -341,7 +368,7 @@ class Stage(Part):
         names = [source.name for source in self.data.sources]
         for path, name in (
             *(("objectives", name) for o in self.objectives for name in o.on),
-            *(("evaluation", h.like) for h in (*self.evaluation.retained, *self.evaluation.learned) if h.like),
+            *(("evaluation", h.like) for _, h in self.evaluation.files() if h.like),
         ):
             if name not in names:
                 raise ValueError(f"`{path}` names a source {name!r} that is not there; {nearest(name, names)}")

@@ -13,9 +13,9 @@ from postgrad.publish import publish, remove, sweep, verify
 class Checkpoints:
     """The folder of a run's checkpoints, `step-00000100` and so on."""
 
-    def __init__(self, folder: Path, keep: int | None) -> None:
-        """`keep`: how many of the newest stay (None: all)."""
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int | None, besides: int = 0) -> None:
+        """`keep`: how many of the newest stay (None: all); `besides`: how many others may be told to stay."""
+        self.folder, self.keep, self.besides = folder, keep, besides
 
     def place(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
@@ -47,14 +47,20 @@ class Checkpoints:
             ) from trouble
         return None
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Publish a checkpoint, then let the oldest go; a step that is there already is left alone."""
+    def save(self, step: int, write: Callable[[Path], None], stays: int | None = None) -> Path:
+        """Publish a checkpoint, then let the oldest go, but for that of the step `stays`.
+
+        A step that is there already and whole is left alone.
+        """
         place = self.place(step)
+        if place.exists() and not _whole(place):
+            remove(place)
         if not place.exists():
             publish(place, write)
         if self.keep is not None:
             for old in self.all()[: -self.keep]:
-                remove(old)
+                if stays is None or old != self.place(stays):
+                    remove(old)
         return place
 
     def require_room(self, needed: int) -> None:
@@ -62,10 +68,18 @@ class Checkpoints:
         existing = next(p for p in (self.folder, *self.folder.parents) if p.exists())
         free = shutil.disk_usage(existing).free
         # One more than is kept exists while a new one is published.
-        room = needed * max(1, (self.keep or 1) + 1 - len(self.all()))
+        room = needed * max(1, (self.keep or 1) + self.besides + 1 - len(self.all()))
         if free < room:
             raise DiskError(
                 f"the checkpoints of this run need {room:,} bytes and {free:,} are free",
                 where=str(self.folder),
                 way_out="make room, set `save.keep: 1`, or put `output` on another disk",
             )
+
+
+def _whole(place: Path) -> bool:
+    try:
+        verify(place)
+    except CheckpointError:
+        return False
+    return True

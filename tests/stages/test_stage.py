@@ -310,6 +310,12 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"max_forgetting": "-2%"}, "max_forgetting", "such as 5% or 0.05"),
     ({"save.keep": 0}, "save.keep", "greater than 0"),
     ({"save.dtype": "fp32"}, "save.dtype", "'float32'"),
+    ({"save.choose": {"set": "dev", "patince": 3}}, "save.choose.patince", "did you mean 'patience'?"),
+    ({"save.choose": {"set": "dev", "patience": "3 steps"}}, "save.choose.patience", "such as `3 looks`"),
+    ({"save.choose": {"set": "dev", "patience": 0}}, "save.choose.patience", "greater than 0"),
+    ({"save.choose": {"set": "dev", "gain": -1}}, "save.choose.gain", "greater than or equal to 0"),
+    ({"save.choose": {"by": "accuracy"}}, "save.choose.set", "missing"),
+    ({"evaluation.test": ["x/old-heldout.jsonl"]}, "evaluation", "give them a `name`"),
     ({"compute.dtype": "float16"}, "compute.dtype", "'bfloat16'"),
     ({"compute.compile": "maybe"}, "compute.compile", "'maybe'"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
@@ -531,6 +537,7 @@ OTHER: dict[str, Any] = {
     "optimizer.eps": 1e-6, "optimizer.weight_decay": 0, "optimizer.clip": 2, "optimizer.moments": "keep",
     "optimizer.decay_tables": True, "penalties": [{"kind": "anchor", "strength": 1}], "tuning": {"kind": "norm"},
     "objectives": [{"kind": "next-token", "weight": 2}], "evaluation.retained": [], "evaluation.learned": ["x"],
+    "evaluation.test": ["x"], "save.choose": {"set": "x"},
     "evaluation.every": "20%", "evaluation.during_tokens": 5, "evaluation.max_tokens": 5, "evaluation.samples": 0,
     "evaluation.pseudo_perplexity": "2k",
     "evaluation.drift_tokens": 500,
@@ -614,3 +621,9 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
     assert load_stage(file, ["data.overlap=report"]).data.overlap == "report"
     assert load_stage(file, ["data.overlap=off", "compute.compile=true"]).compute.compile is True
     assert yaml.safe_load("on: off") == {True: False}  # the mutant
+
+
+@pytest.mark.parametrize(("written", "patience"), [("3 looks", 3), ("1 look", 1), (4, 4), ("none", None), (None, None)])
+def test_patience_is_a_number_of_looks(written: object, patience: int | None) -> None:
+    found = stage(save__choose={"set": "dev", "patience": written}).save.choose
+    assert found is not None and found.patience == patience
