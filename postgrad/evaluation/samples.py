@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.evaluation.held_out import AnyHeldOut, HeldOut, behind_bos
+from postgrad.models.prefix_lm import prefilled, reads_prefixes
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
 
@@ -49,12 +50,14 @@ def continuations(
         for prompt in wanted:
             given = torch.from_numpy(behind_bos(prompt.ids, before, bos))
             ids = given[None].to(next(model.parameters()).device)
+            read = {"past_key_values": prefilled(model, ids)} if reads_prefixes(model.config) else {}
             written = model.generate(  # pyrefly: ignore[not-callable]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                **read,
             )
             out.append(text_of(tokenizer, written[0, ids.shape[1] :]))
     model.train(was_training)

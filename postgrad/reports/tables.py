@@ -393,7 +393,7 @@ def pseudo_table(record: Mapping[str, object], brief: bool = False) -> Table | N
     )
     notes = (
         "Every token of a part of each set was masked, one at a time, and predicted from all the others (Salazar et al."
-        " 2020); nothing else was hidden, so these losses lie below those of masked language modelling.",
+        " 2020). Nothing else was hidden and nothing drawn, so these are other numbers than the loss above.",
     )
     return replace(table, caption="Every token given all the others, before and after", columns=columns, notes=notes)
 

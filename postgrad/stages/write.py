@@ -124,8 +124,12 @@ def _written(
         **drawn,
         **read,
     )
-    # An encoder-decoder writes where it has not read.
-    return text_of(tokenizer, out[0, 0 if writer.task == "text-to-text" else ids.shape[1] :])
+    if writer.task == "text-to-text":  # it writes where it has not read
+        return text_of(tokenizer, out[0])
+    # Decoded behind what it goes on from: a space before a first word is no text to many tokenizers.
+    before, added = given.tolist(), out[0, ids.shape[1] :].tolist()
+    known, whole = (text_of(tokenizer, np.array(part, np.int64)) for part in (before, before + added))
+    return whole.removeprefix(known) if whole.startswith(known) else text_of(tokenizer, out[0, ids.shape[1] :])
 
 
 def write_once(models: list[str], prompt: str, *, as_chat: bool = False, **options: Any) -> dict[str, Any]:

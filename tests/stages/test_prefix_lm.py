@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postgrad.data.rows import IGNORED
 from postgrad.errors import ModelError, StageError
+from postgrad.evaluation import samples
 from postgrad.models.prefix_lm import KEY, mask_for, prefilled, reads_prefixes
 from postgrad.models.pretrained import locate
 from postgrad.stages import write
 from postgrad.stages.score import compare_models, evaluate_files
 from postgrad.stages.write import export_model, write_once
 from postgrad.tuning.opened import open_model, prefixes_at
+from tests.conftest import write_jsonl
 from tests.stages.models import LENGTH, QUICK, Shelf, carried_out_in_parts, make_shelf, trace
 from tests.stages.test_tasks import alike, begun, gradients
 
@@ -225,3 +227,16 @@ def test_rows_longer_than_a_window_are_refused(shelf: Shelf) -> None:
     written(MistralForCausalLM(config).eval(), make_tokenizer(), shelf.home / "mistral")
     with pytest.raises(ModelError, match="layers of this model see 16"):
         shelf.run(stage_of(shelf, "window", model="mistral"))
+
+
+def test_samples_are_written_as_the_model_reads(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start model's are not: it was never trained so."""
+    asked: list[bool] = []
+    plain = samples.prefilled
+    monkeypatch.setattr(samples, "prefilled", lambda model, ids: (asked.append(True), plain(model, ids))[1])
+    objectives = [{"kind": "prefix-lm", "on": ["completion"]}, {"kind": "next-token"}]
+    text = "one and two. three and four. five and six. seven and eight. nine and ten. one and two. three and four. " * 2
+    long = write_jsonl(shelf.home / "long.jsonl", [text])
+    evaluation = {**QUICK, "samples": 1, "learned": [{"name": "long", "path": str(long), "like": "new"}]}
+    done = shelf.run(stage_of(shelf, "samples", objectives=objectives, evaluation=evaluation, tokens=200))
+    assert len(done.record["samples"]) == 1 and asked == [True]
