@@ -143,7 +143,18 @@ def evaluate(
     files: Annotated[list[str] | None, typer.Argument(help="Text to score.", show_default=False)] = None,
     tasks: Tasks = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, help="With --tasks: demonstrations before each question.", show_default=False)
+        int | None,
+        typer.Option(min=0, help="With --tasks or --harness: demonstrations before each question.", show_default=False),
+    ] = None,
+    harness: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, with commas between them.", show_default=False)
+    ] = None,
+    harness_tasks: Annotated[
+        Path | None,
+        typer.Option(help="With --harness: a folder of your own task files for lm-eval.", show_default=False),
+    ] = None,
+    harness_limit: Annotated[
+        int | None, typer.Option(min=1, help="With --harness: items of each task, at most.", show_default=False)
     ] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens the model sees at once; default: its own, at most 1024.")
@@ -159,8 +170,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score any language model: on text in nats per token, perplexity and bits per byte; on tasks by what it answers."""
-    if not files and tasks is None:
-        raise StageError("there is nothing to score", where="eval", expected="files of text, or --tasks FILE")
+    if not files and tasks is None and harness is None:
+        raise StageError(
+            "there is nothing to score", where="eval", expected="files of text, --tasks FILE, or --harness TASKS"
+        )
+    if harness is None and (harness_tasks is not None or harness_limit is not None):
+        raise StageError("no task of lm-eval is named", where="eval", way_out="name some: --harness TASK,TASK")
     needs_training()
     found: dict[str, Any] = {}
     texts: list[str] = []
@@ -182,6 +197,19 @@ def evaluate(
         from postgrad.stages.asking import evaluate_tasks
 
         found |= evaluate_tasks(model, tasks, shots=shots, base=base, cache=cache_folder())
+        texts.append(found.pop("text"))
+    if harness is not None:
+        from postgrad.stages.harnessed import evaluate_harness
+
+        found |= evaluate_harness(
+            model,
+            harness,
+            folder=harness_tasks,
+            shots=shots,
+            limit=harness_limit,
+            context=context,
+            base=base,
+        )
         texts.append(found.pop("text"))
     _print(found, as_json, "\n\n".join(texts))
 

@@ -124,16 +124,11 @@ def _plain(item: Item) -> list[Any]:
 
 def framed(asked: Asked, reading: Reading) -> Asked:
     """The task with the places of soft prompts around each question, as the model of `reading` has them."""
-    around, own = reading.set_around, reading.own
     if not reading.prompted:
         return asked
 
     def inside(item: Item) -> Item:
-        lead = len(own.before) if item.context[: len(own.before)] == own.before else 0
-        apart = reading.task == "text-to-text" and own.after and item.context[-len(own.after) :] == own.after
-        end = len(item.context) - (len(own.after) if apart else 0)
-        middle = (*around.before, *item.context[lead:end], *around.between, *around.after)
-        return Item((*item.context[:lead], *middle, *item.context[end:]), item.choices)
+        return Item(reading.inside(item.context), item.choices)
 
     prompts_KI = tuple(
         tuple(p._replace(item=inside(p.item), against=tuple(map(inside, p.against))) for p in prompts)

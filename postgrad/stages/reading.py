@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -74,6 +75,22 @@ class Reading:
     def first_added(self) -> int:
         """The id that stands for the first vector of the stage's tuning."""
         return self.encoder.vocabulary + _virtual(self.left, self.encoder.vocabulary)
+
+    def inside(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """A prompt as the tokenizer gives it, with soft prompts and templates inside of what the tokenizer sets around it."""
+        around, own = self.set_around, self.own
+        prompt = tuple(ids)
+        begin = len(own.before) if prompt[: len(own.before)] == own.before else 0
+        ends = self.task == "text-to-text" and own.after and prompt[-len(own.after) :] == own.after
+        end = len(prompt) - (len(own.after) if ends else 0)
+        return (
+            *prompt[:begin],
+            *around.before,
+            *prompt[begin:end],
+            *around.between,
+            *around.after,
+            *prompt[end:],
+        )
 
     @cached_property
     def without(self) -> Reading:

@@ -1,0 +1,121 @@
+"""Where a question ends and its answer begins, in tokens: by hand, and as lm-eval parts them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from postgrad.errors import DataError, ModelError
+from postgrad.evaluation.choosing import encode, encode_all
+from tests.conftest import make_llama, make_tokenizer
+from tests.stages.models import make_t5, t5_tokenizer
+
+
+def with_bos() -> PreTrainedTokenizerFast:
+    """A tokenizer that sets a BOS before every text."""
+    tokenizer = make_tokenizer(bos=True)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+TOKENIZERS = {"plain": make_tokenizer(), "bos": with_bos(), "t5": t5_tokenizer()}
+
+
+def ids(tokenizer: PreTrainedTokenizerFast, text: str, **options: Any) -> list[int]:
+    return tokenizer(text, **options)["input_ids"]
+
+
+def test_an_answer_is_what_one_text_has_more() -> None:
+    """Tokenised together: the space goes to the answer, and a word that would merge with it does."""
+    tokenizer = TOKENIZERS["plain"]
+    item = encode(tokenizer, "one and", [" two.", " three."])
+    assert item.context == tuple(ids(tokenizer, "one and"))
+    assert item.choices == tuple(tuple(ids(tokenizer, f"one and {w}.")[len(item.context) :]) for w in ("two", "three"))
+    assert tokenizer.decode(item.choices[0]) == " two."
+
+
+def test_spaces_at_the_end_of_a_question_belong_to_the_answer() -> None:
+    tokenizer = TOKENIZERS["plain"]
+    assert encode(tokenizer, "one and ", ["two."]) == encode(tokenizer, "one and", [" two."])
+    assert encode(tokenizer, "one and\n\n", ["two."]) == encode(tokenizer, "one and", ["\n\ntwo."])
+    # The mutant that leaves them where they are reads another answer.
+    kept = ids(tokenizer, "one and ")
+    assert tuple(ids(tokenizer, "one and two.")[len(kept) :]) != encode(tokenizer, "one and ", ["two."]).choices[0]
+
+
+def test_a_bos_stands_before_a_question_once() -> None:
+    tokenizer = TOKENIZERS["bos"]
+    bos = tokenizer.bos_token_id
+    item = encode(tokenizer, "one and", [" two."])
+    assert item.context[0] == bos
+    assert bos not in (*item.context[1:], *item.choices[0])
+    assert encode(tokenizer, "<|begin|>one and", [" two."]) == item
+
+
+@pytest.mark.parametrize("name", ["plain", "bos"])
+def test_an_empty_question_is_a_bos_or_an_eos(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    first = tokenizer.bos_token_id if name == "bos" else tokenizer.eos_token_id
+    item = encode(tokenizer, "", ["two.", " two."])
+    assert item.context == (first,)
+    assert item.choices == tuple(tuple(ids(tokenizer, t, add_special_tokens=False)) for t in ("two.", " two."))
+
+
+def test_an_encoder_decoder_reads_both_apart() -> None:
+    tokenizer = TOKENIZERS["t5"]
+    item = encode(tokenizer, "one and ", ["two", "six plus"], apart=True)
+    assert item.context == tuple(ids(tokenizer, "one and"))
+    assert item.context[-1] == tokenizer.eos_token_id
+    assert item.choices == tuple(tuple(ids(tokenizer, t, add_special_tokens=False)) for t in (" two", " six plus"))
+    assert tokenizer.eos_token_id not in item.choices[0]
+
+
+@pytest.mark.parametrize(("context", "choice"), [("one and", ""), ("", "")])
+def test_a_choice_without_tokens(context: str, choice: str) -> None:
+    with pytest.raises(DataError, match=r"no token of its own"):
+        encode(TOKENIZERS["plain"], context, ["two", choice])
+
+
+def test_a_tokenizer_with_nothing_to_begin_with() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match=r"neither BOS nor EOS"):
+        encode(tokenizer, "", ["two"])
+
+
+text = st.text(st.sampled_from("one two.\n 42*é"), max_size=12)
+word = st.text(st.sampled_from("six 7;x"), min_size=1, max_size=6).filter(str.strip)
+APART = {"plain": False, "bos": False, "t5": True}
+
+
+@pytest.fixture(scope="session")
+def lms() -> dict[str, Any]:
+    """lm-eval around tiny models, by the name of their tokenizer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+        models = {"plain": make_llama(), "bos": make_llama(), "t5": make_t5(len(TOKENIZERS["t5"]))}
+        return {name: huggingface.HFLM(model, tokenizer=TOKENIZERS[name]) for name, model in models.items()}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(text, st.lists(word, min_size=1, max_size=3)), min_size=1, max_size=4))
+def test_texts_are_parted_as_lm_eval_parts_them(lms: dict[str, Any], name: str, questions: list[Any]) -> None:
+    lm, tokenizer = lms[name], TOKENIZERS[name]
+    questions = [(context, choices) for context, choices in questions if context.strip() or not context]
+    for (context, choices), item in zip(questions, encode_all(tokenizer, questions, apart=APART[name]), strict=True):
+        for choice, own in zip(choices, item.choices, strict=True):
+            if context:
+                assert (list(item.context), list(own)) == lm._encode_pair(context, choice)
+            else:
+                assert item.context == (lm.prefix_token_id,)
+                assert list(own) == lm.tok_encode(choice, add_special_tokens=False)
