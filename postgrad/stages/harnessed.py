@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,10 @@ def evaluate_harness(
             f"{found.cut:,} of {found.requests:,} prompts were longer than the context and cut on the left (lm-eval)"
         )
     lines.append(f"next: {shlex.join(['postgrad', 'generate', model])}")
-    harness = {"lm_eval": found.version, "cut": found.cut, "results": [asdict(result) for result in found.results]}
+    results = [
+        {**asdict(result), "value": result.value if isfinite(result.value) else None} for result in found.results
+    ]
+    harness = {"lm_eval": found.version, "requests": found.requests, "cut": found.cut, "results": results}
     return {"text": "\n".join(lines), "model": model, "harness": harness}
 
 
