@@ -112,6 +112,13 @@ def lms() -> dict[str, Any]:
 def test_texts_are_parted_as_lm_eval_parts_them(lms: dict[str, Any], name: str, questions: list[Any]) -> None:
     lm, tokenizer = lms[name], TOKENIZERS[name]
     questions = [(context, choices) for context, choices in questions if context.strip() or not context]
+    for context, choices in list(questions):
+        if context and not all(
+            lm._encode_pair(context, choice)[1] for choice in choices
+        ):  # it merges into the question
+            questions.remove((context, choices))
+            with pytest.raises(DataError, match=r"no token of its own"):
+                encode(tokenizer, context, choices, apart=APART[name])
     for (context, choices), item in zip(questions, encode_all(tokenizer, questions, apart=APART[name]), strict=True):
         for choice, own in zip(choices, item.choices, strict=True):
             if context:
