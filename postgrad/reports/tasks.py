@@ -249,7 +249,8 @@ def _answers(entry: Mapping[str, object]) -> str:
         f'<div class="texts">{_boxes(example)}</div></article>'
         for example in map(mapping, rows(entry.get("examples")))
     )
-    prompt = shell.preformatted(entry["prompt"], 6000) if entry.get("prompt") else ""
+    # Without demonstrations the first question is all of its prompt.
+    prompt = shell.preformatted(entry["prompt"], 6000) if entry.get("prompt") and entry.get("shots") else ""
     return shell.details(f"What was asked and answered: {plain(entry.get('name'), 60)}", prompt + shown)
 
 
