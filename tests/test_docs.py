@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import typer
-import yaml
 
 from postgrad.cli import app
 from postgrad.errors import StageError
-from postgrad.stages.parsing import json_schema, load_stage, parse_stage
+from postgrad.stages.parsing import json_schema, load_stage, parse_stage, read_yaml
 from postgrad.stages.stage import Stage
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +55,7 @@ def parse(command: str) -> None:
 
 def stages_of(text: str) -> list[dict[str, Any]]:
     """The YAML blocks of a page that are a stage, or some of a stage's keys."""
-    loaded = [yaml.safe_load(body) for kind, body in FENCE.findall(text) if kind == "yaml"]
+    loaded = [read_yaml(body) for kind, body in FENCE.findall(text) if kind == "yaml"]
     return [raw for raw in loaded if isinstance(raw, dict) and raw.keys() <= Stage.model_fields.keys()]
 
 

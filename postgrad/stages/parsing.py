@@ -42,6 +42,11 @@ class _Strict(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def read_yaml(text: str) -> Any:
+    """What a text in YAML says, as stage files are read: no key twice, and `on` is a name. Raises what PyYAML raises."""
+    return yaml.load(text, _Strict)
+
+
 def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
     """Read a stage file and apply `key.sub=value` overrides.
 
@@ -88,7 +93,7 @@ def _read(path: Path, what: str) -> Any:
     except UnicodeDecodeError as error:
         raise StageError(f"{what} is not UTF-8", where=str(path)) from error
     try:
-        return yaml.load(text, _Strict)
+        return read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -113,7 +118,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if not isinstance(here, (dict, list)):
             raise StageError(f"{name} holds a value, so nothing can be set under it", where=key)
     try:
-        parsed = yaml.load(value, _Strict)
+        parsed = read_yaml(value)
     except (yaml.YAMLError, ValueError):  # such as a glob, whose star is an alias to YAML
         parsed = value
     if isinstance(here, list):

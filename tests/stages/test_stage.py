@@ -21,7 +21,7 @@ from postgrad.models.pretrained import Start
 from postgrad.stages import mixing, objectives, penalties, schedules, tunings
 from postgrad.stages import stage as s
 from postgrad.stages.amounts import Part, in_steps
-from postgrad.stages.parsing import json_schema, load_stage, parse_stage
+from postgrad.stages.parsing import json_schema, load_stage, parse_stage, read_yaml
 from postgrad.stages.plan import make_plan
 from postgrad.stages.rates import make_schedule
 from postgrad.stages.schedules import Decay
@@ -455,7 +455,7 @@ def written_by_hand() -> list[dict[str, Any]]:
         changed({"model": {"fresh": "llama-15M", "tokenizer": {"vocabulary": 4000}, "dropout": "10%"}}),
         changed({"model": {"config": "config.json", "tokenizer": "gpt2"}}),
         changed({"save.keep": "all", "schedule.warmup": 200, "tokens": 5, "data.sources.0.held_out": "1%"}),
-        *(yaml.safe_load(file.read_text()) for file in examples),
+        *(read_yaml(file.read_text()) for file in examples),
     ]
 
 
