@@ -9,7 +9,8 @@ little to share. `--rows` takes multiple-choice rows of your own instead (`quest
 
 Both sides get texts and give a log-likelihood and a greedy flag for each choice, tokenising included. lm-eval reads with the
 batch size, of some, that is fastest for it in a first round. Rounds alternate; given are medians and ranges of items per
-second, and the largest difference of a log-likelihood. Without `--model` it is a Llama with random weights.
+second, of how many times faster that is, by the clock and by the processor's own time (which a busy machine hardly
+touches), and the largest difference of a log-likelihood. Without `--model` it is a Llama with random weights.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Question(NamedTuple):
 def documentation(count: int, seed: int = 0) -> list[Question]:
     """Sentences of the language reference in two halves, each with three halves of others."""
     prose = " ".join(" ".join(topics()).split())
-    found = [s.split() for s in re.findall(r"[A-Z][A-Za-z ,'()-]{60,140}\.", prose)]
+    found = [s.split() for s in re.findall(r"[A-Z][A-Za-z ,'()-]{100,220}\.", prose)]
     halves = [(" ".join(s[: len(s) // 2]), " ".join(s[len(s) // 2 :])) for s in found]
     rng = random.Random(seed)
     rng.shuffle(halves)
@@ -150,20 +151,25 @@ def theirs(folder: Path, batch: int) -> Callable[[Any], Scored]:
     return score
 
 
-def timed(score: Callable[[Any], Scored], items: Any) -> tuple[float, Scored]:
-    """Seconds, and what was found."""
-    begin = time.perf_counter()
+def timed(score: Callable[[Any], Scored], items: Any) -> tuple[tuple[float, float], Scored]:
+    """Seconds, seconds of the processor, and what was found."""
+    begin, worked = time.perf_counter(), time.process_time()
     found = score(items)
-    return time.perf_counter() - begin, found
+    return (time.perf_counter() - begin, time.process_time() - worked), found
+
+
+def middle_and_range(values: Sequence[float]) -> list[float]:
+    """Median, least and greatest."""
+    return [statistics.median(values), min(values), max(values)]
 
 
 def measured(folder: Path, items: Any, rounds: int, batches: Sequence[int]) -> dict[str, Any]:
     """Both sides in alternating rounds."""
     first, few = ours(folder), items[: max(2, len(items) // 4)]
-    sizes = {batch: timed(theirs(folder, batch), few)[0] for batch in batches}
+    sizes = {batch: timed(theirs(folder, batch), few)[0][1] for batch in batches}
     batch = min(sizes, key=sizes.__getitem__)
     second = theirs(folder, batch)
-    seconds: dict[str, list[float]] = {"ours": [], "lm-eval": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "lm-eval": []}
     off, greedy = 0.0, True
     first(few)
     for _ in range(rounds):
@@ -173,11 +179,12 @@ def measured(folder: Path, items: Any, rounds: int, batches: Sequence[int]) -> d
         seconds["lm-eval"].append(spent)
         for a, b in zip(chain(*mine), chain(*other), strict=True):
             off, greedy = max(off, abs(a[0] - b[0])), greedy and a[1] == b[1]
-    speeds = {name: [len(items) / s for s in spent] for name, spent in seconds.items()}
-    ratios = [b / a for a, b in zip(seconds["ours"], seconds["lm-eval"], strict=True)]
+    speeds = {name: [len(items) / wall for wall, _ in spent] for name, spent in seconds.items()}
+    both = list(zip(seconds["ours"], seconds["lm-eval"], strict=True))
     return {
-        "items_per_second": {name: [statistics.median(s), min(s), max(s)] for name, s in speeds.items()},
-        "times_faster": [statistics.median(ratios), min(ratios), max(ratios)],
+        "items_per_second": {name: middle_and_range(each) for name, each in speeds.items()},
+        "times_faster": middle_and_range([b[0] / a[0] for a, b in both]),
+        "times_less_work": middle_and_range([b[1] / a[1] for a, b in both]),
         "lm_eval_batch": batch,
         "largest_difference": off,
         "greedy_alike": greedy,
@@ -233,11 +240,13 @@ def main() -> None:
                 found.append(row)
                 (mine, *mine_range), (other, *other_range) = row["items_per_second"].values()
                 faster, low, high = row["times_faster"]
+                less, least, most = row["times_less_work"]
                 print(
                     f"{demonstrations:<7} {answers:<8} {row['prompt_tokens']:>5.0f} tokens  "
                     f"ours {mine:>7.2f}/s ({mine_range[0]:.2f}-{mine_range[1]:.2f})  "
                     f"lm-eval {other:>6.2f}/s ({other_range[0]:.2f}-{other_range[1]:.2f}, batch {row['lm_eval_batch']})  "
-                    f"{faster:>5.1f}x ({low:.1f}-{high:.1f})  largest difference {row['largest_difference']:.1e}",
+                    f"{faster:>5.1f}x ({low:.1f}-{high:.1f}), processor {less:.1f}x ({least:.1f}-{most:.1f})  "
+                    f"largest difference {row['largest_difference']:.1e}",
                     flush=True,
                 )
     if options.json:

@@ -132,6 +132,7 @@ def test_the_installed_command_and_the_module_are_one() -> None:
         (["polish"], "No such command"),
         (["train"], "Missing argument"),
         (["eval", "model"], "nothing to score"),
+        (["eval", "model", "x.txt", "--harness-limit", "3"], "no task of lm-eval is named"),
         (["init", "x"], "Missing option"),
         (["generate", "m", "--tokens", "many"], "integer"),
         (["export", "m"], "Missing argument"),
@@ -379,6 +380,32 @@ def test_any_model_is_evaluated(postgrad: Command, foreign: Path, base: Path) ->
     assert {"nats", "low", "high", "perplexity", "bits_per_byte", "tokens", "bytes", "documents"} == row.keys()
     assert row["documents"] == 30
     assert f"{row['nats']:.4f}" in done.out
+
+
+def test_tasks_of_lm_eval_are_asked_beside_text(postgrad: Command, foreign: Path, base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    tasks = tmp_path / "my tasks"
+    tasks.mkdir()
+    (tasks / "rows.jsonl").write_text("".join(json.dumps({"q": f"x{i} = ", "a": i % 2}) + "\n" for i in range(8)))
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tasks / "rows.jsonl")}, "cache_dir": str(tmp_path / "hub")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": ["y1;", "one"],
+        "doc_to_target": "a",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tasks / "mine.yaml").write_text(json.dumps(task))
+    words = ["eval", foreign, base / "old-heldout.jsonl", "--harness", "mine", "--harness-tasks", tasks]
+    done = postgrad(*words)
+    assert done.code == 0, done.err
+    assert re.search(r"^  mine +0 +8 +acc +0\.\d{4}", done.out, re.MULTILINE)
+    found = postgrad(*words, "--harness-limit", "4", "--json").json
+    assert found["sets"].keys() == {"old-heldout"}
+    assert [(r["task"], r["items"], r["metric"]) for r in found["harness"]["results"]] == [("mine", 4, "acc")]
 
 
 def test_models_are_compared_on_text(postgrad: Command, foreign: Path, base: Path) -> None:
