@@ -29,7 +29,7 @@ from torch import Tensor
 
 from postgrad.penalties.shards import over_ranks, own, own_gradient, own_part, whole
 
-_GROUP = {"cpu": 1 << 17, "other": 1 << 25}
+_GROUP = {"cpu": 1 << 18, "other": 1 << 25}
 """Numbers that are worked on together: on a CPU what stays in its cache through all passes, elsewhere what fills a device."""
 
 
@@ -223,8 +223,8 @@ def _pull(group: Sequence[_Stretch]) -> tuple[list[Tensor], list[Tensor]]:
 
 def _products(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
     """The sum of the products of each pair, none of which is negative."""
-    if first is second:
-        return [norm.double().square() for norm in torch._foreach_norm(first)]
+    if first[0].device.type == "cpu":  # in one pass
+        return [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(first, second, strict=True)]
     return list(torch._foreach_norm(torch._foreach_mul(first, second), 1))
 
 

@@ -64,6 +64,7 @@ class Curves:
     by_source: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
     rate: list[tuple[float, float]] = field(default_factory=list)
     grad_norm: list[tuple[float, float]] = field(default_factory=list)
+    penalties: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     sets: dict[str, list[tuple[float, float, float, float, float]]] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
     choice: list[tuple[float, float]] = field(default_factory=list)
@@ -132,6 +133,9 @@ def read_curves(metrics: Iterable[Mapping[str, object]]) -> Curves:
             total, tokens = (number(v) for v in (*rows(pair), None, None)[:2])
             if total is not None and tokens:
                 curves.by_source.setdefault(name, []).append((x, total / tokens, tokens))
+        for name, value in mapping(row.get("penalties")).items():
+            pull = number(value)
+            curves.penalties.setdefault(plain(name, 60), []).append((x, math.nan if pull is None else pull))
         rate, norm = number(row.get("rate")), number(row.get("grad_norm"))
         if rate is not None:
             curves.rate.append((x, rate))
@@ -582,6 +586,17 @@ def _training(record: Mapping[str, object], curves: Curves) -> str:
                 about="Spikes are kept when the curve is thinned.",
             )
         )
+    pulls = [Series(name, points, colour=i) for i, (name, points) in enumerate(list(curves.penalties.items())[:6])]
+    if pulls:
+        drawn.append(
+            figure(
+                "Penalties",
+                lambda w: figures.line_chart(
+                    pulls, title="Penalties", x_label=curves.unit, y_label="added to the loss", width=w
+                ),
+                about="The value of each penalty at each step, in nats per token; the training loss is told without them.",
+            )
+        )
     return side_by_side(*drawn)
 
 
@@ -686,6 +701,11 @@ def _method(record: Mapping[str, object]) -> str:
         blocks.append(("Model", facts((k, _said(v)) for k, v in model.items())))
     if choices:
         blocks.append(("Execution, and why", f'<dl class="kv">{"".join(choices)}</dl>'))
+    for told in rows(record.get("penalties")):
+        penalty = mapping(told)
+        kept = ("strength", "weights", "reference", "importance", "left_out")
+        entries = [(key.replace("_", " "), _said(penalty[key])) for key in kept if penalty.get(key)]
+        blocks.append((f"Penalty: {escaped(penalty.get('name'), 60)}", facts(entries)))
     for key, heading in (("machine", "Machine"), ("versions", "Versions")):
         entries = mapping(record.get(key))
         if entries:

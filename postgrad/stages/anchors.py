@@ -163,7 +163,7 @@ class _Making:
         self.weighed = 0.0
         self.bytes = {"reference": 0, "importance": 0, "mapped": 0}
         self.left_out: list[str] = []
-        self.notes: list[str] = []
+        self.copied: list[str] = []
 
     def hold(self, weight: Weight, name: str) -> None:
         """Hold a weight that moves as it is."""
@@ -223,7 +223,7 @@ class _Making:
             "importance": about and {"kind": about.kind, "per": about.per, "tokens": about.tokens, "mean": mean},
             "bytes": self.bytes,
             "left_out": self.left_out,
-            "notes": self.notes,
+            "notes": self._notes(),
         }
         return made
 
@@ -234,10 +234,12 @@ class _Making:
         if self.importance is None:
             return
         about, reference = self.importance.about, self.reference
-        if about.fingerprint and reference.fingerprint and about.fingerprint != reference.fingerprint:
+        # A model of the Hub is known by its name alone.
+        measured_on, held_to = about.fingerprint or about.model, reference.fingerprint or reference.start.name
+        if measured_on != held_to:
             raise DataError(
-                f"the importance was measured on {about.model}, whose fingerprint is {about.fingerprint}, and the weights are "
-                f"held to {reference.start.name}, whose fingerprint is {reference.fingerprint}",
+                f"the importance was measured on {about.model}, whose fingerprint is {measured_on}, and the weights are "
+                f"held to {reference.start.name}, whose fingerprint is {held_to}",
                 where=f"{self.where}.importance",
                 expected="importance of the model that the weights are held to",
                 way_out="measure it on that model, or name the model that it was measured on as `reference`",
@@ -302,11 +304,19 @@ class _Making:
             return None
         found = self.reference.mapped(name, now)
         if found is None:
-            self.notes.append(f"{name} does not lie in a file of {self.reference.start.name} as it is, and is copied")
+            self.copied.append(name)
             return None
         part = own_part(found, master)
         self.bytes["mapped"] += part.nbytes
         return part
+
+    def _notes(self) -> list[str]:
+        if not self.copied:
+            return []
+        return [
+            f"{len(self.copied):,} weights ({self.copied[0]}, ...) do not lie in files of {self.reference.start.name} as they "
+            "are, and are copied"
+        ]
 
     def _importance(self, given: Tensor, like: Tensor) -> Tensor:
         """This rank's rows of an importance."""

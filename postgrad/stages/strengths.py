@@ -136,8 +136,8 @@ def _rounded(value: float) -> float:
 def strength_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """How the strengths were found, in words."""
     return [
-        f"{name}: strength {how['strength']:.3g}, found by {how['steps']:.0f} steps: at the end the text would have moved the "
-        f"weights to where the penalty at a strength of 1 pulls with {how['pull']:.3g}; the text pushes with {how['push']:.3g}"
+        f"{name}: strength {how['strength']:.3g}, found by {how['steps']:.0f} steps: at a strength of 1 it would pull with "
+        f"{how['pull']:.3g} where the text would take the weights, and the text pushes with {how['push']:.3g}"
         for name, how in found.items()
     ]
 

@@ -445,3 +445,15 @@ def test_reports_need_neither_torch_nor_numpy() -> None:
     code = "import sys, postgrad.reports.page; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_penalties_have_a_curve_of_their_own(record: dict, metrics: list[dict]) -> None:
+    plain_page = page.run_page(record, metrics)
+    pulled = [
+        {**row, "penalties": {"anchor": 0.01 * row["step"]}} if row.get("kind") == "step" else row for row in metrics
+    ]
+    assert "Penalties" not in plain_page
+    found = page.run_page(record, pulled)
+    assert "Penalties" in found and "anchor" in found
+    named = {**record, "penalties": [{"name": "<anchor>", "strength": 16.7, "left_out": []}]}
+    assert "Penalty: &lt;anchor&gt;" in page.run_page(named, pulled)

@@ -431,7 +431,7 @@ def test_a_decoupled_pull_holds_too(shelf: Shelf) -> None:
 def test_check_says_what_is_held_and_what_it_costs(shelf: Shelf) -> None:
     file = importance(shelf)
     penalties = [{**ANCHOR, "importance": file}, {"kind": "anchor", "strength": "auto", "storage": "mapped"}]
-    found = check_stage(shelf.plan(shelf.stage("checked", penalties=penalties)))
+    found = check_stage(shelf.plan(shelf.stage("checked", penalties=penalties)), cache=shelf.cache)
     numbers = found["parameters"]
     first, second = found["penalties"]
     assert first["weights"] == second["weights"] == numbers
@@ -442,15 +442,25 @@ def test_check_says_what_is_held_and_what_it_costs(shelf: Shelf) -> None:
 
 
 def test_check_says_that_low_rank_updates_need_no_copies(shelf: Shelf) -> None:
-    found = check_stage(shelf.plan(shelf.stage("free", {"kind": "lora", "rank": 2}, penalties=[ANCHOR])))
+    found = check_stage(
+        shelf.plan(shelf.stage("free", {"kind": "lora", "rank": 2}, penalties=[ANCHOR])), cache=shelf.cache
+    )
     assert "no copies" in found["text"]
     assert found["penalties"][0]["bytes"] == {"reference": 0, "importance": 0, "mapped": 0}
+
+
+def test_what_cannot_be_mapped_is_copied_and_said(shelf: Shelf) -> None:
+    first = shelf.run(shelf.stage("lora-first", {"kind": "lora", "rank": 2})).place
+    raw = shelf.stage("on-lora", penalties=[{**ANCHOR, "storage": "mapped"}], model=str(first))
+    about = anchor_of(trained(shelf, raw, 0)[2]).about
+    (note,) = about["notes"]  # type: ignore[misc]
+    assert "do not lie in files" in str(note) and about["bytes"]["mapped"] == 0  # type: ignore[index]
 
 
 def test_check_tells_what_is_wrong(shelf: Shelf) -> None:
     file = importance(shelf, "bent", **{"model.norm.weight": torch.ones(7)})
     with pytest.raises(DataError, match="has the shape"):
-        check_stage(shelf.plan(shelf.stage("bent", penalties=[{**ANCHOR, "importance": file}])))
+        check_stage(shelf.plan(shelf.stage("bent", penalties=[{**ANCHOR, "importance": file}])), cache=shelf.cache)
 
 
 # -- importance, measured ---------------------------------------------------------------------------------------------

@@ -1,0 +1,271 @@
+"""What does an anchor cost a training step, by what it holds and where that lies?
+
+    python benchmarks/penalty_speed.py --json benchmarks/results/penalty_speed.json
+
+Every arm makes the same step of the same random Llama: forward, backward, the pull, clipping and AdamW, as a stage steps. Arms
+take turns, and the order turns around each round. Told are the processor seconds of the pull over those of the rest of the same
+step (so other work on the machine hits both, or neither), and the bytes that are held beside the weights. The share falls as
+more tokens go into a step: the pull is once a step, whatever the batch.
+
+As a loss: the term written as a Python loop in the loss and left to autograd, as it is often found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from postgrad import schedules
+from postgrad.data.batch import Batch
+from postgrad.models import machine
+from postgrad.models.model import CausalModel
+from postgrad.objectives.tokens import Tokens
+from postgrad.penalties.anchor import Anchor, AnchoredDecay, Changed, Held
+from postgrad.training.optimizer import AdamW, Weights
+from postgrad.training.step import Run, train_step
+from postgrad.training.world import World
+from postgrad.tuning.attach import attach
+
+
+class Timed:
+    """A penalty, and the processor seconds of its last pull."""
+
+    def __init__(self, pull: Callable[[], Tensor], name: str = "anchor") -> None:
+        self.pull, self.name, self.seconds = pull, name, 0.0
+
+    def __call__(self) -> Tensor:
+        begin = time.process_time()
+        value = self.pull()
+        float(value)
+        self.seconds = time.process_time() - begin
+        return value
+
+
+class AsLoss:
+    """The term as a loss of its own, differentiated by autograd."""
+
+    def __init__(self, masters: list[Tensor], references: list[Tensor], importance: list[Tensor]) -> None:
+        self.parts = list(zip(masters, references, importance, strict=True))
+
+    def __call__(self) -> Tensor:
+        loss = torch.zeros(())
+        for master, reference, given in self.parts:
+            loss = loss + (given * (master - reference).square()).sum()
+        (0.5 * loss).backward()
+        return loss.detach()
+
+
+class Arm:
+    """A run under one penalty."""
+
+    def __init__(self, options: argparse.Namespace, tuning: str, make: Callable[[Run], Any] | None) -> None:
+        torch.manual_seed(0)
+        model = CausalModel(LlamaForCausalLM(config(options))).train()
+        attached = attach(model.pretrained, {"kind": tuning})
+        weights = Weights(model, attached, torch.float32, split=True)
+        self.run = Run(
+            model=model,
+            weights=weights,
+            optimizer=AdamW(weights, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
+            objectives=[Tokens()],
+            penalties=[],
+            schedule=schedules.then((schedules.constant(1e-4), 1)),
+            world=World(torch.device("cpu")),
+            sources=["text"],
+            clip=1.0,
+            seed=0,
+            trained_by_source=np.zeros(1, np.int64),
+        )
+        self.penalty = None
+        self.bytes = 0
+        if make:
+            anchor = make(self.run)
+            self.bytes = held_bytes(anchor)
+            if isinstance(anchor, AnchoredDecay):
+                self.penalty = Timed(lambda: self.decay(anchor))
+            else:
+                self.penalty = Timed(anchor)
+            self.run.penalties = [self.penalty]
+
+    def decay(self, anchor: AnchoredDecay) -> Tensor:
+        """The value and the move together: what a step has of it."""
+        value = anchor()
+        anchor.decay(1e-4)
+        return value
+
+    def step(self, batch: Batch) -> tuple[float, float]:
+        """Processor seconds of the step without the pull, and of the pull."""
+        begin = time.process_time()
+        train_step(self.run, [batch])
+        whole = time.process_time() - begin
+        pull = self.penalty.seconds if self.penalty else 0.0
+        return whole - pull, pull
+
+
+def config(options: argparse.Namespace) -> LlamaConfig:
+    """The same Llama for every arm."""
+    return LlamaConfig(
+        hidden_size=options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // 64,
+        num_key_value_heads=options.hidden // 64,
+        intermediate_size=options.inner,
+        vocab_size=options.vocabulary,
+        max_position_embeddings=options.time,
+        tie_word_embeddings=True,
+    )
+
+
+def held_bytes(anchor: Any) -> int:
+    """Bytes held beside the weights, mapped files not counted."""
+    if isinstance(anchor, AsLoss):
+        return sum(r.nbytes + i.nbytes for _, r, i in anchor.parts)
+    kept = [t for h in anchor.held for t in (h.reference, h.importance) if t is not None]
+    kept += [c.importance for c in getattr(anchor, "changed", []) if c.importance is not None]
+    return sum(t.nbytes for t in kept if not getattr(t, "mapped", False))
+
+
+def arms(folder: Path) -> dict[str, tuple[str, Callable[[Run], Any] | None]]:
+    """By name: the tuning, and what makes the penalty."""
+
+    def copies(run: Run, dtype: torch.dtype) -> list[Tensor]:
+        return [m.detach().to(dtype, copy=True) for m in run.weights.masters]
+
+    def given(run: Run, dtype: torch.dtype) -> list[Tensor]:
+        return [torch.rand_like(m.detach()).to(dtype) for m in run.weights.masters]
+
+    def held(run: Run, dtype: torch.dtype, *, weighed: bool) -> list[Held]:
+        importance = given(run, dtype) if weighed else [None] * len(run.weights.masters)
+        return [Held(m, r, i) for m, r, i in zip(run.weights.masters, copies(run, dtype), importance, strict=True)]
+
+    def mapped(run: Run) -> Anchor:
+        path = folder / "model.safetensors"
+        save_file({w.name: w.master.detach().clone() for w in run.weights.all}, path)
+        file = safe_open(path, "pt")
+        parts = []
+        for w in run.weights.all:
+            reference = file.get_tensor(w.name)
+            reference.mapped = True  # type: ignore[attr-defined]
+            parts.append(Held(w.master, reference))
+        return Anchor(parts, strength=1.0)
+
+    def low_rank(run: Run, *, weighed: bool) -> Anchor:
+        changes = run.weights.tuning.changes().values()
+        importance = [torch.rand(m.shape) if weighed else None for m in changes]
+        parts = [Changed(m.change, m.parameters, i) for m, i in zip(changes, importance, strict=True)]
+        return Anchor([], parts, strength=1.0)
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    return {
+        "none": ("full", None),
+        "l2-sp": ("full", lambda r: Anchor(held(r, fp32, weighed=False), strength=1.0)),
+        "l2-sp bf16": ("full", lambda r: Anchor(held(r, bf16, weighed=False), strength=1.0)),
+        "l2-sp mapped": ("full", mapped),
+        "ewc": ("full", lambda r: Anchor(held(r, fp32, weighed=True), strength=1.0)),
+        "ewc bf16": ("full", lambda r: Anchor(held(r, bf16, weighed=True), strength=1.0)),
+        "ewc decoupled": ("full", lambda r: AnchoredDecay(held(r, fp32, weighed=True), strength=1.0)),
+        "ewc as a loss": ("full", lambda r: AsLoss(r.weights.masters, copies(r, fp32), given(r, fp32))),
+        "lora": ("lora", None),
+        "lora, l2-sp": ("lora", lambda r: low_rank(r, weighed=False)),
+        "lora, ewc": ("lora", lambda r: low_rank(r, weighed=True)),
+    }
+
+
+def middle(values: list[float]) -> list[float]:
+    """Median, lowest and highest."""
+    return [statistics.median(values), min(values), max(values)]
+
+
+def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Every arm's share of a step."""
+    ids = torch.randint(0, options.vocabulary, (options.rows, options.time), generator=torch.Generator().manual_seed(0))
+    labels = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -100)], 1)
+    batch = Batch(
+        {"input_ids": ids, "position_ids": torch.arange(options.time).expand_as(ids)},
+        labels,
+        np.zeros(len(ids), np.int64),
+        (labels != -100).sum(1).numpy(),
+    )
+    made = {name: Arm(options, tuning, make) for name, (tuning, make) in arms(folder).items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
+    for turn in range(options.rounds + options.warm):
+        for name in list(made) if turn % 2 else reversed(made):
+            times[name].append(made[name].step(batch))
+    rows = []
+    for name, arm in made.items():
+        kept = times[name][options.warm :]
+        row = {
+            "arm": name,
+            "step_ms": [1e3 * v for v in middle([rest for rest, _ in kept])],
+            "pull_ms": [1e3 * v for v in middle([pull for _, pull in kept])],
+            "share": middle([pull / rest for rest, pull in kept]),
+            "held_mb": arm.bytes / 1e6,
+        }
+        rows.append(row)
+        share = row["share"]
+        print(
+            f"{name:<15} step {row['step_ms'][0]:>8.1f} ms  pull {row['pull_ms'][0]:>7.2f} ms"
+            f"  share {share[0]:.2%} [{share[1]:.2%}..{share[2]:.2%}]  held {row['held_mb']:.1f} MB",
+            flush=True,
+        )
+    return rows
+
+
+def arguments() -> argparse.Namespace:
+    """What is asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--inner", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--time", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warm", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compare, and write what was found."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    machine.tune_allocator()
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = compare(options, Path(folder))
+    if options.json:
+        asked = {k: v for k, v in vars(options).items() if k != "json"}
+        numbers = sum(p.numel() for p in LlamaForCausalLM(config(options)).parameters())
+        setting = {
+            "repeat": "python benchmarks/penalty_speed.py "
+            + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in asked.items()),
+            **asked,
+            "weights": numbers,
+            "tokens_per_step": options.rows * options.time,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "machine": {"cpu": machine.processor(), "cores": machine.cores()},
+            "load_average": load,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"setting": setting, "arms": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
