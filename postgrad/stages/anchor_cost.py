@@ -40,7 +40,8 @@ def check_penalties(plan: Plan, subject: Subject, execution: Execution, world: W
     costs = []
     for spec, anchor in zip(plan.stage.penalties, anchors, strict=True):
         seconds = _seconds(anchor)
-        record = {**about_penalty(anchor), "strength": spec.strength, "seconds": seconds, "share": seconds / step}
+        share = seconds / step if step else None  # a stage that takes no time worth the name
+        record = {**about_penalty(anchor), "strength": spec.strength, "seconds": seconds, "share": share}
         costs.append(PenaltyCost(record, _lines(record, world)))
     weights.clear()
     return costs
@@ -71,7 +72,8 @@ def _lines(record: dict[str, Any], world: World) -> list[str]:
         where.append("no copies, it follows from the tuning's own tensors")
     lines = [
         f"penalty {record['name']}: {record['weights']:,} weights held to {record['reference']['model']}, {told}; "
-        f"{', '.join(where)}; about {record['share']:.1%} of a step"
+        f"{', '.join(where)}; {1e3 * record['seconds']:.2g} ms a step"
+        + ("" if record["share"] is None else f", about {record['share']:.1%} of it")
     ]
     measured = record["importance"]
     if measured:
