@@ -121,6 +121,18 @@ def test_a_step_is_that_of_the_sum_of_loss_and_term(shelf: Shelf) -> None:
         torch.testing.assert_close(after[name], p.detach(), atol=5e-5, rtol=1e-4)
 
 
+def test_it_pulls_beside_replay_distillation_and_low_rank_updates(shelf: Shelf) -> None:
+    objectives = [{"kind": "next-token"}, {"kind": "distill", "teacher": "start", "weight": 0.5, "on": ["old"]}]
+    changes: dict[str, Any] = {"objectives": objectives, "tuning": {"kind": "lora", "rank": 2}}
+    finals = []
+    for strength in (0.0, 50.0):
+        place = shelf.run(shelf.stage(f"all-{strength}", penalties=[{**ANCHOR, "strength": strength}], **changes)).place
+        rows = told(place)
+        assert all(row["losses"].keys() == {"next-token", "distill"} for row in rows)
+        finals.append((rows[-1]["losses"]["distill"], rows[-1]["penalties"]["anchor"]))
+    assert finals[1][0] < finals[0][0] and finals[1][1] > finals[0][1] == 0.0
+
+
 TUNED = [
     {"kind": "full"},
     {"kind": "blocks", "last": 1},
