@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from postgrad.demo import stage_text, write_random_model, write_texts
+from postgrad.data.material import write_texts
+from postgrad.demo import stage_text, write_random_model
 from postgrad.models import machine
 from postgrad.stages.build import build, choose_execution, make_loader, make_subject
 from postgrad.stages.parsing import load_stage

@@ -63,19 +63,35 @@ def demo(
 @app.command()
 def init(
     name: Annotated[str, typer.Argument(help="The stage's name; NAME.yaml is written.", show_default=False)],
-    data: Annotated[str, typer.Option(help="The new text: a file, folder or glob.", show_default=False)],
+    data: Annotated[
+        str | None, typer.Option(help="The new text, or rows: a file, folder or glob.", show_default=False)
+    ] = None,
     model: Annotated[
-        str, typer.Option(help="The model to continue: a folder, a run or a Hub name.", show_default=False)
-    ],
+        str | None, typer.Option(help="The model to continue: a folder, a run or a Hub name.", show_default=False)
+    ] = None,
     replay: Annotated[str | None, typer.Option(help="Old text to replay.", show_default=False)] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="A training strategy: continue, instruct, mixed, classify, probe, mlm, text2text, from-scratch, few-shot. "
+            "What is not given is made.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite NAME.yaml.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a stage file for your model and text, each key explained."""
+    """Write a stage file for your model and text, each key explained; with --template of any training strategy."""
     needs_training()
-    from postgrad.stages.init import write_stage
+    place = Path(f"{name}.yaml")
+    if template is None and data is not None and model is not None:
+        from postgrad.stages.init import write_stage
 
-    found = write_stage(Path(f"{name}.yaml"), data=data, model=model, replay=replay, cache=cache_folder(), force=force)
+        found = write_stage(place, data=data, model=model, replay=replay, cache=cache_folder(), force=force)
+    else:
+        from postgrad.stages.templates import Asked, write_template
+
+        found = write_template(place, template or "continue", Asked(name, data, model, replay), force=force)
     _print(found, as_json, found.pop("text"))
 
 

@@ -8,16 +8,13 @@ measured on documents of modules that no model trained on.
 
 from __future__ import annotations
 
-import ast
-import io
 import json
 import sys
-import sysconfig
 import time
-import tokenize
 from pathlib import Path
 from typing import Any
 
+from postgrad.data.material import write_texts
 from postgrad.errors import Interrupted, StageError
 from postgrad.publish import write_atomically
 
@@ -25,8 +22,6 @@ SEED = 0
 LENGTH = 256
 BASE_TOKENS, NEW_TOKENS = 2_400_000, 900_000
 VOCABULARY = 2048
-_DOCUMENT = 2000
-_HELD_OUT = 15
 
 
 def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
@@ -124,113 +119,6 @@ def _conclusion(arms: list[dict[str, Any]]) -> list[str]:
         f"With 10 % replay it rose by {cured['difference']:.2f}: {removed:.0%} of the forgetting is gone, for "
         f"{gain_cured - gain:+.2f} nats on code and the same number of tokens.",
     ]
-
-
-# -- the texts --------------------------------------------------------------------------------------------------------
-
-
-def write_texts(folder: Path) -> dict[str, int]:
-    """Write old and new text, each parted into training and held-out documents; returns their characters."""
-    done = folder / "sizes.json"
-    if done.exists():
-        return json.loads(done.read_text())
-    texts: dict[str, list[str]] = {"old": [], "old-heldout": [], "new": [], "new-heldout": []}
-    for number, path in enumerate(standard_library()):
-        try:
-            source = path.read_text("utf-8")
-            module = ast.parse(source)
-        except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
-            continue
-        held = "" if number % _HELD_OUT else "-heldout"  # whole modules, so that no document's neighbour is trained on
-        texts[f"old{held}"] += docstrings(module)
-        texts[f"new{held}"] += cut(without_prose(source))
-    texts["old"] += topics()
-    sizes = {"old": 0, "new": 0}
-    for name, documents in texts.items():
-        unique = list(dict.fromkeys(documents))
-        write_atomically(folder / f"{name}.jsonl", _lines(unique[:120] if "heldout" in name else unique))
-        sizes[name.split("-")[0]] += sum(map(len, unique))
-    write_atomically(done, json.dumps(sizes))
-    return sizes
-
-
-def _lines(documents: list[str]) -> str:
-    return "".join(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in documents)
-
-
-def standard_library() -> list[Path]:
-    """The source files of the running Python's standard library, without tests and installed packages."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "pydoc_data",
-        "encodings",
-        "__pycache__",
-    }
-    return [p for p in sorted(root.rglob("*.py")) if not left_out & set(p.relative_to(root).parts)]
-
-
-def topics() -> list[str]:
-    """The language reference that `help('if')` and the like show."""
-    try:
-        from pydoc_data.topics import topics as known
-    except ImportError:  # some distributions leave it out
-        return []
-    return [piece for text in known.values() for piece in cut(text)]
-
-
-def docstrings(module: ast.Module) -> list[str]:
-    """The docstrings of a module that are prose of some length."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(module) if isinstance(node, kinds)]
-    return [piece for text in found if text and len(text) > 200 for piece in cut(text)]
-
-
-def without_prose(source: str) -> str:
-    """Source code without comments and without strings that stand alone (docstrings)."""
-    kept: list[tokenize.TokenInfo] = []
-    try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    except (tokenize.TokenError, IndentationError):
-        return ""
-    fresh = True
-    for token in tokens:
-        if token.type == tokenize.COMMENT:
-            continue
-        if token.type == tokenize.STRING and fresh:
-            continue
-        if token.type not in (tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
-            fresh = token.type == tokenize.NEWLINE
-        kept.append(token)
-    lines: dict[int, list[str]] = {}
-    column: dict[int, int] = {}
-    for token in kept:
-        if token.type in (tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER):
-            continue
-        row, begin = token.start
-        gap = begin - column.get(row, 0)
-        lines.setdefault(row, []).append(" " * max(gap, 0) + token.string)
-        column[row] = token.end[1] if token.end[0] == row else begin
-    return "\n".join("".join(parts).rstrip() for _, parts in sorted(lines.items()))
-
-
-def cut(text: str) -> list[str]:
-    """Pieces of about 2,000 characters, cut at line ends."""
-    pieces, piece, size = [], [], 0
-    for line in text.splitlines():
-        piece.append(line)
-        size += len(line) + 1
-        if size > _DOCUMENT:
-            pieces.append("\n".join(piece).strip())
-            piece, size = [], 0
-    if size > 200:
-        pieces.append("\n".join(piece).strip())
-    return [p for p in pieces if p]
 
 
 def write_random_model(folder: Path, text: Path) -> None:

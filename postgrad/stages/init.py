@@ -52,13 +52,8 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
     """Look at the model and the text and write a stage file. Raises `StageError` when the file is there."""
     if place.exists() and not force:
         raise StageError(f"{place} is there already", where="init", way_out="choose another name, or give --force")
+    refuse_name(place)
     name = place.stem
-    if not re.fullmatch(r"[\w.\-]+", name) or place.parent != Path():
-        raise StageError(
-            f"{str(place.with_suffix(''))!r} cannot name a run folder",
-            where="init",
-            expected="letters, digits, '.', '_' and '-'",
-        )
     root = place.resolve().parent
     start = locate(model, root)
     config = AutoConfig.from_pretrained(start.source)
@@ -120,6 +115,16 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
         f"next: postgrad check {place}",
     ]
     return {"text": "\n".join(said), "stage": str(place), "documents": len(store), "tokens": store.tokens}
+
+
+def refuse_name(place: Path) -> None:
+    """Raise `StageError` for a stage file whose name cannot name a run's folder too."""
+    if not re.fullmatch(r"[\w.\-]+", place.stem) or place.parent != Path():
+        raise StageError(
+            f"{str(place.with_suffix(''))!r} cannot name a run folder",
+            where="init",
+            expected="letters, digits, '.', '_' and '-'",
+        )
 
 
 def _yaml(text: str) -> str:

@@ -1,0 +1,253 @@
+"""What does a stage of each strategy look like? Commented files that run as they are, on the user's text or on our own.
+
+Without the user's text the rows are made from what every Python carries (`postgrad.data.material`), and without the user's
+model a second stage trains a small one first. The texts of the files lie in `templates/`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+from postgrad.data.material import write_rows, write_texts
+from postgrad.errors import StageError, nearest
+from postgrad.publish import write_atomically
+from postgrad.stages.init import refuse_name
+from postgrad.stages.parsing import load_stage
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user named."""
+
+    name: str
+    data: str | None
+    model: str | None
+    replay: str | None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A strategy: the rows it reads, the model it goes on from, its rates on our own small models and on the user's."""
+
+    rows: str | None
+    base: str | None
+    ours: tuple[str, str]
+    theirs: tuple[str, str]
+    figures: str
+    """What came of it on our own text and model: measured, and when and on what."""
+
+
+KINDS: Mapping[str, Kind] = {
+    "continue": Kind(None, "decoder", ("2.0e-3", "2.0e-4"), ("2.0e-5", "2.0e-6"), ""),
+    "instruct": Kind("instructions", "decoder", ("2.0e-3", "2.0e-4"), ("1.0e-6", "1.0e-7"), ""),
+    "mixed": Kind("instructions", "decoder", ("2.0e-3", "2.0e-4"), ("2.0e-5", "2.0e-6"), ""),
+    "classify": Kind("labelled", "encoder", ("1.0e-3", "1.0e-5"), ("2.0e-5", "2.0e-6"), ""),
+    "probe": Kind("labelled", "encoder", ("1.0e-2", "1.0e-4"), ("1.0e-2", "1.0e-4"), ""),
+    "mlm": Kind(None, "encoder", ("1.0e-3", "1.0e-4"), ("2.0e-5", "2.0e-6"), ""),
+    "text2text": Kind("pairs", "encoder-decoder", ("2.0e-3", "2.0e-4"), ("1.0e-4", "1.0e-5"), ""),
+    "from-scratch": Kind(None, None, ("3.0e-3", "3.0e-4"), ("3.0e-3", "3.0e-4"), ""),
+    "few-shot": Kind("choices", "decoder", ("2.0e-3", "2.0e-4"), ("2.0e-5", "2.0e-6"), ""),
+}
+"""The strategies by name."""
+
+
+class Written(NamedTuple):
+    """The files of a template, and the commands that carry it out, in order."""
+
+    files: list[Path]
+    commands: list[str]
+
+
+def write_template(place: Path, kind: str, asked: Asked, *, force: bool) -> dict[str, Any]:
+    """Write the stage of a strategy, and what it needs.
+
+    Raises `StageError` for an unknown strategy, files that are there, and a name that can name no run.
+    """
+    refuse_name(place)
+    if kind not in KINDS:
+        raise StageError(
+            f"there is no template {kind!r}",
+            where="--template",
+            expected=", ".join(KINDS),
+            way_out=nearest(kind, KINDS),
+        )
+    wanted = [place.with_name(f"{asked.name}{ending}.yaml") for ending in ("", *_besides(kind, asked))]
+    there = [path for path in wanted if path.exists()]
+    if there and not force:
+        raise StageError(f"{there[0]} is there already", where="init", way_out="choose another name, or give --force")
+    written = _write(place, kind, asked)
+    said = [f"wrote {path}" for path in written.files]
+    said += ["carry it out:", *(f"  {command}" for command in written.commands), f"next: {written.commands[0]}"]
+    return {"text": "\n".join(said), "files": [str(path) for path in written.files], "commands": written.commands}
+
+
+def _besides(kind: str, asked: Asked) -> list[str]:
+    """Endings of the files beside the stage's own."""
+    base = ["-base"] if KINDS[kind].base and asked.model is None else []
+    return [*base, *(["-tasks"] if kind == "few-shot" else [])]
+
+
+def _write(place: Path, kind: str, asked: Asked) -> Written:
+    spec = KINDS[kind]
+    folder = f"{asked.name}-data"
+    ours = asked.data is None
+    if ours or asked.replay is None or (spec.base and asked.model is None):
+        write_texts(place.parent / folder)
+    rows = [spec.rows] if spec.rows else []
+    for name in (*rows, *(("labelled", "choices") if kind == "text2text" else ())):
+        if ours or kind == "mixed":
+            write_rows(place.parent / folder, name)
+    values = {**_common(place, kind, asked, folder), **_SPECIAL.get(kind, _nothing)(asked, folder)}
+    made: list[Path] = []
+    commands: list[str] = []
+    if spec.base and asked.model is None:
+        base = place.with_name(f"{asked.name}-base.yaml")
+        write_atomically(base, _filled(f"base-{spec.base}", {**values, "file": base.name}))
+        made.append(base)
+        commands.append(f"postgrad train {base.name}")
+    if kind == "few-shot":
+        tasks = place.with_name(f"{asked.name}-tasks.yaml")
+        write_atomically(tasks, _filled("few-shot-tasks", values))
+        made.append(tasks)
+        commands.append(f"postgrad eval {values['model']} --tasks {tasks.name}")
+    if kind == "probe":
+        commands.append(f"postgrad probe {values['probed']} --report {asked.name}.html")
+    write_atomically(place, _filled(kind, values))
+    load_stage(place)  # what is written can be read
+    return Written([*made, place], [*commands, f"postgrad train {place.name}"])
+
+
+def _filled(name: str, values: Mapping[str, str]) -> str:
+    text = files("postgrad.stages").joinpath("templates", f"{name}.yaml").read_text("utf-8")
+    filled = Template(text).substitute(values)
+    return re.sub(r"^\n|(?<=\n)\n+", "", filled)  # a line that nothing was filled into
+
+
+def _common(place: Path, kind: str, asked: Asked, folder: str) -> dict[str, str]:
+    """What most templates ask for."""
+    spec = KINDS[kind]
+    ours = asked.data is None
+    own_model = spec.base is not None and asked.model is None
+    peak, floor = spec.ours if own_model or spec.base is None else spec.theirs
+    rows = f"{folder}/{spec.rows}" if spec.rows else ""
+    data = asked.data or (f"{rows}.train.jsonl" if rows and kind != "mixed" else f"{folder}/new.jsonl")
+    if kind == "from-scratch" and ours:
+        data = f"{folder}/old.jsonl"
+    english, code = (
+        f"{{name: english, path: {folder}/old-heldout.jsonl}}",
+        f"{{name: code, path: {folder}/new-heldout.jsonl}}",
+    )
+    measured = {
+        "continue": {"retained": [english], "learned": [code]},
+        "mlm": {"retained": [english], "learned": [code]},
+        "from-scratch": {"test": [english]},
+        "instruct": {"retained": [english], "learned": [_like("questions", rows, "valid", "instructions")]},
+        "mixed": {"retained": [english], "learned": [code, _like("questions", rows, "valid", "instructions")]},
+        "classify": {
+            "learned": [_like("valid", rows, "valid", "rows")],
+            "test": [_like("final", rows, "test", "rows")],
+        },
+        "probe": {"learned": [_like("valid", rows, "valid", "rows")], "test": [_like("final", rows, "test", "rows")]},
+    }
+    return {
+        "name": asked.name,
+        "file": place.name,
+        "folder": folder,
+        "model": asked.model or f"runs/{asked.name}-base",
+        "data": _quoted(data),
+        "replay": _quoted(asked.replay or f"{folder}/old.jsonl"),
+        "peak": peak,
+        "floor": floor,
+        "sets": _listed(measured.get(kind, {})) if ours else "",
+        "figures": _comment(spec.figures) if ours and (own_model or spec.base is None) else "",
+        "held": ", held_out: 0" if ours else "",
+        "chooser": "valid" if ours else "rows",
+        "new_share": "90%",
+        "replay_share": "10%",
+        "why": "5 % for text of a like kind, 25 % for another language",
+        "rate": "1e-6 is usual for all weights of a large model"
+        if peak.startswith("1.0e-6")
+        else "a small model: 1e-6 for a large one",
+    }
+
+
+def _listed(sets: Mapping[str, Sequence[str]]) -> str:
+    """Held-out sets by role, a line each."""
+    return "\n".join(
+        line for role, items in sets.items() for line in (f"  {role}:", *(f"    - {item}" for item in items))
+    )
+
+
+def _like(name: str, rows: str, part: str, source: str) -> str:
+    return f"{{name: {name}, path: {rows}.{part}.jsonl, like: {source}}}"
+
+
+def _comment(figures: str) -> str:
+    return "\n".join(f"# {line}" for line in figures.splitlines())
+
+
+def _quoted(path: str) -> str:
+    return path if re.fullmatch(r"[\w./*-]+", path) else "'" + path.replace("'", "''") + "'"
+
+
+def _nothing(asked: Asked, folder: str) -> dict[str, str]:
+    return {}
+
+
+def _mixed(asked: Asked, folder: str) -> dict[str, str]:
+    return {"instructions": f"{folder}/instructions.train.jsonl"}
+
+
+def _probed(asked: Asked, folder: str) -> dict[str, str]:
+    model = asked.model or f"runs/{asked.name}-base"
+    if asked.data:
+        return {"probed": f"{model} {asked.data} TEST-ROWS"}
+    parts = {part: f"{folder}/labelled.{part}.jsonl" for part in ("train", "test", "valid")}
+    return {"probed": f"{model} {parts['train']} {parts['test']} --dev {parts['valid']} --kind labelled"}
+
+
+def _text2text(asked: Asked, folder: str) -> dict[str, str]:
+    """Three tasks of ours, or the one of the user."""
+    if asked.data:
+        return {"tasks": f"    - {{name: rows, path: {_quoted(asked.data)}, max_passes: 20}}", "task_names": "rows"}
+    lines = [
+        f"    - {{name: summary, path: {folder}/pairs.train.jsonl, max_passes: 20}}",
+        f"    - {{name: part, path: {folder}/labelled.train.jsonl, kind: labelled, max_passes: 20, "
+        'prompt: "part of the library: {text}"}',
+        f"    - {{name: choice, path: {folder}/choices.train.jsonl, max_passes: 20}}",
+    ]
+    sets = {
+        "retained": [f"{{name: english, path: {folder}/old-heldout.jsonl, like: replay}}"],
+        "learned": [
+            f"{{name: {name}-valid, path: {folder}/{rows}.valid.jsonl, like: {name}}}"
+            for name, rows in (("summary", "pairs"), ("part", "labelled"), ("choice", "choices"))
+        ],
+    }
+    return {"tasks": "\n".join(lines), "task_names": "summary, part, choice", "sets": _listed(sets)}
+
+
+def _few_shot(asked: Asked, folder: str) -> dict[str, str]:
+    """The questions of the tasks file, once more inside of the stage."""
+    values = {
+        "train": _quoted(asked.data or f"{folder}/choices.train.jsonl"),
+        "test": _quoted(asked.data or f"{folder}/choices.test.jsonl"),
+        "kind": "auto" if asked.data else "choices",
+        "name": asked.name,
+    }
+    listed = _filled("few-shot-tasks", values).splitlines()
+    lines = [f"    {line}" for line in listed if not line.startswith("#")]
+    return {**values, "questions": "\n".join(lines)}
+
+
+_SPECIAL: Mapping[str, Callable[[Asked, str], dict[str, str]]] = {
+    "mixed": _mixed,
+    "probe": _probed,
+    "text2text": _text2text,
+    "few-shot": _few_shot,
+}

@@ -1,0 +1,125 @@
+"""Every template runs as it is written: on what is made here, and on the user's own text and model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from postgrad.data import material
+from postgrad.errors import StageError
+from postgrad.lineage.record import read_record
+from postgrad.stages.parsing import load_stage
+from postgrad.stages.plan import make_plan
+from postgrad.stages.run import Finished, run_stage
+from postgrad.stages.templates import KINDS, Asked, write_template
+from tests.test_docs import parse
+
+TINY = [
+    "tokens=2000",
+    "data.sequence_length=64",
+    "batch.sequences=8",
+    "batch.micro=8",
+    "compute.threads=1",
+    "compute.dtype=float32",
+    "evaluation.every=100%",
+    "evaluation.during_tokens=200",
+    "evaluation.max_tokens=400",
+    "evaluation.samples=0",
+    "evaluation.drift_tokens=0",
+]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tool's own material, of each file the first lines."""
+    folder = tmp_path_factory.mktemp("made")
+    material.write_texts(folder)
+    for name in material.ROWS:
+        material.write_rows(folder, name)
+    for file in folder.glob("*.jsonl"):
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:80]))
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def written(kind: str, made: Path, here: Path, **given: str | None) -> dict[str, Any]:
+    asked = {"data": None, "model": None, "replay": None, **given}
+    shutil.copytree(made, here / "try-data")
+    found = write_template(Path("try.yaml"), kind, Asked("try", **asked), force=False)  # type: ignore[arg-type]
+    for command in found["commands"]:
+        parse(command.removeprefix("postgrad"))
+    return found
+
+
+def trained(file: str, here: Path, cache: Path, *overrides: str) -> Finished:
+    stage = load_stage(here / file, [*TINY, *overrides])
+    *_, last = run_stage(make_plan(stage, here, cache), command="t", cache=cache)
+    assert isinstance(last, Finished)
+    return last
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_template_runs_as_it_is_written(kind: str, made: Path, here: Path, cache: Path) -> None:
+    found = written(kind, made, here)
+    assert found["files"][-1] == "try.yaml"
+    if KINDS[kind].base:
+        assert "try-base.yaml" in found["files"]
+        trained("try-base.yaml", here, cache, "model.tokenizer.vocabulary=400", "data.sources.0.max_passes=100")
+    fresh = ["model.tokenizer.vocabulary=400"] if kind == "from-scratch" else []
+    passes = ["data.sources.0.max_passes=1000"]
+    last = trained("try.yaml", here, cache, *fresh, *passes)
+    assert last.record["status"] == "finished" and read_record(here / "runs" / "try")["changes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_line_has_room_and_comments_say_the_commands(kind: str, made: Path, here: Path) -> None:
+    written(kind, made, here)
+    text = (here / "try.yaml").read_text()
+    assert "postgrad train try.yaml" in text and "$" not in text
+    assert len(text.splitlines()) <= 40
+    assert all(len(line) <= 160 for line in text.splitlines())
+
+
+def test_the_users_own_text_and_model_are_gone_on_with(base: Path, here: Path, made: Path, cache: Path) -> None:
+    found = written(
+        "continue",
+        made,
+        here,
+        data=str(base / "new.jsonl"),
+        model=str(base / "base"),
+        replay=str(base / "old.jsonl"),
+    )
+    assert found["files"] == ["try.yaml"]
+    stage = load_stage(here / "try.yaml")
+    assert stage.schedule.peak == 2e-5  # type: ignore[union-attr]
+    assert trained("try.yaml", here, cache).record["changes"].keys() == {"new", "replay"}
+
+
+def test_rows_of_the_user_are_classified(here: Path, made: Path, cache: Path) -> None:
+    rows = [{"text": f"{word} {n}", "label": word} for n in range(40) for word in ("one", "two")]
+    (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = written("classify", made, here, data="mine.jsonl")
+    assert found["files"] == ["try-base.yaml", "try.yaml"]
+    trained("try-base.yaml", here, cache, "model.tokenizer.vocabulary=400", "data.sources.0.max_passes=100")
+    record = trained("try.yaml", here, cache, "data.sources.0.max_passes=1000").record
+    assert record["scores"]["after"]["rows"]["metrics"]["accuracy"]["value"] >= 0
+
+
+def test_what_is_unknown_or_there_is_said(made: Path, here: Path) -> None:
+    with pytest.raises(StageError, match="did you mean 'classify'"):
+        write_template(Path("try.yaml"), "clasify", Asked("try", None, None, None), force=False)
+    written("mlm", made, here)
+    with pytest.raises(StageError, match="is there already"):
+        write_template(Path("try.yaml"), "mlm", Asked("try", None, None, None), force=False)
+    write_template(Path("try.yaml"), "mlm", Asked("try", None, None, None), force=True)
+    with pytest.raises(StageError, match="cannot name a run folder"):
+        write_template(Path("a b.yaml"), "mlm", Asked("a b", None, None, None), force=False)
