@@ -227,16 +227,32 @@ def _functions() -> Iterator[Function]:
         except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
             continue
         named = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        for node in ast.walk(module):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+        for name, node in _named(module):
+            if node.name.startswith("_"):
                 continue
             about = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
             says = re.split(r"(?<=[a-z)`'\"])\. ", about)[0].rstrip(".")
             if _LEAST <= len(says) <= _MOST:
                 arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
                 parameters = tuple(a.arg for a in arguments if a.arg not in ("self", "cls"))
-                held_out = zlib.crc32(f"{named}.{node.name}".encode()) % 5 == 0
-                yield Function(named, node.name, parameters, f"{says}.", about, held_out)
+                held_out = zlib.crc32(f"{named}.{name}".encode()) % 5 == 0
+                yield Function(named, name, parameters, f"{says}.", about, held_out)
+
+
+def _named(module: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """The functions of a module with their names inside of it, those of classes too; of one name the first."""
+    seen: set[str] = set()
+    inside: list[tuple[str, ast.AST]] = [("", module)]
+    while inside:
+        before, node = inside.pop(0)
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                inside.append((f"{before}{child.name}.", child))
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = before + child.name
+                if name not in seen:
+                    seen.add(name)
+                    yield name, child
 
 
 def _instructions(known: Sequence[Function], _: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
@@ -261,7 +277,7 @@ def _tagged(known: Sequence[Function], _: random.Random) -> Iterator[tuple[Funct
 
 def _pairs(known: Sequence[Function], _: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
     for f in known:
-        yield f, {"source": f"summarise: def {f.name}({', '.join(f.parameters)})", "target": f.says}
+        yield f, {"source": f"summarise: def {f.name.rpartition('.')[2]}({', '.join(f.parameters)})", "target": f.says}
 
 
 def _choices(known: Sequence[Function], rng: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
