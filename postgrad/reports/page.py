@@ -46,6 +46,8 @@ from postgrad.reports.shell import (
 from postgrad.reports.tables import VERDICTS, Column, Table
 
 MOST_SAMPLES, MOST_SERIES = 12, 12
+_EVERY_STEP = 7
+"""The colour of what is drawn of each step, behind everything else."""
 EARLY, EARLY_WORDS = (
     0.02,
     "2 %",
@@ -527,18 +529,22 @@ def _training(record: Mapping[str, object], curves: Curves) -> str:
     drawn = []
     span = max(len(curves.loss) / 40, 1.0)
     if curves.loss:
-        lines = [Series("each step", curves.loss, faint=True, label=False, colour=7)]
-        sources = list(curves.by_source)[:6]
+        lines = [Series("each step", curves.loss, faint=True, label=False, colour=_EVERY_STEP)]
+        trained = {name: sum(tokens for _, _, tokens in points) for name, points in curves.by_source.items()}
+        largest = sorted(trained, key=lambda name: -trained[name])[:MOST_SERIES]
+        sources = [name for name in trained if name in largest]
         if len(sources) > 1:
             for i, name in enumerate(sources):
                 points = curves.by_source[name]
                 mean = figures.smoothed(
                     [(x, y) for x, y, _ in points], max(len(points) / 40, 1.0), [t for _, _, t in points]
                 )
-                lines.append(Series(name, mean, colour=i))
+                lines.append(Series(name, mean, colour=i if i < _EVERY_STEP else i + 1))
         else:
             lines.append(Series("smoothed", figures.smoothed(curves.loss, span, curves.weights), colour=0, label=False))
         about = "Faint: every step. Solid: smoothed over trained tokens" + (", by source." if len(sources) > 1 else ".")
+        if len(trained) > len(sources):
+            about += f" {len(trained) - len(sources)} sources with fewer tokens are in the table only."
         drawn.append(
             figure(
                 "Training loss",
@@ -614,7 +620,9 @@ def _mixture(record: Mapping[str, object]) -> str:
     planned = {plain(mapping(s).get("name")): mapping(s) for s in rows(plan.get("sources"))}
     done = {plain(mapping(s).get("name")): mapping(s) for s in rows(achieved.get("sources"))}
     pairs = []
-    for name in list(dict.fromkeys([*planned, *done]))[:MOST_SERIES]:
+    names = list(dict.fromkeys([*planned, *done]))
+    about = f"{len(names) - MOST_SERIES} more sources are in the table only." if len(names) > MOST_SERIES else ""
+    for name in names[:MOST_SERIES]:
         p, a = planned.get(name, {}), done.get(name, {})
         passes = a.get("passes") if number(a.get("passes")) is not None else p.get("passes")
         note = percent(p.get("share"), 1)
@@ -631,6 +639,7 @@ def _mixture(record: Mapping[str, object]) -> str:
                 lambda w: figures.paired_bars(
                     pairs, title="Mixture, planned and achieved", first="planned", second="achieved", width=w
                 ),
+                about=about,
             )
         )
     ledger = mapping(record.get("ledger"))
@@ -646,10 +655,12 @@ def _mixture(record: Mapping[str, object]) -> str:
                     title="Token ledger",
                     width=w,
                 ),
+                about=about,
             )
         )
     mixture, table = tables.mixture_table(record), tables.ledger_table(record)
-    body = side_by_side(*drawn)
+    learnt = tables.learning_table(record)
+    body = side_by_side(*drawn) + (learnt.html() if learnt else "")
     if mixture.rows:
         body += mixture.html()
     if table.rows:

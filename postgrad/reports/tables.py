@@ -599,6 +599,41 @@ def mixture_table(record: Mapping[str, object]) -> Table:
     return Table("Mixture, planned and achieved", (*columns, Column("available tokens")), tuple(body), notes)
 
 
+def learning_table(record: Mapping[str, object]) -> Table | None:
+    """What each source of a mixture had a share in, and how its training loss moved; None for a single source."""
+    planned = {plain(mapping(s).get("name")): mapping(s) for s in rows(mapping(record.get("plan")).get("sources"))}
+    achieved = [mapping(s) for s in rows(mapping(record.get("achieved")).get("sources"))]
+    told = [source for source in achieved if mapping(source.get("loss"))]
+    if len(told) < 2:
+        return None
+    body = []
+    for source in told:
+        loss, name = mapping(source.get("loss")), plain(source.get("name"))
+        moved = {**loss, "difference": loss.get("change")}
+        body.append(
+            (
+                words(name),
+                share(mapping(planned.get(name)).get("share")),
+                share(source.get("share")),
+                share(loss.get("share")),
+                level(loss.get("first")),
+                level(loss.get("last")),
+                difference(moved),
+                change(loss.get("per_million")),
+            )
+        )
+    columns = (
+        Column("source", words=True), Column("wanted", "trained tokens"), Column("achieved", "trained tokens"),
+        Column("of all nats"), Column("first", "training loss"), Column("last", "training loss"),
+        Column("change (95 %)", "training loss", fields=CHANGE), Column("per 1M of its tokens", "training loss"),
+    )  # fmt: skip
+    notes = (
+        "Losses in nats per trained token, over the first and the last tenth of a source's tokens, on rows as they were"
+        " trained. What is learnt from one source moves the others too; held-out sets say what was learnt.",
+    )
+    return Table("Sources of the mixture", columns, tuple(body), notes)
+
+
 def lineage_table(tree: Mapping[str, object]) -> Table:
     """The matrix R: row i, column j is the loss on set j after stage i, in nats per token."""
     names, sets = lineage_names(tree)

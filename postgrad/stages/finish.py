@@ -18,6 +18,7 @@ def outcome_text(outcome: Finished) -> str:
     for table in (
         tables.pseudo_table(record, brief=True),
         tables.metrics_table(record),
+        tables.learning_table(record),
         drift_table(record),
         task_table(record, brief=True),
         cluster_table(record),

@@ -21,6 +21,7 @@ from postgrad.models import machine
 from postgrad.planning.execution import Execution
 from postgrad.stages import stage as s
 from postgrad.stages.build import Counts
+from postgrad.stages.learning import losses_by_source
 from postgrad.stages.leaves import consumed, leaves_of
 from postgrad.stages.plan import Plan
 from postgrad.training.meters import read_metrics
@@ -109,7 +110,9 @@ def achieved(home: Path, plan: Plan, trained: int, by_source: list[int], step: i
         b - a
         for a, b in zip(plan.mixture.counts(first * block), plan.mixture.counts((first + step) * block), strict=True)
     ]
-    seconds = sum(row["seconds"] for row in read_metrics(home / METRICS) if row["kind"] == "step")
+    steps = [row for row in read_metrics(home / METRICS) if row["kind"] == "step"]
+    seconds = sum(row["seconds"] for row in steps)
+    losses = losses_by_source(steps)
     return {
         "steps": step,
         "tokens": trained,
@@ -123,6 +126,7 @@ def achieved(home: Path, plan: Plan, trained: int, by_source: list[int], step: i
                 "trained": n,
                 "rows": r,
                 "passes": r / len(packed),
+                **({"loss": losses[leaf.name]} if leaf.name in losses else {}),
             }
             for leaf, n, r, packed in zip(plan.leaves, by_source, rows, plan.rows, strict=True)
         ],
