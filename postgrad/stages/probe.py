@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -57,7 +58,38 @@ class _Rows:
     left_out: int
 
 
-def probe_layers(
+@dataclass(frozen=True)
+class Frozen:
+    """The features of every layer of a model for the items of each part (`train`, `dev`, `test`), and what is to be told."""
+
+    items: dict[str, Items]
+    documents: dict[str, int]
+    kind: str
+    labels: tuple[str, ...]
+    problem: Problem
+    pooling: Pooling | None
+    stack: Stack
+    context: int
+    seconds: float
+    notes: tuple[str, ...]
+
+    @property
+    def states(self) -> int:
+        """How many states there are: the layers, and the embeddings."""
+        return self.items["train"].states_SID.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Numbers of a state."""
+        return self.items["train"].states_SID.shape[2]
+
+    @property
+    def outputs(self) -> int:
+        """What a classifier of these items gives."""
+        return max(len(self.labels), 1)
+
+
+def frozen_features(
     model: str,
     train: str,
     test: str,
@@ -68,19 +100,16 @@ def probe_layers(
     stack: str = "auto",
     context: int | None = None,
     base: str | None = None,
-    report: Path | None = None,
     cache: Path,
-    views: list[View] | None = None,
-) -> dict[str, Any]:
-    """Probe every layer of a model for the labels of `train`, choose on `dev` (or a tenth of `train`), answer `test` once.
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Frozen:
+    """Every layer's features of three files (without `dev`, that is a tenth of `train`), from the cache or one pass.
 
-    `views`: only these. Raises `DataError` for a label that `train` has not (with its file and line), `StageError` for
-    options that have no meaning for the rows or the model.
+    Raises `DataError` for a label that `train` has not (with its file and line), `StageError` for options that have no
+    meaning for the rows or the model.
     """
-    machine.tune_allocator()
     start = locate(model, Path.cwd(), base)
-    config = AutoConfig.from_pretrained(start.source)
-    tell = _Telling()
+    config: Any = AutoConfig.from_pretrained(start.source)
     files = {"train": _source("train", train, kind), "test": _source("test", test, kind)}
     files |= {"dev": _source("dev", dev, kind)} if dev else {}
     task: Task = "tag" if files["train"].kind == "tagged" else "classify"
@@ -90,64 +119,102 @@ def probe_layers(
     reading = _reading(start, config, task, context)
     notes: list[str] = []
     rows = _rows(files, reading, labels, problem, cache, notes)
-    states, device = _backbone(start, task, half, pooled_by, labels, reading)
+    states, device = _backbone(start, task, half, pooled_by, reading)
     identity = start_fingerprint(start) or start.name
-    width = int(config.get_text_config().hidden_size)
     begun = time.perf_counter()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads_for(None, (2048, width, 4 * width), device, 1)[0])
     items: dict[str, Items] = {}
-    for part, part_rows in rows.items():
-        key = fingerprint([identity, *part_rows.found.identity, pooled_by, half])
-        features = layer_features(
-            states,
-            part_rows.found.rows,
-            cache / "features" / f"{key}.npy",
-            pooling=pooled_by,
-            pad=reading.pad,
-            device=device,
-            progress=tell.about(f"features of {part}"),
-        )
-        items[part] = _items(features, part_rows.found, problem)
-        if part_rows.left_out:
-            notes.append(
-                f"{part}: {part_rows.left_out:,} words stand behind {reading.length:,} tokens and are not read"
+    width = int(config.get_text_config().hidden_size)
+    with _threads((2048, width, 4 * width), device):
+        for part, of_part in rows.items():
+            key = fingerprint([identity, *of_part.found.identity, pooled_by, half])
+            features = layer_features(
+                states,
+                of_part.found.rows,
+                cache / "features" / f"{key}.npy",
+                pooling=pooled_by,
+                pad=reading.pad,
+                device=device,
+                progress=lambda done, total, part=part: progress(f"features of {part}", done, total),
             )
-    read = time.perf_counter()
-    names = tuple(str(name) for name in labels.names)
-    torch.set_num_threads(threads_for(None, (ROWS, width, max(len(names), 1) * len(STRENGTHS)), device, 1)[0])
-    found = probe(
-        items["train"],
-        items["dev"],
-        items["test"],
+            items[part] = _items(features, of_part.found, problem)
+            if of_part.left_out:
+                notes.append(
+                    f"{part}: {of_part.left_out:,} words stand behind {reading.length:,} tokens and are not read"
+                )
+    return Frozen(
+        items,
+        {part: len(of_part.found) for part, of_part in rows.items()},
+        files["train"].kind,
+        tuple(str(name) for name in labels.names),
         problem,
-        max(len(names), 1),
-        names=names,
-        views=views,
-        progress=tell.about("classifiers"),
+        pooled_by,
+        half,
+        reading.length,
+        time.perf_counter() - begun,
+        tuple(notes),
     )
-    trained = time.perf_counter()
-    torch.set_num_threads(before)
-    tell.done()
+
+
+def probe_layers(
+    model: str,
+    train: str,
+    test: str,
+    *,
+    report: Path | None = None,
+    views: list[View] | None = None,
+    cache: Path,
+    **options: Any,
+) -> dict[str, Any]:
+    """Probe every layer of a model for the labels of `train`, choose on `dev` (or a tenth of `train`), answer `test` once.
+
+    `views`: only these. `options` and errors as for `frozen_features`.
+    """
+    machine.tune_allocator()
+    with _Telling() as tell:
+        frozen = frozen_features(model, train, test, cache=cache, progress=tell, **options)
+        begun = time.perf_counter()
+        with _threads((ROWS, frozen.width, frozen.outputs * len(STRENGTHS)), torch.device("cpu")):
+            found = probe(
+                frozen.items["train"],
+                frozen.items["dev"],
+                frozen.items["test"],
+                frozen.problem,
+                frozen.outputs,
+                names=frozen.labels,
+                views=views,
+                progress=lambda done, total: tell("classifiers", done, total),
+            )
+    seconds = time.perf_counter() - begun
     result = {
         "model": model,
-        "kind": files["train"].kind,
-        "problem": problem,
-        "labels": list(names),
-        "pooling": pooled_by,
-        "stack": half,
-        "context": reading.length,
-        "items": {part: len(of_part) for part, of_part in items.items()},
-        "documents": {part: len(of_part.found) for part, of_part in rows.items()},
-        "layers": items["train"].states_SID.shape[0] - 1,
-        "width": items["train"].states_SID.shape[2],
-        "metric": main_metric(problem, names)[0],
+        "kind": frozen.kind,
+        "problem": frozen.problem,
+        "labels": list(frozen.labels),
+        "pooling": frozen.pooling,
+        "stack": frozen.stack,
+        "context": frozen.context,
+        "items": {part: len(items) for part, items in frozen.items.items()},
+        "documents": frozen.documents,
+        "layers": frozen.states - 1,
+        "width": frozen.width,
+        "metric": main_metric(frozen.problem, frozen.labels)[0],
         "strengths": list(STRENGTHS),
-        **_scored(found, items["test"], items["train"], problem, names),
-        "seconds": {"features": round(read - begun, 2), "classifiers": round(trained - read, 2)},
-        "notes": notes,
+        **_scored(found, frozen.items["test"], frozen.items["train"], frozen.problem, frozen.labels),
+        "seconds": {"features": round(frozen.seconds, 2), "classifiers": round(seconds, 2)},
+        "notes": list(frozen.notes),
     }
     return _told(result, train, test, report)
+
+
+@contextmanager
+def _threads(product: tuple[int, int, int], device: torch.device) -> Iterator[None]:
+    """Inside, torch has as many threads as pay for a product of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads_for(None, product, device, 1)[0])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _source(part: str, path: str, kind: str) -> Source:
@@ -260,7 +327,7 @@ def _without(digests: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _backbone(
-    start: Start, task: Task, half: Stack, pooling: Pooling | None, labels: Labels, reading: Reading
+    start: Start, task: Task, half: Stack, pooling: Pooling | None, reading: Reading
 ) -> tuple[States, torch.device]:
     """What answers a batch with all states: the plain backbone, or the model of a start with all that stands in it."""
     device = machine.device()
@@ -354,18 +421,15 @@ class _Telling:
     def __init__(self) -> None:
         self.begun, self.said = time.perf_counter(), 0.0
 
-    def about(self, what: str) -> Callable[[int, int], None]:
-        """Tells how much of something is done."""
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if sys.stderr.isatty() and now - self.begun > _TELL_AFTER and now - self.said > 0.2:
+            self.said = now
+            print(f"\r{what}: {done / total:.0%}\x1b[K", end="", file=sys.stderr, flush=True)
 
-        def tell(done: int, total: int) -> None:
-            now = time.perf_counter()
-            if sys.stderr.isatty() and now - self.begun > _TELL_AFTER and now - self.said > 0.2:
-                self.said = now
-                print(f"\r{what}: {done / total:.0%}\x1b[K", end="", file=sys.stderr, flush=True)
+    def __enter__(self) -> _Telling:
+        return self
 
-        return tell
-
-    def done(self) -> None:
-        """Nothing is left on the line."""
-        if self.said:
+    def __exit__(self, *_: object) -> None:
+        if self.said:  # nothing is left on the line
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,114 @@
+"""What does it cost to probe every layer at once, and what one after the other?
+
+    python benchmarks/layer_probe.py --model MODEL --train tagged.jsonl --test tagged.jsonl \\
+        --documents 900 --test-documents 150 --json benchmarks/results/layer_probe.json
+
+Two arms on the same first documents of the files, the same backbone, classifiers, penalties and steps:
+
+    at once     `postgrad probe`: one pass of the backbone for all layers, all classifiers side by side
+    one by one  the same for one view at a time, as a run for each layer would have it: a pass of the backbone of its own, and
+                the classifiers of that view alone
+
+Nothing is taken from a cache, and what each view scores is compared between the arms. Seconds are of the processor (all
+threads), which other work on the machine does not lengthen, and of the clock. One by one is done in turns with at once:
+the first goes first, in the middle and last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postgrad.evaluation.probe import View, views_of
+from postgrad.stages.probe import probe_layers
+
+
+def first(file: Path, count: int, place: Path) -> Path:
+    """The first rows of a file, as a file."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt") as lines:
+        place.write_text("".join(islice(lines, count)))
+    return place
+
+
+def timed(
+    model: str, files: list[Path], views: list[View] | None, threads: int
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """A probe with an empty cache of features, and its seconds."""
+    with tempfile.TemporaryDirectory() as cache:
+        torch.set_num_threads(threads)
+        begun, processor = time.perf_counter(), time.process_time()
+        found = probe_layers(model, str(files[0]), str(files[1]), views=views, cache=Path(cache))
+        return found, {"clock": time.perf_counter() - begun, "processor": time.process_time() - processor}
+
+
+def score(found: dict[str, Any], name: str) -> float:
+    """What a view scored."""
+    view = next(view for view in found["views"] if view["name"] == name)
+    return view["metrics"][found["metric"]]["value"]
+
+
+def main() -> None:
+    """Both arms, and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--documents", type=int, default=900)
+    parser.add_argument("--test-documents", type=int, default=150)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [
+            first(options.train, options.documents, Path(folder) / "train.jsonl"),
+            first(options.test, options.test_documents, Path(folder) / "test.jsonl"),
+        ]
+        together = [timed(options.model, files, None, options.threads)]
+        views = views_of(together[0][0]["layers"] + 1)
+        alone = []
+        for i, view in enumerate(views):
+            alone.append(timed(options.model, files, [view], options.threads))
+            if i == len(views) // 2:
+                together.append(timed(options.model, files, None, options.threads))
+        together.append(timed(options.model, files, None, options.threads))
+    found = together[0][0]
+    off = [abs(score(found, view.name) - score(one, view.name)) for view, (one, _) in zip(views, alone, strict=True)]
+    summed = {kind: sum(seconds[kind] for _, seconds in alone) for kind in ("processor", "clock")}
+    middle = {kind: sorted(seconds[kind] for _, seconds in together)[1] for kind in ("processor", "clock")}
+    result = {
+        "layers": found["layers"],
+        "width": found["width"],
+        "views": [view.name for view in views],
+        "items": found["items"],
+        "documents": found["documents"],
+        "threads": options.threads,
+        "at_once": [seconds for _, seconds in together],
+        "one_by_one": [seconds for _, seconds in alone],
+        "at_once_parts": [one["seconds"] for one, _ in together],
+        "one_by_one_parts": [one["seconds"] for one, _ in alone],
+        "times_faster": {kind: summed[kind] / middle[kind] for kind in summed},
+        "largest_difference": {"metric": found["metric"], "value": max(off)},
+    }
+    print(f"{'':<12} {'processor s':>12} {'clock s':>10}")
+    print(f"{'at once':<12} {middle['processor']:>12.1f} {middle['clock']:>10.1f}   (the median of three)")
+    print(f"{'one by one':<12} {summed['processor']:>12.1f} {summed['clock']:>10.1f}   ({len(views)} views)")
+    print(
+        f"{result['times_faster']['processor']:.1f} x by the processor, {result['times_faster']['clock']:.1f} x by the clock; "
+        f"{found['metric']} of a view differs by at most {max(off):.4f}"
+    )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
