@@ -4,9 +4,9 @@
         --json benchmarks/results/frozen_layers.json
 
 Devlin et al. 2019 (arXiv 1810.04805, section 5.3 and table 7) read one or several frozen layers of BERT at each word's first
-token into a two-layer BiLSTM. Here too: the features of all layers come from one pass, and a BiLSTM (`models/representation.py`,
-the head that a stage has with `head: bilstm`) is trained on each choice of them, some seeds each. The rate is the same for all,
-the epoch is chosen on a dev part (a tenth of the training file), and the test part is answered once by what was chosen.
+token into a two-layer BiLSTM. Here too: the features of all layers come from one pass, and the head that a stage has with
+`head: bilstm` is trained on each choice of them, some seeds each. The rate is the same for all, the epoch is chosen on a dev
+part (a tenth of the training file), and the test part is answered once by what was chosen.
 
 The intervals are over resampled test documents (the mean of the seeds' own); each seed's value stands beside them. What every
 run said is kept beside the JSON file until it is deleted, so that a broken off benchmark goes on where it was.
