@@ -99,13 +99,23 @@ class EncoderDecoder:
         """Whether a question that is encoded once says the same as one that is encoded for each answer."""
         two = question._replace(goes_on=question.goes_on[:2])
         try:
+            whole = self._whole([two])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # something stands behind the output embedding that wants all logits
+            raise ModelError(
+                f"the logits of this architecture ({self.model.pretrained.config.model_type}) are not its output embedding "
+                "applied to what stands before it",
+                where="model",
+                expected="an encoder-decoder with a plain head, as T5 has it",
+            ) from error
+        try:
             self.more = bool(two.goes_on)
             once = self._once([two])
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
             return False
-        whole = self._whole([two])
         by_slot = dict(zip(whole.slot.tolist(), whole.log_p.tolist(), strict=True))
         plain = np.array([by_slot[slot] for slot in once.slot.tolist()])
         tolerance = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5

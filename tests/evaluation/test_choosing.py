@@ -483,6 +483,11 @@ def test_items_that_ask_nothing(item: Item, what: str) -> None:
         chosen(view(build("llama", "lm")), [Item((5,), ((6,),)), item])
 
 
+def test_an_encoder_decoder_whose_head_is_not_plain() -> None:
+    with pytest.raises(ModelError, match=r"architecture \(bart\) are not its output embedding"):
+        chosen(view(build("bart", "lm")), questions())
+
+
 def test_an_encoder_has_no_answers() -> None:
     with pytest.raises(ModelError, match=r"does not write"):
         chosen(model_for(build("bert", "lm"), "masked"), questions())
