@@ -11,46 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from postgrad.data.batch import Batch, Few
+from postgrad.data.batch import Batch
 from postgrad.data.rows import IGNORED
 from postgrad.models.model import Output
 from postgrad.objectives.decisions import Problem
-from postgrad.objectives.linear_divergence import Direction, linear_divergence, linear_told
-from postgrad.objectives.teacher import Teacher
+from postgrad.objectives.linear_divergence import Direction, Divergence, Told
+from postgrad.objectives.objective import HeadObjective
+from postgrad.objectives.teacher import Answer, Teacher
 
 Weight = Callable[[int], float]
 """The factor of a loss at each step, counted from 1."""
 
 
-def _labelled_N(batch: Batch) -> Tensor:
-    """Where the labels are, counted through all rows."""
-    return (batch.labels != IGNORED).flatten().nonzero().flatten()
-
-
-def _rows_B(losses_N: Tensor, place_N: Tensor, batch: Batch) -> Tensor:
-    """Each row's part of the labels' losses."""
-    row_N = place_N // (batch.labels.numel() // len(batch.labels))
-    return losses_N.new_zeros(len(batch.labels)).index_add(0, row_N, losses_N.detach())
-
-
-def _pairs(batch: Batch, place_BT: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-    """Where student and teacher answer, counted through all rows; labels that the teacher has no place for are left out."""
-    student_N = _labelled_N(batch)
-    if place_BT is None:
-        return student_N, student_N
-    place_N = place_BT.flatten()[student_N]
-    has = place_N >= 0
-    student_N, place_N = student_N[has], place_N[has]
-    return student_N, student_N // batch.labels.shape[1] * length + place_N
-
-
 @dataclass(frozen=True)
-class Distill:
+class Distill(HeadObjective):
     """`T^2 KL(teacher || student)` (forward), or the other way round, over the vocabulary where a row has labels, in nats."""
 
     teacher: Teacher
@@ -59,47 +37,49 @@ class Distill:
     temperature: float = 1.0
     name: str = "distill"
 
-    def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed divergence and each row's part of it."""
+    def rule(self, batch: Batch, place_N: Tensor | None) -> Divergence:
+        """The divergence from what the teacher answers; a label that it has no place for counts nothing."""
         answer = self.teacher(batch)
-        assert output.head is not None and answer.output.head is not None, "language models have heads"
-        student_N, teacher_N = _pairs(batch, answer.place_BT, answer.output.hidden.shape[1])
-        loss, losses_N = linear_divergence(
-            output.hidden.flatten(0, 1)[student_N],
-            output.head,
-            answer.output.hidden.flatten(0, 1)[teacher_N],
-            answer.output.head,
-            direction=self.direction,
-            temperature=self.temperature,
-        )
-        return self.weight(batch.step) * loss, _rows_B(losses_N, student_N, batch)
+        head = answer.output.head
+        assert head is not None and place_N is not None, "a language model has a head"
+        hidden_ND, has_N = _answered(answer, place_N, batch)
+        return Divergence(hidden_ND, head, self.direction, self.temperature, has_N)
+
+    def weight_at(self, step: int) -> float:
+        """As the stage has it."""
+        return self.weight(step)
+
+
+def _answered(answer: Answer, place_N: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """What a teacher answers at these labels, (N, D) or (N, C), and where it does; None: everywhere."""
+    said_BSD = answer.output.hidden
+    said_ND = said_BSD.flatten(0, 1)
+    if answer.place_BT is None:
+        return said_ND if len(said_ND) == len(place_N) else said_ND[place_N], None
+    theirs_N = answer.place_BT.flatten()[place_N]
+    has_N = theirs_N >= 0
+    row_N = place_N // batch.labels.shape[1]
+    return said_ND[row_N * said_BSD.shape[1] + theirs_N.clamp(min=0)], None if bool(has_N.all()) else has_N
 
 
 @dataclass(frozen=True)
-class DistillTold:
-    """The forward divergence from what a teacher said of the same rows before the training."""
+class DistillTold(HeadObjective):
+    """The forward divergence from what a teacher said of the same rows before the training.
+
+    Of drawn ids it is an estimate without bias. A label of which nothing was said counts nothing.
+    """
 
     weight: Weight
     temperature: float = 1.0
     name: str = "distill"
 
-    def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed divergence (of drawn ids: an estimate of it without bias) and each row's part of it."""
-        assert output.head is not None, "a language model has a head"
-        place_N, told = _said(_labelled_N(batch), batch.told[self.name])
-        hidden_ND = output.hidden.flatten(0, 1)[place_N]
-        loss, losses_N = linear_told(hidden_ND, output.head, told, temperature=self.temperature)
-        return self.weight(batch.step) * loss, _rows_B(losses_N, place_N, batch)
+    def rule(self, batch: Batch, place_N: Tensor | None) -> Told:
+        """What was said, label by label."""
+        return Told(batch.told[self.name], self.temperature)
 
-
-def _said(place_N: Tensor, told: Few) -> tuple[Tensor, Few]:
-    """The labels of which something was said: a teacher has no place for the first word behind a prompt that it lacks."""
-    some_N = np.diff(told.ends_N, prepend=0) > 0
-    if some_N.all():
-        return place_N, told
-    kept = torch.from_numpy(some_N).to(place_N.device)
-    rest_N, entropy_N = (None if t is None else t[kept] for t in (told.rest_N, told.entropy_N))
-    return place_N[kept], told._replace(ends_N=told.ends_N[some_N], rest_N=rest_N, entropy_N=entropy_N)
+    def weight_at(self, step: int) -> float:
+        """As the stage has it."""
+        return self.weight(step)
 
 
 @dataclass(frozen=True)
@@ -122,9 +102,11 @@ class DistillDecisions:
         answer = self.teacher(batch)
         mine, theirs = output.logits().float(), answer.output.logits().float()
         if self.problem == "tags":
-            mine_N, theirs_N = _pairs(batch, answer.place_BT, theirs.shape[1])
-            losses_N = self._apart(mine.flatten(0, 1)[mine_N], theirs.flatten(0, 1)[theirs_N])
-            losses_B = mine.new_zeros(len(mine)).index_add(0, mine_N // batch.labels.shape[1], losses_N)
+            place_N = (batch.labels != IGNORED).flatten().nonzero().flatten()
+            theirs_NC, has_N = _answered(answer, place_N, batch)
+            losses_N = self._apart(mine.flatten(0, 1)[place_N], theirs_NC.float())
+            losses_N = losses_N if has_N is None else losses_N * has_N
+            losses_B = mine.new_zeros(len(mine)).index_add(0, place_N // batch.labels.shape[1], losses_N)
         elif self.problem == "number":
             losses_B = (mine[:, 0] - theirs[:, 0]).square()
         elif self.problem == "multi":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from postgrad.models.model import Head
-from postgrad.objectives.linear_loss import linear_loss, log_sum_R
+from postgrad.objectives.linear_loss import Weighted, linear_loss, log_sum_R
 
 IGNORED = -100
 """The label of a token that is read but not trained on (the convention of torch and transformers)."""
@@ -87,35 +87,37 @@ def linear_cross_entropy_by_token(
         raise ValueError(f"linear_cross_entropy: chunk is {chunk}; expected at least 1 token, or None")
     head = Head(weight_VD, bias_V, logit_scale, softcap)
     if hidden_ND.device.type != "cpu":
-        return linear_loss(hidden_ND, head, _CrossEntropy(labels_N, some=True), chunk)
+        loss, losses_1N = linear_loss(hidden_ND, head, [Weighted(CrossEntropy(labels_N, some=True))], chunk)
+        return loss, losses_1N[0]
     # Tokens without a label need no logits at all. On other devices asking how many there are would stop the
     # queue.
     trained = (labels_N != IGNORED).nonzero().flatten()
-    if len(trained) == len(labels_N):
-        return linear_loss(hidden_ND, head, _CrossEntropy(labels_N), chunk)
-    rule = _CrossEntropy(labels_N.index_select(0, trained))
-    loss, trained_losses = linear_loss(hidden_ND.index_select(0, trained), head, rule, chunk)
-    return loss, trained_losses.new_zeros(len(labels_N)).index_copy(0, trained, trained_losses)
+    rule = CrossEntropy(labels_N.index_select(0, trained))
+    loss, losses_1N = linear_loss(hidden_ND.index_select(0, trained), head, [Weighted(rule)], chunk)
+    return loss, losses_1N.new_zeros(len(labels_N)).index_copy(0, trained, losses_1N[0])
 
 
-class _CrossEntropy:
-    """`log sum exp(logits) - logit of the label`."""
+class CrossEntropy:
+    """`log sum exp(logits) - logit of the label`; the gradient is softmax - onehot."""
+
+    coefficient = 1.0
 
     def __init__(self, labels_N: Tensor, *, some: bool = False) -> None:
-        """`some`: there are tokens without a label among them."""
+        """`some`: there are tokens without a label among them; this is then the only rule."""
         self.labels_N, self.some = labels_N, some
 
     def begin(self, tokens: slice) -> None:
         pass
 
-    def block(self, logits_RV: Tensor, gradient_RV: Tensor, tokens: slice, *, keep_gradient: bool) -> Tensor:
+    def block(
+        self, logits_RV: Tensor, shares_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
+    ) -> Tensor:
         labels_R = self.labels_N[tokens]
-        torch.softmax(logits_RV, -1, out=gradient_RV)
         trained_R = labels_R != IGNORED
         label_R1 = labels_R.where(trained_R, 0)[:, None]
-        losses_R = (log_sum_R(logits_RV, gradient_RV) - logits_RV.gather(1, label_R1)[:, 0]).where(trained_R, 0.0)
-        if keep_gradient:
-            gradient_RV.scatter_add_(1, label_R1, torch.full_like(label_R1, -1, dtype=gradient_RV.dtype))
+        losses_R = (log_sum_R(logits_RV, shares_RV) - logits_RV.gather(1, label_R1)[:, 0]).where(trained_R, 0.0)
+        if gradient_RV is not None:
+            gradient_RV.scatter_add_(1, label_R1, torch.full_like(label_R1, -weight, dtype=gradient_RV.dtype))
             if self.some:
                 gradient_RV.masked_fill_(~trained_R[:, None], 0.0)
         return losses_R

@@ -20,7 +20,6 @@ block, E ids told of all tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from postgrad.data.batch import Few
 from postgrad.models.model import Head
-from postgrad.objectives.linear_loss import linear_loss, log_sum_R, logits_of, products
+from postgrad.objectives.linear_loss import Weighted, linear_loss, log_sum_R, logits_of, products
 
 Direction = Literal["forward", "reverse"]
 
@@ -54,7 +53,9 @@ def linear_divergence(
             f"linear_divergence: {len(hidden_ND)} tokens of {len(head.weight_VD)} ids beside a teacher's {len(teacher_ND)} "
             f"of {len(teacher_head.weight_VD)}; expected as many of both"
         )
-    return linear_loss(hidden_ND, head, _Whole(teacher_ND, teacher_head, direction, temperature), chunk)
+    rule = Divergence(teacher_ND, teacher_head, direction, temperature)
+    loss, losses_1N = linear_loss(hidden_ND, head, [Weighted(rule)], chunk)
+    return loss, losses_1N[0]
 
 
 def linear_told(
@@ -68,44 +69,26 @@ def linear_told(
         raise ValueError(
             f"linear_told: {len(hidden_ND)} tokens and a word on {len(told.ends_N)}; expected as many of both"
         )
-    return linear_loss(hidden_ND, head, _Told(told, temperature), chunk)
+    loss, losses_1N = linear_loss(hidden_ND, head, [Weighted(Told(told, temperature))], chunk)
+    return loss, losses_1N[0]
 
 
-Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Losses (R,) of the logits of student and teacher, both (R, V). The third fills with the gradient; the second is used up."""
+class Divergence:
+    """The divergence from a teacher's hidden states and head. `has_N`: where there is a teacher; None: everywhere."""
 
-
-def _forward(student_RV: Tensor, teacher_RV: Tensor, gradient_RV: Tensor) -> Tensor:
-    # sum p log(p / q) = sum p (teacher - student) - (log sum exp teacher - log sum exp student)
-    torch.softmax(student_RV, -1, out=gradient_RV)
-    shares_RV = teacher_RV.softmax(-1)
-    apart_R = log_sum_R(teacher_RV, shares_RV) - log_sum_R(student_RV, gradient_RV)
-    losses_R = teacher_RV.sub_(student_RV).mul_(shares_RV).sum(-1) - apart_R
-    gradient_RV -= shares_RV
-    return losses_R
-
-
-def _reverse(student_RV: Tensor, teacher_RV: Tensor, gradient_RV: Tensor) -> Tensor:
-    torch.softmax(student_RV, -1, out=gradient_RV)
-    log_sum_teacher_R = teacher_RV.logsumexp(-1)
-    apart_RV = teacher_RV.sub_(student_RV).neg_()
-    mean_R = (apart_RV * gradient_RV).sum(-1)
-    losses_R = mean_R - (log_sum_R(student_RV, gradient_RV) - log_sum_teacher_R)
-    gradient_RV *= apart_RV.sub_(mean_R[:, None])
-    return losses_R
-
-
-_DIVERGENCES: dict[Direction, Divergence] = {"forward": _forward, "reverse": _reverse}
-
-
-class _Whole:
-    """The divergence from a teacher's hidden states and head."""
-
-    def __init__(self, hidden_ND: Tensor, head: Head, direction: Direction, temperature: float) -> None:
-        self.hidden_ND, self.temperature = hidden_ND.detach(), temperature
+    def __init__(
+        self,
+        hidden_ND: Tensor,
+        head: Head,
+        direction: Direction = "forward",
+        temperature: float = 1.0,
+        has_N: Tensor | None = None,
+    ) -> None:
+        self.hidden_ND, self.direction, self.temperature, self.has_N = hidden_ND.detach(), direction, temperature, has_N
         bias_V = None if head.bias_V is None else head.bias_V.detach()
         self.head = Head(head.weight_VD.detach().to(hidden_ND.dtype), bias_V, head.scale, head.softcap)
-        self.divergence = _DIVERGENCES[direction]
+        self.plain = direction == "forward" and temperature == 1.0 and has_N is None
+        self.coefficient = 1.0 if self.plain else 0.0
         self.products_CV = self.teacher_RV = hidden_ND.new_empty(0)
         self.first = 0
 
@@ -116,55 +99,113 @@ class _Whole:
         products(hidden_CD, self.head, self.products_CV[: len(hidden_CD)])
         self.first = tokens.start
 
-    def block(self, logits_RV: Tensor, gradient_RV: Tensor, tokens: slice, *, keep_gradient: bool) -> Tensor:
+    def block(
+        self, logits_RV: Tensor, shares_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
+    ) -> Tensor:
         if len(self.teacher_RV) < len(logits_RV):
             self.teacher_RV = torch.empty_like(logits_RV)
         teacher_RV, t = self.teacher_RV[: len(logits_RV)], self.temperature
         logits_of(self.products_CV[tokens.start - self.first : tokens.stop - self.first], self.head, teacher_RV)
-        if t == 1.0:
-            return self.divergence(logits_RV, teacher_RV, gradient_RV)
-        return _softened(self.divergence(logits_RV / t, teacher_RV.div_(t), gradient_RV), gradient_RV, t)
+        if t != 1.0:
+            teacher_RV /= t
+            logits_RV = logits_RV / t
+            shares_RV = logits_RV.softmax(-1)
+        if self.plain:
+            losses_R, said_RV = _forward(logits_RV, shares_RV, teacher_RV)
+            if gradient_RV is not None:
+                gradient_RV.sub_(said_RV, alpha=weight)
+            return losses_R
+        losses_R, own_RV = _DIVERGENCES[self.direction](logits_RV, shares_RV, teacher_RV)
+        if self.direction == "forward":
+            own_RV = shares_RV - own_RV
+        losses_R = t * t * losses_R
+        if self.has_N is not None:
+            has_R = self.has_N[tokens]
+            losses_R, own_RV = losses_R.where(has_R, 0.0), own_RV.masked_fill_(~has_R[:, None], 0.0)
+        if gradient_RV is not None:
+            gradient_RV.add_(own_RV, alpha=weight * t)
+        return losses_R
 
 
-class _Told:
-    """The divergence from the few ids that a teacher named."""
+def _forward(student_RV: Tensor, shares_RV: Tensor, teacher_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """`sum p log(p / q)`, and p; the teacher's logits are used up."""
+    # sum p (teacher - student) - (log sum exp teacher - log sum exp student)
+    said_RV = teacher_RV.softmax(-1)
+    apart_R = log_sum_R(teacher_RV, said_RV) - log_sum_R(student_RV, shares_RV)
+    return teacher_RV.sub_(student_RV).mul_(said_RV).sum(-1) - apart_R, said_RV
 
-    def __init__(self, told: Few, temperature: float) -> None:
+
+def _reverse(student_RV: Tensor, shares_RV: Tensor, teacher_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """`sum q log(q / p)`, and its gradient; the teacher's logits are used up."""
+    log_sum_teacher_R = teacher_RV.logsumexp(-1)
+    apart_RV = teacher_RV.sub_(student_RV).neg_()
+    mean_R = (apart_RV * shares_RV).sum(-1)
+    losses_R = mean_R - (log_sum_R(student_RV, shares_RV) - log_sum_teacher_R)
+    return losses_R, apart_RV.sub_(mean_R[:, None]).mul_(shares_RV)
+
+
+_DIVERGENCES = {"forward": _forward, "reverse": _reverse}
+
+
+class Told:
+    """The divergence from the few ids that a teacher named; where it named none there is no loss."""
+
+    def __init__(self, told: Few, temperature: float = 1.0) -> None:
         self.told, self.temperature = told, temperature
         self.begins_N = np.concatenate(([0], told.ends_N))
         counts_N = torch.from_numpy(np.diff(self.begins_N)).to(told.ids_E.device)
         self.token_E = torch.repeat_interleave(counts_N, output_size=len(told.ids_E))
+        self.said_N = None if bool((np.diff(self.begins_N) > 0).all()) else counts_N > 0
+        self.plain = temperature == 1.0 and self.said_N is None
+        self.coefficient = 1.0 if self.plain else 0.0
 
     def begin(self, tokens: slice) -> None:
         pass
 
-    def block(self, logits_RV: Tensor, gradient_RV: Tensor, tokens: slice, *, keep_gradient: bool) -> Tensor:
-        told, t = self.told, self.temperature
+    def block(
+        self, logits_RV: Tensor, shares_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
+    ) -> Tensor:
+        t = self.temperature
+        if self.plain:
+            return self._block(logits_RV, shares_RV, tokens, gradient_RV, weight)
+        if t != 1.0:
+            logits_RV = logits_RV / t
+            shares_RV = logits_RV.softmax(-1)
+        own_RV = shares_RV.clone()
+        losses_R = t * t * self._block(logits_RV, shares_RV, tokens, own_RV, 1.0)
+        if self.said_N is not None:
+            said_R = self.said_N[tokens]
+            losses_R, own_RV = losses_R.where(said_R, 0.0), own_RV.masked_fill_(~said_R[:, None], 0.0)
+        if gradient_RV is not None:
+            gradient_RV.add_(own_RV, alpha=weight * t)
+        return losses_R
+
+    def _block(
+        self, logits_RV: Tensor, shares_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
+    ) -> Tensor:
+        """At temperature 1; the gradient holds the softmax times the weight."""
+        told = self.told
         here = slice(int(self.begins_N[tokens.start]), int(self.begins_N[tokens.stop]))
-        row_E, ids_E = self.token_E[here] - tokens.start, told.ids_E[here]
+        at_E = self.token_E[here] - tokens.start, told.ids_E[here]
         weights_E = told.weights_E[here].to(logits_RV.dtype)
-        logits_RV = logits_RV if t == 1.0 else logits_RV / t
-        torch.softmax(logits_RV, -1, out=gradient_RV)
-        losses_R = logits_RV.new_zeros(len(logits_RV))
+        log_sum = log_sum_R(logits_RV, shares_RV)
+        losses_R = torch.zeros_like(log_sum)
         if told.rest_N is None:
             assert told.entropy_N is not None
-            losses_R += log_sum_R(logits_RV, gradient_RV) - told.entropy_N[tokens].to(logits_RV.dtype)
-            losses_R.index_add_(0, row_E, weights_E * logits_RV[row_E, ids_E], alpha=-1)
-            gradient_RV.index_put_((row_E, ids_E), -weights_E, accumulate=True)
-        else:
-            log_q_E = logits_RV[row_E, ids_E] - log_sum_R(logits_RV, gradient_RV)[row_E]
-            rest_R = told.rest_N[tokens].to(logits_RV.dtype).clamp(min=0)  # 1 - sum p may round below it
-            q_E = gradient_RV[row_E, ids_E]
-            losses_R.index_add_(0, row_E, torch.special.xlogy(weights_E, weights_E) - weights_E * log_q_E)
-            gradient_RV[row_E, ids_E] = 0.0
-            rest_q_R = gradient_RV.sum(-1).clamp(min=torch.finfo(logits_RV.dtype).tiny)
-            losses_R += torch.special.xlogy(rest_R, rest_R) - rest_R * rest_q_R.log()
-            gradient_RV *= (1 - rest_R / rest_q_R)[:, None]
-            gradient_RV[row_E, ids_E] = q_E - weights_E
-        return losses_R if t == 1.0 else _softened(losses_R, gradient_RV, t)
-
-
-def _softened(losses_R: Tensor, gradient_RV: Tensor, temperature: float) -> Tensor:
-    """T^2 times the losses of logits / T; the gradient becomes that in the logits."""
-    gradient_RV *= temperature
-    return temperature**2 * losses_R
+            losses_R.index_add_(0, at_E[0], weights_E * logits_RV[at_E], alpha=-1)
+            losses_R += log_sum - told.entropy_N[tokens].to(logits_RV.dtype)
+            if gradient_RV is not None:
+                gradient_RV.index_put_(at_E, weights_E * -weight, accumulate=True)
+            return losses_R
+        rest_R = told.rest_N[tokens].to(logits_RV.dtype).clamp(min=0)  # 1 - sum p may round below it
+        q_E = shares_RV[at_E]
+        losses_R.index_add_(
+            0, at_E[0], torch.special.xlogy(weights_E, weights_E) - weights_E * (logits_RV[at_E] - log_sum[at_E[0]])
+        )
+        rest_RV = shares_RV.index_put(at_E, q_E.new_zeros(()))
+        rest_q_R = rest_RV.sum(-1).clamp(min=torch.finfo(logits_RV.dtype).tiny)
+        losses_R += torch.special.xlogy(rest_R, rest_R) - rest_R * rest_q_R.log()
+        if gradient_RV is not None:
+            gradient_RV.sub_(rest_RV.mul_((rest_R / rest_q_R)[:, None]), alpha=weight)
+            gradient_RV.index_put_(at_E, weights_E * -weight, accumulate=True)
+        return losses_R

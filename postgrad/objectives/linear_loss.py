@@ -11,7 +11,8 @@ Shapes: N tokens, D hidden width, V vocabulary, C tokens of one chunk, R rows of
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,17 +29,32 @@ _BLOCK_ELEMENTS = {"cpu": 2**20, "other": 2**24}
 
 
 class Rule(Protocol):
-    """What a loss is, given the logits of some tokens."""
+    """What a loss is, given the logits of some tokens and their softmax.
+
+    `coefficient`: how often the softmax is in the gradient of the logits; `block` brings what there is beside it.
+    """
+
+    coefficient: float
 
     def begin(self, tokens: slice) -> None:
         """A chunk of tokens is next; its blocks come in order."""
 
-    def block(self, logits_RV: Tensor, gradient_RV: Tensor, tokens: slice, *, keep_gradient: bool) -> Tensor:
-        """The losses (R,) of a block; with `keep_gradient`, `gradient_RV` is filled with their gradient.
+    def block(
+        self, logits_RV: Tensor, shares_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
+    ) -> Tensor:
+        """The losses (R,) of a block, without the weight; what is wanted beside the softmax is added to the gradient.
 
-        `logits_RV` must be left as it is.
+        Logits and shares must be left as they are. The gradient holds the softmax already, times all weights and
+        coefficients, and may be the same tensor as the shares: what is read of these is read first.
         """
         ...
+
+
+class Weighted(NamedTuple):
+    """A rule and the weight of its loss."""
+
+    rule: Rule
+    weight: float = 1.0
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,13 +84,16 @@ def log_sum_R(logits_RV: Tensor, shares_RV: Tensor) -> Tensor:
 
 
 @torch.compiler.disable
-def linear_loss(hidden_ND: Tensor, head: Head, rule: Rule, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """The summed loss of a head's logits under a rule, and each token's part of it.
+def linear_loss(
+    hidden_ND: Tensor, head: Head, rules: Sequence[Weighted], chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of losses of a head's logits, one for each rule, and each token's part of each (without weights).
 
-    The products run in the dtype of `hidden_ND` (under autocast, in autocast's), the rule and all sums in fp32 (fp64 for
-    fp64). The gradient of the weight is added up in fp32 and returned in the weight's own dtype. Differentiable once, in
-    hidden states, weight and bias; one backward pass per call. `chunk`: tokens whose logits exist at one time; None: 64
-    MiB of logits, at least 512 tokens. The second value, of shape (N,), has no gradient.
+    All rules read the same logits, which are computed once, as is their gradient. The products run in the dtype of
+    `hidden_ND` (under autocast, in autocast's), the rules and all sums in fp32 (fp64 for fp64). The gradient of the weight
+    is added up in fp32 and returned in the weight's own dtype. Differentiable once, in hidden states, weight and bias; one
+    backward pass per call. `chunk`: tokens whose logits exist at one time; None: 64 MiB of logits, at least 512 tokens. The
+    second value, of shape (rules, N), has no gradient.
     """
     device = hidden_ND.device.type
     if torch.is_autocast_enabled(device) and hidden_ND.dtype != torch.float64:
@@ -82,7 +101,7 @@ def linear_loss(hidden_ND: Tensor, head: Head, rule: Rule, chunk: int | None = N
     if chunk is None:
         chunk = max(_SMALLEST_CHUNK, _CHUNK_BYTES // (head.weight_VD.shape[0] * hidden_ND.element_size()))
     return _LinearLoss.apply(  # type: ignore[no-any-return]
-        hidden_ND, head.weight_VD, head.bias_V, rule, chunk, head.scale, head.softcap, torch.is_grad_enabled()
+        hidden_ND, head.weight_VD, head.bias_V, rules, chunk, head.scale, head.softcap, torch.is_grad_enabled()
     )
 
 
@@ -93,7 +112,7 @@ class _LinearLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        rule: Rule,
+        rules: Sequence[Weighted],
         chunk: int,
         scale: float,
         softcap: float | None,
@@ -107,16 +126,17 @@ class _LinearLoss(torch.autograd.Function):
         d_bias_V = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and wants_bias else None
 
         count = len(hidden_ND)
-        losses_N = hidden_ND.new_empty(count, dtype=exact)
+        losses_JN = hidden_ND.new_empty(len(rules), count, dtype=exact)
         head = Head(weight_VD.to(hidden_ND.dtype), bias_V, scale, softcap)
         logits = hidden_ND.new_empty(min(chunk, count), len(weight_VD))
-        blocks = _Blocks(logits, head, rule)
+        blocks = _Blocks(logits, head, rules)
         for start in range(0, count, chunk):
             here = slice(start, min(start + chunk, count))
             hidden_CD, logits_CV = hidden_ND[here], logits[: here.stop - here.start]
             products(hidden_CD, head, logits_CV)
-            rule.begin(here)
-            blocks.losses(logits_CV, here, losses_N, d_bias_V, keep_gradient=wants_any)
+            for rule, _ in rules:
+                rule.begin(here)
+            blocks.losses(logits_CV, here, losses_JN, d_bias_V, keep_gradient=wants_any)
             gradient_CV = logits_CV  # overwritten in place by the line above
             if d_hidden_ND is not None:
                 torch.mm(gradient_CV, head.weight_VD, out=d_hidden_ND[here])
@@ -124,9 +144,10 @@ class _LinearLoss(torch.autograd.Function):
                 d_weight_VD += gradient_CV.t() @ hidden_CD
         ctx.gradients = [d_hidden_ND, d_weight_VD, d_bias_V]
         ctx.dtypes = [hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype]
-        ctx.mark_non_differentiable(losses_N)
+        ctx.mark_non_differentiable(losses_JN)
         ctx.set_materialize_grads(False)
-        return losses_N.sum(), losses_N
+        sums_J = losses_JN.sum(1)
+        return sum((weight * sums_J[j] for j, (_, weight) in enumerate(rules)), sums_J.new_zeros(())), losses_JN
 
     @staticmethod
     @once_differentiable
@@ -153,19 +174,22 @@ class _LinearLoss(torch.autograd.Function):
 class _Blocks:
     """Turns a chunk of products into the gradient of their losses, block by block, in buffers that are made once."""
 
-    def __init__(self, products_CV: Tensor, head: Head, rule: Rule) -> None:
+    def __init__(self, products_CV: Tensor, head: Head, rules: Sequence[Weighted]) -> None:
         tokens, vocabulary = products_CV.shape
         elements = _BLOCK_ELEMENTS.get(products_CV.device.type, _BLOCK_ELEMENTS["other"])
         self.rows = max(1, min(tokens, max(elements // vocabulary, torch.get_num_threads())))
         self.exact_RV = products_CV.new_empty(self.rows, vocabulary, dtype=exact_dtype(products_CV.dtype))
-        self.gradient_RV = torch.empty_like(self.exact_RV)
-        self.head, self.rule = head, rule
+        self.shares_RV = torch.empty_like(self.exact_RV)
+        self.head, self.rules = head, rules
+        self.softmaxes = sum(rule.coefficient * weight for rule, weight in rules)
+        alone = len(rules) == 1 and self.softmaxes == 1.0
+        self.gradient_RV = self.shares_RV if alone else torch.empty_like(self.exact_RV)
 
     def losses(
         self,
         products_CV: Tensor,
         tokens: slice,
-        losses_N: Tensor,
+        losses_JN: Tensor,
         d_bias_V: Tensor | None,
         *,
         keep_gradient: bool,
@@ -174,9 +198,15 @@ class _Blocks:
         for start in range(0, len(products_CV), self.rows):
             block_RV = products_CV[start : start + self.rows]
             here = slice(tokens.start + start, tokens.start + start + len(block_RV))
-            exact_RV, gradient_RV = self.exact_RV[: len(block_RV)], self.gradient_RV[: len(block_RV)]
+            exact_RV, shares_RV = self.exact_RV[: len(block_RV)], self.shares_RV[: len(block_RV)]
+            gradient_RV = self.gradient_RV[: len(block_RV)]
             logits_of(block_RV, self.head, exact_RV)
-            losses_N[here] = self.rule.block(exact_RV, gradient_RV, here, keep_gradient=keep_gradient)
+            torch.softmax(exact_RV, -1, out=shares_RV)
+            if keep_gradient and self.gradient_RV is not self.shares_RV:
+                torch.mul(shares_RV, self.softmaxes, out=gradient_RV)
+            wanted = gradient_RV if keep_gradient else None
+            for j, (rule, weight) in enumerate(self.rules):
+                losses_JN[j, here] = rule.block(exact_RV, shares_RV, here, wanted, weight)
             if not keep_gradient:
                 continue
             if self.head.softcap is not None:

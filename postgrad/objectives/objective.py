@@ -1,16 +1,24 @@
 """What is a token worth? An objective maps a model's output on a batch to a *sum* over its tokens.
 
-Sums, never means: the step divides once, by the count of trained tokens of the whole global batch.
+Sums, never means: the step divides once, by the count of trained tokens of the whole global batch. Objectives of a language
+model's head that are taken on the same rows read the same logits, so they are weighed together: these are computed once.
+
+Legend: B batch, T time, N labels of a batch, J objectives.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from postgrad.data.batch import Batch
+from postgrad.data.rows import IGNORED
 from postgrad.models.model import Output
+from postgrad.objectives.linear_loss import Rule, Weighted, linear_loss
 
 
 class Objective(Protocol):
@@ -22,3 +30,68 @@ class Objective(Protocol):
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss (a scalar with a gradient) and each row's part of it (shape (B,), no gradient)."""
         ...
+
+
+class HeadObjective(ABC):
+    """An objective of the logits where a row has labels, said as a rule: the loss of some logits, and its gradient."""
+
+    @abstractmethod
+    def rule(self, batch: Batch, place_N: Tensor | None) -> Rule:
+        """The rule for the labels at these places, counted through all rows; None: for every place, labelled or not."""
+
+    @abstractmethod
+    def weight_at(self, step: int) -> float:
+        """The factor of the loss at a step, counted from 1."""
+
+    needs_places: bool = True
+    """Whether the rule must be told where the labels are."""
+
+    def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed loss and each row's part of it."""
+        loss, _, rows_JB = _on_head([self], output, batch)
+        return loss, rows_JB[0]
+
+
+class Weighed(NamedTuple):
+    """The loss of all objectives together, the sum of each (J,), and each row's part (B,); only the first has a gradient."""
+
+    loss: Tensor
+    sums_J: Tensor
+    rows_B: Tensor
+
+
+def weigh(objectives: Sequence[Objective], output: Output, batch: Batch) -> Weighed:
+    """All objectives of a batch; those of a head in one pass over its logits."""
+    on_head = [o for o in objectives if isinstance(o, HeadObjective)]
+    losses, rows_B, sums = [], [], {}
+    if on_head:
+        loss, sums_J, rows_JB = _on_head(on_head, output, batch)
+        losses.append(loss)
+        rows_B += list(rows_JB)
+        sums |= {id(o): s for o, s in zip(on_head, sums_J, strict=True)}
+    for objective in objectives:
+        if not isinstance(objective, HeadObjective):
+            loss, own_B = objective(output, batch)
+            losses.append(loss)
+            rows_B.append(own_B)
+            sums[id(objective)] = loss.detach()
+    each = torch.stack([sums[id(o)].double() for o in objectives])
+    return Weighed(torch.stack(losses).sum(), each, torch.stack(rows_B).sum(0).double())
+
+
+def _on_head(objectives: Sequence[HeadObjective], output: Output, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted loss, each objective's sum, and each row's part of each (without weights), of shape (J, B)."""
+    assert output.head is not None, "tokens are weighed by a language model, which has a head"
+    hidden_ND, shape = output.hidden.flatten(0, 1), batch.labels.shape
+    place_N = None
+    # Tokens without a label need no logits at all. On other devices than a processor asking how many there are stops the
+    # queue, so a rule that can do without is not told.
+    if hidden_ND.device.type == "cpu" or any(o.needs_places for o in objectives):
+        place_N = (batch.labels != IGNORED).flatten().nonzero().flatten()
+        hidden_ND = hidden_ND if len(place_N) == len(hidden_ND) else hidden_ND.index_select(0, place_N)
+    rules = [Weighted(o.rule(batch, place_N), o.weight_at(batch.step)) for o in objectives]
+    loss, losses_JN = linear_loss(hidden_ND, output.head, rules)
+    weights_J = losses_JN.new_tensor([weight for _, weight in rules])
+    row_N = torch.arange(len(hidden_ND), device=hidden_ND.device) if place_N is None else place_N
+    rows_JB = losses_JN.new_zeros(len(rules), shape[0]).index_add(1, row_N // shape[1], losses_JN)
+    return loss, losses_JN.sum(1) * weights_J, rows_JB

@@ -12,7 +12,7 @@ from postgrad.data.batch import Batch
 from postgrad.errors import NonFiniteError
 from postgrad.models.model import Model
 from postgrad.models.sharding import synchronise_gradients
-from postgrad.objectives.objective import Objective
+from postgrad.objectives.objective import Objective, weigh
 from postgrad.penalties.penalty import Penalty
 from postgrad.schedules import Schedule
 from postgrad.training.optimizer import AdamW, Weights
@@ -82,12 +82,11 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         batch = batch.to(run.world.device)
         synchronise_gradients(run.model, index == len(micro_batches) - 1)
         output = run.model(**batch.inputs)
-        weighed = [run.objectives[i](output, batch) for i in batch.objectives]
-        torch.stack([loss for loss, _ in weighed]).sum().div(counted).backward()
+        weighed = weigh([run.objectives[i] for i in batch.objectives], output, batch)
+        weighed.loss.div(counted).backward()
         run.weights.collect()
-        sums[list(batch.objectives)] += torch.stack([loss.detach().double() for loss, _ in weighed])
-        rows_B = torch.stack([rows for _, rows in weighed]).sum(0).double()
-        by_source.index_add_(0, torch.from_numpy(batch.source_B).to(rows_B.device), rows_B)
+        sums[list(batch.objectives)] += weighed.sums_J
+        by_source.index_add_(0, torch.from_numpy(batch.source_B).to(weighed.rows_B.device), weighed.rows_B)
 
     run.world.total(sums)
     run.world.total(by_source)

@@ -13,7 +13,9 @@ from torch import Tensor
 from postgrad.data.batch import Few
 from postgrad.models.model import Head
 from postgrad.objectives import linear_divergence as module
+from postgrad.objectives.linear_cross_entropy import CrossEntropy
 from postgrad.objectives.linear_divergence import linear_divergence, linear_told
+from postgrad.objectives.linear_loss import Weighted, linear_loss
 
 N, D, E, V = 23, 8, 11, 37
 HEADS: list[dict[str, Any]] = [
@@ -73,9 +75,14 @@ def test_divergences_and_gradients_are_those_of_the_definition(direction: Any, t
 @pytest.mark.parametrize("mutant", ["directions swapped", "no T^2"])
 def test_a_wrong_divergence_would_be_caught(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if mutant == "directions swapped":
-        monkeypatch.setattr(module, "_DIVERGENCES", {"forward": module._reverse, "reverse": module._forward})
+        monkeypatch.setitem(module._DIVERGENCES, "forward", module._reverse)
     else:
-        monkeypatch.setattr(module, "_softened", lambda loss_R, gradient_RV, t: loss_R)
+
+        class NoSquare(module.Divergence):
+            def block(self, *args: Any) -> Tensor:
+                return super().block(*args) / self.temperature**2
+
+        monkeypatch.setattr(module, "Divergence", NoSquare)
     with pytest.raises(AssertionError):
         test_divergences_and_gradients_are_those_of_the_definition("forward", 2.5, {})
 
@@ -233,3 +240,43 @@ def test_no_logits_are_held_beyond_a_chunk() -> None:
         loss, _ = linear_divergence(hidden, Head(weight), torch.randn(1000, 4), Head(weight), chunk=50)
         loss.backward()
     assert largest <= 50 * 20_000 * 4
+
+
+def together(weights: list[float], *, temperature: float, form: dict[str, Any]) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Cross-entropy, both divergences and both sorts of cache in one pass; what half of them says is partly missing."""
+    student, head, teacher, teacher_head = case(**form)
+    p = teacher_head.logits(teacher).div(temperature).softmax(-1).detach()
+    labels, has = torch.arange(N) % V, torch.arange(N) % 3 > 0
+    few = drawn(p, 20, 1.0, 0)
+    counts = np.diff(few.ends_N, prepend=0)
+    kept = torch.from_numpy(np.repeat(has.numpy(), counts))
+    gappy = few._replace(
+        ids_E=few.ids_E[kept], weights_E=few.weights_E[kept], ends_N=np.cumsum(np.where(has.numpy(), counts, 0))
+    )
+    rules = [
+        CrossEntropy(labels),
+        module.Divergence(teacher, teacher_head, "forward", temperature),
+        module.Divergence(teacher, teacher_head, "reverse", temperature, has),
+        module.Told(top(p, 4), temperature),
+        module.Told(gappy, temperature),
+    ]
+    weighted = [Weighted(rule, weight) for rule, weight in zip(rules, weights, strict=True)]  # type: ignore[arg-type]
+    loss, losses_JN = linear_loss(student, head, weighted, 5)
+    return losses_JN, gradients(loss, student, head), has
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("form", HEADS[::4], ids=str)
+def test_in_one_pass_they_are_the_weighted_sum_of_each_alone(form: dict[str, Any], temperature: float) -> None:
+    weights = [0.7, 1.5, 0.2, 2.0, 0.4]
+    losses_JN, found, has = together(weights, temperature=temperature, form=form)
+    wanted = None
+    for j, weight in enumerate(weights):
+        alone_JN, alone, _ = together([weight if i == j else 0.0 for i in range(5)], temperature=temperature, form=form)
+        assert torch.equal(alone_JN, losses_JN)
+        wanted = alone if wanted is None else [a + b for a, b in zip(wanted, alone, strict=True)]
+    assert wanted is not None
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+    # Where nothing is said there is no loss.
+    assert not losses_JN[2, ~has].any() and not losses_JN[4, ~has].any() and losses_JN[2, has].all()

@@ -1,0 +1,222 @@
+"""What does distillation cost in a training step, with the teacher asked at every step, or once beforehand?
+
+    python benchmarks/distillation_speed.py --json benchmarks/results/distillation_speed.json
+
+Every arm trains the same random Llama on the same batch, as a stage steps: forward, backward, clip, AdamW. `plain` has
+next-token prediction alone, the others distillation on every row besides: from a second model, from the ids that it drew
+beforehand, or from its likeliest ids. `lora` arms train an adapter; their teacher is the model with the adapter switched off.
+Arms take turns, and the one that begins changes each round; a ratio is of two steps of one round. Seconds are those that the
+process was computing, so that others on the machine do not count. Given are the median and the range over the rounds. What is
+looked up is read by another thread while the model steps in a stage; here its time is added in full (`lookup_ms`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from postgrad import schedules
+from postgrad.data.batch import Batch, collate, few_of
+from postgrad.data.rows import Row
+from postgrad.data.told import Told, Word, digest_of
+from postgrad.models import machine, sharding
+from postgrad.models.model import CausalModel
+from postgrad.objectives.distill import Distill, DistillTold
+from postgrad.objectives.linear_loss import logits_of, products
+from postgrad.objectives.objective import Objective
+from postgrad.objectives.teacher import Online
+from postgrad.objectives.tokens import Tokens
+from postgrad.stages.telling import drawn, likeliest
+from postgrad.training.optimizer import AdamW, Weights
+from postgrad.training.step import Run, train_step
+from postgrad.training.world import World
+from postgrad.tuning.attach import attach
+
+DRAWS, K = 50, 64
+
+
+def model_of(options: argparse.Namespace, seed: int) -> CausalModel:
+    """A random Llama; student and teacher are two of them."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // 64,
+        num_key_value_heads=options.hidden // 64,
+        intermediate_size=options.inner,
+        vocab_size=options.vocabulary,
+        max_position_embeddings=options.time,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    return CausalModel(LlamaForCausalLM(config))
+
+
+def sure(teacher: CausalModel) -> CausalModel:
+    """The same, about as sure of the next token as a small language model is: a random one would draw every id once."""
+    with torch.no_grad():
+        teacher.pretrained.model.norm.weight *= 9
+    return teacher
+
+
+def rows_of(options: argparse.Namespace) -> list[Row]:
+    """Rows of random ids, each one document."""
+    ids = np.random.default_rng(0).integers(0, options.vocabulary, (options.rows, options.time + 1))
+    positions = np.arange(options.time)
+    return [Row({"input_ids": row[:-1], "position_ids": positions}, row[1:], options.time) for row in ids]
+
+
+@torch.no_grad()
+def said_by(teacher: CausalModel, rows: list[Row], kind: str) -> list[Word]:
+    """What a teacher says of some rows, as a stage asks it beforehand."""
+    output = teacher(**collate(rows, [0] * len(rows)).inputs)
+    assert output.head is not None
+    words = []
+    for i, hidden_ND in enumerate(output.hidden):
+        product_NV = hidden_ND.new_empty(len(hidden_ND), len(output.head.weight_VD))
+        products(hidden_ND, output.head, product_NV)
+        logits_NV = torch.empty_like(product_NV, dtype=torch.float32)
+        logits_of(product_NV, output.head, logits_NV)
+        uniform_NS = np.random.default_rng(i).random((len(hidden_ND), DRAWS))
+        words.append(drawn(logits_NV, uniform_NS, 1.0) if kind == "sampled" else likeliest(logits_NV, K))
+    return words
+
+
+class Arm:
+    """A model, its optimizer and its objectives."""
+
+    def __init__(self, options: argparse.Namespace, name: str, batch: Batch, tuning: dict[str, Any]) -> None:
+        student = model_of(options, 0)
+        attached = attach(student.pretrained, tuning)
+        dtype = getattr(torch, options.dtype)
+        weights = Weights(student, attached, dtype, split=True)
+        objectives: list[Objective] = [Tokens()]
+        how = name.split()[-1]
+        if how == "teacher":
+            teacher = sure(model_of(options, 1)).requires_grad_(False)
+            for parameter in teacher.parameters():
+                parameter.data = parameter.data.to(dtype)
+            if options.compile:
+                sharding.compile_layers(teacher)
+            objectives.append(Distill(Online(teacher), lambda step: 1.0))
+        elif how == "off":
+            objectives.append(Distill(Online(student, attached.off), lambda step: 1.0))
+        elif how != "plain":
+            objectives.append(DistillTold(lambda step: 1.0))
+        if options.compile:
+            sharding.compile_layers(student)
+        self.batch = replace(batch, objectives=tuple(range(len(objectives))))
+        self.run = Run(
+            model=student.train(),
+            weights=weights,
+            optimizer=AdamW(weights, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
+            objectives=objectives,
+            penalties=[],
+            schedule=schedules.then((schedules.constant(1e-4), 1)),
+            world=World(torch.device("cpu")),
+            sources=["text"],
+            clip=1.0,
+            seed=0,
+            trained_by_source=np.zeros(1, np.int64),
+        )
+
+    def step(self) -> float:
+        """Seconds of a step."""
+        begin = time.process_time()
+        train_step(self.run, [self.batch])
+        return time.process_time() - begin
+
+
+def middle(values: list[float]) -> list[float]:
+    """Median, lowest and highest."""
+    return [statistics.median(values), min(values), max(values)]
+
+
+def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each arm's step beside the plain one of its tuning."""
+    rows = rows_of(options)
+    batch = collate(rows, [0] * len(rows))
+    teacher = sure(model_of(options, 1))
+    arms: dict[str, Arm] = {}
+    lookup: dict[str, tuple[float, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.arms:
+            told: dict[str, Any] = {}
+            kind = name.split()[-1]
+            if kind in ("sampled", "top-k"):
+                asked = {"kind": kind, **({"draws": DRAWS} if kind == "sampled" else {"k": K})}
+                store = Told(Path(folder) / kind, {"asked": asked}, np.arange(len(rows)), options.time)
+                for part in store.missing():
+                    keys = store.keys_of(part)
+                    words = said_by(teacher, [rows[k] for k in keys], kind)
+                    store.write(part, words, [digest_of(rows[k]) for k in keys], vocabulary=options.vocabulary)
+                begin = time.process_time()
+                few = few_of([store.at(i, row) for i, row in enumerate(rows)], rest=store.rest_is_said)
+                lookup[name] = time.process_time() - begin, store.bytes() / (len(rows) * options.time)
+                told = {"distill": few}
+            tuning = {"kind": "lora", "rank": 16} if name.startswith("lora") else {"kind": "full"}
+            arms[name] = Arm(options, name, replace(batch, told=told), tuning)
+        seconds: dict[str, list[float]] = {name: [] for name in arms}
+        for turn in range(options.rounds + options.warm):
+            for name in list(arms) if turn % 2 else reversed(arms):
+                seconds[name].append(arms[name].step())
+    out = []
+    for name, values in seconds.items():
+        base = seconds["lora plain" if name.startswith("lora") else "plain"]
+        extra, size = lookup.get(name, (0.0, 0.0))
+        kept = [v + extra for v in values[options.warm :]]
+        row = {
+            "arm": name,
+            "ms": [1e3 * v for v in middle(kept)],
+            "ratio": middle([a / b for a, b in zip(kept, base[options.warm :], strict=True)]),
+            "lookup_ms": 1e3 * extra,
+            "bytes_per_label": size,
+        }
+        out.append(row)
+        ratio = row["ratio"]
+        print(
+            f"{name:<14} {row['ms'][0]:>8.1f} ms  x {ratio[0]:.3f} [{ratio[1]:.3f}..{ratio[2]:.3f}]"
+            f"  lookup {row['lookup_ms']:.1f} ms, {size:.0f} bytes a label",
+            flush=True,
+        )
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="*", default=["plain", "teacher", "sampled", "top-k", "lora plain", "lora off"])
+    for name, value in (
+        ("hidden", 256), ("layers", 6), ("inner", 704), ("vocabulary", 8192), ("time", 512), ("rows", 4),
+        ("rounds", 7), ("warm", 2), ("threads", 1),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    machine.tune_allocator()
+    rows = measured(options)
+    if options.json:
+        settings = {k: v for k, v in vars(options).items() if k != "json"}
+        record = {
+            "what": __doc__.split("\n")[0],
+            "settings": settings,
+            "machine": {"cpu": machine.processor(), "cores": machine.cores(), "torch": torch.__version__},
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
