@@ -29,13 +29,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lm_eval
 import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from postgrad.demo import topics, write_random_model
+from postgrad.data.material import topics
+from postgrad.demo import write_random_model
 from postgrad.evaluation.choosing import choose, encode_all
 from postgrad.models import machine
 from postgrad.models.model import model_for
@@ -216,13 +218,20 @@ def main() -> None:
             random_model(folder, options.hidden, options.layers)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         setting = {
+            "repeat": f"python benchmarks/few_shot.py --items {options.items} --shots {options.shots} "
+            f"--rounds {options.rounds} --hidden {options.hidden} --layers {options.layers} --batches {' '.join(map(str, options.batches))} "
+            f"--threads {options.threads}",
             "items": len(items),
             "shots": options.shots,
             "rounds": options.rounds,
             "threads": options.threads,
             "parameters": AutoModelForCausalLM.from_pretrained(folder).num_parameters(),
             "vocabulary": len(tokenizer),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "lm-eval": lm_eval.__version__,
+            },
             "machine": {"cpu": machine.processor(), "cores": machine.cores()},
             "load_average": os.getloadavg()[0],
         }

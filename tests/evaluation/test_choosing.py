@@ -488,6 +488,16 @@ def test_an_encoder_decoder_whose_head_is_not_plain() -> None:
         chosen(view(build("bart", "lm")), questions())
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_nothing_that_fits_is_nothing_scored(family: str) -> None:
+    model = view(build(family, "lm"))
+    assert chosen(model, []) == Chosen((), (), (), (), 0)
+    found = chosen(model, questions()[:2], context=3)
+    assert (found.too_long, found.read) == ((0, 1), 0)
+    assert [len(log_p) for log_p in found.log_p] == [0, 0]
+    assert found.best().tolist() == [-1, -1]
+
+
 def test_an_encoder_has_no_answers() -> None:
     with pytest.raises(ModelError, match=r"does not write"):
         chosen(model_for(build("bert", "lm"), "masked"), questions())
