@@ -219,7 +219,8 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         setting = {
             "repeat": f"python benchmarks/few_shot.py --items {options.items} --shots {options.shots} "
-            f"--rounds {options.rounds} --hidden {options.hidden} --layers {options.layers} --batches {' '.join(map(str, options.batches))} "
+            f"--rounds {options.rounds} --hidden {options.hidden} --layers {options.layers} "
+            f"--batches {' '.join(map(str, options.batches))} "
             f"--threads {options.threads}",
             "items": len(items),
             "shots": options.shots,
