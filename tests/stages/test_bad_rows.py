@@ -444,6 +444,6 @@ def test_labels_that_no_training_row_has_are_told(shelf: Shelf, tmp_path: Path) 
 
 def test_labels_that_no_training_row_has_are_an_error_for_a_classifier(shelf: Shelf, tmp_path: Path) -> None:
     for role in ("learned", "retained"):
-        with pytest.raises(DataError, match="'verse' is none of the 2 known ones") as met:
+        with pytest.raises(DataError, match="has the label 'verse', which no row that is trained on has") as met:
             labels_told(shelf, tmp_path, [{"text": "six", "label": "verse"}], role, model="bert", objectives=CLASSIFY)
         assert met.value.where.endswith("labels.jsonl:1")
