@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from postgrad.data.material import write_rows, write_texts
+from postgrad.data.material import ROWS, write_rows, write_texts
 from postgrad.errors import StageError, nearest
 from postgrad.publish import write_atomically
 from postgrad.stages.init import refuse_name
@@ -58,10 +58,11 @@ KINDS: Mapping[str, Kind] = {
 
 
 class Written(NamedTuple):
-    """The files of a template, and the commands that carry it out, in order."""
+    """The files of a template, the commands that carry it out, in order, and the folder of what had to be made."""
 
     files: list[Path]
     commands: list[str]
+    material: Path | None
 
 
 def write_template(place: Path, kind: str, asked: Asked, *, force: bool) -> dict[str, Any]:
@@ -82,7 +83,8 @@ def write_template(place: Path, kind: str, asked: Asked, *, force: bool) -> dict
     if there and not force:
         raise StageError(f"{there[0]} is there already", where="init", way_out="choose another name, or give --force")
     written = _write(place, kind, asked)
-    said = [f"wrote {path}" for path in written.files]
+    said = [f"made {written.material}/ from this Python's own documentation and library"] if written.material else []
+    said += [f"wrote {path}" for path in written.files]
     said += ["carry it out:", *(f"  {command}" for command in written.commands), f"next: {written.commands[0]}"]
     return {"text": "\n".join(said), "files": [str(path) for path in written.files], "commands": written.commands}
 
@@ -96,31 +98,35 @@ def _besides(kind: str, asked: Asked) -> list[str]:
 def _write(place: Path, kind: str, asked: Asked) -> Written:
     spec = KINDS[kind]
     folder = f"{asked.name}-data"
-    ours = asked.data is None
-    if ours or asked.replay is None or (spec.base and asked.model is None):
-        write_texts(place.parent / folder)
-    rows = [spec.rows] if spec.rows else []
-    for name in (*rows, *(("labelled", "choices") if kind == "text2text" else ())):
-        if ours or kind == "mixed":
-            write_rows(place.parent / folder, name)
     values = {**_common(place, kind, asked, folder), **_SPECIAL.get(kind, _nothing)(asked, folder)}
-    made: list[Path] = []
+    texts: dict[Path, str] = {}
     commands: list[str] = []
     if spec.base and asked.model is None:
         base = place.with_name(f"{asked.name}-base.yaml")
-        write_atomically(base, _filled(f"base-{spec.base}", {**values, "file": base.name}))
-        made.append(base)
+        texts[base] = _filled(f"base-{spec.base}", {**values, "file": base.name})
         commands.append(f"postgrad train {base.name}")
     if kind == "few-shot":
         tasks = place.with_name(f"{asked.name}-tasks.yaml")
-        write_atomically(tasks, _filled("few-shot-tasks", values))
-        made.append(tasks)
+        texts[tasks] = _filled("few-shot-tasks", values)
         commands.append(f"postgrad eval {values['model']} --tasks {tasks.name}")
     if kind == "probe":
         commands.append(f"postgrad probe {values['probed']} --report {asked.name}.html")
-    write_atomically(place, _filled(kind, values))
+    texts[place] = _filled(kind, values)
+    material = _make_material(place.parent / folder, "\n".join(texts.values()))
+    for path, text in texts.items():
+        write_atomically(path, text)
     load_stage(place)  # what is written can be read
-    return Written([*made, place], [*commands, f"postgrad train {place.name}"])
+    return Written(list(texts), [*commands, f"postgrad train {place.name}"], material)
+
+
+def _make_material(folder: Path, text: str) -> Path | None:
+    """Make what the files name of it, before they are there; the folder, when it is needed at all."""
+    if re.search(rf"\b{re.escape(folder.name)}/(old|new)\b", text):
+        write_texts(folder)
+    for rows in ROWS:
+        if f"{folder.name}/{rows}." in text:
+            write_rows(folder, rows)
+    return folder if f"{folder.name}/" in text else None
 
 
 def _filled(name: str, values: Mapping[str, str]) -> str:
@@ -205,11 +211,14 @@ def _mixed(asked: Asked, folder: str) -> dict[str, str]:
 
 
 def _probed(asked: Asked, folder: str) -> dict[str, str]:
+    """What the verb `probe` is given, in a line and as the head of the file has it."""
     model = asked.model or f"runs/{asked.name}-base"
     if asked.data:
-        return {"probed": f"{model} {asked.data} TEST-ROWS"}
-    parts = {part: f"{folder}/labelled.{part}.jsonl" for part in ("train", "test", "valid")}
-    return {"probed": f"{model} {parts['train']} {parts['test']} --dev {parts['valid']} --kind labelled"}
+        given = f"{model} {asked.data} TEST-ROWS"
+    else:
+        parts = {part: f"{folder}/labelled.{part}.jsonl" for part in ("train", "test", "valid")}
+        given = f"{model} {parts['train']} {parts['test']} --dev {parts['valid']} --kind labelled"
+    return {"probed": given, "probed_lines": given.replace(" --dev", " \\\n#             --dev")}
 
 
 def _text2text(asked: Asked, folder: str) -> dict[str, str]:

@@ -114,6 +114,14 @@ def test_rows_of_the_user_are_classified(here: Path, made: Path, cache: Path) ->
     assert record["scores"]["after"]["rows"]["metrics"]["accuracy"]["value"] >= 0
 
 
+def test_nothing_is_made_that_no_file_names(here: Path) -> None:
+    said = write_template(Path("try.yaml"), "classify", Asked("try", "mine.jsonl", "bert", None), force=False)
+    assert not (here / "try-data").exists() and "made" not in said["text"]
+    said = write_template(Path("mixed.yaml"), "mixed", Asked("mixed", "mine.txt", "gpt", "old.txt"), force=False)
+    assert {path.name.split(".")[0] for path in (here / "mixed-data").glob("*.jsonl")} >= {"instructions"}
+    assert said["text"].startswith("made mixed-data/ ")
+
+
 def test_what_is_unknown_or_there_is_said(made: Path, here: Path) -> None:
     with pytest.raises(StageError, match="did you mean 'classify'"):
         write_template(Path("try.yaml"), "clasify", Asked("try", None, None, None), force=False)
