@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ def choices(states: int, width: int, depth: int, dropout: float) -> dict[str, Re
 
 
 class Sentences:
-    """The items of a part as sentences: states, tags, and which words are real, in batches."""
+    """The items of a part as sentences: those states that are read, tags, and which words are real, in batches."""
 
-    def __init__(self, items: Items, most: int | None = None) -> None:
-        self.items = items
+    def __init__(self, items: Items, layers: Sequence[int], most: int | None = None) -> None:
+        self.items, self.layers = items, layers
         cuts = np.flatnonzero(np.diff(items.document_I)) + 1
         self.first = np.concatenate([[0], cuts])
         self.size = np.diff(np.concatenate([self.first, [len(items)]]))
@@ -68,13 +69,16 @@ class Sentences:
         """States, each (B, T, D), the mask and the tags (B, T) of some sentences."""
         longest = int(self.size[chosen].max())
         states_SID = self.items.states_SID
-        out = np.zeros((states_SID.shape[0], len(chosen), longest, states_SID.shape[2]), np.float32)
+        out = np.zeros((len(self.layers), len(chosen), longest, states_SID.shape[2]), np.float32)
         tags = np.full((len(chosen), longest), IGNORED, np.int64)
         for i, sentence in enumerate(chosen):
             where = slice(self.first[sentence], self.first[sentence] + self.size[sentence])
-            out[:, i, : self.size[sentence]] = states_SID[:, where]
+            for place, layer in enumerate(self.layers):
+                out[place, i, : self.size[sentence]] = states_SID[layer, where]
             tags[i, : self.size[sentence]] = self.items.meant[where]
-        return [*torch.from_numpy(out)], torch.from_numpy((tags != IGNORED).astype(np.int64)), torch.from_numpy(tags)
+        read = dict(zip(self.layers, torch.from_numpy(out), strict=True))
+        every = [read.get(layer, torch.empty(0)) for layer in range(states_SID.shape[0])]
+        return every, torch.from_numpy((tags != IGNORED).astype(np.int64)), torch.from_numpy(tags)
 
 
 @torch.no_grad()
@@ -95,8 +99,8 @@ def trained(frozen: Frozen, form: Representation, seed: int, options: argparse.N
     reader = Reader(form, frozen.width, frozen.outputs)
     reader.draw(0.02)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=options.rate, weight_decay=0.01)
-    train, dev, test = (Sentences(frozen.items[part]) for part in ("train", "dev", "test"))
-    train = Sentences(frozen.items["train"], options.sentences)
+    train = Sentences(frozen.items["train"], form.layers, options.sentences)
+    dev, test = (Sentences(frozen.items[part], form.layers) for part in ("dev", "test"))
     rng, begun = np.random.default_rng(seed), time.process_time()
     steps = options.epochs * -(-len(train) // options.batch)
     best: dict[str, Any] = {"dev": -1.0}

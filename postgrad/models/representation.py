@@ -73,6 +73,17 @@ class Representation:
         """As plain data."""
         return {**asdict(self), "layers": list(self.layers)}
 
+    def told(self) -> str:
+        """In words: what is read, of which tokens, and by what."""
+        numbers, joined = ", ".join(map(str, self.layers)), {"concat": "side by side", "sum": "summed", "mix": "mixed"}
+        layers = f"layer {numbers}" if len(self.layers) == 1 else f"layers {numbers} {joined[self.join]}"
+        half = f" of the {self.stack}" if self.stack else ""
+        tokens = (
+            "at each word's first token" if self.pooling is None else f"pooled over a text's tokens ({self.pooling})"
+        )
+        size = f" ({self.depth} x {self.width})" if self.width else ""
+        return f"{layers}{half}, {tokens}, with a head of the kind {self.head}{size}"
+
 
 def depth_of(config: PreTrainedConfig, stack: str | None) -> int:
     """How many blocks a backbone has; of an encoder-decoder, that half of it."""
@@ -446,17 +457,12 @@ def _page(model: Representing) -> str:
     """What the folder says to who opens it."""
     form, names = model.form, _labels(model.config)
     labels = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
-    numbers = ", ".join(map(str, form.layers))
-    read = {"concat": "side by side", "sum": "summed", "mix": "as a learnt mix"}[form.join]
-    layers = f"layer {numbers}" if len(form.layers) == 1 else f"layers {numbers}, {read}"
-    what = "each word's first token" if form.pooling is None else f"the real tokens, pooled ({form.pooling})"
     example = '[["Words", "of", "a", "text"]]' if form.pooling is None else '["A text."]'
-    half = f", of the {form.stack}" if form.stack else ""
     return f"""\
 # A classifier on {model.body_class.__name__}
 
 It decides between {labels}.
-What it reads: {layers} (0 is what the embeddings give), of {what}{half}; on them stands a head of the kind `{form.head}`.
+It reads {form.told()} (layer 0 is what the embeddings give).
 
 ```python
 import postgrad

@@ -71,6 +71,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         *(f"note: {note}" for note in notes[len(plan.notes) :]),
         "",
         f"model: {counts.parameters:,} weights, {plan.vocabulary:,} tokens{apart}",
+        *([f"task layer: reads {plan.layer.form.told()}"] if plan.layer and plan.layer.form else []),
         tuning_line(plan.stage.tuning.kind, counts),
         f"compute: {execution.dtype}, {execution.attention} attention, {execution.micro} rows at once, "
         f"{'compiled' if execution.compile else 'not compiled'}, {execution.threads} thread{'s' * (execution.threads > 1)}",

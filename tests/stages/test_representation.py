@@ -20,6 +20,7 @@ from postgrad.models.pretrained import locate
 from postgrad.models.representation import Representation, described
 from postgrad.objectives.decisions import Decisions
 from postgrad.stages.build import make_subject
+from postgrad.stages.check import check_stage
 from postgrad.stages.measure import read_scores
 from postgrad.stages.objectives import ClassifyObjective
 from postgrad.stages.representation import form_for
@@ -260,6 +261,16 @@ def test_a_run_in_parts_ends_with_the_same_bits(shelf: Shelf, name: str) -> None
     whole = shelf.run(stage_of(shelf, name.replace(" ", "-"), file, tuning, **dict(said)))
     parts = carried_out_in_parts(shelf, stage_of(shelf, f"{name.replace(' ', '-')}-parts", file, tuning, **dict(said)))
     assert trace(parts.place) == trace(whole.place)
+
+
+def test_the_plan_says_what_is_read(shelf: Shelf) -> None:
+    plan = shelf.plan(stage_of(shelf, "told", "tagged", {"kind": "head"}, layers={"concat": 2}, head=SMALL))
+    said = (
+        "task layer: reads layers 1, 2 side by side, at each word's first token, with a head of the kind bilstm (1 x 9)"
+    )
+    assert said in check_stage(plan, cache=shelf.cache)["text"]
+    usual = shelf.plan(stage_of(shelf, "told-not", "tagged", {"kind": "head"}))
+    assert "task layer: reads" not in check_stage(usual, cache=shelf.cache)["text"]
 
 
 def test_training_a_head_moves_nothing_else_and_saves_the_mix(shelf: Shelf) -> None:
