@@ -84,14 +84,21 @@ def init(
     """Write a stage file for your model and text, each key explained; with --template of any training strategy."""
     needs_training()
     place = Path(f"{name}.yaml")
-    if template is None and data is not None and model is not None:
+    if template is None:
+        if data is None or model is None:
+            raise StageError(
+                "a stage needs a text and a model",
+                where="init",
+                expected="--data and --model",
+                way_out="name a --template, for which what is not given is made",
+            )
         from postgrad.stages.init import write_stage
 
         found = write_stage(place, data=data, model=model, replay=replay, cache=cache_folder(), force=force)
     else:
         from postgrad.stages.templates import Asked, write_template
 
-        found = write_template(place, template or "continue", Asked(name, data, model, replay), force=force)
+        found = write_template(place, template, Asked(name, data, model, replay), force=force)
     _print(found, as_json, found.pop("text"))
 
 

@@ -133,7 +133,7 @@ def test_the_installed_command_and_the_module_are_one() -> None:
         (["train"], "Missing argument"),
         (["eval", "model"], "nothing to score"),
         (["eval", "model", "x.txt", "--harness-limit", "3"], "no task of lm-eval is named"),
-        (["init", "x"], "Missing option"),
+        (["init", "x"], "a stage needs a text and a model"),
         (["generate", "m", "--tokens", "many"], "integer"),
         (["export", "m"], "Missing argument"),
     ],
