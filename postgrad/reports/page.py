@@ -227,6 +227,8 @@ def _sentence(set_name: str, entry: Mapping[str, object], before: object, after:
         span = f", 95 % interval {signed(entry.get('low'))} to {signed(entry.get('high'))}"
     verb = {"learnt": "Learnt", "kept": "Kept", "forgot": "Forgot"}.get(said)
     start = f"{verb} {named(set_name)}" if verb else f"No clear change on {named(set_name)}"
+    if entry.get("role") == "test":
+        start += " (a test set, looked at once)"
     if number(before) is not None and number(after) is not None:
         move = f"{fixed(before)} \u2192 {fixed(after)} nats per token ({signed(difference)}{span})"
     else:
@@ -484,7 +486,7 @@ def _choice(record: Mapping[str, object], curves: Curves) -> str:
             ),
             about=f"Each look scores the whole set. Candidates are the looks from step {count(chosen.get('first'))} on.",
         )  # fmt: skip
-    return "".join(about(line) for line in lines) + drawn
+    return "".join(about(line) for line in lines) + side_by_side(drawn)
 
 
 def _change_series(
@@ -566,7 +568,11 @@ def _training(record: Mapping[str, object], curves: Curves) -> str:
     rate = planned or done
     if rate:
         unit = "step" if planned else curves.unit
-        now = [Mark(float(curves.last_step), "stopped here")] if _stopped_short(planned, curves) else []
+        now = (
+            [Mark(float(curves.last_step), "ended here" if record.get("chosen") else "stopped here")]
+            if _stopped_short(planned, curves)
+            else []
+        )
         drawn.append(
             figure(
                 "Learning rate",
@@ -709,7 +715,12 @@ def _method(record: Mapping[str, object]) -> str:
         choices.append(f"<dt>{escaped(key, 60)}</dt><dd><bdi>{escaped(_said(value), 200)}</bdi>{small}</dd>")
     blocks = []
     if model:
-        blocks.append(("Model", facts((k, _said(v)) for k, v in model.items())))
+        made = mapping(model.get("fresh"))
+        blocks.append(("Model", facts((k, _said(v)) for k, v in model.items() if k != "fresh")))
+        if made:
+            told = facts((k, _said(v)) for k, v in made.items() if k not in ("asked", "config"))
+            whole = json.dumps(made.get("config"), indent=1, ensure_ascii=False, default=str)
+            blocks.append(("Made anew", told + details("Its configuration", preformatted(whole))))
     if choices:
         blocks.append(("Execution, and why", f'<dl class="kv">{"".join(choices)}</dl>'))
     for told in rows(record.get("penalties")):

@@ -76,7 +76,7 @@ def _made(stage: s.Stage, asked: s.FreshModel, root: Path, cache: Path, progress
     fit(config, tokenizer)
     decides = [_FORMAT, {k: v for k, v in config.to_dict().items() if k not in _PLAIN}, stage.seed]
     key = fingerprint([*decides, tokenizer.backend_tokenizer.to_str()])
-    place = cache / "fresh" / key
+    place = cache.resolve() / "fresh" / key
     (cache / "locks").mkdir(parents=True, exist_ok=True)
     with one_at_a_time(cache / "locks" / f"{key}.lock"):
         if not _whole(place):

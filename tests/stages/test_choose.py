@@ -407,7 +407,7 @@ def test_a_test_set_is_looked_at_once_after_training(secret: Shelf, monkeypatch:
     text = outcome_text(last)
     assert "secret (test)" in text and "looked at once" in text
     shown = (home / "report.html").read_text()
-    assert "test (looked at once)" in shown
+    assert "test (looked at once)" in shown and "a test set, looked at once" in shown
     # What a lineage scores other models on are the other sets.
     assert "secret" not in [found["name"] for found in tree(chain(home), lambda *_: 1.0)["sets"]]
 

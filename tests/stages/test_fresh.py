@@ -72,6 +72,7 @@ def test_a_new_model_is_trained_from_a_uniform_guess(task: str, shelf: Shelf) ->
     assert made["weights"] == pytest.approx(float(name.split("-")[1][:-1]) * 1000, rel=0.05)
     home = Path(raw["output"])
     assert json.loads((home / "model" / "config.json").read_text())["architectures"] == [architecture]
+    assert "Made anew" in (home / "report.html").read_text()
     assert "is new:" in record["notes"][0] and "retained set" not in " ".join(record["notes"])
     if kind:
         assert set(after[learned]["metrics"]) >= {"accuracy", "macro F1"}
@@ -226,3 +227,34 @@ def test_a_suggestion_is_a_model_of_a_stage(shelf: Shelf) -> None:
     assert LENGTH < 512
     with pytest.raises(ModelError, match="no family"):
         fresh.suggested("llma-15M", 10**6)
+
+
+def test_shares_by_a_mixing_rule_are_those_of_the_documents_that_may_be_trained_on(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    given = fresh.learn_vocabulary
+
+    def spied(portions: Any, shares: Any, **rest: Any) -> str:
+        def told(counts: Any) -> Any:
+            asked.append(list(counts))
+            return shares(counts)
+
+        return given(portions, told, **rest)
+
+    monkeypatch.setattr(fresh, "learn_vocabulary", spied)
+    sources = [shelf.source("new", held_out="20%"), shelf.source("old", held_out=0)]
+    raw = begun(shelf, "mixed", {"fresh": "llama-100k", "tokenizer": {"vocabulary": 410}}, sources=sources)
+    raw["data"]["mixing"] = {"kind": "examples", "cap": 30}
+    plan = shelf.plan(raw)
+    assert asked and asked[0][1] == 60 and 30 < asked[0][0] < 60
+    assert any("shares by examples: new 50.00%" in note for note in plan.notes)
+
+
+def test_a_cache_named_by_a_relative_path_serves_stages_of_other_folders(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = Shelf(shelf.home, Path("cache"))
+    plan = relative.plan(begun(shelf, "relative", LLAMA))
+    assert plan.start.folder is not None and plan.start.folder.is_relative_to(tmp_path.resolve())
