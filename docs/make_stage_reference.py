@@ -62,6 +62,7 @@ PARTS = (
     ("JoinedLayers", "`objectives[].layers` of `classify`"),
     ("DecidingHead", "`objectives[].head` of `classify`"),
     ("DistillObjective", "`objectives[]`: `distill`"),
+    ("OnPolicyObjective", "`objectives[]`: `on-policy`"),
     ("Weighing", "`objectives[].weight`"),
     ("SampledCache", "`objectives[].cache`: `sampled`"),
     ("TopKCache", "`objectives[].cache`: `top-k`"),

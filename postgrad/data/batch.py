@@ -53,6 +53,8 @@ class Batch:
     counted_B: np.ndarray
     objectives: tuple[int, ...] = (0,)
     """Which of the stage's objectives weigh these rows."""
+    position_B: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Where in the mixture each row stands."""
     step: int = 0
     """The step they belong to, counted from 1."""
     told: Mapping[str, Few] = field(default_factory=dict)

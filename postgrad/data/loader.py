@@ -7,6 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from postgrad.data.batch import Batch, Few, collate, few_of
 from postgrad.data.mixture import Mixture
 from postgrad.data.rows import Row, Rows, silenced
@@ -96,7 +98,8 @@ class Loader:
         told = {} if part.silent else self._told(part.draws, rows)
         rows = [silenced(row) for row in rows] if part.silent else rows
         batch = collate(rows, [draw.source for draw in part.draws], part.objectives, self.pad)
-        return replace(batch, told=told or {name: few_of([]) for name in self.told[part.draws[0].source]})
+        told = told or {name: few_of([]) for name in self.told[part.draws[0].source]}
+        return replace(batch, told=told, position_B=np.array([draw.position for draw in part.draws], np.int64))
 
     def _told(self, draws: Sequence[Draw], rows: Sequence[Row]) -> dict[str, Few]:
         """What was said of these rows; their sources are taken on by the same objectives."""

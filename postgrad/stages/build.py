@@ -21,7 +21,7 @@ from postgrad.data.told import Told
 from postgrad.errors import ResumeError, StageError, TuningError
 from postgrad.lineage.tree import chain
 from postgrad.models import sharding
-from postgrad.models.model import Model, model_for
+from postgrad.models.model import CausalModel, Model, model_for
 from postgrad.models.prefix_lm import mark
 from postgrad.models.pretrained import TUNING, Start, Task
 from postgrad.objectives.decisions import Decisions, Problem
@@ -35,15 +35,16 @@ from postgrad.penalties.penalty import Decay, Penalty
 from postgrad.planning.execution import Execution, Wishes, choose
 from postgrad.stages.amounts import in_steps
 from postgrad.stages.anchors import make_anchor
-from postgrad.stages.objectives import AnyObjective, ClassifyObjective, DistillObjective, names_of
+from postgrad.stages.objectives import AnyObjective, ClassifyObjective, DistillObjective, OnPolicyObjective, names_of
 from postgrad.stages.plan import Plan
 from postgrad.stages.reading import virtual
 from postgrad.stages.teaching import online_teachers, weight_of
 from postgrad.stages.tunings import BlocksTuning, FullTuning, LoraTuning, PTuning, options_of
 from postgrad.training.checkpoint import Checkpoints
+from postgrad.training.on_policy import Writer, writing_step
 from postgrad.training.optimizer import AdamW, Weights
 from postgrad.training.state import read_moments, read_progress
-from postgrad.training.step import Run
+from postgrad.training.step import Run, Step, train_step
 from postgrad.training.world import World
 from postgrad.tuning.attach import attach, read_published
 from postgrad.tuning.besides import bare
@@ -78,6 +79,8 @@ def make_objectives(
                 if task in ("classify", "tag"):
                     return DistillDecisions(problem, teachers[number], *how)
                 return Distill(teachers[number], *how)
+            case OnPolicyObjective():
+                return Distill(teachers[number], weight_of(spec.weight, steps, tokens), "reverse", 1.0, name)
             case _:
                 return Tokens(name, spec.weight)
 
@@ -316,6 +319,22 @@ def make_optimizer(plan: Plan, weights: Weights, decays: Sequence[Decay] = ()) -
         decay_tables=spec.decay_tables,
         decays=decays,
     )
+
+
+def make_step(plan: Plan, run: Run) -> Step:
+    """How a step is made: plainly, or on what the model writes itself. Raises `StageError` where it cannot write."""
+    asked = {i: o for i, o in enumerate(plan.objectives) if isinstance(o, OnPolicyObjective)}
+    if not asked:
+        return train_step
+    if run.world.sharded:
+        raise StageError(
+            "a model that is sharded over processes cannot write by itself",
+            where="objectives",
+            expected="one process for `on-policy`, without torchrun",
+        )
+    assert isinstance(run.model, CausalModel)
+    seed, eos = plan.stage.seed, plan.reading.encoder.eos
+    return writing_step({i: Writer(run.model, spec.temperature, eos, seed) for i, spec in asked.items()})
 
 
 def make_loader(plan: Plan, execution: Execution, world: World, *, told: Sequence[Mapping[str, Told]] = ()) -> Loader:

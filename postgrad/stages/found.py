@@ -17,6 +17,7 @@ from postgrad.stages.objectives import (
     ClassifyObjective,
     MaskedObjective,
     NextTokenObjective,
+    OnPolicyObjective,
     PrefixLMObjective,
     RowsObjective,
     SpanCorruptionObjective,
@@ -117,5 +118,7 @@ def _trained(leaf: Leaf, objective: RowsObjective) -> str:
             return f"{objective.density:.0%} of the tokens are to be restored"
         case TextToTextObjective():
             return "the rest of each text is written" if running else "the answer is written"
+        case OnPolicyObjective():
+            return "the model goes on from it, and what it writes is judged"
         case ClassifyObjective():
             return "a task layer tags the words" if leaf.store.kind == "tagged" else "a task layer decides the label"

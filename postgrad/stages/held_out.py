@@ -35,6 +35,7 @@ from postgrad.stages.layouts import (
     make_rows,
     objective_for,
     renderer_for,
+    scored_as,
     verbalisers,
 )
 from postgrad.stages.leaves import Leaf, Progress, Wanted, files_of, store_of, try_wording, wording_of
@@ -113,7 +114,8 @@ def held_out_sets(
                 "it is not measured (a text file can be cut into more documents with `documents: passages`)"
             )
             continue
-        objective, words = leaf.wanted.objective, leaf.wanted.wording.words
+        objective = scored_as(leaf.wanted.objective, made_with(reading.start))
+        words = leaf.wanted.wording.words
         sets.append(Chosen(name, role, leaf.store, chosen, objective, leaf.renderer, words))
     if not sets:
         raise StageError(
@@ -207,7 +209,8 @@ def listed_files(
         given = worded(item, role, by_source)
         files = files_of(item.name, given, root, where)
         kind = source_kind(files)
-        objective = objective_for(item.like or item.name, kind, objectives, made_with(reading.start), where).made_for
+        own = made_with(reading.start)
+        objective = scored_as(objective_for(item.like or item.name, kind, objectives, own, where).made_for, own)
         renderer = renderer_for(objective, kind, reading, wording_of(given), labels, demonstrated)
         if labels and labels.names and isinstance(objective, ClassifyObjective):
             refuse_unseen(item.name, files, labels.names, cache, listed=objective.labels is not None)

@@ -19,6 +19,7 @@ from postgrad.data.pack import PackedRows
 from postgrad.data.pairs import PairRows
 from postgrad.data.part import Part
 from postgrad.data.prefixed import PrefixRows
+from postgrad.data.prompts import PromptRows
 from postgrad.data.render import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.rows import Rows
 from postgrad.data.spans import SpanRows
@@ -34,9 +35,11 @@ from postgrad.stages.objectives import (
     DistillObjective,
     MaskedObjective,
     NextTokenObjective,
+    OnPolicyObjective,
     PrefixLMObjective,
     RowsObjective,
     SpanCorruptionObjective,
+    TaughtObjective,
     TextToTextObjective,
 )
 from postgrad.stages.reading import Reading
@@ -50,6 +53,7 @@ SERVES: dict[str, tuple[str, ...]] = {
     "span-corruption": RUNNING,
     "text-to-text": (*RUNNING, *_ANSWERED),
     "classify": ("labelled", "tagged"),
+    "on-policy": (*RUNNING, *_ANSWERED),
 }
 """The kinds of rows that an objective can be taken on."""
 
@@ -60,6 +64,7 @@ _TASKS: dict[str, Task] = {
     "span-corruption": "text-to-text",
     "text-to-text": "text-to-text",
     "classify": "classify",
+    "on-policy": "causal",
 }
 _OF_TASK: dict[Task, tuple[RowsObjective, ...]] = {
     "causal": (NextTokenObjective(kind="next-token"),),
@@ -130,11 +135,10 @@ def objective_for(
     Distillation is taken on rows that are made for another objective. Beside one, rows that no other objective asks for are
     made for the first of the start model's `own` that serves them.
     """
-    teachers = [i for i, o in enumerate(objectives) if isinstance(o, DistillObjective) and (name in o.on or not o.on)]
     makers = [(i, o) for i, o in enumerate(objectives) if not isinstance(o, DistillObjective)]
     named = [(i, o) for i, o in makers if name in o.on]
     said = named or [(i, o) for i, o in makers if not o.on]
-    if not said and len(makers) < len(objectives):
+    if not said and any(isinstance(o, TaughtObjective) for o in objectives):
         said = [(-1, o) for o in own]
     serving = [(i, o) for i, o in said if kind in SERVES[o.kind]]
     if not serving:
@@ -151,7 +155,22 @@ def objective_for(
             expected="one for each source",
         )
     number, made_for = serving[0]
+    written = isinstance(made_for, OnPolicyObjective)
+    distilled = [(i, o) for i, o in enumerate(objectives) if isinstance(o, DistillObjective)]
+    # What the model writes itself is judged by its own teacher, unless another is named for it too.
+    teachers = [i for i, o in distilled if name in o.on or (not o.on and not written)]
+    if written and any(o.cache != "none" for i, o in distilled if i in teachers):
+        raise StageError(
+            f"no teacher can be asked beforehand about '{name}', which is written while the model trains",
+            where="objectives",
+            expected="cache: none",
+        )
     return Weighed(made_for, (*((number,) if number >= 0 else ()), *teachers))
+
+
+def scored_as(objective: RowsObjective, own: Sequence[RowsObjective]) -> RowsObjective:
+    """What held-out rows are scored as: a model that writes itself is measured by how it reads what others wrote."""
+    return own[0] if isinstance(objective, OnPolicyObjective) else objective
 
 
 @dataclass(frozen=True)
@@ -309,6 +328,15 @@ def make_rows(
                 seed=reading.seed,
                 too_long=_too_long(objective, store.kind),
                 **{**framed, "frame": _without_eos(reading)},
+            )
+        case OnPolicyObjective():
+            return PromptRows(
+                store,
+                reading.length,
+                prompt=objective.prompt_tokens,
+                new=objective.new_tokens,
+                eos=reading.encoder.eos,
+                **framed,
             )
         case ClassifyObjective():
             if problem == "tags":

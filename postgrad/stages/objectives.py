@@ -240,6 +240,29 @@ class DistillObjective(Objective):
         return self
 
 
+class OnPolicyObjective(Objective):
+    """The model writes itself, and a teacher judges every token of it: KL(model || teacher) (Thinking Machines 2025).
+
+    What it wrote of a prompt is read by both; nothing is learnt from how a text goes on later. It brings back what an earlier
+    model knew without bringing it away from what it has learnt since. One process trains; a sharded model cannot write.
+    """
+
+    kind: Literal["on-policy"]
+    teacher: str = "start"
+    """As of `distill`: `start`, or an earlier model with the same tokenizer."""
+    weight: AnyWeight = 1.0  # type: ignore[assignment]
+    """Factor of the loss: a number, or how it changes over the stage."""
+    prompt_tokens: Annotated[int, Field(ge=0)] = 32
+    """Tokens of running text that are a prompt; 0: it begins from nothing. Of an example all before the answer is one."""
+    new_tokens: Positive = 96
+    """Tokens that are written, if the text does not end before. `data.sequence_length` has room for both."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the writing; both models are compared at 1."""
+
+
+TaughtObjective = DistillObjective | OnPolicyObjective
+"""Those that have a teacher."""
+
 RowsObjective = (
     NextTokenObjective
     | PrefixLMObjective
@@ -247,6 +270,7 @@ RowsObjective = (
     | SpanCorruptionObjective
     | TextToTextObjective
     | ClassifyObjective
+    | OnPolicyObjective
 )
 """Those that say how rows are made; the others are taken on rows that are made for one of these."""
 

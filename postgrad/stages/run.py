@@ -36,7 +36,16 @@ from postgrad.reports import page
 from postgrad.stages import answering, measure
 from postgrad.stages.amounts import in_steps
 from postgrad.stages.anchors import about_penalty, penalty_prints
-from postgrad.stages.build import Counts, Subject, build, choose_execution, make_loader, make_optimizer, make_subject
+from postgrad.stages.build import (
+    Counts,
+    Subject,
+    build,
+    choose_execution,
+    make_loader,
+    make_optimizer,
+    make_step,
+    make_subject,
+)
 from postgrad.stages.choose import Chooser, look_at
 from postgrad.stages.drifting import drift_of
 from postgrad.stages.folder import Interrupt, alone, claim
@@ -393,7 +402,7 @@ def _train(
         metrics.write(at_tasks(row, answering.read_answers(plan.output / "scores" / "tasks-before.json")))
     saved_at, told = run.step, False
     ended = chooser is not None and chooser.standing.stop
-    for report in steps(run, loader, run.step if ended else plan.steps):
+    for report in steps(run, loader, run.step if ended else plan.steps, make_step(plan, run)):
         seconds = pace.step(report.tokens)
         if world.main:
             metrics.write(

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from postgrad.errors import StageError
 from postgrad.models.pretrained import Start, Task, load_tokenizer, locate
-from postgrad.stages.objectives import AnyObjective, DistillObjective
+from postgrad.stages.objectives import AnyObjective, DistillObjective, TaughtObjective
 from postgrad.tuning.opened import start_fingerprint
 
 START = "start"
@@ -42,7 +42,7 @@ def teachers_for(
         if spec.teacher == START
         else _alike(locate(spec.teacher, root), start, tokenizer, vocabulary, f"objectives[{i}].teacher")
         for i, spec in enumerate(objectives)
-        if isinstance(spec, DistillObjective)
+        if isinstance(spec, TaughtObjective)
     }
 
 

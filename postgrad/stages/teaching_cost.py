@@ -13,7 +13,7 @@ from postgrad.planning.execution import Execution
 from postgrad.planning.memory import readable
 from postgrad.reports.notation import duration
 from postgrad.stages.build import Subject
-from postgrad.stages.objectives import DistillObjective, names_of
+from postgrad.stages.objectives import names_of
 from postgrad.stages.plan import Plan
 from postgrad.stages.teachers import name_of
 from postgrad.stages.teaching import online_teachers, other
@@ -61,8 +61,7 @@ def check_teaching(plan: Plan, subject: Subject, execution: Execution, world: Wo
 def _at_every_step(
     plan: Plan, subject: Subject, execution: Execution, number: int, teacher: Online, name: str, counted: set[int]
 ) -> TeachingCost:
-    spec, start = plan.objectives[number], plan.teachers[number]
-    assert isinstance(spec, DistillObjective)
+    start = plan.teachers[number]
     taken = [k for k, numbers in enumerate(plan.weighed) if number in numbers]
     share = sum(plan.counts()[k] for k in taken) / max(sum(plan.counts()), 1)
     rows = plan.rows[taken[0]]

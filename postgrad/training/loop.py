@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from postgrad.data.loader import Loader
-from postgrad.training.step import Run, StepReport, train_step
+from postgrad.training.step import Run, Step, StepReport, train_step
 
 
-def steps(run: Run, loader: Loader, until: int) -> Iterator[StepReport]:
-    """Train from where the run stands to step `until`, handing out a report after each step."""
+def steps(run: Run, loader: Loader, until: int, step_of: Step = train_step) -> Iterator[StepReport]:
+    """Train from where the run stands to step `until` by steps of a sort, handing out a report after each one."""
     run.model.train()
     while run.step < until:
         step = run.step + 1
-        yield train_step(run, loader(step, last=until))
+        yield step_of(run, loader(step, last=until))

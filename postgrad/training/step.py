@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +55,10 @@ class StepReport:
     rate: float
     gradient_norm: float
     push: float | None = None
+
+
+Step = Callable[[Run, Sequence[Batch]], StepReport]
+"""One move of the weights by the micro-batches of a step."""
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
