@@ -160,6 +160,76 @@ def train(stage: StageFile, overrides: Overrides = None, as_json: Json = False) 
                 raise typer.Exit(4)
 
 
+@app.command()
+def restore(
+    run: Annotated[Path, typer.Argument(help="The run whose model has forgotten something.", show_default=False)],
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="The earlier model that still knows it; left out: the run's start.", show_default=False),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Old text whose beginnings are gone on from; left out: what the run replayed.", show_default=False
+        ),
+    ] = None,
+    retained: Annotated[
+        list[str] | None,
+        typer.Option(help="Held-out old text; left out: what the run was measured on.", show_default=False),
+    ] = None,
+    until: Annotated[str, typer.Option(help="The share of what was lost that is to be won back.")] = "90%",
+    max_cost: Annotated[str, typer.Option(help="The share of what was gained that may be lost again.")] = "5%",
+    steps: Annotated[int, typer.Option(min=1, help="At most so many steps.")] = 200,
+    keep: Annotated[
+        str, typer.Option(help="The share of new text, on which the model is held to itself; 0%: none.")
+    ] = "50%",
+    rate: Annotated[
+        float | None, typer.Option(help="The learning rate; left out: the highest of the run.", show_default=False)
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="The new run's folder.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Win back what a run has forgotten: its model writes, the earlier one judges every token. The same command goes on."""
+    needs_training()
+    from pydantic import TypeAdapter, ValidationError
+
+    from postgrad.screen import screen_for, watch
+    from postgrad.stages.amounts import Share
+    from postgrad.stages.finish import outcome_text
+    from postgrad.stages.restore import Wish, plan_restoration, restored, restored_text
+    from postgrad.stages.run import Finished, run_stage
+
+    shares = {}
+    for option, value in (("--until", until), ("--max-cost", max_cost), ("--keep", keep)):
+        try:
+            shares[option] = TypeAdapter(Share).validate_python(value)
+        except ValidationError:
+            raise StageError(f"{value!r} is no share", where=option, expected="such as 90% or 0.9") from None
+    wish = Wish(
+        run,
+        teacher,
+        tuple(prompts or ()),
+        tuple(retained or ()),
+        shares["--until"],
+        shares["--max-cost"],
+        steps,
+        shares["--keep"],
+        rate,
+        output,
+    )
+    restoration = plan_restoration(wish, cache_folder())
+    command = shlex.join(["postgrad", *sys.argv[1:]])
+    outcome = watch(run_stage(restoration.plan, command=command, cache=cache_folder()), screen_for(as_json))
+    if not isinstance(outcome, Finished):
+        _print({"status": "stopped", "next": command}, as_json, f"stopped\nnext: {command}")
+        raise typer.Exit(3)
+    found = restored(restoration, outcome)
+    head = outcome_text(outcome).rsplit("\nnext: ", 1)[0]
+    _print({**outcome.record, "restored": found}, as_json, f"{head}\n{restored_text(restoration, outcome)}")
+    if not found["enough"]:
+        raise typer.Exit(4)
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.", show_default=False)],

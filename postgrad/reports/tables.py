@@ -308,7 +308,10 @@ def chosen_lines(record: Mapping[str, object]) -> list[str]:
         )
     elif limit is not None:
         said.append(f"Looks at which a retained set's loss had risen by more than {percent(limit)} were passed over.")
-    if found.get("stopped"):
+    enough = number(found.get("enough"))
+    if found.get("stopped") and enough is not None and not number(found.get("since")):
+        said.append(f"Training ended at step {count(last)} of {count(planned)}: {of} had reached {fixed(enough, 4)}.")
+    elif found.get("stopped"):
         said.append(
             f"Training ended at step {count(last)} of {count(planned)}: {count(found.get('since'))} looks without a gain."
         )

@@ -6,7 +6,8 @@ A look is one scoring of the whole set. What follows from the looks so far is a 
     candidates    the looks from `first` on: behind the warm-up and the first 2 % of the steps, where the loss of anything
                   swings (the stability gap), and behind `at_least`
     chosen        the best candidate; the earliest of several that are as good
-    the end       `patience` candidates in a row, none of which surpasses the best before them by more than `gain`
+    the end       `patience` candidates in a row, none of which surpasses the best before them by more than `gain`; or one
+                  that is `enough`
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Rule:
     gain: float
     first: int
     max_forgetting: float | None = None
+    enough: float | None = None
 
     @property
     def less_is_better(self) -> bool:
@@ -63,6 +65,12 @@ class Rule:
     def within(self, look: Look) -> bool:
         """Whether a look forgot no more than is allowed."""
         return self._excess(look) == 0
+
+    def reached(self, look: Look) -> bool:
+        """Whether a look is good enough to end with."""
+        if self.enough is None or not self.within(look):
+            return False
+        return look.value <= self.enough if self.less_is_better else look.value >= self.enough
 
     def better(self, look: Look, other: Look, gain: float = 0.0) -> bool:
         """Whether `look` is better than `other` by more than `gain`; one that forgot too much is worse than any other."""
@@ -98,17 +106,20 @@ def standing(looks: Iterable[Look], rule: Rule) -> Standing:
     best: Look | None = None
     mark: Look | None = None  # what has to be surpassed by more than the gain
     candidates = since = 0
+    reached = False
     for look in looks:
         if look.step < rule.first:
             continue
         candidates += 1
+        reached |= rule.reached(look)
         if best is None or rule.better(look, best):
             best = look
         if mark is None or rule.better(look, mark, rule.gain):
             mark, since = look, 0
         else:
             since += 1
-    return Standing(best, candidates, since, rule.patience is not None and since >= rule.patience)
+    tired = rule.patience is not None and since >= rule.patience
+    return Standing(best, candidates, since, tired or reached)
 
 
 def make_rule(
@@ -149,7 +160,7 @@ def make_rule(
             f"nothing could be chosen before step {least:,}, and the stage has {steps:,}", where="save.choose.at_least"
         )
     first = max(1, least, math.ceil(_GAP * steps), schedules.peak_step(schedule, steps))
-    return Rule(asked.set, asked.by, asked.patience, asked.gain, first, asked.max_forgetting)
+    return Rule(asked.set, asked.by, asked.patience, asked.gain, first, asked.max_forgetting, asked.enough)
 
 
 def _problem(held_out: AnyHeldOut) -> str:
@@ -223,4 +234,6 @@ def rule_line(rule: Rule) -> str:
     if rule.patience is not None:
         gain = f" of more than {rule.gain:g}" if rule.gain else ""
         parts.append(f"training ends after {rule.patience} looks without a gain{gain}")
+    if rule.enough is not None:
+        parts.append(f"training ends when that is {'at most' if rule.less_is_better else 'at least'} {rule.enough:.4g}")
     return "; ".join(parts)

@@ -226,6 +226,8 @@ class Choose(Part):
     """Training ends after so many looks in a row without a gain, such as `3 looks`; none: the budget is used up."""
     gain: Annotated[float, Field(ge=0)] = 0.0
     """What the best so far must be surpassed by to count as a gain, in the unit of `by`."""
+    enough: float | None = None
+    """Training ends when a look has reached this, in the unit of `by`, and has forgotten no more than is allowed."""
     at_least: Length = "0%"
     """Nothing is chosen before this, and training does not end; nor before the end of the warm-up, nor in the first 2 %."""
     max_forgetting: Share | None = None

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from postgrad.data.batch import collate
+import numpy as np
+import torch
+
+from postgrad.data.batch import Batch, collate
+from postgrad.models.model import CausalModel
 from postgrad.models.sharding import reshard
 from postgrad.objectives.teacher import Online
 from postgrad.planning.execution import Execution
 from postgrad.planning.memory import readable
 from postgrad.reports.notation import duration
 from postgrad.stages.build import Subject
-from postgrad.stages.objectives import names_of
+from postgrad.stages.objectives import OnPolicyObjective, names_of
 from postgrad.stages.plan import Plan
 from postgrad.stages.teachers import name_of
 from postgrad.stages.teaching import online_teachers, other
 from postgrad.stages.telling import asked_once, cost_of
+from postgrad.training.on_policy import Writer
 from postgrad.training.world import World
 
 
@@ -86,9 +91,28 @@ def _at_every_step(
         if second
         else f"`{subject.tuning.kind}` switched off, no second copy"
     )
+    written = _writing(plan, subject, number, batch) * in_all * share / max(execution.seconds, 1e-9)
     line = (
         f"{name}: {start.name} on {share:.0%} of the rows, asked at every step; {how}; its reading takes about "
-        f"{part:.0%} of a step"
+        f"{part:.0%} of a step" + (f", and the model's own writing {written:.0%}" if written else "")
     )
-    record = {"name": name, "teacher": start.name, "second_model": second, "bytes": size, "share_of_step": part}
+    record = {
+        "name": name,
+        "teacher": start.name,
+        "second_model": second,
+        "bytes": size,
+        "share_of_step": part,
+        "writing_share_of_step": written,
+    }
     return TeachingCost(record, [line], size)
+
+
+def _writing(plan: Plan, subject: Subject, number: int, batch: Batch) -> float:
+    """Seconds in which the model writes a batch's places; 0 for an objective that is taken on what others wrote."""
+    spec = plan.objectives[number]
+    if not isinstance(spec, OnPolicyObjective) or not isinstance(subject.model, CausalModel):
+        return 0.0
+    writer = Writer(subject.model, spec.temperature, plan.reading.encoder.eos, plan.stage.seed)
+    begin = time.perf_counter()
+    writer(replace(batch.to(torch.device("cpu")), position_B=np.arange(len(batch.labels))))
+    return time.perf_counter() - begin

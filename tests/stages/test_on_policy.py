@@ -23,6 +23,7 @@ from postgrad.models.pretrained import save_pretrained
 from postgrad.models.writing import continued
 from postgrad.planning.execution import Execution
 from postgrad.stages.build import build, make_loader, make_step, make_subject
+from postgrad.stages.check import check_stage
 from postgrad.stages.plan import Plan
 from postgrad.training.on_policy import Writer
 from postgrad.training.step import Run
@@ -239,3 +240,9 @@ def test_where_it_cannot_be_is_refused(shelf: Shelf) -> None:
     run.world = Sharded(torch.device("cpu"))
     with pytest.raises(StageError, match="cannot write by itself"):
         make_step(plan, run)
+
+
+def test_check_says_what_the_writing_takes(shelf: Shelf) -> None:
+    found = check_stage(shelf.plan(stage_of(shelf, "cost")), cache=shelf.cache)
+    (record,) = found["teachers"]
+    assert record["writing_share_of_step"] > 0 and "the model's own writing" in found["text"]
