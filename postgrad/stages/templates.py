@@ -10,15 +10,23 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
+from postgrad.data.formats import read_documents
 from postgrad.data.material import ROWS, write_rows, write_texts
-from postgrad.errors import StageError, nearest
+from postgrad.data.sources import Source
+from postgrad.errors import DataError, StageError, nearest
+from postgrad.planning import shift
+from postgrad.planning.advice import proposals, strength_of
 from postgrad.publish import write_atomically
 from postgrad.stages.init import refuse_name
 from postgrad.stages.parsing import load_stage
+
+_DOCUMENTS = 2000
+"""Of each text, by which the shift between them is told."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ def _common(place: Path, kind: str, asked: Asked, folder: str) -> dict[str, str]
         "chooser": "valid" if ours else "rows",
         "new_share": "90%",
         "replay_share": "10%",
-        "why": "5 % for text of a like kind, 25 % for another language",
+        "why": "old text, against forgetting",
         "rate": "1e-6 is usual for all weights of a large model"
         if peak.startswith("1.0e-6")
         else "a small model: 1e-6 for a large one",
@@ -254,7 +262,32 @@ def _few_shot(asked: Asked, folder: str) -> dict[str, str]:
     return {**values, "questions": "\n".join(lines)}
 
 
+def _continue(asked: Asked, folder: str) -> dict[str, str]:
+    """As much replay as the shift between the two texts asks for."""
+    old, new = asked.replay or f"{folder}/old.jsonl", asked.data or f"{folder}/new.jsonl"
+    try:
+        found = shift.divergence(
+            *(shift.byte_counts(_passages(where, path)) for where, path in (("--replay", old), ("--data", new)))
+        )
+    except DataError:  # too little text to tell
+        return {}
+    strength = strength_of(found.value, found.same or 0.0)
+    share = proposals(strength, tokens=0, old_bytes_per_token=1, new_bytes_per_token=1, unknown=0)[0].value
+    said = {"none": "no shift to speak of", "weak": "a weak shift", "strong": "a strong shift"}[strength]
+    return {
+        "replay_share": share,
+        "new_share": f"{100 - int(share.removesuffix('%'))}%",
+        "why": f"{said}: {found.value:.2f} bits (postgrad shift tells more)",
+    }
+
+
+def _passages(where: str, path: str) -> shift.Passages:
+    documents = read_documents(Source(where, path, root=Path.cwd(), where=where))
+    return shift.passages([d.text for d in islice(documents, _DOCUMENTS) if d.text and not d.empty], where)
+
+
 _SPECIAL: Mapping[str, Callable[[Asked, str], dict[str, str]]] = {
+    "continue": _continue,
     "mixed": _mixed,
     "probe": _probed,
     "text2text": _text2text,
