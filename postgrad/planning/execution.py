@@ -152,7 +152,7 @@ def choose(
         threads=threads,
         micro=micro,
         activation_checkpointing=wishes.activation_checkpointing,
-        seconds=round(seconds, 1),
+        seconds=round(seconds, 4),
         reasons=reasons,
     )
 
