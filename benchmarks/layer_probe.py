@@ -10,8 +10,8 @@ Two arms on the same first documents of the files, the same backbone, classifier
                 the classifiers of that view alone
 
 Nothing is taken from a cache, and what each view scores is compared between the arms. Seconds are of the processor (all
-threads), which other work on the machine does not lengthen, and of the clock. One by one is done in turns with at once:
-the first goes first, in the middle and last.
+threads), which other work on the machine lengthens least (on one core, as under `taskset -c 0`), and of the clock. At once
+goes first, in the middle and last.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import sys
 import tempfile
 import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from postgrad.evaluation.probe import View, views_of
+from postgrad.models import machine
 from postgrad.stages.probe import probe_layers
 
 
@@ -39,15 +39,14 @@ def first(file: Path, count: int, place: Path) -> Path:
     return place
 
 
-def timed(
-    model: str, files: list[Path], views: list[View] | None, threads: int
-) -> tuple[dict[str, Any], dict[str, float]]:
+def timed(model: str, files: list[Path], views: list[View] | None) -> tuple[dict[str, Any], dict[str, float]]:
     """A probe with an empty cache of features, and its seconds."""
     with tempfile.TemporaryDirectory() as cache:
-        torch.set_num_threads(threads)
         begun, processor = time.perf_counter(), time.process_time()
         found = probe_layers(model, str(files[0]), str(files[1]), views=views, cache=Path(cache))
-        return found, {"clock": time.perf_counter() - begun, "processor": time.process_time() - processor}
+        seconds = {"clock": time.perf_counter() - begun, "processor": time.process_time() - processor}
+    print(views[0].name if views else "at once", seconds, found["seconds"], file=sys.stderr, flush=True)
+    return found, seconds
 
 
 def score(found: dict[str, Any], name: str) -> float:
@@ -64,7 +63,6 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--documents", type=int, default=900)
     parser.add_argument("--test-documents", type=int, default=150)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,14 +70,14 @@ def main() -> None:
             first(options.train, options.documents, Path(folder) / "train.jsonl"),
             first(options.test, options.test_documents, Path(folder) / "test.jsonl"),
         ]
-        together = [timed(options.model, files, None, options.threads)]
+        together = [timed(options.model, files, None)]
         views = views_of(together[0][0]["layers"] + 1)
         alone = []
         for i, view in enumerate(views):
-            alone.append(timed(options.model, files, [view], options.threads))
+            alone.append(timed(options.model, files, [view]))
             if i == len(views) // 2:
-                together.append(timed(options.model, files, None, options.threads))
-        together.append(timed(options.model, files, None, options.threads))
+                together.append(timed(options.model, files, None))
+        together.append(timed(options.model, files, None))
     found = together[0][0]
     off = [abs(score(found, view.name) - score(one, view.name)) for view, (one, _) in zip(views, alone, strict=True)]
     summed = {kind: sum(seconds[kind] for _, seconds in alone) for kind in ("processor", "clock")}
@@ -90,7 +88,7 @@ def main() -> None:
         "views": [view.name for view in views],
         "items": found["items"],
         "documents": found["documents"],
-        "threads": options.threads,
+        "cores": machine.cores(),
         "at_once": [seconds for _, seconds in together],
         "one_by_one": [seconds for _, seconds in alone],
         "at_once_parts": [one["seconds"] for one, _ in together],

@@ -143,8 +143,11 @@ class _Classifiers(nn.Module):
         return torch.stack([next(order[view.kind]) for view in self.views]) * self.size + self.middle
 
     def _mix(self, read_SBD: Tensor, share_GS: Tensor, gamma_G: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        mixed_GBD = torch.einsum("gs,sbd->gbd", torch.softmax(share_GS, 1), read_SBD)
-        return (gamma_G[:, None, None] * torch.bmm(mixed_GBD, weight[0].transpose(0, 1))).transpose(0, 1) + bias[0]
+        # Mixing what the states say comes to the same as reading the mix, and is one product in place of G sums of states.
+        many, outputs = weight.shape[2:]
+        said_SBGC = (read_SBD @ weight.reshape(weight.shape[1], many * outputs)).unflatten(-1, (many, outputs))
+        mixed_BGC = torch.einsum("gs,sbgc->bgc", torch.softmax(share_GS, 1), said_SBGC)
+        return gamma_G[:, None] * mixed_BGC + bias[0]
 
     def penalty(self) -> Tensor:
         """`strength / 2 * |W|^2`, summed over all classifiers; biases, mixes and gammas go free."""
