@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from postgrad.reports.figures import Series, Spot, line_chart, scatter
 from postgrad.reports.notation import escaped, mapping, number, rows
@@ -24,13 +24,19 @@ def blend_page(found: Mapping[str, object]) -> str:
         f'<p class="lead">Between {escaped(found["start"], 120)} (weight 0) and {escaped(end, 120)} (weight 1).{chosen}</p>'
     )
     sections = [
-        ("frontier", "Frontier", "What a weight gives back, and what it gives up", _frontier(points)),
+        (
+            "frontier",
+            "Frontier",
+            "What a weight gives back, and what it gives up",
+            _frontier(points, {"0", "0.5", "1", str(found.get("chosen"))}),
+        ),
         ("numbers", "Numbers", "Every point", _numbers(points)),
     ]
     return document("Blend – postgrad", header, sections, FOOTER)
 
 
-def _frontier(points: _Points) -> str:
+def _frontier(points: _Points, told: Container[str]) -> str:
+    """Two figures; `told`: the points that have their names beside them."""
     whole = [point for point in points if point.get("block") is None]
     names = list(mapping(points[0]["changes"]))
     series = []
@@ -45,9 +51,13 @@ def _frontier(points: _Points) -> str:
             )
         )
     spots = [
-        Spot(str(point["name"]), _mean(point, "retained"), -_mean(point, "learned"))
+        Spot(
+            str(point["name"]),
+            _mean(point, "retained"),
+            -_mean(point, "learned"),
+            quiet=str(point["name"]) not in told,
+        )
         for point in points
-        if point.get("block") is not None or point["weight"] in (0.0, 0.5, 1.0)
     ]
     return about(
         "A blend gives back some of what was forgotten for some of what was learnt. It is no replacement for replay."
@@ -67,14 +77,14 @@ def _frontier(points: _Points) -> str:
         figure(
             "Gain against forgetting",
             lambda w: scatter(
-                spots[:24],
+                spots,
                 title="Gain against forgetting",
                 width=w,
                 x_label="forgetting: rise on retained sets, nats per token",
                 y_label="gain: fall on learned sets, nats per token",
                 best="better",
             ),
-            about="Means over the sets of each role.",
+            about="Means over the sets of each role. Grey: the other points of the table.",
         ),
     )
 

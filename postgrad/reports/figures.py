@@ -117,13 +117,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Spot:
-    """One arm in a scatter: x and y with optional intervals (low, high)."""
+    """One arm in a scatter: x and y with optional intervals (low, high). A quiet one is a grey dot without a label."""
 
     name: str
     x: float
     y: float
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
+    quiet: bool = False
 
 
 # --- scales and ticks -------------------------------------------------------------------------------------
@@ -758,8 +759,8 @@ def scatter(
     if best:
         parts.append(_text(left + 6, above + 12, f"\u2196 {best}"))
         taken.append((left, above, left + 30 + text_width(best), above + 18))
-    for i, spot in known:
-        x, y, colour = x_at(spot.x), y_at(spot.y), f"c{i % PALETTE}"
+    for i, spot in sorted(known, key=lambda each: not each[1].quiet):
+        x, y, colour = x_at(spot.x), y_at(spot.y), "open" if spot.quiet else f"c{i % PALETTE}"
         for bar in (spot.x_interval and (*map(x_at, spot.x_interval), y, y),
                     spot.y_interval and (x, x, *map(y_at, spot.y_interval))):  # fmt: skip
             if bar:
@@ -769,8 +770,10 @@ def scatter(
         if spot.y_interval:
             parts.append(_line(x, y_at(spot.y_interval[0]), x, y_at(spot.y_interval[1]), f"bar s-{colour}"))
         tip = f"{plain(spot.name, 60)}: {signed(spot.x, 4)}, {signed(spot.y, 4)}"
-        parts.append(_marker(x, y, i, f"pt {colour}", tip, 5))
+        parts.append(_marker(x, y, 0, "pt open", tip, 4) if spot.quiet else _marker(x, y, i, f"pt {colour}", tip, 5))
     for i, spot in known:
+        if spot.quiet:
+            continue
         name = plain(spot.name)
         text = fitted(name, width * 0.45)
         box = _free_place(x_at(spot.x), y_at(spot.y), text_width(text) * 1.08, taken, (left, above, width, floor))
