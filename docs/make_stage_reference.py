@@ -9,7 +9,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from postgrad.stages import amounts, mixing, objectives, parsing, penalties, schedules, tasks, tunings, worded
+from postgrad.stages import (
+    amounts,
+    mixing,
+    objectives,
+    parsing,
+    penalties,
+    schedules,
+    selection,
+    tasks,
+    tunings,
+    worded,
+)
 from postgrad.stages import stage as s
 
 HEAD = """\
@@ -38,6 +49,10 @@ PARTS = (
     ("NewTokenizer", "`model.tokenizer`"),
     ("Data", "`data`"),
     ("Source", "`data.sources[]`"),
+    ("DsirSelection", "`data.sources[].select[]`: `dsir`"),
+    ("LikeFile", "`data.sources[].select[].like[]`"),
+    ("PerplexitySelection", "`data.sources[].select[]`: `perplexity`"),
+    ("DuplicatesSelection", "`data.sources[].select[]`: `duplicates`"),
     ("Shift", "`data.shifts[]`"),
     ("ByExamples", "`data.mixing`: `examples`"),
     ("ByTemperature", "`data.mixing`: `temperature`"),
@@ -90,6 +105,7 @@ PARTS = (
     ("Compute", "`compute`"),
 )
 NOTES = {
+    "LikeFile": "A path alone, without a mapping, is also accepted.",
     "HeldOutFile": "A path alone, without a mapping, is also accepted; its file name then gives the `name`.",
     "FreshModel": "A name alone, without a mapping, is a model that is there.",
     "NewTokenizer": "A name alone, without a mapping, is a tokenizer that is there.",
@@ -127,7 +143,7 @@ def _type(name: str) -> type:
     """The type of a part, wherever it is written."""
     return next(
         vars(home)[name]
-        for home in (s, schedules, objectives, penalties, tunings, mixing, tasks, worded)
+        for home in (s, schedules, objectives, penalties, tunings, mixing, selection, tasks, worded)
         if name in vars(home)
     )
 

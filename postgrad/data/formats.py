@@ -43,6 +43,7 @@ from postgrad.data.sources import (
     read_lines,
     read_rows,
 )
+from postgrad.data.store import digest
 from postgrad.errors import DataError, nearest
 
 CUTS = ("auto", "file", "passages", "paragraphs", "lines")
@@ -80,6 +81,13 @@ class Document(NamedTuple):
         if self.text is not None:
             return not self.text or self.text.isspace()
         return self.ids is None or not len(self.ids)
+
+    @property
+    def digest(self) -> int:
+        """Of its content, as the document table of a token store has it."""
+        if self.text is not None:
+            return digest(self.text.encode())
+        return digest(np.ascontiguousarray([] if self.ids is None else self.ids, "<u4").data)
 
 
 def read_documents(source: Source, seen: Callable[[int], None] = lambda _: None) -> Iterator[Document]:

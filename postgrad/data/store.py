@@ -61,11 +61,12 @@ class TokenStore:
     """A published store, memory-mapped: opening reads the header, a document is read by touching its pages.
 
     `documents` is the table (one `DOCUMENT` a row), `tokens` and `bytes` the totals over all documents. It
-    can be sent to another process: what travels is its path.
+    can be sent to another process: what travels is its path, and which documents of it are meant.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], chosen: np.ndarray | None = None) -> None:
         self.path = path
+        self._chosen = chosen
         self.header = header
         self.vocabulary: int = header["vocabulary"]
         self.eos: int = header["eos"]
@@ -112,7 +113,16 @@ class TokenStore:
                 way_out="delete this folder; it is rebuilt from its source",
             ) from None
 
+    def only(self, chosen: np.ndarray, fingerprint: str) -> TokenStore:
+        """The same store with the documents of the numbers `chosen` alone, in that order, under a fingerprint of its own."""
+        table = np.asarray(self.documents)[chosen]
+        counts = {"documents": len(table), "tokens": int(table["tokens"].sum()), "bytes": int(table["bytes"].sum())}
+        whole = np.asarray(chosen, np.int64) if self._chosen is None else self._chosen[chosen]
+        return TokenStore(self.path, {**self.header, **counts, "fingerprint": fingerprint}, whole)
+
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._chosen is not None:
+            return _opened_again, (self.path, self._chosen, self.fingerprint)
         return TokenStore.open, (self.path,)
 
     def __len__(self) -> int:
@@ -120,7 +130,7 @@ class TokenStore:
 
     @cached_property
     def documents(self) -> np.ndarray:
-        return np.load(self.path / "documents.npy", mmap_mode="r", allow_pickle=False)
+        return self._meant(np.load(self.path / "documents.npy", mmap_mode="r", allow_pickle=False))
 
     @cached_property
     def values(self) -> np.ndarray | None:
@@ -130,7 +140,10 @@ class TokenStore:
         """
         if "values.npy" not in self.header["files"]:
             return None
-        return np.load(self.path / "values.npy", mmap_mode="r", allow_pickle=False)
+        return self._meant(np.load(self.path / "values.npy", mmap_mode="r", allow_pickle=False))
+
+    def _meant(self, table: np.ndarray) -> np.ndarray:
+        return table if self._chosen is None else np.asarray(table)[self._chosen]
 
     @cached_property
     def _shards(self) -> list[np.ndarray]:
@@ -189,6 +202,11 @@ class TokenStore:
                     expected=f"sha256 {entry['sha256']}",
                     way_out="delete this folder; it is rebuilt from its source",
                 )
+
+
+def _opened_again(path: Path, chosen: np.ndarray, fingerprint: str) -> TokenStore:
+    """Some documents of a store, in another process."""
+    return TokenStore.open(path).only(chosen, fingerprint)
 
 
 # --- writing ------------------------------------------------------------------------------------------

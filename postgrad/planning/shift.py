@@ -9,19 +9,14 @@ what lies above that is a shift.
 
 from __future__ import annotations
 
-import re
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from postgrad.data.ngrams import FEATURES, WORDS, buckets_of, counted
 from postgrad.errors import DataError
-
-_WORDS = re.compile(r"\w+|[^\w\s]+")
-"""Words and runs of signs, as NLTK's wordpunct tokenizer parts them."""
 
 PASSAGE = 100
 """Words of a passage."""
@@ -29,7 +24,6 @@ FEWEST = 20
 """Passages of each text, below which nothing is estimated."""
 _MOST = 4000
 """Passages of each text that are looked at."""
-_FEATURES = 10_000
 _DRAWS = 200
 
 
@@ -66,7 +60,7 @@ def passages(documents: Sequence[str], name: str) -> Passages:
     rest, taken = "", list[str]()
     for number, document in enumerate(documents):
         begin = 0
-        for word in _WORDS.finditer(document):
+        for word in WORDS.finditer(document):
             taken.append(word.group())
             if len(taken) == PASSAGE:
                 texts.append(rest + document[begin : word.end()])
@@ -106,14 +100,9 @@ def refuse_same(old: Sequence[str], new: Sequence[str]) -> None:
 def ngram_counts(found: Passages) -> np.ndarray:
     """How often each hashed word and pair of words occurs in each passage, of shape (P, F) and float32.
 
-    10,000 buckets of unigrams and bigrams (Xie et al. 2023, arXiv 2302.03169, section 3: hashed n-gram features).
+    The features of DSIR (Xie et al. 2023), as `postgrad.data.ngrams` counts them.
     """
-    out = np.zeros((len(found.words), _FEATURES), np.float32)
-    for row, words in enumerate(found.words):
-        pairs = [f"{a} {b}" for a, b in pairwise(words)]
-        buckets = [zlib.crc32(gram.encode()) % _FEATURES for gram in (*words, *pairs)]
-        np.add.at(out[row], buckets, 1.0)
-    return out
+    return np.stack([counted(buckets_of(words)) for words in found.words]).astype(np.float32)
 
 
 def log_ratio(old_PF: np.ndarray, new_PF: np.ndarray) -> Estimate:
@@ -182,12 +171,12 @@ def byte_counts(found: Passages) -> np.ndarray:
 
     The same features for every tokenizer and every language, which token shares are not.
     """
-    out = np.zeros((len(found.texts), _FEATURES), np.float32)
+    out = np.zeros((len(found.texts), FEATURES), np.float32)
     for row, text in enumerate(found.texts):
         bytes_ = np.frombuffer(text.encode(), np.uint8).astype(np.uint64)
         runs = (bytes_[:-2] << np.uint64(16)) | (bytes_[1:-1] << np.uint64(8)) | bytes_[2:]
         mixed = (runs * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
-        np.add.at(out[row], mixed % np.uint64(_FEATURES), 1.0)
+        np.add.at(out[row], mixed % np.uint64(FEATURES), 1.0)
     return out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from postgrad.data.examples import RUNNING, Labels, Renderer
-from postgrad.data.formats import read_documents, source_kind
+from postgrad.data.formats import Document, read_documents, source_kind
 from postgrad.data.overlap import OverlapReport, overlap
 from postgrad.data.part import Part
 from postgrad.data.rows import held_out_mask, keep
@@ -448,7 +448,7 @@ def _overlap_with(files: Files, leaves: Sequence[Leaf], cache: Path) -> dict[str
     if place.exists():
         return json.loads(place.read_text())
     report: OverlapReport = overlap(
-        read_documents(files), (document for leaf in leaves for document in read_documents(leaf.files))
+        read_documents(files), (document for leaf in leaves for document in _training(leaf))
     )
     found = {
         "documents": report.documents,
@@ -458,6 +458,15 @@ def _overlap_with(files: Files, leaves: Sequence[Leaf], cache: Path) -> dict[str
     }
     write_atomically(place, json.dumps(found))
     return found
+
+
+def _training(leaf: Leaf) -> Iterator[Document]:
+    """The documents of a source, those that its selection left."""
+    documents = read_documents(leaf.files)
+    if not leaf.selection:
+        return documents
+    left = set(np.asarray(leaf.store.documents)["digest"].tolist())
+    return (document for document in documents if document.digest in left)
 
 
 def _stamp(files: Files) -> list[list[Any]]:

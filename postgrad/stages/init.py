@@ -19,7 +19,7 @@ from postgrad.errors import StageError
 from postgrad.models.pretrained import load_tokenizer, locate
 from postgrad.planning.memory import readable
 from postgrad.publish import write_atomically
-from postgrad.stages.plan import make_encoder
+from postgrad.stages.reading import make_encoder
 
 _SHARE = 0.10
 _FEW = 40

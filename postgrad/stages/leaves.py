@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from postgrad.data.demonstrations import Demonstrations
 from postgrad.data.examples import RUNNING, Example, Labels, Renderer
@@ -28,6 +29,8 @@ from postgrad.stages import stage as s
 from postgrad.stages.layouts import Demonstrated, Wording, objective_for, renderer_for
 from postgrad.stages.objectives import AnyObjective, ClassifyObjective, MaskedObjective, RowsObjective
 from postgrad.stages.reading import Reading
+from postgrad.stages.selecting import resolved, select
+from postgrad.stages.selection import AnySelection
 from postgrad.stages.tunings import InstructionPrompt
 from postgrad.training.state import read_progress
 
@@ -35,6 +38,7 @@ Progress = Callable[[str, int, int], None]
 """Told a source's name, bytes done and bytes in all."""
 
 _HELD_OUT_DOCUMENTS = 200
+_SELECTIONS: TypeAdapter[list[AnySelection]] = TypeAdapter(list[AnySelection])
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Wanted:
     """The numbers of the objectives that weigh them."""
     cluster: str | None = None
     """The sort of task its rows are."""
+    select: tuple[AnySelection, ...] = ()
+    """Which of its documents are read at all."""
 
     @cached_property
     def kind(self) -> str:
@@ -72,6 +78,8 @@ class Leaf:
     held_out: float
     renderer: Renderer | None
     store: TokenStore
+    selection: tuple[dict[str, Any], ...] = ()
+    """Of each way to select documents what it did, as plain data; the store has those that are left."""
 
     @property
     def name(self) -> str:
@@ -162,6 +170,7 @@ def wanted_sources(
                     stands_for,
                     *weighed,
                     given.get("cluster"),
+                    tuple(_SELECTIONS.validate_python(given.get("select") or [])),
                 )
             )
     return out
@@ -227,7 +236,8 @@ def make_leaves(
         try_wording(item.files, renderer)
     for item, renderer in zip(wanted, renderers, strict=True):
         store = store_of(item.files, reading.encoder, cache, progress, stage.data.workers, renderer)
-        leaves.append(Leaf(item, held_out_share(stage, item, len(store)), renderer, store))
+        left = select(store, item.select, item.files, reading, cache, seed=stage.seed, told=progress)
+        leaves.append(Leaf(item, held_out_share(stage, item, len(left.store)), renderer, left.store, left.steps))
     return leaves
 
 
@@ -281,14 +291,14 @@ def demonstrating(stage: s.Stage, wanted: Sequence[Wanted], reading: Reading) ->
     return demonstrated
 
 
-def leaves_of(leaves: Sequence[Leaf]) -> list[dict[str, Any]]:
-    """What a later stage needs to know of each leaf to replay it."""
+def leaves_of(leaves: Sequence[Leaf], start: Start, seed: int) -> list[dict[str, Any]]:
+    """What a later stage needs to know of each leaf to replay it, of a stage with such a start and seed."""
     return [
         {
             "name": leaf.name,
             "fingerprint": leaf.store.fingerprint,
             "stands_for": leaf.wanted.stands_for or 0,
-            "origin": origin_of(leaf),
+            "origin": origin_of(leaf, start, seed),
         }
         for leaf in leaves
     ]
@@ -307,8 +317,9 @@ def consumed(leaves: list[dict[str, Any]], trained: dict[str, int]) -> list[dict
     ]
 
 
-def origin_of(leaf: Leaf) -> dict[str, Any]:
+def origin_of(leaf: Leaf, start: Start, seed: int) -> dict[str, Any]:
     """What a later stage needs to read the same documents again."""
+    selected = {"select": resolved(leaf.wanted.select, start, seed)} if leaf.wanted.select else {}
     hub, wording = leaf.files.hub, leaf.wanted.wording
     return {
         "path": leaf.files.path,
@@ -326,6 +337,7 @@ def origin_of(leaf: Leaf) -> dict[str, Any]:
         "words": dict(wording.words),
         "root": str(leaf.files.root),
         "held_out": leaf.held_out,
+        **selected,
     }
 
 

@@ -15,8 +15,7 @@ from postgrad.data.chat import plain_template
 from postgrad.data.examples import RUNNING, Labels
 from postgrad.data.mixture import Mixture
 from postgrad.data.rows import Rows, keep
-from postgrad.data.tokenize import Encoder
-from postgrad.errors import DataError, ModelError, StageError
+from postgrad.errors import DataError, StageError
 from postgrad.evaluation.held_out import AnyHeldOut
 from postgrad.evaluation.pseudo import OneByOne
 from postgrad.models.pretrained import Start, Task, TaskLayer, load_tokenizer
@@ -41,8 +40,9 @@ from postgrad.stages.objectives import AnyObjective, PrefixLMObjective
 from postgrad.stages.order import make_order
 from postgrad.stages.prompting import Asked, framed, make_asked
 from postgrad.stages.rates import make_schedule
-from postgrad.stages.reading import Reading, make_reading
+from postgrad.stages.reading import Reading, make_encoder, make_reading
 from postgrad.stages.representation import form_for
+from postgrad.stages.selecting import selected
 from postgrad.stages.teachers import name_of, teachers_for
 
 
@@ -149,6 +149,7 @@ class Plan:
                     "documents": len(leaf.store),
                     "kind": leaf.store.kind,
                     "made_by": leaf.made_by,
+                    **({"selected": list(leaf.selection)} if leaf.selection else {}),
                 }
                 for leaf, c, t, r in zip(self.leaves, counts, trained, self.rows, strict=True)
             ],
@@ -245,6 +246,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
                 f"{leaf.name}: {packed.ledger.dropped:,} tokens are dropped "
                 "(copies of held-out documents, or documents of one token)"
             )
+        if leaf.selection:
+            notes.append(f"{leaf.name}: {selected(leaf.selection)}")
         if leaf.made_by:
             notes.append(f"{leaf.name}: self-made text, written by {leaf.made_by}; not what that model was trained on")
         notes += [f"{leaf.name}: {said}" for said in (*left_out(leaf.store.skipped), *lost(packed))]
@@ -317,39 +320,6 @@ def _pseudo(stage: s.Stage, task: Task, chosen: Sequence[Chosen], reading: Readi
             expected="0, or an encoder under the objective masked",
         )
     return tuple(one_by_one(c, reading, limit) for c in chosen if c.store.kind in RUNNING) if limit else ()
-
-
-def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str | None = None) -> Encoder:
-    """The tokenizer as a value: its JSON, the BOS it sets by itself (if it does), the EOS, and the model's vocabulary.
-
-    Raises `ModelError` when the tokenizer does not fit the model or names no EOS.
-    """
-    if len(tokenizer) > vocabulary:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer):,} tokens and the model {vocabulary:,} embeddings",
-            where="model",
-            expected="a tokenizer that belongs to the model",
-            way_out="use the model's own tokenizer, or resize the model's embeddings first",
-        )
-    if eos is None:
-        # Encoders end a text with their separator.
-        eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-        if eos_id is None:
-            raise ModelError(
-                "the tokenizer names no end-of-text token",
-                where="data.eos",
-                expected="the token that ends a document, such as '<|endoftext|>'",
-            )
-    else:
-        eos_id = tokenizer.convert_tokens_to_ids(eos)
-        if eos_id is None or (eos_id == tokenizer.unk_token_id and eos != tokenizer.unk_token):
-            raise StageError(f"{eos!r} is not a token of this tokenizer", where="data.eos")
-    # What the tokenizer itself puts before a text is what the model was trained on.
-    first = tokenizer("a")["input_ids"][:1]
-    starts = [token for token in (tokenizer.bos_token_id, tokenizer.cls_token_id) if token is not None]
-    bos = next((token for token in starts if first == [token]), None)
-    assert isinstance(eos_id, int)
-    return Encoder(tokenizer.backend_tokenizer.to_str(), bos, eos_id, vocabulary)
 
 
 _PROBLEMS = {

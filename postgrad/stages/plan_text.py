@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from postgrad import schedules
+from postgrad.reports.notation import plain
 from postgrad.reports.tasks import asked_how, left_out
 from postgrad.stages.answering import described
 from postgrad.stages.choose import rule_line
 from postgrad.stages.plan import Plan
 from postgrad.stages.prompting import Asked
+
+_SHOWN = 110
+"""Characters of a document that are shown."""
 
 
 def plan_lines(plan: Plan, found: Sequence[str] = (), width: int = 72) -> list[str]:
@@ -30,6 +35,7 @@ def plan_lines(plan: Plan, found: Sequence[str] = (), width: int = 72) -> list[s
             f"{source['trained']:>13,} {source['share']:>7.2%} {source['passes']:>7.2f}"
         )
     lines += ["", *(f"  {line}" for line in found)] if found else []
+    lines += [line for source in record["sources"] for line in _selected(source["name"], source.get("selected", []))]
     lines += ["", f"  {'held out':<18} {'role':<9} {'documents':>10} {'tokens':>11} {'bytes':>11}"]
     for h in plan.held_out:
         lines.append(f"  {h.name:<18} {h.role:<9} {len(h):>10,} {h.tokens:>11,} {int(h.bytes.sum()):>11,}")
@@ -45,6 +51,27 @@ def plan_lines(plan: Plan, found: Sequence[str] = (), width: int = 72) -> list[s
         lines += [f"  {t.name:<18} {t.task.role:<9} {len(t):>6,}  {_asked(t)}" for t in plan.tasks]
     lines += ["", *draw(plan, width), *(f"note: {note}" for note in plan.notes)]
     return lines
+
+
+def _selected(name: str, steps: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What each way to select left of a source, with a few documents of both sides."""
+    if steps:
+        yield ""
+    for step in steps:
+        before, after = step["before"], step["after"]
+        yield (
+            f"  {name}, {step['kind']}: {after['documents']:,} of {before['documents']:,} documents are kept "
+            f"({after['documents'] / before['documents']:.1%}), {after['tokens']:,} of {before['tokens']:,} tokens "
+            f"({after['tokens'] / before['tokens']:.1%})"
+        )
+        edges = f" ({step['edges'][0]:.3f} to {step['edges'][1]:.3f} {step['unit']})" if step["edges"] else ""
+        yield f"    {step['how']}{edges}"
+        for side in ("kept", "dropped"):
+            for shown in step[side]:
+                value = "" if shown["value"] is None else f"{shown['value']:+.3f} {step['unit']}  "
+                yield f"    {side:<7} {value}{plain(shown['text'], _SHOWN)}"
+                if "like" in shown:
+                    yield f"            like: {plain(shown['like'], _SHOWN)}"
 
 
 def _asked(task: Asked) -> str:

@@ -21,8 +21,7 @@ from postgrad.data.tokenize import marks_of
 from postgrad.errors import DataError, ModelError
 from postgrad.models import machine
 from postgrad.models.pretrained import load_tokenizer, locate
-from postgrad.stages.plan import make_encoder
-from postgrad.stages.reading import Reading, make_reading
+from postgrad.stages.reading import Reading, make_encoder, make_reading
 from postgrad.tuning.opened import open_model
 
 _CONTEXT = 1024

@@ -39,8 +39,7 @@ from postgrad.stages.held_out import Chosen, as_read
 from postgrad.stages.layouts import Wording, renderer_for
 from postgrad.stages.leaves import files_of
 from postgrad.stages.objectives import ClassifyObjective
-from postgrad.stages.plan import make_encoder
-from postgrad.stages.reading import Reading, make_reading
+from postgrad.stages.reading import Reading, make_encoder, make_reading
 from postgrad.tuning.opened import open_model, start_fingerprint
 
 _CONTEXT = 512

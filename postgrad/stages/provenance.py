@@ -134,7 +134,10 @@ def achieved(home: Path, plan: Plan, trained: int, by_source: list[int], step: i
 
 
 def seen_after(plan: Plan, by_source: list[int]) -> dict[str, dict[str, Any]]:
-    return with_stage(plan.seen, consumed(leaves_of(plan.leaves), dict(zip(plan.sources, by_source, strict=True))))
+    return with_stage(
+        plan.seen,
+        consumed(leaves_of(plan.leaves, plan.start, plan.stage.seed), dict(zip(plan.sources, by_source, strict=True))),
+    )
 
 
 def stage_text(stage: s.Stage) -> str:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from postgrad.data.frame import BARE, Frame
 from postgrad.data.template import Template
 from postgrad.data.tokenize import Encoder
-from postgrad.errors import ModelError
+from postgrad.errors import ModelError, StageError
 from postgrad.models.pretrained import Start, Task, load, table_of, task_of
 from postgrad.stages.tunings import AnyTuning, InstructionPrompt, PromptTuning, PTuning
 from postgrad.tuning.opened import Sitting
@@ -178,6 +178,39 @@ class Reading:
     def types(self) -> bool:
         """Whether the model tells two texts apart by token types."""
         return "token_type_ids" in self.tokenizer.model_input_names
+
+
+def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str | None = None) -> Encoder:
+    """The tokenizer as a value: its JSON, the BOS it sets by itself (if it does), the EOS, and the model's vocabulary.
+
+    Raises `ModelError` when the tokenizer does not fit the model or names no EOS.
+    """
+    if len(tokenizer) > vocabulary:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model {vocabulary:,} embeddings",
+            where="model",
+            expected="a tokenizer that belongs to the model",
+            way_out="use the model's own tokenizer, or resize the model's embeddings first",
+        )
+    if eos is None:
+        # Encoders end a text with their separator.
+        eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if eos_id is None:
+            raise ModelError(
+                "the tokenizer names no end-of-text token",
+                where="data.eos",
+                expected="the token that ends a document, such as '<|endoftext|>'",
+            )
+    else:
+        eos_id = tokenizer.convert_tokens_to_ids(eos)
+        if eos_id is None or (eos_id == tokenizer.unk_token_id and eos != tokenizer.unk_token):
+            raise StageError(f"{eos!r} is not a token of this tokenizer", where="data.eos")
+    # What the tokenizer itself puts before a text is what the model was trained on.
+    first = tokenizer("a")["input_ids"][:1]
+    starts = [token for token in (tokenizer.bos_token_id, tokenizer.cls_token_id) if token is not None]
+    bos = next((token for token in starts if first == [token]), None)
+    assert isinstance(eos_id, int)
+    return Encoder(tokenizer.backend_tokenizer.to_str(), bos, eos_id, vocabulary)
 
 
 def make_reading(

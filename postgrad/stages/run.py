@@ -181,7 +181,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
             "execution": execution.as_dict(),
             "plan": plan.as_record(),
             "seen_before": plan.seen,
-            "leaves": leaves_of(plan.leaves),
+            "leaves": leaves_of(plan.leaves, plan.start, plan.stage.seed),
             "strengths": (kept or {}).get("strengths", {}),
             "id": (kept or {}).get("id") or uuid.uuid4().hex,
             "created": (kept or {}).get("created") or now(),

@@ -37,8 +37,8 @@ from postgrad.stages.layouts import Wording, made_with, objective_for, objective
 from postgrad.stages.leaves import files_of
 from postgrad.stages.objectives import TextToTextObjective
 from postgrad.stages.parsing import parse_stage
-from postgrad.stages.plan import make_encoder, make_plan
-from postgrad.stages.reading import Reading, make_reading
+from postgrad.stages.plan import make_plan
+from postgrad.stages.reading import Reading, make_encoder, make_reading
 from postgrad.training.meters import read_metrics
 from postgrad.training.world import World
 from postgrad.tuning.opened import Sitting, open_model, prefixes_at, start_fingerprint, task_at

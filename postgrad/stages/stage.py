@@ -21,6 +21,7 @@ from postgrad.stages.mixing import AnyMixing, completed
 from postgrad.stages.objectives import AnyObjective
 from postgrad.stages.penalties import AnyPenalty
 from postgrad.stages.schedules import AnySchedule
+from postgrad.stages.selection import AnySelection
 from postgrad.stages.tasks import Task
 from postgrad.stages.tunings import AnyTuning, FullTuning
 from postgrad.stages.worded import Worded
@@ -56,13 +57,15 @@ class Source(Worded):
     """Tokens of this distribution that the start model consumed before its first recorded stage; counts as seen."""
     cluster: str | None = None
     """The sort of task its rows are: tasks of other clusters (`evaluation.tasks`) were never seen."""
+    select: list[AnySelection] = []
+    """Which of its documents are read at all, before anything is held out: ways to select, one after the other."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
         if sum([self.path is not None, self.hub is not None, self.seen_so_far]) != 1:
             raise ValueError("a source has exactly one of `path`, `hub` and `seen_so_far`")
         if self.seen_so_far:
-            given = (*Worded.model_fields, "held_out", "stands_for", "subset", "split")
+            given = (*Worded.model_fields, "held_out", "stands_for", "subset", "split", "select")
             fixed = sorted(name for name in given if getattr(self, name) != Source.model_fields[name].default)
             if fixed:
                 raise ValueError(f"a replay of everything seen takes `{fixed[0]}` from the earlier stages")

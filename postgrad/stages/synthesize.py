@@ -34,7 +34,7 @@ from postgrad.models import machine
 from postgrad.models.model import CausalModel, model_for
 from postgrad.models.pretrained import load_tokenizer, locate
 from postgrad.publish import write_atomically
-from postgrad.stages.plan import make_encoder
+from postgrad.stages.reading import make_encoder
 from postgrad.tuning.opened import open_model, start_fingerprint
 
 _MOST_BEGINNINGS = 100_000

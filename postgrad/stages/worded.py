@@ -33,8 +33,8 @@ def _values(value: Any) -> Any:
 Values = Annotated[list[str], BeforeValidator(_values, json_schema_input_type=str | list[str])]
 
 
-class Worded(Part):
-    """What rows are, and how they are put into words."""
+class Rowed(Part):
+    """What rows are, and which of them are meant."""
 
     kind: Kind = "auto"
     """What the rows are; auto: what their columns say. Rows with `text` and `label` are text unless `labelled` is said."""
@@ -44,6 +44,11 @@ class Worded(Part):
     """Only rows that have one of these values in each of these columns: `{task: [boolq, copa]}`."""
     documents: Cut = "auto"
     """What a document is in a text file; auto: the file, or passages of about 4,000 characters in a large one."""
+
+
+class Worded(Rowed):
+    """What rows are, and how they are put into words."""
+
     prompt: str | None = None
     """What a row with parts is read as: `{field}` stands for a field of it. Left out: by its kind."""
     answer: str | None = None

@@ -285,3 +285,16 @@ def test_the_first_of_two_builders_has_its_way(tmp_path: Path) -> None:
     assert again.path == first.path
     assert not (tmp_path / "building").exists()
     assert again.read(0).tolist() == [1, 2]
+
+
+def test_some_documents_of_a_store_read_like_a_store_of_those(tmp_path: Path) -> None:
+    documents = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 9]]
+    store = build(tmp_path, [documents[:3], documents[3:]], 10)
+    some = store.only(np.array([3, 0, 2]), "of some")
+    again = some.only(np.array([2, 0]), "of fewer")
+    for found, chosen, name in ((some, [3, 0, 2], "of some"), (again, [2, 3], "of fewer")):
+        for opened in (found, pickle.loads(pickle.dumps(found))):
+            assert [opened.read(i).tolist() for i in range(len(opened))] == [documents[n] for n in chosen]
+            assert opened.tokens == sum(len(documents[n]) for n in chosen) and opened.fingerprint == name
+            assert opened.bytes == int(store.documents["bytes"][chosen].sum())
+    assert len(store) == 4 and store.fingerprint == "f"

@@ -14,8 +14,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 from postgrad.data.frame import Frame
 from postgrad.errors import ModelError, StageError
 from postgrad.models.pretrained import Task, locate
-from postgrad.stages.plan import make_encoder
-from postgrad.stages.reading import Reading, make_reading, own_frame, virtual
+from postgrad.stages.reading import Reading, make_encoder, make_reading, own_frame, virtual
 from postgrad.stages.tunings import AnyTuning, InstructionPrompt, LoraTuning, PrefixTuning, PromptTuning, PTuning
 from tests.conftest import make_llama, make_tokenizer
 from tests.stages.models import (

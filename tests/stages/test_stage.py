@@ -531,6 +531,7 @@ OTHER: dict[str, Any] = {
     "data.when_short": "stop", "data.skip_steps": 3, "data.max_document_tokens": 9, "data.eos": "<e>", "data.overlap": "off",
     "data.workers": 3, "data.shifts": [{"at": "50%", "shares": {"papers": 1.0}}], "data.sources.0.path": "x",
     "data.sources.0.max_passes": 5, "data.sources.0.held_out": "1%", "data.sources.0.stands_for": 5,
+    "data.sources.0.select": [{"kind": "duplicates"}],
     "data.sources.0.documents": "lines", "data.sources.0.columns": {"text": "x"}, "data.sources.0.name": "x",
     "data.sources.1.role": "new", "batch.sequences": 16, "batch.micro": 2, "schedule.peak": 1, "schedule.floor": 0,
     "schedule.warmup": "2%", "schedule.start": 1e-7, "schedule.kind": "linear", "optimizer.betas": [0.9, 0.99],
