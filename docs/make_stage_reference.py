@@ -19,6 +19,7 @@ from postgrad.stages import (
     selection,
     tasks,
     tunings,
+    updates,
     worded,
 )
 from postgrad.stages import stage as s
@@ -67,6 +68,9 @@ PARTS = (
     ("Then", "`schedule`: `then`"),
     ("Piece", "`schedule.pieces[]`"),
     ("Optimizer", "`optimizer`"),
+    ("MomentumUpdate", "`optimizer.update`: `momentum`"),
+    ("MagnitudeUpdate", "`optimizer.update`: `magnitude`"),
+    ("LossAdaptive", "`optimizer.loss_adaptive`"),
     ("NextTokenObjective", "`objectives[]`: `next-token`"),
     ("PrefixLMObjective", "`objectives[]`: `prefix-lm`"),
     ("MaskedObjective", "`objectives[]`: `masked`"),
@@ -143,7 +147,7 @@ def _type(name: str) -> type:
     """The type of a part, wherever it is written."""
     return next(
         vars(home)[name]
-        for home in (s, schedules, objectives, penalties, tunings, mixing, selection, tasks, worded)
+        for home in (s, schedules, objectives, penalties, tunings, mixing, selection, tasks, updates, worded)
         if name in vars(home)
     )
 

@@ -40,11 +40,16 @@ from postgrad.stages.plan import Plan
 from postgrad.stages.reading import virtual
 from postgrad.stages.teaching import online_teachers, weight_of
 from postgrad.stages.tunings import BlocksTuning, FullTuning, LoraTuning, PTuning, options_of
+from postgrad.stages.updates import MagnitudeUpdate, MomentumUpdate
 from postgrad.training.checkpoint import Checkpoints
+from postgrad.training.moving import Everything, Moving
 from postgrad.training.on_policy import Writer, writing_step
 from postgrad.training.optimizer import AdamW, Weights
+from postgrad.training.pacing import LossPaced, Steady
 from postgrad.training.state import read_moments, read_progress
 from postgrad.training.step import Run, Step, train_step
+from postgrad.training.top_momentum import TopMomentum
+from postgrad.training.top_output import TopOutput
 from postgrad.training.world import World
 from postgrad.tuning.attach import attach, read_published
 from postgrad.tuning.besides import bare
@@ -269,11 +274,12 @@ def build(plan: Plan, subject: Subject, execution: Execution, world: World) -> R
     if world.sharded:
         sharding.shard(model, world.size, execution.compute)
     weights = Weights(model, subject.tuning, execution.compute, split=not world.sharded)
+    moving = make_moving(plan, subject, weights)
     if execution.compile:
         sharding.compile_layers(model)
     penalties = make_penalties(plan, subject, weights)
     spec = stage.optimizer
-    optimizer = make_optimizer(plan, weights, [p for p in penalties if isinstance(p, AnchoredDecay)])
+    optimizer = make_optimizer(plan, weights, moving, [p for p in penalties if isinstance(p, AnchoredDecay)])
     if spec.moments != "reset" and not subject.tuning.whole:
         raise StageError(
             f"`{stage.tuning.kind}` begins with weights of its own, for which {plan.start.name} has no moments",
@@ -304,11 +310,36 @@ def build(plan: Plan, subject: Subject, execution: Execution, world: World) -> R
         sources=plan.sources,
         clip=spec.clip,
         seed=stage.seed,
+        pacing=LossPaced(spec.loss_adaptive.start, spec.loss_adaptive.smoothing) if spec.loss_adaptive else Steady(),
         trained_by_source=np.zeros(len(plan.sources), np.int64),
     )
 
 
-def make_optimizer(plan: Plan, weights: Weights, decays: Sequence[Decay] = ()) -> AdamW:
+def make_moving(plan: Plan, subject: Subject, weights: Weights) -> Moving:
+    """Which numbers an update moves. Raises `StageError` where that cannot be told."""
+    match plan.stage.optimizer.update:
+        case None:
+            return Everything()
+        case MomentumUpdate(share=share):
+            return TopMomentum(share, weights.masters)
+        case MagnitudeUpdate(share=share):
+            if isinstance(plan.stage.tuning, LoraTuning) and plan.stage.tuning.form == "dora":
+                raise StageError(
+                    "the parts of dora also read what is no text, so their outputs do not say what the text needs",
+                    where="optimizer.update",
+                    expected="another form of `lora`, or kind: momentum",
+                )
+            moving = TopOutput(share, subject.model, weights.all)
+            if not moving.layers:
+                raise StageError(
+                    f"`{plan.stage.tuning.kind}` moves no linear layer of the model's blocks",
+                    where="optimizer.update",
+                    expected="a tuning that moves some, such as full, blocks or lora; or kind: momentum",
+                )
+            return moving
+
+
+def make_optimizer(plan: Plan, weights: Weights, moving: Moving, decays: Sequence[Decay] = ()) -> AdamW:
     """The stage's optimizer, without moments yet."""
     spec = plan.stage.optimizer
     return AdamW(
@@ -318,6 +349,7 @@ def make_optimizer(plan: Plan, weights: Weights, decays: Sequence[Decay] = ()) -
         weight_decay=spec.weight_decay,
         decay_tables=spec.decay_tables,
         decays=decays,
+        moving=moving,
     )
 
 

@@ -19,6 +19,7 @@ from postgrad.stages.plan import Plan
 from postgrad.stages.plan_text import plan_lines
 from postgrad.stages.show import shown_rows
 from postgrad.stages.teaching_cost import check_teaching
+from postgrad.stages.update_cost import check_update, update_lines
 from postgrad.training.world import World
 
 
@@ -44,6 +45,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
     )
     teaching = check_teaching(plan, subject, execution, world)
     memory = dataclasses.replace(memory, teachers=sum(cost.bytes for cost in teaching))
+    update = check_update(plan, subject)
     penalties = check_penalties(plan, subject, execution, world)
     found = found_lines(plan, cache)
     notes = (*plan.notes, *subject.opened.notes, *subject.tuning.notes)
@@ -58,6 +60,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         "seconds": execution.seconds,
         "teachers": [cost.record for cost in teaching],
         "penalties": [penalty.record for penalty in penalties],
+        "update": update,
         "found": found,
         "notes": list(notes),
         "overlap": plan.overlap,
@@ -73,6 +76,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         f"model: {counts.parameters:,} weights, {plan.vocabulary:,} tokens{apart}",
         *([f"task layer: reads {plan.layer.form.told()}"] if plan.layer and plan.layer.form else []),
         tuning_line(plan.stage.tuning.kind, counts),
+        *update_lines(plan, update),
         f"compute: {execution.dtype}, {execution.attention} attention, {execution.micro} rows at once, "
         f"{'compiled' if execution.compile else 'not compiled'}, {execution.threads} thread{'s' * (execution.threads > 1)}",
         *(f"  {key}: {reason}" for key, reason in execution.reasons.items()),

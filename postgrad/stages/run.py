@@ -55,6 +55,7 @@ from postgrad.stages.plan import Plan
 from postgrad.stages.provenance import METRICS, achieved, describe, now, seen_after, stage_text
 from postgrad.stages.strengths import anchors_of, find_strengths, open_strengths, settle, strength_lines, too_strong
 from postgrad.stages.telling import ask, asked_once, told_by_leaf
+from postgrad.stages.update_cost import about_update
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.loop import steps
 from postgrad.training.meters import Metrics, Pace, read_metrics
@@ -257,6 +258,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     at = checkpoints.place(0)
     keeping = Keeping(fingerprints["stage"], subject.options, sitting(plan, at))
     about = [about_penalty(penalty) for penalty in anchors_of(run)]
+    update = about_update(plan, run.optimizer.moving)
     chooser = _chooser(plan, home, world)
     stop = yield from _train(plan, run, loader, checkpoints, metrics, interrupt, keeping, chooser)
     if stop:
@@ -315,6 +317,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         "status": "finished" if gate is None or gate["passed"] else "gate-failed",
         "finished": now(),
         "penalties": about,
+        "update": update,
         "achieved": done,
         "chosen": chooser.described(last) if chooser else None,
         "seen": seen_after(plan, by_source),
@@ -337,7 +340,7 @@ def _settled(plan: Plan, run: Run, loader: Loader, kept: dict[str, Any]) -> Iter
     if not kept["strengths"]:
         yield Doing("finding how strong the penalties are to be")
         rates = [plan.schedule(step) for step in range(1, plan.steps + 1)]
-        kept["strengths"] = find_strengths(run, loader, rates, make_optimizer(plan, run.weights))
+        kept["strengths"] = find_strengths(run, loader, rates, make_optimizer(plan, run.weights, run.optimizer.moving))
         if run.world.main:
             write_atomically(plan.output / PLAN, json.dumps(kept, indent=1))
         run.world.wait()
@@ -418,6 +421,7 @@ def _train(
                     "rate": report.rate,
                     "grad_norm": report.gradient_norm,
                     **({} if report.push is None else {"push": report.push}),
+                    **({} if report.moved is None else {"moved": report.moved}),
                     "seconds": round(seconds, 4),
                 }
             )

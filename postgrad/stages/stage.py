@@ -24,6 +24,7 @@ from postgrad.stages.schedules import AnySchedule
 from postgrad.stages.selection import AnySelection
 from postgrad.stages.tasks import Task
 from postgrad.stages.tunings import AnyTuning, FullTuning
+from postgrad.stages.updates import AnyUpdate, LossAdaptive
 from postgrad.stages.worded import Worded
 
 
@@ -152,6 +153,10 @@ class Optimizer(Part):
     """The largest 2-norm of the whole gradient."""
     moments: Literal["reset", "keep", "keep-second"] = "reset"
     """At the stage's start: from zero, or the start checkpoint's (both moments, or only the second)."""
+    update: AnyUpdate | None = None
+    """Which numbers an update moves; left out: all that the tuning lets move."""
+    loss_adaptive: LossAdaptive | None = None
+    """Lower the rate where the loss is high; left out: the schedule's rate."""
 
 
 class HeldOutFile(Worded):

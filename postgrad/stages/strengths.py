@@ -29,6 +29,7 @@ from postgrad.errors import StageError
 from postgrad.penalties.anchor import Anchor, AnchoredDecay, pull_norm
 from postgrad.penalties.shards import over_ranks, own
 from postgrad.training.optimizer import AdamW
+from postgrad.training.pacing import Steady
 from postgrad.training.step import Run, StepReport, train_step
 
 PROBE_STEPS = 8
@@ -72,6 +73,7 @@ def find_strengths(run: Run, loader: Loader, rates: Sequence[float], optimizer: 
         optimizer=optimizer,
         penalties=[listening],
         schedule=schedules.then((schedules.constant(peak), steps)),
+        pacing=Steady(),
         step=0,
         trained=0,
         trained_by_source=np.zeros_like(run.trained_by_source),

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from postgrad.models.model import Model
 from postgrad.models.pretrained import table_of
 from postgrad.penalties.penalty import Decay
+from postgrad.training.moving import Everything, Moving
 from postgrad.tuning.tuning import Tuning
 
 Moments = dict[str, Tensor]
@@ -195,13 +196,16 @@ class AdamW:
         weight_decay: float,
         decay_tables: bool = False,
         decays: Sequence[Decay] = (),
+        moving: Moving | None = None,
     ) -> None:
-        """`decays`: what else pulls in the step itself, beside `weight_decay`."""
+        """`decays`: what else pulls in the step itself, beside `weight_decay`. `moving`: which numbers an update moves; left
+        out: all."""
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for w in weights.all:
             shrinks = w.master.ndim >= 2 and (decay_tables or not w.table)
             groups.setdefault((weight_decay if shrinks else 0.0, w.rate_factor), []).append(w.master)
         self.weights, self.decays = weights, decays
+        self.moving = moving or Everything()
         self.inner = torch.optim.AdamW(
             [
                 {"params": masters, "weight_decay": decay, "rate_factor": factor}
@@ -213,15 +217,21 @@ class AdamW:
             fused=True,
         )
 
-    def step(self, rate: float) -> None:
-        """Move the weights by one update at this learning rate, and forget the gradients."""
+    def step(self, rate: float) -> int | None:
+        """Move the weights by one update at this learning rate, and forget the gradients.
+
+        Returns how many numbers were moved, over all ranks, where it is not simply all.
+        """
+        self.moving.before()
         for decay in self.decays:
             decay.decay(rate)
         for group in self.inner.param_groups:
             group["lr"] = rate * group["rate_factor"]
         self.inner.step()
+        moved = self.moving.after(self.inner.state)
         self.weights.write_back()
         self.weights.clear()
+        return moved
 
     def moments(self) -> Moments:
         """`<name>.exp_avg` and `<name>.exp_avg_sq`, whole on every rank; empty before the first update."""

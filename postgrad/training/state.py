@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Progress:
     """The learning rate of this step; an anneal branched from here starts with it."""
     stage: str
     """The fingerprint of the stage this belongs to."""
+    pacing: dict[str, float] = field(default_factory=dict)
+    """What a rate that follows the loss goes by."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def write_state(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase, keep
     save_file({name: t.contiguous() for name, t in moments.items()}, folder / MOMENTS)
     by_source = dict(zip(run.sources, (int(n) for n in run.trained_by_source), strict=True))
     progress = Progress(
-        run.step, run.trained, by_source, run.optimizer.updates(), run.schedule(run.step), keeping.stage
+        run.step, run.trained, by_source, run.optimizer.updates(), run.rate, keeping.stage, run.pacing.state()
     )
     (folder / STATE).write_text(json.dumps(asdict(progress), indent=1))
 
@@ -92,6 +94,7 @@ def restore(run: Run, folder: Path) -> None:
     else:
         run.weights.load(read_weights(folder))
     run.optimizer.restore(read_moments(folder), progress.updates)
-    run.step, run.trained = progress.step, progress.trained
+    run.pacing.load(progress.pacing)
+    run.step, run.trained, run.rate = progress.step, progress.trained, progress.rate
     for k, name in enumerate(run.sources):
         run.trained_by_source[k] = progress.trained_by_source[name]

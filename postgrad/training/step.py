@@ -16,6 +16,7 @@ from postgrad.objectives.objective import Objective, weigh
 from postgrad.penalties.penalty import Penalty
 from postgrad.schedules import Schedule
 from postgrad.training.optimizer import AdamW, Weights
+from postgrad.training.pacing import Pacing, Steady
 from postgrad.training.world import World
 
 
@@ -33,8 +34,12 @@ class Run:
     sources: Sequence[str]
     clip: float
     seed: int
+    pacing: Pacing = field(default_factory=Steady)
+    """What the schedule's rate is multiplied by at a step of a given loss."""
     step: int = 0
     trained: int = 0
+    rate: float = 0.0
+    """The learning rate of the last step."""
     trained_by_source: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
@@ -42,7 +47,8 @@ class Run:
 class StepReport:
     """What a step did: mean losses per trained token in nats, the rate, the gradient's norm before clipping.
 
-    `push`: the norm of the losses' gradient alone, where penalties pull against it.
+    `push`: the norm of the losses' gradient alone, where penalties pull against it. `moved`: how many numbers the update moved,
+    where it is not simply all.
     """
 
     step: int
@@ -55,6 +61,7 @@ class StepReport:
     rate: float
     gradient_norm: float
     push: float | None = None
+    moved: int | None = None
 
 
 Step = Callable[[Run, Sequence[Batch]], StepReport]
@@ -85,7 +92,8 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     for index, batch in enumerate(micro_batches):
         batch = batch.to(run.world.device)
         synchronise_gradients(run.model, index == len(micro_batches) - 1)
-        output = run.model(**batch.inputs)
+        with run.optimizer.moving.watching(batch):
+            output = run.model(**batch.inputs)
         weighed = weigh([run.objectives[i] for i in batch.objectives], output, batch)
         weighed.loss.div(counted).backward()
         run.weights.collect()
@@ -107,10 +115,10 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         )
     if gradient_norm > run.clip:
         run.weights.scale_gradients(run.clip / gradient_norm)
-    rate = run.schedule(step)
-    run.optimizer.step(rate)
+    rate = run.schedule(step) * run.pacing(loss)
+    moved = run.optimizer.step(rate)
 
-    run.step = step
+    run.step, run.rate = step, rate
     run.trained += counted
     run.trained_by_source += counts.numpy()
     return StepReport(
@@ -124,6 +132,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         rate=rate,
         gradient_norm=gradient_norm,
         push=push,
+        moved=moved,
     )
 
 

@@ -83,6 +83,39 @@ def test_two_ranks_make_the_steps_of_one(
     assert losses(home) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 
 
+UPDATES: list[dict[str, Any]] = [
+    {"optimizer": {"update": {"kind": "momentum", "share": 0.1}}},
+    {"optimizer": {"update": {"kind": "magnitude", "share": 0.3}, "loss_adaptive": {"start": 0.5}}},
+    {"optimizer": {"update": {"kind": "momentum", "share": 0.2}}, "tuning": {"kind": "lora", "rank": 3}},
+    {"optimizer": {"update": {"kind": "magnitude", "share": 0.3}}, "tuning": {"kind": "lora", "rank": 4}},
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "case",
+    [UPDATES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in UPDATES[1:])],
+    ids=["momentum", "magnitude", "momentum of lora", "magnitude of lora"],
+)
+def test_two_ranks_move_the_same_numbers_as_one(
+    case: dict[str, Any], stage_of: StageOf, cache: Path, tmp_path: Path
+) -> None:
+    """The largest are those of the whole tensor, whichever rank its rows lie on."""
+    changes = {**case, "tokens": 2000, "batch": {"sequences": 8, "micro": 2}}
+    list(run_stage(plan_of(stage_of(output=str(tmp_path / "one"), **changes), cache), command="test", cache=cache))
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(stage_of(output=str(tmp_path / "two"), **changes)))
+    train_on_two(file, cache)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    counts = [
+        [row["moved"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if row["kind"] == "step"]
+        for name in ("one", "two")
+    ]
+    assert counts[0] == counts[1]
+    one, two = (read_record(tmp_path / name) for name in ("one", "two"))
+    assert set(counts[0]) == {one["update"]["moved"]} and two["update"] == one["update"]
+
+
 PENALTIES: list[dict[str, Any]] = [
     {"penalties": [{"kind": "anchor", "strength": 2.0}]},
     {"penalties": [{"kind": "anchor", "strength": 2.0, "storage": "mapped", "only": ["model.layers.0"]}]},

@@ -407,7 +407,9 @@ def test_finding_a_strength_leaves_no_trace(shelf: Shelf) -> None:
     before, _, run = trained(shelf, raw, 0)
     loader = make_loader(plan, Execution("float32", False, "sdpa", 1, 2, False, 0.0), run.world)
     rates = [plan.schedule(step) for step in range(1, plan.steps + 1)]
-    found = [find_strengths(run, loader, rates, make_optimizer(plan, run.weights)) for _ in range(2)]
+    found = [
+        find_strengths(run, loader, rates, make_optimizer(plan, run.weights, run.optimizer.moving)) for _ in range(2)
+    ]
     assert found[0] == found[1]
     assert all(torch.equal(p, before[n]) for n, p in run.model.pretrained.named_parameters())
     assert all(p.grad is None for p in run.model.pretrained.parameters())

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 import postgrad
 from postgrad.errors import StageError
 from postgrad.models.pretrained import Start
-from postgrad.stages import mixing, objectives, penalties, schedules, tunings
+from postgrad.stages import mixing, objectives, penalties, schedules, tunings, updates
 from postgrad.stages import stage as s
 from postgrad.stages.amounts import Part, in_steps
 from postgrad.stages.parsing import json_schema, load_stage, parse_stage, read_yaml
@@ -481,7 +481,7 @@ def test_the_schema_refuses_what_the_tool_refuses() -> None:
 
 def parts(model: type[BaseModel]) -> list[type[BaseModel]]:
     """A model and all models its fields are made of."""
-    homes = (s, schedules, objectives, penalties, tunings, mixing)
+    homes = (s, schedules, objectives, penalties, tunings, mixing, updates)
     known = {v for home in homes for v in vars(home).values() if inspect.isclass(v) and issubclass(v, Part)}
     found = [model]
     for here in found:  # grows while it is walked
@@ -536,6 +536,7 @@ OTHER: dict[str, Any] = {
     "data.sources.1.role": "new", "batch.sequences": 16, "batch.micro": 2, "schedule.peak": 1, "schedule.floor": 0,
     "schedule.warmup": "2%", "schedule.start": 1e-7, "schedule.kind": "linear", "optimizer.betas": [0.9, 0.99],
     "optimizer.eps": 1e-6, "optimizer.weight_decay": 0, "optimizer.clip": 2, "optimizer.moments": "keep",
+    "optimizer.update": {"kind": "momentum"}, "optimizer.loss_adaptive": {"start": 0.3},
     "optimizer.decay_tables": True, "penalties": [{"kind": "anchor", "strength": 1}], "tuning": {"kind": "norm"},
     "objectives": [{"kind": "next-token", "weight": 2}], "evaluation.retained": [], "evaluation.learned": ["x"],
     "evaluation.test": ["x"], "save.choose": {"set": "x"},

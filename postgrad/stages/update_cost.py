@@ -1,0 +1,58 @@
+"""How much of a model does an update move, and what does that take? Told by `check` and in the record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from postgrad.planning.memory import readable
+from postgrad.stages.build import Subject, make_moving
+from postgrad.stages.plan import Plan
+from postgrad.training.moving import Fewer, Moving
+from postgrad.training.optimizer import Weights
+
+_BY = {
+    "momentum": "the numbers of each matrix with the largest momentum",
+    "magnitude": "the rows with the largest outputs",
+}
+
+
+def about_update(plan: Plan, moving: Moving) -> dict[str, Any] | None:
+    """Which share of what moves at an update, as plain data; None where all does."""
+    spec = plan.stage.optimizer.update
+    if spec is None or not isinstance(moving, Fewer):
+        return None
+    chosen, others = (sum(m.numel() for m in masters) for masters in (moving.chosen, moving.others))
+    return {
+        "kind": spec.kind,
+        "share": spec.share,
+        "moved": moving.count,
+        "of": chosen + others,
+        "whole": others,
+        "bytes": 4 * chosen,
+    }
+
+
+def check_update(plan: Plan, subject: Subject) -> dict[str, Any] | None:
+    """The same before there is a run. Raises what is wrong with it."""
+    weights = Weights(subject.model, subject.tuning, torch.float32, split=False)
+    return about_update(plan, make_moving(plan, subject, weights))
+
+
+def update_lines(plan: Plan, about: dict[str, Any] | None) -> list[str]:
+    """What is said of the stage's updates; nothing of plain ones."""
+    lines = []
+    if about:
+        lines.append(
+            f"update: {about['kind']}, {about['share']:.3g} of {_BY[about['kind']]}: {about['moved']:,} of {about['of']:,} "
+            f"weights at a time ({about['moved'] / about['of']:.1%}; {about['whole']:,} always move, as they are in no such "
+            f"part); a copy of {readable(about['bytes'])} while it lasts"
+        )
+    paced = plan.stage.optimizer.loss_adaptive
+    if paced:
+        lines.append(
+            f"rate: that of the schedule times min(1, {paced.start:.3g} sqrt(first loss / mean loss)); all of it where the "
+            f"loss is at most {paced.start**2:.3g} of the first"
+        )
+    return lines

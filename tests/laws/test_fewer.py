@@ -1,0 +1,372 @@
+"""Laws of updates that move fewer numbers: all of them is the plain update to the bit, a share is that share exactly, and
+what does not move is bit for bit what it was, whatever decays."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from postgrad.data.batch import Batch, collate
+from postgrad.data.rows import IGNORED, Row
+from postgrad.models.model import HeadedModel, Model
+from postgrad.models.sharding import checkpoint_activations
+from postgrad.training.largest import count_of
+from postgrad.training.moving import Everything, Fewer, Moving
+from postgrad.training.optimizer import AdamW, Weights
+from postgrad.training.step import Run, train_step
+from postgrad.training.top_momentum import TopMomentum
+from postgrad.training.top_output import TopOutput
+from postgrad.tuning.low_rank import LowRank
+from postgrad.tuning.selection import Full
+from tests.laws.test_step import EPS, batches, run_of
+from tests.stages.models import make_bert, make_t5
+
+Make = Callable[[Run], Moving]
+
+
+def momentum(share: float) -> Make:
+    return lambda run: TopMomentum(share, run.weights.masters)
+
+
+def magnitude(share: float) -> Make:
+    return lambda run: TopOutput(share, run.model, run.weights.all)
+
+
+KINDS = {"momentum": momentum, "magnitude": magnitude}
+
+
+def made(make: Make, dtype: torch.dtype = torch.float32) -> Run:
+    run = run_of(dtype)
+    run.optimizer.moving = make(run)
+    return run
+
+
+def values(run: Run) -> dict[str, Tensor]:
+    return {w.name: w.master.detach().clone() for w in run.weights.all}
+
+
+def after(run: Run, steps: int = 1, sizes: Sequence[int] = (4, 4)) -> dict[str, Tensor]:
+    for _ in range(steps):
+        train_step(run, batches(sizes))
+    return values(run)
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def linear(name: str) -> bool:
+    return "proj" in name
+
+
+# -- all, and exactly so many -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_share_of_all_is_the_plain_update_to_the_bit(kind: str, dtype: torch.dtype) -> None:
+    plain, whole, half = run_of(dtype), made(KINDS[kind](1.0), dtype), made(KINDS[kind](0.5), dtype)
+    assert same(after(whole, 3), after(plain, 3))
+    assert not same(after(half, 3), values(plain))  # which a law that always holds would not see
+    for one, two in zip(whole.weights.all, plain.weights.all, strict=True):
+        assert torch.equal(one.compute, two.compute)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_of_each_matrix_exactly_the_share_moves_and_the_rest_stays_to_the_bit(share: float) -> None:
+    run = made(momentum(share))
+    before, found = values(run), after(run)
+    for name, old in before.items():
+        moved = int((found[name] != old).sum())
+        if old.ndim < 2:
+            assert moved == old.numel()
+        elif "embed" in name:
+            assert moved <= count_of(share, old.numel())  # tokens that do not occur have nowhere to go
+        else:
+            assert moved == count_of(share, old.numel())
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_of_each_linear_layer_exactly_the_share_of_rows_moves(share: float) -> None:
+    run = made(magnitude(share))
+    before, found = values(run), after(run)
+    for name, old in before.items():
+        changed = found[name] != old
+        if linear(name):
+            rows = changed.any(1)
+            assert int(rows.sum()) == count_of(share, len(old))
+            assert torch.equal(rows, changed.all(1))
+        else:
+            assert changed.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_report_says_how_many_moved(kind: str) -> None:
+    run = made(KINDS[kind](0.2))
+    before = values(run)
+    report = train_step(run, batches([8]))
+    moved = sum(int((new != before[name]).sum()) for name, new in values(run).items() if "embed" not in name)
+    table = next(w.master for w in run.weights.all if w.table)
+    whole = count_of(0.2, table.numel()) if kind == "momentum" else table.numel()
+    assert report.moved == moved + whole
+    assert isinstance(run.optimizer.moving, Fewer) and run.optimizer.moving.count == report.moved
+    assert train_step(run_of(), batches([8])).moved is None
+
+
+# -- which ones ---------------------------------------------------------------------------------------------------------
+
+
+def gradients(run: Run) -> dict[str, Tensor]:
+    """Those of one step, as they stand when the update begins."""
+    found: dict[str, Tensor] = {}
+
+    class Keeping(Everything):
+        def before(self) -> None:
+            for w in run.weights.all:
+                assert w.master.grad is not None
+                found[w.name] = w.master.grad.clone()
+
+    moving, run.optimizer.moving = run.optimizer.moving, Keeping()
+    train_step(run, batches([8]))
+    run.optimizer.moving = moving
+    return found
+
+
+def by_hand(share: float, steps: int, *, by_gradient: bool = False, decays_all: bool = False) -> dict[str, Tensor]:
+    """MoFO written out in fp64; `by_gradient`, `decays_all`: two mutants."""
+    run = run_of()
+    table = next(w.name for w in run.weights.all if w.table)
+    ours = {name: value.double() for name, value in values(run).items()}
+    first = {name: torch.zeros_like(v) for name, v in ours.items()}
+    second = {name: torch.zeros_like(v) for name, v in ours.items()}
+    for step in range(1, steps + 1):
+        for w in run.weights.all:
+            w.master.data.copy_(ours[w.name].float())
+        for name, g in gradients(run).items():
+            g = g.double()
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.95 * second[name] + 0.05 * g * g
+            size = (g if by_gradient else first[name]).abs()
+            mask = torch.ones_like(g, dtype=torch.bool)
+            if g.ndim >= 2:
+                mask = size >= size.flatten().sort(descending=True).values[count_of(share, g.numel()) - 1]
+            decay = 0.1 if g.ndim >= 2 and name != table else 0.0
+            step_of = (first[name] / (1 - 0.9**step)) / ((second[name] / (1 - 0.95**step)).sqrt() + EPS)
+            decayed = decay * ours[name] * (torch.ones_like(mask) if decays_all else mask)
+            ours[name] = ours[name] - 1e-3 * (step_of * mask + decayed)
+    return {name: v.float() for name, v in ours.items()}
+
+
+def apart(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+def test_it_is_the_published_update_written_out() -> None:
+    found = after(made(momentum(0.1)), 3, [8])
+    assert apart(found, by_hand(0.1, 3)) < 2e-6
+    # The mutants: chosen by the gradient, and decay of what does not move, as the authors' own code has it.
+    assert apart(found, by_hand(0.1, 3, by_gradient=True)) > 1e-4
+    assert apart(found, by_hand(0.1, 3, decays_all=True)) > 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_are_those_of_all_numbers(kind: str) -> None:
+    plain, few = run_of(), made(KINDS[kind](0.1))
+    after(plain), after(few)
+    assert same(few.optimizer.moments(), plain.optimizer.moments())
+    assert few.optimizer.updates() == plain.optimizer.updates()
+
+
+def outputs(model: nn.Module, run: Run, batch: Batch) -> dict[str, Tensor]:
+    """What each linear layer gives, without any hook of ours."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _m, _i, output: found.update({name: output.detach()})
+
+    handles = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    with torch.no_grad():
+        run.model(**batch.inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_the_rows_are_those_of_the_largest_outputs() -> None:
+    run = made(magnitude(0.25))
+    batch = batches([8])[0]
+    said = outputs(run.model.pretrained, run, batch)
+    real = torch.zeros_like(batch.labels, dtype=torch.bool)
+    for row, labels in zip(real, batch.labels, strict=True):
+        row[: int((labels != IGNORED).nonzero().max()) + 1] = True
+    before = values(run)
+    train_step(run, [batch])
+    for name, old in before.items():
+        if linear(name):
+            h = said[name.removesuffix(".weight")][real].double().abs()
+            shares = (h / h.sum(1, keepdim=True)).mean(0)
+            wanted = shares.argsort(descending=True)[: count_of(0.25, len(shares))]
+            rows = (values(run)[name] != old).any(1).nonzero()[:, 0]
+            assert set(rows.tolist()) == set(wanted.tolist())
+            assert set(rows.tolist()) != set(h.mean(0).argsort()[: len(wanted)].tolist())
+
+
+def sums(run: Run) -> list[Tensor]:
+    """How large the outputs were in a step, before its update."""
+    moving = run.optimizer.moving
+    assert isinstance(moving, TopOutput)
+    found: list[Tensor] = []
+    masks = moving.masks
+
+    def watched(masters: Sequence[Tensor], states: object) -> list[Tensor]:
+        found.extend(layer.sums_O.clone() for layer in moving.layers)
+        return masks(masters, states)  # type: ignore[arg-type]
+
+    moving.masks = watched  # type: ignore[method-assign]
+    return found
+
+
+def heard(sizes: Sequence[int], prepare: Callable[[Run], None] = lambda run: None) -> Tensor:
+    run = made(magnitude(0.25))
+    prepare(run)
+    found = sums(run)
+    run.model.train()
+    train_step(run, batches(sizes))
+    return torch.cat(found)
+
+
+def test_micro_batches_do_not_matter() -> None:
+    whole = heard([8])
+    for sizes in ([4, 4], [1] * 8, [5, 3]):
+        assert torch.allclose(heard(sizes), whole, rtol=1e-5)
+
+
+class _Always(TopOutput):
+    """A mutant: it listens in the backward pass, too."""
+
+    @property
+    def _tokens(self) -> object:
+        return self.now
+
+    @_tokens.setter
+    def _tokens(self, value: object) -> None:
+        self.now = value if value is not None else self.__dict__.get("now")
+
+
+def test_activations_that_are_computed_again_are_heard_once() -> None:
+    whole = heard([8])
+    assert torch.allclose(heard([8], lambda run: checkpoint_activations(run.model)), whole, rtol=1e-5)
+
+    def twice(run: Run) -> None:
+        checkpoint_activations(run.model)
+        run.optimizer.moving = _Always(0.25, run.model, run.weights.all)
+
+    assert not torch.allclose(heard([8], twice), whole, rtol=1e-5)
+
+
+def test_what_is_read_outside_of_a_step_is_not_heard() -> None:
+    def elsewhere(run: Run) -> None:
+        with torch.no_grad():
+            run.model(**batches([8])[0].inputs)
+
+    assert torch.equal(heard([4, 4], elsewhere), heard([4, 4]))
+
+
+def with_padding(lengths: Sequence[int], *, decoder: Sequence[int] = ()) -> list[Row]:
+    generator = torch.Generator().manual_seed(5)
+
+    def ids(length: int) -> Tensor:
+        return torch.randint(10, 100, (length,), generator=generator)
+
+    rows = []
+    for i, length in enumerate(lengths):
+        read = ids(length).numpy()
+        inputs = {"input_ids": read, "attention_mask": (read > 0).astype("int64")}
+        if decoder:
+            inputs["decoder_input_ids"] = ids(decoder[i]).numpy()
+        labels = ids(decoder[i] if decoder else length).numpy()
+        rows.append(Row(inputs, labels, len(labels)))
+    return rows
+
+
+def alone_and_together(pretrained: nn.Module, rows: list[Row]) -> list[Tensor]:
+    found = []
+    for parts in ([rows], [[row] for row in rows]):
+        model = HeadedModel(copy.deepcopy(pretrained))  # type: ignore[arg-type]
+        weights = Weights(model, Full(model.pretrained), torch.float32, split=True)
+        optimizer = AdamW(weights, betas=(0.9, 0.95), eps=EPS, weight_decay=0.1)
+        run = dataclasses.replace(run_of(), model=model, weights=weights, optimizer=optimizer)
+        optimizer.moving = TopOutput(0.25, model, weights.all)
+        kept = sums(run)
+        train_step(run, [collate(part, [0] * len(part)) for part in parts])
+        found.append(torch.cat(kept))
+    return found
+
+
+PADDED = {
+    "encoder": (lambda: make_bert(128), with_padding([3, 9, 17])),
+    "encoder-decoder": (lambda: make_t5(128), with_padding([3, 9, 17], decoder=[12, 2, 5])),
+    "sides of one length": (lambda: make_t5(128), with_padding([3, 8, 16], decoder=[16, 2, 5])),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_is_not_heard(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, rows = PADDED[name]
+    together, alone = alone_and_together(make(), rows)
+    assert torch.allclose(together, alone, rtol=1e-4)
+    monkeypatch.setattr("postgrad.training.top_output._like", lambda tokens, sizes: torch.ones(sizes.shape[:-1]))
+    together, alone = alone_and_together(make(), rows)
+    assert not torch.allclose(together, alone, rtol=1e-4)
+
+
+def test_cross_attention_reads_the_encoder() -> None:
+    """Without looking for it, its keys would be weighed by the decoder's padding where both sides are of one length."""
+    model = HeadedModel(make_t5(128))
+    moving = TopOutput(0.25, model, Weights(model, Full(model.pretrained), torch.float32, split=True).all)
+    names = {id(module): name for name, module in model.pretrained.named_modules()}
+    written = {names[id(layer.heard)]: layer.written for layer in moving.layers}
+    for name, side in written.items():
+        across = "EncDecAttention" in name and name[-1] in "kv"
+        assert side == (name.startswith("decoder") and not across)
+    assert sum(written.values()) == 2 * (4 + 2 + 2)
+
+
+# -- beside a tuning ----------------------------------------------------------------------------------------------------
+
+
+def test_low_rank_parts_move_by_rows_though_b_begins_at_zero() -> None:
+    run = run_of()
+    model: Model = run.model
+    tuning = LowRank(model.pretrained, rank=8, seed=0)
+    weights = Weights(model, tuning, torch.float32, split=True)
+    optimizer = AdamW(weights, betas=(0.9, 0.95), eps=EPS, weight_decay=0.1)
+    run = dataclasses.replace(run, weights=weights, optimizer=optimizer)
+    optimizer.moving = TopOutput(0.25, model, weights.all)
+    assert {id(m) for m in optimizer.moving.chosen} == {id(m) for m in weights.masters}
+    before = values(run)
+    for _ in (1, 2):  # A has no gradient while B is zero
+        train_step(run, batches([8]))
+    for w in weights.all:
+        rows = (w.master != before[w.name]).any(1)
+        top = count_of(0.25, len(rows))
+        assert (top <= int(rows.sum()) <= 2 * top) if "lora_B" in w.name else (0 < int(rows.sum()) <= 2 * top)
+
+
+def test_what_has_no_gradient_yet_is_left_alone() -> None:
+    run = made(momentum(0.3))
+    held = next(w for w in run.weights.all if "layers.0.mlp.up" in w.name)
+    held.compute.requires_grad_(False)
+    before = values(run)
+    report = train_step(run, batches([8]))
+    held.compute.requires_grad_(True)
+    assert torch.equal(held.master, before[held.name])
+    assert isinstance(run.optimizer.moving, Fewer)
+    assert report.moved == run.optimizer.moving.count - count_of(0.3, held.master.numel())
+    train_step(run, batches([8]))
+    assert int((held.master != before[held.name]).sum()) == count_of(0.3, held.master.numel())
