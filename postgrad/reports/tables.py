@@ -609,26 +609,28 @@ def learning_table(record: Mapping[str, object]) -> Table | None:
     told = [source for source in achieved if mapping(source.get("loss"))]
     if len(told) < 2:
         return None
+    long = any("per_million" in mapping(source.get("loss")) for source in told)
     body = []
     for source in told:
         loss, name = mapping(source.get("loss")), plain(source.get("name"))
-        moved = {**loss, "difference": loss.get("change")}
+        of_plan, moved = mapping(planned.get(name)), {**loss, "difference": loss.get("change")}
         body.append(
             (
                 words(name),
-                share(mapping(planned.get(name)).get("share")),
+                share(of_plan.get("asked", of_plan.get("share"))),
                 share(source.get("share")),
                 share(loss.get("share")),
                 level(loss.get("first")),
                 level(loss.get("last")),
                 difference(moved),
-                change(loss.get("per_million")),
+                *([change(loss.get("per_million"))] if long else []),
             )
         )
     columns = (
-        Column("source", words=True), Column("wanted", "trained tokens"), Column("achieved", "trained tokens"),
+        Column("source", words=True), Column("asked", "trained tokens"), Column("achieved", "trained tokens"),
         Column("of all nats"), Column("first", "training loss"), Column("last", "training loss"),
-        Column("change (95 %)", "training loss", fields=CHANGE), Column("per 1M of its tokens", "training loss"),
+        Column("change (95 %)", "training loss", fields=CHANGE),
+        *([Column("per 1M of its tokens", "training loss")] if long else []),
     )  # fmt: skip
     notes = (
         "Losses in nats per trained token, over the first and the last tenth of a source's tokens, on rows as they were"

@@ -15,12 +15,15 @@ import numpy as np
 
 PART = 0.1
 """The share of a source's trained tokens that its first loss, and its last, is the mean of."""
+LEAST = 100_000
+"""Of how many trained tokens of a source its change is told per million: a change over fewer is of the first, fast steps of a
+run and its noise, and ten times as many would not bring ten times as much."""
 
 
 def losses_by_source(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """For each source: `first` and `last` loss in nats per trained token, their `change` with its 95 % interval (`low`, `high`,
-    where there are two steps in each tenth), `per_million`, the change per million of its trained tokens, and `share`, the
-    part of all nats that it makes up.
+    where there are two steps in each tenth), `per_million`, the change per million of its trained tokens (where they are at least
+    `LEAST`), and `share`, the part of all nats that it makes up.
 
     The mean of a tenth is a ratio of sums over m steps, sum(n) / sum(t); its variance is taken to be
     m / (m - 1) sum((n - mean t)^2) / sum(t)^2 (Cochran 1977, Sampling Techniques, chapter 6, without the correction for
@@ -42,8 +45,10 @@ def _moved(steps: list[tuple[float, int]]) -> dict[str, float]:
     begin, end = until - tokens < edge, until > until[-1] - edge
     (first, first_variance), (last, last_variance) = (_mean(nats[part], tokens[part]) for part in (begin, end))
     change = last - first
-    between = (1 - PART) * until[-1]  # from the middle of the first tenth to that of the last
-    found = {"first": first, "last": last, "change": change, "per_million": 1e6 * change / between}
+    found = {"first": first, "last": last, "change": change}
+    if until[-1] >= LEAST:
+        between = (1 - PART) * until[-1]  # from the middle of the first tenth to that of the last
+        found["per_million"] = 1e6 * change / between
     spread = 1.96 * (first_variance + last_variance) ** 0.5
     return found if np.isnan(spread) else {**found, "low": change - spread, "high": change + spread}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,17 @@ from postgrad.stages import stage as s
 from postgrad.stages.amounts import in_steps
 from postgrad.stages.leaves import Leaf
 from postgrad.stages.rates import make_schedule
+
+
+class Order(NamedTuple):
+    """What is read, and for how long."""
+
+    steps: int
+    mixture: Mixture
+    tokens: int
+    """The budget in trained tokens, to whole rows."""
+    asked: tuple[float, ...]
+    """What share of the trained tokens each leaf was to have: the mean of the stage's phases, before rows are whole."""
 
 
 def _phases(
@@ -74,8 +86,8 @@ def _budget(
 
 def make_order(
     stage: s.Stage, leaves: Sequence[Leaf], rows: Sequence[Rows], given: Sequence[float], notes: list[str], start: Start
-) -> tuple[int, Mixture, int]:
-    """Steps, the mixture, and the budget in trained tokens, for the shares `given` of the stage's sources."""
+) -> Order:
+    """What is read for the shares `given` of the stage's sources."""
     block = stage.batch.sequences
     per_row = [r.ledger.trained / len(r) for r in rows]
     sizes = [len(r) for r in rows]
@@ -84,7 +96,9 @@ def make_order(
     first = stage.data.skip_steps
     segments: list[Segment] = []
     begin = 0
+    asked_L = np.zeros(len(leaves))
     for (point, shares), until in zip(phases, [*(p for p, _ in phases[1:]), 1.0], strict=True):
+        asked_L += (until - point) * np.array(shares)
         rates = row_rates(shares, per_row)
         trained = sum(rate * each for rate, each in zip(rates, per_row, strict=True))
         segments.append(Segment((first + begin) * block if segments else 0, rates))
@@ -115,7 +129,7 @@ def make_order(
         )
     before, after = mixture.counts(first * block), mixture.counts((first + steps) * block)
     tokens = round(sum((b - a) * each for a, b, each in zip(before, after, per_row, strict=True)))
-    return steps, mixture, tokens
+    return Order(steps, mixture, tokens, tuple(asked_L.tolist()))
 
 
 def _first_short(mixture: Mixture, caps: Sequence[int], first: int, steps: int) -> int | None:

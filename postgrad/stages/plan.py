@@ -70,6 +70,8 @@ class Plan:
     layer: TaskLayer | None
     reading: Reading
     mixture: Mixture
+    asked: tuple[float, ...]
+    """What share of the trained tokens each leaf was to have."""
     steps: int
     tokens: int
     schedule: schedules.Schedule
@@ -141,6 +143,7 @@ class Plan:
                 {
                     "name": leaf.name,
                     "role": leaf.role,
+                    "asked": asked,
                     "share": t / max(sum(trained), 1),
                     "rows": c,
                     "trained": t,
@@ -151,7 +154,7 @@ class Plan:
                     "made_by": leaf.made_by,
                     **({"selected": list(leaf.selection)} if leaf.selection else {}),
                 }
-                for leaf, c, t, r in zip(self.leaves, counts, trained, self.rows, strict=True)
+                for leaf, asked, c, t, r in zip(self.leaves, self.asked, counts, trained, self.rows, strict=True)
             ],
         }
 
@@ -258,7 +261,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
             expected="vectors before {x}, or rows with answers",
         )
     shares = _shares(stage, leaves, excluded, notes)
-    steps, mixture, tokens = make_order(stage, leaves, rows, shares, notes, start)
+    order = make_order(stage, leaves, rows, shares, notes, start)
+    steps, tokens = order.steps, order.tokens
     schedule = make_schedule(stage.schedule, steps, tokens, start)
     looked_at = [c for c in chosen if c.role != "test"]
     choice = make_rule(stage.save.choose, held_out, steps, tokens, schedule)
@@ -279,7 +283,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
         problem=problem,
         layer=_task_layer(labels, reading.pad, stage.seed, form) if task in ("classify", "tag") else None,
         reading=reading,
-        mixture=mixture,
+        mixture=order.mixture,
+        asked=order.asked,
         steps=steps,
         tokens=tokens,
         schedule=schedule,

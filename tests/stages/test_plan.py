@@ -88,6 +88,7 @@ def test_new_tokens_hold_over_a_curriculum(stage_of: StageOf, plan_of: PlanOf) -
     read = trained(plan, 0, plan.steps)
     assert read[0] == pytest.approx(6000, abs=2 * 8 * ROW)
     assert read.sum() == pytest.approx(12000, abs=2 * 8 * ROW)  # half new on the whole, not three quarters
+    assert [s["asked"] for s in plan.as_record()["sources"]] == [0.5, 0.5]
 
 
 def test_a_share_that_is_left_out_is_the_rest(stage_of: StageOf, plan_of: PlanOf) -> None:
@@ -212,6 +213,7 @@ def test_short_text_can_hand_its_share_to_the_others(stage_of: StageOf, plan_of:
     shares = [s["share"] for s in plan.as_record()["sources"]]
     assert shares == pytest.approx((read / read.sum()).tolist(), abs=0.01)
     assert shares[0] < 0.5  # what was asked for is not what is achieved, and the plan says so
+    assert [s["asked"] for s in plan.as_record()["sources"]] == [0.75, 0.25]
     border = plan.mixture.segments[1].start // plan.mixture.block
     first = trained(plan, 0, border)
     assert first / first.sum() == pytest.approx([0.75, 0.25], abs=0.03)
