@@ -70,6 +70,13 @@ def init(
         str | None, typer.Option(help="The model to continue: a folder, a run or a Hub name.", show_default=False)
     ] = None,
     replay: Annotated[str | None, typer.Option(help="Old text to replay.", show_default=False)] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows to test with (classify, probe, few-shot); the last two keep a fifth of --data without it.",
+            show_default=False,
+        ),
+    ] = None,
     template: Annotated[
         str | None,
         typer.Option(
@@ -92,13 +99,15 @@ def init(
                 expected="--data and --model",
                 way_out="name a --template, for which what is not given is made",
             )
+        if test is not None:
+            raise StageError("rows to test are of a template", where="--test", expected="a --template")
         from postgrad.stages.init import write_stage
 
         found = write_stage(place, data=data, model=model, replay=replay, cache=cache_folder(), force=force)
     else:
         from postgrad.stages.templates import Asked, write_template
 
-        found = write_template(place, template, Asked(name, data, model, replay), force=force)
+        found = write_template(place, template, Asked(name, data, model, replay, test), force=force)
     _print(found, as_json, found.pop("text"))
 
 

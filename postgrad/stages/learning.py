@@ -22,8 +22,8 @@ run and its noise, and ten times as many would not bring ten times as much."""
 
 def losses_by_source(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """For each source: `first` and `last` loss in nats per trained token, their `change` with its 95 % interval (`low`, `high`,
-    where there are two steps in each tenth), `per_million`, the change per million of its trained tokens (where they are at least
-    `LEAST`), and `share`, the part of all nats that it makes up.
+    where there are two steps in each tenth), `per_million`, the change per million of its trained tokens (of `LEAST` or more),
+    and `share`, the part of all nats that it makes up.
 
     The mean of a tenth is a ratio of sums over m steps, sum(n) / sum(t); its variance is taken to be
     m / (m - 1) sum((n - mean t)^2) / sum(t)^2 (Cochran 1977, Sampling Techniques, chapter 6, without the correction for

@@ -7,8 +7,9 @@ model a second stage trains a small one first. The texts of the files lie in `te
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 from postgrad.data.formats import read_documents
 from postgrad.data.material import ROWS, write_rows, write_texts
+from postgrad.data.parted import part_rows
 from postgrad.data.sources import Source
 from postgrad.errors import DataError, StageError, nearest
 from postgrad.planning import shift
@@ -37,6 +39,7 @@ class Asked:
     data: str | None
     model: str | None
     replay: str | None
+    test: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,16 @@ KINDS: Mapping[str, Kind] = {
 """The strategies by name."""
 
 
+_TESTED = ("classify", "probe", "few-shot")
+"""The strategies that put rows aside to test; of the last two a user's rows are parted, where no `--test` is named."""
+
+
 class Written(NamedTuple):
-    """The files of a template, the commands that carry it out, in order, and the folder of what had to be made."""
+    """The files of a template, the commands that carry it out, in order, and what is said of what had to be made."""
 
     files: list[Path]
     commands: list[str]
-    material: Path | None
+    made: list[str]
 
 
 def write_template(place: Path, kind: str, asked: Asked, *, force: bool) -> dict[str, Any]:
@@ -90,11 +97,36 @@ def write_template(place: Path, kind: str, asked: Asked, *, force: bool) -> dict
     there = [path for path in wanted if path.exists()]
     if there and not force:
         raise StageError(f"{there[0]} is there already", where="init", way_out="choose another name, or give --force")
+    _refuse_test(kind, asked)
     written = _write(place, kind, asked)
-    said = [f"made {written.material}/ from this Python's own documentation and library"] if written.material else []
-    said += [f"wrote {path}" for path in written.files]
+    said = [*written.made, *(f"wrote {path}" for path in written.files)]
     said += ["carry it out:", *(f"  {command}" for command in written.commands), f"next: {written.commands[0]}"]
     return {"text": "\n".join(said), "files": [str(path) for path in written.files], "commands": written.commands}
+
+
+def _refuse_test(kind: str, asked: Asked) -> None:
+    """Raise `StageError` for rows to test that no file would name."""
+    if asked.test is not None and kind not in _TESTED:
+        raise StageError(
+            f"{kind} puts no rows aside to test", where="--test", expected=f"a --template of {', '.join(_TESTED)}"
+        )
+    if asked.test is not None and asked.data is None:
+        raise StageError(
+            "there are rows to test and none to learn from",
+            where="--test",
+            expected="--data with rows of the same kind",
+        )
+
+
+def _parted(kind: str, asked: Asked, folder: Path) -> tuple[Asked, list[str]]:
+    """The user's rows in two files, where a strategy needs both and one is named; and what is said of it."""
+    if kind not in ("probe", "few-shot") or asked.data is None or asked.test is not None:
+        return asked, []
+    train, test = (folder / f"rows.{part}.jsonl" for part in ("train", "test"))
+    counts = part_rows(Source("rows", asked.data, root=Path.cwd(), where="--data"), train, test)
+    names = [f"{folder.name}/{place.name}" for place in (train, test)]
+    said = f"parted {asked.data}: {counts[0]:,} rows in {names[0]}, {counts[1]:,} to test in {names[1]}"
+    return replace(asked, data=names[0], test=names[1]), [said]
 
 
 def _besides(kind: str, asked: Asked) -> list[str]:
@@ -106,6 +138,7 @@ def _besides(kind: str, asked: Asked) -> list[str]:
 def _write(place: Path, kind: str, asked: Asked) -> Written:
     spec = KINDS[kind]
     folder = f"{asked.name}-data"
+    asked, made = _parted(kind, asked, place.parent / folder)
     values = {**_common(place, kind, asked, folder), **_SPECIAL.get(kind, _nothing)(asked, folder)}
     texts: dict[Path, str] = {}
     commands: list[str] = []
@@ -120,21 +153,23 @@ def _write(place: Path, kind: str, asked: Asked) -> Written:
     if kind == "probe":
         commands.append(f"postgrad probe {values['probed']} --report {asked.name}.html")
     texts[place] = _filled(kind, values)
-    material = _make_material(place.parent / folder, "\n".join(texts.values()))
+    if _make_material(place.parent / folder, "\n".join(texts.values())):
+        made.insert(0, f"made {folder}/ from this Python's own documentation and library")
     for path, text in texts.items():
         write_atomically(path, text)
     load_stage(place)  # what is written can be read
-    return Written(list(texts), [*commands, f"postgrad train {place.name}"], material)
+    return Written(list(texts), [*commands, f"postgrad train {place.name}"], made)
 
 
-def _make_material(folder: Path, text: str) -> Path | None:
-    """Make what the files name of it, before they are there; the folder, when it is needed at all."""
-    if re.search(rf"\b{re.escape(folder.name)}/(old|new)\b", text):
+def _make_material(folder: Path, text: str) -> bool:
+    """Make what the files name of it, before they are there; whether that was anything at all."""
+    texts = re.search(rf"\b{re.escape(folder.name)}/(old|new)\b", text) is not None
+    if texts:
         write_texts(folder)
-    for rows in ROWS:
-        if f"{folder.name}/{rows}." in text:
-            write_rows(folder, rows)
-    return folder if f"{folder.name}/" in text else None
+    named = [rows for rows in ROWS if f"{folder.name}/{rows}." in text]
+    for rows in named:
+        write_rows(folder, rows)
+    return texts or bool(named)
 
 
 def _filled(name: str, values: Mapping[str, str]) -> str:
@@ -178,7 +213,7 @@ def _common(place: Path, kind: str, asked: Asked, folder: str) -> dict[str, str]
         "replay": _quoted(asked.replay or f"{folder}/old.jsonl"),
         "peak": peak,
         "floor": floor,
-        "sets": _listed(measured.get(kind, {})) if ours else "",
+        "sets": _listed(measured.get(kind, {}) if ours else _tested(asked)),
         "figures": _comment(spec.figures) if ours and (own_model or spec.base is None) else "",
         "held": ", held_out: 0" if ours else "",
         "chooser": "valid" if ours else "rows",
@@ -196,6 +231,11 @@ def _listed(sets: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(
         line for role, items in sets.items() for line in (f"  {role}:", *(f"    - {item}" for item in items))
     )
+
+
+def _tested(asked: Asked) -> dict[str, list[str]]:
+    """The user's rows that are looked at once, at the end."""
+    return {"test": [f"{{name: final, path: {_quoted(asked.test)}, like: rows}}"]} if asked.test else {}
 
 
 def _like(name: str, rows: str, part: str, source: str) -> str:
@@ -222,7 +262,7 @@ def _probed(asked: Asked, folder: str) -> dict[str, str]:
     """What the verb `probe` is given, in a line and as the head of the file has it."""
     model = asked.model or f"runs/{asked.name}-base"
     if asked.data:
-        given = f"{model} {asked.data} TEST-ROWS"
+        given = shlex.join([model, asked.data, str(asked.test)])
     else:
         parts = {part: f"{folder}/labelled.{part}.jsonl" for part in ("train", "test", "valid")}
         given = f"{model} {parts['train']} {parts['test']} --dev {parts['valid']} --kind labelled"
@@ -253,7 +293,7 @@ def _few_shot(asked: Asked, folder: str) -> dict[str, str]:
     """The questions of the tasks file, once more inside of the stage."""
     values = {
         "train": _quoted(asked.data or f"{folder}/choices.train.jsonl"),
-        "test": _quoted(asked.data or f"{folder}/choices.test.jsonl"),
+        "test": _quoted(asked.test or f"{folder}/choices.test.jsonl"),
         "kind": "auto" if asked.data else "choices",
         "name": asked.name,
     }
@@ -265,6 +305,8 @@ def _few_shot(asked: Asked, folder: str) -> dict[str, str]:
 def _continue(asked: Asked, folder: str) -> dict[str, str]:
     """As much replay as the shift between the two texts asks for."""
     old, new = asked.replay or f"{folder}/old.jsonl", asked.data or f"{folder}/new.jsonl"
+    if asked.replay is None or asked.data is None:
+        write_texts(Path(folder))
     try:
         found = shift.divergence(
             *(shift.byte_counts(_passages(where, path)) for where, path in (("--replay", old), ("--data", new)))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from postgrad.data import material
-from postgrad.errors import StageError
+from postgrad.errors import DataError, StageError
 from postgrad.lineage.record import read_record
 from postgrad.stages.parsing import load_stage
 from postgrad.stages.plan import make_plan
@@ -114,6 +115,54 @@ def test_rows_of_the_user_are_classified(here: Path, made: Path, cache: Path) ->
     trained("try-base.yaml", here, cache, "model.tokenizer.vocabulary=400", "data.sources.0.max_passes=100")
     record = trained("try.yaml", here, cache, "data.sources.0.max_passes=1000").record
     assert record["scores"]["after"]["rows"]["metrics"]["accuracy"]["value"] >= 0
+
+
+def test_the_shift_of_our_own_texts_is_told_when_they_are_only_just_made(here: Path) -> None:
+    first, again = (
+        write_template(Path("try.yaml"), "continue", Asked("try", None, None, None), force=True)
+        and (here / "try.yaml").read_text()
+        for _ in range(2)
+    )
+    assert first == again and "a weak shift" in first
+
+
+@pytest.mark.parametrize("kind", ["few-shot", "probe"])
+def test_one_file_of_the_users_is_parted(kind: str, here: Path, made: Path, cache: Path) -> None:
+    rows = [{"text": f"{word} {n}", "label": word} for n in range(40) for word in ("one", "two")]
+    (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:7]]))
+    found = written(kind, made, here, data="mine.jsonl")
+    assert (
+        "parted mine.jsonl: 64 rows in try-data/rows.train.jsonl, 16 to test in try-data/rows.test.jsonl"
+        in found["text"]
+    )
+    parts = [(here / "try-data" / f"rows.{part}.jsonl").read_text().splitlines() for part in ("train", "test")]
+    assert not {*parts[0]} & {*parts[1]}
+    assert sorted(json.loads(line)["text"] for part in parts for line in part) == sorted(row["text"] for row in rows)
+    trained("try-base.yaml", here, cache, "model.tokenizer.vocabulary=400", "data.sources.0.max_passes=100")
+    record = trained("try.yaml", here, cache, "data.sources.0.max_passes=1000").record
+    if kind == "few-shot":
+        assert {task["name"]: task["items"] for task in record["tasks"]} == {"zero-shot": 16, "four-shot": 16}
+        return
+    assert record["scores"]["after"]["final"]["documents"] == 16
+    probed = next(command for command in found["commands"] if " probe " in command)
+    assert "try-data/rows.train.jsonl try-data/rows.test.jsonl" in probed
+
+
+def test_rows_to_test_are_named_or_refused(here: Path, made: Path) -> None:
+    (here / "mine.jsonl").write_text('{"text": "a", "label": "b"}\n' * 100)
+    found = written("few-shot", made, here, data="mine.jsonl", test="its test.jsonl")
+    assert "parted" not in found["text"]
+    (zero, four) = yaml.safe_load((here / "try-tasks.yaml").read_text())
+    assert zero["path"] == four["path"] == "its test.jsonl" and four["shown"]["path"] == "mine.jsonl"
+    write_template(Path("c.yaml"), "classify", Asked("c", "mine.jsonl", "bert", None, "t.jsonl"), force=False)
+    assert [entry.path for entry in load_stage(here / "c.yaml").evaluation.test] == ["t.jsonl"]  # type: ignore[union-attr]
+    with pytest.raises(StageError, match="mlm puts no rows aside"):
+        write_template(Path("b.yaml"), "mlm", Asked("b", "mine.txt", None, None, "t.jsonl"), force=False)
+    with pytest.raises(StageError, match="none to learn from"):
+        write_template(Path("b.yaml"), "probe", Asked("b", None, None, None, "t.jsonl"), force=False)
+    with pytest.raises(DataError, match="1 different rows"):  # copies are one row
+        write_template(Path("b.yaml"), "probe", Asked("b", "mine.jsonl", None, None), force=False)
+    assert not (here / "b.yaml").exists() and not (here / "b-data").exists()
 
 
 def test_nothing_is_made_that_no_file_names(here: Path) -> None:
