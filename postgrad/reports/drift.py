@@ -97,7 +97,7 @@ def section(record: Mapping[str, object]) -> str:
             )
         )
     said = about("A loss can stay the same while a model says other things. Measured on a part of each held-out set.")
-    return f'{said}<div class="scroll">{table.html()}</div>{side_by_side(*drawn)}'
+    return f"{said}{table.html()}{side_by_side(*drawn)}"
 
 
 def _with_interval(entry: object) -> Cell:

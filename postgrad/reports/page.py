@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from postgrad.reports import drift, figures, tables, tasks
+from postgrad.reports import drift, figures, selection, tables, tasks
 from postgrad.reports.figures import Estimate, Level, Mark, Series, Spot
 from postgrad.reports.notation import (
     compact,
@@ -171,6 +171,7 @@ def run_page(record: Mapping[str, object], metrics: Iterable[Mapping[str, object
         ("drift", "Drift", "How far it has moved", drift.section(record)),
         ("training", "Training", "Training", _training(record, curves)),
         ("mixture", "Mixture", "What was read", _mixture(record)),
+        ("selection", "Selection", "Which documents were read", selection.section(record)),
         ("samples", "Samples", "Text before and after", _samples(record)),
         ("method", "Method", "Stage and machine", _method(record)),
         ("again", "Reproduce", "Where it comes from, and how to do it again", _again(record)),

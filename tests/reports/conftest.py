@@ -34,6 +34,30 @@ def score(nats: float, documents: int) -> dict:
     }
 
 
+DUPLICATES = {
+    "kind": "duplicates",
+    "how": "documents that share less than 80 % of their runs of five words with one before",
+    "before": {"documents": 9000, "tokens": 30_100_000},
+    "after": {"documents": 8400, "tokens": 27_900_000},
+    "unit": "",
+    "edges": None,
+    "values": None,
+    "kept": [{"text": "A trial of two drugs.", "value": None}],
+    "dropped": [{"text": "A trial of three drugs.", "value": None, "like": "A trial of two drugs, again."}],
+}
+DSIR = {
+    "kind": "dsir",
+    "how": "50 % of the documents, those most like papers-heldout.jsonl",
+    "before": {"documents": 8400, "tokens": 27_900_000},
+    "after": {"documents": 4200, "tokens": 18_600_000},
+    "unit": "nats/n-gram",
+    "edges": None,
+    "values": {"edges": [-1.0, 0.0, 1.0], "kept": [0, 4200], "dropped": [4100, 100]},
+    "kept": [{"text": "Background: we asked 20 women.", "value": 0.151}],
+    "dropped": [{"text": "Once upon a time.", "value": -1.104}],
+}
+
+
 def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float = 0.3312) -> dict:
     start = {"general": 2.4418, "code": 1.8127, "papers": 2.3104}
     move = {"general": forgetting, "code": forgetting * 0.4 - 0.003, "papers": -gain}
@@ -108,6 +132,7 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
                     "trained": 18_000_000,
                     "passes": 0.74,
                     "available": 24_310_221,
+                    "selected": [dict(DUPLICATES), dict(DSIR)],
                 },
                 {
                     "name": "replay",
