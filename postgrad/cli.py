@@ -239,6 +239,44 @@ def restore(
         raise typer.Exit(4)
 
 
+@app.command()
+def advise(
+    stage: StageFile,
+    overrides: Overrides = None,
+    max_forgetting: Annotated[
+        str, typer.Option(help="The largest rise of the loss on old text, as a share of it, e.g. 1%.")
+    ] = "1%",
+    pilots: Annotated[int, typer.Option(help="Short runs to learn from, 4 to 12.")] = 5,
+    replay: Annotated[
+        str | None, typer.Option(help="Old text to replay, when the stage names none.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The stage to write; left out: STAGE-advised.yaml.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find, by short pilots, the replay and the peak rate that keep forgetting within a bound, and write that stage."""
+    needs_training()
+    from postgrad.screen import screen_for, watch
+    from postgrad.stages.advise import Wish, piloted, plan_advice, write_advice
+    from postgrad.stages.advise import advise as advised
+    from postgrad.stages.amounts import share_of
+    from postgrad.stages.run import Stopped
+
+    wish = Wish(stage, tuple(overrides or ()), share_of(max_forgetting, "--max-forgetting"), pilots, replay, out)
+    asked = plan_advice(wish, cache_folder())
+    command = shlex.join(["postgrad", *sys.argv[1:]])
+    try:
+        outcome = watch(piloted(asked, command), screen_for(as_json))
+    except KeyboardInterrupt:
+        raise Interrupted("stopped", way_out=f"go on with: {command}") from None
+    if isinstance(outcome, Stopped):
+        _print({"status": "stopped", "next": command}, as_json, f"stopped\nnext: {command}")
+        raise typer.Exit(3)
+    found = write_advice(asked, advised(asked))
+    _print(found, as_json, found.pop("text"))
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.", show_default=False)],

@@ -52,12 +52,17 @@ def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
 
     Raises `StageError` with `file: key.path`, what was met and what was expected.
     """
+    return parse_stage(read_stage(path, overrides), str(path))
+
+
+def read_stage(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A stage file as plain data, with `key.sub=value` overrides applied, before its keys are looked at."""
     raw = _read(path, "the stage file")
     if not isinstance(raw, dict):
         raise StageError("a stage is a mapping of keys to values", where=str(path))
     for override in overrides or []:
         _override(raw, override)
-    return parse_stage(raw, str(path))
+    return raw
 
 
 def parse_stage(raw: dict[str, Any], where: str) -> Stage:

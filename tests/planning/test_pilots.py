@@ -1,0 +1,165 @@
+"""Pilots: what they may cost, laws found again from drawn runs, and a choice that keeps within its bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from postgrad.errors import DataError, StageError
+from postgrad.planning import pilots as p
+
+TOKENS, PEAK = 1_000_000, 1e-3
+SLOPES = {"rise": (0.05, 0.45, 0.4), "fall": (0.17, 0.25, 0.1)}
+"""Of tokens, share and peak in the runs that are drawn here."""
+
+
+def truth(setting: p.Setting, tokens: float, scale: float = 0.3) -> tuple[float, float]:
+    """The rise on old text and the fall on new text of a run without noise."""
+    share, part, length = setting.share, math.log(setting.peak / PEAK), math.log(tokens / TOKENS)
+    rise, fall = SLOPES["rise"], SLOPES["fall"]
+    odds = math.log((1 - share) / share)
+    return (
+        scale * math.exp(rise[0] * length + rise[1] * odds + rise[2] * part),
+        1.2 * math.exp(fall[0] * length + fall[1] * math.log(1 - share) + fall[2] * part),
+    )
+
+
+def drawn(pilot: p.Pilot, rng: np.random.Generator, *, explored: bool, scale: float = 0.3) -> p.Found:
+    rise, fall = truth(pilot.setting, pilot.tokens, scale)
+    return p.Found(
+        pilot,
+        {"old": rise * math.exp(rng.normal(0, 0.05))},
+        {"new": fall * math.exp(rng.normal(0, 0.01))},
+        explored,
+    )
+
+
+def advised(seed: int, bound: float, scale: float = 0.3, count: int = 6) -> tuple[p.Laws, p.Choice]:
+    rng = np.random.default_rng(seed)
+    found = [drawn(t, rng, explored=True, scale=scale) for t in p.exploring(count, PEAK, TOKENS, 256)]
+    first = p.choose(p.fit_pilots(found, lambda _: TOKENS, PEAK, 1e-4), {"old": bound})
+    found.append(drawn(p.confirming(first.setting, TOKENS), rng, explored=False, scale=scale))
+    laws = p.fit_pilots(found, lambda _: TOKENS, PEAK, 1e-4)
+    return laws, p.choose(laws, {"old": bound})
+
+
+@pytest.mark.parametrize("count", [4, 5, 8, 12])
+def test_pilots_cost_less_than_a_tenth_and_differ(count: int) -> None:
+    explored = p.exploring(count, PEAK, TOKENS, 256)
+    assert len(explored) == count - 1 == len({pilot.setting for pilot in explored})
+    total = sum(pilot.tokens for pilot in explored) + p.confirming(explored[0].setting, TOKENS).tokens
+    assert 0.09 * TOKENS < total < 0.1 * TOKENS
+    assert all(0 < pilot.setting.share < 1 and 0 < pilot.setting.peak <= PEAK for pilot in explored)
+    assert len({pilot.setting.peak for pilot in explored}) > 1
+
+
+def test_a_run_too_short_for_pilots_says_what_is_needed() -> None:
+    with pytest.raises(StageError, match="of 12 pilots") as error:
+        p.exploring(12, PEAK, 400_000, 512)
+    able = int(str(error.value).rsplit("--pilots ", 1)[1])
+    assert len(p.exploring(able, PEAK, 400_000, 512)) == able - 1
+    with pytest.raises(StageError):
+        p.exploring(able + 1, PEAK, 400_000, 512)
+    with pytest.raises(StageError, match="a budget of") as error:
+        p.exploring(4, PEAK, 20_000, 512)
+    needed = int(str(error.value).split("a budget of ")[1].split(" ")[0].replace(",", ""))
+    assert p.exploring(4, PEAK, needed + 1, 512)
+    for count in (3, 13):
+        with pytest.raises(StageError, match=f"{count} pilots"):
+            p.exploring(count, PEAK, TOKENS, 256)
+
+
+def test_log_linear_is_the_closed_form_of_its_noise() -> None:
+    rng = np.random.default_rng(0)
+    rows, logs = rng.normal(size=(9, 3)), rng.normal(size=9)
+    begin = [p.Beginning(0.0, 2.0), p.Beginning(1.0, 0.5), p.Beginning(-1.0, 1e-6)]
+    found = p.log_linear(rows, logs, begin, 0.3)
+    # The same as least squares with the beginnings as further, weighted rows.
+    weights = np.array([b.spread for b in begin])
+    stacked = np.concatenate([rows / found.noise, np.diag(1 / weights)])
+    aims = np.concatenate([logs / found.noise, np.array([b.mean for b in begin]) / weights])
+    assert found.mean_K == pytest.approx(np.linalg.lstsq(stacked, aims, rcond=None)[0], abs=1e-6)
+    assert found.covariance_KK == pytest.approx(np.linalg.inv(stacked.T @ stacked), abs=1e-9)
+    assert found.mean_K[2] == pytest.approx(-1.0, abs=1e-4)  # so sure before that nothing moves it
+    log, spread = found.predict(np.array([1.0, 0.0, 0.0]))
+    assert log == pytest.approx(found.mean_K[0])
+    assert spread == pytest.approx(math.sqrt(found.covariance_KK[0, 0] + found.noise**2))
+    # Much data outweighs the beginning.
+    rows = np.c_[np.ones(4000), rng.normal(size=(4000, 2))]
+    logs = rows @ [0.5, 2.0, 3.0] + rng.normal(0, 0.2, 4000)
+    settled = p.log_linear(rows, logs, [p.Beginning(0, 1)] * 3, 0.05)
+    assert settled.mean_K == pytest.approx([0.5, 2.0, 3.0], abs=0.02)
+    assert settled.noise == pytest.approx(0.2, rel=0.05)
+
+
+@pytest.mark.parametrize("bound", [0.2, 0.3, 0.5])
+def test_what_is_advised_keeps_within_the_bound_and_wastes_little(bound: float) -> None:
+    kept, wasted, covered = [], [], []
+    for seed in range(20):
+        laws, choice = advised(seed, bound)
+        assert choice.within
+        rise, fall = truth(choice.setting, TOKENS)
+        kept.append(rise <= bound)
+        odds = (bound / truth(p.Setting(0.5, choice.setting.peak), TOKENS)[0]) ** (1 / SLOPES["rise"][1])
+        smallest = max(1 / (1 + odds), p.LEAST_SHARE)
+        wasted.append(choice.setting.share / smallest)
+        found = laws.rise("old", choice.setting)
+        covered.append(found.low <= rise <= found.high)
+        new = laws.fall("new", choice.setting)
+        covered.append(new.low <= fall <= new.high)
+    assert np.mean(kept) >= 0.9
+    assert np.median(wasted) < 1.8
+    assert np.mean(covered) >= 0.9
+
+
+def test_without_a_margin_the_bound_is_often_broken() -> None:
+    """The mutant: a choice by what is expected alone."""
+    broken = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        found = [drawn(t, rng, explored=True) for t in p.exploring(6, PEAK, TOKENS, 256)]
+        found.append(drawn(p.confirming(p.Setting(0.3, PEAK), TOKENS), rng, explored=False))
+        laws = p.fit_pilots(found, lambda _: TOKENS, PEAK, 1e-4)
+        for sure, mistakes in ((0.5, 1), (p.SURE, 0)):
+            setting = p.choose(laws, {"old": 0.2}, sure=sure).setting
+            broken += mistakes * (truth(setting, TOKENS)[0] > 0.2)
+    assert broken >= 4
+
+
+def test_a_tighter_bound_takes_more_replay_and_an_impossible_one_is_told() -> None:
+    laws, _ = advised(0, 0.2)
+    shares = []
+    for bound in (0.15, 0.2, 0.3, 0.5):
+        choice = p.choose(laws, {"old": bound})
+        shares.append(choice.setting.share * PEAK / choice.setting.peak)
+        at = laws.rise("old", choice.setting, sure=p.SURE).high
+        assert choice.within and at <= bound
+        # A little less replay would not do, unless it is the least there is.
+        less = p.Setting(choice.setting.share - 0.002, choice.setting.peak)
+        assert choice.setting.share <= p.LEAST_SHARE or laws.rise("old", less, sure=p.SURE).high > bound
+    assert shares == sorted(shares, reverse=True)
+    never = p.choose(laws, {"old": 1e-4})
+    assert not never.within and never.setting == p.Setting(p.MOST_SHARE, p.LOWEST_PEAK * PEAK)
+    assert p.choose(laws, {"old": 0.1}, most=0.2).setting.share <= 0.2
+    assert p.choose(laws, {"old": 50.0}).setting.share == p.LEAST_SHARE
+
+
+def test_the_strictest_of_several_bounds_decides() -> None:
+    laws, choice = advised(0, 0.2)
+    both = replace(laws, rises={"old": laws.rises["old"], "older": laws.rises["old"]})
+    strict = p.choose(laws, {"old": 0.1})
+    assert p.choose(both, {"old": 0.2, "older": 0.1}) == strict != choice
+
+
+def test_changes_that_are_none_count_as_the_floor_and_few_pilots_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    found = [drawn(t, rng, explored=True) for t in p.exploring(4, PEAK, TOKENS, 256)]
+    found[0] = replace(found[0], rises={"old": -0.01})
+    at_floor = replace(found[0], rises={"old": 0.001})
+    fitted = [p.fit_pilots([one, *found[1:]], lambda _: TOKENS, PEAK, 0.001) for one in (found[0], at_floor)]
+    assert fitted[0].rises["old"].mean_K == pytest.approx(fitted[1].rises["old"].mean_K)
+    with pytest.raises(DataError, match="2 pilots are too few to fit"):
+        p.fit_pilots(found[:2], lambda _: TOKENS, PEAK, 0.001)
