@@ -169,6 +169,12 @@ def _refuse(stage: s.Stage, wish: Wish) -> None:
             f"a bound of {100 * wish.bound:g}%", where="--max-forgetting", expected="a share above 0, such as 1%"
         )
     out = wish.out or wish.stage.with_name(f"{wish.stage.stem}-advised.yaml")
+    if out.resolve().parent != wish.stage.resolve().parent:
+        raise StageError(
+            f"{out} lies in another folder than {wish.stage}, from where the paths in it count",
+            where="--out",
+            expected="a file beside the stage",
+        )
     if out.exists() and not out.read_text(errors="replace").startswith(_HEAD):
         raise StageError(
             f"{out} is there already, and is not of our writing", where="--out", way_out="name another file"
@@ -295,7 +301,7 @@ def piloted(asked: Asked, command: str) -> Iterator[Event]:
     for number, pilot in enumerate(asked.explored, 1):
         if (yield from _piloted(asked, pilot, f"pilot {number} of {count}", command)):
             return
-    choice = _choice(asked, asked.explored)
+    choice = _proposed(asked)
     if choice.within:
         last = confirming(choice.setting, asked.plan.tokens)
         yield from _piloted(asked, last, f"pilot {count} of {count}, which tries what the others propose", command)
@@ -347,12 +353,19 @@ def _before(asked: Asked, role: str) -> dict[str, float]:
 
 def _fitted(asked: Asked, tried: Sequence[Pilot]) -> Laws:
     floor = _FLOOR * min(_before(asked, "retained").values())
-    return fit_pilots([_found(asked, pilot) for pilot in tried], asked.tokens, asked.peak, floor)
+    guess = math.log(asked.plan.vocabulary)
+    unknown = [name for name, nats in _before(asked, "learned").items() if nats > guess]
+    return fit_pilots([_found(asked, pilot) for pilot in tried], asked.tokens, asked.peak, floor, unknown)
 
 
-def _choice(asked: Asked, tried: Sequence[Pilot]) -> Choice:
+def _proposed(asked: Asked) -> Choice:
+    """What the exploring pilots propose to try at length: as likely to break the bound as to keep it, so the answer is near."""
+    return _choice(asked, asked.explored, sure=0.5)
+
+
+def _choice(asked: Asked, tried: Sequence[Pilot], sure: float = SURE) -> Choice:
     bounds = {name: asked.wish.bound * nats for name, nats in _before(asked, "retained").items()}
-    return choose(_fitted(asked, tried), bounds, most=asked.most)
+    return choose(_fitted(asked, tried), bounds, sure=sure, most=asked.most)
 
 
 # --- the advice -----------------------------------------------------------------------------------------
@@ -375,7 +388,7 @@ class Advice:
 
 def advise(asked: Asked) -> Advice:
     """What the pilots say, once all are finished. Raises `StageError` when no setting keeps within the bound."""
-    choice = _choice(asked, asked.explored)
+    choice = _proposed(asked)
     if not choice.within:
         raise _beyond(asked, asked.explored, choice)
     tried = (*asked.explored, confirming(choice.setting, asked.plan.tokens))

@@ -40,7 +40,7 @@ def drawn(pilot: p.Pilot, rng: np.random.Generator, *, explored: bool, scale: fl
 def advised(seed: int, bound: float, scale: float = 0.3, count: int = 6) -> tuple[p.Laws, p.Choice]:
     rng = np.random.default_rng(seed)
     found = [drawn(t, rng, explored=True, scale=scale) for t in p.exploring(count, PEAK, TOKENS, 256)]
-    first = p.choose(p.fit_pilots(found, lambda _: TOKENS, PEAK, 1e-4), {"old": bound})
+    first = p.choose(p.fit_pilots(found, lambda _: TOKENS, PEAK, 1e-4), {"old": bound}, sure=0.5)
     found.append(drawn(p.confirming(first.setting, TOKENS), rng, explored=False, scale=scale))
     laws = p.fit_pilots(found, lambda _: TOKENS, PEAK, 1e-4)
     return laws, p.choose(laws, {"old": bound})
@@ -163,3 +163,13 @@ def test_changes_that_are_none_count_as_the_floor_and_few_pilots_are_refused() -
     assert fitted[0].rises["old"].mean_K == pytest.approx(fitted[1].rises["old"].mean_K)
     with pytest.raises(DataError, match="2 pilots are too few to fit"):
         p.fit_pilots(found[:2], lambda _: TOKENS, PEAK, 0.001)
+
+
+def test_a_start_that_knows_nothing_of_the_text_says_less_of_the_rest() -> None:
+    rng = np.random.default_rng(0)
+    found = [drawn(t, rng, explored=True) for t in p.exploring(4, PEAK, TOKENS, 256)]
+    found.append(drawn(p.confirming(p.Setting(0.2, PEAK), TOKENS), rng, explored=False))
+    known, unknown = (p.fit_pilots(found, lambda _: TOKENS, PEAK, 1e-4, names) for names in ((), ("new",)))
+    told, doubted = (laws.fall("new", p.Setting(0.2, PEAK)) for laws in (known, unknown))
+    assert doubted.value < told.value and doubted.high / doubted.low > told.high / told.low
+    assert known.rise("old", p.Setting(0.2, PEAK)) == unknown.rise("old", p.Setting(0.2, PEAK))

@@ -233,6 +233,8 @@ def test_what_cannot_be_advised_is_refused(shelf: Shelf) -> None:
     theirs.write_text("name: theirs\n")
     with pytest.raises(StageError, match="not of our writing"):
         plan_advice(wish(written(shelf, "bad"), out=theirs), shelf.cache)
+    with pytest.raises(StageError, match="lies in another folder"):
+        plan_advice(wish(written(shelf, "bad"), out=shelf.home / "runs" / "out.yaml"), shelf.cache)
     fresh = yaml.safe_load(written(shelf, "bad").read_text()) | {"model": {"fresh": "llama-1M"}}
     (shelf.home / "bad.yaml").write_text(yaml.safe_dump(fresh))
     with pytest.raises(StageError, match="nothing to forget"):
