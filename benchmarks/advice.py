@@ -68,6 +68,12 @@ def carried_out(stage: Found, root: Path, cache: Path) -> Found:
     return last.record
 
 
+def named(root: Path, corpus: str, share: float, peak: float) -> Found:
+    """The name and the folder of a run, by what it is of."""
+    name = f"{corpus}-{share:.4g}-{peak:.3g}"
+    return {"name": name, "output": str(root / "runs" / name)}
+
+
 def case(given: argparse.Namespace, corpus: str, path: str, bound: str, cache: Path) -> Found:
     """One text and bound: the advice, the run, and the run with less replay."""
     root = Path(given.work)
@@ -85,8 +91,8 @@ def case(given: argparse.Namespace, corpus: str, path: str, bound: str, cache: P
     except StageError as error:
         return {**row, "impossible": str(error)}
     row |= {key: found[key] for key in ("share", "peak", "tokens", "run_tokens", "old", "rise", "new", "pilots")}
-    stage = read_stage(out) | {"name": out.stem, "output": str(root / "runs" / out.stem), "max_forgetting": None}
-    ran = carried_out(stage, root, cache)
+    stage = read_stage(out) | {"max_forgetting": None}
+    ran = carried_out(stage | named(root, corpus, found["share"], found["peak"]), root, cache)
     row["measured"] = {
         "old": ran["scores"]["after"]["old"]["nats"],
         "new": ran["scores"]["after"]["new"]["nats"],
