@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -503,6 +504,81 @@ def blend(
         cache=cache_folder(),
     )
     _print(found, as_json, found.pop("text"))
+
+
+@app.command()
+def study(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(help="Study files (YAML), carried out one after the other; or `init NAME`.", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done, and how long it takes.")
+    ] = False,
+    template: Annotated[str, typer.Option(help="With `init`: paper or levers.", show_default=False)] = "levers",
+    size: Annotated[str, typer.Option(help="With `init --template paper`: laptop or gpu.")] = "laptop",
+    force: Annotated[bool, typer.Option("--force", help="With `init`: overwrite the files.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Carry out many stages from one base, side by side: one table, one frontier, one page. The same command goes on."""
+    needs_training()
+    if not files:
+        raise StageError("no study is named", where="study", expected="a study file, or `init NAME --template paper`")
+    if files[0] == "init":
+        from postgrad.stages.study_templates import write_study
+
+        if len(files) != 2:
+            raise StageError("a new study has one name", where="study init", expected="postgrad study init NAME")
+        found = write_study(Path(f"{files[1]}.yaml"), template, size, force=force)
+        _print(found, as_json, found.pop("text"))
+        return
+    command = shlex.join(["postgrad", "study", *files])
+    told, worst = [], 0
+    for file in files:
+        record, code = _one_study(Path(file), command, dry_run, as_json)
+        told.append(record)
+        worst = max(worst, code)
+        if code == 3:
+            break
+    if as_json:
+        print(json.dumps(told if len(told) > 1 else told[0], indent=1))
+    if worst:
+        raise typer.Exit(worst)
+
+
+def _one_study(file: Path, command: str, dry_run: bool, as_json: bool) -> tuple[dict[str, Any], int]:
+    """Carry out one study and say what came of it; what was found, and the exit code."""
+    from postgrad.stages.study_finish import finish, finish_text
+    from postgrad.stages.study_plan import devices, look_ahead, outlook_record, outlook_text
+    from postgrad.stages.study_run import count_time, prepare, run_study
+    from postgrad.study_screen import Standing, study_screen, watch_study
+
+    screen, begun = study_screen(as_json), time.perf_counter()
+    try:
+        prepared = prepare(file, cache_folder())
+        outlook = look_ahead(prepared, screen.say)
+        record = outlook_record(prepared, outlook)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped while the study was planned; nothing was trained", way_out=command) from None
+    finally:
+        screen.close()
+    text = outlook_text(prepared, record, devices())
+    if dry_run:
+        if not as_json:
+            print(f"{text}\nnext: {command}")
+        return record, 0
+    if not as_json:
+        print(text, flush=True)
+    count_time(prepared.folder, time.perf_counter() - begun)
+    standing = Standing(prepared.work, outlook.seconds)
+    try:
+        ended = watch_study(run_study(prepared, command=command), standing, screen)
+        found = finish(prepared, ended.failed)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped at once; what was saved is kept", way_out=command) from None
+    if not as_json:
+        print(finish_text(prepared, found, command, stopped=ended.stopped))
+    return found, 3 if ended.stopped else 1 if ended.failed else 0
 
 
 @app.command()

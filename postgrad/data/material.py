@@ -8,6 +8,7 @@ on. Rows: what a function does, which part of the library it is from, which word
 from __future__ import annotations
 
 import ast
+import dis
 import io
 import json
 import random
@@ -19,12 +20,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from postgrad.publish import write_atomically
 
 _DOCUMENT = 2000
 _HELD_OUT = 15
+_LISTED = 8
+"""Documents of a module's listing, which is several times as long as the module."""
 
 
 def write_texts(folder: Path) -> dict[str, int]:
@@ -50,6 +54,70 @@ def write_texts(folder: Path) -> dict[str, int]:
         sizes[name.split("-")[0]] += sum(map(len, unique))
     write_atomically(done, json.dumps(sizes))
     return sizes
+
+
+def write_kinds(folder: Path) -> dict[str, int]:
+    """Write four kinds of text, each parted into training and held-out documents; returns their characters.
+
+    `old`: documentation. `comments`: what is said beside code, prose of another kind. `code`: code without prose, also as three
+    parts. `listing`: what the interpreter makes of it. Whole modules are held out of all kinds alike.
+    """
+    done = folder / "kinds.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    kinds = ("old", "comments", "code", "listing")
+    texts: dict[str, list[str]] = {f"{kind}{held}": [] for kind in kinds for held in ("", "-heldout")}
+    texts |= {f"code-{part}": [] for part in (1, 2, 3)}
+    for number, path in enumerate(standard_library()):
+        try:
+            source = path.read_text("utf-8")
+            module = ast.parse(source)
+        except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
+            continue
+        held = "" if number % _HELD_OUT else "-heldout"
+        code = cut(without_prose(source))
+        texts[f"old{held}"] += docstrings(module)
+        texts[f"comments{held}"] += cut(comments(source))
+        texts[f"code{held}"] += code
+        if not held:
+            texts[f"code-{number % 3 + 1}"] += code
+        texts[f"listing{held}"] += cut(listing(source))[:_LISTED]
+    texts["old"] += topics()
+    sizes = {}
+    for name, documents in texts.items():
+        unique = list(dict.fromkeys(documents))
+        # Of a module's neighbouring documents few are scored, so that many modules are.
+        kept = _spread(unique, 150) if "heldout" in name else unique
+        write_atomically(folder / f"{name}.jsonl", _lines(kept))
+        sizes[name] = sum(map(len, kept))
+    write_atomically(done, json.dumps(sizes))
+    return sizes
+
+
+def _spread(documents: list[str], most: int) -> list[str]:
+    """At most so many of the documents, evenly from all of them."""
+    stride = max(1, -(-len(documents) // most))
+    return documents[::stride]
+
+
+def comments(source: str) -> str:
+    """The comments of a module, those that stand on lines of their own in a block one after the other."""
+    found = [line.strip().lstrip("#").strip() for line in source.splitlines() if line.strip().startswith("#")]
+    return "\n".join(line for line in found if re.search(r"[A-Za-z]{3}.* [a-z]{2}", line))
+
+
+def listing(source: str) -> str:
+    """A module as the interpreter's instructions, a line each, without addresses."""
+    lines = []
+    inside = [compile(source, "module", "exec")]
+    while inside:
+        code = inside.pop(0)
+        lines.append(f"{code.co_name}:")
+        for instruction in dis.get_instructions(code):
+            shown = "" if " at 0x" in instruction.argrepr else instruction.argrepr[:60]
+            lines.append(f"{instruction.opname} {shown}".rstrip())
+        inside += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return "\n".join(lines)
 
 
 def _lines(documents: list[str]) -> str:

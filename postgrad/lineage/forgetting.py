@@ -26,21 +26,28 @@ def bootstrap(
 ) -> tuple[float, float]:
     """The 95 % percentile interval of `sum(nats)/sum(tokens)` when whole units are drawn anew with replacement.
 
-    Both arrays have one entry a unit (a document). The same seed and number of units draw the same units, so intervals of
-    differences are paired by construction. A single unit has no interval: both ends are its own value.
+    Both arrays have one entry a unit (a document). A single unit has no interval: both ends are its own value.
+    """
+    low, high = np.quantile(redrawn(nats, tokens, seed=seed, resamples=resamples), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def redrawn(nats: np.ndarray, tokens: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
+    """`sum(nats)/sum(tokens)` for each of `resamples` draws of as many units with replacement.
+
+    The same seed and number of units draw the same units, so what is worked out of several models' draws, such as a
+    difference, is paired by construction.
     """
     units = len(nats)
     if units < 2:
-        value = float(nats.sum() / max(tokens.sum(), 1))
-        return value, value
+        return np.full(resamples, float(nats.sum() / max(tokens.sum(), 1)))
     rng = np.random.default_rng(seed)
     means = np.empty(resamples)
     rows = max(1, min(resamples, 20_000_000 // units))
     for begin in range(0, resamples, rows):
         drawn = rng.integers(0, units, (min(rows, resamples - begin), units))
         means[begin : begin + len(drawn)] = nats[drawn].sum(1) / tokens[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    return means
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,7 @@ def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
 
 def read_stage(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """A stage file as plain data, with `key.sub=value` overrides applied, before its keys are looked at."""
-    raw = _read(path, "the stage file")
-    if not isinstance(raw, dict):
-        raise StageError("a stage is a mapping of keys to values", where=str(path))
+    raw = read_mapping(path, "the stage file", "a stage is a mapping of keys to values")
     for override in overrides or []:
         _override(raw, override)
     return raw
@@ -70,7 +68,7 @@ def parse_stage(raw: dict[str, Any], where: str) -> Stage:
     try:
         return Stage.model_validate(raw)
     except ValidationError as error:
-        raise _readable(error, where, raw) from error
+        raise readable(error, where, raw) from error
 
 
 def load_tasks(path: Path, shots: int | None = None) -> list[Task]:
@@ -86,7 +84,15 @@ def load_tasks(path: Path, shots: int | None = None) -> list[Task]:
     try:
         return Evaluation.model_validate({"tasks": raw}).tasks
     except ValidationError as error:
-        raise _readable(error, str(path), {"tasks": raw}, Evaluation) from error
+        raise readable(error, str(path), {"tasks": raw}, Evaluation) from error
+
+
+def read_mapping(path: Path, what: str, expected: str) -> dict[str, Any]:
+    """A YAML file that says a mapping; `expected` is told of one that does not. Raises `StageError`."""
+    raw = _read(path, what)
+    if not isinstance(raw, dict):
+        raise StageError(expected, where=str(path))
+    return raw
 
 
 def _read(path: Path, what: str) -> Any:
@@ -145,7 +151,7 @@ def _item(items: list[Any], name: str, key: str) -> Any:
     )
 
 
-def _readable(error: ValidationError, where: str, raw: dict[str, Any], root: type[BaseModel] = Stage) -> PostgradError:
+def readable(error: ValidationError, where: str, raw: dict[str, Any], root: type[BaseModel] = Stage) -> PostgradError:
     """Pydantic's first finding, told with the key's path and the way out (the others are counted)."""
     findings = error.errors()
     first = findings[0]

@@ -105,9 +105,10 @@ class Saved:
 
 @dataclass(frozen=True)
 class Doing:
-    """Something other than training takes a while."""
+    """Something other than training takes a while; `measuring`: held-out text is scored."""
 
     what: str
+    measuring: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     kept = json.loads((home / PLAN).read_text())
 
     # Before: on the exact start model, once, in fp32, as it is without the stage's tuning.
-    yield Doing("scoring the start model")
+    yield Doing("scoring the start model", measuring=True)
     before_file, samples_file = home / "scores" / "before.npz", home / "scores" / "samples-before.json"
     pseudo_file = home / "scores" / "pseudo-before.npz"
     tasks_file = home / "scores" / "tasks-before.json"
@@ -214,6 +215,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
             write_atomically(samples_file, json.dumps(told))
             if answers:
                 answering.write_answers(tasks_file, answers)
+        yield Doing("making ready to train")
         subject = make_subject(plan, world)
         model = subject.model
         _prepare(plan, model, execution)
@@ -278,7 +280,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         del state
     world.wait()
     # After: on what was published, read back with plain transformers, unless it is spread over several machines.
-    yield Doing("scoring the trained model")
+    yield Doing("scoring the trained model", measuring=True)
     by_source = [int(n) for n in run.trained_by_source]
     del run, subject
     if not world.sharded:
@@ -292,16 +294,16 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     samples = _samples(plan, model.pretrained, wanted, told) if world.main else []
     moved = None
     if plan.stage.evaluation.drift_tokens and not world.sharded:
-        yield Doing("holding the trained model beside the start model")
+        yield Doing("holding the trained model beside the start model", measuring=True)
         moved = drift_of(plan, model, world)
     tests = [h for h in plan.held_out_before if h.role == "test"]
     if tests:
         del model  # there may be room for one model only
-        yield Doing("scoring the start model on the test sets")
+        yield Doing("scoring the start model on the test sets", measuring=True)
         own, start = _with_layer(plan, identity), _start_model(plan, world)
         before |= measure.measure(start, tests, context=plan.context, world=world, identity=own, cache=cache)
+    yield Doing("writing the record" if world.main else "the first rank writes the record")
     if not world.main:
-        yield Doing("the first rank writes the record")
         return
     measure.write_scores(home / "scores" / "after.npz", after)
     if pseudo:
