@@ -108,7 +108,8 @@ def init(
     else:
         from postgrad.stages.templates import Asked, write_template
 
-        found = write_template(place, template, Asked(name, data, model, replay, test), force=force)
+        asked = Asked(name, data, model, replay, test)
+        found = write_template(place, template, asked, force=force, say=lambda line: print(line, file=sys.stderr))
     _print(found, as_json, found.pop("text"))
 
 

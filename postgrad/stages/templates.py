@@ -27,6 +27,8 @@ from postgrad.publish import write_atomically
 from postgrad.stages.init import refuse_name
 from postgrad.stages.parsing import load_stage
 
+Say = Callable[[str], None]
+
 _DOCUMENTS = 2000
 """Of each text, by which the shift between them is told."""
 
@@ -80,8 +82,8 @@ class Written(NamedTuple):
     made: list[str]
 
 
-def write_template(place: Path, kind: str, asked: Asked, *, force: bool) -> dict[str, Any]:
-    """Write the stage of a strategy, and what it needs.
+def write_template(place: Path, kind: str, asked: Asked, *, force: bool, say: Say = lambda _: None) -> dict[str, Any]:
+    """Write the stage of a strategy, and what it needs; `say` is told of what takes seconds, before it does.
 
     Raises `StageError` for an unknown strategy, files that are there, and a name that can name no run.
     """
@@ -98,7 +100,7 @@ def write_template(place: Path, kind: str, asked: Asked, *, force: bool) -> dict
     if there and not force:
         raise StageError(f"{there[0]} is there already", where="init", way_out="choose another name, or give --force")
     _refuse_test(kind, asked)
-    written = _write(place, kind, asked)
+    written = _write(place, kind, asked, say)
     said = [*written.made, *(f"wrote {path}" for path in written.files)]
     said += ["carry it out:", *(f"  {command}" for command in written.commands), f"next: {written.commands[0]}"]
     return {"text": "\n".join(said), "files": [str(path) for path in written.files], "commands": written.commands}
@@ -135,10 +137,12 @@ def _besides(kind: str, asked: Asked) -> list[str]:
     return [*base, *(["-tasks"] if kind == "few-shot" else [])]
 
 
-def _write(place: Path, kind: str, asked: Asked) -> Written:
+def _write(place: Path, kind: str, asked: Asked, say: Say) -> Written:
     spec = KINDS[kind]
     folder = f"{asked.name}-data"
     asked, made = _parted(kind, asked, place.parent / folder)
+    if kind == "continue" and None in (asked.data, asked.replay):  # how far they are apart is read off them
+        _make_texts(place.parent / folder, say)
     values = {**_common(place, kind, asked, folder), **_SPECIAL.get(kind, _nothing)(asked, folder)}
     texts: dict[Path, str] = {}
     commands: list[str] = []
@@ -153,7 +157,7 @@ def _write(place: Path, kind: str, asked: Asked) -> Written:
     if kind == "probe":
         commands.append(f"postgrad probe {values['probed']} --report {asked.name}.html")
     texts[place] = _filled(kind, values)
-    if _make_material(place.parent / folder, "\n".join(texts.values())):
+    if _make_material(place.parent / folder, "\n".join(texts.values()), say):
         made.insert(0, f"made {folder}/ from this Python's own documentation and library")
     for path, text in texts.items():
         write_atomically(path, text)
@@ -161,11 +165,17 @@ def _write(place: Path, kind: str, asked: Asked) -> Written:
     return Written(list(texts), [*commands, f"postgrad train {place.name}"], made)
 
 
-def _make_material(folder: Path, text: str) -> bool:
+def _make_texts(folder: Path, say: Say) -> None:
+    if not folder.exists():
+        say("reading this Python's own documentation and library ...")
+    write_texts(folder)
+
+
+def _make_material(folder: Path, text: str, say: Say) -> bool:
     """Make what the files name of it, before they are there; whether that was anything at all."""
     texts = re.search(rf"\b{re.escape(folder.name)}/(old|new)\b", text) is not None
     if texts:
-        write_texts(folder)
+        _make_texts(folder, say)
     named = [rows for rows in ROWS if f"{folder.name}/{rows}." in text]
     for rows in named:
         write_rows(folder, rows)
@@ -305,8 +315,6 @@ def _few_shot(asked: Asked, folder: str) -> dict[str, str]:
 def _continue(asked: Asked, folder: str) -> dict[str, str]:
     """As much replay as the shift between the two texts asks for."""
     old, new = asked.replay or f"{folder}/old.jsonl", asked.data or f"{folder}/new.jsonl"
-    if asked.replay is None or asked.data is None:
-        write_texts(Path(folder))
     try:
         found = shift.divergence(
             *(shift.byte_counts(_passages(where, path)) for where, path in (("--replay", old), ("--data", new)))

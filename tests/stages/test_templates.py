@@ -118,12 +118,14 @@ def test_rows_of_the_user_are_classified(here: Path, made: Path, cache: Path) ->
 
 
 def test_the_shift_of_our_own_texts_is_told_when_they_are_only_just_made(here: Path) -> None:
+    said: list[str] = []
     first, again = (
-        write_template(Path("try.yaml"), "continue", Asked("try", None, None, None), force=True)
+        write_template(Path("try.yaml"), "continue", Asked("try", None, None, None), force=True, say=said.append)
         and (here / "try.yaml").read_text()
         for _ in range(2)
     )
     assert first == again and "a weak shift" in first
+    assert said == ["reading this Python's own documentation and library ..."]  # it is there the second time
 
 
 @pytest.mark.parametrize("kind", ["few-shot", "probe"])
