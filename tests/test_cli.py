@@ -22,6 +22,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postgrad import cli, screen
+from postgrad.lineage.record import read_record
 from postgrad.stages.run import Event, Stepped
 from tests.conftest import StageOf, make_llama, make_tokenizer, new_text, old_text, write_jsonl
 from tests.stages.conftest import Runs, runs  # noqa: F401  (a fixture)
@@ -233,6 +234,15 @@ def test_init_overwrites_only_when_told(postgrad: Command, base: Path, tmp_path:
     assert found["documents"] == 150
     assert "mine" not in (tmp_path / "first.yaml").read_text()
     assert "retained" in (tmp_path / "first.yaml").read_text()  # without old text it says what is missing
+
+
+def test_init_goes_on_at_the_rate_of_a_run(postgrad: Command, base: Path, runs: Runs, tmp_path: Path) -> None:
+    for name, model in (("run", runs.two), ("foreign", base / "base")):
+        assert postgrad("init", name, "--data", base / "new.jsonl", "--model", model).code == 0
+    went_on, foreign = (yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) for name in ("run", "foreign"))
+    curve = [rate for _, rate in read_record(runs.two)["schedule_curve"]]
+    assert went_on["schedule"]["peak"] == pytest.approx(max(curve), rel=0.05) != foreign["schedule"]["peak"]
+    assert (foreign["schedule"]["peak"], foreign["schedule"]["floor"]) == (2e-5, 2e-6)
 
 
 def test_a_stage_is_trained_and_the_next_command_parses(

@@ -757,8 +757,10 @@ def scatter(
     parts.append(_text((left + width - 8) / 2, height - 6, x_label, at="middle"))
     taken = [(x_at(s.x) - 6, y_at(s.y) - 6, x_at(s.x) + 6, y_at(s.y) + 6) for _, s in known]
     if best:
-        parts.append(_text(left + 6, above + 12, f"\u2196 {best}"))
-        taken.append((left, above, left + 30 + text_width(best), above + 18))
+        words, zero = f"\u2196 {best}", x_at(0.0)
+        begin = zero + 6 if left <= zero < left + 12 + text_width(words) else left + 6  # not across the line at 0
+        parts.append(_text(begin, above + 12, words))
+        taken.append((left, above, begin + 24 + text_width(words), above + 18))
     for i, spot in sorted(known, key=lambda each: not each[1].quiet):
         x, y, colour = x_at(spot.x), y_at(spot.y), "open" if spot.quiet else f"c{i % PALETTE}"
         for bar in (spot.x_interval and (*map(x_at, spot.x_interval), y, y),

@@ -16,7 +16,8 @@ from postgrad.data.formats import read_documents
 from postgrad.data.sources import Source as Files
 from postgrad.data.tokenize import build_store
 from postgrad.errors import StageError
-from postgrad.models.pretrained import load_tokenizer, locate
+from postgrad.lineage.record import RECORD, read_record
+from postgrad.models.pretrained import Start, load_tokenizer, locate
 from postgrad.planning.memory import readable
 from postgrad.publish import write_atomically
 from postgrad.stages.reading import make_encoder
@@ -38,7 +39,7 @@ data:
     - {{name: new, path: {data}{new_share}{new_cut}}}
 {replay}schedule:
   kind: rewarm                  # warm up, then cosine to the floor; others: infinite, wsd, from-floor, constant
-  peak: {peak}                 # higher learns more and forgets more
+  peak: {peak}                 # {rate}
   floor: {floor}
   warmup: 1%
 batch:
@@ -85,6 +86,7 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
             "    # Without old text the model forgets. Uncomment and name some of what it was trained on:\n"
             "    # - {name: replay, path: old-text/*.jsonl, share: 10%, role: replay}    # and give `new` a share of 90%\n"
         )
+    peak, floor, rate = _rates(start, model)
     tokens = max(1000, round(store.tokens * 0.98 / share))
     length = min(1024, positions)
     sequences = max(1, min(32, tokens // (length * 50)))
@@ -101,8 +103,9 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
         new_share=f", share: {share:.0%}" if replay else "",
         new_cut=cut,
         replay=lines,
-        peak="2.0e-5",
-        floor="2.0e-6",
+        peak=peak,
+        floor=floor,
+        rate=rate,
         sequences=sequences,
         step_tokens=f"{sequences * length:,}",
         retained="" if replay else "\n  # retained: [old-heldout.jsonl]   # old text, to see what is forgotten",
@@ -115,6 +118,18 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
         f"next: postgrad check {place}",
     ]
     return {"text": "\n".join(said), "stage": str(place), "documents": len(store), "tokens": store.tokens}
+
+
+def _rates(start: Start, model: str) -> tuple[str, str, str]:
+    """Peak and floor, and a word on them: those of a run that moved all weights; small models want more than large ones."""
+    said = "higher learns more and forgets more"
+    if start.run is not None and (start.run / RECORD).exists():
+        record = read_record(start.run)
+        curve = [rate for _, rate in record.get("schedule_curve", [])]
+        if curve and record["stage"]["tuning"]["kind"] == "full":
+            peak, floor = (f"{rate:.1e}".replace("e-0", "e-") for rate in (max(curve), max(curve) / 10))
+            return peak, floor, f"that of {model}; {said}"
+    return "2.0e-5", "2.0e-6", said
 
 
 def refuse_name(place: Path) -> None:
