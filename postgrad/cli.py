@@ -416,7 +416,11 @@ def synthesize(
     longest: Annotated[int, typer.Option(help="Tokens of a document at most.")] = 512,
     beginnings: Annotated[
         list[str] | None,
-        typer.Option("--from", help="Texts whose first tokens the documents begin with.", show_default=False),
+        typer.Option(
+            "--from",
+            help="Texts whose first tokens the documents begin with; with --chat rows whose questions are shown as examples.",
+            show_default=False,
+        ),
     ] = None,
     beginning: Annotated[int, typer.Option(help="Tokens that are taken from a text, with --from.")] = 0,
     temperature: Annotated[float, typer.Option(help="1: as the model knows it.")] = 1.0,
@@ -425,25 +429,48 @@ def synthesize(
     at_once: Annotated[int, typer.Option(help="Documents that are written at once.")] = 32,
     most_repeated: Annotated[float, typer.Option(help="Leave out documents with more of them in repeats.")] = 0.3,
     alike: Annotated[float, typer.Option(help="Leave out documents that share so much with one before.")] = 0.8,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Write questions and answers: for a model with a chat template.")
+    ] = False,
+    shown: Annotated[int, typer.Option(help="Questions shown as examples before each, with --chat and --from.")] = 3,
+    answer: Annotated[
+        str | None, typer.Option(help="Another model that answers, with --chat: the latest one.", show_default=False)
+    ] = None,
+    keep: Annotated[str, typer.Option(help="Share of the conversations kept, the most various, with --chat.")] = "100%",
     base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Let a model write its own replay, for when the old text is gone. The same command goes on after a stop."""
     needs_training()
     from postgrad.screen import count
-    from postgrad.stages.amounts import amount_of
+    from postgrad.stages.amounts import amount_of, share_of
+    from postgrad.stages.dialogues import Rehearsal, converse
     from postgrad.stages.synthesize import Wish, told
     from postgrad.stages.synthesize import synthesize as written
 
     wish = Wish(
         amount_of(tokens, "--tokens"), longest, seed, temperature, top_p, beginning, at_once, most_repeated, alike
     )
+    given = tuple(beginnings or ())
+    if chat:
+        rehearsal = Rehearsal(given, shown, answer, share_of(keep, "--keep"))
+        steps = converse(model, out, wish, rehearsal, base=base)
+    else:
+        _only_with_chat(answer=answer, keep=keep != "100%" and keep)
+        steps = written(model, out, wish, given, base=base)
     try:
-        count(written(model, out, wish, beginnings or [], base=base), as_json)
+        count(steps, as_json)
     except KeyboardInterrupt:
         raise Interrupted("stopped", way_out="the same command goes on; what was written is kept") from None
     found = told(model, out)
     _print(found, as_json, found.pop("text"))
+
+
+def _only_with_chat(**given: object) -> None:
+    """Raise `StageError` for an option that says nothing without --chat."""
+    for option, value in given.items():
+        if value:
+            raise StageError(f"--{option} is of conversations", where=f"--{option}", way_out="give --chat too")
 
 
 @app.command()

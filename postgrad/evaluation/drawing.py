@@ -3,13 +3,13 @@
 Legend: B documents at once, K tokens of a beginning, T tokens drawn, V vocabulary, D width.
 
 The numbers of a document are a function of (seed, its number) alone, so which documents are drawn together, and after which
-interruption, makes no difference but for rounding. Documents that are drawn together have beginnings of one length: nothing
-is padded. One that has ended leaves the batch.
+interruption, makes no difference but for rounding. Beginnings of several lengths are filled up on the left, where nothing
+looks. A document that has ended leaves the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ class Drawn(NamedTuple):
 @torch.no_grad()
 def drawn(
     model: CausalModel,
-    beginnings_BK: np.ndarray,
+    beginnings: Sequence[np.ndarray] | np.ndarray,
     numbers: Collection[int],
     *,
     seed: int,
@@ -39,25 +39,30 @@ def drawn(
     stop: Collection[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
+    stream: int = 0,
 ) -> list[Drawn]:
     """Go on from each beginning until an id of `stop`, or for `most` tokens.
 
     `numbers` name the documents; `temperature` divides the logits; with `top_p` below one only the likeliest tokens that make
     up that share are drawn from (Holtzman et al. 2020, arXiv 1904.09751), which loses the rest of what the model knows.
+    `stream` tells several drawings for one document apart.
     """
     draws, device = Draws(seed), next(model.parameters()).device
-    uniforms_BT = torch.from_numpy(np.stack([draws.at(number, 0).random(most) for number in numbers])).to(device)
-    out_BT = np.zeros((len(beginnings_BK), most), np.int64)
-    size_B = np.full(len(beginnings_BK), most, np.int64)
-    ended_B = np.zeros(len(beginnings_BK), bool)
-    alive_B = np.arange(len(beginnings_BK))
+    uniforms_BT = torch.from_numpy(np.stack([draws.at(number, stream).random(most) for number in numbers])).to(device)
+    out_BT = np.zeros((len(beginnings), most), np.int64)
+    size_B = np.full(len(beginnings), most, np.int64)
+    ended_B = np.zeros(len(beginnings), bool)
+    alive_B = np.arange(len(beginnings))
     cache = DynamicCache(config=model.pretrained.config)
-    ids = torch.from_numpy(beginnings_BK).to(device)
+    ids, mask_BK = (table.to(device) for table in _filled(beginnings))
+    ragged = not bool(mask_BK.all())
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         for step in range(most):
-            output = model(input_ids=ids, past_key_values=cache)
+            # Without filling there is no mask: most attention is faster so.
+            places = {"attention_mask": mask_BK, "position_ids": _positions(mask_BK, ids.shape[1])} if ragged else {}
+            output = model(input_ids=ids, past_key_values=cache, **places)
             head = output.head
             assert head is not None
             logits_BV = head.logits(output.hidden[:, -1]).float()
@@ -72,10 +77,27 @@ def drawn(
                 if not len(alive_B):
                     break
                 cache.batch_select_indices(stay)
-                chosen_B, uniforms_BT = chosen_B[stay], uniforms_BT[stay]
+                chosen_B, uniforms_BT, mask_BK = chosen_B[stay], uniforms_BT[stay], mask_BK[stay]
             ids = chosen_B[:, None]
+            mask_BK = torch.cat([mask_BK, torch.ones_like(ids)], 1)
     model.train(was_training)
     return [Drawn(row[:size], bool(ended)) for row, size, ended in zip(out_BT, size_B, ended_B, strict=True)]
+
+
+def _filled(beginnings: Sequence[np.ndarray] | np.ndarray) -> tuple[Tensor, Tensor]:
+    """Ids filled up on the left, of shape (B, K), and the mask of what is no filling."""
+    longest = max(len(ids) for ids in beginnings)
+    ids_BK = torch.zeros((len(beginnings), longest), dtype=torch.long)
+    mask_BK = torch.zeros_like(ids_BK)
+    for row, ids in enumerate(beginnings):
+        ids_BK[row, longest - len(ids) :] = torch.from_numpy(np.asarray(ids, np.int64))
+        mask_BK[row, longest - len(ids) :] = 1
+    return ids_BK, mask_BK
+
+
+def _positions(mask_BK: Tensor, count: int) -> Tensor:
+    """The positions of the last `count` ids, counted from where the filling ends, of shape (B, count)."""
+    return (mask_BK.cumsum(1) - 1).clamp(min=0)[:, -count:]
 
 
 def picked(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:

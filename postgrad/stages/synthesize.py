@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from postgrad.data.made import MADE
 from postgrad.data.sources import Source as Files
 from postgrad.data.tokenize import Encoder
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.evaluation.drawing import Drawn, drawn
+from postgrad.evaluation.drawing import drawn
 from postgrad.evaluation.held_out import behind_bos
 from postgrad.evaluation.samples import text_of
 from postgrad.lineage.fingerprint import fingerprint
@@ -85,31 +86,62 @@ class _State:
     left_out: dict[str, int] | None = None
 
 
-def synthesize(
-    model: str, out: Path, wish: Wish, beginnings: Sequence[str] = (), *, base: str | None = None
-) -> Iterator[Written]:
-    """Write documents to `out`, a JSONL file with `text` and how each was made.
+@dataclass(frozen=True)
+class Candidate:
+    """What was drawn, before it is decided whether it is kept."""
 
-    Raises `StageError` for a file that is there already or was begun with other options, `ModelError` for a model that does not
-    write running text, `DataError` when nothing that it writes can be kept.
+    row: dict[str, Any]
+    """What is written, without how it was made."""
+    made: dict[str, Any]
+    """How it was made, beside what all rows of a file have in common."""
+    tokens: int
+    ended: bool
+    trouble: str | None = None
+    """Why it is left out; None for what may be kept."""
+
+
+Draw = Callable[[range], Iterable[Candidate]]
+"""Draws the candidates of these numbers; each is a function of its own number."""
+
+
+@dataclass(frozen=True)
+class Author:
+    """A decoder that writes."""
+
+    name: str
+    fingerprint: str
+    view: CausalModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    before: tuple[int, ...]
+    """A soft prompt's places, set before what it reads."""
+    limit: int | None
+    """Its positions."""
+
+    @property
+    def stop(self) -> set[int]:
+        """What ends a text."""
+        named = getattr(self.view.pretrained.generation_config, "eos_token_id", None)
+        own = [self.encoder.eos, self.encoder.bos, *(named if isinstance(named, list) else [named])]
+        return {token for token in own if token is not None}
+
+
+def author(model: str, longest: int, base: str | None = None) -> Author:
+    """The model of a name as one that writes.
+
+    Raises `StageError` for texts that are longer than it reads, `ModelError` for what is no decoder.
     """
-    _check(out, wish, beginnings)
-    machine.tune_allocator()
     start = locate(model, Path.cwd(), base)
-    tokenizer = load_tokenizer(start.plain)
+    tokenizer = load_tokenizer(start)
     config: Any = AutoConfig.from_pretrained(start.source)
     encoder = make_encoder(tokenizer, int(config.vocab_size))
-    limit = getattr(config, "max_position_embeddings", None) or wish.longest
-    if wish.longest > limit:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and longest > limit:
         raise StageError(
-            f"documents of {wish.longest:,} tokens do not fit {model}, which has {limit:,} positions",
+            f"documents of {longest:,} tokens do not fit {model}, which has {limit:,} positions",
             where="--longest",
             expected=f"at most {limit:,}",
         )
-    texts = _beginnings(beginnings, wish, tokenizer, encoder)
-    named = start_fingerprint(start) or model
-    part, kept = _part(out), _kept(out)
-    state = _resumed(out, fingerprint([asdict(wish), named, [text.tolist() for text, _ in texts]]))
     opened = open_model(start)
     if opened.task != "causal":
         raise ModelError(
@@ -119,41 +151,106 @@ def synthesize(
         )
     view = model_for(opened.model, "causal").to(machine.device())
     assert isinstance(view, CausalModel)
+    return Author(model, start_fingerprint(start) or model, view, tokenizer, encoder, tuple(opened.frame.before), limit)
+
+
+def synthesize(
+    model: str, out: Path, wish: Wish, beginnings: Sequence[str] = (), *, base: str | None = None
+) -> Iterator[Written]:
+    """Write documents to `out`, a JSONL file with `text` and how each was made.
+
+    Raises `StageError` for a file that is there already or was begun with other options, `ModelError` for a model that does not
+    write running text, `DataError` when nothing that it writes can be kept.
+    """
+    check_wish(out, wish)
+    if bool(beginnings) != bool(wish.beginning):
+        raise StageError(
+            "beginnings need a text to come from, and a length",
+            where="--from",
+            expected="--from FILE --beginning 16, or neither",
+        )
+    machine.tune_allocator()
+    writer = author(model, wish.longest, base)
+    texts = _beginnings(beginnings, wish, writer.tokenizer, writer.encoder)
+    of = fingerprint([asdict(wish), writer.fingerprint, [text.tolist() for text, _ in texts]])
+    yield from grown(out, wish, of, writer, partial(_documents, writer, wish, texts))
+    settle(out)
+
+
+def _documents(
+    writer: Author, wish: Wish, texts: Sequence[tuple[np.ndarray, str]], numbers: range
+) -> Iterator[Candidate]:
+    """Documents of running text behind their beginnings."""
+    begun = [texts[number % len(texts)] for number in numbers]
+    bos = writer.encoder.bos
+    found = drawn(
+        writer.view,
+        [behind_bos(ids, writer.before, bos) for ids, _ in begun],
+        numbers,
+        seed=wish.seed,
+        most=wish.longest - len(begun[0][0]) - len(writer.before),
+        stop=writer.stop,
+        temperature=wish.temperature,
+        top_p=wish.top_p,
+    )
+    for (ids, place), new in zip(begun, found, strict=True):
+        own = ids[1:] if bos is not None or not wish.beginning else ids
+        text = text_of(writer.tokenizer, np.concatenate([own, new.ids])).strip()
+        short = "too short" if len(text.split()) < _FEWEST_WORDS else None
+        loops = "repeating themselves" if repeated(new.ids.tolist()) > wish.most_repeated else None
+        yield Candidate({"text": text}, {"from": place}, len(own) + len(new.ids), new.ended, short or loops)
+
+
+def asked_or_text(row: Mapping[str, Any]) -> str:
+    """The text by which near copies of a row are known: what is asked, or all of a running text."""
+    return str(row["messages"][0]["content"] if "messages" in row else row["text"])
+
+
+def settle(out: Path, leave: Callable[[list[str]], list[str]] | None = None) -> None:
+    """Give what has grown its final name; of its lines only those that `leave` leaves."""
+    if leave is None:
+        part_of(out).rename(out)
+    else:
+        chosen = leave(part_of(out).read_text("utf-8").splitlines(keepends=True))
+        state = {**json.loads(_kept(out).read_text()), "chosen": len(chosen)}
+        write_atomically(out, "".join(chosen))  # what has grown stays as it is until all is settled
+        write_atomically(_kept(out), json.dumps(state))
+        part_of(out).unlink()
+    _kept(out).rename(summary_file(out))
+
+
+def grown(out: Path, wish: Wish, of: str, writer: Author, draw: Draw) -> Iterator[Written]:
+    """Let what is to become `out` grow by what `draw` gives, batch after batch, until it has as many tokens as are wished for.
+
+    `of` is the fingerprint of all that decides what is written. Raises `StageError` for what was begun with another,
+    `DataError` when nearly nothing can be kept.
+    """
+    part, kept = part_of(out), _kept(out)
+    state = _resumed(out, of)
     seen, left_out = Seen(wish.alike), Counter(state.left_out or {})
+    common = {"by": writer.name, "model": writer.fingerprint, "seed": wish.seed}
+    common |= {"temperature": wish.temperature, "top_p": wish.top_p}
     with part.open("a+b") as file:
         file.truncate(state.size)
         file.seek(0)
         for line in file:
-            seen.like(json.loads(line)["text"])
-        stop = {encoder.eos, *([encoder.bos] if encoder.bos is not None else [])}
+            seen.like(asked_or_text(json.loads(line)))
         while state.tokens < wish.tokens:
             numbers = range(state.next, state.next + wish.at_once)
-            begun = [texts[number % len(texts)] for number in numbers]
-            found = drawn(
-                view,
-                np.stack([behind_bos(ids, opened.frame.before, encoder.bos) for ids, _ in begun]),
-                numbers,
-                seed=wish.seed,
-                most=wish.longest - len(begun[0][0]) - len(opened.frame.before),
-                stop=stop,
-                temperature=wish.temperature,
-                top_p=wish.top_p,
-            )
-            for number, (ids, place), new in zip(numbers, begun, found, strict=True):
+            for number, found in zip(numbers, draw(numbers), strict=True):
                 if state.tokens >= wish.tokens:
                     break
-                own = ids[1:] if encoder.bos is not None or not wish.beginning else ids
-                text = text_of(tokenizer, np.concatenate([own, new.ids])).strip()
-                reason = _unfit(text, new, seen, wish)
+                reason = found.trouble
+                if reason is None and seen.like(asked_or_text(found.row)) is not None:
+                    reason = "nearly the same as one before"
                 if reason:
                     left_out[reason] += 1
                     continue
-                told = {"by": model, "model": named, "number": number, "seed": wish.seed, "ended": new.ended}
-                told |= {"temperature": wish.temperature, "top_p": wish.top_p, "from": place}
-                file.write(json.dumps({"text": text, MADE: told}, ensure_ascii=False).encode() + b"\n")
+                made = {**common, "number": number, "ended": found.ended, **found.made}
+                file.write(json.dumps({**found.row, MADE: made}, ensure_ascii=False).encode() + b"\n")
                 state.documents += 1
-                state.ended += new.ended
-                state.tokens += len(own) + len(new.ids)
+                state.ended += found.ended
+                state.tokens += found.tokens
             file.flush()
             state.next, state.size, state.left_out = numbers.stop, file.tell(), dict(left_out)
             write_atomically(kept, json.dumps(asdict(state)))
@@ -167,8 +264,6 @@ def synthesize(
                     expected="a model that writes text",
                     way_out="raise --most-repeated or --alike, or give beginnings with --from",
                 )
-    part.rename(out)
-    kept.rename(summary_file(out))
 
 
 def summary_file(out: Path) -> Path:
@@ -183,6 +278,7 @@ def told(model: str, out: Path) -> dict[str, Any]:
     lines = [
         f"{out}: {state['documents']:,} documents, {state['tokens']:,} tokens, written by {model}",
         f"  {state['ended'] / max(state['documents'], 1):.0%} ended by themselves; left out: {left_out}",
+        *([f"  of these the {state['chosen']:,} most various are kept"] if "chosen" in state else []),
         *(f"  {number}. {text}" for number, text in enumerate(_samples(out), 1)),
         f"use it as a source: {{name: replay, path: {out}, share: 10%, role: replay}}",
         f"next: {shlex.join(['postgrad', 'init', 'stage', '--model', model, '--data', 'NEW', '--replay', str(out)])}",
@@ -192,10 +288,11 @@ def told(model: str, out: Path) -> dict[str, Any]:
 
 def _samples(out: Path) -> list[str]:
     with out.open() as file:
-        return [" ".join(json.loads(line)["text"].split())[:100] for line in islice(file, 3)]
+        return [" ".join(asked_or_text(json.loads(line)).split())[:100] for line in islice(file, 3)]
 
 
-def _check(out: Path, wish: Wish, beginnings: Sequence[str]) -> None:
+def check_wish(out: Path, wish: Wish) -> None:
+    """Raise `StageError` for a file that is there, or numbers that cannot be."""
     if out.exists():
         raise StageError(f"{out} is there already", where="--out", way_out="name another file, or remove it")
     if out.suffix != ".jsonl":
@@ -209,12 +306,6 @@ def _check(out: Path, wish: Wish, beginnings: Sequence[str]) -> None:
     ):
         if not fits:
             raise StageError(f"{value} is no such number", where=option, expected=expected)
-    if bool(beginnings) != bool(wish.beginning):
-        raise StageError(
-            "beginnings need a text to come from, and a length",
-            where="--from",
-            expected="--from FILE --beginning 16, or neither",
-        )
 
 
 def _beginnings(
@@ -244,16 +335,7 @@ def _beginnings(
     return found
 
 
-def _unfit(text: str, new: Drawn, seen: Seen, wish: Wish) -> str | None:
-    """Why a document is left out; None for one that is kept, which is remembered."""
-    if len(text.split()) < _FEWEST_WORDS:
-        return "too short"
-    if repeated(new.ids.tolist()) > wish.most_repeated:
-        return "repeating themselves"
-    return None if seen.like(text) is None else "nearly the same as one before"
-
-
-def _part(out: Path) -> Path:
+def part_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.part")
 
 
@@ -268,8 +350,8 @@ def _resumed(out: Path, of: str) -> _State:
     state = _State(**json.loads(_kept(out).read_text()))
     if state.of != of:
         raise StageError(
-            f"{_part(out)} was begun with another model or other options",
+            f"{part_of(out)} was begun with another model or other options",
             where="--out",
-            way_out=f"give those again, or remove {_part(out).name} and {_kept(out).name}",
+            way_out=f"give those again, or remove {part_of(out).name} and {_kept(out).name}",
         )
     return state

@@ -47,6 +47,21 @@ def test_documents_are_those_that_plain_forwards_draw(model: CausalModel, temper
         assert document.ids.tolist() == expected.ids.tolist()
 
 
+def test_beginnings_of_several_lengths_make_no_difference(model: CausalModel) -> None:
+    stop = set(range(0, VOCABULARY, 12))
+    beginnings = [np.array(ids) for ids in ([1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11], [8])]
+    found = drawn(model, beginnings, range(20, 24), seed=3, most=20, stop=stop)
+    for beginning, number, document in zip(beginnings, range(20, 24), found, strict=True):
+        expected = alone(model, beginning.tolist(), number, 20, stop, 1.0)
+        assert document.ids.tolist() == expected.ids.tolist() and document.ended == expected.ended
+    # Mutants: filling that is read, and one that moves the positions.
+    filled = [np.array([0] * (7 - len(ids)) + ids.tolist()) for ids in beginnings]
+    read = drawn(model, filled, range(20, 24), seed=3, most=20, stop=stop)
+    assert [d.ids.tolist() for d in read[1:]] != [d.ids.tolist() for d in found[1:]]
+    other = drawn(model, beginnings, range(20, 24), seed=3, most=20, stop=stop, stream=1)
+    assert [d.ids.tolist() for d in other] != [d.ids.tolist() for d in found]
+
+
 def test_a_document_is_a_function_of_its_number_alone(model: CausalModel) -> None:
     together = drawn(model, np.ones((6, 2), np.int64), range(6), seed=1, most=12, stop={0})
     apart = [drawn(model, np.ones((1, 2), np.int64), [n], seed=1, most=12, stop={0})[0] for n in range(6)]
