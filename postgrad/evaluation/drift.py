@@ -232,21 +232,31 @@ class _Layers:
             return np.sqrt(squares / sizes), cosines / counts
 
 
-def weight_drift(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, float]:
-    """How far the weights have moved, as a share of their size (2-norms), for each block, the embeddings and the rest.
+class WeightDrift(NamedTuple):
+    """Of some weights: the 2-norm of their change over their own, how many numbers differ, and how many there are."""
+
+    moved: float
+    changed: int
+    numbers: int
+
+
+def weight_drift(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, WeightDrift]:
+    """How far the weights have moved, for each block, the embeddings and the rest; `moved` is NaN where they were all zero.
 
     Weights that only one of the two has (a tuning's own, a new task layer) are left out.
     """
     was, now = (dict(model.named_parameters()) for model in (before, after))
     group = {name: f"block {number}" for number, names in enumerate(blocks_of(before)) for name in names}
     table = table_of(before)
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, np.ndarray] = {}
     for name, old in was.items():
         new = now.get(name)
         if new is None or new.shape != old.shape:
             continue
-        found = sums.setdefault(group.get(name, "embeddings" if old is table else "rest"), [0.0, 0.0])
-        found[0] += float((new.detach().double() - old.detach().double()).square().sum())
-        found[1] += float(old.detach().double().square().sum())
+        change, size = new.detach().double() - old.detach().double(), old.detach().double()
+        found = sums.setdefault(group.get(name, "embeddings" if old is table else "rest"), np.zeros(4))
+        found += [float(change.square().sum()), float(size.square().sum()), int((change != 0).sum()), old.numel()]
     order = ["embeddings", *(f"block {number}" for number in range(len(blocks_of(before)))), "rest"]
-    return {name: (sums[name][0] / sums[name][1]) ** 0.5 for name in order if name in sums and sums[name][1] > 0}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        moved = {name: float(np.sqrt(found[0] / found[1])) for name, found in sums.items()}
+    return {name: WeightDrift(moved[name], int(sums[name][2]), int(sums[name][3])) for name in order if name in sums}

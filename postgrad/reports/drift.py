@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from postgrad.reports.figures import Series, line_chart
-from postgrad.reports.notation import mapping, number, percent, plain, rows
+from postgrad.reports.notation import count, mapping, number, percent, plain, rows
 from postgrad.reports.shell import about, figure, side_by_side
 from postgrad.reports.tables import Cell, Column, Number, Table, level, whole, words
 
@@ -47,6 +47,20 @@ def drift_table(record: Mapping[str, object]) -> Table | None:
     return Table("What the model says now against what it said before", columns, tuple(body), notes)
 
 
+def changed_line(record: Mapping[str, object]) -> str | None:
+    """How many numbers of the start model are no longer what they were, and how many each update moved; None: not known."""
+    changed = mapping(mapping(record.get("drift")).get("changed"))
+    update = mapping(record.get("update"))
+    numbers, of = number(changed.get("numbers")), number(changed.get("of"))
+    if numbers is None or not of:
+        return None
+    moved, could = number(update.get("moved")), number(update.get("of"))
+    each = (
+        f"; each update moved {count(moved)} of {count(could)} ({percent(moved / could, 1)})" if moved and could else ""
+    )
+    return f"{count(numbers)} of {count(of)} weights differ from the start model's ({percent(numbers / of, 1)}){each}."
+
+
 def section(record: Mapping[str, object]) -> str:
     """The section of a run's page; empty when nothing was measured."""
     table = drift_table(record)
@@ -66,6 +80,7 @@ def section(record: Mapping[str, object]) -> str:
     blocks = [(int(name.split()[1]), value) for name, value in weights if name.startswith("block ")]
     others = ", ".join(f"{name} {percent(value, 2)}" for name, value in weights if not name.startswith("block "))
     drawn = []
+    beside = f"Beside the blocks: {others or 'nothing'}."
     if any(value for _, value in weights):
         drawn.append(
             figure(
@@ -78,7 +93,7 @@ def section(record: Mapping[str, object]) -> str:
                     y_label="change over size",
                     zero=True,
                 ),
-                about=f"2-norm of the change over that of the weights. Beside the blocks: {others or 'nothing'}.",
+                about=f"2-norm of the change over that of the weights. {beside} {changed_line(record) or ''}".strip(),
             )
         )
     if outputs:

@@ -563,10 +563,11 @@ def _training(record: Mapping[str, object], curves: Curves) -> str:
         for a, b in [_two(pair)]
         if a is not None and b is not None
     ]
-    done = (
-        [(p[0], r) for p, r in zip(curves.x_of_step, [r for _, r in curves.rate], strict=False)] if not planned else []
-    )
+    done = [(p[0], r) for p, r in zip(curves.x_of_step, [r for _, r in curves.rate], strict=False)]
     rate = planned or done
+    follows = bool(planned and mapping(mapping(record.get("stage")).get("optimizer")).get("loss_adaptive"))
+    lines = [Series("the schedule's" if follows else "learning rate", rate, label=follows, colour=2)]
+    lines += [Series("taken", done, colour=3)] if follows else []
     if rate:
         unit = "step" if planned else curves.unit
         now = (
@@ -578,11 +579,12 @@ def _training(record: Mapping[str, object], curves: Curves) -> str:
             figure(
                 "Learning rate",
                 lambda w: figures.line_chart(
-                    [Series("learning rate", rate, label=False, colour=2)], title="Learning rate",
+                    lines, title="Learning rate",
                     x_label=unit,
                     y_label="learning rate", width=w, zero=False, marks=now
                 ),
-                about="The schedule of the stage." if planned else "As recorded at each step.",
+                about="The rate follows the loss: lower where that is high." if follows
+                else "The schedule of the stage." if planned else "As recorded at each step.",
             )
         )  # fmt: skip
     if curves.grad_norm:
@@ -729,6 +731,10 @@ def _method(record: Mapping[str, object]) -> str:
         kept = ("strength", "weights", "reference", "importance", "left_out")
         entries = [(key.replace("_", " "), _said(penalty[key])) for key in kept if penalty.get(key)]
         blocks.append((f"Penalty: {escaped(penalty.get('name'), 60)}", facts(entries)))
+    update = mapping(record.get("update"))
+    if update:
+        kept = ("kind", "share", "moved", "of", "whole")
+        blocks.append(("Update", facts((key, _said(update[key])) for key in kept if key in update)))
     for key, heading in (("machine", "Machine"), ("versions", "Versions")):
         entries = mapping(record.get(key))
         if entries:

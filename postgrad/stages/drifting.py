@@ -29,4 +29,11 @@ def drift_of(plan: Plan, after: Model, world: World) -> dict[str, Any] | None:
             found = drift(before, after, both, context=plan.context).summary()
             sets[new.name] = {"role": new.role, **found}
     weights = weight_drift(before.pretrained, after.pretrained)
-    return {"sets": sets, "weights": {name: value for name, value in weights.items() if math.isfinite(value)}}
+    return {
+        "sets": sets,
+        "weights": {name: found.moved for name, found in weights.items() if math.isfinite(found.moved)},
+        "changed": {
+            "numbers": sum(found.changed for found in weights.values()),
+            "of": sum(found.numbers for found in weights.values()),
+        },
+    }

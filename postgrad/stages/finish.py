@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from postgrad.reports import tables
-from postgrad.reports.drift import drift_table
+from postgrad.reports.drift import changed_line, drift_table
 from postgrad.reports.tasks import cluster_table, task_table
 from postgrad.stages.run import MODEL, REPORT, Finished
 
@@ -33,6 +33,8 @@ def outcome_text(outcome: Finished) -> str:
             f"\nretention gate {verdict}: the loss on {worst['set']} rose by {worst['rise']:+.2%} "
             f"(upper end {worst['high']:+.2%}), allowed {gate['max_forgetting']:.2%}"
         )
+    changed = changed_line(record) if record.get("update") else None
+    lines += ["", changed] if changed else []
     chosen = tables.chosen_lines(record)
     lines += ["", *chosen] if chosen else []
     lines += ["", f"model:  {place / MODEL}", f"report: {place / REPORT}"]

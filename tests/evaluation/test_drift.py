@@ -97,11 +97,15 @@ def test_layers_are_compared_where_they_stand() -> None:
     assert found.moved_L[1] == pytest.approx((squares / sizes) ** 0.5, rel=1e-5)
     moved = weight_drift(before, after)
     assert set(moved) == {"embeddings", "block 0", "block 1", "rest"}
-    assert moved["block 0"] == moved["embeddings"] == moved["rest"] == 0
+    assert moved["block 0"].moved == moved["embeddings"].moved == moved["rest"].moved == 0
+    assert {name: found.changed for name, found in moved.items() if found.changed} == {
+        "block 1": before.model.layers[1].mlp.down_proj.weight.numel()
+    }
+    assert sum(found.numbers for found in moved.values()) == sum(p.numel() for p in before.parameters())
     block = [p.detach().double() for p in before.model.layers[1].parameters()]
     changed = before.model.layers[1].mlp.down_proj.weight.detach().double()
     size = sum(float(p.square().sum()) for p in block)
-    assert moved["block 1"] == pytest.approx((4 * float(changed.square().sum()) / size) ** 0.5, rel=1e-6)
+    assert moved["block 1"].moved == pytest.approx((4 * float(changed.square().sum()) / size) ** 0.5, rel=1e-6)
 
 
 def self_outputs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,9 @@ import torch
 
 from postgrad.errors import StageError
 from postgrad.lineage.record import read_record
+from postgrad.models.pretrained import load, locate
 from postgrad.stages.check import check_stage
+from postgrad.stages.finish import outcome_text
 from postgrad.stages.run import run_stage
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.meters import read_metrics
@@ -174,6 +176,27 @@ def test_check_says_what_moves(shelf: Shelf) -> None:
     assert "times min(1, 0.5 sqrt(first loss / mean loss))" in found["text"]
     plain = check_stage(shelf.plan(shelf.stage("told")), cache=shelf.cache)
     assert plain["update"] is None and "update:" not in plain["text"] and "sqrt" not in plain["text"]
+
+
+def test_the_end_says_what_moved(shelf: Shelf) -> None:
+    done = shelf.run(shelf.stage("said", optimizer=MOMENTUM))
+    plain = shelf.run(shelf.stage("plain"))
+    models = [load(locate(str(place), shelf.home)).model for place in (shelf.home / "llama", done.place)]
+    start, end = (dict(model.named_parameters()) for model in models)
+    differ = sum(int((end[name] != old).sum()) for name, old in start.items())
+    about = read_record(done.place)["update"]
+    line = f"{differ:,} of {about['of']:,} weights differ from the start model's"
+    each = f"each update moved {about['moved']:,} of {about['of']:,}"
+    assert about["moved"] < differ < about["of"]
+    for text in (outcome_text(done), (done.place / "report.html").read_text()):
+        assert line in text.replace("&#x27;", "'") and each in text
+    assert "weights differ" not in outcome_text(plain) and "weights differ" in (plain.place / "report.html").read_text()
+
+
+def test_the_page_draws_the_rate_that_was_taken(shelf: Shelf) -> None:
+    paced, plain = (shelf.run(shelf.stage(n, optimizer=o)) for n, o in (("drawn", FINCH), ("plain", {})))
+    assert "The rate follows the loss" in (paced.place / "report.html").read_text()
+    assert "The rate follows the loss" not in (plain.place / "report.html").read_text()
 
 
 def shelf_weights(shelf: Shelf) -> list[torch.Tensor]:
