@@ -5,7 +5,7 @@ digit: a float that is not negative grows with its bits read as an integer, so c
 ranks, say where the smallest lies, and the next bits are counted there. That takes three small sums over the ranks,
 whatever the size of the weights, and is exact.
 
-Legend: M tensors, H values of a digit, R ranks.
+Legend: M tensors, O those of them with too many equal numbers, H values of a digit, R ranks.
 """
 
 from __future__ import annotations
@@ -71,18 +71,17 @@ def _by_digits(sizes: Sequence[Tensor], wanted_M: Tensor, like: Tensor) -> Tenso
 
 
 def _down_to(edge_M: Tensor, sizes: Sequence[Tensor], wanted_M: Tensor, like: Tensor) -> list[Tensor]:
-    """All above an edge, and of those on it as many as are still wanted, the first ones in the order of the ranks."""
-    above = [size > edge for size, edge in zip(sizes, edge_M, strict=True)]
-    on = [size == edge for size, edge in zip(sizes, edge_M, strict=True)]
-    left_M = wanted_M - over_ranks(torch.stack([mask.sum() for mask in above]), like)
-    ranks, here = (like.device_mesh.size(), like.device_mesh.get_rank()) if isinstance(like, DTensor) else (1, 0)
-    on_MR = torch.zeros(len(sizes), ranks, dtype=torch.int64, device=edge_M.device)
-    on_MR[:, here] = torch.stack([mask.sum() for mask in on])
-    on_MR = over_ranks(on_MR, like)
-    mine_M = left_M - on_MR[:, :here].sum(1)
-    return [
-        up | level if total == left else up | (level & (level.flatten().cumsum(0).view_as(level) <= mine))
-        for up, level, total, left, mine in zip(
-            above, on, on_MR.sum(1).tolist(), left_M.tolist(), mine_M.tolist(), strict=True
-        )
-    ]
+    """All that reach an edge, but for those on it that are too many, the last ones in the order of the ranks."""
+    reaching = [size >= edge for size, edge in zip(sizes, edge_M, strict=True)]
+    total_M = over_ranks(torch.stack([mask.count_nonzero() for mask in reaching]), like)
+    over = (total_M - wanted_M).nonzero().flatten().tolist()
+    if over:
+        on = [sizes[m] == edge_M[m] for m in over]
+        ranks, here = (like.device_mesh.size(), like.device_mesh.get_rank()) if isinstance(like, DTensor) else (1, 0)
+        on_OR = torch.zeros(len(over), ranks, dtype=torch.int64, device=edge_M.device)
+        on_OR[:, here] = torch.stack([mask.count_nonzero() for mask in on])
+        on_OR = over_ranks(on_OR, like)
+        kept_O = on_OR.sum(1) - (total_M - wanted_M)[over] - on_OR[:, :here].sum(1)
+        for m, level, kept in zip(over, on, kept_O, strict=True):
+            reaching[m] &= ~level | (level.flatten().cumsum(0).view_as(level) <= kept)
+    return reaching

@@ -82,6 +82,6 @@ class Fewer(ABC):
             here = own(master.detach())
             torch.where(mask, here, start, out=here)
         if masks:
-            moved += int(over_ranks(torch.stack([mask.sum() for mask in masks]).sum(), self._kept[0][0]))
+            moved += int(over_ranks(torch.stack([mask.count_nonzero() for mask in masks]).sum(), self._kept[0][0]))
         self._kept = []
         return moved
