@@ -20,6 +20,9 @@ from postgrad.errors import ModelError
 from postgrad.models.prefix_lm import mask_for, window_of
 from postgrad.models.pretrained import Task, table_of
 
+_BEHIND = "final_logits_bias"
+"""What transformers calls it."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -105,7 +108,7 @@ class HeadedModel(Model):
     """A masked or encoder-decoder language model, whose forward ends in its output embedding.
 
     What stands before that embedding (a transform, a scaling) differs from one architecture to the next, so the model's own
-    forward runs with the embedding left out.
+    forward runs with the embedding left out. BART and its kin add a bias behind it, which belongs to the head.
     """
 
     def __init__(self, pretrained: PreTrainedModel) -> None:
@@ -114,14 +117,15 @@ class HeadedModel(Model):
 
     def forward(self, **inputs: Tensor) -> Output:
         """What would go into the output embedding, of shape (B, T, D)."""
-        with _passing(_output_layer(self.pretrained)):
+        with _passing(self.pretrained):
             hidden = self.pretrained(**inputs, **self.options).logits
         return Output(hidden, self.head())
 
     def head(self) -> Head:
         """The head as it is now."""
         layer = _output_layer(self.pretrained)
-        return Head(layer.weight, layer.bias)
+        biases = [bias.flatten() for bias in (layer.bias, _behind(self.pretrained)) if bias is not None]
+        return Head(layer.weight, sum(biases[1:], biases[0]) if biases else None)
 
 
 def model_for(pretrained: PreTrainedModel, task: Task) -> Model:
@@ -137,14 +141,25 @@ def _output_layer(pretrained: PreTrainedModel) -> nn.Linear:
     return layer
 
 
+def _behind(pretrained: PreTrainedModel) -> Tensor | None:
+    """The bias of shape (1, V) that a model adds to what its output embedding gives: a buffer, which does not move."""
+    return getattr(pretrained, _BEHIND, None)
+
+
 @contextmanager
-def _passing(layer: nn.Module) -> Iterator[None]:
-    """Inside, a layer gives back what it is given."""
+def _passing(pretrained: PreTrainedModel) -> Iterator[None]:
+    """Inside, the output embedding gives back what it is given, and nothing is added to that."""
+    layer: nn.Module = _output_layer(pretrained)
+    bias = _behind(pretrained)
     layer.forward = lambda hidden: hidden
+    if bias is not None:
+        setattr(pretrained, _BEHIND, bias.new_zeros(()))  # of no dimension, so that no dtype is changed by it
     try:
         yield
     finally:
         del layer.forward
+        if bias is not None:
+            setattr(pretrained, _BEHIND, bias)
 
 
 def probe(model: Model, *, length: int = 24, tolerance: float = 1e-4, prefixes: int = 0) -> None:
