@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/update_speed.py --json benchmarks/results/update_speed.json
 
 Every arm makes the same step of the same random Llama: forward, backward, clipping and AdamW, as a stage steps. Arms take
-turns, and the order turns around each round. Told are the processor seconds of an arm's step over those of the plain step of the
-same round, as the median of all rounds with its lowest and highest, and of the update alone.
+turns, and the order turns around each round. Told are the processor seconds of an arm's step over those of the plain step
+of the same round, as the median of all rounds with its lowest and highest, and of the update alone.
 """
 
 from __future__ import annotations

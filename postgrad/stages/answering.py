@@ -224,3 +224,11 @@ def look_of(tasks: Sequence[Asked], answers: AllAnswers) -> dict[str, dict[str, 
         for asked in tasks
         if asked.name in answers
     }
+
+
+def one_process_only(tasks: Sequence[Asked]) -> list[str]:
+    """What is asked for that several processes leave out: a sharded model cannot write by itself."""
+    during = [asked.name for asked in tasks if asked.task.during]
+    if not during:
+        return []
+    return [f"{', '.join(during)}: asked during training by one process; several ask only before and after it"]

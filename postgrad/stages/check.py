@@ -13,6 +13,7 @@ from postgrad.planning.execution import shape_of
 from postgrad.planning.memory import estimate, readable
 from postgrad.reports.notation import duration
 from postgrad.stages.anchor_cost import check_penalties
+from postgrad.stages.answering import one_process_only
 from postgrad.stages.build import Counts, choose_execution, make_loader, make_subject
 from postgrad.stages.found import found_lines
 from postgrad.stages.plan import Plan
@@ -48,7 +49,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
     update = check_update(plan, subject)
     penalties = check_penalties(plan, subject, execution, world)
     found = found_lines(plan, cache)
-    notes = (*plan.notes, *subject.opened.notes, *subject.tuning.notes)
+    notes = (*plan.notes, *subject.opened.notes, *subject.tuning.notes, *one_process_only(plan.tasks))
     record = {
         **plan.as_record(),
         "parameters": counts.parameters,

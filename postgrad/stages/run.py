@@ -240,6 +240,8 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
 
     run = build(plan, subject, execution, world)
     loader = make_loader(plan, execution, world, told=told_by_leaf(plan))
+    for note in answering.one_process_only(plan.tasks) if world.sharded else ():
+        yield Warned(note)
     if open_strengths(run):
         yield from _settled(plan, run, loader, kept)
     keep = None if plan.stage.save.keep == "all" else plan.stage.save.keep

@@ -59,7 +59,7 @@ class Task(Worded):
     items: Positive = 500
     """Test rows at most, in the order of their content hash."""
     during: bool = False
-    """Ask at every look during training too."""
+    """Ask at every look during training too, where one process trains."""
 
     @model_validator(mode="after")
     def _shots(self) -> Task:

@@ -35,13 +35,14 @@ def told(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [{k: v for k, v in source.items() if k != "loss"} for source in record["achieved"]["sources"]]
 
 
-def train_on_two(file: Path, cache: Path) -> None:
-    """A stage carried out by two processes."""
+def train_on_two(file: Path, cache: Path) -> str:
+    """A stage carried out by two processes, and what they said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--standalone", "-m", "postgrad", "train", str(file)]
     environment = {**os.environ, "POSTGRAD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 TUNINGS = [
@@ -208,7 +209,8 @@ def test_two_ranks_answer_what_one_answers(cache: Path, tmp_path: Path) -> None:
         else:
             file = tmp_path / "two.yaml"
             file.write_text(yaml.safe_dump(raw))
-            train_on_two(file, tmp_path / "no-cache")
+            said = train_on_two(file, tmp_path / "no-cache")
+            assert said.count("kinds: asked during training by one process; several ask only before and after it") == 1
         records.append(read_record(tmp_path / "runs" / name))
     one, two = ({entry["name"]: entry for entry in record["tasks"]} for record in records)
     for name in one:

@@ -26,6 +26,7 @@ from postgrad.reports.tasks import cluster_table, task_table
 from postgrad.stages import answering
 from postgrad.stages.answering import ask, read_answers, scores
 from postgrad.stages.asking import compare_tasks, evaluate_tasks
+from postgrad.stages.check import check_stage
 from postgrad.stages.prompting import Asked, Prompt, make_asked
 from postgrad.stages.run import run_stage
 from postgrad.stages.score import compare_runs, read_by, show_lineage
@@ -196,6 +197,16 @@ def test_clusters_that_were_never_trained_on_come_first(shelf: Shelf, run: Path)
     assert shelf.plan(raw).clusters_seen == {"choices", "sorts"}
     raw["model"] = str(shelf.home / "llama")
     assert shelf.plan(raw).clusters_seen == {"choices"}
+
+
+def test_check_says_that_several_processes_do_not_ask_during_training(shelf: Shelf) -> None:
+    raw = shelf.stage("during")
+    said = []
+    for during in (False, True):
+        task = {"name": "kinds", "path": shelf.file("labelled", held_out=True), "items": 4, "during": during}
+        raw["evaluation"] = {**shelf.texts, "tasks": [task]}
+        said.append(check_stage(shelf.plan(raw), cache=shelf.cache)["text"])
+    assert ["note: kinds: asked during training by one process" in text for text in said] == [False, True]
 
 
 def test_looks_during_training_ask_what_is_asked_for(shelf: Shelf, run: Path) -> None:
