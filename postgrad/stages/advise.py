@@ -44,7 +44,7 @@ from postgrad.stages import stage as s
 from postgrad.stages.amounts import in_steps
 from postgrad.stages.parsing import parse_stage, read_stage
 from postgrad.stages.plan import Plan, make_plan
-from postgrad.stages.run import MODEL, Event, Finished, Said, Stopped, run_stage
+from postgrad.stages.run import MODEL, Event, Finished, Looked, Said, Saved, Stopped, run_stage
 
 _SCORED = 100_000
 """Tokens of each held-out set that a pilot is scored on, at most."""
@@ -125,7 +125,7 @@ def plan_advice(wish: Wish, cache: Path) -> Asked:
             where="evaluation.learned",
             expected="held-out new text, or a new source large enough to hold some out",
         )
-    peak = max(plan.schedule(step) for step in range(1, plan.steps + 1))
+    peak = _peak(plan)
     step = plan.tokens / plan.steps
     explored = exploring(wish.pilots, peak, plan.tokens, step)
     return Asked(wish, raw, plan, _shares(plan), peak, _most(plan), tuple(explored), cache)
@@ -179,6 +179,13 @@ def _refuse(stage: s.Stage, wish: Wish) -> None:
         raise StageError(
             f"{out} is there already, and is not of our writing", where="--out", way_out="name another file"
         )
+
+
+def _peak(plan: Plan) -> float:
+    """The highest rate that the stage names."""
+    given = plan.stage.schedule.model_dump(mode="json")
+    named = [part.get(key) for part in (given, *given.get("pieces", ())) for key in _RATES]
+    return max([rate for rate in named if rate is not None] or [plan.schedule(0)])
 
 
 def _shares(plan: Plan) -> dict[str, float]:
@@ -318,7 +325,8 @@ def _piloted(asked: Asked, pilot: Pilot, said: str, command: str) -> Generator[E
             for name in (MODEL, "checkpoints"):  # all that is asked of a pilot is in its record
                 shutil.rmtree(plan.output / name, ignore_errors=True)
             yield Said(f"{said}: {_told(event.record)}")
-        yield event
+        if not isinstance(event, Saved | Looked):  # a pilot's end is all that counts
+            yield event
     return isinstance(event, Stopped)
 
 
@@ -336,9 +344,13 @@ def _record(asked: Asked, pilot: Pilot) -> Record:
 def _found(asked: Asked, pilot: Pilot) -> Found:
     """How a pilot ended."""
     record = _record(asked, pilot)
-    changes = record["changes"].items()
+    changes, done = record["changes"].items(), record["achieved"]
+    least = 0.5 / sum(source["rows"] for source in done["sources"])
+    # In few rows there may be none of replay, or of new text: then there was less than one.
+    share = sum(source["share"] for source in done["sources"] if source["role"] == "replay")
+    share = min(max(share, least), 1 - least)
     return Found(
-        Pilot(pilot.setting, record["achieved"]["tokens"]),
+        Pilot(Setting(share, pilot.setting.peak), done["tokens"]),
         {name: c["difference"] for name, c in changes if c["role"] == "retained"},
         {name: -c["difference"] for name, c in changes if c["role"] == "learned"},
         pilot in asked.explored,
@@ -354,8 +366,9 @@ def _before(asked: Asked, role: str) -> dict[str, float]:
 def _fitted(asked: Asked, tried: Sequence[Pilot]) -> Laws:
     floor = _FLOOR * min(_before(asked, "retained").values())
     guess = math.log(asked.plan.vocabulary)
+    steps = confirming(tried[0].setting, asked.plan.tokens).tokens / asked.plan.tokens * asked.plan.steps
     unknown = [name for name, nats in _before(asked, "learned").items() if nats > guess]
-    return fit_pilots([_found(asked, pilot) for pilot in tried], asked.tokens, asked.peak, floor, unknown)
+    return fit_pilots([_found(asked, pilot) for pilot in tried], asked.tokens, asked.peak, floor, steps, unknown)
 
 
 def _proposed(asked: Asked) -> Choice:
