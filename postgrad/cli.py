@@ -538,7 +538,10 @@ def blend(
 def study(
     files: Annotated[
         list[str] | None,
-        typer.Argument(help="Study files (YAML), carried out one after the other; or `init NAME`.", show_default=False),
+        typer.Argument(
+            help="Study files (YAML), carried out one after the other, and key.sub=value for all of them; or `init NAME`.",
+            show_default=False,
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, and how long it takes.")
@@ -562,8 +565,9 @@ def study(
         return
     command = shlex.join(["postgrad", "study", *files])
     told, worst = [], 0
-    for file in files:
-        record, code = _one_study(Path(file), command, dry_run, as_json)
+    overrides = [word for word in files if "=" in word and not Path(word).exists()]
+    for file in [word for word in files if word not in overrides]:
+        record, code = _one_study(Path(file), overrides, command, dry_run, as_json)
         told.append(record)
         worst = max(worst, code)
         if code == 3:
@@ -574,7 +578,9 @@ def study(
         raise typer.Exit(worst)
 
 
-def _one_study(file: Path, command: str, dry_run: bool, as_json: bool) -> tuple[dict[str, Any], int]:
+def _one_study(
+    file: Path, overrides: list[str], command: str, dry_run: bool, as_json: bool
+) -> tuple[dict[str, Any], int]:
     """Carry out one study and say what came of it; what was found, and the exit code."""
     from postgrad.stages.study_finish import finish, finish_text
     from postgrad.stages.study_plan import devices, look_ahead, outlook_record, outlook_text
@@ -583,7 +589,7 @@ def _one_study(file: Path, command: str, dry_run: bool, as_json: bool) -> tuple[
 
     screen, begun = study_screen(as_json), time.perf_counter()
     try:
-        prepared = prepare(file, cache_folder())
+        prepared = prepare(file, cache_folder(), overrides)
         outlook = look_ahead(prepared, screen.say)
         record = outlook_record(prepared, outlook)
     except KeyboardInterrupt:

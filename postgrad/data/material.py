@@ -27,8 +27,8 @@ from postgrad.publish import write_atomically
 
 _DOCUMENT = 2000
 _HELD_OUT = 15
-_LISTED = 8
-"""Documents of a module's listing, which is several times as long as the module."""
+_LISTED = 16_000
+"""Characters of a module's listing, the whole of which is several times as long as the module."""
 
 
 def write_texts(folder: Path) -> dict[str, int]:
@@ -81,7 +81,7 @@ def write_kinds(folder: Path) -> dict[str, int]:
         texts[f"code{held}"] += code
         if not held:
             texts[f"code-{number % 3 + 1}"] += code
-        texts[f"listing{held}"] += cut(listing(source))[:_LISTED]
+        texts[f"listing{held}"] += cut(listing(source))
     texts["old"] += topics()
     sizes = {}
     for name, documents in texts.items():
@@ -107,15 +107,17 @@ def comments(source: str) -> str:
 
 
 def listing(source: str) -> str:
-    """A module as the interpreter's instructions, a line each, without addresses."""
-    lines = []
+    """The beginning of a module as the interpreter's instructions, a line each, without addresses."""
+    lines: list[str] = []
     inside = [compile(source, "module", "exec")]
-    while inside:
+    size = 0
+    while inside and size < _LISTED:
         code = inside.pop(0)
         lines.append(f"{code.co_name}:")
         for instruction in dis.get_instructions(code):
             shown = "" if " at 0x" in instruction.argrepr else instruction.argrepr[:60]
             lines.append(f"{instruction.opname} {shown}".rstrip())
+            size += len(lines[-1])
         inside += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return "\n".join(lines)
 

@@ -58,8 +58,8 @@ def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
 def read_stage(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """A stage file as plain data, with `key.sub=value` overrides applied, before its keys are looked at."""
     raw = read_mapping(path, "the stage file", "a stage is a mapping of keys to values")
-    for override in overrides or []:
-        _override(raw, override)
+    for said in overrides or []:
+        override(raw, said)
     return raw
 
 
@@ -118,7 +118,8 @@ def json_schema() -> str:
     return json.dumps(Stage.model_json_schema(), indent=2)
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+def override(raw: dict[str, Any], text: str) -> None:
+    """Set what `key.sub=value` says in plain data. Raises `StageError` for a key that leads nowhere."""
     key, found, value = text.partition("=")
     if not found or not key:
         raise StageError(f"cannot read the override {text!r}", expected="key.sub=value")

@@ -6,7 +6,7 @@ runs follow from it is worked out in `study_arms`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from postgrad.errors import nearest
 from postgrad.stages.amounts import Amount, Part, Positive, Share
-from postgrad.stages.parsing import read_mapping, readable
+from postgrad.stages.parsing import override, read_mapping, readable
 from postgrad.stages.stage import AnyHeldOut, Source, Stage, held_out_file
 
 OWN = ("name", "model", "base", "output", "seed")
@@ -103,14 +103,14 @@ class Claim(Part):
     say: str
     """In words."""
     arm: str
-    """The arm that it is about."""
+    """The arm that it is about, or `base`."""
     than: str | None = None
-    """The arm that it is compared with: the loss of `arm` less that of `than` is `at_most` so much."""
+    """What it is compared with, an arm or `base`: the loss of `arm` less that of `than` is `at_most` so much."""
     on: Literal["old", "new", "average"] = "average"
     """On which loss."""
     at_most: float = 0.0
     """Nats per token."""
-    removes: Annotated[float, Field(gt=0)] | None = None
+    removes: Annotated[Share, Field(gt=0)] | None = None
     """... or at least this share of the forgetting of the arm `against` is removed."""
 
     @model_validator(mode="after")
@@ -265,7 +265,8 @@ class Study(Part):
             if arm.blend:
                 found.append((f"arms.{name}.blend.of", arm.blend.of))
         for claim in self.claims:
-            found += [(f"the claim {claim.say!r}", arm) for arm in (claim.arm, claim.than) if arm is not None]
+            known = (claim.arm, claim.than)
+            found += [(f"the claim {claim.say!r}", arm) for arm in known if arm not in (None, "base")]
         return found
 
     def before(self, name: str) -> list[str]:
@@ -296,9 +297,14 @@ class Study(Part):
         return self.seeds if arm.seeds is None else arm.seeds
 
 
-def load_study(path: Path) -> Study:
-    """Read a study file. Raises `StageError` with `file: key.path`, what was met and what was expected."""
+def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """Read a study file and apply `key.sub=value` overrides.
+
+    Raises `StageError` with `file: key.path`, what was met and what was expected.
+    """
     raw = read_mapping(path, "the study file", "a study is a mapping of keys to values")
+    for said in overrides:
+        override(raw, said)
     return parse_study(raw, str(path))
 
 

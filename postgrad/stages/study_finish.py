@@ -14,7 +14,7 @@ from postgrad.reports.study_page import study_page
 from postgrad.reports.study_table import arms_table, as_csv, claims_table
 from postgrad.stages.run import REPORT
 from postgrad.stages.study_found import findings
-from postgrad.stages.study_run import Prepared
+from postgrad.stages.study_run import Prepared, study_text
 
 RECORD, CSV = "study.json", "study.csv"
 
@@ -23,7 +23,7 @@ def finish(prepared: Prepared, failed: Mapping[str, str]) -> dict[str, Any]:
     """Write down what was found until now; it is worked out anew each time, from the runs alone."""
     found = findings(prepared, failed)
     home = prepared.folder.home
-    found["study_yaml"] = prepared.file.read_text()
+    found["study_yaml"] = study_text(prepared)
     write_atomically(home / RECORD, json.dumps(found, indent=1) + "\n")
     write_atomically(home / CSV, as_csv(found))
     shell.write(home / REPORT, study_page(found))

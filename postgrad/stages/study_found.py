@@ -147,7 +147,7 @@ def findings(prepared: Prepared, failed: Mapping[str, str]) -> dict[str, Any]:
         "base": _base(prepared, start),
         "arms": arms,
         "pairs": _pairs(measured),
-        "claims": [_claim(claim, study, measured, start) for claim in study.claims],
+        "claims": [_claim(claim, study, _with_base(measured, start), start) for claim in study.claims],
         "replay": _by_share(study, arms),
         "time": _time(prepared),
         "machine": _machine(prepared),
@@ -327,6 +327,14 @@ def _pairs(measured: Mapping[str, _Measured]) -> list[dict[str, Any]]:
     return out
 
 
+def _with_base(measured: Mapping[str, _Measured], start: Losses | None) -> dict[str, _Measured]:
+    """The arms with the base beside them, which is the same for every seed."""
+    if start is None:
+        return dict(measured)
+    seeds = {seed: start for arm in measured.values() for seed in arm.by_seed}
+    return {"base": _Measured("base", Arm(), [], start, seeds), **measured}
+
+
 def _difference(arm: _Measured, than: _Measured, what: str) -> dict[str, Any]:
     both = sorted(arm.by_seed.keys() & than.by_seed.keys())
     by_seed = [arm.by_seed[s].on(what).value - than.by_seed[s].on(what).value for s in both]
@@ -447,11 +455,10 @@ def _time(prepared: Prepared) -> dict[str, Any]:
         for phase, seconds in prepared.folder.note(step).get("seconds", {}).items():
             phases[phase] += seconds
     whole = spent(prepared.folder)
-    inside = phases["training"] + phases["evaluation"] + phases["making"]
     return {
         **phases,
         "wall": whole["wall"],
-        "outside": max(0.0, 1 - inside / whole["devices"]) if whole["devices"] else None,
+        "outside": max(0.0, 1 - whole["inside"] / whole["devices"]) if whole["devices"] else None,
         "runs": len(prepared.work.trained),
         "runs_asked": prepared.work.asked,
     }

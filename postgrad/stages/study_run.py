@@ -13,7 +13,7 @@ import os
 import queue
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ class Prepared:
     work: Work
     folder: Folder
     file: Path
+    overrides: tuple[str, ...] = ()
 
     @property
     def left(self) -> list[str]:
@@ -85,14 +86,14 @@ class Ended:
 StudyEvent = StepBegan | StepEnded | StepFailed | Moved | Warned | Ended
 
 
-def prepare(file: Path, cache: Path) -> Prepared:
+def prepare(file: Path, cache: Path, overrides: Sequence[str] = ()) -> Prepared:
     """Read a study file and work out its steps. Raises `StageError` or `DataError` for what cannot be."""
-    study = load_study(file)
+    study = load_study(file, overrides)
     root = file.resolve().parent
     home = (root / (study.output or f"studies/{study.name}")).resolve()
     work = work_out(study, _Prints(home, root), str(file))
     shelf = (root / study.runs).resolve() if study.runs else home
-    return Prepared(study, work, Folder(home, shelf, root, cache), file)
+    return Prepared(study, work, Folder(home, shelf, root, cache), file, tuple(overrides))
 
 
 class _Prints:
@@ -160,6 +161,7 @@ def run_study(prepared: Prepared, *, command: str, workers: int | None = None) -
             if folder.made(step):
                 state.made.add(key)
                 yield StepEnded(key, 0.0, before=True)
+        inside = seconds_inside(prepared)
         count = torch.cuda.device_count() if workers is None else workers
         many = count > 1 and len(prepared.left) > 1
         if many:
@@ -167,20 +169,27 @@ def run_study(prepared: Prepared, *, command: str, workers: int | None = None) -
         else:
             stopped = yield from _here(prepared, state, command)
         seconds = time.perf_counter() - begun
-        count_time(folder, seconds, count if many else 1)
+        count_time(folder, seconds, count if many else 1, seconds_inside(prepared) - inside)
         yield Ended(state.failed, stopped, seconds)
 
 
 def spent(folder: Folder) -> dict[str, float]:
     """Seconds that the study took until now, over all its goes, times the devices it had."""
     place = folder.home / TIMES
-    return json.loads(place.read_text()) if place.exists() else {"wall": 0.0, "devices": 0.0}
+    return json.loads(place.read_text()) if place.exists() else {"wall": 0.0, "devices": 0.0, "inside": 0.0}
 
 
-def count_time(folder: Folder, seconds: float, devices: int = 1) -> None:
-    """Add to what the study took."""
+def seconds_inside(prepared: Prepared) -> float:
+    """Seconds of training, evaluation and making in all of the study's steps, whoever made them."""
+    notes = [prepared.folder.note(step).get("seconds", {}) for step in prepared.work.steps.values()]
+    return sum(seconds for note in notes for phase, seconds in note.items() if phase != "other")
+
+
+def count_time(folder: Folder, seconds: float, devices: int = 1, inside: float = 0.0) -> None:
+    """Add to what the study took; `inside`: the seconds of it that were training, evaluation and making."""
     before = spent(folder)
-    now = {"wall": before["wall"] + seconds, "devices": before["devices"] + seconds * devices}
+    more = {"wall": seconds, "devices": seconds * devices, "inside": inside}
+    now = {key: before[key] + more[key] for key in more}
     folder.home.mkdir(parents=True, exist_ok=True)
     write_atomically(folder.home / TIMES, json.dumps(now))
 
@@ -200,7 +209,13 @@ def _write_copy(prepared: Prepared) -> None:
                 where=str(home),
                 way_out="give another `output`, or empty the folder",
             )
-    write_atomically(home / "study.yaml", prepared.file.read_text())
+    write_atomically(home / "study.yaml", study_text(prepared))
+
+
+def study_text(prepared: Prepared) -> str:
+    """The study file, with the overrides that were given above it."""
+    given = "".join(f"# given besides: {said}\n" for said in prepared.overrides)
+    return given + prepared.file.read_text()
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------
@@ -270,7 +285,7 @@ def _beside(prepared: Prepared, state: _State, command: str, count: int) -> Iter
     try:
         for number in range(count):
             wishes: Any = context.Queue()
-            args = (number, str(prepared.file), str(prepared.folder.cache), command, wishes, told)
+            args = (number, str(prepared.file), prepared.overrides, str(prepared.folder.cache), command, wishes, told)
             with _environment(CUDA_VISIBLE_DEVICES=devices[number % len(devices)]):
                 process = context.Process(target=_work, args=args, daemon=True)
                 process.start()
@@ -350,9 +365,9 @@ class _environment:
                 os.environ[key] = value
 
 
-def _work(number: int, file: str, cache: str, command: str, wishes: Any, told: Any) -> None:
+def _work(number: int, file: str, overrides: tuple[str, ...], cache: str, command: str, wishes: Any, told: Any) -> None:
     """What a worker does: one step after the other, until it is given none."""
-    prepared = prepare(Path(file), Path(cache))
+    prepared = prepare(Path(file), Path(cache), overrides)
     last = 0.0
     while (key := wishes.get()) is not None:
         try:

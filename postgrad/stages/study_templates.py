@@ -17,14 +17,69 @@ from postgrad.data.material import write_kinds
 from postgrad.errors import StageError, nearest
 from postgrad.publish import write_atomically
 from postgrad.stages.init import refuse_name
-from postgrad.stages.study import load_study
+from postgrad.stages.parsing import read_yaml
+from postgrad.stages.study import parse_study
 
-_PAPER = {
-    "laptop": ("strong", "weak", "parts", "shifts", "large"),
-    "gpu": ("strong", "weak", "parts", "large"),
-}
+_PAPER = ("strong", "weak", "parts", "shifts", "large")
 """The files of the paper, by what they ask: a strong and a weak shift, parts without and with shifts, a larger model."""
-_SIZES = tuple(_PAPER)
+
+_SIZES: Mapping[str, Mapping[str, str]] = {
+    "laptop": {
+        "model": "llama-1M",
+        "large": "llama-3M",
+        "vocabulary": "2048",
+        "base_tokens": "1.2M",
+        "tokens": "600k",
+        "length": "256",
+        "sequences": "8",
+        "peak": "3.0e-3",
+        "half": "1.5e-3",
+        "twice": "6.0e-3",
+        "constant": "1.65e-3",
+        "floor": "3.0e-4",
+        "passes": "20",
+        "look": "4k",
+        "judged": "60k",
+        "seeds": "[0, 1, 2]",
+        "few": "[0, 1]",
+        "old_name": "english",
+        "old_kind": "English documentation",
+        "weak": "comments",
+        "weak_kind": "comments in code",
+        "strong": "code",
+        "strong_kind": "code without prose",
+        "third": "listing",
+        "third_kind": "instructions of the interpreter",
+    },
+    "gpu": {
+        "model": "llama-45M",
+        "large": "llama-110M",
+        "vocabulary": "16000",
+        "base_tokens": "300M",
+        "tokens": "300M",
+        "length": "1024",
+        "sequences": "128",
+        "peak": "1.0e-3",
+        "half": "5.0e-4",
+        "twice": "2.0e-3",
+        "constant": "5.5e-4",
+        "floor": "1.0e-4",
+        "passes": "4",
+        "look": "50k",
+        "judged": "1M",
+        "seeds": "[0, 1, 2]",
+        "few": "[0]",
+        "old_name": "web",
+        "old_kind": "English web text",
+        "weak": "encyclopedia",
+        "weak_kind": "an English encyclopedia",
+        "strong": "german",
+        "strong_kind": "German text",
+        "third": "code",
+        "third_kind": "code",
+    },
+}
+"""What the files say at each size. Peak and floor are those of the base, a tenth apart, as in the paper."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +96,7 @@ def write_study(place: Path, template: str, size: str, *, force: bool) -> dict[s
     Raises `StageError` for an unknown template or size, a name that can name no folder, and files that are there.
     """
     refuse_name(place)
-    for option, said, known in (("--template", template, ("levers", "paper")), ("--size", size, _SIZES)):
+    for option, said, known in (("--template", template, ("levers", "paper")), ("--size", size, tuple(_SIZES))):
         if said not in known:
             raise StageError(
                 f"there is no {option.removeprefix('--')} {said!r}",
@@ -63,8 +118,9 @@ def write_study(place: Path, template: str, size: str, *, force: bool) -> dict[s
         write_kinds(folder)
         said.append(f"made {folder}/ from this Python's own documentation and library")
     for path, text in wanted.texts.items():
+        parse_study(read_yaml(text), path.name)  # what is written can be read
+    for path, text in wanted.texts.items():
         write_atomically(path, text)
-        load_study(path)  # what is written can be read
         said.append(f"wrote {path}")
     names = " ".join(path.name for path in wanted.texts)
     said += [f"what it will do: postgrad study {names} --dry-run", f"next: postgrad study {names}"]
@@ -72,17 +128,18 @@ def write_study(place: Path, template: str, size: str, *, force: bool) -> dict[s
 
 
 def _levers(place: Path) -> _Wanted:
-    return _Wanted({place: _filled("study-levers", place, place.stem)}, material=True)
+    return _Wanted({place: _filled("study-levers", place, place.stem, {})}, material=True)
 
 
 def _paper(place: Path, size: str) -> _Wanted:
-    texts = {}
-    for part in _PAPER[size]:
-        path = place.with_name(f"{place.stem}-{part}.yaml")
-        texts[path] = _filled(f"paper-{size}-{part}", path, place.stem)
+    paths = {part: place.with_name(f"{place.stem}-{part}.yaml") for part in _PAPER}
+    values = {**_SIZES[size], "all": f"{place.stem}-*.yaml"}
+    texts = {path: _filled(f"paper-{part}", path, place.stem, values) for part, path in paths.items()}
     return _Wanted(texts, material=size == "laptop")
 
 
-def _filled(name: str, path: Path, stem: str) -> str:
+def _filled(name: str, path: Path, stem: str, values: Mapping[str, str]) -> str:
     text = files("postgrad.stages").joinpath("templates", f"{name}.yaml").read_text("utf-8")
-    return Template(text).substitute(name=path.stem, file=path.name, data=f"{stem}-data", shelf=f"studies/{stem}")
+    return Template(text).substitute(
+        name=path.stem, file=path.name, data=f"{stem}-data", shelf=f"studies/{stem}", **values
+    )

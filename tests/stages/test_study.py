@@ -15,10 +15,11 @@ import yaml
 from typer.testing import CliRunner
 
 from postgrad.cli import app
+from postgrad.data import material
 from postgrad.errors import StageError
 from postgrad.lineage.forgetting import redrawn
 from postgrad.lineage.record import read_record
-from postgrad.stages import measure
+from postgrad.stages import measure, study_templates
 from postgrad.stages.study import load_study, merged, parse_study
 from postgrad.stages.study_arms import Work, work_out
 from postgrad.stages.study_finish import finish
@@ -88,6 +89,7 @@ def done(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepa
         {"say": "replay helps", "arm": "replay", "than": "none", "on": "old"},
         {"say": "replay hurts", "arm": "none", "than": "replay", "on": "old", "at_most": -5},
         {"say": "most of it", "arm": "replay", "removes": "1e-9"},
+        {"say": "it learnt", "arm": "none", "than": "base", "on": "new"},
     ]
     file = written(folder, raw(base, base=PRETRAINED, arms=arms, seeds=[0, 1], claims=claims))
     prepared = prepare(file, tmp_path_factory.getbasetemp() / "cache")
@@ -338,6 +340,10 @@ def test_what_is_left_behind_reads_back(done: Prepared) -> None:
     mean = next(line.split(",") for line in lines if line.startswith("replay,mean,old"))
     assert float(mean[3]) == next(a for a in found["arms"] if a["name"] == "replay")["loss"]["old"]["value"]
     assert found["claims"][1]["verdict"] == "does not hold"
+    learnt = next(arm for arm in found["arms"] if arm["name"] == "none")["change"]["new"]
+    assert [found["claims"][3][key] for key in ("value", "low", "high")] == [
+        learnt[key] for key in ("value", "low", "high")
+    ]
     assert any("Two seeds tell little" in line for line in found["summary"])
 
 
@@ -455,6 +461,71 @@ def test_a_claim_holds_by_its_interval_and_by_every_seed(
     assert verdict(turned, 0.0, at_least=True) == said
 
 
+# -- what is written for users ----------------------------------------------------------------------------------------
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("template", "size", "shipped"),
+    [("levers", "laptop", None), ("paper", "laptop", "examples/paper"), ("paper", "gpu", "benchmarks/paper_gpu")],
+)
+def test_templates_are_studies_and_those_that_are_shipped(
+    template: str, size: str, shipped: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made: list[Path] = []
+    monkeypatch.setattr(study_templates, "write_kinds", made.append)
+    found = study_templates.write_study(Path("paper.yaml"), template, size, force=False)
+    assert made == ([Path("paper-data")] if size == "laptop" else [])
+    bases = set()
+    for name in found["files"]:
+        work = work_out(load_study(Path(name)), lambda text: text.get("path"), name)
+        bases.add(work.base)
+        texts = {
+            s["path"]
+            for step in work.steps.values()
+            for s in step.what.get("data", {}).get("sources", [])
+            if "path" in s
+        }
+        if size == "laptop":
+            kinds = {
+                f"paper-data/{kind}.jsonl"
+                for kind in ("old", "comments", "code", "code-1", "code-2", "code-3", "listing")
+            }
+            assert {text for text in texts if not text.startswith("@")} <= kinds
+        if shipped:
+            assert (ROOT / shipped / name).read_text() == Path(name).read_text(), f"{name}: study init wrote another"
+    # What the studies of the paper have in common is made once: all but the larger model go on from one base.
+    assert len(bases) == (2 if template == "paper" else 1)
+    with pytest.raises(StageError, match="is there already"):
+        study_templates.write_study(Path("paper.yaml"), template, size, force=False)
+    with pytest.raises(StageError, match="did you mean 'paper'"):
+        study_templates.write_study(Path("x.yaml"), "papr", size, force=False)
+
+
+def test_kinds_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = [
+        p for p in material.standard_library() if p.name in ("argparse.py", "ast.py", "bisect.py", "calendar.py")
+    ]
+    monkeypatch.setattr(material, "standard_library", lambda: modules)
+    material.write_kinds(tmp_path)
+    texts = {
+        p.stem: [json.loads(line)["text"] for line in p.read_text().split("\n")[:-1]] for p in tmp_path.glob("*.jsonl")
+    }
+    assert set(texts) == {
+        *("old", "comments", "code", "listing", "code-1", "code-2", "code-3"),
+        *("old-heldout", "comments-heldout", "code-heldout", "listing-heldout"),
+    }
+    assert sorted(texts["code-1"] + texts["code-2"] + texts["code-3"]) == sorted(texts["code"])
+    assert any("RETURN" in text for text in texts["listing"]) and not any("0x" in text for text in texts["listing"])
+    assert any("def " in text for text in texts["code"]) and not any("def " in text for text in texts["comments"])
+    # Whole modules are held out of every kind.
+    assert any("argparse" in text or "Namespace" in text for text in texts["code-heldout"])
+    assert not any("class ArgumentParser" in text for text in texts["code"])
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +539,9 @@ def test_the_command(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ran = CliRunner().invoke(app, ["study", str(file)])
     assert ran.exit_code == 0, ran.output
     assert "Without protection (none)" in ran.stdout and "report.html" in ran.stdout.splitlines()[-1]
+    # Anything can be said besides: a wider study takes the runs that are there.
+    wider = CliRunner().invoke(app, ["study", str(file), "arms.more.replay=50%", "--dry-run", "--json"])
+    assert json.loads(wider.stdout)["runs"] == 3 and json.loads(wider.stdout)["left"] == 1
     again = CliRunner().invoke(app, ["study", str(file), "--json"])
     assert [arm["status"] for arm in json.loads(again.stdout)["arms"]] == ["finished", "finished"]
     assert load_study(file).name == "tiny"
