@@ -48,6 +48,8 @@ from postgrad.reports.tables import VERDICTS, Column, Table
 MOST_SAMPLES, MOST_SERIES = 12, 12
 _EVERY_STEP = 7
 """The colour of what is drawn of each step, behind everything else."""
+_FEW = 0.01
+"""Of held-out documents, parts of which may be in the training text before a reader is warned of it."""
 EARLY, EARLY_WORDS = (
     0.02,
     "2 %",
@@ -194,8 +196,8 @@ def headline(record: Mapping[str, object]) -> str:
         ranked = sorted(entries, key=lambda n: -abs(number(entries[n].get("difference")) or 0.0))
         for set_name in ranked[:most]:
             entry = entries[set_name]
-            b, a = mapping(before.get(set_name)).get("nats"), mapping(after.get(set_name)).get("nats")
-            sentences.append(_sentence(set_name, entry, b, a))
+            sides = mapping(before.get(set_name)), mapping(after.get(set_name))
+            sentences.append(_sentence(set_name, entry, *sides, tables.unit_of_loss(record)))
         if len(ranked) > most:
             sentences.append(f"{len(ranked) - most} more of this kind are in the table.")
     return f'<p class="lead">{" ".join(sentences)}</p>' if sentences else ""
@@ -217,10 +219,12 @@ def _last_look(record: Mapping[str, object], curves: Curves) -> str:
             span = f" (95 % interval {signed(low)} to {signed(high)})" if known else ""
             found.append(f"{named(name)} {signed(change)}{span}")
     when = f"after {compact(latest)} trained tokens" if curves.unit != "step" else f"at step {count(latest)}"
-    return f'<p class="lead">At the last evaluation, {when}, in nats per token: {", ".join(found)}.</p>'
+    return f'<p class="lead">At the last evaluation, {when}, in {tables.unit_of_loss(record)}: {", ".join(found)}.</p>'
 
 
-def _sentence(set_name: str, entry: Mapping[str, object], before: object, after: object) -> str:
+def _sentence(
+    set_name: str, entry: Mapping[str, object], before: Mapping[str, object], after: Mapping[str, object], unit: str
+) -> str:
     said = tables.verdict(entry)
     difference = entry.get("difference")
     span = ""
@@ -230,10 +234,15 @@ def _sentence(set_name: str, entry: Mapping[str, object], before: object, after:
     start = f"{verb} {named(set_name)}" if verb else f"No clear change on {named(set_name)}"
     if entry.get("role") == "test":
         start += " (a test set, looked at once)"
-    if number(before) is not None and number(after) is not None:
-        move = f"{fixed(before)} \u2192 {fixed(after)} nats per token ({signed(difference)}{span})"
+    was, now = before.get("nats"), after.get("nats")
+    if number(was) is not None and number(now) is not None:
+        move = f"{fixed(was)} \u2192 {fixed(now)} {unit} ({signed(difference)}{span})"
     else:
-        move = f"{signed(difference)} nats per token{span}"
+        move = f"{signed(difference)} {unit}{span}"
+    if met := tables.first_metric(before, after):
+        metric, then, here = met
+        interval = f"95 % interval {fixed(here.get('low'))} to {fixed(here.get('high'))}"
+        move = f"{escaped(metric, 30)} {fixed(then)} \u2192 {fixed(here.get('value'))} ({interval}), loss {move}"
     return f"{start}: {move}."
 
 
@@ -248,7 +257,12 @@ def _cards(record: Mapping[str, object]) -> str:
         said = tables.verdict(entry)
         b, a = mapping(before.get(set_name)), mapping(after.get(set_name))
         lines = []
-        if number(b.get("perplexity")) is not None and number(a.get("perplexity")) is not None:
+        big, unit = signed(entry["difference"]), tables.unit_of_loss(record)
+        if met := tables.first_metric(b, a):
+            metric, was, now = met
+            lines += [f"95 % interval {fixed(now.get('low'))} to {fixed(now.get('high'))}", f"Loss {big} {unit}"]
+            big, unit = f"{fixed(was)} \u2192 {fixed(now.get('value'))}", escaped(metric, 30)
+        elif number(b.get("perplexity")) is not None and number(a.get("perplexity")) is not None:
             lines.append(f"Perplexity {fixed(b['perplexity'], 2)} \u2192 {fixed(a['perplexity'], 2)}")
         if number(entry.get("count")) is not None:
             of = f"{count(entry['count'])} {escaped(entry.get('units') or 'units', 30)}"
@@ -257,7 +271,7 @@ def _cards(record: Mapping[str, object]) -> str:
             f'<li class="t-{VERDICTS.get(said, ("open",))[0]}"><div class="what">'
             f"<bdi>{escaped(set_name, 80)}</bdi>"
             f"{badge(said)}</div>"
-            f'<p class="big">{signed(entry["difference"])} <small>nats per token</small></p>'
+            f'<p class="big">{big} <small>{unit}</small></p>'
             f"<p>{br.join(lines)}</p></li>"
         )
     return f'<ul class="cards" aria-label="Verdicts">{"".join(shown)}</ul>' if shown else ""
@@ -320,7 +334,8 @@ def _notices(record: Mapping[str, object], curves: Curves) -> str:
         )
     for name, entry in mapping(record.get("overlap")).items():
         entry = mapping(entry)
-        if number(entry.get("duplicates")) or number(entry.get("half")):
+        many = (number(entry.get("half")) or 0) > _FEW * (number(entry.get("documents")) or 0)
+        if number(entry.get("duplicates")) or many:
             notices.append(
                 ("bad", f"<b>Held-out text was also in the training data.</b> {named(name)}:"
                  f" {count(entry.get('duplicates'))} of {count(entry.get('documents'))} documents are"
@@ -369,7 +384,8 @@ def _result(record: Mapping[str, object]) -> str:
     learnt = [*_estimates(tables.learned(record)), *_estimates(tables.tests(record))]
     gate = number(mapping(record.get("gate")).get("level"))
     limit = Level(gate, f"gate {signed(gate)}") if gate is not None else None
-    words = {"x_label": "change of the loss, nats per token", "left_word": "better", "right_word": "worse"}
+    label = f"change of the loss, {tables.unit_of_loss(record)}"
+    words = {"x_label": label, "left_word": "better", "right_word": "worse"}
     plots = []
     if kept:
         plots.append(
@@ -434,13 +450,13 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
         early = sum(1 for p in curves.sets[names[0]] if p[0] <= EARLY * whole) >= 3
         words = {
             "x_label": curves.unit,
-            "y_label": "change, nats per token",
+            "y_label": f"change, {tables.unit_of_loss(record)}",
             "zero": True,
             "levels": levels,
             "least": 0.01,
         }
         seen_whole = {**words, "marks": published}
-        numbers = _evaluation_numbers(names, curves)
+        numbers = _evaluation_numbers(names, curves, tables.unit_of_loss(record))
         first = figure(
             f"{heading} sets, the whole run",
             lambda w, s=series, k=seen_whole, t=heading: figures.line_chart(
@@ -502,7 +518,7 @@ def _change_series(
     )
 
 
-def _evaluation_numbers(names: Sequence[str], curves: Curves) -> Table:
+def _evaluation_numbers(names: Sequence[str], curves: Curves, unit: str) -> Table:
     """The table behind the curves: at most 60 of the evaluations, the first and last among them."""
     at: dict[float, dict[str, tuple[float, float, float, float, float]]] = {}
     for name in names:
@@ -525,7 +541,7 @@ def _evaluation_numbers(names: Sequence[str], curves: Curves) -> Table:
                 tables.difference({"difference": change, "low": low, "high": high}, 4),
             ]
         body.append(tuple(line))
-    return Table("Evaluations during training, nats per token", tuple(columns), tuple(body))
+    return Table(f"Evaluations during training, {unit}", tuple(columns), tuple(body))
 
 
 def _training(record: Mapping[str, object], curves: Curves) -> str:
@@ -552,7 +568,7 @@ def _training(record: Mapping[str, object], curves: Curves) -> str:
             figure(
                 "Training loss",
                 lambda w: figures.line_chart(
-                    lines, title="Training loss", x_label=curves.unit, y_label="nats per token", width=w
+                    lines, title="Training loss", x_label=curves.unit, y_label=tables.unit_of_loss(record), width=w
                 ),
                 about=about,
             )

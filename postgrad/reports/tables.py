@@ -331,6 +331,25 @@ def verdict(entry: Mapping[str, object]) -> str:
     return "forgot" if low > 0 else "kept" if high <= 0 else "no evidence"
 
 
+def decides(record: Mapping[str, object]) -> bool:
+    """Whether the model gives labels: of them perplexity and bits per byte say nothing."""
+    return mapping(record.get("model")).get("task") in ("classify", "tag")
+
+
+def unit_of_loss(record: Mapping[str, object]) -> str:
+    """What a loss is a mean of."""
+    return "nats per label" if decides(record) else "nats per token"
+
+
+def first_metric(
+    before: Mapping[str, object], after: Mapping[str, object]
+) -> tuple[str, object, Mapping[str, object]] | None:
+    """The headline of what a classifier decides on a set: its name, its value before, and all of it after."""
+    for name, found in mapping(after.get("metrics")).items():
+        return name, mapping(mapping(before.get("metrics")).get(name)).get("value"), mapping(found)
+    return None
+
+
 def score_table(record: Mapping[str, object], brief: bool = False) -> Table:
     """Loss on each held-out set before and after the stage, the paired difference and what it means.
 
@@ -363,7 +382,7 @@ def score_table(record: Mapping[str, object], brief: bool = False) -> Table:
                 Cell((Number(count(how_many), _exact(how_many)), f" {units}" if units else "")),
             )
         )
-    nats, bits = "nats per token", "bits per byte"
+    nats, bits = unit_of_loss(record), "bits per byte"
     columns = (
         Column("set", words=True), Column("role", words=True), Column("verdict", words=True),
         Column("before", nats), Column("after", nats),
@@ -377,11 +396,13 @@ def score_table(record: Mapping[str, object], brief: bool = False) -> Table:
         " resamples whole units (paired bootstrap). Retained sets should not rise, learned sets should fall.",
         *([ONCE] if tests(record) else []),
     )
-    if brief:
-        picked = [0, 2, 3, 4, 5, 7, 8]
-        columns = tuple(columns[i] for i in picked)
-        body = [tuple(row[i] for i in picked) for row in body]
-    return Table("Loss on held-out text before and after", columns, tuple(body), notes)
+    picked = [0, 2, 3, 4, 5, 7, 8] if brief else [*range(len(columns))]
+    if decides(record):
+        picked = [i for i in picked if columns[i].group not in ("perplexity", bits)]
+    columns = tuple(columns[i] for i in picked)
+    body = [tuple(row[i] for i in picked) for row in body]
+    what = "rows" if decides(record) else "text"
+    return Table(f"Loss on held-out {what} before and after", columns, tuple(body), notes)
 
 
 def pseudo_table(record: Mapping[str, object], brief: bool = False) -> Table | None:

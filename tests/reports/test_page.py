@@ -16,6 +16,7 @@ import pytest
 
 from postgrad.errors import DiskError
 from postgrad.reports import page, shell
+from postgrad.reports.tables import score_table
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 TAGS = set(
@@ -305,6 +306,28 @@ def test_overlap_and_bad_losses_are_told(record: dict, metrics: list[dict]) -> N
     text = said(page.run_page(record, rows))
     assert "9 of 812 documents are duplicates" in text
     assert "1 training losses" in text or "1 training loss is" in text
+
+
+def test_a_few_documents_that_share_passages_are_no_alarm(record: dict) -> None:
+    for half, warned in ((8, False), (9, True)):  # of 812
+        record["overlap"]["general"] |= {"duplicates": 0, "half": half}
+        assert ("Held-out text was also in the training data" in said(page.run_page(record, []))) is warned
+
+
+def test_of_a_classifier_the_decisions_come_first(record: dict) -> None:
+    """No perplexity and no bits per byte, which labels do not have."""
+    name = next(iter(record["changes"]))
+    for side, value in (("before", 0.25), ("after", 0.75)):
+        record["scores"][side][name]["metrics"] = {
+            "accuracy": {"value": value, "low": value - 0.05, "high": value + 0.05}
+        }
+    assert "nats per token" in said(page.run_page(record, [])) and "bits per byte" in score_table(record).text()
+    record["model"]["task"] = "classify"
+    text = said(page.run_page(record, []))
+    assert "accuracy 0.250 \u2192 0.750 (95 % interval 0.700 to 0.800), loss" in text
+    assert "0.250 \u2192 0.750 accuracy" in text and "nats per label" in text
+    for table in (score_table(record).text(), score_table(record, brief=True).text()):
+        assert "nats per label" in table and "bits per byte" not in table and "perplexity" not in table
 
 
 JUNK = [None, -3, "x", [1], {"a": None}, [[None]], math.nan, 10**400]
