@@ -28,7 +28,7 @@ from postgrad.stages.advise import Wish, advise, piloted, plan_advice, write_adv
 from postgrad.stages.amounts import share_of
 from postgrad.stages.parsing import parse_stage, read_stage
 from postgrad.stages.plan import make_plan
-from postgrad.stages.run import Finished, run_stage
+from postgrad.stages.run import Finished, Stopped, run_stage
 
 Found = dict[str, Any]
 LESS = 1.5
@@ -64,7 +64,8 @@ def carried_out(stage: Found, root: Path, cache: Path) -> Found:
     """The record of a run."""
     plan = make_plan(parse_stage(stage, stage["name"]), root, cache)
     *_, last = run_stage(plan, command="benchmarks/advice.py", cache=cache)
-    assert isinstance(last, Finished)
+    if not isinstance(last, Finished):
+        raise SystemExit(3)
     return last.record
 
 
@@ -83,8 +84,9 @@ def case(given: argparse.Namespace, corpus: str, path: str, bound: str, cache: P
     wish = Wish(place, (), share_of(bound, "--bounds"), given.pilots, None, out)
     asked = plan_advice(wish, cache)
     begun = time.monotonic()
-    for _ in piloted(asked, "benchmarks/advice.py"):
-        pass
+    *_, last = piloted(asked, "benchmarks/advice.py")
+    if isinstance(last, Stopped):
+        raise SystemExit(3)
     row: Found = {"corpus": corpus, "bound": wish.bound, "pilots_seconds": round(time.monotonic() - begun, 1)}
     try:
         found = write_advice(asked, advise(asked))
