@@ -289,6 +289,10 @@ def _facts(record: Mapping[str, object], curves: Curves) -> str:
     moving, all_ = number(model.get("trainable")), number(model.get("parameters"))
     if kind and moving is not None and all_ and moving < all_:
         facts.append(("tuning", f"{kind}, {compact(moving)} of them move"))
+    update = mapping(record.get("update"))
+    if update:
+        said = f"{compact(update.get('moved'))} of {compact(update.get('of'))} at a time, by {plain(update.get('kind'), 30)}"
+        facts.append(("an update moves", said))
     if tokens is not None:
         facts.append(("trained tokens", compact(tokens)))
     elif number(plan.get("tokens")) is not None:

@@ -266,7 +266,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     chooser = _chooser(plan, home, world)
     stop = yield from _train(plan, run, loader, checkpoints, metrics, interrupt, keeping, chooser)
     if stop:
-        _record_stop(home, plan, kept, fingerprints, execution, counts, run, command, world, about)
+        _record_stop(home, plan, kept, fingerprints, execution, counts, run, command, world, about, update)
         yield Stopped(run.step, plan.steps)
         return
 
@@ -596,6 +596,7 @@ def _record_stop(
     command: str,
     world: World,
     penalties: list[dict[str, Any]],
+    update: dict[str, Any] | None,
 ) -> None:
     """Leave a record of a run that was stopped, so that it can be reported on."""
     if not world.main:
@@ -607,6 +608,7 @@ def _record_stop(
         "status": "stopped",
         "finished": now(),
         "penalties": penalties,
+        "update": update,
         "achieved": achieved(home, plan, run.trained, by_source, run.step),
         "seen": seen_after(plan, by_source),
         "scores": {"before": {n: v.summary() for n, v in before.items()}, "after": {}},

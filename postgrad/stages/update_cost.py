@@ -44,15 +44,16 @@ def update_lines(plan: Plan, about: dict[str, Any] | None) -> list[str]:
     """What is said of the stage's updates; nothing of plain ones."""
     lines = []
     if about:
+        share, part = f"{100 * about['share']:.3g} %", f"{about['moved'] / about['of']:.1%}"
         lines.append(
-            f"update: {about['kind']}, {about['share']:.3g} of {_BY[about['kind']]}: {about['moved']:,} of {about['of']:,} "
-            f"weights at a time ({about['moved'] / about['of']:.1%}; {about['whole']:,} always move, as they are in no such "
-            f"part); a copy of {readable(about['bytes'])} while it lasts"
+            f"update: {about['kind']}, {share} of {_BY[about['kind']]}: {about['moved']:,} of {about['of']:,} weights at a "
+            f"time ({part}; {about['whole']:,} always move, as they are in no such part); a copy of "
+            f"{readable(about['bytes'])} while it lasts"
         )
     paced = plan.stage.optimizer.loss_adaptive
     if paced:
         lines.append(
             f"rate: that of the schedule times min(1, {paced.start:.3g} sqrt(first loss / mean loss)); all of it where the "
-            f"loss is at most {paced.start**2:.3g} of the first"
+            f"mean loss is at most {100 * paced.start**2:.3g} % of the first"
         )
     return lines
