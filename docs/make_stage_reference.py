@@ -17,6 +17,7 @@ from postgrad.stages import (
     penalties,
     schedules,
     selection,
+    study,
     tasks,
     tunings,
     updates,
@@ -214,3 +215,4 @@ if __name__ == "__main__":
     here = Path(__file__).parent
     (here / "stage.md").write_text(stage_reference())
     (here / "stage.schema.json").write_text(parsing.json_schema() + "\n")
+    (here / "study.schema.json").write_text(study.study_schema() + "\n")

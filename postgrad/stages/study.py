@@ -6,6 +6,7 @@ runs follow from it is worked out in `study_arms`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -314,6 +315,22 @@ def parse_study(raw: dict[str, Any], where: str) -> Study:
         return Study.model_validate(raw)
     except ValidationError as error:
         raise readable(error, where, raw, Study) from error
+
+
+def study_schema() -> str:
+    """The JSON Schema of a study file, for editors. What an arm says of its stage is a patch, and may be any part of one."""
+    schema = Study.model_json_schema()
+    arm, source = schema["$defs"]["Arm"], schema["$defs"]["Source"]
+    del arm["properties"]["patch"]
+    arm["additionalProperties"] = True
+    source["required"].remove("name")  # which follows from the path
+    for key in ("new", "retained", "learned", "seeds"):
+        listed = schema["properties"][key]
+        told = {word: listed.pop(word) for word in ("description", "title", "default") if word in listed}
+        schema["properties"][key] = {"anyOf": [listed, listed["items"]], **told}
+    arms = schema["properties"]["arms"]
+    arms["additionalProperties"] = {"anyOf": [arms["additionalProperties"], {"type": "null"}]}
+    return json.dumps(schema, indent=2)
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

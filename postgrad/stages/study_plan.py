@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from postgrad.stages.fresh import start_of
 from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import Plan, make_plan
 from postgrad.stages.run import look_steps
+from postgrad.stages.stage import Stage
 from postgrad.stages.study_arms import Step, resolved
 from postgrad.stages.study_run import Prepared
 from postgrad.stages.study_steps import MACHINE
@@ -71,16 +73,18 @@ def look_ahead(prepared: Prepared, say: Callable[[str], None] = lambda text: Non
     planned: dict[str, Plan | PostgradError] = {}
     took = 0.0
     world = World(machine.device())
+    untrained = cache(lambda: _untrained(prepared))
     for key in prepared.left:
         step = prepared.work.steps[key]
         if step.kind != "train":
             continue
-        alike = fingerprint({**step.what, "seed": 0, "name": ""})
+        stand_in = _stand_in(prepared, step, untrained)
+        alike = fingerprint(stand_in.model_dump(mode="json", exclude={"name": True, "output": True, "seed": True}))
         if alike not in planned:
             say(f"planning {step.slug}")
             begin = time.perf_counter()
             try:
-                planned[alike] = make_plan(_stand_in(prepared, step), prepared.folder.root, prepared.folder.cache)
+                planned[alike] = make_plan(stand_in, prepared.folder.root, prepared.folder.cache)
             except PostgradError as error:
                 planned[alike] = error
             took = time.perf_counter() - begin
@@ -124,17 +128,17 @@ def _notes(found: Outlook, arm: str, plan: Plan) -> None:
             known.append(arm)
 
 
-def _stand_in(prepared: Prepared, step: Step) -> Any:
+def _stand_in(prepared: Prepared, step: Step, untrained: Callable[[], str]) -> Stage:
     """The stage of a step on models and texts that are there already."""
     work, folder = prepared.work, prepared.folder
     stage = folder.stage(work, step)
     if isinstance(stage["model"], str) and not (folder.root / stage["model"]).exists() and work.base is not None:
-        stage["model"] = _untrained(prepared)
+        stage["model"] = untrained()
     elif isinstance(stage["model"], str) and stage["model"].startswith(str(folder.shelf)):
         there = (folder.root / stage["model"] / "model").exists()
-        stage["model"] = stage["model"] if there else _given(prepared)
+        stage["model"] = stage["model"] if there else prepared.study.base if work.base is None else untrained()
     elif isinstance(stage["model"], dict) and str(stage["model"].get("config", "")).startswith(str(folder.shelf)):
-        named = stage["model"]["config"] if Path(stage["model"]["config"]).exists() else _untrained(prepared)
+        named = stage["model"]["config"] if Path(stage["model"]["config"]).exists() else untrained()
         stage["model"] = {"config": named, "tokenizer": named}
     old = prepared.study.old.model_dump(mode="json", exclude_defaults=True) if prepared.study.old else None
     sources = []
@@ -164,11 +168,6 @@ def _untrained(prepared: Prepared) -> str:
     start = start_of(stage, prepared.folder.root, prepared.folder.cache)
     assert start.folder is not None  # a new model always lies somewhere
     return str(start.folder)
-
-
-def _given(prepared: Prepared) -> str:
-    base = prepared.study.base
-    return base if isinstance(base, str) else _untrained(prepared)
 
 
 def _sort(plan: Plan) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import yaml
@@ -19,8 +21,9 @@ from postgrad.data import material
 from postgrad.errors import StageError
 from postgrad.lineage.forgetting import redrawn
 from postgrad.lineage.record import read_record
-from postgrad.stages import measure, study_templates
-from postgrad.stages.study import load_study, merged, parse_study
+from postgrad.stages import measure, study_arms, study_templates
+from postgrad.stages.parsing import read_yaml
+from postgrad.stages.study import load_study, merged, parse_study, study_schema
 from postgrad.stages.study_arms import Work, work_out
 from postgrad.stages.study_finish import finish
 from postgrad.stages.study_found import Drawn, findings, removed, verdict
@@ -190,6 +193,18 @@ def test_what_several_arms_need_is_there_once(base: Path) -> None:
     assert text.what["tokens"] == 500
 
 
+def test_a_broken_fingerprint_would_share_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant of sharing: a fingerprint that is never the same twice makes the base and the text anew for each."""
+    numbers = iter(range(1000))
+    arms = {"none": {}, "then": {"start": "none", "tokens": 3000}, "half": {"blend": {"of": "none", "weight": 0.5}}}
+    whole = worked(base, base=PRETRAINED, arms=arms, seeds=[0, 1])
+    assert len(whole.trained) == 1 + 2 + 2 and whole.asked == 6 + 2 + 4 + 2
+    arms |= {f"self {share}": {"replay": share, "replay_from": "self-made"} for share in ("5%", "10%")}
+    assert sum(s.kind == "write" for s in worked(base, arms=arms).steps.values()) == 1
+    monkeypatch.setattr(study_arms, "fingerprint", lambda value: f"{next(numbers):064x}"[::-1])
+    assert sum(s.kind == "write" for s in worked(base, arms=arms).steps.values()) == 2
+
+
 def test_a_step_is_known_by_what_decides_it(base: Path) -> None:
     def last(**changes: Any) -> dict[str, str]:
         work = worked(base, **changes)
@@ -352,19 +367,20 @@ def test_stopped_and_gone_on_with_it_ends_with_the_same_numbers(base: Path, tmp_
     straight = prepare(written(tmp_path / "straight", raw(base, arms=arms)), cache)
     carried_out(straight)
     broken = prepare(written(tmp_path / "broken", raw(base, arms=arms)), cache)
-    stops = 0
-    for _ in range(20):
-        asked = False
-        for event in run_study(broken, command="x"):
-            if isinstance(event, Moved) and event.what == "training" and event.done in (4, 5) and not asked:
-                asked = True
-                os.kill(os.getpid(), signal.SIGINT)
-        assert isinstance(event, Ended)
-        if not event.stopped:
-            break
-        stops += 1
-        assert broken.left  # what is not complete is not taken for complete
-    assert stops >= 2
+    # By turns asked to stop, which saves, and dropped where it stands, which loses what is behind the last checkpoint.
+    ways = [True, False, True, False]
+    while broken.left:
+        asked = ways.pop() if ways else None
+        events = run_study(broken, command="x")
+        for event in events:
+            if isinstance(event, Moved) and event.what == "training" and event.done == 4 + len(ways) % 2:
+                if asked is False:
+                    break
+                if asked:
+                    asked = None
+                    os.kill(os.getpid(), signal.SIGINT)
+        events.close()  # type: ignore[attr-defined]
+    assert not ways
     one, two = (findings(p, {}) for p in (straight, broken))
     for a, b in zip(one["arms"], two["arms"], strict=True):
         assert a["loss"] == b["loss"] and a["change"] == b["change"]
@@ -503,6 +519,25 @@ def test_templates_are_studies_and_those_that_are_shipped(
         study_templates.write_study(Path("paper.yaml"), template, size, force=False)
     with pytest.raises(StageError, match="did you mean 'paper'"):
         study_templates.write_study(Path("x.yaml"), "papr", size, force=False)
+
+
+def test_the_schema_knows_what_is_a_study() -> None:
+    schema = json.loads(study_schema())
+    assert (ROOT / "docs" / "study.schema.json").read_text() == study_schema() + "\n", (
+        "run docs/make_stage_reference.py"
+    )
+    for file in sorted((ROOT / "examples" / "paper").glob("*.yaml")):
+        jsonschema.validate(read_yaml(file.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**read_yaml(file.read_text()), "armz": {}}, schema)
+
+
+def test_what_the_page_shows_is_a_study() -> None:
+    text = (ROOT / "docs" / "study.md").read_text()
+    blocks = [read_yaml(body) for body in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
+    whole = next(block for block in blocks if "arms" in block)
+    claims = next(block for block in blocks if block.keys() == {"claims"})
+    work_out(parse_study({**whole, **claims}, "docs/study.md"), lambda text: text.get("path"), "docs/study.md")
 
 
 def test_kinds_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
