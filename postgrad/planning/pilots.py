@@ -40,7 +40,7 @@ LEAST_SHARE, MOST_SHARE = 0.01, 0.75
 """Shares of replay that may be proposed. Even a little guards against surprises."""
 LOWEST_PEAK = 0.25
 """Of the stage's own peak, the lowest that may be proposed; the stage's own is the highest."""
-SURE = 0.85
+SURE = 0.9
 """How likely the whole run is to keep within the bound."""
 _TWO_SIDED = 0.975
 """What lies below the upper end of a 95 % interval."""
