@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from postgrad.reports import drift, figures, selection, tables, tasks
+from postgrad.reports import drift, figures, realign, selection, tables, tasks
 from postgrad.reports.figures import Estimate, Level, Mark, Series, Spot
 from postgrad.reports.notation import (
     compact,
@@ -171,6 +171,7 @@ def run_page(record: Mapping[str, object], metrics: Iterable[Mapping[str, object
         ("retention", "Retention", "Forgetting while it trained", _retention(record, curves)),
         ("choice", "Choice", "Which step was published", _choice(record, curves)),
         ("drift", "Drift", "How far it has moved", drift.section(record)),
+        ("realign", "Re-aligned", "What a few steps on old text bring back", realign.section(record)),
         ("training", "Training", "Training", _training(record, curves)),
         ("mixture", "Mixture", "What was read", _mixture(record)),
         ("selection", "Selection", "Which documents were read", selection.section(record)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -319,7 +319,7 @@ def consumed(leaves: list[dict[str, Any]], trained: dict[str, int]) -> list[dict
 
 def origin_of(leaf: Leaf, start: Start, seed: int) -> dict[str, Any]:
     """What a later stage needs to read the same documents again."""
-    selected = {"select": resolved(leaf.wanted.select, start, seed)} if leaf.wanted.select else {}
+    selected = {"select": resolved(leaf.wanted.select, start, seed, leaf.files.root)} if leaf.wanted.select else {}
     hub, wording = leaf.files.hub, leaf.wanted.wording
     return {
         "path": leaf.files.path,
@@ -339,6 +339,19 @@ def origin_of(leaf: Leaf, start: Start, seed: int) -> dict[str, Any]:
         "held_out": leaf.held_out,
         **selected,
     }
+
+
+def source_again(leaf: Mapping[str, Any]) -> dict[str, Any]:
+    """A source as plain data that reads the documents which an earlier stage read, less what that held out.
+
+    `leaf`: what `leaves_of` says of one.
+    """
+    origin = dict(leaf["origin"])
+    base = Path(origin.pop("root"))
+    origin["path"] = str(base / origin["path"]) if origin["path"] else None
+    known = s.Source.model_fields
+    name = leaf["name"].replace("/", "-")
+    return {"name": name, **{key: value for key, value in origin.items() if key in known and value is not None}}
 
 
 def wording_of(given: dict[str, Any]) -> Wording:

@@ -96,6 +96,11 @@ class Plan:
     """Where what can be made again is kept."""
 
     @property
+    def start_named(self) -> str:
+        """The start model, as another stage with the same root would name it."""
+        return self.stage.model if isinstance(self.stage.model, str) else str(self.start.folder)
+
+    @property
     def sources(self) -> list[str]:
         """Names of the leaves, in the order of the mixture."""
         return [leaf.name for leaf in self.leaves]

@@ -24,6 +24,7 @@ from postgrad.models.model import model_for
 from postgrad.models.pretrained import Start
 from postgrad.stages import measure
 from postgrad.stages import stage as s
+from postgrad.stages.leaves import source_again
 from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import Plan, make_plan
 from postgrad.stages.run import Finished
@@ -150,7 +151,7 @@ def _prompts(wish: Wish, root: Path) -> list[dict[str, Any]]:
             {"name": _PROMPTS if len(wish.prompts) == 1 else f"{_PROMPTS}-{i + 1}", "path": str(root / path), **_OLD}
             for i, path in enumerate(wish.prompts)
         ]
-    replayed = [_source(leaf) for leaf in _leaves(wish.run, "replay")]
+    replayed = [source_again(leaf) for leaf in _leaves(wish.run, "replay")]
     if not replayed:
         raise StageError(
             f"{wish.run} replayed nothing that its model could go on from",
@@ -168,7 +169,7 @@ def _new_sources(wish: Wish) -> list[dict[str, Any]]:
     """The new text of the run, in the shares that it had."""
     leaves = _leaves(wish.run, "new")
     total = sum(leaf["share"] for leaf in leaves)
-    return [{**_source(leaf), "role": "replay", "share": leaf["share"] / total} for leaf in leaves]
+    return [{**source_again(leaf), "role": "replay", "share": leaf["share"] / total} for leaf in leaves]
 
 
 def _leaves(run: Path, role: str) -> list[dict[str, Any]]:
@@ -176,16 +177,6 @@ def _leaves(run: Path, role: str) -> list[dict[str, Any]]:
     planned = json.loads((run / PLAN).read_text())
     shares = {source["name"]: (source["role"], source["share"]) for source in planned["plan"]["sources"]}
     return [{**leaf, "share": shares[leaf["name"]][1]} for leaf in planned["leaves"] if shares[leaf["name"]][0] == role]
-
-
-def _source(leaf: Mapping[str, Any]) -> dict[str, Any]:
-    """A source that reads the documents which an earlier stage read, less what that held out."""
-    origin = dict(leaf["origin"])
-    base = Path(origin.pop("root"))
-    origin["path"] = str(base / origin["path"]) if origin["path"] else None
-    known = s.Source.model_fields
-    name = leaf["name"].replace("/", "-")
-    return {"name": name, **{key: value for key, value in origin.items() if key in known and value is not None}}
 
 
 def _sets(items: Sequence[Mapping[str, Any]], origin: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from postgrad.data.loader import Loader
+from postgrad.errors import PostgradError
 from postgrad.evaluation.held_out import AnyHeldOut
 from postgrad.evaluation.pseudo import score_one_by_one
 from postgrad.evaluation.samples import Prompt, continuations, prompts, text_of
@@ -53,6 +54,8 @@ from postgrad.stages.leave import publish_trained, sitting
 from postgrad.stages.leaves import leaves_of
 from postgrad.stages.plan import Plan
 from postgrad.stages.provenance import METRICS, achieved, describe, now, seen_after, stage_text
+from postgrad.stages.realign import realigned
+from postgrad.stages.realign import said as realign_lines
 from postgrad.stages.strengths import anchors_of, find_strengths, open_strengths, settle, strength_lines, too_strong
 from postgrad.stages.telling import ask, asked_once, told_by_leaf
 from postgrad.stages.update_cost import about_update
@@ -298,6 +301,15 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     if plan.stage.evaluation.drift_tokens and not world.sharded:
         yield Doing("holding the trained model beside the start model", measuring=True)
         moved = drift_of(plan, model, world)
+    won_back = None
+    if plan.stage.evaluation.realign_steps and not world.sharded:
+        yield Doing("re-aligning copies on old text")
+        try:
+            won_back = realigned(plan, home / MODEL, (before, after), execution, world, cache)
+        except PostgradError as error:  # the stage itself is done
+            yield Warned(f"the copies could not be re-aligned: {error}")
+        for line in realign_lines(won_back) if won_back else ():
+            yield Said(line)
     tests = [h for h in plan.held_out_before if h.role == "test"]
     if tests:
         del model  # there may be room for one model only
@@ -327,6 +339,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         "seen": seen_after(plan, by_source),
         **found,
         "drift": moved,
+        "realign": won_back,
         "pseudo_perplexity": measure.outcome(plan.pseudo, pseudo_before, pseudo, plan.vocabulary) if pseudo else None,
         "gate": gate,
         "tasks": answering.table_of(plan.tasks, answers_before, answers),

@@ -137,16 +137,20 @@ def selected(steps: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def resolved(asked: Sequence[AnySelection], start: Start, seed: int) -> list[dict[str, Any]]:
-    """The ways as a later stage needs them to select the same documents: with the model and the seed that were meant."""
+def resolved(asked: Sequence[AnySelection], start: Start, seed: int, root: Path) -> list[dict[str, Any]]:
+    """The ways as a later stage needs them, wherever it is: with the files, the model and the seed that were meant."""
     own = str(start.folder) if start.folder else start.name
     out = []
     for way in asked:
         given = way.model_dump(mode="json")
         if isinstance(way, PerplexitySelection) and way.model == "start":
             given["model"] = own
-        if isinstance(way, DsirSelection) and way.seed is None:
-            given["seed"] = seed
+        elif isinstance(way, PerplexitySelection):
+            here = (root / way.model).resolve()
+            given["model"] = str(here) if here.is_dir() else way.model
+        if isinstance(way, DsirSelection):
+            given["seed"] = seed if way.seed is None else way.seed
+            given["like"] = [{**each, "path": str(root / each["path"])} for each in given["like"]]
         out.append(given)
     return out
 

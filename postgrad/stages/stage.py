@@ -201,6 +201,9 @@ class Evaluation(Part):
     drift_tokens: AmountOrNone = 10_000
     """Tokens of each set on which the start model and the trained one are held side by side: what they say, and their layers;
     both are in memory for it. 0: none."""
+    realign_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps on old text that copies of the trained model and of the start model take, at the stage's highest rate, to tell
+    what is lost from what is only out of reach. Half of each retained set is trained on, or the rest of its source. 0: none."""
     samples: Annotated[int, Field(ge=0)] = 2
     """Texts of each set that are continued before and after, for the report."""
     tasks: list[Task] = []

@@ -541,6 +541,7 @@ OTHER: dict[str, Any] = {
     "objectives": [{"kind": "next-token", "weight": 2}], "evaluation.retained": [], "evaluation.learned": ["x"],
     "evaluation.test": ["x"], "save.choose": {"set": "x"},
     "evaluation.every": "20%", "evaluation.during_tokens": 5, "evaluation.max_tokens": 5, "evaluation.samples": 0,
+    "evaluation.realign_steps": 5,
     "evaluation.pseudo_perplexity": "2k",
     "evaluation.drift_tokens": 500,
     "evaluation.tasks": [{"name": "quiz", "path": "quiz.jsonl"}],
