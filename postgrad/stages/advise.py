@@ -442,7 +442,7 @@ def _beyond(asked: Asked, tried: Sequence[Pilot], choice: Choice) -> StageError:
 def _warnings(asked: Asked, tried: Sequence[Pilot], first: Setting, setting: Setting) -> Iterator[str]:
     """Where the laws are asked about what no pilot has tried."""
     longest, run = max(pilot.tokens for pilot in tried), asked.tokens(setting)
-    yield f"the run is {run / longest:.0f} times as long as the longest pilot; the intervals hold that"
+    yield f"the run is {run / longest:.0f} times as long as the longest pilot; the intervals allow for that"
     shares = sorted(pilot.setting.share for pilot in tried)
     if not shares[0] <= setting.share <= shares[-1]:
         yield f"{setting.share:.1%} replay lies outside what was tried ({shares[0]:.1%} to {shares[-1]:.1%})"
