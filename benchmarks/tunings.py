@@ -575,7 +575,7 @@ def alone(svg: str, style: str) -> str:
     ground = '<rect width="100%" height="100%" style="fill:var(--ground)"/>'
     begin, rest = svg.split(">", 1)
     begin = begin.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    return f"{begin}><style>{style}svg{{font-family:sans-serif}}</style>{ground}{rest}\n"
+    return f"{begin}><style>{style}svg.fig{{font-family:sans-serif}}</style>{ground}{rest}\n"
 
 
 def setting(options: argparse.Namespace) -> Found:
