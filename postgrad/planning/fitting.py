@@ -117,7 +117,16 @@ def fit(law: Law, inputs: Inputs, losses: Sequence[float] | np.ndarray, *, seed:
 
     Raises `DataError` when there are too few points for the law's parameters, or impossible ones.
     """
+    from threadpoolctl import threadpool_limits
+
     table, losses_N = _checked(law, inputs, losses)
+    with threadpool_limits(
+        1
+    ):  # nothing here is large enough to share: beside a busy process threads take five times as long
+        return _fit(law, table, losses_N, seed, draws)
+
+
+def _fit(law: Law, table: Inputs, losses_N: np.ndarray, seed: int, draws: int) -> Fit:
     rng = np.random.default_rng(seed)
     best_P = _search(law, table, losses_N, rng)
     fitted_N = law(table, _named(law, best_P))
