@@ -33,7 +33,7 @@ def shown(entry: _Entry) -> bool:
 def summary(found: _Entry) -> list[str]:
     """Sentences about a study: what was forgotten, what helped, what it cost, and what is not shown."""
     arms = [mapping(a) for a in rows(found.get("arms"))]
-    done = [a for a in arms if mapping(a.get("change"))]
+    done = [a for a in arms if mapping(a.get("change")) and a.get("status") == "finished"]
     lines = []
     missing = [plain(a["name"], 60) for a in arms if a.get("status") != "finished"]
     if missing:

@@ -205,7 +205,7 @@ def _arm(
         "start": arm.start,
         "reads": arm.reads,
         "seeds": [chain.seed for chain in chains],
-        "status": "failed" if trouble else "finished" if name in measured else "not finished",
+        "status": _status(bool(trouble), len(measured[name].chains) if name in measured else 0, len(chains)),
         **({"error": trouble[0]} if trouble else {}),
     }
     if name not in measured:
@@ -237,6 +237,12 @@ def _arm(
     ]
     out["curve"] = {} if arm.blend else _curve(prepared, [list(chain.steps) for chain in own.chains])
     return out
+
+
+def _status(failed: bool, there: int, chains: int) -> str:
+    if failed:
+        return "failed"
+    return "finished" if there == chains else "in part" if there else "not finished"
 
 
 def _home(prepared: Prepared, key: str) -> Path:

@@ -380,6 +380,9 @@ def test_stopped_and_gone_on_with_it_ends_with_the_same_numbers(base: Path, tmp_
                     asked = None
                     os.kill(os.getpid(), signal.SIGINT)
         events.close()  # type: ignore[attr-defined]
+        part = findings(broken, {})
+        if broken.left:  # what is not complete is in no sentence
+            assert {a["status"] for a in part["arms"]} - {"finished"} and part["summary"][0].startswith("Not finished")
     assert not ways
     one, two = (findings(p, {}) for p in (straight, broken))
     for a, b in zip(one["arms"], two["arms"], strict=True):
