@@ -130,7 +130,7 @@ def claims_table(found: _Entry) -> Table | None:
     if not claims:
         return None
     body = []
-    for claim in claims:
+    for place, claim in enumerate(claims, 1):
         share = claim.get("on") == "removed"
         bound = number(claim.get("bound"))
         asked = f"≥ {percent(bound, 0)}" if share else f"≤ {signed(bound)}"
@@ -139,16 +139,18 @@ def claims_table(found: _Entry) -> Table | None:
         said = plain(claim.get("verdict"), 20)
         body.append(
             (
-                words(claim.get("say")),
+                words(place),
                 words(said, _TONES.get(said, "open")),
+                words(claim.get("say")),
                 measured,
                 words(asked),
                 words(", ".join(seeds)),
             )
         )
     columns = (
-        Column("claim", words=True),
+        Column(""),
         Column("", words=True),
+        Column("claim", words=True),
         Column("measured (95 %)", fields=_INTERVAL),
         Column("claimed"),
         Column("seed by seed", words=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from postgrad.reports.notation import fixed, mapping, number, percent, plain, rows, signed
+from postgrad.reports.notation import compact, fixed, mapping, number, percent, plain, rows, signed
 
 _Entry = Mapping[str, object]
 
@@ -110,11 +110,10 @@ def _of_union(done: Sequence[_Entry], found: _Entry) -> list[str]:
         return []
     best = min(others, key=lambda a: number(mapping(mapping(a["gap"]).get("average")).get("value")) or 0.0)
     gap = mapping(mapping(best["gap"]).get("average"))
-    tokens, whole = number(best.get("tokens_in_all")), number(union.get("tokens_in_all"))
-    share = f", which saw {percent(whole / tokens, 0)} of its tokens" if tokens and whole else ""
+    cost = f"{compact(union.get('tokens'))} tokens from scratch" if union.get("start") == "scratch" else "all text"
     return [
-        f"Nearest to all text at once ({plain(union['name'], 60)}{share}) on average comes {plain(best['name'], 60)}: "
-        f"{interval(gap)} nats per token."
+        f"Against all text at once ({plain(union['name'], 60)}, {cost}) the best on average is {plain(best['name'], 60)}, "
+        f"{compact(best.get('tokens'))} tokens on top of the base: {interval(gap)} nats per token."
     ]
 
 

@@ -475,5 +475,5 @@ def _machine(prepared: Prepared) -> dict[str, Any]:
         if step.kind == "train" and prepared.folder.made(step):
             record = _record(prepared, key)
             return {**record["machine"], "versions": record["versions"], "parameters": record["model"]["parameters"],
-                    "execution": {k: record["execution"][k] for k in ("dtype", "compile", "attention", "threads")}}  # fmt: skip
+                    "execution": {k: record["execution"][k] for k in ("dtype", "attention", "threads")}}  # fmt: skip
     return {}
