@@ -395,6 +395,8 @@ class Advice:
     """Its rise, as a share of the loss before."""
     new: Mapping[str, Estimate]
     """The loss on each learned set after the run."""
+    even: Setting
+    """The setting at which the bound is as likely to be broken as to be kept."""
     warnings: tuple[str, ...]
     pilots: tuple[Found, ...]
 
@@ -418,6 +420,7 @@ def advise(asked: Asked) -> Advice:
         {n: Estimate(e.value / before[n], e.low / before[n], e.high / before[n]) for n, e in rises.items()},
         # No loss falls below zero, however wide the interval of its fall.
         {n: Estimate(*(max(0.0, loss - fall) for fall in (e.value, e.high, e.low))) for n, (loss, e) in falls.items()},
+        _choice(asked, tried, sure=0.5).setting,
         tuple(_warnings(asked, tried, first, setting)),
         tuple(_found(asked, pilot) for pilot in tried),
     )
@@ -483,6 +486,7 @@ def write_advice(asked: Asked, advice: Advice) -> dict[str, Any]:
         "share": advice.setting.share,
         "peak": advice.setting.peak,
         "max_forgetting": asked.wish.bound,
+        "even": {"share": advice.even.share, "peak": advice.even.peak},
         "old": {name: e.as_dict() for name, e in advice.old.items()},
         "rise": {name: e.as_dict() for name, e in advice.rises.items()},
         "new": {name: e.as_dict() for name, e in advice.new.items()},
@@ -519,6 +523,9 @@ def _lines(asked: Asked, advice: Advice) -> list[str]:
         )
     for name, loss in advice.new.items():
         lines.append(f"  {name}: {loss.value:.4f} nats per token ({loss.low:.4f} to {loss.high:.4f})")
+    lines.append(
+        f"{advice.even.share:.1%} replay at a peak of {advice.even.peak:.2e} is as likely to break the bound as to keep it"
+    )
     lines += [f"note: {warning}" for warning in advice.warnings]
     lines.append(f"the pilots took {spent:,} tokens, {spent / asked.plan.tokens:.1%} of the run's")
     return lines

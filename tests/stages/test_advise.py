@@ -89,6 +89,7 @@ def test_a_stage_is_advised_and_the_same_command_goes_on(shelf: Shelf) -> None:
     for told in (*found["old"].values(), *found["rise"].values(), *found["new"].values()):
         assert told["low"] <= told["value"] <= told["high"]
     assert found["rise"]["old-heldout"]["value"] < 1.0
+    assert found["even"]["share"] / found["even"]["peak"] <= found["share"] / found["peak"]  # what is surer costs more
     assert any("times as long as the longest pilot" in warning for warning in found["warnings"])
     assert [pilot["tokens"] for pilot in found["pilots"]][-1] == max(pilot["tokens"] for pilot in found["pilots"])
     # Nothing is left of the pilots but what they showed.
