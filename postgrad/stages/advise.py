@@ -108,9 +108,10 @@ def plan_advice(wish: Wish, cache: Path) -> Asked:
     """Work out the pilots. Raises `StageError` for a stage of which none can be made."""
     raw = read_stage(wish.stage, list(wish.overrides))
     root = wish.stage.resolve().parent
-    if wish.replay is not None:
-        raw = _with_replay(raw, wish.replay, root)
     stage = parse_stage(raw, str(wish.stage))
+    if wish.replay is not None:
+        raw = _with_replay(raw, stage, wish.replay, root)
+        stage = parse_stage(raw, str(wish.stage))
     _refuse(stage, wish)
     plan = make_plan(stage, root, cache)
     if not any(h.role == "retained" for h in plan.held_out):
@@ -131,15 +132,13 @@ def plan_advice(wish: Wish, cache: Path) -> Asked:
     return Asked(wish, raw, plan, _shares(plan), peak, _most(plan), tuple(explored), cache)
 
 
-def _with_replay(raw: dict[str, Any], path: str, root: Path) -> dict[str, Any]:
+def _with_replay(raw: dict[str, Any], stage: s.Stage, path: str, root: Path) -> dict[str, Any]:
     """The stage with one more source; the new text's shares make room for it."""
-    sources = [dict(source) for source in raw.get("data", {}).get("sources", [])]
-    names = {source.get("name") for source in sources}
+    known, sources = stage.data.sources, raw["data"]["sources"]
+    names = {source.name for source in known}
     name = next(n for n in ("replay", *(f"replay-{i}" for i in range(2, 99))) if n not in names)
-    given = [source.get("share") for source in sources]
-    known = [s.Source.model_validate({"name": "x", "path": "x", "share": g}).share for g in given if g is not None]
-    if len(known) == len(given):
-        sources = [{**source, "share": share * 0.9} for source, share in zip(sources, known, strict=True) if share]
+    if all(source.share is not None for source in known):
+        sources = [{**given, "share": 0.9 * (src.share or 0.0)} for given, src in zip(sources, known, strict=True)]
     added = {"name": name, "path": os.path.relpath(Path(path).resolve(), root), "role": "replay", "share": 0.1}
     return {**raw, "data": {**raw["data"], "sources": [*sources, added]}}
 

@@ -187,6 +187,8 @@ def test_replay_can_be_named_on_the_command_line(shelf: Shelf, monkeypatch: pyte
     assert asked.stage.shares() == pytest.approx((0.9, 0.1)) and asked.stage.data.sources[1].role == "replay"
     # Written into the stage as seen from its folder, wherever the command was given.
     assert asked.raw["data"]["sources"][1]["path"] == "old.jsonl"
+    with pytest.raises(StageError, match="a share such as 5%"):
+        plan_advice(wish(place, overrides=("data.sources.new.share=much",), replay=shelf.file("old")), shelf.cache)
     given = written(shelf, "alone", sources=[shelf.source("new", share="100%")])
     asked = plan_advice(wish(given, replay=shelf.file("old")), shelf.cache)
     assert asked.stage.shares() == pytest.approx((0.9, 0.1))
