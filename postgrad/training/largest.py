@@ -77,7 +77,9 @@ def _down_to(edge_M: Tensor, sizes: Sequence[Tensor], wanted_M: Tensor, like: Te
     over = (total_M - wanted_M).nonzero().flatten().tolist()
     if over:
         on = [sizes[m] == edge_M[m] for m in over]
-        ranks, here = (like.device_mesh.size(), like.device_mesh.get_rank()) if isinstance(like, DTensor) else (1, 0)
+        ranks, here = (
+            (like.device_mesh.size(), like.device_mesh.get_local_rank()) if isinstance(like, DTensor) else (1, 0)
+        )
         on_OR = torch.zeros(len(over), ranks, dtype=torch.int64, device=edge_M.device)
         on_OR[:, here] = torch.stack([mask.count_nonzero() for mask in on])
         on_OR = over_ranks(on_OR, like)

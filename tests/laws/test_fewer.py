@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from postgrad.data.batch import Batch, collate
 from postgrad.data.rows import IGNORED, Row
-from postgrad.models.model import HeadedModel, Model
+from postgrad.models.model import CausalModel, HeadedModel, Model
 from postgrad.models.sharding import checkpoint_activations
 from postgrad.training.largest import count_of
 from postgrad.training.moving import Everything, Fewer, Moving
@@ -25,6 +25,7 @@ from postgrad.tuning.low_rank import LowRank
 from postgrad.tuning.selection import Full
 from tests.laws.test_step import EPS, batches, run_of
 from tests.stages.models import make_bert, make_t5
+from tests.tuning.families import build
 
 Make = Callable[[Run], Moving]
 
@@ -335,6 +336,28 @@ def test_cross_attention_reads_the_encoder() -> None:
         across = "EncDecAttention" in name and name[-1] in "kv"
         assert side == (name.startswith("decoder") and not across)
     assert sum(written.values()) == 2 * (4 + 2 + 2)
+
+
+def test_transposed_layers_move_by_columns_with_their_biases() -> None:
+    """GPT-2 holds its weights as (inputs, outputs)."""
+    model = CausalModel(build("gpt2", "lm"))
+    weights = Weights(model, Full(model.pretrained), torch.float32, split=True)
+    optimizer = AdamW(weights, betas=(0.9, 0.95), eps=EPS, weight_decay=0.1)
+    run = dataclasses.replace(run_of(), model=model, weights=weights, optimizer=optimizer)
+    optimizer.moving = TopOutput(0.25, model, weights.all)
+    before = values(run)
+    ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(3))
+    rows = [Row({"input_ids": row.numpy()}, row.numpy(), len(row)) for row in ids]
+    report = train_step(run, [collate(rows, [0] * 4)])
+    assert report.moved == optimizer.moving.count < weights.numel()
+    for name, old in before.items():
+        if ".h." in name and "ln_" not in name and name.endswith("weight"):
+            changed = values(run)[name] != old
+            bias = name.removesuffix("weight") + "bias"
+            assert torch.equal(changed.all(0), changed.any(0))
+            assert int(changed.any(0).sum()) == count_of(0.25, old.shape[1])
+            # A key's bias has no gradient, whichever way it is chosen: the softmax does not see it.
+            assert not ((values(run)[bias] != before[bias]) & ~changed.any(0)).any()
 
 
 # -- beside a tuning ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from postgrad.stages.check import check_stage
 from postgrad.stages.finish import outcome_text
 from postgrad.stages.run import run_stage
 from postgrad.training.checkpoint import Checkpoints
+from postgrad.training.largest import largest
 from postgrad.training.meters import read_metrics
 from postgrad.training.moving import Fewer
 from postgrad.training.state import read_progress
@@ -153,6 +154,21 @@ def test_beside_penalties_and_distillation(shelf: Shelf) -> None:
         for w in run.weights.all:
             moved = int((after[w.name] != before[w.name]).sum())
             assert moved <= (w.master.numel() if w.master.ndim < 2 else max(1, round(0.1 * w.master.numel())))
+
+
+def test_a_teacher_in_the_same_model_is_not_heard(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its adapter off the model is the teacher: what it reads as one says nothing about rows."""
+    found: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(
+        "postgrad.training.top_output.largest",
+        lambda sizes, counts, like: found.append([s.clone() for s in sizes]) or largest(sizes, counts, like),
+    )
+    for weight in (0.0, 0.5):
+        teach = {"kind": "distill", "teacher": "start", "weight": weight}
+        raw = shelf.stage("taught", {"kind": "lora", "rank": 2}, optimizer=MAGNITUDE)
+        trained(shelf, {**raw, "objectives": [{"kind": "next-token"}, *([teach] if weight else [])]}, 1)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_a_strength_that_is_found_finds_it_with_the_same_updates(shelf: Shelf) -> None:
