@@ -15,9 +15,9 @@ import numpy as np
 
 PART = 0.1
 """The share of a source's trained tokens that its first loss, and its last, is the mean of."""
-LEAST = 100_000
-"""Of how many trained tokens of a source its change is told per million: a change over fewer is of the first, fast steps of a
-run and its noise, and ten times as many would not bring ten times as much."""
+LEAST = 1_000_000
+"""Of how many trained tokens of a source its change is told per million: what fewer bring is of the first, fast steps of a
+run, and so often as much again would not come (of 100,000 tokens it can be more than the loss itself)."""
 
 
 def losses_by_source(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -18,23 +18,23 @@ from tests.stages.test_tasks import mixed
 
 
 def test_first_and_last_by_hand() -> None:
-    """Twenty steps of 10k tokens: a tenth is two steps, 4 and 2 nats per token at the beginning, 1 and 2 at the end."""
-    nats = [40e3, 20e3, *[15e3] * 16, 10e3, 20e3]
-    steps = [{"by_source": {"a": (n, 10_000), **({"b": (5e3, 5000)} if i % 2 else {})}} for i, n in enumerate(nats)]
+    """Twenty steps of 100k tokens: a tenth is two steps, 4 and 2 nats per token at the beginning, 1 and 2 at the end."""
+    nats = [400e3, 200e3, *[150e3] * 16, 100e3, 200e3]
+    steps = [{"by_source": {"a": (n, 100_000), **({"b": (50e3, 50_000)} if i % 2 else {})}} for i, n in enumerate(nats)]
     found = losses_by_source(steps)
     a = found["a"]
     assert (a["first"], a["last"], a["change"]) == (3.0, 1.5, -1.5)
-    # In thousands: (2 / 1) (10^2 + 10^2) / 20^2 = 1 and (2 / 1) (5^2 + 5^2) / 20^2 = 1/4.
+    # In 10,000s: (2 / 1) (10^2 + 10^2) / 20^2 = 1 and (2 / 1) (5^2 + 5^2) / 20^2 = 1/4.
     assert a["high"] - a["change"] == pytest.approx(1.96 * 1.25**0.5)
     assert a["change"] - a["low"] == pytest.approx(1.96 * 1.25**0.5)
-    assert a["per_million"] == pytest.approx(-1.5 / 180e3 * 1e6)
-    assert a["share"] == pytest.approx(sum(nats) / (sum(nats) + 50e3))
+    assert a["per_million"] == pytest.approx(-1.5 / 1.8)
+    assert a["share"] == pytest.approx(sum(nats) / (sum(nats) + 500e3))
     assert found["b"] == {
         "first": 1.0,
         "last": 1.0,
         "change": 0.0,
         "share": pytest.approx(50 / 380),
-    }  # 50k tokens are too few to say what a million would do
+    }  # 500k tokens do not say what a million would do
 
 
 def test_tokens_weigh_not_steps() -> None:
