@@ -19,7 +19,8 @@ def table(result: Mapping[str, object]) -> Table:
     views = [mapping(view) for view in rows(result.get("views"))]
     others = [name for name in mapping(views[0].get("metrics")) if name != main] if views else []
     body = []
-    for view in [*views, {"name": "most frequent, or the mean", "metrics": result.get("guess")}]:
+    guess = "nothing: the mean" if result.get("problem") == "number" else "nothing: the most frequent"
+    for view in [*views, {"name": guess, "metrics": result.get("guess")}]:
         metrics = mapping(view.get("metrics"))
         entry, against = mapping(metrics.get(main)), mapping(mapping(view.get("against_last")).get(main))
         body.append(

@@ -143,7 +143,7 @@ def test_one_file_of_the_users_is_parted(kind: str, here: Path, made: Path, cach
     trained("try-base.yaml", here, cache, "model.tokenizer.vocabulary=400", "data.sources.0.max_passes=100")
     record = trained("try.yaml", here, cache, "data.sources.0.max_passes=1000").record
     if kind == "few-shot":
-        assert {task["name"]: task["items"] for task in record["tasks"]} == {"zero-shot": 16, "four-shot": 16}
+        assert {task["name"]: task["items"] for task in record["tasks"]} == {"zero-shot": 16, "two-shot": 16}
         return
     assert record["scores"]["after"]["final"]["documents"] == 16
     probed = next(command for command in found["commands"] if " probe " in command)
@@ -154,8 +154,8 @@ def test_rows_to_test_are_named_or_refused(here: Path, made: Path) -> None:
     (here / "mine.jsonl").write_text('{"text": "a", "label": "b"}\n' * 100)
     found = written("few-shot", made, here, data="mine.jsonl", test="its test.jsonl")
     assert "parted" not in found["text"]
-    (zero, four) = yaml.safe_load((here / "try-tasks.yaml").read_text())
-    assert zero["path"] == four["path"] == "its test.jsonl" and four["shown"]["path"] == "mine.jsonl"
+    (zero, two) = yaml.safe_load((here / "try-tasks.yaml").read_text())
+    assert zero["path"] == two["path"] == "its test.jsonl" and two["shown"]["path"] == "mine.jsonl"
     write_template(Path("c.yaml"), "classify", Asked("c", "mine.jsonl", "bert", None, "t.jsonl"), force=False)
     assert [entry.path for entry in load_stage(here / "c.yaml").evaluation.test] == ["t.jsonl"]  # type: ignore[union-attr]
     with pytest.raises(StageError, match="mlm puts no rows aside"):
