@@ -214,8 +214,22 @@ def _micro(wishes: Wishes, shape: Shape, mine: int, device: torch.device, *, bf1
     return fitting
 
 
+_TIMED: dict[tuple[object, ...], float] = {}
+"""What was timed in this process: of many runs of one sort only the first is."""
+
+
 def _seconds(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
-    """Seconds of one micro-batch, forward and backward, not compiled: the shorter of two after a first one.
+    """Seconds of one micro-batch, forward and backward, not compiled; what was timed once is not timed again."""
+    attention = model.pretrained.config._attn_implementation
+    sizes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in inputs.items()))
+    key = (type(model), shape_of(model), sizes, dtype, device, attention, torch.get_num_threads())
+    if key not in _TIMED:
+        _TIMED[key] = _timed(model, inputs, dtype, device)
+    return _TIMED[key]
+
+
+def _timed(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
+    """The shorter of two after a first one.
 
     The head is timed on a part of the tokens, as the loss takes it: all logits at once could need more memory than the
     training itself.

@@ -342,8 +342,11 @@ class _Maker:
         sources = [
             self.print_of(source.model_dump(mode="json", exclude_defaults=True)) for source in parsed.data.sources
         ]
-        # What decides is the stage as it is understood: `900k` and 900000 are the same.
-        said = parsed.model_dump(mode="json", exclude={"name": True, "output": True, "save": {"every", "keep"}})
+        # What decides is the stage as it is understood: `900k` and 900000 are the same, and so is what is said by default. A
+        # key that stages have from a later version on leaves the runs of an earlier one what they are.
+        said = parsed.model_dump(
+            mode="json", exclude_defaults=True, exclude={"name": True, "output": True, "save": {"every", "keep"}}
+        )
         key = fingerprint(["train", said, sources, judged])[:KEY]
         tokens = parsed.tokens or parsed.new_tokens or 0
         return self.work.add(Step(key, "train", _slug(slug), named, tuple(dict.fromkeys(after)), tokens))
