@@ -98,7 +98,15 @@ KINDS: Mapping[str, Kind] = {
     "mlm": Kind(None, "encoder", ("1.0e-3", "1.0e-4"), ("2.0e-5", "2.0e-6"), ""),
     "text2text": Kind("pairs", "encoder-decoder", ("2.0e-3", "2.0e-4"), ("1.0e-4", "1.0e-5"), ""),
     "from-scratch": Kind(None, None, ("3.0e-3", "3.0e-4"), ("3.0e-3", "3.0e-4"), ""),
-    "few-shot": Kind("choices", "decoder", ("2.0e-3", "2.0e-4"), ("2.0e-5", "2.0e-6"), ""),
+    "few-shot": Kind(
+        "choices",
+        "decoder",
+        ("2.0e-3", "2.0e-4"),
+        ("2.0e-5", "2.0e-6"),
+        f"""{_TIMED} 90 s the base, 15 s the questions, 40 s this stage. Accuracy of 200, chance 0.25:
+  zero-shot 0.235 (0.175 to 0.295), after this stage the same (-0.015 to +0.015); two-shot 0.230 (0.172 to 0.290)
+So small a model cannot answer; give --model and --data.""",
+    ),
 }
 """The strategies by name."""
 
