@@ -319,7 +319,8 @@ class _Maker:
         below = {key: value for key, value in self.common.items() if key not in ("tokens", "new_tokens", "penalties")}
         stage = merged(below, base.pretrain)
         stage = {**stage, "data": {**(stage.get("data") or {}), "sources": [self._old()]}}
-        return self._train("base", stage, [], seed=base.seed, where="base.pretrain", roles=("retained",))
+        sets = {"learned": self.sets["retained"]}  # which is what it learns, so nothing more of its text is held out
+        return self._train("base", stage, [], seed=base.seed, where="base.pretrain", sets=sets)
 
     def _train(
         self,
@@ -329,10 +330,10 @@ class _Maker:
         *,
         seed: int,
         where: str,
-        roles: Sequence[str] = ("retained", "learned"),
+        sets: Mapping[str, list[dict[str, Any]]] | None = None,
     ) -> str:
         """Add a stage, which is read once to see that it is one."""
-        sets = {role: self.sets[role] for role in roles}
+        sets = sets or self.sets
         judged = [self.print_of(item) for items in sets.values() for item in items]
         evaluation = {**(stage.get("evaluation") or {}), **sets}
         whole = {**stage, "seed": seed, "evaluation": evaluation}

@@ -286,6 +286,9 @@ def test_numbers_are_those_of_the_runs(done: Prepared) -> None:
     record = read_record(done.folder.place(done.work.steps[done.work.of_arm("none")[0].last]))
     for set_ in ("old-held", "new-held"):
         assert found["base"]["loss"][set_]["value"] == pytest.approx(record["scores"]["before"][set_]["nats"], rel=1e-9)
+    # The base reads all of the old text: nothing of it is held out but the files that are named.
+    pretrained = read_record(done.folder.place(done.work.steps[done.work.base or ""]))
+    assert set(pretrained["changes"]) == {"old-held"} and not pretrained["ledger"]["old"]["held_out"]
     base, none, replay, union = (
         {"loss": found["base"]["loss"]},
         *(arms[name] for name in ("none", "replay", "union")),
