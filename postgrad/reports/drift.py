@@ -81,6 +81,8 @@ def section(record: Mapping[str, object]) -> str:
     others = ", ".join(f"{name} {percent(value, 2)}" for name, value in weights if not name.startswith("block "))
     drawn = []
     beside = f"Beside the blocks: {others or 'nothing'}."
+    many = max([*(i for i, _ in blocks), *(len(line.points) - 1 for line in outputs)], default=0)
+    numbers = [(float(i), str(i)) for i in range(many + 1)]  # there is no block between two
     if any(value for _, value in weights):
         drawn.append(
             figure(
@@ -89,6 +91,7 @@ def section(record: Mapping[str, object]) -> str:
                     [Series("weights", [(i, _value(v)) for i, v in blocks], markers=True)],
                     title="Change of weights by block",
                     width=w,
+                    x_ticks=numbers,
                     x_label="block",
                     y_label="change over size",
                     zero=True,
@@ -104,6 +107,7 @@ def section(record: Mapping[str, object]) -> str:
                     outputs,
                     title="Change of outputs by block",
                     width=w,
+                    x_ticks=numbers,
                     x_label="block",
                     y_label="change over size",
                     zero=True,

@@ -440,11 +440,7 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
         whole = max(whole, planned)
     gate = number(mapping(record.get("gate")).get("level"))
     published = _published(record, curves)
-    body = about(
-        "Change of the loss on held-out text since the start of the stage. Above zero is forgetting; the"
-        " shaded bands are 95 % intervals. Most forgetting happens right after the switch, so the first"
-        f" {EARLY_WORDS} of the run is drawn again beside the whole."
-    )
+    body, again = "", False
     for role, heading in (("retained", "Retained"), ("learned", "Learned"), ("other", "Held-out")):
         names = groups[role]
         if not names:
@@ -472,6 +468,7 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
         )
         second = ""
         if early:
+            again = True
             second = figure(
                 f"{heading} sets, the first {EARLY_WORDS}",
                 lambda w, s=series, k=words, t=heading: figures.line_chart(
@@ -480,7 +477,16 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
                 ),
             )  # fmt: skip
         body += side_by_side(first, second)
-    return body
+    said = (
+        "Change of the loss on held-out text since the start of the stage. Above zero is forgetting; the"
+        " shaded bands are 95 % intervals."
+    )
+    if again:
+        said += (
+            " Most forgetting happens right after the switch, so the first"
+            f" {EARLY_WORDS} of the run is drawn again beside the whole."
+        )
+    return about(said) + body
 
 
 def _published(record: Mapping[str, object], curves: Curves) -> list[Mark]:

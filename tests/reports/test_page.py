@@ -308,6 +308,13 @@ def test_overlap_and_bad_losses_are_told(record: dict, metrics: list[dict]) -> N
     assert "1 training losses" in text or "1 training loss is" in text
 
 
+def test_only_what_is_drawn_again_is_said_to_be(record: dict, metrics: list[dict]) -> None:
+    assert "is drawn again beside the whole" in said(page.run_page(record, metrics))
+    steps = [row for row in metrics if row["kind"] == "step"]
+    looks = [row for row in metrics if row["kind"] == "evaluation"]
+    assert "is drawn again beside the whole" not in said(page.run_page(record, [*steps, *looks[:1], *looks[-2:]]))
+
+
 def test_a_few_documents_that_share_passages_are_no_alarm(record: dict) -> None:
     for half, warned in ((8, False), (9, True)):  # of 812
         record["overlap"]["general"] |= {"duplicates": 0, "half": half}
