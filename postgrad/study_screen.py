@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -108,7 +107,7 @@ def study_screen(as_json: bool) -> StudyScreen:
     """JSON lines when asked for; else a live table on a terminal and plain lines in a file or pipe."""
     if as_json:
         return _Json()
-    return _LiveTable() if sys.stderr.isatty() and not os.environ.get("CI") else _Plain()
+    return _LiveTable() if sys.stderr.isatty() else _Plain()
 
 
 def watch_study(events: Iterable[StudyEvent], standing: Standing, screen: StudyScreen) -> Ended:
@@ -191,7 +190,7 @@ class _LiveTable:
                 self.console.print(f"{_of(standing, key)} FAILED: {error}", markup=False)
             case Warned(key, what):
                 self.console.print(f"{_of(standing, key)}: warning: {what}", markup=False)
-        self.live.update(_drawn(standing))
+        self.live.update(drawn(standing))
 
     def close(self) -> None:
         if self.live is not None:
@@ -199,7 +198,7 @@ class _LiveTable:
             self.live = None
 
 
-def _drawn(standing: Standing) -> Table:
+def drawn(standing: Standing) -> Table:
     """The arms, the base first."""
     table = Table(title=f"{standing.work.study.name}: about {duration(standing.left())} left", title_justify="left")
     for heading in ("arm", "", "now", "forgotten so far", "new text"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import jsonschema
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from postgrad.cli import app
@@ -30,6 +32,7 @@ from postgrad.stages.study_found import Drawn, findings, removed, verdict
 from postgrad.stages.study_plan import look_ahead, outlook_record
 from postgrad.stages.study_run import Ended, Prepared, StepBegan, StepEnded, StepFailed, prepare, run_study
 from postgrad.stages.study_steps import Moved
+from postgrad.study_screen import Standing, drawn
 from tests.conftest import StageOf, new_text, write_jsonl
 
 
@@ -452,16 +455,16 @@ def test_held_out_text_that_is_trained_on_is_told(base: Path, tmp_path: Path, ca
 # -- what follows from numbers -----------------------------------------------------------------------------------------
 
 
-def drawn(value: float, spread: float, seed: int = 0) -> Drawn:
+def estimate(value: float, spread: float, seed: int = 0) -> Drawn:
     return Drawn(value, value + spread * np.random.default_rng(seed).standard_normal(2000))
 
 
 def test_the_share_removed_is_that_of_the_paper() -> None:
     # Ibrahim et al. 2024, weak shift, 405M: 2.17 before, 2.44 without replay, 2.26 with 1 %, 2.23 with 5 %.
-    base, none = drawn(2.17, 0.0), drawn(2.44, 0.0)
-    assert round(removed(drawn(2.26, 0.0), none, base).value, 2) == 0.67  # type: ignore[union-attr]
-    assert round(removed(drawn(2.23, 0.0), none, base).value, 2) == 0.78  # type: ignore[union-attr]
-    assert removed(drawn(2.23, 0.0), drawn(2.18, 0.05), base) is None  # no forgetting is shown, so no share of it
+    base, none = estimate(2.17, 0.0), estimate(2.44, 0.0)
+    assert round(removed(estimate(2.26, 0.0), none, base).value, 2) == 0.67  # type: ignore[union-attr]
+    assert round(removed(estimate(2.23, 0.0), none, base).value, 2) == 0.78  # type: ignore[union-attr]
+    assert removed(estimate(2.23, 0.0), estimate(2.18, 0.05), base) is None  # no forgetting is shown, so no share of it
 
 
 @pytest.mark.parametrize(
@@ -481,6 +484,30 @@ def test_a_claim_holds_by_its_interval_and_by_every_seed(
     assert verdict(entry, 0.0) == said
     turned = {"value": -entry["value"], "low": -high, "high": -low, "by_seed": [-s for s in seeds]}  # type: ignore[operator]
     assert verdict(turned, 0.0, at_least=True) == said
+
+
+def test_what_is_seen_while_it_goes_on(done: Prepared) -> None:
+    work = done.work
+    (first, second), (union,) = work.of_arm("none"), work.of_arm("union")
+    standing = Standing(work, {first.last: 10.0, second.last: 10.0, union.last: 40.0})
+    standing.take(StepEnded(work.base or "", 0.0, before=True))
+    assert standing.part("none") == 0 and standing.state("none") == "waits" and standing.left() == 60
+    standing.take(StepBegan(first.last, ""))
+    row = {"sets": {"old-held": {"role": "retained", "change": 0.25}, "new-held": {"role": "learned", "change": -1.0}}}
+    standing.take(Moved(first.last, "training", 5, 10, row))
+    assert standing.part("none") == 0.25 and standing.state("none") == "training" and standing.left() == 55
+    assert standing.change("none", "retained") == 0.25 and standing.change("union", "retained") is None
+    # What a run really took corrects what is expected of the others.
+    standing.begun[first.last] -= 20.0
+    standing.take(StepEnded(first.last, 20.0))
+    assert standing.part("none") == 0.5 and standing.state("none") == "1 done"
+    assert standing.left() == pytest.approx(100, rel=0.01)
+    standing.take(StepFailed(union.last, "no"))
+    assert standing.state("union") == "failed"
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(drawn(standing))
+    line = next(line for line in console.export_text().splitlines() if " none " in line)
+    assert "50%" in line and "1 done" in line and "+0.250" in line
 
 
 # -- what is written for users ----------------------------------------------------------------------------------------
