@@ -42,6 +42,7 @@ from postgrad.publish import write_atomically
 from postgrad.stages import schedules
 from postgrad.stages import stage as s
 from postgrad.stages.amounts import in_steps
+from postgrad.stages.folder import Interrupt
 from postgrad.stages.parsing import parse_stage, read_stage
 from postgrad.stages.plan import Plan, make_plan
 from postgrad.stages.run import MODEL, Event, Finished, Looked, Said, Saved, Stopped, run_stage
@@ -304,17 +305,18 @@ def piloted(asked: Asked, command: str) -> Iterator[Event]:
         f"{count} pilots take {total:,} tokens, {total / asked.plan.tokens:.1%} of the run's {asked.plan.tokens:,}; "
         f"they lie in {asked.home}"
     )
-    for number, pilot in enumerate(asked.explored, 1):
-        if (yield from _piloted(asked, pilot, f"pilot {number} of {count}", command)):
-            return
-    choice = _proposed(asked)
-    if choice.within:
-        last = confirming(choice.setting, asked.plan.tokens)
-        yield from _piloted(asked, last, f"pilot {count} of {count}, which tries what the others propose", command)
+    with Interrupt() as interrupt:
+        for number, pilot in enumerate(asked.explored, 1):
+            if (yield from _piloted(asked, pilot, f"pilot {number} of {count}", command, interrupt)):
+                return
+        choice = _proposed(asked)
+        if choice.within:
+            last, said = confirming(choice.setting, asked.plan.tokens), "which tries what the others propose"
+            yield from _piloted(asked, last, f"pilot {count} of {count}, {said}", command, interrupt)
 
 
-def _piloted(asked: Asked, pilot: Pilot, said: str, command: str) -> Generator[Event, None, bool]:
-    """Carry out a pilot; True when the user stopped it."""
+def _piloted(asked: Asked, pilot: Pilot, said: str, command: str, interrupt: Interrupt) -> Generator[Event, None, bool]:
+    """Carry out a pilot; True when the user asked to stop, which may have been when there was nothing left to train."""
     plan = make_plan(pilot_stage(asked, pilot), asked.plan.root, asked.cache)
     setting = pilot.setting
     yield Said(f"{said}: {setting.share:.1%} replay, peak {setting.peak:.2e}, {plan.steps:,} steps")
@@ -326,7 +328,9 @@ def _piloted(asked: Asked, pilot: Pilot, said: str, command: str) -> Generator[E
             yield Said(f"{said}: {_told(event.record)}")
         if not isinstance(event, Saved | Looked):  # a pilot's end is all that counts
             yield event
-    return isinstance(event, Stopped)
+    if interrupt.asked and not isinstance(event, Stopped):
+        yield Stopped(plan.steps, plan.steps)
+    return interrupt.asked or isinstance(event, Stopped)
 
 
 def _told(record: Record) -> str:

@@ -99,6 +99,9 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        older = getattr(self._old.get(number), "__self__", None)
+        if isinstance(older, Interrupt):  # whoever carries out several runs is asked too
+            older.asked = True
 
     def wanted(self, world: World) -> bool:
         """Whether any rank was asked to stop."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from postgrad.stages.advise import (
 )
 from postgrad.stages.parsing import load_stage
 from postgrad.stages.plan import make_plan
-from postgrad.stages.run import Began, Finished, Said
+from postgrad.stages.run import Began, Doing, Finished, Said, Stopped
 from tests.stages.models import LENGTH, Shelf, make_shelf
 
 STEP = 4 * LENGTH
@@ -99,6 +101,19 @@ def test_a_stage_is_advised_and_the_same_command_goes_on(shelf: Shelf) -> None:
     again, runs = carried_out(plan_advice(wish(place, bound=3.0), shelf.cache))
     assert runs <= 1 and again["share"] <= found["share"] + 0.002
     assert again["pilots"][:3] == found["pilots"][:3]
+
+
+def test_a_wish_to_stop_is_heard_when_nothing_is_left_to_train(shelf: Shelf) -> None:
+    asked = plan_advice(wish(written(shelf, "stopped")), shelf.cache)
+    events = []
+    for event in piloted(asked, "test"):
+        events.append(event)
+        if isinstance(event, Doing) and "trained model" in event.what:
+            os.kill(os.getpid(), signal.SIGTERM)
+    # The pilot that was going on is finished, and no other is begun.
+    assert isinstance(events[-1], Stopped) and sum(isinstance(event, Finished) for event in events) == 1
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert carried_out(asked)[1] == 3
 
 
 def test_a_pilot_is_the_stage_in_small(shelf: Shelf) -> None:
