@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from postgrad.lineage.gap import Gap, Look, stability_gap
 from postgrad.reports import drift, figures, realign, selection, tables, tasks
 from postgrad.reports.figures import Estimate, Level, Mark, Series, Spot
 from postgrad.reports.notation import (
@@ -440,7 +441,8 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
         whole = max(whole, planned)
     gate = number(mapping(record.get("gate")).get("level"))
     published = _published(record, curves)
-    body, again = "", False
+    gaps = _gaps(groups["retained"], curves)
+    body, again = "".join(about(_gap_in_words(name, gap, record, curves, whole)) for name, gap in gaps.items()), False
     for role, heading in (("retained", "Retained"), ("learned", "Learned"), ("other", "Held-out")):
         names = groups[role]
         if not names:
@@ -456,7 +458,8 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
             "levels": levels,
             "least": 0.01,
         }
-        seen_whole = {**words, "marks": published}
+        deepest = max(gaps.values(), key=lambda g: g.peak, default=None) if role == "retained" else None
+        seen_whole = {**words, "marks": [*published, *([Mark(deepest.at, "gap")] if deepest else [])]}
         numbers = _evaluation_numbers(names, curves, tables.unit_of_loss(record))
         first = figure(
             f"{heading} sets, the whole run",
@@ -487,6 +490,24 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
             f" {EARLY_WORDS} of the run is drawn again beside the whole."
         )
     return about(said) + body
+
+
+def _gaps(names: Sequence[str], curves: Curves) -> dict[str, Gap]:
+    """The stability gap of each retained set that has one."""
+    found = {name: stability_gap([Look(x, *rest) for x, _, *rest in curves.sets[name]]) for name in names}
+    return {name: gap for name, gap in found.items() if gap is not None}
+
+
+def _gap_in_words(name: str, gap: Gap, record: Mapping[str, object], curves: Curves, whole: float) -> str:
+    """A dip that heals, as a sentence."""
+    unit = "" if curves.unit == "step" else " tokens"
+    step = "step " if curves.unit == "step" else ""
+    return (
+        f"Stability gap of {plain(name, 80)}: behind the switch its loss rose by {fixed(gap.peak)}"
+        f" {tables.unit_of_loss(record)} (at {step}{compact(gap.at)}{unit}, {percent(gap.at / whole)} of the stage),"
+        f" and {percent(gap.back, 0)} of that came back while it trained on (down to {signed(gap.later)} at"
+        f" {step}{compact(gap.until)}{unit}). A model that is taken from inside of the gap is worse than it need be."
+    )
 
 
 def _published(record: Mapping[str, object], curves: Curves) -> list[Mark]:

@@ -17,6 +17,7 @@ import pytest
 from postgrad.errors import DiskError
 from postgrad.reports import page, shell
 from postgrad.reports.tables import score_table
+from tests.reports.conftest import make_metrics, make_record
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 TAGS = set(
@@ -487,3 +488,17 @@ def test_penalties_have_a_curve_of_their_own(record: dict, metrics: list[dict]) 
     assert "Penalties" in found and "anchor" in found
     named = {**record, "penalties": [{"name": "<anchor>", "strength": 16.7, "left_out": []}]}
     assert "Penalty: &lt;anchor&gt;" in page.run_page(named, pulled)
+
+
+def test_a_dip_that_heals_is_drawn_and_said() -> None:
+    record = make_record()
+    shown = page.run_page(record, make_metrics(record))
+    words = said(shown)
+    assert "Stability gap of general: behind the switch its loss rose by" in words
+    assert ">gap<" in shown
+    steady = [row for row in make_metrics(record) if row["kind"] == "evaluation"]
+    for i, row in enumerate(steady):  # a mutant: the same rise, and it stays
+        for entry in row["sets"].values():
+            entry |= {"change": 0.01 * i, "low": 0.01 * i - 0.001, "high": 0.01 * i + 0.001}
+    shown = page.run_page(record, steady)
+    assert "Stability gap" not in said(shown) and ">gap<" not in shown
