@@ -78,7 +78,7 @@ def _chart(name: str, step: Mapping[str, object]) -> str:
     what = {"dsir": "log importance weight", "perplexity": "how hard the model finds them"}
     return figure(
         f"{name}: documents by {what.get(plain(step.get('kind')), 'value')}",
-        lambda w: line_chart(lines, title="Documents by value", x_label=unit, y_label="documents", width=w, zero=True),
+        lambda w: line_chart(lines, title="Documents by value", x_label=unit, y_label="documents", width=w),
         about="The outermost hundredth of the documents on each side is counted in the last step.",
     )
 
