@@ -17,13 +17,13 @@ from postgrad.stages import (
     penalties,
     schedules,
     selection,
-    study,
     tasks,
     tunings,
     updates,
     worded,
 )
 from postgrad.stages import stage as s
+from postgrad.studies import study
 
 HEAD = """\
 # The stage file, key by key

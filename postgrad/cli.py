@@ -556,7 +556,7 @@ def study(
     if not files:
         raise StageError("no study is named", where="study", expected="a study file, or `init NAME --template paper`")
     if files[0] == "init":
-        from postgrad.stages.study_templates import write_study
+        from postgrad.studies.templates import write_study
 
         if len(files) != 2:
             raise StageError("a new study has one name", where="study init", expected="postgrad study init NAME")
@@ -582,9 +582,9 @@ def _one_study(
     file: Path, overrides: list[str], command: str, dry_run: bool, as_json: bool
 ) -> tuple[dict[str, Any], int]:
     """Carry out one study and say what came of it; what was found, and the exit code."""
-    from postgrad.stages.study_finish import finish, finish_text
-    from postgrad.stages.study_plan import devices, look_ahead, outlook_record, outlook_text
-    from postgrad.stages.study_run import count_time, prepare, run_study
+    from postgrad.studies.finish import finish, finish_text
+    from postgrad.studies.plan import devices, look_ahead, outlook_record, outlook_text
+    from postgrad.studies.run import count_time, prepare, run_study
     from postgrad.study_screen import Standing, study_screen, watch_study
 
     screen, begun = study_screen(as_json), time.perf_counter()

@@ -15,9 +15,9 @@ from rich.live import Live
 from rich.table import Table
 
 from postgrad.reports.notation import duration, signed
-from postgrad.stages.study_arms import Work
-from postgrad.stages.study_run import Ended, StepBegan, StepEnded, StepFailed, StudyEvent
-from postgrad.stages.study_steps import Moved, Warned
+from postgrad.studies.arms import Work
+from postgrad.studies.run import Ended, StepBegan, StepEnded, StepFailed, StudyEvent
+from postgrad.studies.steps import Moved, Warned
 
 _PLAIN_EVERY_SECONDS = 15.0
 _BAR = 16

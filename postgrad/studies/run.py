@@ -24,9 +24,9 @@ from postgrad.data.sources import find_files
 from postgrad.errors import PostgradError, StageError
 from postgrad.publish import write_atomically
 from postgrad.stages.folder import alone
-from postgrad.stages.study import Study, load_study
-from postgrad.stages.study_arms import Work, work_out
-from postgrad.stages.study_steps import MACHINE, Folder, Halted, Moved, Warned, carry_out
+from postgrad.studies.arms import Work, work_out
+from postgrad.studies.steps import MACHINE, Folder, Halted, Moved, Warned, carry_out
+from postgrad.studies.study import Study, load_study
 from postgrad.training.world import World
 
 TEXTS = "texts.json"

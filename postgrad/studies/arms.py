@@ -18,7 +18,7 @@ from postgrad.lineage.fingerprint import fingerprint
 from postgrad.stages.amounts import Amount
 from postgrad.stages.parsing import parse_stage
 from postgrad.stages.stage import Source
-from postgrad.stages.study import Arm, Pretraining, Study, merged
+from postgrad.studies.study import Arm, Pretraining, Study, merged
 
 KEY = 12
 """Characters of a fingerprint that name a step."""

@@ -18,7 +18,7 @@ from postgrad.errors import StageError, nearest
 from postgrad.publish import write_atomically
 from postgrad.stages.init import refuse_name
 from postgrad.stages.parsing import read_yaml
-from postgrad.stages.study import parse_study
+from postgrad.studies.study import parse_study
 
 _PAPER = ("strong", "weak", "parts", "shifts", "large")
 """The files of the paper, by what they ask: a strong and a weak shift, parts without and with shifts, a larger model."""
@@ -128,7 +128,7 @@ def write_study(place: Path, template: str, size: str, *, force: bool) -> dict[s
 
 
 def _levers(place: Path) -> _Wanted:
-    return _Wanted({place: _filled("study-levers", place, place.stem, {})}, material=True)
+    return _Wanted({place: _filled("levers", place, place.stem, {})}, material=True)
 
 
 def _paper(place: Path, size: str) -> _Wanted:
@@ -139,7 +139,7 @@ def _paper(place: Path, size: str) -> _Wanted:
 
 
 def _filled(name: str, path: Path, stem: str, values: Mapping[str, str]) -> str:
-    text = files("postgrad.stages").joinpath("templates", f"{name}.yaml").read_text("utf-8")
+    text = files("postgrad.studies").joinpath("templates", f"{name}.yaml").read_text("utf-8")
     return Template(text).substitute(
         name=path.stem, file=path.name, data=f"{stem}-data", shelf=f"studies/{stem}", **values
     )

@@ -1,7 +1,7 @@
 """What is a study? Stages from one base, side by side: what they have in common and how each arm differs, as frozen data.
 
 An arm is a patch on the common stage, with a few words of its own (`replay: 5%`, `start: scratch`, `parts`, `blend`). Which
-runs follow from it is worked out in `study_arms`.
+runs follow from it is worked out in `arms`.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from postgrad.reports.notation import duration, percent
 from postgrad.reports.study_page import study_page
 from postgrad.reports.study_table import arms_table, as_csv, claims_table
 from postgrad.stages.run import REPORT
-from postgrad.stages.study_found import findings
-from postgrad.stages.study_run import Prepared, study_text
+from postgrad.studies.found import findings
+from postgrad.studies.run import Prepared, study_text
 
 RECORD, CSV = "study.json", "study.csv"
 

@@ -23,15 +23,17 @@ from postgrad.data import material
 from postgrad.errors import StageError
 from postgrad.lineage.forgetting import redrawn
 from postgrad.lineage.record import read_record
-from postgrad.stages import measure, study_arms, study_templates
+from postgrad.stages import measure
 from postgrad.stages.parsing import read_yaml
-from postgrad.stages.study import load_study, merged, parse_study, study_schema
-from postgrad.stages.study_arms import Work, work_out
-from postgrad.stages.study_finish import finish
-from postgrad.stages.study_found import Drawn, findings, removed, verdict
-from postgrad.stages.study_plan import look_ahead, outlook_record
-from postgrad.stages.study_run import Ended, Prepared, StepBegan, StepEnded, StepFailed, prepare, run_study
-from postgrad.stages.study_steps import Moved
+from postgrad.studies import arms as study_arms
+from postgrad.studies import templates
+from postgrad.studies.arms import Work, work_out
+from postgrad.studies.finish import finish
+from postgrad.studies.found import Drawn, findings, removed, verdict
+from postgrad.studies.plan import look_ahead, outlook_record
+from postgrad.studies.run import Ended, Prepared, StepBegan, StepEnded, StepFailed, prepare, run_study
+from postgrad.studies.steps import Moved
+from postgrad.studies.study import load_study, merged, parse_study, study_schema
 from postgrad.study_screen import Standing, drawn
 from tests.conftest import StageOf, new_text, write_jsonl
 
@@ -525,8 +527,8 @@ def test_templates_are_studies_and_those_that_are_shipped(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     made: list[Path] = []
-    monkeypatch.setattr(study_templates, "write_kinds", made.append)
-    found = study_templates.write_study(Path("paper.yaml"), template, size, force=False)
+    monkeypatch.setattr(templates, "write_kinds", made.append)
+    found = templates.write_study(Path("paper.yaml"), template, size, force=False)
     assert made == ([Path("paper-data")] if size == "laptop" else [])
     bases = set()
     for name in found["files"]:
@@ -549,9 +551,9 @@ def test_templates_are_studies_and_those_that_are_shipped(
     # What the studies of the paper have in common is made once: all but the larger model go on from one base.
     assert len(bases) == (2 if template == "paper" else 1)
     with pytest.raises(StageError, match="is there already"):
-        study_templates.write_study(Path("paper.yaml"), template, size, force=False)
+        templates.write_study(Path("paper.yaml"), template, size, force=False)
     with pytest.raises(StageError, match="did you mean 'paper'"):
-        study_templates.write_study(Path("x.yaml"), "papr", size, force=False)
+        templates.write_study(Path("x.yaml"), "papr", size, force=False)
 
 
 def test_the_schema_knows_what_is_a_study() -> None:

@@ -24,9 +24,9 @@ from postgrad.planning.laws import MIXTURE
 from postgrad.reports.study_words import summary
 from postgrad.stages import measure
 from postgrad.stages.provenance import METRICS
-from postgrad.stages.study import Arm, Claim, Study
-from postgrad.stages.study_arms import Chain
-from postgrad.stages.study_run import Prepared, spent
+from postgrad.studies.arms import Chain
+from postgrad.studies.run import Prepared, spent
+from postgrad.studies.study import Arm, Claim, Study
 from postgrad.training.meters import read_metrics
 
 FORMAT = 1

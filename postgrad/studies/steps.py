@@ -26,7 +26,7 @@ from postgrad.stages import run as r
 from postgrad.stages.amounts import amount_of
 from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import make_plan
-from postgrad.stages.study_arms import Kind, Step, Work, resolved
+from postgrad.studies.arms import Kind, Step, Work, resolved
 from postgrad.training.world import World
 from postgrad.tuning.opened import open_model
 

@@ -31,10 +31,10 @@ from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import Plan, make_plan
 from postgrad.stages.run import look_steps
 from postgrad.stages.stage import Stage
-from postgrad.stages.study_arms import Step, resolved
-from postgrad.stages.study_run import Prepared
-from postgrad.stages.study_steps import MACHINE
 from postgrad.stages.teaching_cost import check_teaching
+from postgrad.studies.arms import Step, resolved
+from postgrad.studies.run import Prepared
+from postgrad.studies.steps import MACHINE
 from postgrad.training.world import World
 
 _SCORED = 10_000
