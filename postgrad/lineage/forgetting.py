@@ -159,12 +159,16 @@ def summarise(scores: np.ndarray, learnt_at: list[int]) -> Summary:
         forward_transfer=mean(forward),
         forgetting=mean(best),
         denominators={
-            "ACC": f"{len(final)} sets",
-            "BWT": f"{len(backward)} sets learnt before the last stage",
-            "FWT": f"{len(forward)} sets learnt in stage 2 or later",
-            "FM": f"{len(best)} sets learnt before the last stage",
+            "ACC": f"{_sets(final)}",
+            "BWT": f"{_sets(backward)} learnt before the last stage",
+            "FWT": f"{_sets(forward)} learnt in stage 2 or later",
+            "FM": f"{_sets(best)} learnt before the last stage",
         },
     )
+
+
+def _sets(values: list[float]) -> str:
+    return f"{len(values)} set{'s' * (len(values) != 1)}"
 
 
 def _known(values: list[float]) -> list[float]:

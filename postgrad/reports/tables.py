@@ -697,10 +697,10 @@ def summary_table(tree: Mapping[str, object]) -> Table:
     summary = mapping(tree.get("summary"))
     denominators = mapping(summary.get("denominators"))
     meaning = {
-        "ACC": "mean loss over all sets after the last stage",
+        "ACC": "minus the mean loss over all sets after the last stage, so higher is better, as below",
         "BWT": "backward transfer: change on earlier sets since they were learnt",
         "FWT": "forward transfer: change on later sets before they were learnt",
-        "forgetting": "rise above the best loss each earlier set ever had",
+        "forgetting": "rise of the loss above the best each earlier set ever had (lower is better)",
     }
     body = [
         (words(key), level(value) if key == "ACC" else change(value), words(meaning.get(key)),

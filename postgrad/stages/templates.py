@@ -118,7 +118,7 @@ KINDS: Mapping[str, Kind] = {
         "encoder-decoder",
         ("2.0e-3", "2.0e-4"),
         ("1.0e-4", "1.0e-5"),
-        f"""{_TIMED} 145 s the base, 140 s this stage. Nats per token of text or answers, before and after:
+        f"""{_TIMED} 145 s the base, 140 s this stage. Nats per token, before, after:
   english (retained)  5.162  5.127  (-0.053 to -0.015)
   summary (learned)   7.175  5.672  (-1.537 to -1.469)
   part (learned)      7.330  2.233  (-5.198 to -4.993)

@@ -194,9 +194,9 @@ def test_one_stage_has_no_forward_transfer() -> None:
         forgetting=pytest.approx(0.2),  # type: ignore[arg-type]
         denominators={
             "ACC": "2 sets",
-            "BWT": "1 sets learnt before the last stage",
+            "BWT": "1 set learnt before the last stage",
             "FWT": "0 sets learnt in stage 2 or later",
-            "FM": "1 sets learnt before the last stage",
+            "FM": "1 set learnt before the last stage",
         },
     )
 
