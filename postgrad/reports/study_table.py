@@ -32,14 +32,18 @@ def arms_table(found: _Entry, *, brief: bool = False) -> Table:
     if several:
         columns += [Column("old", "± over seeds"), Column("new", "± over seeds")]
     columns += [Column("tokens"), Column("time", fields=("seconds",))]
-    if not brief:
-        columns += [Column("tokens in all")]
-        if any(number(a.get("peak_memory")) for a in arms):
-            columns.append(Column("memory", fields=("bytes",)))
+    in_all = not brief and any(number(a.get("tokens_in_all")) for a in arms)  # a given base does not say what it took
+    memory = not brief and any(number(a.get("peak_memory")) for a in arms)
+    if in_all:
+        columns.append(Column("tokens in all"))
+    if memory:
+        columns.append(Column("memory", fields=("bytes",)))
     wide = len(columns)
-    body = [_row(_base_row(mapping(found.get("base")), several, brief, bool(found.get("union"))), wide)]
+    base = _base_row(mapping(found.get("base")), several, bool(found.get("union")))
+    body = [_row([*base, *([_tokens(mapping(found.get("base")).get("tokens"))] if in_all else [])], wide)]
     for arm in arms:
-        body.append(_row(_arm_row(arm, found, several, brief), wide))
+        cost = [*([_tokens(arm.get("tokens_in_all"))] * in_all), *([_memory(arm)] * memory)]
+        body.append(_row([*_arm_row(arm, found, several), *(cost if mapping(arm.get("loss")) else [])], wide))
     notes = ["Losses and changes in nats per token; intervals by drawing documents, paired over arms; lower is better."]
     if several:
         notes.append("± over seeds: the standard deviation of one seed's loss; it is in no interval.")
@@ -64,7 +68,7 @@ def _entry(entry: _Entry, *, share: bool = False, decimals: int = 3, tone: str =
     return Cell((Number(text(value), value),), tone, (Number(text(low), low), " to ", Number(text(high), high)))
 
 
-def _base_row(base: _Entry, several: bool, brief: bool, union: bool) -> list[Cell]:
+def _base_row(base: _Entry, several: bool, union: bool) -> list[Cell]:
     loss = mapping(base.get("loss"))
 
     def of(what: str) -> Cell:
@@ -72,11 +76,10 @@ def _base_row(base: _Entry, several: bool, brief: bool, union: bool) -> list[Cel
 
     cells = [Cell(("the base (old text only)",)), of("old"), words(""), words(""), of("new"), words(""), of("average")]
     cells += [words("")] * (union + 2 * several)
-    cells += [_tokens(base.get("tokens")), _seconds(base.get("seconds"))]
-    return cells if brief else [*cells, _tokens(base.get("tokens"))]
+    return [*cells, _tokens(base.get("tokens")), _seconds(base.get("seconds"))]
 
 
-def _arm_row(arm: _Entry, found: _Entry, several: bool, brief: bool) -> list[Cell]:
+def _arm_row(arm: _Entry, found: _Entry, several: bool) -> list[Cell]:
     name = plain(arm.get("name"), 80)
     if not mapping(arm.get("loss")):
         return [Cell((name,)), words(arm.get("status"), "open")]
@@ -99,12 +102,7 @@ def _arm_row(arm: _Entry, found: _Entry, several: bool, brief: bool) -> list[Cel
         for what in ("old", "new"):
             deviation = number(mapping(spread.get(what)).get("deviation"))
             cells.append(words("") if deviation is None else Cell((Number(fixed(deviation, 4), deviation),)))
-    cells += [_tokens(arm.get("tokens")), _seconds(arm.get("seconds"))]
-    if not brief:
-        cells += [_tokens(arm.get("tokens_in_all"))]
-        if (peak := number(arm.get("peak_memory"))) is not None:
-            cells.append(Cell((Number(f"{peak / 2**30:.1f} GiB", peak),)))
-    return cells
+    return [*cells, _tokens(arm.get("tokens")), _seconds(arm.get("seconds"))]
 
 
 def _tone(entry: _Entry) -> str:
@@ -117,6 +115,11 @@ def _tone(entry: _Entry) -> str:
 def _tokens(value: object) -> Cell:
     known = number(value)
     return words("") if known is None else Cell((Number(compact(known), known),))
+
+
+def _memory(arm: _Entry) -> Cell:
+    peak = number(arm.get("peak_memory"))
+    return words("") if peak is None else Cell((Number(f"{peak / 2**30:.1f} GiB", peak),))
 
 
 def _seconds(value: object) -> Cell:
