@@ -202,29 +202,21 @@ def restore(
 ) -> None:
     """Win back what a run has forgotten: its model writes, the earlier one judges every token. The same command goes on."""
     needs_training()
-    from pydantic import TypeAdapter, ValidationError
-
     from postgrad.screen import screen_for, watch
-    from postgrad.stages.amounts import Share
+    from postgrad.stages.amounts import share_of
     from postgrad.stages.finish import outcome_text
     from postgrad.stages.restore import Wish, plan_restoration, restored, restored_text
     from postgrad.stages.run import Finished, run_stage
 
-    shares = {}
-    for option, value in (("--until", until), ("--max-cost", max_cost), ("--keep", keep)):
-        try:
-            shares[option] = TypeAdapter(Share).validate_python(value)
-        except ValidationError:
-            raise StageError(f"{value!r} is no share", where=option, expected="such as 90% or 0.9") from None
     wish = Wish(
         run,
         teacher,
         tuple(prompts or ()),
         tuple(retained or ()),
-        shares["--until"],
-        shares["--max-cost"],
+        share_of(until, "--until"),
+        share_of(max_cost, "--max-cost"),
         steps,
-        shares["--keep"],
+        share_of(keep, "--keep"),
         rate,
         output,
     )

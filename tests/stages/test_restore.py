@@ -113,8 +113,10 @@ def test_what_cannot_be_restored_is_refused(shelf: Shelf, tmp_path: Path) -> Non
         plan_restoration(wish(shelf, run=one), shelf.cache)
     with pytest.raises(StageError, match="is not a run folder"):
         plan_restoration(wish(shelf, run=tmp_path), shelf.cache)
-    result = CliRunner().invoke(app, ["restore", str(one), "--until", "much"])
-    assert isinstance(result.exception, StageError) and "--until" in str(result.exception)
+    for option in ("--until", "--max-cost", "--keep"):
+        result = CliRunner().invoke(app, ["restore", str(one), option, "much"])
+        error = result.exception
+        assert isinstance(error, StageError) and error.where == option and "'much'" in str(error)
 
 
 def test_enough_ends_a_choice_where_no_more_is_forgotten_than_is_allowed() -> None:
