@@ -26,7 +26,7 @@ VOCABULARY = 2048
 
 def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     """Make the texts and the base model, train both arms, and write the page that compares them."""
-    from postgrad.reports import page, shell, tables
+    from postgrad.reports import comparison_page, shell, tables
     from postgrad.screen import screen_for, watch
     from postgrad.stages.parsing import load_stage
     from postgrad.stages.plan import make_plan
@@ -60,7 +60,7 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     arms = [records["naive"], records["replay"]]
     report = folder / "report.html"
     metrics = [list(read_metrics(folder / "runs" / name / "metrics.jsonl")) for name in ("naive", "replay")]
-    shell.write(report, page.comparison_page(arms, metrics, "Forgetting, and its cure", "naive"))
+    shell.write(report, comparison_page.comparison_page(arms, metrics, "Forgetting, and its cure", "naive"))
     lines = ["", tables.arms_table(arms, "naive").text(), "", *_conclusion(arms), ""]
     lines += [
         f"took {time.perf_counter() - begun:.0f} s",

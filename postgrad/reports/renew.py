@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.errors import StageError
-from postgrad.reports import page, shell
+from postgrad.reports import run_page, shell
 
 
 def renew(run: Path) -> Path:
@@ -38,4 +38,4 @@ def renew(run: Path) -> Path:
                     metrics.append(json.loads(line))
                 except ValueError:  # the line that is being written
                     break
-    return shell.write(run / "report.html", page.run_page(record, metrics))
+    return shell.write(run / "report.html", run_page.run_page(record, metrics))

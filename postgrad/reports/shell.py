@@ -10,7 +10,7 @@ import base64
 import hashlib
 import html as html_escape
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from postgrad.publish import write_atomically
@@ -200,6 +200,13 @@ def preformatted(text: object, limit: int = MOST_YAML) -> str:
 
 def prose(text: object) -> str:
     return html_escape.escape(passage(text), quote=True)
+
+
+def sample_box(sample: Mapping[str, object], boxes: str) -> str:
+    """A prompt and the texts that go on from it."""
+    source = f'<p class="over">prompt from <bdi>{escaped(sample["set"], 80)}</bdi></p>' if sample.get("set") else ""
+    prompt = f'<p class="prompt" dir="auto">{prose(sample.get("prompt"))}</p>'
+    return f'<article class="sample">{source}{prompt}<div class="texts">{boxes}</div></article>'
 
 
 def facts(entries: Iterable[tuple[str, object]]) -> str:

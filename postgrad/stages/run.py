@@ -33,7 +33,7 @@ from postgrad.models.pretrained import locate
 from postgrad.models.sharding import reshard
 from postgrad.planning.execution import Execution
 from postgrad.publish import sweep, verify, write_atomically
-from postgrad.reports import page
+from postgrad.reports import run_page
 from postgrad.stages import answering, measure
 from postgrad.stages.amounts import in_steps
 from postgrad.stages.anchors import about_penalty, penalty_prints
@@ -348,7 +348,7 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
     }
     record["fingerprints"]["model"] = model_fingerprint(home / MODEL)
     write_record(home, record)
-    write_atomically(home / REPORT, page.run_page(record, read_metrics(home / METRICS)))
+    write_atomically(home / REPORT, run_page.run_page(record, read_metrics(home / METRICS)))
     yield Finished(read_record(home), home)
 
 
@@ -631,4 +631,4 @@ def _record_stop(
         "samples": [],
     }
     write_record(home, record)
-    write_atomically(home / REPORT, page.run_page(record, read_metrics(home / METRICS)))
+    write_atomically(home / REPORT, run_page.run_page(record, read_metrics(home / METRICS)))

@@ -27,7 +27,7 @@ from postgrad.models import machine
 from postgrad.models.model import model_for
 from postgrad.models.pretrained import Start, Task, load_tokenizer, locate
 from postgrad.objectives.decisions import Problem
-from postgrad.reports import page, shell, tables
+from postgrad.reports import comparison_page, lineage_page, shell, tables
 from postgrad.reports.tasks import arms_task_table
 from postgrad.stages import answering, measure
 from postgrad.stages import stage as s
@@ -342,7 +342,7 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
     if report:
         metrics = [list(read_metrics(run / "metrics.jsonl")) for run in runs]
         title = " and ".join(tables.arm_names(records))
-        shell.write(report, page.comparison_page(records, metrics, title, tables.arm_names(records)[0]))
+        shell.write(report, comparison_page.comparison_page(records, metrics, title, tables.arm_names(records)[0]))
         text += f"\n\nreport: {report}\nnext: open it in a browser"
     else:
         text += f"\nnext: {shlex.join(['postgrad', 'compare', *map(str, runs), '--report', 'compare.html'])}"
@@ -390,7 +390,7 @@ def show_lineage(run: Path, report: Path | None, *, cache: Path) -> dict[str, An
     found = tree(stages, missing)
     text = tables.lineage_table(found).text() + "\n\n" + tables.summary_table(found).text(most=100)
     if report:
-        shell.write(report, page.lineage_page(found))
+        shell.write(report, lineage_page.lineage_page(found))
         text += f"\n\nreport: {report}\nnext: open it in a browser"
     else:
         text += f"\nnext: {shlex.join(['postgrad', 'lineage', str(run), '--report', 'lineage.html'])}"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from postgrad.errors import DiskError
-from postgrad.reports import page, shell
+from postgrad.reports import comparison_page, lineage_page, run_page, shell
 from postgrad.reports.tables import score_table
 from tests.reports.conftest import make_metrics, make_record
 
@@ -172,9 +172,9 @@ def test_no_text_of_the_data_becomes_markup(record: dict, metrics: list[dict], t
     record["overlap"]["general"]["duplicates"] = 2
     bad = poisoned(record, payload, keep)
     for html in (
-        page.run_page(bad, few),
-        page.comparison_page([bad, bad], [few, few], payload, f"medicine{payload}"),
-        page.lineage_page(poisoned(tree, payload)),
+        run_page.run_page(bad, few),
+        comparison_page.comparison_page([bad, bad], [few, few], payload, f"medicine{payload}"),
+        lineage_page.lineage_page(poisoned(tree, payload)),
     ):
         walk = walked(html)
         assert not re.search(r"<script|<img|<iframe|<base|<form|<object|<embed", html, re.IGNORECASE)
@@ -190,20 +190,20 @@ def test_numbers_that_are_texts_do_not_become_markup(record: dict, metrics: list
             return [swapped(v) for v in value]
         return '"><script>alert(1)</script>' if isinstance(value, (int, float)) else value
 
-    walked(page.run_page(swapped(record), [swapped(m) for m in metrics[:40]]))
-    walked(page.comparison_page([swapped(record)], [[]], "t", "medicine"))
+    walked(run_page.run_page(swapped(record), [swapped(m) for m in metrics[:40]]))
+    walked(comparison_page.comparison_page([swapped(record)], [[]], "t", "medicine"))
 
 
 def test_a_missing_escape_would_be_seen(record: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: without escaping, the walk above must fail."""
-    monkeypatch.setattr(page, "escaped", lambda text, limit=0: str(text))
+    monkeypatch.setattr(run_page, "escaped", lambda text, limit=0: str(text))
     record["name"] = "<script>alert(1)</script>"
     with pytest.raises(AssertionError):
-        walked(page.run_page(record, []))
+        walked(run_page.run_page(record, []))
 
 
 def test_policy_allows_the_style_sheet_and_nothing_else(record: dict, metrics: list[dict]) -> None:
-    html = page.run_page(record, metrics)
+    html = run_page.run_page(record, metrics)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', html)
     assert policy
     assert html.index("Content-Security-Policy") < html.index("<title>") < html.index("<style>")
@@ -215,7 +215,7 @@ def test_policy_allows_the_style_sheet_and_nothing_else(record: dict, metrics: l
 
 
 def test_run_page_says_the_result_in_words(record: dict, metrics: list[dict]) -> None:
-    text = said(page.run_page(record, metrics))
+    text = said(run_page.run_page(record, metrics))
     assert (
         "Learnt papers: 2.310 \u2192 1.979 nats per token (\u22120.331, 95 % interval"
         " \u22120.350 to \u22120.312)." in text
@@ -229,7 +229,7 @@ def test_run_page_says_the_result_in_words(record: dict, metrics: list[dict]) ->
 
 
 def test_every_number_of_the_table_is_the_records(record: dict, metrics: list[dict]) -> None:
-    found = {float(v) for v in re.findall(r'<data value="([^"]+)">', page.run_page(record, metrics))}
+    found = {float(v) for v in re.findall(r'<data value="([^"]+)">', run_page.run_page(record, metrics))}
     for name, change in record["changes"].items():
         for key in (
             "difference",
@@ -249,7 +249,7 @@ def test_every_number_of_the_table_is_the_records(record: dict, metrics: list[di
 
 
 def test_figures_have_labels_tables_and_two_widths(record: dict, metrics: list[dict]) -> None:
-    html = page.run_page(record, metrics)
+    html = run_page.run_page(record, metrics)
     svgs = re.findall(r"<svg [^>]*>", html)
     assert len(svgs) >= 18
     assert all('role="img"' in s and 'aria-label="' in s for s in svgs)
@@ -267,20 +267,20 @@ def test_figures_have_labels_tables_and_two_widths(record: dict, metrics: list[d
 
 
 def test_early_part_has_its_own_panel_only_with_points_there(record: dict, metrics: list[dict]) -> None:
-    assert "Retained sets, the first 2 %" in said(page.run_page(record, metrics))
+    assert "Retained sets, the first 2 %" in said(run_page.run_page(record, metrics))
     late = [m for m in metrics if m["kind"] == "step" or not 0 < m["step"] < 30]
-    assert "Retained sets, the first 2 %" not in said(page.run_page(record, late))
+    assert "Retained sets, the first 2 %" not in said(run_page.run_page(record, late))
 
 
 def test_a_stopped_run_says_so(record: dict, metrics: list[dict]) -> None:
     record["status"] = "stopped"
     del record["scores"]["after"], record["changes"], record["gate"], record["finished"]
-    text = said(page.run_page(record, [m for m in metrics if m["step"] <= 500]))
+    text = said(run_page.run_page(record, [m for m in metrics if m["step"] <= 500]))
     assert "This run was stopped after step 500 of 1,221." in text
     assert "There are no scores after training" in text
     assert "Learnt" not in text
     assert re.search(r"At the last evaluation, after 7\.\d+M trained tokens, in nats per token: general \+0", text)
-    assert "There are no scores" in said(page.run_page(record, []))
+    assert "There are no scores" in said(run_page.run_page(record, []))
 
 
 def test_a_failed_gate_says_so(record: dict, metrics: list[dict]) -> None:
@@ -290,36 +290,36 @@ def test_a_failed_gate_says_so(record: dict, metrics: list[dict]) -> None:
         "worst": {"set": "general", "rise": 0.052, "high": 0.061},
         "passed": False,
     }
-    text = said(page.run_page(record, metrics))
+    text = said(run_page.run_page(record, metrics))
     assert (
         "The retention gate failed. The loss on the worst retained set, general, changed by 5.2 % (upper end 6.1 %)."
         in text
     )
     assert "At most 2.0 % was allowed" in text
     del record["gate"]
-    assert "The retention gate failed." in said(page.run_page(record, []))
+    assert "The retention gate failed." in said(run_page.run_page(record, []))
 
 
 def test_overlap_and_bad_losses_are_told(record: dict, metrics: list[dict]) -> None:
     record["overlap"]["general"] |= {"duplicates": 9, "half": 12}
     rows = copy.deepcopy(metrics)
     rows[100]["loss"] = math.nan
-    text = said(page.run_page(record, rows))
+    text = said(run_page.run_page(record, rows))
     assert "9 of 812 documents are duplicates" in text
     assert "1 training losses" in text or "1 training loss is" in text
 
 
 def test_only_what_is_drawn_again_is_said_to_be(record: dict, metrics: list[dict]) -> None:
-    assert "is drawn again beside the whole" in said(page.run_page(record, metrics))
+    assert "is drawn again beside the whole" in said(run_page.run_page(record, metrics))
     steps = [row for row in metrics if row["kind"] == "step"]
     looks = [row for row in metrics if row["kind"] == "evaluation"]
-    assert "is drawn again beside the whole" not in said(page.run_page(record, [*steps, *looks[:1], *looks[-2:]]))
+    assert "is drawn again beside the whole" not in said(run_page.run_page(record, [*steps, *looks[:1], *looks[-2:]]))
 
 
 def test_a_few_documents_that_share_passages_are_no_alarm(record: dict) -> None:
     for half, warned in ((8, False), (9, True)):  # of 812
         record["overlap"]["general"] |= {"duplicates": 0, "half": half}
-        assert ("Held-out text was also in the training data" in said(page.run_page(record, []))) is warned
+        assert ("Held-out text was also in the training data" in said(run_page.run_page(record, []))) is warned
 
 
 def test_of_a_classifier_the_decisions_come_first(record: dict) -> None:
@@ -329,9 +329,9 @@ def test_of_a_classifier_the_decisions_come_first(record: dict) -> None:
         record["scores"][side][name]["metrics"] = {
             "accuracy": {"value": value, "low": value - 0.05, "high": value + 0.05}
         }
-    assert "nats per token" in said(page.run_page(record, [])) and "bits per byte" in score_table(record).text()
+    assert "nats per token" in said(run_page.run_page(record, [])) and "bits per byte" in score_table(record).text()
     record["model"]["task"] = "classify"
-    text = said(page.run_page(record, []))
+    text = said(run_page.run_page(record, []))
     assert "accuracy 0.250 \u2192 0.750 (95 % interval 0.700 to 0.800), loss" in text
     assert "0.250 \u2192 0.750 accuracy" in text and "nats per label" in text
     for table in (score_table(record).text(), score_table(record, brief=True).text()):
@@ -355,22 +355,24 @@ def test_any_key_may_be_missing_or_wrong(record: dict, metrics: list[dict], tree
         return found
 
     for broken in variants(record, 2):
-        page.run_page(broken, few[:2])
+        run_page.run_page(broken, few[:2])
     for broken in variants(few[-1], 3) + variants(few[0], 2):
-        walked(page.run_page({}, [*few, broken]))
+        walked(run_page.run_page({}, [*few, broken]))
     walked(
-        page.comparison_page([record, *variants(record, 1)], [few, junk if isinstance(junk, list) else []], "t", None)
+        comparison_page.comparison_page(
+            [record, *variants(record, 1)], [few, junk if isinstance(junk, list) else []], "t", None
+        )
     )
     for broken in variants(tree, 2):
-        walked(page.lineage_page(broken))
+        walked(lineage_page.lineage_page(broken))
 
 
 def test_each_key_may_be_left_out(record: dict, metrics: list[dict]) -> None:
     for key in record:
         without = {k: v for k, v in record.items() if k != key}
-        walked(page.run_page(without, metrics[:20]))
-    assert "not known to be finished" in said(page.run_page({}, []))
-    walked(page.comparison_page([], [], "", None))
+        walked(run_page.run_page(without, metrics[:20]))
+    assert "not known to be finished" in said(run_page.run_page({}, []))
+    walked(comparison_page.comparison_page([], [], "", None))
 
 
 def test_a_hundred_thousand_rows_stay_small(record: dict) -> None:
@@ -403,11 +405,11 @@ def test_a_hundred_thousand_rows_stay_small(record: dict) -> None:
     record["schedule_curve"] = [[i, 1e-5] for i in range(100_000)]
     record["samples"] = [{"prompt": "p" * 50_000, "before": "b" * 50_000, "after": "\u6f22" * 50_000}] * 40
     record["stage_yaml"] = "x" * 1_000_000
-    assert len(page.run_page(record, iter(rows)).encode()) <= 1_000_000
+    assert len(run_page.run_page(record, iter(rows)).encode()) <= 1_000_000
 
 
 def test_comparison_ranks_marks_and_overlays(arms: list[dict], metrics: list[dict]) -> None:
-    html = page.comparison_page(arms, [metrics] * len(arms), "Five ways", "no replay")
+    html = comparison_page.comparison_page(arms, [metrics] * len(arms), "Five ways", "no replay")
     text = said(html)
     assert "Five ways" in text
     assert "replay 10 % + distill kept most: +0.002 nats per token on retained text." in text
@@ -422,20 +424,20 @@ def test_comparison_ranks_marks_and_overlays(arms: list[dict], metrics: list[dic
 def test_comparison_survives_uneven_arms(arms: list[dict], metrics: list[dict]) -> None:
     del arms[1]["scores"]["after"], arms[1]["changes"]
     arms[1]["status"] = "stopped"
-    text = said(page.comparison_page(arms, [metrics], "t", "missing"))
+    text = said(comparison_page.comparison_page(arms, [metrics], "t", "missing"))
     assert "Not finished: replay 5 %" in text
     assert "not among the arms" in text
-    walked(page.comparison_page(arms[:1], [metrics], "t", arms[0]["name"]))
+    walked(comparison_page.comparison_page(arms[:1], [metrics], "t", arms[0]["name"]))
 
 
 def test_lineage_page_shows_the_matrix_and_its_denominators(tree: dict) -> None:
-    html = page.lineage_page(tree)
+    html = lineage_page.lineage_page(tree)
     found = [float(v) for v in re.findall(r'<td class="h[^"]*"><data value="([^"]+)">', html)]
     assert found == [v for line in tree["R"] for v in line if v is not None]
     assert len(re.findall(r'<td class="h h. own">', html)) == 3
     assert "T-1 = 3" in said(html)
     assert "Forgetting over the chain: +0.037" in said(html)
-    walked(page.lineage_page({}))
+    walked(lineage_page.lineage_page({}))
 
 
 def test_secrets_do_not_leave(record: dict) -> None:
@@ -445,8 +447,8 @@ def test_secrets_do_not_leave(record: dict) -> None:
     record["model"]["start"] = f"https://me:{secret}@hub.example/x"
     record["parents"][0]["path"] = f"s3://key:{secret}@bucket"
     record["machine"]["env"] = {"HF_TOKEN": secret}
-    assert secret not in page.run_page(record, [])
-    assert secret not in page.comparison_page([record], [[]], "t", None)
+    assert secret not in run_page.run_page(record, [])
+    assert secret not in comparison_page.comparison_page([record], [[]], "t", None)
 
 
 def test_write_publishes_whole_pages_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,26 +475,27 @@ def test_write_publishes_whole_pages_only(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_reports_need_neither_torch_nor_numpy() -> None:
-    code = "import sys, postgrad.reports.page; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    pages = "run_page, comparison_page, lineage_page"
+    code = f"import sys; from postgrad.reports import {pages}; print({{'torch', 'transformers', 'numpy'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
 def test_penalties_have_a_curve_of_their_own(record: dict, metrics: list[dict]) -> None:
-    plain_page = page.run_page(record, metrics)
+    plain_page = run_page.run_page(record, metrics)
     pulled = [
         {**row, "penalties": {"anchor": 0.01 * row["step"]}} if row.get("kind") == "step" else row for row in metrics
     ]
     assert "Penalties" not in plain_page
-    found = page.run_page(record, pulled)
+    found = run_page.run_page(record, pulled)
     assert "Penalties" in found and "anchor" in found
     named = {**record, "penalties": [{"name": "<anchor>", "strength": 16.7, "left_out": []}]}
-    assert "Penalty: &lt;anchor&gt;" in page.run_page(named, pulled)
+    assert "Penalty: &lt;anchor&gt;" in run_page.run_page(named, pulled)
 
 
 def test_a_dip_that_heals_is_drawn_and_said() -> None:
     record = make_record()
-    shown = page.run_page(record, make_metrics(record))
+    shown = run_page.run_page(record, make_metrics(record))
     words = said(shown)
     assert "Stability gap of general: behind the switch its loss rose by" in words
     assert ">gap<" in shown
@@ -500,5 +503,5 @@ def test_a_dip_that_heals_is_drawn_and_said() -> None:
     for i, row in enumerate(steady):  # a mutant: the same rise, and it stays
         for entry in row["sets"].values():
             entry |= {"change": 0.01 * i, "low": 0.01 * i - 0.001, "high": 0.01 * i + 0.001}
-    shown = page.run_page(record, steady)
+    shown = run_page.run_page(record, steady)
     assert "Stability gap" not in said(shown) and ">gap<" not in shown

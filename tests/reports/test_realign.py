@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from postgrad.reports import page, realign
+from postgrad.reports import realign, run_page
 from tests.reports.conftest import make_record
 from tests.reports.test_page import said
 
@@ -14,7 +14,7 @@ def test_what_came_back_and_what_is_left_are_told() -> None:
     assert [row[0].text for row in table.rows] == ["general", "code"]
     assert table.rows[0][5].text.replace("\u2009", " ").startswith("80") and "76" in table.rows[0][5].text
     assert table.rows[1][5].text == "nothing forgotten for certain"
-    shown = said(page.run_page(record, []))
+    shown = said(run_page.run_page(record, []))
     assert "What a few steps on old text bring back" in shown and "What 20 steps on 640" in shown
     record.pop("realign")
-    assert realign.section(record) == "" and "bring back" not in said(page.run_page(record, []))
+    assert realign.section(record) == "" and "bring back" not in said(run_page.run_page(record, []))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from postgrad.reports import page, selection
+from postgrad.reports import run_page, selection
 from tests.reports.conftest import make_record
 from tests.reports.test_page import said
 
@@ -14,7 +14,7 @@ def test_the_page_tells_what_was_kept_and_what_was_not() -> None:
     assert [row[1].text for row in table.rows] == ["duplicates", "dsir"]
     assert [row[5].text for row in table.rows] == ["93.3%", "50.0%"]
     assert table.rows[1][6].text == "66.7%"  # of the tokens: what is kept is longer
-    shown = said(page.run_page(record, []))
+    shown = said(run_page.run_page(record, []))
     for words in (
         "Which documents were read",
         "Once upon a time.",
@@ -32,4 +32,4 @@ def test_a_histogram_becomes_steps() -> None:
 def test_a_run_that_read_everything_has_no_such_section() -> None:
     record = make_record()
     record["plan"]["sources"][0].pop("selected")
-    assert selection.section(record) == "" and "Which documents were read" not in said(page.run_page(record, []))
+    assert selection.section(record) == "" and "Which documents were read" not in said(run_page.run_page(record, []))

@@ -21,7 +21,7 @@ from postgrad.evaluation.choosing import Item
 from postgrad.lineage.record import read_record
 from postgrad.models.model import model_for
 from postgrad.models.pretrained import load, locate
-from postgrad.reports import page
+from postgrad.reports import run_page
 from postgrad.reports.tasks import cluster_table, task_table
 from postgrad.stages import answering
 from postgrad.stages.answering import ask, read_answers, scores
@@ -237,7 +237,7 @@ def test_the_end_and_the_page_tell_of_tasks(run: Path) -> None:
     assert len(table.rows) == 3 + 1 + 3
     said = clusters.text()
     assert "never seen" in said and "trained on" in said
-    html = page.run_page(record, read_metrics(run / "metrics.jsonl"))
+    html = run_page.run_page(record, read_metrics(run / "metrics.jsonl"))
     for text in (
         "What it was asked",
         "2 shots, 2 seeds, chosen",
@@ -245,7 +245,7 @@ def test_the_end_and_the_page_tell_of_tasks(run: Path) -> None:
         "What was asked and answered: named",
     ):
         assert text in html
-    plain = page.run_page({**record, "tasks": [], "clusters": []}, [])
+    plain = run_page.run_page({**record, "tasks": [], "clusters": []}, [])
     assert "What it was asked" not in plain
 
 
@@ -292,7 +292,7 @@ def test_a_stopped_run_says_what_was_answered_before(shelf: Shelf) -> None:
     record = read_record(shelf.home / "runs" / "stopped")
     assert record["status"] == "stopped" and record["tasks"][0]["before"]["accuracy"]["value"] > 0
     assert record["tasks"][0]["after"] == {} and task_table(record)
-    assert "What it was asked" in page.run_page(record, [])
+    assert "What it was asked" in run_page.run_page(record, [])
 
 
 def test_other_test_rows_are_another_stage(shelf: Shelf, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from postgrad.evaluation.held_out import HeldOut
 from postgrad.evaluation.samples import prompts
 from postgrad.lineage.record import read_record
 from postgrad.lineage.tree import chain, tree
-from postgrad.reports import page, tables
+from postgrad.reports import run_page, tables
 from postgrad.stages import choose, measure
 from postgrad.stages.choose import Look, Rule, standing
 from postgrad.stages.finish import outcome_text
@@ -211,7 +211,7 @@ def test_the_published_model_is_the_best_checkpoint_and_training_ends_without_ga
     said = outcome_text(outcome)
     assert f"Published: step {found['step']} of {found['last']}, the best of" in said
     assert f"Training ended at step {found['last']} of {record['plan']['steps']}: 2 looks without a gain." in said
-    shown = page.run_page(record, read_metrics(home / "metrics.jsonl"))
+    shown = run_page.run_page(record, read_metrics(home / "metrics.jsonl"))
     assert "Which step was published" in shown and ">published<" in shown
     stages = chain(home)
     assert tree(stages, lambda *_: 1.0)["stages"][1]["tokens"] == found["trained"]

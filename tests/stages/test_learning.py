@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from postgrad.reports import page
+from postgrad.reports import curves, run_page
 from postgrad.reports.tables import learning_table
 from postgrad.stages.finish import outcome_text
 from postgrad.stages.learning import losses_by_source
@@ -120,13 +120,13 @@ def many(count: int) -> tuple[dict[str, object], list[dict[str, object]]]:
 @pytest.mark.parametrize("count", [2, 7, 9, 12, 15])
 def test_the_page_draws_all_sources_or_says_how_many_it_does_not(count: int) -> None:
     record, steps = many(count)
-    html = page.run_page(record, steps)
+    html = run_page.run_page(record, steps)
     chart = html[html.index("Training loss</figcaption>" if count < 0 else "Training loss<small>") :].split(
         "</figure>"
     )[0]
     wide = chart[: chart.index('<div class="narrow">')]
     drawn = [i for i in range(count) if f"source-{i}<" in wide or f"source-{i} " in wide or f"source-{i}," in wide]
-    left = max(0, count - page.MOST_SERIES)
+    left = max(0, count - curves.MOST_SERIES)
     assert len(drawn) == count - left and set(range(left, count)) == set(drawn)  # the largest
     assert (f"{left} sources with fewer tokens are in the table only." in chart) == (left > 0)
     assert (f"{left} more sources are in the table only." in html) == (left > 0)
@@ -138,4 +138,4 @@ def test_a_record_of_before_is_still_a_page(tmp_path: Path) -> None:
     record, steps = many(3)
     for source in record["achieved"]["sources"]:  # type: ignore[index]
         source.pop("loss")
-    assert learning_table(record) is None and "Sources of the mixture" not in page.run_page(record, steps)
+    assert learning_table(record) is None and "Sources of the mixture" not in run_page.run_page(record, steps)

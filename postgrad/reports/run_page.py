@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from postgrad.lineage.gap import Gap, Look, stability_gap
 from postgrad.reports import drift, figures, realign, selection, tables, tasks
-from postgrad.reports.figures import Estimate, Level, Mark, Series, Spot
+from postgrad.reports.curves import EARLY, EARLY_WORDS, MOST_SERIES, Curves, change_series, estimates, read_curves
+from postgrad.reports.figures import Level, Mark, Series
 from postgrad.reports.notation import (
     compact,
     count,
@@ -23,7 +23,6 @@ from postgrad.reports.notation import (
     mapping,
     masked,
     number,
-    passage,
     percent,
     plain,
     rows,
@@ -31,7 +30,6 @@ from postgrad.reports.notation import (
 )
 from postgrad.reports.shell import (
     FOOTER,
-    MOST_YAML,
     about,
     badge,
     details,
@@ -42,119 +40,16 @@ from postgrad.reports.shell import (
     named,
     preformatted,
     prose,
+    sample_box,
     side_by_side,
 )
 from postgrad.reports.tables import VERDICTS, Column, Table
 
-MOST_SAMPLES, MOST_SERIES = 12, 12
+_MOST_SAMPLES = 12
 _EVERY_STEP = 7
 """The colour of what is drawn of each step, behind everything else."""
 _FEW = 0.01
 """Of held-out documents, parts of which may be in the training text before a reader is warned of it."""
-EARLY, EARLY_WORDS = (
-    0.02,
-    "2 %",
-)  # forgetting starts in the first steps: this part of the run has a panel of its own
-
-# --- reading a run ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Curves:
-    """The metric rows of one run as columns; x is the trained tokens so far (or the step, see `unit`)."""
-
-    unit: str = "tokens trained"
-    loss: list[tuple[float, float]] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    by_source: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
-    rate: list[tuple[float, float]] = field(default_factory=list)
-    grad_norm: list[tuple[float, float]] = field(default_factory=list)
-    penalties: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    sets: dict[str, list[tuple[float, float, float, float, float]]] = field(default_factory=dict)
-    roles: dict[str, str] = field(default_factory=dict)
-    choice: list[tuple[float, float]] = field(default_factory=list)
-    last_step: int = 0
-    steps: int = 0
-    not_finite: int = 0
-    x_of_step: list[tuple[float, float]] = field(default_factory=list)
-    tasks: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
-    """By metric and task: what was reached at each look."""
-
-
-def read_curves(metrics: Iterable[Mapping[str, object]]) -> Curves:
-    """Metric rows to columns in one pass; what is no number becomes a gap."""
-    curves = Curves()
-    metric_rows = [row for row in metrics if isinstance(row, Mapping)]
-    if any(number(row.get("trained")) is None for row in metric_rows):
-        curves.unit = "step"
-    previous = 0.0
-    first: dict[str, float] = {}
-    for row in metric_rows:
-        step = number(row.get("step"))
-        x = number(row.get("trained")) if curves.unit != "step" else step
-        if x is None:
-            continue
-        curves.last_step = max(curves.last_step, int(step or 0))
-        if step is not None:
-            curves.x_of_step.append((step, x))
-        if row.get("kind") == "evaluation":
-            for name, entry in mapping(row.get("tasks")).items():
-                value = number(mapping(entry).get("value"))
-                if value is not None:
-                    metric = plain(mapping(entry).get("metric"))
-                    curves.tasks.setdefault(metric, {}).setdefault(name, []).append((x, value))
-            value = number(mapping(row.get("choice")).get("value"))
-            if value is not None:
-                curves.choice.append((x, value))
-            for name, entry in mapping(row.get("sets")).items():
-                entry = mapping(entry)
-                nats, change = number(entry.get("nats")), number(entry.get("change"))
-                if nats is not None:
-                    first.setdefault(name, nats)
-                    change = nats - first[name] if change is None else change
-                low, high = number(entry.get("low")), number(entry.get("high"))
-                gap = math.nan  # a value that is not known
-                point = (
-                    x,
-                    gap if nats is None else nats,
-                    gap if change is None else change,
-                    gap if low is None else low,
-                    gap if high is None else high,
-                )
-                curves.sets.setdefault(name, []).append(point)
-                if isinstance(entry.get("role"), str):
-                    curves.roles.setdefault(name, str(entry["role"]))
-            continue
-        if row.get("kind") not in (None, "step"):
-            continue
-        curves.steps += 1
-        loss = number(row.get("loss"))
-        if loss is None and "loss" in row:
-            curves.not_finite += 1
-        curves.loss.append((x, math.nan if loss is None else loss))
-        curves.weights.append(max(x - previous, 0.0) or 1.0)
-        previous = x
-        for name, pair in mapping(row.get("by_source")).items():
-            total, tokens = (number(v) for v in (*rows(pair), None, None)[:2])
-            if total is not None and tokens:
-                curves.by_source.setdefault(name, []).append((x, total / tokens, tokens))
-        for name, value in mapping(row.get("penalties")).items():
-            pull = number(value)
-            curves.penalties.setdefault(plain(name, 60), []).append((x, math.nan if pull is None else pull))
-        rate, norm = number(row.get("rate")), number(row.get("grad_norm"))
-        if rate is not None:
-            curves.rate.append((x, rate))
-        if norm is not None:
-            curves.grad_norm.append((x, norm))
-    for points in curves.sets.values():
-        points.sort(key=lambda p: p[0])
-    return curves
-
-
-# --- pieces of a page -------------------------------------------------------------------------------------
-
-
-# --- the run page -----------------------------------------------------------------------------------------
 
 
 def run_page(record: Mapping[str, object], metrics: Iterable[Mapping[str, object]]) -> str:
@@ -371,23 +266,12 @@ def _gate_notice(record: Mapping[str, object]) -> list[tuple[str, str]]:
     return [("bad", f"<b>The retention gate failed.</b>{detail}{limit}")]
 
 
-def _estimates(entries: Mapping[str, Mapping[str, object]]) -> list[Estimate]:
-    found = []
-    for name, entry in entries.items():
-        value = number(entry.get("difference"))
-        if value is not None:
-            said = tables.verdict(entry)
-            low, high = number(entry.get("low")), number(entry.get("high"))
-            found.append(Estimate(name, value, low, high, VERDICTS.get(said, ("open",))[0], said))
-    return found
-
-
 def _result(record: Mapping[str, object]) -> str:
     names = tables.set_names(record)
     if not names:
         return ""
-    kept = _estimates(tables.retained(record))
-    learnt = [*_estimates(tables.learned(record)), *_estimates(tables.tests(record))]
+    kept = estimates(tables.retained(record))
+    learnt = [*estimates(tables.learned(record)), *estimates(tables.tests(record))]
     gate = number(mapping(record.get("gate")).get("level"))
     limit = Level(gate, f"gate {signed(gate)}") if gate is not None else None
     label = f"change of the loss, {tables.unit_of_loss(record)}"
@@ -448,7 +332,7 @@ def _retention(record: Mapping[str, object], curves: Curves) -> str:
         if not names:
             continue
         left_out = names[MOST_SERIES:]
-        series = [_change_series(name, curves.sets[name]) for name in names[:MOST_SERIES]]
+        series = [change_series(name, curves.sets[name]) for name in names[:MOST_SERIES]]
         levels = [Level(gate, "gate")] if gate is not None and role == "retained" else []
         early = sum(1 for p in curves.sets[names[0]] if p[0] <= EARLY * whole) >= 3
         words = {
@@ -536,18 +420,6 @@ def _choice(record: Mapping[str, object], curves: Curves) -> str:
             about=f"Each look scores the whole set. Candidates are the looks from step {count(chosen.get('first'))} on.",
         )  # fmt: skip
     return "".join(about(line) for line in lines) + side_by_side(drawn)
-
-
-def _change_series(
-    name: str, points: Sequence[tuple[float, float, float, float, float]], colour: int | None = None
-) -> Series:
-    return Series(
-        name,
-        [(x, change) for x, _, change, _, _ in points],
-        [(x, low, high) for x, _, _, low, high in points if math.isfinite(low) and math.isfinite(high)],
-        markers=True,
-        colour=colour,
-    )
 
 
 def _evaluation_numbers(names: Sequence[str], curves: Curves, unit: str) -> Table:
@@ -728,14 +600,14 @@ def _mixture(record: Mapping[str, object]) -> str:
 def _samples(record: Mapping[str, object]) -> str:
     samples = [mapping(s) for s in rows(record.get("samples"))]
     shown = []
-    for sample in samples[:MOST_SAMPLES]:
+    for sample in samples[:_MOST_SAMPLES]:
         texts = [(k, t) for k, t in (("Before", "before"), ("After", "after"), ("Reference", "reference"))]
         boxes = "".join(
             f'<div><h4>{word}</h4><p dir="auto">{prose(sample[key]).strip()}</p></div>'
             for word, key in texts
             if sample.get(key) not in (None, "")
         )
-        shown.append(_sample(sample, boxes))
+        shown.append(sample_box(sample, boxes))
     if not shown:
         return ""
     more = len(samples) - len(shown)
@@ -748,12 +620,6 @@ def _samples(record: Mapping[str, object]) -> str:
         + "".join(shown)
         + end
     )
-
-
-def _sample(sample: Mapping[str, object], boxes: str) -> str:
-    source = f'<p class="over">prompt from <bdi>{escaped(sample["set"], 80)}</bdi></p>' if sample.get("set") else ""
-    prompt = f'<p class="prompt" dir="auto">{prose(sample.get("prompt"))}</p>'
-    return f'<article class="sample">{source}{prompt}<div class="texts">{boxes}</div></article>'
 
 
 def _method(record: Mapping[str, object]) -> str:
@@ -841,290 +707,3 @@ def _again(record: Mapping[str, object]) -> str:
             + preformatted(record["command"], 2000)
         )  # fmt: skip
     return body
-
-
-# --- the comparison page ----------------------------------------------------------------------------------
-
-
-def comparison_page(
-    records: Sequence[Mapping[str, object]],
-    metrics: Sequence[Iterable[Mapping[str, object]]],
-    title: str,
-    baseline: str | None,
-) -> str:
-    """Several runs from one base side by side; `metrics[i]` are the rows of `records[i]` (may be shorter).
-
-    `baseline` names the arm against which the removed share of forgetting is measured.
-    """
-    records = [mapping(r) for r in records]
-    names = tables.arm_names(records)
-    curves = [read_curves(metrics[i] if i < len(metrics) else ()) for i in range(len(records))]
-    asked = tasks.arms_task_table(records)
-    sections = [
-        (
-            "arms",
-            "Arms",
-            "The arms",
-            tables.arms_table(records, baseline).html() + _trade(records, names) if records else "",
-        ),
-        ("tasks", "Tasks", "What the arms answered", asked.html() if asked else ""),
-        ("curves", "Curves", "Every set, every arm", _overlays(records, names, curves)),
-        ("samples", "Samples", "Text by arm", _samples_by_arm(records, names)),
-        ("runs", "Runs", "The runs", _runs(records, names)),
-    ]
-    unfinished = [n for n, r in zip(names, records, strict=True) if r.get("status") not in ("finished", "gate-failed")]
-    notice = ""
-    if unfinished:
-        listed = ", ".join(named(n) for n in unfinished[:8])
-        notice = f'<div class="notice"><p><b>Not finished:</b> {listed}. What they lack is left empty.</p></div>'
-    how_many = "1 run" if len(records) == 1 else f"{len(records)} runs"
-    header = (
-        f'<p class="over">postgrad \u00b7 comparison of {how_many}</p>'
-        f"<h1><bdi>{escaped(title or 'Comparison', 160)}</bdi></h1>"
-        f"{_verdict_of_arms(records, names, baseline)}{notice}"
-    )
-    return document(f"{title or 'Comparison'} \u2013 postgrad", header, sections, FOOTER)
-
-
-def _verdict_of_arms(records: Sequence[Mapping[str, object]], names: Sequence[str], baseline: str | None) -> str:
-    """The comparison in plain words: who forgot least, what that cost, against the baseline."""
-    forgot = {n: tables.mean_difference(tables.retained(r)) for n, r in zip(names, records, strict=True)}
-    gained = {n: tables.mean_difference(tables.learned(r)) for n, r in zip(names, records, strict=True)}
-    known = {n: v for n, v in forgot.items() if v is not None}
-    if len(known) < 2:
-        return '<p class="lead">There are not two arms with scores on retained text to compare yet.</p>'
-    best = min(known, key=lambda n: known[n])
-    words = [f"{named(best)} kept most: {signed(known[best])} nats per token on retained text."]
-    base = known.get(baseline or "")
-    part = tables.removed(known[best], base)
-    if part is not None and best != baseline:
-        words.append(f"That is {percent(part, 0)} less forgetting than {named(baseline)} ({signed(base)}).")
-    learnt = {n: v for n, v in gained.items() if v is not None}
-    if learnt:
-        most = min(learnt, key=lambda n: learnt[n])
-        if most == best:
-            words.append(f"It also learnt most: {signed(learnt[most])} on new text.")
-        elif best in learnt:
-            words.append(
-                f"{named(most)} learnt most: {signed(learnt[most])} on new text, against {signed(learnt[best])}."
-            )
-    return f'<p class="lead">{" ".join(words)}</p>'
-
-
-def _trade(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
-    spots = []
-    for name, record in zip(names, records, strict=True):
-        kept, learnt = tables.retained(record), tables.learned(record)
-        x, y = tables.mean_difference(kept), tables.mean_difference(learnt)
-        spots.append(
-            Spot(
-                name,
-                math.nan if x is None else x,
-                math.nan if y is None else -y,
-                _one_interval(kept, 1),
-                _one_interval(learnt, -1),
-            )
-        )
-    if not any(math.isfinite(s.x) and math.isfinite(s.y) for s in spots):
-        return ""
-    by_set: dict[str, list[Estimate]] = {}
-    for name, record in zip(names, records, strict=True):
-        for e in _estimates(tables.retained(record)):
-            by_set.setdefault(e.name, []).append(Estimate(name, e.value, e.low, e.high, e.tone, e.note))
-    first = figure(
-        "Gain against forgetting",
-        lambda w: figures.scatter(
-            spots, title="Gain against forgetting", width=w,
-            x_label="forgetting: rise on retained sets, nats per token",
-            y_label="gain: fall on learned sets, nats per token", best="better"
-        ),
-        about="One point an arm, mean over its sets; bars are 95 % intervals where there is one set.",
-    )  # fmt: skip
-    forests = [
-        figure(
-            f"Forgetting of {plain(set_name, 60)} by arm",
-            lambda w, entries=entries, of=set_name: figures.forest_plot(
-                entries[:40], title=f"Change on {plain(of, 60)} by arm", width=w, left_word="better",
-                right_word="worse", x_label="change of the loss, nats per token"
-            ),
-            about="Change of the loss with 95 % intervals.",
-        )
-        for set_name, entries in list(by_set.items())[:5]
-    ]  # fmt: skip
-    return side_by_side(first, *forests)
-
-
-def _one_interval(entries: Mapping[str, Mapping[str, object]], sign: int) -> tuple[float, float] | None:
-    """The interval where there is one set: intervals of several sets cannot be averaged."""
-    if len(entries) != 1:
-        return None
-    entry = next(iter(entries.values()))
-    ends = [number(entry.get("low")), number(entry.get("high"))]
-    known = [sign * v for v in ends if v is not None]
-    return (min(known), max(known)) if len(known) == 2 else None
-
-
-def _overlays(records: Sequence[Mapping[str, object]], names: Sequence[str], curves: Sequence[Curves]) -> str:
-    roles: dict[str, str] = {}
-    for record, arm in zip(records, curves, strict=True):
-        for name in arm.sets:
-            role = arm.roles.get(name) or plain(mapping(mapping(record.get("changes")).get(name)).get("role"))
-            roles[name] = roles.get(name) or role
-    order = sorted(roles, key=lambda n: {"retained": 0, "learned": 1}.get(roles[n], 2))
-    unit = "step" if any(c.unit == "step" and c.sets for c in curves) else "tokens trained"
-    same = all(c.unit == unit for c in curves if c.sets)
-    if not order:
-        return ""
-    body = about(
-        "Change of the loss since the switch to the new data, one line an arm, with 95 % intervals."
-        + ("" if same else " Some arms count steps and others tokens: their x axes do not agree.")
-    )
-    for name in order[:MOST_SERIES]:
-        series, whole = [], 0.0
-        for i, (arm, arm_name) in enumerate(zip(curves, names, strict=True)):
-            if name in arm.sets:
-                series.append(_change_series(arm_name, arm.sets[name], colour=i))
-                whole = max(whole, arm.sets[name][-1][0])
-        early = max(sum(1 for x, _ in s.points if x <= EARLY * whole) for s in series) >= 3
-        role = f" ({roles[name]})" if roles[name] else ""
-        words = {"x_label": unit, "y_label": "change, nats per token", "zero": True, "least": 0.01}
-        mark = [Mark(0.0, "switch")]
-        first = figure(
-            f"{plain(name, 60)}{role}",
-            lambda w, s=series, k=words, m=mark, n=name: figures.line_chart(
-                s, title=f"Change on {plain(n, 60)} by arm", width=w, marks=m, **k
-            ),
-        )
-        second = ""
-        if early:
-            second = figure(
-                f"{plain(name, 60)}, the first {EARLY_WORDS}",
-                lambda w, s=series, k=words, m=mark, n=name, e=EARLY * whole: figures.line_chart(
-                    s, title=f"Change on {plain(n, 60)} by arm, first {EARLY_WORDS}", width=w, marks=m,
-                    x_range=(0.0, e), **k
-                ),
-            )  # fmt: skip
-        body += side_by_side(first, second)
-    return body
-
-
-def _samples_by_arm(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
-    found: dict[tuple[str, str], dict] = {}
-    for record, arm in zip(records, names, strict=True):
-        for sample in map(mapping, rows(record.get("samples"))):
-            key = (plain(sample.get("set")), passage(sample.get("prompt")))
-            entry = found.setdefault(key, {"sample": sample, "arms": []})
-            if sample.get("after") not in (None, ""):
-                entry["arms"].append((arm, sample["after"]))
-    shown = []
-    for entry in list(found.values())[: MOST_SAMPLES // 2]:
-        sample = entry["sample"]
-        texts = [(w, sample[k]) for w, k in (("Reference", "reference"), ("Before", "before")) if sample.get(k)]
-        boxes = "".join(
-            f'<div><h4><bdi>{escaped(word, 80)}</bdi></h4><p dir="auto">{prose(text).strip()}</p></div>'
-            for word, text in [*texts, *entry["arms"][:MOST_SERIES]]
-        )
-        shown.append(_sample(sample, boxes))
-    return "".join(shown)
-
-
-def _runs(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
-    body = []
-    for name, record in zip(names, records, strict=True):
-        achieved = mapping(record.get("achieved"))
-        body.append(
-            (
-                tables.words(name),
-                tables.words(record.get("status")),
-                tables.words(masked(mapping(record.get("model")).get("start"))),
-                tables.whole(achieved.get("tokens")),
-                tables.Cell((tables.Number(duration(achieved.get("seconds")), number(achieved.get("seconds"))),)),
-                tables.whole(achieved.get("tokens_per_second")),
-                tables.words(masked(record.get("command"))),
-            )
-        )
-    columns = (
-        Column("arm", words=True), Column("status", words=True), Column("start", words=True),
-        Column("trained tokens"), Column("time", fields=("seconds",)), Column("tokens/s"),
-        Column("command", words=True),
-    )  # fmt: skip
-    stages = "".join(
-        details(f"Stage file of {name}", preformatted(record["stage_yaml"], MOST_YAML // max(len(records), 1)))
-        for name, record in zip(names, records, strict=True)
-        if record.get("stage_yaml")
-    )
-    return Table("Runs of this comparison", columns, tuple(body)).html() + stages if body else ""
-
-
-# --- the lineage page -------------------------------------------------------------------------------------
-
-
-def lineage_page(tree: Mapping[str, object]) -> str:
-    """A chain of stages: the matrix R (loss on every set after every stage) and what follows from it."""
-    tree = mapping(tree)
-    names, sets = tables.lineage_names(tree)
-    matrix = [[number(v) for v in rows(line)] for line in rows(tree.get("R"))]
-    stages = [mapping(s) for s in rows(tree.get("stages"))]
-    shift = 1 if len(names) == len(stages) + 1 and names[:1] == ["start"] else 0
-    own = []
-    for entry in map(mapping, rows(tree.get("sets"))):
-        at = entry.get("learnt_at")
-        own.append(at + shift if isinstance(at, int) and not isinstance(at, bool) else None)
-    chain = "".join(
-        f"<li><b><bdi>{escaped(s.get('name') or 'stage', 80)}</bdi></b>"
-        + (f"<span>{compact(s['tokens'])} tokens</span>" if number(s.get("tokens")) else "")
-        + (f"<span><bdi>{escaped(moment(s['created']))}</bdi></span>" if s.get("created") else "")
-        + (f"<span><bdi>{escaped(masked(s['path']), 120)}</bdi></span>" if s.get("path") else "")
-        + "</li>"
-        for s in stages
-    )
-    heat = ""
-    if matrix and sets:
-        table = figures.heat_table(
-            names, sets, matrix, corner="after", own=own,
-            caption="Loss in nats per token. The stronger the colour, the further above the best loss the set"
-            " had at any earlier stage; outlined where the set was learnt.",
-        )  # fmt: skip
-        heat = f'<div class="scroll" tabindex="0" role="region" aria-label="Loss matrix">{table}</div>'
-        series = [
-            Series(
-                n,
-                [(float(i), math.nan if v is None else v) for i, v in enumerate(_column(matrix, j))],
-                markers=True,
-            )
-            for j, n in enumerate(sets[:MOST_SERIES])
-        ]
-        labels = [(float(i), plain(n, 18)) for i, n in enumerate(names)]
-        heat = side_by_side(
-            f"<div>{heat}</div>",
-            figure(
-                "Loss from stage to stage",
-                lambda w: figures.line_chart(
-                    series, title="Loss on each set after each stage", x_label="after stage",
-                    y_label="nats per token",
-                    width=w, x_ticks=labels
-                ),
-            )
-        )  # fmt: skip
-    summary = tables.summary_table(tree)
-    sections = [
-        ("stages", "Stages", "The stages", f'<ol class="chain">{chain}</ol>' if chain else ""),
-        ("matrix", "Matrix", "Every set after every stage", heat),
-        ("summary", "Summary", "In a few numbers", summary.html() if summary.rows else ""),
-    ]
-    trained = [number(s.get("tokens")) for s in stages]
-    total = sum(v for v in trained if v is not None)
-    lead = f"{len(stages)} {'stage' if len(stages) == 1 else 'stages'}"
-    lead += f", {compact(total)} trained tokens" if total else ""
-    forgetting = mapping(tree.get("summary")).get("forgetting")
-    if number(forgetting) is not None:
-        lead += f". Forgetting over the chain: {signed(forgetting)} nats per token"
-    header = f'<p class="over">postgrad \u00b7 lineage</p><h1>Lineage</h1><p class="lead">{lead}.</p>'
-    return document("Lineage \u2013 postgrad", header, sections, FOOTER)
-
-
-def _column(matrix: Sequence[Sequence[float | None]], j: int) -> list[float | None]:
-    return [line[j] if j < len(line) else None for line in matrix]
-
-
-# --- publishing -------------------------------------------------------------------------------------------
