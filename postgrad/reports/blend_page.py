@@ -97,8 +97,7 @@ def _numbers(points: _Points) -> str:
         (words(point["name"]), *(difference(mapping(mapping(point["changes"])[name]), 4) for name in names))
         for point in points
     )
-    table = Table("Change against the start model, nats per token, with 95 % intervals", columns, lines)
-    return f'<div class="scroll">{table.html()}</div>'
+    return Table("Change against the start model, nats per token, with 95 % intervals", columns, lines).html()
 
 
 def _mean(point: Mapping[str, object], role: str) -> float:

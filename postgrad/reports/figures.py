@@ -586,15 +586,17 @@ def forest_plot(
     left_word: str = "",
     right_word: str = "",
     decimals: int = 3,
+    sign: bool = True,
 ) -> str:
-    """Differences with their 95 % intervals around zero, a row each (two lines when narrow)."""
+    """Differences with their 95 % intervals around zero, a row each (two lines when narrow); levels where `sign` is off."""
     known = [e for e in estimates if math.isfinite(e.value)]
     if not known:
         return _nothing(width, title, "no differences yet")
     narrow = width < 480
+    written = signed if sign else fixed
     texts = [
-        signed(e.value, decimals)
-        + (f"  ({signed(e.low, decimals)} to {signed(e.high, decimals)})" if _has_interval(e) else "")
+        written(e.value, decimals)
+        + (f"  ({written(e.low, decimals)} to {written(e.high, decimals)})" if _has_interval(e) else "")
         for e in known
     ]
     value_width = max(text_width(t) for t in texts) + 8
@@ -614,7 +616,7 @@ def forest_plot(
     if narrow:
         rows_of_grid = [(above + i * row + 22, above + i * row + row - 3) for i in range(len(known))]
     values = ticks(at.low, at.high, max(2, int((plot_right - left) / 64)))
-    labels = tick_labels(values, sign=True)
+    labels = tick_labels(values, sign=sign)
     chosen = _thin_labels([at(v) for v in values], labels)
     parts = []
     for i, value in enumerate(values):

@@ -34,10 +34,15 @@ def shift_page(found: Mapping[str, object]) -> str:
         '<p class="over">postgrad · shift</p>'
         f"<h1><bdi>{escaped(found.get('model'), 160)}</bdi></h1>"
         f'<p class="lead">{_LEAD[str(found["strength"])]} '
-        f"The model needs {signed(surprise.get('value'))} bits more for a byte of the new text "
-        f"({signed(surprise.get('low'))} to {signed(surprise.get('high'))}).</p>"
+        f"A byte of the new text takes the model {_bits_more(surprise)} than one of the old "
+        f"(new less old {signed(surprise.get('low'))} to {signed(surprise.get('high'))}).</p>"
     )
     return document("Shift – postgrad", header, sections, FOOTER)
+
+
+def _bits_more(surprise: Mapping[str, object]) -> str:
+    value = number(surprise.get("value")) or 0.0
+    return f"{abs(value):.3f} bits {'less' if value < 0 else 'more'}"
 
 
 def _advice(found: Mapping[str, object]) -> str:
@@ -74,7 +79,8 @@ def _distances(found: Mapping[str, object]) -> str:
         def draw(
             width: float, shown: list[Estimate] = shown, name: str = name, unit: str = unit, same: float = same
         ) -> str:
-            return forest_plot(shown, title=name, x_label=unit, width=width, limit=Level(same, "no shift"))
+            limit = Level(same, "no shift")
+            return forest_plot(shown, title=name, x_label=unit, width=width, limit=limit, sign=False)
 
         parts.append(figure(name, draw))
     return about(
@@ -91,9 +97,10 @@ def _model(found: Mapping[str, object]) -> str:
         [words("tokens per word"), *(level(text.get("tokens_per_word"), 2) for text in (old, new))],
         [words("unknown tokens"), *(words(percent(text.get("unknown"), 2)) for text in (old, new))],
     ]
-    table = Table("", (Column(""), Column("old"), Column("new")), tuple(map(tuple, lines)))
+    columns = (Column("measure", words=True), Column("old"), Column("new"))
+    table = Table("Both texts as the model reads them", columns, tuple(map(tuple, lines)))
     said = facts(
         (f"{name} files", ", ".join(str(f) for f in rows(text.get("files"))))
         for name, text in (("old", old), ("new", new))
     )
-    return f'<div class="scroll">{table.html()}</div>{said}'
+    return table.html() + said

@@ -23,8 +23,8 @@ def study_page(found: _Entry) -> str:
     claims = claims_table(found)
     sections = [
         ("summary", "Summary", "What the numbers say", _summary(found)),
-        ("arms", "Arms", "Every arm", _scroll(arms_table(found)) if done else ""),
-        ("claims", "Claims", "What was claimed, and what was measured", _scroll(claims) if claims else ""),
+        ("arms", "Arms", "Every arm", arms_table(found).html() if done else ""),
+        ("claims", "Claims", "What was claimed, and what was measured", claims.html() if claims else ""),
         ("frontier", "Frontier", "Gain against forgetting", _frontier(done)),
         ("replay", "Replay", "By the share of replay", _by_share(found)),
         ("curves", "Curves", "Before and after the switch", _curves(found, done)),
@@ -38,10 +38,6 @@ def study_page(found: _Entry) -> str:
         f"<h1><bdi>{escaped(found.get('name'), 160)}</bdi></h1>{_lead(found, arms)}"
     )
     return document(f"{plain(found.get('name'), 80)} – postgrad", header, sections, FOOTER)
-
-
-def _scroll(table: Table) -> str:
-    return table.html()
 
 
 def _lead(found: _Entry, arms: Sequence[_Entry]) -> str:
@@ -132,7 +128,7 @@ def _spot_table(done: Sequence[_Entry]) -> Table:
         Column("change on new"),
         Column("dominated by", words=True),
     )
-    return Table("", columns, tuple(lines))
+    return Table("Forgetting and change on new text of each arm, nats per token", columns, tuple(lines))
 
 
 def _cell(entry: _Entry):
