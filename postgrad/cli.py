@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,29 +146,15 @@ def check(
 @app.command()
 def train(stage: StageFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Carry out a stage. Ctrl-C saves and stops; the same command goes on."""
-    from postgrad.screen import screen_for, watch
     from postgrad.stages.finish import outcome_text
-    from postgrad.stages.run import Finished, Stopped, run_stage
+    from postgrad.stages.run import run_stage
 
     plan = _plan(stage, overrides, as_json)
     command = _command("train", stage, overrides)
-    try:
-        outcome = watch(run_stage(plan, command=command, cache=cache_folder()), screen_for(as_json))
-    except KeyboardInterrupt:
-        print(f"stopped at once; go on from the last checkpoint with: {command}", file=sys.stderr)
-        raise typer.Exit(3) from None
-    match outcome:
-        case Stopped(step, steps):
-            _print(
-                {"status": "stopped", "step": step, "steps": steps, "next": command},
-                as_json,
-                f"stopped {f'and saved at step {step:,} of {steps:,}' if step else 'before the first step'}\nnext: {command}",
-            )
-            raise typer.Exit(3)
-        case Finished(record, _, _):
-            _print(record, as_json, outcome_text(outcome))
-            if record["status"] == "gate-failed":
-                raise typer.Exit(4)
+    outcome = _watched(run_stage(plan, command=command, cache=cache_folder()), command, as_json)
+    _print(outcome.record, as_json, outcome_text(outcome))
+    if outcome.record["status"] == "gate-failed":
+        raise typer.Exit(4)
 
 
 @app.command()
@@ -202,11 +188,10 @@ def restore(
 ) -> None:
     """Win back what a run has forgotten: its model writes, the earlier one judges every token. The same command goes on."""
     needs_training()
-    from postgrad.screen import screen_for, watch
     from postgrad.stages.amounts import share_of
     from postgrad.stages.finish import outcome_text
     from postgrad.stages.restore import Wish, plan_restoration, restored, restored_text
-    from postgrad.stages.run import Finished, run_stage
+    from postgrad.stages.run import run_stage
 
     wish = Wish(
         run,
@@ -222,10 +207,7 @@ def restore(
     )
     restoration = plan_restoration(wish, cache_folder())
     command = shlex.join(["postgrad", *sys.argv[1:]])
-    outcome = watch(run_stage(restoration.plan, command=command, cache=cache_folder()), screen_for(as_json))
-    if not isinstance(outcome, Finished):
-        _print({"status": "stopped", "next": command}, as_json, f"stopped\nnext: {command}")
-        raise typer.Exit(3)
+    outcome = _watched(run_stage(restoration.plan, command=command, cache=cache_folder()), command, as_json)
     found = restored(restoration, outcome)
     head = outcome_text(outcome).rsplit("\nnext: ", 1)[0]
     _print({**outcome.record, "restored": found}, as_json, f"{head}\n{restored_text(restoration, outcome)}")
@@ -251,22 +233,14 @@ def advise(
 ) -> None:
     """Find, by short pilots, the replay and the peak rate that keep forgetting within a bound, and write that stage."""
     needs_training()
-    from postgrad.screen import screen_for, watch
     from postgrad.stages.advise import Wish, piloted, plan_advice, write_advice
     from postgrad.stages.advise import advise as advised
     from postgrad.stages.amounts import share_of
-    from postgrad.stages.run import Stopped
 
     wish = Wish(stage, tuple(overrides or ()), share_of(max_forgetting, "--max-forgetting"), pilots, replay, out)
     asked = plan_advice(wish, cache_folder())
     command = shlex.join(["postgrad", *sys.argv[1:]])
-    try:
-        outcome = watch(piloted(asked, command), screen_for(as_json))
-    except KeyboardInterrupt:
-        raise Interrupted("stopped", way_out=f"go on with: {command}") from None
-    if isinstance(outcome, Stopped):
-        _print({"status": "stopped", "next": command}, as_json, f"stopped\nnext: {command}")
-        raise typer.Exit(3)
+    _watched(piloted(asked, command), command, as_json)
     found = write_advice(asked, advised(asked))
     _print(found, as_json, found.pop("text"))
 
@@ -816,6 +790,23 @@ def _plan(stage: Path, overrides: list[str] | None, as_json: bool) -> Any:
         ) from None
     finally:
         screen.close()
+
+
+def _watched(events: Iterator[Any], command: str, as_json: bool) -> Any:
+    """How a run ended, shown on the way; where the user asked it to stop, the command's end, and how to go on."""
+    from postgrad.screen import screen_for, watch
+    from postgrad.stages.run import Stopped
+
+    try:
+        outcome = watch(events, screen_for(as_json))
+    except KeyboardInterrupt:
+        raise Interrupted("stopped at once; what was saved is kept", way_out=command) from None
+    if isinstance(outcome, Stopped):
+        where = f"and saved at step {outcome.step:,} of {outcome.steps:,}" if outcome.step else "before the first step"
+        told = {"status": "stopped", "step": outcome.step, "steps": outcome.steps, "next": command}
+        _print(told, as_json, f"stopped {where}\nnext: {command}")
+        raise typer.Exit(3)
+    return outcome
 
 
 def _command(verb: str, stage: Path, overrides: list[str] | None) -> str:
