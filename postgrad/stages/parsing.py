@@ -164,12 +164,10 @@ def readable(error: ValidationError, where: str, raw: dict[str, Any], root: type
         way_out = nearest(str(first["loc"][-1]), known)
         expected = "one of " + ", ".join(known)
     elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        kinds = re.findall(r"'([\w-]+)'", first["ctx"].get("expected_tags", ""))
+        kinds = re.findall(r"'([\w-]+)'", first["ctx"].get("expected_tags", "")) or _kinds_at(first["loc"], root)
         given = first["ctx"].get("tag")
         met = f"there is no kind {given!r}" if given else "the `kind` is missing"
-        expected = "one of " + ", ".join(
-            kinds or ["constant", "rewarm", "infinite", "wsd", "from-floor", "anneal", "then"]
-        )
+        expected = f"one of {', '.join(kinds)}" if kinds else ""
         way_out = nearest(str(given), kinds) if given else ""
     elif first["type"] == "missing":
         met = "the key is missing"
@@ -178,6 +176,13 @@ def readable(error: ValidationError, where: str, raw: dict[str, Any], root: type
         expected = "letters, digits, '.', '_' and '-'"
     elif first["type"] == "value_error":
         met = str(first["ctx"]["error"])
+    elif first["type"] in ("list_type", "tuple_type"):
+        met = f"a list is expected, not {first['input']!r}"
+    elif first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        met = f"keys with values are expected, not {first['input']!r}"
+        kinds = _kinds_at(first["loc"], root)
+        expected = f"a `kind`, one of {', '.join(kinds)}" if kinds else ""
+        way_out = f"write {{kind: {first['input']}}}, with its other keys" if first["input"] in kinds else ""
     else:
         met = f"{met[0].lower()}{met[1:]}, not {first['input']!r}"
     more = f"(and {len(findings) - 1} more)" if len(findings) > 1 else ""
@@ -202,8 +207,22 @@ def _path(location: tuple[int | str, ...], raw: Any, *, missing: bool) -> str:
 def _keys_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
     """The known keys of the mapping in which an unknown one was met."""
     schema = root.model_json_schema()
+    return list(_resolved(schema, _node_at(location[:-1], schema)).get("properties", {}))
+
+
+def _kinds_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
+    """The kinds that a mapping without one may be of."""
+    schema = root.model_json_schema()
+    node = _node_at(location, schema)
+    members = [{"$ref": place} for place in node.get("discriminator", {}).get("mapping", {}).values()]
+    kinds = [kind for member in members or _options(node) for kind in _kinds(_resolved(schema, member))]
+    return list(dict.fromkeys(kinds))
+
+
+def _node_at(location: tuple[int | str, ...], schema: dict[str, Any]) -> dict[str, Any]:
+    """What the schema says of a place, as it stands there."""
     node: dict[str, Any] = schema
-    for part in location[:-1]:
+    for part in location:
         members = [option for option in _options(node) if part in _kinds(_resolved(schema, option))]
         here = _resolved(schema, node)
         if members:
@@ -214,7 +233,7 @@ def _keys_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str
             node = {"$ref": here["discriminator"]["mapping"].get(part, "")}
         else:  # the name of a union's member leads nowhere
             node = here.get("properties", {}).get(part, node if "properties" in here else {})
-    return list(_resolved(schema, node).get("properties", {}))
+    return node
 
 
 def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
