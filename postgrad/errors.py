@@ -93,3 +93,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A hint `did you mean 'x'?` for a mistyped word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else ""
+
+
+def nearest_or_all(word: str, known: Iterable[str]) -> str:
+    """The same hint, or, when no known word is near, all of them."""
+    known = list(known)
+    return nearest(word, known) or f"known: {', '.join(known)}"

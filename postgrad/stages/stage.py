@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from postgrad.errors import nearest
+from postgrad.errors import nearest_or_all
 from postgrad.lineage.fingerprint import fingerprint
 from postgrad.stages.amounts import Amount, AmountOrNone, Beta, Length, Part, Patience, Positive, Share
 from postgrad.stages.mixing import AnyMixing, completed
@@ -124,7 +124,9 @@ class Data(Part):
         for shift in self.shifts:
             for name in shift.shares:
                 if name not in names:
-                    raise ValueError(f"`shifts` names a source {name!r} that is not there; {nearest(name, names)}")
+                    raise ValueError(
+                        f"`shifts` names a source {name!r} that is not there; {nearest_or_all(name, names)}"
+                    )
         return self
 
 
@@ -384,7 +386,7 @@ class Stage(Part):
             *(("evaluation", h.like) for _, h in self.evaluation.files() if h.like),
         ):
             if name not in names:
-                raise ValueError(f"`{path}` names a source {name!r} that is not there; {nearest(name, names)}")
+                raise ValueError(f"`{path}` names a source {name!r} that is not there; {nearest_or_all(name, names)}")
         for shift in self.data.shifts:
             total = sum(shift.shares.values())
             if abs(total - 1) > 1e-6:

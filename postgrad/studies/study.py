@@ -13,15 +13,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
-from postgrad.errors import nearest
+from postgrad.errors import nearest_or_all
 from postgrad.stages.amounts import Amount, Part, Positive, Share
 from postgrad.stages.parsing import override, read_mapping, readable
 from postgrad.stages.stage import AnyHeldOut, Source, Stage, held_out_file
+
+_TAKEN = ("base", "scratch")
+"""What an arm can start from beside another arm."""
 
 OWN = ("name", "model", "base", "output", "seed")
 """Keys of a stage that a study decides."""
 
 Patch = dict[str, Any]
+Seed = Annotated[int, Field(ge=0, strict=True)]
 
 
 class Pretraining(Part):
@@ -29,19 +33,47 @@ class Pretraining(Part):
 
     pretrain: Patch
     """A patch on the common stage: at least `model` (such as `{fresh: llama-1M}`) and `tokens`."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of the base: the same one for all seeds of the arms."""
 
     @model_validator(mode="after")
     def _whole(self) -> Pretraining:
-        known = [*Stage.model_fields]
-        for key in self.pretrain:
-            if key not in known or key in ("name", "output", "seed"):
-                raise ValueError(f"base.pretrain: there is no key {key!r} here; {nearest(key, known)}")
+        _refuse_patch(self.pretrain, "pretrain", besides=["model"], own_text=False)
         for key in ("model", "tokens"):
             if key not in self.pretrain:
-                raise ValueError(f"base.pretrain: the key `{key}` is missing")
+                raise ValueError(f"pretrain: the key `{key}` is missing")
         return self
+
+
+def _refuse_patch(patch: Patch, place: str, *, besides: Sequence[str] = (), own_text: bool = True) -> None:
+    """Raise `ValueError` for what a patch cannot say: keys that no stage has, and what follows from the study.
+
+    `place` is told before what was met; `besides`: keys that are known here beside those of a stage; `own_text`: whether
+    sources may be named.
+    """
+    before = f"{place}: " if place else ""
+    known = [*besides, *(name for name in Stage.model_fields if name not in OWN)]
+    for key in patch:
+        if key in OWN and key not in besides:
+            raise ValueError(f"{before}`{key}` follows from the study")
+        if key not in known:
+            raise ValueError(f"{before}there is no key {key!r}; {nearest_or_all(key, known)}")
+    data, evaluation = ({} if patch.get(key) is None else patch[key] for key in ("data", "evaluation"))
+    for key, value, sort, what in (
+        ("data", data, Mapping, "a mapping of keys to values"),
+        ("evaluation", evaluation, Mapping, "a mapping of keys to values"),
+        ("penalties", patch.get("penalties") or [], list, "a list"),
+    ):
+        if not isinstance(value, sort):
+            raise ValueError(f"{before}{key}: {what} is expected, not {value!r}")
+    if data.get("sources") and not own_text:
+        raise ValueError(f"{before}`data.sources` follow from the texts of the study and from the arms")
+    if not isinstance(data.get("sources") or [], list):
+        raise ValueError(f"{before}data.sources: a list is expected, not {data['sources']!r}")
+    if {"retained", "learned"} & set(evaluation):
+        raise ValueError(
+            f"{before}what is measured is the same for all arms: `retained` and `learned` stand in the study"
+        )
 
 
 def _form(value: Any) -> str:
@@ -69,6 +101,11 @@ AnyText = Annotated[Source, BeforeValidator(_text, json_schema_input_type=str | 
 
 def _several(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
+
+
+def _refuse_twice(seeds: Sequence[int]) -> None:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("seeds: a seed is named twice")
 
 
 class SelfMade(Part):
@@ -118,6 +155,13 @@ class Claim(Part):
     def _one(self) -> Claim:
         if (self.than is None) == (self.removes is None):
             raise ValueError(f"the claim {self.say!r} has exactly one of `than` and `removes`")
+        unread = sorted({"on", "at_most"} & self.model_fields_set)
+        if self.removes is not None and unread:
+            raise ValueError(
+                f"`{unread[0]}` goes with `than`; forgetting is removed on old text, by at least `removes`"
+            )
+        if self.arm == self.than:
+            raise ValueError(f"the arm {self.arm!r} is compared with itself")
         return self
 
 
@@ -136,7 +180,7 @@ class Arm(Part):
     """With several new texts: a patch for each, on top of the arm's own."""
     blend: Blended | None = None
     """No training: what lies between the base and another arm's model."""
-    seeds: list[Annotated[int, Field(ge=0)]] | None = None
+    seeds: Annotated[list[Seed], BeforeValidator(_several), Field(min_length=1)] | None = None
     """Left out: those of the study."""
     patch: Patch = {}
     """The keys of a stage that the arm says; they are written beside the arm's own."""
@@ -146,44 +190,43 @@ class Arm(Part):
     def _apart(cls, value: Any) -> Any:
         if value is None:
             return {}
-        if not isinstance(value, Mapping) or "patch" in value:
+        if not isinstance(value, Mapping):
             return value
-        own = {key: item for key, item in value.items() if key in cls.model_fields}
+        own = {key: item for key, item in value.items() if key in cls.words()}
         return {**own, "patch": {key: item for key, item in value.items() if key not in own}}
 
+    @classmethod
+    def words(cls) -> list[str]:
+        """What an arm can say beside the keys of a stage."""
+        return [name for name in cls.model_fields if name != "patch"]
+
     @model_validator(mode="after")
-    def _known(self) -> Arm:
-        known = [
-            *(name for name in Arm.model_fields if name != "patch"),
-            *(n for n in Stage.model_fields if n not in OWN),
-        ]
-        for patch in (self.patch, *self.parts):
-            for key in patch:
-                if key in OWN:
-                    raise ValueError(f"`{key}` follows from the study")
-                if key not in known or (patch is not self.patch and key not in Stage.model_fields):
-                    raise ValueError(f"there is no key {key!r}; {nearest(key, known) or 'one of ' + ', '.join(known)}")
-            if {"retained", "learned"} & set(patch.get("evaluation") or {}):
-                raise ValueError(
-                    "what is measured is the same for all arms: `retained` and `learned` stand in the study"
-                )
+    def _whole(self) -> Arm:
+        _refuse_patch(self.patch, "", besides=self.words())
+        for number, patch in enumerate(self.parts):
+            _refuse_patch(patch, f"parts[{number}]")
+        if self.seeds is not None:
+            _refuse_twice(self.seeds)
         if self.blend and (self.patch or self.parts or self.replay or self.start != "base" or self.reads != "new"):
             raise ValueError("a blend trains nothing, so nothing else can be said of it")
-        if self.replay and self.reads != "new":
-            raise ValueError(f"`replay` goes with the new text, and this arm reads `{self.reads}`")
-        if self.replay and "data" in self.patch and "sources" in self.patch["data"]:
+        for key, said in (("replay", self.replay), ("parts", self.parts), ("data.sources", self._names_text)):
+            if said and self.reads != "new":
+                raise ValueError(f"`{key}` goes with the new text, and this arm reads `{self.reads}`")
+        if self.replay and self._names_text:
             raise ValueError("an arm that names its own `data.sources` says there what is replayed")
-        if self.parts and self.reads != "new":
-            raise ValueError(f"`parts` are those of the new texts, and this arm reads `{self.reads}`")
         if self.replay_from == "self-made" and (not self.replay or self.start == "scratch"):
             raise ValueError("`replay_from: self-made` needs `replay`, and a base that can write")
         return self
+
+    @property
+    def _names_text(self) -> bool:
+        return any((patch.get("data") or {}).get("sources") for patch in (self.patch, *self.parts))
 
 
 class Study(Part):
     """Many stages from one base."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+    name: Annotated[str, Field(pattern=r"^[\w.\-]*\w[\w.\-]*$")]
     """Names the study and, without `output`, its folder."""
     output: str | None = None
     """The study's folder; left out: studies/<name>."""
@@ -204,7 +247,7 @@ class Study(Part):
     `tokens` is the budget of each new text."""
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     """By name, in the order in which they are shown."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_several), Field(min_length=1)] = [0]
+    seeds: Annotated[list[Seed], BeforeValidator(_several), Field(min_length=1)] = [0]
     """Each arm is carried out once with each."""
     against: str | None = None
     """The arm without protection, whose forgetting the others are held against; left out: `none`, if there is one."""
@@ -219,14 +262,20 @@ class Study(Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
-        if not self.retained:
-            raise ValueError(
-                "no retained set: what is forgotten could not be told (`retained`: held-out text of the old kind)"
-            )
-        if not self.learned:
-            raise ValueError(
-                "no learned set: what is learnt could not be told (`learned`: held-out text of the new kind)"
-            )
+        _refuse_patch(self.stage, "stage", own_text=False)
+        _refuse_twice(self.seeds)
+        self._refuse_texts()
+        self._refuse_arms()
+        self._refuse_claims()
+        return self
+
+    def _refuse_texts(self) -> None:
+        for key, sets, lost in (("retained", self.retained, "forgotten"), ("learned", self.learned, "learnt")):
+            if not sets:
+                kind = "old kind" if key == "retained" else "new kinds"
+                raise ValueError(
+                    f"no {key} set: what is {lost} could not be told (`{key}`: held-out text of the {kind})"
+                )
         for what, names in (
             ("held-out sets", [h.name for h in (*self.retained, *self.learned)]),
             ("texts", [t.name for t in ([self.old] if self.old else []) + self.new]),
@@ -234,40 +283,55 @@ class Study(Part):
             if len(set(names)) < len(names):
                 twice = next(name for name in names if names.count(name) > 1)
                 raise ValueError(f"two {what} are called {twice!r}; give them a `name`")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed is named twice")
         if self.old is None:
             wants = [n for n, a in self.arms.items() if (a.replay and a.replay_from == "old") or a.reads != "new"]
             if isinstance(self.base, Pretraining) or wants:
                 raise ValueError(f"`old` is missing: {'the base' if not wants else f'the arm {wants[0]!r}'} reads it")
-        for key in self.stage:
-            if key in OWN or key not in Stage.model_fields:
-                known = [name for name in Stage.model_fields if name not in OWN]
-                why = "follows from the study" if key in OWN else nearest(key, known) or "one of " + ", ".join(known)
-                raise ValueError(f"stage: `{key}` cannot be said here; {why}")
+
+    def _refuse_arms(self) -> None:
         for name, arm in self.arms.items():
+            if name in _TAKEN or not name.strip():
+                raise ValueError(f"arms: an arm cannot be called {name!r}, which says something else or nothing")
             if arm.parts and len(arm.parts) != len(self.new):
                 raise ValueError(
                     f"the arm {name!r} has {len(arm.parts)} `parts`, and there are {len(self.new)} new texts"
                 )
-        for where, said in self._named():
-            if said not in self.arms:
-                raise ValueError(f"{where} names an arm {said!r} that is not there; {nearest(said, self.arms)}")
-        for name in self.arms:
-            self.before(name)
-        return self
-
-    def _named(self) -> list[tuple[str, str]]:
-        """Where an arm is named, and which."""
-        found = [(key, said) for key, said in (("against", self.against), ("union", self.union)) if said is not None]
+        for where, said, besides in self._named():
+            known = (*besides, *self.arms)
+            if said not in known:
+                raise ValueError(f"{where} names an arm {said!r} that is not there; {nearest_or_all(said, known)}")
         for name, arm in self.arms.items():
-            if arm.start not in ("base", "scratch"):
-                found.append((f"arms.{name}.start", arm.start))
-            if arm.blend:
-                found.append((f"arms.{name}.blend.of", arm.blend.of))
+            self.before(name)
+            if arm.blend and self.arms[arm.blend.of].blend:
+                raise ValueError(
+                    f"arms.{name}.blend.of: {arm.blend.of!r} is a blend itself, and what lies between the base and a blend is "
+                    f"a blend of the same arm with another weight"
+                )
+
+    def _refuse_claims(self) -> None:
         for claim in self.claims:
-            known = (claim.arm, claim.than)
-            found += [(f"the claim {claim.say!r}", arm) for arm in known if arm not in (None, "base")]
+            if claim.removes is None:
+                continue
+            if self.reference is None:
+                raise ValueError(f"the claim {claim.say!r}: `against` does not say whose forgetting is removed")
+            if claim.arm in ("base", self.reference):
+                raise ValueError(
+                    f"the claim {claim.say!r}: {claim.arm!r} removes nothing: the others are measured by it"
+                )
+
+    def _named(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """Where an arm is named, which, and what may stand there beside the arms."""
+        found: list[tuple[str, str, tuple[str, ...]]] = []
+        for key, said in (("against", self.against), ("union", self.union)):
+            if said is not None:
+                found.append((key, said, ()))
+        for name, arm in self.arms.items():
+            found.append((f"arms.{name}.start", arm.start, _TAKEN))
+            if arm.blend:
+                found.append((f"arms.{name}.blend.of", arm.blend.of, ()))
+        for claim in self.claims:
+            named = [claim.arm] if claim.than is None else [claim.arm, claim.than]
+            found += [(f"the claim {claim.say!r}", said, ("base",)) for said in named]
         return found
 
     def before(self, name: str) -> list[str]:
@@ -276,11 +340,15 @@ class Study(Part):
         while True:
             arm = self.arms[found[-1]]
             earlier = arm.blend.of if arm.blend else arm.start
-            if earlier in ("base", "scratch"):
+            if earlier in _TAKEN:
                 return found[:0:-1]
             if earlier in found:
                 raise ValueError(f"the arms {earlier!r} and {found[-1]!r} wait for each other")
             found.append(earlier)
+
+    def from_scratch(self, name: str) -> bool:
+        """Whether an arm goes back to new random weights, by itself or by the arms that it goes on from."""
+        return self.arms[[*self.before(name), name][0]].start == "scratch"
 
     @property
     def reference(self) -> str | None:

@@ -140,7 +140,7 @@ def changed(study: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("learned", None, "no learned set"),
         ("old", None, "`old` is missing: the arm 'replay' reads it"),
         ("against", "nobody", "names an arm 'nobody' that is not there"),
-        ("stage", {"name": "x"}, "`name` cannot be said here"),
+        ("stage", {"name": "x"}, "stage: `name` follows from the study"),
         ("stage/tokenz", 5, "did you mean 'tokens'"),
         ("new", [{"path": "a.txt"}, {"path": "b/a.txt"}], "two texts are called 'a'"),
         ("new", {"path": "a.txt", "share": "5%"}, "`share` follows from the arms"),
@@ -148,6 +148,33 @@ def changed(study: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("seeds", [1, 1], "a seed is named twice"),
         ("claims", [{"say": "x", "arm": "none"}], "exactly one of `than` and `removes`"),
         ("nmae", "x", "there is no key 'nmae'"),
+        ("name", "..", "'..' cannot be a name"),
+        ("arms/none", {"objectives": [{"kind": "next-token"}, {"kind": "distill", "on": ["old"]}]}, "known: new"),
+        ("arms/none", {"start": "far"}, "known: base, scratch, none, replay, half"),
+        ("arms/none", {"patch": {"tokens": 5}}, "there is no key 'patch'"),
+        ("arms/none", {"seeds": []}, "arms.none.seeds"),
+        ("arms/none", {"seeds": [0, 0]}, "a seed is named twice"),
+        ("arms/none", {"data": 5}, "arms.none: data: a mapping of keys to values is expected, not 5"),
+        ("arms/none", {"data": {"sources": 5}}, "data.sources: a list is expected, not 5"),
+        ("arms/none", {"evaluation": 5}, "evaluation: a mapping of keys to values is expected, not 5"),
+        ("arms/none", {"penalties": 5}, "penalties: a list is expected, not 5"),
+        ("arms/none", {"reads": "old", "data": {"sources": [{"path": "x"}]}}, "`data.sources` goes with the new text"),
+        ("arms/none", {"replay": "5%", "parts": [{"data": {"sources": [{}]}}]}, "says there what is replayed"),
+        ("arms/none", {"parts": [{"replay": "5%"}]}, "parts[0]: there is no key 'replay'"),
+        ("arms/base", {"replay": "5%"}, "cannot be called 'base'"),
+        ("arms/ ", {"replay": "5%"}, "cannot be called ' '"),
+        ("arms/again", {"blend": {"of": "half", "weight": 0.5}}, "'half' is a blend itself"),
+        ("stage/evaluation", {"retained": ["x.jsonl"]}, "stage: what is measured is the same for all arms"),
+        ("stage/data/sources", [{"name": "x", "path": "x.jsonl"}], "stage: `data.sources` follow from the texts"),
+        ("stage/data", [], "stage: data: a mapping of keys to values is expected, not []"),
+        ("base", {"pretrain": {"model": "x", "tokens": 5, "data": {"sources": [{}]}}}, "follow from the texts"),
+        ("base", {"pretrain": {"model": "x", "tokens": 5, "seed": 1}}, "`seed` follows from the study"),
+        ("seeds", True, "a valid integer, not True"),
+        ("claims", [{"say": "x", "arm": "none", "than": "none"}], "is compared with itself"),
+        ("claims", [{"say": "x", "arm": "replay", "removes": "5%", "on": "new"}], "`on` goes with `than`"),
+        ("claims", [{"say": "x", "arm": "replay", "removes": "5%", "at_most": 1}], "`at_most` goes with `than`"),
+        ("claims", [{"say": "x", "arm": "none", "removes": "5%"}], "'none' removes nothing"),
+        ("claims", [{"say": "x", "arm": "nine", "than": "base"}], "names an arm 'nine' that is not there"),
     ],
 )
 def test_mistakes_are_named(base: Path, path: str, value: Any, told: str) -> None:
@@ -155,6 +182,14 @@ def test_mistakes_are_named(base: Path, path: str, value: Any, told: str) -> Non
     with pytest.raises(StageError) as error:
         work_out(parse_study(study, "study.yaml"), lambda text: text.get("path"), "study.yaml")
     assert told in str(error.value) and str(error.value).startswith("study.yaml")
+
+
+def test_a_claim_about_the_share_removed_needs_an_arm_without_protection(base: Path) -> None:
+    claims = [{"say": "x", "arm": "replay", "removes": "5%"}]
+    arms = {"plain": {}, "replay": {"replay": "5%"}}
+    with pytest.raises(StageError, match="does not say whose forgetting is removed"):
+        parse_study(raw(base, arms=arms, claims=claims), "s")
+    assert parse_study(raw(base, arms=arms, claims=claims, against="plain"), "s").reference == "plain"
 
 
 def test_a_patch_is_merged_where_the_kind_is_the_same() -> None:
