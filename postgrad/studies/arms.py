@@ -13,15 +13,17 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from postgrad.errors import StageError
+from postgrad.errors import DataError, StageError
 from postgrad.lineage.fingerprint import fingerprint
 from postgrad.stages.amounts import Amount
 from postgrad.stages.parsing import parse_stage
-from postgrad.stages.stage import Source
+from postgrad.stages.stage import HeldOutFile, Source
 from postgrad.studies.study import Arm, Pretraining, Study, merged
 
 KEY = 12
 """Characters of a fingerprint that name a step."""
+
+_MADE = re.compile(rf"@([0-9a-f]{{{KEY}}})(/.*)?")
 
 _BELOW: dict[str, Any] = {
     # What a study does not read costs time: each can be asked for in `stage`.
@@ -124,9 +126,14 @@ def resolved(value: Any, place: Callable[[str], str]) -> Any:
         return {key: resolved(item, place) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [resolved(item, place) for item in value]
-    if isinstance(value, str) and (found := re.fullmatch(rf"@([0-9a-f]{{{KEY}}})(/.*)?", value)):
+    if isinstance(value, str) and (found := _MADE.fullmatch(value)):
         return place(found[1]) + (found[2] or "")
     return value
+
+
+def is_made(path: object) -> bool:
+    """Whether a text is one that a step of the study makes."""
+    return isinstance(path, str) and _MADE.fullmatch(path) is not None
 
 
 def amount(value: Any, where: str) -> int:
@@ -148,6 +155,8 @@ class _Maker:
             role: [item.model_dump(mode="json", exclude_defaults=True) for item in items]
             for role, items in (("retained", study.retained), ("learned", study.learned))
         }
+        self.places = _places({"old": [study.old] if study.old else [], "new": study.new})
+        self.held_places = _places({"retained": study.retained, "learned": study.learned})
         self.pretrained = isinstance(study.base, Pretraining)
         if isinstance(study.base, Pretraining):
             self.work.base = self._pretrain(study.base)
@@ -166,9 +175,18 @@ class _Maker:
     def _after_base(self) -> list[str]:
         return [self.work.base] if self.work.base is not None else []
 
-    def _old(self, **said: Any) -> dict[str, Any]:
+    def _old(self) -> dict[str, Any]:
         assert self.study.old is not None  # the study's own check
-        return {**self.study.old.model_dump(mode="json", exclude_defaults=True), **said}
+        return self.study.old.model_dump(mode="json", exclude_defaults=True)
+
+    def _print(self, text: Mapping[str, Any], place: str) -> object:
+        """What a text is told by. Raises `DataError` with the place in the study of one that cannot be read."""
+        try:
+            return self.print_of(text)
+        except DataError as error:
+            raise DataError(
+                error.met, where=f"{self.where}: {place}", expected=error.expected, way_out=error.way_out
+            ) from error
 
     def chain(self, name: str, seed: int) -> None:
         """Add an arm with a seed."""
@@ -180,7 +198,7 @@ class _Maker:
         earlier: tuple[str, ...] = ()
         if arm.start not in ("base", "scratch"):
             earlier = self._like(arm.start, seed)
-        model: Any = f"@{earlier[-1]}" if earlier else self._fresh() if scratch else self.base
+        model: Any = self._model_of(earlier[-1]) if earlier else self._fresh() if scratch else self.base
         after = [earlier[-1]] if earlier else self._after_base
         stages = self._stages(name, arm, scratch)
         steps = list(earlier)
@@ -197,6 +215,10 @@ class _Maker:
         """The steps of another arm with this seed, or with its first one where it has not got this."""
         chains = {chain.seed: chain for chain in self.work.of_arm(arm)}
         return chains.get(seed, next(iter(chains.values()))).steps
+
+    def _model_of(self, key: str) -> str:
+        """The model of a step as a stage names it: a run, or the folder that a blend leaves."""
+        return f"@{key}/model" if self.work.steps[key].kind == "blend" else f"@{key}"
 
     def _fresh(self) -> dict[str, Any]:
         """A model like the base with random weights, and its tokenizer."""
@@ -235,7 +257,7 @@ class _Maker:
                 raise StageError(
                     "how much old text the base has read is not known, so a union with it has no shares",
                     where=place,
-                    way_out="say it: old: {path: ..., stands_for: 10B}, or name `data.sources` in the arm",
+                    way_out="say it: old: {path: ..., stands_for: 10B}; or name `data.sources` in the arm, without `reads`",
                 )
         else:
             old = amount(self.study.base.pretrain["tokens"], f"{self.where}: base.pretrain.tokens")
@@ -254,7 +276,7 @@ class _Maker:
         share = arm.replay
         if arm.replay_from == "self-made":
             replay: dict[str, Any] = {"name": "self-made", "path": f"@{self._written()}"}
-        elif number and self.pretrained:
+        elif number and (self.pretrained or (self.study.old and self.study.old.stands_for)):
             replay = {"name": "seen", "seen_so_far": True}
         else:
             replay = self._old()
@@ -285,7 +307,7 @@ class _Maker:
             )
         wish = self.study.importance
         what = {"model": self.base, "path": self.study.old.path, "tokens": wish.tokens, "kind": wish.kind}
-        return self._besides("measure", f"importance-{wish.kind}", what, [self.print_of(self._old())])
+        return self._besides("measure", f"importance-{wish.kind}", what, [self._print(self._old(), "old")])
 
     def _made_for(self, stage: dict[str, Any], after: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         """The stage with what has to be made for it, and the steps that it waits for."""
@@ -297,7 +319,7 @@ class _Maker:
                 penalty = {**penalty, "importance": f"@{needs[-1]}"}
             penalties.append(penalty)
         for source in stage["data"]["sources"]:
-            if isinstance(source, Mapping) and str(source.get("path", "")).startswith("@"):
+            if isinstance(source, Mapping) and is_made(source.get("path")):
                 needs.append(str(source["path"])[1:])
         return needs, {**stage, "penalties": penalties} if penalties else stage
 
@@ -334,14 +356,18 @@ class _Maker:
     ) -> str:
         """Add a stage, which is read once to see that it is one."""
         sets = sets or self.sets
-        judged = [self.print_of(item) for items in sets.values() for item in items]
+        judged = [self._print(item, self.held_places[item["name"]]) for items in sets.values() for item in items]
         evaluation = {**(stage.get("evaluation") or {}), **sets}
         whole = {**stage, "seed": seed, "evaluation": evaluation}
         place = f"{self.where}: {where}"
         named = {"name": _slug(slug), **whole}
         parsed = parse_stage(resolved(named, lambda key: f"@{key}"), place)
         sources = [
-            self.print_of(source.model_dump(mode="json", exclude_defaults=True)) for source in parsed.data.sources
+            self._print(
+                source.model_dump(mode="json", exclude_defaults=True),
+                self.places.get(source.name, f"{where}: data.sources[{number}]"),
+            )
+            for number, source in enumerate(parsed.data.sources)
         ]
         # What decides is the stage as it is understood: `900k` and 900000 are the same, and so is what is said by default. A
         # key that stages have from a later version on leaves the runs of an earlier one what they are.
@@ -351,6 +377,15 @@ class _Maker:
         key = fingerprint(["train", said, sources, judged])[:KEY]
         tokens = parsed.tokens or parsed.new_tokens or 0
         return self.work.add(Step(key, "train", _slug(slug), named, tuple(dict.fromkeys(after)), tokens))
+
+
+def _places(texts: Mapping[str, Sequence[Source | HeldOutFile]]) -> dict[str, str]:
+    """Where in the study each text stands, by its name."""
+    return {
+        item.name: key if len(items) == 1 else f"{key}[{number}]"
+        for key, items in texts.items()
+        for number, item in enumerate(items)
+    }
 
 
 def _slug(text: str) -> str:

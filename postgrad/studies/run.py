@@ -24,7 +24,7 @@ from postgrad.data.sources import find_files
 from postgrad.errors import PostgradError, StageError
 from postgrad.publish import write_atomically
 from postgrad.stages.folder import alone
-from postgrad.studies.arms import Work, work_out
+from postgrad.studies.arms import Work, is_made, work_out
 from postgrad.studies.steps import MACHINE, Folder, Halted, Moved, Warned, carry_out
 from postgrad.studies.study import Study, load_study
 from postgrad.training.world import World
@@ -106,7 +106,7 @@ class _Prints:
     def __call__(self, text: Mapping[str, Any]) -> object:
         said = {key: value for key, value in text.items() if key not in ("name", "share", "role", "max_passes")}
         path = text.get("path")
-        if not isinstance(path, str) or path.startswith("@"):
+        if not isinstance(path, str) or is_made(path):
             return said
         return [said, [self._hashed(file) for file in find_files(path, self.root, str(text.get("name", path)))]]
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from postgrad.cli import app
 from postgrad.data import material
-from postgrad.errors import StageError
+from postgrad.errors import DataError, StageError
 from postgrad.lineage.forgetting import redrawn
 from postgrad.lineage.record import read_record
 from postgrad.stages import measure
@@ -296,6 +296,37 @@ def test_parts_are_learnt_one_after_the_other(base: Path) -> None:
     # After the first part it is everything seen so far that is replayed.
     replayed = [work.steps[key].what["data"]["sources"][1] for key in work.of_arm("cosine")[0].steps]
     assert replayed[0]["path"].endswith("old.jsonl") and [r.get("seen_so_far") for r in replayed[1:]] == [True, True]
+
+
+def test_what_a_later_part_replays_of_a_given_base(base: Path) -> None:
+    new = [{"name": n, "path": str(base / "new.jsonl")} for n in ("one", "two")]
+
+    def replayed(**old: Any) -> dict[str, Any]:
+        given = {"name": "old", "path": str(base / "old.jsonl"), **old}
+        work = worked(base, new=new, old=given, arms={"replay": {"replay": "5%"}})
+        return work.steps[work.of_arm("replay")[0].last].what["data"]["sources"][1]
+
+    # Everything seen so far, token by token, needs to know how much old text that is.
+    assert replayed(stands_for="10k") == {"name": "seen", "seen_so_far": True, "share": 0.05, "role": "replay"}
+    assert replayed()["name"] == "old"
+
+
+def test_an_arm_goes_on_from_a_blend(base: Path) -> None:
+    arms = {"none": {}, "half": {"blend": {"of": "none", "weight": 0.5}}, "then": {"start": "half", "tokens": 3000}}
+    work = worked(base, arms=arms)
+    (half,), (then,) = work.of_arm("half"), work.of_arm("then")
+    assert work.steps[then.last].what["model"] == f"@{half.last}/model"  # the folder that a blend leaves is no run
+    assert work.steps[then.last].after == (half.last,)
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [("old", "old"), ("new", "new"), ("retained", "retained"), ("learned", "learned")],
+)
+def test_a_text_that_is_not_there_is_told_by_its_key(base: Path, tmp_path: Path, path: str, place: str) -> None:
+    study = changed(raw(base), path, {"name": "x", "path": "@nowhere.jsonl"})  # also where it begins as a step's would
+    with pytest.raises(DataError, match=rf"study.yaml: {place}: no file matches @nowhere.jsonl"):
+        prepare(written(tmp_path, study), tmp_path / "cache")
 
 
 def test_a_union_is_mixed_by_the_budgets_and_trained_as_the_base_was(base: Path) -> None:
