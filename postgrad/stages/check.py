@@ -18,6 +18,7 @@ from postgrad.stages.build import Counts, choose_execution, make_loader, make_su
 from postgrad.stages.found import found_lines
 from postgrad.stages.plan import Plan
 from postgrad.stages.plan_text import plan_lines
+from postgrad.stages.realign import left_alone
 from postgrad.stages.show import shown_rows
 from postgrad.stages.teaching_cost import check_teaching
 from postgrad.stages.update_cost import check_update, update_lines
@@ -49,7 +50,8 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
     update = check_update(plan, subject)
     penalties = check_penalties(plan, subject, execution, world)
     found = found_lines(plan, cache)
-    notes = (*plan.notes, *subject.opened.notes, *subject.tuning.notes, *one_process_only(plan.tasks))
+    beside = (*subject.opened.notes, *subject.tuning.notes, *one_process_only(plan.tasks), *left_alone(plan))
+    notes = (*plan.notes, *beside)
     record = {
         **plan.as_record(),
         "parameters": counts.parameters,
@@ -72,7 +74,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
     apart += "; prefixes are read in both directions (probed)" if plan.prefixes else ""
     lines = [
         *plan_lines(plan, found),
-        *(f"note: {note}" for note in notes[len(plan.notes) :]),
+        *(f"note: {note}" for note in beside),
         "",
         f"model: {counts.parameters:,} weights, {plan.vocabulary:,} tokens{apart}",
         *([f"task layer: reads {plan.layer.form.told()}"] if plan.layer and plan.layer.form else []),

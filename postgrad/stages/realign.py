@@ -80,6 +80,24 @@ def realigned(
     )
 
 
+def left_alone(plan: Plan) -> list[str]:
+    """What is asked for and not re-aligned, and why, in words."""
+    if not plan.stage.evaluation.realign_steps:
+        return []
+    if plan.start.made is not None:
+        return ["nothing is re-aligned: the start model is new, and has nothing to forget"]
+    sources = {source["name"] for source in _old_sources(plan)}
+    retained = [held_out for held_out in plan.held_out if held_out.role == "retained"]
+    if not retained:
+        return ["nothing is re-aligned: there is no retained set (evaluation.realign_steps)"]
+    return [
+        f"{held_out.name}: not re-aligned: {len(held_out)} documents are too few to train on one half and score the other "
+        f"(at least {_FEWEST})"
+        for held_out in retained
+        if held_out.name not in sources
+    ]
+
+
 def said(found: Mapping[str, Any]) -> list[str]:
     """A line for each set, in words."""
     return [f"{name}: {_said(entry, found['steps'])}" for name, entry in found["sets"].items()]

@@ -54,7 +54,7 @@ from postgrad.stages.leave import publish_trained, sitting
 from postgrad.stages.leaves import leaves_of
 from postgrad.stages.plan import Plan
 from postgrad.stages.provenance import METRICS, achieved, describe, now, seen_after, stage_text
-from postgrad.stages.realign import realigned
+from postgrad.stages.realign import left_alone, realigned
 from postgrad.stages.realign import said as realign_lines
 from postgrad.stages.strengths import anchors_of, find_strengths, open_strengths, settle, strength_lines, too_strong
 from postgrad.stages.telling import ask, asked_once, told_by_leaf
@@ -302,6 +302,8 @@ def _carried_out(plan: Plan, world: World, interrupt: Interrupt, *, command: str
         yield Doing("holding the trained model beside the start model", measuring=True)
         moved = drift_of(plan, model, world)
     won_back = None
+    for note in left_alone(plan) if not world.sharded else ():
+        yield Warned(note)
     if plan.stage.evaluation.realign_steps and not world.sharded:
         yield Doing("re-aligning copies on old text")
         try:

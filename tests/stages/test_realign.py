@@ -14,11 +14,12 @@ from postgrad.data.rows import held_out_mask
 from postgrad.evaluation.likelihood import Scores
 from postgrad.publish import MANIFEST
 from postgrad.stages import realign
+from postgrad.stages.check import check_stage
 from postgrad.stages.measure import read_scores
 from postgrad.stages.parsing import parse_stage
 from postgrad.stages.plan import Plan, make_plan
 from postgrad.stages.run import Finished, Said, run_stage
-from tests.conftest import StageOf
+from tests.conftest import StageOf, old_text, write_jsonl
 
 Carried = Callable[..., tuple[Finished, list[Any]]]
 
@@ -135,6 +136,24 @@ def test_nothing_is_tried_without_old_text_or_an_old_model(stage_of: StageOf, tm
     raw["data"]["sources"] = [{**raw["data"]["sources"][0], "share": 1.0}]
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
     assert realign._old_sources(plan) == []
+    assert realign.left_alone(plan) == ["nothing is re-aligned: there is no retained set (evaluation.realign_steps)"]
+    raw["model"] = {"fresh": "llama-1M", "tokenizer": {"vocabulary": 300}}
+    plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
+    (note,) = realign.left_alone(plan)
+    assert "the start model is new" in note
+
+
+def test_a_set_that_is_too_small_is_named(stage_of: StageOf, base: Path, tmp_path: Path) -> None:
+    few = write_jsonl(tmp_path / "few.jsonl", old_text(9, 5))
+    enough = write_jsonl(tmp_path / "enough.jsonl", old_text(10, 6))
+    raw = stage_of()
+    raw["evaluation"] |= {"retained": [str(few), str(enough)], "realign_steps": 5}
+    plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
+    (note,) = realign.left_alone(plan)
+    assert note.startswith("few: not re-aligned: 9 documents are too few")
+    assert f"note: {note}" in check_stage(plan, cache=tmp_path / "cache")["text"]
+    raw["evaluation"]["realign_steps"] = 0
+    assert realign.left_alone(make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")) == []
 
 
 def test_the_share_is_none_where_nothing_is_forgotten() -> None:
