@@ -398,7 +398,10 @@ def synthesize(
     chat: Annotated[
         bool, typer.Option("--chat", help="Write questions and answers: for a model with a chat template.")
     ] = False,
-    shown: Annotated[int, typer.Option(help="Questions shown as examples before each, with --chat and --from.")] = 3,
+    shown: Annotated[
+        int | None,
+        typer.Option(help="Questions shown as examples before each, with --chat and --from: 3.", show_default=False),
+    ] = None,
     answer: Annotated[
         str | None, typer.Option(help="Another model that answers, with --chat: the latest one.", show_default=False)
     ] = None,
@@ -410,7 +413,7 @@ def synthesize(
     needs_training()
     from postgrad.screen import count
     from postgrad.stages.amounts import amount_of, share_of
-    from postgrad.stages.dialogues import Rehearsal, converse
+    from postgrad.stages.dialogues import SHOWN, Rehearsal, converse
     from postgrad.stages.synthesize import Wish, told
     from postgrad.stages.synthesize import synthesize as written
 
@@ -419,10 +422,12 @@ def synthesize(
     )
     given = tuple(beginnings or ())
     if chat:
-        rehearsal = Rehearsal(given, shown, answer, share_of(keep, "--keep"))
+        if shown is not None and not given:
+            raise StageError("there are no questions to show", where="--shown", way_out="give some with --from")
+        rehearsal = Rehearsal(given, SHOWN if shown is None else shown, answer, share_of(keep, "--keep"))
         steps = converse(model, out, wish, rehearsal, base=base)
     else:
-        _only_with_chat(answer=answer, keep=keep != "100%" and keep)
+        _only_with_chat(answer=answer, keep=keep if keep != "100%" else None, shown=shown)
         steps = written(model, out, wish, given, base=base)
     try:
         count(steps, as_json)
@@ -435,7 +440,7 @@ def synthesize(
 def _only_with_chat(**given: object) -> None:
     """Raise `StageError` for an option that says nothing without --chat."""
     for option, value in given.items():
-        if value:
+        if value is not None:
             raise StageError(f"--{option} is of conversations", where=f"--{option}", way_out="give --chat too")
 
 

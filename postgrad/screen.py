@@ -135,10 +135,8 @@ def count(steps: Iterable[Progressed], as_json: bool) -> None:
         if as_json or now - said < _COUNT_EVERY_SECONDS:
             continue
         said, rate = now, step.tokens / (now - begun)
-        left = duration(max(step.wanted - step.tokens, 0) / max(rate, 1e-9))
-        print(
-            f"{step.tokens:,} of {step.wanted:,} tokens, {rate:,.0f} a second, {left} left", file=sys.stderr, flush=True
-        )
+        left = f", {duration(max(step.wanted - step.tokens, 0) / rate)} left" if rate else ""
+        print(f"{step.tokens:,} of {step.wanted:,} tokens, {rate:,.0f} a second{left}", file=sys.stderr, flush=True)
 
 
 class _SilentScreen:

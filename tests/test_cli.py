@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from postgrad import cli, screen
 from postgrad.lineage.record import read_record
 from postgrad.stages.run import Event, Stepped
+from postgrad.stages.synthesize import Written
 from tests.conftest import StageOf, make_llama, make_tokenizer, new_text, old_text, write_jsonl
 from tests.stages.conftest import Runs, runs  # noqa: F401  (a fixture)
 from tests.test_docs import parse
@@ -560,3 +561,28 @@ def test_a_reader_that_goes_away_is_no_traceback(runs: Runs, base: Path, cache: 
     os.close(writer)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--shown", "5"], "--shown: --shown is of conversations"),
+        (["--answer", "base"], "--answer: --answer is of conversations"),
+        (["--keep", "50%"], "--keep: --keep is of conversations"),
+        (["--chat", "--shown", "5"], "--shown: there are no questions to show"),
+    ],
+)
+def test_an_option_that_would_say_nothing_is_refused(
+    postgrad: Command, base: Path, words: list[str], says: str
+) -> None:
+    done = postgrad("synthesize", base / "base", "--out", "replay.jsonl", *words)
+    assert done.code == 2 and says in done.err
+
+
+def test_no_time_is_foretold_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(screen, "_COUNT_EVERY_SECONDS", 0)
+    screen.count([Written(0, 0, 100), Written(1, 50, 100)], as_json=False)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "0 of 100 tokens, 0 a second" and second.endswith(" left")

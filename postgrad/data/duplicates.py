@@ -17,6 +17,8 @@ import numpy as np
 _WORDS = re.compile(r"\w+")
 RUN = 5
 """Words of a run; a shorter text is one run."""
+LEAST = 0.7
+"""The share of common runs below which two texts hardly ever meet in a band."""
 _BANDS, _ROWS = 16, 8
 
 

@@ -41,6 +41,8 @@ from postgrad.stages.synthesize import (
     settle,
 )
 
+SHOWN = 3
+"""Examples before a question, where none are asked for."""
 CLUSTERS = 20
 """Clusters that questions are sorted into (as in SSR)."""
 _MOST_EXAMPLES = 100_000
@@ -62,7 +64,7 @@ class Rehearsal:
 
     examples: tuple[str, ...] = ()
     """Files with questions that are shown as examples; none: what a user says is drawn from the template alone."""
-    shown: int = 3
+    shown: int = SHOWN
     """Examples that are shown before each question."""
     answering: str | None = None
     """The model that answers, when it is not the one that asks."""
@@ -147,7 +149,7 @@ def converse(
     machine.tune_allocator()
     asking = Turns(author(model, wish.longest, base))
     name = rehearsal.answering
-    answering = asking if name is None else Turns(author(name, wish.longest))
+    answering = asking if name is None else Turns(author(name, wish.longest, where="--answer"))
     examples = _examples(rehearsal)
     room = _room(asking, answering, wish)
     decides = [asdict(wish), asking.writer.fingerprint, answering.writer.fingerprint, examples, rehearsal.shown]

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from postgrad.data.duplicates import LEAST
 from postgrad.stages.amounts import Amount, Part, Share
 from postgrad.stages.worded import Rowed
 
@@ -67,7 +68,7 @@ class DuplicatesSelection(Part):
     """Documents that are not nearly the same as one before, by MinHash signatures of their runs of five words."""
 
     kind: Literal["duplicates"]
-    threshold: Annotated[Share, Field(ge=0.7)] = 0.8
+    threshold: Annotated[Share, Field(ge=LEAST)] = 0.8
     """The share of common runs from which a document is a copy; what shares less than 70 % is not found this way."""
 
 

@@ -9,6 +9,7 @@ the same command, it goes on behind the last whole batch and ends with the same 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from postgrad.data.duplicates import Seen, repeated
+from postgrad.data.duplicates import LEAST, Seen, repeated
 from postgrad.data.formats import read_documents
 from postgrad.data.made import MADE
 from postgrad.data.sources import Source as Files
@@ -36,7 +37,7 @@ from postgrad.models.model import CausalModel, model_for
 from postgrad.models.pretrained import load_tokenizer, locate
 from postgrad.publish import write_atomically
 from postgrad.stages.reading import make_encoder
-from postgrad.tuning.opened import open_model, start_fingerprint
+from postgrad.tuning.opened import open_model, start_fingerprint, task_at
 
 _MOST_BEGINNINGS = 100_000
 _FEWEST_WORDS = 5
@@ -126,12 +127,22 @@ class Author:
         return {token for token in own if token is not None}
 
 
-def author(model: str, longest: int, base: str | None = None) -> Author:
-    """The model of a name as one that writes.
+def author(model: str, longest: int, base: str | None = None, where: str = "model") -> Author:
+    """The model of a name, given at `where`, as one that writes.
 
-    Raises `StageError` for texts that are longer than it reads, `ModelError` for what is no decoder.
+    Raises `StageError` for texts that are longer than it reads, `ModelError` for what is no decoder, or not there.
     """
-    start = locate(model, Path.cwd(), base)
+    try:
+        start = locate(model, Path.cwd(), base)
+    except ModelError as error:
+        at = where if error.where == "model" else error.where
+        raise ModelError(error.met, where=at, expected=error.expected, way_out=error.way_out) from None
+    if task_at(start) != "causal":
+        raise ModelError(
+            f"{model} does not write running text",
+            where=where,
+            expected="a decoder, which was trained on running text",
+        )
     tokenizer = load_tokenizer(start)
     config: Any = AutoConfig.from_pretrained(start.source)
     encoder = make_encoder(tokenizer, int(config.vocab_size))
@@ -143,12 +154,6 @@ def author(model: str, longest: int, base: str | None = None) -> Author:
             expected=f"at most {limit:,}",
         )
     opened = open_model(start)
-    if opened.task != "causal":
-        raise ModelError(
-            f"{model} does not write running text",
-            where="model",
-            expected="a decoder, which was trained on running text",
-        )
     view = model_for(opened.model, "causal").to(machine.device())
     assert isinstance(view, CausalModel)
     return Author(model, start_fingerprint(start) or model, view, tokenizer, encoder, tuple(opened.frame.before), limit)
@@ -262,7 +267,8 @@ def grown(out: Path, wish: Wish, of: str, writer: Author, draw: Draw) -> Iterato
                     + ")",
                     where="synthesize",
                     expected="a model that writes text",
-                    way_out="raise --most-repeated or --alike, or give beginnings with --from",
+                    way_out="raise --longest for what has no end, --most-repeated or --alike for the rest; or show it how with"
+                    " --from",
                 )
 
 
@@ -297,12 +303,22 @@ def check_wish(out: Path, wish: Wish) -> None:
         raise StageError(f"{out} is there already", where="--out", way_out="name another file, or remove it")
     if out.suffix != ".jsonl":
         raise StageError(f"{out.name} is no JSONL file", where="--out", expected="a name that ends in .jsonl")
+    if not out.parent.is_dir():
+        raise StageError(f"there is no folder {out.parent}", where="--out", way_out="make it, or name a file elsewhere")
     for option, value, fits, expected in (
         ("--tokens", wish.tokens, wish.tokens > 0, "above 0"),
-        ("--temperature", wish.temperature, wish.temperature > 0, "above 0"),
+        ("--longest", wish.longest, wish.longest > 1, "at least 2: where it begins, and a token to write"),
+        ("--temperature", wish.temperature, 0 < wish.temperature < math.inf, "above 0"),
         ("--top-p", wish.top_p, 0 < wish.top_p <= 1, "above 0, at most 1"),
-        ("--beginning", wish.beginning, wish.beginning < wish.longest - 1, "fewer tokens than --longest"),
+        (
+            "--beginning",
+            wish.beginning,
+            0 <= wish.beginning < wish.longest - 1,
+            "fewer tokens than --longest, not below 0",
+        ),
         ("--at-once", wish.at_once, wish.at_once > 0, "above 0"),
+        ("--most-repeated", wish.most_repeated, 0 <= wish.most_repeated <= 1, "a share of a document: 0 to 1"),
+        ("--alike", wish.alike, LEAST <= wish.alike <= 1, f"{LEAST:g} to 1: what shares less is not found"),
     ):
         if not fits:
             raise StageError(f"{value} is no such number", where=option, expected=expected)
@@ -344,14 +360,22 @@ def _kept(out: Path) -> Path:
 
 
 def _resumed(out: Path, of: str) -> _State:
-    """Where the writing of a file stands. Raises `StageError` when it was begun with other options."""
+    """Where the writing of a file stands. Raises `StageError` when it was begun with other options, or cannot be read."""
     if not _kept(out).exists():
         return _State(of)
-    state = _State(**json.loads(_kept(out).read_text()))
+    remove = f"remove {part_of(out).name} and {_kept(out).name}"
+    try:
+        state = _State(**json.loads(_kept(out).read_text("utf-8")))
+    except (ValueError, TypeError):
+        raise StageError(
+            f"{_kept(out)} is broken: it does not say where the writing of {out.name} stands",
+            where="--out",
+            way_out=remove,
+        ) from None
     if state.of != of:
         raise StageError(
             f"{part_of(out)} was begun with another model or other options",
             where="--out",
-            way_out=f"give those again, or remove {part_of(out).name} and {_kept(out).name}",
+            way_out=f"give those again, or {remove}",
         )
     return state

@@ -244,6 +244,7 @@ def test_what_cannot_be_is_said(plain: str, base: Path, tmp_path: Path) -> None:
         (replace(WISH, longest=1000), Rehearsal(), StageError, "do not fit"),
         (WISH, Rehearsal((str(few),)), DataError, "1 questions"),
         (WISH, Rehearsal(answering=str(base / "base")), ModelError, "has no chat template"),
+        (WISH, Rehearsal(answering=str(tmp_path / "gone")), ModelError, "--answer: there is no folder"),
     ):
         with pytest.raises(error, match=says):
             next(converse(plain, out, wish, rehearsal))

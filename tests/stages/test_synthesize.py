@@ -110,7 +110,14 @@ def test_what_cannot_be_is_said(base: Path, tmp_path: Path) -> None:
     model, out = str(base / "base"), tmp_path / "replay.jsonl"
     for wish, begun, says in (
         (replace(WISH, longest=1000), [], "do not fit"),
+        (replace(WISH, longest=0), [], "--longest: 0 is no such number"),
+        (replace(WISH, longest=1), [], "--longest: 1 is no such number"),
+        (replace(WISH, beginning=-1), [], "--beginning: -1 is no such number"),
         (replace(WISH, temperature=0.0), [], "no such number"),
+        (replace(WISH, temperature=float("inf")), [], "--temperature: inf is no such number"),
+        (replace(WISH, most_repeated=-0.1), [], "--most-repeated: -0.1 is no such number"),
+        (replace(WISH, alike=0.2), [], "--alike: 0.2 is no such number"),
+        (replace(WISH, alike=float("nan")), [], "--alike: nan is no such number"),
         (replace(WISH, top_p=1.5), [], "no such number"),
         (replace(WISH, beginning=3), [], "beginnings need a text"),
         (WISH, ["x.jsonl"], "beginnings need a text"),
@@ -119,9 +126,21 @@ def test_what_cannot_be_is_said(base: Path, tmp_path: Path) -> None:
             next(synthesize(model, out, wish, begun))
     with pytest.raises(StageError, match="no JSONL file"):
         next(synthesize(model, tmp_path / "replay.txt", WISH))
+    with pytest.raises(StageError, match="--out: there is no folder"):
+        next(synthesize(model, tmp_path / "gone" / "replay.jsonl", WISH))
     out.write_text("")
     with pytest.raises(StageError, match="is there already"):
         next(synthesize(model, out, WISH))
+
+
+@pytest.mark.parametrize("state", ["{half", '{"of": "x", "surprise": 1}', "[]"])
+def test_a_broken_account_is_no_traceback_and_loses_nothing(base: Path, tmp_path: Path, state: str) -> None:
+    out = tmp_path / "replay.jsonl"
+    (tmp_path / "replay.jsonl.part").write_text("written before")
+    (tmp_path / "replay.jsonl.part.json").write_text(state)
+    with pytest.raises(StageError, match=r"is broken.*\n.*remove replay\.jsonl\.part and replay\.jsonl\.part\.json"):
+        next(synthesize(str(base / "base"), out, WISH))
+    assert (tmp_path / "replay.jsonl.part").read_text() == "written before"
 
 
 def test_an_encoder_writes_nothing(tmp_path: Path) -> None:
