@@ -473,7 +473,7 @@ def blend(
     sweep: Annotated[str, typer.Option(help="Weights of the trained model.")] = "0,0.2,0.4,0.5,0.6,0.7,0.8,0.9,1",
     by: Annotated[str, typer.Option(help="whole, or block: also each block by itself.")] = "whole",
     average: Annotated[
-        int | None, typer.Option(help="Blend to the mean of so many last checkpoints.", show_default=False)
+        int | None, typer.Option(min=1, help="Blend to the mean of so many last checkpoints.", show_default=False)
     ] = None,
     max_forgetting: Annotated[
         str | None,
@@ -496,7 +496,7 @@ def blend(
         sweep=weights_in(sweep),
         by=by,
         average=average,
-        max_forgetting=share_of(max_forgetting, "--max-forgetting") if max_forgetting else None,
+        max_forgetting=None if max_forgetting is None else share_of(max_forgetting, "--max-forgetting"),
         choose=choose,
         out=out,
         report=report,

@@ -23,8 +23,17 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def refuse_other_shapes(start: Mapping[str, Tensor], end: Mapping[str, Tensor], names: tuple[str, str]) -> list[str]:
-    """The weights that only the end has (a new task layer). Raises `ModelError` when the two are models of other shapes."""
+def refuse_other_shapes(
+    start: Mapping[str, Tensor],
+    end: Mapping[str, Tensor],
+    names: tuple[str, str],
+    blocks: Sequence[Sequence[str]] = (),
+) -> list[str]:
+    """The weights that only the end has (a new task layer). Raises `ModelError` when the two are models of other shapes.
+
+    `blocks`: the names of the weights of each of the end's blocks. Where the start lacks one of them, blocks were put in
+    between, and those of one number are no longer the same.
+    """
     new = sorted(end.keys() - start.keys())
     gone = sorted(start.keys() - end.keys())
     other = [name for name in start.keys() & end.keys() if start[name].shape != end[name].shape]
@@ -35,6 +44,13 @@ def refuse_other_shapes(start: Mapping[str, Tensor], end: Mapping[str, Tensor], 
             f"{name} is {shapes[0]} in {names[0]} and {shapes[1]} in {names[1]}",
             where="blend",
             expected="two models of one architecture and vocabulary",
+        )
+    lacking = next((name for block in blocks for name in block if name not in start), None)
+    if lacking:
+        raise ModelError(
+            f"{names[1]} has {lacking}, and {names[0]} has not: blocks of one number are not the same in both",
+            where="blend",
+            expected="two models with the same blocks",
         )
     return new
 

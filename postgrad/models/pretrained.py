@@ -69,26 +69,30 @@ class Start:
         return str(plain.folder) if plain.folder else plain.name
 
 
-def locate(name: str, root: Path, base: str | None = None) -> Start:
+def locate(name: str, root: Path, base: str | None = None, *, where: str = "model") -> Start:
     """Resolve a folder, a run folder (its final model), a checkpoint of a run, or a Hub name, relative to `root`.
 
-    A folder that holds a tuning says itself which model it sits on; `base` names another place for that model. Raises
-    `ModelError` when the name looks like a path and nothing is there.
+    A folder that holds a tuning says itself which model it sits on; `base` names another place for that model. `where`: the
+    key or option that named it. Raises `ModelError` when the name looks like a path and nothing is there.
     """
+    if not name.strip():
+        raise ModelError(
+            "no model is named", where=where, expected="a folder, a run folder, or a Hub name (owner/name)"
+        )
     folder = (root / Path(name).expanduser()).resolve()
     if folder.is_dir():
         if (folder / "stage.yaml").exists():  # a run folder
             if not _described(folder / "model"):
                 raise ModelError(
                     f"the run {name} has not finished, so it has no model yet",
-                    where="model",
+                    where=where,
                     way_out=f"finish it, or name one of its checkpoints: {name}/checkpoints/step-...",
                 )
             return _on_base(Start(name, folder / "model", folder), root, base)
         if not _described(folder):
             raise ModelError(
                 f"{name} is a folder without a config.json",
-                where="model",
+                where=where,
                 expected="a Hugging Face model folder, a run folder, a checkpoint, or a tuning's folder",
             )
         run = folder.parent.parent if folder.parent.name == "checkpoints" else None
@@ -96,7 +100,7 @@ def locate(name: str, root: Path, base: str | None = None) -> Start:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ((root / name).parent.is_dir() and "/" not in name):
         raise ModelError(
             f"there is no folder {name}",
-            where="model",
+            where=where,
             expected="a folder with config.json and safetensors weights, a run folder, or a Hub name (owner/name)",
         )
     return Start(name, None)

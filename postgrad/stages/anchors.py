@@ -71,11 +71,15 @@ def penalty_prints(plan: Plan) -> list[dict[str, str | None]]:
     """What each penalty reads beside the start model, by its contents: a resumed run is held against it."""
     return [
         {
-            "reference": None if spec.reference == START else start_fingerprint(locate(spec.reference, plan.root)),
+            "reference": None if spec.reference == START else start_fingerprint(_located(spec, number, plan)),
             "importance": sha256(_path(spec.importance, number, plan.root)) if spec.importance else None,
         }
         for number, spec in enumerate(plan.stage.penalties)
     ]
+
+
+def _located(spec: AnchorPenalty, number: int, plan: Plan) -> Start:
+    return locate(spec.reference, plan.root, where=f"penalties[{number}].reference")
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,8 @@ class _Reference:
     """What the model's own files hold, mapped; nothing unless that is asked for."""
 
     @classmethod
-    def of(cls, spec: AnchorPenalty, where: str, plan: Plan) -> _Reference:
-        start = plan.start if spec.reference == START else locate(spec.reference, plan.root)
+    def of(cls, spec: AnchorPenalty, number: int, plan: Plan) -> _Reference:
+        start = plan.start if spec.reference == START else _located(spec, number, plan)
         files = dict(_mapped(start)) if spec.storage == "mapped" else {}
         if spec.reference == START:
             return cls(start, start_fingerprint(start), None, files)
@@ -98,7 +102,7 @@ class _Reference:
         if opened.tunings:
             raise ModelError(
                 f"in {start.name} stands `{opened.tunings[-1].kind}`, which is no part of its weights",
-                where=f"{where}.reference",
+                where=f"penalties[{number}].reference",
                 expected="a plain model, or a tuning that becomes part of its base",
             )
         names = opened.model.named_parameters(remove_duplicate=False)
@@ -153,7 +157,7 @@ class _Making:
     def __init__(self, spec: AnchorPenalty, number: int, plan: Plan, weights: Weights) -> None:
         self.spec, self.where, self.weights = spec, f"penalties[{number}]", weights
         self.vocabulary = plan.vocabulary
-        self.reference = _Reference.of(spec, self.where, plan)
+        self.reference = _Reference.of(spec, number, plan)
         self.importance = ImportanceFile(_path(spec.importance, number, plan.root)) if spec.importance else None
         self._belongs()
         self.masters = {id(w.compute): w.master for w in weights.all}

@@ -82,11 +82,11 @@ def blend_run(
     model = opened.model
     end = _averaged(run, record, average) if average else blend.weights_of(model)
     start = _start_of(record, plan, opened)
-    new = blend.refuse_other_shapes(start, end, (record["model"]["start"], str(run)))
+    blocks = blend.blocks_of(model)
+    new = blend.refuse_other_shapes(start, end, (record["model"]["start"], str(run)), blocks)
     world = World(machine.device())
     view = model_for(model, opened.task).to(world.device)
     start, end = ({n: t.to(world.device) for n, t in state.items()} for state in (start, end))
-    blocks = blend.blocks_of(model)
 
     def scored(point: _Point) -> measure.AllScores:
         blend.put_between(model, start, end, _weights(point, start, blocks))
@@ -108,7 +108,7 @@ def blend_run(
         "chosen": chosen["name"] if chosen else None,
     }
     lines = _lines(found, sets, max_forgetting)
-    following = ["eval", str(out)] if out else ["blend", str(run), "--out", f"{run}-blend"]
+    following = ["eval", str(out)] if out else _following(run, sweep, by, average, max_forgetting)
     if out:
         if chosen is None:
             raise StageError(
@@ -135,6 +135,22 @@ def weights_in(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise StageError(f"{text!r} is no list of weights", where="--sweep", expected="0,0.5,1") from None
+
+
+def _following(
+    run: Path, sweep: Sequence[float], by: str, average: int | None, max_forgetting: float | None
+) -> list[str]:
+    """The command that writes a model of this sweep: the one that keeps within the bound, or the one in the middle."""
+    by_words = ["--by", by] if max_forgetting is not None and by != "whole" else []
+    mean = ["--average", str(average)] if average else []
+    weights = sorted(set(sweep))
+    chosen = (
+        ["--max-forgetting", f"{max_forgetting:g}"]
+        if max_forgetting is not None
+        else ["--choose", f"{weights[len(weights) // 2]:g}"]
+    )
+    listed = ["--sweep", ",".join(f"{weight:g}" for weight in weights)]
+    return ["blend", str(run), *listed, *by_words, *mean, *chosen, "--out", f"{run}-blend"]
 
 
 def _check(

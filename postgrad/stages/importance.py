@@ -62,6 +62,8 @@ def measure_importance(
     _known("--dtype", dtype, tuple(_DTYPES))
     if not 0 <= decay <= 1:
         raise StageError(f"a decay of {decay}", where="--decay", expected="0 to 1")
+    if out.is_dir():
+        raise StageError(f"{out} is a folder", where="--out", expected="the name of a file (.safetensors)")
     if out.exists() and not force:
         raise StageError(f"{out} is there already", where="--out", way_out="name another file, or add --force")
     if not out.parent.is_dir():

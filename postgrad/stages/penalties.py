@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from postgrad.stages.amounts import Part
+
+
+def _form(value: Any) -> str:
+    """Which is meant, a word or a number, so that a mistake is told of that one alone."""
+    return "word" if isinstance(value, str) and not re.fullmatch(r"[\d.eE+-]+", value) else "number"
+
+
+AnyStrength = Annotated[
+    Annotated[Annotated[float, Field(ge=0, le=1e30)], Tag("number")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(_form),
+]
 
 
 class AnchorPenalty(Part):
     """A quadratic pull of the weights towards a reference: L2-SP; with measured importance EWC or MAS."""
 
     kind: Literal["anchor"]
-    strength: Annotated[float, Field(ge=0)] | Literal["auto"]
+    strength: AnyStrength
     """Factor, per trained token; with the Fisher information about old tokens / new tokens. auto: found by a few steps before
     the training."""
     importance: str | None = None

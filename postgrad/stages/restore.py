@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from postgrad.data.sources import find_files
 from postgrad.errors import StageError
 from postgrad.lineage.record import PLAN, Record, read_record
 from postgrad.models import machine
 from postgrad.models.model import model_for
-from postgrad.models.pretrained import Start
+from postgrad.models.pretrained import Start, locate
 from postgrad.stages import measure
 from postgrad.stages import stage as s
 from postgrad.stages.leaves import source_again
@@ -78,18 +79,42 @@ class Restoration:
 def plan_restoration(wish: Wish, cache: Path) -> Restoration:
     """Work out the stage that wins back what a run has lost. Raises `StageError` when nothing was, or texts are missing."""
     machine.tune_allocator()
+    root = Path.cwd()
+    _check(wish, root)
     record = read_record(wish.run)
     if not record.get("changes"):
         raise StageError(
             f"{wish.run} has not finished", where="restore", way_out="finish it with the same train command"
         )
-    root = Path.cwd()
+    if record["model"]["task"] != "causal":
+        raise StageError(
+            f"{wish.run} holds no model that writes on, so nothing it says could be judged",
+            where="restore",
+            expected="a run of a causal language model",
+            way_out="train it once more with replay, or `distill` on old text",
+        )
     raw = _stage(wish, record, root)
     plan = make_plan(parse_stage(raw, "restore"), root, cache)
     teacher = plan.teachers[0]
     aim = _aim(plan, teacher, wish, cache)
     raw["save"]["choose"] = {"set": aim.set, "enough": aim.enough, **_limit(aim, wish)}
     return Restoration(make_plan(parse_stage(raw, "restore"), root, cache), aim, wish)
+
+
+def _check(wish: Wish, root: Path) -> None:
+    """Raise what is wrong with what is asked for, told at the option that says it."""
+    for option, fine, met, expected in (
+        ("--until", wish.until > 0, f"{wish.until:.0%} of what was lost is nothing to win back", "more than 0%"),
+        ("--keep", wish.kept < 1, f"{wish.kept:.0%} of new text leaves nothing for the prompts", "less than 100%"),
+        ("--rate", wish.rate is None or 0 < wish.rate < math.inf, f"{wish.rate} is no rate", "a number above 0"),
+    ):
+        if not fine:
+            raise StageError(met, where=option, expected=expected)
+    if wish.teacher is not None:
+        locate(wish.teacher, root, where="--teacher")
+    for option, paths in (("--prompts", wish.prompts), ("--retained", wish.retained)):
+        for path in paths:
+            find_files(path, root, option)
 
 
 def _stage(wish: Wish, record: Record, root: Path) -> dict[str, Any]:

@@ -40,13 +40,16 @@ def teachers_for(
     return {
         i: start
         if spec.teacher == START
-        else _alike(locate(spec.teacher, root), start, tokenizer, vocabulary, f"objectives[{i}].teacher")
+        else _alike(spec.teacher, root, start, tokenizer, vocabulary, f"objectives[{i}].teacher")
         for i, spec in enumerate(objectives)
         if isinstance(spec, TaughtObjective)
     }
 
 
-def _alike(teacher: Start, start: Start, tokenizer: PreTrainedTokenizerBase, vocabulary: int, where: str) -> Start:
+def _alike(
+    name: str, root: Path, start: Start, tokenizer: PreTrainedTokenizerBase, vocabulary: int, where: str
+) -> Start:
+    teacher = locate(name, root, where=where)
     if teacher.source == start.source:
         return teacher
     theirs = int(AutoConfig.from_pretrained(teacher.source).vocab_size)

@@ -240,7 +240,7 @@ def _blend(work: Work, step: Step, folder: Folder, clock: Clock) -> Iterator[Ste
     if end.tunings:
         raise ModelError(f"`{end.tunings[-1].kind}` of {run.name} is no change of weights, so nothing lies between")
     between = blend.weights_of(start.model), blend.weights_of(end.model)
-    blend.refuse_other_shapes(*between, (begun.name, run.name))
+    blend.refuse_other_shapes(*between, (begun.name, run.name), blend.blocks_of(end.model))
     blend.put_between(end.model, *between, what["weight"])
     if not (home / r.MODEL).exists():
         dtype, tokenizer = stored_dtype(begun), load_tokenizer(begun)

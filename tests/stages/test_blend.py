@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from postgrad.errors import StageError
+from postgrad.cli import app
+from postgrad.errors import ModelError, StageError
 from postgrad.lineage.record import read_record
 from postgrad.stages.blend import blend_run, weights_in
 from postgrad.stages.parsing import parse_stage
@@ -123,6 +126,28 @@ def test_half_a_lora_is_the_adapter_scaled_by_a_half(
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
     for name in moved:
         torch.testing.assert_close(half[name], (start[name] + whole[name]) / 2)
+
+
+def test_blocks_that_were_put_in_between_are_not_taken_for_others(stage_of: StageOf, cache: Path) -> None:
+    """Every weight of the start has a namesake of its shape there, in another block."""
+    run = trained(stage_of(tuning={"kind": "expand", "positions": [0]}), cache)
+    with pytest.raises(ModelError, match=r"blocks of one number are not the same"):
+        blended(run, cache)
+
+
+def test_what_is_said_to_come_next_writes_a_model(plain: Path, cache: Path, tmp_path: Path) -> None:
+    for i, asked in enumerate(({}, {"max_forgetting": 1.0, "by": "block"}, {"sweep": [0.25], "average": 2})):
+        found = blended(plain, cache, **asked)
+        words = shlex.split(found["text"].rsplit("next: postgrad ", 1)[1])
+        words[-1] = str(tmp_path / str(i))
+        result = CliRunner().invoke(app, words, env={"POSTGRAD_CACHE": str(cache)}, catch_exceptions=False)
+        assert result.exit_code == 0 and f"wrote {words[-1]}" in result.output
+
+
+@pytest.mark.parametrize("words", [["--average", "0"], ["--max-forgetting", ""]])
+def test_options_that_say_nothing_are_not_passed_over(plain: Path, words: list[str]) -> None:
+    result = CliRunner().invoke(app, ["blend", str(plain), *words])
+    assert result.exit_code and words[0] in str(result.exception) + result.output
 
 
 def test_what_cannot_be_blended_or_asked_is_said(

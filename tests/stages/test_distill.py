@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from postgrad.data import told as told_module
 from postgrad.data.batch import collate
 from postgrad.data.rows import IGNORED, Row
-from postgrad.errors import DataError, StageError
+from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import metrics
 from postgrad.models.pretrained import save_pretrained
 from postgrad.objectives.teacher import Online, without
@@ -309,6 +309,10 @@ def test_a_teacher_of_other_tokens_is_refused_by_name(shelf: Shelf) -> None:
     save_pretrained(make_llama(1, vocab_size=len(swapped)), swapped, shelf.home / "swapped", dtype=torch.float32)
     with pytest.raises(StageError, match="id 0 is"):
         shelf.plan(shelf.stage("swapped", objectives=[NEXT, {**DISTILL, "teacher": "swapped"}]))
+    for name, said in (("nowhere", "there is no folder nowhere"), ("", "no model is named")):
+        with pytest.raises(ModelError, match=said) as caught:
+            shelf.plan(shelf.stage("lost", objectives=[NEXT, {**DISTILL, "teacher": name}]))
+        assert caught.value.where == "objectives[1].teacher"
 
 
 def test_a_classifier_of_other_labels_is_no_teacher(shelf: Shelf) -> None:

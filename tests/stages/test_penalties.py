@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from postgrad.errors import DataError, ModelError, ResumeError, StageError
+from postgrad.errors import DataError, ModelError, PostgradError, ResumeError, StageError
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load, locate, save_pretrained
 from postgrad.penalties.anchor import Anchor
@@ -326,10 +326,15 @@ def test_rows_that_the_reference_lacks_are_held_to_nothing(shelf: Shelf, tmp_pat
     [
         ({"only": ["*embedd_tokens*"]}, r"penalties\[0\]\.only[\s\S]*names no weight"),
         ({"importance": "nowhere.safetensors"}, r"penalties\[0\]\.importance[\s\S]*postgrad importance MODEL"),
+        ({"reference": "nowhere"}, r"penalties\[0\]\.reference: there is no folder nowhere"),
+        ({"reference": ""}, r"penalties\[0\]\.reference: no model is named"),
+        ({"strength": 1e308}, r"penalties\[0\]\.strength: input should be less than or equal to 10+, not 1e\+308"),
+        ({"strength": "automatic"}, r"penalties\[0\]\.strength: input should be 'auto', not 'automatic'"),
+        ({"strength": "-1"}, r"penalties\[0\]\.strength: input should be greater than or equal to 0, not '-1'"),
     ],
 )
 def test_mistakes_are_named(shelf: Shelf, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises((StageError, DataError), match=said):
+    with pytest.raises(PostgradError, match=said):
         trained(shelf, shelf.stage("mistaken", penalties=[{**ANCHOR, **changes}]), 0)
 
 
@@ -496,6 +501,12 @@ def measure(shelf: Shelf, model: str, file: str, out: str, **changes: Any) -> di
     )
     assert said and said[-1][0] <= said[-1][1]
     return found
+
+
+def test_importance_is_not_written_over_a_folder(shelf: Shelf) -> None:
+    with pytest.raises(StageError, match="is a folder") as caught:
+        measure(shelf, str(shelf.home / "llama"), shelf.file("old"), "llama")
+    assert caught.value.where == "--out" and (shelf.home / "llama" / "config.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["fisher", "empirical", "mas"])

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from postgrad.cli import app
-from postgrad.errors import StageError
+from postgrad.errors import PostgradError, StageError
 from postgrad.evaluation import metrics
 from postgrad.lineage.record import read_record
 from postgrad.stages.choose import Look, Rule, standing
@@ -113,6 +113,21 @@ def test_what_cannot_be_restored_is_refused(shelf: Shelf, tmp_path: Path) -> Non
         plan_restoration(wish(shelf, run=one), shelf.cache)
     with pytest.raises(StageError, match="is not a run folder"):
         plan_restoration(wish(shelf, run=tmp_path), shelf.cache)
+    for changes, option, said in (
+        ({"until": 0.0}, "--until", "nothing to win back"),
+        ({"kept": 1.0}, "--keep", "nothing for the prompts"),
+        ({"rate": -1.0}, "--rate", "no rate"),
+        ({"rate": float("nan")}, "--rate", "no rate"),
+        ({"teacher": "nowhere"}, "--teacher", "there is no folder"),
+        ({"prompts": ("none.jsonl",)}, "--prompts", "no file matches"),
+        ({"retained": ("none.jsonl",)}, "--retained", "no file matches"),
+    ):
+        with pytest.raises(PostgradError, match=said) as caught:
+            plan_restoration(wish(shelf, **changes), shelf.cache)
+        assert caught.value.where == option
+    masked = shelf.run(shelf.stage("masked", model="bert", objectives=[{"kind": "masked"}])).place
+    with pytest.raises(StageError, match="holds no model that writes on"):
+        plan_restoration(wish(shelf, run=masked), shelf.cache)
     for option in ("--until", "--max-cost", "--keep"):
         result = CliRunner().invoke(app, ["restore", str(one), option, "much"])
         error = result.exception
