@@ -72,7 +72,7 @@ def _frontier(done: Sequence[_Entry]) -> str:
     """Gain against forgetting, arms that another one dominates in grey; and the share of forgetting removed."""
     spots = []
     for arm in done:
-        if arm.get("start") == "scratch":
+        if arm.get("from_scratch"):
             continue
         old, new = (mapping(mapping(arm.get("change")).get(what)) for what in ("old", "new"))
         quiet = bool(rows(arm.get("dominated_by")))
@@ -92,7 +92,7 @@ def _frontier(done: Sequence[_Entry]) -> str:
     removed = [
         Estimate(plain(a.get("name"), 60), 100 * _value(r), *(100 * end for end in (_interval(r) or (0.0, 0.0))),
                  tone="good" if (number(r.get("low")) or 0.0) > 0 else "open")
-        for a in done if (r := mapping(a.get("removed"))) and a.get("start") != "scratch"
+        for a in done if (r := mapping(a.get("removed"))) and not a.get("from_scratch")
     ]  # fmt: skip
     first = figure(
         "Gain against forgetting",
@@ -184,7 +184,7 @@ def _by_share(found: _Entry) -> str:
 
 def _curves(found: _Entry, done: Sequence[_Entry]) -> str:
     """The loss of each set by trained tokens: the base before the switch, the arms after it."""
-    going_on = [a for a in done if a.get("start") != "scratch" and rows(mapping(a.get("curve")).get("switches"))]
+    going_on = [a for a in done if not a.get("from_scratch") and rows(mapping(a.get("curve")).get("switches"))]
     chosen = _few(going_on, found.get("against"))
     base = mapping(mapping(mapping(found.get("base")).get("curve")).get("sets"))
     union = next((a for a in done if a.get("name") == found.get("union")), None)

@@ -92,7 +92,7 @@ def _of_protection(done: Sequence[_Entry], reference: _Entry | None, found: _Ent
     """Who kept most, and what that cost on the new text."""
     if reference is None:
         return []
-    others = [a for a in done if a is not reference and a.get("start") != "scratch" and mapping(a.get("removed"))]
+    others = [a for a in done if a is not reference and not a.get("from_scratch") and mapping(a.get("removed"))]
     if not others:
         return []
     best = max(others, key=lambda a: number(mapping(a["removed"]).get("value")) or 0.0)
@@ -110,7 +110,7 @@ def _of_union(done: Sequence[_Entry], found: _Entry) -> list[str]:
         return []
     best = min(others, key=lambda a: number(mapping(mapping(a["gap"]).get("average")).get("value")) or 0.0)
     gap = mapping(mapping(best["gap"]).get("average"))
-    cost = f"{compact(union.get('tokens'))} tokens from scratch" if union.get("start") == "scratch" else "all text"
+    cost = f"{compact(union.get('tokens'))} tokens from scratch" if union.get("from_scratch") else "all text"
     return [
         f"Against all text at once ({plain(union['name'], 60)}, {cost}) the best on average is {plain(best['name'], 60)}, "
         f"{compact(best.get('tokens'))} tokens on top of the base: {interval(gap)} nats per token."

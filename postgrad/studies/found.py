@@ -169,7 +169,7 @@ def _base_scores(prepared: Prepared) -> measure.AllScores | None:
     base = prepared.work.base
     for chain in prepared.work.chains:
         first = prepared.work.steps[chain.steps[0]]
-        if prepared.study.arms[chain.arm].start == "base" and first.kind == "train":
+        if first.kind == "train" and not prepared.study.from_scratch(chain.arm):
             place = prepared.folder.place(first) / "scores" / "before.npz"
             if place.exists():
                 return measure.read_scores(place)
@@ -203,6 +203,7 @@ def _arm(
         "name": name,
         "replay": arm.replay,
         "start": arm.start,
+        "from_scratch": study.from_scratch(name),
         "reads": arm.reads,
         "seeds": [chain.seed for chain in chains],
         "status": _status(bool(trouble), len(measured[name].chains) if name in measured else 0, len(chains)),
@@ -228,8 +229,9 @@ def _arm(
         out["gap"] = {what: (own.mean.on(what) - union.mean.on(what)).as_dict() for what in ON}
     costs = [_cost(prepared, chain.steps) for chain in own.chains]
     out |= {key: _mean([cost[key] for cost in costs]) for key in ("tokens", "seconds", "peak_memory")}
-    base = _cost(prepared, [prepared.work.base])["tokens"] if prepared.work.base and arm.start != "scratch" else 0
-    known = prepared.work.base is not None or arm.start == "scratch"
+    given = not out["from_scratch"] or arm.blend is not None  # a blend has the base in it, whatever its arm began with
+    base = _cost(prepared, [prepared.work.base])["tokens"] if prepared.work.base and given else 0
+    known = prepared.work.base is not None or not given
     out["tokens_in_all"] = (out["tokens"] or 0) + (base or 0) if known else None
     out["runs"] = [
         {"seed": chain.seed, "places": [str(_home(prepared, key)) for key in chain.steps], **cost}
@@ -312,7 +314,7 @@ def _mark_dominated(arms: Sequence[dict[str, Any]]) -> None:
     points = {
         arm["name"]: (arm["change"]["old"]["value"], arm["change"]["new"]["value"])
         for arm in arms
-        if "change" in arm and arm["start"] != "scratch"
+        if "change" in arm and not arm["from_scratch"]
     }
     for arm in arms:
         own = points.get(arm["name"])

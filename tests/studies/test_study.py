@@ -32,7 +32,7 @@ from postgrad.studies.finish import finish
 from postgrad.studies.found import Drawn, findings, removed, verdict
 from postgrad.studies.plan import look_ahead, outlook_record
 from postgrad.studies.run import Ended, Prepared, StepBegan, StepEnded, StepFailed, prepare, run_study
-from postgrad.studies.steps import Moved
+from postgrad.studies.steps import Moved, carry_out
 from postgrad.studies.study import load_study, merged, parse_study, study_schema
 from postgrad.study_screen import Standing, drawn
 from tests.conftest import StageOf, new_text, write_jsonl
@@ -390,6 +390,28 @@ def test_the_interval_of_one_seed_is_the_record_s(base: Path, tmp_path: Path, ca
     before, after = (measure.read_scores(scores / f"{n}.npz")["old-held"].per_unit() for n in ("before", "after"))
     unpaired = np.quantile(redrawn(*after, seed=1) - redrawn(*before, seed=0), [0.025, 0.975])
     assert [change["low"], change["high"]] != pytest.approx(unpaired.tolist(), abs=1e-4)
+
+
+def test_the_base_s_losses_are_the_base_s(done: Prepared) -> None:
+    """Also where the first arm is a blend of one that began with random weights, whose run begins with other losses."""
+    study = yaml.safe_load(done.file.read_text())
+    mixed = {"blend": {"of": "union", "weight": 0.5}}
+    arms = {"mixed": mixed, "on": {"start": "union", "seeds": [0]}, **study["arms"]}
+    file = written(done.file.parent / "mixed", {**study, "arms": arms, "runs": str(done.folder.home)})
+    prepared = prepare(file, done.folder.cache)
+    for key in prepared.left:
+        if prepared.work.steps[key].kind == "blend":
+            list(carry_out(prepared.work, prepared.work.steps[key], prepared.folder, "x"))
+    found, before = findings(prepared, {}), findings(done, {})
+    assert found["base"]["loss"] == before["base"]["loss"]
+    told = {arm["name"]: arm for arm in found["arms"]}
+    assert [name for name, arm in told.items() if arm["from_scratch"]] == ["mixed", "on", "union"]
+    # What goes back to random weights is no way to go on from the base, and has its tokens from elsewhere.
+    assert "dominated_by" in told["none"] and not any("dominated_by" in told[name] for name in ("mixed", "union"))
+    tokens = {name: arm.get("tokens_in_all") for name, arm in told.items()}
+    assert tokens["union"] == told["union"]["tokens"]
+    assert tokens["mixed"] == told["union"]["tokens"] + found["base"]["tokens"]
+    assert tokens["none"] == told["none"]["tokens"] + found["base"]["tokens"]
 
 
 def test_a_blend_lies_between(done: Prepared) -> None:
