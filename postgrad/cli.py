@@ -13,12 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from postgrad import __version__
 from postgrad.errors import Interrupted, MissingExtra, PostgradError, StageError
+
+if TYPE_CHECKING:
+    from postgrad.studies.run import Prepared
 
 app = typer.Typer(
     name="postgrad",
@@ -91,7 +94,7 @@ def init(
 ) -> None:
     """Write a stage file for your model and text, each key explained; with --template of any training strategy."""
     needs_training()
-    place = Path(f"{name}.yaml")
+    place = _named_file(name)
     if template is None:
         if data is None or model is None:
             raise StageError(
@@ -531,14 +534,19 @@ def study(
 
         if len(files) != 2:
             raise StageError("a new study has one name", where="study init", expected="postgrad study init NAME")
-        found = write_study(Path(f"{files[1]}.yaml"), template, size, force=force)
+        found = write_study(_named_file(files[1]), template, size, force=force)
         _print(found, as_json, found.pop("text"))
         return
     command = shlex.join(["postgrad", "study", *files])
     told, worst = [], 0
-    overrides = [word for word in files if "=" in word and not Path(word).exists()]
-    for file in [word for word in files if word not in overrides]:
-        record, code = _one_study(Path(file), overrides, command, dry_run, as_json)
+    overrides = [word for word in files if "=" in word and not os.path.exists(word)]
+    named = [Path(word) for word in files if word not in overrides]
+    if not named:
+        raise StageError("no study is named", where="study", expected="a study file before key.sub=value")
+    from postgrad.studies.run import prepare_all
+
+    for prepared in prepare_all(named, cache_folder(), overrides):
+        record, code = _one_study(prepared, command, dry_run, as_json)
         told.append(record)
         worst = max(worst, code)
         if code == 3:
@@ -549,18 +557,15 @@ def study(
         raise typer.Exit(worst)
 
 
-def _one_study(
-    file: Path, overrides: list[str], command: str, dry_run: bool, as_json: bool
-) -> tuple[dict[str, Any], int]:
+def _one_study(prepared: Prepared, command: str, dry_run: bool, as_json: bool) -> tuple[dict[str, Any], int]:
     """Carry out one study and say what came of it; what was found, and the exit code."""
     from postgrad.studies.finish import finish, finish_text
     from postgrad.studies.plan import devices, look_ahead, outlook_record, outlook_text
-    from postgrad.studies.run import count_time, prepare, run_study
+    from postgrad.studies.run import count_time, run_study
     from postgrad.study_screen import Standing, study_screen, watch_study
 
     screen, begun = study_screen(as_json), time.perf_counter()
     try:
-        prepared = prepare(file, cache_folder(), overrides)
         outlook = look_ahead(prepared, screen.say)
         record = outlook_record(prepared, outlook)
     except KeyboardInterrupt:
@@ -812,6 +817,11 @@ def _watched(events: Iterator[Any], command: str, as_json: bool) -> Any:
         _print(told, as_json, f"stopped {where}\nnext: {command}")
         raise typer.Exit(3)
     return outcome
+
+
+def _named_file(name: str) -> Path:
+    """The file of a new stage or study: NAME.yaml, also for who says the whole of it."""
+    return Path(name.removesuffix(".yaml") + ".yaml")
 
 
 def _command(verb: str, stage: Path, overrides: list[str] | None) -> str:

@@ -94,6 +94,11 @@ def write_kinds(folder: Path) -> dict[str, int]:
     return sizes
 
 
+def is_material(folder: Path) -> bool:
+    """Whether a folder holds what `write_kinds` made, whole, and so nothing of the user's that would be written over."""
+    return (folder / "kinds.json").exists()
+
+
 def _spread(documents: list[str], most: int) -> list[str]:
     """At most so many of the documents, evenly from all of them."""
     stride = max(1, -(-len(documents) // most))

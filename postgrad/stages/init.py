@@ -134,11 +134,11 @@ def _rates(start: Start, model: str) -> tuple[str, str, str]:
 
 def refuse_name(place: Path) -> None:
     """Raise `StageError` for a stage file whose name cannot name a run's folder too."""
-    if not re.fullmatch(r"[\w.\-]+", place.stem) or place.parent != Path():
+    if not re.fullmatch(r"[\w.\-]*\w[\w.\-]*", place.stem) or place.parent != Path():
         raise StageError(
             f"{str(place.with_suffix(''))!r} cannot name a run folder",
             where="init",
-            expected="letters, digits, '.', '_' and '-'",
+            expected="letters, digits, '.', '_' and '-', and not dots alone",
         )
 
 

@@ -31,6 +31,7 @@ from postgrad.training.world import World
 
 TEXTS = "texts.json"
 TIMES = "times.json"
+_FROM = "# from "
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,30 @@ def prepare(file: Path, cache: Path, overrides: Sequence[str] = ()) -> Prepared:
     work = work_out(study, _Prints(home, root), str(file))
     shelf = (root / study.runs).resolve() if study.runs else home
     return Prepared(study, work, Folder(home, shelf, root, cache), file, tuple(overrides))
+
+
+def prepare_all(files: Sequence[Path], cache: Path, overrides: Sequence[str] = ()) -> list[Prepared]:
+    """Read several studies, so that a mistake in the last one is told before the first one is carried out.
+
+    Raises `StageError` or `DataError` for what cannot be, and for two that would write to one folder.
+    """
+    found = [prepare(file, cache, overrides) for file in files]
+    homes: dict[Path, Path] = {}
+    for prepared in found:
+        home = prepared.folder.home
+        if home in homes:
+            raise _same_folder(prepared, homes[home])
+        homes[home] = prepared.file
+    return found
+
+
+def _same_folder(prepared: Prepared, other: Path) -> StageError:
+    return StageError(
+        f"{other.name} has the same folder, and what came of it would be overwritten ({prepared.folder.home})",
+        where=f"{prepared.file}: name",
+        expected="a `name` of its own, or an `output`",
+        way_out="runs: FOLDER in both shares what coincides",
+    )
 
 
 class _Prints:
@@ -195,9 +220,14 @@ def count_time(folder: Folder, seconds: float, devices: int = 1, inside: float =
 
 
 def _write_copy(prepared: Prepared) -> None:
-    """Keep the study file beside what came of it. Raises `StageError` for a folder of something else."""
+    """Keep the study file beside what came of it. Raises `StageError` for a folder of something else, or of another file."""
     home = prepared.folder.home
-    if not (home / "study.yaml").exists():
+    if (home / "study.yaml").exists():
+        first = (home / "study.yaml").read_text().partition("\n")[0]
+        other = prepared.folder.root / first.removeprefix(_FROM)
+        if first.startswith(_FROM) and other.name != prepared.file.name and other.is_file():
+            raise _same_folder(prepared, other)
+    else:
         foreign = [
             p.name
             for p in home.iterdir()
@@ -213,9 +243,9 @@ def _write_copy(prepared: Prepared) -> None:
 
 
 def study_text(prepared: Prepared) -> str:
-    """The study file, with the overrides that were given above it."""
+    """The study file, with its name and the overrides that were given above it."""
     given = "".join(f"# given besides: {said}\n" for said in prepared.overrides)
-    return given + prepared.file.read_text()
+    return f"{_FROM}{prepared.file.name}\n{given}{prepared.file.read_text()}"
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------

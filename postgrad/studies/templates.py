@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from postgrad.data.material import write_kinds
+from postgrad.data.material import is_material, write_kinds
 from postgrad.errors import StageError, nearest
 from postgrad.publish import write_atomically
 from postgrad.stages.init import refuse_name
@@ -109,16 +109,18 @@ def write_study(place: Path, template: str, size: str, *, force: bool) -> dict[s
             "the levers are written at laptop size", where="--size", expected="laptop, or --template paper"
         )
     wanted = _levers(place) if template == "levers" else _paper(place, size)
+    folder = place.with_name(f"{place.stem}-data")
     there = [path for path in wanted.texts if path.exists()]
+    if wanted.material and folder.exists() and not is_material(folder):
+        there.append(folder)
     if there and not force:
         raise StageError(f"{there[0]} is there already", where="init", way_out="choose another name, or give --force")
-    said = []
-    if wanted.material:
-        folder = place.with_name(f"{place.stem}-data")
-        write_kinds(folder)
-        said.append(f"made {folder}/ from this Python's own documentation and library")
     for path, text in wanted.texts.items():
         parse_study(read_yaml(text), path.name)  # what is written can be read
+    said = []
+    if wanted.material:
+        write_kinds(folder)
+        said.append(f"made {folder}/ from this Python's own documentation and library")
     for path, text in wanted.texts.items():
         write_atomically(path, text)
         said.append(f"wrote {path}")
