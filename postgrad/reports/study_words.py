@@ -80,8 +80,8 @@ def _turned(entry: _Entry) -> dict[str, object]:
 def _of_reference(arm: _Entry) -> list[str]:
     old, new = _change(arm, "old"), _change(arm, "new")
     name = plain(arm["name"], 60)
-    low = number(old.get("low")) or 0.0
-    forgot = "forgets" if low > 0 else "is not shown to forget"
+    low, high = (number(old.get(end)) or 0.0 for end in ("low", "high"))
+    forgot = "forgets" if low > 0 else "does not forget" if high < 0 else "is not shown to forget"
     return [
         f"Without protection ({name}) the model {forgot}: the loss on old text changes by {interval(old)} nats per token, "
         f"that on new text by {interval(new)}."
@@ -95,17 +95,23 @@ def _of_protection(done: Sequence[_Entry], reference: _Entry | None, found: _Ent
     others = [a for a in done if a is not reference and not a.get("from_scratch") and mapping(a.get("removed"))]
     if not others:
         return []
-    best = max(others, key=lambda a: number(mapping(a["removed"]).get("value")) or 0.0)
+    best, *less = sorted(others, key=lambda a: -(number(mapping(a["removed"]).get("value")) or 0.0))
+    share = mapping(best["removed"])
+    if (number(share.get("low")) or 0.0) <= 0:
+        return ["No other arm is shown to have removed any of it."]
+    said = f"{plain(best['name'], 60)} removed the largest share of it: {interval_percent(share)}"
     cost = mapping(_pair(found, best["name"], reference["name"]).get("new"))
-    said = f"at {interval(cost)} nats per token on the new text" if cost else ""
-    if cost and not shown(cost):
-        said += ", which is not shown to differ from nothing"
-    return [f"{plain(best['name'], 60)} removed most of it: {interval_percent(mapping(best['removed']))}, {said}."]
+    if cost:
+        said += f", at {interval(cost)} nats per token on the new text"
+        said += "" if shown(cost) else ", which is not shown to differ from nothing"
+    alike = [a for a in less if not shown(mapping(_pair(found, best["name"], a["name"]).get("old")))]
+    names = ", ".join(plain(a["name"], 60) for a in alike)
+    return [f"{said}.", *([f"Not shown to have removed less than that: {names}."] if alike else [])]
 
 
 def _of_union(done: Sequence[_Entry], found: _Entry) -> list[str]:
     union = next((a for a in done if a["name"] == found.get("union")), None)
-    others = [a for a in done if mapping(a.get("gap"))]
+    others = [a for a in done if mapping(a.get("gap")) and not a.get("from_scratch")]
     if union is None or not others:
         return []
     best = min(others, key=lambda a: number(mapping(mapping(a["gap"]).get("average")).get("value")) or 0.0)
@@ -113,7 +119,8 @@ def _of_union(done: Sequence[_Entry], found: _Entry) -> list[str]:
     cost = f"{compact(union.get('tokens'))} tokens from scratch" if union.get("from_scratch") else "all text"
     return [
         f"Against all text at once ({plain(union['name'], 60)}, {cost}) the best on average is {plain(best['name'], 60)}, "
-        f"{compact(best.get('tokens'))} tokens on top of the base: {interval(gap)} nats per token."
+        f"{compact(best.get('tokens'))} tokens on top of the base: {interval(gap)} nats per token"
+        f"{'' if shown(gap) else ', which is not shown to differ from nothing'}."
     ]
 
 
@@ -134,14 +141,25 @@ def _front(done: Sequence[_Entry]) -> list[_Entry]:
     return [a for a in done if "dominated_by" in a and not rows(a["dominated_by"])]
 
 
+def _of_seeds(done: Sequence[_Entry]) -> list[str]:
+    """What so few seeds do not tell, by how many each arm has."""
+    many = {plain(a["name"], 60): len(rows(a.get("seeds_there"))) for a in done}
+    once = [name for name, count in many.items() if count == 1]
+    if len(once) == len(many):
+        return ["Not shown: how far another seed would lie from these numbers (each arm was carried out once)."]
+    lines = []
+    if once:
+        lines.append(
+            f"Not shown: how far another seed would lie from these, which were carried out once: {', '.join(once)}."
+        )
+    if 2 in many.values():
+        lines.append("Two seeds tell little of how far a third one would lie from these numbers.")
+    return lines
+
+
 def _not_shown(done: Sequence[_Entry], found: _Entry) -> list[str]:
     """Which differences the data do not carry."""
-    lines = []
-    seeds = rows(found.get("seeds"))
-    if len(seeds) < 2:
-        lines.append("Not shown: how far another seed would lie from these numbers (each arm was carried out once).")
-    elif len(seeds) < 3:
-        lines.append("Two seeds tell little of how far a third one would lie from these numbers.")
+    lines = _of_seeds(done)
     front = sorted(_front(done), key=lambda a: _value(a, "old"))
     open_ = []
     for first, second in itertools.pairwise(front):
@@ -159,10 +177,10 @@ def _not_shown(done: Sequence[_Entry], found: _Entry) -> list[str]:
     ]
     if loose:
         lines.append(f"Not shown: whether these forgot anything at all: {', '.join(loose)}.")
-    front_by_value = [plain(a["name"], 60) for a in done if rows(a.get("dominated_by"))]
-    if front_by_value:
+    dominated = [plain(a["name"], 60) for a in done if rows(a.get("dominated_by"))]
+    if dominated:
         lines.append(
-            f"Dominated by the values, which does not say that the difference is shown: {', '.join(front_by_value)}."
+            f"Dominated by the values, which does not say that the difference is shown: {', '.join(dominated)}."
         )
     sets = [mapping(s) for s in rows(found.get("sets"))]
     few = [
