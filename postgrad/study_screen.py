@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -137,10 +138,11 @@ class _Plain:
     """Lines: one when a run begins and ends, and a few in between."""
 
     def __init__(self) -> None:
-        self._said = time.monotonic()
+        self._said = -math.inf
 
     def say(self, text: str) -> None:
-        self._line(f"{text} ...")
+        if time.monotonic() - self._said > _PLAIN_EVERY_SECONDS:
+            self._line(f"{text} ...")
 
     def show(self, event: StudyEvent, standing: Standing) -> None:
         match event:

@@ -74,14 +74,18 @@ def look_ahead(prepared: Prepared, say: Callable[[str], None] = lambda text: Non
     took = 0.0
     world = World(machine.device())
     untrained = cache(lambda: _untrained(prepared))
-    for key in prepared.left:
+    left = [key for key in prepared.left if prepared.work.steps[key].kind == "train"]
+    for number, key in enumerate(left, 1):
         step = prepared.work.steps[key]
-        if step.kind != "train":
+        arms = ["the base"] if key == prepared.work.base else prepared.work.arms_of(key)
+        try:
+            stand_in = _stand_in(prepared, step, untrained)
+        except PostgradError as error:  # a base that cannot be made, which its own step is told for
+            found.trouble.setdefault(str(error), {})["the base"] = None
             continue
-        stand_in = _stand_in(prepared, step, untrained)
         alike = fingerprint(stand_in.model_dump(mode="json", exclude={"name": True, "output": True, "seed": True}))
         if alike not in planned:
-            say(f"planning {step.slug}")
+            say(f"planning {step.slug} ({number} of {len(left)} runs)")
             begin = time.perf_counter()
             try:
                 planned[alike] = make_plan(stand_in, prepared.folder.root, prepared.folder.cache)
@@ -89,7 +93,7 @@ def look_ahead(prepared: Prepared, say: Callable[[str], None] = lambda text: Non
                 planned[alike] = error
             took = time.perf_counter() - begin
         plan = planned[alike]
-        for arm in prepared.work.arms_of(key) or ["base"]:
+        for arm in arms:
             if isinstance(plan, PostgradError):
                 found.trouble.setdefault(str(plan), {})[arm] = None
             else:
@@ -103,9 +107,10 @@ def look_ahead(prepared: Prepared, say: Callable[[str], None] = lambda text: Non
         found.seconds[key] = _seconds(plan, paces[sort])
     if found.trouble:
         told = "\n".join(f"  {', '.join(arms)}: {error}" for error, arms in found.trouble.items())
-        count = len({arm for arms in found.trouble.values() for arm in arms})
+        named = {arm for arms in found.trouble.values() for arm in arms}
+        what = f"{len(named)} arm{'s' * (len(named) > 1)}" if "the base" not in named else "the base"
         raise StageError(
-            f"{count} arm{'s' * (count > 1)} cannot be carried out; nothing was trained\n{told}",
+            f"{what} cannot be carried out; nothing was trained\n{told}",
             where=str(prepared.file),
             way_out="mend or leave out what is named",
         )

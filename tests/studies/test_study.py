@@ -23,6 +23,7 @@ from postgrad.data import material
 from postgrad.errors import DataError, StageError
 from postgrad.lineage.forgetting import redrawn
 from postgrad.lineage.record import read_record
+from postgrad.reports.study_words import summary
 from postgrad.stages import measure
 from postgrad.stages.parsing import read_yaml
 from postgrad.studies import arms as study_arms
@@ -526,6 +527,13 @@ def test_an_arm_that_cannot_finish_is_told_before_anything_is_trained(base: Path
         look_ahead(prepared)
     assert "2 arms cannot be carried out" in str(error.value) and "max_passes is 20" in str(error.value)
     assert not (prepared.folder.home / "runs").exists()
+    # What is wrong with the base is not told of the arms that need it.
+    for pretrain, said in (({"tokens": 900_000}, "max_passes is 20"), ({"model": {"fresh": "llama-60x"}}, "llama-60x")):
+        broken = {"pretrain": {**PRETRAINED["pretrain"], **pretrain}}
+        with pytest.raises(StageError) as error:
+            look_ahead(prepare(written(tmp_path / "base", raw(base, base=broken)), cache))
+        assert "the base cannot be carried out" in str(error.value) and said in str(error.value)
+        assert "  the base: " in str(error.value) and "none" not in str(error.value)
     ok = prepare(written(tmp_path, raw(base, base=PRETRAINED, arms={"none": {}})), cache)
     outlook = look_ahead(ok)
     record = outlook_record(ok, outlook)
@@ -600,6 +608,87 @@ def test_what_is_seen_while_it_goes_on(done: Prepared) -> None:
     assert "50%" in line and "1 done" in line and "+0.250" in line
 
 
+def told(*arms: dict[str, Any], pairs: list[dict[str, Any]] = [], **besides: Any) -> list[str]:  # noqa: B006
+    """The summary of arms, each on the frontier with two seeds unless it says something else."""
+    whole = [{"status": "finished", "seeds_there": [0, 1], "dominated_by": [], **arm} for arm in arms]
+    return summary({"arms": whole, "against": "none", "union": "union", "pairs": pairs, **besides})
+
+
+def between(low: float, high: float, **besides: Any) -> dict[str, Any]:
+    return {"value": (low + high) / 2, "low": low, "high": high, **besides}
+
+
+def changes(old: dict[str, Any], new: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"old": old, "new": new or between(-1.1, -0.9)}
+
+
+@pytest.mark.parametrize(
+    ("old", "said"),
+    [
+        (between(0.1, 0.2), "(none) the model forgets:"),
+        (between(-0.1, 0.2), "(none) the model is not shown to forget:"),
+        (between(-0.2, -0.1), "(none) the model does not forget:"),
+    ],
+)
+def test_what_is_said_of_forgetting(old: dict[str, Any], said: str) -> None:
+    assert said in told({"name": "none", "change": changes(old)})[0]
+
+
+def test_what_is_said_of_protection() -> None:
+    none = {"name": "none", "change": changes(between(0.5, 0.6))}
+    most = {"name": "most", "change": changes(between(0.1, 0.2)), "removed": between(0.7, 0.8)}
+    near = {"name": "near", "change": changes(between(0.1, 0.3)), "removed": between(0.6, 0.8)}
+    anew = {"name": "anew", "change": changes(between(0.0, 0.1)), "removed": between(0.9, 1.0), "from_scratch": True}
+    costs = {
+        "arm": "most",
+        "than": "none",
+        "old": between(-0.5, -0.4),
+        "new": between(0.01, 0.03, by_seed=[0.01, 0.02]),
+    }
+    apart = {"arm": "near", "than": "most", "old": between(0.01, 0.1, by_seed=[0.1, 0.01]), "new": between(0.0, 0.1)}
+    lines = told(none, near, most, anew, pairs=[costs, apart])
+    assert "most removed the largest share of it: 75 % (70 % to 80 %), at +0.020 (+0.010 to +0.030) nats" in lines[1]
+    assert "not shown" not in lines[1] and not any("removed less" in line for line in lines)
+    # The difference is shown neither where the seeds disagree nor where the interval holds zero.
+    apart["old"]["by_seed"] = [0.1, -0.01]
+    costs["new"] = between(-0.01, 0.03, by_seed=[0.01, 0.02])
+    lines = told(none, near, most, anew, pairs=[costs, apart])
+    assert lines[1].endswith("which is not shown to differ from nothing.")
+    assert lines[2] == "Not shown to have removed less than that: near."
+    # Nor is a share of forgetting removed that may be none.
+    poor = {"name": "poor", "change": changes(between(0.4, 0.6)), "removed": between(-0.1, 0.2)}
+    assert told(none, poor)[1] == "No other arm is shown to have removed any of it."
+
+
+def test_what_is_said_of_all_text_at_once() -> None:
+    gaps = {"none": between(0.2, 0.3), "best": between(0.1, 0.2), "anew": between(-0.5, -0.4)}
+    arms = [
+        {"name": name, "change": changes(between(0.1, 0.2)), "gap": {"average": gap}, "tokens": 2000.0}
+        for name, gap in gaps.items()
+    ]
+    arms[-1]["from_scratch"] = True  # it stands on no base, and so is none of those that are compared
+    union = {"name": "union", "change": changes(between(0.0, 0.1)), "tokens": 5000.0, "from_scratch": True}
+    (line,) = [line for line in told(*arms, union) if line.startswith("Against all text")]
+    assert (
+        "(union, 5k tokens from scratch) the best on average is best, 2k tokens on top" in line and "shown" not in line
+    )
+    arms[1]["gap"]["average"] = between(-0.1, 0.2)
+    assert "not shown to differ from nothing" in next(line for line in told(*arms, union) if "Against all" in line)
+
+
+def test_what_few_seeds_do_not_tell() -> None:
+    arms = [{"name": name, "change": changes(between(0.1, 0.2))} for name in ("none", "other")]
+
+    def lines(*seeds: list[int]) -> list[str]:
+        whole = told(*({**arm, "seeds_there": own} for arm, own in zip(arms, seeds, strict=True)), seeds=[0, 1, 2])
+        return [line for line in whole if "seed" in line and "disagree" not in line]
+
+    assert "each arm was carried out once" in lines([0], [0])[0]
+    assert lines([0, 1, 2], [0, 1, 2]) == []
+    assert lines([0, 1, 2], [0])[0].endswith("which were carried out once: other.")
+    assert lines([0, 1], [0, 1, 2]) == ["Two seeds tell little of how far a third one would lie from these numbers."]
+
+
 # -- what is written for users ----------------------------------------------------------------------------------------
 
 
@@ -618,6 +707,7 @@ def test_templates_are_studies_and_those_that_are_shipped(
     monkeypatch.setattr(templates, "write_kinds", made.append)
     found = templates.write_study(Path("paper.yaml"), template, size, force=False)
     assert made == ([Path("paper-data")] if size == "laptop" else [])
+    assert found["files"][0] == ("paper.yaml" if template == "levers" else "paper-strong.yaml")
     bases = set()
     for name in found["files"]:
         work = work_out(load_study(Path(name)), lambda text: text.get("path"), name)
@@ -687,12 +777,64 @@ def test_kinds_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", [".", "..", "...", "sub/x"])
+def test_a_new_study_has_a_plain_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (["study", "init", name, "--template", "paper", "--size", "gpu"], ["init", name, "--template", "mlm"]):
+        refused = CliRunner().invoke(app, words)
+        assert isinstance(refused.exception, StageError) and "cannot name a run folder" in str(refused.exception)
+    assert not [*tmp_path.iterdir()]
+    # Who says the file's whole name means the file.
+    CliRunner().invoke(app, ["study", "init", "mine.yaml", "--template", "paper", "--size", "gpu"])
+    assert (tmp_path / "mine-strong.yaml").exists()
+
+
+def test_a_new_study_writes_over_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine-data").mkdir()
+    (tmp_path / "mine-data" / "old.jsonl").write_text("the user's")
+    with pytest.raises(StageError, match="mine-data is there already"):
+        templates.write_study(Path("mine.yaml"), "levers", "laptop", force=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine-data"]
+    assert (tmp_path / "mine-data" / "old.jsonl").read_text() == "the user's"
+
+
+def test_several_files_are_read_before_the_first_is_carried_out(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTGRAD_CACHE", str(tmp_path / "cache"))
+    file = written(tmp_path, raw(base))
+    for name, study, said in (
+        ("bad.yaml", raw(base, name="other", against="nobody"), "names an arm 'nobody'"),
+        ("same.yaml", raw(base, seeds=[1]), "study.yaml has the same folder"),
+    ):
+        (tmp_path / name).write_text(yaml.safe_dump(study))
+        refused = CliRunner().invoke(app, ["study", str(file), str(tmp_path / name)])
+        assert isinstance(refused.exception, StageError) and said in str(refused.exception)
+        assert not (tmp_path / "studies").exists()
+    refused = CliRunner().invoke(app, ["study", "seeds=[0]"])
+    assert isinstance(refused.exception, StageError) and "no study is named" in str(refused.exception)
+
+
+def test_two_files_do_not_share_a_folder(base: Path, tmp_path: Path, cache: Path) -> None:
+    one = prepare(written(tmp_path, raw(base)), cache)
+    next(iter(run_study(one, command="x")))
+    other = tmp_path / "other.yaml"
+    other.write_text(one.file.read_text())
+    with pytest.raises(StageError, match=r"study\.yaml has the same folder"):
+        next(iter(run_study(prepare(other, cache), command="x")))
+    one.file.unlink()  # then it has another name now, and goes on
+    assert isinstance(next(iter(run_study(prepare(other, cache), command="x"))), StepBegan)
+
+
 def test_the_command(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage_of: StageOf) -> None:
     file = written(tmp_path, raw(base, arms={"none": {}, "replay": {"replay": "25%"}}))
     monkeypatch.setenv("POSTGRAD_CACHE", str(tmp_path / "cache"))
     planned = CliRunner().invoke(app, ["study", str(file), "--dry-run"])
     assert planned.exit_code == 0, planned.output
     assert "2 runs of 4k tokens in all" in planned.stdout and "time: about" in planned.stdout
+    # Where nobody watches there are few lines of how far planning is.
+    assert planned.stderr.splitlines() == ["planning none-s0 (1 of 2 runs) ..."]
     assert not (tmp_path / "studies" / "tiny" / "runs").exists()
     ran = CliRunner().invoke(app, ["study", str(file)])
     assert ran.exit_code == 0, ran.output
