@@ -145,6 +145,14 @@ def _checked(
     law: Law, inputs: Inputs, losses: Sequence[float] | np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     losses_N = np.asarray(losses, float)
+    for name in law.inputs:
+        shape = np.shape(inputs[name]) if name in inputs else (0,)
+        if shape not in ((), losses_N.shape):
+            raise DataError(
+                f"{np.prod(shape)} numbers for {name}",
+                where=law.name,
+                expected=f"a number for each of {len(losses_N)} losses, or one for all",
+            )
     table = {name: np.broadcast_to(np.asarray(inputs[name], float), losses_N.shape) for name in law.inputs}
     for name, values_N in (*table.items(), ("loss", losses_N)):
         strange = np.flatnonzero(~np.isfinite(values_N) | (values_N < 0) | ((name == "loss") & (values_N == 0)))

@@ -155,7 +155,8 @@ BETHUNE = Law(
 def injected_share(fitted: Fit, *, new_tokens: float, size: float, rise: float) -> Estimate:
     """The smallest share of old text with which its loss rises by at most `rise` nats per token; 0 when none is needed.
 
-    `(1 + B p) N = (A D^b / rise)^(1/a)`, solved for p. Raises `DataError` for a rise that is no positive number.
+    `(1 + B p) N = (A D^b / rise)^(1/a)`, solved for p. Raises `DataError` for a rise that is no positive number, or that no
+    share keeps to.
     """
     if not rise > 0:
         raise DataError(f"a rise of {rise:g} nats", where=BETHUNE.name, expected="a number above zero")
@@ -165,7 +166,13 @@ def injected_share(fitted: Fit, *, new_tokens: float, size: float, rise: float) 
             wanted = (p["A"] * new_tokens ** p["b"] / rise) ** (1.0 / max(p["a"], 1e-9)) / size
             return float(max(0.0, (wanted - 1.0) / max(p["B"], 1e-12)))
 
-    return fitted.solve(find)
+    if find(fitted.values) > 1:
+        raise DataError(
+            f"no share of old text keeps the rise of its loss within {rise:g} nats per token",
+            where=BETHUNE.name,
+            expected="a larger rise, fewer tokens of new text, or a larger model",
+        )
+    return fitted.solve(lambda p: min(find(p), 1.0))  # a draw that asks for more than all is not left out
 
 
 # --- where a curve crosses a bound ------------------------------------------------------------------------
@@ -193,4 +200,5 @@ def _reached(general: Fit, find: Callable[[Mapping[str, float]], float], bound: 
             where=general.law.name,
             expected=f"a bound of {losses_N.min():.4f} or more, which is the lowest that the fit allows",
         )
-    return general.solve(find)
+    # A draw in which no share keeps within the bound is no reason for a surer answer: it allows nothing.
+    return general.solve(lambda values: float(np.nan_to_num(find(values))))

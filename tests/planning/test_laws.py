@@ -77,6 +77,23 @@ def test_the_critical_ratio_of_a_fit_is_where_it_meets_the_bound() -> None:
     assert laws.critical_ratio(fitted, 2.05).value == pytest.approx((0.05 / 0.4) ** (1 / 1.5), abs=1e-4)
 
 
+def test_a_draw_that_allows_nothing_widens_the_interval() -> None:
+    """Losses 0.4 R + b: at most 2.2 where R <= (2.2 - b) / 0.4; for a b above 2.2 there is no such share."""
+    draws_SP = np.array([[0.4, 1.0, b] for b in np.linspace(1.9, 2.5, 61)])
+    fitted = Fit(laws.MIXTURE, np.array([0.4, 1.0, 2.0]), draws_SP, 0.01, 8)
+    found = laws.critical_ratio(fitted, 2.2)
+    assert found.value == pytest.approx(0.5, abs=1e-4)
+    assert found.low == 0.0 < found.high  # without those draws it would be .02, as if half of them had not been drawn
+    law = Fit(
+        laws.BETHUNE, np.array([2.0, 1.0, 1.0, 10.0, 1.0]), np.array([[2.0, a, 1.0, 10.0, 1.0] for a in (1, 20)]), 0, 9
+    )
+    # (1 + 10 p) 1 = A D / 0.5: p = .1 at A = 1, D = 1, and 3.9 at A = 20, which is more than all.
+    found = laws.injected_share(law, new_tokens=1.0, size=1.0, rise=0.5)
+    assert (found.value, found.low) == (pytest.approx(0.1), pytest.approx(0.1)) and 0.9 < found.high <= 1.0
+    with pytest.raises(DataError, match=r"no share of old text keeps the rise of its loss within 0\.01"):
+        laws.injected_share(law, new_tokens=1.0, size=1.0, rise=0.01)
+
+
 def test_areas_of_a_schedule() -> None:
     rates = np.array([4.0, 3.0, 3.0, 1.0])
     assert forward_area(rates).tolist() == [4, 7, 10, 11]
@@ -198,3 +215,10 @@ def test_points_that_cannot_be_fitted_are_refused(ratio: list[float], losses: li
     with pytest.raises(DataError, match=said) as error:
         fit(laws.MIXTURE, {"ratio": ratio}, losses)
     assert "4 or more different points" in str(error.value) or "finite numbers" in str(error.value)
+
+
+@pytest.mark.parametrize("inputs", [{"ratio": [0.1, 0.5, 0.7]}, {}, {"share": [0.1, 0.5, 0.7, 1.0]}])
+def test_points_and_losses_that_do_not_belong_together_are_refused(inputs: dict[str, list[float]]) -> None:
+    with pytest.raises(DataError, match=r"[03] numbers for ratio") as error:
+        fit(laws.MIXTURE, inputs, [2.0, 1.9, 1.8, 1.7])  # type: ignore[arg-type]
+    assert "a number for each of 4 losses" in str(error.value)
