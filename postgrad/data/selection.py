@@ -177,6 +177,13 @@ def inside(values_N: np.ndarray, low: float, high: float, where: str) -> Band:
     Raises `DataError` for too few documents.
     """
     known = values_N[~np.isnan(values_N)]
+    if len(known) < min(len(values_N), FEWEST_DOCUMENTS):
+        raise DataError(
+            f"of {len(values_N):,} documents {len(known):,} are long enough to be judged",
+            where=where,
+            expected=f"at least {FEWEST_DOCUMENTS} of two tokens or more",
+            way_out="give longer documents, or leave this selection out",
+        )
     enough(len(known), where)
     edges = np.quantile(known, [low, high])
     # A quantile between two documents is no value of either: rounding must not push one out.

@@ -44,7 +44,7 @@ from postgrad.stages.selection import (
 )
 from postgrad.tuning.opened import open_model, start_fingerprint, task_at
 
-_FORMAT = 1
+_FORMAT = 2
 _SHOWN = 3
 """Documents that are shown of those that are kept, and of those that are left out."""
 _SHOWN_CHARACTERS = 200
@@ -103,7 +103,8 @@ def select(
                 _write(place, _carried_out(way, before, files, where, reading, cache, key, seed, report))
         chosen, step = _read(place)
         store = before.only(chosen, key)
-        steps.append({"kind": way.kind, "how": how(way), **step})
+        short = f"; {step['unjudged']:,} too short to be judged are left out" if step["unjudged"] else ""
+        steps.append({"kind": way.kind, "how": how(way) + short, **step})
     return Selected(store, tuple(steps))
 
 
@@ -177,7 +178,12 @@ def _carried_out(
             copy_of_N = ways.copies(ways.texts_in(store, tokenizer), way.threshold, told)
             found = _Found(np.flatnonzero(copy_of_N < 0), np.full(len(store), np.nan), "", copy_of_N=copy_of_N)
     if not len(found.chosen):
-        raise DataError(f"nothing of '{files.name}' is left", where=where, expected="a selection that keeps something")
+        raise DataError(
+            f"nothing of the {len(store):,} documents of '{files.name}' is left: {how(way)}",
+            where=where,
+            expected="a selection that keeps something",
+            way_out="keep more",
+        )
     return found.chosen, _account(store, found, tokenizer)
 
 
@@ -332,6 +338,7 @@ def _account(store: TokenStore, found: _Found, tokenizer: Tokenizer) -> dict[str
         "after": {"documents": len(found.chosen), "tokens": int(table["tokens"][found.chosen].sum())},
         "unit": found.unit,
         "edges": list(found.edges) if found.edges else None,
+        "unjudged": int(np.isnan(found.values_N).sum()) if found.unit else 0,
         "values": _histogram(found.values_N, kept_N),
         **parts,
     }

@@ -53,8 +53,8 @@ class PerplexitySelection(Part):
     """Who judges: `start`, or another decoder (a folder, a run or a Hub name)."""
     between: tuple[Share, Share] = (0.1, 0.9)
     """Which part is kept, from the easiest documents on: two shares such as [10%, 90%]."""
-    tokens: Amount = 1024
-    """How much of the beginning of each document is judged."""
+    tokens: Annotated[Amount, Field(ge=2)] = 1024
+    """How much of the beginning of each document is judged; documents of which nothing can be predicted are left out."""
 
     @field_validator("between")
     @classmethod

@@ -139,6 +139,19 @@ def test_only_the_beginning_is_judged_when_asked(
         assert row["value"] == pytest.approx(nats / np.log(2) / size, rel=1e-4)
 
 
+def test_what_cannot_be_judged_is_counted(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mixed.jsonl", [*"abcdefghijkl", *OLD])
+    plan = plan_of(selected(stage_of, {"kind": "perplexity", "between": [0, 1]}))
+    (step,) = plan.leaves[0].selection
+    assert step["unjudged"] == 12 and step["after"]["documents"] == len(OLD)
+    assert "; 12 too short to be judged are left out" in "\n".join(plan_lines(plan))
+    whole = plan_of(selected(stage_of, {"kind": "duplicates"}))
+    assert whole.leaves[0].selection[0]["unjudged"] == 0
+    write_jsonl(tmp_path / "mixed.jsonl", [*"abcdefghijkl", *OLD[:3]])
+    with pytest.raises(DataError, match="of 15 documents 3 are long enough to be judged"):
+        plan_of(selected(stage_of, {"kind": "perplexity"}))
+
+
 def test_a_judgement_goes_on_where_it_was_stopped(
     stage_of: StageOf, plan_of: PlanOf, mixed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +264,8 @@ def test_rows_with_parts_are_selected_by_their_words(stage_of: StageOf, plan_of:
         ({**DSIR, "keep": "0.1%"}, "is none"),
         ({"kind": "perplexity", "between": ["90%", "10%"]}, "from a smaller share to a larger"),
         ({"kind": "perplexity", "model": "nobody/here/there"}, "nobody"),
+        ({"kind": "perplexity", "tokens": 1}, "tokens"),
+        ({"kind": "perplexity", "between": [0.5, 0.5001]}, r"nothing of the 150 documents .* 50 % to 50\.01 %"),
         ({"kind": "duplicates", "threshold": 0.1}, "threshold"),
         ({"kind": "best"}, "best"),
     ],
