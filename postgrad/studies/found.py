@@ -8,6 +8,7 @@ loss is the mean over its seeds; how far the seeds lie apart is told beside it a
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from postgrad.training.meters import read_metrics
 FORMAT = 1
 ON = ("old", "new", "average")
 _FEWEST_SHARES = 5
+_MISSING = "an arm is missing"
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def findings(prepared: Prepared, failed: Mapping[str, str]) -> dict[str, Any]:
     measured: dict[str, _Measured] = {}
     for name, chains in there.items():
         if chains:
-            scores = {c.seed: measure.read_scores(_scores(prepared, c.last)) for c in chains}
+            scores = {c.seed: _read_scores(_scores(prepared, c.last)) for c in chains}
             by_seed = {seed: reader.losses([found]) for seed, found in scores.items()}
             mean = reader.losses(list(scores.values()))
             measured[name] = _Measured(name, study.arms[name], chains, mean, by_seed)
@@ -172,10 +174,22 @@ def _base_scores(prepared: Prepared) -> measure.AllScores | None:
         if first.kind == "train" and not prepared.study.from_scratch(chain.arm):
             place = prepared.folder.place(first) / "scores" / "before.npz"
             if place.exists():
-                return measure.read_scores(place)
+                return _read_scores(place)
     if base is not None and _scores(prepared, base).exists():
-        return measure.read_scores(_scores(prepared, base))
+        return _read_scores(_scores(prepared, base))
     return None
+
+
+def _read_scores(place: Path) -> measure.AllScores:
+    """The scores of a run. Raises `DataError` where they are gone or broken."""
+    try:
+        return measure.read_scores(place)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"the scores of a finished run cannot be read ({error})",
+            where=str(place),
+            way_out=f"remove the folder {place.parents[1]}; the same command makes this run anew",
+        ) from error
 
 
 def _levels(losses: Losses) -> dict[str, dict[str, float]]:
@@ -360,7 +374,8 @@ def _claim(claim: Claim, study: Study, measured: Mapping[str, _Measured], start:
         if arm and reference and start:
             found = removed(arm.mean.on("old"), reference.mean.on("old"), start.on("old"))
         if found is None or not (arm and reference and start):
-            return {**out, "verdict": "not shown", "why": "there is no forgetting to remove, or an arm is missing"}
+            why = _MISSING if not (arm and reference and start) else f"{reference.name} is not shown to forget"
+            return {**out, "verdict": "not shown", "why": why}
         zero = start.on("old").value
         both = sorted(arm.by_seed.keys() & reference.by_seed.keys())
         by_seed = [
@@ -373,7 +388,7 @@ def _claim(claim: Claim, study: Study, measured: Mapping[str, _Measured], start:
     than = measured.get(claim.than or "")
     out["bound"] = claim.at_most
     if arm is None or than is None:
-        return {**out, "verdict": "not shown", "why": "an arm is missing"}
+        return {**out, "verdict": "not shown", "why": _MISSING}
     entry = _difference(arm, than, claim.on)
     return {**out, **entry, "verdict": verdict(entry, claim.at_most)}
 

@@ -25,7 +25,7 @@ from postgrad.errors import PostgradError, StageError
 from postgrad.publish import write_atomically
 from postgrad.stages.folder import alone
 from postgrad.studies.arms import Work, is_made, work_out
-from postgrad.studies.steps import MACHINE, Folder, Halted, Moved, Warned, carry_out
+from postgrad.studies.steps import MACHINE, Folder, Halted, Moved, Warned, carry_out, kept
 from postgrad.studies.study import Study, load_study
 from postgrad.training.world import World
 
@@ -126,7 +126,7 @@ class _Prints:
 
     def __init__(self, home: Path, root: Path) -> None:
         self.memo_file, self.root = home / TEXTS, root
-        self.memo: dict[str, list[Any]] = json.loads(self.memo_file.read_text()) if self.memo_file.exists() else {}
+        self.memo: dict[str, list[Any]] = kept(self.memo_file)
 
     def __call__(self, text: Mapping[str, Any]) -> object:
         said = {key: value for key, value in text.items() if key not in ("name", "share", "role", "max_passes")}
@@ -200,8 +200,7 @@ def run_study(prepared: Prepared, *, command: str, workers: int | None = None) -
 
 def spent(folder: Folder) -> dict[str, float]:
     """Seconds that the study took until now, over all its goes, times the devices it had."""
-    place = folder.home / TIMES
-    return json.loads(place.read_text()) if place.exists() else {"wall": 0.0, "devices": 0.0, "inside": 0.0}
+    return {"wall": 0.0, "devices": 0.0, "inside": 0.0, **kept(folder.home / TIMES)}
 
 
 def seconds_inside(prepared: Prepared) -> float:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from postgrad.errors import ModelError
+from postgrad.errors import ModelError, StageError
 from postgrad.lineage.record import RECORD, read_record
 from postgrad.models import blend, machine
 from postgrad.models.model import model_for
@@ -96,20 +96,35 @@ class Folder:
 
     def note(self, step: Step) -> dict[str, Any]:
         """What is known of how a step was made: its seconds by phase, and the most memory it took on an accelerator."""
-        place = self.shelf / NOTES / f"{step.key}.json"
-        return json.loads(place.read_text()) if place.exists() else {}
+        return kept(self.shelf / NOTES / f"{step.key}.json")
 
     @property
     def machine(self) -> dict[str, Any]:
         """How all runs of the study do their arithmetic: chosen once, so that no two arms differ in it."""
-        place = self.shelf / MACHINE
-        return json.loads(place.read_text()) if place.exists() else {}
+        return kept(self.shelf / MACHINE)
 
     def stage(self, work: Work, step: Step) -> dict[str, Any]:
         """The stage of a step with all places filled in, as plain data."""
         whole = resolved(step.what, lambda key: str(self.place(work.steps[key])))
         compute = {**self.machine.get("compute", {}), **(whole.get("compute") or {})}
         return {**whole, "output": str(self.place(step)), **({"compute": compute} if compute else {})}
+
+
+def kept(place: Path) -> dict[str, Any]:
+    """What a study keeps in a file of its own; empty where there is none. Raises `StageError` for a broken one."""
+    if not place.exists():
+        return {}
+    try:
+        found = json.loads(place.read_text())
+    except ValueError as error:
+        raise _broken(place, f"not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise _broken(place, "not a JSON object")
+    return found
+
+
+def _broken(place: Path, met: str) -> StageError:
+    return StageError(met, where=str(place), way_out="remove this file; what it remembers is found out anew")
 
 
 @dataclass

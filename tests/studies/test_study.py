@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,17 @@ from postgrad.studies.arms import Work, work_out
 from postgrad.studies.finish import finish
 from postgrad.studies.found import Drawn, findings, removed, verdict
 from postgrad.studies.plan import look_ahead, outlook_record
-from postgrad.studies.run import Ended, Prepared, StepBegan, StepEnded, StepFailed, prepare, run_study
+from postgrad.studies.run import (
+    Ended,
+    Prepared,
+    StepBegan,
+    StepEnded,
+    StepFailed,
+    prepare,
+    run_study,
+    seconds_inside,
+    spent,
+)
 from postgrad.studies.steps import Moved, carry_out
 from postgrad.studies.study import load_study, merged, parse_study, study_schema
 from postgrad.study_screen import Standing, drawn
@@ -439,6 +450,34 @@ def test_finished_runs_are_taken_as_they_are(done: Prepared) -> None:
     more = written(done.file.parent / "besides", {**study, "runs": str(done.folder.home), "output": "here"})
     wider = prepare(more, done.folder.cache)
     assert [wider.work.steps[key].slug for key in wider.left] == ["more-s0"]
+
+
+@pytest.mark.parametrize("name", ["texts.json", "times.json", "machine.json", "notes/{key}.json"])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_file_of_its_own_is_told(done: Prepared, tmp_path: Path, name: str, text: str) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(done.folder.home, home, ignore=shutil.ignore_patterns("runs"))
+    broken = home / name.format(key=done.work.base)
+    broken.write_text(text)
+    study = yaml.safe_load(done.file.read_text())
+    file = written(tmp_path, {**study, "output": str(home)})
+    with pytest.raises(StageError, match="remove this file") as error:
+        prepared = prepare(file, done.folder.cache)
+        prepared.folder.machine, seconds_inside(prepared), spent(prepared.folder)
+    assert str(broken) in str(error.value)
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda place: place.write_bytes(b"PK")])
+def test_scores_that_are_gone_are_told_with_the_way_out(done: Prepared, harm: Any) -> None:
+    place = done.folder.place(done.work.steps[done.work.of_arm("replay")[0].last])
+    scores = place / "scores" / "after.npz"
+    whole = scores.read_bytes()
+    harm(scores)
+    try:
+        with pytest.raises(DataError, match=f"remove the folder {re.escape(str(place))}"):
+            findings(done, {})
+    finally:
+        scores.write_bytes(whole)
 
 
 def test_what_is_left_behind_reads_back(done: Prepared) -> None:
