@@ -16,7 +16,7 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _NUMBER = r"\d[\d_,]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?"
 
 
-def _number(value: Any) -> Any:
+def no_truth(value: Any) -> Any:
     """YAML reads yes and no as truth values, which Python counts as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError(f"a number is expected, not {str(value).lower()}")
@@ -33,7 +33,7 @@ def _amount(value: Any) -> Any:
         if not math.isfinite(value):
             raise ValueError(f"a number of tokens such as 500k, 20M or 1.5B is expected, not {value}")
         return round(value)
-    return _number(value)
+    return no_truth(value)
 
 
 def _share(value: Any) -> Any:
@@ -42,7 +42,7 @@ def _share(value: Any) -> Any:
         if not match:
             raise ValueError(f"a share such as 5% or 0.05 is expected, not {value!r}")
         return float(match[1].replace("_", "").replace(",", "")) / (100 if match[2] else 1)
-    return _number(value)
+    return no_truth(value)
 
 
 def _length(value: Any) -> Any:
@@ -63,7 +63,7 @@ def _patience(value: Any) -> Any:
         if not match:
             raise ValueError(f"a number of looks such as `3 looks`, or none, is expected, not {value!r}")
         return int(match[1])
-    return _number(value)
+    return no_truth(value)
 
 
 # In a file each of these may also be text; the schema says so, as editors hold files against it.
@@ -92,9 +92,9 @@ Patience = Annotated[
     Field(description="3 looks, or none"),
     BeforeValidator(_patience, json_schema_input_type=int | str | None),
 ]
-Rate = Annotated[float, Field(gt=0, description="a learning rate"), BeforeValidator(_number)]
-Positive = Annotated[int, Field(gt=0), BeforeValidator(_number)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, description="a learning rate"), BeforeValidator(no_truth)]
+Positive = Annotated[int, Field(gt=0), BeforeValidator(no_truth)]
+Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(no_truth)]
 
 
 def in_steps(length: str, steps: int, tokens: int) -> float:

@@ -168,6 +168,19 @@ def objective_for(
     return Weighed(made_for, (*((number,) if number >= 0 else ()), *teachers))
 
 
+def refuse_unused(objectives: Sequence[AnyObjective], weighed: Sequence[Sequence[int]]) -> None:
+    """Raise `StageError` for an objective that is taken on no source. `weighed`: the objectives' numbers by source."""
+    taken = {number for numbers in weighed for number in numbers}
+    for number, spec in enumerate(objectives):
+        if number not in taken:
+            raise StageError(
+                f"{spec.kind} is taken on no source, as another objective has them all",
+                where=f"objectives[{number}]",
+                expected="sources whose rows it serves and no other objective names",
+                way_out="name its sources: `on: [NAME]`, or leave it out",
+            )
+
+
 def scored_as(objective: RowsObjective, own: Sequence[RowsObjective]) -> RowsObjective:
     """What held-out rows are scored as: a model that writes itself is measured by how it reads what others wrote."""
     return own[0] if isinstance(objective, OnPolicyObjective) else objective

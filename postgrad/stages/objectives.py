@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from postgrad.stages.amounts import Length, Part, Positive, Share
+from postgrad.stages.amounts import Length, Part, Positive, Share, no_truth
 
-Weight = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(gt=0), BeforeValidator(no_truth)]
 
 
 class Objective(Part):
@@ -60,7 +60,7 @@ class SpanCorruptionObjective(Objective):
     kind: Literal["span-corruption"]
     density: Annotated[Share, Field(gt=0, lt=1)] = 0.15
     """Share of a row's tokens that leave the input."""
-    mean_span: Annotated[float, Field(ge=1)] = 3.0
+    mean_span: Annotated[float, Field(ge=1), BeforeValidator(no_truth)] = 3.0
     """Mean length of a span."""
 
 
@@ -104,7 +104,7 @@ class DecidingHead(Part):
     """Of the tanh layers (left out: as wide as what they read), or of each direction of the BiLSTM (768)."""
     depth: Positive | None = None
     """How many tanh layers (left out: one), or layers of the BiLSTM (two, as in BERT's feature-based runs)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1), BeforeValidator(no_truth)] | None = None
     """Between its layers; left out: the backbone's own, or 10%."""
 
     @model_validator(mode="after")
@@ -167,9 +167,9 @@ class ClassifyObjective(Objective):
 class Weighing(Part):
     """A weight that changes over the stage: a pure function of the step."""
 
-    start: Annotated[float, Field(ge=0)]
+    start: Annotated[float, Field(ge=0), BeforeValidator(no_truth)]
     """At the stage's first step."""
-    end: Annotated[float, Field(ge=0)]
+    end: Annotated[float, Field(ge=0), BeforeValidator(no_truth)]
     """From the end of `over` on."""
     shape: Literal["linear", "cosine"] = "linear"
     """How it gets there."""
@@ -183,7 +183,7 @@ class SampledCache(Part):
     kind: Literal["sampled"] = "sampled"
     draws: Annotated[int, Field(ge=1, le=255)] = 50
     """Draws for each label, with replacement; about a dozen different ids of 50."""
-    temper: Annotated[float, Field(gt=0)] = 1.0
+    temper: Annotated[float, Field(gt=0), BeforeValidator(no_truth)] = 1.0
     """Ids are drawn from the distribution to this power and weighted back: below 1 rare ids are met more often."""
 
 
@@ -228,7 +228,7 @@ class DistillObjective(Objective):
     objective is taken on has this one alone."""
     direction: Literal["forward", "reverse"] = "forward"
     """forward: KL(teacher || model), which covers all that the teacher says; reverse: KL(model || teacher)."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0), BeforeValidator(no_truth)] = 1.0
     """Both distributions are softened by it; the divergence is multiplied by its square."""
     cache: AnyCache = "none"
     """none: the teacher is asked at every step; else once, over the rows that the stage will read."""
@@ -256,7 +256,7 @@ class OnPolicyObjective(Objective):
     """Tokens of running text that are a prompt; 0: it begins from nothing. Of an example all before the answer is one."""
     new_tokens: Positive = 96
     """Tokens that are written, if the text does not end before. `data.sequence_length` has room for both."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0), BeforeValidator(no_truth)] = 1.0
     """Of the writing; both models are compared at 1."""
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from postgrad.stages.amounts import Part
+from postgrad.stages.amounts import Part, no_truth
 
 
 def _form(value: Any) -> str:
@@ -16,7 +16,8 @@ def _form(value: Any) -> str:
 
 
 AnyStrength = Annotated[
-    Annotated[Annotated[float, Field(ge=0, le=1e30)], Tag("number")] | Annotated[Literal["auto"], Tag("word")],
+    Annotated[Annotated[float, Field(ge=0, le=1e30), BeforeValidator(no_truth)], Tag("number")]
+    | Annotated[Literal["auto"], Tag("word")],
     Discriminator(_form),
 ]
 

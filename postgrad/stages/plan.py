@@ -33,7 +33,16 @@ from postgrad.stages.held_out import (
     one_by_one,
     overlaps,
 )
-from postgrad.stages.layouts import left_out, lost, made_with, make_rows, objectives_for, plainly_chats, task_for
+from postgrad.stages.layouts import (
+    left_out,
+    lost,
+    made_with,
+    make_rows,
+    objectives_for,
+    plainly_chats,
+    refuse_unused,
+    task_for,
+)
 from postgrad.stages.leaves import Leaf, Progress, demonstrating, labels_for, make_leaves, seen_by, wanted_sources
 from postgrad.stages.mixing import told
 from postgrad.stages.objectives import AnyObjective, PrefixLMObjective
@@ -206,6 +215,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
     notes: list[str] = [made_note(start, stage)] if start.made else []
     task = task_for(objectives, start)
     wanted = wanted_sources(stage, objectives, made_with(start), root, seen)
+    refuse_unused(objectives, [item.weighed for item in wanted])
     labels = labels_for(wanted, cache)
     if labels and labels.problem == "tags" and task == "classify":
         task = "tag"

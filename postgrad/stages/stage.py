@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from postgrad.errors import nearest_or_all
 from postgrad.lineage.fingerprint import fingerprint
-from postgrad.stages.amounts import Amount, AmountOrNone, Beta, Length, Part, Patience, Positive, Share
+from postgrad.stages.amounts import Amount, AmountOrNone, Beta, Length, Part, Patience, Positive, Share, no_truth
 from postgrad.stages.mixing import AnyMixing, completed
 from postgrad.stages.objectives import AnyObjective
 from postgrad.stages.penalties import AnyPenalty
@@ -52,7 +52,7 @@ class Source(Worded):
     held_out: Share | None = None
     """Share of documents (by content hash) kept for evaluation; left out: enough for about 200 documents when
     `evaluation` names no file of that role (learned; retained for replay), else none."""
-    max_passes: Annotated[float, Field(gt=0)] = 4.0
+    max_passes: Annotated[float, Field(gt=0), BeforeValidator(no_truth)] = 4.0
     """How often the source may be read in this stage; see `data.when_short`."""
     stands_for: Amount | None = None
     """Tokens of this distribution that the start model consumed before its first recorded stage; counts as seen."""
@@ -145,13 +145,13 @@ class Optimizer(Part):
     kind: Literal["adamw"] = "adamw"
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the two moments."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0), BeforeValidator(no_truth)] = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0), BeforeValidator(no_truth)] = 0.1
     """Decoupled, times the rate."""
     decay_tables: bool = False
     """Let the input embedding and the output head decay too."""
-    clip: Annotated[float, Field(gt=0)] = 1.0
+    clip: Annotated[float, Field(gt=0), BeforeValidator(no_truth)] = 1.0
     """The largest 2-norm of the whole gradient."""
     moments: Literal["reset", "keep", "keep-second"] = "reset"
     """At the stage's start: from zero, or the start checkpoint's (both moments, or only the second)."""
@@ -237,7 +237,7 @@ class Choose(Part):
     """`loss`, or a metric of that set, such as `accuracy` or `macro F1`."""
     patience: Patience = None
     """Training ends after so many looks in a row without a gain, such as `3 looks`; none: the budget is used up."""
-    gain: Annotated[float, Field(ge=0)] = 0.0
+    gain: Annotated[float, Field(ge=0), BeforeValidator(no_truth)] = 0.0
     """What the best so far must be surpassed by to count as a gain, in the unit of `by`."""
     enough: float | None = None
     """Training ends when a look has reached this, in the unit of `by`, and has forgotten no more than is allowed."""

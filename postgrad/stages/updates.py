@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from postgrad.stages.amounts import Part, Share
+from postgrad.stages.amounts import Part, Share, no_truth
 
 Some = Annotated[Share, Field(gt=0)]
 
@@ -35,5 +35,5 @@ class LossAdaptive(Part):
 
     start: Some = 0.5
     """The share of the schedule's rate that the first step takes; it rises to all of it as the loss falls."""
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    smoothing: Annotated[float, Field(ge=0, lt=1), BeforeValidator(no_truth)] = 0.9
     """How much of the mean loss of the steps before goes into that of the next."""

@@ -315,6 +315,13 @@ def test_a_teacher_of_other_tokens_is_refused_by_name(shelf: Shelf) -> None:
         assert caught.value.where == "objectives[1].teacher"
 
 
+@pytest.mark.parametrize("second", [{"kind": "on-policy", "prompt_tokens": 8, "new_tokens": 8}, NEXT])
+def test_an_objective_that_is_taken_on_nothing_is_refused(shelf: Shelf, second: dict[str, Any]) -> None:
+    with pytest.raises(StageError, match="is taken on no source") as caught:
+        shelf.plan(shelf.stage("unused", objectives=[NEXT, second]))
+    assert caught.value.where == "objectives[1]"
+
+
 def test_a_classifier_of_other_labels_is_no_teacher(shelf: Shelf) -> None:
     raw = pure(shelf, "class")
     raw["objectives"] = [{"kind": "classify"}, {**DISTILL, "teacher": decided(shelf, "paired")}]
