@@ -206,6 +206,7 @@ PAGES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "restoring": ("distillation", of_restoring),
     "teachers' cost": ("distillation", of_teachers),
     "penalties": ("penalties", of_penalties),
+    "probes": ("representations", lambda: of_probes("probe")),
     "frozen layers": ("representations", lambda: of_probes("frozen_layers")),
 }
 
@@ -227,3 +228,24 @@ def test_a_figure_that_is_another_would_be_caught(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(AssertionError):
         test_every_row_is_that_of_the_results("levers")
+
+
+HELD = [
+    "distillation",
+    "distillation_speed",
+    "fewer_weights",
+    "frozen_layers",
+    "layer_probe",
+    "levers",
+    "levers_python",
+]
+HELD += ["penalties", "penalty_speed", "probe", "restore", "update_speed"]
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_results_say_their_command_and_machine_and_how_often(name: str) -> None:
+    found = read(name)
+    said = found | found.get("setting", {}) | found.get("settings", {}) | found.get("options", {})
+    assert said["repeat"].startswith(("python benchmarks/", "postgrad "))
+    assert said["machine"]["cpu"] and said["machine"]["cores"]
+    assert any(said.get(key) for key in ("seeds", "rounds", "repeats"))
