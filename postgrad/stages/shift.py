@@ -13,7 +13,7 @@ import numpy as np
 
 from postgrad.data.formats import read_documents
 from postgrad.data.sources import Source as Files
-from postgrad.errors import DataError
+from postgrad.errors import DataError, StageError
 from postgrad.evaluation.likelihood import Scores
 from postgrad.lineage.forgetting import bootstrap
 from postgrad.models import machine
@@ -51,8 +51,11 @@ def measure_shift(
 ) -> dict[str, Any]:
     """Measure how far `new` files are from `old` ones, for a model.
 
-    Raises `DataError` for too little text, and for old and new text that are one and the same.
+    Raises `DataError` for too little text, and for old and new text that are one and the same, `StageError` for a page that
+    would be a folder.
     """
+    if report and report.is_dir():
+        raise StageError(f"{report} is a folder", where="--report", expected="a file for the page")
     machine.tune_allocator()
     start = locate(model, Path.cwd(), base)
     tokenizer = load_tokenizer(start)

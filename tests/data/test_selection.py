@@ -65,6 +65,8 @@ def test_weights_are_the_formula() -> None:
     assert found.logs_N == pytest.approx(plainly(raw, LIKE), rel=1e-9)
     assert found.grams_N.tolist() == [len(grams(text)) for text in raw]
     assert found.logs_N[-2] == 0.0  # nothing says nothing
+    sizes = [max(1, len(grams(text))) for text in raw]
+    assert found.per_gram_N == pytest.approx(np.array(plainly(raw, LIKE)) / sizes, rel=1e-9)
     # Mutants: without pairs of words, or with the roles of the two texts changed, it is another number.
     assert found.logs_N != pytest.approx(plainly(raw, LIKE, pairs=False), rel=1e-3)
     assert found.logs_N != pytest.approx(plainly(raw, FOOD), rel=1e-3)
@@ -111,6 +113,7 @@ def test_too_few_words_and_shares_of_nothing_are_refused() -> None:
         target_counts(["a few words"], "select.like")
     assert found.value.where == "select.like" and f"{FEWEST_WORDS:,}" in str(found.value)
     assert as_many(0.25, 100, "keep") == 25
+    assert as_many(0.29, 100, "keep") == 29  # .29 * 100 is a little less
     with pytest.raises(DataError, match="is none"):
         as_many(0.001, 100, "keep")
     with pytest.raises(DataError, match="too few"):

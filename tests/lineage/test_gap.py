@@ -37,6 +37,21 @@ def test_anything_else_is_none(changes: list[float]) -> None:
     assert stability_gap(looks) is None
 
 
+def test_the_first_quarter_is_that_of_the_looks_wherever_they_begin() -> None:
+    rising = [0.0, 0.1, 0.2, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1]
+    assert stability_gap(curve(rising)) is None  # highest at 3/8
+    early = [0.0, 0.1, 0.4, *rising[4:], 0.1]
+    found = stability_gap([look._replace(x=look.x + 5) for look in curve(early)])
+    assert found is not None and found.at == pytest.approx(5.25)  # just at a quarter
+    assert stability_gap([look._replace(x=look.x + 5) for look in curve(rising)]) is None
+
+
+def test_a_tenth_of_the_rise_must_come_back() -> None:
+    assert stability_gap(curve([0.0, 0.4, 0.39, 0.37, 0.37, 0.37], wide=0.001)) is None
+    found = stability_gap(curve([0.0, 0.4, 0.39, 0.35, 0.35, 0.35], wide=0.001))
+    assert found is not None and found.back == pytest.approx(0.125)
+
+
 def test_wide_intervals_say_nothing_and_unknown_looks_are_passed_over() -> None:
     changes = [0.0, 0.4, 0.3, 0.2, 0.1, 0.1]
     assert stability_gap(curve(changes)) is not None

@@ -14,7 +14,7 @@ import pytest
 from postgrad.errors import DataError
 from postgrad.planning import laws
 from postgrad.planning.dynamics import CONTINUED, SHIFT, annealing_area, forward_area
-from postgrad.planning.fitting import Fit, Law, fit
+from postgrad.planning.fitting import Fit, Law, Parameter, fit
 
 CMR = {  # a, s, b, and the published share in % at 20B tokens
     "460M": (0.22524761, 0.26944345, -0.48139982, 29.8),
@@ -108,6 +108,44 @@ def test_areas_of_a_schedule() -> None:
     written = [sum(falls[k] * 0.999 ** (i - k) for i in range(t + 1) for k in range(i + 1)) for t in range(12)]
     assert annealing_area(rates) == pytest.approx(written)
     assert annealing_area(rates, 1.0) != pytest.approx(written, rel=1e-4)
+
+
+def test_formulas_are_those_of_the_papers() -> None:
+    """Each law at one point, worked out by hand from the formula of its paper."""
+
+    def at(law: Law, point: dict[str, float], values: dict[str, float]) -> float:
+        return float(law({name: np.array([value]) for name, value in point.items()}, values)[0])
+
+    # 1.5 + .6 (3 + 1)^-.5 - .2 * .5 - .3 * 2 + .4 (1 - (1 + 8 * 1)^-.5)
+    values = {"L0": 1.5, "A": 0.6, "a": 0.5, "C1": 0.2, "C2": 0.3, "B": 0.4, "E": 8.0, "b": 0.5}
+    point = {"forward": 1.0, "annealing": 2.0, "forward_before": 3.0, "annealing_before": 0.5}
+    assert at(CONTINUED, point, values) == pytest.approx(1.5 + 0.3 - 0.1 - 0.6 + 0.4 * (1 - 1 / 3))
+    # 2 - .3 * 2 + .4 (1 - (1 + 8 * 1)^-.5)
+    values = {"C": 0.3, "B": 0.4, "E": 8.0, "b": 0.5}
+    assert at(SHIFT, {"forward": 1.0, "annealing": 2.0, "base": 2.0}, values) == pytest.approx(1.4 + 0.4 * 2 / 3)
+    # 1 + .5 / 4^.5 + .9 * .25^.5 / 9^.5 + .06 / (.25 + .11)^.5
+    values = {"E": 1.0, "A": 0.5, "a": 0.5, "B": 0.9, "eta": 0.5, "b": 0.5, "C": 0.06, "eps": 0.11, "g": 0.5}
+    assert at(laws.DCPT, {"size": 4.0, "tokens": 9.0, "ratio": 0.25}, values) == pytest.approx(1 + 0.25 + 0.15 + 0.1)
+    values = {key: value for key, value in values.items() if key not in ("A", "a", "b")}
+    assert at(laws.DCPT_RATIO, {"ratio": 0.25}, values) == pytest.approx(1 + 0.45 + 0.1)
+    # 2 + 3 * 16^.5 / ((1 + 100 * .03) * 9)^.5
+    values = {"L0": 2.0, "A": 3.0, "b": 0.5, "B": 100.0, "a": 0.5}
+    assert at(laws.BETHUNE, {"new_tokens": 16.0, "size": 9.0, "share": 0.03}, values) == pytest.approx(2 + 12 / 6)
+
+
+def test_few_points_to_spare_make_wide_intervals() -> None:
+    """A law of one parameter, four points: the residuals' spread by three to spare, and Student's t of a prediction."""
+    law = Law("flat", (Parameter("b", (1.0,)),), ("x",), lambda x, b: b + 0 * x, "a mean")
+    log_N = np.array([-0.0009, -0.0003, 0.0003, 0.0009])  # within what Huber's loss squares
+    fitted = fit(law, {"x": np.arange(4.0)}, np.exp(log_N), draws=1500)
+    spread = float(np.std(log_N, ddof=1))
+    assert fitted.spread == pytest.approx(spread, rel=1e-3)
+    parameter, found = fitted.parameter("b"), fitted.predict(x=5.0)
+    t = 3.182  # of three degrees of freedom, 97.5 %
+    assert (parameter.high - parameter.low) / 2 == pytest.approx(t * spread / 2, rel=0.15)
+    # What would be measured has that noise, and that of the mean: wider than the mean alone, and than without Student's tail.
+    assert (found.high - found.low) / 2 > 1.25 * (parameter.high - parameter.low) / 2
+    assert (parameter.high - parameter.low) / 2 > 1.3 * 1.96 * spread / 2
 
 
 def drawn(law: Law, inputs: dict[str, np.ndarray], values: dict[str, float], seed: int, noise: float) -> np.ndarray:

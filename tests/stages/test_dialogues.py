@@ -18,6 +18,7 @@ from postgrad.data.chat import plain_template
 from postgrad.data.made import made_by
 from postgrad.data.sources import Source
 from postgrad.errors import DataError, ModelError, StageError
+from postgrad.evaluation.drawing import Drawn
 from postgrad.models.pretrained import save_chat_template, save_pretrained
 from postgrad.stages import dialogues
 from postgrad.stages.dialogues import FIRST, NEXT, Rehearsal, Turns, converse, nearest, various
@@ -210,6 +211,16 @@ def test_what_is_kept_is_various() -> None:
     assert various(lines, share=0.3, seed=0) == chosen
 
 
+def test_what_is_nearest_to_its_own_centre_is_kept() -> None:
+    """One of each sort: not the one that stands nearest to the other sort."""
+    plainly = ["court judge appeal verdict", "oven butter flour sugar"]
+    between = ["court judge appeal oven", "oven butter flour court"]
+    questions = [*plainly * 6, *between]
+    lines = [json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n" for question in questions]
+    chosen = [json.loads(line)["messages"][0]["content"] for line in various(lines, share=2 / len(lines), seed=0)]
+    assert sorted(chosen) == plainly
+
+
 def test_clusters_have_their_part_and_the_nearest_come_first() -> None:
     cluster = np.array([0, 0, 0, 0, 1, 1, 2])
     distance = np.array([0.4, 0.1, 0.3, 0.2, 0.9, 0.5, 0.0])
@@ -217,6 +228,21 @@ def test_clusters_have_their_part_and_the_nearest_come_first() -> None:
     assert nearest(cluster, distance, 4) == [1, 3, 5, 6]
     assert nearest(cluster, distance, 7) == list(range(7))
     assert nearest(cluster, -distance, 4) != [1, 3, 5, 6]  # a mutant that takes the farthest
+
+
+def test_why_a_question_is_left_out() -> None:
+    def tried(
+        question: str = "one two", said: str = "three", asks: bool = True, ends: bool = True, loop: int = 1
+    ) -> Any:
+        new, answer = Drawn(np.arange(9), asks), Drawn(np.concatenate([np.arange(20)] * loop), ends)
+        return dialogues._trouble(question, new, said, answer, replace(WISH, most_repeated=0.5))
+
+    assert tried() is None and tried(loop=2) is None  # a third of the second is new, at the seam
+    assert tried(asks=False) == "questions without an end"
+    assert tried("one") == tried("") == "questions of less than two words"
+    assert tried(ends=False) == "answers without an end"
+    assert tried(said="") == "empty answers"
+    assert tried(loop=5) == "repeating themselves"
 
 
 def test_self_made_conversations_are_a_source(plain: str, stage_of: StageOf, tmp_path: Path) -> None:

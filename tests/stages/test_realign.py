@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -164,3 +165,40 @@ def test_the_share_is_none_where_nothing_is_forgotten() -> None:
 def test_documents_are_paired_by_their_content() -> None:
     scores = Scores(np.array([0, 0, 1, 2]), np.array([1.0, 2.0, 5.0, 7.0]), np.array([3, 3, 4, 0]), np.array([9, 9, 9]))
     assert realign._by_document(np.array([11, 12, 13], np.uint64), scores) == {11: (3.0, 6), 12: (5.0, 4)}
+
+
+def test_the_arithmetic_is_that_of_four_models_on_the_same_documents() -> None:
+    """Nats per token, 8 + d tokens in document d: start 1, trained 2 (or 2.2), re-aligned .9 and 1.2."""
+    sizes = 8 + np.arange(42)
+    wobble = np.where(np.arange(42) % 2, 0.1, -0.1)  # by document, so that there is something to be unsure of
+
+    def scores(each: np.ndarray, which: list[int], cut: int | None = None) -> Scores:
+        tokens = np.array([sizes[d] - (d == cut) for d in which])
+        return Scores(np.arange(len(which)), each[which] * tokens, tokens, tokens * 4)
+
+    everything, half = list(range(42)), [d for d in range(42) if d != 7]
+    digests = np.arange(42, dtype=np.uint64) + 100
+    plan: Any = SimpleNamespace(held_out=[SimpleNamespace(name="old", digests=digests)])
+    one = np.ones(42)
+    before, after = scores(one, everything), scores(2 * one + wobble, everything)
+    floor, back = scores(0.9 * one, half, cut=3), scores(1.2 * one + wobble / 2, half)
+    found = realign._told(plan, "old", ({"old": before}, {"old": after}), (digests[half], floor), (digests[half], back))
+    assert found is not None and found["documents"] == 40  # not 7, which two have not scored, nor 3, which one has cut
+    common = np.array([d for d in everything if d not in (3, 7)])
+    total = sizes[common].sum()
+    shift = float((wobble[common] * sizes[common]).sum() / total)
+    expected = {"forgot": 1 + shift, "left": 0.3 + shift / 2, "won": 0.7 + shift / 2, "start_learnt": -0.1}
+    assert found["tokens"] == total
+    for key, value in expected.items():
+        assert found[key]["value"] == pytest.approx(value), key
+        assert found[key]["low"] <= found[key]["value"] + 1e-9 and found[key]["high"] >= found[key]["value"] - 1e-9
+    assert found["share"]["value"] == pytest.approx(expected["won"] / expected["forgot"])
+    assert found["share"]["low"] < found["share"]["value"] < found["share"]["high"]
+    # The interval over documents: half a width of 1.96 standard errors, by the law of large numbers.
+    spread = float(np.sqrt((((wobble[common] - shift) * sizes[common]) ** 2).sum()) / total)
+    assert (found["forgot"]["high"] - found["forgot"]["low"]) / 2 == pytest.approx(1.96 * spread, rel=0.15)
+    nothing = scores(one - 0.5, everything)
+    found = realign._told(
+        plan, "old", ({"old": before}, {"old": nothing}), (digests[half], floor), (digests[half], back)
+    )
+    assert found is not None and found["share"] is None  # nothing was forgotten

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from postgrad.errors import DataError
+from postgrad.errors import DataError, StageError
+from postgrad.evaluation.likelihood import Scores
+from postgrad.planning.shift import Estimate
 from postgrad.stages.score import evaluate_files
-from postgrad.stages.shift import measure_shift
+from postgrad.stages.shift import _bits_per_byte, _difference, measure_shift
 from tests.conftest import new_text, old_text, write_jsonl
 
 
@@ -62,3 +65,16 @@ def test_the_same_text_and_too_little_text_are_refused(base: Path, cache: Path, 
         measured(base, cache, [old], [old])
     with pytest.raises(DataError, match=r"--new.*too few to measure"):
         measured(base, cache, [old], [few])
+    with pytest.raises(StageError, match=r"--report: .* is a folder"):
+        measured(base, cache, [old], [few], tmp_path)  # before anything is measured
+
+
+def test_bits_are_those_of_all_bytes_and_a_difference_is_as_unsure_as_both() -> None:
+    one = Scores(np.array([0, 0, 1]), np.array([2.0, 4.0, 6.0]) * np.log(2), np.array([1, 1, 1]), np.array([2, 4]))
+    other = Scores(np.array([0]), np.array([8.0]) * np.log(2), np.array([1]), np.array([4]))
+    assert _bits_per_byte([one, other]).value == pytest.approx(20 / 10)
+    with pytest.raises(DataError, match="no text to score"):
+        _bits_per_byte([])
+    found = _difference(Estimate(2.0, 1.7, 2.4), Estimate(5.0, 4.6, 5.3))
+    # Below by the new text's low side (.4) and the old one's high side (.4), above by .3 and .3.
+    assert (found.value, found.low, found.high) == (3.0, pytest.approx(3 - 0.32**0.5), pytest.approx(3 + 0.18**0.5))
