@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ from postgrad.data import material
 from postgrad.errors import DataError, StageError
 from postgrad.lineage.forgetting import redrawn
 from postgrad.lineage.record import read_record
+from postgrad.reports.study_table import arms_table, as_csv, claims_table
 from postgrad.reports.study_words import summary
 from postgrad.stages import measure
 from postgrad.stages.parsing import read_yaml
 from postgrad.studies import arms as study_arms
+from postgrad.studies import found as found_in
 from postgrad.studies import templates
 from postgrad.studies.arms import Work, work_out
 from postgrad.studies.finish import finish
-from postgrad.studies.found import Drawn, findings, removed, verdict
+from postgrad.studies.found import Drawn, Losses, findings, mean_of, removed, verdict
+from postgrad.studies.found import _Measured as Measured
 from postgrad.studies.plan import look_ahead, outlook_record
 from postgrad.studies.run import (
     Ended,
@@ -39,13 +43,14 @@ from postgrad.studies.run import (
     StepBegan,
     StepEnded,
     StepFailed,
+    _State,
     prepare,
     run_study,
     seconds_inside,
     spent,
 )
 from postgrad.studies.steps import Moved, carry_out
-from postgrad.studies.study import load_study, merged, parse_study, study_schema
+from postgrad.studies.study import Arm, load_study, merged, parse_study, study_schema
 from postgrad.study_screen import Standing, drawn
 from tests.conftest import StageOf, new_text, write_jsonl
 
@@ -103,7 +108,7 @@ def done(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepa
         "none": {},
         "replay": {"replay": "25%"},
         "union": {"start": "scratch", "reads": "union", "seeds": [0]},
-        "half": {"blend": {"of": "none", "weight": 0.5}},
+        "half": {"blend": {"of": "none", "weight": 0.25}},
     }
     claims = [
         {"say": "replay helps", "arm": "replay", "than": "none", "on": "old"},
@@ -435,7 +440,7 @@ def test_a_blend_lies_between(done: Prepared) -> None:
     places = [done.folder.place(done.work.steps[key]) for key in (done.work.base or "", chain.steps[0], chain.last)]
     places[-1] = places[-1] / "model"
     start, end, between = (weights_of(open_model(locate(str(p), p.parent)).model) for p in places)
-    assert all(np.allclose(between[n], (start[n] + end[n]) / 2, atol=1e-6) for n in start)
+    assert all(np.allclose(between[n], 0.75 * start[n] + 0.25 * end[n], atol=1e-6) for n in start)
     assert not all(np.allclose(between[n], end[n], atol=1e-6) for n in start)
 
 
@@ -726,6 +731,119 @@ def test_what_few_seeds_do_not_tell() -> None:
     assert lines([0, 1, 2], [0, 1, 2]) == []
     assert lines([0, 1, 2], [0])[0].endswith("which were carried out once: other.")
     assert lines([0, 1], [0, 1, 2]) == ["Two seeds tell little of how far a third one would lie from these numbers."]
+
+
+def losses(old: Sequence[float], new: float, spread: float = 0.0) -> Losses:
+    """A model's losses on old sets and a new one, the same draws wherever the spread is the same."""
+    sets = {f"old-{i}": estimate(value, spread, seed=i) for i, value in enumerate(old)}
+    roles = {**dict.fromkeys(sets, "retained"), "new": "learned"}
+    return Losses({**sets, "new": estimate(new, spread, seed=9)}, roles)
+
+
+def measured_as(name: str, by_seed: dict[int, Losses]) -> Measured:
+    drawn_ = list(by_seed.values())
+    sets = {key: mean_of([item.sets[key] for item in drawn_]) for key in drawn_[0].sets}
+    return Measured(name, Arm(), [], Losses(sets, drawn_[0].roles), by_seed)
+
+
+def test_the_average_weighs_old_and_new_alike() -> None:
+    """Not the mean over all sets, which would weigh the side with more of them higher."""
+    given = losses([1.0, 2.0], 3.5)
+    assert [given.on(what).value for what in ("old", "new", "average")] == [1.5, 3.5, 2.5]
+
+
+def test_pairs_are_the_second_less_the_first_seed_by_seed() -> None:
+    arms = {
+        "one": measured_as("one", {0: losses([2.0], 3.0, 0.1), 1: losses([2.2], 3.0, 0.1)}),
+        "two": measured_as("two", {1: losses([2.5], 2.0, 0.1), 0: losses([2.1], 2.5, 0.1)}),
+    }
+    (pair,) = found_in._pairs(arms)
+    assert (pair["arm"], pair["than"]) == ("two", "one")
+    assert pair["old"]["by_seed"] == pytest.approx([0.1, 0.3]) and pair["new"]["by_seed"] == pytest.approx([-0.5, -1.0])
+    # The same draws of documents on both sides leave nothing of the spread over documents.
+    assert [pair["old"][key] for key in ("value", "low", "high")] == pytest.approx([0.2] * 3)
+
+
+def test_seeds_are_told_by_the_deviation_of_one() -> None:
+    assert found_in._spread([1.0, 3.0])["deviation"] == pytest.approx(2**0.5)
+    assert found_in._spread([1.0]) == {"low": 1.0, "high": 1.0, "deviation": None, "seeds": 1}
+
+
+def test_an_arm_is_dominated_by_one_that_is_no_worse_on_both() -> None:
+    points = {"a": (0.1, -1.0), "b": (0.2, -0.9), "c": (0.3, -2.0), "d": (0.1, -1.0), "anew": (0.0, -3.0)}
+    arms: list[dict[str, Any]] = [
+        {"name": name, "change": {"old": {"value": old}, "new": {"value": new}}, "from_scratch": name == "anew"}
+        for name, (old, new) in points.items()
+    ]
+    found_in._mark_dominated(arms)
+    assert [arm.get("dominated_by") for arm in arms] == [[], ["a", "d"], [], [], None]
+
+
+def test_a_share_removed_is_claimed_with_every_seed(base: Path) -> None:
+    claims = [{"say": "x", "arm": "replay", "removes": "50%"}]
+    study = parse_study(raw(base, claims=claims), "s")
+    start = losses([2.0], 3.0)
+    arms = {
+        "none": measured_as("none", {0: losses([3.0], 1.0), 1: losses([3.0], 1.0)}),
+        "replay": measured_as("replay", {0: losses([2.2], 1.0), 1: losses([2.4], 1.0)}),
+    }
+    found = found_in._claim(study.claims[0], study, arms, start)
+    assert found["by_seed"] == pytest.approx([0.8, 0.6]) and found["value"] == pytest.approx(0.7)
+    assert found["verdict"] == "holds"
+    arms["replay"] = measured_as("replay", {0: losses([2.05], 1.0), 1: losses([2.6], 1.0)})
+    assert found_in._claim(study.claims[0], study, arms, start)["verdict"] == "not shown"
+    arms["none"] = measured_as("none", {0: losses([1.9], 1.0)})
+    assert "none is not shown to forget" in found_in._claim(study.claims[0], study, arms, start)["why"]
+
+
+def test_what_is_told_by_the_share_of_replay_differs_in_nothing_else(base: Path) -> None:
+    shares = [0.0, 0.05, 0.1, 0.25, 0.5]
+    said: dict[str, Any] = {f"r{share}": {"replay": share} for share in shares[1:]}
+    said |= {"none": {}, "slow": {"replay": "5%", "schedule": {"peak": 1e-3}}}
+    study = parse_study(raw(base, arms=said), "s")
+    arms = [
+        {"name": name, "replay": arm.replay, "change": {"old": {"value": 0.5 / (1 + 20 * arm.replay)}},
+         "loss": {"new": {"value": 2.0 + 0.1 * arm.replay}}}
+        for name, arm in study.arms.items()
+    ]  # fmt: skip
+    found = found_in._by_share(study, arms)
+    assert [point["share"] for point in found["points"]] == shares and "slow" not in str(found["points"])
+    for what, known in (("old", lambda x: 0.5 / (1 + 20 * x)), ("new", lambda x: 2.0 + 0.1 * x)):
+        line = found["laws"][what]["line"]
+        assert [point[0] for point in line] == sorted(point[0] for point in line) and line[-1][0] == 0.5
+        assert [point[1] for point in line] == pytest.approx([known(point[0]) for point in line], abs=0.02)
+
+
+def test_the_rows_say_which_way_is_good() -> None:
+    up, down = between(0.1, 0.2), between(-0.2, -0.1)
+    arm = {"name": "a", "status": "finished", "loss": {"old": up, "new": up}, "change": {"old": up, "new": down},
+           "removed": between(0.4, 0.6)}  # fmt: skip
+    found = {"name": "x", "arms": [arm], "seeds": [0], "claims": [{"say": "c", "on": "removed", "bound": 0.3}]}
+    row = arms_table(found).rows[1]
+    assert [row[2].tone, row[5].tone] == ["bad", "good"]
+    claims = claims_table(found)
+    assert claims is not None and "≥ 30 %" in claims.text()
+    old, new = (line.split(",") for line in as_csv(found).splitlines()[-2:])
+    assert [float(x) for x in old[9:12]] == [0.5, 0.4, 0.6] and new[9:12] == ["", "", ""]
+
+
+def test_what_needs_what_failed_is_left_out_to_the_end(base: Path) -> None:
+    arms = {"none": {}, "then": {"start": "none", "tokens": 3000}, "last": {"start": "then", "tokens": 4000}}
+    work = worked(base, base={**PRETRAINED, "seed": 3}, arms=arms)
+    assert work.base is not None and work.steps[work.base].what["seed"] == 3
+    state = _State(work)
+    state.fail(work.of_arm("none")[0].last, "it broke")
+    assert len(state.failed) == 3 and "needs then-s0" in state.failed[work.of_arm("last")[0].last]
+
+
+def test_a_stage_s_own_arithmetic_is_kept(base: Path, tmp_path: Path) -> None:
+    prepared = prepare(written(tmp_path, raw(base)), tmp_path / "cache")
+    prepared.folder.shelf.mkdir(parents=True)
+    (prepared.folder.shelf / "machine.json").write_text(json.dumps({"compute": {"threads": 2, "dtype": "bfloat16"}}))
+    step = prepared.work.steps[prepared.work.trained[0]]
+    assert prepared.folder.stage(prepared.work, step)["compute"]["threads"] == 1
+    bare = replace(step, what={key: value for key, value in step.what.items() if key != "compute"})
+    assert prepared.folder.stage(prepared.work, bare)["compute"] == {"threads": 2, "dtype": "bfloat16"}
 
 
 # -- what is written for users ----------------------------------------------------------------------------------------
