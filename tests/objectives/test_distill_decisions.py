@@ -1,0 +1,53 @@
+"""Distillation of a task layer: each divergence by hand, in both directions, and what it is not."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from postgrad.data.batch import collate
+from postgrad.data.rows import Row
+from postgrad.models.model import Output
+from postgrad.objectives.decisions import Problem
+from postgrad.objectives.distill import DistillDecisions
+from postgrad.objectives.teacher import Answer
+
+MINE, THEIRS = [1.0, -0.5], [0.2, 0.7]
+
+
+def kl(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def soft(z: list[float], t: float) -> list[float]:
+    parts = [math.exp(v / t) for v in z]
+    return [part / sum(parts) for part in parts]
+
+
+def by_hand(problem: Problem, direction: str, t: float) -> float:
+    first, second = (THEIRS, MINE) if direction == "forward" else (MINE, THEIRS)
+    if problem == "number":
+        return (MINE[0] - THEIRS[0]) ** 2
+    if problem == "class":
+        return t**2 * kl(soft(first, t), soft(second, t))
+    both = [kl(soft([a, 0.0], t), soft([b, 0.0], t)) for a, b in zip(first, second, strict=True)]
+    return t**2 * sum(both) / len(both)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("problem", ["class", "multi", "number"])
+def test_each_divergence_is_that_of_its_definition(problem: Problem, direction: str, temperature: float) -> None:
+    batch = collate([Row({"input_ids": np.array([1])}, np.array(0.0, np.float32), 1)], [0])
+    said = Answer(Output(torch.tensor([THEIRS]), None))
+    loss_of = DistillDecisions(problem, lambda batch: said, lambda step: 0.5, direction, temperature)  # type: ignore[arg-type]
+    loss, losses_B = loss_of(Output(torch.tensor([MINE]), None), batch)
+    wanted = by_hand(problem, direction, temperature)
+    assert losses_B.tolist() == pytest.approx([wanted], rel=1e-5) and float(loss) == pytest.approx(0.5 * wanted)
+    if problem != "number":  # the other direction would be caught
+        assert wanted != pytest.approx(
+            by_hand(problem, "reverse" if direction == "forward" else "forward", temperature), rel=1e-3
+        )
