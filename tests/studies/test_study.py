@@ -803,7 +803,7 @@ def test_what_is_told_by_the_share_of_replay_differs_in_nothing_else(base: Path)
     study = parse_study(raw(base, arms=said), "s")
     arms = [
         {"name": name, "replay": arm.replay, "change": {"old": {"value": 0.5 / (1 + 20 * arm.replay)}},
-         "loss": {"new": {"value": 2.0 + 0.1 * arm.replay}}}
+         "loss": {"old": {"value": 3.0 + 0.5 / (1 + 20 * arm.replay)}, "new": {"value": 2.0 + 0.1 * arm.replay}}}
         for name, arm in study.arms.items()
     ]  # fmt: skip
     found = found_in._by_share(study, arms)
