@@ -2,24 +2,25 @@
 
 Legend: N pilots, K coefficients.
 
-A pilot is the whole stage in small, its schedule shortened with it. With r the share of replay, the rise F of the loss on old
-text and the fall G of the loss on new text follow laws that are straight in the logarithms:
+A pilot is the whole stage in small, its schedule shortened with it. With r the share of replay, n the steps and N those of the
+longest pilot, the rise F of the loss on old text and the loss L on new text follow laws that are straight in the logarithms:
 
-    ln F = c + q ln(tokens) + a ln((1 - r)/r) + p ln(peak)
-    ln G = d + b ln(tokens) + g ln(1 - r)     + h ln(peak)
+    ln F = c + q ln(n / 200) + a f(n) ln((1 - r) / r) + p ln(peak)       q: one below 200 steps, another one above
+    ln L = d - u ln(n / N)   + g ln(1 - r)            + h ln(peak)       u: one up to N, another one beyond
 
-So F is a power of the odds of new text to replay: what pulls the weights away over what pulls them back. The pilots that
-explore are so short that they are of another regime: their constants and slopes may lie elsewhere. The longest pilot, which
-tries what they propose, sets the level. Few pilots cannot settle all coefficients, so each begins with what real runs had (a
-mean and a spread, `BEGINNINGS`), and pilots correct it: Bayesian linear regression, with the noise estimated along. A
-coefficient that the pilots do not touch keeps its spread, and what is predicted from it is as uncertain as that.
+So F is a power of the odds of new text to replay: what pulls the weights away over what pulls them back, which is felt more
+and more over the first 200 steps (f). L falls by a power of the steps, and the power that is seen among the pilots foretells
+the one to come. Few pilots cannot settle all coefficients, so each begins with what real runs had (a mean and a spread,
+`BEGINNINGS`), and pilots correct it: Bayesian linear regression, with the noise estimated along. A coefficient that the pilots
+do not touch keeps its spread, and what is predicted from it is as uncertain as that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -68,11 +69,11 @@ class Pilot:
 
 @dataclass(frozen=True)
 class Found:
-    """What a pilot ended with, in nats per token: how much the loss on each retained set rose, and on each learned set fell."""
+    """What a pilot ended with, in nats per token: the rise of the loss on retained sets, and the loss on learned ones."""
 
     pilot: Pilot
     rises: Mapping[str, float]
-    falls: Mapping[str, float]
+    losses: Mapping[str, float]
     explored: bool
     """One of the short ones."""
 
@@ -86,38 +87,37 @@ class Beginning(NamedTuple):
 
 _FLAT = Beginning(0.0, 30.0)
 """Of a constant, of which nothing is known."""
-_GUESS = "fall from worse than a guess"
-BEGINNINGS: Mapping[str, tuple[Beginning, ...]] = {
-    "rise": (
-        _FLAT, Beginning(0.02, 0.065), Beginning(0.50, 0.10), Beginning(0.42, 0.15),
-        Beginning(0.0, 0.2), Beginning(-0.10, 0.12), Beginning(0.20, 0.20),
-    ),
-    "fall": (
-        _FLAT, Beginning(0.0, 0.025), Beginning(0.20, 0.08), Beginning(0.08, 0.04),
-        Beginning(-0.13, 0.12), Beginning(0.10, 0.10), Beginning(0.10, 0.08),
-    ),
-    _GUESS: (
-        _FLAT, Beginning(-0.08, 0.05), Beginning(0.20, 0.10), Beginning(0.08, 0.05),
-        Beginning(-0.13, 0.15), Beginning(0.10, 0.10), Beginning(0.10, 0.10),
-    ),
-}  # fmt: skip
-"""Of each law: the constant, tokens, share, peak; and what is added to constant, share and peak of a pilot that explores.
-That of tokens in a fall is by how much it differs from `growth`.
+RISE = (
+    _FLAT, Beginning(-0.08, 0.08), Beginning(0.06, 0.04), Beginning(0.42, 0.10), Beginning(0.35, 0.17),
+    Beginning(0.0, 0.15), Beginning(0.20, 0.20),
+)  # fmt: skip
+"""The constant, steps below and above `_FELT`, share, peak; and what is added to constant and peak of a pilot that explores.
 
-Measured on runs of a model of 260 thousand weights on abstracts, novels, plays, encyclopedia articles, speeches, word
-problems, molecules and its own stories in lower case, from pilots of 12 to 50 steps to runs of 800 to 1,000. A model that
-begins worse than a uniform guess over its vocabulary first learns what costs it nothing, which says little of the rest.
+These and those of `LOSS` were set on 18 runs: a model of 260 thousand weights that was trained to the end, on nine texts, and
+one of a million that was not, on three; from pilots of 7 to 190 steps to runs of 780 to 3,900 (benchmarks/advice.py).
 """
-_NOISE, _WORTH = {"rise": 0.08, "fall": 0.02, _GUESS: 0.04}, 4.0
+LOSS = (
+    _FLAT, Beginning(0.09, 0.10), Beginning(0.04, 0.04), Beginning(-0.30, 0.06), Beginning(-0.10, 0.04),
+    Beginning(-0.05, 0.05),
+)  # fmt: skip
+"""The constant, the power so far, what the power to come has besides `_LASTS` of it (`slowing` is added), share, peak; and what
+is added to the peak's of a pilot that explores."""
+_FELT, _SOON = 200, 0.20
+"""Steps from which on all of the replay is felt, and the part that is missing for each natural logarithm before."""
+_LASTS = 0.6
+"""Of the power by which the loss on new text fell among the pilots, what is left of it beyond them."""
+_NOISE, _WORTH = {"rise": 0.08, "loss": 0.01}, 4.0
 """The spread of a pilot around the laws, and as how many pilots this counts against what the pilots show."""
 
 
-def growth(steps: float) -> float:
-    """The power of the tokens by which the fall grows from a pilot of so many steps to a run about twenty times as long.
+def felt(steps: float) -> float:
+    """The part of the replay's power that is felt in so many steps (measured: .4 in 7, .7 in 40, 1 in 200)."""
+    return min(1.0, max(0.3, 1.0 - _SOON * math.log(_FELT / steps)))
 
-    It sinks by .026 with each natural logarithm of the steps: .19 from 12 steps on, .16 from 50, .14 from 100 (abstracts).
-    """
-    return min(0.22, max(0.05, 0.165 - 0.026 * math.log(steps / 50)))
+
+def slowing(steps: float) -> float:
+    """What the power by which the loss falls has less when the longest pilot has so many steps."""
+    return -0.02 * math.log(steps / 40)
 
 
 def exploring(count: int, peak: float, tokens: int, step: float) -> list[Pilot]:
@@ -185,27 +185,32 @@ def log_linear(rows_NK: np.ndarray, logs_N: np.ndarray, begin: Sequence[Beginnin
 
 @dataclass(frozen=True)
 class Laws:
-    """What pilots say of the whole run: a law of the rise for each retained set, and of the fall for each learned one."""
+    """What pilots say of the whole run: a law of the rise for each retained set, and of the loss for each learned one."""
 
     tokens: Callable[[Setting], float]
     """Of the whole run, replay included."""
     peak: float
     """The stage's own."""
+    step: float
+    """Tokens in a step."""
+    longest: float
+    """Steps of the longest pilot."""
     rises: Mapping[str, LogLinear]
-    falls: Mapping[str, LogLinear]
+    losses: Mapping[str, LogLinear]
 
     def rise(self, name: str, setting: Setting, *, tokens: float | None = None, sure: float = _TWO_SIDED) -> Estimate:
         """The rise of a set's loss in nats per token after the whole run, or after `tokens`, with its 95 % interval.
 
         With `sure`, the interval's upper end is where that share of runs lies below.
         """
-        row_K = _rise_row(setting, tokens or self.tokens(setting), self.peak, explored=False)
-        return _estimate(self.rises[name], row_K, sure)
+        steps = (tokens or self.tokens(setting)) / self.step
+        return _estimate(self.rises[name], _rise_row(setting, steps, self.peak, explored=False), sure)
 
-    def fall(self, name: str, setting: Setting) -> Estimate:
-        """The fall of a set's loss in nats per token after the whole run, with its 95 % interval."""
-        row_K = _fall_row(setting, self.tokens(setting), self.peak, explored=False)
-        return _estimate(self.falls[name], row_K, _TWO_SIDED)
+    def loss(self, name: str, setting: Setting) -> Estimate:
+        """A set's loss in nats per token after the whole run, with its 95 % interval."""
+        steps = self.tokens(setting) / self.step
+        row_K = _loss_row(setting, steps, self.peak, longest=self.longest, explored=False)
+        return _estimate(self.losses[name], row_K, _TWO_SIDED)
 
 
 def _estimate(law: LogLinear, row_K: np.ndarray, sure: float) -> Estimate:
@@ -214,32 +219,25 @@ def _estimate(law: LogLinear, row_K: np.ndarray, sure: float) -> Estimate:
     return Estimate(math.exp(log), math.exp(log - 1.96 * spread), math.exp(log + above * spread))
 
 
-def _rise_row(setting: Setting, tokens: float, peak: float, *, explored: bool) -> np.ndarray:
-    return _row(math.log((1 - setting.share) / setting.share), setting, tokens, peak, explored)
+def _rise_row(setting: Setting, steps: float, peak: float, *, explored: bool) -> np.ndarray:
+    length, high = math.log(steps / _FELT), math.log(setting.peak / peak)
+    pull = felt(steps) * math.log((1 - setting.share) / setting.share)
+    return np.array([1.0, min(0.0, length), max(0.0, length), pull, high, float(explored), explored * high])
 
 
-def _fall_row(setting: Setting, tokens: float, peak: float, *, explored: bool) -> np.ndarray:
-    return _row(math.log(1 - setting.share), setting, tokens, peak, explored)
-
-
-def _row(share: float, setting: Setting, tokens: float, peak: float, explored: bool) -> np.ndarray:
-    high = math.log(setting.peak / peak)
-    return np.array([1.0, math.log(tokens), share, high, *((1.0, share, high) if explored else (0.0, 0.0, 0.0))])
+def _loss_row(setting: Setting, steps: float, peak: float, *, longest: float, explored: bool) -> np.ndarray:
+    length, high = math.log(steps / longest), math.log(setting.peak / peak)
+    so_far, to_come = (-length, 0.0) if length <= 0 else (-_LASTS * length, -length)
+    return np.array([1.0, so_far, to_come, math.log(1 - setting.share), high, explored * high])
 
 
 def fit_pilots(
-    found: Sequence[Found],
-    tokens: Callable[[Setting], float],
-    peak: float,
-    floor: float,
-    steps: float,
-    unknown: Collection[str] = (),
+    found: Sequence[Found], tokens: Callable[[Setting], float], peak: float, floor: float, step: float
 ) -> Laws:
-    """Fit the laws to pilots of a run of so many `tokens`, whose stage's own peak is `peak`.
+    """Fit the laws to pilots of a run of so many `tokens`, `step` of them in a step, whose stage's own peak is `peak`.
 
-    `steps`: of the longest pilot. `unknown`: the learned sets on which the start model is worse than a uniform guess over its
-    vocabulary. A change of less than `floor` nats per token cannot be told from none and counts as so much. Raises
-    `DataError` for fewer pilots than can be fitted.
+    A rise of less than `floor` nats per token cannot be told from none and counts as so much. Raises `DataError` for fewer
+    pilots than can be fitted.
     """
     if len(found) < FEWEST - 1:
         raise DataError(
@@ -247,20 +245,22 @@ def fit_pilots(
             where="pilots",
             expected=f"at least {FEWEST - 1}, and one more that tries what they propose",
         )
+    longest = max(item.pilot.tokens for item in found) / step
 
-    def law(kind: str, row: Callable[..., np.ndarray], values: list[float], power: float = 0.0) -> LogLinear:
-        rows_NK = np.array([row(i.pilot.setting, i.pilot.tokens, peak, explored=i.explored) for i in found])
-        constant, growing, *others = BEGINNINGS[kind]
-        begin = [constant, Beginning(growing.mean + power, growing.spread), *others]
-        return log_linear(rows_NK, np.log(np.maximum(values, floor)), begin, _NOISE[kind])
+    def law(row: Callable[..., np.ndarray], values: list[float], begin: Sequence[Beginning], kind: str) -> LogLinear:
+        rows_NK = np.array([row(i.pilot.setting, i.pilot.tokens / step, peak, explored=i.explored) for i in found])
+        return log_linear(rows_NK, np.log(values), begin, _NOISE[kind])
 
-    def fall(name: str) -> LogLinear:
-        kind = _GUESS if name in unknown else "fall"
-        return law(kind, _fall_row, [item.falls[name] for item in found], growth(steps))
+    def rise(name: str) -> LogLinear:
+        return law(_rise_row, [max(item.rises[name], floor) for item in found], RISE, "rise")
 
-    rises = {name: law("rise", _rise_row, [item.rises[name] for item in found]) for name in found[0].rises}
-    falls = {name: fall(name) for name in found[0].falls}
-    return Laws(tokens, peak, rises, falls)
+    def loss(name: str) -> LogLinear:
+        constant, so_far, to_come, *others = LOSS
+        begin = [constant, so_far, Beginning(to_come.mean + slowing(longest), to_come.spread), *others]
+        return law(partial(_loss_row, longest=longest), [item.losses[name] for item in found], begin, "loss")
+
+    rises, losses = {name: rise(name) for name in found[0].rises}, {name: loss(name) for name in found[0].losses}
+    return Laws(tokens, peak, step, longest, rises, losses)
 
 
 # --- the choice -----------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def choose(laws: Laws, bounds: Mapping[str, float], *, sure: float = SURE, most:
         able.append(low if excess(low) <= 0 else _crossing(excess, low, high))
     if not able:
         return Choice(Setting(most, LOWEST_PEAK * laws.peak), False)
-    return Choice(max(able, key=lambda setting: sum(laws.fall(name, setting).value for name in laws.falls)), True)
+    return Choice(min(able, key=lambda setting: sum(laws.loss(name, setting).value for name in laws.losses)), True)
 
 
 def _crossing(excess: Callable[[Setting], float], low: Setting, high: Setting) -> Setting:

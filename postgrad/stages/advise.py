@@ -355,23 +355,21 @@ def _found(asked: Asked, pilot: Pilot) -> Found:
     return Found(
         Pilot(Setting(share, pilot.setting.peak), done["tokens"]),
         {name: c["difference"] for name, c in changes if c["role"] == "retained"},
-        {name: -c["difference"] for name, c in changes if c["role"] == "learned"},
+        {name: record["scores"]["after"][name]["nats"] for name, c in changes if c["role"] == "learned"},
         pilot in asked.explored,
     )
 
 
-def _before(asked: Asked, role: str) -> dict[str, float]:
-    """The start model's loss on each set of a role."""
+def _before(asked: Asked) -> dict[str, float]:
+    """The start model's loss on each retained set."""
     record = _record(asked, asked.explored[0])
-    return {n: record["scores"]["before"][n]["nats"] for n, c in record["changes"].items() if c["role"] == role}
+    return {n: record["scores"]["before"][n]["nats"] for n, c in record["changes"].items() if c["role"] == "retained"}
 
 
 def _fitted(asked: Asked, tried: Sequence[Pilot]) -> Laws:
-    floor = _FLOOR * min(_before(asked, "retained").values())
-    guess = math.log(asked.plan.vocabulary)
-    steps = confirming(tried[0].setting, asked.plan.tokens).tokens / asked.plan.tokens * asked.plan.steps
-    unknown = [name for name, nats in _before(asked, "learned").items() if nats > guess]
-    return fit_pilots([_found(asked, pilot) for pilot in tried], asked.tokens, asked.peak, floor, steps, unknown)
+    floor = _FLOOR * min(_before(asked).values())
+    step = asked.plan.tokens / asked.plan.steps
+    return fit_pilots([_found(asked, pilot) for pilot in tried], asked.tokens, asked.peak, floor, step)
 
 
 def _proposed(asked: Asked) -> Choice:
@@ -380,7 +378,7 @@ def _proposed(asked: Asked) -> Choice:
 
 
 def _choice(asked: Asked, tried: Sequence[Pilot], sure: float = SURE) -> Choice:
-    bounds = {name: asked.wish.bound * nats for name, nats in _before(asked, "retained").items()}
+    bounds = {name: asked.wish.bound * nats for name, nats in _before(asked).items()}
     return choose(_fitted(asked, tried), bounds, sure=sure, most=asked.most)
 
 
@@ -411,18 +409,16 @@ def advise(asked: Asked) -> Advice:
         raise _beyond(asked, asked.explored, choice)
     tried = (*asked.explored, confirming(choice.setting, asked.plan.tokens))
     first = choice.setting
-    choice, laws, before = _choice(asked, tried), _fitted(asked, tried), _before(asked, "retained")
+    choice, laws, before = _choice(asked, tried), _fitted(asked, tried), _before(asked)
     if not choice.within:
         raise _beyond(asked, tried, choice)
     setting = choice.setting
     rises = {name: laws.rise(name, setting) for name in before}
-    falls = {name: (loss, laws.fall(name, setting)) for name, loss in _before(asked, "learned").items()}
     return Advice(
         setting,
         {n: Estimate(before[n] + e.value, before[n] + e.low, before[n] + e.high) for n, e in rises.items()},
         {n: Estimate(e.value / before[n], e.low / before[n], e.high / before[n]) for n, e in rises.items()},
-        # No loss falls below zero, however wide the interval of its fall.
-        {n: Estimate(*(max(0.0, loss - fall) for fall in (e.value, e.high, e.low))) for n, (loss, e) in falls.items()},
+        {name: laws.loss(name, setting) for name in laws.losses},
         _choice(asked, tried, sure=0.5).setting,
         tuple(_warnings(asked, tried, first, setting)),
         tuple(_found(asked, pilot) for pilot in tried),
@@ -430,7 +426,7 @@ def advise(asked: Asked) -> Advice:
 
 
 def _beyond(asked: Asked, tried: Sequence[Pilot], choice: Choice) -> StageError:
-    laws, before, setting = _fitted(asked, tried), _before(asked, "retained"), choice.setting
+    laws, before, setting = _fitted(asked, tried), _before(asked), choice.setting
     rises = {name: laws.rise(name, setting) for name in before}
     worst = max(rises, key=lambda name: rises[name].high / before[name])
     rise, loss = rises[worst], before[worst]
@@ -502,7 +498,7 @@ def write_advice(asked: Asked, advice: Advice) -> dict[str, Any]:
                 "peak": item.pilot.setting.peak,
                 "tokens": item.pilot.tokens,
                 "rises": dict(item.rises),
-                "falls": dict(item.falls),
+                "losses": dict(item.losses),
             }
             for item in advice.pilots
         ],
