@@ -13,8 +13,6 @@ looked up is read by another thread while the model steps in a stage; here its t
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
 from dataclasses import replace
@@ -23,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from arms import add_numbers, middle, provenance, ranged, settings, turns, write
+from small_llama import llama, run_of
 
-from postgrad import schedules
 from postgrad.data.batch import Batch, collate, few_of
 from postgrad.data.rows import Row
 from postgrad.data.told import Told, Word, digest_of
@@ -37,33 +35,16 @@ from postgrad.objectives.objective import Objective
 from postgrad.objectives.teacher import Online
 from postgrad.objectives.tokens import Tokens
 from postgrad.stages.telling import drawn, likeliest
-from postgrad.training.optimizer import AdamW, Weights
-from postgrad.training.step import Run, train_step
-from postgrad.training.world import World
+from postgrad.training.optimizer import Weights
+from postgrad.training.step import train_step
 from postgrad.tuning.attach import attach
 
 DRAWS, K = 50, 64
 
 
-def model_of(options: argparse.Namespace, seed: int) -> CausalModel:
-    """A random Llama; student and teacher are two of them."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.hidden // 64,
-        intermediate_size=options.inner,
-        vocab_size=options.vocabulary,
-        max_position_embeddings=options.time,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-    )
-    return CausalModel(LlamaForCausalLM(config))
-
-
-def sure(teacher: CausalModel) -> CausalModel:
-    """The same, about as sure of the next token as a small language model is: a random one would draw every id once."""
+def teacher_of(options: argparse.Namespace) -> CausalModel:
+    """Another Llama, about as sure of the next token as a small model is: a random one would draw every id once."""
+    teacher = CausalModel(llama(options, seed=1))
     with torch.no_grad():
         teacher.pretrained.model.norm.weight *= 9
     return teacher
@@ -96,14 +77,14 @@ class Arm:
     """A model, its optimizer and its objectives."""
 
     def __init__(self, options: argparse.Namespace, name: str, batch: Batch, tuning: dict[str, Any]) -> None:
-        student = model_of(options, 0)
+        student = CausalModel(llama(options))
         attached = attach(student.pretrained, tuning)
         dtype = getattr(torch, options.dtype)
         weights = Weights(student, attached, dtype, split=True)
         objectives: list[Objective] = [Tokens()]
         how = name.split()[-1]
         if how == "teacher":
-            teacher = sure(model_of(options, 1)).requires_grad_(False)
+            teacher = teacher_of(options).requires_grad_(False)
             for parameter in teacher.parameters():
                 parameter.data = parameter.data.to(dtype)
             if options.compile:
@@ -116,19 +97,7 @@ class Arm:
         if options.compile:
             sharding.compile_layers(student)
         self.batch = replace(batch, objectives=tuple(range(len(objectives))))
-        self.run = Run(
-            model=student.train(),
-            weights=weights,
-            optimizer=AdamW(weights, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
-            objectives=objectives,
-            penalties=[],
-            schedule=schedules.then((schedules.constant(1e-4), 1)),
-            world=World(torch.device("cpu")),
-            sources=["text"],
-            clip=1.0,
-            seed=0,
-            trained_by_source=np.zeros(1, np.int64),
-        )
+        self.run = run_of(student.train(), weights, objectives)
 
     def step(self) -> float:
         """Seconds of a step."""
@@ -137,16 +106,11 @@ class Arm:
         return time.process_time() - begin
 
 
-def middle(values: list[float]) -> list[float]:
-    """Median, lowest and highest."""
-    return [statistics.median(values), min(values), max(values)]
-
-
 def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Each arm's step beside the plain one of its tuning."""
     rows = rows_of(options)
     batch = collate(rows, [0] * len(rows))
-    teacher = sure(model_of(options, 1))
+    teacher = teacher_of(options)
     arms: dict[str, Arm] = {}
     lookup: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -166,26 +130,21 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
                 told = {"distill": few}
             tuning = {"kind": "lora", "rank": 16} if name.startswith("lora") else {"kind": "full"}
             arms[name] = Arm(options, name, replace(batch, told=told), tuning)
-        seconds: dict[str, list[float]] = {name: [] for name in arms}
-        for turn in range(options.rounds + options.warm):
-            for name in list(arms) if turn % 2 else reversed(arms):
-                seconds[name].append(arms[name].step())
+        rounds = list(turns({name: arm.step for name, arm in arms.items()}, options.rounds, options.warm))
     out = []
-    for name, values in seconds.items():
-        base = seconds["lora plain" if name.startswith("lora") else "plain"]
+    for name in arms:
+        base = "lora plain" if name.startswith("lora") else "plain"
         extra, size = lookup.get(name, (0.0, 0.0))
-        kept = [v + extra for v in values[options.warm :]]
         row = {
             "arm": name,
-            "ms": [1e3 * v for v in middle(kept)],
-            "ratio": middle([a / b for a, b in zip(kept, base[options.warm :], strict=True)]),
+            "ms": middle(1e3 * (each[name] + extra) for each in rounds),
+            "ratio": middle((each[name] + extra) / each[base] for each in rounds),
             "lookup_ms": 1e3 * extra,
             "bytes_per_label": size,
         }
         out.append(row)
-        ratio = row["ratio"]
         print(
-            f"{name:<14} {row['ms'][0]:>8.1f} ms  x {ratio[0]:.3f} [{ratio[1]:.3f}..{ratio[2]:.3f}]"
+            f"{name:<14} {row['ms'][0]:>8.1f} ms  x {ranged(row['ratio'], '.3f')}"
             f"  lookup {row['lookup_ms']:.1f} ms, {size:.0f} bytes a label",
             flush=True,
         )
@@ -195,11 +154,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="*", default=["plain", "teacher", "sampled", "top-k", "lora plain", "lora off"])
-    for name, value in (
-        ("hidden", 256), ("layers", 6), ("inner", 704), ("vocabulary", 8192), ("time", 512), ("rows", 4),
-        ("rounds", 7), ("warm", 2), ("threads", 1),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=value)
+    add_numbers(parser, hidden=256, layers=6, inner=704, vocabulary=8192, time=512, rows=4, rounds=7, warm=2, threads=1)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -207,15 +162,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     machine.tune_allocator()
     rows = measured(options)
-    if options.json:
-        settings = {k: v for k, v in vars(options).items() if k != "json"}
-        record = {
-            "what": __doc__.split("\n")[0],
-            "settings": settings,
-            "machine": {"cpu": machine.processor(), "cores": machine.cores(), "torch": torch.__version__},
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    what = __doc__.split("\n")[0]
+    write(options.json, {**provenance(), "what": what, "settings": settings(options), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import random
 import re
 import statistics
@@ -29,9 +28,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lm_eval
 import torch
-import transformers
+from arms import add_numbers, middle, provenance, settings, turns, write
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -160,33 +158,23 @@ def timed(score: Callable[[Any], Scored], items: Any) -> tuple[tuple[float, floa
     return (time.perf_counter() - begin, time.process_time() - worked), found
 
 
-def middle_and_range(values: Sequence[float]) -> list[float]:
-    """Median, least and greatest."""
-    return [statistics.median(values), min(values), max(values)]
-
-
 def measured(folder: Path, items: Any, rounds: int, batches: Sequence[int]) -> dict[str, Any]:
     """Both sides in alternating rounds."""
     first, few = ours(folder), items[: max(2, len(items) // 4)]
     sizes = {batch: timed(theirs(folder, batch), few)[0][1] for batch in batches}
     batch = min(sizes, key=sizes.__getitem__)
     second = theirs(folder, batch)
-    seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "lm-eval": []}
     off, greedy = 0.0, True
     first(few)
-    for _ in range(rounds):
-        spent, mine = timed(first, items)
-        seconds["ours"].append(spent)
-        spent, other = timed(second, items)
-        seconds["lm-eval"].append(spent)
-        for a, b in zip(chain(*mine), chain(*other), strict=True):
+    both = list(turns({"ours": lambda: timed(first, items), "lm-eval": lambda: timed(second, items)}, rounds))
+    for each in both:
+        for a, b in zip(chain(*each["ours"][1]), chain(*each["lm-eval"][1]), strict=True):
             off, greedy = max(off, abs(a[0] - b[0])), greedy and a[1] == b[1]
-    speeds = {name: [len(items) / wall for wall, _ in spent] for name, spent in seconds.items()}
-    both = list(zip(seconds["ours"], seconds["lm-eval"], strict=True))
+    spent = [{name: seconds for name, (seconds, _) in each.items()} for each in both]
     return {
-        "items_per_second": {name: middle_and_range(each) for name, each in speeds.items()},
-        "times_faster": middle_and_range([b[0] / a[0] for a, b in both]),
-        "times_less_work": middle_and_range([b[1] / a[1] for a, b in both]),
+        "items_per_second": {name: middle(len(items) / each[name][0] for each in spent) for name in spent[0]},
+        "times_faster": middle(each["lm-eval"][0] / each["ours"][0] for each in spent),
+        "times_less_work": middle(each["lm-eval"][1] / each["ours"][1] for each in spent),
         "lm_eval_batch": batch,
         "largest_difference": off,
         "greedy_alike": greedy,
@@ -198,13 +186,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--rows", type=Path)
-    parser.add_argument("--items", type=int, default=40)
-    parser.add_argument("--shots", type=int, default=5)
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
+    add_numbers(parser, items=40, shots=5, hidden=384, layers=6, rounds=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--threads", type=int, default=machine.cores())
+    add_numbers(parser, threads=machine.cores())
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -218,23 +202,11 @@ def main() -> None:
             random_model(folder, options.hidden, options.layers)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         setting = {
-            "repeat": f"python benchmarks/few_shot.py --items {options.items} --shots {options.shots} "
-            f"--rounds {options.rounds} --hidden {options.hidden} --layers {options.layers} "
-            f"--batches {' '.join(map(str, options.batches))} "
-            f"--threads {options.threads}",
+            **settings(options),
             "items": len(items),
-            "shots": options.shots,
-            "rounds": options.rounds,
-            "threads": options.threads,
             "parameters": AutoModelForCausalLM.from_pretrained(folder).num_parameters(),
             "vocabulary": len(tokenizer),
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "lm-eval": lm_eval.__version__,
-            },
-            "machine": {"cpu": machine.processor(), "cores": machine.cores()},
-            "load_average": os.getloadavg()[0],
+            **provenance("lm-eval"),
         }
         found = []
         for demonstrations in ("shared", "own"):
@@ -259,9 +231,7 @@ def main() -> None:
                     f"largest difference {row['largest_difference']:.1e}",
                     flush=True,
                 )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"setting": setting, "rows": found}, indent=1) + "\n")
+    write(options.json, {"setting": setting, "rows": found})
 
 
 if __name__ == "__main__":

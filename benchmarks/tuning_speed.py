@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from arms import add_numbers, middle, provenance, ranged, settings, turns, write
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -91,19 +91,9 @@ def _norm() -> Any:
 
 def random_model(options: argparse.Namespace) -> LlamaForCausalLM:
     """The same Llama every time."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.hidden // 64,
-        intermediate_size=options.inner,
-        vocab_size=options.vocabulary,
-        max_position_embeddings=options.time + VECTORS,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(config).train()
+    from small_llama import llama
+
+    return llama(options, beside=VECTORS).train()
 
 
 class Arm:
@@ -149,11 +139,6 @@ def peft(options: argparse.Namespace, config: Callable[[LlamaConfig], Any], ids:
     return Arm(get_peft_model(model, wanted), ids, caches=wanted.peft_type == "PREFIX_TUNING")
 
 
-def middle(values: list[float]) -> list[float]:
-    """Median, lowest and highest."""
-    return [statistics.median(values), min(values), max(values)]
-
-
 def steps(options: argparse.Namespace, ids: Tensor) -> list[dict[str, Any]]:
     """Each kind's step beside PEFT's, or beside that of tuning the whole model."""
     rows = []
@@ -161,29 +146,33 @@ def steps(options: argparse.Namespace, ids: Tensor) -> list[dict[str, Any]]:
         kind, config = KINDS[name]
         mine, _ = ours(options, kind, ids)
         other = peft(options, config, ids) if config else ours(options, {"kind": "full"}, ids)[0]
-        seconds: dict[str, list[float]] = {"ours": [], "other": []}
-        for turn in range(options.rounds + options.warm):
-            arms = [("ours", mine), ("other", other)]
-            for side, arm in arms if turn % 2 else reversed(arms):
-                seconds[side].append(arm.step())
-        kept = {side: values[options.warm :] for side, values in seconds.items()}
+        rounds = list(turns({"ours": mine.step, "other": other.step}, options.rounds, options.warm))
         row = {
             "kind": name,
             "against": "peft" if config else "full",
-            "ours_ms": [1e3 * v for v in middle(kept["ours"])],
-            "other_ms": [1e3 * v for v in middle(kept["other"])],
-            "ratio": middle([a / b for a, b in zip(kept["ours"], kept["other"], strict=True)]),
+            "ours_ms": middle(1e3 * each["ours"] for each in rounds),
+            "other_ms": middle(1e3 * each["other"] for each in rounds),
+            "ratio": middle(each["ours"] / each["other"] for each in rounds),
             "trainable": mine.trainable,
             "other_trainable": other.trainable,
         }
         rows.append(row)
-        ratio = row["ratio"]
         print(
             f"{name:<12} {row['ours_ms'][0]:>8.1f} ms  {row['against']:<5}{row['other_ms'][0]:>8.1f} ms"
-            f"  ratio {ratio[0]:.3f} [{ratio[1]:.3f}..{ratio[2]:.3f}]  weights {mine.trainable:,} / {other.trainable:,}",
+            f"  ratio {ranged(row['ratio'], '.3f')}  weights {mine.trainable:,} / {other.trainable:,}",
             flush=True,
         )
     return rows
+
+
+def forward(
+    model: torch.nn.Module, ids: Tensor, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> float:
+    """Seconds of a forward."""
+    with context():
+        begin = time.perf_counter()
+        model(input_ids=ids, use_cache=False)
+        return time.perf_counter() - begin
 
 
 @torch.no_grad()
@@ -196,31 +185,24 @@ def switched_off(options: argparse.Namespace, ids: Tensor) -> list[dict[str, Any
         if not tuning.additive:
             continue
         arm.model.eval()
-
         arms = {
-            "bare": (bare, ids, nullcontext),
-            "off": (arm.model, ids, tuning.off),
-            "on": (arm.model, arm.ids, nullcontext),
+            "bare": partial(forward, bare, ids),
+            "off": partial(forward, arm.model, ids, tuning.off),
+            "on": partial(forward, arm.model, arm.ids),
         }
-        seconds: dict[str, list[float]] = {side: [] for side in arms}
-        for turn in range(options.rounds + options.warm):
-            for side in list(arms) if turn % 2 else reversed(arms):
-                model, read, context = arms[side]
-                with context():
-                    begin = time.perf_counter()
-                    model(input_ids=read, use_cache=False)
-                    seconds[side].append(time.perf_counter() - begin)
-        kept = {side: values[options.warm :] for side, values in seconds.items()}
-        ratios = {
-            f"{side}_ratio": middle([a / b for a, b in zip(kept[side], kept["bare"], strict=True)])
-            for side in ("off", "on")
-        }
+        rounds = list(turns(arms, options.rounds, options.warm))
+        ratios = {f"{side}_ratio": middle(each[side] / each["bare"] for each in rounds) for side in ("off", "on")}
         with tuning.off():
             same = torch.equal(arm.model(input_ids=ids).logits, bare(input_ids=ids).logits)
         rows.append(
-            {"kind": name, "bare_ms": 1e3 * statistics.median(kept["bare"]), **ratios, "off_is_bit_equal": same}
+            {
+                "kind": name,
+                "bare_ms": 1e3 * middle(each["bare"] for each in rounds)[0],
+                **ratios,
+                "off_is_bit_equal": same,
+            }
         )
-        told = "  ".join(f"{k.split('_')[0]} {v[0]:.3f} [{v[1]:.3f}..{v[2]:.3f}]" for k, v in ratios.items())
+        told = "  ".join(f"{k.split('_')[0]} {ranged(v, '.3f')}" for k, v in ratios.items())
         print(f"{name:<12} x bare: {told}  off bit-equal: {same}", flush=True)
     return rows
 
@@ -248,16 +230,13 @@ def memory(arm: str, work: Path, options: argparse.Namespace) -> dict[str, float
 
 def ours_trained(work: Path, ids: Tensor, options: argparse.Namespace, dtype: torch.dtype) -> Callable[[], None]:
     """The steps of a stage, its libraries imported: masters where something moves, the base in the compute dtype."""
-    import numpy as np
+    from small_llama import batch_of, run_of
 
-    from postgrad import schedules
-    from postgrad.data.batch import Batch
     from postgrad.models import machine
     from postgrad.models.model import CausalModel
     from postgrad.objectives.tokens import Tokens
-    from postgrad.training.optimizer import AdamW, Weights
-    from postgrad.training.step import Run, train_step
-    from postgrad.training.world import World
+    from postgrad.training.optimizer import Weights
+    from postgrad.training.step import train_step
     from postgrad.tuning import low_rank
     from postgrad.tuning.attach import attach
 
@@ -268,27 +247,9 @@ def ours_trained(work: Path, ids: Tensor, options: argparse.Namespace, dtype: to
         assert isinstance(tuning, low_rank.LowRank)
         model = CausalModel(pretrained).train()
         weights = Weights(model, tuning, dtype, split=True)
-        run = Run(
-            model=model,
-            weights=weights,
-            optimizer=AdamW(weights, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0),
-            objectives=[Tokens("next-token", 1.0)],
-            penalties=[],
-            schedule=schedules.then((schedules.constant(RATE), 1)),
-            world=World(torch.device("cpu")),
-            sources=["text"],
-            clip=1.0,
-            seed=0,
-            trained_by_source=np.zeros(1, np.int64),
-        )
-        labels = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -100)], 1)
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        batch = Batch(
-            {"input_ids": ids, "position_ids": positions},
-            labels,
-            np.zeros(len(ids), np.int64),
-            (labels != -100).sum(1).numpy(),
-        )
+        objectives = [Tokens("next-token", 1.0)]
+        run = run_of(model, weights, objectives, rate=RATE, betas=(0.9, 0.999), weight_decay=0.0)
+        batch = batch_of(ids)
         for _ in range(options.memory_steps):
             train_step(run, [batch])
 
@@ -330,20 +291,20 @@ MEMORY_ARMS = ("ours-fp32", "peft-trainer-fp32", "ours-bf16", "peft-trainer-bf16
 def memories(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Each arm's peak, in turns."""
     sizes = {"hidden": 1024, "inner": 4096, "layers": 2, "time": 512, "vocabulary": options.vocabulary}
-    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in MEMORY_ARMS}
     with tempfile.TemporaryDirectory() as folder:
         random_model(argparse.Namespace(**sizes)).save_pretrained(folder)
         told = json.dumps({**sizes, "memory_steps": options.memory_steps})
-        for _ in range(options.memory_rounds):
-            for arm in MEMORY_ARMS:
-                command = [sys.executable, __file__, "--memory-of", arm, "--work", folder, "--sizes", told]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                found[arm].append(json.loads(done.stdout.splitlines()[-1]))
-    out = {arm: {key: middle([run[key] for run in runs]) for key in runs[0]} for arm, runs in found.items()}
+
+        def one(arm: str) -> dict[str, float]:
+            command = [sys.executable, __file__, "--memory-of", arm, "--work", folder, "--sizes", told]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            return json.loads(done.stdout.splitlines()[-1])
+
+        rounds = list(turns({arm: partial(one, arm) for arm in MEMORY_ARMS}, options.memory_rounds))
+    out = {arm: {key: middle(each[arm][key] for each in rounds) for key in rounds[0][arm]} for arm in MEMORY_ARMS}
     for arm, each in out.items():
-        peak = each["peak_mb"]
-        beside = each["libraries_mb"][0]
-        print(f"{arm:<18} peak {peak[0]:.0f} MB [{peak[1]:.0f}..{peak[2]:.0f}] beside {beside:.0f} MB of libraries")
+        libraries = each["libraries_mb"][0]
+        print(f"{arm:<18} peak {ranged(each['peak_mb'], '.0f')} MB beside {libraries:.0f} MB of libraries")
     return out
 
 
@@ -351,17 +312,10 @@ def arguments() -> argparse.Namespace:
     """What is asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--inner", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--time", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--warm", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--memory-steps", type=int, default=4)
-    parser.add_argument("--memory-rounds", type=int, default=2)
+    add_numbers(
+        parser, hidden=384, inner=1024, layers=6, vocabulary=4096, rows=8, time=128, rounds=9, warm=2, threads=1
+    )
+    add_numbers(parser, memory_steps=4, memory_rounds=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", choices=MEMORY_ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -371,35 +325,14 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Compare, or (with --memory-of) be one of the arms."""
-    import peft as library
-    import transformers
-
-    from postgrad.models import machine
-
     options = arguments()
     torch.set_num_threads(options.threads)
     if options.memory_of:
         print(json.dumps(memory(options.memory_of, options.work, argparse.Namespace(**options.sizes))))
         return
-    load = os.getloadavg()[0]
     ids = torch.randint(0, options.vocabulary, (options.rows, options.time), generator=torch.Generator().manual_seed(0))
     found = {"steps": steps(options, ids), "forwards": switched_off(options, ids), "memory": memories(options)}
-    if options.json:
-        asked = {k: v for k, v in vars(options).items() if v is not None and k not in ("json", "kinds")}
-        setting = {
-            "repeat": "python benchmarks/tuning_speed.py "
-            + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in asked.items()),
-            **asked,
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "peft": library.__version__,
-            },
-            "machine": {"cpu": machine.processor(), "cores": machine.cores()},
-            "load_average": load,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"setting": setting, **found}, indent=1) + "\n")
+    write(options.json, {"setting": {**settings(options), **provenance("peft")}, **found})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What do updates of fewer numbers cost a training step?
 
-    PYTHONPATH=. python benchmarks/update_speed.py --json benchmarks/results/update_speed.json
+    python benchmarks/update_speed.py --json benchmarks/results/update_speed.json
 
 Every arm makes the same step of the same random Llama: forward, backward, clipping and AdamW, as a stage steps. Arms take
 turns, and the order turns around each round. Told are the processor seconds of an arm's step over those of the plain step
@@ -10,30 +10,25 @@ of the same round, as the median of all rounds with its lowest and highest, and 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from arms import add_numbers, middle, provenance, ranged, settings, turns, write
+from small_llama import llama, random_batch, run_of
 
-from postgrad import schedules
 from postgrad.data.batch import Batch
 from postgrad.models import machine
 from postgrad.models.model import CausalModel
 from postgrad.objectives.tokens import Tokens
 from postgrad.training.moving import Everything, Moving
-from postgrad.training.optimizer import AdamW, Weights
+from postgrad.training.optimizer import Weights
 from postgrad.training.step import Run, train_step
 from postgrad.training.top_momentum import TopMomentum
 from postgrad.training.top_output import TopOutput
-from postgrad.training.world import World
 from postgrad.tuning.attach import attach
 
 ARMS: dict[str, tuple[str, Callable[[Run], Moving]]] = {
@@ -51,22 +46,9 @@ class Arm:
     """A run whose updates move some numbers."""
 
     def __init__(self, options: argparse.Namespace, tuning: str, make: Callable[[Run], Moving]) -> None:
-        torch.manual_seed(0)
-        model = CausalModel(LlamaForCausalLM(config(options))).train()
+        model = CausalModel(llama(options)).train()
         weights = Weights(model, attach(model.pretrained, {"kind": tuning}), torch.float32, split=True)
-        self.run = Run(
-            model=model,
-            weights=weights,
-            optimizer=AdamW(weights, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
-            objectives=[Tokens()],
-            penalties=[],
-            schedule=schedules.then((schedules.constant(1e-4), 1)),
-            world=World(torch.device("cpu")),
-            sources=["text"],
-            clip=1.0,
-            seed=0,
-            trained_by_source=np.zeros(1, np.int64),
-        )
+        self.run = run_of(model, weights, [Tokens()])
         self.run.optimizer.moving = make(self.run)
         self.update = 0.0
         move = self.run.optimizer.step
@@ -86,98 +68,47 @@ class Arm:
         return time.process_time() - begin, self.update
 
 
-def config(options: argparse.Namespace) -> LlamaConfig:
-    """The same Llama for every arm."""
-    return LlamaConfig(
-        hidden_size=options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.hidden // 64,
-        intermediate_size=options.inner,
-        vocab_size=options.vocabulary,
-        max_position_embeddings=options.time,
-        tie_word_embeddings=True,
-    )
-
-
-def middle(values: list[float]) -> list[float]:
-    """Median, lowest and highest."""
-    return [statistics.median(values), min(values), max(values)]
-
-
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every arm's step over the plain one's."""
-    ids = torch.randint(0, options.vocabulary, (options.rows, options.time), generator=torch.Generator().manual_seed(0))
-    labels = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -100)], 1)
-    batch = Batch(
-        {"input_ids": ids, "position_ids": torch.arange(options.time).expand_as(ids)},
-        labels,
-        np.zeros(len(ids), np.int64),
-        (labels != -100).sum(1).numpy(),
-    )
+    batch = random_batch(options)
     made = {name: Arm(options, tuning, make) for name, (tuning, make) in ARMS.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
-    for turn in range(options.rounds + options.warm):
-        for name in list(made) if turn % 2 else reversed(made):
-            times[name].append(made[name].step(batch))
+    rounds = list(turns({name: partial(arm.step, batch) for name, arm in made.items()}, options.rounds, options.warm))
     rows = []
     for name in made:
         against = "lora" if name.startswith("lora") else "plain"
-        kept, plain = (times[n][options.warm :] for n in (name, against))
         row = {
             "arm": name,
-            "step_ms": [1e3 * v for v in middle([step for step, _ in kept])],
-            "update_ms": [1e3 * v for v in middle([update for _, update in kept])],
-            "ratio": middle([one / other for (one, _), (other, _) in zip(kept, plain, strict=True)]),
+            "step_ms": middle(1e3 * each[name][0] for each in rounds),
+            "update_ms": middle(1e3 * each[name][1] for each in rounds),
+            "ratio": middle(each[name][0] / each[against][0] for each in rounds),
         }
         rows.append(row)
-        ratio = row["ratio"]
         print(
             f"{name:<21} step {row['step_ms'][0]:>8.1f} ms  update {row['update_ms'][0]:>7.2f} ms"
-            f"  ratio {ratio[0]:.3f} [{ratio[1]:.3f}..{ratio[2]:.3f}]",
+            f"  ratio {ranged(row['ratio'], '.3f')}",
             flush=True,
         )
     return rows
 
 
-def arguments() -> argparse.Namespace:
-    """What is asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--inner", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--time", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warm", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args()
-
-
 def main() -> None:
     """Compare, and write what was found."""
-    options = arguments()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_numbers(
+        parser, hidden=384, inner=1024, layers=6, vocabulary=4096, rows=8, time=256, rounds=7, warm=2, threads=1
+    )
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine.tune_allocator()
-    load = os.getloadavg()[0]
     rows = compare(options)
-    if options.json:
-        asked = {k: v for k, v in vars(options).items() if k != "json"}
-        numbers = sum(p.numel() for p in LlamaForCausalLM(config(options)).parameters())
-        setting = {
-            "repeat": "python benchmarks/update_speed.py "
-            + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in asked.items()),
-            **asked,
-            "weights": numbers,
-            "tokens_per_step": options.rows * options.time,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "machine": {"cpu": machine.processor(), "cores": machine.cores()},
-            "load_average": load,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"setting": setting, "arms": rows}, indent=1) + "\n")
+    setting = {
+        **settings(options),
+        "weights": sum(p.numel() for p in llama(options).parameters()),
+        "tokens_per_step": options.rows * options.time,
+        **provenance(),
+    }
+    write(options.json, {"setting": setting, "arms": rows})
 
 
 if __name__ == "__main__":

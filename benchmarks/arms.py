@@ -1,0 +1,91 @@
+"""How do arms take turns, and what does every file of results say of how it was made?
+
+Only the standard library is imported at first: arms that tell how much memory they hold are processes that import this, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any, TypeVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what is measured is the project that this folder lies in
+
+T = TypeVar("T")
+LOAD = os.getloadavg()[0]
+"""What else the machine had to do when the script began."""
+
+
+def turns(arms: Mapping[str, Callable[[], T]], rounds: int, warm: int = 0) -> Iterator[dict[str, T]]:
+    """What each arm answers, round by round; the order turns around each round, and the first `warm` are not told."""
+    for number in range(warm + rounds):
+        answers = {name: arms[name]() for name in (arms if number % 2 else reversed(list(arms)))}
+        if number >= warm:
+            yield {name: answers[name] for name in arms}
+
+
+def middle(values: Iterable[float]) -> list[float]:
+    """Median, lowest and highest."""
+    known = list(values)
+    return [statistics.median(known), min(known), max(known)]
+
+
+def ranged(found: list[float], form: str) -> str:
+    """The same as text."""
+    return f"{found[0]:{form}} [{found[1]:{form}}..{found[2]:{form}}]"
+
+
+def add_numbers(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Options that are whole numbers."""
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+
+
+def named(word: str) -> str:
+    """An option's value, or NAME=FILE, without the folders of whoever ran it."""
+    before, equal, path = word.rpartition("=")
+    here = Path(path)
+    return before + equal + here.name if here.is_absolute() or ".." in here.parts else word
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that was asked or left as it is, for a file of results."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, list):
+            return [short(each) for each in value]
+        return named(str(value)) if isinstance(value, str | Path) else value
+
+    return {key: short(value) for key, value in vars(options).items() if value is not None and key != "json"}
+
+
+def provenance(*packages: str) -> dict[str, Any]:
+    """The command as it was given, the machine, the day, the versions (torch, transformers, and of `packages`), the load."""
+    from importlib.metadata import version
+
+    from postgrad.models import machine
+
+    return {
+        "repeat": " ".join(
+            ["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shlex.quote, map(named, sys.argv[1:]))]
+        ),
+        "machine": {"cpu": machine.processor(), "cores": machine.cores(), "system": platform.system()},
+        "measured": date.today().isoformat(),
+        "versions": {name: version(name) for name in ("torch", "transformers", *packages)},
+        "load_average": LOAD,
+    }
+
+
+def write(path: Path | None, found: Mapping[str, Any]) -> None:
+    """Into the file, if one is asked for."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
