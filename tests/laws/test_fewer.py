@@ -15,6 +15,7 @@ from postgrad.data.batch import Batch, collate
 from postgrad.data.rows import IGNORED, Row
 from postgrad.models.model import CausalModel, HeadedModel, Model
 from postgrad.models.sharding import checkpoint_activations
+from postgrad.penalties.anchor import Anchor, Held
 from postgrad.training.largest import count_of
 from postgrad.training.moving import Everything, Fewer, Moving
 from postgrad.training.optimizer import AdamW, Weights
@@ -245,6 +246,36 @@ def test_micro_batches_do_not_matter() -> None:
     whole = heard([8])
     for sizes in ([4, 4], [1] * 8, [5, 3]):
         assert torch.allclose(heard(sizes), whole, rtol=1e-5)
+
+
+def test_each_step_hears_its_own_text_alone() -> None:
+    """A token's outputs are shares of one, so over a layer's rows they add up to the tokens of the step."""
+    run = made(magnitude(0.25))
+    found = sums(run)
+    layers = len(run.optimizer.moving.layers)  # type: ignore[attr-defined]
+    for step, rows in enumerate((8, 4)):
+        batch = batches([rows])[0]
+        train_step(run, [batch])
+        tokens = sum(int((labels != IGNORED).nonzero().max()) + 1 for labels in batch.labels)
+        for sums_O in found[step * layers :]:
+            assert float(sums_O.sum()) == pytest.approx(tokens, rel=1e-5)
+
+
+def test_a_layer_that_no_token_was_sent_to_stays() -> None:
+    """An expert that was left out: it has a gradient still where a penalty pulls, and moments of earlier steps."""
+    left_out = "layers.0.mlp."
+    moved = {}
+    for kind in (None, magnitude(0.25)):
+        run = run_of()
+        run.penalties = [Anchor([Held(w.master, torch.zeros_like(w.master)) for w in run.weights.all], strength=1.0)]
+        if kind:
+            run.optimizer.moving = kind(run)
+        after(run)
+        before = values(run)
+        run.model.pretrained.get_submodule("model.layers.0.mlp").forward = torch.zeros_like  # type: ignore[method-assign]
+        moved[kind is None] = {name for name, value in after(run).items() if not torch.equal(value, before[name])}
+    inside = {name for name in before if left_out in name}
+    assert len(inside) == 3 and moved[True] == before.keys() and moved[False] == before.keys() - inside
 
 
 class _Always(TopOutput):
