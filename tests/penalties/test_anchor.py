@@ -301,7 +301,7 @@ def test_the_chain_rule_is_that_of_autograd(
         loss = loss + 0.5 * 4.0 * (delta.square() * (1.0 if given is None else given)).sum()
         exact += zip(moved.parameters, values, strict=True)
     gradients = torch.autograd.grad(loss, [value for _, value in exact])
-    told = Anchor([], changed, strength=4.0)()
+    told = Anchor([], changed, strength=12.0, over=3.0)()
     torch.testing.assert_close(told, loss.detach().float(), rtol=1e-4, atol=1e-6)
     for (parameter, _), gradient in zip(exact, gradients, strict=True):
         size = float(gradient.abs().max())
