@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from postgrad.errors import PostgradError, StageError
 from postgrad.evaluation import metrics
 from postgrad.lineage.record import read_record
 from postgrad.stages.choose import Look, Rule, standing
-from postgrad.stages.restore import Wish, plan_restoration, restored, restored_text
+from postgrad.stages.restore import Aim, Wish, plan_restoration, restored, restored_text
 from postgrad.stages.run import Finished, run_stage
 from tests.stages.models import Shelf, make_shelf
 
@@ -132,6 +133,32 @@ def test_what_cannot_be_restored_is_refused(shelf: Shelf, tmp_path: Path) -> Non
         result = CliRunner().invoke(app, ["restore", str(one), option, "much"])
         error = result.exception
         assert isinstance(error, StageError) and error.where == option and "'much'" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "recovered", "cost", "enough"),
+    [
+        (2.5, 2.2, 0.5, 0.1, True),
+        (2.6, 2.2, 0.4, 0.1, False),
+        (2.5, 2.3, 0.5, 0.15, False),
+        (1.9, 1.8, 1.1, -0.1, True),
+    ],
+    ids=["just so", "too little won back", "too dear", "more than all of both"],
+)
+def test_it_is_enough_when_enough_is_won_back_at_no_more_than_was_allowed(
+    old: float, new: float, recovered: float, cost: float, enough: bool
+) -> None:
+    """A run lost 1 nat of the old text (2 to 3) and gained 2 of the new (4 to 2); half for a tenth was asked for."""
+    asked = SimpleNamespace(
+        aim=Aim("old", now=3.0, earlier=2.0, enough=2.5, gains={"new": (4.0, 2.0), "even": (3.0, 3.0)}),
+        wish=SimpleNamespace(until=0.5, max_cost=0.1),
+    )
+    after = {"old": {"nats": old}, "new": {"nats": new}, "even": {"nats": 3.1}}
+    done = SimpleNamespace(record={"scores": {"after": after}}, place=Path("run"))
+    found = restored(asked, done)  # type: ignore[arg-type]
+    assert found["recovered"] == pytest.approx(recovered) and found["costs"] == {"new": pytest.approx(cost)}
+    assert found["enough"] is enough
+    assert ("50% was asked for" in restored_text(asked, done)) is not enough  # type: ignore[arg-type]
 
 
 def test_enough_ends_a_choice_where_no_more_is_forgotten_than_is_allowed() -> None:
