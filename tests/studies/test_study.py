@@ -31,12 +31,13 @@ from postgrad.stages import measure
 from postgrad.stages.parsing import read_yaml
 from postgrad.studies import arms as study_arms
 from postgrad.studies import found as found_in
+from postgrad.studies import plan as study_plan
 from postgrad.studies import templates
 from postgrad.studies.arms import Work, work_out
 from postgrad.studies.finish import finish
 from postgrad.studies.found import Drawn, Losses, findings, mean_of, removed, verdict
 from postgrad.studies.found import _Measured as Measured
-from postgrad.studies.plan import look_ahead, outlook_record
+from postgrad.studies.plan import Pace, look_ahead, outlook_record
 from postgrad.studies.run import (
     Ended,
     Prepared,
@@ -582,6 +583,26 @@ def test_an_arm_that_cannot_finish_is_told_before_anything_is_trained(base: Path
     outlook = look_ahead(ok)
     record = outlook_record(ok, outlook)
     assert record["runs"] == 2 and record["tokens"] == 5000 and record["seconds"] > 0
+
+
+def test_what_is_made_besides_takes_its_time_too(base: Path, tmp_path: Path, cache: Path, monkeypatch: Any) -> None:
+    """At 0.01 s for a trained token: text is written at 60 times that, importance measured at 3 times."""
+    monkeypatch.setattr(study_plan, "_timed", lambda *_: Pace(0.01, 0.0, 0.5))
+    arms = {
+        "none": {},
+        "self": {"replay": "25%", "replay_from": "self-made"},
+        "ewc": {"penalties": [{"kind": "anchor", "strength": 1.0, "importance": "measured"}]},
+        "half": {"blend": {"of": "none", "weight": 0.5}},
+    }
+    prepared = prepare(written(tmp_path, raw(base, arms=arms, importance={"tokens": 700})), cache)
+    outlook = look_ahead(prepared)
+    (tokens,) = [step.what["tokens"] for step in prepared.work.steps.values() if step.kind == "write"]
+    assert tokens == 500  # a quarter of 2000
+    # A run: 2000 tokens within a row, half a second of planning, and one around it.
+    wanted = {"train": 21.5, "write": 300.0, "measure": 21.0, "blend": 1.0}
+    found = [(prepared.work.steps[key].kind, seconds) for key, seconds in outlook.seconds.items()]
+    assert {kind for kind, _ in found} == wanted.keys()
+    assert all(seconds == pytest.approx(wanted[kind], abs=0.2 * (kind == "train")) for kind, seconds in found)
 
 
 def test_held_out_text_that_is_trained_on_is_told(base: Path, tmp_path: Path, cache: Path) -> None:
