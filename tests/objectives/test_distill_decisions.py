@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from postgrad.data.batch import collate
-from postgrad.data.rows import Row
+from postgrad.data.rows import IGNORED, Row
 from postgrad.models.model import Output
 from postgrad.objectives.decisions import Problem
 from postgrad.objectives.distill import DistillDecisions
@@ -51,3 +51,19 @@ def test_each_divergence_is_that_of_its_definition(problem: Problem, direction: 
         assert wanted != pytest.approx(
             by_hand(problem, "reverse" if direction == "forward" else "forward", temperature), rel=1e-3
         )
+
+
+def test_tags_are_taught_where_there_is_a_label_and_the_teacher_has_a_place_for_it() -> None:
+    """Two rows of three places; the teacher reads two places of each, and has none for the last label of the first."""
+    labels = [[IGNORED, 1, 0], [1, IGNORED, IGNORED]]
+    rows = [Row({"input_ids": np.arange(3)}, np.array(row), sum(label != IGNORED for label in row)) for row in labels]
+    mine = [[[9.0, 0.0], [1.0, -0.5], [0.3, 0.1]], [[-2.0, 0.5], [0.0, 9.0], [9.0, 9.0]]]
+    theirs = [[[0.2, 0.7], [7.0, 0.0]], [[0.0, 7.0], [1.5, -1.0]]]
+    said = Answer(Output(torch.tensor(theirs), None), torch.tensor([[1, 0, -1], [1, 0, 0]]))
+    loss_of = DistillDecisions("tags", lambda batch: said, lambda step: 1.0, "forward", 2.0)
+    loss, losses_B = loss_of(Output(torch.tensor(mine), None), collate(rows, [0, 0]))
+    wanted = [
+        4 * kl(soft(theirs[0][0], 2.0), soft(mine[0][1], 2.0)),
+        4 * kl(soft(theirs[1][1], 2.0), soft(mine[1][0], 2.0)),
+    ]
+    assert losses_B.tolist() == pytest.approx(wanted, rel=1e-5) and float(loss) == pytest.approx(sum(wanted), rel=1e-5)
