@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from postgrad.data.batch import Batch
 from postgrad.errors import DataError, ModelError, PostgradError, ResumeError, StageError
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load, locate, save_pretrained
@@ -21,13 +24,14 @@ from postgrad.planning.execution import Execution
 from postgrad.stages.build import make_loader, make_optimizer
 from postgrad.stages.check import check_stage
 from postgrad.stages.importance import measure_importance
+from postgrad.stages.penalties import AnchorPenalty
 from postgrad.stages.run import Said, Warned
 from postgrad.stages.strengths import anchors_of, find_strengths
 from postgrad.training.meters import read_metrics
 from postgrad.training.step import Run
 from postgrad.tuning.opened import start_fingerprint, task_at
 from tests.conftest import make_llama, make_tokenizer
-from tests.stages.models import QUICK, Shelf, carried_out_in_parts, make_shelf, trace, trained
+from tests.stages.models import LENGTH, QUICK, Shelf, carried_out_in_parts, make_shelf, trace, trained
 
 ANCHOR = {"kind": "anchor", "strength": 0.5}
 
@@ -86,6 +90,54 @@ def test_an_anchor_holds_the_weights_and_says_its_value(shelf: Shelf) -> None:
     assert drifts[0] > drifts[1] > drifts[2] > 0
 
 
+def test_every_key_changes_what_is_trained(shelf: Shelf) -> None:
+    elsewhere = shelf.home / "elsewhere"
+    save_pretrained(make_llama(7), make_tokenizer(), elsewhere, dtype=torch.float32)
+    weighed = {**ANCHOR, "importance": importance(shelf)}
+    other = {
+        "strength": (ANCHOR, 2.0),
+        "importance": (ANCHOR, weighed["importance"]),
+        "normalise": (weighed, True),
+        "reference": (ANCHOR, str(elsewhere)),
+        "decoupled": (ANCHOR, True),
+        "only": (ANCHOR, ["model.layers"]),
+        "storage": (ANCHOR, "bfloat16"),
+    }
+    assert other.keys() == AnchorPenalty.model_fields.keys() - {"kind"}
+
+    def after(penalty: dict[str, Any]) -> Tensor:
+        now = trained(shelf, shelf.stage("keys", penalties=[penalty]), 3)[1]
+        return torch.cat([t.flatten() for t in now.values()])
+
+    plain, again, by_weight = after(ANCHOR), after(ANCHOR), after(weighed)
+    assert torch.equal(plain, again)  # so that a difference is the key's
+    for key, (penalty, value) in other.items():
+        without = plain if penalty is ANCHOR else by_weight
+        assert not torch.equal(after({**penalty, key: value}), without), key
+
+
+def by_torch(model: PreTrainedModel) -> torch.optim.AdamW:
+    """What moves the weights, without any part of ours."""
+    table = model.get_input_embeddings().weight
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2 and p is not table], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2 or p is table], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+
+
+def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> Tensor:
+    """That of the next token, over a step's micro-batches."""
+    loss, count = torch.zeros(()), 0
+    for batch in batches:
+        logits = model(**batch.inputs, use_cache=False).logits
+        loss = loss + torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+        count += batch.counted
+    return loss / count
+
+
 def test_a_step_is_that_of_the_sum_of_loss_and_term(shelf: Shelf) -> None:
     """The whole composition, held against torch alone: next token, replay and an anchor with importance."""
     file = importance(shelf)
@@ -98,23 +150,12 @@ def test_a_step_is_that_of_the_sum_of_loss_and_term(shelf: Shelf) -> None:
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     plan = shelf.plan(raw)
     loader = make_loader(plan, Execution("float32", False, "sdpa", 1, 4, False, 0.0), run.world)
-    table = model.get_input_embeddings().weight
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2 and p is not table], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim < 2 or p is table], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = by_torch(model)
     for step in (1, 2, 3):
-        loss, count = torch.zeros(()), 0
-        for batch in loader.read(step):
-            logits = model(**batch.inputs, use_cache=False).logits
-            loss = loss + torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
-            )
-            count += batch.counted
+        loss = mean_loss(model, loader.read(step))
         term = sum((given[n] * (p - start[n]).square()).sum() for n, p in model.named_parameters())
         optimizer.zero_grad()
-        (loss / count + 0.5 * 0.5 * term).backward()
+        (loss + 0.5 * 0.5 * term).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     for name, p in model.named_parameters():
@@ -404,6 +445,42 @@ def test_a_strength_is_found_once_and_kept(shelf: Shelf) -> None:
     number = shelf.run(shelf.stage("number", penalties=[{**ANCHOR, "strength": kept["strength"]}]))
     model = "model/model.safetensors"
     assert (number.place / model).read_bytes() == (shelf.home / "runs" / "auto" / model).read_bytes()
+
+
+def test_a_strength_is_that_of_a_probe_written_by_hand(shelf: Shelf) -> None:
+    """8 steps at the peak are tried, and all rates come to 4 times as much: weights that wander get sqrt(4) times as far."""
+    file, auto = importance(shelf), {**ANCHOR, "strength": "auto"}
+    weighed, apart = {**auto, "importance": file}, {**auto, "decoupled": True}
+    raw = shelf.stage("probe", tokens=44 * 4 * LENGTH, penalties=[auto, weighed, apart])
+    for source in raw["data"]["sources"]:
+        source["max_passes"] = 100
+    plan, rates = shelf.plan(raw), [1e-2] * 20 + [5e-3] * 24
+    _, _, run = trained(shelf, raw, 0)
+    loader = make_loader(plan, Execution("float32", False, "sdpa", 1, 4, False, 0.0), run.world)
+    names = [penalty.name for penalty in anchors_of(run)]
+    found = find_strengths(run, loader, rates, make_optimizer(plan, run.weights, run.optimizer.moving))
+
+    model = run.model.pretrained
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    summed = {n: torch.zeros_like(p) for n, p in start.items()}
+    optimizer = by_torch(model)
+    for step in range(1, 9):
+        optimizer.zero_grad()
+        mean_loss(model, loader.read(step)).backward()
+        for name, p in model.named_parameters():
+            summed[name] += p.grad
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    there = {n: p.detach() - start[n] for n, p in model.named_parameters()}
+    given = load_file(file)
+    norms = [
+        float(torch.cat([t.flatten() for t in each]).norm())
+        for each in (summed.values(), there.values(), [given[n] * d for n, d in there.items()])
+    ]
+    push, way, weighed_way = norms[0] / 8, norms[1], norms[2]
+    # The decoupled one is held against the mean step over the rate, so the way itself cancels.
+    wanted = [push / (2 * way), push / (2 * weighed_way), 1 / (8 * 1e-2 * 2)]
+    assert [found[name]["strength"] for name in names] == pytest.approx(wanted, rel=6e-3)  # of three digits
 
 
 def test_finding_a_strength_leaves_no_trace(shelf: Shelf) -> None:

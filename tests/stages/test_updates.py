@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ import torch
 from postgrad.errors import StageError
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load, locate
+from postgrad.stages import updates
+from postgrad.stages.amounts import Part
 from postgrad.stages.check import check_stage
 from postgrad.stages.finish import outcome_text
 from postgrad.stages.run import run_stage
+from postgrad.stages.updates import LossAdaptive, MagnitudeUpdate, MomentumUpdate
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.largest import largest
 from postgrad.training.meters import read_metrics
@@ -142,6 +146,34 @@ def test_it_works_on_other_models(shelf: Shelf, name: str, optimizer: dict[str, 
     rows, about = told(place), read_record(place)["update"]
     assert all(row["moved"] == about["moved"] < about["of"] for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+OTHER: list[tuple[type[Part], str, dict[str, Any]]] = [
+    (MomentumUpdate, "update", {"share": 0.2}),
+    (MagnitudeUpdate, "update", {"share": 0.6}),
+    (LossAdaptive, "loss_adaptive", {"start": 0.3, "smoothing": 0.2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "place", "other"), OTHER, ids=[kind.__name__ for kind, *_ in OTHER])
+def test_every_key_changes_what_is_trained(shelf: Shelf, kind: type[Part], place: str, other: dict[str, Any]) -> None:
+    word = {"kind": get_args(kind.model_fields["kind"].annotation)[0]} if "kind" in kind.model_fields else {}
+    assert other.keys() == kind.model_fields.keys() - {"kind"}
+
+    def after(changes: dict[str, Any]) -> torch.Tensor:
+        now = trained(shelf, shelf.stage("keys", optimizer={place: {**word, **changes}}), 3)[1]
+        return torch.cat([t.flatten() for t in now.values()])
+
+    plain, again = after({}), after({})
+    assert torch.equal(plain, again)  # so that a difference is the key's
+    for key, value in other.items():
+        assert not torch.equal(after({key: value}), plain), key
+
+
+def test_every_kind_of_update_is_among_them() -> None:
+    assert {kind for kind, *_ in OTHER} == {
+        v for v in vars(updates).values() if inspect.isclass(v) and v.__module__ == updates.__name__
+    }
 
 
 def test_beside_penalties_and_distillation(shelf: Shelf) -> None:
