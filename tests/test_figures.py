@@ -198,6 +198,42 @@ def of_probes(name: str, digits: int = 3) -> list[str]:
     return rows
 
 
+def of_paper() -> list[str]:
+    """Rows of the paper's protocol at laptop size, as far as they are numbers of one study."""
+
+    def arms(name: str) -> Found:
+        path = ROOT / "examples" / "paper" / "results" / f"paper-{name}.json"
+        return {arm["name"]: arm for arm in json.loads(path.read_text())["arms"]}
+
+    def removed(arm: Found) -> str:
+        if "removed" not in arm:
+            return ""
+        share, low, high = (f"{100 * arm['removed'][key]:.0f}".replace("-", "−") for key in ("value", "low", "high"))
+        return f"{share} % ({low} to {high})"
+
+    def row(said: str, arm: Found, *more: str) -> str:
+        old, new = (interval(arm["change"][of], 3) for of in ("old", "new"))
+        return f"| {said} | {' | '.join([old, *more[:1], new, *more[1:]])} |".replace("|  |", "| |")
+
+    named = {
+        "half the peak": "re-warmed to half the peak",
+        "none": "re-warmed to the peak, re-decayed (none)",
+        "twice the peak": "re-warmed to twice the peak",
+        "new from scratch": "new only, from scratch",
+        "union": "union from scratch, 1.8 M tokens",
+    }
+    strong, large = arms("strong"), arms("large")
+    rows = [row(named.get(n, n), arm, removed(arm)) for n, arm in strong.items() if not n.startswith("warm-up")]
+    gap = {name: interval(arm["gap"]["average"], 3) for name, arm in large.items() if arm.get("gap")}
+    rows += [row(name, arm, removed(arm), gap[name]) for name, arm in large.items() if name in gap]
+    for name, said in (("parts", "no shift between them"), ("shifts", "a shift at each part")):
+        for kind in ("repeated cosine", "infinite"):
+            arm = arms(name)[f"{kind}, replay 5 %"]
+            old, new, gap_ = (interval(each, 3) for each in (arm["change"]["old"], arm["change"]["new"], arm["gap"]["average"]))
+            rows.append(f"| {said}: {kind}, 5 % replay | {old} | {new} | {gap_} |")
+    return rows
+
+
 PAGES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "levers": ("levers", levers),
     "fewer weights": ("fewer-weights", of_fewer),
@@ -206,6 +242,7 @@ PAGES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "restoring": ("distillation", of_restoring),
     "teachers' cost": ("distillation", of_teachers),
     "penalties": ("penalties", of_penalties),
+    "paper": ("../examples/paper/README", of_paper),
     "probes": ("representations", lambda: of_probes("probe")),
     "frozen layers": ("representations", lambda: of_probes("frozen_layers")),
 }
