@@ -22,18 +22,18 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from training_speed import SIZES
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from arms import add_numbers, provenance, settings, turns, write
+from training_speed import SIZES, library, llama, tokenizer_of
+from transformers import PreTrainedTokenizerFast
 
 from postgrad.data.loader import Loader
 from postgrad.models import machine
@@ -51,42 +51,16 @@ END = "<end>"
 
 def functions() -> list[str]:
     """Functions and classes of the standard library."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(f for f in folder.rglob("*.py") if not {"site-packages", "test", "tests"} & set(f.parts))
-    texts = [text for f in files if 200 < len(text := f.read_text(errors="replace")) < 200_000]
-    order = np.random.default_rng(0).permutation(len(texts))
-    pieces = (piece for k in order for part in texts[k].split("\n\n\n") for piece in part.split("\n\n    def "))
+    pieces = (piece for text in library() for part in text.split("\n\n\n") for piece in part.split("\n\n    def "))
     return [piece for piece in pieces if 100 < len(piece) < 2000 and "\n" in piece]
 
 
 def prepare(home: Path, size: str, length: int) -> None:
     """A model, and rows for each arm."""
-    shape, pieces = SIZES[size], functions()
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        pieces,
-        trainers.BpeTrainer(
-            vocab_size=shape["vocabulary"], special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=shape["hidden"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["heads"],
-        intermediate_size=shape["intermediate"],
-        vocab_size=shape["vocabulary"],
-        max_position_embeddings=length,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    pieces = functions()
+    tokenizer = tokenizer_of(pieces, SIZES[size]["vocabulary"], END)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
-    save_pretrained(LlamaForCausalLM(config), fast, home / "model", dtype=torch.float32)
+    save_pretrained(llama(size, length), fast, home / "model", dtype=torch.float32)
     encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(pieces)]
     stream = np.array(list(itertools.chain.from_iterable(encoded)))
     whole = stream[: len(stream) // (length - 1) * (length - 1)].reshape(-1, length - 1)  # its EOS fills the row
@@ -188,22 +162,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         changes = {key: value for key in ("attention", "dtype") if (value := getattr(options, key))}
         execution = dataclasses.replace(execution, compile=options.compile, **changes)
         runs = {arm: begun(plan, execution, world) for arm, plan in plans.items()}
-        for run, loader in runs.values():  # also what is compiled
-            for _ in range(options.warm_up):
-                step(run, loader)
+        steps = {arm: partial(step, *runs[arm]) for arm in ARMS}
         rounds: list[dict[str, Taken]] = []
-        for number in range(options.rounds):
-            order = [ARMS[(number + i) % len(ARMS)] for i in range(len(ARMS))]
-            rounds.append({arm: step(*runs[arm]) for arm in order})
-            print(f"round {number + 1}: " + ", ".join(f"{a} {rounds[-1][a].processor:.3f} s" for a in ARMS), flush=True)
+        for made in turns(steps, options.rounds, options.warm_up):  # the first also compile
+            rounds.append(made)
+            print(f"round {len(rounds)}: " + ", ".join(f"{a} {made[a].processor:.3f} s" for a in ARMS), flush=True)
+        said = provenance()
         found: dict[str, Any] = {
-            "size": options.size,
+            **settings(options),
             "rows": options.batch,
             "positions": options.length,
-            "rounds": options.rounds,
             "execution": {k: v for k, v in execution.as_dict().items() if k not in ("reasons", "seconds")},
-            "machine": {"cpu": machine.processor(), "cores": machine.cores(), "device": world.device.type},
-            "torch": torch.__version__,
+            **said,
+            "machine": {**said["machine"], "device": world.device.type},
             "arms": {},
         }
         for arm in ARMS:
@@ -245,11 +216,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="5M")
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--reads", type=int, default=200)
+    add_numbers(parser, length=512, batch=4, rounds=30, warm_up=3, reads=200)
     parser.add_argument("--attention", help="as transformers calls it; left out: as a stage chooses")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="left out: as a stage chooses")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
@@ -258,9 +225,8 @@ def main() -> None:
     machine.tune_allocator()
     found = measure(options)
     print(told(found))
+    write(options.json, found)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
         options.json.with_suffix(".md").write_text(told(found) + "\n")
 
 

@@ -26,10 +26,13 @@ import sys
 import sysconfig
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from arms import provenance, settings, turns, write
+from training_speed import tokenizer_of
+
 VARIANTS = ("raw", "ours", "map")
 EOT = "<|endoftext|>"
 
@@ -49,7 +52,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), given.files, given.tokenizer)
         rounds = run(Path(folder), given.variants, given.repeats)
-    report(rounds, given.variants, given.json)
+    table = report(rounds, given.variants)
+    # Only now, as a process is said to have held at least what its parent held, and this loads torch.
+    write(given.json, {**provenance(), **settings(given), "rounds": rounds, "median": table})
 
 
 def prepare(folder: Path, files: list[Path], tokenizer: Path | None) -> None:
@@ -68,44 +73,27 @@ def prepare(folder: Path, files: list[Path], tokenizer: Path | None) -> None:
     if tokenizer:
         (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
         return
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=16_384, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
-    )
     first = next(iter(sorted((folder / "text").iterdir())))
     with open(first, encoding="utf-8", errors="replace") as lines:
-        made.train_from_iterator(iter(lambda: lines.read(2**16), ""), trainer)
-    made.save(str(folder / "tokenizer.json"))
+        tokenizer_of(iter(lambda: lines.read(2**16), ""), 16_384, EOT).save(str(folder / "tokenizer.json"))
 
 
 def run(folder: Path, variants: list[str], repeats: int) -> list[dict[str, dict[str, float]]]:
-    rounds = []
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    }
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     environment.pop("TOKENIZERS_PARALLELISM", None)
-    for number in range(repeats):
-        turn: dict[str, dict[str, float]] = {}
-        for variant in variants if number % 2 == 0 else variants[::-1]:
-            command = [sys.executable, __file__, "--one", variant, str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                print(f"{variant}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-                continue
-            turn[variant] = json.loads(done.stdout.splitlines()[-1])
-            print(
-                f"round {number + 1}/{repeats} {variant:5} {turn[variant]['tokens_per_s']:12,.0f} tokens/s",
-                file=sys.stderr,
-            )
-        rounds.append(turn)
-    return rounds
+
+    def one(variant: str) -> dict[str, float] | None:
+        command = [sys.executable, __file__, "--one", variant, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            print(f"{variant}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+            return None
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(f"{variant:5} {found['tokens_per_s']:12,.0f} tokens/s", file=sys.stderr)
+        return found
+
+    rounds = turns({variant: partial(one, variant) for variant in variants}, repeats)
+    return [{variant: found for variant, found in each.items() if found} for each in rounds]
 
 
 def measure(variant: str, folder: Path) -> dict[str, float]:
@@ -191,7 +179,7 @@ def mapped(folder: Path) -> tuple[int, float, float]:
     return tokens, *took
 
 
-def report(rounds: list[dict[str, dict[str, float]]], variants: list[str], out: Path | None) -> None:
+def report(rounds: list[dict[str, dict[str, float]]], variants: list[str]) -> dict[str, Any]:
     table = {}
     print(f"{'variant':8} {'tokens/s':>12} {'of raw':>8} {'range':>15} {'CPU of raw':>11} {'peak MB':>8}")
     for variant in variants:
@@ -213,9 +201,7 @@ def report(rounds: list[dict[str, dict[str, float]]], variants: list[str], out: 
             f"{variant:8} {line['tokens_per_s']:12,.0f} {line['of_raw'] or 0:8.2f} {span:>15}"
             f" {line['cpu_of_raw'] or 0:11.2f} {line['peak_mb']:8.0f}"
         )
-    if out:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        out.write_text(json.dumps({"cores": cores, "rounds": rounds, "median": table}, indent=1) + "\n")
+    return table
 
 
 if __name__ == "__main__":

@@ -32,9 +32,12 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from arms import provenance, settings, turns, write
 
 SIZES: dict[str, dict[str, int]] = {
     # 4.7 M in the layers and a tied table of 2.1 M
@@ -59,33 +62,64 @@ TUNED_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 
 # --- what all arms share: model, rows ---------------------------------------------------------------------------
 
 
-def prepare(work: Path, size: str, rows: int, batch: int) -> None:
-    """Write `model/`, `rows.npz` and `setting.json`. Needs tokenizers, transformers and torch, here."""
+def library() -> list[str]:
+    """The sources of the standard library, in random order."""
     import numpy as np
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = SIZES[size]
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(f for f in folder.rglob("*.py") if not {"site-packages", "test", "tests"} & set(f.parts))
     texts = [text for f in files if 200 < len(text := f.read_text(errors="replace")) < 200_000]
+    return [texts[k] for k in np.random.default_rng(0).permutation(len(texts))]
+
+
+def tokenizer_of(texts: Iterable[str], vocabulary: int, end: str = "<end>") -> Any:
+    """A byte-level BPE that was trained on some texts; the first id ends a document."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=shape["vocabulary"],
-            special_tokens=["<end>"],
-            initial_alphabet=alphabet,
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def llama(size: str, time: int) -> Any:
+    """The same Llama every time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = SIZES[size]
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=shape["hidden"],
+            num_hidden_layers=shape["layers"],
+            num_attention_heads=shape["heads"],
+            num_key_value_heads=shape["heads"],
+            intermediate_size=shape["intermediate"],
+            vocab_size=shape["vocabulary"],
+            max_position_embeddings=time,
+            tie_word_embeddings=True,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=None,
+        )
+    )
+
+
+def prepare(work: Path, size: str, rows: int, batch: int) -> None:
+    """Write `model/`, `rows.npz` and `setting.json`. Needs tokenizers, transformers and torch, here."""
+    import numpy as np
+
+    texts = library()
+    tokenizer = tokenizer_of(texts, SIZES[size]["vocabulary"])
     # Functions and classes as documents of their own: several to a row, as in real packed text.
-    order = np.random.default_rng(0).permutation(len(texts))
-    pieces = [piece for k in order for piece in texts[k].split("\n\n\n") if len(piece) > 100]
+    pieces = [piece for text in texts for piece in text.split("\n\n\n") if len(piece) > 100]
     ids = np.zeros((rows, TIME), np.int64)
     positions, labels = np.zeros_like(ids), np.full_like(ids, -100)
     row = column = 0
@@ -103,23 +137,8 @@ def prepare(work: Path, size: str, rows: int, batch: int) -> None:
         raise SystemExit(f"the standard library gives {row} rows, {rows} are needed: fewer --steps")
     np.savez(work / "rows.npz", ids=ids, positions=positions, labels=labels)
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=shape["hidden"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["heads"],
-        intermediate_size=shape["intermediate"],
-        vocab_size=shape["vocabulary"],
-        max_position_embeddings=TIME,
-        tie_word_embeddings=True,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(work / "model")
-    setting = {"size": size, **shape, "time": TIME, "batch": batch, "rate": RATE, "clip": 1.0}
+    llama(size, TIME).save_pretrained(work / "model")
+    setting = {"size": size, **SIZES[size], "time": TIME, "batch": batch, "rate": RATE, "clip": 1.0}
     (work / "setting.json").write_text(json.dumps(setting))
 
 
@@ -253,48 +272,27 @@ def run_litgpt(work: Path, steps: int, setting: dict[str, Any], *, precision: st
 
 def run_ours(work: Path, steps: int, setting: dict[str, Any]) -> None:
     """The project's own step, as `postgrad train` takes it once a run is long enough to be compiled."""
-    import numpy as np
     import torch
+    from small_llama import batch_of, run_of
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from postgrad import schedules
-    from postgrad.data.batch import Batch
     from postgrad.models import attention, machine, sharding
     from postgrad.models.model import CausalModel
     from postgrad.models.pretrained import Start, load_model
     from postgrad.objectives.tokens import Tokens
-    from postgrad.training.optimizer import AdamW, Weights
-    from postgrad.training.step import Run, train_step
-    from postgrad.training.world import World
+    from postgrad.training.optimizer import Weights
+    from postgrad.training.step import train_step
     from postgrad.tuning.selection import Full
 
     machine.tune_allocator()
     model = CausalModel(load_model(Start("start", work / "model"), attention=attention.NAME)).train()
     weights = Weights(model, Full(model.pretrained), torch.bfloat16, split=True)
     sharding.compile_layers(model)
-    run = Run(
-        model=model,
-        weights=weights,
-        optimizer=AdamW(weights, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0),
-        objectives=[Tokens()],
-        penalties=[],
-        schedule=schedules.then((schedules.constant(setting["rate"]), 1)),
-        world=World(torch.device("cpu")),
-        sources=["text"],
-        clip=setting["clip"],
-        seed=0,
-        trained_by_source=np.zeros(1, np.int64),
-    )
+    run = run_of(model, weights, [Tokens()], rate=setting["rate"], betas=(0.9, 0.999), weight_decay=0.0)
     feed, report = batches(work, setting["batch"]), Report()
     micro = setting["batch"] // MICRO_BATCHES
     for _ in range(steps):
-        ids, positions, labels = next(feed)
-        ahead = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], dim=1)
-        whole = [
-            Batch({"input_ids": i, "position_ids": p}, y, np.zeros(len(i), np.int64), (y != -100).sum(1).numpy())
-            for i, y, p in zip(ids.split(micro), ahead.split(micro), positions.split(micro), strict=True)
-        ]
-        report(train_step(run, whole).loss)
+        ids, positions, labels = (each.split(micro) for each in next(feed))
+        report(train_step(run, list(map(batch_of, ids, positions, labels))).loss)
 
 
 def run_floor(work: Path, steps: int, setting: dict[str, Any]) -> None:
@@ -439,29 +437,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         prepare(work, options.size, options.steps * options.batch, options.batch)
-        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
-        for turn in range(options.rounds):
-            for arm in options.arms:
-                python = options.peers_python if arm in PEER_ARMS else sys.executable
-                command = [python, __file__, "--arm", arm, "--work", folder, "--steps", str(options.steps)]
-                if arm == "ours" and options.ours_command:
-                    command = shlex.split(options.ours_command.format(work=folder, steps=options.steps))
-                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled" / arm)}
-                environment.update(TUNED_ALLOCATOR if arm == "trainer-tuned" else {})
-                run = measure(command, environment, work / "log.txt")
-                runs[arm].append(run)
-                told = run.get("error") or f"{sum(run['seconds']):.0f} s"
-                print(f"round {turn + 1} {arm}: {told}", flush=True)
+
+        def one(arm: str) -> dict[str, Any]:
+            python = options.peers_python if arm in PEER_ARMS else sys.executable
+            command = [python, __file__, "--arm", arm, "--work", folder, "--steps", str(options.steps)]
+            if arm == "ours" and options.ours_command:
+                command = shlex.split(options.ours_command.format(work=folder, steps=options.steps))
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled" / arm)}
+            environment.update(TUNED_ALLOCATOR if arm == "trainer-tuned" else {})
+            run = measure(command, environment, work / "log.txt")
+            told = run.get("error") or f"{sum(run['seconds']):.0f} s"
+            print(f"{arm}: {told}", flush=True)
+            return run
+
+        rounds = list(turns({arm: partial(one, arm) for arm in options.arms}, options.rounds))
+        runs = {arm: [each[arm] for each in rounds] for arm in options.arms}
         rows = summarise(runs, options.batch * TIME, options.warm)
         print(table(rows))
-        if options.json:
-            import torch
+        import torch
 
-            setting = json.loads((work / "setting.json").read_text())
-            setting |= {k: getattr(options, k) for k in ("steps", "warm", "rounds")}
-            setting |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps({"setting": setting, "rows": rows, "runs": runs}, indent=1) + "\n")
+        setting = json.loads((work / "setting.json").read_text())
+        setting |= {**settings(options), "threads": torch.get_num_threads(), **provenance()}
+        write(options.json, {"setting": setting, "rows": rows, "runs": runs})
 
 
 if __name__ == "__main__":
