@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import yaml
+from arms import provenance
 
 from postgrad.errors import StageError
 from postgrad.stages.advise import Wish, advise, piloted, plan_advice, write_advice
@@ -197,11 +197,7 @@ def main() -> None:
             print(table(rows[-1:]).split("\n")[-1], flush=True)
             if given.json:
                 about = {
-                    "machine": {
-                        "cores": os.cpu_count(),
-                        "system": platform.system(),
-                        "processor": platform.processor(),
-                    },
+                    **provenance(),
                     "model": Path(given.model).name,
                     **{
                         key: getattr(given, key)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arms import add_numbers, provenance, settings, write
 from torch.nn import functional
 
 from postgrad.data.rows import IGNORED
@@ -159,14 +160,9 @@ def main() -> None:
     parser.add_argument("--test", required=True)
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the features are kept")
     parser.add_argument("--sentences", type=int, help="train on so many of the training sentences")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=32)
+    add_numbers(parser, seeds=2, epochs=6, batch=32, width=768, depth=2, threads=1)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     frozen = frozen_features(options.model, options.train, options.test, cache=options.cache)
@@ -188,11 +184,10 @@ def main() -> None:
         seeds = " ".join(f"{value:.3f}" for value in entry["seeds"])
         interval = f"{entry['low']:.3f} to {entry['high']:.3f}"
         print(f"{entry['reads']:<18} {entry['value']:>8.3f}  {interval:>16}  {change:<32}  {seeds}")
-    kept = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    for key in ("model", "train", "test", "cache", "json"):
-        kept[key] = Path(kept[key]).name
-    result = {"options": kept, "metric": metric, "words": {p: len(i) for p, i in frozen.items.items()}, "table": found}
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    words = {part: len(items) for part, items in frozen.items.items()}
+    write(
+        options.json, {**provenance(), "options": settings(options), "metric": metric, "words": words, "table": found}
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import sys
 import tempfile
 import time
@@ -26,8 +25,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from arms import add_numbers, provenance, write
+
 from postgrad.evaluation.probe import View, views_of
-from postgrad.models import machine
 from postgrad.stages.probe import probe_layers
 
 
@@ -61,8 +61,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--documents", type=int, default=900)
-    parser.add_argument("--test-documents", type=int, default=150)
+    add_numbers(parser, documents=900, test_documents=150)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -83,12 +82,13 @@ def main() -> None:
     summed = {kind: sum(seconds[kind] for _, seconds in alone) for kind in ("processor", "clock")}
     middle = {kind: sorted(seconds[kind] for _, seconds in together)[1] for kind in ("processor", "clock")}
     result = {
+        **provenance(),
+        "rounds": len(together),
         "layers": found["layers"],
         "width": found["width"],
         "views": [view.name for view in views],
         "items": found["items"],
         "documents": found["documents"],
-        "cores": machine.cores(),
         "at_once": [seconds for _, seconds in together],
         "one_by_one": [seconds for _, seconds in alone],
         "at_once_parts": [one["seconds"] for one, _ in together],
@@ -103,9 +103,7 @@ def main() -> None:
         f"{result['times_faster']['processor']:.1f} x by the processor, {result['times_faster']['clock']:.1f} x by the clock; "
         f"{found['metric']} of a view differs by at most {max(off):.4f}"
     )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.json, result)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tunings import Found, alone, in_a_process, middle, setting, stage
+from arms import middle, provenance, settings, write
+from tunings import Found, alone, in_a_process, stage
 
 LENGTHS = (4, 8, 16, 32, 64, 128)
 RATES = (5e-3, 7e-3, 1e-2)
@@ -188,10 +189,9 @@ def main() -> None:
     )
     print(text)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         names = ("length", "rate", "seed", "steps", "seconds")
         found = {
-            "setting": setting(options) | {"rows": sizes},
+            "setting": {**settings(options), **provenance("peft"), "rows": sizes},
             "kind": options.kind,
             "curve": rows,
             "chosen": {"length": best["length"], "rate": best["rate"], "seed": best["seed"]},
@@ -199,7 +199,7 @@ def main() -> None:
             "test_commonest": {"label": common, "right": most / sizes["test"]},
             "runs": [{**{k: r[k] for k in names}, "dev": on_dev(r)} for r in runs],
         }
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        write(options.json, found)
         options.json.with_suffix(".md").write_text(text + "\n")
         options.json.with_suffix(".svg").write_text(figure(rows))
 

@@ -10,13 +10,13 @@ of what a step can wait.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from arms import add_numbers, provenance, settings, write
 
 from postgrad.data.material import write_texts
 from postgrad.demo import stage_text, write_random_model
@@ -31,8 +31,7 @@ from postgrad.training.world import World
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=20)
+    add_numbers(parser, batches=200, steps=20)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     machine.tune_allocator()
@@ -58,6 +57,8 @@ def main() -> None:
                 steps.append(time.perf_counter() - begin)
         read, trained = statistics.median(reads), statistics.median(steps[3:])
         found = {
+            **provenance(),
+            **settings(options),
             "rows": plan.mixture.block,
             "row_tokens": plan.context,
             "parameters": run.weights.numel(),
@@ -71,9 +72,7 @@ def main() -> None:
         f"{found['rows']} rows of {found['row_tokens']} tokens are read in {found['read_ms']:.2f} ms; a step of a model of "
         f"{found['parameters']:,} weights takes {found['step_ms']:.0f} ms: {found['share_of_step']:.2%}"
     )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    write(options.json, found)
 
 
 if __name__ == "__main__":

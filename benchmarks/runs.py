@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from arms import write
+
 _CHANGE = ("role", "difference", "low", "high", "count", "units")
 _ABSENT = object()
 
@@ -85,7 +87,7 @@ def main() -> None:
         "stage": first["stage"],
         "runs": [of_run(record, first) for record in records],
     }
-    options.json.write_text(json.dumps(short(found), indent=1) + "\n")
+    write(options.json, short(found))
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from arms import provenance, settings, write
 
 Found = dict[str, Any]
 MEASURES = ("byte trigrams", "tokens", "n-gram log-ratio", "told apart", "bits per byte")
@@ -147,17 +147,9 @@ def main() -> None:
     rows.sort(key=lambda row: row["mean"])
     agreement = {measure: ranks_agree(rows, measure) for measure in MEASURES}
     print(table(rows, agreement))
-    if args.json:
-        import torch
-
-        what = {
-            "what": (__doc__ or "").splitlines()[0],
-            "settings": {"tokens": args.tokens, "peak": args.peak, "seeds": args.seeds, "model": Path(args.model).name},
-            "machine": {"cpu": platform.processor(), "cores": os.cpu_count(), "torch": torch.__version__},
-            "rows": rows,
-            "agreement": agreement,
-        }
-        args.json.write_text(json.dumps(what, indent=1) + "\n")
+    what = (__doc__ or "").splitlines()[0]
+    asked = settings(args)
+    write(args.json, {**provenance(), "what": what, "settings": asked, "rows": rows, "agreement": agreement})
 
 
 if __name__ == "__main__":

@@ -26,20 +26,20 @@ import argparse
 import itertools
 import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arms import middle, provenance, settings, turns, write
 
 Found = dict[str, Any]
 
@@ -211,18 +211,17 @@ def forward(plan: Any) -> Found:
         subject.tuning.merge()
     base = open_model(plan.start, plan.task, layer=plan.layer)
     sides = [(subject.model, plan.held_out), (model_for(base.model, base.task), plan.held_out_before)]
-    ratios = []
-    for turn in range(FORWARDS + 1):
-        seconds = [0.0, 0.0]
-        for side in (0, 1) if turn % 2 else (1, 0):
-            model, sets = sides[side]
-            rows = next(h for h in sets if h.name == "valid").first(FORWARD_TOKENS)
-            begin = time.perf_counter()
-            score(model, rows, context=plan.context)
-            seconds[side] = time.perf_counter() - begin
-        ratios.append(seconds[0] / seconds[1])
-    ratios = ratios[1:]  # the first is a warm-up
-    return {"forward": statistics.median(ratios), "forward_range": [min(ratios), max(ratios)]}
+
+    def seconds(side: int) -> float:
+        model, sets = sides[side]
+        rows = next(h for h in sets if h.name == "valid").first(FORWARD_TOKENS)
+        begin = time.perf_counter()
+        score(model, rows, context=plan.context)
+        return time.perf_counter() - begin
+
+    arms = {"tuned": partial(seconds, 0), "start": partial(seconds, 1)}
+    found = middle(each["tuned"] / each["start"] for each in turns(arms, FORWARDS, warm=1))
+    return {"forward": found[0], "forward_range": found[1:]}
 
 
 def after_training(plan: Any, home: Path) -> Found:
@@ -391,12 +390,6 @@ def lowest(run: Found) -> float:
 def final(run: Found) -> float:
     """The loss on the new task at the end."""
     return run["learned"]["after"]["nats"]
-
-
-def middle(values: Iterable[float]) -> list[float]:
-    """Median, lowest and highest."""
-    known = list(values)
-    return [statistics.median(known), min(known), max(known)]
 
 
 def best_rates(runs: Sequence[Found]) -> dict[str, float]:
@@ -578,40 +571,6 @@ def alone(svg: str, style: str) -> str:
     return f"{begin}><style>{style}svg.fig{{font-family:sans-serif}}</style>{ground}{rest}\n"
 
 
-def setting(options: argparse.Namespace) -> Found:
-    """Machine, versions, and how to do it again; of paths only the names."""
-    import peft
-    import torch
-    import transformers
-
-    from postgrad.models import machine
-
-    named = ("model", "train", "valid", "retained", "json", "data", "keep")
-    repeat = [
-        f"--{key.replace('_', '-')} {key.upper()}" if key in named else told(key, value)
-        for key, value in vars(options).items()
-        if value not in (None, [], {}, False) and key not in ("minutes", "keep")
-    ]
-    return {
-        "repeat": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(repeat)}",
-        **{k: getattr(options, k).name for k in (*named[1:4], "data") if getattr(options, k, None) is not None},
-        "name": options.name,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-        "machine": {"cpu": machine.processor(), "cores": machine.cores(), "system": platform.system()},
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def told(key: str, value: Any) -> str:
-    """An option as it is given on the command line."""
-    if isinstance(value, dict) and key == "rates":
-        return "--rates " + " ".join(f"{kind}={','.join(f'{r:g}' for r in rates)}" for kind, rates in value.items())
-    if isinstance(value, dict):
-        value = json.dumps(value)
-    words = value if isinstance(value, list) else [value]
-    return f"--{key.replace('_', '-')} {' '.join(shlex.quote(str(word)) for word in words)}"
-
-
 def rates_of(text: str) -> tuple[str, tuple[float, ...]]:
     """`kind=rate,rate`."""
     kind, _, rates = text.partition("=")
@@ -694,9 +653,8 @@ def main() -> None:
     for kind, error in failed.items():
         print(f"{kind}: {error}")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         found = {
-            "setting": setting(options),
+            "setting": {**settings(options), **provenance("peft")},
             "kinds": {kind: {**KINDS[kind], **options.options.get(kind, {})} for kind in options.kinds},
             "base": start,
             "compared_at": losses,
@@ -705,7 +663,7 @@ def main() -> None:
             "left_out": skipped,
             "runs": [short(run) for run in runs],
         }
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        write(options.json, found)
         options.json.with_suffix(".md").write_text(text + "\n")
         if losses:
             options.json.with_suffix(".svg").write_text(figure(rows))

@@ -270,13 +270,14 @@ def test_a_figure_that_is_another_would_be_caught(monkeypatch: pytest.MonkeyPatc
 HELD = [
     "distillation",
     "distillation_speed",
+    "few_shot",
     "fewer_weights",
     "frozen_layers",
     "layer_probe",
     "levers",
     "levers_python",
 ]
-HELD += ["penalties", "penalty_speed", "probe", "restore", "update_speed"]
+HELD += ["penalties", "penalty_speed", "probe", "restore", "tuning_speed", "update_speed"]
 
 
 @pytest.mark.parametrize("name", HELD)
