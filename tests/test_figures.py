@@ -229,7 +229,9 @@ def of_paper() -> list[str]:
     for name, said in (("parts", "no shift between them"), ("shifts", "a shift at each part")):
         for kind in ("repeated cosine", "infinite"):
             arm = arms(name)[f"{kind}, replay 5 %"]
-            old, new, gap_ = (interval(each, 3) for each in (arm["change"]["old"], arm["change"]["new"], arm["gap"]["average"]))
+            old, new, gap_ = (
+                interval(each, 3) for each in (arm["change"]["old"], arm["change"]["new"], arm["gap"]["average"])
+            )
             rows.append(f"| {said}: {kind}, 5 % replay | {old} | {new} | {gap_} |")
     return rows
 
