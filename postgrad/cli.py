@@ -150,11 +150,13 @@ def check(
 def train(stage: StageFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Carry out a stage. Ctrl-C saves and stops; the same command goes on."""
     from postgrad.stages.finish import outcome_text
-    from postgrad.stages.run import run_stage
+    from postgrad.stages.run import Finished, run_stage
 
     plan = _plan(stage, overrides, as_json)
     command = _command("train", stage, overrides)
     outcome = _watched(run_stage(plan, command=command, cache=cache_folder()), command, as_json)
+    if not isinstance(outcome, Finished):  # of several processes, the first one alone tells how it ended
+        return
     _print(outcome.record, as_json, outcome_text(outcome))
     if outcome.record["status"] == "gate-failed":
         raise typer.Exit(4)
