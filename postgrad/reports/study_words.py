@@ -46,6 +46,7 @@ def summary(found: _Entry) -> list[str]:
     lines += _of_protection(done, reference, found)
     lines += _of_union(done, found)
     lines += _of_frontier(done)
+    lines += _of_gates(done)
     return [*lines, *_not_shown(done, found)]
 
 
@@ -139,6 +140,15 @@ def _of_frontier(done: Sequence[_Entry]) -> list[str]:
 
 def _front(done: Sequence[_Entry]) -> list[_Entry]:
     return [a for a in done if "dominated_by" in a and not rows(a["dominated_by"])]
+
+
+def _of_gates(done: Sequence[_Entry]) -> list[str]:
+    """Which arms forgot more than their `max_forgetting`."""
+    failed = {plain(arm["name"], 60): rows(arm.get("gate_failed")) for arm in done}
+    told = [
+        f"{name} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" for name, seeds in failed.items() if seeds
+    ]
+    return [f"The retention gate (max_forgetting) failed: {', '.join(told)}."] if told else []
 
 
 def _of_seeds(done: Sequence[_Entry]) -> list[str]:

@@ -251,6 +251,7 @@ def _arm(
         {"seed": chain.seed, "places": [str(_home(prepared, key)) for key in chain.steps], **cost}
         for chain, cost in zip(own.chains, costs, strict=True)
     ]
+    out["gate_failed"] = [c.seed for c in own.chains if any(_gate_failed(prepared, key) for key in c.steps)]
     out["curve"] = {} if arm.blend else _curve(prepared, [list(chain.steps) for chain in own.chains])
     return out
 
@@ -287,6 +288,11 @@ def _cost(prepared: Prepared, keys: Sequence[str]) -> dict[str, float | None]:
         if step.kind == "train":
             tokens += _record(prepared, key)["achieved"]["tokens"]
     return {"tokens": tokens, "seconds": seconds, "peak_memory": max(peaks, default=None)}
+
+
+def _gate_failed(prepared: Prepared, key: str) -> bool:
+    """Whether a run forgot more than its `max_forgetting`."""
+    return prepared.work.steps[key].kind == "train" and _record(prepared, key)["status"] == "gate-failed"
 
 
 def _record(prepared: Prepared, key: str) -> Record:

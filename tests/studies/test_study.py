@@ -1023,3 +1023,17 @@ def test_the_command(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     again = CliRunner().invoke(app, ["study", str(file), "--json"])
     assert [arm["status"] for arm in json.loads(again.stdout)["arms"]] == ["finished", "finished"]
     assert load_study(file).name == "tiny"
+
+
+def test_a_gate_that_failed_is_told(base: Path, tmp_path: Path, cache: Path) -> None:
+    stage = raw(base)["stage"] | {"max_forgetting": 1e-6}
+    wild = {"schedule": {"peak": 1.0, "floor": 1.0}}  # breaks even the little that the base knows
+    arms = {"none": wild, "calm": {}, "half": {"blend": {"of": "none", "weight": 0.5}}}
+    prepared = prepare(written(tmp_path, raw(base, stage=stage, arms=arms)), cache)
+    _, ended = carried_out(prepared)
+    assert not ended.failed
+    found = finish(prepared, ended.failed)
+    assert {arm["name"]: arm["gate_failed"] for arm in found["arms"]} == {"none": [0], "calm": [], "half": []}
+    assert [line for line in found["summary"] if "gate" in line] == [
+        "The retention gate (max_forgetting) failed: none (seed 0)."
+    ]
