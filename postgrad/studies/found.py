@@ -251,7 +251,8 @@ def _arm(
         {"seed": chain.seed, "places": [str(_home(prepared, key)) for key in chain.steps], **cost}
         for chain, cost in zip(own.chains, costs, strict=True)
     ]
-    out["gate_failed"] = [c.seed for c in own.chains if any(_gate_failed(prepared, key) for key in c.steps)]
+    broken = [chain.seed for chain in own.chains if any(_gate_failed(prepared, key) for key in chain.steps)]
+    out["gate_failed"] = [] if arm.blend else broken
     out["curve"] = {} if arm.blend else _curve(prepared, [list(chain.steps) for chain in own.chains])
     return out
 
