@@ -106,7 +106,10 @@ def importance_weights(texts: Iterable[str], target_F: np.ndarray, told: Told = 
 
 
 def _shares(counts_F: np.ndarray) -> np.ndarray:
-    """The share of each feature, with one added to every count."""
+    """The share of each feature, with one added to every count, so that a short target says little of what it does not hold.
+
+    The authors' code adds 1e-8 to each share in place of it.
+    """
     return (counts_F + 1.0) / (counts_F.sum() + len(counts_F))
 
 
