@@ -236,6 +236,28 @@ def of_paper() -> list[str]:
     return rows
 
 
+def of_advice() -> list[str]:
+    """What advice foretold, and what came."""
+
+    def share(found: Found) -> str:
+        return f"{found['value']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
+
+    named = {"products": "product reviews", "lower": "stories in lower case", "quiz": "quiz questions"}
+    rows = []
+    for case in [*read("advice")["cases"], *read("advice_low")["cases"]]:
+        was, new, peak = case["measured"], case["new"]["new"], f"{case['peak']:.0e}".replace("e-0", "e-")
+        cells = [named.get(case["corpus"], case["corpus"]), f"{case['bound']:.0%}", peak, f"{case['share']:.1%}"]
+        cells += [
+            share(case["rise"]["old"]),
+            f"{was['rise']:.1%}",
+            f"{case['old']['old']['value']:.3f} / {was['old']:.3f}",
+        ]
+        cells.append(f"{new['value']:.2f} ({new['low']:.2f} to {new['high']:.2f}) / {was['new']:.2f}")
+        cells.append(f"{case['less']['rise']:.1%}")
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 PAGES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "levers": ("levers", levers),
     "fewer weights": ("fewer-weights", of_fewer),
@@ -244,6 +266,7 @@ PAGES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "restoring": ("distillation", of_restoring),
     "teachers' cost": ("distillation", of_teachers),
     "penalties": ("penalties", of_penalties),
+    "advice": ("advice", of_advice),
     "paper": ("../examples/paper/README", of_paper),
     "probes": ("representations", lambda: of_probes("probe")),
     "frozen layers": ("representations", lambda: of_probes("frozen_layers")),

@@ -11,8 +11,8 @@ longest pilot, the rise F of the loss on old text and the loss L on new text fol
 So F is a power of the odds of new text to replay: what pulls the weights away over what pulls them back, which is felt more
 and more over the first 200 steps (f). L falls by a power of the steps, and the power that is seen among the pilots foretells
 the one to come. Few pilots cannot settle all coefficients, so each begins with what real runs had (a mean and a spread,
-`BEGINNINGS`), and pilots correct it: Bayesian linear regression, with the noise estimated along. A coefficient that the pilots
-do not touch keeps its spread, and what is predicted from it is as uncertain as that.
+`RISE` and `LOSS`), and pilots correct it: Bayesian linear regression, with the noise estimated along. A coefficient that the
+pilots do not touch keeps its spread, and what is predicted from it is as uncertain as that.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ RISE = (
 )  # fmt: skip
 """The constant, steps below and above `_FELT`, share, peak; and what is added to constant and peak of a pilot that explores.
 
-These and those of `LOSS` were set on 18 runs: a model of 260 thousand weights that was trained to the end, on nine texts, and
-one of a million that was not, on three; from pilots of 7 to 190 steps to runs of 780 to 3,900 (benchmarks/advice.py).
+These and those of `LOSS` were set on 18 runs: a model of 260 thousand weights that was trained to the end, on five kinds of
+text, and one of a million that was not, on three; from pilots of 7 to 190 steps to runs of 780 to 3,900
+(benchmarks/results/advice_beginnings.json).
 """
 LOSS = (
     _FLAT, Beginning(0.09, 0.10), Beginning(0.04, 0.04), Beginning(-0.30, 0.06), Beginning(-0.10, 0.04),
@@ -116,7 +117,7 @@ def felt(steps: float) -> float:
 
 
 def slowing(steps: float) -> float:
-    """What the power by which the loss falls has less when the longest pilot has so many steps."""
+    """What is added to the power to come when the longest pilot has so many steps: the longer, the slower the fall."""
     return -0.02 * math.log(steps / 40)
 
 

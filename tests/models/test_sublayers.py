@@ -231,7 +231,7 @@ def test_a_fresh_tensor_is_no_stream(fresh: Callable[[Tensor], Tensor]) -> None:
     assert [s.output for s in blocks_of(model)[0].sublayers if s.name == FEED] == [mlp]
 
 
-@torch.library.custom_op("postgrad_test::packed_product", mutates_args=())
+@torch.library.custom_op("postgrad::packed_product", mutates_args=())
 def packed_product(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight
 
