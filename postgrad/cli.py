@@ -196,7 +196,7 @@ def restore(
     from postgrad.stages.amounts import share_of
     from postgrad.stages.finish import outcome_text
     from postgrad.stages.restore import Wish, plan_restoration, restored, restored_text
-    from postgrad.stages.run import run_stage
+    from postgrad.stages.run import Finished, run_stage
 
     wish = Wish(
         run,
@@ -213,6 +213,8 @@ def restore(
     restoration = plan_restoration(wish, cache_folder())
     command = shlex.join(["postgrad", *sys.argv[1:]])
     outcome = _watched(run_stage(restoration.plan, command=command, cache=cache_folder()), command, as_json)
+    if not isinstance(outcome, Finished):  # as in `train`
+        return
     found = restored(restoration, outcome)
     head = outcome_text(outcome).rsplit("\nnext: ", 1)[0]
     _print({**outcome.record, "restored": found}, as_json, f"{head}\n{restored_text(restoration, outcome)}")
