@@ -21,6 +21,11 @@ def interval_percent(entry: _Entry) -> str:
     return f"{percent(entry.get('value'), 0)} ({percent(entry.get('low'), 0)} to {percent(entry.get('high'), 0)})"
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names behind one another; where one has a comma of its own, semicolons keep them apart."""
+    return ("; " if any("," in name for name in names) else ", ").join(names)
+
+
 def shown(entry: _Entry) -> bool:
     """Whether a difference is shown: its interval leaves out zero, and all seeds agree on its sign."""
     low, high = number(entry.get("low")), number(entry.get("high"))
@@ -37,7 +42,7 @@ def summary(found: _Entry) -> list[str]:
     lines = []
     missing = [plain(a["name"], 60) for a in arms if a.get("status") != "finished"]
     if missing:
-        lines.append(f"Not finished, and so not in any sentence below: {', '.join(missing)}.")
+        lines.append(f"Not finished, and so not in any sentence below: {listed(missing)}.")
     if not done:
         return [*lines, "No arm can be held against the base yet."]
     reference = next((a for a in done if a["name"] == found.get("against")), None)
@@ -106,7 +111,7 @@ def _of_protection(done: Sequence[_Entry], reference: _Entry | None, found: _Ent
         said += f", at {interval(cost)} nats per token on the new text"
         said += "" if shown(cost) else ", which is not shown to differ from nothing"
     alike = [a for a in less if not shown(mapping(_pair(found, best["name"], a["name"]).get("old")))]
-    names = ", ".join(plain(a["name"], 60) for a in alike)
+    names = listed([plain(a["name"], 60) for a in alike])
     return [f"{said}.", *([f"Not shown to have removed less than that: {names}."] if alike else [])]
 
 
@@ -148,7 +153,7 @@ def _of_gates(done: Sequence[_Entry]) -> list[str]:
     told = [
         f"{name} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" for name, seeds in failed.items() if seeds
     ]
-    return [f"The retention gate (max_forgetting) failed: {', '.join(told)}."] if told else []
+    return [f"The retention gate (max_forgetting) failed: {listed(told)}."] if told else []
 
 
 def _of_seeds(done: Sequence[_Entry]) -> list[str]:
@@ -160,7 +165,7 @@ def _of_seeds(done: Sequence[_Entry]) -> list[str]:
     lines = []
     if once:
         lines.append(
-            f"Not shown: how far another seed would lie from these, which were carried out once: {', '.join(once)}."
+            f"Not shown: how far another seed would lie from these, which were carried out once: {listed(once)}."
         )
     if 2 in many.values():
         lines.append("Two seeds tell little of how far a third one would lie from these numbers.")
@@ -186,12 +191,10 @@ def _not_shown(done: Sequence[_Entry], found: _Entry) -> list[str]:
         if (number(entry.get("low")) or 0.0) <= 0 <= (number(entry.get("high")) or 0.0)
     ]
     if loose:
-        lines.append(f"Not shown: whether these forgot anything at all: {', '.join(loose)}.")
+        lines.append(f"Not shown: whether these forgot anything at all: {listed(loose)}.")
     dominated = [plain(a["name"], 60) for a in done if rows(a.get("dominated_by"))]
     if dominated:
-        lines.append(
-            f"Dominated by the values, which does not say that the difference is shown: {', '.join(dominated)}."
-        )
+        lines.append(f"Dominated by the values, which does not say that the difference is shown: {listed(dominated)}.")
     sets = [mapping(s) for s in rows(found.get("sets"))]
     few = [
         f"{plain(s['name'], 40)} ({fixed(s.get('documents'), 0)})"
@@ -199,5 +202,5 @@ def _not_shown(done: Sequence[_Entry], found: _Entry) -> list[str]:
         if 0 < (number(s.get("documents")) or 0) < 20
     ]
     if few:
-        lines.append(f"So few documents that windows of text were drawn instead: {', '.join(few)}.")
+        lines.append(f"So few documents that windows of text were drawn instead: {listed(few)}.")
     return lines

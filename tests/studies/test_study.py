@@ -26,7 +26,7 @@ from postgrad.errors import DataError, StageError
 from postgrad.lineage.forgetting import redrawn
 from postgrad.lineage.record import read_record
 from postgrad.reports.study_table import arms_table, as_csv, claims_table
-from postgrad.reports.study_words import summary
+from postgrad.reports.study_words import listed, summary
 from postgrad.stages import measure
 from postgrad.stages.parsing import read_yaml
 from postgrad.studies import arms as study_arms
@@ -1037,3 +1037,13 @@ def test_a_gate_that_failed_is_told(base: Path, tmp_path: Path, cache: Path) -> 
     assert [line for line in found["summary"] if "gate" in line] == [
         "The retention gate (max_forgetting) failed: none (seed 0)."
     ]
+
+
+def test_names_with_commas_of_their_own_are_kept_apart() -> None:
+    assert listed(["none", "replay"]) == "none, replay"
+    assert listed(["infinite", "infinite, replay 5 %"]) == "infinite; infinite, replay 5 %"
+    arm = {"status": "finished", "seeds_there": [0, 1, 2], "dominated_by": ["x"]}
+    arm["change"] = {"old": between(0.1, 0.2), "new": between(0, 1)}
+    arms = [{**arm, "name": name} for name in ("cosine", "cosine, replay 5 %")]
+    said = " ".join(summary({"name": "x", "arms": arms, "seeds": [0, 1, 2], "sets": [], "pairs": []}))
+    assert "is shown: cosine; cosine, replay 5 %." in said
