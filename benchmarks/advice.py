@@ -23,12 +23,12 @@ from typing import Any
 import yaml
 from arms import provenance
 
+from postgrad.commands.advise import Wish, advise, piloted, plan_advice, write_advice
+from postgrad.config.quantities import share_of
+from postgrad.config.stage_file import parse_stage, read_stage
 from postgrad.errors import StageError
-from postgrad.stages.advise import Wish, advise, piloted, plan_advice, write_advice
-from postgrad.stages.amounts import share_of
-from postgrad.stages.parsing import parse_stage, read_stage
-from postgrad.stages.plan import make_plan
-from postgrad.stages.run import Finished, Stopped, run_stage
+from postgrad.plan.plan import make_plan
+from postgrad.run.run import Finished, Stopped, run_stage
 
 Found = dict[str, Any]
 LESS = 1.5

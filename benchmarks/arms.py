@@ -71,7 +71,7 @@ def provenance(*packages: str) -> dict[str, Any]:
     """The command as it was given, the machine, the day, the versions (torch, transformers, and of `packages`), the load."""
     from importlib.metadata import version
 
-    from postgrad.models import machine
+    from postgrad.hardware import machine
 
     return {
         "repeat": " ".join(

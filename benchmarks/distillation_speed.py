@@ -24,18 +24,19 @@ import torch
 from arms import add_numbers, middle, provenance, ranged, settings, turns, write
 from small_llama import llama, run_of
 
-from postgrad.data.batch import Batch, collate, few_of
-from postgrad.data.rows import Row
-from postgrad.data.told import Told, Word, digest_of
-from postgrad.models import machine, sharding
+from postgrad.data.layouts.rows import Row
+from postgrad.data.loading.batch import Batch, collate, few_of
+from postgrad.data.loading.teacher_cache import Told, Word, digest_of
+from postgrad.distributed import fsdp
+from postgrad.hardware import machine
 from postgrad.models.model import CausalModel
-from postgrad.objectives.distill import Distill, DistillTold
+from postgrad.objectives.distillation import Distill, DistillTold
 from postgrad.objectives.linear_loss import logits_of, products
+from postgrad.objectives.next_token import Tokens
 from postgrad.objectives.objective import Objective
 from postgrad.objectives.teacher import Online
-from postgrad.objectives.tokens import Tokens
-from postgrad.stages.telling import drawn, likeliest
-from postgrad.training.optimizer import Weights
+from postgrad.optim.optimizer import Weights
+from postgrad.run.cached_teacher import drawn, likeliest
 from postgrad.training.step import train_step
 from postgrad.tuning.attach import attach
 
@@ -88,14 +89,14 @@ class Arm:
             for parameter in teacher.parameters():
                 parameter.data = parameter.data.to(dtype)
             if options.compile:
-                sharding.compile_layers(teacher)
+                fsdp.compile_layers(teacher)
             objectives.append(Distill(Online(teacher), lambda step: 1.0))
         elif how == "off":
             objectives.append(Distill(Online(student, attached.off), lambda step: 1.0))
         elif how != "plain":
             objectives.append(DistillTold(lambda step: 1.0))
         if options.compile:
-            sharding.compile_layers(student)
+            fsdp.compile_layers(student)
         self.batch = replace(batch, objectives=tuple(range(len(objectives))))
         self.run = run_of(student.train(), weights, objectives)
 

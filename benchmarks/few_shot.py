@@ -34,10 +34,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from postgrad.data.material import topics
-from postgrad.demo import write_random_model
-from postgrad.evaluation.choosing import choose, encode_all
-from postgrad.models import machine
+from postgrad.cli.demo import write_random_model
+from postgrad.commands.builtin_corpus import topics
+from postgrad.evaluation.choices.loglikelihood import choose, encode_all
+from postgrad.hardware import machine
 from postgrad.models.model import model_for
 
 CONTEXT = 2048

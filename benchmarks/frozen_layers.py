@@ -26,11 +26,11 @@ import torch
 from arms import add_numbers, provenance, settings, write
 from torch.nn import functional
 
-from postgrad.data.rows import IGNORED
-from postgrad.evaluation.metrics import compared, measured, values_of
-from postgrad.evaluation.probe import Items, main_metric
-from postgrad.models.representation import Join, Reader, Representation
-from postgrad.stages.probe import Frozen, frozen_features
+from postgrad.commands.probe import Frozen, frozen_features
+from postgrad.data.layouts.rows import IGNORED
+from postgrad.evaluation.classification_metrics import compared, measured, values_of
+from postgrad.evaluation.linear_probe import Items, main_metric
+from postgrad.models.task_head import Join, Reader, Representation
 
 
 def choices(states: int, width: int, depth: int, dropout: float) -> dict[str, Representation]:

@@ -27,8 +27,8 @@ from typing import Any
 
 from arms import add_numbers, provenance, write
 
-from postgrad.evaluation.probe import View, views_of
-from postgrad.stages.probe import probe_layers
+from postgrad.commands.probe import probe_layers
+from postgrad.evaluation.linear_probe import View, views_of
 
 
 def first(file: Path, count: int, place: Path) -> Path:

@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from small_llama import llama, random_batch, run_of
 from torch import Tensor
 
-from postgrad.data.batch import Batch
-from postgrad.models import machine
+from postgrad.data.loading.batch import Batch
+from postgrad.hardware import machine
 from postgrad.models.model import CausalModel
-from postgrad.objectives.tokens import Tokens
+from postgrad.objectives.next_token import Tokens
+from postgrad.optim.optimizer import Weights
 from postgrad.penalties.anchor import Anchor, AnchoredDecay, Changed, Held
-from postgrad.training.optimizer import Weights
 from postgrad.training.step import Run, train_step
 from postgrad.tuning.attach import attach
 

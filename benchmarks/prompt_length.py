@@ -109,7 +109,7 @@ def table(rows: list[Found]) -> str:
 
 def figure(rows: list[Found]) -> str:
     """The curve with its band as a picture by itself."""
-    from postgrad.reports.figures import STYLE, Series, line_chart
+    from postgrad.reports.html.figures import STYLE, Series, line_chart
 
     points = [(float(row["length"]), row["accuracy"]["value"]) for row in rows]
     band = [(float(row["length"]), row["accuracy"]["low"], row["accuracy"]["high"]) for row in rows]

@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from arms import add_numbers, provenance, settings, write
 
-from postgrad.data.material import write_texts
-from postgrad.demo import stage_text, write_random_model
-from postgrad.models import machine
-from postgrad.stages.build import build, choose_execution, make_loader, make_subject
-from postgrad.stages.parsing import load_stage
-from postgrad.stages.plan import make_plan
+from postgrad.cli.demo import stage_text, write_random_model
+from postgrad.commands.builtin_corpus import write_texts
+from postgrad.config.stage_file import load_stage
+from postgrad.distributed.world import World
+from postgrad.hardware import machine
+from postgrad.plan.plan import make_plan
+from postgrad.run.build import build, choose_execution, make_loader, make_subject
 from postgrad.training.step import train_step
-from postgrad.training.world import World
 
 
 def main() -> None:

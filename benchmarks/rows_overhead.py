@@ -35,15 +35,15 @@ from arms import add_numbers, provenance, settings, turns, write
 from training_speed import SIZES, library, llama, tokenizer_of
 from transformers import PreTrainedTokenizerFast
 
-from postgrad.data.loader import Loader
-from postgrad.models import machine
+from postgrad.config.stage_file import parse_stage
+from postgrad.data.loading.loader import Loader
+from postgrad.distributed.world import World
+from postgrad.hardware import machine
+from postgrad.hardware.execution import Execution
 from postgrad.models.pretrained import save_pretrained
-from postgrad.planning.execution import Execution
-from postgrad.stages.build import build, choose_execution, make_loader, make_subject
-from postgrad.stages.parsing import parse_stage
-from postgrad.stages.plan import Plan, make_plan
+from postgrad.plan.plan import Plan, make_plan
+from postgrad.run.build import build, choose_execution, make_loader, make_subject
 from postgrad.training.step import Run, train_step
-from postgrad.training.world import World
 
 ARMS = ("dense", "packed", "answers")
 END = "<end>"

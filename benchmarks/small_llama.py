@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from postgrad import schedules
-from postgrad.data.batch import Batch
+from postgrad.data.loading.batch import Batch
+from postgrad.distributed.world import World
 from postgrad.models.model import CausalModel
 from postgrad.objectives.objective import Objective
-from postgrad.training.optimizer import AdamW, Weights
+from postgrad.optim import lr_schedules
+from postgrad.optim.optimizer import AdamW, Weights
 from postgrad.training.step import Run
-from postgrad.training.world import World
 
 
 def llama(options: argparse.Namespace, seed: int = 0, beside: int = 0) -> LlamaForCausalLM:
@@ -70,7 +70,7 @@ def run_of(
         optimizer=AdamW(weights, betas=betas, eps=1e-8, weight_decay=weight_decay),
         objectives=objectives,
         penalties=[],
-        schedule=schedules.then((schedules.constant(rate), 1)),
+        schedule=lr_schedules.then((lr_schedules.constant(rate), 1)),
         world=World(torch.device("cpu")),
         sources=["text"],
         clip=1.0,

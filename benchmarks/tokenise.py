@@ -104,7 +104,7 @@ def measure(variant: str, folder: Path) -> dict[str, float]:
 
 
 def source(folder: Path) -> Any:
-    from postgrad.data.sources import Source
+    from postgrad.data.read.files import Source
 
     return Source("corpus", path="text", root=folder, documents="passages")
 
@@ -122,7 +122,7 @@ def since(start: tuple[float, float]) -> tuple[float, float]:
 def raw(folder: Path) -> tuple[int, float, float]:
     from tokenizers import Tokenizer
 
-    from postgrad.data.formats import read_documents
+    from postgrad.data.read.documents import read_documents
 
     texts = [document.text or "" for document in read_documents(source(folder)) if not document.empty]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -135,7 +135,7 @@ def raw(folder: Path) -> tuple[int, float, float]:
 def ours(folder: Path) -> tuple[int, float, float]:
     from tokenizers import Tokenizer
 
-    from postgrad.data.tokenize import Encoder, build_store
+    from postgrad.data.tokens.tokenize import Encoder, build_store
 
     text = (folder / "tokenizer.json").read_text("utf-8")
     tokenizer = Tokenizer.from_str(text)
@@ -152,7 +152,7 @@ def ours(folder: Path) -> tuple[int, float, float]:
 def mapped(folder: Path) -> tuple[int, float, float]:
     import datasets
 
-    from postgrad.data.formats import read_documents
+    from postgrad.data.read.documents import read_documents
 
     with tempfile.TemporaryDirectory() as cache:
         rows = Path(cache) / "rows.jsonl"

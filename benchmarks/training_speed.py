@@ -275,18 +275,20 @@ def run_ours(work: Path, steps: int, setting: dict[str, Any]) -> None:
     import torch
     from small_llama import batch_of, run_of
 
-    from postgrad.models import attention, machine, sharding
+    from postgrad.distributed import fsdp
+    from postgrad.hardware import machine
+    from postgrad.models import cpu_attention
     from postgrad.models.model import CausalModel
     from postgrad.models.pretrained import Start, load_model
-    from postgrad.objectives.tokens import Tokens
-    from postgrad.training.optimizer import Weights
+    from postgrad.objectives.next_token import Tokens
+    from postgrad.optim.optimizer import Weights
     from postgrad.training.step import train_step
-    from postgrad.tuning.selection import Full
+    from postgrad.tuning.weight_subsets import Full
 
     machine.tune_allocator()
-    model = CausalModel(load_model(Start("start", work / "model"), attention=attention.NAME)).train()
+    model = CausalModel(load_model(Start("start", work / "model"), attention=cpu_attention.NAME)).train()
     weights = Weights(model, Full(model.pretrained), torch.bfloat16, split=True)
-    sharding.compile_layers(model)
+    fsdp.compile_layers(model)
     run = run_of(model, weights, [Tokens()], rate=setting["rate"], betas=(0.9, 0.999), weight_decay=0.0)
     feed, report = batches(work, setting["batch"]), Report()
     micro = setting["batch"] // MICRO_BATCHES

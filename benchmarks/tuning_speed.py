@@ -232,19 +232,19 @@ def ours_trained(work: Path, ids: Tensor, options: argparse.Namespace, dtype: to
     """The steps of a stage, its libraries imported: masters where something moves, the base in the compute dtype."""
     from small_llama import batch_of, run_of
 
-    from postgrad.models import machine
+    from postgrad.hardware import machine
     from postgrad.models.model import CausalModel
-    from postgrad.objectives.tokens import Tokens
-    from postgrad.training.optimizer import Weights
+    from postgrad.objectives.next_token import Tokens
+    from postgrad.optim.optimizer import Weights
     from postgrad.training.step import train_step
-    from postgrad.tuning import low_rank
+    from postgrad.tuning import lora
     from postgrad.tuning.attach import attach
 
     def train() -> None:
         machine.tune_allocator()
         pretrained = LlamaForCausalLM.from_pretrained(work, attn_implementation="sdpa")
         tuning = attach(pretrained, KINDS["lora"][0])
-        assert isinstance(tuning, low_rank.LowRank)
+        assert isinstance(tuning, lora.LowRank)
         model = CausalModel(pretrained).train()
         weights = Weights(model, tuning, dtype, split=True)
         objectives = [Tokens("next-token", 1.0)]

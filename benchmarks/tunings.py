@@ -105,10 +105,10 @@ def cost(work: Found) -> Found:
     """A few steps of a stage and nothing else: what moves, seconds of a step and a forward, memory."""
     import torch
 
-    from postgrad.models import machine
-    from postgrad.stages.build import build, choose_execution, make_loader, make_subject
+    from postgrad.distributed.world import World
+    from postgrad.hardware import machine
+    from postgrad.run.build import build, choose_execution, make_loader, make_subject
     from postgrad.training.step import train_step
-    from postgrad.training.world import World
 
     machine.tune_allocator()
     plan = planned(work)
@@ -140,7 +140,7 @@ def cost(work: Found) -> Found:
 
 def carried_out(work: Found) -> Found:
     """A whole stage: scores before and after, the looks in between, what is kept of it, and the cost of an answer."""
-    from postgrad.stages.run import Finished, run_stage
+    from postgrad.run.run import Finished, run_stage
 
     plan = planned(work)
     begin = time.perf_counter()
@@ -168,24 +168,24 @@ def scored(work: Found) -> Found:
     """The published model of a finished stage on the valid set that the stage names now."""
     import torch
 
+    from postgrad.distributed.world import World
+    from postgrad.evaluation import before_after
     from postgrad.models.model import model_for
     from postgrad.models.pretrained import locate
-    from postgrad.stages import measure
-    from postgrad.training.world import World
-    from postgrad.tuning.opened import open_model
+    from postgrad.tuning.open_model import open_model
 
     plan = planned(work)
     opened = open_model(locate(str(plan.output / "model"), plan.root))
     model = model_for(opened.model, opened.task)
-    return measure.measure(model, plan.held_out, context=plan.context, world=World(torch.device("cpu")))[
+    return before_after.measure(model, plan.held_out, context=plan.context, world=World(torch.device("cpu")))[
         "valid"
     ].summary()
 
 
 def planned(work: Found) -> Any:
     """The plan of a stage."""
-    from postgrad.stages.parsing import parse_stage
-    from postgrad.stages.plan import make_plan
+    from postgrad.config.stage_file import parse_stage
+    from postgrad.plan.plan import make_plan
 
     return make_plan(parse_stage(work["stage"], work["stage"]["name"]), Path(work["root"]), Path(work["cache"]))
 
@@ -200,11 +200,11 @@ def forward(plan: Any) -> Found:
     """How much longer an answer takes than the start model's, in turns; a kind that can be merged is."""
     import torch
 
-    from postgrad.evaluation.likelihood import score
+    from postgrad.distributed.world import World
+    from postgrad.evaluation.perplexity import score
     from postgrad.models.model import model_for
-    from postgrad.stages.build import make_subject
-    from postgrad.training.world import World
-    from postgrad.tuning.opened import open_model
+    from postgrad.run.build import make_subject
+    from postgrad.tuning.open_model import open_model
 
     subject = make_subject(plan, World(torch.device("cpu")))
     if subject.tuning.folds:
@@ -228,7 +228,7 @@ def after_training(plan: Any, home: Path) -> Found:
     """How many answers the start model and the published one give to the letter."""
     from postgrad.models.model import model_for
     from postgrad.models.pretrained import locate
-    from postgrad.tuning.opened import open_model
+    from postgrad.tuning.open_model import open_model
 
     if plan.task != "causal":
         return {}
@@ -247,8 +247,8 @@ def exactly(model: Any, rows: Any, context: int) -> Found:
     """
     import torch
 
-    from postgrad.data.batch import collate
-    from postgrad.data.rows import IGNORED
+    from postgrad.data.layouts.rows import IGNORED
+    from postgrad.data.loading.batch import collate
 
     right = []
     pieces = list(rows.pieces(context))
@@ -351,7 +351,7 @@ def stage(options: argparse.Namespace, kind: str, rate: float, seed: int, output
 
 def room(tuning: Found) -> int:
     """Positions that a kind takes: vectors, and demonstrations."""
-    from postgrad.data.template import Template
+    from postgrad.data.render.prompt_template import Template
 
     taken = {
         "prompt": lambda: tuning["length"],
@@ -549,7 +549,7 @@ def at_target(found: Found | None) -> str:
 
 def figure(rows: Sequence[Found]) -> str:
     """Gain against forgetting, a spot a kind, as a picture by itself."""
-    from postgrad.reports.figures import STYLE, Spot, scatter
+    from postgrad.reports.html.figures import STYLE, Spot, scatter
 
     spots = [
         Spot(row["kind"], row["forgetting"]["difference"], row["gain"],

@@ -20,15 +20,15 @@ import torch
 from arms import add_numbers, middle, provenance, ranged, settings, turns, write
 from small_llama import llama, random_batch, run_of
 
-from postgrad.data.batch import Batch
-from postgrad.models import machine
+from postgrad.data.loading.batch import Batch
+from postgrad.hardware import machine
 from postgrad.models.model import CausalModel
-from postgrad.objectives.tokens import Tokens
-from postgrad.training.moving import Everything, Moving
-from postgrad.training.optimizer import Weights
+from postgrad.objectives.next_token import Tokens
+from postgrad.optim.migu import TopOutput
+from postgrad.optim.mofo import TopMomentum
+from postgrad.optim.optimizer import Weights
+from postgrad.optim.sparse_update import Everything, Moving
 from postgrad.training.step import Run, train_step
-from postgrad.training.top_momentum import TopMomentum
-from postgrad.training.top_output import TopOutput
 from postgrad.tuning.attach import attach
 
 ARMS: dict[str, tuple[str, Callable[[Run], Moving]]] = {

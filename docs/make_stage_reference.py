@@ -9,20 +9,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from postgrad.stages import (
-    amounts,
+from postgrad.config import (
+    document_filters,
     mixing,
     objectives,
-    parsing,
     penalties,
+    quantities,
+    row_format,
     schedules,
-    selection,
+    sparse_updates,
+    stage_file,
     tasks,
     tunings,
-    updates,
-    worded,
 )
-from postgrad.stages import stage as s
+from postgrad.config import stage as s
 from postgrad.studies import study
 
 HEAD = """\
@@ -120,7 +120,7 @@ WORDS = {"Amount": "tokens", "AmountOrNone": "tokens", "Share": "share", "Length
 
 def stage_reference() -> str:
     """The page, as text."""
-    schema = json.loads(parsing.json_schema())
+    schema = json.loads(stage_file.json_schema())
     parts = {"Stage": schema, **schema["$defs"]}
     missing = parts.keys() - {name for name, _ in PARTS}
     if missing:
@@ -148,14 +148,27 @@ def _type(name: str) -> type:
     """The type of a part, wherever it is written."""
     return next(
         vars(home)[name]
-        for home in (s, schedules, objectives, penalties, tunings, mixing, selection, tasks, updates, worded)
+        for home in (
+            s,
+            schedules,
+            objectives,
+            penalties,
+            tunings,
+            mixing,
+            document_filters,
+            tasks,
+            sparse_updates,
+            row_format,
+        )
         if name in vars(home)
     )
 
 
 def _bases(part: type) -> list[type]:
     """A part and what it inherits keys from, those that are inherited first."""
-    return [base for base in reversed(part.__mro__) if issubclass(base, amounts.Part) and base is not amounts.Part]
+    return [
+        base for base in reversed(part.__mro__) if issubclass(base, quantities.Part) and base is not quantities.Part
+    ]
 
 
 def _declared(part: type) -> dict[str, str]:
@@ -214,5 +227,5 @@ def _default(node: dict[str, Any]) -> str:
 if __name__ == "__main__":
     here = Path(__file__).parent
     (here / "stage.md").write_text(stage_reference())
-    (here / "stage.schema.json").write_text(parsing.json_schema() + "\n")
+    (here / "stage.schema.json").write_text(stage_file.json_schema() + "\n")
     (here / "study.schema.json").write_text(study.study_schema() + "\n")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from postgrad.stages.predict import Classifier
+    from postgrad.commands.classify import Classifier
 
-__version__ = "0.1.0"
+from postgrad.version import __version__ as __version__
 
 
 def load(folder: str, base: str | None = None) -> Classifier:
@@ -16,6 +16,6 @@ def load(folder: str, base: str | None = None) -> Classifier:
     `folder` is a run, one of its checkpoints, a model's or a tuning's folder, or one that `export` made; `base` is the model
     that a tuning's folder sits on, when it has moved. Raises `ModelError` for a model that is no classifier.
     """
-    from postgrad.stages.predict import load as load_classifier  # torch only when it is needed
+    from postgrad.commands.classify import load as load_classifier  # torch only when it is needed
 
     return load_classifier(str(folder), base)

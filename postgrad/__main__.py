@@ -1,5 +1,5 @@
 """`python -m postgrad`, also for `torchrun -m postgrad`."""
 
-from postgrad.cli import main
+from postgrad.cli.main import main
 
 main()

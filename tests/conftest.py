@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from postgrad.models.pretrained import save_pretrained
+from tests.tiny_lineage import runs  # noqa: F401 (a fixture)
 
 torch.set_num_threads(1)
 

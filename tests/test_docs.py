@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import typer
 
-from postgrad.cli import app
+from postgrad.cli.main import app
+from postgrad.config.stage import Stage
+from postgrad.config.stage_file import json_schema, load_stage, parse_stage, read_yaml
 from postgrad.errors import StageError
-from postgrad.stages.parsing import json_schema, load_stage, parse_stage, read_yaml
-from postgrad.stages.stage import Stage
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from postgrad.config.quantities import amount_of
 from postgrad.errors import MissingExtra
-from postgrad.stages.amounts import amount_of
 
 CHARACTERS = 4
 HELD_OUT = 500

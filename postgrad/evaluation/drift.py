@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from postgrad.data.batch import Batch, collate
-from postgrad.data.rows import IGNORED
+from postgrad.data.layouts.rows import IGNORED
+from postgrad.data.loading.batch import Batch, collate
 from postgrad.evaluation.held_out import AnyHeldOut
-from postgrad.lineage.forgetting import bootstrap
-from postgrad.models.blend import blocks_of
+from postgrad.models.interpolate import blocks_of
 from postgrad.models.model import Model, Output
 from postgrad.models.pretrained import stacks_of, table_of
+from postgrad.stats.forgetting import bootstrap
 
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 1 << 24

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from postgrad.data.rows import IGNORED, Row
+from postgrad.data.layouts.rows import IGNORED, Row
 
 
 class Piece(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.errors import StageError
-from postgrad.publish import write_atomically
+from postgrad.storage.atomic import write_atomically
 
 RECORD = "record.json"
 STAGE = "stage.yaml"

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from postgrad.errors import StageError
-from postgrad.lineage.forgetting import summarise
 from postgrad.lineage.record import Record, read_record
+from postgrad.stats.forgetting import summarise
 
 Score = Callable[[Path, str], float | None]
 

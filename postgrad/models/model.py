@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.prefix_lm import mask_for, window_of
+from postgrad.models.prefix_lm_attention import mask_for, window_of
 from postgrad.models.pretrained import Task, table_of
 
 _BEHIND = "final_logits_bias"

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError
-from postgrad.models.representation import Representation, described, model_class
+from postgrad.models.task_head import Representation, described, model_class
 
 transformers_logging.disable_progress_bar()
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from postgrad.data.batch import Few
+from postgrad.data.loading.batch import Few
 from postgrad.models.model import Head
 from postgrad.objectives.linear_loss import Weighted, linear_loss, log_sum_R, logits_of, products
 

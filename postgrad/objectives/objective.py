@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from postgrad.data.batch import Batch
-from postgrad.data.rows import IGNORED
+from postgrad.data.layouts.rows import IGNORED
+from postgrad.data.loading.batch import Batch
 from postgrad.models.model import Output
 from postgrad.objectives.linear_loss import Rule, Weighted, linear_loss
 

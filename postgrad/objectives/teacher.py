@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from postgrad.data.batch import Batch
+from postgrad.data.loading.batch import Batch
 from postgrad.models.model import Model, Output
 from postgrad.models.sublayers import evaluating
 

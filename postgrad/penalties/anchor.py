@@ -27,7 +27,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from postgrad.penalties.shards import over_ranks, own, own_gradient, own_part, whole
+from postgrad.distributed.shards import over_ranks, own, own_gradient, own_part, whole
 
 _GROUP = {"cpu": 1 << 18, "other": 1 << 25}
 """Numbers that are worked on together: on a CPU what stays in its cache through all passes, elsewhere what fills a device."""

@@ -15,20 +15,22 @@ from typing import Any, Literal
 
 import torch
 
+from postgrad.commands import importance, synthesize
+from postgrad.config.quantities import amount_of
+from postgrad.config.stage_file import parse_stage
+from postgrad.distributed.world import World
 from postgrad.errors import ModelError, StageError
+from postgrad.evaluation import before_after
+from postgrad.hardware import machine
 from postgrad.lineage.record import RECORD, read_record
-from postgrad.models import blend, machine
+from postgrad.models import interpolate
 from postgrad.models.model import model_for
 from postgrad.models.pretrained import load_tokenizer, locate, save_pretrained, stored_dtype
-from postgrad.publish import publish, write_atomically
-from postgrad.stages import importance, measure, synthesize
-from postgrad.stages import run as r
-from postgrad.stages.amounts import amount_of
-from postgrad.stages.parsing import parse_stage
-from postgrad.stages.plan import make_plan
-from postgrad.studies.arms import Kind, Step, Work, resolved
-from postgrad.training.world import World
-from postgrad.tuning.opened import open_model
+from postgrad.plan.plan import make_plan
+from postgrad.run import run as r
+from postgrad.storage.atomic import publish, write_atomically
+from postgrad.studies.step_graph import Kind, Step, Work, resolved
+from postgrad.tuning.open_model import open_model
 
 MACHINE = "machine.json"
 NOTES = "notes"
@@ -254,9 +256,9 @@ def _blend(work: Work, step: Step, folder: Folder, clock: Clock) -> Iterator[Ste
     start, end = open_model(begun), open_model(locate(str(run), folder.root))
     if end.tunings:
         raise ModelError(f"`{end.tunings[-1].kind}` of {run.name} is no change of weights, so nothing lies between")
-    between = blend.weights_of(start.model), blend.weights_of(end.model)
-    blend.refuse_other_shapes(*between, (begun.name, run.name), blend.blocks_of(end.model))
-    blend.put_between(end.model, *between, what["weight"])
+    between = interpolate.weights_of(start.model), interpolate.weights_of(end.model)
+    interpolate.refuse_other_shapes(*between, (begun.name, run.name), interpolate.blocks_of(end.model))
+    interpolate.put_between(end.model, *between, what["weight"])
     if not (home / r.MODEL).exists():
         dtype, tokenizer = stored_dtype(begun), load_tokenizer(begun)
         publish(home / r.MODEL, lambda staged: save_pretrained(end.model, tokenizer, staged, dtype=dtype))
@@ -265,9 +267,9 @@ def _blend(work: Work, step: Step, folder: Folder, clock: Clock) -> Iterator[Ste
     world = World(machine.device())
     model = model_for(end.model, end.task).to(world.device)
     begin = time.perf_counter()
-    scores = measure.measure(model, plan.held_out, context=plan.context, world=world)
+    scores = before_after.measure(model, plan.held_out, context=plan.context, world=world)
     clock.add("evaluation", time.perf_counter() - begin)
-    measure.write_scores(home / "scores" / "after.npz", scores)
+    before_after.write_scores(home / "scores" / "after.npz", scores)
     yield Moved(step.key, "blending", 1, 1)
 
 

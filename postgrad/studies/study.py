@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
+from postgrad.config.quantities import Amount, Part, Positive, Share
+from postgrad.config.stage import AnyHeldOut, Source, Stage, held_out_file
+from postgrad.config.stage_file import override, read_mapping, readable
 from postgrad.errors import nearest_or_all
-from postgrad.stages.amounts import Amount, Part, Positive, Share
-from postgrad.stages.parsing import override, read_mapping, readable
-from postgrad.stages.stage import AnyHeldOut, Source, Stage, held_out_file
 
 _TAKEN = ("base", "scratch")
 """What an arm can start from beside another arm."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from postgrad.errors import CheckpointError, DiskError
-from postgrad.publish import publish, remove, sweep, verify
+from postgrad.storage.atomic import publish, remove, sweep, verify
 
 
 class Checkpoints:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from postgrad.data.loader import Loader
+from postgrad.data.loading.loader import Loader
 from postgrad.training.step import Run, Step, StepReport, train_step
 
 

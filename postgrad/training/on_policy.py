@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from postgrad.data.batch import Batch
-from postgrad.data.draws import Draws
-from postgrad.data.mixture import derived
-from postgrad.data.rows import IGNORED
+from postgrad.data.layouts.rows import IGNORED
+from postgrad.data.loading.batch import Batch
+from postgrad.data.loading.mixture import derived
+from postgrad.data.random_streams import Draws
 from postgrad.models.model import CausalModel
-from postgrad.models.writing import continued
+from postgrad.models.sampling import continued
 from postgrad.training.step import Run, Step, StepReport, train_step
 
 

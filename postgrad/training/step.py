@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from postgrad.data.batch import Batch
+from postgrad.data.loading.batch import Batch
+from postgrad.distributed.fsdp import synchronise_gradients
+from postgrad.distributed.world import World
 from postgrad.errors import NonFiniteError
 from postgrad.models.model import Model
-from postgrad.models.sharding import synchronise_gradients
 from postgrad.objectives.objective import Objective, weigh
+from postgrad.optim.loss_adaptive_lr import Pacing, Steady
+from postgrad.optim.lr_schedules import Schedule
+from postgrad.optim.optimizer import AdamW, Weights
 from postgrad.penalties.penalty import Penalty
-from postgrad.schedules import Schedule
-from postgrad.training.optimizer import AdamW, Weights
-from postgrad.training.pacing import Pacing, Steady
-from postgrad.training.world import World
 
 
 @dataclass

@@ -42,7 +42,7 @@ from postgrad.models.sublayers import (
     few_tokens,
     is_norm,
 )
-from postgrad.tuning.anatomy import task_layers
+from postgrad.tuning.parameter_location import task_layers
 from postgrad.tuning.tuning import Published, Tuning, freeze, take, unfreeze
 
 Form = Literal["houlsby", "pfeiffer", "parallel"]

@@ -175,23 +175,23 @@ def _maker(kind: object) -> Callable[..., Tuning]:
     """The class of a kind; only its own module is imported. Raises `TuningError` for a kind that there is not."""
     match kind:
         case "full":
-            from postgrad.tuning.selection import Full
+            from postgrad.tuning.weight_subsets import Full
 
             return Full
         case "head":
-            from postgrad.tuning.selection import Head
+            from postgrad.tuning.weight_subsets import Head
 
             return Head
         case "blocks":
-            from postgrad.tuning.selection import Blocks
+            from postgrad.tuning.weight_subsets import Blocks
 
             return Blocks
         case "bias":
-            from postgrad.tuning.selection import Bias
+            from postgrad.tuning.weight_subsets import Bias
 
             return Bias
         case "norm":
-            from postgrad.tuning.selection import Norm
+            from postgrad.tuning.weight_subsets import Norm
 
             return Norm
         case "adapter":
@@ -207,15 +207,15 @@ def _maker(kind: object) -> Callable[..., Tuning]:
 
             return Prompt
         case "lora":
-            from postgrad.tuning.low_rank import LowRank
+            from postgrad.tuning.lora import LowRank
 
             return LowRank
         case "osf":
-            from postgrad.tuning.orthogonal_subspace import OrthogonalSubspace
+            from postgrad.tuning.osf import OrthogonalSubspace
 
             return OrthogonalSubspace
         case "expand":
-            from postgrad.tuning.expand import Expand
+            from postgrad.tuning.block_expansion import Expand
 
             return Expand
     raise TuningError(
@@ -230,7 +230,7 @@ def _importer(peft_type: object, folder: Path) -> Callable[..., Tuning]:
     """What makes a tuning of a PEFT folder of this type. Raises `TuningError` for a type that is not read here."""
     match peft_type:
         case "LORA":
-            from postgrad.tuning.low_rank import from_peft
+            from postgrad.tuning.lora import from_peft
 
             return from_peft
         case "PROMPT_TUNING" | "P_TUNING":

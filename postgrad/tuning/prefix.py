@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from postgrad.errors import TuningError, nearest
 from postgrad.models.pretrained import table_of
 from postgrad.models.sublayers import evaluating
-from postgrad.tuning.besides import Besides
+from postgrad.tuning.extra_trainable import Besides
 from postgrad.tuning.prefix_attention import (
     NAME,
     SHARES,

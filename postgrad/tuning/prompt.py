@@ -24,9 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError, nearest
 from postgrad.models.pretrained import table_of
-from postgrad.tuning.besides import Besides, bare, named_parameters
+from postgrad.tuning.extra_trainable import Besides, bare, named_parameters
 from postgrad.tuning.prompt_encoder import ENCODERS
-from postgrad.tuning.prompt_start import Start, start_PD
+from postgrad.tuning.prompt_init import Start, start_PD
 from postgrad.tuning.tuning import PeftFolder, Published, Tuning, take, unfreeze
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
-from postgrad.tuning.change import Moved
+from postgrad.tuning.weight_delta import Moved
 
 
 class Published(NamedTuple):

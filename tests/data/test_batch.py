@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.batch import _MULTIPLE, Batch, collate
-from postgrad.data.rows import IGNORED, Row
+from postgrad.data.layouts.rows import IGNORED, Row
+from postgrad.data.loading.batch import _MULTIPLE, Batch, collate
 
 PAD = 77
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.chat import PLAIN, ChatRenderer
-from postgrad.data.examples import Example, make_example
-from postgrad.data.render import PlainRenderer
+from postgrad.data.read.examples import Example, make_example
+from postgrad.data.render.chat import PLAIN, ChatRenderer
+from postgrad.data.render.plain import PlainRenderer
 from postgrad.errors import DataError, ModelError
 from tests.conftest import make_tokenizer
 

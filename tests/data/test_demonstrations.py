@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.data import demonstrations
-from postgrad.data.chat import ChatRenderer
-from postgrad.data.demonstrations import BETWEEN, By, Demonstrations
-from postgrad.data.examples import Example, make_example
-from postgrad.data.render import PlainRenderer
+from postgrad.data.read.examples import Example, make_example
+from postgrad.data.render import demonstrations
+from postgrad.data.render.chat import ChatRenderer
+from postgrad.data.render.demonstrations import BETWEEN, By, Demonstrations
+from postgrad.data.render.plain import PlainRenderer
 
 EVERY: list[By] = ["bm25", "embedding", "seed", "once", "balanced"]
 

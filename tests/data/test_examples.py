@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postgrad.data.examples import Example, Labels, Skipped, columns_of, joined, labels_in, make_example
-from postgrad.data.render import ClassRenderer, PlainRenderer, TagRenderer
+from postgrad.data.read.examples import Example, Labels, Skipped, columns_of, joined, labels_in, make_example
+from postgrad.data.render.plain import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.errors import DataError, StageError
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from postgrad.data.frame import BARE, Frame
-from postgrad.data.template import Template
+from postgrad.data.render.frame import BARE, Frame
+from postgrad.data.render.prompt_template import Template
 from postgrad.errors import StageError
 
 BERT = Frame((101,), (102,), (103, 104))

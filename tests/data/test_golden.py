@@ -12,13 +12,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from postgrad.data import batch, pack
-from postgrad.data.batch import collate
-from postgrad.data.examples import KINDS
-from postgrad.data.rows import IGNORED, Row
+from postgrad.config.stage_file import parse_stage
+from postgrad.data.layouts import packed_text
+from postgrad.data.layouts.rows import IGNORED, Row
+from postgrad.data.loading import batch
+from postgrad.data.loading.batch import collate
+from postgrad.data.read.examples import KINDS
 from postgrad.models.pretrained import save_pretrained
-from postgrad.stages.parsing import parse_stage
-from postgrad.stages.plan import Plan, make_plan
+from postgrad.plan.plan import Plan, make_plan
 from tests.conftest import make_llama
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.json"))
@@ -164,14 +165,14 @@ def test_rows_that_train_the_question_the_padding_or_no_end_would_be_caught(
     wanted = worked_out("pair", "encoder-decoder", name)
     assert padded["labels"] != wanted["labels"] and padded["reads"] == wanted["reads"]
     with monkeypatch.context() as patch:
-        patch.setattr(pack.PackedRows, "at", without_ends)
+        patch.setattr(packed_text.PackedRows, "at", without_ends)
         endless = met(planned(home, "text", "decoder", name, cache), "decoder")
     assert endless["labels"] != worked_out("text", "decoder", name)["labels"]
 
 
-PACKED = pack.PackedRows.at
+PACKED = packed_text.PackedRows.at
 
 
-def without_ends(rows: pack.PackedRows, row: int, position: int) -> Row:
+def without_ends(rows: packed_text.PackedRows, row: int, position: int) -> Row:
     made = PACKED(rows, row, position)
     return made._replace(labels=np.where(made.labels == 2, IGNORED, made.labels))

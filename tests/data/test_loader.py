@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.loader import Draw, Loader, MicroBatch
-from postgrad.data.mixture import Mixture, Segment
-from postgrad.data.rows import IGNORED, Ledger, Row, silenced
+from postgrad.data.layouts.rows import IGNORED, Ledger, Row, silenced
+from postgrad.data.loading.loader import Draw, Loader, MicroBatch
+from postgrad.data.loading.mixture import Mixture, Segment
 
 LEDGER = Ledger(0, 0, 0, 0, 0, 0, 0, 0)
 

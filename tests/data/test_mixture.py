@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postgrad.data.mixture import Apportionment, Mixture, Segment, derived, permuted, row_rates, seen_weights
+from postgrad.data.loading.mixture import Apportionment, Mixture, Segment, derived, permuted, row_rates, seen_weights
 
 rates = st.lists(st.floats(0.001, 1), min_size=1, max_size=6)
 

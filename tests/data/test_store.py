@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.store import (
+from postgrad.data.tokens.store import (
     FORMAT,
     MARKED_FORMAT,
     Extras,

@@ -24,14 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from postgrad.data import store as store_module
-from postgrad.data import tokenize
-from postgrad.data.chat import ChatRenderer
-from postgrad.data.examples import Labels, Renderer
-from postgrad.data.render import ClassRenderer, PlainRenderer, TagRenderer
-from postgrad.data.sources import HubRows, Source
-from postgrad.data.store import TokenStore, digest
-from postgrad.data.tokenize import Encoder, build_store, labels_of
+from postgrad.data.read.examples import Labels, Renderer
+from postgrad.data.read.files import HubRows, Source
+from postgrad.data.render.chat import ChatRenderer
+from postgrad.data.render.plain import ClassRenderer, PlainRenderer, TagRenderer
+from postgrad.data.tokens import store as store_module
+from postgrad.data.tokens import tokenize
+from postgrad.data.tokens.store import TokenStore, digest
+from postgrad.data.tokens.tokenize import Encoder, build_store, labels_of
 from postgrad.errors import DataError, ModelError
 from tests.conftest import make_tokenizer
 
@@ -292,7 +292,7 @@ def test_progress_is_counted_in_bytes_and_ends_at_the_total(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 500)
-    monkeypatch.setattr("postgrad.data.sources._BLOCK", 500)
+    monkeypatch.setattr("postgrad.data.read.files._BLOCK", 500)
     source = corpus(tmp_path, [prose(n, 50) for n in range(30)])
     told: list[tuple[int, int]] = []
     build_store(source, encoder, tmp_path / "cache", lambda done, total: told.append((done, total)))
@@ -315,7 +315,8 @@ def test_a_hub_folder_becomes_a_store(tmp_path: Path, encoder: Encoder, monkeypa
 
 
 def test_neither_torch_nor_transformers_is_imported() -> None:
-    code = "import sys, postgrad.data.tokenize, postgrad.data.overlap; print([m for m in sys.modules if m in "
+    code = "import sys, postgrad.data.tokens.tokenize, postgrad.data.filter.contamination; "
+    code += "print([m for m in sys.modules if m in "
     code += "('torch', 'transformers', 'pyarrow', 'datasets', 'huggingface_hub')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -326,8 +327,8 @@ def test_threads_of_the_tokenizer_itself_are_not_started(tmp_path: Path, encoder
     code = """
         import os, sys
         from pathlib import Path
-        from postgrad.data.tokenize import Encoder, build_store
-        from postgrad.data.sources import Source
+        from postgrad.data.tokens.tokenize import Encoder, build_store
+        from postgrad.data.read.files import Source
         root = Path(sys.argv[1])
         encoder = Encoder((root / "t.json").read_text(), None, 1, 400)
         build_store(Source("s", path="a.jsonl", root=root), encoder, root / "cache", workers=2)
@@ -919,7 +920,7 @@ BUILD = """
     import sys
     from pathlib import Path
     from postgrad.data import tokenize
-    from postgrad.data.sources import Source
+    from postgrad.data.read.files import Source
     tokenize.SHARD_CHARACTERS = 20_000
     root = Path(sys.argv[1])
     encoder = tokenize.Encoder((root / "t.json").read_text(), None, 1, 400)

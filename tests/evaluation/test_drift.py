@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from postgrad.data.rows import Row
+from postgrad.data.layouts.rows import Row
 from postgrad.evaluation.drift import Drift, drift, weight_drift
 from postgrad.evaluation.held_out import HeldOut, HeldOutRows
 from postgrad.models.model import CausalModel, HeadedModel, Model
+from tests import tiny_stages
 from tests.conftest import VOCABULARY, make_llama
-from tests.stages import models
 
 
 def texts(count: int = 6, seed: int = 0) -> HeldOut:
@@ -145,7 +145,7 @@ def test_a_vocabulary_that_has_grown_is_compared_over_what_both_have() -> None:
 
 
 def test_encoder_decoders_and_classifiers_are_compared_too() -> None:
-    t5, other = models.make_t5(320, 0), models.make_t5(320, 1)
+    t5, other = tiny_stages.make_t5(320, 0), tiny_stages.make_t5(320, 1)
     rng = np.random.default_rng(0)
     rows = []
     for size in (4, 7, 9):

@@ -12,9 +12,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from postgrad.errors import DataError, ModelError
-from postgrad.evaluation.choosing import encode, encode_all
+from postgrad.evaluation.choices.loglikelihood import encode, encode_all
 from tests.conftest import make_llama, make_tokenizer
-from tests.stages.models import make_t5, t5_tokenizer
+from tests.tiny_stages import make_t5, t5_tokenizer
 
 
 def with_bos() -> PreTrainedTokenizerFast:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.rows import IGNORED, Row
+from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.evaluation import held_out
 from postgrad.evaluation.held_out import HeldOut, HeldOutRows, behind_bos
 

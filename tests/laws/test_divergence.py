@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from postgrad.data.batch import Few
+from postgrad.data.loading.batch import Few
 from postgrad.models.model import Head
 from postgrad.objectives import linear_divergence as module
 from postgrad.objectives.linear_cross_entropy import CrossEntropy

@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from postgrad.data.batch import Batch, collate
-from postgrad.data.rows import IGNORED, Row
+from postgrad.data.layouts.rows import IGNORED, Row
+from postgrad.data.loading.batch import Batch, collate
+from postgrad.distributed.fsdp import checkpoint_activations
 from postgrad.models.model import CausalModel, HeadedModel, Model
-from postgrad.models.sharding import checkpoint_activations
+from postgrad.optim.migu import TopOutput
+from postgrad.optim.mofo import TopMomentum
+from postgrad.optim.optimizer import AdamW, Weights
+from postgrad.optim.sparse_update import Everything, Fewer, Moving
+from postgrad.optim.top_k import count_of
 from postgrad.penalties.anchor import Anchor, Held
-from postgrad.training.largest import count_of
-from postgrad.training.moving import Everything, Fewer, Moving
-from postgrad.training.optimizer import AdamW, Weights
 from postgrad.training.step import Run, train_step
-from postgrad.training.top_momentum import TopMomentum
-from postgrad.training.top_output import TopOutput
-from postgrad.tuning.low_rank import LowRank
-from postgrad.tuning.selection import Full
+from postgrad.tuning.lora import LowRank
+from postgrad.tuning.weight_subsets import Full
 from tests.laws.test_step import EPS, batches, run_of
-from tests.stages.models import make_bert, make_t5
+from tests.tiny_stages import make_bert, make_t5
 from tests.tuning.families import build
 
 Make = Callable[[Run], Moving]
@@ -352,7 +352,7 @@ def test_padding_is_not_heard(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     make, rows = PADDED[name]
     together, alone = alone_and_together(make(), rows)
     assert torch.allclose(together, alone, rtol=1e-4)
-    monkeypatch.setattr("postgrad.training.top_output._like", lambda tokens, sizes: torch.ones(sizes.shape[:-1]))
+    monkeypatch.setattr("postgrad.optim.migu._like", lambda tokens, sizes: torch.ones(sizes.shape[:-1]))
     together, alone = alone_and_together(make(), rows)
     assert not torch.allclose(together, alone, rtol=1e-4)
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from postgrad.data.batch import Batch, collate
-from postgrad.data.frame import Frame
-from postgrad.data.prefixed import PrefixRows
-from postgrad.data.rows import Row, Rows
-from postgrad.data.whole import WholeRows
-from postgrad.models.attention import NAME
+from postgrad.data.layouts.packed_examples import WholeRows
+from postgrad.data.layouts.prefix_lm import PrefixRows
+from postgrad.data.layouts.rows import Row, Rows
+from postgrad.data.loading.batch import Batch, collate
+from postgrad.data.render.frame import Frame
+from postgrad.models.cpu_attention import NAME
 from postgrad.models.model import model_for
-from postgrad.objectives.tokens import Tokens
+from postgrad.objectives.next_token import Tokens
 from tests.conftest import VOCABULARY, make_llama
 from tests.data.memory import Memory
 

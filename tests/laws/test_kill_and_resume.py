@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from postgrad import publish as publishing
 from postgrad.errors import PostgradError
-from postgrad.stages.run import Finished, run_stage
+from postgrad.run.run import Finished, run_stage
+from postgrad.storage import atomic as publishing
 from tests.conftest import StageOf
-from tests.stages.test_run import plan_of, trace
+from tests.run.test_run import plan_of, trace
 
 KILLED = 77
 
@@ -153,11 +153,11 @@ def in_place(place: Path, write: Callable[[Path], None]) -> Path:
 def test_a_saver_that_writes_in_place_would_be_caught(
     stage_of: StageOf, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from postgrad.stages import leave
+    from postgrad.run import publish_model
     from postgrad.training import checkpoint
 
     monkeypatch.setattr(checkpoint, "publish", in_place)
-    monkeypatch.setattr(leave, "publish", in_place)
+    monkeypatch.setattr(publish_model, "publish", in_place)
     _, failures = swept(stage_of, cache, tmp_path, every=5)
     assert failures
 

@@ -8,11 +8,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.loader import Loader
-from postgrad.data.mixture import Mixture, Segment, row_rates
-from postgrad.data.pack import PackedRows
-from postgrad.data.rows import Rows
-from postgrad.data.whole import WholeRows
+from postgrad.data.layouts.packed_examples import WholeRows
+from postgrad.data.layouts.packed_text import PackedRows
+from postgrad.data.layouts.rows import Rows
+from postgrad.data.loading.loader import Loader
+from postgrad.data.loading.mixture import Mixture, Segment, row_rates
 from tests.data.memory import Memory
 
 LENGTH, EOS = 16, 1

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from postgrad import schedules
-from postgrad.data.batch import Batch, collate
-from postgrad.data.pack import PackedRows
-from postgrad.data.rows import IGNORED
+from postgrad.data.layouts.packed_text import PackedRows
+from postgrad.data.layouts.rows import IGNORED
+from postgrad.data.loading.batch import Batch, collate
+from postgrad.distributed.world import World
 from postgrad.models.model import CausalModel
-from postgrad.objectives.tokens import Tokens
-from postgrad.training.optimizer import AdamW, Weights
+from postgrad.objectives.next_token import Tokens
+from postgrad.optim import lr_schedules
+from postgrad.optim.optimizer import AdamW, Weights
 from postgrad.training.step import Run, train_step
-from postgrad.training.world import World
-from postgrad.tuning.selection import Full
+from postgrad.tuning.weight_subsets import Full
 from tests.conftest import VOCABULARY, make_llama
-from tests.data.test_pack import Memory
+from tests.data.test_packed_text import Memory
 
 LENGTH = 24
 EPS = 1e-3
@@ -51,7 +51,7 @@ def run_of(dtype: torch.dtype = torch.float32, clip: float = 1e9) -> Run:
         optimizer=optimizer,
         objectives=[Tokens()],
         penalties=[],
-        schedule=schedules.then((schedules.constant(1e-3), 10)),
+        schedule=lr_schedules.then((lr_schedules.constant(1e-3), 10)),
         world=World(torch.device("cpu")),
         sources=["a", "b"],
         clip=clip,
@@ -134,7 +134,7 @@ def test_small_updates_survive_in_bf16_and_would_be_lost_without_masters() -> No
     before = [m.detach().clone() for m in run.weights.masters]
     bare = [p.detach().to(torch.bfloat16) for p in make_llama().parameters()]
     bare_before = [p.clone() for p in bare]
-    run.schedule = schedules.then((schedules.constant(1e-5), 100))
+    run.schedule = lr_schedules.then((lr_schedules.constant(1e-5), 100))
     for _ in range(10):
         train_step(run, batches([8]))
         for p in bare:

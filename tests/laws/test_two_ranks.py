@@ -13,17 +13,17 @@ import pytest
 import torch
 import yaml
 
-from postgrad.data.loader import Loader
+from postgrad.data.loading.loader import Loader
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load, locate
-from postgrad.penalties.importance import About, write_importance
-from postgrad.stages.run import Began, run_stage
-from postgrad.training.meters import read_metrics
-from postgrad.tuning.opened import start_fingerprint
+from postgrad.penalties.importance_file import About, write_importance
+from postgrad.run.run import Began, run_stage
+from postgrad.training.metrics_log import read_metrics
+from postgrad.tuning.open_model import start_fingerprint
 from tests.conftest import StageOf
-from tests.stages.models import make_shelf
-from tests.stages.test_run import plan_of
-from tests.stages.test_tasks import mixed
+from tests.run.test_run import plan_of
+from tests.run.test_task_stages import mixed
+from tests.tiny_stages import make_shelf
 
 
 def losses(home: Path) -> list[float]:

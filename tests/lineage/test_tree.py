@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from postgrad.errors import StageError
-from postgrad.lineage.fingerprint import differences, fingerprint
 from postgrad.lineage.record import read_record, with_stage, write_record
 from postgrad.lineage.tree import chain, tree
+from postgrad.storage.fingerprint import differences, fingerprint
 
 
 def run(

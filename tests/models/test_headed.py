@@ -19,14 +19,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from postgrad.data.batch import collate
-from postgrad.data.rows import IGNORED, Row
+from postgrad.data.layouts.rows import IGNORED, Row
+from postgrad.data.loading.batch import collate
 from postgrad.errors import ModelError
 from postgrad.models import model as m
 from postgrad.models.model import HeadedModel, probe
 from postgrad.models.pretrained import load, locate
-from postgrad.objectives.tokens import Tokens
-from tests.stages.models import make_shelf, t5_tokenizer, written
+from postgrad.objectives.next_token import Tokens
+from tests.tiny_stages import make_shelf, t5_tokenizer, written
 
 SIZES = {
     "vocab_size": 96,

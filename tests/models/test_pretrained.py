@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from postgrad.errors import ModelError
-from postgrad.models.attention import NAME, causal_blocks, usable
+from postgrad.models.cpu_attention import NAME, causal_blocks, usable
 from postgrad.models.model import CausalModel, probe
 from postgrad.models.pretrained import Start, load_model, load_tokenizer, locate, save_pretrained
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer

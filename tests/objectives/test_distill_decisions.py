@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from postgrad.data.batch import collate
-from postgrad.data.rows import IGNORED, Row
+from postgrad.data.layouts.rows import IGNORED, Row
+from postgrad.data.loading.batch import collate
 from postgrad.models.model import Output
-from postgrad.objectives.decisions import Problem
-from postgrad.objectives.distill import DistillDecisions
+from postgrad.objectives.classification_loss import Problem
+from postgrad.objectives.distillation import DistillDecisions
 from postgrad.objectives.teacher import Answer
 
 MINE, THEIRS = [1.0, -0.5], [0.2, 0.7]

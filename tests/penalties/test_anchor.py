@@ -16,7 +16,7 @@ from postgrad.penalties import anchor as anchors
 from postgrad.penalties.anchor import Anchor, AnchoredDecay, Changed, Held, pull_norm
 from postgrad.penalties.penalty import Penalty
 from postgrad.tuning.attach import attach
-from postgrad.tuning.low_rank import LowRank
+from postgrad.tuning.lora import LowRank
 from tests.conftest import make_llama
 
 SHAPES = ((7, 5), (12,), (3, 4, 2), (1,), (40, 9))

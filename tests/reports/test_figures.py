@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.reports import figures
-from postgrad.reports.figures import Estimate, Level, Mark, Series, Spot
+from postgrad.reports.html import figures
+from postgrad.reports.html.figures import Estimate, Level, Mark, Series, Spot
 
 FINITE = st.floats(-1e9, 1e9, allow_nan=False)
 

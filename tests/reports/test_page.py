@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from postgrad.errors import DiskError
-from postgrad.reports import comparison_page, lineage_page, run_page, shell
-from postgrad.reports.tables import score_table
+from postgrad.reports.html import document
+from postgrad.reports.html.tables import score_table
+from postgrad.reports.pages import comparison_page, lineage_page, run_page
 from tests.reports.conftest import make_metrics, make_record
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -453,7 +454,7 @@ def test_secrets_do_not_leave(record: dict) -> None:
 
 def test_write_publishes_whole_pages_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "new" / "report.html"
-    assert shell.write(target, "one \u2713") == target
+    assert document.write(target, "one \u2713") == target
     assert target.read_text(encoding="utf-8") == "one \u2713"
     assert stat.S_IMODE(target.stat().st_mode) & stat.S_IRUSR
     before = os.replace
@@ -463,20 +464,21 @@ def test_write_publishes_whole_pages_only(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(DiskError, match="the disk is full"):
-        shell.write(target, "two")
+        document.write(target, "two")
     monkeypatch.setattr(os, "replace", before)
     assert target.read_text(encoding="utf-8") == "one \u2713"
     assert list(target.parent.iterdir()) == [target]
-    shell.write(target, "three")
+    document.write(target, "three")
     assert target.read_text(encoding="utf-8") == "three"
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError):
-        shell.write(tmp_path / "file" / "report.html", "x")
+        document.write(tmp_path / "file" / "report.html", "x")
 
 
 def test_reports_need_neither_torch_nor_numpy() -> None:
     pages = "run_page, comparison_page, lineage_page"
-    code = f"import sys; from postgrad.reports import {pages}; print({{'torch', 'transformers', 'numpy'}} & set(sys.modules))"
+    heavy = "{'torch', 'transformers', 'numpy'}"
+    code = f"import sys; from postgrad.reports.pages import {pages}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

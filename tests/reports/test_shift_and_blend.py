@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from postgrad.reports.blend_page import blend_page
-from postgrad.reports.shift_page import shift_page
+from postgrad.reports.pages.blend_page import blend_page
+from postgrad.reports.pages.shift_page import shift_page
 from tests.reports.test_page import said, walked
 
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from postgrad.reports import notation, tables
+from postgrad.reports.html import notation, tables
 
 
 def exact(html: str) -> list[float]:

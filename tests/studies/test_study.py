@@ -20,25 +20,24 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from postgrad.cli import app
-from postgrad.data import material
+from postgrad.cli.main import app
+from postgrad.cli.study_progress import Standing, drawn
+from postgrad.commands import builtin_corpus
+from postgrad.config.stage_file import read_yaml
 from postgrad.errors import DataError, StageError
-from postgrad.lineage.forgetting import redrawn
+from postgrad.evaluation import before_after
 from postgrad.lineage.record import read_record
-from postgrad.reports.study_table import arms_table, as_csv, claims_table
-from postgrad.reports.study_words import listed, summary
-from postgrad.stages import measure
-from postgrad.stages.parsing import read_yaml
-from postgrad.studies import arms as study_arms
-from postgrad.studies import found as found_in
-from postgrad.studies import plan as study_plan
-from postgrad.studies import templates
-from postgrad.studies.arms import Work, work_out
-from postgrad.studies.finish import finish
-from postgrad.studies.found import Drawn, Losses, findings, mean_of, removed, verdict
-from postgrad.studies.found import _Measured as Measured
-from postgrad.studies.plan import Pace, look_ahead, outlook_record
-from postgrad.studies.run import (
+from postgrad.reports.sections.study_table import arms_table, as_csv, claims_table
+from postgrad.reports.sections.study_text import listed, summary
+from postgrad.stats.forgetting import redrawn
+from postgrad.studies import results as found_in
+from postgrad.studies import step_graph as study_arms
+from postgrad.studies import study_plan as study_plan
+from postgrad.studies import study_templates
+from postgrad.studies.outputs import finish
+from postgrad.studies.results import Drawn, Losses, findings, mean_of, removed, verdict
+from postgrad.studies.results import _Measured as Measured
+from postgrad.studies.run_study import (
     Ended,
     Prepared,
     StepBegan,
@@ -50,9 +49,10 @@ from postgrad.studies.run import (
     seconds_inside,
     spent,
 )
+from postgrad.studies.step_graph import Work, work_out
 from postgrad.studies.steps import Moved, carry_out
 from postgrad.studies.study import Arm, load_study, merged, parse_study, study_schema
-from postgrad.study_screen import Standing, drawn
+from postgrad.studies.study_plan import Pace, look_ahead, outlook_record
 from tests.conftest import StageOf, new_text, write_jsonl
 
 
@@ -405,7 +405,7 @@ def test_the_interval_of_one_seed_is_the_record_s(base: Path, tmp_path: Path, ca
     )
     # The mutant: with other documents drawn for each model it would be another interval.
     scores = prepared.folder.place(prepared.work.steps[prepared.work.chains[0].last]) / "scores"
-    before, after = (measure.read_scores(scores / f"{n}.npz")["old-held"].per_unit() for n in ("before", "after"))
+    before, after = (before_after.read_scores(scores / f"{n}.npz")["old-held"].per_unit() for n in ("before", "after"))
     unpaired = np.quantile(redrawn(*after, seed=1) - redrawn(*before, seed=0), [0.025, 0.975])
     assert [change["low"], change["high"]] != pytest.approx(unpaired.tolist(), abs=1e-4)
 
@@ -433,9 +433,9 @@ def test_the_base_s_losses_are_the_base_s(done: Prepared) -> None:
 
 
 def test_a_blend_lies_between(done: Prepared) -> None:
-    from postgrad.models.blend import weights_of
+    from postgrad.models.interpolate import weights_of
     from postgrad.models.pretrained import locate
-    from postgrad.tuning.opened import open_model
+    from postgrad.tuning.open_model import open_model
 
     (chain, _) = done.work.of_arm("half")
     places = [done.folder.place(done.work.steps[key]) for key in (done.work.base or "", chain.steps[0], chain.last)]
@@ -882,8 +882,8 @@ def test_templates_are_studies_and_those_that_are_shipped(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     made: list[Path] = []
-    monkeypatch.setattr(templates, "write_kinds", made.append)
-    found = templates.write_study(Path("paper.yaml"), template, size, force=False)
+    monkeypatch.setattr(study_templates, "write_kinds", made.append)
+    found = study_templates.write_study(Path("paper.yaml"), template, size, force=False)
     assert made == ([Path("paper-data")] if size == "laptop" else [])
     assert found["files"][0] == ("paper.yaml" if template == "levers" else "paper-strong.yaml")
     bases = set()
@@ -907,9 +907,9 @@ def test_templates_are_studies_and_those_that_are_shipped(
     # What the studies of the paper have in common is made once: all but the larger model go on from one base.
     assert len(bases) == (2 if template == "paper" else 1)
     with pytest.raises(StageError, match="is there already"):
-        templates.write_study(Path("paper.yaml"), template, size, force=False)
+        study_templates.write_study(Path("paper.yaml"), template, size, force=False)
     with pytest.raises(StageError, match="did you mean 'paper'"):
-        templates.write_study(Path("x.yaml"), "papr", size, force=False)
+        study_templates.write_study(Path("x.yaml"), "papr", size, force=False)
 
 
 def test_the_schema_knows_what_is_a_study() -> None:
@@ -933,10 +933,10 @@ def test_what_the_page_shows_is_a_study() -> None:
 
 def test_kinds_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modules = [
-        p for p in material.standard_library() if p.name in ("argparse.py", "ast.py", "bisect.py", "calendar.py")
+        p for p in builtin_corpus.standard_library() if p.name in ("argparse.py", "ast.py", "bisect.py", "calendar.py")
     ]
-    monkeypatch.setattr(material, "standard_library", lambda: modules)
-    material.write_kinds(tmp_path)
+    monkeypatch.setattr(builtin_corpus, "standard_library", lambda: modules)
+    builtin_corpus.write_kinds(tmp_path)
     texts = {
         p.stem: [json.loads(line)["text"] for line in p.read_text().split("\n")[:-1]] for p in tmp_path.glob("*.jsonl")
     }
@@ -972,7 +972,7 @@ def test_a_new_study_writes_over_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "mine-data").mkdir()
     (tmp_path / "mine-data" / "old.jsonl").write_text("the user's")
     with pytest.raises(StageError, match="mine-data is there already"):
-        templates.write_study(Path("mine.yaml"), "levers", "laptop", force=False)
+        study_templates.write_study(Path("mine.yaml"), "levers", "laptop", force=False)
     assert [p.name for p in tmp_path.iterdir()] == ["mine-data"]
     assert (tmp_path / "mine-data" / "old.jsonl").read_text() == "the user's"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError
-from postgrad.publish import publish, verify
+from postgrad.storage.atomic import publish, verify
 from postgrad.tuning.attach import KINDS, attach, load_tuning, save_tuning
 from postgrad.tuning.tuning import Tuning
 from tests.tuning.checks import tokenizer, train

@@ -378,7 +378,7 @@ def test_rows_of_the_vocabulary() -> None:
 
 
 def test_rare_words_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("postgrad.tuning.prompt_start.FREQUENT", 7)
+    monkeypatch.setattr("postgrad.tuning.prompt_init.FREQUENT", 7)
     model = build("llama", "lm")
     drawn = rows_of(Prompt(model, length=16, start="vocabulary").vectors(), model.get_input_embeddings().weight)
     assert set(drawn) == set(range(7)) and len(set(drawn[:7])) == 7

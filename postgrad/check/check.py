@@ -1,0 +1,109 @@
+"""Will this stage work here, and what will it cost? Probes the model and times a micro-batch; trains nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from postgrad.check.penalty_cost import check_penalties
+from postgrad.check.plan_text import plan_lines
+from postgrad.check.preview_rows import shown_rows
+from postgrad.check.source_text import found_lines
+from postgrad.check.teacher_cost import check_teaching
+from postgrad.distributed.world import World
+from postgrad.hardware import machine
+from postgrad.hardware.execution import shape_of
+from postgrad.hardware.memory import estimate, readable
+from postgrad.models.model import probe
+from postgrad.optim import lr_schedules
+from postgrad.plan.plan import Plan
+from postgrad.reports.html.notation import duration
+from postgrad.run.build import Counts, choose_execution, make_loader, make_subject
+from postgrad.run.relearning import left_alone
+from postgrad.run.task_scores import one_process_only
+from postgrad.run.update_summary import check_update, update_lines
+
+
+def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
+    """The plan with what only the model can tell: whether documents stay apart, memory, time. Raises what is wrong.
+
+    `show`: how many rows of each source to show as the model sees them; they are under `shown`.
+    """
+    machine.tune_allocator()
+    world = World(machine.device())
+    subject = make_subject(plan, world)
+    counts = subject.counts()
+    execution = choose_execution(plan, subject, world)
+    subject.model.pretrained.set_attn_implementation(execution.attention)
+    probe(subject.model, prefixes=plan.prefixes)
+    memory = estimate(
+        shape_of(subject.model),
+        rows=execution.micro,
+        length=plan.context,
+        bf16=execution.dtype == "bfloat16",
+        checkpointing=execution.activation_checkpointing,
+        sdpa=execution.attention != "eager",
+    )
+    teaching = check_teaching(plan, subject, execution, world)
+    memory = dataclasses.replace(memory, teachers=sum(cost.bytes for cost in teaching))
+    update = check_update(plan, subject)
+    penalties = check_penalties(plan, subject, execution, world)
+    found = found_lines(plan, cache)
+    beside = (*subject.opened.notes, *subject.tuning.notes, *one_process_only(plan.tasks), *left_alone(plan))
+    notes = (*plan.notes, *beside)
+    record = {
+        **plan.as_record(),
+        "parameters": counts.parameters,
+        "trainable": counts.trainable,
+        "tuning": plan.stage.tuning.kind,
+        "task": plan.task,
+        "execution": execution.as_dict(),
+        "memory": dataclasses.asdict(memory),
+        "seconds": execution.seconds,
+        "teachers": [cost.record for cost in teaching],
+        "penalties": [penalty.record for penalty in penalties],
+        "update": update,
+        "found": found,
+        "notes": list(notes),
+        "overlap": plan.overlap,
+        "schedule_curve": lr_schedules.sampled(plan.schedule, plan.steps, 60),
+    }
+    free = machine.memory_bytes()
+    apart = "; packed documents do not see each other (probed)" if plan.task == "causal" else ""
+    apart += "; prefixes are read in both directions (probed)" if plan.prefixes else ""
+    lines = [
+        *plan_lines(plan, found),
+        *(f"note: {note}" for note in beside),
+        "",
+        f"model: {counts.parameters:,} weights, {plan.vocabulary:,} tokens{apart}",
+        *([f"task layer: reads {plan.layer.form.told()}"] if plan.layer and plan.layer.form else []),
+        tuning_line(plan.stage.tuning.kind, counts),
+        *update_lines(plan, update),
+        f"compute: {execution.dtype}, {execution.attention} attention, {execution.micro} rows at once, "
+        f"{'compiled' if execution.compile else 'not compiled'}, {execution.threads} thread{'s' * (execution.threads > 1)}",
+        *(f"  {key}: {reason}" for key, reason in execution.reasons.items()),
+        f"memory: about {readable(memory.total)} (weights {readable(memory.weights)}, gradients {readable(memory.gradients)}, "
+        f"moments {readable(memory.moments)}, activations {readable(memory.activations)}"
+        + (f", teachers {readable(memory.teachers)})" if memory.teachers else ")")
+        + (f" of {readable(free)} free" if free else ""),
+        *(line for cost in teaching for line in cost.lines),
+        *(line for penalty in penalties for line in penalty.lines),
+        f"time: about {duration(execution.seconds)}, from timed micro-batches"
+        + (" without compiling; compiled it will be less" if execution.compile else "")
+        + "; evaluation comes on top",
+    ]
+    if show:
+        record["shown"] = shown_rows(plan, make_loader(plan, execution, world), show)
+    return {"text": "\n".join(lines), **record}
+
+
+def tuning_line(kind: str, counts: Counts) -> str:
+    """Which weights move, and how many of all that is."""
+    return f"tuning: {kind}, {counts.trainable:,} of {counts.parameters:,} weights move ({_percent(counts)})"
+
+
+def _percent(counts: Counts) -> str:
+    """A share with two digits that say something, however small it is."""
+    share = 100 * counts.trainable / counts.parameters
+    return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"

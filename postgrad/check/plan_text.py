@@ -1,0 +1,105 @@
+"""How does a plan read? Texts, budget and learning-rate curve as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from postgrad.optim import lr_schedules
+from postgrad.plan.checkpoint_selection import rule_line
+from postgrad.plan.plan import Plan
+from postgrad.plan.task_prompts import Asked
+from postgrad.reports.html.notation import plain
+from postgrad.reports.sections.task_tables import asked_how, left_out
+from postgrad.run.task_scores import described
+
+_SHOWN = 110
+"""Characters of a document that are shown."""
+
+
+def plan_lines(plan: Plan, found: Sequence[str] = (), width: int = 72) -> list[str]:
+    """A plan as people read it: the texts with what was `found` in each, the budget, the curve."""
+    record = plan.as_record()
+    stage = plan.stage
+    lines = [
+        f"stage {stage.name}: {plan.start.name} -> {_short(plan.output)}",
+        f"{record['tokens']:,} trained tokens in {plan.steps:,} steps of {plan.mixture.block} rows x {plan.context} tokens",
+        "",
+        f"  {'source':<18} {'role':<7} {'kind':<9} {'documents':>10} {'trained':>13} {'share':>7} {'passes':>7}",
+    ]
+    for source in record["sources"]:
+        lines.append(
+            f"  {source['name']:<18} {source['role']:<7} {'self-made' if source['made_by'] else source['kind']:<9} "
+            f"{source['documents']:>10,} "
+            f"{source['trained']:>13,} {source['share']:>7.2%} {source['passes']:>7.2f}"
+        )
+    lines += ["", *(f"  {line}" for line in found)] if found else []
+    lines += [line for source in record["sources"] for line in _selected(source["name"], source.get("selected", []))]
+    lines += ["", f"  {'held out':<18} {'role':<9} {'documents':>10} {'tokens':>11} {'bytes':>11}"]
+    for h in plan.held_out:
+        lines.append(f"  {h.name:<18} {h.role:<9} {len(h):>10,} {h.tokens:>11,} {int(h.bytes.sum()):>11,}")
+    for name, met in plan.overlap.items():
+        lines.append(
+            f"  {name}: {met['duplicates']} exact copies in the training text (dropped there), "
+            f"{met['any']} documents share a 13-gram with it, {met['half']} at least half"
+        )
+    if plan.choice:
+        lines.append(f"  {rule_line(plan.choice)}")
+    if plan.tasks:
+        lines += ["", f"  {'task':<18} {'role':<9} {'items':>6}  asked"]
+        lines += [f"  {t.name:<18} {t.task.role:<9} {len(t):>6,}  {_asked(t)}" for t in plan.tasks]
+    lines += ["", *draw(plan, width), *(f"note: {note}" for note in plan.notes)]
+    return lines
+
+
+def _selected(name: str, steps: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What each way to select left of a source, with a few documents of both sides."""
+    if steps:
+        yield ""
+    for step in steps:
+        before, after = step["before"], step["after"]
+        yield (
+            f"  {name}, {step['kind']}: {after['documents']:,} of {before['documents']:,} documents are kept "
+            f"({after['documents'] / before['documents']:.1%}), {after['tokens']:,} of {before['tokens']:,} tokens "
+            f"({after['tokens'] / before['tokens']:.1%})"
+        )
+        edges = f" ({step['edges'][0]:.3f} to {step['edges'][1]:.3f} {step['unit']})" if step["edges"] else ""
+        yield f"    {step['how']}{edges}"
+        for side in ("kept", "dropped"):
+            for shown in step[side]:
+                value = "" if shown["value"] is None else f"{shown['value']:+.3f} {step['unit']}  "
+                yield f"    {side:<7} {value}{plain(shown['text'], _SHOWN)}"
+                if "like" in shown:
+                    yield f"            like: {plain(shown['like'], _SHOWN)}"
+
+
+def _asked(task: Asked) -> str:
+    """How a task is asked, and what could not be."""
+    entry = described(task)
+    parts = (asked_how(entry), f"by {', '.join(task.metrics)}", left_out(entry))
+    return "; ".join(part for part in parts if part)
+
+
+def draw(plan: Plan, width: int = 72, height: int = 8) -> list[str]:
+    """The learning rate over the stage, as characters."""
+    shades = " ▁▂▃▄▅▆▇█"
+    points = [plan.schedule(max(1.0, (i + 0.5) / width * plan.steps)) for i in range(width)]
+    top = max(rate for _, rate in lr_schedules.sampled(plan.schedule, plan.steps, 4000))
+    levels = [p / top * height if top else 0 for p in points]
+    rows = []
+    for row in range(height, 0, -1):
+        cells = (min(max(level - (row - 1), 0.0), 1.0) for level in levels)
+        label = f"{top:.2e}" if row == height else ("0" if row == 1 else "")
+        rows.append(f"  {label:>9} |" + "".join(shades[round(c * 8)] for c in cells))
+    first, last = plan.schedule(1), plan.schedule(plan.steps)
+    rows.append(f"  {'rate':>9} +" + "-" * width)
+    rows.append(f"  {'':>9}  step 1: {first:.2e}".ljust(width - 12) + f"step {plan.steps:,}: {last:.2e}")
+    return rows
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,388 @@
+"""What can be learnt from what every Python installation carries? Texts and rows of every kind, made here, offline.
+
+Old text: English documentation (the language reference that `help()` shows, and docstrings). New text: the standard library's
+source code with its docstrings and comments taken out; whole modules are held out, so that no document's neighbour is trained
+on. Rows: what a function does, which part of the library it is from, which words of its docstring are its parameters.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import io
+import json
+import random
+import re
+import sysconfig
+import tokenize
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from postgrad.storage.atomic import write_atomically
+
+_DOCUMENT = 2000
+_HELD_OUT = 15
+_LISTED = 16_000
+"""Characters of a module's listing, the whole of which is several times as long as the module."""
+
+
+def write_texts(folder: Path) -> dict[str, int]:
+    """Write old and new text, each parted into training and held-out documents; returns their characters."""
+    done = folder / "sizes.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    texts: dict[str, list[str]] = {"old": [], "old-heldout": [], "new": [], "new-heldout": []}
+    for number, path in enumerate(standard_library()):
+        try:
+            source = path.read_text("utf-8")
+            module = ast.parse(source)
+        except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
+            continue
+        held = "" if number % _HELD_OUT else "-heldout"  # whole modules, so that no document's neighbour is trained on
+        texts[f"old{held}"] += docstrings(module)
+        texts[f"new{held}"] += cut(without_prose(source))
+    texts["old"] += topics()
+    sizes = {"old": 0, "new": 0}
+    for name, documents in texts.items():
+        unique = list(dict.fromkeys(documents))
+        write_atomically(folder / f"{name}.jsonl", _lines(unique[:120] if "heldout" in name else unique))
+        sizes[name.split("-")[0]] += sum(map(len, unique))
+    write_atomically(done, json.dumps(sizes))
+    return sizes
+
+
+def write_kinds(folder: Path) -> dict[str, int]:
+    """Write four kinds of text, each parted into training and held-out documents; returns their characters.
+
+    `old`: documentation. `comments`: what is said beside code, prose of another kind. `code`: code without prose, also as three
+    parts. `listing`: what the interpreter makes of it. Whole modules are held out of all kinds alike.
+    """
+    done = folder / "kinds.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    kinds = ("old", "comments", "code", "listing")
+    texts: dict[str, list[str]] = {f"{kind}{held}": [] for kind in kinds for held in ("", "-heldout")}
+    texts |= {f"code-{part}": [] for part in (1, 2, 3)}
+    for number, path in enumerate(standard_library()):
+        try:
+            source = path.read_text("utf-8")
+            module = ast.parse(source)
+        except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
+            continue
+        held = "" if number % _HELD_OUT else "-heldout"
+        code = cut(without_prose(source))
+        texts[f"old{held}"] += docstrings(module)
+        texts[f"comments{held}"] += cut(comments(source))
+        texts[f"code{held}"] += code
+        if not held:
+            texts[f"code-{number % 3 + 1}"] += code
+        texts[f"listing{held}"] += cut(listing(source))
+    texts["old"] += topics()
+    sizes = {}
+    for name, documents in texts.items():
+        unique = list(dict.fromkeys(documents))
+        # Of a module's neighbouring documents few are scored, so that many modules are.
+        kept = _spread(unique, 150) if "heldout" in name else unique
+        write_atomically(folder / f"{name}.jsonl", _lines(kept))
+        sizes[name] = sum(map(len, kept))
+    write_atomically(done, json.dumps(sizes))
+    return sizes
+
+
+def is_material(folder: Path) -> bool:
+    """Whether a folder holds what `write_kinds` made, whole, and so nothing of the user's that would be written over."""
+    return (folder / "kinds.json").exists()
+
+
+def _spread(documents: list[str], most: int) -> list[str]:
+    """At most so many of the documents, evenly from all of them."""
+    stride = max(1, -(-len(documents) // most))
+    return documents[::stride]
+
+
+def comments(source: str) -> str:
+    """The comments of a module, those that stand on lines of their own in a block one after the other."""
+    found = [line.strip().lstrip("#").strip() for line in source.splitlines() if line.strip().startswith("#")]
+    return "\n".join(line for line in found if re.search(r"[A-Za-z]{3}.* [a-z]{2}", line))
+
+
+def listing(source: str) -> str:
+    """The beginning of a module as the interpreter's instructions, a line each, without addresses."""
+    lines: list[str] = []
+    inside = [compile(source, "module", "exec")]
+    size = 0
+    while inside and size < _LISTED:
+        code = inside.pop(0)
+        lines.append(f"{code.co_name}:")
+        for instruction in dis.get_instructions(code):
+            shown = "" if " at 0x" in instruction.argrepr else instruction.argrepr[:60]
+            lines.append(f"{instruction.opname} {shown}".rstrip())
+            size += len(lines[-1])
+        inside += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return "\n".join(lines)
+
+
+def _lines(documents: list[str]) -> str:
+    return "".join(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in documents)
+
+
+def standard_library() -> list[Path]:
+    """The source files of the running Python's standard library, without tests and installed packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "encodings",
+        "__pycache__",
+    }
+    return [p for p in sorted(root.rglob("*.py")) if not left_out & set(p.relative_to(root).parts)]
+
+
+def topics() -> list[str]:
+    """The language reference that `help('if')` and the like show."""
+    try:
+        from pydoc_data.topics import topics as known
+    except ImportError:  # some distributions leave it out
+        return []
+    return [piece for text in known.values() for piece in cut(text)]
+
+
+def docstrings(module: ast.Module) -> list[str]:
+    """The docstrings of a module that are prose of some length."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(module) if isinstance(node, kinds)]
+    return [piece for text in found if text and len(text) > 200 for piece in cut(text)]
+
+
+def without_prose(source: str) -> str:
+    """Source code without comments and without strings that stand alone (docstrings)."""
+    kept: list[tokenize.TokenInfo] = []
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (tokenize.TokenError, IndentationError):
+        return ""
+    fresh = True
+    for token in tokens:
+        if token.type == tokenize.COMMENT:
+            continue
+        if token.type == tokenize.STRING and fresh:
+            continue
+        if token.type not in (tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+            fresh = token.type == tokenize.NEWLINE
+        kept.append(token)
+    lines: dict[int, list[str]] = {}
+    column: dict[int, int] = {}
+    for token in kept:
+        if token.type in (tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER):
+            continue
+        row, begin = token.start
+        gap = begin - column.get(row, 0)
+        lines.setdefault(row, []).append(" " * max(gap, 0) + token.string)
+        column[row] = token.end[1] if token.end[0] == row else begin
+    return "\n".join("".join(parts).rstrip() for _, parts in sorted(lines.items()))
+
+
+def cut(text: str) -> list[str]:
+    """Pieces of about 2,000 characters, cut at line ends."""
+    pieces, piece, size = [], [], 0
+    for line in text.splitlines():
+        piece.append(line)
+        size += len(line) + 1
+        if size > _DOCUMENT:
+            pieces.append("\n".join(piece).strip())
+            piece, size = [], 0
+    if size > 200:
+        pieces.append("\n".join(piece).strip())
+    return [p for p in pieces if p]
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "network": (
+        "http",
+        "urllib",
+        "email",
+        "socket",
+        "ssl",
+        "ftplib",
+        "imaplib",
+        "smtplib",
+        "poplib",
+        "xmlrpc",
+        "socketserver",
+    ),
+    "files": (
+        "os",
+        "shutil",
+        "pathlib",
+        "zipfile",
+        "tarfile",
+        "glob",
+        "tempfile",
+        "gzip",
+        "bz2",
+        "lzma",
+        "posixpath",
+        "ntpath",
+    ),
+    "numbers": (
+        "statistics",
+        "decimal",
+        "_pydecimal",
+        "fractions",
+        "random",
+        "datetime",
+        "_pydatetime",
+        "calendar",
+        "numbers",
+    ),
+    "concurrency": (
+        "asyncio",
+        "threading",
+        "concurrent",
+        "multiprocessing",
+        "queue",
+        "subprocess",
+        "sched",
+        "selectors",
+    ),
+    "language": (
+        "ast",
+        "inspect",
+        "dis",
+        "tokenize",
+        "typing",
+        "types",
+        "importlib",
+        "pdb",
+        "bdb",
+        "traceback",
+        "unittest",
+    ),
+}
+"""Parts of the standard library by the first names of their modules: the classes of the labelled rows."""
+_LEAST, _MOST = 20, 200
+
+
+@dataclass(frozen=True)
+class Function:
+    """A documented function: where it is, how it is called, and the first sentence of what it says of itself."""
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    says: str
+    about: str
+    """The first paragraph of its docstring."""
+    held_out: bool
+
+
+@cache
+def functions() -> tuple[Function, ...]:
+    """The documented functions of the standard library, those that say the same once; a fifth of them is held out."""
+    return tuple({function.says: function for function in _functions()}.values())
+
+
+def _functions() -> Iterator[Function]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in standard_library():
+        try:
+            module = ast.parse(path.read_text("utf-8"))
+        except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
+            continue
+        named = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for name, node in _named(module):
+            if node.name.startswith("_"):
+                continue
+            about = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            says = re.split(r"(?<=[a-z)`'\"])\. ", about)[0].rstrip(".")
+            if _LEAST <= len(says) <= _MOST:
+                arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                parameters = tuple(a.arg for a in arguments if a.arg not in ("self", "cls"))
+                held_out = zlib.crc32(f"{named}.{name}".encode()) % 5 == 0
+                yield Function(named, name, parameters, f"{says}.", about, held_out)
+
+
+def _named(module: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """The functions of a module with their names inside of it, those of classes too; of one name the first."""
+    seen: set[str] = set()
+    inside: list[tuple[str, ast.AST]] = [("", module)]
+    while inside:
+        before, node = inside.pop(0)
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                inside.append((f"{before}{child.name}.", child))
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = before + child.name
+                if name not in seen:
+                    seen.add(name)
+                    yield name, child
+
+
+def _instructions(known: Sequence[Function], _: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
+    for f in known:
+        yield f, {"instruction": f"What does {f.module}.{f.name} do?", "output": f.says}
+
+
+def _labelled(known: Sequence[Function], _: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
+    part = {module: name for name, modules in PARTS.items() for module in modules}
+    for f in known:
+        if (name := part.get(f.module.split(".")[0])) is not None:
+            yield f, {"text": f.about, "label": name}
+
+
+def _tagged(known: Sequence[Function], _: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
+    for f in known:
+        words = re.findall(r"\w+|[^\w\s]", f.about)
+        tags = ["B-PARAMETER" if word in f.parameters else "O" for word in words]
+        if "B-PARAMETER" in tags and len(words) <= 60:
+            yield f, {"tokens": words, "tags": tags}
+
+
+def _pairs(known: Sequence[Function], _: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
+    for f in known:
+        yield f, {"source": f"summarise: def {f.name.rpartition('.')[2]}({', '.join(f.parameters)})", "target": f.says}
+
+
+def _choices(known: Sequence[Function], rng: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
+    for f in known:
+        others = [other.says for other in rng.sample(known, 6) if other.says != f.says][:3]
+        options = [*others, f.says]
+        rng.shuffle(options)
+        yield f, {"question": f"What does {f.module}.{f.name} do?", "choices": options, "answer": options.index(f.says)}
+
+
+ROWS = {
+    "instructions": _instructions,
+    "labelled": _labelled,
+    "tagged": _tagged,
+    "pairs": _pairs,
+    "choices": _choices,
+}
+"""What can be made of functions, by the name of the files: NAME.train.jsonl, NAME.valid.jsonl, NAME.test.jsonl."""
+
+
+def write_rows(folder: Path, name: str) -> None:
+    """Write the rows `name`, in three files: functions that are held out are for validation and test, turn by turn."""
+    places = {part: folder / f"{name}.{part}.jsonl" for part in ("train", "valid", "test")}
+    if all(place.exists() for place in places.values()):
+        return
+    known = functions()
+    lines: dict[str, list[str]] = {part: [] for part in places}
+    for number, (f, row) in enumerate(ROWS[name](known, random.Random(0))):
+        part = ("valid" if number % 2 else "test") if f.held_out else "train"
+        lines[part].append(json.dumps(row, ensure_ascii=False))
+    for part, place in places.items():
+        random.Random(1).shuffle(lines[part])
+        write_atomically(place, "".join(line + "\n" for line in lines[part]))

@@ -1,0 +1,160 @@
+"""What should a first stage look like? A stage file for the user's model and text, each key explained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoConfig
+
+from postgrad.data.read.documents import read_documents
+from postgrad.data.read.files import Source as Files
+from postgrad.data.tokens.tokenize import build_store
+from postgrad.errors import StageError
+from postgrad.hardware.memory import readable
+from postgrad.lineage.record import RECORD, read_record
+from postgrad.models.pretrained import Start, load_tokenizer, locate
+from postgrad.plan.model_inputs import make_encoder
+from postgrad.storage.atomic import write_atomically
+
+_SHARE = 0.10
+_FEW = 40
+"""Documents; with fewer, a held-out part says little."""
+
+_TEMPLATE = """\
+# {head}
+#   check:  postgrad check {file}
+#   train:  postgrad train {file}      (Ctrl-C saves; the same command goes on)
+name: {name}
+model: {model}
+tokens: {tokens}                # the budget in trained tokens, replay included: {why}
+data:
+  sequence_length: {length}        # tokens in a row; at most the model's {positions} positions
+  sources:
+    - {{name: new, path: {data}{new_share}{new_cut}}}
+{replay}schedule:
+  kind: rewarm                  # warm up, then cosine to the floor; others: infinite, wsd, from-floor, constant
+  peak: {peak}                 # {rate}
+  floor: {floor}
+  warmup: 1%
+batch:
+  sequences: {sequences}                 # rows in a step: {step_tokens} tokens
+evaluation: {{every: 10%}}        # the held-out part of each source is scored before, during and after{retained}
+# max_forgetting: 2%            # fail (exit code 4) when the loss on retained text rises by more
+"""
+
+
+def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache: Path, force: bool) -> dict[str, Any]:
+    """Look at the model and the text and write a stage file. Raises `StageError` when the file is there."""
+    if place.exists() and not force:
+        raise StageError(f"{place} is there already", where="init", way_out="choose another name, or give --force")
+    refuse_name(place)
+    name = place.stem
+    root = place.resolve().parent
+    start = locate(model, root)
+    config = AutoConfig.from_pretrained(start.source)
+    encoder = make_encoder(load_tokenizer(start), int(config.vocab_size))
+    positions = getattr(config, "max_position_embeddings", None) or 1024
+    files = Files("new", data, root=root, where="--data")
+    store = build_store(files, encoder, cache)
+    cut = ""
+    if len(store) < _FEW and store.kind == "text":
+        # A part is held out by whole documents; a text of few documents is cut into passages for that.
+        passages = dataclasses.replace(files, documents="passages")
+        finer = build_store(passages, encoder, cache)
+        if len(finer) > len(store):
+            files, store, cut = passages, finer, ", documents: passages"
+    samples = [
+        " ".join((document.text or str(list((document.ids or [])[:20]))).split())[:100]
+        for document in islice(read_documents(files), 3)
+    ]
+    lines, share = "", 1.0
+    if replay:
+        build_store(Files("replay", replay, root=root, where="--replay"), encoder, cache)
+        share = 1 - _SHARE
+        lines = (
+            f"    - {{name: replay, path: {_yaml(replay)}, share: {_SHARE:.0%}, role: replay}}"
+            "   # old text, against forgetting\n"
+        )
+    else:
+        lines = (
+            "    # Without old text the model forgets. Uncomment and name some of what it was trained on:\n"
+            "    # - {name: replay, path: old-text/*.jsonl, share: 10%, role: replay}    # and give `new` a share of 90%\n"
+        )
+    peak, floor, rate = _rates(start, model)
+    tokens = max(1000, round(store.tokens * 0.98 / share))
+    length = min(1024, positions)
+    sequences = max(1, min(32, tokens // (length * 50)))
+    text = _TEMPLATE.format(
+        head=f"{name}: continue {model} on {data}",
+        name=_yaml(name),
+        model=_yaml(model),
+        data=_yaml(data),
+        file=place.name,
+        tokens=_rounded(tokens),
+        why="about one pass over the new text",
+        length=length,
+        positions=f"{positions:,}",
+        new_share=f", share: {share:.0%}" if replay else "",
+        new_cut=cut,
+        replay=lines,
+        peak=peak,
+        floor=floor,
+        rate=rate,
+        sequences=sequences,
+        step_tokens=f"{sequences * length:,}",
+        retained="" if replay else "\n  # retained: [old-heldout.jsonl]   # old text, to see what is forgotten",
+    )
+    write_atomically(place, text)
+    said = [
+        f"{data}: {len(store):,} documents, {store.tokens:,} tokens, {readable(store.bytes)} ({store.kind})",
+        *(f"  {i}. {sample}" for i, sample in enumerate(samples, 1)),
+        f"wrote {place}",
+        f"next: postgrad check {place}",
+    ]
+    return {"text": "\n".join(said), "stage": str(place), "documents": len(store), "tokens": store.tokens}
+
+
+def _rates(start: Start, model: str) -> tuple[str, str, str]:
+    """Peak and floor, and a word on them: those of a run that moved all weights; small models want more than large ones."""
+    said = "higher learns more and forgets more"
+    if start.run is not None and (start.run / RECORD).exists():
+        record = read_record(start.run)
+        curve = [rate for _, rate in record.get("schedule_curve", [])]
+        if curve and record["stage"]["tuning"]["kind"] == "full":
+            peak, floor = (f"{rate:.1e}".replace("e-0", "e-") for rate in (max(curve), max(curve) / 10))
+            return peak, floor, f"that of {model}; {said}"
+    return "2.0e-5", "2.0e-6", said
+
+
+def refuse_name(place: Path) -> None:
+    """Raise `StageError` for a stage file whose name cannot name a run's folder too."""
+    if not re.fullmatch(r"[\w.\-]*\w[\w.\-]*", place.stem) or place.parent != Path():
+        raise StageError(
+            f"{str(place.with_suffix(''))!r} cannot name a run folder",
+            where="init",
+            expected="letters, digits, '.', '_' and '-', and not dots alone",
+        )
+
+
+def _yaml(text: str) -> str:
+    """A text as YAML gives it back: quoted when it would be read as a number, an alias, a comment or a list."""
+    try:
+        plain = yaml.safe_load(f"{{x: {text}}}") == {"x": text}
+    except (yaml.YAMLError, ValueError):
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def _rounded(tokens: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= 10 * size:
+            return f"{tokens / size:.0f}{unit}"
+        if tokens >= size:
+            return f"{tokens / size:.1f}{unit}"
+    return str(tokens)

@@ -1,0 +1,57 @@
+"""How does a stage say what rows are and how they are put into words? The same keys for sources, held-out files and tasks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from postgrad.config.quantities import Part
+
+Kind = Literal[
+    "auto",
+    "text",
+    "input_ids",
+    "chat",
+    "instruction",
+    "completion",
+    "pair",
+    "labelled",
+    "tagged",
+    "question",
+    "choices",
+]
+Cut = Literal["auto", "file", "passages", "paragraphs", "lines"]
+
+
+def _values(value: Any) -> Any:
+    """One value is a list of one; what YAML reads as a number or truth value is compared as text."""
+    listed = value if isinstance(value, list) else [value]
+    return [item if isinstance(item, str) else str(item) for item in listed]
+
+
+Values = Annotated[list[str], BeforeValidator(_values, json_schema_input_type=str | list[str])]
+
+
+class Rowed(Part):
+    """What rows are, and which of them are meant."""
+
+    kind: Kind = "auto"
+    """What the rows are; auto: what their columns say. Rows with `text` and `label` are text unless `labelled` is said."""
+    columns: dict[str, str] = {}
+    """Which column is which, e.g. `{text: abstract}`, or what is inside of one: `{source: translation.en}`."""
+    only: dict[str, Values] = {}
+    """Only rows that have one of these values in each of these columns: `{task: [boolq, copa]}`."""
+    documents: Cut = "auto"
+    """What a document is in a text file; auto: the file, or passages of about 4,000 characters in a large one."""
+
+
+class Worded(Rowed):
+    """What rows are, and how they are put into words."""
+
+    prompt: str | None = None
+    """What a row with parts is read as: `{field}` stands for a field of it. Left out: by its kind."""
+    answer: str | None = None
+    """What is answered, likewise."""
+    words: dict[str, str] = {}
+    """How labels are said: `{"0": negative, "1": positive}`."""

@@ -1,0 +1,257 @@
+"""How does a stage file become a stage, and how is a mistake in it told?"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from postgrad.config.stage import Evaluation, Stage
+from postgrad.config.tasks import Task
+from postgrad.errors import PostgradError, StageError, nearest
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML without surprises: a key that is there twice is an error, where YAML would let the last one win.
+
+    `on` and `off` are words, as they are in YAML 1.2, and a key is never a truth value.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if first not in "oO" or tag != "tag:yaml.org,2002:bool"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, whose keys may be said anew
+                continue
+            if key_node.tag == "tag:yaml.org,2002:bool":
+                key_node.tag = "tag:yaml.org,2002:str"
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """What a text in YAML says, as stage files are read: no key twice, and `on` is a name. Raises what PyYAML raises."""
+    return yaml.load(text, _Strict)
+
+
+def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
+    """Read a stage file and apply `key.sub=value` overrides.
+
+    Raises `StageError` with `file: key.path`, what was met and what was expected.
+    """
+    return parse_stage(read_stage(path, overrides), str(path))
+
+
+def read_stage(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A stage file as plain data, with `key.sub=value` overrides applied, before its keys are looked at."""
+    raw = read_mapping(path, "the stage file", "a stage is a mapping of keys to values")
+    for said in overrides or []:
+        override(raw, said)
+    return raw
+
+
+def parse_stage(raw: dict[str, Any], where: str) -> Stage:
+    """A stage from plain data; `where` names its origin in errors."""
+    try:
+        return Stage.model_validate(raw)
+    except ValidationError as error:
+        raise readable(error, where, raw) from error
+
+
+def load_tasks(path: Path, shots: int | None = None) -> list[Task]:
+    """A list of tasks, each written as under `evaluation.tasks` of a stage; `shots` replaces the number of all of them.
+
+    Raises `StageError` with `file: key.path`, what was met and what was expected.
+    """
+    raw = _read(path, "the file of tasks")
+    if not isinstance(raw, list) or not raw:
+        raise StageError("a file of tasks is a list", where=str(path), expected="- {name: ..., path: ...}")
+    if shots is not None:
+        raw = [{**item, "shots": shots} if isinstance(item, dict) else item for item in raw]
+    try:
+        return Evaluation.model_validate({"tasks": raw}).tasks
+    except ValidationError as error:
+        raise readable(error, str(path), {"tasks": raw}, Evaluation) from error
+
+
+def read_mapping(path: Path, what: str, expected: str) -> dict[str, Any]:
+    """A YAML file that says a mapping; `expected` is told of one that does not. Raises `StageError`."""
+    raw = _read(path, what)
+    if not isinstance(raw, dict):
+        raise StageError(expected, where=str(path))
+    return raw
+
+
+def _read(path: Path, what: str) -> Any:
+    """A YAML file as plain data."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise StageError(f"{what} cannot be read ({error.strerror})", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise StageError(f"{what} is not UTF-8", where=str(path)) from error
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise StageError(f"not YAML: {getattr(error, 'problem', error)}", where=where) from error
+    except ValueError as error:  # what looks like a date and is none
+        raise StageError(f"not YAML: {error}", where=str(path)) from error
+
+
+def json_schema() -> str:
+    """The JSON Schema of a stage file, for editors."""
+    return json.dumps(Stage.model_json_schema(), indent=2)
+
+
+def override(raw: dict[str, Any], text: str) -> None:
+    """Set what `key.sub=value` says in plain data. Raises `StageError` for a key that leads nowhere."""
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise StageError(f"cannot read the override {text!r}", expected="key.sub=value")
+    here: Any = raw
+    *path, last = key.split(".")
+    for name in path:
+        here = _item(here, name, key) if isinstance(here, list) else here.setdefault(name, {})
+        if not isinstance(here, (dict, list)):
+            raise StageError(f"{name} holds a value, so nothing can be set under it", where=key)
+    try:
+        parsed = read_yaml(value)
+    except (yaml.YAMLError, ValueError):  # such as a glob, whose star is an alias to YAML
+        parsed = value
+    if isinstance(here, list):
+        here[here.index(_item(here, last, key))] = parsed
+    else:
+        here[last] = parsed
+
+
+def _item(items: list[Any], name: str, key: str) -> Any:
+    """An item of a list by its number or by its `name`."""
+    for item in items:
+        if isinstance(item, dict) and item.get("name") == name:
+            return item
+    if name.isdigit() and int(name) < len(items):
+        return items[int(name)]
+    names = [item["name"] for item in items if isinstance(item, dict) and "name" in item]
+    raise StageError(
+        f"there is no item {name!r}", where=key, expected=f"0 to {len(items) - 1}, or one of {', '.join(names)}"
+    )
+
+
+def readable(error: ValidationError, where: str, raw: dict[str, Any], root: type[BaseModel] = Stage) -> PostgradError:
+    """Pydantic's first finding, told with the key's path and the way out (the others are counted)."""
+    findings = error.errors()
+    first = findings[0]
+    path = _path(first["loc"], raw, missing=first["type"] == "missing")
+    met, expected, way_out = first["msg"], "", ""
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"], root)
+        met = f"there is no key {first['loc'][-1]!r}"
+        way_out = nearest(str(first["loc"][-1]), known)
+        expected = "one of " + ", ".join(known)
+    elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kinds = re.findall(r"'([\w-]+)'", first["ctx"].get("expected_tags", "")) or _kinds_at(first["loc"], root)
+        given = first["ctx"].get("tag")
+        met = f"there is no kind {given!r}" if given else "the `kind` is missing"
+        expected = f"one of {', '.join(kinds)}" if kinds else ""
+        way_out = nearest(str(given), kinds) if given else ""
+    elif first["type"] == "missing":
+        met = "the key is missing"
+    elif first["type"] == "string_pattern_mismatch":
+        met = f"{first['input']!r} cannot be a name"
+        expected = "letters, digits, '.', '_' and '-'"
+    elif first["type"] == "value_error":
+        met = str(first["ctx"]["error"])
+    elif first["type"] in ("list_type", "tuple_type"):
+        met = f"a list is expected, not {first['input']!r}"
+    elif first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        met = f"keys with values are expected, not {first['input']!r}"
+        kinds = _kinds_at(first["loc"], root)
+        expected = f"a `kind`, one of {', '.join(kinds)}" if kinds else ""
+        way_out = f"write {{kind: {first['input']}}}, with its other keys" if first["input"] in kinds else ""
+    else:
+        met = f"{met[0].lower()}{met[1:]}, not {first['input']!r}"
+    more = f"(and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    return StageError(
+        f"{met} {more}".strip(), where=f"{where}: {path}" if path else where, expected=expected, way_out=way_out
+    )
+
+
+def _path(location: tuple[int | str, ...], raw: Any, *, missing: bool) -> str:
+    """`key.path[0]` of a finding as the user wrote it: pydantic puts the names of union members in between."""
+    path = ""
+    here = raw
+    for i, part in enumerate(location):
+        if (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int)):
+            here = here[part] if isinstance(here, dict) or part < len(here) else None
+        elif not (missing and i == len(location) - 1):
+            continue
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".")
+
+
+def _keys_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
+    """The known keys of the mapping in which an unknown one was met."""
+    schema = root.model_json_schema()
+    return list(_resolved(schema, _node_at(location[:-1], schema)).get("properties", {}))
+
+
+def _kinds_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
+    """The kinds that a mapping without one may be of."""
+    schema = root.model_json_schema()
+    node = _node_at(location, schema)
+    members = [{"$ref": place} for place in node.get("discriminator", {}).get("mapping", {}).values()]
+    kinds = [kind for member in members or _options(node) for kind in _kinds(_resolved(schema, member))]
+    return list(dict.fromkeys(kinds))
+
+
+def _node_at(location: tuple[int | str, ...], schema: dict[str, Any]) -> dict[str, Any]:
+    """What the schema says of a place, as it stands there."""
+    node: dict[str, Any] = schema
+    for part in location:
+        members = [option for option in _options(node) if part in _kinds(_resolved(schema, option))]
+        here = _resolved(schema, node)
+        if members:
+            node = members[0]
+        elif isinstance(part, int):
+            node = here.get("items", {})
+        elif "discriminator" in here:
+            node = {"$ref": here["discriminator"]["mapping"].get(part, "")}
+        else:  # the name of a union's member leads nowhere
+            node = here.get("properties", {}).get(part, node if "properties" in here else {})
+    return node
+
+
+def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in node or any("$ref" in option for option in _options(node)):
+        reference = node.get("$ref") or next(o["$ref"] for o in _options(node) if "$ref" in o)
+        name = reference.rsplit("/", 1)[-1]
+        if name not in schema["$defs"]:
+            return {}
+        node = schema["$defs"][name]
+    return node
+
+
+def _options(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The members of a union that is told by no `kind`."""
+    return [] if "discriminator" in node else node.get("anyOf", node.get("oneOf", []))
+
+
+def _kinds(node: dict[str, Any]) -> list[str]:
+    """What the `kind` of a mapping may be."""
+    kind = node.get("properties", {}).get("kind", {})
+    return kind.get("enum", [kind["const"]] if "const" in kind else [])

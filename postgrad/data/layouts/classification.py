@@ -1,0 +1,323 @@
+"""What is a row of a task with labels? One example inside its frame, and its class, its number, its tags or a word for it.
+
+Legend: N documents, R rows, T tokens of a row, C classes, K values of a document.
+
+Three layouts: an example with one label (`LabelledRows`), with a tag for each word (`TaggedRows`), and with a mask in its frame
+where a word for the class is to stand (`ClozeRows`: pattern-exploiting training, Schick & Schütze 2021, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from postgrad.data.layouts.rows import IGNORED, Row, keep
+from postgrad.data.layouts.windows import Marked, ledger_of, room_for_text, texts_of
+from postgrad.data.render.frame import BARE, Frame
+from postgrad.errors import DataError, StageError
+
+Kind = Literal["class", "multi", "number"]
+
+
+class Valued(Marked, Protocol):
+    """A token store whose documents have values: a class, one of 0 and 1 for each class, or a number."""
+
+    @property
+    def values(self) -> np.ndarray | None: ...
+
+    @property
+    def labels(self) -> Sequence[str | int] | None: ...
+
+
+class Examples:
+    """The examples of a store inside a frame: ids of a row, and where its second text begins.
+
+    Texts that do not fit are cut at their ends: the longer one until both are equally long, then both; the frame never is.
+    `lead`: tokens at each document's start that the frame replaces (1 for a BOS or [CLS]). `skipped` counts documents by the
+    reason why they are no rows, `cut` rows that lost something by what it is. Raises `StageError` when a row has no room for
+    text.
+    """
+
+    def __init__(
+        self,
+        store: Marked,
+        length: int,
+        *,
+        frame: Frame,
+        lead: int,
+        held_out: float,
+        excluded: np.ndarray | None,
+        max_document_tokens: int | None,
+    ) -> None:
+        room_for_text(length, frame.size(2), 2)
+        self.store, self.frame = store, frame
+        kept = keep(store, held_out=held_out, excluded=excluded, most=max_document_tokens)
+        texts = texts_of(store, kept, lead)
+        texts = texts.only(texts.size_N > 0)
+        self.skipped = {"no text": len(kept.documents) - len(texts.document_N)}
+        self.document_R, self.start_R = texts.document_N, texts.start_N
+        self.split_R = np.array([_split(store, *place) for place in texts.places()], np.int64)
+        whole_R, rest_R = self.split_R - texts.start_N, texts.stop_N - self.split_R
+        room_R = np.where(rest_R > 0, length - frame.size(2), length - frame.size(1))
+        self.first_R, self.second_R = shared_room(whole_R, rest_R, room_R)
+        lost_R = whole_R + rest_R - self.first_R - self.second_R
+        cut = int(lost_R.sum())
+        self.cut = {"the end of the longer text": int((lost_R > 0).sum())}
+        placed = int((texts.stop_N + texts.ended_N).sum()) - cut
+        self.ledger = ledger_of(kept, placed=placed, truncated=cut, trained=len(self.document_R))
+
+    def __len__(self) -> int:
+        return len(self.document_R)
+
+    def ids(self, row: int) -> np.ndarray:
+        """The one or two texts inside the frame, of shape (T,)."""
+        document, start, split = int(self.document_R[row]), int(self.start_R[row]), int(self.split_R[row])
+        first_T = self.store.read(document, start, start + int(self.first_R[row]))
+        second = int(self.second_R[row])
+        return self.frame.around(first_T, self.store.read(document, split, split + second) if second else None)
+
+
+def shared_room(first: Any, second: Any, room: Any) -> tuple[Any, Any]:
+    """How much of two texts (numbers, or arrays of them) is kept: the longer is cut until both are alike, then both."""
+    kept = np.minimum(first, np.maximum(room - second, -(-room // 2)))
+    return kept, np.minimum(second, room - kept)
+
+
+def _split(store: Marked, document: int, start: int, stop: int) -> int:
+    """Where the second text begins; at the end, when there is only one."""
+    marks = store.marks(document, start, stop)
+    if marks is None or not marks.any():
+        return stop
+    return start + int(np.argmax(marks != 0))
+
+
+def _values(store: Valued, document_R: np.ndarray, kind: Kind) -> np.ndarray:
+    """The labels of rows: (R,) of int64, (R, C) or (R,) of float32. Raises `DataError` for what is none of its kind."""
+    values = store.values
+    if values is None:
+        raise DataError("documents without labels", expected="a column of labels")
+    values_RK = np.asarray(values)[document_R]
+    classes = len(store.labels or ())
+    fine_RK = {
+        "class": (values_RK >= 0) & (values_RK < classes) & (values_RK == np.floor(values_RK)),
+        "multi": (values_RK == 0) | (values_RK == 1),
+        "number": np.isfinite(values_RK),
+    }[kind]
+    if not fine_RK.all():
+        row, column = np.argwhere(~fine_RK)[0]
+        raise DataError(
+            f"{values_RK[row, column]:g} as a label",
+            where=f"document {document_R[row]:,}",
+            expected={
+                "class": f"a class below {classes:,}",
+                "multi": "0 or 1 for each class",
+                "number": "a finite number",
+            }[kind],
+        )
+    return {
+        "class": lambda: values_RK[:, 0].astype(np.int64),
+        "multi": lambda: values_RK.astype(np.float32),
+        "number": lambda: values_RK[:, 0].astype(np.float32),
+    }[kind]()
+
+
+class LabelledRows:
+    """Rows of an example each: `input_ids`, `attention_mask`, with `types` also `token_type_ids`, all of shape (T,).
+
+    The labels are a class of shape () and int64, 0 or 1 for each class of shape (C,), or a number of shape (), both float32.
+    Options and errors as for `Examples`; `DataError` for a label that is none of its kind.
+    """
+
+    layout = "labelled"
+    drawn = False
+
+    def __init__(
+        self,
+        store: Valued,
+        length: int,
+        *,
+        kind: Kind,
+        frame: Frame = BARE,
+        types: bool = False,
+        lead: int = 0,
+        held_out: float = 0.0,
+        excluded: np.ndarray | None = None,
+        max_document_tokens: int | None = None,
+    ) -> None:
+        self.examples = Examples(
+            store,
+            length,
+            frame=frame,
+            lead=lead,
+            held_out=held_out,
+            excluded=excluded,
+            max_document_tokens=max_document_tokens,
+        )
+        self.types = types
+        self.document_R, self.skipped, self.cut, self.ledger = (
+            self.examples.document_R,
+            self.examples.skipped,
+            self.examples.cut,
+            self.examples.ledger,
+        )
+        self.labels_R = _values(store, self.document_R, kind)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def at(self, row: int, position: int) -> Row:
+        """The example, and its label."""
+        ids_T = self.examples.ids(row)
+        inputs = {"input_ids": ids_T, "attention_mask": np.ones(len(ids_T), np.int64)}
+        if self.types:
+            inputs["token_type_ids"] = self._types(row, len(ids_T))
+        return Row(inputs, self.labels_R[row, ...], 1)
+
+    def _types(self, row: int, length: int) -> np.ndarray:
+        """1 from the second text on (Devlin et al. 2019, section 3)."""
+        types_T = np.zeros(length, np.int64)
+        examples, second = self.examples, int(self.examples.second_R[row])
+        if second:
+            types_T[length - second - len(examples.frame.after) :] = 1
+        return types_T
+
+
+class TaggedRows:
+    """Rows of a text each: `input_ids`, `attention_mask`, and labels of shape (T,): a tag where a word begins.
+
+    A mark is 0 inside a word, else 1 + the word's tag. A text that does not fit is cut at its end. `lead`, `skipped` and
+    `StageError` as for `Examples`.
+    """
+
+    layout = "tagged"
+    drawn = False
+
+    def __init__(
+        self,
+        store: Marked,
+        length: int,
+        *,
+        frame: Frame = BARE,
+        lead: int = 0,
+        held_out: float = 0.0,
+        excluded: np.ndarray | None = None,
+        max_document_tokens: int | None = None,
+    ) -> None:
+        self.store, self.frame = store, frame
+        kept = keep(store, held_out=held_out, excluded=excluded, most=max_document_tokens)
+        texts = texts_of(store, kept, lead)
+        fits = replace(texts, stop_N=np.minimum(texts.stop_N, texts.start_N + room_for_text(length, frame.size(1), 1)))
+        counted_N = np.array([np.count_nonzero(_tags(store, *place)) for place in fits.places()], np.int64)
+        some_N = counted_N > 0
+        self.texts, self.counted_R = fits.only(some_N), counted_N[some_N]
+        self.document_R = self.texts.document_N
+        self.skipped = {"no tags": int((~some_N).sum())}
+        lost_R = (texts.stop_N - fits.stop_N)[some_N]
+        cut = int(lost_R.sum())
+        self.cut = {"their end": int((lost_R > 0).sum())}
+        placed = int((self.texts.stop_N + self.texts.ended_N).sum())
+        self.ledger = ledger_of(kept, placed=placed, truncated=cut, trained=int(self.counted_R.sum()))
+
+    def __len__(self) -> int:
+        return len(self.document_R)
+
+    def at(self, row: int, position: int) -> Row:
+        """The text inside its frame, and its tags."""
+        texts = self.texts
+        place = int(texts.document_N[row]), int(texts.start_N[row]), int(texts.stop_N[row])
+        ids_T = self.frame.around(self.store.read(*place))
+        tags_T = _tags(self.store, *place).astype(np.int64)
+        labels_T = np.full(len(ids_T), IGNORED, np.int64)
+        begin = len(self.frame.before)
+        labels_T[begin : begin + len(tags_T)] = np.where(tags_T > 0, tags_T - 1, IGNORED)
+        return Row(
+            {"input_ids": ids_T, "attention_mask": np.ones(len(ids_T), np.int64)}, labels_T, int(self.counted_R[row])
+        )
+
+
+def _tags(store: Marked, document: int, start: int, stop: int) -> np.ndarray:
+    marks = store.marks(document, start, stop)
+    if marks is None:
+        raise DataError("documents without tags", expected="a tag for each word")
+    return marks
+
+
+class ClozeRows:
+    """Rows of an example each: `input_ids`, `attention_mask` and labels of shape (T,): its class's word at the frame's mask.
+
+    `verbalisers`: a token for each class. Options and errors as for `LabelledRows` of classes; `StageError` when the frame has
+    not one mask, or when a class has no word.
+    """
+
+    layout = "masked"
+    drawn = False
+
+    def __init__(
+        self,
+        store: Valued,
+        length: int,
+        *,
+        frame: Frame,
+        mask_id: int,
+        verbalisers: Sequence[int],
+        lead: int = 0,
+        held_out: float = 0.0,
+        excluded: np.ndarray | None = None,
+        max_document_tokens: int | None = None,
+    ) -> None:
+        classes = [str(label) for label in store.labels or ()]
+        if len(verbalisers) != len(classes):
+            raise StageError(
+                f"{len(verbalisers):,} words for {len(classes):,} classes ({', '.join(classes)})",
+                where="data.verbalisers",
+                expected="a word for each class",
+            )
+        self.examples = Examples(
+            store,
+            length,
+            frame=frame,
+            lead=lead,
+            held_out=held_out,
+            excluded=excluded,
+            max_document_tokens=max_document_tokens,
+        )
+        self.document_R, self.skipped, self.cut, self.ledger = (
+            self.examples.document_R,
+            self.examples.skipped,
+            self.examples.cut,
+            self.examples.ledger,
+        )
+        self.words_R = np.array(verbalisers, np.int64)[_values(store, self.document_R, "class")]
+        self.places_R = _places_of_mask(self.examples, mask_id)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def at(self, row: int, position: int) -> Row:
+        """The example, and at the mask the word for its class."""
+        ids_T = self.examples.ids(row)
+        labels_T = np.full(len(ids_T), IGNORED, np.int64)
+        labels_T[self.places_R[row]] = self.words_R[row]
+        return Row({"input_ids": ids_T, "attention_mask": np.ones(len(ids_T), np.int64)}, labels_T, 1)
+
+
+def _places_of_mask(examples: Examples, mask_id: int) -> np.ndarray:
+    """Where in each row the frame's one mask stands; a mask in a text is not it."""
+    parts = examples.frame.parts
+    found = [(part, place) for part, ids in enumerate(parts) for place in np.flatnonzero(ids == mask_id).tolist()]
+    if len(found) != 1:
+        raise StageError(f"a template with {len(found):,} masks", where="data.template", expected="one mask")
+    part, place = found[0]
+    paired_R = examples.second_R > 0
+    if part == 1 and not paired_R.all():
+        raise DataError(
+            "an example of one text",
+            where=f"document {examples.document_R[np.argmin(paired_R)]:,}",
+            expected="two texts, as the template has its mask between them",
+        )
+    before, between = len(parts[0]), len(parts[1])
+    ends_R = examples.first_R + before, examples.first_R + before + examples.second_R + between * paired_R
+    return place + (np.zeros_like(ends_R[0]), *ends_R)[part]

@@ -1,0 +1,271 @@
+"""How does an example become text, and what of it is trained?
+
+Three ways besides the chat template: by a prompt and an answer written out (`PlainRenderer`, for models that answer in
+text), as the input of a classifier (`ClassRenderer`), as the input of a tagger (`TagRenderer`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from postgrad.data.read.examples import Example, Labels, Rendered
+from postgrad.errors import DataError, StageError, nearest
+
+ANSWER, CONTEXT = 1, 0
+"""Marks of what a language model is trained on, and of what it only reads."""
+
+_PROMPTS = MappingProxyType(
+    {
+        "instruction": ("{question}", "\n\n", "{output}"),
+        "completion": ("{prompt}", "", "{completion}"),
+        "pair": ("{source}", "\n", "{target}"),
+        "labelled": ("{lines}\nlabel:", " ", "{label}"),
+        "tagged": ("{tokens}", "\n", "{tags}"),
+        "question": ("question: {question}\ncontext: {context}\nanswer:", " ", "{answer}"),
+        "choices": ("{question}\n{choices}\nAnswer:", " ", "{answer}"),
+    }
+)
+"""By kind, what is used where no template is given: prompt, what stands between in running text, answer."""
+
+
+@dataclass(frozen=True)
+class PlainRenderer:
+    """A prompt and an answer, each a template: `{field}` is a field of the row, `{{` and `}}` are braces.
+
+    `{label:round 0.2}` is a number rounded to the nearest multiple of 0.2 (a half to the even one), as T5 writes
+    similarities (Raffel et al. 2020, section 2.4). What is left out goes by the kind of the row. The fields are the row's own
+    (`prompt`, `premise`, `label` ...) and:
+
+    - labelled: `lines`, one `name: text` for each text; `label`, through `words` where that names it (`{"0": "no"}`)
+    - choices: `choices`, a line `A. ...` for each; `answer`, the text of the right one; `letter`, its letter
+    - instruction: `question`, the instruction and, if there is one, the input
+    - tagged: `tokens` and `tags`, joined by spaces
+
+    For a decoder (`separate=False`) both are one running text, with `between` between them. For a model that reads the
+    prompt and writes the answer apart (`separate=True`) each is tokenised by itself, and nothing stands between.
+    """
+
+    prompt: str | None = None
+    answer: str | None = None
+    between: str | None = None
+    separate: bool = False
+    words: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    labels: Labels | None = field(default=None, init=False)
+    width: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        for template in (self.prompt, self.answer):
+            _parsed(template or "")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _hash("plain", [self.prompt, self.answer, self.between, self.separate, dict(self.words)])
+
+    def render(self, example: Example) -> Rendered:
+        """The prompt as context and the answer as what is trained."""
+        prompt, between, answer = self.turn(example)
+        if self.separate:
+            return Rendered(((prompt, CONTEXT), (answer, ANSWER)), joint=False)
+        return Rendered(((prompt + between, CONTEXT), (answer, ANSWER)))
+
+    def turn(self, example: Example) -> tuple[str, str, str]:
+        """Prompt, what stands between, and answer. Raises `DataError` for a field that the row has not."""
+        if example.kind not in _PROMPTS or len(example.fields.get("messages", ())) > 2:
+            raise DataError(
+                "a conversation of several turns",
+                expected="rows of one prompt and one answer",
+                way_out="render conversations with a chat template",
+            )
+        prompt, between, answer = self.templates(example.kind)
+        fields = _words_of(example, self.words)
+        return _filled(prompt, fields), between, _filled(answer, fields)
+
+    def templates(self, kind: str) -> tuple[str, str, str]:
+        """Prompt, what stands between in running text, and answer of rows of a kind, with their fields."""
+        given = (self.prompt, self.between, self.answer)
+        own = _PROMPTS[kind]
+        return tuple(theirs if theirs is not None else usual for theirs, usual in zip(given, own, strict=True))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class ClassRenderer:
+    """The texts of a labelled row for a model with a head: mark 0 for the first, 1 for the second, and its label.
+
+    Between two texts stands `separator`, which counts with the first: `[SEP]` or `</s></s>` for an encoder that was
+    trained on pairs so, and then with `joint=False`, as such models tokenise each text by itself.
+    """
+
+    labels: Labels
+    separator: str = "\n"
+    joint: bool = True
+
+    @property
+    def width(self) -> int:
+        return self.labels.width
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _hash("class", [asdict(self.labels), self.separator, self.joint])
+
+    def render(self, example: Example) -> Rendered:
+        """The text or texts, and the label as numbers. Raises `DataError` for a label that is not among `labels`."""
+        if example.kind != "labelled":
+            raise _unfit(example, "labelled")
+        first, *second = example.texts.values()
+        pieces = [(first, 0), *((text, mark) for other in second for text, mark in ((self.separator, 0), (other, 1)))]
+        return Rendered(tuple(pieces), self.labels.values(example), self.joint)
+
+
+@dataclass(frozen=True)
+class TagRenderer:
+    """The words of a tagged row, `joiner` between them: the first token of each is marked with its tag's index + 1.
+
+    A word of which no token begins (it is normalised away, or shares the token of the word before) has no mark.
+    """
+
+    labels: Labels
+    joiner: str = " "
+    width: int = field(default=0, init=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _hash("tags", [asdict(self.labels), self.joiner])
+
+    def render(self, example: Example) -> Rendered:
+        """The words in a row. Raises `DataError` for a tag that is not among `labels`."""
+        if example.kind != "tagged":
+            raise _unfit(example, "tagged")
+        pieces: list[tuple[str, int]] = []
+        for word, tag in zip(example.fields["tokens"], example.fields["tags"], strict=True):
+            pieces += [(self.joiner, 0), (word, self.labels.index(tag) + 1)]
+        return Rendered(tuple(pieces[1:]), words=True)
+
+
+def _unfit(example: Example, expected: str) -> DataError:
+    return DataError(f"a row of kind `{example.kind}`", expected=f"rows of kind `{expected}`")
+
+
+def _hash(kind: str, parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps([kind, *parts], sort_keys=True).encode()).hexdigest()
+
+
+# --- templates ----------------------------------------------------------------------------------------
+
+
+def _words_of(example: Example, words: Mapping[str, str]) -> dict[str, str]:
+    """The fields of an example as text, by the names that templates use."""
+    fields = example.fields
+    match example.kind:
+        case "labelled":
+            labels = fields["labels"] if "labels" in fields else (fields["label"],)
+            said = ", ".join(_said(label, words) for label in labels)
+            lines = "\n".join(f"{name}: {text}" for name, text in example.texts.items())
+            return {**example.texts, "lines": lines, "label": said}
+        case "choices":
+            letters = string.ascii_uppercase
+            lines = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, fields["choices"], strict=False))
+            index = fields["answer"]
+            return {
+                "question": fields["question"],
+                "choices": lines,
+                "answer": fields["choices"][index],
+                "letter": letters[index],
+            }
+        case "tagged":
+            tags = (_said(tag, words) for tag in fields["tags"])
+            return {"tokens": " ".join(fields["tokens"]), "tags": " ".join(tags)}
+        case "instruction":
+            own = {name: fields[name] for name in ("instruction", "input", "output")}
+            return {**own, "question": fields["messages"][-2]["content"]}
+    return {name: value for name, value in fields.items() if isinstance(value, str)}
+
+
+def _said(label: str | int | float, words: Mapping[str, str]) -> str:
+    name = str(label)
+    if not words:
+        return name
+    if name not in words:
+        raise DataError(
+            f"no word is given for the label '{name[:60]}'",
+            expected=f"a label among {', '.join(list(words)[:12])}",
+            way_out=nearest(name, words),
+        )
+    return words[name]
+
+
+_TOKEN = re.compile(r"(\{\{|\}\}|\{[^{}]*\}|[{}])")
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A field of the row, and to which multiple of what its number is rounded, if it is."""
+
+    name: str
+    step: Decimal | None = None
+
+    def filled(self, fields: Mapping[str, str]) -> str:
+        if self.name not in fields:
+            raise DataError(
+                f"the template asks for {{{self.name}}}, which the row has not",
+                expected=" ".join(f"{{{name}}}" for name in fields),
+                way_out=nearest(self.name, fields),
+            )
+        text = fields[self.name]
+        return text if self.step is None else _rounded(text, self.step, self.name)
+
+
+def _rounded(text: str, step: Decimal, name: str) -> str:
+    try:
+        number = Decimal(text)
+        if not number.is_finite():
+            raise InvalidOperation
+        multiple = (number / step).to_integral_value(ROUND_HALF_EVEN) * step
+    except InvalidOperation:
+        raise DataError(
+            f"{{{name}}} is to be rounded, and is {text[:40]!r}", expected="a number", way_out="leave out `round`"
+        ) from None
+    return str(abs(multiple) if multiple.is_zero() else multiple)
+
+
+def _parsed(template: str) -> list[str | _Field]:
+    """The parts of a template. Raises `StageError` for a brace that stands alone, and for an unknown way to write a field."""
+    parts: list[str | _Field] = []
+    for part in _TOKEN.split(template):
+        if part in ("{", "}"):
+            raise StageError(
+                f"a lone '{part}' in the template {template[:60]!r}",
+                expected="fields as {name}, and braces doubled where they are meant: {{ and }}",
+            )
+        if part in ("{{", "}}"):
+            parts.append(part[0])
+        elif part.startswith("{"):
+            parts.append(_field(part, template))
+        elif part:
+            parts.append(part)
+    return parts
+
+
+def _field(part: str, template: str) -> _Field:
+    name, colon, how = part[1:-1].partition(":")
+    if not colon:
+        return _Field(name)
+    step = re.fullmatch(r" *round +(\d*\.?\d+) *", how)
+    if step is None or not Decimal(step[1]):
+        raise StageError(
+            f"{part} in the template {template[:60]!r} asks for something that there is not",
+            expected="{name}, or {name:round 0.2}",
+        )
+    return _Field(name, Decimal(step[1]))
+
+
+def _filled(template: str, fields: Mapping[str, str]) -> str:
+    return "".join(part.filled(fields) if isinstance(part, _Field) else part for part in _parsed(template))

@@ -1,0 +1,434 @@
+"""How are tokens kept on the disk, and read back without being loaded?
+
+A store is a folder that is never changed once it has its name:
+
+    store.json       what it is: format, vocabulary, dtype, counts, fingerprint, size and sha256 of its files
+    documents.npy    a row for each document: shard, start (tokens inside the shard), tokens, bytes, digest
+    shard-00000/     tokens.bin: the ids, little-endian, two bytes each up to a vocabulary of 65,536, else 4
+
+Documents that were made of rows with parts (conversations, labelled texts ...) have two things more:
+
+    shard-00000/     marks.bin: two bytes for each token, which say what it is: answer or context, first text or
+                     second, the tag of the word that begins there
+    values.npy       a row of float32 for each document, where it has a label: class, classes or number
+
+While it grows, each finished shard stands beside the others as a folder of its own, published (staged,
+synced, renamed). What is found under its final name is therefore whole, wherever the process was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from postgrad.errors import DataError
+from postgrad.storage.atomic import MANIFEST, disk_error, publish, sha256, verify, write_atomically
+
+FORMAT = 1
+MARKED_FORMAT = 2
+"""Of a store with marks: whoever does not know them would train on what is only context."""
+
+MARK = np.dtype("<u2")
+VALUE = np.dtype("<f4")
+
+DOCUMENT = np.dtype([("shard", "<u4"), ("start", "<u8"), ("tokens", "<u4"), ("bytes", "<u8"), ("digest", "<u8")])
+"""A row of the document table. `digest` is blake2b-8 of the text's UTF-8 bytes, or of the ids as `<u4`."""
+
+
+def token_dtype(vocabulary: int) -> np.dtype[Any]:
+    """The narrowest of uint16 and uint32 that holds every id below `vocabulary`."""
+    return np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
+
+
+def digest(data: bytes | memoryview) -> int:
+    """blake2b of eight bytes, as the document table keeps it."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+class TokenStore:
+    """A published store, memory-mapped: opening reads the header, a document is read by touching its pages.
+
+    `documents` is the table (one `DOCUMENT` a row), `tokens` and `bytes` the totals over all documents. It
+    can be sent to another process: what travels is its path, and which documents of it are meant.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], chosen: np.ndarray | None = None) -> None:
+        self.path = path
+        self._chosen = chosen
+        self.header = header
+        self.vocabulary: int = header["vocabulary"]
+        self.eos: int = header["eos"]
+        self.kind: str = header["kind"]
+        self.fingerprint: str = header["fingerprint"]
+        self.tokens: int = header["tokens"]
+        self.bytes: int = header["bytes"]
+        self.empty: int = header["empty"]
+        self.labels: list[str | int] | None = header.get("labels")
+        """The names of the classes or tags, by index."""
+        self.problem: str | None = header.get("problem")
+        """What `values` or marks say of a label: `class`, `multi`, `number` or `tags`."""
+        self.skipped: dict[str, int] = header.get("skipped", {})
+        """How many of the empty documents were left out for which reason."""
+        self.dtype = np.dtype(header["dtype"])
+
+    @classmethod
+    def open(cls, path: Path) -> TokenStore:
+        """The store at `path`. Raises `DataError` when it is not one, or when a file is missing or cut."""
+        try:
+            header = json.loads((path / "store.json").read_text("utf-8"))
+            version = header["format"]
+            if version not in (FORMAT, MARKED_FORMAT):
+                raise DataError(
+                    f"a token store of format {version}",
+                    where=str(path),
+                    expected=f"format {FORMAT} or {MARKED_FORMAT}",
+                )
+            for name, entry in header["files"].items():
+                size = (path / name).stat().st_size
+                if size != entry["size"]:
+                    raise DataError(
+                        f"{name} has {size:,} bytes",
+                        where=str(path),
+                        expected=f"{entry['size']:,} bytes",
+                        way_out="delete this folder; it is rebuilt from its source",
+                    )
+            return cls(path, header)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(
+                f"not a token store ({type(error).__name__}: {error})",
+                where=str(path),
+                expected="a folder with store.json, documents.npy and its shards",
+                way_out="delete this folder; it is rebuilt from its source",
+            ) from None
+
+    def only(self, chosen: np.ndarray, fingerprint: str) -> TokenStore:
+        """The same store with the documents of the numbers `chosen` alone, in that order, under a fingerprint of its own."""
+        table = np.asarray(self.documents)[chosen]
+        counts = {"documents": len(table), "tokens": int(table["tokens"].sum()), "bytes": int(table["bytes"].sum())}
+        whole = np.asarray(chosen, np.int64) if self._chosen is None else self._chosen[chosen]
+        return TokenStore(self.path, {**self.header, **counts, "fingerprint": fingerprint}, whole)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._chosen is not None:
+            return _opened_again, (self.path, self._chosen, self.fingerprint)
+        return TokenStore.open, (self.path,)
+
+    def __len__(self) -> int:
+        return int(self.header["documents"])
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        return self._meant(np.load(self.path / "documents.npy", mmap_mode="r", allow_pickle=False))
+
+    @cached_property
+    def values(self) -> np.ndarray | None:
+        """What is said of each document beside its tokens, of shape (documents, K); None where nothing is.
+
+        K is 1 for `problem` class (its index) and number, and the number of classes for multi (1 for those it has).
+        """
+        if "values.npy" not in self.header["files"]:
+            return None
+        return self._meant(np.load(self.path / "values.npy", mmap_mode="r", allow_pickle=False))
+
+    def _meant(self, table: np.ndarray) -> np.ndarray:
+        return table if self._chosen is None else np.asarray(table)[self._chosen]
+
+    @cached_property
+    def _shards(self) -> list[np.ndarray]:
+        return self._maps("tokens.bin", self.dtype)
+
+    @cached_property
+    def _marks(self) -> list[np.ndarray]:
+        return self._maps("marks.bin", MARK)
+
+    def _maps(self, ending: str, dtype: np.dtype[Any]) -> list[np.ndarray]:
+        """Plain arrays over the maps: slicing an `np.memmap` costs several times as much."""
+        maps = []
+        for name, entry in self.header["files"].items():
+            if name.endswith(ending):
+                mapped = np.memmap(self.path / name, dtype, "r") if entry["size"] else np.zeros(0, dtype)
+                maps.append(np.asarray(mapped))
+        return maps
+
+    @cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        table = np.asarray(self.documents)
+        return table["shard"], table["start"], table["tokens"]
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens `start` to `stop` of a document: a read-only view, `<u2` or `<u4`, nothing copied.
+
+        Bounds are as in slicing from the front (not negative) and never leave the document.
+        """
+        shards, starts, lengths = self._places
+        length = int(lengths[document])
+        first = int(starts[document])
+        stop = length if stop is None else min(stop, length)
+        return self._shards[shards[document]][first + min(start, length) : first + max(stop, 0)]
+
+    def marks(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
+        """The marks of the tokens that `read` gives for the same bounds; None where the documents have none.
+
+        Language-model rows: 1 for an answer, which is trained, 0 for what is only read. Labelled rows: 1 for the
+        second text. Tagged rows: the tag's index + 1 where a word begins. Everywhere else 0.
+        """
+        if not self._marks:
+            return None
+        shards, starts, lengths = self._places
+        length = int(lengths[document])
+        first = int(starts[document])
+        stop = length if stop is None else min(stop, length)
+        return self._marks[shards[document]][first + min(start, length) : first + max(stop, 0)]
+
+    def verify(self) -> None:
+        """Reads every byte. Raises `DataError` that names the file which is not what was written."""
+        for name, entry in self.header["files"].items():
+            if sha256(self.path / name) != entry["sha256"]:
+                raise DataError(
+                    f"{name} was changed after it was written",
+                    where=str(self.path),
+                    expected=f"sha256 {entry['sha256']}",
+                    way_out="delete this folder; it is rebuilt from its source",
+                )
+
+
+def _opened_again(path: Path, chosen: np.ndarray, fingerprint: str) -> TokenStore:
+    """Some documents of a store, in another process."""
+    return TokenStore.open(path).only(chosen, fingerprint)
+
+
+# --- writing ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a finished shard says of itself (`shard.json`)."""
+
+    number: int
+    documents: int
+    empty: int
+    tokens: int
+    bytes: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    """How many of the empty ones for which reason."""
+
+    @property
+    def met(self) -> int:
+        """Documents read for it, the empty ones included: where reading goes on after it."""
+        return self.documents + self.empty
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}"
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a store holds beside tokens: whether each token has a mark, and how many values a document has."""
+
+    marks: bool = False
+    width: int = 0
+
+
+PLAIN = Extras()
+
+
+class ShardWriter:
+    """Writes the tokens and the document table of one shard into a folder, as they come, and what goes with them."""
+
+    def __init__(self, folder: Path, number: int, vocabulary: int, extras: Extras = PLAIN) -> None:
+        self.number, self.vocabulary = number, vocabulary
+        self.dtype = token_dtype(vocabulary)
+        self.documents = self.tokens = self.bytes = 0
+        self.skipped: Counter[str] = Counter()
+        self._open_tokens = 0
+        self._tokens = open(folder / "tokens.bin", "xb", buffering=0)  # noqa: SIM115 (closed in `close`)
+        self._table = open(folder / "documents.bin", "xb", buffering=0)  # noqa: SIM115
+        self._marks = open(folder / "marks.bin", "xb", buffering=0) if extras.marks else None  # noqa: SIM115
+        self._values = open(folder / "values.bin", "xb", buffering=0) if extras.width else None  # noqa: SIM115
+
+    def add(
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        sizes: np.ndarray,
+        digests: np.ndarray,
+        places: Sequence[str],
+        *,
+        marks: np.ndarray | None = None,
+        values: np.ndarray | None = None,
+        open_end: bool = False,
+    ) -> None:
+        """Documents one after another: all their `ids`, and for each its length, UTF-8 bytes, digest, place.
+
+        A writer of `extras` takes `marks` (as many as ids) and `values` (documents, width) too.
+        With `open_end` the last document is not finished: the first one of the next call continues it (and
+        gives its bytes and digest). Raises `DataError` with place and id for an id outside the vocabulary,
+        which numpy would wrap in silence.
+        """
+        if not len(lengths):
+            return
+        if ids.size and (int(ids.max()) >= self.vocabulary or int(ids.min()) < 0):
+            at = int(np.argmax((ids >= self.vocabulary) | (ids < 0)))
+            document = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
+            raise DataError(
+                f"token id {int(ids[at]):,}",
+                where=places[document],
+                expected=f"ids below the vocabulary size, {self.vocabulary:,}",
+                way_out="use the tokenizer that belongs to the model",
+            )
+        _write(self._tokens, ids.astype(self.dtype).tobytes())
+        if self._marks is not None:
+            assert marks is not None and len(marks) == len(ids)
+            _write(self._marks, marks.astype(MARK).tobytes())
+        if self._values is not None:
+            assert values is not None and len(values) == len(lengths)
+            _write(self._values, values.astype(VALUE).tobytes())
+        lengths = lengths.astype(np.int64)
+        lengths[0] += self._open_tokens
+        closed = len(lengths) - open_end
+        self._open_tokens = int(lengths[-1]) if open_end else 0
+        table = np.zeros(closed, DOCUMENT)
+        table["shard"] = self.number
+        table["start"] = self.tokens + np.cumsum(lengths[:closed]) - lengths[:closed]
+        table["tokens"] = lengths[:closed]
+        table["bytes"] = sizes[:closed]
+        table["digest"] = digests[:closed]
+        _write(self._table, table.tobytes())
+        self.documents += closed
+        self.tokens += int(lengths[:closed].sum())
+        self.bytes += int(table["bytes"].sum())
+
+    def close(self) -> None:
+        for file in (self._tokens, self._table, self._marks, self._values):
+            if file is not None:
+                file.close()
+
+
+def publish_shard(
+    building: Path, number: int, vocabulary: int, write: Callable[[ShardWriter], int], extras: Extras = PLAIN
+) -> Shard:
+    """Makes shard `number` of what `write(writer)` adds; that call returns how many documents were empty."""
+    made: list[Shard] = []
+
+    def fill(folder: Path) -> None:
+        writer = ShardWriter(folder, number, vocabulary, extras)
+        try:
+            empty = write(writer)
+        finally:
+            writer.close()
+        shard = Shard(number, writer.documents, empty, writer.tokens, writer.bytes, dict(writer.skipped))
+        made.append(shard)
+        (folder / "shard.json").write_bytes(_json(asdict(shard)))
+
+    publish(building / shard_name(number), fill)
+    return made[0]
+
+
+def finished_shards(building: Path) -> list[Shard]:
+    """The shards that an earlier process published, from the first without a gap."""
+    shards: list[Shard] = []
+    while (folder := building / shard_name(len(shards))).is_dir():
+        shards.append(Shard(**json.loads((folder / "shard.json").read_text("utf-8"))))
+    return shards
+
+
+def publish_store(
+    building: Path, final: Path, shards: Sequence[Shard], header: dict[str, Any], extras: Extras = PLAIN
+) -> TokenStore:
+    """Writes the table and the header over finished shards and gives the folder its final name.
+
+    `header` brings vocabulary, eos, kind and fingerprint; the counts come from the shards.
+    """
+    documents = sum(shard.documents for shard in shards)
+    streams = ("tokens.bin", "marks.bin") if extras.marks else ("tokens.bin",)
+    files: dict[str, Any] = {}
+    try:
+        for shard in shards:
+            folder = building / shard_name(shard.number)
+            listing = verify(folder)
+            files |= {f"{folder.name}/{stream}": listing[stream] for stream in streams}
+        files["documents.npy"] = _joined(building, shards, "documents", _npy_head(DOCUMENT, (documents,)))
+        if extras.width:
+            files["values.npy"] = _joined(building, shards, "values", _npy_head(VALUE, (documents, extras.width)))
+        if extras.marks:
+            skipped: Counter[str] = Counter()
+            for shard in shards:
+                skipped.update(shard.skipped)
+            header = {**header, "format": MARKED_FORMAT, "skipped": dict(skipped)}
+        whole = {
+            "format": FORMAT,
+            **header,
+            "dtype": token_dtype(header["vocabulary"]).str,
+            "documents": documents,
+            "empty": sum(shard.empty for shard in shards),
+            "tokens": sum(shard.tokens for shard in shards),
+            "bytes": sum(shard.bytes for shard in shards),
+            "files": files,
+        }
+        write_atomically(building / "store.json", _json(whole))
+        try:
+            os.rename(building, final)
+        except OSError:
+            if not final.is_dir():
+                raise
+            shutil.rmtree(building, ignore_errors=True)  # another process was first: its bytes are the same
+    except OSError as error:
+        raise disk_error(error, final) from error
+    return tidied(TokenStore.open(final))
+
+
+def _joined(building: Path, shards: Sequence[Shard], name: str, head: bytes) -> dict[str, str | int]:
+    """Streams what the shards hold under `name` behind the head of one .npy file; its size and hash."""
+    whole = building / f"{name}.npy"
+    with open(whole, "wb") as out:
+        out.write(head)
+        for shard in shards:
+            with open(building / shard_name(shard.number) / f"{name}.bin", "rb") as part:
+                while block := part.read(2**20):
+                    out.write(block)
+        out.flush()
+        os.fsync(out.fileno())
+    return {"size": whole.stat().st_size, "sha256": sha256(whole)}
+
+
+def tidied(store: TokenStore) -> TokenStore:
+    """The store, without what was only of use while it grew."""
+    for name in store.header["files"]:
+        if name.endswith("tokens.bin"):
+            folder = (store.path / name).parent
+            for leftover in ("documents.bin", "values.bin", "shard.json", MANIFEST):
+                with suppress(OSError):  # a cache shared for reading may be read-only
+                    (folder / leftover).unlink(missing_ok=True)
+    return store
+
+
+def _npy_head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """The head of a .npy file, written here so that its rows can be streamed behind it."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
+    return head.getvalue()
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _write(file: io.FileIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]

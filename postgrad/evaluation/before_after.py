@@ -1,0 +1,163 @@
+"""What did a stage bring and cost? Scores before and after on the same documents, their changes, and the gate."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from postgrad.distributed.world import World
+from postgrad.evaluation.held_out import AnyHeldOut
+from postgrad.evaluation.perplexity import Scores, score
+from postgrad.models.model import Model
+from postgrad.stats.forgetting import Change, paired_change
+from postgrad.storage.atomic import write_atomically
+from postgrad.storage.fingerprint import fingerprint
+
+AllScores = dict[str, Scores]
+
+
+class Named(Protocol):
+    """What is scored."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def identity(self) -> list[Any]: ...
+
+
+def measure(
+    model: Model,
+    sets: Iterable[Named],
+    by: Callable[..., Scores] = score,
+    *,
+    context: int,
+    world: World,
+    identity: str | None = None,
+    cache: Path | None = None,
+) -> AllScores:
+    """Score every set, in the way `by`.
+
+    With the model's `identity` (a fingerprint) scores are kept in, and taken from, the cache.
+    """
+    out: AllScores = {}
+    for held_out in sets:
+        place = None
+        if identity and cache and world.size == 1:  # ranks must not differ in what they find there
+            key = fingerprint([identity, *held_out.identity, context])
+            place = cache / "scores" / f"{key}.npz"
+            if place.exists():
+                out[held_out.name] = next(iter(read_scores(place).values()))  # the name is the caller's
+                continue
+
+        def share(parts: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+            return [part for rank in world.gathered(parts) for part in rank]  # type: ignore[attr-defined]
+
+        out[held_out.name] = by(model, held_out, context=context, share=share, rank=world.rank, ranks=world.size)
+        if place and world.main:
+            write_scores(place, {held_out.name: out[held_out.name]})
+    return out
+
+
+def write_scores(path: Path, scores: Mapping[str, Scores]) -> None:
+    """Every document's nats, tokens and bytes, by set, as one .npz file."""
+    buffer = io.BytesIO()
+    arrays = {f"{name}/{key}": value for name, s in scores.items() for key, value in asdict(s).items()}
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_scores(path: Path) -> AllScores:
+    """What `write_scores` wrote."""
+    with np.load(path, allow_pickle=False) as stored:
+        names = sorted({key.rsplit("/", 1)[0] for key in stored.files})
+        # What an older version did not write yet has its default.
+        kept = {name: [f.name for f in fields(Scores) if f"{name}/{f.name}" in stored.files] for name in names}
+        return {name: Scores(**{key: _value(stored[f"{name}/{key}"]) for key in keys}) for name, keys in kept.items()}
+
+
+def _value(stored: np.ndarray) -> Any:
+    """An array, or the text that was written as one."""
+    return str(stored) if stored.dtype.kind == "U" and stored.ndim == 0 else stored
+
+
+def change(before: Scores, after: Scores, vocabulary: int) -> Change:
+    """How a set's loss changed; both scores are of the same documents in the same windows."""
+    nats_before, tokens = before.per_unit()
+    nats_after, _ = after.per_unit()
+    return paired_change(
+        nats_before,
+        nats_after,
+        tokens,
+        total_bytes=int(before.bytes_N.sum()),
+        vocabulary=vocabulary,
+        units="documents" if before.units == "documents" else "windows",
+    )
+
+
+def changes(sets: Sequence[Named], before: AllScores, after: AllScores, vocabulary: int) -> dict[str, dict[str, Any]]:
+    """The change of every set with its role, as plain data."""
+    return {
+        h.name: {"role": h.role, **asdict(change(before[h.name], after[h.name], vocabulary))}
+        for h in sets
+        if h.name in before and h.name in after
+    }
+
+
+def outcome(sets: Sequence[Named], before: AllScores, after: AllScores, vocabulary: int) -> dict[str, Any]:
+    """The scores before and after and the changes, as a record has them."""
+    return {
+        "scores": {
+            "before": {name: scores.summary() for name, scores in before.items()},
+            "after": {name: scores.summary() for name, scores in after.items()},
+        },
+        "changes": changes(sets, before, after, vocabulary),
+    }
+
+
+def gate(found: Mapping[str, dict[str, Any]], before: AllScores, limit: float | None) -> dict[str, Any] | None:
+    """Whether the loss of every retained set rose by at most the share `limit`, at the upper end of its interval.
+
+    `level` is the strictest of the limits in nats per token, for drawing.
+    """
+    if limit is None:
+        return None
+    retained = {name: c for name, c in found.items() if c["role"] == "retained"}
+    name = max(retained, key=lambda n: retained[n]["relative_high"])
+    worst = retained[name]
+    return {
+        "max_forgetting": limit,
+        "level": limit * min(before[n].nats for n in retained),
+        "worst": {"set": name, "rise": worst["relative"], "high": worst["relative_high"]},
+        "passed": worst["relative_high"] <= limit,
+    }
+
+
+def evaluation_row(
+    step: int, trained: int, sets: Sequence[AnyHeldOut], before: AllScores, now: AllScores, vocabulary: int
+) -> dict[str, Any]:
+    """A line of metrics: every set's loss now and its change since the start."""
+    found = changes(sets, before, now, vocabulary)
+    return {
+        "kind": "evaluation",
+        "step": step,
+        "trained": trained,
+        "sets": {
+            name: {
+                "role": c["role"],
+                "nats": now[name].nats,
+                "change": c["difference"],
+                "low": c["low"],
+                "high": c["high"],
+            }
+            for name, c in found.items()
+        },
+    }

@@ -1,0 +1,265 @@
+"""What does a model think of each possible answer to a question? Log-likelihoods of choices in a prompt.
+
+Legend: C choices of an item, A answers (tokens of choices) that are asked for.
+
+`log p(choice | context)` is the sum over the choice's tokens (Brown et al. 2020, arXiv 2005.14165, section 2.4). It is what
+lm-eval's `loglikelihood` gives on the same ids, and is found with far fewer tokens: what items begin with alike is read
+once (`branches`), a context once for all its choices, and a choice of one token costs nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from postgrad.errors import DataError, ModelError
+from postgrad.evaluation.choices.decoder import Answers, Decoder
+from postgrad.evaluation.choices.encoder_decoder import Asked, EncoderDecoder
+from postgrad.evaluation.choices.token_tree import Branch
+from postgrad.models.model import CausalModel, HeadedModel, Model
+
+_TOKENS_AT_ONCE = 8192
+Part = tuple[int, Answers]
+"""The number of a batch, and what was found in it."""
+Share = Callable[[list[Part]], list[Part]]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question as a model reads it.
+
+    `context`: ids with all that stands before the answer (a BOS where the tokenizer sets one, a soft prompt's places); never
+    empty. `choices`: the ids of each possible answer, none of them empty.
+    """
+
+    context: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a model thinks of the choices, item by item; the arrays of an item have the shape (C,)."""
+
+    log_p: tuple[np.ndarray, ...]
+    """`log p(choice | context)` in nats, so 0 or less; empty for an item that does not fit the context."""
+    tokens: tuple[np.ndarray, ...]
+    """Tokens of each choice."""
+    greedy: tuple[np.ndarray, ...]
+    """Whether the choice is what the model would write, always taking the likeliest token."""
+    too_long: tuple[int, ...]
+    """The numbers of items that do not fit; they were not scored, and nothing was cut."""
+    read: int
+    """Tokens that went through the model, padding left out."""
+
+    def best(self) -> np.ndarray:
+        """The number of each item's likeliest choice, -1 for an item that does not fit."""
+        return np.array([int(log_p.argmax()) if len(log_p) else -1 for log_p in self.log_p], np.int64)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, context: str, choices: Sequence[str], *, apart: bool = False) -> Item:
+    """A question and its possible answers as ids; see `encode_all`."""
+    return encode_all(tokenizer, [(context, choices)], apart=apart)[0]
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[tuple[str, Sequence[str]]], *, apart: bool = False
+) -> list[Item]:
+    """Questions as ids, split between context and answer as lm-eval does it (`TemplateLM._encode_pair`).
+
+    Spaces at the end of the context belong to the answer. Both are tokenised as one text, and the answer is what comes
+    after as many tokens as the context alone has; with `apart` (encoder-decoders) each is tokenised by itself, and the
+    answer gets no special tokens. An empty context is a BOS, or an EOS where there is none.
+
+    Raises `DataError` for a choice that has no token of its own.
+    """
+    texts: list[str] = []
+    answers: list[str] = []
+    for context, choices in questions:
+        bare = context.rstrip()
+        own = [context[len(bare) :] + choice for choice in choices]
+        answers += own
+        texts += [bare, *([] if apart or not bare else [bare + each for each in own])]
+    ids = iter(_ids(tokenizer, texts))
+    alone = iter(_ids(tokenizer, answers, add_special_tokens=False))
+    items = []
+    for context, choices in questions:
+        before = tuple(next(ids))
+        tails = [tuple(next(alone)) for _ in choices]
+        if not apart and context.rstrip():
+            tails = [tuple(next(ids))[len(before) :] for _ in choices]
+        if not before or not context:
+            before = (_lead(tokenizer),)
+            tails = [tail[1:] if tail[:1] == before else tail for tail in tails]
+        for choice, tail in zip(choices, tails, strict=True):
+            if not tail:
+                raise DataError(
+                    f"the choice {choice[:60]!r} has no token of its own behind {context[-40:]!r}",
+                    expected="choices that add at least one token to the question",
+                )
+        items.append(Item(before, tuple(tails)))
+    return items
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
+    """Texts as ids; one that begins with a BOS already gets no second one."""
+    if not texts:
+        return []
+    lead = str(tokenizer.decode([_lead(tokenizer)]))
+    out = tokenizer(texts, verbose=False, **options)["input_ids"]
+    for i, text in enumerate(texts):
+        if text.startswith(lead):
+            out[i] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return out
+
+
+def _lead(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands for an empty context."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    raise ModelError("the tokenizer has neither BOS nor EOS to stand for an empty context", where="model")
+
+
+class Reader(Protocol):
+    """A model with the batches that it is to read."""
+
+    read: int
+    """Tokens that go through the model, padding left out."""
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        ...
+
+    def same(self, a: int, b: int) -> bool:
+        """Whether nothing new has to be read before batch `b` when batch `a` was the last."""
+        ...
+
+    def before(self, turn: Sequence[int], mine: int) -> None:
+        """Read what stands before batch `mine`, the ranks' batches being those of `turn`."""
+        ...
+
+    def answers(self, number: int) -> Answers:
+        """What was asked for in a batch."""
+        ...
+
+
+@torch.no_grad()
+def choose(
+    model: Model,
+    items: Sequence[Item],
+    *,
+    context: int,
+    pad: int,
+    at_once: int = _TOKENS_AT_ONCE,
+    share: Share | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Chosen:
+    """Score every choice of every item, with a decoder or an encoder-decoder.
+
+    `context`: how many tokens the model may read at once; an item of which any choice needs more is named in `too_long` and
+    not scored. (The last token of a choice is not read.) `at_once`: tokens of a batch. With several ranks each reads a part of
+    the batches and `share` puts the parts together; every rank calls the model equally often, as sharded models need.
+
+    Raises `ModelError` for a model that does not write, `DataError` for an item without context or with an empty choice.
+    """
+    _check(items)
+    writes = isinstance(model, HeadedModel) and model.pretrained.config.is_encoder_decoder
+    needs = [_encoded_size(item) if writes else _size(item) for item in items]
+    too_long = tuple(i for i, need in enumerate(needs) if need > context)
+    tokens = [np.array([len(choice) for choice in item.choices], np.int64) for item in items]
+    starts = np.cumsum([0, *(int(counts.sum()) for counts in tokens)]).tolist()
+    wanted = [_asked(items[i], starts[i]) for i, need in enumerate(needs) if need <= context]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            reader = _reader(model, [asked for some in wanted for asked in some], pad, at_once)
+            parts = _found(reader, rank, ranks)
+    finally:
+        model.train(was_training)
+    log_p_A, greedy_A = np.zeros(starts[-1]), np.zeros(starts[-1], bool)
+    for _, found in share(parts) if share else parts:
+        log_p_A[found.slot], greedy_A[found.slot] = found.log_p, found.greedy
+    pieces = [
+        [] if need > context else np.split(np.arange(start, start + counts.sum()), np.cumsum(counts)[:-1])
+        for start, counts, need in zip(starts, tokens, needs, strict=False)
+    ]
+    return Chosen(
+        tuple(np.array([log_p_A[piece].sum() for piece in some]) for some in pieces),
+        tuple(tokens),
+        tuple(np.array([greedy_A[piece].all() for piece in some], bool) for some in pieces),
+        too_long,
+        reader.read,
+    )
+
+
+def _check(items: Sequence[Item]) -> None:
+    for i, item in enumerate(items):
+        if not item.context or not item.choices or not all(item.choices):
+            what = "no context" if not item.context else "no choices" if not item.choices else "an empty choice"
+            raise DataError(
+                f"item {i} has {what}",
+                expected="at least one token of context (a BOS), and choices of at least one token each",
+            )
+
+
+def _size(item: Item) -> int:
+    """Tokens that a decoder reads at most."""
+    return len(item.context) + max(map(len, item.choices)) - 1
+
+
+def _encoded_size(item: Item) -> int:
+    """Tokens that the encoder or the decoder reads at most; what the decoder begins with stands for its last token."""
+    return max(len(item.context), *map(len, item.choices))
+
+
+def _asked(item: Item, slot: int) -> list[Asked]:
+    context = np.array(item.context, np.int64)
+    out = []
+    for choice in item.choices:
+        out.append(Asked(context, choice, slot))
+        slot += len(choice)
+    return out
+
+
+def _reader(model: Model, wanted: Sequence[Asked], pad: int, at_once: int) -> Reader:
+    if isinstance(model, CausalModel):
+        branches = [
+            Branch(
+                np.append(asked.context, np.array(asked.choice[:-1], np.int64)),
+                len(asked.context),
+                asked.choice,
+                asked.slot,
+            )
+            for asked in wanted
+        ]
+        return Decoder(model, branches, pad, at_once)
+    if isinstance(model, HeadedModel) and model.pretrained.config.is_encoder_decoder:
+        return EncoderDecoder(model, wanted, pad, at_once)
+    raise ModelError(
+        f"{type(model.pretrained).__name__} does not write, so it has no answers to weigh",
+        where="model",
+        expected="a decoder or an encoder-decoder with a language modelling head",
+    )
+
+
+def _found(reader: Reader, rank: int, ranks: int) -> list[Part]:
+    """The parts of one rank. Ranks go from batch to batch together, and read anew what stands before them when any must."""
+    numbers = list(range(len(reader)))
+    while len(numbers) % ranks:
+        numbers.append(numbers[-1])
+    parts: list[Part] = []
+    last: list[int] | None = None
+    for begin in range(0, len(numbers), ranks):
+        turn = numbers[begin : begin + ranks]
+        if last is None or not all(map(reader.same, last, turn)):
+            reader.before(turn, turn[rank])
+        parts.append((turn[rank], reader.answers(turn[rank])))
+        last = turn
+    return parts

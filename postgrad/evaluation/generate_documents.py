@@ -1,0 +1,121 @@
+"""What does a decoder write by itself? Documents drawn token by token, each by random numbers of its own.
+
+Legend: B documents at once, K tokens of a beginning, T tokens drawn, V vocabulary, D width.
+
+The numbers of a document are a function of (seed, its number) alone, so which documents are drawn together, and after which
+interruption, makes no difference but for rounding. Beginnings of several lengths are filled up on the left, where nothing
+looks. A document that has ended leaves the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from postgrad.data.random_streams import Draws
+from postgrad.models.model import CausalModel
+
+
+class Drawn(NamedTuple):
+    """The ids that were drawn behind a beginning, without the one that ended them; and whether one did."""
+
+    ids: np.ndarray
+    ended: bool
+
+
+@torch.no_grad()
+def drawn(
+    model: CausalModel,
+    beginnings: Sequence[np.ndarray] | np.ndarray,
+    numbers: Collection[int],
+    *,
+    seed: int,
+    most: int,
+    stop: Collection[int],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stream: int = 0,
+) -> list[Drawn]:
+    """Go on from each beginning until an id of `stop`, or for `most` tokens.
+
+    `numbers` name the documents; `temperature` divides the logits; with `top_p` below one only the likeliest tokens that make
+    up that share are drawn from (Holtzman et al. 2020, arXiv 1904.09751), which loses the rest of what the model knows.
+    `stream` tells several drawings for one document apart.
+    """
+    draws, device = Draws(seed), next(model.parameters()).device
+    uniforms_BT = torch.from_numpy(np.stack([draws.at(number, stream).random(most) for number in numbers])).to(device)
+    out_BT = np.zeros((len(beginnings), most), np.int64)
+    size_B = np.full(len(beginnings), most, np.int64)
+    ended_B = np.zeros(len(beginnings), bool)
+    alive_B = np.arange(len(beginnings))
+    cache = DynamicCache(config=model.pretrained.config)
+    ids, mask_BK = (table.to(device) for table in _filled(beginnings))
+    ragged = not bool(mask_BK.all())
+    was_training = model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        for step in range(most):
+            # Without filling there is no mask: most attention is faster so.
+            places = {"attention_mask": mask_BK, "position_ids": _positions(mask_BK, ids.shape[1])} if ragged else {}
+            output = model(input_ids=ids, past_key_values=cache, **places)
+            head = output.head
+            assert head is not None
+            logits_BV = head.logits(output.hidden[:, -1]).float()
+            chosen_B = picked(logits_BV, uniforms_BT[:, step], temperature, top_p)
+            found_B = chosen_B.cpu().numpy()
+            over = np.isin(found_B, list(stop))
+            size_B[alive_B[over]], ended_B[alive_B[over]] = step, True
+            out_BT[alive_B[~over], step] = found_B[~over]
+            if over.any():
+                stay = torch.from_numpy(np.flatnonzero(~over)).to(device)
+                alive_B = alive_B[~over]
+                if not len(alive_B):
+                    break
+                cache.batch_select_indices(stay)
+                chosen_B, uniforms_BT, mask_BK = chosen_B[stay], uniforms_BT[stay], mask_BK[stay]
+            ids = chosen_B[:, None]
+            mask_BK = torch.cat([mask_BK, torch.ones_like(ids)], 1)
+    model.train(was_training)
+    return [Drawn(row[:size], bool(ended)) for row, size, ended in zip(out_BT, size_B, ended_B, strict=True)]
+
+
+def _filled(beginnings: Sequence[np.ndarray] | np.ndarray) -> tuple[Tensor, Tensor]:
+    """Ids filled up on the left, of shape (B, K), and the mask of what is no filling."""
+    longest = max(len(ids) for ids in beginnings)
+    ids_BK = torch.zeros((len(beginnings), longest), dtype=torch.long)
+    mask_BK = torch.zeros_like(ids_BK)
+    for row, ids in enumerate(beginnings):
+        ids_BK[row, longest - len(ids) :] = torch.from_numpy(np.asarray(ids, np.int64))
+        mask_BK[row, longest - len(ids) :] = 1
+    return ids_BK, mask_BK
+
+
+def _positions(mask_BK: Tensor, count: int) -> Tensor:
+    """The positions of the last `count` ids, counted from where the filling ends, of shape (B, count)."""
+    return (mask_BK.cumsum(1) - 1).clamp(min=0)[:, -count:]
+
+
+def picked(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+    """The token at which the cumulated probability passes a uniform number, of shape (B,).
+
+    Tokens stand in the order of their ids; with `top_p` in the order of their probability.
+    """
+    shares_BV = torch.softmax(logits_BV.double() / temperature, -1)
+    if top_p >= 1.0:
+        return _at(shares_BV.cumsum(-1), uniforms_B)
+    shares_BV, order_BV = torch.sort(shares_BV, dim=-1, descending=True, stable=True)
+    before_BV = shares_BV.cumsum(-1) - shares_BV
+    kept_BV = shares_BV * (before_BV < top_p)
+    return order_BV.gather(1, _at(kept_BV.cumsum(-1), uniforms_B)[:, None])[:, 0]
+
+
+def _at(cumulated_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """Where each row passes its number, told as a share of the row's last value."""
+    wanted_B1 = uniforms_B[:, None] * cumulated_BV[:, -1:]
+    # Strictly above: a token of probability zero is never drawn.
+    return torch.searchsorted(cumulated_BV, wanted_B1, right=True)[:, 0].clamp(max=cumulated_BV.shape[1] - 1)

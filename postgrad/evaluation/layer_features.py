@@ -1,0 +1,100 @@
+"""What does each layer of a frozen backbone say of each item? One pass over the rows, kept on the disk.
+
+Legend: S states (L blocks and the embeddings), I items, D width, B batch, T time.
+
+An item is a text (its real tokens, pooled) or a word (its first token), whichever has a label.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from postgrad.data.layouts.rows import IGNORED, Row
+from postgrad.data.loading.batch import collate
+from postgrad.errors import DiskError
+from postgrad.models.task_head import Pooling, pooled
+
+_TOKENS_AT_ONCE = 8192
+
+States = Callable[[dict[str, Tensor]], Sequence[Tensor]]
+"""What a backbone answers to the inputs of a batch: S states of shape (B, T, D)."""
+
+
+@torch.no_grad()
+def layer_features(
+    states: States,
+    rows: Sequence[Row],
+    place: Path,
+    *,
+    pooling: Pooling | None,
+    pad: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+    """Every state's vector of every item, of shape (S, I, D) and float32, mapped from the file `place`.
+
+    What is there already is not computed again. `pooling` None: an item is a word, else a row. `progress` is told rows done
+    and rows in all. Raises `DiskError` when there is no room.
+    """
+    if place.exists():
+        return np.load(place, mmap_mode="r")
+    items_R = np.array([row.counted if pooling is None else 1 for row in rows], np.int64)
+    first_R = np.concatenate([[0], np.cumsum(items_R)])
+    building = place.parent / f".building-{os.getpid()}-{place.name}"
+    out_SID: np.memmap | None = None
+    done = 0
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for group in _groups([len(row.inputs["input_ids"]) for row in rows]):
+            batch = collate([rows[i] for i in group], [0] * len(group), pad=pad).to(device)
+            found = states(batch.inputs)
+            if out_SID is None:
+                out_SID = _opened(building, (len(found), int(first_R[-1]), found[0].shape[-1]))
+            places = np.concatenate([np.arange(first_R[i], first_R[i + 1]) for i in group])
+            for state, hidden_BTD in enumerate(found):
+                out_SID[state, places] = _items(hidden_BTD.float(), batch.inputs, batch.labels, pooling).cpu().numpy()
+            done += len(group)
+            progress(done, len(rows))
+        assert out_SID is not None, "there are rows"
+        out_SID.flush()
+        del out_SID
+        os.replace(building, place)
+    finally:
+        building.unlink(missing_ok=True)
+    return np.load(place, mmap_mode="r")
+
+
+def _items(hidden_BTD: Tensor, inputs: dict[str, Tensor], labels: Tensor, pooling: Pooling | None) -> Tensor:
+    """The vectors of a batch's items, row by row: of shape (items, D)."""
+    if pooling is None:
+        return hidden_BTD[labels != IGNORED]
+    return pooled(hidden_BTD, inputs["attention_mask"], pooling)
+
+
+def _groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of like length go together, within the tokens at once."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not groups or (len(groups[-1]) + 1) * lengths[i] > _TOKENS_AT_ONCE:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def _opened(file: Path, shape: tuple[int, int, int]) -> np.memmap:
+    need = 4 * int(np.prod(shape))
+    free = shutil.disk_usage(file.parent).free
+    if free < need:
+        raise DiskError(
+            f"features of {shape[1]:,} items take {need:,} bytes, and {free:,} are free",
+            where=str(file.parent),
+            way_out="make room, score fewer rows, or set $POSTGRAD_CACHE to a larger disk",
+        )
+    return np.lib.format.open_memmap(file, "w+", np.float32, shape)

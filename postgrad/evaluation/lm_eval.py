@@ -1,0 +1,247 @@
+"""What does a model score on tasks of lm-eval? Its own tasks, prompts and metrics, on a model of ours as it stands.
+
+Everything is lm-eval's (EleutherAI's lm-evaluation-harness) but the two places where the model is called. Log-likelihoods
+come from `choosing`, which reads what prompts share once and gives lm-eval's own numbers; and a model with soft prompts or a
+template finds them around each prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from postgrad.errors import DataError, MissingExtra, ModelError, PostgradError, StageError, nearest
+from postgrad.evaluation.choices.loglikelihood import Item, choose
+from postgrad.models.model import Model
+from postgrad.models.prefix_lm_attention import reads_prefixes
+
+Around = Callable[[Sequence[int]], tuple[int, ...]]
+"""A prompt's ids with all that a model reads around them."""
+_BATCH = 16
+_DRAWS = 1000
+"""Resamples for the error of a metric that is not a mean; lm-eval's own 100,000 take minutes."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One metric of one task."""
+
+    task: str
+    shots: int | None
+    items: int | None
+    metric: str
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """All results in the order of the tasks, and what has to be said about them."""
+
+    results: tuple[Result, ...]
+    version: str
+    cut: int
+    """Prompts that were longer than the context, which lm-eval cuts on the left."""
+    requests: int
+    """Log-likelihoods and texts that the tasks asked for."""
+
+
+def run_harness(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    pad: int,
+    context: int | None = None,
+    around: Around = tuple,
+    folder: Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+) -> Found:
+    """Run tasks of lm-eval on a decoder or an encoder-decoder.
+
+    `tasks`: names of tasks, groups or tags. `folder`: YAML files of further tasks, and Python files that they name, which
+    lm-eval runs. `shots`: demonstrations, instead of each task's own number. `limit`: items of each task. `context`: how many
+    tokens the model reads at once, with what `around` adds; left out: as many as lm-eval finds in its configuration.
+
+    Raises `MissingExtra` without lm-eval, `StageError` for a task that there is not, `DataError` when lm-eval cannot run one.
+    """
+    with _quietly():
+        lm_eval, evaluator, task_manager, huggingface = _lm_eval()
+        manager = _manager(task_manager, tasks, folder)
+        lm = _lm(huggingface, model, tokenizer, context, pad, around)
+        try:
+            found = evaluator.simple_evaluate(
+                model=lm,
+                tasks=list(tasks),
+                task_manager=manager,
+                num_fewshot=shots,
+                limit=limit,
+                log_samples=False,
+                bootstrap_iters=_DRAWS,
+            )
+        except PostgradError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"lm-eval could not run {', '.join(tasks)}: {(str(error).strip().splitlines() or [''])[0]} "
+                f"({type(error).__name__})",
+                where="--harness",
+                expected="tasks whose data is there: local files, or a connection to the Hub",
+            ) from error
+    return Found(tuple(_results(found)), str(lm_eval.__version__), lm.cut, lm.asked)
+
+
+def _lm_eval() -> tuple[Any, Any, Any, Any]:
+    """lm-eval's parts. Raises `MissingExtra` when it, or something that it needs, is not installed."""
+    try:
+        import lm_eval
+        from lm_eval import evaluator
+        from lm_eval.models import huggingface
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingExtra(
+            f"tasks of lm-eval need the package lm-eval ({error})",
+            where="--harness",
+            way_out="pip install 'postgrad[harness]'",
+        ) from None
+    return lm_eval, evaluator, TaskManager, huggingface
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Inside, lm-eval and what it uses tell nothing but errors, and the seeds that it sets are its own."""
+    states = random.getstate(), np.random.get_state()
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "evaluate", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _manager(make: Any, tasks: Sequence[str], folder: Path | None) -> Any:
+    """What knows the tasks. lm-eval reads thousands of files to know its own, so a folder that has them all is enough."""
+    if folder is not None:
+        found = make(include_path=str(folder), include_defaults=False)
+        if all(found.match_tasks([task]) for task in tasks):
+            return found
+    found = make(include_path=str(folder) if folder else None)
+    for task in tasks:
+        if not found.match_tasks([task]):
+            raise StageError(
+                f"lm-eval has no task '{task}'" + (f", and {folder} has none" if folder else ""),
+                where="--harness",
+                expected="names of tasks, groups or tags, with commas between them",
+                way_out=nearest(task, found.all_tasks) or "name a folder of task files: --harness-tasks FOLDER",
+            )
+    return found
+
+
+def _lm(
+    huggingface: Any, model: Model, tokenizer: PreTrainedTokenizerBase, context: int | None, pad: int, around: Around
+) -> Any:
+    """lm-eval's view of a Hugging Face model, with our model behind it."""
+    added = len(around(()))
+
+    class Ours(huggingface.HFLM):
+        """What lm-eval asks, answered by `choose` and with what the model reads around a prompt."""
+
+        def __init__(self) -> None:
+            super().__init__(model.pretrained, tokenizer=tokenizer, batch_size=_BATCH, max_length=context)
+            self.room = self.max_length
+            self._max_length = self.room - added
+            self.cut = self.asked = 0
+
+        def _loglikelihood_tokens(
+            self,
+            requests: Sequence[tuple[Any, list[int], list[int]]],
+            disable_tqdm: bool = False,
+            override_bs: int | None = None,
+        ) -> list[tuple[float, bool]]:
+            items: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+            places: list[tuple[tuple[int, ...], int]] = []
+            for _, before, answer in requests:
+                prompt = around(self._cut(before, answer))
+                choices = items.setdefault(prompt, [])
+                places.append((prompt, len(choices)))
+                choices.append(tuple(answer))
+            found = choose(model, [Item(c, tuple(a)) for c, a in items.items()], context=self.room, pad=pad)
+            numbers = {prompt: i for i, prompt in enumerate(items)}
+            self.asked += len(places)
+            return [
+                (float(found.log_p[i][place]), bool(found.greedy[i][place]))
+                for i, place in ((numbers[prompt], place) for prompt, place in places)
+            ]
+
+        def _cut(self, before: list[int], answer: list[int]) -> list[int]:
+            """A prompt as long as there is room for, which is lm-eval's way: the last token of an answer is not read."""
+            room = self.max_length + 1 - len(answer) if self.backend == "causal" else self.max_length
+            if room < 1:
+                raise DataError(
+                    f"an answer of {len(answer):,} tokens does not fit {self.max_length:,}",
+                    where="--harness",
+                    expected="answers that leave room for a prompt",
+                )
+            self.cut += len(before) > room
+            return before[-room:]
+
+        def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+            if reads_prefixes(model.pretrained.config):
+                raise ModelError(
+                    "this model reads a prompt in both directions, and lm-eval lets it write behind one that is read causally",
+                    where="--harness",
+                    expected="tasks that are answered by choosing",
+                )
+            self.asked += len(context)
+            if not added:
+                return super()._model_generate(context, max_length, stop, **options)
+            seen = options.pop("attention_mask").bool()
+            rows = [around(row[mask].tolist()) for row, mask in zip(context.cpu(), seen.cpu(), strict=True)]
+            width = max(map(len, rows))
+            ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=context.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=context.device)
+            more = width - context.shape[1]
+            out = super()._model_generate(ids, max_length + more, stop, attention_mask=mask, **options)
+            # lm-eval takes off as many places as it gave.
+            return out[:, more:] if self.backend == "causal" else out
+
+    return Ours()
+
+
+def _results(found: Any) -> Iterator[Result]:
+    """Metrics of tasks, then those of groups. Their keys are `metric,filter`."""
+    for task, values in {**found["results"], **found.get("groups", {})}.items():
+        items = found.get("n-samples", {}).get(task, {}).get("effective")
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = values.get(f"{metric}_stderr,{kind}")
+            name = metric if kind == "none" else f"{metric} ({kind})"
+            yield Result(
+                task,
+                found.get("n-shot", {}).get(task),
+                items,
+                name,
+                float(value),
+                float(stderr) if isinstance(stderr, int | float) else None,
+            )

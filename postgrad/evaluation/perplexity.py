@@ -1,0 +1,214 @@
+"""How well does a model predict held-out text, or the answers of a task? Nats of every label, once.
+
+Legend: B batch, T time, V vocabulary, R rows, N documents, I labelled items.
+
+Sums are taken in float64, so neither the batch size nor padding matters beyond rounding. Bits per byte,
+`nats / (ln 2 x UTF-8 bytes)`, is the only number that can be compared between models with different tokenizers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from postgrad.data.layouts.rows import IGNORED
+from postgrad.data.loading.batch import Batch, collate
+from postgrad.evaluation.classification_metrics import measured
+from postgrad.evaluation.held_out import AnyHeldOut
+from postgrad.models.model import Model, Output
+from postgrad.stats.forgetting import FEWEST_DOCUMENTS, bootstrap
+
+_TOKENS_AT_ONCE = 8192
+_LOGITS_AT_ONCE = 1 << 25
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Summed nats and scored labels of each row (a window of a text, or an example), and each document's bytes.
+
+    Of a classifier also what it `said` and what was `meant`, item by item, and the document each item is of.
+    """
+
+    document_W: np.ndarray
+    nats_W: np.ndarray
+    tokens_W: np.ndarray
+    bytes_N: np.ndarray
+    said_I: np.ndarray = field(default_factory=lambda: np.empty(0))
+    meant_I: np.ndarray = field(default_factory=lambda: np.empty(0))
+    item_I: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    problem: str = ""
+    """What a classifier decided; empty for anything else."""
+    names: np.ndarray = field(default_factory=lambda: np.empty(0, np.str_))
+    """The names of what it decided between, by their numbers."""
+
+    @property
+    def units(self) -> str:
+        """What is resampled: documents, or windows when the documents are too few."""
+        return "documents" if len(self.bytes_N) >= FEWEST_DOCUMENTS else "windows"
+
+    def per_unit(self) -> tuple[np.ndarray, np.ndarray]:
+        """`(nats, tokens)` of each unit."""
+        if self.units == "windows":
+            return self.nats_W, self.tokens_W
+        count = len(self.bytes_N)
+        return (
+            np.bincount(self.document_W, self.nats_W, count),
+            np.bincount(self.document_W, self.tokens_W, count),
+        )
+
+    @property
+    def nats(self) -> float:
+        """Mean nats per scored label."""
+        return float(self.nats_W.sum() / max(self.tokens_W.sum(), 1))
+
+    def measured(self) -> dict[str, dict[str, float]]:
+        """A classifier's metrics, each with its interval."""
+        return measured(self.problem, self.said_I, self.meant_I, self.item_I, self.names.tolist())
+
+    def summary(self) -> dict[str, Any]:
+        """Nats per token with its 95 % interval, perplexity, bits per byte, and what was counted.
+
+        Of a classifier also its `metrics`, each with its interval.
+        """
+        nats, tokens = self.per_unit()
+        low, high = bootstrap(nats, tokens)
+        right = {"metrics": self.measured()} if len(self.said_I) else {}
+        return {
+            **right,
+            "nats": self.nats,
+            "low": low,
+            "high": high,
+            "perplexity": math.exp(min(self.nats, 700.0)),
+            "bits_per_byte": float(self.nats_W.sum()) / (math.log(2) * max(int(self.bytes_N.sum()), 1)),
+            "tokens": int(self.tokens_W.sum()),
+            "bytes": int(self.bytes_N.sum()),
+            "documents": len(self.bytes_N),
+        }
+
+
+Part = tuple[int, Any]
+"""The number of a batch, and what was found in it."""
+
+
+@torch.no_grad()
+def score(
+    model: Model,
+    held_out: AnyHeldOut,
+    *,
+    context: int,
+    share: Callable[[list[Part]], list[Part]] | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Scores:
+    """Score every document. With several ranks each scores a part and `share` puts the parts together.
+
+    Every rank runs the same number of batches, as sharded models need.
+    """
+    pieces = list(held_out.pieces(context))
+    lengths = [len(piece.row.inputs["input_ids"]) for piece in pieces]
+    # Rows of like length go together; the order is stable, so a batch is a function of the documents alone.
+    order = sorted(range(len(pieces)), key=lengths.__getitem__)
+    batches = list(_batches(order, lengths))
+    while len(batches) % ranks:
+        batches.append(batches[-1])
+    parts: list[Part] = []
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        for index in range(rank, len(batches), ranks):
+            rows = [pieces[i].row for i in batches[index]]
+            batch = collate(rows, [0] * len(rows), pad=held_out.pad).to(device)
+            parts.append((index, _judged(model(**batch.inputs), batch, held_out)))
+    model.train(was_training)
+    nats_W = np.zeros(len(pieces))
+    items: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for index, (nats, answers) in share(parts) if share else parts:
+        nats_W[batches[index]] = nats
+        items.update(zip(batches[index], answers, strict=True) if answers else ())
+    document_W = np.array([piece.document for piece in pieces], np.int64)
+    answered = [items[i] for i in range(len(pieces))] if items else []
+    return Scores(
+        document_W=document_W,
+        nats_W=nats_W,
+        tokens_W=np.array([piece.row.counted for piece in pieces], np.int64),
+        bytes_N=np.asarray(held_out.bytes, np.int64),
+        said_I=np.concatenate([said for said, _ in answered]) if answered else np.empty(0),
+        meant_I=np.concatenate([meant for _, meant in answered]) if answered else np.empty(0),
+        item_I=np.repeat(document_W, [len(said) for said, _ in answered]) if answered else np.empty(0, np.int64),
+        problem=("class" if held_out.words else held_out.task) if answered else "",
+        names=np.array(held_out.labels if answered else (), np.str_),
+    )
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Groups whose padded size stays within the tokens at once."""
+    group: list[int] = []
+    for i in order:  # ascending, so the newest is the longest
+        if group and (len(group) + 1) * lengths[i] > _TOKENS_AT_ONCE:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def _judged(
+    output: Output, batch: Batch, held_out: AnyHeldOut
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Each row's nats, and of a classifier what it said and what was meant, item by item."""
+    if output.head is not None:
+        nats_BT = token_nats(output.hidden, batch.labels, output.head.logits)
+        answers = _worded(output, batch, held_out.words) if held_out.words else []
+        return nats_BT.double().sum(1).cpu().numpy(), answers
+    count = len(batch.labels)
+    losses, said = _decided(output.hidden.float(), batch.labels, held_out.task)
+    losses, said, meant = (t.reshape(count, -1).cpu().numpy() for t in (losses, said, batch.labels))
+    answers = [(s[m != IGNORED], m[m != IGNORED]) for s, m in zip(said, meant, strict=True)]
+    return losses.sum(1), answers
+
+
+def _worded(output: Output, batch: Batch, words: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each row the likeliest of some words where its one label is, and the label, as numbers of the words."""
+    assert output.head is not None
+    place_B = (batch.labels != IGNORED).int().argmax(1)
+    rows_B = torch.arange(len(place_B), device=place_B.device)
+    tokens_W = torch.tensor(words, device=place_B.device)
+    logits_BW = output.head.logits(output.hidden[rows_B, place_B])[:, tokens_W]
+    meant_B = (batch.labels[rows_B, place_B][:, None] == tokens_W).int().argmax(1)
+    said, meant = logits_BW.argmax(1).cpu().numpy(), meant_B.cpu().numpy()
+    return [(said[i : i + 1], meant[i : i + 1]) for i in range(len(said))]
+
+
+def _decided(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
+    """The loss of each label and the decision, of shape (B, ...): by argmax, each class by itself, or a number."""
+    match task:
+        case "multi":
+            losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1, keepdim=True)
+            return losses.double(), (logits > 0).to(labels.dtype)
+        case "number":
+            number = logits[..., :1]
+            return (number - labels[:, None]).double().square(), number
+        case _:
+            losses = functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+            return losses.double().view(len(labels), -1), logits.argmax(-1).view(len(labels), -1)
+
+
+def token_nats(hidden_BTD: Tensor, labels_BT: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+    """`-log p(label)` of each position, of shape (B, T) and 0 without a label, without holding all logits at once."""
+    flat, labels = hidden_BTD.flatten(0, 1), labels_BT.flatten()
+    wanted = (labels != IGNORED).nonzero().flatten()
+    out = torch.zeros(labels.shape, device=labels.device)
+    if not len(wanted):
+        return out.view(labels_BT.shape)
+    width = logits(flat[:1]).shape[-1]
+    rows = max(1, _LOGITS_AT_ONCE // width)
+    parts = [functional.cross_entropy(logits(flat[i]).float(), labels[i], reduction="none") for i in wanted.split(rows)]
+    return out.index_copy(0, wanted, torch.cat(parts)).view(labels_BT.shape)

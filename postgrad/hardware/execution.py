@@ -1,0 +1,258 @@
+"""How will this machine do the arithmetic? Chosen by probes, said with reasons, and kept when a run is resumed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgrad.errors import StageError
+from postgrad.hardware import machine
+from postgrad.hardware.memory import Shape, estimate
+from postgrad.models.cpu_attention import NAME, usable
+from postgrad.models.model import CausalModel, Model
+from postgrad.models.pretrained import layers_of
+
+_BF16_WORTH = 1.3
+"""Below this, bf16's rounding buys too little."""
+_THREADS_WORTH = 1.15
+_COMPILE_SECONDS = {"cpu": 60.0, "cuda": 300.0}
+"""Runs that take longer without are compiled: compiling costs 15 to 30 s once and saves about a third on a CPU."""
+_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32_768}
+"""A CPU is no faster with more (measured: .98 of the speed at half the activations); a GPU wants to be filled."""
+_BLOCKS_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a stage asks for; `auto` or None is decided here."""
+
+    dtype: str
+    compile: str | bool
+    attention: str
+    activation_checkpointing: bool
+    threads: int | None
+    micro: int | None
+    sequences: int
+    length: int
+    steps: int
+    one_length: bool = True
+    """Every row is as long as the next; where they are not, compiled code would be compiled again and again."""
+    causal: bool = True
+    """No token sees what stands behind it; of a prefix language model's rows that is not so."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The choices of a run."""
+
+    dtype: str
+    compile: bool
+    attention: str
+    threads: int
+    micro: int
+    activation_checkpointing: bool
+    seconds: float
+    """What the training is expected to take without compiling, from two timed micro-batches."""
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype of the forward and backward pass."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def shape_of(model: Model) -> Shape:
+    """A model's shape from its configuration, whatever its keys are called."""
+    config = model.pretrained.config
+    width = int(getattr(config, "hidden_size", 0) or getattr(config, "n_embd", 0) or 1)
+    inner = int(getattr(config, "intermediate_size", 0) or getattr(config, "n_inner", 0) or 4 * width)
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        layers=len(layers_of(model.pretrained)),
+        width=width,
+        inner=inner,
+        heads=int(getattr(config, "num_attention_heads", 0) or getattr(config, "n_head", 0) or 1),
+        vocabulary=int(config.vocab_size),
+    )
+
+
+def choose(
+    wishes: Wishes, model: Model, example: Callable[[int], dict[str, Tensor]], device: torch.device, ranks: int = 1
+) -> Execution:
+    """Decide what was left open, with a reason each; `example` gives what the model is called with for so many rows.
+
+    Raises `StageError` for what cannot be had here.
+    """
+    reasons: dict[str, str] = {}
+    shape = shape_of(model)
+    mine = _rows_of_a_rank(wishes, ranks)
+    product = (min(2048, (wishes.micro or mine) * wishes.length), shape.width, shape.inner)
+
+    threads, reasons["threads"] = threads_for(wishes.threads, product, device, ranks)
+    torch.set_num_threads(threads)
+    gain = machine.product_speed(torch.bfloat16, product, device) / machine.product_speed(
+        torch.float32, product, device
+    )
+    dtype = wishes.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if gain >= _BF16_WORTH else "float32"
+        reasons["dtype"] = f"bf16 products of this model's size are {gain:.1f} x as fast as fp32 ones"
+    micro = wishes.micro or _micro(wishes, shape, mine, device, bf16=dtype == "bfloat16")
+    if wishes.micro is None:
+        reasons["micro"] = f"as many rows at once as fit, about {_TOKENS_AT_ONCE[_kind(device)]:,} tokens"
+
+    attention = wishes.attention
+    if attention == NAME and not wishes.causal:
+        raise StageError(
+            f"{NAME} looks only at what stands before a token, and prefixes are read in both directions",
+            where="compute.attention",
+            expected="auto, sdpa or eager",
+        )
+    if attention == "auto":
+        attention = model.pretrained.config._attn_implementation or "eager"
+        reasons["attention"] = "what transformers picks for this architecture"
+        packed = isinstance(model, CausalModel) and wishes.one_length and wishes.causal
+        if device.type == "cpu" and packed and wishes.length <= _BLOCKS_LENGTH and usable(model.pretrained):
+            attention = NAME
+            reasons["attention"] = "faster than SDPA on a CPU (up to three times, compiled); its logits were checked"
+    model.pretrained.set_attn_implementation(attention)
+    seconds = _seconds(model, example(micro), dtype, device) * (mine // micro) * wishes.steps
+    compiled, limit = wishes.compile, _COMPILE_SECONDS[_kind(device)]
+    able = machine.can_compile(device)
+    if compiled == "auto":
+        compiled = able and wishes.one_length and seconds > limit
+        if not able:
+            reasons["compile"] = "there is no C++ compiler or no Python headers here"
+        elif not wishes.one_length:
+            reasons["compile"] = "the rows differ in length, so it would be compiled again for each"
+        else:
+            reasons["compile"] = (
+                f"the training takes about {seconds:,.0f} s without; compiling pays from about {limit:.0f} s"
+            )
+    elif compiled and not able:
+        raise StageError(
+            "torch.compile finds no C++ compiler or no Python headers here",
+            where="compute.compile",
+            way_out="install them, or leave it at auto",
+        )
+    return Execution(
+        dtype=dtype,
+        compile=bool(compiled),
+        attention=attention,
+        threads=threads,
+        micro=micro,
+        activation_checkpointing=wishes.activation_checkpointing,
+        seconds=round(seconds, 4),
+        reasons=reasons,
+    )
+
+
+def _rows_of_a_rank(wishes: Wishes, ranks: int) -> int:
+    if wishes.sequences % ranks:
+        raise StageError(
+            f"{wishes.sequences} rows do not part into {ranks} ranks",
+            where="batch.sequences",
+            expected=f"a multiple of {ranks}",
+        )
+    mine = wishes.sequences // ranks
+    if wishes.micro and mine % wishes.micro:
+        raise StageError(
+            f"{mine} rows a rank do not part into micro-batches of {wishes.micro}",
+            where="batch.micro",
+            expected=f"a divisor of {mine}",
+        )
+    return mine
+
+
+def threads_for(asked: int | None, product: tuple[int, int, int], device: torch.device, ranks: int) -> tuple[int, str]:
+    """Threads, and why. Two threads beside a busy process are far slower than one, so more than one is tried out."""
+    if asked is not None:
+        return asked, "as asked"
+    free = max(1, machine.cores() // ranks)
+    if device.type != "cpu" or free == 1:
+        return free, f"{free} cores are there for this process"
+    speeds = {}
+    for threads in (1, free):
+        torch.set_num_threads(threads)
+        speeds[threads] = machine.product_speed(torch.float32, product, device)
+    gain = speeds[free] / speeds[1]
+    if gain < _THREADS_WORTH:
+        return 1, f"{free} threads are only {gain:.2f} x as fast as one here (small products, or other busy processes)"
+    return free, f"{free} threads are {gain:.2f} x as fast as one here"
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "cuda"
+
+
+def _micro(wishes: Wishes, shape: Shape, mine: int, device: torch.device, *, bf16: bool) -> int:
+    """The most rows at once that part the rank's rows evenly and fit into six tenths of the free memory."""
+    free = machine.memory_bytes()
+    most = max(1, _TOKENS_AT_ONCE[_kind(device)] // wishes.length)
+    fitting = 1
+    for rows in (m for m in range(1, min(most, mine) + 1) if mine % m == 0):
+        need = estimate(
+            shape,
+            rows=rows,
+            length=wishes.length,
+            bf16=bf16,
+            checkpointing=wishes.activation_checkpointing,
+            sdpa=wishes.attention != "eager",
+        )
+        if not free or need.total < 0.6 * free:
+            fitting = rows
+    return fitting
+
+
+_TIMED: dict[tuple[object, ...], float] = {}
+"""What was timed in this process: of many runs of one sort only the first is."""
+
+
+def _seconds(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
+    """Seconds of one micro-batch, forward and backward, not compiled; what was timed once is not timed again."""
+    attention = model.pretrained.config._attn_implementation
+    sizes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in inputs.items()))
+    key = (type(model), shape_of(model), sizes, dtype, device, attention, torch.get_num_threads())
+    if key not in _TIMED:
+        _TIMED[key] = _timed(model, inputs, dtype, device)
+    return _TIMED[key]
+
+
+def _timed(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
+    """The shorter of two after a first one.
+
+    The head is timed on a part of the tokens, as the loss takes it: all logits at once could need more memory than the
+    training itself.
+    """
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    moving = [p for p in model.parameters() if p.requires_grad]
+    times: list[float] = []
+    while len(times) < 3 and sum(times) < 10:  # a large model: one is enough
+        begin = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            output = model(**inputs)
+            tokens = output.hidden[..., 0].numel()
+            part = min(256, tokens)
+            seconds_of_head = -time.perf_counter()
+            read = output.hidden.detach().flatten(0, -2)[:part].requires_grad_()
+            logits = read if output.head is None else output.head.logits(read)
+            logits.float().logsumexp(-1).sum().backward()
+            seconds_of_head += time.perf_counter()
+        if output.hidden.requires_grad:
+            output.hidden.float().mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin + seconds_of_head * (tokens / part - 1))
+        for parameter in moving:
+            parameter.grad = None
+    return min(times[1:], default=times[0])

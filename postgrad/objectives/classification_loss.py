@@ -1,0 +1,50 @@
+"""Deciding: the loss of a task layer's logits, for classes, several classes at once, tags of tokens, or a number.
+
+Legend: B batch, T time, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from postgrad.data.layouts.rows import IGNORED
+from postgrad.data.loading.batch import Batch
+from postgrad.models.model import Output
+
+Problem = Literal["class", "multi", "number", "tags"]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The loss that transformers' own task layers have, as a sum over examples (over tokens for tags).
+
+    `class` and `tags`: cross-entropy of the label; `multi`: the mean over classes of the binary cross-entropies (so that an
+    example weighs as much as with one class); `number`: the squared error.
+    """
+
+    problem: Problem
+    name: str = "classify"
+    weight: float = 1.0
+
+    def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed loss and each row's part of it."""
+        logits, labels = output.logits().float(), batch.labels
+        match self.problem:
+            case "multi":
+                losses_B = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+            case "number":
+                losses_B = (logits[:, 0] - labels).square()
+            case _:
+                losses = functional.cross_entropy(
+                    logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
+                )
+                losses_B = losses.view(len(labels), -1).sum(1)
+        losses_B = losses_B * torch.from_numpy(batch.counted_B > 0).to(
+            losses_B.device
+        )  # numbers have no label to ignore
+        return self.weight * losses_B.sum(), losses_B.detach()

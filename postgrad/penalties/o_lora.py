@@ -1,0 +1,59 @@
+"""How does a new low-rank adapter keep out of the directions that earlier ones use? (O-LoRA)
+
+Wang et al. 2023 (arXiv 2310.14152), section 3: the rows of an adapter's A span the inputs that it reacts to. Each task gets
+an adapter of its own, the earlier ones stay and are frozen, and the loss has the term
+
+    strength * sum over layers of sum_ij |A_earlier A_new^T|_ij
+
+(the paper writes the square; the authors' code, which their numbers come from, takes the absolute value, as here).
+
+Legend: E rows of the earlier adapters' A, R rank of the new one, I inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from postgrad.distributed.shards import over_ranks, own, own_gradient
+from postgrad.errors import TuningError
+
+
+class Orthogonal:
+    """Pulls each A of a new adapter off the rows of the earlier ones' A at the same layer."""
+
+    def __init__(
+        self, new: Sequence[Tensor], earlier: Sequence[Tensor], strength: float, *, name: str = "orthogonal"
+    ) -> None:
+        """`new`: the masters of the trained A's, each (R, I), whole or split by rows over ranks; `earlier`: for each of them
+        the rows (E, I) to stay orthogonal to. Raises `TuningError` when they do not belong together."""
+        self.name = name
+        self.strength = strength
+        self.new = list(new)
+        if not new or len(new) != len(earlier):
+            raise TuningError(
+                f"{len(new)} new and {len(earlier)} earlier adapters' layers",
+                where="penalties.orthogonal",
+                expected="the earlier directions of each new A, and at least one",
+            )
+        for a_new_RI, a_earlier_EI in zip(new, earlier, strict=True):
+            if a_earlier_EI.ndim != 2 or a_earlier_EI.shape[1] != a_new_RI.shape[1]:
+                raise TuningError(
+                    f"an earlier A of the shape {tuple(a_earlier_EI.shape)} beside a new one of {tuple(a_new_RI.shape)}",
+                    where="penalties.orthogonal",
+                    expected="as many columns: adapters of the same layer of the same base",
+                )
+        self.earlier = [e.detach().to(n.device, torch.float32) for n, e in zip(new, earlier, strict=True)]
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """`strength * sum |A_earlier A_new^T|`; adds `strength * sign(A_earlier A_new^T)^T A_earlier` to each `.grad`."""
+        total = torch.zeros((), device=self.new[0].device)
+        for a_new_RI, a_earlier_EI in zip(self.new, self.earlier, strict=True):
+            # Each row of A_new has a gradient of its own, so a rank that holds some of the rows needs no others.
+            overlap_ER = a_earlier_EI @ own(a_new_RI).T
+            own_gradient(a_new_RI).add_(overlap_ER.sign().T @ a_earlier_EI, alpha=self.strength)
+            total += over_ranks(overlap_ER.abs().sum(), a_new_RI)
+        return self.strength * total

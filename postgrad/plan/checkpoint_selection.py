@@ -1,0 +1,239 @@
+"""Which step's model is published, and when is it time to stop? The best by a held-out set, among those that forget little.
+
+A look is one scoring of the whole set. What follows from the looks so far is a pure function of them, and they stand in
+`metrics.jsonl`; so a run that was killed and resumed chooses what it would have chosen.
+
+    candidates    the looks from `first` on: behind the warm-up and the first 2 % of the steps, where the loss of anything
+                  swings (the stability gap), and behind `at_least`
+    chosen        the best candidate; the earliest of several that are as good
+    the end       `patience` candidates in a row, none of which surpasses the best before them by more than `gain`; or one
+                  that is `enough`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from postgrad.config import stage as s
+from postgrad.config.quantities import in_steps
+from postgrad.errors import StageError, nearest
+from postgrad.evaluation.classification_metrics import metrics_of
+from postgrad.evaluation.held_out import AnyHeldOut, HeldOutRows
+from postgrad.evaluation.perplexity import Scores
+from postgrad.optim import lr_schedules
+
+_GAP = 0.02
+"""The share of a stage in which the stability gap is looked for; see `look_steps`."""
+_LOSSES = ("loss", "MSE")
+"""Those of which less is better."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look saw: the value that decides, and the largest share by which a retained set's loss may have risen."""
+
+    step: int
+    trained: int
+    value: float
+    rise: float | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is chosen by. `first`: the first step that can be chosen."""
+
+    set: str
+    by: str
+    patience: int | None
+    gain: float
+    first: int
+    max_forgetting: float | None = None
+    enough: float | None = None
+
+    @property
+    def less_is_better(self) -> bool:
+        """Whether the value is a loss."""
+        return self.by in _LOSSES
+
+    def watched(self, held_out: AnyHeldOut) -> bool:
+        """Whether a set decides, so that each look scores all of it."""
+        return held_out.name == self.set or (self.max_forgetting is not None and held_out.role == "retained")
+
+    def within(self, look: Look) -> bool:
+        """Whether a look forgot no more than is allowed."""
+        return self._excess(look) == 0
+
+    def reached(self, look: Look) -> bool:
+        """Whether a look is good enough to end with."""
+        if self.enough is None or not self.within(look):
+            return False
+        return look.value <= self.enough if self.less_is_better else look.value >= self.enough
+
+    def better(self, look: Look, other: Look, gain: float = 0.0) -> bool:
+        """Whether `look` is better than `other` by more than `gain`; one that forgot too much is worse than any other."""
+        over, others = self._excess(look), self._excess(other)
+        if over != others:
+            return over < others
+        return self._loss(look) < self._loss(other) - gain
+
+    def _excess(self, look: Look) -> float:
+        if self.max_forgetting is None or look.rise is None:
+            return 0.0
+        return max(0.0, look.rise - self.max_forgetting)
+
+    def _loss(self, look: Look) -> float:
+        if math.isnan(look.value):
+            return math.inf
+        return look.value if self.less_is_better else -look.value
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What follows from the looks so far."""
+
+    best: Look | None
+    candidates: int
+    since: int
+    """Candidates in a row without a gain."""
+    stop: bool
+
+
+def standing(looks: Iterable[Look], rule: Rule) -> Standing:
+    """Where a choice stands after these looks, in the order of their steps."""
+    best: Look | None = None
+    mark: Look | None = None  # what has to be surpassed by more than the gain
+    candidates = since = 0
+    reached = False
+    for look in looks:
+        if look.step < rule.first:
+            continue
+        candidates += 1
+        reached |= rule.reached(look)
+        if best is None or rule.better(look, best):
+            best = look
+        if mark is None or rule.better(look, mark, rule.gain):
+            mark, since = look, 0
+        else:
+            since += 1
+    tired = rule.patience is not None and since >= rule.patience
+    return Standing(best, candidates, since, tired or reached)
+
+
+def make_rule(
+    asked: s.Choose | None, held_out: Sequence[AnyHeldOut], steps: int, tokens: int, schedule: lr_schedules.Schedule
+) -> Rule | None:
+    """What a stage asks to choose by. Raises `StageError` for a set or a metric that there is not."""
+    if asked is None:
+        return None
+    by_name = {h.name: h for h in held_out}
+    open_ = [h.name for h in held_out if h.role != "test"]
+    found = by_name.get(asked.set)
+    if found is None or found.role == "test":
+        raise StageError(
+            f"there is no held-out set {asked.set!r}"
+            if found is None
+            else f"'{asked.set}' is a test set, which is looked at once, when everything is chosen",
+            where="save.choose.set",
+            expected=f"one of {', '.join(open_)}" if open_ else "a held-out set that is no test set",
+            way_out=nearest(asked.set, open_),
+        )
+    known = ["loss", *metrics_of(_problem(found), found.labels if isinstance(found, HeldOutRows) else ())]
+    if asked.by not in known:
+        raise StageError(
+            f"'{asked.set}' has no {asked.by!r}",
+            where="save.choose.by",
+            expected=" | ".join(known),
+            way_out=nearest(asked.by, known),
+        )
+    if asked.max_forgetting is not None and not any(h.role == "retained" for h in held_out):
+        raise StageError(
+            "there is no retained set that could be forgotten",
+            where="save.choose.max_forgetting",
+            way_out="name old text under evaluation.retained, or give a source with role: replay a `held_out` share",
+        )
+    least = math.ceil(in_steps(asked.at_least, steps, tokens) - 1e-9)
+    if least > steps:
+        raise StageError(
+            f"nothing could be chosen before step {least:,}, and the stage has {steps:,}", where="save.choose.at_least"
+        )
+    first = max(1, least, math.ceil(_GAP * steps), lr_schedules.peak_step(schedule, steps))
+    return Rule(asked.set, asked.by, asked.patience, asked.gain, first, asked.max_forgetting, asked.enough)
+
+
+def _problem(held_out: AnyHeldOut) -> str:
+    """What is decided of a set, if anything is."""
+    return "class" if held_out.words else held_out.task
+
+
+def look_at(rule: Rule, row: Mapping[str, Any], scores: Mapping[str, Scores], start: Mapping[str, Scores]) -> Look:
+    """What an evaluation saw: `row` is its line of metrics, `scores` are of the sets that the rule watches, as a whole."""
+    own = scores[rule.set]
+    value = own.nats if rule.by == "loss" else own.measured()[rule.by]["value"]
+    rises = [
+        entry["high"] / max(start[name].nats, 1e-12)
+        for name, entry in row["sets"].items()
+        if entry["role"] == "retained"
+    ]
+    return Look(row["step"], row["trained"], value, max(rises) if rule.max_forgetting is not None else None)
+
+
+class Chooser:
+    """The looks of a run so far, and what follows from them."""
+
+    def __init__(self, rule: Rule, rows: Iterable[Mapping[str, Any]]) -> None:
+        """`rows`: the lines of metrics that are there already."""
+        self.rule = rule
+        self.looks = [
+            Look(row["step"], row["trained"], row["choice"]["value"], row["choice"]["rise"])
+            for row in rows
+            if "choice" in row
+        ]
+
+    def add(self, look: Look) -> dict[str, Any]:
+        """Take in a look; returns what its line of metrics says of it."""
+        self.looks.append(look)
+        best = self.standing.best
+        return {
+            "set": self.rule.set,
+            "by": self.rule.by,
+            "value": look.value,
+            "rise": look.rise,
+            "best": best.step if best else None,
+        }
+
+    @property
+    def standing(self) -> Standing:
+        """Where the choice stands."""
+        return standing(self.looks, self.rule)
+
+    def described(self, last: int) -> dict[str, Any]:
+        """What a record says of the choice, when `last` was the last step."""
+        found = self.standing
+        assert found.best is not None
+        return {
+            **asdict(self.rule),
+            **asdict(found.best),
+            "last": last,
+            "looks": found.candidates,
+            "since": found.since,
+            "stopped": found.stop,
+            "within": self.rule.within(found.best),
+        }
+
+
+def rule_line(rule: Rule) -> str:
+    """A rule in words, for a plan."""
+    parts = [
+        f"the published model is the best by {rule.by} on {rule.set}, looked at as a whole from step {rule.first:,} on"
+    ]
+    if rule.max_forgetting is not None:
+        parts.append(f"where no retained set's loss has risen by more than {rule.max_forgetting:.2%}")
+    if rule.patience is not None:
+        gain = f" of more than {rule.gain:g}" if rule.gain else ""
+        parts.append(f"training ends after {rule.patience} looks without a gain{gain}")
+    if rule.enough is not None:
+        parts.append(f"training ends when that is {'at most' if rule.less_is_better else 'at least'} {rule.enough:.4g}")
+    return "; ".join(parts)

@@ -1,0 +1,302 @@
+"""How does a model of this stage read a text: which ids stand around it, and which are special to it?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from postgrad.config.tunings import AnyTuning, InstructionPrompt, PromptTuning, PTuning
+from postgrad.data.render.frame import BARE, Frame
+from postgrad.data.render.prompt_template import Template
+from postgrad.data.tokens.tokenize import Encoder
+from postgrad.errors import ModelError, StageError
+from postgrad.models.pretrained import Start, Task, load, table_of, task_of
+from postgrad.tuning.open_model import Sitting
+
+_MOST_SENTINELS = 1000
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What rows need to know of a model and its tokenizer."""
+
+    task: Task
+    start: Start
+    tokenizer: PreTrainedTokenizerBase
+    config: Any
+    encoder: Encoder
+    length: int
+    seed: int
+    own: Frame
+    """What the tokenizer itself sets around one text or two."""
+    left: Frame
+    """What the model's lineage sets around a text: the places of its soft prompts."""
+    added: Frame
+    """What the stage's tuning sets around a text: the places of its vectors, inside of `own`."""
+
+    @property
+    def lead(self) -> int:
+        """Tokens at the start of every stored document that a frame replaces."""
+        return 0 if self.encoder.bos is None else 1
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """Ids of soft prompts that stand before each text."""
+        return self.set_around.before
+
+    @cached_property
+    def set_around(self) -> Frame:
+        """What the lineage and the stage's tuning set around a text, the older outside."""
+        left, added = self.left, self.added
+        return Frame((*left.before, *added.before), (*added.between, *left.between), (*added.after, *left.after))
+
+    @property
+    def prompted(self) -> bool:
+        """Whether soft prompts stand around the texts."""
+        return self.set_around != BARE
+
+    @cached_property
+    def frame(self) -> Frame:
+        """What stands around the texts of a row: the tokenizer's own ids, and soft prompts inside of them."""
+        first = () if self.encoder.bos is None else (self.encoder.bos,)
+        inner = self.set_around
+        if self.task == "causal":  # what stands behind a question stands before its answer
+            return Frame((*first, *inner.before), (*inner.between, *inner.after))
+        return Frame(
+            (*self.own.before, *inner.before), (*inner.between, *self.own.between), (*inner.after, *self.own.after)
+        )
+
+    @property
+    def first_added(self) -> int:
+        """The id that stands for the first vector of the stage's tuning."""
+        return self.encoder.vocabulary + _virtual(self.left, self.encoder.vocabulary)
+
+    def inside(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """A prompt as the tokenizer gives it, with soft prompts and templates inside of what the tokenizer sets around it."""
+        around, own = self.set_around, self.own
+        prompt = tuple(ids)
+        begin = len(own.before) if prompt[: len(own.before)] == own.before else 0
+        ends = self.task == "text-to-text" and own.after and prompt[-len(own.after) :] == own.after
+        end = len(prompt) - (len(own.after) if ends else 0)
+        return (
+            *prompt[:begin],
+            *around.before,
+            *prompt[begin:end],
+            *around.between,
+            *around.after,
+            *prompt[end:],
+        )
+
+    @cached_property
+    def without(self) -> Reading:
+        """The same without the vectors of the stage's tuning, and with as much room for the text.
+
+        The words and special tokens of a template stay: that is prompting without training.
+        """
+        first = self.first_added
+        parts = (self.added.before, self.added.between, self.added.after)
+        plain = Frame(*(tuple(token for token in part if token < first) for part in parts))
+        return replace(self, added=plain, length=self.length - self.added.size(2) + plain.size(2))
+
+    @property
+    def pad(self) -> int:
+        """What short rows are filled up with; a decoder that classifies finds its last token by it."""
+        for token in (self.config.pad_token_id, self.tokenizer.pad_token_id, self.encoder.eos):
+            if token is not None:
+                return int(token)
+        raise AssertionError("every encoder has an EOS")
+
+    @property
+    def mask(self) -> int:
+        """The mask. Raises `ModelError` when the tokenizer has none."""
+        found = self.tokenizer.mask_token_id
+        if not isinstance(found, int):
+            raise ModelError("the tokenizer has no mask token", where="model", expected="an encoder trained with masks")
+        return found
+
+    @property
+    def special(self) -> list[int]:
+        """All special ids of the tokenizer."""
+        return [int(token) for token in self.tokenizer.all_special_ids]
+
+    @cached_property
+    def continues_V(self) -> np.ndarray:
+        """Whether a token goes on with the word before it, for every id: of shape (V,)."""
+        tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
+        pieces = any(str(token).startswith("##") for token in tokens)
+        out = np.zeros(self.encoder.vocabulary, bool)
+        out[: len(tokens)] = [
+            str(token).startswith("##") if pieces else not str(token).startswith(("Ġ", "▁", "Ċ")) for token in tokens
+        ]
+        return out
+
+    @cached_property
+    def sentinels(self) -> list[int]:
+        """The tokens that stand for corrupted spans, the first one first. Raises `ModelError` when there are none."""
+        known = self.tokenizer.get_vocab()
+        found = []
+        for i in range(_MOST_SENTINELS):
+            token = known.get(f"<extra_id_{i}>")
+            if token is None:
+                break
+            found.append(int(token))
+        if not found:
+            raise ModelError(
+                "the tokenizer has no sentinel tokens", where="model", expected="<extra_id_0> and so on, as T5 has them"
+            )
+        return found
+
+    @property
+    def decoder_start(self) -> int:
+        """What a decoder begins with. Raises `ModelError` when the configuration names nothing."""
+        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+            token = getattr(self.config, name, None)
+            if token is not None:
+                return int(token)
+        raise ModelError("the configuration names no decoder_start_token_id", where="model")
+
+    def size(self, text: str) -> int:
+        """How many tokens a text has."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def vector(self, text: str) -> np.ndarray:
+        """The mean of the input embeddings of a text's tokens, of shape (D,)."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._table_VD[ids].mean(0) if ids else np.zeros(self._table_VD.shape[1], np.float32)
+
+    @cached_property
+    def _table_VD(self) -> np.ndarray:
+        model = load(self.start, task_of(self.start.plain)).model
+        return table_of(model).detach().numpy().copy()
+
+    @property
+    def types(self) -> bool:
+        """Whether the model tells two texts apart by token types."""
+        return "token_type_ids" in self.tokenizer.model_input_names
+
+
+def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str | None = None) -> Encoder:
+    """The tokenizer as a value: its JSON, the BOS it sets by itself (if it does), the EOS, and the model's vocabulary.
+
+    Raises `ModelError` when the tokenizer does not fit the model or names no EOS.
+    """
+    if len(tokenizer) > vocabulary:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model {vocabulary:,} embeddings",
+            where="model",
+            expected="a tokenizer that belongs to the model",
+            way_out="use the model's own tokenizer, or resize the model's embeddings first",
+        )
+    if eos is None:
+        # Encoders end a text with their separator.
+        eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if eos_id is None:
+            raise ModelError(
+                "the tokenizer names no end-of-text token",
+                where="data.eos",
+                expected="the token that ends a document, such as '<|endoftext|>'",
+            )
+    else:
+        eos_id = tokenizer.convert_tokens_to_ids(eos)
+        if eos_id is None or (eos_id == tokenizer.unk_token_id and eos != tokenizer.unk_token):
+            raise StageError(f"{eos!r} is not a token of this tokenizer", where="data.eos")
+    # What the tokenizer itself puts before a text is what the model was trained on.
+    first = tokenizer("a")["input_ids"][:1]
+    starts = [token for token in (tokenizer.bos_token_id, tokenizer.cls_token_id) if token is not None]
+    bos = next((token for token in starts if first == [token]), None)
+    assert isinstance(eos_id, int)
+    return Encoder(tokenizer.backend_tokenizer.to_str(), bos, eos_id, vocabulary)
+
+
+def make_reading(
+    task: Task,
+    start: Start,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    *,
+    length: int,
+    seed: int,
+    tuning: AnyTuning | None = None,
+) -> Reading:
+    """How a model of this start and task, under this tuning, reads a text. Raises the template's errors."""
+    left = _left(start)
+    first = encoder.vocabulary + _virtual(left, encoder.vocabulary)
+    own = own_frame(tokenizer)
+    return Reading(
+        task,
+        start,
+        tokenizer,
+        AutoConfig.from_pretrained(start.source),
+        encoder,
+        length,
+        seed,
+        own,
+        left,
+        _inside(own, _added(tuning, tokenizer, first)),
+    )
+
+
+def virtual(tuning: AnyTuning | None) -> int:
+    """How many vectors a tuning sets among the ids."""
+    match tuning:
+        case PromptTuning() | InstructionPrompt():
+            return tuning.length
+        case PTuning():
+            return Template.parse(tuning.template).virtual
+        case _:
+            return 0
+
+
+def own_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What a tokenizer sets around one text, and between two."""
+    one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
+    alone, pair = tokenizer("a")["input_ids"], tokenizer("a", "b")["input_ids"]
+    begin = _find(alone, one, 0)
+    split = _find(pair, one, 0) + len(one)
+    other = _find(pair, two, split)
+    return Frame(tuple(alone[:begin]), tuple(pair[split:other]), tuple(alone[begin + len(one) :]))
+
+
+def _find(ids: list[int], part: list[int], start: int) -> int:
+    return next(i for i in range(start, len(ids)) if ids[i : i + len(part)] == part)
+
+
+def _left(start: Start) -> Frame:
+    said = Sitting.of(start)
+    return said.frame if said else BARE
+
+
+def _virtual(frame: Frame, vocabulary: int) -> int:
+    """How many ids of a frame are places of vectors."""
+    return sum(token >= vocabulary for part in (frame.before, frame.between, frame.after) for token in part)
+
+
+def _inside(own: Frame, added: Frame) -> Frame:
+    """A template without the special tokens at its ends that the tokenizer sets anyway."""
+    before, after = added.before, added.after
+    if own.before and before[: len(own.before)] == own.before:
+        before = before[len(own.before) :]
+    if own.after and after[-len(own.after) :] == own.after:
+        after = after[: -len(own.after)]
+    return Frame(before, added.between, after)
+
+
+def _added(tuning: AnyTuning | None, tokenizer: PreTrainedTokenizerBase, first: int) -> Frame:
+    """The places of a tuning's vectors around a text."""
+    if isinstance(tuning, PTuning):
+        special = {
+            name: token
+            for name in ("bos", "eos", "cls", "sep", "mask", "pad")
+            if isinstance(token := getattr(tokenizer, f"{name}_token_id", None), int)
+        }
+
+        def literal(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        return Frame.of(Template.parse(tuning.template), special, first, literal)
+    return Frame(tuple(range(first, first + virtual(tuning))))

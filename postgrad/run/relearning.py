@@ -1,0 +1,249 @@
+"""How much of what a stage forgot is gone, and how much is only out of reach? A few steps on old text tell.
+
+What a handful of steps bring back was not lost: the model had moved away from how such text is read (spurious forgetting;
+Zheng et al. 2025, arXiv 2501.13453). The trained model takes those steps on a copy, which is thrown away. The start model takes
+the same steps on the same text: what it gains is not won back but learnt.
+
+    forgot   = trained - start
+    left     = trained, re-aligned - start, re-aligned
+    won back = forgot - left
+
+all on old documents that none of these steps has read: of a held-out file one half is trained on and the other scored; where
+the set is a part of a replay source, the rest of that source is trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from postgrad.config.stage_file import parse_stage
+from postgrad.distributed.world import World
+from postgrad.evaluation import before_after
+from postgrad.evaluation.perplexity import Scores
+from postgrad.hardware.execution import Execution
+from postgrad.models.model import model_for
+from postgrad.optim.lr_schedules import sampled
+from postgrad.plan.held_out_sets import worded
+from postgrad.plan.plan import Plan, make_plan
+from postgrad.plan.sources import Leaf, origin_of, source_again
+from postgrad.run.build import build, make_loader, make_subject
+from postgrad.stats.forgetting import redrawn
+from postgrad.training.loop import steps
+
+_FEWEST = 10
+"""Documents of a set, below which half of them tell nothing."""
+_HALF = 0.5
+_TAUGHT = ("distill", "on-policy")
+"""Objectives that the steps leave out: they need a teacher."""
+
+
+def realigned(
+    plan: Plan,
+    trained: Path,
+    scores: tuple[Mapping[str, Scores], Mapping[str, Scores]],
+    execution: Execution,
+    world: World,
+    cache: Path,
+) -> dict[str, Any] | None:
+    """What a few steps on old text bring back, set by set, as plain data; None where there is nothing to win back.
+
+    `trained` is the folder of the published model, `scores` those of the start model and of the trained one on all sets.
+    """
+    sources = _old_sources(plan)
+    if not sources or plan.start.made is not None:
+        return None
+    rate = max(rate for _, rate in sampled(plan.schedule, plan.steps))
+    found: list[_Looked] = []
+    for model, base in ((plan.start_named, plan.stage.base), (str(trained), None)):
+        raw = _stage(plan, model, base, sources, rate)
+        found.append(_looked(make_plan(parse_stage(raw, "realign"), plan.root, cache), plan, execution, world))
+    start, copy = found
+    sets = {
+        name: told
+        for name in start.scores
+        if name in copy.scores
+        and (
+            told := _told(
+                plan, name, scores, (start.digests[name], start.scores[name]), (copy.digests[name], copy.scores[name])
+            )
+        )
+    }
+    return (
+        {"steps": plan.stage.evaluation.realign_steps, "rate": rate, "tokens": copy.tokens, "sets": sets}
+        if sets
+        else None
+    )
+
+
+def left_alone(plan: Plan) -> list[str]:
+    """What is asked for and not re-aligned, and why, in words."""
+    if not plan.stage.evaluation.realign_steps:
+        return []
+    if plan.start.made is not None:
+        return ["nothing is re-aligned: the start model is new, and has nothing to forget"]
+    sources = {source["name"] for source in _old_sources(plan)}
+    retained = [held_out for held_out in plan.held_out if held_out.role == "retained"]
+    if not retained:
+        return ["nothing is re-aligned: there is no retained set (evaluation.realign_steps)"]
+    return [
+        f"{held_out.name}: not re-aligned: {len(held_out)} documents are too few to train on one half and score the other "
+        f"(at least {_FEWEST})"
+        for held_out in retained
+        if held_out.name not in sources
+    ]
+
+
+def said(found: Mapping[str, Any]) -> list[str]:
+    """A line for each set, in words."""
+    return [f"{name}: {_said(entry, found['steps'])}" for name, entry in found["sets"].items()]
+
+
+def _said(entry: Mapping[str, Any], steps_taken: int) -> str:
+    forgot, won, left = entry["forgot"], entry["won"], entry["left"]
+    if forgot["low"] <= 0:
+        return f"nothing forgotten that could be told from chance ({forgot['value']:+.3f} nats/token)"
+    share = entry["share"]
+    return (
+        f"of {forgot['value']:+.3f} nats/token forgotten {won['value']:+.3f} came back in {steps_taken} steps on old text "
+        f"({share['value']:.0%}, {share['low']:.0%} to {share['high']:.0%}), {left['value']:+.3f} is left "
+        f"({left['low']:+.3f} to {left['high']:+.3f})"
+    )
+
+
+# --- the steps ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Looked:
+    """What a re-aligned model scores, by set, and the content hashes of the documents scored."""
+
+    scores: dict[str, Scores]
+    digests: dict[str, np.ndarray]
+    tokens: int
+
+
+def _looked(short: Plan, plan: Plan, execution: Execution, world: World) -> _Looked:
+    """Take the steps on the model of a plan, and score it on the documents that they have not read."""
+    subject = make_subject(short, world)
+    model = subject.model.pretrained
+    if model.config._attn_implementation != execution.attention:
+        model.set_attn_implementation(execution.attention)
+    quick = dataclasses.replace(execution, compile=False)
+    run = build(short, subject, quick, world)
+    for _ in steps(run, make_loader(short, quick, world), min(plan.stage.evaluation.realign_steps, short.steps)):
+        pass
+    view = model_for(model, short.task)
+    found = before_after.measure(view, short.held_out, context=short.context, world=world)
+    return _Looked(found, {h.name: h.digests for h in short.held_out}, run.trained)
+
+
+def _stage(plan: Plan, model: str, base: str | None, sources: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
+    """The few steps as a stage: at the stage's highest rate, with nothing but the old text."""
+    raw = plan.stage.model_dump(mode="json")
+    count, batch = plan.stage.evaluation.realign_steps, plan.stage.batch.sequences
+    kinds: dict[str, dict[str, Any]] = {}
+    for objective in raw["objectives"]:
+        if objective["kind"] not in _TAUGHT:
+            kinds.setdefault(objective["kind"], {**objective, "on": [], "weight": 1.0})
+    return {
+        **{key: raw[key] for key in ("name", "seed", "batch", "tuning", "compute")},
+        "model": model,
+        "base": base,
+        "tokens": 2 * count * batch * plan.context,  # a row may be short of labels; the steps are counted
+        "data": {
+            **{key: raw["data"][key] for key in ("sequence_length", "max_document_tokens", "eos", "workers")},
+            "when_short": "repeat",
+            "overlap": "off",
+            "sources": [{**source, "share": 1 / len(sources)} for source in sources],
+        },
+        "schedule": {"kind": "constant", "peak": rate, "warmup": 0},
+        "optimizer": {**raw["optimizer"], "moments": "reset"},
+        "objectives": list(kinds.values()),
+        "evaluation": {"max_tokens": raw["evaluation"]["max_tokens"]},
+    }
+
+
+def _old_sources(plan: Plan) -> list[dict[str, Any]]:
+    """What is trained on for each retained set, by the set's name: half of its file, or the rest of its source."""
+    leaves = {leaf.name.replace("/", "-"): leaf for leaf in plan.leaves}
+    listed = {item.name: item for role, item in plan.stage.evaluation.files() if role == "retained"}
+    by_source = {leaf.wanted.source: leaf.wanted for leaf in plan.leaves}
+    out: list[dict[str, Any]] = []
+    for held_out in plan.held_out:
+        if held_out.role != "retained":
+            continue
+        if held_out.name in listed:
+            if len(held_out) < _FEWEST:
+                continue
+            item = worded(listed[held_out.name], "retained", by_source)
+            given = {key: value for key, value in item.items() if key not in ("hub", "like", "name")}
+            out.append({**given, "name": held_out.name, "role": "replay", "held_out": _HALF})
+        else:
+            out.append({**_rest(leaves[held_out.name], plan), "name": held_out.name, "role": "replay"})
+    return out
+
+
+def _rest(leaf: Leaf, plan: Plan) -> dict[str, Any]:
+    origin = origin_of(leaf, plan.start, plan.stage.seed)
+    return {**source_again({"name": leaf.name, "origin": origin}), "held_out": leaf.held_out}
+
+
+# --- what came of it ----------------------------------------------------------------------------------
+
+_Side = tuple[np.ndarray, Scores]
+"""Content hashes of documents, and what a model scored on them."""
+
+
+def _told(
+    plan: Plan, name: str, scores: tuple[Mapping[str, Scores], Mapping[str, Scores]], start: _Side, copy: _Side
+) -> dict[str, Any] | None:
+    """What was forgotten, won back and left, on documents that all four models were scored on; None where there are none."""
+    digests = next(h.digests for h in plan.held_out if h.name == name)
+    sides = [_by_document(digests, scores[0][name]), _by_document(digests, scores[1][name])]
+    sides += [_by_document(*start), _by_document(*copy)]
+    common = [key for key in sides[2] if all(key in side for side in sides)]
+    # A document that is cut where the tokens end is another one in a smaller set.
+    common = [key for key in common if len({side[key][1] for side in sides}) == 1]
+    if not common:
+        return None
+    tokens = np.array([sides[0][key][1] for key in common], np.float64)
+    before, after, floor, back = (np.array([side[key][0] for key in common]) for side in sides)
+    forgot, left = after - before, back - floor
+    found: dict[str, Any] = {
+        "documents": len(common),
+        "tokens": int(tokens.sum()),
+        "forgot": _estimate(forgot, tokens),
+        "left": _estimate(left, tokens),
+        "won": _estimate(forgot - left, tokens),
+        "start_learnt": _estimate(floor - before, tokens),
+        "share": None,
+    }
+    if found["forgot"]["low"] > 0:
+        shares = redrawn(forgot - left, tokens) / redrawn(forgot, tokens)
+        low, high = np.quantile(shares, [0.025, 0.975])
+        value = float((forgot - left).sum() / forgot.sum())
+        found["share"] = {"value": value, "low": float(low), "high": float(high)}
+    return found
+
+
+def _by_document(digests: np.ndarray, scores: Scores) -> dict[int, tuple[float, int]]:
+    """Nats and scored tokens of each document, by its content hash; of copies those of the first."""
+    count = len(digests)
+    nats = np.bincount(scores.document_W, scores.nats_W, count).tolist()
+    tokens = np.bincount(scores.document_W, scores.tokens_W, count).astype(int).tolist()
+    out: dict[int, tuple[float, int]] = {}
+    for digest, each, size in zip(digests.tolist(), nats, tokens, strict=True):
+        if size:
+            out.setdefault(digest, (each, size))
+    return out
+
+
+def _estimate(nats: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """Nats per token with the 95 % interval over documents."""
+    low, high = np.quantile(redrawn(nats, tokens), [0.025, 0.975])
+    return {"value": float(nats.sum() / tokens.sum()), "low": float(low), "high": float(high)}

@@ -1,0 +1,108 @@
+"""Whose is a run folder? One process at a time, one stage for ever, and a way to be stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from postgrad.distributed.world import World
+from postgrad.errors import BusyError, ResumeError
+from postgrad.lineage.record import PLAN, STAGE
+from postgrad.plan.plan import Plan
+from postgrad.storage.atomic import disk_error
+from postgrad.storage.fingerprint import differences
+
+
+@contextmanager
+def alone(home: Path, world: World) -> Iterator[None]:
+    """Hold the run folder for this process group. Raises `BusyError` when another process has it."""
+    if not world.main:
+        yield
+        return
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = (home / "lock").open("a+")
+    except OSError as error:
+        raise disk_error(error, home) from error
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise BusyError(
+                f"another process ({file.read().strip() or 'unknown'}) is working in this run folder",
+                where=str(home),
+                way_out="wait for it, or give this run another `output`",
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def claim(home: Path, plan: Plan, fingerprints: dict[str, Any]) -> dict[str, Any] | None:
+    """What the folder holds of this very run, or None when it is new. Raises `ResumeError` when it is another's."""
+    if not (home / PLAN).exists():
+        foreign = [
+            p.name for p in home.iterdir() if p.name not in ("lock", STAGE) and not p.name.startswith(".staging-")
+        ]
+        if foreign:
+            raise ResumeError(
+                f"the folder is not empty and not a run ({foreign[0]} is in it)",
+                where=str(home),
+                way_out="give another `output`, or empty the folder",
+            )
+        return None
+    kept = json.loads((home / PLAN).read_text())
+    if kept["fingerprints"] != fingerprints:
+        now = json.loads(json.dumps(plan.stage.model_dump(mode="json")))
+        found = differences(kept["stage"], now) + [
+            line for line in differences(kept["fingerprints"], fingerprints) if not line.startswith("stage:")
+        ]
+        harmless = ("save.every", "save.keep", "output")
+        listed = "\n    ".join(line for line in found if not line.startswith(harmless))
+        raise ResumeError(
+            f"this folder holds a run of another stage; since then has changed:\n    {listed}",
+            where=str(home),
+            way_out="undo the change to go on, or give the new stage another `name` or `output`",
+        )
+    return kept
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask the run to save and stop; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._old[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: whoever runs it there stops it there
+                return self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        older = getattr(self._old.get(number), "__self__", None)
+        if isinstance(older, Interrupt):  # whoever carries out several runs is asked too
+            older.asked = True
+
+    def wanted(self, world: World) -> bool:
+        """Whether any rank was asked to stop."""
+        return world.any(self.asked)

@@ -1,0 +1,39 @@
+"""When are two things the same? When their fingerprints are: sha256 of contents, never of names or dates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from postgrad.storage.atomic import sha256
+
+MODEL_FILES = ("config.json", "task_layer.json", "tuning.json", "adapter_config.json", "*.safetensors")
+
+
+def fingerprint(value: Any) -> str:
+    """The sha256 of plain data (JSON with sorted keys)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Of a model folder: its configuration and weights."""
+    files = sorted(p for pattern in MODEL_FILES for p in folder.glob(pattern) if p.name != "optimizer.safetensors")
+    return fingerprint([[p.name, sha256(p)] for p in files])
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """`key.path: then -> now`, for each value that is not the same in two pieces of plain data."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [
+            line for i, (a, b) in enumerate(zip(before, now, strict=True)) for line in differences(a, b, f"{path}[{i}]")
+        ]
+    return [] if before == now else [f"{path}: {before!r} -> {now!r}"]

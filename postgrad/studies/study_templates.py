@@ -1,0 +1,147 @@
+"""What does a study file look like? The levers against forgetting side by side, or the protocol of the paper, as files to edit.
+
+At laptop size the texts are made from what every Python carries (`builtin_corpus`), so the files run as they are. At
+`gpu` size they name texts of the user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from postgrad.commands.builtin_corpus import is_material, write_kinds
+from postgrad.commands.init import refuse_name
+from postgrad.config.stage_file import read_yaml
+from postgrad.errors import StageError, nearest
+from postgrad.storage.atomic import write_atomically
+from postgrad.studies.study import parse_study
+
+_PAPER = ("strong", "weak", "parts", "shifts", "large")
+"""The files of the paper, by what they ask: a strong and a weak shift, parts without and with shifts, a larger model."""
+
+_SIZES: Mapping[str, Mapping[str, str]] = {
+    "laptop": {
+        "model": "llama-1M",
+        "large": "llama-3M",
+        "vocabulary": "2048",
+        "base_tokens": "1.2M",
+        "tokens": "600k",
+        "length": "256",
+        "sequences": "8",
+        "peak": "3.0e-3",
+        "half": "1.5e-3",
+        "twice": "6.0e-3",
+        "constant": "1.65e-3",
+        "floor": "3.0e-4",
+        "passes": "20",
+        "look": "4k",
+        "judged": "60k",
+        "seeds": "[0, 1, 2]",
+        "few": "[0, 1]",
+        "old_name": "english",
+        "old_kind": "English documentation",
+        "weak": "comments",
+        "weak_kind": "comments in code",
+        "strong": "code",
+        "strong_kind": "code without prose",
+        "third": "listing",
+        "third_kind": "instructions of the interpreter",
+    },
+    "gpu": {
+        "model": "llama-45M",
+        "large": "llama-110M",
+        "vocabulary": "16000",
+        "base_tokens": "300M",
+        "tokens": "300M",
+        "length": "1024",
+        "sequences": "128",
+        "peak": "1.0e-3",
+        "half": "5.0e-4",
+        "twice": "2.0e-3",
+        "constant": "5.5e-4",
+        "floor": "1.0e-4",
+        "passes": "4",
+        "look": "50k",
+        "judged": "1M",
+        "seeds": "[0, 1, 2]",
+        "few": "[0]",
+        "old_name": "web",
+        "old_kind": "English web text",
+        "weak": "encyclopedia",
+        "weak_kind": "an English encyclopedia",
+        "strong": "german",
+        "strong_kind": "German text",
+        "third": "code",
+        "third_kind": "code",
+    },
+}
+"""What the files say at each size. Peak and floor are those of the base, a tenth apart, as in the paper."""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Files to be written, and whether they read texts that have to be made."""
+
+    texts: Mapping[Path, str]
+    material: bool
+
+
+def write_study(place: Path, template: str, size: str, *, force: bool) -> dict[str, Any]:
+    """Write the files of a template, and the texts that they read.
+
+    Raises `StageError` for an unknown template or size, a name that can name no folder, and files that are there.
+    """
+    refuse_name(place)
+    for option, said, known in (("--template", template, ("levers", "paper")), ("--size", size, tuple(_SIZES))):
+        if said not in known:
+            raise StageError(
+                f"there is no {option.removeprefix('--')} {said!r}",
+                where=option,
+                expected=", ".join(known),
+                way_out=nearest(said, known),
+            )
+    if template == "levers" and size != "laptop":
+        raise StageError(
+            "the levers are written at laptop size", where="--size", expected="laptop, or --template paper"
+        )
+    wanted = _levers(place) if template == "levers" else _paper(place, size)
+    folder = place.with_name(f"{place.stem}-data")
+    there = [path for path in wanted.texts if path.exists()]
+    if wanted.material and folder.exists() and not is_material(folder):
+        there.append(folder)
+    if there and not force:
+        raise StageError(f"{there[0]} is there already", where="init", way_out="choose another name, or give --force")
+    for path, text in wanted.texts.items():
+        parse_study(read_yaml(text), path.name)  # what is written can be read
+    said = []
+    if wanted.material:
+        write_kinds(folder)
+        said.append(f"made {folder}/ from this Python's own documentation and library")
+    for path, text in wanted.texts.items():
+        write_atomically(path, text)
+        said.append(f"wrote {path}")
+    names = " ".join(path.name for path in wanted.texts)
+    said += [f"what it will do: postgrad study {names} --dry-run", f"next: postgrad study {names}"]
+    return {"text": "\n".join(said), "files": [str(path) for path in wanted.texts]}
+
+
+def _levers(place: Path) -> _Wanted:
+    return _Wanted({place: _filled("levers", place, place.stem, {})}, material=True)
+
+
+def _paper(place: Path, size: str) -> _Wanted:
+    paths = {part: place.with_name(f"{place.stem}-{part}.yaml") for part in _PAPER}
+    values = {**_SIZES[size], "all": f"{place.stem}-*.yaml"}
+    texts = {path: _filled(f"paper-{part}", path, place.stem, values) for part, path in paths.items()}
+    return _Wanted(texts, material=size == "laptop")
+
+
+def _filled(name: str, path: Path, stem: str, values: Mapping[str, str]) -> str:
+    text = files("postgrad.studies").joinpath("templates", f"{name}.yaml").read_text("utf-8")
+    return Template(text).substitute(
+        name=path.stem, file=path.name, data=f"{stem}-data", shelf=f"studies/{stem}", **values
+    )

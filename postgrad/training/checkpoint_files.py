@@ -1,0 +1,100 @@
+"""What does a checkpoint hold? Weights, moments, and a handful of integers; everything else follows from the step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from postgrad.models.pretrained import save_chat_template, save_pretrained
+from postgrad.optim.optimizer import load_whole
+from postgrad.training.step import Run
+from postgrad.tuning.attach import write_tuning
+
+STATE = "state.json"
+MOMENTS = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. The order of the data, the rate and the random numbers are functions of `step`."""
+
+    step: int
+    trained: int
+    trained_by_source: dict[str, int]
+    updates: dict[str, int]
+    """Updates of each weight since its moments began."""
+    rate: float
+    """The learning rate of this step; an anneal branched from here starts with it."""
+    stage: str
+    """The fingerprint of the stage this belongs to."""
+    pacing: dict[str, float] = field(default_factory=dict)
+    """What a rate that follows the loss goes by."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What a checkpoint says beside its tensors: the stage's fingerprint, the tuning's options, and what it sits on."""
+
+    stage: str
+    options: dict[str, Any]
+    base: dict[str, Any]
+
+
+def write_state(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase, keeping: Keeping) -> None:
+    """Write a checkpoint's files: a plain Hugging Face folder (fp32 weights) or a tuning's, the moments, and `state.json`."""
+    whole = run.weights.tuning.whole
+    state = run.weights.whole_state() if whole else run.weights.state()
+    moments = run.optimizer.moments()
+    if not run.world.main:
+        return
+    if whole:
+        save_pretrained(run.model.pretrained, tokenizer, folder, dtype=torch.float32, state=state)
+    else:
+        write_tuning(folder, keeping.options, state, keeping.base)
+        save_chat_template(tokenizer, folder)
+    save_file({name: t.contiguous() for name, t in moments.items()}, folder / MOMENTS)
+    by_source = dict(zip(run.sources, (int(n) for n in run.trained_by_source), strict=True))
+    progress = Progress(
+        run.step, run.trained, by_source, run.optimizer.updates(), run.rate, keeping.stage, run.pacing.state()
+    )
+    (folder / STATE).write_text(json.dumps(asdict(progress), indent=1))
+
+
+def read_progress(folder: Path) -> Progress:
+    """The integers of a checkpoint."""
+    return Progress(**json.loads((folder / STATE).read_text()))
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint's fp32 tensors by name, whole (all its safetensors files but the moments)."""
+    out: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name != MOMENTS:
+            out.update(load_file(path))
+    return out
+
+
+def read_moments(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint's moments by name."""
+    return load_file(folder / MOMENTS)
+
+
+def restore(run: Run, folder: Path) -> None:
+    """Put a run where its checkpoint was."""
+    progress = read_progress(folder)
+    if run.weights.tuning.whole:
+        load_whole(run.weights, read_weights(folder))
+    else:
+        run.weights.load(read_weights(folder))
+    run.optimizer.restore(read_moments(folder), progress.updates)
+    run.pacing.load(progress.pacing)
+    run.step, run.trained, run.rate = progress.step, progress.trained, progress.rate
+    for k, name in enumerate(run.sources):
+        run.trained_by_source[k] = progress.trained_by_source[name]

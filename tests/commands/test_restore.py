@@ -1,0 +1,171 @@
+"""What a run has forgotten is won back: the stage that does it, its aim, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from postgrad.cli.main import app
+from postgrad.commands.restore import Aim, Wish, plan_restoration, restored, restored_text
+from postgrad.errors import PostgradError, StageError
+from postgrad.evaluation import classification_metrics
+from postgrad.lineage.record import read_record
+from postgrad.plan.checkpoint_selection import Look, Rule, standing
+from postgrad.run.run import Finished, run_stage
+from tests.tiny_stages import Shelf, make_shelf
+
+LENGTH = 192
+"""Room for a prompt, what is written behind it, and a little more."""
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+    """Two runs: one learns the old text, the next one the new text alone, and forgets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classification_metrics, "_DRAWS", 4)
+        made = make_shelf(tmp_path_factory.mktemp("restore"), tmp_path_factory.getbasetemp() / "cache")
+        config = made.home / "llama" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 256}))
+        evaluation = {**made.texts, "retained": [], "learned": [made.file("old", held_out=True)]}
+        one = made.stage("one", sources=[made.source("old")], tokens=6000, evaluation=evaluation)
+        made.run(one)
+        naive = made.stage("naive", model="runs/one", sources=[made.source("new", held_out=0.1)], tokens=6000)
+        naive["evaluation"] = {**made.texts, "learned": [made.file("new", held_out=True)]}
+        made.run(naive)
+        yield made
+
+
+def wish(shelf: Shelf, **changes: Any) -> Wish:
+    given = {
+        "run": shelf.home / "runs" / "naive",
+        "teacher": None,
+        "prompts": (shelf.file("old"),),
+        "retained": (),
+        "until": 0.05,
+        "max_cost": 1.0,
+        "steps": 8,
+        "kept": 0.5,
+        "rate": None,
+        "output": None,
+    }
+    return Wish(**{**given, **changes})
+
+
+def test_the_stage_that_is_written(shelf: Shelf) -> None:
+    found = plan_restoration(wish(shelf), shelf.cache)
+    stage, aim = found.plan.stage, found.aim
+    record = read_record(shelf.home / "runs" / "naive")
+    assert [o.kind for o in stage.objectives] == ["on-policy", "distill"]
+    assert found.plan.weighed == ((0,), (1,)) and [leaf.name for leaf in found.plan.leaves] == ["prompts", "new"]
+    assert stage.shares() == (0.5, 0.5) and stage.schedule.peak == 1e-2  # type: ignore[union-attr]
+    # What was held out of the new text is still.
+    assert [leaf.held_out for leaf in found.plan.leaves] == [0.0, 0.1]
+    assert found.plan.teachers[0].folder == shelf.home / "runs" / "one" / "model"
+    assert {h.name: h.role for h in found.plan.held_out} == {
+        "old-heldout": "learned",
+        "new-heldout": "retained",
+        "new": "retained",
+    }
+    scores = record["scores"]
+    assert aim.set == "old-heldout"
+    assert aim.now == pytest.approx(scores["after"]["old-heldout"]["nats"], rel=1e-5)
+    assert aim.earlier == pytest.approx(scores["before"]["old-heldout"]["nats"], rel=1e-5)
+    assert aim.enough == pytest.approx(aim.now - 0.05 * (aim.now - aim.earlier))
+    choose = stage.save.choose
+    assert choose is not None and choose.enough == aim.enough
+    old, new = aim.gains["new-heldout"]
+    assert choose.max_forgetting == pytest.approx(min(1.0, (old - new) / new), rel=1e-6)
+    alone = plan_restoration(wish(shelf, kept=0.0), shelf.cache).plan
+    assert [leaf.name for leaf in alone.leaves] == ["prompts"] and len(alone.objectives) == 1
+    assert alone.steps == pytest.approx(8, abs=1)
+
+
+def test_it_wins_back_and_says_what_it_cost(shelf: Shelf) -> None:
+    asked = plan_restoration(wish(shelf, steps=30), shelf.cache)
+    events = list(run_stage(asked.plan, command="test", cache=shelf.cache))
+    done = events[-1]
+    assert isinstance(done, Finished)
+    found = restored(asked, done)
+    after = done.record["scores"]["after"]["old-heldout"]["nats"]
+    assert found["recovered"] == pytest.approx((asked.aim.now - after) / (asked.aim.now - asked.aim.earlier))
+    assert found["enough"] and found["recovered"] >= 0.05
+    assert done.record["chosen"]["stopped"] and done.record["achieved"]["steps"] < asked.plan.steps
+    assert "of what was lost is won back" in restored_text(asked, done)
+    # A second time it is there already.
+    again = list(
+        run_stage(plan_restoration(wish(shelf, steps=30), shelf.cache).plan, command="test", cache=shelf.cache)
+    )
+    assert isinstance(again[-1], Finished) and again[-1].already
+
+
+def test_what_cannot_be_restored_is_refused(shelf: Shelf, tmp_path: Path) -> None:
+    one = shelf.home / "runs" / "one"
+    with pytest.raises(StageError, match="lost nothing that"):
+        plan_restoration(wish(shelf, teacher=str(shelf.home / "runs" / "naive")), shelf.cache)
+    with pytest.raises(StageError, match="replayed nothing"):
+        plan_restoration(wish(shelf, prompts=()), shelf.cache)
+    with pytest.raises(StageError, match="names no file of old text"):
+        plan_restoration(wish(shelf, run=one), shelf.cache)
+    with pytest.raises(StageError, match="is not a run folder"):
+        plan_restoration(wish(shelf, run=tmp_path), shelf.cache)
+    for changes, option, said in (
+        ({"until": 0.0}, "--until", "nothing to win back"),
+        ({"kept": 1.0}, "--keep", "nothing for the prompts"),
+        ({"rate": -1.0}, "--rate", "no rate"),
+        ({"rate": float("nan")}, "--rate", "no rate"),
+        ({"teacher": "nowhere"}, "--teacher", "there is no folder"),
+        ({"prompts": ("none.jsonl",)}, "--prompts", "no file matches"),
+        ({"retained": ("none.jsonl",)}, "--retained", "no file matches"),
+    ):
+        with pytest.raises(PostgradError, match=said) as caught:
+            plan_restoration(wish(shelf, **changes), shelf.cache)
+        assert caught.value.where == option
+    masked = shelf.run(shelf.stage("masked", model="bert", objectives=[{"kind": "masked"}])).place
+    with pytest.raises(StageError, match="holds no model that writes on"):
+        plan_restoration(wish(shelf, run=masked), shelf.cache)
+    for option in ("--until", "--max-cost", "--keep"):
+        result = CliRunner().invoke(app, ["restore", str(one), option, "much"])
+        error = result.exception
+        assert isinstance(error, StageError) and error.where == option and "'much'" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "recovered", "cost", "enough"),
+    [
+        (2.5, 2.2, 0.5, 0.1, True),
+        (2.6, 2.2, 0.4, 0.1, False),
+        (2.5, 2.3, 0.5, 0.15, False),
+        (1.9, 1.8, 1.1, -0.1, True),
+    ],
+    ids=["just so", "too little won back", "too dear", "more than all of both"],
+)
+def test_it_is_enough_when_enough_is_won_back_at_no_more_than_was_allowed(
+    old: float, new: float, recovered: float, cost: float, enough: bool
+) -> None:
+    """A run lost 1 nat of the old text (2 to 3) and gained 2 of the new (4 to 2); half for a tenth was asked for."""
+    asked = SimpleNamespace(
+        aim=Aim("old", now=3.0, earlier=2.0, enough=2.5, gains={"new": (4.0, 2.0), "even": (3.0, 3.0)}),
+        wish=SimpleNamespace(until=0.5, max_cost=0.1),
+    )
+    after = {"old": {"nats": old}, "new": {"nats": new}, "even": {"nats": 3.1}}
+    done = SimpleNamespace(record={"scores": {"after": after}}, place=Path("run"))
+    found = restored(asked, done)  # type: ignore[arg-type]
+    assert found["recovered"] == pytest.approx(recovered) and found["costs"] == {"new": pytest.approx(cost)}
+    assert found["enough"] is enough
+    assert ("50% was asked for" in restored_text(asked, done)) is not enough  # type: ignore[arg-type]
+
+
+def test_enough_ends_a_choice_where_no_more_is_forgotten_than_is_allowed() -> None:
+    rule = Rule("old", "loss", None, 0.0, 2, max_forgetting=0.1, enough=1.5)
+    looks = [Look(1, 10, 1.0, 0.0), Look(2, 20, 1.2, 0.4), Look(3, 30, 1.6, 0.05), Look(4, 40, 1.5, 0.1)]
+    assert [standing(looks[:i], rule).stop for i in range(1, 5)] == [False, False, False, True]
+    best = standing(looks, rule).best
+    assert best is not None and best.step == 4
+    more = Rule("old", "accuracy", None, 0.0, 1, enough=0.8)
+    assert [standing([Look(1, 10, value)], more).stop for value in (0.7, 0.8)] == [False, True]

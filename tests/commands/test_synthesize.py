@@ -1,0 +1,150 @@
+"""A model's own text: the same file after any interruption, tagged, filtered, and told for what it is where it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from postgrad.check.check import check_stage
+from postgrad.commands.synthesize import Wish, Written, summary_file, synthesize, told
+from postgrad.config.stage_file import parse_stage
+from postgrad.data.read.files import Source
+from postgrad.data.read.generated_text import made_by
+from postgrad.errors import DataError, ModelError, StageError
+from postgrad.models.pretrained import locate
+from postgrad.plan.plan import make_plan
+from postgrad.tuning.open_model import start_fingerprint
+from tests import tiny_stages
+from tests.conftest import StageOf, old_text, write_jsonl
+
+WISH = Wish(tokens=600, longest=40, at_once=4)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def all_of(steps: Iterator[Written]) -> Written:
+    *_, last = steps
+    return last
+
+
+def test_what_was_asked_for_is_written_and_tagged(base: Path, tmp_path: Path) -> None:
+    out, model = tmp_path / "replay.jsonl", str(base / "base")
+    last = all_of(synthesize(model, out, WISH))
+    found = rows(out)
+    assert last.tokens >= 600 and len(found) == last.documents
+    numbers = [row["made"]["number"] for row in found]
+    assert numbers == sorted(set(numbers))
+    for row in found:
+        assert row["text"].strip() and row["made"]["by"] == model
+        assert row["made"]["model"] == start_fingerprint(locate(model, Path.cwd()))
+        assert row["made"]["from"] == "bos" and row["made"]["temperature"] == 1.0
+    summary = told(model, out)
+    assert summary["documents"] == len(found) and "role: replay" in summary["text"]
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_a_stop_anywhere_makes_no_difference(base: Path, tmp_path: Path) -> None:
+    whole, model = tmp_path / "whole.jsonl", str(base / "base")
+    all_of(synthesize(model, whole, WISH))
+    for stop_after in (1, 3):
+        out = tmp_path / f"stopped{stop_after}.jsonl"
+        steps = synthesize(model, out, WISH)
+        for _ in range(stop_after):
+            next(steps)
+        steps.close()
+        with (tmp_path / f"{out.name}.part").open("a") as file:
+            file.write('{"text": "half a li')  # killed while it wrote
+        all_of(synthesize(model, out, WISH))
+        assert out.read_bytes() == whole.read_bytes()
+        kept = [json.loads(summary_file(path).read_text()) for path in (out, whole)]
+        assert kept[0] == kept[1]
+
+
+def test_other_options_do_not_go_on_with_a_file(base: Path, tmp_path: Path) -> None:
+    out, model = tmp_path / "replay.jsonl", str(base / "base")
+    steps = synthesize(model, out, WISH)
+    next(steps)
+    steps.close()
+    with pytest.raises(StageError, match="begun with another model or other options"):
+        next(synthesize(model, out, replace(WISH, seed=1)))
+
+
+def test_documents_begin_as_the_given_texts_do(base: Path, tmp_path: Path) -> None:
+    texts = old_text(5, 90)
+    file, out = write_jsonl(tmp_path / "seeds.jsonl", texts), tmp_path / "replay.jsonl"
+    all_of(synthesize(str(base / "base"), out, replace(WISH, beginning=6), [str(file)]))
+    for row in rows(out):
+        line = int(row["made"]["from"].rsplit(":", 1)[1])
+        assert row["text"][:8] == texts[line - 1][:8]
+
+
+def test_copies_and_loops_are_left_out_and_counted(base: Path, tmp_path: Path) -> None:
+    """At a low temperature every document is the same one."""
+    file = write_jsonl(tmp_path / "seeds.jsonl", old_text(1, 90))
+    wish = replace(WISH, tokens=10_000, longest=60, beginning=20, temperature=1e-6)
+    with pytest.raises(DataError, match=r"could be kept \(.*(nearly the same as one before|repeating themselves)"):
+        all_of(synthesize(str(base / "base"), tmp_path / "loop.jsonl", wish, [str(file)]))
+
+
+def test_self_made_text_is_told_for_what_it_is(base: Path, stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "replay.jsonl"
+    all_of(synthesize(str(base / "base"), out, replace(WISH, tokens=1500)))
+    assert made_by(Source("x", str(out), root=tmp_path, where="x")) == str(base / "base")
+    assert made_by(Source("x", str(base / "old.jsonl"), root=tmp_path, where="x")) is None
+    stage = stage_of()
+    stage["data"]["sources"][1] |= {"path": str(out), "max_passes": 50}
+    plan = make_plan(parse_stage(stage, "t"), tmp_path, cache)
+    assert [source["made_by"] for source in plan.as_record()["sources"]] == [None, str(base / "base")]
+    text = check_stage(plan, cache=cache)["text"]
+    assert "self-made" in text and f"old: self-made text, written by {base / 'base'}" in text
+
+
+def test_what_cannot_be_is_said(base: Path, tmp_path: Path) -> None:
+    model, out = str(base / "base"), tmp_path / "replay.jsonl"
+    for wish, begun, says in (
+        (replace(WISH, longest=1000), [], "do not fit"),
+        (replace(WISH, longest=0), [], "--longest: 0 is no such number"),
+        (replace(WISH, longest=1), [], "--longest: 1 is no such number"),
+        (replace(WISH, beginning=-1), [], "--beginning: -1 is no such number"),
+        (replace(WISH, temperature=0.0), [], "no such number"),
+        (replace(WISH, temperature=float("inf")), [], "--temperature: inf is no such number"),
+        (replace(WISH, most_repeated=-0.1), [], "--most-repeated: -0.1 is no such number"),
+        (replace(WISH, alike=0.2), [], "--alike: 0.2 is no such number"),
+        (replace(WISH, alike=float("nan")), [], "--alike: nan is no such number"),
+        (replace(WISH, top_p=1.5), [], "no such number"),
+        (replace(WISH, beginning=3), [], "beginnings need a text"),
+        (WISH, ["x.jsonl"], "beginnings need a text"),
+    ):
+        with pytest.raises(StageError, match=says):
+            next(synthesize(model, out, wish, begun))
+    with pytest.raises(StageError, match="no JSONL file"):
+        next(synthesize(model, tmp_path / "replay.txt", WISH))
+    with pytest.raises(StageError, match="--out: there is no folder"):
+        next(synthesize(model, tmp_path / "gone" / "replay.jsonl", WISH))
+    out.write_text("")
+    with pytest.raises(StageError, match="is there already"):
+        next(synthesize(model, out, WISH))
+
+
+@pytest.mark.parametrize("state", ["{half", '{"of": "x", "surprise": 1}', "[]"])
+def test_a_broken_account_is_no_traceback_and_loses_nothing(base: Path, tmp_path: Path, state: str) -> None:
+    out = tmp_path / "replay.jsonl"
+    (tmp_path / "replay.jsonl.part").write_text("written before")
+    (tmp_path / "replay.jsonl.part.json").write_text(state)
+    with pytest.raises(StageError, match=r"is broken.*\n.*remove replay\.jsonl\.part and replay\.jsonl\.part\.json"):
+        next(synthesize(str(base / "base"), out, WISH))
+    assert (tmp_path / "replay.jsonl.part").read_text() == "written before"
+
+
+def test_an_encoder_writes_nothing(tmp_path: Path) -> None:
+    tokenizer = tiny_stages.bert_tokenizer()
+    folder = tiny_stages.written(tiny_stages.make_bert(len(tokenizer)), tokenizer, tmp_path / "bert")
+    with pytest.raises(ModelError, match="does not write running text"):
+        next(synthesize(str(folder), tmp_path / "replay.jsonl", WISH))

@@ -1,0 +1,163 @@
+"""Templates: what each sign means, where spaces count, how rows are shortened, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postgrad.data.render.prompt_template import Field, Special, Template, Virtual, Words
+from postgrad.errors import DataError, PostgradError, StageError
+
+SPECIAL = {"cls": 101, "sep": 102, "mask": 103}
+
+
+def letters(text: str) -> list[int]:
+    """One token a character."""
+    return [ord(c) for c in text]
+
+
+def rendered(text: str, fields: dict[str, list[int]], **more: object) -> list[int]:
+    return Template.parse(text).render(fields, SPECIAL, 1000, letters, **more).ids  # type: ignore[arg-type]
+
+
+def test_the_signs() -> None:
+    template = Template.parse("[CLS] {3} {x} {2} [MASK] {1}")
+    assert template.parts == (
+        Special("cls"),
+        Virtual(0, 3),
+        Field("x"),
+        Virtual(3, 2),
+        Special("mask"),
+        Virtual(5, 1),
+    )
+    assert template.fields == ("x",) and template.virtual == 6
+    found = template.render({"x": [7, 8], "unread": [1]}, SPECIAL, 1000, letters)
+    assert found.ids == [101, 1000, 1001, 1002, 7, 8, 1003, 1004, 103, 1005]
+    assert found.field_of == [None] * 4 + ["x", "x"] + [None] * 4
+
+
+def test_the_form_that_p_tuning_published() -> None:
+    """Three, the mask, three, the subject, three: nine virtual tokens, numbered through."""
+    found = rendered("[CLS] {3} [MASK] {3} {x} {3} [SEP]", {"x": [7]})
+    assert found == [101, 1000, 1001, 1002, 103, 1003, 1004, 1005, 7, 1006, 1007, 1008, 102]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{x} {y}", (Field("x"), Words(" "), Field("y"))),
+        ("Q: {x}\nA:", (Words("Q: "), Field("x"), Words("\nA:"))),
+        ("[CLS]  Q: {x} {2}", (Special("cls"), Words("Q: "), Field("x"), Virtual(0, 2))),
+        ("{2}\nQ {x}", (Virtual(0, 2), Words("\nQ "), Field("x"))),
+        ("{x}\n [SEP]", (Field("x"), Words("\n"), Special("sep"))),
+        (" {x} ", (Words(" "), Field("x"), Words(" "))),
+        ("a {{x}} {x}}}", (Words("a {x} "), Field("x"), Words("}"))),
+        ("[[MASK]] is [MASK] [1] [note]", (Words("[MASK] is"), Special("mask"), Words("[1] [note]"))),
+        ("{first name} {a.b}", (Field("first name"), Words(" "), Field("a.b"))),
+        ("", ()),
+    ],
+)
+def test_what_is_text(text: str, parts: tuple[object, ...]) -> None:
+    assert Template.parse(text).parts == parts
+
+
+def test_text_around_an_escape_is_tokenised_in_one_piece() -> None:
+    asked: list[str] = []
+
+    def tokens(text: str) -> list[int]:
+        asked.append(text)
+        return [1]
+
+    Template.parse("a{{b}}c{x}d").render({"x": []}, SPECIAL, 0, tokens)
+    assert asked == ["a{b}c", "d"]
+
+
+def test_its_own_tokens_by_where_they_stand() -> None:
+    """What a row of two texts needs: before the first, between, after the second."""
+    template = Template.parse("[CLS] {2} {first} [SEP] {second} {1} [SEP]")
+    assert template.around(SPECIAL, 500, letters) == [[101, 500, 501], [102], [502, 102]]
+    assert template.fields == ("first", "second")
+    assert Template.parse("{x}{y}{x}").fields == ("x", "y")
+
+
+def test_rows_are_shortened_where_it_is_said() -> None:
+    text, fields = "[CLS] {x} {1} {y}", {"x": [1, 2, 3, 4], "y": [5, 6]}
+    assert rendered(text, fields, limit=8, cut="x") == [101, 1, 2, 3, 4, 1000, 5, 6]
+    assert rendered(text, fields, limit=6, cut="x") == [101, 1, 2, 1000, 5, 6]
+    assert rendered(text, fields, limit=6, cut="x", cut_at="beginning") == [101, 3, 4, 1000, 5, 6]
+    assert rendered("{x}[SEP]{x}", fields, limit=6, cut="x") == [1, 2, 102, 1, 2]
+    assert rendered("[CLS] {y}", fields, limit=3) == [101, 5, 6]
+    assert rendered("[CLS] {y}", {"y": []}, limit=1, cut="y") == [101]
+
+
+@given(
+    marks=st.lists(st.sampled_from(["[CLS]", "{2}", "{x}", "{y}", "word"]), max_size=7),
+    x=st.lists(st.integers(1, 9), max_size=9),
+    y=st.lists(st.integers(11, 19), max_size=9),
+    limit=st.integers(1, 25),
+    cut_at=st.sampled_from(["end", "beginning"]),
+)
+def test_a_row_fits_and_only_the_field_was_cut(
+    marks: list[str], x: list[int], y: list[int], limit: int, cut_at: str
+) -> None:
+    text = "".join([*marks, "{x}"])
+    whole = rendered(text, {"x": x, "y": y})
+    try:
+        found = Template.parse(text).render({"x": x, "y": y}, SPECIAL, 1000, letters, limit, "x", cut_at=cut_at)
+    except PostgradError:
+        times = text.count("{x}")
+        assert len(whole) > limit and len(whole) - times * len(x) + times > limit  # not one token of x would fit
+        return
+    ids, sources = found
+    assert len(ids) == len(sources) <= limit
+    if len(whole) <= limit:
+        assert ids == whole
+        return
+    pieces = re.findall("x+", "".join("x" if s == "x" else "-" for s in sources))
+    kept = sum(s == "x" for s in sources) // text.count("{x}")
+    part = x[:kept] if cut_at == "end" else x[-kept:]
+    assert sum(map(len, pieces)) == kept * text.count("{x}") and kept > 0
+    assert ids == rendered(text, {"x": part, "y": y})
+    assert len(ids) + text.count("{x}") > limit
+
+
+@pytest.mark.parametrize(
+    ("text", "met"),
+    [
+        ("{x", r"'\{' at character 1 has no partner"),
+        ("a } b", r"'\}' at character 3 has no partner.*"),
+        ("{a{b}}", r"'\{' at character 1 has no partner"),
+        ("{0} {x}", r"\{0\} at character 1 is neither"),
+        ("{x} {}", r"\{\} at character 5 is neither"),
+        ("{-3}", "neither"),
+        ("{3x}", "neither"),
+    ],
+)
+def test_what_cannot_be_read(text: str, met: str) -> None:
+    with pytest.raises(StageError, match=met):
+        Template.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "met"),
+    [
+        (lambda: rendered("[MSK] {x}", {"x": [1]}), StageError, r"no special token \[MSK\](.|\n)*did you mean 'mask'"),
+        (lambda: rendered("[INST] {x}", {"x": [1]}), StageError, r"write \[\[INST\]\]"),
+        (lambda: rendered("{sentense}", {"sentence": [1]}), StageError, "did you mean 'sentence'"),
+        (lambda: rendered("{text}", {"text": [1]}, cut="test"), StageError, "did you mean 'text'"),
+        (lambda: rendered("{5}{x}", {"x": [1, 2]}, limit=5, cut="x"), StageError, "template alone has 5 tokens"),
+        (lambda: rendered("{x}", {"x": [1, 2, 3]}, limit=2), DataError, "3 tokens, more than 2(.|\n)*may be cut: x"),
+        (
+            lambda: rendered("{x}{y}", {"x": [1], "y": [1] * 9}, limit=9, cut="x"),
+            DataError,
+            "already has 9 tokens of 9",
+        ),
+    ],
+)
+def test_what_is_refused(call: Callable[[], object], kind: type[Exception], met: str) -> None:
+    with pytest.raises(kind, match=met):
+        call()

@@ -1,0 +1,260 @@
+"""Stages that begin with random weights: every task, the same bits when the cache was cleared, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from postgrad.commands.evaluate import show_lineage
+from postgrad.config.stage_file import parse_stage
+from postgrad.data.layouts.rows import held_out_mask
+from postgrad.data.tokens.train_vocabulary import _measured
+from postgrad.errors import DataError, ModelError, PostgradError, StageError, TuningError
+from postgrad.plan import start_model
+from postgrad.run.run import Saved, Stepped, run_stage
+from tests.tiny_stages import LENGTH, Shelf, make_shelf, trace
+
+LLAMA = {"fresh": "llama-100k", "tokenizer": {"vocabulary": 400}}
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """Models, texts and rows, with a cache of their own."""
+    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.mktemp("cache"))
+
+
+def begun(shelf: Shelf, name: str, model: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A stage on a new model."""
+    return {**shelf.stage(name, **changes), "model": model}
+
+
+TASKS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "causal": ("llama-100k", {}, "LlamaForCausalLM"),
+    "gpt2": ("gpt2-120k", {}, "GPT2LMHeadModel"),
+    "masked": ("bert-150k", {}, "BertForMaskedLM"),
+    "spans": ("t5-150k", {}, "T5ForConditionalGeneration"),
+    "classes": ("bert-150k", {"kind": "labelled", "objectives": [{"kind": "classify"}]}, "BertForSequenceClassification"),
+    "decoder-classes": (
+        "llama-100k", {"kind": "labelled", "objectives": [{"kind": "classify"}]}, "LlamaForSequenceClassification",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_new_model_is_trained_from_a_uniform_guess(task: str, shelf: Shelf) -> None:
+    name, asked, architecture = TASKS[task]
+    changes = dict(asked)
+    kind = changes.pop("kind", None)
+    if kind:
+        changes |= {
+            "sources": [shelf.source("labelled", kind)],
+            "evaluation": {"learned": [shelf.file("labelled", held_out=True)], "samples": 0},
+            "tokens": 240,
+            "schedule": {"kind": "constant", "peak": 3e-3},
+        }
+    raw = begun(shelf, task, {"fresh": name, "tokenizer": {"vocabulary": 400}}, **changes)
+    record = shelf.run(raw).record
+    before, after = record["scores"]["before"], record["scores"]["after"]
+    choices = 2 if kind else record["model"]["vocabulary"]
+    for held_out in before:
+        assert before[held_out]["nats"] == pytest.approx(math.log(choices), abs=0.25), held_out
+    learned = "labelled-heldout" if kind else "new-heldout"
+    assert after[learned]["nats"] < before[learned]["nats"] - 0.05
+    assert record["model"]["start"] == name
+    made = record["model"]["fresh"]
+    assert made["asked"]["fresh"] == name and made["config"]["model_type"] == name.split("-")[0]
+    assert made["weights"] == pytest.approx(float(name.split("-")[1][:-1]) * 1000, rel=0.05)
+    home = Path(raw["output"])
+    assert json.loads((home / "model" / "config.json").read_text())["architectures"] == [architecture]
+    assert "Made anew" in (home / "report.html").read_text()
+    assert "is new:" in record["notes"][0] and "retained set" not in " ".join(record["notes"])
+    if kind:
+        assert set(after[learned]["metrics"]) >= {"accuracy", "macro F1"}
+
+
+def test_no_held_out_document_is_looked_at(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By whatever share and file it is held out: the texts that reach the trainer are those of the plan's rows."""
+    texts: list[str] = []
+    learnt = start_model.learn_vocabulary
+
+    def spied(*args: Any, **kwargs: Any) -> str:
+        from postgrad.data.tokens import train_vocabulary
+
+        repeated = train_vocabulary._repeated
+
+        def seen(*given: Any) -> Any:
+            for text in repeated(*given):
+                texts.append(text)
+                yield text
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(train_vocabulary, "_repeated", seen)
+            return learnt(*args, **kwargs)
+
+    monkeypatch.setattr(start_model, "learn_vocabulary", spied)
+    (tmp_path / "own.jsonl").write_text(Path(shelf.file("old")).read_text())
+    own = {"name": "own", "path": str(tmp_path / "own.jsonl"), "share": 0.5, "held_out": "20%", "max_passes": 100}
+    new = shelf.source("new", share=0.5)
+    raw = begun(shelf, "spied", {"fresh": "llama-100k", "tokenizer": {"vocabulary": 390}}, sources=[own, new],
+                evaluation={"learned": [shelf.file("new")]})  # fmt: skip
+    with pytest.raises(DataError, match="nothing of 'new' is left"):  # its every document is a copy of a held-out one
+        shelf.plan(raw)
+    digests, _ = _measured(
+        start_model.files_of("own", {**own, "hub": None, "columns": {}, "documents": "auto"}, tmp_path, "x")
+    )
+    every = [json.loads(line)["text"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    out = held_out_mask(digests, 0.2)
+    assert 0 < out.sum() < len(every)
+    allowed = {text for text, away in zip(every, out, strict=True) if not away}
+    assert set(texts) <= allowed and len(set(texts)) >= len(allowed) // 3
+
+
+def test_resumed_with_a_cleared_cache_it_ends_with_the_same_bits(shelf: Shelf, tmp_path: Path) -> None:
+    whole = begun(shelf, "fresh-whole", LLAMA)
+    shelf.run(whole)
+    other = Shelf(shelf.home, tmp_path / "cache")
+    raw = begun(other, "fresh-parts", LLAMA)
+    saved = False
+    for event in run_stage(other.plan(raw), command="test", cache=other.cache):
+        if saved and isinstance(event, Stepped):
+            break
+        saved |= isinstance(event, Saved)
+    shutil.rmtree(other.cache)
+    other.run(raw)
+    assert trace(Path(raw["output"])) == trace(Path(whole["output"]))
+    # The mutant: weights of another seed are other weights.
+    shelf.run(begun(shelf, "fresh-other", LLAMA, seed=1))
+    assert trace(shelf.home / "runs" / "fresh-other") != trace(Path(whole["output"]))
+
+
+def test_a_made_model_that_was_damaged_is_made_again(shelf: Shelf) -> None:
+    plan = shelf.plan(begun(shelf, "damaged", {**LLAMA, "dropout": "5%"}))
+    assert plan.start.folder is not None
+    weights = plan.start.folder / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-4] + b"\0\1\2\3")
+    shelf.plan(begun(shelf, "damaged", {**LLAMA, "dropout": "5%"}))
+    assert weights.read_bytes() == good
+
+
+def test_a_lineage_goes_on_from_a_new_model_and_is_drawn_without_it(shelf: Shelf) -> None:
+    first = begun(shelf, "one", LLAMA, evaluation={"learned": [shelf.file("old", held_out=True)], "samples": 0})
+    shelf.run(first)
+    second = shelf.stage("two", tuning={"kind": "lora"})
+    second["model"] = first["output"]
+    second["evaluation"] = {"learned": [shelf.file("new", held_out=True)], "samples": 0}
+    shelf.run(second)
+    found = show_lineage(Path(second["output"]), None, cache=shelf.cache)
+    shutil.rmtree(shelf.cache / "fresh")
+    again = show_lineage(Path(second["output"]), None, cache=shelf.cache)
+    assert again["R"] == found["R"]
+    assert found["stages"][0]["name"] == "start" and found["stages"][0]["model"] == "llama-100k"
+    assert all(value is not None for row in found["R"] for value in row)
+
+
+def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Shelf, tmp_path: Path) -> None:
+    given = json.loads((shelf.home / "llama" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    new = shelf.plan(
+        begun(shelf, "config", {"config": str(tmp_path / "config.json"), "tokenizer": {"vocabulary": 350}})
+    )
+    assert new.vocabulary == len(new.tokenizer) == 350 and new.start.made is not None
+    assert new.start.made["config"]["hidden_size"] == given["hidden_size"]
+    same = shelf.plan(
+        begun(shelf, "config", {"config": str(shelf.home / "llama"), "tokenizer": str(shelf.home / "llama")})
+    )
+    assert same.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(shelf.home / "llama").get_vocab()
+    assert same.vocabulary == given["vocab_size"]
+    fitted = shelf.plan(begun(shelf, "config", {"fresh": "gpt2-100k", "tokenizer": str(shelf.home / "llama")}))
+    assert fitted.vocabulary == len(fitted.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "said"),
+    [
+        ({"fresh": "lama-1M"}, ModelError, r"model\.fresh: there is no family 'lama'[\s\S]*did you mean 'llama'"),
+        ({"fresh": "llama-1k"}, ModelError, r"model\.fresh: llama-1k cannot be made with a vocabulary"),
+        (
+            {"fresh": "t5-1M", "tokenizer": {"vocabulary": 340}},
+            StageError,
+            r"tokenizer\.vocabulary: 340 tokens have no room",
+        ),
+        ({"config": "nowhere/config.json"}, ModelError, r"model\.config: there is no nowhere/config\.json"),
+        ({"config": "old.jsonl"}, ModelError, r"model\.config: no configuration could be read from old\.jsonl"),
+        ({"config": "llama", "tokenizer": "bert-large"}, ModelError, "no tokenizer could be loaded"),
+        (
+            {"config": "narrow.json", "tokenizer": "llama"},
+            ModelError,
+            r"320 tokens and the configuration 100 embeddings",
+        ),
+        ({"config": "foreign.json", "tokenizer": "llama"}, ModelError, "auto_map"),
+    ],
+)
+def test_what_cannot_be_made_is_told(
+    model: dict[str, Any], error: type[PostgradError], said: str, shelf: Shelf
+) -> None:
+    config = json.loads((shelf.home / "llama" / "config.json").read_text())
+    (shelf.home / "narrow.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    (shelf.home / "foreign.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.Y"}}))
+    with pytest.raises(error, match=said):
+        shelf.plan(begun(shelf, "refused", model))
+
+
+def test_small_folders_do_not_sit_on_a_new_model(shelf: Shelf) -> None:
+    with pytest.raises(TuningError, match=r"`lora` leaves a small folder[\s\S]*train the new model whole first"):
+        shelf.run(begun(shelf, "lora", LLAMA, tuning={"kind": "lora"}))
+    head = {"kind": "blocks", "last": 1}
+    assert shelf.run(begun(shelf, "blocks", LLAMA, tuning=head)).record["status"] == "finished"
+
+
+def test_nothing_was_seen_that_could_be_replayed(shelf: Shelf) -> None:
+    seen = {"name": "seen", "seen_so_far": True, "share": 0.5}
+    with pytest.raises(StageError, match=r"data\.sources\[1\]: a new model has seen nothing"):
+        shelf.plan(begun(shelf, "seen", LLAMA, sources=[shelf.source("new", share=0.5), seen]))
+
+
+def test_a_suggestion_is_a_model_of_a_stage(shelf: Shelf) -> None:
+    assert start_model.suggested("llama-15M", 20_000_000).tokenizer.vocabulary == 32_000  # type: ignore[union-attr]
+    assert start_model.suggested("llama-15M", 10**6).tokenizer.vocabulary == 2000  # type: ignore[union-attr]
+    found = start_model.suggested("llama-100k", 1000).model_dump(mode="json")
+    assert parse_stage(begun(shelf, "suggested", found), "test").model == start_model.suggested("llama-100k", 1000)
+    assert LENGTH < 512
+    with pytest.raises(ModelError, match="no family"):
+        start_model.suggested("llma-15M", 10**6)
+
+
+def test_shares_by_a_mixing_rule_are_those_of_the_documents_that_may_be_trained_on(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    given = start_model.learn_vocabulary
+
+    def spied(portions: Any, shares: Any, **rest: Any) -> str:
+        def told(counts: Any) -> Any:
+            asked.append(list(counts))
+            return shares(counts)
+
+        return given(portions, told, **rest)
+
+    monkeypatch.setattr(start_model, "learn_vocabulary", spied)
+    sources = [shelf.source("new", held_out="20%"), shelf.source("old", held_out=0)]
+    raw = begun(shelf, "mixed", {"fresh": "llama-100k", "tokenizer": {"vocabulary": 410}}, sources=sources)
+    raw["data"]["mixing"] = {"kind": "examples", "cap": 30}
+    plan = shelf.plan(raw)
+    assert asked and asked[0][1] == 60 and 30 < asked[0][0] < 60
+    assert any("shares by examples: new 50.00%" in note for note in plan.notes)
+
+
+def test_a_cache_named_by_a_relative_path_serves_stages_of_other_folders(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = Shelf(shelf.home, Path("cache"))
+    plan = relative.plan(begun(shelf, "relative", LLAMA))
+    assert plan.start.folder is not None and plan.start.folder.is_relative_to(tmp_path.resolve())

@@ -1,0 +1,681 @@
+"""Penalties as a part of stages: what they hold, what they refuse, that they resume, and how a strength is found."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from postgrad.check.check import check_stage
+from postgrad.commands.importance import measure_importance
+from postgrad.config.penalties import AnchorPenalty
+from postgrad.data.loading.batch import Batch
+from postgrad.errors import DataError, ModelError, PostgradError, ResumeError, StageError
+from postgrad.hardware.execution import Execution
+from postgrad.lineage.record import read_record
+from postgrad.models.pretrained import load, locate, save_pretrained
+from postgrad.penalties.anchor import Anchor
+from postgrad.penalties.importance_file import About, ImportanceFile, write_importance
+from postgrad.run.build import make_loader, make_optimizer
+from postgrad.run.penalty_strength import anchors_of, find_strengths
+from postgrad.run.run import Said, Warned
+from postgrad.training.metrics_log import read_metrics
+from postgrad.training.step import Run
+from postgrad.tuning.open_model import start_fingerprint, task_at
+from tests.conftest import make_llama, make_tokenizer
+from tests.tiny_stages import LENGTH, QUICK, Shelf, carried_out_in_parts, make_shelf, trace, trained
+
+ANCHOR = {"kind": "anchor", "strength": 0.5}
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+
+
+def importance(shelf: Shelf, name: str = "importance", model: str = "llama", **changes: Any) -> str:
+    """A file of importance drawn at random."""
+    start = locate(str(shelf.home / model), shelf.home)
+    generator = torch.Generator().manual_seed(3)
+    made = {n: torch.rand(p.shape, generator=generator) for n, p in load(start).model.named_parameters()}
+    about = About("fisher", "token", 100, model, start_fingerprint(start), 0.5)
+    for key, value in changes.items():
+        if value is None:
+            del made[key]
+        else:
+            made[key] = value
+    path = shelf.home / f"{name}.safetensors"
+    write_importance(path, made, about, torch.float32)
+    return str(path)
+
+
+def told(home: Path) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+
+
+def anchor_of(run: Run) -> Anchor:
+    (found,) = anchors_of(run)
+    assert isinstance(found, Anchor)
+    return found
+
+
+# -- what it does -----------------------------------------------------------------------------------------------------
+
+
+def test_no_penalty_and_one_of_strength_zero_are_the_same_to_the_bit(shelf: Shelf) -> None:
+    plain = shelf.run(shelf.stage("plain"))
+    zero = shelf.run(shelf.stage("zero", penalties=[{**ANCHOR, "strength": 0}]))
+    model = "model/model.safetensors"
+    assert (plain.place / model).read_bytes() == (zero.place / model).read_bytes()
+    assert all(row["penalties"] == {"anchor": 0.0} and row["push"] == row["grad_norm"] for row in told(zero.place))
+    assert all("push" not in row for row in told(plain.place))
+
+
+def test_an_anchor_holds_the_weights_and_says_its_value(shelf: Shelf) -> None:
+    drifts = []
+    for strength in (0.0, 1.0, 100.0):
+        raw = shelf.stage(f"held-{strength}", penalties=[{**ANCHOR, "strength": strength}])
+        before, after, run = trained(shelf, raw, 6)
+        drifts.append(sum(float((after[n] - before[n]).square().sum()) for n in before))
+        by_hand = 0.5 * strength * drifts[-1]
+        assert float(anchor_of(run)()) == pytest.approx(by_hand, rel=1e-5)
+    assert drifts[0] > drifts[1] > drifts[2] > 0
+
+
+def test_every_key_changes_what_is_trained(shelf: Shelf) -> None:
+    elsewhere = shelf.home / "elsewhere"
+    save_pretrained(make_llama(7), make_tokenizer(), elsewhere, dtype=torch.float32)
+    weighed = {**ANCHOR, "importance": importance(shelf)}
+    other = {
+        "strength": (ANCHOR, 2.0),
+        "importance": (ANCHOR, weighed["importance"]),
+        "normalise": (weighed, True),
+        "reference": (ANCHOR, str(elsewhere)),
+        "decoupled": (ANCHOR, True),
+        "only": (ANCHOR, ["model.layers"]),
+        "storage": (ANCHOR, "bfloat16"),
+    }
+    assert other.keys() == AnchorPenalty.model_fields.keys() - {"kind"}
+
+    def after(penalty: dict[str, Any]) -> Tensor:
+        now = trained(shelf, shelf.stage("keys", penalties=[penalty]), 3)[1]
+        return torch.cat([t.flatten() for t in now.values()])
+
+    plain, again, by_weight = after(ANCHOR), after(ANCHOR), after(weighed)
+    assert torch.equal(plain, again)  # so that a difference is the key's
+    for key, (penalty, value) in other.items():
+        without = plain if penalty is ANCHOR else by_weight
+        assert not torch.equal(after({**penalty, key: value}), without), key
+
+
+def by_torch(model: PreTrainedModel) -> torch.optim.AdamW:
+    """What moves the weights, without any part of ours."""
+    table = model.get_input_embeddings().weight
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2 and p is not table], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2 or p is table], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+
+
+def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> Tensor:
+    """That of the next token, over a step's micro-batches."""
+    loss, count = torch.zeros(()), 0
+    for batch in batches:
+        logits = model(**batch.inputs, use_cache=False).logits
+        loss = loss + torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+        count += batch.counted
+    return loss / count
+
+
+def test_a_step_is_that_of_the_sum_of_loss_and_term(shelf: Shelf) -> None:
+    """The whole composition, held against torch alone: next token, replay and an anchor with importance."""
+    file = importance(shelf)
+    raw = shelf.stage("sum", penalties=[{**ANCHOR, "importance": file, "reference": str(shelf.home / "llama")}])
+    _, after, _ = trained(shelf, raw, 3)
+    _, _, run = trained(shelf, {**raw, "penalties": []}, 0)
+
+    given = load_file(file)
+    model = run.model.pretrained
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    plan = shelf.plan(raw)
+    loader = make_loader(plan, Execution("float32", False, "sdpa", 1, 4, False, 0.0), run.world)
+    optimizer = by_torch(model)
+    for step in (1, 2, 3):
+        loss = mean_loss(model, loader.read(step))
+        term = sum((given[n] * (p - start[n]).square()).sum() for n, p in model.named_parameters())
+        optimizer.zero_grad()
+        (loss + 0.5 * 0.5 * term).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(after[name], p.detach(), atol=5e-5, rtol=1e-4)
+
+
+def test_it_pulls_beside_replay_distillation_and_low_rank_updates(shelf: Shelf) -> None:
+    objectives = [{"kind": "next-token"}, {"kind": "distill", "teacher": "start", "weight": 0.5, "on": ["old"]}]
+    changes: dict[str, Any] = {"objectives": objectives, "tuning": {"kind": "lora", "rank": 2}}
+    finals = []
+    for strength in (0.0, 50.0):
+        place = shelf.run(shelf.stage(f"all-{strength}", penalties=[{**ANCHOR, "strength": strength}], **changes)).place
+        rows = told(place)
+        assert all(row["losses"].keys() == {"next-token", "distill"} for row in rows)
+        finals.append((rows[-1]["losses"]["distill"], rows[-1]["penalties"]["anchor"]))
+    assert finals[1][0] < finals[0][0] and finals[1][1] > finals[0][1] == 0.0
+
+
+TUNED = [
+    {"kind": "full"},
+    {"kind": "blocks", "last": 1},
+    {"kind": "blocks", "last": 2, "unfreeze_every": "2 steps"},
+    {"kind": "norm"},
+    {"kind": "head", "untie": True},
+    {"kind": "lora", "rank": 2},
+    {"kind": "lora", "rank": 2, "form": "dora"},
+    {"kind": "lora", "rank": 2, "form": "pissa"},
+    {"kind": "lora", "rank": 2, "also": ["model.norm.weight"]},
+    {"kind": "osf"},
+    {"kind": "adapter", "form": "houlsby", "size": 4},
+    {"kind": "expand", "positions": [0], "also": ["model.norm.weight"]},
+    {"kind": "p-tuning", "template": "{2} {x}", "encoder": "mlp", "hidden": 8, "backbone": "trained"},
+]
+
+
+def name_of(tuning: dict[str, Any]) -> str:
+    words = "-".join(str(v) for v in tuning.values() if isinstance(v, str)) + ("-also" if "also" in tuning else "")
+    return re.sub(r"[^\w-]+", "-", words)
+
+
+@pytest.mark.parametrize("tuning", TUNED, ids=name_of)
+def test_under_every_tuning_the_value_is_that_of_what_leaves(shelf: Shelf, tuning: dict[str, Any]) -> None:
+    """The effective weights, as merging or saving gives them, less those of the start model."""
+    raw = shelf.stage(f"effect-{name_of(tuning)}", tuning, penalties=[ANCHOR])
+    _, _, run = trained(shelf, raw, 4)
+    anchor = anchor_of(run)
+    value = float(anchor())
+    start = dict(load(locate(str(shelf.home / "llama"), shelf.home)).model.named_parameters(remove_duplicate=False))
+    if tuning["kind"] in ("lora", "osf"):
+        run.weights.tuning.merge()
+    now = {n.replace(".base_layer.", "."): p.detach() for n, p in run.model.pretrained.named_parameters()}
+    if tuning["kind"] == "expand":
+        now = {n: p for n, p in now.items() if n == "model.norm.weight"}
+    changed = {n: p - start[n].detach() for n, p in now.items() if n in start and p.shape == start[n].shape}
+    by_hand = 0.25 * sum(float(d.double().square().sum()) for d in changed.values())
+    assert by_hand > 0
+    assert value == pytest.approx(by_hand, rel=2e-3)
+
+
+@pytest.mark.parametrize("storage", ["auto", "float32", "bfloat16", "mapped"])
+def test_how_it_is_stored_makes_no_difference_beyond_rounding(shelf: Shelf, storage: str) -> None:
+    file = importance(shelf)
+    raw = shelf.stage(f"stored-{storage}", penalties=[{**ANCHOR, "importance": file, "storage": storage}])
+    before, _, run = trained(shelf, raw, 3)
+    anchor = anchor_of(run)
+    numbers = sum(p.numel() for p in run.model.pretrained.parameters())
+    size = {"auto": 4, "float32": 4, "bfloat16": 2, "mapped": 0}[storage]
+    held = anchor.about["bytes"]
+    ones = sum(p.numel() for n, p in run.model.pretrained.named_parameters() if "norm" in n)  # exact in bf16
+    spared = 2 * ones if storage == "auto" else 0
+    assert held == {
+        "reference": size * numbers - spared,
+        "importance": size * numbers,
+        "mapped": (4 + 4) * numbers * (size == 0),
+    }
+    exact = trained(shelf, {**raw, "penalties": [{**ANCHOR, "importance": file}]}, 3)[1]
+    mine = {n: p.detach() for n, p in run.model.pretrained.named_parameters()}
+    off, far = (sum(float((mine[n] - other[n]).abs().sum()) for n in mine) for other in (exact, before))
+    assert off == 0 if storage != "bfloat16" else 0 < off < 0.1 * far
+
+
+def test_auto_stores_in_bf16_what_is_exact_there(shelf: Shelf, tmp_path: Path) -> None:
+    model = make_llama().bfloat16()
+    save_pretrained(model, make_tokenizer(), tmp_path / "short", dtype=torch.bfloat16)
+    raw = shelf.stage("short", penalties=[ANCHOR], model=str(tmp_path / "short"))
+    _, _, run = trained(shelf, raw, 0)
+    assert anchor_of(run).about["bytes"]["reference"] == 2 * sum(p.numel() for p in model.parameters())  # type: ignore[index]
+    assert float(anchor_of(run)()) == 0.0
+
+
+def test_only_some_weights_are_held_when_they_are_named(shelf: Shelf) -> None:
+    raw = shelf.stage("only", penalties=[{**ANCHOR, "strength": 1e6, "only": ["*embed_tokens*", "model.layers.0"]}])
+    before, after, _ = trained(shelf, raw, 2)
+    moved = {n: float((after[n] - before[n]).abs().max()) for n in before}
+    assert moved["model.layers.1.mlp.up_proj.weight"] > 1e-2
+    names = anchor_of(trained(shelf, raw, 0)[2]).about
+    assert names["tensors"] == 1 + 9
+
+
+def test_normalised_importance_has_mean_one(shelf: Shelf) -> None:
+    file = importance(shelf)
+    values = []
+    for normalise in (False, True):
+        raw = shelf.stage("mean", penalties=[{**ANCHOR, "importance": file, "normalise": normalise}])
+        _, _, run = trained(shelf, raw, 0)
+        for master in run.weights.masters:
+            master.detach().add_(0.1)
+        values.append(float(anchor_of(run)()))
+        mean = anchor_of(run).about["importance"]["mean"]  # type: ignore[index]
+    numbers = sum(m.numel() for m in run.weights.masters)
+    assert values[1] == pytest.approx(0.25 * numbers * 0.01, rel=1e-4)
+    assert values[0] == pytest.approx(mean * values[1], rel=1e-4)
+
+
+def test_another_reference_is_pulled_to(shelf: Shelf) -> None:
+    one = shelf.run(shelf.stage("first"))
+    for tuning in (None, {"kind": "lora", "rank": 2}):
+        raw = shelf.stage("second", tuning, penalties=[{**ANCHOR, "reference": str(one.place)}])
+        _, _, run = trained(shelf, raw, 0)
+        target = load(locate(str(one.place), shelf.home)).model
+        start = load(locate(str(shelf.home / "llama"), shelf.home)).model
+        there, here = dict(target.named_parameters()), dict(start.named_parameters())
+        names = [n for n in here if tuning is None or ("_proj" in n)]
+        by_hand = 0.25 * sum(float((here[n] - there[n]).detach().double().square().sum()) for n in names)
+        assert float(anchor_of(run)()) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_a_new_task_layer_is_left_out_and_said(shelf: Shelf) -> None:
+    raw = shelf.stage(
+        "task",
+        model="bert",
+        sources=[shelf.source("labelled", "labelled")],
+        objectives=[{"kind": "classify"}],
+        penalties=[ANCHOR],
+        evaluation={},
+    )
+    _, _, run = trained(shelf, raw, 2)
+    left_out = anchor_of(run).about["left_out"]
+    assert any(str(name).startswith("classifier.weight") for name in left_out)  # type: ignore[attr-defined]
+
+
+# -- what it refuses --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        {"kind": "expand", "positions": [0]},
+        {"kind": "adapter", "size": 4},
+        {"kind": "prefix", "length": 3, "hidden": 8},
+        {"kind": "prompt", "length": 3},
+    ],
+    ids=name_of,
+)
+def test_what_changes_no_weight_of_the_base_cannot_be_anchored(shelf: Shelf, tuning: dict[str, Any]) -> None:
+    with pytest.raises(StageError, match=r"penalties\[0\][\s\S]*changes no weight[\s\S]*distillation"):
+        trained(shelf, shelf.stage("nothing", tuning, penalties=[ANCHOR]), 0)
+
+
+def test_importance_of_another_model_is_refused_with_both_fingerprints(shelf: Shelf) -> None:
+    one = shelf.run(shelf.stage("first"))
+    raw = shelf.stage("wrong", penalties=[{**ANCHOR, "importance": importance(shelf)}], model=str(one.place))
+    with pytest.raises(DataError) as caught:
+        trained(shelf, raw, 0)
+    for start in (shelf.home / "llama", one.place):
+        assert str(start_fingerprint(locate(str(start), shelf.home))) in str(caught.value)
+    raw["penalties"][0]["reference"] = str(shelf.home / "llama")  # the way out that it names
+    trained(shelf, raw, 0)
+
+
+def test_importance_of_another_shape_is_refused_with_both_shapes(shelf: Shelf) -> None:
+    file = importance(shelf, "bent", **{"model.norm.weight": torch.ones(7)})
+    with pytest.raises(DataError, match=r"model\.norm\.weight has the shape \(7,\), and the weight \(32,\)"):
+        trained(shelf, shelf.stage("bent", penalties=[{**ANCHOR, "importance": file}]), 0)
+
+
+def test_a_weight_without_importance_is_left_out_and_said(shelf: Shelf) -> None:
+    file = importance(shelf, "less", **{"model.norm.weight": None})
+    _, _, run = trained(shelf, shelf.stage("less", penalties=[{**ANCHOR, "importance": file}]), 0)
+    assert anchor_of(run).about["left_out"] == ["model.norm.weight (no importance)"]
+
+
+def test_a_reference_of_another_shape_is_refused(shelf: Shelf, tmp_path: Path) -> None:
+    save_pretrained(make_llama(intermediate_size=48), make_tokenizer(), tmp_path / "wide", dtype=torch.float32)
+    raw = shelf.stage("wide", penalties=[{**ANCHOR, "reference": str(tmp_path / "wide")}])
+    with pytest.raises(ModelError, match=r"\(64, 32\) here and \(48, 32\)"):
+        trained(shelf, raw, 0)
+
+
+def test_rows_that_the_reference_lacks_are_held_to_nothing(shelf: Shelf, tmp_path: Path) -> None:
+    small = make_llama()
+    tokenizer = make_tokenizer()
+    save_pretrained(small, tokenizer, tmp_path / "small", dtype=torch.float32)
+    longer = make_llama()
+    longer.resize_token_embeddings(328, mean_resizing=False)
+    save_pretrained(longer, tokenizer, tmp_path / "longer", dtype=torch.float32)
+    raw = shelf.stage("rows", penalties=[{**ANCHOR, "reference": str(tmp_path / "small")}])
+    _, _, run = trained(shelf, {**raw, "model": str(tmp_path / "longer")}, 0)
+    anchor = anchor_of(run)
+    assert anchor.about["left_out"] == ["8 rows of model.embed_tokens.weight (not in " + str(tmp_path / "small") + ")"]
+    for master in run.weights.masters:
+        master.detach().add_(0.1)
+    numbers = sum(p.numel() for p in small.parameters())
+    assert float(anchor()) == pytest.approx(0.25 * numbers * 0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"only": ["*embedd_tokens*"]}, r"penalties\[0\]\.only[\s\S]*names no weight"),
+        ({"importance": "nowhere.safetensors"}, r"penalties\[0\]\.importance[\s\S]*postgrad importance MODEL"),
+        ({"reference": "nowhere"}, r"penalties\[0\]\.reference: there is no folder nowhere"),
+        ({"reference": ""}, r"penalties\[0\]\.reference: no model is named"),
+        ({"strength": 1e308}, r"penalties\[0\]\.strength: input should be less than or equal to 10+, not 1e\+308"),
+        ({"strength": "automatic"}, r"penalties\[0\]\.strength: input should be 'auto', not 'automatic'"),
+        ({"strength": "-1"}, r"penalties\[0\]\.strength: input should be greater than or equal to 0, not '-1'"),
+    ],
+)
+def test_mistakes_are_named(shelf: Shelf, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(PostgradError, match=said):
+        trained(shelf, shelf.stage("mistaken", penalties=[{**ANCHOR, **changes}]), 0)
+
+
+def test_a_decoupled_pull_of_low_rank_updates_is_refused(shelf: Shelf) -> None:
+    raw = shelf.stage("apart", {"kind": "lora", "rank": 2}, penalties=[{**ANCHOR, "decoupled": True}])
+    with pytest.raises(StageError, match="moves tensors that change them"):
+        trained(shelf, raw, 0)
+
+
+def test_what_is_no_importance_is_refused(shelf: Shelf) -> None:
+    file = str(shelf.home / "llama" / "model.safetensors")
+    with pytest.raises(DataError, match="does not say what importance"):
+        trained(shelf, shelf.stage("none", penalties=[{**ANCHOR, "importance": file}]), 0)
+    (shelf.home / "broken.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(DataError, match="cannot be read"):
+        trained(
+            shelf,
+            shelf.stage("none", penalties=[{**ANCHOR, "importance": str(shelf.home / "broken.safetensors")}]),
+            0,
+        )
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"penalties": [ANCHOR]},
+        {"penalties": [{**ANCHOR, "decoupled": True, "strength": 5.0}]},
+        {"penalties": [{**ANCHOR, "strength": "auto"}], "tuning": {"kind": "lora", "rank": 2}},
+        {"penalties": [{**ANCHOR, "strength": "auto"}, {**ANCHOR, "storage": "mapped"}]},
+    ],
+    ids=["l2-sp", "decoupled", "auto-lora", "two"],
+)
+def test_killed_and_stopped_it_ends_with_the_same_bits(shelf: Shelf, changes: dict[str, Any]) -> None:
+    whole = shelf.run(shelf.stage("whole", **changes, output=str(shelf.home / "runs" / f"whole-{len(str(changes))}")))
+    parts = carried_out_in_parts(
+        shelf, shelf.stage("whole", **changes, output=str(shelf.home / "runs" / f"parts-{len(str(changes))}"))
+    )
+    assert trace(parts.place) == trace(whole.place)
+    assert parts.record["penalties"] == whole.record["penalties"]
+
+
+def test_importance_that_has_changed_is_refused_on_resume(shelf: Shelf) -> None:
+    file = importance(shelf, "changing")
+    raw = shelf.stage("changing", penalties=[{**ANCHOR, "importance": file}])
+    place = shelf.run(raw).place
+    (place / "record.json").unlink()
+    importance(shelf, "changing", **{"model.norm.weight": torch.ones(32)})
+    with pytest.raises(ResumeError, match="penalties"):
+        shelf.run(raw)
+
+
+# -- strengths --------------------------------------------------------------------------------------------------------
+
+
+def test_a_strength_is_found_once_and_kept(shelf: Shelf) -> None:
+    raw = shelf.stage("auto", penalties=[{**ANCHOR, "strength": "auto"}])
+    events = shelf.events(raw)
+    (said,) = [e.what for e in events if isinstance(e, Said)]
+    kept = json.loads((shelf.home / "runs" / "auto" / "plan.json").read_text())["strengths"]["anchor"]
+    assert f"{kept['strength']:.3g}" in said and kept["strength"] > 0
+    assert kept["strength"] == pytest.approx(kept["push"] / kept["pull"], rel=5e-3)
+    record = read_record(shelf.home / "runs" / "auto")
+    assert record["penalties"][0]["strength"] == kept["strength"]
+    number = shelf.run(shelf.stage("number", penalties=[{**ANCHOR, "strength": kept["strength"]}]))
+    model = "model/model.safetensors"
+    assert (number.place / model).read_bytes() == (shelf.home / "runs" / "auto" / model).read_bytes()
+
+
+def test_a_strength_is_that_of_a_probe_written_by_hand(shelf: Shelf) -> None:
+    """8 steps at the peak are tried, and all rates come to 4 times as much: weights that wander get sqrt(4) times as far."""
+    file, auto = importance(shelf), {**ANCHOR, "strength": "auto"}
+    weighed, apart = {**auto, "importance": file}, {**auto, "decoupled": True}
+    raw = shelf.stage("probe", tokens=44 * 4 * LENGTH, penalties=[auto, weighed, apart])
+    for source in raw["data"]["sources"]:
+        source["max_passes"] = 100
+    plan, rates = shelf.plan(raw), [1e-2] * 20 + [5e-3] * 24
+    _, _, run = trained(shelf, raw, 0)
+    loader = make_loader(plan, Execution("float32", False, "sdpa", 1, 4, False, 0.0), run.world)
+    names = [penalty.name for penalty in anchors_of(run)]
+    found = find_strengths(run, loader, rates, make_optimizer(plan, run.weights, run.optimizer.moving))
+
+    model = run.model.pretrained
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    summed = {n: torch.zeros_like(p) for n, p in start.items()}
+    optimizer = by_torch(model)
+    for step in range(1, 9):
+        optimizer.zero_grad()
+        mean_loss(model, loader.read(step)).backward()
+        for name, p in model.named_parameters():
+            summed[name] += p.grad
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    there = {n: p.detach() - start[n] for n, p in model.named_parameters()}
+    given = load_file(file)
+    norms = [
+        float(torch.cat([t.flatten() for t in each]).norm())
+        for each in (summed.values(), there.values(), [given[n] * d for n, d in there.items()])
+    ]
+    push, way, weighed_way = norms[0] / 8, norms[1], norms[2]
+    # The decoupled one is held against the mean step over the rate, so the way itself cancels.
+    wanted = [push / (2 * way), push / (2 * weighed_way), 1 / (8 * 1e-2 * 2)]
+    assert [found[name]["strength"] for name in names] == pytest.approx(wanted, rel=6e-3)  # of three digits
+
+
+def test_finding_a_strength_leaves_no_trace(shelf: Shelf) -> None:
+    raw = shelf.stage("trace", penalties=[{**ANCHOR, "strength": "auto"}])
+    plan = shelf.plan(raw)
+    before, _, run = trained(shelf, raw, 0)
+    loader = make_loader(plan, Execution("float32", False, "sdpa", 1, 2, False, 0.0), run.world)
+    rates = [plan.schedule(step) for step in range(1, plan.steps + 1)]
+    found = [
+        find_strengths(run, loader, rates, make_optimizer(plan, run.weights, run.optimizer.moving)) for _ in range(2)
+    ]
+    assert found[0] == found[1]
+    assert all(torch.equal(p, before[n]) for n, p in run.model.pretrained.named_parameters())
+    assert all(p.grad is None for p in run.model.pretrained.parameters())
+    assert run.step == 0 and run.optimizer.updates() == {} and not run.trained_by_source.any()
+
+
+def test_a_strength_that_drowns_the_loss_is_said_once(shelf: Shelf) -> None:
+    def warnings(strength: float) -> list[str]:
+        raw = shelf.stage(f"drowned-{strength}", penalties=[{**ANCHOR, "strength": strength}])
+        return [e.what for e in shelf.events(raw) if isinstance(e, Warned)]
+
+    (said,) = warnings(1e5)
+    assert "x the loss's" in said
+    assert warnings(1e-3) == []
+
+
+def drift(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    return sum(float((after[n] - before[n]).square().sum()) for n in before)
+
+
+def test_a_decoupled_pull_holds_too(shelf: Shelf) -> None:
+    drifts = [
+        drift(*trained(shelf, shelf.stage("apart", penalties=[{**ANCHOR, "strength": s, "decoupled": True}]), 6)[:2])
+        for s in (0.0, 10.0, 100.0)
+    ]
+    free = drift(*trained(shelf, shelf.stage("apart"), 6)[:2])
+    assert drifts[0] == free > drifts[1] > drifts[2]
+
+
+# -- beforehand -------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_is_held_and_what_it_costs(shelf: Shelf) -> None:
+    file = importance(shelf)
+    penalties = [{**ANCHOR, "importance": file}, {"kind": "anchor", "strength": "auto", "storage": "mapped"}]
+    found = check_stage(shelf.plan(shelf.stage("checked", penalties=penalties)), cache=shelf.cache)
+    numbers = found["parameters"]
+    first, second = found["penalties"]
+    assert first["weights"] == second["weights"] == numbers
+    assert first["bytes"]["importance"] == 4 * numbers and second["bytes"]["mapped"] == 4 * numbers
+    assert first["seconds"] > 0 and (first["share"] is None or first["share"] > 0)
+    assert " ms a step" in found["text"]
+    assert "penalty anchor 1: " in found["text"] and "importance: fisher of 100 tokens, mean 0.5" in found["text"]
+    assert "strength auto, found by" in found["text"] and "nothing copied" in found["text"]
+
+
+def test_check_says_that_low_rank_updates_need_no_copies(shelf: Shelf) -> None:
+    found = check_stage(
+        shelf.plan(shelf.stage("free", {"kind": "lora", "rank": 2}, penalties=[ANCHOR])), cache=shelf.cache
+    )
+    assert "no copies" in found["text"]
+    assert found["penalties"][0]["bytes"] == {"reference": 0, "importance": 0, "mapped": 0}
+
+
+def test_what_cannot_be_mapped_is_copied_and_said(shelf: Shelf) -> None:
+    first = shelf.run(shelf.stage("lora-first", {"kind": "lora", "rank": 2})).place
+    raw = shelf.stage("on-lora", penalties=[{**ANCHOR, "storage": "mapped"}], model=str(first))
+    about = anchor_of(trained(shelf, raw, 0)[2]).about
+    (note,) = about["notes"]  # type: ignore[misc]
+    assert "do not lie in files" in str(note) and about["bytes"]["mapped"] == 0  # type: ignore[index]
+
+
+def test_check_tells_what_is_wrong(shelf: Shelf) -> None:
+    file = importance(shelf, "bent", **{"model.norm.weight": torch.ones(7)})
+    with pytest.raises(DataError, match="has the shape"):
+        check_stage(shelf.plan(shelf.stage("bent", penalties=[{**ANCHOR, "importance": file}])), cache=shelf.cache)
+
+
+# -- importance, measured ---------------------------------------------------------------------------------------------
+
+
+def measure(shelf: Shelf, model: str, file: str, out: str, **changes: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "out": shelf.home / out, "tokens": "200", "kind": "fisher", "onto": None, "decay": 0.9, "dtype": "float32",
+        "context": 48, "documents": "auto", "column": None, "seed": 0, "force": True, "base": None,
+    }  # fmt: skip
+    said: list[tuple[int, int]] = []
+    found = measure_importance(
+        model,
+        [file],
+        **{**options, **changes},
+        cache=shelf.cache,
+        progress=lambda done, total: said.append((done, total)),
+    )
+    assert said and said[-1][0] <= said[-1][1]
+    return found
+
+
+def test_importance_is_not_written_over_a_folder(shelf: Shelf) -> None:
+    with pytest.raises(StageError, match="is a folder") as caught:
+        measure(shelf, str(shelf.home / "llama"), shelf.file("old"), "llama")
+    assert caught.value.where == "--out" and (shelf.home / "llama" / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["fisher", "empirical", "mas"])
+@pytest.mark.parametrize(
+    ("model", "file"), [("llama", "old"), ("llama", "instruction"), ("bert", "old"), ("t5", "old"), ("t5", "pair")]
+)
+def test_importance_is_measured_and_read_by_an_anchor(shelf: Shelf, model: str, file: str, kind: str) -> None:
+    out = f"{model}-{file}-{kind}.safetensors"
+    found = measure(shelf, str(shelf.home / model), shelf.file(file), out, kind=kind)
+    made = ImportanceFile(shelf.home / out)
+    start = locate(str(shelf.home / model), shelf.home)
+    weights = dict(load(start, task_at(start)).model.named_parameters())
+    assert {n: made.shape(n) for n in made.names} == {n: tuple(p.shape) for n, p in weights.items()}
+    assert made.about.fingerprint == start_fingerprint(start) and made.about.kind == kind and made.about.per == "token"
+    assert made.about.tokens >= 200 and made.about.mean > 0 and made.about.convergence
+    assert all((made[n] >= 0).all() for n in made.names)
+    told = sum(float(made[n].double().sum()) for n in made.names) / sum(p.numel() for p in weights.values())
+    assert told == pytest.approx(made.about.mean) == pytest.approx(found["mean"])
+    if model == "llama" and file == "old":
+        raw = shelf.stage(f"by-{kind}", penalties=[{**ANCHOR, "importance": str(shelf.home / out)}])
+        assert anchor_of(trained(shelf, raw, 0)[2]).about["left_out"] == []
+
+
+@pytest.mark.parametrize("rows", ["labelled", "multi", "numbered", "tagged"])
+def test_importance_of_a_classifier(shelf: Shelf, rows: str) -> None:
+    raw = shelf.stage(
+        f"classifier-{rows}",
+        model="bert",
+        sources=[shelf.source(rows, "tagged" if rows == "tagged" else "labelled")],
+        objectives=[{"kind": "classify"}],
+        tokens=20,
+        evaluation=QUICK | {"learned": [{"name": "x", "path": shelf.file(rows, held_out=True), "like": rows}]},
+    )
+    place = shelf.run(raw).place
+    for kind in ("fisher", "empirical", "mas"):
+        found = measure(shelf, str(place), shelf.file(rows), f"{rows}-{kind}.safetensors", kind=kind, tokens="30")
+        assert found["per"] == "label" and found["mean"] > 0
+        assert any(part["part"] == "classifier.weight" and part["share"] > 0 for part in found["parts"])
+
+
+def test_older_importance_decays(shelf: Shelf) -> None:
+    llama = str(shelf.home / "llama")
+    measure(shelf, llama, shelf.file("old"), "one.safetensors")
+    measure(shelf, llama, shelf.file("new"), "two.safetensors")
+    found = measure(
+        shelf, llama, shelf.file("new"), "both.safetensors", onto=shelf.home / "one.safetensors", decay=0.5,
+        dtype="bfloat16",
+    )  # fmt: skip
+    one, two, both = (ImportanceFile(shelf.home / f"{name}.safetensors") for name in ("one", "two", "both"))
+    for name in one.names:
+        torch.testing.assert_close(both[name], (0.5 * one[name] + two[name]).bfloat16())
+    assert both.about.onto is not None and both.about.onto["model"] == llama and both.about.onto["decay"] == 0.5
+    assert "added onto 0.5 x what was measured on" in found["text"]
+
+
+def test_older_importance_of_other_weights_is_refused(shelf: Shelf) -> None:
+    llama = str(shelf.home / "llama")
+    older = importance(shelf, "older", **{"model.norm.weight": torch.ones(7)})
+    with pytest.raises(DataError, match=r"model\.norm\.weight has the shape \(7,\), and this model's weight \(32,\)"):
+        measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=Path(older))
+    measure(shelf, str(shelf.home / "bert"), shelf.file("old"), "bert.safetensors")
+    with pytest.raises(DataError, match=r"lacks|has bert"):
+        measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=shelf.home / "bert.safetensors")
+    with pytest.raises(DataError, match="is fisher, and this one mas"):
+        measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=Path(importance(shelf)), kind="mas")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kind": "fischer"}, "did you mean 'fisher'"),
+        ({"dtype": "float16"}, "float32, bfloat16"),
+        ({"decay": 2.0}, "0 to 1"),
+        ({"tokens": "many"}, "a number of tokens"),
+        ({"tokens": "0"}, "a number of tokens"),
+        ({"out": "nowhere/x.safetensors"}, "no folder"),
+        ({"documents": "page"}, "passages"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
+)
+def test_what_cannot_be_measured_is_told(shelf: Shelf, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises((StageError, DataError), match=said):
+        measure(shelf, str(shelf.home / "llama"), shelf.file("old"), **{"out": "no.safetensors", **changes})
+
+
+def test_a_file_is_not_overwritten_without_a_word(shelf: Shelf) -> None:
+    file = importance(shelf)
+    with pytest.raises(StageError, match="--force"):
+        measure(shelf, str(shelf.home / "llama"), shelf.file("old"), Path(file).name, force=False)
+
+
+def test_importance_of_a_model_in_which_an_adapter_stands_is_refused(shelf: Shelf) -> None:
+    place = shelf.run(shelf.stage("standing", {"kind": "adapter", "size": 4})).place
+    with pytest.raises(ModelError, match="importance is of plain weights"):
+        measure(shelf, str(place), shelf.file("old"), "no.safetensors")

@@ -1,0 +1,146 @@
+"""Pseudo-perplexity in a stage and from the command line: before and after, beside the masked loss, of encoders alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from postgrad.commands.evaluate import evaluate_files
+from postgrad.errors import StageError
+from postgrad.plan.plan import Plan
+from postgrad.run.run import REPORT
+from postgrad.run.summary import outcome_text
+from tests.tiny_stages import LENGTH, Shelf, carried_out_in_parts, make_shelf, trace
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+
+
+def stage_of(
+    shelf: Shelf, name: str, tokens: int = 60, tuning: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, Any]:
+    evaluation = {**shelf.texts, "pseudo_perplexity": tokens}
+    return shelf.stage(name, tuning, model="bert", tokens=200, evaluation=evaluation, **changes)
+
+
+def by_hand(folder: Path, plan: Plan, name: str) -> tuple[float, int]:
+    """The mean over every token of the first texts of a set, by plain transformers and its tokenizer's own frame."""
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    given = next(texts for texts in plan.pseudo if texts.name == name)
+    held_out = next(c for c in plan.held_out if c.name == name)
+    nats: list[float] = []
+    for window in given.windows:
+        ids = window.ids.tolist()
+        assert ids == tokenizer(tokenizer.decode(ids[1:-1]))["input_ids"]
+        for place in range(1, len(ids) - 1):
+            if ids[place] in tokenizer.all_special_ids:
+                continue
+            masked = torch.tensor([[*ids[:place], tokenizer.mask_token_id, *ids[place + 1 :]]])
+            with torch.no_grad():
+                log_p = torch.log_softmax(model(input_ids=masked).logits[0, place].double(), -1)
+            nats.append(-float(log_p[ids[place]]))
+    assert len(given) <= len(held_out)
+    return float(np.mean(nats)), len(nats)
+
+
+def test_it_is_measured_before_and_after_on_the_same_texts(shelf: Shelf) -> None:
+    raw = stage_of(shelf, "pseudo")
+    done, plan = shelf.run(raw), shelf.plan(raw)
+    told = done.record["pseudo_perplexity"]
+    for side, folder in (("before", shelf.home / "bert"), ("after", done.place / "model")):
+        for name, scores in told["scores"][side].items():
+            nats, tokens = by_hand(folder, plan, name)
+            assert scores["tokens"] == tokens >= 60
+            assert scores["nats"] == pytest.approx(nats, rel=1e-5)
+            assert scores["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
+            assert scores["low"] < nats < scores["high"]
+    assert {name: change["role"] for name, change in told["changes"].items()} == {
+        "old-heldout": "retained",
+        "new-heldout": "learned",
+    }
+    for name, change in told["changes"].items():
+        before, after = (told["scores"][side][name]["nats"] for side in ("before", "after"))
+        assert change["difference"] == pytest.approx(after - before)
+    # Beside the masked loss, in the end text and on the page; the gate and the curves know nothing of it.
+    assert told["scores"]["after"].keys() == done.record["scores"]["after"].keys()
+    text, page = outcome_text(done), (done.place / REPORT).read_text()
+    for place in (text, page):
+        assert "given all the others" in place and "pseudo-perplexity" in place
+    assert f"{told['scores']['after']['new-heldout']['nats']:.3f}" in text
+
+
+def test_a_killed_run_keeps_its_before(shelf: Shelf) -> None:
+    whole = shelf.run(stage_of(shelf, "whole"))
+    parts = carried_out_in_parts(shelf, stage_of(shelf, "parts"))
+    assert trace(parts.place) == trace(whole.place)
+    assert parts.record["pseudo_perplexity"] == whole.record["pseudo_perplexity"]
+
+
+def test_the_start_model_reads_without_the_vectors_of_the_stage(shelf: Shelf) -> None:
+    plan = shelf.plan(stage_of(shelf, "prompt", tuning={"kind": "prompt", "length": 3}))
+    for now, before in zip(plan.pseudo, plan.pseudo_before, strict=True):
+        for one, other in zip(now.windows, before.windows, strict=True):
+            assert len(one.ids) == len(other.ids) + 3
+            assert one.ids[one.places].tolist() == other.ids[other.places].tolist()
+
+
+def test_it_is_off_unless_asked_for(shelf: Shelf) -> None:
+    done = shelf.run(stage_of(shelf, "off", 0))
+    assert done.record["pseudo_perplexity"] is None
+    assert "given all the others" not in outcome_text(done) + (done.place / REPORT).read_text()
+    assert not list((done.place / "scores").glob("pseudo*"))
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 100, 100_000])
+def test_whole_windows_are_taken_up_to_the_one_that_reaches_it(shelf: Shelf, tokens: int) -> None:
+    plan = shelf.plan(stage_of(shelf, f"up-to-{tokens}", tokens, data={"sequence_length": 16}))
+    for texts, held_out in zip(plan.pseudo, plan.held_out, strict=True):
+        counts = [len(window.places) for window in texts.windows]
+        assert sum(counts[:-1]) < tokens
+        assert sum(counts) >= tokens or len(texts) == len(held_out)
+        assert all(len(window.ids) <= 16 for window in texts.windows)
+        if len(texts) == len(held_out) and sum(counts) < tokens:  # all of it: every byte counts
+            assert texts.bytes.tolist() == held_out.bytes.tolist()
+        assert 0 < texts.bytes.sum() <= held_out.bytes.sum()
+
+
+def test_the_command_scores_an_encoder(shelf: Shelf) -> None:
+    files = [shelf.file("old", held_out=True), shelf.file("new", held_out=True)]
+
+    def asked(pseudo: int, model: str = "bert") -> dict[str, Any]:
+        return evaluate_files(
+            str(shelf.home / model),
+            files,
+            context=LENGTH,
+            documents="auto",
+            column=None,
+            cache=shelf.cache,
+            pseudo=pseudo,
+        )
+
+    found = asked(60)
+    told = shelf.run(stage_of(shelf, "pseudo")).record["pseudo_perplexity"]["scores"]["before"]
+    assert {name: row["pseudo"]["nats"] for name, row in found["sets"].items()} == pytest.approx(
+        {name: row["nats"] for name, row in told.items()}
+    )
+    assert found["text"].count("masked one at a time") == 2
+    assert all("pseudo" not in row for row in asked(0)["sets"].values())
+    with pytest.raises(StageError, match="fills in no masks"):
+        asked(60, "llama")
+    with pytest.raises(StageError, match="-1 is no number of tokens"):
+        asked(-1)
+
+
+def test_a_decoder_is_not_asked(shelf: Shelf) -> None:
+    raw = shelf.stage("llama", evaluation={**shelf.texts, "pseudo_perplexity": "2k"})
+    with pytest.raises(StageError, match="pseudo-perplexity is of masked language models") as met:
+        shelf.plan(raw)
+    assert met.value.where == "evaluation.pseudo_perplexity"

@@ -1,0 +1,283 @@
+"""Updates of fewer numbers and rates that follow the loss as a part of stages: resumed, beside everything, told and refused."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from postgrad.check.check import check_stage
+from postgrad.config import sparse_updates
+from postgrad.config.quantities import Part
+from postgrad.config.sparse_updates import LossAdaptive, MagnitudeUpdate, MomentumUpdate
+from postgrad.errors import StageError
+from postgrad.lineage.record import read_record
+from postgrad.models.pretrained import load, locate
+from postgrad.optim.sparse_update import Fewer
+from postgrad.optim.top_k import largest
+from postgrad.run.run import run_stage
+from postgrad.run.summary import outcome_text
+from postgrad.training.checkpoint import Checkpoints
+from postgrad.training.checkpoint_files import read_progress
+from postgrad.training.metrics_log import read_metrics
+from tests.tiny_stages import Shelf, carried_out_in_parts, make_shelf, trace, trained
+
+MOMENTUM = {"update": {"kind": "momentum", "share": "10%"}}
+MAGNITUDE = {"update": {"kind": "magnitude", "share": "30%"}}
+FINCH = {"loss_adaptive": {"start": "50%"}}
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+
+
+def told(home: Path) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "momentum": {"update": {"kind": "momentum", "share": 1}},
+    "magnitude": {"update": {"kind": "magnitude", "share": 1}},
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_share_of_all_is_no_change_to_the_bit(shelf: Shelf, kind: str) -> None:
+    plain = shelf.run(shelf.stage("plain"))
+    whole = shelf.run(shelf.stage(f"whole-{kind}", optimizer=WHOLE[kind]))
+    model = "model/model.safetensors"
+    assert (plain.place / model).read_bytes() == (whole.place / model).read_bytes()
+    assert all("moved" not in row for row in told(plain.place)) and read_record(plain.place)["update"] is None
+    assert all(row["moved"] == read_record(whole.place)["update"]["of"] for row in told(whole.place))
+
+
+@pytest.mark.parametrize("optimizer", [MOMENTUM, MAGNITUDE, {**MOMENTUM, **FINCH}], ids=["momentum", "rows", "paced"])
+def test_killed_and_stopped_it_ends_with_the_same_bits(shelf: Shelf, optimizer: dict[str, Any]) -> None:
+    name = "-".join(["parts", *optimizer, optimizer["update"]["kind"]])
+    whole = shelf.run(shelf.stage(f"{name}-whole", optimizer=optimizer))
+    parts = carried_out_in_parts(shelf, shelf.stage(name, optimizer=optimizer))
+    assert trace(parts.place) == trace(whole.place)
+
+
+def test_a_rate_that_forgot_its_losses_would_be_caught(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = shelf.run(shelf.stage("kept", optimizer=FINCH))
+    monkeypatch.setattr("postgrad.optim.loss_adaptive_lr.LossPaced.load", lambda self, state: None)
+    parts = carried_out_in_parts(shelf, shelf.stage("forgot", optimizer=FINCH))
+    assert trace(parts.place) != trace(whole.place)
+
+
+def test_the_rate_follows_the_loss(shelf: Shelf) -> None:
+    place = shelf.run(shelf.stage("paced", optimizer={"loss_adaptive": {"start": "40%", "smoothing": 0.5}})).place
+    mean = first = told(place)[0]["loss"]
+    for row in told(place):
+        mean = 0.5 * mean + 0.5 * row["loss"]
+        assert row["rate"] == pytest.approx(1e-2 * min(1.0, 0.4 * (first / mean) ** 0.5), rel=1e-6)
+    assert told(place)[0]["rate"] == pytest.approx(4e-3)
+    newest = Checkpoints(place / "checkpoints", None).newest(print)
+    assert newest and read_progress(newest).rate == told(place)[-1]["rate"]
+
+
+TUNED: list[dict[str, Any]] = [
+    {"kind": "full", "layer_decay": 0.7},
+    {"kind": "blocks", "last": 2, "unfreeze_every": "2 steps"},
+    {"kind": "lora", "rank": 3},
+    {"kind": "lora", "rank": 2, "form": "dora"},
+    {"kind": "lora", "rank": 2, "form": "pissa", "also": ["model.layers.0.mlp.up_proj.weight"]},
+    {"kind": "osf"},
+    {"kind": "adapter", "form": "houlsby", "size": 4},
+    {"kind": "expand", "positions": [0]},
+    {"kind": "prefix", "length": 2, "hidden": 8},
+    {"kind": "prompt", "length": 2, "also": ["model.layers.0.mlp.up_proj.weight"]},
+]
+
+
+def name_of(tuning: dict[str, Any]) -> str:
+    return tuning.get("form", tuning["kind"])
+
+
+@pytest.mark.parametrize("tuning", TUNED, ids=name_of)
+def test_the_largest_momentum_of_every_tuning(shelf: Shelf, tuning: dict[str, Any]) -> None:
+    before, after, run = trained(shelf, shelf.stage("any", tuning, optimizer=MOMENTUM), 1)
+    moving = run.optimizer.moving
+    assert isinstance(moving, Fewer)
+    chosen = {w.name: w.master for w in run.weights.all if any(w.master is m for m in moving.chosen)}
+    assert chosen
+    for name, master in chosen.items():
+        assert int((after[name] != before[name]).sum()) <= max(1, round(0.1 * master.numel()))
+    assert any((after[name] != before[name]).any() for name in chosen)
+
+
+@pytest.mark.parametrize("tuning", TUNED, ids=name_of)
+def test_the_largest_rows_of_every_tuning_that_has_rows(shelf: Shelf, tuning: dict[str, Any]) -> None:
+    raw = shelf.stage("any", tuning, optimizer=MAGNITUDE)
+    if name_of(tuning) in ("dora", "osf", "houlsby", "prefix"):
+        said = "read what is no text" if name_of(tuning) == "dora" else "moves no linear layer"
+        with pytest.raises(StageError, match=said) as error:
+            trained(shelf, raw, 1)
+        assert error.value.where == "optimizer.update"
+        return
+    before, after, run = trained(shelf, raw, 1)
+    moving = run.optimizer.moving
+    assert isinstance(moving, Fewer)
+    for w in run.weights.all:
+        rows = (after[w.name] != before[w.name]).flatten(1).any(1) if w.master.ndim > 1 else None
+        if rows is not None and any(w.master is m for m in moving.chosen):
+            assert int(rows.sum()) <= max(1, round(0.3 * len(rows)))
+
+
+MODELS = {
+    "bert": ("bert", {"objectives": [{"kind": "masked"}]}),
+    "t5": ("t5", {"objectives": [{"kind": "span-corruption"}]}),
+}
+
+
+@pytest.mark.parametrize("optimizer", [MOMENTUM, MAGNITUDE], ids=["momentum", "magnitude"])
+@pytest.mark.parametrize("name", MODELS)
+def test_it_works_on_other_models(shelf: Shelf, name: str, optimizer: dict[str, Any]) -> None:
+    model, changes = MODELS[name]
+    place = shelf.run(
+        shelf.stage(f"{name}-{optimizer['update']['kind']}", model=model, optimizer=optimizer, **changes)
+    ).place
+    rows, about = told(place), read_record(place)["update"]
+    assert all(row["moved"] == about["moved"] < about["of"] for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+OTHER: list[tuple[type[Part], str, dict[str, Any]]] = [
+    (MomentumUpdate, "update", {"share": 0.2}),
+    (MagnitudeUpdate, "update", {"share": 0.6}),
+    (LossAdaptive, "loss_adaptive", {"start": 0.3, "smoothing": 0.2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "place", "other"), OTHER, ids=[kind.__name__ for kind, *_ in OTHER])
+def test_every_key_changes_what_is_trained(shelf: Shelf, kind: type[Part], place: str, other: dict[str, Any]) -> None:
+    word = {"kind": get_args(kind.model_fields["kind"].annotation)[0]} if "kind" in kind.model_fields else {}
+    assert other.keys() == kind.model_fields.keys() - {"kind"}
+
+    def after(changes: dict[str, Any]) -> torch.Tensor:
+        now = trained(shelf, shelf.stage("keys", optimizer={place: {**word, **changes}}), 3)[1]
+        return torch.cat([t.flatten() for t in now.values()])
+
+    plain, again = after({}), after({})
+    assert torch.equal(plain, again)  # so that a difference is the key's
+    for key, value in other.items():
+        assert not torch.equal(after({key: value}), plain), key
+
+
+def test_every_kind_of_update_is_among_them() -> None:
+    assert {kind for kind, *_ in OTHER} == {
+        v for v in vars(sparse_updates).values() if inspect.isclass(v) and v.__module__ == sparse_updates.__name__
+    }
+
+
+def test_beside_penalties_and_distillation(shelf: Shelf) -> None:
+    """A decoupled pull is the optimizer's own step: what does not move is not pulled either."""
+    objectives = [{"kind": "next-token"}, {"kind": "distill", "teacher": "start", "weight": 0.5, "on": ["old"]}]
+    for decoupled in (False, True):
+        anchor = {"kind": "anchor", "strength": 5.0, "decoupled": decoupled}
+        raw = shelf.stage("beside", optimizer=MOMENTUM, penalties=[anchor], objectives=objectives)
+        before, after, run = trained(shelf, raw, 1)
+        for w in run.weights.all:
+            moved = int((after[w.name] != before[w.name]).sum())
+            assert moved <= (w.master.numel() if w.master.ndim < 2 else max(1, round(0.1 * w.master.numel())))
+
+
+def test_a_teacher_in_the_same_model_is_not_heard(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its adapter off the model is the teacher: what it reads as one says nothing about rows."""
+    found: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(
+        "postgrad.optim.migu.largest",
+        lambda sizes, counts, like: found.append([s.clone() for s in sizes]) or largest(sizes, counts, like),
+    )
+    for weight in (0.0, 0.5):
+        teach = {"kind": "distill", "teacher": "start", "weight": weight}
+        raw = shelf.stage("taught", {"kind": "lora", "rank": 2}, optimizer=MAGNITUDE)
+        trained(shelf, {**raw, "objectives": [{"kind": "next-token"}, *([teach] if weight else [])]}, 1)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_strength_that_is_found_finds_it_with_the_same_updates(shelf: Shelf) -> None:
+    raw = shelf.stage("auto", optimizer={**MAGNITUDE, **FINCH}, penalties=[{"kind": "anchor", "strength": "auto"}])
+    place = shelf.run(raw).place
+    assert json.loads((place / "plan.json").read_text())["strengths"]["anchor"]["strength"] > 0
+    assert told(place)[0]["rate"] == pytest.approx(5e-3)  # the steps that look for it do not count
+
+
+def test_check_says_what_moves(shelf: Shelf) -> None:
+    found = check_stage(shelf.plan(shelf.stage("told", optimizer={**MOMENTUM, **FINCH})), cache=shelf.cache)
+    sizes = [(p.ndim, p.numel()) for p in shelf_weights(shelf)]
+    matrices = [n for dims, n in sizes if dims >= 2]
+    vectors = sum(n for dims, n in sizes if dims < 2)
+    moved = sum(max(1, round(0.1 * n)) for n in matrices) + vectors
+    assert (found["update"]["moved"], found["update"]["of"]) == (moved, sum(matrices) + vectors)
+    assert found["update"]["bytes"] == 4 * sum(matrices)
+    assert (
+        f"update: momentum, 10 % of the numbers of each matrix with the largest momentum: {moved:,} of" in found["text"]
+    )
+    assert "times min(1, 0.5 sqrt(first loss / mean loss))" in found["text"]
+    plain = check_stage(shelf.plan(shelf.stage("told")), cache=shelf.cache)
+    assert plain["update"] is None and "update:" not in plain["text"] and "sqrt" not in plain["text"]
+
+
+def test_the_end_says_what_moved(shelf: Shelf) -> None:
+    done = shelf.run(shelf.stage("said", optimizer=MOMENTUM))
+    plain = shelf.run(shelf.stage("plain"))
+    models = [load(locate(str(place), shelf.home)).model for place in (shelf.home / "llama", done.place)]
+    start, end = (dict(model.named_parameters()) for model in models)
+    differ = sum(int((end[name] != old).sum()) for name, old in start.items())
+    about = read_record(done.place)["update"]
+    line = f"{differ:,} of {about['of']:,} weights differ from the start model's"
+    each = f"each update moved {about['moved']:,} of {about['of']:,}"
+    assert about["moved"] < differ < about["of"]
+    for text in (outcome_text(done), (done.place / "report.html").read_text()):
+        assert line in text.replace("&#x27;", "'") and each in text
+    assert "weights differ" not in outcome_text(plain) and "weights differ" in (plain.place / "report.html").read_text()
+
+
+def test_the_page_draws_the_rate_that_was_taken(shelf: Shelf) -> None:
+    paced, plain = (shelf.run(shelf.stage(n, optimizer=o)) for n, o in (("drawn", FINCH), ("plain", {})))
+    assert "The rate follows the loss" in (paced.place / "report.html").read_text()
+    assert "The rate follows the loss" not in (plain.place / "report.html").read_text()
+
+
+def shelf_weights(shelf: Shelf) -> list[torch.Tensor]:
+    before, _, _ = trained(shelf, shelf.stage("none"), 0)
+    return list(before.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # dynamo looks at torch in ways that torch itself warns of
+def test_compiled_blocks_move_the_same_rows(shelf: Shelf) -> None:
+    compute = {"threads": 1, "dtype": "float32"}
+    runs = []
+    for compiled in (False, True):
+        raw = shelf.stage(f"compiled-{compiled}", optimizer=MAGNITUDE, compute={**compute, "compile": compiled})
+        list(run_stage(shelf.plan(raw), command="test", cache=shelf.cache))
+        runs.append(told(Path(raw["output"])))
+    for one, two in zip(*runs, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["moved"] == one["moved"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        ({"update": {"kind": "momentum", "share": 0}}, "optimizer.update"),
+        ({"update": {"kind": "momentum", "share": "120%"}}, "optimizer.update"),
+        ({"update": {"kind": "moment"}}, "optimizer.update"),
+        ({"update": {"kind": "momentum", "shares": 1}}, "shares"),
+        ({"loss_adaptive": {"start": 0}}, "optimizer.loss_adaptive.start"),
+        ({"loss_adaptive": {"smoothing": 1}}, "optimizer.loss_adaptive.smoothing"),
+    ],
+)
+def test_what_cannot_be_is_refused(shelf: Shelf, optimizer: dict[str, Any], said: str) -> None:
+    with pytest.raises(StageError) as error:
+        shelf.plan(shelf.stage("wrong", optimizer=optimizer))
+    assert said in str(error.value)

@@ -1,0 +1,67 @@
+"""A lineage of two tiny runs, and an arm beside the second, made once for all tests that only read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from postgrad.config.stage_file import parse_stage
+from postgrad.plan.plan import make_plan
+from postgrad.run.run import Finished, run_stage
+
+
+@dataclass(frozen=True)
+class Runs:
+    """`one` learns the old text; `two` (naive) and `replay` go on from it with the new text."""
+
+    home: Path
+    cache: Path
+    one: Path
+    two: Path
+    replay: Path
+
+
+def tiny(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": output.name,
+        "model": str(base / "base"),
+        "output": str(output),
+        "tokens": 3000,
+        "schedule": {"kind": "rewarm", "peak": 1e-2, "floor": 1e-3, "warmup": "2 steps"},
+        "batch": {"sequences": 8, "micro": 4},
+        "evaluation": {
+            "retained": [str(base / "old-heldout.jsonl")],
+            "learned": [str(base / "new-heldout.jsonl")],
+            "every": "50%",
+            "during_tokens": 200,
+            "samples": 1,
+        },
+        "compute": {"threads": 1, "dtype": "float32", "compile": False},
+        **changes,
+    }
+
+
+@pytest.fixture(scope="session")
+def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    home = tmp_path_factory.mktemp("runs")
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    old = {"name": "old", "path": str(base / "old.jsonl")}
+    new = {"name": "new", "path": str(base / "new.jsonl")}
+    both = [{**new, "share": 0.5}, {**old, "share": 0.5, "role": "replay"}]
+    found = Runs(home, cache, home / "one", home / "two", home / "replay")
+    sets = tiny(base, home)["evaluation"]
+    learn_old = {**sets, "retained": [], "learned": sets["retained"]}
+    for place, start, sources, evaluation in (
+        (found.one, base / "base", [old], learn_old),
+        (found.two, found.one, [new], sets),
+        (found.replay, found.one, both, sets),
+    ):
+        raw = tiny(
+            base, place, model=str(start), data={"sequence_length": 32, "sources": sources}, evaluation=evaluation
+        )
+        events = list(run_stage(make_plan(parse_stage(raw, "t"), home, cache), command="t", cache=cache))
+        assert isinstance(events[-1], Finished)
+    return found

@@ -1,0 +1,397 @@
+"""Tiny models of every sort in a folder with texts and rows for each task, and stages on them; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from postgrad.config.stage_file import parse_stage
+from postgrad.distributed.world import World
+from postgrad.hardware.execution import Execution
+from postgrad.models.pretrained import save_pretrained
+from postgrad.plan.plan import Plan, make_plan
+from postgrad.run.build import build, make_loader, make_subject
+from postgrad.run.run import Event, Finished, Saved, Stepped, Stopped, run_stage
+from postgrad.storage.atomic import MANIFEST
+from postgrad.training.loop import steps
+from postgrad.training.metrics_log import read_metrics
+from postgrad.training.step import Run
+from tests.conftest import make_llama, make_tokenizer, new_text, old_text, write_jsonl
+
+LENGTH = 48
+"""Positions in a row."""
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "and", "yes", "no", "plus"]
+
+
+# -- tokenizers and models -------------------------------------------------------------------------------------------
+
+
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer with a vocabulary written by hand; `[CLS] x [SEP]`, `[CLS] x [SEP] y [SEP]`."""
+    letters = [c for c in string.printable if not c.isspace()]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *WORDS]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def bpe(special: list[str], vocabulary: int = 320) -> Tokenizer:
+    """A byte-level BPE tokenizer trained on the tests' own texts, with its special tokens first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(old_text(50) + new_text(50), trainer)
+    return tokenizer
+
+
+def t5_tokenizer(sentinels: int = 20) -> PreTrainedTokenizerFast:
+    """A tokenizer that ends a text with `</s>` and has sentinels; `x </s>`, `x </s> y </s>`."""
+    tokenizer = bpe(["<pad>", "</s>", *(f"<extra_id_{i}>" for i in range(sentinels))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def roberta_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that sets `<s> x </s>` and `<s> x </s></s> y </s>`."""
+    tokenizer = bpe(["<s>", "<pad>", "</s>", "<mask>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        mask_token="<mask>",
+    )
+
+
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    """A Llama-like tokenizer: `<s> x`, and nothing behind."""
+    tokenizer = bpe(["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def make_bert(vocabulary: int, seed: int = 0) -> BertForMaskedLM:
+    """A two-layer BERT with random weights, without dropout."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertForMaskedLM(config).eval()
+
+
+def make_t5(vocabulary: int, seed: int = 0) -> T5ForConditionalGeneration:
+    """A T5 of two and two layers with random weights, without dropout."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return T5ForConditionalGeneration(config).eval()
+
+
+def written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """A model and its tokenizer in a folder."""
+    save_pretrained(model, tokenizer, folder, dtype=torch.float32)
+    return folder
+
+
+# -- texts and rows ----------------------------------------------------------------------------------------------------
+
+
+def rows(path: Path, made: list[dict[str, Any]]) -> Path:
+    """Rows as a JSON lines file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+def two_kinds(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Short texts of two kinds, and which kind each is."""
+    rng = random.Random(seed)
+    out = []
+    for _ in range(count):
+        kind = rng.choice(["words", "sums"])
+        made = old_text(1, rng.randrange(10**6)) if kind == "words" else new_text(1, rng.randrange(10**6))
+        out.append((made[0][:40], kind))
+    return out
+
+
+def labelled(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts with one of two classes."""
+    return [{"text": text, "label": kind} for text, kind in two_kinds(count, seed)]
+
+
+def multi(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts with any of three classes."""
+    out = []
+    for text, kind in two_kinds(count, seed):
+        out.append({"text": text, "labels": [kind, *(["nine"] if "9" in text or "nine" in text else [])]})
+    return out
+
+
+def numbered(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts with a number: how much of them is digits."""
+    return [
+        {"text": text, "label": round(sum(c.isdigit() for c in text) / len(text) + 0.01, 3)}
+        for text, _ in two_kinds(count, seed)
+    ]
+
+
+def tagged(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Words with a tag each."""
+    out = []
+    for text, _ in two_kinds(count, seed):
+        words = text.split()[:7]
+        out.append({"tokens": words, "tags": ["mark" if any(c in ".;=*" for c in word) else "word" for word in words]})
+    return out
+
+
+def paired(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Two texts and whether they are of one kind."""
+    both = zip(two_kinds(count, seed), two_kinds(count, seed + 1), strict=True)
+    return [
+        {"sentence1": a[:20], "sentence2": b[:20], "label": "same" if one == other else "other"}
+        for (a, one), (b, other) in both
+    ]
+
+
+def instructions(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """An instruction and its output."""
+    return [{"instruction": text[:25], "output": kind} for text, kind in two_kinds(count, seed)]
+
+
+def completions(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """A prompt and its completion."""
+    return [{"prompt": text[:25], "completion": f" {kind}"} for text, kind in two_kinds(count, seed)]
+
+
+def chats(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Conversations of one turn or two."""
+    out = []
+    for i, (text, kind) in enumerate(two_kinds(count, seed)):
+        turn = [{"role": "user", "content": text[:12]}, {"role": "assistant", "content": kind}]
+        out.append({"messages": turn * (1 + i % 2)})
+    return out
+
+
+def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """A source and a target."""
+    return [{"source": text[:25], "target": kind} for text, kind in two_kinds(count, seed)]
+
+
+def questions(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """A question about a text, and its answers as SQuAD has them."""
+    return [
+        {"question": "what is it?", "context": text[:20], "answers": {"text": [kind, "text"], "answer_start": [0, 0]}}
+        for text, kind in two_kinds(count, seed)
+    ]
+
+
+def choices(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """A question, choices, and the number of the right one."""
+    return [
+        {"question": text[:20], "choices": ["words", "sums"], "answer": int(kind == "sums")}
+        for text, kind in two_kinds(count, seed)
+    ]
+
+
+MAKERS = {
+    "labelled": labelled,
+    "multi": multi,
+    "numbered": numbered,
+    "tagged": tagged,
+    "paired": paired,
+    "instruction": instructions,
+    "completion": completions,
+    "chat": chats,
+    "pair": pairs,
+    "question": questions,
+    "choices": choices,
+}
+"""Rows of every sort, by the name of their file."""
+
+
+# -- a folder with all of it, and stages on it ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A folder with models (`llama`, `bert`, `t5`), texts (`old`, `new`) and rows of every sort, each with a held-out part."""
+
+    home: Path
+    cache: Path
+
+    def file(self, name: str, *, held_out: bool = False) -> str:
+        """A file of texts or rows."""
+        return str(self.home / f"{name}{'-heldout' if held_out else ''}.jsonl")
+
+    def source(self, name: str, kind: str | None = None, **changes: Any) -> dict[str, Any]:
+        """A source of texts or rows, read as often as a stage likes."""
+        said = {"kind": kind} if kind else {}
+        return {"name": name, "path": self.file(name), "max_passes": 100, **said, **changes}
+
+    @property
+    def old_and_new(self) -> list[dict[str, Any]]:
+        """New text with a quarter of replay."""
+        return [self.source("new", share=0.75), self.source("old", share=0.25, role="replay")]
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """An evaluation on both texts."""
+        return {**QUICK, "retained": [self.file("old", held_out=True)], "learned": [self.file("new", held_out=True)]}
+
+    def stage(self, name: str, tuning: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+        """A stage of six small steps on the llama, in the folder `runs/name`."""
+        model = changes.pop("model", "llama")
+        sources = changes.pop("sources", self.old_and_new)
+        data = {"sequence_length": LENGTH, "overlap": "off", "sources": sources, **changes.pop("data", {})}
+        return {
+            "name": name,
+            "model": str(self.home / model),
+            "output": str(self.home / "runs" / name),
+            "tokens": 6 * 4 * LENGTH,
+            "data": data,
+            "batch": {"sequences": 4, "micro": 2},
+            "schedule": {"kind": "constant", "peak": 1e-2, "warmup": 0},
+            "evaluation": self.texts,
+            "save": {"every": "2 steps"},
+            "compute": {"threads": 1, "dtype": "float32", "compile": False},
+            **({"tuning": tuning} if tuning else {}),
+            **changes,
+        }
+
+    def plan(self, raw: dict[str, Any]) -> Plan:
+        """What a stage will do."""
+        return make_plan(parse_stage(raw, "test"), self.home, self.cache)
+
+    def events(self, raw: dict[str, Any]) -> list[Event]:
+        """All that happens in a stage."""
+        return list(run_stage(self.plan(raw), command="test", cache=self.cache))
+
+    def run(self, raw: dict[str, Any]) -> Finished:
+        """A stage carried out; one that is finished already is not carried out again."""
+        last = self.events(raw)[-1]
+        assert isinstance(last, Finished)
+        return last
+
+
+QUICK = {"every": "50%", "during_tokens": 10_000, "samples": 0}
+
+
+def make_shelf(home: Path, cache: Path) -> Shelf:
+    """Write it all. Held-out texts are so short that each is one window, with a soft prompt before it too."""
+    llama, bert, t5 = make_tokenizer(), bert_tokenizer(), t5_tokenizer()
+    written(make_llama(), llama, home / "llama")
+    written(make_bert(len(bert)), bert, home / "bert")
+    written(make_t5(len(t5)), t5, home / "t5")
+    for name, made in (("old", old_text), ("new", new_text)):
+        write_jsonl(home / f"{name}.jsonl", made(60, 10))
+        write_jsonl(home / f"{name}-heldout.jsonl", [text[:36] for text in made(12, 20)])
+    for name, make in MAKERS.items():
+        rows(home / f"{name}.jsonl", make(60, 1))
+        rows(home / f"{name}-heldout.jsonl", make(24, 1000))
+    return Shelf(home, cache)
+
+
+# -- what two runs must have in common -------------------------------------------------------------------------------
+
+
+def trace(home: Path) -> list[str]:
+    """All that must be the same bit for bit: losses as hex, evaluations, and every file that is published."""
+    out = []
+    for row in read_metrics(home / "metrics.jsonl"):
+        row.pop("seconds", None)
+        out.append(json.dumps({k: v.hex() if isinstance(v, float) else v for k, v in row.items()}))
+    manifest = json.loads((home / "model" / MANIFEST).read_text())
+    return [*out, *(f"{name} {entry['sha256']}" for name, entry in sorted(manifest.items()))]
+
+
+def carried_out_in_parts(shelf: Shelf, raw: dict[str, Any]) -> Finished:
+    """A stage that is killed a step behind a checkpoint, then stopped by hand, then finished."""
+    saved = False
+    for event in run_stage(shelf.plan(raw), command="test", cache=shelf.cache):
+        if saved and isinstance(event, Stepped):
+            break  # whatever was made since the checkpoint is lost
+        saved |= isinstance(event, Saved)
+    last: Event | None = None
+    for event in run_stage(shelf.plan(raw), command="test", cache=shelf.cache):
+        last = event
+        if isinstance(event, Stepped) and event.report.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert saved and isinstance(last, Stopped) and last.step == 5
+    return shelf.run(raw)
+
+
+def trained(shelf: Shelf, raw: dict[str, Any], count: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Run]:
+    """Every weight of a model before and after so many steps of a stage, and the run."""
+    plan, world = shelf.plan(raw), World(torch.device("cpu"))
+    subject = make_subject(plan, world)
+    model = subject.model.pretrained
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    execution = Execution("float32", False, subject.attention or "sdpa", 1, 2, False, 0.0)
+    run = build(plan, subject, execution, world)
+    for _ in steps(run, make_loader(plan, execution, world), count):
+        pass
+    return before, {name: p.detach() for name, p in model.named_parameters()}, run
