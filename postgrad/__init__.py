@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from postgrad.commands.classify import Classifier
+    from postgrad.commands.classifier import Classifier
 
 from postgrad.version import __version__ as __version__
 
@@ -16,6 +16,6 @@ def load(folder: str, base: str | None = None) -> Classifier:
     `folder` is a run, one of its checkpoints, a model's or a tuning's folder, or one that `export` made; `base` is the model
     that a tuning's folder sits on, when it has moved. Raises `ModelError` for a model that is no classifier.
     """
-    from postgrad.commands.classify import load as load_classifier  # torch only when it is needed
+    from postgrad.commands.classifier import load as load_classifier  # torch only when it is needed
 
     return load_classifier(str(folder), base)

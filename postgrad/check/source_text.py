@@ -18,7 +18,7 @@ from postgrad.data.read.documents import source_columns
 from postgrad.data.read.examples import RUNNING, Labels, Renderer
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.demonstrations import Demonstrations
-from postgrad.data.render.plain import ClassRenderer, PlainRenderer, TagRenderer
+from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens.tokenize import labels_of
 from postgrad.errors import DataError
 from postgrad.plan.plan import Plan

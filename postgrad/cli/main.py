@@ -645,7 +645,7 @@ def write_report(
     run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)], as_json: Json = False
 ) -> None:
     """Write a run's page anew, also of one that is still going on."""
-    from postgrad.reports.pages.rewrite import renew
+    from postgrad.reports.pages.rewrite_report import renew
 
     place = renew(run)
     _print({"report": str(place)}, as_json, f"{place}\nnext: open it in a browser")

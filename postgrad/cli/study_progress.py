@@ -16,9 +16,9 @@ from rich.live import Live
 from rich.table import Table
 
 from postgrad.reports.html.notation import duration, signed
+from postgrad.studies.run_step import Moved, Warned
 from postgrad.studies.run_study import Ended, StepBegan, StepEnded, StepFailed, StudyEvent
 from postgrad.studies.step_graph import Work
-from postgrad.studies.steps import Moved, Warned
 
 _PLAIN_EVERY_SECONDS = 15.0
 _BAR = 16

@@ -10,7 +10,7 @@ from typing import Any
 
 from postgrad.commands.evaluate import context_of, read_by
 from postgrad.errors import ModelError, StageError
-from postgrad.evaluation.lm_eval import Found, run_harness
+from postgrad.evaluation.lm_eval_harness import Found, run_harness
 from postgrad.hardware import machine
 from postgrad.models.model import model_for
 from postgrad.models.pretrained import load_tokenizer, locate

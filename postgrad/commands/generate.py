@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import ModelError, StageError
+from postgrad.evaluation.continuations import text_of
 from postgrad.evaluation.held_out import behind_bos
-from postgrad.evaluation.sample_continuations import text_of
 from postgrad.hardware import machine
 from postgrad.models.model import model_for
 from postgrad.models.prefix_lm_attention import KEY, prefilled, reads_prefixes

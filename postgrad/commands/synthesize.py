@@ -28,9 +28,9 @@ from postgrad.data.read.files import Source as Files
 from postgrad.data.read.generated_text import MADE
 from postgrad.data.tokens.tokenize import Encoder
 from postgrad.errors import DataError, ModelError, StageError
+from postgrad.evaluation.continuations import text_of
 from postgrad.evaluation.generate_documents import drawn
 from postgrad.evaluation.held_out import behind_bos
-from postgrad.evaluation.sample_continuations import text_of
 from postgrad.hardware import machine
 from postgrad.models.model import CausalModel, model_for
 from postgrad.models.pretrained import load_tokenizer, locate

@@ -33,11 +33,11 @@ from postgrad.data.filter.near_duplicates import repeated
 from postgrad.data.random_streams import Draws
 from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import Source as Files
-from postgrad.data.render.plain import PlainRenderer
+from postgrad.data.render.renderers import PlainRenderer
 from postgrad.errors import DataError, ModelError, StageError
+from postgrad.evaluation.continuations import text_of
 from postgrad.evaluation.generate_documents import Drawn, drawn
 from postgrad.evaluation.held_out import behind_bos
-from postgrad.evaluation.sample_continuations import text_of
 from postgrad.hardware import machine
 from postgrad.storage.fingerprint import fingerprint
 

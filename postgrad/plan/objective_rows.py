@@ -36,7 +36,7 @@ from postgrad.data.layouts.windows import TooLong
 from postgrad.data.read.examples import RUNNING, Labels, Renderer
 from postgrad.data.render.chat import ChatRenderer, own_template
 from postgrad.data.render.demonstrations import Demonstrations
-from postgrad.data.render.plain import ClassRenderer, PlainRenderer, TagRenderer
+from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.subset import Part
 from postgrad.errors import StageError

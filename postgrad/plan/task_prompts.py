@@ -22,7 +22,7 @@ from postgrad.data.read.examples import RUNNING, Example, Renderer, labels_in
 from postgrad.data.read.files import Source
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.demonstrations import BETWEEN, By, Demonstrations
-from postgrad.data.render.plain import PlainRenderer
+from postgrad.data.render.renderers import PlainRenderer
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError, ModelError, StageError, nearest
 from postgrad.evaluation.choices.loglikelihood import Item, encode

@@ -26,9 +26,9 @@ from postgrad.distributed.fsdp import reshard
 from postgrad.distributed.world import World
 from postgrad.errors import PostgradError
 from postgrad.evaluation import before_after
+from postgrad.evaluation.continuations import Prompt, continuations, prompts, text_of
 from postgrad.evaluation.held_out import AnyHeldOut
 from postgrad.evaluation.pseudo_perplexity import score_one_by_one
-from postgrad.evaluation.sample_continuations import Prompt, continuations, prompts, text_of
 from postgrad.hardware import machine
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.record import PLAN, RECORD, STAGE, Record, read_record, write_record

@@ -25,8 +25,8 @@ from postgrad.distributed.world import World
 from postgrad.errors import PostgradError, StageError
 from postgrad.run.run_folder import alone
 from postgrad.storage.atomic import write_atomically
+from postgrad.studies.run_step import MACHINE, Folder, Halted, Moved, Warned, carry_out, kept
 from postgrad.studies.step_graph import Work, is_made, work_out
-from postgrad.studies.steps import MACHINE, Folder, Halted, Moved, Warned, carry_out, kept
 from postgrad.studies.study import Study, load_study
 
 TEXTS = "texts.json"

@@ -33,9 +33,9 @@ from postgrad.run.build import choose_execution, make_subject
 from postgrad.run.run import look_steps
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import fingerprint
+from postgrad.studies.run_step import MACHINE
 from postgrad.studies.run_study import Prepared
 from postgrad.studies.step_graph import Step, resolved
-from postgrad.studies.steps import MACHINE
 
 _SCORED = 10_000
 _MAKING = {"write": 60.0, "measure": 3.0}

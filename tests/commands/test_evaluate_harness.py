@@ -12,7 +12,7 @@ import pytest
 
 from postgrad.commands.evaluate_harness import evaluate_harness
 from postgrad.errors import ModelError, StageError
-from postgrad.evaluation import lm_eval
+from postgrad.evaluation import lm_eval_harness
 from tests.tiny_stages import Shelf, make_shelf
 
 
@@ -26,13 +26,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """The ids of all prompts that a model is asked."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     prompts: list[tuple[int, ...]] = []
-    choose = lm_eval.choose
+    choose = lm_eval_harness.choose
 
     def seen(model: Any, items: Any, **options: Any) -> Any:
         prompts.extend(item.context for item in items)
         return choose(model, items, **options)
 
-    monkeypatch.setattr(lm_eval, "choose", seen)
+    monkeypatch.setattr(lm_eval_harness, "choose", seen)
     yield prompts
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from postgrad.data.read.examples import Example, make_example
 from postgrad.data.render.chat import PLAIN, ChatRenderer
-from postgrad.data.render.plain import PlainRenderer
+from postgrad.data.render.renderers import PlainRenderer
 from postgrad.errors import DataError, ModelError
 from tests.conftest import make_tokenizer
 

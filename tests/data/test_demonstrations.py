@@ -15,7 +15,7 @@ from postgrad.data.read.examples import Example, make_example
 from postgrad.data.render import demonstrations
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.demonstrations import BETWEEN, By, Demonstrations
-from postgrad.data.render.plain import PlainRenderer
+from postgrad.data.render.renderers import PlainRenderer
 
 EVERY: list[By] = ["bm25", "embedding", "seed", "once", "balanced"]
 

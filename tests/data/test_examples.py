@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postgrad.data.read.examples import Example, Labels, Skipped, columns_of, joined, labels_in, make_example
-from postgrad.data.render.plain import ClassRenderer, PlainRenderer, TagRenderer
+from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.errors import DataError, StageError
 
 

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from postgrad.data.read.examples import Labels, Renderer
 from postgrad.data.read.files import HubRows, Source
 from postgrad.data.render.chat import ChatRenderer
-from postgrad.data.render.plain import ClassRenderer, PlainRenderer, TagRenderer
+from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens import store as store_module
 from postgrad.data.tokens import tokenize
 from postgrad.data.tokens.store import TokenStore, digest

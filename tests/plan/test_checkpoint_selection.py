@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from postgrad.check.plan_text import plan_lines
 from postgrad.errors import CheckpointError, DataError, PostgradError, StageError
 from postgrad.evaluation import before_after
+from postgrad.evaluation.continuations import prompts
 from postgrad.evaluation.held_out import HeldOut
-from postgrad.evaluation.sample_continuations import prompts
 from postgrad.lineage.record import read_record
 from postgrad.lineage.tree import chain, tree
 from postgrad.plan import checkpoint_selection

@@ -22,7 +22,7 @@ from postgrad.data.layouts.seq2seq import PairRows
 from postgrad.data.layouts.span_corruption import SpanRows
 from postgrad.data.read.examples import KINDS, Labels
 from postgrad.data.render.chat import ChatRenderer
-from postgrad.data.render.plain import ClassRenderer, PlainRenderer, TagRenderer
+from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.errors import StageError
 from postgrad.models.pretrained import locate
 from postgrad.plan.objective_rows import (

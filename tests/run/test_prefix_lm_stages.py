@@ -16,7 +16,7 @@ from postgrad.commands.evaluate import compare_models, evaluate_files
 from postgrad.commands.generate import export_model, write_once
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.errors import ModelError, StageError
-from postgrad.evaluation import sample_continuations
+from postgrad.evaluation import continuations
 from postgrad.models.prefix_lm_attention import KEY, mask_for, prefilled, reads_prefixes
 from postgrad.models.pretrained import locate
 from postgrad.tuning.open_model import open_model, prefixes_at
@@ -234,10 +234,8 @@ def test_rows_longer_than_a_window_are_refused(shelf: Shelf) -> None:
 def test_samples_are_written_as_the_model_reads(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """The start model's are not: it was never trained so."""
     asked: list[bool] = []
-    plain = sample_continuations.prefilled
-    monkeypatch.setattr(
-        sample_continuations, "prefilled", lambda model, ids: (asked.append(True), plain(model, ids))[1]
-    )
+    plain = continuations.prefilled
+    monkeypatch.setattr(continuations, "prefilled", lambda model, ids: (asked.append(True), plain(model, ids))[1])
     objectives = [{"kind": "prefix-lm", "on": ["completion"]}, {"kind": "next-token"}]
     text = "one and two. three and four. five and six. seven and eight. nine and ten. one and two. three and four. " * 2
     long = write_jsonl(shelf.home / "long.jsonl", [text])

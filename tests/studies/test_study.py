@@ -37,6 +37,7 @@ from postgrad.studies import study_templates
 from postgrad.studies.outputs import finish
 from postgrad.studies.results import Drawn, Losses, findings, mean_of, removed, verdict
 from postgrad.studies.results import _Measured as Measured
+from postgrad.studies.run_step import Moved, carry_out
 from postgrad.studies.run_study import (
     Ended,
     Prepared,
@@ -50,7 +51,6 @@ from postgrad.studies.run_study import (
     spent,
 )
 from postgrad.studies.step_graph import Work, work_out
-from postgrad.studies.steps import Moved, carry_out
 from postgrad.studies.study import Arm, load_study, merged, parse_study, study_schema
 from postgrad.studies.study_plan import Pace, look_ahead, outlook_record
 from tests.conftest import StageOf, new_text, write_jsonl

@@ -28,7 +28,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from postgrad.data.read.examples import Example, Labels, Rendered
-from postgrad.data.render.plain import ANSWER, CONTEXT, PlainRenderer
+from postgrad.data.render.renderers import ANSWER, CONTEXT, PlainRenderer
 from postgrad.errors import DataError, ModelError
 
 PLAIN = """\

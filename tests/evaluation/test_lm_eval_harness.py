@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from postgrad.errors import DataError, MissingExtra, ModelError, StageError
-from postgrad.evaluation import lm_eval as harness
+from postgrad.evaluation import lm_eval_harness as harness
 from postgrad.evaluation.choices.loglikelihood import choose, encode_all
-from postgrad.evaluation.lm_eval import Found, run_harness
+from postgrad.evaluation.lm_eval_harness import Found, run_harness
 from postgrad.models.model import model_for
 from postgrad.models.prefix_lm_attention import mark
 from postgrad.tuning.attach import attach
