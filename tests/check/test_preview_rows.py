@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from postgrad.check import preview_rows
+from postgrad.check import preview_rows as preview
 from postgrad.check.preview_rows import ShownSource, Spelling, shown_rows
 from postgrad.check.preview_text import print_rows
 from postgrad.check.source_text import found_lines
@@ -121,7 +121,7 @@ def test_rows_read_anew_would_not_be_those_of_the_steps(shelf: Shelf, monkeypatc
             row = plan.rows[draw.source].at(i, 0)
             yield draw, {**row.inputs, "labels": row.labels}
 
-    monkeypatch.setattr(preview_rows, "_rows", stored)
+    monkeypatch.setattr(preview, "_rows", stored)
     assert not is_what_is_read(plan, 9)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from postgrad.commands import synthesize_chat
+from postgrad.commands import synthesize_chat as chat_synthesis
 from postgrad.commands.synthesize import Wish, Written, author, summary_file, told
 from postgrad.commands.synthesize_chat import FIRST, NEXT, Rehearsal, Turns, converse, nearest, various
 from postgrad.config.stage_file import parse_stage
@@ -172,13 +172,13 @@ def test_examples_are_shown_as_other_answers(plain: str, tmp_path: Path, monkeyp
 def test_fewer_examples_are_shown_where_more_do_not_fit(plain: str) -> None:
     turns = Turns(author(plain, 96))
     examples = ["one and two " * 12] * 3
-    room = synthesize_chat._Room(20, 20, 60)
-    ids = synthesize_chat._prompt(turns, WISH, Rehearsal(shown=3), examples, room, 0)
+    room = chat_synthesis._Room(20, 20, 60)
+    ids = chat_synthesis._prompt(turns, WISH, Rehearsal(shown=3), examples, room, 0)
     assert len(ids) + room.question <= 256
     text = turns.writer.tokenizer.decode(ids)
     assert 1 <= text.count(examples[0].strip()) < 3
     with pytest.raises(DataError, match="does not fit"):
-        synthesize_chat._prompt(turns, WISH, Rehearsal(shown=3), ["one and two " * 90], room, 0)
+        chat_synthesis._prompt(turns, WISH, Rehearsal(shown=3), ["one and two " * 90], room, 0)
 
 
 def test_another_model_answers(plain: str, signed: str, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_why_a_question_is_left_out() -> None:
         question: str = "one two", said: str = "three", asks: bool = True, ends: bool = True, loop: int = 1
     ) -> Any:
         new, answer = Drawn(np.arange(9), asks), Drawn(np.concatenate([np.arange(20)] * loop), ends)
-        return synthesize_chat._trouble(question, new, said, answer, replace(WISH, most_repeated=0.5))
+        return chat_synthesis._trouble(question, new, said, answer, replace(WISH, most_repeated=0.5))
 
     assert tried() is None and tried(loop=2) is None  # a third of the second is new, at the seam
     assert tried(asks=False) == "questions without an end"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from postgrad.evaluation import generate_answers
+from postgrad.evaluation import generate_answers as generation
 from postgrad.evaluation.generate_answers import Until, write
 from postgrad.models.cpu_attention import NAME
 from postgrad.models.prefix_lm_attention import mark, mask_for
@@ -115,8 +115,8 @@ def test_a_prefix_language_model_reads_its_prompts_in_both_directions() -> None:
 
 def test_padding_on_the_wrong_side_would_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: a decoder's prompts filled up on the right, so that it goes on behind the padding."""
-    plain = generate_answers._filled
-    monkeypatch.setattr(generate_answers, "_filled", lambda prompts, pad, left: plain(prompts, pad, left=False))
+    plain = generation._filled
+    monkeypatch.setattr(generation, "_filled", lambda prompts, pad, left: plain(prompts, pad, left=False))
     with made("llama", "none") as (model, tokenizer, prompts):
         expected = [tokenizer.decode(by_hand(model, prompt, 12, [0])) for prompt in prompts]
         assert write(model, tokenizer, prompts, Until(12), ends=[0], pad=0) != expected
@@ -158,9 +158,9 @@ def test_a_folder_that_asks_for_draws_or_penalties_is_not_heard() -> None:
 def test_many_prompts_are_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     with made("llama", "none") as (model, tokenizer, prompts):
         plain = write(model, tokenizer, prompts, Until(6), ends=[0], pad=0)
-        monkeypatch.setattr(generate_answers, "_PROMPTS_AT_ONCE", 2)
+        monkeypatch.setattr(generation, "_PROMPTS_AT_ONCE", 2)
         assert write(model, tokenizer, prompts, Until(6), ends=[0], pad=0) == plain
-        monkeypatch.setattr(generate_answers, "_TOKENS_AT_ONCE", 1)
+        monkeypatch.setattr(generation, "_TOKENS_AT_ONCE", 1)
         assert write(model, tokenizer, prompts, Until(6), ends=[0], pad=0) == plain
         assert write(model, tokenizer, [], Until(6), ends=[0], pad=0) == []
         model.train()
