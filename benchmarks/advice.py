@@ -23,78 +23,78 @@ from typing import Any
 import yaml
 from arms import provenance
 
-from postgrad.commands.advise import Wish, advise, piloted, plan_advice, write_advice
-from postgrad.config.quantities import share_of
+from postgrad.commands.advise import AdviceRequest, advise, plan_advice, run_pilots, write_advice
+from postgrad.config.quantities import parse_share
 from postgrad.config.stage_file import parse_stage, read_stage
 from postgrad.errors import StageError
 from postgrad.plan.plan import make_plan
-from postgrad.run.run import Finished, Stopped, run_stage
+from postgrad.run.run import RunFinished, RunStopped, run_stage
 
-Found = dict[str, Any]
-LESS = 1.5
+Result = dict[str, Any]
+REPLAY_REDUCTION = 1.5
 
 
-def stage_of(given: argparse.Namespace, name: str, path: str) -> Found:
+def make_stage(options: argparse.Namespace, name: str, path: str) -> Result:
     """The stage that is advised: 10 % replay, re-warmed to the highest peak that may be."""
     return {
         "name": name,
-        "model": str(Path(given.model).resolve()),
-        "tokens": given.tokens,
+        "model": str(Path(options.model).resolve()),
+        "tokens": options.tokens,
         "data": {
-            "sequence_length": given.length,
+            "sequence_length": options.length,
             "overlap": "off",
             "sources": [
                 {"name": "new", "path": str(Path(path).resolve()), "share": 0.9, "held_out": 0.06, "max_passes": 100},
-                {"name": "replay", "path": str(Path(given.replay).resolve()), "share": 0.1, "role": "replay",
+                {"name": "replay", "path": str(Path(options.replay).resolve()), "share": 0.1, "role": "replay",
                  "held_out": 0, "max_passes": 100},
             ],
         },
-        "batch": {"sequences": given.sequences},
-        "schedule": {"kind": "rewarm", "peak": given.peak, "floor": given.peak / 10, "warmup": "5%"},
+        "batch": {"sequences": options.sequences},
+        "schedule": {"kind": "rewarm", "peak": options.peak, "floor": options.peak / 10, "warmup": "5%"},
         "evaluation": {
-            "retained": [{"name": "old", "path": str(Path(given.retained).resolve())}],
-            "every": "100%", "max_tokens": given.scored, "during_tokens": 2000, "samples": 0, "drift_tokens": 0,
+            "retained": [{"name": "old", "path": str(Path(options.retained).resolve())}],
+            "every": "100%", "max_tokens": options.scored, "during_tokens": 2000, "samples": 0, "drift_tokens": 0,
         },
         "save": {"every": "100%", "keep": 1},
         "compute": {"threads": 1, "compile": False, "dtype": "float32"},
     }  # fmt: skip
 
 
-def carried_out(stage: Found, root: Path, cache: Path) -> Found:
+def run_to_end(stage: Result, root: Path, cache: Path) -> Result:
     """The record of a run."""
     plan = make_plan(parse_stage(stage, stage["name"]), root, cache)
     *_, last = run_stage(plan, command="benchmarks/advice.py", cache=cache)
-    if not isinstance(last, Finished):
+    if not isinstance(last, RunFinished):
         raise SystemExit(3)
     return last.record
 
 
-def named(root: Path, corpus: str, share: float, peak: float) -> Found:
+def run_identity(root: Path, corpus: str, share: float, peak: float) -> Result:
     """The name and the folder of a run, by what it is of."""
     name = f"{corpus}-{share:.4g}-{peak:.3g}"
     return {"name": name, "output": str(root / "runs" / name)}
 
 
-def case(given: argparse.Namespace, corpus: str, path: str, bound: str, cache: Path) -> Found:
+def run_case(options: argparse.Namespace, corpus: str, path: str, bound: str, cache: Path) -> Result:
     """One text and bound: the advice, the run, and the run with less replay."""
-    root = Path(given.work)
+    root = Path(options.work)
     place = root / f"{corpus}.yaml"
-    place.write_text(yaml.safe_dump(stage_of(given, corpus, path), sort_keys=False))
+    place.write_text(yaml.safe_dump(make_stage(options, corpus, path), sort_keys=False))
     out = root / f"{corpus}-{bound.strip('%')}-advised.yaml"
-    wish = Wish(place, (), share_of(bound, "--bounds"), given.pilots, None, out)
+    wish = AdviceRequest(place, (), parse_share(bound, "--bounds"), options.pilots, None, out)
     asked = plan_advice(wish, cache)
     begun = time.monotonic()
-    *_, last = piloted(asked, "benchmarks/advice.py")
-    if isinstance(last, Stopped):
+    *_, last = run_pilots(asked, "benchmarks/advice.py")
+    if isinstance(last, RunStopped):
         raise SystemExit(3)
-    row: Found = {"corpus": corpus, "bound": wish.bound, "pilots_seconds": round(time.monotonic() - begun, 1)}
+    row: Result = {"corpus": corpus, "bound": wish.bound, "pilots_seconds": round(time.monotonic() - begun, 1)}
     try:
         found = write_advice(asked, advise(asked))
     except StageError as error:
         return {**row, "impossible": str(error)}
     row |= {key: found[key] for key in ("share", "peak", "tokens", "run_tokens", "old", "rise", "new", "pilots")}
     stage = read_stage(out) | {"max_forgetting": None}
-    ran = carried_out(stage | named(root, corpus, found["share"], found["peak"]), root, cache)
+    ran = run_to_end(stage | run_identity(root, corpus, found["share"], found["peak"]), root, cache)
     row["measured"] = {
         "old": ran["scores"]["after"]["old"]["nats"],
         "new": ran["scores"]["after"]["new"]["nats"],
@@ -102,9 +102,9 @@ def case(given: argparse.Namespace, corpus: str, path: str, bound: str, cache: P
         "rise_high": ran["changes"]["old"]["relative_high"],
         "seconds": round(ran["achieved"]["seconds"], 1),
     }
-    if given.less:
+    if options.less:
         sources = [dict(source) for source in stage["data"]["sources"]]
-        sources[1]["share"] = round(found["share"] / LESS, 6)
+        sources[1]["share"] = round(found["share"] / REPLAY_REDUCTION, 6)
         sources[0]["share"] = 1 - sources[1]["share"]
         name = f"{out.stem}-less"
         less = {
@@ -115,20 +115,20 @@ def case(given: argparse.Namespace, corpus: str, path: str, bound: str, cache: P
         }
         row["less"] = {
             "share": sources[1]["share"],
-            "rise": carried_out(less, root, cache)["changes"]["old"]["relative"],
+            "rise": run_to_end(less, root, cache)["changes"]["old"]["relative"],
         }
     return row
 
 
-def summary(rows: list[Found]) -> Found:
+def summary(rows: list[Result]) -> Result:
     """How often what was promised was kept."""
     ran = [row for row in rows if "measured" in row]
 
-    def off(row: Found, kind: str) -> float:
+    def off(row: Result, kind: str) -> float:
         told = row["old"]["old"] if kind == "old" else row["new"]["new"]
         return told["value"] / row["measured"][kind] - 1
 
-    def inside(row: Found, kind: str) -> bool:
+    def inside(row: Result, kind: str) -> bool:
         told = row["old"]["old"] if kind == "old" else row["new"]["new"]
         return told["low"] <= row["measured"][kind] <= told["high"]
 
@@ -149,7 +149,7 @@ def summary(rows: list[Found]) -> Found:
     }
 
 
-def table(rows: list[Found]) -> str:
+def table(rows: list[Result]) -> str:
     """The cases, for people."""
     lines = [
         "corpus       bound  replay  peak      old told  measured  rise told  measured  new told  measured  less breaks"
@@ -189,11 +189,11 @@ def main() -> None:
     given = parser.parse_args()
     Path(given.work).mkdir(parents=True, exist_ok=True)
     cache = Path(os.environ.get("POSTGRAD_CACHE", Path(given.work) / "cache"))
-    rows: list[Found] = []
+    rows: list[Result] = []
     for bound in given.bounds.split(","):
         for item in given.new:
             corpus, path = item.split("=", 1)
-            rows.append(case(given, corpus, path, bound, cache))
+            rows.append(run_case(given, corpus, path, bound, cache))
             print(table(rows[-1:]).split("\n")[-1], flush=True)
             if given.json:
                 about = {

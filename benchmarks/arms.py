@@ -24,7 +24,7 @@ LOAD = os.getloadavg()[0]
 """What else the machine had to do when the script began."""
 
 
-def turns(arms: Mapping[str, Callable[[], T]], rounds: int, warm: int = 0) -> Iterator[dict[str, T]]:
+def run_rounds(arms: Mapping[str, Callable[[], T]], rounds: int, warm: int = 0) -> Iterator[dict[str, T]]:
     """What each arm answers, round by round; the order turns around each round, and the first `warm` are not told."""
     for number in range(warm + rounds):
         answers = {name: arms[name]() for name in (arms if number % 2 else reversed(list(arms)))}
@@ -32,24 +32,24 @@ def turns(arms: Mapping[str, Callable[[], T]], rounds: int, warm: int = 0) -> It
             yield {name: answers[name] for name in arms}
 
 
-def middle(values: Iterable[float]) -> list[float]:
+def median_and_range(values: Iterable[float]) -> list[float]:
     """Median, lowest and highest."""
     known = list(values)
     return [statistics.median(known), min(known), max(known)]
 
 
-def ranged(found: list[float], form: str) -> str:
+def format_range(values: list[float], form: str) -> str:
     """The same as text."""
-    return f"{found[0]:{form}} [{found[1]:{form}}..{found[2]:{form}}]"
+    return f"{values[0]:{form}} [{values[1]:{form}}..{values[2]:{form}}]"
 
 
-def add_numbers(parser: argparse.ArgumentParser, **defaults: int) -> None:
+def add_integer_options(parser: argparse.ArgumentParser, **defaults: int) -> None:
     """Options that are whole numbers."""
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
 
 
-def named(word: str) -> str:
+def strip_folders(word: str) -> str:
     """An option's value, or NAME=FILE, without the folders of whoever ran it."""
     before, equal, path = word.rpartition("=")
     here = Path(path)
@@ -62,7 +62,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     def short(value: Any) -> Any:
         if isinstance(value, list):
             return [short(each) for each in value]
-        return named(str(value)) if isinstance(value, str | Path) else value
+        return strip_folders(str(value)) if isinstance(value, str | Path) else value
 
     return {key: short(value) for key, value in vars(options).items() if value is not None and key != "json"}
 
@@ -75,17 +75,17 @@ def provenance(*packages: str) -> dict[str, Any]:
 
     return {
         "repeat": " ".join(
-            ["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shlex.quote, map(named, sys.argv[1:]))]
+            ["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shlex.quote, map(strip_folders, sys.argv[1:]))]
         ),
-        "machine": {"cpu": machine.processor(), "cores": machine.cores(), "system": platform.system()},
+        "machine": {"cpu": machine.processor_name(), "cores": machine.core_count(), "system": platform.system()},
         "measured": date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers", *packages)},
         "load_average": LOAD,
     }
 
 
-def write(path: Path | None, found: Mapping[str, Any]) -> None:
+def write_results(path: Path | None, results: Mapping[str, Any]) -> None:
     """Into the file, if one is asked for."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")

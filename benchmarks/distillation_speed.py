@@ -21,37 +21,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import add_numbers, middle, provenance, ranged, settings, turns, write
-from small_llama import llama, run_of
+from arms import add_integer_options, format_range, median_and_range, provenance, run_rounds, settings, write_results
+from small_llama import make_llama, make_run
 
 from postgrad.data.layouts.rows import Row
-from postgrad.data.loading.batch import Batch, collate, few_of
-from postgrad.data.loading.teacher_cache import Told, Word, digest_of
+from postgrad.data.loading.batch import Batch, collate, collate_teacher_targets
+from postgrad.data.loading.teacher_cache import SparseDistribution, TeacherCache, row_digest
 from postgrad.distributed import fsdp
 from postgrad.hardware import machine
 from postgrad.models.model import CausalModel
-from postgrad.objectives.distillation import Distill, DistillTold
-from postgrad.objectives.linear_loss import logits_of, products
-from postgrad.objectives.next_token import Tokens
+from postgrad.objectives.distillation import CachedDistillationLoss, DistillationLoss
+from postgrad.objectives.linear_loss import compute_logits, compute_products
+from postgrad.objectives.next_token import TokenLoss
 from postgrad.objectives.objective import Objective
-from postgrad.objectives.teacher import Online
+from postgrad.objectives.teacher import OnlineTeacher
 from postgrad.optim.optimizer import Weights
-from postgrad.run.cached_teacher import drawn, likeliest
+from postgrad.run.cached_teacher import sample_distribution, top_k_distribution
 from postgrad.training.step import train_step
 from postgrad.tuning.attach import attach
 
 DRAWS, K = 50, 64
 
 
-def teacher_of(options: argparse.Namespace) -> CausalModel:
+def make_teacher(options: argparse.Namespace) -> CausalModel:
     """Another Llama, about as sure of the next token as a small model is: a random one would draw every id once."""
-    teacher = CausalModel(llama(options, seed=1))
+    teacher = CausalModel(make_llama(options, seed=1))
     with torch.no_grad():
         teacher.pretrained.model.norm.weight *= 9
     return teacher
 
 
-def rows_of(options: argparse.Namespace) -> list[Row]:
+def random_rows(options: argparse.Namespace) -> list[Row]:
     """Rows of random ids, each one document."""
     ids = np.random.default_rng(0).integers(0, options.vocabulary, (options.rows, options.time + 1))
     positions = np.arange(options.time)
@@ -59,18 +59,20 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
 
 
 @torch.no_grad()
-def said_by(teacher: CausalModel, rows: list[Row], kind: str) -> list[Word]:
+def teacher_distributions(teacher: CausalModel, rows: list[Row], kind: str) -> list[SparseDistribution]:
     """What a teacher says of some rows, as a stage asks it beforehand."""
     output = teacher(**collate(rows, [0] * len(rows)).inputs)
     assert output.head is not None
     words = []
     for i, hidden_ND in enumerate(output.hidden):
         product_NV = hidden_ND.new_empty(len(hidden_ND), len(output.head.weight_VD))
-        products(hidden_ND, output.head, product_NV)
+        compute_products(hidden_ND, output.head, product_NV)
         logits_NV = torch.empty_like(product_NV, dtype=torch.float32)
-        logits_of(product_NV, output.head, logits_NV)
+        compute_logits(product_NV, output.head, logits_NV)
         uniform_NS = np.random.default_rng(i).random((len(hidden_ND), DRAWS))
-        words.append(drawn(logits_NV, uniform_NS, 1.0) if kind == "sampled" else likeliest(logits_NV, K))
+        words.append(
+            sample_distribution(logits_NV, uniform_NS, 1.0) if kind == "sampled" else top_k_distribution(logits_NV, K)
+        )
     return words
 
 
@@ -78,27 +80,27 @@ class Arm:
     """A model, its optimizer and its objectives."""
 
     def __init__(self, options: argparse.Namespace, name: str, batch: Batch, tuning: dict[str, Any]) -> None:
-        student = CausalModel(llama(options))
+        student = CausalModel(make_llama(options))
         attached = attach(student.pretrained, tuning)
         dtype = getattr(torch, options.dtype)
-        weights = Weights(student, attached, dtype, split=True)
-        objectives: list[Objective] = [Tokens()]
+        weights = Weights(student, attached, dtype, master_copies=True)
+        objectives: list[Objective] = [TokenLoss()]
         how = name.split()[-1]
         if how == "teacher":
-            teacher = teacher_of(options).requires_grad_(False)
+            teacher = make_teacher(options).requires_grad_(False)
             for parameter in teacher.parameters():
                 parameter.data = parameter.data.to(dtype)
             if options.compile:
                 fsdp.compile_layers(teacher)
-            objectives.append(Distill(Online(teacher), lambda step: 1.0))
+            objectives.append(DistillationLoss(OnlineTeacher(teacher), lambda step: 1.0))
         elif how == "off":
-            objectives.append(Distill(Online(student, attached.off), lambda step: 1.0))
+            objectives.append(DistillationLoss(OnlineTeacher(student, attached.disable), lambda step: 1.0))
         elif how != "plain":
-            objectives.append(DistillTold(lambda step: 1.0))
+            objectives.append(CachedDistillationLoss(lambda step: 1.0))
         if options.compile:
             fsdp.compile_layers(student)
         self.batch = replace(batch, objectives=tuple(range(len(objectives))))
-        self.run = run_of(student.train(), weights, objectives)
+        self.run = make_run(student.train(), weights, objectives)
 
     def step(self) -> float:
         """Seconds of a step."""
@@ -107,11 +109,11 @@ class Arm:
         return time.process_time() - begin
 
 
-def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_arms(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Each arm's step beside the plain one of its tuning."""
-    rows = rows_of(options)
+    rows = random_rows(options)
     batch = collate(rows, [0] * len(rows))
-    teacher = teacher_of(options)
+    teacher = make_teacher(options)
     arms: dict[str, Arm] = {}
     lookup: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -120,32 +122,34 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
             kind = name.split()[-1]
             if kind in ("sampled", "top-k"):
                 asked = {"kind": kind, **({"draws": DRAWS} if kind == "sampled" else {"k": K})}
-                store = Told(Path(folder) / kind, {"asked": asked}, np.arange(len(rows)), options.time)
-                for part in store.missing():
-                    keys = store.keys_of(part)
-                    words = said_by(teacher, [rows[k] for k in keys], kind)
-                    store.write(part, words, [digest_of(rows[k]) for k in keys], vocabulary=options.vocabulary)
+                store = TeacherCache(Path(folder) / kind, {"asked": asked}, np.arange(len(rows)), options.time)
+                for part in store.missing_parts():
+                    keys = store.part_keys(part)
+                    words = teacher_distributions(teacher, [rows[k] for k in keys], kind)
+                    store.write_part(part, words, [row_digest(rows[k]) for k in keys], vocabulary=options.vocabulary)
                 begin = time.process_time()
-                few = few_of([store.at(i, row) for i, row in enumerate(rows)], rest=store.rest_is_said)
-                lookup[name] = time.process_time() - begin, store.bytes() / (len(rows) * options.time)
+                few = collate_teacher_targets(
+                    [store.lookup(i, row) for i, row in enumerate(rows)], has_rest_mass=store.has_rest_mass
+                )
+                lookup[name] = time.process_time() - begin, store.size_bytes() / (len(rows) * options.time)
                 told = {"distill": few}
             tuning = {"kind": "lora", "rank": 16} if name.startswith("lora") else {"kind": "full"}
-            arms[name] = Arm(options, name, replace(batch, told=told), tuning)
-        rounds = list(turns({name: arm.step for name, arm in arms.items()}, options.rounds, options.warm))
+            arms[name] = Arm(options, name, replace(batch, teacher_targets=told), tuning)
+        rounds = list(run_rounds({name: arm.step for name, arm in arms.items()}, options.rounds, options.warm))
     out = []
     for name in arms:
         base = "lora plain" if name.startswith("lora") else "plain"
         extra, size = lookup.get(name, (0.0, 0.0))
         row = {
             "arm": name,
-            "ms": middle(1e3 * (each[name] + extra) for each in rounds),
-            "ratio": middle((each[name] + extra) / each[base] for each in rounds),
+            "ms": median_and_range(1e3 * (each[name] + extra) for each in rounds),
+            "ratio": median_and_range((each[name] + extra) / each[base] for each in rounds),
             "lookup_ms": 1e3 * extra,
             "bytes_per_label": size,
         }
         out.append(row)
         print(
-            f"{name:<14} {row['ms'][0]:>8.1f} ms  x {ranged(row['ratio'], '.3f')}"
+            f"{name:<14} {row['ms'][0]:>8.1f} ms  x {format_range(row['ratio'], '.3f')}"
             f"  lookup {row['lookup_ms']:.1f} ms, {size:.0f} bytes a label",
             flush=True,
         )
@@ -155,16 +159,18 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="*", default=["plain", "teacher", "sampled", "top-k", "lora plain", "lora off"])
-    add_numbers(parser, hidden=256, layers=6, inner=704, vocabulary=8192, time=512, rows=4, rounds=7, warm=2, threads=1)
+    add_integer_options(
+        parser, hidden=256, layers=6, inner=704, vocabulary=8192, time=512, rows=4, rounds=7, warm=2, threads=1
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine.tune_allocator()
-    rows = measured(options)
+    rows = measure_arms(options)
     what = __doc__.split("\n")[0]
-    write(options.json, {**provenance(), "what": what, "settings": settings(options), "rows": rows})
+    write_results(options.json, {**provenance(), "what": what, "settings": settings(options), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -29,16 +29,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from arms import add_numbers, middle, provenance, settings, turns, write
+from arms import add_integer_options, median_and_range, provenance, run_rounds, settings, write_results
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from postgrad.cli.demo import write_random_model
-from postgrad.commands.builtin_corpus import topics
-from postgrad.evaluation.choices.loglikelihood import choose, encode_all
+from postgrad.commands.builtin_corpus import language_reference
+from postgrad.evaluation.choices.loglikelihood import encode_items, score_choices
 from postgrad.hardware import machine
-from postgrad.models.model import model_for
+from postgrad.models.model import wrap_model
 
 CONTEXT = 2048
 
@@ -51,9 +51,9 @@ class Question(NamedTuple):
     answer: int
 
 
-def documentation(count: int, seed: int = 0) -> list[Question]:
+def documentation_questions(count: int, seed: int = 0) -> list[Question]:
     """Sentences of the language reference in two halves, each with three halves of others."""
-    prose = " ".join(" ".join(topics()).split())
+    prose = " ".join(" ".join(language_reference()).split())
     found = [s.split() for s in re.findall(r"[A-Z][A-Za-z ,'()-]{100,220}\.", prose)]
     halves = [(" ".join(s[: len(s) // 2]), " ".join(s[len(s) // 2 :])) for s in found]
     rng = random.Random(seed)
@@ -66,13 +66,13 @@ def documentation(count: int, seed: int = 0) -> list[Question]:
     return out
 
 
-def rows_of(path: Path) -> list[Question]:
+def read_questions(path: Path) -> list[Question]:
     """Multiple-choice rows of a file."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [Question(r["question"], tuple(r["options"]), int(r["answer_index"])) for r in rows if r.get("options")]
 
 
-def asked(question: Question, answers: str) -> tuple[str, list[str]]:
+def format_question(question: Question, answers: str) -> tuple[str, list[str]]:
     """What stands before an answer, and the possible answers."""
     if answers == "words":
         return f"Question: {question.text}\nAnswer:", [f" {option}" for option in question.options]
@@ -82,7 +82,7 @@ def asked(question: Question, answers: str) -> tuple[str, list[str]]:
     ]
 
 
-def prompts(
+def make_prompts(
     questions: Sequence[Question], pool: Sequence[Question], shots: int, answers: str, demonstrations: str
 ) -> Any:
     """Each item's prompt with its choices."""
@@ -93,9 +93,9 @@ def prompts(
         shown = fixed if demonstrations == "shared" else rng.sample(pool, shots)
         before = ""
         for example in shown:
-            text, choices = asked(example, answers)
+            text, choices = format_question(example, answers)
             before += f"{text}{choices[example.answer]}\n\n"
-        text, choices = asked(question, answers)
+        text, choices = format_question(question, answers)
         out.append((before + text, choices))
     return out
 
@@ -103,7 +103,7 @@ def prompts(
 def random_model(folder: Path, hidden: int, layers: int) -> None:
     """A Llama with random weights, and a tokenizer that was trained on the documentation."""
     text = folder.with_suffix(".jsonl")
-    text.write_text("".join(json.dumps({"text": topic}) + "\n" for topic in topics()))
+    text.write_text("".join(json.dumps({"text": topic}) + "\n" for topic in language_reference()))
     write_random_model(folder, text)
     vocabulary = len(AutoTokenizer.from_pretrained(folder))
     torch.manual_seed(0)
@@ -120,16 +120,16 @@ def random_model(folder: Path, hidden: int, layers: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-Scored = list[list[tuple[float, bool]]]
+ScoredChoices = list[list[tuple[float, bool]]]
 
 
-def ours(folder: Path) -> Callable[[Any], Scored]:
+def postgrad_scorer(folder: Path) -> Callable[[Any], ScoredChoices]:
     """This project's way."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = model_for(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), "causal")
+    model = wrap_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), "causal")
 
-    def score(items: Any) -> Scored:
-        found = choose(model, encode_all(tokenizer, items), context=CONTEXT, pad=0)
+    def score(items: Any) -> ScoredChoices:
+        found = score_choices(model, encode_items(tokenizer, items), context=CONTEXT, pad=0)
         assert not found.too_long
         pairs = zip(found.log_p, found.greedy, strict=True)
         return [list(zip(log_p.tolist(), greedy.tolist(), strict=True)) for log_p, greedy in pairs]
@@ -137,12 +137,12 @@ def ours(folder: Path) -> Callable[[Any], Scored]:
     return score
 
 
-def theirs(folder: Path, batch: int) -> Callable[[Any], Scored]:
+def lm_eval_scorer(folder: Path, batch: int) -> Callable[[Any], ScoredChoices]:
     """lm-eval's."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     lm = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch, max_length=CONTEXT)
 
-    def score(items: Any) -> Scored:
+    def score(items: Any) -> ScoredChoices:
         pairs = [(context, choice) for context, choices in items for choice in choices]
         requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
         answers = iter(lm.loglikelihood(requests, disable_tqdm=True))
@@ -151,30 +151,32 @@ def theirs(folder: Path, batch: int) -> Callable[[Any], Scored]:
     return score
 
 
-def timed(score: Callable[[Any], Scored], items: Any) -> tuple[tuple[float, float], Scored]:
+def time_scoring(score: Callable[[Any], ScoredChoices], items: Any) -> tuple[tuple[float, float], ScoredChoices]:
     """Seconds, seconds of the processor, and what was found."""
     begin, worked = time.perf_counter(), time.process_time()
     found = score(items)
     return (time.perf_counter() - begin, time.process_time() - worked), found
 
 
-def measured(folder: Path, items: Any, rounds: int, batches: Sequence[int]) -> dict[str, Any]:
+def compare_speed(folder: Path, items: Any, rounds: int, batches: Sequence[int]) -> dict[str, Any]:
     """Both sides in alternating rounds."""
-    first, few = ours(folder), items[: max(2, len(items) // 4)]
-    sizes = {batch: timed(theirs(folder, batch), few)[0][1] for batch in batches}
+    first, few = postgrad_scorer(folder), items[: max(2, len(items) // 4)]
+    sizes = {batch: time_scoring(lm_eval_scorer(folder, batch), few)[0][1] for batch in batches}
     batch = min(sizes, key=sizes.__getitem__)
-    second = theirs(folder, batch)
+    second = lm_eval_scorer(folder, batch)
     off, greedy = 0.0, True
     first(few)
-    both = list(turns({"ours": lambda: timed(first, items), "lm-eval": lambda: timed(second, items)}, rounds))
+    both = list(
+        run_rounds({"ours": lambda: time_scoring(first, items), "lm-eval": lambda: time_scoring(second, items)}, rounds)
+    )
     for each in both:
         for a, b in zip(chain(*each["ours"][1]), chain(*each["lm-eval"][1]), strict=True):
             off, greedy = max(off, abs(a[0] - b[0])), greedy and a[1] == b[1]
     spent = [{name: seconds for name, (seconds, _) in each.items()} for each in both]
     return {
-        "items_per_second": {name: middle(len(items) / each[name][0] for each in spent) for name in spent[0]},
-        "times_faster": middle(each["lm-eval"][0] / each["ours"][0] for each in spent),
-        "times_less_work": middle(each["lm-eval"][1] / each["ours"][1] for each in spent),
+        "items_per_second": {name: median_and_range(len(items) / each[name][0] for each in spent) for name in spent[0]},
+        "times_faster": median_and_range(each["lm-eval"][0] / each["ours"][0] for each in spent),
+        "times_less_work": median_and_range(each["lm-eval"][1] / each["ours"][1] for each in spent),
         "lm_eval_batch": batch,
         "largest_difference": off,
         "greedy_alike": greedy,
@@ -186,15 +188,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--rows", type=Path)
-    add_numbers(parser, items=40, shots=5, hidden=384, layers=6, rounds=3)
+    add_integer_options(parser, items=40, shots=5, hidden=384, layers=6, rounds=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    add_numbers(parser, threads=machine.cores())
+    add_integer_options(parser, threads=machine.core_count())
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(options.threads)
     machine.tune_allocator()
-    questions = rows_of(options.rows) if options.rows else documentation(options.items + 100)
+    questions = read_questions(options.rows) if options.rows else documentation_questions(options.items + 100)
     items, pool = questions[: options.items], questions[options.items :]
     with tempfile.TemporaryDirectory() as name:
         folder = options.model or Path(name) / "model"
@@ -211,13 +213,13 @@ def main() -> None:
         found = []
         for demonstrations in ("shared", "own"):
             for answers in ("words", "letters"):
-                made = prompts(items, pool, options.shots, answers, demonstrations)
+                made = make_prompts(items, pool, options.shots, answers, demonstrations)
                 sizes = [len(tokenizer(context)["input_ids"]) for context, _ in made]
                 row = {
                     "demonstrations": demonstrations,
                     "answers": answers,
                     "prompt_tokens": statistics.median(sizes),
-                    **measured(folder, made, options.rounds, options.batches),
+                    **compare_speed(folder, made, options.rounds, options.batches),
                 }
                 found.append(row)
                 (mine, *mine_range), (other, *other_range) = row["items_per_second"].values()
@@ -231,7 +233,7 @@ def main() -> None:
                     f"largest difference {row['largest_difference']:.1e}",
                     flush=True,
                 )
-    write(options.json, {"setting": setting, "rows": found})
+    write_results(options.json, {"setting": setting, "rows": found})
 
 
 if __name__ == "__main__":

@@ -23,23 +23,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import add_numbers, provenance, settings, write
+from arms import add_integer_options, provenance, settings, write_results
 from torch.nn import functional
 
-from postgrad.commands.probe import Frozen, frozen_features
+from postgrad.commands.probe import FrozenFeatures, compute_frozen_features
 from postgrad.data.layouts.rows import IGNORED
-from postgrad.evaluation.classification_metrics import compared, measured, values_of
-from postgrad.evaluation.linear_probe import Items, main_metric
-from postgrad.models.task_head import Join, Reader, Representation
+from postgrad.evaluation.classification_metrics import compare_metrics, compute_metrics, metric_values
+from postgrad.evaluation.linear_probe import ProbeData, main_metric
+from postgrad.models.task_head import Join, TaskHead, TaskHeadConfig
 
 
-def choices(states: int, width: int, depth: int, dropout: float) -> dict[str, Representation]:
+def layer_choices(states: int, width: int, depth: int, dropout: float) -> dict[str, TaskHeadConfig]:
     """The rows of the table, by name."""
     last = states - 1
     four = tuple(range(max(1, states - 4), states))
 
-    def reads(layers: tuple[int, ...], join: Join = "concat") -> Representation:
-        return Representation(layers, join, None, "bilstm", width, depth, dropout)
+    def reads(layers: tuple[int, ...], join: Join = "concat") -> TaskHeadConfig:
+        return TaskHeadConfig(layers, join, None, "bilstm", width, depth, dropout)
 
     return {
         "embeddings": reads((0,)),
@@ -54,7 +54,7 @@ def choices(states: int, width: int, depth: int, dropout: float) -> dict[str, Re
 class Sentences:
     """The items of a part as sentences: those states that are read, tags, and which words are real, in batches."""
 
-    def __init__(self, items: Items, layers: Sequence[int], most: int | None = None) -> None:
+    def __init__(self, items: ProbeData, layers: Sequence[int], most: int | None = None) -> None:
         self.items, self.layers = items, layers
         cuts = np.flatnonzero(np.diff(items.document_I)) + 1
         self.first = np.concatenate([[0], cuts])
@@ -76,14 +76,14 @@ class Sentences:
             where = slice(self.first[sentence], self.first[sentence] + self.size[sentence])
             for place, layer in enumerate(self.layers):
                 out[place, i, : self.size[sentence]] = states_SID[layer, where]
-            tags[i, : self.size[sentence]] = self.items.meant[where]
+            tags[i, : self.size[sentence]] = self.items.labels[where]
         read = dict(zip(self.layers, torch.from_numpy(out), strict=True))
         every = [read.get(layer, torch.empty(0)) for layer in range(states_SID.shape[0])]
         return every, torch.from_numpy((tags != IGNORED).astype(np.int64)), torch.from_numpy(tags)
 
 
 @torch.no_grad()
-def answers(reader: Reader, sentences: Sentences) -> np.ndarray:
+def predict_tags(reader: TaskHead, sentences: Sentences) -> np.ndarray:
     """The tag of every word."""
     reader.eval()
     said = []
@@ -94,11 +94,13 @@ def answers(reader: Reader, sentences: Sentences) -> np.ndarray:
     return np.concatenate(said)
 
 
-def trained(frozen: Frozen, form: Representation, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def train_tagger(
+    frozen: FrozenFeatures, form: TaskHeadConfig, seed: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """One BiLSTM: what it says of the test in the epoch that dev likes best."""
     torch.manual_seed(seed)
-    reader = Reader(form, frozen.width, frozen.outputs)
-    reader.draw(0.02)
+    reader = TaskHead(form, frozen.width, frozen.output_count)
+    reader.draw_weights(0.02)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=options.rate, weight_decay=0.01)
     train = Sentences(frozen.items["train"], form.layers, options.sentences)
     dev, test = (Sentences(frozen.items[part], form.layers) for part in ("dev", "test"))
@@ -120,31 +122,31 @@ def trained(frozen: Frozen, form: Representation, seed: int, options: argparse.N
             step += 1
         of_dev = frozen.items["dev"]
         name = main_metric(frozen.problem, frozen.labels)[0]
-        found = values_of("tags", answers(reader, dev), of_dev.meant, of_dev.document_I, frozen.labels)[name]
+        found = metric_values("tags", predict_tags(reader, dev), of_dev.labels, of_dev.document_I, frozen.labels)[name]
         if found > best["dev"]:
-            best = {"dev": found, "epoch": epoch + 1, "said": answers(reader, test).tolist()}
+            best = {"dev": found, "epoch": epoch + 1, "said": predict_tags(reader, test).tolist()}
     return {**best, "seed": seed, "seconds": round(time.process_time() - begun, 1)}
 
 
-def table(frozen: Frozen, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def table(frozen: FrozenFeatures, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Each choice: the mean of its seeds, their intervals' mean, and the same for the change against the last layer."""
     test = frozen.items["test"]
     name = main_metric(frozen.problem, frozen.labels)[0]
-    answered = test.meant, test.document_I, frozen.labels
+    answered = test.labels, test.document_I, frozen.labels
 
     def mean(entries: list[dict[str, float]]) -> dict[str, float]:
         return {key: float(np.mean([entry[key] for entry in entries])) for key in entries[0]}
 
     out = []
     for choice, each in runs.items():
-        found = [measured("tags", np.array(run["said"]), *answered)[name] for run in each]
+        found = [compute_metrics("tags", np.array(run["said"]), *answered)[name] for run in each]
         entry: dict[str, Any] = {"reads": choice, **mean(found), "seeds": [one["value"] for one in found]}
         entry |= {"epochs": [run["epoch"] for run in each], "processor_seconds": [run["seconds"] for run in each]}
         if choice != "last":
             pairs = zip(runs["last"], each, strict=False)
             entry["against_last"] = mean(
                 [
-                    compared("tags", np.array(last["said"]), np.array(other["said"]), *answered)[name]
+                    compare_metrics("tags", np.array(last["said"]), np.array(other["said"]), *answered)[name]
                     for last, other in pairs
                 ]
             )
@@ -160,19 +162,19 @@ def main() -> None:
     parser.add_argument("--test", required=True)
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the features are kept")
     parser.add_argument("--sentences", type=int, help="train on so many of the training sentences")
-    add_numbers(parser, seeds=2, epochs=6, batch=32, width=768, depth=2, threads=1)
+    add_integer_options(parser, seeds=2, epochs=6, batch=32, width=768, depth=2, threads=1)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    frozen = frozen_features(options.model, options.train, options.test, cache=options.cache)
+    frozen = compute_frozen_features(options.model, options.train, options.test, cache=options.cache)
     torch.set_num_threads(options.threads)
     said = options.json.with_suffix(".said.json")
     runs: dict[str, list[dict[str, Any]]] = json.loads(said.read_text()) if said.exists() else {}
     for seed in range(options.seeds):
-        for choice, form in choices(frozen.states, options.width, options.depth, options.dropout).items():
+        for choice, form in layer_choices(frozen.state_count, options.width, options.depth, options.dropout).items():
             if all(run["seed"] != seed for run in runs.setdefault(choice, [])):
-                runs[choice].append(trained(frozen, form, seed, options))
+                runs[choice].append(train_tagger(frozen, form, seed, options))
                 said.write_text(json.dumps(runs))
                 print(choice, seed, {k: v for k, v in runs[choice][-1].items() if k != "said"}, flush=True)
     found = table(frozen, runs)
@@ -185,7 +187,7 @@ def main() -> None:
         interval = f"{entry['low']:.3f} to {entry['high']:.3f}"
         print(f"{entry['reads']:<18} {entry['value']:>8.3f}  {interval:>16}  {change:<32}  {seeds}")
     words = {part: len(items) for part, items in frozen.items.items()}
-    write(
+    write_results(
         options.json, {**provenance(), "options": settings(options), "metric": metric, "words": words, "table": found}
     )
 

@@ -25,21 +25,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from arms import add_numbers, provenance, write
+from arms import add_integer_options, provenance, write_results
 
 from postgrad.commands.probe import probe_layers
-from postgrad.evaluation.linear_probe import View, views_of
+from postgrad.evaluation.linear_probe import View, make_views
 
 
-def first(file: Path, count: int, place: Path) -> Path:
+def copy_first_rows(file: Path, count: int, target: Path) -> Path:
     """The first rows of a file, as a file."""
     opened = gzip.open if file.suffix == ".gz" else open
     with opened(file, "rt") as lines:
-        place.write_text("".join(islice(lines, count)))
-    return place
+        target.write_text("".join(islice(lines, count)))
+    return target
 
 
-def timed(model: str, files: list[Path], views: list[View] | None) -> tuple[dict[str, Any], dict[str, float]]:
+def time_probe(model: str, files: list[Path], views: list[View] | None) -> tuple[dict[str, Any], dict[str, float]]:
     """A probe with an empty cache of features, and its seconds."""
     with tempfile.TemporaryDirectory() as cache:
         begun, processor = time.perf_counter(), time.process_time()
@@ -49,7 +49,7 @@ def timed(model: str, files: list[Path], views: list[View] | None) -> tuple[dict
     return found, seconds
 
 
-def score(found: dict[str, Any], name: str) -> float:
+def view_score(found: dict[str, Any], name: str) -> float:
     """What a view scored."""
     view = next(view for view in found["views"] if view["name"] == name)
     return view["metrics"][found["metric"]]["value"]
@@ -61,24 +61,27 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    add_numbers(parser, documents=900, test_documents=150)
+    add_integer_options(parser, documents=900, test_documents=150)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         files = [
-            first(options.train, options.documents, Path(folder) / "train.jsonl"),
-            first(options.test, options.test_documents, Path(folder) / "test.jsonl"),
+            copy_first_rows(options.train, options.documents, Path(folder) / "train.jsonl"),
+            copy_first_rows(options.test, options.test_documents, Path(folder) / "test.jsonl"),
         ]
-        together = [timed(options.model, files, None)]
-        views = views_of(together[0][0]["layers"] + 1)
+        together = [time_probe(options.model, files, None)]
+        views = make_views(together[0][0]["layers"] + 1)
         alone = []
         for i, view in enumerate(views):
-            alone.append(timed(options.model, files, [view]))
+            alone.append(time_probe(options.model, files, [view]))
             if i == len(views) // 2:
-                together.append(timed(options.model, files, None))
-        together.append(timed(options.model, files, None))
+                together.append(time_probe(options.model, files, None))
+        together.append(time_probe(options.model, files, None))
     found = together[0][0]
-    off = [abs(score(found, view.name) - score(one, view.name)) for view, (one, _) in zip(views, alone, strict=True)]
+    off = [
+        abs(view_score(found, view.name) - view_score(one, view.name))
+        for view, (one, _) in zip(views, alone, strict=True)
+    ]
     summed = {kind: sum(seconds[kind] for _, seconds in alone) for kind in ("processor", "clock")}
     middle = {kind: sorted(seconds[kind] for _, seconds in together)[1] for kind in ("processor", "clock")}
     result = {
@@ -103,7 +106,7 @@ def main() -> None:
         f"{result['times_faster']['processor']:.1f} x by the processor, {result['times_faster']['clock']:.1f} x by the clock; "
         f"{found['metric']} of a view differs by at most {max(off):.4f}"
     )
-    write(options.json, result)
+    write_results(options.json, result)
 
 
 if __name__ == "__main__":

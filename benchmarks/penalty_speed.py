@@ -21,23 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import add_numbers, middle, provenance, ranged, settings, turns, write
+from arms import add_integer_options, format_range, median_and_range, provenance, run_rounds, settings, write_results
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small_llama import llama, random_batch, run_of
+from small_llama import make_llama, make_run, random_batch
 from torch import Tensor
 
 from postgrad.data.loading.batch import Batch
 from postgrad.hardware import machine
 from postgrad.models.model import CausalModel
-from postgrad.objectives.next_token import Tokens
+from postgrad.objectives.next_token import TokenLoss
 from postgrad.optim.optimizer import Weights
-from postgrad.penalties.anchor import Anchor, AnchoredDecay, Changed, Held
+from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight
 from postgrad.training.step import Run, train_step
 from postgrad.tuning.attach import attach
 
 
-class Timed:
+class TimedPenalty:
     """A penalty, and the processor seconds of its last pull."""
 
     def __init__(self, pull: Callable[[], Tensor], name: str = "anchor") -> None:
@@ -51,7 +51,7 @@ class Timed:
         return value
 
 
-class AsLoss:
+class LossPenalty:
     """The term as a loss of its own, differentiated by autograd."""
 
     def __init__(self, masters: list[Tensor], references: list[Tensor], importance: list[Tensor]) -> None:
@@ -69,22 +69,22 @@ class Arm:
     """A run under one penalty."""
 
     def __init__(self, options: argparse.Namespace, tuning: str, make: Callable[[Run], Any] | None) -> None:
-        model = CausalModel(llama(options)).train()
+        model = CausalModel(make_llama(options)).train()
         attached = attach(model.pretrained, {"kind": tuning})
-        weights = Weights(model, attached, torch.float32, split=True)
-        self.run = run_of(model, weights, [Tokens()])
+        weights = Weights(model, attached, torch.float32, master_copies=True)
+        self.run = make_run(model, weights, [TokenLoss()])
         self.penalty = None
         self.bytes = 0
         if make:
             anchor = make(self.run)
-            self.bytes = held_bytes(anchor)
+            self.bytes = anchor_bytes(anchor)
             if isinstance(anchor, AnchoredDecay):
-                self.penalty = Timed(lambda: self.decay(anchor))
+                self.penalty = TimedPenalty(lambda: self.value_and_decay(anchor))
             else:
-                self.penalty = Timed(anchor)
+                self.penalty = TimedPenalty(anchor)
             self.run.penalties = [self.penalty]
 
-    def decay(self, anchor: AnchoredDecay) -> Tensor:
+    def value_and_decay(self, anchor: AnchoredDecay) -> Tensor:
         """The value and the move together: what a step has of it."""
         value = anchor()
         anchor.decay(1e-4)
@@ -99,16 +99,16 @@ class Arm:
         return whole - pull, pull
 
 
-def held_bytes(anchor: Any) -> int:
+def anchor_bytes(anchor: Any) -> int:
     """Bytes held beside the weights, mapped files not counted."""
-    if isinstance(anchor, AsLoss):
+    if isinstance(anchor, LossPenalty):
         return sum(r.nbytes + i.nbytes for _, r, i in anchor.parts)
     kept = [t for h in anchor.held for t in (h.reference, h.importance) if t is not None]
     kept += [c.importance for c in getattr(anchor, "changed", []) if c.importance is not None]
     return sum(t.nbytes for t in kept if not getattr(t, "mapped", False))
 
 
-def arms(folder: Path) -> dict[str, tuple[str, Callable[[Run], Any] | None]]:
+def penalty_arms(folder: Path) -> dict[str, tuple[str, Callable[[Run], Any] | None]]:
     """By name: the tuning, and what makes the penalty."""
 
     def copies(run: Run, dtype: torch.dtype) -> list[Tensor]:
@@ -117,25 +117,27 @@ def arms(folder: Path) -> dict[str, tuple[str, Callable[[Run], Any] | None]]:
     def given(run: Run, dtype: torch.dtype) -> list[Tensor]:
         return [torch.rand_like(m.detach()).to(dtype) for m in run.weights.masters]
 
-    def held(run: Run, dtype: torch.dtype, *, weighed: bool) -> list[Held]:
+    def held(run: Run, dtype: torch.dtype, *, weighed: bool) -> list[AnchoredWeight]:
         importance = given(run, dtype) if weighed else [None] * len(run.weights.masters)
-        return [Held(m, r, i) for m, r, i in zip(run.weights.masters, copies(run, dtype), importance, strict=True)]
+        return [
+            AnchoredWeight(m, r, i) for m, r, i in zip(run.weights.masters, copies(run, dtype), importance, strict=True)
+        ]
 
     def mapped(run: Run) -> Anchor:
         path = folder / "model.safetensors"
-        save_file({w.name: w.master.detach().clone() for w in run.weights.all}, path)
+        save_file({w.name: w.master.detach().clone() for w in run.weights.entries}, path)
         file = safe_open(path, "pt")
         parts = []
-        for w in run.weights.all:
+        for w in run.weights.entries:
             reference = file.get_tensor(w.name)
             reference.mapped = True  # type: ignore[attr-defined]
-            parts.append(Held(w.master, reference))
+            parts.append(AnchoredWeight(w.master, reference))
         return Anchor(parts, strength=1.0)
 
     def low_rank(run: Run, *, weighed: bool) -> Anchor:
-        changes = run.weights.tuning.changes().values()
+        changes = run.weights.tuning.weight_deltas().values()
         importance = [torch.rand(m.shape) if weighed else None for m in changes]
-        parts = [Changed(m.change, m.parameters, i) for m, i in zip(changes, importance, strict=True)]
+        parts = [AnchoredDelta(m.weight_delta, m.parameters, i) for m, i in zip(changes, importance, strict=True)]
         return Anchor([], parts, strength=1.0)
 
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -147,7 +149,7 @@ def arms(folder: Path) -> dict[str, tuple[str, Callable[[Run], Any] | None]]:
         "ewc": ("full", lambda r: Anchor(held(r, fp32, weighed=True), strength=1.0)),
         "ewc bf16": ("full", lambda r: Anchor(held(r, bf16, weighed=True), strength=1.0)),
         "ewc decoupled": ("full", lambda r: AnchoredDecay(held(r, fp32, weighed=True), strength=1.0)),
-        "ewc as a loss": ("full", lambda r: AsLoss(r.weights.masters, copies(r, fp32), given(r, fp32))),
+        "ewc as a loss": ("full", lambda r: LossPenalty(r.weights.masters, copies(r, fp32), given(r, fp32))),
         "lora": ("lora", None),
         "lora, l2-sp": ("lora", lambda r: low_rank(r, weighed=False)),
         "lora, ewc": ("lora", lambda r: low_rank(r, weighed=True)),
@@ -157,21 +159,23 @@ def arms(folder: Path) -> dict[str, tuple[str, Callable[[Run], Any] | None]]:
 def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Every arm's share of a step."""
     batch = random_batch(options)
-    made = {name: Arm(options, tuning, make) for name, (tuning, make) in arms(folder).items()}
-    rounds = list(turns({name: partial(arm.step, batch) for name, arm in made.items()}, options.rounds, options.warm))
+    made = {name: Arm(options, tuning, make) for name, (tuning, make) in penalty_arms(folder).items()}
+    rounds = list(
+        run_rounds({name: partial(arm.step, batch) for name, arm in made.items()}, options.rounds, options.warm)
+    )
     rows = []
     for name, arm in made.items():
         row = {
             "arm": name,
-            "step_ms": middle(1e3 * each[name][0] for each in rounds),
-            "pull_ms": middle(1e3 * each[name][1] for each in rounds),
-            "share": middle(each[name][1] / each[name][0] for each in rounds),
+            "step_ms": median_and_range(1e3 * each[name][0] for each in rounds),
+            "pull_ms": median_and_range(1e3 * each[name][1] for each in rounds),
+            "share": median_and_range(each[name][1] / each[name][0] for each in rounds),
             "held_mb": arm.bytes / 1e6,
         }
         rows.append(row)
         print(
             f"{name:<15} step {row['step_ms'][0]:>8.1f} ms  pull {row['pull_ms'][0]:>7.2f} ms"
-            f"  share {ranged(row['share'], '.2%')}  held {row['held_mb']:.1f} MB",
+            f"  share {format_range(row['share'], '.2%')}  held {row['held_mb']:.1f} MB",
             flush=True,
         )
     return rows
@@ -180,7 +184,7 @@ def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Compare, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_numbers(
+    add_integer_options(
         parser, hidden=384, inner=1024, layers=6, vocabulary=4096, rows=8, time=256, rounds=7, warm=2, threads=1
     )
     parser.add_argument("--json", type=Path)
@@ -191,11 +195,11 @@ def main() -> None:
         rows = compare(options, Path(folder))
     setting = {
         **settings(options),
-        "weights": sum(p.numel() for p in llama(options).parameters()),
+        "weights": sum(p.numel() for p in make_llama(options).parameters()),
         "tokens_per_step": options.rows * options.time,
         **provenance(),
     }
-    write(options.json, {"setting": setting, "arms": rows})
+    write_results(options.json, {"setting": setting, "arms": rows})
 
 
 if __name__ == "__main__":

@@ -23,15 +23,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from arms import middle, provenance, settings, write
-from tunings import Found, alone, in_a_process, stage
+from arms import median_and_range, provenance, settings, write_results
+from tunings import Result, make_stage, run_in_subprocess, standalone_svg
 
 LENGTHS = (4, 8, 16, 32, 64, 128)
 RATES = (5e-3, 7e-3, 1e-2)
 PARTS = {"train": 0.6, "dev": 0.2, "test": 0.2}
 
 
-def part_of(text: str) -> str:
+def partition_name(text: str) -> str:
     """The part that a text belongs to, by its content alone."""
     draw = int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big") / 2**64
     for name, share in PARTS.items():
@@ -41,44 +41,46 @@ def part_of(text: str) -> str:
     return name
 
 
-def part(data: Path, folder: Path) -> dict[str, list[dict[str, str]]]:
+def write_partitions(data: Path, folder: Path) -> dict[str, list[dict[str, str]]]:
     """Write train.jsonl, dev.jsonl and test.jsonl into the folder; the rows of each."""
     rows: dict[str, list[dict[str, str]]] = {name: [] for name in PARTS}
     for line in data.read_text().splitlines():
         row = json.loads(line)
-        rows[part_of(row["text"])].append(row)
+        rows[partition_name(row["text"])].append(row)
     for name, each in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
     return rows
 
 
-def tuning(kind: str, length: int) -> dict[str, Any]:
+def tuning_config(kind: str, length: int) -> dict[str, Any]:
     """A tuning of this length."""
     return {"kind": kind, "length": length}
 
 
-def on_dev(run: Found) -> Found:
+def dev_scores(run: Result) -> Result:
     """A run's scores on dev."""
     return run["learned"]["after"]
 
 
-def choose(runs: list[Found]) -> Found:
+def choose_best_run(runs: list[Result]) -> Result:
     """The run that is right most often on dev; among equals the one with the lower loss."""
-    return min(runs, key=lambda run: (-on_dev(run)["metrics"]["accuracy"]["value"], on_dev(run)["nats"]))
+    return min(runs, key=lambda run: (-dev_scores(run)["metrics"]["accuracy"]["value"], dev_scores(run)["nats"]))
 
 
-def by_length(runs: list[Found]) -> list[Found]:
+def results_by_length(runs: list[Result]) -> list[Result]:
     """For each length its best rate on dev: accuracy (median over seeds, with the interval of its rows) and loss."""
     rows = []
     for length in sorted({run["length"] for run in runs}):
         own = [run for run in runs if run["length"] == length]
 
-        def accuracy(rate: float, own: list[Found] = own) -> float:
-            return statistics.median(on_dev(run)["metrics"]["accuracy"]["value"] for run in own if run["rate"] == rate)
+        def accuracy(rate: float, own: list[Result] = own) -> float:
+            return statistics.median(
+                dev_scores(run)["metrics"]["accuracy"]["value"] for run in own if run["rate"] == rate
+            )
 
         rates = sorted({run["rate"] for run in own})
         best = max(rates, key=accuracy)
-        chosen = [on_dev(run) for run in own if run["rate"] == best]
+        chosen = [dev_scores(run) for run in own if run["rate"] == best]
         rows.append(
             {
                 "length": length,
@@ -88,14 +90,14 @@ def by_length(runs: list[Found]) -> list[Found]:
                     key: statistics.median(said["metrics"]["accuracy"][key] for said in chosen)
                     for key in ("value", "low", "high")
                 },
-                "seeds": middle(said["metrics"]["accuracy"]["value"] for said in chosen),
-                "loss": middle(said["nats"] for said in chosen),
+                "seeds": median_and_range(said["metrics"]["accuracy"]["value"] for said in chosen),
+                "loss": median_and_range(said["nats"] for said in chosen),
             }
         )
     return rows
 
 
-def table(rows: list[Found]) -> str:
+def table(rows: list[Result]) -> str:
     """The curve as a Markdown table."""
     lines = ["| length | rate | accuracy on dev (95 %) | seeds | loss on dev |", "|---|---|---|---|---|"]
     for row in rows:
@@ -107,20 +109,20 @@ def table(rows: list[Found]) -> str:
     return "\n".join(lines)
 
 
-def figure(rows: list[Found]) -> str:
+def figure(rows: list[Result]) -> str:
     """The curve with its band as a picture by itself."""
     from postgrad.reports.html.figures import STYLE, Series, line_chart
 
     points = [(float(row["length"]), row["accuracy"]["value"]) for row in rows]
     band = [(float(row["length"]), row["accuracy"]["low"], row["accuracy"]["high"]) for row in rows]
     drawn = line_chart(
-        [Series("dev", points, band, markers=True)], title="Length against accuracy", x_label="length",
+        [Series("dev", points, band, has_markers=True)], title="Length against accuracy", x_label="length",
         y_label="accuracy", x_scale="log", x_ticks=[(float(row["length"]), str(row["length"])) for row in rows],
     )  # fmt: skip
-    return alone(drawn, STYLE)
+    return standalone_svg(drawn, STYLE)
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """What is asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", help="what model and data are called in the result")
@@ -142,15 +144,15 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Search, choose, and report."""
-    options = arguments()
+    options = parse_arguments()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        parts = part(options.data, folder)
+        parts = write_partitions(options.data, folder)
         sizes = {key: len(rows) for key, rows in parts.items()}
         common, most = Counter(row["label"] for row in parts["test"]).most_common(1)[0]
 
-        def asked(length: int, rate: float, seed: int, on: str) -> Found:
+        def asked(length: int, rate: float, seed: int, on: str) -> Result:
             label = f"{length}-{rate:g}-{seed}"
             given = argparse.Namespace(
                 **{k: v for k, v in vars(options).items() if k not in ("rates", "lengths")},
@@ -160,26 +162,26 @@ def main() -> None:
                 retained=None,
                 every="50%",
                 look_tokens=500,
-                options={options.kind: tuning(options.kind, length)},
+                options={options.kind: tuning_config(options.kind, length)},
             )
-            described = stage(given, options.kind, rate, seed, folder / label)
+            described = make_stage(given, options.kind, rate, seed, folder / label)
             return {"id": f"{label}-{on}", "root": name, "cache": str(folder / "cache"), "stage": described}
 
-        def run(length: int, rate: float, seed: int) -> Found:
-            found = in_a_process([asked(length, rate, seed, "dev") | {"what": "stage"}], folder)[0]
+        def run(length: int, rate: float, seed: int) -> Result:
+            found = run_in_subprocess([asked(length, rate, seed, "dev") | {"what": "stage"}], folder)[0]
             if "error" in found:
                 raise SystemExit(f"length {length}, rate {rate:g}: {found['error']}")
-            said = on_dev(found)["metrics"]["accuracy"]["value"]
+            said = dev_scores(found)["metrics"]["accuracy"]["value"]
             print(f"{said:.1%} on dev ({time.monotonic() - began:.0f} s)", flush=True)
             return {"length": length, "rate": rate, "seed": seed, **found}
 
         grid = [(n, r, s) for s in options.seeds for r in options.rates for n in options.lengths]
         with ThreadPoolExecutor(options.jobs) as pool:
             runs = list(pool.map(lambda given: run(*given), grid))
-        best = choose(runs)
+        best = choose_best_run(runs)
         chosen = (best["length"], best["rate"], best["seed"])
-        test = in_a_process([asked(*chosen, "test") | {"what": "score"}], folder)[0]
-        rows = by_length(runs)
+        test = run_in_subprocess([asked(*chosen, "test") | {"what": "score"}], folder)[0]
+        rows = results_by_length(runs)
     text = table(rows)
     said = test["metrics"]["accuracy"]
     text += (
@@ -197,9 +199,9 @@ def main() -> None:
             "chosen": {"length": best["length"], "rate": best["rate"], "seed": best["seed"]},
             "test": test,
             "test_commonest": {"label": common, "right": most / sizes["test"]},
-            "runs": [{**{k: r[k] for k in names}, "dev": on_dev(r)} for r in runs],
+            "runs": [{**{k: r[k] for k in names}, "dev": dev_scores(r)} for r in runs],
         }
-        write(options.json, found)
+        write_results(options.json, found)
         options.json.with_suffix(".md").write_text(text + "\n")
         options.json.with_suffix(".svg").write_text(figure(rows))
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from arms import write
+from arms import write_results
 
 _CHANGE = ("role", "difference", "low", "high", "count", "units")
 _ABSENT = object()
@@ -32,7 +32,7 @@ def differences(one: Any, two: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from differences(one.get(name, _ABSENT), two.get(name, _ABSENT), f"{key}.{name}".lstrip("."))
 
 
-def of_run(record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+def summarise_run(record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     """What is told of one run."""
     achieved, chosen = record["achieved"], record.get("chosen")
     stage, base = ({k: v for k, v in r["stage"].items() if k not in ("name", "seed")} for r in (record, first))
@@ -56,12 +56,12 @@ def of_run(record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def short(value: Any) -> Any:
+def strip_folders(value: Any) -> Any:
     """The same without the folders of whoever ran it."""
     if isinstance(value, dict):
-        return {key: short(each) for key, each in value.items()}
+        return {key: strip_folders(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [short(each) for each in value]
+        return [strip_folders(each) for each in value]
     return re.sub(r"/(?:[\w.-]+/)*([\w.-]+/[\w.-]+)", r"\1", value) if isinstance(value, str) else value
 
 
@@ -85,9 +85,9 @@ def main() -> None:
         "seeds": sorted({record["stage"]["seed"] for record in records}),
         "model": {key: first["model"][key] for key in ("parameters", "vocabulary")},
         "stage": first["stage"],
-        "runs": [of_run(record, first) for record in records],
+        "runs": [summarise_run(record, first) for record in records],
     }
-    write(options.json, short(found))
+    write_results(options.json, strip_folders(found))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arms import provenance, settings, write
+from arms import provenance, settings, write_results
 
-Found = dict[str, Any]
+Result = dict[str, Any]
 MEASURES = ("byte trigrams", "tokens", "n-gram log-ratio", "told apart", "bits per byte")
 
 
-def stage(args: argparse.Namespace, text: Path, seed: int) -> Found:
+def make_stage(args: argparse.Namespace, text: Path, seed: int) -> Result:
     """Training without replay, as plain data."""
     return {
         "name": f"{text.stem}-{seed}",
@@ -52,7 +52,7 @@ def stage(args: argparse.Namespace, text: Path, seed: int) -> Found:
     }
 
 
-def postgrad(*words: str) -> Found:
+def run_postgrad(*words: str) -> Result:
     """What a command prints as JSON. Raises `SystemExit` with its own words when it fails."""
     done = subprocess.run([sys.executable, "-m", "postgrad", *words, "--json"], capture_output=True, text=True)
     if done.returncode:
@@ -60,22 +60,22 @@ def postgrad(*words: str) -> Found:
     return json.loads(done.stdout[done.stdout.index("{") :])
 
 
-def forgotten(args: argparse.Namespace, text: Path, seed: int) -> Found:
+def measure_forgetting(args: argparse.Namespace, text: Path, seed: int) -> Result:
     """The change of the loss on the old text (nats per token), after training on the new one."""
-    described = stage(args, text, seed)
+    described = make_stage(args, text, seed)
     file = args.work / f"{described['name']}.yaml"
     file.write_text(json.dumps(described))  # JSON is YAML
     record = Path(described["output"]) / "record.json"
-    found = json.loads(record.read_text()) if record.exists() else postgrad("train", str(file))
+    found = json.loads(record.read_text()) if record.exists() else run_postgrad("train", str(file))
     change = found["changes"]["old"]
     return {"seed": seed, **{key: change[key] for key in ("difference", "low", "high")}}
 
 
-def measured(args: argparse.Namespace, text: Path) -> Found:
+def measure_shift(args: argparse.Namespace, text: Path) -> Result:
     """What `postgrad shift` says of the new text."""
     kept = args.work / f"{text.stem}.shift.json"
     if not kept.exists():
-        found = postgrad("shift", "--model", args.model, "--old", str(args.old), "--new", str(text))
+        found = run_postgrad("shift", "--model", args.model, "--old", str(args.old), "--new", str(text))
         kept.write_text(json.dumps(found))
     found = json.loads(kept.read_text())
     return {
@@ -85,7 +85,7 @@ def measured(args: argparse.Namespace, text: Path) -> Found:
     }
 
 
-def ranks_agree(rows: Sequence[Found], measure: str) -> Found:
+def rank_correlation(rows: Sequence[Result], measure: str) -> Result:
     """Spearman's correlation of a measure with the mean forgetting; `p` by permutations."""
     from scipy.stats import permutation_test, spearmanr
 
@@ -106,7 +106,7 @@ def ranks_agree(rows: Sequence[Found], measure: str) -> Found:
     return {"spearman": float(by_chance.statistic), "p": float(by_chance.pvalue), "of_seeds": of_seeds}
 
 
-def table(rows: Sequence[Found], agreement: Found) -> str:
+def table(rows: Sequence[Result], agreement: Result) -> str:
     """Texts by what was forgotten, then how well each measure has their order."""
     lines = ["| new text | byte trigrams | forgotten, nats per token | over seeds |", "|---|---:|---:|---:|"]
     for row in rows:
@@ -138,18 +138,18 @@ def main() -> None:
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
 
-    rows: list[Found] = []
+    rows: list[Result] = []
     for text in args.texts:
-        runs = [forgotten(args, text, seed) for seed in range(args.seeds)]
+        runs = [measure_forgetting(args, text, seed) for seed in range(args.seeds)]
         mean = statistics.fmean(run["difference"] for run in runs)
-        rows.append({"text": text.stem, "shift": measured(args, text), "runs": runs, "mean": mean})
+        rows.append({"text": text.stem, "shift": measure_shift(args, text), "runs": runs, "mean": mean})
         print(f"{text.stem}: {mean:+.3f} {rows[-1]['shift']}", file=sys.stderr, flush=True)
     rows.sort(key=lambda row: row["mean"])
-    agreement = {measure: ranks_agree(rows, measure) for measure in MEASURES}
+    agreement = {measure: rank_correlation(rows, measure) for measure in MEASURES}
     print(table(rows, agreement))
     what = (__doc__ or "").splitlines()[0]
     asked = settings(args)
-    write(args.json, {**provenance(), "what": what, "settings": asked, "rows": rows, "agreement": agreement})
+    write_results(args.json, {**provenance(), "what": what, "settings": asked, "rows": rows, "agreement": agreement})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from postgrad.optim.optimizer import AdamW, Weights
 from postgrad.training.step import Run
 
 
-def llama(options: argparse.Namespace, seed: int = 0, beside: int = 0) -> LlamaForCausalLM:
+def make_llama(options: argparse.Namespace, seed: int = 0, extra_positions: int = 0) -> LlamaForCausalLM:
     """The same Llama for the same seed; `beside`: positions that it has beside those of a row."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
@@ -30,7 +30,7 @@ def llama(options: argparse.Namespace, seed: int = 0, beside: int = 0) -> LlamaF
             num_key_value_heads=options.hidden // 64,
             intermediate_size=options.inner,
             vocab_size=options.vocabulary,
-            max_position_embeddings=options.time + beside,
+            max_position_embeddings=options.time + extra_positions,
             tie_word_embeddings=True,
             attn_implementation="sdpa",
         )
@@ -40,10 +40,10 @@ def llama(options: argparse.Namespace, seed: int = 0, beside: int = 0) -> LlamaF
 def random_batch(options: argparse.Namespace) -> Batch:
     """Rows of random ids, the same every time."""
     shape = (options.rows, options.time)
-    return batch_of(torch.randint(0, options.vocabulary, shape, generator=torch.Generator().manual_seed(0)))
+    return make_batch(torch.randint(0, options.vocabulary, shape, generator=torch.Generator().manual_seed(0)))
 
 
-def batch_of(ids_BT: Tensor, positions_BT: Tensor | None = None, labels_BT: Tensor | None = None) -> Batch:
+def make_batch(ids_BT: Tensor, positions_BT: Tensor | None = None, labels_BT: Tensor | None = None) -> Batch:
     """A batch of next tokens; left out, each row is one document and every id a label. Labels are aligned with the ids."""
     labels_BT = ids_BT if labels_BT is None else labels_BT
     positions_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT) if positions_BT is None else positions_BT
@@ -54,7 +54,7 @@ def batch_of(ids_BT: Tensor, positions_BT: Tensor | None = None, labels_BT: Tens
     )
 
 
-def run_of(
+def make_run(
     model: CausalModel,
     weights: Weights,
     objectives: Sequence[Objective],
@@ -70,10 +70,10 @@ def run_of(
         optimizer=AdamW(weights, betas=betas, eps=1e-8, weight_decay=weight_decay),
         objectives=objectives,
         penalties=[],
-        schedule=lr_schedules.then((lr_schedules.constant(rate), 1)),
+        schedule=lr_schedules.chain((lr_schedules.constant(rate), 1)),
         world=World(torch.device("cpu")),
         sources=["text"],
-        clip=1.0,
+        max_grad_norm=1.0,
         seed=0,
-        trained_by_source=np.zeros(1, np.int64),
+        trained_tokens_by_source=np.zeros(1, np.int64),
     )

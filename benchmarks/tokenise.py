@@ -30,8 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arms import provenance, settings, turns, write
-from training_speed import tokenizer_of
+from arms import provenance, run_rounds, settings, write_results
+from training_speed import train_tokenizer
 
 VARIANTS = ("raw", "ours", "map")
 EOT = "<|endoftext|>"
@@ -52,9 +52,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), given.files, given.tokenizer)
         rounds = run(Path(folder), given.variants, given.repeats)
-    table = report(rounds, given.variants)
+    table = print_report(rounds, given.variants)
     # Only now, as a process is said to have held at least what its parent held, and this loads torch.
-    write(given.json, {**provenance(), **settings(given), "rounds": rounds, "median": table})
+    write_results(given.json, {**provenance(), **settings(given), "rounds": rounds, "median": table})
 
 
 def prepare(folder: Path, files: list[Path], tokenizer: Path | None) -> None:
@@ -75,7 +75,7 @@ def prepare(folder: Path, files: list[Path], tokenizer: Path | None) -> None:
         return
     first = next(iter(sorted((folder / "text").iterdir())))
     with open(first, encoding="utf-8", errors="replace") as lines:
-        tokenizer_of(iter(lambda: lines.read(2**16), ""), 16_384, EOT).save(str(folder / "tokenizer.json"))
+        train_tokenizer(iter(lambda: lines.read(2**16), ""), 16_384, EOT).save(str(folder / "tokenizer.json"))
 
 
 def run(folder: Path, variants: list[str], repeats: int) -> list[dict[str, dict[str, float]]]:
@@ -92,47 +92,47 @@ def run(folder: Path, variants: list[str], repeats: int) -> list[dict[str, dict[
         print(f"{variant:5} {found['tokens_per_s']:12,.0f} tokens/s", file=sys.stderr)
         return found
 
-    rounds = turns({variant: partial(one, variant) for variant in variants}, repeats)
+    rounds = run_rounds({variant: partial(one, variant) for variant in variants}, repeats)
     return [{variant: found for variant, found in each.items() if found} for each in rounds]
 
 
 def measure(variant: str, folder: Path) -> dict[str, float]:
     """One variant in this process: seconds of the wall and the CPUs, tokens (eos excepted), peak memory in MB."""
-    tokens, wall, cpu = {"raw": raw, "ours": ours, "map": mapped}[variant](folder)
+    tokens, wall, cpu = {"raw": tokenise_raw, "ours": tokenise_postgrad, "map": tokenise_datasets}[variant](folder)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {"tokens": tokens, "wall_s": wall, "cpu_s": cpu, "tokens_per_s": tokens / wall, "peak_mb": peak / 1024}
 
 
-def source(folder: Path) -> Any:
-    from postgrad.data.read.files import Source
+def make_source(folder: Path) -> Any:
+    from postgrad.data.read.files import RawSource
 
-    return Source("corpus", path="text", root=folder, documents="passages")
+    return RawSource("corpus", path="text", root=folder, documents="passages")
 
 
-def clock() -> tuple[float, float]:
+def read_clocks() -> tuple[float, float]:
     times = os.times()
     return time.perf_counter(), times.user + times.system + times.children_user + times.children_system
 
 
-def since(start: tuple[float, float]) -> tuple[float, float]:
-    now = clock()
+def elapsed_since(start: tuple[float, float]) -> tuple[float, float]:
+    now = read_clocks()
     return now[0] - start[0], now[1] - start[1]
 
 
-def raw(folder: Path) -> tuple[int, float, float]:
+def tokenise_raw(folder: Path) -> tuple[int, float, float]:
     from tokenizers import Tokenizer
 
     from postgrad.data.read.documents import read_documents
 
-    texts = [document.text or "" for document in read_documents(source(folder)) if not document.empty]
+    texts = [document.text or "" for document in read_documents(make_source(folder)) if not document.is_empty]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    start, tokens = clock(), 0
+    start, tokens = read_clocks(), 0
     for at in range(0, len(texts), 256):
         tokens += sum(map(len, tokenizer.encode_batch_fast(texts[at : at + 256], add_special_tokens=False)))
-    return tokens, *since(start)
+    return tokens, *elapsed_since(start)
 
 
-def ours(folder: Path) -> tuple[int, float, float]:
+def tokenise_postgrad(folder: Path) -> tuple[int, float, float]:
     from tokenizers import Tokenizer
 
     from postgrad.data.tokens.tokenize import Encoder, build_store
@@ -143,13 +143,13 @@ def ours(folder: Path) -> tuple[int, float, float]:
     encoder = Encoder(text, None, tokenizer.token_to_id(EOT) or 0, vocabulary)
     del tokenizer
     with tempfile.TemporaryDirectory() as cache:
-        start = clock()
-        store = build_store(source(folder), encoder, Path(cache))
-        took = since(start)
+        start = read_clocks()
+        store = build_store(make_source(folder), encoder, Path(cache))
+        took = elapsed_since(start)
     return store.tokens - len(store), *took
 
 
-def mapped(folder: Path) -> tuple[int, float, float]:
+def tokenise_datasets(folder: Path) -> tuple[int, float, float]:
     import datasets
 
     from postgrad.data.read.documents import read_documents
@@ -157,8 +157,8 @@ def mapped(folder: Path) -> tuple[int, float, float]:
     with tempfile.TemporaryDirectory() as cache:
         rows = Path(cache) / "rows.jsonl"
         with open(rows, "w", encoding="utf-8") as out:
-            for document in read_documents(source(folder)):
-                if not document.empty:
+            for document in read_documents(make_source(folder)):
+                if not document.is_empty:
                     out.write(json.dumps({"text": document.text}) + "\n")
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         table = datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=cache)
@@ -172,14 +172,14 @@ def mapped(folder: Path) -> tuple[int, float, float]:
             return {"input_ids": [[*encoding.ids, eos] for encoding in encodings]}
 
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        start = clock()
+        start = read_clocks()
         made = table.map(encode, batched=True, num_proc=cores, remove_columns=["text"])
-        took = since(start)
+        took = elapsed_since(start)
         tokens = sum(len(ids) - 1 for ids in made["input_ids"])
     return tokens, *took
 
 
-def report(rounds: list[dict[str, dict[str, float]]], variants: list[str]) -> dict[str, Any]:
+def print_report(rounds: list[dict[str, dict[str, float]]], variants: list[str]) -> dict[str, Any]:
     table = {}
     print(f"{'variant':8} {'tokens/s':>12} {'of raw':>8} {'range':>15} {'CPU of raw':>11} {'peak MB':>8}")
     for variant in variants:

@@ -37,7 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arms import provenance, settings, turns, write
+from arms import provenance, run_rounds, settings, write_results
 
 SIZES: dict[str, dict[str, int]] = {
     # 4.7 M in the layers and a tied table of 2.1 M
@@ -62,7 +62,7 @@ TUNED_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 
 # --- what all arms share: model, rows ---------------------------------------------------------------------------
 
 
-def library() -> list[str]:
+def library_sources() -> list[str]:
     """The sources of the standard library, in random order."""
     import numpy as np
 
@@ -72,7 +72,7 @@ def library() -> list[str]:
     return [texts[k] for k in np.random.default_rng(0).permutation(len(texts))]
 
 
-def tokenizer_of(texts: Iterable[str], vocabulary: int, end: str = "<end>") -> Any:
+def train_tokenizer(texts: Iterable[str], vocabulary: int, end: str = "<end>") -> Any:
     """A byte-level BPE that was trained on some texts; the first id ends a document."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -87,7 +87,7 @@ def tokenizer_of(texts: Iterable[str], vocabulary: int, end: str = "<end>") -> A
     return tokenizer
 
 
-def llama(size: str, time: int) -> Any:
+def make_llama(size: str, time: int) -> Any:
     """The same Llama every time."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -116,8 +116,8 @@ def prepare(work: Path, size: str, rows: int, batch: int) -> None:
     """Write `model/`, `rows.npz` and `setting.json`. Needs tokenizers, transformers and torch, here."""
     import numpy as np
 
-    texts = library()
-    tokenizer = tokenizer_of(texts, SIZES[size]["vocabulary"])
+    texts = library_sources()
+    tokenizer = train_tokenizer(texts, SIZES[size]["vocabulary"])
     # Functions and classes as documents of their own: several to a row, as in real packed text.
     pieces = [piece for text in texts for piece in text.split("\n\n\n") if len(piece) > 100]
     ids = np.zeros((rows, TIME), np.int64)
@@ -137,12 +137,12 @@ def prepare(work: Path, size: str, rows: int, batch: int) -> None:
         raise SystemExit(f"the standard library gives {row} rows, {rows} are needed: fewer --steps")
     np.savez(work / "rows.npz", ids=ids, positions=positions, labels=labels)
 
-    llama(size, TIME).save_pretrained(work / "model")
+    make_llama(size, TIME).save_pretrained(work / "model")
     setting = {"size": size, **SIZES[size], "time": TIME, "batch": batch, "rate": RATE, "clip": 1.0}
     (work / "setting.json").write_text(json.dumps(setting))
 
 
-def batches(work: Path, batch: int) -> Iterator[tuple[Any, Any, Any]]:
+def read_batches(work: Path, batch: int) -> Iterator[tuple[Any, Any, Any]]:
     """Batches of ids, positions and aligned labels as tensors, in order, again and again."""
     import numpy as np
     import torch
@@ -175,7 +175,7 @@ def run_trainer(work: Path, steps: int, setting: dict[str, Any], *, bf16: bool, 
     from torch.utils.data import SequentialSampler
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    ids, positions, labels = next(batches(work, 10**9))
+    ids, positions, labels = next(read_batches(work, 10**9))
     data = [{"input_ids": i, "position_ids": p, "labels": y} for i, p, y in zip(ids, positions, labels, strict=True)]
     model = LlamaForCausalLM.from_pretrained(work / "model")
     report, losses = Report(), []
@@ -259,7 +259,7 @@ def run_litgpt(work: Path, steps: int, setting: dict[str, Any], *, precision: st
     model.transformer.wte.weight = model.lm_head.weight
     model = fabric.setup(torch.compile(model))
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=setting["rate"], weight_decay=0.0))
-    feed, report = batches(work, setting["batch"]), Report()
+    feed, report = read_batches(work, setting["batch"]), Report()
     for _ in range(steps):
         ids, _, labels = next(feed)
         loss = chunked_cross_entropy(model(ids)[:, :-1], labels[:, 1:].contiguous())
@@ -273,28 +273,30 @@ def run_litgpt(work: Path, steps: int, setting: dict[str, Any], *, precision: st
 def run_ours(work: Path, steps: int, setting: dict[str, Any]) -> None:
     """The project's own step, as `postgrad train` takes it once a run is long enough to be compiled."""
     import torch
-    from small_llama import batch_of, run_of
+    from small_llama import make_batch, make_run
 
     from postgrad.distributed import fsdp
     from postgrad.hardware import machine
     from postgrad.models import cpu_attention
     from postgrad.models.model import CausalModel
-    from postgrad.models.pretrained import Start, load_model
-    from postgrad.objectives.next_token import Tokens
+    from postgrad.models.pretrained import ModelLocation, load_model
+    from postgrad.objectives.next_token import TokenLoss
     from postgrad.optim.optimizer import Weights
     from postgrad.training.step import train_step
-    from postgrad.tuning.weight_subsets import Full
+    from postgrad.tuning.weight_subsets import FullFinetuning
 
     machine.tune_allocator()
-    model = CausalModel(load_model(Start("start", work / "model"), attention=cpu_attention.NAME)).train()
-    weights = Weights(model, Full(model.pretrained), torch.bfloat16, split=True)
+    model = CausalModel(
+        load_model(ModelLocation("start", work / "model"), attention=cpu_attention.CAUSAL_BLOCKS)
+    ).train()
+    weights = Weights(model, FullFinetuning(model.pretrained), torch.bfloat16, master_copies=True)
     fsdp.compile_layers(model)
-    run = run_of(model, weights, [Tokens()], rate=setting["rate"], betas=(0.9, 0.999), weight_decay=0.0)
-    feed, report = batches(work, setting["batch"]), Report()
+    run = make_run(model, weights, [TokenLoss()], rate=setting["rate"], betas=(0.9, 0.999), weight_decay=0.0)
+    feed, report = read_batches(work, setting["batch"]), Report()
     micro = setting["batch"] // MICRO_BATCHES
     for _ in range(steps):
         ids, positions, labels = (each.split(micro) for each in next(feed))
-        report(train_step(run, list(map(batch_of, ids, positions, labels))).loss)
+        report(train_step(run, list(map(make_batch, ids, positions, labels))).loss)
 
 
 def run_floor(work: Path, steps: int, setting: dict[str, Any]) -> None:
@@ -452,7 +454,7 @@ def main() -> None:
             print(f"{arm}: {told}", flush=True)
             return run
 
-        rounds = list(turns({arm: partial(one, arm) for arm in options.arms}, options.rounds))
+        rounds = list(run_rounds({arm: partial(one, arm) for arm in options.arms}, options.rounds))
         runs = {arm: [each[arm] for each in rounds] for arm in options.arms}
         rows = summarise(runs, options.batch * TIME, options.warm)
         print(table(rows))
@@ -460,7 +462,7 @@ def main() -> None:
 
         setting = json.loads((work / "setting.json").read_text())
         setting |= {**settings(options), "threads": torch.get_num_threads(), **provenance()}
-        write(options.json, {"setting": setting, "rows": rows, "runs": runs})
+        write_results(options.json, {"setting": setting, "rows": rows, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import add_numbers, middle, provenance, ranged, settings, turns, write
+from arms import add_integer_options, format_range, median_and_range, provenance, run_rounds, settings, write_results
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -91,9 +91,9 @@ def _norm() -> Any:
 
 def random_model(options: argparse.Namespace) -> LlamaForCausalLM:
     """The same Llama every time."""
-    from small_llama import llama
+    from small_llama import make_llama
 
-    return llama(options, beside=VECTORS).train()
+    return make_llama(options, extra_positions=VECTORS).train()
 
 
 class Arm:
@@ -120,16 +120,16 @@ class Arm:
         return time.perf_counter() - begin
 
 
-def ours(options: argparse.Namespace, kind: Kind, ids: Tensor) -> tuple[Arm, Any]:
+def postgrad_arm(options: argparse.Namespace, kind: Kind, ids: Tensor) -> tuple[Arm, Any]:
     """Our arm, and its tuning."""
     from postgrad.tuning.attach import attach
 
     model = random_model(options)
     tuning = attach(model, kind)
-    return Arm(model, ids, virtual=tuning.virtual, first=options.vocabulary), tuning
+    return Arm(model, ids, virtual=tuning.num_virtual_tokens, first=options.vocabulary), tuning
 
 
-def peft(options: argparse.Namespace, config: Callable[[LlamaConfig], Any], ids: Tensor) -> Arm:
+def peft_arm(options: argparse.Namespace, config: Callable[[LlamaConfig], Any], ids: Tensor) -> Arm:
     """PEFT's arm."""
     from peft import get_peft_model
 
@@ -139,33 +139,33 @@ def peft(options: argparse.Namespace, config: Callable[[LlamaConfig], Any], ids:
     return Arm(get_peft_model(model, wanted), ids, caches=wanted.peft_type == "PREFIX_TUNING")
 
 
-def steps(options: argparse.Namespace, ids: Tensor) -> list[dict[str, Any]]:
+def compare_steps(options: argparse.Namespace, ids: Tensor) -> list[dict[str, Any]]:
     """Each kind's step beside PEFT's, or beside that of tuning the whole model."""
     rows = []
     for name in options.kinds:
         kind, config = KINDS[name]
-        mine, _ = ours(options, kind, ids)
-        other = peft(options, config, ids) if config else ours(options, {"kind": "full"}, ids)[0]
-        rounds = list(turns({"ours": mine.step, "other": other.step}, options.rounds, options.warm))
+        mine, _ = postgrad_arm(options, kind, ids)
+        other = peft_arm(options, config, ids) if config else postgrad_arm(options, {"kind": "full"}, ids)[0]
+        rounds = list(run_rounds({"ours": mine.step, "other": other.step}, options.rounds, options.warm))
         row = {
             "kind": name,
             "against": "peft" if config else "full",
-            "ours_ms": middle(1e3 * each["ours"] for each in rounds),
-            "other_ms": middle(1e3 * each["other"] for each in rounds),
-            "ratio": middle(each["ours"] / each["other"] for each in rounds),
+            "ours_ms": median_and_range(1e3 * each["ours"] for each in rounds),
+            "other_ms": median_and_range(1e3 * each["other"] for each in rounds),
+            "ratio": median_and_range(each["ours"] / each["other"] for each in rounds),
             "trainable": mine.trainable,
             "other_trainable": other.trainable,
         }
         rows.append(row)
         print(
             f"{name:<12} {row['ours_ms'][0]:>8.1f} ms  {row['against']:<5}{row['other_ms'][0]:>8.1f} ms"
-            f"  ratio {ranged(row['ratio'], '.3f')}  weights {mine.trainable:,} / {other.trainable:,}",
+            f"  ratio {format_range(row['ratio'], '.3f')}  weights {mine.trainable:,} / {other.trainable:,}",
             flush=True,
         )
     return rows
 
 
-def forward(
+def time_forward(
     model: torch.nn.Module, ids: Tensor, context: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> float:
     """Seconds of a forward."""
@@ -176,33 +176,35 @@ def forward(
 
 
 @torch.no_grad()
-def switched_off(options: argparse.Namespace, ids: Tensor) -> list[dict[str, Any]]:
+def compare_switched_off(options: argparse.Namespace, ids: Tensor) -> list[dict[str, Any]]:
     """A forward with each tuning off, and on, beside one of the bare model."""
     bare = random_model(options).eval()
     rows = []
     for name in options.kinds:
-        arm, tuning = ours(options, KINDS[name][0], ids)
+        arm, tuning = postgrad_arm(options, KINDS[name][0], ids)
         if not tuning.additive:
             continue
         arm.model.eval()
         arms = {
-            "bare": partial(forward, bare, ids),
-            "off": partial(forward, arm.model, ids, tuning.off),
-            "on": partial(forward, arm.model, arm.ids),
+            "bare": partial(time_forward, bare, ids),
+            "off": partial(time_forward, arm.model, ids, tuning.off),
+            "on": partial(time_forward, arm.model, arm.ids),
         }
-        rounds = list(turns(arms, options.rounds, options.warm))
-        ratios = {f"{side}_ratio": middle(each[side] / each["bare"] for each in rounds) for side in ("off", "on")}
+        rounds = list(run_rounds(arms, options.rounds, options.warm))
+        ratios = {
+            f"{side}_ratio": median_and_range(each[side] / each["bare"] for each in rounds) for side in ("off", "on")
+        }
         with tuning.off():
             same = torch.equal(arm.model(input_ids=ids).logits, bare(input_ids=ids).logits)
         rows.append(
             {
                 "kind": name,
-                "bare_ms": 1e3 * middle(each["bare"] for each in rounds)[0],
+                "bare_ms": 1e3 * median_and_range(each["bare"] for each in rounds)[0],
                 **ratios,
                 "off_is_bit_equal": same,
             }
         )
-        told = "  ".join(f"{k.split('_')[0]} {ranged(v, '.3f')}" for k, v in ratios.items())
+        told = "  ".join(f"{k.split('_')[0]} {format_range(v, '.3f')}" for k, v in ratios.items())
         print(f"{name:<12} x bare: {told}  off bit-equal: {same}", flush=True)
     return rows
 
@@ -210,31 +212,33 @@ def switched_off(options: argparse.Namespace, ids: Tensor) -> list[dict[str, Any
 # --- memory, in a process of its own -------------------------------------------------------------------------------
 
 
-def status(key: str) -> float:
+def process_megabytes(key: str) -> float:
     """A number of this process in megabytes, such as VmHWM or VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{key}:"))
 
 
-def memory(arm: str, work: Path, options: argparse.Namespace) -> dict[str, float]:
+def measure_memory(arm: str, work: Path, options: argparse.Namespace) -> dict[str, float]:
     """Train a LoRA for some steps; what the process held at most beside its libraries."""
     ids = torch.randint(0, options.vocabulary, (1, options.time), generator=torch.Generator().manual_seed(0))
     dtype = torch.bfloat16 if arm.endswith("bf16") else torch.float32
-    train = (ours_trained if arm.startswith("ours") else trainer_trained)(work, ids, options, dtype)
+    train = (postgrad_lora_training if arm.startswith("ours") else peft_lora_training)(work, ids, options, dtype)
     # Libraries load parts of themselves at their first product.
     torch.nn.functional.linear(torch.zeros(8, 8), torch.zeros(8, 8))
-    libraries = status("VmRSS")
+    libraries = process_megabytes("VmRSS")
     train()
-    return {"peak_mb": status("VmHWM") - libraries, "libraries_mb": libraries}
+    return {"peak_mb": process_megabytes("VmHWM") - libraries, "libraries_mb": libraries}
 
 
-def ours_trained(work: Path, ids: Tensor, options: argparse.Namespace, dtype: torch.dtype) -> Callable[[], None]:
+def postgrad_lora_training(
+    work: Path, ids: Tensor, options: argparse.Namespace, dtype: torch.dtype
+) -> Callable[[], None]:
     """The steps of a stage, its libraries imported: masters where something moves, the base in the compute dtype."""
-    from small_llama import batch_of, run_of
+    from small_llama import make_batch, make_run
 
     from postgrad.hardware import machine
     from postgrad.models.model import CausalModel
-    from postgrad.objectives.next_token import Tokens
+    from postgrad.objectives.next_token import TokenLoss
     from postgrad.optim.optimizer import Weights
     from postgrad.training.step import train_step
     from postgrad.tuning import lora
@@ -244,19 +248,19 @@ def ours_trained(work: Path, ids: Tensor, options: argparse.Namespace, dtype: to
         machine.tune_allocator()
         pretrained = LlamaForCausalLM.from_pretrained(work, attn_implementation="sdpa")
         tuning = attach(pretrained, KINDS["lora"][0])
-        assert isinstance(tuning, lora.LowRank)
+        assert isinstance(tuning, lora.LoraAdapter)
         model = CausalModel(pretrained).train()
-        weights = Weights(model, tuning, dtype, split=True)
-        objectives = [Tokens("next-token", 1.0)]
-        run = run_of(model, weights, objectives, rate=RATE, betas=(0.9, 0.999), weight_decay=0.0)
-        batch = batch_of(ids)
+        weights = Weights(model, tuning, dtype, master_copies=True)
+        objectives = [TokenLoss("next-token", 1.0)]
+        run = make_run(model, weights, objectives, rate=RATE, betas=(0.9, 0.999), weight_decay=0.0)
+        batch = make_batch(ids)
         for _ in range(options.memory_steps):
             train_step(run, [batch])
 
     return train
 
 
-def trainer_trained(work: Path, ids: Tensor, options: argparse.Namespace, dtype: torch.dtype) -> Callable[[], None]:
+def peft_lora_training(work: Path, ids: Tensor, options: argparse.Namespace, dtype: torch.dtype) -> Callable[[], None]:
     """PEFT's LoRA under Hugging Face Trainer, its libraries imported."""
     import accelerate  # noqa: F401 (Trainer imports it late)
     from peft import get_peft_model
@@ -288,7 +292,7 @@ def trainer_trained(work: Path, ids: Tensor, options: argparse.Namespace, dtype:
 MEMORY_ARMS = ("ours-fp32", "peft-trainer-fp32", "ours-bf16", "peft-trainer-bf16")
 
 
-def memories(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+def compare_memory(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Each arm's peak, in turns."""
     sizes = {"hidden": 1024, "inner": 4096, "layers": 2, "time": 512, "vocabulary": options.vocabulary}
     with tempfile.TemporaryDirectory() as folder:
@@ -300,22 +304,24 @@ def memories(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             return json.loads(done.stdout.splitlines()[-1])
 
-        rounds = list(turns({arm: partial(one, arm) for arm in MEMORY_ARMS}, options.memory_rounds))
-    out = {arm: {key: middle(each[arm][key] for each in rounds) for key in rounds[0][arm]} for arm in MEMORY_ARMS}
+        rounds = list(run_rounds({arm: partial(one, arm) for arm in MEMORY_ARMS}, options.memory_rounds))
+    out = {
+        arm: {key: median_and_range(each[arm][key] for each in rounds) for key in rounds[0][arm]} for arm in MEMORY_ARMS
+    }
     for arm, each in out.items():
         libraries = each["libraries_mb"][0]
-        print(f"{arm:<18} peak {ranged(each['peak_mb'], '.0f')} MB beside {libraries:.0f} MB of libraries")
+        print(f"{arm:<18} peak {format_range(each['peak_mb'], '.0f')} MB beside {libraries:.0f} MB of libraries")
     return out
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """What is asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    add_numbers(
+    add_integer_options(
         parser, hidden=384, inner=1024, layers=6, vocabulary=4096, rows=8, time=128, rounds=9, warm=2, threads=1
     )
-    add_numbers(parser, memory_steps=4, memory_rounds=2)
+    add_integer_options(parser, memory_steps=4, memory_rounds=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", choices=MEMORY_ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -325,14 +331,18 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Compare, or (with --memory-of) be one of the arms."""
-    options = arguments()
+    options = parse_arguments()
     torch.set_num_threads(options.threads)
     if options.memory_of:
-        print(json.dumps(memory(options.memory_of, options.work, argparse.Namespace(**options.sizes))))
+        print(json.dumps(measure_memory(options.memory_of, options.work, argparse.Namespace(**options.sizes))))
         return
     ids = torch.randint(0, options.vocabulary, (options.rows, options.time), generator=torch.Generator().manual_seed(0))
-    found = {"steps": steps(options, ids), "forwards": switched_off(options, ids), "memory": memories(options)}
-    write(options.json, {"setting": {**settings(options), **provenance("peft")}, **found})
+    found = {
+        "steps": compare_steps(options, ids),
+        "forwards": compare_switched_off(options, ids),
+        "memory": compare_memory(options),
+    }
+    write_results(options.json, {"setting": {**settings(options), **provenance("peft")}, **found})
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import middle, provenance, settings, turns, write
+from arms import median_and_range, provenance, run_rounds, settings, write_results
 
-Found = dict[str, Any]
+Result = dict[str, Any]
 
-KINDS: dict[str, Found] = {
+KINDS: dict[str, Result] = {
     "full": {"kind": "full"},
     "head": {"kind": "head"},
     "blocks": {"kind": "blocks", "last": 1},
@@ -94,39 +94,39 @@ COST_STEPS, FORWARDS, FORWARD_TOKENS = 7, 5, 600
 # --- in a process of its own -------------------------------------------------------------------------------------
 
 
-def status(key: str) -> float | None:
+def process_megabytes(key: str) -> float | None:
     """A number of this process in megabytes, such as VmHWM (the most it ever held) or VmRSS; None where there is no /proc."""
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{key}:")), None)
 
 
-def cost(work: Found) -> Found:
+def measure_cost(work: Result) -> Result:
     """A few steps of a stage and nothing else: what moves, seconds of a step and a forward, memory."""
     import torch
 
     from postgrad.distributed.world import World
     from postgrad.hardware import machine
-    from postgrad.run.build import build, choose_execution, make_loader, make_subject
+    from postgrad.run.build import build_run, choose_execution, make_loader, make_tuned_model
     from postgrad.training.step import train_step
 
     machine.tune_allocator()
-    plan = planned(work)
+    plan = plan_work(work)
     world = World(torch.device("cpu"))
-    libraries = status("VmRSS")
-    subject = make_subject(plan, world)
+    libraries = process_megabytes("VmRSS")
+    subject = make_tuned_model(plan, world)
     counts = subject.counts()
     execution = choose_execution(plan, subject, world)
-    run = build(plan, subject, execution, world)
+    run = build_run(plan, subject, execution, world)
     loader = make_loader(plan, execution, world)
     run.model.train()
     seconds = []
     for step in range(1, COST_STEPS + 1):
-        batches = loader.read(step)
+        batches = loader.read_batches(step)
         begin = time.perf_counter()
         train_step(run, batches)
         seconds.append(time.perf_counter() - begin)
-    peak = status("VmHWM")
+    peak = process_megabytes("VmHWM")
     return {
         "parameters": counts.parameters,
         "trainable": counts.trainable,
@@ -134,20 +134,20 @@ def cost(work: Found) -> Found:
         "step_seconds_range": [min(seconds[2:]), max(seconds[2:])],
         "peak_mb": None if peak is None or libraries is None else peak - libraries,
         "dtype": execution.dtype,
-        **forward(plan),
+        **forward_ratio(plan),
     }
 
 
-def carried_out(work: Found) -> Found:
+def run_to_end(work: Result) -> Result:
     """A whole stage: scores before and after, the looks in between, what is kept of it, and the cost of an answer."""
-    from postgrad.run.run import Finished, run_stage
+    from postgrad.run.run import RunFinished, run_stage
 
-    plan = planned(work)
+    plan = plan_work(work)
     begin = time.perf_counter()
     last = None
     for event in run_stage(plan, command="benchmarks/tunings.py", cache=Path(work["cache"])):
         last = event
-    assert isinstance(last, Finished), last
+    assert isinstance(last, RunFinished), last
     record, home = last.record, plan.output
     lines = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
     looks = [{"step": line["step"], **line["sets"]} for line in lines if line["kind"] == "evaluation"]
@@ -159,30 +159,30 @@ def carried_out(work: Found) -> Found:
         "looks": looks,
         "seconds": sum(line["seconds"] for line in lines if line["kind"] == "step"),
         "wall_seconds": time.perf_counter() - begin,
-        "kept_bytes": kept_bytes(home / "model"),
-        **after_training(plan, home),
+        "kept_bytes": saved_bytes(home / "model"),
+        **exact_matches(plan, home),
     }
 
 
-def scored(work: Found) -> Found:
+def score_published(work: Result) -> Result:
     """The published model of a finished stage on the valid set that the stage names now."""
     import torch
 
     from postgrad.distributed.world import World
     from postgrad.evaluation import before_after
-    from postgrad.models.model import model_for
-    from postgrad.models.pretrained import locate
+    from postgrad.models.model import wrap_model
+    from postgrad.models.pretrained import locate_model
     from postgrad.tuning.open_model import open_model
 
-    plan = planned(work)
-    opened = open_model(locate(str(plan.output / "model"), plan.root))
-    model = model_for(opened.model, opened.task)
-    return before_after.measure(model, plan.held_out, context=plan.context, world=World(torch.device("cpu")))[
+    plan = plan_work(work)
+    opened = open_model(locate_model(str(plan.output / "model"), plan.root))
+    model = wrap_model(opened.model, opened.task)
+    return before_after.score_sets(model, plan.held_out, context=plan.context, world=World(torch.device("cpu")))[
         "valid"
     ].summary()
 
 
-def planned(work: Found) -> Any:
+def plan_work(work: Result) -> Any:
     """The plan of a stage."""
     from postgrad.config.stage_file import parse_stage
     from postgrad.plan.plan import make_plan
@@ -190,57 +190,57 @@ def planned(work: Found) -> Any:
     return make_plan(parse_stage(work["stage"], work["stage"]["name"]), Path(work["root"]), Path(work["cache"]))
 
 
-def kept_bytes(folder: Path) -> int:
+def saved_bytes(folder: Path) -> int:
     """What has to be kept beside the start model: the tuning's own tensors, or a whole model."""
     own = folder / "tuning.safetensors"
     return sum(f.stat().st_size for f in ([own] if own.exists() else folder.glob("*.safetensors")))
 
 
-def forward(plan: Any) -> Found:
+def forward_ratio(plan: Any) -> Result:
     """How much longer an answer takes than the start model's, in turns; a kind that can be merged is."""
     import torch
 
     from postgrad.distributed.world import World
-    from postgrad.evaluation.perplexity import score
-    from postgrad.models.model import model_for
-    from postgrad.run.build import make_subject
+    from postgrad.evaluation.perplexity import score_held_out
+    from postgrad.models.model import wrap_model
+    from postgrad.run.build import make_tuned_model
     from postgrad.tuning.open_model import open_model
 
-    subject = make_subject(plan, World(torch.device("cpu")))
-    if subject.tuning.folds:
+    subject = make_tuned_model(plan, World(torch.device("cpu")))
+    if subject.tuning.has_exact_merge:
         subject.tuning.merge()
     base = open_model(plan.start, plan.task, layer=plan.layer)
-    sides = [(subject.model, plan.held_out), (model_for(base.model, base.task), plan.held_out_before)]
+    sides = [(subject.model, plan.held_out), (wrap_model(base.model, base.task), plan.held_out_before)]
 
     def seconds(side: int) -> float:
         model, sets = sides[side]
         rows = next(h for h in sets if h.name == "valid").first(FORWARD_TOKENS)
         begin = time.perf_counter()
-        score(model, rows, context=plan.context)
+        score_held_out(model, rows, context=plan.context)
         return time.perf_counter() - begin
 
     arms = {"tuned": partial(seconds, 0), "start": partial(seconds, 1)}
-    found = middle(each["tuned"] / each["start"] for each in turns(arms, FORWARDS, warm=1))
+    found = median_and_range(each["tuned"] / each["start"] for each in run_rounds(arms, FORWARDS, warm=1))
     return {"forward": found[0], "forward_range": found[1:]}
 
 
-def after_training(plan: Any, home: Path) -> Found:
+def exact_matches(plan: Any, home: Path) -> Result:
     """How many answers the start model and the published one give to the letter."""
-    from postgrad.models.model import model_for
-    from postgrad.models.pretrained import locate
+    from postgrad.models.model import wrap_model
+    from postgrad.models.pretrained import locate_model
     from postgrad.tuning.open_model import open_model
 
     if plan.task != "causal":
         return {}
-    opened = [open_model(locate(str(home / "model"), home)), open_model(plan.start)]
+    opened = [open_model(locate_model(str(home / "model"), home)), open_model(plan.start)]
     told = [
-        exactly(model_for(o.model, o.task), next(h for h in sets if h.name == "valid"), plan.context)
+        exact_match(wrap_model(o.model, o.task), next(h for h in sets if h.name == "valid"), plan.context)
         for o, sets in zip(opened, (plan.held_out, plan.held_out_before), strict=True)
     ]
     return {"right": told[0], "right_before": told[1]}
 
 
-def exactly(model: Any, rows: Any, context: int) -> Found:
+def exact_match(model: Any, rows: Any, context: int) -> Result:
     """The share of answers that greedy decoding gives to the letter, with a 95 % interval from resampled rows.
 
     Greedy decoding writes the reference exactly when each of its tokens is the likeliest one after those before it.
@@ -256,7 +256,7 @@ def exactly(model: Any, rows: Any, context: int) -> Found:
     with torch.no_grad():
         for begin in range(0, len(pieces), 32):
             part = [piece.row for piece in pieces[begin : begin + 32]]
-            batch = collate(part, [0] * len(part), pad=rows.pad)
+            batch = collate(part, [0] * len(part), pad_token_id=rows.pad)
             said = model(**batch.inputs).logits().argmax(-1)
             right += ((said == batch.labels) | (batch.labels == IGNORED)).all(1).tolist()
     draws = np.random.default_rng(0).choice(np.asarray(right, float), (1000, len(right))).mean(1)
@@ -264,7 +264,7 @@ def exactly(model: Any, rows: Any, context: int) -> Found:
     return {"value": float(np.mean(right)), "low": float(low), "high": float(high)}
 
 
-def in_a_process(works: Sequence[Found], folder: Path, until: float = float("inf")) -> list[Found]:
+def run_in_subprocess(works: Sequence[Result], folder: Path, until: float = float("inf")) -> list[Result]:
     """What `cost`, `carried_out` or `scored` (a work's `what`) found, one after the other, or the error that there was.
 
     No work is begun after `until` (seconds since the epoch), nor any of a kind whose first failed: they answer `None`.
@@ -279,48 +279,48 @@ def in_a_process(works: Sequence[Found], folder: Path, until: float = float("inf
     return [{"error": lines[-1] if lines else f"exit {done.returncode}"}] + [{"left_out": True}] * (len(works) - 1)
 
 
-def known_or_done(works: Sequence[Found], folder: Path, until: float, keep: Path | None) -> list[Found]:
+def load_or_run(works: Sequence[Result], folder: Path, until: float, results_folder: Path | None) -> list[Result]:
     """The same, or what an earlier call left in the folder `keep`; only what is complete is left there."""
-    place = keep / f"{works[0]['kind']}.json" if keep else None
+    place = results_folder / f"{works[0]['kind']}.json" if results_folder else None
     if place and place.exists():
         return json.loads(place.read_text())
-    found = in_a_process(works, folder, until)
+    found = run_in_subprocess(works, folder, until)
     if place and ("error" in found[0] or not any("left_out" in each for each in found)):
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(found))
     return found
 
 
-def be_the_process(asked: Path, answer: Path) -> None:
+def subprocess_main(request_file: Path, answer_file: Path) -> None:
     """Do the works."""
     from postgrad.errors import PostgradError
 
-    given = json.loads(asked.read_text())
-    found: list[Found] = []
+    given = json.loads(request_file.read_text())
+    found: list[Result] = []
     for work in given["works"]:
         if (given["until"] and time.time() > given["until"]) or (found and "error" in found[0]):
             found.append({"left_out": True})
             continue
         begin = time.perf_counter()
         try:
-            found.append({"cost": cost, "stage": carried_out, "score": scored}[work["what"]](work))
+            found.append({"cost": measure_cost, "stage": run_to_end, "score": score_published}[work["what"]](work))
         except PostgradError as error:
             found.append({"error": " ".join(str(error).split())})
         print(f"{work['id']}: {found[-1].get('error', 'done')} ({time.perf_counter() - begin:.0f} s)", flush=True)
-    answer.write_text(json.dumps(found))
+    answer_file.write_text(json.dumps(found))
 
 
 # --- stages ------------------------------------------------------------------------------------------------------
 
 
-def stage(options: argparse.Namespace, kind: str, rate: float, seed: int, output: Path) -> Found:
+def make_stage(options: argparse.Namespace, kind: str, rate: float, seed: int, output: Path) -> Result:
     """The stage of a kind at a rate."""
     tuning = {**KINDS[kind], **options.options.get(kind, {})}
     if kind == "head" and options.task == "answers":
         tuning.setdefault("untie", True)
     labelled = "label" in json.loads(options.train.open().readline())
     source = {"name": "task", "path": str(options.train.resolve()), "max_passes": 1e6}
-    held_out: dict[str, list[Found]] = {
+    held_out: dict[str, list[Result]] = {
         "learned": [{"name": "valid", "path": str(options.valid.resolve()), "like": "task"}]
     }
     if options.retained:
@@ -334,7 +334,7 @@ def stage(options: argparse.Namespace, kind: str, rate: float, seed: int, output
         "seed": seed,
         "data": {
             # Rows have the same room for text whatever a kind sets before it.
-            "sequence_length": options.length + room(tuning),
+            "sequence_length": options.length + virtual_positions(tuning),
             "sources": [source | ({"kind": "labelled"} if labelled else {})],
             "overlap": "off",
         },
@@ -349,13 +349,13 @@ def stage(options: argparse.Namespace, kind: str, rate: float, seed: int, output
     }
 
 
-def room(tuning: Found) -> int:
+def virtual_positions(tuning: Result) -> int:
     """Positions that a kind takes: vectors, and demonstrations."""
     from postgrad.data.render.prompt_template import Template
 
     taken = {
         "prompt": lambda: tuning["length"],
-        "p-tuning": lambda: Template.parse(tuning["template"]).virtual,
+        "p-tuning": lambda: Template.parse(tuning["template"]).virtual_token_count,
         "instruction-prompt": lambda: tuning["length"] + tuning["demonstrations"]["tokens"],
     }
     return taken.get(tuning["kind"], lambda: 0)()
@@ -364,7 +364,7 @@ def room(tuning: Found) -> int:
 # --- the comparison ----------------------------------------------------------------------------------------------
 
 
-def curve(run: Found) -> list[tuple[float, tuple[float, float, float]]]:
+def evaluation_curve(run: Result) -> list[tuple[float, tuple[float, float, float]]]:
     """The looks of a run: the loss on the new task, and the change of the retained one with its interval."""
     return [
         (look["valid"]["nats"], tuple(look["retained"][k] for k in ("change", "low", "high")))  # type: ignore[misc]
@@ -372,9 +372,9 @@ def curve(run: Found) -> list[tuple[float, tuple[float, float, float]]]:
     ]
 
 
-def at_loss(run: Found, loss: float) -> tuple[float, ...] | None:
+def retained_change_at_loss(run: Result, loss: float) -> tuple[float, ...] | None:
     """The retained change (and its interval) where a run first has this loss on the new task; None if it never has."""
-    points = curve(run)
+    points = evaluation_curve(run)
     for (above, before), (below, after) in itertools.pairwise(points):
         if above > loss >= below:
             part = (above - loss) / (above - below)
@@ -382,37 +382,37 @@ def at_loss(run: Found, loss: float) -> tuple[float, ...] | None:
     return None
 
 
-def lowest(run: Found) -> float:
+def lowest_loss(run: Result) -> float:
     """The lowest loss on the new task that a run has had at a look."""
     return min(look["valid"]["nats"] for look in run["looks"])
 
 
-def final(run: Found) -> float:
+def final_loss(run: Result) -> float:
     """The loss on the new task at the end."""
     return run["learned"]["after"]["nats"]
 
 
-def best_rates(runs: Sequence[Found]) -> dict[str, float]:
+def best_rates(runs: Sequence[Result]) -> dict[str, float]:
     """Of each kind the rate with the lowest final loss on the new task (median over seeds)."""
     out = {}
     for kind in dict.fromkeys(run["kind"] for run in runs):
         rates = dict.fromkeys(run["rate"] for run in runs if run["kind"] == kind)
         out[kind] = min(
-            rates, key=lambda r: statistics.median(final(x) for x in runs if (x["kind"], x["rate"]) == (kind, r))
+            rates, key=lambda r: statistics.median(final_loss(x) for x in runs if (x["kind"], x["rate"]) == (kind, r))
         )
     return out
 
 
-def targets(runs: Sequence[Found], best: dict[str, float]) -> dict[str, float]:
+def targets(runs: Sequence[Result], best: dict[str, float]) -> dict[str, float]:
     """New-task losses that all, three quarters and half of the kinds have reached at their best rates."""
     reached = sorted(
-        statistics.median(lowest(run) for run in runs if (run["kind"], run["rate"]) == (kind, rate))
+        statistics.median(lowest_loss(run) for run in runs if (run["kind"], run["rate"]) == (kind, rate))
         for kind, rate in best.items()
     )
     return {name: reached[max(0, round(share * len(reached)) - 1)] for name, share in SHARES.items()}
 
 
-def summarise(runs: Sequence[Found], costs: dict[str, Found], task: str) -> tuple[list[Found], dict[str, float]]:
+def summarise(runs: Sequence[Result], costs: dict[str, Result], task: str) -> tuple[list[Result], dict[str, float]]:
     """A row for each kind at its best rate, by its loss on the new task; and the losses at which forgetting was compared."""
     good = [run for run in runs if "error" not in run]
     best = best_rates(good)
@@ -422,15 +422,16 @@ def summarise(runs: Sequence[Found], costs: dict[str, Found], task: str) -> tupl
     for kind, rate in best.items():
         own = [run for run in good if run["kind"] == kind]
         chosen = [run for run in own if run["rate"] == rate]
-        accuracy = [right(run, task) for run in chosen]
-        row: Found = {
+        accuracy = [answer_accuracy(run, task) for run in chosen]
+        row: Result = {
             "kind": kind,
             "rate": rate,
             "rates": sorted({run["rate"] for run in own}),
             "seeds": len(chosen),
-            "loss": middle(map(final, chosen)),
+            "loss": median_and_range(map(final_loss, chosen)),
             "loss_by_rate": {
-                f"{r:g}": middle(final(x) for x in own if x["rate"] == r) for r in sorted({x["rate"] for x in own})
+                f"{r:g}": median_and_range(final_loss(x) for x in own if x["rate"] == r)
+                for r in sorted({x["rate"] for x in own})
             },
             "right": {key: statistics.median(a[key] for a in accuracy) for key in ("value", "low", "high")},
             "kept_bytes": chosen[0]["kept_bytes"],
@@ -442,44 +443,44 @@ def summarise(runs: Sequence[Found], costs: dict[str, Found], task: str) -> tupl
             row["forgetting"] = {
                 key: statistics.median(run["retained"][key] for run in chosen) for key in ("difference", "low", "high")
             }
-            row["matched"] = {name: matched(chosen, own, loss) for name, loss in wanted.items()}
+            row["matched"] = {name: matched_forgetting(chosen, own, loss) for name, loss in wanted.items()}
         rows.append(row)
     for row in rows if with_retained else ():
         row["dominated_by"] = [other["kind"] for other in rows if dominates(other, row)]
     return sorted(rows, key=lambda row: row["loss"][0]), wanted
 
 
-def matched(chosen: Sequence[Found], own: Sequence[Found], loss: float) -> Found | None:
+def matched_forgetting(chosen: Sequence[Result], own: Sequence[Result], loss: float) -> Result | None:
     """The retained change at this new-task loss: at the best rate over its seeds, and the least of all rates; None if never."""
-    here = [found for run in chosen if (found := at_loss(run, loss))]
+    here = [found for run in chosen if (found := retained_change_at_loss(run, loss))]
     by_rate: dict[float, list[float]] = {}
     for run in own:
-        found = at_loss(run, loss)
+        found = retained_change_at_loss(run, loss)
         if found:
             by_rate.setdefault(run["rate"], []).append(found[0])
     if len(here) < len(chosen):  # one seed did not get there
         return None
     least = min(by_rate, key=lambda rate: statistics.median(by_rate[rate]))
     return {
-        "change": middle(h[0] for h in here),
+        "change": median_and_range(h[0] for h in here),
         "interval": [statistics.median(h[i] for h in here) for i in (1, 2)],
         "least": statistics.median(by_rate[least]),
         "least_rate": least,
     }
 
 
-def dominates(one_row: Found, other: Found) -> bool:
+def dominates(one_row: Result, other: Result) -> bool:
     """Whether a kind has learnt at least as much and forgotten at most as much as another, and one of them truly."""
     gains, lost = (one_row["gain"], other["gain"]), [r["forgetting"]["difference"] for r in (one_row, other)]
     return gains[0] >= gains[1] and lost[0] <= lost[1] and (gains[0] > gains[1] or lost[0] < lost[1])
 
 
-def right(run: Found, task: str) -> Found:
+def answer_accuracy(run: Result, task: str) -> Result:
     """How often a run is right at its end: the classifier's accuracy, or answers to the letter."""
     return run["learned"]["after"]["metrics"]["accuracy"] if task == "classify" else run["right"]
 
 
-def base(runs: Sequence[Found], options: argparse.Namespace) -> Found:
+def untrained_accuracy(runs: Sequence[Result], options: argparse.Namespace) -> Result:
     """Without any training: the commonest class, or the start model prompted with the same questions."""
     if options.task == "classify":
         known = Counter(json.loads(line)["label"] for line in options.valid.open())
@@ -492,12 +493,12 @@ def base(runs: Sequence[Found], options: argparse.Namespace) -> Found:
 # --- what is shown -----------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Found], start: Found, wanted: dict[str, float]) -> str:
+def table(rows: Sequence[Result], start: Result, loss_targets: dict[str, float]) -> str:
     """The rows as a Markdown table, the base first."""
     forgets = any("forgetting" in row for row in rows)
     heads = ["kind", "rate", "new-task loss (seeds)", "right (95 %)"]
     if forgets:
-        heads += ["retained change (95 %)", *(f"at loss {loss:.3f}" for loss in wanted.values())]
+        heads += ["retained change (95 %)", *(f"at loss {loss:.3f}" for loss in loss_targets.values())]
     heads += ["weights", "kept", "s/step", "peak MB", "forward"] + (["frontier"] if forgets else [])
     value = start["right"] if isinstance(start["right"], float) else start["right"]["value"]
     loss = f"{start['loss']:.3f}" if "loss" in start else ""
@@ -513,7 +514,7 @@ def table(rows: Sequence[Found], start: Found, wanted: dict[str, float]) -> str:
         if forgets:
             lost = row["forgetting"]
             line.append(f"{lost['difference']:+.3f} [{lost['low']:+.3f}..{lost['high']:+.3f}]")
-            line += [at_target(row["matched"][name]) for name in wanted]
+            line += [forgetting_cell(row["matched"][name]) for name in loss_targets]
         line += [
             f"{row['trainable']:,}" if "trainable" in row else "",
             f"{row['kept_bytes'] / 1e6:.2f} MB",
@@ -529,7 +530,7 @@ def table(rows: Sequence[Found], start: Found, wanted: dict[str, float]) -> str:
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in ruled)
 
 
-def told_of(options: argparse.Namespace) -> str:
+def settings_text(options: argparse.Namespace) -> str:
     """What the numbers were taken with."""
     return (
         f"{options.tokens:,} trained tokens a run, seeds {', '.join(map(str, options.seeds))}, {options.dtype}; "
@@ -538,32 +539,32 @@ def told_of(options: argparse.Namespace) -> str:
     )
 
 
-def at_target(found: Found | None) -> str:
+def forgetting_cell(forgetting: Result | None) -> str:
     """A cell: the retained change at the best rate with the range of its seeds, and the least over rates."""
-    if found is None:
+    if forgetting is None:
         return "-"
-    change = found["change"]
+    change = forgetting["change"]
     spread = f" [{change[1]:+.3f}..{change[2]:+.3f}]" if change[1] != change[2] else ""
-    return f"{change[0]:+.3f}{spread}, least {found['least']:+.3f}"
+    return f"{change[0]:+.3f}{spread}, least {forgetting['least']:+.3f}"
 
 
-def figure(rows: Sequence[Found]) -> str:
+def trade_off_svg(rows: Sequence[Result]) -> str:
     """Gain against forgetting, a spot a kind, as a picture by itself."""
-    from postgrad.reports.html.figures import STYLE, Spot, scatter
+    from postgrad.reports.html.figures import STYLE, ScatterPoint, scatter
 
     spots = [
-        Spot(row["kind"], row["forgetting"]["difference"], row["gain"],
+        ScatterPoint(row["kind"], row["forgetting"]["difference"], row["gain"],
              x_interval=(row["forgetting"]["low"], row["forgetting"]["high"]))
         for row in rows
     ]  # fmt: skip
     drawn = scatter(
         spots, title="Gain against forgetting", x_label="retained loss, change (nats per token)",
-        y_label="new-task loss, fall (nats per token)", width=760, height=460, best="learns more, forgets less",
+        y_label="new-task loss, fall (nats per token)", width=760, height=460, best_corner_text="learns more, forgets less",
     )  # fmt: skip
-    return alone(drawn, STYLE)
+    return standalone_svg(drawn, STYLE)
 
 
-def alone(svg: str, style: str) -> str:
+def standalone_svg(svg: str, style: str) -> str:
     """A figure of a page as a file of its own."""
     ground = '<rect width="100%" height="100%" style="fill:var(--ground)"/>'
     begin, rest = svg.split(">", 1)
@@ -571,7 +572,7 @@ def alone(svg: str, style: str) -> str:
     return f"{begin}><style>{style}svg.fig{{font-family:sans-serif}}</style>{ground}{rest}\n"
 
 
-def rates_of(text: str) -> tuple[str, tuple[float, ...]]:
+def parse_rates(text: str) -> tuple[str, tuple[float, ...]]:
     """`kind=rate,rate`."""
     kind, _, rates = text.partition("=")
     if kind not in KINDS or not rates:
@@ -579,7 +580,7 @@ def rates_of(text: str) -> tuple[str, tuple[float, ...]]:
     return kind, tuple(float(rate) for rate in rates.split(","))
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """What is asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=("classify", "answers"), default="classify")
@@ -589,7 +590,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--valid", type=Path, required=True)
     parser.add_argument("--retained", type=Path)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--rates", nargs="+", type=rates_of, default=[], help="kind=rate,rate in place of its own")
+    parser.add_argument("--rates", nargs="+", type=parse_rates, default=[], help="kind=rate,rate in place of its own")
     parser.add_argument("--most-rates", type=int, default=3, help="only the first so many of each kind's rates")
     parser.add_argument("--options", type=json.loads, default={}, help='JSON: {"lora": {"rank": 4}}')
     parser.add_argument("--tokens", type=int, default=6000, help="trained tokens of a run; of a classifier: rows")
@@ -613,29 +614,29 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Measure and print."""
-    options = arguments()
+    options = parse_arguments()
     until = time.time() + 60 * options.minutes if options.minutes else float("inf")
     sweep = {kind: options.rates.get(kind, RATES[kind][: options.most_rates]) for kind in options.kinds}
-    runs: list[Found] = []
-    costs: dict[str, Found] = {}
+    runs: list[Result] = []
+    costs: dict[str, Result] = {}
     failed: dict[str, str] = {}
     skipped: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
-        def works(kind: str) -> list[Found]:
+        def works(kind: str) -> list[Result]:
             wanted = [(rate, seed) for seed in options.seeds for rate in sweep[kind]]
             out = []
             for what, (rate, seed) in [("cost", wanted[0]), *(("stage", each) for each in wanted)]:
                 label = f"{kind}-{rate:g}-{seed}-{what}"
-                described = stage(options, kind, rate, seed, folder / label)
+                described = make_stage(options, kind, rate, seed, folder / label)
                 asked = {"what": what, "id": label, "root": name, "cache": str(folder / "cache")}
                 out.append(asked | {"kind": kind, "rate": rate, "seed": seed, "stage": described})
             return out
 
         by_kind = [works(kind) for kind in sweep]
         with ThreadPoolExecutor(options.jobs) as pool:
-            answers = list(pool.map(lambda each: known_or_done(each, folder, until, options.keep), by_kind))
+            answers = list(pool.map(lambda each: load_or_run(each, folder, until, options.keep), by_kind))
         for asked, answered in zip(by_kind, answers, strict=True):
             for work, found in zip(asked, answered, strict=True):
                 if "left_out" in found:
@@ -647,8 +648,8 @@ def main() -> None:
                 else:
                     costs[work["kind"]] = found
     rows, losses = summarise(runs, costs, options.task)
-    start = base(runs, options)
-    text = f"{options.name or options.model.name}. {told_of(options)}\n\n{table(rows, start, losses)}"
+    start = untrained_accuracy(runs, options)
+    text = f"{options.name or options.model.name}. {settings_text(options)}\n\n{table(rows, start, losses)}"
     print(text)
     for kind, error in failed.items():
         print(f"{kind}: {error}")
@@ -661,15 +662,15 @@ def main() -> None:
             "rows": rows,
             "not_applicable": failed,
             "left_out": skipped,
-            "runs": [short(run) for run in runs],
+            "runs": [compact_run(run) for run in runs],
         }
-        write(options.json, found)
+        write_results(options.json, found)
         options.json.with_suffix(".md").write_text(text + "\n")
         if losses:
-            options.json.with_suffix(".svg").write_text(figure(rows))
+            options.json.with_suffix(".svg").write_text(trade_off_svg(rows))
 
 
-def short(run: Found) -> Found:
+def compact_run(run: Result) -> Result:
     """A run without what is said elsewhere."""
     if "error" in run:
         return run
@@ -684,6 +685,6 @@ def short(run: Found) -> Found:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--works"]:
-        be_the_process(Path(sys.argv[2]), Path(sys.argv[3]))
+        subprocess_main(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         main()

@@ -17,27 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import add_numbers, middle, provenance, ranged, settings, turns, write
-from small_llama import llama, random_batch, run_of
+from arms import add_integer_options, format_range, median_and_range, provenance, run_rounds, settings, write_results
+from small_llama import make_llama, make_run, random_batch
 
 from postgrad.data.loading.batch import Batch
 from postgrad.hardware import machine
 from postgrad.models.model import CausalModel
-from postgrad.objectives.next_token import Tokens
-from postgrad.optim.migu import TopOutput
-from postgrad.optim.mofo import TopMomentum
+from postgrad.objectives.next_token import TokenLoss
+from postgrad.optim.migu import MiguMask
+from postgrad.optim.mofo import MofoMask
 from postgrad.optim.optimizer import Weights
-from postgrad.optim.sparse_update import Everything, Moving
+from postgrad.optim.sparse_update import FullMask, UpdateMask
 from postgrad.training.step import Run, train_step
 from postgrad.tuning.attach import attach
 
-ARMS: dict[str, tuple[str, Callable[[Run], Moving]]] = {
-    "plain": ("full", lambda run: Everything()),
-    "momentum 10 %": ("full", lambda run: TopMomentum(0.1, run.weights.masters)),
-    "magnitude 30 %": ("full", lambda run: TopOutput(0.3, run.model, run.weights.all)),
-    "lora": ("lora", lambda run: Everything()),
-    "lora, momentum 10 %": ("lora", lambda run: TopMomentum(0.1, run.weights.masters)),
-    "lora, magnitude 30 %": ("lora", lambda run: TopOutput(0.3, run.model, run.weights.all)),
+ARMS: dict[str, tuple[str, Callable[[Run], UpdateMask]]] = {
+    "plain": ("full", lambda run: FullMask()),
+    "momentum 10 %": ("full", lambda run: MofoMask(0.1, run.weights.masters)),
+    "magnitude 30 %": ("full", lambda run: MiguMask(0.3, run.model, run.weights.entries)),
+    "lora": ("lora", lambda run: FullMask()),
+    "lora, momentum 10 %": ("lora", lambda run: MofoMask(0.1, run.weights.masters)),
+    "lora, magnitude 30 %": ("lora", lambda run: MiguMask(0.3, run.model, run.weights.entries)),
 }
 """By name: the tuning, and what moves. An arm is held against the plain one of its tuning."""
 
@@ -45,11 +45,11 @@ ARMS: dict[str, tuple[str, Callable[[Run], Moving]]] = {
 class Arm:
     """A run whose updates move some numbers."""
 
-    def __init__(self, options: argparse.Namespace, tuning: str, make: Callable[[Run], Moving]) -> None:
-        model = CausalModel(llama(options)).train()
-        weights = Weights(model, attach(model.pretrained, {"kind": tuning}), torch.float32, split=True)
-        self.run = run_of(model, weights, [Tokens()])
-        self.run.optimizer.moving = make(self.run)
+    def __init__(self, options: argparse.Namespace, tuning: str, make: Callable[[Run], UpdateMask]) -> None:
+        model = CausalModel(make_llama(options)).train()
+        weights = Weights(model, attach(model.pretrained, {"kind": tuning}), torch.float32, master_copies=True)
+        self.run = make_run(model, weights, [TokenLoss()])
+        self.run.optimizer.update_mask = make(self.run)
         self.update = 0.0
         move = self.run.optimizer.step
 
@@ -72,20 +72,22 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every arm's step over the plain one's."""
     batch = random_batch(options)
     made = {name: Arm(options, tuning, make) for name, (tuning, make) in ARMS.items()}
-    rounds = list(turns({name: partial(arm.step, batch) for name, arm in made.items()}, options.rounds, options.warm))
+    rounds = list(
+        run_rounds({name: partial(arm.step, batch) for name, arm in made.items()}, options.rounds, options.warm)
+    )
     rows = []
     for name in made:
         against = "lora" if name.startswith("lora") else "plain"
         row = {
             "arm": name,
-            "step_ms": middle(1e3 * each[name][0] for each in rounds),
-            "update_ms": middle(1e3 * each[name][1] for each in rounds),
-            "ratio": middle(each[name][0] / each[against][0] for each in rounds),
+            "step_ms": median_and_range(1e3 * each[name][0] for each in rounds),
+            "update_ms": median_and_range(1e3 * each[name][1] for each in rounds),
+            "ratio": median_and_range(each[name][0] / each[against][0] for each in rounds),
         }
         rows.append(row)
         print(
             f"{name:<21} step {row['step_ms'][0]:>8.1f} ms  update {row['update_ms'][0]:>7.2f} ms"
-            f"  ratio {ranged(row['ratio'], '.3f')}",
+            f"  ratio {format_range(row['ratio'], '.3f')}",
             flush=True,
         )
     return rows
@@ -94,7 +96,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Compare, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_numbers(
+    add_integer_options(
         parser, hidden=384, inner=1024, layers=6, vocabulary=4096, rows=8, time=256, rounds=7, warm=2, threads=1
     )
     parser.add_argument("--json", type=Path)
@@ -104,11 +106,11 @@ def main() -> None:
     rows = compare(options)
     setting = {
         **settings(options),
-        "weights": sum(p.numel() for p in llama(options).parameters()),
+        "weights": sum(p.numel() for p in make_llama(options).parameters()),
         "tokens_per_step": options.rows * options.time,
         **provenance(),
     }
-    write(options.json, {"setting": setting, "arms": rows})
+    write_results(options.json, {"setting": setting, "arms": rows})
 
 
 if __name__ == "__main__":

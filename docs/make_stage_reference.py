@@ -167,7 +167,9 @@ def _type(name: str) -> type:
 def _bases(part: type) -> list[type]:
     """A part and what it inherits keys from, those that are inherited first."""
     return [
-        base for base in reversed(part.__mro__) if issubclass(base, quantities.Part) and base is not quantities.Part
+        base
+        for base in reversed(part.__mro__)
+        if issubclass(base, quantities.ConfigModel) and base is not quantities.ConfigModel
     ]
 
 

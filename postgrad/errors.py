@@ -27,9 +27,9 @@ class PostgradError(Exception):
 
     exit_code = 2
 
-    def __init__(self, met: str, *, where: str = "", expected: str = "", way_out: str = "") -> None:
-        self.met, self.where, self.expected, self.way_out = met, where, expected, way_out
-        lines = [f"{where}: {met}" if where else met]
+    def __init__(self, problem: str, *, where: str = "", expected: str = "", way_out: str = "") -> None:
+        self.problem, self.where, self.expected, self.way_out = problem, where, expected, way_out
+        lines = [f"{where}: {problem}" if where else problem]
         if expected:
             lines.append(f"  expected: {expected}")
         if way_out:
@@ -65,7 +65,7 @@ class MissingExtra(PostgradError):
     """An optional package that is not installed."""
 
 
-class Interrupted(PostgradError):
+class InterruptError(PostgradError):
     """The user stopped what was going on."""
 
     exit_code = 3
@@ -89,13 +89,13 @@ class NonFiniteError(PostgradError):
     exit_code = 1
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """A hint `did you mean 'x'?` for a mistyped word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else ""
 
 
-def nearest_or_all(word: str, known: Iterable[str]) -> str:
+def suggest_nearest_or_all(word: str, known: Iterable[str]) -> str:
     """The same hint, or, when no known word is near, all of them."""
     known = list(known)
-    return nearest(word, known) or f"known: {', '.join(known)}"
+    return suggest_nearest(word, known) or f"known: {', '.join(known)}"

@@ -32,7 +32,7 @@ def held(made: Made) -> None:
 
 
 def test_every_round_asks_every_arm_and_the_order_turns_around() -> None:
-    held(arms.turns)
+    held(arms.run_rounds)
 
     def always_the_same(each: dict[str, Callable[[], None]], rounds: int, warm: int) -> Iterable[object]:
         return ([ask() for ask in each.values()] for _ in range(rounds + warm))
@@ -43,9 +43,9 @@ def test_every_round_asks_every_arm_and_the_order_turns_around() -> None:
 
 def test_warm_rounds_are_asked_and_not_told() -> None:
     seconds = iter([100.0, 2.0, 3.0, 4.0])
-    told = list(arms.turns({"arm": lambda: next(seconds)}, rounds=3, warm=1))
+    told = list(arms.run_rounds({"arm": lambda: next(seconds)}, rounds=3, warm=1))
     assert told == [{"arm": 2.0}, {"arm": 3.0}, {"arm": 4.0}]
-    assert arms.middle(each["arm"] for each in told) == [3.0, 2.0, 4.0]
+    assert arms.median_and_range(each["arm"] for each in told) == [3.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_warm_rounds_are_asked_and_not_told() -> None:
     ],
 )
 def test_a_word_of_a_command_loses_folders_and_nothing_else(word: str, said: str) -> None:
-    assert arms.named(word) == said
+    assert arms.strip_folders(word) == said
 
 
 def test_the_command_is_the_one_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

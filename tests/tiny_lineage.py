@@ -10,21 +10,21 @@ import pytest
 
 from postgrad.config.stage_file import parse_stage
 from postgrad.plan.plan import make_plan
-from postgrad.run.run import Finished, run_stage
+from postgrad.run.run import RunFinished, run_stage
 
 
 @dataclass(frozen=True)
-class Runs:
+class LineageRuns:
     """`one` learns the old text; `two` (naive) and `replay` go on from it with the new text."""
 
-    home: Path
+    folder: Path
     cache: Path
-    one: Path
-    two: Path
+    first: Path
+    naive: Path
     replay: Path
 
 
-def tiny(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
+def tiny_stage(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return {
         "name": output.name,
         "model": str(base / "base"),
@@ -45,23 +45,23 @@ def tiny(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> LineageRuns:
     home = tmp_path_factory.mktemp("runs")
     cache = tmp_path_factory.getbasetemp() / "cache"
     old = {"name": "old", "path": str(base / "old.jsonl")}
     new = {"name": "new", "path": str(base / "new.jsonl")}
     both = [{**new, "share": 0.5}, {**old, "share": 0.5, "role": "replay"}]
-    found = Runs(home, cache, home / "one", home / "two", home / "replay")
-    sets = tiny(base, home)["evaluation"]
+    found = LineageRuns(home, cache, home / "one", home / "two", home / "replay")
+    sets = tiny_stage(base, home)["evaluation"]
     learn_old = {**sets, "retained": [], "learned": sets["retained"]}
     for place, start, sources, evaluation in (
-        (found.one, base / "base", [old], learn_old),
-        (found.two, found.one, [new], sets),
-        (found.replay, found.one, both, sets),
+        (found.first, base / "base", [old], learn_old),
+        (found.naive, found.first, [new], sets),
+        (found.replay, found.first, both, sets),
     ):
-        raw = tiny(
+        raw = tiny_stage(
             base, place, model=str(start), data={"sequence_length": 32, "sources": sources}, evaluation=evaluation
         )
         events = list(run_stage(make_plan(parse_stage(raw, "t"), home, cache), command="t", cache=cache))
-        assert isinstance(events[-1], Finished)
+        assert isinstance(events[-1], RunFinished)
     return found

@@ -28,10 +28,10 @@ from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
 from postgrad.models.pretrained import save_pretrained
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.run.build import build, make_loader, make_subject
-from postgrad.run.run import Event, Finished, Saved, Stepped, Stopped, run_stage
+from postgrad.run.build import build_run, make_loader, make_tuned_model
+from postgrad.run.run import CheckpointSaved, RunEvent, RunFinished, RunStopped, StepCompleted, run_stage
 from postgrad.storage.atomic import MANIFEST
-from postgrad.training.loop import steps
+from postgrad.training.loop import train_steps
 from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run
 from tests.conftest import make_llama, make_tokenizer, new_text, old_text, write_jsonl
@@ -67,7 +67,7 @@ def bert_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def bpe(special: list[str], vocabulary: int = 320) -> Tokenizer:
+def make_bpe(special: list[str], vocabulary: int = 320) -> Tokenizer:
     """A byte-level BPE tokenizer trained on the tests' own texts, with its special tokens first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -84,7 +84,7 @@ def bpe(special: list[str], vocabulary: int = 320) -> Tokenizer:
 
 def t5_tokenizer(sentinels: int = 20) -> PreTrainedTokenizerFast:
     """A tokenizer that ends a text with `</s>` and has sentinels; `x </s>`, `x </s> y </s>`."""
-    tokenizer = bpe(["<pad>", "</s>", *(f"<extra_id_{i}>" for i in range(sentinels))])
+    tokenizer = make_bpe(["<pad>", "</s>", *(f"<extra_id_{i}>" for i in range(sentinels))])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
@@ -93,7 +93,7 @@ def t5_tokenizer(sentinels: int = 20) -> PreTrainedTokenizerFast:
 
 def roberta_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer that sets `<s> x </s>` and `<s> x </s></s> y </s>`."""
-    tokenizer = bpe(["<s>", "<pad>", "</s>", "<mask>"])
+    tokenizer = make_bpe(["<s>", "<pad>", "</s>", "<mask>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
@@ -110,7 +110,7 @@ def roberta_tokenizer() -> PreTrainedTokenizerFast:
 
 def bos_tokenizer() -> PreTrainedTokenizerFast:
     """A Llama-like tokenizer: `<s> x`, and nothing behind."""
-    tokenizer = bpe(["<s>", "</s>"])
+    tokenizer = make_bpe(["<s>", "</s>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
     )
@@ -151,7 +151,7 @@ def make_t5(vocabulary: int, seed: int = 0) -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config).eval()
 
 
-def written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     """A model and its tokenizer in a folder."""
     save_pretrained(model, tokenizer, folder, dtype=torch.float32)
     return folder
@@ -160,14 +160,14 @@ def written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: 
 # -- texts and rows ----------------------------------------------------------------------------------------------------
 
 
-def rows(path: Path, made: list[dict[str, Any]]) -> Path:
+def write_rows(path: Path, examples: list[dict[str, Any]]) -> Path:
     """Rows as a JSON lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    path.write_text("".join(json.dumps(row) + "\n" for row in examples))
     return path
 
 
-def two_kinds(count: int, seed: int = 0) -> list[tuple[str, str]]:
+def two_kind_texts(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Short texts of two kinds, and which kind each is."""
     rng = random.Random(seed)
     out = []
@@ -178,97 +178,97 @@ def two_kinds(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return out
 
 
-def labelled(count: int, seed: int = 0) -> list[dict[str, Any]]:
+def classification_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Texts with one of two classes."""
-    return [{"text": text, "label": kind} for text, kind in two_kinds(count, seed)]
+    return [{"text": text, "label": kind} for text, kind in two_kind_texts(count, seed)]
 
 
-def multi(count: int, seed: int = 0) -> list[dict[str, Any]]:
+def multi_label_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Texts with any of three classes."""
     out = []
-    for text, kind in two_kinds(count, seed):
+    for text, kind in two_kind_texts(count, seed):
         out.append({"text": text, "labels": [kind, *(["nine"] if "9" in text or "nine" in text else [])]})
     return out
 
 
-def numbered(count: int, seed: int = 0) -> list[dict[str, Any]]:
+def regression_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Texts with a number: how much of them is digits."""
     return [
         {"text": text, "label": round(sum(c.isdigit() for c in text) / len(text) + 0.01, 3)}
-        for text, _ in two_kinds(count, seed)
+        for text, _ in two_kind_texts(count, seed)
     ]
 
 
-def tagged(count: int, seed: int = 0) -> list[dict[str, Any]]:
+def tagging_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Words with a tag each."""
     out = []
-    for text, _ in two_kinds(count, seed):
+    for text, _ in two_kind_texts(count, seed):
         words = text.split()[:7]
         out.append({"tokens": words, "tags": ["mark" if any(c in ".;=*" for c in word) else "word" for word in words]})
     return out
 
 
-def paired(count: int, seed: int = 0) -> list[dict[str, Any]]:
+def text_pair_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Two texts and whether they are of one kind."""
-    both = zip(two_kinds(count, seed), two_kinds(count, seed + 1), strict=True)
+    both = zip(two_kind_texts(count, seed), two_kind_texts(count, seed + 1), strict=True)
     return [
         {"sentence1": a[:20], "sentence2": b[:20], "label": "same" if one == other else "other"}
         for (a, one), (b, other) in both
     ]
 
 
-def instructions(count: int, seed: int = 0) -> list[dict[str, Any]]:
+def instruction_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """An instruction and its output."""
-    return [{"instruction": text[:25], "output": kind} for text, kind in two_kinds(count, seed)]
+    return [{"instruction": text[:25], "output": kind} for text, kind in two_kind_texts(count, seed)]
 
 
-def completions(count: int, seed: int = 0) -> list[dict[str, Any]]:
+def completion_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """A prompt and its completion."""
-    return [{"prompt": text[:25], "completion": f" {kind}"} for text, kind in two_kinds(count, seed)]
+    return [{"prompt": text[:25], "completion": f" {kind}"} for text, kind in two_kind_texts(count, seed)]
 
 
-def chats(count: int, seed: int = 0) -> list[dict[str, Any]]:
+def chat_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Conversations of one turn or two."""
     out = []
-    for i, (text, kind) in enumerate(two_kinds(count, seed)):
+    for i, (text, kind) in enumerate(two_kind_texts(count, seed)):
         turn = [{"role": "user", "content": text[:12]}, {"role": "assistant", "content": kind}]
         out.append({"messages": turn * (1 + i % 2)})
     return out
 
 
-def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
+def source_target_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """A source and a target."""
-    return [{"source": text[:25], "target": kind} for text, kind in two_kinds(count, seed)]
+    return [{"source": text[:25], "target": kind} for text, kind in two_kind_texts(count, seed)]
 
 
-def questions(count: int, seed: int = 0) -> list[dict[str, Any]]:
+def question_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """A question about a text, and its answers as SQuAD has them."""
     return [
         {"question": "what is it?", "context": text[:20], "answers": {"text": [kind, "text"], "answer_start": [0, 0]}}
-        for text, kind in two_kinds(count, seed)
+        for text, kind in two_kind_texts(count, seed)
     ]
 
 
-def choices(count: int, seed: int = 0) -> list[dict[str, Any]]:
+def multiple_choice_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """A question, choices, and the number of the right one."""
     return [
         {"question": text[:20], "choices": ["words", "sums"], "answer": int(kind == "sums")}
-        for text, kind in two_kinds(count, seed)
+        for text, kind in two_kind_texts(count, seed)
     ]
 
 
-MAKERS = {
-    "labelled": labelled,
-    "multi": multi,
-    "numbered": numbered,
-    "tagged": tagged,
-    "paired": paired,
-    "instruction": instructions,
-    "completion": completions,
-    "chat": chats,
-    "pair": pairs,
-    "question": questions,
-    "choices": choices,
+EXAMPLE_MAKERS = {
+    "labelled": classification_examples,
+    "multi": multi_label_examples,
+    "numbered": regression_examples,
+    "tagged": tagging_examples,
+    "paired": text_pair_examples,
+    "instruction": instruction_examples,
+    "completion": completion_examples,
+    "chat": chat_examples,
+    "pair": source_target_examples,
+    "question": question_examples,
+    "choices": multiple_choice_examples,
 }
 """Rows of every sort, by the name of their file."""
 
@@ -277,15 +277,15 @@ MAKERS = {
 
 
 @dataclass(frozen=True)
-class Shelf:
+class Workspace:
     """A folder with models (`llama`, `bert`, `t5`), texts (`old`, `new`) and rows of every sort, each with a held-out part."""
 
-    home: Path
+    folder: Path
     cache: Path
 
     def file(self, name: str, *, held_out: bool = False) -> str:
         """A file of texts or rows."""
-        return str(self.home / f"{name}{'-heldout' if held_out else ''}.jsonl")
+        return str(self.folder / f"{name}{'-heldout' if held_out else ''}.jsonl")
 
     def source(self, name: str, kind: str | None = None, **changes: Any) -> dict[str, Any]:
         """A source of texts or rows, read as often as a stage likes."""
@@ -298,9 +298,13 @@ class Shelf:
         return [self.source("new", share=0.75), self.source("old", share=0.25, role="replay")]
 
     @property
-    def texts(self) -> dict[str, Any]:
+    def text_evaluation(self) -> dict[str, Any]:
         """An evaluation on both texts."""
-        return {**QUICK, "retained": [self.file("old", held_out=True)], "learned": [self.file("new", held_out=True)]}
+        return {
+            **QUICK_EVALUATION,
+            "retained": [self.file("old", held_out=True)],
+            "learned": [self.file("new", held_out=True)],
+        }
 
     def stage(self, name: str, tuning: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
         """A stage of six small steps on the llama, in the folder `runs/name`."""
@@ -309,13 +313,13 @@ class Shelf:
         data = {"sequence_length": LENGTH, "overlap": "off", "sources": sources, **changes.pop("data", {})}
         return {
             "name": name,
-            "model": str(self.home / model),
-            "output": str(self.home / "runs" / name),
+            "model": str(self.folder / model),
+            "output": str(self.folder / "runs" / name),
             "tokens": 6 * 4 * LENGTH,
             "data": data,
             "batch": {"sequences": 4, "micro": 2},
             "schedule": {"kind": "constant", "peak": 1e-2, "warmup": 0},
-            "evaluation": self.texts,
+            "evaluation": self.text_evaluation,
             "save": {"every": "2 steps"},
             "compute": {"threads": 1, "dtype": "float32", "compile": False},
             **({"tuning": tuning} if tuning else {}),
@@ -324,74 +328,76 @@ class Shelf:
 
     def plan(self, raw: dict[str, Any]) -> Plan:
         """What a stage will do."""
-        return make_plan(parse_stage(raw, "test"), self.home, self.cache)
+        return make_plan(parse_stage(raw, "test"), self.folder, self.cache)
 
-    def events(self, raw: dict[str, Any]) -> list[Event]:
+    def run_events(self, raw: dict[str, Any]) -> list[RunEvent]:
         """All that happens in a stage."""
         return list(run_stage(self.plan(raw), command="test", cache=self.cache))
 
-    def run(self, raw: dict[str, Any]) -> Finished:
+    def run(self, raw: dict[str, Any]) -> RunFinished:
         """A stage carried out; one that is finished already is not carried out again."""
-        last = self.events(raw)[-1]
-        assert isinstance(last, Finished)
+        last = self.run_events(raw)[-1]
+        assert isinstance(last, RunFinished)
         return last
 
 
-QUICK = {"every": "50%", "during_tokens": 10_000, "samples": 0}
+QUICK_EVALUATION = {"every": "50%", "during_tokens": 10_000, "samples": 0}
 
 
-def make_shelf(home: Path, cache: Path) -> Shelf:
+def make_workspace(folder: Path, cache: Path) -> Workspace:
     """Write it all. Held-out texts are so short that each is one window, with a soft prompt before it too."""
     llama, bert, t5 = make_tokenizer(), bert_tokenizer(), t5_tokenizer()
-    written(make_llama(), llama, home / "llama")
-    written(make_bert(len(bert)), bert, home / "bert")
-    written(make_t5(len(t5)), t5, home / "t5")
+    save_model(make_llama(), llama, folder / "llama")
+    save_model(make_bert(len(bert)), bert, folder / "bert")
+    save_model(make_t5(len(t5)), t5, folder / "t5")
     for name, made in (("old", old_text), ("new", new_text)):
-        write_jsonl(home / f"{name}.jsonl", made(60, 10))
-        write_jsonl(home / f"{name}-heldout.jsonl", [text[:36] for text in made(12, 20)])
-    for name, make in MAKERS.items():
-        rows(home / f"{name}.jsonl", make(60, 1))
-        rows(home / f"{name}-heldout.jsonl", make(24, 1000))
-    return Shelf(home, cache)
+        write_jsonl(folder / f"{name}.jsonl", made(60, 10))
+        write_jsonl(folder / f"{name}-heldout.jsonl", [text[:36] for text in made(12, 20)])
+    for name, make in EXAMPLE_MAKERS.items():
+        write_rows(folder / f"{name}.jsonl", make(60, 1))
+        write_rows(folder / f"{name}-heldout.jsonl", make(24, 1000))
+    return Workspace(folder, cache)
 
 
 # -- what two runs must have in common -------------------------------------------------------------------------------
 
 
-def trace(home: Path) -> list[str]:
+def run_trace(run_folder: Path) -> list[str]:
     """All that must be the same bit for bit: losses as hex, evaluations, and every file that is published."""
     out = []
-    for row in read_metrics(home / "metrics.jsonl"):
+    for row in read_metrics(run_folder / "metrics.jsonl"):
         row.pop("seconds", None)
         out.append(json.dumps({k: v.hex() if isinstance(v, float) else v for k, v in row.items()}))
-    manifest = json.loads((home / "model" / MANIFEST).read_text())
+    manifest = json.loads((run_folder / "model" / MANIFEST).read_text())
     return [*out, *(f"{name} {entry['sha256']}" for name, entry in sorted(manifest.items()))]
 
 
-def carried_out_in_parts(shelf: Shelf, raw: dict[str, Any]) -> Finished:
+def run_interrupted(workspace: Workspace, raw: dict[str, Any]) -> RunFinished:
     """A stage that is killed a step behind a checkpoint, then stopped by hand, then finished."""
     saved = False
-    for event in run_stage(shelf.plan(raw), command="test", cache=shelf.cache):
-        if saved and isinstance(event, Stepped):
+    for event in run_stage(workspace.plan(raw), command="test", cache=workspace.cache):
+        if saved and isinstance(event, StepCompleted):
             break  # whatever was made since the checkpoint is lost
-        saved |= isinstance(event, Saved)
-    last: Event | None = None
-    for event in run_stage(shelf.plan(raw), command="test", cache=shelf.cache):
+        saved |= isinstance(event, CheckpointSaved)
+    last: RunEvent | None = None
+    for event in run_stage(workspace.plan(raw), command="test", cache=workspace.cache):
         last = event
-        if isinstance(event, Stepped) and event.report.step == 5:
+        if isinstance(event, StepCompleted) and event.report.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-    assert saved and isinstance(last, Stopped) and last.step == 5
-    return shelf.run(raw)
+    assert saved and isinstance(last, RunStopped) and last.step == 5
+    return workspace.run(raw)
 
 
-def trained(shelf: Shelf, raw: dict[str, Any], count: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Run]:
+def train_for(
+    workspace: Workspace, raw: dict[str, Any], count: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Run]:
     """Every weight of a model before and after so many steps of a stage, and the run."""
-    plan, world = shelf.plan(raw), World(torch.device("cpu"))
-    subject = make_subject(plan, world)
+    plan, world = workspace.plan(raw), World(torch.device("cpu"))
+    subject = make_tuned_model(plan, world)
     model = subject.model.pretrained
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     execution = Execution("float32", False, subject.attention or "sdpa", 1, 2, False, 0.0)
-    run = build(plan, subject, execution, world)
-    for _ in steps(run, make_loader(plan, execution, world), count):
+    run = build_run(plan, subject, execution, world)
+    for _ in train_steps(run, make_loader(plan, execution, world), count):
         pass
     return before, {name: p.detach() for name, p in model.named_parameters()}, run

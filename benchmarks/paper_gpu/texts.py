@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from postgrad.config.quantities import amount_of
+from postgrad.config.quantities import parse_token_count
 from postgrad.errors import MissingExtra
 
 CHARACTERS = 4
@@ -68,7 +68,7 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
         if not (given.folder / f"{kind}.jsonl").exists():
-            write(given.folder, kind, amount_of(given.tokens, "--tokens"))
+            write(given.folder, kind, parse_token_count(given.tokens, "--tokens"))
 
 
 if __name__ == "__main__":

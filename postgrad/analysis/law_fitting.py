@@ -23,10 +23,10 @@ Inputs = Mapping[str, np.ndarray]
 
 HUBER = 1e-3
 """Residuals of log losses up to this weigh by their square, larger ones by their size (Hoffmann et al. 2022)."""
-_MOST = 2000
+_MAX_STARTS = 2000
 _STARTS = 24
 """Starts that are descended from: those that fit best of up to `_MOST`."""
-_KEPT = 4
+_POLISH_COUNT = 4
 """... and those of them whose valley's bottom is looked for."""
 _DRAWS = 100
 _TINY = 1e-12
@@ -85,51 +85,53 @@ class Fit:
     @property
     def values(self) -> dict[str, float]:
         """The parameters by name."""
-        return _named(self.law, self.best_P)
+        return _values_by_name(self.law, self.best_P)
 
     def parameter(self, name: str) -> Estimate:
         """A parameter with its interval."""
         place = [p.name for p in self.law.parameters].index(name)
-        return estimate(float(self.best_P[place]), self.draws_SP[:, place])
+        return make_estimate(float(self.best_P[place]), self.draws_SP[:, place])
 
     def predict(self, **inputs: float) -> Estimate:
         """The loss that the law expects at these inputs, with the interval of what would be measured there."""
         at = {name: np.array([value]) for name, value in inputs.items()}
         value = float(self.law(at, self.values)[0])
         noise = np.random.default_rng(1).normal(0.0, self.spread, len(self.draws_SP))
-        drawn = np.array([self.law(at, _named(self.law, p))[0] for p in self.draws_SP])
-        return estimate(value, drawn * np.exp(noise))
+        drawn = np.array([self.law(at, _values_by_name(self.law, p))[0] for p in self.draws_SP])
+        return make_estimate(value, drawn * np.exp(noise))
 
     def solve(self, find: Callable[[Mapping[str, float]], float]) -> Estimate:
         """What follows from the parameters, such as a best share, with its interval: `find(parameters by name)`."""
-        drawn = np.array([find(_named(self.law, p)) for p in self.draws_SP])
-        return estimate(find(self.values), drawn[np.isfinite(drawn)])
+        drawn = np.array([find(_values_by_name(self.law, p)) for p in self.draws_SP])
+        return make_estimate(find(self.values), drawn[np.isfinite(drawn)])
 
 
-def estimate(value: float, drawn: np.ndarray) -> Estimate:
+def make_estimate(value: float, samples: np.ndarray) -> Estimate:
     """A value with the middle 95 % of what was drawn, which always holds the value itself."""
-    low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (value, value)
+    low, high = np.quantile(samples, [0.025, 0.975]) if len(samples) else (value, value)
     return Estimate(value, min(value, float(low)), max(value, float(high)))
 
 
-def fit(law: Law, inputs: Inputs, losses: Sequence[float] | np.ndarray, *, seed: int = 0, draws: int = _DRAWS) -> Fit:
+def fit_law(
+    law: Law, inputs: Inputs, losses: Sequence[float] | np.ndarray, *, seed: int = 0, draws: int = _DRAWS
+) -> Fit:
     """Fit a law to losses in nats per token (or any positive numbers), measured at `inputs`.
 
     Raises `DataError` when there are too few points for the law's parameters, or impossible ones.
     """
     from threadpoolctl import threadpool_limits
 
-    table, losses_N = _checked(law, inputs, losses)
+    table, losses_N = _check_points(law, inputs, losses)
     with threadpool_limits(
         1
     ):  # nothing here is large enough to share: beside a busy process threads take five times as long
-        return _fit(law, table, losses_N, seed, draws)
+        return _fit_points(law, table, losses_N, seed, draws)
 
 
-def _fit(law: Law, table: Inputs, losses_N: np.ndarray, seed: int, draws: int) -> Fit:
+def _fit_points(law: Law, table: Inputs, losses_N: np.ndarray, seed: int, draws: int) -> Fit:
     rng = np.random.default_rng(seed)
     best_P = _search(law, table, losses_N, rng)
-    fitted_N = law(table, _named(law, best_P))
+    fitted_N = law(table, _values_by_name(law, best_P))
     spare = len(losses_N) - len(law.parameters)
     residual_N = np.log(losses_N) - np.log(np.maximum(fitted_N, _TINY))
     spread = float(np.sqrt((residual_N**2).sum() / spare))
@@ -137,11 +139,11 @@ def _fit(law: Law, table: Inputs, losses_N: np.ndarray, seed: int, draws: int) -
     for _ in range(draws):
         noise = spread * np.sqrt(spare / rng.chisquare(spare))
         again_N = fitted_N * np.exp(rng.normal(0.0, noise, len(losses_N)))
-        drawn.append(_descend(law, table, again_N, best_P, most=40))
+        drawn.append(_descend(law, table, again_N, best_P, max_evaluations=40))
     return Fit(law, best_P, np.array(drawn).reshape(-1, len(law.parameters)), spread, len(losses_N))
 
 
-def _checked(
+def _check_points(
     law: Law, inputs: Inputs, losses: Sequence[float] | np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     losses_N = np.asarray(losses, float)
@@ -180,8 +182,8 @@ def _search(law: Law, inputs: Inputs, losses_N: np.ndarray, rng: np.random.Gener
     from scipy.optimize import minimize
 
     grid = [np.array(start) for start in itertools.product(*(p.starts for p in law.parameters))]
-    if len(grid) > _MOST:
-        grid = [grid[i] for i in rng.permutation(len(grid))[:_MOST]]
+    if len(grid) > _MAX_STARTS:
+        grid = [grid[i] for i in rng.permutation(len(grid))[:_MAX_STARTS]]
     bounds = [(p.low, p.high) for p in law.parameters]
 
     def cost(values_P: np.ndarray) -> float:
@@ -192,11 +194,13 @@ def _search(law: Law, inputs: Inputs, losses_N: np.ndarray, rng: np.random.Gener
         grid = sorted(grid, key=cost)[:_STARTS]
         found = [minimize(cost, s, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40}).x for s in grid]
         found.sort(key=cost)
-        polished = [_descend(law, inputs, losses_N, p) for p in found[:_KEPT]]
+        polished = [_descend(law, inputs, losses_N, p) for p in found[:_POLISH_COUNT]]
     return min(polished, key=cost)
 
 
-def _descend(law: Law, inputs: Inputs, losses_N: np.ndarray, start_P: np.ndarray, most: int = 300) -> np.ndarray:
+def _descend(
+    law: Law, inputs: Inputs, losses_N: np.ndarray, start_P: np.ndarray, max_evaluations: int = 300
+) -> np.ndarray:
     """The bottom of the valley that `start_P` lies in, by the same Huber loss."""
     from scipy.optimize import least_squares
 
@@ -210,16 +214,16 @@ def _descend(law: Law, inputs: Inputs, losses_N: np.ndarray, start_P: np.ndarray
             loss="huber",
             f_scale=HUBER,
             x_scale=np.maximum(np.abs(start_P), 1e-3),
-            max_nfev=most,
+            max_nfev=max_evaluations,
         ).x
 
 
 def _residuals(law: Law, inputs: Inputs, losses_N: np.ndarray, values_P: np.ndarray) -> np.ndarray:
     """Log residuals; where the formula is no positive number, a large one."""
-    fitted_N = np.broadcast_to(law(inputs, _named(law, values_P)), losses_N.shape)
+    fitted_N = np.broadcast_to(law(inputs, _values_by_name(law, values_P)), losses_N.shape)
     sound_N = np.nan_to_num(fitted_N, nan=_TINY, posinf=1e12, neginf=_TINY)
     return np.log(np.maximum(sound_N, _TINY)) - np.log(losses_N)
 
 
-def _named(law: Law, values_P: np.ndarray) -> dict[str, float]:
+def _values_by_name(law: Law, values_P: np.ndarray) -> dict[str, float]:
     return {p.name: float(value) for p, value in zip(law.parameters, values_P, strict=True)}

@@ -38,7 +38,7 @@ def annealing_area(rates_T: np.ndarray, momentum: float = MOMENTUM, before: floa
     return out
 
 
-def _continued(
+def _cpt_loss(
     forward: np.ndarray, annealing: np.ndarray, forward_before: np.ndarray, annealing_before: np.ndarray,
     L0: float, A: float, a: float, C1: float, C2: float, B: float, E: float, b: float,
 ) -> np.ndarray:  # fmt: skip
@@ -51,7 +51,7 @@ def _continued(
     )
 
 
-CONTINUED = Law(
+CPT_LAW = Law(
     "dynamics of continued pre-training",
     (
         Parameter("L0", (1.0, 2.0), 0.0),
@@ -64,19 +64,19 @@ CONTINUED = Law(
         Parameter("b", (0.5,), 0.0, 5.0),
     ),
     ("forward", "annealing", "forward_before", "annealing_before"),
-    _continued,
+    _cpt_loss,
     "Wang et al. 2025, arXiv 2505.07796: L = L0 + A (S1_pt + S1_cpt)^-a - C1 S2_pt - C2 S2_cpt + B (1 - (1 + E S1_cpt)^-b)",
 )
 """The loss on a text by the areas of the schedule of pre-training (`before`) and of its continuation."""
 
 
-def _shift(
+def _shift_loss(
     forward: np.ndarray, annealing: np.ndarray, base: np.ndarray, C: float, B: float, E: float, b: float
 ) -> np.ndarray:
     return base - C * annealing + B * (1.0 - (1.0 + E * forward) ** -b)
 
 
-SHIFT = Law(
+SHIFT_LAW = Law(
     "shift term of continued pre-training",
     (
         Parameter("C", (0.0, 0.1, 1.0), 0.0),
@@ -85,7 +85,7 @@ SHIFT = Law(
         Parameter("b", (0.2, 0.5, 1.0), 0.0, 5.0),
     ),
     ("forward", "annealing", "base"),
-    _shift,
+    _shift_loss,
     "Wang et al. 2025, arXiv 2505.07796, continued from one model: L = base - C S2 + B (1 - (1 + E S1)^-b)",
 )
 """The same continued from one known model, whose loss is `base`: two short pilots at different rates fit it."""

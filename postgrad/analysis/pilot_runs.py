@@ -29,21 +29,21 @@ import numpy as np
 from postgrad.analysis.law_fitting import Estimate
 from postgrad.errors import DataError, StageError
 
-FEWEST, MOST = 4, 12
+MIN_PILOTS, MAX_PILOTS = 4, 12
 """Pilots."""
-COST = 0.095
+MAX_COST = 0.095
 """Of the run's tokens, which all pilots together take at most."""
-_CONFIRMING = 0.5
+_CONFIRMING_SHARE = 0.5
 """Of the pilots' tokens, which the last one takes: the proposed setting, tried at length."""
-_STEPS = 6
+_MIN_STEPS = 6
 """A pilot has at least so many."""
-LEAST_SHARE, MOST_SHARE = 0.01, 0.75
+MIN_SHARE, MAX_SHARE = 0.01, 0.75
 """Shares of replay that may be proposed. Even a little guards against surprises."""
-LOWEST_PEAK = 0.25
+MIN_PEAK = 0.25
 """Of the stage's own peak, the lowest that may be proposed; the stage's own is the highest."""
-SURE = 0.9
+CONFIDENCE = 0.9
 """How likely the whole run is to keep within the bound."""
-_TWO_SIDED = 0.975
+_UPPER_QUANTILE = 0.975
 """What lies below the upper end of a 95 % interval."""
 _DESIGN = (
     (0.40, 1.0, 1.0), (0.03, 1.0, 1.0), (0.10, 0.4, 2.0), (0.15, 1.0, 1.0), (0.35, 0.4, 2.0), (0.05, 0.65, 1.5),
@@ -68,28 +68,28 @@ class Pilot:
 
 
 @dataclass(frozen=True)
-class Found:
+class PilotResult:
     """What a pilot ended with, in nats per token: the rise of the loss on retained sets, and the loss on learned ones."""
 
     pilot: Pilot
     rises: Mapping[str, float]
     losses: Mapping[str, float]
-    explored: bool
+    exploratory: bool
     """One of the short ones."""
 
 
-class Beginning(NamedTuple):
+class Prior(NamedTuple):
     """What is held of a coefficient before any pilot: a mean and a spread."""
 
     mean: float
     spread: float
 
 
-_FLAT = Beginning(0.0, 30.0)
+_FLAT_PRIOR = Prior(0.0, 30.0)
 """Of a constant, of which nothing is known."""
-RISE = (
-    _FLAT, Beginning(-0.08, 0.08), Beginning(0.06, 0.04), Beginning(0.42, 0.10), Beginning(0.35, 0.17),
-    Beginning(0.0, 0.15), Beginning(0.20, 0.20),
+RISE_PRIORS = (
+    _FLAT_PRIOR, Prior(-0.08, 0.08), Prior(0.06, 0.04), Prior(0.42, 0.10), Prior(0.35, 0.17),
+    Prior(0.0, 0.15), Prior(0.20, 0.20),
 )  # fmt: skip
 """The constant, steps below and above `_FELT`, share, peak; and what is added to constant and peak of a pilot that explores.
 
@@ -97,46 +97,46 @@ These and those of `LOSS` were set on 18 runs: a model of 260 thousand weights t
 text, and one of a million that was not, on three; from pilots of 7 to 190 steps to runs of 780 to 3,900
 (benchmarks/results/advice_beginnings.json).
 """
-LOSS = (
-    _FLAT, Beginning(0.09, 0.10), Beginning(0.04, 0.04), Beginning(-0.30, 0.06), Beginning(-0.10, 0.04),
-    Beginning(-0.05, 0.05),
+LOSS_PRIORS = (
+    _FLAT_PRIOR, Prior(0.09, 0.10), Prior(0.04, 0.04), Prior(-0.30, 0.06), Prior(-0.10, 0.04),
+    Prior(-0.05, 0.05),
 )  # fmt: skip
 """The constant, the power so far, what the power to come has besides `_LASTS` of it (`slowing` is added), share, peak; and what
 is added to the peak's of a pilot that explores."""
-_FELT, _SOON = 200, 0.20
+_FULL_EFFECT_STEPS, _EFFECT_SLOPE = 200, 0.20
 """Steps from which on all of the replay is felt, and the part that is missing for each natural logarithm before."""
-_LASTS = 0.6
+_REMAINING_POWER = 0.6
 """Of the power by which the loss on new text fell among the pilots, what is left of it beyond them."""
-_NOISE, _WORTH = {"rise": 0.08, "loss": 0.01}, 4.0
+_NOISE, _NOISE_WEIGHT = {"rise": 0.08, "loss": 0.01}, 4.0
 """The spread of a pilot around the laws, and as how many pilots this counts against what the pilots show."""
 
 
-def felt(steps: float) -> float:
+def replay_effect(steps: float) -> float:
     """The part of the replay's power that is felt in so many steps (measured: .4 in 7, .7 in 40, 1 in 200)."""
-    return min(1.0, max(0.3, 1.0 - _SOON * math.log(_FELT / steps)))
+    return min(1.0, max(0.3, 1.0 - _EFFECT_SLOPE * math.log(_FULL_EFFECT_STEPS / steps)))
 
 
-def slowing(steps: float) -> float:
+def power_slowdown(steps: float) -> float:
     """What is added to the power to come when the longest pilot has so many steps: the longer, the slower the fall."""
     return -0.02 * math.log(steps / 40)
 
 
-def exploring(count: int, peak: float, tokens: int, step: float) -> list[Pilot]:
+def make_exploratory_pilots(count: int, peak: float, tokens: int, step: float) -> list[Pilot]:
     """The pilots that explore, for a run of so many `tokens`, `step` of them in a step; one more follows (`confirming`).
 
     Raises `StageError` when the run is too short for so many.
     """
-    if not FEWEST <= count <= MOST:
-        raise StageError(f"{count} pilots", where="--pilots", expected=f"{FEWEST} to {MOST}")
-    unit = _room(tokens, count)
-    if unit < _STEPS * step:
-        able = [n for n in range(FEWEST, count) if _room(tokens, n) >= _STEPS * step]
-        shortest = tokens * _STEPS * step / _room(tokens, FEWEST)
+    if not MIN_PILOTS <= count <= MAX_PILOTS:
+        raise StageError(f"{count} pilots", where="--pilots", expected=f"{MIN_PILOTS} to {MAX_PILOTS}")
+    unit = _shortest_pilot_tokens(tokens, count)
+    if unit < _MIN_STEPS * step:
+        able = [n for n in range(MIN_PILOTS, count) if _shortest_pilot_tokens(tokens, n) >= _MIN_STEPS * step]
+        shortest = tokens * _MIN_STEPS * step / _shortest_pilot_tokens(tokens, MIN_PILOTS)
         raise StageError(
-            f"a run of {tokens:,} tokens has {tokens / step:,.0f} steps; of {count} pilots, which may take {COST:.1%} of that, "
+            f"a run of {tokens:,} tokens has {tokens / step:,.0f} steps; of {count} pilots, which may take {MAX_COST:.1%} of that, "
             f"the shortest would have {unit / step:.1f}",
             where="--pilots",
-            expected=f"pilots of {_STEPS} steps or more",
+            expected=f"pilots of {_MIN_STEPS} steps or more",
             way_out=f"--pilots {able[-1]}"
             if able
             else f"a budget of {shortest:,.0f} tokens or more, or fewer sequences in a batch",
@@ -144,14 +144,14 @@ def exploring(count: int, peak: float, tokens: int, step: float) -> list[Pilot]:
     return [Pilot(Setting(share, part * peak), int(unit * length)) for share, part, length in _DESIGN[: count - 1]]
 
 
-def _room(tokens: int, count: int) -> float:
+def _shortest_pilot_tokens(tokens: int, count: int) -> float:
     """Tokens of the shortest of so many pilots."""
-    return (1 - _CONFIRMING) * COST * tokens / sum(length for _, _, length in _DESIGN[: count - 1])
+    return (1 - _CONFIRMING_SHARE) * MAX_COST * tokens / sum(length for _, _, length in _DESIGN[: count - 1])
 
 
-def confirming(setting: Setting, tokens: int) -> Pilot:
+def make_confirming_pilot(setting: Setting, tokens: int) -> Pilot:
     """The last pilot, the longest: what the others propose, tried."""
-    return Pilot(setting, int(_CONFIRMING * COST * tokens))
+    return Pilot(setting, int(_CONFIRMING_SHARE * MAX_COST * tokens))
 
 
 # --- the laws -------------------------------------------------------------------------------------------
@@ -171,16 +171,16 @@ class LogLinear:
         return float(row_K @ self.mean_K), math.sqrt(spread)
 
 
-def log_linear(rows_NK: np.ndarray, logs_N: np.ndarray, begin: Sequence[Beginning], noise: float) -> LogLinear:
+def fit_log_linear(rows_NK: np.ndarray, logs_N: np.ndarray, priors: Sequence[Prior], noise: float) -> LogLinear:
     """Bayesian linear regression with a noise that is estimated along, from what it was before and from the residuals."""
-    mean_K = np.array([item.mean for item in begin])
-    precision_KK = np.diag([item.spread**-2.0 for item in begin])
+    mean_K = np.array([item.mean for item in priors])
+    precision_KK = np.diag([item.spread**-2.0 for item in priors])
     sigma = noise
     for _ in range(50):
         covariance_KK = np.linalg.inv(precision_KK + rows_NK.T @ rows_NK / sigma**2)
         found_K = covariance_KK @ (precision_KK @ mean_K + rows_NK.T @ logs_N / sigma**2)
         residual_N = logs_N - rows_NK @ found_K
-        sigma = math.sqrt((_WORTH * noise**2 + float(residual_N @ residual_N)) / (_WORTH + len(logs_N)))
+        sigma = math.sqrt((_NOISE_WEIGHT * noise**2 + float(residual_N @ residual_N)) / (_NOISE_WEIGHT + len(logs_N)))
     return LogLinear(found_K, covariance_KK, sigma)
 
 
@@ -199,68 +199,70 @@ class Laws:
     rises: Mapping[str, LogLinear]
     losses: Mapping[str, LogLinear]
 
-    def rise(self, name: str, setting: Setting, *, tokens: float | None = None, sure: float = _TWO_SIDED) -> Estimate:
+    def rise(
+        self, name: str, setting: Setting, *, tokens: float | None = None, confidence: float = _UPPER_QUANTILE
+    ) -> Estimate:
         """The rise of a set's loss in nats per token after the whole run, or after `tokens`, with its 95 % interval.
 
         With `sure`, the interval's upper end is where that share of runs lies below.
         """
         steps = (tokens or self.tokens(setting)) / self.step
-        return _estimate(self.rises[name], _rise_row(setting, steps, self.peak, explored=False), sure)
+        return _make_estimate(self.rises[name], _rise_row(setting, steps, self.peak, explored=False), confidence)
 
     def loss(self, name: str, setting: Setting) -> Estimate:
         """A set's loss in nats per token after the whole run, with its 95 % interval."""
         steps = self.tokens(setting) / self.step
         row_K = _loss_row(setting, steps, self.peak, longest=self.longest, explored=False)
-        return _estimate(self.losses[name], row_K, _TWO_SIDED)
+        return _make_estimate(self.losses[name], row_K, _UPPER_QUANTILE)
 
 
-def _estimate(law: LogLinear, row_K: np.ndarray, sure: float) -> Estimate:
+def _make_estimate(law: LogLinear, row_K: np.ndarray, confidence: float) -> Estimate:
     log, spread = law.predict(row_K)
-    above = NormalDist().inv_cdf(sure)
+    above = NormalDist().inv_cdf(confidence)
     return Estimate(math.exp(log), math.exp(log - 1.96 * spread), math.exp(log + above * spread))
 
 
 def _rise_row(setting: Setting, steps: float, peak: float, *, explored: bool) -> np.ndarray:
-    length, high = math.log(steps / _FELT), math.log(setting.peak / peak)
-    pull = felt(steps) * math.log((1 - setting.share) / setting.share)
+    length, high = math.log(steps / _FULL_EFFECT_STEPS), math.log(setting.peak / peak)
+    pull = replay_effect(steps) * math.log((1 - setting.share) / setting.share)
     return np.array([1.0, min(0.0, length), max(0.0, length), pull, high, float(explored), explored * high])
 
 
 def _loss_row(setting: Setting, steps: float, peak: float, *, longest: float, explored: bool) -> np.ndarray:
     length, high = math.log(steps / longest), math.log(setting.peak / peak)
-    so_far, to_come = (-length, 0.0) if length <= 0 else (-_LASTS * length, -length)
+    so_far, to_come = (-length, 0.0) if length <= 0 else (-_REMAINING_POWER * length, -length)
     return np.array([1.0, so_far, to_come, math.log(1 - setting.share), high, explored * high])
 
 
 def fit_pilots(
-    found: Sequence[Found], tokens: Callable[[Setting], float], peak: float, floor: float, step: float
+    results: Sequence[PilotResult], tokens: Callable[[Setting], float], peak: float, floor: float, step: float
 ) -> Laws:
     """Fit the laws to pilots of a run of so many `tokens`, `step` of them in a step, whose stage's own peak is `peak`.
 
     A rise of less than `floor` nats per token cannot be told from none and counts as so much. Raises `DataError` for fewer
     pilots than can be fitted.
     """
-    if len(found) < FEWEST - 1:
+    if len(results) < MIN_PILOTS - 1:
         raise DataError(
-            f"{len(found)} pilots are too few to fit",
+            f"{len(results)} pilots are too few to fit",
             where="pilots",
-            expected=f"at least {FEWEST - 1}, and one more that tries what they propose",
+            expected=f"at least {MIN_PILOTS - 1}, and one more that tries what they propose",
         )
-    longest = max(item.pilot.tokens for item in found) / step
+    longest = max(item.pilot.tokens for item in results) / step
 
-    def law(row: Callable[..., np.ndarray], values: list[float], begin: Sequence[Beginning], kind: str) -> LogLinear:
-        rows_NK = np.array([row(i.pilot.setting, i.pilot.tokens / step, peak, explored=i.explored) for i in found])
-        return log_linear(rows_NK, np.log(values), begin, _NOISE[kind])
+    def law(row: Callable[..., np.ndarray], values: list[float], begin: Sequence[Prior], kind: str) -> LogLinear:
+        rows_NK = np.array([row(i.pilot.setting, i.pilot.tokens / step, peak, explored=i.exploratory) for i in results])
+        return fit_log_linear(rows_NK, np.log(values), begin, _NOISE[kind])
 
     def rise(name: str) -> LogLinear:
-        return law(_rise_row, [max(item.rises[name], floor) for item in found], RISE, "rise")
+        return law(_rise_row, [max(item.rises[name], floor) for item in results], RISE_PRIORS, "rise")
 
     def loss(name: str) -> LogLinear:
-        constant, so_far, to_come, *others = LOSS
-        begin = [constant, so_far, Beginning(to_come.mean + slowing(longest), to_come.spread), *others]
-        return law(partial(_loss_row, longest=longest), [item.losses[name] for item in found], begin, "loss")
+        constant, so_far, to_come, *others = LOSS_PRIORS
+        begin = [constant, so_far, Prior(to_come.mean + power_slowdown(longest), to_come.spread), *others]
+        return law(partial(_loss_row, longest=longest), [item.losses[name] for item in results], begin, "loss")
 
-    rises, losses = {name: rise(name) for name in found[0].rises}, {name: loss(name) for name in found[0].losses}
+    rises, losses = {name: rise(name) for name in results[0].rises}, {name: loss(name) for name in results[0].losses}
     return Laws(tokens, peak, step, longest, rises, losses)
 
 
@@ -268,14 +270,16 @@ def fit_pilots(
 
 
 @dataclass(frozen=True)
-class Choice:
+class SettingChoice:
     """A setting, and whether it keeps within every bound as surely as was asked for; if not, it is the best reachable."""
 
     setting: Setting
-    within: bool
+    is_within_bounds: bool
 
 
-def choose(laws: Laws, bounds: Mapping[str, float], *, sure: float = SURE, most: float = MOST_SHARE) -> Choice:
+def choose_setting(
+    laws: Laws, bounds: Mapping[str, float], *, confidence: float = CONFIDENCE, max_share: float = MAX_SHARE
+) -> SettingChoice:
     """The setting that learns most of those that keep within the bounds: at each peak, the smallest share that does.
 
     `bounds`: the largest rise of each retained set's loss, in nats per token. `most`: the largest share there is text for.
@@ -283,20 +287,24 @@ def choose(laws: Laws, bounds: Mapping[str, float], *, sure: float = SURE, most:
 
     def excess(setting: Setting) -> float:
         """How far beyond the bounds the worst set may be, as a logarithm."""
-        return max(math.log(laws.rise(name, setting, sure=sure).high / bound) for name, bound in bounds.items())
+        return max(
+            math.log(laws.rise(name, setting, confidence=confidence).high / bound) for name, bound in bounds.items()
+        )
 
     able = []
-    for peak in laws.peak * np.geomspace(LOWEST_PEAK, 1.0, 17):
-        low, high = (Setting(share, float(peak)) for share in (min(LEAST_SHARE, most), most))
+    for peak in laws.peak * np.geomspace(MIN_PEAK, 1.0, 17):
+        low, high = (Setting(share, float(peak)) for share in (min(MIN_SHARE, max_share), max_share))
         if excess(high) > 0:
             continue
-        able.append(low if excess(low) <= 0 else _crossing(excess, low, high))
+        able.append(low if excess(low) <= 0 else _smallest_share(excess, low, high))
     if not able:
-        return Choice(Setting(most, LOWEST_PEAK * laws.peak), False)
-    return Choice(min(able, key=lambda setting: sum(laws.loss(name, setting).value for name in laws.losses)), True)
+        return SettingChoice(Setting(max_share, MIN_PEAK * laws.peak), False)
+    return SettingChoice(
+        min(able, key=lambda setting: sum(laws.loss(name, setting).value for name in laws.losses)), True
+    )
 
 
-def _crossing(excess: Callable[[Setting], float], low: Setting, high: Setting) -> Setting:
+def _smallest_share(excess: Callable[[Setting], float], low: Setting, high: Setting) -> Setting:
     """The smallest share, to a thousandth, that is within the bounds; `low` is not, `high` is, and there is one border."""
     below, above = low.share, high.share
     while above - below > 1e-4:

@@ -29,7 +29,7 @@ _POWER = (
     Parameter("b", (-1.0, 0.0, 1.0, 2.0, 4.0)),
 )
 
-MIXTURE = Law(
+MIXTURE_LAW = Law(
     "CMR: loss by mixture",
     _POWER,
     ("ratio",),
@@ -38,7 +38,7 @@ MIXTURE = Law(
 )
 """The loss on a text by the share R of new text, at one size and budget."""
 
-CRITICAL = Law(
+CRITICAL_RATIO_LAW = Law(
     "CMR: critical ratio by tokens",
     _POWER,
     ("tokens",),
@@ -51,16 +51,16 @@ CMR_UNIT = 2e8
 """Tokens that T counts by in the published parameters of `CRITICAL`."""
 
 
-def critical_ratio(general: Fit, bound: float) -> Estimate:
+def critical_ratio(old_text_fit: Fit, bound: float) -> Estimate:
     """The largest share of new text at which the loss on old text is at most `bound` nats per token.
 
     `general`: a fit of `MIXTURE` to losses on old text. Raises `DataError` when no share keeps within the bound.
     """
 
     def find(values: Mapping[str, float]) -> float:
-        return _largest(lambda ratio_N: general.law({"ratio": ratio_N}, values), bound)
+        return _largest_ratio(lambda ratio_N: old_text_fit.law({"ratio": ratio_N}, values), bound)
 
-    return _reached(general, find, bound)
+    return _solve_ratio(old_text_fit, find, bound)
 
 
 # --- D-CPT ----------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ DCPT = Law(
 """The loss on a corpus by weights (billions), tokens (billions) and the share `ratio` of that corpus in the mixture."""
 
 
-def _dcpt_at_one(ratio: np.ndarray, E: float, B: float, eta: float, C: float, eps: float, g: float) -> np.ndarray:
+def _dcpt_ratio(ratio: np.ndarray, E: float, B: float, eta: float, C: float, eps: float, g: float) -> np.ndarray:
     return E + B * ratio**eta + C / (ratio + eps) ** g
 
 
@@ -108,13 +108,13 @@ DCPT_RATIO = Law(
         Parameter("g", (0.3, 1.0), 0.0, 5.0),
     ),
     ("ratio",),
-    _dcpt_at_one,
+    _dcpt_ratio,
     "Que et al. 2024, arXiv 2406.01375, with N and D fixed: L = E' + B' r^eta + C/(r + eps)^g",
 )
 """`DCPT` where all points have the same weights and tokens: what these contribute is in E and B."""
 
 
-def best_mixture(general: Fit, bound: float) -> Estimate:
+def best_mixture(old_text_fit: Fit, bound: float) -> Estimate:
     """The share of new text that learns most while the loss on old text is at most `bound` nats per token.
 
     `general`: a fit of `DCPT_RATIO` to losses on old text by *its* share. The loss on new text falls with the share of new
@@ -122,9 +122,9 @@ def best_mixture(general: Fit, bound: float) -> Estimate:
     """
 
     def find(values: Mapping[str, float]) -> float:
-        return _largest(lambda ratio_N: general.law({"ratio": 1.0 - ratio_N}, values), bound)
+        return _largest_ratio(lambda ratio_N: old_text_fit.law({"ratio": 1.0 - ratio_N}, values), bound)
 
-    return _reached(general, find, bound)
+    return _solve_ratio(old_text_fit, find, bound)
 
 
 # --- forgetting with injected old text --------------------------------------------------------------------
@@ -152,7 +152,7 @@ BETHUNE = Law(
 """The loss on old text by tokens D of new text (millions), weights N (millions) and the share p of old text injected."""
 
 
-def injected_share(fitted: Fit, *, new_tokens: float, size: float, rise: float) -> Estimate:
+def injected_share(law_fit: Fit, *, new_tokens: float, size: float, rise: float) -> Estimate:
     """The smallest share of old text with which its loss rises by at most `rise` nats per token; 0 when none is needed.
 
     `(1 + B p) N = (A D^b / rise)^(1/a)`, solved for p. Raises `DataError` for a rise that is no positive number, or that no
@@ -166,19 +166,19 @@ def injected_share(fitted: Fit, *, new_tokens: float, size: float, rise: float) 
             wanted = (p["A"] * new_tokens ** p["b"] / rise) ** (1.0 / max(p["a"], 1e-9)) / size
             return float(max(0.0, (wanted - 1.0) / max(p["B"], 1e-12)))
 
-    if find(fitted.values) > 1:
+    if find(law_fit.values) > 1:
         raise DataError(
             f"no share of old text keeps the rise of its loss within {rise:g} nats per token",
             where=BETHUNE.name,
             expected="a larger rise, fewer tokens of new text, or a larger model",
         )
-    return fitted.solve(lambda p: min(find(p), 1.0))  # a draw that asks for more than all is not left out
+    return law_fit.solve(lambda p: min(find(p), 1.0))  # a draw that asks for more than all is not left out
 
 
 # --- where a curve crosses a bound ------------------------------------------------------------------------
 
 
-def _largest(loss_at: Callable[[np.ndarray], np.ndarray], bound: float) -> float:
+def _largest_ratio(loss_at: Callable[[np.ndarray], np.ndarray], bound: float) -> float:
     """The largest share in [0, 1] at which a loss is within the bound; NaN when there is none."""
     low, high = 0.0, 1.0
     for _ in range(3):  # a grid, then a finer one between two points of it
@@ -192,13 +192,13 @@ def _largest(loss_at: Callable[[np.ndarray], np.ndarray], bound: float) -> float
     return float(low)
 
 
-def _reached(general: Fit, find: Callable[[Mapping[str, float]], float], bound: float) -> Estimate:
-    if np.isnan(find(general.values)):
-        losses_N = general.law({"ratio": np.linspace(0.0, 1.0, 1001)}, general.values)
+def _solve_ratio(old_text_fit: Fit, find: Callable[[Mapping[str, float]], float], bound: float) -> Estimate:
+    if np.isnan(find(old_text_fit.values)):
+        losses_N = old_text_fit.law({"ratio": np.linspace(0.0, 1.0, 1001)}, old_text_fit.values)
         raise DataError(
             f"no share keeps the loss within {bound:.4f} nats per token",
-            where=general.law.name,
+            where=old_text_fit.law.name,
             expected=f"a bound of {losses_N.min():.4f} or more, which is the lowest that the fit allows",
         )
     # A draw in which no share keeps within the bound is no reason for a surer answer: it allows nothing.
-    return general.solve(lambda values: float(np.nan_to_num(find(values))))
+    return old_text_fit.solve(lambda values: float(np.nan_to_num(find(values))))

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Strength = Literal["none", "weak", "strong"]
+ShiftStrength = Literal["none", "weak", "strong"]
 
-STRONG = 0.33
+STRONG_SHIFT = 0.33
 """Excess of the divergence of byte trigrams, in bits, from which a shift is strong: another language, code, no language at all.
 
 Between real corpora of English prose it was .06 to .30, from prose to source code .34, to German .36 to .53, to molecules .87
 to .92."""
-NONE = 0.02
+NO_SHIFT = 0.02
 """... and up to which the two texts are of one kind."""
 
 
@@ -34,10 +34,10 @@ class Proposal:
         return asdict(self)
 
 
-def strength_of(distance: float, same: float) -> Strength:
+def shift_strength(distance: float, baseline: float) -> ShiftStrength:
     """How strong a shift is, by how far its divergence lies above that of two samples of the old text."""
-    excess = distance - same
-    return "strong" if excess >= STRONG else "weak" if excess > NONE else "none"
+    excess = distance - baseline
+    return "strong" if excess >= STRONG_SHIFT else "weak" if excess > NO_SHIFT else "none"
 
 
 _IBRAHIM = "Ibrahim et al. 2024, arXiv 2403.08763"
@@ -49,8 +49,8 @@ _REPLAY = {
 }
 
 
-def proposals(
-    strength: Strength, *, tokens: int, old_bytes_per_token: float, new_bytes_per_token: float, unknown: float
+def make_proposals(
+    strength: ShiftStrength, *, tokens: int, old_bytes_per_token: float, new_bytes_per_token: float, unknown: float
 ) -> list[Proposal]:
     """What to begin a stage with. `tokens`: of the new text; the rest is how the model's tokenizer cuts both texts."""
     share, why = _REPLAY[strength]
@@ -86,11 +86,11 @@ def proposals(
     out.append(
         Proposal("warm-up", "1%", "its length makes no difference in the end; without any there is a spike", _IBRAHIM)
     )
-    out.append(_vocabulary(tokens, old_bytes_per_token / new_bytes_per_token, unknown))
+    out.append(_vocabulary_proposal(tokens, old_bytes_per_token / new_bytes_per_token, unknown))
     return out
 
 
-def _vocabulary(tokens: int, finer: float, unknown: float) -> Proposal:
+def _vocabulary_proposal(tokens: int, token_ratio: float, unknown: float) -> Proposal:
     """`finer`: how many times as many tokens a byte of the new text takes."""
     if unknown > 0.01:
         return Proposal(
@@ -99,21 +99,24 @@ def _vocabulary(tokens: int, finer: float, unknown: float) -> Proposal:
             f"{unknown:.1%} of the new text's tokens are unknown to the tokenizer: what they stand for is lost",
             "a tokenizer without byte fallback",
         )
-    if finer < 1.5:
+    if token_ratio < 1.5:
         return Proposal(
-            "vocabulary", "keep it", f"the new text takes {finer:.2f} times the tokens a byte of the old", _IBRAHIM
+            "vocabulary",
+            "keep it",
+            f"the new text takes {token_ratio:.2f} times the tokens a byte of the old",
+            _IBRAHIM,
         )
     if tokens < 1_000_000_000:
         return Proposal(
             "vocabulary",
             "keep it, or grow it by what the text needs",
-            f"the new text takes {finer:.2f} times the tokens a byte, so it reads slowly; new rows need text to be learnt, "
+            f"the new text takes {token_ratio:.2f} times the tokens a byte, so it reads slowly; new rows need text to be learnt, "
             f"and {tokens:,} tokens are few",
             "Dagan et al. 2024, arXiv 2402.01035: a full exchange pays after about 50B tokens",
         )
     return Proposal(
         "vocabulary",
         "grow it, new rows as the mean of their parts",
-        f"the new text takes {finer:.2f} times the tokens a byte",
+        f"the new text takes {token_ratio:.2f} times the tokens a byte",
         "Fujii et al. 2024 (Swallow), arXiv 2404.17790",
     )

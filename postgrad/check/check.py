@@ -8,20 +8,20 @@ from typing import Any
 
 from postgrad.check.penalty_cost import check_penalties
 from postgrad.check.plan_text import plan_lines
-from postgrad.check.preview_rows import shown_rows
-from postgrad.check.source_text import found_lines
-from postgrad.check.teacher_cost import check_teaching
+from postgrad.check.preview_rows import preview_rows
+from postgrad.check.source_text import source_lines
+from postgrad.check.teacher_cost import check_teachers
 from postgrad.distributed.world import World
 from postgrad.hardware import machine
-from postgrad.hardware.execution import shape_of
-from postgrad.hardware.memory import estimate, readable
-from postgrad.models.model import probe
+from postgrad.hardware.execution import get_model_dimensions
+from postgrad.hardware.memory import estimate_memory, format_bytes
+from postgrad.models.model import verify_model
 from postgrad.optim import lr_schedules
 from postgrad.plan.plan import Plan
-from postgrad.reports.html.notation import duration
-from postgrad.run.build import Counts, choose_execution, make_loader, make_subject
-from postgrad.run.relearning import left_alone
-from postgrad.run.task_scores import one_process_only
+from postgrad.reports.html.notation import format_duration
+from postgrad.run.build import ParameterCounts, choose_execution, make_loader, make_tuned_model
+from postgrad.run.relearning import relearning_notes
+from postgrad.run.task_scores import sharding_notes
 from postgrad.run.update_summary import check_update, update_lines
 
 
@@ -31,26 +31,26 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
     `show`: how many rows of each source to show as the model sees them; they are under `shown`.
     """
     machine.tune_allocator()
-    world = World(machine.device())
-    subject = make_subject(plan, world)
+    world = World(machine.default_device())
+    subject = make_tuned_model(plan, world)
     counts = subject.counts()
     execution = choose_execution(plan, subject, world)
     subject.model.pretrained.set_attn_implementation(execution.attention)
-    probe(subject.model, prefixes=plan.prefixes)
-    memory = estimate(
-        shape_of(subject.model),
+    verify_model(subject.model, prefix_tokens=plan.prefix_length)
+    memory = estimate_memory(
+        get_model_dimensions(subject.model),
         rows=execution.micro,
         length=plan.context,
         bf16=execution.dtype == "bfloat16",
         checkpointing=execution.activation_checkpointing,
         sdpa=execution.attention != "eager",
     )
-    teaching = check_teaching(plan, subject, execution, world)
+    teaching = check_teachers(plan, subject, execution, world)
     memory = dataclasses.replace(memory, teachers=sum(cost.bytes for cost in teaching))
     update = check_update(plan, subject)
     penalties = check_penalties(plan, subject, execution, world)
-    found = found_lines(plan, cache)
-    beside = (*subject.opened.notes, *subject.tuning.notes, *one_process_only(plan.tasks), *left_alone(plan))
+    found = source_lines(plan, cache)
+    beside = (*subject.loaded_model.notes, *subject.tuning.notes, *sharding_notes(plan.tasks), *relearning_notes(plan))
     notes = (*plan.notes, *beside)
     record = {
         **plan.as_record(),
@@ -66,44 +66,44 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         "update": update,
         "found": found,
         "notes": list(notes),
-        "overlap": plan.overlap,
-        "schedule_curve": lr_schedules.sampled(plan.schedule, plan.steps, 60),
+        "overlap": plan.overlaps,
+        "schedule_curve": lr_schedules.sample_schedule(plan.schedule, plan.steps, 60),
     }
-    free = machine.memory_bytes()
+    free = machine.available_memory()
     apart = "; packed documents do not see each other (probed)" if plan.task == "causal" else ""
-    apart += "; prefixes are read in both directions (probed)" if plan.prefixes else ""
+    apart += "; prefixes are read in both directions (probed)" if plan.prefix_length else ""
     lines = [
         *plan_lines(plan, found),
         *(f"note: {note}" for note in beside),
         "",
         f"model: {counts.parameters:,} weights, {plan.vocabulary:,} tokens{apart}",
-        *([f"task layer: reads {plan.layer.form.told()}"] if plan.layer and plan.layer.form else []),
+        *([f"task layer: reads {plan.task_layer.form.describe()}"] if plan.task_layer and plan.task_layer.form else []),
         tuning_line(plan.stage.tuning.kind, counts),
         *update_lines(plan, update),
         f"compute: {execution.dtype}, {execution.attention} attention, {execution.micro} rows at once, "
         f"{'compiled' if execution.compile else 'not compiled'}, {execution.threads} thread{'s' * (execution.threads > 1)}",
         *(f"  {key}: {reason}" for key, reason in execution.reasons.items()),
-        f"memory: about {readable(memory.total)} (weights {readable(memory.weights)}, gradients {readable(memory.gradients)}, "
-        f"moments {readable(memory.moments)}, activations {readable(memory.activations)}"
-        + (f", teachers {readable(memory.teachers)})" if memory.teachers else ")")
-        + (f" of {readable(free)} free" if free else ""),
+        f"memory: about {format_bytes(memory.total)} (weights {format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, "
+        f"moments {format_bytes(memory.moments)}, activations {format_bytes(memory.activations)}"
+        + (f", teachers {format_bytes(memory.teachers)})" if memory.teachers else ")")
+        + (f" of {format_bytes(free)} free" if free else ""),
         *(line for cost in teaching for line in cost.lines),
         *(line for penalty in penalties for line in penalty.lines),
-        f"time: about {duration(execution.seconds)}, from timed micro-batches"
+        f"time: about {format_duration(execution.seconds)}, from timed micro-batches"
         + (" without compiling; compiled it will be less" if execution.compile else "")
         + "; evaluation comes on top",
     ]
     if show:
-        record["shown"] = shown_rows(plan, make_loader(plan, execution, world), show)
+        record["shown"] = preview_rows(plan, make_loader(plan, execution, world), show)
     return {"text": "\n".join(lines), **record}
 
 
-def tuning_line(kind: str, counts: Counts) -> str:
+def tuning_line(kind: str, counts: ParameterCounts) -> str:
     """Which weights move, and how many of all that is."""
     return f"tuning: {kind}, {counts.trainable:,} of {counts.parameters:,} weights move ({_percent(counts)})"
 
 
-def _percent(counts: Counts) -> str:
+def _percent(counts: ParameterCounts) -> str:
     """A share with two digits that say something, however small it is."""
     share = 100 * counts.trainable / counts.parameters
     return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"

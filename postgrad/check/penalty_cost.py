@@ -8,12 +8,12 @@ from typing import Any
 
 from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
-from postgrad.hardware.memory import readable
+from postgrad.hardware.memory import format_bytes
 from postgrad.optim.optimizer import Weights
 from postgrad.penalties.anchor import Anchor, AnchoredDecay
 from postgrad.plan.plan import Plan
-from postgrad.run.anchors import about_penalty
-from postgrad.run.build import Subject, make_penalties
+from postgrad.run.anchors import describe_penalty
+from postgrad.run.build import TunedModel, make_penalties
 from postgrad.run.penalty_strength import PROBE_STEPS
 
 _ROUNDS = 3
@@ -27,27 +27,27 @@ class PenaltyCost:
     lines: list[str]
 
 
-def check_penalties(plan: Plan, subject: Subject, execution: Execution, world: World) -> list[PenaltyCost]:
+def check_penalties(plan: Plan, subject: TunedModel, execution: Execution, world: World) -> list[PenaltyCost]:
     """Make a stage's penalties on its start model and time them. The model is changed in place, as by a run.
 
     Raises what is wrong with them.
     """
     if not plan.stage.penalties:
         return []
-    weights = Weights(subject.model, subject.tuning, execution.compute, split=True)
+    weights = Weights(subject.model, subject.tuning, execution.compute, master_copies=True)
     step = execution.seconds / max(plan.steps, 1)
     anchors = [p for p in make_penalties(plan, subject, weights) if isinstance(p, Anchor | AnchoredDecay)]
     costs = []
     for spec, anchor in zip(plan.stage.penalties, anchors, strict=True):
-        seconds = _seconds(anchor)
+        seconds = _time_penalty(anchor)
         share = seconds / step if step else None  # a stage that takes no time worth the name
-        record = {**about_penalty(anchor), "strength": spec.strength, "seconds": seconds, "share": share}
-        costs.append(PenaltyCost(record, _lines(record, world)))
-    weights.clear()
+        record = {**describe_penalty(anchor), "strength": spec.strength, "seconds": seconds, "share": share}
+        costs.append(PenaltyCost(record, _penalty_lines(record, world)))
+    weights.zero_gradients()
     return costs
 
 
-def _seconds(anchor: Anchor | AnchoredDecay) -> float:
+def _time_penalty(anchor: Anchor | AnchoredDecay) -> float:
     """Seconds of one pull, the shortest of some after a first one that makes the gradients."""
     times = []
     for _ in range(_ROUNDS + 1):
@@ -57,17 +57,17 @@ def _seconds(anchor: Anchor | AnchoredDecay) -> float:
     return min(times[1:])
 
 
-def _lines(record: dict[str, Any], world: World) -> list[str]:
+def _penalty_lines(record: dict[str, Any], world: World) -> list[str]:
     strength = record["strength"]
     told = (
         f"strength auto, found by {PROBE_STEPS} steps before the training"
         if strength == "auto"
         else f"strength {strength:g}"
     )
-    parts = [f"{what} {readable(size)}" for what, size in record["bytes"].items() if what != "mapped" and size]
+    parts = [f"{what} {format_bytes(size)}" for what, size in record["bytes"].items() if what != "mapped" and size]
     where = [f"{' and '.join(parts)} beside the weights on {world.device.type}"] if parts else []
     if record["bytes"]["mapped"]:
-        where.append(f"{readable(record['bytes']['mapped'])} mapped from files, nothing copied")
+        where.append(f"{format_bytes(record['bytes']['mapped'])} mapped from files, nothing copied")
     if not where:
         where.append("no copies, it follows from the tuning's own tensors")
     lines = [

@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.optim import lr_schedules
-from postgrad.plan.checkpoint_selection import rule_line
+from postgrad.plan.checkpoint_selection import selection_rule_line
 from postgrad.plan.plan import Plan
-from postgrad.plan.task_prompts import Asked
-from postgrad.reports.html.notation import plain
-from postgrad.reports.sections.task_tables import asked_how, left_out
-from postgrad.run.task_scores import described
+from postgrad.plan.task_prompts import PromptedTask
+from postgrad.reports.html.notation import plain_text
+from postgrad.reports.sections.task_tables import omissions_text, prompting_text
+from postgrad.run.task_scores import describe_task
 
-_SHOWN = 110
+_PREVIEW_CHARACTERS = 110
 """Characters of a document that are shown."""
 
 
-def plan_lines(plan: Plan, found: Sequence[str] = (), width: int = 72) -> list[str]:
+def plan_lines(plan: Plan, source_lines: Sequence[str] = (), width: int = 72) -> list[str]:
     """A plan as people read it: the texts with what was `found` in each, the budget, the curve."""
     record = plan.as_record()
     stage = plan.stage
     lines = [
-        f"stage {stage.name}: {plan.start.name} -> {_short(plan.output)}",
-        f"{record['tokens']:,} trained tokens in {plan.steps:,} steps of {plan.mixture.block} rows x {plan.context} tokens",
+        f"stage {stage.name}: {plan.start_model.name} -> {_short_path(plan.output)}",
+        f"{record['tokens']:,} trained tokens in {plan.steps:,} steps of {plan.mixture.block_size} rows x {plan.context} tokens",
         "",
         f"  {'source':<18} {'role':<7} {'kind':<9} {'documents':>10} {'trained':>13} {'share':>7} {'passes':>7}",
     ]
@@ -34,26 +34,28 @@ def plan_lines(plan: Plan, found: Sequence[str] = (), width: int = 72) -> list[s
             f"{source['documents']:>10,} "
             f"{source['trained']:>13,} {source['share']:>7.2%} {source['passes']:>7.2f}"
         )
-    lines += ["", *(f"  {line}" for line in found)] if found else []
-    lines += [line for source in record["sources"] for line in _selected(source["name"], source.get("selected", []))]
+    lines += ["", *(f"  {line}" for line in source_lines)] if source_lines else []
+    lines += [
+        line for source in record["sources"] for line in _selection_lines(source["name"], source.get("selected", []))
+    ]
     lines += ["", f"  {'held out':<18} {'role':<9} {'documents':>10} {'tokens':>11} {'bytes':>11}"]
-    for h in plan.held_out:
+    for h in plan.held_out_sets:
         lines.append(f"  {h.name:<18} {h.role:<9} {len(h):>10,} {h.tokens:>11,} {int(h.bytes.sum()):>11,}")
-    for name, met in plan.overlap.items():
+    for name, met in plan.overlaps.items():
         lines.append(
             f"  {name}: {met['duplicates']} exact copies in the training text (dropped there), "
             f"{met['any']} documents share a 13-gram with it, {met['half']} at least half"
         )
-    if plan.choice:
-        lines.append(f"  {rule_line(plan.choice)}")
+    if plan.selection_rule:
+        lines.append(f"  {selection_rule_line(plan.selection_rule)}")
     if plan.tasks:
         lines += ["", f"  {'task':<18} {'role':<9} {'items':>6}  asked"]
-        lines += [f"  {t.name:<18} {t.task.role:<9} {len(t):>6,}  {_asked(t)}" for t in plan.tasks]
-    lines += ["", *draw(plan, width), *(f"note: {note}" for note in plan.notes)]
+        lines += [f"  {t.name:<18} {t.task.role:<9} {len(t):>6,}  {_describe_task(t)}" for t in plan.tasks]
+    lines += ["", *draw_schedule(plan, width), *(f"note: {note}" for note in plan.notes)]
     return lines
 
 
-def _selected(name: str, steps: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _selection_lines(name: str, steps: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What each way to select left of a source, with a few documents of both sides."""
     if steps:
         yield ""
@@ -69,23 +71,23 @@ def _selected(name: str, steps: Sequence[dict[str, Any]]) -> Iterator[str]:
         for side in ("kept", "dropped"):
             for shown in step[side]:
                 value = "" if shown["value"] is None else f"{shown['value']:+.3f} {step['unit']}  "
-                yield f"    {side:<7} {value}{plain(shown['text'], _SHOWN)}"
+                yield f"    {side:<7} {value}{plain_text(shown['text'], _PREVIEW_CHARACTERS)}"
                 if "like" in shown:
-                    yield f"            like: {plain(shown['like'], _SHOWN)}"
+                    yield f"            like: {plain_text(shown['like'], _PREVIEW_CHARACTERS)}"
 
 
-def _asked(task: Asked) -> str:
+def _describe_task(task: PromptedTask) -> str:
     """How a task is asked, and what could not be."""
-    entry = described(task)
-    parts = (asked_how(entry), f"by {', '.join(task.metrics)}", left_out(entry))
+    entry = describe_task(task)
+    parts = (prompting_text(entry), f"by {', '.join(task.metrics)}", omissions_text(entry))
     return "; ".join(part for part in parts if part)
 
 
-def draw(plan: Plan, width: int = 72, height: int = 8) -> list[str]:
+def draw_schedule(plan: Plan, width: int = 72, height: int = 8) -> list[str]:
     """The learning rate over the stage, as characters."""
     shades = " ▁▂▃▄▅▆▇█"
     points = [plan.schedule(max(1.0, (i + 0.5) / width * plan.steps)) for i in range(width)]
-    top = max(rate for _, rate in lr_schedules.sampled(plan.schedule, plan.steps, 4000))
+    top = max(rate for _, rate in lr_schedules.sample_schedule(plan.schedule, plan.steps, 4000))
     levels = [p / top * height if top else 0 for p in points]
     rows = []
     for row in range(height, 0, -1):
@@ -98,7 +100,7 @@ def draw(plan: Plan, width: int = 72, height: int = 8) -> list[str]:
     return rows
 
 
-def _short(path: Path) -> str:
+def _short_path(path: Path) -> str:
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

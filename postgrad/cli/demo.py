@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.commands.builtin_corpus import write_texts
-from postgrad.errors import Interrupted, StageError
+from postgrad.errors import InterruptError, StageError
 from postgrad.storage.atomic import write_atomically
 
 SEED = 0
-LENGTH = 256
+SEQUENCE_LENGTH = 256
 BASE_TOKENS, NEW_TOKENS = 2_400_000, 900_000
 VOCABULARY = 2048
 
 
 def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     """Make the texts and the base model, train both arms, and write the page that compares them."""
-    from postgrad.cli.progress import screen_for, watch
+    from postgrad.cli.progress import make_screen, watch
     from postgrad.config.stage_file import load_stage
     from postgrad.plan.plan import make_plan
     from postgrad.reports.html import document, tables
     from postgrad.reports.pages import comparison_page
-    from postgrad.run.run import Finished, run_stage
+    from postgrad.run.run import RunFinished, run_stage
     from postgrad.training.metrics_log import read_metrics
 
     begun = time.perf_counter()
@@ -48,21 +48,21 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     say(f"     {sizes['old']:,} and {sizes['new']:,} characters")
     write_random_model(folder / "random", folder / "data" / "old.jsonl")
     records: dict[str, Any] = {}
-    for number, (name, what) in enumerate(_STAGES.items(), start=2):
+    for number, (name, what) in enumerate(_STAGE_TITLES.items(), start=2):
         say(f"{number}/4  {what}")
         place = folder / f"{name}.yaml"
-        write_atomically(place, stage_text(name))
+        write_atomically(place, demo_stage_text(name))
         plan = make_plan(load_stage(place), folder.resolve(), folder.resolve() / "cache")
         command = f"postgrad train {place}"
-        outcome = watch(run_stage(plan, command=command, cache=folder.resolve() / "cache"), screen_for(as_json))
-        if not isinstance(outcome, Finished):
-            raise Interrupted("the demo was stopped", way_out=f"postgrad demo {folder} goes on")
+        outcome = watch(run_stage(plan, command=command, cache=folder.resolve() / "cache"), make_screen(as_json))
+        if not isinstance(outcome, RunFinished):
+            raise InterruptError("the demo was stopped", way_out=f"postgrad demo {folder} goes on")
         records[name] = outcome.record
     arms = [records["naive"], records["replay"]]
     report = folder / "report.html"
     metrics = [list(read_metrics(folder / "runs" / name / "metrics.jsonl")) for name in ("naive", "replay")]
-    document.write(report, comparison_page.comparison_page(arms, metrics, "Forgetting, and its cure", "naive"))
-    lines = ["", tables.arms_table(arms, "naive").text(), "", *_conclusion(arms), ""]
+    document.write_page(report, comparison_page.comparison_page(arms, metrics, "Forgetting, and its cure", "naive"))
+    lines = ["", tables.comparison_table(arms, "naive").text(), "", *_conclusion(arms), ""]
     lines += [
         f"took {time.perf_counter() - begun:.0f} s",
         f"report: {report}   (open it in a browser; it needs no network)",
@@ -75,14 +75,14 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     }
 
 
-_STAGES = {
+_STAGE_TITLES = {
     "base": "a small model learns the old text",
     "naive": "it goes on with the new text alone",
     "replay": "it goes on with the new text, 10 % of the tokens replayed from the old",
 }
 
 
-def stage_text(name: str) -> str:
+def demo_stage_text(name: str) -> str:
     """The stage files of the demo, also worth reading."""
     evaluation = (
         "evaluation: {retained: [{name: english, path: data/old-heldout.jsonl}], "
@@ -92,7 +92,7 @@ def stage_text(name: str) -> str:
     if name == "base":
         return (
             f"name: base\nmodel: random\ntokens: {BASE_TOKENS}\nseed: {SEED}\n"
-            f"data:\n  sequence_length: {LENGTH}\n  sources:\n"
+            f"data:\n  sequence_length: {SEQUENCE_LENGTH}\n  sources:\n"
             "    - {name: english, path: data/old.jsonl, max_passes: 20}\n"
             "schedule: {kind: cosine, peak: 3.0e-3, floor: 3.0e-4, warmup: 5%}\n"
             "batch: {sequences: 16}\ncompute: {compile: false}   # a run this short gains nothing\n"
@@ -103,7 +103,7 @@ def stage_text(name: str) -> str:
         sources = new + ", share: 90%}\n    - {name: english, path: data/old.jsonl, share: 10%, role: replay}\n"
     return (
         f"name: {name}\nmodel: runs/base\ntokens: {NEW_TOKENS}   # the same for both arms: replay costs no compute\n"
-        f"seed: {SEED}\ndata:\n  sequence_length: {LENGTH}\n  sources:\n{sources}"
+        f"seed: {SEED}\ndata:\n  sequence_length: {SEQUENCE_LENGTH}\n  sources:\n{sources}"
         "schedule: {kind: rewarm, peak: 2.0e-3, floor: 2.0e-4, warmup: 1%}\n"
         f"batch: {{sequences: 16}}\ncompute: {{compile: false}}\n{evaluation}\n"
     )
@@ -131,7 +131,7 @@ def write_random_model(folder: Path, text: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from postgrad.models.pretrained import save_pretrained
-    from postgrad.storage.atomic import publish
+    from postgrad.storage.atomic import publish_folder
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -160,4 +160,4 @@ def write_random_model(folder: Path, text: Path) -> None:
             eos_token_id=wrapped.eos_token_id,
         )
     )
-    publish(folder, lambda staged: save_pretrained(model, wrapped, staged, dtype=torch.float32))
+    publish_folder(folder, lambda staged: save_pretrained(model, wrapped, staged, dtype=torch.float32))

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from postgrad import __version__
-from postgrad.errors import Interrupted, MissingExtra, PostgradError, StageError
+from postgrad.errors import InterruptError, MissingExtra, PostgradError, StageError
 
 if TYPE_CHECKING:
-    from postgrad.studies.run_study import Prepared
+    from postgrad.studies.run_study import PreparedStudy
 
 app = typer.Typer(
     name="postgrad",
@@ -57,7 +57,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """See a model learn, forget and be cured: offline, in about two minutes."""
-    needs_training()
+    require_training()
     from postgrad.cli.demo import run_demo
 
     found = run_demo(folder, as_json=as_json)
@@ -93,8 +93,8 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write a stage file for your model and text, each key explained; with --template of any training strategy."""
-    needs_training()
-    place = _named_file(name)
+    require_training()
+    place = _yaml_path(name)
     if template is None:
         if data is None or model is None:
             raise StageError(
@@ -109,10 +109,10 @@ def init(
 
         found = write_stage(place, data=data, model=model, replay=replay, cache=cache_folder(), force=force)
     else:
-        from postgrad.commands.init_templates import Asked, write_template
+        from postgrad.commands.init_templates import TemplateRequest, write_template
 
-        asked = Asked(name, data, model, replay, test)
-        found = write_template(place, template, asked, force=force, say=lambda line: print(line, file=sys.stderr))
+        asked = TemplateRequest(name, data, model, replay, test)
+        found = write_template(place, template, asked, force=force, notify=lambda line: print(line, file=sys.stderr))
     _print(found, as_json, found.pop("text"))
 
 
@@ -128,7 +128,7 @@ def check(
     """Check a stage and print its plan: tokens by source, passes, the learning rate, memory and time."""
     from postgrad.check.check import check_stage
 
-    plan = _plan(stage, overrides, as_json)
+    plan = _load_plan(stage, overrides, as_json)
     found = check_stage(plan, cache=cache_folder(), show=show)
     text, shown = found.pop("text"), found.pop("shown", [])
     if as_json:
@@ -143,21 +143,21 @@ def check(
         print()
         print_rows(shown, Console(highlight=False))
         print()
-    print(f"next: {_command('train', stage, overrides)}")
+    print(f"next: {_command_line('train', stage, overrides)}")
 
 
 @app.command()
 def train(stage: StageFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Carry out a stage. Ctrl-C saves and stops; the same command goes on."""
-    from postgrad.run.run import Finished, run_stage
-    from postgrad.run.summary import outcome_text
+    from postgrad.run.run import RunFinished, run_stage
+    from postgrad.run.summary import summary_text
 
-    plan = _plan(stage, overrides, as_json)
-    command = _command("train", stage, overrides)
-    outcome = _watched(run_stage(plan, command=command, cache=cache_folder()), command, as_json)
-    if not isinstance(outcome, Finished):  # of several processes, the first one alone tells how it ended
+    plan = _load_plan(stage, overrides, as_json)
+    command = _command_line("train", stage, overrides)
+    outcome = _watch_run(run_stage(plan, command=command, cache=cache_folder()), command, as_json)
+    if not isinstance(outcome, RunFinished):  # of several processes, the first one alone tells how it ended
         return
-    _print(outcome.record, as_json, outcome_text(outcome))
+    _print(outcome.record, as_json, summary_text(outcome))
     if outcome.record["status"] == "gate-failed":
         raise typer.Exit(4)
 
@@ -192,32 +192,32 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Win back what a run has forgotten: its model writes, the earlier one judges every token. The same command goes on."""
-    needs_training()
-    from postgrad.commands.restore import Wish, plan_restoration, restored, restored_text
-    from postgrad.config.quantities import share_of
-    from postgrad.run.run import Finished, run_stage
-    from postgrad.run.summary import outcome_text
+    require_training()
+    from postgrad.commands.restore import RestoreRequest, measure_restoration, plan_restoration, restoration_text
+    from postgrad.config.quantities import parse_share
+    from postgrad.run.run import RunFinished, run_stage
+    from postgrad.run.summary import summary_text
 
-    wish = Wish(
+    wish = RestoreRequest(
         run,
         teacher,
         tuple(prompts or ()),
         tuple(retained or ()),
-        share_of(until, "--until"),
-        share_of(max_cost, "--max-cost"),
+        parse_share(until, "--until"),
+        parse_share(max_cost, "--max-cost"),
         steps,
-        share_of(keep, "--keep"),
+        parse_share(keep, "--keep"),
         rate,
         output,
     )
     restoration = plan_restoration(wish, cache_folder())
     command = shlex.join(["postgrad", *sys.argv[1:]])
-    outcome = _watched(run_stage(restoration.plan, command=command, cache=cache_folder()), command, as_json)
-    if not isinstance(outcome, Finished):  # as in `train`
+    outcome = _watch_run(run_stage(restoration.plan, command=command, cache=cache_folder()), command, as_json)
+    if not isinstance(outcome, RunFinished):  # as in `train`
         return
-    found = restored(restoration, outcome)
-    head = outcome_text(outcome).rsplit("\nnext: ", 1)[0]
-    _print({**outcome.record, "restored": found}, as_json, f"{head}\n{restored_text(restoration, outcome)}")
+    found = measure_restoration(restoration, outcome)
+    head = summary_text(outcome).rsplit("\nnext: ", 1)[0]
+    _print({**outcome.record, "restored": found}, as_json, f"{head}\n{restoration_text(restoration, outcome)}")
     if not found["enough"]:
         raise typer.Exit(4)
 
@@ -239,15 +239,17 @@ def advise(
     as_json: Json = False,
 ) -> None:
     """Find, by short pilots, the replay and the peak rate that keep forgetting within a bound, and write that stage."""
-    needs_training()
-    from postgrad.commands.advise import Wish, piloted, plan_advice, write_advice
+    require_training()
+    from postgrad.commands.advise import AdviceRequest, plan_advice, run_pilots, write_advice
     from postgrad.commands.advise import advise as advised
-    from postgrad.config.quantities import share_of
+    from postgrad.config.quantities import parse_share
 
-    wish = Wish(stage, tuple(overrides or ()), share_of(max_forgetting, "--max-forgetting"), pilots, replay, out)
+    wish = AdviceRequest(
+        stage, tuple(overrides or ()), parse_share(max_forgetting, "--max-forgetting"), pilots, replay, out
+    )
     asked = plan_advice(wish, cache_folder())
     command = shlex.join(["postgrad", *sys.argv[1:]])
-    _watched(piloted(asked, command), command, as_json)
+    _watch_run(run_pilots(asked, command), command, as_json)
     found = write_advice(asked, advised(asked))
     _print(found, as_json, found.pop("text"))
 
@@ -291,7 +293,7 @@ def evaluate(
         )
     if harness is None and (harness_tasks is not None or harness_limit is not None):
         raise StageError("no task of lm-eval is named", where="eval", way_out="name some: --harness TASK,TASK")
-    needs_training()
+    require_training()
     found: dict[str, Any] = {}
     texts: list[str] = []
     if files:
@@ -344,7 +346,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Set runs or models side by side, with paired intervals."""
-    needs_training()
+    require_training()
     if tasks is not None:
         from postgrad.commands.evaluate_tasks import compare_tasks
 
@@ -374,7 +376,7 @@ def shift(
     as_json: Json = False,
 ) -> None:
     """Measure how far new text is from what a model knows, and propose replay, rate, warm-up and vocabulary."""
-    needs_training()
+    require_training()
     from postgrad.commands.shift import measure_shift
 
     found = measure_shift(model, old, new, base=base, context=context, report=report, cache=cache_folder())
@@ -417,36 +419,44 @@ def synthesize(
     as_json: Json = False,
 ) -> None:
     """Let a model write its own replay, for when the old text is gone. The same command goes on after a stop."""
-    needs_training()
-    from postgrad.cli.progress import count
-    from postgrad.commands.synthesize import Wish, told
+    require_training()
+    from postgrad.cli.progress import show_token_progress
+    from postgrad.commands.synthesize import SynthesisRequest, synthesis_summary
     from postgrad.commands.synthesize import synthesize as written
-    from postgrad.commands.synthesize_chat import SHOWN, Rehearsal, converse
-    from postgrad.config.quantities import amount_of, share_of
+    from postgrad.commands.synthesize_chat import DEFAULT_SHOTS, Rehearsal, synthesize_chat
+    from postgrad.config.quantities import parse_share, parse_token_count
 
-    wish = Wish(
-        amount_of(tokens, "--tokens"), longest, seed, temperature, top_p, beginning, at_once, most_repeated, alike
+    wish = SynthesisRequest(
+        parse_token_count(tokens, "--tokens"),
+        longest,
+        seed,
+        temperature,
+        top_p,
+        beginning,
+        at_once,
+        most_repeated,
+        alike,
     )
     given = tuple(beginnings or ())
     if chat:
         if shown is not None and not given:
             raise StageError("there are no questions to show", where="--shown", way_out="give some with --from")
-        rehearsal = Rehearsal(given, SHOWN if shown is None else shown, answer, share_of(keep, "--keep"))
-        steps = converse(model, out, wish, rehearsal, base=base)
+        rehearsal = Rehearsal(given, DEFAULT_SHOTS if shown is None else shown, answer, parse_share(keep, "--keep"))
+        steps = synthesize_chat(model, out, wish, rehearsal, base=base)
     else:
-        _only_with_chat(answer=answer, keep=keep if keep != "100%" else None, shown=shown)
+        _require_chat(answer=answer, keep=keep if keep != "100%" else None, shown=shown)
         steps = written(model, out, wish, given, base=base)
     try:
-        count(steps, as_json)
+        show_token_progress(steps, as_json)
     except KeyboardInterrupt:
-        raise Interrupted("stopped", way_out="the same command goes on; what was written is kept") from None
-    found = told(model, out)
+        raise InterruptError("stopped", way_out="the same command goes on; what was written is kept") from None
+    found = synthesis_summary(model, out)
     _print(found, as_json, found.pop("text"))
 
 
-def _only_with_chat(**given: object) -> None:
+def _require_chat(**options: object) -> None:
     """Raise `StageError` for an option that says nothing without --chat."""
-    for option, value in given.items():
+    for option, value in options.items():
         if value is not None:
             raise StageError(f"--{option} is of conversations", where=f"--{option}", way_out="give --chat too")
 
@@ -467,7 +477,7 @@ def grow(
     as_json: Json = False,
 ) -> None:
     """Add tokens learnt on new text to a model's vocabulary, each beginning as the mean of what stood for it."""
-    needs_training()
+    require_training()
     from postgrad.commands.grow import grow_vocabulary
 
     found = grow_vocabulary(model, files, out, tokens=tokens, head=head, old=old or [], base=base)
@@ -494,16 +504,16 @@ def blend(
     as_json: Json = False,
 ) -> None:
     """Score the models between a run's start and its end, and write the one that is wanted."""
-    needs_training()
-    from postgrad.commands.blend import blend_run, weights_in
-    from postgrad.config.quantities import share_of
+    require_training()
+    from postgrad.commands.blend import blend_run, parse_weights
+    from postgrad.config.quantities import parse_share
 
     found = blend_run(
         run,
-        sweep=weights_in(sweep),
-        by=by,
+        sweep=parse_weights(sweep),
+        granularity=by,
         average=average,
-        max_forgetting=None if max_forgetting is None else share_of(max_forgetting, "--max-forgetting"),
+        max_forgetting=None if max_forgetting is None else parse_share(max_forgetting, "--max-forgetting"),
         choose=choose,
         out=out,
         report=report,
@@ -530,15 +540,15 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Carry out many stages from one base, side by side: one table, one frontier, one page. The same command goes on."""
-    needs_training()
+    require_training()
     if not files:
         raise StageError("no study is named", where="study", expected="a study file, or `init NAME --template paper`")
     if files[0] == "init":
-        from postgrad.studies.study_templates import write_study
+        from postgrad.studies.study_templates import write_study_template
 
         if len(files) != 2:
             raise StageError("a new study has one name", where="study init", expected="postgrad study init NAME")
-        found = write_study(_named_file(files[1]), template, size, force=force)
+        found = write_study_template(_yaml_path(files[1]), template, size, force=force)
         _print(found, as_json, found.pop("text"))
         return
     command = shlex.join(["postgrad", "study", *files])
@@ -547,10 +557,10 @@ def study(
     named = [Path(word) for word in files if word not in overrides]
     if not named:
         raise StageError("no study is named", where="study", expected="a study file before key.sub=value")
-    from postgrad.studies.run_study import prepare_all
+    from postgrad.studies.run_study import prepare_studies
 
-    for prepared in prepare_all(named, cache_folder(), overrides):
-        record, code = _one_study(prepared, command, dry_run, as_json)
+    for prepared in prepare_studies(named, cache_folder(), overrides):
+        record, code = _run_study(prepared, command, dry_run, as_json)
         told.append(record)
         worst = max(worst, code)
         if code == 3:
@@ -561,38 +571,38 @@ def study(
         raise typer.Exit(worst)
 
 
-def _one_study(prepared: Prepared, command: str, dry_run: bool, as_json: bool) -> tuple[dict[str, Any], int]:
+def _run_study(prepared: PreparedStudy, command: str, dry_run: bool, as_json: bool) -> tuple[dict[str, Any], int]:
     """Carry out one study and say what came of it; what was found, and the exit code."""
-    from postgrad.cli.study_progress import Standing, study_screen, watch_study
-    from postgrad.studies.outputs import finish, finish_text
-    from postgrad.studies.run_study import count_time, run_study
-    from postgrad.studies.study_plan import devices, look_ahead, outlook_record, outlook_text
+    from postgrad.cli.study_progress import StudyProgress, make_study_screen, watch_study
+    from postgrad.studies.outputs import outputs_text, write_outputs
+    from postgrad.studies.run_study import add_time, run_study
+    from postgrad.studies.study_plan import count_devices, forecast_record, forecast_study, forecast_text
 
-    screen, begun = study_screen(as_json), time.perf_counter()
+    screen, begun = make_study_screen(as_json), time.perf_counter()
     try:
-        outlook = look_ahead(prepared, screen.say)
-        record = outlook_record(prepared, outlook)
+        outlook = forecast_study(prepared, screen.show_message)
+        record = forecast_record(prepared, outlook)
     except KeyboardInterrupt:
-        raise Interrupted("stopped while the study was planned; nothing was trained", way_out=command) from None
+        raise InterruptError("stopped while the study was planned; nothing was trained", way_out=command) from None
     finally:
         screen.close()
-    text = outlook_text(prepared, record, devices())
+    text = forecast_text(prepared, record, count_devices())
     if dry_run:
         if not as_json:
             print(f"{text}\nnext: {command}")
         return record, 0
     if not as_json:
         print(text, flush=True)
-    count_time(prepared.folder, time.perf_counter() - begun)
-    standing = Standing(prepared.work, outlook.seconds)
+    add_time(prepared.folder, time.perf_counter() - begun)
+    standing = StudyProgress(prepared.graph, outlook.seconds)
     try:
         ended = watch_study(run_study(prepared, command=command), standing, screen)
-        found = finish(prepared, ended.failed)
+        found = write_outputs(prepared, ended.failures)
     except KeyboardInterrupt:
-        raise Interrupted("stopped at once; what was saved is kept", way_out=command) from None
+        raise InterruptError("stopped at once; what was saved is kept", way_out=command) from None
     if not as_json:
-        print(finish_text(prepared, found, command, stopped=ended.stopped))
-    return found, 3 if ended.stopped else 1 if ended.failed else 0
+        print(outputs_text(prepared, found, command, stopped=ended.is_stopped))
+    return found, 3 if ended.is_stopped else 1 if ended.failures else 0
 
 
 @app.command()
@@ -616,7 +626,7 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """Probe every layer of a frozen model for labels: which layer knows what, in one pass over the text."""
-    needs_training()
+    require_training()
     from postgrad.commands.probe import probe_layers
 
     found = probe_layers(
@@ -633,7 +643,7 @@ def lineage(
     as_json: Json = False,
 ) -> None:
     """Show the stages that led to a run, and what each did to every held-out set (R matrix, BWT, FWT, forgetting)."""
-    needs_training()
+    require_training()
     from postgrad.commands.evaluate import show_lineage
 
     found = show_lineage(run, report, cache=cache_folder())
@@ -645,9 +655,9 @@ def write_report(
     run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)], as_json: Json = False
 ) -> None:
     """Write a run's page anew, also of one that is still going on."""
-    from postgrad.reports.pages.rewrite_report import renew
+    from postgrad.reports.pages.rewrite_report import rewrite_report
 
-    place = renew(run)
+    place = rewrite_report(run)
     _print({"report": str(place)}, as_json, f"{place}\nnext: open it in a browser")
 
 
@@ -680,11 +690,11 @@ def importance(
     as_json: Json = False,
 ) -> None:
     """Measure how much each weight matters to what a model says; an anchor holds those that matter (EWC, MAS)."""
-    needs_training()
-    from postgrad.cli.progress import screen_for
+    require_training()
+    from postgrad.cli.progress import make_screen
     from postgrad.commands.importance import measure_importance
 
-    screen = screen_for(as_json)
+    screen = make_screen(as_json)
     try:
         found = measure_importance(
             model,
@@ -692,7 +702,7 @@ def importance(
             out=out,
             tokens=tokens,
             kind=kind,
-            onto=onto,
+            accumulate=onto,
             decay=decay,
             dtype=dtype,
             context=context,
@@ -702,10 +712,10 @@ def importance(
             force=force,
             base=base,
             cache=cache_folder(),
-            progress=screen.measuring,
+            progress=screen.show_measuring,
         )
     except KeyboardInterrupt:
-        raise Interrupted("stopped; nothing was written", way_out="fewer --tokens take less time") from None
+        raise InterruptError("stopped; nothing was written", way_out="fewer --tokens take less time") from None
     finally:
         screen.close()
     _print(found, as_json, found.pop("text"))
@@ -738,15 +748,15 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Let a model write, or talk with one; with --beside, two of them."""
-    needs_training()
-    from postgrad.commands.generate import chat, write_once
+    require_training()
+    from postgrad.commands.generate import chat, generate_once
 
     options = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "base": base}
     models = [model, beside] if beside else [model]
     if prompt is None:
         chat(models, as_chat=as_chat is not False, **options)
         return
-    found = write_once(models, prompt, as_chat=bool(as_chat), **options)
+    found = generate_once(models, prompt, as_chat=bool(as_chat), **options)
     _print(found, as_json, found.pop("text"))
 
 
@@ -773,49 +783,49 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Make a plain Hugging Face folder, and check that plain transformers reads the same logits from it."""
-    needs_training()
+    require_training()
     from postgrad.commands.generate import export_model
 
     found = export_model(run, folder, dtype, base, others or [], weight, how, density)
     _print(found, as_json, found.pop("text"))
 
 
-def needs_training() -> None:
+def require_training() -> None:
     """Raise `MissingExtra` when what trains is not installed."""
     for package in ("torch", "transformers", "safetensors", "tokenizers"):
         if find_spec(package) is None:
             raise MissingExtra(f"this command needs {package}", way_out="pip install 'postgrad[train]'")
 
 
-def _plan(stage: Path, overrides: list[str] | None, as_json: bool) -> Any:
+def _load_plan(stage: Path, overrides: list[str] | None, as_json: bool) -> Any:
     from postgrad.config.stage_file import load_stage
 
     spec = load_stage(stage, overrides)
-    needs_training()
-    from postgrad.cli.progress import screen_for
+    require_training()
+    from postgrad.cli.progress import make_screen
     from postgrad.plan.plan import make_plan
 
-    screen = screen_for(as_json)
+    screen = make_screen(as_json)
     try:
-        return make_plan(spec, stage.resolve().parent, cache_folder(), screen.reading)
+        return make_plan(spec, stage.resolve().parent, cache_folder(), screen.show_tokenizing)
     except KeyboardInterrupt:
-        raise Interrupted(
+        raise InterruptError(
             "stopped while the text was read", way_out="the same command goes on; finished parts are kept"
         ) from None
     finally:
         screen.close()
 
 
-def _watched(events: Iterator[Any], command: str, as_json: bool) -> Any:
+def _watch_run(events: Iterator[Any], command: str, as_json: bool) -> Any:
     """How a run ended, shown on the way; where the user asked it to stop, the command's end, and how to go on."""
-    from postgrad.cli.progress import screen_for, watch
-    from postgrad.run.run import Stopped
+    from postgrad.cli.progress import make_screen, watch
+    from postgrad.run.run import RunStopped
 
     try:
-        outcome = watch(events, screen_for(as_json))
+        outcome = watch(events, make_screen(as_json))
     except KeyboardInterrupt:
-        raise Interrupted("stopped at once; what was saved is kept", way_out=command) from None
-    if isinstance(outcome, Stopped):
+        raise InterruptError("stopped at once; what was saved is kept", way_out=command) from None
+    if isinstance(outcome, RunStopped):
         where = f"and saved at step {outcome.step:,} of {outcome.steps:,}" if outcome.step else "before the first step"
         told = {"status": "stopped", "step": outcome.step, "steps": outcome.steps, "next": command}
         _print(told, as_json, f"stopped {where}\nnext: {command}")
@@ -823,24 +833,24 @@ def _watched(events: Iterator[Any], command: str, as_json: bool) -> Any:
     return outcome
 
 
-def _named_file(name: str) -> Path:
+def _yaml_path(name: str) -> Path:
     """The file of a new stage or study: NAME.yaml, also for who says the whole of it."""
     return Path(name.removesuffix(".yaml") + ".yaml")
 
 
-def _command(verb: str, stage: Path, overrides: list[str] | None) -> str:
+def _command_line(verb: str, stage: Path, overrides: list[str] | None) -> str:
     return shlex.join(["postgrad", verb, str(stage), *(overrides or [])])
 
 
-def _print(found: dict[str, Any], as_json: bool, text: str) -> None:
+def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(result, indent=1))
     else:
         print(text)
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _global_options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
         print(f"postgrad {__version__}")
         raise typer.Exit
@@ -848,10 +858,10 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main() -> None:
     """Run the command line; errors of ours are told without a traceback."""
-    _guarded(app)
+    _run_guarded(app)
 
 
-def _guarded(run: Callable[[], object]) -> None:
+def _run_guarded(run: Callable[[], object]) -> None:
     try:
         run()
     except PostgradError as error:

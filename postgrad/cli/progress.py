@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from postgrad.hardware.memory import readable
-from postgrad.reports.html.notation import duration
+from postgrad.hardware.memory import format_bytes
+from postgrad.reports.html.notation import format_duration
 from postgrad.run import run as r
 
 _PLAIN_EVERY_SECONDS, _COUNT_EVERY_SECONDS = 5.0, 2.0
@@ -22,20 +22,20 @@ _PLAIN_EVERY_SECONDS, _COUNT_EVERY_SECONDS = 5.0, 2.0
 class Screen(Protocol):
     """Shows what happens."""
 
-    def reading(self, name: str, done: int, total: int) -> None:
+    def show_tokenizing(self, name: str, done: int, total: int) -> None:
         """Text of a source is being read and tokenised."""
 
-    def measuring(self, done: int, total: int) -> None:
+    def show_measuring(self, done: int, total: int) -> None:
         """So many labels have been looked at."""
 
-    def show(self, event: r.Event) -> None:
+    def show(self, event: r.RunEvent) -> None:
         """Something happened in a run."""
 
     def close(self) -> None:
         """Nothing more will come."""
 
 
-def screen_for(as_json: bool) -> Screen:
+def make_screen(as_json: bool) -> Screen:
     """JSON lines when asked for; else a progress bar on a terminal and plain lines in a file or pipe.
 
     Of several processes only the first one speaks.
@@ -47,9 +47,9 @@ def screen_for(as_json: bool) -> Screen:
     return _BarScreen() if sys.stderr.isatty() else _PlainScreen()
 
 
-def watch(events: Iterable[r.Event], screen: Screen) -> r.Event:
+def watch(events: Iterable[r.RunEvent], screen: Screen) -> r.RunEvent:
     """Show every event; the last one is the outcome."""
-    last: r.Event | None = None
+    last: r.RunEvent | None = None
     try:
         for event in events:
             screen.show(event)
@@ -60,7 +60,7 @@ def watch(events: Iterable[r.Event], screen: Screen) -> r.Event:
     return last
 
 
-def moving(event: r.Began) -> str:
+def trainable_text(event: r.RunStarted) -> str:
     """The weights, and how many of them move."""
     counts = event.counts
     if counts.trainable == counts.parameters:
@@ -68,13 +68,13 @@ def moving(event: r.Began) -> str:
     return f"{counts.trainable:,} of {counts.parameters:,} weights move"
 
 
-def said(event: r.Event) -> str:
+def event_text(event: r.RunEvent) -> str:
     """An event as a line, or nothing."""
     match event:
-        case r.Began():
+        case r.RunStarted():
             execution = event.execution
             parts = [
-                moving(event),
+                trainable_text(event),
                 "bf16 with fp32 masters" if execution.dtype == "bfloat16" else "fp32",
                 "compiled" if execution.compile else "not compiled",
                 f"{execution.attention} attention",
@@ -82,21 +82,21 @@ def said(event: r.Event) -> str:
             ]
             where = f"resuming after step {event.step:,} of" if event.step else "training for"
             return f"{where} {event.plan.steps:,} steps: {', '.join(parts)}"
-        case r.Looked():
-            return f"step {event.row['step']:>6,}  " + _looked(event.row)
-        case r.Saved():
-            return f"step {event.step:>6,}  checkpoint {event.place.name} saved and verified"
-        case r.Doing():
-            return f"{event.what} ..."
-        case r.Said():
-            return event.what
-        case r.Warned():
-            return f"warning: {event.what}"
+        case r.EvaluationCompleted():
+            return f"step {event.row['step']:>6,}  " + _evaluation_text(event.row)
+        case r.CheckpointSaved():
+            return f"step {event.step:>6,}  checkpoint {event.folder.name} saved and verified"
+        case r.PhaseStarted():
+            return f"{event.message} ..."
+        case r.InfoMessage():
+            return event.message
+        case r.WarningMessage():
+            return f"warning: {event.message}"
         case _:
             return ""
 
 
-def _looked(row: dict[str, Any]) -> str:
+def _evaluation_text(row: dict[str, Any]) -> str:
     parts = []
     for name, found in row["sets"].items():
         parts.append(f"{name} {found['nats']:.3f} ({found['change']:+.3f})")
@@ -109,25 +109,25 @@ def _looked(row: dict[str, Any]) -> str:
     return text + ("; asked: " + ", ".join(asked) if asked else "")
 
 
-def _stepped(event: r.Stepped, steps: int) -> str:
+def _step_text(event: r.StepCompleted, steps: int) -> str:
     report = event.report
-    left = duration(event.seconds_left)
+    left = format_duration(event.seconds_left)
     return (
         f"step {report.step:>6,}/{steps:,}  loss {report.loss:.4f}  rate {report.rate:.2e}  "
         f"{event.tokens_per_second:,.0f} tokens/s  {left} left"
     )
 
 
-class Progressed(Protocol):
+class TokenProgress(Protocol):
     """How far something is: so many of so many tokens."""
 
     @property
     def tokens(self) -> int: ...
     @property
-    def wanted(self) -> int: ...
+    def target_tokens(self) -> int: ...
 
 
-def count(steps: Iterable[Progressed], as_json: bool) -> None:
+def show_token_progress(steps: Iterable[TokenProgress], as_json: bool) -> None:
     """Carry something out and say on the way how far it is, a few times a minute."""
     begun = said = time.monotonic()
     for step in steps:
@@ -135,20 +135,22 @@ def count(steps: Iterable[Progressed], as_json: bool) -> None:
         if as_json or now - said < _COUNT_EVERY_SECONDS:
             continue
         said, rate = now, step.tokens / (now - begun)
-        left = f", {duration(max(step.wanted - step.tokens, 0) / rate)} left" if rate else ""
-        print(f"{step.tokens:,} of {step.wanted:,} tokens, {rate:,.0f} a second{left}", file=sys.stderr, flush=True)
+        left = f", {format_duration(max(step.target_tokens - step.tokens, 0) / rate)} left" if rate else ""
+        print(
+            f"{step.tokens:,} of {step.target_tokens:,} tokens, {rate:,.0f} a second{left}", file=sys.stderr, flush=True
+        )
 
 
 class _SilentScreen:
     """Says nothing."""
 
-    def reading(self, name: str, done: int, total: int) -> None:
+    def show_tokenizing(self, name: str, done: int, total: int) -> None:
         pass
 
-    def measuring(self, done: int, total: int) -> None:
+    def show_measuring(self, done: int, total: int) -> None:
         pass
 
-    def show(self, event: r.Event) -> None:
+    def show(self, event: r.RunEvent) -> None:
         pass
 
     def close(self) -> None:
@@ -160,30 +162,30 @@ class _PlainScreen:
 
     def __init__(self) -> None:
         self.steps = 0
-        self._said = 0.0
+        self._last_line_time = 0.0
         self._forgetting = ""
 
-    def reading(self, name: str, done: int, total: int) -> None:
+    def show_tokenizing(self, name: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._said > _PLAIN_EVERY_SECONDS:
-            self._said = now
-            self._line(f"tokenising {name}: {readable(done)} of {readable(total)}")
+        if now - self._last_line_time > _PLAIN_EVERY_SECONDS:
+            self._last_line_time = now
+            self._line(f"tokenising {name}: {format_bytes(done)} of {format_bytes(total)}")
 
-    def measuring(self, done: int, total: int) -> None:
+    def show_measuring(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._said > _PLAIN_EVERY_SECONDS:
-            self._said = now
+        if now - self._last_line_time > _PLAIN_EVERY_SECONDS:
+            self._last_line_time = now
             self._line(f"measuring: {done:,} of {total:,} labels")
 
-    def show(self, event: r.Event) -> None:
-        if isinstance(event, r.Began):
+    def show(self, event: r.RunEvent) -> None:
+        if isinstance(event, r.RunStarted):
             self.steps = event.plan.steps
-        if isinstance(event, r.Stepped):
+        if isinstance(event, r.StepCompleted):
             now = time.monotonic()
-            if event.report.step in (1, self.steps) or now - self._said > _PLAIN_EVERY_SECONDS:
-                self._said = now
-                self._line(_stepped(event, self.steps))
-        elif line := said(event):
+            if event.report.step in (1, self.steps) or now - self._last_line_time > _PLAIN_EVERY_SECONDS:
+                self._last_line_time = now
+                self._line(_step_text(event, self.steps))
+        elif line := event_text(event):
             self._line(line)
 
     def close(self) -> None:
@@ -208,77 +210,77 @@ class _BarScreen:
             transient=True,
             refresh_per_second=4,
         )
-        self.started = False
+        self.is_started = False
         self.task: TaskID | None = None
         self.name = ""
         self.steps = 0
         self.forgetting = ""
 
-    def _at(self, name: str, done: float, total: float, more: str = "") -> None:
-        if not self.started:
+    def _update(self, name: str, done: float, total: float, more: str = "") -> None:
+        if not self.is_started:
             self.progress.start()
-            self.started = True
+            self.is_started = True
         if self.task is None or self.name != name:
             if self.task is not None:
                 self.progress.remove_task(self.task)
             self.task, self.name = self.progress.add_task(name, total=total or None, more=more), name
         self.progress.update(self.task, completed=done, total=total or None, more=more)
 
-    def reading(self, name: str, done: int, total: int) -> None:
-        self._at(f"tokenising {name}", done, total, f"{readable(done)} of {readable(total)}")
+    def show_tokenizing(self, name: str, done: int, total: int) -> None:
+        self._update(f"tokenising {name}", done, total, f"{format_bytes(done)} of {format_bytes(total)}")
 
-    def measuring(self, done: int, total: int) -> None:
-        self._at("measuring", done, total, f"{done:,} of {total:,} labels")
+    def show_measuring(self, done: int, total: int) -> None:
+        self._update("measuring", done, total, f"{done:,} of {total:,} labels")
 
-    def show(self, event: r.Event) -> None:
+    def show(self, event: r.RunEvent) -> None:
         match event:
-            case r.Stepped():
-                left = duration(event.seconds_left)
+            case r.StepCompleted():
+                left = format_duration(event.seconds_left)
                 more = f"loss {event.report.loss:.3f}  {event.tokens_per_second:,.0f} tok/s  {left} left"
                 if self.forgetting:
                     more += f"  {self.forgetting}"
-                self._at("training", event.report.step, self.steps, more)
-            case r.Doing():
-                self._at(event.what, 0, 0)
+                self._update("training", event.report.step, self.steps, more)
+            case r.PhaseStarted():
+                self._update(event.message, 0, 0)
             case _:
-                if isinstance(event, r.Began):
+                if isinstance(event, r.RunStarted):
                     self.steps = event.plan.steps
-                if isinstance(event, r.Looked):
+                if isinstance(event, r.EvaluationCompleted):
                     rises = {n: v["change"] for n, v in event.row["sets"].items() if v["role"] == "retained"}
                     if rises:
                         worst = max(rises, key=lambda n: rises[n])
                         self.forgetting = f"{worst} {rises[worst]:+.3f}"
-                if line := said(event):
+                if line := event_text(event):
                     self.console.print(line, markup=False)
 
     def close(self) -> None:
-        if self.started:
+        if self.is_started:
             self.progress.stop()
-            self.started, self.task = False, None
+            self.is_started, self.task = False, None
 
 
 class _JsonScreen:
     """One JSON object a line on standard error; the result itself goes to standard output."""
 
-    def reading(self, name: str, done: int, total: int) -> None:
+    def show_tokenizing(self, name: str, done: int, total: int) -> None:
         pass
 
-    def measuring(self, done: int, total: int) -> None:
+    def show_measuring(self, done: int, total: int) -> None:
         pass
 
-    def show(self, event: r.Event) -> None:
+    def show(self, event: r.RunEvent) -> None:
         match event:
-            case r.Stepped():
+            case r.StepCompleted():
                 report = event.report
                 row = {"event": "step", "step": report.step, "loss": report.loss, "seconds": event.seconds}
-            case r.Looked():
+            case r.EvaluationCompleted():
                 row = {"event": "evaluation", **{k: v for k, v in event.row.items() if k != "kind"}}
-            case r.Saved():
-                row = {"event": "saved", "step": event.step, "place": str(event.place)}
-            case r.Said():
-                row = {"event": "said", "what": event.what}
-            case r.Warned():
-                row = {"event": "warning", "what": event.what}
+            case r.CheckpointSaved():
+                row = {"event": "saved", "step": event.step, "place": str(event.folder)}
+            case r.InfoMessage():
+                row = {"event": "said", "what": event.message}
+            case r.WarningMessage():
+                row = {"event": "warning", "what": event.message}
             case _:
                 return
         print(json.dumps(row), file=sys.stderr, flush=True)

@@ -15,110 +15,112 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from postgrad.reports.html.notation import duration, signed
-from postgrad.studies.run_step import Moved, Warned
-from postgrad.studies.run_study import Ended, StepBegan, StepEnded, StepFailed, StudyEvent
-from postgrad.studies.step_graph import Work
+from postgrad.reports.html.notation import format_duration, format_signed
+from postgrad.studies.run_step import StepProgress, StepWarning
+from postgrad.studies.run_study import StepFailed, StepFinished, StepStarted, StudyEvent, StudyFinished
+from postgrad.studies.step_graph import StepGraph
 
 _PLAIN_EVERY_SECONDS = 15.0
 _BAR = 16
 
 
 @dataclass
-class Standing:
+class StudyProgress:
     """How far a study is: each step's part that is done, and what each run has forgotten and learnt at its last look."""
 
-    work: Work
+    work: StepGraph
     expected: Mapping[str, float]
     """Seconds by step, as far as they are known beforehand."""
-    done: dict[str, float] = field(default_factory=dict)
-    doing: dict[str, str] = field(default_factory=dict)
-    looks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    begun: dict[str, float] = field(default_factory=dict)
-    took: dict[str, float] = field(default_factory=dict)
+    fractions: dict[str, float] = field(default_factory=dict)
+    activities: dict[str, str] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    start_times: dict[str, float] = field(default_factory=dict)
+    durations: dict[str, float] = field(default_factory=dict)
 
-    def take(self, event: StudyEvent) -> None:
+    def update(self, event: StudyEvent) -> None:
         """What an event changes."""
         match event:
-            case StepBegan(key, _):
-                self.doing[key], self.begun[key] = "begins", time.monotonic()
-            case Moved(key, what, done, total, row):
-                self.done[key] = min(done / max(total, 1), 0.99)
-                self.doing[key] = what
+            case StepStarted(key, _):
+                self.activities[key], self.start_times[key] = "begins", time.monotonic()
+            case StepProgress(key, what, done, total, row):
+                self.fractions[key] = min(done / max(total, 1), 0.99)
+                self.activities[key] = what
                 if row is not None:
-                    self.looks[key] = row
-            case StepEnded(key, _, before):
-                self.done[key] = 1.0
-                self.doing.pop(key, None)
+                    self.evaluations[key] = row
+            case StepFinished(key, _, before):
+                self.fractions[key] = 1.0
+                self.activities.pop(key, None)
                 if not before:
-                    self.took[key] = time.monotonic() - self.begun[key]
+                    self.durations[key] = time.monotonic() - self.start_times[key]
             case StepFailed(key, error):
-                self.failed[key] = error
-                self.doing.pop(key, None)
+                self.errors[key] = error
+                self.activities.pop(key, None)
 
-    def part(self, arm: str) -> float:
+    def fraction_done(self, arm: str) -> float:
         """How much of an arm is done, by what its steps are expected to take."""
-        keys = {key for chain in self.work.of_arm(arm) for key in self.work.needs(chain.last)} - {self.work.base}
+        keys = {key for chain in self.work.arm_chains(arm) for key in self.work.required_steps(chain.last_step)} - {
+            self.work.base_step
+        }
         weights = {key: max(self.expected.get(key, 0.0), 1e-3) for key in keys}
-        return sum(weights[k] * self.done.get(k, 0.0) for k in keys) / sum(weights.values())
+        return sum(weights[k] * self.fractions.get(k, 0.0) for k in keys) / sum(weights.values())
 
     def state(self, arm: str) -> str:
         """In a word or two."""
-        keys = {key for chain in self.work.of_arm(arm) for key in chain.steps}
-        if keys & self.failed.keys():
+        keys = {key for chain in self.work.arm_chains(arm) for key in chain.steps}
+        if keys & self.errors.keys():
             return "failed"
-        now = [self.doing[key] for key in keys if key in self.doing]
+        now = [self.activities[key] for key in keys if key in self.activities]
         if now:
             return now[0]
-        there = sum(self.done.get(chain.last, 0.0) >= 1 for chain in self.work.of_arm(arm))
-        return "done" if there == len(self.work.of_arm(arm)) else "waits" if not there else f"{there} done"
+        there = sum(self.fractions.get(chain.last_step, 0.0) >= 1 for chain in self.work.arm_chains(arm))
+        return "done" if there == len(self.work.arm_chains(arm)) else "waits" if not there else f"{there} done"
 
-    def change(self, arm: str, role: str) -> float | None:
+    def mean_change(self, arm: str, role: str) -> float | None:
         """The mean change on the sets of a role at the last look of each seed's last run."""
         found = []
-        for chain in self.work.of_arm(arm):
-            row = next((self.looks[key] for key in reversed(chain.steps) if key in self.looks), None)
+        for chain in self.work.arm_chains(arm):
+            row = next((self.evaluations[key] for key in reversed(chain.steps) if key in self.evaluations), None)
             if row is not None:
                 found += [entry["change"] for entry in row["sets"].values() if entry["role"] == role]
         return statistics.fmean(found) if found else None
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds for what is left: as estimated, in the measure of how far the estimates have been off."""
-        known = [k for k in self.took if self.expected.get(k)]
+        known = [k for k in self.durations if self.expected.get(k)]
         expected = sum(self.expected[k] for k in known)
-        off = sum(self.took[k] for k in known) / expected if expected else 1.0
-        return off * sum(s * (1 - self.done.get(k, 0.0)) for k, s in self.expected.items())
+        off = sum(self.durations[k] for k in known) / expected if expected else 1.0
+        return off * sum(s * (1 - self.fractions.get(k, 0.0)) for k, s in self.expected.items())
 
 
 class StudyScreen(Protocol):
     """Shows how far a study is."""
 
-    def say(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         """Something is being prepared."""
 
-    def show(self, event: StudyEvent, standing: Standing) -> None:
+    def show(self, event: StudyEvent, progress: StudyProgress) -> None:
         """Something happened."""
 
     def close(self) -> None:
         """Nothing more will come."""
 
 
-def study_screen(as_json: bool) -> StudyScreen:
+def make_study_screen(as_json: bool) -> StudyScreen:
     """JSON lines when asked for; else a live table on a terminal and plain lines in a file or pipe."""
     if as_json:
-        return _Json()
-    return _LiveTable() if sys.stderr.isatty() else _Plain()
+        return _JsonStudyScreen()
+    return _LiveStudyScreen() if sys.stderr.isatty() else _PlainStudyScreen()
 
 
-def watch_study(events: Iterable[StudyEvent], standing: Standing, screen: StudyScreen) -> Ended:
+def watch_study(events: Iterable[StudyEvent], progress: StudyProgress, screen: StudyScreen) -> StudyFinished:
     """Show every event; the last one tells how it ended."""
     ended = None
     try:
         for event in events:
-            standing.take(event)
-            screen.show(event, standing)
-            if isinstance(event, Ended):
+            progress.update(event)
+            screen.show(event, progress)
+            if isinstance(event, StudyFinished):
                 ended = event
     finally:
         screen.close()
@@ -126,73 +128,77 @@ def watch_study(events: Iterable[StudyEvent], standing: Standing, screen: StudyS
     return ended
 
 
-def _of(standing: Standing, key: str) -> str:
-    return standing.work.steps[key].slug
+def _step_slug(progress: StudyProgress, key: str) -> str:
+    return progress.work.steps[key].slug
 
 
-def _look(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {signed(entry['change'])}" for name, entry in row["sets"].items())
+def _evaluation_text(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {format_signed(entry['change'])}" for name, entry in row["sets"].items())
 
 
-class _Plain:
+class _PlainStudyScreen:
     """Lines: one when a run begins and ends, and a few in between."""
 
     def __init__(self) -> None:
-        self._said = -math.inf
+        self._last_line_time = -math.inf
 
-    def say(self, text: str) -> None:
-        if time.monotonic() - self._said > _PLAIN_EVERY_SECONDS:
+    def show_message(self, text: str) -> None:
+        if time.monotonic() - self._last_line_time > _PLAIN_EVERY_SECONDS:
             self._line(f"{text} ...")
 
-    def show(self, event: StudyEvent, standing: Standing) -> None:
+    def show(self, event: StudyEvent, progress: StudyProgress) -> None:
         match event:
-            case StepBegan(key, device):
+            case StepStarted(key, device):
                 on = f" on device {device}" if device else ""
-                self._line(f"{_of(standing, key)} begins{on}")
-            case Moved(key, what, done, total, row) if time.monotonic() - self._said > _PLAIN_EVERY_SECONDS:
-                look = f"; {_look(row)}" if row else ""
+                self._line(f"{_step_slug(progress, key)} begins{on}")
+            case StepProgress(key, what, done, total, row) if (
+                time.monotonic() - self._last_line_time > _PLAIN_EVERY_SECONDS
+            ):
+                look = f"; {_evaluation_text(row)}" if row else ""
                 self._line(
-                    f"{_of(standing, key)}: {what}, {done:,} of {total:,}{look}; {duration(standing.left())} left"
+                    f"{_step_slug(progress, key)}: {what}, {done:,} of {total:,}{look}; {format_duration(progress.seconds_left())} left"
                 )
-            case StepEnded(key, seconds, False):
-                row = standing.looks.get(key)
-                look = f": {_look(row)}" if row else ""
-                self._line(f"{_of(standing, key)} done in {duration(seconds)}{look}; {duration(standing.left())} left")
+            case StepFinished(key, seconds, False):
+                row = progress.evaluations.get(key)
+                look = f": {_evaluation_text(row)}" if row else ""
+                self._line(
+                    f"{_step_slug(progress, key)} done in {format_duration(seconds)}{look}; {format_duration(progress.seconds_left())} left"
+                )
             case StepFailed(key, error):
-                self._line(f"{_of(standing, key)} FAILED: {error}")
-            case Warned(key, what):
-                self._line(f"{_of(standing, key)}: warning: {what}")
+                self._line(f"{_step_slug(progress, key)} FAILED: {error}")
+            case StepWarning(key, what):
+                self._line(f"{_step_slug(progress, key)}: warning: {what}")
 
     def close(self) -> None:
         pass
 
     def _line(self, text: str) -> None:
-        self._said = time.monotonic()
+        self._last_line_time = time.monotonic()
         print(text, file=sys.stderr, flush=True)
 
 
-class _LiveTable:
+class _LiveStudyScreen:
     """A table of the arms that is drawn anew, and lines above it for what stays worth knowing."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.live: Live | None = None
 
-    def say(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         if self.live is None:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
         self.live.update(f"{text} ...")
 
-    def show(self, event: StudyEvent, standing: Standing) -> None:
-        self.say("") if self.live is None else None
+    def show(self, event: StudyEvent, progress: StudyProgress) -> None:
+        self.show_message("") if self.live is None else None
         assert self.live is not None
         match event:
             case StepFailed(key, error):
-                self.console.print(f"{_of(standing, key)} FAILED: {error}", markup=False)
-            case Warned(key, what):
-                self.console.print(f"{_of(standing, key)}: warning: {what}", markup=False)
-        self.live.update(drawn(standing))
+                self.console.print(f"{_step_slug(progress, key)} FAILED: {error}", markup=False)
+            case StepWarning(key, what):
+                self.console.print(f"{_step_slug(progress, key)}: warning: {what}", markup=False)
+        self.live.update(progress_table(progress))
 
     def close(self) -> None:
         if self.live is not None:
@@ -200,44 +206,54 @@ class _LiveTable:
             self.live = None
 
 
-def drawn(standing: Standing) -> Table:
+def progress_table(progress: StudyProgress) -> Table:
     """The arms, the base first."""
-    table = Table(title=f"{standing.work.study.name}: about {duration(standing.left())} left", title_justify="left")
+    table = Table(
+        title=f"{progress.work.study.name}: about {format_duration(progress.seconds_left())} left", title_justify="left"
+    )
     for heading in ("arm", "", "now", "forgotten so far", "new text"):
         table.add_column(heading, justify="right" if heading in ("forgotten so far", "new text") else "left")
-    base = standing.work.base
+    base = progress.work.base_step
     if base is not None:
-        done = standing.done.get(base, 0.0)
-        table.add_row("(base)", _bar(done), standing.doing.get(base, "done" if done >= 1 else "waits"), "", "")
-    for arm in standing.work.study.arms:
-        old, new = standing.change(arm, "retained"), standing.change(arm, "learned")
-        numbers = ["" if value is None else signed(value) for value in (old, new)]
-        table.add_row(arm, _bar(standing.part(arm)), standing.state(arm), *numbers)
+        done = progress.fractions.get(base, 0.0)
+        table.add_row(
+            "(base)", _progress_bar(done), progress.activities.get(base, "done" if done >= 1 else "waits"), "", ""
+        )
+    for arm in progress.work.study.arms:
+        old, new = progress.mean_change(arm, "retained"), progress.mean_change(arm, "learned")
+        numbers = ["" if value is None else format_signed(value) for value in (old, new)]
+        table.add_row(arm, _progress_bar(progress.fraction_done(arm)), progress.state(arm), *numbers)
     return table
 
 
-def _bar(part: float) -> str:
-    full = round(part * _BAR)
-    return "━" * full + "·" * (_BAR - full) + f" {part:>4.0%}"
+def _progress_bar(fraction: float) -> str:
+    full = round(fraction * _BAR)
+    return "━" * full + "·" * (_BAR - full) + f" {fraction:>4.0%}"
 
 
-class _Json:
+class _JsonStudyScreen:
     """One JSON object a line on standard error; the result itself goes to standard output."""
 
-    def say(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         self._line({"event": "preparing", "what": text})
 
-    def show(self, event: StudyEvent, standing: Standing) -> None:
+    def show(self, event: StudyEvent, progress: StudyProgress) -> None:
         match event:
-            case StepBegan(key, device):
-                self._line({"event": "began", "step": _of(standing, key), "key": key, "device": device})
-            case StepEnded(key, seconds, before):
-                row = {"event": "ended", "step": _of(standing, key), "key": key, "seconds": seconds, "before": before}
-                self._line({**row, "left": standing.left()})
+            case StepStarted(key, device):
+                self._line({"event": "began", "step": _step_slug(progress, key), "key": key, "device": device})
+            case StepFinished(key, seconds, before):
+                row = {
+                    "event": "ended",
+                    "step": _step_slug(progress, key),
+                    "key": key,
+                    "seconds": seconds,
+                    "before": before,
+                }
+                self._line({**row, "left": progress.seconds_left()})
             case StepFailed(key, error):
-                self._line({"event": "failed", "step": _of(standing, key), "key": key, "error": error})
-            case Warned(key, what):
-                self._line({"event": "warning", "step": _of(standing, key), "what": what})
+                self._line({"event": "failed", "step": _step_slug(progress, key), "key": key, "error": error})
+            case StepWarning(key, what):
+                self._line({"event": "warning", "step": _step_slug(progress, key), "what": what})
 
     def close(self) -> None:
         pass

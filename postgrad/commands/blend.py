@@ -21,25 +21,25 @@ from postgrad.config.stage_file import parse_stage
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.evaluation import before_after
-from postgrad.evaluation.held_out import AnyHeldOut
+from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.hardware import machine
 from postgrad.lineage.record import Record, read_record
 from postgrad.models import interpolate
-from postgrad.models.model import model_for
-from postgrad.models.pretrained import load_tokenizer, locate, save_pretrained, stored_dtype
+from postgrad.models.model import wrap_model
+from postgrad.models.pretrained import load_tokenizer, locate_model, save_pretrained, stored_dtype
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.reports.html import document
 from postgrad.reports.pages import blend_page
-from postgrad.storage.atomic import publish
+from postgrad.storage.atomic import publish_folder
 from postgrad.training.checkpoint import Checkpoints
-from postgrad.tuning.open_model import Opened, open_model
+from postgrad.tuning.open_model import LoadedModel, open_model
 
-_HALVES = (0.0, 0.5)
+_BLOCK_WEIGHTS = (0.0, 0.5)
 """Of a single block, as there are many."""
 
 
 @dataclass(frozen=True)
-class _Point:
+class _BlendPoint:
     """One model between the two."""
 
     name: str
@@ -52,7 +52,7 @@ def blend_run(
     run: Path,
     *,
     sweep: Sequence[float],
-    by: str,
+    granularity: str,
     average: int | None,
     max_forgetting: float | None,
     choose: float | None,
@@ -70,68 +70,68 @@ def blend_run(
     other shapes.
     """
     machine.tune_allocator()
-    _check(sweep, by, choose, max_forgetting, out)
+    _check_options(sweep, granularity, choose, max_forgetting, out)
     record = read_record(run)
     plan = make_plan(parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache)
-    sets = list(plan.looked_at)
+    sets = list(plan.evaluation_sets)
     if not any(h.role == "retained" for h in sets):
         raise StageError(
             f"{run} has no retained set, so what a blend gives back could not be seen",
             where="blend",
             way_out="name old text under evaluation.retained of its stage, and train it again",
         )
-    opened = _folded(run, record)
+    opened = _load_merged(run, record)
     model = opened.model
-    end = _averaged(run, record, average) if average else interpolate.weights_of(model)
-    start = _start_of(record, plan, opened)
-    blocks = interpolate.blocks_of(model)
+    end = _average_checkpoints(run, record, average) if average else interpolate.copy_weights(model)
+    start = _start_weights(record, plan, opened)
+    blocks = interpolate.block_parameter_names(model)
     new = interpolate.refuse_other_shapes(start, end, (record["model"]["start"], str(run)), blocks)
-    world = World(machine.device())
-    view = model_for(model, opened.task).to(world.device)
+    world = World(machine.default_device())
+    view = wrap_model(model, opened.task).to(world.device)
     start, end = ({n: t.to(world.device) for n, t in state.items()} for state in (start, end))
 
-    def scored(point: _Point) -> before_after.AllScores:
-        interpolate.put_between(model, start, end, _weights(point, start, blocks))
-        return before_after.measure(view, sets, context=record["model"]["context"], world=world)
+    def scored(point: _BlendPoint) -> before_after.AllScores:
+        interpolate.interpolate_weights(model, start, end, _point_weights(point, start, blocks))
+        return before_after.score_sets(view, sets, context=record["model"]["context"], world=world)
 
-    before = scored(_Point("start", 0.0, None))
+    before = scored(_BlendPoint("start", 0.0, None))
     points: list[dict[str, Any]] = []
-    for point in _points(sweep, by, len(blocks)):
+    for point in _sweep_points(sweep, granularity, len(blocks)):
         now = before if point.weight == 0 and point.block is None else scored(point)
-        points.append({**asdict(point), "changes": before_after.changes(sets, before, now, plan.vocabulary)})
-    chosen = _chosen(points, choose, max_forgetting)
+        points.append({**asdict(point), "changes": before_after.loss_changes(sets, before, now, plan.vocabulary)})
+    chosen = _choose_point(points, choose, max_forgetting)
     found = {
         "run": str(run),
         "start": record["model"]["start"],
-        "by": by,
+        "by": granularity,
         "average": average,
         "new": new,
         "points": points,
         "chosen": chosen["name"] if chosen else None,
     }
     lines = _lines(found, sets, max_forgetting)
-    following = ["eval", str(out)] if out else _following(run, sweep, by, average, max_forgetting)
+    following = ["eval", str(out)] if out else _next_command(run, sweep, granularity, average, max_forgetting)
     if out:
         if chosen is None:
             raise StageError(
                 "no point of the sweep keeps within the bound; the best is "
-                + min(points, key=_worst)["name"]
-                + f" with {_worst(min(points, key=_worst)):+.2%}",
+                + min(points, key=_worst_rise)["name"]
+                + f" with {_worst_rise(min(points, key=_worst_rise)):+.2%}",
                 where="--max-forgetting",
             )
-        point = _Point(chosen["name"], chosen["weight"], chosen["block"])
-        interpolate.put_between(model, start, end, _weights(point, start, blocks))
-        _publish(out, model, record)
+        point = _BlendPoint(chosen["name"], chosen["weight"], chosen["block"])
+        interpolate.interpolate_weights(model, start, end, _point_weights(point, start, blocks))
+        _publish_blend(out, model, record)
         found["folder"] = str(out)
         lines.append(f"wrote {out}: {chosen['name']}")
     if report:
-        document.write(report, blend_page.blend_page(found))
+        document.write_page(report, blend_page.blend_page(found))
         lines.append(f"report: {report}")
     lines.append(f"next: {shlex.join(['postgrad', *following])}")
     return {"text": "\n".join(lines), **found}
 
 
-def weights_in(text: str) -> list[float]:
+def parse_weights(text: str) -> list[float]:
     """Weights as they are given on the command line, by commas. Raises `StageError`."""
     try:
         return [float(part) for part in text.split(",")]
@@ -139,11 +139,11 @@ def weights_in(text: str) -> list[float]:
         raise StageError(f"{text!r} is no list of weights", where="--sweep", expected="0,0.5,1") from None
 
 
-def _following(
-    run: Path, sweep: Sequence[float], by: str, average: int | None, max_forgetting: float | None
+def _next_command(
+    run: Path, sweep: Sequence[float], granularity: str, average: int | None, max_forgetting: float | None
 ) -> list[str]:
     """The command that writes a model of this sweep: the one that keeps within the bound, or the one in the middle."""
-    by_words = ["--by", by] if max_forgetting is not None and by != "whole" else []
+    by_words = ["--by", granularity] if max_forgetting is not None and granularity != "whole" else []
     mean = ["--average", str(average)] if average else []
     weights = sorted(set(sweep))
     chosen = (
@@ -155,8 +155,8 @@ def _following(
     return ["blend", str(run), *listed, *by_words, *mean, *chosen, "--out", f"{run}-blend"]
 
 
-def _check(
-    sweep: Sequence[float], by: str, choose: float | None, max_forgetting: float | None, out: Path | None
+def _check_options(
+    sweep: Sequence[float], granularity: str, choose: float | None, max_forgetting: float | None, out: Path | None
 ) -> None:
     strange = [w for w in (*sweep, *([choose] if choose is not None else [])) if not 0 <= w <= 1]
     if strange or not sweep:
@@ -165,8 +165,8 @@ def _check(
             where="--sweep",
             expected="numbers from 0 to 1",
         )
-    if by not in ("whole", "block"):
-        raise StageError(f"there is no blend by {by!r}", where="--by", expected="whole or block")
+    if granularity not in ("whole", "block"):
+        raise StageError(f"there is no blend by {granularity!r}", where="--by", expected="whole or block")
     if out and out.exists():
         raise StageError(f"{out} is there already", where="--out", way_out="name a folder that does not exist")
     if choose is not None and choose not in sweep:
@@ -177,9 +177,9 @@ def _check(
         )
 
 
-def _folded(run: Path, record: Record) -> Opened:
+def _load_merged(run: Path, record: Record) -> LoadedModel:
     """A run's final model as plain weights."""
-    opened = open_model(locate(str(run), Path.cwd()))
+    opened = open_model(locate_model(str(run), Path.cwd()))
     if opened.tunings:
         raise StageError(
             f"`{opened.tunings[-1].kind}` of {run} is no change of weights, so nothing lies between",
@@ -190,19 +190,19 @@ def _folded(run: Path, record: Record) -> Opened:
     return opened
 
 
-def _start_of(record: Record, plan: Plan, opened: Opened) -> dict[str, Tensor]:
+def _start_weights(record: Record, plan: Plan, loaded_model: LoadedModel) -> dict[str, Tensor]:
     """The weights of a run's start model, as the stage found it."""
-    start = open_model(plan.start)
+    start = open_model(plan.start_model)
     if start.tunings:
         raise StageError(f"`{start.tunings[-1].kind}` stands in {record['model']['start']}", where="blend")
-    found = interpolate.weights_of(start.model)
+    found = interpolate.copy_weights(start.model)
     # A classifier's backbone has other names only where its task layer stands beside it.
-    return {name: tensor for name, tensor in found.items() if name in dict(opened.model.named_parameters())}
+    return {name: tensor for name, tensor in found.items() if name in dict(loaded_model.model.named_parameters())}
 
 
-def _averaged(run: Path, record: Record, count: int) -> dict[str, Tensor]:
+def _average_checkpoints(run: Path, record: Record, count: int) -> dict[str, Tensor]:
     """The mean of the last checkpoints' weights."""
-    places = Checkpoints(run / "checkpoints", None).all()[-count:]
+    places = Checkpoints(run / "checkpoints", None).list_folders()[-count:]
     if len(places) < count:
         raise StageError(
             f"{run} has {len(places)} checkpoints",
@@ -210,70 +210,72 @@ def _averaged(run: Path, record: Record, count: int) -> dict[str, Tensor]:
             expected=f"{count} of them",
             way_out="save more often and keep all: save: {every: 5%, keep: all}",
         )
-    return interpolate.mean_of([interpolate.weights_of(_folded(place, record).model) for place in places])
+    return interpolate.average_weights(
+        [interpolate.copy_weights(_load_merged(place, record).model) for place in places]
+    )
 
 
-def _points(sweep: Sequence[float], by: str, blocks: int) -> Iterator[_Point]:
+def _sweep_points(sweep: Sequence[float], granularity: str, blocks: int) -> Iterator[_BlendPoint]:
     for weight in sorted(set(sweep)):
-        yield _Point(f"{weight:g}", weight, None)
-    if by == "block":
+        yield _BlendPoint(f"{weight:g}", weight, None)
+    if granularity == "block":
         for block in range(blocks):
-            for weight in _HALVES:
-                yield _Point(f"block {block} at {weight:g}", weight, block)
+            for weight in _BLOCK_WEIGHTS:
+                yield _BlendPoint(f"block {block} at {weight:g}", weight, block)
 
 
-def _weights(point: _Point, start: dict[str, Tensor], blocks: list[list[str]]) -> dict[str, float] | float:
+def _point_weights(point: _BlendPoint, start: dict[str, Tensor], blocks: list[list[str]]) -> dict[str, float] | float:
     if point.block is None:
         return point.weight
     return dict.fromkeys(start, 1.0) | dict.fromkeys(blocks[point.block], point.weight)
 
 
-def _of_role(point: dict[str, Any], role: str) -> list[dict[str, Any]]:
+def _changes_of_role(point: dict[str, Any], role: str) -> list[dict[str, Any]]:
     return [change for change in point["changes"].values() if change["role"] == role]
 
 
-def _worst(point: dict[str, Any]) -> float:
+def _worst_rise(point: dict[str, Any]) -> float:
     """The largest rise on a retained set, as a share, by the upper end of its interval."""
-    return max(change["relative_high"] for change in _of_role(point, "retained"))
+    return max(change["relative_high"] for change in _changes_of_role(point, "retained"))
 
 
 def mean_change(point: dict[str, Any], role: str) -> float | None:
     """The mean change over the sets of a role, in nats per token."""
-    found = [change["difference"] for change in _of_role(point, role)]
+    found = [change["difference"] for change in _changes_of_role(point, role)]
     return sum(found) / len(found) if found else None
 
 
-def _chosen(points: list[dict[str, Any]], choose: float | None, bound: float | None) -> dict[str, Any] | None:
+def _choose_point(points: list[dict[str, Any]], choose: float | None, bound: float | None) -> dict[str, Any] | None:
     whole = [point for point in points if point["block"] is None]
     if choose is not None:
         return next(point for point in whole if point["weight"] == choose)
     if bound is None:
         return None
-    within = [point for point in points if _worst(point) <= bound]
+    within = [point for point in points if _worst_rise(point) <= bound]
     return min(within, key=lambda p: mean_change(p, "learned") or -p["weight"], default=None)
 
 
-def _lines(found: dict[str, Any], sets: Sequence[AnyHeldOut], bound: float | None) -> list[str]:
+def _lines(result: dict[str, Any], sets: Sequence[HeldOutSet], bound: float | None) -> list[str]:
     names = [h.name for h in sets]
     role = {h.name: h.role for h in sets}
-    end = f"the mean of its last {found['average']} checkpoints" if found["average"] else found["run"]
+    end = f"the mean of its last {result['average']} checkpoints" if result["average"] else result["run"]
     lines = [
-        f"between {found['start']} (0) and {end} (1); change in nats/token against the start, 95 % interval",
+        f"between {result['start']} (0) and {end} (1); change in nats/token against the start, 95 % interval",
         "  " + f"{'weight':<16}" + "".join(f"{name + ' (' + role[name] + ')':>32}" for name in names),
     ]
-    for point in found["points"]:
+    for point in result["points"]:
         cells = [point["changes"][name] for name in names]
         shown = [f"{c['difference']:+.4f} ({c['low']:+.4f} to {c['high']:+.4f})" for c in cells]
         lines.append(f"  {point['name']:<16}" + "".join(f"{cell:>32}" for cell in shown))
-    if found["chosen"]:
+    if result["chosen"]:
         why = f", the most learnt within {bound:.2%} of forgetting" if bound is not None else ""
-        lines.append(f"chosen: {found['chosen']}{why}")
+        lines.append(f"chosen: {result['chosen']}{why}")
     lines.append("a blend gives up learning for retention; it is no replacement for replay")
     return lines
 
 
-def _publish(out: Path, model: PreTrainedModel, record: Record) -> None:
-    start = locate(record["model"]["source"], Path(record["root"]))
+def _publish_blend(out: Path, model: PreTrainedModel, record: Record) -> None:
+    start = locate_model(record["model"]["source"], Path(record["root"]))
     dtype = stored_dtype(start)
     with torch.no_grad():
-        publish(out, lambda staged: save_pretrained(model, load_tokenizer(start), staged, dtype=dtype))
+        publish_folder(out, lambda staged: save_pretrained(model, load_tokenizer(start), staged, dtype=dtype))

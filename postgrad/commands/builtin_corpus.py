@@ -25,9 +25,9 @@ from typing import Any
 
 from postgrad.storage.atomic import write_atomically
 
-_DOCUMENT = 2000
-_HELD_OUT = 15
-_LISTED = 16_000
+_DOCUMENT_CHARACTERS = 2000
+_HELD_OUT_EVERY = 15
+_LISTING_CHARACTERS = 16_000
 """Characters of a module's listing, the whole of which is several times as long as the module."""
 
 
@@ -37,26 +37,28 @@ def write_texts(folder: Path) -> dict[str, int]:
     if done.exists():
         return json.loads(done.read_text())
     texts: dict[str, list[str]] = {"old": [], "old-heldout": [], "new": [], "new-heldout": []}
-    for number, path in enumerate(standard_library()):
+    for number, path in enumerate(standard_library_files()):
         try:
             source = path.read_text("utf-8")
             module = ast.parse(source)
         except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
             continue
-        held = "" if number % _HELD_OUT else "-heldout"  # whole modules, so that no document's neighbour is trained on
-        texts[f"old{held}"] += docstrings(module)
-        texts[f"new{held}"] += cut(without_prose(source))
-    texts["old"] += topics()
+        held = (
+            "" if number % _HELD_OUT_EVERY else "-heldout"
+        )  # whole modules, so that no document's neighbour is trained on
+        texts[f"old{held}"] += extract_docstrings(module)
+        texts[f"new{held}"] += split_documents(strip_prose(source))
+    texts["old"] += language_reference()
     sizes = {"old": 0, "new": 0}
     for name, documents in texts.items():
         unique = list(dict.fromkeys(documents))
-        write_atomically(folder / f"{name}.jsonl", _lines(unique[:120] if "heldout" in name else unique))
+        write_atomically(folder / f"{name}.jsonl", _json_lines(unique[:120] if "heldout" in name else unique))
         sizes[name.split("-")[0]] += sum(map(len, unique))
     write_atomically(done, json.dumps(sizes))
     return sizes
 
 
-def write_kinds(folder: Path) -> dict[str, int]:
+def write_corpus(folder: Path) -> dict[str, int]:
     """Write four kinds of text, each parted into training and held-out documents; returns their characters.
 
     `old`: documentation. `comments`: what is said beside code, prose of another kind. `code`: code without prose, also as three
@@ -68,55 +70,55 @@ def write_kinds(folder: Path) -> dict[str, int]:
     kinds = ("old", "comments", "code", "listing")
     texts: dict[str, list[str]] = {f"{kind}{held}": [] for kind in kinds for held in ("", "-heldout")}
     texts |= {f"code-{part}": [] for part in (1, 2, 3)}
-    for number, path in enumerate(standard_library()):
+    for number, path in enumerate(standard_library_files()):
         try:
             source = path.read_text("utf-8")
             module = ast.parse(source)
         except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
             continue
-        held = "" if number % _HELD_OUT else "-heldout"
-        code = cut(without_prose(source))
-        texts[f"old{held}"] += docstrings(module)
-        texts[f"comments{held}"] += cut(comments(source))
+        held = "" if number % _HELD_OUT_EVERY else "-heldout"
+        code = split_documents(strip_prose(source))
+        texts[f"old{held}"] += extract_docstrings(module)
+        texts[f"comments{held}"] += split_documents(extract_comments(source))
         texts[f"code{held}"] += code
         if not held:
             texts[f"code-{number % 3 + 1}"] += code
-        texts[f"listing{held}"] += cut(listing(source))
-    texts["old"] += topics()
+        texts[f"listing{held}"] += split_documents(disassemble(source))
+    texts["old"] += language_reference()
     sizes = {}
     for name, documents in texts.items():
         unique = list(dict.fromkeys(documents))
         # Of a module's neighbouring documents few are scored, so that many modules are.
-        kept = _spread(unique, 150) if "heldout" in name else unique
-        write_atomically(folder / f"{name}.jsonl", _lines(kept))
+        kept = _subsample(unique, 150) if "heldout" in name else unique
+        write_atomically(folder / f"{name}.jsonl", _json_lines(kept))
         sizes[name] = sum(map(len, kept))
     write_atomically(done, json.dumps(sizes))
     return sizes
 
 
-def is_material(folder: Path) -> bool:
+def is_builtin_corpus(folder: Path) -> bool:
     """Whether a folder holds what `write_kinds` made, whole, and so nothing of the user's that would be written over."""
     return (folder / "kinds.json").exists()
 
 
-def _spread(documents: list[str], most: int) -> list[str]:
+def _subsample(documents: list[str], limit: int) -> list[str]:
     """At most so many of the documents, evenly from all of them."""
-    stride = max(1, -(-len(documents) // most))
+    stride = max(1, -(-len(documents) // limit))
     return documents[::stride]
 
 
-def comments(source: str) -> str:
+def extract_comments(source: str) -> str:
     """The comments of a module, those that stand on lines of their own in a block one after the other."""
     found = [line.strip().lstrip("#").strip() for line in source.splitlines() if line.strip().startswith("#")]
     return "\n".join(line for line in found if re.search(r"[A-Za-z]{3}.* [a-z]{2}", line))
 
 
-def listing(source: str) -> str:
+def disassemble(source: str) -> str:
     """The beginning of a module as the interpreter's instructions, a line each, without addresses."""
     lines: list[str] = []
     inside = [compile(source, "module", "exec")]
     size = 0
-    while inside and size < _LISTED:
+    while inside and size < _LISTING_CHARACTERS:
         code = inside.pop(0)
         lines.append(f"{code.co_name}:")
         for instruction in dis.get_instructions(code):
@@ -127,11 +129,11 @@ def listing(source: str) -> str:
     return "\n".join(lines)
 
 
-def _lines(documents: list[str]) -> str:
+def _json_lines(documents: list[str]) -> str:
     return "".join(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in documents)
 
 
-def standard_library() -> list[Path]:
+def standard_library_files() -> list[Path]:
     """The source files of the running Python's standard library, without tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {
@@ -148,23 +150,23 @@ def standard_library() -> list[Path]:
     return [p for p in sorted(root.rglob("*.py")) if not left_out & set(p.relative_to(root).parts)]
 
 
-def topics() -> list[str]:
+def language_reference() -> list[str]:
     """The language reference that `help('if')` and the like show."""
     try:
         from pydoc_data.topics import topics as known
     except ImportError:  # some distributions leave it out
         return []
-    return [piece for text in known.values() for piece in cut(text)]
+    return [piece for text in known.values() for piece in split_documents(text)]
 
 
-def docstrings(module: ast.Module) -> list[str]:
+def extract_docstrings(module: ast.Module) -> list[str]:
     """The docstrings of a module that are prose of some length."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node) for node in ast.walk(module) if isinstance(node, kinds)]
-    return [piece for text in found if text and len(text) > 200 for piece in cut(text)]
+    return [piece for text in found if text and len(text) > 200 for piece in split_documents(text)]
 
 
-def without_prose(source: str) -> str:
+def strip_prose(source: str) -> str:
     """Source code without comments and without strings that stand alone (docstrings)."""
     kept: list[tokenize.TokenInfo] = []
     try:
@@ -192,13 +194,13 @@ def without_prose(source: str) -> str:
     return "\n".join("".join(parts).rstrip() for _, parts in sorted(lines.items()))
 
 
-def cut(text: str) -> list[str]:
+def split_documents(text: str) -> list[str]:
     """Pieces of about 2,000 characters, cut at line ends."""
     pieces, piece, size = [], [], 0
     for line in text.splitlines():
         piece.append(line)
         size += len(line) + 1
-        if size > _DOCUMENT:
+        if size > _DOCUMENT_CHARACTERS:
             pieces.append("\n".join(piece).strip())
             piece, size = [], 0
     if size > 200:
@@ -208,7 +210,7 @@ def cut(text: str) -> list[str]:
 
 # -- rows -------------------------------------------------------------------------------------------------------------
 
-PARTS: Mapping[str, tuple[str, ...]] = {
+LIBRARY_PARTS: Mapping[str, tuple[str, ...]] = {
     "network": (
         "http",
         "urllib",
@@ -272,49 +274,49 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Parts of the standard library by the first names of their modules: the classes of the labelled rows."""
-_LEAST, _MOST = 20, 200
+_MIN_SUMMARY, _MAX_SUMMARY = 20, 200
 
 
 @dataclass(frozen=True)
-class Function:
+class DocumentedFunction:
     """A documented function: where it is, how it is called, and the first sentence of what it says of itself."""
 
     module: str
     name: str
     parameters: tuple[str, ...]
-    says: str
-    about: str
+    summary: str
+    description: str
     """The first paragraph of its docstring."""
     held_out: bool
 
 
 @cache
-def functions() -> tuple[Function, ...]:
+def documented_functions() -> tuple[DocumentedFunction, ...]:
     """The documented functions of the standard library, those that say the same once; a fifth of them is held out."""
-    return tuple({function.says: function for function in _functions()}.values())
+    return tuple({function.summary: function for function in _iter_functions()}.values())
 
 
-def _functions() -> Iterator[Function]:
+def _iter_functions() -> Iterator[DocumentedFunction]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in standard_library():
+    for path in standard_library_files():
         try:
             module = ast.parse(path.read_text("utf-8"))
         except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
             continue
         named = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        for name, node in _named(module):
+        for name, node in _qualified_functions(module):
             if node.name.startswith("_"):
                 continue
             about = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
             says = re.split(r"(?<=[a-z)`'\"])\. ", about)[0].rstrip(".")
-            if _LEAST <= len(says) <= _MOST:
+            if _MIN_SUMMARY <= len(says) <= _MAX_SUMMARY:
                 arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
                 parameters = tuple(a.arg for a in arguments if a.arg not in ("self", "cls"))
                 held_out = zlib.crc32(f"{named}.{name}".encode()) % 5 == 0
-                yield Function(named, name, parameters, f"{says}.", about, held_out)
+                yield DocumentedFunction(named, name, parameters, f"{says}.", about, held_out)
 
 
-def _named(module: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+def _qualified_functions(module: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """The functions of a module with their names inside of it, those of classes too; of one name the first."""
     seen: set[str] = set()
     inside: list[tuple[str, ast.AST]] = [("", module)]
@@ -330,45 +332,61 @@ def _named(module: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.Asyn
                     yield name, child
 
 
-def _instructions(known: Sequence[Function], _: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
-    for f in known:
-        yield f, {"instruction": f"What does {f.module}.{f.name} do?", "output": f.says}
+def _instruction_rows(
+    functions: Sequence[DocumentedFunction], _: random.Random
+) -> Iterator[tuple[DocumentedFunction, dict[str, Any]]]:
+    for f in functions:
+        yield f, {"instruction": f"What does {f.module}.{f.name} do?", "output": f.summary}
 
 
-def _labelled(known: Sequence[Function], _: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
-    part = {module: name for name, modules in PARTS.items() for module in modules}
-    for f in known:
+def _labelled_rows(
+    functions: Sequence[DocumentedFunction], _: random.Random
+) -> Iterator[tuple[DocumentedFunction, dict[str, Any]]]:
+    part = {module: name for name, modules in LIBRARY_PARTS.items() for module in modules}
+    for f in functions:
         if (name := part.get(f.module.split(".")[0])) is not None:
-            yield f, {"text": f.about, "label": name}
+            yield f, {"text": f.description, "label": name}
 
 
-def _tagged(known: Sequence[Function], _: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
-    for f in known:
-        words = re.findall(r"\w+|[^\w\s]", f.about)
+def _tagged_rows(
+    functions: Sequence[DocumentedFunction], _: random.Random
+) -> Iterator[tuple[DocumentedFunction, dict[str, Any]]]:
+    for f in functions:
+        words = re.findall(r"\w+|[^\w\s]", f.description)
         tags = ["B-PARAMETER" if word in f.parameters else "O" for word in words]
         if "B-PARAMETER" in tags and len(words) <= 60:
             yield f, {"tokens": words, "tags": tags}
 
 
-def _pairs(known: Sequence[Function], _: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
-    for f in known:
-        yield f, {"source": f"summarise: def {f.name.rpartition('.')[2]}({', '.join(f.parameters)})", "target": f.says}
+def _pair_rows(
+    functions: Sequence[DocumentedFunction], _: random.Random
+) -> Iterator[tuple[DocumentedFunction, dict[str, Any]]]:
+    for f in functions:
+        yield (
+            f,
+            {"source": f"summarise: def {f.name.rpartition('.')[2]}({', '.join(f.parameters)})", "target": f.summary},
+        )
 
 
-def _choices(known: Sequence[Function], rng: random.Random) -> Iterator[tuple[Function, dict[str, Any]]]:
-    for f in known:
-        others = [other.says for other in rng.sample(known, 6) if other.says != f.says][:3]
-        options = [*others, f.says]
+def _choice_rows(
+    functions: Sequence[DocumentedFunction], rng: random.Random
+) -> Iterator[tuple[DocumentedFunction, dict[str, Any]]]:
+    for f in functions:
+        others = [other.summary for other in rng.sample(functions, 6) if other.summary != f.summary][:3]
+        options = [*others, f.summary]
         rng.shuffle(options)
-        yield f, {"question": f"What does {f.module}.{f.name} do?", "choices": options, "answer": options.index(f.says)}
+        yield (
+            f,
+            {"question": f"What does {f.module}.{f.name} do?", "choices": options, "answer": options.index(f.summary)},
+        )
 
 
-ROWS = {
-    "instructions": _instructions,
-    "labelled": _labelled,
-    "tagged": _tagged,
-    "pairs": _pairs,
-    "choices": _choices,
+ROW_GENERATORS = {
+    "instructions": _instruction_rows,
+    "labelled": _labelled_rows,
+    "tagged": _tagged_rows,
+    "pairs": _pair_rows,
+    "choices": _choice_rows,
 }
 """What can be made of functions, by the name of the files: NAME.train.jsonl, NAME.valid.jsonl, NAME.test.jsonl."""
 
@@ -378,9 +396,9 @@ def write_rows(folder: Path, name: str) -> None:
     places = {part: folder / f"{name}.{part}.jsonl" for part in ("train", "valid", "test")}
     if all(place.exists() for place in places.values()):
         return
-    known = functions()
+    known = documented_functions()
     lines: dict[str, list[str]] = {part: [] for part in places}
-    for number, (f, row) in enumerate(ROWS[name](known, random.Random(0))):
+    for number, (f, row) in enumerate(ROW_GENERATORS[name](known, random.Random(0))):
         part = ("valid" if number % 2 else "test") if f.held_out else "train"
         lines[part].append(json.dumps(row, ensure_ascii=False))
     for part, place in places.items():

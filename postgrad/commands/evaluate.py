@@ -15,114 +15,120 @@ from transformers import AutoConfig
 from postgrad.config import stage as s
 from postgrad.config.objectives import TextToTextObjective
 from postgrad.config.stage_file import parse_stage
-from postgrad.data.read.documents import read_labels, source_kind
-from postgrad.data.read.examples import RUNNING, Labels
-from postgrad.data.read.files import Source
+from postgrad.data.read.documents import detect_kind, read_labels
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Labels
+from postgrad.data.read.files import RawSource
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.distributed.world import World
-from postgrad.errors import ModelError, StageError, nearest
+from postgrad.errors import ModelError, StageError, suggest_nearest
 from postgrad.evaluation import before_after
-from postgrad.evaluation.held_out import AnyHeldOut
-from postgrad.evaluation.perplexity import Scores, score
-from postgrad.evaluation.pseudo_perplexity import score_one_by_one
+from postgrad.evaluation.held_out import HeldOutSet
+from postgrad.evaluation.perplexity import Scores, score_held_out
+from postgrad.evaluation.pseudo_perplexity import score_masked_tokens
 from postgrad.hardware import machine
 from postgrad.lineage.record import Record, read_record
-from postgrad.lineage.tree import chain, set_key, tree
-from postgrad.models.model import model_for
-from postgrad.models.pretrained import Start, Task, load_tokenizer, locate
-from postgrad.objectives.classification_loss import Problem
-from postgrad.plan.held_out_sets import Chosen, as_read, one_by_one
-from postgrad.plan.model_inputs import Reading, make_encoder, make_reading
-from postgrad.plan.objective_rows import Wording, made_with, objective_for, objectives_for, renderer_for
+from postgrad.lineage.tree import lineage_matrix, read_lineage, set_key
+from postgrad.models.model import wrap_model
+from postgrad.models.pretrained import ModelLocation, Task, load_tokenizer, locate_model
+from postgrad.objectives.classification_loss import ProblemType
+from postgrad.plan.held_out_sets import HeldOutDocuments, make_held_out_set, make_masked_held_out_text
+from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
+from postgrad.plan.objective_rows import (
+    RowTemplate,
+    get_start_objectives,
+    make_renderer,
+    match_objectives,
+    resolve_objectives,
+)
 from postgrad.plan.plan import make_plan
-from postgrad.plan.sources import files_of
-from postgrad.plan.start_model import start_of
+from postgrad.plan.sources import make_text_files
+from postgrad.plan.start_model import resolve_start_model
 from postgrad.reports.html import document, tables
 from postgrad.reports.pages import comparison_page, lineage_page
-from postgrad.reports.sections.task_tables import arms_task_table
+from postgrad.reports.sections.task_tables import comparison_task_table
 from postgrad.run import task_scores
 from postgrad.stats.forgetting import paired_change
 from postgrad.training.metrics_log import read_metrics
-from postgrad.tuning.open_model import Sitting, open_model, prefixes_at, start_fingerprint, task_at
+from postgrad.tuning.open_model import BaseReference, get_task, open_model, start_fingerprint, starts_as_prefix_lm
 
-_CONTEXT = 1024
-_LIMIT = 10_000_000
-_CUTS = get_args(s.HeldOutFile.model_fields["documents"].annotation)
-_KINDS = {"classify": "labelled", "tag": "tagged"}
+_DEFAULT_CONTEXT = 1024
+_MAX_TOKENS = 10_000_000
+_DOCUMENT_MODES = get_args(s.HeldOutFile.model_fields["documents"].annotation)
+_CLASSIFIER_ROW_KINDS = {"classify": "labelled", "tag": "tagged"}
 """The rows that a classifier is scored on."""
 
 
 @dataclass(frozen=True)
-class Texts:
+class FileSets:
     """Files as held-out sets, read as a model reads them."""
 
-    reading: Reading
-    chosen: tuple[Chosen, ...]
-    sets: tuple[AnyHeldOut, ...]
+    model_inputs: ModelInputs
+    documents: tuple[HeldOutDocuments, ...]
+    sets: tuple[HeldOutSet, ...]
 
 
-def files_as_read(
-    start: Start,
+def load_file_sets(
+    start: ModelLocation,
     files: list[str],
     documents: str,
     column: str | None,
     context: int,
     cache: Path,
-    limit: int = _LIMIT,
-) -> Texts:
+    limit: int = _MAX_TOKENS,
+) -> FileSets:
     """Files as held-out sets, read as the model of a start reads them. `limit`: about how many tokens of each file."""
-    reading = read_by(start, context)
-    found = list(chosen_files(start, files, documents, column, reading, cache))
-    sets = [as_read(chosen, reading, limit, [], problem=problem) for chosen, problem in found]
-    return Texts(reading, tuple(chosen for chosen, _ in found), tuple(sets))
+    reading = load_model_inputs(start, context)
+    found = list(load_documents(start, files, documents, column, reading, cache))
+    sets = [make_held_out_set(chosen, reading, limit, [], problem=problem) for chosen, problem in found]
+    return FileSets(reading, tuple(chosen for chosen, _ in found), tuple(sets))
 
 
-def chosen_files(
-    start: Start, files: list[str], documents: str, column: str | None, reading: Reading, cache: Path
-) -> Iterator[tuple[Chosen, Problem]]:
+def load_documents(
+    start: ModelLocation, files: list[str], documents: str, column: str | None, model_inputs: ModelInputs, cache: Path
+) -> Iterator[tuple[HeldOutDocuments, ProblemType]]:
     """The documents of each file, with the objective that a model's own task takes on them, and what a classifier decides.
 
     Raises `StageError` for a cut that there is not.
     """
-    if documents not in _CUTS:
+    if documents not in _DOCUMENT_MODES:
         raise StageError(
             f"there is no cut {documents!r}",
             where="--documents",
-            expected=", ".join(_CUTS),
-            way_out=nearest(documents, _CUTS),
+            expected=", ".join(_DOCUMENT_MODES),
+            way_out=suggest_nearest(documents, _DOCUMENT_MODES),
         )
-    objectives = objectives_for([], start)
-    if reading.task == "text-to-text":  # which serves rows with answers besides
+    objectives = resolve_objectives([], start)
+    if model_inputs.task == "text-to-text":  # which serves rows with answers besides
         objectives += (TextToTextObjective(kind="text-to-text"),)
-    decided = _KINDS.get(reading.task)
+    decided = _CLASSIFIER_ROW_KINDS.get(model_inputs.task)
     taken: set[str] = set()
     for path in files:
         item = s.HeldOutFile.model_validate(
-            {**s.held_out_file(path), "documents": documents, "columns": {"text": column} if column else {}}
+            {**s.expand_held_out_file(path), "documents": documents, "columns": {"text": column} if column else {}}
         )
         name, number = item.name, 2
         while name in taken:
             name, number = f"{item.name}-{number}", number + 1
         taken.add(name)
         asked = {"kind": decided} if decided else {}
-        given = files_of(name, {**item.model_dump(), "hub": None, **asked}, Path.cwd(), path)
-        kind = source_kind(given)
-        objective = objective_for(name, kind, objectives, made_with(start), path).made_for
-        labels = _labels(start, reading.task, given) if decided else None
-        renderer = renderer_for(objective, kind, reading, Wording(), labels)
-        store = build_store(given, reading.encoder, cache, renderer=renderer)
-        chosen = Chosen(name, "learned", store, np.arange(len(store)), objective, renderer)
-        problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
+        given = make_text_files(name, {**item.model_dump(), "hub": None, **asked}, Path.cwd(), path)
+        kind = detect_kind(given)
+        objective = match_objectives(name, kind, objectives, get_start_objectives(start), path).row_objective
+        labels = _class_labels(start, model_inputs.task, given) if decided else None
+        renderer = make_renderer(objective, kind, model_inputs, RowTemplate(), labels)
+        store = build_store(given, model_inputs.encoder, cache, renderer=renderer)
+        chosen = HeldOutDocuments(name, "learned", store, np.arange(len(store)), objective, renderer)
+        problem: ProblemType = labels.problem if labels else "class"  # type: ignore[assignment]
         yield chosen, problem
 
 
-def _labels(start: Start, task: Task, files: Source) -> Labels:
+def _class_labels(start: ModelLocation, task: Task, files: RawSource) -> Labels:
     """What a classifier decides between, its names as the rows write them."""
-    said = Sitting.of(start)
+    said = BaseReference.read_folder(start)
     if said and said.layer:
         names, problem = said.layer.labels, said.layer.problem
     else:
-        config: Any = AutoConfig.from_pretrained(start.source)
+        config: Any = AutoConfig.from_pretrained(start.name_or_path)
         names = tuple(config.id2label[i] for i in range(config.num_labels))
         problem = config.problem_type or ("regression" if len(names) == 1 else "single_label_classification")
     if problem == "regression":
@@ -132,31 +138,39 @@ def _labels(start: Start, task: Task, files: Source) -> Labels:
     return Labels(sort, tuple(written.get(name, name) for name in names))
 
 
-def read_by(start: Start, context: int) -> Reading:
+def load_model_inputs(start: ModelLocation, context: int) -> ModelInputs:
     """How the model of a start reads text, outside of any stage."""
     tokenizer = load_tokenizer(start)
-    vocabulary = int(AutoConfig.from_pretrained(start.source).vocab_size)
+    vocabulary = int(AutoConfig.from_pretrained(start.name_or_path).vocab_size)
     encoder = make_encoder(tokenizer, vocabulary)
-    return make_reading(task_at(start), start, tokenizer, encoder, length=context, seed=0)
+    return make_model_inputs(get_task(start), start, tokenizer, encoder, length=context, seed=0)
 
 
-def scores_of(
-    start: Start, sets: Sequence[before_after.Named], context: int, cache: Path, by: Callable[..., Scores] = score
+def score_model(
+    start: ModelLocation,
+    sets: Sequence[before_after.ScoredSet],
+    context: int,
+    cache: Path,
+    scorer: Callable[..., Scores] = score_held_out,
 ) -> dict[str, Scores]:
     """What the model of a start scores on sets; from the cache when it was scored before."""
-    device = machine.device()
+    device = machine.default_device()
     identity = start_fingerprint(start)
     opened = open_model(start)
-    model = model_for(opened.model, opened.task).to(device)
-    return before_after.measure(model, sets, by, context=context, world=World(device), identity=identity, cache=cache)
+    model = wrap_model(opened.model, opened.task).to(device)
+    return before_after.score_sets(
+        model, sets, scorer, context=context, world=World(device), identity=identity, cache=cache
+    )
 
 
-def context_of(start: Start, asked: int | None) -> int:
+def context_length(start: ModelLocation, requested: int | None) -> int:
     """Tokens that a model sees at once: as many as asked, or its own limit, at most 1,024."""
-    limit = getattr(AutoConfig.from_pretrained(start.source), "max_position_embeddings", None) or _CONTEXT
-    if asked is not None and not 2 <= asked <= limit:
-        raise ModelError(f"a context of {asked} does not fit {start.name}", where="--context", expected=f"2 to {limit}")
-    return asked or min(limit, _CONTEXT)
+    limit = getattr(AutoConfig.from_pretrained(start.name_or_path), "max_position_embeddings", None) or _DEFAULT_CONTEXT
+    if requested is not None and not 2 <= requested <= limit:
+        raise ModelError(
+            f"a context of {requested} does not fit {start.name}", where="--context", expected=f"2 to {limit}"
+        )
+    return requested or min(limit, _DEFAULT_CONTEXT)
 
 
 def evaluate_files(
@@ -175,15 +189,15 @@ def evaluate_files(
     Raises `ModelError`, `DataError` or, for a model that fills in no masks, `StageError`.
     """
     machine.tune_allocator()
-    start = locate(model, Path.cwd(), base)
-    used = context_of(start, context)
-    texts = files_as_read(start, files, documents, column, used, cache)
-    found = scores_of(start, texts.sets, used, cache)
+    start = locate_model(model, Path.cwd(), base)
+    used = context_length(start, context)
+    texts = load_file_sets(start, files, documents, column, used, cache)
+    found = score_model(start, texts.sets, used, cache)
     summaries = {name: scores.summary() for name, scores in found.items()}
-    for name, scores in _one_by_one(start, texts, pseudo, used, cache).items():
+    for name, scores in _pseudo_scores(start, texts, pseudo, used, cache).items():
         summaries[name]["pseudo"] = scores.summary()
     scored = "every token scored once"
-    if prefixes_at(start):
+    if starts_as_prefix_lm(start):
         scored = "a beginning of each text read in both directions, every token behind it scored once"
     lines = [
         f"{model}, {used} tokens of context, {scored}",
@@ -203,25 +217,25 @@ def evaluate_files(
             )
         for metric, value in row.get("metrics", {}).items():
             lines.append(f"    {metric} {value['value']:.4f} ({value['low']:.4f}–{value['high']:.4f})")
-    writes = task_at(start) in ("causal", "text-to-text")
+    writes = get_task(start) in ("causal", "text-to-text")
     following = ["generate", model] if writes else ["export", model, "exported"]
     lines.append(f"next: {shlex.join(['postgrad', *following])}")
     return {"text": "\n".join(lines), "model": model, "context": used, "sets": summaries}
 
 
-def _one_by_one(start: Start, texts: Texts, tokens: int, context: int, cache: Path) -> dict[str, Scores]:
+def _pseudo_scores(start: ModelLocation, texts: FileSets, tokens: int, context: int, cache: Path) -> dict[str, Scores]:
     """The scores of texts of which every token is masked in turn."""
     if not tokens:
         return {}
-    if tokens < 0 or texts.reading.task != "masked":
+    if tokens < 0 or texts.model_inputs.task != "masked":
         raise StageError(
             f"{start.name} fills in no masks" if tokens > 0 else f"{tokens} is no number of tokens",
             where="--pseudo",
             expected="a masked language model, and 1 or more tokens",
         )
-    running = [chosen for chosen in texts.chosen if chosen.store.kind in RUNNING]
-    sets = [one_by_one(chosen, texts.reading, tokens) for chosen in running]
-    return scores_of(start, sets, context, cache, score_one_by_one)
+    running = [chosen for chosen in texts.documents if chosen.store.kind in RUNNING_TEXT_KINDS]
+    sets = [make_masked_held_out_text(chosen, texts.model_inputs, tokens) for chosen in running]
+    return score_model(start, sets, context, cache, score_masked_tokens)
 
 
 def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[str, Any]:
@@ -229,17 +243,17 @@ def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[
     if len(models) < 2:
         raise StageError("one model has nothing to be compared with", where="compare", expected="two or more models")
     machine.tune_allocator()
-    starts = [locate(m, Path.cwd()) for m in models]
-    if len({prefixes_at(start) for start in starts}) > 1:
+    starts = [locate_model(m, Path.cwd()) for m in models]
+    if len({starts_as_prefix_lm(start) for start in starts}) > 1:
         raise StageError(
             "some of these models read a prompt in both directions and others do not: they are scored on other tokens",
             where="compare",
             expected="models that read alike",
             way_out="compare runs of one start model, whose stages scored it as they read",
         )
-    context = min(context_of(start, None) for start in starts)
-    texts = [files_as_read(start, files, "auto", None, context, cache) for start in starts]
-    found = [scores_of(start, t.sets, context, cache) for start, t in zip(starts, texts, strict=True)]
+    context = min(context_length(start, None) for start in starts)
+    texts = [load_file_sets(start, files, "auto", None, context, cache) for start in starts]
+    found = [score_model(start, t.sets, context, cache) for start, t in zip(starts, texts, strict=True)]
     own = texts[0].sets
     names = [h.name for h in own]
     rows: list[dict[str, Any]] = []
@@ -249,19 +263,19 @@ def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[
         lines.append(f"  {'model':<32} {'nats/token':>10} {'bits/byte':>10}   change (95 % interval)")
         first = found[0][name]
         for model, scores, read in zip(models, found, texts, strict=True):
-            sets, vocabulary = read.sets, read.reading.encoder.vocabulary
+            sets, vocabulary = read.sets, read.model_inputs.encoder.vocabulary
             summary = scores[name].summary()
             row: dict[str, Any] = {"model": model, "set": name, **summary, "change": None}
             line = f"  {model:<32} {summary['nats']:>10.4f} {summary['bits_per_byte']:>10.4f}"
             same = [h.fingerprint for h in sets] == [h.fingerprint for h in own]
             if scores is not found[0]:
                 if same:
-                    change = before_after.change(first, scores[name], vocabulary)
+                    change = before_after.loss_change(first, scores[name], vocabulary)
                     row["change"] = asdict(change)
                     line += f"   {change.difference:+.4f} nats/token ({change.low:+.4f} to {change.high:+.4f})"
                 else:
                     held = next(h for h in sets if h.name == name), next(h for h in own if h.name == name)
-                    found_change = _by_bytes(first, scores[name], held[::-1])
+                    found_change = _bits_per_byte_change(first, scores[name], held[::-1])
                     row["change"] = {"bits_per_byte": found_change}
                     line += (
                         f"   {found_change[0]:+.4f} bits/byte ({found_change[1]:+.4f} to {found_change[2]:+.4f}); "
@@ -273,7 +287,9 @@ def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[
     return {"text": "\n".join(lines), "context": context, "rows": rows}
 
 
-def _by_bytes(before: Scores, after: Scores, sets: tuple[AnyHeldOut, AnyHeldOut]) -> tuple[float, float, float]:
+def _bits_per_byte_change(
+    before: Scores, after: Scores, sets: tuple[HeldOutSet, HeldOutSet]
+) -> tuple[float, float, float]:
     """Difference in bits per byte with its interval, for models that cut text into different tokens.
 
     Documents are paired by their content: a tokenizer may leave out one that is a single token to it.
@@ -314,16 +330,16 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
         for name in record["changes"].keys() & first["changes"].keys():
             if record["fingerprints"]["sets"][name] != first["fingerprints"]["sets"][name]:
                 raise StageError(f"the held-out set '{name}' of {run} is not that of {runs[0]}", where="compare")
-    text = tables.arms_table(records, tables.arm_names(records)[0]).text()
-    asked = arms_task_table(records)
+    text = tables.comparison_table(records, tables.arm_names(records)[0]).text()
+    asked = comparison_task_table(records)
     text += f"\n\n{asked.text()}" if asked else ""
     found: dict[str, Any] = {
         "arms": [
             {"run": str(run), "changes": r["changes"], "achieved": r["achieved"], "tasks": r.get("tasks", [])}
             for run, r in zip(runs, records, strict=True)
         ],
-        "paired": _between(runs, records),
-        "paired_tasks": task_scores.between(runs, records, tables.arm_names(records)),
+        "paired": _paired_changes(runs, records),
+        "paired_tasks": task_scores.paired_task_changes(runs, records, tables.arm_names(records)),
     }
     budgets = {record["achieved"]["tokens"] for record in records}
     if max(budgets) > 1.02 * min(budgets):
@@ -344,14 +360,16 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
     if report:
         metrics = [list(read_metrics(run / "metrics.jsonl")) for run in runs]
         title = " and ".join(tables.arm_names(records))
-        document.write(report, comparison_page.comparison_page(records, metrics, title, tables.arm_names(records)[0]))
+        document.write_page(
+            report, comparison_page.comparison_page(records, metrics, title, tables.arm_names(records)[0])
+        )
         text += f"\n\nreport: {report}\nnext: open it in a browser"
     else:
         text += f"\nnext: {shlex.join(['postgrad', 'compare', *map(str, runs), '--report', 'compare.html'])}"
     return {"text": text, **found}
 
 
-def _between(runs: list[Path], records: list[Record]) -> list[dict[str, Any]]:
+def _paired_changes(runs: list[Path], records: list[Record]) -> list[dict[str, Any]]:
     """Paired differences between each later run's model and the first one's, on the same documents."""
     out: list[dict[str, Any]] = []
     names = tables.arm_names(records)
@@ -359,7 +377,7 @@ def _between(runs: list[Path], records: list[Record]) -> list[dict[str, Any]]:
     for run, record, name in zip(runs[1:], records[1:], names[1:], strict=True):
         other = before_after.read_scores(run / "scores" / "after.npz")
         for held_out in [n for n in first if n in other]:
-            change = before_after.change(first[held_out], other[held_out], record["model"]["vocabulary"])
+            change = before_after.loss_change(first[held_out], other[held_out], record["model"]["vocabulary"])
             out.append(
                 {
                     "set": held_out,
@@ -376,42 +394,44 @@ def _between(runs: list[Path], records: list[Record]) -> list[dict[str, Any]]:
 def show_lineage(run: Path, report: Path | None, *, cache: Path) -> dict[str, Any]:
     """The chain of stages that led to a run, its R matrix and summary; cells that no run measured are measured now."""
     machine.tune_allocator()
-    stages = chain(run)
-    known: dict[str, AnyHeldOut] = {}
+    stages = read_lineage(run)
+    known: dict[str, HeldOutSet] = {}
 
     def missing(row: int, key: str) -> float | None:
         place, record = stages[0] if row == 0 else stages[row - 1]
         if key not in known:
-            known.update(_sets_of(stages, key, cache))
+            known.update(_load_stage_sets(stages, key, cache))
         if key not in known:
             return None
-        start = _first(record, cache) if row == 0 else locate(str(place), Path.cwd())
+        start = _load_first_start(record, cache) if row == 0 else locate_model(str(place), Path.cwd())
         held_out = known[key]
-        return scores_of(start, [held_out], record["model"]["context"], cache)[held_out.name].nats
+        return score_model(start, [held_out], record["model"]["context"], cache)[held_out.name].nats
 
-    found = tree(stages, missing)
-    text = tables.lineage_table(found).text() + "\n\n" + tables.summary_table(found).text(most=100)
+    found = lineage_matrix(stages, missing)
+    text = tables.lineage_table(found).text() + "\n\n" + tables.lineage_summary_table(found).text(max_characters=100)
     if report:
-        document.write(report, lineage_page.lineage_page(found))
+        document.write_page(report, lineage_page.lineage_page(found))
         text += f"\n\nreport: {report}\nnext: open it in a browser"
     else:
         text += f"\nnext: {shlex.join(['postgrad', 'lineage', str(run), '--report', 'lineage.html'])}"
     return {"text": text, **found}
 
 
-def _first(record: Record, cache: Path) -> Start:
+def _load_first_start(record: Record, cache: Path) -> ModelLocation:
     """The model that a run started from; one that was made anew is made again when it is gone."""
     if "fresh" not in record["model"]:
-        return locate(record["model"]["source"], Path(record["root"]))
-    return start_of(parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache)
+        return locate_model(record["model"]["source"], Path(record["root"]))
+    return resolve_start_model(
+        parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
+    )
 
 
-def _sets_of(stages: list[tuple[Path, Record]], key: str, cache: Path) -> dict[str, AnyHeldOut]:
+def _load_stage_sets(stages: list[tuple[Path, Record]], key: str, cache: Path) -> dict[str, HeldOutSet]:
     """The held-out sets of the stage that knows `key`, read again."""
     for _, record in stages:
         if any(set_key(record, name) == key for name in record.get("changes", {})):
             raw = yaml.safe_load(record["stage_yaml"])
             raw["evaluation"]["tasks"] = []  # which may have moved since, and have no column in the matrix
             plan = make_plan(parse_stage(raw, record["name"]), Path(record["root"]), cache)
-            return {f"{h.name}:{h.fingerprint}": h for h in plan.held_out}
+            return {f"{h.name}:{h.fingerprint}": h for h in plan.held_out_sets}
     return {}

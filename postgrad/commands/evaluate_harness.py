@@ -8,15 +8,15 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from postgrad.commands.evaluate import context_of, read_by
+from postgrad.commands.evaluate import context_length, load_model_inputs
 from postgrad.errors import ModelError, StageError
-from postgrad.evaluation.lm_eval_harness import Found, run_harness
+from postgrad.evaluation.lm_eval_harness import HarnessResults, run_harness
 from postgrad.hardware import machine
-from postgrad.models.model import model_for
-from postgrad.models.pretrained import load_tokenizer, locate
-from postgrad.tuning.open_model import open_model, task_at
+from postgrad.models.model import wrap_model
+from postgrad.models.pretrained import load_tokenizer, locate_model
+from postgrad.tuning.open_model import get_task, open_model
 
-_LENGTH = 1024
+_DEFAULT_CONTEXT = 1024
 
 
 def evaluate_harness(
@@ -38,46 +38,46 @@ def evaluate_harness(
         raise StageError(
             f"there is no folder {folder}", where="--harness-tasks", expected="a folder of task files (YAML)"
         )
-    start = locate(model, Path.cwd(), base)
-    if task_at(start) not in ("causal", "text-to-text"):
+    start = locate_model(model, Path.cwd(), base)
+    if get_task(start) not in ("causal", "text-to-text"):
         raise ModelError(
             f"{model} does not write, so lm-eval has nothing to ask it",
             where="--harness",
             expected="a decoder or an encoder-decoder",
         )
     if context is not None:
-        context_of(start, context)
-    reading = read_by(start, _LENGTH)
+        context_length(start, context)
+    reading = load_model_inputs(start, _DEFAULT_CONTEXT)
     opened = open_model(start)
     found = run_harness(
-        model_for(opened.model, opened.task).to(machine.device()),
-        load_tokenizer(start.plain),
+        wrap_model(opened.model, opened.task).to(machine.default_device()),
+        load_tokenizer(start.full_model),
         names,
-        pad=reading.pad,
+        pad=reading.pad_id,
         context=context,
-        around=reading.inside if reading.prompted else tuple,
+        frame_prompt=reading.frame_prompt if reading.has_soft_prompt else tuple,
         folder=folder,
         shots=shots,
         limit=limit,
     )
     lines = [f"{model}, asked tasks of lm-eval {found.version}", *_table(found)]
-    if found.cut:
+    if found.truncated_prompts:
         lines.append(
-            f"{found.cut:,} of {found.requests:,} prompts were longer than the context and cut on the left (lm-eval)"
+            f"{found.truncated_prompts:,} of {found.requests:,} prompts were longer than the context and cut on the left (lm-eval)"
         )
     lines.append(f"next: {shlex.join(['postgrad', 'generate', model])}")
     results = [
         {**asdict(result), "value": result.value if isfinite(result.value) else None} for result in found.results
     ]
-    harness = {"lm_eval": found.version, "requests": found.requests, "cut": found.cut, "results": results}
+    harness = {"lm_eval": found.version, "requests": found.requests, "cut": found.truncated_prompts, "results": results}
     return {"text": "\n".join(lines), "model": model, "harness": harness}
 
 
-def _table(found: Found) -> list[str]:
+def _table(harness_result: HarnessResults) -> list[str]:
     """A line for each metric of each task."""
-    width = max([4, *(len(result.task) for result in found.results)])
+    width = max([4, *(len(result.task) for result in harness_result.results)])
     lines = [f"  {'task':<{width}} {'shots':>5} {'items':>7}  {'metric':<28} {'value':>8} {'stderr':>8}"]
-    for result in found.results:
+    for result in harness_result.results:
         shots, items = ("" if number is None else f"{number:,}" for number in (result.shots, result.items))
         stderr = "" if result.stderr is None else f"{result.stderr:.4f}"
         lines.append(

@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from postgrad.commands.evaluate import read_by
+from postgrad.commands.evaluate import load_model_inputs
 from postgrad.config.stage_file import load_tasks
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
-from postgrad.evaluation.generation_metrics import Answers, change
+from postgrad.evaluation.generation_metrics import TaskPredictions, metric_change
 from postgrad.hardware import machine
-from postgrad.models.model import model_for
-from postgrad.models.pretrained import Start, locate
-from postgrad.plan.task_prompts import Asked, framed, make_asked
-from postgrad.reports.sections.task_tables import answer_table
+from postgrad.models.model import wrap_model
+from postgrad.models.pretrained import ModelLocation, locate_model
+from postgrad.plan.task_prompts import PromptedTask, add_soft_prompts, make_prompted_task
+from postgrad.reports.sections.task_tables import task_score_table
 from postgrad.run import task_scores
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
-_LENGTH = 1024
+_DEFAULT_CONTEXT = 1024
 """Positions of a question to a model without a limit."""
 
 
@@ -29,9 +29,9 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Ask a model the tasks of a file. Raises `ModelError`, `StageError` or `DataError`."""
     machine.tune_allocator()
-    asked, answers = _answered(locate(model, Path.cwd(), base), file, shots, cache)
-    entries = _entries(asked, answers)
-    lines = [answer_table(entries, f"{model}, asked the tasks of {file}").text(most=100)]
+    asked, answers = _load_and_answer(locate_model(model, Path.cwd(), base), file, shots, cache)
+    entries = _task_entries(asked, answers)
+    lines = [task_score_table(entries, f"{model}, asked the tasks of {file}").text(max_characters=100)]
     lines += [note for task in asked for note in task.notes]
     lines.append(f"next: {shlex.join(['postgrad', 'compare', model, 'another-model', '--tasks', str(file)])}")
     return {"text": "\n".join(lines), "model": model, "tasks": entries}
@@ -42,64 +42,70 @@ def compare_tasks(models: list[str], file: Path, *, cache: Path) -> dict[str, An
     if len(models) < 2:
         raise StageError("one model has nothing to be compared with", where="compare", expected="two or more models")
     machine.tune_allocator()
-    found = [_answered(locate(model, Path.cwd()), file, None, cache) for model in models]
+    found = [_load_and_answer(locate_model(model, Path.cwd()), file, None, cache) for model in models]
     parts: list[str] = []
     out: list[dict[str, Any]] = []
     (first, answers), *others = found
-    entries = [_entries(*each) for each in found]
+    entries = [_task_entries(*each) for each in found]
     for model, mine in zip(models, entries, strict=True):
-        parts.append(answer_table(mine, model).text(most=100))
+        parts.append(task_score_table(mine, model).text(max_characters=100))
     lines = [f"each model held against {models[0]}, item by item (metric: change, 95 % interval)"]
     for model, (theirs, said), mine in zip(models[1:], others, entries[1:], strict=True):
         for one, other, entry in zip(first, theirs, mine, strict=True):
-            pair = paired(one, answers[one.name], other, said[other.name])
+            pair = pair_answers(one, answers[one.name], other, said[other.name])
             entry["against"] = models[0]
-            entry["changes"] = {name: change(name, *pair) for name in one.metrics} if len(pair[0]) else {}
-            lines += _changes(f"{model}, {one.name}", entry["changes"], len(pair[0]))
+            entry["changes"] = {name: metric_change(name, *pair) for name in one.metrics} if len(pair[0]) else {}
+            lines += _change_lines(f"{model}, {one.name}", entry["changes"], len(pair[0]))
     for model, mine in zip(models, entries, strict=True):
         out.append({"model": model, "tasks": mine})
     lines.append(f"next: {shlex.join(['postgrad', 'generate', models[0], '--beside', models[1]])}")
     return {"text": "\n\n".join([*parts, "\n".join(lines)]), "models": out}
 
 
-def _changes(what: str, changes: Mapping[Any, dict[str, Any]], items: int) -> list[str]:
+def _change_lines(title: str, changes: Mapping[Any, dict[str, Any]], items: int) -> list[str]:
     if not changes:
-        return [f"  {what}: no item was asked of both"]
+        return [f"  {title}: no item was asked of both"]
     return [
-        f"  {what}: {metric} {found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f}), {items:,} items"
+        f"  {title}: {metric} {found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f}), {items:,} items"
         for metric, found in changes.items()
     ]
 
 
-def paired(one: Asked, said: Answers, other: Asked, said_other: Answers) -> tuple[Answers, Answers]:
+def pair_answers(
+    first: PromptedTask, first_answers: TaskPredictions, second: PromptedTask, second_answers: TaskPredictions
+) -> tuple[TaskPredictions, TaskPredictions]:
     """The answers of two models to the items that both were asked: what does not fit one context may fit another."""
-    if one.digests_I == other.digests_I:
-        return said, said_other
-    at = {mark: i for i, mark in enumerate(one.digests_I)}
-    both = [(at[mark], j) for j, mark in enumerate(other.digests_I) if mark in at]
-    return _only(said, [i for i, _ in both]), _only(said_other, [j for _, j in both])
+    if first.digests_I == second.digests_I:
+        return first_answers, second_answers
+    at = {mark: i for i, mark in enumerate(first.digests_I)}
+    both = [(at[mark], j) for j, mark in enumerate(second.digests_I) if mark in at]
+    return _select_items(first_answers, [i for i, _ in both]), _select_items(second_answers, [j for _, j in both])
 
 
-def _only(answers: Answers, items: Sequence[int]) -> Answers:
-    said_KI = tuple(tuple(said[i] for i in items) for said in answers.said_KI)
-    return Answers(said_KI, tuple(answers.references_I[i] for i in items))
+def _select_items(answers: TaskPredictions, items: Sequence[int]) -> TaskPredictions:
+    said_KI = tuple(tuple(said[i] for i in items) for said in answers.predictions_KI)
+    return TaskPredictions(said_KI, tuple(answers.references_I[i] for i in items))
 
 
-def _answered(start: Start, file: Path, shots: int | None, cache: Path) -> tuple[list[Asked], task_scores.AllAnswers]:
+def _load_and_answer(
+    start: ModelLocation, file: Path, shots: int | None, cache: Path
+) -> tuple[list[PromptedTask], task_scores.AllAnswers]:
     """The tasks as the model of a start is asked them, and its answers."""
-    reading = read_by(start, _LENGTH)
+    reading = load_model_inputs(start, _DEFAULT_CONTEXT)
     root = file.resolve().parent
     tasks = [
-        framed(make_asked(task, reading, root, f"{file}: {task.name}"), reading) for task in load_tasks(file, shots)
+        add_soft_prompts(make_prompted_task(task, reading, root, f"{file}: {task.name}"), reading)
+        for task in load_tasks(file, shots)
     ]
-    device = machine.device()
+    device = machine.default_device()
     opened = open_model(start)
-    model = model_for(opened.model, opened.task).to(device)
+    model = wrap_model(opened.model, opened.task).to(device)
     identity = start_fingerprint(start)
-    return tasks, task_scores.ask(model, tasks, reading, world=World(device), identity=identity, cache=cache)
+    return tasks, task_scores.answer_tasks(model, tasks, reading, world=World(device), identity=identity, cache=cache)
 
 
-def _entries(asked: Sequence[Asked], answers: task_scores.AllAnswers) -> list[dict[str, Any]]:
+def _task_entries(tasks: Sequence[PromptedTask], answers: task_scores.AllAnswers) -> list[dict[str, Any]]:
     return [
-        {**task_scores.described(task), "scores": task_scores.summarised(task, answers[task.name])} for task in asked
+        {**task_scores.describe_task(task), "scores": task_scores.summarize_metrics(task, answers[task.name])}
+        for task in tasks
     ]

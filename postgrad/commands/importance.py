@@ -12,29 +12,43 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from postgrad.commands.evaluate import chosen_files, context_of, read_by
+from postgrad.commands.evaluate import context_length, load_documents, load_model_inputs
 from postgrad.config.objectives import AnyObjective
-from postgrad.config.quantities import amount_of
+from postgrad.config.quantities import parse_token_count
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import Batch, collate
-from postgrad.data.loading.mixture import derived, permuted
-from postgrad.errors import DataError, ModelError, StageError, nearest
-from postgrad.evaluation.fisher import Found, Measure, empirical, fisher, mas, measured
+from postgrad.data.loading.mixture import derive_key, permute_indices
+from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
+from postgrad.evaluation.fisher import (
+    ImportanceEstimate,
+    ImportanceMeasure,
+    empirical_fisher_measure,
+    estimate_importance,
+    fisher_measure,
+    mas_measure,
+)
 from postgrad.hardware import machine
-from postgrad.models.model import model_for
-from postgrad.models.pretrained import Start, locate
-from postgrad.objectives.classification_loss import Problem
-from postgrad.penalties.importance_file import SAYS, About, ImportanceFile, Kind, added_onto, write_importance
+from postgrad.models.model import wrap_model
+from postgrad.models.pretrained import ModelLocation, locate_model
+from postgrad.objectives.classification_loss import ProblemType
+from postgrad.penalties.importance_file import (
+    KIND_DESCRIPTIONS,
+    ImportanceFile,
+    ImportanceKind,
+    ImportanceMetadata,
+    accumulate_importance,
+    write_importance,
+)
 from postgrad.plan.objective_rows import make_rows
 from postgrad.run.build import make_objectives
 from postgrad.storage.atomic import disk_error
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 2048}
+_TOKENS_PER_BATCH = {"cpu": 512, "cuda": 2048}
 """Of a batch: the more batches, the better the estimate for the same tokens; a GPU wants more at once."""
-_FEWEST_BATCHES = 16
-_SHOWN = 6
+_MIN_BATCHES = 16
+_PARTS_SHOWN = 6
 
 
 def measure_importance(
@@ -44,7 +58,7 @@ def measure_importance(
     out: Path,
     tokens: str,
     kind: str,
-    onto: Path | None,
+    accumulate: Path | None,
     decay: float,
     dtype: str,
     context: int | None,
@@ -58,8 +72,8 @@ def measure_importance(
 ) -> dict[str, Any]:
     """Measure the importance of a model's weights on files, and write it. Raises what is wrong with any of them."""
     machine.tune_allocator()
-    wanted: Kind = _known("--kind", kind, get_args(Kind))
-    _known("--dtype", dtype, tuple(_DTYPES))
+    wanted: ImportanceKind = _check_choice("--kind", kind, get_args(ImportanceKind))
+    _check_choice("--dtype", dtype, tuple(_DTYPES))
     if not 0 <= decay <= 1:
         raise StageError(f"a decay of {decay}", where="--decay", expected="0 to 1")
     if out.is_dir():
@@ -68,16 +82,28 @@ def measure_importance(
         raise StageError(f"{out} is there already", where="--out", way_out="name another file, or add --force")
     if not out.parent.is_dir():
         raise StageError(f"there is no folder {out.parent}", where="--out")
-    older = ImportanceFile(onto) if onto else None
-    if older and older.about.kind != kind:
+    older = ImportanceFile(accumulate) if accumulate else None
+    if older and older.metadata.kind != kind:
         raise DataError(
-            f"the older importance is {older.about.kind}, and this one {kind}", where=str(onto), expected="one kind"
+            f"the older importance is {older.metadata.kind}, and this one {kind}",
+            where=str(accumulate),
+            expected="one kind",
         )
-    start = locate(model, Path.cwd(), base)
-    found, per, short = _measured(
-        start, files, wanted, amount_of(tokens, "--tokens"), older, context, documents, column, seed, cache, progress
+    start = locate_model(model, Path.cwd(), base)
+    found, per, short = _measure_files(
+        start,
+        files,
+        wanted,
+        parse_token_count(tokens, "--tokens"),
+        older,
+        context,
+        documents,
+        column,
+        seed,
+        cache,
+        progress,
     )
-    about = About(
+    about = ImportanceMetadata(
         kind=wanted,
         per=per,
         tokens=found.labels,
@@ -88,13 +114,13 @@ def measure_importance(
     )
     tensors = found.tensors
     if older:
-        tensors = added_onto(older, tensors, decay)
+        tensors = accumulate_importance(older, tensors, decay)
         numbers = sum(t.numel() for t in tensors.values())
-        about = About(
+        about = ImportanceMetadata(
             **{
                 **asdict(about),
                 "mean": sum(float(t.double().sum()) for t in tensors.values()) / numbers,
-                "onto": {**asdict(older.about), "decay": decay},
+                "onto": {**asdict(older.metadata), "decay": decay},
             }
         )
     staging = out.with_name(f".{out.name}.{os.getpid()}")
@@ -104,7 +130,7 @@ def measure_importance(
     except OSError as error:
         staging.unlink(missing_ok=True)
         raise disk_error(error, out) from error
-    parts = _by_part(tensors, about.mean)
+    parts = _importance_by_part(tensors, about.mean)
     return {
         "text": "\n".join(_lines(about, out, parts, short)),
         **asdict(about),
@@ -114,34 +140,36 @@ def measure_importance(
     }
 
 
-def _known(where: str, word: str, words: tuple[str, ...]) -> Any:
+def _check_choice(where: str, value: str, choices: tuple[str, ...]) -> Any:
     """`word`, which is one of `words`. Raises `StageError` when it is not."""
-    if word not in words:
-        raise StageError(f"there is no {word!r}", where=where, expected=", ".join(words), way_out=nearest(word, words))
-    return word
+    if value not in choices:
+        raise StageError(
+            f"there is no {value!r}", where=where, expected=", ".join(choices), way_out=suggest_nearest(value, choices)
+        )
+    return value
 
 
-def _measured(
-    start: Start,
+def _measure_files(
+    start: ModelLocation,
     files: list[str],
-    kind: Kind,
+    kind: ImportanceKind,
     tokens: int,
-    older: ImportanceFile | None,
+    previous: ImportanceFile | None,
     context: int | None,
     documents: str,
     column: str | None,
     seed: int,
     cache: Path,
     progress: Callable[[int, int], None],
-) -> tuple[Found, str, bool]:
+) -> tuple[ImportanceEstimate, str, bool]:
     """What was found, what it is counted in, and whether the text was too short."""
-    reading = read_by(start, context_of(start, context))
+    reading = load_model_inputs(start, context_length(start, context))
     together = kind == "fisher"
     sets: list[Rows] = []
     specs: list[AnyObjective] = []
-    problem: Problem = "class"
-    for chosen, decided in chosen_files(start, files, documents, column, reading, cache):
-        sets.append(make_rows(chosen.objective, chosen.store, reading, problem=decided, together=together))
+    problem: ProblemType = "class"
+    for chosen, decided in load_documents(start, files, documents, column, reading, cache):
+        sets.append(make_rows(chosen.objective, chosen.store, reading, problem=decided, pack=together))
         specs.append(chosen.objective)
         problem = decided
     if not any(rows.ledger.trained for rows in sets):
@@ -153,23 +181,25 @@ def _measured(
             where="MODEL",
             way_out="name the model that it sits on, or export it first",
         )
-    if older:
-        older.require({name: tuple(p.shape) for name, p in opened.model.named_parameters() if p.is_floating_point()})
-    device = machine.device()
-    model = model_for(opened.model, opened.task).to(device)
+    if previous:
+        previous.check_shapes(
+            {name: tuple(p.shape) for name, p in opened.model.named_parameters() if p.is_floating_point()}
+        )
+    device = machine.default_device()
+    model = wrap_model(opened.model, opened.task).to(device)
     # All files are weighed alike: what a model says of a label does not depend on the file that the label is of.
     (loss,) = make_objectives(specs[:1], problem)
     classes = len(opened.model.config.id2label or ()) if problem == "multi" else 1
-    measures: dict[Kind, Measure] = {
-        "fisher": fisher(loss, problem, torch.Generator().manual_seed(seed), scale=classes),
-        "empirical": empirical(loss, scale=classes),
-        "mas": mas(),
+    measures: dict[ImportanceKind, ImportanceMeasure] = {
+        "fisher": fisher_measure(loss, problem, torch.Generator().manual_seed(seed), scale=classes),
+        "empirical": empirical_fisher_measure(loss, scale=classes),
+        "mas": mas_measure(),
     }
-    most = min(_TOKENS_AT_ONCE[device.type], tokens // _FEWEST_BATCHES) if together else 1
+    most = min(_TOKENS_PER_BATCH[device.type], tokens // _MIN_BATCHES) if together else 1
     at_once = max(1, most // reading.length)
-    result: Found | None = None
-    for step in measured(model, _batches(sets, at_once, reading.pad, seed), measures[kind], tokens):
-        if isinstance(step, Found):
+    result: ImportanceEstimate | None = None
+    for step in estimate_importance(model, _batches(sets, at_once, reading.pad_id, seed), measures[kind], tokens):
+        if isinstance(step, ImportanceEstimate):
             result = step
         else:
             progress(min(step, tokens), tokens)
@@ -178,27 +208,27 @@ def _measured(
     return result, per, result.labels < tokens
 
 
-def _batches(sets: list[Rows], at_once: int, pad: int, seed: int) -> Iterator[Batch]:
+def _batches(sets: list[Rows], batch_size: int, pad: int, seed: int) -> Iterator[Batch]:
     """The rows of all files, each once, in an order that the seed decides; rows of one layout together."""
     first = np.cumsum([0, *(len(rows) for rows in sets)])
-    order = permuted(np.arange(first[-1]), int(first[-1]), derived(seed, 0x1397))
+    order = permute_indices(np.arange(first[-1]), int(first[-1]), derive_key(seed, 0x1397))
     waiting: dict[str, list[Row]] = {}
     for position, number in enumerate(order.tolist()):
         k = int(np.searchsorted(first, number, side="right")) - 1
-        row = sets[k].at(number - int(first[k]), position)
-        if not row.counted:
+        row = sets[k].get_row(number - int(first[k]), position)
+        if not row.label_count:
             continue
         group = waiting.setdefault(sets[k].layout, [])
         group.append(row)
-        if len(group) == at_once:
-            yield collate(group, [0] * len(group), pad=pad)
+        if len(group) == batch_size:
+            yield collate(group, [0] * len(group), pad_token_id=pad)
             group.clear()
     for group in waiting.values():
         if group:
-            yield collate(group, [0] * len(group), pad=pad)
+            yield collate(group, [0] * len(group), pad_token_id=pad)
 
 
-def _by_part(tensors: dict[str, torch.Tensor], mean: float) -> list[dict[str, Any]]:
+def _importance_by_part(tensors: dict[str, torch.Tensor], mean: float) -> list[dict[str, Any]]:
     """Which parts of the model matter: weights of the same name in all blocks together, those that matter most first."""
     sums: dict[str, list[float]] = {}
     for name, tensor in tensors.items():
@@ -213,34 +243,34 @@ def _by_part(tensors: dict[str, torch.Tensor], mean: float) -> list[dict[str, An
     return sorted(rows, key=lambda row: -row["share"])
 
 
-def _lines(about: About, out: Path, parts: list[dict[str, Any]], short: bool) -> list[str]:
+def _lines(metadata: ImportanceMetadata, out: Path, parts: list[dict[str, Any]], is_short: bool) -> list[str]:
     lines = [
-        f"{about.model}: {SAYS[about.kind]}",
-        f"a mean over {about.tokens:,} {about.per}s" + (" (all that the files have)" if short else ""),
+        f"{metadata.model}: {KIND_DESCRIPTIONS[metadata.kind]}",
+        f"a mean over {metadata.tokens:,} {metadata.per}s" + (" (all that the files have)" if is_short else ""),
         "",
-        *_convergence(about),
+        *_convergence_lines(metadata),
         "",
         f"  {'weights':<44} {'numbers':>10} {'share':>7} {'mean / overall mean':>20}",
         *(
             f"  {row['part']:<44} {row['weights']:>10,} {row['share']:>7.1%} {row['relative']:>20.3g}"
-            for row in parts[:_SHOWN]
+            for row in parts[:_PARTS_SHOWN]
         ),
         "",
-        f"mean importance {about.mean:.4g} per {about.per}",
+        f"mean importance {metadata.mean:.4g} per {metadata.per}",
     ]
-    if about.onto:
-        lines.append(f"added onto {about.onto['decay']:g} x what was measured on {about.onto['model']}")
+    if metadata.onto:
+        lines.append(f"added onto {metadata.onto['decay']:g} x what was measured on {metadata.onto['model']}")
     stage = f"penalties: [{{kind: anchor, strength: auto, importance: {out}}}]"
-    return [*lines, f"written: {out}", f"next, in a stage that starts from {about.model}: {stage}"]
+    return [*lines, f"written: {out}", f"next, in a stage that starts from {metadata.model}: {stage}"]
 
 
-def _convergence(about: About) -> list[str]:
-    if not about.convergence:
+def _convergence_lines(metadata: ImportanceMetadata) -> list[str]:
+    if not metadata.convergence:
         return ["one batch alone: nothing tells how far it is off (more --tokens, or a smaller --context)"]
     return [
         f"  {'labels':>10}  {'two halves correlate':>20}  {'their mean is off by':>20}",
         *(
             f"  {int(row['labels']):>10,}  {row['correlation']:>20.3f}  {row['error']:>20.1%}"
-            for row in about.convergence
+            for row in metadata.convergence
         ),
     ]

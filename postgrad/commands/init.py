@@ -13,17 +13,17 @@ import yaml
 from transformers import AutoConfig
 
 from postgrad.data.read.documents import read_documents
-from postgrad.data.read.files import Source as Files
+from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import StageError
-from postgrad.hardware.memory import readable
+from postgrad.hardware.memory import format_bytes
 from postgrad.lineage.record import RECORD, read_record
-from postgrad.models.pretrained import Start, load_tokenizer, locate
+from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
 from postgrad.plan.model_inputs import make_encoder
 from postgrad.storage.atomic import write_atomically
 
-_SHARE = 0.10
-_FEW = 40
+_REPLAY_SHARE = 0.10
+_MIN_DOCUMENTS = 40
 """Documents; with fewer, a held-out part says little."""
 
 _TEMPLATE = """\
@@ -49,21 +49,23 @@ evaluation: {{every: 10%}}        # the held-out part of each source is scored b
 """
 
 
-def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache: Path, force: bool) -> dict[str, Any]:
+def write_stage(
+    stage_path: Path, *, data: str, model: str, replay: str | None, cache: Path, force: bool
+) -> dict[str, Any]:
     """Look at the model and the text and write a stage file. Raises `StageError` when the file is there."""
-    if place.exists() and not force:
-        raise StageError(f"{place} is there already", where="init", way_out="choose another name, or give --force")
-    refuse_name(place)
-    name = place.stem
-    root = place.resolve().parent
-    start = locate(model, root)
-    config = AutoConfig.from_pretrained(start.source)
+    if stage_path.exists() and not force:
+        raise StageError(f"{stage_path} is there already", where="init", way_out="choose another name, or give --force")
+    check_name(stage_path)
+    name = stage_path.stem
+    root = stage_path.resolve().parent
+    start = locate_model(model, root)
+    config = AutoConfig.from_pretrained(start.name_or_path)
     encoder = make_encoder(load_tokenizer(start), int(config.vocab_size))
     positions = getattr(config, "max_position_embeddings", None) or 1024
     files = Files("new", data, root=root, where="--data")
     store = build_store(files, encoder, cache)
     cut = ""
-    if len(store) < _FEW and store.kind == "text":
+    if len(store) < _MIN_DOCUMENTS and store.kind == "text":
         # A part is held out by whole documents; a text of few documents is cut into passages for that.
         passages = dataclasses.replace(files, documents="passages")
         finer = build_store(passages, encoder, cache)
@@ -76,9 +78,9 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
     lines, share = "", 1.0
     if replay:
         build_store(Files("replay", replay, root=root, where="--replay"), encoder, cache)
-        share = 1 - _SHARE
+        share = 1 - _REPLAY_SHARE
         lines = (
-            f"    - {{name: replay, path: {_yaml(replay)}, share: {_SHARE:.0%}, role: replay}}"
+            f"    - {{name: replay, path: {_yaml_scalar(replay)}, share: {_REPLAY_SHARE:.0%}, role: replay}}"
             "   # old text, against forgetting\n"
         )
     else:
@@ -86,17 +88,17 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
             "    # Without old text the model forgets. Uncomment and name some of what it was trained on:\n"
             "    # - {name: replay, path: old-text/*.jsonl, share: 10%, role: replay}    # and give `new` a share of 90%\n"
         )
-    peak, floor, rate = _rates(start, model)
+    peak, floor, rate = _suggested_rates(start, model)
     tokens = max(1000, round(store.tokens * 0.98 / share))
     length = min(1024, positions)
     sequences = max(1, min(32, tokens // (length * 50)))
     text = _TEMPLATE.format(
         head=f"{name}: continue {model} on {data}",
-        name=_yaml(name),
-        model=_yaml(model),
-        data=_yaml(data),
-        file=place.name,
-        tokens=_rounded(tokens),
+        name=_yaml_scalar(name),
+        model=_yaml_scalar(model),
+        data=_yaml_scalar(data),
+        file=stage_path.name,
+        tokens=_format_tokens(tokens),
         why="about one pass over the new text",
         length=length,
         positions=f"{positions:,}",
@@ -110,17 +112,17 @@ def write_stage(place: Path, *, data: str, model: str, replay: str | None, cache
         step_tokens=f"{sequences * length:,}",
         retained="" if replay else "\n  # retained: [old-heldout.jsonl]   # old text, to see what is forgotten",
     )
-    write_atomically(place, text)
+    write_atomically(stage_path, text)
     said = [
-        f"{data}: {len(store):,} documents, {store.tokens:,} tokens, {readable(store.bytes)} ({store.kind})",
+        f"{data}: {len(store):,} documents, {store.tokens:,} tokens, {format_bytes(store.bytes)} ({store.kind})",
         *(f"  {i}. {sample}" for i, sample in enumerate(samples, 1)),
-        f"wrote {place}",
-        f"next: postgrad check {place}",
+        f"wrote {stage_path}",
+        f"next: postgrad check {stage_path}",
     ]
-    return {"text": "\n".join(said), "stage": str(place), "documents": len(store), "tokens": store.tokens}
+    return {"text": "\n".join(said), "stage": str(stage_path), "documents": len(store), "tokens": store.tokens}
 
 
-def _rates(start: Start, model: str) -> tuple[str, str, str]:
+def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:
     """Peak and floor, and a word on them: those of a run that moved all weights; small models want more than large ones."""
     said = "higher learns more and forgets more"
     if start.run is not None and (start.run / RECORD).exists():
@@ -132,17 +134,17 @@ def _rates(start: Start, model: str) -> tuple[str, str, str]:
     return "2.0e-5", "2.0e-6", said
 
 
-def refuse_name(place: Path) -> None:
+def check_name(stage_path: Path) -> None:
     """Raise `StageError` for a stage file whose name cannot name a run's folder too."""
-    if not re.fullmatch(r"[\w.\-]*\w[\w.\-]*", place.stem) or place.parent != Path():
+    if not re.fullmatch(r"[\w.\-]*\w[\w.\-]*", stage_path.stem) or stage_path.parent != Path():
         raise StageError(
-            f"{str(place.with_suffix(''))!r} cannot name a run folder",
+            f"{str(stage_path.with_suffix(''))!r} cannot name a run folder",
             where="init",
             expected="letters, digits, '.', '_' and '-', and not dots alone",
         )
 
 
-def _yaml(text: str) -> str:
+def _yaml_scalar(text: str) -> str:
     """A text as YAML gives it back: quoted when it would be read as a number, an alias, a comment or a list."""
     try:
         plain = yaml.safe_load(f"{{x: {text}}}") == {"x": text}
@@ -151,7 +153,7 @@ def _yaml(text: str) -> str:
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
-def _rounded(tokens: int) -> str:
+def _format_tokens(tokens: int) -> str:
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if tokens >= 10 * size:
             return f"{tokens / size:.0f}{unit}"

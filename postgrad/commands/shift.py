@@ -12,26 +12,26 @@ from typing import Any
 import numpy as np
 
 from postgrad.analysis import domain_shift
-from postgrad.analysis.domain_shift import Estimate
-from postgrad.analysis.shift_advice import proposals, strength_of
-from postgrad.commands.evaluate import context_of, files_as_read, scores_of
+from postgrad.analysis.domain_shift import ShiftEstimate
+from postgrad.analysis.shift_advice import make_proposals, shift_strength
+from postgrad.commands.evaluate import context_length, load_file_sets, score_model
 from postgrad.data.read.documents import read_documents
-from postgrad.data.read.files import Source as Files
+from postgrad.data.read.files import RawSource as Files
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.perplexity import Scores
 from postgrad.hardware import machine
-from postgrad.models.pretrained import load_tokenizer, locate
+from postgrad.models.pretrained import load_tokenizer, locate_model
 from postgrad.reports.html import document as shell
 from postgrad.reports.pages import shift_page
 from postgrad.stats.forgetting import bootstrap
 
-_MOST_DOCUMENTS = 20_000
-_SCORED = 100_000
+_MAX_DOCUMENTS = 20_000
+_MAX_SCORED_TOKENS = 100_000
 """Tokens of each text that the model scores."""
 
 
 @dataclass(frozen=True)
-class _Text:
+class _Corpus:
     """One of the two texts."""
 
     name: str
@@ -58,9 +58,9 @@ def measure_shift(
     if report and report.is_dir():
         raise StageError(f"{report} is a folder", where="--report", expected="a file for the page")
     machine.tune_allocator()
-    start = locate(model, Path.cwd(), base)
+    start = locate_model(model, Path.cwd(), base)
     tokenizer = load_tokenizer(start)
-    texts = [_text("--old", old), _text("--new", new)]
+    texts = [_load_corpus("--old", old), _load_corpus("--new", new)]
     domain_shift.refuse_same(*(text.documents for text in texts))
 
     def encode(some: list[str]) -> list[list[int]]:
@@ -71,23 +71,28 @@ def measure_shift(
     unknown = [tokenizer.unk_token_id] if isinstance(tokenizer.unk_token_id, int) else []
     cuts = [domain_shift.fertility(text.documents, encode, unknown) for text in texts]
     distances = {
-        "byte trigrams": domain_shift.divergence(*(domain_shift.byte_counts(text.passages) for text in texts)),
-        "tokens": domain_shift.divergence(
+        "byte trigrams": domain_shift.js_divergence(*(domain_shift.byte_counts(text.passages) for text in texts)),
+        "tokens": domain_shift.js_divergence(
             *(domain_shift.token_counts(text.passages, encode, vocabulary) for text in texts)
         ),
         "n-gram log-ratio": domain_shift.log_ratio(*grams),
-        "told apart": domain_shift.told_apart(*grams),
+        "told apart": domain_shift.classifier_auc(*grams),
     }
-    used = context_of(start, context)
+    used = context_length(start, context)
     scored = [
-        scores_of(start, files_as_read(start, text.files, "auto", None, used, cache, limit=_SCORED).sets, used, cache)
+        score_model(
+            start,
+            load_file_sets(start, text.files, "auto", None, used, cache, limit=_MAX_SCORED_TOKENS).sets,
+            used,
+            cache,
+        )
         for text in texts
     ]
     bits = [_bits_per_byte(list(found.values())) for found in scored]
     main = distances["byte trigrams"]
-    strength = strength_of(main.value, main.same or 0.0)
+    strength = shift_strength(main.value, main.same or 0.0)
     tokens = round(sum(len(d.encode()) for d in texts[1].documents) / cuts[1].bytes_per_token)
-    advised = proposals(
+    advised = make_proposals(
         strength,
         tokens=tokens,
         old_bytes_per_token=cuts[0].bytes_per_token,
@@ -116,7 +121,7 @@ def measure_shift(
     }
     lines = _lines(found)
     if report:
-        shell.write(report, shift_page.shift_page(found))
+        shell.write_page(report, shift_page.shift_page(found))
         lines.append(f"report: {report}")
     lines.append(
         f"next: {shlex.join(['postgrad', 'init', 'stage', '--model', model, '--data', new[0], '--replay', old[0]])}"
@@ -124,16 +129,16 @@ def measure_shift(
     return {"text": "\n".join(lines), **found}
 
 
-def _text(where: str, given: Sequence[str]) -> _Text:
-    documents = list(islice(_documents(where, given), _MOST_DOCUMENTS))
-    return _Text(where, documents, domain_shift.passages(documents, where), list(given))
+def _load_corpus(where: str, paths: Sequence[str]) -> _Corpus:
+    documents = list(islice(_interleave_documents(where, paths), _MAX_DOCUMENTS))
+    return _Corpus(where, documents, domain_shift.make_passages(documents, where), list(paths))
 
 
-def _documents(where: str, given: Sequence[str]) -> Iterator[str]:
+def _interleave_documents(where: str, paths: Sequence[str]) -> Iterator[str]:
     """Texts of all files, turn by turn, so that each has its part when there are many."""
     streams = [
-        (d.text for d in read_documents(Files(where, path, root=Path.cwd(), where=where)) if d.text and not d.empty)
-        for path in given
+        (d.text for d in read_documents(Files(where, path, root=Path.cwd(), where=where)) if d.text and not d.is_empty)
+        for path in paths
     ]
     while streams:
         for stream in list(streams):
@@ -144,25 +149,25 @@ def _documents(where: str, given: Sequence[str]) -> Iterator[str]:
                 yield document
 
 
-def _bits_per_byte(scores: Sequence[Scores]) -> Estimate:
+def _bits_per_byte(scores: Sequence[Scores]) -> ShiftEstimate:
     """Bits per byte of all sets together, with its interval over documents (or windows, when those are few)."""
     if not scores:
         raise DataError("no text to score", where="shift")
     nats = np.concatenate([np.bincount(s.document_W, s.nats_W, len(s.bytes_N)) for s in scores]) / np.log(2)
     sizes = np.concatenate([s.bytes_N for s in scores]).astype(np.float64)
     low, high = bootstrap(nats, sizes)
-    return Estimate(float(nats.sum() / sizes.sum()), low, high)
+    return ShiftEstimate(float(nats.sum() / sizes.sum()), low, high)
 
 
-def _difference(old: Estimate, new: Estimate) -> Estimate:
+def _difference(old: ShiftEstimate, new: ShiftEstimate) -> ShiftEstimate:
     """New minus old; the two are drawn apart, so the half-widths add as variances do."""
     value = new.value - old.value
     low = value - float(np.hypot(new.value - new.low, old.high - old.value))
     high = value + float(np.hypot(new.high - new.value, old.value - old.low))
-    return Estimate(value, low, high)
+    return ShiftEstimate(value, low, high)
 
 
-_SAID = {
+_DISTANCE_TITLES = {
     "byte trigrams": "divergence of byte trigrams, bits",
     "tokens": "divergence of tokens, bits",
     "n-gram log-ratio": "log-ratio of n-grams, nats",
@@ -170,26 +175,28 @@ _SAID = {
 }
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    old, new = found["old"], found["new"]
+def _lines(result: dict[str, Any]) -> list[str]:
+    old, new = result["old"], result["new"]
     lines = [
-        f"{found['model']}: the shift from old to new text is {found['strength']}",
+        f"{result['model']}: the shift from old to new text is {result['strength']}",
         f"  {'':<36} {'value':>8} {'95 % interval':>19} {'no shift':>9}",
     ]
-    for name, entry in found["distances"].items():
-        lines.append(f"  {_SAID[name]:<36} {entry['value']:>8.3f} {_interval(entry):>19} {entry['same']:>9.3f}")
+    for name, entry in result["distances"].items():
+        lines.append(
+            f"  {_DISTANCE_TITLES[name]:<36} {entry['value']:>8.3f} {_interval(entry):>19} {entry['same']:>9.3f}"
+        )
     lines += [
         "",
         f"  {'':<36} {'old':>8} {'new':>8}",
         f"  {'bits per byte of the model':<36} {old['bits']['value']:>8.3f} {new['bits']['value']:>8.3f}   "
-        f"new - old {found['surprise']['value']:+.3f} ({found['surprise']['low']:+.3f} to {found['surprise']['high']:+.3f})",
+        f"new - old {result['surprise']['value']:+.3f} ({result['surprise']['low']:+.3f} to {result['surprise']['high']:+.3f})",
         f"  {'bytes per token':<36} {old['bytes_per_token']:>8.2f} {new['bytes_per_token']:>8.2f}",
         f"  {'tokens per word':<36} {old['tokens_per_word']:>8.2f} {new['tokens_per_word']:>8.2f}",
         f"  {'unknown tokens':<36} {old['unknown']:>8.2%} {new['unknown']:>8.2%}",
         "",
         "to begin with:",
     ]
-    for proposal in found["proposals"]:
+    for proposal in result["proposals"]:
         lines.append(f"  {proposal['what']}: {proposal['value']}")
         lines.append(f"    {proposal['reason']} ({proposal['source']})")
     return lines

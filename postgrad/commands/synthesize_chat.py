@@ -19,39 +19,39 @@ from typing import Any
 import numpy as np
 
 from postgrad.commands.synthesize import (
-    Author,
     Candidate,
-    Wish,
-    Written,
-    asked_or_text,
-    author,
-    check_wish,
-    grown,
-    settle,
+    SynthesisProgress,
+    SynthesisRequest,
+    TextGenerator,
+    check_request,
+    dedup_text,
+    finalize_output,
+    generate_until_target,
+    load_generator,
 )
-from postgrad.data.filter.near_duplicates import repeated
-from postgrad.data.random_streams import Draws
+from postgrad.data.filter.near_duplicates import repetition_share
+from postgrad.data.random_streams import RandomStreams
 from postgrad.data.read.documents import Document, read_documents
-from postgrad.data.read.files import Source as Files
+from postgrad.data.read.files import RawSource as Files
 from postgrad.data.render.renderers import PlainRenderer
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.evaluation.continuations import text_of
-from postgrad.evaluation.generate_documents import Drawn, drawn
-from postgrad.evaluation.held_out import behind_bos
+from postgrad.evaluation.continuations import decode_ids
+from postgrad.evaluation.generate_documents import GeneratedDocument, generate_documents
+from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
 from postgrad.storage.fingerprint import fingerprint
 
-SHOWN = 3
+DEFAULT_SHOTS = 3
 """Examples before a question, where none are asked for."""
 CLUSTERS = 20
 """Clusters that questions are sorted into (as in SSR)."""
-_MOST_EXAMPLES = 100_000
-_FEWEST_WORDS = 2
-_HERE = "\ufdd0"
+_MAX_EXAMPLES = 100_000
+_MIN_WORDS = 2
+_USER_PLACEHOLDER = "\ufdd0"
 """Stands where a user speaks, to find that place in a template: no character of any text."""
-_QUESTION, _ANSWER, _EXAMPLES = 0, 1, 2
+_QUESTION_STREAM, _ANSWER_STREAM, _EXAMPLES_STREAM = 0, 1, 2
 """Streams of random numbers of one row."""
-FIRST, NEXT = (
+FIRST_REQUEST, NEXT_REQUEST = (
     "Write a question or a task that someone could give to an assistant.",
     "Write another one, about something else.",
 )
@@ -64,52 +64,56 @@ class Rehearsal:
 
     examples: tuple[str, ...] = ()
     """Files with questions that are shown as examples; none: what a user says is drawn from the template alone."""
-    shown: int = SHOWN
+    shots: int = DEFAULT_SHOTS
     """Examples that are shown before each question."""
-    answering: str | None = None
+    answer_model: str | None = None
     """The model that answers, when it is not the one that asks."""
-    kept: float = 1.0
+    diverse_share: float = 1.0
     """Share of what was written that is kept for being various."""
 
 
 @dataclass(frozen=True)
-class Turns:
+class ChatTemplate:
     """A model's chat template, as ids and texts."""
 
-    writer: Author
+    generator: TextGenerator
 
     def __post_init__(self) -> None:
-        if not self.writer.tokenizer.chat_template:
+        if not self.generator.tokenizer.chat_template:
             raise ModelError(
-                f"{self.writer.name} has no chat template",
+                f"{self.generator.name} has no chat template",
                 where="model",
                 expected="a model that was trained on conversations",
                 way_out="leave out --chat, and let it write running text",
             )
 
-    def _text(self, messages: Sequence[dict[str, str]], *, prompt: bool) -> str:
+    def _render(self, messages: Sequence[dict[str, str]], *, prompt: bool) -> str:
         try:
             return str(
-                self.writer.tokenizer.apply_chat_template(list(messages), add_generation_prompt=prompt, tokenize=False)
+                self.generator.tokenizer.apply_chat_template(
+                    list(messages), add_generation_prompt=prompt, tokenize=False
+                )
             )
         except Exception as error:  # a template is a program: it may raise anything
             raise ModelError(f"the chat template fails: {error}", where="tokenizer") from None
 
-    def ids(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> np.ndarray:
         """A rendered text as ids, behind the BOS when the tokenizer sets one."""
-        bos = self.writer.encoder.bos
-        ids = np.array(self.writer.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+        bos = self.generator.encoder.bos
+        ids = np.array(self.generator.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
         ids = np.concatenate([[bos], ids]) if bos is not None and ids[:1].tolist() != [bos] else ids
-        return behind_bos(ids, self.writer.before, bos).astype(np.int64)
+        return insert_after_bos(ids, self.generator.virtual_tokens, bos).astype(np.int64)
 
-    def asking(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
         """A conversation up to where the next answer begins."""
-        return self.ids(self._text(messages, prompt=True))
+        return self.encode(self._render(messages, prompt=True))
 
     @cached_property
-    def around(self) -> tuple[str, str]:
+    def user_turn_affixes(self) -> tuple[str, str]:
         """What stands before and behind what a user says first."""
-        before, found, behind = self._text([{"role": "user", "content": _HERE}], prompt=True).partition(_HERE)
+        before, found, behind = self._render([{"role": "user", "content": _USER_PLACEHOLDER}], prompt=True).partition(
+            _USER_PLACEHOLDER
+        )
         if not found or not before:
             raise ModelError(
                 "the chat template does not show where a user speaks",
@@ -120,14 +124,14 @@ class Turns:
         return before, behind
 
     @cached_property
-    def user_ends(self) -> set[int]:
+    def user_end_tokens(self) -> set[int]:
         """The special token behind what a user says, where there is one."""
-        first = self.ids(self.around[1].lstrip())[len(self.ids("")) :][:1].tolist()
-        return {token for token in first if token in self.writer.tokenizer.all_special_ids}
+        first = self.encode(self.user_turn_affixes[1].lstrip())[len(self.encode("")) :][:1].tolist()
+        return {token for token in first if token in self.generator.tokenizer.all_special_ids}
 
 
 @dataclass(frozen=True)
-class _Room:
+class _TokenBudget:
     """Tokens that a question and an answer may have."""
 
     question: int
@@ -136,143 +140,181 @@ class _Room:
     """Tokens of a question with all that stands around it, at most."""
 
 
-def converse(
-    model: str, out: Path, wish: Wish, rehearsal: Rehearsal | None = None, *, base: str | None = None
-) -> Iterator[Written]:
+def synthesize_chat(
+    model: str, out: Path, request: SynthesisRequest, rehearsal: Rehearsal | None = None, *, base: str | None = None
+) -> Iterator[SynthesisProgress]:
     """Write questions and answers to `out`, a JSONL file with `messages` and how each was made.
 
     Raises as `synthesize` does, and `ModelError` for a model without a chat template.
     """
     rehearsal = rehearsal or Rehearsal()
-    check_wish(out, wish)
-    _check(rehearsal, wish)
+    check_request(out, request)
+    _check_options(rehearsal, request)
     machine.tune_allocator()
-    asking = Turns(author(model, wish.longest, base))
-    name = rehearsal.answering
-    answering = asking if name is None else Turns(author(name, wish.longest, where="--answer"))
-    examples = _examples(rehearsal)
-    room = _room(asking, answering, wish)
-    decides = [asdict(wish), asking.writer.fingerprint, answering.writer.fingerprint, examples, rehearsal.shown]
-    draw = partial(_conversations, asking, answering, wish, rehearsal, examples, room)
-    yield from grown(out, wish, fingerprint(decides), asking.writer, draw)
-    settle(out, partial(various, share=rehearsal.kept, seed=wish.seed) if rehearsal.kept < 1 else None)
+    asking = ChatTemplate(load_generator(model, request.max_document_tokens, base))
+    name = rehearsal.answer_model
+    answering = (
+        asking if name is None else ChatTemplate(load_generator(name, request.max_document_tokens, where="--answer"))
+    )
+    examples = _read_questions(rehearsal)
+    room = _token_budget(asking, answering, request)
+    decides = [
+        asdict(request),
+        asking.generator.fingerprint,
+        answering.generator.fingerprint,
+        examples,
+        rehearsal.shots,
+    ]
+    draw = partial(_generate_conversations, asking, answering, request, rehearsal, examples, room)
+    yield from generate_until_target(out, request, fingerprint(decides), asking.generator, draw)
+    finalize_output(
+        out,
+        partial(select_diverse, share=rehearsal.diverse_share, seed=request.seed)
+        if rehearsal.diverse_share < 1
+        else None,
+    )
 
 
-def _check(rehearsal: Rehearsal, wish: Wish) -> None:
+def _check_options(rehearsal: Rehearsal, request: SynthesisRequest) -> None:
     for option, value, fits, expected in (
-        ("--shown", rehearsal.shown, rehearsal.shown > 0, "above 0"),
-        ("--keep", rehearsal.kept, 0 < rehearsal.kept <= 1, "above 0, at most 100%"),
-        ("--beginning", wish.beginning, not wish.beginning, "0: a conversation begins with a question"),
+        ("--shown", rehearsal.shots, rehearsal.shots > 0, "above 0"),
+        ("--keep", rehearsal.diverse_share, 0 < rehearsal.diverse_share <= 1, "above 0, at most 100%"),
+        ("--beginning", request.prompt_tokens, not request.prompt_tokens, "0: a conversation begins with a question"),
     ):
         if not fits:
             raise StageError(f"{value} is no such number", where=option, expected=expected)
 
 
-def _room(asking: Turns, answering: Turns, wish: Wish) -> _Room:
+def _token_budget(
+    question_template: ChatTemplate, answer_template: ChatTemplate, request: SynthesisRequest
+) -> _TokenBudget:
     """A third of what is left beside the template is for the question."""
-    empty = max(len(turns.asking([{"role": "user", "content": "?"}])) for turns in (asking, answering))
-    question = (wish.longest - empty) // 3
+    empty = max(
+        len(turns.prompt_ids([{"role": "user", "content": "?"}])) for turns in (question_template, answer_template)
+    )
+    question = (request.max_document_tokens - empty) // 3
     if question < 4:
         raise StageError(
-            f"{wish.longest} tokens leave no room for a question beside the {empty} of the chat template",
+            f"{request.max_document_tokens} tokens leave no room for a question beside the {empty} of the chat template",
             where="--longest",
             expected=f"at least {empty + 12}",
         )
-    return _Room(question, wish.longest - empty - question, empty + question)
+    return _TokenBudget(question, request.max_document_tokens - empty - question, empty + question)
 
 
-def _examples(rehearsal: Rehearsal) -> list[str]:
+def _read_questions(rehearsal: Rehearsal) -> list[str]:
     """The questions of the given rows. Raises `DataError` when there are too few."""
     found: list[str] = []
     for path in rehearsal.examples:
         documents = read_documents(Files("examples", path, root=Path.cwd(), where="--from"))
-        found += [asked for each in islice(documents, _MOST_EXAMPLES) if (asked := _asked(each))]
-    if rehearsal.examples and len(found) < rehearsal.shown:
+        found += [asked for each in islice(documents, _MAX_EXAMPLES) if (asked := _get_question(each))]
+    if rehearsal.examples and len(found) < rehearsal.shots:
         raise DataError(
             f"{len(found)} questions",
             where="--from",
-            expected=f"at least as many as are shown ({rehearsal.shown})",
+            expected=f"at least as many as are shown ({rehearsal.shots})",
             way_out="give more of them, show fewer with --shown, or give none",
         )
     return found
 
 
-def _asked(document: Document) -> str:
+def _get_question(document: Document) -> str:
     """What a row asks."""
     example = document.example
     if example is None:
         return (document.text or "").strip()
     if "messages" in example.fields:
         return next((str(m["content"]) for m in example.messages if m["role"] == "user"), "").strip()
-    return PlainRenderer().turn(example)[0].strip()
+    return PlainRenderer().render_turn(example)[0].strip()
 
 
-def _conversations(
-    asking: Turns,
-    answering: Turns,
-    wish: Wish,
+def _generate_conversations(
+    question_template: ChatTemplate,
+    answer_template: ChatTemplate,
+    request: SynthesisRequest,
     rehearsal: Rehearsal,
     examples: Sequence[str],
-    room: _Room,
+    budget: _TokenBudget,
     numbers: range,
 ) -> Iterator[Candidate]:
     """A question and its answer for each number."""
-    questions = _questions(asking, wish, rehearsal, examples, room, numbers)
-    answers = _answers(answering, wish, room, numbers, [text for text, _ in questions])
+    questions = _generate_questions(question_template, request, rehearsal, examples, budget, numbers)
+    answers = _generate_answers(answer_template, request, budget, numbers, [text for text, _ in questions])
     for (text, new), (said, answer) in zip(questions, answers, strict=True):
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
         made: dict[str, Any] = {"from": "examples" if examples else "template"}
-        if answering is not asking:
-            made |= {"answered_by": answering.writer.name, "answering_model": answering.writer.fingerprint}
+        if answer_template is not question_template:
+            made |= {
+                "answered_by": answer_template.generator.name,
+                "answering_model": answer_template.generator.fingerprint,
+            }
         size = len(new.ids) + len(answer.ids)
-        trouble = _trouble(text, new, said, answer, wish)
+        trouble = _rejection_reason(text, new, said, answer, request)
         yield Candidate({"messages": messages}, made, size, new.ended and answer.ended, trouble)
 
 
-def _trouble(question: str, new: Drawn, said: str, answer: Drawn, wish: Wish) -> str | None:
+def _rejection_reason(
+    question: str,
+    generated_question: GeneratedDocument,
+    answer_text: str,
+    generated_answer: GeneratedDocument,
+    request: SynthesisRequest,
+) -> str | None:
     """Why a question with its answer is left out."""
-    if not new.ended:
+    if not generated_question.ended:
         return "questions without an end"
-    if len(question.split()) < _FEWEST_WORDS:
+    if len(question.split()) < _MIN_WORDS:
         return "questions of less than two words"
-    if not answer.ended:
+    if not generated_answer.ended:
         return "answers without an end"
-    if not said:
+    if not answer_text:
         return "empty answers"
-    loops = max(repeated(new.ids.tolist()), repeated(answer.ids.tolist()))
-    return "repeating themselves" if loops > wish.most_repeated else None
+    loops = max(repetition_share(generated_question.ids.tolist()), repetition_share(generated_answer.ids.tolist()))
+    return "repeating themselves" if loops > request.max_repetition else None
 
 
-def _questions(
-    turns: Turns, wish: Wish, rehearsal: Rehearsal, examples: Sequence[str], room: _Room, numbers: range
-) -> list[tuple[str, Drawn]]:
+def _generate_questions(
+    template: ChatTemplate,
+    request: SynthesisRequest,
+    rehearsal: Rehearsal,
+    examples: Sequence[str],
+    budget: _TokenBudget,
+    numbers: range,
+) -> list[tuple[str, GeneratedDocument]]:
     """What a user might ask, with its ids."""
-    prompts = [_prompt(turns, wish, rehearsal, examples, room, number) for number in numbers]
-    stop = turns.writer.stop | (turns.user_ends if not examples else set())
-    found = _drawn(turns, wish, prompts, numbers, room.question, stop, _QUESTION)
-    behind = "" if examples else turns.around[1].strip()
-    out: list[tuple[str, Drawn]] = []
+    prompts = [_question_prompt(template, request, rehearsal, examples, budget, number) for number in numbers]
+    stop = template.generator.stop_tokens | (template.user_end_tokens if not examples else set())
+    found = _generate(template, request, prompts, numbers, budget.question, stop, _QUESTION_STREAM)
+    behind = "" if examples else template.user_turn_affixes[1].strip()
+    out: list[tuple[str, GeneratedDocument]] = []
     for new in found:
-        text = text_of(turns.writer.tokenizer, new.ids)
+        text = decode_ids(template.generator.tokenizer, new.ids)
         before, ended, _ = text.partition(behind) if behind else (text, "", "")
-        out.append((before.strip(), Drawn(new.ids, new.ended or bool(ended))))
+        out.append((before.strip(), GeneratedDocument(new.ids, new.ended or bool(ended))))
     return out
 
 
-def _prompt(
-    turns: Turns, wish: Wish, rehearsal: Rehearsal, examples: Sequence[str], room: _Room, number: int
+def _question_prompt(
+    template: ChatTemplate,
+    request: SynthesisRequest,
+    rehearsal: Rehearsal,
+    examples: Sequence[str],
+    budget: _TokenBudget,
+    number: int,
 ) -> np.ndarray:
     """What a question is drawn behind: examples of questions, as many of those drawn as fit, or a user's turn."""
     if not examples:
-        return turns.ids(turns.around[0])
-    chosen = Draws(wish.seed).at(number, _EXAMPLES).permutation(len(examples))[: rehearsal.shown]
+        return template.encode(template.user_turn_affixes[0])
+    chosen = (
+        RandomStreams(request.seed).generator(number, _EXAMPLES_STREAM).permutation(len(examples))[: rehearsal.shots]
+    )
     for count in range(len(chosen), 0, -1):
         messages: list[dict[str, str]] = []
         for place, which in enumerate(chosen[:count].tolist()):
-            messages.append({"role": "user", "content": NEXT if place else FIRST})
+            messages.append({"role": "user", "content": NEXT_REQUEST if place else FIRST_REQUEST})
             messages.append({"role": "assistant", "content": examples[which]})
-        ids = turns.asking([*messages, {"role": "user", "content": NEXT}])
-        if turns.writer.limit is None or len(ids) + room.question <= turns.writer.limit:
+        ids = template.prompt_ids([*messages, {"role": "user", "content": NEXT_REQUEST}])
+        if template.generator.max_positions is None or len(ids) + budget.question <= template.generator.max_positions:
             return ids
     raise DataError(
         "an example of a question does not fit the model's positions",
@@ -282,49 +324,49 @@ def _prompt(
     )
 
 
-def _answers(
-    turns: Turns, wish: Wish, room: _Room, numbers: range, questions: Sequence[str]
-) -> list[tuple[str, Drawn]]:
+def _generate_answers(
+    template: ChatTemplate, request: SynthesisRequest, budget: _TokenBudget, numbers: range, questions: Sequence[str]
+) -> list[tuple[str, GeneratedDocument]]:
     """What is answered to each question; nothing to an empty one, or one that grew too long in the template."""
-    nothing = ("", Drawn(np.zeros(0, np.int64), ended=False))
-    prompts = [turns.asking([{"role": "user", "content": question or "?"}]) for question in questions]
-    fits = [bool(question) and len(ids) <= room.prompt for question, ids in zip(questions, prompts, strict=True)]
+    nothing = ("", GeneratedDocument(np.zeros(0, np.int64), ended=False))
+    prompts = [template.prompt_ids([{"role": "user", "content": question or "?"}]) for question in questions]
+    fits = [bool(question) and len(ids) <= budget.prompt for question, ids in zip(questions, prompts, strict=True)]
     chosen = [i for i, fit in enumerate(fits) if fit]
     out = [nothing] * len(questions)
     if not chosen:
         return out
-    found = _drawn(
-        turns,
-        wish,
+    found = _generate(
+        template,
+        request,
         [prompts[i] for i in chosen],
         [numbers[i] for i in chosen],
-        room.answer,
-        turns.writer.stop,
-        _ANSWER,
+        budget.answer,
+        template.generator.stop_tokens,
+        _ANSWER_STREAM,
     )
     for i, new in zip(chosen, found, strict=True):
-        out[i] = text_of(turns.writer.tokenizer, new.ids).strip(), new
+        out[i] = decode_ids(template.generator.tokenizer, new.ids).strip(), new
     return out
 
 
-def _drawn(
-    turns: Turns,
-    wish: Wish,
+def _generate(
+    template: ChatTemplate,
+    request: SynthesisRequest,
     prompts: Sequence[np.ndarray],
     numbers: Sequence[int],
-    most: int,
+    max_tokens: int,
     stop: set[int],
     stream: int,
-) -> list[Drawn]:
-    return drawn(
-        turns.writer.view,
+) -> list[GeneratedDocument]:
+    return generate_documents(
+        template.generator.model,
         prompts,
         numbers,
-        seed=wish.seed,
-        most=most,
-        stop=stop,
-        temperature=wish.temperature,
-        top_p=wish.top_p,
+        seed=request.seed,
+        max_new_tokens=max_tokens,
+        stop_ids=stop,
+        temperature=request.temperature,
+        top_p=request.top_p,
         stream=stream,
     )
 
@@ -332,7 +374,7 @@ def _drawn(
 # --- what is kept -------------------------------------------------------------------------------------
 
 
-def various(lines: list[str], *, share: float, seed: int) -> list[str]:
+def select_diverse(lines: list[str], *, share: float, seed: int) -> list[str]:
     """Of lines of JSON the share that stands nearest to the centres of clusters, in their order.
 
     Questions as TF-IDF of words and pairs of words, k-means of `CLUSTERS` clusters (scikit-learn); from each cluster as many as
@@ -344,16 +386,16 @@ def various(lines: list[str], *, share: float, seed: int) -> list[str]:
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    questions = [asked_or_text(json.loads(line)) for line in lines]
+    questions = [dedup_text(json.loads(line)) for line in lines]
     features = TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]"
     ).fit_transform(questions)
     found = KMeans(min(CLUSTERS, count), n_init=4, random_state=seed).fit(features)
     distance_N = found.transform(features).min(1)
-    return [lines[i] for i in nearest(found.labels_, distance_N, count)]
+    return [lines[i] for i in nearest_to_centers(found.labels_, distance_N, count)]
 
 
-def nearest(cluster_N: np.ndarray, distance_N: np.ndarray, count: int) -> list[int]:
+def nearest_to_centers(cluster_N: np.ndarray, distance_N: np.ndarray, count: int) -> list[int]:
     """The numbers of `count` rows, in order: of each cluster in proportion to its size (largest remainders), nearest first."""
     sizes = np.bincount(cluster_N)
     due = count * sizes / sizes.sum()

@@ -6,37 +6,37 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from postgrad.config.quantities import Amount, Part, Share
-from postgrad.config.row_format import Rowed
-from postgrad.data.filter.near_duplicates import LEAST
+from postgrad.config.quantities import ConfigModel, Share, TokenCount
+from postgrad.config.row_format import RowFormat
+from postgrad.data.filter.near_duplicates import MIN_THRESHOLD
 
 
-class LikeFile(Rowed):
+class TargetTextFile(RowFormat):
     """Text that documents are to be like."""
 
     path: str
     """A file, a folder or a glob."""
 
 
-def _file(value: Any) -> Any:
+def _expand_path(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
-AnyLike = Annotated[LikeFile, BeforeValidator(_file, json_schema_input_type=str | LikeFile)]
+AnyTargetText = Annotated[TargetTextFile, BeforeValidator(_expand_path, json_schema_input_type=str | TargetTextFile)]
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-class DsirSelection(Part):
+class DsirSelection(ConfigModel):
     """Documents that are like given texts, by importance resampling on hashed words and pairs of words (Xie et al. 2023)."""
 
     kind: Literal["dsir"]
     like: Annotated[
-        list[AnyLike],
+        list[AnyTargetText],
         Field(min_length=1),
-        BeforeValidator(_listed, json_schema_input_type=str | LikeFile | list[str | LikeFile]),
+        BeforeValidator(_as_list, json_schema_input_type=str | TargetTextFile | list[str | TargetTextFile]),
     ]
     """Files with the text that documents are to be like: at least 1,000 words."""
     keep: Annotated[Share, Field(gt=0)]
@@ -45,7 +45,7 @@ class DsirSelection(Part):
     """Decides the noise of the drawing; left out: the stage's."""
 
 
-class PerplexitySelection(Part):
+class PerplexitySelection(ConfigModel):
     """Documents that a model finds neither too easy nor too hard, by its bits per byte."""
 
     kind: Literal["perplexity"]
@@ -53,22 +53,22 @@ class PerplexitySelection(Part):
     """Who judges: `start`, or another decoder (a folder, a run or a Hub name)."""
     between: tuple[Share, Share] = (0.1, 0.9)
     """Which part is kept, from the easiest documents on: two shares such as [10%, 90%]."""
-    tokens: Annotated[Amount, Field(ge=2)] = 1024
+    tokens: Annotated[TokenCount, Field(ge=2)] = 1024
     """How much of the beginning of each document is judged; documents of which nothing can be predicted are left out."""
 
     @field_validator("between")
     @classmethod
-    def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
+    def _check_band(cls, value: tuple[float, float]) -> tuple[float, float]:
         if value[0] >= value[1]:
             raise ValueError(f"a band goes from a smaller share to a larger one, not from {value[0]:g} to {value[1]:g}")
         return value
 
 
-class DuplicatesSelection(Part):
+class DuplicatesSelection(ConfigModel):
     """Documents that are not nearly the same as one before, by MinHash signatures of their runs of five words."""
 
     kind: Literal["duplicates"]
-    threshold: Annotated[Share, Field(ge=LEAST)] = 0.8
+    threshold: Annotated[Share, Field(ge=MIN_THRESHOLD)] = 0.8
     """The share of common runs from which a document is a copy; what shares less than 70 % is not found this way."""
 
 

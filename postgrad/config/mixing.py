@@ -17,14 +17,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from postgrad.config.quantities import Amount, Part
+from postgrad.config.quantities import ConfigModel, TokenCount
 
 
-class ByExamples(Part):
+class ProportionalMixing(ConfigModel):
     """In proportion to the examples of each source, up to a limit (Raffel et al. 2020)."""
 
     kind: Literal["examples"]
-    cap: Amount | None = None
+    cap: TokenCount | None = None
     """A source counts as having at most so many examples; left out: as many as it has."""
 
     def weight(self, examples: int) -> float:
@@ -32,13 +32,13 @@ class ByExamples(Part):
         return float(examples if self.cap is None else min(examples, self.cap))
 
 
-class ByTemperature(Part):
+class TemperatureMixing(ConfigModel):
     """Examples up to a limit, raised to 1 / temperature: small sources get more than their part (Raffel et al. 2020)."""
 
     kind: Literal["temperature"]
     temperature: Annotated[float, Field(ge=1)]
     """1: in proportion to the examples; the higher, the more alike the shares are."""
-    cap: Amount | None = None
+    cap: TokenCount | None = None
     """A source counts as having at most so many examples; left out: as many as it has."""
 
     def weight(self, examples: int) -> float:
@@ -46,7 +46,7 @@ class ByTemperature(Part):
         return float(examples if self.cap is None else min(examples, self.cap)) ** (1 / self.temperature)
 
 
-class Equal(Part):
+class EqualMixing(ConfigModel):
     """The same share for every source."""
 
     kind: Literal["equal"]
@@ -56,24 +56,26 @@ class Equal(Part):
         return 1.0
 
 
-AnyMixing = Annotated[ByExamples | ByTemperature | Equal, Field(discriminator="kind")]
+AnyMixing = Annotated[ProportionalMixing | TemperatureMixing | EqualMixing, Field(discriminator="kind")]
 
 
-def completed(
-    given: Mapping[str, float | None], mixing: AnyMixing | None, examples: Mapping[str, int]
+def fill_shares(
+    shares: Mapping[str, float | None], mixing: AnyMixing | None, examples: Mapping[str, int]
 ) -> dict[str, float]:
     """The share of each source: those given, and what remains parted among the others by `mixing`.
 
     `examples` are those of each source; without a `mixing` they are not looked at (then at most one share is left out).
     """
-    rest = 1 - sum(share for share in given.values() if share is not None)
-    left_out = [name for name, share in given.items() if share is None]
+    rest = 1 - sum(share for share in shares.values() if share is not None)
+    left_out = [name for name, share in shares.items() if share is None]
     weights = {name: mixing.weight(examples[name]) if mixing else 1.0 for name in left_out}
     total = sum(weights.values())
-    return {name: rest * weights[name] / total if share is None else share for name, share in given.items()}
+    return {name: rest * weights[name] / total if share is None else share for name, share in shares.items()}
 
 
-def told(mixing: AnyMixing, shares: Mapping[str, float], examples: Mapping[str, int], names: Sequence[str]) -> str:
+def describe_shares(
+    mixing: AnyMixing, shares: Mapping[str, float], examples: Mapping[str, int], names: Sequence[str]
+) -> str:
     """The shares that came out for the sources `names`, in words."""
     cap = getattr(mixing, "cap", None)
 
@@ -81,5 +83,5 @@ def told(mixing: AnyMixing, shares: Mapping[str, float], examples: Mapping[str, 
         counted = f", counted as {cap:,}" if cap is not None and examples[name] > cap else ""
         return f"{name} {shares[name]:.2%} ({examples[name]:,} examples{counted})"
 
-    how = f"temperature {mixing.temperature:g}" if isinstance(mixing, ByTemperature) else mixing.kind
+    how = f"temperature {mixing.temperature:g}" if isinstance(mixing, TemperatureMixing) else mixing.kind
     return f"shares by {how}: " + ", ".join(map(of, names))

@@ -7,22 +7,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from postgrad.config.quantities import Part, no_truth
+from postgrad.config.quantities import ConfigModel, reject_bool
 
 
-def _form(value: Any) -> str:
+def _strength_tag(value: Any) -> str:
     """Which is meant, a word or a number, so that a mistake is told of that one alone."""
     return "word" if isinstance(value, str) and not re.fullmatch(r"[\d.eE+-]+", value) else "number"
 
 
 AnyStrength = Annotated[
-    Annotated[Annotated[float, Field(ge=0, le=1e30), BeforeValidator(no_truth)], Tag("number")]
+    Annotated[Annotated[float, Field(ge=0, le=1e30), BeforeValidator(reject_bool)], Tag("number")]
     | Annotated[Literal["auto"], Tag("word")],
-    Discriminator(_form),
+    Discriminator(_strength_tag),
 ]
 
 
-class AnchorPenalty(Part):
+class AnchorPenalty(ConfigModel):
     """A quadratic pull of the weights towards a reference: L2-SP; with measured importance EWC or MAS."""
 
     kind: Literal["anchor"]
@@ -45,7 +45,7 @@ class AnchorPenalty(Part):
     model's own files."""
 
     @model_validator(mode="after")
-    def _together(self) -> AnchorPenalty:
+    def _check_importance(self) -> AnchorPenalty:
         if self.normalise and self.importance is None:
             raise ValueError("`normalise` is about an `importance`, and none is named")
         return self

@@ -16,14 +16,14 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _NUMBER = r"\d[\d_,]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?"
 
 
-def no_truth(value: Any) -> Any:
+def reject_bool(value: Any) -> Any:
     """YAML reads yes and no as truth values, which Python counts as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError(f"a number is expected, not {str(value).lower()}")
     return value
 
 
-def _amount(value: Any) -> Any:
+def _validate_token_count(value: Any) -> Any:
     if isinstance(value, str):
         match = re.fullmatch(rf"\s*({_NUMBER})\s*([kmbgt]?)\s*(?:tokens?)?\s*", value, re.IGNORECASE)
         if not match:
@@ -33,19 +33,19 @@ def _amount(value: Any) -> Any:
         if not math.isfinite(value):
             raise ValueError(f"a number of tokens such as 500k, 20M or 1.5B is expected, not {value}")
         return round(value)
-    return no_truth(value)
+    return reject_bool(value)
 
 
-def _share(value: Any) -> Any:
+def _validate_share(value: Any) -> Any:
     if isinstance(value, str):
         match = re.fullmatch(rf"\s*({_NUMBER})\s*(%?)\s*", value, re.IGNORECASE)
         if not match:
             raise ValueError(f"a share such as 5% or 0.05 is expected, not {value!r}")
         return float(match[1].replace("_", "").replace(",", "")) / (100 if match[2] else 1)
-    return no_truth(value)
+    return reject_bool(value)
 
 
-def _length(value: Any) -> Any:
+def _validate_length(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return f"{value} steps"
     if isinstance(value, str) and re.fullmatch(
@@ -55,7 +55,7 @@ def _length(value: Any) -> Any:
     raise ValueError(f"a length such as 1%, 200 steps or 2M tokens is expected, not {value!r}")
 
 
-def _patience(value: Any) -> Any:
+def _validate_patience(value: Any) -> Any:
     if isinstance(value, str):
         if value.strip().lower() == "none":
             return None
@@ -63,41 +63,41 @@ def _patience(value: Any) -> Any:
         if not match:
             raise ValueError(f"a number of looks such as `3 looks`, or none, is expected, not {value!r}")
         return int(match[1])
-    return no_truth(value)
+    return reject_bool(value)
 
 
 # In a file each of these may also be text; the schema says so, as editors hold files against it.
-Amount = Annotated[
+TokenCount = Annotated[
     int,
     Field(gt=0, description="tokens: 500k, 20M, 1.5B"),
-    BeforeValidator(_amount, json_schema_input_type=int | float | str),
+    BeforeValidator(_validate_token_count, json_schema_input_type=int | float | str),
 ]
-AmountOrNone = Annotated[
+TokenCountOrZero = Annotated[
     int,
     Field(ge=0, description="tokens: 500k, 20M, 1.5B; 0: none"),
-    BeforeValidator(_amount, json_schema_input_type=int | float | str),
+    BeforeValidator(_validate_token_count, json_schema_input_type=int | float | str),
 ]
 Share = Annotated[
     float,
     Field(ge=0, le=1, description="5% or 0.05"),
-    BeforeValidator(_share, json_schema_input_type=float | str),
+    BeforeValidator(_validate_share, json_schema_input_type=float | str),
 ]
 Length = Annotated[
     str,
     Field(description="1%, 200 steps or 2M tokens"),
-    BeforeValidator(_length, json_schema_input_type=int | str),
+    BeforeValidator(_validate_length, json_schema_input_type=int | str),
 ]
 Patience = Annotated[
     Annotated[int, Field(gt=0)] | None,
     Field(description="3 looks, or none"),
-    BeforeValidator(_patience, json_schema_input_type=int | str | None),
+    BeforeValidator(_validate_patience, json_schema_input_type=int | str | None),
 ]
-Rate = Annotated[float, Field(gt=0, description="a learning rate"), BeforeValidator(no_truth)]
-Positive = Annotated[int, Field(gt=0), BeforeValidator(no_truth)]
-Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(no_truth)]
+Rate = Annotated[float, Field(gt=0, description="a learning rate"), BeforeValidator(reject_bool)]
+Positive = Annotated[int, Field(gt=0), BeforeValidator(reject_bool)]
+Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(reject_bool)]
 
 
-def in_steps(length: str, steps: int, tokens: int) -> float:
+def length_in_steps(length: str, steps: int, tokens: int) -> float:
     """A length in steps, for a stage of so many steps and tokens."""
     match = re.fullmatch(rf"({_NUMBER})\s*(.*)", length, re.IGNORECASE)
     assert match, length
@@ -110,24 +110,24 @@ def in_steps(length: str, steps: int, tokens: int) -> float:
     return number
 
 
-class Part(BaseModel):
+class ConfigModel(BaseModel):
     """A frozen piece of a stage; every key is known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-def amount_of(text: str, where: str) -> int:
+def parse_token_count(text: str, where: str) -> int:
     """An amount of tokens as it is given on the command line, at the option `where`. Raises `StageError`."""
-    return _given(Amount, text, where, "a number of tokens: 500k, 2M")
+    return _parse_option(TokenCount, text, where, "a number of tokens: 500k, 2M")
 
 
-def share_of(text: str, where: str) -> float:
+def parse_share(text: str, where: str) -> float:
     """A share as it is given on the command line, at the option `where`. Raises `StageError`."""
-    return _given(Share, text, where, "5%, or 0.05")
+    return _parse_option(Share, text, where, "5%, or 0.05")
 
 
-def _given(kind: Any, text: str, where: str, expected: str) -> Any:
+def _parse_option(value_type: Any, text: str, where: str, expected: str) -> Any:
     try:
-        return TypeAdapter(kind).validate_python(text)
+        return TypeAdapter(value_type).validate_python(text)
     except ValidationError:
         raise StageError(f"{text!r} is none of that", where=where, expected=expected) from None

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from postgrad.config.quantities import Part
+from postgrad.config.quantities import ConfigModel
 
-Kind = Literal[
+RowKind = Literal[
     "auto",
     "text",
     "input_ids",
@@ -21,32 +21,32 @@ Kind = Literal[
     "question",
     "choices",
 ]
-Cut = Literal["auto", "file", "passages", "paragraphs", "lines"]
+DocumentSplit = Literal["auto", "file", "passages", "paragraphs", "lines"]
 
 
-def _values(value: Any) -> Any:
+def _as_text_list(value: Any) -> Any:
     """One value is a list of one; what YAML reads as a number or truth value is compared as text."""
     listed = value if isinstance(value, list) else [value]
     return [item if isinstance(item, str) else str(item) for item in listed]
 
 
-Values = Annotated[list[str], BeforeValidator(_values, json_schema_input_type=str | list[str])]
+FilterValues = Annotated[list[str], BeforeValidator(_as_text_list, json_schema_input_type=str | list[str])]
 
 
-class Rowed(Part):
+class RowFormat(ConfigModel):
     """What rows are, and which of them are meant."""
 
-    kind: Kind = "auto"
+    kind: RowKind = "auto"
     """What the rows are; auto: what their columns say. Rows with `text` and `label` are text unless `labelled` is said."""
     columns: dict[str, str] = {}
     """Which column is which, e.g. `{text: abstract}`, or what is inside of one: `{source: translation.en}`."""
-    only: dict[str, Values] = {}
+    only: dict[str, FilterValues] = {}
     """Only rows that have one of these values in each of these columns: `{task: [boolq, copa]}`."""
-    documents: Cut = "auto"
+    documents: DocumentSplit = "auto"
     """What a document is in a text file; auto: the file, or passages of about 4,000 characters in a large one."""
 
 
-class Worded(Rowed):
+class TemplatedRowFormat(RowFormat):
     """What rows are, and how they are put into words."""
 
     prompt: str | None = None

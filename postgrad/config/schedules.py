@@ -7,17 +7,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from postgrad.config.quantities import Length, Part, Rate
+from postgrad.config.quantities import ConfigModel, Length, Rate
 
 
-def _falling(**rates: float) -> None:
+def _check_descending(**rates: float) -> None:
     """Refuse rates that do not fall in the order they are given: a swapped pair is a mistake, not a wish."""
     for (above, high), (below, low) in itertools.pairwise(rates.items()):
         if low > high:
             raise ValueError(f"`{below}` ({low:g}) lies above `{above}` ({high:g})")
 
 
-class Constant(Part):
+class ConstantSchedule(ConfigModel):
     """Warm-up, then one rate."""
 
     kind: Literal["constant"]
@@ -27,7 +27,7 @@ class Constant(Part):
     """From zero to `peak`."""
 
 
-class Decay(Part):
+class DecaySchedule(ConfigModel):
     """Warm-up to `peak`, then a decay to `floor` over the rest: re-warming and re-decaying when a model is continued."""
 
     kind: Literal["rewarm", "cosine", "linear", "inverse-sqrt", "exponential", "1-sqrt"]
@@ -42,12 +42,12 @@ class Decay(Part):
     """The rate the warm-up starts from."""
 
     @model_validator(mode="after")
-    def _falls(self) -> Decay:
-        _falling(peak=self.peak, floor=self.floor)
+    def _check_rates(self) -> DecaySchedule:
+        _check_descending(peak=self.peak, floor=self.floor)
         return self
 
 
-class FromFloor(Part):
+class FromFloorSchedule(ConfigModel):
     """No warm-up: start at the pre-training's final rate and decay on (Parmar et al. 2024)."""
 
     kind: Literal["from-floor"]
@@ -59,12 +59,12 @@ class FromFloor(Part):
     """Of the decay."""
 
     @model_validator(mode="after")
-    def _falls(self) -> FromFloor:
-        _falling(start=self.start, floor=self.floor)
+    def _check_rates(self) -> FromFloorSchedule:
+        _check_descending(start=self.start, floor=self.floor)
         return self
 
 
-class Infinite(Part):
+class InfiniteSchedule(ConfigModel):
     """Warm-up, cooldown, constant, anneal: no budget has to be fixed beforehand (Ibrahim et al. 2024)."""
 
     kind: Literal["infinite"]
@@ -86,12 +86,12 @@ class Infinite(Part):
     """How bent the inverse-sqrt cooldown is."""
 
     @model_validator(mode="after")
-    def _falls(self) -> Infinite:
-        _falling(peak=self.peak, constant=self.constant, floor=self.floor)
+    def _check_rates(self) -> InfiniteSchedule:
+        _check_descending(peak=self.peak, constant=self.constant, floor=self.floor)
         return self
 
 
-class Wsd(Part):
+class WsdSchedule(ConfigModel):
     """Warm-up, stable, decay at the end (Hu et al. 2024)."""
 
     kind: Literal["wsd"]
@@ -107,12 +107,12 @@ class Wsd(Part):
     """Of the decay."""
 
     @model_validator(mode="after")
-    def _falls(self) -> Wsd:
-        _falling(peak=self.peak, floor=self.floor)
+    def _check_rates(self) -> WsdSchedule:
+        _check_descending(peak=self.peak, floor=self.floor)
         return self
 
 
-class Anneal(Part):
+class AnnealSchedule(ConfigModel):
     """Only the decay: branched from a checkpoint of a constant phase, starting at the rate that held there."""
 
     kind: Literal["anneal"]
@@ -124,7 +124,7 @@ class Anneal(Part):
     """Of the decay."""
 
 
-class Piece(Part):
+class SchedulePiece(ConfigModel):
     """One piece of a schedule put together by hand."""
 
     shape: Literal["constant", "linear", "cosine", "inverse-sqrt", "exponential", "1-sqrt", "inverse-linear"]
@@ -137,15 +137,15 @@ class Piece(Part):
     """The last piece may leave it out and takes the rest."""
 
 
-class Then(Part):
+class PiecewiseSchedule(ConfigModel):
     """Pieces one after the other."""
 
     kind: Literal["then"]
-    pieces: Annotated[list[Piece], Field(min_length=1)]
+    pieces: Annotated[list[SchedulePiece], Field(min_length=1)]
     """In their order."""
 
     @model_validator(mode="after")
-    def _ends(self) -> Then:
+    def _check_pieces(self) -> PiecewiseSchedule:
         for piece in self.pieces:
             if (piece.shape != "constant") == (piece.end is None):
                 raise ValueError("a constant piece has no `end`; every other piece has one")
@@ -154,4 +154,13 @@ class Then(Part):
         return self
 
 
-AnySchedule = Annotated[Constant | Decay | FromFloor | Infinite | Wsd | Anneal | Then, Field(discriminator="kind")]
+AnySchedule = Annotated[
+    ConstantSchedule
+    | DecaySchedule
+    | FromFloorSchedule
+    | InfiniteSchedule
+    | WsdSchedule
+    | AnnealSchedule
+    | PiecewiseSchedule,
+    Field(discriminator="kind"),
+]

@@ -6,34 +6,34 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from postgrad.config.quantities import Part, Share, no_truth
+from postgrad.config.quantities import ConfigModel, Share, reject_bool
 
-Some = Annotated[Share, Field(gt=0)]
+PositiveShare = Annotated[Share, Field(gt=0)]
 
 
-class MomentumUpdate(Part):
+class MomentumUpdate(ConfigModel):
     """Of each matrix only the numbers with the largest momentum move (MoFO); vectors move whole."""
 
     kind: Literal["momentum"]
-    share: Some = 0.1
+    share: PositiveShare = 0.1
     """Of the numbers of a matrix; published: 5 to 20 %."""
 
 
-class MagnitudeUpdate(Part):
+class MagnitudeUpdate(ConfigModel):
     """Of each linear layer only the rows with the largest outputs on the step's text move (MIGU); the rest moves whole."""
 
     kind: Literal["magnitude"]
-    share: Some = 0.3
+    share: PositiveShare = 0.3
     """Of the rows of a layer; published: 30 %."""
 
 
 AnyUpdate = Annotated[MomentumUpdate | MagnitudeUpdate, Field(discriminator="kind")]
 
 
-class LossAdaptive(Part):
+class LossAdaptive(ConfigModel):
     """The rate is lower where the loss is higher (FINCH): the schedule's times min(1, start * sqrt(first loss / mean loss))."""
 
-    start: Some = 0.5
+    start: PositiveShare = 0.5
     """The share of the schedule's rate that the first step takes; it rises to all of it as the loss falls."""
-    smoothing: Annotated[float, Field(ge=0, lt=1), BeforeValidator(no_truth)] = 0.9
+    smoothing: Annotated[float, Field(ge=0, lt=1), BeforeValidator(reject_bool)] = 0.9
     """How much of the mean loss of the steps before goes into that of the next."""

@@ -15,20 +15,30 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from postgrad.config.document_filters import AnySelection
-from postgrad.config.mixing import AnyMixing, completed
+from postgrad.config.mixing import AnyMixing, fill_shares
 from postgrad.config.objectives import AnyObjective
 from postgrad.config.penalties import AnyPenalty
-from postgrad.config.quantities import Amount, AmountOrNone, Beta, Length, Part, Patience, Positive, Share, no_truth
-from postgrad.config.row_format import Worded
+from postgrad.config.quantities import (
+    Beta,
+    ConfigModel,
+    Length,
+    Patience,
+    Positive,
+    Share,
+    TokenCount,
+    TokenCountOrZero,
+    reject_bool,
+)
+from postgrad.config.row_format import TemplatedRowFormat
 from postgrad.config.schedules import AnySchedule
 from postgrad.config.sparse_updates import AnyUpdate, LossAdaptive
-from postgrad.config.tasks import Task
+from postgrad.config.tasks import TaskConfig
 from postgrad.config.tunings import AnyTuning, FullTuning
-from postgrad.errors import nearest_or_all
+from postgrad.errors import suggest_nearest_or_all
 from postgrad.storage.fingerprint import fingerprint
 
 
-class Source(Worded):
+class Source(TemplatedRowFormat):
     """Text to read: files (`path`), a Hub data set (`hub`), or everything the start model has seen (`seen_so_far`)."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
@@ -52,9 +62,9 @@ class Source(Worded):
     held_out: Share | None = None
     """Share of documents (by content hash) kept for evaluation; left out: enough for about 200 documents when
     `evaluation` names no file of that role (learned; retained for replay), else none."""
-    max_passes: Annotated[float, Field(gt=0), BeforeValidator(no_truth)] = 4.0
+    max_passes: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 4.0
     """How often the source may be read in this stage; see `data.when_short`."""
-    stands_for: Amount | None = None
+    stands_for: TokenCount | None = None
     """Tokens of this distribution that the start model consumed before its first recorded stage; counts as seen."""
     cluster: str | None = None
     """The sort of task its rows are: tasks of other clusters (`evaluation.tasks`) were never seen."""
@@ -62,18 +72,18 @@ class Source(Worded):
     """Which of its documents are read at all, before anything is held out: ways to select, one after the other."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Source:
+    def _check_one_origin(self) -> Source:
         if sum([self.path is not None, self.hub is not None, self.seen_so_far]) != 1:
             raise ValueError("a source has exactly one of `path`, `hub` and `seen_so_far`")
         if self.seen_so_far:
-            given = (*Worded.model_fields, "held_out", "stands_for", "subset", "split", "select")
+            given = (*TemplatedRowFormat.model_fields, "held_out", "stands_for", "subset", "split", "select")
             fixed = sorted(name for name in given if getattr(self, name) != Source.model_fields[name].default)
             if fixed:
                 raise ValueError(f"a replay of everything seen takes `{fixed[0]}` from the earlier stages")
         return self
 
 
-class Shift(Part):
+class CurriculumPhase(ConfigModel):
     """From a point of the stage on, these shares hold."""
 
     at: Length | None = None
@@ -84,13 +94,13 @@ class Shift(Part):
     """The share of each source from there on; a source that is not named gets none."""
 
     @model_validator(mode="after")
-    def _one_point(self) -> Shift:
+    def _check_one_point(self) -> CurriculumPhase:
         if (self.at is None) == (self.at_rate is None):
             raise ValueError("a change of shares has exactly one of `at` and `at_rate`")
         return self
 
 
-class Data(Part):
+class DataConfig(ConfigModel):
     """What is read."""
 
     sources: Annotated[list[Source], Field(min_length=1)]
@@ -99,7 +109,7 @@ class Data(Part):
     """Positions in a row."""
     mixing: AnyMixing | None = None
     """How the sources that name no `share` part what remains, when there are several."""
-    shifts: list[Shift] = []
+    shifts: list[CurriculumPhase] = []
     """A curriculum: shares that change over the stage."""
     when_short: Literal["refuse", "repeat", "stop", "renormalise"] = "refuse"
     """When a source would be read more than its `max_passes`: refuse before training, repeat it all the same, stop the
@@ -116,7 +126,7 @@ class Data(Part):
     """Processes or threads that tokenise; left out: one a core."""
 
     @model_validator(mode="after")
-    def _names(self) -> Data:
+    def _check_names(self) -> DataConfig:
         names = [source.name for source in self.sources]
         doubled = {name for name in names if names.count(name) > 1}
         if doubled:
@@ -125,12 +135,12 @@ class Data(Part):
             for name in shift.shares:
                 if name not in names:
                     raise ValueError(
-                        f"`shifts` names a source {name!r} that is not there; {nearest_or_all(name, names)}"
+                        f"`shifts` names a source {name!r} that is not there; {suggest_nearest_or_all(name, names)}"
                     )
         return self
 
 
-class Batch(Part):
+class BatchConfig(ConfigModel):
     """How many rows make a step."""
 
     sequences: Positive = 32
@@ -139,19 +149,19 @@ class Batch(Part):
     """Rows a device holds at once; left out: as many as fit and help. Makes no difference to the result."""
 
 
-class Optimizer(Part):
+class OptimizerConfig(ConfigModel):
     """AdamW. Matrices decay; vectors and tables do not."""
 
     kind: Literal["adamw"] = "adamw"
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the two moments."""
-    eps: Annotated[float, Field(gt=0), BeforeValidator(no_truth)] = 1e-8
+    eps: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0), BeforeValidator(no_truth)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0), BeforeValidator(reject_bool)] = 0.1
     """Decoupled, times the rate."""
     decay_tables: bool = False
     """Let the input embedding and the output head decay too."""
-    clip: Annotated[float, Field(gt=0), BeforeValidator(no_truth)] = 1.0
+    clip: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
     """The largest 2-norm of the whole gradient."""
     moments: Literal["reset", "keep", "keep-second"] = "reset"
     """At the stage's start: from zero, or the start checkpoint's (both moments, or only the second)."""
@@ -161,7 +171,7 @@ class Optimizer(Part):
     """Lower the rate where the loss is high; left out: the schedule's rate."""
 
 
-class HeldOutFile(Worded):
+class HeldOutFile(TemplatedRowFormat):
     """Text, or rows of a task, to be scored."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
@@ -172,35 +182,35 @@ class HeldOutFile(Worded):
     """A source of this stage, whose kind, columns and words these rows have too."""
 
 
-def held_out_file(value: Any) -> Any:
+def expand_held_out_file(value: Any) -> Any:
     if isinstance(value, str):
         stem = re.sub(r"(\.(txt|md|jsonl|json|csv|parquet|gz|zst))+$", "", Path(value).name)
         return {"name": re.sub(r"[^\w.\-]+", "-", stem) or "held-out", "path": value}
     return value
 
 
-AnyHeldOut = Annotated[HeldOutFile, BeforeValidator(held_out_file, json_schema_input_type=str | HeldOutFile)]
+AnyHeldOutFile = Annotated[HeldOutFile, BeforeValidator(expand_held_out_file, json_schema_input_type=str | HeldOutFile)]
 
 
-class Evaluation(Part):
+class EvaluationConfig(ConfigModel):
     """What is measured: on the same documents before and after, and at chosen steps in between."""
 
-    retained: list[AnyHeldOut] = []
+    retained: list[AnyHeldOutFile] = []
     """Text the model must not forget."""
-    learned: list[AnyHeldOut] = []
+    learned: list[AnyHeldOutFile] = []
     """Text of the new kind."""
-    test: list[AnyHeldOut] = []
+    test: list[AnyHeldOutFile] = []
     """Looked at once: when all is trained and chosen, on the start model and on the published one."""
     every: Length = "10%"
     """How often during training; denser in the first 2 %, where the stability gap is."""
-    during_tokens: Amount = 20_000
+    during_tokens: TokenCount = 20_000
     """Tokens of each set that are scored during training; before and after, all are."""
-    max_tokens: Amount = 1_000_000
+    max_tokens: TokenCount = 1_000_000
     """Tokens of each set that are scored before and after (documents in the order of their content hash)."""
-    pseudo_perplexity: AmountOrNone = 0
+    pseudo_perplexity: TokenCountOrZero = 0
     """Of a masked language model: about so many tokens of each set are also masked one at a time (Salazar et al. 2020),
     before and after; each costs a row, 0: none."""
-    drift_tokens: AmountOrNone = 10_000
+    drift_tokens: TokenCountOrZero = 10_000
     """Tokens of each set on which the start model and the trained one are held side by side: what they say, and their layers;
     both are in memory for it. 0: none."""
     realign_steps: Annotated[int, Field(ge=0)] = 0
@@ -208,12 +218,12 @@ class Evaluation(Part):
     what is lost from what is only out of reach. Half of each retained set is trained on, or the rest of its source. 0: none."""
     samples: Annotated[int, Field(ge=0)] = 2
     """Texts of each set that are continued before and after, for the report."""
-    tasks: list[Task] = []
+    tasks: list[TaskConfig] = []
     """Tasks that the model is asked in prompts, before and after."""
 
     @model_validator(mode="after")
-    def _names(self) -> Evaluation:
-        names = [item.name for _, item in self.files()]
+    def _check_names(self) -> EvaluationConfig:
+        names = [item.name for _, item in self.held_out_files()]
         doubled = {name for name in names if names.count(name) > 1}
         if doubled:
             raise ValueError(f"two held-out files are called {sorted(doubled)[0]!r}; give them a `name`")
@@ -222,13 +232,13 @@ class Evaluation(Part):
             raise ValueError(f"two tasks are called {next(n for n in tasks if tasks.count(n) > 1)!r}")
         return self
 
-    def files(self) -> list[tuple[str, HeldOutFile]]:
+    def held_out_files(self) -> list[tuple[str, HeldOutFile]]:
         """The held-out files with their roles."""
         by_role = {"retained": self.retained, "learned": self.learned, "test": self.test}
         return [(role, item) for role, items in by_role.items() for item in items]
 
 
-class Choose(Part):
+class CheckpointSelectionConfig(ConfigModel):
     """The published model is the best checkpoint by a held-out set, all of which is scored at each look."""
 
     set: str
@@ -237,7 +247,7 @@ class Choose(Part):
     """`loss`, or a metric of that set, such as `accuracy` or `macro F1`."""
     patience: Patience = None
     """Training ends after so many looks in a row without a gain, such as `3 looks`; none: the budget is used up."""
-    gain: Annotated[float, Field(ge=0), BeforeValidator(no_truth)] = 0.0
+    gain: Annotated[float, Field(ge=0), BeforeValidator(reject_bool)] = 0.0
     """What the best so far must be surpassed by to count as a gain, in the unit of `by`."""
     enough: float | None = None
     """Training ends when a look has reached this, in the unit of `by`, and has forgotten no more than is allowed."""
@@ -248,7 +258,7 @@ class Choose(Part):
     is none, the one that forgot least."""
 
 
-class Save(Part):
+class SaveConfig(ConfigModel):
     """When checkpoints are written, which stay, and which is published."""
 
     every: Length = "20%"
@@ -257,11 +267,11 @@ class Save(Part):
     """How many of the newest checkpoints stay."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the final model; auto: as the start model is stored."""
-    choose: Choose | None = None
+    choose: CheckpointSelectionConfig | None = None
     """Left out: the last step's model is published."""
 
 
-class Compute(Part):
+class ComputeConfig(ConfigModel):
     """How the arithmetic is done. `auto` is decided by a probe of this machine, said in the plan, and kept on resume."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -276,11 +286,11 @@ class Compute(Part):
     """Left out: the cores this process may use."""
 
 
-def _form(value: Any) -> str:
-    return "by parts" if isinstance(value, dict | Part) else "by name"
+def _union_tag(value: Any) -> str:
+    return "by parts" if isinstance(value, dict | ConfigModel) else "by name"
 
 
-class NewTokenizer(Part):
+class NewTokenizer(ConfigModel):
     """A tokenizer learnt from the training documents of the stage, in their shares; no held-out document is looked at."""
 
     kind: Literal["byte-bpe"] = "byte-bpe"
@@ -290,11 +300,11 @@ class NewTokenizer(Part):
 
 
 AnyTokenizer = Annotated[
-    Annotated[str, Tag("by name")] | Annotated[NewTokenizer, Tag("by parts")], Discriminator(_form)
+    Annotated[str, Tag("by name")] | Annotated[NewTokenizer, Tag("by parts")], Discriminator(_union_tag)
 ]
 
 
-class FreshModel(Part):
+class FreshModel(ConfigModel):
     """A model with random weights, drawn from the stage's seed."""
 
     fresh: str | None = None
@@ -309,16 +319,16 @@ class FreshModel(Part):
     """Left out: as the family (or the configuration) has it."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> FreshModel:
+    def _check_one_origin(self) -> FreshModel:
         if (self.fresh is None) == (self.config is None):
             raise ValueError("a new model has exactly one of `fresh` (a family and a size) and `config`")
         return self
 
 
-AnyModel = Annotated[Annotated[str, Tag("by name")] | Annotated[FreshModel, Tag("by parts")], Discriminator(_form)]
+AnyModel = Annotated[Annotated[str, Tag("by name")] | Annotated[FreshModel, Tag("by parts")], Discriminator(_union_tag)]
 
 
-class Stage(Part):
+class Stage(ConfigModel):
     """One stage of a lineage."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
@@ -329,19 +339,19 @@ class Stage(Part):
     """The model that a tuning's folder sits on, when it is not where that folder says."""
     output: str | None = None
     """The run folder; left out: runs/<name>."""
-    tokens: Amount | None = None
+    tokens: TokenCount | None = None
     """The budget in trained tokens, replay included (compute-equivalent)."""
-    new_tokens: Amount | None = None
+    new_tokens: TokenCount | None = None
     """... or the budget in tokens of the new sources; replay comes on top."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides the order of the rows, what is drawn in them (masks, spans), fresh weights and dropout."""
-    data: Data
+    data: DataConfig
     """What is read."""
-    batch: Batch = Batch()
+    batch: BatchConfig = BatchConfig()
     """How many rows make a step."""
     schedule: AnySchedule
     """The learning rate of each step."""
-    optimizer: Optimizer = Optimizer()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """How the weights are moved."""
     objectives: list[AnyObjective] = []
     """What a token is worth; left out: what the start model was made with (a decoder: next-token)."""
@@ -349,17 +359,17 @@ class Stage(Part):
     """What pulls the weights back to where they were."""
     tuning: AnyTuning = FullTuning(kind="full")
     """Which weights move."""
-    evaluation: Evaluation = Evaluation()
+    evaluation: EvaluationConfig = EvaluationConfig()
     """What is scored."""
     max_forgetting: Share | None = None
     """The retention gate: the largest allowed rise of loss on a retained set, upper end of its interval."""
-    save: Save = Save()
+    save: SaveConfig = SaveConfig()
     """When checkpoints are written, and which stay."""
-    compute: Compute = Compute()
+    compute: ComputeConfig = ComputeConfig()
     """How the arithmetic is done."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Stage:
+    def _check_consistency(self) -> Stage:
         if (self.tokens is None) == (self.new_tokens is None):
             raise ValueError("a stage has exactly one of `tokens` (replay included) and `new_tokens` (replay on top)")
         if self.base is not None and isinstance(self.model, FreshModel):
@@ -383,10 +393,12 @@ class Stage(Part):
         names = [source.name for source in self.data.sources]
         for path, name in (
             *(("objectives", name) for o in self.objectives for name in o.on),
-            *(("evaluation", h.like) for _, h in self.evaluation.files() if h.like),
+            *(("evaluation", h.like) for _, h in self.evaluation.held_out_files() if h.like),
         ):
             if name not in names:
-                raise ValueError(f"`{path}` names a source {name!r} that is not there; {nearest_or_all(name, names)}")
+                raise ValueError(
+                    f"`{path}` names a source {name!r} that is not there; {suggest_nearest_or_all(name, names)}"
+                )
         for shift in self.data.shifts:
             total = sum(shift.shares.values())
             if abs(total - 1) > 1e-6:
@@ -395,10 +407,10 @@ class Stage(Part):
             raise ValueError("`new_tokens` needs a source with role: new")
         return self
 
-    def shares(self, examples: Mapping[str, int] = MappingProxyType({})) -> tuple[float, ...]:
+    def resolve_shares(self, examples: Mapping[str, int] = MappingProxyType({})) -> tuple[float, ...]:
         """The share of each source, those that were left out filled in; with `data.mixing` by the `examples` of each."""
         given = {source.name: source.share for source in self.data.sources}
-        return tuple(completed(given, self.data.mixing, examples).values())
+        return tuple(fill_shares(given, self.data.mixing, examples).values())
 
     def fingerprint(self) -> str:
         """Of everything that decides the result: not of when checkpoints are written, nor of where."""

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from postgrad.config.stage import Evaluation, Stage
-from postgrad.config.tasks import Task
-from postgrad.errors import PostgradError, StageError, nearest
+from postgrad.config.stage import EvaluationConfig, Stage
+from postgrad.config.tasks import TaskConfig
+from postgrad.errors import PostgradError, StageError, suggest_nearest
 
 
-class _Strict(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):
     """YAML without surprises: a key that is there twice is an error, where YAML would let the last one win.
 
     `on` and `off` are words, as they are in YAML 1.2, and a key is never a truth value.
@@ -44,7 +44,7 @@ class _Strict(yaml.SafeLoader):
 
 def read_yaml(text: str) -> Any:
     """What a text in YAML says, as stage files are read: no key twice, and `on` is a name. Raises what PyYAML raises."""
-    return yaml.load(text, _Strict)
+    return yaml.load(text, _StrictLoader)
 
 
 def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
@@ -59,7 +59,7 @@ def read_stage(path: Path, overrides: list[str] | None = None) -> dict[str, Any]
     """A stage file as plain data, with `key.sub=value` overrides applied, before its keys are looked at."""
     raw = read_mapping(path, "the stage file", "a stage is a mapping of keys to values")
     for said in overrides or []:
-        override(raw, said)
+        apply_override(raw, said)
     return raw
 
 
@@ -68,41 +68,41 @@ def parse_stage(raw: dict[str, Any], where: str) -> Stage:
     try:
         return Stage.model_validate(raw)
     except ValidationError as error:
-        raise readable(error, where, raw) from error
+        raise make_stage_error(error, where, raw) from error
 
 
-def load_tasks(path: Path, shots: int | None = None) -> list[Task]:
+def load_tasks(path: Path, shots: int | None = None) -> list[TaskConfig]:
     """A list of tasks, each written as under `evaluation.tasks` of a stage; `shots` replaces the number of all of them.
 
     Raises `StageError` with `file: key.path`, what was met and what was expected.
     """
-    raw = _read(path, "the file of tasks")
+    raw = _read_yaml_file(path, "the file of tasks")
     if not isinstance(raw, list) or not raw:
         raise StageError("a file of tasks is a list", where=str(path), expected="- {name: ..., path: ...}")
     if shots is not None:
         raw = [{**item, "shots": shots} if isinstance(item, dict) else item for item in raw]
     try:
-        return Evaluation.model_validate({"tasks": raw}).tasks
+        return EvaluationConfig.model_validate({"tasks": raw}).tasks
     except ValidationError as error:
-        raise readable(error, str(path), {"tasks": raw}, Evaluation) from error
+        raise make_stage_error(error, str(path), {"tasks": raw}, EvaluationConfig) from error
 
 
-def read_mapping(path: Path, what: str, expected: str) -> dict[str, Any]:
+def read_mapping(path: Path, description: str, expected: str) -> dict[str, Any]:
     """A YAML file that says a mapping; `expected` is told of one that does not. Raises `StageError`."""
-    raw = _read(path, what)
+    raw = _read_yaml_file(path, description)
     if not isinstance(raw, dict):
         raise StageError(expected, where=str(path))
     return raw
 
 
-def _read(path: Path, what: str) -> Any:
+def _read_yaml_file(path: Path, description: str) -> Any:
     """A YAML file as plain data."""
     try:
         text = path.read_text()
     except OSError as error:
-        raise StageError(f"{what} cannot be read ({error.strerror})", where=str(path)) from error
+        raise StageError(f"{description} cannot be read ({error.strerror})", where=str(path)) from error
     except UnicodeDecodeError as error:
-        raise StageError(f"{what} is not UTF-8", where=str(path)) from error
+        raise StageError(f"{description} is not UTF-8", where=str(path)) from error
     try:
         return read_yaml(text)
     except yaml.YAMLError as error:
@@ -118,7 +118,7 @@ def json_schema() -> str:
     return json.dumps(Stage.model_json_schema(), indent=2)
 
 
-def override(raw: dict[str, Any], text: str) -> None:
+def apply_override(raw: dict[str, Any], text: str) -> None:
     """Set what `key.sub=value` says in plain data. Raises `StageError` for a key that leads nowhere."""
     key, found, value = text.partition("=")
     if not found or not key:
@@ -126,7 +126,7 @@ def override(raw: dict[str, Any], text: str) -> None:
     here: Any = raw
     *path, last = key.split(".")
     for name in path:
-        here = _item(here, name, key) if isinstance(here, list) else here.setdefault(name, {})
+        here = _find_item(here, name, key) if isinstance(here, list) else here.setdefault(name, {})
         if not isinstance(here, (dict, list)):
             raise StageError(f"{name} holds a value, so nothing can be set under it", where=key)
     try:
@@ -134,12 +134,12 @@ def override(raw: dict[str, Any], text: str) -> None:
     except (yaml.YAMLError, ValueError):  # such as a glob, whose star is an alias to YAML
         parsed = value
     if isinstance(here, list):
-        here[here.index(_item(here, last, key))] = parsed
+        here[here.index(_find_item(here, last, key))] = parsed
     else:
         here[last] = parsed
 
 
-def _item(items: list[Any], name: str, key: str) -> Any:
+def _find_item(items: list[Any], name: str, key: str) -> Any:
     """An item of a list by its number or by its `name`."""
     for item in items:
         if isinstance(item, dict) and item.get("name") == name:
@@ -152,23 +152,27 @@ def _item(items: list[Any], name: str, key: str) -> Any:
     )
 
 
-def readable(error: ValidationError, where: str, raw: dict[str, Any], root: type[BaseModel] = Stage) -> PostgradError:
+def make_stage_error(
+    error: ValidationError, where: str, raw: dict[str, Any], root: type[BaseModel] = Stage
+) -> PostgradError:
     """Pydantic's first finding, told with the key's path and the way out (the others are counted)."""
     findings = error.errors()
     first = findings[0]
-    path = _path(first["loc"], raw, missing=first["type"] == "missing")
+    path = _key_path(first["loc"], raw, missing=first["type"] == "missing")
     met, expected, way_out = first["msg"], "", ""
     if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"], root)
+        known = _find_known_keys(first["loc"], root)
         met = f"there is no key {first['loc'][-1]!r}"
-        way_out = nearest(str(first["loc"][-1]), known)
+        way_out = suggest_nearest(str(first["loc"][-1]), known)
         expected = "one of " + ", ".join(known)
     elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        kinds = re.findall(r"'([\w-]+)'", first["ctx"].get("expected_tags", "")) or _kinds_at(first["loc"], root)
+        kinds = re.findall(r"'([\w-]+)'", first["ctx"].get("expected_tags", "")) or _find_known_kinds(
+            first["loc"], root
+        )
         given = first["ctx"].get("tag")
         met = f"there is no kind {given!r}" if given else "the `kind` is missing"
         expected = f"one of {', '.join(kinds)}" if kinds else ""
-        way_out = nearest(str(given), kinds) if given else ""
+        way_out = suggest_nearest(str(given), kinds) if given else ""
     elif first["type"] == "missing":
         met = "the key is missing"
     elif first["type"] == "string_pattern_mismatch":
@@ -180,7 +184,7 @@ def readable(error: ValidationError, where: str, raw: dict[str, Any], root: type
         met = f"a list is expected, not {first['input']!r}"
     elif first["type"] in ("model_type", "model_attributes_type", "dict_type"):
         met = f"keys with values are expected, not {first['input']!r}"
-        kinds = _kinds_at(first["loc"], root)
+        kinds = _find_known_kinds(first["loc"], root)
         expected = f"a `kind`, one of {', '.join(kinds)}" if kinds else ""
         way_out = f"write {{kind: {first['input']}}}, with its other keys" if first["input"] in kinds else ""
     else:
@@ -191,7 +195,7 @@ def readable(error: ValidationError, where: str, raw: dict[str, Any], root: type
     )
 
 
-def _path(location: tuple[int | str, ...], raw: Any, *, missing: bool) -> str:
+def _key_path(location: tuple[int | str, ...], raw: Any, *, missing: bool) -> str:
     """`key.path[0]` of a finding as the user wrote it: pydantic puts the names of union members in between."""
     path = ""
     here = raw
@@ -204,27 +208,31 @@ def _path(location: tuple[int | str, ...], raw: Any, *, missing: bool) -> str:
     return path.removeprefix(".")
 
 
-def _keys_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
+def _find_known_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
     """The known keys of the mapping in which an unknown one was met."""
     schema = root.model_json_schema()
-    return list(_resolved(schema, _node_at(location[:-1], schema)).get("properties", {}))
+    return list(_resolve_references(schema, _find_schema_node(location[:-1], schema)).get("properties", {}))
 
 
-def _kinds_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
+def _find_known_kinds(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
     """The kinds that a mapping without one may be of."""
     schema = root.model_json_schema()
-    node = _node_at(location, schema)
+    node = _find_schema_node(location, schema)
     members = [{"$ref": place} for place in node.get("discriminator", {}).get("mapping", {}).values()]
-    kinds = [kind for member in members or _options(node) for kind in _kinds(_resolved(schema, member))]
+    kinds = [
+        kind for member in members or _union_members(node) for kind in _kind_values(_resolve_references(schema, member))
+    ]
     return list(dict.fromkeys(kinds))
 
 
-def _node_at(location: tuple[int | str, ...], schema: dict[str, Any]) -> dict[str, Any]:
+def _find_schema_node(location: tuple[int | str, ...], schema: dict[str, Any]) -> dict[str, Any]:
     """What the schema says of a place, as it stands there."""
     node: dict[str, Any] = schema
     for part in location:
-        members = [option for option in _options(node) if part in _kinds(_resolved(schema, option))]
-        here = _resolved(schema, node)
+        members = [
+            option for option in _union_members(node) if part in _kind_values(_resolve_references(schema, option))
+        ]
+        here = _resolve_references(schema, node)
         if members:
             node = members[0]
         elif isinstance(part, int):
@@ -236,9 +244,9 @@ def _node_at(location: tuple[int | str, ...], schema: dict[str, Any]) -> dict[st
     return node
 
 
-def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    while "$ref" in node or any("$ref" in option for option in _options(node)):
-        reference = node.get("$ref") or next(o["$ref"] for o in _options(node) if "$ref" in o)
+def _resolve_references(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in node or any("$ref" in option for option in _union_members(node)):
+        reference = node.get("$ref") or next(o["$ref"] for o in _union_members(node) if "$ref" in o)
         name = reference.rsplit("/", 1)[-1]
         if name not in schema["$defs"]:
             return {}
@@ -246,12 +254,12 @@ def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
     return node
 
 
-def _options(node: dict[str, Any]) -> list[dict[str, Any]]:
+def _union_members(node: dict[str, Any]) -> list[dict[str, Any]]:
     """The members of a union that is told by no `kind`."""
     return [] if "discriminator" in node else node.get("anyOf", node.get("oneOf", []))
 
 
-def _kinds(node: dict[str, Any]) -> list[str]:
+def _kind_values(node: dict[str, Any]) -> list[str]:
     """What the `kind` of a mapping may be."""
     kind = node.get("properties", {}).get("kind", {})
     return kind.get("enum", [kind["const"]] if "const" in kind else [])

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from postgrad.config.quantities import Part, Positive
-from postgrad.config.row_format import Worded
+from postgrad.config.quantities import ConfigModel, Positive
+from postgrad.config.row_format import TemplatedRowFormat
 
 TaskMetric = Literal[
     "accuracy", "macro-F1", "MCC",
@@ -15,7 +15,7 @@ TaskMetric = Literal[
 ]  # fmt: skip
 
 
-class Shown(Part):
+class FewShotConfig(ConfigModel):
     """Where the demonstrations of a prompt come from: training rows, none of which asks what a test row asks."""
 
     path: str
@@ -24,7 +24,7 @@ class Shown(Part):
     """Drawn once for all items; drawn so that each label has as many as any other; or for each item those most like it."""
 
 
-class Task(Worded):
+class TaskConfig(TemplatedRowFormat):
     """Rows of a task, put to the model in prompts and scored by what it answers."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
@@ -37,7 +37,7 @@ class Task(Worded):
     """The sort of task. One that no training source names was never seen."""
     shots: Annotated[int, Field(ge=0)] = 0
     """Demonstrations before each question; what does not fit the context is left out from the front."""
-    shown: Shown | None = None
+    shown: FewShotConfig | None = None
     """Where they come from; needed above zero shots."""
     seeds: Positive = 1
     """How many draws of demonstrations are asked with: their mean is scored, their spread reported. Not with `bm25`."""
@@ -62,7 +62,7 @@ class Task(Worded):
     """Ask at every look during training too, where one process trains."""
 
     @model_validator(mode="after")
-    def _shots(self) -> Task:
+    def _check_options(self) -> TaskConfig:
         if self.shots and self.shown is None:
             raise ValueError(f"{self.shots} shots need `shown`, the rows that are shown")
         if self.seeds > 1 and self.shown is not None and self.shown.by == "bm25":

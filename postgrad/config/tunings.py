@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from postgrad.config.quantities import Length, Part, Positive, Share
+from postgrad.config.quantities import ConfigModel, Length, Positive, Share
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Slots = Literal["all"] | list[Literal["encoder", "decoder", "cross"]]
 
 
-class FullTuning(Part):
+class FullTuning(ConfigModel):
     """Every weight moves."""
 
     kind: Literal["full"]
@@ -20,14 +20,14 @@ class FullTuning(Part):
     """The learning rate of each block is that of the block above it times this; 1: all alike."""
 
 
-class Also(Part):
+class PartialTuning(ConfigModel):
     """What every kind below has: weights of the model that move besides (a new task layer always does)."""
 
     also: list[str] = []
     """Names of weights or modules of the model that move besides (`*` and `?` stand for any letters)."""
 
 
-class HeadTuning(Also):
+class HeadTuning(PartialTuning):
     """Lightweight tuning: the backbone is held fast, only the task layer moves."""
 
     kind: Literal["head"]
@@ -35,7 +35,7 @@ class HeadTuning(Also):
     """Give a language model whose head is its input embedding a head of its own."""
 
 
-class BlocksTuning(Also):
+class BlocksTuning(PartialTuning):
     """Only some blocks move, all at once or one after the other from the top (gradual unfreezing)."""
 
     kind: Literal["blocks"]
@@ -53,13 +53,13 @@ class BlocksTuning(Also):
     """Begin with the task layer (a language model: with its topmost block), and add the block below after each such length."""
 
     @model_validator(mode="after")
-    def _one_choice(self) -> BlocksTuning:
+    def _check_one_choice(self) -> BlocksTuning:
         if sum([self.last is not None, self.all_but_first is not None, bool(self.names)]) != 1:
             raise ValueError("`blocks` has exactly one of `last`, `all_but_first` and `names`")
         return self
 
 
-class BiasTuning(Also):
+class BiasTuning(PartialTuning):
     """Only the biases move (BitFit)."""
 
     kind: Literal["bias"]
@@ -67,13 +67,13 @@ class BiasTuning(Also):
     """Only those of these names (`*` and `?` stand for any letters), such as `*query*`."""
 
 
-class NormTuning(Also):
+class NormTuning(PartialTuning):
     """Only the norms move."""
 
     kind: Literal["norm"]
 
 
-class AdapterTuning(Also):
+class AdapterTuning(PartialTuning):
     """Bottleneck adapters in every block."""
 
     kind: Literal["adapter"]
@@ -95,7 +95,7 @@ class AdapterTuning(Also):
     """Numbers of blocks (from 0) without an adapter."""
 
 
-class PrefixTuning(Also):
+class PrefixTuning(PartialTuning):
     """Vectors before the keys and values of every layer, re-parameterised by an MLP while they are trained."""
 
     kind: Literal["prefix"]
@@ -113,7 +113,7 @@ class PrefixTuning(Also):
     """A text whose keys and values the prefix begins with."""
 
 
-class PTuningV2(Also):
+class PTuningV2(PartialTuning):
     """Vectors before the keys and values of every layer, trained as they are (P-tuning v2)."""
 
     kind: Literal["p-tuning-v2"]
@@ -127,7 +127,7 @@ class PTuningV2(Also):
     """A text whose keys and values the prefix begins with."""
 
 
-class PromptTuning(Also):
+class PromptTuningConfig(PartialTuning):
     """Vectors in front of the input (prompt tuning)."""
 
     kind: Literal["prompt"]
@@ -143,7 +143,7 @@ class PromptTuning(Also):
     """With `start: random` vectors are drawn between minus this and this; left out: 0.5."""
 
 
-class PTuning(Also):
+class PTuning(PartialTuning):
     """Vectors anywhere in the input, written by a small encoder while they are trained (P-tuning)."""
 
     kind: Literal["p-tuning"]
@@ -157,7 +157,7 @@ class PTuning(Also):
     """`trained`: every weight of the model moves too."""
 
 
-class Demonstrations(Part):
+class DemonstrationsConfig(ConfigModel):
     """Examples that are set before a question, taken from the training rows."""
 
     count: Positive = 2
@@ -168,7 +168,7 @@ class Demonstrations(Part):
     """At most so many tokens of demonstrations; the least alike are left out first."""
 
 
-class InstructionPrompt(Also):
+class InstructionPromptTuning(PartialTuning):
     """Instruction prompt tuning: retrieved demonstrations as a hard prompt, and vectors before it."""
 
     kind: Literal["instruction-prompt"]
@@ -180,11 +180,11 @@ class InstructionPrompt(Also):
     """The text whose embeddings they begin as, for `start: text`."""
     scale: Annotated[float, Field(gt=0)] | None = None
     """With `start: random` vectors are drawn between minus this and this; left out: 0.5."""
-    demonstrations: Demonstrations = Demonstrations()
+    demonstrations: DemonstrationsConfig = DemonstrationsConfig()
     """Examples that are set before each question."""
 
 
-class LoraTuning(Also):
+class LoraTuning(PartialTuning):
     """Low-rank updates of the weight matrices: LoRA and its kin, through peft."""
 
     kind: Literal["lora"]
@@ -207,7 +207,7 @@ class LoraTuning(Also):
     """O-LoRA: how strongly the new directions are kept orthogonal to those of the lineage's earlier LoRA stages."""
 
 
-class OsfTuning(Also):
+class OsfTuning(PartialTuning):
     """Orthogonal subspace fine-tuning: only the directions of small singular values move, through peft."""
 
     kind: Literal["osf"]
@@ -217,7 +217,7 @@ class OsfTuning(Also):
     """Which matrices of the blocks; or names (`*` and `?` stand for any letters)."""
 
 
-class ExpandTuning(Also):
+class ExpandTuning(PartialTuning):
     """Block expansion: new blocks that begin as nothing stand between the old ones, and only they move (LLaMA-Pro)."""
 
     kind: Literal["expand"]
@@ -238,9 +238,9 @@ AnyTuning = Annotated[
     | AdapterTuning
     | PrefixTuning
     | PTuningV2
-    | PromptTuning
+    | PromptTuningConfig
     | PTuning
-    | InstructionPrompt
+    | InstructionPromptTuning
     | LoraTuning
     | OsfTuning
     | ExpandTuning,
@@ -248,6 +248,6 @@ AnyTuning = Annotated[
 ]
 
 
-def options_of(spec: AnyTuning) -> dict[str, Any]:
+def get_tuning_options(spec: AnyTuning) -> dict[str, Any]:
     """The keyword arguments of a kind, as plain data; what was left out keeps the kind's own default."""
     return spec.model_dump(mode="json", exclude_none=True)

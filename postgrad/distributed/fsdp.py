@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from postgrad.models.model import Model
-from postgrad.models.pretrained import layers_of
+from postgrad.models.pretrained import get_layers
 
 
 def checkpoint_activations(model: Model) -> None:
@@ -25,7 +25,7 @@ def compile_layers(model: Model) -> None:
     """
     # Dynamo counts recompilations per code object over the whole process, and several models may share one.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    stack = layers_of(model.pretrained)
+    stack = get_layers(model.pretrained)
     for layer in stack:
         layer.compile(dynamic=False)
     for name, part in model.body.named_children():
@@ -46,7 +46,7 @@ def shard(model: Model, ranks: int, compute: torch.dtype) -> None:
         if compute != torch.float32
         else MixedPrecisionPolicy()
     )
-    modules: list[torch.nn.Module] = [*layers_of(model.pretrained), model]
+    modules: list[torch.nn.Module] = [*get_layers(model.pretrained), model]
     for module in modules:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in model.modules():
@@ -63,7 +63,7 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def synchronise_gradients(model: torch.nn.Module, wanted: bool) -> None:
+def synchronise_gradients(model: torch.nn.Module, enabled: bool) -> None:
     """Whether the next backward pass sums gradients over ranks (only the last micro-batch needs to)."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
+        model.set_requires_gradient_sync(enabled)

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 
-def own(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """The rows that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: Tensor, like: Tensor) -> Tensor:
+def local_shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """The rows of a whole tensor that belong to this rank's rows of `like`: a view, and no other rank is asked."""
     if not isinstance(like, DTensor):
         return tensor
@@ -29,27 +29,27 @@ def own_part(tensor: Tensor, like: Tensor) -> Tensor:
     return part
 
 
-def joinable(part: Tensor, like: Tensor) -> Tensor:
+def to_dtensor(part: Tensor, like: Tensor) -> Tensor:
     """This rank's rows as what they are: a part of a tensor of the shape of `like`, which `whole` puts together."""
     if not isinstance(like, DTensor):
         return part
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All rows, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def over_ranks(value: Tensor, like: Tensor) -> Tensor:
+def sum_over_ranks(value: Tensor, like: Tensor) -> Tensor:
     """The sum over the ranks that `like` is split over."""
     if not isinstance(like, DTensor):
         return value
     return DTensor.from_local(value, like.device_mesh, [Partial()] * like.device_mesh.ndim).full_tensor()
 
 
-def own_gradient(master: Tensor) -> Tensor:
+def local_gradient(master: Tensor) -> Tensor:
     """This rank's rows of a master's gradient, to be added to; zeros become it where there is none yet."""
     if master.grad is None:
         master.grad = torch.zeros_like(master)
-    return own(master.grad)
+    return local_shard(master.grad)

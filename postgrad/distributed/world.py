@@ -23,7 +23,7 @@ class World:
 
     @classmethod
     @contextmanager
-    def joined(cls, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+    def init_process_group(cls, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
         """Inside, be one of the group that the environment of `torchrun` names; without one, be alone."""
         if "RANK" not in os.environ:
             yield cls(device)
@@ -38,30 +38,30 @@ class World:
             dist.destroy_process_group()
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
 
     @property
-    def sharded(self) -> bool:
+    def is_distributed(self) -> bool:
         """Whether a process group exists (also with one rank, so that the path can be tested)."""
         return dist.is_initialized()
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
-    def count(self, value: int) -> int:
+    def all_reduce_count(self, value: int) -> int:
         """Sum of an integer over ranks."""
-        return value if self.size == 1 else int(self.total(torch.tensor(value, device=self.device)))
+        return value if self.size == 1 else int(self.all_reduce(torch.tensor(value, device=self.device)))
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether the flag is up on any rank; every rank gets the same answer."""
-        return flag if self.size == 1 else bool(self.count(int(flag)))
+        return flag if self.size == 1 else bool(self.all_reduce_count(int(flag)))
 
-    def gathered(self, value: object) -> list[object]:
+    def all_gather(self, value: object) -> list[object]:
         """`value` of every rank, on every rank."""
         if self.size == 1:
             return [value]
@@ -69,7 +69,7 @@ class World:
         dist.all_gather_object(out, value)
         return out
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Meet the others."""
         if self.size > 1:
             dist.barrier()

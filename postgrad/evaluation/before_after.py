@@ -11,17 +11,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from postgrad.distributed.world import World
-from postgrad.evaluation.held_out import AnyHeldOut
-from postgrad.evaluation.perplexity import Scores, score
+from postgrad.evaluation.held_out import HeldOutSet
+from postgrad.evaluation.perplexity import Scores, score_held_out
 from postgrad.models.model import Model
-from postgrad.stats.forgetting import Change, paired_change
+from postgrad.stats.forgetting import LossChange, paired_change
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import fingerprint
 
 AllScores = dict[str, Scores]
 
 
-class Named(Protocol):
+class ScoredSet(Protocol):
     """What is scored."""
 
     @property
@@ -34,10 +34,10 @@ class Named(Protocol):
     def identity(self) -> list[Any]: ...
 
 
-def measure(
+def score_sets(
     model: Model,
-    sets: Iterable[Named],
-    by: Callable[..., Scores] = score,
+    sets: Iterable[ScoredSet],
+    scorer: Callable[..., Scores] = score_held_out,
     *,
     context: int,
     world: World,
@@ -58,11 +58,11 @@ def measure(
                 out[held_out.name] = next(iter(read_scores(place).values()))  # the name is the caller's
                 continue
 
-        def share(parts: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
-            return [part for rank in world.gathered(parts) for part in rank]  # type: ignore[attr-defined]
+        def gather(parts: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+            return [part for rank in world.all_gather(parts) for part in rank]  # type: ignore[attr-defined]
 
-        out[held_out.name] = by(model, held_out, context=context, share=share, rank=world.rank, ranks=world.size)
-        if place and world.main:
+        out[held_out.name] = scorer(model, held_out, context=context, gather=gather, rank=world.rank, ranks=world.size)
+        if place and world.is_main:
             write_scores(place, {held_out.name: out[held_out.name]})
     return out
 
@@ -81,15 +81,17 @@ def read_scores(path: Path) -> AllScores:
         names = sorted({key.rsplit("/", 1)[0] for key in stored.files})
         # What an older version did not write yet has its default.
         kept = {name: [f.name for f in fields(Scores) if f"{name}/{f.name}" in stored.files] for name in names}
-        return {name: Scores(**{key: _value(stored[f"{name}/{key}"]) for key in keys}) for name, keys in kept.items()}
+        return {
+            name: Scores(**{key: _decode_value(stored[f"{name}/{key}"]) for key in keys}) for name, keys in kept.items()
+        }
 
 
-def _value(stored: np.ndarray) -> Any:
+def _decode_value(stored: np.ndarray) -> Any:
     """An array, or the text that was written as one."""
     return str(stored) if stored.dtype.kind == "U" and stored.ndim == 0 else stored
 
 
-def change(before: Scores, after: Scores, vocabulary: int) -> Change:
+def loss_change(before: Scores, after: Scores, vocabulary: int) -> LossChange:
     """How a set's loss changed; both scores are of the same documents in the same windows."""
     nats_before, tokens = before.per_unit()
     nats_after, _ = after.per_unit()
@@ -103,34 +105,40 @@ def change(before: Scores, after: Scores, vocabulary: int) -> Change:
     )
 
 
-def changes(sets: Sequence[Named], before: AllScores, after: AllScores, vocabulary: int) -> dict[str, dict[str, Any]]:
+def loss_changes(
+    sets: Sequence[ScoredSet], before: AllScores, after: AllScores, vocabulary: int
+) -> dict[str, dict[str, Any]]:
     """The change of every set with its role, as plain data."""
     return {
-        h.name: {"role": h.role, **asdict(change(before[h.name], after[h.name], vocabulary))}
+        h.name: {"role": h.role, **asdict(loss_change(before[h.name], after[h.name], vocabulary))}
         for h in sets
         if h.name in before and h.name in after
     }
 
 
-def outcome(sets: Sequence[Named], before: AllScores, after: AllScores, vocabulary: int) -> dict[str, Any]:
+def summarize_before_after(
+    sets: Sequence[ScoredSet], before: AllScores, after: AllScores, vocabulary: int
+) -> dict[str, Any]:
     """The scores before and after and the changes, as a record has them."""
     return {
         "scores": {
             "before": {name: scores.summary() for name, scores in before.items()},
             "after": {name: scores.summary() for name, scores in after.items()},
         },
-        "changes": changes(sets, before, after, vocabulary),
+        "changes": loss_changes(sets, before, after, vocabulary),
     }
 
 
-def gate(found: Mapping[str, dict[str, Any]], before: AllScores, limit: float | None) -> dict[str, Any] | None:
+def retention_gate(
+    changes: Mapping[str, dict[str, Any]], before: AllScores, limit: float | None
+) -> dict[str, Any] | None:
     """Whether the loss of every retained set rose by at most the share `limit`, at the upper end of its interval.
 
     `level` is the strictest of the limits in nats per token, for drawing.
     """
     if limit is None:
         return None
-    retained = {name: c for name, c in found.items() if c["role"] == "retained"}
+    retained = {name: c for name, c in changes.items() if c["role"] == "retained"}
     name = max(retained, key=lambda n: retained[n]["relative_high"])
     worst = retained[name]
     return {
@@ -142,10 +150,10 @@ def gate(found: Mapping[str, dict[str, Any]], before: AllScores, limit: float | 
 
 
 def evaluation_row(
-    step: int, trained: int, sets: Sequence[AnyHeldOut], before: AllScores, now: AllScores, vocabulary: int
+    step: int, trained: int, sets: Sequence[HeldOutSet], before: AllScores, current: AllScores, vocabulary: int
 ) -> dict[str, Any]:
     """A line of metrics: every set's loss now and its change since the start."""
-    found = changes(sets, before, now, vocabulary)
+    found = loss_changes(sets, before, current, vocabulary)
     return {
         "kind": "evaluation",
         "step": step,
@@ -153,7 +161,7 @@ def evaluation_row(
         "sets": {
             name: {
                 "role": c["role"],
-                "nats": now[name].nats,
+                "nats": current[name].nats,
                 "change": c["difference"],
                 "low": c["low"],
                 "high": c["high"],

@@ -17,13 +17,13 @@ from scipy import stats
 
 _DRAWS = 200
 
-OfCounts = Callable[[np.ndarray], np.ndarray]
+CountMetric = Callable[[np.ndarray], np.ndarray]
 """A metric of each draw, of shape (R,), from how often each class was meant and said, of shape (R, C meant, C said)."""
-OfItems = Callable[[np.ndarray, np.ndarray], float]
+ItemMetric = Callable[[np.ndarray, np.ndarray], float]
 """A metric of `(meant, said)`."""
 
 _TAG = re.compile(r"O|[BIES]-.+")
-_BEGINS = ("B-", "I-", "S-")
+_SPAN_STARTS = ("B-", "I-", "S-")
 
 
 def _accuracy(counts_RCC: np.ndarray) -> np.ndarray:
@@ -42,7 +42,7 @@ def _macro_f1(counts_RCC: np.ndarray) -> np.ndarray:
     return np.nanmean(_f1(counts_RCC), 1)
 
 
-def _f1_of_yes(counts_RCC: np.ndarray) -> np.ndarray:
+def _positive_f1(counts_RCC: np.ndarray) -> np.ndarray:
     return np.nan_to_num(_f1(counts_RCC)[:, 1])
 
 
@@ -55,133 +55,142 @@ def _mcc(counts_RCC: np.ndarray) -> np.ndarray:
     return np.where(alone > 0, together / np.sqrt(np.where(alone > 0, alone, 1)), 0.0)
 
 
-def _mse(meant_I: np.ndarray, said_I: np.ndarray) -> float:
-    return float(((meant_I - said_I) ** 2).mean())
+def _mse(labels_I: np.ndarray, predictions_I: np.ndarray) -> float:
+    return float(((labels_I - predictions_I) ** 2).mean())
 
 
-def _pearson(meant_I: np.ndarray, said_I: np.ndarray) -> float:
-    return float(np.corrcoef(meant_I, said_I)[0, 1]) if meant_I.std() and said_I.std() else 0.0
+def _pearson(labels_I: np.ndarray, predictions_I: np.ndarray) -> float:
+    return float(np.corrcoef(labels_I, predictions_I)[0, 1]) if labels_I.std() and predictions_I.std() else 0.0
 
 
-def _spearman(meant_I: np.ndarray, said_I: np.ndarray) -> float:
+def _spearman(labels_I: np.ndarray, predictions_I: np.ndarray) -> float:
     """Pearson's correlation of the ranks, ties sharing theirs."""
-    return _pearson(stats.rankdata(meant_I), stats.rankdata(said_I))
+    return _pearson(stats.rankdata(labels_I), stats.rankdata(predictions_I))
 
 
-COUNTED: dict[str, dict[str, OfCounts]] = {
+COUNT_METRICS: dict[str, dict[str, CountMetric]] = {
     "class": {"accuracy": _accuracy, "macro F1": _macro_f1, "MCC": _mcc},
     "tags": {"accuracy": _accuracy, "macro F1": _macro_f1},
-    "multi": {"accuracy": _accuracy, "F1": _f1_of_yes},
+    "multi": {"accuracy": _accuracy, "F1": _positive_f1},
 }
 """By what is decided. Of several classes at once every pair of example and class is one decision (micro-averaged)."""
-OF_NUMBERS: dict[str, OfItems] = {"MSE": _mse, "Pearson": _pearson, "Spearman": _spearman}
-PROBLEMS = (*COUNTED, "number")
+REGRESSION_METRICS: dict[str, ItemMetric] = {"MSE": _mse, "Pearson": _pearson, "Spearman": _spearman}
+PROBLEMS = (*COUNT_METRICS, "number")
 
 
-def metrics_of(problem: str, names: Sequence[str] = ()) -> list[str]:
+def metric_names(problem: str, names: Sequence[str] = ()) -> list[str]:
     """The names of what `measured` measures."""
     if problem == "number":
-        return [*OF_NUMBERS]
-    spans = [*_of_spans(np.zeros((1, 3)))] if problem == "tags" and mark_spans(names) else []
-    return [*spans, *COUNTED.get(problem, {})]
+        return [*REGRESSION_METRICS]
+    spans = [*_span_metrics(np.zeros((1, 3)))] if problem == "tags" and is_span_tagging(names) else []
+    return [*spans, *COUNT_METRICS.get(problem, {})]
 
 
-def measured(
+def compute_metrics(
     problem: str,
-    said_I: np.ndarray,
-    meant_I: np.ndarray,
-    item_I: np.ndarray,
+    predictions_I: np.ndarray,
+    labels_I: np.ndarray,
+    document_I: np.ndarray,
     names: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
     """Each metric's value with its 95 % interval: documents (`item_I`) are drawn with replacement, seeded.
 
     With the `names` of the classes, tags that mark spans (`B-x I-x O`, also with `E-` and `S-`) have the metrics of spans too.
     """
-    of_I = np.unique(item_I, return_inverse=True)[1]
-    found = _drawn(problem, said_I, meant_I, of_I, names, _times(int(of_I.max()) + 1))
-    return {name: _with_interval(values_R) for name, values_R in found.items()}
+    of_I = np.unique(document_I, return_inverse=True)[1]
+    found = _resampled_metrics(problem, predictions_I, labels_I, of_I, names, _bootstrap_weights(int(of_I.max()) + 1))
+    return {name: _value_with_interval(values_R) for name, values_R in found.items()}
 
 
-def values_of(
-    problem: str, said_I: np.ndarray, meant_I: np.ndarray, item_I: np.ndarray, names: Sequence[str] = ()
+def metric_values(
+    problem: str, predictions_I: np.ndarray, labels_I: np.ndarray, document_I: np.ndarray, names: Sequence[str] = ()
 ) -> dict[str, float]:
     """Each metric's value alone."""
-    of_I = np.unique(item_I, return_inverse=True)[1]
+    of_I = np.unique(document_I, return_inverse=True)[1]
     once_1N = np.ones((1, int(of_I.max()) + 1), np.int64)
-    return {n: float(values[0]) for n, values in _drawn(problem, said_I, meant_I, of_I, names, once_1N).items()}
+    return {
+        n: float(values[0])
+        for n, values in _resampled_metrics(problem, predictions_I, labels_I, of_I, names, once_1N).items()
+    }
 
 
-def compared(
+def compare_metrics(
     problem: str,
     before_I: np.ndarray,
     after_I: np.ndarray,
-    meant_I: np.ndarray,
-    item_I: np.ndarray,
+    labels_I: np.ndarray,
+    document_I: np.ndarray,
     names: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
     """How much each metric changes from what was said `before` to `after`, with its interval: both have the same draws."""
-    of_I = np.unique(item_I, return_inverse=True)[1]
-    times_RN = _times(int(of_I.max()) + 1)
-    before, after = (_drawn(problem, said_I, meant_I, of_I, names, times_RN) for said_I in (before_I, after_I))
-    return {name: _with_interval(after[name] - before[name]) for name in after}
+    of_I = np.unique(document_I, return_inverse=True)[1]
+    times_RN = _bootstrap_weights(int(of_I.max()) + 1)
+    before, after = (
+        _resampled_metrics(problem, said_I, labels_I, of_I, names, times_RN) for said_I in (before_I, after_I)
+    )
+    return {name: _value_with_interval(after[name] - before[name]) for name in after}
 
 
-def _drawn(
+def _resampled_metrics(
     problem: str,
-    said_I: np.ndarray,
-    meant_I: np.ndarray,
-    of_I: np.ndarray,
+    predictions_I: np.ndarray,
+    labels_I: np.ndarray,
+    document_I: np.ndarray,
     names: Sequence[str],
-    times_RN: np.ndarray,
+    weights_RN: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """Each metric of every draw of documents: of shape (R,)."""
     if problem == "number":
-        return _of_numbers(said_I, meant_I, of_I, times_RN)
-    counts_RCC = _counts(problem, said_I, meant_I, of_I, times_RN)
-    found = {name: measure(counts_RCC) for name, measure in COUNTED[problem].items()}
-    if problem == "tags" and mark_spans(names):
-        return _of_spans(times_RN @ span_counts(said_I, meant_I, of_I, names)) | found
+        return _regression_metrics(predictions_I, labels_I, document_I, weights_RN)
+    counts_RCC = _confusion_counts(problem, predictions_I, labels_I, document_I, weights_RN)
+    found = {name: measure(counts_RCC) for name, measure in COUNT_METRICS[problem].items()}
+    if problem == "tags" and is_span_tagging(names):
+        return _span_metrics(weights_RN @ span_counts(predictions_I, labels_I, document_I, names)) | found
     return found
 
 
-def _times(documents: int) -> np.ndarray:
+def _bootstrap_weights(documents: int) -> np.ndarray:
     """How often each document is drawn, of shape (R, N); the first draw is the documents as they are."""
     draws = np.random.default_rng(0).integers(documents, size=(_DRAWS, documents))
     return np.stack([np.ones(documents, np.int64), *(np.bincount(draw, minlength=documents) for draw in draws)])
 
 
-def _with_interval(values_R: np.ndarray) -> dict[str, float]:
+def _value_with_interval(values_R: np.ndarray) -> dict[str, float]:
     low, high = np.percentile(values_R[1:], [2.5, 97.5])
     return {"value": float(values_R[0]), "low": float(low), "high": float(high)}
 
 
-def _counts(
-    problem: str, said_I: np.ndarray, meant_I: np.ndarray, of_I: np.ndarray, times_RN: np.ndarray
+def _confusion_counts(
+    problem: str, predictions_I: np.ndarray, labels_I: np.ndarray, document_I: np.ndarray, weights_RN: np.ndarray
 ) -> np.ndarray:
     """How often each class was meant and said in each draw, of shape (R, C, C); of several at once: no and yes."""
-    both, size = np.concatenate([meant_I, said_I, [0, 1] if problem == "multi" else []]), len(meant_I)
+    both, size = np.concatenate([labels_I, predictions_I, [0, 1] if problem == "multi" else []]), len(labels_I)
     classes, code = np.unique(both, return_inverse=True)
     pair_I = code[:size] * len(classes) + code[size : 2 * size]
     shape = len(classes), len(classes)
-    return np.stack([np.bincount(pair_I, times_N[of_I], np.prod(shape)).reshape(shape) for times_N in times_RN])
+    return np.stack([np.bincount(pair_I, times_N[document_I], np.prod(shape)).reshape(shape) for times_N in weights_RN])
 
 
-def _of_numbers(
-    said_I: np.ndarray, meant_I: np.ndarray, of_I: np.ndarray, times_RN: np.ndarray
+def _regression_metrics(
+    predictions_I: np.ndarray, labels_I: np.ndarray, document_I: np.ndarray, weights_RN: np.ndarray
 ) -> dict[str, np.ndarray]:
-    drawn = [np.repeat(np.arange(len(of_I)), times_N[of_I]) for times_N in times_RN]
-    return {name: np.array([of(meant_I[i], said_I[i]) for i in drawn]) for name, of in OF_NUMBERS.items()}
+    drawn = [np.repeat(np.arange(len(document_I)), times_N[document_I]) for times_N in weights_RN]
+    return {
+        name: np.array([of(labels_I[i], predictions_I[i]) for i in drawn]) for name, of in REGRESSION_METRICS.items()
+    }
 
 
 # --- spans ----------------------------------------------------------------------------------------------------
 
 
-def mark_spans(names: Sequence[str]) -> bool:
+def is_span_tagging(names: Sequence[str]) -> bool:
     """Whether tags mark spans, as in BIO, IOB2 and IOBES."""
-    return all(_TAG.fullmatch(name) for name in names) and any(name.startswith(_BEGINS) for name in names)
+    return all(_TAG.fullmatch(name) for name in names) and any(name.startswith(_SPAN_STARTS) for name in names)
 
 
-def span_counts(said_I: np.ndarray, meant_I: np.ndarray, of_I: np.ndarray, names: Sequence[str]) -> np.ndarray:
+def span_counts(
+    predictions_I: np.ndarray, labels_I: np.ndarray, document_I: np.ndarray, names: Sequence[str]
+) -> np.ndarray:
     """How many spans of each document were found, said and meant, of shape (N, 3).
 
     A span is found when its type, its first and its last word are right. What a span is, seqeval says (its default mode,
@@ -189,18 +198,20 @@ def span_counts(said_I: np.ndarray, meant_I: np.ndarray, of_I: np.ndarray, names
     """
     from seqeval.metrics.sequence_labeling import get_entities
 
-    order = np.argsort(of_I, kind="stable")
-    cuts = np.flatnonzero(np.diff(of_I[order])) + 1
+    order = np.argsort(document_I, kind="stable")
+    cuts = np.flatnonzero(np.diff(document_I[order])) + 1
     out = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for items in np.split(order, cuts):
-            said, meant = (set(get_entities([names[int(tag)] for tag in tags[items]])) for tags in (said_I, meant_I))
+            said, meant = (
+                set(get_entities([names[int(tag)] for tag in tags[items]])) for tags in (predictions_I, labels_I)
+            )
             out.append((len(said & meant), len(said), len(meant)))
     return np.array(out, np.int64)
 
 
-def _of_spans(counts_R3: np.ndarray) -> dict[str, np.ndarray]:
+def _span_metrics(counts_R3: np.ndarray) -> dict[str, np.ndarray]:
     """Micro-averaged over the types of spans; 0 where there is none."""
     found_R, said_R, meant_R = counts_R3.T
     return {

@@ -9,37 +9,38 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from postgrad.evaluation.held_out import AnyHeldOut, HeldOut, behind_bos
-from postgrad.models.prefix_lm_attention import prefilled, reads_prefixes
+from postgrad.evaluation.held_out import HeldOutSet, HeldOutText, insert_after_bos
+from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ContinuationPrompt:
     """The beginning of a held-out document and how it really goes on."""
 
-    set: str
+    set_name: str
     ids: np.ndarray
     reference: np.ndarray
 
 
-def prompts(held_out: AnyHeldOut, count: int) -> list[Prompt]:
+def select_prompts(held_out: HeldOutSet, count: int) -> list[ContinuationPrompt]:
     """The beginnings of the first texts that are long enough; rows of a task have none."""
-    if not isinstance(held_out, HeldOut):
+    if not isinstance(held_out, HeldOutText):
         return []
     long = [d for d in held_out.documents if len(d) >= PROMPT_TOKENS + 8]
     return [
-        Prompt(held_out.name, d[:PROMPT_TOKENS], d[PROMPT_TOKENS : PROMPT_TOKENS + NEW_TOKENS]) for d in long[:count]
+        ContinuationPrompt(held_out.name, d[:PROMPT_TOKENS], d[PROMPT_TOKENS : PROMPT_TOKENS + NEW_TOKENS])
+        for d in long[:count]
     ]
 
 
 @torch.no_grad()
-def continuations(
+def generate_continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    wanted: Sequence[Prompt],
-    before: Sequence[int] = (),
+    prompts: Sequence[ContinuationPrompt],
+    virtual_tokens: Sequence[int] = (),
     bos: int | None = None,
 ) -> list[str]:
     """The model's greedy continuation of each prompt, as text; `before` is set before each (a soft prompt's places)."""
@@ -47,10 +48,10 @@ def continuations(
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        for prompt in wanted:
-            given = torch.from_numpy(behind_bos(prompt.ids, before, bos))
+        for prompt in prompts:
+            given = torch.from_numpy(insert_after_bos(prompt.ids, virtual_tokens, bos))
             ids = given[None].to(next(model.parameters()).device)
-            read = {"past_key_values": prefilled(model, ids)} if reads_prefixes(model.config) else {}
+            read = {"past_key_values": prefill_prompt(model, ids)} if is_prefix_lm(model.config) else {}
             written = model.generate(  # pyrefly: ignore[not-callable]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -59,11 +60,11 @@ def continuations(
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 **read,
             )
-            out.append(text_of(tokenizer, written[0, ids.shape[1] :]))
+            out.append(decode_ids(tokenizer, written[0, ids.shape[1] :]))
     model.train(was_training)
     return out
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray | torch.Tensor) -> str:
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray | torch.Tensor) -> str:
     """Ids as text."""
     return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))

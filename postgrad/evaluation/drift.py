@@ -25,15 +25,15 @@ from transformers import PreTrainedModel
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch, collate
-from postgrad.evaluation.held_out import AnyHeldOut
-from postgrad.models.interpolate import blocks_of
+from postgrad.evaluation.held_out import HeldOutSet
+from postgrad.models.interpolate import block_parameter_names
 from postgrad.models.model import Model, Output
-from postgrad.models.pretrained import stacks_of, table_of
+from postgrad.models.pretrained import get_embedding_weight, get_layer_stacks
 from postgrad.stats.forgetting import bootstrap
 
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 1 << 24
-SAYS_IN_SHARES = ("text", "answers", "class", "tags")
+DISTRIBUTION_TASKS = ("text", "answers", "class", "tags")
 """What held-out sets must ask for that two answers can be compared as distributions."""
 
 
@@ -48,12 +48,12 @@ class Drift:
     document_W: np.ndarray
     tokens_W: np.ndarray
     divergence_W: np.ndarray
-    crossed_W: np.ndarray
-    right_W: np.ndarray
+    cross_entropy_W: np.ndarray
+    correct_W: np.ndarray
     lost_W: np.ndarray
     won_W: np.ndarray
-    moved_L: np.ndarray
-    turned_L: np.ndarray
+    relative_change_L: np.ndarray
+    cosine_L: np.ndarray
 
     def summary(self) -> dict[str, Any]:
         """The measures with their 95 % intervals over documents, as plain data."""
@@ -69,47 +69,49 @@ class Drift:
             "tokens": int(tokens.sum()),
             "documents": documents,
             "divergence": of(self.divergence_W),
-            "base_cross_entropy": of(self.crossed_W),
-            "right_before": of(self.right_W),
+            "base_cross_entropy": of(self.cross_entropy_W),
+            "right_before": of(self.correct_W),
             "lost": of(self.lost_W),
             "won": of(self.won_W),
-            "outputs": [None if np.isnan(v) else float(v) for v in self.moved_L],
-            "cosines": [None if np.isnan(v) else float(v) for v in self.turned_L],
+            "outputs": [None if np.isnan(v) else float(v) for v in self.relative_change_L],
+            "cosines": [None if np.isnan(v) else float(v) for v in self.cosine_L],
         }
 
 
-class _Said(NamedTuple):
+class _PositionMeasures(NamedTuple):
     """Of each labelled position: the sums of `Drift`."""
 
     divergence_P: Tensor
-    crossed_P: Tensor
-    right_P: Tensor
+    cross_entropy_P: Tensor
+    correct_P: Tensor
     lost_P: Tensor
     won_P: Tensor
 
 
 @torch.no_grad()
-def drift(before: Model, after: Model, sets: tuple[AnyHeldOut, AnyHeldOut], *, context: int) -> Drift:
+def compute_drift(before: Model, after: Model, sets: tuple[HeldOutSet, HeldOutSet], *, context: int) -> Drift:
     """Compare two models on a set, `sets` being the same documents as each of them reads them."""
-    rows = list(zip(*(list(held_out.pieces(context)) for held_out in sets), strict=True))
+    rows = list(zip(*(list(held_out.iter_rows(context)) for held_out in sets), strict=True))
     document_W = np.array([piece.document for piece, _ in rows], np.int64)
     sums_W = np.zeros((6, len(rows)))
-    layers = _Layers(before.pretrained, after.pretrained)
+    layers = _BlockOutputs(before.pretrained, after.pretrained)
     training = before.training, after.training
     before.eval(), after.eval()
-    with torch.compiler.set_stance("force_eager"), layers.watched():
-        for part in _parts([max(len(p.row.inputs["input_ids"]) for p in pair) for pair in rows]):
+    with torch.compiler.set_stance("force_eager"), layers.record_outputs():
+        for part in _length_batches([max(len(p.row.inputs["input_ids"]) for p in pair) for pair in rows]):
             batches = [
-                collate([rows[i][side].row for i in part], [0] * len(part), pad=sets[side].pad).to(_device(model))
+                collate([rows[i][side].row for i in part], [0] * len(part), pad_token_id=sets[side].pad).to(
+                    _device(model)
+                )
                 for side, model in enumerate((before, after))
             ]
             outputs = [model(**batch.inputs) for model, batch in zip((before, after), batches, strict=True)]
             layers.add(batches)
-            said, row_P = _compared(outputs, batches)
+            said, row_P = _compare_outputs(outputs, batches)
             for number, values_P in enumerate((torch.ones_like(said[0]), *said)):
                 sums_W[number, part] = np.bincount(row_P, values_P.double().cpu().numpy(), len(part))
     before.train(training[0]), after.train(training[1])
-    moved_L, turned_L = layers.changes()
+    moved_L, turned_L = layers.compute_changes()
     tokens_W, divergence_W, crossed_W, right_W, lost_W, won_W = sums_W
     return Drift(document_W, tokens_W, divergence_W, crossed_W, right_W, lost_W, won_W, moved_L, turned_L)
 
@@ -118,7 +120,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _parts(lengths: Sequence[int]) -> Iterator[list[int]]:
+def _length_batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Rows of like length, whose padded size stays within the tokens at once."""
     part: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -130,34 +132,36 @@ def _parts(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield part
 
 
-def _labelled(batch: Batch) -> Tensor:
+def _label_mask(batch: Batch) -> Tensor:
     """Where the labels are: a mask like the labels."""
     return batch.labels != IGNORED
 
 
-def _compared(outputs: Sequence[Output], batches: Sequence[Batch]) -> tuple[_Said, np.ndarray]:
+def _compare_outputs(outputs: Sequence[Output], batches: Sequence[Batch]) -> tuple[_PositionMeasures, np.ndarray]:
     """What both said at the labelled positions, and the row that each of these is in.
 
     A soft prompt moves positions; the labels are the same ones in the same order.
     """
-    masks = [_labelled(batch) for batch in batches]
+    masks = [_label_mask(batch) for batch in batches]
     labels_P = batches[1].labels[masks[1]]
     hidden = [output.hidden[mask] for output, mask in zip(outputs, masks, strict=True)]
     width = hidden[0].shape[-1] if outputs[0].head is None else outputs[0].head.weight_VD.shape[0]
     rows = max(1, _LOGITS_AT_ONCE // width)
     found = [
-        _said(_logits(outputs[0], hidden[0][i : i + rows]), _logits(outputs[1], hidden[1][i : i + rows]), labels)
+        _compare_logits(
+            _logits(outputs[0], hidden[0][i : i + rows]), _logits(outputs[1], hidden[1][i : i + rows]), labels
+        )
         for i, labels in zip(range(0, len(labels_P), rows), labels_P.split(rows), strict=True)
     ]
     row_P = masks[1].nonzero()[:, 0].cpu().numpy()
-    return _Said(*(torch.cat(parts) for parts in zip(*found, strict=True))), row_P
+    return _PositionMeasures(*(torch.cat(parts) for parts in zip(*found, strict=True))), row_P
 
 
 def _logits(output: Output, hidden_PD: Tensor) -> Tensor:
     return (hidden_PD if output.head is None else output.head.logits(hidden_PD)).float()
 
 
-def _said(before_PV: Tensor, after_PV: Tensor, labels_P: Tensor) -> _Said:
+def _compare_logits(before_PV: Tensor, after_PV: Tensor, labels_P: Tensor) -> _PositionMeasures:
     """A vocabulary that has grown is compared over the tokens that both have."""
     shared = min(before_PV.shape[-1], after_PV.shape[-1])
     p, q = (torch.log_softmax(logits[:, :shared].double(), -1) for logits in (before_PV, after_PV))
@@ -166,24 +170,24 @@ def _said(before_PV: Tensor, after_PV: Tensor, labels_P: Tensor) -> _Said:
     entropy_P = -(shares * p.masked_fill(shares == 0, 0)).sum(-1)
     crossed_P = -(shares * q.masked_fill(shares == 0, 0)).sum(-1)
     was, now = (logits.argmax(-1) == labels_P for logits in (before_PV, after_PV))
-    return _Said(crossed_P - entropy_P, crossed_P, was, was & ~now, ~was & now)
+    return _PositionMeasures(crossed_P - entropy_P, crossed_P, was, was & ~now, ~was & now)
 
 
-class _Layers:
+class _BlockOutputs:
     """The outputs of both models' blocks, at the same positions, as sums."""
 
     def __init__(self, before: PreTrainedModel, after: PreTrainedModel) -> None:
-        self.stacks = [[block for stack in stacks_of(model) for block in stack] for model in (before, after)]
+        self.stacks = [[block for stack in get_layer_stacks(model) for block in stack] for model in (before, after)]
         # Blocks that were put in between have no counterpart.
         self.count = len(self.stacks[0]) if len(self.stacks[0]) == len(self.stacks[1]) else 0
-        self.seen: list[dict[int, Tensor]] = [{}, {}]
+        self.outputs: list[dict[int, Tensor]] = [{}, {}]
         self.sums_L4 = np.zeros((self.count, 4))
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def record_outputs(self) -> Iterator[None]:
         """Inside, the outputs of blocks are kept until they are added."""
         handles = [
-            block.register_forward_hook(self._keeper(side, number))
+            block.register_forward_hook(self._make_hook(side, number))
             for side, blocks in enumerate(self.stacks)
             for number, block in enumerate(blocks[: self.count])
         ]
@@ -193,16 +197,19 @@ class _Layers:
             for handle in handles:
                 handle.remove()
 
-    def _keeper(self, side: int, number: int) -> Any:
+    def _make_hook(self, side: int, number: int) -> Any:
         def keep(_module: nn.Module, _inputs: object, output: Any) -> None:
-            self.seen[side][number] = output[0] if isinstance(output, tuple) else output
+            self.outputs[side][number] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
     def add(self, batches: Sequence[Batch]) -> None:
         """Compare what was seen of a batch, at its labels, or at its tokens where a block has no labels."""
         for number in range(self.count):
-            states = [self._states(seen.get(number), batch) for seen, batch in zip(self.seen, batches, strict=True)]
+            states = [
+                self._states_at_labels(seen.get(number), batch)
+                for seen, batch in zip(self.outputs, batches, strict=True)
+            ]
             if states[0] is None or states[1] is None or states[0].shape != states[1].shape:
                 continue
             was, now = (state.double() for state in states if state is not None)
@@ -213,19 +220,19 @@ class _Layers:
                 float(cosine.sum()),
                 len(cosine),
             ]
-        self.seen = [{}, {}]
+        self.outputs = [{}, {}]
 
     @staticmethod
-    def _states(output: Tensor | None, batch: Batch) -> Tensor | None:
+    def _states_at_labels(output: Tensor | None, batch: Batch) -> Tensor | None:
         """Outputs of shape (P, D) at the labels; of a text's tokens, where the labels are not at its positions."""
         if output is None or output.ndim != 3:
             return None
-        for mask in (_labelled(batch), batch.inputs.get("attention_mask")):
+        for mask in (_label_mask(batch), batch.inputs.get("attention_mask")):
             if mask is not None and mask.shape == output.shape[:2]:
                 return output[mask.bool()]
         return None
 
-    def changes(self) -> tuple[np.ndarray, np.ndarray]:
+    def compute_changes(self) -> tuple[np.ndarray, np.ndarray]:
         """`moved_L` and `turned_L`."""
         squares, sizes, cosines, counts = self.sums_L4.T if self.count else np.zeros((4, 0))
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -235,9 +242,9 @@ class _Layers:
 class WeightDrift(NamedTuple):
     """Of some weights: the 2-norm of their change over their own, how many numbers differ, and how many there are."""
 
-    moved: float
-    changed: int
-    numbers: int
+    relative_change: float
+    changed_count: int
+    total_count: int
 
 
 def weight_drift(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, WeightDrift]:
@@ -246,8 +253,8 @@ def weight_drift(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, W
     Weights that only one of the two has (a tuning's own, a new task layer) are left out.
     """
     was, now = (dict(model.named_parameters()) for model in (before, after))
-    group = {name: f"block {number}" for number, names in enumerate(blocks_of(before)) for name in names}
-    table = table_of(before)
+    group = {name: f"block {number}" for number, names in enumerate(block_parameter_names(before)) for name in names}
+    table = get_embedding_weight(before)
     sums: dict[str, np.ndarray] = {}
     for name, old in was.items():
         new = now.get(name)
@@ -256,7 +263,7 @@ def weight_drift(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, W
         change, size = new.detach().double() - old.detach().double(), old.detach().double()
         found = sums.setdefault(group.get(name, "embeddings" if old is table else "rest"), np.zeros(4))
         found += [float(change.square().sum()), float(size.square().sum()), int((change != 0).sum()), old.numel()]
-    order = ["embeddings", *(f"block {number}" for number in range(len(blocks_of(before)))), "rest"]
+    order = ["embeddings", *(f"block {number}" for number in range(len(block_parameter_names(before)))), "rest"]
     with np.errstate(invalid="ignore", divide="ignore"):
         moved = {name: float(np.sqrt(found[0] / found[1])) for name, found in sums.items()}
     return {name: WeightDrift(moved[name], int(sums[name][2]), int(sums[name][3])) for name in order if name in sums}

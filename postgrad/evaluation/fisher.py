@@ -32,22 +32,22 @@ from postgrad.models.model import Model, Output
 Loss = Callable[[Output, Batch], tuple[Tensor, Tensor]]
 """An objective: the summed loss of a batch, and each row's part of it."""
 _LOGITS_AT_ONCE = 1 << 24
-_LOOKS = 5
+_AGREEMENT_CHECKS = 5
 """How often the halves are compared, each time at twice the labels."""
 
 
 @dataclass(frozen=True)
-class Measure:
+class ImportanceMeasure:
     """What is differentiated for a batch, what becomes of the gradient, and whether several samples may share a batch."""
 
-    worth: Callable[[Output, Batch], Tensor]
+    objective: Callable[[Output, Batch], Tensor]
     squared: bool
-    together: bool
+    batched: bool
     scale: float = 1.0
 
 
 @dataclass(frozen=True)
-class Found:
+class ImportanceEstimate:
     """The importance of weights by name, the labels that it is a mean over, and how the halves came to agree.
 
     `convergence`: at some counts of labels the `correlation` of two estimates from half of them each, over all weights, and
@@ -60,28 +60,28 @@ class Found:
     convergence: list[dict[str, float]]
 
 
-def fisher(loss: Loss, problem: str, generator: torch.Generator, scale: float = 1.0) -> Measure:
+def fisher_measure(loss: Loss, problem: str, generator: torch.Generator, scale: float = 1.0) -> ImportanceMeasure:
     """The Fisher information of a loss. `problem`: what a classifier decides (see `drawn_labels`)."""
 
     def worth(output: Output, batch: Batch) -> Tensor:
-        labels = drawn_labels(output, batch.labels, problem, generator)
+        labels = sample_labels(output, batch.labels, problem, generator)
         return loss(output, replace(batch, labels=labels))[0]
 
-    return Measure(worth, squared=True, together=True, scale=scale)
+    return ImportanceMeasure(worth, squared=True, batched=True, scale=scale)
 
 
-def empirical(loss: Loss, scale: float = 1.0) -> Measure:
+def empirical_fisher_measure(loss: Loss, scale: float = 1.0) -> ImportanceMeasure:
     """Squared gradients of the text's own labels."""
-    return Measure(lambda output, batch: loss(output, batch)[0], squared=True, together=False, scale=scale)
+    return ImportanceMeasure(lambda output, batch: loss(output, batch)[0], squared=True, batched=False, scale=scale)
 
 
-def mas() -> Measure:
+def mas_measure() -> ImportanceMeasure:
     """The size of the gradient of the squared norm of the logits, at the places that have a label."""
-    return Measure(squared_norm, squared=False, together=False)
+    return ImportanceMeasure(squared_norm, squared=False, batched=False)
 
 
 @torch.no_grad()
-def drawn_labels(output: Output, labels: Tensor, problem: str, generator: torch.Generator) -> Tensor:
+def sample_labels(output: Output, labels: Tensor, problem: str, generator: torch.Generator) -> Tensor:
     """Labels like those that are there, drawn from what the model says; -100 stays.
 
     `problem`: `class` and `tags` (one of the logits' classes, as a token is one of a vocabulary), `multi` (each class by
@@ -119,7 +119,9 @@ def squared_norm(output: Output, batch: Batch) -> Tensor:
     return found
 
 
-def measured(model: Model, batches: Iterable[Batch], measure: Measure, most: int) -> Iterator[int | Found]:
+def estimate_importance(
+    model: Model, batches: Iterable[Batch], measure: ImportanceMeasure, max_labels: int
+) -> Iterator[int | ImportanceEstimate]:
     """Look at batches until `most` labels are reached; hands out the labels so far, and at the end what was found.
 
     Batches go to two halves in turn. Weights that nothing reads have importance 0. The model's gradients are used and freed.
@@ -129,21 +131,21 @@ def measured(model: Model, batches: Iterable[Batch], measure: Measure, most: int
     )
     halves = [[torch.zeros_like(p, dtype=torch.float32) for p in weights] for _ in range(2)]
     counts = [0, 0]
-    looks = [most >> (_LOOKS - 1 - i) for i in range(_LOOKS)]
+    looks = [max_labels >> (_AGREEMENT_CHECKS - 1 - i) for i in range(_AGREEMENT_CHECKS)]
     convergence: list[dict[str, float]] = []
     model.eval()
-    with _AllMoving(weights):
+    with _AllTrainable(weights):
         for index, batch in enumerate(batches):
             batch = batch.to(weights[0].device)
-            measure.worth(model(**batch.inputs), batch).backward()
-            _add(halves[index % 2], weights, squared=measure.squared)
-            counts[index % 2] += batch.counted
+            measure.objective(model(**batch.inputs), batch).backward()
+            _accumulate(halves[index % 2], weights, squared=measure.squared)
+            counts[index % 2] += batch.label_count
             seen = sum(counts)
             while looks and seen >= looks[0] and index:
                 looks = [look for look in looks if look > seen]
                 convergence.append({"labels": seen, **_agreement(halves, counts)})
             yield seen
-            if seen >= most:
+            if seen >= max_labels:
                 break
     seen = sum(counts)
     if counts[1] and (not convergence or convergence[-1]["labels"] < seen):
@@ -151,28 +153,28 @@ def measured(model: Model, batches: Iterable[Batch], measure: Measure, most: int
     tensors = {name: (a + b).mul_(measure.scale / max(seen, 1)) for name, a, b in zip(names, *halves, strict=True)}
     numbers = sum(t.numel() for t in tensors.values())
     mean = sum(float(t.double().sum()) for t in tensors.values()) / numbers
-    yield Found(tensors, seen, mean, convergence)
+    yield ImportanceEstimate(tensors, seen, mean, convergence)
 
 
-class _AllMoving:
+class _AllTrainable:
     """Inside, every weight takes part in the backward pass; afterwards those that did before, and no gradient is left."""
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
         self.weights = weights
 
     def __enter__(self) -> None:
-        self.before = [p.requires_grad for p in self.weights]
+        self.previous = [p.requires_grad for p in self.weights]
         for p in self.weights:
             p.requires_grad_(True)
 
     def __exit__(self, *_: object) -> None:
-        for p, before in zip(self.weights, self.before, strict=True):
+        for p, before in zip(self.weights, self.previous, strict=True):
             p.grad = None
             p.requires_grad_(before)
 
 
 @torch.no_grad()
-def _add(sums: list[Tensor], weights: Sequence[nn.Parameter], *, squared: bool) -> None:
+def _accumulate(sums: list[Tensor], weights: Sequence[nn.Parameter], *, squared: bool) -> None:
     """Add what the gradients say, and free them."""
     pairs = [(total, p.grad.float()) for total, p in zip(sums, weights, strict=True) if p.grad is not None]
     totals, gradients = [total for total, _ in pairs], [gradient for _, gradient in pairs]
@@ -206,8 +208,8 @@ def _chunks(output: Output, flat: Tensor, places_N: Tensor) -> tuple[Tensor, ...
     return places_N.split(max(1, _LOGITS_AT_ONCE // width))
 
 
-def _logits(output: Output, read: Tensor) -> Tensor:
-    return read if output.head is None else output.head.logits(read)
+def _logits(output: Output, hidden: Tensor) -> Tensor:
+    return hidden if output.head is None else output.head.logits(hidden)
 
 
 def _bernoulli(shares: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,49 +16,49 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from postgrad.models.prefix_lm_attention import prefilled, reads_prefixes
+from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
 
 _TOKENS_AT_ONCE = 16_384
 _PROMPTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Until:
+class StoppingRule:
     """When an answer ends: at an end-of-text token, before any of these texts, or after `most` tokens."""
 
-    most: int
-    stop: tuple[str, ...] = ()
+    max_new_tokens: int
+    stop_strings: tuple[str, ...] = ()
 
-    def cut(self, text: str) -> str:
+    def truncate(self, text: str) -> str:
         """The text up to the first stop in it."""
-        places = [at for each in self.stop if (at := text.find(each)) >= 0]
+        places = [at for each in self.stop_strings if (at := text.find(each)) >= 0]
         return text[: min(places)] if places else text
 
 
-class _Stopped(StoppingCriteria):
+class _StopStringCriteria(StoppingCriteria):
     """Which answers of a batch already hold a stop."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, until: Until, begun: int) -> None:
-        self.tokenizer, self.until, self.begun = tokenizer, until, begun
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stopping: StoppingRule, prompt_length: int) -> None:
+        self.tokenizer, self.stopping, self.prompt_length = tokenizer, stopping, prompt_length
         self.done: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:  # pyrefly: ignore[bad-override]
         done = torch.zeros(len(input_ids), dtype=torch.bool) if self.done is None else self.done
         for row in (~done).nonzero().flatten().tolist():
-            text = _text(self.tokenizer, input_ids[row, self.begun :].tolist())
-            done[row] = any(stop in text for stop in self.until.stop)
+            text = _decode(self.tokenizer, input_ids[row, self.prompt_length :].tolist())
+            done[row] = any(stop in text for stop in self.stopping.stop_strings)
         self.done = done
         return done.to(input_ids.device)
 
 
 @torch.no_grad()
-def write(
+def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    until: Until,
+    stopping: StoppingRule,
     *,
-    ends: Sequence[int],
+    eos_ids: Sequence[int],
     pad: int,
 ) -> list[str]:
     """The likeliest answer to each prompt, token by token (greedily), as text without special tokens and without its stop.
@@ -68,22 +68,24 @@ def write(
     """
     out = [""] * len(prompts)
     device = next(model.parameters()).device
-    apart, prefixes = bool(model.config.is_encoder_decoder), reads_prefixes(model.config)
+    apart, prefixes = bool(model.config.is_encoder_decoder), is_prefix_lm(model.config)
     own = getattr(model.generation_config, "eos_token_id", None)
-    stops = sorted({*ends, *([own] if isinstance(own, int) else own or [])})
+    stops = sorted({*eos_ids, *([own] if isinstance(own, int) else own or [])})
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        for group in _batches([len(prompt) for prompt in prompts], until.most, alike=prefixes):
-            arrays = _filled([prompts[i] for i in group], pad, left=not apart)
+        for group in _length_batches(
+            [len(prompt) for prompt in prompts], stopping.max_new_tokens, same_length=prefixes
+        ):
+            arrays = _pad_prompts([prompts[i] for i in group], pad, left=not apart)
             ids_BT, mask_BT = (array.to(device) for array in arrays)
-            read = {"past_key_values": prefilled(model, ids_BT)} if prefixes else {}
+            read = {"past_key_values": prefill_prompt(model, ids_BT)} if prefixes else {}
             begun = 1 if apart else ids_BT.shape[1]
-            criteria = [_Stopped(tokenizer, until, begun)] if until.stop else []
+            criteria = [_StopStringCriteria(tokenizer, stopping, begun)] if stopping.stop_strings else []
             written = model.generate(  # pyrefly: ignore[not-callable]
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
-                max_new_tokens=until.most,
+                max_new_tokens=stopping.max_new_tokens,
                 min_new_tokens=None,
                 do_sample=False,
                 num_beams=1,
@@ -96,21 +98,21 @@ def write(
             )
             for i, row in zip(group, written[:, begun:].tolist(), strict=True):
                 end = next((at for at, token in enumerate(row) if token in stops), len(row))
-                out[i] = until.cut(_text(tokenizer, row[:end]))
+                out[i] = stopping.truncate(_decode(tokenizer, row[:end]))
     model.train(was_training)
     return out
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _batches(lengths: Sequence[int], most: int, *, alike: bool = False) -> Iterator[list[int]]:
+def _length_batches(lengths: Sequence[int], max_new_tokens: int, *, same_length: bool = False) -> Iterator[list[int]]:
     """Prompts of like length together (`alike`: of the same), so many that they and their answers stay within the tokens."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # the newest is the longest
-        full = (len(group) + 1) * (lengths[i] + most) > _TOKENS_AT_ONCE or len(group) == _PROMPTS_AT_ONCE
-        if group and (full or (alike and lengths[i] != lengths[group[0]])):
+        full = (len(group) + 1) * (lengths[i] + max_new_tokens) > _TOKENS_AT_ONCE or len(group) == _PROMPTS_AT_ONCE
+        if group and (full or (same_length and lengths[i] != lengths[group[0]])):
             yield group
             group = []
         group.append(i)
@@ -118,7 +120,7 @@ def _batches(lengths: Sequence[int], most: int, *, alike: bool = False) -> Itera
         yield group
 
 
-def _filled(prompts: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
+def _pad_prompts(prompts: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
     """Ids of shape (B, T) and the mask of what is no filling."""
     longest = max(map(len, prompts))
     ids_BT = torch.full((len(prompts), longest), pad, dtype=torch.long)

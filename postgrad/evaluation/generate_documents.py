@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from postgrad.data.random_streams import Draws
+from postgrad.data.random_streams import RandomStreams
 from postgrad.models.model import CausalModel
 
 
-class Drawn(NamedTuple):
+class GeneratedDocument(NamedTuple):
     """The ids that were drawn behind a beginning, without the one that ended them; and whether one did."""
 
     ids: np.ndarray
@@ -29,46 +29,48 @@ class Drawn(NamedTuple):
 
 
 @torch.no_grad()
-def drawn(
+def generate_documents(
     model: CausalModel,
-    beginnings: Sequence[np.ndarray] | np.ndarray,
-    numbers: Collection[int],
+    prompts: Sequence[np.ndarray] | np.ndarray,
+    document_numbers: Collection[int],
     *,
     seed: int,
-    most: int,
-    stop: Collection[int],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
     stream: int = 0,
-) -> list[Drawn]:
+) -> list[GeneratedDocument]:
     """Go on from each beginning until an id of `stop`, or for `most` tokens.
 
     `numbers` name the documents; `temperature` divides the logits; with `top_p` below one only the likeliest tokens that make
     up that share are drawn from (Holtzman et al. 2020, arXiv 1904.09751), which loses the rest of what the model knows.
     `stream` tells several drawings for one document apart.
     """
-    draws, device = Draws(seed), next(model.parameters()).device
-    uniforms_BT = torch.from_numpy(np.stack([draws.at(number, stream).random(most) for number in numbers])).to(device)
-    out_BT = np.zeros((len(beginnings), most), np.int64)
-    size_B = np.full(len(beginnings), most, np.int64)
-    ended_B = np.zeros(len(beginnings), bool)
-    alive_B = np.arange(len(beginnings))
+    draws, device = RandomStreams(seed), next(model.parameters()).device
+    uniforms_BT = torch.from_numpy(
+        np.stack([draws.generator(number, stream).random(max_new_tokens) for number in document_numbers])
+    ).to(device)
+    out_BT = np.zeros((len(prompts), max_new_tokens), np.int64)
+    size_B = np.full(len(prompts), max_new_tokens, np.int64)
+    ended_B = np.zeros(len(prompts), bool)
+    alive_B = np.arange(len(prompts))
     cache = DynamicCache(config=model.pretrained.config)
-    ids, mask_BK = (table.to(device) for table in _filled(beginnings))
+    ids, mask_BK = (table.to(device) for table in _pad_left(prompts))
     ragged = not bool(mask_BK.all())
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        for step in range(most):
+        for step in range(max_new_tokens):
             # Without filling there is no mask: most attention is faster so.
             places = {"attention_mask": mask_BK, "position_ids": _positions(mask_BK, ids.shape[1])} if ragged else {}
             output = model(input_ids=ids, past_key_values=cache, **places)
             head = output.head
             assert head is not None
             logits_BV = head.logits(output.hidden[:, -1]).float()
-            chosen_B = picked(logits_BV, uniforms_BT[:, step], temperature, top_p)
+            chosen_B = sample_tokens(logits_BV, uniforms_BT[:, step], temperature, top_p)
             found_B = chosen_B.cpu().numpy()
-            over = np.isin(found_B, list(stop))
+            over = np.isin(found_B, list(stop_ids))
             size_B[alive_B[over]], ended_B[alive_B[over]] = step, True
             out_BT[alive_B[~over], step] = found_B[~over]
             if over.any():
@@ -81,15 +83,17 @@ def drawn(
             ids = chosen_B[:, None]
             mask_BK = torch.cat([mask_BK, torch.ones_like(ids)], 1)
     model.train(was_training)
-    return [Drawn(row[:size], bool(ended)) for row, size, ended in zip(out_BT, size_B, ended_B, strict=True)]
+    return [
+        GeneratedDocument(row[:size], bool(ended)) for row, size, ended in zip(out_BT, size_B, ended_B, strict=True)
+    ]
 
 
-def _filled(beginnings: Sequence[np.ndarray] | np.ndarray) -> tuple[Tensor, Tensor]:
+def _pad_left(prompts: Sequence[np.ndarray] | np.ndarray) -> tuple[Tensor, Tensor]:
     """Ids filled up on the left, of shape (B, K), and the mask of what is no filling."""
-    longest = max(len(ids) for ids in beginnings)
-    ids_BK = torch.zeros((len(beginnings), longest), dtype=torch.long)
+    longest = max(len(ids) for ids in prompts)
+    ids_BK = torch.zeros((len(prompts), longest), dtype=torch.long)
     mask_BK = torch.zeros_like(ids_BK)
-    for row, ids in enumerate(beginnings):
+    for row, ids in enumerate(prompts):
         ids_BK[row, longest - len(ids) :] = torch.from_numpy(np.asarray(ids, np.int64))
         mask_BK[row, longest - len(ids) :] = 1
     return ids_BK, mask_BK
@@ -100,21 +104,21 @@ def _positions(mask_BK: Tensor, count: int) -> Tensor:
     return (mask_BK.cumsum(1) - 1).clamp(min=0)[:, -count:]
 
 
-def picked(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """The token at which the cumulated probability passes a uniform number, of shape (B,).
 
     Tokens stand in the order of their ids; with `top_p` in the order of their probability.
     """
     shares_BV = torch.softmax(logits_BV.double() / temperature, -1)
     if top_p >= 1.0:
-        return _at(shares_BV.cumsum(-1), uniforms_B)
+        return _inverse_cdf(shares_BV.cumsum(-1), uniforms_B)
     shares_BV, order_BV = torch.sort(shares_BV, dim=-1, descending=True, stable=True)
     before_BV = shares_BV.cumsum(-1) - shares_BV
     kept_BV = shares_BV * (before_BV < top_p)
-    return order_BV.gather(1, _at(kept_BV.cumsum(-1), uniforms_B)[:, None])[:, 0]
+    return order_BV.gather(1, _inverse_cdf(kept_BV.cumsum(-1), uniforms_B)[:, None])[:, 0]
 
 
-def _at(cumulated_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+def _inverse_cdf(cumulated_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """Where each row passes its number, told as a share of the row's last value."""
     wanted_B1 = uniforms_B[:, None] * cumulated_BV[:, -1:]
     # Strictly above: a token of probability zero is never drawn.

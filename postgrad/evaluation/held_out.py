@@ -17,7 +17,7 @@ import numpy as np
 from postgrad.data.layouts.rows import IGNORED, Row
 
 
-class Piece(NamedTuple):
+class ScoredRow(NamedTuple):
     """A row to be scored, and the document (by its number in the set) that its loss belongs to."""
 
     document: int
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutText:
     """Texts to be scored: ids (BOS included where the tokenizer sets one, EOS left out)."""
 
     name: str
@@ -35,14 +35,14 @@ class HeldOut:
     fingerprint: str
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     """Content hash of each document, to pair documents across tokenizers."""
-    before: tuple[int, ...] = ()
+    virtual_tokens: tuple[int, ...] = ()
     """Ids that are set before each window (behind its BOS) and not scored: a soft prompt."""
     bos: int | None = None
-    spare: int = 0
+    reserved_positions: int = 0
     """Positions that each window leaves free: as many as a soft prompt takes in the model it is compared with."""
     task: str = "text"
     pad: int = 0
-    words: tuple[int, ...] = ()
+    label_token_ids: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -51,14 +51,14 @@ class HeldOut:
     @property
     def identity(self) -> list[Any]:
         """What decides its scores, beside the model and the context."""
-        return [self.fingerprint, len(self), list(self.before), self.spare]
+        return [self.fingerprint, len(self), list(self.virtual_tokens), self.reserved_positions]
 
     @property
     def tokens(self) -> int:
         """Scored tokens."""
         return sum(len(d) - 1 for d in self.documents)
 
-    def first(self, tokens: int) -> HeldOut:
+    def take_tokens(self, tokens: int) -> HeldOutText:
         """The first documents, up to so many tokens; the last one is cut. At least two tokens of one document."""
         ends = np.cumsum([len(d) for d in self.documents])
         count = min(int(np.searchsorted(ends, tokens)) + 1, len(self.documents))
@@ -68,28 +68,28 @@ class HeldOut:
         if spare > 0:
             cut = len(documents[-1]) - spare
             if cut < 2 and count > 1:  # a single token has nothing to score, and all of the document may be long
-                return self._of(documents[:-1], sizes[:-1])
+                return self._with_documents(documents[:-1], sizes[:-1])
             cut = max(cut, 2)
             sizes[-1] = round(sizes[-1] * cut / len(documents[-1]))
             documents[-1] = documents[-1][:cut]
-        return self._of(documents, sizes)
+        return self._with_documents(documents, sizes)
 
-    def _of(self, documents: list[np.ndarray], sizes: np.ndarray) -> HeldOut:
+    def _with_documents(self, documents: list[np.ndarray], sizes: np.ndarray) -> HeldOutText:
         """The same set with only its first documents (the last may be cut)."""
         digests = self.digests[: len(documents)]
         return replace(self, documents=tuple(documents), bytes=sizes, digests=digests)
 
-    def pieces(self, context: int) -> Iterator[Piece]:
+    def iter_rows(self, context: int) -> Iterator[ScoredRow]:
         """The windows of every document as rows."""
-        room = context - len(self.before) - self.spare
+        room = context - len(self.virtual_tokens) - self.reserved_positions
         for i, document in enumerate(self.documents):
             for window in windows(len(document), room, i):
-                ids = behind_bos(document[window.begin : window.end], self.before, self.bos)
+                ids = insert_after_bos(document[window.begin : window.end], self.virtual_tokens, self.bos)
                 labels = np.full(len(ids), IGNORED, np.int64)
                 fresh = window.end - window.scored_from
                 labels[len(ids) - 1 - fresh : -1] = ids[len(ids) - fresh :]
                 # No positions: they count on over the padding, which stands on the right, where nothing looks.
-                yield Piece(i, Row({"input_ids": ids}, labels, fresh))
+                yield ScoredRow(i, Row({"input_ids": ids}, labels, fresh))
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ class HeldOutRows:
     task: str
     """What the labels are: `answers` (tokens), `class`, `multi`, `number` or `tags`."""
     labels: tuple[str, ...] = ()
-    around: tuple[tuple[int, ...], ...] = ()
+    framing: tuple[tuple[int, ...], ...] = ()
     """What the rows have around their texts; it tells one reading of them from another."""
     pad: int = 0
     """What short rows are filled up with."""
-    words: tuple[int, ...] = ()
+    label_token_ids: tuple[int, ...] = ()
     """Of a task that is answered by one of several words: their tokens."""
 
     def __len__(self) -> int:
@@ -121,15 +121,15 @@ class HeldOutRows:
     @property
     def identity(self) -> list[Any]:
         """What decides its scores, beside the model and the context."""
-        around = [list(part) for part in self.around]
-        return [self.fingerprint, len(self), around, self.task, list(self.words), list(self.labels)]
+        around = [list(part) for part in self.framing]
+        return [self.fingerprint, len(self), around, self.task, list(self.label_token_ids), list(self.labels)]
 
     @property
     def tokens(self) -> int:
         """Scored labels."""
-        return sum(row.counted for row in self.rows)
+        return sum(row.label_count for row in self.rows)
 
-    def first(self, tokens: int) -> HeldOutRows:
+    def take_tokens(self, tokens: int) -> HeldOutRows:
         """The first documents, up to about so many tokens; at least one."""
         count = max(1, int(np.searchsorted(np.cumsum(self.tokens_N), tokens, side="right")))
         rows = int(np.searchsorted(self.document_R, count))
@@ -142,19 +142,19 @@ class HeldOutRows:
             tokens_N=self.tokens_N[:count],
         )
 
-    def pieces(self, context: int) -> Iterator[Piece]:
+    def iter_rows(self, context: int) -> Iterator[ScoredRow]:
         """The rows as they are: they were made for the context they are read in."""
         for document, row in zip(self.document_R.tolist(), self.rows, strict=True):
-            yield Piece(document, row)
+            yield ScoredRow(document, row)
 
 
-AnyHeldOut = HeldOut | HeldOutRows
+HeldOutSet = HeldOutText | HeldOutRows
 
 
-def behind_bos(ids: np.ndarray, before: Sequence[int], bos: int | None) -> np.ndarray:
+def insert_after_bos(ids: np.ndarray, virtual_tokens: Sequence[int], bos: int | None) -> np.ndarray:
     """Ids with a soft prompt before them, and behind the BOS when they begin with one."""
-    lead = int(bool(before) and bos is not None and len(ids) > 0 and int(ids[0]) == bos)
-    return np.concatenate([ids[:lead], np.asarray(before, np.int64), ids[lead:]]).astype(np.int64)
+    lead = int(bool(virtual_tokens) and bos is not None and len(ids) > 0 and int(ids[0]) == bos)
+    return np.concatenate([ids[:lead], np.asarray(virtual_tokens, np.int64), ids[lead:]]).astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,19 @@ from torch import Tensor
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.batch import collate
 from postgrad.errors import DiskError
-from postgrad.models.task_head import Pooling, pooled
+from postgrad.models.task_head import Pooling, pool_tokens
 
 _TOKENS_AT_ONCE = 8192
 
-States = Callable[[dict[str, Tensor]], Sequence[Tensor]]
+ComputeStates = Callable[[dict[str, Tensor]], Sequence[Tensor]]
 """What a backbone answers to the inputs of a batch: S states of shape (B, T, D)."""
 
 
 @torch.no_grad()
 def layer_features(
-    states: States,
+    compute_states: ComputeStates,
     rows: Sequence[Row],
-    place: Path,
+    path: Path,
     *,
     pooling: Pooling | None,
     pad: int,
@@ -43,42 +43,44 @@ def layer_features(
     What is there already is not computed again. `pooling` None: an item is a word, else a row. `progress` is told rows done
     and rows in all. Raises `DiskError` when there is no room.
     """
-    if place.exists():
-        return np.load(place, mmap_mode="r")
-    items_R = np.array([row.counted if pooling is None else 1 for row in rows], np.int64)
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    items_R = np.array([row.label_count if pooling is None else 1 for row in rows], np.int64)
     first_R = np.concatenate([[0], np.cumsum(items_R)])
-    building = place.parent / f".building-{os.getpid()}-{place.name}"
+    building = path.parent / f".building-{os.getpid()}-{path.name}"
     out_SID: np.memmap | None = None
     done = 0
-    place.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        for group in _groups([len(row.inputs["input_ids"]) for row in rows]):
-            batch = collate([rows[i] for i in group], [0] * len(group), pad=pad).to(device)
-            found = states(batch.inputs)
+        for group in _length_batches([len(row.inputs["input_ids"]) for row in rows]):
+            batch = collate([rows[i] for i in group], [0] * len(group), pad_token_id=pad).to(device)
+            found = compute_states(batch.inputs)
             if out_SID is None:
-                out_SID = _opened(building, (len(found), int(first_R[-1]), found[0].shape[-1]))
+                out_SID = _open_memmap(building, (len(found), int(first_R[-1]), found[0].shape[-1]))
             places = np.concatenate([np.arange(first_R[i], first_R[i + 1]) for i in group])
             for state, hidden_BTD in enumerate(found):
-                out_SID[state, places] = _items(hidden_BTD.float(), batch.inputs, batch.labels, pooling).cpu().numpy()
+                out_SID[state, places] = (
+                    _item_vectors(hidden_BTD.float(), batch.inputs, batch.labels, pooling).cpu().numpy()
+                )
             done += len(group)
             progress(done, len(rows))
         assert out_SID is not None, "there are rows"
         out_SID.flush()
         del out_SID
-        os.replace(building, place)
+        os.replace(building, path)
     finally:
         building.unlink(missing_ok=True)
-    return np.load(place, mmap_mode="r")
+    return np.load(path, mmap_mode="r")
 
 
-def _items(hidden_BTD: Tensor, inputs: dict[str, Tensor], labels: Tensor, pooling: Pooling | None) -> Tensor:
+def _item_vectors(hidden_BTD: Tensor, inputs: dict[str, Tensor], labels: Tensor, pooling: Pooling | None) -> Tensor:
     """The vectors of a batch's items, row by row: of shape (items, D)."""
     if pooling is None:
         return hidden_BTD[labels != IGNORED]
-    return pooled(hidden_BTD, inputs["attention_mask"], pooling)
+    return pool_tokens(hidden_BTD, inputs["attention_mask"], pooling)
 
 
-def _groups(lengths: Sequence[int]) -> list[list[int]]:
+def _length_batches(lengths: Sequence[int]) -> list[list[int]]:
     """Rows of like length go together, within the tokens at once."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -88,7 +90,7 @@ def _groups(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _opened(file: Path, shape: tuple[int, int, int]) -> np.memmap:
+def _open_memmap(file: Path, shape: tuple[int, int, int]) -> np.memmap:
     need = 4 * int(np.prod(shape))
     free = shutil.disk_usage(file.parent).free
     if free < need:

@@ -23,17 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from postgrad.evaluation.classification_metrics import mark_spans, values_of
+from postgrad.evaluation.classification_metrics import is_span_tagging, metric_values
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-TOGETHER = 4
+JOINED_LAYERS = 4
 """Layers that are joined (Devlin et al. 2019, table 7)."""
-ROWS = 512
+BATCH_ITEMS = 512
 """Items in a step."""
 _STEPS, _RATE = 1500, 3e-2
-_AT_ONCE = 4096
+_CHUNK_ITEMS = 4096
 
-Kind = Literal["state", "sum", "concat", "mix"]
+ViewKind = Literal["state", "sum", "concat", "mix"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class View:
     """What a classifier reads: its name, how states are joined, and which."""
 
     name: str
-    kind: Kind
+    kind: ViewKind
     states: tuple[int, ...]
 
 
-def views_of(states: int, together: int = TOGETHER) -> list[View]:
+def make_views(states: int, joined_layers: int = JOINED_LAYERS) -> list[View]:
     """Every state by itself, the last few joined, and a mix of all."""
-    last = tuple(range(max(1, states - together), states))
+    last = tuple(range(max(1, states - joined_layers), states))
     alone = [View("embeddings" if s == 0 else f"layer {s}", "state", (s,)) for s in range(states)]
     joined = [
         View(f"sum of last {len(last)}", "sum", last),
@@ -57,11 +57,11 @@ def views_of(states: int, together: int = TOGETHER) -> list[View]:
 
 
 @dataclass(frozen=True)
-class Items:
+class ProbeData:
     """Features of shape (S, I, D), what each means (a class or tag, 0 or 1 for each class, a number), and its document."""
 
     states_SID: np.ndarray
-    meant: np.ndarray
+    labels: np.ndarray
     document_I: np.ndarray
 
     def __len__(self) -> int:
@@ -69,13 +69,13 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeResult:
     """A view's classifier under the strength that held on other items: what it says of the items of the test."""
 
     view: View
     strength: float
-    dev: float
-    said: np.ndarray
+    dev_score: float
+    predictions: np.ndarray
     share_S: tuple[float, ...] = ()
     """Of a mix: the share of each state."""
 
@@ -90,17 +90,17 @@ class _Classifiers(nn.Module):
     strength: Tensor
 
     def __init__(
-        self, views: Sequence[View], train: Items, outputs: int, strengths: Sequence[float], *, number: bool
+        self, views: Sequence[View], train: ProbeData, outputs: int, strengths: Sequence[float], *, number: bool
     ) -> None:
         super().__init__()
         # A number is learnt in deviations of its own, so that rate and penalty mean what they do elsewhere.
-        self.middle = float(train.meant.mean()) if number else 0.0
-        self.size = (float(train.meant.std()) or 1.0) if number else 1.0
+        self.label_mean = float(train.labels.mean()) if number else 0.0
+        self.label_scale = (float(train.labels.std()) or 1.0) if number else 1.0
         states, _, width = train.states_SID.shape
         self.views, self.outputs = list(views), outputs
-        self.alone = [v.states[0] for v in views if v.kind == "state"]
+        self.state_views = [v.states[0] for v in views if v.kind == "state"]
         self.sums = [list(v.states) for v in views if v.kind == "sum"]
-        self.sides = [list(v.states) for v in views if v.kind == "concat"]
+        self.concats = [list(v.states) for v in views if v.kind == "concat"]
         self.mixes = [list(v.states) for v in views if v.kind == "mix"]
         mean_SD, deviation_SD = _moments(train.states_SID, [[s] for s in range(states)])
         sum_mean, sum_deviation = _moments(train.states_SID, self.sums)
@@ -118,40 +118,45 @@ class _Classifiers(nn.Module):
                 nn.Parameter(torch.zeros(count, 1, many, outputs)),
             )
 
-        self.weight, self.bias = weights(len(self.alone) + len(self.sums), width)
-        self.wide = nn.ParameterList(p for side in self.sides for p in weights(1, width * len(side)))
-        self.mixed = nn.ParameterList()
+        self.weight, self.bias = weights(len(self.state_views) + len(self.sums), width)
+        self.concat_parameters = nn.ParameterList(p for side in self.concats for p in weights(1, width * len(side)))
+        self.mix_parameters = nn.ParameterList()
         for mix in self.mixes:
             share, gamma = torch.zeros(many, len(mix)), torch.ones(many)
-            self.mixed.extend([nn.Parameter(share), nn.Parameter(gamma), *weights(1, width)])
+            self.mix_parameters.extend([nn.Parameter(share), nn.Parameter(gamma), *weights(1, width)])
 
     def forward(self, states_SBD: Tensor) -> Tensor:
         """Logits of every view and strength, of shape (V, B, G, C) in the order of the views."""
         plain_SBD = (states_SBD - self.mean) / self.deviation
         sums = [states_SBD[states].sum(0) for states in self.sums]
-        read = [plain_SBD[self.alone]]
+        read = [plain_SBD[self.state_views]]
         if sums:
             read.append((torch.stack(sums) - self.sum_mean) / self.sum_deviation)
         narrow = iter(_products(torch.cat(read), self.weight) + self.bias)
-        found: dict[Kind, list[Tensor]] = {"state": [next(narrow) for _ in self.alone], "sum": list(narrow)}
+        found: dict[ViewKind, list[Tensor]] = {"state": [next(narrow) for _ in self.state_views], "sum": list(narrow)}
         found["concat"] = [
-            (_products(torch.cat([*plain_SBD[side]], -1)[None], self.wide[2 * i]) + self.wide[2 * i + 1])[0]
-            for i, side in enumerate(self.sides)
+            (
+                _products(torch.cat([*plain_SBD[side]], -1)[None], self.concat_parameters[2 * i])
+                + self.concat_parameters[2 * i + 1]
+            )[0]
+            for i, side in enumerate(self.concats)
         ]
-        found["mix"] = [self._mix(plain_SBD[mix], *self.mixed[4 * i : 4 * i + 4]) for i, mix in enumerate(self.mixes)]
+        found["mix"] = [
+            self._mix(plain_SBD[mix], *self.mix_parameters[4 * i : 4 * i + 4]) for i, mix in enumerate(self.mixes)
+        ]
         order = {kind: iter(logits) for kind, logits in found.items()}
-        return torch.stack([next(order[view.kind]) for view in self.views]) * self.size + self.middle
+        return torch.stack([next(order[view.kind]) for view in self.views]) * self.label_scale + self.label_mean
 
-    def _mix(self, read_SBD: Tensor, share_GS: Tensor, gamma_G: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _mix(self, states_SBD: Tensor, share_GS: Tensor, gamma_G: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # Mixing what the states say comes to the same as reading the mix, and is one product in place of G sums of states.
         many, outputs = weight.shape[2:]
-        said_SBGC = (read_SBD @ weight.reshape(weight.shape[1], many * outputs)).unflatten(-1, (many, outputs))
+        said_SBGC = (states_SBD @ weight.reshape(weight.shape[1], many * outputs)).unflatten(-1, (many, outputs))
         mixed_BGC = torch.einsum("gs,sbgc->bgc", torch.softmax(share_GS, 1), said_SBGC)
         return gamma_G[:, None] * mixed_BGC + bias[0]
 
     def penalty(self) -> Tensor:
         """`strength / 2 * |W|^2`, summed over all classifiers; biases, mixes and gammas go free."""
-        matrices = [self.weight, *self.wide[::2], *self.mixed[2::4]]
+        matrices = [self.weight, *self.concat_parameters[::2], *self.mix_parameters[2::4]]
         size_G = sum((m.square().sum((0, 1, 3)) for m in matrices), torch.zeros_like(self.strength))
         return (self.strength * size_G).sum() / 2
 
@@ -160,12 +165,14 @@ class _Classifiers(nn.Module):
         mixes = [v for v in self.views if v.kind == "mix"]
         if view not in mixes:
             return ()
-        return tuple(torch.softmax(self.mixed[4 * mixes.index(view)][strength], 0).tolist())
+        return tuple(torch.softmax(self.mix_parameters[4 * mixes.index(view)][strength], 0).tolist())
 
 
-def _products(read_VBD: Tensor, weight_VDGC: Tensor) -> Tensor:
+def _products(features_VBD: Tensor, weight_VDGC: Tensor) -> Tensor:
     _, width, many, outputs = weight_VDGC.shape
-    return torch.bmm(read_VBD, weight_VDGC.reshape(-1, width, many * outputs)).view(*read_VBD.shape[:2], many, outputs)
+    return torch.bmm(features_VBD, weight_VDGC.reshape(-1, width, many * outputs)).view(
+        *features_VBD.shape[:2], many, outputs
+    )
 
 
 def _moments(states_SID: np.ndarray, groups: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -173,8 +180,8 @@ def _moments(states_SID: np.ndarray, groups: Sequence[Sequence[int]]) -> tuple[T
     means, deviations = [], []
     for states in groups:
         total = square = np.zeros(states_SID.shape[2])
-        for begin in range(0, states_SID.shape[1], _AT_ONCE):
-            part = states_SID[list(states), begin : begin + _AT_ONCE].sum(0, dtype=np.float64)
+        for begin in range(0, states_SID.shape[1], _CHUNK_ITEMS):
+            part = states_SID[list(states), begin : begin + _CHUNK_ITEMS].sum(0, dtype=np.float64)
             total, square = total + part.sum(0), square + (part**2).sum(0)
         mean = total / states_SID.shape[1]
         means.append(mean)
@@ -185,10 +192,10 @@ def _moments(states_SID: np.ndarray, groups: Sequence[Sequence[int]]) -> tuple[T
     return tuple(torch.from_numpy(np.array(m) if m else empty).float() for m in (means, deviations))  # type: ignore[return-value]
 
 
-def probe(
-    train: Items,
-    dev: Items,
-    test: Items,
+def train_probes(
+    train: ProbeData,
+    dev: ProbeData,
+    test: ProbeData,
     problem: str,
     outputs: int,
     *,
@@ -199,47 +206,50 @@ def probe(
     rate: float = _RATE,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Probed]:
+) -> list[ProbeResult]:
     """Train all classifiers on `train`, choose each view's strength on `dev`, and answer the items of `test`, once.
 
     `problem` is `class`, `tags`, `multi` or `number`, of so many `outputs`. What a strength is chosen by is `main_metric`;
     of equal ones the stronger holds.
     """
-    chosen = list(views) if views is not None else views_of(train.states_SID.shape[0])
-    classifiers = _trained(chosen, train, problem, outputs, strengths, steps, rate, seed, progress)
-    found: list[Probed] = []
-    dev_VIG = _answers(classifiers, dev, problem)
-    test_VIG = _answers(classifiers, test, problem)
+    chosen = list(views) if views is not None else make_views(train.states_SID.shape[0])
+    classifiers = _train_classifiers(chosen, train, problem, outputs, strengths, steps, rate, seed, progress)
+    found: list[ProbeResult] = []
+    dev_VIG = _predict(classifiers, dev, problem)
+    test_VIG = _predict(classifiers, test, problem)
     name, best = main_metric(problem, names)
     for v, view in enumerate(chosen):
-        scores = [values_of(problem, *_flat(dev_VIG[v, :, g], dev), names)[name] for g in range(len(strengths))]
+        scores = [
+            metric_values(problem, *_flatten_predictions(dev_VIG[v, :, g], dev), names)[name]
+            for g in range(len(strengths))
+        ]
         g = max(range(len(strengths)), key=lambda i: (best * scores[i], strengths[i]))
         said = test_VIG[v, :, g]
-        found.append(Probed(view, strengths[g], scores[g], said, classifiers.shares(view, g)))
+        found.append(ProbeResult(view, strengths[g], scores[g], said, classifiers.shares(view, g)))
     return found
 
 
 def main_metric(problem: str, names: Sequence[str]) -> tuple[str, int]:
     """The metric that classifiers are chosen by, and 1 where more of it is better, else -1."""
-    if problem == "tags" and mark_spans(names):
+    if problem == "tags" and is_span_tagging(names):
         return "span F1", 1
     return {"multi": ("F1", 1), "number": ("MSE", -1)}.get(problem, ("accuracy", 1))
 
 
-def _flat(said: np.ndarray, items: Items) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _flatten_predictions(predictions: np.ndarray, items: ProbeData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What was said and meant, decision by decision, and the document of each."""
-    each = items.meant.shape[1] if items.meant.ndim == 2 else 1
-    return said.reshape(-1), items.meant.reshape(-1), np.repeat(items.document_I, each)
+    each = items.labels.shape[1] if items.labels.ndim == 2 else 1
+    return predictions.reshape(-1), items.labels.reshape(-1), np.repeat(items.document_I, each)
 
 
-def decisions(probed: Probed, test: Items) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def metric_inputs(result: ProbeResult, test: ProbeData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What a classifier said, what was meant, and the document of each: as metrics take them."""
-    return _flat(probed.said, test)
+    return _flatten_predictions(result.predictions, test)
 
 
-def _trained(
+def _train_classifiers(
     views: Sequence[View],
-    train: Items,
+    train: ProbeData,
     problem: str,
     outputs: int,
     strengths: Sequence[float],
@@ -251,17 +261,17 @@ def _trained(
     """All classifiers, trained by Adam under a cosine on batches that all of them see."""
     classifiers = _Classifiers(views, train, outputs, strengths, number=problem == "number")
     optimizer = torch.optim.Adam(classifiers.parameters(), lr=rate)
-    meant = torch.from_numpy(train.meant)
+    meant = torch.from_numpy(train.labels)
     rng = np.random.default_rng(seed)
     order, at = rng.permutation(len(train)), 0
     for step in range(steps):
         if at >= len(order):
             order, at = rng.permutation(len(train)), 0
         # In order within a batch: the disk is read forwards.
-        chosen = np.sort(order[at : at + ROWS])
-        at += ROWS
+        chosen = np.sort(order[at : at + BATCH_ITEMS])
+        at += BATCH_ITEMS
         logits_VBGC = classifiers(torch.from_numpy(np.ascontiguousarray(train.states_SID[:, chosen])))
-        loss = _loss(logits_VBGC, meant[chosen], problem, classifiers.size) + classifiers.penalty()
+        loss = _loss(logits_VBGC, meant[chosen], problem, classifiers.label_scale) + classifiers.penalty()
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
@@ -271,30 +281,30 @@ def _trained(
     return classifiers
 
 
-def _loss(logits_VBGC: Tensor, meant: Tensor, problem: str, size: float) -> Tensor:
+def _loss(logits_VBGC: Tensor, labels: Tensor, problem: str, label_scale: float) -> Tensor:
     """The mean loss of a batch, summed over all classifiers."""
     views, rows, many, outputs = logits_VBGC.shape
     each_VGBC = logits_VBGC.transpose(1, 2)
     match problem:
         case "multi":
-            wanted = meant.float().expand(views, many, rows, outputs)
+            wanted = labels.float().expand(views, many, rows, outputs)
             return functional.binary_cross_entropy_with_logits(each_VGBC, wanted, reduction="sum") / (rows * outputs)
         case "number":
-            return ((each_VGBC[..., 0] - meant.float()) / size).square().sum() / (2 * rows)
-    wanted = meant.long().expand(views, many, rows).reshape(-1)
+            return ((each_VGBC[..., 0] - labels.float()) / label_scale).square().sum() / (2 * rows)
+    wanted = labels.long().expand(views, many, rows).reshape(-1)
     return functional.cross_entropy(each_VGBC.reshape(-1, outputs), wanted, reduction="sum") / rows
 
 
 @torch.no_grad()
-def _answers(classifiers: _Classifiers, items: Items, problem: str) -> np.ndarray:
+def _predict(classifiers: _Classifiers, items: ProbeData, problem: str) -> np.ndarray:
     """What every classifier says of every item: (V, I, G), for several classes at once (V, I, G, C) with G before C."""
     parts = []
-    for begin in range(0, len(items), _AT_ONCE):
-        part = torch.from_numpy(np.array(items.states_SID[:, begin : begin + _AT_ONCE]))
+    for begin in range(0, len(items), _CHUNK_ITEMS):
+        part = torch.from_numpy(np.array(items.states_SID[:, begin : begin + _CHUNK_ITEMS]))
         logits_VBGC = classifiers(part)
         match problem:
             case "multi":
-                parts.append((logits_VBGC > 0).numpy().astype(items.meant.dtype))
+                parts.append((logits_VBGC > 0).numpy().astype(items.labels.dtype))
             case "number":
                 parts.append(logits_VBGC[..., 0].numpy())
             case _:

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from postgrad.errors import DataError, MissingExtra, ModelError, PostgradError, StageError, nearest
-from postgrad.evaluation.choices.loglikelihood import Item, choose
+from postgrad.errors import DataError, MissingExtra, ModelError, PostgradError, StageError, suggest_nearest
+from postgrad.evaluation.choices.loglikelihood import ChoiceItem, score_choices
 from postgrad.models.model import Model
-from postgrad.models.prefix_lm_attention import reads_prefixes
+from postgrad.models.prefix_lm_attention import is_prefix_lm
 
-Around = Callable[[Sequence[int]], tuple[int, ...]]
+FramePrompt = Callable[[Sequence[int]], tuple[int, ...]]
 """A prompt's ids with all that a model reads around them."""
 _BATCH = 16
 _DRAWS = 1000
@@ -34,7 +34,7 @@ _DRAWS = 1000
 
 
 @dataclass(frozen=True)
-class Result:
+class TaskResult:
     """One metric of one task."""
 
     task: str
@@ -46,12 +46,12 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Found:
+class HarnessResults:
     """All results in the order of the tasks, and what has to be said about them."""
 
-    results: tuple[Result, ...]
+    results: tuple[TaskResult, ...]
     version: str
-    cut: int
+    truncated_prompts: int
     """Prompts that were longer than the context, which lm-eval cuts on the left."""
     requests: int
     """Log-likelihoods and texts that the tasks asked for."""
@@ -64,11 +64,11 @@ def run_harness(
     *,
     pad: int,
     context: int | None = None,
-    around: Around = tuple,
+    frame_prompt: FramePrompt = tuple,
     folder: Path | None = None,
     shots: int | None = None,
     limit: int | None = None,
-) -> Found:
+) -> HarnessResults:
     """Run tasks of lm-eval on a decoder or an encoder-decoder.
 
     `tasks`: names of tasks, groups or tags. `folder`: YAML files of further tasks, and Python files that they name, which
@@ -77,10 +77,10 @@ def run_harness(
 
     Raises `MissingExtra` without lm-eval, `StageError` for a task that there is not, `DataError` when lm-eval cannot run one.
     """
-    with _quietly():
-        lm_eval, evaluator, task_manager, huggingface = _lm_eval()
-        manager = _manager(task_manager, tasks, folder)
-        lm = _lm(huggingface, model, tokenizer, context, pad, around)
+    with _suppress_output():
+        lm_eval, evaluator, task_manager, huggingface = _import_lm_eval()
+        manager = _make_task_manager(task_manager, tasks, folder)
+        lm = _make_lm(huggingface, model, tokenizer, context, pad, frame_prompt)
         try:
             found = evaluator.simple_evaluate(
                 model=lm,
@@ -100,10 +100,10 @@ def run_harness(
                 where="--harness",
                 expected="tasks whose data is there: local files, or a connection to the Hub",
             ) from error
-    return Found(tuple(_results(found)), str(lm_eval.__version__), lm.cut, lm.asked)
+    return HarnessResults(tuple(_iter_results(found)), str(lm_eval.__version__), lm.cut, lm.asked)
 
 
-def _lm_eval() -> tuple[Any, Any, Any, Any]:
+def _import_lm_eval() -> tuple[Any, Any, Any, Any]:
     """lm-eval's parts. Raises `MissingExtra` when it, or something that it needs, is not installed."""
     try:
         import lm_eval
@@ -120,7 +120,7 @@ def _lm_eval() -> tuple[Any, Any, Any, Any]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def _suppress_output() -> Iterator[None]:
     """Inside, lm-eval and what it uses tell nothing but errors, and the seeds that it sets are its own."""
     states = random.getstate(), np.random.get_state()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "evaluate", "transformers")]
@@ -138,38 +138,43 @@ def _quietly() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _manager(make: Any, tasks: Sequence[str], folder: Path | None) -> Any:
+def _make_task_manager(manager_class: Any, tasks: Sequence[str], folder: Path | None) -> Any:
     """What knows the tasks. lm-eval reads thousands of files to know its own, so a folder that has them all is enough."""
     if folder is not None:
-        found = make(include_path=str(folder), include_defaults=False)
+        found = manager_class(include_path=str(folder), include_defaults=False)
         if all(found.match_tasks([task]) for task in tasks):
             return found
-    found = make(include_path=str(folder) if folder else None)
+    found = manager_class(include_path=str(folder) if folder else None)
     for task in tasks:
         if not found.match_tasks([task]):
             raise StageError(
                 f"lm-eval has no task '{task}'" + (f", and {folder} has none" if folder else ""),
                 where="--harness",
                 expected="names of tasks, groups or tags, with commas between them",
-                way_out=nearest(task, found.all_tasks) or "name a folder of task files: --harness-tasks FOLDER",
+                way_out=suggest_nearest(task, found.all_tasks) or "name a folder of task files: --harness-tasks FOLDER",
             )
     return found
 
 
-def _lm(
-    huggingface: Any, model: Model, tokenizer: PreTrainedTokenizerBase, context: int | None, pad: int, around: Around
+def _make_lm(
+    huggingface: Any,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    pad: int,
+    frame_prompt: FramePrompt,
 ) -> Any:
     """lm-eval's view of a Hugging Face model, with our model behind it."""
-    added = len(around(()))
+    added = len(frame_prompt(()))
 
-    class Ours(huggingface.HFLM):
+    class HarnessModel(huggingface.HFLM):
         """What lm-eval asks, answered by `choose` and with what the model reads around a prompt."""
 
         def __init__(self) -> None:
             super().__init__(model.pretrained, tokenizer=tokenizer, batch_size=_BATCH, max_length=context)
-            self.room = self.max_length
+            self.total_length = self.max_length
             self._max_length = self.room - added
-            self.cut = self.asked = 0
+            self.truncated_prompts = self.request_count = 0
 
         def _loglikelihood_tokens(
             self,
@@ -180,19 +185,21 @@ def _lm(
             items: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
             places: list[tuple[tuple[int, ...], int]] = []
             for _, before, answer in requests:
-                prompt = around(self._cut(before, answer))
+                prompt = frame_prompt(self._cut(before, answer))
                 choices = items.setdefault(prompt, [])
                 places.append((prompt, len(choices)))
                 choices.append(tuple(answer))
-            found = choose(model, [Item(c, tuple(a)) for c, a in items.items()], context=self.room, pad=pad)
+            found = score_choices(
+                model, [ChoiceItem(c, tuple(a)) for c, a in items.items()], context=self.room, pad=pad
+            )
             numbers = {prompt: i for i, prompt in enumerate(items)}
             self.asked += len(places)
             return [
-                (float(found.log_p[i][place]), bool(found.greedy[i][place]))
+                (float(found.log_likelihoods[i][place]), bool(found.greedy[i][place]))
                 for i, place in ((numbers[prompt], place) for prompt, place in places)
             ]
 
-        def _cut(self, before: list[int], answer: list[int]) -> list[int]:
+        def _truncate_prompt(self, prompt: list[int], answer: list[int]) -> list[int]:
             """A prompt as long as there is room for, which is lm-eval's way: the last token of an answer is not read."""
             room = self.max_length + 1 - len(answer) if self.backend == "causal" else self.max_length
             if room < 1:
@@ -201,11 +208,11 @@ def _lm(
                     where="--harness",
                     expected="answers that leave room for a prompt",
                 )
-            self.cut += len(before) > room
-            return before[-room:]
+            self.cut += len(prompt) > room
+            return prompt[-room:]
 
         def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-            if reads_prefixes(model.pretrained.config):
+            if is_prefix_lm(model.pretrained.config):
                 raise ModelError(
                     "this model reads a prompt in both directions, and lm-eval lets it write behind one that is read causally",
                     where="--harness",
@@ -215,7 +222,7 @@ def _lm(
             if not added:
                 return super()._model_generate(context, max_length, stop, **options)
             seen = options.pop("attention_mask").bool()
-            rows = [around(row[mask].tolist()) for row, mask in zip(context.cpu(), seen.cpu(), strict=True)]
+            rows = [frame_prompt(row[mask].tolist()) for row, mask in zip(context.cpu(), seen.cpu(), strict=True)]
             width = max(map(len, rows))
             ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=context.device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=context.device)
@@ -224,22 +231,22 @@ def _lm(
             # lm-eval takes off as many places as it gave.
             return out[:, more:] if self.backend == "causal" else out
 
-    return Ours()
+    return HarnessModel()
 
 
-def _results(found: Any) -> Iterator[Result]:
+def _iter_results(output: Any) -> Iterator[TaskResult]:
     """Metrics of tasks, then those of groups. Their keys are `metric,filter`."""
-    for task, values in {**found["results"], **found.get("groups", {})}.items():
-        items = found.get("n-samples", {}).get(task, {}).get("effective")
+    for task, values in {**output["results"], **output.get("groups", {})}.items():
+        items = output.get("n-samples", {}).get(task, {}).get("effective")
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = values.get(f"{metric}_stderr,{kind}")
             name = metric if kind == "none" else f"{metric} ({kind})"
-            yield Result(
+            yield TaskResult(
                 task,
-                found.get("n-shot", {}).get(task),
+                output.get("n-shot", {}).get(task),
                 items,
                 name,
                 float(value),

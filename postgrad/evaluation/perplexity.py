@@ -20,10 +20,10 @@ from torch.nn import functional
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch, collate
-from postgrad.evaluation.classification_metrics import measured
-from postgrad.evaluation.held_out import AnyHeldOut
+from postgrad.evaluation.classification_metrics import compute_metrics
+from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.models.model import Model, Output
-from postgrad.stats.forgetting import FEWEST_DOCUMENTS, bootstrap
+from postgrad.stats.forgetting import MIN_DOCUMENTS, bootstrap
 
 _TOKENS_AT_ONCE = 8192
 _LOGITS_AT_ONCE = 1 << 25
@@ -40,9 +40,9 @@ class Scores:
     nats_W: np.ndarray
     tokens_W: np.ndarray
     bytes_N: np.ndarray
-    said_I: np.ndarray = field(default_factory=lambda: np.empty(0))
-    meant_I: np.ndarray = field(default_factory=lambda: np.empty(0))
-    item_I: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    predictions_I: np.ndarray = field(default_factory=lambda: np.empty(0))
+    labels_I: np.ndarray = field(default_factory=lambda: np.empty(0))
+    document_I: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     problem: str = ""
     """What a classifier decided; empty for anything else."""
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.str_))
@@ -51,7 +51,7 @@ class Scores:
     @property
     def units(self) -> str:
         """What is resampled: documents, or windows when the documents are too few."""
-        return "documents" if len(self.bytes_N) >= FEWEST_DOCUMENTS else "windows"
+        return "documents" if len(self.bytes_N) >= MIN_DOCUMENTS else "windows"
 
     def per_unit(self) -> tuple[np.ndarray, np.ndarray]:
         """`(nats, tokens)` of each unit."""
@@ -68,9 +68,9 @@ class Scores:
         """Mean nats per scored label."""
         return float(self.nats_W.sum() / max(self.tokens_W.sum(), 1))
 
-    def measured(self) -> dict[str, dict[str, float]]:
+    def compute_metrics(self) -> dict[str, dict[str, float]]:
         """A classifier's metrics, each with its interval."""
-        return measured(self.problem, self.said_I, self.meant_I, self.item_I, self.names.tolist())
+        return compute_metrics(self.problem, self.predictions_I, self.labels_I, self.document_I, self.names.tolist())
 
     def summary(self) -> dict[str, Any]:
         """Nats per token with its 95 % interval, perplexity, bits per byte, and what was counted.
@@ -79,7 +79,7 @@ class Scores:
         """
         nats, tokens = self.per_unit()
         low, high = bootstrap(nats, tokens)
-        right = {"metrics": self.measured()} if len(self.said_I) else {}
+        right = {"metrics": self.compute_metrics()} if len(self.predictions_I) else {}
         return {
             **right,
             "nats": self.nats,
@@ -93,17 +93,17 @@ class Scores:
         }
 
 
-Part = tuple[int, Any]
+BatchResult = tuple[int, Any]
 """The number of a batch, and what was found in it."""
 
 
 @torch.no_grad()
-def score(
+def score_held_out(
     model: Model,
-    held_out: AnyHeldOut,
+    held_out: HeldOutSet,
     *,
     context: int,
-    share: Callable[[list[Part]], list[Part]] | None = None,
+    gather: Callable[[list[BatchResult]], list[BatchResult]] | None = None,
     rank: int = 0,
     ranks: int = 1,
 ) -> Scores:
@@ -111,26 +111,26 @@ def score(
 
     Every rank runs the same number of batches, as sharded models need.
     """
-    pieces = list(held_out.pieces(context))
+    pieces = list(held_out.iter_rows(context))
     lengths = [len(piece.row.inputs["input_ids"]) for piece in pieces]
     # Rows of like length go together; the order is stable, so a batch is a function of the documents alone.
     order = sorted(range(len(pieces)), key=lengths.__getitem__)
-    batches = list(_batches(order, lengths))
+    batches = list(_length_batches(order, lengths))
     while len(batches) % ranks:
         batches.append(batches[-1])
-    parts: list[Part] = []
+    parts: list[BatchResult] = []
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         for index in range(rank, len(batches), ranks):
             rows = [pieces[i].row for i in batches[index]]
-            batch = collate(rows, [0] * len(rows), pad=held_out.pad).to(device)
-            parts.append((index, _judged(model(**batch.inputs), batch, held_out)))
+            batch = collate(rows, [0] * len(rows), pad_token_id=held_out.pad).to(device)
+            parts.append((index, _score_output(model(**batch.inputs), batch, held_out)))
     model.train(was_training)
     nats_W = np.zeros(len(pieces))
     items: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for index, (nats, answers) in share(parts) if share else parts:
+    for index, (nats, answers) in gather(parts) if gather else parts:
         nats_W[batches[index]] = nats
         items.update(zip(batches[index], answers, strict=True) if answers else ())
     document_W = np.array([piece.document for piece in pieces], np.int64)
@@ -138,17 +138,17 @@ def score(
     return Scores(
         document_W=document_W,
         nats_W=nats_W,
-        tokens_W=np.array([piece.row.counted for piece in pieces], np.int64),
+        tokens_W=np.array([piece.row.label_count for piece in pieces], np.int64),
         bytes_N=np.asarray(held_out.bytes, np.int64),
-        said_I=np.concatenate([said for said, _ in answered]) if answered else np.empty(0),
-        meant_I=np.concatenate([meant for _, meant in answered]) if answered else np.empty(0),
-        item_I=np.repeat(document_W, [len(said) for said, _ in answered]) if answered else np.empty(0, np.int64),
-        problem=("class" if held_out.words else held_out.task) if answered else "",
+        predictions_I=np.concatenate([said for said, _ in answered]) if answered else np.empty(0),
+        labels_I=np.concatenate([meant for _, meant in answered]) if answered else np.empty(0),
+        document_I=np.repeat(document_W, [len(said) for said, _ in answered]) if answered else np.empty(0, np.int64),
+        problem=("class" if held_out.label_token_ids else held_out.task) if answered else "",
         names=np.array(held_out.labels if answered else (), np.str_),
     )
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+def _length_batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
     """Groups whose padded size stays within the tokens at once."""
     group: list[int] = []
     for i in order:  # ascending, so the newest is the longest
@@ -160,34 +160,36 @@ def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]
         yield group
 
 
-def _judged(
-    output: Output, batch: Batch, held_out: AnyHeldOut
+def _score_output(
+    output: Output, batch: Batch, held_out: HeldOutSet
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
     """Each row's nats, and of a classifier what it said and what was meant, item by item."""
     if output.head is not None:
         nats_BT = token_nats(output.hidden, batch.labels, output.head.logits)
-        answers = _worded(output, batch, held_out.words) if held_out.words else []
+        answers = _predict_label_words(output, batch, held_out.label_token_ids) if held_out.label_token_ids else []
         return nats_BT.double().sum(1).cpu().numpy(), answers
     count = len(batch.labels)
-    losses, said = _decided(output.hidden.float(), batch.labels, held_out.task)
+    losses, said = _classification_losses(output.hidden.float(), batch.labels, held_out.task)
     losses, said, meant = (t.reshape(count, -1).cpu().numpy() for t in (losses, said, batch.labels))
     answers = [(s[m != IGNORED], m[m != IGNORED]) for s, m in zip(said, meant, strict=True)]
     return losses.sum(1), answers
 
 
-def _worded(output: Output, batch: Batch, words: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _predict_label_words(
+    output: Output, batch: Batch, label_token_ids: tuple[int, ...]
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each row the likeliest of some words where its one label is, and the label, as numbers of the words."""
     assert output.head is not None
     place_B = (batch.labels != IGNORED).int().argmax(1)
     rows_B = torch.arange(len(place_B), device=place_B.device)
-    tokens_W = torch.tensor(words, device=place_B.device)
+    tokens_W = torch.tensor(label_token_ids, device=place_B.device)
     logits_BW = output.head.logits(output.hidden[rows_B, place_B])[:, tokens_W]
     meant_B = (batch.labels[rows_B, place_B][:, None] == tokens_W).int().argmax(1)
     said, meant = logits_BW.argmax(1).cpu().numpy(), meant_B.cpu().numpy()
     return [(said[i : i + 1], meant[i : i + 1]) for i in range(len(said))]
 
 
-def _decided(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
+def _classification_losses(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
     """The loss of each label and the decision, of shape (B, ...): by argmax, each class by itself, or a number."""
     match task:
         case "multi":

@@ -12,23 +12,23 @@ from torch import Tensor
 
 from postgrad.errors import StageError
 from postgrad.hardware import machine
-from postgrad.hardware.memory import Shape, estimate
-from postgrad.models.cpu_attention import NAME, usable
+from postgrad.hardware.memory import ModelDimensions, estimate_memory
+from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
 from postgrad.models.model import CausalModel, Model
-from postgrad.models.pretrained import layers_of
+from postgrad.models.pretrained import get_layers
 
-_BF16_WORTH = 1.3
+_MIN_BF16_SPEEDUP = 1.3
 """Below this, bf16's rounding buys too little."""
-_THREADS_WORTH = 1.15
+_MIN_THREADS_SPEEDUP = 1.15
 _COMPILE_SECONDS = {"cpu": 60.0, "cuda": 300.0}
 """Runs that take longer without are compiled: compiling costs 15 to 30 s once and saves about a third on a CPU."""
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32_768}
 """A CPU is no faster with more (measured: .98 of the speed at half the activations); a GPU wants to be filled."""
-_BLOCKS_LENGTH = 2048
+_MAX_BLOCKS_LENGTH = 2048
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ExecutionRequest:
     """What a stage asks for; `auto` or None is decided here."""
 
     dtype: str
@@ -40,9 +40,9 @@ class Wishes:
     sequences: int
     length: int
     steps: int
-    one_length: bool = True
+    is_fixed_length: bool = True
     """Every row is as long as the next; where they are not, compiled code would be compiled again and again."""
-    causal: bool = True
+    is_causal: bool = True
     """No token sees what stands behind it; of a prefix language model's rows that is not so."""
 
 
@@ -70,15 +70,15 @@ class Execution:
         return asdict(self)
 
 
-def shape_of(model: Model) -> Shape:
+def get_model_dimensions(model: Model) -> ModelDimensions:
     """A model's shape from its configuration, whatever its keys are called."""
     config = model.pretrained.config
     width = int(getattr(config, "hidden_size", 0) or getattr(config, "n_embd", 0) or 1)
     inner = int(getattr(config, "intermediate_size", 0) or getattr(config, "n_inner", 0) or 4 * width)
-    return Shape(
+    return ModelDimensions(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        layers=len(layers_of(model.pretrained)),
+        layers=len(get_layers(model.pretrained)),
         width=width,
         inner=inner,
         heads=int(getattr(config, "num_attention_heads", 0) or getattr(config, "n_head", 0) or 1),
@@ -86,54 +86,56 @@ def shape_of(model: Model) -> Shape:
     )
 
 
-def choose(
-    wishes: Wishes, model: Model, example: Callable[[int], dict[str, Tensor]], device: torch.device, ranks: int = 1
+def select_execution(
+    request: ExecutionRequest,
+    model: Model,
+    make_inputs: Callable[[int], dict[str, Tensor]],
+    device: torch.device,
+    ranks: int = 1,
 ) -> Execution:
     """Decide what was left open, with a reason each; `example` gives what the model is called with for so many rows.
 
     Raises `StageError` for what cannot be had here.
     """
     reasons: dict[str, str] = {}
-    shape = shape_of(model)
-    mine = _rows_of_a_rank(wishes, ranks)
-    product = (min(2048, (wishes.micro or mine) * wishes.length), shape.width, shape.inner)
+    shape = get_model_dimensions(model)
+    mine = _rows_per_rank(request, ranks)
+    product = (min(2048, (request.micro or mine) * request.length), shape.width, shape.inner)
 
-    threads, reasons["threads"] = threads_for(wishes.threads, product, device, ranks)
+    threads, reasons["threads"] = choose_threads(request.threads, product, device, ranks)
     torch.set_num_threads(threads)
-    gain = machine.product_speed(torch.bfloat16, product, device) / machine.product_speed(
-        torch.float32, product, device
-    )
-    dtype = wishes.dtype
+    gain = machine.matmul_speed(torch.bfloat16, product, device) / machine.matmul_speed(torch.float32, product, device)
+    dtype = request.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if gain >= _BF16_WORTH else "float32"
+        dtype = "bfloat16" if gain >= _MIN_BF16_SPEEDUP else "float32"
         reasons["dtype"] = f"bf16 products of this model's size are {gain:.1f} x as fast as fp32 ones"
-    micro = wishes.micro or _micro(wishes, shape, mine, device, bf16=dtype == "bfloat16")
-    if wishes.micro is None:
-        reasons["micro"] = f"as many rows at once as fit, about {_TOKENS_AT_ONCE[_kind(device)]:,} tokens"
+    micro = request.micro or _choose_micro_batch(request, shape, mine, device, bf16=dtype == "bfloat16")
+    if request.micro is None:
+        reasons["micro"] = f"as many rows at once as fit, about {_TOKENS_AT_ONCE[_device_kind(device)]:,} tokens"
 
-    attention = wishes.attention
-    if attention == NAME and not wishes.causal:
+    attention = request.attention
+    if attention == CAUSAL_BLOCKS and not request.is_causal:
         raise StageError(
-            f"{NAME} looks only at what stands before a token, and prefixes are read in both directions",
+            f"{CAUSAL_BLOCKS} looks only at what stands before a token, and prefixes are read in both directions",
             where="compute.attention",
             expected="auto, sdpa or eager",
         )
     if attention == "auto":
         attention = model.pretrained.config._attn_implementation or "eager"
         reasons["attention"] = "what transformers picks for this architecture"
-        packed = isinstance(model, CausalModel) and wishes.one_length and wishes.causal
-        if device.type == "cpu" and packed and wishes.length <= _BLOCKS_LENGTH and usable(model.pretrained):
-            attention = NAME
+        packed = isinstance(model, CausalModel) and request.is_fixed_length and request.is_causal
+        if device.type == "cpu" and packed and request.length <= _MAX_BLOCKS_LENGTH and is_supported(model.pretrained):
+            attention = CAUSAL_BLOCKS
             reasons["attention"] = "faster than SDPA on a CPU (up to three times, compiled); its logits were checked"
     model.pretrained.set_attn_implementation(attention)
-    seconds = _seconds(model, example(micro), dtype, device) * (mine // micro) * wishes.steps
-    compiled, limit = wishes.compile, _COMPILE_SECONDS[_kind(device)]
+    seconds = _micro_batch_seconds(model, make_inputs(micro), dtype, device) * (mine // micro) * request.steps
+    compiled, limit = request.compile, _COMPILE_SECONDS[_device_kind(device)]
     able = machine.can_compile(device)
     if compiled == "auto":
-        compiled = able and wishes.one_length and seconds > limit
+        compiled = able and request.is_fixed_length and seconds > limit
         if not able:
             reasons["compile"] = "there is no C++ compiler or no Python headers here"
-        elif not wishes.one_length:
+        elif not request.is_fixed_length:
             reasons["compile"] = "the rows differ in length, so it would be compiled again for each"
         else:
             reasons["compile"] = (
@@ -151,84 +153,88 @@ def choose(
         attention=attention,
         threads=threads,
         micro=micro,
-        activation_checkpointing=wishes.activation_checkpointing,
+        activation_checkpointing=request.activation_checkpointing,
         seconds=round(seconds, 4),
         reasons=reasons,
     )
 
 
-def _rows_of_a_rank(wishes: Wishes, ranks: int) -> int:
-    if wishes.sequences % ranks:
+def _rows_per_rank(request: ExecutionRequest, ranks: int) -> int:
+    if request.sequences % ranks:
         raise StageError(
-            f"{wishes.sequences} rows do not part into {ranks} ranks",
+            f"{request.sequences} rows do not part into {ranks} ranks",
             where="batch.sequences",
             expected=f"a multiple of {ranks}",
         )
-    mine = wishes.sequences // ranks
-    if wishes.micro and mine % wishes.micro:
+    mine = request.sequences // ranks
+    if request.micro and mine % request.micro:
         raise StageError(
-            f"{mine} rows a rank do not part into micro-batches of {wishes.micro}",
+            f"{mine} rows a rank do not part into micro-batches of {request.micro}",
             where="batch.micro",
             expected=f"a divisor of {mine}",
         )
     return mine
 
 
-def threads_for(asked: int | None, product: tuple[int, int, int], device: torch.device, ranks: int) -> tuple[int, str]:
+def choose_threads(
+    requested: int | None, product: tuple[int, int, int], device: torch.device, ranks: int
+) -> tuple[int, str]:
     """Threads, and why. Two threads beside a busy process are far slower than one, so more than one is tried out."""
-    if asked is not None:
-        return asked, "as asked"
-    free = max(1, machine.cores() // ranks)
+    if requested is not None:
+        return requested, "as asked"
+    free = max(1, machine.core_count() // ranks)
     if device.type != "cpu" or free == 1:
         return free, f"{free} cores are there for this process"
     speeds = {}
     for threads in (1, free):
         torch.set_num_threads(threads)
-        speeds[threads] = machine.product_speed(torch.float32, product, device)
+        speeds[threads] = machine.matmul_speed(torch.float32, product, device)
     gain = speeds[free] / speeds[1]
-    if gain < _THREADS_WORTH:
+    if gain < _MIN_THREADS_SPEEDUP:
         return 1, f"{free} threads are only {gain:.2f} x as fast as one here (small products, or other busy processes)"
     return free, f"{free} threads are {gain:.2f} x as fast as one here"
 
 
-def _kind(device: torch.device) -> str:
+def _device_kind(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else "cuda"
 
 
-def _micro(wishes: Wishes, shape: Shape, mine: int, device: torch.device, *, bf16: bool) -> int:
+def _choose_micro_batch(
+    request: ExecutionRequest, shape: ModelDimensions, rank_rows: int, device: torch.device, *, bf16: bool
+) -> int:
     """The most rows at once that part the rank's rows evenly and fit into six tenths of the free memory."""
-    free = machine.memory_bytes()
-    most = max(1, _TOKENS_AT_ONCE[_kind(device)] // wishes.length)
+    free = machine.available_memory()
+    most = max(1, _TOKENS_AT_ONCE[_device_kind(device)] // request.length)
     fitting = 1
-    for rows in (m for m in range(1, min(most, mine) + 1) if mine % m == 0):
-        need = estimate(
+    for rows in (m for m in range(1, min(most, rank_rows) + 1) if rank_rows % m == 0):
+        need = estimate_memory(
             shape,
             rows=rows,
-            length=wishes.length,
+            length=request.length,
             bf16=bf16,
-            checkpointing=wishes.activation_checkpointing,
-            sdpa=wishes.attention != "eager",
+            checkpointing=request.activation_checkpointing,
+            sdpa=request.attention != "eager",
         )
         if not free or need.total < 0.6 * free:
             fitting = rows
     return fitting
 
 
-_TIMED: dict[tuple[object, ...], float] = {}
+_TIMINGS: dict[tuple[object, ...], float] = {}
 """What was timed in this process: of many runs of one sort only the first is."""
 
 
-def _seconds(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
+def _micro_batch_seconds(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
     """Seconds of one micro-batch, forward and backward, not compiled; what was timed once is not timed again."""
     attention = model.pretrained.config._attn_implementation
     sizes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in inputs.items()))
-    key = (type(model), shape_of(model), sizes, dtype, device, attention, torch.get_num_threads())
-    if key not in _TIMED:
-        _TIMED[key] = _timed(model, inputs, dtype, device)
-    return _TIMED[key]
+    key = (type(model), get_model_dimensions(model), sizes, dtype, device, attention, torch.get_num_threads())
+    if key not in _TIMINGS:
+        _TIMINGS[key] = _time_micro_batch(model, inputs, dtype, device)
+    return _TIMINGS[key]
 
 
-def _timed(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
+def _time_micro_batch(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
     """The shorter of two after a first one.
 
     The head is timed on a part of the tokens, as the loss takes it: all logits at once could need more memory than the

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelDimensions:
     """What the estimates need to know of a model."""
 
     parameters: int
@@ -22,7 +22,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes by what they are for."""
 
     weights: int
@@ -37,9 +37,9 @@ class Memory:
         return self.weights + self.gradients + self.moments + self.activations + self.teachers
 
 
-def estimate(
-    shape: Shape, *, rows: int, length: int, bf16: bool, checkpointing: bool, sdpa: bool, ranks: int = 1
-) -> Memory:
+def estimate_memory(
+    shape: ModelDimensions, *, rows: int, length: int, bf16: bool, checkpointing: bool, sdpa: bool, ranks: int = 1
+) -> MemoryEstimate:
     """Bytes a device holds during a step, state sharded over `ranks`.
 
     Activations follow Korthikanti et al. 2022 (arXiv 2205.05198, equation 2), with the feed-forward's real width: about
@@ -52,7 +52,7 @@ def estimate(
     if not sdpa:
         per_layer += rows * shape.heads * length * length * (2 * item)
     kept = rows * length * shape.width * item * shape.layers + per_layer if checkpointing else per_layer * shape.layers
-    return Memory(
+    return MemoryEstimate(
         weights=(4 + (2 if bf16 else 0)) * moving + item * frozen,
         gradients=(4 + (2 if bf16 else 0)) * moving,
         moments=8 * moving,
@@ -60,7 +60,7 @@ def estimate(
     )
 
 
-def readable(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes for people: 512 MB, 1.4 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":

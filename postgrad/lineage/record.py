@@ -39,12 +39,12 @@ def read_record(run: Path) -> Record:
     return record
 
 
-def seen_so_far(record: Record) -> dict[str, dict[str, Any]]:
+def get_seen_data(record: Record) -> dict[str, dict[str, Any]]:
     """What the model at the end of a run has consumed: data fingerprint -> {name, tokens, origin}; replays included."""
     return record.get("seen", {})
 
 
-def with_stage(seen: dict[str, dict[str, Any]], consumed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def add_stage(seen: dict[str, dict[str, Any]], consumed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The ledger of everything seen, one stage later. `consumed`: fingerprint, name, tokens and origin of each source."""
     out = {key: dict(value) for key, value in seen.items()}
     for item in consumed:

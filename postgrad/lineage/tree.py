@@ -10,12 +10,12 @@ import numpy as np
 
 from postgrad.errors import StageError
 from postgrad.lineage.record import Record, read_record
-from postgrad.stats.forgetting import summarise
+from postgrad.stats.forgetting import summarize_scores
 
-Score = Callable[[Path, str], float | None]
+ScoreRun = Callable[[Path, str], float | None]
 
 
-def chain(run: Path) -> list[tuple[Path, Record]]:
+def read_lineage(run: Path) -> list[tuple[Path, Record]]:
     """The runs from the first stage to `run`, each with its record.
 
     A parent is looked up where the record says, relative to the child's own folder when it has moved along. Raises
@@ -29,11 +29,11 @@ def chain(run: Path) -> list[tuple[Path, Record]]:
         record = read_record(here)
         out.append((here, record))
         parents = record.get("parents", [])
-        here = _parent(here, parents[0]) if parents else None
+        here = _find_parent(here, parents[0]) if parents else None
     return out[::-1]
 
 
-def _parent(child: Path, parent: dict[str, Any]) -> Path:
+def _find_parent(child: Path, parent: dict[str, Any]) -> Path:
     for place in (Path(parent["path"]), child / parent["relative"]):
         if (place / "record.json").exists():
             found = read_record(place.resolve())
@@ -49,7 +49,9 @@ def _parent(child: Path, parent: dict[str, Any]) -> Path:
     )
 
 
-def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float | None]) -> dict[str, Any]:
+def lineage_matrix(
+    stages: list[tuple[Path, Record]], score_missing: Callable[[int, str], float | None]
+) -> dict[str, Any]:
     """The matrix of a lineage: losses (nats per token) of each model on each set, and its summary.
 
     Row 0 is the model the first stage started from. A cell that no record holds is asked of `missing(row, set)`.
@@ -61,7 +63,7 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
     columns: dict[str, str] = {}
     learnt_at: dict[str, int] = {}
     for i, (_, record) in enumerate(stages, start=1):
-        for name, change in _columns(record).items():
+        for name, change in _comparable_changes(record).items():
             key = columns.setdefault(record["fingerprints"]["sets"][name], set_key(record, name))
             # The first stage that trained on it; 0: the start model knew it, or no stage ever did.
             if not learnt_at.setdefault(key, 0) and change["role"] == "learned":
@@ -70,16 +72,16 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
     context = stages[-1][1]["model"].get("context")
     losses = np.full((len(stages) + 1, len(names)), np.nan)
     for i, (_, record) in enumerate(stages, start=1):
-        for name in _columns(record):
+        for name in _comparable_changes(record):
             if record["model"].get("context") != context:  # scored with another context: not one column
                 continue
             j = names.index(columns[record["fingerprints"]["sets"][name]])
             losses[i - 1, j] = record["scores"]["before"][name]["nats"]
             losses[i, j] = record["scores"]["after"][name]["nats"]
     for i, j in zip(*np.nonzero(np.isnan(losses)), strict=True):
-        value = missing(int(i), names[int(j)])
+        value = score_missing(int(i), names[int(j)])
         losses[i, j] = np.nan if value is None else value
-    summary = summarise(-losses, [learnt_at[n] for n in names])
+    summary = summarize_scores(-losses, [learnt_at[n] for n in names])
     titles = [n.split(":", 1)[0] for n in names]
     doubled = {t for t in titles if titles.count(t) > 1}
     return {
@@ -96,7 +98,7 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
                     "path": str(path),
                     "model": record["model"]["start"],
                     "created": record["created"],
-                    "tokens": branch["tokens"] if branch else _trained(record),
+                    "tokens": branch["tokens"] if branch else _trained_tokens(record),
                 }
                 for (path, record), branch in zip(stages, branches, strict=True)
             ),
@@ -117,12 +119,12 @@ def tree(stages: list[tuple[Path, Record]], missing: Callable[[int, str], float 
     }
 
 
-def _columns(record: Record) -> dict[str, Any]:
+def _comparable_changes(record: Record) -> dict[str, Any]:
     """The sets of a run that other models may be scored on too: all but its test sets, which are looked at once."""
     return {name: change for name, change in record.get("changes", {}).items() if change["role"] != "test"}
 
 
-def _trained(record: Record) -> int:
+def _trained_tokens(record: Record) -> int:
     """The trained tokens of the model that a run published: up to the step that was chosen, or all."""
     chosen = record.get("chosen")
     return chosen["trained"] if chosen else record["achieved"]["tokens"]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from postgrad.models.pretrained import table_of
+from postgrad.models.pretrained import get_embedding_weight
 
-NAME = "causal_blocks"
+CAUSAL_BLOCKS = "causal_blocks"
 BLOCK = 128
 
 
@@ -91,7 +91,7 @@ def causal_blocks(
     a mask (a batch of whole documents) causal attention is meant. Raises `ValueError` for what it lacks.
     """
     if softcap is not None or s_aux is not None or dropout > 0:
-        raise ValueError(f"{NAME} knows no soft-capped scores, sinks or dropout")
+        raise ValueError(f"{CAUSAL_BLOCKS} knows no soft-capped scores, sinks or dropout")
     # Under autocast the rotated query and key come back in fp32 beside a bf16 value.
     query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.shape[1] // key.shape[1]
@@ -110,23 +110,23 @@ def causal_blocks(
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, causal_blocks)
-AttentionMaskInterface.register(NAME, eager_mask)
+AttentionInterface.register(CAUSAL_BLOCKS, causal_blocks)
+AttentionMaskInterface.register(CAUSAL_BLOCKS, eager_mask)
 
 
 @torch.no_grad()
-def usable(model: PreTrainedModel) -> bool:
+def is_supported(model: PreTrainedModel) -> bool:
     """Whether this function gives the logits that the model's own plain attention gives, packed rows included."""
     config = model.config
     if any(float(getattr(config, key, 0) or 0) > 0 for key in ("attention_dropout", "attn_pdrop")):
         return False
-    vocabulary = table_of(model).shape[0]
+    vocabulary = get_embedding_weight(model).shape[0]
     ids = torch.randint(0, vocabulary, (1, 40), generator=torch.Generator().manual_seed(0)).to(model.device)
     positions = torch.cat([torch.arange(17), torch.arange(23)])[None].to(model.device)
     before = config._attn_implementation or "eager"
     logits = []
     try:
-        for name in ("eager", NAME):
+        for name in ("eager", CAUSAL_BLOCKS):
             model.set_attn_implementation(name)
             logits.append(model(input_ids=ids, position_ids=positions, use_cache=False).logits.float())
     except (ValueError, TypeError, RuntimeError, KeyError):

@@ -27,22 +27,22 @@ from transformers import (
     T5Config,
 )
 
-from postgrad.errors import ModelError, nearest
-from postgrad.models.pretrained import Task, from_config, parameters_of, task_of_config
+from postgrad.errors import ModelError, suggest_nearest
+from postgrad.models.pretrained import Task, count_parameters, detect_config_task, from_config
 
 _ASPECT = 48
 """Width by depth: small published models have 43 (stories15M) to 85 (pythia-70m)."""
 _WIDTHS = (*range(32, 256, 32), *range(256, 1024, 64), *range(1024, 4097, 128))
-_DEEPEST = 64
+_MAX_DEPTH = 64
 _INNER_STEP = 8
 _WHERE = "model.fresh"
 
 
 @dataclass(frozen=True)
-class Marks:
+class SpecialTokens:
     """The special tokens of a tokenizer, by what they are for, and what stands around one text and two."""
 
-    named: tuple[tuple[str, str], ...]
+    named_tokens: tuple[tuple[str, str], ...]
     """(name, token): `("eos", "</s>")`."""
     single: str = "$A"
     pair: str = "$A $B"
@@ -52,15 +52,15 @@ class Marks:
     @property
     def tokens(self) -> tuple[str, ...]:
         """All of them, each once."""
-        return tuple(dict.fromkeys((*(token for _, token in self.named), *self.extra)))
+        return tuple(dict.fromkeys((*(token for _, token in self.named_tokens), *self.extra)))
 
     def ids(self, tokenizer: Tokenizer) -> dict[str, int | None]:
         """`bos_token_id` and so on, as a configuration has them."""
-        return {f"{name}_token_id": tokenizer.token_to_id(token) for name, token in self.named}
+        return {f"{name}_token_id": tokenizer.token_to_id(token) for name, token in self.named_tokens}
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """What is solved for: width, blocks (of an encoder-decoder: of either half), inner width; and what is given."""
 
     width: int
@@ -80,7 +80,7 @@ def head_size(width: int) -> int:
     return 64 if width >= 512 else 32
 
 
-def _llama(shape: Shape) -> PreTrainedConfig:
+def _llama(shape: ModelShape) -> PreTrainedConfig:
     return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -93,7 +93,7 @@ def _llama(shape: Shape) -> PreTrainedConfig:
     )
 
 
-def _qwen3(shape: Shape) -> PreTrainedConfig:
+def _qwen3(shape: ModelShape) -> PreTrainedConfig:
     return Qwen3Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -107,7 +107,7 @@ def _qwen3(shape: Shape) -> PreTrainedConfig:
     )
 
 
-def _gpt2(shape: Shape) -> PreTrainedConfig:
+def _gpt2(shape: ModelShape) -> PreTrainedConfig:
     return GPT2Config(
         vocab_size=shape.vocabulary,
         n_embd=shape.width,
@@ -120,7 +120,7 @@ def _gpt2(shape: Shape) -> PreTrainedConfig:
     )
 
 
-def _bert(shape: Shape) -> PreTrainedConfig:
+def _bert(shape: ModelShape) -> PreTrainedConfig:
     return BertConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -131,7 +131,7 @@ def _bert(shape: Shape) -> PreTrainedConfig:
     )
 
 
-def _t5(shape: Shape) -> PreTrainedConfig:
+def _t5(shape: ModelShape) -> PreTrainedConfig:
     config = T5Config(
         vocab_size=shape.vocabulary,
         d_model=shape.width,
@@ -153,27 +153,27 @@ def _t5(shape: Shape) -> PreTrainedConfig:
 class Family:
     """How a family's configuration is made from a shape, its usual inner width by width, and its special tokens."""
 
-    config: Callable[[Shape], PreTrainedConfig]
+    config: Callable[[ModelShape], PreTrainedConfig]
     inner: float
-    marks: Marks
+    special_tokens: SpecialTokens
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         _llama,
         8 / 3,
-        Marks((("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>")), "<s> $A", "<s> $A <s> $B"),
+        SpecialTokens((("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>")), "<s> $A", "<s> $A <s> $B"),
     ),
-    "gpt2": Family(_gpt2, 4.0, Marks((("bos", "<|endoftext|>"), ("eos", "<|endoftext|>"), ("pad", "<|pad|>")))),
+    "gpt2": Family(_gpt2, 4.0, SpecialTokens((("bos", "<|endoftext|>"), ("eos", "<|endoftext|>"), ("pad", "<|pad|>")))),
     "qwen3": Family(
         _qwen3,
         3.0,
-        Marks((("eos", "<|endoftext|>"), ("pad", "<|pad|>")), extra=("<|im_start|>", "<|im_end|>")),
+        SpecialTokens((("eos", "<|endoftext|>"), ("pad", "<|pad|>")), extra=("<|im_start|>", "<|im_end|>")),
     ),
     "bert": Family(
         _bert,
         4.0,
-        Marks(
+        SpecialTokens(
             (("pad", "[PAD]"), ("unk", "[UNK]"), ("cls", "[CLS]"), ("sep", "[SEP]"), ("mask", "[MASK]")),
             "[CLS] $A [SEP]",
             "[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -183,7 +183,7 @@ FAMILIES: dict[str, Family] = {
     "t5": Family(
         _t5,
         4.0,
-        Marks(
+        SpecialTokens(
             (("pad", "<pad>"), ("eos", "</s>"), ("unk", "<unk>")),
             "$A </s>",
             "$A </s> $B </s>",
@@ -192,7 +192,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-_OF_TASK: dict[Task, str] = {
+_TASK_FAMILIES: dict[Task, str] = {
     "causal": "llama",
     "masked": "bert",
     "text-to-text": "t5",
@@ -201,7 +201,7 @@ _OF_TASK: dict[Task, str] = {
 }
 
 
-def family_and_weights(name: str) -> tuple[Family, int]:
+def parse_model_name(name: str) -> tuple[Family, int]:
     """What `llama-15M` means. Raises `ModelError` for a family that is not known and a size that is none."""
     match = re.fullmatch(r"([a-z]\w*)-(\d+(?:\.\d+)?)([kmb])", name.strip(), re.IGNORECASE)
     if not match:
@@ -216,64 +216,64 @@ def family_and_weights(name: str) -> tuple[Family, int]:
             f"there is no family {match[1]!r}",
             where=_WHERE,
             expected=" | ".join(FAMILIES),
-            way_out=f"{nearest(match[1], FAMILIES)} (model.config takes the configuration of any other)".strip(),
+            way_out=f"{suggest_nearest(match[1], FAMILIES)} (model.config takes the configuration of any other)".strip(),
         )
     return family, round(float(match[2]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[3].lower()])
 
 
-def marks_for(config: PreTrainedConfig | None, family: Family | None) -> Marks:
+def select_special_tokens(config: PreTrainedConfig | None, family: Family | None) -> SpecialTokens:
     """The special tokens of a new tokenizer: the family's, or those of the family that does the configuration's task."""
     if family is not None:
-        return family.marks
+        return family.special_tokens
     assert config is not None
     known = FAMILIES.get(config.model_type.lower())
-    return (known or FAMILIES[_OF_TASK[task_of_config(config)]]).marks
+    return (known or FAMILIES[_TASK_FAMILIES[detect_config_task(config)]]).special_tokens
 
 
-def solved(name: str, *, vocabulary: int, positions: int) -> PreTrainedConfig:
+def solve_config(name: str, *, vocabulary: int, positions: int) -> PreTrainedConfig:
     """The configuration of `family-size` for a vocabulary. Raises `ModelError` when no shape has so few weights."""
-    family, weights = family_and_weights(name)
-    best: tuple[float, Shape] | None = None
+    family, weights = parse_model_name(name)
+    best: tuple[float, ModelShape] | None = None
     narrowest = 0
     for width in _WIDTHS:
-        inner = _rounded(family.inner * width)
-        at = partial(_count, family, width=width, vocabulary=vocabulary, positions=positions)
+        inner = _round_inner(family.inner * width)
+        at = partial(_count_shape_weights, family, width=width, vocabulary=vocabulary, positions=positions)
         one, two, wider = at(depth=1, inner=inner), at(depth=2, inner=inner), at(depth=2, inner=2 * inner)
         # The count is linear in the depth, and in the inner width for a depth.
         outside, block, each = 2 * one - two, two - one, (wider - two) / (2 * inner)
         narrowest = narrowest or one
         if outside + block / 2 > weights:
             break
-        for depth in range(1, _DEEPEST + 1):
-            wanted = _rounded(inner + (weights - outside - depth * block) / (depth * each))
+        for depth in range(1, _MAX_DEPTH + 1):
+            wanted = _round_inner(inner + (weights - outside - depth * block) / (depth * each))
             if not 0.7 <= wanted / inner <= 1.4:
                 continue
             cost = abs(math.log(width / depth / _ASPECT)) + 2 * abs(math.log(wanted / inner))
             if best is None or cost < best[0]:
-                best = cost, Shape(width, depth, wanted, vocabulary, positions)
+                best = cost, ModelShape(width, depth, wanted, vocabulary, positions)
     if best is None:
         raise ModelError(
             f"{name} cannot be made with a vocabulary of {vocabulary:,}: a block of width 32 and its embeddings "
             f"have {narrowest:,} weights",
             where=_WHERE,
-            expected=f"more weights than that, and at most those of {_DEEPEST} blocks of width {_WIDTHS[-1]:,}",
+            expected=f"more weights than that, and at most those of {_MAX_DEPTH} blocks of width {_WIDTHS[-1]:,}",
             way_out="ask for more weights, or give model.tokenizer a smaller `vocabulary`",
         )
     return family.config(best[1])
 
 
-def _rounded(inner: float) -> int:
+def _round_inner(inner: float) -> int:
     return max(_INNER_STEP, round(inner / _INNER_STEP) * _INNER_STEP)
 
 
-def _count(family: Family, *, width: int, depth: int, inner: int, vocabulary: int, positions: int) -> int:
-    return weights_of(family.config(Shape(width, depth, inner, vocabulary, positions)))
+def _count_shape_weights(family: Family, *, width: int, depth: int, inner: int, vocabulary: int, positions: int) -> int:
+    return count_weights(family.config(ModelShape(width, depth, inner, vocabulary, positions)))
 
 
-def weights_of(config: PreTrainedConfig) -> int:
+def count_weights(config: PreTrainedConfig) -> int:
     """The weights of a configuration's model, tied ones counted once; none is made."""
     with torch.device("meta"):
-        return parameters_of(from_config(config, task_of_config(config)))
+        return count_parameters(from_config(config, detect_config_task(config)))
 
 
 _DROPOUTS = (
@@ -282,7 +282,7 @@ _DROPOUTS = (
 )  # fmt: skip
 
 
-def with_dropout(config: PreTrainedConfig, dropout: float) -> None:
+def set_dropout(config: PreTrainedConfig, dropout: float) -> None:
     """Set what a configuration has of dropout. Raises `ModelError` when it has none."""
     own = [name for name in _DROPOUTS if isinstance(getattr(config, name, None), int | float)]
     if not own:
@@ -291,25 +291,27 @@ def with_dropout(config: PreTrainedConfig, dropout: float) -> None:
         setattr(config, name, dropout)
 
 
-def make_tokenizer(written: str, marks: Marks) -> PreTrainedTokenizerBase:
+def make_tokenizer(vocabulary_json: str, special_tokens: SpecialTokens) -> PreTrainedTokenizerBase:
     """A tokenizer from the JSON of a vocabulary, with its special tokens around a text."""
-    tokenizer = Tokenizer.from_str(written)
-    if marks.single != "$A":
-        around = {token for part in f"{marks.single} {marks.pair}".split() for token in [part.split(":")[0]]}
+    tokenizer = Tokenizer.from_str(vocabulary_json)
+    if special_tokens.single != "$A":
+        around = {
+            token for part in f"{special_tokens.single} {special_tokens.pair}".split() for token in [part.split(":")[0]]
+        }
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=marks.single,
-            pair=marks.pair,
+            single=special_tokens.single,
+            pair=special_tokens.pair,
             special_tokens=[(token, tokenizer.token_to_id(token)) for token in sorted(around - {"$A", "$B"})],
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_input_names=list(marks.inputs),
-        extra_special_tokens=list(marks.extra) or None,
-        **{f"{name}_token": token for name, token in marks.named},
+        model_input_names=list(special_tokens.inputs),
+        extra_special_tokens=list(special_tokens.extra) or None,
+        **{f"{name}_token": token for name, token in special_tokens.named_tokens},
     )
 
 
-def fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_token_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let a configuration name the tokenizer's special tokens."""
     for name in ("bos", "eos", "pad", "sep", "cls", "mask"):
         token = getattr(tokenizer, f"{name}_token_id", None)
@@ -321,8 +323,8 @@ def fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         config.eos_token_id = tokenizer.sep_token_id
 
 
-def draw(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+def init_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """The model of a configuration with weights drawn from `seed`; nobody else's random numbers are touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return from_config(config, task_of_config(config))
+        return from_config(config, detect_config_task(config))

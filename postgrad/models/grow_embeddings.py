@@ -17,32 +17,34 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import table_of
+from postgrad.models.pretrained import get_embedding_weight
 
-Head = Literal["mean", "zero"]
+HeadInit = Literal["mean", "zero"]
 
 
 @torch.no_grad()
-def grow_tables(model: PreTrainedModel, parts: Mapping[int, Sequence[int]], head: Head = "mean") -> None:
+def grow_embeddings(
+    model: PreTrainedModel, token_parts: Mapping[int, Sequence[int]], head_init: HeadInit = "mean"
+) -> None:
     """Give `model` a row for each new id of `parts`, made from the rows of its old ids. Nothing else changes."""
-    before = table_of(model).shape[0]
-    size = max(before, max(parts, default=-1) + 1)
+    before = get_embedding_weight(model).shape[0]
+    size = max(before, max(token_parts, default=-1) + 1)
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     if output is not None and not isinstance(output, nn.Linear):
         raise ModelError(f"{type(model).__name__} has no plain output embedding", where="model")
     model.resize_token_embeddings(size, mean_resizing=False)
-    _fill(table_of(model), parts)
+    _fill_rows(get_embedding_weight(model), token_parts)
     grown = model.get_output_embeddings()
     if grown is None or tied:
         return
     assert isinstance(grown, nn.Linear)
-    _fill(grown.weight, parts, zero=head == "zero")
+    _fill_rows(grown.weight, token_parts, zero=head_init == "zero")
     if grown.bias is not None:
-        _fill(grown.bias[:, None], parts)
+        _fill_rows(grown.bias[:, None], token_parts)
 
 
-def _fill(table_VD: Tensor, parts: Mapping[int, Sequence[int]], *, zero: bool = False) -> None:
-    old = {new: table_VD[list(ids)].mean(0) if ids and not zero else None for new, ids in parts.items()}
+def _fill_rows(table_VD: Tensor, token_parts: Mapping[int, Sequence[int]], *, zero: bool = False) -> None:
+    old = {new: table_VD[list(ids)].mean(0) if ids and not zero else None for new, ids in token_parts.items()}
     for new, row in old.items():
         table_VD[new] = 0.0 if row is None else row

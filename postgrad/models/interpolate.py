@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import stacks_of
+from postgrad.models.pretrained import get_layer_stacks
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all parameters by name, tied ones once."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -56,7 +56,7 @@ def refuse_other_shapes(
 
 
 @torch.no_grad()
-def put_between(
+def interpolate_weights(
     model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], weight: Mapping[str, float] | float
 ) -> None:
     """Set the parameters of `model` to `start + w (end - start)`, in float32; `weight` by name, or one for all.
@@ -76,9 +76,9 @@ def put_between(
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
+def preserve_weights(model: nn.Module) -> Iterator[None]:
     """Inside, weights may be changed; afterwards they are what they were."""
-    before = weights_of(model)
+    before = copy_weights(model)
     try:
         yield
     finally:
@@ -87,7 +87,7 @@ def kept(model: nn.Module) -> Iterator[None]:
                 parameter.copy_(before[name])
 
 
-def mean_of(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def average_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of several models' weights, summed in float64."""
     return {
         name: torch.stack([state[name].double() for state in states]).mean(0).to(states[0][name].dtype)
@@ -95,9 +95,11 @@ def mean_of(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def blocks_of(model: PreTrainedModel) -> list[list[str]]:
+def block_parameter_names(model: PreTrainedModel) -> list[list[str]]:
     """The names of the parameters of each block, in order; an encoder-decoder has its encoder's first."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [
-        [names[id(p)] for p in block.parameters() if id(p) in names] for stack in stacks_of(model) for block in stack
+        [names[id(p)] for p in block.parameters() if id(p) in names]
+        for stack in get_layer_stacks(model)
+        for block in stack
     ]

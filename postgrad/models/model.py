@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.prefix_lm_attention import mask_for, window_of
-from postgrad.models.pretrained import Task, table_of
+from postgrad.models.prefix_lm_attention import attention_window, model_prefix_mask
+from postgrad.models.pretrained import Task, get_embedding_weight
 
-_BEHIND = "final_logits_bias"
+_LOGITS_BIAS = "final_logits_bias"
 """What transformers calls it."""
 
 
 @dataclass(frozen=True)
-class Head:
+class OutputHead:
     """Hidden states to logits: `softcap(scale (h W^T + b))`."""
 
     weight_VD: Tensor
@@ -48,7 +48,7 @@ class Output:
     """
 
     hidden: Tensor
-    head: Head | None
+    head: OutputHead | None
 
     def logits(self) -> Tensor:
         """All logits at once; an objective that can should work in chunks instead."""
@@ -71,7 +71,7 @@ class Model(nn.Module):
         """The logits of a task layer, of shape (B, C) or (B, T, C)."""
         return Output(self.pretrained(**inputs).logits, None)
 
-    def head(self) -> Head | None:
+    def head(self) -> OutputHead | None:
         """The head as it is now; None when the model gives logits itself."""
         return None
 
@@ -94,14 +94,14 @@ class CausalModel(Model):
         Tokens of a `prefix` of shape (B, T) see each other, for which positions must be given.
         """
         if prefix is not None:
-            inputs["attention_mask"] = mask_for(self.pretrained, prefix, inputs["position_ids"])
+            inputs["attention_mask"] = model_prefix_mask(self.pretrained, prefix, inputs["position_ids"])
         hidden = self.body(**inputs, use_cache=False).last_hidden_state
         return Output(hidden, self.head())
 
-    def head(self) -> Head:
+    def head(self) -> OutputHead:
         """The head as it is now."""
         layer = _output_layer(self.pretrained)
-        return Head(layer.weight, layer.bias, self.scale, self.softcap)
+        return OutputHead(layer.weight, layer.bias, self.scale, self.softcap)
 
 
 class HeadedModel(Model):
@@ -117,18 +117,18 @@ class HeadedModel(Model):
 
     def forward(self, **inputs: Tensor) -> Output:
         """What would go into the output embedding, of shape (B, T, D)."""
-        with _passing(self.pretrained):
+        with _identity_output_layer(self.pretrained):
             hidden = self.pretrained(**inputs, **self.options).logits
         return Output(hidden, self.head())
 
-    def head(self) -> Head:
+    def head(self) -> OutputHead:
         """The head as it is now."""
         layer = _output_layer(self.pretrained)
-        biases = [bias.flatten() for bias in (layer.bias, _behind(self.pretrained)) if bias is not None]
-        return Head(layer.weight, sum(biases[1:], biases[0]) if biases else None)
+        biases = [bias.flatten() for bias in (layer.bias, _get_logits_bias(self.pretrained)) if bias is not None]
+        return OutputHead(layer.weight, sum(biases[1:], biases[0]) if biases else None)
 
 
-def model_for(pretrained: PreTrainedModel, task: Task) -> Model:
+def wrap_model(pretrained: PreTrainedModel, task: Task) -> Model:
     """The view of a model that its task asks for."""
     views: dict[Task, type[Model]] = {"causal": CausalModel, "masked": HeadedModel, "text-to-text": HeadedModel}
     return views.get(task, Model)(pretrained)
@@ -141,28 +141,28 @@ def _output_layer(pretrained: PreTrainedModel) -> nn.Linear:
     return layer
 
 
-def _behind(pretrained: PreTrainedModel) -> Tensor | None:
+def _get_logits_bias(pretrained: PreTrainedModel) -> Tensor | None:
     """The bias of shape (1, V) that a model adds to what its output embedding gives: a buffer, which does not move."""
-    return getattr(pretrained, _BEHIND, None)
+    return getattr(pretrained, _LOGITS_BIAS, None)
 
 
 @contextmanager
-def _passing(pretrained: PreTrainedModel) -> Iterator[None]:
+def _identity_output_layer(pretrained: PreTrainedModel) -> Iterator[None]:
     """Inside, the output embedding gives back what it is given, and nothing is added to that."""
     layer: nn.Module = _output_layer(pretrained)
-    bias = _behind(pretrained)
+    bias = _get_logits_bias(pretrained)
     layer.forward = lambda hidden: hidden
     if bias is not None:
-        setattr(pretrained, _BEHIND, bias.new_zeros(()))  # of no dimension, so that no dtype is changed by it
+        setattr(pretrained, _LOGITS_BIAS, bias.new_zeros(()))  # of no dimension, so that no dtype is changed by it
     try:
         yield
     finally:
         del layer.forward
         if bias is not None:
-            setattr(pretrained, _BEHIND, bias)
+            setattr(pretrained, _LOGITS_BIAS, bias)
 
 
-def probe(model: Model, *, length: int = 24, tolerance: float = 1e-4, prefixes: int = 0) -> None:
+def verify_model(model: Model, *, length: int = 24, tolerance: float = 1e-4, prefix_tokens: int = 0) -> None:
     """Check on random ids that the view of a model as hidden states and a head is right.
 
     Of a causal model also that packed documents do not see each other, and, where rows of `prefixes` tokens are to be read
@@ -175,24 +175,24 @@ def probe(model: Model, *, length: int = 24, tolerance: float = 1e-4, prefixes: 
     model.eval()
     with torch.no_grad():
         if isinstance(model, CausalModel):
-            _probe_packed(model, length, tolerance, device)
-            if prefixes:
-                _probe_prefixes(model, length, prefixes, tolerance, device)
+            _verify_packing(model, length, tolerance, device)
+            if prefix_tokens:
+                _verify_prefixes(model, length, prefix_tokens, tolerance, device)
         elif isinstance(model, HeadedModel):
             ids = _random_ids(model, (2, length), device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if model.pretrained.config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = ids.flip(0)
-            _same_logits(model, inputs, tolerance)
+            _verified_logits(model, inputs, tolerance)
     model.train(was_training)
 
 
-def _probe_packed(model: CausalModel, length: int, tolerance: float, device: torch.device) -> None:
+def _verify_packing(model: CausalModel, length: int, tolerance: float, device: torch.device) -> None:
     ids = _random_ids(model, (1, 2 * length), device)
     other = ids.clone()
     other[:, :length] = ids[:, length:].flip(1)
     positions = torch.arange(length, device=device).repeat(2)[None]
-    ours = _same_logits(model, {"input_ids": ids, "position_ids": positions}, tolerance, use_cache=False)
+    ours = _verified_logits(model, {"input_ids": ids, "position_ids": positions}, tolerance, use_cache=False)
 
     def off(ids: Tensor, positions: Tensor) -> float:
         second = model(input_ids=ids, position_ids=positions).logits()[:, -length:].float()
@@ -209,13 +209,15 @@ def _probe_packed(model: CausalModel, length: int, tolerance: float, device: tor
         )
 
 
-def _probe_prefixes(model: CausalModel, length: int, longest: int, tolerance: float, device: torch.device) -> None:
+def _verify_prefixes(
+    model: CausalModel, length: int, prefix_tokens: int, tolerance: float, device: torch.device
+) -> None:
     """Look whether the mask of a prefix language model is what decides who sees whom."""
     config = model.pretrained.config
-    window = window_of(config)
-    if window is not None and longest > window:
+    window = attention_window(config)
+    if window is not None and prefix_tokens > window:
         raise ModelError(
-            f"rows have {longest:,} tokens, and layers of this model see {window:,}: beyond that a prefix cannot be read "
+            f"rows have {prefix_tokens:,} tokens, and layers of this model see {window:,}: beyond that a prefix cannot be read "
             "in both directions",
             where="data.sequence_length",
             expected=f"at most {window:,}",
@@ -257,7 +259,7 @@ def _probe_prefixes(model: CausalModel, length: int, longest: int, tolerance: fl
         )
 
 
-def _same_logits(model: Model, inputs: dict[str, Tensor], tolerance: float, **options: bool) -> Tensor:
+def _verified_logits(model: Model, inputs: dict[str, Tensor], tolerance: float, **options: bool) -> Tensor:
     """Our logits, when they are those of the model itself."""
     try:
         ours = model(**inputs).logits().float()
@@ -276,5 +278,5 @@ def _same_logits(model: Model, inputs: dict[str, Tensor], tolerance: float, **op
 
 
 def _random_ids(model: Model, shape: tuple[int, int], device: torch.device) -> Tensor:
-    vocabulary = table_of(model.pretrained).shape[0]
+    vocabulary = get_embedding_weight(model.pretrained).shape[0]
     return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -19,24 +19,24 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from postgrad.errors import ModelError
 
-KEY = "postgrad_prefix_lm"
+PREFIX_LM_KEY = "postgrad_prefix_lm"
 """In a model's configuration: it was trained to read a prompt in both directions. Plain transformers does not look at it."""
 
 
-def reads_prefixes(config: PreTrainedConfig) -> bool:
+def is_prefix_lm(config: PreTrainedConfig) -> bool:
     """Whether a model was trained to read a prompt in both directions."""
-    return bool(getattr(config, KEY, False))
+    return bool(getattr(config, PREFIX_LM_KEY, False))
 
 
-def mark(config: PreTrainedConfig, prefixes: bool) -> None:
+def mark_prefix_lm(config: PreTrainedConfig, prefix_lm: bool) -> None:
     """Let a configuration say that its model reads prompts in both directions, or nothing of the sort."""
-    if prefixes:
-        setattr(config, KEY, True)
-    elif hasattr(config, KEY):
-        delattr(config, KEY)
+    if prefix_lm:
+        setattr(config, PREFIX_LM_KEY, True)
+    elif hasattr(config, PREFIX_LM_KEY):
+        delattr(config, PREFIX_LM_KEY)
 
 
-def window_of(config: PreTrainedConfig) -> int | None:
+def attention_window(config: PreTrainedConfig) -> int | None:
     """How far a token sees back in the layers that see the least; None where all layers see everything."""
     kinds = getattr(config, "layer_types", None)
     local = kinds is None or any("sliding" in kind or "chunked" in kind for kind in kinds)
@@ -44,7 +44,7 @@ def window_of(config: PreTrainedConfig) -> int | None:
     return min((int(size) for size in sizes if size), default=None)
 
 
-def seen_by(prefix_BT: Tensor, positions_BT: Tensor) -> Tensor:
+def prefix_lm_mask(prefix_BT: Tensor, positions_BT: Tensor) -> Tensor:
     """Which token sees which, of shape (B, 1, T, T): `[b, 0, q, k]` is true when q sees k.
 
     `prefix_BT`: not 0 for the tokens of prefixes. `positions_BT` start again with each document (as transformers tells packed
@@ -61,22 +61,22 @@ def seen_by(prefix_BT: Tensor, positions_BT: Tensor) -> Tensor:
     return (same_BTT & (before_TT | both_BTT))[:, None]
 
 
-def mask_for(model: PreTrainedModel, prefix_BT: Tensor, positions_BT: Tensor) -> Tensor:
+def model_prefix_mask(model: PreTrainedModel, prefix_BT: Tensor, positions_BT: Tensor) -> Tensor:
     """The mask that a model's attention takes: what is seen, or what is added to the scores (for `eager`)."""
-    seen = seen_by(prefix_BT, positions_BT)
+    seen = prefix_lm_mask(prefix_BT, positions_BT)
     if model.config._attn_implementation != "eager":
         return seen
     return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
 @torch.no_grad()
-def prefilled(model: PreTrainedModel, ids_BT: Tensor) -> Cache:
+def prefill_prompt(model: PreTrainedModel, ids_BT: Tensor) -> Cache:
     """Keys and values of a prompt that was read in both directions, but for those of its last token.
 
     With them transformers' `generate` goes on from the whole prompt: the last token sees all others in either way of
     reading, so it may be read once more. Raises `ModelError` for a prompt that is longer than the window of a layer.
     """
-    length, window = ids_BT.shape[1], window_of(model.config)
+    length, window = ids_BT.shape[1], attention_window(model.config)
     if window is not None and length >= window:
         raise ModelError(
             f"the text has {length:,} tokens, and layers of this model see {window:,}",
@@ -84,7 +84,7 @@ def prefilled(model: PreTrainedModel, ids_BT: Tensor) -> Cache:
             expected="a text inside the window: beyond it a prefix cannot be read in both directions",
         )
     positions_BT = torch.arange(length, device=ids_BT.device).expand_as(ids_BT)
-    mask = mask_for(model, torch.ones_like(ids_BT), positions_BT)
+    mask = model_prefix_mask(model, torch.ones_like(ids_BT), positions_BT)
     cache = model.base_model(
         input_ids=ids_BT, position_ids=positions_BT, attention_mask=mask, use_cache=True
     ).past_key_values

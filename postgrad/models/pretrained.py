@@ -31,45 +31,45 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError
-from postgrad.models.task_head import Representation, described, model_class
+from postgrad.models.task_head import TaskHeadConfig, load_task_head_config, make_model_class
 
 transformers_logging.disable_progress_bar()
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
-TUNING, PEFT = "tuning.json", "adapter_config.json"
+TUNING_FILE, PEFT_FILE = "tuning.json", "adapter_config.json"
 """What describes a folder that holds a tuning instead of a model: ours, and PEFT's."""
-CHAT = "chat_template.jinja"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
-class Start:
+class ModelLocation:
     """Where a model comes from: its folder (or Hub name), and the run that made it, when one did."""
 
     name: str
     folder: Path | None
     run: Path | None = None
-    base: Start | None = None
+    base: ModelLocation | None = None
     """Of a folder that holds a tuning: the model that it sits on."""
     trusted: bool = False
     """The base was named by the user, and not by the tuning's folder."""
-    made: Mapping[str, Any] | None = None
+    scratch_recipe: Mapping[str, Any] | None = None
     """Of a model that was made anew: what it was made of."""
 
     @property
-    def plain(self) -> Start:
+    def full_model(self) -> ModelLocation:
         """The plain model at the bottom."""
-        return self.base.plain if self.base else self
+        return self.base.full_model if self.base else self
 
     @property
-    def source(self) -> str:
+    def name_or_path(self) -> str:
         """What `from_pretrained` is given."""
-        plain = self.plain
+        plain = self.full_model
         return str(plain.folder) if plain.folder else plain.name
 
 
-def locate(name: str, root: Path, base: str | None = None, *, where: str = "model") -> Start:
+def locate_model(name: str, root: Path, base: str | None = None, *, where: str = "model") -> ModelLocation:
     """Resolve a folder, a run folder (its final model), a checkpoint of a run, or a Hub name, relative to `root`.
 
     A folder that holds a tuning says itself which model it sits on; `base` names another place for that model. `where`: the
@@ -82,35 +82,37 @@ def locate(name: str, root: Path, base: str | None = None, *, where: str = "mode
     folder = (root / Path(name).expanduser()).resolve()
     if folder.is_dir():
         if (folder / "stage.yaml").exists():  # a run folder
-            if not _described(folder / "model"):
+            if not _has_model_config(folder / "model"):
                 raise ModelError(
                     f"the run {name} has not finished, so it has no model yet",
                     where=where,
                     way_out=f"finish it, or name one of its checkpoints: {name}/checkpoints/step-...",
                 )
-            return _on_base(Start(name, folder / "model", folder), root, base)
-        if not _described(folder):
+            return _resolve_base(ModelLocation(name, folder / "model", folder), root, base)
+        if not _has_model_config(folder):
             raise ModelError(
                 f"{name} is a folder without a config.json",
                 where=where,
                 expected="a Hugging Face model folder, a run folder, a checkpoint, or a tuning's folder",
             )
         run = folder.parent.parent if folder.parent.name == "checkpoints" else None
-        return _on_base(Start(name, folder, run if run and (run / "stage.yaml").exists() else None), root, base)
+        return _resolve_base(
+            ModelLocation(name, folder, run if run and (run / "stage.yaml").exists() else None), root, base
+        )
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ((root / name).parent.is_dir() and "/" not in name):
         raise ModelError(
             f"there is no folder {name}",
             where=where,
             expected="a folder with config.json and safetensors weights, a run folder, or a Hub name (owner/name)",
         )
-    return Start(name, None)
+    return ModelLocation(name, None)
 
 
-def _described(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", TUNING, PEFT))
+def _has_model_config(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", TUNING_FILE, PEFT_FILE))
 
 
-def _on_base(start: Start, root: Path, base: str | None) -> Start:
+def _resolve_base(start: ModelLocation, root: Path, base: str | None) -> ModelLocation:
     """The start with the model that it sits on, when it is a tuning's folder."""
     folder = start.folder
     assert folder is not None
@@ -119,14 +121,14 @@ def _on_base(start: Start, root: Path, base: str | None) -> Start:
             raise ModelError(f"{start.name} is a whole model and sits on no other", where="base")
         return start
     if base is not None:
-        return dataclasses.replace(start, base=locate(base, root), trusted=True)
+        return dataclasses.replace(start, base=locate_model(base, root), trusted=True)
     try:
-        if (folder / TUNING).exists():
-            recorded = json.loads((folder / TUNING).read_text())["base"]
+        if (folder / TUNING_FILE).exists():
+            recorded = json.loads((folder / TUNING_FILE).read_text())["base"]
             places, below = [recorded["relative"], recorded["name"]], recorded.get("below")
         else:
             below = None
-            places = [json.loads((folder / PEFT).read_text())["base_model_name_or_path"]]
+            places = [json.loads((folder / PEFT_FILE).read_text())["base_model_name_or_path"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{start.name} does not tell which model it sits on ({type(error).__name__})",
@@ -135,9 +137,9 @@ def _on_base(start: Start, root: Path, base: str | None) -> Start:
         ) from None
     for place in places:
         if place and (folder / place).is_dir():
-            return dataclasses.replace(start, base=locate(place, folder, below))
+            return dataclasses.replace(start, base=locate_model(place, folder, below))
     try:
-        return dataclasses.replace(start, base=locate(places[-1], folder, below))
+        return dataclasses.replace(start, base=locate_model(places[-1], folder, below))
     except ModelError as error:
         raise ModelError(
             f"{start.name} sits on {places[-1]}, which is not there",
@@ -146,7 +148,7 @@ def _on_base(start: Start, root: Path, base: str | None) -> Start:
         ) from error
 
 
-def load_tokenizer(start: Start) -> PreTrainedTokenizerBase:
+def load_tokenizer(start: ModelLocation) -> PreTrainedTokenizerBase:
     """The tokenizer of the plain model at the bottom, with the chat template of the newest tuning that has one.
 
     Raises `ModelError` when there is no tokenizer that is fast.
@@ -154,7 +156,7 @@ def load_tokenizer(start: Start) -> PreTrainedTokenizerBase:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(start.source)
+            tokenizer = AutoTokenizer.from_pretrained(start.name_or_path)
     except Exception as error:
         raise ModelError(
             f"no tokenizer could be loaded from {start.name}: {_first_line(error)}",
@@ -163,10 +165,10 @@ def load_tokenizer(start: Start) -> PreTrainedTokenizerBase:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
         raise ModelError(f"{start.name} has no fast tokenizer", where="model", expected="a tokenizer.json")
-    here: Start | None = start
+    here: ModelLocation | None = start
     while here and here.base:
-        if here.folder and (here.folder / CHAT).exists():
-            tokenizer.chat_template = (here.folder / CHAT).read_text("utf-8")
+        if here.folder and (here.folder / CHAT_TEMPLATE_FILE).exists():
+            tokenizer.chat_template = (here.folder / CHAT_TEMPLATE_FILE).read_text("utf-8")
             break
         here = here.base
     return tokenizer
@@ -175,7 +177,7 @@ def load_tokenizer(start: Start) -> PreTrainedTokenizerBase:
 def save_chat_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Leave the chat template that a tuning was trained with in its folder, under the name that Hugging Face has for it."""
     if isinstance(tokenizer.chat_template, str):
-        (folder / CHAT).write_text(tokenizer.chat_template, "utf-8")
+        (folder / CHAT_TEMPLATE_FILE).write_text(tokenizer.chat_template, "utf-8")
 
 
 Task = Literal["causal", "masked", "text-to-text", "classify", "tag"]
@@ -197,15 +199,15 @@ _NAMES: dict[Task, str] = {
 }
 
 
-class Loaded(NamedTuple):
+class LoadResult(NamedTuple):
     """A model, and the weights that its folder did not have: a new task layer, drawn at random."""
 
     model: PreTrainedModel
-    new: tuple[str, ...]
+    new_weights: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class TaskLayer:
+class ClassifierSpec:
     """What a classifier decides between. `problem` is what transformers calls it; `seed` draws a new layer.
 
     `pad`: the id that fills short rows; a decoder that classifies finds the end of a text by it.
@@ -216,17 +218,21 @@ class TaskLayer:
     problem: Literal["single_label_classification", "multi_label_classification", "regression"]
     pad: int
     seed: int = 0
-    form: Representation | None = None
+    form: TaskHeadConfig | None = None
 
     @classmethod
-    def of(cls, said: Mapping[str, Any]) -> TaskLayer:
+    def from_dict(cls, data: Mapping[str, Any]) -> ClassifierSpec:
         """From plain data, as `asdict` gives it."""
-        form = said.get("form")
+        form = data.get("form")
         return cls(
-            tuple(said["labels"]), said["problem"], said["pad"], said["seed"], Representation.of(form) if form else None
+            tuple(data["labels"]),
+            data["problem"],
+            data["pad"],
+            data["seed"],
+            TaskHeadConfig.from_dict(form) if form else None,
         )
 
-    def options(self) -> dict[str, Any]:
+    def config_options(self) -> dict[str, Any]:
         """As the configuration of a model has it."""
         return {
             "num_labels": len(self.labels),
@@ -237,15 +243,15 @@ class TaskLayer:
         }
 
 
-def task_of(start: Start) -> Task:
+def detect_task(start: ModelLocation) -> Task:
     """What a model folder is for, by its task layer, or the architecture that its configuration names."""
-    form = described(start.folder)
+    form = load_task_head_config(start.folder)
     if form:
         return "tag" if form.pooling is None else "classify"
-    return task_of_config(AutoConfig.from_pretrained(start.source))
+    return detect_config_task(AutoConfig.from_pretrained(start.name_or_path))
 
 
-def task_of_config(config: PreTrainedConfig) -> Task:
+def detect_config_task(config: PreTrainedConfig) -> Task:
     """What a model of a configuration is for."""
     name = (getattr(config, "architectures", None) or [""])[0]
     endings: dict[str, Task] = {
@@ -260,24 +266,28 @@ def task_of_config(config: PreTrainedConfig) -> Task:
             return task
     if config.is_encoder_decoder:
         return "text-to-text"
-    return "causal" if type(config) in AutoModelForCausalLM._model_mapping and not _encoder(name, config) else "masked"
+    return (
+        "causal"
+        if type(config) in AutoModelForCausalLM._model_mapping and not _is_bare_encoder(name, config)
+        else "masked"
+    )
 
 
-def _encoder(name: str, config: PreTrainedConfig) -> bool:
+def _is_bare_encoder(name: str, config: PreTrainedConfig) -> bool:
     """Whether a bare backbone is an encoder: the families that also have a masked language model, and are no decoders."""
     bare = name.endswith("Model") or not name
     return bare and type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
 
 
-def load(
-    start: Start,
+def load_pretrained(
+    start: ModelLocation,
     task: Task = "causal",
     *,
-    layer: TaskLayer | None = None,
+    layer: ClassifierSpec | None = None,
     attention: str | None = None,
     dtype: torch.dtype = torch.float32,
     state: dict[str, Tensor] | None = None,
-) -> Loaded:
+) -> LoadResult:
     """The plain model at the bottom of `start` for a task in `dtype`, in eval mode. No code of a foreign repository runs.
 
     Without `attention`, transformers picks what the architecture supports: SDPA where it can. With `layer`, a task layer
@@ -285,18 +295,18 @@ def load(
     `state`, the weights are these instead of the folder's.
     """
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _quiet():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _suppress_load_report():
             warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(start.source)
+            config = AutoConfig.from_pretrained(start.name_or_path)
             refuse_foreign_code(config, start.name)
-            own = described(start.plain.folder)
+            own = load_task_head_config(start.full_model.folder)
             form = layer.form if layer else own if task in ("classify", "tag") else None
-            where, make = (start.source, _CLASSES[task]) if state is None else (None, _class_of(config, task))
-            make = model_class(config, form) if form else make
+            where, make = (start.name_or_path, _CLASSES[task]) if state is None else (None, _model_class(config, task))
+            make = make_model_class(config, form) if form else make
             options = {}
             if layer:
                 torch.manual_seed(layer.seed)
-                for key, value in layer.options().items():
+                for key, value in layer.config_options().items():
                     setattr(config, key, value)
                 options["ignore_mismatched_sizes"] = True
             model, loading = make.from_pretrained(
@@ -317,14 +327,14 @@ def load(
         ) from error
     # A pooler stands in the backbone of some architectures, and only a task layer reads it.
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))})
-    missing = [key for key in new if not (layer and _of_task_layer(model, key))]
+    missing = [key for key in new if not (layer and _is_task_layer_weight(model, key))]
     if missing:
         raise ModelError(
             f"{start.name} lacks {len(missing)} weights ({missing[0]}, ...); they would have been random",
             where="model",
             expected="weights for every parameter of the architecture in its config.json",
         )
-    return Loaded(model.eval(), tuple(new))
+    return LoadResult(model.eval(), tuple(new))
 
 
 def from_config(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
@@ -334,7 +344,7 @@ def from_config(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
     """
     refuse_foreign_code(config, "the configuration")
     try:
-        with warnings.catch_warnings(), _quiet():
+        with warnings.catch_warnings(), _suppress_load_report():
             warnings.simplefilter("ignore")
             return _CLASSES[task].from_config(config, dtype=torch.float32).eval()
     except ModelError:
@@ -345,12 +355,12 @@ def from_config(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
         ) from error
 
 
-def _class_of(config: PreTrainedConfig, task: Task) -> Any:
+def _model_class(config: PreTrainedConfig, task: Task) -> Any:
     return _CLASSES[task]._model_mapping[type(config)]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _suppress_load_report() -> Iterator[None]:
     """Inside, transformers keeps its report of new weights to itself; what matters of it is looked at."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -360,20 +370,22 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def load_model(start: Start, *, attention: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    start: ModelLocation, *, attention: str | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """The model as what its folder says it is; see `load`."""
-    return load(start, task_of(start), attention=attention, dtype=dtype).model
+    return load_pretrained(start, detect_task(start), attention=attention, dtype=dtype).model
 
 
-def _of_task_layer(model: PreTrainedModel, key: str) -> bool:
+def _is_task_layer_weight(model: PreTrainedModel, key: str) -> bool:
     """Whether a weight belongs to what stands on the backbone."""
     prefix = f"{model.base_model_prefix}."
     return not key.startswith(prefix) or key.removeprefix(prefix).startswith("pooler.")
 
 
-def stored_dtype(start: Start) -> torch.dtype:
+def stored_dtype(start: ModelLocation) -> torch.dtype:
     """The dtype the start model's weights are stored in, as its config says (float32 when it does not)."""
-    dtype = getattr(AutoConfig.from_pretrained(start.source), "dtype", None)
+    dtype = getattr(AutoConfig.from_pretrained(start.name_or_path), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -391,25 +403,25 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def table_of(model: PreTrainedModel) -> Tensor:
+def get_embedding_weight(model: PreTrainedModel) -> Tensor:
     """The input embedding's weight, of shape (V, D)."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight
 
 
-def parameters_of(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Weights of a model, tied ones counted once."""
     return sum(p.numel() for p in model.parameters())
 
 
-def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+def get_layers(model: PreTrainedModel) -> list[nn.Module]:
     """All blocks, in order; an encoder-decoder has two stacks of them. Raises `ModelError` when there are none."""
-    stacks = stacks_of(model)
+    stacks = get_layer_stacks(model)
     return [layer for stack in stacks for layer in stack]
 
 
-def stacks_of(model: PreTrainedModel) -> list[nn.ModuleList]:
+def get_layer_stacks(model: PreTrainedModel) -> list[nn.ModuleList]:
     """The stacks of blocks: the longest module list of the backbone, or of its encoder and of its decoder."""
     body = model.base_model
     halves = (

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from postgrad.models.cpu_attention import NAME
+from postgrad.models.cpu_attention import CAUSAL_BLOCKS
 from postgrad.models.model import CausalModel
-from postgrad.models.sublayers import evaluating
+from postgrad.models.sublayers import eval_mode
 
 
 @torch.no_grad()
-def continued(
+def sample_continuations(
     model: CausalModel, prompt_BP: Tensor, uniform_BN: np.ndarray, *, temperature: float, eos: int
 ) -> tuple[Tensor, Tensor]:
     """Continuations (B, N) of prompts of one length, and how many tokens each has: an EOS is its last, or there is none.
@@ -34,7 +34,7 @@ def continued(
     uniform = torch.from_numpy(uniform_BN).to(prompt_BP.device)
     going_B = torch.ones(rows, dtype=torch.bool, device=prompt_BP.device)
     ids, positions, cache = prompt_BP, torch.arange(length, device=prompt_BP.device), None
-    with evaluating(model), _cached(model), torch.compiler.set_stance("force_eager"):
+    with eval_mode(model), _cache_capable_attention(model), torch.compiler.set_stance("force_eager"):
         for i in range(uniform_BN.shape[1]):
             output = model.body(
                 input_ids=ids, position_ids=positions.expand(rows, -1), past_key_values=cache, use_cache=True
@@ -54,10 +54,10 @@ def continued(
 
 
 @contextmanager
-def _cached(model: CausalModel) -> Iterator[None]:
+def _cache_capable_attention(model: CausalModel) -> Iterator[None]:
     """Inside, the model attends in a way that knows a cache."""
     before = model.pretrained.config._attn_implementation
-    if before != NAME:
+    if before != CAUSAL_BLOCKS:
         yield
         return
     model.pretrained.set_attn_implementation("sdpa")

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from postgrad.models.pretrained import table_of
+from postgrad.models.pretrained import get_embedding_weight
 
 ATTENTION, CROSS_ATTENTION, FEED_FORWARD = "attention", "cross_attention", "feed_forward"
 
@@ -59,15 +59,15 @@ class Block(NamedTuple):
     sublayers: tuple[Sublayer, ...]
 
 
-def few_tokens(model: PreTrainedModel) -> dict[str, Tensor]:
+def make_probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """The arguments of a small forward pass of the model's body: two rows of five ids."""
-    ids_BT = (torch.arange(10).reshape(2, 5) % table_of(model).shape[0]).to(model.device)
+    ids_BT = (torch.arange(10).reshape(2, 5) % get_embedding_weight(model).shape[0]).to(model.device)
     decoder = {"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {}
     return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), **decoder}
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in eval mode; afterwards each is in its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -83,7 +83,7 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and all(p.ndim < 2 for p in module.parameters())
 
 
-def blocks_of(model: PreTrainedModel) -> list[Block]:
+def find_blocks(model: PreTrainedModel) -> list[Block]:
     """The blocks of every stack (encoder before decoder) with their sub-layers; empty when no stack has any.
 
     A block whose sub-layers could not be made out has none.
@@ -91,15 +91,15 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
     body = model.base_model
     names = {module: name for name, module in model.named_modules()}
     stacks = list(_outermost_lists(body))
-    watch = _Watch()
-    with ExitStack() as hooks, evaluating(model), torch.no_grad():
+    watch = _OperationTracer()
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
         for block in (block for stack in stacks for block in stack):
-            watch.over(block, hooks)
+            watch.trace_block(block, hooks)
         with watch:
-            body(**few_tokens(model))
-    seen = {block: one.sublayers() for block, one in watch.seen.items()}
+            body(**make_probe_inputs(model))
+    seen = {block: one.sublayers() for block, one in watch.traces.items()}
     return [
-        Block(names[block], block, watch.seen[block].width if block in seen else 0, seen.get(block, ()))
+        Block(names[block], block, watch.traces[block].width if block in seen else 0, seen.get(block, ()))
         for stack in stacks
         if any(seen.get(block) for block in stack)
         for block in stack
@@ -119,113 +119,122 @@ def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
 class _Branch:
     """What a tensor has been through since the stream: the modules it came out of, in order, and the first one."""
 
-    out_of: tuple[tuple[nn.Module, int | None], ...] = ()
-    attends: bool = False
+    modules: tuple[tuple[nn.Module, int | None], ...] = ()
+    is_attention: bool = False
     entry: nn.Module | None = None
 
 
-class _Known(NamedTuple):
+class _TracedTensor(NamedTuple):
     """A tensor with the branches that it is the sum of; none: it is stream."""
 
     tensor: Tensor
     branches: tuple[_Branch, ...]
 
 
-class _Sum(NamedTuple):
+class _ResidualSum(NamedTuple):
     """A residual addition: its branches and where its result lies in memory."""
 
     branches: tuple[_Branch, ...]
     address: int
 
 
-class _Pass:
+class _BlockTrace:
     """One pass through one block."""
 
-    def __init__(self, hidden_BTD: Tensor, given: list[Tensor]) -> None:
+    def __init__(self, hidden_BTD: Tensor, inputs: list[Tensor]) -> None:
         """`given`: all that the block reads, encoder states included."""
         self.width, self.numel = hidden_BTD.shape[-1], hidden_BTD.numel()
         # Tensors are kept so that neither an id nor an address is used twice.
-        self.known: dict[int, _Known] = {id(tensor): _Known(tensor, ()) for tensor in given}
-        self.written: dict[int, _Known] = {}
-        self.inside: list[tuple[nn.Module, Tensor | None]] = []
+        self.traced: dict[int, _TracedTensor] = {id(tensor): _TracedTensor(tensor, ()) for tensor in inputs}
+        self.inplace_writes: dict[int, _TracedTensor] = {}
+        self.module_stack: list[tuple[nn.Module, Tensor | None]] = []
         self.calls: Counter[nn.Module] = Counter()
-        self.sums: list[_Sum] = []
+        self.sums: list[_ResidualSum] = []
         self.norms: dict[int, nn.Module] = {}
-        self.kept: set[int] = set()
+        self.stream_addresses: set[int] = set()
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         first = args[0] if args and isinstance(args[0], Tensor) else None
-        self.inside.append((module, first))
+        self.module_stack.append((module, first))
         self.calls[module] += 1
         if first is not None and first.numel() == self.numel and is_norm(module):
             self.norms[first.data_ptr()] = module
 
-    def leave(self, module: nn.Module, output: object) -> None:
-        self.inside.pop()
+    def exit_module(self, module: nn.Module, output: object) -> None:
+        self.module_stack.pop()
         parts = [(None, output)] if isinstance(output, Tensor) else _elements(output)
         for index, part in parts:
-            found = self._of(part) if isinstance(part, Tensor) else None
+            found = self._lookup(part) if isinstance(part, Tensor) else None
             if found and found.branches:
-                before = found.branches[0].out_of if len(found.branches) == 1 else ()
-                branch = replace(_joined(found.branches), out_of=(*before, (module, index)))
-                self.known[id(part)] = _Known(found.tensor, (branch,))
+                before = found.branches[0].modules if len(found.branches) == 1 else ()
+                branch = replace(_merge_branches(found.branches), modules=(*before, (module, index)))
+                self.traced[id(part)] = _TracedTensor(found.tensor, (branch,))
 
-    def saw(self, op: Any, arguments: object, result: object) -> None:
+    def record_operation(self, op: Any, arguments: object, result: object) -> None:
         """An operation ran."""
         name = op.overloadpacket.__name__
         tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
-        known = [found for found in map(self._of, tensors) if found]
+        known = [found for found in map(self._lookup, tensors) if found]
         if not known or name.endswith("_like") or name.startswith("new_"):
             return
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
         branches = self._branches_after(name, op.namespace == "aten", known, outputs)
         for tensor in outputs:
-            self.known[id(tensor)] = _Known(tensor, branches)
+            self.traced[id(tensor)] = _TracedTensor(tensor, branches)
             if name.endswith("_"):
-                self.written[_storage(tensor)] = self.known[id(tensor)]
+                self.inplace_writes[_storage_address(tensor)] = self.traced[id(tensor)]
 
-    def _of(self, tensor: Tensor) -> _Known | None:
+    def _lookup(self, tensor: Tensor) -> _TracedTensor | None:
         """What is known of a tensor, or of what was written into it piece by piece."""
-        if id(tensor) in self.known or _storage(tensor) not in self.written:
-            return self.known.get(id(tensor))
-        return _Known(tensor, self.written[_storage(tensor)].branches)
+        if id(tensor) in self.traced or _storage_address(tensor) not in self.inplace_writes:
+            return self.traced.get(id(tensor))
+        return _TracedTensor(tensor, self.inplace_writes[_storage_address(tensor)].branches)
 
-    def _branches_after(self, name: str, own: bool, known: list[_Known], outputs: list[Tensor]) -> tuple[_Branch, ...]:
+    def _branches_after(
+        self, name: str, is_aten: bool, known: list[_TracedTensor], outputs: list[Tensor]
+    ) -> tuple[_Branch, ...]:
         through = [branches for _, branches in known if branches]
         # What another library computes (quantised products, fused attention) is taken for a product.
-        if name in PRODUCTS or not own or "attention" in name or "conv" in name:
-            joined = _joined(tuple(b for branches in through for b in branches))
+        if name in PRODUCTS or not is_aten or "attention" in name or "conv" in name:
+            joined = _merge_branches(tuple(b for branches in through for b in branches))
             fused = "attention" in name or "attn" in name or "conv" in name
-            attends = joined.attends or fused or (name in PRODUCTS and len(known) > 1)
-            return (_Branch((), attends, joined.entry or self._entry(known[0][0])),)
+            attends = joined.is_attention or fused or (name in PRODUCTS and len(known) > 1)
+            return (_Branch((), attends, joined.entry or self._entry_module(known[0][0])),)
         if not through:
             return ()
         if name in SUMS and len(known) == 2:
             if len(through) == 1 and self._is_stream(known[0][0]) and known[0][0].shape == known[1][0].shape:
                 (stream,) = (tensor for tensor, branches in known if not branches)
-                self.kept.add(stream.data_ptr())
-                self.sums.append(_Sum(through[0], outputs[0].data_ptr()))
+                self.stream_addresses.add(stream.data_ptr())
+                self.sums.append(_ResidualSum(through[0], outputs[0].data_ptr()))
                 return ()
             return tuple(b for branches in through for b in branches)
-        return through[0] if len(through) == 1 else (_joined(tuple(b for branches in through for b in branches)),)
+        return (
+            through[0] if len(through) == 1 else (_merge_branches(tuple(b for branches in through for b in branches)),)
+        )
 
     def _is_stream(self, tensor: Tensor) -> bool:
         return tensor.shape[-1] == self.width and tensor.numel() == self.numel
 
-    def _entry(self, read: Tensor) -> nn.Module | None:
+    def _entry_module(self, operand: Tensor) -> nn.Module | None:
         """The module that runs, if `read` is the whole of its first argument."""
-        if not self.inside:
+        if not self.module_stack:
             return None
-        module, first = self.inside[-1]
-        if first is None or first.shape[-1] != self.width or first.numel() != self.numel or read.numel() != self.numel:
+        module, first = self.module_stack[-1]
+        if (
+            first is None
+            or first.shape[-1] != self.width
+            or first.numel() != self.numel
+            or operand.numel() != self.numel
+        ):
             return None
-        return module if torch.equal(first.reshape(-1), read.reshape(-1)) else None
+        return module if torch.equal(first.reshape(-1), operand.reshape(-1)) else None
 
     def close(self) -> None:
         """Let all tensors go."""
-        self.known.clear()
-        self.written.clear()
-        self.inside.clear()
+        self.traced.clear()
+        self.inplace_writes.clear()
+        self.module_stack.clear()
 
     def sublayers(self) -> tuple[Sublayer, ...]:
         """What joined the stream, for each branch that has an end of its own.
@@ -239,51 +248,51 @@ class _Pass:
 
         out: list[Sublayer] = []
         for added in self.sums:
-            norm = None if added.address in self.kept else self.norms.get(added.address)
+            norm = None if added.address in self.stream_addresses else self.norms.get(added.address)
             for branch in added.branches:
-                ends = [end for end in branch.out_of if own(end[0])]
+                ends = [end for end in branch.modules if own(end[0])]
                 if ends:
-                    name = _name(branch.attends, [s.name for s in out])
+                    name = _sublayer_name(branch.is_attention, [s.name for s in out])
                     out.append(Sublayer(name, *ends[-1], branch.entry if own(branch.entry) else None, norm))
         return tuple(out)
 
 
-class _Watch(TorchDispatchMode):
+class _OperationTracer(TorchDispatchMode):
     """Sees every operation while a block runs; of each block, its last pass is kept."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[nn.Module, _Pass] = {}
-        self.now: _Pass | None = None
+        self.traces: dict[nn.Module, _BlockTrace] = {}
+        self.current_trace: _BlockTrace | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.now is not None:
-            self.now.saw(func, (args, kwargs), result)
+        if self.current_trace is not None:
+            self.current_trace.record_operation(func, (args, kwargs), result)
         return result
 
-    def over(self, block: nn.Module, hooks: ExitStack) -> None:
+    def trace_block(self, block: nn.Module, hooks: ExitStack) -> None:
         """Watch a block for as long as `hooks` lasts."""
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
             if given:
-                self.now = self.seen[module] = _Pass(kwargs.get("hidden_states", given[0]), given)
+                self.current_trace = self.traces[module] = _BlockTrace(kwargs.get("hidden_states", given[0]), given)
 
         def end(*_: object) -> None:
-            if self.now is not None:
-                self.now.close()
-            self.now = None
+            if self.current_trace is not None:
+                self.current_trace.close()
+            self.current_trace = None
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self.now is not None:
-                self.now.enter(module, args)
+            if self.current_trace is not None:
+                self.current_trace.enter_module(module, args)
 
         def leave(module: nn.Module, _args: object, output: object) -> None:
-            if self.now is not None:
-                self.now.leave(module, output)
+            if self.current_trace is not None:
+                self.current_trace.exit_module(module, output)
 
         handles = [block.register_forward_pre_hook(begin, with_kwargs=True), block.register_forward_hook(end)]
         for module in block.modules():
@@ -293,13 +302,13 @@ class _Watch(TorchDispatchMode):
             hooks.callback(handle.remove)
 
 
-def _joined(branches: tuple[_Branch, ...]) -> _Branch:
+def _merge_branches(branches: tuple[_Branch, ...]) -> _Branch:
     """One branch made of several by something else than an addition."""
     entries = [b.entry for b in branches if b.entry is not None]
-    return _Branch((), any(b.attends for b in branches), entries[0] if entries else None)
+    return _Branch((), any(b.is_attention for b in branches), entries[0] if entries else None)
 
 
-def _storage(tensor: Tensor) -> int:
+def _storage_address(tensor: Tensor) -> int:
     """Where a tensor's memory begins."""
     return tensor.untyped_storage().data_ptr()
 
@@ -308,8 +317,8 @@ def _elements(output: object) -> list[tuple[int | None, object]]:
     return list(enumerate(output)) if isinstance(output, tuple | list) else []
 
 
-def _name(attends: bool, taken: list[str]) -> str:
+def _sublayer_name(is_attention: bool, taken: list[str]) -> str:
     """A name for one more sub-layer; a block's second attention reads the encoder."""
-    names = [ATTENTION, CROSS_ATTENTION] if attends else [FEED_FORWARD]
+    names = [ATTENTION, CROSS_ATTENTION] if is_attention else [FEED_FORWARD]
     free = [name for name in names if name not in taken]
     return free[0] if free else f"{names[-1]}_{1 + sum(name.startswith(names[-1]) for name in taken)}"

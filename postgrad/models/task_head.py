@@ -42,12 +42,12 @@ _FORMAT = 1
 _NAME = "task_layer"
 
 Pooling = Literal["first", "mean", "max", "last"]
-Kind = Literal["linear", "mlp", "bilstm"]
+HeadKind = Literal["linear", "mlp", "bilstm"]
 Join = Literal["concat", "sum", "mix"]
 
 
 @dataclass(frozen=True)
-class Representation:
+class TaskHeadConfig:
     """What is read, with every choice made.
 
     `pooling` is None for tags, which are decided word by word. `stack` says which half of an encoder-decoder is read; of
@@ -57,23 +57,23 @@ class Representation:
     layers: tuple[int, ...]
     join: Join = "concat"
     pooling: Pooling | None = None
-    head: Kind = "linear"
+    head: HeadKind = "linear"
     width: int = 0
     depth: int = 0
     dropout: float = 0.0
     stack: Literal["encoder", "decoder"] | None = None
 
     @classmethod
-    def of(cls, said: Mapping[str, Any]) -> Representation:
+    def from_dict(cls, data: Mapping[str, Any]) -> TaskHeadConfig:
         """From plain data."""
-        values: dict[str, Any] = {**said, "layers": tuple(said["layers"])}
+        values: dict[str, Any] = {**data, "layers": tuple(data["layers"])}
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
         return {**asdict(self), "layers": list(self.layers)}
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """In words: what is read, of which tokens, and by what."""
         numbers, joined = ", ".join(map(str, self.layers)), {"concat": "side by side", "sum": "summed", "mix": "mixed"}
         layers = f"layer {numbers}" if len(self.layers) == 1 else f"layers {numbers} {joined[self.join]}"
@@ -85,7 +85,7 @@ class Representation:
         return f"{layers}{half}, {tokens}, with a head of the kind {self.head}{size}"
 
 
-def depth_of(config: PreTrainedConfig, stack: str | None) -> int:
+def count_blocks(config: PreTrainedConfig, stack: str | None) -> int:
     """How many blocks a backbone has; of an encoder-decoder, that half of it."""
     text = config.get_text_config(decoder=stack == "decoder")
     names = ("num_decoder_layers", "decoder_layers") if stack == "decoder" else ()
@@ -93,7 +93,7 @@ def depth_of(config: PreTrainedConfig, stack: str | None) -> int:
     return int(next(depth for depth in found if depth is not None))
 
 
-def described(folder: Path | None) -> Representation | None:
+def load_task_head_config(folder: Path | None) -> TaskHeadConfig | None:
     """What the task layer in a folder reads; None when the folder has no such task layer.
 
     Raises `ModelError` for a description that cannot be read.
@@ -104,7 +104,7 @@ def described(folder: Path | None) -> Representation | None:
         said = json.loads((folder / DESCRIPTION).read_text())
         if said["format"] != _FORMAT:
             raise ValueError(f"its format is {said['format']!r}")
-        return Representation.of(said["reads"])
+        return TaskHeadConfig.from_dict(said["reads"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"the description of the task layer cannot be read ({error})",
@@ -116,10 +116,10 @@ def described(folder: Path | None) -> Representation | None:
 # --- the task layer ---------------------------------------------------------------------------------------------------
 
 
-class Reader(nn.Module):
+class TaskHead(nn.Module):
     """The task layer: it joins the states that it reads, pools them, and decides."""
 
-    def __init__(self, form: Representation, width: int, classes: int) -> None:
+    def __init__(self, form: TaskHeadConfig, width: int, classes: int) -> None:
         super().__init__()
         self.form = form
         read = width * (len(form.layers) if form.join == "concat" else 1)
@@ -137,12 +137,12 @@ class Reader(nn.Module):
             read = form.width
         self.out = nn.Linear(read, classes)
 
-    def draw(self, size: float) -> None:
+    def draw_weights(self, std: float) -> None:
         """Fresh weights: normal ones of standard deviation `size`, an even mix, and PyTorch's own for the BiLSTM."""
         with torch.no_grad():
             for module in self.modules():
                 if isinstance(module, nn.Linear):
-                    module.weight.normal_(0.0, size)
+                    module.weight.normal_(0.0, std)
                     module.bias.zero_()
                 elif isinstance(module, nn.LSTM):
                     module.reset_parameters()
@@ -152,15 +152,15 @@ class Reader(nn.Module):
 
     def forward(self, states: Sequence[Tensor], mask_BT: Tensor) -> Tensor:
         """Logits of shape (B, C), or (B, T, C) for tags, from all states (B, T, D) and which tokens are real."""
-        hidden_BTR = self.dropout(self.joined(states))
+        hidden_BTR = self.dropout(self.join_states(states))
         if self.form.head == "bilstm":
-            hidden_BTR = self.dropout(self._both_ways(hidden_BTR, mask_BT))
-        hidden = hidden_BTR if self.form.pooling is None else pooled(hidden_BTR, mask_BT, self.form.pooling)
+            hidden_BTR = self.dropout(self._run_bilstm(hidden_BTR, mask_BT))
+        hidden = hidden_BTR if self.form.pooling is None else pool_tokens(hidden_BTR, mask_BT, self.form.pooling)
         for dense in self.dense if self.form.head == "mlp" else ():
             hidden = self.dropout(torch.tanh(dense(hidden)))
         return self.out(hidden)
 
-    def joined(self, states: Sequence[Tensor]) -> Tensor:
+    def join_states(self, states: Sequence[Tensor]) -> Tensor:
         """The states that are read, as one of shape (B, T, R)."""
         read = [states[layer].to(self.out.weight.dtype) for layer in self.form.layers]
         match self.form.join:
@@ -172,7 +172,7 @@ class Reader(nn.Module):
                 share_L = torch.softmax(self.mix.float(), 0).to(read[0].dtype)
                 return self.gamma * torch.einsum("l,lbtd->btd", share_L, torch.stack(read))
 
-    def _both_ways(self, hidden_BTR: Tensor, mask_BT: Tensor) -> Tensor:
+    def _run_bilstm(self, hidden_BTR: Tensor, mask_BT: Tensor) -> Tensor:
         """What the BiLSTM makes of the real tokens, of shape (B, T, 2H); padding, wherever it stands, is not read."""
         size_B = mask_BT.sum(1)
         # The real tokens first, in their order, and back.
@@ -183,21 +183,21 @@ class Reader(nn.Module):
         return torch.zeros_like(out_BTH).scatter(1, place_BT[..., None].expand_as(out_BTH), out_BTH)
 
 
-def pooled(hidden_BTR: Tensor, mask_BT: Tensor, how: Pooling) -> Tensor:
+def pool_tokens(hidden_BTR: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
     """One vector of each row's real tokens, of shape (B, R); padding may stand on either side."""
     real_BT1 = mask_BT.bool()[..., None]
-    match how:
+    match pooling:
         case "mean":
             return torch.where(real_BT1, hidden_BTR, 0).sum(1) / real_BT1.sum(1).clamp(min=1)
         case "max":
             return torch.where(real_BT1, hidden_BTR, torch.finfo(hidden_BTR.dtype).min).amax(1)
     rows_B = torch.arange(len(mask_BT), device=mask_BT.device)
-    return hidden_BTR[rows_B, _edge(mask_BT, how)]
+    return hidden_BTR[rows_B, _edge_position(mask_BT, pooling)]
 
 
-def _edge(mask_BT: Tensor, how: Literal["first", "last"]) -> Tensor:
+def _edge_position(mask_BT: Tensor, side: Literal["first", "last"]) -> Tensor:
     """Where each row's first or last real token is, of shape (B,)."""
-    if how == "first":
+    if side == "first":
         return mask_BT.int().argmax(1)
     return mask_BT.shape[1] - 1 - mask_BT.int().flip(1).argmax(1)
 
@@ -205,10 +205,10 @@ def _edge(mask_BT: Tensor, how: Literal["first", "last"]) -> Tensor:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-class Representing(PreTrainedModel):
+class TaskHeadModel(PreTrainedModel):
     """A backbone of any family under a `Reader`; `model_class` makes the class of a family and a choice."""
 
-    form: ClassVar[Representation]
+    form: ClassVar[TaskHeadConfig]
     body_class: ClassVar[type[PreTrainedModel]]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -219,8 +219,8 @@ class Representing(PreTrainedModel):
         bare = "add_pooling_layer" in inspect.signature(self.body_class.__init__).parameters
         body = self.body_class(config, **({"add_pooling_layer": False} if bare else {}))
         setattr(self, self.base_model_prefix, body)
-        self.num_labels = len(_labels(config))
-        self.task_layer = Reader(self.form, config.get_text_config().hidden_size, self.num_labels)
+        self.num_labels = len(_label_names(config))
+        self.task_layer = TaskHead(self.form, config.get_text_config().hidden_size, self.num_labels)
         self.post_init()
 
     @property
@@ -230,7 +230,7 @@ class Representing(PreTrainedModel):
         assert isinstance(body, PreTrainedModel)
         return body
 
-    def train(self, mode: bool = True) -> Representing:
+    def train(self, mode: bool = True) -> TaskHeadModel:
         """Features of a backbone that is held fast are the same at every step: it has no dropout then."""
         super().train(mode)
         if mode and all(name.startswith(f"{_NAME}.") for name, p in self.named_parameters() if p.requires_grad):
@@ -240,7 +240,7 @@ class Representing(PreTrainedModel):
     def states(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> tuple[Tensor, ...]:
         """All states of the stack that is read, each of shape (B, T, D)."""
         decoder = self.form.stack == "decoder"
-        return states_of(self.body, input_ids, attention_mask, "decoder" if decoder else None, **inputs)
+        return compute_hidden_states(self.body, input_ids, attention_mask, "decoder" if decoder else None, **inputs)
 
     def forward(
         self,
@@ -273,12 +273,12 @@ class Representing(PreTrainedModel):
         own = dict(model.task_layer.named_parameters())
         new = {*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))}
         kept = {name: p.detach().clone() for name, p in own.items() if f"{_NAME}.{name}" not in new}
-        if where is not None and described(Path(where)) == cls.form:
-            kept |= _read(Path(where) / TENSORS)
+        if where is not None and load_task_head_config(Path(where)) == cls.form:
+            kept |= _load_tensors(Path(where) / TENSORS)
         kept = {name: tensor for name, tensor in kept.items() if name in own and own[name].shape == tensor.shape}
         if len(kept) < len(own):
             torch.random.set_rng_state(state)
-            model.task_layer.draw(getattr(model.config, "initializer_range", None) or 0.02)
+            model.task_layer.draw_weights(getattr(model.config, "initializer_range", None) or 0.02)
         with torch.no_grad():
             for name, tensor in kept.items():
                 own[name].copy_(tensor)
@@ -302,14 +302,14 @@ class Representing(PreTrainedModel):
         said = {
             "format": _FORMAT,
             "reads": self.form.as_dict(),
-            "labels": _labels(self.config),
+            "labels": _label_names(self.config),
             "problem": self.config.problem_type,
         }
         (folder / DESCRIPTION).write_text(json.dumps(said, indent=2) + "\n")
-        (folder / "README.md").write_text(_page(self))
+        (folder / "README.md").write_text(_readme_text(self))
 
 
-def states_of(
+def compute_hidden_states(
     model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -325,7 +325,7 @@ def states_of(
     more: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
     if stack == "decoder":
         more |= {
-            "decoder_input_ids": _shifted(input_ids, attention_mask, _begin(model.config)),
+            "decoder_input_ids": _shift_right(input_ids, attention_mask, _start_token(model.config)),
             "decoder_attention_mask": attention_mask,
         }
     elif is_decoder(model.config) and "position_ids" in takes and "position_ids" not in inputs:
@@ -335,12 +335,12 @@ def states_of(
     return output.decoder_hidden_states if stack == "decoder" else output.hidden_states
 
 
-def _labels(config: Any) -> list[str]:
+def _label_names(config: Any) -> list[str]:
     """The names of what a configuration's classifier decides between, in the order of its outputs."""
     return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def _load_tensors(file: Path) -> dict[str, Tensor]:
     """The task layer's tensors by their names in it."""
     try:
         return {name.removeprefix(f"{_NAME}."): tensor for name, tensor in load_file(file).items()}
@@ -350,7 +350,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def model_class(config: PreTrainedConfig, form: Representation) -> type[Representing]:
+def make_model_class(config: PreTrainedConfig, form: TaskHeadConfig) -> type[TaskHeadModel]:
     """The class of a configuration's family that reads its backbone in this way. Raises `ModelError` when there is none."""
     try:
         body = AutoModel._model_mapping[type(config)]
@@ -358,18 +358,18 @@ def model_class(config: PreTrainedConfig, form: Representation) -> type[Represen
         raise ModelError(f"transformers has no backbone for {config.model_type}", where="model") from None
     body = body[0] if isinstance(body, tuple) else body
     if form.stack == "encoder":
-        body = _encoder_class(type(config), body)
-    return _class(body, form)
+        body = _make_encoder_class(type(config), body)
+    return _make_class(body, form)
 
 
 @functools.cache
-def _class(body: type[PreTrainedModel], form: Representation) -> type[Representing]:
-    family = _family(getattr(body, "whole", body))
+def _make_class(body: type[PreTrainedModel], form: TaskHeadConfig) -> type[TaskHeadModel]:
+    family = _family_base_class(getattr(body, "whole", body))
     # Transformers tells by the end of a class's name which loss is its own.
     ending = "ForTokenClassification" if form.pooling is None else "ForSequenceClassification"
     return type(
         f"{family.__name__.removesuffix('PreTrainedModel')}Representation{ending}",
-        (Representing, family),
+        (TaskHeadModel, family),
         {
             "form": form,
             "body_class": body,
@@ -380,23 +380,23 @@ def _class(body: type[PreTrainedModel], form: Representation) -> type[Representi
     )
 
 
-def _family(body: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _family_base_class(body: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The base class that all models of a family have."""
     return next(base for base in body.__mro__[1:] if issubclass(base, PreTrainedModel))
 
 
 @functools.cache
-def _encoder_class(config: type[PreTrainedConfig], whole: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _make_encoder_class(config: type[PreTrainedConfig], full_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The encoder of an encoder-decoder as a model of its own: transformers' where it has one."""
     if config in AutoModelForTextEncoding._model_mapping:
         found: Any = AutoModelForTextEncoding._model_mapping[config]
         return found
-    family = _family(whole)
-    tied = {a: b for a, b in (whole._tied_weights_keys or {}).items() if a.startswith("encoder.")}
+    family = _family_base_class(full_class)
+    tied = {a: b for a, b in (full_class._tied_weights_keys or {}).items() if a.startswith("encoder.")}
     return type(
-        f"{whole.__name__}Encoder",
+        f"{full_class.__name__}Encoder",
         (_Encoder, family),
-        {"whole": whole, "_tied_weights_keys": tied, "_keys_to_ignore_on_load_unexpected": [r"decoder"]},
+        {"whole": full_class, "_tied_weights_keys": tied, "_keys_to_ignore_on_load_unexpected": [r"decoder"]},
     )
 
 
@@ -437,7 +437,7 @@ def is_decoder(config: PreTrainedConfig) -> bool:
     return type(config) not in AutoModelForMaskedLM._model_mapping or bool(getattr(config, "is_decoder", False))
 
 
-def _begin(config: PreTrainedConfig) -> int:
+def _start_token(config: PreTrainedConfig) -> int:
     """What a decoder begins with."""
     for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
         token = getattr(config, name, None)
@@ -446,23 +446,23 @@ def _begin(config: PreTrainedConfig) -> int:
     raise ModelError("the configuration names no decoder_start_token_id", where="model")
 
 
-def _shifted(ids_BT: Tensor, mask_BT: Tensor, begin: int) -> Tensor:
+def _shift_right(ids_BT: Tensor, mask_BT: Tensor, start_token: int) -> Tensor:
     """What a decoder is given of the text that its encoder reads: the text behind the token that it begins with."""
     behind_BT = ids_BT.roll(1, 1)
-    behind_BT[torch.arange(len(ids_BT), device=ids_BT.device), _edge(mask_BT, "first")] = begin
+    behind_BT[torch.arange(len(ids_BT), device=ids_BT.device), _edge_position(mask_BT, "first")] = start_token
     return behind_BT
 
 
-def _page(model: Representing) -> str:
+def _readme_text(model: TaskHeadModel) -> str:
     """What the folder says to who opens it."""
-    form, names = model.form, _labels(model.config)
+    form, names = model.form, _label_names(model.config)
     labels = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
     example = '[["Words", "of", "a", "text"]]' if form.pooling is None else '["A text."]'
     return f"""\
 # A classifier on {model.body_class.__name__}
 
 It decides between {labels}.
-It reads {form.told()} (layer 0 is what the embeddings give).
+It reads {form.describe()} (layer 0 is what the embeddings give).
 
 ```python
 import postgrad

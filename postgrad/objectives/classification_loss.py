@@ -16,25 +16,25 @@ from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.models.model import Output
 
-Problem = Literal["class", "multi", "number", "tags"]
+ProblemType = Literal["class", "multi", "number", "tags"]
 
 
 @dataclass(frozen=True)
-class Decisions:
+class ClassificationLoss:
     """The loss that transformers' own task layers have, as a sum over examples (over tokens for tags).
 
     `class` and `tags`: cross-entropy of the label; `multi`: the mean over classes of the binary cross-entropies (so that an
     example weighs as much as with one class); `number`: the squared error.
     """
 
-    problem: Problem
+    problem_type: ProblemType
     name: str = "classify"
     weight: float = 1.0
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss and each row's part of it."""
         logits, labels = output.logits().float(), batch.labels
-        match self.problem:
+        match self.problem_type:
             case "multi":
                 losses_B = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
             case "number":
@@ -44,7 +44,7 @@ class Decisions:
                     logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
                 )
                 losses_B = losses.view(len(labels), -1).sum(1)
-        losses_B = losses_B * torch.from_numpy(batch.counted_B > 0).to(
+        losses_B = losses_B * torch.from_numpy(batch.label_count_B > 0).to(
             losses_B.device
         )  # numbers have no label to ignore
         return self.weight * losses_B.sum(), losses_B.detach()

@@ -18,81 +18,81 @@ from torch.nn import functional
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.models.model import Output
-from postgrad.objectives.classification_loss import Problem
-from postgrad.objectives.linear_divergence import Direction, Divergence, Told
+from postgrad.objectives.classification_loss import ProblemType
+from postgrad.objectives.linear_divergence import Direction, Divergence, SparseDivergence
 from postgrad.objectives.objective import HeadObjective
-from postgrad.objectives.teacher import Answer, Teacher
+from postgrad.objectives.teacher import Teacher, TeacherOutput
 
-Weight = Callable[[int], float]
+LossWeight = Callable[[int], float]
 """The factor of a loss at each step, counted from 1."""
 
 
 @dataclass(frozen=True)
-class Distill(HeadObjective):
+class DistillationLoss(HeadObjective):
     """`T^2 KL(teacher || student)` (forward), or the other way round, over the vocabulary where a row has labels, in nats."""
 
     teacher: Teacher
-    weight: Weight
+    weight: LossWeight
     direction: Direction = "forward"
     temperature: float = 1.0
     name: str = "distill"
 
-    def rule(self, batch: Batch, place_N: Tensor | None) -> Divergence:
+    def logit_loss(self, batch: Batch, positions_N: Tensor | None) -> Divergence:
         """The divergence from what the teacher answers; a label that it has no place for counts nothing."""
         answer = self.teacher(batch)
         head = answer.output.head
-        assert head is not None and place_N is not None, "a language model has a head"
-        hidden_ND, has_N = _answered(answer, place_N, batch)
+        assert head is not None and positions_N is not None, "a language model has a head"
+        hidden_ND, has_N = _teacher_hidden(answer, positions_N, batch)
         return Divergence(hidden_ND, head, self.direction, self.temperature, has_N)
 
-    def weight_at(self, step: int) -> float:
+    def loss_weight(self, step: int) -> float:
         """As the stage has it."""
         return self.weight(step)
 
 
-def _answered(answer: Answer, place_N: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+def _teacher_hidden(teacher_output: TeacherOutput, positions_N: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """What a teacher answers at these labels, (N, D) or (N, C), and where it does; None: everywhere."""
-    said_BSD = answer.output.hidden
+    said_BSD = teacher_output.output.hidden
     said_ND = said_BSD.flatten(0, 1)
-    if answer.place_BT is None:
-        return said_ND if len(said_ND) == len(place_N) else said_ND[place_N], None
-    theirs_N = answer.place_BT.flatten()[place_N]
+    if teacher_output.positions_BT is None:
+        return said_ND if len(said_ND) == len(positions_N) else said_ND[positions_N], None
+    theirs_N = teacher_output.positions_BT.flatten()[positions_N]
     has_N = theirs_N >= 0
-    row_N = place_N // batch.labels.shape[1]
+    row_N = positions_N // batch.labels.shape[1]
     return said_ND[row_N * said_BSD.shape[1] + theirs_N.clamp(min=0)], None if bool(has_N.all()) else has_N
 
 
 @dataclass(frozen=True)
-class DistillTold(HeadObjective):
+class CachedDistillationLoss(HeadObjective):
     """The forward divergence from what a teacher said of the same rows before the training.
 
     Of drawn ids it is an estimate without bias. A label of which nothing was said counts nothing.
     """
 
-    weight: Weight
+    weight: LossWeight
     temperature: float = 1.0
     name: str = "distill"
 
-    def rule(self, batch: Batch, place_N: Tensor | None) -> Told:
+    def logit_loss(self, batch: Batch, positions_N: Tensor | None) -> SparseDivergence:
         """What was said, label by label."""
-        return Told(batch.told[self.name], self.temperature)
+        return SparseDivergence(batch.teacher_targets[self.name], self.temperature)
 
-    def weight_at(self, step: int) -> float:
+    def loss_weight(self, step: int) -> float:
         """As the stage has it."""
         return self.weight(step)
 
 
 @dataclass(frozen=True)
-class DistillDecisions:
+class TaskDistillationLoss:
     """The same for a task layer's logits.
 
     `class` and `tags`: the divergence of the classes' probabilities; `multi`: the mean over classes of that of each class's
     own two; `number`: the squared distance of the two numbers, which knows neither direction nor temperature.
     """
 
-    problem: Problem
+    problem_type: ProblemType
     teacher: Teacher
-    weight: Weight
+    weight: LossWeight
     direction: Direction = "forward"
     temperature: float = 1.0
     name: str = "distill"
@@ -101,31 +101,31 @@ class DistillDecisions:
         """Summed divergence and each row's part of it."""
         answer = self.teacher(batch)
         mine, theirs = output.logits().float(), answer.output.logits().float()
-        if self.problem == "tags":
+        if self.problem_type == "tags":
             place_N = (batch.labels != IGNORED).flatten().nonzero().flatten()
-            theirs_NC, has_N = _answered(answer, place_N, batch)
-            losses_N = self._apart(mine.flatten(0, 1)[place_N], theirs_NC.float())
+            theirs_NC, has_N = _teacher_hidden(answer, place_N, batch)
+            losses_N = self._logit_divergence(mine.flatten(0, 1)[place_N], theirs_NC.float())
             losses_N = losses_N if has_N is None else losses_N * has_N
             losses_B = mine.new_zeros(len(mine)).index_add(0, place_N // batch.labels.shape[1], losses_N)
-        elif self.problem == "number":
+        elif self.problem_type == "number":
             losses_B = (mine[:, 0] - theirs[:, 0]).square()
-        elif self.problem == "multi":
+        elif self.problem_type == "multi":
             both = [
                 torch.stack([functional.logsigmoid(z), functional.logsigmoid(-z)], -1)
-                for z in self._cooled(mine, theirs)
+                for z in self._apply_temperature(mine, theirs)
             ]
             losses_B = self._divergence(*both).mean(-1)
         else:
-            losses_B = self._apart(mine, theirs)
+            losses_B = self._logit_divergence(mine, theirs)
         # A row of which nothing counts may still have a label that is a number.
-        losses_B = losses_B * torch.from_numpy(batch.counted_B > 0).to(losses_B.device)
+        losses_B = losses_B * torch.from_numpy(batch.label_count_B > 0).to(losses_B.device)
         return self.weight(batch.step) * losses_B.sum(), losses_B.detach()
 
-    def _cooled(self, *logits: Tensor) -> tuple[Tensor, ...]:
+    def _apply_temperature(self, *logits: Tensor) -> tuple[Tensor, ...]:
         return tuple(z / self.temperature for z in logits)
 
-    def _apart(self, mine_NC: Tensor, theirs_NC: Tensor) -> Tensor:
-        mine_NC, theirs_NC = (z.log_softmax(-1) for z in self._cooled(mine_NC, theirs_NC))
+    def _logit_divergence(self, mine_NC: Tensor, theirs_NC: Tensor) -> Tensor:
+        mine_NC, theirs_NC = (z.log_softmax(-1) for z in self._apply_temperature(mine_NC, theirs_NC))
         return self._divergence(mine_NC, theirs_NC)
 
     def _divergence(self, log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from postgrad.models.model import Head
-from postgrad.objectives.linear_loss import Weighted, linear_loss, log_sum_R
+from postgrad.models.model import OutputHead
+from postgrad.objectives.linear_loss import WeightedLoss, linear_loss, log_sum_exp_R
 
 IGNORED = -100
 """The label of a token that is read but not trained on (the convention of torch and transformers)."""
@@ -85,15 +85,15 @@ def linear_cross_entropy_by_token(
         )
     if chunk is not None and chunk < 1:
         raise ValueError(f"linear_cross_entropy: chunk is {chunk}; expected at least 1 token, or None")
-    head = Head(weight_VD, bias_V, logit_scale, softcap)
+    head = OutputHead(weight_VD, bias_V, logit_scale, softcap)
     if hidden_ND.device.type != "cpu":
-        loss, losses_1N = linear_loss(hidden_ND, head, [Weighted(CrossEntropy(labels_N, some=True))], chunk)
+        loss, losses_1N = linear_loss(hidden_ND, head, [WeightedLoss(CrossEntropy(labels_N, has_ignored=True))], chunk)
         return loss, losses_1N[0]
     # Tokens without a label need no logits at all. On other devices asking how many there are would stop the
     # queue.
     trained = (labels_N != IGNORED).nonzero().flatten()
     rule = CrossEntropy(labels_N.index_select(0, trained))
-    loss, losses_1N = linear_loss(hidden_ND.index_select(0, trained), head, [Weighted(rule)], chunk)
+    loss, losses_1N = linear_loss(hidden_ND.index_select(0, trained), head, [WeightedLoss(rule)], chunk)
     return loss, losses_1N.new_zeros(len(labels_N)).index_copy(0, trained, losses_1N[0])
 
 
@@ -102,22 +102,22 @@ class CrossEntropy:
 
     coefficient = 1.0
 
-    def __init__(self, labels_N: Tensor, *, some: bool = False) -> None:
+    def __init__(self, labels_N: Tensor, *, has_ignored: bool = False) -> None:
         """`some`: there are tokens without a label among them; this is then the only rule."""
-        self.labels_N, self.some = labels_N, some
+        self.labels_N, self.has_ignored = labels_N, has_ignored
 
-    def begin(self, tokens: slice) -> None:
+    def begin_chunk(self, tokens: slice) -> None:
         pass
 
-    def block(
-        self, logits_RV: Tensor, shares_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
+    def compute_block(
+        self, logits_RV: Tensor, probs_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
     ) -> Tensor:
         labels_R = self.labels_N[tokens]
         trained_R = labels_R != IGNORED
         label_R1 = labels_R.where(trained_R, 0)[:, None]
-        losses_R = (log_sum_R(logits_RV, shares_RV) - logits_RV.gather(1, label_R1)[:, 0]).where(trained_R, 0.0)
+        losses_R = (log_sum_exp_R(logits_RV, probs_RV) - logits_RV.gather(1, label_R1)[:, 0]).where(trained_R, 0.0)
         if gradient_RV is not None:
             gradient_RV.scatter_add_(1, label_R1, torch.full_like(label_R1, -weight, dtype=gradient_RV.dtype))
-            if self.some:
+            if self.has_ignored:
                 gradient_RV.masked_fill_(~trained_R[:, None], 0.0)
         return losses_R

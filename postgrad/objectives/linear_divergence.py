@@ -26,18 +26,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from postgrad.data.loading.batch import Few
-from postgrad.models.model import Head
-from postgrad.objectives.linear_loss import Weighted, linear_loss, log_sum_R, logits_of, products
+from postgrad.data.loading.batch import TeacherTargets
+from postgrad.models.model import OutputHead
+from postgrad.objectives.linear_loss import WeightedLoss, compute_logits, compute_products, linear_loss, log_sum_exp_R
 
 Direction = Literal["forward", "reverse"]
 
 
 def linear_divergence(
     hidden_ND: Tensor,
-    head: Head,
+    head: OutputHead,
     teacher_ND: Tensor,
-    teacher_head: Head,
+    teacher_head: OutputHead,
     *,
     direction: Direction = "forward",
     temperature: float = 1.0,
@@ -54,22 +54,22 @@ def linear_divergence(
             f"of {len(teacher_head.weight_VD)}; expected as many of both"
         )
     rule = Divergence(teacher_ND, teacher_head, direction, temperature)
-    loss, losses_1N = linear_loss(hidden_ND, head, [Weighted(rule)], chunk)
+    loss, losses_1N = linear_loss(hidden_ND, head, [WeightedLoss(rule)], chunk)
     return loss, losses_1N[0]
 
 
-def linear_told(
-    hidden_ND: Tensor, head: Head, told: Few, *, temperature: float = 1.0, chunk: int | None = None
+def linear_sparse_divergence(
+    hidden_ND: Tensor, head: OutputHead, teacher: TeacherTargets, *, temperature: float = 1.0, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The summed forward divergence from a teacher who said a few ids of each token, and each token's part of it.
 
     What was told holds for this temperature. Raises `ValueError` for shapes that do not belong together.
     """
-    if len(hidden_ND) != len(told.ends_N):
+    if len(hidden_ND) != len(teacher.ends_N):
         raise ValueError(
-            f"linear_told: {len(hidden_ND)} tokens and a word on {len(told.ends_N)}; expected as many of both"
+            f"linear_told: {len(hidden_ND)} tokens and a word on {len(teacher.ends_N)}; expected as many of both"
         )
-    loss, losses_1N = linear_loss(hidden_ND, head, [Weighted(Told(told, temperature))], chunk)
+    loss, losses_1N = linear_loss(hidden_ND, head, [WeightedLoss(SparseDivergence(teacher, temperature))], chunk)
     return loss, losses_1N[0]
 
 
@@ -79,130 +79,137 @@ class Divergence:
     def __init__(
         self,
         hidden_ND: Tensor,
-        head: Head,
+        head: OutputHead,
         direction: Direction = "forward",
         temperature: float = 1.0,
-        has_N: Tensor | None = None,
+        teacher_mask_N: Tensor | None = None,
     ) -> None:
-        self.hidden_ND, self.direction, self.temperature, self.has_N = hidden_ND.detach(), direction, temperature, has_N
+        self.hidden_ND, self.direction, self.temperature, self.teacher_mask_N = (
+            hidden_ND.detach(),
+            direction,
+            temperature,
+            teacher_mask_N,
+        )
         bias_V = None if head.bias_V is None else head.bias_V.detach()
-        self.head = Head(head.weight_VD.detach().to(hidden_ND.dtype), bias_V, head.scale, head.softcap)
-        self.plain = direction == "forward" and temperature == 1.0 and has_N is None
-        self.coefficient = 1.0 if self.plain else 0.0
+        self.head = OutputHead(head.weight_VD.detach().to(hidden_ND.dtype), bias_V, head.scale, head.softcap)
+        self.is_plain = direction == "forward" and temperature == 1.0 and teacher_mask_N is None
+        self.coefficient = 1.0 if self.is_plain else 0.0
         self.products_CV = self.teacher_RV = hidden_ND.new_empty(0)
-        self.first = 0
+        self.chunk_start = 0
 
-    def begin(self, tokens: slice) -> None:
+    def begin_chunk(self, tokens: slice) -> None:
         hidden_CD = self.hidden_ND[tokens]
         if len(self.products_CV) < len(hidden_CD):  # the first chunk is the largest
             self.products_CV = hidden_CD.new_empty(len(hidden_CD), len(self.head.weight_VD))
-        products(hidden_CD, self.head, self.products_CV[: len(hidden_CD)])
-        self.first = tokens.start
+        compute_products(hidden_CD, self.head, self.products_CV[: len(hidden_CD)])
+        self.chunk_start = tokens.start
 
-    def block(
-        self, logits_RV: Tensor, shares_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
+    def compute_block(
+        self, logits_RV: Tensor, probs_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
     ) -> Tensor:
         if len(self.teacher_RV) < len(logits_RV):
             self.teacher_RV = torch.empty_like(logits_RV)
         teacher_RV, t = self.teacher_RV[: len(logits_RV)], self.temperature
-        logits_of(self.products_CV[tokens.start - self.first : tokens.stop - self.first], self.head, teacher_RV)
+        compute_logits(
+            self.products_CV[tokens.start - self.chunk_start : tokens.stop - self.chunk_start], self.head, teacher_RV
+        )
         if t != 1.0:
             teacher_RV /= t
             logits_RV = logits_RV / t
-            shares_RV = logits_RV.softmax(-1)
-        if self.plain:
-            losses_R, said_RV = _forward(logits_RV, shares_RV, teacher_RV)
+            probs_RV = logits_RV.softmax(-1)
+        if self.is_plain:
+            losses_R, said_RV = _forward_divergence(logits_RV, probs_RV, teacher_RV)
             if gradient_RV is not None:
                 gradient_RV.sub_(said_RV, alpha=weight)
             return losses_R
-        losses_R, own_RV = _DIVERGENCES[self.direction](logits_RV, shares_RV, teacher_RV)
+        losses_R, own_RV = _DIVERGENCES[self.direction](logits_RV, probs_RV, teacher_RV)
         if self.direction == "forward":
-            own_RV = shares_RV - own_RV
+            own_RV = probs_RV - own_RV
         losses_R = t * t * losses_R
-        if self.has_N is not None:
-            has_R = self.has_N[tokens]
+        if self.teacher_mask_N is not None:
+            has_R = self.teacher_mask_N[tokens]
             losses_R, own_RV = losses_R.where(has_R, 0.0), own_RV.masked_fill_(~has_R[:, None], 0.0)
         if gradient_RV is not None:
             gradient_RV.add_(own_RV, alpha=weight * t)
         return losses_R
 
 
-def _forward(student_RV: Tensor, shares_RV: Tensor, teacher_RV: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_divergence(student_RV: Tensor, probs_RV: Tensor, teacher_RV: Tensor) -> tuple[Tensor, Tensor]:
     """`sum p log(p / q)`, and p; the teacher's logits are used up."""
     # sum p (teacher - student) - (log sum exp teacher - log sum exp student)
     said_RV = teacher_RV.softmax(-1)
-    apart_R = log_sum_R(teacher_RV, said_RV) - log_sum_R(student_RV, shares_RV)
+    apart_R = log_sum_exp_R(teacher_RV, said_RV) - log_sum_exp_R(student_RV, probs_RV)
     return teacher_RV.sub_(student_RV).mul_(said_RV).sum(-1) - apart_R, said_RV
 
 
-def _reverse(student_RV: Tensor, shares_RV: Tensor, teacher_RV: Tensor) -> tuple[Tensor, Tensor]:
+def _reverse_divergence(student_RV: Tensor, probs_RV: Tensor, teacher_RV: Tensor) -> tuple[Tensor, Tensor]:
     """`sum q log(q / p)`, and its gradient; the teacher's logits are used up."""
     log_sum_teacher_R = teacher_RV.logsumexp(-1)
     apart_RV = teacher_RV.sub_(student_RV).neg_()
-    mean_R = (apart_RV * shares_RV).sum(-1)
-    losses_R = mean_R - (log_sum_R(student_RV, shares_RV) - log_sum_teacher_R)
-    return losses_R, apart_RV.sub_(mean_R[:, None]).mul_(shares_RV)
+    mean_R = (apart_RV * probs_RV).sum(-1)
+    losses_R = mean_R - (log_sum_exp_R(student_RV, probs_RV) - log_sum_teacher_R)
+    return losses_R, apart_RV.sub_(mean_R[:, None]).mul_(probs_RV)
 
 
-_DIVERGENCES = {"forward": _forward, "reverse": _reverse}
+_DIVERGENCES = {"forward": _forward_divergence, "reverse": _reverse_divergence}
 
 
-class Told:
+class SparseDivergence:
     """The divergence from the few ids that a teacher named; where it named none there is no loss."""
 
-    def __init__(self, told: Few, temperature: float = 1.0) -> None:
-        self.told, self.temperature = told, temperature
-        self.begins_N = np.concatenate(([0], told.ends_N))
-        counts_N = torch.from_numpy(np.diff(self.begins_N)).to(told.ids_E.device)
-        self.token_E = torch.repeat_interleave(counts_N, output_size=len(told.ids_E))
-        self.said_N = None if bool((np.diff(self.begins_N) > 0).all()) else counts_N > 0
-        self.plain = temperature == 1.0 and self.said_N is None
-        self.coefficient = 1.0 if self.plain else 0.0
+    def __init__(self, teacher: TeacherTargets, temperature: float = 1.0) -> None:
+        self.teacher, self.temperature = teacher, temperature
+        self.begins_N = np.concatenate(([0], teacher.ends_N))
+        counts_N = torch.from_numpy(np.diff(self.begins_N)).to(teacher.ids_E.device)
+        self.token_E = torch.repeat_interleave(counts_N, output_size=len(teacher.ids_E))
+        self.teacher_mask_N = None if bool((np.diff(self.begins_N) > 0).all()) else counts_N > 0
+        self.is_plain = temperature == 1.0 and self.teacher_mask_N is None
+        self.coefficient = 1.0 if self.is_plain else 0.0
 
-    def begin(self, tokens: slice) -> None:
+    def begin_chunk(self, tokens: slice) -> None:
         pass
 
-    def block(
-        self, logits_RV: Tensor, shares_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
+    def compute_block(
+        self, logits_RV: Tensor, probs_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
     ) -> Tensor:
         t = self.temperature
-        if self.plain:
-            return self._block(logits_RV, shares_RV, tokens, gradient_RV, weight)
+        if self.is_plain:
+            return self._compute_plain_block(logits_RV, probs_RV, tokens, gradient_RV, weight)
         if t != 1.0:
             logits_RV = logits_RV / t
-            shares_RV = logits_RV.softmax(-1)
-        own_RV = shares_RV.clone()
-        losses_R = t * t * self._block(logits_RV, shares_RV, tokens, own_RV, 1.0)
-        if self.said_N is not None:
-            said_R = self.said_N[tokens]
+            probs_RV = logits_RV.softmax(-1)
+        own_RV = probs_RV.clone()
+        losses_R = t * t * self._compute_plain_block(logits_RV, probs_RV, tokens, own_RV, 1.0)
+        if self.teacher_mask_N is not None:
+            said_R = self.teacher_mask_N[tokens]
             losses_R, own_RV = losses_R.where(said_R, 0.0), own_RV.masked_fill_(~said_R[:, None], 0.0)
         if gradient_RV is not None:
             gradient_RV.add_(own_RV, alpha=weight * t)
         return losses_R
 
-    def _block(
-        self, logits_RV: Tensor, shares_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
+    def _compute_plain_block(
+        self, logits_RV: Tensor, probs_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
     ) -> Tensor:
         """At temperature 1; the gradient holds the softmax times the weight."""
-        told = self.told
+        told = self.teacher
         here = slice(int(self.begins_N[tokens.start]), int(self.begins_N[tokens.stop]))
         at_E = self.token_E[here] - tokens.start, told.ids_E[here]
         weights_E = told.weights_E[here].to(logits_RV.dtype)
-        log_sum = log_sum_R(logits_RV, shares_RV)
+        log_sum = log_sum_exp_R(logits_RV, probs_RV)
         losses_R = torch.zeros_like(log_sum)
-        if told.rest_N is None:
+        if told.rest_mass_N is None:
             assert told.entropy_N is not None
             losses_R.index_add_(0, at_E[0], weights_E * logits_RV[at_E], alpha=-1)
             losses_R += log_sum - told.entropy_N[tokens].to(logits_RV.dtype)
             if gradient_RV is not None:
                 gradient_RV.index_put_(at_E, weights_E * -weight, accumulate=True)
             return losses_R
-        rest_R = told.rest_N[tokens].to(logits_RV.dtype).clamp(min=0)  # 1 - sum p may round below it
-        q_E = shares_RV[at_E]
+        rest_R = told.rest_mass_N[tokens].to(logits_RV.dtype).clamp(min=0)  # 1 - sum p may round below it
+        q_E = probs_RV[at_E]
         losses_R.index_add_(
             0, at_E[0], torch.special.xlogy(weights_E, weights_E) - weights_E * (logits_RV[at_E] - log_sum[at_E[0]])
         )
-        rest_RV = shares_RV.index_put(at_E, q_E.new_zeros(()))
+        rest_RV = probs_RV.index_put(at_E, q_E.new_zeros(()))
         rest_q_R = rest_RV.sum(-1).clamp(min=torch.finfo(logits_RV.dtype).tiny)
         losses_R += torch.special.xlogy(rest_R, rest_R) - rest_R * rest_q_R.log()
         if gradient_RV is not None:

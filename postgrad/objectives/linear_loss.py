@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from postgrad.models.model import Head
+from postgrad.models.model import OutputHead
 
 _CHUNK_BYTES = 64 * 2**20
 # A smaller chunk would save little more, and each one costs a pass over the fp32 gradient of the weight.
@@ -28,7 +28,7 @@ _SMALLEST_CHUNK = 512
 _BLOCK_ELEMENTS = {"cpu": 2**20, "other": 2**24}
 
 
-class Rule(Protocol):
+class LogitLoss(Protocol):
     """What a loss is, given the logits of some tokens and their softmax.
 
     `coefficient`: how often the softmax is in the gradient of the logits; `block` brings what there is beside it.
@@ -36,11 +36,11 @@ class Rule(Protocol):
 
     coefficient: float
 
-    def begin(self, tokens: slice) -> None:
+    def begin_chunk(self, tokens: slice) -> None:
         """A chunk of tokens is next; its blocks come in order."""
 
-    def block(
-        self, logits_RV: Tensor, shares_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
+    def compute_block(
+        self, logits_RV: Tensor, probs_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
     ) -> Tensor:
         """The losses (R,) of a block, without the weight; what is wanted beside the softmax is added to the gradient.
 
@@ -50,10 +50,10 @@ class Rule(Protocol):
         ...
 
 
-class Weighted(NamedTuple):
+class WeightedLoss(NamedTuple):
     """A rule and the weight of its loss."""
 
-    rule: Rule
+    logit_loss: LogitLoss
     weight: float = 1.0
 
 
@@ -62,12 +62,12 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def products(hidden_CD: Tensor, head: Head, out_CV: Tensor) -> None:
+def compute_products(hidden_CD: Tensor, head: OutputHead, out_CV: Tensor) -> None:
     """`h W^T` of a head, in the dtype of the hidden states."""
     torch.mm(hidden_CD, head.weight_VD.to(hidden_CD.dtype).t(), out=out_CV)
 
 
-def logits_of(products_RV: Tensor, head: Head, out_RV: Tensor) -> None:
+def compute_logits(products_RV: Tensor, head: OutputHead, out_RV: Tensor) -> None:
     """A head's logits of rows of its products, in the dtype of `out_RV`."""
     out_RV.copy_(products_RV)
     if head.bias_V is not None:
@@ -78,14 +78,14 @@ def logits_of(products_RV: Tensor, head: Head, out_RV: Tensor) -> None:
         out_RV.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
-def log_sum_R(logits_RV: Tensor, shares_RV: Tensor) -> Tensor:
+def log_sum_exp_R(logits_RV: Tensor, probs_RV: Tensor) -> Tensor:
     """`log sum exp` of rows whose softmax is known: the largest share is at least 1 / V, so its logarithm is finite."""
-    return logits_RV.amax(-1) - shares_RV.amax(-1).log()
+    return logits_RV.amax(-1) - probs_RV.amax(-1).log()
 
 
 @torch.compiler.disable
 def linear_loss(
-    hidden_ND: Tensor, head: Head, rules: Sequence[Weighted], chunk: int | None = None
+    hidden_ND: Tensor, head: OutputHead, weighted_losses: Sequence[WeightedLoss], chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of losses of a head's logits, one for each rule, and each token's part of each (without weights).
 
@@ -101,7 +101,14 @@ def linear_loss(
     if chunk is None:
         chunk = max(_SMALLEST_CHUNK, _CHUNK_BYTES // (head.weight_VD.shape[0] * hidden_ND.element_size()))
     return _LinearLoss.apply(  # type: ignore[no-any-return]
-        hidden_ND, head.weight_VD, head.bias_V, rules, chunk, head.scale, head.softcap, torch.is_grad_enabled()
+        hidden_ND,
+        head.weight_VD,
+        head.bias_V,
+        weighted_losses,
+        chunk,
+        head.scale,
+        head.softcap,
+        torch.is_grad_enabled(),
     )
 
 
@@ -112,7 +119,7 @@ class _LinearLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        rules: Sequence[Weighted],
+        weighted_losses: Sequence[WeightedLoss],
         chunk: int,
         scale: float,
         softcap: float | None,
@@ -126,17 +133,17 @@ class _LinearLoss(torch.autograd.Function):
         d_bias_V = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and wants_bias else None
 
         count = len(hidden_ND)
-        losses_JN = hidden_ND.new_empty(len(rules), count, dtype=exact)
-        head = Head(weight_VD.to(hidden_ND.dtype), bias_V, scale, softcap)
+        losses_JN = hidden_ND.new_empty(len(weighted_losses), count, dtype=exact)
+        head = OutputHead(weight_VD.to(hidden_ND.dtype), bias_V, scale, softcap)
         logits = hidden_ND.new_empty(min(chunk, count), len(weight_VD))
-        blocks = _Blocks(logits, head, rules)
+        blocks = _BlockBuffers(logits, head, weighted_losses)
         for start in range(0, count, chunk):
             here = slice(start, min(start + chunk, count))
             hidden_CD, logits_CV = hidden_ND[here], logits[: here.stop - here.start]
-            products(hidden_CD, head, logits_CV)
-            for rule, _ in rules:
-                rule.begin(here)
-            blocks.losses(logits_CV, here, losses_JN, d_bias_V, keep_gradient=wants_any)
+            compute_products(hidden_CD, head, logits_CV)
+            for rule, _ in weighted_losses:
+                rule.begin_chunk(here)
+            blocks.compute_losses(logits_CV, here, losses_JN, d_bias_V, keep_gradient=wants_any)
             gradient_CV = logits_CV  # overwritten in place by the line above
             if d_hidden_ND is not None:
                 torch.mm(gradient_CV, head.weight_VD, out=d_hidden_ND[here])
@@ -147,7 +154,9 @@ class _LinearLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(losses_JN)
         ctx.set_materialize_grads(False)
         sums_J = losses_JN.sum(1)
-        return sum((weight * sums_J[j] for j, (_, weight) in enumerate(rules)), sums_J.new_zeros(())), losses_JN
+        return sum(
+            (weight * sums_J[j] for j, (_, weight) in enumerate(weighted_losses)), sums_J.new_zeros(())
+        ), losses_JN
 
     @staticmethod
     @once_differentiable
@@ -171,21 +180,21 @@ class _LinearLoss(torch.autograd.Function):
         return d_hidden_ND, d_weight_VD, d_bias_V, None, None, None, None, None
 
 
-class _Blocks:
+class _BlockBuffers:
     """Turns a chunk of products into the gradient of their losses, block by block, in buffers that are made once."""
 
-    def __init__(self, products_CV: Tensor, head: Head, rules: Sequence[Weighted]) -> None:
+    def __init__(self, products_CV: Tensor, head: OutputHead, weighted_losses: Sequence[WeightedLoss]) -> None:
         tokens, vocabulary = products_CV.shape
         elements = _BLOCK_ELEMENTS.get(products_CV.device.type, _BLOCK_ELEMENTS["other"])
         self.rows = max(1, min(tokens, max(elements // vocabulary, torch.get_num_threads())))
         self.exact_RV = products_CV.new_empty(self.rows, vocabulary, dtype=exact_dtype(products_CV.dtype))
-        self.shares_RV = torch.empty_like(self.exact_RV)
-        self.head, self.rules = head, rules
-        self.softmaxes = sum(rule.coefficient * weight for rule, weight in rules)
-        alone = len(rules) == 1 and self.softmaxes == 1.0
-        self.gradient_RV = self.shares_RV if alone else torch.empty_like(self.exact_RV)
+        self.probs_RV = torch.empty_like(self.exact_RV)
+        self.head, self.weighted_losses = head, weighted_losses
+        self.softmax_coefficient = sum(rule.coefficient * weight for rule, weight in weighted_losses)
+        alone = len(weighted_losses) == 1 and self.softmax_coefficient == 1.0
+        self.gradient_RV = self.probs_RV if alone else torch.empty_like(self.exact_RV)
 
-    def losses(
+    def compute_losses(
         self,
         products_CV: Tensor,
         tokens: slice,
@@ -198,15 +207,15 @@ class _Blocks:
         for start in range(0, len(products_CV), self.rows):
             block_RV = products_CV[start : start + self.rows]
             here = slice(tokens.start + start, tokens.start + start + len(block_RV))
-            exact_RV, shares_RV = self.exact_RV[: len(block_RV)], self.shares_RV[: len(block_RV)]
+            exact_RV, shares_RV = self.exact_RV[: len(block_RV)], self.probs_RV[: len(block_RV)]
             gradient_RV = self.gradient_RV[: len(block_RV)]
-            logits_of(block_RV, self.head, exact_RV)
+            compute_logits(block_RV, self.head, exact_RV)
             torch.softmax(exact_RV, -1, out=shares_RV)
-            if keep_gradient and self.gradient_RV is not self.shares_RV:
-                torch.mul(shares_RV, self.softmaxes, out=gradient_RV)
+            if keep_gradient and self.gradient_RV is not self.probs_RV:
+                torch.mul(shares_RV, self.softmax_coefficient, out=gradient_RV)
             wanted = gradient_RV if keep_gradient else None
-            for j, (rule, weight) in enumerate(self.rules):
-                losses_JN[j, here] = rule.block(exact_RV, shares_RV, here, wanted, weight)
+            for j, (rule, weight) in enumerate(self.weighted_losses):
+                losses_JN[j, here] = rule.compute_block(exact_RV, shares_RV, here, wanted, weight)
             if not keep_gradient:
                 continue
             if self.head.softcap is not None:

@@ -16,18 +16,18 @@ from postgrad.objectives.objective import HeadObjective
 
 
 @dataclass(frozen=True)
-class Tokens(HeadObjective):
+class TokenLoss(HeadObjective):
     """`-sum log p(label | what was read)` in nats; labels of -100 count nothing."""
 
     name: str = "next-token"
     weight: float = 1.0
-    needs_places = False
+    needs_positions = False
 
-    def rule(self, batch: Batch, place_N: Tensor | None) -> CrossEntropy:
+    def logit_loss(self, batch: Batch, positions_N: Tensor | None) -> CrossEntropy:
         """Cross-entropy with the labels."""
         labels = batch.labels.flatten()
-        return CrossEntropy(labels, some=True) if place_N is None else CrossEntropy(labels[place_N])
+        return CrossEntropy(labels, has_ignored=True) if positions_N is None else CrossEntropy(labels[positions_N])
 
-    def weight_at(self, step: int) -> float:
+    def loss_weight(self, step: int) -> float:
         """The same at every step."""
         return self.weight

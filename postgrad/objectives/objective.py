@@ -18,7 +18,7 @@ from torch import Tensor
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.models.model import Output
-from postgrad.objectives.linear_loss import Rule, Weighted, linear_loss
+from postgrad.objectives.linear_loss import LogitLoss, WeightedLoss, linear_loss
 
 
 class Objective(Protocol):
@@ -36,23 +36,23 @@ class HeadObjective(ABC):
     """An objective of the logits where a row has labels, said as a rule: the loss of some logits, and its gradient."""
 
     @abstractmethod
-    def rule(self, batch: Batch, place_N: Tensor | None) -> Rule:
+    def logit_loss(self, batch: Batch, positions_N: Tensor | None) -> LogitLoss:
         """The rule for the labels at these places, counted through all rows; None: for every place, labelled or not."""
 
     @abstractmethod
-    def weight_at(self, step: int) -> float:
+    def loss_weight(self, step: int) -> float:
         """The factor of the loss at a step, counted from 1."""
 
-    needs_places: bool = True
+    needs_positions: bool = True
     """Whether the rule must be told where the labels are."""
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss and each row's part of it."""
-        loss, _, rows_JB = _on_head([self], output, batch)
+        loss, _, rows_JB = _compute_head_losses([self], output, batch)
         return loss, rows_JB[0]
 
 
-class Weighed(NamedTuple):
+class CombinedLoss(NamedTuple):
     """The loss of all objectives together, the sum of each (J,), and each row's part (B,); only the first has a gradient."""
 
     loss: Tensor
@@ -60,12 +60,12 @@ class Weighed(NamedTuple):
     rows_B: Tensor
 
 
-def weigh(objectives: Sequence[Objective], output: Output, batch: Batch) -> Weighed:
+def combine_losses(objectives: Sequence[Objective], output: Output, batch: Batch) -> CombinedLoss:
     """All objectives of a batch; those of a head in one pass over its logits."""
     on_head = [o for o in objectives if isinstance(o, HeadObjective)]
     losses, rows_B, sums = [], [], {}
     if on_head:
-        loss, sums_J, rows_JB = _on_head(on_head, output, batch)
+        loss, sums_J, rows_JB = _compute_head_losses(on_head, output, batch)
         losses.append(loss)
         rows_B += list(rows_JB)
         sums |= {id(o): s for o, s in zip(on_head, sums_J, strict=True)}
@@ -76,20 +76,22 @@ def weigh(objectives: Sequence[Objective], output: Output, batch: Batch) -> Weig
             rows_B.append(own_B)
             sums[id(objective)] = loss.detach()
     each = torch.stack([sums[id(o)].double() for o in objectives])
-    return Weighed(torch.stack(losses).sum(), each, torch.stack(rows_B).sum(0).double())
+    return CombinedLoss(torch.stack(losses).sum(), each, torch.stack(rows_B).sum(0).double())
 
 
-def _on_head(objectives: Sequence[HeadObjective], output: Output, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _compute_head_losses(
+    objectives: Sequence[HeadObjective], output: Output, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted loss, each objective's sum, and each row's part of each (without weights), of shape (J, B)."""
     assert output.head is not None, "tokens are weighed by a language model, which has a head"
     hidden_ND, shape = output.hidden.flatten(0, 1), batch.labels.shape
     place_N = None
     # Tokens without a label need no logits at all. On other devices than a processor asking how many there are stops the
     # queue, so a rule that can do without is not told.
-    if hidden_ND.device.type == "cpu" or any(o.needs_places for o in objectives):
+    if hidden_ND.device.type == "cpu" or any(o.needs_positions for o in objectives):
         place_N = (batch.labels != IGNORED).flatten().nonzero().flatten()
         hidden_ND = hidden_ND if len(place_N) == len(hidden_ND) else hidden_ND.index_select(0, place_N)
-    rules = [Weighted(o.rule(batch, place_N), o.weight_at(batch.step)) for o in objectives]
+    rules = [WeightedLoss(o.logit_loss(batch, place_N), o.loss_weight(batch.step)) for o in objectives]
     loss, losses_JN = linear_loss(hidden_ND, output.head, rules)
     weights_J = losses_JN.new_tensor([weight for _, weight in rules])
     row_N = torch.arange(len(hidden_ND), device=hidden_ND.device) if place_N is None else place_N

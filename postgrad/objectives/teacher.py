@@ -18,27 +18,27 @@ from torch import Tensor
 
 from postgrad.data.loading.batch import Batch
 from postgrad.models.model import Model, Output
-from postgrad.models.sublayers import evaluating
+from postgrad.models.sublayers import eval_mode
 
 
-class Answer(NamedTuple):
+class TeacherOutput(NamedTuple):
     """What a teacher says of a batch, and where: `place_BT` is its place for each label, -1 where it has none.
 
     None: it reads what the student reads, place by place.
     """
 
     output: Output
-    place_BT: Tensor | None = None
+    positions_BT: Tensor | None = None
 
 
 class Teacher(Protocol):
     """Says what it expects where the student is to answer; nothing of it has a gradient."""
 
-    def __call__(self, batch: Batch) -> Answer: ...
+    def __call__(self, batch: Batch) -> TeacherOutput: ...
 
 
 @dataclass(frozen=True)
-class Online:
+class OnlineTeacher:
     """A model that is asked at every step.
 
     `alone`: inside, the model answers as the teacher (the tuning's `off`, when it is the model in training). `known`: ids from
@@ -46,19 +46,21 @@ class Online:
     """
 
     model: Model
-    alone: Callable[[], AbstractContextManager[None]] = nullcontext
-    known: int | None = None
+    teacher_context: Callable[[], AbstractContextManager[None]] = nullcontext
+    vocabulary_size: int | None = None
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Answer:
+    def __call__(self, batch: Batch) -> TeacherOutput:
         """Its output in eval mode: a teacher says the same whenever it is asked."""
-        inputs, place_BT = (batch.inputs, None) if self.known is None else without(batch, self.known)
-        with evaluating(self.model), self.alone():
+        inputs, place_BT = (
+            (batch.inputs, None) if self.vocabulary_size is None else drop_virtual_tokens(batch, self.vocabulary_size)
+        )
+        with eval_mode(self.model), self.teacher_context():
             output = self.model(**inputs)
-        return Answer(output, place_BT)
+        return TeacherOutput(output, place_BT)
 
 
-def without(batch: Batch, known: int) -> tuple[Mapping[str, Tensor], Tensor | None]:
+def drop_virtual_tokens(batch: Batch, vocabulary_size: int) -> tuple[Mapping[str, Tensor], Tensor | None]:
     """What a model reads that knows the ids below `known` alone, and its place for each label.
 
     The other ids are taken out and the rest moves up; in packed rows positions are counted anew in each piece. Where a
@@ -66,7 +68,7 @@ def without(batch: Batch, known: int) -> tuple[Mapping[str, Tensor], Tensor | No
     answers; a label with nothing before it in its piece has no place. Labels that a decoder of its own answers stay.
     """
     ids_BT = batch.inputs["input_ids"]
-    real_BT = ids_BT < known
+    real_BT = ids_BT < vocabulary_size
     before_BT = real_BT.cumsum(1) - real_BT.long()
     positions_BT = batch.inputs.get("position_ids")
     starts_BT = torch.zeros_like(before_BT)

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-_LEAST = 1e-8
+_EPS = 1e-8
 """Keeps the root above zero where a loss is."""
 
 
-class Pacing(Protocol):
+class LRScale(Protocol):
     """Calling it with the loss of a step, in nats per trained token, gives the factor of the step's rate."""
 
     def __call__(self, loss: float) -> float: ...
@@ -29,7 +29,7 @@ class Pacing(Protocol):
         ...
 
 
-class Steady:
+class ConstantLRScale:
     """All of the rate, at every step."""
 
     def __call__(self, loss: float) -> float:
@@ -42,7 +42,7 @@ class Steady:
 
 
 @dataclass
-class LossPaced:
+class LossAdaptiveLRScale:
     """Less of the rate where the loss is high (FINCH).
 
     Prashant et al. 2026 (arXiv 2605.20005): what a step forgets is at most about C rate sqrt(loss), so that
@@ -55,18 +55,22 @@ class LossPaced:
 
     start: float
     smoothing: float = 0.9
-    first: float | None = None
-    mean: float | None = None
+    first_loss: float | None = None
+    mean_loss: float | None = None
 
     def __call__(self, loss: float) -> float:
-        if self.first is None or self.mean is None:
-            self.first = self.mean = loss
+        if self.first_loss is None or self.mean_loss is None:
+            self.first_loss = self.mean_loss = loss
         else:
-            self.mean = self.smoothing * self.mean + (1 - self.smoothing) * loss
-        return min(1.0, self.start * math.sqrt((self.first + _LEAST) / (self.mean + _LEAST)))
+            self.mean_loss = self.smoothing * self.mean_loss + (1 - self.smoothing) * loss
+        return min(1.0, self.start * math.sqrt((self.first_loss + _EPS) / (self.mean_loss + _EPS)))
 
     def state(self) -> dict[str, float]:
-        return {} if self.first is None or self.mean is None else {"first": self.first, "mean": self.mean}
+        return (
+            {}
+            if self.first_loss is None or self.mean_loss is None
+            else {"first": self.first_loss, "mean": self.mean_loss}
+        )
 
     def load(self, state: Mapping[str, float]) -> None:
-        self.first, self.mean = state.get("first"), state.get("mean")
+        self.first_loss, self.mean_loss = state.get("first"), state.get("mean")

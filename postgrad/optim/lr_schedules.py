@@ -71,7 +71,7 @@ SHAPES: dict[str, Callable[[float, float], Piece]] = {
 }
 
 
-def then(*pieces: tuple[Piece, float]) -> Schedule:
+def chain(*pieces: tuple[Piece, float]) -> Schedule:
     """Pieces one after the other, each with its length in steps; after the last one its end value holds.
 
     At the border of two pieces the earlier one gives the value (its `x` is exactly 1); a piece of length 0 is skipped.
@@ -95,7 +95,7 @@ def rewarm(
 
     With a cosine this is what Ibrahim et al. 2024 (section 4) repeat for every stage.
     """
-    return then((linear(start, peak), warmup), (SHAPES[shape](peak, floor), steps - warmup))
+    return chain((linear(start, peak), warmup), (SHAPES[shape](peak, floor), steps - warmup))
 
 
 def infinite(
@@ -120,7 +120,7 @@ def infinite(
         if cooldown_shape == "inverse-sqrt"
         else SHAPES[cooldown_shape](peak, constant_rate)
     )
-    return then(
+    return chain(
         (linear(0.0, peak), warmup),
         (cool, cooldown),
         (constant(constant_rate), constant_until - warmup - cooldown),
@@ -130,7 +130,7 @@ def infinite(
 
 def wsd(*, steps: float, peak: float, floor: float, warmup: float, decay: float, shape: str = "1-sqrt") -> Schedule:
     """Warm-up, stable, decay over the last `decay` steps (Hu et al. 2024)."""
-    return then(
+    return chain(
         (linear(0.0, peak), warmup),
         (constant(peak), steps - warmup - decay),
         (SHAPES[shape](peak, floor), decay),
@@ -153,7 +153,7 @@ def first_step_at_or_below(schedule: Schedule, share: float, steps: int) -> int:
     return next((step for step in range(first, steps + 1) if schedule(step) <= limit), steps)
 
 
-def sampled(schedule: Schedule, steps: int, points: int = 400) -> list[tuple[int, float]]:
+def sample_schedule(schedule: Schedule, steps: int, points: int = 400) -> list[tuple[int, float]]:
     """`(step, rate)` at no more than `points` steps, the first and last among them, for drawing."""
     stride = max(1, math.ceil(steps / points))
     chosen = sorted({1, *range(stride, steps + 1, stride), steps})

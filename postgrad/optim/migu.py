@@ -26,31 +26,31 @@ from transformers.pytorch_utils import Conv1D
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.distributed.fsdp import reshard
-from postgrad.distributed.shards import over_ranks, own_part
+from postgrad.distributed.shards import local_shard_like, sum_over_ranks
 from postgrad.models.model import Model
-from postgrad.models.sublayers import evaluating, few_tokens
+from postgrad.models.sublayers import eval_mode, make_probe_inputs
 from postgrad.optim.optimizer import Weight
-from postgrad.optim.sparse_update import Fewer, States
-from postgrad.optim.top_k import count_of, largest
+from postgrad.optim.sparse_update import OptimizerStates, SparseMask
+from postgrad.optim.top_k import share_count, top_k_masks
 from postgrad.tuning.targets import is_transposed, linear_layers
 
-_LEAST = 1e-30
+_EPS = 1e-30
 """Outputs that are all zero say nothing."""
-_WRITTEN = 3
+_DECODER_LENGTH = 3
 """Tokens that the decoder is given when it is looked which layers read them: fewer than the encoder's."""
 
 
 @dataclass
-class _Layer:
+class _TrackedLayer:
     """A linear layer whose weight moves, its masters, and how large its outputs were since the last update."""
 
-    heard: nn.Module
+    output_module: nn.Module
     """The module whose outputs are those of the rows: for a low-rank B, the layer that it is a part of."""
     weight: Tensor
     bias: Tensor | None
     transposed: bool
     sums_O: Tensor
-    written: bool = False
+    is_decoder_side: bool = False
     """Whether it reads what a decoder is given, in a model that has an encoder too."""
 
     @property
@@ -59,101 +59,101 @@ class _Layer:
         return [m for m in (self.weight, self.bias) if m is not None]
 
 
-class TopOutput(Fewer):
+class MiguMask(SparseMask):
     """Of each linear layer of the blocks moves `share` of its rows, those of the largest outputs."""
 
     def __init__(self, share: float, model: Model, weights: Sequence[Weight]) -> None:
         """Listens to the layers of `model` from now on; to be made before its blocks are compiled."""
-        self.layers = _layers(model, weights)
+        self.layers = _track_layers(model, weights)
         super().__init__([m for layer in self.layers for m in layer.masters], [w.master for w in weights])
         self.share = share
-        self._tokens: tuple[Tensor, Tensor] | None = None
+        self._token_masks: tuple[Tensor, Tensor] | None = None
         if model.pretrained.config.is_encoder_decoder:
-            _find_sides(model, self.layers)
+            _find_decoder_layers(model, self.layers)
         for layer in self.layers:
-            layer.heard.register_forward_hook(self._listener(layer))
+            layer.output_module.register_forward_hook(self._make_hook(layer))
 
     @property
-    def count(self) -> int:
-        rows = [(layer, count_of(self.share, len(layer.sums_O))) for layer in self.layers]
+    def num_updated(self) -> int:
+        rows = [(layer, share_count(self.share, len(layer.sums_O))) for layer in self.layers]
         moved = sum(top * (m.numel() // len(layer.sums_O)) for layer, top in rows for m in layer.masters)
-        return moved + sum(m.numel() for m in self.others)
+        return moved + sum(m.numel() for m in self.dense_masters)
 
     @contextmanager
-    def watching(self, batch: Batch) -> Iterator[None]:
-        self._tokens = _tokens_of(batch)
+    def observe(self, batch: Batch) -> Iterator[None]:
+        self._token_masks = _compute_token_masks(batch)
         try:
             yield
         finally:
-            self._tokens = None  # the backward pass may compute outputs again, and they were heard already
+            self._token_masks = None  # the backward pass may compute outputs again, and they were heard already
 
-    def masks(self, masters: Sequence[Tensor], states: States) -> list[Tensor]:
+    def masks(self, masters: Sequence[Tensor], states: OptimizerStates) -> list[Tensor]:
         if not masters:
             return []
-        sums = over_ranks(torch.cat([layer.sums_O for layer in self.layers]), self.layers[0].weight)
+        sums = sum_over_ranks(torch.cat([layer.sums_O for layer in self.layers]), self.layers[0].weight)
         sizes = list(sums.split([len(layer.sums_O) for layer in self.layers]))
-        top = largest(sizes, [count_of(self.share, len(size)) for size in sizes], sizes)
+        top = top_k_masks(sizes, [share_count(self.share, len(size)) for size in sizes], sizes)
         masks: dict[int, Tensor] = {}
         for layer, size, top_O in zip(self.layers, sizes, top, strict=True):
             rows_O = top_O & (size > 0)  # an expert that nothing was sent to has said nothing
             for master in layer.masters:
                 along = rows_O if master.ndim == 1 or layer.transposed else rows_O[:, None]
-                masks[id(master)] = own_part(along.expand(master.shape), master)
+                masks[id(master)] = local_shard_like(along.expand(master.shape), master)
             layer.sums_O.zero_()
         return [masks[id(master)] for master in masters]
 
-    def _listener(self, layer: _Layer) -> Callable[[nn.Module, object, Tensor], None]:
+    def _make_hook(self, layer: _TrackedLayer) -> Callable[[nn.Module, object, Tensor], None]:
         def hear(_module: nn.Module, _given: object, output: Tensor) -> None:
-            if self._tokens is not None:
+            if self._token_masks is not None:
                 sizes = output.detach().abs().float()
-                tokens = _like(self._tokens[layer.written], sizes)
-                each_N = (tokens / sizes.sum(-1).clamp(min=_LEAST)).flatten()
+                tokens = _align_token_mask(self._token_masks[layer.is_decoder_side], sizes)
+                each_N = (tokens / sizes.sum(-1).clamp(min=_EPS)).flatten()
                 layer.sums_O.add_(each_N @ sizes.flatten(0, -2))
 
         return hear
 
 
-def _layers(model: Model, weights: Sequence[Weight]) -> list[_Layer]:
+def _track_layers(model: Model, weights: Sequence[Weight]) -> list[_TrackedLayer]:
     """The linear layers of the blocks, and the parts of low-rank ones, whose weights move."""
-    masters = {id(w.compute): w.master for w in weights}
+    masters = {id(w.parameter): w.master for w in weights}
     out = []
     for found in linear_layers(model.pretrained):
-        for name, part in found.module.named_modules() if found.ordinary else ():
+        for name, part in found.module.named_modules() if found.is_targetable else ():
             weight = masters.get(id(getattr(part, "weight", None)))
             if weight is None or not isinstance(part, nn.Linear | Conv1D):
                 continue
             transposed = is_transposed(part)
             heard = part if name.startswith("lora_A.") else found.module
             rows_O = torch.zeros(weight.shape[1 if transposed else 0], device=weight.device)
-            out.append(_Layer(heard, weight, masters.get(id(part.bias)), transposed, rows_O))
+            out.append(_TrackedLayer(heard, weight, masters.get(id(part.bias)), transposed, rows_O))
     return out
 
 
-def _find_sides(model: Model, layers: Sequence[_Layer]) -> None:
+def _find_decoder_layers(model: Model, layers: Sequence[_TrackedLayer]) -> None:
     """Look which layers of an encoder-decoder have as many positions as the decoder: some of its own read the encoder."""
-    tokens = few_tokens(model.pretrained)
-    tokens["decoder_input_ids"] = tokens["decoder_input_ids"][:, :_WRITTEN]
+    tokens = make_probe_inputs(model.pretrained)
+    tokens["decoder_input_ids"] = tokens["decoder_input_ids"][:, :_DECODER_LENGTH]
     lengths: dict[nn.Module, int] = {}
 
     def see(module: nn.Module, _given: object, output: Tensor) -> None:
         lengths[module] = output.shape[-2]
 
-    handles = [layer.heard.register_forward_hook(see) for layer in layers]
-    with evaluating(model), torch.no_grad():
+    handles = [layer.output_module.register_forward_hook(see) for layer in layers]
+    with eval_mode(model), torch.no_grad():
         model(**tokens)
     reshard(model)
     for handle in handles:
         handle.remove()
     for layer in layers:
-        layer.written = lengths.get(layer.heard) == _WRITTEN
+        layer.is_decoder_side = lengths.get(layer.output_module) == _DECODER_LENGTH
 
 
-def _tokens_of(batch: Batch) -> tuple[Tensor, Tensor]:
+def _compute_token_masks(batch: Batch) -> tuple[Tensor, Tensor]:
     """Which positions hold tokens of rows that are trained, of shape (B, T): those that are read, and a decoder's own.
 
     Where no mask tells padding, it is what stands behind a row's last label.
     """
-    trained_B1 = torch.from_numpy(batch.counted_B > 0).to(batch.labels.device)[:, None]
+    trained_B1 = torch.from_numpy(batch.label_count_B > 0).to(batch.labels.device)[:, None]
     mask_BT = batch.inputs.get("attention_mask")
     if batch.labels.ndim < 2 or batch.labels.is_floating_point():
         assert mask_BT is not None
@@ -162,7 +162,7 @@ def _tokens_of(batch: Batch) -> tuple[Tensor, Tensor]:
     return behind_BT if mask_BT is None else mask_BT.bool() & trained_B1, behind_BT
 
 
-def _like(tokens_BT: Tensor, sizes: Tensor) -> Tensor:
+def _align_token_mask(tokens_BT: Tensor, sizes: Tensor) -> Tensor:
     """Which of a layer's outputs count. Virtual tokens stand before a row's; of outputs of no known place all count."""
     leading = sizes.shape[:-1]
     if leading.numel() == tokens_BT.numel():

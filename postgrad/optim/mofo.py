@@ -15,12 +15,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from postgrad.distributed.shards import own
-from postgrad.optim.sparse_update import Fewer, States
-from postgrad.optim.top_k import count_of, largest
+from postgrad.distributed.shards import local_shard
+from postgrad.optim.sparse_update import OptimizerStates, SparseMask
+from postgrad.optim.top_k import share_count, top_k_masks
 
 
-class TopMomentum(Fewer):
+class MofoMask(SparseMask):
     """Of each matrix moves `share`, the numbers of the largest |m|, whichever rank they lie on."""
 
     def __init__(self, share: float, masters: Sequence[Tensor]) -> None:
@@ -28,9 +28,11 @@ class TopMomentum(Fewer):
         self.share = share
 
     @property
-    def count(self) -> int:
-        return sum(count_of(self.share, m.numel()) for m in self.chosen) + sum(m.numel() for m in self.others)
+    def num_updated(self) -> int:
+        return sum(share_count(self.share, m.numel()) for m in self.sparse_masters) + sum(
+            m.numel() for m in self.dense_masters
+        )
 
-    def masks(self, masters: Sequence[Tensor], states: States) -> list[Tensor]:
-        sizes = [own(states[master]["exp_avg"]).abs() for master in masters]
-        return largest(sizes, [count_of(self.share, master.numel()) for master in masters], masters)
+    def masks(self, masters: Sequence[Tensor], states: OptimizerStates) -> list[Tensor]:
+        sizes = [local_shard(states[master]["exp_avg"]).abs() for master in masters]
+        return top_k_masks(sizes, [share_count(self.share, master.numel()) for master in masters], masters)

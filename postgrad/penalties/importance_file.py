@@ -20,9 +20,9 @@ from torch import Tensor
 from postgrad.errors import DataError
 
 FORMAT = 1
-KEY = "importance"
-Kind = Literal["fisher", "empirical", "mas"]
-SAYS: dict[Kind, str] = {
+METADATA_KEY = "importance"
+ImportanceKind = Literal["fisher", "empirical", "mas"]
+KIND_DESCRIPTIONS: dict[ImportanceKind, str] = {
     "fisher": "the diagonal Fisher information, labels drawn from the model",
     "empirical": "squared gradients of the text's own labels, sample by sample: biased, small where the text is known",
     "mas": "the size of the gradient of the squared norm of the logits, sample by sample",
@@ -30,10 +30,10 @@ SAYS: dict[Kind, str] = {
 
 
 @dataclass(frozen=True)
-class About:
+class ImportanceMetadata:
     """What a file of importance says of itself."""
 
-    kind: Kind
+    kind: ImportanceKind
     per: str
     """What the sums are divided by: `token` (each trained token), or `label` (of a classifier)."""
     tokens: int
@@ -63,7 +63,7 @@ class ImportanceFile:
                 where=str(path),
                 expected="a file that `postgrad importance` wrote",
             ) from error
-        self.about = _about(metadata.get(KEY), path)
+        self.metadata = _parse_metadata(metadata.get(METADATA_KEY), path)
         self.names = frozenset(self._file.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -74,7 +74,7 @@ class ImportanceFile:
         """The importance of a weight, as it is stored."""
         return self._file.get_tensor(name)
 
-    def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `DataError` when it is not of exactly these weights; both shapes are named."""
         missing, unknown = sorted(shapes.keys() - self.names), sorted(self.names - shapes.keys())
         if missing or unknown:
@@ -89,12 +89,12 @@ class ImportanceFile:
                 )
 
 
-def _about(said: str | None, path: Path) -> About:
+def _parse_metadata(text: str | None, path: Path) -> ImportanceMetadata:
     try:
-        found = json.loads(said or "")
+        found = json.loads(text or "")
         if found.pop("format") != FORMAT:
             raise ValueError("another format")
-        return About(**found)
+        return ImportanceMetadata(**found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             "the file does not say what importance it holds",
@@ -103,16 +103,18 @@ def _about(said: str | None, path: Path) -> About:
         ) from error
 
 
-def write_importance(path: Path, tensors: Mapping[str, Tensor], about: About, dtype: torch.dtype) -> None:
+def write_importance(
+    path: Path, tensors: Mapping[str, Tensor], metadata: ImportanceMetadata, dtype: torch.dtype
+) -> None:
     """Write importance in `dtype`. Raises `OSError`."""
     kept = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    save_file(kept, path, metadata={KEY: json.dumps({"format": FORMAT, **asdict(about)}, sort_keys=True)})
+    save_file(kept, path, metadata={METADATA_KEY: json.dumps({"format": FORMAT, **asdict(metadata)}, sort_keys=True)})
 
 
-def added_onto(old: ImportanceFile, new: Mapping[str, Tensor], decay: float) -> dict[str, Tensor]:
+def accumulate_importance(old: ImportanceFile, new: Mapping[str, Tensor], decay: float) -> dict[str, Tensor]:
     """`decay * old + new`, weight by weight: online EWC (Schwarz et al. 2018, arXiv 1805.06370, section 4).
 
     Raises `DataError` when the two are not of the same weights.
     """
-    old.require({name: tuple(tensor.shape) for name, tensor in new.items()})
+    old.check_shapes({name: tuple(tensor.shape) for name, tensor in new.items()})
     return {name: decay * old[name].to(tensor.device, torch.float32) + tensor for name, tensor in new.items()}

@@ -17,43 +17,50 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from postgrad.distributed.shards import over_ranks, own, own_gradient
+from postgrad.distributed.shards import local_gradient, local_shard, sum_over_ranks
 from postgrad.errors import TuningError
 
 
-class Orthogonal:
+class OrthogonalityPenalty:
     """Pulls each A of a new adapter off the rows of the earlier ones' A at the same layer."""
 
     def __init__(
-        self, new: Sequence[Tensor], earlier: Sequence[Tensor], strength: float, *, name: str = "orthogonal"
+        self,
+        new_directions: Sequence[Tensor],
+        earlier_directions: Sequence[Tensor],
+        strength: float,
+        *,
+        name: str = "orthogonal",
     ) -> None:
         """`new`: the masters of the trained A's, each (R, I), whole or split by rows over ranks; `earlier`: for each of them
         the rows (E, I) to stay orthogonal to. Raises `TuningError` when they do not belong together."""
         self.name = name
         self.strength = strength
-        self.new = list(new)
-        if not new or len(new) != len(earlier):
+        self.new_directions = list(new_directions)
+        if not new_directions or len(new_directions) != len(earlier_directions):
             raise TuningError(
-                f"{len(new)} new and {len(earlier)} earlier adapters' layers",
+                f"{len(new_directions)} new and {len(earlier_directions)} earlier adapters' layers",
                 where="penalties.orthogonal",
                 expected="the earlier directions of each new A, and at least one",
             )
-        for a_new_RI, a_earlier_EI in zip(new, earlier, strict=True):
+        for a_new_RI, a_earlier_EI in zip(new_directions, earlier_directions, strict=True):
             if a_earlier_EI.ndim != 2 or a_earlier_EI.shape[1] != a_new_RI.shape[1]:
                 raise TuningError(
                     f"an earlier A of the shape {tuple(a_earlier_EI.shape)} beside a new one of {tuple(a_new_RI.shape)}",
                     where="penalties.orthogonal",
                     expected="as many columns: adapters of the same layer of the same base",
                 )
-        self.earlier = [e.detach().to(n.device, torch.float32) for n, e in zip(new, earlier, strict=True)]
+        self.earlier_directions = [
+            e.detach().to(n.device, torch.float32) for n, e in zip(new_directions, earlier_directions, strict=True)
+        ]
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """`strength * sum |A_earlier A_new^T|`; adds `strength * sign(A_earlier A_new^T)^T A_earlier` to each `.grad`."""
-        total = torch.zeros((), device=self.new[0].device)
-        for a_new_RI, a_earlier_EI in zip(self.new, self.earlier, strict=True):
+        total = torch.zeros((), device=self.new_directions[0].device)
+        for a_new_RI, a_earlier_EI in zip(self.new_directions, self.earlier_directions, strict=True):
             # Each row of A_new has a gradient of its own, so a rank that holds some of the rows needs no others.
-            overlap_ER = a_earlier_EI @ own(a_new_RI).T
-            own_gradient(a_new_RI).add_(overlap_ER.sign().T @ a_earlier_EI, alpha=self.strength)
-            total += over_ranks(overlap_ER.abs().sum(), a_new_RI)
+            overlap_ER = a_earlier_EI @ local_shard(a_new_RI).T
+            local_gradient(a_new_RI).add_(overlap_ER.sign().T @ a_earlier_EI, alpha=self.strength)
+            total += sum_over_ranks(overlap_ER.abs().sum(), a_new_RI)
         return self.strength * total

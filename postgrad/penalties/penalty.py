@@ -26,7 +26,7 @@ class Penalty(Protocol):
         ...
 
 
-class Decay(Protocol):
+class DecoupledPenalty(Protocol):
     """What pulls in the optimizer's step itself, as weight decay does."""
 
     def decay(self, rate: float) -> None:

@@ -18,21 +18,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from postgrad.config import stage as s
-from postgrad.config.quantities import in_steps
-from postgrad.errors import StageError, nearest
-from postgrad.evaluation.classification_metrics import metrics_of
-from postgrad.evaluation.held_out import AnyHeldOut, HeldOutRows
+from postgrad.config.quantities import length_in_steps
+from postgrad.errors import StageError, suggest_nearest
+from postgrad.evaluation.classification_metrics import metric_names
+from postgrad.evaluation.held_out import HeldOutRows, HeldOutSet
 from postgrad.evaluation.perplexity import Scores
 from postgrad.optim import lr_schedules
 
-_GAP = 0.02
+_STABILITY_GAP_SHARE = 0.02
 """The share of a stage in which the stability gap is looked for; see `look_steps`."""
 _LOSSES = ("loss", "MSE")
 """Those of which less is better."""
 
 
 @dataclass(frozen=True)
-class Look:
+class CheckpointEvaluation:
     """What a look saw: the value that decides, and the largest share by which a retained set's loss may have risen."""
 
     step: int
@@ -42,7 +42,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Rule:
+class SelectionRule:
     """What is chosen by. `first`: the first step that can be chosen."""
 
     set: str
@@ -58,173 +58,183 @@ class Rule:
         """Whether the value is a loss."""
         return self.by in _LOSSES
 
-    def watched(self, held_out: AnyHeldOut) -> bool:
+    def is_watched(self, held_out: HeldOutSet) -> bool:
         """Whether a set decides, so that each look scores all of it."""
         return held_out.name == self.set or (self.max_forgetting is not None and held_out.role == "retained")
 
-    def within(self, look: Look) -> bool:
+    def is_within_limit(self, evaluation: CheckpointEvaluation) -> bool:
         """Whether a look forgot no more than is allowed."""
-        return self._excess(look) == 0
+        return self._excess_forgetting(evaluation) == 0
 
-    def reached(self, look: Look) -> bool:
+    def has_reached_target(self, evaluation: CheckpointEvaluation) -> bool:
         """Whether a look is good enough to end with."""
-        if self.enough is None or not self.within(look):
+        if self.enough is None or not self.is_within_limit(evaluation):
             return False
-        return look.value <= self.enough if self.less_is_better else look.value >= self.enough
+        return evaluation.value <= self.enough if self.less_is_better else evaluation.value >= self.enough
 
-    def better(self, look: Look, other: Look, gain: float = 0.0) -> bool:
+    def is_better(self, evaluation: CheckpointEvaluation, other: CheckpointEvaluation, gain: float = 0.0) -> bool:
         """Whether `look` is better than `other` by more than `gain`; one that forgot too much is worse than any other."""
-        over, others = self._excess(look), self._excess(other)
+        over, others = self._excess_forgetting(evaluation), self._excess_forgetting(other)
         if over != others:
             return over < others
-        return self._loss(look) < self._loss(other) - gain
+        return self._value_as_loss(evaluation) < self._value_as_loss(other) - gain
 
-    def _excess(self, look: Look) -> float:
-        if self.max_forgetting is None or look.rise is None:
+    def _excess_forgetting(self, evaluation: CheckpointEvaluation) -> float:
+        if self.max_forgetting is None or evaluation.rise is None:
             return 0.0
-        return max(0.0, look.rise - self.max_forgetting)
+        return max(0.0, evaluation.rise - self.max_forgetting)
 
-    def _loss(self, look: Look) -> float:
-        if math.isnan(look.value):
+    def _value_as_loss(self, evaluation: CheckpointEvaluation) -> float:
+        if math.isnan(evaluation.value):
             return math.inf
-        return look.value if self.less_is_better else -look.value
+        return evaluation.value if self.less_is_better else -evaluation.value
 
 
 @dataclass(frozen=True)
-class Standing:
+class SelectionState:
     """What follows from the looks so far."""
 
-    best: Look | None
+    best: CheckpointEvaluation | None
     candidates: int
-    since: int
+    candidates_since_gain: int
     """Candidates in a row without a gain."""
-    stop: bool
+    should_stop: bool
 
 
-def standing(looks: Iterable[Look], rule: Rule) -> Standing:
+def compute_selection_state(evaluations: Iterable[CheckpointEvaluation], rule: SelectionRule) -> SelectionState:
     """Where a choice stands after these looks, in the order of their steps."""
-    best: Look | None = None
-    mark: Look | None = None  # what has to be surpassed by more than the gain
+    best: CheckpointEvaluation | None = None
+    mark: CheckpointEvaluation | None = None  # what has to be surpassed by more than the gain
     candidates = since = 0
     reached = False
-    for look in looks:
+    for look in evaluations:
         if look.step < rule.first:
             continue
         candidates += 1
-        reached |= rule.reached(look)
-        if best is None or rule.better(look, best):
+        reached |= rule.has_reached_target(look)
+        if best is None or rule.is_better(look, best):
             best = look
-        if mark is None or rule.better(look, mark, rule.gain):
+        if mark is None or rule.is_better(look, mark, rule.gain):
             mark, since = look, 0
         else:
             since += 1
     tired = rule.patience is not None and since >= rule.patience
-    return Standing(best, candidates, since, tired or reached)
+    return SelectionState(best, candidates, since, tired or reached)
 
 
-def make_rule(
-    asked: s.Choose | None, held_out: Sequence[AnyHeldOut], steps: int, tokens: int, schedule: lr_schedules.Schedule
-) -> Rule | None:
+def make_selection_rule(
+    config: s.CheckpointSelectionConfig | None,
+    held_out: Sequence[HeldOutSet],
+    steps: int,
+    tokens: int,
+    schedule: lr_schedules.Schedule,
+) -> SelectionRule | None:
     """What a stage asks to choose by. Raises `StageError` for a set or a metric that there is not."""
-    if asked is None:
+    if config is None:
         return None
     by_name = {h.name: h for h in held_out}
     open_ = [h.name for h in held_out if h.role != "test"]
-    found = by_name.get(asked.set)
+    found = by_name.get(config.set)
     if found is None or found.role == "test":
         raise StageError(
-            f"there is no held-out set {asked.set!r}"
+            f"there is no held-out set {config.set!r}"
             if found is None
-            else f"'{asked.set}' is a test set, which is looked at once, when everything is chosen",
+            else f"'{config.set}' is a test set, which is looked at once, when everything is chosen",
             where="save.choose.set",
             expected=f"one of {', '.join(open_)}" if open_ else "a held-out set that is no test set",
-            way_out=nearest(asked.set, open_),
+            way_out=suggest_nearest(config.set, open_),
         )
-    known = ["loss", *metrics_of(_problem(found), found.labels if isinstance(found, HeldOutRows) else ())]
-    if asked.by not in known:
+    known = ["loss", *metric_names(_problem(found), found.labels if isinstance(found, HeldOutRows) else ())]
+    if config.by not in known:
         raise StageError(
-            f"'{asked.set}' has no {asked.by!r}",
+            f"'{config.set}' has no {config.by!r}",
             where="save.choose.by",
             expected=" | ".join(known),
-            way_out=nearest(asked.by, known),
+            way_out=suggest_nearest(config.by, known),
         )
-    if asked.max_forgetting is not None and not any(h.role == "retained" for h in held_out):
+    if config.max_forgetting is not None and not any(h.role == "retained" for h in held_out):
         raise StageError(
             "there is no retained set that could be forgotten",
             where="save.choose.max_forgetting",
             way_out="name old text under evaluation.retained, or give a source with role: replay a `held_out` share",
         )
-    least = math.ceil(in_steps(asked.at_least, steps, tokens) - 1e-9)
+    least = math.ceil(length_in_steps(config.at_least, steps, tokens) - 1e-9)
     if least > steps:
         raise StageError(
             f"nothing could be chosen before step {least:,}, and the stage has {steps:,}", where="save.choose.at_least"
         )
-    first = max(1, least, math.ceil(_GAP * steps), lr_schedules.peak_step(schedule, steps))
-    return Rule(asked.set, asked.by, asked.patience, asked.gain, first, asked.max_forgetting, asked.enough)
+    first = max(1, least, math.ceil(_STABILITY_GAP_SHARE * steps), lr_schedules.peak_step(schedule, steps))
+    return SelectionRule(
+        config.set, config.by, config.patience, config.gain, first, config.max_forgetting, config.enough
+    )
 
 
-def _problem(held_out: AnyHeldOut) -> str:
+def _problem(held_out: HeldOutSet) -> str:
     """What is decided of a set, if anything is."""
-    return "class" if held_out.words else held_out.task
+    return "class" if held_out.label_token_ids else held_out.task
 
 
-def look_at(rule: Rule, row: Mapping[str, Any], scores: Mapping[str, Scores], start: Mapping[str, Scores]) -> Look:
+def summarize_evaluation(
+    rule: SelectionRule, row: Mapping[str, Any], scores: Mapping[str, Scores], start_scores: Mapping[str, Scores]
+) -> CheckpointEvaluation:
     """What an evaluation saw: `row` is its line of metrics, `scores` are of the sets that the rule watches, as a whole."""
     own = scores[rule.set]
-    value = own.nats if rule.by == "loss" else own.measured()[rule.by]["value"]
+    value = own.nats if rule.by == "loss" else own.compute_metrics()[rule.by]["value"]
     rises = [
-        entry["high"] / max(start[name].nats, 1e-12)
+        entry["high"] / max(start_scores[name].nats, 1e-12)
         for name, entry in row["sets"].items()
         if entry["role"] == "retained"
     ]
-    return Look(row["step"], row["trained"], value, max(rises) if rule.max_forgetting is not None else None)
+    return CheckpointEvaluation(
+        row["step"], row["trained"], value, max(rises) if rule.max_forgetting is not None else None
+    )
 
 
-class Chooser:
+class CheckpointSelector:
     """The looks of a run so far, and what follows from them."""
 
-    def __init__(self, rule: Rule, rows: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, rule: SelectionRule, rows: Iterable[Mapping[str, Any]]) -> None:
         """`rows`: the lines of metrics that are there already."""
         self.rule = rule
-        self.looks = [
-            Look(row["step"], row["trained"], row["choice"]["value"], row["choice"]["rise"])
+        self.evaluations = [
+            CheckpointEvaluation(row["step"], row["trained"], row["choice"]["value"], row["choice"]["rise"])
             for row in rows
             if "choice" in row
         ]
 
-    def add(self, look: Look) -> dict[str, Any]:
+    def add(self, evaluation: CheckpointEvaluation) -> dict[str, Any]:
         """Take in a look; returns what its line of metrics says of it."""
-        self.looks.append(look)
-        best = self.standing.best
+        self.evaluations.append(evaluation)
+        best = self.state.best
         return {
             "set": self.rule.set,
             "by": self.rule.by,
-            "value": look.value,
-            "rise": look.rise,
+            "value": evaluation.value,
+            "rise": evaluation.rise,
             "best": best.step if best else None,
         }
 
     @property
-    def standing(self) -> Standing:
+    def state(self) -> SelectionState:
         """Where the choice stands."""
-        return standing(self.looks, self.rule)
+        return compute_selection_state(self.evaluations, self.rule)
 
-    def described(self, last: int) -> dict[str, Any]:
+    def as_record(self, last_step: int) -> dict[str, Any]:
         """What a record says of the choice, when `last` was the last step."""
-        found = self.standing
+        found = self.state
         assert found.best is not None
         return {
             **asdict(self.rule),
             **asdict(found.best),
-            "last": last,
+            "last": last_step,
             "looks": found.candidates,
-            "since": found.since,
-            "stopped": found.stop,
-            "within": self.rule.within(found.best),
+            "since": found.candidates_since_gain,
+            "stopped": found.should_stop,
+            "within": self.rule.is_within_limit(found.best),
         }
 
 
-def rule_line(rule: Rule) -> str:
+def selection_rule_line(rule: SelectionRule) -> str:
     """A rule in words, for a plan."""
     parts = [
         f"the published model is the best by {rule.by} on {rule.set}, looked at as a whole from step {rule.first:,} on"

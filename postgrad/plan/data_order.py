@@ -8,50 +8,50 @@ from typing import NamedTuple
 import numpy as np
 
 from postgrad.config import stage as s
-from postgrad.config.quantities import in_steps
+from postgrad.config.quantities import length_in_steps
 from postgrad.data.layouts.rows import Rows
 from postgrad.data.loading.mixture import Mixture, Segment, row_rates
 from postgrad.errors import DataError, StageError
-from postgrad.models.pretrained import Start
+from postgrad.models.pretrained import ModelLocation
 from postgrad.optim import lr_schedules
 from postgrad.plan.lr_schedule import make_schedule
-from postgrad.plan.sources import Leaf
+from postgrad.plan.sources import ResolvedSource
 
 
-class Order(NamedTuple):
+class DataOrder(NamedTuple):
     """What is read, and for how long."""
 
     steps: int
     mixture: Mixture
     tokens: int
     """The budget in trained tokens, to whole rows."""
-    asked: tuple[float, ...]
+    target_shares: tuple[float, ...]
     """What share of the trained tokens each leaf was to have: the mean of the stage's phases, before rows are whole."""
 
 
-def _phases(
+def _compute_phases(
     stage: s.Stage,
-    leaves: Sequence[Leaf],
-    given: Sequence[float],
+    sources: Sequence[ResolvedSource],
+    source_shares: Sequence[float],
     per_row: Sequence[float],
     tokens: int,
-    start: Start,
+    start_model: ModelLocation,
 ) -> list[tuple[float, tuple[float, ...]]]:
     """`(point, shares)`: from which part of the stage on which shares of the leaves hold; `given`: at first, by source."""
 
     def leaf_shares(by_source: dict[str, float]) -> tuple[float, ...]:
         """Shares of sources as shares of leaves (a replay of everything keeps its inner proportions)."""
-        return tuple(leaf.wanted.part * by_source.get(leaf.wanted.source, 0.0) for leaf in leaves)
+        return tuple(leaf.spec.fraction * by_source.get(leaf.spec.source, 0.0) for leaf in sources)
 
-    plain = {source.name: share for source, share in zip(stage.data.sources, given, strict=True)}
+    plain = {source.name: share for source, share in zip(stage.data.sources, source_shares, strict=True)}
     phases = [(0.0, leaf_shares(plain))]
     rough = max(1, round(tokens / (stage.batch.sequences * float(np.mean(per_row)))))
     for shift in stage.data.shifts:
         if shift.at is not None:
-            point = in_steps(shift.at, rough, tokens) / rough
+            point = length_in_steps(shift.at, rough, tokens) / rough
         else:
             assert shift.at_rate is not None
-            curve = make_schedule(stage.schedule, rough, tokens, start)
+            curve = make_schedule(stage.schedule, rough, tokens, start_model)
             point = lr_schedules.first_step_at_or_below(curve, shift.at_rate, rough) / rough
         if not phases[-1][0] < point < 1:
             raise StageError(
@@ -63,8 +63,12 @@ def _phases(
     return phases
 
 
-def _budget(
-    stage: s.Stage, leaves: Sequence[Leaf], given: Sequence[float], per_row: Sequence[float], start: Start
+def _compute_budget(
+    stage: s.Stage,
+    sources: Sequence[ResolvedSource],
+    source_shares: Sequence[float],
+    per_row: Sequence[float],
+    start_model: ModelLocation,
 ) -> int:
     """The stage's trained tokens: as given, or as many as hold the `new_tokens` that are asked for."""
     if stage.tokens is not None:
@@ -72,10 +76,10 @@ def _budget(
     assert stage.new_tokens is not None
     tokens = float(stage.new_tokens)
     for _ in range(20):  # points that are given in tokens move with the budget; this settles in a few rounds
-        phases = _phases(stage, leaves, given, per_row, round(tokens), start)
+        phases = _compute_phases(stage, sources, source_shares, per_row, round(tokens), start_model)
         until = [*(point for point, _ in phases[1:]), 1.0]
         share_of_new = sum(
-            (end - point) * sum(share for share, leaf in zip(shares, leaves, strict=True) if leaf.role == "new")
+            (end - point) * sum(share for share, leaf in zip(shares, sources, strict=True) if leaf.role == "new")
             for (point, shares), end in zip(phases, until, strict=True)
         )
         if share_of_new <= 0:
@@ -84,19 +88,24 @@ def _budget(
     return round(tokens)
 
 
-def make_order(
-    stage: s.Stage, leaves: Sequence[Leaf], rows: Sequence[Rows], given: Sequence[float], notes: list[str], start: Start
-) -> Order:
+def make_data_order(
+    stage: s.Stage,
+    sources: Sequence[ResolvedSource],
+    rows: Sequence[Rows],
+    source_shares: Sequence[float],
+    notes: list[str],
+    start_model: ModelLocation,
+) -> DataOrder:
     """What is read for the shares `given` of the stage's sources."""
     block = stage.batch.sequences
     per_row = [r.ledger.trained / len(r) for r in rows]
     sizes = [len(r) for r in rows]
-    tokens = _budget(stage, leaves, given, per_row, start)
-    phases = _phases(stage, leaves, given, per_row, tokens, start)
+    tokens = _compute_budget(stage, sources, source_shares, per_row, start_model)
+    phases = _compute_phases(stage, sources, source_shares, per_row, tokens, start_model)
     first = stage.data.skip_steps
     segments: list[Segment] = []
     begin = 0
-    asked_L = np.zeros(len(leaves))
+    asked_L = np.zeros(len(sources))
     for (point, shares), until in zip(phases, [*(p for p, _ in phases[1:]), 1.0], strict=True):
         asked_L += (until - point) * np.array(shares)
         rates = row_rates(shares, per_row)
@@ -105,13 +114,13 @@ def make_order(
         begin += max(1, round((until - point) * tokens / (block * trained)))
     steps = begin
 
-    caps = [int(leaf.wanted.max_passes * size) for leaf, size in zip(leaves, sizes, strict=True)]
-    short = _first_short(Mixture(stage.seed, sizes, segments, block), caps, first, steps)
+    caps = [int(leaf.spec.max_passes * size) for leaf, size in zip(sources, sizes, strict=True)]
+    short = _find_exhausted_source(Mixture(stage.seed, sizes, segments, block), caps, first, steps)
     if short is not None and stage.data.when_short != "repeat":
-        leaf = leaves[short]
+        leaf = sources[short]
         asked = Mixture(stage.seed, sizes, segments, block).counts((first + steps) * block)[short] / sizes[short]
         met = (
-            f"'{leaf.name}' would be read {asked:.1f} times; its max_passes is {leaf.wanted.max_passes:g} "
+            f"'{leaf.name}' would be read {asked:.1f} times; its max_passes is {leaf.spec.max_passes:g} "
             f"({rows[short].ledger.trained:,} trained tokens a pass)"
         )
         if stage.data.when_short == "refuse":
@@ -120,7 +129,7 @@ def make_order(
                 where=leaf.files.where,
                 way_out="give more text, a smaller share or budget, a higher max_passes, or set data.when_short",
             )
-        steps, segments = _cut_short(stage, leaves, sizes, segments, caps, block, first, steps)
+        steps, segments = _apply_on_exhausted(stage, sources, sizes, segments, caps, block, first, steps)
         notes.append(f"{met}; data.when_short: {stage.data.when_short}")
     mixture = Mixture(stage.seed, sizes, segments, block)
     if not steps:
@@ -129,18 +138,18 @@ def make_order(
         )
     before, after = mixture.counts(first * block), mixture.counts((first + steps) * block)
     tokens = round(sum((b - a) * each for a, b, each in zip(before, after, per_row, strict=True)))
-    return Order(steps, mixture, tokens, tuple(asked_L.tolist()))
+    return DataOrder(steps, mixture, tokens, tuple(asked_L.tolist()))
 
 
-def _first_short(mixture: Mixture, caps: Sequence[int], first: int, steps: int) -> int | None:
-    counts = mixture.counts((first + steps) * mixture.block)
+def _find_exhausted_source(mixture: Mixture, caps: Sequence[int], first: int, steps: int) -> int | None:
+    counts = mixture.counts((first + steps) * mixture.block_size)
     over = [k for k, (count, cap) in enumerate(zip(counts, caps, strict=True)) if count > cap]
     return max(over, key=lambda k: counts[k] / max(caps[k], 1)) if over else None
 
 
-def _cut_short(
+def _apply_on_exhausted(
     stage: s.Stage,
-    leaves: Sequence[Leaf],
+    sources: Sequence[ResolvedSource],
     sizes: Sequence[int],
     segments: list[Segment],
     caps: Sequence[int],

@@ -22,43 +22,43 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from postgrad.config.document_filters import (
-    AnyLike,
     AnySelection,
+    AnyTargetText,
     DsirSelection,
     DuplicatesSelection,
     PerplexitySelection,
 )
 from postgrad.data.filter import data_selection as ways
 from postgrad.data.read.documents import read_documents
-from postgrad.data.read.files import Source as Files
+from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.store import TokenStore
-from postgrad.data.tokens.tokenize import Encoder, inputs_fingerprint, one_at_a_time
+from postgrad.data.tokens.tokenize import Encoder, file_lock, source_fingerprint
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.evaluation.held_out import HeldOut
-from postgrad.evaluation.perplexity import score
+from postgrad.evaluation.held_out import HeldOutText
+from postgrad.evaluation.perplexity import score_held_out
 from postgrad.hardware import machine
-from postgrad.models.model import Model, model_for
-from postgrad.models.pretrained import Start, load_tokenizer, locate
-from postgrad.plan.model_inputs import Reading, make_encoder
+from postgrad.models.model import Model, wrap_model
+from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
+from postgrad.plan.model_inputs import ModelInputs, make_encoder
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import fingerprint
-from postgrad.tuning.open_model import open_model, start_fingerprint, task_at
+from postgrad.tuning.open_model import get_task, open_model, start_fingerprint
 
 _FORMAT = 2
-_SHOWN = 3
+_PREVIEW_DOCUMENTS = 3
 """Documents that are shown of those that are kept, and of those that are left out."""
-_SHOWN_CHARACTERS = 200
+_PREVIEW_CHARACTERS = 200
 _BINS = 24
-_JUDGED_AT_ONCE = 1 << 16
+_SCORING_BATCH_TOKENS = 1 << 16
 """Tokens after which a model's judgement is written down."""
-_CONTEXT = 1024
+_DEFAULT_CONTEXT_LENGTH = 1024
 
-Told = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 """Told what is done, bytes done and bytes in all."""
 
 
 @dataclass(frozen=True)
-class Selected:
+class SelectionResult:
     """What a selection left of a source, and of each way what it did, as plain data."""
 
     store: TokenStore
@@ -66,69 +66,67 @@ class Selected:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _MethodResult:
     """What one way found: the documents it keeps, a value of each document, and what is to be told."""
 
-    chosen: np.ndarray
-    values_N: np.ndarray
+    kept_indices: np.ndarray
+    scores_N: np.ndarray
     unit: str
     edges: tuple[float, float] | None = None
-    copy_of_N: np.ndarray | None = None
+    duplicate_of_N: np.ndarray | None = None
 
 
-def select(
+def select_documents(
     store: TokenStore,
-    asked: Sequence[AnySelection],
+    methods: Sequence[AnySelection],
     files: Files,
-    reading: Reading,
+    model_inputs: ModelInputs,
     cache: Path,
     *,
     seed: int,
-    told: Told | None = None,
-) -> Selected:
+    progress: ProgressCallback | None = None,
+) -> SelectionResult:
     """The documents of a store that the ways `asked` leave, one after the other.
 
     Raises `DataError` for too little text or a way that leaves nothing, `StageError` for a model that cannot judge.
     """
     steps: list[dict[str, Any]] = []
-    for number, way in enumerate(asked):
+    for number, way in enumerate(methods):
         where = f"{files.where}.select[{number}]"
         before = store
-        identity = _identity(way, files.root, where, reading, cache, seed)
+        identity = _method_identity(way, files.root, where, model_inputs, cache, seed)
         key = fingerprint([_FORMAT, store.fingerprint, identity])
         place = cache / "selections" / f"{key}.npz"
-        report = _reporter(told, f"{files.name} (selecting by {way.kind})", store)
-        with _alone(cache, key):
+        report = _make_reporter(progress, f"{files.name} (selecting by {way.kind})", store)
+        with _lock_selection(cache, key):
             if not place.exists():
-                _write(place, _carried_out(way, before, files, where, reading, cache, key, seed, report))
-        chosen, step = _read(place)
-        store = before.only(chosen, key)
+                _write_result(place, _apply_method(way, before, files, where, model_inputs, cache, key, seed, report))
+        chosen, step = _read_result(place)
+        store = before.select(chosen, key)
         short = f"; {step['unjudged']:,} too short to be judged are left out" if step["unjudged"] else ""
-        steps.append({"kind": way.kind, "how": how(way) + short, **step})
-    return Selected(store, tuple(steps))
+        steps.append({"kind": way.kind, "how": describe_method(way) + short, **step})
+    return SelectionResult(store, tuple(steps))
 
 
-def how(way: AnySelection) -> str:
+def describe_method(method: AnySelection) -> str:
     """What a way keeps, in words."""
-    match way:
+    match method:
         case DsirSelection():
-            return f"{_percent(way.keep)} of the documents, those most like {', '.join(each.path for each in way.like)}"
+            return f"{_percent(method.keep)} of the documents, those most like {', '.join(each.path for each in method.like)}"
         case PerplexitySelection():
-            low, high = way.between
-            who = "the start model" if way.model == "start" else way.model
+            low, high = method.between
+            who = "the start model" if method.model == "start" else method.model
             return f"{_percent(low)} to {_percent(high)} of the documents in the order of bits per byte of {who}"
         case DuplicatesSelection():
-            return (
-                f"documents that share less than {_percent(way.threshold)} of their runs of five words with one before"
-            )
-    assert_never(way)
+            return f"documents that share less than {_percent(method.threshold)} of their runs of five words with one before"
+    assert_never(method)
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
 
-def selected(steps: Sequence[dict[str, Any]]) -> str:
+def describe_selection(steps: Sequence[dict[str, Any]]) -> str:
     """What is left of a source, in a line."""
     before, after = steps[0]["before"], steps[-1]["after"]
     kinds = ", then ".join(step["kind"] for step in steps)
@@ -138,11 +136,13 @@ def selected(steps: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def resolved(asked: Sequence[AnySelection], start: Start, seed: int, root: Path) -> list[dict[str, Any]]:
+def resolve_methods(
+    methods: Sequence[AnySelection], start_model: ModelLocation, seed: int, root: Path
+) -> list[dict[str, Any]]:
     """The ways as a later stage needs them, wherever it is: with the files, the model and the seed that were meant."""
-    own = str(start.folder) if start.folder else start.name
+    own = str(start_model.folder) if start_model.folder else start_model.name
     out = []
-    for way in asked:
+    for way in methods:
         given = way.model_dump(mode="json")
         if isinstance(way, PerplexitySelection) and way.model == "start":
             given["model"] = own
@@ -156,54 +156,64 @@ def resolved(asked: Sequence[AnySelection], start: Start, seed: int, root: Path)
     return out
 
 
-def _carried_out(
-    way: AnySelection,
+def _apply_method(
+    method: AnySelection,
     store: TokenStore,
     files: Files,
     where: str,
-    reading: Reading,
+    model_inputs: ModelInputs,
     cache: Path,
     key: str,
     seed: int,
-    told: ways.Told,
+    on_progress: ways.CountCallback,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """What a way keeps of a store, and what is to be told of it."""
-    tokenizer = reading.encoder.load()
-    match way:
+    tokenizer = model_inputs.encoder.load()
+    match method:
         case DsirSelection():
-            found = _dsir(way, store, files.root, where, tokenizer, seed, told)
+            found = _select_by_dsir(method, store, files.root, where, tokenizer, seed, on_progress)
         case PerplexitySelection():
-            found = _perplexity(way, store, files.root, where, reading, cache, key, told)
+            found = _select_by_perplexity(method, store, files.root, where, model_inputs, cache, key, on_progress)
         case DuplicatesSelection():
-            copy_of_N = ways.copies(ways.texts_in(store, tokenizer), way.threshold, told)
-            found = _Found(np.flatnonzero(copy_of_N < 0), np.full(len(store), np.nan), "", copy_of_N=copy_of_N)
-    if not len(found.chosen):
+            copy_of_N = ways.find_near_duplicates(
+                ways.decode_documents(store, tokenizer), method.threshold, on_progress
+            )
+            found = _MethodResult(
+                np.flatnonzero(copy_of_N < 0), np.full(len(store), np.nan), "", duplicate_of_N=copy_of_N
+            )
+    if not len(found.kept_indices):
         raise DataError(
-            f"nothing of the {len(store):,} documents of '{files.name}' is left: {how(way)}",
+            f"nothing of the {len(store):,} documents of '{files.name}' is left: {describe_method(method)}",
             where=where,
             expected="a selection that keeps something",
             way_out="keep more",
         )
-    return found.chosen, _account(store, found, tokenizer)
+    return found.kept_indices, _summarize_result(store, found, tokenizer)
 
 
 # --- the ways -----------------------------------------------------------------------------------------
 
 
-def _dsir(
-    way: DsirSelection, store: TokenStore, root: Path, where: str, tokenizer: Tokenizer, seed: int, told: ways.Told
-) -> _Found:
-    count = ways.as_many(way.keep, len(store), f"{where}.keep")
-    target_F = ways.target_counts(_like(way, root, where, tokenizer), f"{where}.like")
-    weights = ways.importance_weights(ways.texts_in(store, tokenizer), target_F, told)
-    chosen = ways.resampled(weights.logs_N, count, seed if way.seed is None else way.seed)
-    return _Found(chosen, weights.per_gram_N, "nats/n-gram")
+def _select_by_dsir(
+    method: DsirSelection,
+    store: TokenStore,
+    root: Path,
+    where: str,
+    tokenizer: Tokenizer,
+    seed: int,
+    on_progress: ways.CountCallback,
+) -> _MethodResult:
+    count = ways.share_to_count(method.keep, len(store), f"{where}.keep")
+    target_F = ways.target_counts(_read_target_texts(method, root, where, tokenizer), f"{where}.like")
+    weights = ways.importance_weights(ways.decode_documents(store, tokenizer), target_F, on_progress)
+    chosen = ways.resample(weights.log_weights_N, count, seed if method.seed is None else method.seed)
+    return _MethodResult(chosen, weights.nats_per_ngram_N, "nats/n-gram")
 
 
-def _like(way: DsirSelection, root: Path, where: str, tokenizer: Tokenizer) -> Iterator[str]:
+def _read_target_texts(method: DsirSelection, root: Path, where: str, tokenizer: Tokenizer) -> Iterator[str]:
     """The texts that documents are to be like, as the tokenizer gives them back: what it loses is lost on both sides."""
-    for number, given in enumerate(way.like):
-        for document in read_documents(_like_files(given, root, f"{where}.like[{number}]")):
+    for number, given in enumerate(method.like):
+        for document in read_documents(_make_target_files(given, root, f"{where}.like[{number}]")):
             if document.text is not None:
                 ids = tokenizer.encode(document.text, add_special_tokens=False).ids
             else:
@@ -211,66 +221,73 @@ def _like(way: DsirSelection, root: Path, where: str, tokenizer: Tokenizer) -> I
             yield tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _like_files(given: AnyLike, root: Path, where: str) -> Files:
-    only = {column: tuple(values) for column, values in given.only.items()}
-    return Files("like", given.path, None, given.columns, given.documents, root, where, given.kind, only)
+def _make_target_files(target: AnyTargetText, root: Path, where: str) -> Files:
+    only = {column: tuple(values) for column, values in target.only.items()}
+    return Files("like", target.path, None, target.columns, target.documents, root, where, target.kind, only)
 
 
-def _perplexity(
-    way: PerplexitySelection,
+def _select_by_perplexity(
+    method: PerplexitySelection,
     store: TokenStore,
     root: Path,
     where: str,
-    reading: Reading,
+    model_inputs: ModelInputs,
     cache: Path,
     key: str,
-    told: ways.Told,
-) -> _Found:
-    low, high = way.between
-    ways.enough(len(store), where)
-    judge = _judge(way, root, reading, where)
+    on_progress: ways.CountCallback,
+) -> _MethodResult:
+    low, high = method.between
+    ways.require_documents(len(store), where)
+    judge = _make_scorer(method, root, model_inputs, where)
     kept = cache / "selections" / f"{key}.part.npy"
-    bits_N = judged(judge, store, reading.encoder, way.tokens, kept, told)
-    band = ways.inside(bits_N, low, high, where)
+    bits_N = compute_bits_per_byte(judge, store, model_inputs.encoder, method.tokens, kept, on_progress)
+    band = ways.select_band(bits_N, low, high, where)
     kept.unlink(missing_ok=True)
-    return _Found(band.chosen, bits_N, "bits/byte", (band.low, band.high))
+    return _MethodResult(band.indices, bits_N, "bits/byte", (band.low, band.high))
 
 
 @dataclass(frozen=True)
-class Judge:
+class PerplexityScorer:
     """A decoder that says how likely texts are, and how it reads them."""
 
     model: Model
     encoder: Encoder
-    before: tuple[int, ...]
+    virtual_tokens: tuple[int, ...]
     context: int
 
 
-def _judge(way: PerplexitySelection, root: Path, reading: Reading, where: str) -> Judge:
-    start = _judging(way, root, reading, where)
-    config: Any = AutoConfig.from_pretrained(start.source)
-    own = way.model == "start"
-    encoder = reading.encoder if own else make_encoder(load_tokenizer(start.plain), int(config.vocab_size))
+def _make_scorer(method: PerplexitySelection, root: Path, model_inputs: ModelInputs, where: str) -> PerplexityScorer:
+    start = _resolve_scoring_model(method, root, model_inputs, where)
+    config: Any = AutoConfig.from_pretrained(start.name_or_path)
+    own = method.model == "start"
+    encoder = model_inputs.encoder if own else make_encoder(load_tokenizer(start.full_model), int(config.vocab_size))
     opened = open_model(start)
-    limit = getattr(config, "max_position_embeddings", None) or _CONTEXT
-    return Judge(
-        model_for(opened.model, "causal").to(machine.device()), encoder, opened.frame.before, min(limit, _CONTEXT)
+    limit = getattr(config, "max_position_embeddings", None) or _DEFAULT_CONTEXT_LENGTH
+    return PerplexityScorer(
+        wrap_model(opened.model, "causal").to(machine.default_device()),
+        encoder,
+        opened.frame.prefix_ids,
+        min(limit, _DEFAULT_CONTEXT_LENGTH),
     )
 
 
-def _judging(way: PerplexitySelection, root: Path, reading: Reading, where: str) -> Start:
+def _resolve_scoring_model(
+    method: PerplexitySelection, root: Path, model_inputs: ModelInputs, where: str
+) -> ModelLocation:
     """The model that judges. Raises `StageError` when it does not say how likely a text is, `ModelError` when there is none."""
     try:
-        start = reading.start if way.model == "start" else locate(way.model, root)
+        start = model_inputs.start_model if method.model == "start" else locate_model(method.model, root)
     except ModelError as error:
-        raise ModelError(error.met, where=f"{where}.model", expected=error.expected, way_out=error.way_out) from None
-    if start.made is not None:
+        raise ModelError(
+            error.problem, where=f"{where}.model", expected=error.expected, way_out=error.way_out
+        ) from None
+    if start.scratch_recipe is not None:
         raise StageError(
             f"{start.name} is new: it knows nothing that documents could be judged by",
             where=f"{where}.model",
             expected="a trained decoder",
         )
-    if task_at(start) != "causal":
+    if get_task(start) != "causal":
         raise StageError(
             f"{start.name} does not say how likely a text is",
             where=f"{where}.model",
@@ -280,30 +297,35 @@ def _judging(way: PerplexitySelection, root: Path, reading: Reading, where: str)
     return start
 
 
-def judged(
-    judge: Judge, store: TokenStore, own: Encoder, tokens: int, kept: Path, told: ways.Told = ways.unheard
+def compute_bits_per_byte(
+    scorer: PerplexityScorer,
+    store: TokenStore,
+    store_encoder: Encoder,
+    tokens: int,
+    partial_path: Path,
+    on_progress: ways.CountCallback = ways.ignore_progress,
 ) -> np.ndarray:
     """Bits per byte of the first `tokens` tokens of every document, of shape (N,); NaN where there is nothing to predict.
 
     `own` is the encoder of the store. `kept` holds what was judged before, and grows.
     """
-    done: list[float] = np.load(kept, allow_pickle=False).tolist() if kept.exists() else []
-    tokenizer, writer = own.load(), judge.encoder.load()
-    alike = judge.encoder.fingerprint == own.fingerprint
+    done: list[float] = np.load(partial_path, allow_pickle=False).tolist() if partial_path.exists() else []
+    tokenizer, writer = store_encoder.load(), scorer.encoder.load()
+    alike = scorer.encoder.fingerprint == store_encoder.fingerprint
     table = np.asarray(store.documents)
     sizes = np.minimum(table["tokens"], tokens).cumsum()
     while len(done) < len(store):
         first = len(done)
         begun = int(sizes[first - 1]) if first else 0
-        stop = max(first + 1, int(np.searchsorted(sizes, begun + _JUDGED_AT_ONCE)))
+        stop = max(first + 1, int(np.searchsorted(sizes, begun + _SCORING_BATCH_TOKENS)))
         documents: list[np.ndarray] = []
         bytes_N: list[int] = []
         for number in range(first, min(stop, len(store))):
             ids = store.read(number).astype(np.int64)
-            ids, size = ids[:-1] if len(ids) and ids[-1] == own.eos else ids, int(table["bytes"][number])
+            ids, size = ids[:-1] if len(ids) and ids[-1] == store_encoder.eos else ids, int(table["bytes"][number])
             if not alike:
                 text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-                lead = [] if judge.encoder.bos is None else [judge.encoder.bos]
+                lead = [] if scorer.encoder.bos is None else [scorer.encoder.bos]
                 ids = np.array([*lead, *writer.encode(text, add_special_tokens=False).ids], np.int64)
                 size = len(text.encode())
             if len(ids) > tokens:
@@ -311,124 +333,139 @@ def judged(
                 size = len(writer.decode(ids.tolist(), skip_special_tokens=True).encode())
             documents.append(ids)
             bytes_N.append(size)
-        held_out = HeldOut(
-            "selected", "learned", tuple(documents), np.array(bytes_N), "", before=judge.before, bos=judge.encoder.bos
+        held_out = HeldOutText(
+            "selected",
+            "learned",
+            tuple(documents),
+            np.array(bytes_N),
+            "",
+            virtual_tokens=scorer.virtual_tokens,
+            bos=scorer.encoder.bos,
         )
-        scores = score(judge.model, held_out, context=judge.context)
+        scores = score_held_out(scorer.model, held_out, context=scorer.context)
         nats_N = np.bincount(scores.document_W, scores.nats_W, len(documents))
         known_N = (np.array([len(ids) for ids in documents]) > 1) & (scores.bytes_N > 0)
         bits_N = np.where(known_N, nats_N / (np.log(2) * np.maximum(scores.bytes_N, 1)), np.nan)
         done += bits_N.tolist()
-        _write_array(kept, np.array(done))
-        told(len(done))
+        _write_array(partial_path, np.array(done))
+        on_progress(len(done))
     return np.array(done)
 
 
 # --- what is told -------------------------------------------------------------------------------------
 
 
-def _account(store: TokenStore, found: _Found, tokenizer: Tokenizer) -> dict[str, Any]:
+def _summarize_result(store: TokenStore, result: _MethodResult, tokenizer: Tokenizer) -> dict[str, Any]:
     """How much was there and is left, how the values lie, and a few documents of both."""
     table = np.asarray(store.documents)
     kept_N = np.zeros(len(store), bool)
-    kept_N[found.chosen] = True
-    parts = {name: _shown(store, np.flatnonzero(of), found, tokenizer) for name, of in _both(kept_N)}
+    kept_N[result.kept_indices] = True
+    parts = {
+        name: _preview_documents(store, np.flatnonzero(of), result, tokenizer) for name, of in _kept_and_dropped(kept_N)
+    }
     return {
         "before": {"documents": len(store), "tokens": store.tokens},
-        "after": {"documents": len(found.chosen), "tokens": int(table["tokens"][found.chosen].sum())},
-        "unit": found.unit,
-        "edges": list(found.edges) if found.edges else None,
-        "unjudged": int(np.isnan(found.values_N).sum()) if found.unit else 0,
-        "values": _histogram(found.values_N, kept_N),
+        "after": {"documents": len(result.kept_indices), "tokens": int(table["tokens"][result.kept_indices].sum())},
+        "unit": result.unit,
+        "edges": list(result.edges) if result.edges else None,
+        "unjudged": int(np.isnan(result.scores_N).sum()) if result.unit else 0,
+        "values": _compute_histogram(result.scores_N, kept_N),
         **parts,
     }
 
 
-def _both(kept_N: np.ndarray) -> tuple[tuple[str, np.ndarray], ...]:
+def _kept_and_dropped(kept_N: np.ndarray) -> tuple[tuple[str, np.ndarray], ...]:
     return (("kept", kept_N), ("dropped", ~kept_N))
 
 
-def _shown(store: TokenStore, numbers: np.ndarray, found: _Found, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def _preview_documents(
+    store: TokenStore, document_indices: np.ndarray, result: _MethodResult, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
     """A few documents, spread evenly over their values (or their order, where they have none)."""
-    if not len(numbers):
+    if not len(document_indices):
         return []
-    order = numbers[np.argsort(found.values_N[numbers], kind="stable")]
-    places = ((np.arange(_SHOWN) + 0.5) / _SHOWN * len(order)).astype(int)
+    order = document_indices[np.argsort(result.scores_N[document_indices], kind="stable")]
+    places = ((np.arange(_PREVIEW_DOCUMENTS) + 0.5) / _PREVIEW_DOCUMENTS * len(order)).astype(int)
 
     def text(number: int) -> str:
-        whole = tokenizer.decode(store.read(number, 0, _SHOWN_CHARACTERS).tolist(), skip_special_tokens=True)
-        return " ".join(whole.split())[:_SHOWN_CHARACTERS]
+        whole = tokenizer.decode(store.read(number, 0, _PREVIEW_CHARACTERS).tolist(), skip_special_tokens=True)
+        return " ".join(whole.split())[:_PREVIEW_CHARACTERS]
 
     out: list[dict[str, Any]] = []
     for number in dict.fromkeys(order[places].tolist()):
-        value = float(found.values_N[number])
+        value = float(result.scores_N[number])
         shown: dict[str, Any] = {"text": text(number), "value": None if np.isnan(value) else value}
-        if found.copy_of_N is not None and found.copy_of_N[number] >= 0:
-            shown["like"] = text(int(found.copy_of_N[number]))
+        if result.duplicate_of_N is not None and result.duplicate_of_N[number] >= 0:
+            shown["like"] = text(int(result.duplicate_of_N[number]))
         out.append(shown)
     return out
 
 
-def _histogram(values_N: np.ndarray, kept_N: np.ndarray) -> dict[str, list[float]] | None:
+def _compute_histogram(scores_N: np.ndarray, kept_N: np.ndarray) -> dict[str, list[float]] | None:
     """How many documents are kept and left out at which values; the outermost hundredths count to the last bins."""
-    known = ~np.isnan(values_N)
+    known = ~np.isnan(scores_N)
     if not known.any():
         return None
-    low, high = np.quantile(values_N[known], [0.01, 0.99])
+    low, high = np.quantile(scores_N[known], [0.01, 0.99])
     if low == high:
         return None
     edges = np.linspace(low, high, _BINS + 1)
-    counts = {name: np.histogram(values_N[of & known].clip(low, high), edges)[0].tolist() for name, of in _both(kept_N)}
+    counts = {
+        name: np.histogram(scores_N[of & known].clip(low, high), edges)[0].tolist()
+        for name, of in _kept_and_dropped(kept_N)
+    }
     return {"edges": edges.tolist(), **counts}
 
 
 # --- what is kept -------------------------------------------------------------------------------------
 
 
-def _identity(way: AnySelection, root: Path, where: str, reading: Reading, cache: Path, seed: int) -> list[Any]:
+def _method_identity(
+    method: AnySelection, root: Path, where: str, model_inputs: ModelInputs, cache: Path, seed: int
+) -> list[Any]:
     """All that decides what a way keeps, beside the documents: never where something lies."""
-    match way:
+    match method:
         case DsirSelection():
             named = [
                 [
-                    inputs_fingerprint(_like_files(given, root, f"{where}.like[{number}]"), cache),
+                    source_fingerprint(_make_target_files(given, root, f"{where}.like[{number}]"), cache),
                     given.model_dump(mode="json", exclude={"path"}),
                 ]
-                for number, given in enumerate(way.like)
+                for number, given in enumerate(method.like)
             ]
-            return [way.kind, named, way.keep, seed if way.seed is None else way.seed]
+            return [method.kind, named, method.keep, seed if method.seed is None else method.seed]
         case PerplexitySelection():
-            start = _judging(way, root, reading, where)
-            return [way.kind, start_fingerprint(start) or start.name, list(way.between), way.tokens]
+            start = _resolve_scoring_model(method, root, model_inputs, where)
+            return [method.kind, start_fingerprint(start) or start.name, list(method.between), method.tokens]
         case DuplicatesSelection():
-            return [way.kind, way.threshold]
-    assert_never(way)
+            return [method.kind, method.threshold]
+    assert_never(method)
 
 
-def _alone(cache: Path, key: str) -> AbstractContextManager[bool]:
+def _lock_selection(cache: Path, key: str) -> AbstractContextManager[bool]:
     (cache / "locks").mkdir(parents=True, exist_ok=True)
-    return one_at_a_time(cache / "locks" / f"{key}.lock")
+    return file_lock(cache / "locks" / f"{key}.lock")
 
 
-def _reporter(told: Told | None, name: str, store: TokenStore) -> ways.Told:
-    if told is None:
-        return ways.unheard
+def _make_reporter(progress: ProgressCallback | None, name: str, store: TokenStore) -> ways.CountCallback:
+    if progress is None:
+        return ways.ignore_progress
     ends = np.asarray(store.documents)["bytes"].cumsum()
-    return lambda documents: told(name, int(ends[documents - 1]), int(ends[-1]))
+    return lambda documents: progress(name, int(ends[documents - 1]), int(ends[-1]))
 
 
-def _write(place: Path, found: tuple[np.ndarray, dict[str, Any]]) -> None:
+def _write_result(path: Path, result: tuple[np.ndarray, dict[str, Any]]) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, chosen=found[0], told=np.array(json.dumps(found[1])))
-    write_atomically(place, buffer.getvalue())
+    np.savez(buffer, chosen=result[0], told=np.array(json.dumps(result[1])))
+    write_atomically(path, buffer.getvalue())
 
 
-def _write_array(place: Path, values: np.ndarray) -> None:
+def _write_array(path: Path, values: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, values)
-    write_atomically(place, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
-def _read(place: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    with np.load(place, allow_pickle=False) as stored:
+def _read_result(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    with np.load(path, allow_pickle=False) as stored:
         return stored["chosen"], json.loads(str(stored["told"]))

@@ -18,40 +18,48 @@ from postgrad.config.objectives import (
     NextTokenObjective,
     RowsObjective,
 )
-from postgrad.data.filter.contamination import OverlapReport, overlap
-from postgrad.data.layouts.rows import held_out_mask, keep
-from postgrad.data.layouts.windows import room_for_text, texts_of, windows_of
-from postgrad.data.read.documents import Document, read_documents, source_kind
-from postgrad.data.read.examples import RUNNING, Labels, Renderer
-from postgrad.data.read.files import Source as Files
+from postgrad.data.filter.contamination import OverlapReport, measure_overlap
+from postgrad.data.layouts.rows import held_out_mask, select_documents
+from postgrad.data.layouts.windows import locate_texts, max_text_tokens, split_windows
+from postgrad.data.read.documents import Document, detect_kind, read_documents
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Labels, Renderer
+from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.files import find_files
 from postgrad.data.tokens.store import TokenStore
-from postgrad.data.tokens.subset import Part
-from postgrad.data.tokens.tokenize import labels_of
+from postgrad.data.tokens.subset import Subset
+from postgrad.data.tokens.tokenize import read_all_labels
 from postgrad.errors import DataError, StageError
-from postgrad.evaluation.held_out import AnyHeldOut, HeldOut, HeldOutRows
-from postgrad.evaluation.pseudo_perplexity import OneByOne, Window
-from postgrad.objectives.classification_loss import Problem
-from postgrad.plan.model_inputs import Reading
+from postgrad.evaluation.held_out import HeldOutRows, HeldOutSet, HeldOutText
+from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText, MaskedWindow
+from postgrad.objectives.classification_loss import ProblemType
+from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_rows import (
-    Demonstrated,
-    left_out,
-    lost,
-    made_with,
+    DemonstrationWrapper,
+    describe_dropped,
+    describe_skipped,
+    get_evaluation_objective,
+    get_start_objectives,
+    make_renderer,
     make_rows,
-    objective_for,
-    renderer_for,
-    scored_as,
+    match_objectives,
     verbalisers,
 )
-from postgrad.plan.sources import Leaf, Progress, Wanted, files_of, store_of, try_wording, wording_of
-from postgrad.plan.unseen_labels import labels_among, refuse_unseen
+from postgrad.plan.sources import (
+    ProgressCallback,
+    ResolvedSource,
+    SourceSpec,
+    check_template,
+    load_token_store,
+    make_row_template,
+    make_text_files,
+)
+from postgrad.plan.unseen_labels import collect_labels, refuse_unseen_labels
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
-class Chosen:
+class HeldOutDocuments:
     """Documents to be scored, before it is settled how a model reads them."""
 
     name: str
@@ -66,35 +74,37 @@ class Chosen:
     """Of a set that is no part of a source: where it comes from."""
 
     @property
-    def table(self) -> np.ndarray:
+    def document_table(self) -> np.ndarray:
         """What the store says of its documents."""
         return np.asarray(self.store.documents)[self.documents]
 
 
-def held_out_sets(
+def select_held_out_documents(
     stage: s.Stage,
-    leaves: Sequence[Leaf],
-    listed: Sequence[Listed],
-    seen: dict[str, dict[str, Any]],
-    reading: Reading,
+    sources: Sequence[ResolvedSource],
+    file_specs: Sequence[HeldOutFileSpec],
+    seen_sources: dict[str, dict[str, Any]],
+    model_inputs: ModelInputs,
     cache: Path,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
     notes: list[str],
-) -> tuple[list[Chosen], list[np.ndarray]]:
+) -> tuple[list[HeldOutDocuments], list[np.ndarray]]:
     """The documents to be scored, and the document tables of all held-out text (training copies are dropped)."""
-    sets: list[Chosen] = []
-    for given in listed:
-        store = store_of(given.files, reading.encoder, cache, progress, stage.data.workers, given.renderer)
+    sets: list[HeldOutDocuments] = []
+    for given in file_specs:
+        store = load_token_store(given.files, model_inputs.encoder, cache, progress, stage.data.workers, given.renderer)
         every = np.arange(len(store))
         sets.append(
-            Chosen(given.name, given.role, store, every, given.objective, given.renderer, given.words, given.files)
+            HeldOutDocuments(
+                given.name, given.role, store, every, given.objective, given.renderer, given.words, given.files
+            )
         )
-        strange = new_labels(given, [leaf.wanted for leaf in leaves], cache)
-        notes += [f"{given.name}: {said}" for said in (*left_out(store.skipped), *strange)]
-    for leaf in leaves:
+        strange = describe_new_labels(given, [leaf.spec for leaf in sources], cache)
+        notes += [f"{given.name}: {said}" for said in (*describe_skipped(store.skipped), *strange)]
+    for leaf in sources:
         if not leaf.held_out:
             continue
-        before = seen.get(leaf.store.fingerprint)
+        before = seen_sources.get(leaf.store.fingerprint)
         if before and before["origin"]["held_out"] < leaf.held_out:
             notes.append(
                 f"{leaf.name}: an earlier stage trained on part of what is held out now "
@@ -114,29 +124,29 @@ def held_out_sets(
                 "it is not measured (a text file can be cut into more documents with `documents: passages`)"
             )
             continue
-        objective = scored_as(leaf.wanted.objective, made_with(reading.start))
-        words = leaf.wanted.wording.words
-        sets.append(Chosen(name, role, leaf.store, chosen, objective, leaf.renderer, words))
+        objective = get_evaluation_objective(leaf.spec.objective, get_start_objectives(model_inputs.start_model))
+        words = leaf.spec.template.words
+        sets.append(HeldOutDocuments(name, role, leaf.store, chosen, objective, leaf.renderer, words))
     if not sets:
         raise StageError(
             "no held-out text: what is learnt and forgotten could not be measured",
             where="evaluation",
             way_out="name files under evaluation.retained and evaluation.learned, or leave out `held_out: 0` of the sources",
         )
-    if reading.start.made is None and not any(h.role == "retained" for h in sets):
+    if model_inputs.start_model.scratch_recipe is None and not any(h.role == "retained" for h in sets):
         notes.append("no retained set: forgetting is not measured (name old text under evaluation.retained)")
-    return _apart(sets, notes), [chosen.table for chosen in sets]
+    return _remove_test_copies(sets, notes), [chosen.document_table for chosen in sets]
 
 
-def _apart(sets: Sequence[Chosen], notes: list[str]) -> list[Chosen]:
+def _remove_test_copies(sets: Sequence[HeldOutDocuments], notes: list[str]) -> list[HeldOutDocuments]:
     """The sets, those that are looked at during training without the documents of test sets."""
-    tests = [chosen.table["digest"] for chosen in sets if chosen.role == "test"]
+    tests = [chosen.document_table["digest"] for chosen in sets if chosen.role == "test"]
     if not tests:
         return list(sets)
     secret = np.unique(np.concatenate(tests))
-    out: list[Chosen] = []
+    out: list[HeldOutDocuments] = []
     for chosen in sets:
-        copies = np.isin(chosen.table["digest"], secret)
+        copies = np.isin(chosen.document_table["digest"], secret)
         if chosen.role == "test" or not copies.any():
             out.append(chosen)
             continue
@@ -152,7 +162,11 @@ def _apart(sets: Sequence[Chosen], notes: list[str]) -> list[Chosen]:
 
 
 def check_labels(
-    sets: Sequence[Chosen], leaves: Sequence[Leaf], excluded: np.ndarray | None, cache: Path, notes: list[str]
+    sets: Sequence[HeldOutDocuments],
+    sources: Sequence[ResolvedSource],
+    excluded: np.ndarray | None,
+    cache: Path,
+    notes: list[str],
 ) -> None:
     """Hold the labels of classification sets against those of the rows that are trained on.
 
@@ -162,20 +176,20 @@ def check_labels(
     if not asked:
         return
     trained = set[str | int]()
-    for leaf in leaves:
-        documents = keep(leaf.store, held_out=leaf.held_out, excluded=excluded).documents
-        trained |= labels_among(leaf.store, documents)
+    for leaf in sources:
+        documents = select_documents(leaf.store, held_out=leaf.held_out, excluded=excluded).documents
+        trained |= collect_labels(leaf.store, documents)
     for chosen in asked:
-        unseen = labels_among(chosen.store, chosen.documents) - trained
+        unseen = collect_labels(chosen.store, chosen.documents) - trained
         if unseen and chosen.files is not None:
-            refuse_unseen(chosen.name, chosen.files, trained, cache, listed=False)
+            refuse_unseen_labels(chosen.name, chosen.files, trained, cache, from_stage=False)
         elif unseen:
             listed = ", ".join(sorted(map(str, unseen)))
             notes.append(f"{chosen.name}: no row with the label {listed} is left to train on; all are held out")
 
 
 @dataclass(frozen=True)
-class Listed:
+class HeldOutFileSpec:
     """A held-out file before it is read."""
 
     name: str
@@ -187,59 +201,64 @@ class Listed:
     words: Mapping[str, str]
 
 
-def listed_files(
+def resolve_held_out_files(
     stage: s.Stage,
     root: Path,
-    wanted: Sequence[Wanted],
+    source_specs: Sequence[SourceSpec],
     objectives: Sequence[AnyObjective],
     labels: Labels | None,
-    demonstrated: Demonstrated | None,
-    reading: Reading,
+    add_demonstrations: DemonstrationWrapper | None,
+    model_inputs: ModelInputs,
     cache: Path,
-) -> list[Listed]:
+) -> list[HeldOutFileSpec]:
     """The files under `evaluation`, and how their rows are worded: tried on the first of each, before anything is tokenised.
 
     Raises `DataError` for rows that cannot be worded and for labels that a classifier does not know, `StageError` for rows
     that no objective serves.
     """
-    out: list[Listed] = []
-    by_source = {each.source: each for each in wanted}
-    for role, item in stage.evaluation.files():
+    out: list[HeldOutFileSpec] = []
+    by_source = {each.source: each for each in source_specs}
+    for role, item in stage.evaluation.held_out_files():
         where = f"evaluation.{role}"
-        given = worded(item, role, by_source)
-        files = files_of(item.name, given, root, where)
-        kind = source_kind(files)
-        own = made_with(reading.start)
-        objective = scored_as(objective_for(item.like or item.name, kind, objectives, own, where).made_for, own)
-        renderer = renderer_for(objective, kind, reading, wording_of(given), labels, demonstrated)
+        given = inherit_row_format(item, role, by_source)
+        files = make_text_files(item.name, given, root, where)
+        kind = detect_kind(files)
+        own = get_start_objectives(model_inputs.start_model)
+        objective = get_evaluation_objective(
+            match_objectives(item.like or item.name, kind, objectives, own, where).row_objective, own
+        )
+        renderer = make_renderer(objective, kind, model_inputs, make_row_template(given), labels, add_demonstrations)
         if labels and labels.names and isinstance(objective, ClassifyObjective):
-            refuse_unseen(item.name, files, labels.names, cache, listed=objective.labels is not None)
-        try_wording(files, renderer)
-        out.append(Listed(item.name, role, files, kind, objective, renderer, given["words"]))
+            refuse_unseen_labels(item.name, files, labels.names, cache, from_stage=objective.labels is not None)
+        check_template(files, renderer)
+        out.append(HeldOutFileSpec(item.name, role, files, kind, objective, renderer, given["words"]))
     return out
 
 
-def new_labels(given: Listed, wanted: Sequence[Wanted], cache: Path) -> list[str]:
+def describe_new_labels(file_spec: HeldOutFileSpec, source_specs: Sequence[SourceSpec], cache: Path) -> list[str]:
     """Labels of held-out rows that are written in words and that no row of a source has, told.
 
     Old rows of another task have labels of their own; they are told only where some of their labels are trained.
     """
-    alike = [each for each in wanted if each.kind == given.kind]
-    decided = isinstance(given.objective, ClassifyObjective | MaskedObjective)
-    if given.kind not in ("labelled", "tagged") or not alike or decided:
+    alike = [each for each in source_specs if each.kind == file_spec.kind]
+    decided = isinstance(file_spec.objective, ClassifyObjective | MaskedObjective)
+    if file_spec.kind not in ("labelled", "tagged") or not alike or decided:
         return []
     try:
-        names, known = set(labels_of([given.files], cache).names), set(labels_of([w.files for w in alike], cache).names)
+        names, known = (
+            set(read_all_labels([file_spec.files], cache).names),
+            set(read_all_labels([w.files for w in alike], cache).names),
+        )
     except DataError:  # labels of several sorts: they are only words here
         return []
     strange = sorted(map(str, names - known))
-    if not strange or (given.role == "retained" and not names & known):
+    if not strange or (file_spec.role == "retained" and not names & known):
         return []
     shown = ", ".join(strange[:6]) + (" ..." if len(strange) > 6 else "")
     return [f"{len(strange):,} labels occur in no row that is trained on: {shown}"]
 
 
-def worded(item: s.HeldOutFile, role: str, by_source: dict[str, Wanted]) -> dict[str, Any]:
+def inherit_row_format(item: s.HeldOutFile, role: str, by_source: dict[str, SourceSpec]) -> dict[str, Any]:
     """A held-out file as plain data; what it does not say it has from the source that it is like.
 
     Without `like`, a file whose kind is not said is like the only source of its role whose kind is said.
@@ -255,40 +274,51 @@ def worded(item: s.HeldOutFile, role: str, by_source: dict[str, Wanted]) -> dict
         given |= {"kind": other.files.kind} if "kind" not in own else {}
         given |= {"columns": dict(other.files.columns)} if "columns" not in own else {}
         for key, value in (
-            ("prompt", other.wording.prompt),
-            ("answer", other.wording.answer),
-            ("words", dict(other.wording.words)),
+            ("prompt", other.template.prompt),
+            ("answer", other.template.answer),
+            ("words", dict(other.template.words)),
         ):
             given |= {key: value} if key not in own else {}
     return given
 
 
-def as_read(
-    chosen: Chosen, reading: Reading, limit: int, notes: list[str], *, spare: int = 0, problem: Problem = "class"
-) -> AnyHeldOut:
+def make_held_out_set(
+    held_out: HeldOutDocuments,
+    model_inputs: ModelInputs,
+    limit: int,
+    notes: list[str],
+    *,
+    reserved_positions: int = 0,
+    problem: ProblemType = "class",
+) -> HeldOutSet:
     """A set as a model reads it, in the order of the documents' content hash, up to about `limit` tokens.
 
     `spare`: positions that windows of running text leave free. Raises `DataError` when nothing of it can be scored.
     """
-    running = chosen.store.kind in RUNNING
-    if running and isinstance(chosen.objective, NextTokenObjective):
-        found: AnyHeldOut = replace(
-            held_out_text(chosen.name, chosen.role, chosen.store, chosen.documents, limit, reading, notes),
-            before=reading.before,
-            spare=spare,
+    running = held_out.store.kind in RUNNING_TEXT_KINDS
+    if running and isinstance(held_out.objective, NextTokenObjective):
+        found: HeldOutSet = replace(
+            make_held_out_text(
+                held_out.name, held_out.role, held_out.store, held_out.documents, limit, model_inputs, notes
+            ),
+            virtual_tokens=model_inputs.virtual_tokens,
+            reserved_positions=reserved_positions,
         )
         return found
-    return _rows(chosen, reading, limit, notes, problem)
+    return _make_held_out_rows(held_out, model_inputs, limit, notes, problem)
 
 
-def one_by_one(chosen: Chosen, reading: Reading, limit: int) -> OneByOne:
+def make_masked_held_out_text(held_out: HeldOutDocuments, model_inputs: ModelInputs, limit: int) -> MaskedHeldOutText:
     """Running text of which about `limit` tokens are masked one at a time: whole windows, up to the one that reaches it."""
-    table = np.asarray(chosen.store.documents)[chosen.documents]
+    table = np.asarray(held_out.store.documents)[held_out.documents]
     order = np.argsort(table["digest"], kind="stable")
     most = int(np.searchsorted(np.cumsum(table["tokens"][order]), 2 * limit)) + 1
-    part = Part(chosen.store, chosen.documents[order[:most]])
-    cut = windows_of(texts_of(part, keep(part), reading.lead), room_for_text(reading.length, reading.frame.size(1), 1))
-    special, found, tokens = np.array(reading.special), [], 0
+    part = Subset(held_out.store, held_out.documents[order[:most]])
+    cut = split_windows(
+        locate_texts(part, select_documents(part), model_inputs.lead),
+        max_text_tokens(model_inputs.length, model_inputs.frame.size(1), 1),
+    )
+    special, found, tokens = np.array(model_inputs.special_ids), [], 0
     scored: dict[int, int] = {}
     for document, start, stop in zip(cut.document_R.tolist(), cut.start_R.tolist(), cut.stop_R.tolist(), strict=True):
         text = part.read(document, start, stop).astype(np.int64)
@@ -296,46 +326,50 @@ def one_by_one(chosen: Chosen, reading: Reading, limit: int) -> OneByOne:
         if not len(places):
             continue
         number = list(scored).index(document) if document in scored else len(scored)
-        found.append(Window(number, reading.frame.around(text), places + len(reading.frame.before)))
+        found.append(MaskedWindow(number, model_inputs.frame.wrap(text), places + len(model_inputs.frame.prefix_ids)))
         scored[document] = scored.get(document, 0) + len(text)
         tokens += len(places)
         if tokens >= limit:
             break
     if not found:
         raise DataError(
-            f"no document of the held-out set '{chosen.name}' has a token to mask", where=f"evaluation.{chosen.role}"
+            f"no document of the held-out set '{held_out.name}' has a token to mask",
+            where=f"evaluation.{held_out.role}",
         )
     kept = part.documents[list(scored)]
-    share = np.minimum(1.0, np.array(list(scored.values())) / np.maximum(kept["tokens"] - 1 - reading.lead, 1))
+    share = np.minimum(1.0, np.array(list(scored.values())) / np.maximum(kept["tokens"] - 1 - model_inputs.lead, 1))
     identity = [
         [int(d) for d in kept["digest"]],
-        reading.encoder.fingerprint,
-        [list(part) for part in (reading.frame.before, reading.frame.between, reading.frame.after)],
-        reading.length,
+        model_inputs.encoder.fingerprint,
+        [
+            list(part)
+            for part in (model_inputs.frame.prefix_ids, model_inputs.frame.separator_ids, model_inputs.frame.suffix_ids)
+        ],
+        model_inputs.length,
     ]
-    return OneByOne(
-        chosen.name,
-        chosen.role,
+    return MaskedHeldOutText(
+        held_out.name,
+        held_out.role,
         tuple(found),
         np.rint(kept["bytes"] * share).astype(np.int64),
         fingerprint(identity),
-        reading.mask,
+        model_inputs.mask_id,
     )
 
 
-def held_out_text(
+def make_held_out_text(
     name: str,
     role: str,
     store: TokenStore,
-    chosen: np.ndarray,
+    document_indices: np.ndarray,
     limit: int,
-    reading: Reading,
+    model_inputs: ModelInputs,
     notes: list[str],
-) -> HeldOut:
+) -> HeldOutText:
     """Running text to be scored by a decoder."""
-    table = np.asarray(store.documents)[chosen]
-    order = chosen[np.argsort(table["digest"], kind="stable")]
-    encoder = reading.encoder
+    table = np.asarray(store.documents)[document_indices]
+    order = document_indices[np.argsort(table["digest"], kind="stable")]
+    encoder = model_inputs.encoder
     documents: list[np.ndarray] = []
     sizes: list[int] = []
     digests: list[int] = []
@@ -358,7 +392,7 @@ def held_out_text(
             f"{name}: {len(documents):,} of {len(order):,} documents are scored (evaluation.max_tokens: {limit:,})"
         )
     identity = fingerprint([[int(d) for d in np.sort(table["digest"])], limit, encoder.fingerprint])
-    found = HeldOut(
+    found = HeldOutText(
         name,
         role,
         tuple(documents),
@@ -367,69 +401,78 @@ def held_out_text(
         np.array(digests, np.uint64),
         bos=encoder.bos,
     )
-    return found.first(limit)
+    return found.take_tokens(limit)
 
 
-def _rows(chosen: Chosen, reading: Reading, limit: int, notes: list[str], problem: Problem) -> HeldOutRows:
+def _make_held_out_rows(
+    held_out: HeldOutDocuments, model_inputs: ModelInputs, limit: int, notes: list[str], problem: ProblemType
+) -> HeldOutRows:
     """Rows of a task, or text for an encoder or an encoder-decoder, as the objective makes them."""
-    table = np.asarray(chosen.store.documents)[chosen.documents]
+    table = np.asarray(held_out.store.documents)[held_out.documents]
     order = np.argsort(table["digest"], kind="stable")
     most = int(np.searchsorted(np.cumsum(table["tokens"][order]), limit)) + 1
-    part = Part(chosen.store, chosen.documents[order[:most]])
-    reading = replace(reading, seed=0)  # what is masked or cut out of held-out text is the same in every stage
-    rows = make_rows(chosen.objective, part, reading, problem=problem, together=False, words=chosen.words)
-    notes += [f"{chosen.name}: {said}" for said in lost(rows)]
-    cloze = isinstance(chosen.objective, MaskedObjective) and chosen.store.kind == "labelled"
+    part = Subset(held_out.store, held_out.documents[order[:most]])
+    model_inputs = replace(
+        model_inputs, seed=0
+    )  # what is masked or cut out of held-out text is the same in every stage
+    rows = make_rows(held_out.objective, part, model_inputs, problem=problem, pack=False, words=held_out.words)
+    notes += [f"{held_out.name}: {said}" for said in describe_dropped(rows)]
+    cloze = isinstance(held_out.objective, MaskedObjective) and held_out.store.kind == "labelled"
     if not len(rows):
         raise DataError(
-            f"no document of the held-out set '{chosen.name}' can be scored",
-            where=f"evaluation.{chosen.role}",
+            f"no document of the held-out set '{held_out.name}' can be scored",
+            where=f"evaluation.{held_out.role}",
             expected="documents that fit a row and have something to predict",
         )
     if most < len(order):
         notes.append(
-            f"{chosen.name}: {most:,} of {len(order):,} documents are scored (evaluation.max_tokens: {limit:,})"
+            f"{held_out.name}: {most:,} of {len(order):,} documents are scored (evaluation.max_tokens: {limit:,})"
         )
     # Documents that are no rows (too short, too long) are none of the set.
     kept, document_R = np.unique(np.asarray(rows.document_R), return_inverse=True)
-    labels = chosen.store.labels or ()
+    labels = held_out.store.labels or ()
     return HeldOutRows(
-        chosen.name,
-        chosen.role,
-        tuple(rows.at(i, i) for i in range(len(rows))),
+        held_out.name,
+        held_out.role,
+        tuple(rows.get_row(i, i) for i in range(len(rows))),
         document_R,
         part.documents["bytes"][kept].astype(np.int64),
         fingerprint(
             [
                 [int(d) for d in np.sort(table["digest"])],
                 limit,
-                reading.encoder.fingerprint,
-                chosen.objective.model_dump(mode="json"),
-                chosen.renderer.fingerprint if chosen.renderer else None,
-                reading.length,
+                model_inputs.encoder.fingerprint,
+                held_out.objective.model_dump(mode="json"),
+                held_out.renderer.fingerprint if held_out.renderer else None,
+                model_inputs.length,
             ]
         ),
         part.documents["digest"][kept].astype(np.uint64),
         part.documents["tokens"][kept].astype(np.int64),
-        problem if isinstance(chosen.objective, ClassifyObjective) else "answers",
+        problem if isinstance(held_out.objective, ClassifyObjective) else "answers",
         tuple(str(label) for label in labels),
-        (reading.frame.before, reading.frame.between, reading.frame.after),
-        reading.pad,
-        tuple(verbalisers(part, reading, chosen.words)) if cloze else (),
+        (model_inputs.frame.prefix_ids, model_inputs.frame.separator_ids, model_inputs.frame.suffix_ids),
+        model_inputs.pad_id,
+        tuple(verbalisers(part, model_inputs, held_out.words)) if cloze else (),
     )
 
 
-def overlaps(
-    stage: s.Stage, root: Path, leaves: Sequence[Leaf], held_out: Sequence[AnyHeldOut], cache: Path, notes: list[str]
+def measure_overlaps(
+    stage: s.Stage,
+    root: Path,
+    sources: Sequence[ResolvedSource],
+    held_out: Sequence[HeldOutSet],
+    cache: Path,
+    notes: list[str],
 ) -> dict[str, dict[str, Any]]:
     """13-gram overlap of each held-out file with the training text (a source's own split is exact by construction)."""
     if stage.data.overlap == "off":
         return {}
     out: dict[str, dict[str, Any]] = {}
-    by_source = {leaf.wanted.source: leaf.wanted for leaf in leaves}
-    for role, item in stage.evaluation.files():
-        files = files_of(item.name, worded(item, role, by_source), root, f"evaluation.{role}")
-        found = _overlap_with(files, leaves, cache)
+    by_source = {leaf.spec.source: leaf.spec for leaf in sources}
+    for role, item in stage.evaluation.held_out_files():
+        files = make_text_files(item.name, inherit_row_format(item, role, by_source), root, f"evaluation.{role}")
+        found = _measure_overlap(files, sources, cache)
         out[item.name] = found
         if found["half"]:
             message = (
@@ -442,34 +485,34 @@ def overlaps(
     return out
 
 
-def _overlap_with(files: Files, leaves: Sequence[Leaf], cache: Path) -> dict[str, Any]:
-    key = fingerprint([str(files), sorted(leaf.store.fingerprint for leaf in leaves), _stamp(files)])
+def _measure_overlap(files: Files, sources: Sequence[ResolvedSource], cache: Path) -> dict[str, Any]:
+    key = fingerprint([str(files), sorted(leaf.store.fingerprint for leaf in sources), _file_stamps(files)])
     place = cache / "overlap" / f"{key}.json"
     if place.exists():
         return json.loads(place.read_text())
-    report: OverlapReport = overlap(
-        read_documents(files), (document for leaf in leaves for document in _training(leaf))
+    report: OverlapReport = measure_overlap(
+        read_documents(files), (document for leaf in sources for document in _read_training_documents(leaf))
     )
     found = {
         "documents": report.documents,
         "duplicates": report.duplicates,
-        "any": report.touched,
-        "half": report.half,
+        "any": report.overlapping,
+        "half": report.half_overlapping,
     }
     write_atomically(place, json.dumps(found))
     return found
 
 
-def _training(leaf: Leaf) -> Iterator[Document]:
+def _read_training_documents(source: ResolvedSource) -> Iterator[Document]:
     """The documents of a source, those that its selection left."""
-    documents = read_documents(leaf.files)
-    if not leaf.selection:
+    documents = read_documents(source.files)
+    if not source.selection:
         return documents
-    left = set(np.asarray(leaf.store.documents)["digest"].tolist())
+    left = set(np.asarray(source.store.documents)["digest"].tolist())
     return (document for document in documents if document.digest in left)
 
 
-def _stamp(files: Files) -> list[list[Any]]:
+def _file_stamps(files: Files) -> list[list[Any]]:
     if files.path is None:
         return []
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in find_files(files.path, files.root, files.where)]

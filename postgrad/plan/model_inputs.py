@@ -10,33 +10,33 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from postgrad.config.tunings import AnyTuning, InstructionPrompt, PromptTuning, PTuning
-from postgrad.data.render.frame import BARE, Frame
+from postgrad.config.tunings import AnyTuning, InstructionPromptTuning, PromptTuningConfig, PTuning
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.data.render.prompt_template import Template
 from postgrad.data.tokens.tokenize import Encoder
 from postgrad.errors import ModelError, StageError
-from postgrad.models.pretrained import Start, Task, load, table_of, task_of
-from postgrad.tuning.open_model import Sitting
+from postgrad.models.pretrained import ModelLocation, Task, detect_task, get_embedding_weight, load_pretrained
+from postgrad.tuning.open_model import BaseReference
 
-_MOST_SENTINELS = 1000
+_MAX_SENTINELS = 1000
 
 
 @dataclass(frozen=True)
-class Reading:
+class ModelInputs:
     """What rows need to know of a model and its tokenizer."""
 
     task: Task
-    start: Start
+    start_model: ModelLocation
     tokenizer: PreTrainedTokenizerBase
     config: Any
     encoder: Encoder
     length: int
     seed: int
-    own: Frame
+    tokenizer_frame: Frame
     """What the tokenizer itself sets around one text or two."""
-    left: Frame
+    lineage_frame: Frame
     """What the model's lineage sets around a text: the places of its soft prompts."""
-    added: Frame
+    tuning_frame: Frame
     """What the stage's tuning sets around a text: the places of its vectors, inside of `own`."""
 
     @property
@@ -45,66 +45,72 @@ class Reading:
         return 0 if self.encoder.bos is None else 1
 
     @property
-    def before(self) -> tuple[int, ...]:
+    def virtual_tokens(self) -> tuple[int, ...]:
         """Ids of soft prompts that stand before each text."""
-        return self.set_around.before
+        return self.soft_prompt_frame.prefix_ids
 
     @cached_property
-    def set_around(self) -> Frame:
+    def soft_prompt_frame(self) -> Frame:
         """What the lineage and the stage's tuning set around a text, the older outside."""
-        left, added = self.left, self.added
-        return Frame((*left.before, *added.before), (*added.between, *left.between), (*added.after, *left.after))
+        left, added = self.lineage_frame, self.tuning_frame
+        return Frame(
+            (*left.prefix_ids, *added.prefix_ids),
+            (*added.separator_ids, *left.separator_ids),
+            (*added.suffix_ids, *left.suffix_ids),
+        )
 
     @property
-    def prompted(self) -> bool:
+    def has_soft_prompt(self) -> bool:
         """Whether soft prompts stand around the texts."""
-        return self.set_around != BARE
+        return self.soft_prompt_frame != EMPTY_FRAME
 
     @cached_property
     def frame(self) -> Frame:
         """What stands around the texts of a row: the tokenizer's own ids, and soft prompts inside of them."""
         first = () if self.encoder.bos is None else (self.encoder.bos,)
-        inner = self.set_around
+        inner = self.soft_prompt_frame
         if self.task == "causal":  # what stands behind a question stands before its answer
-            return Frame((*first, *inner.before), (*inner.between, *inner.after))
+            return Frame((*first, *inner.prefix_ids), (*inner.separator_ids, *inner.suffix_ids))
         return Frame(
-            (*self.own.before, *inner.before), (*inner.between, *self.own.between), (*inner.after, *self.own.after)
+            (*self.tokenizer_frame.prefix_ids, *inner.prefix_ids),
+            (*inner.separator_ids, *self.tokenizer_frame.separator_ids),
+            (*inner.suffix_ids, *self.tokenizer_frame.suffix_ids),
         )
 
     @property
-    def first_added(self) -> int:
+    def first_virtual_id(self) -> int:
         """The id that stands for the first vector of the stage's tuning."""
-        return self.encoder.vocabulary + _virtual(self.left, self.encoder.vocabulary)
+        return self.encoder.vocabulary + _count_virtual_ids(self.lineage_frame, self.encoder.vocabulary)
 
-    def inside(self, ids: Sequence[int]) -> tuple[int, ...]:
+    def frame_prompt(self, ids: Sequence[int]) -> tuple[int, ...]:
         """A prompt as the tokenizer gives it, with soft prompts and templates inside of what the tokenizer sets around it."""
-        around, own = self.set_around, self.own
+        around, own = self.soft_prompt_frame, self.tokenizer_frame
         prompt = tuple(ids)
-        begin = len(own.before) if prompt[: len(own.before)] == own.before else 0
-        ends = self.task == "text-to-text" and own.after and prompt[-len(own.after) :] == own.after
-        end = len(prompt) - (len(own.after) if ends else 0)
+        begin = len(own.prefix_ids) if prompt[: len(own.prefix_ids)] == own.prefix_ids else 0
+        ends = self.task == "text-to-text" and own.suffix_ids and prompt[-len(own.suffix_ids) :] == own.suffix_ids
+        end = len(prompt) - (len(own.suffix_ids) if ends else 0)
         return (
             *prompt[:begin],
-            *around.before,
+            *around.prefix_ids,
             *prompt[begin:end],
-            *around.between,
-            *around.after,
+            *around.separator_ids,
+            *around.suffix_ids,
             *prompt[end:],
         )
 
     @cached_property
-    def without(self) -> Reading:
+    def without_tuning(self) -> ModelInputs:
         """The same without the vectors of the stage's tuning, and with as much room for the text.
 
         The words and special tokens of a template stay: that is prompting without training.
         """
-        first = self.first_added
-        parts = (self.added.before, self.added.between, self.added.after)
+        first = self.first_virtual_id
+        parts = (self.tuning_frame.prefix_ids, self.tuning_frame.separator_ids, self.tuning_frame.suffix_ids)
         plain = Frame(*(tuple(token for token in part if token < first) for part in parts))
-        return replace(self, added=plain, length=self.length - self.added.size(2) + plain.size(2))
+        return replace(self, tuning_frame=plain, length=self.length - self.tuning_frame.size(2) + plain.size(2))
 
     @property
-    def pad(self) -> int:
+    def pad_id(self) -> int:
         """What short rows are filled up with; a decoder that classifies finds its last token by it."""
         for token in (self.config.pad_token_id, self.tokenizer.pad_token_id, self.encoder.eos):
             if token is not None:
@@ -112,7 +118,7 @@ class Reading:
         raise AssertionError("every encoder has an EOS")
 
     @property
-    def mask(self) -> int:
+    def mask_id(self) -> int:
         """The mask. Raises `ModelError` when the tokenizer has none."""
         found = self.tokenizer.mask_token_id
         if not isinstance(found, int):
@@ -120,7 +126,7 @@ class Reading:
         return found
 
     @property
-    def special(self) -> list[int]:
+    def special_ids(self) -> list[int]:
         """All special ids of the tokenizer."""
         return [int(token) for token in self.tokenizer.all_special_ids]
 
@@ -140,7 +146,7 @@ class Reading:
         """The tokens that stand for corrupted spans, the first one first. Raises `ModelError` when there are none."""
         known = self.tokenizer.get_vocab()
         found = []
-        for i in range(_MOST_SENTINELS):
+        for i in range(_MAX_SENTINELS):
             token = known.get(f"<extra_id_{i}>")
             if token is None:
                 break
@@ -160,22 +166,22 @@ class Reading:
                 return int(token)
         raise ModelError("the configuration names no decoder_start_token_id", where="model")
 
-    def size(self, text: str) -> int:
+    def count_tokens(self, text: str) -> int:
         """How many tokens a text has."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def vector(self, text: str) -> np.ndarray:
+    def mean_embedding(self, text: str) -> np.ndarray:
         """The mean of the input embeddings of a text's tokens, of shape (D,)."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._table_VD[ids].mean(0) if ids else np.zeros(self._table_VD.shape[1], np.float32)
+        return self._embeddings_VD[ids].mean(0) if ids else np.zeros(self._embeddings_VD.shape[1], np.float32)
 
     @cached_property
-    def _table_VD(self) -> np.ndarray:
-        model = load(self.start, task_of(self.start.plain)).model
-        return table_of(model).detach().numpy().copy()
+    def _embeddings_VD(self) -> np.ndarray:
+        model = load_pretrained(self.start_model, detect_task(self.start_model.full_model)).model
+        return get_embedding_weight(model).detach().numpy().copy()
 
     @property
-    def types(self) -> bool:
+    def has_token_types(self) -> bool:
         """Whether the model tells two texts apart by token types."""
         return "token_type_ids" in self.tokenizer.model_input_names
 
@@ -213,80 +219,82 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str |
     return Encoder(tokenizer.backend_tokenizer.to_str(), bos, eos_id, vocabulary)
 
 
-def make_reading(
+def make_model_inputs(
     task: Task,
-    start: Start,
+    start_model: ModelLocation,
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
     *,
     length: int,
     seed: int,
     tuning: AnyTuning | None = None,
-) -> Reading:
+) -> ModelInputs:
     """How a model of this start and task, under this tuning, reads a text. Raises the template's errors."""
-    left = _left(start)
-    first = encoder.vocabulary + _virtual(left, encoder.vocabulary)
-    own = own_frame(tokenizer)
-    return Reading(
+    left = _get_lineage_frame(start_model)
+    first = encoder.vocabulary + _count_virtual_ids(left, encoder.vocabulary)
+    own = get_tokenizer_frame(tokenizer)
+    return ModelInputs(
         task,
-        start,
+        start_model,
         tokenizer,
-        AutoConfig.from_pretrained(start.source),
+        AutoConfig.from_pretrained(start_model.name_or_path),
         encoder,
         length,
         seed,
         own,
         left,
-        _inside(own, _added(tuning, tokenizer, first)),
+        _strip_tokenizer_ids(own, _make_tuning_frame(tuning, tokenizer, first)),
     )
 
 
-def virtual(tuning: AnyTuning | None) -> int:
+def count_virtual_tokens(tuning: AnyTuning | None) -> int:
     """How many vectors a tuning sets among the ids."""
     match tuning:
-        case PromptTuning() | InstructionPrompt():
+        case PromptTuningConfig() | InstructionPromptTuning():
             return tuning.length
         case PTuning():
-            return Template.parse(tuning.template).virtual
+            return Template.parse(tuning.template).virtual_token_count
         case _:
             return 0
 
 
-def own_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
+def get_tokenizer_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
     """What a tokenizer sets around one text, and between two."""
     one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
     alone, pair = tokenizer("a")["input_ids"], tokenizer("a", "b")["input_ids"]
-    begin = _find(alone, one, 0)
-    split = _find(pair, one, 0) + len(one)
-    other = _find(pair, two, split)
+    begin = _find_sublist(alone, one, 0)
+    split = _find_sublist(pair, one, 0) + len(one)
+    other = _find_sublist(pair, two, split)
     return Frame(tuple(alone[:begin]), tuple(pair[split:other]), tuple(alone[begin + len(one) :]))
 
 
-def _find(ids: list[int], part: list[int], start: int) -> int:
+def _find_sublist(ids: list[int], part: list[int], start: int) -> int:
     return next(i for i in range(start, len(ids)) if ids[i : i + len(part)] == part)
 
 
-def _left(start: Start) -> Frame:
-    said = Sitting.of(start)
-    return said.frame if said else BARE
+def _get_lineage_frame(start_model: ModelLocation) -> Frame:
+    said = BaseReference.read_folder(start_model)
+    return said.frame if said else EMPTY_FRAME
 
 
-def _virtual(frame: Frame, vocabulary: int) -> int:
+def _count_virtual_ids(frame: Frame, vocabulary: int) -> int:
     """How many ids of a frame are places of vectors."""
-    return sum(token >= vocabulary for part in (frame.before, frame.between, frame.after) for token in part)
+    return sum(
+        token >= vocabulary for part in (frame.prefix_ids, frame.separator_ids, frame.suffix_ids) for token in part
+    )
 
 
-def _inside(own: Frame, added: Frame) -> Frame:
+def _strip_tokenizer_ids(tokenizer_frame: Frame, template_frame: Frame) -> Frame:
     """A template without the special tokens at its ends that the tokenizer sets anyway."""
-    before, after = added.before, added.after
-    if own.before and before[: len(own.before)] == own.before:
-        before = before[len(own.before) :]
-    if own.after and after[-len(own.after) :] == own.after:
-        after = after[: -len(own.after)]
-    return Frame(before, added.between, after)
+    before, after = template_frame.prefix_ids, template_frame.suffix_ids
+    if tokenizer_frame.prefix_ids and before[: len(tokenizer_frame.prefix_ids)] == tokenizer_frame.prefix_ids:
+        before = before[len(tokenizer_frame.prefix_ids) :]
+    if tokenizer_frame.suffix_ids and after[-len(tokenizer_frame.suffix_ids) :] == tokenizer_frame.suffix_ids:
+        after = after[: -len(tokenizer_frame.suffix_ids)]
+    return Frame(before, template_frame.separator_ids, after)
 
 
-def _added(tuning: AnyTuning | None, tokenizer: PreTrainedTokenizerBase, first: int) -> Frame:
+def _make_tuning_frame(tuning: AnyTuning | None, tokenizer: PreTrainedTokenizerBase, first: int) -> Frame:
     """The places of a tuning's vectors around a text."""
     if isinstance(tuning, PTuning):
         special = {
@@ -298,5 +306,5 @@ def _added(tuning: AnyTuning | None, tokenizer: PreTrainedTokenizerBase, first: 
         def literal(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-        return Frame.of(Template.parse(tuning.template), special, first, literal)
-    return Frame(tuple(range(first, first + virtual(tuning))))
+        return Frame.from_template(Template.parse(tuning.template), special, first, literal)
+    return Frame(tuple(range(first, first + count_virtual_tokens(tuning))))

@@ -20,44 +20,44 @@ from postgrad.config.objectives import (
     PrefixLMObjective,
     RowsObjective,
     SpanCorruptionObjective,
-    TaughtObjective,
+    TeacherObjective,
     TextToTextObjective,
 )
 from postgrad.data.layouts.classification import ClozeRows, LabelledRows, TaggedRows
 from postgrad.data.layouts.generation_prompts import PromptRows
 from postgrad.data.layouts.masked_lm import MaskedRows
-from postgrad.data.layouts.packed_examples import WholeRows
+from postgrad.data.layouts.packed_examples import PackedExampleRows
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.prefix_lm import PrefixRows
 from postgrad.data.layouts.rows import Rows
-from postgrad.data.layouts.seq2seq import PairRows
-from postgrad.data.layouts.span_corruption import SpanRows
-from postgrad.data.layouts.windows import TooLong
-from postgrad.data.read.examples import RUNNING, Labels, Renderer
-from postgrad.data.render.chat import ChatRenderer, own_template
+from postgrad.data.layouts.seq2seq import Seq2SeqRows
+from postgrad.data.layouts.span_corruption import SpanCorruptionRows
+from postgrad.data.layouts.windows import TooLongPolicy
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Labels, Renderer
+from postgrad.data.render.chat import ChatRenderer, custom_template
 from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens.store import TokenStore
-from postgrad.data.tokens.subset import Part
+from postgrad.data.tokens.subset import Subset
 from postgrad.errors import StageError
-from postgrad.models.pretrained import Start, Task
-from postgrad.objectives.classification_loss import Problem
-from postgrad.plan.model_inputs import Reading
-from postgrad.tuning.open_model import prefixes_at, task_at
+from postgrad.models.pretrained import ModelLocation, Task
+from postgrad.objectives.classification_loss import ProblemType
+from postgrad.plan.model_inputs import ModelInputs
+from postgrad.tuning.open_model import get_task, starts_as_prefix_lm
 
-_ANSWERED = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "question", "choices")
-SERVES: dict[str, tuple[str, ...]] = {
-    "next-token": (*RUNNING, *_ANSWERED),
-    "prefix-lm": (*RUNNING, *_ANSWERED),
-    "masked": (*RUNNING, "labelled"),
-    "span-corruption": RUNNING,
-    "text-to-text": (*RUNNING, *_ANSWERED),
+_ANSWER_KINDS = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "question", "choices")
+SUPPORTED_ROW_KINDS: dict[str, tuple[str, ...]] = {
+    "next-token": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
+    "prefix-lm": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
+    "masked": (*RUNNING_TEXT_KINDS, "labelled"),
+    "span-corruption": RUNNING_TEXT_KINDS,
+    "text-to-text": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
     "classify": ("labelled", "tagged"),
-    "on-policy": (*RUNNING, *_ANSWERED),
+    "on-policy": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
 }
 """The kinds of rows that an objective can be taken on."""
 
-_TASKS: dict[str, Task] = {
+_OBJECTIVE_TASKS: dict[str, Task] = {
     "next-token": "causal",
     "prefix-lm": "causal",
     "masked": "masked",
@@ -66,7 +66,7 @@ _TASKS: dict[str, Task] = {
     "classify": "classify",
     "on-policy": "causal",
 }
-_OF_TASK: dict[Task, tuple[RowsObjective, ...]] = {
+_TASK_OBJECTIVES: dict[Task, tuple[RowsObjective, ...]] = {
     "causal": (NextTokenObjective(kind="next-token"),),
     "masked": (MaskedObjective(kind="masked"),),
     "text-to-text": (SpanCorruptionObjective(kind="span-corruption"), TextToTextObjective(kind="text-to-text")),
@@ -74,7 +74,7 @@ _OF_TASK: dict[Task, tuple[RowsObjective, ...]] = {
     "tag": (ClassifyObjective(kind="classify", problem="tags"),),
 }
 """What a model of a task was made with; the first that serves a kind of rows also makes the rows of a teacher's source."""
-_WHO = {
+_MODEL_DESCRIPTIONS = {
     "causal": "a decoder",
     "masked": "an encoder",
     "text-to-text": "an encoder-decoder",
@@ -83,26 +83,32 @@ _WHO = {
 }
 
 
-def objectives_for(given: Sequence[AnyObjective] | None, start: Start) -> tuple[AnyObjective, ...]:
+def resolve_objectives(
+    objectives: Sequence[AnyObjective] | None, start_model: ModelLocation
+) -> tuple[AnyObjective, ...]:
     """The objectives of a stage: those it names, or the one that the start model was made with."""
-    return tuple(given) if given else made_with(start)[:1]
+    return tuple(objectives) if objectives else get_start_objectives(start_model)[:1]
 
 
-def made_with(start: Start) -> tuple[RowsObjective, ...]:
+def get_start_objectives(start_model: ModelLocation) -> tuple[RowsObjective, ...]:
     """The objective that a start model was made with, and what else it may be."""
-    return (PrefixLMObjective(kind="prefix-lm"),) if prefixes_at(start) else _OF_TASK[task_at(start)]
+    return (
+        (PrefixLMObjective(kind="prefix-lm"),)
+        if starts_as_prefix_lm(start_model)
+        else _TASK_OBJECTIVES[get_task(start_model)]
+    )
 
 
-def task_for(objectives: Sequence[AnyObjective], start: Start) -> Task:
+def resolve_task(objectives: Sequence[AnyObjective], start_model: ModelLocation) -> Task:
     """The task that all objectives together ask for. Raises `StageError` when they, or the model, do not go together."""
-    tasks = {_TASKS[o.kind]: o for o in objectives if not isinstance(o, DistillObjective)}
-    own = task_at(start)
+    tasks = {_OBJECTIVE_TASKS[o.kind]: o for o in objectives if not isinstance(o, DistillObjective)}
+    own = get_task(start_model)
     if not tasks:  # a teacher answers whatever the model answers
         return own
     if len(tasks) > 1:
         kinds = " and ".join(o.kind for o in tasks.values())
         raise StageError(
-            f"{kinds} need different models: {' and '.join(_WHO[t] for t in tasks)}",
+            f"{kinds} need different models: {' and '.join(_MODEL_DESCRIPTIONS[t] for t in tasks)}",
             where="objectives",
             expected="objectives that one model can serve",
             way_out="write the labelled rows as text (text-to-text, or next-token on examples)",
@@ -113,23 +119,23 @@ def task_for(objectives: Sequence[AnyObjective], start: Start) -> Task:
         return "tag" if tags else "classify"
     if own != task and not (task == "masked" and own in ("classify", "tag")):
         raise StageError(
-            f"{tasks[task].kind} needs {_WHO[task]}, and {start.name} is {_WHO[own]}",
+            f"{tasks[task].kind} needs {_MODEL_DESCRIPTIONS[task]}, and {start_model.name} is {_MODEL_DESCRIPTIONS[own]}",
             where="objectives",
-            expected=f"an objective for {_WHO[own]}, such as {_OF_TASK[own][0].kind}",
+            expected=f"an objective for {_MODEL_DESCRIPTIONS[own]}, such as {_TASK_OBJECTIVES[own][0].kind}",
         )
     return task
 
 
-class Weighed(NamedTuple):
+class SourceObjectives(NamedTuple):
     """The objective that a source's rows are made for, and the numbers of all that weigh them."""
 
-    made_for: RowsObjective
-    numbers: tuple[int, ...]
+    row_objective: RowsObjective
+    objective_indices: tuple[int, ...]
 
 
-def objective_for(
-    name: str, kind: str, objectives: Sequence[AnyObjective], own: Sequence[RowsObjective], where: str
-) -> Weighed:
+def match_objectives(
+    name: str, kind: str, objectives: Sequence[AnyObjective], start_objectives: Sequence[RowsObjective], where: str
+) -> SourceObjectives:
     """What a source's rows are made for: the objective that names it, or the first that serves its kind of rows.
 
     Distillation is taken on rows that are made for another objective. Beside one, rows that no other objective asks for are
@@ -138,15 +144,15 @@ def objective_for(
     makers = [(i, o) for i, o in enumerate(objectives) if not isinstance(o, DistillObjective)]
     named = [(i, o) for i, o in makers if name in o.on]
     said = named or [(i, o) for i, o in makers if not o.on]
-    if not said and any(isinstance(o, TaughtObjective) for o in objectives):
-        said = [(-1, o) for o in own]
-    serving = [(i, o) for i, o in said if kind in SERVES[o.kind]]
+    if not said and any(isinstance(o, TeacherObjective) for o in objectives):
+        said = [(-1, o) for o in start_objectives]
+    serving = [(i, o) for i, o in said if kind in SUPPORTED_ROW_KINDS[o.kind]]
     if not serving:
         raise StageError(
             f"'{name}' has rows of kind {kind}, which "
             + (f"{said[0][1].kind} cannot be taken on" if said else "no objective names"),
             where=where,
-            expected=f"an objective that serves them: {', '.join(k for k, kinds in SERVES.items() if kind in kinds)}",
+            expected=f"an objective that serves them: {', '.join(k for k, kinds in SUPPORTED_ROW_KINDS.items() if kind in kinds)}",
         )
     if len(named) > 1:
         raise StageError(
@@ -165,12 +171,12 @@ def objective_for(
             where="objectives",
             expected="cache: none",
         )
-    return Weighed(made_for, (*((number,) if number >= 0 else ()), *teachers))
+    return SourceObjectives(made_for, (*((number,) if number >= 0 else ()), *teachers))
 
 
-def refuse_unused(objectives: Sequence[AnyObjective], weighed: Sequence[Sequence[int]]) -> None:
+def refuse_unused_objectives(objectives: Sequence[AnyObjective], objective_indices: Sequence[Sequence[int]]) -> None:
     """Raise `StageError` for an objective that is taken on no source. `weighed`: the objectives' numbers by source."""
-    taken = {number for numbers in weighed for number in numbers}
+    taken = {number for numbers in objective_indices for number in numbers}
     for number, spec in enumerate(objectives):
         if number not in taken:
             raise StageError(
@@ -181,13 +187,13 @@ def refuse_unused(objectives: Sequence[AnyObjective], weighed: Sequence[Sequence
             )
 
 
-def scored_as(objective: RowsObjective, own: Sequence[RowsObjective]) -> RowsObjective:
+def get_evaluation_objective(objective: RowsObjective, start_objectives: Sequence[RowsObjective]) -> RowsObjective:
     """What held-out rows are scored as: a model that writes itself is measured by how it reads what others wrote."""
-    return own[0] if isinstance(objective, OnPolicyObjective) else objective
+    return start_objectives[0] if isinstance(objective, OnPolicyObjective) else objective
 
 
 @dataclass(frozen=True)
-class Wording:
+class RowTemplate:
     """How a source's rows are put into words, as the stage says it."""
 
     prompt: str | None = None
@@ -195,26 +201,26 @@ class Wording:
     words: Mapping[str, str] = field(default_factory=dict)
 
 
-Demonstrated = Callable[[Renderer, str], Renderer]
+DemonstrationWrapper = Callable[[Renderer, str], Renderer]
 """Makes a renderer of rows of a kind one that sets demonstrations before each example."""
 
 
-def renderer_for(
+def make_renderer(
     objective: RowsObjective,
     kind: str,
-    reading: Reading,
-    wording: Wording,
+    model_inputs: ModelInputs,
+    template: RowTemplate,
     labels: Labels | None,
-    demonstrated: Demonstrated | None = None,
+    add_demonstrations: DemonstrationWrapper | None = None,
 ) -> Renderer | None:
     """What puts rows of a kind into words for an objective; None for running text.
 
     Raises `StageError` for demonstrations before rows that are not answered in words.
     """
-    if kind in RUNNING:
+    if kind in RUNNING_TEXT_KINDS:
         return None
-    renderer = _renderer(objective, kind, reading, wording, labels)
-    if demonstrated is None:
+    renderer = _make_base_renderer(objective, kind, model_inputs, template, labels)
+    if add_demonstrations is None:
         return renderer
     if isinstance(objective, ClassifyObjective | MaskedObjective):
         raise StageError(
@@ -222,162 +228,168 @@ def renderer_for(
             where="tuning.demonstrations",
             expected="an objective whose answers are written: next-token or text-to-text",
         )
-    return demonstrated(renderer, kind)
+    return add_demonstrations(renderer, kind)
 
 
-def _renderer(
-    objective: RowsObjective, kind: str, reading: Reading, wording: Wording, labels: Labels | None
+def _make_base_renderer(
+    objective: RowsObjective, kind: str, model_inputs: ModelInputs, template: RowTemplate, labels: Labels | None
 ) -> Renderer:
     if isinstance(objective, ClassifyObjective | MaskedObjective):
         assert labels is not None
         if kind == "tagged":
             return TagRenderer(labels)
-        between = bool(reading.own.between)
-        return ClassRenderer(labels, separator="" if between else "\n", joint=not between)
+        between = bool(model_inputs.tokenizer_frame.separator_ids)
+        return ClassRenderer(labels, separator="" if between else "\n", is_joint=not between)
     answers = objective.answers if isinstance(objective, NextTokenObjective) else "last"
-    return writer_for(kind, reading, wording, answers)
+    return make_text_renderer(kind, model_inputs, template, answers)
 
 
-def writer_for(
-    kind: str, reading: Reading, wording: Wording, answers: Literal["all", "last"]
+def make_text_renderer(
+    kind: str, model_inputs: ModelInputs, row_template: RowTemplate, answers: Literal["all", "last"]
 ) -> PlainRenderer | ChatRenderer:
     """What puts rows into words for a model that answers in words: a template, or conversations in the chat template."""
     plain = PlainRenderer(
-        prompt=wording.prompt,
-        answer=wording.answer,
-        words=wording.words,
-        separate=reading.task == "text-to-text",
+        prompt=row_template.prompt,
+        answer=row_template.answer,
+        label_words=row_template.words,
+        is_separate=model_inputs.task == "text-to-text",
     )
-    tokenizer = reading.tokenizer
-    template = own_template(tokenizer.chat_template)
+    tokenizer = model_inputs.tokenizer
+    template = custom_template(tokenizer.chat_template)
     turns = kind == "instruction" or (kind == "completion" and template)
-    if wording.prompt is None and (kind == "chat" or (turns and reading.task == "causal")):
+    if row_template.prompt is None and (kind == "chat" or (turns and model_inputs.task == "causal")):
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         return ChatRenderer(template, special, answers, plain)
     return plain
 
 
-def plainly_chats(renderer: Renderer | None) -> bool:
+def uses_plain_chat_template(renderer: Renderer | None) -> bool:
     """Whether rows are put into words by the plain chat template."""
     if isinstance(renderer, Demonstrations):
-        return plainly_chats(renderer.inner)
+        return uses_plain_chat_template(renderer.renderer)
     return isinstance(renderer, ChatRenderer) and renderer.template is None
 
 
 def make_rows(
     objective: RowsObjective,
-    store: TokenStore | Part,
-    reading: Reading,
+    store: TokenStore | Subset,
+    model_inputs: ModelInputs,
     *,
     held_out: float = 0.0,
     excluded: np.ndarray | None = None,
-    most: int | None = None,
-    problem: Problem = "class",
-    together: bool = True,
+    max_document_tokens: int | None = None,
+    problem: ProblemType = "class",
+    pack: bool = True,
     words: Mapping[str, str] = MappingProxyType({}),
 ) -> Rows:
     """The rows of a store for an objective, as a model reads them. `together=False`: no two documents in a row.
 
     `words` say the labels of rows that are answered at the mask of a template.
     """
-    common: dict[str, Any] = {"held_out": held_out, "excluded": excluded, "max_document_tokens": most}
-    framed: dict[str, Any] = {**common, "frame": reading.frame, "lead": reading.lead}
+    common: dict[str, Any] = {"held_out": held_out, "excluded": excluded, "max_document_tokens": max_document_tokens}
+    framed: dict[str, Any] = {**common, "frame": model_inputs.frame, "lead": model_inputs.lead}
     match objective:
         case NextTokenObjective():
             running = store.marks(0) is None
-            if running and not reading.prompted and together:
-                return PackedRows(store, reading.length, **common)
+            if running and not model_inputs.has_soft_prompt and pack:
+                return PackedRows(store, model_inputs.length, **common)
             if running:  # there is no answer before which anything could stand
-                framed["frame"] = dataclasses.replace(reading.frame, between=())
-            return WholeRows(
+                framed["frame"] = dataclasses.replace(model_inputs.frame, separator_ids=())
+            return PackedExampleRows(
                 store,
-                reading.length,
+                model_inputs.length,
                 train_on=objective.train_on,
                 too_long=objective.too_long,
-                together=together,
+                pack=pack,
                 **framed,
             )
         case PrefixLMObjective():
             if store.marks(0) is None:
-                framed["frame"] = dataclasses.replace(reading.frame, between=())
+                framed["frame"] = dataclasses.replace(model_inputs.frame, separator_ids=())
             return PrefixRows(
-                store, reading.length, seed=reading.seed, too_long=objective.too_long, together=together, **framed
+                store, model_inputs.length, seed=model_inputs.seed, too_long=objective.too_long, pack=pack, **framed
             )
         case MaskedObjective() if store.marks(0) is not None:
             return ClozeRows(
-                store, reading.length, mask_id=reading.mask, verbalisers=verbalisers(store, reading, words), **framed
+                store,
+                model_inputs.length,
+                mask_id=model_inputs.mask_id,
+                verbalisers=verbalisers(store, model_inputs, words),
+                **framed,
             )
         case MaskedObjective():
             return MaskedRows(
                 store,
-                reading.length,
-                mask_id=reading.mask,
-                vocabulary=reading.encoder.vocabulary,
-                special_ids=reading.special,
-                seed=reading.seed,
-                share=objective.share,
-                continues_V=reading.continues_V if objective.whole_words else None,
+                model_inputs.length,
+                mask_id=model_inputs.mask_id,
+                vocabulary=model_inputs.encoder.vocabulary,
+                special_ids=model_inputs.special_ids,
+                seed=model_inputs.seed,
+                mask_rate=objective.share,
+                continues_V=model_inputs.continues_V if objective.whole_words else None,
                 **framed,
             )
         case SpanCorruptionObjective():
-            return SpanRows(
+            return SpanCorruptionRows(
                 store,
-                reading.length,
-                sentinels=reading.sentinels,
-                eos=reading.encoder.eos,
-                decoder_start=reading.decoder_start,
-                seed=reading.seed,
+                model_inputs.length,
+                sentinels=model_inputs.sentinels,
+                eos=model_inputs.encoder.eos,
+                decoder_start=model_inputs.decoder_start,
+                seed=model_inputs.seed,
                 density=objective.density,
                 mean_span=objective.mean_span,
-                **{**framed, "frame": _without_eos(reading)},
+                **{**framed, "frame": _frame_without_eos(model_inputs)},
             )
         case TextToTextObjective():
-            return PairRows(
+            return Seq2SeqRows(
                 store,
-                reading.length,
+                model_inputs.length,
                 objective.target_length,
-                eos=reading.encoder.eos,
-                decoder_start=reading.decoder_start,
-                seed=reading.seed,
-                too_long=_too_long(objective, store.kind),
-                **{**framed, "frame": _without_eos(reading)},
+                eos=model_inputs.encoder.eos,
+                decoder_start=model_inputs.decoder_start,
+                seed=model_inputs.seed,
+                too_long=_resolve_too_long(objective, store.kind),
+                **{**framed, "frame": _frame_without_eos(model_inputs)},
             )
         case OnPolicyObjective():
             return PromptRows(
                 store,
-                reading.length,
-                prompt=objective.prompt_tokens,
-                new=objective.new_tokens,
-                eos=reading.encoder.eos,
+                model_inputs.length,
+                prompt_tokens=objective.prompt_tokens,
+                new_tokens=objective.new_tokens,
+                eos=model_inputs.encoder.eos,
                 **framed,
             )
         case ClassifyObjective():
             if problem == "tags":
-                return TaggedRows(store, reading.length, **framed)
-            return LabelledRows(store, reading.length, kind=problem, types=reading.types, **framed)
+                return TaggedRows(store, model_inputs.length, **framed)
+            return LabelledRows(
+                store, model_inputs.length, kind=problem, token_types=model_inputs.has_token_types, **framed
+            )
 
 
-def _too_long(objective: TextToTextObjective, kind: str) -> TooLong:
+def _resolve_too_long(objective: TextToTextObjective, kind: str) -> TooLongPolicy:
     """In a conversation the question stands at the end."""
     if objective.too_long == "auto":
         return "cut-context" if kind in ("chat", "instruction") else "cut-end"
     return objective.too_long
 
 
-def left_out(skipped: Mapping[str, int]) -> list[str]:
+def describe_skipped(skipped: Mapping[str, int]) -> list[str]:
     """Rows that were left out, by the reason."""
     return [f"{count:,} rows are left out ({reason})" for reason, count in skipped.items() if count]
 
 
-def lost(rows: Rows) -> list[str]:
+def describe_dropped(rows: Rows) -> list[str]:
     """What rows have lost of the documents that they were made of: left out whole, or in part."""
-    cut: Mapping[str, int] = getattr(rows, "cut", {})
-    return left_out(getattr(rows, "skipped", {})) + [
+    cut: Mapping[str, int] = getattr(rows, "truncations", {})
+    return describe_skipped(getattr(rows, "skipped", {})) + [
         f"{count:,} rows are too long; {what} is cut" for what, count in cut.items() if count
     ]
 
 
-def verbalisers(store: TokenStore | Part, reading: Reading, words: Mapping[str, str]) -> list[int]:
+def verbalisers(store: TokenStore | Subset, model_inputs: ModelInputs, words: Mapping[str, str]) -> list[int]:
     """A token for each label: what a masked language model is to say at the mask.
 
     Raises `StageError` for a label without a word, and for a word of several tokens.
@@ -385,8 +397,8 @@ def verbalisers(store: TokenStore | Part, reading: Reading, words: Mapping[str, 
     out: list[int] = []
     for label in store.labels or ():
         word = words.get(str(label), str(label))
-        ids = reading.tokenizer(word, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1 or ids[0] == reading.tokenizer.unk_token_id:
+        ids = model_inputs.tokenizer(word, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or ids[0] == model_inputs.tokenizer.unk_token_id:
             raise StageError(
                 f"the word '{word}' for the label '{label}' is not one token of this tokenizer",
                 where="data.sources.words",
@@ -396,7 +408,9 @@ def verbalisers(store: TokenStore | Part, reading: Reading, words: Mapping[str, 
     return out
 
 
-def _without_eos(reading: Reading) -> Any:
+def _frame_without_eos(model_inputs: ModelInputs) -> Any:
     """The frame of rows that set their own EOS behind the text."""
-    after = reading.frame.after
-    return dataclasses.replace(reading.frame, after=after[:-1] if after[-1:] == (reading.encoder.eos,) else after)
+    after = model_inputs.frame.suffix_ids
+    return dataclasses.replace(
+        model_inputs.frame, suffix_ids=after[:-1] if after[-1:] == (model_inputs.encoder.eos,) else after
+    )

@@ -11,40 +11,56 @@ import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from postgrad.config import stage as s
-from postgrad.config.mixing import told
+from postgrad.config.mixing import describe_shares
 from postgrad.config.objectives import AnyObjective, PrefixLMObjective
-from postgrad.data.layouts.rows import Rows, keep
+from postgrad.data.layouts.rows import Rows, select_documents
 from postgrad.data.loading.mixture import Mixture
-from postgrad.data.read.examples import RUNNING, Labels
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Labels
 from postgrad.data.render.chat import plain_template
 from postgrad.errors import DataError, StageError
-from postgrad.evaluation.held_out import AnyHeldOut
-from postgrad.evaluation.pseudo_perplexity import OneByOne
-from postgrad.models.pretrained import Start, Task, TaskLayer, load_tokenizer
-from postgrad.models.task_head import Representation
-from postgrad.objectives.classification_loss import Problem
+from postgrad.evaluation.held_out import HeldOutSet
+from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText
+from postgrad.models.pretrained import ClassifierSpec, ModelLocation, Task, load_tokenizer
+from postgrad.models.task_head import TaskHeadConfig
+from postgrad.objectives.classification_loss import ProblemType
 from postgrad.optim import lr_schedules
-from postgrad.plan.checkpoint_selection import Rule, make_rule
-from postgrad.plan.data_order import make_order
-from postgrad.plan.filter_documents import selected
-from postgrad.plan.held_out_sets import Chosen, as_read, check_labels, held_out_sets, listed_files, one_by_one, overlaps
-from postgrad.plan.lr_schedule import make_schedule
-from postgrad.plan.model_inputs import Reading, make_encoder, make_reading
-from postgrad.plan.objective_rows import (
-    left_out,
-    lost,
-    made_with,
-    make_rows,
-    objectives_for,
-    plainly_chats,
-    refuse_unused,
-    task_for,
+from postgrad.plan.checkpoint_selection import SelectionRule, make_selection_rule
+from postgrad.plan.data_order import make_data_order
+from postgrad.plan.filter_documents import describe_selection
+from postgrad.plan.held_out_sets import (
+    HeldOutDocuments,
+    check_labels,
+    make_held_out_set,
+    make_masked_held_out_text,
+    measure_overlaps,
+    resolve_held_out_files,
+    select_held_out_documents,
 )
-from postgrad.plan.sources import Leaf, Progress, demonstrating, labels_for, make_leaves, seen_by, wanted_sources
-from postgrad.plan.start_model import made_note, start_of
-from postgrad.plan.task_layer import form_for
-from postgrad.plan.task_prompts import Asked, framed, make_asked
-from postgrad.plan.teachers import name_of, teachers_for
+from postgrad.plan.lr_schedule import make_schedule
+from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
+from postgrad.plan.objective_rows import (
+    describe_dropped,
+    describe_skipped,
+    get_start_objectives,
+    make_rows,
+    refuse_unused_objectives,
+    resolve_objectives,
+    resolve_task,
+    uses_plain_chat_template,
+)
+from postgrad.plan.sources import (
+    ProgressCallback,
+    ResolvedSource,
+    get_seen_sources,
+    make_demonstration_wrapper,
+    resolve_labels,
+    resolve_source_specs,
+    resolve_sources,
+)
+from postgrad.plan.start_model import new_model_note, resolve_start_model
+from postgrad.plan.task_layer import resolve_representation
+from postgrad.plan.task_prompts import PromptedTask, add_soft_prompts, make_prompted_task
+from postgrad.plan.teachers import get_teacher_identity, resolve_teachers
 
 
 @dataclass(frozen=True)
@@ -54,95 +70,95 @@ class Plan:
     stage: s.Stage
     root: Path
     output: Path
-    start: Start
+    start_model: ModelLocation
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
     context: int
-    leaves: tuple[Leaf, ...]
+    sources: tuple[ResolvedSource, ...]
     rows: tuple[Rows, ...]
     task: Task
     objectives: tuple[AnyObjective, ...]
-    weighed: tuple[tuple[int, ...], ...]
+    objective_indices: tuple[tuple[int, ...], ...]
     """The numbers of the objectives that weigh each leaf's rows."""
-    teachers: dict[int, Start]
+    teachers: dict[int, ModelLocation]
     """Whom an objective is taught by, by the objective's number."""
-    problem: Problem
+    problem: ProblemType
     """What a classifier decides."""
-    layer: TaskLayer | None
-    reading: Reading
+    task_layer: ClassifierSpec | None
+    model_inputs: ModelInputs
     mixture: Mixture
-    asked: tuple[float, ...]
+    target_shares: tuple[float, ...]
     """What share of the trained tokens each leaf was to have."""
     steps: int
     tokens: int
     schedule: lr_schedules.Schedule
-    held_out: tuple[AnyHeldOut, ...]
+    held_out_sets: tuple[HeldOutSet, ...]
     """As the model reads them under the stage's tuning."""
-    held_out_before: tuple[AnyHeldOut, ...]
+    held_out_sets_before: tuple[HeldOutSet, ...]
     """The same documents as the start model reads them."""
-    pseudo: tuple[OneByOne, ...]
+    pseudo_perplexity_sets: tuple[MaskedHeldOutText, ...]
     """Of masked language models: held-out text of which every token is masked in turn."""
-    pseudo_before: tuple[OneByOne, ...]
+    pseudo_perplexity_sets_before: tuple[MaskedHeldOutText, ...]
     """The same texts as the start model reads them."""
-    tasks: tuple[Asked, ...]
+    tasks: tuple[PromptedTask, ...]
     """What the model is asked under the stage's tuning."""
-    tasks_before: tuple[Asked, ...]
+    tasks_before: tuple[PromptedTask, ...]
     """The same, as the start model is asked."""
-    choice: Rule | None
+    selection_rule: SelectionRule | None
     """By what the published step is chosen; None: the last one is published."""
-    seen: dict[str, dict[str, Any]]
-    overlap: dict[str, dict[str, Any]]
+    seen_sources: dict[str, dict[str, Any]]
+    overlaps: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
     cache: Path
     """Where what can be made again is kept."""
 
     @property
-    def start_named(self) -> str:
+    def start_model_name(self) -> str:
         """The start model, as another stage with the same root would name it."""
-        return self.stage.model if isinstance(self.stage.model, str) else str(self.start.folder)
+        return self.stage.model if isinstance(self.stage.model, str) else str(self.start_model.folder)
 
     @property
-    def sources(self) -> list[str]:
+    def source_names(self) -> list[str]:
         """Names of the leaves, in the order of the mixture."""
-        return [leaf.name for leaf in self.leaves]
+        return [leaf.name for leaf in self.sources]
 
     @property
-    def prefixes(self) -> int:
+    def prefix_length(self) -> int:
         """How long rows are whose beginnings are read in both directions; 0 when there are none."""
-        return self.context if any(isinstance(leaf.wanted.objective, PrefixLMObjective) for leaf in self.leaves) else 0
+        return self.context if any(isinstance(leaf.spec.objective, PrefixLMObjective) for leaf in self.sources) else 0
 
     @property
-    def looked_at(self) -> tuple[AnyHeldOut, ...]:
+    def evaluation_sets(self) -> tuple[HeldOutSet, ...]:
         """The sets that are scored before and during training: all but the test sets."""
-        return tuple(h for h in self.held_out if h.role != "test")
+        return tuple(h for h in self.held_out_sets if h.role != "test")
 
     @property
-    def looked_at_before(self) -> tuple[AnyHeldOut, ...]:
+    def evaluation_sets_before(self) -> tuple[HeldOutSet, ...]:
         """The same as the start model reads them."""
-        return tuple(h for h in self.held_out_before if h.role != "test")
+        return tuple(h for h in self.held_out_sets_before if h.role != "test")
 
-    def first_look(self, held_out: AnyHeldOut) -> AnyHeldOut:
+    def evaluation_subset(self, held_out: HeldOutSet) -> HeldOutSet:
         """What of a set is scored during training: the first tokens of it, or all of it where it decides."""
-        whole = self.choice is not None and self.choice.watched(held_out)
-        return held_out if whole else held_out.first(self.stage.evaluation.during_tokens)
+        whole = self.selection_rule is not None and self.selection_rule.is_watched(held_out)
+        return held_out if whole else held_out.take_tokens(self.stage.evaluation.during_tokens)
 
-    def trained_per_row(self) -> list[float]:
+    def trained_tokens_per_row(self) -> list[float]:
         """Mean trained tokens in a row of each source."""
         return [r.ledger.trained / len(r) for r in self.rows]
 
-    def counts(self) -> tuple[int, ...]:
+    def row_counts(self) -> tuple[int, ...]:
         """Rows of each source that the stage reads."""
-        first = self.stage.data.skip_steps * self.mixture.block
-        before, after = self.mixture.counts(first), self.mixture.counts(first + self.steps * self.mixture.block)
+        first = self.stage.data.skip_steps * self.mixture.block_size
+        before, after = self.mixture.counts(first), self.mixture.counts(first + self.steps * self.mixture.block_size)
         return tuple(b - a for a, b in zip(before, after, strict=True))
 
     def as_record(self) -> dict[str, Any]:
         """The plan as plain data: what is shown, and what a resumed run is held against."""
-        counts, per_row = self.counts(), self.trained_per_row()
+        counts, per_row = self.row_counts(), self.trained_tokens_per_row()
         trained = [round(c * t) for c, t in zip(counts, per_row, strict=True)]
         return {
             "steps": self.steps,
-            "rows": self.steps * self.mixture.block,
+            "rows": self.steps * self.mixture.block_size,
             "sequence_length": self.stage.data.sequence_length,
             "tokens": sum(trained),
             "sources": [
@@ -157,10 +173,12 @@ class Plan:
                     "available": r.ledger.trained,
                     "documents": len(leaf.store),
                     "kind": leaf.store.kind,
-                    "made_by": leaf.made_by,
+                    "made_by": leaf.generated_by,
                     **({"selected": list(leaf.selection)} if leaf.selection else {}),
                 }
-                for leaf, asked, c, t, r in zip(self.leaves, self.asked, counts, trained, self.rows, strict=True)
+                for leaf, asked, c, t, r in zip(
+                    self.sources, self.target_shares, counts, trained, self.rows, strict=True
+                )
             ],
         }
 
@@ -168,28 +186,28 @@ class Plan:
         """Of everything that goes into the run besides the start model."""
         return {
             "stage": self.stage.fingerprint(),
-            "data": {leaf.name: leaf.store.fingerprint for leaf in self.leaves},
-            "sets": {h.name: h.fingerprint for h in self.held_out},
+            "data": {leaf.name: leaf.store.fingerprint for leaf in self.sources},
+            "sets": {h.name: h.fingerprint for h in self.held_out_sets},
             **({"tasks": {t.name: t.fingerprint for t in self.tasks}} if self.tasks else {}),
             # Left out where there are none: a run from before there were teachers can still be resumed.
-            **({"teachers": [name_of(t) for t in self.teachers.values()]} if self.teachers else {}),
+            **({"teachers": [get_teacher_identity(t) for t in self.teachers.values()]} if self.teachers else {}),
         }
 
     @property
-    def clusters_seen(self) -> set[str]:
+    def seen_clusters(self) -> set[str]:
         """The sorts of tasks that this stage or an earlier one trains on."""
-        earlier = (entry["origin"].get("cluster") for entry in self.seen.values())
-        return {c for c in (*earlier, *(leaf.wanted.cluster for leaf in self.leaves)) if c is not None}
+        earlier = (entry["origin"].get("cluster") for entry in self.seen_sources.values())
+        return {c for c in (*earlier, *(leaf.spec.cluster for leaf in self.sources)) if c is not None}
 
 
-def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None = None) -> Plan:
+def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallback | None = None) -> Plan:
     """Read and tokenise the texts (or find them in the cache) and work out the stage.
 
     Paths in the stage are relative to `root`, the stage file's folder. Raises the error of whatever is impossible.
     """
-    start = start_of(stage, root, cache, progress)
+    start = resolve_start_model(stage, root, cache, progress)
     tokenizer = load_tokenizer(start)
-    config = AutoConfig.from_pretrained(start.source)
+    config = AutoConfig.from_pretrained(start.name_or_path)
     vocabulary = int(config.vocab_size)
     encoder = make_encoder(tokenizer, vocabulary, stage.data.eos)
     limit = getattr(config, "max_position_embeddings", None)
@@ -201,45 +219,53 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
             expected=f"at most {limit:,}",
         )
     if stage.max_forgetting is not None and not _has_retained(stage):
-        raise _no_gate()
-    objectives = objectives_for(stage.objectives, start)
-    seen = seen_by(start)
-    notes: list[str] = [made_note(start, stage)] if start.made else []
-    task = task_for(objectives, start)
-    wanted = wanted_sources(stage, objectives, made_with(start), root, seen)
-    refuse_unused(objectives, [item.weighed for item in wanted])
-    labels = labels_for(wanted, cache)
+        raise _no_retained_set_error()
+    objectives = resolve_objectives(stage.objectives, start)
+    seen = get_seen_sources(start)
+    notes: list[str] = [new_model_note(start, stage)] if start.scratch_recipe else []
+    task = resolve_task(objectives, start)
+    wanted = resolve_source_specs(stage, objectives, get_start_objectives(start), root, seen)
+    refuse_unused_objectives(objectives, [item.objective_indices for item in wanted])
+    labels = resolve_labels(wanted, cache)
     if labels and labels.problem == "tags" and task == "classify":
         task = "tag"
-    form = form_for([item.objective for item in wanted], start, task)
-    reading = make_reading(task, start, tokenizer, encoder, length=length, seed=stage.seed, tuning=stage.tuning)
-    problem: Problem = labels.problem if labels else "class"  # type: ignore[assignment]
-    demonstrated = demonstrating(stage, wanted, reading)
-    listed = listed_files(stage, root, wanted, objectives, labels, demonstrated, reading, cache)
-    leaves = make_leaves(stage, wanted, labels, demonstrated, reading, cache, progress)
-    if any(plainly_chats(leaf.renderer) for leaf in leaves):  # the model leaves with what it was trained with
+    form = resolve_representation([item.objective for item in wanted], start, task)
+    reading = make_model_inputs(task, start, tokenizer, encoder, length=length, seed=stage.seed, tuning=stage.tuning)
+    problem: ProblemType = labels.problem if labels else "class"  # type: ignore[assignment]
+    demonstrated = make_demonstration_wrapper(stage, wanted, reading)
+    listed = resolve_held_out_files(stage, root, wanted, objectives, labels, demonstrated, reading, cache)
+    leaves = resolve_sources(stage, wanted, labels, demonstrated, reading, cache, progress)
+    if any(
+        uses_plain_chat_template(leaf.renderer) for leaf in leaves
+    ):  # the model leaves with what it was trained with
         tokenizer.chat_template = plain_template(encoder.bos is not None)
-    chosen, tables = held_out_sets(stage, leaves, listed, seen, reading, cache, progress, notes)
+    chosen, tables = select_held_out_documents(stage, leaves, listed, seen, reading, cache, progress, notes)
     if stage.max_forgetting is not None and not any(h.role == "retained" for h in chosen):
-        raise _no_gate()  # a replay source so small that nothing of it fell into the held-out share
-    most, spare = stage.evaluation.max_tokens, len(reading.before) - len(reading.without.before)
-    held_out = [as_read(c, reading, most, notes, problem=problem) for c in chosen]
-    before = [as_read(c, reading.without, most, [], spare=spare, problem=problem) for c in chosen]
-    tasks = [make_asked(task, reading, root, f"evaluation.tasks[{i}]") for i, task in enumerate(stage.evaluation.tasks)]
+        raise _no_retained_set_error()  # a replay source so small that nothing of it fell into the held-out share
+    most, spare = stage.evaluation.max_tokens, len(reading.virtual_tokens) - len(reading.without_tuning.virtual_tokens)
+    held_out = [make_held_out_set(c, reading, most, notes, problem=problem) for c in chosen]
+    before = [
+        make_held_out_set(c, reading.without_tuning, most, [], reserved_positions=spare, problem=problem)
+        for c in chosen
+    ]
+    tasks = [
+        make_prompted_task(task, reading, root, f"evaluation.tasks[{i}]")
+        for i, task in enumerate(stage.evaluation.tasks)
+    ]
     notes += [note for asked in tasks for note in asked.notes]
-    kept_out = [t["digest"] for t in tables] + [asked.tested_N for asked in tasks]
+    kept_out = [t["digest"] for t in tables] + [asked.test_digests_N for asked in tasks]
     excluded = np.unique(np.concatenate(kept_out)) if kept_out else None
     check_labels(chosen, leaves, excluded, cache, notes)
     rows = tuple(
         make_rows(
-            leaf.wanted.objective,
+            leaf.spec.objective,
             leaf.store,
             reading,
             held_out=leaf.held_out,
             excluded=excluded,
-            most=stage.data.max_document_tokens,
+            max_document_tokens=stage.data.max_document_tokens,
             problem=problem,
-            words=leaf.wanted.wording.words,
+            words=leaf.spec.template.words,
         )
         for leaf in leaves
     )
@@ -257,84 +283,104 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: Progress | None
                 "(copies of held-out documents, or documents of one token)"
             )
         if leaf.selection:
-            notes.append(f"{leaf.name}: {selected(leaf.selection)}")
-        if leaf.made_by:
-            notes.append(f"{leaf.name}: self-made text, written by {leaf.made_by}; not what that model was trained on")
-        notes += [f"{leaf.name}: {said}" for said in (*left_out(leaf.store.skipped), *lost(packed))]
-    if reading.added.after and task == "causal" and all(leaf.store.kind in RUNNING for leaf in leaves):
+            notes.append(f"{leaf.name}: {describe_selection(leaf.selection)}")
+        if leaf.generated_by:
+            notes.append(
+                f"{leaf.name}: self-made text, written by {leaf.generated_by}; not what that model was trained on"
+            )
+        notes += [f"{leaf.name}: {said}" for said in (*describe_skipped(leaf.store.skipped), *describe_dropped(packed))]
+    if (
+        reading.tuning_frame.suffix_ids
+        and task == "causal"
+        and all(leaf.store.kind in RUNNING_TEXT_KINDS for leaf in leaves)
+    ):
         raise StageError(
             "vectors behind running text would never be trained: nothing that a decoder predicts stands behind them",
             where="tuning.template",
             expected="vectors before {x}, or rows with answers",
         )
-    shares = _shares(stage, leaves, excluded, notes)
-    order = make_order(stage, leaves, rows, shares, notes, start)
+    shares = _resolve_shares(stage, leaves, excluded, notes)
+    order = make_data_order(stage, leaves, rows, shares, notes, start)
     steps, tokens = order.steps, order.tokens
     schedule = make_schedule(stage.schedule, steps, tokens, start)
     looked_at = [c for c in chosen if c.role != "test"]
-    choice = make_rule(stage.save.choose, held_out, steps, tokens, schedule)
+    choice = make_selection_rule(stage.save.choose, held_out, steps, tokens, schedule)
     return Plan(
         stage=stage,
         root=root,
         output=(root / (stage.output or f"runs/{stage.name}")).resolve(),
-        start=start,
+        start_model=start,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         context=length,
-        leaves=tuple(leaves),
+        sources=tuple(leaves),
         rows=rows,
         task=task,
         objectives=objectives,
-        teachers=teachers_for(objectives, start, task, tokenizer, vocabulary, root),
-        weighed=tuple(leaf.wanted.weighed for leaf in leaves),
+        teachers=resolve_teachers(objectives, start, task, tokenizer, vocabulary, root),
+        objective_indices=tuple(leaf.spec.objective_indices for leaf in leaves),
         problem=problem,
-        layer=_task_layer(labels, reading.pad, stage.seed, form) if task in ("classify", "tag") else None,
-        reading=reading,
+        task_layer=_make_task_layer(labels, reading.pad_id, stage.seed, form) if task in ("classify", "tag") else None,
+        model_inputs=reading,
         mixture=order.mixture,
-        asked=order.asked,
+        target_shares=order.target_shares,
         steps=steps,
         tokens=tokens,
         schedule=schedule,
-        held_out=tuple(held_out),
-        held_out_before=tuple(before),
-        pseudo=_pseudo(stage, task, looked_at, reading),
-        pseudo_before=_pseudo(stage, task, looked_at, reading.without),
-        tasks=tuple(framed(asked, reading) for asked in tasks),
-        tasks_before=tuple(framed(asked, reading.without) for asked in tasks),
-        choice=choice,
-        seen=seen,
-        overlap=overlaps(stage, root, leaves, held_out, cache, notes),
+        held_out_sets=tuple(held_out),
+        held_out_sets_before=tuple(before),
+        pseudo_perplexity_sets=_make_pseudo_perplexity_sets(stage, task, looked_at, reading),
+        pseudo_perplexity_sets_before=_make_pseudo_perplexity_sets(stage, task, looked_at, reading.without_tuning),
+        tasks=tuple(add_soft_prompts(asked, reading) for asked in tasks),
+        tasks_before=tuple(add_soft_prompts(asked, reading.without_tuning) for asked in tasks),
+        selection_rule=choice,
+        seen_sources=seen,
+        overlaps=measure_overlaps(stage, root, leaves, held_out, cache, notes),
         notes=tuple(notes),
         cache=cache,
     )
 
 
-def _shares(stage: s.Stage, leaves: Sequence[Leaf], excluded: np.ndarray | None, notes: list[str]) -> tuple[float, ...]:
+def _resolve_shares(
+    stage: s.Stage, sources: Sequence[ResolvedSource], excluded: np.ndarray | None, notes: list[str]
+) -> tuple[float, ...]:
     """The share of each source; where `data.mixing` parts what is left, by the documents that may be trained on."""
     if stage.data.mixing is None:
-        return stage.shares()
+        return stage.resolve_shares()
     examples = {source.name: 0 for source in stage.data.sources}
-    for leaf in leaves:
-        examples[leaf.wanted.source] += len(keep(leaf.store, held_out=leaf.held_out, excluded=excluded).documents)
-    shares = stage.shares(examples)
+    for leaf in sources:
+        examples[leaf.spec.source] += len(
+            select_documents(leaf.store, held_out=leaf.held_out, excluded=excluded).documents
+        )
+    shares = stage.resolve_shares(examples)
     left_out = [source.name for source in stage.data.sources if source.share is None]
-    notes.append(told(stage.data.mixing, dict(zip(examples, shares, strict=True)), examples, left_out))
+    notes.append(describe_shares(stage.data.mixing, dict(zip(examples, shares, strict=True)), examples, left_out))
     return shares
 
 
-def _pseudo(stage: s.Stage, task: Task, chosen: Sequence[Chosen], reading: Reading) -> tuple[OneByOne, ...]:
+def _make_pseudo_perplexity_sets(
+    stage: s.Stage, task: Task, held_out_documents: Sequence[HeldOutDocuments], model_inputs: ModelInputs
+) -> tuple[MaskedHeldOutText, ...]:
     """Every set of running text, to be masked token by token. Raises `StageError` for a model that fills in no masks."""
     limit = stage.evaluation.pseudo_perplexity
     if limit and task != "masked":
         raise StageError(
-            f"pseudo-perplexity is of masked language models, and {reading.start.name} is none",
+            f"pseudo-perplexity is of masked language models, and {model_inputs.start_model.name} is none",
             where="evaluation.pseudo_perplexity",
             expected="0, or an encoder under the objective masked",
         )
-    return tuple(one_by_one(c, reading, limit) for c in chosen if c.store.kind in RUNNING) if limit else ()
+    return (
+        tuple(
+            make_masked_held_out_text(c, model_inputs, limit)
+            for c in held_out_documents
+            if c.store.kind in RUNNING_TEXT_KINDS
+        )
+        if limit
+        else ()
+    )
 
 
-_PROBLEMS = {
+_PROBLEM_TYPES = {
     "class": "single_label_classification",
     "multi": "multi_label_classification",
     "number": "regression",
@@ -342,12 +388,14 @@ _PROBLEMS = {
 }
 
 
-def _task_layer(labels: Labels | None, pad: int, seed: int, form: Representation | None) -> TaskLayer | None:
+def _make_task_layer(
+    labels: Labels | None, pad: int, seed: int, representation: TaskHeadConfig | None
+) -> ClassifierSpec | None:
     """The task layer of a classifier; a number is what its only output says."""
     if labels is None:
         return None
     names = tuple(str(name) for name in labels.names) or ("number",)
-    return TaskLayer(names, _PROBLEMS[labels.problem], pad, seed, form)  # type: ignore[arg-type]
+    return ClassifierSpec(names, _PROBLEM_TYPES[labels.problem], pad, seed, representation)  # type: ignore[arg-type]
 
 
 def _has_retained(stage: s.Stage) -> bool:
@@ -359,7 +407,7 @@ def _has_retained(stage: s.Stage) -> bool:
     )
 
 
-def _no_gate() -> StageError:
+def _no_retained_set_error() -> StageError:
     return StageError(
         "there is no retained set to hold the gate against",
         where="max_forgetting",

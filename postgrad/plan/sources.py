@@ -15,26 +15,26 @@ from pydantic import TypeAdapter
 from postgrad.config import stage as s
 from postgrad.config.document_filters import AnySelection
 from postgrad.config.objectives import AnyObjective, ClassifyObjective, MaskedObjective, RowsObjective
-from postgrad.config.tunings import InstructionPrompt
+from postgrad.config.tunings import InstructionPromptTuning
 from postgrad.data.layouts.rows import held_out_mask
 from postgrad.data.loading.mixture import seen_weights
-from postgrad.data.read.documents import read_examples, source_kind
-from postgrad.data.read.examples import RUNNING, Example, Labels, Renderer
-from postgrad.data.read.files import HubRows
-from postgrad.data.read.files import Source as Files
-from postgrad.data.read.generated_text import made_by
+from postgrad.data.read.documents import detect_kind, read_examples
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example, Labels, Renderer
+from postgrad.data.read.files import HubDataset
+from postgrad.data.read.files import RawSource as Files
+from postgrad.data.read.generated_text import get_generator_model
 from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.tokens.store import TokenStore, digest
-from postgrad.data.tokens.tokenize import Encoder, build_store, labels_of, render_at
+from postgrad.data.tokens.tokenize import Encoder, build_store, read_all_labels, render_example
 from postgrad.errors import StageError
-from postgrad.lineage.record import PLAN, read_record, seen_so_far, with_stage
-from postgrad.models.pretrained import Start
-from postgrad.plan.filter_documents import resolved, select
-from postgrad.plan.model_inputs import Reading
-from postgrad.plan.objective_rows import Demonstrated, Wording, objective_for, renderer_for
+from postgrad.lineage.record import PLAN, add_stage, get_seen_data, read_record
+from postgrad.models.pretrained import ModelLocation
+from postgrad.plan.filter_documents import resolve_methods, select_documents
+from postgrad.plan.model_inputs import ModelInputs
+from postgrad.plan.objective_rows import DemonstrationWrapper, RowTemplate, make_renderer, match_objectives
 from postgrad.training.checkpoint_files import read_progress
 
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 """Told a source's name, bytes done and bytes in all."""
 
 _HELD_OUT_DOCUMENTS = 200
@@ -42,22 +42,22 @@ _SELECTIONS: TypeAdapter[list[AnySelection]] = TypeAdapter(list[AnySelection])
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SourceSpec:
     """A source before it is read: a replay of everything seen becomes one for each origin."""
 
     name: str
     source: str
     role: str
-    part: float
+    fraction: float
     """Its share of the source: 1, or less when the source is a replay of everything seen."""
     held_out: float | None
     max_passes: float
     files: Files
-    wording: Wording
+    template: RowTemplate
     stands_for: int | None
     objective: RowsObjective
     """What its rows are made for."""
-    weighed: tuple[int, ...]
+    objective_indices: tuple[int, ...]
     """The numbers of the objectives that weigh them."""
     cluster: str | None = None
     """The sort of task its rows are."""
@@ -67,14 +67,14 @@ class Wanted:
     @cached_property
     def kind(self) -> str:
         """What its rows are."""
-        return source_kind(self.files)
+        return detect_kind(self.files)
 
 
 @dataclass(frozen=True)
-class Leaf:
+class ResolvedSource:
     """A source as it is read."""
 
-    wanted: Wanted
+    spec: SourceSpec
     held_out: float
     renderer: Renderer | None
     store: TokenStore
@@ -84,57 +84,57 @@ class Leaf:
     @property
     def name(self) -> str:
         """Names it in the plan, the metrics and the report."""
-        return self.wanted.name
+        return self.spec.name
 
     @property
     def role(self) -> str:
         """`new` or `replay`."""
-        return self.wanted.role
+        return self.spec.role
 
     @property
     def files(self) -> Files:
         """Where its documents come from."""
-        return self.wanted.files
+        return self.spec.files
 
     @cached_property
-    def made_by(self) -> str | None:
+    def generated_by(self) -> str | None:
         """The model that wrote its documents, when one did."""
-        return made_by(self.files)
+        return get_generator_model(self.files)
 
 
-def seen_by(start: Start) -> dict[str, dict[str, Any]]:
+def get_seen_sources(start_model: ModelLocation) -> dict[str, dict[str, Any]]:
     """What the start model has consumed: all of its run, or, for a checkpoint, what was consumed up to there."""
-    if start.run is None or start.folder is None:
+    if start_model.run is None or start_model.folder is None:
         return {}
-    if (start.folder / "state.json").exists():
-        planned = json.loads((start.run / PLAN).read_text())
-        trained = read_progress(start.folder).trained_by_source
-        return with_stage(planned["seen_before"], consumed(planned["leaves"], trained))
-    return seen_so_far(read_record(start.run))
+    if (start_model.folder / "state.json").exists():
+        planned = json.loads((start_model.run / PLAN).read_text())
+        trained = read_progress(start_model.folder).trained_by_source
+        return add_stage(planned["seen_before"], count_consumed_tokens(planned["leaves"], trained))
+    return get_seen_data(read_record(start_model.run))
 
 
-def wanted_sources(
+def resolve_source_specs(
     stage: s.Stage,
     objectives: Sequence[AnyObjective],
-    own: Sequence[RowsObjective],
+    start_objectives: Sequence[RowsObjective],
     root: Path,
-    seen: dict[str, dict[str, Any]],
-) -> list[Wanted]:
+    seen_sources: dict[str, dict[str, Any]],
+) -> list[SourceSpec]:
     """The sources of a stage with what each is for. Raises `StageError` for rows that no objective serves."""
-    out: list[Wanted] = []
+    out: list[SourceSpec] = []
     for i, source in enumerate(stage.data.sources):
         where = f"data.sources[{i}]"
         if not source.seen_so_far:
             origins = [(1.0, source.name, source.model_dump(), root, source.held_out, source.stands_for)]
-        elif seen:
-            weights = seen_weights({key: entry["tokens"] for key, entry in seen.items()}, 1.0)
+        elif seen_sources:
+            weights = seen_weights({key: entry["tokens"] for key, entry in seen_sources.items()}, 1.0)
             origins = [
                 (
                     weight,
-                    f"{source.name}/{seen[key]['name']}",
-                    seen[key]["origin"],
-                    Path(seen[key]["origin"]["root"]),
-                    seen[key]["origin"]["held_out"],
+                    f"{source.name}/{seen_sources[key]['name']}",
+                    seen_sources[key]["origin"],
+                    Path(seen_sources[key]["origin"]["root"]),
+                    seen_sources[key]["origin"]["held_out"],
                     None,
                 )
                 for key, weight in weights.items()
@@ -147,18 +147,18 @@ def wanted_sources(
                 way_out="give the old text itself as `path`",
             )
         for part, name, given, base, held_out, stands_for in origins:
-            files = files_of(name, given, base, where)
-            weighed = objective_for(source.name, source_kind(files), objectives, own, where)
-            if not weighed.numbers:
+            files = make_text_files(name, given, base, where)
+            weighed = match_objectives(source.name, detect_kind(files), objectives, start_objectives, where)
+            if not weighed.objective_indices:
                 raise StageError(
                     f"no objective is taken on '{source.name}'",
                     where=where,
                     expected="an objective that names it under `on`, or one without `on`",
                 )
             role = "replay" if source.seen_so_far else source.role
-            wording = wording_of(given)
+            wording = make_row_template(given)
             out.append(
-                Wanted(
+                SourceSpec(
                     name,
                     source.name,
                     role,
@@ -176,19 +176,19 @@ def wanted_sources(
     return out
 
 
-def labels_for(wanted: Sequence[Wanted], cache: Path) -> Labels | None:
+def resolve_labels(source_specs: Sequence[SourceSpec], cache: Path) -> Labels | None:
     """What a classifier of this stage decides between; None when there is no classifier.
 
     Raises `StageError` when sources are labelled in different ways, `DataError` for labels that do not go together.
     """
     found: dict[str, Labels] = {}
     asked = None
-    for item in wanted:
+    for item in source_specs:
         objective = item.objective
         cloze = isinstance(objective, MaskedObjective) and item.kind == "labelled"
         if cloze or isinstance(objective, ClassifyObjective):
             asked = objective if isinstance(objective, ClassifyObjective) else ClassifyObjective(kind="classify")
-            found[item.name] = labels_of([item.files], cache)
+            found[item.name] = read_all_labels([item.files], cache)
     if asked is None:
         return None
     problems = {labels.problem: name for name, labels in found.items()}
@@ -218,58 +218,63 @@ def labels_for(wanted: Sequence[Wanted], cache: Path) -> Labels | None:
     return Labels(problem, tuple(by_text.get(name, name) for name in asked.labels))
 
 
-def make_leaves(
+def resolve_sources(
     stage: s.Stage,
-    wanted: Sequence[Wanted],
+    source_specs: Sequence[SourceSpec],
     labels: Labels | None,
-    demonstrated: Demonstrated | None,
-    reading: Reading,
+    add_demonstrations: DemonstrationWrapper | None,
+    model_inputs: ModelInputs,
     cache: Path,
-    progress: Progress | None,
-) -> list[Leaf]:
+    progress: ProgressCallback | None,
+) -> list[ResolvedSource]:
     """Read and tokenise the sources."""
-    leaves: list[Leaf] = []
+    leaves: list[ResolvedSource] = []
     renderers = [
-        renderer_for(item.objective, item.kind, reading, item.wording, labels, demonstrated) for item in wanted
+        make_renderer(item.objective, item.kind, model_inputs, item.template, labels, add_demonstrations)
+        for item in source_specs
     ]
-    for item, renderer in zip(wanted, renderers, strict=True):
-        try_wording(item.files, renderer)
-    for item, renderer in zip(wanted, renderers, strict=True):
-        store = store_of(item.files, reading.encoder, cache, progress, stage.data.workers, renderer)
-        left = select(store, item.select, item.files, reading, cache, seed=stage.seed, told=progress)
-        leaves.append(Leaf(item, held_out_share(stage, item, len(left.store)), renderer, left.store, left.steps))
+    for item, renderer in zip(source_specs, renderers, strict=True):
+        check_template(item.files, renderer)
+    for item, renderer in zip(source_specs, renderers, strict=True):
+        store = load_token_store(item.files, model_inputs.encoder, cache, progress, stage.data.workers, renderer)
+        left = select_documents(store, item.select, item.files, model_inputs, cache, seed=stage.seed, progress=progress)
+        leaves.append(
+            ResolvedSource(item, held_out_share(stage, item, len(left.store)), renderer, left.store, left.steps)
+        )
     return leaves
 
 
-def try_wording(files: Files, renderer: Renderer | None) -> None:
+def check_template(files: Files, renderer: Renderer | None) -> None:
     """Word the first row that can be: what a template lacks is lacking in all rows, and nothing is tokenised yet.
 
     Raises `DataError` with the place of the row.
     """
     if renderer is not None:
         for example, place in read_examples(files):
-            render_at(example, place, renderer)
+            render_example(example, place, renderer)
             return
 
 
-def held_out_share(stage: s.Stage, item: Wanted | s.Source, documents: int) -> float:
+def held_out_share(stage: s.Stage, source: SourceSpec | s.Source, documents: int) -> float:
     """The share of a source's documents that is kept for evaluation."""
-    if item.held_out is not None:
-        return item.held_out
-    named = stage.evaluation.retained if item.role == "replay" else stage.evaluation.learned
+    if source.held_out is not None:
+        return source.held_out
+    named = stage.evaluation.retained if source.role == "replay" else stage.evaluation.learned
     return 0.0 if named else min(0.1, max(0.005, _HELD_OUT_DOCUMENTS / max(documents, 1)))
 
 
-def demonstrating(stage: s.Stage, wanted: Sequence[Wanted], reading: Reading) -> Demonstrated | None:
+def make_demonstration_wrapper(
+    stage: s.Stage, source_specs: Sequence[SourceSpec], model_inputs: ModelInputs
+) -> DemonstrationWrapper | None:
     """What sets demonstrations before each example, when the stage's tuning asks for them: from the training rows alone.
 
     Raises `StageError` when no source has examples.
     """
-    if not isinstance(stage.tuning, InstructionPrompt):
+    if not isinstance(stage.tuning, InstructionPromptTuning):
         return None
     pool: list[Example] = []
-    for item in wanted:
-        if item.kind not in RUNNING:
+    for item in source_specs:
+        if item.kind not in RUNNING_TEXT_KINDS:
             found = [example for example, _ in read_examples(item.files)]
             digests = np.array([digest(example.text.encode()) for example in found], np.uint64)
             kept = ~held_out_mask(digests, held_out_share(stage, item, len(found)))
@@ -286,94 +291,109 @@ def demonstrating(stage: s.Stage, wanted: Sequence[Wanted], reading: Reading) ->
         alike = [example for example in pool if example.kind == kind]  # what words one kind may have none for another
         if not alike:
             return inner
-        return Demonstrations(inner, alike, asked.count, asked.by, asked.tokens, reading.size, reading.vector, seed)
+        return Demonstrations(
+            inner,
+            alike,
+            asked.count,
+            asked.by,
+            asked.tokens,
+            model_inputs.count_tokens,
+            model_inputs.mean_embedding,
+            seed,
+        )
 
     return demonstrated
 
 
-def leaves_of(leaves: Sequence[Leaf], start: Start, seed: int) -> list[dict[str, Any]]:
+def make_source_records(
+    sources: Sequence[ResolvedSource], start_model: ModelLocation, seed: int
+) -> list[dict[str, Any]]:
     """What a later stage needs to know of each leaf to replay it, of a stage with such a start and seed."""
     return [
         {
             "name": leaf.name,
             "fingerprint": leaf.store.fingerprint,
-            "stands_for": leaf.wanted.stands_for or 0,
-            "origin": origin_of(leaf, start, seed),
+            "stands_for": leaf.spec.stands_for or 0,
+            "origin": make_source_origin(leaf, start_model, seed),
         }
-        for leaf in leaves
+        for leaf in sources
     ]
 
 
-def consumed(leaves: list[dict[str, Any]], trained: dict[str, int]) -> list[dict[str, Any]]:
+def count_consumed_tokens(sources: list[dict[str, Any]], trained_tokens: dict[str, int]) -> list[dict[str, Any]]:
     """The tokens of each leaf, as `with_stage` takes them."""
     return [
         {
             "fingerprint": leaf["fingerprint"],
             "name": leaf["name"].split("/")[-1],
-            "tokens": trained[leaf["name"]] + leaf["stands_for"],
+            "tokens": trained_tokens[leaf["name"]] + leaf["stands_for"],
             "origin": leaf["origin"],
         }
-        for leaf in leaves
+        for leaf in sources
     ]
 
 
-def origin_of(leaf: Leaf, start: Start, seed: int) -> dict[str, Any]:
+def make_source_origin(source: ResolvedSource, start_model: ModelLocation, seed: int) -> dict[str, Any]:
     """What a later stage needs to read the same documents again."""
-    selected = {"select": resolved(leaf.wanted.select, start, seed, leaf.files.root)} if leaf.wanted.select else {}
-    hub, wording = leaf.files.hub, leaf.wanted.wording
+    selected = (
+        {"select": resolve_methods(source.spec.select, start_model, seed, source.files.root)}
+        if source.spec.select
+        else {}
+    )
+    hub, wording = source.files.hub, source.spec.template
     return {
-        "path": leaf.files.path,
+        "path": source.files.path,
         "hub": hub.name if hub else None,
         "subset": hub.subset if hub else None,
         "split": hub.split if hub else "train",
         "revision": hub.revision if hub else None,
-        "kind": leaf.files.kind,
-        "columns": dict(leaf.files.columns),
-        "documents": leaf.files.documents,
-        "only": {column: list(values) for column, values in leaf.files.only.items()},
-        "cluster": leaf.wanted.cluster,
+        "kind": source.files.kind,
+        "columns": dict(source.files.columns),
+        "documents": source.files.documents,
+        "only": {column: list(values) for column, values in source.files.row_filter.items()},
+        "cluster": source.spec.cluster,
         "prompt": wording.prompt,
         "answer": wording.answer,
         "words": dict(wording.words),
-        "root": str(leaf.files.root),
-        "held_out": leaf.held_out,
+        "root": str(source.files.root),
+        "held_out": source.held_out,
         **selected,
     }
 
 
-def source_again(leaf: Mapping[str, Any]) -> dict[str, Any]:
+def make_replay_source(source: Mapping[str, Any]) -> dict[str, Any]:
     """A source as plain data that reads the documents which an earlier stage read, less what that held out.
 
     `leaf`: what `leaves_of` says of one.
     """
-    origin = dict(leaf["origin"])
+    origin = dict(source["origin"])
     base = Path(origin.pop("root"))
     origin["path"] = str(base / origin["path"]) if origin["path"] else None
     known = s.Source.model_fields
-    name = leaf["name"].replace("/", "-")
+    name = source["name"].replace("/", "-")
     return {"name": name, **{key: value for key, value in origin.items() if key in known and value is not None}}
 
 
-def wording_of(given: dict[str, Any]) -> Wording:
+def make_row_template(config: dict[str, Any]) -> RowTemplate:
     """How rows are put into words, from a source or its origin as plain data."""
-    return Wording(given.get("prompt"), given.get("answer"), given.get("words") or {})
+    return RowTemplate(config.get("prompt"), config.get("answer"), config.get("words") or {})
 
 
-def files_of(name: str, given: dict[str, Any], root: Path, where: str) -> Files:
+def make_text_files(name: str, config: dict[str, Any], root: Path, where: str) -> Files:
     """A source, its origin or a held-out file, given as plain data, as something to read."""
     hub = None
-    if given.get("hub"):
-        hub = HubRows(given["hub"], given["subset"], given["split"], given["revision"])
-    kind = given.get("kind", "auto")
-    only = {column: tuple(values) for column, values in (given.get("only") or {}).items()}
-    return Files(name, given["path"], hub, given["columns"], given["documents"], root, where, kind, only)
+    if config.get("hub"):
+        hub = HubDataset(config["hub"], config["subset"], config["split"], config["revision"])
+    kind = config.get("kind", "auto")
+    only = {column: tuple(values) for column, values in (config.get("only") or {}).items()}
+    return Files(name, config["path"], hub, config["columns"], config["documents"], root, where, kind, only)
 
 
-def store_of(
+def load_token_store(
     files: Files,
     encoder: Encoder,
     cache: Path,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
     workers: int | None,
     renderer: Renderer | None = None,
 ) -> TokenStore:

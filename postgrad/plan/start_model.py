@@ -16,51 +16,55 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import NextTokenObjective
-from postgrad.data.tokens.tokenize import one_at_a_time
-from postgrad.data.tokens.train_vocabulary import Portion, learn_vocabulary
+from postgrad.data.tokens.tokenize import file_lock
+from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabulary
 from postgrad.errors import CheckpointError, ModelError, StageError
 from postgrad.models.from_scratch import (
-    Marks,
-    draw,
-    family_and_weights,
-    fit,
+    SpecialTokens,
+    count_weights,
+    init_model,
     make_tokenizer,
-    marks_for,
-    solved,
-    weights_of,
-    with_dropout,
+    parse_model_name,
+    select_special_tokens,
+    set_dropout,
+    set_token_ids,
+    solve_config,
 )
-from postgrad.models.pretrained import Start, load_tokenizer, locate, refuse_foreign_code, save_pretrained
-from postgrad.plan.held_out_sets import worded
-from postgrad.plan.sources import Progress, Wanted, files_of, held_out_share, wording_of
-from postgrad.storage.atomic import publish, remove, verify
+from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model, refuse_foreign_code, save_pretrained
+from postgrad.plan.held_out_sets import inherit_row_format
+from postgrad.plan.sources import ProgressCallback, SourceSpec, held_out_share, make_row_template, make_text_files
+from postgrad.storage.atomic import publish_folder, remove_folder, verify
 from postgrad.storage.fingerprint import fingerprint
 
 _FORMAT = 1
-_LEAST_POSITIONS = 512
-_PLAIN = ("transformers_version", "_name_or_path", "dtype", "architectures")
+_MIN_POSITIONS = 512
+_IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "dtype", "architectures")
 """Of a configuration: what says nothing of the model that is made from it."""
 
 
-def start_of(stage: s.Stage, root: Path, cache: Path, progress: Progress | None = None) -> Start:
+def resolve_start_model(
+    stage: s.Stage, root: Path, cache: Path, progress: ProgressCallback | None = None
+) -> ModelLocation:
     """The model that a stage begins with; a new one is made, or found in the cache.
 
     Raises `ModelError` or `StageError` for what cannot be made, `DataError` for texts from which no vocabulary can be learnt.
     """
     if isinstance(stage.model, str):
-        return locate(stage.model, root, stage.base)
-    return _made(stage, stage.model, root, cache, progress)
+        return locate_model(stage.model, root, stage.base)
+    return _make_new_model(stage, stage.model, root, cache, progress)
 
 
-def _made(stage: s.Stage, asked: s.FreshModel, root: Path, cache: Path, progress: Progress | None) -> Start:
+def _make_new_model(
+    stage: s.Stage, spec: s.FreshModel, root: Path, cache: Path, progress: ProgressCallback | None
+) -> ModelLocation:
     """The new model of a stage, in the cache."""
-    family = family_and_weights(asked.fresh)[0] if asked.fresh else None
-    config = None if asked.config is None else _named_config(asked.config, root)
-    tokenizer = _tokenizer(stage, asked.tokenizer, marks_for(config, family), root, cache, progress)
-    new = isinstance(asked.tokenizer, s.NewTokenizer)
-    if asked.fresh:
-        positions = max(_LEAST_POSITIONS, stage.data.sequence_length)
-        config = solved(asked.fresh, vocabulary=len(tokenizer), positions=positions)
+    family = parse_model_name(spec.fresh)[0] if spec.fresh else None
+    config = None if spec.config is None else _load_config(spec.config, root)
+    tokenizer = _resolve_tokenizer(stage, spec.tokenizer, select_special_tokens(config, family), root, cache, progress)
+    new = isinstance(spec.tokenizer, s.NewTokenizer)
+    if spec.fresh:
+        positions = max(_MIN_POSITIONS, stage.data.sequence_length)
+        config = solve_config(spec.fresh, vocabulary=len(tokenizer), positions=positions)
     assert config is not None
     if new:
         config.vocab_size = len(tokenizer)
@@ -71,34 +75,38 @@ def _made(stage: s.Stage, asked: s.FreshModel, root: Path, cache: Path, progress
             expected="a configuration for this tokenizer",
             way_out="name the tokenizer that belongs to it, or let a new one be learnt",
         )
-    if asked.dropout is not None:
-        with_dropout(config, asked.dropout)
-    fit(config, tokenizer)
-    decides = [_FORMAT, {k: v for k, v in config.to_dict().items() if k not in _PLAIN}, stage.seed]
+    if spec.dropout is not None:
+        set_dropout(config, spec.dropout)
+    set_token_ids(config, tokenizer)
+    decides = [_FORMAT, {k: v for k, v in config.to_dict().items() if k not in _IGNORED_CONFIG_KEYS}, stage.seed]
     key = fingerprint([*decides, tokenizer.backend_tokenizer.to_str()])
     place = cache.resolve() / "fresh" / key
     (cache / "locks").mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(cache / "locks" / f"{key}.lock"):
-        if not _whole(place):
-            model = draw(config, stage.seed)
-            publish(place, lambda staged: save_pretrained(model, tokenizer, staged, dtype=torch.float32))
-    name = asked.fresh or f"a new {asked.config}"
-    return replace(locate(str(place), root), name=name, made=_description(asked, config, tokenizer, stage.seed))
+    with file_lock(cache / "locks" / f"{key}.lock"):
+        if not _is_intact(place):
+            model = init_model(config, stage.seed)
+            publish_folder(place, lambda staged: save_pretrained(model, tokenizer, staged, dtype=torch.float32))
+    name = spec.fresh or f"a new {spec.config}"
+    return replace(
+        locate_model(str(place), root),
+        name=name,
+        scratch_recipe=_describe_new_model(spec, config, tokenizer, stage.seed),
+    )
 
 
-def _whole(place: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     """Whether a made model is there as it was written; what is broken is cleared away."""
-    if not place.exists():
+    if not path.exists():
         return False
     try:
-        verify(place)
+        verify(path)
     except CheckpointError:
-        remove(place)
+        remove_folder(path)
         return False
     return True
 
 
-def _named_config(name: str, root: Path) -> PreTrainedConfig:
+def _load_config(name: str, root: Path) -> PreTrainedConfig:
     """A configuration from a file, a folder or the Hub."""
     here = (root / Path(name).expanduser()).resolve()
     if not here.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
@@ -119,21 +127,26 @@ def _named_config(name: str, root: Path) -> PreTrainedConfig:
     return config
 
 
-def _tokenizer(
-    stage: s.Stage, asked: s.AnyTokenizer, marks: Marks, root: Path, cache: Path, progress: Progress | None
+def _resolve_tokenizer(
+    stage: s.Stage,
+    spec: s.AnyTokenizer,
+    marks: SpecialTokens,
+    root: Path,
+    cache: Path,
+    progress: ProgressCallback | None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a new model: one that is there, or one learnt from what the stage trains on."""
-    if isinstance(asked, str):
-        folder = (root / Path(asked).expanduser()).resolve()
-        return load_tokenizer(Start(asked, folder if folder.is_dir() else None))
-    if asked.vocabulary < 256 + len(marks.tokens):
+    if isinstance(spec, str):
+        folder = (root / Path(spec).expanduser()).resolve()
+        return load_tokenizer(ModelLocation(spec, folder if folder.is_dir() else None))
+    if spec.vocabulary < 256 + len(marks.tokens):
         raise StageError(
-            f"{asked.vocabulary} tokens have no room for 256 bytes and {len(marks.tokens)} special tokens",
+            f"{spec.vocabulary} tokens have no room for 256 bytes and {len(marks.tokens)} special tokens",
             where="model.tokenizer.vocabulary",
             expected=f"at least {256 + len(marks.tokens)}",
         )
-    portions: list[Portion] = []
-    wanted: dict[str, Wanted] = {}
+    portions: list[VocabularySource] = []
+    wanted: dict[str, SourceSpec] = {}
     for i, source in enumerate(stage.data.sources):
         where = f"data.sources[{i}]"
         if source.seen_so_far:
@@ -141,8 +154,8 @@ def _tokenizer(
                 "a new model has seen nothing that could be replayed", where=where, expected="a source with a `path`"
             )
         given = source.model_dump()
-        files = files_of(source.name, given, root, where)
-        wanted[source.name] = Wanted(
+        files = make_text_files(source.name, given, root, where)
+        wanted[source.name] = SourceSpec(
             source.name,
             source.name,
             source.role,
@@ -150,66 +163,66 @@ def _tokenizer(
             source.held_out,
             source.max_passes,
             files,
-            wording_of(given),
+            make_row_template(given),
             None,
             NextTokenObjective(kind="next-token"),  # no rows are made of it here
             (),
         )
-        portions.append(Portion(files, lambda n, source=source: held_out_share(stage, source, n)))
+        portions.append(VocabularySource(files, lambda n, source=source: held_out_share(stage, source, n)))
     away = [
-        files_of(item.name, worded(item, role, wanted), root, f"evaluation.{role}")
-        for role, item in stage.evaluation.files()
+        make_text_files(item.name, inherit_row_format(item, role, wanted), root, f"evaluation.{role}")
+        for role, item in stage.evaluation.held_out_files()
     ]
     away += [
-        files_of(task.name, {**task.model_dump(), "hub": None}, root, f"evaluation.tasks[{i}]")
+        make_text_files(task.name, {**task.model_dump(), "hub": None}, root, f"evaluation.tasks[{i}]")
         for i, task in enumerate(stage.evaluation.tasks)
     ]
     names = [source.name for source in stage.data.sources]
     mixing = stage.data.mixing
-    written = learn_vocabulary(
+    written = train_vocabulary(
         portions,
-        lambda counts: stage.shares(dict(zip(names, counts, strict=True))),
-        rule=[[s.share for s in stage.data.sources], mixing.model_dump(mode="json") if mixing else None],
-        size=asked.vocabulary,
-        special=marks.tokens,
-        away=away,
+        lambda counts: stage.resolve_shares(dict(zip(names, counts, strict=True))),
+        shares_key=[[s.share for s in stage.data.sources], mixing.model_dump(mode="json") if mixing else None],
+        size=spec.vocabulary,
+        special_tokens=marks.tokens,
+        held_out_sources=away,
         cache=cache,
         progress=(lambda done, total: progress("for a vocabulary", done, total)) if progress else None,
     )
     return make_tokenizer(written, marks)
 
 
-def _description(
-    asked: s.FreshModel, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+def _describe_new_model(
+    spec: s.FreshModel, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Mapping[str, Any]:
     """What a record says of a new model."""
-    learnt = None if isinstance(asked.tokenizer, str) else asked.tokenizer
+    learnt = None if isinstance(spec.tokenizer, str) else spec.tokenizer
     return {
-        "asked": asked.model_dump(mode="json"),
-        "weights": weights_of(config),
-        "tokenizer": f"{learnt.kind}, learnt from the training documents" if learnt else asked.tokenizer,
+        "asked": spec.model_dump(mode="json"),
+        "weights": count_weights(config),
+        "tokenizer": f"{learnt.kind}, learnt from the training documents" if learnt else spec.tokenizer,
         "vocabulary": len(tokenizer),
         "seed": seed,
         "config": {k: v for k, v in config.to_diff_dict().items() if k not in ("transformers_version", "dtype")},
     }
 
 
-def made_note(start: Start, stage: s.Stage) -> str:
+def new_model_note(start_model: ModelLocation, stage: s.Stage) -> str:
     """A line about a new model: its weights, and a vocabulary that came out smaller than was asked for."""
-    assert start.made is not None
-    made, asked = start.made, stage.model
+    assert start_model.scratch_recipe is not None
+    made, asked = start_model.scratch_recipe, stage.model
     assert isinstance(asked, s.FreshModel)
     short = ""
     if isinstance(asked.tokenizer, s.NewTokenizer) and made["vocabulary"] < asked.tokenizer.vocabulary:
         short = f" ({asked.tokenizer.vocabulary:,} were asked for; the text has no more pairs that occur twice)"
     return (
-        f"{start.name} is new: {made['weights']:,} random weights (seed {made['seed']}), "
+        f"{start_model.name} is new: {made['weights']:,} random weights (seed {made['seed']}), "
         f"{made['vocabulary']:,} tokens ({made['tokenizer']}){short}"
     )
 
 
-def suggested(name: str, size: int) -> s.FreshModel:
+def suggest_new_model(name: str, size: int) -> s.FreshModel:
     """A new model for so many bytes of text: its vocabulary grows with the text, one token for 500 bytes, up to 32,000."""
-    family_and_weights(name)
+    parse_model_name(name)
     vocabulary = min(32_000, max(1000, round(size / 500 / 500) * 500))
     return s.FreshModel(fresh=name, tokenizer=s.NewTokenizer(vocabulary=vocabulary))

@@ -7,19 +7,21 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from postgrad.config.objectives import AnyObjective, ClassifyObjective, DecidingHead, JoinedLayers
+from postgrad.config.objectives import AnyObjective, ClassifierHeadConfig, ClassifyObjective, JoinedLayers
 from postgrad.errors import StageError
-from postgrad.models.pretrained import Start, Task
-from postgrad.models.task_head import Join, Pooling, Representation, depth_of, described, is_decoder
-from postgrad.tuning.open_model import Sitting
+from postgrad.models.pretrained import ModelLocation, Task
+from postgrad.models.task_head import Join, Pooling, TaskHeadConfig, count_blocks, is_decoder, load_task_head_config
+from postgrad.tuning.open_model import BaseReference
 
-_KEYS = ("layers", "pooling", "stack", "head")
+_TASK_LAYER_KEYS = ("layers", "pooling", "stack", "head")
 _BILSTM_WIDTH, _BILSTM_DEPTH = 768, 2
 """Devlin et al. 2019, section 5.3."""
 Stack = Literal["encoder", "decoder"] | None
 
 
-def form_for(objectives: Sequence[AnyObjective], start: Start, task: Task) -> Representation | None:
+def resolve_representation(
+    objectives: Sequence[AnyObjective], start_model: ModelLocation, task: Task
+) -> TaskHeadConfig | None:
     """What the task layer of a stage reads; None: as transformers' own classifier of the family does.
 
     Raises `StageError` for a choice that this backbone or this task has no meaning for.
@@ -29,37 +31,37 @@ def form_for(objectives: Sequence[AnyObjective], start: Start, task: Task) -> Re
         return None
     spec = asked[0]
     for other in asked[1:]:
-        differing = [key for key in _KEYS if getattr(other, key) != getattr(spec, key)]
+        differing = [key for key in _TASK_LAYER_KEYS if getattr(other, key) != getattr(spec, key)]
         if differing:
             raise StageError(
                 f"two `classify` objectives differ in `{differing[0]}`",
                 where="objectives",
                 expected="one task layer for all of them",
             )
-    config = AutoConfig.from_pretrained(start.source)
-    plain = all(getattr(spec, key) == ClassifyObjective.model_fields[key].default for key in _KEYS)
-    own = _own(start)
+    config = AutoConfig.from_pretrained(start_model.name_or_path)
+    plain = all(getattr(spec, key) == ClassifyObjective.model_fields[key].default for key in _TASK_LAYER_KEYS)
+    own = _get_start_representation(start_model)
     if plain and own and (own.pooling is None) == (task == "tag"):
         return own
-    _check_meaning(spec, config, task)
-    stack = _stack(spec, config, own)
-    layers, join = _layers(spec, depth_of(config, stack))
-    if _standard(spec, config, task, stack, (layers, join)):
+    _check_supported(spec, config, task)
+    stack = _resolve_stack(spec, config, own)
+    layers, join = _resolve_layers(spec, count_blocks(config, stack))
+    if _is_standard_classifier(spec, config, task, stack, (layers, join)):
         return None
-    return _form(spec, config, task, stack, layers, join)
+    return _make_representation(spec, config, task, stack, layers, join)
 
 
-def _own(start: Start) -> Representation | None:
+def _get_start_representation(start_model: ModelLocation) -> TaskHeadConfig | None:
     """What the start model's own task layer reads, when it is one of ours."""
-    said = Sitting.of(start)
+    said = BaseReference.read_folder(start_model)
     if said and said.layer:
         return said.layer.form
-    return described(start.plain.folder)
+    return load_task_head_config(start_model.full_model.folder)
 
 
-def _check_meaning(spec: ClassifyObjective, config: Any, task: Task) -> None:
+def _check_supported(spec: ClassifyObjective, config: Any, task: Task) -> None:
     """Raise `StageError` for what is asked of a backbone that has nothing of the sort."""
-    both, head, tags = _two_halves(config), spec.head.kind, task == "tag"
+    both, head, tags = _is_encoder_decoder(config), spec.head.kind, task == "tag"
     if tags and spec.pooling != "auto":
         raise StageError(
             f"tags are decided word by word, so nothing is pooled, and `{spec.pooling}` has no meaning",
@@ -88,18 +90,18 @@ def _check_meaning(spec: ClassifyObjective, config: Any, task: Task) -> None:
         )
 
 
-def _two_halves(config: Any) -> bool:
+def _is_encoder_decoder(config: Any) -> bool:
     return bool(config.is_encoder_decoder)
 
 
-def _stack(spec: ClassifyObjective, config: Any, own: Representation | None) -> Stack:
-    if not _two_halves(config):
+def _resolve_stack(spec: ClassifyObjective, config: Any, start_representation: TaskHeadConfig | None) -> Stack:
+    if not _is_encoder_decoder(config):
         # A folder of ours that holds an encoder alone says so itself.
-        return "encoder" if own and own.stack == "encoder" else None
+        return "encoder" if start_representation and start_representation.stack == "encoder" else None
     return "decoder" if spec.stack == "decoder" else "encoder"
 
 
-def _layers(spec: ClassifyObjective, depth: int) -> tuple[tuple[int, ...], Join]:
+def _resolve_layers(spec: ClassifyObjective, depth: int) -> tuple[tuple[int, ...], Join]:
     """The numbers of the states that are read, counted from the embeddings, and how they are joined."""
     match spec.layers:
         case "auto" | "last":
@@ -109,54 +111,54 @@ def _layers(spec: ClassifyObjective, depth: int) -> tuple[tuple[int, ...], Join]
         case "mix":
             return tuple(range(depth + 1)), "mix"
         case int() as one:
-            return (_number(one, depth, "objectives.layers"),), "concat"
+            return (_resolve_layer_number(one, depth, "objectives.layers"),), "concat"
         case list() as several:
-            return _several(several, depth, "objectives.layers"), "concat"
+            return _resolve_layer_list(several, depth, "objectives.layers"), "concat"
         case JoinedLayers(sum=several) if several is not None:
-            return _several(several, depth, "objectives.layers.sum"), "sum"
+            return _resolve_layer_list(several, depth, "objectives.layers.sum"), "sum"
         case JoinedLayers(concat=several) if several is not None:
-            return _several(several, depth, "objectives.layers.concat"), "concat"
+            return _resolve_layer_list(several, depth, "objectives.layers.concat"), "concat"
         case JoinedLayers(mix=several) if several is not None:
-            return _several(several, depth, "objectives.layers.mix"), "mix"
+            return _resolve_layer_list(several, depth, "objectives.layers.mix"), "mix"
     raise AssertionError("every way of joining has its case")
 
 
-def _several(asked: int | list[int], depth: int, where: str) -> tuple[int, ...]:
-    if isinstance(asked, list):
-        found = tuple(_number(one, depth, where) for one in asked)
+def _resolve_layer_list(layers: int | list[int], depth: int, where: str) -> tuple[int, ...]:
+    if isinstance(layers, list):
+        found = tuple(_resolve_layer_number(one, depth, where) for one in layers)
         if len(set(found)) < len(found):
             raise StageError("a layer is named twice", where=where, expected="each layer once")
         return found
-    if asked > depth:
+    if layers > depth:
         raise StageError(
-            f"the last {asked} layers are more than there are", where=where, expected=f"at most {depth} blocks"
+            f"the last {layers} layers are more than there are", where=where, expected=f"at most {depth} blocks"
         )
-    return tuple(range(depth + 1 - asked, depth + 1))
+    return tuple(range(depth + 1 - layers, depth + 1))
 
 
-def _number(asked: int, depth: int, where: str) -> int:
-    if not -depth - 1 <= asked <= depth:
+def _resolve_layer_number(layer: int, depth: int, where: str) -> int:
+    if not -depth - 1 <= layer <= depth:
         raise StageError(
-            f"there is no layer {asked}",
+            f"there is no layer {layer}",
             where=where,
             expected=f"0 (what the embeddings give) to {depth}, or -1 to {-depth - 1} from the top",
         )
-    return asked % (depth + 1)
+    return layer % (depth + 1)
 
 
-def _standard(
-    spec: ClassifyObjective, config: Any, task: Task, stack: Stack, read: tuple[tuple[int, ...], Join]
+def _is_standard_classifier(
+    spec: ClassifyObjective, config: Any, task: Task, stack: Stack, layer_choice: tuple[tuple[int, ...], Join]
 ) -> bool:
     """Whether what is asked is what transformers' own classifier of this backbone does."""
     auto = AutoModelForTokenClassification if task == "tag" else AutoModelForSequenceClassification
     there = type(config) in auto._model_mapping
-    last = read == ((depth_of(config, stack),), "concat")
+    last = layer_choice == ((count_blocks(config, stack),), "concat")
     head, no_dropout = spec.head.kind, spec.head.dropout is None
     if not there or not last or not no_dropout:
         return False
     if task == "tag":
         return head in ("auto", "linear") and spec.stack in ("auto", "encoder")
-    if _two_halves(config):
+    if _is_encoder_decoder(config):
         return head == "auto" and spec.pooling == "auto" and spec.stack in ("auto", "decoder")
     if is_decoder(config):
         return head in ("auto", "linear") and spec.pooling in ("auto", "last")
@@ -164,30 +166,30 @@ def _standard(
     return head == "auto" and (spec.pooling == "auto" or (spec.pooling == "first" and first))
 
 
-def _form(
+def _make_representation(
     spec: ClassifyObjective, config: Any, task: Task, stack: Stack, layers: tuple[int, ...], join: Join
-) -> Representation:
+) -> TaskHeadConfig:
     """Every choice made."""
-    head: DecidingHead = spec.head
+    head: ClassifierHeadConfig = spec.head
     kind: Literal["linear", "mlp", "bilstm"] = "linear" if head.kind == "auto" else head.kind
     read = config.get_text_config().hidden_size * (len(layers) if join == "concat" else 1)
     usual = {"linear": (0, 0), "mlp": (read, 1), "bilstm": (_BILSTM_WIDTH, _BILSTM_DEPTH)}[kind]
     pooling: Pooling | None = None
     if task == "classify":
-        pooling = _usual_pooling(config, stack, kind) if spec.pooling == "auto" else spec.pooling
-    return Representation(
+        pooling = _default_pooling(config, stack, kind) if spec.pooling == "auto" else spec.pooling
+    return TaskHeadConfig(
         layers,
         join,
         pooling,
         kind,
         usual[0] if head.width is None else head.width,
         usual[1] if head.depth is None else head.depth,
-        _usual_dropout(config) if head.dropout is None else head.dropout,
+        _default_dropout(config) if head.dropout is None else head.dropout,
         stack,
     )
 
 
-def _usual_pooling(config: Any, stack: Stack, head: str) -> Pooling:
+def _default_pooling(config: Any, stack: Stack, head: str) -> Pooling:
     """What is pooled when nothing is said: a BiLSTM by its greatest values (Conneau et al. 2017, arXiv 1705.02364)."""
     if head == "bilstm":
         return "max"
@@ -196,7 +198,7 @@ def _usual_pooling(config: Any, stack: Stack, head: str) -> Pooling:
     return "last" if stack == "decoder" or is_decoder(config) else "first"
 
 
-def _usual_dropout(config: Any) -> float:
+def _default_dropout(config: Any) -> float:
     for name in ("classifier_dropout", "hidden_dropout_prob", "dropout_rate", "dropout"):
         value = getattr(config, name, None)
         if isinstance(value, int | float):

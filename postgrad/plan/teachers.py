@@ -7,28 +7,28 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from postgrad.config.objectives import AnyObjective, DistillObjective, TaughtObjective
+from postgrad.config.objectives import AnyObjective, DistillObjective, TeacherObjective
 from postgrad.errors import StageError
-from postgrad.models.pretrained import Start, Task, load_tokenizer, locate
+from postgrad.models.pretrained import ModelLocation, Task, load_tokenizer, locate_model
 from postgrad.tuning.open_model import start_fingerprint
 
 START = "start"
 """The word for the stage's own start model."""
 
 
-def name_of(teacher: Start) -> str:
+def get_teacher_identity(teacher: ModelLocation) -> str:
     """What tells one teacher from another: its fingerprint, or its name on the Hub."""
     return start_fingerprint(teacher) or teacher.name
 
 
-def teachers_for(
+def resolve_teachers(
     objectives: Sequence[AnyObjective],
-    start: Start,
+    start_model: ModelLocation,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: int,
     root: Path,
-) -> dict[int, Start]:
+) -> dict[int, ModelLocation]:
     """The teacher of each objective that has one. Raises `StageError` for one that reads other tokens than the start model."""
     for i, spec in enumerate(objectives):
         if isinstance(spec, DistillObjective) and spec.cache != "none" and task in ("classify", "tag"):
@@ -38,29 +38,29 @@ def teachers_for(
                 expected="none",
             )
     return {
-        i: start
+        i: start_model
         if spec.teacher == START
-        else _alike(spec.teacher, root, start, tokenizer, vocabulary, f"objectives[{i}].teacher")
+        else _resolve_teacher(spec.teacher, root, start_model, tokenizer, vocabulary, f"objectives[{i}].teacher")
         for i, spec in enumerate(objectives)
-        if isinstance(spec, TaughtObjective)
+        if isinstance(spec, TeacherObjective)
     }
 
 
-def _alike(
-    name: str, root: Path, start: Start, tokenizer: PreTrainedTokenizerBase, vocabulary: int, where: str
-) -> Start:
-    teacher = locate(name, root, where=where)
-    if teacher.source == start.source:
+def _resolve_teacher(
+    name: str, root: Path, start_model: ModelLocation, tokenizer: PreTrainedTokenizerBase, vocabulary: int, where: str
+) -> ModelLocation:
+    teacher = locate_model(name, root, where=where)
+    if teacher.name_or_path == start_model.name_or_path:
         return teacher
-    theirs = int(AutoConfig.from_pretrained(teacher.source).vocab_size)
+    theirs = int(AutoConfig.from_pretrained(teacher.name_or_path).vocab_size)
     mine_by_id, theirs_by_id = (
-        {i: token for token, i in t.get_vocab().items()} for t in (tokenizer, load_tokenizer(teacher.plain))
+        {i: token for token, i in t.get_vocab().items()} for t in (tokenizer, load_tokenizer(teacher.full_model))
     )
     if vocabulary != theirs or mine_by_id != theirs_by_id:
         other = min((i for i in mine_by_id | theirs_by_id if mine_by_id.get(i) != theirs_by_id.get(i)), default=None)
         apart = "" if other is None else f"; id {other} is {mine_by_id.get(other)!r} and {theirs_by_id.get(other)!r}"
         raise StageError(
-            f"{start.name} and its teacher {teacher.name} do not read the same tokens: {len(mine_by_id):,} tokens on "
+            f"{start_model.name} and its teacher {teacher.name} do not read the same tokens: {len(mine_by_id):,} tokens on "
             f"{vocabulary:,} embeddings and {len(theirs_by_id):,} on {theirs:,}{apart}",
             where=where,
             expected="a teacher with the start model's own tokenizer and vocabulary",

@@ -9,50 +9,52 @@ import numpy as np
 
 from postgrad.data.read.documents import read_examples
 from postgrad.data.read.examples import Example
-from postgrad.data.read.files import Source as Files
+from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.store import TokenStore
-from postgrad.data.tokens.tokenize import labels_of
-from postgrad.errors import DataError, nearest
+from postgrad.data.tokens.tokenize import read_all_labels
+from postgrad.errors import DataError, suggest_nearest
 
-Name = str | int
+LabelName = str | int
 
 
-def refuse_unseen(name: str, files: Files, known: Collection[Name], cache: Path, *, listed: bool) -> None:
+def refuse_unseen_labels(
+    name: str, files: Files, known_labels: Collection[LabelName], cache: Path, *, from_stage: bool
+) -> None:
     """Raise `DataError` with the first row of a held-out file that has a label of none of the `known` ones.
 
     `listed`: the known ones are those that the stage lists, and not those of the training rows.
     """
-    unseen = set(labels_of([files], cache).names) - set(known)
+    unseen = set(read_all_labels([files], cache).names) - set(known_labels)
     if not unseen:
         return
     for example, place in read_examples(files):
-        label = next((label for label in _labels(example) if label in unseen), None)
+        label = next((label for label in _get_labels(example) if label in unseen), None)
         if label is None:
             continue
-        names = [str(each) for each in known]
+        names = [str(each) for each in known_labels]
         shown = ", ".join(names[:12]) + (" ..." if len(names) > 12 else "")
         raise DataError(
             f"'{name}' has the label {label!r}, which "
-            + ("objectives.labels does not list" if listed else "no row that is trained on has"),
+            + ("objectives.labels does not list" if from_stage else "no row that is trained on has"),
             where=place,
             expected=f"one of {shown}",
             way_out=" ".join(
                 [
-                    nearest(str(label), names),
+                    suggest_nearest(str(label), names),
                     "to score such rows all the same, list every label under objectives.labels",
                 ]
             ).strip(),
         )
 
 
-def _labels(example: Example) -> Sequence[Name]:
+def _get_labels(example: Example) -> Sequence[LabelName]:
     """The labels of a row that are names."""
     fields = example.fields
     several = fields.get("tags", fields.get("labels"))
     return several if several is not None else (fields["label"],)
 
 
-def labels_among(store: TokenStore, documents: np.ndarray) -> set[Name]:
+def collect_labels(store: TokenStore, documents: np.ndarray) -> set[LabelName]:
     """The names of the labels that some documents of a store have."""
     names = store.labels or []
     if store.problem == "tags":

@@ -14,18 +14,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from postgrad.config.penalties import AnchorPenalty
-from postgrad.distributed.shards import joinable, own, own_part, whole
-from postgrad.errors import DataError, ModelError, StageError, nearest
-from postgrad.models.pretrained import Start, locate
+from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like, to_dtensor
+from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
+from postgrad.models.pretrained import ModelLocation, locate_model
 from postgrad.optim.optimizer import Weight, Weights
-from postgrad.penalties.anchor import Anchor, AnchoredDecay, Changed, Held
+from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight
 from postgrad.penalties.importance_file import ImportanceFile
 from postgrad.plan.plan import Plan
 from postgrad.storage.atomic import sha256
-from postgrad.tuning.extra_trainable import bare
+from postgrad.tuning.extra_trainable import base_parameter_name
 from postgrad.tuning.open_model import open_model, start_fingerprint
 from postgrad.tuning.tuning import Tuning
-from postgrad.tuning.weight_delta import Moved
+from postgrad.tuning.weight_delta import TuningDelta
 
 START = "start"
 
@@ -41,7 +41,7 @@ def make_anchor(
     tuning: Tuning,
     weights: Weights,
     base_names: Mapping[str, str],
-    new: Collection[str],
+    new_names: Collection[str],
 ) -> Anchor | AnchoredDecay:
     """The anchor that the stage's penalty of this number describes; one whose strength is yet to be found has none (nan).
 
@@ -50,52 +50,52 @@ def make_anchor(
     of another model, `ModelError` for a reference that does not fit.
     """
     spec = plan.stage.penalties[number]
-    making = _Making(spec, number, plan, weights)
-    chosen = _Chosen(spec.only, f"{making.where}.only", sorted(base_names.values()))
-    for weight in weights.all:
+    making = _AnchorBuilder(spec, number, plan, weights)
+    chosen = _WeightFilter(spec.only, f"{making.where}.only", sorted(base_names.values()))
+    for weight in weights.entries:
         name = base_names.get(weight.name)
         if name is None or not chosen(name):
             continue
-        if name in new:
-            making.left_out.append(f"{name} (new)")
+        if name in new_names:
+            making.skipped.append(f"{name} (new)")
         else:
-            making.hold(weight, name)
-    for current, moved in tuning.changes().items():
+            making.add_weight(weight, name)
+    for current, moved in tuning.weight_deltas().items():
         if chosen(base_names[current]):
-            making.follow(current, base_names[current], moved)
+            making.add_delta(current, base_names[current], moved)
     chosen.check()
-    return making.made(plan.stage.tuning.kind, anchor_name(plan.stage.penalties, number))
+    return making.build(plan.stage.tuning.kind, anchor_name(plan.stage.penalties, number))
 
 
-def penalty_prints(plan: Plan) -> list[dict[str, str | None]]:
+def penalty_fingerprints(plan: Plan) -> list[dict[str, str | None]]:
     """What each penalty reads beside the start model, by its contents: a resumed run is held against it."""
     return [
         {
-            "reference": None if spec.reference == START else start_fingerprint(_located(spec, number, plan)),
-            "importance": sha256(_path(spec.importance, number, plan.root)) if spec.importance else None,
+            "reference": None if spec.reference == START else start_fingerprint(_locate_reference(spec, number, plan)),
+            "importance": sha256(_importance_path(spec.importance, number, plan.root)) if spec.importance else None,
         }
         for number, spec in enumerate(plan.stage.penalties)
     ]
 
 
-def _located(spec: AnchorPenalty, number: int, plan: Plan) -> Start:
-    return locate(spec.reference, plan.root, where=f"penalties[{number}].reference")
+def _locate_reference(spec: AnchorPenalty, number: int, plan: Plan) -> ModelLocation:
+    return locate_model(spec.reference, plan.root, where=f"penalties[{number}].reference")
 
 
 @dataclass(frozen=True)
 class _Reference:
     """What weights are held to: the values that they start from (`state` is None), or those of another model."""
 
-    start: Start
+    start: ModelLocation
     fingerprint: str | None
     state: Mapping[str, Tensor] | None
     files: Mapping[str, Tensor]
     """What the model's own files hold, mapped; nothing unless that is asked for."""
 
     @classmethod
-    def of(cls, spec: AnchorPenalty, number: int, plan: Plan) -> _Reference:
-        start = plan.start if spec.reference == START else _located(spec, number, plan)
-        files = dict(_mapped(start)) if spec.storage == "mapped" else {}
+    def load(cls, spec: AnchorPenalty, number: int, plan: Plan) -> _Reference:
+        start = plan.start_model if spec.reference == START else _locate_reference(spec, number, plan)
+        files = dict(_mapped_tensors(start)) if spec.storage == "mapped" else {}
         if spec.reference == START:
             return cls(start, start_fingerprint(start), None, files)
         opened = open_model(start)
@@ -106,20 +106,20 @@ class _Reference:
                 expected="a plain model, or a tuning that becomes part of its base",
             )
         names = opened.model.named_parameters(remove_duplicate=False)
-        state = {bare(name): parameter.detach() for name, parameter in names}
+        state = {base_parameter_name(name): parameter.detach() for name, parameter in names}
         return cls(start, start_fingerprint(start), state, files)
 
-    def mapped(self, name: str, now: Tensor) -> Tensor | None:
+    def mapped_weight(self, name: str, current: Tensor) -> Tensor | None:
         """A weight as it lies in the model's files, when its numbers are those of `now` (or those rows that a rank has)."""
         backbone = name.partition(".")[2]  # files of a bare backbone leave its name out
         found = next((self.files[key] for key in (name, backbone) if key in self.files), None)
-        if found is None or found.shape != now.shape:
+        if found is None or found.shape != current.shape:
             return None
-        mine = own(now)
-        return found if torch.equal(own_part(found, now).to(mine), mine) else None
+        mine = local_shard(current)
+        return found if torch.equal(local_shard_like(found, current).to(mine), mine) else None
 
 
-def _mapped(start: Start) -> Iterator[tuple[str, Tensor]]:
+def _mapped_tensors(start: ModelLocation) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a plain model folder's own files, mapped; nothing of a Hub name or of a tuning's folder."""
     for path in sorted(start.folder.glob("*.safetensors")) if start.folder and start.base is None else ():
         if path.name != "optimizer.safetensors":
@@ -127,117 +127,121 @@ def _mapped(start: Start) -> Iterator[tuple[str, Tensor]]:
             yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (it is no mapping)
 
 
-class _Chosen:
+class _WeightFilter:
     """Whether patterns name a weight; remembers which of them ever did."""
 
     def __init__(self, patterns: list[str], where: str, names: list[str]) -> None:
         self.patterns, self.where, self.names = patterns, where, names
-        self.met: set[str] = set()
+        self.matched: set[str] = set()
 
     def __call__(self, name: str) -> bool:
         met = [p for p in self.patterns if fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*")]
-        self.met.update(met)
+        self.matched.update(met)
         return not self.patterns or bool(met)
 
     def check(self) -> None:
         """Raise `StageError` for a pattern that named no weight that moves."""
         for pattern in self.patterns:
-            if pattern not in self.met:
+            if pattern not in self.matched:
                 raise StageError(
                     f"'{pattern}' names no weight of the start model that moves",
                     where=self.where,
                     expected=f"names such as {', '.join(self.names[:3])}",
-                    way_out=nearest(pattern, self.names),
+                    way_out=suggest_nearest(pattern, self.names),
                 )
 
 
-class _Making:
+class _AnchorBuilder:
     """An anchor while its parts are put together, and what is to be said of it."""
 
     def __init__(self, spec: AnchorPenalty, number: int, plan: Plan, weights: Weights) -> None:
         self.spec, self.where, self.weights = spec, f"penalties[{number}]", weights
         self.vocabulary = plan.vocabulary
-        self.reference = _Reference.of(spec, number, plan)
-        self.importance = ImportanceFile(_path(spec.importance, number, plan.root)) if spec.importance else None
-        self._belongs()
-        self.masters = {id(w.compute): w.master for w in weights.all}
-        self.held: list[Held] = []
-        self.changed: list[Changed] = []
+        self.reference = _Reference.load(spec, number, plan)
+        self.importance = (
+            ImportanceFile(_importance_path(spec.importance, number, plan.root)) if spec.importance else None
+        )
+        self._check_importance()
+        self.masters = {id(w.parameter): w.master for w in weights.entries}
+        self.held_weights: list[AnchoredWeight] = []
+        self.weight_deltas: list[AnchoredDelta] = []
         self.numbers = 0
-        self.weighed = 0.0
+        self.importance_sum = 0.0
         self.bytes = {"reference": 0, "importance": 0, "mapped": 0}
-        self.left_out: list[str] = []
-        self.copied: list[str] = []
+        self.skipped: list[str] = []
+        self.copied_names: list[str] = []
 
-    def hold(self, weight: Weight, name: str) -> None:
+    def add_weight(self, weight: Weight, name: str) -> None:
         """Hold a weight that moves as it is."""
         master, shape = weight.master, tuple(weight.master.shape)
-        if not self._has(name, shape):
+        if not self._is_available(name, shape):
             return
         given = self.importance[name] if self.importance else None
         state = self.reference.state
         there = None if state is None else state[name]
         if there is not None and there.shape != shape:
-            there, given = self._lengthened(name, there, given, master)
-        mapped = self._mapped(name, master.detach() if there is None else there, master)
-        part = own(master) if there is None else own_part(there, master)
-        reference = self._stored(part, "reference", own(master).device) if mapped is None else mapped
-        importance = None if given is None else self._importance(given, master)
-        self.held.append(Held(master, reference, importance, weight.compute, weight.rate_factor))
-        self._count(shape, given)
+            there, given = self._pad_reference(name, there, given, master)
+        mapped = self._mapped_rows(name, master.detach() if there is None else there, master)
+        part = local_shard(master) if there is None else local_shard_like(there, master)
+        reference = self._copy_rows(part, "reference", local_shard(master).device) if mapped is None else mapped
+        importance = None if given is None else self._stored_importance(given, master)
+        self.held_weights.append(AnchoredWeight(master, reference, importance, weight.parameter, weight.rate_factor))
+        self._count_numbers(shape, given)
 
-    def follow(self, current: str, name: str, moved: Moved) -> None:
+    def add_delta(self, current: str, name: str, delta: TuningDelta) -> None:
         """Hold a weight that tensors of the tuning change."""
-        if not self._has(name, moved.shape):
+        if not self._is_available(name, delta.shape):
             return
         weight = self.weights.model.get_parameter(current)
         given = self.importance[name] if self.importance else None
-        importance = None if given is None else joinable(self._importance(given, weight), weight)
-        masters = [self.masters[id(parameter)] for parameter in moved.parameters]
-        self.changed.append(Changed(moved.change, masters, importance, self._offset(name, weight, moved.shape)))
-        self._count(moved.shape, given)
+        importance = None if given is None else to_dtensor(self._stored_importance(given, weight), weight)
+        masters = [self.masters[id(parameter)] for parameter in delta.parameters]
+        self.weight_deltas.append(
+            AnchoredDelta(delta.weight_delta, masters, importance, self._reference_offset(name, weight, delta.shape))
+        )
+        self._count_numbers(delta.shape, given)
 
-    def made(self, kind: str, name: str) -> Anchor | AnchoredDecay:
+    def build(self, kind: str, name: str) -> Anchor | AnchoredDecay:
         """The anchor. Raises `StageError` when it holds nothing."""
         spec = self.spec
-        if not self.held and not self.changed:
-            self._nothing(kind)
-        if spec.decoupled and self.changed:
+        if not self.held_weights and not self.weight_deltas:
+            self._raise_empty(kind)
+        if spec.decoupled and self.weight_deltas:
             raise StageError(
                 f"a decoupled pull moves weights themselves, and `{kind}` moves tensors that change them",
                 where=f"{self.where}.decoupled",
                 way_out="leave `decoupled` out: the pull then goes through the gradients",
             )
-        mean = self.weighed / self.numbers
+        mean = self.importance_sum / self.numbers
         if self.importance and not mean > 0:
             raise DataError("all weights that are held have importance 0", where=str(self.importance.path))
         strength = math.nan if spec.strength == "auto" else spec.strength
         over = mean if spec.normalise else 1.0
         made: Anchor | AnchoredDecay = (
-            AnchoredDecay(self.held, strength=strength, over=over, name=name)
+            AnchoredDecay(self.held_weights, strength=strength, divisor=over, name=name)
             if spec.decoupled
-            else Anchor(self.held, self.changed, strength=strength, over=over, name=name)
+            else Anchor(self.held_weights, self.weight_deltas, strength=strength, divisor=over, name=name)
         )
-        about = self.importance.about if self.importance else None
-        made.about = {
+        about = self.importance.metadata if self.importance else None
+        made.metadata = {
             "name": name,
             "weights": self.numbers,
-            "tensors": len(self.held) + len(self.changed),
+            "tensors": len(self.held_weights) + len(self.weight_deltas),
             "reference": {"model": self.reference.start.name, "fingerprint": self.reference.fingerprint},
             "importance": about and {"kind": about.kind, "per": about.per, "tokens": about.tokens, "mean": mean},
             "bytes": self.bytes,
-            "left_out": self.left_out,
+            "left_out": self.skipped,
             "notes": self._notes(),
         }
         return made
 
     # -- what belongs together
 
-    def _belongs(self) -> None:
+    def _check_importance(self) -> None:
         """Raise `DataError` for importance that was measured on another model than the reference."""
         if self.importance is None:
             return
-        about, reference = self.importance.about, self.reference
+        about, reference = self.importance.metadata, self.reference
         # A model of the Hub is known by its name alone.
         measured_on, held_to = about.fingerprint or about.model, reference.fingerprint or reference.start.name
         if measured_on != held_to:
@@ -249,11 +253,11 @@ class _Making:
                 way_out="measure it on that model, or name the model that it was measured on as `reference`",
             )
 
-    def _has(self, name: str, shape: tuple[int, ...]) -> bool:
+    def _is_available(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether reference and importance have a weight; said when not. Raises when they have it in another shape."""
         state, model = self.reference.state, self.reference.start.name
         if state is not None and name not in state:
-            self.left_out.append(f"{name} (not in {model})")
+            self.skipped.append(f"{name} (not in {model})")
             return False
         there = shape if state is None else tuple(state[name].shape)
         longer = shape[0] == self.vocabulary and there[0] < shape[0] and there[1:] == shape[1:]
@@ -267,7 +271,7 @@ class _Making:
         if self.importance is None:
             return True
         if name not in self.importance.names:
-            self.left_out.append(f"{name} (no importance)")
+            self.skipped.append(f"{name} (no importance)")
             return False
         if self.importance.shape(name) != there:
             raise DataError(
@@ -277,19 +281,21 @@ class _Making:
             )
         return True
 
-    def _lengthened(self, name: str, there: Tensor, given: Tensor | None, master: Tensor) -> tuple[Tensor, Tensor]:
+    def _pad_reference(
+        self, name: str, reference: Tensor, importance: Tensor | None, master: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """A reference that lacks rows at the end, with rows that are held to nothing; and its importance."""
-        now = whole(master.detach()).to("cpu", torch.float32)
-        rows = len(there)
-        self.left_out.append(f"{len(now) - rows:,} rows of {name} (not in {self.reference.start.name})")
+        now = full_tensor(master.detach()).to("cpu", torch.float32)
+        rows = len(reference)
+        self.skipped.append(f"{len(now) - rows:,} rows of {name} (not in {self.reference.start.name})")
         weighed = torch.zeros_like(now)
-        weighed[:rows] = 1.0 if given is None else given.float()
-        return torch.cat([there.to("cpu", torch.float32), now[rows:]]), weighed
+        weighed[:rows] = 1.0 if importance is None else importance.float()
+        return torch.cat([reference.to("cpu", torch.float32), now[rows:]]), weighed
 
-    def _nothing(self, kind: str) -> None:
-        if self.left_out:
+    def _raise_empty(self, kind: str) -> None:
+        if self.skipped:
             raise StageError(
-                f"nothing is left to hold: {', '.join(self.left_out[:3])}",
+                f"nothing is left to hold: {', '.join(self.skipped[:3])}",
                 where=self.where,
                 expected="a reference (and an importance) that has weights that move",
             )
@@ -302,35 +308,35 @@ class _Making:
 
     # -- what is kept, and where
 
-    def _mapped(self, name: str, now: Tensor, master: Tensor) -> Tensor | None:
+    def _mapped_rows(self, name: str, current: Tensor, master: Tensor) -> Tensor | None:
         """This rank's rows of a reference in the model's own files; None when they are not wanted, or not there."""
         if self.spec.storage != "mapped":
             return None
-        found = self.reference.mapped(name, now)
+        found = self.reference.mapped_weight(name, current)
         if found is None:
-            self.copied.append(name)
+            self.copied_names.append(name)
             return None
-        part = own_part(found, master)
+        part = local_shard_like(found, master)
         self.bytes["mapped"] += part.nbytes
         return part
 
     def _notes(self) -> list[str]:
-        if not self.copied:
+        if not self.copied_names:
             return []
         return [
-            f"{len(self.copied):,} weights ({self.copied[0]}, ...) do not lie in files of {self.reference.start.name} as they "
+            f"{len(self.copied_names):,} weights ({self.copied_names[0]}, ...) do not lie in files of {self.reference.start.name} as they "
             "are, and are copied"
         ]
 
-    def _importance(self, given: Tensor, like: Tensor) -> Tensor:
+    def _stored_importance(self, importance: Tensor, like: Tensor) -> Tensor:
         """This rank's rows of an importance."""
-        part = own_part(given, like)
-        if self.spec.storage == "mapped" and given.device.type == "cpu":
+        part = local_shard_like(importance, like)
+        if self.spec.storage == "mapped" and importance.device.type == "cpu":
             self.bytes["mapped"] += part.nbytes
             return part
-        return self._stored(part, "importance", own(like).device)
+        return self._copy_rows(part, "importance", local_shard(like).device)
 
-    def _offset(self, name: str, weight: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    def _reference_offset(self, name: str, weight: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         """How far a weight is from the reference before the tuning changes it."""
         if self.reference.state is None:
             return None
@@ -340,11 +346,11 @@ class _Making:
                 where=f"{self.where}.reference",
                 expected=START,
             )
-        now = own(weight.detach()).float()
-        offset = now - own_part(self.reference.state[name], weight).to(now)
-        return joinable(self._stored(offset, "reference", now.device), weight)
+        now = local_shard(weight.detach()).float()
+        offset = now - local_shard_like(self.reference.state[name], weight).to(now)
+        return to_dtensor(self._copy_rows(offset, "reference", now.device), weight)
 
-    def _stored(self, part: Tensor, what: str, device: torch.device) -> Tensor:
+    def _copy_rows(self, part: Tensor, key: str, device: torch.device) -> Tensor:
         """A copy of a tensor as the stage asks for it."""
         kept = part.detach().to(device, copy=True)
         short = kept.to(torch.bfloat16)
@@ -355,15 +361,15 @@ class _Making:
                 kept = short
             case _:
                 kept = short if torch.equal(short.to(kept.dtype), kept) else kept
-        self.bytes[what] += kept.nbytes
+        self.bytes[key] += kept.nbytes
         return kept
 
-    def _count(self, shape: tuple[int, ...], given: Tensor | None) -> None:
+    def _count_numbers(self, shape: tuple[int, ...], importance: Tensor | None) -> None:
         self.numbers += math.prod(shape)
-        self.weighed += math.prod(shape) if given is None else float(given.double().sum())
+        self.importance_sum += math.prod(shape) if importance is None else float(importance.double().sum())
 
 
-def _path(name: str, number: int, root: Path) -> Path:
+def _importance_path(name: str, number: int, root: Path) -> Path:
     path = (root / Path(name).expanduser()).resolve()
     if not path.is_file():
         raise DataError(
@@ -374,6 +380,6 @@ def _path(name: str, number: int, root: Path) -> Path:
     return path
 
 
-def about_penalty(made: Anchor | AnchoredDecay) -> dict[str, Any]:
+def describe_penalty(anchor: Anchor | AnchoredDecay) -> dict[str, Any]:
     """What is recorded of an anchor."""
-    return {**made.about, "strength": made.strength}
+    return {**anchor.metadata, "strength": anchor.strength}

@@ -12,54 +12,60 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from postgrad.config.objectives import AnyObjective, ClassifyObjective, DistillObjective, OnPolicyObjective, names_of
-from postgrad.config.quantities import in_steps
+from postgrad.config.objectives import (
+    AnyObjective,
+    ClassifyObjective,
+    DistillObjective,
+    OnPolicyObjective,
+    get_objective_names,
+)
+from postgrad.config.quantities import length_in_steps
 from postgrad.config.sparse_updates import MagnitudeUpdate, MomentumUpdate
-from postgrad.config.tunings import BlocksTuning, FullTuning, LoraTuning, PTuning, options_of
+from postgrad.config.tunings import BlocksTuning, FullTuning, LoraTuning, PTuning, get_tuning_options
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.prefix_lm import PrefixRows
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import collate
 from postgrad.data.loading.loader import Loader
-from postgrad.data.loading.teacher_cache import Told
+from postgrad.data.loading.teacher_cache import TeacherCache
 from postgrad.distributed import fsdp
 from postgrad.distributed.world import World
 from postgrad.errors import ResumeError, StageError, TuningError
-from postgrad.hardware.execution import Execution, Wishes, choose
-from postgrad.lineage.tree import chain
-from postgrad.models.model import CausalModel, Model, model_for
-from postgrad.models.prefix_lm_attention import mark
-from postgrad.models.pretrained import TUNING, Start, Task
-from postgrad.objectives.classification_loss import Decisions, Problem
-from postgrad.objectives.distillation import Distill, DistillDecisions, DistillTold
-from postgrad.objectives.next_token import Tokens
+from postgrad.hardware.execution import Execution, ExecutionRequest, select_execution
+from postgrad.lineage.tree import read_lineage
+from postgrad.models.model import CausalModel, Model, wrap_model
+from postgrad.models.prefix_lm_attention import mark_prefix_lm
+from postgrad.models.pretrained import TUNING_FILE, ModelLocation, Task
+from postgrad.objectives.classification_loss import ClassificationLoss, ProblemType
+from postgrad.objectives.distillation import CachedDistillationLoss, DistillationLoss, TaskDistillationLoss
+from postgrad.objectives.next_token import TokenLoss
 from postgrad.objectives.objective import Objective
 from postgrad.objectives.teacher import Teacher
-from postgrad.optim.loss_adaptive_lr import LossPaced, Steady
-from postgrad.optim.migu import TopOutput
-from postgrad.optim.mofo import TopMomentum
+from postgrad.optim.loss_adaptive_lr import ConstantLRScale, LossAdaptiveLRScale
+from postgrad.optim.migu import MiguMask
+from postgrad.optim.mofo import MofoMask
 from postgrad.optim.optimizer import AdamW, Weights
-from postgrad.optim.sparse_update import Everything, Moving
+from postgrad.optim.sparse_update import FullMask, UpdateMask
 from postgrad.penalties.anchor import AnchoredDecay
-from postgrad.penalties.o_lora import Orthogonal
-from postgrad.penalties.penalty import Decay, Penalty
-from postgrad.plan.model_inputs import virtual
+from postgrad.penalties.o_lora import OrthogonalityPenalty
+from postgrad.penalties.penalty import DecoupledPenalty, Penalty
+from postgrad.plan.model_inputs import count_virtual_tokens
 from postgrad.plan.plan import Plan
 from postgrad.run.anchors import make_anchor
-from postgrad.run.online_teacher import online_teachers, weight_of
+from postgrad.run.online_teacher import make_online_teachers, make_weight_schedule
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.checkpoint_files import read_moments, read_progress
-from postgrad.training.on_policy import Writer, writing_step
-from postgrad.training.step import Run, Step, train_step
-from postgrad.tuning.attach import attach, read_published
-from postgrad.tuning.extra_trainable import bare
-from postgrad.tuning.open_model import Opened, open_model
-from postgrad.tuning.tuning import Published, Tuning
+from postgrad.training.on_policy import OnPolicySampler, make_on_policy_step
+from postgrad.training.step import Run, StepFunction, train_step
+from postgrad.tuning.attach import attach, read_export
+from postgrad.tuning.extra_trainable import base_parameter_name
+from postgrad.tuning.open_model import LoadedModel, open_model
+from postgrad.tuning.tuning import Tuning, TuningExport
 
 
 def make_objectives(
     specs: Sequence[AnyObjective],
-    problem: Problem,
+    problem: ProblemType,
     task: Task = "causal",
     *,
     teachers: Mapping[int, Teacher] = MappingProxyType({}),
@@ -75,24 +81,28 @@ def make_objectives(
     def objective(number: int, spec: AnyObjective, name: str) -> Objective:
         match spec:
             case ClassifyObjective():
-                return Decisions(problem, name, spec.weight)
+                return ClassificationLoss(problem, name, spec.weight)
             case DistillObjective():
-                weight = weight_of(spec.weight, steps, tokens)
+                weight = make_weight_schedule(spec.weight, steps, tokens)
                 if number not in teachers:
-                    return DistillTold(weight, spec.temperature, name)
+                    return CachedDistillationLoss(weight, spec.temperature, name)
                 how = weight, spec.direction, spec.temperature, name
                 if task in ("classify", "tag"):
-                    return DistillDecisions(problem, teachers[number], *how)
-                return Distill(teachers[number], *how)
+                    return TaskDistillationLoss(problem, teachers[number], *how)
+                return DistillationLoss(teachers[number], *how)
             case OnPolicyObjective():
-                return Distill(teachers[number], weight_of(spec.weight, steps, tokens), "reverse", 1.0, name)
+                return DistillationLoss(
+                    teachers[number], make_weight_schedule(spec.weight, steps, tokens), "reverse", 1.0, name
+                )
             case _:
-                return Tokens(name, spec.weight)
+                return TokenLoss(name, spec.weight)
 
-    return [objective(i, spec, name) for i, (spec, name) in enumerate(zip(specs, names_of(specs), strict=True))]
+    return [
+        objective(i, spec, name) for i, (spec, name) in enumerate(zip(specs, get_objective_names(specs), strict=True))
+    ]
 
 
-class Counts(NamedTuple):
+class ParameterCounts(NamedTuple):
     """Weights of a model, tied ones counted once, and how many of them move."""
 
     parameters: int
@@ -100,11 +110,11 @@ class Counts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Subject:
+class TunedModel:
     """What is trained: a model, what its lineage left on it, and the stage's tuning."""
 
     model: Model
-    opened: Opened
+    loaded_model: LoadedModel
     tuning: Tuning
     options: dict[str, Any]
     """Those that the tuning was made with."""
@@ -114,47 +124,47 @@ class Subject:
     @property
     def attention(self) -> str | None:
         """The attention implementation that a tuning in the model needs, if one does."""
-        return next((t.attention for t in (self.tuning, *self.opened.tunings) if t.attention), None)
+        return next((t.attention for t in (self.tuning, *self.loaded_model.tunings) if t.attention), None)
 
-    def counts(self) -> Counts:
+    def counts(self) -> ParameterCounts:
         """Weights in the model, and those that move."""
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        return Counts(sum(n for n, _ in sizes), sum(n for n, moves in sizes if moves))
+        return ParameterCounts(sum(n for n, _ in sizes), sum(n for n, moves in sizes if moves))
 
 
-def make_subject(plan: Plan, world: World, *, attention: str | None = None) -> Subject:
+def make_tuned_model(plan: Plan, world: World, *, attention: str | None = None) -> TunedModel:
     """The start model with the stage's tuning in it, on this rank's device."""
-    opened = open_model(plan.start, plan.task, layer=plan.layer, attention=attention)
+    opened = open_model(plan.start_model, plan.task, layer=plan.task_layer, attention=attention)
     spec = plan.stage.tuning
     options = tuning_options(plan, opened)
-    mark(opened.model.config, bool(plan.prefixes))
-    names = _names(opened.model)
+    mark_prefix_lm(opened.model.config, bool(plan.prefix_length))
+    names = _named_parameters(opened.model)
     tuning = attach(opened.model, options, seed=plan.stage.seed, tokenizer=plan.tokenizer)
-    base_names = _still(opened.model, names)
-    if opened.tunings and (tuning.whole or tuning.leaves_model):
+    base_names = _match_base_names(opened.model, names)
+    if opened.tunings and (tuning.is_full or tuning.is_merged_on_export):
         raise TuningError(
-            f"`{spec.kind}` leaves a plain model, and in {plan.start.name} stands `{opened.tunings[-1].kind}`, which cannot "
+            f"`{spec.kind}` leaves a plain model, and in {plan.start_model.name} stands `{opened.tunings[-1].kind}`, which cannot "
             "become part of one",
             where="tuning.kind",
             expected="a kind that adds something of its own, such as lora, adapter or prompt",
         )
-    if plan.start.made and not (tuning.whole or tuning.leaves_model):
+    if plan.start_model.scratch_recipe and not (tuning.is_full or tuning.is_merged_on_export):
         raise TuningError(
             f"`{spec.kind}` leaves a small folder that sits on its start model, and a new model lies only in the cache",
             where="tuning.kind",
             expected="full, or another kind that leaves a whole model",
             way_out=f"train the new model whole first; `{spec.kind}` can go on from that run",
         )
-    model = model_for(opened.model, opened.task).to(world.device)
-    return Subject(model, opened, tuning, {**options, "seed": plan.stage.seed}, base_names)
+    model = wrap_model(opened.model, opened.task).to(world.device)
+    return TunedModel(model, opened, tuning, {**options, "seed": plan.stage.seed}, base_names)
 
 
-def _names(model: nn.Module) -> dict[str, nn.Parameter]:
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters by all of their names."""
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def _still(model: nn.Module, before: dict[str, nn.Parameter]) -> dict[str, str]:
+def _match_base_names(model: nn.Module, before: dict[str, nn.Parameter]) -> dict[str, str]:
     """Which parameters of a model are those of `before`: its names for them, and theirs.
 
     A parameter is known by itself and not by its name: new blocks push the old ones on. A copy that unties two names has
@@ -163,136 +173,140 @@ def _still(model: nn.Module, before: dict[str, nn.Parameter]) -> dict[str, str]:
     known = {id(parameter): name for name, parameter in reversed(list(before.items()))}
     copies = before.keys() - known.values()
     return {
-        name: known.get(id(parameter), bare(name))
+        name: known.get(id(parameter), base_parameter_name(name))
         for name, parameter in model.named_parameters()
-        if id(parameter) in known or bare(name) in copies
+        if id(parameter) in known or base_parameter_name(name) in copies
     }
 
 
-def tuning_options(plan: Plan, opened: Opened) -> dict[str, Any]:
+def tuning_options(plan: Plan, loaded_model: LoadedModel) -> dict[str, Any]:
     """The keyword arguments of the stage's tuning: lengths in steps, and a new task layer moves besides."""
     spec = plan.stage.tuning
-    options = options_of(spec)
+    options = get_tuning_options(spec)
     for key in ("template", "demonstrations", "orthogonal"):  # read by whoever makes the rows, or the penalties
         options.pop(key, None)
     if isinstance(spec, PTuning):
-        options["length"] = virtual(spec)
+        options["length"] = count_virtual_tokens(spec)
     if isinstance(spec, BlocksTuning) and spec.unfreeze_every is not None:
-        options["unfreeze_every"] = max(1, round(in_steps(spec.unfreeze_every, plan.steps, plan.tokens)))
-    if opened.new and not isinstance(spec, FullTuning):
-        options["also"] = [*options.get("also", ()), *opened.new]
+        options["unfreeze_every"] = max(1, round(length_in_steps(spec.unfreeze_every, plan.steps, plan.tokens)))
+    if loaded_model.new_weights and not isinstance(spec, FullTuning):
+        options["also"] = [*options.get("also", ()), *loaded_model.new_weights]
     return options
 
 
-def make_penalties(plan: Plan, subject: Subject, weights: Weights) -> list[Penalty]:
+def make_penalties(plan: Plan, tuned_model: TunedModel, weights: Weights) -> list[Penalty]:
     """What pulls the weights back."""
     named = [
-        make_anchor(number, plan, subject.tuning, weights, subject.base_names, subject.opened.new)
+        make_anchor(
+            number, plan, tuned_model.tuning, weights, tuned_model.base_names, tuned_model.loaded_model.new_weights
+        )
         for number in range(len(plan.stage.penalties))
     ]
-    return [*_orthogonal(plan, subject, weights), *named]
+    return [*_make_o_lora_penalty(plan, tuned_model, weights), *named]
 
 
-def _orthogonal(plan: Plan, subject: Subject, weights: Weights) -> list[Penalty]:
+def _make_o_lora_penalty(plan: Plan, tuned_model: TunedModel, weights: Weights) -> list[Penalty]:
     """O-LoRA's penalty, where the tuning asks for it."""
     spec = plan.stage.tuning
     if not isinstance(spec, LoraTuning) or spec.orthogonal is None:
         return []
-    from postgrad.tuning.lora import LowRank, earlier_directions
+    from postgrad.tuning.lora import LoraAdapter, earlier_directions
 
-    assert isinstance(subject.tuning, LowRank)
-    earlier = earlier_directions(low_rank_before(plan.start))
-    new = {name: parameter for name, parameter in subject.tuning.directions().items() if name in earlier}
+    assert isinstance(tuned_model.tuning, LoraAdapter)
+    earlier = earlier_directions(earlier_lora_adapters(plan.start_model))
+    new = {name: parameter for name, parameter in tuned_model.tuning.directions().items() if name in earlier}
     if not new:
         raise StageError(
-            f"no earlier stage of {plan.start.name} has low-rank adapters on the layers that this one tunes",
+            f"no earlier stage of {plan.start_model.name} has low-rank adapters on the layers that this one tunes",
             where="tuning.orthogonal",
             expected="a start model whose lineage has a `lora` stage with the same targets",
         )
-    masters = {id(w.compute): w.master for w in weights.all}
-    return [Orthogonal([masters[id(p)] for p in new.values()], [earlier[name] for name in new], spec.orthogonal)]
+    masters = {id(w.parameter): w.master for w in weights.entries}
+    return [
+        OrthogonalityPenalty([masters[id(p)] for p in new.values()], [earlier[name] for name in new], spec.orthogonal)
+    ]
 
 
-def low_rank_before(start: Start) -> list[Published]:
+def earlier_lora_adapters(start: ModelLocation) -> list[TuningExport]:
     """The low-rank adapters that the lineage of a start has trained, whether they were merged since or not."""
-    folders = [run / "model" for run, _ in (chain(start.run) if start.run else [])]
-    here: Start | None = start
+    folders = [run / "model" for run, _ in (read_lineage(start.run) if start.run else [])]
+    here: ModelLocation | None = start
     while here is not None:
         folders += [here.folder] if here.folder else []
         here = here.base
-    found = {folder.resolve(): read_published(folder) for folder in folders if (folder / TUNING).exists()}
+    found = {folder.resolve(): read_export(folder) for folder in folders if (folder / TUNING_FILE).exists()}
     return [part for part in found.values() if part.options["kind"] == "lora"]
 
 
-def choose_execution(plan: Plan, subject: Subject, world: World) -> Execution:
+def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execution:
     """How this machine will compute the stage."""
     compute, batch = plan.stage.compute, plan.stage.batch
-    longest = max((row for rows in plan.rows for row in _some(rows)), key=_length)
+    longest = max((row for rows in plan.rows for row in _sample_rows(rows)), key=_row_length)
 
     def example(rows: int) -> dict[str, Tensor]:
-        return collate([longest] * rows, [0] * rows, pad=plan.reading.pad).inputs
+        return collate([longest] * rows, [0] * rows, pad_token_id=plan.model_inputs.pad_id).inputs
 
-    wishes = Wishes(
+    wishes = ExecutionRequest(
         dtype=compute.dtype,
         compile=compute.compile,
-        attention=subject.attention or compute.attention,
+        attention=tuned_model.attention or compute.attention,
         activation_checkpointing=compute.activation_checkpointing,
         threads=compute.threads,
         micro=batch.micro,
         sequences=batch.sequences,
-        length=_length(longest),
+        length=_row_length(longest),
         steps=plan.steps,
-        one_length=all(rows.layout in _FILLED for rows in plan.rows),
-        causal=not plan.prefixes,
+        is_fixed_length=all(rows.layout in _FIXED_LENGTH_LAYOUTS for rows in plan.rows),
+        is_causal=not plan.prefix_length,
     )
-    return choose(wishes, subject.model, example, world.device, world.size)
+    return select_execution(wishes, tuned_model.model, example, world.device, world.size)
 
 
-_FILLED = (PackedRows.layout, PrefixRows.layout)
+_FIXED_LENGTH_LAYOUTS = (PackedRows.layout, PrefixRows.layout)
 """Layouts in which every row is as long as the next."""
-_LOOKED_AT = 256
+_MAX_ROWS_SAMPLED = 256
 """Rows of a source that are looked at to see how long its rows are."""
 
 
-def _some(rows: Rows) -> Iterator[Row]:
+def _sample_rows(rows: Rows) -> Iterator[Row]:
     """Rows spread over a source; where all are of one length, one of them."""
-    count = 1 if rows.layout in _FILLED else min(len(rows), _LOOKED_AT)
-    return (rows.at(i * len(rows) // count, i) for i in range(count))
+    count = 1 if rows.layout in _FIXED_LENGTH_LAYOUTS else min(len(rows), _MAX_ROWS_SAMPLED)
+    return (rows.get_row(i * len(rows) // count, i) for i in range(count))
 
 
-def _length(row: Row) -> int:
+def _row_length(row: Row) -> int:
     return len(row.inputs["input_ids"])
 
 
-def build(plan: Plan, subject: Subject, execution: Execution, world: World) -> Run:
+def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: World) -> Run:
     """The run of a stage at its step 0: model laid out, masters and optimizer made. The model is changed in place."""
     torch.set_num_threads(execution.threads)
-    stage, model = plan.stage, subject.model
-    teachers = online_teachers(plan, model, subject.tuning, subject.base_names, execution, world)
+    stage, model = plan.stage, tuned_model.model
+    teachers = make_online_teachers(plan, model, tuned_model.tuning, tuned_model.base_names, execution, world)
     if execution.activation_checkpointing:
         fsdp.checkpoint_activations(model)
-    if world.sharded:
+    if world.is_distributed:
         fsdp.shard(model, world.size, execution.compute)
-    weights = Weights(model, subject.tuning, execution.compute, split=not world.sharded)
-    moving = make_moving(plan, subject, weights)
+    weights = Weights(model, tuned_model.tuning, execution.compute, master_copies=not world.is_distributed)
+    moving = make_update_mask(plan, tuned_model, weights)
     if execution.compile:
         fsdp.compile_layers(model)
-    penalties = make_penalties(plan, subject, weights)
+    penalties = make_penalties(plan, tuned_model, weights)
     spec = stage.optimizer
     optimizer = make_optimizer(plan, weights, moving, [p for p in penalties if isinstance(p, AnchoredDecay)])
-    if spec.moments != "reset" and not subject.tuning.whole:
+    if spec.moments != "reset" and not tuned_model.tuning.is_full:
         raise StageError(
-            f"`{stage.tuning.kind}` begins with weights of its own, for which {plan.start.name} has no moments",
+            f"`{stage.tuning.kind}` begins with weights of its own, for which {plan.start_model.name} has no moments",
             where="optimizer.moments",
             expected="reset, or tuning: {kind: full}",
         )
     if spec.moments != "reset":
-        checkpoint = _moments_of(plan.start)
+        checkpoint = _find_moments(plan.start_model)
         keep = ("exp_avg", "exp_avg_sq") if spec.moments == "keep" else ("exp_avg_sq",)
         optimizer.restore(read_moments(checkpoint), read_progress(checkpoint).updates, keep=keep)
-        if not optimizer.updates():
+        if not optimizer.update_counts():
             raise ResumeError(
-                f"the moments of {plan.start.name} are those of other weights",
+                f"the moments of {plan.start_model.name} are those of other weights",
                 where="optimizer.moments",
                 expected="a start model whose stage moved all of its weights",
                 way_out="set optimizer.moments: reset",
@@ -307,21 +321,23 @@ def build(plan: Plan, subject: Subject, execution: Execution, world: World) -> R
         penalties=penalties,
         schedule=plan.schedule,
         world=world,
-        sources=plan.sources,
-        clip=spec.clip,
+        sources=plan.source_names,
+        max_grad_norm=spec.clip,
         seed=stage.seed,
-        pacing=LossPaced(spec.loss_adaptive.start, spec.loss_adaptive.smoothing) if spec.loss_adaptive else Steady(),
-        trained_by_source=np.zeros(len(plan.sources), np.int64),
+        lr_scale=LossAdaptiveLRScale(spec.loss_adaptive.start, spec.loss_adaptive.smoothing)
+        if spec.loss_adaptive
+        else ConstantLRScale(),
+        trained_tokens_by_source=np.zeros(len(plan.source_names), np.int64),
     )
 
 
-def make_moving(plan: Plan, subject: Subject, weights: Weights) -> Moving:
+def make_update_mask(plan: Plan, tuned_model: TunedModel, weights: Weights) -> UpdateMask:
     """Which numbers an update moves. Raises `StageError` where that cannot be told."""
     match plan.stage.optimizer.update:
         case None:
-            return Everything()
+            return FullMask()
         case MomentumUpdate(share=share):
-            return TopMomentum(share, weights.masters)
+            return MofoMask(share, weights.masters)
         case MagnitudeUpdate(share=share):
             if isinstance(plan.stage.tuning, LoraTuning) and plan.stage.tuning.form == "dora":
                 raise StageError(
@@ -329,7 +345,7 @@ def make_moving(plan: Plan, subject: Subject, weights: Weights) -> Moving:
                     where="optimizer.update",
                     expected="another form of `lora`, or kind: momentum",
                 )
-            moving = TopOutput(share, subject.model, weights.all)
+            moving = MiguMask(share, tuned_model.model, weights.entries)
             if not moving.layers:
                 raise StageError(
                     f"`{plan.stage.tuning.kind}` moves no linear layer of the model's blocks",
@@ -339,7 +355,9 @@ def make_moving(plan: Plan, subject: Subject, weights: Weights) -> Moving:
             return moving
 
 
-def make_optimizer(plan: Plan, weights: Weights, moving: Moving, decays: Sequence[Decay] = ()) -> AdamW:
+def make_optimizer(
+    plan: Plan, weights: Weights, update_mask: UpdateMask, decays: Sequence[DecoupledPenalty] = ()
+) -> AdamW:
     """The stage's optimizer, without moments yet."""
     spec = plan.stage.optimizer
     return AdamW(
@@ -348,48 +366,52 @@ def make_optimizer(plan: Plan, weights: Weights, moving: Moving, decays: Sequenc
         eps=spec.eps,
         weight_decay=spec.weight_decay,
         decay_tables=spec.decay_tables,
-        decays=decays,
-        moving=moving,
+        decoupled_penalties=decays,
+        update_mask=update_mask,
     )
 
 
-def make_step(plan: Plan, run: Run) -> Step:
+def make_step(plan: Plan, run: Run) -> StepFunction:
     """How a step is made: plainly, or on what the model writes itself. Raises `StageError` where it cannot write."""
     asked = {i: o for i, o in enumerate(plan.objectives) if isinstance(o, OnPolicyObjective)}
     if not asked:
         return train_step
-    if run.world.sharded:
+    if run.world.is_distributed:
         raise StageError(
             "a model that is sharded over processes cannot write by itself",
             where="objectives",
             expected="one process for `on-policy`, without torchrun",
         )
     assert isinstance(run.model, CausalModel)
-    seed, eos = plan.stage.seed, plan.reading.encoder.eos
-    return writing_step({i: Writer(run.model, spec.temperature, eos, seed) for i, spec in asked.items()})
+    seed, eos = plan.stage.seed, plan.model_inputs.encoder.eos
+    return make_on_policy_step(
+        {i: OnPolicySampler(run.model, spec.temperature, eos, seed) for i, spec in asked.items()}
+    )
 
 
-def make_loader(plan: Plan, execution: Execution, world: World, *, told: Sequence[Mapping[str, Told]] = ()) -> Loader:
+def make_loader(
+    plan: Plan, execution: Execution, world: World, *, teacher_caches: Sequence[Mapping[str, TeacherCache]] = ()
+) -> Loader:
     """The micro-batches of this rank; `told`: of each source, what teachers said of its rows."""
     return Loader(
         plan.rows,
         plan.mixture,
-        micro=execution.micro,
-        objectives=plan.weighed,
-        pad=plan.reading.pad,
+        micro_batch_size=execution.micro,
+        objectives=plan.objective_indices,
+        pad_token_id=plan.model_inputs.pad_id,
         rank=world.rank,
-        ranks=world.size,
-        skip=plan.stage.data.skip_steps,
-        told=told,
+        world_size=world.size,
+        skip_steps=plan.stage.data.skip_steps,
+        teacher_caches=teacher_caches,
     )
 
 
-def _moments_of(start: Start) -> Path:
+def _find_moments(start: ModelLocation) -> Path:
     """The checkpoint that holds the start model's moments."""
     if start.folder and (start.folder / "optimizer.safetensors").exists():
         return start.folder
     if start.run:
-        newest = Checkpoints(start.run / "checkpoints", None).newest(lambda _: None)
+        newest = Checkpoints(start.run / "checkpoints", None).find_newest(lambda _: None)
         if newest:
             return newest
     raise ResumeError(

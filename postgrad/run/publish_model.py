@@ -8,42 +8,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgrad.models.prefix_lm_attention import mark
+from postgrad.models.prefix_lm_attention import mark_prefix_lm
 from postgrad.models.pretrained import save_chat_template, save_pretrained, stored_dtype
 from postgrad.plan.plan import Plan
-from postgrad.run.build import Subject
-from postgrad.storage.atomic import publish
+from postgrad.run.build import TunedModel
+from postgrad.storage.atomic import publish_folder
 from postgrad.tuning.attach import attach, save_tuning
-from postgrad.tuning.open_model import Sitting, open_model
+from postgrad.tuning.open_model import BaseReference, open_model
 
 
-def sitting(plan: Plan, folder: Path) -> dict[str, Any]:
+def base_reference(plan: Plan, folder: Path) -> dict[str, Any]:
     """What a folder of this stage's tuning says of the model that it sits on."""
-    return Sitting.on(plan.start, folder, plan.task, plan.layer, plan.reading.set_around, bool(plan.prefixes)).as_dict()
+    return BaseReference.from_start(
+        plan.start_model,
+        folder,
+        plan.task,
+        plan.task_layer,
+        plan.model_inputs.soft_prompt_frame,
+        bool(plan.prefix_length),
+    ).as_dict()
 
 
-def publish_trained(folder: Path, plan: Plan, subject: Subject, state: dict[str, Tensor]) -> None:
+def publish_trained_model(folder: Path, plan: Plan, tuned_model: TunedModel, state: dict[str, Tensor]) -> None:
     """Publish the trained model in fp32 `state`: of a whole model its weights, of a tuning its own tensors.
 
     A tuning is put on the start model anew, in full precision: whatever the training computed in, what leaves is exact.
     """
-    dtype = stored_dtype(plan.start) if plan.stage.save.dtype == "auto" else getattr(torch, plan.stage.save.dtype)
-    if subject.tuning.whole:
-        pretrained = subject.model.pretrained
-        publish(folder, lambda staged: save_pretrained(pretrained, plan.tokenizer, staged, dtype=dtype, state=state))
+    dtype = stored_dtype(plan.start_model) if plan.stage.save.dtype == "auto" else getattr(torch, plan.stage.save.dtype)
+    if tuned_model.tuning.is_full:
+        pretrained = tuned_model.model.pretrained
+        publish_folder(
+            folder, lambda staged: save_pretrained(pretrained, plan.tokenizer, staged, dtype=dtype, state=state)
+        )
         return
-    opened = open_model(plan.start, plan.task, layer=plan.layer)
-    mark(opened.model.config, bool(plan.prefixes))
-    tuning = attach(opened.model, subject.options, tokenizer=plan.tokenizer)
+    opened = open_model(plan.start_model, plan.task, layer=plan.task_layer)
+    mark_prefix_lm(opened.model.config, bool(plan.prefix_length))
+    tuning = attach(opened.model, tuned_model.options, tokenizer=plan.tokenizer)
     tuning.load(state)
-    if tuning.leaves_model:
+    if tuning.is_merged_on_export:
         tuning.merge()
-        publish(folder, lambda staged: save_pretrained(opened.model, plan.tokenizer, staged, dtype=dtype))
+        publish_folder(folder, lambda staged: save_pretrained(opened.model, plan.tokenizer, staged, dtype=dtype))
     else:
-        base = sitting(plan, folder)
+        base = base_reference(plan, folder)
 
         def write(staged: Path) -> None:
             save_tuning(tuning, staged, base)
             save_chat_template(plan.tokenizer, staged)
 
-        publish(folder, write)
+        publish_folder(folder, write)

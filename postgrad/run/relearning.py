@@ -26,23 +26,23 @@ from postgrad.distributed.world import World
 from postgrad.evaluation import before_after
 from postgrad.evaluation.perplexity import Scores
 from postgrad.hardware.execution import Execution
-from postgrad.models.model import model_for
-from postgrad.optim.lr_schedules import sampled
-from postgrad.plan.held_out_sets import worded
+from postgrad.models.model import wrap_model
+from postgrad.optim.lr_schedules import sample_schedule
+from postgrad.plan.held_out_sets import inherit_row_format
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.plan.sources import Leaf, origin_of, source_again
-from postgrad.run.build import build, make_loader, make_subject
-from postgrad.stats.forgetting import redrawn
-from postgrad.training.loop import steps
+from postgrad.plan.sources import ResolvedSource, make_replay_source, make_source_origin
+from postgrad.run.build import build_run, make_loader, make_tuned_model
+from postgrad.stats.forgetting import bootstrap_means
+from postgrad.training.loop import train_steps
 
-_FEWEST = 10
+_MIN_DOCUMENTS = 10
 """Documents of a set, below which half of them tell nothing."""
-_HALF = 0.5
-_TAUGHT = ("distill", "on-policy")
+_HELD_OUT_SHARE = 0.5
+_TEACHER_OBJECTIVES = ("distill", "on-policy")
 """Objectives that the steps leave out: they need a teacher."""
 
 
-def realigned(
+def measure_relearning(
     plan: Plan,
     trained: Path,
     scores: tuple[Mapping[str, Scores], Mapping[str, Scores]],
@@ -54,21 +54,21 @@ def realigned(
 
     `trained` is the folder of the published model, `scores` those of the start model and of the trained one on all sets.
     """
-    sources = _old_sources(plan)
-    if not sources or plan.start.made is not None:
+    sources = _relearning_sources(plan)
+    if not sources or plan.start_model.scratch_recipe is not None:
         return None
-    rate = max(rate for _, rate in sampled(plan.schedule, plan.steps))
-    found: list[_Looked] = []
-    for model, base in ((plan.start_named, plan.stage.base), (str(trained), None)):
-        raw = _stage(plan, model, base, sources, rate)
-        found.append(_looked(make_plan(parse_stage(raw, "realign"), plan.root, cache), plan, execution, world))
+    rate = max(rate for _, rate in sample_schedule(plan.schedule, plan.steps))
+    found: list[_CopyScores] = []
+    for model, base in ((plan.start_model_name, plan.stage.base), (str(trained), None)):
+        raw = _relearning_stage(plan, model, base, sources, rate)
+        found.append(_train_copy(make_plan(parse_stage(raw, "realign"), plan.root, cache), plan, execution, world))
     start, copy = found
     sets = {
         name: told
         for name in start.scores
         if name in copy.scores
         and (
-            told := _told(
+            told := _compare_copies(
                 plan, name, scores, (start.digests[name], start.scores[name]), (copy.digests[name], copy.scores[name])
             )
         )
@@ -80,30 +80,30 @@ def realigned(
     )
 
 
-def left_alone(plan: Plan) -> list[str]:
+def relearning_notes(plan: Plan) -> list[str]:
     """What is asked for and not re-aligned, and why, in words."""
     if not plan.stage.evaluation.realign_steps:
         return []
-    if plan.start.made is not None:
+    if plan.start_model.scratch_recipe is not None:
         return ["nothing is re-aligned: the start model is new, and has nothing to forget"]
-    sources = {source["name"] for source in _old_sources(plan)}
-    retained = [held_out for held_out in plan.held_out if held_out.role == "retained"]
+    sources = {source["name"] for source in _relearning_sources(plan)}
+    retained = [held_out for held_out in plan.held_out_sets if held_out.role == "retained"]
     if not retained:
         return ["nothing is re-aligned: there is no retained set (evaluation.realign_steps)"]
     return [
         f"{held_out.name}: not re-aligned: {len(held_out)} documents are too few to train on one half and score the other "
-        f"(at least {_FEWEST})"
+        f"(at least {_MIN_DOCUMENTS})"
         for held_out in retained
         if held_out.name not in sources
     ]
 
 
-def said(found: Mapping[str, Any]) -> list[str]:
+def relearning_lines(result: Mapping[str, Any]) -> list[str]:
     """A line for each set, in words."""
-    return [f"{name}: {_said(entry, found['steps'])}" for name, entry in found["sets"].items()]
+    return [f"{name}: {_relearning_line(entry, result['steps'])}" for name, entry in result["sets"].items()]
 
 
-def _said(entry: Mapping[str, Any], steps_taken: int) -> str:
+def _relearning_line(entry: Mapping[str, Any], steps_taken: int) -> str:
     forgot, won, left = entry["forgot"], entry["won"], entry["left"]
     if forgot["low"] <= 0:
         return f"nothing forgotten that could be told from chance ({forgot['value']:+.3f} nats/token)"
@@ -119,7 +119,7 @@ def _said(entry: Mapping[str, Any], steps_taken: int) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Looked:
+class _CopyScores:
     """What a re-aligned model scores, by set, and the content hashes of the documents scored."""
 
     scores: dict[str, Scores]
@@ -127,28 +127,32 @@ class _Looked:
     tokens: int
 
 
-def _looked(short: Plan, plan: Plan, execution: Execution, world: World) -> _Looked:
+def _train_copy(short_plan: Plan, plan: Plan, execution: Execution, world: World) -> _CopyScores:
     """Take the steps on the model of a plan, and score it on the documents that they have not read."""
-    subject = make_subject(short, world)
+    subject = make_tuned_model(short_plan, world)
     model = subject.model.pretrained
     if model.config._attn_implementation != execution.attention:
         model.set_attn_implementation(execution.attention)
     quick = dataclasses.replace(execution, compile=False)
-    run = build(short, subject, quick, world)
-    for _ in steps(run, make_loader(short, quick, world), min(plan.stage.evaluation.realign_steps, short.steps)):
+    run = build_run(short_plan, subject, quick, world)
+    for _ in train_steps(
+        run, make_loader(short_plan, quick, world), min(plan.stage.evaluation.realign_steps, short_plan.steps)
+    ):
         pass
-    view = model_for(model, short.task)
-    found = before_after.measure(view, short.held_out, context=short.context, world=world)
-    return _Looked(found, {h.name: h.digests for h in short.held_out}, run.trained)
+    view = wrap_model(model, short_plan.task)
+    found = before_after.score_sets(view, short_plan.held_out_sets, context=short_plan.context, world=world)
+    return _CopyScores(found, {h.name: h.digests for h in short_plan.held_out_sets}, run.trained_tokens)
 
 
-def _stage(plan: Plan, model: str, base: str | None, sources: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
+def _relearning_stage(
+    plan: Plan, model: str, base: str | None, sources: Sequence[dict[str, Any]], rate: float
+) -> dict[str, Any]:
     """The few steps as a stage: at the stage's highest rate, with nothing but the old text."""
     raw = plan.stage.model_dump(mode="json")
     count, batch = plan.stage.evaluation.realign_steps, plan.stage.batch.sequences
     kinds: dict[str, dict[str, Any]] = {}
     for objective in raw["objectives"]:
-        if objective["kind"] not in _TAUGHT:
+        if objective["kind"] not in _TEACHER_OBJECTIVES:
             kinds.setdefault(objective["kind"], {**objective, "on": [], "weight": 1.0})
     return {
         **{key: raw[key] for key in ("name", "seed", "batch", "tuning", "compute")},
@@ -168,44 +172,48 @@ def _stage(plan: Plan, model: str, base: str | None, sources: Sequence[dict[str,
     }
 
 
-def _old_sources(plan: Plan) -> list[dict[str, Any]]:
+def _relearning_sources(plan: Plan) -> list[dict[str, Any]]:
     """What is trained on for each retained set, by the set's name: half of its file, or the rest of its source."""
-    leaves = {leaf.name.replace("/", "-"): leaf for leaf in plan.leaves}
-    listed = {item.name: item for role, item in plan.stage.evaluation.files() if role == "retained"}
-    by_source = {leaf.wanted.source: leaf.wanted for leaf in plan.leaves}
+    leaves = {leaf.name.replace("/", "-"): leaf for leaf in plan.sources}
+    listed = {item.name: item for role, item in plan.stage.evaluation.held_out_files() if role == "retained"}
+    by_source = {leaf.spec.source: leaf.spec for leaf in plan.sources}
     out: list[dict[str, Any]] = []
-    for held_out in plan.held_out:
+    for held_out in plan.held_out_sets:
         if held_out.role != "retained":
             continue
         if held_out.name in listed:
-            if len(held_out) < _FEWEST:
+            if len(held_out) < _MIN_DOCUMENTS:
                 continue
-            item = worded(listed[held_out.name], "retained", by_source)
+            item = inherit_row_format(listed[held_out.name], "retained", by_source)
             given = {key: value for key, value in item.items() if key not in ("hub", "like", "name")}
-            out.append({**given, "name": held_out.name, "role": "replay", "held_out": _HALF})
+            out.append({**given, "name": held_out.name, "role": "replay", "held_out": _HELD_OUT_SHARE})
         else:
-            out.append({**_rest(leaves[held_out.name], plan), "name": held_out.name, "role": "replay"})
+            out.append({**_remaining_source(leaves[held_out.name], plan), "name": held_out.name, "role": "replay"})
     return out
 
 
-def _rest(leaf: Leaf, plan: Plan) -> dict[str, Any]:
-    origin = origin_of(leaf, plan.start, plan.stage.seed)
-    return {**source_again({"name": leaf.name, "origin": origin}), "held_out": leaf.held_out}
+def _remaining_source(source: ResolvedSource, plan: Plan) -> dict[str, Any]:
+    origin = make_source_origin(source, plan.start_model, plan.stage.seed)
+    return {**make_replay_source({"name": source.name, "origin": origin}), "held_out": source.held_out}
 
 
 # --- what came of it ----------------------------------------------------------------------------------
 
-_Side = tuple[np.ndarray, Scores]
+_DocumentScores = tuple[np.ndarray, Scores]
 """Content hashes of documents, and what a model scored on them."""
 
 
-def _told(
-    plan: Plan, name: str, scores: tuple[Mapping[str, Scores], Mapping[str, Scores]], start: _Side, copy: _Side
+def _compare_copies(
+    plan: Plan,
+    name: str,
+    scores: tuple[Mapping[str, Scores], Mapping[str, Scores]],
+    start: _DocumentScores,
+    copy: _DocumentScores,
 ) -> dict[str, Any] | None:
     """What was forgotten, won back and left, on documents that all four models were scored on; None where there are none."""
-    digests = next(h.digests for h in plan.held_out if h.name == name)
-    sides = [_by_document(digests, scores[0][name]), _by_document(digests, scores[1][name])]
-    sides += [_by_document(*start), _by_document(*copy)]
+    digests = next(h.digests for h in plan.held_out_sets if h.name == name)
+    sides = [_scores_by_document(digests, scores[0][name]), _scores_by_document(digests, scores[1][name])]
+    sides += [_scores_by_document(*start), _scores_by_document(*copy)]
     common = [key for key in sides[2] if all(key in side for side in sides)]
     # A document that is cut where the tokens end is another one in a smaller set.
     common = [key for key in common if len({side[key][1] for side in sides}) == 1]
@@ -224,14 +232,14 @@ def _told(
         "share": None,
     }
     if found["forgot"]["low"] > 0:
-        shares = redrawn(forgot - left, tokens) / redrawn(forgot, tokens)
+        shares = bootstrap_means(forgot - left, tokens) / bootstrap_means(forgot, tokens)
         low, high = np.quantile(shares, [0.025, 0.975])
         value = float((forgot - left).sum() / forgot.sum())
         found["share"] = {"value": value, "low": float(low), "high": float(high)}
     return found
 
 
-def _by_document(digests: np.ndarray, scores: Scores) -> dict[int, tuple[float, int]]:
+def _scores_by_document(digests: np.ndarray, scores: Scores) -> dict[int, tuple[float, int]]:
     """Nats and scored tokens of each document, by its content hash; of copies those of the first."""
     count = len(digests)
     nats = np.bincount(scores.document_W, scores.nats_W, count).tolist()
@@ -245,5 +253,5 @@ def _by_document(digests: np.ndarray, scores: Scores) -> dict[int, tuple[float, 
 
 def _estimate(nats: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
     """Nats per token with the 95 % interval over documents."""
-    low, high = np.quantile(redrawn(nats, tokens), [0.025, 0.975])
+    low, high = np.quantile(bootstrap_means(nats, tokens), [0.025, 0.975])
     return {"value": float(nats.sum() / tokens.sum()), "low": float(low), "high": float(high)}

@@ -21,16 +21,16 @@ from postgrad.storage.fingerprint import differences
 
 
 @contextmanager
-def alone(home: Path, world: World) -> Iterator[None]:
+def lock_run_folder(run_folder: Path, world: World) -> Iterator[None]:
     """Hold the run folder for this process group. Raises `BusyError` when another process has it."""
-    if not world.main:
+    if not world.is_main:
         yield
         return
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        lock = (home / "lock").open("a+")
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock = (run_folder / "lock").open("a+")
     except OSError as error:
-        raise disk_error(error, home) from error
+        raise disk_error(error, run_folder) from error
     with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,7 +38,7 @@ def alone(home: Path, world: World) -> Iterator[None]:
             file.seek(0)
             raise BusyError(
                 f"another process ({file.read().strip() or 'unknown'}) is working in this run folder",
-                where=str(home),
+                where=str(run_folder),
                 way_out="wait for it, or give this run another `output`",
             ) from None
         file.truncate(0)
@@ -47,20 +47,20 @@ def alone(home: Path, world: World) -> Iterator[None]:
         yield
 
 
-def claim(home: Path, plan: Plan, fingerprints: dict[str, Any]) -> dict[str, Any] | None:
+def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any]) -> dict[str, Any] | None:
     """What the folder holds of this very run, or None when it is new. Raises `ResumeError` when it is another's."""
-    if not (home / PLAN).exists():
+    if not (run_folder / PLAN).exists():
         foreign = [
-            p.name for p in home.iterdir() if p.name not in ("lock", STAGE) and not p.name.startswith(".staging-")
+            p.name for p in run_folder.iterdir() if p.name not in ("lock", STAGE) and not p.name.startswith(".staging-")
         ]
         if foreign:
             raise ResumeError(
                 f"the folder is not empty and not a run ({foreign[0]} is in it)",
-                where=str(home),
+                where=str(run_folder),
                 way_out="give another `output`, or empty the folder",
             )
         return None
-    kept = json.loads((home / PLAN).read_text())
+    kept = json.loads((run_folder / PLAN).read_text())
     if kept["fingerprints"] != fingerprints:
         now = json.loads(json.dumps(plan.stage.model_dump(mode="json")))
         found = differences(kept["stage"], now) + [
@@ -70,7 +70,7 @@ def claim(home: Path, plan: Plan, fingerprints: dict[str, Any]) -> dict[str, Any
         listed = "\n    ".join(line for line in found if not line.startswith(harmless))
         raise ResumeError(
             f"this folder holds a run of another stage; since then has changed:\n    {listed}",
-            where=str(home),
+            where=str(run_folder),
             way_out="undo the change to go on, or give the new stage another `name` or `output`",
         )
     return kept
@@ -80,29 +80,29 @@ class Interrupt:
     """Ctrl-C and SIGTERM ask the run to save and stop; a second one stops at once."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self._old: dict[int, Any] = {}
+        self.requested = False
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                self._old[number] = signal.signal(number, self._ask)
+                self._previous_handlers[number] = signal.signal(number, self._handle_signal)
             except ValueError:  # not the main thread: whoever runs it there stops it there
                 return self
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, _frame: object) -> None:
-        if self.asked:
+    def _handle_signal(self, number: int, _frame: object) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
-        older = getattr(self._old.get(number), "__self__", None)
+        self.requested = True
+        older = getattr(self._previous_handlers.get(number), "__self__", None)
         if isinstance(older, Interrupt):  # whoever carries out several runs is asked too
-            older.asked = True
+            older.requested = True
 
-    def wanted(self, world: World) -> bool:
+    def requested_on_any_rank(self, world: World) -> bool:
         """Whether any rank was asked to stop."""
-        return world.any(self.asked)
+        return world.any_rank(self.requested)

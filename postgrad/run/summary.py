@@ -5,20 +5,20 @@ from __future__ import annotations
 import shlex
 
 from postgrad.reports.html import tables
-from postgrad.reports.sections.drift_tables import changed_line, drift_table
+from postgrad.reports.sections.drift_tables import changed_weights_sentence, drift_table
 from postgrad.reports.sections.task_tables import cluster_table, task_table
-from postgrad.run.run import MODEL, REPORT, Finished
+from postgrad.run.run import MODEL, REPORT, RunFinished
 
 
-def outcome_text(outcome: Finished) -> str:
+def summary_text(outcome: RunFinished) -> str:
     """The scores, the gate, where everything lies, and the next command."""
-    record, place = outcome.record, outcome.place
-    lines = ["this stage was already complete", ""] if outcome.already else [""]
+    record, place = outcome.record, outcome.run_folder
+    lines = ["this stage was already complete", ""] if outcome.already_complete else [""]
     lines.append(tables.score_table(record, brief=True).text())
     for table in (
-        tables.pseudo_table(record, brief=True),
+        tables.pseudo_perplexity_table(record, brief=True),
         tables.metrics_table(record),
-        tables.learning_table(record),
+        tables.source_losses_table(record),
         drift_table(record),
         task_table(record, brief=True),
         cluster_table(record),
@@ -33,9 +33,9 @@ def outcome_text(outcome: Finished) -> str:
             f"\nretention gate {verdict}: the loss on {worst['set']} rose by {worst['rise']:+.2%} "
             f"(upper end {worst['high']:+.2%}), allowed {gate['max_forgetting']:.2%}"
         )
-    changed = changed_line(record) if record.get("update") else None
+    changed = changed_weights_sentence(record) if record.get("update") else None
     lines += ["", changed] if changed else []
-    chosen = tables.chosen_lines(record)
+    chosen = tables.selected_step_sentences(record)
     lines += ["", *chosen] if chosen else []
     lines += ["", f"model:  {place / MODEL}", f"report: {place / REPORT}"]
     writes = record["model"].get("task", "causal") in ("causal", "text-to-text")

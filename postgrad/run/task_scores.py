@@ -13,25 +13,25 @@ from typing import Any
 import numpy as np
 
 from postgrad.distributed.world import World
-from postgrad.evaluation.choices.loglikelihood import Item, choose
-from postgrad.evaluation.choices.normalization import calibrated, comparable
-from postgrad.evaluation.generate_answers import write
-from postgrad.evaluation.generation_metrics import Answers, change, joint_change, summary
+from postgrad.evaluation.choices.loglikelihood import ChoiceItem, score_choices
+from postgrad.evaluation.choices.normalization import calibrate_scores, normalize_scores
+from postgrad.evaluation.generate_answers import generate_answers
+from postgrad.evaluation.generation_metrics import TaskPredictions, joint_change, metric_change, metric_summary
 from postgrad.models.model import Model
-from postgrad.plan.model_inputs import Reading
-from postgrad.plan.task_prompts import Asked, Prompt
+from postgrad.plan.model_inputs import ModelInputs
+from postgrad.plan.task_prompts import PromptedTask, TaskPrompt
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import fingerprint
 
-AllAnswers = dict[str, Answers]
-_EXAMPLES = 3
+AllAnswers = dict[str, TaskPredictions]
+_EXAMPLES_SHOWN = 3
 """Questions of each task that a record shows with their answers."""
 
 
-def ask(
+def answer_tasks(
     model: Model,
-    tasks: Sequence[Asked],
-    reading: Reading,
+    tasks: Sequence[PromptedTask],
+    model_inputs: ModelInputs,
     *,
     world: World,
     identity: str | None = None,
@@ -49,70 +49,82 @@ def ask(
             if place.exists():
                 out[asked.name] = next(iter(read_answers(place).values()))  # the name is the caller's
                 continue
-        answer = _choices if asked.chosen else _texts
-        said_KI = answer(model, asked, reading, world)
-        out[asked.name] = Answers(said_KI, asked.references_I)
-        if place and world.main:
+        answer = _select_choices if asked.is_multiple_choice else _generate_answers
+        said_KI = answer(model, asked, model_inputs, world)
+        out[asked.name] = TaskPredictions(said_KI, asked.references_I)
+        if place and world.is_main:
             write_answers(place, {asked.name: out[asked.name]})
     return out
 
 
-def _texts(model: Model, asked: Asked, reading: Reading, world: World) -> tuple[tuple[str, ...], ...]:
+def _generate_answers(
+    model: Model, prompted_task: PromptedTask, model_inputs: ModelInputs, world: World
+) -> tuple[tuple[str, ...], ...]:
     """What is written to each prompt."""
-    prompts = [prompt.item.context for prompts in asked.prompts_KI for prompt in prompts]
+    prompts = [prompt.item.context for prompts in prompted_task.prompts_KI for prompt in prompts]
     mine = prompts[world.rank :: world.size]
-    ends = [reading.encoder.eos]
-    written = write(model.pretrained, reading.tokenizer, mine, asked.until, ends=ends, pad=reading.pad)
-    return _by_seed(_together([text.strip() for text in written], len(prompts), world), len(asked))
+    ends = [model_inputs.encoder.eos]
+    written = generate_answers(
+        model.pretrained, model_inputs.tokenizer, mine, prompted_task.stopping, eos_ids=ends, pad=model_inputs.pad_id
+    )
+    return _group_by_seed(_gather_items([text.strip() for text in written], len(prompts), world), len(prompted_task))
 
 
-def _choices(model: Model, asked: Asked, reading: Reading, world: World) -> tuple[tuple[str, ...], ...]:
+def _select_choices(
+    model: Model, prompted_task: PromptedTask, model_inputs: ModelInputs, world: World
+) -> tuple[tuple[str, ...], ...]:
     """The name of the choice that each prompt is answered with."""
-    prompts = [prompt for prompts in asked.prompts_KI for prompt in prompts]
+    prompts = [prompt for prompts in prompted_task.prompts_KI for prompt in prompts]
     # Questions without content are the same for all items where the demonstrations and the choices are.
-    items = list(dict.fromkeys(item for prompt in prompts for item in (prompt.item, *prompt.against)))
+    items = list(dict.fromkeys(item for prompt in prompts for item in (prompt.item, *prompt.calibration_items)))
     mine = items[world.rank :: world.size]
-    found = choose(model, mine, context=asked.room, pad=reading.pad) if mine else None
-    log_p = _together(list(found.log_p) if found else [], len(items), world)
-    of_item: dict[Item, np.ndarray] = dict(zip(items, log_p, strict=True))
+    found = score_choices(model, mine, context=prompted_task.context_length, pad=model_inputs.pad_id) if mine else None
+    log_p = _gather_items(list(found.log_likelihoods) if found else [], len(items), world)
+    of_item: dict[ChoiceItem, np.ndarray] = dict(zip(items, log_p, strict=True))
     said = []
     for number, prompt in enumerate(prompts):
-        i = number % len(asked)
-        said.append(asked.options_I[i][int(scores(asked, prompt, asked.texts_I[i], of_item).argmax())])
-    return _by_seed(said, len(asked))
+        i = number % len(prompted_task)
+        said.append(
+            prompted_task.choice_names_I[i][
+                int(choice_scores(prompted_task, prompt, prompted_task.choice_texts_I[i], of_item).argmax())
+            ]
+        )
+    return _group_by_seed(said, len(prompted_task))
 
 
-def scores(asked: Asked, prompt: Prompt, texts: Sequence[str], log_p: Mapping[Item, np.ndarray]) -> np.ndarray:
+def choice_scores(
+    prompted_task: PromptedTask, prompt: TaskPrompt, texts: Sequence[str], log_p: Mapping[ChoiceItem, np.ndarray]
+) -> np.ndarray:
     """What the choices of a prompt are compared by, of shape (C,)."""
-    by, calibrate = asked.task.by, asked.task.calibrate
+    by, calibrate = prompted_task.task.by, prompted_task.task.calibrate
     tokens_C = np.array([len(choice) for choice in prompt.item.choices])
-    alone_C = log_p[prompt.against[0]] if by == "answer-only" else None
+    alone_C = log_p[prompt.calibration_items[0]] if by == "answer-only" else None
 
-    def of(item: Item) -> np.ndarray:
-        return comparable(log_p[item], by, texts=texts, tokens_C=tokens_C, alone_C=alone_C)
+    def of(item: ChoiceItem) -> np.ndarray:
+        return normalize_scores(log_p[item], by, texts=texts, tokens_C=tokens_C, unconditional_C=alone_C)
 
     own_C = of(prompt.item)
-    return calibrated(own_C, np.stack([of(item) for item in prompt.against])) if calibrate else own_C
+    return calibrate_scores(own_C, np.stack([of(item) for item in prompt.calibration_items])) if calibrate else own_C
 
 
-def _together(mine: list[Any], count: int, world: World) -> list[Any]:
+def _gather_items(local_items: list[Any], count: int, world: World) -> list[Any]:
     """What all ranks found, in the order of the items, of which each has every `world.size`-th."""
     out: list[Any] = [None] * count
-    for rank, part in enumerate(world.gathered(mine)):
+    for rank, part in enumerate(world.all_gather(local_items)):
         out[rank :: world.size] = part  # type: ignore[call-overload]
     return out
 
 
-def _by_seed(said: Sequence[str], items: int) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(said[begin : begin + items]) for begin in range(0, len(said), items))
+def _group_by_seed(answers: Sequence[str], items: int) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(answers[begin : begin + items]) for begin in range(0, len(answers), items))
 
 
 # --- on the disk -----------------------------------------------------------------------------------------
 
 
-def write_answers(path: Path, answers: Mapping[str, Answers]) -> None:
+def write_answers(path: Path, answers: Mapping[str, TaskPredictions]) -> None:
     """What was said to every item of every task, and what may be said, as JSON."""
-    found = {name: {"said": each.said_KI, "references": each.references_I} for name, each in answers.items()}
+    found = {name: {"said": each.predictions_KI, "references": each.references_I} for name, each in answers.items()}
     write_atomically(path, json.dumps(found, ensure_ascii=False, indent=1))
 
 
@@ -121,7 +133,7 @@ def read_answers(path: Path) -> AllAnswers:
     if not path.exists():
         return {}
     return {
-        name: Answers(tuple(map(tuple, each["said"])), tuple(map(tuple, each["references"])))
+        name: TaskPredictions(tuple(map(tuple, each["said"])), tuple(map(tuple, each["references"])))
         for name, each in json.loads(path.read_text()).items()
     }
 
@@ -129,67 +141,71 @@ def read_answers(path: Path) -> AllAnswers:
 # --- in the record ---------------------------------------------------------------------------------------
 
 
-def described(asked: Asked) -> dict[str, Any]:
+def describe_task(prompted_task: PromptedTask) -> dict[str, Any]:
     """What was asked, as plain data."""
-    task = asked.task
+    task = prompted_task.task
     return {
         "name": task.name,
         "role": task.role,
         "cluster": task.cluster,
-        "kind": asked.kind,
-        "answered": "choose" if asked.chosen else "write",
+        "kind": prompted_task.kind,
+        "answered": "choose" if prompted_task.is_multiple_choice else "write",
         "shots": task.shots,
-        "seeds": len(asked.prompts_KI),
-        "items": len(asked),
-        "skipped": dict(asked.skipped),
-        "shortened": asked.shortened,
-        "metrics": list(asked.metrics),
-        "fingerprint": asked.same_rows,
-        "prompt": asked.prompts_KI[0][0].text,
+        "seeds": len(prompted_task.prompts_KI),
+        "items": len(prompted_task),
+        "skipped": dict(prompted_task.skipped),
+        "shortened": prompted_task.num_shortened_prompts,
+        "metrics": list(prompted_task.metrics),
+        "fingerprint": prompted_task.rows_fingerprint,
+        "prompt": prompted_task.prompts_KI[0][0].text,
     }
 
 
-def summarised(asked: Asked, answers: Answers) -> dict[str, dict[str, Any]]:
+def summarize_metrics(prompted_task: PromptedTask, answers: TaskPredictions) -> dict[str, dict[str, Any]]:
     """Each metric's value, interval and spread."""
-    return {name: summary(name, answers) for name in asked.metrics}
+    return {name: metric_summary(name, answers) for name in prompted_task.metrics}
 
 
-def table_of(tasks: Sequence[Asked], before: AllAnswers, after: AllAnswers) -> list[dict[str, Any]]:
+def task_rows(tasks: Sequence[PromptedTask], before: AllAnswers, after: AllAnswers) -> list[dict[str, Any]]:
     """Every task with its metrics before and after and their changes; after may lack tasks of a run that was stopped."""
     out = []
     for asked in tasks:
         was, now = before[asked.name], after.get(asked.name)
-        entry = {**described(asked), "before": summarised(asked, was), "after": {}, "changes": {}}
+        entry = {**describe_task(asked), "before": summarize_metrics(asked, was), "after": {}, "changes": {}}
         entry["examples"] = [
             {
                 "question": prompt.question,
                 "reference": was.references_I[i][0],
-                "before": was.said_KI[0][i],
-                "after": None if now is None else now.said_KI[0][i],
+                "before": was.predictions_KI[0][i],
+                "after": None if now is None else now.predictions_KI[0][i],
             }
-            for i, prompt in enumerate(asked.prompts_KI[0][:_EXAMPLES])
+            for i, prompt in enumerate(asked.prompts_KI[0][:_EXAMPLES_SHOWN])
         ]
         if now is not None:
-            entry["after"] = summarised(asked, now)
-            entry["changes"] = {name: change(name, was, now) for name in asked.metrics}
+            entry["after"] = summarize_metrics(asked, now)
+            entry["changes"] = {name: metric_change(name, was, now) for name in asked.metrics}
         out.append(entry)
     return out
 
 
-def clusters_of(tasks: Sequence[Asked], before: AllAnswers, after: AllAnswers, seen: set[str]) -> list[dict[str, Any]]:
+def cluster_rows(
+    tasks: Sequence[PromptedTask], before: AllAnswers, after: AllAnswers, trained_clusters: set[str]
+) -> list[dict[str, Any]]:
     """Every cluster of tasks with the mean of its tasks' first metric before and after; seen ones were trained on."""
-    groups: dict[tuple[str, str], list[Asked]] = {}
+    groups: dict[tuple[str, str], list[PromptedTask]] = {}
     for asked in tasks:
         if asked.task.cluster is not None and asked.name in after:
             groups.setdefault((asked.task.cluster, asked.metrics[0]), []).append(asked)
     out = []
     for (cluster, metric), members in groups.items():
         pairs = [(a.metrics[0], before[a.name], after[a.name]) for a in members]
-        was, now = (float(np.mean([summary(name, pair[side])["value"] for name, *pair in pairs])) for side in (0, 1))
+        was, now = (
+            float(np.mean([metric_summary(name, pair[side])["value"] for name, *pair in pairs])) for side in (0, 1)
+        )
         out.append(
             {
                 "cluster": cluster,
-                "seen": cluster in seen,
+                "seen": cluster in trained_clusters,
                 "tasks": [asked.name for asked in members],
                 "metric": metric,
                 "before": was,
@@ -200,7 +216,9 @@ def clusters_of(tasks: Sequence[Asked], before: AllAnswers, after: AllAnswers, s
     return sorted(out, key=lambda entry: (entry["seen"], entry["cluster"]))
 
 
-def between(runs: Sequence[Path], records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+def paired_task_changes(
+    runs: Sequence[Path], records: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> list[dict[str, Any]]:
     """Paired differences between each later run's answers and the first one's, of the tasks that both asked alike."""
     out: list[dict[str, Any]] = []
     first = read_answers(runs[0] / "scores" / "tasks-after.json")
@@ -212,21 +230,24 @@ def between(runs: Sequence[Path], records: Sequence[Mapping[str, Any]], names: S
             one = asked.get(name, {})
             alike = all(one.get(key) == entry[key] for key in ("fingerprint", "shots", "seeds", "answered", "metrics"))
             if alike and name in first and name in other:
-                found = change(metric, first[name], other[name])
+                found = metric_change(metric, first[name], other[name])
                 out.append({"task": name, "metric": metric, "arm": arm, "against": names[0], **found})
     return out
 
 
-def look_of(tasks: Sequence[Asked], answers: AllAnswers) -> dict[str, dict[str, Any]]:
+def task_headlines(tasks: Sequence[PromptedTask], answers: AllAnswers) -> dict[str, dict[str, Any]]:
     """The headline of every task now, for a line of metrics."""
     return {
-        asked.name: {"metric": asked.metrics[0], "value": summary(asked.metrics[0], answers[asked.name])["value"]}
+        asked.name: {
+            "metric": asked.metrics[0],
+            "value": metric_summary(asked.metrics[0], answers[asked.name])["value"],
+        }
         for asked in tasks
         if asked.name in answers
     }
 
 
-def one_process_only(tasks: Sequence[Asked]) -> list[str]:
+def sharding_notes(tasks: Sequence[PromptedTask]) -> list[str]:
     """What is asked for that several processes leave out: a sharded model cannot write by itself."""
     during = [asked.name for asked in tasks if asked.task.during]
     if not during:

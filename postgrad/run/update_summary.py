@@ -6,49 +6,51 @@ from typing import Any
 
 import torch
 
-from postgrad.hardware.memory import readable
+from postgrad.hardware.memory import format_bytes
 from postgrad.optim.optimizer import Weights
-from postgrad.optim.sparse_update import Fewer, Moving
+from postgrad.optim.sparse_update import SparseMask, UpdateMask
 from postgrad.plan.plan import Plan
-from postgrad.run.build import Subject, make_moving
+from postgrad.run.build import TunedModel, make_update_mask
 
-_BY = {
+_SELECTION_TEXTS = {
     "momentum": "the numbers of each matrix with the largest momentum",
     "magnitude": "the rows with the largest outputs",
 }
 
 
-def about_update(plan: Plan, moving: Moving) -> dict[str, Any] | None:
+def describe_update(plan: Plan, update_mask: UpdateMask) -> dict[str, Any] | None:
     """Which share of what moves at an update, as plain data; None where all does."""
     spec = plan.stage.optimizer.update
-    if spec is None or not isinstance(moving, Fewer):
+    if spec is None or not isinstance(update_mask, SparseMask):
         return None
-    chosen, others = (sum(m.numel() for m in masters) for masters in (moving.chosen, moving.others))
+    chosen, others = (
+        sum(m.numel() for m in masters) for masters in (update_mask.sparse_masters, update_mask.dense_masters)
+    )
     return {
         "kind": spec.kind,
         "share": spec.share,
-        "moved": moving.count,
+        "moved": update_mask.num_updated,
         "of": chosen + others,
         "whole": others,
         "bytes": 4 * chosen,
     }
 
 
-def check_update(plan: Plan, subject: Subject) -> dict[str, Any] | None:
+def check_update(plan: Plan, tuned_model: TunedModel) -> dict[str, Any] | None:
     """The same before there is a run. Raises what is wrong with it."""
-    weights = Weights(subject.model, subject.tuning, torch.float32, split=False)
-    return about_update(plan, make_moving(plan, subject, weights))
+    weights = Weights(tuned_model.model, tuned_model.tuning, torch.float32, master_copies=False)
+    return describe_update(plan, make_update_mask(plan, tuned_model, weights))
 
 
-def update_lines(plan: Plan, about: dict[str, Any] | None) -> list[str]:
+def update_lines(plan: Plan, summary: dict[str, Any] | None) -> list[str]:
     """What is said of the stage's updates; nothing of plain ones."""
     lines = []
-    if about:
-        share, part = f"{100 * about['share']:.3g} %", f"{about['moved'] / about['of']:.1%}"
+    if summary:
+        share, part = f"{100 * summary['share']:.3g} %", f"{summary['moved'] / summary['of']:.1%}"
         lines.append(
-            f"update: {about['kind']}, {share} of {_BY[about['kind']]}: {about['moved']:,} of {about['of']:,} weights at a "
-            f"time ({part}; {about['whole']:,} always move, as they are in no such part); a copy of "
-            f"{readable(about['bytes'])} while it lasts"
+            f"update: {summary['kind']}, {share} of {_SELECTION_TEXTS[summary['kind']]}: {summary['moved']:,} of {summary['of']:,} weights at a "
+            f"time ({part}; {summary['whole']:,} always move, as they are in no such part); a copy of "
+            f"{format_bytes(summary['bytes'])} while it lasts"
         )
     paced = plan.stage.optimizer.loss_adaptive
     if paced:

@@ -16,11 +16,11 @@ import yaml
 from postgrad.config import stage as s
 from postgrad.hardware import machine
 from postgrad.hardware.execution import Execution
-from postgrad.lineage.record import PLAN, Record, with_stage
+from postgrad.lineage.record import PLAN, Record, add_stage
 from postgrad.optim import lr_schedules
 from postgrad.plan.plan import Plan
-from postgrad.plan.sources import consumed, leaves_of
-from postgrad.run.build import Counts
+from postgrad.plan.sources import count_consumed_tokens, make_source_records
+from postgrad.run.build import ParameterCounts
 from postgrad.stats.source_losses import losses_by_source
 from postgrad.storage.fingerprint import model_fingerprint
 from postgrad.training.checkpoint_files import read_progress
@@ -30,87 +30,88 @@ from postgrad.version import __version__
 METRICS = "metrics.jsonl"
 
 
-def describe(
-    home: Path,
+def make_record(
+    run_folder: Path,
     plan: Plan,
-    kept: dict[str, Any],
+    saved_plan: dict[str, Any],
     fingerprints: dict[str, Any],
     execution: Execution,
-    counts: Counts,
+    counts: ParameterCounts,
     command: str,
     notes: Sequence[str] = (),
 ) -> Record:
     return {
-        "id": kept["id"],
+        "id": saved_plan["id"],
         "name": plan.stage.name,
-        "created": kept["created"],
+        "created": saved_plan["created"],
         "command": command,
-        "stage_yaml": stage_text(plan.stage),
+        "stage_yaml": dump_stage(plan.stage),
         "stage": plan.stage.model_dump(mode="json"),
         "root": str(plan.root),
         "model": {
-            "start": plan.start.name,
-            "source": plan.start.source,
+            "start": plan.start_model.name,
+            "source": plan.start_model.name_or_path,
             "parameters": counts.parameters,
             "trainable": counts.trainable,
             "task": plan.task,
             "vocabulary": plan.vocabulary,
             "context": plan.context,
-            **({"fresh": plan.start.made} if plan.start.made else {}),
+            **({"fresh": plan.start_model.scratch_recipe} if plan.start_model.scratch_recipe else {}),
         },
         "fingerprints": dict(fingerprints),
-        "parents": parents_of(home, plan),
+        "parents": find_parents(run_folder, plan),
         "versions": {
             "postgrad": __version__,
             **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
             "python": platform.python_version(),
         },
         "machine": {
-            "cpu": machine.processor(),
-            "cores": machine.cores(),
-            "device": machine.device().type,
+            "cpu": machine.processor_name(),
+            "cores": machine.core_count(),
+            "device": machine.default_device().type,
             "system": platform.system(),
         },
         "execution": execution.as_dict(),
         "plan": plan.as_record(),
-        "ledger": {leaf.name: r.ledger.as_dict() for leaf, r in zip(plan.leaves, plan.rows, strict=True)},
+        "ledger": {leaf.name: r.ledger.as_dict() for leaf, r in zip(plan.sources, plan.rows, strict=True)},
         "notes": [*plan.notes, *notes],
-        "overlap": plan.overlap,
-        "schedule_curve": lr_schedules.sampled(plan.schedule, plan.steps),
+        "overlap": plan.overlaps,
+        "schedule_curve": lr_schedules.sample_schedule(plan.schedule, plan.steps),
         "held_out": [
-            {"name": h.name, "role": h.role, "documents": len(h), "fingerprint": h.fingerprint} for h in plan.held_out
+            {"name": h.name, "role": h.role, "documents": len(h), "fingerprint": h.fingerprint}
+            for h in plan.held_out_sets
         ],
     }
 
 
-def parents_of(home: Path, plan: Plan) -> list[dict[str, Any]]:
-    run = plan.start.run
+def find_parents(run_folder: Path, plan: Plan) -> list[dict[str, Any]]:
+    run = plan.start_model.run
     if run is None or not (run / PLAN).exists():
         return []
     parent = json.loads((run / PLAN).read_text())
-    folder = plan.start.folder
+    folder = plan.start_model.folder
     progress = read_progress(folder) if folder and (folder / "state.json").exists() else None
     return [
         {
             "path": str(run),
-            "relative": os.path.relpath(run, home),
+            "relative": os.path.relpath(run, run_folder),
             "name": run.name,
             "id": parent["id"],
             # Set when the stage branched from a checkpoint instead of the parent's final model.
             "step": progress.step if progress else None,
             "tokens": progress.trained if progress else None,
-            "fingerprint": model_fingerprint(plan.start.folder) if plan.start.folder else "",
+            "fingerprint": model_fingerprint(plan.start_model.folder) if plan.start_model.folder else "",
         }
     ]
 
 
-def achieved(home: Path, plan: Plan, trained: int, by_source: list[int], step: int) -> dict[str, Any]:
-    block, first = plan.mixture.block, plan.stage.data.skip_steps
+def summarize_training(run_folder: Path, plan: Plan, trained: int, by_source: list[int], step: int) -> dict[str, Any]:
+    block, first = plan.mixture.block_size, plan.stage.data.skip_steps
     rows = [
         b - a
         for a, b in zip(plan.mixture.counts(first * block), plan.mixture.counts((first + step) * block), strict=True)
     ]
-    steps = [row for row in read_metrics(home / METRICS) if row["kind"] == "step"]
+    steps = [row for row in read_metrics(run_folder / METRICS) if row["kind"] == "step"]
     seconds = sum(row["seconds"] for row in steps)
     losses = losses_by_source(steps)
     return {
@@ -128,21 +129,24 @@ def achieved(home: Path, plan: Plan, trained: int, by_source: list[int], step: i
                 "passes": r / len(packed),
                 **({"loss": losses[leaf.name]} if leaf.name in losses else {}),
             }
-            for leaf, n, r, packed in zip(plan.leaves, by_source, rows, plan.rows, strict=True)
+            for leaf, n, r, packed in zip(plan.sources, by_source, rows, plan.rows, strict=True)
         ],
     }
 
 
-def seen_after(plan: Plan, by_source: list[int]) -> dict[str, dict[str, Any]]:
-    return with_stage(
-        plan.seen,
-        consumed(leaves_of(plan.leaves, plan.start, plan.stage.seed), dict(zip(plan.sources, by_source, strict=True))),
+def update_seen_sources(plan: Plan, by_source: list[int]) -> dict[str, dict[str, Any]]:
+    return add_stage(
+        plan.seen_sources,
+        count_consumed_tokens(
+            make_source_records(plan.sources, plan.start_model, plan.stage.seed),
+            dict(zip(plan.source_names, by_source, strict=True)),
+        ),
     )
 
 
-def stage_text(stage: s.Stage) -> str:
+def dump_stage(stage: s.Stage) -> str:
     return yaml.safe_dump(stage.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
-def now() -> str:
+def utc_timestamp() -> str:
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

@@ -14,10 +14,10 @@ import numpy as np
 Verdict = Literal["learnt", "kept", "forgot", "no evidence"]
 
 RESAMPLES = 2000
-KEPT_WITHIN = 0.01
+KEPT_MARGIN = 0.01
 """A loss is *kept* when the whole interval of its relative change lies within this share."""
 
-FEWEST_DOCUMENTS = 20
+MIN_DOCUMENTS = 20
 """With fewer documents than this the units that are resampled are windows of text."""
 
 
@@ -28,11 +28,11 @@ def bootstrap(
 
     Both arrays have one entry a unit (a document). A single unit has no interval: both ends are its own value.
     """
-    low, high = np.quantile(redrawn(nats, tokens, seed=seed, resamples=resamples), [0.025, 0.975])
+    low, high = np.quantile(bootstrap_means(nats, tokens, seed=seed, resamples=resamples), [0.025, 0.975])
     return float(low), float(high)
 
 
-def redrawn(nats: np.ndarray, tokens: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
+def bootstrap_means(nats: np.ndarray, tokens: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
     """`sum(nats)/sum(tokens)` for each of `resamples` draws of as many units with replacement.
 
     The same seed and number of units draw the same units, so what is worked out of several models' draws, such as a
@@ -51,7 +51,7 @@ def redrawn(nats: np.ndarray, tokens: np.ndarray, *, seed: int = 0, resamples: i
 
 
 @dataclass(frozen=True)
-class Change:
+class LossChange:
     """How a set's loss changed between two models, on the same units of text."""
 
     difference: float
@@ -79,7 +79,7 @@ def paired_change(
     vocabulary: int,
     units: Literal["documents", "windows"] = "documents",
     seed: int = 0,
-) -> Change:
+) -> LossChange:
     """Compare summed nats per unit (`before`, `after`) on the same units of `tokens` scored tokens each.
 
     The interval is a paired bootstrap over units (Miller 2024, arXiv 2411.00640, on why pairing): what a document is
@@ -89,7 +89,7 @@ def paired_change(
     loss_before = float(before.sum()) / total
     difference = float(after.sum() - before.sum()) / total
     low, high = bootstrap(after - before, tokens, seed=seed)
-    return Change(
+    return LossChange(
         difference=difference,
         low=low,
         high=high,
@@ -99,13 +99,13 @@ def paired_change(
         bits_per_byte_difference=difference * total / (math.log(2) * max(total_bytes, 1)),
         units=units,
         count=len(tokens),
-        verdict=verdict(low, high, loss_before),
+        verdict=loss_verdict(low, high, loss_before),
     )
 
 
-def verdict(low: float, high: float, loss_before: float) -> Verdict:
+def loss_verdict(low: float, high: float, loss_before: float) -> Verdict:
     """What an interval of a change of loss allows to be said."""
-    margin = KEPT_WITHIN * loss_before
+    margin = KEPT_MARGIN * loss_before
     if -margin <= low and high <= margin:
         return "kept"
     if low > 0:
@@ -116,7 +116,7 @@ def verdict(low: float, high: float, loss_before: float) -> Verdict:
 
 
 @dataclass(frozen=True)
-class Summary:
+class TransferSummary:
     """The usual four numbers of a matrix of scores, with the denominators that were used."""
 
     accuracy: float | None
@@ -126,7 +126,7 @@ class Summary:
     denominators: dict[str, str]
 
 
-def summarise(scores: np.ndarray, learnt_at: list[int]) -> Summary:
+def summarize_scores(scores: np.ndarray, learnt_at: list[int]) -> TransferSummary:
     """Summarise `scores[i, j]`: stage i (0: the start model) on set j, higher is better.
 
     `learnt_at[j]` is the stage that trained on the text of set j (0: the start model already knew it). With T the last
@@ -144,32 +144,32 @@ def summarise(scores: np.ndarray, learnt_at: list[int]) -> Summary:
     last = len(scores) - 1
     old = [j for j, stage in enumerate(learnt_at) if stage < last]
     ahead = [j for j, stage in enumerate(learnt_at) if stage >= 2]
-    backward = _known([scores[last, j] - scores[learnt_at[j], j] for j in old])
-    forward = _known([scores[learnt_at[j] - 1, j] - scores[0, j] for j in ahead])
+    backward = _drop_nan([scores[last, j] - scores[learnt_at[j], j] for j in old])
+    forward = _drop_nan([scores[learnt_at[j] - 1, j] - scores[0, j] for j in ahead])
     # fmax passes over unknown cells, and says nothing when all are.
-    best = _known([np.fmax.reduce(scores[:last, j]) - scores[last, j] for j in old])
-    final = _known(list(scores[last]))
+    best = _drop_nan([np.fmax.reduce(scores[:last, j]) - scores[last, j] for j in old])
+    final = _drop_nan(list(scores[last]))
 
     def mean(values: list[float]) -> float | None:
         return float(np.mean(values)) if values else None
 
-    return Summary(
+    return TransferSummary(
         accuracy=mean(final),
         backward_transfer=mean(backward),
         forward_transfer=mean(forward),
         forgetting=mean(best),
         denominators={
-            "ACC": f"{_sets(final)}",
-            "BWT": f"{_sets(backward)} learnt before the last stage",
-            "FWT": f"{_sets(forward)} learnt in stage 2 or later",
-            "FM": f"{_sets(best)} learnt before the last stage",
+            "ACC": f"{_format_set_count(final)}",
+            "BWT": f"{_format_set_count(backward)} learnt before the last stage",
+            "FWT": f"{_format_set_count(forward)} learnt in stage 2 or later",
+            "FM": f"{_format_set_count(best)} learnt before the last stage",
         },
     )
 
 
-def _sets(values: list[float]) -> str:
+def _format_set_count(values: list[float]) -> str:
     return f"{len(values)} set{'s' * (len(values) != 1)}"
 
 
-def _known(values: list[float]) -> list[float]:
+def _drop_nan(values: list[float]) -> list[float]:
     return [float(v) for v in values if not np.isnan(v)]

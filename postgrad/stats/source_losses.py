@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-PART = 0.1
+EDGE_SHARE = 0.1
 """The share of a source's trained tokens that its first loss, and its last, is the mean of."""
-LEAST = 1_000_000
+MIN_TOKENS = 1_000_000
 """Of how many trained tokens of a source its change is told per million: what fewer bring is of the first, fast steps of a
 run, and so often as much again would not come (of 100,000 tokens it can be more than the loss itself)."""
 
@@ -35,25 +35,27 @@ def losses_by_source(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[str
             met[name].append((nats, tokens))
     sums = {name: float(np.sum([nats for nats, _ in steps])) for name, steps in met.items()}
     whole = sum(sums.values())
-    return {name: {**_moved(steps), "share": sums[name] / whole if whole else 0.0} for name, steps in met.items()}
+    return {name: {**_loss_change(steps), "share": sums[name] / whole if whole else 0.0} for name, steps in met.items()}
 
 
-def _moved(steps: list[tuple[float, int]]) -> dict[str, float]:
+def _loss_change(steps: list[tuple[float, int]]) -> dict[str, float]:
     nats, tokens = (np.array(column, np.float64) for column in zip(*steps, strict=True))
     until = np.cumsum(tokens)
-    edge = PART * until[-1]
+    edge = EDGE_SHARE * until[-1]
     begin, end = until - tokens < edge, until > until[-1] - edge
-    (first, first_variance), (last, last_variance) = (_mean(nats[part], tokens[part]) for part in (begin, end))
+    (first, first_variance), (last, last_variance) = (
+        _mean_and_variance(nats[part], tokens[part]) for part in (begin, end)
+    )
     change = last - first
     found = {"first": first, "last": last, "change": change}
-    if until[-1] >= LEAST:
-        between = (1 - PART) * until[-1]  # from the middle of the first tenth to that of the last
+    if until[-1] >= MIN_TOKENS:
+        between = (1 - EDGE_SHARE) * until[-1]  # from the middle of the first tenth to that of the last
         found["per_million"] = 1e6 * change / between
     spread = 1.96 * (first_variance + last_variance) ** 0.5
     return found if np.isnan(spread) else {**found, "low": change - spread, "high": change + spread}
 
 
-def _mean(nats: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+def _mean_and_variance(nats: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
     """A mean per token and its variance, which is not known of a single step."""
     mean, count = float(nats.sum() / tokens.sum()), len(nats)
     if count < 2:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-EARLY = 0.25
+EARLY_FRACTION = 0.25
 """The part of a stage in which a loss must stand highest for its fall to be a recovery from the switch."""
-LEAST = 0.1
+MIN_RECOVERY = 0.1
 """The share of the rise that must come back."""
 
 
-class Look(NamedTuple):
+class EvaluationPoint(NamedTuple):
     """The rise of a loss since the start of a stage, with its interval, at a place `x` of the stage."""
 
     x: float
@@ -27,34 +27,34 @@ class Look(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Gap:
+class StabilityGap:
     """A loss that rose to `peak` at `at` and came back to `later` at `until`."""
 
-    at: float
+    peak_x: float
     peak: float
-    until: float
-    later: float
+    recovery_x: float
+    recovery: float
 
     @property
-    def back(self) -> float:
+    def recovered_share(self) -> float:
         """The share of the rise that came back."""
-        return (self.peak - self.later) / self.peak
+        return (self.peak - self.recovery) / self.peak
 
 
-def stability_gap(looks: Sequence[Look]) -> Gap | None:
+def stability_gap(evaluations: Sequence[EvaluationPoint]) -> StabilityGap | None:
     """The gap in the looks of a stage, in their order; None where there is none.
 
     The loss must stand highest in the first quarter of the stage, certainly above the start, and later certainly below that:
     the two intervals do not touch.
     """
-    known = [look for look in looks if all(map(math.isfinite, look))]
+    known = [look for look in evaluations if all(map(math.isfinite, look))]
     if len(known) < 3:
         return None
     first, last = known[0].x, known[-1].x
     peak = max(known, key=lambda look: look.change)
     behind = [look for look in known if look.x > peak.x]
-    if not behind or peak.low <= 0 or peak.x - first > EARLY * (last - first):
+    if not behind or peak.low <= 0 or peak.x - first > EARLY_FRACTION * (last - first):
         return None
     later = min(behind, key=lambda look: look.change)
-    found = Gap(peak.x, peak.change, later.x, later.change)
-    return found if later.high < peak.low and found.back >= LEAST else None
+    found = StabilityGap(peak.x, peak.change, later.x, later.change)
+    return found if later.high < peak.low and found.recovered_share >= MIN_RECOVERY else None

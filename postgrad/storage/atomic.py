@@ -28,15 +28,15 @@ MANIFEST = "manifest.json"
 _STAGING = ".staging-"
 
 
-def publish(place: Path, write: Callable[[Path], None]) -> Path:
+def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
     """Make the folder `place` with what `write(folder)` puts there; `place` must not exist yet.
 
     Raises `DiskError` when there is no room or no permission; the old state is then left, or, when nothing but the last
     sync failed, the whole new one. Whatever else `write` raises leaves the old state too.
     """
-    staging = place.parent / f"{_STAGING}{place.name}"
+    staging = target.parent / f"{_STAGING}{target.name}"
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if staging.exists():
             shutil.rmtree(staging)
         staging.mkdir()
@@ -46,33 +46,33 @@ def publish(place: Path, write: Callable[[Path], None]) -> Path:
             for name in files:
                 _sync(Path(folder) / name)
             _sync(Path(folder))
-        os.rename(staging, place)
-        _sync(place.parent)
+        os.rename(staging, target)
+        _sync(target.parent)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError):
-            raise disk_error(error, place) from error
+            raise disk_error(error, target) from error
         if f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes from Rust and has an error of its own
-            raise disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), place) from error
+            raise disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), target) from error
         raise
-    verify(place)
-    return place
+    verify(target)
+    return target
 
 
-def verify(place: Path) -> dict[str, dict[str, str | int]]:
+def verify(folder: Path) -> dict[str, dict[str, str | int]]:
     """Check every file of a published folder against its manifest, and return the manifest's listing.
 
     Raises `CheckpointError` naming the first file that is missing, of another size, or of other contents.
     """
     try:
-        listing = json.loads((place / MANIFEST).read_bytes(), object_pairs_hook=_once)
+        listing = json.loads((folder / MANIFEST).read_bytes(), object_pairs_hook=_reject_duplicate_keys)
         promises = [(name, promised["size"], promised["sha256"]) for name, promised in listing.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            "there is no readable manifest.json", where=str(place), expected="a published folder"
+            "there is no readable manifest.json", where=str(folder), expected="a published folder"
         ) from error
     for name, size, digest in promises:
-        path = place / name
+        path = folder / name
         if not path.is_file():
             raise CheckpointError("the file is missing", where=str(path))
         if path.stat().st_size != size:
@@ -86,7 +86,7 @@ def verify(place: Path) -> dict[str, dict[str, str | int]]:
     return listing
 
 
-def sweep(parent: Path) -> None:
+def remove_staging(parent: Path) -> None:
     """Remove what an interrupted publication or removal left under `parent`."""
     for path in parent.glob(f"{_STAGING}*") if parent.is_dir() else ():
         if path.is_dir():
@@ -95,18 +95,18 @@ def sweep(parent: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove(place: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Remove a published folder: renamed away first, so that it is never half there under its own name.
 
     Raises `DiskError` when that is not allowed.
     """
-    staging = place.parent / f"{_STAGING}old-{place.name}"
+    staging = folder.parent / f"{_STAGING}old-{folder.name}"
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        os.rename(place, staging)
+        os.rename(folder, staging)
         shutil.rmtree(staging)
     except OSError as error:
-        raise disk_error(error, place) from error
+        raise disk_error(error, folder) from error
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -145,7 +145,7 @@ def disk_error(error: OSError, path: Path) -> DiskError:
     return DiskError(error.strerror or str(error), where=str(path), way_out="check the folder and its permissions")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys all differ: a name that a flipped bit made equal to its neighbour must not hide a file."""
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -23,17 +23,19 @@ def model_fingerprint(folder: Path) -> str:
     return fingerprint([[p.name, sha256(p)] for p in files])
 
 
-def differences(before: Any, now: Any, path: str = "") -> list[str]:
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
     """`key.path: then -> now`, for each value that is not the same in two pieces of plain data."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(before.keys() | now.keys())
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(before.keys() | after.keys())
         return [
             line
             for key in keys
-            for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+            for line in differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
         ]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         return [
-            line for i, (a, b) in enumerate(zip(before, now, strict=True)) for line in differences(a, b, f"{path}[{i}]")
+            line
+            for i, (a, b) in enumerate(zip(before, after, strict=True))
+            for line in differences(a, b, f"{path}[{i}]")
         ]
-    return [] if before == now else [f"{path}: {before!r} -> {now!r}"]
+    return [] if before == after else [f"{path}: {before!r} -> {after!r}"]

@@ -16,35 +16,35 @@ from typing import Any
 
 import numpy as np
 
-from postgrad.analysis.law_fitting import Law, Parameter, fit
-from postgrad.analysis.scaling_laws import MIXTURE
+from postgrad.analysis.law_fitting import Law, Parameter, fit_law
+from postgrad.analysis.scaling_laws import MIXTURE_LAW
 from postgrad.errors import DataError
 from postgrad.evaluation import before_after
 from postgrad.evaluation.perplexity import Scores
 from postgrad.lineage.record import Record, read_record
-from postgrad.reports.sections.study_text import summary
+from postgrad.reports.sections.study_text import study_summary
 from postgrad.run.write_record import METRICS
-from postgrad.stats.forgetting import RESAMPLES, redrawn
-from postgrad.studies.run_study import Prepared, spent
+from postgrad.stats.forgetting import RESAMPLES, bootstrap_means
+from postgrad.studies.run_study import PreparedStudy, load_times
 from postgrad.studies.step_graph import Chain
 from postgrad.studies.study import Arm, Claim, Study
 from postgrad.training.metrics_log import read_metrics
 
 FORMAT = 1
-ON = ("old", "new", "average")
-_FEWEST_SHARES = 5
-_MISSING = "an arm is missing"
+LOSS_KINDS = ("old", "new", "average")
+_MIN_SHARES = 5
+_ARM_MISSING = "an arm is missing"
 
 
 @dataclass(frozen=True)
-class Drawn:
+class BootstrapEstimate:
     """A number, and what it would have been with other documents of the same kind."""
 
     value: float
     draws_S: np.ndarray
 
-    def __sub__(self, other: Drawn) -> Drawn:
-        return Drawn(self.value - other.value, self.draws_S - other.draws_S)
+    def __sub__(self, other: BootstrapEstimate) -> BootstrapEstimate:
+        return BootstrapEstimate(self.value - other.value, self.draws_S - other.draws_S)
 
     def as_dict(self, sign: float = 1.0) -> dict[str, float]:
         """The value with its 95 % interval."""
@@ -52,55 +52,57 @@ class Drawn:
         return {"value": sign * self.value, "low": low, "high": high}
 
 
-def mean_of(items: Sequence[Drawn]) -> Drawn:
+def mean_estimate(items: Sequence[BootstrapEstimate]) -> BootstrapEstimate:
     """The mean of several."""
-    return Drawn(
+    return BootstrapEstimate(
         float(np.mean([item.value for item in items])), np.mean(np.stack([item.draws_S for item in items]), axis=0)
     )
 
 
-def removed(arm: Drawn, reference: Drawn, base: Drawn) -> Drawn | None:
+def removed_share(
+    arm: BootstrapEstimate, baseline: BootstrapEstimate, base: BootstrapEstimate
+) -> BootstrapEstimate | None:
     """The share of the reference's forgetting that an arm removed, `1 - (arm - base) / (reference - base)`.
 
     None where the reference's forgetting is not shown: its interval reaches zero.
     """
-    lost = reference - base
+    lost = baseline - base
     if np.quantile(lost.draws_S, 0.025) <= 0:
         return None
-    return Drawn(1 - (arm.value - base.value) / lost.value, 1 - (arm.draws_S - base.draws_S) / lost.draws_S)
+    return BootstrapEstimate(1 - (arm.value - base.value) / lost.value, 1 - (arm.draws_S - base.draws_S) / lost.draws_S)
 
 
 @dataclass(frozen=True)
 class Losses:
     """The losses of one model, or the mean of several, by held-out set and by kind (`old`, `new`, `average`)."""
 
-    sets: Mapping[str, Drawn]
+    sets: Mapping[str, BootstrapEstimate]
     roles: Mapping[str, str]
 
-    def on(self, what: str) -> Drawn:
+    def get_loss(self, key: str) -> BootstrapEstimate:
         """The loss on a set, or the mean over the sets of a kind."""
-        if what in self.sets and what not in ON:
-            return self.sets[what]
-        if what == "average":
-            return mean_of([self.on("old"), self.on("new")])
-        role = {"old": "retained", "new": "learned"}[what]
-        return mean_of([drawn for name, drawn in self.sets.items() if self.roles[name] == role])
+        if key in self.sets and key not in LOSS_KINDS:
+            return self.sets[key]
+        if key == "average":
+            return mean_estimate([self.get_loss("old"), self.get_loss("new")])
+        role = {"old": "retained", "new": "learned"}[key]
+        return mean_estimate([drawn for name, drawn in self.sets.items() if self.roles[name] == role])
 
 
 @dataclass
-class _Reader:
+class _LossReader:
     """Scores of models as losses; the draws of a set are the same for all."""
 
     roles: Mapping[str, str]
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
 
-    def losses(self, models: Sequence[before_after.AllScores]) -> Losses:
+    def mean_losses(self, models: Sequence[before_after.AllScores]) -> Losses:
         """The mean losses of some models on the same documents."""
         return Losses(
-            {name: self._drawn(i, name, [m[name] for m in models]) for i, name in enumerate(self.roles)}, self.roles
+            {name: self._estimate(i, name, [m[name] for m in models]) for i, name in enumerate(self.roles)}, self.roles
         )
 
-    def _drawn(self, number: int, name: str, scores: Sequence[Scores]) -> Drawn:
+    def _estimate(self, number: int, name: str, scores: Sequence[Scores]) -> BootstrapEstimate:
         units = [s.per_unit() for s in scores]
         tokens = units[0][1]
         for _, others in units[1:]:
@@ -108,11 +110,13 @@ class _Reader:
                 raise DataError(f"two models were scored on other tokens of '{name}'", where="study")
         nats = np.mean(np.stack([nats for nats, _ in units]), axis=0)
         self.sizes[name] = {"documents": len(scores[0].bytes_N), "units": len(tokens), "tokens": int(tokens.sum())}
-        return Drawn(float(nats.sum() / tokens.sum()), redrawn(nats, tokens, seed=number, resamples=RESAMPLES))
+        return BootstrapEstimate(
+            float(nats.sum() / tokens.sum()), bootstrap_means(nats, tokens, seed=number, resamples=RESAMPLES)
+        )
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _ArmLosses:
     """An arm of which at least one seed is there."""
 
     name: str
@@ -122,152 +126,166 @@ class _Measured:
     by_seed: dict[int, Losses]
 
 
-def findings(prepared: Prepared, failed: Mapping[str, str]) -> dict[str, Any]:
+def compute_results(prepared: PreparedStudy, failed: Mapping[str, str]) -> dict[str, Any]:
     """All that a study found, as plain data; arms that are not there yet are told as such."""
     study = prepared.study
     roles = {h.name: "retained" for h in study.retained} | {h.name: "learned" for h in study.learned}
-    reader = _Reader(roles)
-    there = {name: [c for c in prepared.work.of_arm(name) if _whole(prepared, c)] for name in study.arms}
-    measured: dict[str, _Measured] = {}
+    reader = _LossReader(roles)
+    there = {name: [c for c in prepared.graph.arm_chains(name) if _is_finished(prepared, c)] for name in study.arms}
+    measured: dict[str, _ArmLosses] = {}
     for name, chains in there.items():
         if chains:
-            scores = {c.seed: _read_scores(_scores(prepared, c.last)) for c in chains}
-            by_seed = {seed: reader.losses([found]) for seed, found in scores.items()}
-            mean = reader.losses(list(scores.values()))
-            measured[name] = _Measured(name, study.arms[name], chains, mean, by_seed)
-    base = _base_scores(prepared)
-    start = reader.losses([base]) if base is not None else None
-    arms = [_arm(prepared, name, measured, start, failed) for name in study.arms]
+            scores = {c.seed: _read_scores(_scores_path(prepared, c.last_step)) for c in chains}
+            by_seed = {seed: reader.mean_losses([found]) for seed, found in scores.items()}
+            mean = reader.mean_losses(list(scores.values()))
+            measured[name] = _ArmLosses(name, study.arms[name], chains, mean, by_seed)
+    base = _read_base_scores(prepared)
+    start = reader.mean_losses([base]) if base is not None else None
+    arms = [_arm_results(prepared, name, measured, start, failed) for name in study.arms]
     _mark_dominated(arms)
     found: dict[str, Any] = {
         "format": FORMAT,
         "name": study.name,
-        "against": study.reference,
-        "union": study.joint,
+        "against": study.baseline_name,
+        "union": study.union_name,
         "seeds": study.seeds,
         "sets": [{"name": name, "role": role, **reader.sizes.get(name, {})} for name, role in roles.items()],
-        "base": _base(prepared, start),
+        "base": _base_results(prepared, start),
         "arms": arms,
-        "pairs": _pairs(measured),
-        "claims": [_claim(claim, study, _with_base(measured, start), start) for claim in study.claims],
-        "replay": _by_share(study, arms),
-        "time": _time(prepared),
-        "machine": _machine(prepared),
-        "failed": {prepared.work.steps[key].slug: error for key, error in failed.items()},
+        "pairs": _pairwise_differences(measured),
+        "claims": [_evaluate_claim(claim, study, _with_base(measured, start), start) for claim in study.claims],
+        "replay": _replay_results(study, arms),
+        "time": _time_totals(prepared),
+        "machine": _machine_description(prepared),
+        "failed": {prepared.graph.steps[key].slug: error for key, error in failed.items()},
     }
-    return {**found, "summary": summary(found)}
+    return {**found, "summary": study_summary(found)}
 
 
-def _whole(prepared: Prepared, chain: Chain) -> bool:
-    return prepared.folder.made(prepared.work.steps[chain.last])
+def _is_finished(prepared: PreparedStudy, chain: Chain) -> bool:
+    return prepared.folder.is_finished(prepared.graph.steps[chain.last_step])
 
 
-def _scores(prepared: Prepared, key: str) -> Path:
-    return prepared.folder.place(prepared.work.steps[key]) / "scores" / "after.npz"
+def _scores_path(prepared: PreparedStudy, key: str) -> Path:
+    return prepared.folder.step_path(prepared.graph.steps[key]) / "scores" / "after.npz"
 
 
-def _base_scores(prepared: Prepared) -> before_after.AllScores | None:
+def _read_base_scores(prepared: PreparedStudy) -> before_after.AllScores | None:
     """What the base was scored: as what a run began with, or as what the study trained."""
-    base = prepared.work.base
-    for chain in prepared.work.chains:
-        first = prepared.work.steps[chain.steps[0]]
-        if first.kind == "train" and not prepared.study.from_scratch(chain.arm):
-            place = prepared.folder.place(first) / "scores" / "before.npz"
+    base = prepared.graph.base_step
+    for chain in prepared.graph.chains:
+        first = prepared.graph.steps[chain.steps[0]]
+        if first.kind == "train" and not prepared.study.is_from_scratch(chain.arm):
+            place = prepared.folder.step_path(first) / "scores" / "before.npz"
             if place.exists():
                 return _read_scores(place)
-    if base is not None and _scores(prepared, base).exists():
-        return _read_scores(_scores(prepared, base))
+    if base is not None and _scores_path(prepared, base).exists():
+        return _read_scores(_scores_path(prepared, base))
     return None
 
 
-def _read_scores(place: Path) -> before_after.AllScores:
+def _read_scores(path: Path) -> before_after.AllScores:
     """The scores of a run. Raises `DataError` where they are gone or broken."""
     try:
-        return before_after.read_scores(place)
+        return before_after.read_scores(path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"the scores of a finished run cannot be read ({error})",
-            where=str(place),
-            way_out=f"remove the folder {place.parents[1]}; the same command makes this run anew",
+            where=str(path),
+            way_out=f"remove the folder {path.parents[1]}; the same command makes this run anew",
         ) from error
 
 
-def _levels(losses: Losses) -> dict[str, dict[str, float]]:
-    return {what: losses.on(what).as_dict() for what in (*ON, *losses.sets)}
+def _loss_values(losses: Losses) -> dict[str, dict[str, float]]:
+    return {what: losses.get_loss(what).as_dict() for what in (*LOSS_KINDS, *losses.sets)}
 
 
-def _base(prepared: Prepared, start: Losses | None) -> dict[str, Any]:
-    key = prepared.work.base
-    step = prepared.work.steps[key] if key else None
+def _base_results(prepared: PreparedStudy, start: Losses | None) -> dict[str, Any]:
+    key = prepared.graph.base_step
+    step = prepared.graph.steps[key] if key else None
     named = prepared.study.base if isinstance(prepared.study.base, str) else "pretrained by the study"
-    found: dict[str, Any] = {"name": named, "loss": _levels(start) if start else {}, "tokens": None, "seconds": None}
-    if step is not None and prepared.folder.made(step):
-        found |= {**_cost(prepared, [step.key]), "curve": _curve(prepared, [[step.key]])}
+    found: dict[str, Any] = {
+        "name": named,
+        "loss": _loss_values(start) if start else {},
+        "tokens": None,
+        "seconds": None,
+    }
+    if step is not None and prepared.folder.is_finished(step):
+        found |= {**_total_cost(prepared, [step.key]), "curve": _loss_curves(prepared, [[step.key]])}
     return found
 
 
-def _arm(
-    prepared: Prepared, name: str, measured: Mapping[str, _Measured], start: Losses | None, failed: Mapping[str, str]
+def _arm_results(
+    prepared: PreparedStudy,
+    name: str,
+    arm_losses: Mapping[str, _ArmLosses],
+    start: Losses | None,
+    failed: Mapping[str, str],
 ) -> dict[str, Any]:
     """One arm as plain data."""
     study = prepared.study
-    arm, chains = study.arms[name], prepared.work.of_arm(name)
+    arm, chains = study.arms[name], prepared.graph.arm_chains(name)
     trouble = [failed[key] for chain in chains for key in chain.steps if key in failed]
     out: dict[str, Any] = {
         "name": name,
         "replay": arm.replay,
         "start": arm.start,
-        "from_scratch": study.from_scratch(name),
+        "from_scratch": study.is_from_scratch(name),
         "reads": arm.reads,
         "seeds": [chain.seed for chain in chains],
-        "status": _status(bool(trouble), len(measured[name].chains) if name in measured else 0, len(chains)),
+        "status": _arm_status(bool(trouble), len(arm_losses[name].chains) if name in arm_losses else 0, len(chains)),
         **({"error": trouble[0]} if trouble else {}),
     }
-    if name not in measured:
+    if name not in arm_losses:
         return out
-    own = measured[name]
+    own = arm_losses[name]
     out["seeds_there"] = sorted(own.by_seed)
-    out["loss"] = _levels(own.mean)
+    out["loss"] = _loss_values(own.mean)
     out["by_seed"] = {
-        str(seed): {what: losses.on(what).value for what in (*ON, *losses.sets)} for seed, losses in own.by_seed.items()
+        str(seed): {what: losses.get_loss(what).value for what in (*LOSS_KINDS, *losses.sets)}
+        for seed, losses in own.by_seed.items()
     }
-    out["spread"] = {what: _spread([losses.on(what).value for losses in own.by_seed.values()]) for what in ON}
+    out["spread"] = {
+        what: _seed_spread([losses.get_loss(what).value for losses in own.by_seed.values()]) for what in LOSS_KINDS
+    }
     if start is not None:
-        out["change"] = {what: (own.mean.on(what) - start.on(what)).as_dict() for what in (*ON, *own.mean.sets)}
-        reference = measured.get(study.reference or "")
+        out["change"] = {
+            what: (own.mean.get_loss(what) - start.get_loss(what)).as_dict() for what in (*LOSS_KINDS, *own.mean.sets)
+        }
+        reference = arm_losses.get(study.baseline_name or "")
         if reference is not None and reference is not own:
-            share = removed(own.mean.on("old"), reference.mean.on("old"), start.on("old"))
+            share = removed_share(own.mean.get_loss("old"), reference.mean.get_loss("old"), start.get_loss("old"))
             out["removed"] = share.as_dict() if share else None
-    union = measured.get(study.joint or "")
+    union = arm_losses.get(study.union_name or "")
     if union is not None and union is not own:
-        out["gap"] = {what: (own.mean.on(what) - union.mean.on(what)).as_dict() for what in ON}
-    costs = [_cost(prepared, chain.steps) for chain in own.chains]
+        out["gap"] = {what: (own.mean.get_loss(what) - union.mean.get_loss(what)).as_dict() for what in LOSS_KINDS}
+    costs = [_total_cost(prepared, chain.steps) for chain in own.chains]
     out |= {key: _mean([cost[key] for cost in costs]) for key in ("tokens", "seconds", "peak_memory")}
     given = not out["from_scratch"] or arm.blend is not None  # a blend has the base in it, whatever its arm began with
-    base = _cost(prepared, [prepared.work.base])["tokens"] if prepared.work.base and given else 0
-    known = prepared.work.base is not None or not given
+    base = _total_cost(prepared, [prepared.graph.base_step])["tokens"] if prepared.graph.base_step and given else 0
+    known = prepared.graph.base_step is not None or not given
     out["tokens_in_all"] = (out["tokens"] or 0) + (base or 0) if known else None
     out["runs"] = [
-        {"seed": chain.seed, "places": [str(_home(prepared, key)) for key in chain.steps], **cost}
+        {"seed": chain.seed, "places": [str(_relative_step_path(prepared, key)) for key in chain.steps], **cost}
         for chain, cost in zip(own.chains, costs, strict=True)
     ]
-    broken = [chain.seed for chain in own.chains if any(_gate_failed(prepared, key) for key in chain.steps)]
+    broken = [chain.seed for chain in own.chains if any(_has_failed_gate(prepared, key) for key in chain.steps)]
     out["gate_failed"] = [] if arm.blend else broken
-    out["curve"] = {} if arm.blend else _curve(prepared, [list(chain.steps) for chain in own.chains])
+    out["curve"] = {} if arm.blend else _loss_curves(prepared, [list(chain.steps) for chain in own.chains])
     return out
 
 
-def _status(failed: bool, there: int, chains: int) -> str:
+def _arm_status(failed: bool, finished: int, chains: int) -> str:
     if failed:
         return "failed"
-    return "finished" if there == chains else "in part" if there else "not finished"
+    return "finished" if finished == chains else "in part" if finished else "not finished"
 
 
-def _home(prepared: Prepared, key: str) -> Path:
-    return Path(os.path.relpath(prepared.folder.place(prepared.work.steps[key]), prepared.folder.home))
+def _relative_step_path(prepared: PreparedStudy, key: str) -> Path:
+    return Path(os.path.relpath(prepared.folder.step_path(prepared.graph.steps[key]), prepared.folder.path))
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | int | None]:
+def _seed_spread(values: Sequence[float]) -> dict[str, float | int | None]:
     """How far the seeds lie apart: lowest, highest, and the standard deviation of one (n - 1 below the line)."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"low": min(values), "high": max(values), "deviation": deviation, "seeds": len(values)}
@@ -278,29 +296,29 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _cost(prepared: Prepared, keys: Sequence[str]) -> dict[str, float | None]:
+def _total_cost(prepared: PreparedStudy, keys: Sequence[str]) -> dict[str, float | None]:
     """What steps cost: trained tokens, seconds of training, the most memory on an accelerator."""
     tokens, seconds, peaks = 0.0, 0.0, []
     for key in keys:
-        step = prepared.work.steps[key]
-        note = prepared.folder.note(step)
+        step = prepared.graph.steps[key]
+        note = prepared.folder.read_note(step)
         seconds += sum(note.get("seconds", {}).get(phase, 0.0) for phase in ("training", "making"))
         peaks += [note["peak_memory"]] if note.get("peak_memory") else []
         if step.kind == "train":
-            tokens += _record(prepared, key)["achieved"]["tokens"]
+            tokens += _read_step_record(prepared, key)["achieved"]["tokens"]
     return {"tokens": tokens, "seconds": seconds, "peak_memory": max(peaks, default=None)}
 
 
-def _gate_failed(prepared: Prepared, key: str) -> bool:
+def _has_failed_gate(prepared: PreparedStudy, key: str) -> bool:
     """Whether a run forgot more than its `max_forgetting`."""
-    return prepared.work.steps[key].kind == "train" and _record(prepared, key)["status"] == "gate-failed"
+    return prepared.graph.steps[key].kind == "train" and _read_step_record(prepared, key)["status"] == "gate-failed"
 
 
-def _record(prepared: Prepared, key: str) -> Record:
-    return read_record(prepared.folder.place(prepared.work.steps[key]))
+def _read_step_record(prepared: PreparedStudy, key: str) -> Record:
+    return read_record(prepared.folder.step_path(prepared.graph.steps[key]))
 
 
-def _curve(prepared: Prepared, chains: Sequence[Sequence[str]]) -> dict[str, Any]:
+def _loss_curves(prepared: PreparedStudy, chains: Sequence[Sequence[str]]) -> dict[str, Any]:
     """The loss on each set by trained tokens, mean over seeds at the looks that all have; and where each part begins."""
     curves: list[dict[str, dict[float, float]]] = []
     switches: list[float] = []
@@ -309,13 +327,13 @@ def _curve(prepared: Prepared, chains: Sequence[Sequence[str]]) -> dict[str, Any
         before = 0.0
         switches = []
         for key in steps:
-            step = prepared.work.steps[key]
+            step = prepared.graph.steps[key]
             if step.kind != "train":
                 continue
             switches.append(before)
-            rows = [r for r in read_metrics(prepared.folder.place(step) / METRICS) if r["kind"] == "evaluation"]
+            rows = [r for r in read_metrics(prepared.folder.step_path(step) / METRICS) if r["kind"] == "evaluation"]
             # Seeds differ by a few tokens a step, so looks are told apart by how much of the stage they are after.
-            whole = _record(prepared, key)["plan"]["tokens"]
+            whole = _read_step_record(prepared, key)["plan"]["tokens"]
             last = rows[-1]["step"] if rows else 1
             for row in rows:
                 at = round(before + whole * row["step"] / max(last, 1))
@@ -343,64 +361,66 @@ def _mark_dominated(arms: Sequence[dict[str, Any]]) -> None:
             arm["dominated_by"] = [name for name, p in points.items() if p != own and p[0] <= own[0] and p[1] <= own[1]]
 
 
-def _pairs(measured: Mapping[str, _Measured]) -> list[dict[str, Any]]:
+def _pairwise_differences(arm_losses: Mapping[str, _ArmLosses]) -> list[dict[str, Any]]:
     """The difference of every two arms on old, new and average, with its interval and the differences seed by seed."""
-    names = list(measured)
+    names = list(arm_losses)
     out = []
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             entry: dict[str, Any] = {"arm": second, "than": first}
-            for what in ON:
-                entry[what] = _difference(measured[second], measured[first], what)
+            for what in LOSS_KINDS:
+                entry[what] = _difference(arm_losses[second], arm_losses[first], what)
             out.append(entry)
     return out
 
 
-def _with_base(measured: Mapping[str, _Measured], start: Losses | None) -> dict[str, _Measured]:
+def _with_base(arm_losses: Mapping[str, _ArmLosses], start: Losses | None) -> dict[str, _ArmLosses]:
     """The arms with the base beside them, which is the same for every seed."""
     if start is None:
-        return dict(measured)
-    seeds = {seed: start for arm in measured.values() for seed in arm.by_seed}
-    return {"base": _Measured("base", Arm(), [], start, seeds), **measured}
+        return dict(arm_losses)
+    seeds = {seed: start for arm in arm_losses.values() for seed in arm.by_seed}
+    return {"base": _ArmLosses("base", Arm(), [], start, seeds), **arm_losses}
 
 
-def _difference(arm: _Measured, than: _Measured, what: str) -> dict[str, Any]:
-    both = sorted(arm.by_seed.keys() & than.by_seed.keys())
-    by_seed = [arm.by_seed[s].on(what).value - than.by_seed[s].on(what).value for s in both]
-    return {**(arm.mean.on(what) - than.mean.on(what)).as_dict(), "by_seed": by_seed}
+def _difference(arm: _ArmLosses, other: _ArmLosses, key: str) -> dict[str, Any]:
+    both = sorted(arm.by_seed.keys() & other.by_seed.keys())
+    by_seed = [arm.by_seed[s].get_loss(key).value - other.by_seed[s].get_loss(key).value for s in both]
+    return {**(arm.mean.get_loss(key) - other.mean.get_loss(key)).as_dict(), "by_seed": by_seed}
 
 
-def _claim(claim: Claim, study: Study, measured: Mapping[str, _Measured], start: Losses | None) -> dict[str, Any]:
+def _evaluate_claim(
+    claim: Claim, study: Study, arm_losses: Mapping[str, _ArmLosses], start: Losses | None
+) -> dict[str, Any]:
     """Whether a claim holds: by its interval over documents, and with every seed."""
     out: dict[str, Any] = {"say": claim.say, "arm": claim.arm, "than": claim.than, "on": claim.on}
-    arm = measured.get(claim.arm)
-    reference = measured.get(study.reference or "")
+    arm = arm_losses.get(claim.arm)
+    reference = arm_losses.get(study.baseline_name or "")
     if claim.removes is not None:
         out |= {"on": "removed", "bound": claim.removes}
         found = None
         if arm and reference and start:
-            found = removed(arm.mean.on("old"), reference.mean.on("old"), start.on("old"))
+            found = removed_share(arm.mean.get_loss("old"), reference.mean.get_loss("old"), start.get_loss("old"))
         if found is None or not (arm and reference and start):
-            why = _MISSING if not (arm and reference and start) else f"{reference.name} is not shown to forget"
+            why = _ARM_MISSING if not (arm and reference and start) else f"{reference.name} is not shown to forget"
             return {**out, "verdict": "not shown", "why": why}
-        zero = start.on("old").value
+        zero = start.get_loss("old").value
         both = sorted(arm.by_seed.keys() & reference.by_seed.keys())
         by_seed = [
-            1 - (arm.by_seed[s].on("old").value - zero) / lost
+            1 - (arm.by_seed[s].get_loss("old").value - zero) / lost
             for s in both
-            if (lost := reference.by_seed[s].on("old").value - zero) > 0
+            if (lost := reference.by_seed[s].get_loss("old").value - zero) > 0
         ]
         entry = {**found.as_dict(), "by_seed": by_seed}
-        return {**out, **entry, "verdict": verdict(entry, claim.removes, at_least=True)}
-    than = measured.get(claim.than or "")
+        return {**out, **entry, "verdict": claim_verdict(entry, claim.removes, at_least=True)}
+    than = arm_losses.get(claim.than or "")
     out["bound"] = claim.at_most
     if arm is None or than is None:
-        return {**out, "verdict": "not shown", "why": _MISSING}
+        return {**out, "verdict": "not shown", "why": _ARM_MISSING}
     entry = _difference(arm, than, claim.on)
-    return {**out, **entry, "verdict": verdict(entry, claim.at_most)}
+    return {**out, **entry, "verdict": claim_verdict(entry, claim.at_most)}
 
 
-def verdict(entry: Mapping[str, Any], bound: float, *, at_least: bool = False) -> str:
+def claim_verdict(entry: Mapping[str, Any], bound: float, *, at_least: bool = False) -> str:
     """Whether a number is at most (at least) a bound: its interval must lie on one side, and so must every seed."""
     low, high, seeds = entry["low"], entry["high"], entry["by_seed"]
     if at_least:
@@ -414,7 +434,7 @@ def verdict(entry: Mapping[str, Any], bound: float, *, at_least: bool = False) -
 
 # -- by the share of replay --------------------------------------------------------------------------------------------
 
-INJECTED = Law(
+REPLAY_LAW = Law(
     "forgetting by the share of replay",
     (
         Parameter("F", (0.01, 0.1, 1.0), 0.0),
@@ -433,9 +453,9 @@ zero. Fitted as a loss, every arm weighs alike, and none is left out for having 
 """
 
 
-def _by_share(study: Study, arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _replay_results(study: Study, arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Arms that differ from the reference by their share of replay alone, and the laws that fit them."""
-    reference = study.arms.get(study.reference or "")
+    reference = study.arms.get(study.baseline_name or "")
     if reference is None:
         return {}
     alike = reference.model_copy(update={"replay": 0.0})
@@ -447,41 +467,45 @@ def _by_share(study: Study, arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     points.sort(key=lambda p: p["share"])
     if len(points) < 2:
         return {}
-    return {"points": points, "laws": {"old": _fitted_rise(points), "new": _fitted_loss(points)}}
+    return {"points": points, "laws": {"old": _fit_rise(points), "new": _fit_loss(points)}}
 
 
-def _fitted_rise(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _fit_rise(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     start = points[0]["loss"]["old"]["value"] - points[0]["change"]["old"]["value"]
     shares = [p["share"] for p in points]
-    found = _fitted(INJECTED, "share", shares, [p["loss"]["old"]["value"] for p in points], shares, start=start)
+    found = _fit_law(REPLAY_LAW, "share", shares, [p["loss"]["old"]["value"] for p in points], shares, start=start)
     if found:
         found["line"] = [[x, *(loss - start for loss in losses)] for x, *losses in found["line"]]
     return found
 
 
-def _fitted_loss(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _fit_loss(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The loss on new text by its own share; told by the share of replay."""
     known = [(1 - p["share"], p["loss"]["new"]["value"]) for p in points]
-    found = _fitted(MIXTURE, "ratio", [x for x, _ in known], [y for _, y in known], [1 - p["share"] for p in points])
+    found = _fit_law(
+        MIXTURE_LAW, "ratio", [x for x, _ in known], [y for _, y in known], [1 - p["share"] for p in points]
+    )
     if found:
         found["line"] = sorted([1 - x, *rest] for x, *rest in found["line"])
     return found
 
 
-def _fitted(
-    law: Law, of: str, xs: list[float], ys: list[float], span: list[float], **constant: float
+def _fit_law(
+    law: Law, variable: str, xs: list[float], ys: list[float], span: list[float], **constant: float
 ) -> dict[str, Any] | None:
     """A law through measured points, as a line with its interval; None where there are too few points to tell."""
-    if len(xs) < _FEWEST_SHARES:
+    if len(xs) < _MIN_SHARES:
         return None
     try:
-        found = fit(law, {of: np.array(xs), **{name: np.array(value) for name, value in constant.items()}}, ys)
+        found = fit_law(
+            law, {variable: np.array(xs), **{name: np.array(value) for name, value in constant.items()}}, ys
+        )
     except DataError:
         return None
     at = np.unique(np.concatenate([np.linspace(min(span), max(span), 41), span]))
     line = []
     for x in at.tolist():
-        estimated = found.predict(**{of: x}, **constant)
+        estimated = found.predict(**{variable: x}, **constant)
         line.append([x, estimated.value, estimated.low, estimated.high])
     return {"law": law.name, "source": law.source, "values": found.values, "spread": found.spread, "line": line}
 
@@ -489,26 +513,26 @@ def _fitted(
 # -- time and machine --------------------------------------------------------------------------------------------------
 
 
-def _time(prepared: Prepared) -> dict[str, Any]:
+def _time_totals(prepared: PreparedStudy) -> dict[str, Any]:
     """Where the study's time went. `outside`: the share that was none of training, evaluation, making replay and the like."""
     phases = {"training": 0.0, "evaluation": 0.0, "making": 0.0, "other": 0.0}
-    for step in prepared.work.steps.values():
-        for phase, seconds in prepared.folder.note(step).get("seconds", {}).items():
+    for step in prepared.graph.steps.values():
+        for phase, seconds in prepared.folder.read_note(step).get("seconds", {}).items():
             phases[phase] += seconds
-    whole = spent(prepared.folder)
+    whole = load_times(prepared.folder)
     return {
         **phases,
         "wall": whole["wall"],
         "outside": max(0.0, 1 - whole["inside"] / whole["devices"]) if whole["devices"] else None,
-        "runs": len(prepared.work.trained),
-        "runs_asked": prepared.work.asked,
+        "runs": len(prepared.graph.training_steps),
+        "runs_asked": prepared.graph.unshared_run_count,
     }
 
 
-def _machine(prepared: Prepared) -> dict[str, Any]:
-    for key, step in prepared.work.steps.items():
-        if step.kind == "train" and prepared.folder.made(step):
-            record = _record(prepared, key)
+def _machine_description(prepared: PreparedStudy) -> dict[str, Any]:
+    for key, step in prepared.graph.steps.items():
+        if step.kind == "train" and prepared.folder.is_finished(step):
+            record = _read_step_record(prepared, key)
             return {**record["machine"], "versions": record["versions"], "parameters": record["model"]["parameters"],
                     "execution": {k: record["execution"][k] for k in ("dtype", "attention", "threads")}}  # fmt: skip
     return {}

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from postgrad.commands import importance, synthesize
-from postgrad.config.quantities import amount_of
+from postgrad.config.quantities import parse_token_count
 from postgrad.config.stage_file import parse_stage
 from postgrad.distributed.world import World
 from postgrad.errors import ModelError, StageError
@@ -24,70 +24,70 @@ from postgrad.evaluation import before_after
 from postgrad.hardware import machine
 from postgrad.lineage.record import RECORD, read_record
 from postgrad.models import interpolate
-from postgrad.models.model import model_for
-from postgrad.models.pretrained import load_tokenizer, locate, save_pretrained, stored_dtype
+from postgrad.models.model import wrap_model
+from postgrad.models.pretrained import load_tokenizer, locate_model, save_pretrained, stored_dtype
 from postgrad.plan.plan import make_plan
 from postgrad.run import run as r
-from postgrad.storage.atomic import publish, write_atomically
-from postgrad.studies.step_graph import Kind, Step, Work, resolved
+from postgrad.storage.atomic import publish_folder, write_atomically
+from postgrad.studies.step_graph import Step, StepGraph, StepKind, resolve_step_references
 from postgrad.tuning.open_model import open_model
 
-MACHINE = "machine.json"
-NOTES = "notes"
-_ENDINGS: Mapping[Kind, str] = {"train": "", "blend": "", "write": ".jsonl", "measure": ".safetensors"}
+MACHINE_FILE = "machine.json"
+NOTES_FOLDER = "notes"
+_SUFFIXES: Mapping[StepKind, str] = {"train": "", "blend": "", "write": ".jsonl", "measure": ".safetensors"}
 
 Phase = Literal["training", "evaluation", "making", "other"]
 
 
 @dataclass(frozen=True)
-class Moved:
+class StepProgress:
     """How far a step is: `done` of `total` steps, tokens or labels."""
 
     key: str
-    what: str
+    activity: str
     done: int
     total: int
-    row: dict[str, Any] | None = None
+    last_evaluation: dict[str, Any] | None = None
     """The last look of a run."""
 
 
 @dataclass(frozen=True)
-class Halted:
+class StepStopped:
     """The user stopped the step; it goes on from here."""
 
     key: str
 
 
 @dataclass(frozen=True)
-class Warned:
+class StepWarning:
     """Something that the user should know of a run."""
 
     key: str
-    what: str
+    message: str
 
 
-StepEvent = Moved | Halted | Warned
+StepEvent = StepProgress | StepStopped | StepWarning
 
 
 @dataclass(frozen=True)
-class Folder:
+class StudyFolder:
     """Where a study lives: its own folder, that of its runs, the one that paths in its file are relative to, and the cache."""
 
-    home: Path
-    shelf: Path
+    path: Path
+    runs_folder: Path
     root: Path
     cache: Path
 
-    def place(self, step: Step) -> Path:
+    def step_path(self, step: Step) -> Path:
         """Where a step is made, or was under another name."""
-        within = self.shelf / ("runs" if step.kind in ("train", "blend") else "made")
-        ending = _ENDINGS[step.kind]
+        within = self.runs_folder / ("runs" if step.kind in ("train", "blend") else "made")
+        ending = _SUFFIXES[step.kind]
         there = sorted(within.glob(f"*-{step.key}{ending}"))
         return there[0] if there else within / f"{step.slug}-{step.key}{ending}"
 
-    def made(self, step: Step) -> bool:
+    def is_finished(self, step: Step) -> bool:
         """Whether a step is complete."""
-        place = self.place(step)
+        place = self.step_path(step)
         match step.kind:
             case "train":
                 return (place / RECORD).exists() and read_record(place)["status"] != "stopped"
@@ -96,46 +96,46 @@ class Folder:
             case _:
                 return place.exists()
 
-    def note(self, step: Step) -> dict[str, Any]:
+    def read_note(self, step: Step) -> dict[str, Any]:
         """What is known of how a step was made: its seconds by phase, and the most memory it took on an accelerator."""
-        return kept(self.shelf / NOTES / f"{step.key}.json")
+        return read_json_object(self.runs_folder / NOTES_FOLDER / f"{step.key}.json")
 
     @property
     def machine(self) -> dict[str, Any]:
         """How all runs of the study do their arithmetic: chosen once, so that no two arms differ in it."""
-        return kept(self.shelf / MACHINE)
+        return read_json_object(self.runs_folder / MACHINE_FILE)
 
-    def stage(self, work: Work, step: Step) -> dict[str, Any]:
+    def resolve_stage(self, graph: StepGraph, step: Step) -> dict[str, Any]:
         """The stage of a step with all places filled in, as plain data."""
-        whole = resolved(step.what, lambda key: str(self.place(work.steps[key])))
+        whole = resolve_step_references(step.spec, lambda key: str(self.step_path(graph.steps[key])))
         compute = {**self.machine.get("compute", {}), **(whole.get("compute") or {})}
-        return {**whole, "output": str(self.place(step)), **({"compute": compute} if compute else {})}
+        return {**whole, "output": str(self.step_path(step)), **({"compute": compute} if compute else {})}
 
 
-def kept(place: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """What a study keeps in a file of its own; empty where there is none. Raises `StageError` for a broken one."""
-    if not place.exists():
+    if not path.exists():
         return {}
     try:
-        found = json.loads(place.read_text())
+        found = json.loads(path.read_text())
     except ValueError as error:
-        raise _broken(place, f"not JSON: {error}") from error
+        raise _broken_file_error(path, f"not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise _broken(place, "not a JSON object")
+        raise _broken_file_error(path, "not a JSON object")
     return found
 
 
-def _broken(place: Path, met: str) -> StageError:
-    return StageError(met, where=str(place), way_out="remove this file; what it remembers is found out anew")
+def _broken_file_error(path: Path, problem: str) -> StageError:
+    return StageError(problem, where=str(path), way_out="remove this file; what it remembers is found out anew")
 
 
 @dataclass
-class Clock:
+class PhaseTimer:
     """Seconds by what they were spent on."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def timed(self, events: Iterator[r.Event]) -> Iterator[r.Event]:
+    def time_events(self, events: Iterator[r.RunEvent]) -> Iterator[r.RunEvent]:
         """The events of a run; each one's time is that of what it reports, and the time after `Doing` of what it said."""
         doing: Phase | None = None
         while True:
@@ -143,11 +143,11 @@ class Clock:
             event = next(events, None)
             phase = doing
             if phase is None:
-                phase = {r.Stepped: "training", r.Looked: "evaluation"}.get(type(event), "other")  # type: ignore[arg-type]
+                phase = {r.StepCompleted: "training", r.EvaluationCompleted: "evaluation"}.get(type(event), "other")  # type: ignore[arg-type]
             self.add(phase, time.perf_counter() - begin)
             if event is None:
                 return
-            doing = ("evaluation" if event.measuring else "other") if isinstance(event, r.Doing) else None
+            doing = ("evaluation" if event.is_evaluation else "other") if isinstance(event, r.PhaseStarted) else None
             yield event
 
     def add(self, phase: str, seconds: float) -> None:
@@ -155,83 +155,85 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
-def carry_out(work: Work, step: Step, folder: Folder, command: str) -> Iterator[StepEvent]:
+def run_step(graph: StepGraph, step: Step, folder: StudyFolder, command: str) -> Iterator[StepEvent]:
     """Make a step. Raises the error of whatever fails; what was made up to then is kept where a step can go on."""
-    clock, begin = Clock(), time.perf_counter()
+    clock, begin = PhaseTimer(), time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
         match step.kind:
             case "train":
-                yield from _train(work, step, folder, command, clock)
+                yield from _run_training(graph, step, folder, command, clock)
             case "write":
-                yield from _write(work, step, folder)
+                yield from _generate_text(graph, step, folder)
             case "measure":
-                yield from _measure(work, step, folder)
+                yield from _measure_importance(graph, step, folder)
             case "blend":
-                yield from _blend(work, step, folder, clock)
+                yield from _blend_models(graph, step, folder, clock)
     finally:
         rest = time.perf_counter() - begin - sum(clock.seconds.values())
         clock.add("other" if step.kind == "train" else "making", rest)
-        _keep_note(folder, step, clock)
+        _update_note(folder, step, clock)
 
 
-def _keep_note(folder: Folder, step: Step, clock: Clock) -> None:
+def _update_note(folder: StudyFolder, step: Step, timer: PhaseTimer) -> None:
     """Add to what is known of a step: it may have been made in several goes."""
-    known = folder.note(step)
-    seconds = Clock(known.get("seconds", {}))
-    for phase, value in clock.seconds.items():
+    known = folder.read_note(step)
+    seconds = PhaseTimer(known.get("seconds", {}))
+    for phase, value in timer.seconds.items():
         seconds.add(phase, value)
     note: dict[str, Any] = {"seconds": seconds.seconds}
     if torch.cuda.is_available():
         note["peak_memory"] = max(known.get("peak_memory", 0), torch.cuda.max_memory_allocated())
-    write_atomically(folder.shelf / NOTES / f"{step.key}.json", json.dumps(note))
+    write_atomically(folder.runs_folder / NOTES_FOLDER / f"{step.key}.json", json.dumps(note))
 
 
-def _train(work: Work, step: Step, folder: Folder, command: str, clock: Clock) -> Iterator[StepEvent]:
-    plan = make_plan(parse_stage(folder.stage(work, step), step.slug), folder.root, folder.cache)
+def _run_training(
+    graph: StepGraph, step: Step, folder: StudyFolder, command: str, timer: PhaseTimer
+) -> Iterator[StepEvent]:
+    plan = make_plan(parse_stage(folder.resolve_stage(graph, step), step.slug), folder.root, folder.cache)
     done, row = 0, None
     events = r.run_stage(plan, command=command, cache=folder.cache)
-    for event in clock.timed(events):
+    for event in timer.time_events(events):
         match event:
-            case r.Began():
-                yield Moved(step.key, "training", event.step, plan.steps, row)
-            case r.Stepped():
+            case r.RunStarted():
+                yield StepProgress(step.key, "training", event.step, plan.steps, row)
+            case r.StepCompleted():
                 done = event.report.step
-                yield Moved(step.key, "training", done, plan.steps, row)
-            case r.Looked():
+                yield StepProgress(step.key, "training", done, plan.steps, row)
+            case r.EvaluationCompleted():
                 row = event.row
-                yield Moved(step.key, "training", done, plan.steps, row)
-            case r.Doing():
-                yield Moved(step.key, event.what, done, plan.steps, row)
-            case r.Warned():
-                yield Warned(step.key, event.what)
-            case r.Stopped():
-                yield Halted(step.key)
+                yield StepProgress(step.key, "training", done, plan.steps, row)
+            case r.PhaseStarted():
+                yield StepProgress(step.key, event.message, done, plan.steps, row)
+            case r.WarningMessage():
+                yield StepWarning(step.key, event.message)
+            case r.RunStopped():
+                yield StepStopped(step.key)
 
 
-def _write(work: Work, step: Step, folder: Folder) -> Iterator[StepEvent]:
+def _generate_text(graph: StepGraph, step: Step, folder: StudyFolder) -> Iterator[StepEvent]:
     """The base's own text; it goes on behind the last whole batch."""
-    what, out = _resolved(work, step, folder), folder.place(step)
+    what, out = _resolve_spec(graph, step, folder), folder.step_path(step)
     out.parent.mkdir(parents=True, exist_ok=True)
-    wish = synthesize.Wish(what["tokens"], what["longest"])
-    for written in synthesize.synthesize(_model(what["model"], folder), out, wish):
-        yield Moved(step.key, "writing", written.tokens, written.wanted)
+    wish = synthesize.SynthesisRequest(what["tokens"], what["longest"])
+    for written in synthesize.synthesize(_model_path(what["model"], folder), out, wish):
+        yield StepProgress(step.key, "writing", written.tokens, written.target_tokens)
 
 
-def _measure(work: Work, step: Step, folder: Folder) -> Iterator[StepEvent]:
+def _measure_importance(graph: StepGraph, step: Step, folder: StudyFolder) -> Iterator[StepEvent]:
     """What each weight matters, on old text."""
-    what, out = _resolved(work, step, folder), folder.place(step)
+    what, out = _resolve_spec(graph, step, folder), folder.step_path(step)
     out.parent.mkdir(parents=True, exist_ok=True)
-    tokens = amount_of(str(what["tokens"]), "importance.tokens")
-    yield Moved(step.key, "measuring", 0, tokens)
+    tokens = parse_token_count(str(what["tokens"]), "importance.tokens")
+    yield StepProgress(step.key, "measuring", 0, tokens)
     importance.measure_importance(
-        _model(what["model"], folder),
+        _model_path(what["model"], folder),
         [str(folder.root / what["path"])],
         out=out,
         tokens=str(what["tokens"]),
         kind=what["kind"],
-        onto=None,
+        accumulate=None,
         decay=0.9,
         dtype="float32",
         context=None,
@@ -243,41 +245,41 @@ def _measure(work: Work, step: Step, folder: Folder) -> Iterator[StepEvent]:
         cache=folder.cache,
         progress=lambda done, total: None,
     )
-    yield Moved(step.key, "measuring", tokens, tokens)
+    yield StepProgress(step.key, "measuring", tokens, tokens)
 
 
-def _blend(work: Work, step: Step, folder: Folder, clock: Clock) -> Iterator[StepEvent]:
+def _blend_models(graph: StepGraph, step: Step, folder: StudyFolder, timer: PhaseTimer) -> Iterator[StepEvent]:
     """The model between the base and an arm's, scored on what the arm was scored on."""
-    what, home = _resolved(work, step, folder), folder.place(step)
+    what, home = _resolve_spec(graph, step, folder), folder.step_path(step)
     run = Path(what["run"])
-    yield Moved(step.key, "blending", 0, 1)
+    yield StepProgress(step.key, "blending", 0, 1)
     machine.tune_allocator()
-    begun = locate(_model(what["start"], folder), folder.root)
-    start, end = open_model(begun), open_model(locate(str(run), folder.root))
+    begun = locate_model(_model_path(what["start"], folder), folder.root)
+    start, end = open_model(begun), open_model(locate_model(str(run), folder.root))
     if end.tunings:
         raise ModelError(f"`{end.tunings[-1].kind}` of {run.name} is no change of weights, so nothing lies between")
-    between = interpolate.weights_of(start.model), interpolate.weights_of(end.model)
-    interpolate.refuse_other_shapes(*between, (begun.name, run.name), interpolate.blocks_of(end.model))
-    interpolate.put_between(end.model, *between, what["weight"])
+    between = interpolate.copy_weights(start.model), interpolate.copy_weights(end.model)
+    interpolate.refuse_other_shapes(*between, (begun.name, run.name), interpolate.block_parameter_names(end.model))
+    interpolate.interpolate_weights(end.model, *between, what["weight"])
     if not (home / r.MODEL).exists():
         dtype, tokenizer = stored_dtype(begun), load_tokenizer(begun)
-        publish(home / r.MODEL, lambda staged: save_pretrained(end.model, tokenizer, staged, dtype=dtype))
+        publish_folder(home / r.MODEL, lambda staged: save_pretrained(end.model, tokenizer, staged, dtype=dtype))
     record = read_record(run)
     plan = make_plan(parse_stage(record["stage"], run.name), folder.root, folder.cache)
-    world = World(machine.device())
-    model = model_for(end.model, end.task).to(world.device)
+    world = World(machine.default_device())
+    model = wrap_model(end.model, end.task).to(world.device)
     begin = time.perf_counter()
-    scores = before_after.measure(model, plan.held_out, context=plan.context, world=world)
-    clock.add("evaluation", time.perf_counter() - begin)
+    scores = before_after.score_sets(model, plan.held_out_sets, context=plan.context, world=world)
+    timer.add("evaluation", time.perf_counter() - begin)
     before_after.write_scores(home / "scores" / "after.npz", scores)
-    yield Moved(step.key, "blending", 1, 1)
+    yield StepProgress(step.key, "blending", 1, 1)
 
 
-def _resolved(work: Work, step: Step, folder: Folder) -> dict[str, Any]:
-    return resolved(step.what, lambda key: str(folder.place(work.steps[key])))
+def _resolve_spec(graph: StepGraph, step: Step, folder: StudyFolder) -> dict[str, Any]:
+    return resolve_step_references(step.spec, lambda key: str(folder.step_path(graph.steps[key])))
 
 
-def _model(name: str, folder: Folder) -> str:
+def _model_path(name: str, folder: StudyFolder) -> str:
     """A model's place, or its name on the Hub."""
     place = folder.root / name
     return str(place) if place.exists() else name

@@ -13,25 +13,25 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from postgrad.config.quantities import Amount
+from postgrad.config.quantities import TokenCount
 from postgrad.config.stage import HeldOutFile, Source
 from postgrad.config.stage_file import parse_stage
 from postgrad.errors import DataError, StageError
 from postgrad.storage.fingerprint import fingerprint
-from postgrad.studies.study import Arm, Pretraining, Study, merged
+from postgrad.studies.study import Arm, Pretraining, Study, merge_patch
 
-KEY = 12
+KEY_LENGTH = 12
 """Characters of a fingerprint that name a step."""
 
-_MADE = re.compile(rf"@([0-9a-f]{{{KEY}}})(/.*)?")
+_STEP_REFERENCE = re.compile(rf"@([0-9a-f]{{{KEY_LENGTH}}})(/.*)?")
 
-_BELOW: dict[str, Any] = {
+_STAGE_DEFAULTS: dict[str, Any] = {
     # What a study does not read costs time: each can be asked for in `stage`.
     "evaluation": {"samples": 0, "drift_tokens": 0},
     "save": {"keep": 1},
 }
 
-Kind = Literal["train", "write", "measure", "blend"]
+StepKind = Literal["train", "write", "measure", "blend"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Step:
     """Something that is made once: a trained model, the base's own text, importance, a blend."""
 
     key: str
-    kind: Kind
+    kind: StepKind
     slug: str
-    what: dict[str, Any]
+    spec: dict[str, Any]
     """Of `train` the stage; of the others what their maker is asked for."""
-    after: tuple[str, ...]
+    depends_on: tuple[str, ...]
     """The steps that must be there before."""
     tokens: int = 0
     """That are trained on."""
@@ -58,19 +58,19 @@ class Chain:
     steps: tuple[str, ...]
 
     @property
-    def last(self) -> str:
+    def last_step(self) -> str:
         """The step whose model is the arm's."""
         return self.steps[-1]
 
 
 @dataclass
-class Work:
+class StepGraph:
     """All steps by key, in an order in which they can be made, and the chains of the arms."""
 
     study: Study
     steps: dict[str, Step] = field(default_factory=dict)
     chains: list[Chain] = field(default_factory=list)
-    base: str | None = None
+    base_step: str | None = None
     """The step that makes the base; None: it is given."""
 
     def add(self, step: Step) -> str:
@@ -78,177 +78,181 @@ class Work:
         self.steps.setdefault(step.key, step)
         return step.key
 
-    def of_arm(self, name: str) -> list[Chain]:
+    def arm_chains(self, name: str) -> list[Chain]:
         """An arm's chains, by seed."""
         return [chain for chain in self.chains if chain.arm == name]
 
     @property
-    def trained(self) -> list[str]:
+    def training_steps(self) -> list[str]:
         """The steps that train something."""
         return [key for key, step in self.steps.items() if step.kind == "train"]
 
     @property
-    def asked(self) -> int:
+    def unshared_run_count(self) -> int:
         """How many runs there would be if each arm with each seed made all of its own, the base too."""
         own = sum(self.steps[key].kind == "train" for chain in self.chains for key in chain.steps)
-        return own + (len(self.chains) if self.base is not None else 0)
+        return own + (len(self.chains) if self.base_step is not None else 0)
 
-    def needs(self, key: str) -> set[str]:
+    def required_steps(self, key: str) -> set[str]:
         """A step and all that it waits for."""
         found = {key}
-        for before in self.steps[key].after:
-            found |= self.needs(before)
+        for before in self.steps[key].depends_on:
+            found |= self.required_steps(before)
         return found
 
-    def arms_of(self, key: str) -> list[str]:
+    def dependent_arms(self, key: str) -> list[str]:
         """The arms that need a step."""
-        return list(dict.fromkeys(chain.arm for chain in self.chains if key in self.needs(chain.last)))
+        return list(dict.fromkeys(chain.arm for chain in self.chains if key in self.required_steps(chain.last_step)))
 
 
-def work_out(study: Study, print_of: Callable[[Mapping[str, Any]], object], where: str) -> Work:
+def build_step_graph(study: Study, fingerprint_text: Callable[[Mapping[str, Any]], object], where: str) -> StepGraph:
     """The steps of a study. `print_of` tells a text (a source as plain data) by its contents.
 
     Raises `StageError` for an arm that is no stage and for two arms that are the same.
     """
-    made = _Maker(study, print_of, where)
-    for name in sorted(study.arms, key=lambda n: len(study.before(n))):
-        for seed in study.seeds_of(name):
-            made.chain(name, seed)
+    made = _GraphBuilder(study, fingerprint_text, where)
+    for name in sorted(study.arms, key=lambda n: len(study.predecessors(n))):
+        for seed in study.arm_seeds(name):
+            made.add_arm(name, seed)
     order = list(study.arms)
-    made.work.chains.sort(key=lambda chain: order.index(chain.arm))
-    _refuse_twins(made.work, where)
-    return made.work
+    made.graph.chains.sort(key=lambda chain: order.index(chain.arm))
+    _check_duplicate_arms(made.graph, where)
+    return made.graph
 
 
-def resolved(value: Any, place: Callable[[str], str]) -> Any:
+def resolve_step_references(value: Any, get_path: Callable[[str], str]) -> Any:
     """Plain data in which `@KEY` has become the place of what that step made."""
     if isinstance(value, Mapping):
-        return {key: resolved(item, place) for key, item in value.items()}
+        return {key: resolve_step_references(item, get_path) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [resolved(item, place) for item in value]
-    if isinstance(value, str) and (found := _MADE.fullmatch(value)):
-        return place(found[1]) + (found[2] or "")
+        return [resolve_step_references(item, get_path) for item in value]
+    if isinstance(value, str) and (found := _STEP_REFERENCE.fullmatch(value)):
+        return get_path(found[1]) + (found[2] or "")
     return value
 
 
-def is_made(path: object) -> bool:
+def is_step_output(path: object) -> bool:
     """Whether a text is one that a step of the study makes."""
-    return isinstance(path, str) and _MADE.fullmatch(path) is not None
+    return isinstance(path, str) and _STEP_REFERENCE.fullmatch(path) is not None
 
 
-def amount(value: Any, where: str) -> int:
+def parse_token_count(value: Any, where: str) -> int:
     """A number of tokens as it is written in a stage. Raises `StageError`."""
     try:
-        return TypeAdapter(Amount).validate_python(value)
+        return TypeAdapter(TokenCount).validate_python(value)
     except ValidationError as error:
         raise StageError(f"{value!r} is no number of tokens", where=where, expected="such as 500k or 20M") from error
 
 
-class _Maker:
+class _GraphBuilder:
     """Makes the steps; what is asked for twice is made once, as it has the same key."""
 
-    def __init__(self, study: Study, print_of: Callable[[Mapping[str, Any]], object], where: str) -> None:
-        self.study, self.print_of, self.where = study, print_of, where
-        self.work = Work(study)
-        self.common = merged(_BELOW, study.stage)
-        self.sets = {
+    def __init__(self, study: Study, fingerprint_text: Callable[[Mapping[str, Any]], object], where: str) -> None:
+        self.study, self.fingerprint_text, self.where = study, fingerprint_text, where
+        self.graph = StepGraph(study)
+        self.common_stage = merge_patch(_STAGE_DEFAULTS, study.stage)
+        self.held_out_sets = {
             role: [item.model_dump(mode="json", exclude_defaults=True) for item in items]
             for role, items in (("retained", study.retained), ("learned", study.learned))
         }
-        self.places = _places({"old": [study.old] if study.old else [], "new": study.new})
-        self.held_places = _places({"retained": study.retained, "learned": study.learned})
-        self.pretrained = isinstance(study.base, Pretraining)
+        self.text_key_paths = _text_key_paths({"old": [study.old] if study.old else [], "new": study.new})
+        self.held_out_key_paths = _text_key_paths({"retained": study.retained, "learned": study.learned})
+        self.has_pretraining = isinstance(study.base, Pretraining)
         if isinstance(study.base, Pretraining):
-            self.work.base = self._pretrain(study.base)
+            self.graph.base_step = self._add_pretraining(study.base)
 
     # -- what arms are made of -------------------------------------------------------------------------------------
 
     @property
-    def base(self) -> str:
+    def base_model(self) -> str:
         """The base as a stage names it."""
-        if self.work.base is not None:
-            return f"@{self.work.base}"
+        if self.graph.base_step is not None:
+            return f"@{self.graph.base_step}"
         assert isinstance(self.study.base, str)
         return self.study.base
 
     @property
-    def _after_base(self) -> list[str]:
-        return [self.work.base] if self.work.base is not None else []
+    def _base_dependencies(self) -> list[str]:
+        return [self.graph.base_step] if self.graph.base_step is not None else []
 
-    def _old(self) -> dict[str, Any]:
+    def _old_source(self) -> dict[str, Any]:
         assert self.study.old is not None  # the study's own check
         return self.study.old.model_dump(mode="json", exclude_defaults=True)
 
-    def _print(self, text: Mapping[str, Any], place: str) -> object:
+    def _fingerprint(self, text: Mapping[str, Any], key_path: str) -> object:
         """What a text is told by. Raises `DataError` with the place in the study of one that cannot be read."""
         try:
-            return self.print_of(text)
+            return self.fingerprint_text(text)
         except DataError as error:
             raise DataError(
-                error.met, where=f"{self.where}: {place}", expected=error.expected, way_out=error.way_out
+                error.problem, where=f"{self.where}: {key_path}", expected=error.expected, way_out=error.way_out
             ) from error
 
-    def chain(self, name: str, seed: int) -> None:
+    def add_arm(self, name: str, seed: int) -> None:
         """Add an arm with a seed."""
         arm = self.study.arms[name]
         if arm.blend:
-            self._blend(name, arm, seed)
+            self._add_blend(name, arm, seed)
             return
         scratch = arm.start == "scratch"
         earlier: tuple[str, ...] = ()
         if arm.start not in ("base", "scratch"):
-            earlier = self._like(arm.start, seed)
-        model: Any = self._model_of(earlier[-1]) if earlier else self._fresh() if scratch else self.base
-        after = [earlier[-1]] if earlier else self._after_base
-        stages = self._stages(name, arm, scratch)
+            earlier = self._arm_steps(arm.start, seed)
+        model: Any = (
+            self._model_reference(earlier[-1]) if earlier else self._fresh_model() if scratch else self.base_model
+        )
+        after = [earlier[-1]] if earlier else self._base_dependencies
+        stages = self._arm_stages(name, arm, scratch)
         steps = list(earlier)
         for number, stage in enumerate(stages):
             ending = f"-{self.study.new[number].name}" if len(stages) > 1 else ""
-            needs, stage = self._made_for(stage, after)
+            needs, stage = self._with_dependencies(stage, after)
             place = f"arms.{name}" + (f" (part {number + 1})" if len(stages) > 1 else "")
-            key = self._train(f"{name}{ending}-s{seed}", {**stage, "model": model}, needs, seed=seed, where=place)
+            key = self._add_training(
+                f"{name}{ending}-s{seed}", {**stage, "model": model}, needs, seed=seed, where=place
+            )
             steps.append(key)
             model, after = f"@{key}", [key]
-        self.work.chains.append(Chain(name, seed, tuple(steps)))
+        self.graph.chains.append(Chain(name, seed, tuple(steps)))
 
-    def _like(self, arm: str, seed: int) -> tuple[str, ...]:
+    def _arm_steps(self, arm: str, seed: int) -> tuple[str, ...]:
         """The steps of another arm with this seed, or with its first one where it has not got this."""
-        chains = {chain.seed: chain for chain in self.work.of_arm(arm)}
+        chains = {chain.seed: chain for chain in self.graph.arm_chains(arm)}
         return chains.get(seed, next(iter(chains.values()))).steps
 
-    def _model_of(self, key: str) -> str:
+    def _model_reference(self, key: str) -> str:
         """The model of a step as a stage names it: a run, or the folder that a blend leaves."""
-        return f"@{key}/model" if self.work.steps[key].kind == "blend" else f"@{key}"
+        return f"@{key}/model" if self.graph.steps[key].kind == "blend" else f"@{key}"
 
-    def _fresh(self) -> dict[str, Any]:
+    def _fresh_model(self) -> dict[str, Any]:
         """A model like the base with random weights, and its tokenizer."""
-        named = f"{self.base}/model" if self.pretrained else self.base
+        named = f"{self.base_model}/model" if self.has_pretraining else self.base_model
         return {"config": named, "tokenizer": named}
 
-    def _stages(self, name: str, arm: Arm, scratch: bool) -> list[dict[str, Any]]:
+    def _arm_stages(self, name: str, arm: Arm, scratch: bool) -> list[dict[str, Any]]:
         """The stages of an arm, in their order, without model and name."""
-        below = self.common
+        below = self.common_stage
         if scratch and isinstance(self.study.base, Pretraining):  # trained as the base was
             pretrain = {k: v for k, v in self.study.base.pretrain.items() if k not in ("model", "tokens", "new_tokens")}
-            below = merged(below, pretrain)
-        whole = merged(below, arm.patch)
+            below = merge_patch(below, pretrain)
+        whole = merge_patch(below, arm.patch)
         if arm.reads == "new":
             patches = arm.parts or [{}] * len(self.study.new)
             return [
-                self._reading(merged(whole, patch), self._new(text, arm, number, scratch))
+                self._with_sources(merge_patch(whole, patch), self._new_sources(text, arm, number, scratch))
                 for number, (text, patch) in enumerate(zip(self.study.new, patches, strict=True))
             ]
         if arm.reads == "old":
-            return [self._reading(whole, [self._old()])]
-        budgets = self._budgets(name)
+            return [self._with_sources(whole, [self._old_source()])]
+        budgets = self._token_budgets(name)
         if "tokens" not in arm.patch:
             whole = {**whole, "tokens": sum(budgets) if scratch else sum(budgets[1:])}
-        texts = [self._old(), *(text.model_dump(mode="json", exclude_defaults=True) for text in self.study.new)]
+        texts = [self._old_source(), *(text.model_dump(mode="json", exclude_defaults=True) for text in self.study.new)]
         total = sum(budgets)
         shares = [{**text, "share": budget / total} for text, budget in zip(texts, budgets, strict=True)]
-        return [self._reading(whole, shares)]
+        return [self._with_sources(whole, shares)]
 
-    def _budgets(self, name: str) -> list[int]:
+    def _token_budgets(self, name: str) -> list[int]:
         """The tokens of the old text and of each new one, by which a union is mixed. Raises `StageError`."""
         place = f"{self.where}: arms.{name}"
         if not isinstance(self.study.base, Pretraining):
@@ -260,112 +264,122 @@ class _Maker:
                     way_out="say it: old: {path: ..., stands_for: 10B}; or name `data.sources` in the arm, without `reads`",
                 )
         else:
-            old = amount(self.study.base.pretrain["tokens"], f"{self.where}: base.pretrain.tokens")
-        if "tokens" not in self.common:
+            old = parse_token_count(self.study.base.pretrain["tokens"], f"{self.where}: base.pretrain.tokens")
+        if "tokens" not in self.common_stage:
             raise StageError(
                 "`tokens` is missing", where=f"{self.where}: stage", expected="the budget of each new text"
             )
-        each = amount(self.common["tokens"], f"{self.where}: stage.tokens")
+        each = parse_token_count(self.common_stage["tokens"], f"{self.where}: stage.tokens")
         return [old, *([each] * len(self.study.new))]
 
-    def _new(self, text: Source, arm: Arm, number: int, scratch: bool) -> list[dict[str, Any]]:
+    def _new_sources(self, text: Source, arm: Arm, number: int, scratch: bool) -> list[dict[str, Any]]:
         """What is read of a new text, and replayed beside it."""
         new = text.model_dump(mode="json", exclude_defaults=True)
         if not arm.replay:
             return [new]
         share = arm.replay
         if arm.replay_from == "self-made":
-            replay: dict[str, Any] = {"name": "self-made", "path": f"@{self._written()}"}
-        elif number and (self.pretrained or (self.study.old and self.study.old.stands_for)):
+            replay: dict[str, Any] = {"name": "self-made", "path": f"@{self._add_generated_text()}"}
+        elif number and (self.has_pretraining or (self.study.old and self.study.old.stands_for)):
             replay = {"name": "seen", "seen_so_far": True}
         else:
-            replay = self._old()
+            replay = self._old_source()
         return [{**new, "share": 1 - share}, {**replay, "share": share, "role": "replay"}]
 
-    def _reading(self, stage: dict[str, Any], sources: list[dict[str, Any]]) -> dict[str, Any]:
+    def _with_sources(self, stage: dict[str, Any], sources: list[dict[str, Any]]) -> dict[str, Any]:
         data = stage.get("data") or {}
         return {**stage, "data": {**data, "sources": data.get("sources") or sources}}
 
     # -- what is made beside ---------------------------------------------------------------------------------------
 
-    def _written(self) -> str:
+    def _add_generated_text(self) -> str:
         """The base's own text."""
         wish = self.study.self_made
         tokens = wish.tokens
         if tokens is None:
             shares = [arm.replay for arm in self.study.arms.values() if arm.replay_from == "self-made"]
-            budget = amount(self.common.get("tokens"), f"{self.where}: stage.tokens")
+            budget = parse_token_count(self.common_stage.get("tokens"), f"{self.where}: stage.tokens")
             tokens = round(max(shares) * budget * len(self.study.new))
-        what = {"model": self.base, "tokens": tokens, "longest": wish.longest}
-        return self._besides("write", "self-made", what)
+        what = {"model": self.base_model, "tokens": tokens, "longest": wish.longest}
+        return self._add_auxiliary_step("write", "self-made", what)
 
-    def _measured(self) -> str:
+    def _add_importance(self) -> str:
         """What each weight of the base matters to the old text."""
         if self.study.old is None or self.study.old.path is None:
             raise StageError(
                 "importance is measured on a file of old text", where=f"{self.where}: old", expected="a `path`"
             )
         wish = self.study.importance
-        what = {"model": self.base, "path": self.study.old.path, "tokens": wish.tokens, "kind": wish.kind}
-        return self._besides("measure", f"importance-{wish.kind}", what, [self._print(self._old(), "old")])
+        what = {"model": self.base_model, "path": self.study.old.path, "tokens": wish.tokens, "kind": wish.kind}
+        return self._add_auxiliary_step(
+            "measure", f"importance-{wish.kind}", what, [self._fingerprint(self._old_source(), "old")]
+        )
 
-    def _made_for(self, stage: dict[str, Any], after: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    def _with_dependencies(self, stage: dict[str, Any], depends_on: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         """The stage with what has to be made for it, and the steps that it waits for."""
-        needs = list(after)
+        needs = list(depends_on)
         penalties = []
         for penalty in stage.get("penalties") or []:
             if isinstance(penalty, Mapping) and penalty.get("importance") == "measured":
-                needs.append(self._measured())
+                needs.append(self._add_importance())
                 penalty = {**penalty, "importance": f"@{needs[-1]}"}
             penalties.append(penalty)
         for source in stage["data"]["sources"]:
-            if isinstance(source, Mapping) and is_made(source.get("path")):
+            if isinstance(source, Mapping) and is_step_output(source.get("path")):
                 needs.append(str(source["path"])[1:])
         return needs, {**stage, "penalties": penalties} if penalties else stage
 
-    def _besides(self, kind: Kind, slug: str, what: dict[str, Any], prints: Sequence[object] = ()) -> str:
-        key = fingerprint([kind, what, list(prints)])[:KEY]
-        return self.work.add(Step(key, kind, slug, what, tuple(self._after_base)))
+    def _add_auxiliary_step(
+        self, kind: StepKind, slug: str, spec: dict[str, Any], fingerprints: Sequence[object] = ()
+    ) -> str:
+        key = fingerprint([kind, spec, list(fingerprints)])[:KEY_LENGTH]
+        return self.graph.add(Step(key, kind, slug, spec, tuple(self._base_dependencies)))
 
-    def _blend(self, name: str, arm: Arm, seed: int) -> None:
+    def _add_blend(self, name: str, arm: Arm, seed: int) -> None:
         assert arm.blend is not None
-        steps = self._like(arm.blend.of, seed)
-        what = {"start": self.base, "run": f"@{steps[-1]}", "weight": arm.blend.weight}
-        key = fingerprint(["blend", what])[:KEY]
-        after = (*self._after_base, steps[-1])
-        self.work.add(Step(key, "blend", _slug(f"{name}-s{seed}"), what, after))
-        self.work.chains.append(Chain(name, seed, (*steps, key)))
+        steps = self._arm_steps(arm.blend.of, seed)
+        what = {"start": self.base_model, "run": f"@{steps[-1]}", "weight": arm.blend.weight}
+        key = fingerprint(["blend", what])[:KEY_LENGTH]
+        after = (*self._base_dependencies, steps[-1])
+        self.graph.add(Step(key, "blend", _slug(f"{name}-s{seed}"), what, after))
+        self.graph.chains.append(Chain(name, seed, (*steps, key)))
 
-    def _pretrain(self, base: Pretraining) -> str:
+    def _add_pretraining(self, base: Pretraining) -> str:
         """The base's own stage. It is measured on old text alone, so that studies with other new texts can share it."""
-        below = {key: value for key, value in self.common.items() if key not in ("tokens", "new_tokens", "penalties")}
-        stage = merged(below, base.pretrain)
-        stage = {**stage, "data": {**(stage.get("data") or {}), "sources": [self._old()]}}
-        sets = {"learned": self.sets["retained"]}  # which is what it learns, so nothing more of its text is held out
-        return self._train("base", stage, [], seed=base.seed, where="base.pretrain", sets=sets)
+        below = {
+            key: value for key, value in self.common_stage.items() if key not in ("tokens", "new_tokens", "penalties")
+        }
+        stage = merge_patch(below, base.pretrain)
+        stage = {**stage, "data": {**(stage.get("data") or {}), "sources": [self._old_source()]}}
+        sets = {
+            "learned": self.held_out_sets["retained"]
+        }  # which is what it learns, so nothing more of its text is held out
+        return self._add_training("base", stage, [], seed=base.seed, where="base.pretrain", sets=sets)
 
-    def _train(
+    def _add_training(
         self,
         slug: str,
         stage: dict[str, Any],
-        after: Sequence[str],
+        depends_on: Sequence[str],
         *,
         seed: int,
         where: str,
         sets: Mapping[str, list[dict[str, Any]]] | None = None,
     ) -> str:
         """Add a stage, which is read once to see that it is one."""
-        sets = sets or self.sets
-        judged = [self._print(item, self.held_places[item["name"]]) for items in sets.values() for item in items]
+        sets = sets or self.held_out_sets
+        judged = [
+            self._fingerprint(item, self.held_out_key_paths[item["name"]]) for items in sets.values() for item in items
+        ]
         evaluation = {**(stage.get("evaluation") or {}), **sets}
         whole = {**stage, "seed": seed, "evaluation": evaluation}
         place = f"{self.where}: {where}"
         named = {"name": _slug(slug), **whole}
-        parsed = parse_stage(resolved(named, lambda key: f"@{key}"), place)
+        parsed = parse_stage(resolve_step_references(named, lambda key: f"@{key}"), place)
         sources = [
-            self._print(
+            self._fingerprint(
                 source.model_dump(mode="json", exclude_defaults=True),
-                self.places.get(source.name, f"{where}: data.sources[{number}]"),
+                self.text_key_paths.get(source.name, f"{where}: data.sources[{number}]"),
             )
             for number, source in enumerate(parsed.data.sources)
         ]
@@ -374,12 +388,12 @@ class _Maker:
         said = parsed.model_dump(
             mode="json", exclude_defaults=True, exclude={"name": True, "output": True, "save": {"every", "keep"}}
         )
-        key = fingerprint(["train", said, sources, judged])[:KEY]
+        key = fingerprint(["train", said, sources, judged])[:KEY_LENGTH]
         tokens = parsed.tokens or parsed.new_tokens or 0
-        return self.work.add(Step(key, "train", _slug(slug), named, tuple(dict.fromkeys(after)), tokens))
+        return self.graph.add(Step(key, "train", _slug(slug), named, tuple(dict.fromkeys(depends_on)), tokens))
 
 
-def _places(texts: Mapping[str, Sequence[Source | HeldOutFile]]) -> dict[str, str]:
+def _text_key_paths(texts: Mapping[str, Sequence[Source | HeldOutFile]]) -> dict[str, str]:
     """Where in the study each text stands, by its name."""
     return {
         item.name: key if len(items) == 1 else f"{key}[{number}]"
@@ -393,11 +407,11 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.\-]+", "-", text.replace("%", "pc")).strip("-.") or "arm"
 
 
-def _refuse_twins(work: Work, where: str) -> None:
+def _check_duplicate_arms(graph: StepGraph, where: str) -> None:
     """Raise `StageError` where two arms would be the same run."""
     owners: dict[str, str] = {}
-    for chain in work.chains:
-        other = owners.setdefault(chain.last, chain.arm)
+    for chain in graph.chains:
+        other = owners.setdefault(chain.last_step, chain.arm)
         if other != chain.arm:
             raise StageError(
                 f"the arms {other!r} and {chain.arm!r} are the same",

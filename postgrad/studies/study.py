@@ -13,22 +13,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
-from postgrad.config.quantities import Amount, Part, Positive, Share
-from postgrad.config.stage import AnyHeldOut, Source, Stage, held_out_file
-from postgrad.config.stage_file import override, read_mapping, readable
-from postgrad.errors import nearest_or_all
+from postgrad.config.quantities import ConfigModel, Positive, Share, TokenCount
+from postgrad.config.stage import AnyHeldOutFile, Source, Stage, expand_held_out_file
+from postgrad.config.stage_file import apply_override, make_stage_error, read_mapping
+from postgrad.errors import suggest_nearest_or_all
 
-_TAKEN = ("base", "scratch")
+_RESERVED_STARTS = ("base", "scratch")
 """What an arm can start from beside another arm."""
 
-OWN = ("name", "model", "base", "output", "seed")
+DERIVED_STAGE_KEYS = ("name", "model", "base", "output", "seed")
 """Keys of a stage that a study decides."""
 
 Patch = dict[str, Any]
 Seed = Annotated[int, Field(ge=0, strict=True)]
 
 
-class Pretraining(Part):
+class Pretraining(ConfigModel):
     """The base is trained by the study itself on the old text."""
 
     pretrain: Patch
@@ -37,27 +37,27 @@ class Pretraining(Part):
     """Of the base: the same one for all seeds of the arms."""
 
     @model_validator(mode="after")
-    def _whole(self) -> Pretraining:
-        _refuse_patch(self.pretrain, "pretrain", besides=["model"], own_text=False)
+    def _check_pretrain(self) -> Pretraining:
+        _check_patch(self.pretrain, "pretrain", extra_keys=["model"], allow_sources=False)
         for key in ("model", "tokens"):
             if key not in self.pretrain:
                 raise ValueError(f"pretrain: the key `{key}` is missing")
         return self
 
 
-def _refuse_patch(patch: Patch, place: str, *, besides: Sequence[str] = (), own_text: bool = True) -> None:
+def _check_patch(patch: Patch, key_path: str, *, extra_keys: Sequence[str] = (), allow_sources: bool = True) -> None:
     """Raise `ValueError` for what a patch cannot say: keys that no stage has, and what follows from the study.
 
     `place` is told before what was met; `besides`: keys that are known here beside those of a stage; `own_text`: whether
     sources may be named.
     """
-    before = f"{place}: " if place else ""
-    known = [*besides, *(name for name in Stage.model_fields if name not in OWN)]
+    before = f"{key_path}: " if key_path else ""
+    known = [*extra_keys, *(name for name in Stage.model_fields if name not in DERIVED_STAGE_KEYS)]
     for key in patch:
-        if key in OWN and key not in besides:
+        if key in DERIVED_STAGE_KEYS and key not in extra_keys:
             raise ValueError(f"{before}`{key}` follows from the study")
         if key not in known:
-            raise ValueError(f"{before}there is no key {key!r}; {nearest_or_all(key, known)}")
+            raise ValueError(f"{before}there is no key {key!r}; {suggest_nearest_or_all(key, known)}")
     data, evaluation = ({} if patch.get(key) is None else patch[key] for key in ("data", "evaluation"))
     for key, value, sort, what in (
         ("data", data, Mapping, "a mapping of keys to values"),
@@ -66,7 +66,7 @@ def _refuse_patch(patch: Patch, place: str, *, besides: Sequence[str] = (), own_
     ):
         if not isinstance(value, sort):
             raise ValueError(f"{before}{key}: {what} is expected, not {value!r}")
-    if data.get("sources") and not own_text:
+    if data.get("sources") and not allow_sources:
         raise ValueError(f"{before}`data.sources` follow from the texts of the study and from the arms")
     if not isinstance(data.get("sources") or [], list):
         raise ValueError(f"{before}data.sources: a list is expected, not {data['sources']!r}")
@@ -76,57 +76,57 @@ def _refuse_patch(patch: Patch, place: str, *, besides: Sequence[str] = (), own_
         )
 
 
-def _form(value: Any) -> str:
-    return "by parts" if isinstance(value, dict | Part) else "by name"
+def _base_tag(value: Any) -> str:
+    return "by parts" if isinstance(value, dict | ConfigModel) else "by name"
 
 
-AnyBase = Annotated[Annotated[str, Tag("by name")] | Annotated[Pretraining, Tag("by parts")], Discriminator(_form)]
+AnyBase = Annotated[Annotated[str, Tag("by name")] | Annotated[Pretraining, Tag("by parts")], Discriminator(_base_tag)]
 
 
-def _text(value: Any) -> Any:
+def _parse_text_source(value: Any) -> Any:
     """A text is a source of a stage, whose share and role follow from the arms; a path alone gets a name of its own."""
     if isinstance(value, str):
-        return held_out_file(value)
+        return expand_held_out_file(value)
     if isinstance(value, dict):
         for key in ("share", "role", "seen_so_far"):
             if key in value:
                 raise ValueError(f"`{key}` follows from the arms")
         if "name" not in value and isinstance(value.get("path"), str):
-            return {"name": held_out_file(value["path"])["name"], **value}
+            return {"name": expand_held_out_file(value["path"])["name"], **value}
     return value
 
 
-AnyText = Annotated[Source, BeforeValidator(_text, json_schema_input_type=str | Source)]
+AnyText = Annotated[Source, BeforeValidator(_parse_text_source, json_schema_input_type=str | Source)]
 
 
-def _several(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-def _refuse_twice(seeds: Sequence[int]) -> None:
+def _check_unique_seeds(seeds: Sequence[int]) -> None:
     if len(set(seeds)) < len(seeds):
         raise ValueError("seeds: a seed is named twice")
 
 
-class SelfMade(Part):
+class GeneratedReplayConfig(ConfigModel):
     """Text that the base writes itself, once, for all arms with `replay_from: self-made`."""
 
-    tokens: Amount | None = None
+    tokens: TokenCount | None = None
     """Left out: as many as the arm needs that replays most."""
     longest: Positive = 256
     """Tokens of a document."""
 
 
-class Measured(Part):
+class ImportanceConfig(ConfigModel):
     """What each weight of the base matters to the old text: measured once, for all anchors with `importance: measured`."""
 
-    tokens: Amount = 50_000
+    tokens: TokenCount = 50_000
     """Labels that are looked at."""
     kind: Literal["fisher", "empirical", "mas"] = "fisher"
     """As in `postgrad importance`."""
 
 
-class Blended(Part):
+class BlendConfig(ConfigModel):
     """What lies between the base and another arm's model."""
 
     of: str
@@ -135,7 +135,7 @@ class Blended(Part):
     """Of the trained model. Given, not chosen: chosen by the sets that are reported it would look better than it is."""
 
 
-class Claim(Part):
+class Claim(ConfigModel):
     """Something that is thought to be so, and is held against the intervals that were measured."""
 
     say: str
@@ -152,7 +152,7 @@ class Claim(Part):
     """... or at least this share of the forgetting of the arm `against` is removed."""
 
     @model_validator(mode="after")
-    def _one(self) -> Claim:
+    def _check_claim(self) -> Claim:
         if (self.than is None) == (self.removes is None):
             raise ValueError(f"the claim {self.say!r} has exactly one of `than` and `removes`")
         unread = sorted({"on", "at_most"} & self.model_fields_set)
@@ -165,7 +165,7 @@ class Claim(Part):
         return self
 
 
-class Arm(Part):
+class Arm(ConfigModel):
     """One way to go on from the base. Keys of a stage stand beside these, and are a patch on the common one."""
 
     replay: Annotated[Share, Field(lt=1)] = 0.0
@@ -178,52 +178,52 @@ class Arm(Part):
     """The new texts one after the other; or the old one; or all at once, in the shares of their budgets."""
     parts: list[Patch] = []
     """With several new texts: a patch for each, on top of the arm's own."""
-    blend: Blended | None = None
+    blend: BlendConfig | None = None
     """No training: what lies between the base and another arm's model."""
-    seeds: Annotated[list[Seed], BeforeValidator(_several), Field(min_length=1)] | None = None
+    seeds: Annotated[list[Seed], BeforeValidator(_as_list), Field(min_length=1)] | None = None
     """Left out: those of the study."""
     patch: Patch = {}
     """The keys of a stage that the arm says; they are written beside the arm's own."""
 
     @model_validator(mode="before")
     @classmethod
-    def _apart(cls, value: Any) -> Any:
+    def _split_patch(cls, value: Any) -> Any:
         if value is None:
             return {}
         if not isinstance(value, Mapping):
             return value
-        own = {key: item for key, item in value.items() if key in cls.words()}
+        own = {key: item for key, item in value.items() if key in cls.own_keys()}
         return {**own, "patch": {key: item for key, item in value.items() if key not in own}}
 
     @classmethod
-    def words(cls) -> list[str]:
+    def own_keys(cls) -> list[str]:
         """What an arm can say beside the keys of a stage."""
         return [name for name in cls.model_fields if name != "patch"]
 
     @model_validator(mode="after")
-    def _whole(self) -> Arm:
-        _refuse_patch(self.patch, "", besides=self.words())
+    def _check_arm(self) -> Arm:
+        _check_patch(self.patch, "", extra_keys=self.own_keys())
         for number, patch in enumerate(self.parts):
-            _refuse_patch(patch, f"parts[{number}]")
+            _check_patch(patch, f"parts[{number}]")
         if self.seeds is not None:
-            _refuse_twice(self.seeds)
+            _check_unique_seeds(self.seeds)
         if self.blend and (self.patch or self.parts or self.replay or self.start != "base" or self.reads != "new"):
             raise ValueError("a blend trains nothing, so nothing else can be said of it")
-        for key, said in (("replay", self.replay), ("parts", self.parts), ("data.sources", self._names_text)):
+        for key, said in (("replay", self.replay), ("parts", self.parts), ("data.sources", self._has_own_sources)):
             if said and self.reads != "new":
                 raise ValueError(f"`{key}` goes with the new text, and this arm reads `{self.reads}`")
-        if self.replay and self._names_text:
+        if self.replay and self._has_own_sources:
             raise ValueError("an arm that names its own `data.sources` says there what is replayed")
         if self.replay_from == "self-made" and (not self.replay or self.start == "scratch"):
             raise ValueError("`replay_from: self-made` needs `replay`, and a base that can write")
         return self
 
     @property
-    def _names_text(self) -> bool:
+    def _has_own_sources(self) -> bool:
         return any((patch.get("data") or {}).get("sources") for patch in (self.patch, *self.parts))
 
 
-class Study(Part):
+class Study(ConfigModel):
     """Many stages from one base."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]*\w[\w.\-]*$")]
@@ -236,40 +236,40 @@ class Study(Part):
     """A model (a folder, a run or a Hub name), or `pretrain`: how the study trains one itself."""
     old: AnyText | None = None
     """Text of the kind that the base knows; what is replayed, and what a base of the study's own is trained on."""
-    new: Annotated[list[AnyText], BeforeValidator(_several), Field(min_length=1)]
+    new: Annotated[list[AnyText], BeforeValidator(_as_list), Field(min_length=1)]
     """Text to learn; several are learnt one after the other."""
-    retained: Annotated[list[AnyHeldOut], BeforeValidator(_several)] = []
+    retained: Annotated[list[AnyHeldOutFile], BeforeValidator(_as_list)] = []
     """Held-out text of the old kind."""
-    learned: Annotated[list[AnyHeldOut], BeforeValidator(_several)] = []
+    learned: Annotated[list[AnyHeldOutFile], BeforeValidator(_as_list)] = []
     """Held-out text of the new kinds."""
     stage: Patch
     """What the arms have in common: a stage without name, model, seed and held-out files. Its sources follow from the arms.
     `tokens` is the budget of each new text."""
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     """By name, in the order in which they are shown."""
-    seeds: Annotated[list[Seed], BeforeValidator(_several), Field(min_length=1)] = [0]
+    seeds: Annotated[list[Seed], BeforeValidator(_as_list), Field(min_length=1)] = [0]
     """Each arm is carried out once with each."""
     against: str | None = None
     """The arm without protection, whose forgetting the others are held against; left out: `none`, if there is one."""
     union: str | None = None
     """The arm that saw all text at once; left out: `union`, if there is one."""
-    self_made: SelfMade = SelfMade()
+    self_made: GeneratedReplayConfig = GeneratedReplayConfig()
     """For `replay_from: self-made`."""
-    importance: Measured = Measured()
+    importance: ImportanceConfig = ImportanceConfig()
     """For anchors with `importance: measured`."""
     claims: list[Claim] = []
     """What is thought to come out."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
-        _refuse_patch(self.stage, "stage", own_text=False)
-        _refuse_twice(self.seeds)
-        self._refuse_texts()
-        self._refuse_arms()
-        self._refuse_claims()
+        _check_patch(self.stage, "stage", allow_sources=False)
+        _check_unique_seeds(self.seeds)
+        self._check_texts()
+        self._check_arms()
+        self._check_claims()
         return self
 
-    def _refuse_texts(self) -> None:
+    def _check_texts(self) -> None:
         for key, sets, lost in (("retained", self.retained, "forgotten"), ("learned", self.learned, "learnt")):
             if not sets:
                 kind = "old kind" if key == "retained" else "new kinds"
@@ -288,45 +288,47 @@ class Study(Part):
             if isinstance(self.base, Pretraining) or wants:
                 raise ValueError(f"`old` is missing: {'the base' if not wants else f'the arm {wants[0]!r}'} reads it")
 
-    def _refuse_arms(self) -> None:
+    def _check_arms(self) -> None:
         for name, arm in self.arms.items():
-            if name in _TAKEN or not name.strip():
+            if name in _RESERVED_STARTS or not name.strip():
                 raise ValueError(f"arms: an arm cannot be called {name!r}, which says something else or nothing")
             if arm.parts and len(arm.parts) != len(self.new):
                 raise ValueError(
                     f"the arm {name!r} has {len(arm.parts)} `parts`, and there are {len(self.new)} new texts"
                 )
-        for where, said, besides in self._named():
+        for where, said, besides in self._arm_references():
             known = (*besides, *self.arms)
             if said not in known:
-                raise ValueError(f"{where} names an arm {said!r} that is not there; {nearest_or_all(said, known)}")
+                raise ValueError(
+                    f"{where} names an arm {said!r} that is not there; {suggest_nearest_or_all(said, known)}"
+                )
         for name, arm in self.arms.items():
-            self.before(name)
+            self.predecessors(name)
             if arm.blend and self.arms[arm.blend.of].blend:
                 raise ValueError(
                     f"arms.{name}.blend.of: {arm.blend.of!r} is a blend itself, and what lies between the base and a blend is "
                     f"a blend of the same arm with another weight"
                 )
 
-    def _refuse_claims(self) -> None:
+    def _check_claims(self) -> None:
         for claim in self.claims:
             if claim.removes is None:
                 continue
-            if self.reference is None:
+            if self.baseline_name is None:
                 raise ValueError(f"the claim {claim.say!r}: `against` does not say whose forgetting is removed")
-            if claim.arm in ("base", self.reference):
+            if claim.arm in ("base", self.baseline_name):
                 raise ValueError(
                     f"the claim {claim.say!r}: {claim.arm!r} removes nothing: the others are measured by it"
                 )
 
-    def _named(self) -> list[tuple[str, str, tuple[str, ...]]]:
+    def _arm_references(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """Where an arm is named, which, and what may stand there beside the arms."""
         found: list[tuple[str, str, tuple[str, ...]]] = []
         for key, said in (("against", self.against), ("union", self.union)):
             if said is not None:
                 found.append((key, said, ()))
         for name, arm in self.arms.items():
-            found.append((f"arms.{name}.start", arm.start, _TAKEN))
+            found.append((f"arms.{name}.start", arm.start, _RESERVED_STARTS))
             if arm.blend:
                 found.append((f"arms.{name}.blend.of", arm.blend.of, ()))
         for claim in self.claims:
@@ -334,33 +336,33 @@ class Study(Part):
             found += [(f"the claim {claim.say!r}", said, ("base",)) for said in named]
         return found
 
-    def before(self, name: str) -> list[str]:
+    def predecessors(self, name: str) -> list[str]:
         """The arms that an arm goes on from, the first one first. Raises `ValueError` for arms that wait for each other."""
         found = [name]
         while True:
             arm = self.arms[found[-1]]
             earlier = arm.blend.of if arm.blend else arm.start
-            if earlier in _TAKEN:
+            if earlier in _RESERVED_STARTS:
                 return found[:0:-1]
             if earlier in found:
                 raise ValueError(f"the arms {earlier!r} and {found[-1]!r} wait for each other")
             found.append(earlier)
 
-    def from_scratch(self, name: str) -> bool:
+    def is_from_scratch(self, name: str) -> bool:
         """Whether an arm goes back to new random weights, by itself or by the arms that it goes on from."""
-        return self.arms[[*self.before(name), name][0]].start == "scratch"
+        return self.arms[[*self.predecessors(name), name][0]].start == "scratch"
 
     @property
-    def reference(self) -> str | None:
+    def baseline_name(self) -> str | None:
         """The arm whose forgetting the others are held against."""
         return self.against or ("none" if "none" in self.arms else None)
 
     @property
-    def joint(self) -> str | None:
+    def union_name(self) -> str | None:
         """The arm that saw all text at once."""
         return self.union or ("union" if "union" in self.arms else None)
 
-    def seeds_of(self, name: str) -> list[int]:
+    def arm_seeds(self, name: str) -> list[int]:
         """The seeds of an arm."""
         arm = self.arms[name]
         return self.seeds if arm.seeds is None else arm.seeds
@@ -373,7 +375,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """
     raw = read_mapping(path, "the study file", "a study is a mapping of keys to values")
     for said in overrides:
-        override(raw, said)
+        apply_override(raw, said)
     return parse_study(raw, str(path))
 
 
@@ -382,7 +384,7 @@ def parse_study(raw: dict[str, Any], where: str) -> Study:
     try:
         return Study.model_validate(raw)
     except ValidationError as error:
-        raise readable(error, where, raw, Study) from error
+        raise make_stage_error(error, where, raw, Study) from error
 
 
 def study_schema() -> str:
@@ -401,14 +403,14 @@ def study_schema() -> str:
     return json.dumps(schema, indent=2)
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge_patch(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
     """A patch on plain data: mappings are merged, all else is replaced; a mapping of another `kind` replaces the whole."""
-    out = dict(below)
-    for key, value in above.items():
+    out = dict(base)
+    for key, value in patch.items():
         under = out.get(key)
         both = isinstance(under, Mapping) and isinstance(value, Mapping)
         if both and value.get("kind", under.get("kind")) == under.get("kind"):  # type: ignore[union-attr]
-            out[key] = merged(under, value)  # type: ignore[arg-type]
+            out[key] = merge_patch(under, value)  # type: ignore[arg-type]
         else:
             out[key] = value
     return out

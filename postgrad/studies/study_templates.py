@@ -13,17 +13,17 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from postgrad.commands.builtin_corpus import is_material, write_kinds
-from postgrad.commands.init import refuse_name
+from postgrad.commands.builtin_corpus import is_builtin_corpus, write_corpus
+from postgrad.commands.init import check_name
 from postgrad.config.stage_file import read_yaml
-from postgrad.errors import StageError, nearest
+from postgrad.errors import StageError, suggest_nearest
 from postgrad.storage.atomic import write_atomically
 from postgrad.studies.study import parse_study
 
-_PAPER = ("strong", "weak", "parts", "shifts", "large")
+_PAPER_FILES = ("strong", "weak", "parts", "shifts", "large")
 """The files of the paper, by what they ask: a strong and a weak shift, parts without and with shifts, a larger model."""
 
-_SIZES: Mapping[str, Mapping[str, str]] = {
+_SIZE_VALUES: Mapping[str, Mapping[str, str]] = {
     "laptop": {
         "model": "llama-1M",
         "large": "llama-3M",
@@ -83,43 +83,43 @@ _SIZES: Mapping[str, Mapping[str, str]] = {
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _StudyFiles:
     """Files to be written, and whether they read texts that have to be made."""
 
     texts: Mapping[Path, str]
-    material: bool
+    needs_corpus: bool
 
 
-def write_study(place: Path, template: str, size: str, *, force: bool) -> dict[str, Any]:
+def write_study_template(study_file: Path, template: str, size: str, *, force: bool) -> dict[str, Any]:
     """Write the files of a template, and the texts that they read.
 
     Raises `StageError` for an unknown template or size, a name that can name no folder, and files that are there.
     """
-    refuse_name(place)
-    for option, said, known in (("--template", template, ("levers", "paper")), ("--size", size, tuple(_SIZES))):
+    check_name(study_file)
+    for option, said, known in (("--template", template, ("levers", "paper")), ("--size", size, tuple(_SIZE_VALUES))):
         if said not in known:
             raise StageError(
                 f"there is no {option.removeprefix('--')} {said!r}",
                 where=option,
                 expected=", ".join(known),
-                way_out=nearest(said, known),
+                way_out=suggest_nearest(said, known),
             )
     if template == "levers" and size != "laptop":
         raise StageError(
             "the levers are written at laptop size", where="--size", expected="laptop, or --template paper"
         )
-    wanted = _levers(place) if template == "levers" else _paper(place, size)
-    folder = place.with_name(f"{place.stem}-data")
+    wanted = _lever_files(study_file) if template == "levers" else _paper_files(study_file, size)
+    folder = study_file.with_name(f"{study_file.stem}-data")
     there = [path for path in wanted.texts if path.exists()]
-    if wanted.material and folder.exists() and not is_material(folder):
+    if wanted.needs_corpus and folder.exists() and not is_builtin_corpus(folder):
         there.append(folder)
     if there and not force:
         raise StageError(f"{there[0]} is there already", where="init", way_out="choose another name, or give --force")
     for path, text in wanted.texts.items():
         parse_study(read_yaml(text), path.name)  # what is written can be read
     said = []
-    if wanted.material:
-        write_kinds(folder)
+    if wanted.needs_corpus:
+        write_corpus(folder)
         said.append(f"made {folder}/ from this Python's own documentation and library")
     for path, text in wanted.texts.items():
         write_atomically(path, text)
@@ -129,18 +129,18 @@ def write_study(place: Path, template: str, size: str, *, force: bool) -> dict[s
     return {"text": "\n".join(said), "files": [str(path) for path in wanted.texts]}
 
 
-def _levers(place: Path) -> _Wanted:
-    return _Wanted({place: _filled("levers", place, place.stem, {})}, material=True)
+def _lever_files(study_file: Path) -> _StudyFiles:
+    return _StudyFiles({study_file: _fill_template("levers", study_file, study_file.stem, {})}, needs_corpus=True)
 
 
-def _paper(place: Path, size: str) -> _Wanted:
-    paths = {part: place.with_name(f"{place.stem}-{part}.yaml") for part in _PAPER}
-    values = {**_SIZES[size], "all": f"{place.stem}-*.yaml"}
-    texts = {path: _filled(f"paper-{part}", path, place.stem, values) for part, path in paths.items()}
-    return _Wanted(texts, material=size == "laptop")
+def _paper_files(study_file: Path, size: str) -> _StudyFiles:
+    paths = {part: study_file.with_name(f"{study_file.stem}-{part}.yaml") for part in _PAPER_FILES}
+    values = {**_SIZE_VALUES[size], "all": f"{study_file.stem}-*.yaml"}
+    texts = {path: _fill_template(f"paper-{part}", path, study_file.stem, values) for part, path in paths.items()}
+    return _StudyFiles(texts, needs_corpus=size == "laptop")
 
 
-def _filled(name: str, path: Path, stem: str, values: Mapping[str, str]) -> str:
+def _fill_template(name: str, path: Path, stem: str, values: Mapping[str, str]) -> str:
     text = files("postgrad.studies").joinpath("templates", f"{name}.yaml").read_text("utf-8")
     return Template(text).substitute(
         name=path.stem, file=path.name, data=f"{stem}-data", shelf=f"studies/{stem}", **values

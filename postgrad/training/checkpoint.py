@@ -7,32 +7,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 from postgrad.errors import CheckpointError, DiskError
-from postgrad.storage.atomic import publish, remove, sweep, verify
+from postgrad.storage.atomic import publish_folder, remove_folder, remove_staging, verify
 
 
 class Checkpoints:
     """The folder of a run's checkpoints, `step-00000100` and so on."""
 
-    def __init__(self, folder: Path, keep: int | None, besides: int = 0) -> None:
+    def __init__(self, folder: Path, keep: int | None, max_pinned: int = 0) -> None:
         """`keep`: how many of the newest stay (None: all); `besides`: how many others may be told to stay."""
-        self.folder, self.keep, self.besides = folder, keep, besides
+        self.folder, self.keep, self.max_pinned = folder, keep, max_pinned
 
-    def place(self, step: int) -> Path:
+    def step_folder(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"
 
-    def all(self) -> list[Path]:
+    def list_folders(self) -> list[Path]:
         """Every checkpoint's folder, oldest first."""
         return sorted(self.folder.glob("step-*"))
 
-    def newest(self, warn: Callable[[str], None]) -> Path | None:
+    def find_newest(self, warn: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that is whole. One that is not is said, left where it is, and passed over.
 
         Raises `CheckpointError` when there are checkpoints and none is whole: nothing is trained again silently.
         """
-        sweep(self.folder)
+        remove_staging(self.folder)
         trouble: CheckpointError | None = None
-        for place in reversed(self.all()):
+        for place in reversed(self.list_folders()):
             try:
                 verify(place)
                 return place
@@ -47,20 +47,20 @@ class Checkpoints:
             ) from trouble
         return None
 
-    def save(self, step: int, write: Callable[[Path], None], stays: int | None = None) -> Path:
+    def save(self, step: int, write: Callable[[Path], None], pinned_step: int | None = None) -> Path:
         """Publish a checkpoint, then let the oldest go, but for that of the step `stays`.
 
         A step that is there already and whole is left alone.
         """
-        place = self.place(step)
-        if place.exists() and not _whole(place):
-            remove(place)
+        place = self.step_folder(step)
+        if place.exists() and not _is_complete(place):
+            remove_folder(place)
         if not place.exists():
-            publish(place, write)
+            publish_folder(place, write)
         if self.keep is not None:
-            for old in self.all()[: -self.keep]:
-                if stays is None or old != self.place(stays):
-                    remove(old)
+            for old in self.list_folders()[: -self.keep]:
+                if pinned_step is None or old != self.step_folder(pinned_step):
+                    remove_folder(old)
         return place
 
     def require_room(self, needed: int) -> None:
@@ -68,7 +68,7 @@ class Checkpoints:
         existing = next(p for p in (self.folder, *self.folder.parents) if p.exists())
         free = shutil.disk_usage(existing).free
         # One more than is kept exists while a new one is published.
-        room = needed * max(1, (self.keep or 1) + self.besides + 1 - len(self.all()))
+        room = needed * max(1, (self.keep or 1) + self.max_pinned + 1 - len(self.list_folders()))
         if free < room:
             raise DiskError(
                 f"the checkpoints of this run need {room:,} bytes and {free:,} are free",
@@ -77,9 +77,9 @@ class Checkpoints:
             )
 
 
-def _whole(place: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     try:
-        verify(place)
+        verify(folder)
     except CheckpointError:
         return False
     return True

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from postgrad.models.pretrained import save_chat_template, save_pretrained
-from postgrad.optim.optimizer import load_whole
+from postgrad.optim.optimizer import load_full_state
 from postgrad.training.step import Run
 from postgrad.tuning.attach import write_tuning
 
@@ -22,7 +22,7 @@ MOMENTS = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """How far a run is. The order of the data, the rate and the random numbers are functions of `step`."""
 
     step: int
@@ -39,7 +39,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Keeping:
+class CheckpointMetadata:
     """What a checkpoint says beside its tensors: the stage's fingerprint, the tuning's options, and what it sits on."""
 
     stage: str
@@ -47,29 +47,35 @@ class Keeping:
     base: dict[str, Any]
 
 
-def write_state(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase, keeping: Keeping) -> None:
+def write_checkpoint(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase, metadata: CheckpointMetadata) -> None:
     """Write a checkpoint's files: a plain Hugging Face folder (fp32 weights) or a tuning's, the moments, and `state.json`."""
-    whole = run.weights.tuning.whole
-    state = run.weights.whole_state() if whole else run.weights.state()
+    whole = run.weights.tuning.is_full
+    state = run.weights.full_state() if whole else run.weights.state()
     moments = run.optimizer.moments()
-    if not run.world.main:
+    if not run.world.is_main:
         return
     if whole:
         save_pretrained(run.model.pretrained, tokenizer, folder, dtype=torch.float32, state=state)
     else:
-        write_tuning(folder, keeping.options, state, keeping.base)
+        write_tuning(folder, metadata.options, state, metadata.base)
         save_chat_template(tokenizer, folder)
     save_file({name: t.contiguous() for name, t in moments.items()}, folder / MOMENTS)
-    by_source = dict(zip(run.sources, (int(n) for n in run.trained_by_source), strict=True))
-    progress = Progress(
-        run.step, run.trained, by_source, run.optimizer.updates(), run.rate, keeping.stage, run.pacing.state()
+    by_source = dict(zip(run.sources, (int(n) for n in run.trained_tokens_by_source), strict=True))
+    progress = TrainingProgress(
+        run.step,
+        run.trained_tokens,
+        by_source,
+        run.optimizer.update_counts(),
+        run.rate,
+        metadata.stage,
+        run.lr_scale.state(),
     )
     (folder / STATE).write_text(json.dumps(asdict(progress), indent=1))
 
 
-def read_progress(folder: Path) -> Progress:
+def read_progress(folder: Path) -> TrainingProgress:
     """The integers of a checkpoint."""
-    return Progress(**json.loads((folder / STATE).read_text()))
+    return TrainingProgress(**json.loads((folder / STATE).read_text()))
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -86,15 +92,15 @@ def read_moments(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / MOMENTS)
 
 
-def restore(run: Run, folder: Path) -> None:
+def restore_run(run: Run, folder: Path) -> None:
     """Put a run where its checkpoint was."""
     progress = read_progress(folder)
-    if run.weights.tuning.whole:
-        load_whole(run.weights, read_weights(folder))
+    if run.weights.tuning.is_full:
+        load_full_state(run.weights, read_weights(folder))
     else:
         run.weights.load(read_weights(folder))
     run.optimizer.restore(read_moments(folder), progress.updates)
-    run.pacing.load(progress.pacing)
-    run.step, run.trained, run.rate = progress.step, progress.trained, progress.rate
+    run.lr_scale.load(progress.pacing)
+    run.step, run.trained_tokens, run.rate = progress.step, progress.trained, progress.rate
     for k, name in enumerate(run.sources):
-        run.trained_by_source[k] = progress.trained_by_source[name]
+        run.trained_tokens_by_source[k] = progress.trained_by_source[name]

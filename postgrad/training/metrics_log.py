@@ -12,7 +12,7 @@ from typing import Any
 from postgrad.storage.atomic import disk_error, write_atomically
 
 
-class Metrics:
+class MetricsLog:
     """The append-only `metrics.jsonl` of a run. A line is whole or, after a kill, cut off at the end of the file."""
 
     def __init__(self, path: Path) -> None:
@@ -54,25 +54,27 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 return
 
 
-class Pace:
+class Throughput:
     """Tokens per second, smoothed, and the time that is left."""
 
     def __init__(self) -> None:
-        self.last = time.perf_counter()
-        self.rate = 0.0
+        self.last_time = time.perf_counter()
+        self.tokens_per_second = 0.0
 
     def step(self, tokens: int) -> float:
         """Count a step of so many tokens; returns the seconds it took."""
         now = time.perf_counter()
-        seconds = max(now - self.last, 1e-9)
-        self.last = now
-        self.rate = tokens / seconds if not self.rate else 0.9 * self.rate + 0.1 * tokens / seconds
+        seconds = max(now - self.last_time, 1e-9)
+        self.last_time = now
+        self.tokens_per_second = (
+            tokens / seconds if not self.tokens_per_second else 0.9 * self.tokens_per_second + 0.1 * tokens / seconds
+        )
         return seconds
 
     def pause(self) -> None:
         """Start the clock again: what came in between (an evaluation, a save) is not a step's time."""
-        self.last = time.perf_counter()
+        self.last_time = time.perf_counter()
 
-    def left(self, tokens: float) -> float:
+    def remaining_seconds(self, tokens: float) -> float:
         """Seconds for so many more tokens."""
-        return tokens / self.rate if self.rate else float("nan")
+        return tokens / self.tokens_per_second if self.tokens_per_second else float("nan")

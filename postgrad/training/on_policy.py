@@ -16,15 +16,15 @@ import torch
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
-from postgrad.data.loading.mixture import derived
-from postgrad.data.random_streams import Draws
+from postgrad.data.loading.mixture import derive_key
+from postgrad.data.random_streams import RandomStreams
 from postgrad.models.model import CausalModel
-from postgrad.models.sampling import continued
-from postgrad.training.step import Run, Step, StepReport, train_step
+from postgrad.models.sampling import sample_continuations
+from postgrad.training.step import Run, StepFunction, StepReport, train_step
 
 
 @dataclass(frozen=True)
-class Writer:
+class OnPolicySampler:
     """Writes the places behind prompts. `eos` ends a text; draws belong to a row's position in the mixture."""
 
     model: CausalModel
@@ -34,17 +34,17 @@ class Writer:
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch with what the model writes, and as many labels as there are written tokens."""
-        draws = Draws(derived(self.seed, 0x0F11))
+        draws = RandomStreams(derive_key(self.seed, 0x0F11))
         device = next(self.model.parameters()).device
         ids_BT, labels_BT = batch.inputs["input_ids"].clone(), batch.labels.clone()
         places_BT = (labels_BT != IGNORED).numpy()
         first_B, count_B = places_BT.argmax(1), places_BT.sum(1)
         labels_BT[:] = IGNORED
-        counted_B = np.zeros_like(batch.counted_B)
+        counted_B = np.zeros_like(batch.label_count_B)
         for length in np.unique(first_B[count_B > 0]):
             rows = np.flatnonzero((first_B == length) & (count_B > 0))
-            uniform_BN = np.stack([draws.at(int(batch.position_B[i]), 0).random(int(count_B[i])) for i in rows])
-            written_BN, size_B = continued(
+            uniform_BN = np.stack([draws.generator(int(batch.position_B[i]), 0).random(int(count_B[i])) for i in rows])
+            written_BN, size_B = sample_continuations(
                 self.model,
                 ids_BT[torch.from_numpy(rows), : length + 1].to(device),
                 uniform_BN,
@@ -56,16 +56,16 @@ class Writer:
                 labels_BT[row, begin : begin + size] = written_N[:size]
                 ids_BT[row, begin + 1 : begin + len(written_N)] = written_N[:-1]
                 counted_B[row] = size
-        return replace(batch, inputs={**batch.inputs, "input_ids": ids_BT}, labels=labels_BT, counted_B=counted_B)
+        return replace(batch, inputs={**batch.inputs, "input_ids": ids_BT}, labels=labels_BT, label_count_B=counted_B)
 
 
-def writing_step(writers: Mapping[int, Writer]) -> Step:
+def make_on_policy_step(samplers: Mapping[int, OnPolicySampler]) -> StepFunction:
     """The step that lets the model write the rows of some objectives, by their number, before it is trained on them."""
 
     def step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         written = []
         for batch in micro_batches:
-            writer = next((writers[number] for number in batch.objectives if number in writers), None)
+            writer = next((samplers[number] for number in batch.objectives if number in samplers), None)
             written.append(batch if writer is None else writer(batch))
         return train_step(run, written)
 

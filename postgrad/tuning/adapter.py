@@ -37,30 +37,30 @@ from postgrad.models.sublayers import (
     FEED_FORWARD,
     Block,
     Sublayer,
-    blocks_of,
-    evaluating,
-    few_tokens,
+    eval_mode,
+    find_blocks,
     is_norm,
+    make_probe_inputs,
 )
-from postgrad.tuning.parameter_location import task_layers
-from postgrad.tuning.tuning import Published, Tuning, freeze, take, unfreeze
+from postgrad.tuning.parameter_location import task_layer_parameters
+from postgrad.tuning.tuning import Tuning, TuningExport, copy_state, freeze, unfreeze
 
-Form = Literal["houlsby", "pfeiffer", "parallel"]
+AdapterVariant = Literal["houlsby", "pfeiffer", "parallel"]
 
 
-class _Published(NamedTuple):
+class _AdapterDefaults(NamedTuple):
     """What a form needs of a block, and the settings it was published with."""
 
-    needs: tuple[str, ...]
+    required_sublayers: tuple[str, ...]
     activation: str
     scale: float
     train_norms: bool
 
 
-FORMS: Mapping[str, _Published] = {
-    "houlsby": _Published((ATTENTION, FEED_FORWARD), "swish", 1.0, train_norms=True),
-    "pfeiffer": _Published((FEED_FORWARD,), "relu", 1.0, train_norms=False),
-    "parallel": _Published((FEED_FORWARD,), "relu", 4.0, train_norms=False),
+VARIANTS: Mapping[str, _AdapterDefaults] = {
+    "houlsby": _AdapterDefaults((ATTENTION, FEED_FORWARD), "swish", 1.0, train_norms=True),
+    "pfeiffer": _AdapterDefaults((FEED_FORWARD,), "relu", 1.0, train_norms=False),
+    "parallel": _AdapterDefaults((FEED_FORWARD,), "relu", 4.0, train_norms=False),
 }
 
 
@@ -83,9 +83,9 @@ class Bottleneck(nn.Module):
         self.activation: nn.Module = ACT2FN[activation]
         self.dropout = nn.Dropout(dropout)
         self.scale = scale
-        self.on = True
-        self.index: int | None = None
-        self.heard: Tensor | None = None
+        self.enabled = True
+        self.output_index: int | None = None
+        self.parallel_input: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """A(x) for hidden states of shape (..., D), in their dtype."""
@@ -94,41 +94,45 @@ class Bottleneck(nn.Module):
         inner = self.dropout(self.activation(inner))
         return nn.functional.linear(inner, self.up_weight.to(dtype), self.up_bias.to(dtype))
 
-    def hook(self, sublayer: Sublayer, form: str) -> list[RemovableHandle]:
+    def register_hooks(self, sublayer: Sublayer, form: str) -> list[RemovableHandle]:
         """Speak at a sub-layer from now on."""
-        self.index = sublayer.index
+        self.output_index = sublayer.index
         if form == "parallel":
             assert sublayer.entry is not None
-            listening = sublayer.entry.register_forward_pre_hook(self._listen)
-            return [listening, sublayer.output.register_forward_hook(self._beside)]
+            listening = sublayer.entry.register_forward_pre_hook(self._capture_input)
+            return [listening, sublayer.output.register_forward_hook(self._add_parallel)]
         if form == "pfeiffer" and sublayer.norm is not None:
-            return [sublayer.norm.register_forward_pre_hook(self._before_norm)]
-        return [sublayer.output.register_forward_hook(self._behind)]
+            return [sublayer.norm.register_forward_pre_hook(self._add_before_norm)]
+        return [sublayer.output.register_forward_hook(self._add_after)]
 
     # Bound methods, so that a copied model's hooks are those of its own adapters.
 
-    def _behind(self, _module: nn.Module, _args: object, output: Any) -> Any:
-        return self._added(output, self._said(output)) if self.on else None
+    def _add_after(self, _module: nn.Module, _args: object, output: Any) -> Any:
+        return self._add_adapter(output, self._hidden_states(output)) if self.enabled else None
 
-    def _listen(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.heard = args[0] if self.on else None
+    def _capture_input(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.parallel_input = args[0] if self.enabled else None
 
-    def _beside(self, _module: nn.Module, _args: object, output: Any) -> Any:
+    def _add_parallel(self, _module: nn.Module, _args: object, output: Any) -> Any:
         # Let go at once: what was heard would outlive the step otherwise.
-        heard, self.heard = self.heard, None
-        return None if heard is None else self._added(output, heard.reshape(self._said(output).shape))
+        heard, self.parallel_input = self.parallel_input, None
+        return None if heard is None else self._add_adapter(output, heard.reshape(self._hidden_states(output).shape))
 
-    def _before_norm(self, norm: nn.Module, args: tuple[Any, ...]) -> Any:
-        return (torch.add(args[0], self(norm.forward(args[0])), alpha=self.scale),) if self.on else None
+    def _add_before_norm(self, norm: nn.Module, args: tuple[Any, ...]) -> Any:
+        return (torch.add(args[0], self(norm.forward(args[0])), alpha=self.scale),) if self.enabled else None
 
-    def _said(self, output: Any) -> Tensor:
+    def _hidden_states(self, output: Any) -> Tensor:
         """What a module adds to the stream."""
-        return output if self.index is None else output[self.index]
+        return output if self.output_index is None else output[self.output_index]
 
-    def _added(self, output: Any, read: Tensor) -> Any:
+    def _add_adapter(self, output: Any, adapter_input: Tensor) -> Any:
         """A module's output with my answer to `read` added to what it says."""
-        said = torch.add(self._said(output), self(read), alpha=self.scale)
-        return said if self.index is None else (*output[: self.index], said, *output[self.index + 1 :])
+        said = torch.add(self._hidden_states(output), self(adapter_input), alpha=self.scale)
+        return (
+            said
+            if self.output_index is None
+            else (*output[: self.output_index], said, *output[self.output_index + 1 :])
+        )
 
 
 class Adapter(Tuning):
@@ -140,7 +144,7 @@ class Adapter(Tuning):
         self,
         model: PreTrainedModel,
         *,
-        form: Form = "houlsby",
+        form: AdapterVariant = "houlsby",
         reduction: float = 16,
         size: int | None = None,
         activation: str | None = None,
@@ -166,7 +170,7 @@ class Adapter(Tuning):
         from whose adapters no gradient comes back.
         """
         super().__init__(model)
-        published = _form(form)
+        published = _get_defaults(form)
         self.options: dict[str, Any] = {
             "form": form,
             "reduction": reduction,
@@ -179,29 +183,33 @@ class Adapter(Tuning):
             "also": list(also),
             "seed": seed,
         }
-        _check(self.options)
-        with _silent(m for m in model.modules() if isinstance(m, Bottleneck)):
-            blocks = blocks_of(model)
-        chosen = _chosen(blocks, self.options["leave_out"], model)
-        places = [(block, _places(block, form)) for block in chosen]
-        norms = _norms(model, blocks, chosen) if self.options["train_norms"] else []
-        self._found = [(_owner(model, name), p.requires_grad) for name, p in model.named_parameters()]
-        self._moved = {name: _owner(model, name) for name in unfreeze(model, [*norms, *also])}
+        _check_options(self.options)
+        with _disable_adapters(m for m in model.modules() if isinstance(m, Bottleneck)):
+            blocks = find_blocks(model)
+        chosen = _select_blocks(blocks, self.options["leave_out"], model)
+        places = [(block, _select_sublayers(block, form)) for block in chosen]
+        norms = _norm_parameters(model, blocks, chosen) if self.options["train_norms"] else []
+        self._initial_requires_grad = [
+            (_parameter_owner(model, name), p.requires_grad) for name, p in model.named_parameters()
+        ]
+        self._base_parameters = {name: _parameter_owner(model, name) for name in unfreeze(model, [*norms, *also])}
         freeze(model)
-        for owner in self._moved.values():
-            _weight(owner).requires_grad_(True)
-        based = self._moved.keys() - set(task_layers(model))
-        self._start = {name: _weight(self._moved[name]).detach().clone() for name in sorted(based)}
+        for owner in self._base_parameters.values():
+            _get_parameter(owner).requires_grad_(True)
+        based = self._base_parameters.keys() - set(task_layer_parameters(model))
+        self._initial_values = {
+            name: _get_parameter(self._base_parameters[name]).detach().clone() for name in sorted(based)
+        }
         self._adapters: dict[str, Bottleneck] = {}
-        self._homes: list[tuple[nn.Module, str]] = []
+        self._containers: list[tuple[nn.Module, str]] = []
         self._hooks: list[RemovableHandle] = []
         generator = torch.Generator().manual_seed(seed)
         for block, sublayers in places:
-            self._settle(block, sublayers, generator)
+            self._add_block_adapters(block, sublayers, generator)
         self._check_gradients()
-        self._note(blocks, chosen, norms)
+        self._add_notes(blocks, chosen, norms)
 
-    def _settle(self, block: Block, sublayers: list[Sublayer], generator: torch.Generator) -> None:
+    def _add_block_adapters(self, block: Block, sublayers: list[Sublayer], generator: torch.Generator) -> None:
         """Put adapters into one block."""
         o = self.options
         home = nn.ModuleDict()
@@ -210,18 +218,18 @@ class Adapter(Tuning):
             adapter = Bottleneck(block.width, size, o["activation"], o["dropout"], o["scale"], generator)
             adapter.train(block.module.training)
             self._adapters[f"{block.name}.{sublayer.name}"] = adapter
-            self._hooks += adapter.hook(sublayer, o["form"])
+            self._hooks += adapter.register_hooks(sublayer, o["form"])
             home[sublayer.name] = adapter
         taken = dict(block.module.named_children())
         name = next(n for n in ("adapter", *(f"adapter_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
         block.module.add_module(name, home.to(next(block.module.parameters()).device))
-        self._homes.append((block.module, name))
+        self._containers.append((block.module, name))
 
     def _check_gradients(self) -> None:
         """Raise `TuningError`, and leave, when some adapter has no part in what the model's body gives."""
-        with evaluating(self.model), torch.enable_grad():
-            hidden_BTD = self.model.base_model(**few_tokens(self.model))[0]
-        reached = _leaves(hidden_BTD.grad_fn)
+        with eval_mode(self.model), torch.enable_grad():
+            hidden_BTD = self.model.base_model(**make_probe_inputs(self.model))[0]
+        reached = _graph_leaves(hidden_BTD.grad_fn)
         for name, adapter in self._adapters.items():
             if id(adapter.up_weight) not in reached:
                 self.detach()
@@ -231,53 +239,53 @@ class Adapter(Tuning):
                     expected="blocks whose sub-layers are on the way to the model's last hidden states",
                 )
 
-    def _note(self, blocks: list[Block], chosen: list[Block], norms: list[str]) -> None:
+    def _add_notes(self, blocks: list[Block], adapted_blocks: list[Block], norms: list[str]) -> None:
         """Say what was done."""
         sizes = sorted({a.down_weight.shape[0] for a in self._adapters.values()})
         self.notes.append(
-            f"{len(self._adapters)} adapters of width {', '.join(map(str, sizes))} in {len(chosen)} of {len(blocks)} blocks"
+            f"{len(self._adapters)} adapters of width {', '.join(map(str, sizes))} in {len(adapted_blocks)} of {len(blocks)} blocks"
             f" ({', '.join(dict.fromkeys(name.rpartition('.')[2] for name in self._adapters))})"
         )
         if norms:
             self.notes.append(f"{len(norms)} weights of norms move too")
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def disable(self) -> Iterator[None]:
         """Inside, the model answers as the base does, bit for bit: adapters are silent, and the body's weights are back."""
-        kept = {name: _weight(self._moved[name]).data.clone() for name in self._start}
-        self._put(self._start)
+        kept = {name: _get_parameter(self._base_parameters[name]).data.clone() for name in self._initial_values}
+        self._copy_values(self._initial_values)
         try:
-            with _silent(self._adapters.values()):
+            with _disable_adapters(self._adapters.values()):
                 yield
         finally:
-            self._put(kept)
+            self._copy_values(kept)
 
-    def _put(self, values: Mapping[str, Tensor]) -> None:
+    def _copy_values(self, values: Mapping[str, Tensor]) -> None:
         """Give the base's own weights these values; what autograd has kept of them stays valid once they are back."""
         for name, value in values.items():
-            weight = _weight(self._moved[name]).data
-            weight.copy_(_laid_out_as(weight, value))
+            weight = _get_parameter(self._base_parameters[name]).data
+            weight.copy_(_distribute_like(weight, value))
 
     def state(self) -> dict[str, Tensor]:
         """`<block>.<sub-layer>.<weight>` of every adapter, and the base's own weights that move, by their names."""
         mine = {f"{name}.{part}": p.detach() for name, a in self._adapters.items() for part, p in a.named_parameters()}
-        return mine | {name: _weight(owner).detach() for name, owner in self._moved.items()}
+        return mine | {name: _get_parameter(owner).detach() for name, owner in self._base_parameters.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises `TuningError` when names or shapes are not mine."""
-        take(self.state(), state, self.kind)
+        copy_state(self.state(), state, self.kind)
 
     def detach(self) -> None:
         """Take adapters and hooks out; the base's own weights are what they were, and as trainable."""
         for handle in self._hooks:
             handle.remove()
-        for block, name in self._homes:
+        for block, name in self._containers:
             delattr(block, name)
-        self._put(self._start)
-        for owner, moves in self._found:
-            _weight(owner).requires_grad_(moves)
-        self._hooks, self._homes, self._found = [], [], []
-        self._adapters, self._moved, self._start = {}, {}, {}
+        self._copy_values(self._initial_values)
+        for owner, moves in self._initial_requires_grad:
+            _get_parameter(owner).requires_grad_(moves)
+        self._hooks, self._containers, self._initial_requires_grad = [], [], []
+        self._adapters, self._base_parameters, self._initial_values = {}, {}, {}
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raises `TuningError`: there are no plain weights of the same effect."""
@@ -288,18 +296,18 @@ class Adapter(Tuning):
             way_out="publish the adapters as a folder and attach them where the model is used",
         )
 
-    def published(self) -> Published:
+    def export(self) -> TuningExport:
         """All of it: an adapter has nothing that only training needs."""
-        return Published({"kind": self.kind, **self.options}, self.state())
+        return TuningExport({"kind": self.kind, **self.options}, self.state())
 
 
-def _form(form: str) -> _Published:
-    if form not in FORMS:
-        raise TuningError(f"there is no form '{form}'", where="tuning.form", expected=" or ".join(FORMS))
-    return FORMS[form]
+def _get_defaults(form: str) -> _AdapterDefaults:
+    if form not in VARIANTS:
+        raise TuningError(f"there is no form '{form}'", where="tuning.form", expected=" or ".join(VARIANTS))
+    return VARIANTS[form]
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, Any]) -> None:
     """Raise `TuningError` for an option that makes no adapter."""
     activation = options["activation"]
     near = difflib.get_close_matches(activation, ACT2FN) or ["swish", "relu", "gelu", "tanh"]
@@ -314,7 +322,7 @@ def _check(options: Mapping[str, Any]) -> None:
             raise TuningError(f"{options[key]!r} cannot be used", where=f"tuning.{key}", expected=expected)
 
 
-def _chosen(blocks: list[Block], leave_out: Iterable[int], model: PreTrainedModel) -> list[Block]:
+def _select_blocks(blocks: list[Block], leave_out: Iterable[int], model: PreTrainedModel) -> list[Block]:
     """The blocks that get adapters. Raises `TuningError` when that is none, or one left out is not there."""
     if not blocks:
         raise TuningError(
@@ -334,9 +342,9 @@ def _chosen(blocks: list[Block], leave_out: Iterable[int], model: PreTrainedMode
     return chosen
 
 
-def _places(block: Block, form: str) -> list[Sublayer]:
+def _select_sublayers(block: Block, form: str) -> list[Sublayer]:
     """The block's sub-layers that get an adapter. Raises `TuningError` when one that the form needs is not there."""
-    needs = _form(form).needs
+    needs = _get_defaults(form).required_sublayers
     missing = [need for need in needs if need not in [s.name for s in block.sublayers]]
     found = [s for s in block.sublayers if ATTENTION in needs or s.name.startswith(FEED_FORWARD)]
     deaf = [s for s in found if s.entry is None] if form == "parallel" else []
@@ -352,9 +360,9 @@ def _places(block: Block, form: str) -> list[Sublayer]:
     return found
 
 
-def _norms(model: PreTrainedModel, blocks: list[Block], chosen: list[Block]) -> list[str]:
+def _norm_parameters(model: PreTrainedModel, blocks: list[Block], adapted_blocks: list[Block]) -> list[str]:
     """Names of the weights of the body's norms, those of blocks without adapters left out."""
-    still = {m for block in blocks if block not in chosen for m in block.module.modules()}
+    still = {m for block in blocks if block not in adapted_blocks for m in block.module.modules()}
     body = set(model.base_model.modules())
     return [
         f"{name}.{weight}"
@@ -364,19 +372,19 @@ def _norms(model: PreTrainedModel, blocks: list[Block], chosen: list[Block]) -> 
     ]
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _parameter_owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter: sharding exchanges parameters, so the module is what is remembered."""
     module, _, weight = name.rpartition(".")
     return model.get_submodule(module), weight
 
 
-def _weight(owner: tuple[nn.Module, str]) -> nn.Parameter:
+def _get_parameter(owner: tuple[nn.Module, str]) -> nn.Parameter:
     weight = getattr(*owner)
     assert isinstance(weight, nn.Parameter)
     return weight
 
 
-def _laid_out_as(weight: Tensor, value: Tensor) -> Tensor:
+def _distribute_like(weight: Tensor, value: Tensor) -> Tensor:
     """`value` sharded as `weight` is, where FSDP has sharded it since `value` was taken."""
     if not isinstance(weight, DTensor) or isinstance(value, DTensor):
         return value
@@ -384,19 +392,19 @@ def _laid_out_as(weight: Tensor, value: Tensor) -> Tensor:
 
 
 @contextmanager
-def _silent(adapters: Iterable[Bottleneck]) -> Iterator[None]:
+def _disable_adapters(adapters: Iterable[Bottleneck]) -> Iterator[None]:
     """Inside, these adapters say nothing."""
-    speaking = [a for a in adapters if a.on]
+    speaking = [a for a in adapters if a.enabled]
     for adapter in speaking:
-        adapter.on = False
+        adapter.enabled = False
     try:
         yield
     finally:
         for adapter in speaking:
-            adapter.on = True
+            adapter.enabled = True
 
 
-def _leaves(node: Node | None) -> set[int]:
+def _graph_leaves(node: Node | None) -> set[int]:
     """Ids of the parameters that a graph leads to."""
     found: set[int] = set()
     seen: set[Node] = set()

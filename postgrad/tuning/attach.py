@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from postgrad.errors import TuningError, nearest
-from postgrad.tuning.tuning import PeftFolder, Published, Tuning
+from postgrad.errors import TuningError, suggest_nearest
+from postgrad.tuning.tuning import PeftFolder, Tuning, TuningExport
 
 FORMAT = 1
 DESCRIPTION, TENSORS = "tuning.json", "tuning.safetensors"
@@ -61,7 +61,7 @@ def attach(
     """
     given = dict(options)
     kind = given.pop("kind", None)
-    make = _maker(kind)
+    make = _get_tuning_class(kind)
     known = set(inspect.signature(make).parameters) - {"model", "tokenizer", "kind"}
     for name in given:
         if name not in known:
@@ -69,7 +69,7 @@ def attach(
                 f"`{kind}` has no option '{name}'",
                 where=f"tuning.{name}",
                 expected=", ".join(sorted(known - {"seed"})) or "no options at all",
-                way_out=nearest(name, known),
+                way_out=suggest_nearest(name, known),
             )
     arguments = {"seed": seed, **given, "tokenizer": tokenizer, "kind": kind}
     takes = inspect.signature(make).parameters
@@ -84,7 +84,7 @@ def write_tuning(
     Of the base, `name` and `fingerprint` are looked at when it is read. Raises `OSError` when a file cannot be written.
     """
     count = sum(t.numel() for t in state.values())
-    _write(
+    _write_json(
         folder / DESCRIPTION,
         {"format": FORMAT, "options": dict(options), "base": dict(base), "parameters": count},
     )
@@ -93,11 +93,11 @@ def write_tuning(
 
 def save_tuning(tuning: Tuning, folder: Path, base: Mapping[str, Any]) -> None:
     """Write what `tuning` publishes into the existing `folder`, and the same in PEFT's format where PEFT can load it."""
-    published = tuning.published()
+    published = tuning.export()
     write_tuning(folder, published.options, published.state, base)
     peft = tuning.peft()
     if peft is not None:
-        _write(folder / PEFT_DESCRIPTION, {**peft.config, "base_model_name_or_path": base.get("name")})
+        _write_json(folder / PEFT_DESCRIPTION, {**peft.config, "base_model_name_or_path": base.get("name")})
         _write_tensors(folder / PEFT_TENSORS, peft.state)
 
 
@@ -115,8 +115,8 @@ def load_tuning(
     that holds no tuning, or one that cannot be read.
     """
     if not (folder / DESCRIPTION).exists():
-        return _from_peft(model, folder)
-    description = _described(folder)
+        return _load_peft(model, folder)
+    description = _read_description(folder)
     base = description["base"]
     recorded = base.get("fingerprint")
     if not force and None not in (fingerprint, recorded) and fingerprint != recorded:
@@ -128,17 +128,17 @@ def load_tuning(
             way_out="put that base back, or name the one at hand as `base` to take it all the same",
         )
     state = _read_tensors(folder / TENSORS)
-    return _filled(attach(model, description["options"], tokenizer=tokenizer), state)
+    return _load_or_detach(attach(model, description["options"], tokenizer=tokenizer), state)
 
 
-def read_published(folder: Path) -> Published:
+def read_export(folder: Path) -> TuningExport:
     """The options and tensors that a folder of ours holds. Raises `TuningError` when they cannot be read."""
-    return Published(_described(folder)["options"], _read_tensors(folder / TENSORS))
+    return TuningExport(_read_description(folder)["options"], _read_tensors(folder / TENSORS))
 
 
-def _described(folder: Path) -> dict[str, Any]:
+def _read_description(folder: Path) -> dict[str, Any]:
     """What `write_tuning` said of a tuning. Raises `TuningError` when it cannot be read, or was written otherwise."""
-    said = _read(folder / DESCRIPTION)
+    said = _read_json(folder / DESCRIPTION)
     if said.get("format") != FORMAT or not all(isinstance(said.get(part), dict) for part in ("options", "base")):
         raise TuningError(
             f"the description has the format {said.get('format')!r}",
@@ -149,7 +149,7 @@ def _described(folder: Path) -> dict[str, Any]:
     return said
 
 
-def _filled(tuning: Tuning, state: Mapping[str, Tensor]) -> Tuning:
+def _load_or_detach(tuning: Tuning, state: Mapping[str, Tensor]) -> Tuning:
     """`tuning` with `state` taken over; detached again when it does not fit."""
     try:
         tuning.load(state)
@@ -159,7 +159,7 @@ def _filled(tuning: Tuning, state: Mapping[str, Tensor]) -> Tuning:
     return tuning
 
 
-def _from_peft(model: PreTrainedModel, folder: Path) -> Tuning:
+def _load_peft(model: PreTrainedModel, folder: Path) -> Tuning:
     """The tuning that PEFT's own two files describe."""
     if not (folder / PEFT_DESCRIPTION).exists():
         raise TuningError(
@@ -167,33 +167,33 @@ def _from_peft(model: PreTrainedModel, folder: Path) -> Tuning:
             where=str(folder),
             expected=f"{DESCRIPTION} and {TENSORS}, or {PEFT_DESCRIPTION} and {PEFT_TENSORS}",
         )
-    found = PeftFolder(_read(folder / PEFT_DESCRIPTION), _read_tensors(folder / PEFT_TENSORS))
-    return _importer(found.config.get("peft_type"), folder)(model, found.config, found.state)
+    found = PeftFolder(_read_json(folder / PEFT_DESCRIPTION), _read_tensors(folder / PEFT_TENSORS))
+    return _get_peft_importer(found.config.get("peft_type"), folder)(model, found.config, found.state)
 
 
-def _maker(kind: object) -> Callable[..., Tuning]:
+def _get_tuning_class(kind: object) -> Callable[..., Tuning]:
     """The class of a kind; only its own module is imported. Raises `TuningError` for a kind that there is not."""
     match kind:
         case "full":
-            from postgrad.tuning.weight_subsets import Full
+            from postgrad.tuning.weight_subsets import FullFinetuning
 
-            return Full
+            return FullFinetuning
         case "head":
-            from postgrad.tuning.weight_subsets import Head
+            from postgrad.tuning.weight_subsets import HeadFinetuning
 
-            return Head
+            return HeadFinetuning
         case "blocks":
-            from postgrad.tuning.weight_subsets import Blocks
+            from postgrad.tuning.weight_subsets import BlockFinetuning
 
-            return Blocks
+            return BlockFinetuning
         case "bias":
-            from postgrad.tuning.weight_subsets import Bias
+            from postgrad.tuning.weight_subsets import BitFit
 
-            return Bias
+            return BitFit
         case "norm":
-            from postgrad.tuning.weight_subsets import Norm
+            from postgrad.tuning.weight_subsets import NormFinetuning
 
-            return Norm
+            return NormFinetuning
         case "adapter":
             from postgrad.tuning.adapter import Adapter
 
@@ -203,30 +203,30 @@ def _maker(kind: object) -> Callable[..., Tuning]:
 
             return Prefix
         case "prompt" | "p-tuning" | "instruction-prompt":
-            from postgrad.tuning.prompt import Prompt
+            from postgrad.tuning.prompt import PromptTuning
 
-            return Prompt
+            return PromptTuning
         case "lora":
-            from postgrad.tuning.lora import LowRank
+            from postgrad.tuning.lora import LoraAdapter
 
-            return LowRank
+            return LoraAdapter
         case "osf":
             from postgrad.tuning.osf import OrthogonalSubspace
 
             return OrthogonalSubspace
         case "expand":
-            from postgrad.tuning.block_expansion import Expand
+            from postgrad.tuning.block_expansion import BlockExpansion
 
-            return Expand
+            return BlockExpansion
     raise TuningError(
         "no `kind` is said" if kind is None else f"there is no kind '{kind}'",
         where="tuning.kind",
         expected=", ".join(KINDS),
-        way_out=nearest(str(kind), KINDS),
+        way_out=suggest_nearest(str(kind), KINDS),
     )
 
 
-def _importer(peft_type: object, folder: Path) -> Callable[..., Tuning]:
+def _get_peft_importer(peft_type: object, folder: Path) -> Callable[..., Tuning]:
     """What makes a tuning of a PEFT folder of this type. Raises `TuningError` for a type that is not read here."""
     match peft_type:
         case "LORA":
@@ -249,7 +249,7 @@ def _importer(peft_type: object, folder: Path) -> Callable[..., Tuning]:
     )
 
 
-def _write(path: Path, description: Mapping[str, Any]) -> None:
+def _write_json(path: Path, description: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
 
 
@@ -258,7 +258,7 @@ def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `TuningError` for anything else."""
     try:
         found = json.loads(path.read_bytes())

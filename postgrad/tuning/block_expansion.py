@@ -22,23 +22,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
-from postgrad.models.sublayers import evaluating, few_tokens
-from postgrad.tuning.extra_trainable import Besides
-from postgrad.tuning.parameter_location import Place, at, named_stacks, place_of, task_layers
-from postgrad.tuning.residual_writers import Call, silence, writers_of
-from postgrad.tuning.tuning import Published, Tuning, take, unfreeze
+from postgrad.models.sublayers import eval_mode, make_probe_inputs
+from postgrad.tuning.extra_trainable import ExtraTrainable
+from postgrad.tuning.parameter_location import (
+    ParameterLocation,
+    get_parameter,
+    locate_parameter,
+    named_stacks,
+    task_layer_parameters,
+)
+from postgrad.tuning.residual_writers import ModuleCall, find_writers, zero_output
+from postgrad.tuning.tuning import Tuning, TuningExport, copy_state, unfreeze
 
-PLAIN = (int, float, bool, str, type(None))
+PLAIN_TYPES = (int, float, bool, str, type(None))
 
 
-class Slot(NamedTuple):
+class BlockSlot(NamedTuple):
     """A place in a grown stack: the old block that stands there, or that the new one there is a copy of."""
 
-    source: int
-    new: bool
+    source_block: int
+    is_new: bool
 
 
-class Expand(Tuning):
+class BlockExpansion(Tuning):
     """New blocks between the old ones, which stay as they are.
 
     Behind every `every` blocks of a stack (left out: 4, or the next number that divides the depth), or behind the blocks of
@@ -47,8 +53,8 @@ class Expand(Tuning):
     """
 
     kind = "expand"
-    folds = True
-    leaves_model = True
+    has_exact_merge = True
+    is_merged_on_export = True
 
     def __init__(
         self,
@@ -73,7 +79,7 @@ class Expand(Tuning):
             "also": list(also),
         }
         plans = {
-            name: plan(len(stack), blocks=blocks, every=every, positions=positions)
+            name: plan_slots(len(stack), blocks=blocks, every=every, positions=positions)
             for name, stack in named_stacks(model).items()
             if not stacks or any(fnmatchcase(name, pattern) for pattern in stacks)
         }
@@ -83,60 +89,62 @@ class Expand(Tuning):
                 where="tuning.stacks",
                 expected=f"patterns for {', '.join(named_stacks(model))}",
             )
-        self._before = [(place_of(model, name), p.requires_grad) for name, p in model.named_parameters()]
-        self._off = 0
-        base = _answer(model)
-        self._changes, after = _growth(model, plans)
-        _swap(self._changes)
+        self._initial_requires_grad = [
+            (locate_parameter(model, name), p.requires_grad) for name, p in model.named_parameters()
+        ]
+        self._disable_depth = 0
+        base = _backbone_output(model)
+        self._swaps, after = _build_swaps(model, plans)
+        _swap_all(self._swaps)
         try:
-            _as_loaded(model, after)
-            if not torch.equal(_answer(model), base):
-                raise _refusal(model, "it answers differently with silent blocks in it")
-            fresh = [f"{name}.{i}" for name, slots in plans.items() for i, slot in enumerate(slots) if slot.new]
-            self._besides = Besides(model, also)
-            moving = unfreeze(model, [*fresh, *task_layers(model), *self._besides.names])
+            _check_loadable(model, after)
+            if not torch.equal(_backbone_output(model), base):
+                raise _unsupported_error(model, "it answers differently with silent blocks in it")
+            fresh = [f"{name}.{i}" for name, slots in plans.items() for i, slot in enumerate(slots) if slot.is_new]
+            self._extra_trainable = ExtraTrainable(model, also)
+            moving = unfreeze(model, [*fresh, *task_layer_parameters(model), *self._extra_trainable.names])
         except TuningError:
-            _swap(self._changes)
+            _swap_all(self._swaps)
             raise
-        self.own: dict[str, Place] = {name: place_of(model, name) for name in moving}
+        self.locations: dict[str, ParameterLocation] = {name: locate_parameter(model, name) for name in moving}
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def disable(self) -> Iterator[None]:
         """Inside, the new blocks are not there, and what `also` moved of the base's body is back.
 
         Raises `TuningError` when they are part of the model by now.
         """
-        if not self._changes:
+        if not self._swaps:
             raise TuningError("the new blocks were merged or taken out, and cannot be switched off", where="tuning")
-        self._off += 1
+        self._disable_depth += 1
         try:
-            with self._without() if self._off == 1 else nullcontext():
+            with self._remove_new_blocks() if self._disable_depth == 1 else nullcontext():
                 yield
         finally:
-            self._off -= 1
+            self._disable_depth -= 1
 
     @contextmanager
-    def _without(self) -> Iterator[None]:
+    def _remove_new_blocks(self) -> Iterator[None]:
         # Names of weights are those of the grown model, so values are exchanged while it is there.
-        with self._besides.as_before():
-            _swap(self._changes)
+        with self._extra_trainable.use_initial_values():
+            _swap_all(self._swaps)
             try:
                 yield
             finally:
-                _swap(self._changes)
+                _swap_all(self._swaps)
 
     def state(self) -> dict[str, Tensor]:
         """The new blocks' weights (and those that move besides), by their names in the grown model."""
-        return {name: at(place).detach() for name, place in self.own.items()}
+        return {name: get_parameter(place).detach() for name, place in self.locations.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises `TuningError` when names or shapes are not mine."""
-        take(self.state(), state, self.kind)
+        copy_state(self.state(), state, self.kind)
 
     def detach(self) -> None:
         """Take the new blocks out; the others have their old values, and are as trainable as they were before."""
-        self._besides.put_back()
-        _swap(self._changes)
+        self._extra_trainable.restore_values()
+        _swap_all(self._swaps)
         self._release()
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -144,16 +152,16 @@ class Expand(Tuning):
         self._release()
 
     def _release(self) -> None:
-        self._changes = []
-        for place, moved in self._before:
-            at(place).requires_grad_(moved)
+        self._swaps = []
+        for place, moved in self._initial_requires_grad:
+            get_parameter(place).requires_grad_(moved)
 
-    def published(self) -> Published:
+    def export(self) -> TuningExport:
         """The new blocks, and where they stand."""
-        return Published(self.options, self.state())
+        return TuningExport(self.options, self.state())
 
 
-def plan(depth: int, *, blocks: int, every: int | None, positions: Sequence[int] | None) -> list[Slot]:
+def plan_slots(depth: int, *, blocks: int, every: int | None, positions: Sequence[int] | None) -> list[BlockSlot]:
     """The blocks of a grown stack from the bottom up. Raises `TuningError` for places that there are not."""
     if every is not None and positions is not None:
         raise TuningError("both every and positions are given", where="tuning", expected="one of them, or neither")
@@ -179,15 +187,15 @@ def plan(depth: int, *, blocks: int, every: int | None, positions: Sequence[int]
             where="tuning.blocks",
             expected=f"1 to {min(positions) + 1}, as many as stand before the first place",
         )
-    slots: list[Slot] = []
+    slots: list[BlockSlot] = []
     for i in range(depth):
-        slots.append(Slot(i, new=False))
+        slots.append(BlockSlot(i, is_new=False))
         if i in positions:
-            slots += [Slot(source, new=True) for source in range(i + 1 - blocks, i + 1)]
+            slots += [BlockSlot(source, is_new=True) for source in range(i + 1 - blocks, i + 1)]
     return slots
 
 
-class Change:
+class AttributeSwap:
     """An attribute that has one value with the new blocks and another without them."""
 
     def __init__(self, owner: object, name: str, value: object) -> None:
@@ -200,14 +208,16 @@ class Change:
         self.value = now
 
 
-def _swap(changes: Sequence[Change]) -> None:
-    for change in changes:
+def _swap_all(swaps: Sequence[AttributeSwap]) -> None:
+    for change in swaps:
         change.swap()
 
 
-def _growth(model: PreTrainedModel, plans: Mapping[str, list[Slot]]) -> tuple[list[Change], PreTrainedModel]:
+def _build_swaps(
+    model: PreTrainedModel, plans: Mapping[str, list[BlockSlot]]
+) -> tuple[list[AttributeSwap], PreTrainedModel]:
     """All that has to change for the new blocks to be there (nothing does yet), and what the model has to look like then."""
-    before = _empty(model, model.config)
+    before = _empty_model(model, model.config)
     if odd := before.state_dict().keys() ^ model.state_dict().keys():
         raise TuningError(
             f"{type(model).__name__} is not what its configuration makes ({min(odd)})",
@@ -215,12 +225,15 @@ def _growth(model: PreTrainedModel, plans: Mapping[str, list[Slot]]) -> tuple[li
             expected="a plain model",
             way_out="put expand before other tunings, or merge them first",
         )
-    after = _empty(model, _grown_config(model, plans))
-    writers = writers_of(
-        model, {f"{name}.{slot.source}" for name, slots in plans.items() for slot in slots if slot.new}
+    after = _empty_model(model, _deepen_config(model, plans))
+    writers = find_writers(
+        model, {f"{name}.{slot.source_block}" for name, slots in plans.items() for slot in slots if slot.is_new}
     )
-    changes = _config_changes(model, before, after, plans)
-    changes += [Change(model.get_submodule(d.module), d.name, d.after) for d in _differences(before, after, plans)]
+    changes = _config_swaps(model, before, after, plans)
+    changes += [
+        AttributeSwap(model.get_submodule(d.module), d.name, d.after)
+        for d in _attribute_differences(before, after, plans)
+    ]
     for name, slots in plans.items():
         stack, was, becomes = (m.get_submodule(name) for m in (model, before, after))
         assert (
@@ -228,75 +241,78 @@ def _growth(model: PreTrainedModel, plans: Mapping[str, list[Slot]]) -> tuple[li
         )
         grown: dict[str, nn.Module] = {}
         for i, slot in enumerate(slots):
-            old, differences = stack[slot.source], list(_differences(was[slot.source], becomes[i]))
-            if slot.new:
-                grown[str(i)] = _silent_copy(model, old, becomes[i], writers[f"{name}.{slot.source}"])
+            old, differences = (
+                stack[slot.source_block],
+                list(_attribute_differences(was[slot.source_block], becomes[i])),
+            )
+            if slot.is_new:
+                grown[str(i)] = _copy_as_identity(model, old, becomes[i], writers[f"{name}.{slot.source_block}"])
             else:
                 grown[str(i)] = old
-                _same_kind(f"{name}.{slot.source}", differences, slot.source, i)
-            changes += [Change(grown[str(i)].get_submodule(d.module), d.name, d.after) for d in differences]
-        changes.append(Change(stack, "_modules", grown))
+                _check_same_kind(f"{name}.{slot.source_block}", differences, slot.source_block, i)
+            changes += [AttributeSwap(grown[str(i)].get_submodule(d.module), d.name, d.after) for d in differences]
+        changes.append(AttributeSwap(stack, "_modules", grown))
     return changes, after
 
 
-def _empty(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+def _empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """What transformers makes of a configuration, without weights."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(config))
 
 
-def _grown_config(model: PreTrainedModel, plans: Mapping[str, list[Slot]]) -> PreTrainedConfig:
+def _deepen_config(model: PreTrainedModel, plans: Mapping[str, list[BlockSlot]]) -> PreTrainedConfig:
     """A configuration that makes stacks of the new depths. Raises `TuningError` when depth is not written down as a number."""
     config = model.config
     depths = {name: len(stack) for name, stack in named_stacks(model).items()}
     for name, slots in plans.items():
         wanted = {**depths, name: len(slots)}
-        for trial in _deeper(config, depths[name], slots):
-            if {n: len(stack) for n, stack in named_stacks(_empty(model, trial)).items()} == wanted:
+        for trial in _deeper_configs(config, depths[name], slots):
+            if {n: len(stack) for n, stack in named_stacks(_empty_model(model, trial)).items()} == wanted:
                 config, depths = trial, wanted
                 break
         else:
-            raise _refusal(model, f"its configuration has no number that says how deep {name} is")
+            raise _unsupported_error(model, f"its configuration has no number that says how deep {name} is")
     return config
 
 
-def _deeper(config: PreTrainedConfig, depth: int, slots: Sequence[Slot]) -> Iterator[PreTrainedConfig]:
+def _deeper_configs(config: PreTrainedConfig, depth: int, slots: Sequence[BlockSlot]) -> Iterator[PreTrainedConfig]:
     """The configuration with one number of layers after the other raised, and with longer lists of a value per layer."""
     values = {key: value for key, value in config.to_dict().items() if "layer" in key}
     lists = {key: v for key, v in values.items() if isinstance(v, list) and len(v) == depth}
     for number in (key for key, value in values.items() if type(value) is int and value == depth):
         trial = copy.deepcopy(config)
         for key, value in lists.items():
-            setattr(trial, key, [value[slot.source] for slot in slots])
+            setattr(trial, key, [value[slot.source_block] for slot in slots])
         setattr(trial, number, len(slots))
         yield trial
 
 
-def _config_changes(
+def _config_swaps(
     model: PreTrainedModel, before: PreTrainedModel, after: PreTrainedModel, stacks: Iterable[str]
-) -> list[Change]:
+) -> list[AttributeSwap]:
     """What every configuration in the model (an encoder and a decoder have their own) has to say instead."""
-    changes: dict[int, list[Change]] = {}
+    changes: dict[int, list[AttributeSwap]] = {}
     for name, module in model.named_modules():
-        if _inside(name, stacks):  # blocks share the configuration of what is around them
+        if _is_inside(name, stacks):  # blocks share the configuration of what is around them
             continue
-        own, old, new = (_config_of(m) for m in (module, before.get_submodule(name), after.get_submodule(name)))
+        own, old, new = (_get_config(m) for m in (module, before.get_submodule(name), after.get_submodule(name)))
         if own is not None and old is not None and new is not None and id(own) not in changes:
             said = old.to_dict()
-            changes[id(own)] = [Change(own, key, v) for key, v in new.to_dict().items() if said.get(key) != v]
+            changes[id(own)] = [AttributeSwap(own, key, v) for key, v in new.to_dict().items() if said.get(key) != v]
     return [change for several in changes.values() for change in several]
 
 
-def _inside(name: str, stacks: Iterable[str]) -> bool:
+def _is_inside(name: str, stacks: Iterable[str]) -> bool:
     return any(name.startswith(f"{stack}.") for stack in stacks)
 
 
-def _config_of(module: nn.Module) -> PreTrainedConfig | None:
+def _get_config(module: nn.Module) -> PreTrainedConfig | None:
     config = getattr(module, "config", None)
     return config if isinstance(config, PreTrainedConfig) else None
 
 
-class Difference(NamedTuple):
+class AttributeDifference(NamedTuple):
     """A plain attribute of a module (named within a block) that two places in a stack do not have in common."""
 
     module: str
@@ -305,14 +321,16 @@ class Difference(NamedTuple):
     after: object
 
 
-def _differences(before: nn.Module, after: nn.Module, leave_out: Iterable[str] = ()) -> Iterator[Difference]:
+def _attribute_differences(
+    before: nn.Module, after: nn.Module, leave_out: Iterable[str] = ()
+) -> Iterator[AttributeDifference]:
     """What a module of one place has other values of in another; raises `TuningError` when it is of another class there.
 
     Modules inside of those named by `leave_out` are not looked at.
     """
     old = dict(before.named_modules())
     for path, module in after.named_modules():
-        if _inside(path, leave_out):
+        if _is_inside(path, leave_out):
             continue
         was = old.get(path, module)
         if type(was) is not type(module):
@@ -323,23 +341,23 @@ def _differences(before: nn.Module, after: nn.Module, leave_out: Iterable[str] =
                 way_out="other positions, or adapter or lora",
             )
         for name, value in vars(module).items():
-            if isinstance(value, PLAIN) and vars(was).get(name) != value:
-                yield Difference(path, name, vars(was).get(name), value)
+            if isinstance(value, PLAIN_TYPES) and vars(was).get(name) != value:
+                yield AttributeDifference(path, name, vars(was).get(name), value)
 
 
-def _same_kind(block: str, differences: Sequence[Difference], source: int, place: int) -> None:
+def _check_same_kind(block: str, differences: Sequence[AttributeDifference], source: int, position: int) -> None:
     """A block of the base may learn its new number and nothing else; raises `TuningError` when it would work otherwise."""
     for found in differences:
-        if (found.before, found.after) != (source, place):
+        if (found.before, found.after) != (source, position):
             raise TuningError(
-                f"as number {place}, {block} would be of another kind ({found.name} {found.after} for {found.before})",
+                f"as number {position}, {block} would be of another kind ({found.name} {found.after} for {found.before})",
                 where="tuning",
                 expected="an architecture whose kinds of blocks are listed one by one, or are all the same",
                 way_out="other positions, or adapter or lora",
             )
 
 
-def _as_loaded(model: PreTrainedModel, after: PreTrainedModel) -> None:
+def _check_loadable(model: PreTrainedModel, after: PreTrainedModel) -> None:
     """Raises `TuningError` unless the model has exactly the weights that its new configuration makes."""
     mine = {name: t.shape for name, t in model.state_dict().items()}
     theirs = {name: t.shape for name, t in after.state_dict().items()}
@@ -352,9 +370,11 @@ def _as_loaded(model: PreTrainedModel, after: PreTrainedModel) -> None:
         )
 
 
-def _silent_copy(model: PreTrainedModel, old: nn.Module, like: nn.Module, writers: Sequence[Call] | None) -> nn.Module:
+def _copy_as_identity(
+    model: PreTrainedModel, old: nn.Module, like: nn.Module, writers: Sequence[ModuleCall] | None
+) -> nn.Module:
     """A copy of a block that gives back what it is given, with only the modules that a block in its new place has."""
-    shared = {id(c): c for module in model.modules() if (c := _config_of(module)) is not None}
+    shared = {id(c): c for module in model.modules() if (c := _get_config(module)) is not None}
     block = copy.deepcopy(old, shared)
     wanted = {name for name, _ in like.named_modules()}
     for name in [name for name, _ in block.named_modules() if name not in wanted]:
@@ -362,24 +382,24 @@ def _silent_copy(model: PreTrainedModel, old: nn.Module, like: nn.Module, writer
         if path in wanted:  # the first position bias of T5 is the whole stack's
             delattr(block.get_submodule(path), leaf)
     if writers is None:
-        raise _refusal(model, "its blocks do not just add to what they are given, so no copy can be silent")
+        raise _unsupported_error(model, "its blocks do not just add to what they are given, so no copy can be silent")
     for call in writers:
-        if not silence(block, call):
-            raise _refusal(model, f"no weight of {call.module} silences it and learns again")
+        if not zero_output(block, call):
+            raise _unsupported_error(model, f"no weight of {call.module} silences it and learns again")
     return block.requires_grad_(True)
 
 
-def _answer(model: PreTrainedModel) -> Tensor:
+def _backbone_output(model: PreTrainedModel) -> Tensor:
     """What the backbone gives for a few tokens, of shape (B, T, D or V)."""
-    with torch.no_grad(), evaluating(model):
-        answer = model.base_model(**few_tokens(model))[0]
+    with torch.no_grad(), eval_mode(model):
+        answer = model.base_model(**make_probe_inputs(model))[0]
     assert isinstance(answer, Tensor)
     return answer
 
 
-def _refusal(model: PreTrainedModel, why: str) -> TuningError:
+def _unsupported_error(model: PreTrainedModel, reason: str) -> TuningError:
     return TuningError(
-        f"{type(model).__name__} cannot be expanded: {why}",
+        f"{type(model).__name__} cannot be expanded: {reason}",
         where="tuning",
         expected="blocks that add to what they are given, as in Llama, Qwen, GPT-2, GPT-NeoX and T5",
         way_out="adapter and lora work on every model",

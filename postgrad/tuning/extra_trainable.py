@@ -14,24 +14,24 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from postgrad.tuning.parameter_location import task_layers
+from postgrad.tuning.parameter_location import task_layer_parameters
 from postgrad.tuning.tuning import freeze, unfreeze
 
 
-class Besides:
+class ExtraTrainable:
     """The parameters that patterns name in a model of which all else is frozen."""
 
     def __init__(self, model: PreTrainedModel, patterns: Sequence[str]) -> None:
         """Freeze the model, and let move what `patterns` name. Raises `TuningError`, before anything changes, as `unfreeze`."""
         self.model = model
-        self._flags = {name: p.requires_grad for name, p in named_parameters(model).items()}
-        fresh = set(task_layers(model))
-        self.names = [bare(name) for name in unfreeze(model, patterns)]
+        self._initial_requires_grad = {name: p.requires_grad for name, p in named_parameters(model).items()}
+        fresh = set(task_layer_parameters(model))
+        self.names = [base_parameter_name(name) for name in unfreeze(model, patterns)]
         now = self.tensors()
         freeze(model)
         for parameter in now.values():
             parameter.requires_grad_(True)
-        self._before = {name: now[name].detach().clone() for name in self.names if name not in fresh}
+        self._initial_values = {name: now[name].detach().clone() for name in self.names if name not in fresh}
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The parameters that move besides, as they are now."""
@@ -39,27 +39,31 @@ class Besides:
         return {name: parameters[name] for name in self.names}
 
     @contextmanager
-    def as_before(self) -> Iterator[None]:
+    def use_initial_values(self) -> Iterator[None]:
         """Inside, weights of the body have their old values; what autograd kept of them is right again afterwards."""
         _reshard(self.model)
-        now = {name: parameter.detach().clone() for name, parameter in self.tensors().items() if name in self._before}
-        self._put(self._before)
+        now = {
+            name: parameter.detach().clone()
+            for name, parameter in self.tensors().items()
+            if name in self._initial_values
+        }
+        self._copy_values(self._initial_values)
         try:
             yield
         finally:
-            self._put(now)
+            self._copy_values(now)
 
-    def put_back(self) -> None:
+    def restore_values(self) -> None:
         """Give weights of the body their old values for good."""
-        self._put(self._before)
+        self._copy_values(self._initial_values)
 
-    def give_back(self) -> None:
+    def restore_requires_grad(self) -> None:
         """Let move again what moved before, and nothing else."""
         for name, parameter in named_parameters(self.model).items():
             if parameter.is_floating_point():
-                parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
+                parameter.requires_grad_(self._initial_requires_grad.get(name, parameter.requires_grad))
 
-    def _put(self, values: Mapping[str, Tensor]) -> None:
+    def _copy_values(self, values: Mapping[str, Tensor]) -> None:
         _reshard(self.model)
         parameters = self.tensors()
         for name, value in values.items():
@@ -77,9 +81,9 @@ def _reshard(model: nn.Module) -> None:
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters by the names that they have without adapters around their layers."""
-    return {bare(name): parameter for name, parameter in model.named_parameters()}
+    return {base_parameter_name(name): parameter for name, parameter in model.named_parameters()}
 
 
-def bare(name: str) -> str:
+def base_parameter_name(name: str) -> str:
     """A parameter's name without the adapters around its layer."""
     return name.replace(".base_layer.", ".")

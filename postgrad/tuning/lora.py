@@ -37,25 +37,25 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from postgrad.errors import TuningError, nearest
-from postgrad.tuning.extra_trainable import Besides
+from postgrad.errors import TuningError, suggest_nearest
+from postgrad.tuning.extra_trainable import ExtraTrainable
 from postgrad.tuning.peft_lora import read_lora, write_lora
-from postgrad.tuning.quantization import Precision, is_quantised, quantiser
-from postgrad.tuning.targets import is_transposed, resolve, short_names
-from postgrad.tuning.tuning import PeftFolder, Published, Tuning, take, trainable
-from postgrad.tuning.weight_delta import LowRankChange, Moved, RescaledChange
+from postgrad.tuning.quantization import Precision, is_quantized, make_quantizer
+from postgrad.tuning.targets import is_transposed, resolve_targets, short_names
+from postgrad.tuning.tuning import PeftFolder, Tuning, TuningExport, copy_state, trainable_parameters
+from postgrad.tuning.weight_delta import LowRankDelta, RescaledDelta, TuningDelta
 
-Form = Literal["lora", "rslora", "dora", "pissa"]
+LoraVariant = Literal["lora", "rslora", "dora", "pissa"]
 T = TypeVar("T")
-_A = ".lora_A.weight"
+_A_SUFFIX = ".lora_A.weight"
 Layer = Any  # a `LoraLayer` of PEFT's, which is also an `nn.Module`
 
 
-class LowRank(Tuning):
+class LoraAdapter(Tuning):
     """A low-rank adapter at every targeted linear layer."""
 
     kind = "lora"
-    folds = True
+    has_exact_merge = True
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class LowRank(Tuning):
         dropout: float = 0.0,
         targets: str | Sequence[str] = "all-linear",
         exclude: Sequence[str] = (),
-        form: Form = "lora",
+        form: LoraVariant = "lora",
         also: Sequence[str] = (),
         quantise: Precision | None = None,
         rank_pattern: Mapping[str, int] | None = None,
@@ -89,28 +89,28 @@ class LowRank(Tuning):
         the package bitsandbytes.
         """
         super().__init__(model)
-        _check(rank, dropout, form)
+        _check_options(rank, dropout, form)
         self.form = form
         self.rank, self.alpha = rank, (rank if form == "pissa" else 2 * rank) if alpha is None else alpha
         self.quantise = quantise
-        self.folds = quantise is None
+        self.has_exact_merge = quantise is None
         self.b_rate = b_rate
-        names = resolve(model, targets, exclude)
-        ranks = _by_pattern(names, rank_pattern or {}, rank, "rank_pattern")
-        alphas = _by_pattern(names, alpha_pattern or {}, self.alpha, "alpha_pattern")
+        names = resolve_targets(model, targets, exclude)
+        ranks = _values_by_pattern(names, rank_pattern or {}, rank, "rank_pattern")
+        alphas = _values_by_pattern(names, alpha_pattern or {}, self.alpha, "alpha_pattern")
         _check_layers(model, ranks, form, quantise)
-        hold = None if quantise is None else quantiser(model, quantise)
-        self.besides = Besides(model, also)
+        hold = None if quantise is None else make_quantizer(model, quantise)
+        self.extra_trainable = ExtraTrainable(model, also)
         if hold is not None:
             hold()
             self.notes.append(f"the blocks' linear layers are held in {quantise}")
         if any(type(module).__name__.endswith("Experts") for module in model.modules()):
             self.notes.append("the weights of experts are one tensor each, not linear layers, and stay as they are")
 
-        self.adapter = _free_name(model)
+        self.adapter_name = _unused_adapter_name(model)
         self._layers: dict[str, Layer] = {}
         # Training may hold what is frozen in less than fp32; pissa's start is subtracted, so it is kept in full.
-        self._starts: dict[str, Tensor] = {}
+        self._initial_factors: dict[str, Tensor] = {}
         singular: Any = "pissa" if svd_iterations is None else f"pissa_niter_{svd_iterations}"
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -124,25 +124,25 @@ class LowRank(Tuning):
                     init_lora_weights=singular if form == "pissa" else True,
                     fan_in_fan_out=is_transposed(model.get_submodule(name)),
                 )
-                self._layers[name] = self._attach(name, config)
-        for parameter in self.besides.tensors().values():
+                self._layers[name] = self._attach_layer(name, config)
+        for parameter in self.extra_trainable.tensors().values():
             parameter.requires_grad_(True)
-        trainable(model)
+        trainable_parameters(model)
 
     # -- what every tuning answers
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def disable(self) -> Iterator[None]:
         """Inside, the model answers as it did before this was attached, bit for bit; a task's new layer stays as it is."""
         active = {name: layer.active_adapters for name, layer in self._layers.items()}
         try:
             for name, layer in self._layers.items():
-                _activate(layer, [adapter for adapter in active[name] if adapter not in self._mine])
-            with self.besides.as_before():
+                _activate_adapters(layer, [adapter for adapter in active[name] if adapter not in self._adapter_names])
+            with self.extra_trainable.use_initial_values():
                 yield
         finally:
             for name, layer in self._layers.items():
-                _activate(layer, active[name])
+                _activate_adapters(layer, active[name])
 
     def state(self) -> dict[str, Tensor]:
         """`<layer>.lora_A.weight`, `<layer>.lora_B.weight`; `<layer>.lora_magnitude_vector` (dora); `<layer>.start_A.weight`
@@ -151,16 +151,19 @@ class LowRank(Tuning):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises `TuningError` when names or shapes are not mine."""
-        take(self._tensors(), state, self.kind)
-        for name, layer in self._layers.items() if self._starts else ():
-            _set_start(
-                layer, self._mine[1], self._starts[f"{name}.start_A.weight"], self._starts[f"{name}.start_B.weight"]
+        copy_state(self._tensors(), state, self.kind)
+        for name, layer in self._layers.items() if self._initial_factors else ():
+            _set_initial_factors(
+                layer,
+                self._adapter_names[1],
+                self._initial_factors[f"{name}.start_A.weight"],
+                self._initial_factors[f"{name}.start_B.weight"],
             )
 
     def detach(self) -> None:
         """Take the adapters out, and give what moved besides its old values; a quantised base stays quantised."""
-        self.besides.put_back()
-        self._take_out()
+        self.extra_trainable.restore_values()
+        self._remove_layers()
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Add s B A to the plain weights, in fp32, and detach.
@@ -171,15 +174,18 @@ class LowRank(Tuning):
         """
         self._check_merge()
         for layer in self._layers.values():
-            layer.merge(adapter_names=self._mine)
-            for adapter in self._mine:
+            layer.merge(adapter_names=self._adapter_names)
+            for adapter in self._adapter_names:
                 layer.merged_adapters.remove(adapter)
-        self._take_out()
+        self._remove_layers()
 
-    def published(self) -> Published:
+    def export(self) -> TuningExport:
         """The adapter without dropout and seed; pissa as a plain LoRA of twice the rank, [A; A0] and [B, -B0]."""
         double = 2 if self.form == "pissa" else 1
-        own = {name: (layer.r[self.adapter], layer.lora_alpha[self.adapter]) for name, layer in self._layers.items()}
+        own = {
+            name: (layer.r[self.adapter_name], layer.lora_alpha[self.adapter_name])
+            for name, layer in self._layers.items()
+        }
         options: dict[str, Any] = {
             "kind": self.kind,
             "form": "lora" if self.form == "pissa" else self.form,
@@ -192,102 +198,110 @@ class LowRank(Tuning):
             "alpha_pattern": {name: double * alpha for name, (_, alpha) in own.items() if alpha != self.alpha},
         }
         options |= {key: pattern for key, pattern in patterns.items() if pattern}
-        options |= {"also": self.besides.names} if self.besides.names else {}
+        options |= {"also": self.extra_trainable.names} if self.extra_trainable.names else {}
         options |= {"quantise": self.quantise} if self.quantise else {}
-        return Published(options, _plain(self.state()))
+        return TuningExport(options, _to_plain_lora(self.state()))
 
     def peft(self) -> PeftFolder | None:
         """The same in PEFT's format, task heads as its `modules_to_save`; None when a weight that moves besides has no place
         in it (one of a targeted layer, or one that is tied), or PEFT would read the layers' names as others' (some experts)."""
-        return write_lora(self.model, self.published(), list(self._layers))
+        return write_lora(self.model, self.export(), list(self._layers))
 
     def rate_factor(self, name: str) -> float:
         """`b_rate` for my B's."""
-        return self.b_rate if name.endswith(f".lora_B.{self.adapter}.weight") else 1.0
+        return self.b_rate if name.endswith(f".lora_B.{self.adapter_name}.weight") else 1.0
 
     # -- what O-LoRA needs
 
     def directions(self) -> dict[str, nn.Parameter]:
         """My A's (R, I), which training moves, by the name of their layer: the inputs that I react to."""
-        return {name: _weight(layer.lora_A, self.adapter) for name, layer in self._layers.items()}
+        return {name: _adapter_weight(layer.lora_A, self.adapter_name) for name, layer in self._layers.items()}
 
-    def changes(self) -> dict[str, Moved]:
+    def weight_deltas(self) -> dict[str, TuningDelta]:
         """Of every layer, what A and B (dora: and the magnitudes) make of its weight."""
-        return {f"{name}.base_layer.weight": self._change(name, layer) for name, layer in self._layers.items()}
+        return {f"{name}.base_layer.weight": self._weight_delta(name, layer) for name, layer in self._layers.items()}
 
-    def _change(self, name: str, layer: Layer) -> Moved:
-        base, scale = _base(layer), float(layer.scaling[self.adapter])
+    def _weight_delta(self, name: str, layer: Layer) -> TuningDelta:
+        base, scale = _base_layer(layer), float(layer.scaling[self.adapter_name])
         transposed = is_transposed(base)
-        a_RI, b_OR = _weight(layer.lora_A, self.adapter), _weight(layer.lora_B, self.adapter)
+        a_RI, b_OR = _adapter_weight(layer.lora_A, self.adapter_name), _adapter_weight(layer.lora_B, self.adapter_name)
         shape = (a_RI.shape[1], b_OR.shape[0]) if transposed else (b_OR.shape[0], a_RI.shape[1])
         if self.form == "dora":
-            held = RescaledChange(scale, lambda: _whole_weight(base), transposed)
-            return Moved(held, (a_RI, b_OR, _weight(layer.lora_magnitude_vector, self.adapter)), shape)
-        start = tuple(self._starts[f"{name}.start_{part}.weight"] for part in "AB") if self._starts else None
-        return Moved(LowRankChange(scale, transposed, start), (a_RI, b_OR), shape)  # type: ignore[bad-argument-type]
+            held = RescaledDelta(scale, lambda: _full_weight(base), transposed)
+            return TuningDelta(
+                held, (a_RI, b_OR, _adapter_weight(layer.lora_magnitude_vector, self.adapter_name)), shape
+            )
+        start = (
+            tuple(self._initial_factors[f"{name}.start_{part}.weight"] for part in "AB")
+            if self._initial_factors
+            else None
+        )
+        return TuningDelta(LowRankDelta(scale, transposed, start), (a_RI, b_OR), shape)  # type: ignore[bad-argument-type]
 
     # -- how it is made
 
     @property
-    def _mine(self) -> list[str]:
+    def _adapter_names(self) -> list[str]:
         """My adapters' names in PEFT's layers: pissa has its start beside it."""
-        return [self.adapter, f"{self.adapter}_start"] if self.form == "pissa" else [self.adapter]
+        return [self.adapter_name, f"{self.adapter_name}_start"] if self.form == "pissa" else [self.adapter_name]
 
-    def _attach(self, name: str, config: LoraConfig) -> Layer:
+    def _attach_layer(self, name: str, config: LoraConfig) -> Layer:
         """Put my adapter on one layer: frozen ones that are there stay in effect."""
         target = self.model.get_submodule(name)
         before = list(target.active_adapters) if isinstance(target, LoraLayer) else []
-        weight = _base(target).weight
+        weight = _base_layer(target).weight
         original = weight.data
-        layer = _with_adapter(target, self.adapter, config)
+        layer = _add_adapter(target, self.adapter_name, config)
         weight.data = original  # pissa's start takes its part out of W
         if self.form == "pissa":
             start_A_RI, start_B_OR = (
-                part[self.adapter].weight.detach().clone() for part in (layer.lora_A, layer.lora_B)
+                part[self.adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B)
             )
-            self._starts |= {f"{name}.start_A.weight": start_A_RI, f"{name}.start_B.weight": start_B_OR}
+            self._initial_factors |= {f"{name}.start_A.weight": start_A_RI, f"{name}.start_B.weight": start_B_OR}
             plain = replace(config, init_lora_weights=False, lora_dropout=0.0)
-            layer.update_layer(self._mine[1], config.r, lora_alpha=config.lora_alpha, config=plain)
-            layer.scaling[self._mine[1]] = -layer.scaling[self.adapter]
-            _set_start(layer, self._mine[1], start_A_RI, start_B_OR)
-        for adapter in self._mine:
+            layer.update_layer(self._adapter_names[1], config.r, lora_alpha=config.lora_alpha, config=plain)
+            layer.scaling[self._adapter_names[1]] = -layer.scaling[self.adapter_name]
+            _set_initial_factors(layer, self._adapter_names[1], start_A_RI, start_B_OR)
+        for adapter in self._adapter_names:
             for module in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
                 if adapter in module:
                     module[adapter].float()
         layer.train(target.training)
-        _replace(self.model, name, layer)
-        _activate(layer, [*before, *self._mine])
+        _replace_module(self.model, name, layer)
+        _activate_adapters(layer, [*before, *self._adapter_names])
         layer.requires_grad_(False)
-        layer.set_requires_grad(self.adapter, True)
+        layer.set_requires_grad(self.adapter_name, True)
         return layer
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of `state`, which training and `load` change."""
         found: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
-            found[f"{name}.lora_A.weight"] = _weight(layer.lora_A, self.adapter)
-            found[f"{name}.lora_B.weight"] = _weight(layer.lora_B, self.adapter)
+            found[f"{name}.lora_A.weight"] = _adapter_weight(layer.lora_A, self.adapter_name)
+            found[f"{name}.lora_B.weight"] = _adapter_weight(layer.lora_B, self.adapter_name)
             if self.form == "dora":
-                found[f"{name}.lora_magnitude_vector"] = _weight(layer.lora_magnitude_vector, self.adapter)
-        return found | self._starts | self.besides.tensors()
+                found[f"{name}.lora_magnitude_vector"] = _adapter_weight(layer.lora_magnitude_vector, self.adapter_name)
+        return found | self._initial_factors | self.extra_trainable.tensors()
 
-    def _take_out(self) -> None:
+    def _remove_layers(self) -> None:
         """Take the adapters out of the layers, and let move what moved before they came."""
-        on_top = all(layer.active_adapters[-1] in self._mine for layer in self._layers.values())
+        on_top = all(layer.active_adapters[-1] in self._adapter_names for layer in self._layers.values())
         for name, layer in self._layers.items():
-            _activate(layer, [adapter for adapter in layer.active_adapters if adapter not in self._mine])
-            for adapter in self._mine:
+            _activate_adapters(
+                layer, [adapter for adapter in layer.active_adapters if adapter not in self._adapter_names]
+            )
+            for adapter in self._adapter_names:
                 layer.delete_adapter(adapter)
             if not layer.lora_A:
-                _replace(self.model, name, layer.base_layer)
+                _replace_module(self.model, name, layer.base_layer)
         self._layers = {}
         if on_top:  # what stands on me wants the base frozen, as it found it
-            self.besides.give_back()
+            self.extra_trainable.restore_requires_grad()
 
     def _check_merge(self) -> None:
         for name, layer in self._layers.items():
-            weight = _base(layer).weight
-            if is_quantised(_base(layer)):
+            weight = _base_layer(layer).weight
+            if is_quantized(_base_layer(layer)):
                 raise TuningError(
                     f"{name} is quantised, and merging would round the update away",
                     where="tuning.merge",
@@ -300,7 +314,7 @@ class LowRank(Tuning):
                     expected="weights in torch.float32",
                     way_out="load the base in float32 (or call model.float()), merge, and cast the sum",
                 )
-            below = [a for a in layer.active_adapters if a not in self._mine and a in layer.lora_variant]
+            below = [a for a in layer.active_adapters if a not in self._adapter_names and a in layer.lora_variant]
             if below:
                 raise TuningError(
                     f"{name} carries an earlier dora adapter, whose magnitudes belong to the weights as they are",
@@ -312,46 +326,48 @@ class LowRank(Tuning):
                 raise TuningError(f"{name} holds numbers that are not finite", where="tuning.merge")
 
 
-def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> LowRank:
+def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> LoraAdapter:
     """Attach a LoRA folder of PEFT's: the contents of its `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises `TuningError` for what has no place here: other methods of PEFT, adapters on embeddings or single tensors, and
     adapters that were saved without their base's changes (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
     """
     published = read_lora(config, state)
-    tuning = LowRank(model, **published.options)
+    tuning = LoraAdapter(model, **published.options)
     tuning.load(published.state)
     return tuning
 
 
-def scalings(part: Published) -> dict[str, float]:
+def scalings(part: TuningExport) -> dict[str, float]:
     """s of a published adapter, by the name of its layer."""
-    a_RI = {n.removesuffix(_A): tensor for n, tensor in part.state.items() if n.endswith(_A)}
-    alphas = _by_pattern(list(a_RI), part.options.get("alpha_pattern", {}), part.options["alpha"], "alpha_pattern")
+    a_RI = {n.removesuffix(_A_SUFFIX): tensor for n, tensor in part.state.items() if n.endswith(_A_SUFFIX)}
+    alphas = _values_by_pattern(
+        list(a_RI), part.options.get("alpha_pattern", {}), part.options["alpha"], "alpha_pattern"
+    )
     power = 0.5 if part.options["form"] == "rslora" else 1.0
     return {name: alphas[name] / tensor.shape[0] ** power for name, tensor in a_RI.items()}
 
 
-def earlier_directions(parts: Sequence[Published]) -> dict[str, Tensor]:
+def earlier_directions(parts: Sequence[TuningExport]) -> dict[str, Tensor]:
     """All rows of these adapters' A's, by the name of their layer: what O-LoRA's next adapter is to be orthogonal to."""
     rows: dict[str, list[Tensor]] = {}
     for part in parts:
         for name, tensor in part.state.items():
-            if name.endswith(_A):
-                rows.setdefault(name.removesuffix(_A), []).append(tensor)
+            if name.endswith(_A_SUFFIX):
+                rows.setdefault(name.removesuffix(_A_SUFFIX), []).append(tensor)
     return {name: torch.cat(tensors) for name, tensors in rows.items()}
 
 
 # -- what is refused
 
 
-def _check(rank: int, dropout: float, form: str) -> None:
-    if form not in get_args(Form):
+def _check_options(rank: int, dropout: float, form: str) -> None:
+    if form not in get_args(LoraVariant):
         raise TuningError(
             f"there is no form '{form}' of low-rank adapters",
             where="tuning.form",
-            expected=", ".join(get_args(Form)),
-            way_out=nearest(form, get_args(Form)),
+            expected=", ".join(get_args(LoraVariant)),
+            way_out=suggest_nearest(form, get_args(LoraVariant)),
         )
     if rank < 1:
         raise TuningError(f"a rank of {rank}", where="tuning.rank", expected="1 or more")
@@ -359,7 +375,9 @@ def _check(rank: int, dropout: float, form: str) -> None:
         raise TuningError(f"a dropout of {dropout}", where="tuning.dropout", expected="at least 0 and below 1")
 
 
-def _check_layers(model: PreTrainedModel, ranks: Mapping[str, int], form: Form, quantise: Precision | None) -> None:
+def _check_layers(
+    model: PreTrainedModel, ranks: Mapping[str, int], form: LoraVariant, quantise: Precision | None
+) -> None:
     """Raise `TuningError` for layers that a form cannot stand on."""
     for name, rank in ranks.items():
         target = model.get_submodule(name)
@@ -369,19 +387,19 @@ def _check_layers(model: PreTrainedModel, ranks: Mapping[str, int], form: Form, 
                 where="tuning.form",
                 way_out="merge the earlier adapter first, or take another form",
             )
-        if form == "dora" and (quantise == "int8" or getattr(_base(target).weight, "dtype", None) == torch.int8):
+        if form == "dora" and (quantise == "int8" or getattr(_base_layer(target).weight, "dtype", None) == torch.int8):
             raise TuningError(
                 f"dora reads the weights at every step, and {name} in int8 loses its scales when it is read",
                 where="tuning.quantise",
                 way_out="take nf4, or another form",
             )
-        if form == "pissa" and (quantise or is_quantised(_base(target))):
+        if form == "pissa" and (quantise or is_quantized(_base_layer(target))):
             raise TuningError(
                 f"pissa starts from the singular directions of full weights, and {name} is quantised",
                 where="tuning.quantise",
                 way_out="leave `quantise` out, or take another form",
             )
-        smallest = min(_base(target).weight.shape)
+        smallest = min(_base_layer(target).weight.shape)
         if form == "pissa" and rank > smallest:
             raise TuningError(
                 f"{name} has {smallest} singular directions, and the rank is {rank}",
@@ -390,7 +408,7 @@ def _check_layers(model: PreTrainedModel, ranks: Mapping[str, int], form: Form, 
             )
 
 
-def _by_pattern(names: Sequence[str], patterns: Mapping[str, T], default: T, option: str) -> dict[str, T]:
+def _values_by_pattern(names: Sequence[str], patterns: Mapping[str, T], default: T, option: str) -> dict[str, T]:
     """The value of each layer: that of the first pattern which its name, or the end of its name, matches."""
 
     def fits(name: str, pattern: str) -> bool:
@@ -409,7 +427,7 @@ def _by_pattern(names: Sequence[str], patterns: Mapping[str, T], default: T, opt
 # -- PEFT's layers
 
 
-def _with_adapter(target: nn.Module, adapter: str, config: LoraConfig) -> Layer:
+def _add_adapter(target: nn.Module, adapter: str, config: LoraConfig) -> Layer:
     """One layer with one more adapter.
 
     Layer by layer, not by PEFT's injection: that leaves its configuration on the model, and on mixtures of experts takes
@@ -422,49 +440,49 @@ def _with_adapter(target: nn.Module, adapter: str, config: LoraConfig) -> Layer:
     return LoraModel._create_new_module(config, adapter, target, r=config.r, lora_alpha=config.lora_alpha, **kinds)
 
 
-def _set_start(layer: Layer, adapter: str, start_A_RI: Tensor, start_B_OR: Tensor) -> None:
+def _set_initial_factors(layer: Layer, adapter: str, start_A_RI: Tensor, start_B_OR: Tensor) -> None:
     """Give the adapter that takes a start away its values."""
-    _weight(layer.lora_A, adapter).data.copy_(start_A_RI)
-    _weight(layer.lora_B, adapter).data.copy_(start_B_OR)
+    _adapter_weight(layer.lora_A, adapter).data.copy_(start_A_RI)
+    _adapter_weight(layer.lora_B, adapter).data.copy_(start_B_OR)
 
 
-def _activate(layer: Layer, adapters: Sequence[str]) -> None:
+def _activate_adapters(layer: Layer, adapters: Sequence[str]) -> None:
     # `set_adapter` would also decide what is trained.
     layer._active_adapter = list(adapters)
 
 
-def _weight(part: nn.ModuleDict, adapter: str) -> nn.Parameter:
+def _adapter_weight(part: nn.ModuleDict, adapter: str) -> nn.Parameter:
     weight = part[adapter].weight
     assert isinstance(weight, nn.Parameter)
     return weight
 
 
-def _base(module: nn.Module) -> Any:
+def _base_layer(module: nn.Module) -> Any:
     """A layer without the adapters around it."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _whole_weight(base: Any) -> Tensor:
+def _full_weight(base: Any) -> Tensor:
     """A layer's weight as it is held, whole and not quantised."""
-    weight = dequantize_module_weight(base).detach() if is_quantised(base) else base.weight.detach()
+    weight = dequantize_module_weight(base).detach() if is_quantized(base) else base.weight.detach()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 # -- names
 
 
-def _free_name(model: nn.Module) -> str:
+def _unused_adapter_name(model: nn.Module) -> str:
     """An adapter's name that no layer has yet."""
     taken = {adapter for m in model.modules() if isinstance(m, LoraLayer) for adapter in m.lora_A}
     return next(name for i in itertools.count(1) if (name := "low_rank" if i == 1 else f"low_rank_{i}") not in taken)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_plain_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state in which no start has to be taken away: s (B A - B0 A0) = s [B, -B0] [A; A0]."""
     found = {name: tensor for name, tensor in state.items() if ".start_" not in name}
     for name, tensor in state.items():

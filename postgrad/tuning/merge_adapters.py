@@ -26,11 +26,11 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from postgrad.errors import TuningError, nearest
-from postgrad.tuning.lora import LowRank, scalings
-from postgrad.tuning.tuning import Published
+from postgrad.errors import TuningError, suggest_nearest
+from postgrad.tuning.lora import LoraAdapter, scalings
+from postgrad.tuning.tuning import TuningExport
 
-How = Literal[
+MergeMethod = Literal[
     "cat",
     "svd",
     "linear",
@@ -45,21 +45,21 @@ How = Literal[
 ]
 
 
-Sign = Literal["total", "frequency"]
-Matrices = tuple[Tensor, Tensor, float]
+SignMethod = Literal["total", "frequency"]
+LoraMatrices = tuple[Tensor, Tensor, float]
 """A (R, I), B (O, R) and s of one adapter at one layer."""
 
 
-def combine(
+def merge_adapters(
     model: PreTrainedModel,
-    parts: Sequence[tuple[LowRank | Published, float]],
-    how: How = "cat",
+    parts: Sequence[tuple[LoraAdapter | TuningExport, float]],
+    method: MergeMethod = "cat",
     *,
     rank: int | None = None,
     density: float | None = None,
-    sign: Sign = "total",
+    sign: SignMethod = "total",
     seed: int = 0,
-) -> LowRank:
+) -> LoraAdapter:
     """Attach to `model` the one adapter that `parts` with their weights make.
 
     `rank`: of the sum, for the ways with svd (left out: the largest of the parts). `density`: the share of numbers that ties,
@@ -69,26 +69,26 @@ def combine(
     Raises `TuningError` for parts that cannot be summed: dora (its magnitudes are no summand), different ranks where A's are
     summed one by one, or the same weight trained besides by two of them.
     """
-    _check(parts, how, density)
-    taken = [(part.published() if isinstance(part, LowRank) else part, weight) for part, weight in parts]
-    besides = _besides([part for part, _ in taken])
+    _check_arguments(parts, method, density)
+    taken = [(part.export() if isinstance(part, LoraAdapter) else part, weight) for part, weight in parts]
+    besides = _extra_tensors([part for part, _ in taken])
     for part, _ in parts:
-        if isinstance(part, LowRank) and part.model is model:
+        if isinstance(part, LoraAdapter) and part.model is model:
             part.detach()
-    matrices = [(_matrices(part), weight) for part, weight in taken]
+    matrices = [(_layer_matrices(part), weight) for part, weight in taken]
     summed: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name in dict.fromkeys(name for part, _ in matrices for name in part):
             here = [(part[name], weight) for part, weight in matrices if name in part]
-            if _prunes(how) and len(here) == 1:  # PEFT prunes nothing that stands alone
+            if _is_pruning(method) and len(here) == 1:  # PEFT prunes nothing that stands alone
                 (a_RI, b_OR, _), _ = here[0]
                 here.append(((torch.zeros_like(a_RI), torch.zeros_like(b_OR), 1.0), 1.0))
-            _check_ranks(name, [a_RI.shape[0] for (a_RI, _, _), _ in here], how)
-            summed[name] = _summed(here, how, rank, density, sign)
+            _check_ranks(name, [a_RI.shape[0] for (a_RI, _, _), _ in here], method)
+            summed[name] = _merge_layer(here, method, rank, density, sign)
     ranks = {name: a_RI.shape[0] for name, (a_RI, _) in summed.items()}
     largest = max(ranks.values())
-    tuning = LowRank(
+    tuning = LoraAdapter(
         model,
         rank=largest,
         alpha=largest,
@@ -102,29 +102,31 @@ def combine(
     return tuning
 
 
-def _check(parts: Sequence[tuple[LowRank | Published, float]], how: str, density: float | None) -> None:
-    if how not in get_args(How):
+def _check_arguments(
+    parts: Sequence[tuple[LoraAdapter | TuningExport, float]], method: str, density: float | None
+) -> None:
+    if method not in get_args(MergeMethod):
         raise TuningError(
-            f"there is no way '{how}' to combine adapters",
+            f"there is no way '{method}' to combine adapters",
             where="combine",
-            expected=", ".join(get_args(How)),
-            way_out=nearest(how, get_args(How)),
+            expected=", ".join(get_args(MergeMethod)),
+            way_out=suggest_nearest(method, get_args(MergeMethod)),
         )
-    prunes = _prunes(how)
+    prunes = _is_pruning(method)
     if len(parts) < 1 + prunes:
         raise TuningError(
-            f"{how} of {len(parts)} adapters",
+            f"{method} of {len(parts)} adapters",
             where="combine",
             expected="two adapters or more, that could get in one another's way" if prunes else "one adapter or more",
         )
     if prunes != (density is not None) or (density is not None and not 0.0 < density < 1.0):
         raise TuningError(
-            f"{how} with a density of {density}",
+            f"{method} with a density of {density}",
             where="combine",
             expected="a share above 0 and below 1" if prunes else "no density: every number is kept",
         )
     for part, _ in parts:
-        form = part.form if isinstance(part, LowRank) else part.options.get("form", "lora")
+        form = part.form if isinstance(part, LoraAdapter) else part.options.get("form", "lora")
         if form == "dora":
             raise TuningError(
                 "a dora adapter is no summand: its magnitudes rescale the whole weights",
@@ -133,21 +135,21 @@ def _check(parts: Sequence[tuple[LowRank | Published, float]], how: str, density
             )
 
 
-def _prunes(how: str) -> bool:
-    return how.startswith(("ties", "dare", "magnitude"))
+def _is_pruning(method: str) -> bool:
+    return method.startswith(("ties", "dare", "magnitude"))
 
 
-def _check_ranks(name: str, ranks: Sequence[int], how: How) -> None:
-    if len(set(ranks)) > 1 and how != "cat" and not how.endswith("svd"):
+def _check_ranks(name: str, ranks: Sequence[int], method: MergeMethod) -> None:
+    if len(set(ranks)) > 1 and method != "cat" and not method.endswith("svd"):
         raise TuningError(
-            f"{name} has adapters of the ranks {', '.join(map(str, ranks))}, and {how} sums their A's one by one",
+            f"{name} has adapters of the ranks {', '.join(map(str, ranks))}, and {method} sums their A's one by one",
             where="combine",
             expected="one rank for all",
             way_out="take cat, svd, or the way's form with _svd",
         )
 
 
-def _besides(parts: Sequence[Published]) -> dict[str, Tensor]:
+def _extra_tensors(parts: Sequence[TuningExport]) -> dict[str, Tensor]:
     """What parts trained besides their adapters."""
     found: dict[str, Tensor] = {}
     for part in parts:
@@ -164,8 +166,12 @@ def _besides(parts: Sequence[Published]) -> dict[str, Tensor]:
     return found
 
 
-def _summed(
-    parts: Sequence[tuple[Matrices, float]], how: How, rank: int | None, density: float | None, sign: Sign
+def _merge_layer(
+    parts: Sequence[tuple[LoraMatrices, float]],
+    method: MergeMethod,
+    rank: int | None,
+    density: float | None,
+    sign: SignMethod,
 ) -> tuple[Tensor, Tensor]:
     """A (R, I) and B (O, R) of the sum at one layer, with s = 1."""
     (a_RI, b_OR, _), _ = parts[0]
@@ -187,7 +193,7 @@ def _summed(
         names,
         [weight for _, weight in parts],
         "sum",
-        combination_type=how,
+        combination_type=method,
         svd_rank=rank,
         svd_full_matrices=False,
         density=density,
@@ -196,7 +202,7 @@ def _summed(
     return layer.lora_A["sum"].weight.data, layer.lora_B["sum"].weight.data
 
 
-def _matrices(part: Published) -> dict[str, Matrices]:
+def _layer_matrices(part: TuningExport) -> dict[str, LoraMatrices]:
     """A, B and s by layer."""
     return {
         name: (part.state[f"{name}.lora_A.weight"].detach(), part.state[f"{name}.lora_B.weight"].detach(), scaling)

@@ -16,17 +16,26 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from postgrad.data.render.frame import BARE, Frame
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import TuningError
-from postgrad.models.prefix_lm_attention import mark, reads_prefixes
-from postgrad.models.pretrained import PEFT, TUNING, Start, Task, TaskLayer, load, load_tokenizer, task_of
+from postgrad.models.prefix_lm_attention import is_prefix_lm, mark_prefix_lm
+from postgrad.models.pretrained import (
+    PEFT_FILE,
+    TUNING_FILE,
+    ClassifierSpec,
+    ModelLocation,
+    Task,
+    detect_task,
+    load_pretrained,
+    load_tokenizer,
+)
 from postgrad.storage.fingerprint import fingerprint, model_fingerprint
 from postgrad.tuning.attach import load_tuning
 from postgrad.tuning.tuning import Tuning, freeze
 
 
 @dataclass(frozen=True)
-class Sitting:
+class BaseReference:
     """What a tuning's folder says of the model that it sits on."""
 
     name: str
@@ -34,8 +43,8 @@ class Sitting:
     """Where that model lies, seen from the tuning's folder."""
     fingerprint: str | None
     task: Task
-    layer: TaskLayer | None = None
-    frame: Frame = BARE
+    layer: ClassifierSpec | None = None
+    frame: Frame = EMPTY_FRAME
     """Ids that were set around each text: the places of a soft prompt, and a template's words and special tokens."""
     below: str | None = None
     """Where what it sits on has its own base, when the user had to say it."""
@@ -43,9 +52,15 @@ class Sitting:
     """Whether it was trained to read a prompt in both directions."""
 
     @classmethod
-    def on(
-        cls, start: Start, folder: Path, task: Task, layer: TaskLayer | None, frame: Frame, prefixes: bool = False
-    ) -> Sitting:
+    def from_start(
+        cls,
+        start: ModelLocation,
+        folder: Path,
+        task: Task,
+        layer: ClassifierSpec | None,
+        frame: Frame,
+        prefixes: bool = False,
+    ) -> BaseReference:
         """What the folder of a tuning on `start` says."""
         # A run stands for its final model; a checkpoint of it is another model.
         at = start.run if start.run and start.folder == start.run / "model" else start.folder
@@ -61,20 +76,20 @@ class Sitting:
         )
 
     @classmethod
-    def of(cls, start: Start) -> Sitting | None:
+    def read_folder(cls, start: ModelLocation) -> BaseReference | None:
         """What the folder of a start says, when it holds a tuning."""
         if start.base is None or start.folder is None:
             return None
-        if not (start.folder / TUNING).exists():
-            return _of_peft(start, start.base, json.loads((start.folder / PEFT).read_text()))
-        said = json.loads((start.folder / TUNING).read_text())["base"]
+        if not (start.folder / TUNING_FILE).exists():
+            return _read_peft_reference(start, start.base, json.loads((start.folder / PEFT_FILE).read_text()))
+        said = json.loads((start.folder / TUNING_FILE).read_text())["base"]
         layer = said.get("layer")
         return cls(
             said["name"],
             said.get("relative"),
             said.get("fingerprint"),
             said.get("task", "causal"),
-            TaskLayer.of(layer) if layer else None,
+            ClassifierSpec.from_dict(layer) if layer else None,
             Frame(*(tuple(said["frame"][part]) for part in ("before", "between", "after"))),
             said["below"],
             said.get("prefixes", False),
@@ -93,33 +108,33 @@ _PEFT_TASKS: dict[str, Task] = {
 }
 
 
-def _of_peft(start: Start, base: Start, config: dict[str, Any]) -> Sitting:
+def _read_peft_reference(start: ModelLocation, base: ModelLocation, config: dict[str, Any]) -> BaseReference:
     """What PEFT's own description says: a prompt stands before every text."""
-    task = _PEFT_TASKS.get(config.get("task_type") or "") or task_at(base)
+    task = _PEFT_TASKS.get(config.get("task_type") or "") or get_task(base)
     before: tuple[int, ...] = ()
     if config.get("peft_type") in ("PROMPT_TUNING", "P_TUNING"):
-        first = int(AutoConfig.from_pretrained(start.source).vocab_size)
+        first = int(AutoConfig.from_pretrained(start.name_or_path).vocab_size)
         before = tuple(range(first, first + int(config["num_virtual_tokens"])))
-    return Sitting(config.get("base_model_name_or_path") or "", None, None, task, frame=Frame(before))
+    return BaseReference(config.get("base_model_name_or_path") or "", None, None, task, frame=Frame(before))
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """A model as its lineage left it."""
 
     model: PreTrainedModel
     task: Task
-    layer: TaskLayer | None
-    new: tuple[str, ...] = ()
+    layer: ClassifierSpec | None
+    new_weights: tuple[str, ...] = ()
     """Weights that nothing had: a new task layer."""
     tunings: tuple[Tuning, ...] = ()
     """Those that stand in the model, held fast."""
-    frame: Frame = BARE
+    frame: Frame = EMPTY_FRAME
     """Ids that are to be set around each text."""
     notes: tuple[str, ...] = field(default=())
 
 
-def start_fingerprint(start: Start) -> str | None:
+def start_fingerprint(start: ModelLocation) -> str | None:
     """Of the folder of a start, and of all that it sits on; None where a model is known by a name alone."""
     if start.folder is None:
         return None
@@ -130,36 +145,36 @@ def start_fingerprint(start: Start) -> str | None:
     return None if below is None else fingerprint([own, below])
 
 
-def task_at(start: Start) -> Task:
+def get_task(start: ModelLocation) -> Task:
     """What the model of a start is for."""
-    said = Sitting.of(start)
-    return said.task if said else task_of(start.plain)
+    said = BaseReference.read_folder(start)
+    return said.task if said else detect_task(start.full_model)
 
 
-def prefixes_at(start: Start) -> bool:
+def starts_as_prefix_lm(start: ModelLocation) -> bool:
     """Whether the model of a start was trained to read a prompt in both directions."""
-    said = Sitting.of(start)
-    return said.prefixes if said else reads_prefixes(AutoConfig.from_pretrained(start.source))
+    said = BaseReference.read_folder(start)
+    return said.prefixes if said else is_prefix_lm(AutoConfig.from_pretrained(start.name_or_path))
 
 
 def open_model(
-    start: Start,
+    start: ModelLocation,
     task: Task | None = None,
     *,
-    layer: TaskLayer | None = None,
+    layer: ClassifierSpec | None = None,
     attention: str | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Opened:
+) -> LoadedModel:
     """The model of a start for a task (left out: its own), in eval mode.
 
     Raises `TuningError` when a tuning sits on another model than it was trained on and the user did not name that model, or
     when it can neither become part of the weights nor serve the task.
     """
     if start.base is None or start.folder is None:
-        task = task or task_of(start)
-        loaded = load(start, task, layer=layer, attention=attention, dtype=dtype)
-        return Opened(loaded.model, task, layer, loaded.new)
-    said = Sitting.of(start)
+        task = task or detect_task(start)
+        loaded = load_pretrained(start, task, layer=layer, attention=attention, dtype=dtype)
+        return LoadedModel(loaded.model, task, layer, loaded.new_weights)
+    said = BaseReference.read_folder(start)
     assert said is not None
     own = said.task
     below = open_model(start.base, own, layer=said.layer, attention=attention, dtype=dtype)
@@ -167,7 +182,7 @@ def open_model(
     tuning = load_tuning(
         below.model,
         start.folder,
-        tokenizer=load_tokenizer(start.plain),
+        tokenizer=load_tokenizer(start.full_model),
         fingerprint=found,
         force=start.trusted,
     )
@@ -175,9 +190,9 @@ def open_model(
     if said.fingerprint and found and said.fingerprint != found:
         notes += (f"{start.name} was trained on another model than {start.base.name} (its fingerprint differs)",)
     freeze(below.model)
-    mark(below.model.config, said.prefixes)
-    stands = () if _becomes_part(tuning, dtype) else (tuning,)
-    opened = Opened(
+    mark_prefix_lm(below.model.config, said.prefixes)
+    stands = () if _merge_if_exact(tuning, dtype) else (tuning,)
+    opened = LoadedModel(
         below.model,
         own,
         said.layer,
@@ -189,26 +204,33 @@ def open_model(
     wanted = task or own
     if wanted == own and (layer is None or layer == opened.layer):
         return opened
-    return _for_task(opened, start, wanted, layer, attention, dtype)
+    return _replace_task_layer(opened, start, wanted, layer, attention, dtype)
 
 
-def _becomes_part(tuning: Tuning, dtype: torch.dtype) -> bool:
+def _merge_if_exact(tuning: Tuning, dtype: torch.dtype) -> bool:
     """Whether a tuning became part of the weights: in full precision, where a model of the same inputs comes of it."""
-    if not tuning.folds or dtype != torch.float32:
+    if not tuning.has_exact_merge or dtype != torch.float32:
         return False
     tuning.merge()
     return True
 
 
-def _for_task(
-    opened: Opened, start: Start, task: Task, layer: TaskLayer | None, attention: str | None, dtype: torch.dtype
-) -> Opened:
+def _replace_task_layer(
+    loaded_model: LoadedModel,
+    start: ModelLocation,
+    task: Task,
+    layer: ClassifierSpec | None,
+    attention: str | None,
+    dtype: torch.dtype,
+) -> LoadedModel:
     """The same backbone under another task layer."""
-    if opened.tunings:
+    if loaded_model.tunings:
         raise TuningError(
-            f"`{opened.tunings[-1].kind}` of {start.name} stands in a model for another task, and cannot become part of it",
+            f"`{loaded_model.tunings[-1].kind}` of {start.name} stands in a model for another task, and cannot become part of it",
             where="model",
             way_out="start from the model that it sits on",
         )
-    loaded = load(start, task, layer=layer, attention=attention, dtype=dtype, state=opened.model.state_dict())
-    return Opened(loaded.model, task, layer, loaded.new, notes=opened.notes)
+    loaded = load_pretrained(
+        start, task, layer=layer, attention=attention, dtype=dtype, state=loaded_model.model.state_dict()
+    )
+    return LoadedModel(loaded.model, task, layer, loaded.new_weights, notes=loaded_model.notes)

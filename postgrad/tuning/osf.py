@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
-from postgrad.tuning.extra_trainable import Besides
-from postgrad.tuning.quantization import is_quantised
-from postgrad.tuning.targets import is_transposed, resolve, short_names
-from postgrad.tuning.tuning import PeftFolder, Published, Tuning, take, trainable
-from postgrad.tuning.weight_delta import Moved, SubspaceChange
+from postgrad.tuning.extra_trainable import ExtraTrainable
+from postgrad.tuning.quantization import is_quantized
+from postgrad.tuning.targets import is_transposed, resolve_targets, short_names
+from postgrad.tuning.tuning import PeftFolder, Tuning, TuningExport, copy_state, trainable_parameters
+from postgrad.tuning.weight_delta import SubspaceDelta, TuningDelta
 
 ADAPTER = "osf"
 FACTORS = ("U_low", "S_low", "V_low")
@@ -44,8 +44,8 @@ class OrthogonalSubspace(Tuning):
     """Trains the directions of the smallest singular values of every targeted linear layer."""
 
     kind = "osf"
-    folds = True
-    leaves_model = True
+    has_exact_merge = True
+    is_merged_on_export = True
 
     def __init__(
         self,
@@ -67,30 +67,30 @@ class OrthogonalSubspace(Tuning):
         """
         super().__init__(model)
         self.effective_rank = effective_rank
-        names = resolve(model, targets, exclude)
-        kept = {name: _kept(name, model.get_submodule(name), effective_rank) for name in names}
-        self.besides = Besides(model, also)
-        self._layers: dict[str, _Layer] = {}
+        names = resolve_targets(model, targets, exclude)
+        kept = {name: _num_frozen_directions(name, model.get_submodule(name), effective_rank) for name in names}
+        self.extra_trainable = ExtraTrainable(model, also)
+        self._layers: dict[str, _OSFLinear] = {}
         for name in names:
             plain = model.get_submodule(name)
-            layer = _Layer(plain, ADAPTER, OSFConfig(effective_rank=kept[name]), effective_rank=kept[name])
+            layer = _OSFLinear(plain, ADAPTER, OSFConfig(effective_rank=kept[name]), effective_rank=kept[name])
             layer.train(plain.training)
             for tensors in layer.children():
                 if tensors is not plain:
                     tensors.float()
-            _replace(model, name, layer)
+            _replace_module(model, name, layer)
             self._layers[name] = layer
-        trainable(model)
+        trainable_parameters(model)
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def disable(self) -> Iterator[None]:
         """Inside, the model answers as its base, bit for bit; a task's new layer stays as it is."""
         try:
-            self._switch(True)
-            with self.besides.as_before():
+            self._set_disabled(True)
+            with self.extra_trainable.use_initial_values():
                 yield
         finally:
-            self._switch(False)
+            self._set_disabled(False)
 
     def state(self) -> dict[str, Tensor]:
         """`<layer>.U_low` (O, L), `S_low` (L) and `V_low` (L, I), trained; `<layer>.start.*`, the same at the start; and
@@ -99,12 +99,12 @@ class OrthogonalSubspace(Tuning):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises `TuningError` when names or shapes are not mine."""
-        take(self._tensors(), state, self.kind)
+        copy_state(self._tensors(), state, self.kind)
 
     def detach(self) -> None:
         """Put the plain layers back, and give what moved besides its old values."""
-        self.besides.put_back()
-        self._take_out()
+        self.extra_trainable.restore_values()
+        self._remove_layers()
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Add what was learnt to the plain weights, in fp32, and detach.
@@ -125,21 +125,21 @@ class OrthogonalSubspace(Tuning):
         with torch.no_grad():
             for layer in self._layers.values():
                 layer.weight.add_(layer.get_delta_weight(ADAPTER))
-        self._take_out()
+        self._remove_layers()
 
-    def published(self) -> Published:
+    def export(self) -> TuningExport:
         """The same: every direction is needed to be put on the base. (What leaves a stage is the merged model.)"""
         options: dict[str, Any] = {
             "kind": self.kind,
             "effective_rank": self.effective_rank,
             "targets": short_names(self.model, self._layers),
-            "also": self.besides.names,
+            "also": self.extra_trainable.names,
         }
-        return Published(options, self.state())
+        return TuningExport(options, self.state())
 
     def peft(self) -> PeftFolder | None:
         """The same in PEFT's format; None when weights of the base move besides."""
-        if self.besides.names:
+        if self.extra_trainable.names:
             return None
         config = OSFConfig(
             effective_rank=self.effective_rank,
@@ -154,29 +154,29 @@ class OrthogonalSubspace(Tuning):
         }
         return PeftFolder(config | {"peft_type": "OSF"}, state)
 
-    def changes(self) -> dict[str, Moved]:
+    def weight_deltas(self) -> dict[str, TuningDelta]:
         """Of every layer, what the trained directions make of its weight."""
-        return {f"{name}.base_layer.weight": layer.change() for name, layer in self._layers.items()}
+        return {f"{name}.base_layer.weight": layer.weight_delta() for name, layer in self._layers.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of `state`, which training and `load` change."""
         found = {
             f"{name}.{own}": tensor for name, layer in self._layers.items() for own, tensor in layer.tensors().items()
         }
-        return found | self.besides.tensors()
+        return found | self.extra_trainable.tensors()
 
-    def _switch(self, off: bool) -> None:
+    def _set_disabled(self, disabled: bool) -> None:
         for layer in self._layers.values():
-            layer._disable_adapters = off  # `enable_adapters` would also decide what is trained
+            layer._disable_adapters = disabled  # `enable_adapters` would also decide what is trained
 
-    def _take_out(self) -> None:
+    def _remove_layers(self) -> None:
         for name, layer in self._layers.items():
-            _replace(self.model, name, layer.base_layer)
+            _replace_module(self.model, name, layer.base_layer)
         self._layers = {}
-        self.besides.give_back()
+        self.extra_trainable.restore_requires_grad()
 
 
-class _Layer(Linear):
+class _OSFLinear(Linear):
     """PEFT's layer, with a projection that holds wherever the gradient comes from."""
 
     def _attach_hooks(self, adapter_name: str) -> None:
@@ -190,27 +190,27 @@ class _Layer(Linear):
         own = self.tensors()
         u_OL, s_L, v_LI = (own[factor] for factor in FACTORS)
         u0_OL, s0_L, v0_LI = (own[f"start.{factor}"] for factor in FACTORS)
-        u_OL = _project(u_OL, own.get("U_high"), u0_OL)
-        v_LI = _project(v_LI.T, own["V_high"].T if "V_high" in own else None, v0_LI.T).T
+        u_OL = _attach_projection(u_OL, own.get("U_high"), u0_OL)
+        v_LI = _attach_projection(v_LI.T, own["V_high"].T if "V_high" in own else None, v0_LI.T).T
         u0_OL, s0_L, v0_LI = (start.to(u_OL.dtype) for start in (u0_OL, s0_L, v0_LI))
         out_OM = torch.cat([u_OL * s_L, -(u0_OL * s0_L)], 1).to(x.dtype)
         in_MI = torch.cat([v_LI, v0_LI]).to(x.dtype)
         return plain + nn.functional.linear(nn.functional.linear(x, in_MI), out_OM)
 
-    def change(self) -> Moved:
+    def weight_delta(self) -> TuningDelta:
         """What the trained directions make of the weight; gradients of theirs are projected as `forward` projects them."""
         own = self.tensors()
         u0_OL, s0_L, v0_LI = (own[f"start.{factor}"] for factor in FACTORS)
 
         def side(high: Tensor | None, low: Tensor) -> Callable[[Tensor], Tensor]:
             basis = low if high is None else high
-            return lambda gradient: projected(gradient, basis, off=high is not None)
+            return lambda gradient: project_gradient(gradient, basis, complement=high is not None)
 
         left = side(own.get("U_high"), u0_OL)
         right = side(own["V_high"].T if "V_high" in own else None, v0_LI.T)
-        change = SubspaceChange((u0_OL, s0_L, v0_LI), (left, lambda gradient_LI: right(gradient_LI.T).T))
+        change = SubspaceDelta((u0_OL, s0_L, v0_LI), (left, lambda gradient_LI: right(gradient_LI.T).T))
         trained: Any = self.osf_svd_params[ADAPTER]
-        return Moved(change, tuple(trained[factor] for factor in FACTORS), (u0_OL.shape[0], v0_LI.shape[1]))
+        return TuningDelta(change, tuple(trained[factor] for factor in FACTORS), (u0_OL.shape[0], v0_LI.shape[1]))
 
     def tensors(self) -> dict[str, Tensor]:
         """What is trained, what it started from, and the directions kept, where the start does not say them."""
@@ -223,36 +223,36 @@ class _Layer(Linear):
         return found
 
 
-def _project(factor: Tensor, high: Tensor | None, low: Tensor) -> Tensor:
+def _attach_projection(factor: Tensor, high: Tensor | None, low: Tensor) -> Tensor:
     """`factor`, whose gradient is projected off the span of `high`: for a square basis, onto that of `low`."""
-    projected = _Projected.apply(factor, low if high is None else high, high is not None)
+    projected = _GradientProjection.apply(factor, low if high is None else high, high is not None)
     assert isinstance(projected, Tensor)
     return projected
 
 
-class _Projected(torch.autograd.Function):
+class _GradientProjection(torch.autograd.Function):
     """The same tensor, with a gradient that is projected onto the span of an orthonormal basis, or off it."""
 
     @staticmethod
-    def forward(ctx: Any, factor: Tensor, basis: Tensor, off: bool) -> Tensor:
+    def forward(ctx: Any, factor: Tensor, basis: Tensor, complement: bool) -> Tensor:
         ctx.save_for_backward(basis)
-        ctx.off = off
+        ctx.off = complement
         return factor.view_as(factor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[bad-override]  # torch's is (*Any)
         (basis,) = ctx.saved_tensors
-        return projected(gradient, basis, off=ctx.off), None, None
+        return project_gradient(gradient, basis, complement=ctx.off), None, None
 
 
-def projected(gradient: Tensor, basis: Tensor, *, off: bool) -> Tensor:
+def project_gradient(gradient: Tensor, basis: Tensor, *, complement: bool) -> Tensor:
     """A gradient projected onto the span of an orthonormal basis, or off it."""
     exact = gradient.to(basis.dtype)
     within = basis @ (basis.T @ exact)
-    return (exact - within if off else within).to(gradient.dtype)
+    return (exact - within if complement else within).to(gradient.dtype)
 
 
-def _kept(name: str, layer: nn.Module, effective_rank: float) -> int:
+def _num_frozen_directions(name: str, layer: nn.Module, effective_rank: float) -> int:
     """The directions that a layer keeps. Raises `TuningError` when it cannot be decomposed, or one side would be empty."""
     if isinstance(layer, BaseTunerLayer):
         raise TuningError(
@@ -260,7 +260,7 @@ def _kept(name: str, layer: nn.Module, effective_rank: float) -> int:
             where="tuning.targets",
             way_out="merge the adapter first",
         )
-    if is_transposed(layer) or is_quantised(layer):
+    if is_transposed(layer) or is_quantized(layer):
         raise TuningError(
             f"{name} is a {type(layer).__name__}, which is not decomposed",
             where="tuning.targets",
@@ -279,6 +279,6 @@ def _kept(name: str, layer: nn.Module, effective_rank: float) -> int:
     return kept
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)

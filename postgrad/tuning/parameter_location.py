@@ -15,29 +15,29 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from postgrad.models.pretrained import stacks_of
-from postgrad.models.sublayers import evaluating, few_tokens
+from postgrad.models.pretrained import get_layer_stacks
+from postgrad.models.sublayers import eval_mode, make_probe_inputs
 
-Place = tuple[nn.Module, str]
+ParameterLocation = tuple[nn.Module, str]
 """A parameter by the module that holds it and its name there: sharding puts other tensors in the same places."""
 
 
-def place_of(model: nn.Module, name: str) -> Place:
+def locate_parameter(model: nn.Module, name: str) -> ParameterLocation:
     """Where a parameter is held."""
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
 
 
-def at(place: Place) -> nn.Parameter:
+def get_parameter(location: ParameterLocation) -> nn.Parameter:
     """The parameter that a place holds now."""
-    module, leaf = place
+    module, leaf = location
     return module.get_parameter(leaf)
 
 
 def named_stacks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     """The stacks of blocks by name, an encoder before its decoder."""
     names = {id(module): name for name, module in model.named_modules()}
-    return {names[id(stack)]: stack for stack in stacks_of(model)}
+    return {names[id(stack)]: stack for stack in get_layer_stacks(model)}
 
 
 def block_distances(model: PreTrainedModel) -> dict[str, int]:
@@ -46,13 +46,18 @@ def block_distances(model: PreTrainedModel) -> dict[str, int]:
     return {f"{name}.{i}": len(stack) - i for name, stack in stacks.items() for i in range(len(stack))}
 
 
-def distances(model: PreTrainedModel) -> dict[str, int]:
+def parameter_distances(model: PreTrainedModel) -> dict[str, int]:
     """How far each parameter is from the top of its stack of L blocks, by name.
 
     0 is the task layer with all that stands behind the blocks (final norm, pooler); blocks go from 1 to L; the embeddings
     are L + 1. A tied output layer is the input embedding, and stands with it.
     """
-    stacks, blocks, order, behind = named_stacks(model), block_distances(model), _call_order(model), set(outside(model))
+    stacks, blocks, order, behind = (
+        named_stacks(model),
+        block_distances(model),
+        _call_order(model),
+        set(head_parameters(model)),
+    )
 
     def of(name: str) -> int:
         block = next((b for b in blocks if name.startswith(f"{b}.")), None)
@@ -68,7 +73,7 @@ def distances(model: PreTrainedModel) -> dict[str, int]:
     return {name: of(name) for name, _ in model.named_parameters()}
 
 
-def outside(model: PreTrainedModel) -> list[str]:
+def head_parameters(model: PreTrainedModel) -> list[str]:
     """Names of the parameters that stand on the backbone, second names of tied ones too.
 
     They are a task's own layers, or what turns a language model's hidden states into logits.
@@ -85,9 +90,9 @@ def outside(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def task_layers(model: PreTrainedModel) -> list[str]:
+def task_layer_parameters(model: PreTrainedModel) -> list[str]:
     """Names of the parameters of a task's own layers; none in a language model, whose output was pretrained with it."""
-    return outside(model) if model.get_output_embeddings() is None else []
+    return head_parameters(model) if model.get_output_embeddings() is None else []
 
 
 def _nearest_stacks(name: str, stacks: dict[str, nn.ModuleList]) -> list[str]:
@@ -111,8 +116,8 @@ def _call_order(model: PreTrainedModel) -> dict[str, int]:
 
     hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
     try:
-        with torch.no_grad(), evaluating(model):
-            model.base_model(**few_tokens(model))
+        with torch.no_grad(), eval_mode(model):
+            model.base_model(**make_probe_inputs(model))
     finally:
         for hook in hooks:
             hook.remove()

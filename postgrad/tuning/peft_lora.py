@@ -22,11 +22,11 @@ from transformers.models.auto import modeling_auto
 
 from postgrad.errors import TuningError
 from postgrad.tuning.targets import is_transposed
-from postgrad.tuning.tuning import PeftFolder, Published
+from postgrad.tuning.tuning import PeftFolder, TuningExport
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
-_TASKS = {
+_PEFT_TASKS = {
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -34,7 +34,7 @@ _TASKS = {
 }
 
 # What a configuration may ask for that is more than A and B at linear layers.
-_UNKNOWN = (
+_UNSUPPORTED_OPTIONS = (
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
@@ -47,36 +47,36 @@ _UNKNOWN = (
     "use_qalora",
     "velora_config",
 )
-_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
-def write_lora(model: PreTrainedModel, published: Published, layers: Sequence[str]) -> PeftFolder | None:
+def write_lora(model: PreTrainedModel, export: TuningExport, layers: Sequence[str]) -> PeftFolder | None:
     """A published adapter of `layers` in PEFT's format.
 
     None when a weight that moved besides has no place in it, or PEFT would take the layers' names for others.
     """
-    options = published.options
+    options = export.options
     saved = _modules_to_save(model, options.get("also", []), layers)
     if saved is None:
         return None
-    task = next((task for task, names in _TASKS.items() if type(model).__name__ in names.values()), None)
+    task = next((task for task, names in _PEFT_TASKS.items() if type(model).__name__ in names.values()), None)
     if task in ("SEQ_CLS", "TOKEN_CLS") and not saved:
         task = None  # PEFT would look for the head among the tensors
     config = LoraConfig(
         r=options["rank"],
-        lora_alpha=_number(options["alpha"]),  # type: ignore[bad-argument-type]  # PEFT divides it, whatever it is
+        lora_alpha=_int_if_integral(options["alpha"]),  # type: ignore[bad-argument-type]  # PEFT divides it, whatever it is
         target_modules=options["targets"],
         fan_in_fan_out=any(is_transposed(model.get_submodule(name)) for name in layers),
         use_rslora=options["form"] == "rslora",
         use_dora=options["form"] == "dora",
         rank_pattern=options.get("rank_pattern", {}),
-        alpha_pattern={name: _number(alpha) for name, alpha in options.get("alpha_pattern", {}).items()},
+        alpha_pattern={name: _int_if_integral(alpha) for name, alpha in options.get("alpha_pattern", {}).items()},
         modules_to_save=saved or None,
         task_type=task,
         inference_mode=True,
         base_model_name_or_path=model.name_or_path or None,
     )
-    if not _taken_as_named(config, model):
+    if not _preserves_target_names(config, model):
         return None
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     plain["peft_type"] = "LORA"
@@ -87,13 +87,13 @@ def write_lora(model: PreTrainedModel, published: Published, layers: Sequence[st
         if any(name.endswith(end) for end in saved)
         for leaf, tensor in module.named_parameters()
     }
-    return PeftFolder(plain, {f"{PREFIX}{name}": t for name, t in (published.state | besides).items()})
+    return PeftFolder(plain, {f"{PEFT_PREFIX}{name}": t for name, t in (export.state | besides).items()})
 
 
-def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Published:
+def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningExport:
     """A LoRA folder of PEFT's as options and state of ours. Raises `TuningError` for what has no place in them."""
-    _check(config)
-    ours = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    _check_config(config)
+    ours = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
     layers = [name.removesuffix(".lora_A.weight") for name in ours if name.endswith(".lora_A.weight")]
     endings = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if config.get("use_dora") else ()))
     adapters = {f"{layer}.{ending}" for layer in layers for ending in endings}
@@ -106,7 +106,7 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Publish
             expected="a lora_A and a lora_B of two dimensions at each layer",
         )
     ranks = {layer: ours[f"{layer}.lora_A.weight"].shape[0] for layer in layers}
-    alphas = {layer: _alpha(config, layer) for layer in layers}
+    alphas = {layer: _layer_alpha(config, layer) for layer in layers}
     options: dict[str, Any] = {
         "rank": config["r"],
         "alpha": config["lora_alpha"],
@@ -117,14 +117,14 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Publish
         "alpha_pattern": {layer: alpha for layer, alpha in alphas.items() if alpha != config["lora_alpha"]},
         "also": [glob.escape(name) for name in also],
     }
-    return Published(options, ours)
+    return TuningExport(options, ours)
 
 
-def _check(config: Mapping[str, Any]) -> None:
+def _check_config(config: Mapping[str, Any]) -> None:
     where = "adapter_config.json"
     if str(config.get("peft_type")).upper() != "LORA":
         raise TuningError(f"a folder of PEFT's method {config.get('peft_type')}", where=where, expected="LORA")
-    asked = [key for key in _UNKNOWN if config.get(key)]
+    asked = [key for key in _UNSUPPORTED_OPTIONS if config.get(key)]
     if config.get("use_dora") and config.get("use_rslora"):
         asked.append("use_dora and use_rslora at once")
     if str(config.get("bias", "none")) != "none":
@@ -134,7 +134,7 @@ def _check(config: Mapping[str, Any]) -> None:
             f"{asked[0]} has no place here", where=where, expected="A and B at linear layers, and task heads"
         )
     start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGED_BASE):
+    if start.startswith(_BASE_CHANGING_INITS):
         raise TuningError(
             f"this adapter belongs to a base that was changed when it was made (init_lora_weights: {start})",
             where=where,
@@ -142,7 +142,7 @@ def _check(config: Mapping[str, Any]) -> None:
         )
 
 
-def _alpha(config: Mapping[str, Any], layer: str) -> float:
+def _layer_alpha(config: Mapping[str, Any], layer: str) -> float:
     pattern = config.get("alpha_pattern") or {}
     return pattern.get(get_pattern_key(list(pattern), layer), config["lora_alpha"])
 
@@ -161,7 +161,7 @@ def _modules_to_save(model: PreTrainedModel, also: Sequence[str], layers: Sequen
     return owners
 
 
-def _taken_as_named(config: LoraConfig, model: PreTrainedModel) -> bool:
+def _preserves_target_names(config: LoraConfig, model: PreTrainedModel) -> bool:
     """Whether PEFT leaves the names of layers as they are: of some mixtures of experts it takes dense layers for experts."""
     read = copy.deepcopy(config)
     try:
@@ -171,6 +171,6 @@ def _taken_as_named(config: LoraConfig, model: PreTrainedModel) -> bool:
     return read.target_modules == config.target_modules and not read.target_parameters
 
 
-def _number(value: float) -> float:
+def _int_if_integral(value: float) -> float:
     """Whole numbers as integers: other readers of PEFT's format expect them."""
     return int(value) if math.isclose(value, round(value)) else value

@@ -27,44 +27,47 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from postgrad.errors import TuningError, nearest
-from postgrad.models.pretrained import table_of
-from postgrad.models.sublayers import evaluating
-from postgrad.tuning.extra_trainable import Besides
+from postgrad.errors import TuningError, suggest_nearest
+from postgrad.models.pretrained import get_embedding_weight
+from postgrad.models.sublayers import eval_mode
+from postgrad.tuning.extra_trainable import ExtraTrainable
 from postgrad.tuning.prefix_attention import (
-    NAME,
-    SHARES,
-    WATCHED,
-    Implementations,
-    Met,
-    Share,
-    all_by,
-    arguments,
-    attend_by,
-    attending,
-    few_ids,
-    implementations_of,
-    watch,
+    LAYER_PREFIXES,
+    PREFIX_IMPLEMENTATION,
+    RECORDING_IMPLEMENTATION,
+    AttentionCall,
+    AttentionImplementations,
+    LayerPrefix,
+    get_implementations,
+    make_inputs,
+    record_attention,
+    sample_token_ids,
+    set_implementations,
+    uniform_implementations,
+    use_implementations,
 )
-from postgrad.tuning.tuning import PeftFolder, Published, Tuning, take
+from postgrad.tuning.tuning import PeftFolder, Tuning, TuningExport, copy_state
 
 ROLES = ("encoder", "decoder", "cross")
-INSTEAD = "prompt tuning, LoRA and adapters work on this model"
-_SOURCE, _TARGET = 7, 5
+ALTERNATIVES_HINT = "prompt tuning, LoRA and adapters work on this model"
+_SOURCE_LENGTH, _TARGET_LENGTH = 7, 5
 """Lengths of the forward pass that is watched; they tell cross-attention from the others."""
 
 
-class _Published(NamedTuple):
+class _PrefixDefaults(NamedTuple):
     """What a publication's code takes when it is told nothing."""
 
     hidden: int | None
     dropout: float
 
 
-KINDS: Mapping[str, _Published] = {"prefix": _Published(512, 0.0), "p-tuning-v2": _Published(None, 0.1)}
+DEFAULTS: Mapping[str, _PrefixDefaults] = {
+    "prefix": _PrefixDefaults(512, 0.0),
+    "p-tuning-v2": _PrefixDefaults(None, 0.1),
+}
 
 
-class Table(nn.Module):
+class PrefixTable(nn.Module):
     """The keys and values themselves, (N, S)."""
 
     def __init__(self, length: int, out: int, spread: float) -> None:
@@ -77,12 +80,12 @@ class Table(nn.Module):
         return self.table
 
     @torch.no_grad()
-    def start_at(self, target_NS: Tensor) -> None:
+    def initialize(self, target_NS: Tensor) -> None:
         """Become these keys and values."""
         self.table.copy_(target_NS)
 
 
-class Reparameterised(nn.Module):
+class PrefixMLP(nn.Module):
     """A table (N, D) and an MLP that makes (N, S) of it, drawn as the published code's (torch's own ways).
 
     Its layers are plain parameters, so that nothing which looks for linear layers of the model takes them for such.
@@ -108,7 +111,7 @@ class Reparameterised(nn.Module):
         return hidden
 
     @torch.no_grad()
-    def start_at(self, target_NS: Tensor) -> None:
+    def initialize(self, target_NS: Tensor) -> None:
         """Make these keys and values, by the least change of the last layer that comes nearest to them.
 
         The published code takes 500 steps of Adam down the same squared error; with N up to M this reaches zero.
@@ -118,55 +121,60 @@ class Reparameterised(nn.Module):
         self.weights[-1] += change_MS.T.to(self.weights[-1])
 
 
-class Vectors(nn.Module):
+class PrefixEncoder(nn.Module):
     """All that one prefix learns, by role, and the shares of the attention modules, which it fills."""
 
-    def __init__(self, parts: Mapping[str, Table | Reparameterised], dropout: float, original: Implementations) -> None:
+    def __init__(
+        self,
+        parts: Mapping[str, PrefixTable | PrefixMLP],
+        dropout: float,
+        original_implementations: AttentionImplementations,
+    ) -> None:
         """`original`: how the model attended before its first prefix came."""
         super().__init__()
         self.parts = nn.ModuleDict(parts)
         self.dropout = nn.Dropout(dropout)
-        self.original = original
-        self.on = True
-        self.shares: dict[str, list[Share]] = {role: [] for role in parts}
+        self.original_implementations = original_implementations
+        self.enabled = True
+        self.layer_prefixes: dict[str, list[LayerPrefix]] = {role: [] for role in parts}
         self.roles: dict[nn.Module, set[str]] = {}
 
-    def all_shares(self) -> list[Share]:
+    def all_layer_prefixes(self) -> list[LayerPrefix]:
         """Those of every role."""
-        return [share for shares in self.shares.values() for share in shares]
+        return [share for shares in self.layer_prefixes.values() for share in shares]
 
-    def begin(self, stack: nn.Module, _inputs: object) -> None:
+    def precompute(self, stack: nn.Module, _inputs: object) -> None:
         """Before a stack of blocks runs: compute what its attention modules read, once for all of them.
 
         Raises `TuningError` when the model attends in a way that would leave the prefix out.
         """
-        if not self.on:
+        if not self.enabled:
             return
-        now = getattr(getattr(stack, "config", None), "_attn_implementation", NAME)
-        if now not in (NAME, WATCHED):
+        now = getattr(getattr(stack, "config", None), "_attn_implementation", PREFIX_IMPLEMENTATION)
+        if now not in (PREFIX_IMPLEMENTATION, RECORDING_IMPLEMENTATION):
             raise TuningError(
                 f"the model attends by `{now}`, so its prefix would be left out",
                 where="tuning",
-                way_out=f'model.set_attn_implementation("{NAME}"), or `off()`',
+                way_out=f'model.set_attn_implementation("{PREFIX_IMPLEMENTATION}"), or `off()`',
             )
         for role in self.roles[stack]:
-            for share, both in zip(self.shares[role], self.keys_and_values(role), strict=True):
-                share.kept = both
+            for share, both in zip(self.layer_prefixes[role], self.keys_and_values(role), strict=True):
+                share.cache = both
 
     def keys_and_values(self, role: str) -> list[tuple[Tensor, Tensor]]:
         """For each share of a role, keys and values of shape (H, N, C)."""
-        shares = self.shares[role]
+        shares = self.layer_prefixes[role]
         pieces = self.parts[role]().split([size for share in shares for size in share.sizes], -1)
         folded = [piece.unflatten(-1, (shares[i // 2].heads, -1)).transpose(0, 1) for i, piece in enumerate(pieces)]
         return list(zip(folded[::2], folded[1::2], strict=True))
 
-    def alone(self, share: Share) -> tuple[Tensor, Tensor]:
+    def recompute(self, layer_prefix: LayerPrefix) -> tuple[Tensor, Tensor]:
         """One share's keys and values of shape (H, N, C), with a graph of their own."""
-        role = next(role for role, shares in self.shares.items() if share in shares)
-        return self.keys_and_values(role)[self.shares[role].index(share)]
+        role = next(role for role, shares in self.layer_prefixes.items() if layer_prefix in shares)
+        return self.keys_and_values(role)[self.layer_prefixes[role].index(layer_prefix)]
 
 
-class _Slot(NamedTuple):
+class _AttentionSlot(NamedTuple):
     """An attention module that can read a prefix: `heads` key heads, `key` and `value` numbers wide."""
 
     name: str
@@ -199,7 +207,7 @@ class Prefix(Tuning):
     cannot be.
     """
 
-    attention = NAME
+    attention = PREFIX_IMPLEMENTATION
 
     def __init__(
         self,
@@ -217,34 +225,36 @@ class Prefix(Tuning):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__(model)
-        published = _published(kind)
+        published = _get_defaults(kind)
         self.kind, self.length, self.also = kind, length, list(also)
         self.hidden = published.hidden if hidden == "auto" else hidden
         self.dropout = published.dropout if dropout == "auto" else dropout
         self.deep = deep
-        _check(self)
-        found = _discover(model)
-        self.roles = _chosen(slots, {slot.role for slot in found})
+        _check_options(self)
+        found = _discover_slots(model)
+        self.roles = _select_roles(slots, {slot.role for slot in found})
         self.slots = [slot for slot in found if slot.role in self.roles]
-        first_NS = {} if start is None else self._first(start, tokenizer)
+        first_NS = {} if start is None else self._text_key_values(start, tokenizer)
 
-        earlier = [m for m in model.modules() if isinstance(m, Vectors)]
+        earlier = [m for m in model.modules() if isinstance(m, PrefixEncoder)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            parts = {role: self._part(role) for role in self.roles}
-        self.vectors = Vectors(parts, self.dropout, earlier[0].original if earlier else implementations_of(model))
-        self.vectors.to(table_of(model).device).train(model.training)
+            parts = {role: self._make_part(role) for role in self.roles}
+        self.encoder = PrefixEncoder(
+            parts, self.dropout, earlier[0].original_implementations if earlier else get_implementations(model)
+        )
+        self.encoder.to(get_embedding_weight(model).device).train(model.training)
         for role, target_NS in first_NS.items():
-            parts[role].start_at(target_NS)
+            parts[role].initialize(target_NS)
 
-        self._besides = Besides(model, also)
+        self._extra_trainable = ExtraTrainable(model, also)
         self._hooks: list[RemovableHandle] = []
         names = ("prefix", *(f"prefix_{i + 2}" for i in range(len(earlier))))
-        self._name = next(name for name in names if not hasattr(model, name))
-        model.add_module(self._name, self.vectors)
+        self._module_name = next(name for name in names if not hasattr(model, name))
+        model.add_module(self._module_name, self.encoder)
         try:
-            self._place()
-            self._probe()
+            self._attach_layer_prefixes()
+            self._check_effect()
         except Exception:
             self.detach()
             raise
@@ -253,15 +263,15 @@ class Prefix(Tuning):
             "computed by `sdpa`"
         )
 
-    def _part(self, role: str) -> Table | Reparameterised:
+    def _make_part(self, role: str) -> PrefixTable | PrefixMLP:
         """What is learnt for a role."""
         config = self.model.config.get_text_config()
         out = sum(sum(slot.sizes) for slot in self.slots if slot.role == role)
         if self.hidden is None:
-            return Table(self.length, out, float(getattr(config, "initializer_range", 0.02)))
-        return Reparameterised(self.length, [config.hidden_size, *[self.hidden] * (1 + self.deep), out])
+            return PrefixTable(self.length, out, float(getattr(config, "initializer_range", 0.02)))
+        return PrefixMLP(self.length, [config.hidden_size, *[self.hidden] * (1 + self.deep), out])
 
-    def _first(self, text: str, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Tensor]:
+    def _text_key_values(self, text: str, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Tensor]:
         """By role, the keys and values (N, S) of a text's tokens."""
         ids = [] if tokenizer is None else tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
@@ -271,36 +281,38 @@ class Prefix(Tuning):
                 expected="words that the first keys and values come from, or no start at all",
             )
         repeated = (ids * math.ceil(self.length / len(ids)))[: self.length]
-        words_1N = torch.tensor([repeated], device=table_of(self.model).device)
-        with evaluating(self.model):
-            _, calls = watch(self.model, arguments(self.model, words_1N, words_1N))
+        words_1N = torch.tensor([repeated], device=get_embedding_weight(self.model).device)
+        with eval_mode(self.model):
+            _, calls = record_attention(self.model, make_inputs(self.model, words_1N, words_1N))
         met = {id(call.module): call for call in reversed(calls)}  # the first, where blocks share weights
         by_role = {role: [met[id(s.module)] for s in self.slots if s.role == role] for role in self.roles}
-        return {role: torch.cat([_flat(call) for call in of], 1) for role, of in by_role.items()}
+        return {role: torch.cat([_flatten_key_values(call) for call in of], 1) for role, of in by_role.items()}
 
-    def _place(self) -> None:
+    def _attach_layer_prefixes(self) -> None:
         """Give every attention module its share, and have the shares filled when its stack begins."""
         for slot in self.slots:
-            share = Share(self.vectors, slot.heads, slot.sizes)
-            self.vectors.shares[slot.role].append(share)
-            setattr(slot.module, SHARES, [*getattr(slot.module, SHARES, ()), share])
-            self.vectors.roles.setdefault(_stack(self.model, slot.name), set()).add(slot.role)
-        self._hooks = [stack.register_forward_pre_hook(self.vectors.begin) for stack in self.vectors.roles]
-        attend_by(all_by(self.model, NAME))
+            share = LayerPrefix(self.encoder, slot.heads, slot.sizes)
+            self.encoder.layer_prefixes[slot.role].append(share)
+            setattr(slot.module, LAYER_PREFIXES, [*getattr(slot.module, LAYER_PREFIXES, ()), share])
+            self.encoder.roles.setdefault(_outer_stack(self.model, slot.name), set()).add(slot.role)
+        self._hooks = [stack.register_forward_pre_hook(self.encoder.precompute) for stack in self.encoder.roles]
+        set_implementations(uniform_implementations(self.model, PREFIX_IMPLEMENTATION))
 
-    def _probe(self) -> None:
+    def _check_effect(self) -> None:
         """Raise `TuningError` unless the prefix changes what the body answers, and learns in every module."""
-        model, shares = self.model, self.vectors.all_shares()
-        inputs = arguments(model, few_ids(model, 1, _SOURCE), few_ids(model, 1, _TARGET))
-        with evaluating(model):
+        model, shares = self.model, self.encoder.all_layer_prefixes()
+        inputs = make_inputs(
+            model, sample_token_ids(model, 1, _SOURCE_LENGTH), sample_token_ids(model, 1, _TARGET_LENGTH)
+        )
+        with eval_mode(model):
             with torch.enable_grad():
                 answer = model.base_model(**inputs)[0].float()
                 # Not the plain sum: behind a norm that is a constant.
                 along = torch.linspace(-1, 1, answer.numel(), device=answer.device).sin().view_as(answer)
-                read = [tensor for share in shares for tensor in share.kept or ()]
+                read = [tensor for share in shares for tensor in share.cache or ()]
                 reached = answer.requires_grad and len(read) == 2 * len(shares)
                 gradients = torch.autograd.grad((answer * along).sum(), read, allow_unused=True) if reached else ()
-            with torch.no_grad(), self.off():
+            with torch.no_grad(), self.disable():
                 base = model.base_model(**inputs)[0].float()
         deaf = any(gradient is None or not bool(gradient.any()) for gradient in gradients)
         if not reached or deaf or torch.equal(answer, base):
@@ -308,46 +320,49 @@ class Prefix(Tuning):
                 f"the prefix does not reach the answers of {type(model).__name__}",
                 where="tuning",
                 expected="attention modules whose keys and values all matter to the last hidden states",
-                way_out=INSTEAD,
+                way_out=ALTERNATIVES_HINT,
             )
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def disable(self) -> Iterator[None]:
         """Inside, the model attends as it did before, without my keys and values; another prefix stays."""
-        others = any(m.on for m in self.model.modules() if isinstance(m, Vectors) and m is not self.vectors)
-        was, self.vectors.on = self.vectors.on, False
+        others = any(m.enabled for m in self.model.modules() if isinstance(m, PrefixEncoder) and m is not self.encoder)
+        was, self.encoder.enabled = self.encoder.enabled, False
         try:
-            with self._besides.as_before(), nullcontext() if others else attending(self.model, self.vectors.original):
+            with (
+                self._extra_trainable.use_initial_values(),
+                nullcontext() if others else use_implementations(self.model, self.encoder.original_implementations),
+            ):
                 yield
         finally:
-            self.vectors.on = was
+            self.encoder.enabled = was
 
-    def _own(self) -> dict[str, nn.Parameter]:
-        return dict(self.vectors.named_parameters()) | self._besides.tensors()
+    def _trained_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.encoder.named_parameters()) | self._extra_trainable.tensors()
 
     def state(self) -> dict[str, Tensor]:
         """What is learnt for each role, its MLP included, and the base's weights that move."""
-        return {name: p.detach() for name, p in self._own().items()}
+        return {name: p.detach() for name, p in self._trained_parameters().items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises `TuningError` for another state, so also for vectors without their MLP."""
-        take(self._own(), state, self.kind)
+        copy_state(self._trained_parameters(), state, self.kind)
 
     def detach(self) -> None:
         """Take keys, values and hooks out; the model attends, and its body's weights are and may move, as it was found."""
-        self._besides.put_back()
+        self._extra_trainable.restore_values()
         for hook in self._hooks:
             hook.remove()
         for slot in self.slots:
-            left = [share for share in getattr(slot.module, SHARES, ()) if share.source is not self.vectors]
+            left = [share for share in getattr(slot.module, LAYER_PREFIXES, ()) if share.provider is not self.encoder]
             if left:
-                setattr(slot.module, SHARES, left)
-            elif hasattr(slot.module, SHARES):
-                delattr(slot.module, SHARES)
-        delattr(self.model, self._name)
-        self._besides.give_back()
-        if not any(isinstance(m, Vectors) for m in self.model.modules()):
-            attend_by(self.vectors.original)
+                setattr(slot.module, LAYER_PREFIXES, left)
+            elif hasattr(slot.module, LAYER_PREFIXES):
+                delattr(slot.module, LAYER_PREFIXES)
+        delattr(self.model, self._module_name)
+        self._extra_trainable.restore_requires_grad()
+        if not any(isinstance(m, PrefixEncoder) for m in self.model.modules()):
+            set_implementations(self.encoder.original_implementations)
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raises `TuningError`: there are no plain weights of the same effect."""
@@ -358,7 +373,7 @@ class Prefix(Tuning):
             way_out="publish the prefix as a folder and attach it where the model is used",
         )
 
-    def published(self) -> Published:
+    def export(self) -> TuningExport:
         """The keys and values themselves, computed once, without the MLP that made them."""
         options = {
             "kind": self.kind,
@@ -369,8 +384,8 @@ class Prefix(Tuning):
             "also": self.also,
         }
         with torch.no_grad():
-            flat = {f"parts.{role}.table": part().clone() for role, part in self.vectors.parts.items()}
-        return Published(options, flat | {name: p.detach() for name, p in self._besides.tensors().items()})
+            flat = {f"parts.{role}.table": part().clone() for role, part in self.encoder.parts.items()}
+        return TuningExport(options, flat | {name: p.detach() for name, p in self._extra_trainable.tensors().items()})
 
     def peft(self) -> PeftFolder | None:
         """PEFT's PREFIX_TUNING, for causal decoders with rotary (or no) positions and no sliding window; else None.
@@ -383,10 +398,10 @@ class Prefix(Tuning):
         alike = all(slot[3:] == shape[3:] for slot in self.slots) and shape.key == shape.value
         causal = self.roles == ["decoder"] and self.model.get_output_embeddings() is not None
         whole = alike and len(self.slots) == config.num_hidden_layers
-        if not causal or not whole or _windowed(self.model) or self._besides.names:
+        if not causal or not whole or _has_sliding_window(self.model) or self._extra_trainable.names:
             return None
-        with self.off():
-            turns = _turns(self.model, self.slots, self.length)
+        with self.disable():
+            turns = _position_rotations(self.model, self.slots, self.length)
         if turns is None:
             return None
         description = {
@@ -402,8 +417,8 @@ class Prefix(Tuning):
             "encoder_hidden_size": shape.sizes[0],
             "prefix_projection": False,
         }
-        flat_NS = self.published().state["parts.decoder.table"]
-        return PeftFolder(description, {"prompt_embeddings": _turned(flat_NS, self.slots, turns)})
+        flat_NS = self.export().state["parts.decoder.table"]
+        return PeftFolder(description, {"prompt_embeddings": _rotate_keys(flat_NS, self.slots, turns)})
 
 
 def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Prefix:
@@ -438,26 +453,28 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
     except TuningError:
         prefix.detach()
         raise
-    with prefix.off():
-        turns = _turns(model, prefix.slots, prefix.length)
-    if _windowed(model):
+    with prefix.disable():
+        turns = _position_rotations(model, prefix.slots, prefix.length)
+    if _has_sliding_window(model):
         prefix.notes.append("with PEFT the sliding window leaves the prefix behind, here it stays in sight")
     if turns is None:
         prefix.notes.append(f"learnt for positions from {prefix.length} on: give `position_ids` moved on by as many")
     else:
-        back = _turned(flat_NS, prefix.slots, [turn_CC.T for turn_CC in turns])
+        back = _rotate_keys(flat_NS, prefix.slots, [turn_CC.T for turn_CC in turns])
         prefix.load({"parts.decoder.table": back, **beside})
     return prefix
 
 
-def _published(kind: str) -> _Published:
-    if kind not in KINDS:
-        known = " or ".join(KINDS)
-        raise TuningError(f"'{kind}' is no prefix", where="tuning.kind", expected=known, way_out=nearest(kind, KINDS))
-    return KINDS[kind]
+def _get_defaults(kind: str) -> _PrefixDefaults:
+    if kind not in DEFAULTS:
+        known = " or ".join(DEFAULTS)
+        raise TuningError(
+            f"'{kind}' is no prefix", where="tuning.kind", expected=known, way_out=suggest_nearest(kind, DEFAULTS)
+        )
+    return DEFAULTS[kind]
 
 
-def _check(prefix: Prefix) -> None:
+def _check_options(prefix: Prefix) -> None:
     """Raise `TuningError` for an option that makes no prefix."""
     ranges = {
         "length": (prefix.length >= 1, "1 or more"),
@@ -470,53 +487,65 @@ def _check(prefix: Prefix) -> None:
             raise TuningError(f"{getattr(prefix, key)!r} cannot be used", where=f"tuning.{key}", expected=expected)
 
 
-def _chosen(slots: Sequence[str] | Literal["all"], there: set[str]) -> list[str]:
+def _select_roles(slots: Sequence[str] | Literal["all"], available: set[str]) -> list[str]:
     """The roles that get a prefix. Raises `TuningError` for one that the model has not."""
-    wanted = there if slots == "all" else set(slots)
-    if not wanted or not wanted <= there:
+    wanted = available if slots == "all" else set(slots)
+    if not wanted or not wanted <= available:
         raise TuningError(
-            f"no attention of this model is '{min(wanted - there)}'" if wanted else "no attention is named",
+            f"no attention of this model is '{min(wanted - available)}'" if wanted else "no attention is named",
             where="tuning.slots",
-            expected=f"all, or some of {', '.join(role for role in ROLES if role in there)}",
+            expected=f"all, or some of {', '.join(role for role in ROLES if role in available)}",
         )
     return [role for role in ROLES if role in wanted]
 
 
-def _discover(model: PreTrainedModel) -> list[_Slot]:
+def _discover_slots(model: PreTrainedModel) -> list[_AttentionSlot]:
     """The model's attention modules, in the order they are called. Raises `TuningError` when a prefix could not get in."""
-    inputs, name = arguments(model, few_ids(model, 1, _SOURCE), few_ids(model, 1, _TARGET)), type(model).__name__
+    inputs, name = (
+        make_inputs(model, sample_token_ids(model, 1, _SOURCE_LENGTH), sample_token_ids(model, 1, _TARGET_LENGTH)),
+        type(model).__name__,
+    )
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             usual = model.base_model(**inputs)[0].float()
-            answer, calls = watch(model, inputs)
+            answer, calls = record_attention(model, inputs)
     except (ValueError, TypeError, RuntimeError) as error:
         why = (str(error).splitlines() or [""])[0]
-        raise TuningError(f"{name} cannot attend by `sdpa`: {why}", where="tuning", way_out=INSTEAD) from error
+        raise TuningError(
+            f"{name} cannot attend by `sdpa`: {why}", where="tuning", way_out=ALTERNATIVES_HINT
+        ) from error
     if not calls:
         raise TuningError(
             f"no attention of {name} goes through transformers' attention interface",
             where="tuning",
             expected="an architecture that does (T5 from transformers 5.16.1 on)",
-            way_out=INSTEAD,
+            way_out=ALTERNATIVES_HINT,
         )
-    tolerance = torch.finfo(table_of(model).dtype).eps ** 0.5 * max(1.0, usual.abs().max().item())
+    tolerance = torch.finfo(get_embedding_weight(model).dtype).eps ** 0.5 * max(1.0, usual.abs().max().item())
     if (answer.float() - usual).abs().max().item() > tolerance:
         what = f"attention of {name} is more than `sdpa` computes (sinks, soft-capped scores)"
-        raise TuningError(what, where="tuning", way_out=INSTEAD)
+        raise TuningError(what, where="tuning", way_out=ALTERNATIVES_HINT)
     names = {id(module): path for path, module in model.named_modules()}
     once = {id(call.module): call for call in calls}
-    return [_slot(names[key], call, two="decoder_input_ids" in inputs) for key, call in once.items()]
+    return [_make_slot(names[key], call, has_two_stacks="decoder_input_ids" in inputs) for key, call in once.items()]
 
 
-def _slot(name: str, call: Met, *, two: bool) -> _Slot:
+def _make_slot(name: str, call: AttentionCall, *, has_two_stacks: bool) -> _AttentionSlot:
     """What a call says of its module; with `two` stacks, lengths tell them apart."""
     keys = call.key.shape[2]
     alone = "decoder" if call.causal else "encoder"
-    behind = "cross" if keys != call.queries else "encoder" if keys == _SOURCE else "decoder"
-    return _Slot(name, call.module, behind if two else alone, call.key.shape[1], call.key.shape[3], call.value.shape[3])
+    behind = "cross" if keys != call.queries else "encoder" if keys == _SOURCE_LENGTH else "decoder"
+    return _AttentionSlot(
+        name,
+        call.module,
+        behind if has_two_stacks else alone,
+        call.key.shape[1],
+        call.key.shape[3],
+        call.value.shape[3],
+    )
 
 
-def _stack(model: PreTrainedModel, name: str) -> nn.Module:
+def _outer_stack(model: PreTrainedModel, name: str) -> nn.Module:
     """What holds the outermost list of blocks that a module stands in; the body when it stands in none."""
     parts = name.split(".")
     for end in range(1, len(parts)):
@@ -525,18 +554,18 @@ def _stack(model: PreTrainedModel, name: str) -> nn.Module:
     return model.base_model
 
 
-def _flat(call: Met) -> Tensor:
+def _flatten_key_values(call: AttentionCall) -> Tensor:
     """The keys and values that one row met, (T, numbers of this module)."""
     return torch.cat([part[0].transpose(0, 1).flatten(1) for part in (call.key, call.value)], 1)
 
 
-def _windowed(model: PreTrainedModel) -> bool:
+def _has_sliding_window(model: PreTrainedModel) -> bool:
     """Whether some layers see only the last tokens of the cache."""
     config = model.config.get_text_config()
     return any(getattr(config, key, None) is not None for key in ("sliding_window", "attention_chunk_size"))
 
 
-def _turns(model: PreTrainedModel, slots: Sequence[_Slot], by: int) -> list[Tensor] | None:
+def _position_rotations(model: PreTrainedModel, slots: Sequence[_AttentionSlot], offset: int) -> list[Tensor] | None:
     """For each slot the rotation (C, C) that a key undergoes when its token moves on by some positions.
 
     Measured, not looked up: single tokens attend to themselves alone, so moving one changes its keys by the rotation and
@@ -544,12 +573,12 @@ def _turns(model: PreTrainedModel, slots: Sequence[_Slot], by: int) -> list[Tens
     """
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return None
-    tolerance = torch.finfo(table_of(model).dtype).eps ** 0.5
-    ids_B1 = few_ids(model, 2 * max(slot.key for slot in slots), 1)
+    tolerance = torch.finfo(get_embedding_weight(model).dtype).eps ** 0.5
+    ids_B1 = sample_token_ids(model, 2 * max(slot.key for slot in slots), 1)
     met: list[dict[int, Tensor]] = []
-    with evaluating(model):
-        for position in (0, by):
-            _, calls = watch(model, {"input_ids": ids_B1, "position_ids": torch.full_like(ids_B1, position)})
+    with eval_mode(model):
+        for position in (0, offset):
+            _, calls = record_attention(model, {"input_ids": ids_B1, "position_ids": torch.full_like(ids_B1, position)})
             met.append({id(call.module): call.key.squeeze(2).flatten(0, 1).double() for call in calls})
     turns = []
     for slot in slots:
@@ -563,10 +592,10 @@ def _turns(model: PreTrainedModel, slots: Sequence[_Slot], by: int) -> list[Tens
     return turns
 
 
-def _turned(flat_NS: Tensor, slots: Sequence[_Slot], turns: Sequence[Tensor]) -> Tensor:
+def _rotate_keys(flat_NS: Tensor, slots: Sequence[_AttentionSlot], rotations: Sequence[Tensor]) -> Tensor:
     """Keys multiplied by a matrix for each slot, values as they are."""
     pieces = list(flat_NS.split([size for slot in slots for size in slot.sizes], 1))
-    for i, (slot, turn_CC) in enumerate(zip(slots, turns, strict=True)):
+    for i, (slot, turn_CC) in enumerate(zip(slots, rotations, strict=True)):
         heads_NHC = pieces[2 * i].unflatten(1, (slot.heads, slot.key)).double()
         pieces[2 * i] = (heads_NHC @ turn_CC).flatten(1).to(flat_NS.dtype)
     return torch.cat(pieces, 1)

@@ -29,26 +29,26 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from postgrad.errors import TuningError
-from postgrad.models.pretrained import table_of
+from postgrad.models.pretrained import get_embedding_weight
 
-NAME = "prefix"
-WATCHED = "prefix_watched"
-SHARES = "prefix_shares"
+PREFIX_IMPLEMENTATION = "prefix"
+RECORDING_IMPLEMENTATION = "prefix_watched"
+LAYER_PREFIXES = "prefix_shares"
 """The attribute of an attention module that lists its shares."""
 
 
-class Source(Protocol):
+class PrefixProvider(Protocol):
     """Where shares come from."""
 
-    on: bool
+    enabled: bool
     dropout: nn.Dropout
 
-    def alone(self, share: Share) -> tuple[Tensor, Tensor]:
+    def recompute(self, layer_prefix: LayerPrefix) -> tuple[Tensor, Tensor]:
         """One share's keys and values of shape (H, N, C), with a graph of their own."""
         ...
 
 
-class Share:
+class LayerPrefix:
     """What one prefix gives to one attention module: keys and values of shape (H, N, C).
 
     They are computed for all modules at once when a forward pass begins, and kept until the next one: a layer whose
@@ -56,29 +56,29 @@ class Share:
     because a recomputed layer draws the same numbers again.
     """
 
-    def __init__(self, source: Source, heads: int, sizes: tuple[int, int]) -> None:
+    def __init__(self, provider: PrefixProvider, heads: int, sizes: tuple[int, int]) -> None:
         """`sizes`: how many numbers all heads' keys and values of one position have."""
-        self.source, self.heads, self.sizes = source, heads, sizes
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.provider, self.heads, self.sizes = provider, heads, sizes
+        self.cache: tuple[Tensor, Tensor] | None = None
 
-    def read(self, key_BHKC: Tensor, value_BHKC: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, key_BHKC: Tensor, value_BHKC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of shape (B, H, N, C), with the batch, dtype and device of the module's own."""
-        key, value = self.source.alone(self) if self.kept is None else self.kept
+        key, value = self.provider.recompute(self) if self.cache is None else self.cache
         if key.requires_grad and not torch.is_grad_enabled():
             # Reentrant checkpointing: a layer's backward pass is one of its own, and frees the graph that it goes through.
-            self.kept = None
-        return self._rows(key, key_BHKC), self._rows(value, value_BHKC)
+            self.cache = None
+        return self._expand_rows(key, key_BHKC), self._expand_rows(value, value_BHKC)
 
-    def _rows(self, mine_HNC: Tensor, like_BHKC: Tensor) -> Tensor:
+    def _expand_rows(self, prefix_HNC: Tensor, like_BHKC: Tensor) -> Tensor:
         # Each row of a batch loses numbers of its own, as in the published code, which repeats the prefix first.
-        return self.source.dropout(mine_HNC.to(like_BHKC).expand(like_BHKC.shape[0], -1, -1, -1))
+        return self.provider.dropout(prefix_HNC.to(like_BHKC).expand(like_BHKC.shape[0], -1, -1, -1))
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model begins its own forward passes.
-        return {**self.__dict__, "kept": None}
+        return {**self.__dict__, "cache": None}
 
 
-def prefixed(
+def prefix_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -92,7 +92,7 @@ def prefixed(
 
     Raises `TuningError` under continuous batching, whose cache would take the prefix in.
     """
-    shares: list[Share] = [share for share in getattr(module, SHARES, ()) if share.source.on]
+    shares: list[LayerPrefix] = [share for share in getattr(module, LAYER_PREFIXES, ()) if share.provider.enabled]
     if shares and kwargs.get("cache") is not None:
         raise TuningError("continuous batching would cache the prefix", where="tuning", way_out="use `generate`")
     if not shares:
@@ -102,7 +102,7 @@ def prefixed(
     queries, keys = query.shape[2], key.shape[2]
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and queries > 1 and attention_mask is None
-    mine = [share.read(key, value) for share in shares]
+    mine = [share.keys_and_values(key, value) for share in shares]
     key, value = torch.cat([*(k for k, _ in mine), key], 2), torch.cat([*(v for _, v in mine), value], 2)
     more = key.shape[2] - keys
     if position_bias is not None:
@@ -121,7 +121,7 @@ def prefixed(
     return out[:, -queries:], None
 
 
-class Met(NamedTuple):
+class AttentionCall(NamedTuple):
     """One call of attention in a forward pass: keys and values of shape (B, H, K, C), and how many queries."""
 
     module: nn.Module
@@ -131,10 +131,10 @@ class Met(NamedTuple):
     causal: bool
 
 
-_MET: list[Met] = []
+_RECORDED_CALLS: list[AttentionCall] = []
 
 
-def _watched(
+def _recording_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     for more in ("softcap", "s_aux"):  # soft-capped scores, sinks: some versions of `sdpa` pass over them in silence
@@ -142,69 +142,72 @@ def _watched(
             raise ValueError(f"it does not know `{more}`")
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    _MET.append(Met(module, query.shape[2], key, value, bool(causal)))
-    return prefixed(module, query, key, value, attention_mask, **kwargs)
+    _RECORDED_CALLS.append(AttentionCall(module, query.shape[2], key, value, bool(causal)))
+    return prefix_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-for _name, _function in ((NAME, prefixed), (WATCHED, _watched)):
+for _name, _function in (
+    (PREFIX_IMPLEMENTATION, prefix_attention_forward),
+    (RECORDING_IMPLEMENTATION, _recording_forward),
+):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, sdpa_mask)
 
 
-Implementations = list[tuple[PreTrainedConfig, str | None]]
+AttentionImplementations = list[tuple[PreTrainedConfig, str | None]]
 """By what each of a model's configurations makes its modules attend."""
 
 
-def implementations_of(model: PreTrainedModel) -> Implementations:
+def get_implementations(model: PreTrainedModel) -> AttentionImplementations:
     """How every part of the model attends: T5's stacks and composite models' parts have configurations of their own."""
     configs: list[object] = [getattr(module, "config", None) for module in model.modules()]
     found = {id(config): config for config in configs if isinstance(config, PreTrainedConfig)}
     return [(config, config._attn_implementation) for config in found.values()]
 
 
-def attend_by(implementations: Implementations) -> None:
+def set_implementations(implementations: AttentionImplementations) -> None:
     """Make every part of a model attend in its way."""
     for config, implementation in implementations:
         # A whole hands its own down to its parts, whose entries come after it.
         config._attn_implementation = implementation
 
 
-def all_by(model: PreTrainedModel, implementation: str) -> Implementations:
+def uniform_implementations(model: PreTrainedModel, implementation: str) -> AttentionImplementations:
     """The same implementation for every part."""
-    return [(config, implementation) for config, _ in implementations_of(model)]
+    return [(config, implementation) for config, _ in get_implementations(model)]
 
 
 @contextmanager
-def attending(model: PreTrainedModel, implementations: Implementations) -> Iterator[None]:
+def use_implementations(model: PreTrainedModel, implementations: AttentionImplementations) -> Iterator[None]:
     """Inside, the model attends so; afterwards as it did before."""
-    before = implementations_of(model)
-    attend_by(implementations)
+    before = get_implementations(model)
+    set_implementations(implementations)
     try:
         yield
     finally:
-        attend_by(before)
+        set_implementations(before)
 
 
-def watch(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Met]]:
+def record_attention(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[AttentionCall]]:
     """The first output of the model's body, and its calls of attention in order."""
-    _MET.clear()
+    _RECORDED_CALLS.clear()
     try:
-        with attending(model, all_by(model, WATCHED)), torch.no_grad():
+        with use_implementations(model, uniform_implementations(model, RECORDING_IMPLEMENTATION)), torch.no_grad():
             output = model.base_model(**inputs)[0]
-        return output, list(_MET)
+        return output, list(_RECORDED_CALLS)
     finally:
-        _MET.clear()
+        _RECORDED_CALLS.clear()
 
 
-def few_ids(model: PreTrainedModel, rows: int, length: int) -> Tensor:
+def sample_token_ids(model: PreTrainedModel, rows: int, length: int) -> Tensor:
     """Ids (B, T) of some words, the same ones every time."""
-    table = table_of(model)
+    table = get_embedding_weight(model)
     # Special ids stand first in most vocabularies, and some models count positions by padding.
     drawn = torch.randint(len(table) // 2, len(table), (rows, length), generator=torch.Generator().manual_seed(0))
     return drawn.to(table.device)
 
 
-def arguments(model: PreTrainedModel, source_BT: Tensor, target_BT: Tensor) -> dict[str, Tensor]:
+def make_inputs(model: PreTrainedModel, source_BT: Tensor, target_BT: Tensor) -> dict[str, Tensor]:
     """What the model's body is called with; the second ids only where a decoder stands behind an encoder."""
     decoder = "decoder_input_ids" in inspect.signature(model.base_model.forward).parameters
     return {"input_ids": source_BT, **({"decoder_input_ids": target_BT} if decoder else {})}

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from postgrad.errors import TuningError, nearest
-from postgrad.models.pretrained import table_of
-from postgrad.tuning.extra_trainable import Besides, bare, named_parameters
+from postgrad.errors import TuningError, suggest_nearest
+from postgrad.models.pretrained import get_embedding_weight
+from postgrad.tuning.extra_trainable import ExtraTrainable, base_parameter_name, named_parameters
 from postgrad.tuning.prompt_encoder import ENCODERS
-from postgrad.tuning.prompt_init import Start, start_PD
-from postgrad.tuning.tuning import PeftFolder, Published, Tuning, take, unfreeze
+from postgrad.tuning.prompt_init import PromptInit, initial_vectors_PD
+from postgrad.tuning.tuning import PeftFolder, Tuning, TuningExport, copy_state, unfreeze
 
 
-class Defaults(NamedTuple):
+class PromptDefaults(NamedTuple):
     """What a publication used."""
 
     length: int
@@ -38,31 +38,31 @@ class Defaults(NamedTuple):
     encoder: str
 
 
-PUBLISHED = {
+DEFAULTS = {
     # Section 3.2: beyond 20 vectors the gain is marginal.
-    "prompt": Defaults(20, "random", "none"),
+    "prompt": PromptDefaults(20, "random", "none"),
     # The LAMA code: templates of 3 + 3 + 3, nn.Embedding's own start, an LSTM.
-    "p-tuning": Defaults(9, "normal", "lstm"),
+    "p-tuning": PromptDefaults(9, "normal", "lstm"),
     # 100 vectors from U(-0.5, 0.5), shared by all data sets.
-    "instruction-prompt": Defaults(100, "random", "none"),
+    "instruction-prompt": PromptDefaults(100, "random", "none"),
 }
 
 
-class Vectors(nn.Module):
+class SoftPrompt(nn.Module):
     """The trained part, registered in the model, and the two hooks by which an embedding answers virtual ids with it."""
 
-    def __init__(self, vectors_PD: Tensor, encoder: nn.Module, first: int) -> None:
+    def __init__(self, vectors_PD: Tensor, encoder: nn.Module, first_id: int) -> None:
         super().__init__()
         self.vectors = nn.Parameter(vectors_PD)
         self.encoder = encoder
-        self.first = first
-        self.on = True
-        self.asked: Tensor | None = None
+        self.first_id = first_id
+        self.enabled = True
+        self.virtual_indices: Tensor | None = None
 
     @property
-    def stop(self) -> int:
+    def stop_id(self) -> int:
         """The id after my last."""
-        return self.first + len(self.vectors)
+        return self.first_id + len(self.vectors)
 
     def forward(self) -> Tensor:
         """What the virtual tokens stand for, of shape (P, D)."""
@@ -70,32 +70,32 @@ class Vectors(nn.Module):
         assert isinstance(out, Tensor)
         return out
 
-    def before(self, _embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def mask_virtual_ids(self, _embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Remember which ids are mine, and give the embedding one that it has in their place."""
         ids = args[0]
-        mine = (ids >= self.first) & (ids < self.stop)
-        if not self.on:
+        mine = (ids >= self.first_id) & (ids < self.stop_id)
+        if not self.enabled:
             if mine.any():
                 raise TuningError(
-                    f"a virtual id (from {self.first} on) was read while its prompt is switched off",
+                    f"a virtual id (from {self.first_id} on) was read while its prompt is switched off",
                     where="tuning",
                     expected="ids of the vocabulary: without its prompt, the base has no meaning for others",
                     way_out="leave the template's virtual ids out of what the base reads",
                 )
             return None
-        self.asked = torch.where(mine, ids - self.first, -1)
+        self.virtual_indices = torch.where(mine, ids - self.first_id, -1)
         return (ids.masked_fill(mine, 0), *args[1:])
 
-    def after(self, _embedding: nn.Module, _args: object, embedded: Tensor) -> Tensor:
+    def insert_vectors(self, _embedding: nn.Module, _args: object, embedded: Tensor) -> Tensor:
         """Put my vectors at my ids' places, in the dtype of the embedding's answer."""
-        asked, self.asked = self.asked, None
+        asked, self.virtual_indices = self.virtual_indices, None
         if asked is None:
             return embedded
         vectors = self().to(embedded.dtype)
         return torch.where((asked >= 0)[..., None], nn.functional.embedding(asked.clamp(min=0), vectors), embedded)
 
 
-class Prompt(Tuning):
+class PromptTuning(Tuning):
     """`length` trained vectors behind ids from `first` on; the base stays as it is, unless `backbone` is "trained".
 
     `start`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these
@@ -124,75 +124,81 @@ class Prompt(Tuning):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__(model)
-        usual = PUBLISHED[_one_of(kind, PUBLISHED, "kind")]
-        chosen = _one_of(usual.encoder if encoder is None else encoder, ENCODERS, "encoder")
-        _one_of(backbone, ("frozen", "trained"), "backbone")
+        usual = DEFAULTS[_check_choice(kind, DEFAULTS, "kind")]
+        chosen = _check_choice(usual.encoder if encoder is None else encoder, ENCODERS, "encoder")
+        _check_choice(backbone, ("frozen", "trained"), "backbone")
         self.kind = kind
         self.backbone = backbone
         self.also = list(also)
-        self.virtual = _fitting(model, usual.length if length is None else length)
+        self.num_virtual_tokens = _check_length(model, usual.length if length is None else length)
         self.additive = backbone == "frozen"
         how = usual.start if start is None else start
-        first_values = start_PD(model, Start(how, self.virtual, scale, text, labels, seed, tokenizer))
+        first_values = initial_vectors_PD(
+            model, PromptInit(how, self.num_virtual_tokens, scale, text, labels, seed, tokenizer)
+        )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed GPUs too
             written_by = ENCODERS[chosen](first_values.shape[1], hidden)
 
-        self._besides = Besides(model, also if self.additive else ())
-        self._moving = self._besides.names if self.additive else [bare(name) for name in unfreeze(model, ["*"])]
-        taken = [m.stop for m in model.modules() if isinstance(m, Vectors)]
-        self.first = max([len(table_of(model)), *taken])
-        self.vectors = Vectors(first_values, written_by, self.first).to(first_values.device)
-        self._name = _free_name(model, "prompt")
-        model.add_module(self._name, self.vectors)
+        self._extra_trainable = ExtraTrainable(model, also if self.additive else ())
+        self._base_names = (
+            self._extra_trainable.names
+            if self.additive
+            else [base_parameter_name(name) for name in unfreeze(model, ["*"])]
+        )
+        taken = [m.stop_id for m in model.modules() if isinstance(m, SoftPrompt)]
+        self.first_id = max([len(get_embedding_weight(model)), *taken])
+        self.soft_prompt = SoftPrompt(first_values, written_by, self.first_id).to(first_values.device)
+        self._module_name = _unused_module_name(model, "prompt")
+        model.add_module(self._module_name, self.soft_prompt)
         self._hooks: list[RemovableHandle] = []
-        for embedding in _embeddings(model):
-            self._hooks.append(embedding.register_forward_pre_hook(self.vectors.before))
-            self._hooks.append(embedding.register_forward_hook(self.vectors.after))
+        for embedding in _input_embeddings(model):
+            self._hooks.append(embedding.register_forward_pre_hook(self.soft_prompt.mask_virtual_ids))
+            self._hooks.append(embedding.register_forward_hook(self.soft_prompt.insert_vectors))
 
     @property
-    def lead(self) -> list[int]:
+    def virtual_token_ids(self) -> list[int]:
         """My virtual ids in order."""
-        return list(range(self.first, self.first + self.virtual))
+        return list(range(self.first_id, self.first_id + self.num_virtual_tokens))
 
-    def off(self) -> AbstractContextManager[None]:
+    def disable(self) -> AbstractContextManager[None]:
         """Inside, the embedding is the base's own; a virtual id raises `TuningError`, since the base knows none."""
-        return self._silence() if self.additive else super().off()
+        return self._disable_prompt() if self.additive else super().disable()
 
     @contextmanager
-    def _silence(self) -> Iterator[None]:
-        was, self.vectors.on = self.vectors.on, False
+    def _disable_prompt(self) -> Iterator[None]:
+        was, self.soft_prompt.enabled = self.soft_prompt.enabled, False
         try:
-            with self._besides.as_before():
+            with self._extra_trainable.use_initial_values():
                 yield
         finally:
-            self.vectors.on = was
+            self.soft_prompt.enabled = was
 
     def state(self) -> dict[str, Tensor]:
         """The vectors (what the encoder reads, where there is one), the encoder, and the base's weights that move."""
-        return {name: p.detach() for name, p in self._own().items()}
+        return {name: p.detach() for name, p in self._trained_parameters().items()}
 
-    def _own(self) -> dict[str, nn.Parameter]:
-        return {**dict(self.vectors.named_parameters()), **self._moved()}
+    def _trained_parameters(self) -> dict[str, nn.Parameter]:
+        return {**dict(self.soft_prompt.named_parameters()), **self._base_parameters()}
 
-    def _moved(self) -> dict[str, nn.Parameter]:
-        parameters = named_parameters(self.model) if self._moving else {}
-        return {name: parameters[name] for name in self._moving}
+    def _base_parameters(self) -> dict[str, nn.Parameter]:
+        parameters = named_parameters(self.model) if self._base_names else {}
+        return {name: parameters[name] for name in self._base_names}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises `TuningError` for another state, so also for vectors without their encoder."""
-        take(self._own(), state, self.kind)
+        copy_state(self._trained_parameters(), state, self.kind)
 
     def detach(self) -> None:
         """Take the vectors and hooks out; what moved besides has its old values, and is as trainable as it was."""
-        self._besides.put_back()
-        self._take_out()
+        self._extra_trainable.restore_values()
+        self._remove_module()
 
-    def _take_out(self) -> None:
+    def _remove_module(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        delattr(self.model, self._name)
-        self._besides.give_back()
+        delattr(self.model, self._module_name)
+        self._extra_trainable.restore_requires_grad()
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Append the vectors to the vocabulary: a plain model to which my virtual ids are ordinary ones.
@@ -205,34 +211,34 @@ class Prompt(Tuning):
 
         Raises `TuningError` when rows of the table, or tokens of the tokenizer, are not where my ids are.
         """
-        rows = len(table_of(self.model))
-        if self.first != rows:
+        rows = len(get_embedding_weight(self.model))
+        if self.first_id != rows:
             raise TuningError(
-                f"the prompt's ids begin at {self.first}, and the next row of the vocabulary is {rows}",
+                f"the prompt's ids begin at {self.first_id}, and the next row of the vocabulary is {rows}",
                 where="tuning",
                 way_out="merge the prompts in the order in which they were attached",
             )
-        scale = _scale(self.model)
+        scale = _embedding_scale(self.model)
         if tokenizer is not None:
-            _add_tokens(tokenizer, self.first, self.virtual)
+            _add_tokens(tokenizer, self.first_id, self.num_virtual_tokens)
         with torch.no_grad():
-            vectors_PD = self.vectors() / scale
-        self._take_out()
-        _append(self.model, vectors_PD)
+            vectors_PD = self.soft_prompt() / scale
+        self._remove_module()
+        _append_vocabulary(self.model, vectors_PD)
 
-    def published(self) -> Published:
+    def export(self) -> TuningExport:
         """The vectors as the model sees them, computed once, without the encoder that wrote them."""
         options = {
             "kind": self.kind,
-            "length": self.virtual,
+            "length": self.num_virtual_tokens,
             "start": "random",
             "encoder": "none",
             "backbone": self.backbone,
             "also": self.also,
         }
-        moving = {name: parameter.detach() for name, parameter in self._moved().items()}
+        moving = {name: parameter.detach() for name, parameter in self._base_parameters().items()}
         with torch.no_grad():
-            return Published(options, {"vectors": self.vectors().detach(), **moving})
+            return TuningExport(options, {"vectors": self.soft_prompt().detach(), **moving})
 
     def peft(self) -> PeftFolder | None:
         """PEFT's PROMPT_TUNING, for plain prompt tuning of a language model of which nothing else moved.
@@ -241,23 +247,23 @@ class Prompt(Tuning):
         for a template that begins with all of it. A classifier would find its first token moved, and gets none.
         """
         task = _peft_task(self.model)
-        if self.kind != "prompt" or self._moving or task is None:
+        if self.kind != "prompt" or self._base_names or task is None:
             return None
         config = {
             "peft_type": "PROMPT_TUNING",
             "task_type": task,
             "base_model_name_or_path": self.model.config.name_or_path or None,
             "inference_mode": True,
-            "num_virtual_tokens": self.virtual,
-            "token_dim": table_of(self.model).shape[1],
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "token_dim": get_embedding_weight(self.model).shape[1],
             # PEFT's default of 2 for T5 makes a second half that nothing reads.
             "num_transformer_submodules": 1,
             "prompt_tuning_init": "RANDOM",
         }
-        return PeftFolder(config, {"prompt_embeddings": self.published().state["vectors"]})
+        return PeftFolder(config, {"prompt_embeddings": self.export().state["vectors"]})
 
 
-def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Prompt:
+def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PromptTuning:
     """A prompt of the same effect as a PEFT folder of prompt tuning or P-tuning, whose vectors PEFT puts first.
 
     `config` is its adapter_config.json, `state` its adapter_model.safetensors. PEFT saves P-tuning's final vectors only, so
@@ -267,7 +273,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
     """
     kinds = {"PROMPT_TUNING": "prompt", "P_TUNING": "p-tuning"}
     given = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
-    kind = kinds[_one_of(given, kinds, "peft_type")]
+    kind = kinds[_check_choice(given, kinds, "peft_type")]
     vectors, length = state.get("prompt_embeddings"), config.get("num_virtual_tokens")
     if vectors is None or not isinstance(length, int) or len(vectors) < length:
         raise TuningError(
@@ -276,7 +282,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
             expected="`prompt_embeddings` with one row a virtual token",
         )
     beside = {name.removeprefix("base_model."): t for name, t in state.items() if name != "prompt_embeddings"}
-    prompt = Prompt(model, kind=kind, length=length, start="random", encoder="none", also=list(beside))
+    prompt = PromptTuning(model, kind=kind, length=length, start="random", encoder="none", also=list(beside))
     try:
         # For an encoder-decoder PEFT also saves a second half that it never reads.
         prompt.load({"vectors": vectors[:length], **beside})
@@ -286,19 +292,19 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
     return prompt
 
 
-def _one_of(value: str, known: Mapping[str, object] | Sequence[str], option: str) -> str:
+def _check_choice(value: str, known: Mapping[str, object] | Sequence[str], option: str) -> str:
     """`value`, which is known. Raises `TuningError` for one that is not, with the nearest."""
     if value not in known:
         raise TuningError(
             f"'{value}' is no {option} of a prompt",
             where=f"tuning.{option}",
             expected=f"one of {', '.join(known)}",
-            way_out=nearest(value, known),
+            way_out=suggest_nearest(value, known),
         )
     return value
 
 
-def _fitting(model: PreTrainedModel, length: int) -> int:
+def _check_length(model: PreTrainedModel, length: int) -> int:
     """`length`, for which the model has room. Raises `TuningError` otherwise; relative positions have no limit (T5)."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if length < 1 or (room is not None and length >= room):
@@ -310,7 +316,7 @@ def _fitting(model: PreTrainedModel, length: int) -> int:
     return length
 
 
-def _free_name(model: nn.Module, name: str) -> str:
+def _unused_module_name(model: nn.Module, name: str) -> str:
     """`name`, or the first of `name_2`, `name_3`, ... that the model has not."""
     number, free = 1, name
     while hasattr(model, free):
@@ -319,18 +325,18 @@ def _free_name(model: nn.Module, name: str) -> str:
     return free
 
 
-def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
+def _input_embeddings(model: PreTrainedModel) -> list[nn.Module]:
     """The input embedding, and all that share its table: T5's encoder and decoder each have a module of their own."""
     outer = model.get_input_embeddings()
     assert isinstance(outer, nn.Module)
-    table, within = table_of(model), set(outer.modules())
+    table, within = get_embedding_weight(model), set(outer.modules())
     others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is table and m not in within]
     return [outer, *others]
 
 
-def _scale(model: PreTrainedModel) -> float:
+def _embedding_scale(model: PreTrainedModel) -> float:
     """What the input embedding multiplies its rows by. Raises `TuningError` when it does more than that."""
-    embedding, table = model.get_input_embeddings(), table_of(model)
+    embedding, table = model.get_input_embeddings(), get_embedding_weight(model)
     scale = float(getattr(embedding, "embed_scale", 1.0))
     with torch.no_grad():
         seen = embedding(torch.tensor([[0]], device=table.device))[0, 0]
@@ -343,12 +349,12 @@ def _scale(model: PreTrainedModel) -> float:
     return scale
 
 
-def _append(model: PreTrainedModel, rows_PD: Tensor) -> None:
+def _append_vocabulary(model: PreTrainedModel, rows_PD: Tensor) -> None:
     """More rows for the vocabulary, which an output layer of its own does not say."""
-    old = len(table_of(model))
+    old = len(get_embedding_weight(model))
     with torch.random.fork_rng(devices=[]):  # the new rows are drawn, then overwritten
         model.resize_token_embeddings(old + len(rows_PD), mean_resizing=False)
-    table, head = table_of(model), model.get_output_embeddings()
+    table, head = get_embedding_weight(model), model.get_output_embeddings()
     with torch.no_grad():
         table[old:] = rows_PD
         if head is not None and head.weight is not table:
@@ -373,11 +379,11 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, first: int, count: int) -> N
             where="tokenizer",
             expected="a row for every token",
         )
-    reserved = _unused("reserved", first - next_id, taken)
-    tokenizer.add_special_tokens({"additional_special_tokens": [*reserved, *_unused("prompt", count, taken)]})
+    reserved = _unused_tokens("reserved", first - next_id, taken)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*reserved, *_unused_tokens("prompt", count, taken)]})
 
 
-def _unused(word: str, count: int, taken: Mapping[str, int]) -> list[str]:
+def _unused_tokens(word: str, count: int, taken: Mapping[str, int]) -> list[str]:
     """`count` tokens `<|word-0|>`, ... of which none is taken."""
     start = next(i for i in range(len(taken) + 1) if f"<|{word}-{i}|>" not in taken)
     return [f"<|{word}-{i}|>" for i in range(start, start + count)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from postgrad.errors import TuningError
 
 
-class Lstm(nn.Module):
+class LSTMEncoder(nn.Module):
     """P-tuning's encoder: a bidirectional LSTM of two layers, then Linear(2H, D), ReLU, Linear(D, D).
 
     With H = D // 2 (the default) it is the one of the LAMA code, with H = D the one of the SuperGLUE code. It is made of
@@ -27,19 +27,19 @@ class Lstm(nn.Module):
     def __init__(self, width: int, hidden: int | None) -> None:
         super().__init__()
         inner = width // 2 if hidden is None else hidden
-        self.ahead = nn.ModuleList([nn.LSTMCell(width, inner), nn.LSTMCell(2 * inner, inner)])
-        self.back = nn.ModuleList([nn.LSTMCell(width, inner), nn.LSTMCell(2 * inner, inner)])
+        self.forward_cells = nn.ModuleList([nn.LSTMCell(width, inner), nn.LSTMCell(2 * inner, inner)])
+        self.backward_cells = nn.ModuleList([nn.LSTMCell(width, inner), nn.LSTMCell(2 * inner, inner)])
         self.mlp = nn.Sequential(nn.Linear(2 * inner, width), nn.ReLU(), nn.Linear(width, width))
 
     def forward(self, inputs_PD: Tensor) -> Tensor:
         """Vectors of shape (P, D)."""
         hidden_PX = inputs_PD
-        for ahead, back in zip(self.ahead, self.back, strict=True):
-            hidden_PX = torch.cat([_read(ahead, hidden_PX), _read(back, hidden_PX.flip(0)).flip(0)], -1)
+        for ahead, back in zip(self.forward_cells, self.backward_cells, strict=True):
+            hidden_PX = torch.cat([_run_cell(ahead, hidden_PX), _run_cell(back, hidden_PX.flip(0)).flip(0)], -1)
         return self.mlp(hidden_PX)
 
 
-def _read(cell: nn.Module, inputs_PX: Tensor) -> Tensor:
+def _run_cell(cell: nn.Module, inputs_PX: Tensor) -> Tensor:
     """One direction of one layer, of shape (P, H)."""
     states, before = [], None
     for input_1X in inputs_PX.split(1):
@@ -48,13 +48,13 @@ def _read(cell: nn.Module, inputs_PX: Tensor) -> Tensor:
     return torch.cat(states)
 
 
-def _mlp(width: int, hidden: int | None) -> nn.Module:
+def _make_mlp(width: int, hidden: int | None) -> nn.Module:
     """The MLP of P-tuning's SuperGLUE code: Linear(D, H), ReLU, Linear(H, D), with H = D unless told."""
     inner = width if hidden is None else hidden
     return nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width))
 
 
-def _none(_width: int, hidden: int | None) -> nn.Module:
+def _make_identity(_width: int, hidden: int | None) -> nn.Module:
     """The vectors as they are. Raises `TuningError` for a width that nothing would read."""
     if hidden is not None:
         raise TuningError(
@@ -66,4 +66,8 @@ def _none(_width: int, hidden: int | None) -> nn.Module:
     return nn.Identity()
 
 
-ENCODERS: dict[str, Callable[[int, int | None], nn.Module]] = {"none": _none, "lstm": Lstm, "mlp": _mlp}
+ENCODERS: dict[str, Callable[[int, int | None], nn.Module]] = {
+    "none": _make_identity,
+    "lstm": LSTMEncoder,
+    "mlp": _make_mlp,
+}

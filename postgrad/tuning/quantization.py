@@ -23,7 +23,7 @@ from postgrad.tuning.targets import linear_layers
 Precision = Literal["nf4", "int8"]
 
 
-def quantiser(model: PreTrainedModel, precision: Precision) -> Callable[[], None]:
+def make_quantizer(model: PreTrainedModel, precision: Precision) -> Callable[[], None]:
     """What replaces the blocks' linear layers by quantised ones, in place; those that are already are left alone.
 
     Raises `MissingExtra` without the package bitsandbytes, `TuningError` for transposed layers (GPT-2's), for layers that
@@ -31,11 +31,11 @@ def quantiser(model: PreTrainedModel, precision: Precision) -> Callable[[], None
     """
     if precision not in get_args(Precision):
         raise TuningError(f"'{precision}'", where="tuning.quantise", expected=" or ".join(get_args(Precision)))
-    bits = _bitsandbytes()
+    bits = _import_bitsandbytes()
     kept = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
     plain: dict[str, nn.Linear] = {}
     for layer in linear_layers(model):
-        if not layer.ordinary or kept & set(layer.name.split(".")) or is_quantised(layer.module):
+        if not layer.is_targetable or kept & set(layer.name.split(".")) or is_quantized(layer.module):
             continue
         if not isinstance(layer.module, nn.Linear):
             raise TuningError(
@@ -44,9 +44,9 @@ def quantiser(model: PreTrainedModel, precision: Precision) -> Callable[[], None
                 expected="plain linear layers without adapters",
             )
         plain[layer.name] = layer.module
-    if not plain and not any(is_quantised(module) for module in model.modules()):
+    if not plain and not any(is_quantized(module) for module in model.modules()):
         raise TuningError(f"{type(model).__name__} has no layer to quantise", where="tuning.quantise")
-    make = {"nf4": _four_bits, "int8": _eight_bits}[precision]
+    make = {"nf4": _quantize_nf4, "int8": _quantize_int8}[precision]
 
     def quantise() -> None:
         for name, layer in plain.items():
@@ -56,13 +56,13 @@ def quantiser(model: PreTrainedModel, precision: Precision) -> Callable[[], None
     return quantise
 
 
-def is_quantised(layer: nn.Module) -> bool:
+def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer holds integers."""
     weight = getattr(layer, "weight", None)
     return isinstance(weight, torch.Tensor) and not weight.is_floating_point()
 
 
-def _four_bits(bits: ModuleType, plain: nn.Linear) -> nn.Module:
+def _quantize_nf4(bits: ModuleType, plain: nn.Linear) -> nn.Module:
     made = bits.nn.Linear4bit(
         plain.in_features, plain.out_features, plain.bias is not None, quant_type="nf4", device="meta"
     )
@@ -71,10 +71,10 @@ def _four_bits(bits: ModuleType, plain: nn.Linear) -> nn.Module:
     made.weight = bits.nn.Params4bit(
         plain.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
     )
-    return _in_place_of(plain, made)
+    return _match_placement(plain, made)
 
 
-def _eight_bits(bits: ModuleType, plain: nn.Linear) -> nn.Module:
+def _quantize_int8(bits: ModuleType, plain: nn.Linear) -> nn.Module:
     made = bits.nn.Linear8bitLt(
         plain.in_features,
         plain.out_features,
@@ -84,16 +84,16 @@ def _eight_bits(bits: ModuleType, plain: nn.Linear) -> nn.Module:
         device="meta",
     )
     made.weight = bits.nn.Int8Params(plain.weight.data, requires_grad=False, has_fp16_weights=False)
-    return _in_place_of(plain, made)
+    return _match_placement(plain, made)
 
 
-def _in_place_of(plain: nn.Linear, made: nn.Module) -> nn.Module:
+def _match_placement(plain: nn.Linear, quantized: nn.Module) -> nn.Module:
     """The new layer where the old one is: moving it is what quantises."""
-    made.bias = plain.bias
-    return made.to(plain.weight.device).train(plain.training)
+    quantized.bias = plain.bias
+    return quantized.to(plain.weight.device).train(plain.training)
 
 
-def _bitsandbytes() -> ModuleType:
+def _import_bitsandbytes() -> ModuleType:
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError:

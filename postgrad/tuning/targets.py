@@ -39,25 +39,25 @@ class LinearLayer:
 
     name: str
     module: nn.Module
-    ordinary: bool
-    attention: bool
-    head: bool
+    is_targetable: bool
+    is_attention: bool
+    is_head: bool
 
     @property
-    def leaf(self) -> str:
+    def leaf_name(self) -> str:
         """The last part of its name."""
         return self.name.rpartition(".")[2]
 
 
 _GROUPS: dict[str, Callable[[LinearLayer], bool]] = {
     "all-linear": lambda layer: True,
-    "attention": lambda layer: layer.attention,
-    "feed-forward": lambda layer: not layer.attention,
-    "auto": lambda layer: layer.attention and bool(_QUERY_OR_VALUE.search(layer.leaf)),
+    "attention": lambda layer: layer.is_attention,
+    "feed-forward": lambda layer: not layer.is_attention,
+    "auto": lambda layer: layer.is_attention and bool(_QUERY_OR_VALUE.search(layer.leaf_name)),
 }
 
 
-def resolve(model: PreTrainedModel, targets: str | Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
+def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
     """Names of the linear layers that `targets` (groups or patterns) take and `exclude` does not, in the model's order.
 
     A pattern (shell style) names layers in full or by the end of their name, as in `q_proj`, `*.3.*` or `mlp.down_proj`, or
@@ -67,8 +67,8 @@ def resolve(model: PreTrainedModel, targets: str | Sequence[str], exclude: Seque
     """
     layers = linear_layers(model)
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    taken = {layer.name for target in wanted for layer in _taken(target, layers, model)}
-    left_out = {layer.name for pattern in exclude for layer in _taken(pattern, layers, model)}
+    taken = {layer.name for target in wanted for layer in _match_layers(target, layers, model)}
+    left_out = {layer.name for pattern in exclude for layer in _match_layers(pattern, layers, model)}
     names = [layer.name for layer in layers if layer.name in taken - left_out]
     if not names:
         raise TuningError(
@@ -108,7 +108,7 @@ def short_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     Endings mean the same to `resolve`, to PEFT's `target_modules` and to those who read them.
     """
     wanted = set(names)
-    if not wanted <= {layer.name for layer in linear_layers(model) if layer.ordinary}:
+    if not wanted <= {layer.name for layer in linear_layers(model) if layer.is_targetable}:
         return sorted(wanted)
     every = [name.split(".") for name, _ in model.named_modules()]
     for parts in (1, 2, 3):
@@ -125,7 +125,7 @@ def _walk(
     """(name, module, whether a group may take it, whether it is in attention) of everything below a module."""
     for name, child in module.named_children():
         kind = type(child).__name__
-        if isinstance(module, nn.MultiheadAttention) or _foreign(child):
+        if isinstance(module, nn.MultiheadAttention) or _is_foreign(child):
             continue
         here = {
             "inside": inside or isinstance(module, nn.ModuleList),
@@ -140,24 +140,24 @@ def _walk(
             yield from _walk(child, f"{prefix}{name}.", **here)
 
 
-def _foreign(module: nn.Module) -> bool:
+def _is_foreign(module: nn.Module) -> bool:
     """Whether a module belongs to another tuning rather than to the model."""
     return type(module).__module__.startswith("postgrad.") and not isinstance(module, BaseTunerLayer)
 
 
-def _taken(target: str, layers: Sequence[LinearLayer], model: nn.Module) -> list[LinearLayer]:
+def _match_layers(target: str, layers: Sequence[LinearLayer], model: nn.Module) -> list[LinearLayer]:
     """The layers that a group or a pattern takes."""
     if target in _GROUPS:
-        taken = [layer for layer in layers if layer.ordinary and _GROUPS[target](layer)]
+        taken = [layer for layer in layers if layer.is_targetable and _GROUPS[target](layer)]
     else:
         patterns = (target, f"*.{target}", f"{target}.*", f"*.{target}.*")
         taken = [
             layer
             for layer in layers
-            if layer.name == target or (layer.ordinary and any(fnmatchcase(layer.name, p) for p in patterns))
+            if layer.name == target or (layer.is_targetable and any(fnmatchcase(layer.name, p) for p in patterns))
         ]
-    heads = [layer.name for layer in taken if layer.head] or [
-        layer.name for layer in layers if layer.head and not taken and layer.leaf == target
+    heads = [layer.name for layer in taken if layer.is_head] or [
+        layer.name for layer in layers if layer.is_head and not taken and layer.leaf_name == target
     ]
     if heads:
         raise TuningError(
@@ -170,13 +170,13 @@ def _taken(target: str, layers: Sequence[LinearLayer], model: nn.Module) -> list
         raise TuningError(
             f"'{target}' takes no linear layer of {type(model).__name__}",
             where="tuning.targets",
-            expected=f"{', '.join(_GROUPS)}, or names such as {', '.join(_nearest(target, layers))}",
+            expected=f"{', '.join(_GROUPS)}, or names such as {', '.join(_nearest_names(target, layers))}",
         )
     return taken
 
 
-def _nearest(target: str, layers: Sequence[LinearLayer]) -> list[str]:
+def _nearest_names(target: str, layers: Sequence[LinearLayer]) -> list[str]:
     """Up to three names, or endings of names, that `target` may have meant."""
-    ordinary = [layer for layer in layers if layer.ordinary]
-    known = list(dict.fromkeys([*(layer.leaf for layer in ordinary), *(layer.name for layer in ordinary)]))
+    ordinary = [layer for layer in layers if layer.is_targetable]
+    known = list(dict.fromkeys([*(layer.leaf_name for layer in ordinary), *(layer.name for layer in ordinary)]))
     return difflib.get_close_matches(target.strip("*."), known, n=3, cutoff=0.5) or known[:3]

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
-from postgrad.tuning.weight_delta import Moved
+from postgrad.tuning.weight_delta import TuningDelta
 
 
-class Published(NamedTuple):
+class TuningExport(NamedTuple):
     """A tuning as it leaves training: what it takes to make one of the same effect, and no more.
 
     `options` are the constructor's keyword arguments (plain data, with `kind`), `state` its tensors.
@@ -59,17 +59,17 @@ class Tuning(ABC):
 
     kind: str
     additive: bool = True
-    virtual: int = 0
+    num_virtual_tokens: int = 0
     attention: str | None = None
-    whole: bool = False
-    folds: bool = False
-    leaves_model: bool = False
+    is_full: bool = False
+    has_exact_merge: bool = False
+    is_merged_on_export: bool = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.notes: list[str] = []
 
-    def off(self) -> AbstractContextManager[None]:
+    def disable(self) -> AbstractContextManager[None]:
         """Inside, the model answers as the base does. Raises `TuningError` when the base's own weights have moved."""
         raise TuningError(
             f"`{self.kind}` moves the base's own weights, so there is nothing to switch off",
@@ -97,14 +97,14 @@ class Tuning(ABC):
         raise TuningError(f"`{self.kind}` cannot be merged into plain weights", where="tuning")
 
     @abstractmethod
-    def published(self) -> Published:
+    def export(self) -> TuningExport:
         """A tuning of the same effect without what only training needs."""
 
     def peft(self) -> PeftFolder | None:
         """The same in PEFT's format; None for a kind that PEFT cannot load."""
         return None
 
-    def changes(self) -> dict[str, Moved]:
+    def weight_deltas(self) -> dict[str, TuningDelta]:
         """The weights of the base that tensors of mine change, by the names that they have in the model now."""
         return {}
 
@@ -112,7 +112,7 @@ class Tuning(ABC):
         """What the learning rate of a parameter is multiplied by."""
         return 1.0
 
-    def at_step(self, step: int) -> None:  # noqa: B027 (most kinds have nothing to do)
+    def on_step_begin(self, step: int) -> None:  # noqa: B027 (most kinds have nothing to do)
         """Told before every step (counted from 1): a schedule of unfreezing acts here, as a pure function of the step."""
 
 
@@ -160,7 +160,7 @@ def _nearest_names(pattern: str, names: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(pattern.strip("*."), known, n=3, cutoff=0.5) or known[-3:]
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that move, by name. Raises `TuningError` when there are none."""
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
@@ -168,20 +168,20 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def take(own: Mapping[str, Tensor], given: Mapping[str, Tensor], kind: str) -> None:
+def copy_state(target: Mapping[str, Tensor], state: Mapping[str, Tensor], kind: str) -> None:
     """Copy `given` into `own`, in place. Raises `TuningError`, before anything is copied, when names or shapes differ."""
-    missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    missing, unknown = sorted(target.keys() - state.keys()), sorted(state.keys() - target.keys())
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which is not mine"
         raise TuningError(
             f"this state of `{kind}` {what}", where="tuning", expected="the state of the same kind and options"
         )
-    for name, tensor in own.items():
-        if tensor.shape != given[name].shape:
+    for name, tensor in target.items():
+        if tensor.shape != state[name].shape:
             raise TuningError(
-                f"{name} has the shape {tuple(given[name].shape)}",
+                f"{name} has the shape {tuple(state[name].shape)}",
                 where="tuning",
                 expected=f"{tuple(tensor.shape)}, as in this model",
             )
-    for name, tensor in own.items():
-        tensor.detach().copy_(given[name])
+    for name, tensor in target.items():
+        tensor.detach().copy_(state[name])

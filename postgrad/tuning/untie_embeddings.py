@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError
-from postgrad.models.sublayers import evaluating, few_tokens
+from postgrad.models.sublayers import eval_mode, make_probe_inputs
 
 
-class Untied(NamedTuple):
+class UntieResult(NamedTuple):
     """What untying did: sentences for the reader, and parameters that nothing reads any more."""
 
     notes: list[str]
-    idle: set[str]
+    unused_parameters: set[str]
 
 
 def tied_to(model: PreTrainedModel, name: str) -> str | None:
@@ -30,7 +30,7 @@ def tied_to(model: PreTrainedModel, name: str) -> str | None:
     return None if mine == name else mine
 
 
-def untie_output(model: PreTrainedModel) -> Untied:
+def untie_output(model: PreTrainedModel) -> UntieResult:
     """Make a language model's output embedding its own; nothing happens where it is already.
 
     Raises `TuningError` when there is no output embedding, or the model would answer differently.
@@ -48,12 +48,12 @@ def untie_output(model: PreTrainedModel) -> Untied:
     prefix = next(name for name, module in model.named_modules() if module is layer)
     shared = {leaf: p for leaf, p in layer.named_parameters(recurse=False) if len(names[id(p)]) > 1}
     if not shared:
-        return Untied([], set())
-    before = _logits(model)
+        return UntieResult([], set())
+    before = _compute_logits(model)
     for leaf, parameter in shared.items():
         setattr(layer, leaf, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
-    said = _tell(model, {f"{prefix}.{leaf}" for leaf in shared})
-    if not torch.equal(_logits(model), before):
+    said = _update_tied_keys(model, {f"{prefix}.{leaf}" for leaf in shared})
+    if not torch.equal(_compute_logits(model), before):
         raise TuningError(
             f"{type(model).__name__} answers differently once its output embedding is not tied",
             where="tuning.untie",
@@ -66,14 +66,14 @@ def untie_output(model: PreTrainedModel) -> Untied:
     ]
     read = {id(m) for m in model.base_model.modules()}
     idle = {name for name in others.values() if id(model.get_submodule(name.rpartition(".")[0])) not in read}
-    return Untied([*notes, said], idle)
+    return UntieResult([*notes, said], idle)
 
 
-def _tell(model: PreTrainedModel, own: set[str]) -> str:
+def _update_tied_keys(model: PreTrainedModel, untied: set[str]) -> str:
     """Let transformers know that the weights named in `own` are tied no more; what its configuration says now."""
     for ties in ("all_tied_weights_keys", "_tied_weights_keys"):
         known = getattr(model, ties, None) or {}
-        setattr(model, ties, {k: v for k, v in known.items() if k not in own and v not in own})
+        setattr(model, ties, {k: v for k, v in known.items() if k not in untied and v not in untied})
     if model.all_tied_weights_keys:
         # The key also ties other weights, such as the two input embeddings of T5 and BART. With both weights in a folder,
         # transformers ties them only where they are equal.
@@ -82,8 +82,8 @@ def _tell(model: PreTrainedModel, own: set[str]) -> str:
     return "the configuration says tie_word_embeddings: false now"
 
 
-def _logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad(), evaluating(model):
-        answer = model(**few_tokens(model)).logits
+def _compute_logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad(), eval_mode(model):
+        answer = model(**make_probe_inputs(model)).logits
     assert isinstance(answer, Tensor)
     return answer

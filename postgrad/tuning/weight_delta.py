@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Change(ABC):
+class WeightDelta(ABC):
     """How tensors change a weight, as functions of their values."""
 
     @abstractmethod
@@ -25,26 +25,26 @@ class Change(ABC):
         """What is added to the weight, of its shape."""
 
     @abstractmethod
-    def chain(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+    def backward(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
         """The gradient of each tensor, when `gradient` is that of the weight, of its shape."""
 
-    def square(self, values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def squared_norm(self, values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """`sum delta^2`, and the gradient of half of it for each tensor."""
         delta = self.delta(values)
-        return delta.square().sum(), self.chain(values, delta)
+        return delta.square().sum(), self.backward(values, delta)
 
 
 @dataclass(frozen=True)
-class Moved:
+class TuningDelta:
     """A change of a weight, the parameters that make it, and the weight's shape (a quantised one has another in memory)."""
 
-    change: Change
+    weight_delta: WeightDelta
     parameters: tuple[nn.Parameter, ...]
     shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class LowRankChange(Change):
+class LowRankDelta(WeightDelta):
     """`s (B A - B0 A0)`: LoRA, and PiSSA, which begins at a start that is taken away. Values: A (R, I), B (O, R)."""
 
     scale: float
@@ -55,15 +55,15 @@ class LowRankChange(Change):
     def delta(self, values: Sequence[Tensor]) -> Tensor:
         """The update, of the weight's shape."""
         left_OK, right_KI = self._factors(values)
-        return _laid(self.scale * left_OK @ right_KI, self.transposed)
+        return _transpose_if(self.scale * left_OK @ right_KI, self.transposed)
 
-    def chain(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+    def backward(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
         """`s B^T G` and `s G A^T`."""
         a_RI, b_OR = values
-        gradient_OI = _laid(gradient, self.transposed)
+        gradient_OI = _transpose_if(gradient, self.transposed)
         return [self.scale * b_OR.T @ gradient_OI, self.scale * gradient_OI @ a_RI.T]
 
-    def square(self, values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def squared_norm(self, values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The same without ever making a matrix of O x I: `|L M|^2 = sum (L^T L) * (M M^T)`."""
         a_RI, b_OR = values
         left_OK, right_KI = self._factors(values)
@@ -84,7 +84,7 @@ class LowRankChange(Change):
 
 
 @dataclass(frozen=True)
-class RescaledChange(Change):
+class RescaledDelta(WeightDelta):
     """`m V / |V| - W` with `V = W + s B A`, the norm taken over each row: DoRA. Values: A (R, I), B (O, R), m (O).
 
     The gradient is the written term's, also through the norm, which the forward pass takes as a constant.
@@ -100,27 +100,27 @@ class RescaledChange(Change):
         a_RI, b_OR, m_O = values
         weight_OI, update_OI, norm_O1 = self._parts(a_RI, b_OR)
         grown_O1 = (m_O[:, None] - norm_O1) / norm_O1
-        return _laid(grown_O1 * weight_OI + (grown_O1 + 1) * update_OI, self.transposed)
+        return _transpose_if(grown_O1 * weight_OI + (grown_O1 + 1) * update_OI, self.transposed)
 
-    def chain(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+    def backward(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
         """`dV = m / |V| (G - U <G, U>)` row by row with U = V / |V|, from there as for LoRA; `dm = <G, U>`."""
         a_RI, b_OR, m_O = values
         weight_OI, update_OI, norm_O1 = self._parts(a_RI, b_OR)
         direction_OI = (weight_OI + update_OI) / norm_O1
-        gradient_OI = _laid(gradient, self.transposed)
+        gradient_OI = _transpose_if(gradient, self.transposed)
         along_O1 = (gradient_OI * direction_OI).sum(1, keepdim=True)
         across_OI = m_O[:, None] / norm_O1 * (gradient_OI - direction_OI * along_O1)
         return [self.scale * b_OR.T @ across_OI, self.scale * across_OI @ a_RI.T, along_O1[:, 0]]
 
     def _parts(self, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """W, s B A, and |W + s B A|."""
-        weight_OI = _laid(self.weight().to(a_RI.dtype), self.transposed)
+        weight_OI = _transpose_if(self.weight().to(a_RI.dtype), self.transposed)
         update_OI = self.scale * b_OR @ a_RI
         return weight_OI, update_OI, torch.linalg.vector_norm(weight_OI + update_OI, dim=1, keepdim=True)
 
 
 @dataclass(frozen=True)
-class SubspaceChange(Change):
+class SubspaceDelta(WeightDelta):
     """`U S V - U0 S0 V0`: orthogonal subspace fine-tuning. Values: U (O, L), S (L), V (L, I).
 
     Gradients of U and V are projected as those of the loss are.
@@ -137,7 +137,7 @@ class SubspaceChange(Change):
         u0_OL, s0_L, v0_LI = (t.to(u_OL) for t in self.start)
         return (u_OL * s_L - u0_OL * s0_L) @ v_LI + (u0_OL * s0_L) @ (v_LI - v0_LI)
 
-    def chain(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+    def backward(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
         """`G V^T S`, `diag(U^T G V^T)` and `S U^T G`, the first and last projected."""
         u_OL, s_L, v_LI = values
         gradient_OL, gradient_LI = gradient @ v_LI.T, u_OL.T @ gradient
@@ -145,6 +145,6 @@ class SubspaceChange(Change):
         return [self.project[0](gradient_OL * s_L), along_L, self.project[1](s_L[:, None] * gradient_LI)]
 
 
-def _laid(matrix: Tensor, transposed: bool) -> Tensor:
+def _transpose_if(matrix: Tensor, transposed: bool) -> Tensor:
     """From the weight's layout to (O, I), or back."""
     return matrix.T if transposed else matrix

@@ -17,23 +17,30 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from postgrad.errors import TuningError, nearest
-from postgrad.tuning.parameter_location import at, block_distances, distances, outside, place_of, task_layers
-from postgrad.tuning.tuning import Published, Tuning, freeze, take, trainable, unfreeze
-from postgrad.tuning.untie_embeddings import Untied, tied_to, untie_output
+from postgrad.errors import TuningError, suggest_nearest
+from postgrad.tuning.parameter_location import (
+    block_distances,
+    get_parameter,
+    head_parameters,
+    locate_parameter,
+    parameter_distances,
+    task_layer_parameters,
+)
+from postgrad.tuning.tuning import Tuning, TuningExport, copy_state, freeze, trainable_parameters, unfreeze
+from postgrad.tuning.untie_embeddings import UntieResult, tied_to, untie_output
 
 
-class Selection(Tuning):
+class WeightSubset(Tuning):
     """Some of the base's own weights move, the others stay."""
 
     additive = False
-    folds = True
-    leaves_model = True
+    has_exact_merge = True
+    is_merged_on_export = True
 
     def __init__(
         self,
         model: PreTrainedModel,
-        moving: Iterable[str],
+        parameter_names: Iterable[str],
         *,
         also: Sequence[str] = (),
         layer_decay: float = 1.0,
@@ -45,42 +52,44 @@ class Selection(Tuning):
         """
         super().__init__(model)
         self.options = {"kind": self.kind, **options}
-        self.factors = _decayed(model, layer_decay)
-        self._before = [(place_of(model, name), p.requires_grad) for name, p in model.named_parameters()]
-        chosen = {*moving, *unfreeze(model, also)}
+        self.rate_factors = _decay_factors(model, layer_decay)
+        self._initial_requires_grad = [
+            (locate_parameter(model, name), p.requires_grad) for name, p in model.named_parameters()
+        ]
+        chosen = {*parameter_names, *unfreeze(model, also)}
         freeze(model)
         for name, parameter in model.named_parameters():
             if name in chosen:
-                _movable(name, parameter).requires_grad_(True)
-        self.own = {name: place_of(model, name) for name in trainable(model)}
+                _require_floating_point(name, parameter).requires_grad_(True)
+        self.locations = {name: locate_parameter(model, name) for name in trainable_parameters(model)}
 
     def state(self) -> dict[str, Tensor]:
         """Every weight that moves, by its name in the model."""
-        return {name: at(place).detach() for name, place in self.own.items()}
+        return {name: get_parameter(place).detach() for name, place in self.locations.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises `TuningError` when names or shapes are not mine."""
-        take(self.state(), state, self.kind)
+        copy_state(self.state(), state, self.kind)
 
     def detach(self) -> None:
         """Let every weight be as trainable as it was before; their values are the model's now."""
-        for place, moved in self._before:
-            at(place).requires_grad_(moved)
+        for place, moved in self._initial_requires_grad:
+            get_parameter(place).requires_grad_(moved)
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Detach: the weights are plain ones already."""
         self.detach()
 
-    def published(self) -> Published:
+    def export(self) -> TuningExport:
         """The weights that move, and how they were chosen."""
-        return Published(self.options, self.state())
+        return TuningExport(self.options, self.state())
 
     def rate_factor(self, name: str) -> float:
         """`layer_decay` to the power of the distance from the top, as `distances` counts it."""
-        return self.factors.get(name, 1.0)
+        return self.rate_factors.get(name, 1.0)
 
 
-class Full(Selection):
+class FullFinetuning(WeightSubset):
     """Fine-tuning of all weights.
 
     With `layer_decay` below 1 the rate falls from the top down: 1 at the head, `layer_decay` at the top block,
@@ -89,7 +98,7 @@ class Full(Selection):
     """
 
     kind = "full"
-    whole = True
+    is_full = True
 
     def __init__(
         self,
@@ -101,11 +110,11 @@ class Full(Selection):
     ) -> None:
         everything = [name for name, _ in model.named_parameters()]
         super().__init__(model, everything, layer_decay=layer_decay, options={"layer_decay": layer_decay})
-        if self.factors:
-            self.notes += _tied_note(model, "its rate is that of the embeddings, the lowest")
+        if self.rate_factors:
+            self.notes += _tied_notes(model, "its rate is that of the embeddings, the lowest")
 
 
-class Head(Selection):
+class HeadFinetuning(WeightSubset):
     """Lightweight tuning: the backbone is frozen, the task layer moves.
 
     The task layer is what stands on the backbone: a classifier, or a language model's output embedding with whatever it has
@@ -126,14 +135,14 @@ class Head(Selection):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Raises `TuningError` when there is no task layer, or it is a tied output embedding and `untie` is not asked for."""
-        untied = untie_output(model) if untie else Untied([], set())
-        found = [] if heads else [name for name in _task_layer(model) if name not in untied.idle]
+        untied = untie_output(model) if untie else UntieResult([], set())
+        found = [] if heads else [name for name in _task_layer_names(model) if name not in untied.unused_parameters]
         options = {"untie": untie, "heads": list(heads), "also": list(also)}
         super().__init__(model, found, also=[*heads, *also], options=options)
         self.notes += untied.notes
 
 
-class Blocks(Selection):
+class BlockFinetuning(WeightSubset):
     """Some blocks move, the others stay.
 
     Which ones is said by exactly one of `last` (that many from the top of each stack), `all_but_first` (all but that many at
@@ -169,12 +178,12 @@ class Blocks(Selection):
                 f"unfreeze_every is {unfreeze_every}", where="tuning.unfreeze_every", expected="at least 1 step"
             )
         blocks = block_distances(model)
-        chosen = _chosen_blocks(blocks, last, all_but_first, names)
+        chosen = _select_blocks(blocks, last, all_but_first, names)
         # 0 is what stands behind the blocks; of what is left, all that is in no block stands before them.
         moving = {
             name: distance
-            for name, distance in distances(model).items()
-            if (_inside(name, chosen) if _inside(name, blocks) else head if distance == 0 else embeddings)
+            for name, distance in parameter_distances(model).items()
+            if (_is_inside(name, chosen) if _is_inside(name, blocks) else head if distance == 0 else embeddings)
         }
         super().__init__(
             model,
@@ -192,22 +201,26 @@ class Blocks(Selection):
                 "also": list(also),
             },
         )
-        self.every = unfreeze_every
-        first = 0 if any(name in self.own for name in task_layers(model)) else min(chosen.values(), default=0)
-        place = {name: max(first, moving.get(name, 0)) for name in self.own}
+        self.unfreeze_every = unfreeze_every
+        first = (
+            0
+            if any(name in self.locations for name in task_layer_parameters(model))
+            else min(chosen.values(), default=0)
+        )
+        place = {name: max(first, moving.get(name, 0)) for name in self.locations}
         order = sorted(set(place.values()))
-        self._turn = {name: order.index(distance) for name, distance in place.items()}
+        self._unfreeze_order = {name: order.index(distance) for name, distance in place.items()}
         if head and not embeddings:
-            self.notes += _tied_note(model, "it stays frozen with the embeddings")
+            self.notes += _tied_notes(model, "it stays frozen with the embeddings")
 
-    def at_step(self, step: int) -> None:
+    def on_step_begin(self, step: int) -> None:
         """Thaw what is due at this step (counted from 1), freeze what is not."""
-        if self.every is not None:
-            for name, place in self.own.items():
-                at(place).requires_grad_(step > self._turn[name] * self.every)
+        if self.unfreeze_every is not None:
+            for name, place in self.locations.items():
+                get_parameter(place).requires_grad_(step > self._unfreeze_order[name] * self.unfreeze_every)
 
 
-class Bias(Selection):
+class BitFit(WeightSubset):
     """BitFit: only biases move, and a task's own layer (Ben Zaken et al. 2021, arXiv 2106.10199).
 
     `names` are patterns that limit which: the paper's smaller variant moves those of the queries and of the feed-forward
@@ -226,7 +239,7 @@ class Bias(Selection):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Raises `TuningError` for a backbone without such biases, as most recent decoders are."""
-        task, behind = task_layers(model), outside(model)
+        task, behind = task_layer_parameters(model), head_parameters(model)
         biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
         found = [name for name in biases if any(fnmatchcase(name, pattern) for pattern in names)]
         if all(name in behind for name in found):
@@ -240,7 +253,7 @@ class Bias(Selection):
         super().__init__(model, [*found, *task], also=also, options={"names": list(names), "also": list(also)})
 
 
-class Norm(Selection):
+class NormFinetuning(WeightSubset):
     """Only normalisation layers move, and a task's own layer.
 
     Tuning gains and shifts alone is near full fine-tuning on many tasks (Qi et al. 2022, arXiv 2211.08682; for a reader of
@@ -248,7 +261,7 @@ class Norm(Selection):
     """
 
     kind = "norm"
-    classes: ClassVar[tuple[type[nn.Module], ...]] = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+    norm_classes: ClassVar[tuple[type[nn.Module], ...]] = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
     def __init__(
         self,
@@ -262,7 +275,7 @@ class Norm(Selection):
         found = [
             f"{name}.{leaf}"
             for name, module in model.named_modules()
-            if isinstance(module, self.classes) or re.search("Norm(?![a-z])", type(module).__name__)
+            if isinstance(module, self.norm_classes) or re.search("Norm(?![a-z])", type(module).__name__)
             for leaf, _ in module.named_parameters(recurse=False)
         ]
         if not found:
@@ -272,10 +285,10 @@ class Norm(Selection):
                 expected="LayerNorm or RMSNorm layers with gains",
                 way_out="head, blocks, full and lora work on every model",
             )
-        super().__init__(model, [*found, *task_layers(model)], also=also, options={"also": list(also)})
+        super().__init__(model, [*found, *task_layer_parameters(model)], also=also, options={"also": list(also)})
 
 
-def _movable(name: str, parameter: nn.Parameter) -> nn.Parameter:
+def _require_floating_point(name: str, parameter: nn.Parameter) -> nn.Parameter:
     if not parameter.is_floating_point():
         raise TuningError(
             f"{name} is held in {str(parameter.dtype).removeprefix('torch.')}, which no gradient can move",
@@ -286,18 +299,22 @@ def _movable(name: str, parameter: nn.Parameter) -> nn.Parameter:
     return parameter
 
 
-def _decayed(model: PreTrainedModel, layer_decay: float) -> dict[str, float]:
+def _decay_factors(model: PreTrainedModel, layer_decay: float) -> dict[str, float]:
     """The rate factor of every parameter; none where nothing decays. Raises `TuningError` outside of (0, 1]."""
     if not 0 < layer_decay <= 1:
         raise TuningError(
             f"layer_decay is {layer_decay}", where="tuning.layer_decay", expected="more than 0 and at most 1"
         )
-    return {} if layer_decay == 1 else {name: layer_decay**distance for name, distance in distances(model).items()}
+    return (
+        {}
+        if layer_decay == 1
+        else {name: layer_decay**distance for name, distance in parameter_distances(model).items()}
+    )
 
 
-def _task_layer(model: PreTrainedModel) -> list[str]:
+def _task_layer_names(model: PreTrainedModel) -> list[str]:
     """What stands on the backbone. Raises `TuningError` when nothing does, or some of it is tied to the backbone."""
-    names = outside(model)
+    names = head_parameters(model)
     if not names:
         raise TuningError(
             f"{type(model).__name__} has no task layer", where="tuning", expected="a model with a head for its task"
@@ -313,14 +330,14 @@ def _task_layer(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def _tied_note(model: PreTrainedModel, consequence: str) -> list[str]:
+def _tied_notes(model: PreTrainedModel, consequence: str) -> list[str]:
     """A sentence about a language model's tied output embedding, where there is one."""
-    tied = [(name, tied_to(model, name)) for name in outside(model)]
-    pairs = [(name, table) for name, table in tied if table is not None and table not in outside(model)]
+    tied = [(name, tied_to(model, name)) for name in head_parameters(model)]
+    pairs = [(name, table) for name, table in tied if table is not None and table not in head_parameters(model)]
     return [f"{name} is tied to {table}: {consequence}" for name, table in pairs]
 
 
-def _chosen_blocks(
+def _select_blocks(
     blocks: Mapping[str, int], last: int | None, all_but_first: int | None, names: Sequence[str]
 ) -> dict[str, int]:
     """The blocks that move, with their distances from the top. Raises `TuningError` when they are not said in one way."""
@@ -353,12 +370,12 @@ def _named_blocks(blocks: Mapping[str, int], patterns: Sequence[str]) -> dict[st
                 f"'{pattern}' matches no block",
                 where="tuning.names",
                 expected=f"names such as {', '.join(list(blocks)[-2:])}",
-                way_out=nearest(pattern, blocks),
+                way_out=suggest_nearest(pattern, blocks),
             )
         chosen.update(met)
     return {name: d for name, d in blocks.items() if name in chosen}
 
 
-def _inside(name: str, modules: Iterable[str]) -> bool:
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
     """Whether a parameter is in one of these modules."""
     return any(name.startswith(f"{module}.") for module in modules)

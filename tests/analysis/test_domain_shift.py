@@ -25,13 +25,13 @@ HALF = [*FRUIT[:4], *TOOLS[:4]]
 
 
 def counts(words: list[str], seed: int, count: int = 60) -> np.ndarray:
-    return domain_shift.ngram_counts(domain_shift.passages(prose(words, count, seed), "text"))
+    return domain_shift.ngram_counts(domain_shift.make_passages(prose(words, count, seed), "text"))
 
 
 def test_passages_hold_every_word_once_and_stay_the_text_they_are() -> None:
     documents = ["One two, three. " * 40, "Four" * 3, "five six " * 900]
-    found = domain_shift.passages(documents, "text")
-    assert all(len(words) == domain_shift.PASSAGE for words in found.words)
+    found = domain_shift.make_passages(documents, "text")
+    assert all(len(words) == domain_shift.PASSAGE_WORDS for words in found.words)
     flat = [word for words in found.words for word in words]
     assert flat[:4] == ["One", "two", ",", "three"]
     assert " ".join(flat).count("FourFourFour") == 1
@@ -42,7 +42,7 @@ def test_passages_hold_every_word_once_and_stay_the_text_they_are() -> None:
 
 def test_too_little_text_says_how_much_is_needed() -> None:
     with pytest.raises(DataError, match=r"(?s)200 words are too few.*2,000 words"):
-        domain_shift.passages(["word " * 200], "--new")
+        domain_shift.make_passages(["word " * 200], "--new")
 
 
 def test_one_and_the_same_text_is_refused() -> None:
@@ -54,7 +54,7 @@ def test_one_and_the_same_text_is_refused() -> None:
 
 def test_the_divergence_is_that_of_scipy_in_bits() -> None:
     old, new = counts(FRUIT, 0), counts(HALF, 1)
-    found = domain_shift.divergence(old, new)
+    found = domain_shift.js_divergence(old, new)
     size = min(len(old), len(new))
     rng = np.random.default_rng(0)
     for _ in range(200):  # the draws of the interval come first
@@ -66,10 +66,10 @@ def test_the_divergence_is_that_of_scipy_in_bits() -> None:
 
 
 def test_nothing_in_common_is_one_bit_and_the_same_text_lies_in_its_band() -> None:
-    apart = domain_shift.divergence(np.eye(40, 400, dtype=np.float32), np.eye(40, 400, 200, dtype=np.float32))
+    apart = domain_shift.js_divergence(np.eye(40, 400, dtype=np.float32), np.eye(40, 400, 200, dtype=np.float32))
     assert apart.value == pytest.approx(1.0)
     fruit = counts(FRUIT, 0, 200)
-    alike = domain_shift.divergence(fruit, counts(FRUIT, 5, 200))
+    alike = domain_shift.js_divergence(fruit, counts(FRUIT, 5, 200))
     assert alike.same is not None and alike.value < 1.5 * alike.same
 
 
@@ -89,25 +89,25 @@ def test_the_log_ratio_is_the_divergence_of_known_unigrams() -> None:
 
 def test_passages_of_one_text_are_not_told_apart_and_those_of_two_are() -> None:
     fruit = counts(FRUIT, 0, 120)
-    alike = domain_shift.told_apart(fruit, counts(FRUIT, 9, 120))
+    alike = domain_shift.classifier_auc(fruit, counts(FRUIT, 9, 120))
     assert alike.same is not None
     assert alike.low < alike.same and alike.value < 0.62
-    assert domain_shift.told_apart(fruit, counts(HALF, 9, 120)).low > 0.95
+    assert domain_shift.classifier_auc(fruit, counts(HALF, 9, 120)).low > 0.95
 
 
 def test_told_apart_is_an_area_under_the_curve() -> None:
     """One feature that says half of it: the AUC of the feature itself."""
     rng = np.random.default_rng(0)
     old, new = (rng.poisson(rate, (400, 1)).astype(np.float32) for rate in (4.0, 6.0))
-    found = domain_shift.told_apart(old, new)
+    found = domain_shift.classifier_auc(old, new)
     plain = roc_auc_score(np.repeat([0, 1], 400), np.concatenate([old, new])[:, 0])
     assert found.value == pytest.approx(plain, abs=0.02)
 
 
 def test_bytes_see_what_words_see_and_case_too() -> None:
-    lower = domain_shift.passages(prose(FRUIT, 60, 0), "a")
-    upper = domain_shift.passages([text.title() for text in prose(FRUIT, 60, 1)], "b")
-    found = domain_shift.divergence(domain_shift.byte_counts(lower), domain_shift.byte_counts(upper))
+    lower = domain_shift.make_passages(prose(FRUIT, 60, 0), "a")
+    upper = domain_shift.make_passages([text.title() for text in prose(FRUIT, 60, 1)], "b")
+    found = domain_shift.js_divergence(domain_shift.byte_counts(lower), domain_shift.byte_counts(upper))
     assert found.same is not None and found.value > 10 * found.same
     one = domain_shift.byte_counts(Passages(["abcd"], [["abcd"]], np.zeros(1)))
     assert one.sum() == 2
@@ -128,9 +128,9 @@ def test_fertility_counts_tokens_words_bytes_and_the_unknown() -> None:
     [(0.01, 0.005, "none", "1%"), (0.2, 0.01, "weak", "5%"), (0.52, 0.01, "strong", "25%"), (0.36, 0.1, "weak", "5%")],
 )
 def test_strength_and_replay_follow_the_excess(distance: float, same: float, strength: str, share: str) -> None:
-    found = shift_advice.strength_of(distance, same)
+    found = shift_advice.shift_strength(distance, same)
     assert found == strength
-    proposed = shift_advice.proposals(found, tokens=10**9, old_bytes_per_token=4, new_bytes_per_token=4, unknown=0)
+    proposed = shift_advice.make_proposals(found, tokens=10**9, old_bytes_per_token=4, new_bytes_per_token=4, unknown=0)
     by_name = {proposal.what: proposal for proposal in proposed}
     assert by_name["replay share"].value == share
     assert all(proposal.reason and proposal.source for proposal in proposed)
@@ -144,7 +144,7 @@ def test_strength_and_replay_follow_the_excess(distance: float, same: float, str
 def test_the_vocabulary_grows_where_text_is_cut_fine_or_lost(
     tokens: int, new: float, unknown: float, says: str
 ) -> None:
-    found = shift_advice.proposals(
+    found = shift_advice.make_proposals(
         "weak", tokens=tokens, old_bytes_per_token=4, new_bytes_per_token=new, unknown=unknown
     )
     assert found[-1].value.startswith(says)
@@ -152,7 +152,7 @@ def test_the_vocabulary_grows_where_text_is_cut_fine_or_lost(
 
 def test_few_tokens_ask_for_a_low_rate() -> None:
     few, many = (
-        shift_advice.proposals("strong", tokens=n, old_bytes_per_token=4, new_bytes_per_token=4, unknown=0)
+        shift_advice.make_proposals("strong", tokens=n, old_bytes_per_token=4, new_bytes_per_token=4, unknown=0)
         for n in (10**6, 10**10)
     )
     assert few[1].value == "2.0e-5"

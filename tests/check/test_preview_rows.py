@@ -14,27 +14,27 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from postgrad.check import preview_rows as preview
-from postgrad.check.preview_rows import ShownSource, Spelling, shown_rows
+from postgrad.check.preview_rows import PreviewSource, TokenDecoder, preview_rows
 from postgrad.check.preview_text import print_rows
-from postgrad.check.source_text import found_lines
+from postgrad.check.source_text import source_lines
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.hardware.execution import Execution
 from postgrad.plan.plan import Plan
 from postgrad.run.build import make_loader
 from tests.conftest import make_tokenizer
 from tests.run.test_task_stages import CPU, mixed
-from tests.tiny_stages import QUICK, Shelf, bert_tokenizer, make_shelf, rows
+from tests.tiny_stages import QUICK_EVALUATION, Workspace, bert_tokenizer, make_workspace, write_rows
 
 EXECUTION = Execution("float32", False, "sdpa", 1, 2, False, 0.0)
 CLASSIFY = [{"kind": "classify"}]
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
-def classified(shelf: Shelf, model: str, name: str, kind: str | None = None) -> dict[str, Any]:
+def classified(shelf: Workspace, model: str, name: str, kind: str | None = None) -> dict[str, Any]:
     learned = [shelf.file(name, held_out=True)]
     return shelf.stage(
         f"{model}-{name}",
@@ -42,11 +42,11 @@ def classified(shelf: Shelf, model: str, name: str, kind: str | None = None) -> 
         sources=[shelf.source(name, kind)],
         objectives=CLASSIFY,
         tokens=40,
-        evaluation={**QUICK, "learned": learned},
+        evaluation={**QUICK_EVALUATION, "learned": learned},
     )
 
 
-STAGES: dict[str, Callable[[Shelf], dict[str, Any]]] = {
+STAGES: dict[str, Callable[[Workspace], dict[str, Any]]] = {
     "text": lambda shelf: shelf.stage("text"),
     "mixed decoder": lambda shelf: mixed(shelf, "llama"),
     "prompted": lambda shelf: mixed(shelf, "llama", tuning={"kind": "p-tuning", "template": "{2} {x} {1}"}),
@@ -61,11 +61,11 @@ STAGES: dict[str, Callable[[Shelf], dict[str, Any]]] = {
 }
 
 
-def of(plan: Plan, count: int) -> list[ShownSource]:
-    return shown_rows(plan, make_loader(plan, EXECUTION, CPU), count)
+def of(plan: Plan, count: int) -> list[PreviewSource]:
+    return preview_rows(plan, make_loader(plan, EXECUTION, CPU), count)
 
 
-def printed(sources: list[ShownSource], width: int = 200, **options: Any) -> str:
+def printed(sources: list[PreviewSource], width: int = 200, **options: Any) -> str:
     out = io.StringIO()
     print_rows(sources, Console(file=out, width=width, highlight=False, **options))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
@@ -77,7 +77,7 @@ def printed(sources: list[ShownSource], width: int = 200, **options: Any) -> str
 def read(plan: Plan, steps: int) -> dict[int, list[dict[str, np.ndarray]]]:
     """The rows of each source that the steps read, in the order of their micro-batches."""
     loader = make_loader(plan, EXECUTION, CPU)
-    found: dict[int, list[dict[str, np.ndarray]]] = {k: [] for k in range(len(plan.sources))}
+    found: dict[int, list[dict[str, np.ndarray]]] = {k: [] for k in range(len(plan.source_names))}
     for step in range(1, steps + 1):
         for batch in loader(step, last=steps):
             arrays = {name: tensor.numpy() for name, tensor in batch.inputs.items()} | {"labels": batch.labels.numpy()}
@@ -90,16 +90,16 @@ def is_what_is_read(plan: Plan, count: int) -> bool:
     """Every label is shown as trained and nothing else is; ids are those that are read, padding is what is masked out."""
     rows = read(plan, plan.steps)
     for k, source in enumerate(of(plan, count)):
-        assert len(source.rows) == min(count, plan.counts()[k]) > 0
+        assert len(source.rows) == min(count, plan.row_counts()[k]) > 0
         for shown, arrays in zip(source.rows, rows[k], strict=False):
             labels = arrays["labels"]
-            if shown.decision is not None:
-                assert not any(t.state == "trained" for s in shown.strands for t in s.tokens)
+            if shown.row_label is not None:
+                assert not any(t.state == "trained" for s in shown.segments for t in s.tokens)
             elif shown.count("trained") != int((labels != IGNORED).sum()):
                 return False
             if "attention_mask" in arrays and "decoder_input_ids" not in arrays:
                 assert shown.count("padding") == int((arrays["attention_mask"] == 0).sum())
-            (ids,) = [[t.id for t in s.tokens] for s in shown.strands if s.name in ("reads", "1")]
+            (ids,) = [[t.id for t in s.tokens] for s in shown.segments if s.name in ("reads", "1")]
             goes_on = np.diff(arrays.get("position_ids", np.arange(len(arrays["input_ids"])))) == 1
             size = len(goes_on) + 1 if goes_on.all() else int(np.argmin(goes_on)) + 1
             if ids[:size] != arrays["input_ids"][:size].tolist():
@@ -108,11 +108,11 @@ def is_what_is_read(plan: Plan, count: int) -> bool:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_what_is_shown_is_what_is_read(shelf: Shelf, name: str) -> None:
+def test_what_is_shown_is_what_is_read(shelf: Workspace, name: str) -> None:
     assert is_what_is_read(shelf.plan(STAGES[name](shelf)), 9)
 
 
-def test_rows_read_anew_would_not_be_those_of_the_steps(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_read_anew_would_not_be_those_of_the_steps(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: rows taken from the source in stored order, not from the loader; other tokens are masked then."""
     plan = shelf.plan(STAGES["masked"](shelf))
 
@@ -121,12 +121,12 @@ def test_rows_read_anew_would_not_be_those_of_the_steps(shelf: Shelf, monkeypatc
             row = plan.rows[draw.source].at(i, 0)
             yield draw, {**row.inputs, "labels": row.labels}
 
-    monkeypatch.setattr(preview, "_rows", stored)
+    monkeypatch.setattr(preview, "_split_micro_batch", stored)
     assert not is_what_is_read(plan, 9)
 
 
 @pytest.mark.parametrize("name", ["text", "mixed decoder", "prompted"])
-def test_a_pass_shows_every_label_and_all_padding_of_the_ledger(shelf: Shelf, name: str) -> None:
+def test_a_pass_shows_every_label_and_all_padding_of_the_ledger(shelf: Workspace, name: str) -> None:
     """Where rows are packed nothing says what is padding but positions and labels: held against the ledger."""
     plan = shelf.plan({**STAGES[name](shelf), "tokens": 20_000})
     sources = of(plan, max(map(len, plan.rows)))
@@ -140,13 +140,16 @@ def test_a_pass_shows_every_label_and_all_padding_of_the_ledger(shelf: Shelf, na
 # -- by hand -------------------------------------------------------------------------------------------------------------
 
 
-def only(shelf: Shelf, model: str, name: str, made: list[dict[str, Any]], length: int, **changes: Any) -> Plan:
+def only(shelf: Workspace, model: str, name: str, made: list[dict[str, Any]], length: int, **changes: Any) -> Plan:
     """A stage on a few rows that are read in one step, in stored order."""
-    path = str(rows(shelf.home / f"{name}.jsonl", made))
+    path = str(write_rows(shelf.folder / f"{name}.jsonl", made))
     kind = changes.pop("kind", "auto")
     words = changes.pop("words", {})
     source = {"name": name, "path": path, "held_out": 0, "max_passes": 100, "kind": kind, "words": words}
-    evaluation = {**QUICK, "learned": [{"name": "held", "path": shelf.file("old", held_out=True), "kind": "text"}]}
+    evaluation = {
+        **QUICK_EVALUATION,
+        "learned": [{"name": "held", "path": shelf.file("old", held_out=True), "kind": "text"}],
+    }
     if like := changes.pop("like", None):
         evaluation["learned"] = [{"name": "held", "path": shelf.file(like, held_out=True), "kind": kind}]
     return shelf.plan(
@@ -156,7 +159,7 @@ def only(shelf: Shelf, model: str, name: str, made: list[dict[str, Any]], length
     )
 
 
-def test_packed_rows_by_hand(shelf: Shelf) -> None:
+def test_packed_rows_by_hand(shelf: Workspace) -> None:
     made = [{"prompt": "one and two.", "completion": " six\n"}, {"prompt": "x1 =", "completion": " 7;"}]
     plan = only(shelf, "llama", "packed", made, 24, tokens=20)
     (source,) = of(plan, 1)
@@ -174,21 +177,21 @@ def test_packed_rows_by_hand(shelf: Shelf) -> None:
     ]
 
 
-def test_prefixes_by_hand(shelf: Shelf) -> None:
+def test_prefixes_by_hand(shelf: Workspace) -> None:
     made = [{"prompt": "one and two.", "completion": " six\n"}]
     text = printed(of(only(shelf, "llama", "prefixed", made, 24, tokens=20, objectives=[{"kind": "prefix-lm"}]), 1))
     assert text.startswith("«trained» is predicted, the rest is read, as a prefix in both directions; 1│ 2│ documents")
     assert "1│ one and two.« six↵\n       │ <|end|>»" in text
 
 
-def test_a_soft_prompt_is_shown_by_its_numbers(shelf: Shelf) -> None:
+def test_a_soft_prompt_is_shown_by_its_numbers(shelf: Workspace) -> None:
     made = [{"prompt": "x1 =", "completion": " 7;"}]
     tuning = {"kind": "p-tuning", "template": "{2} {x} {1}"}
     text = printed(of(only(shelf, "llama", "prompted", made, 24, tokens=20, tuning=tuning), 1))
     assert "1│ <v1><v2>x1 =<v3>« 7;<|end|>»" in text
 
 
-def test_pairs_by_hand(shelf: Shelf) -> None:
+def test_pairs_by_hand(shelf: Workspace) -> None:
     made = [{"source": "one and two.", "target": "six"}, {"source": "x1", "target": "seven and nine."}]
     plan = only(shelf, "t5", "pairs", made, 24, tokens=20, objectives=[{"kind": "text-to-text"}])
     text = printed(of(plan, 2))
@@ -196,7 +199,7 @@ def test_pairs_by_hand(shelf: Shelf) -> None:
     assert "reads│ x1</s>[pad×" in text and "writes│ <pad>«seven and nine.</s>»" in text
 
 
-def test_masked_rows_show_what_was_there(shelf: Shelf) -> None:
+def test_masked_rows_show_what_was_there(shelf: Workspace) -> None:
     plan = only(
         shelf,
         "bert",
@@ -208,14 +211,14 @@ def test_masked_rows_show_what_was_there(shelf: Shelf) -> None:
     )
     (source,) = of(plan, 8)
     for row in source.rows:
-        (strand,) = row.strands
+        (strand,) = row.segments
         assert [t.said or t.text.strip() for t in strand.tokens] == ["[CLS]", "one", "and", "two", "[SEP]"]
         (asked,) = [t for t in strand.tokens if t.state == "trained"]
         assert f"{asked.text}«{asked.said}»" in printed([source])
-    assert any(t.text.strip() == "[MASK]" for row in source.rows for t in row.strands[0].tokens)
+    assert any(t.text.strip() == "[MASK]" for row in source.rows for t in row.segments[0].tokens)
 
 
-def test_labels_stand_behind_the_text_and_tags_below_their_words(shelf: Shelf) -> None:
+def test_labels_stand_behind_the_text_and_tags_below_their_words(shelf: Workspace) -> None:
     made = [
         {"text": "one and two", "labels": ["nine", "sums"]},
         {"text": "six", "labels": []},
@@ -235,7 +238,7 @@ def test_labels_stand_behind_the_text_and_tags_below_their_words(shelf: Shelf) -
     assert sum("│" in line for line in narrow) == 4
 
 
-def test_a_source_that_comes_in_late_is_shown_and_one_that_never_does_is_told(shelf: Shelf) -> None:
+def test_a_source_that_comes_in_late_is_shown_and_one_that_never_does_is_told(shelf: Workspace) -> None:
     shifts = [{"at": "50%", "shares": {"old": 1.0}}]
     sources = [shelf.source("new", share=1.0), shelf.source("old", share=0.0, role="replay")]
     plan = shelf.plan(shelf.stage("late", sources=sources, data={"shifts": shifts}))
@@ -249,12 +252,12 @@ def test_a_source_that_comes_in_late_is_shown_and_one_that_never_does_is_told(sh
 # -- on the screen -------------------------------------------------------------------------------------------------------
 
 
-def shown_with(shelf: Shelf, text: str) -> list[ShownSource]:
+def shown_with(shelf: Workspace, text: str) -> list[PreviewSource]:
     (source,) = of(only(shelf, "llama", "signs", [{"prompt": "x1", "completion": text}], 64, tokens=8), 1)
     return [source]
 
 
-def test_colours_stand_for_marks_where_there_are_any(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_stand_for_marks_where_there_are_any(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     sources = shown_with(shelf, " 7;")
@@ -265,11 +268,11 @@ def test_colours_stand_for_marks_where_there_are_any(shelf: Shelf, monkeypatch: 
     assert "x1« 7;<|end|>»" in printed(sources)
 
 
-def test_marks_are_signs_that_the_text_has_not(shelf: Shelf) -> None:
+def test_marks_are_signs_that_the_text_has_not(shelf: Workspace) -> None:
     assert "x1⟪«7»<|end|>⟫" in printed(shown_with(shelf, "«7»"))
 
 
-def test_a_terminal_obeys_nothing_that_stands_in_a_row(shelf: Shelf) -> None:
+def test_a_terminal_obeys_nothing_that_stands_in_a_row(shelf: Workspace) -> None:
     text = printed(shown_with(shelf, " \x1b[31m7\r\b"))
     assert "\x1b" not in text and "\b" not in text and "␛[31m7" in text
 
@@ -282,7 +285,7 @@ def test_a_terminal_obeys_nothing_that_stands_in_a_row(shelf: Shelf) -> None:
 def test_the_pieces_of_a_text_are_the_text(text: str) -> None:
     tokenizer = make_tokenizer()
     ids = tokenizer(text)["input_ids"]
-    spell = Spelling(tokenizer, 400)
+    spell = TokenDecoder(tokenizer, 400)
     assert "".join(spell(ids)) == text
     # Whatever stands around it: special tokens, and places of vectors.
     assert spell([0, *ids, 402, 0]) == ["<|end|>", *spell(ids), "<v3>", "<|end|>"]
@@ -291,14 +294,14 @@ def test_the_pieces_of_a_text_are_the_text(text: str) -> None:
 def test_words_in_pieces_are_spelt_without_their_signs() -> None:
     tokenizer = bert_tokenizer()
     ids = tokenizer("one xy2, two")["input_ids"]
-    assert "".join(Spelling(tokenizer, len(tokenizer))(ids)) == tokenizer.decode(ids)
+    assert "".join(TokenDecoder(tokenizer, len(tokenizer))(ids)) == tokenizer.decode(ids)
 
 
 def test_bytes_without_their_rest_are_not_waited_for_in_vain() -> None:
     tokenizer = make_tokenizer()
     first, *rest = tokenizer("漢")["input_ids"]
     assert len(rest) > 1
-    assert Spelling(tokenizer, 400)([first, 401, *tokenizer("a")["input_ids"]]) == ["\ufffd", "<v2>", "a"]
+    assert TokenDecoder(tokenizer, 400)([first, 401, *tokenizer("a")["input_ids"]]) == ["\ufffd", "<v2>", "a"]
 
 
 # -- what was found --------------------------------------------------------------------------------------------------------
@@ -329,18 +332,18 @@ FOUND = {
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_what_was_found_is_told(shelf: Shelf, name: str) -> None:
-    told = "\n".join(found_lines(shelf.plan(STAGES[name](shelf)), shelf.cache))
+def test_what_was_found_is_told(shelf: Workspace, name: str) -> None:
+    told = "\n".join(source_lines(shelf.plan(STAGES[name](shelf)), shelf.cache))
     assert all(part in told for part in FOUND[name])
 
 
-def test_what_was_found_of_words_and_files(shelf: Shelf) -> None:
+def test_what_was_found_of_words_and_files(shelf: Workspace) -> None:
     labelled = shelf.source("labelled", "labelled", prompt="{text}\nis", words={"words": "good", "sums": "bad"})
-    (shelf.home / "book.txt").write_text("one and two.\n\nsix and nine.\n" * 20)
-    book = {"name": "book", "path": str(shelf.home / "book.txt"), "documents": "paragraphs", "max_passes": 100}
+    (shelf.folder / "book.txt").write_text("one and two.\n\nsix and nine.\n" * 20)
+    book = {"name": "book", "path": str(shelf.folder / "book.txt"), "documents": "paragraphs", "max_passes": 100}
     sources = [{**labelled, "share": 0.3}, {**book, "share": 0.3}, shelf.source("chat", share=0.4)]
-    plan = shelf.plan(shelf.stage("found", sources=sources, evaluation=QUICK))
-    first, second, third = found_lines(plan, shelf.cache)
+    plan = shelf.plan(shelf.stage("found", sources=sources, evaluation=QUICK_EVALUATION))
+    first, second, third = source_lines(plan, shelf.cache)
     assert "(columns text, label; 2 labels: sums, words)" in first and 'as "{text}⏎is {label}"' in first
     assert "21 documents of text files, every token is trained" in second
     assert (

@@ -22,12 +22,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postgrad.cli import main, progress
-from postgrad.commands.synthesize import Written
+from postgrad.commands.synthesize import SynthesisProgress
 from postgrad.lineage.record import read_record
-from postgrad.run.run import Event, Stepped
+from postgrad.run.run import RunEvent, StepCompleted
 from tests.conftest import StageOf, make_llama, make_tokenizer, new_text, old_text, write_jsonl
 from tests.test_docs import parse
-from tests.tiny_lineage import Runs, runs  # noqa: F401  (a fixture)
+from tests.tiny_lineage import LineageRuns, runs  # noqa: F401  (a fixture)
 
 
 @dataclass(frozen=True)
@@ -237,11 +237,11 @@ def test_init_overwrites_only_when_told(postgrad: Command, base: Path, tmp_path:
     assert "retained" in (tmp_path / "first.yaml").read_text()  # without old text it says what is missing
 
 
-def test_init_goes_on_at_the_rate_of_a_run(postgrad: Command, base: Path, runs: Runs, tmp_path: Path) -> None:
-    for name, model in (("run", runs.two), ("foreign", base / "base")):
+def test_init_goes_on_at_the_rate_of_a_run(postgrad: Command, base: Path, runs: LineageRuns, tmp_path: Path) -> None:
+    for name, model in (("run", runs.naive), ("foreign", base / "base")):
         assert postgrad("init", name, "--data", base / "new.jsonl", "--model", model).code == 0
     went_on, foreign = (yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) for name in ("run", "foreign"))
-    curve = [rate for _, rate in read_record(runs.two)["schedule_curve"]]
+    curve = [rate for _, rate in read_record(runs.naive)["schedule_curve"]]
     assert went_on["schedule"]["peak"] == pytest.approx(max(curve), rel=0.05) != foreign["schedule"]["peak"]
     assert (foreign["schedule"]["peak"], foreign["schedule"]["floor"]) == (2e-5, 2e-6)
 
@@ -327,9 +327,9 @@ def test_a_stopped_run_says_how_to_go_on(
     file = stage_file()
     show = progress._PlainScreen.show
 
-    def interrupted(self: progress._PlainScreen, event: Event) -> None:
+    def interrupted(self: progress._PlainScreen, event: RunEvent) -> None:
         show(self, event)
-        if isinstance(event, Stepped) and event.report.step == 2:
+        if isinstance(event, StepCompleted) and event.report.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(progress._PlainScreen, "show", interrupted)
@@ -355,10 +355,10 @@ def test_ctrl_c_while_text_is_read_is_a_stop_too(
         assert "stopped" in done.err
 
 
-def test_a_gate_that_fails_has_a_code_of_its_own(postgrad: Command, stage_file: StageFile, runs: Runs) -> None:
+def test_a_gate_that_fails_has_a_code_of_its_own(postgrad: Command, stage_file: StageFile, runs: LineageRuns) -> None:
     new = yaml.safe_load(stage_file().read_text())["data"]["sources"][0]
     file = stage_file(
-        model=str(runs.one),
+        model=str(runs.first),
         max_forgetting="1%",
         tokens=3000,
         data={"sequence_length": 32, "sources": [{**new, "share": 1}]},
@@ -429,24 +429,24 @@ def test_models_are_compared_on_text(postgrad: Command, foreign: Path, base: Pat
     assert [row["model"] for row in found["rows"]] == [str(base / "base"), str(foreign)]
 
 
-def test_runs_are_compared_and_told_as_a_lineage(postgrad: Command, runs: Runs, tmp_path: Path) -> None:
-    done = postgrad("compare", runs.two, runs.replay)
+def test_runs_are_compared_and_told_as_a_lineage(postgrad: Command, runs: LineageRuns, tmp_path: Path) -> None:
+    done = postgrad("compare", runs.naive, runs.replay)
     assert done.code == 0, done.err
     words = shlex.split(done.next)
-    assert words[:3] == ["compare", str(runs.two), str(runs.replay)]
+    assert words[:3] == ["compare", str(runs.naive), str(runs.replay)]
     assert postgrad(*words).code == 0
     assert (tmp_path / "compare.html").exists()
-    assert {"arms", "paired"} <= postgrad("compare", runs.two, runs.replay, "--json").json.keys()
-    done = postgrad("lineage", runs.two)
+    assert {"arms", "paired"} <= postgrad("compare", runs.naive, runs.replay, "--json").json.keys()
+    done = postgrad("lineage", runs.naive)
     assert done.code == 0, done.err
     words = shlex.split(done.next)
     assert postgrad(*words).code == 0
     assert (tmp_path / "lineage.html").exists()
-    found = postgrad("lineage", runs.two, "--json").json
+    found = postgrad("lineage", runs.naive, "--json").json
     assert [len(row) for row in found["R"]] == [2, 2, 2]
-    done = postgrad("report", runs.two)
+    done = postgrad("report", runs.naive)
     assert done.code == 0
-    assert str(runs.two / "report.html") in done.out
+    assert str(runs.naive / "report.html") in done.out
 
 
 def test_a_model_writes(postgrad: Command, foreign: Path, base: Path) -> None:
@@ -507,27 +507,27 @@ def test_nobody_to_ask_for_a_text(postgrad: Command, foreign: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_what_is_exported_is_a_plain_folder(postgrad: Command, runs: Runs, tmp_path: Path, dtype: str) -> None:
-    done = postgrad("export", runs.two, tmp_path / "deep" / "out it goes", "--dtype", dtype)
+def test_what_is_exported_is_a_plain_folder(postgrad: Command, runs: LineageRuns, tmp_path: Path, dtype: str) -> None:
+    done = postgrad("export", runs.naive, tmp_path / "deep" / "out it goes", "--dtype", dtype)
     assert done.code == 0, done.err
     assert shlex.split(done.next) == ["generate", str(tmp_path / "deep" / "out it goes")]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "out it goes")
     wanted = torch.float32 if dtype == "auto" else torch.bfloat16
-    ours = AutoModelForCausalLM.from_pretrained(runs.two / "model", dtype=wanted)
+    ours = AutoModelForCausalLM.from_pretrained(runs.naive / "model", dtype=wanted)
     assert theirs.dtype == wanted
     ids = torch.arange(20)[None]
     assert torch.equal(theirs(input_ids=ids).logits, ours(input_ids=ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "deep" / "out it goes")("one")["input_ids"]
     names = {p.name for p in (tmp_path / "deep" / "out it goes").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
-    again = postgrad("export", runs.two, tmp_path / "deep" / "out it goes")
+    again = postgrad("export", runs.naive, tmp_path / "deep" / "out it goes")
     assert again.code == 2
     assert "is there already" in again.err
     assert not [p for p in (tmp_path / "deep").iterdir() if p.name.startswith(".")]
 
 
-def test_an_export_to_a_dtype_that_does_not_exist(postgrad: Command, runs: Runs, tmp_path: Path) -> None:
-    done = postgrad("export", runs.two, tmp_path / "out", "--dtype", "fp16")
+def test_an_export_to_a_dtype_that_does_not_exist(postgrad: Command, runs: LineageRuns, tmp_path: Path) -> None:
+    done = postgrad("export", runs.naive, tmp_path / "out", "--dtype", "fp16")
     assert done.code == 2
     assert "float32, bfloat16 or float16" in done.err
     assert not (tmp_path / "out").exists()
@@ -535,7 +535,7 @@ def test_an_export_to_a_dtype_that_does_not_exist(postgrad: Command, runs: Runs,
 
 def test_an_interrupted_export_leaves_nothing(
     postgrad: Command,
-    runs: Runs,
+    runs: LineageRuns,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -546,17 +546,17 @@ def test_an_interrupted_export_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "save_pretrained", half)
-    done = postgrad("export", runs.two, tmp_path / "out")
+    done = postgrad("export", runs.naive, tmp_path / "out")
     assert done.code == 3
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_that_goes_away_is_no_traceback(runs: Runs, base: Path, cache: Path) -> None:
+def test_a_reader_that_goes_away_is_no_traceback(runs: LineageRuns, base: Path, cache: Path) -> None:
     """`postgrad eval ... | head -1` closes the pipe early."""
     environment = {**os.environ, "POSTGRAD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     reader, writer = os.pipe()
     os.close(reader)
-    words = [sys.executable, "-m", "postgrad", "report", str(runs.two)]
+    words = [sys.executable, "-m", "postgrad", "report", str(runs.naive)]
     done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, check=False)
     os.close(writer)
     assert done.returncode == 1
@@ -583,6 +583,6 @@ def test_no_time_is_foretold_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "_COUNT_EVERY_SECONDS", 0)
-    progress.count([Written(0, 0, 100), Written(1, 50, 100)], as_json=False)
+    progress.show_token_progress([SynthesisProgress(0, 0, 100), SynthesisProgress(1, 50, 100)], as_json=False)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "0 of 100 tokens, 0 a second" and second.endswith(" left")

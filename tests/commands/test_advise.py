@@ -16,76 +16,76 @@ from typer.testing import CliRunner
 from postgrad.analysis.pilot_runs import Setting
 from postgrad.cli.main import app
 from postgrad.commands.advise import (
-    Asked,
-    Wish,
+    AdvicePlan,
+    AdviceRequest,
     advise,
+    apply_setting,
     pilot_stage,
-    piloted,
     plan_advice,
-    scaled,
-    with_setting,
+    run_pilots,
+    scale_schedule,
     write_advice,
 )
 from postgrad.config.stage_file import load_stage
 from postgrad.errors import StageError
 from postgrad.evaluation import classification_metrics
 from postgrad.plan.plan import make_plan
-from postgrad.run.run import Began, Doing, Finished, Said, Stopped
-from tests.tiny_stages import LENGTH, Shelf, make_shelf
+from postgrad.run.run import InfoMessage, PhaseStarted, RunFinished, RunStarted, RunStopped
+from tests.tiny_stages import LENGTH, Workspace, make_workspace
 
 STEP = 4 * LENGTH
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A model that has learnt the old text, and is to learn the new."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classification_metrics, "_DRAWS", 4)
-        made = make_shelf(tmp_path_factory.mktemp("advise"), tmp_path_factory.getbasetemp() / "cache")
-        evaluation = {**made.texts, "retained": [], "learned": [made.file("old", held_out=True)]}
+        made = make_workspace(tmp_path_factory.mktemp("advise"), tmp_path_factory.getbasetemp() / "cache")
+        evaluation = {**made.text_evaluation, "retained": [], "learned": [made.file("old", held_out=True)]}
         made.run(made.stage("base", sources=[made.source("old")], tokens=20 * STEP, evaluation=evaluation))
         yield made
 
 
-def written(shelf: Shelf, name: str, **changes: Any) -> Path:
+def written(shelf: Workspace, name: str, **changes: Any) -> Path:
     """A stage file of 600 steps, by 4 rows."""
     raw = shelf.stage(name, model="runs/base", tokens=600 * STEP, **changes)
     raw["data"] |= {"when_short": "repeat"}
     raw["schedule"] = changes.get("schedule", {"kind": "rewarm", "peak": 1e-2, "floor": 1e-3, "warmup": "30 steps"})
-    place = shelf.home / f"{name}.yaml"
+    place = shelf.folder / f"{name}.yaml"
     place.write_text(yaml.safe_dump(raw, sort_keys=False))
     return place
 
 
-def wish(stage: Path, **changes: Any) -> Wish:
+def wish(stage: Path, **changes: Any) -> AdviceRequest:
     given = {"overrides": (), "bound": 1.0, "pilots": 4, "replay": None, "out": None}
-    return Wish(**{"stage": stage, **given, **changes})
+    return AdviceRequest(**{"stage": stage, **given, **changes})
 
 
-def carried_out(asked: Asked) -> tuple[dict[str, Any], int]:
+def carried_out(asked: AdvicePlan) -> tuple[dict[str, Any], int]:
     """What is written, and how many pilots were run for it."""
-    events = list(piloted(asked, "test"))
-    assert isinstance(events[-1], Finished)
-    return write_advice(asked, advise(asked)), sum(isinstance(event, Began) for event in events)
+    events = list(run_pilots(asked, "test"))
+    assert isinstance(events[-1], RunFinished)
+    return write_advice(asked, advise(asked)), sum(isinstance(event, RunStarted) for event in events)
 
 
-def test_a_stage_is_advised_and_the_same_command_goes_on(shelf: Shelf) -> None:
+def test_a_stage_is_advised_and_the_same_command_goes_on(shelf: Workspace) -> None:
     place = written(shelf, "whole")
     asked = plan_advice(wish(place), shelf.cache)
     # Stopped after its first pilot.
-    for event in piloted(asked, "test"):
-        if isinstance(event, Finished):
+    for event in run_pilots(asked, "test"):
+        if isinstance(event, RunFinished):
             break
     found, runs = carried_out(asked)
     assert runs == 3  # the first is taken as it is
-    stage = load_stage(shelf.home / "whole-advised.yaml")
-    assert stage.name == "whole-advised" and stage.output == str(shelf.home / "runs" / "whole") + "-advised"
+    stage = load_stage(shelf.folder / "whole-advised.yaml")
+    assert stage.name == "whole-advised" and stage.output == str(shelf.folder / "runs" / "whole") + "-advised"
     assert stage.max_forgetting == 1.0 and stage.tokens == 600 * STEP
-    assert stage.shares() == pytest.approx((1 - found["share"], found["share"]))
+    assert stage.resolve_shares() == pytest.approx((1 - found["share"], found["share"]))
     assert stage.schedule.peak == pytest.approx(found["peak"], rel=1e-2)  # type: ignore[union-attr]
     assert stage.schedule.floor == pytest.approx(found["peak"] / 10, rel=1e-2)  # type: ignore[union-attr]
     assert stage.schedule.warmup == "30 steps"  # type: ignore[union-attr]
-    assert make_plan(stage, shelf.home, shelf.cache).steps == pytest.approx(asked.plan.steps, rel=0.02)
+    assert make_plan(stage, shelf.folder, shelf.cache).steps == pytest.approx(asked.plan.steps, rel=0.02)
     # What is said of it: the cost, an interval around every loss, a bound that the upper end of most runs keeps.
     assert found["tokens"] < 0.1 * found["run_tokens"]
     for told in (*found["old"].values(), *found["rise"].values(), *found["new"].values()):
@@ -95,33 +95,33 @@ def test_a_stage_is_advised_and_the_same_command_goes_on(shelf: Shelf) -> None:
     assert any("times as long as the longest pilot" in warning for warning in found["warnings"])
     assert [pilot["tokens"] for pilot in found["pilots"]][-1] == max(pilot["tokens"] for pilot in found["pilots"])
     # Nothing is left of the pilots but what they showed.
-    left = [p.name for p in asked.home.rglob("*.safetensors")]
-    assert not left and len(list(asked.home.glob("*/record.json"))) == 4
+    left = [p.name for p in asked.pilots_folder.rglob("*.safetensors")]
+    assert not left and len(list(asked.pilots_folder.glob("*/record.json"))) == 4
     # Another bound takes what is there, and at most one new pilot; the old file was ours and is written anew.
     again, runs = carried_out(plan_advice(wish(place, bound=3.0), shelf.cache))
     assert runs <= 1 and again["share"] <= found["share"] + 0.002
     assert again["pilots"][:3] == found["pilots"][:3]
 
 
-def test_a_wish_to_stop_is_heard_when_nothing_is_left_to_train(shelf: Shelf) -> None:
+def test_a_wish_to_stop_is_heard_when_nothing_is_left_to_train(shelf: Workspace) -> None:
     asked = plan_advice(wish(written(shelf, "stopped")), shelf.cache)
     events = []
-    for event in piloted(asked, "test"):
+    for event in run_pilots(asked, "test"):
         events.append(event)
-        if isinstance(event, Doing) and "trained model" in event.what:
+        if isinstance(event, PhaseStarted) and "trained model" in event.message:
             os.kill(os.getpid(), signal.SIGTERM)
     # The pilot that was going on is finished, and no other is begun.
-    assert isinstance(events[-1], Stopped) and sum(isinstance(event, Finished) for event in events) == 1
+    assert isinstance(events[-1], RunStopped) and sum(isinstance(event, RunFinished) for event in events) == 1
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert carried_out(asked)[1] == 3
 
 
-def test_a_pilot_is_the_stage_in_small(shelf: Shelf) -> None:
+def test_a_pilot_is_the_stage_in_small(shelf: Workspace) -> None:
     place = written(shelf, "small", penalties=[{"kind": "anchor", "strength": 1e-3}])
     asked = plan_advice(wish(place), shelf.cache)
-    pilot = asked.explored[2]
+    pilot = asked.exploring_pilots[2]
     stage = pilot_stage(asked, pilot)
-    plan = make_plan(stage, shelf.home, shelf.cache)
+    plan = make_plan(stage, shelf.folder, shelf.cache)
     assert plan.tokens == pytest.approx(pilot.tokens, rel=0.1)
     assert plan.as_record()["sources"][1]["share"] == pytest.approx(pilot.setting.share, abs=0.05)
     # The warm-up is the same part of the pilot, and every rate is scaled.
@@ -130,8 +130,8 @@ def test_a_pilot_is_the_stage_in_small(shelf: Shelf) -> None:
     assert spec["peak"] == pilot.setting.peak == 0.4e-2 and spec["floor"] == pytest.approx(0.4e-3)
     assert stage.penalties == asked.stage.penalties and stage.seed == asked.stage.seed
     # What is measured is the whole sets, as before and after the run.
-    assert {h.name for h in plan.held_out} == {h.name for h in asked.plan.held_out}
-    assert asked.explored[0] != pilot and pilot_stage(asked, asked.explored[0]).name != stage.name
+    assert {h.name for h in plan.held_out_sets} == {h.name for h in asked.plan.held_out_sets}
+    assert asked.exploring_pilots[0] != pilot and pilot_stage(asked, asked.exploring_pilots[0]).name != stage.name
 
 
 def number(value: float | str, steps: int = 0) -> float:
@@ -157,23 +157,23 @@ def number(value: float | str, steps: int = 0) -> float:
         ({"kind": "constant", "peak": 1e-2, "warmup": 0}, {"peak": 5e-3, "warmup": "0%"}),
     ],
 )
-def test_every_schedule_keeps_its_shape(shelf: Shelf, schedule: dict[str, Any], rates: dict[str, Any]) -> None:
+def test_every_schedule_keeps_its_shape(shelf: Workspace, schedule: dict[str, Any], rates: dict[str, Any]) -> None:
     asked = plan_advice(wish(written(shelf, "shapes", schedule=schedule)), shelf.cache)
-    found = scaled(asked.plan, 0.5, whole=False)
+    found = scale_schedule(asked.plan, 0.5, full_run=False)
     assert {key: number(found[key]) for key in rates} == pytest.approx(
         {key: number(value, asked.plan.steps) for key, value in rates.items()}, rel=1e-4
     )
     # In the stage that is written, lengths stay as they were, and what was left out stays out.
-    assert scaled(asked.plan, 0.5, whole=True).keys() == schedule.keys()
+    assert scale_schedule(asked.plan, 0.5, full_run=True).keys() == schedule.keys()
     pieces = {"kind": "then", "pieces": [{"shape": "linear", "start": 0.0, "end": 1e-2, "length": "60 steps"}]}
     pieces["pieces"].append({"shape": "constant", "start": 1e-2})  # type: ignore[attr-defined]
     asked = plan_advice(wish(written(shelf, "shapes", schedule=pieces)), shelf.cache)
-    first, second = scaled(asked.plan, 0.5, whole=False)["pieces"]
+    first, second = scale_schedule(asked.plan, 0.5, full_run=False)["pieces"]
     assert (first["end"], second["start"]) == (5e-3, 5e-3)
     assert number(first["length"]) == pytest.approx(number("60 steps", asked.plan.steps), rel=1e-4)
 
 
-def test_shares_are_parted_by_role_and_keep_their_proportions(shelf: Shelf) -> None:
+def test_shares_are_parted_by_role_and_keep_their_proportions(shelf: Workspace) -> None:
     sources = [
         shelf.source("new", share=0.6),
         {**shelf.source("new", share=0.2), "name": "more"},
@@ -181,7 +181,7 @@ def test_shares_are_parted_by_role_and_keep_their_proportions(shelf: Shelf) -> N
         {**shelf.source("old", share=0.05, role="replay"), "name": "older"},
     ]
     asked = plan_advice(wish(written(shelf, "four", sources=sources)), shelf.cache)
-    made = with_setting(asked.raw, asked, Setting(0.4, 1e-2))
+    made = apply_setting(asked.raw, asked, Setting(0.4, 1e-2))
     assert [source["share"] for source in made["data"]["sources"]] == pytest.approx([0.45, 0.15, 0.3, 0.1])
     # With `new_tokens` the budget grows with the replay.
     new = written(shelf, "additive", new_tokens=500 * STEP)
@@ -189,40 +189,40 @@ def test_shares_are_parted_by_role_and_keep_their_proportions(shelf: Shelf) -> N
     del raw["tokens"]
     new.write_text(yaml.safe_dump(raw))
     asked = plan_advice(wish(new), shelf.cache)
-    assert asked.tokens(Setting(0.5, 1e-2)) == 1000 * STEP
-    assert with_setting(asked.raw, asked, Setting(0.5, 1e-2))["new_tokens"] == 500 * STEP
-    assert make_plan(pilot_stage(asked, asked.explored[0]), shelf.home, shelf.cache).steps < 30
+    assert asked.run_tokens(Setting(0.5, 1e-2)) == 1000 * STEP
+    assert apply_setting(asked.raw, asked, Setting(0.5, 1e-2))["new_tokens"] == 500 * STEP
+    assert make_plan(pilot_stage(asked, asked.exploring_pilots[0]), shelf.folder, shelf.cache).steps < 30
 
 
-def test_replay_can_be_named_on_the_command_line(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replay_can_be_named_on_the_command_line(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     place = written(shelf, "alone", sources=[shelf.source("new")])
     with pytest.raises(StageError, match="no source is replayed"):
         plan_advice(wish(place), shelf.cache)
     asked = plan_advice(wish(place, replay=shelf.file("old")), shelf.cache)
-    assert asked.stage.shares() == pytest.approx((0.9, 0.1)) and asked.stage.data.sources[1].role == "replay"
+    assert asked.stage.resolve_shares() == pytest.approx((0.9, 0.1)) and asked.stage.data.sources[1].role == "replay"
     # Written into the stage as seen from its folder, wherever the command was given.
     assert asked.raw["data"]["sources"][1]["path"] == "old.jsonl"
     with pytest.raises(StageError, match="a share such as 5%"):
         plan_advice(wish(place, overrides=("data.sources.new.share=much",), replay=shelf.file("old")), shelf.cache)
     given = written(shelf, "alone", sources=[shelf.source("new", share="100%")])
     asked = plan_advice(wish(given, replay=shelf.file("old")), shelf.cache)
-    assert asked.stage.shares() == pytest.approx((0.9, 0.1))
+    assert asked.stage.resolve_shares() == pytest.approx((0.9, 0.1))
 
 
-def test_replay_text_that_is_short_limits_the_share(shelf: Shelf) -> None:
+def test_replay_text_that_is_short_limits_the_share(shelf: Workspace) -> None:
     sources = [shelf.source("new", share=0.9), shelf.source("old", share=0.1, role="replay", max_passes=1)]
     place = written(shelf, "short", sources=sources)
     plenty = plan_advice(wish(place), shelf.cache)
-    assert plenty.most == 0.75
+    assert plenty.max_share == 0.75
     raw = yaml.safe_load(place.read_text())
     raw["data"]["when_short"] = "renormalise"
     place.write_text(yaml.safe_dump(raw))
     asked = plan_advice(wish(place), shelf.cache)
     available = asked.plan.as_record()["sources"][1]["available"]
-    assert asked.most == pytest.approx(0.98 * available / asked.plan.tokens, rel=0.01)
+    assert asked.max_share == pytest.approx(0.98 * available / asked.plan.tokens, rel=0.01)
 
 
-def test_a_bound_that_no_pilot_can_satisfy_says_the_best_reachable(shelf: Shelf) -> None:
+def test_a_bound_that_no_pilot_can_satisfy_says_the_best_reachable(shelf: Workspace) -> None:
     place = written(shelf, "whole")  # whose pilots are there
     result = CliRunner().invoke(
         app,
@@ -235,31 +235,31 @@ def test_a_bound_that_no_pilot_can_satisfy_says_the_best_reachable(shelf: Shelf)
     assert reachable > 0.001 and "best reachable is a rise of" in str(error)
 
 
-def test_what_cannot_be_advised_is_refused(shelf: Shelf) -> None:
+def test_what_cannot_be_advised_is_refused(shelf: Workspace) -> None:
     shifts = [{"at": "50%", "shares": {"new": 0.5, "old": 0.5}}]
     with pytest.raises(StageError, match="the shares change within the stage"):
         plan_advice(wish(written(shelf, "bad", data={"shifts": shifts})), shelf.cache)
     with pytest.raises(StageError, match="nothing is measured that could be forgotten"):
-        evaluation = {**shelf.texts, "retained": []}
+        evaluation = {**shelf.text_evaluation, "retained": []}
         sources = [shelf.source("new", share=0.75), shelf.source("old", share=0.25, role="replay", held_out=0)]
         plan_advice(wish(written(shelf, "bad", sources=sources, evaluation=evaluation)), shelf.cache)
     with pytest.raises(StageError, match="12 pilots, which may take"):
         plan_advice(wish(written(shelf, "bad"), pilots=12), shelf.cache)
     with pytest.raises(StageError, match="a bound of 0"):
         plan_advice(wish(written(shelf, "bad"), bound=0.0), shelf.cache)
-    theirs = shelf.home / "theirs.yaml"
+    theirs = shelf.folder / "theirs.yaml"
     theirs.write_text("name: theirs\n")
     with pytest.raises(StageError, match="not of our writing"):
         plan_advice(wish(written(shelf, "bad"), out=theirs), shelf.cache)
     with pytest.raises(StageError, match="lies in another folder"):
-        plan_advice(wish(written(shelf, "bad"), out=shelf.home / "runs" / "out.yaml"), shelf.cache)
+        plan_advice(wish(written(shelf, "bad"), out=shelf.folder / "runs" / "out.yaml"), shelf.cache)
     fresh = yaml.safe_load(written(shelf, "bad").read_text()) | {"model": {"fresh": "llama-1M"}}
-    (shelf.home / "bad.yaml").write_text(yaml.safe_dump(fresh))
+    (shelf.folder / "bad.yaml").write_text(yaml.safe_dump(fresh))
     with pytest.raises(StageError, match="nothing to forget"):
-        plan_advice(wish(shelf.home / "bad.yaml"), shelf.cache)
+        plan_advice(wish(shelf.folder / "bad.yaml"), shelf.cache)
 
 
-def test_on_the_command_line(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_command_line(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTGRAD_CACHE", str(shelf.cache))
     place = str(written(shelf, "whole"))
     result = CliRunner().invoke(app, ["advise", place, "--max-forgetting", "100%", "--pilots", "4", "--json"])
@@ -271,7 +271,7 @@ def test_on_the_command_line(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(result.exception, StageError) and "--max-forgetting" in str(result.exception)
 
 
-def test_the_cost_is_told_before_anything_is_run(shelf: Shelf) -> None:
+def test_the_cost_is_told_before_anything_is_run(shelf: Workspace) -> None:
     asked = plan_advice(wish(written(shelf, "told")), shelf.cache)
-    first = next(iter(piloted(asked, "test")))
-    assert isinstance(first, Said) and "9.5% of the run's" in first.what and not asked.home.exists()
+    first = next(iter(run_pilots(asked, "test")))
+    assert isinstance(first, InfoMessage) and "9.5% of the run's" in first.message and not asked.pilots_folder.exists()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from postgrad.cli.main import app
-from postgrad.commands.blend import blend_run, weights_in
+from postgrad.commands.blend import blend_run, parse_weights
 from postgrad.commands.generate import export_model
 from postgrad.config.stage_file import parse_stage
 from postgrad.errors import ModelError, StageError
@@ -20,7 +20,7 @@ from postgrad.lineage.record import read_record
 from postgrad.plan.plan import make_plan
 from postgrad.run.run import run_stage
 from tests.conftest import StageOf
-from tests.tiny_lineage import Runs
+from tests.tiny_lineage import LineageRuns
 
 
 def blended(run: Path, cache: Path, **options: Any) -> dict[str, Any]:
@@ -42,9 +42,9 @@ def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture
-def plain(runs: Runs) -> Path:
+def plain(runs: LineageRuns) -> Path:
     """A run that starts from another run's model."""
-    return runs.two
+    return runs.naive
 
 
 def trained(stage: dict[str, Any], cache: Path) -> Path:
@@ -65,13 +65,15 @@ def test_the_ends_are_what_the_run_measured(plain: Path, cache: Path, tmp_path: 
     assert "Gain against forgetting" in (tmp_path / "page.html").read_text()
 
 
-def test_the_chosen_model_is_the_plain_mean_of_both(runs: Runs, plain: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_chosen_model_is_the_plain_mean_of_both(
+    runs: LineageRuns, plain: Path, cache: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "half"
     found = blended(plain, cache, choose=0.5, out=out)
     assert found["chosen"] == "0.5"
     half, start, end = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        for folder in (out, runs.one / "model", plain / "model")
+        for folder in (out, runs.first / "model", plain / "model")
     )
     for name, tensor in half.items():
         torch.testing.assert_close(tensor, (start[name] + end[name]) / 2)
@@ -151,13 +153,13 @@ def test_options_that_say_nothing_are_not_passed_over(plain: Path, words: list[s
 
 
 def test_what_cannot_be_blended_or_asked_is_said(
-    runs: Runs, plain: Path, stage_of: StageOf, cache: Path, tmp_path: Path
+    runs: LineageRuns, plain: Path, stage_of: StageOf, cache: Path, tmp_path: Path
 ) -> None:
     run = trained(stage_of(tuning={"kind": "prompt", "length": 2}), cache)
     with pytest.raises(StageError, match="is no change of weights"):
         blended(run, cache)
     with pytest.raises(StageError, match="no retained set"):
-        blended(runs.one, cache)
+        blended(runs.first, cache)
     for options, says in (
         ({"sweep": [0.5, 1.5]}, "no weight between"),
         ({"by": "layer"}, "no blend by"),
@@ -169,4 +171,4 @@ def test_what_cannot_be_blended_or_asked_is_said(
         with pytest.raises(StageError, match=says):
             blended(plain, cache, **options)
     with pytest.raises(StageError, match="no list of weights"):
-        weights_in("0;1")
+        parse_weights("0;1")

@@ -18,7 +18,7 @@ from postgrad.evaluation import before_after
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import save_pretrained
 from tests.conftest import make_llama, make_tokenizer, new_text, old_text, write_jsonl
-from tests.tiny_lineage import Runs
+from tests.tiny_lineage import LineageRuns
 
 
 @pytest.fixture
@@ -174,10 +174,10 @@ def test_one_model_is_no_comparison(base: Path, cache: Path) -> None:
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_runs_of_one_start_are_paired_on_what_they_held_out(runs: Runs, tmp_path: Path) -> None:
-    found = compare_runs([runs.two, runs.replay], tmp_path / "page.html")
+def test_runs_of_one_start_are_paired_on_what_they_held_out(runs: LineageRuns, tmp_path: Path) -> None:
+    found = compare_runs([runs.naive, runs.replay], tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
-    scores = [before_after.read_scores(run / "scores" / "after.npz") for run in (runs.two, runs.replay)]
+    scores = [before_after.read_scores(run / "scores" / "after.npz") for run in (runs.naive, runs.replay)]
     for item in found["paired"]:
         a, b = (s[item["set"]] for s in scores)
         assert item["difference"] == pytest.approx((b.nats_W.sum() - a.nats_W.sum()) / a.tokens_W.sum())
@@ -187,29 +187,29 @@ def test_runs_of_one_start_are_paired_on_what_they_held_out(runs: Runs, tmp_path
     assert {item["against"] for item in found["paired"]} == {"two"}
 
 
-def test_runs_that_cannot_be_compared(runs: Runs, base: Path, tmp_path: Path) -> None:
+def test_runs_that_cannot_be_compared(runs: LineageRuns, base: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"start from different models[\s\S]*--on FILE"):
-        compare_runs([runs.one, runs.two], None)
+        compare_runs([runs.first, runs.naive], None)
     with pytest.raises(StageError, match="is not a run folder"):
-        compare_runs([runs.two, base / "base"], None)
+        compare_runs([runs.naive, base / "base"], None)
     stopped = tmp_path / "stopped"
     stopped.mkdir()
-    (stopped / "record.json").write_text(json.dumps({**read_record(runs.two), "changes": {}}))
+    (stopped / "record.json").write_text(json.dumps({**read_record(runs.naive), "changes": {}}))
     with pytest.raises(StageError, match="has not finished"):
-        compare_runs([runs.two, stopped], None)
-    record = read_record(runs.two)
+        compare_runs([runs.naive, stopped], None)
+    record = read_record(runs.naive)
     record["fingerprints"]["sets"]["old-heldout"] = "other"
     (stopped / "record.json").write_text(json.dumps(record))
     with pytest.raises(StageError, match=r"'old-heldout' of .*stopped is not that of"):
-        compare_runs([runs.two, stopped], None)
+        compare_runs([runs.naive, stopped], None)
 
 
 # -- a lineage --------------------------------------------------------------------------------------------------------
 
 
-def test_a_lineage_measures_what_no_run_did(runs: Runs, tmp_path: Path) -> None:
-    found = show_lineage(runs.two, tmp_path / "page.html", cache=runs.cache)
-    one, two = read_record(runs.one), read_record(runs.two)
+def test_a_lineage_measures_what_no_run_did(runs: LineageRuns, tmp_path: Path) -> None:
+    found = show_lineage(runs.naive, tmp_path / "page.html", cache=runs.cache)
+    one, two = read_record(runs.first), read_record(runs.naive)
     names = [s["name"] for s in found["sets"]]
     assert names == ["old-heldout", "new-heldout"]
     assert [s["learnt_at"] for s in found["sets"]] == [1, 2]
@@ -229,17 +229,17 @@ def test_a_lineage_measures_what_no_run_did(runs: Runs, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").exists()
 
 
-def test_the_cell_that_was_missing_is_the_start_model_on_that_text(runs: Runs, base: Path, cache: Path) -> None:
-    found = show_lineage(runs.two, None, cache=runs.cache)
+def test_the_cell_that_was_missing_is_the_start_model_on_that_text(runs: LineageRuns, base: Path, cache: Path) -> None:
+    found = show_lineage(runs.naive, None, cache=runs.cache)
     alone = evaluate_files(
         str(base / "base"), [str(base / "new-heldout.jsonl")], context=32, documents="auto", column=None, cache=cache
     )
     assert found["R"][0][1] == pytest.approx(alone["sets"]["new-heldout"]["nats"], rel=1e-5)
 
 
-def test_a_lineage_that_moved_is_still_one(runs: Runs, tmp_path: Path) -> None:
-    os.symlink(runs.home, tmp_path / "moved")
+def test_a_lineage_that_moved_is_still_one(runs: LineageRuns, tmp_path: Path) -> None:
+    os.symlink(runs.folder, tmp_path / "moved")
     found = show_lineage(tmp_path / "moved" / "replay", None, cache=runs.cache)
     assert [s["name"] for s in found["stages"]] == ["start", "one", "replay"]
-    naive = show_lineage(runs.two, None, cache=runs.cache)
+    naive = show_lineage(runs.naive, None, cache=runs.cache)
     assert found["summary"]["BWT"] > naive["summary"]["BWT"]

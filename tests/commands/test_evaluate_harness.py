@@ -13,12 +13,12 @@ import pytest
 from postgrad.commands.evaluate_harness import evaluate_harness
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation import lm_eval_harness
-from tests.tiny_stages import Shelf, make_shelf
+from tests.tiny_stages import Workspace, make_workspace
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
         prompts.extend(item.context for item in items)
         return choose(model, items, **options)
 
-    monkeypatch.setattr(lm_eval_harness, "choose", seen)
+    monkeypatch.setattr(lm_eval_harness, "score_choices", seen)
     yield prompts
 
 
@@ -65,7 +65,7 @@ def evaluated(model: object, folder: Path | None, tasks: str = "sums", **options
 
 @pytest.mark.parametrize(("model", "kind"), [("llama", "instruction"), ("t5", "pair")])
 def test_a_run_with_a_soft_prompt_is_asked_with_it(
-    shelf: Shelf, folder: Path, asked: list[tuple[int, ...]], model: str, kind: str
+    shelf: Workspace, folder: Path, asked: list[tuple[int, ...]], model: str, kind: str
 ) -> None:
     stage = shelf.stage(
         f"prompt-{model}",
@@ -77,7 +77,7 @@ def test_a_run_with_a_soft_prompt_is_asked_with_it(
     )
     shelf.run(stage)
     run = Path(stage["output"])
-    plain = evaluated(shelf.home / model, folder)
+    plain = evaluated(shelf.folder / model, folder)
     bare = list(asked)
     asked.clear()
     found = evaluated(run, folder)
@@ -92,12 +92,12 @@ def test_a_run_with_a_soft_prompt_is_asked_with_it(
     json.dumps(found, allow_nan=False)
 
 
-def test_bad_use(shelf: Shelf, folder: Path) -> None:
+def test_bad_use(shelf: Workspace, folder: Path) -> None:
     with pytest.raises(ModelError, match=r"does not write"):
-        evaluated(shelf.home / "bert", folder)
+        evaluated(shelf.folder / "bert", folder)
     with pytest.raises(StageError, match=r"no task is named"):
-        evaluated(shelf.home / "llama", folder, " , ")
+        evaluated(shelf.folder / "llama", folder, " , ")
     with pytest.raises(StageError, match=r"--harness-tasks: there is no folder"):
-        evaluated(shelf.home / "llama", folder / "nowhere")
+        evaluated(shelf.folder / "llama", folder / "nowhere")
     with pytest.raises(ModelError, match=r"a context of 100000 does not fit"):
-        evaluated(shelf.home / "llama", folder, context=100_000)
+        evaluated(shelf.folder / "llama", folder, context=100_000)

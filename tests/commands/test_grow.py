@@ -13,10 +13,10 @@ from postgrad.commands.evaluate import compare_models
 from postgrad.commands.grow import grow_vocabulary
 from postgrad.config.stage_file import parse_stage
 from postgrad.errors import DataError, StageError
-from postgrad.models.grow_embeddings import grow_tables
+from postgrad.models.grow_embeddings import grow_embeddings
 from postgrad.models.pretrained import save_pretrained
 from postgrad.plan.plan import make_plan
-from postgrad.run.run import Finished, run_stage
+from postgrad.run.run import RunFinished, run_stage
 from tests.conftest import StageOf, make_llama, make_tokenizer, old_text, write_jsonl
 from tests.data.test_extend_vocabulary import german
 
@@ -59,7 +59,7 @@ def test_what_the_model_says_of_old_text_is_what_it_said(base: Path, text: Path,
 def test_an_output_head_of_its_own_grows_too(head: str) -> None:
     model = make_llama(tie_word_embeddings=False)
     before = model.lm_head.weight.detach().clone()
-    grow_tables(model, {320: [3, 5], 321: [7]}, head)  # type: ignore[arg-type]
+    grow_embeddings(model, {320: [3, 5], 321: [7]}, head)  # type: ignore[arg-type]
     assert torch.equal(model.lm_head.weight[:320], before)
     expected = (before[3] + before[5]) / 2 if head == "mean" else torch.zeros(32)
     torch.testing.assert_close(model.lm_head.weight[320], expected)
@@ -83,7 +83,7 @@ def test_two_stages_embeddings_first_then_all(
             data={"sequence_length": 32, "sources": [{"name": "new", "path": str(text)}]},
         )
         *_, last = run_stage(make_plan(parse_stage(stage, "t"), tmp_path, cache), command="t", cache=cache)
-        assert isinstance(last, Finished)
+        assert isinstance(last, RunFinished)
         before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (start, tmp_path / name / "model"))
         moved = {n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))}
         blocks = {n for n in moved if ".layers." in n}

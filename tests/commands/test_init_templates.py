@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from postgrad.commands import builtin_corpus
-from postgrad.commands.init_templates import KINDS, Asked, write_template
+from postgrad.commands.init_templates import TEMPLATE_KINDS, TemplateRequest, write_template
 from postgrad.config.stage_file import load_stage
 from postgrad.errors import DataError, StageError
 from postgrad.lineage.record import read_record
 from postgrad.plan.plan import make_plan
-from postgrad.run.run import Finished, run_stage
+from postgrad.run.run import RunFinished, run_stage
 from tests.test_docs import parse
 
 TINY = [
@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tool's own material, of each file the first lines."""
     folder = tmp_path_factory.mktemp("made")
     builtin_corpus.write_texts(folder)
-    for name in builtin_corpus.ROWS:
+    for name in builtin_corpus.ROW_GENERATORS:
         builtin_corpus.write_rows(folder, name)
     for file in folder.glob("*.jsonl"):
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:80]))
@@ -55,24 +55,24 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def written(kind: str, made: Path, here: Path, **given: str | None) -> dict[str, Any]:
     asked = {"data": None, "model": None, "replay": None, **given}
     shutil.copytree(made, here / "try-data")
-    found = write_template(Path("try.yaml"), kind, Asked("try", **asked), force=False)  # type: ignore[arg-type]
+    found = write_template(Path("try.yaml"), kind, TemplateRequest("try", **asked), force=False)  # type: ignore[arg-type]
     for command in found["commands"]:
         parse(command.removeprefix("postgrad"))
     return found
 
 
-def trained(file: str, here: Path, cache: Path, *overrides: str) -> Finished:
+def trained(file: str, here: Path, cache: Path, *overrides: str) -> RunFinished:
     stage = load_stage(here / file, [*TINY, *overrides])
     *_, last = run_stage(make_plan(stage, here, cache), command="t", cache=cache)
-    assert isinstance(last, Finished)
+    assert isinstance(last, RunFinished)
     return last
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TEMPLATE_KINDS)
 def test_a_template_runs_as_it_is_written(kind: str, made: Path, here: Path, cache: Path) -> None:
     found = written(kind, made, here)
     assert found["files"][-1] == "try.yaml"
-    if KINDS[kind].base:
+    if TEMPLATE_KINDS[kind].base:
         assert "try-base.yaml" in found["files"]
         trained("try-base.yaml", here, cache, "model.tokenizer.vocabulary=400", "data.sources.0.max_passes=100")
     fresh = ["model.tokenizer.vocabulary=400"] if kind == "from-scratch" else []
@@ -81,7 +81,7 @@ def test_a_template_runs_as_it_is_written(kind: str, made: Path, here: Path, cac
     assert last.record["status"] == "finished" and read_record(here / "runs" / "try")["changes"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TEMPLATE_KINDS)
 def test_every_line_has_room_and_comments_say_the_commands(kind: str, made: Path, here: Path) -> None:
     written(kind, made, here)
     text = (here / "try.yaml").read_text()
@@ -120,7 +120,9 @@ def test_rows_of_the_user_are_classified(here: Path, made: Path, cache: Path) ->
 def test_the_shift_of_our_own_texts_is_told_when_they_are_only_just_made(here: Path) -> None:
     said: list[str] = []
     first, again = (
-        write_template(Path("try.yaml"), "continue", Asked("try", None, None, None), force=True, say=said.append)
+        write_template(
+            Path("try.yaml"), "continue", TemplateRequest("try", None, None, None), force=True, notify=said.append
+        )
         and (here / "try.yaml").read_text()
         for _ in range(2)
     )
@@ -156,31 +158,33 @@ def test_rows_to_test_are_named_or_refused(here: Path, made: Path) -> None:
     assert "parted" not in found["text"]
     (zero, two) = yaml.safe_load((here / "try-tasks.yaml").read_text())
     assert zero["path"] == two["path"] == "its test.jsonl" and two["shown"]["path"] == "mine.jsonl"
-    write_template(Path("c.yaml"), "classify", Asked("c", "mine.jsonl", "bert", None, "t.jsonl"), force=False)
+    write_template(Path("c.yaml"), "classify", TemplateRequest("c", "mine.jsonl", "bert", None, "t.jsonl"), force=False)
     assert [entry.path for entry in load_stage(here / "c.yaml").evaluation.test] == ["t.jsonl"]  # type: ignore[union-attr]
     with pytest.raises(StageError, match="mlm puts no rows aside"):
-        write_template(Path("b.yaml"), "mlm", Asked("b", "mine.txt", None, None, "t.jsonl"), force=False)
+        write_template(Path("b.yaml"), "mlm", TemplateRequest("b", "mine.txt", None, None, "t.jsonl"), force=False)
     with pytest.raises(StageError, match="none to learn from"):
-        write_template(Path("b.yaml"), "probe", Asked("b", None, None, None, "t.jsonl"), force=False)
+        write_template(Path("b.yaml"), "probe", TemplateRequest("b", None, None, None, "t.jsonl"), force=False)
     with pytest.raises(DataError, match="1 different rows"):  # copies are one row
-        write_template(Path("b.yaml"), "probe", Asked("b", "mine.jsonl", None, None), force=False)
+        write_template(Path("b.yaml"), "probe", TemplateRequest("b", "mine.jsonl", None, None), force=False)
     assert not (here / "b.yaml").exists() and not (here / "b-data").exists()
 
 
 def test_nothing_is_made_that_no_file_names(here: Path) -> None:
-    said = write_template(Path("try.yaml"), "classify", Asked("try", "mine.jsonl", "bert", None), force=False)
+    said = write_template(Path("try.yaml"), "classify", TemplateRequest("try", "mine.jsonl", "bert", None), force=False)
     assert not (here / "try-data").exists() and "made" not in said["text"]
-    said = write_template(Path("mixed.yaml"), "mixed", Asked("mixed", "mine.txt", "gpt", "old.txt"), force=False)
+    said = write_template(
+        Path("mixed.yaml"), "mixed", TemplateRequest("mixed", "mine.txt", "gpt", "old.txt"), force=False
+    )
     assert {path.name.split(".")[0] for path in (here / "mixed-data").glob("*.jsonl")} >= {"instructions"}
     assert said["text"].startswith("made mixed-data/ ")
 
 
 def test_what_is_unknown_or_there_is_said(made: Path, here: Path) -> None:
     with pytest.raises(StageError, match="did you mean 'classify'"):
-        write_template(Path("try.yaml"), "clasify", Asked("try", None, None, None), force=False)
+        write_template(Path("try.yaml"), "clasify", TemplateRequest("try", None, None, None), force=False)
     written("mlm", made, here)
     with pytest.raises(StageError, match="is there already"):
-        write_template(Path("try.yaml"), "mlm", Asked("try", None, None, None), force=False)
-    write_template(Path("try.yaml"), "mlm", Asked("try", None, None, None), force=True)
+        write_template(Path("try.yaml"), "mlm", TemplateRequest("try", None, None, None), force=False)
+    write_template(Path("try.yaml"), "mlm", TemplateRequest("try", None, None, None), force=True)
     with pytest.raises(StageError, match="cannot name a run folder"):
-        write_template(Path("a b.yaml"), "mlm", Asked("a b", None, None, None), force=False)
+        write_template(Path("a b.yaml"), "mlm", TemplateRequest("a b", None, None, None), force=False)

@@ -18,22 +18,26 @@ from postgrad.commands.probe import probe_layers
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import classification_metrics, linear_probe
 from postgrad.evaluation import linear_probe as probing
-from tests.tiny_stages import QUICK, Shelf, bert_tokenizer, make_shelf, rows
+from tests.tiny_stages import QUICK_EVALUATION, Workspace, bert_tokenizer, make_workspace, write_rows
 
 SPANS = ["O", "B-sum", "I-sum"]
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classification_metrics, "_DRAWS", 10)
-        patch.setattr(linear_probe.probe, "__kwdefaults__", {**(linear_probe.probe.__kwdefaults__ or {}), "steps": 60})
-        yield make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+        patch.setattr(
+            linear_probe.train_probes,
+            "__kwdefaults__",
+            {**(linear_probe.train_probes.__kwdefaults__ or {}), "steps": 60},
+        )
+        yield make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
-def found_by(shelf: Shelf, model: str, file: str, **options: Any) -> dict[str, Any]:
+def found_by(shelf: Workspace, model: str, file: str, **options: Any) -> dict[str, Any]:
     files = [shelf.file(file), shelf.file(file, held_out=True)]
-    return probe_layers(str(shelf.home / model), *files, cache=shelf.cache, **options)
+    return probe_layers(str(shelf.folder / model), *files, cache=shelf.cache, **options)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +52,7 @@ def found_by(shelf: Shelf, model: str, file: str, **options: Any) -> dict[str, A
         ("t5", "paired", "accuracy"),
     ],
 )
-def test_every_layer_is_probed(shelf: Shelf, model: str, file: str, metric: str) -> None:
+def test_every_layer_is_probed(shelf: Workspace, model: str, file: str, metric: str) -> None:
     found = found_by(shelf, model, file)
     names = ["embeddings", "layer 1", "layer 2", "sum of last 2", "concat of last 2", "mix of all"]
     assert [view["name"] for view in found["views"]] == names
@@ -64,19 +68,19 @@ def test_every_layer_is_probed(shelf: Shelf, model: str, file: str, metric: str)
     json.dumps(found)  # plain data
 
 
-def test_texts_of_two_kinds_are_told_apart_far_better_than_by_guessing(shelf: Shelf) -> None:
+def test_texts_of_two_kinds_are_told_apart_far_better_than_by_guessing(shelf: Workspace) -> None:
     found = found_by(shelf, "bert", "labelled", pooling="mean")
     assert found["views"][2]["metrics"]["accuracy"]["value"] > 0.9 > found["guess"]["accuracy"]["value"]
 
 
-def test_features_are_the_hidden_states_of_the_rows(shelf: Shelf, tmp_path: Path) -> None:
+def test_features_are_the_hidden_states_of_the_rows(shelf: Workspace, tmp_path: Path) -> None:
     files = [shelf.file("labelled"), shelf.file("labelled", held_out=True)]
-    probe_layers(str(shelf.home / "bert"), *files, cache=tmp_path, pooling="mean")
+    probe_layers(str(shelf.folder / "bert"), *files, cache=tmp_path, pooling="mean")
     kept = sorted((tmp_path / "features").iterdir())
     assert len(kept) == 3 and all(path.suffix == ".npy" for path in kept)
     sizes = {np.load(path).shape[1]: path for path in kept}
     features = np.load(sizes[24])
-    model, tokenizer = AutoModel.from_pretrained(shelf.home / "bert"), bert_tokenizer()
+    model, tokenizer = AutoModel.from_pretrained(shelf.folder / "bert"), bert_tokenizer()
     wanted = []
     for line in Path(shelf.file("labelled", held_out=True)).read_text().splitlines():
         with torch.no_grad():
@@ -87,7 +91,7 @@ def test_features_are_the_hidden_states_of_the_rows(shelf: Shelf, tmp_path: Path
     np.testing.assert_allclose(here, there[np.lexsort(there.T)], atol=1e-5)
 
 
-def test_a_second_look_computes_no_features(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_look_computes_no_features(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     first = found_by(shelf, "bert", "tagged")
     from postgrad.commands import probe as stage_probe
 
@@ -99,20 +103,20 @@ def test_a_second_look_computes_no_features(shelf: Shelf, monkeypatch: pytest.Mo
     assert again["views"] == first["views"]
 
 
-def test_the_test_is_answered_once(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_is_answered_once(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    real = probing._answers
+    real = probing._predict
 
     def counted(classifiers: Any, items: Any, problem: str) -> Any:
         asked.append(len(items))
         return real(classifiers, items, problem)
 
-    monkeypatch.setattr(probing, "_answers", counted)
+    monkeypatch.setattr(probing, "_predict", counted)
     found = found_by(shelf, "bert", "labelled")
     assert asked == [found["items"]["dev"], found["items"]["test"]]
 
 
-def test_spans_are_scored_as_spans(shelf: Shelf) -> None:
+def test_spans_are_scored_as_spans(shelf: Workspace) -> None:
     def tags_of(words: list[str]) -> list[str]:
         before = [False, *(word == "one" for word in words)]
         return [SPANS[0] if w in ("and", "yes") else SPANS[1 + begun] for w, begun in zip(words, before, strict=False)]
@@ -122,19 +126,19 @@ def test_spans_are_scored_as_spans(shelf: Shelf) -> None:
         words = [[str(word) for word in rng.choice(["one", "two", "and", "yes"], 6)] for _ in range(count)]
         return [{"tokens": each, "tags": tags_of(each)} for each in words]
 
-    files = [str(rows(shelf.home / f"spans-{seed}.jsonl", sentences(80, seed))) for seed in range(3)]
-    found = probe_layers(str(shelf.home / "bert"), files[0], files[1], dev=files[2], cache=shelf.cache)
+    files = [str(write_rows(shelf.folder / f"spans-{seed}.jsonl", sentences(80, seed))) for seed in range(3)]
+    found = probe_layers(str(shelf.folder / "bert"), files[0], files[1], dev=files[2], cache=shelf.cache)
     assert found["metric"] == "span F1"
     assert set(found["views"][0]["metrics"]) == {"span F1", "span precision", "span recall", "accuracy", "macro F1"}
     assert found["views"][1]["metrics"]["span F1"]["value"] > found["guess"]["span F1"]["value"] == 0
 
 
-def test_copies_of_the_test_are_not_learnt_from(shelf: Shelf) -> None:
+def test_copies_of_the_test_are_not_learnt_from(shelf: Workspace) -> None:
     both = Path(shelf.file("labelled")).read_text() + Path(shelf.file("labelled", held_out=True)).read_text()
-    (shelf.home / "leaking.jsonl").write_text(both)
+    (shelf.folder / "leaking.jsonl").write_text(both)
     found = probe_layers(
-        str(shelf.home / "bert"),
-        str(shelf.home / "leaking.jsonl"),
+        str(shelf.folder / "bert"),
+        str(shelf.folder / "leaking.jsonl"),
         shelf.file("labelled", held_out=True),
         cache=shelf.cache,
     )
@@ -142,45 +146,45 @@ def test_copies_of_the_test_are_not_learnt_from(shelf: Shelf) -> None:
     assert sum(found["documents"][part] for part in ("train", "dev")) <= 60
 
 
-def test_words_that_no_row_has_room_for_are_counted(shelf: Shelf) -> None:
+def test_words_that_no_row_has_room_for_are_counted(shelf: Workspace) -> None:
     found = found_by(shelf, "bert", "tagged", context=8)
     assert any("words stand behind 8 tokens and are not read" in note for note in found["notes"])
 
 
-def test_a_run_is_probed_with_what_stands_in_it(shelf: Shelf) -> None:
+def test_a_run_is_probed_with_what_stands_in_it(shelf: Workspace) -> None:
     raw = shelf.stage(
         "adapted",
         {"kind": "adapter"},
         model="bert",
         objectives=[{"kind": "masked"}],
         tokens=200,
-        evaluation={**QUICK, "learned": [shelf.file("new", held_out=True)]},
+        evaluation={**QUICK_EVALUATION, "learned": [shelf.file("new", held_out=True)]},
         sources=[shelf.source("new")],
     )
-    run = shelf.run(raw).place
+    run = shelf.run(raw).run_folder
     base, adapted = (
         probe_layers(str(m), shelf.file("labelled"), shelf.file("labelled", held_out=True), cache=shelf.cache)
-        for m in (shelf.home / "bert", run)
+        for m in (shelf.folder / "bert", run)
     )
     assert base["views"][0]["metrics"] == adapted["views"][0]["metrics"]  # nothing stands in the embeddings
     assert base["views"][2]["dev"] >= 0 and adapted["layers"] == 2
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
-def test_either_half_of_an_encoder_decoder(shelf: Shelf, stack: str) -> None:
+def test_either_half_of_an_encoder_decoder(shelf: Workspace, stack: str) -> None:
     found = found_by(shelf, "t5", "labelled", stack=stack)
     assert (found["stack"], found["pooling"]) == (stack, "mean" if stack == "encoder" else "last")
 
 
-def test_a_label_that_was_never_seen_is_told_with_its_place(shelf: Shelf) -> None:
-    other = rows(
-        shelf.home / "unseen.jsonl", [{"text": "one and two.", "label": "words"}, {"text": "x", "label": "verse"}]
+def test_a_label_that_was_never_seen_is_told_with_its_place(shelf: Workspace) -> None:
+    other = write_rows(
+        shelf.folder / "unseen.jsonl", [{"text": "one and two.", "label": "words"}, {"text": "x", "label": "verse"}]
     )
     with pytest.raises(DataError, match=r"unseen.jsonl:2: the label 'verse' is none of the 2 known ones"):
-        probe_layers(str(shelf.home / "bert"), shelf.file("labelled"), str(other), cache=shelf.cache)
-    tags = rows(shelf.home / "unseen-tags.jsonl", [{"tokens": ["one"], "tags": ["verb"]}])
+        probe_layers(str(shelf.folder / "bert"), shelf.file("labelled"), str(other), cache=shelf.cache)
+    tags = write_rows(shelf.folder / "unseen-tags.jsonl", [{"tokens": ["one"], "tags": ["verb"]}])
     with pytest.raises(DataError, match=r"unseen-tags.jsonl:1: the label 'verb'"):
-        probe_layers(str(shelf.home / "bert"), shelf.file("tagged"), str(tags), cache=shelf.cache)
+        probe_layers(str(shelf.folder / "bert"), shelf.file("tagged"), str(tags), cache=shelf.cache)
 
 
 @pytest.mark.parametrize(
@@ -194,16 +198,16 @@ def test_a_label_that_was_never_seen_is_told_with_its_place(shelf: Shelf) -> Non
         ("bert", "labelled", {"context": 9999}, "--context: a context of 9999 does not fit"),
     ],
 )
-def test_what_has_no_meaning_is_told(shelf: Shelf, model: str, file: str, options: Any, message: str) -> None:
+def test_what_has_no_meaning_is_told(shelf: Workspace, model: str, file: str, options: Any, message: str) -> None:
     with pytest.raises((StageError, ModelError), match=message):
         found_by(shelf, model, file, **options)
 
 
-def test_the_command_line(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line(shelf: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTGRAD_CACHE", str(shelf.cache))
     files = [shelf.file("labelled"), shelf.file("labelled", held_out=True)]
     page = tmp_path / "layers.html"
-    done = CliRunner().invoke(app, ["probe", str(shelf.home / "bert"), *files, "--report", str(page), "--json"])
+    done = CliRunner().invoke(app, ["probe", str(shelf.folder / "bert"), *files, "--report", str(page), "--json"])
     assert done.exit_code == 0, done.output
     assert len(json.loads(done.stdout)["views"]) == 6
     text = page.read_text()

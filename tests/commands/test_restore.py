@@ -12,38 +12,44 @@ import pytest
 from typer.testing import CliRunner
 
 from postgrad.cli.main import app
-from postgrad.commands.restore import Aim, Wish, plan_restoration, restored, restored_text
+from postgrad.commands.restore import (
+    RestoreRequest,
+    RestoreTarget,
+    measure_restoration,
+    plan_restoration,
+    restoration_text,
+)
 from postgrad.errors import PostgradError, StageError
 from postgrad.evaluation import classification_metrics
 from postgrad.lineage.record import read_record
-from postgrad.plan.checkpoint_selection import Look, Rule, standing
-from postgrad.run.run import Finished, run_stage
-from tests.tiny_stages import Shelf, make_shelf
+from postgrad.plan.checkpoint_selection import CheckpointEvaluation, SelectionRule, compute_selection_state
+from postgrad.run.run import RunFinished, run_stage
+from tests.tiny_stages import Workspace, make_workspace
 
 LENGTH = 192
 """Room for a prompt, what is written behind it, and a little more."""
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """Two runs: one learns the old text, the next one the new text alone, and forgets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classification_metrics, "_DRAWS", 4)
-        made = make_shelf(tmp_path_factory.mktemp("restore"), tmp_path_factory.getbasetemp() / "cache")
-        config = made.home / "llama" / "config.json"
+        made = make_workspace(tmp_path_factory.mktemp("restore"), tmp_path_factory.getbasetemp() / "cache")
+        config = made.folder / "llama" / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 256}))
-        evaluation = {**made.texts, "retained": [], "learned": [made.file("old", held_out=True)]}
+        evaluation = {**made.text_evaluation, "retained": [], "learned": [made.file("old", held_out=True)]}
         one = made.stage("one", sources=[made.source("old")], tokens=6000, evaluation=evaluation)
         made.run(one)
         naive = made.stage("naive", model="runs/one", sources=[made.source("new", held_out=0.1)], tokens=6000)
-        naive["evaluation"] = {**made.texts, "learned": [made.file("new", held_out=True)]}
+        naive["evaluation"] = {**made.text_evaluation, "learned": [made.file("new", held_out=True)]}
         made.run(naive)
         yield made
 
 
-def wish(shelf: Shelf, **changes: Any) -> Wish:
+def wish(shelf: Workspace, **changes: Any) -> RestoreRequest:
     given = {
-        "run": shelf.home / "runs" / "naive",
+        "run": shelf.folder / "runs" / "naive",
         "teacher": None,
         "prompts": (shelf.file("old"),),
         "retained": (),
@@ -54,60 +60,65 @@ def wish(shelf: Shelf, **changes: Any) -> Wish:
         "rate": None,
         "output": None,
     }
-    return Wish(**{**given, **changes})
+    return RestoreRequest(**{**given, **changes})
 
 
-def test_the_stage_that_is_written(shelf: Shelf) -> None:
+def test_the_stage_that_is_written(shelf: Workspace) -> None:
     found = plan_restoration(wish(shelf), shelf.cache)
-    stage, aim = found.plan.stage, found.aim
-    record = read_record(shelf.home / "runs" / "naive")
+    stage, aim = found.plan.stage, found.target
+    record = read_record(shelf.folder / "runs" / "naive")
     assert [o.kind for o in stage.objectives] == ["on-policy", "distill"]
-    assert found.plan.weighed == ((0,), (1,)) and [leaf.name for leaf in found.plan.leaves] == ["prompts", "new"]
-    assert stage.shares() == (0.5, 0.5) and stage.schedule.peak == 1e-2  # type: ignore[union-attr]
+    assert found.plan.objective_indices == ((0,), (1,)) and [leaf.name for leaf in found.plan.sources] == [
+        "prompts",
+        "new",
+    ]
+    assert stage.resolve_shares() == (0.5, 0.5) and stage.schedule.peak == 1e-2  # type: ignore[union-attr]
     # What was held out of the new text is still.
-    assert [leaf.held_out for leaf in found.plan.leaves] == [0.0, 0.1]
-    assert found.plan.teachers[0].folder == shelf.home / "runs" / "one" / "model"
-    assert {h.name: h.role for h in found.plan.held_out} == {
+    assert [leaf.held_out for leaf in found.plan.sources] == [0.0, 0.1]
+    assert found.plan.teachers[0].folder == shelf.folder / "runs" / "one" / "model"
+    assert {h.name: h.role for h in found.plan.held_out_sets} == {
         "old-heldout": "learned",
         "new-heldout": "retained",
         "new": "retained",
     }
     scores = record["scores"]
-    assert aim.set == "old-heldout"
-    assert aim.now == pytest.approx(scores["after"]["old-heldout"]["nats"], rel=1e-5)
-    assert aim.earlier == pytest.approx(scores["before"]["old-heldout"]["nats"], rel=1e-5)
-    assert aim.enough == pytest.approx(aim.now - 0.05 * (aim.now - aim.earlier))
+    assert aim.set_name == "old-heldout"
+    assert aim.run_loss == pytest.approx(scores["after"]["old-heldout"]["nats"], rel=1e-5)
+    assert aim.teacher_loss == pytest.approx(scores["before"]["old-heldout"]["nats"], rel=1e-5)
+    assert aim.target_loss == pytest.approx(aim.run_loss - 0.05 * (aim.run_loss - aim.teacher_loss))
     choose = stage.save.choose
-    assert choose is not None and choose.enough == aim.enough
+    assert choose is not None and choose.enough == aim.target_loss
     old, new = aim.gains["new-heldout"]
     assert choose.max_forgetting == pytest.approx(min(1.0, (old - new) / new), rel=1e-6)
     alone = plan_restoration(wish(shelf, kept=0.0), shelf.cache).plan
-    assert [leaf.name for leaf in alone.leaves] == ["prompts"] and len(alone.objectives) == 1
+    assert [leaf.name for leaf in alone.sources] == ["prompts"] and len(alone.objectives) == 1
     assert alone.steps == pytest.approx(8, abs=1)
 
 
-def test_it_wins_back_and_says_what_it_cost(shelf: Shelf) -> None:
+def test_it_wins_back_and_says_what_it_cost(shelf: Workspace) -> None:
     asked = plan_restoration(wish(shelf, steps=30), shelf.cache)
     events = list(run_stage(asked.plan, command="test", cache=shelf.cache))
     done = events[-1]
-    assert isinstance(done, Finished)
-    found = restored(asked, done)
+    assert isinstance(done, RunFinished)
+    found = measure_restoration(asked, done)
     after = done.record["scores"]["after"]["old-heldout"]["nats"]
-    assert found["recovered"] == pytest.approx((asked.aim.now - after) / (asked.aim.now - asked.aim.earlier))
+    assert found["recovered"] == pytest.approx(
+        (asked.target.run_loss - after) / (asked.target.run_loss - asked.target.teacher_loss)
+    )
     assert found["enough"] and found["recovered"] >= 0.05
     assert done.record["chosen"]["stopped"] and done.record["achieved"]["steps"] < asked.plan.steps
-    assert "of what was lost is won back" in restored_text(asked, done)
+    assert "of what was lost is won back" in restoration_text(asked, done)
     # A second time it is there already.
     again = list(
         run_stage(plan_restoration(wish(shelf, steps=30), shelf.cache).plan, command="test", cache=shelf.cache)
     )
-    assert isinstance(again[-1], Finished) and again[-1].already
+    assert isinstance(again[-1], RunFinished) and again[-1].already_complete
 
 
-def test_what_cannot_be_restored_is_refused(shelf: Shelf, tmp_path: Path) -> None:
-    one = shelf.home / "runs" / "one"
+def test_what_cannot_be_restored_is_refused(shelf: Workspace, tmp_path: Path) -> None:
+    one = shelf.folder / "runs" / "one"
     with pytest.raises(StageError, match="lost nothing that"):
-        plan_restoration(wish(shelf, teacher=str(shelf.home / "runs" / "naive")), shelf.cache)
+        plan_restoration(wish(shelf, teacher=str(shelf.folder / "runs" / "naive")), shelf.cache)
     with pytest.raises(StageError, match="replayed nothing"):
         plan_restoration(wish(shelf, prompts=()), shelf.cache)
     with pytest.raises(StageError, match="names no file of old text"):
@@ -126,7 +137,7 @@ def test_what_cannot_be_restored_is_refused(shelf: Shelf, tmp_path: Path) -> Non
         with pytest.raises(PostgradError, match=said) as caught:
             plan_restoration(wish(shelf, **changes), shelf.cache)
         assert caught.value.where == option
-    masked = shelf.run(shelf.stage("masked", model="bert", objectives=[{"kind": "masked"}])).place
+    masked = shelf.run(shelf.stage("masked", model="bert", objectives=[{"kind": "masked"}])).run_folder
     with pytest.raises(StageError, match="holds no model that writes on"):
         plan_restoration(wish(shelf, run=masked), shelf.cache)
     for option in ("--until", "--max-cost", "--keep"):
@@ -150,22 +161,31 @@ def test_it_is_enough_when_enough_is_won_back_at_no_more_than_was_allowed(
 ) -> None:
     """A run lost 1 nat of the old text (2 to 3) and gained 2 of the new (4 to 2); half for a tenth was asked for."""
     asked = SimpleNamespace(
-        aim=Aim("old", now=3.0, earlier=2.0, enough=2.5, gains={"new": (4.0, 2.0), "even": (3.0, 3.0)}),
+        aim=RestoreTarget(
+            "old", run_loss=3.0, teacher_loss=2.0, target_loss=2.5, gains={"new": (4.0, 2.0), "even": (3.0, 3.0)}
+        ),
         wish=SimpleNamespace(until=0.5, max_cost=0.1),
     )
     after = {"old": {"nats": old}, "new": {"nats": new}, "even": {"nats": 3.1}}
     done = SimpleNamespace(record={"scores": {"after": after}}, place=Path("run"))
-    found = restored(asked, done)  # type: ignore[arg-type]
+    found = measure_restoration(asked, done)  # type: ignore[arg-type]
     assert found["recovered"] == pytest.approx(recovered) and found["costs"] == {"new": pytest.approx(cost)}
     assert found["enough"] is enough
-    assert ("50% was asked for" in restored_text(asked, done)) is not enough  # type: ignore[arg-type]
+    assert ("50% was asked for" in restoration_text(asked, done)) is not enough  # type: ignore[arg-type]
 
 
 def test_enough_ends_a_choice_where_no_more_is_forgotten_than_is_allowed() -> None:
-    rule = Rule("old", "loss", None, 0.0, 2, max_forgetting=0.1, enough=1.5)
-    looks = [Look(1, 10, 1.0, 0.0), Look(2, 20, 1.2, 0.4), Look(3, 30, 1.6, 0.05), Look(4, 40, 1.5, 0.1)]
-    assert [standing(looks[:i], rule).stop for i in range(1, 5)] == [False, False, False, True]
-    best = standing(looks, rule).best
+    rule = SelectionRule("old", "loss", None, 0.0, 2, max_forgetting=0.1, enough=1.5)
+    looks = [
+        CheckpointEvaluation(1, 10, 1.0, 0.0),
+        CheckpointEvaluation(2, 20, 1.2, 0.4),
+        CheckpointEvaluation(3, 30, 1.6, 0.05),
+        CheckpointEvaluation(4, 40, 1.5, 0.1),
+    ]
+    assert [compute_selection_state(looks[:i], rule).should_stop for i in range(1, 5)] == [False, False, False, True]
+    best = compute_selection_state(looks, rule).best
     assert best is not None and best.step == 4
-    more = Rule("old", "accuracy", None, 0.0, 1, enough=0.8)
-    assert [standing([Look(1, 10, value)], more).stop for value in (0.7, 0.8)] == [False, True]
+    more = SelectionRule("old", "accuracy", None, 0.0, 1, enough=0.8)
+    assert [
+        compute_selection_state([CheckpointEvaluation(1, 10, value)], more).should_stop for value in (0.7, 0.8)
+    ] == [False, True]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from postgrad.analysis.domain_shift import Estimate
+from postgrad.analysis.domain_shift import ShiftEstimate
 from postgrad.commands.evaluate import evaluate_files
 from postgrad.commands.shift import _bits_per_byte, _difference, measure_shift
 from postgrad.errors import DataError, StageError
@@ -75,6 +75,6 @@ def test_bits_are_those_of_all_bytes_and_a_difference_is_as_unsure_as_both() -> 
     assert _bits_per_byte([one, other]).value == pytest.approx(20 / 10)
     with pytest.raises(DataError, match="no text to score"):
         _bits_per_byte([])
-    found = _difference(Estimate(2.0, 1.7, 2.4), Estimate(5.0, 4.6, 5.3))
+    found = _difference(ShiftEstimate(2.0, 1.7, 2.4), ShiftEstimate(5.0, 4.6, 5.3))
     # Below by the new text's low side (.4) and the old one's high side (.4), above by .3 and .3.
     assert (found.value, found.low, found.high) == (3.0, pytest.approx(3 - 0.32**0.5), pytest.approx(3 + 0.18**0.5))

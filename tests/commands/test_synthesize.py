@@ -11,25 +11,31 @@ from typing import Any
 import pytest
 
 from postgrad.check.check import check_stage
-from postgrad.commands.synthesize import Wish, Written, summary_file, synthesize, told
+from postgrad.commands.synthesize import (
+    SynthesisProgress,
+    SynthesisRequest,
+    summary_file,
+    synthesis_summary,
+    synthesize,
+)
 from postgrad.config.stage_file import parse_stage
-from postgrad.data.read.files import Source
-from postgrad.data.read.generated_text import made_by
+from postgrad.data.read.files import RawSource
+from postgrad.data.read.generated_text import get_generator_model
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.models.pretrained import locate
+from postgrad.models.pretrained import locate_model
 from postgrad.plan.plan import make_plan
 from postgrad.tuning.open_model import start_fingerprint
 from tests import tiny_stages
 from tests.conftest import StageOf, old_text, write_jsonl
 
-WISH = Wish(tokens=600, longest=40, at_once=4)
+WISH = SynthesisRequest(tokens=600, max_document_tokens=40, batch_size=4)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def all_of(steps: Iterator[Written]) -> Written:
+def all_of(steps: Iterator[SynthesisProgress]) -> SynthesisProgress:
     *_, last = steps
     return last
 
@@ -43,9 +49,9 @@ def test_what_was_asked_for_is_written_and_tagged(base: Path, tmp_path: Path) ->
     assert numbers == sorted(set(numbers))
     for row in found:
         assert row["text"].strip() and row["made"]["by"] == model
-        assert row["made"]["model"] == start_fingerprint(locate(model, Path.cwd()))
+        assert row["made"]["model"] == start_fingerprint(locate_model(model, Path.cwd()))
         assert row["made"]["from"] == "bos" and row["made"]["temperature"] == 1.0
-    summary = told(model, out)
+    summary = synthesis_summary(model, out)
     assert summary["documents"] == len(found) and "role: replay" in summary["text"]
     assert not list(tmp_path.glob("*.part*"))
 
@@ -79,7 +85,7 @@ def test_other_options_do_not_go_on_with_a_file(base: Path, tmp_path: Path) -> N
 def test_documents_begin_as_the_given_texts_do(base: Path, tmp_path: Path) -> None:
     texts = old_text(5, 90)
     file, out = write_jsonl(tmp_path / "seeds.jsonl", texts), tmp_path / "replay.jsonl"
-    all_of(synthesize(str(base / "base"), out, replace(WISH, beginning=6), [str(file)]))
+    all_of(synthesize(str(base / "base"), out, replace(WISH, prompt_tokens=6), [str(file)]))
     for row in rows(out):
         line = int(row["made"]["from"].rsplit(":", 1)[1])
         assert row["text"][:8] == texts[line - 1][:8]
@@ -88,7 +94,7 @@ def test_documents_begin_as_the_given_texts_do(base: Path, tmp_path: Path) -> No
 def test_copies_and_loops_are_left_out_and_counted(base: Path, tmp_path: Path) -> None:
     """At a low temperature every document is the same one."""
     file = write_jsonl(tmp_path / "seeds.jsonl", old_text(1, 90))
-    wish = replace(WISH, tokens=10_000, longest=60, beginning=20, temperature=1e-6)
+    wish = replace(WISH, tokens=10_000, max_document_tokens=60, prompt_tokens=20, temperature=1e-6)
     with pytest.raises(DataError, match=r"could be kept \(.*(nearly the same as one before|repeating themselves)"):
         all_of(synthesize(str(base / "base"), tmp_path / "loop.jsonl", wish, [str(file)]))
 
@@ -96,8 +102,8 @@ def test_copies_and_loops_are_left_out_and_counted(base: Path, tmp_path: Path) -
 def test_self_made_text_is_told_for_what_it_is(base: Path, stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "replay.jsonl"
     all_of(synthesize(str(base / "base"), out, replace(WISH, tokens=1500)))
-    assert made_by(Source("x", str(out), root=tmp_path, where="x")) == str(base / "base")
-    assert made_by(Source("x", str(base / "old.jsonl"), root=tmp_path, where="x")) is None
+    assert get_generator_model(RawSource("x", str(out), root=tmp_path, where="x")) == str(base / "base")
+    assert get_generator_model(RawSource("x", str(base / "old.jsonl"), root=tmp_path, where="x")) is None
     stage = stage_of()
     stage["data"]["sources"][1] |= {"path": str(out), "max_passes": 50}
     plan = make_plan(parse_stage(stage, "t"), tmp_path, cache)
@@ -109,17 +115,17 @@ def test_self_made_text_is_told_for_what_it_is(base: Path, stage_of: StageOf, ca
 def test_what_cannot_be_is_said(base: Path, tmp_path: Path) -> None:
     model, out = str(base / "base"), tmp_path / "replay.jsonl"
     for wish, begun, says in (
-        (replace(WISH, longest=1000), [], "do not fit"),
-        (replace(WISH, longest=0), [], "--longest: 0 is no such number"),
-        (replace(WISH, longest=1), [], "--longest: 1 is no such number"),
-        (replace(WISH, beginning=-1), [], "--beginning: -1 is no such number"),
+        (replace(WISH, max_document_tokens=1000), [], "do not fit"),
+        (replace(WISH, max_document_tokens=0), [], "--longest: 0 is no such number"),
+        (replace(WISH, max_document_tokens=1), [], "--longest: 1 is no such number"),
+        (replace(WISH, prompt_tokens=-1), [], "--beginning: -1 is no such number"),
         (replace(WISH, temperature=0.0), [], "no such number"),
         (replace(WISH, temperature=float("inf")), [], "--temperature: inf is no such number"),
-        (replace(WISH, most_repeated=-0.1), [], "--most-repeated: -0.1 is no such number"),
-        (replace(WISH, alike=0.2), [], "--alike: 0.2 is no such number"),
-        (replace(WISH, alike=float("nan")), [], "--alike: nan is no such number"),
+        (replace(WISH, max_repetition=-0.1), [], "--most-repeated: -0.1 is no such number"),
+        (replace(WISH, dedup_threshold=0.2), [], "--alike: 0.2 is no such number"),
+        (replace(WISH, dedup_threshold=float("nan")), [], "--alike: nan is no such number"),
         (replace(WISH, top_p=1.5), [], "no such number"),
-        (replace(WISH, beginning=3), [], "beginnings need a text"),
+        (replace(WISH, prompt_tokens=3), [], "beginnings need a text"),
         (WISH, ["x.jsonl"], "beginnings need a text"),
     ):
         with pytest.raises(StageError, match=says):
@@ -145,6 +151,6 @@ def test_a_broken_account_is_no_traceback_and_loses_nothing(base: Path, tmp_path
 
 def test_an_encoder_writes_nothing(tmp_path: Path) -> None:
     tokenizer = tiny_stages.bert_tokenizer()
-    folder = tiny_stages.written(tiny_stages.make_bert(len(tokenizer)), tokenizer, tmp_path / "bert")
+    folder = tiny_stages.save_model(tiny_stages.make_bert(len(tokenizer)), tokenizer, tmp_path / "bert")
     with pytest.raises(ModelError, match="does not write running text"):
         next(synthesize(str(folder), tmp_path / "replay.jsonl", WISH))

@@ -15,19 +15,33 @@ import pytest
 import torch
 
 from postgrad.commands import synthesize_chat as chat_synthesis
-from postgrad.commands.synthesize import Wish, Written, author, summary_file, told
-from postgrad.commands.synthesize_chat import FIRST, NEXT, Rehearsal, Turns, converse, nearest, various
+from postgrad.commands.synthesize import (
+    SynthesisProgress,
+    SynthesisRequest,
+    load_generator,
+    summary_file,
+    synthesis_summary,
+)
+from postgrad.commands.synthesize_chat import (
+    FIRST_REQUEST,
+    NEXT_REQUEST,
+    ChatTemplate,
+    Rehearsal,
+    nearest_to_centers,
+    select_diverse,
+    synthesize_chat,
+)
 from postgrad.config.stage_file import parse_stage
-from postgrad.data.read.files import Source
-from postgrad.data.read.generated_text import made_by
+from postgrad.data.read.files import RawSource
+from postgrad.data.read.generated_text import get_generator_model
 from postgrad.data.render.chat import plain_template
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.evaluation.generate_documents import Drawn
+from postgrad.evaluation.generate_documents import GeneratedDocument
 from postgrad.models.pretrained import save_chat_template, save_pretrained
 from postgrad.plan.plan import make_plan
 from tests.conftest import StageOf, make_llama, make_tokenizer, write_jsonl
 
-WISH = Wish(tokens=300, longest=96, at_once=8, most_repeated=0.9)
+WISH = SynthesisRequest(tokens=300, max_document_tokens=96, batch_size=8, max_repetition=0.9)
 NUMBERS = ["one", "two", "three", "four", "five", "six"]
 SIGNED = """\
 {%- for message in messages %}<|begin|>{{ message["role"] }}
@@ -83,7 +97,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def all_of(steps: Iterator[Written]) -> Written:
+def all_of(steps: Iterator[SynthesisProgress]) -> SynthesisProgress:
     *_, last = steps
     return last
 
@@ -91,7 +105,7 @@ def all_of(steps: Iterator[Written]) -> Written:
 @pytest.mark.parametrize("which", ["plain", "signed"])
 def test_a_model_asks_itself_and_answers(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     model, out = request.getfixturevalue(which), tmp_path / "replay.jsonl"
-    last = all_of(converse(model, out, WISH))
+    last = all_of(synthesize_chat(model, out, WISH))
     found = rows(out)
     assert last.tokens >= 300 and len(found) == last.documents
     for row in found:
@@ -107,41 +121,41 @@ def test_a_model_asks_itself_and_answers(which: str, request: pytest.FixtureRequ
     turned = [answer == f"{pair[1]} and {pair[0]}." for pair, answer in zip(asked, said, strict=True) if pair in known]
     assert np.mean(turned) > 0.1
     assert len({row["messages"][0]["content"] for row in found}) == len(found)  # near copies are left out
-    summary = told(model, out)
+    summary = synthesis_summary(model, out)
     assert summary["documents"] == len(found) and "role: replay" in summary["text"]
 
 
 def test_where_a_user_speaks_is_found(plain: str, signed: str) -> None:
-    turns = Turns(author(plain, 96))
-    assert turns.around == ("### User:\n", "\n\n### Assistant:\n") and turns.user_ends == set()
-    turns = Turns(author(signed, 96))
-    assert turns.around == ("<|begin|>user\n", "<|end|>\n<|begin|>assistant\n")
-    assert turns.user_ends == {turns.writer.tokenizer.convert_tokens_to_ids("<|end|>")}
-    ids = turns.ids(turns.around[0]).tolist()
-    assert ids.count(turns.writer.encoder.bos) == 1 or turns.writer.encoder.bos is None  # the template's own
+    turns = ChatTemplate(load_generator(plain, 96))
+    assert turns.user_turn_affixes == ("### User:\n", "\n\n### Assistant:\n") and turns.user_end_tokens == set()
+    turns = ChatTemplate(load_generator(signed, 96))
+    assert turns.user_turn_affixes == ("<|begin|>user\n", "<|end|>\n<|begin|>assistant\n")
+    assert turns.user_end_tokens == {turns.generator.tokenizer.convert_tokens_to_ids("<|end|>")}
+    ids = turns.encode(turns.user_turn_affixes[0]).tolist()
+    assert ids.count(turns.generator.encoder.bos) == 1 or turns.generator.encoder.bos is None  # the template's own
 
 
 def test_a_stop_anywhere_makes_no_difference(plain: str, tmp_path: Path) -> None:
     whole = tmp_path / "whole.jsonl"
-    rehearsal = Rehearsal(kept=0.5)
-    all_of(converse(plain, whole, WISH, rehearsal))
+    rehearsal = Rehearsal(diverse_share=0.5)
+    all_of(synthesize_chat(plain, whole, WISH, rehearsal))
     out = tmp_path / "stopped.jsonl"
-    steps = converse(plain, out, WISH, rehearsal)
+    steps = synthesize_chat(plain, out, WISH, rehearsal)
     next(steps)
     steps.close()
     with (tmp_path / "stopped.jsonl.part").open("a") as file:
         file.write('{"messages": half a li')
-    all_of(converse(plain, out, WISH, rehearsal))
+    all_of(synthesize_chat(plain, out, WISH, rehearsal))
     assert out.read_bytes() == whole.read_bytes()
     state = json.loads(summary_file(out).read_text())
     assert state["chosen"] == len(rows(out)) == round(0.5 * state["documents"])
-    assert "most various are kept" in told(plain, out)["text"]
+    assert "most various are kept" in synthesis_summary(plain, out)["text"]
     assert not list(tmp_path.glob("*.part*"))
     with pytest.raises(StageError, match="begun with another model or other options"):
-        steps = converse(plain, tmp_path / "other.jsonl", WISH)
+        steps = synthesize_chat(plain, tmp_path / "other.jsonl", WISH)
         next(steps)
         steps.close()
-        next(converse(plain, tmp_path / "other.jsonl", WISH, Rehearsal(answering=plain, shown=2)))
+        next(synthesize_chat(plain, tmp_path / "other.jsonl", WISH, Rehearsal(answer_model=plain, shots=2)))
 
 
 def test_examples_are_shown_as_other_answers(plain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,42 +163,44 @@ def test_examples_are_shown_as_other_answers(plain: str, tmp_path: Path, monkeyp
     file = tmp_path / "few.jsonl"
     file.write_text("".join(json.dumps({"prompt": q, "completion": "x"}) + "\n" for q in questions))
     read: list[str] = []
-    plainly = Turns.asking
+    plainly = ChatTemplate.prompt_ids
 
-    def watched(self: Turns, messages: Any) -> np.ndarray:
+    def watched(self: ChatTemplate, messages: Any) -> np.ndarray:
         read.append("\n".join(m["content"] for m in messages))
         return plainly(self, messages)
 
-    monkeypatch.setattr(Turns, "asking", watched)
-    steps = converse(plain, tmp_path / "out.jsonl", replace(WISH, longest=128), Rehearsal((str(file),), shown=2))
+    monkeypatch.setattr(ChatTemplate, "prompt_ids", watched)
+    steps = synthesize_chat(
+        plain, tmp_path / "out.jsonl", replace(WISH, max_document_tokens=128), Rehearsal((str(file),), shots=2)
+    )
     with pytest.raises((DataError, StopIteration)):  # so small a model asks nothing new in words it never saw
         for _ in range(200):
             next(steps)
-    shown = [text.splitlines() for text in read if text.startswith(FIRST)]
+    shown = [text.splitlines() for text in read if text.startswith(FIRST_REQUEST)]
     assert shown
     for first, one, second, other, last in shown:
-        assert (first, second, last) == (FIRST, NEXT, NEXT)
+        assert (first, second, last) == (FIRST_REQUEST, NEXT_REQUEST, NEXT_REQUEST)
         assert one != other or questions.count(one) > 1
         assert {one, other} <= set(questions)
     assert len({tuple(text) for text in shown}) > 3
 
 
 def test_fewer_examples_are_shown_where_more_do_not_fit(plain: str) -> None:
-    turns = Turns(author(plain, 96))
+    turns = ChatTemplate(load_generator(plain, 96))
     examples = ["one and two " * 12] * 3
-    room = chat_synthesis._Room(20, 20, 60)
-    ids = chat_synthesis._prompt(turns, WISH, Rehearsal(shown=3), examples, room, 0)
+    room = chat_synthesis._TokenBudget(20, 20, 60)
+    ids = chat_synthesis._question_prompt(turns, WISH, Rehearsal(shots=3), examples, room, 0)
     assert len(ids) + room.question <= 256
-    text = turns.writer.tokenizer.decode(ids)
+    text = turns.generator.tokenizer.decode(ids)
     assert 1 <= text.count(examples[0].strip()) < 3
     with pytest.raises(DataError, match="does not fit"):
-        chat_synthesis._prompt(turns, WISH, Rehearsal(shown=3), ["one and two " * 90], room, 0)
+        chat_synthesis._question_prompt(turns, WISH, Rehearsal(shots=3), ["one and two " * 90], room, 0)
 
 
 def test_another_model_answers(plain: str, signed: str, tmp_path: Path) -> None:
     out, alone = tmp_path / "both.jsonl", tmp_path / "alone.jsonl"
-    all_of(converse(plain, out, WISH, Rehearsal(answering=signed)))
-    all_of(converse(plain, alone, WISH))
+    all_of(synthesize_chat(plain, out, WISH, Rehearsal(answer_model=signed)))
+    all_of(synthesize_chat(plain, alone, WISH))
     one, other = rows(out), rows(alone)
     assert all(row["made"]["answered_by"] == signed and row["made"]["by"] == plain for row in one)
     both = {row["made"]["number"]: row["messages"] for row in one}
@@ -203,12 +219,12 @@ def test_what_is_kept_is_various() -> None:
             of[question] = name
             lines.append(json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n")
     rng.shuffle(lines)
-    chosen = various(lines, share=0.3, seed=0)
+    chosen = select_diverse(lines, share=0.3, seed=0)
     assert len(chosen) == 30 and [line for line in lines if line in set(chosen)] == chosen
     found = Counter(of[json.loads(line)["messages"][0]["content"]] for line in chosen)
     assert found["sea"] >= 2 and found["food"] >= 6 and found["law"] <= 21
-    assert various(lines, share=1.0, seed=0) is lines
-    assert various(lines, share=0.3, seed=0) == chosen
+    assert select_diverse(lines, share=1.0, seed=0) is lines
+    assert select_diverse(lines, share=0.3, seed=0) == chosen
 
 
 def test_what_is_nearest_to_its_own_centre_is_kept() -> None:
@@ -217,7 +233,9 @@ def test_what_is_nearest_to_its_own_centre_is_kept() -> None:
     between = ["court judge appeal oven", "oven butter flour court"]
     questions = [*plainly * 6, *between]
     lines = [json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n" for question in questions]
-    chosen = [json.loads(line)["messages"][0]["content"] for line in various(lines, share=2 / len(lines), seed=0)]
+    chosen = [
+        json.loads(line)["messages"][0]["content"] for line in select_diverse(lines, share=2 / len(lines), seed=0)
+    ]
     assert sorted(chosen) == plainly
 
 
@@ -225,17 +243,20 @@ def test_clusters_have_their_part_and_the_nearest_come_first() -> None:
     cluster = np.array([0, 0, 0, 0, 1, 1, 2])
     distance = np.array([0.4, 0.1, 0.3, 0.2, 0.9, 0.5, 0.0])
     # 4/7 of 4 is 2.29, 2/7 is 1.14, 1/7 is 0.57: the largest remainder goes to the last.
-    assert nearest(cluster, distance, 4) == [1, 3, 5, 6]
-    assert nearest(cluster, distance, 7) == list(range(7))
-    assert nearest(cluster, -distance, 4) != [1, 3, 5, 6]  # a mutant that takes the farthest
+    assert nearest_to_centers(cluster, distance, 4) == [1, 3, 5, 6]
+    assert nearest_to_centers(cluster, distance, 7) == list(range(7))
+    assert nearest_to_centers(cluster, -distance, 4) != [1, 3, 5, 6]  # a mutant that takes the farthest
 
 
 def test_why_a_question_is_left_out() -> None:
     def tried(
         question: str = "one two", said: str = "three", asks: bool = True, ends: bool = True, loop: int = 1
     ) -> Any:
-        new, answer = Drawn(np.arange(9), asks), Drawn(np.concatenate([np.arange(20)] * loop), ends)
-        return chat_synthesis._trouble(question, new, said, answer, replace(WISH, most_repeated=0.5))
+        new, answer = (
+            GeneratedDocument(np.arange(9), asks),
+            GeneratedDocument(np.concatenate([np.arange(20)] * loop), ends),
+        )
+        return chat_synthesis._rejection_reason(question, new, said, answer, replace(WISH, max_repetition=0.5))
 
     assert tried() is None and tried(loop=2) is None  # a third of the second is new, at the seam
     assert tried(asks=False) == "questions without an end"
@@ -247,8 +268,8 @@ def test_why_a_question_is_left_out() -> None:
 
 def test_self_made_conversations_are_a_source(plain: str, stage_of: StageOf, tmp_path: Path) -> None:
     out = tmp_path / "replay.jsonl"
-    all_of(converse(plain, out, WISH))
-    assert made_by(Source("x", str(out), root=tmp_path, where="x")) == plain
+    all_of(synthesize_chat(plain, out, WISH))
+    assert get_generator_model(RawSource("x", str(out), root=tmp_path, where="x")) == plain
     raw = stage_of(model=plain)
     raw["data"]["sources"][1] |= {"path": str(out), "max_passes": 100, "held_out": "20%"}
     raw["data"]["sequence_length"] = 64
@@ -260,17 +281,17 @@ def test_self_made_conversations_are_a_source(plain: str, stage_of: StageOf, tmp
 def test_what_cannot_be_is_said(plain: str, base: Path, tmp_path: Path) -> None:
     out = tmp_path / "replay.jsonl"
     with pytest.raises(ModelError, match="has no chat template"):
-        next(converse(str(base / "base"), out, WISH))
+        next(synthesize_chat(str(base / "base"), out, WISH))
     few = write_jsonl(tmp_path / "few.jsonl", ["one?"])
     for wish, rehearsal, error, says in (
-        (replace(WISH, beginning=3), Rehearsal(), StageError, "no such number"),
-        (WISH, Rehearsal(kept=0.0), StageError, "no such number"),
-        (WISH, Rehearsal(shown=0), StageError, "no such number"),
-        (replace(WISH, longest=12), Rehearsal(), StageError, "leave no room"),
-        (replace(WISH, longest=1000), Rehearsal(), StageError, "do not fit"),
+        (replace(WISH, prompt_tokens=3), Rehearsal(), StageError, "no such number"),
+        (WISH, Rehearsal(diverse_share=0.0), StageError, "no such number"),
+        (WISH, Rehearsal(shots=0), StageError, "no such number"),
+        (replace(WISH, max_document_tokens=12), Rehearsal(), StageError, "leave no room"),
+        (replace(WISH, max_document_tokens=1000), Rehearsal(), StageError, "do not fit"),
         (WISH, Rehearsal((str(few),)), DataError, "1 questions"),
-        (WISH, Rehearsal(answering=str(base / "base")), ModelError, "has no chat template"),
-        (WISH, Rehearsal(answering=str(tmp_path / "gone")), ModelError, "--answer: there is no folder"),
+        (WISH, Rehearsal(answer_model=str(base / "base")), ModelError, "has no chat template"),
+        (WISH, Rehearsal(answer_model=str(tmp_path / "gone")), ModelError, "--answer: there is no folder"),
     ):
         with pytest.raises(error, match=says):
-            next(converse(plain, out, wish, rehearsal))
+            next(synthesize_chat(plain, out, wish, rehearsal))

@@ -18,15 +18,15 @@ from pydantic import BaseModel
 import postgrad
 from postgrad.config import mixing, objectives, penalties, schedules, sparse_updates, tunings
 from postgrad.config import stage as s
-from postgrad.config.quantities import Part, in_steps
-from postgrad.config.schedules import Decay
+from postgrad.config.quantities import ConfigModel, length_in_steps
+from postgrad.config.schedules import DecaySchedule
 from postgrad.config.stage import Stage
 from postgrad.config.stage_file import json_schema, load_stage, parse_stage, read_yaml
 from postgrad.errors import StageError
-from postgrad.models.pretrained import Start
+from postgrad.models.pretrained import ModelLocation
 from postgrad.plan.lr_schedule import make_schedule
 from postgrad.plan.plan import make_plan
-from postgrad.tuning.attach import KINDS, _maker
+from postgrad.tuning.attach import KINDS, _get_tuning_class
 from tests.conftest import StageOf
 
 GOOD: dict[str, Any] = {
@@ -86,7 +86,7 @@ def test_amounts(written: object, tokens: int) -> None:
     [("90%", 0.9), ("90 %", 0.9), ("0.9", 0.9), ("9e-1", 0.9), (0.9, 0.9), (".9", 0.9), ("90.0%", 0.9)],
 )
 def test_shares(written: object, share: float) -> None:
-    assert stage(data__sources__0__share=written).shares() == pytest.approx((share, 0.1))
+    assert stage(data__sources__0__share=written).resolve_shares() == pytest.approx((share, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_shares(written: object, share: float) -> None:
 )  # fmt: skip
 def test_lengths(written: object, steps: float) -> None:
     found = stage(schedule__warmup=written).schedule
-    assert isinstance(found, Decay)
-    assert in_steps(found.warmup, 1000, 10_000_000) == pytest.approx(steps)
+    assert isinstance(found, DecaySchedule)
+    assert length_in_steps(found.warmup, 1000, 10_000_000) == pytest.approx(steps)
 
 
 def test_a_rate_without_a_dot_is_text_to_yaml_and_a_number_here(tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_defaults_are_those_of_the_reference() -> None:
 
 
 def test_one_share_may_be_left_out() -> None:
-    assert stage(data__sources__0__share=GONE).shares() == pytest.approx((0.9, 0.1))
+    assert stage(data__sources__0__share=GONE).resolve_shares() == pytest.approx((0.9, 0.1))
     alone = stage(data={"sources": [{"name": "all", "path": "x"}]})
-    assert alone.shares() == (1.0,)
+    assert alone.resolve_shares() == (1.0,)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_any_key_can_be_overridden(tmp_path: Path) -> None:
         "optimizer.betas=[0.9, 0.99]", "data.sources.papers.columns={text: abstract}", "output=a=b",
     )  # fmt: skip
     assert found.tokens == 5_000_000
-    assert found.shares() == (0.95, 0.05)
+    assert found.resolve_shares() == (0.95, 0.05)
     assert (found.save.every, found.compute.compile, found.output) == ("200 steps", False, "a=b")
     assert found.schedule.peak == 1e-4  # type: ignore[union-attr]
     assert found.evaluation.retained[0].path == "other.txt"
@@ -397,14 +397,16 @@ def test_without_a_mistake_nothing_is_said() -> None:
 )
 def test_a_schedule_that_does_not_fit_its_stage(schedule: dict[str, Any], where: str, hint: str) -> None:
     with pytest.raises(StageError) as caught:
-        make_schedule(stage(schedule=schedule).schedule, 100, 10_000, Start("base", None))
+        make_schedule(stage(schedule=schedule).schedule, 100, 10_000, ModelLocation("base", None))
     assert str(caught.value).startswith(where)
     assert hint in str(caught.value)
 
 
 def test_schedules_are_those_of_the_published_tables() -> None:
     """Ibrahim et al. 2024: cooldown to 1.65e-4 over 60 %, constant until 85 %, exponential anneal to 3e-5."""
-    curve = make_schedule(stage(schedule={**INFINITE, "warmup": "0%"}).schedule, 1000, 10**6, Start("base", None))
+    curve = make_schedule(
+        stage(schedule={**INFINITE, "warmup": "0%"}).schedule, 1000, 10**6, ModelLocation("base", None)
+    )
     assert curve(300) == pytest.approx(2.325e-4)
     assert curve(600) == curve(850) == pytest.approx(1.65e-4)
     assert curve(925) == pytest.approx(7.036e-5, rel=1e-3)
@@ -413,7 +415,7 @@ def test_schedules_are_those_of_the_published_tables() -> None:
         stage(schedule={**INFINITE, "warmup": "0%", "cooldown_shape": "inverse-sqrt"}).schedule,
         1000,
         10**6,
-        Start("base", None),
+        ModelLocation("base", None),
     )
     assert [bent(x) for x in (0, 60, 150, 300, 600)] == pytest.approx(
         [3e-4, 2.434e-4, 2.1e-4, 1.856e-4, 1.65e-4], rel=1e-3
@@ -496,7 +498,7 @@ def test_the_schema_refuses_what_the_tool_refuses() -> None:
 def parts(model: type[BaseModel]) -> list[type[BaseModel]]:
     """A model and all models its fields are made of."""
     homes = (s, schedules, objectives, penalties, tunings, mixing, sparse_updates)
-    known = {v for home in homes for v in vars(home).values() if inspect.isclass(v) and issubclass(v, Part)}
+    known = {v for home in homes for v in vars(home).values() if inspect.isclass(v) and issubclass(v, ConfigModel)}
     found = [model]
     for here in found:  # grows while it is walked
         words = {w for field in here.model_fields.values() for w in re.findall(r"\w+", str(field.annotation))}
@@ -532,7 +534,7 @@ def test_every_key_of_a_tuning_is_an_option_of_its_kind() -> None:
     assert len(kinds) == len(KINDS)
     for model in kinds:
         (kind,) = get_args(model.model_fields["kind"].annotation)
-        options = inspect.signature(_maker(kind)).parameters
+        options = inspect.signature(_get_tuning_class(kind)).parameters
         assert set(model.model_fields) - elsewhere - set(options) == set(), kind
     names = read_names()
     assert elsewhere <= names

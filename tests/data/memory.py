@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-class Memory:
+class InMemoryStore:
     """What rows read of a token store."""
 
     def __init__(
@@ -18,18 +18,18 @@ class Memory:
         labels: Sequence[str] = (),
     ) -> None:
         self.ids = [np.array(d, np.uint16) for d in documents]
-        self.marked = None if marks is None else [np.array(m, np.uint16) for m in marks]
+        self.mark_arrays = None if marks is None else [np.array(m, np.uint16) for m in marks]
         self.values = None if values is None else np.array(values, np.float32)
         self.labels = list(labels)
         self.documents = np.zeros(len(documents), [("tokens", "<u4"), ("digest", "<u8")])
         self.documents["tokens"] = [len(d) for d in documents]
         # Digests that spread, so that a share can be held out.
         self.documents["digest"] = np.arange(1, len(documents) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        for array in [*self.ids, *(self.marked or [])]:
+        for array in [*self.ids, *(self.mark_arrays or [])]:
             array.setflags(write=False)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         return self.ids[document][start:stop]
 
     def marks(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
-        return None if self.marked is None else self.marked[document][start:stop]
+        return None if self.mark_arrays is None else self.mark_arrays[document][start:stop]

@@ -17,22 +17,22 @@ from postgrad.data.tokens import tokenize
 from postgrad.errors import DataError, PostgradError, StageError
 from postgrad.plan.plan import Plan
 from postgrad.training.metrics_log import read_metrics
-from tests.tiny_stages import MAKERS, QUICK, Shelf, make_shelf
+from tests.tiny_stages import EXAMPLE_MAKERS, QUICK_EVALUATION, Workspace, make_workspace
 
 CLASSIFY = [{"kind": "classify"}]
 ASK, SAY = ({"role": role, "content": "six and one."} for role in ("user", "assistant"))
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
 Planned = Callable[..., Plan]
 
 
 @pytest.fixture
-def planned(shelf: Shelf, tmp_path: Path) -> Planned:
+def planned(shelf: Workspace, tmp_path: Path) -> Planned:
     """A plan on rows in `bad.jsonl`, measured on text; keyword arguments are keys of the source or of the stage."""
 
     def make(rows: list[Any], **changes: Any) -> Plan:
@@ -42,7 +42,7 @@ def planned(shelf: Shelf, tmp_path: Path) -> Planned:
         source = {key: changes.pop(key) for key in given if key in changes}
         learned = {"name": "held", "path": shelf.file("old", held_out=True), "kind": "text"}
         sources = [{"name": "bad", "path": str(file), "max_passes": 1e6, **source}]
-        evaluation = {**QUICK, "learned": [learned], **changes.pop("evaluation", {})}
+        evaluation = {**QUICK_EVALUATION, "learned": [learned], **changes.pop("evaluation", {})}
         data = {"sequence_length": changes.pop("length", 64)}
         return shelf.plan(shelf.stage("bad", sources=sources, evaluation=evaluation, data=data, **changes))
 
@@ -50,7 +50,7 @@ def planned(shelf: Shelf, tmp_path: Path) -> Planned:
 
 
 def many(name: str, count: int = 20) -> list[dict[str, Any]]:
-    return MAKERS[name](count, 5)
+    return EXAMPLE_MAKERS[name](count, 5)
 
 
 # -- errors --------------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ FIELDS = [
 @pytest.mark.parametrize(("name", "template", "asked", "has"), FIELDS)
 def test_a_field_that_no_row_has_ends_before_anything_is_tokenised(
     planned: Planned,
-    shelf: Shelf,
+    shelf: Workspace,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     template: dict[str, Any],
@@ -174,25 +174,25 @@ def test_a_field_that_no_row_has_ends_before_anything_is_tokenised(
         ([{**fine, "share": 1.0}], {"learned": [learned]}, f"{name}-heldout.jsonl:1"),
     ):
         with pytest.raises(DataError) as met:
-            shelf.plan(shelf.stage("wrong", sources=sources, evaluation={**QUICK, **evaluation}))
+            shelf.plan(shelf.stage("wrong", sources=sources, evaluation={**QUICK_EVALUATION, **evaluation}))
         assert f"the template asks for {asked}, which the row has not" in str(met.value)
         assert met.value.expected == has and met.value.where.endswith(file)
 
 
-def test_a_chat_template_that_fails_names_the_row(planned: Planned, shelf: Shelf) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(shelf.home / "llama")
+def test_a_chat_template_that_fails_names_the_row(planned: Planned, shelf: Workspace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shelf.folder / "llama")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if 'nine' in m.content %}{{ raise_exception('nine is not said') }}{% endif %}"
         "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    strict = shelf.home / "strict"
+    strict = shelf.folder / "strict"
     (strict).mkdir(exist_ok=True)
-    for file in (shelf.home / "llama").iterdir():
+    for file in (shelf.folder / "llama").iterdir():
         (strict / file.name).write_bytes(file.read_bytes())
     tokenizer.save_pretrained(strict)
     good = {"messages": [ASK, SAY]}
     bad = {"messages": [ASK, {"role": "assistant", "content": "nine"}]}
-    assert planned([good] * 3, model="strict").leaves[0].store.kind == "chat"
+    assert planned([good] * 3, model="strict").sources[0].store.kind == "chat"
     with pytest.raises(DataError, match="the chat template refuses the conversation: nine is not said") as met:
         planned([good, good, bad, good], model="strict")
     assert met.value.where.endswith("bad.jsonl:3") and "another template" in met.value.way_out
@@ -204,7 +204,7 @@ def test_a_chat_template_that_fails_names_the_row(planned: Planned, shelf: Shelf
 
 
 @pytest.mark.parametrize("kind", ["prefix-lm", "masked", "span-corruption", "text-to-text"])
-def test_an_objective_that_the_model_cannot_serve_is_told_before_a_row_is_read(shelf: Shelf, kind: str) -> None:
+def test_an_objective_that_the_model_cannot_serve_is_told_before_a_row_is_read(shelf: Workspace, kind: str) -> None:
     model = "t5" if kind in ("prefix-lm", "masked") else "llama"
     with pytest.raises(StageError, match=f"{kind} needs") as met:
         shelf.plan(shelf.stage("unfit", model=model, objectives=[{"kind": kind}]))
@@ -226,12 +226,12 @@ SKIPPED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", SKIPPED)
-def test_what_teaches_nothing_is_left_out_counted_and_told(planned: Planned, shelf: Shelf, name: str) -> None:
+def test_what_teaches_nothing_is_left_out_counted_and_told(planned: Planned, shelf: Workspace, name: str) -> None:
     kind, row, reason = SKIPPED[name]
     asked = {"kind": "labelled"} if kind == "labelled" else {}
     made = many(kind)
     plan = planned([*made, row, row, row], **asked)
-    (leaf,) = plan.leaves
+    (leaf,) = plan.sources
     assert (len(leaf.store), leaf.store.skipped) == (len(made), {reason: 3})
     assert f"bad: 3 rows are left out ({reason})" in plan.notes
     assert f"note: bad: 3 rows are left out ({reason})" in plan_lines(plan)
@@ -242,9 +242,11 @@ def test_what_teaches_nothing_is_left_out_counted_and_told(planned: Planned, she
     assert f"held: 3 rows are left out ({reason})" in other.notes
 
 
-def planned_on(shelf: Shelf, kind: str, asked: dict[str, Any], learned: dict[str, Any], **changes: Any) -> Plan:
+def planned_on(shelf: Workspace, kind: str, asked: dict[str, Any], learned: dict[str, Any], **changes: Any) -> Plan:
     source = {**shelf.source(kind), **asked}
-    return shelf.plan(shelf.stage("measured", sources=[source], evaluation={**QUICK, "learned": [learned]}, **changes))
+    return shelf.plan(
+        shelf.stage("measured", sources=[source], evaluation={**QUICK_EVALUATION, "learned": [learned]}, **changes)
+    )
 
 
 @pytest.mark.parametrize("name", ["completion", "chat", "pair"])
@@ -348,7 +350,7 @@ KIND_OF = {"prompt": "completion", "source": "pair", "messages": "chat", "text":
 
 
 @pytest.mark.parametrize("name", TOO_LONG)
-def test_what_is_too_long_is_cut_where_it_should_be_and_told(planned: Planned, shelf: Shelf, name: str) -> None:
+def test_what_is_too_long_is_cut_where_it_should_be_and_told(planned: Planned, shelf: Workspace, name: str) -> None:
     model, row, changes, told = TOO_LONG[name]
     kind = KIND_OF[next(iter(row))]
     asked = {"kind": "labelled"} if kind == "labelled" else {}
@@ -360,7 +362,7 @@ def test_what_is_too_long_is_cut_where_it_should_be_and_told(planned: Planned, s
     lost = rows.ledger.dropped if "left out" in told else rows.ledger.truncated
     assert lost > 20
     # The same row where it is measured.
-    measured = {"name": "held", "path": str(plan.leaves[0].files.path), **asked}
+    measured = {"name": "held", "path": str(plan.sources[0].files.path), **asked}
     objectives = changes.get("objectives", [])
     there = planned_on(
         shelf, kind, asked, measured, model=model, objectives=objectives, data={"sequence_length": changes["length"]}
@@ -371,7 +373,7 @@ def test_what_is_too_long_is_cut_where_it_should_be_and_told(planned: Planned, s
 def ends_of(plan: Plan) -> tuple[str, str]:
     """What is read and what is said in the first row that is full."""
     (rows,) = plan.rows
-    row = next(r for r in (rows.at(i, 0) for i in range(len(rows))) if len(r.inputs["input_ids"]) == ROOM)
+    row = next(r for r in (rows.get_row(i, 0) for i in range(len(rows))) if len(r.inputs["input_ids"]) == ROOM)
     said = [token for token in row.labels.tolist() if token != IGNORED]
     return plan.tokenizer.decode(row.inputs["input_ids"]), plan.tokenizer.decode(said)
 
@@ -385,9 +387,9 @@ def test_of_a_long_conversation_the_last_question_stays(planned: Planned) -> Non
     assert "x1 = y1" not in read and said.startswith("six")
 
 
-def test_no_step_is_without_a_label(shelf: Shelf, tmp_path: Path) -> None:
+def test_no_step_is_without_a_label(shelf: Workspace, tmp_path: Path) -> None:
     """Answers without room, and an end of text that would have a row to itself: every step divides by something."""
-    tokenizer = AutoTokenizer.from_pretrained(shelf.home / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(shelf.folder / "llama")
     ids = tokenizer(LONG)["input_ids"][: 2 * ROOM]  # and an EOS behind two full rows
     file = tmp_path / "full.jsonl"
     file.write_text(json.dumps({"input_ids": ids}) + "\n")
@@ -403,7 +405,7 @@ def test_no_step_is_without_a_label(shelf: Shelf, tmp_path: Path) -> None:
         "labels-everywhere",
         sources=sources,
         batch={"sequences": 1, "micro": 1},
-        evaluation={**QUICK, "learned": [learned]},
+        evaluation={**QUICK_EVALUATION, "learned": [learned]},
         tokens=12 * ROOM,
     )
     plan = shelf.plan(raw)
@@ -412,7 +414,7 @@ def test_no_step_is_without_a_label(shelf: Shelf, tmp_path: Path) -> None:
         1,
     ] and "answers: 3 rows are left out (answer too long)" in plan.notes
     done = shelf.run(raw)
-    steps = [row for row in read_metrics(done.place / "metrics.jsonl") if row["kind"] == "step"]
+    steps = [row for row in read_metrics(done.run_folder / "metrics.jsonl") if row["kind"] == "step"]
     assert len(steps) == plan.steps > 8
     assert all(row["tokens"] > 0 and math.isfinite(row["loss"]) and row["loss"] > 0 for row in steps)
 
@@ -420,18 +422,18 @@ def test_no_step_is_without_a_label(shelf: Shelf, tmp_path: Path) -> None:
 # -- labels --------------------------------------------------------------------------------------------------------------
 
 
-def labels_told(shelf: Shelf, tmp_path: Path, rows: list[dict[str, Any]], role: str, **changes: Any) -> list[str]:
+def labels_told(shelf: Workspace, tmp_path: Path, rows: list[dict[str, Any]], role: str, **changes: Any) -> list[str]:
     file = tmp_path / "labels.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     item = {"name": "set", "path": str(file), "kind": "labelled", **changes.pop("item", {})}
-    evaluation = {**QUICK, "learned": [shelf.file("labelled", held_out=True)], role: [item]}
+    evaluation = {**QUICK_EVALUATION, "learned": [shelf.file("labelled", held_out=True)], role: [item]}
     plan = shelf.plan(
         shelf.stage("labels", sources=[shelf.source("labelled", "labelled")], evaluation=evaluation, **changes)
     )
     return [note for note in plan.notes if note.startswith("set: ") and "label" in note]
 
 
-def test_labels_that_no_training_row_has_are_told(shelf: Shelf, tmp_path: Path) -> None:
+def test_labels_that_no_training_row_has_are_told(shelf: Workspace, tmp_path: Path) -> None:
     new, old = {"text": "six", "label": "verse"}, {"text": "six and", "label": "words"}
     told = ["set: 1 labels occur in no row that is trained on: verse"]
     assert labels_told(shelf, tmp_path, [new, old], "learned") == told
@@ -442,7 +444,7 @@ def test_labels_that_no_training_row_has_are_told(shelf: Shelf, tmp_path: Path) 
     assert labels_told(shelf, tmp_path, [new], "learned") == told
 
 
-def test_labels_that_no_training_row_has_are_an_error_for_a_classifier(shelf: Shelf, tmp_path: Path) -> None:
+def test_labels_that_no_training_row_has_are_an_error_for_a_classifier(shelf: Workspace, tmp_path: Path) -> None:
     for role in ("learned", "retained"):
         with pytest.raises(DataError, match="has the label 'verse', which no row that is trained on has") as met:
             labels_told(shelf, tmp_path, [{"text": "six", "label": "verse"}], role, model="bert", objectives=CLASSIFY)

@@ -29,7 +29,7 @@ def row(length: int, labels: int | None = None, start: int = 1) -> Row:
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=5))
 def test_every_row_stands_in_its_batch(sizes: list[tuple[int, int]]) -> None:
     rows = [row(*size, start=10 * i + 1) for i, size in enumerate(sizes)]
-    batch = collate(rows, list(range(len(rows))), (1, 2), pad=PAD)
+    batch = collate(rows, list(range(len(rows))), (1, 2), pad_token_id=PAD)
     for i, one in enumerate(rows):
         for name, array in one.inputs.items():
             found = batch.inputs[name][i].tolist()
@@ -39,8 +39,8 @@ def test_every_row_stands_in_its_batch(sizes: list[tuple[int, int]]) -> None:
         labels = batch.labels[i].tolist()
         assert labels[: len(one.labels)] == one.labels.tolist()
         assert set(labels[len(one.labels) :]) <= {IGNORED}
-    assert batch.counted == sum(size for _, size in sizes) == int((batch.labels != IGNORED).sum())
-    assert batch.counted_B.tolist() == [size for _, size in sizes]
+    assert batch.label_count == sum(size for _, size in sizes) == int((batch.labels != IGNORED).sum())
+    assert batch.label_count_B.tolist() == [size for _, size in sizes]
     assert batch.source_B.tolist() == list(range(len(rows))) and batch.objectives == (1, 2)
 
 
@@ -84,5 +84,5 @@ def test_a_batch_that_is_there_already_is_not_copied() -> None:
     assert isinstance(moved, Batch) and moved.labels.device.type == "meta"
     assert {tensor.device.type for tensor in moved.inputs.values()} == {"meta"}
     # What is counted stays where it is, so that counting waits for no device.
-    assert moved.counted == batch.counted and moved.source_B is batch.source_B
+    assert moved.label_count == batch.label_count and moved.source_B is batch.source_B
     assert moved.objectives == batch.objectives

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postgrad.data.read.examples import Example, make_example
-from postgrad.data.render.chat import PLAIN, ChatRenderer
+from postgrad.data.render.chat import PLAIN_TEMPLATE, ChatRenderer
 from postgrad.data.render.renderers import PlainRenderer
 from postgrad.errors import DataError, ModelError
 from tests.conftest import make_tokenizer
@@ -61,7 +61,7 @@ THINKING = """
     {{- message.content + eos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"""
-TEMPLATES = {"chatml": CHATML, "strict": STRICT, "tools": TOOLS, "generation": GENERATION, "plain": PLAIN}
+TEMPLATES = {"chatml": CHATML, "strict": STRICT, "tools": TOOLS, "generation": GENERATION, "plain": PLAIN_TEMPLATE}
 
 
 def turns(*contents: str) -> list[dict[str, Any]]:
@@ -102,16 +102,19 @@ def test_the_text_is_what_transformers_makes_of_it(contents: list[str], data: st
         expected = tokenizer.apply_chat_template(
             messages, tools=tools, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=prompt
         )
-        assert renderer.text(messages, tools, prompt=prompt) == expected
+        assert renderer.render_text(messages, tools, add_generation_prompt=prompt) == expected
 
 
 def test_the_plain_template() -> None:
     renderer = ChatRenderer(None, SPECIAL)
     messages = [{"role": "system", "content": "be kind"}, *turns("q", "a", "r", "b")]
-    assert renderer.text(messages) == (
+    assert renderer.render_text(messages) == (
         "### System:\nbe kind\n\n### User:\nq\n\n### Assistant:\na<|end|>\n\n### User:\nr\n\n### Assistant:\nb<|end|>"
     )
-    assert renderer.text(messages[:2], prompt=True) == "### System:\nbe kind\n\n### User:\nq\n\n### Assistant:\n"
+    assert (
+        renderer.render_text(messages[:2], add_generation_prompt=True)
+        == "### System:\nbe kind\n\n### User:\nq\n\n### Assistant:\n"
+    )
     call = chat([*turns("q"), {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}])
     with pytest.raises(DataError, match="the plain template has no words for tool calls"):
         renderer.render(call)
@@ -140,7 +143,7 @@ def test_the_answers_with_their_ends_are_trained_and_nothing_else(contents: list
     answers = [content.strip() if name == "strict" else content for content in contents[1::2]]
     expected = [(" " if name == "strict" else "") + answer + EOS for answer in answers]
     assert trained(renderer, example) == (expected[-1:] if last else expected)
-    text = renderer.text(example.messages)
+    text = renderer.render_text(example.messages)
     assert text.startswith(whole(renderer, example))
     assert not text[len(whole(renderer, example)) :].strip()
     assert whole(renderer, example).endswith(EOS)
@@ -168,7 +171,7 @@ def test_two_of_a_kind_in_a_row_are_for_the_template_to_judge() -> None:
 
 def test_rows_of_one_answer_are_conversations_of_one_turn() -> None:
     pair = make_example("labelled", {"sentence": "fine", "label": 1}, "f:1")
-    renderer = ChatRenderer(CHATML, SPECIAL, turn=PlainRenderer("Good? {sentence}", words={"1": "yes"}))
+    renderer = ChatRenderer(CHATML, SPECIAL, turn_renderer=PlainRenderer("Good? {sentence}", label_words={"1": "yes"}))
     assert whole(renderer, pair) == f"<|im_start|>user\nGood? fine{EOS}\n<|im_start|>assistant\nyes{EOS}"
     assert trained(renderer, pair) == [f"yes{EOS}"]
     row = make_example("instruction", {"instruction": "i", "output": "o", "system": "s"}, "f:1")
@@ -238,7 +241,10 @@ def test_what_changes_the_text_changes_the_fingerprint() -> None:
         ChatRenderer(CHATML, SPECIAL),
         ChatRenderer(CHATML, {"eos_token": EOS}),
         ChatRenderer(CHATML, SPECIAL, answers="last"),
-        ChatRenderer(CHATML, SPECIAL, turn=PlainRenderer("{prompt}")),
+        ChatRenderer(CHATML, SPECIAL, turn_renderer=PlainRenderer("{prompt}")),
     ]
     assert len({renderer.fingerprint for renderer in renderers}) == len(renderers)
-    assert ChatRenderer(None, SPECIAL).fingerprint == ChatRenderer(PLAIN, dict(reversed(SPECIAL.items()))).fingerprint
+    assert (
+        ChatRenderer(None, SPECIAL).fingerprint
+        == ChatRenderer(PLAIN_TEMPLATE, dict(reversed(SPECIAL.items()))).fingerprint
+    )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postgrad.data.filter import contamination as overlap_module
-from postgrad.data.filter.contamination import OverlapReport, overlap
+from postgrad.data.filter.contamination import OverlapReport, measure_overlap
 from postgrad.data.read.documents import Document
 
 # A small vocabulary, so that single words and short runs of them are everywhere.
@@ -52,7 +52,7 @@ def planted(seed: int, kind: str) -> OverlapReport:
         training[draw.randrange(2000)] += "" if kind == "exact" else " -- " + text
         if kind == "exact":
             training.append(text)
-    return overlap(documents(held, "held"), documents(training, "training"))
+    return measure_overlap(documents(held, "held"), documents(training, "training"))
 
 
 @pytest.mark.parametrize(("kind", "recall"), [("exact", 0.99), ("changed", 0.95), ("gram", 0.95)])
@@ -63,15 +63,15 @@ def test_what_was_planted_is_found_and_nothing_else(kind: str, recall: float, se
     assert met[0::2].mean() >= recall
     assert met[1::2].mean() <= 0.01
     assert report.documents == 400
-    assert report.touched == met.sum()
+    assert report.overlapping == met.sum()
     if kind == "exact":
-        assert report.duplicates == report.half == 200
+        assert report.duplicates == report.half_overlapping == 200
         assert np.all(report.shares[0::2] == 1)
     if kind == "changed":
         assert report.duplicates == 0
         assert np.all(report.shares[0::2] == 1)
     if kind == "gram":
-        assert report.half < report.touched
+        assert report.half_overlapping < report.overlapping
 
 
 texts = st.lists(
@@ -90,7 +90,7 @@ def test_the_hashes_say_what_the_words_say(held: list[str], training: list[str],
     before = overlap_module._BLOCK
     overlap_module._BLOCK = block
     try:
-        report = overlap(documents(held), documents(training))
+        report = measure_overlap(documents(held), documents(training))
     finally:
         overlap_module._BLOCK = before
     known = set().union(*map(slow_grams, training)) if training else set()
@@ -104,29 +104,29 @@ def test_the_hashes_say_what_the_words_say(held: list[str], training: list[str],
 
 def test_short_documents_are_compared_whole() -> None:
     held = documents(["the cat sat", "The  CAT, sat!", "the cat", "!!!"])
-    report = overlap(held, documents(["so the cat sat there", "the cat sat"]))
+    report = measure_overlap(held, documents(["so the cat sat there", "the cat sat"]))
     assert report.shares.tolist() == [1, 1, 0, 0]
     assert report.duplicates == 1
 
 
 def test_grams_do_not_reach_over_the_border_of_two_documents() -> None:
     words = [f"w{n}" for n in range(14)]
-    report = overlap(documents([" ".join(words)]), documents([" ".join(words[:7]), " ".join(words[7:])]))
-    assert report.touched == 0
+    report = measure_overlap(documents([" ".join(words)]), documents([" ".join(words[:7]), " ".join(words[7:])]))
+    assert report.overlapping == 0
 
 
 def test_examples_name_both_places() -> None:
     draw = random.Random(5)
     held = [prose(draw, 40) for _ in range(3)]
     training = [prose(draw, 40), prose(draw, 9) + held[2][: len(held[2]) // 2 + 20], held[1], held[1]]
-    report = overlap(documents(held, "held"), documents(training, "training"))
+    report = measure_overlap(documents(held, "held"), documents(training, "training"))
     assert [(example.heldout, example.training) for example in report.examples] == [
         ("held:2", "training:3"),
         ("held:3", "training:2"),
     ]
     assert report.examples[0].share == 1
     assert 0 < report.examples[1].share < 1
-    assert (report.touched, report.duplicates) == (2, 1)
+    assert (report.overlapping, report.duplicates) == (2, 1)
 
 
 def test_a_document_longer_than_a_block_is_hashed_without_a_seam() -> None:
@@ -134,22 +134,22 @@ def test_a_document_longer_than_a_block_is_hashed_without_a_seam() -> None:
     training = prose(draw, 400_000)
     assert len(training) > 1.5 * 2**20
     at = training.index(" ", 2**20 - 40)
-    assert overlap(documents([training[at - 150 : at + 150]]), documents([training])).shares[0] >= 0.9
-    assert overlap(documents([training]), documents(["a", training.upper()])).shares[0] == 1
+    assert measure_overlap(documents([training[at - 150 : at + 150]]), documents([training])).shares[0] >= 0.9
+    assert measure_overlap(documents([training]), documents(["a", training.upper()])).shares[0] == 1
 
 
 def test_token_ids_are_compared_as_words() -> None:
     draw = np.random.default_rng(7)
     rows = [Document(None, draw.integers(0, 1000, 50, np.uint32), f"f:{n}") for n in range(4)]
     part = Document(None, np.concatenate([rows[3].ids[:20], draw.integers(0, 1000, 30, np.uint32)]), "p")  # type: ignore[index]
-    report = overlap(rows, [rows[1], part])
+    report = measure_overlap(rows, [rows[1], part])
     assert report.shares.tolist() == [0, 1, 0, pytest.approx(8 / 38)]
     assert report.duplicates == 1
 
 
 def test_nothing_held_out_or_nothing_trained() -> None:
-    assert overlap([], documents(["a"])).documents == 0
-    assert overlap(documents(["a b"]), []).shares.tolist() == [0]
+    assert measure_overlap([], documents(["a"])).documents == 0
+    assert measure_overlap(documents(["a b"]), []).shares.tolist() == [0]
 
 
 def test_word_hashes_do_not_collide() -> None:
@@ -157,7 +157,7 @@ def test_word_hashes_do_not_collide() -> None:
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = {a + b + c for a in letters for b in letters for c in letters} | {w * 2 for w in letters}
     words |= {str(n) for n in range(80_000)} | {f"{a}{b}" for a, b in pairwise(letters)}
-    hashes, counts = overlap_module._words([" ".join(sorted(words)).encode()])
+    hashes, counts = overlap_module._hash_words([" ".join(sorted(words)).encode()])
     assert len(np.unique(hashes)) == len(words) == counts[0]
     ones = np.unpackbits(hashes.view(np.uint8)).mean()
     assert abs(ones - 0.5) < 0.002
@@ -167,6 +167,6 @@ def test_mutant_a_finder_of_raw_text_misses_the_changed_ones(monkeypatch: pytest
     """Without lower-casing and word borders, changed case and spaces would go unseen."""
     whole = np.ones(256, np.bool_)
     whole[ord("\n")] = False
-    monkeypatch.setattr(overlap_module, "_IS_WORD", whole)
+    monkeypatch.setattr(overlap_module, "_IS_WORD_BYTE", whole)
     with pytest.raises(AssertionError):
         test_what_was_planted_is_found_and_nothing_else("changed", 0.95, 1)

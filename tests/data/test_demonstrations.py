@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from postgrad.data.read.examples import Example, make_example
 from postgrad.data.render import demonstrations
 from postgrad.data.render.chat import ChatRenderer
-from postgrad.data.render.demonstrations import BETWEEN, By, Demonstrations
+from postgrad.data.render.demonstrations import SEPARATOR, Demonstrations, RetrievalMethod
 from postgrad.data.render.renderers import PlainRenderer
 
-EVERY: list[By] = ["bm25", "embedding", "seed", "once", "balanced"]
+EVERY: list[RetrievalMethod] = ["bm25", "embedding", "seed", "once", "balanced"]
 
 
 def example(prompt: str, completion: str = " yes") -> Example:
@@ -33,14 +33,14 @@ def letters(text: str) -> np.ndarray:
     return np.array([text.lower().count(chr(97 + i)) for i in range(26)], np.float32)
 
 
-def showing(pool: list[Example], by: By = "bm25", **changes: Any) -> Demonstrations:
+def showing(pool: list[Example], by: RetrievalMethod = "bm25", **changes: Any) -> Demonstrations:
     options: dict[str, Any] = {"count": 2, "tokens": 1000, "size": size, "vectors": letters, **changes}
-    return Demonstrations(PlainRenderer(), pool, by=by, **options)
+    return Demonstrations(PlainRenderer(), pool, method=by, **options)
 
 
 def shown(demonstrated: Demonstrations, asked: Example) -> list[str]:
     """The texts before an example."""
-    *before, last = "".join(text for text, _ in demonstrated.render(asked).pieces).split(BETWEEN)
+    *before, last = "".join(text for text, _ in demonstrated.render(asked).pieces).split(SEPARATOR)
     assert last == asked.fields["prompt"] + asked.fields["completion"]
     return before
 
@@ -77,7 +77,7 @@ def test_what_is_asked_stands_as_it_did_and_alone_is_answered() -> None:
     own = PlainRenderer().render(asked)
     rendered = showing(POOL).render(asked)
     (before, mark), *rest = rendered.pieces
-    assert mark == 0 and before.endswith(BETWEEN) and tuple(rest) == own.pieces
+    assert mark == 0 and before.endswith(SEPARATOR) and tuple(rest) == own.pieces
     assert rendered._replace(pieces=own.pieces) == own
 
 
@@ -86,18 +86,18 @@ def test_what_is_asked_stands_as_it_did_and_alone_is_answered() -> None:
     words=st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3), min_size=1, max_size=12), which=st.data()
 )
 @settings(max_examples=60, deadline=None)
-def test_what_is_asked_is_never_shown(by: By, words: list[list[str]], which: st.DataObject) -> None:
+def test_what_is_asked_is_never_shown(by: RetrievalMethod, words: list[list[str]], which: st.DataObject) -> None:
     """Nor a copy of it, nor the same question with another answer; and nothing is lost by that."""
     pool = [example(" ".join(w), f" {i % 2}") for i, w in enumerate(words)]
     asked = which.draw(st.sampled_from(pool))
-    found = showing(pool, by, count=3).chosen(asked)
+    found = showing(pool, by, count=3).select(asked)
     others = [e for e in pool if e.fields["prompt"] != asked.fields["prompt"]]
     assert all(e in others for e in found)
     assert len(found) == min(3, len(others))
 
 
 @pytest.mark.parametrize("by", EVERY)
-def test_the_answer_decides_nothing(by: By) -> None:
+def test_the_answer_decides_nothing(by: RetrievalMethod) -> None:
     """Where a model is used, the answer is not known."""
     told = [example("the cat sat on the rug?", answer) for answer in (" yes", " a train left at nine", " maybe")]
     assert len({tuple(shown(showing(POOL, by), asked)) for asked in told}) == 1
@@ -138,7 +138,7 @@ def test_a_seed_decides_what_is_drawn() -> None:
 
 
 @pytest.mark.parametrize("by", ["once", "balanced"])
-def test_one_draw_serves_every_question(by: By) -> None:
+def test_one_draw_serves_every_question(by: RetrievalMethod) -> None:
     pool = [example(f"question {i}?", f" {i % 3}") for i in range(30)]
     found = {
         seed: {tuple(shown(showing(pool, by, seed=seed), example(f"{n}?"))) for n in range(5)} for seed in range(6)
@@ -160,7 +160,7 @@ def test_one_draw_serves_every_question(by: By) -> None:
 @settings(max_examples=60, deadline=None)
 def test_balanced_draws_have_as_many_of_each_answer_as_there_are(answers: list[str], count: int, seed: int) -> None:
     pool = [example(f"{i}?", f" {answer}") for i, answer in enumerate(answers)]
-    chosen = showing(pool, "balanced", count=count, seed=seed).chosen(example("none?"))
+    chosen = showing(pool, "balanced", count=count, seed=seed).select(example("none?"))
     drawn = Counter(e.fields["completion"].strip() for e in chosen)
     there = Counter(answers)
     assert sum(drawn.values()) == min(count, len(pool)) and len({e.text for e in chosen}) == len(chosen)
@@ -177,10 +177,10 @@ def test_what_is_balanced_is_the_label_or_the_place_of_the_choice() -> None:
     ]
     for pool, key in ((labelled, "label"), (choices, "answer")):
         for seed in range(5):
-            chosen = showing(pool, "balanced", count=4, seed=seed).chosen(example("none?"))
+            chosen = showing(pool, "balanced", count=4, seed=seed).select(example("none?"))
             assert sorted(e.fields[key] for e in chosen) == [0, 0, 1, 1]
     # The mutant: draws that look at no answer.
-    plain = [showing(labelled, "once", count=4, seed=seed).chosen(example("none?")) for seed in range(5)]
+    plain = [showing(labelled, "once", count=4, seed=seed).select(example("none?")) for seed in range(5)]
     assert any(sorted(e.fields["label"] for e in chosen) != [0, 0, 1, 1] for chosen in plain)
 
 
@@ -192,11 +192,11 @@ def test_a_chat_template_words_every_example() -> None:
     (before, mark), *rest = rendered.pieces
     assert tuple(rest) == chat.render(asked).pieces and mark == 0
     one = next(e for e in pool if f"Count to {e.fields['instruction'][9]}." in before)
-    assert before == "".join(text for text, _ in chat.render(one).pieces) + BETWEEN
+    assert before == "".join(text for text, _ in chat.render(one).pieces) + SEPARATOR
 
 
 def test_a_fingerprint_is_of_all_that_decides_the_text() -> None:
-    def made(pool: list[Example] = POOL, by: By = "bm25", **changes: Any) -> str:
+    def made(pool: list[Example] = POOL, by: RetrievalMethod = "bm25", **changes: Any) -> str:
         return showing(pool, by, **changes).fingerprint
 
     answered = [*POOL[:-1], example(POOL[-1].fields["prompt"], " never")]
@@ -210,7 +210,7 @@ def test_a_fingerprint_is_of_all_that_decides_the_text() -> None:
         made(by="seed"),
         made(by="embedding"),
         made(by="embedding", vectors=lambda text: letters(text)[::-1].copy()),
-        replace(showing(POOL), inner=PlainRenderer(answer=" so: {completion}")).fingerprint,
+        replace(showing(POOL), renderer=PlainRenderer(answer=" so: {completion}")).fingerprint,
     ]
     assert len(set(different)) == len(different)
     assert made() == made() and made(by="embedding") == made(by="embedding")

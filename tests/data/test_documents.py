@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from postgrad.data.read import documents as formats
-from postgrad.data.read.documents import read_documents, read_examples, read_labels, source_kind
-from postgrad.data.read.files import Source
+from postgrad.data.read.documents import detect_kind, read_documents, read_examples, read_labels
+from postgrad.data.read.files import RawSource
 from postgrad.errors import DataError
 
 
-def source(folder: Path, name: str, **options: Any) -> Source:
-    return Source("s", path=name, root=folder, where="data.sources[0]", **options)
+def source(folder: Path, name: str, **options: Any) -> RawSource:
+    return RawSource("s", path=name, root=folder, where="data.sources[0]", **options)
 
 
 def texts(folder: Path, text: str, documents: str) -> list[str]:
@@ -42,15 +42,15 @@ def test_text_and_ids(tmp_path: Path) -> None:
     rows(tmp_path, {"text": "eins", "n": 1}, {"text": ""}, {"text": "drei"})
     met = list(read_documents(source(tmp_path, "a.jsonl")))
     assert [document.text for document in met] == ["eins", "", "drei"]
-    assert [document.empty for document in met] == [False, True, False]
-    assert met[2].place == f"{tmp_path / 'a.jsonl'}:3"
+    assert [document.is_empty for document in met] == [False, True, False]
+    assert met[2].location == f"{tmp_path / 'a.jsonl'}:3"
 
     rows(tmp_path, {"input_ids": [1, 2**32 - 1]}, {"input_ids": []})
     met = list(read_documents(source(tmp_path, "a.jsonl")))
     assert met[0].ids is not None
     assert met[0].ids.tolist() == [1, 2**32 - 1]
     assert met[0].ids.dtype == np.uint32
-    assert met[1].empty
+    assert met[1].is_empty
 
 
 def test_columns_rename(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ KINDS = [
 @pytest.mark.parametrize(("row", "kind"), KINDS, ids=[f"{kind}: {' '.join(row)}" for row, kind in KINDS])
 def test_the_columns_say_the_kind(tmp_path: Path, row: dict[str, Any], kind: str) -> None:
     rows(tmp_path, row)
-    assert source_kind(source(tmp_path, "a.jsonl")) == kind
+    assert detect_kind(source(tmp_path, "a.jsonl")) == kind
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_two_kinds_in_one_file_are_told_with_the_line(
     for number, row in enumerate((first, then)):
         (tmp_path / str(number)).mkdir()
         rows(tmp_path / str(number), row)
-        kinds.append(source_kind(source(tmp_path / str(number), "a.jsonl")))
+        kinds.append(detect_kind(source(tmp_path / str(number), "a.jsonl")))
     assert f"`{kinds[1]}` after rows of `{kinds[0]}`" in str(caught.value)
 
 
@@ -192,8 +192,8 @@ def test_a_label_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
         first, second = read_documents(source(tmp_path, "a.jsonl", **options))
         assert first.example is not None
         assert first.example.fields == {"text": "fine", "label": "good"}
-        assert (first.text, first.place) == ("fine", f"{tmp_path / 'a.jsonl'}:1")
-        assert (second.example, second.empty, second.skipped) == (None, True, "no label")
+        assert (first.text, first.location) == ("fine", f"{tmp_path / 'a.jsonl'}:1")
+        assert (second.example, second.is_empty, second.skip_reason) == (None, True, "no label")
     rows(tmp_path, {"review": "fine", "stars": 5})
     mapped = next(read_examples(source(tmp_path, "a.jsonl", columns={"text": "review", "label": "stars"})))[0]
     assert mapped.fields == {"text": "fine", "label": 5}
@@ -361,13 +361,13 @@ def test_the_cuts(tmp_path: Path) -> None:
     assert texts(tmp_path, POEM, "lines") == ["one", "  two", "three", "four"]
     assert texts(tmp_path, POEM, "paragraphs") == ["one\n  two", "three", "four"]
     assert texts(tmp_path, POEM, "passages") == ["one\n  two\n\n\nthree\r\n \t\nfour"]
-    places = [document.place for document in read_documents(source(tmp_path, "a.txt", documents="paragraphs"))]
+    places = [document.location for document in read_documents(source(tmp_path, "a.txt", documents="paragraphs"))]
     assert [place.rpartition(":")[2] for place in places] == ["1", "5", "7"]
 
 
 def test_auto_depends_on_the_size(tmp_path: Path) -> None:
     line = "x" * 63 + "\n"
-    whole = line * (formats.WHOLE_FILE // 64)
+    whole = line * (formats.SINGLE_FILE_BYTES // 64)
     assert texts(tmp_path, whole, "auto") == [whole]
     assert len(texts(tmp_path, whole + "y", "auto")) > 60
 
@@ -381,7 +381,7 @@ def test_passages_hold_whole_paragraphs_up_to_their_size(tmp_path: Path) -> None
     no_blank = texts(tmp_path, long * 90, "passages")
     assert [len(text) for text in no_blank] == [39 * 101 - 1, 39 * 101 - 1, 12 * 101 - 1]
     endless = texts(tmp_path, "a\n\n" + long * 500, "passages")  # a list rather than a paragraph
-    assert max(map(len, endless)) < formats.PASSAGE
+    assert max(map(len, endless)) < formats.PASSAGE_CHARACTERS
 
 
 def test_a_sea_of_blank_lines_is_not_kept_in_memory(tmp_path: Path) -> None:
@@ -395,21 +395,21 @@ def solid(parts: list[str]) -> str:
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text(st.sampled_from("ab \n\n\n\r\t.é\u2028"), min_size=1, max_size=300),
-    cut=st.sampled_from(formats.CUTS),
+    cut=st.sampled_from(formats.SPLIT_MODES),
     size=st.integers(1, 60),
 )
 @example(text="a\n\nb\n\nc", cut="passages", size=1)
 def test_nothing_is_lost_but_separators(tmp_path: Path, text: str, cut: str, size: int) -> None:
     """Joined, the documents are the text less its white space at the seams."""
-    before = formats.PASSAGE, formats.PARAGRAPH_CAP, formats.WHOLE_FILE
-    formats.PASSAGE, formats.PARAGRAPH_CAP, formats.WHOLE_FILE = size, 2 * size, 40
+    before = formats.PASSAGE_CHARACTERS, formats.PARAGRAPH_CAP, formats.SINGLE_FILE_BYTES
+    formats.PASSAGE_CHARACTERS, formats.PARAGRAPH_CAP, formats.SINGLE_FILE_BYTES = size, 2 * size, 40
     try:
         met = texts(tmp_path, text, cut)
     except DataError:
         assert not text.strip()
         return
     finally:
-        formats.PASSAGE, formats.PARAGRAPH_CAP, formats.WHOLE_FILE = before
+        formats.PASSAGE_CHARACTERS, formats.PARAGRAPH_CAP, formats.SINGLE_FILE_BYTES = before
     assert solid(met) == solid([text])
     position = 0
     for document in met:  # in order, each verbatim, only white space in between

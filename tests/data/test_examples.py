@@ -10,13 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postgrad.data.read.examples import Example, Labels, Skipped, columns_of, joined, labels_in, make_example
+from postgrad.data.read.examples import (
+    Example,
+    Labels,
+    SkippedRow,
+    collect_labels,
+    detect_columns,
+    make_example,
+    merge_labels,
+)
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.errors import DataError, StageError
 
 
 def example(row: dict[str, Any], kind: str = "auto") -> Example:
-    columns = columns_of(list(row), {}, kind)
+    columns = detect_columns(list(row), {}, kind)
     assert columns is not None
     return make_example(columns.kind, {role: row.get(column) for role, column in columns.by_role.items()}, "f:3")
 
@@ -133,7 +141,7 @@ def test_the_fields_of_an_example_cannot_be_changed() -> None:
     ],
 )  # fmt: skip
 def test_a_row_that_teaches_nothing_is_skipped_for_a_reason(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(Skipped) as caught:
+    with pytest.raises(SkippedRow) as caught:
         example(row)
     assert str(caught.value) == reason
 
@@ -221,7 +229,7 @@ def tagged(*tags: Sequence[str | int]) -> list[tuple[Example, str]]:
 
 @given(st.lists(st.one_of(st.text(min_size=1, max_size=3)), min_size=1))
 def test_classes_are_the_different_labels_sorted(names: list[str]) -> None:
-    met = labels_in(labelled(*names))
+    met = collect_labels(labelled(*names))
     assert met == Labels("class", tuple(sorted(set(names))))
     for each, _ in labelled(*names):
         index = int(met.values(each)[0])
@@ -229,10 +237,10 @@ def test_classes_are_the_different_labels_sorted(names: list[str]) -> None:
 
 
 def test_the_sorts_of_labels() -> None:
-    assert labels_in(labelled(10, 2, 2)) == Labels("class", (2, 10))
-    assert labels_in(labelled(1, 2.5, 3)) == labels_in(labelled(2.5)) == Labels("number")
-    assert labels_in(labelled(["b"], [], ["a", "b"], key="labels")) == Labels("multi", ("a", "b"))
-    assert labels_in(tagged(["O", "B"], ["I"])) == Labels("tags", ("B", "I", "O"))
+    assert collect_labels(labelled(10, 2, 2)) == Labels("class", (2, 10))
+    assert collect_labels(labelled(1, 2.5, 3)) == collect_labels(labelled(2.5)) == Labels("number")
+    assert collect_labels(labelled(["b"], [], ["a", "b"], key="labels")) == Labels("multi", ("a", "b"))
+    assert collect_labels(tagged(["O", "B"], ["I"])) == Labels("tags", ("B", "I", "O"))
     assert [Labels(*each).width for each in [("class", ("a", "b")), ("multi", ("a", "b")), ("number",), ("tags",)]] == [
         1, 2, 1, 0,
     ]  # fmt: skip
@@ -274,22 +282,22 @@ def test_labels_as_values() -> None:
 )
 def test_labels_of_different_sorts_are_told_with_their_place(rows: list[tuple[Example, str]], told: str) -> None:
     with pytest.raises(DataError, match=told):
-        labels_in(rows, "where")
+        collect_labels(rows, "where")
 
 
 def test_too_many_classes_are_rather_numbers() -> None:
     row = example({"sentence": "a", "label": 0})
     rows = ((Example(row.kind, {**row.fields, "label": n}, "a"), f"f:{n}") for n in range(70_000))
     with pytest.raises(DataError, match="more than 65,534 different labels"):
-        labels_in(rows)
+        collect_labels(rows)
 
 
 def test_labels_of_several_sources() -> None:
-    assert joined([Labels("class", ("b",)), Labels("class", ("a", "b"))]) == Labels("class", ("a", "b"))
-    assert joined([Labels("class", (1, 2)), Labels("number")]) == Labels("number")
+    assert merge_labels([Labels("class", ("b",)), Labels("class", ("a", "b"))]) == Labels("class", ("a", "b"))
+    assert merge_labels([Labels("class", (1, 2)), Labels("number")]) == Labels("number")
     for other in (Labels("multi", ("a",)), Labels("class", (1,)), Labels("number")):
         with pytest.raises(DataError, match="labels of one sort"):
-            joined([Labels("class", ("a",)), other])
+            merge_labels([Labels("class", ("a",)), other])
 
 
 # --- as text ------------------------------------------------------------------------------------------
@@ -300,8 +308,8 @@ def test_labels_of_several_sources() -> None:
     [
         ({"prompt": "a ", "completion": "b"}, PlainRenderer(), "a ", "b"),
         ({"source": "a", "target": "b"}, PlainRenderer(), "a\n", "b"),
-        ({"source": "a", "target": "b"}, PlainRenderer(separate=True), "a", "b"),
-        ({"source": "a", "target": "b"}, PlainRenderer(between=" = "), "a = ", "b"),
+        ({"source": "a", "target": "b"}, PlainRenderer(is_separate=True), "a", "b"),
+        ({"source": "a", "target": "b"}, PlainRenderer(separator=" = "), "a = ", "b"),
         ({"source": "a", "target": "b"}, PlainRenderer("{{{source}}}", "{target}{target}"), "{a}\n", "bb"),
         ({"document": "a", "summary": "b"}, PlainRenderer("summarize: {document}", "{summary}"), "summarize: a\n", "b"),
         ({"translation": {"en": "a", "de": "b"}}, PlainRenderer("translate German to English: {de}", "{en}"),
@@ -311,24 +319,24 @@ def test_labels_of_several_sources() -> None:
         ({"sentence1": "a", "sentence2": "b", "label": 3.799999952316284}, PlainRenderer(answer="{label:round 0.2}"),
          "sentence1: a\nsentence2: b\nlabel: ", "3.8"),
         ({"sentence": "fine", "label": 1}, PlainRenderer(), "sentence: fine\nlabel: ", "1"),
-        ({"sentence": "fine", "label": 1}, PlainRenderer("sst2 sentence: {sentence}", "{label}", words={"1": "good"}),
+        ({"sentence": "fine", "label": 1}, PlainRenderer("sst2 sentence: {sentence}", "{label}", label_words={"1": "good"}),
          "sst2 sentence: fine ", "good"),
         ({"premise": "p", "hypothesis": "h", "labels": ["x", "y"]}, PlainRenderer(),
          "premise: p\nhypothesis: h\nlabel: ", "x, y"),
         ({"question": "q", "choices": ["u", "v"], "answer": 1}, PlainRenderer(), "q\nA. u\nB. v\nAnswer: ", "v"),
         ({"question": "q", "choices": ["u", "v"], "answer": 1}, PlainRenderer(answer="{letter}. {answer}"),
          "q\nA. u\nB. v\nAnswer: ", "B. v"),
-        ({"tokens": ["a", "b"], "tags": [0, 1]}, PlainRenderer(words={"0": "O", "1": "B"}), "a b\n", "O B"),
+        ({"tokens": ["a", "b"], "tags": [0, 1]}, PlainRenderer(label_words={"0": "O", "1": "B"}), "a b\n", "O B"),
         ({"instruction": "i", "input": "x", "output": "o"}, PlainRenderer(), "i\n\nx\n\n", "o"),
-        ({"instruction": "i", "input": "x", "output": "o"}, PlainRenderer("{instruction}: {input}", between=" -> "),
+        ({"instruction": "i", "input": "x", "output": "o"}, PlainRenderer("{instruction}: {input}", separator=" -> "),
          "i: x -> ", "o"),
     ],
 )  # fmt: skip
 def test_prompts_and_answers(row: dict[str, Any], renderer: PlainRenderer, context: str, answer: str) -> None:
     rendered = renderer.render(example(row))
     assert rendered.pieces == ((context, 0), (answer, 1))
-    assert rendered.joint is not renderer.separate
-    assert (rendered.values, rendered.words) == ((), False)
+    assert rendered.is_joint is not renderer.is_separate
+    assert (rendered.values, rendered.mark_first_token) == ((), False)
 
 
 @pytest.mark.parametrize("step", ["0.2", "0.5", "1", "5"])
@@ -362,7 +370,7 @@ def test_what_a_template_cannot_have() -> None:
     with pytest.raises(DataError, match=r"asks for \{sentense\}(.|\n)*did you mean 'sentence'"):
         PlainRenderer("{sentense}").render(row)
     with pytest.raises(DataError, match=r"no word is given for the label 'good'"):
-        PlainRenderer(words={"bad": "x"}).render(row)
+        PlainRenderer(label_words={"bad": "x"}).render(row)
     for template in ("{", "a}", "{a{b}", "{{a}"):
         with pytest.raises(StageError, match="a lone"):
             PlainRenderer(answer=template)
@@ -377,9 +385,9 @@ def test_what_a_template_cannot_have() -> None:
 def test_texts_for_a_classifier() -> None:
     labels = Labels("class", ("no", "yes"))
     pair = example({"premise": "p", "hypothesis": "h", "label": "yes"})
-    rendered = ClassRenderer(labels, "[SEP]", joint=False).render(pair)
+    rendered = ClassRenderer(labels, "[SEP]", is_joint=False).render(pair)
     assert rendered.pieces == (("p", 0), ("[SEP]", 0), ("h", 1))
-    assert (rendered.values, rendered.joint) == ((1.0,), False)
+    assert (rendered.values, rendered.is_joint) == ((1.0,), False)
     one = example({"sentence": "s", "label": "no"})
     assert ClassRenderer(labels).render(one).pieces == (("s", 0),)
     with pytest.raises(DataError, match="a row of kind `tagged`"):
@@ -391,7 +399,7 @@ def test_words_for_a_tagger() -> None:
     row = example({"tokens": ["New", "York", "!"], "tags": ["B", "I", "O"]})
     rendered = TagRenderer(labels).render(row)
     assert rendered.pieces == (("New", 1), (" ", 0), ("York", 2), (" ", 0), ("!", 3))
-    assert rendered.words
+    assert rendered.mark_first_token
     assert TagRenderer(labels, joiner="").render(row).pieces[1] == ("", 0)
     with pytest.raises(DataError, match="the label 'X'"):
         TagRenderer(labels).render(example({"tokens": ["a"], "tags": ["X"]}))
@@ -403,15 +411,15 @@ def test_what_changes_the_text_changes_the_fingerprint() -> None:
         PlainRenderer(),
         PlainRenderer("{source}"),
         PlainRenderer(answer="{source}"),
-        PlainRenderer(between=""),
-        PlainRenderer(separate=True),
-        PlainRenderer(words={"a": "b"}),
+        PlainRenderer(separator=""),
+        PlainRenderer(is_separate=True),
+        PlainRenderer(label_words={"a": "b"}),
         ClassRenderer(labels),
         ClassRenderer(labels, ""),
-        ClassRenderer(labels, joint=False),
+        ClassRenderer(labels, is_joint=False),
         ClassRenderer(Labels("class", ("b", "a"))),
         TagRenderer(labels),
         TagRenderer(labels, ""),
     ]
     assert len({renderer.fingerprint for renderer in renderers}) == len(renderers)
-    assert PlainRenderer(words={"a": "b"}).fingerprint == PlainRenderer(words={"a": "b"}).fingerprint
+    assert PlainRenderer(label_words={"a": "b"}).fingerprint == PlainRenderer(label_words={"a": "b"}).fingerprint

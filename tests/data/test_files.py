@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from postgrad.data.read import files
 from postgrad.data.read.documents import read_documents
-from postgrad.data.read.files import HubRows, Source, find_files, read_hub, read_lines, read_rows
+from postgrad.data.read.files import HubDataset, RawSource, find_files, read_hub, read_lines, read_records
 from postgrad.errors import DataError
 
 ROWS = [{"text": f'line {n}\n"quoted", ünï'} for n in range(700)]
@@ -53,9 +53,9 @@ def encoded(rows: list[dict[str, str]], kind: str) -> bytes:
 def test_every_row_is_read_whatever_the_file(tmp_path: Path, kind: str, compression: str) -> None:
     file = tmp_path / f"rows.{kind}{compression}"
     file.write_bytes(packed(encoded(ROWS, kind), file.name))
-    met = list(read_rows(file))
+    met = list(read_records(file))
     assert [dict(row.values) for row in met] == ROWS
-    assert met[1].place == f"{file}:{4 if kind == 'csv' else 2}"  # in CSV, the line on which the row begins
+    assert met[1].location == f"{file}:{4 if kind == 'csv' else 2}"  # in CSV, the line on which the row begins
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 2**18])
@@ -65,7 +65,7 @@ def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blo
     for kind in ("json", "jsonl"):
         file = tmp_path / f"a.{kind}"
         file.write_bytes(b"\xef\xbb\xbf" + encoded(rows, kind))
-        assert [row.values for row in read_rows(file)] == rows
+        assert [row.values for row in read_records(file)] == rows
     text = tmp_path / "a.txt"
     text.write_bytes("eins\r\nzwei\rnoch\n\nüüü".encode())
     assert [tuple(line) for line in read_lines(text)] == [
@@ -89,9 +89,9 @@ def test_json_array_equals_the_parser_of_the_library(
     file.write_text(json.dumps(rows, indent=indent))
     before, files._BLOCK = files._BLOCK, block
     try:
-        assert [row.values for row in read_rows(file)] == rows
+        assert [row.values for row in read_records(file)] == rows
         file.write_text("\n ".join(json.dumps(row, indent=indent) for row in rows))
-        assert [row.values for row in read_rows(file)] == rows
+        assert [row.values for row in read_records(file)] == rows
     finally:
         files._BLOCK = before
 
@@ -101,7 +101,7 @@ def test_seen_adds_up_to_the_size_on_disk(tmp_path: Path) -> None:
         file = tmp_path / name
         file.write_bytes(packed(encoded(ROWS, name.split(".")[1]), name))
         told: list[int] = []
-        list(read_rows(file, seen=told.append))
+        list(read_records(file, on_read=told.append))
         assert sum(told) == file.stat().st_size, name
 
 
@@ -293,7 +293,7 @@ def test_malformed_input_is_refused_with_its_place(
     file = tmp_path / name
     file.write_bytes(data() if callable(data) else data)
     with pytest.raises(DataError) as caught:
-        for _ in read_documents(Source("s", path=name, root=tmp_path, where="data.sources[0]")):
+        for _ in read_documents(RawSource("s", path=name, root=tmp_path, where="data.sources[0]")):
             pass
     assert caught.value.where
     if line is not None:
@@ -309,7 +309,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         ("a.csv", b"text\nx"),
     ):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data)
-        assert [document.text for document in read_documents(Source("s", path=name, root=tmp_path))] == ["x"]
+        assert [document.text for document in read_documents(RawSource("s", path=name, root=tmp_path))] == ["x"]
 
 
 def test_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +323,7 @@ def test_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match="more than 1,000") as caught:
-            list(read_rows(tmp_path / name))
+            list(read_records(tmp_path / name))
         assert caught.value.where.endswith(":2")
 
 
@@ -331,7 +331,7 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(files, "_BOMB_BYTES", 2**20)
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(bytes(2**22)))
     with pytest.raises(DataError, match="200 times its size"):
-        list(read_rows(tmp_path / "a.parquet.gz"))
+        list(read_records(tmp_path / "a.parquet.gz"))
 
 
 MEMORY = """
@@ -384,14 +384,14 @@ def test_a_folder_is_read_as_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "train.jsonl").write_bytes(encoded(ROWS[:5], "jsonl"))
-    rows = list(read_hub(HubRows("set"), tmp_path, "data.sources[0]"))
+    rows = list(read_hub(HubDataset("set"), tmp_path, "data.sources[0]"))
     assert [row.values for row in rows] == ROWS[:5]
-    assert rows[1].place == "set/train:2"
+    assert rows[1].location == "set/train:2"
     with pytest.raises(DataError, match="cannot be read"):
-        list(read_hub(HubRows("set", split="nothing"), tmp_path, "data.sources[0]"))
+        list(read_hub(HubDataset("set", split="nothing"), tmp_path, "data.sources[0]"))
 
 
 def test_a_source_is_a_path_or_a_hub_data_set() -> None:
-    for wrong in ({}, {"path": "a", "hub": HubRows("b")}):
+    for wrong in ({}, {"path": "a", "hub": HubDataset("b")}):
         with pytest.raises(DataError, match="exactly one"):
-            Source("s", **wrong)  # type: ignore[arg-type]
+            RawSource("s", **wrong)  # type: ignore[arg-type]

@@ -114,8 +114,10 @@ def test_every_kind_of_rows_has_its_file() -> None:
 
 def met(plan: Plan, sort: str) -> dict[str, Any]:
     """What a plan's rows are, as it is written down."""
-    (rows,), (leaf,) = plan.rows, plan.leaves
-    made = collate([rows.at(i, i) for i in range(len(rows))], [0] * len(rows), pad=plan.reading.pad)
+    (rows,), (leaf,) = plan.rows, plan.sources
+    made = collate(
+        [rows.get_row(i, i) for i in range(len(rows))], [0] * len(rows), pad_token_id=plan.model_inputs.pad_id
+    )
     inputs, labels = {key: tensor.numpy() for key, tensor in made.inputs.items()}, made.labels.numpy()
     if sort == "decoder":
         store = leaf.store
@@ -135,8 +137,8 @@ def met(plan: Plan, sort: str) -> dict[str, Any]:
     if sort == "encoder-decoder":
         writes = [words(row) for row in inputs["decoder_input_ids"]]
         return {**found, "writes": writes, "labels": [asked(row) for row in labels]}
-    assert plan.layer is not None
-    return {**found, "labels": [asked(np.atleast_1d(row), list(plan.layer.labels)) for row in labels]}
+    assert plan.task_layer is not None
+    return {**found, "labels": [asked(np.atleast_1d(row), list(plan.task_layer.labels)) for row in labels]}
 
 
 def worked_out(kind: str, sort: str, name: str) -> dict[str, Any]:
@@ -165,12 +167,12 @@ def test_rows_that_train_the_question_the_padding_or_no_end_would_be_caught(
     wanted = worked_out("pair", "encoder-decoder", name)
     assert padded["labels"] != wanted["labels"] and padded["reads"] == wanted["reads"]
     with monkeypatch.context() as patch:
-        patch.setattr(packed_text.PackedRows, "at", without_ends)
+        patch.setattr(packed_text.PackedRows, "get_row", without_ends)
         endless = met(planned(home, "text", "decoder", name, cache), "decoder")
     assert endless["labels"] != worked_out("text", "decoder", name)["labels"]
 
 
-PACKED = packed_text.PackedRows.at
+PACKED = packed_text.PackedRows.get_row
 
 
 def without_ends(rows: packed_text.PackedRows, row: int, position: int) -> Row:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.layouts.rows import IGNORED, Ledger, Row, silenced
-from postgrad.data.loading.loader import Draw, Loader, MicroBatch
+from postgrad.data.layouts.rows import IGNORED, Ledger, Row, ignore_labels
+from postgrad.data.loading.loader import Loader, MicroBatchPlan, MixtureRow
 from postgrad.data.loading.mixture import Mixture, Segment
 
 LEDGER = Ledger(0, 0, 0, 0, 0, 0, 0, 0)
@@ -29,7 +29,7 @@ class Numbered:
     def __len__(self) -> int:
         return self.size
 
-    def at(self, row: int, position: int) -> Row:
+    def get_row(self, row: int, position: int) -> Row:
         return Row({"input_ids": np.array([row, position])}, np.array([1, IGNORED]), 1)
 
 
@@ -43,7 +43,7 @@ def loaders(kinds: int, shares: list[float], rows: int, micro: int, ranks: int, 
     mixture = Mixture(3, SIZES[:kinds], [Segment(0, tuple(shares[:kinds]))], micro * ranks * rows)
     sources = [Numbered(layout, size) for layout, size in zip(LAYOUTS, SIZES, strict=True)][:kinds]
     return [
-        loader(sources, mixture, micro=micro, objectives=OBJECTIVES[:kinds], rank=rank, ranks=ranks)
+        loader(sources, mixture, micro_batch_size=micro, objectives=OBJECTIVES[:kinds], rank=rank, world_size=ranks)
         for rank in range(ranks)
     ]
 
@@ -52,7 +52,10 @@ def alike_on_all_ranks(found: list[Loader]) -> bool:
     """The law: in every step all ranks make the same sorts of micro-batches in the same order."""
     for step in (1, 2, 5):
         sorts = [
-            [(loader.sources[part.draws[0].source].layout, part.objectives) for part in loader.micro_batches(step)]
+            [
+                (loader.sources[part.mixture_rows[0].source].layout, part.objectives)
+                for part in loader.micro_batches(step)
+            ]
             for loader in found
         ]
         if any(sort != sorts[0] for sort in sorts):
@@ -78,35 +81,37 @@ def test_all_ranks_make_the_same_micro_batches_and_every_row_is_read_once(
     assert alike_on_all_ranks(found)
     for step in (1, 2, 5):
         parts = [part for loader in found for part in loader.micro_batches(step)]
-        drawn = [(d.source, d.row) for part in parts if not part.silent for d in part.draws]
+        drawn = [(d.source, d.row) for part in parts if not part.is_padding for d in part.mixture_rows]
         assert Counter(drawn) == Counter(found[0].rows(step))
-        positions = sorted(d.position for part in parts if not part.silent for d in part.draws)
+        positions = sorted(d.position for part in parts if not part.is_padding for d in part.mixture_rows)
         assert positions == list(range((step - 1) * len(positions), step * len(positions)))
-        assert all(1 <= len(part.draws) <= found[0].micro for part in parts)
-        batches = [batch for loader in found for batch in loader.read(step)]
-        assert sum(batch.counted for batch in batches) == len(drawn)
+        assert all(1 <= len(part.mixture_rows) <= found[0].micro_batch_size for part in parts)
+        batches = [batch for loader in found for batch in loader.read_batches(step)]
+        assert sum(batch.label_count for batch in batches) == len(drawn)
         for part, batch in zip(parts, batches, strict=True):
-            assert batch.objectives == part.objectives and (batch.counted == 0) == part.silent
-            ids = [[d.row, d.position] for d in part.draws]
+            assert batch.objectives == part.objectives and (batch.label_count == 0) == part.is_padding
+            ids = [[d.row, d.position] for d in part.mixture_rows]
             assert batch.inputs["input_ids"].tolist() == ids and batch.source_B.tolist() == [
-                d.source for d in part.draws
+                d.source for d in part.mixture_rows
             ]
 
 
 class Slices(Loader):
     """The mutant: every rank takes its slice of the global batch and sorts that."""
 
-    def micro_batches(self, step: int) -> list[MicroBatch]:
+    def micro_batches(self, step: int) -> list[MicroBatchPlan]:
         rows = self.rows(step)
-        share = len(rows) // self.ranks
+        share = len(rows) // self.world_size
         mine = list(enumerate(rows))[self.rank * share : (self.rank + 1) * share]
-        alike: dict[tuple[str, tuple[int, ...]], list[Draw]] = {}
+        alike: dict[tuple[str, tuple[int, ...]], list[MixtureRow]] = {}
         for i, (source, row) in mine:
-            alike.setdefault((self.sources[source].layout, self.objectives[source]), []).append(Draw(source, row, i))
+            alike.setdefault((self.sources[source].layout, self.objectives[source]), []).append(
+                MixtureRow(source, row, i)
+            )
         return [
-            MicroBatch(draws[i : i + self.micro], sort[1])
+            MicroBatchPlan(draws[i : i + self.micro_batch_size], sort[1])
             for sort, draws in sorted(alike.items())
-            for i in range(0, len(draws), self.micro)
+            for i in range(0, len(draws), self.micro_batch_size)
         ]
 
 
@@ -117,14 +122,14 @@ def test_ranks_that_sort_for_themselves_would_wait_for_one_another() -> None:
 
 def test_rows_of_one_sort_are_parted_without_a_silent_one() -> None:
     for loader in loaders(1, [1.0] * 4, 3, 2, 2, Loader):
-        assert [len(part.draws) for part in loader.micro_batches(1)] == [2, 2, 2]
+        assert [len(part.mixture_rows) for part in loader.micro_batches(1)] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.float32])
 def test_a_silent_row_has_its_inputs_and_nothing_to_learn(dtype: type) -> None:
     row = Row({"input_ids": np.arange(3)}, np.array([0, 1, 1], dtype), 3)
-    silent = silenced(row)
-    assert silent.inputs is row.inputs and silent.counted == 0
+    silent = ignore_labels(row)
+    assert silent.inputs is row.inputs and silent.label_count == 0
     assert silent.labels.dtype == row.labels.dtype and np.isfinite(silent.labels).all()
     if dtype is np.int64:
         assert (silent.labels == IGNORED).all()
@@ -133,4 +138,4 @@ def test_a_silent_row_has_its_inputs_and_nothing_to_learn(dtype: type) -> None:
 def test_a_global_batch_that_does_not_part() -> None:
     mixture = Mixture(3, [9], [Segment(0, (1.0,))], 6)
     with pytest.raises(ValueError, match="a global batch of 6 rows does not part into 2 ranks of 2"):
-        Loader([Numbered("packed", 9)], mixture, micro=2, ranks=2)
+        Loader([Numbered("packed", 9)], mixture, micro_batch_size=2, world_size=2)

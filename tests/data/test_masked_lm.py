@@ -10,7 +10,7 @@ from postgrad.data.layouts.masked_lm import MaskedRows
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.batch import collate
 from postgrad.data.render.frame import Frame
-from tests.data.memory import Memory
+from tests.data.memory import InMemoryStore
 
 CLS, SEP, MASK, UNKNOWN = 1, 2, 3, 4
 SPECIAL = (0, CLS, SEP, MASK, UNKNOWN)
@@ -20,7 +20,7 @@ X = IGNORED
 
 def rows_of(documents: list[list[int]], length: int = 512, **changes: object) -> MaskedRows:
     chosen = {"frame": BERT, "mask_id": MASK, "vocabulary": 1000, "special_ids": SPECIAL, "seed": 0, "lead": 1}
-    return MaskedRows(Memory(documents), length, **(chosen | changes))
+    return MaskedRows(InMemoryStore(documents), length, **(chosen | changes))
 
 
 def original(row: Row) -> np.ndarray:
@@ -30,16 +30,16 @@ def original(row: Row) -> np.ndarray:
 
 def test_one_row_by_hand() -> None:
     """Of five tokens with everything asked for, all but [UNK] are labels, and the frame never is."""
-    row = rows_of([[CLS, 50, 51, UNKNOWN, 52, SEP]], share=1.0).at(0, 0)
+    row = rows_of([[CLS, 50, 51, UNKNOWN, 52, SEP]], share=1.0).get_row(0, 0)
     assert row.labels.tolist() == [X, 50, 51, X, 52, X]
     assert original(row).tolist() == [CLS, 50, 51, UNKNOWN, 52, SEP]
     assert row.inputs["input_ids"][[0, 3, 5]].tolist() == [CLS, UNKNOWN, SEP]
-    assert row.inputs["attention_mask"].tolist() == [1] * 6 and row.counted == 3
+    assert row.inputs["attention_mask"].tolist() == [1] * 6 and row.label_count == 3
 
 
 def test_a_long_text_in_equal_windows_by_hand() -> None:
     rows = rows_of([[CLS, *range(50, 60), SEP]], 8)
-    assert [original(rows.at(i, 0)).tolist() for i in range(2)] == [
+    assert [original(rows.get_row(i, 0)).tolist() for i in range(2)] == [
         [CLS, *range(50, 55), SEP],
         [CLS, *range(55, 60), SEP],
     ]
@@ -75,18 +75,18 @@ def test_the_ledger_adds_up_and_the_count_is_exact(
     book = rows.ledger
     assert book.read == book.held_out + book.dropped + book.truncated + book.placed
     assert book.placed == book.trained + book.context and book.padding == 0
-    read = [rows.at(i, position) for i in range(len(rows))]
-    assert sum(r.counted for r in read) == book.trained
+    read = [rows.get_row(i, position) for i in range(len(rows))]
+    assert sum(r.label_count for r in read) == book.trained
     for row in read:
         text = original(row)[1:-1]
         maskable = int((~np.isin(text, SPECIAL)).sum())
-        assert (row.labels != X).sum() == row.counted == max(1, round(share * maskable))
+        assert (row.labels != X).sum() == row.label_count == max(1, round(share * maskable))
         assert not np.isin(row.labels, SPECIAL).any()
         assert row.labels[0] == row.labels[-1] == X
         assert len(text) + 2 <= length
     # Of each document that is placed, BOS and what is read of its windows; the EOS unless it was cut off.
     placed = sum(len(original(r)) - 2 for r in read)
-    ends = np.unique(rows.windows.document_R).size + int(rows.windows.ended_R.sum())
+    ends = np.unique(rows.windows.document_R).size + int(rows.windows.has_eos_R.sum())
     assert book.placed <= placed + ends and (book.placed == placed + ends or book.dropped)
 
 
@@ -100,7 +100,7 @@ def test_the_text_is_untouched_where_nothing_is_asked(
     rows = rows_of(documents, length, continues_V=continues)
     told: dict[int, list[int]] = {}
     for i in range(len(rows)):
-        told.setdefault(int(rows.document_R[i]), []).extend(original(rows.at(i, position))[1:-1].tolist())
+        told.setdefault(int(rows.document_R[i]), []).extend(original(rows.get_row(i, position))[1:-1].tolist())
     assert told == {i: d[1:-1] for i, d in enumerate(documents) if len(d) > 2}
 
 
@@ -108,7 +108,7 @@ def test_masks_belong_to_row_and_position() -> None:
     rows = rows_of([[CLS, *range(50, 250), SEP]] * 2)
 
     def at(row: int, position: int, rows: MaskedRows = rows) -> bytes:
-        return rows.at(row, position).labels.tobytes() + rows.at(row, position).inputs["input_ids"].tobytes()
+        return rows.get_row(row, position).labels.tobytes() + rows.get_row(row, position).inputs["input_ids"].tobytes()
 
     assert at(0, 7) == at(0, 7)
     other = rows_of([[CLS, *range(50, 250), SEP]] * 2, seed=1)
@@ -121,7 +121,7 @@ def test_eight_in_ten_hidden_one_replaced_one_as_it_was() -> None:
     replaced: set[int] = set()
     places: Counter[int] = Counter()
     for position in range(300):
-        row = rows.at(0, position)
+        row = rows.get_row(0, position)
         ids = row.inputs["input_ids"]
         for t in np.flatnonzero(row.labels != X).tolist():
             places[t] += 1
@@ -142,7 +142,7 @@ def test_eight_in_ten_hidden_one_replaced_one_as_it_was() -> None:
 
 def in_part(rows: MaskedRows, continues: np.ndarray, position: int) -> int:
     """How many words of row 0 are masked in part."""
-    row = rows.at(0, position)
+    row = rows.get_row(0, position)
     text, asked = original(row)[1:-1], (row.labels != X)[1:-1]
     word = np.cumsum(~continues[text]) - 1
     size, hit = np.bincount(word), np.bincount(word, asked)
@@ -168,6 +168,6 @@ def test_windows_with_nothing_to_mask_are_left_out() -> None:
 
 def test_rows_of_unequal_lengths_are_one_batch() -> None:
     rows = rows_of([[CLS, *range(50, 60), SEP], [CLS, 50, SEP]])
-    batch = collate([rows.at(0, 0), rows.at(1, 0)], [0, 0])
+    batch = collate([rows.get_row(0, 0), rows.get_row(1, 0)], [0, 0])
     assert batch.inputs["input_ids"].shape == batch.labels.shape == (2, 16)
-    assert batch.inputs["attention_mask"].sum(1).tolist() == [12, 3] and batch.counted == 3
+    assert batch.inputs["attention_mask"].sum(1).tolist() == [12, 3] and batch.label_count == 3

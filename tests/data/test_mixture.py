@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postgrad.data.loading.mixture import Apportionment, Mixture, Segment, derived, permuted, row_rates, seen_weights
+from postgrad.data.loading.mixture import (
+    Apportionment,
+    Mixture,
+    Segment,
+    derive_key,
+    permute_indices,
+    row_rates,
+    seen_weights,
+)
 
 rates = st.lists(st.floats(0.001, 1), min_size=1, max_size=6)
 
@@ -24,12 +32,12 @@ def test_counts_add_up_never_fall_and_stay_near_the_share(raw: list[float], n: i
 
 @given(st.integers(1, 5000), st.integers(0, 2**63))
 def test_permutation_is_one(size: int, key: int) -> None:
-    out = permuted(np.arange(size), size, key)
+    out = permute_indices(np.arange(size), size, key)
     assert sorted(out.tolist()) == list(range(size))
 
 
 def test_permutations_differ_by_key() -> None:
-    a, b = (permuted(np.arange(1000), 1000, derived(0, 0, epoch)) for epoch in (0, 1))
+    a, b = (permute_indices(np.arange(1000), 1000, derive_key(0, 0, epoch)) for epoch in (0, 1))
     assert (a == b).mean() < 0.02
     assert abs(np.corrcoef(np.arange(1000), a)[0, 1]) < 0.15
 
@@ -56,7 +64,7 @@ def exact_in_every_block(draw_source, shares: tuple[float, ...], block: int, blo
 def test_shares_are_exact_in_every_block_and_random_draws_are_not() -> None:
     shares = (0.75, 0.2, 0.05)
     m = mixture(shares, (500, 400, 300))
-    assert exact_in_every_block(lambda p: m.at(p)[0], shares, 64, 50)
+    assert exact_in_every_block(lambda p: m.locate(p)[0], shares, 64, 50)
     rng = np.random.default_rng(0)  # the mutant: independent draws
     assert not exact_in_every_block(lambda p: rng.choice(3, p=shares), shares, 64, 50)
 
@@ -65,7 +73,7 @@ def test_no_row_twice_in_a_pass_and_every_row_once() -> None:
     m = mixture((0.6, 0.4), (150, 101), 10)
     seen: dict[int, list[int]] = {0: [], 1: []}
     for position in range(1000):
-        source, row = m.at(position)
+        source, row = m.locate(position)
         seen[source].append(row)
     for k, size in enumerate(m.sizes):
         for begin in range(0, len(seen[k]) - size, size):
@@ -76,22 +84,22 @@ def test_no_row_twice_in_a_pass_and_every_row_once() -> None:
 def test_order_depends_on_the_seed_and_on_nothing_else() -> None:
     a, b, other = mixture(), mixture(), Mixture(8, (700, 90), [Segment(0, (0.95, 0.05))], 64)
     positions = [999, 3, 64, 63, 5000, 3]
-    assert [a.at(p) for p in positions] == [b.at(p) for p in reversed(positions)][::-1]
-    assert [a.at(p) for p in range(64)] != [other.at(p) for p in range(64)]
+    assert [a.locate(p) for p in positions] == [b.locate(p) for p in reversed(positions)][::-1]
+    assert [a.locate(p) for p in range(64)] != [other.locate(p) for p in range(64)]
 
 
 def test_a_billion_rows_are_addressed_at_once() -> None:
     m = Mixture(1, (900_000_000, 60_000_000, 7), [Segment(0, (0.9, 0.0999, 0.0001))], 256)
     begin = time.perf_counter()
     places = [0, 999_999_999, *(int(x) for x in np.random.default_rng(0).integers(0, 10**9, 50))]
-    drawn = [m.at(p) for p in places]
+    drawn = [m.locate(p) for p in places]
     assert (time.perf_counter() - begin) / len(places) < 0.05
     assert all(0 <= row < m.sizes[source] for source, row in drawn)
 
 
 def test_segments_change_the_shares_and_go_on_where_each_source_was() -> None:
     m = Mixture(3, (1000, 1000), [Segment(0, (1.0, 0.0)), Segment(640, (0.5, 0.5)), Segment(1280, (0.0, 1.0))], 64)
-    drawn = [m.at(p) for p in range(1600)]
+    drawn = [m.locate(p) for p in range(1600)]
     assert {s for s, _ in drawn[:640]} == {0} and {s for s, _ in drawn[1280:]} == {1}
     assert sum(s == 1 for s, _ in drawn[640:1280]) == 320
     first = [row for s, row in drawn if s == 0]

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.layouts.packed_examples import TooLong, WholeRows, _cut_context, rows_of
+from postgrad.data.layouts.packed_examples import PackedExampleRows, TooLong, _cut_context, assign_rows
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.rows import IGNORED, Row
-from postgrad.data.render.frame import BARE, Frame
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import StageError
-from tests.data.memory import Memory
+from tests.data.memory import InMemoryStore
 
 EOS = 1
 X = IGNORED
@@ -23,24 +23,24 @@ def arrays(row: Row) -> tuple[list[int], list[int], list[int]]:
 
 
 def test_two_examples_in_a_row_by_hand() -> None:
-    store = Memory(
+    store = InMemoryStore(
         [[5, 6, 7, 8, EOS], [9, 10, 11, EOS]],
         [[0, 0, 1, 1, 1], [0, 1, 0, 0]],  # the second's answer does not run to its end
     )
-    rows = WholeRows(store, 9)
-    ids, labels, positions = arrays(rows.at(0, 0))
+    rows = PackedExampleRows(store, 9)
+    ids, labels, positions = arrays(rows.get_row(0, 0))
     assert ids == [5, 6, 7, 8, 9, 10, 11, 0, 0]  # an EOS is only a label
     assert labels == [X, 7, 8, EOS, 10, X, X, X, X]
     assert positions == [0, 1, 2, 3, 0, 1, 2, 0, 1]  # padding is a document of its own
-    assert rows.at(0, 0).counted == 4
-    every = arrays(WholeRows(store, 9, train_on="all").at(0, 0))[1]
+    assert rows.get_row(0, 0).label_count == 4
+    every = arrays(PackedExampleRows(store, 9, train_on="all").get_row(0, 0))[1]
     assert every == [6, 7, 8, EOS, 10, 11, EOS, X, X]
 
 
 def test_a_frame_by_hand() -> None:
-    store = Memory([[2, 5, 6, 7, 8, EOS]], [[0, 0, 0, 1, 1, 1]])
-    rows = WholeRows(store, 10, frame=Frame((2, 90, 91), (92,)), lead=1)
-    ids, labels, positions = arrays(rows.at(0, 0))
+    store = InMemoryStore([[2, 5, 6, 7, 8, EOS]], [[0, 0, 0, 1, 1, 1]])
+    rows = PackedExampleRows(store, 10, frame=Frame((2, 90, 91), (92,)), lead=1)
+    ids, labels, positions = arrays(rows.get_row(0, 0))
     assert ids == [2, 90, 91, 5, 6, 92, 7, 8, 0, 0]
     assert labels == [X, X, X, X, X, 7, 8, EOS, X, X]
     assert positions == [*range(8), 0, 1]
@@ -48,9 +48,9 @@ def test_a_frame_by_hand() -> None:
 
 def test_plain_text_in_windows_by_hand() -> None:
     """The last label of a window is the next one's first token, which is no label there."""
-    store = Memory([[5, 6, 7, 8, 9, 10, 11, EOS]])
-    rows = WholeRows(store, 5, frame=Frame((90, 91)))
-    read = [arrays(rows.at(i, 0))[:2] for i in range(len(rows))]
+    store = InMemoryStore([[5, 6, 7, 8, 9, 10, 11, EOS]])
+    rows = PackedExampleRows(store, 5, frame=Frame((90, 91)))
+    read = [arrays(rows.get_row(i, 0))[:2] for i in range(len(rows))]
     assert read == [
         ([90, 91, 5, 6, 7], [X, 5, 6, 7, 8]),
         ([90, 91, 8, 9, 10], [X, X, 9, 10, 11]),
@@ -59,7 +59,7 @@ def test_plain_text_in_windows_by_hand() -> None:
     assert rows.ledger.trained == 8 and rows.ledger.context == 0
 
 
-LONG = Memory([[5, 6, 7, 8, 9, 10, 11, 12, EOS]], [[0, 0, 1, 1, 0, 0, 1, 1, 1]])
+LONG = InMemoryStore([[5, 6, 7, 8, 9, 10, 11, 12, EOS]], [[0, 0, 1, 1, 0, 0, 1, 1, 1]])
 
 
 @pytest.mark.parametrize(
@@ -74,56 +74,59 @@ LONG = Memory([[5, 6, 7, 8, 9, 10, 11, 12, EOS]], [[0, 0, 1, 1, 0, 0, 1, 1, 1]])
     ],
 )
 def test_what_is_cut_of_a_long_example(length: int, too_long: TooLong, kept: list[int], asked: list[int]) -> None:
-    rows = WholeRows(LONG, length, too_long=too_long)
-    ids, labels, _ = arrays(rows.at(0, 0))
+    rows = PackedExampleRows(LONG, length, too_long=too_long)
+    ids, labels, _ = arrays(rows.get_row(0, 0))
     assert ids[: len(kept)] == kept and [x for x in labels if x != X] == asked
     book = rows.ledger
     assert book.truncated == 9 - len(kept) - 1 and book.read == book.truncated + book.placed
     lost = "their beginning" if too_long == "cut-context" else "their end"
-    assert rows.cut == ({lost: 1} if book.truncated else {})
+    assert rows.truncations == ({lost: 1} if book.truncated else {})
 
 
 def test_what_does_not_fit_is_left_out_and_counted() -> None:
-    assert WholeRows(LONG, 2).skipped["answer too long"] == 1
-    assert WholeRows(LONG, 1, too_long="cut-end").skipped["answer too long"] == 1
-    assert WholeRows(LONG, 7, too_long="drop").skipped["too long"] == 1
-    dropped = WholeRows(LONG, 7, too_long="drop")
+    assert PackedExampleRows(LONG, 2).skipped["answer too long"] == 1
+    assert PackedExampleRows(LONG, 1, too_long="cut-end").skipped["answer too long"] == 1
+    assert PackedExampleRows(LONG, 7, too_long="drop").skipped["too long"] == 1
+    dropped = PackedExampleRows(LONG, 7, too_long="drop")
     assert len(dropped) == 0 and (dropped.ledger.dropped, dropped.ledger.truncated) == (9, 0)
-    nothing = Memory([[5, 6, EOS], [EOS, EOS], [5, EOS]], [[0, 0, 0], [0, 0], [1, 1]])
-    assert WholeRows(nothing, 8, lead=1).skipped["nothing to learn"] == 3
-    text = Memory([[5, 6, 7, EOS], [5, 6, 7, 8, 9, 10, EOS]])
-    assert WholeRows(text, 4, too_long="drop").skipped == {"nothing to learn": 0, "too long": 1}
-    assert WholeRows(text, 4, too_long="cut-end").cut == {"their end": 1} and not WholeRows(text, 4).cut
-    cut = WholeRows(text, 4, too_long="cut-end").ledger
+    nothing = InMemoryStore([[5, 6, EOS], [EOS, EOS], [5, EOS]], [[0, 0, 0], [0, 0], [1, 1]])
+    assert PackedExampleRows(nothing, 8, lead=1).skipped["nothing to learn"] == 3
+    text = InMemoryStore([[5, 6, 7, EOS], [5, 6, 7, 8, 9, 10, EOS]])
+    assert PackedExampleRows(text, 4, too_long="drop").skipped == {"nothing to learn": 0, "too long": 1}
+    assert (
+        PackedExampleRows(text, 4, too_long="cut-end").truncations == {"their end": 1}
+        and not PackedExampleRows(text, 4).truncations
+    )
+    cut = PackedExampleRows(text, 4, too_long="cut-end").ledger
     assert cut.truncated == 2 and cut.trained == 3 + 4
 
 
 def test_an_answer_that_fits_only_without_its_frame_is_left_out() -> None:
-    store = Memory([[5, 6, 7, 8, EOS]], [[0, 1, 1, 1, 1]])
-    assert len(WholeRows(store, 5, frame=Frame((90,)))) == 1
-    assert len(WholeRows(store, 5, frame=Frame((90, 91)))) == 0
+    store = InMemoryStore([[5, 6, 7, 8, EOS]], [[0, 1, 1, 1, 1]])
+    assert len(PackedExampleRows(store, 5, frame=Frame((90,)))) == 1
+    assert len(PackedExampleRows(store, 5, frame=Frame((90, 91)))) == 0
 
 
 def test_a_frame_with_no_place_is_refused() -> None:
     with pytest.raises(StageError, match="behind the text"):
-        WholeRows(LONG, 9, frame=Frame(after=(3,)))
+        PackedExampleRows(LONG, 9, frame=Frame(suffix_ids=(3,)))
     with pytest.raises(StageError, match="plain text"):
-        WholeRows(Memory([[5, EOS]]), 9, frame=Frame(between=(3,)))
+        PackedExampleRows(InMemoryStore([[5, EOS]]), 9, frame=Frame(separator_ids=(3,)))
     with pytest.raises(StageError, match="no room"):
-        WholeRows(LONG, 2, frame=Frame((3, 4)))
+        PackedExampleRows(LONG, 2, frame=Frame((3, 4)))
 
 
 def test_rows_of_their_own_are_not_padded() -> None:
-    store = Memory([[5, 6, EOS], [7, EOS]], [[0, 1, 1], [1, 1]])
-    rows = WholeRows(store, 8, together=False)
-    assert [arrays(rows.at(i, 0))[0] for i in range(2)] == [[5, 6], [7]]
+    store = InMemoryStore([[5, 6, EOS], [7, EOS]], [[0, 1, 1], [1, 1]])
+    rows = PackedExampleRows(store, 8, pack=False)
+    assert [arrays(rows.get_row(i, 0))[0] for i in range(2)] == [[5, 6], [7]]
     assert rows.document_R is not None and rows.document_R.tolist() == [0, 1] and rows.ledger.padding == 0
 
 
 marked = st.lists(
     st.lists(st.booleans(), min_size=1, max_size=20).map(lambda m: [*map(int, m), 0]), min_size=1, max_size=20
 )
-frames = st.sampled_from([BARE, Frame((90,)), Frame((90, 91), (92,)), Frame((), (92, 93))])
+frames = st.sampled_from([EMPTY_FRAME, Frame((90,)), Frame((90, 91), (92,)), Frame((), (92, 93))])
 options = st.fixed_dictionaries(
     {
         "frame": frames,
@@ -137,26 +140,26 @@ options = st.fixed_dictionaries(
 )
 
 
-def store_of(marks: list[list[int]]) -> Memory:
+def store_of(marks: list[list[int]]) -> InMemoryStore:
     """Token k of document i is 100 (i + 1) + k, so each says where it is from."""
-    return Memory([[*range(100 * i + 100, 100 * i + 99 + len(m)), EOS] for i, m in enumerate(marks)], marks)
+    return InMemoryStore([[*range(100 * i + 100, 100 * i + 99 + len(m)), EOS] for i, m in enumerate(marks)], marks)
 
 
-def check_ledger(rows: WholeRows) -> list[Row]:
-    read = [rows.at(i, 0) for i in range(len(rows))]
+def check_ledger(rows: PackedExampleRows) -> list[Row]:
+    read = [rows.get_row(i, 0) for i in range(len(rows))]
     book = rows.ledger
     assert book.read == book.held_out + book.dropped + book.truncated + book.placed
     assert book.placed == book.trained + book.context and min(book.as_dict().values()) >= 0
-    assert sum(int((r.labels != IGNORED).sum()) for r in read) == sum(r.counted for r in read) == book.trained
+    assert sum(int((r.labels != IGNORED).sum()) for r in read) == sum(r.label_count for r in read) == book.trained
     assert sum(int((r.inputs["input_ids"] == 0).sum()) for r in read) == book.padding
-    assert all(r.counted for r in read)
+    assert all(r.label_count for r in read)
     return read
 
 
 @settings(max_examples=300)
 @given(marked, st.integers(4, 30), options)
 def test_the_ledger_of_examples_adds_up(marks: list[list[int]], length: int, chosen: dict) -> None:
-    rows = WholeRows(store_of(marks), length, **chosen)
+    rows = PackedExampleRows(store_of(marks), length, **chosen)
     read = check_ledger(rows)
     # Placed: a piece's text but its last token stands in the row, that one is its last label, and a BOS was replaced.
     mine = sum(int((r.inputs["input_ids"] >= 100).sum()) for r in read)
@@ -167,8 +170,8 @@ def test_the_ledger_of_examples_adds_up(marks: list[list[int]], length: int, cho
 @given(marked, st.integers(4, 30), options)
 def test_every_label_is_the_next_marked_token(marks: list[list[int]], length: int, chosen: dict) -> None:
     """Law: a label is the token that follows in the text, and it is an answer (or everything is asked for)."""
-    rows = WholeRows(store_of(marks), length, **chosen)
-    for row in (rows.at(i, 0) for i in range(len(rows))):
+    rows = PackedExampleRows(store_of(marks), length, **chosen)
+    for row in (rows.get_row(i, 0) for i in range(len(rows))):
         ids, labels, positions = arrays(row)
         for t, label in enumerate(labels):
             if label == X:
@@ -188,8 +191,8 @@ def test_every_label_is_the_next_marked_token(marks: list[list[int]], length: in
 @given(marked, frames)
 def test_every_answer_is_a_label(marks: list[list[int]], frame: Frame) -> None:
     """Law, where everything fits: each marked token, and the EOS behind one, when anything stands before it."""
-    rows = WholeRows(store_of(marks), 100, frame=frame)
-    asked = Counter(x for i in range(len(rows)) for x in rows.at(i, 0).labels.tolist() if x != X)
+    rows = PackedExampleRows(store_of(marks), 100, frame=frame)
+    asked = Counter(x for i in range(len(rows)) for x in rows.get_row(i, 0).labels.tolist() if x != X)
     wanted = [
         100 * i + 100 + k for i, m in enumerate(marks) for k, mark in enumerate(m[:-1]) if mark and (k or frame.size(2))
     ]
@@ -201,18 +204,18 @@ def test_every_answer_is_a_label(marks: list[list[int]], frame: Frame) -> None:
 def test_every_token_of_plain_text_is_a_label_once(sizes: list[int], length: int, framed: int) -> None:
     """Law: all but a document's first token, and that too when a frame stands before it."""
     documents = [[*range(100 * i + 100, 100 * i + 99 + n), EOS] for i, n in enumerate(sizes)]
-    rows = WholeRows(Memory(documents), length, frame=Frame((90, 91)[:framed]))
+    rows = PackedExampleRows(InMemoryStore(documents), length, frame=Frame((90, 91)[:framed]))
     labels = Counter(x for r in check_ledger(rows) for x in r.labels.tolist() if x != X)
     assert labels == Counter(x for d in documents for x in d[0 if framed else 1 :])
     if not framed:
-        packed = PackedRows(Memory(documents), length)
-        assert labels == Counter(x for i in range(len(packed)) for x in packed.at(i, 0).labels.tolist() if x != X)
+        packed = PackedRows(InMemoryStore(documents), length)
+        assert labels == Counter(x for i in range(len(packed)) for x in packed.get_row(i, 0).labels.tolist() if x != X)
 
 
 def test_windows_that_do_not_overlap_would_lose_labels() -> None:
     """The mutant: windows of T tokens side by side have no label for each window's first token."""
     document = [*range(100, 140), EOS]
-    rows = WholeRows(Memory([document]), 8)
+    rows = PackedExampleRows(InMemoryStore([document]), 8)
     inside = sum(len(document[i : i + 8]) - 1 for i in range(0, len(document), 8))
     assert inside < rows.ledger.trained == len(document) - 1
 
@@ -235,14 +238,14 @@ def test_a_cut_context_begins_with_context_and_ends_with_a_whole_answer(answered
 
 @given(st.lists(st.integers(1, 50), max_size=60))
 def test_no_row_overflows_and_every_row_is_used(sizes: list[int]) -> None:
-    row = rows_of(np.array(sizes, np.int64), 50)
+    row = assign_rows(np.array(sizes, np.int64), 50)
     filled = np.bincount(row, np.array(sizes))
     assert (filled <= 50).all() and (filled > 0).all()
 
 
 def test_best_fit_leaves_less_empty_than_one_row_after_the_other() -> None:
     sizes = np.clip(np.random.default_rng(0).lognormal(5.3, 0.8, 5000).astype(np.int64), 2, 512)
-    best = 1 - sizes.sum() / (512 * (rows_of(sizes, 512).max() + 1))
+    best = 1 - sizes.sum() / (512 * (assign_rows(sizes, 512).max() + 1))
     rows, room = 1, 512
     for size in sizes.tolist():
         rows, room = (rows, room - size) if size <= room else (rows + 1, 512 - size)

@@ -26,11 +26,11 @@ class Memory:
 
 def test_one_row_by_hand() -> None:
     rows = PackedRows(Memory([[5, 6, EOS], [7, 8, 9, 10, EOS]]), 6)
-    ids, labels, positions = arrays(rows.at(0, 0))
+    ids, labels, positions = arrays(rows.get_row(0, 0))
     assert ids.tolist() == [5, 6, EOS, 7, 8, 9]
     assert labels.tolist() == [6, EOS, IGNORED, 8, 9, 10]  # the EOS is a label, the next document's first token is not
     assert positions.tolist() == [0, 1, 2, 0, 1, 2]
-    ids, labels, positions = arrays(rows.at(1, 0))
+    ids, labels, positions = arrays(rows.get_row(1, 0))
     assert ids[:2].tolist() == [10, EOS] and labels.tolist() == [EOS] + [IGNORED] * 5
     assert positions.tolist() == [0, 1, 0, 1, 2, 3]  # padding is a document of its own
 
@@ -52,24 +52,24 @@ def test_the_ledger_adds_up(docs: list[list[int]], length: int, cap: int | None,
     alone = book.placed % length == 1  # an EOS that is only a label of the last row
     assert len(rows) * length == book.placed - alone + book.padding
     assert book.placed == book.trained + book.context
-    read = [rows.at(i, 0) for i in range(len(rows))]
-    assert sum(int((r.labels != IGNORED).sum()) for r in read) == sum(r.counted for r in read) == book.trained
+    read = [rows.get_row(i, 0) for i in range(len(rows))]
+    assert sum(int((r.labels != IGNORED).sum()) for r in read) == sum(r.label_count for r in read) == book.trained
     assert sum(int((r.inputs["input_ids"] != 0).sum()) for r in read) == book.placed - alone
-    assert all(r.counted for r in read)
+    assert all(r.label_count for r in read)
 
 
 def test_no_row_is_without_a_label() -> None:
     """An EOS behind a full row would be one: a step of such rows alone would divide by nothing."""
     rows = PackedRows(Memory([[5, 6, 7, EOS], [8, 9, 10, 11, EOS]]), 4)
-    assert len(rows) == 2 and [rows.at(i, 0).counted for i in range(2)] == [3, 4]
+    assert len(rows) == 2 and [rows.get_row(i, 0).label_count for i in range(2)] == [3, 4]
     assert rows.ledger.padding == 0 and rows.ledger.trained == 7
-    _, labels, _ = arrays(rows.at(1, 0))
+    _, labels, _ = arrays(rows.get_row(1, 0))
     assert labels.tolist() == [9, 10, 11, EOS]
 
 
 def labels_of(docs: list[list[int]], length: int) -> list[int]:
     rows = PackedRows(Memory(docs), length)
-    return [int(x) for i in range(len(rows)) for x in rows.at(i, 0).labels if x != IGNORED]
+    return [int(x) for i in range(len(rows)) for x in rows.get_row(i, 0).labels if x != IGNORED]
 
 
 @given(documents, st.integers(2, 16))
@@ -82,7 +82,7 @@ def test_a_window_without_the_extra_token_would_lose_labels() -> None:
     """The mutant: labels shifted inside a row of T tokens lose one label at each cut."""
     document = [*range(2, 40), EOS]
     rows = PackedRows(Memory([document]), 8)
-    shifted = [int(x) for i in range(len(rows)) for x in rows.at(i, 0).inputs["input_ids"][1:] if x != 0]
+    shifted = [int(x) for i in range(len(rows)) for x in rows.get_row(i, 0).inputs["input_ids"][1:] if x != 0]
     assert len(shifted) < len(document) - 1 == len(labels_of([document], 8))
 
 
@@ -95,4 +95,4 @@ def test_split_follows_content_and_has_the_asked_share() -> None:
 
 def test_copies_of_held_out_documents_are_dropped() -> None:
     rows = PackedRows(Memory([[5, 6, EOS], [7, 8, EOS]], [100, 200]), 4, excluded=np.array([200], np.uint64))
-    assert rows.ledger.dropped == 3 and rows.kept.tolist() == [0]
+    assert rows.ledger.dropped == 3 and rows.document_ids.tolist() == [0]

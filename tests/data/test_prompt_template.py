@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postgrad.data.render.prompt_template import Field, Special, Template, Virtual, Words
+from postgrad.data.render.prompt_template import LiteralText, SpecialToken, Template, TemplateField, VirtualTokens
 from postgrad.errors import DataError, PostgradError, StageError
 
 SPECIAL = {"cls": 101, "sep": 102, "mask": 103}
@@ -27,17 +27,17 @@ def rendered(text: str, fields: dict[str, list[int]], **more: object) -> list[in
 def test_the_signs() -> None:
     template = Template.parse("[CLS] {3} {x} {2} [MASK] {1}")
     assert template.parts == (
-        Special("cls"),
-        Virtual(0, 3),
-        Field("x"),
-        Virtual(3, 2),
-        Special("mask"),
-        Virtual(5, 1),
+        SpecialToken("cls"),
+        VirtualTokens(0, 3),
+        TemplateField("x"),
+        VirtualTokens(3, 2),
+        SpecialToken("mask"),
+        VirtualTokens(5, 1),
     )
-    assert template.fields == ("x",) and template.virtual == 6
+    assert template.fields == ("x",) and template.virtual_token_count == 6
     found = template.render({"x": [7, 8], "unread": [1]}, SPECIAL, 1000, letters)
     assert found.ids == [101, 1000, 1001, 1002, 7, 8, 1003, 1004, 103, 1005]
-    assert found.field_of == [None] * 4 + ["x", "x"] + [None] * 4
+    assert found.field_names == [None] * 4 + ["x", "x"] + [None] * 4
 
 
 def test_the_form_that_p_tuning_published() -> None:
@@ -49,15 +49,15 @@ def test_the_form_that_p_tuning_published() -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("{x} {y}", (Field("x"), Words(" "), Field("y"))),
-        ("Q: {x}\nA:", (Words("Q: "), Field("x"), Words("\nA:"))),
-        ("[CLS]  Q: {x} {2}", (Special("cls"), Words("Q: "), Field("x"), Virtual(0, 2))),
-        ("{2}\nQ {x}", (Virtual(0, 2), Words("\nQ "), Field("x"))),
-        ("{x}\n [SEP]", (Field("x"), Words("\n"), Special("sep"))),
-        (" {x} ", (Words(" "), Field("x"), Words(" "))),
-        ("a {{x}} {x}}}", (Words("a {x} "), Field("x"), Words("}"))),
-        ("[[MASK]] is [MASK] [1] [note]", (Words("[MASK] is"), Special("mask"), Words("[1] [note]"))),
-        ("{first name} {a.b}", (Field("first name"), Words(" "), Field("a.b"))),
+        ("{x} {y}", (TemplateField("x"), LiteralText(" "), TemplateField("y"))),
+        ("Q: {x}\nA:", (LiteralText("Q: "), TemplateField("x"), LiteralText("\nA:"))),
+        ("[CLS]  Q: {x} {2}", (SpecialToken("cls"), LiteralText("Q: "), TemplateField("x"), VirtualTokens(0, 2))),
+        ("{2}\nQ {x}", (VirtualTokens(0, 2), LiteralText("\nQ "), TemplateField("x"))),
+        ("{x}\n [SEP]", (TemplateField("x"), LiteralText("\n"), SpecialToken("sep"))),
+        (" {x} ", (LiteralText(" "), TemplateField("x"), LiteralText(" "))),
+        ("a {{x}} {x}}}", (LiteralText("a {x} "), TemplateField("x"), LiteralText("}"))),
+        ("[[MASK]] is [MASK] [1] [note]", (LiteralText("[MASK] is"), SpecialToken("mask"), LiteralText("[1] [note]"))),
+        ("{first name} {a.b}", (TemplateField("first name"), LiteralText(" "), TemplateField("a.b"))),
         ("", ()),
     ],
 )
@@ -79,7 +79,7 @@ def test_text_around_an_escape_is_tokenised_in_one_piece() -> None:
 def test_its_own_tokens_by_where_they_stand() -> None:
     """What a row of two texts needs: before the first, between, after the second."""
     template = Template.parse("[CLS] {2} {first} [SEP] {second} {1} [SEP]")
-    assert template.around(SPECIAL, 500, letters) == [[101, 500, 501], [102], [502, 102]]
+    assert template.segments(SPECIAL, 500, letters) == [[101, 500, 501], [102], [502, 102]]
     assert template.fields == ("first", "second")
     assert Template.parse("{x}{y}{x}").fields == ("x", "y")
 
@@ -107,7 +107,7 @@ def test_a_row_fits_and_only_the_field_was_cut(
     text = "".join([*marks, "{x}"])
     whole = rendered(text, {"x": x, "y": y})
     try:
-        found = Template.parse(text).render({"x": x, "y": y}, SPECIAL, 1000, letters, limit, "x", cut_at=cut_at)
+        found = Template.parse(text).render({"x": x, "y": y}, SPECIAL, 1000, letters, limit, "x", cut_side=cut_at)
     except PostgradError:
         times = text.count("{x}")
         assert len(whole) > limit and len(whole) - times * len(x) + times > limit  # not one token of x would fit

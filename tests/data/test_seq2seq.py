@@ -6,34 +6,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postgrad.data.layouts.rows import Row
-from postgrad.data.layouts.seq2seq import PairRows
-from postgrad.data.layouts.windows import TooLong
-from postgrad.data.render.frame import BARE, Frame
+from postgrad.data.layouts.seq2seq import Seq2SeqRows
+from postgrad.data.layouts.windows import TooLongPolicy
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import StageError
-from tests.data.memory import Memory
+from tests.data.memory import InMemoryStore
 
 EOS, START = 1, 0
 
 
-def rows_of(store: Memory, length: int = 64, target: int = 64, **changes: object) -> PairRows:
-    return PairRows(store, length, target, **({"eos": EOS, "decoder_start": START, "seed": 0} | changes))
+def rows_of(store: InMemoryStore, length: int = 64, target: int = 64, **changes: object) -> Seq2SeqRows:
+    return Seq2SeqRows(store, length, target, **({"eos": EOS, "decoder_start": START, "seed": 0} | changes))
 
 
 def arrays(row: Row) -> tuple[list[int], list[int]]:
     ids, labels = row.inputs["input_ids"].tolist(), row.labels.tolist()
     assert row.inputs["attention_mask"].tolist() == [1] * len(ids)
     assert row.inputs["decoder_input_ids"].tolist() == [START, *labels[:-1]]
-    assert row.counted == len(labels)
+    assert row.label_count == len(labels)
     return ids, labels
 
 
-EXAMPLE = Memory([[5, 6, 7, 8, 9, EOS]], [[0, 0, 0, 1, 1, 1]])
+EXAMPLE = InMemoryStore([[5, 6, 7, 8, 9, EOS]], [[0, 0, 0, 1, 1, 1]])
 
 
 def test_an_example_by_hand() -> None:
-    row = rows_of(EXAMPLE).at(0, 0)
+    row = rows_of(EXAMPLE).get_row(0, 0)
     assert arrays(row) == ([5, 6, 7, EOS], [8, 9, EOS])
-    framed = rows_of(EXAMPLE, frame=Frame((90, 91), (), (92,))).at(0, 0)
+    framed = rows_of(EXAMPLE, frame=Frame((90, 91), (), (92,))).get_row(0, 0)
     assert arrays(framed) == ([90, 91, 5, 6, 7, 92, EOS], [8, 9, EOS])
 
 
@@ -48,48 +48,50 @@ def test_an_example_by_hand() -> None:
 )
 def test_what_is_cut(length: int, target: int, ids: list[int], labels: list[int]) -> None:
     rows = rows_of(EXAMPLE, length, target)
-    assert arrays(rows.at(0, 0)) == (ids, labels)
+    assert arrays(rows.get_row(0, 0)) == (ids, labels)
     assert rows.ledger.truncated == 6 - (len(ids) - 1) - len(labels)
     lost = {"the end of what is read": int(length < 4), "the end of what is written": int(target < 2)}
-    assert rows.cut == lost
+    assert rows.truncations == lost
 
 
 def test_a_long_source_loses_its_beginning_its_end_or_all_of_it() -> None:
     for lead in (0, 1):
         bos = [2] * lead
-        store = Memory(
+        store = InMemoryStore(
             [[*bos, 5, 6, 7, 8, 9, EOS], [*bos, 5, 8, EOS]], [[*[0] * lead, 0, 0, 0, 1, 1, 1], [*[0] * lead, 0, 1, 1]]
         )
         beginning = rows_of(store, 3, too_long="cut-context", lead=lead)
-        assert arrays(beginning.at(0, 0)) == ([6, 7, EOS], [8, 9, EOS])
-        assert beginning.cut["the beginning of what is read"] == 1 and beginning.ledger.truncated == 1
+        assert arrays(beginning.get_row(0, 0)) == ([6, 7, EOS], [8, 9, EOS])
+        assert beginning.truncations["the beginning of what is read"] == 1 and beginning.ledger.truncated == 1
         end = rows_of(store, 3, too_long="cut-end", lead=lead)
-        assert arrays(end.at(0, 0)) == ([5, 6, EOS], [8, 9, EOS]) and end.cut["the end of what is read"] == 1
+        assert (
+            arrays(end.get_row(0, 0)) == ([5, 6, EOS], [8, 9, EOS]) and end.truncations["the end of what is read"] == 1
+        )
         dropped = rows_of(store, 3, too_long="drop", lead=lead)
-        assert arrays(dropped.at(0, 0)) == ([5, EOS], [8, EOS]) and dropped.document_R.tolist() == [1]
-        assert dropped.skipped == {"no answer": 0, "too long": 1} and not any(dropped.cut.values())
+        assert arrays(dropped.get_row(0, 0)) == ([5, EOS], [8, EOS]) and dropped.document_R.tolist() == [1]
+        assert dropped.skipped == {"no answer": 0, "too long": 1} and not any(dropped.truncations.values())
         assert dropped.ledger.dropped == 6 + lead and dropped.ledger.truncated == 0
 
 
 def test_of_a_conversation_the_last_answer_is_the_target() -> None:
-    store = Memory([[2, 5, 6, 7, 8, 9, EOS], [2, 5, 6, 7, EOS]], [[0, 0, 1, 0, 1, 1, 1], [0, 0, 1, 0, 0]])
+    store = InMemoryStore([[2, 5, 6, 7, 8, 9, EOS], [2, 5, 6, 7, EOS]], [[0, 0, 1, 0, 1, 1, 1], [0, 0, 1, 0, 0]])
     rows = rows_of(store, lead=1)
-    assert arrays(rows.at(0, 0)) == ([5, 6, 7, EOS], [8, 9, EOS])
-    assert arrays(rows.at(1, 0)) == ([5, EOS], [6, EOS])
+    assert arrays(rows.get_row(0, 0)) == ([5, 6, 7, EOS], [8, 9, EOS])
+    assert arrays(rows.get_row(1, 0)) == ([5, EOS], [6, EOS])
     assert rows.ledger.truncated == 1  # what stands behind the last answer
 
 
 def test_examples_without_an_answer_are_left_out() -> None:
-    rows = rows_of(Memory([[5, 6, EOS], [7, EOS], [5, EOS]], [[0, 0, 0], [1, 1], [0, 1]]))
+    rows = rows_of(InMemoryStore([[5, 6, EOS], [7, EOS], [5, EOS]], [[0, 0, 0], [1, 1], [0, 1]]))
     assert len(rows) == 1 and rows.skipped == {"no answer": 2, "too long": 0} and rows.document_R.tolist() == [1]
-    assert arrays(rows.at(0, 0)) == ([EOS], [7, EOS])
+    assert arrays(rows.get_row(0, 0)) == ([EOS], [7, EOS])
 
 
 def test_plain_text_is_cut_anew_at_each_position() -> None:
-    rows = rows_of(Memory([[5, 6, 7, EOS]]))
-    seen = {tuple(map(tuple, arrays(rows.at(0, position)))) for position in range(40)}
+    rows = rows_of(InMemoryStore([[5, 6, 7, EOS]]))
+    seen = {tuple(map(tuple, arrays(rows.get_row(0, position)))) for position in range(40)}
     assert seen == {((5, EOS), (6, 7, EOS)), ((5, 6, EOS), (7, EOS))}
-    assert arrays(rows.at(0, 3)) == arrays(rows.at(0, 3))
+    assert arrays(rows.get_row(0, 3)) == arrays(rows.get_row(0, 3))
 
 
 marks = st.lists(
@@ -99,7 +101,7 @@ marks = st.lists(
 )
 options = st.fixed_dictionaries(
     {
-        "frame": st.sampled_from([BARE, Frame((90,), (), (91,))]),
+        "frame": st.sampled_from([EMPTY_FRAME, Frame((90,), (), (91,))]),
         "lead": st.integers(0, 1),
         "held_out": st.sampled_from([0.0, 0.3]),
         "max_document_tokens": st.sampled_from([None, 7]),
@@ -108,7 +110,7 @@ options = st.fixed_dictionaries(
 asked = st.sampled_from(["cut-context", "cut-end", "drop"])
 
 
-def check_ledger(rows: PairRows, read: list[Row], lead: int) -> None:
+def check_ledger(rows: Seq2SeqRows, read: list[Row], lead: int) -> None:
     book = rows.ledger
     assert book.read == book.held_out + book.dropped + book.truncated + book.placed
     assert book.placed == book.trained + book.context and min(book.as_dict().values()) >= 0
@@ -120,15 +122,15 @@ def check_ledger(rows: PairRows, read: list[Row], lead: int) -> None:
 @settings(max_examples=300)
 @given(marks, st.integers(4, 20), st.integers(1, 12), options, asked)
 def test_source_and_target_are_the_example(
-    marks: list[list[int]], length: int, target: int, chosen: dict, too_long: TooLong
+    marks: list[list[int]], length: int, target: int, chosen: dict, too_long: TooLongPolicy
 ) -> None:
     """Law: the target starts where the source ends or was cut; only a finished answer ends."""
     documents = [[*range(100 * i + 100, 100 * i + 99 + len(m)), EOS] for i, m in enumerate(marks)]
-    rows = rows_of(Memory(documents, marks), length, target, too_long=too_long, **chosen)
-    read = [rows.at(i, 0) for i in range(len(rows))]
-    cut = dict.fromkeys(rows.cut, 0)
+    rows = rows_of(InMemoryStore(documents, marks), length, target, too_long=too_long, **chosen)
+    read = [rows.get_row(i, 0) for i in range(len(rows))]
+    cut = dict.fromkeys(rows.truncations, 0)
     check_ledger(rows, read, chosen["lead"])
-    assert sum(r.counted for r in read) == rows.ledger.trained
+    assert sum(r.label_count for r in read) == rows.ledger.trained
     around = len(chosen["frame"].before), len(chosen["frame"].after) + 1
     for document, row in zip(rows.document_R.tolist(), read, strict=True):
         ids, labels = arrays(row)
@@ -152,7 +154,7 @@ def test_source_and_target_are_the_example(
         else:
             assert len(labels) == target or len(whole) < len(documents[document])
             cut["the end of what is written"] += last < len(whole) - (whole[-1] == EOS) and bool(mark[last])
-    assert cut == rows.cut
+    assert cut == rows.truncations
 
 
 @settings(max_examples=200)
@@ -160,9 +162,9 @@ def test_source_and_target_are_the_example(
 def test_a_plain_text_is_its_sources_and_targets(sizes: list[int], length: int, target: int, chosen: dict) -> None:
     """Law: source and target of a document's rows, laid end to end, are its text; only the last has its EOS."""
     documents = [[*range(100 * i + 100, 100 * i + 100 + n), EOS] for i, n in enumerate(sizes)]
-    rows = rows_of(Memory(documents), length, target, **chosen)
+    rows = rows_of(InMemoryStore(documents), length, target, **chosen)
     told: dict[int, list[int]] = {}
-    read = [rows.at(i, 5) for i in range(len(rows))]
+    read = [rows.get_row(i, 5) for i in range(len(rows))]
     check_ledger(rows, read, chosen["lead"])
     around = len(chosen["frame"].before), len(chosen["frame"].after) + 1
     for document, row in zip(rows.document_R.tolist(), read, strict=True):
@@ -174,15 +176,15 @@ def test_a_plain_text_is_its_sources_and_targets(sizes: list[int], length: int, 
 
 
 def test_what_is_trained_of_plain_text_is_right_on_average() -> None:
-    rows = rows_of(Memory([[*range(100, 130), EOS], [*range(200, 211), EOS]]), 16, 16)
-    counts = [sum(rows.at(i, position).counted for i in range(len(rows))) for position in range(500)]
+    rows = rows_of(InMemoryStore([[*range(100, 130), EOS], [*range(200, 211), EOS]]), 16, 16)
+    counts = [sum(rows.get_row(i, position).label_count for i in range(len(rows))) for position in range(500)]
     assert np.mean(counts) == pytest.approx(rows.ledger.trained, abs=0.5)
     assert min(counts) < rows.ledger.trained < max(counts)
 
 
 def test_a_target_that_is_not_shifted_would_show_the_answer() -> None:
     """The mutant: a decoder that reads the labels themselves."""
-    row = rows_of(EXAMPLE).at(0, 0)
+    row = rows_of(EXAMPLE).get_row(0, 0)
     broken = row._replace(inputs=row.inputs | {"decoder_input_ids": row.labels})
     with pytest.raises(AssertionError):
         arrays(broken)
@@ -192,4 +194,4 @@ def test_no_room_is_refused() -> None:
     with pytest.raises(StageError, match="no room"):
         rows_of(EXAMPLE, 3, frame=Frame((90, 91)))
     with pytest.raises(StageError, match="target_length"):
-        rows_of(Memory([[5, 6, EOS]]), 9, 2)
+        rows_of(InMemoryStore([[5, 6, EOS]]), 9, 2)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from postgrad.data.tokens.store import (
     FORMAT,
     MARKED_FORMAT,
-    Extras,
+    ExtraColumns,
     ShardWriter,
     TokenStore,
     digest,
@@ -91,7 +91,7 @@ def test_what_is_read_is_what_was_written(
     assert len(store) == len(flat) == len(store.documents)
     assert store.tokens == sum(map(len, flat)) == int(store.documents["tokens"].sum())
     assert store.bytes == int(store.documents["bytes"].sum())
-    assert store.empty == len(shards)
+    assert store.empty_count == len(shards)
     for number, ids in enumerate(flat):
         start = data.draw(st.integers(0, 14))
         stop = data.draw(st.one_of(st.none(), st.integers(0, 14)))
@@ -111,7 +111,7 @@ def test_a_document_may_come_in_pieces(tmp_path: Path) -> None:
                 np.full(n, size),
                 np.full(n, 7, np.uint64),
                 ["p"] * n,
-                open_end=open_end,
+                is_partial=open_end,
             )
 
         add([1, 2, 3], [1, 2], 5, open_end=True)
@@ -137,7 +137,7 @@ def build_marked(folder: Path, shards: Sequence[Sequence[Marked]], width: int) -
     """A store of documents with marks and values; each shard has left out a row, two of them for one reason."""
     building = folder / "building"
     building.mkdir()
-    extras = Extras(marks=True, width=width)
+    extras = ExtraColumns(marks=True, width=width)
     made = []
     for number, documents in enumerate(shards):
 
@@ -178,7 +178,7 @@ def test_marks_and_values_are_what_was_written(tmp_path: Path) -> None:
     assert store.values is not None
     assert (store.values.dtype, store.values.tolist()) == (np.float32, [values for _, _, values in flat])
     assert (store.labels, store.problem) == (["x", "y"], "class")
-    assert (store.skipped, store.empty) == ({"a": 1, "b": 2}, 3)
+    assert (store.skipped, store.empty_count) == ({"a": 1, "b": 2}, 3)
     assert store.header["format"] == MARKED_FORMAT
     store.verify()
     again = pickle.loads(pickle.dumps(store))
@@ -205,7 +205,7 @@ def test_a_store_of_running_text_has_neither(tmp_path: Path) -> None:
 
 
 def test_marks_must_be_as_many_as_tokens(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, 0, 10, Extras(marks=True))
+    writer = ShardWriter(tmp_path, 0, 10, ExtraColumns(marks=True))
     for marks in (None, np.zeros(1)):
         with pytest.raises(AssertionError):
             writer.add(np.array([1, 2]), np.array([2]), np.zeros(1), np.zeros(1), ["a"], marks=marks)
@@ -290,8 +290,8 @@ def test_the_first_of_two_builders_has_its_way(tmp_path: Path) -> None:
 def test_some_documents_of_a_store_read_like_a_store_of_those(tmp_path: Path) -> None:
     documents = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 9]]
     store = build(tmp_path, [documents[:3], documents[3:]], 10)
-    some = store.only(np.array([3, 0, 2]), "of some")
-    again = some.only(np.array([2, 0]), "of fewer")
+    some = store.select(np.array([3, 0, 2]), "of some")
+    again = some.select(np.array([2, 0]), "of fewer")
     for found, chosen, name in ((some, [3, 0, 2], "of some"), (again, [2, 3], "of fewer")):
         for opened in (found, pickle.loads(pickle.dumps(found))):
             assert [opened.read(i).tolist() for i in range(len(opened))] == [documents[n] for n in chosen]

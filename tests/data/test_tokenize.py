@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from postgrad.data.read.examples import Labels, Renderer
-from postgrad.data.read.files import HubRows, Source
+from postgrad.data.read.files import HubDataset, RawSource
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens import store as store_module
 from postgrad.data.tokens import tokenize
 from postgrad.data.tokens.store import TokenStore, digest
-from postgrad.data.tokens.tokenize import Encoder, build_store, labels_of
+from postgrad.data.tokens.tokenize import Encoder, build_store, read_all_labels
 from postgrad.errors import DataError, ModelError
 from tests.conftest import make_tokenizer
 
@@ -64,9 +64,9 @@ def prose(seed: int, words: int) -> str:
     return " ".join(draw.choice(WORDS) + draw.choice(["", "", ".", "\n"]) for _ in range(words))
 
 
-def corpus(folder: Path, texts: list[str], name: str = "a.jsonl") -> Source:
+def corpus(folder: Path, texts: list[str], name: str = "a.jsonl") -> RawSource:
     (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return Source("s", path=name, root=folder, where="data.sources[0]")
+    return RawSource("s", path=name, root=folder, where="data.sources[0]")
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -81,7 +81,7 @@ def test_documents_become_ids_and_one_eos(tmp_path: Path, tokenizer: Tokenizer, 
     texts = [prose(n, 1 + n * 7) for n in range(60)] + ["", "  ", "end"]
     store = build_store(corpus(tmp_path, texts), encoder, tmp_path / "cache")
     kept = [text for text in texts if text.strip()]
-    assert (len(store), store.empty, store.kind, store.eos) == (len(kept), 2, "text", EOS)
+    assert (len(store), store.empty_count, store.kind, store.eos) == (len(kept), 2, "text", EOS)
     for number, text in enumerate(kept):
         assert store.read(number).tolist() == [*tokenizer.encode(text).ids, EOS]
         assert store.documents["bytes"][number] == len(text.encode())
@@ -103,7 +103,7 @@ def test_never_two_eos_and_never_two_bos(tmp_path: Path, tokenizer: Tokenizer, b
 
 def test_a_document_of_nothing_but_eos_is_empty(tmp_path: Path, encoder: Encoder) -> None:
     store = build_store(corpus(tmp_path, ["</s>", "cat", "</s></s>"]), encoder, tmp_path / "cache")
-    assert (len(store), store.empty) == (1, 2)
+    assert (len(store), store.empty_count) == (1, 2)
     (tmp_path / "b").mkdir()
     with pytest.raises(DataError, match="is empty"):
         build_store(corpus(tmp_path / "b", ["</s>"]), encoder, tmp_path / "cache")
@@ -127,10 +127,10 @@ def test_truncation_padding_and_the_template_are_off(tmp_path: Path, tokenizer: 
 def test_ids_are_stored_as_they_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = [tokenizer.encode("the cat").ids, [], [BOS, 70, 71, EOS], [EOS], [399]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in rows))
-    source = Source("s", path="a.jsonl", root=tmp_path)
+    source = RawSource("s", path="a.jsonl", root=tmp_path)
     store = build_store(source, Encoder(tokenizer.to_str(), BOS, EOS, 400), tmp_path / "cache")
     assert [store.read(n).tolist() for n in range(3)] == [[BOS, *rows[0], EOS], rows[2], [BOS, 399, EOS]]
-    assert (store.kind, store.empty) == ("input_ids", 2)
+    assert (store.kind, store.empty_count) == ("input_ids", 2)
     assert store.documents["bytes"][0] == len(b"the cat")
     assert store.documents["digest"][0] == digest(np.array(rows[0], "<u4").data)
 
@@ -140,11 +140,11 @@ def test_width_and_range(tmp_path: Path, tokenizer: Tokenizer, vocabulary: int) 
     encoder = Encoder(tokenizer.to_str(), None, EOS, vocabulary)
     file = tmp_path / "a.jsonl"
     file.write_text(f'{{"input_ids": [5]}}\n{{"input_ids": [2, {vocabulary - 1}]}}\n')
-    store = build_store(Source("s", path="a.jsonl", root=tmp_path), encoder, tmp_path / "cache")
+    store = build_store(RawSource("s", path="a.jsonl", root=tmp_path), encoder, tmp_path / "cache")
     assert store.read(1).tolist() == [2, vocabulary - 1, EOS]
     file.write_text(f'{{"input_ids": [5]}}\n{{"input_ids": [2, {vocabulary}]}}\n')
     with pytest.raises(DataError) as caught:
-        build_store(Source("s", path="a.jsonl", root=tmp_path), encoder, tmp_path / "cache")
+        build_store(RawSource("s", path="a.jsonl", root=tmp_path), encoder, tmp_path / "cache")
     assert caught.value.where == f"{file}:2"
     assert not list((tmp_path / "cache").rglob(".staging*"))
 
@@ -192,7 +192,7 @@ def test_the_ledger(
         patch.setattr(tokenize, "BATCH_CHARACTERS", batch)
         patch.setattr(tokenize, "SHARD_CHARACTERS", shard)
         store = build_store(source, encoder, folder / "cache", workers=workers)
-    assert len(texts) + 1 == len(store) + store.empty
+    assert len(texts) + 1 == len(store) + store.empty_count
     whole = encoder.load()
     expected = [whole.encode(text, add_special_tokens=False).ids for text in [*texts, "the cat"] if text.strip()]
     for ids in expected:
@@ -212,7 +212,7 @@ def test_a_long_document_is_encoded_in_pieces(
     monkeypatch.setattr(tokenize, "SHARD_CHARACTERS", 15_000)
     pieces = build_store(source, encoder, tmp_path / "cache")
     assert len(pieces) == len(plain) == 6
-    assert pieces.empty == 1
+    assert pieces.empty_count == 1
     for number in (0, 1, 2, 3, 5):
         assert pieces.read(number).tolist() == plain.read(number).tolist()
     load = encoder.load()
@@ -223,9 +223,9 @@ def test_a_long_document_is_encoded_in_pieces(
 
 def test_pieces_are_cut_at_a_line_that_begins_with_a_letter() -> None:
     text = "a\nb\n\n c\n1\nüber" + "z" * 10
-    assert text[tokenize._cut(text, 18) :].startswith("über")
-    assert tokenize._cut("aaa bbb ccc", 9) == 7
-    assert tokenize._cut("a" * 20, 9) == 9
+    assert text[tokenize._split_position(text, 18) :].startswith("über")
+    assert tokenize._split_position("aaa bbb ccc", 9) == 7
+    assert tokenize._split_position("a" * 20, 9) == 9
 
 
 # --- the cache ----------------------------------------------------------------------------------------
@@ -236,18 +236,18 @@ def test_a_store_is_reused_and_what_changes_it_changes_its_name(
 ) -> None:
     text = "one\n\ntwo three</s>"
     (tmp_path / "a.txt").write_text(text)
-    source = Source("s", path="a.txt", root=tmp_path)
+    source = RawSource("s", path="a.txt", root=tmp_path)
     first = build_store(source, encoder, tmp_path / "cache")
     with monkeypatch.context() as patch:
         patch.setattr(tokenize, "_build", None)  # it would be called
         assert build_store(source, encoder, tmp_path / "cache").path == first.path
         (tmp_path / "moved").mkdir()
         (tmp_path / "moved" / "b.txt").write_text(text)
-        moved = Source("other name", path="moved/b.txt", root=tmp_path)
+        moved = RawSource("other name", path="moved/b.txt", root=tmp_path)
         assert build_store(moved, encoder, tmp_path / "cache").path == first.path
     paths = {first.path}
     paths.add(
-        build_store(Source("s", path="a.txt", root=tmp_path, documents="lines"), encoder, tmp_path / "cache").path
+        build_store(RawSource("s", path="a.txt", root=tmp_path, documents="lines"), encoder, tmp_path / "cache").path
     )
     for bos, eos, vocabulary in ((BOS, EOS, 400), (None, 2, 400), (None, EOS, 401)):
         changed = Encoder(tokenizer.to_str(), bos, eos, vocabulary)
@@ -309,9 +309,9 @@ def test_a_hub_folder_becomes_a_store(tmp_path: Path, encoder: Encoder, monkeypa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "set").mkdir()
     corpus(tmp_path / "set", ["the cat", "", "sat"], "train.jsonl")
-    source = Source("s", hub=HubRows("set"), root=tmp_path)
+    source = RawSource("s", hub=HubDataset("set"), root=tmp_path)
     store = build_store(source, encoder, tmp_path / "cache")
-    assert (len(store), store.empty) == (2, 1)
+    assert (len(store), store.empty_count) == (2, 1)
 
 
 def test_neither_torch_nor_transformers_is_imported() -> None:
@@ -350,10 +350,10 @@ def test_threads_of_the_tokenizer_itself_are_not_started(tmp_path: Path, encoder
 PIECES = ["the", " cat", "é", "日本", "ü", " ", "\n", "🙂", "</s>", "a", "Übermut", "x" * 9]
 
 
-def rows_of(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Source:
+def rows_of(folder: Path, rows: list[dict[str, Any]], **options: Any) -> RawSource:
     folder.mkdir(exist_ok=True)
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Source("s", path="a.jsonl", root=folder, where="data.sources[0]", **options)
+    return RawSource("s", path="a.jsonl", root=folder, where="data.sources[0]", **options)
 
 
 def runs(store: TokenStore, document: int, tokenizer: Tokenizer) -> list[tuple[int, str]]:
@@ -395,7 +395,7 @@ GOLDEN: list[tuple[str, dict[str, Any], Renderer, list[tuple[int, str]], list[fl
      [(0, "the cat"), (1, " sat</s>")], None),
     ("completion", {"prompt": "", "completion": "cat"}, PlainRenderer(), [(1, "cat</s>")], None),
     ("pair", {"source": "日", "target": "é"}, PlainRenderer(), [(0, "日\n"), (1, "é</s>")], None),
-    ("pair", {"source": "the", "target": "cat"}, PlainRenderer(separate=True), [(0, "the"), (1, "cat</s>")], None),
+    ("pair", {"source": "the", "target": "cat"}, PlainRenderer(is_separate=True), [(0, "the"), (1, "cat</s>")], None),
     ("labelled", {"premise": "the é", "hypothesis": "日 cat", "label": "yes"}, ClassRenderer(CLASSES),
      [(0, "the é\n"), (1, "日 cat</s>")], [1.0]),
     ("labelled", {"premise": "the é", "hypothesis": "日 cat", "label": "no"}, ClassRenderer(CLASSES, "", joint=False),
@@ -442,7 +442,7 @@ def test_every_kind_of_row_with_its_marks(
 def test_only_the_first_token_of_a_word_has_its_tag(tmp_path: Path, tokenizer: Tokenizer, encoder: Encoder) -> None:
     words, tags = ["Übermut", "the", "日本", "\u200b", "42."], ["B", "O", "B", "O", "I"]
     source = rows_of(tmp_path, [{"tokens": words, "tags": tags}])
-    store = build_store(source, encoder, tmp_path / "cache", renderer=TagRenderer(labels_of([source], tmp_path)))
+    store = build_store(source, encoder, tmp_path / "cache", renderer=TagRenderer(read_all_labels([source], tmp_path)))
     assert (store.labels, store.problem, store.values) == (["B", "I", "O"], "tags", None)
     ids, marks = store.read(0).tolist(), store.marks(0)
     assert marks is not None
@@ -523,7 +523,7 @@ def test_a_token_is_an_answers_when_any_of_its_bytes_is(pieces: list[tuple[str, 
         expected.append(max(mark for mark, character in zip(marked, spans, strict=True) if character in characters))
         at += size
     assert at == len(marked)
-    given = tokenize.marks_of(pieces, np.array(encoding.offsets).reshape(-1, 2), False)
+    given = tokenize.token_marks(pieces, np.array(encoding.offsets).reshape(-1, 2), False)
     assert given.tolist() == expected
 
 
@@ -540,7 +540,7 @@ def test_the_marks_of_a_pair_are_the_token_types_of_the_tokenizers_own_pairs(tmp
     )
     pairs = [("The cats", "sat é"), ("é", "cat cat the"), ("cats sat", "日")]
     rows = [{"sentence1": a, "sentence2": b, "label": "no"} for a, b in pairs]
-    renderer = ClassRenderer(CLASSES, "[SEP]", joint=False)
+    renderer = ClassRenderer(CLASSES, "[SEP]", is_joint=False)
     store = build_store(rows_of(tmp_path, rows), Encoder(made.to_str(), 1, 2, 8), tmp_path / "cache", renderer=renderer)
     for number, (a, b) in enumerate(pairs):
         own = made.encode(a, b)
@@ -613,11 +613,11 @@ def test_skipped_rows_are_counted_by_reason(tmp_path: Path, encoder: Encoder, mo
     rows = [good, {"prompt": "a", "completion": ""}, good, {"prompt": "", "completion": "</s>"}] * 5
     source = rows_of(tmp_path, rows)
     plain = build_store(source, encoder, tmp_path / "cache", renderer=PlainRenderer())
-    assert (len(plain), plain.empty, plain.skipped) == (10, 10, {"empty answer": 5, "no tokens": 5})
+    assert (len(plain), plain.empty_count, plain.skipped) == (10, 10, {"empty answer": 5, "no tokens": 5})
     monkeypatch.setattr(tokenize, "SHARD_CHARACTERS", 15)
     shards = build_store(source, encoder, tmp_path / "cache", renderer=PlainRenderer())
     assert len(shards.header["files"]) > 5
-    assert (len(shards), shards.empty, shards.skipped) == (10, 10, plain.skipped)
+    assert (len(shards), shards.empty_count, shards.skipped) == (10, 10, plain.skipped)
 
 
 def test_what_is_said_of_a_row_stays_with_it_when_others_are_left_out(tmp_path: Path, encoder: Encoder) -> None:
@@ -688,7 +688,7 @@ def test_a_store_of_running_text_is_still_of_the_first_format(
 ) -> None:
     """Caches are shared between versions: the name and the bytes (its header lists their hashes) must not change."""
     (tmp_path / name).write_text(text)
-    source = Source("s", path=name, root=tmp_path, documents=cut)
+    source = RawSource("s", path=name, root=tmp_path, documents=cut)
     store = build_store(source, Encoder(json.dumps(WORD_LEVEL), None, 0, 5), tmp_path / "cache")
     assert store.path.name == fingerprint
     assert hashlib.sha256((store.path / "store.json").read_bytes()).hexdigest() == header
@@ -714,22 +714,22 @@ def test_what_a_renderer_refuses_is_told_with_its_place(tmp_path: Path, encoder:
 def test_labels_are_read_once_for_each_state_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = rows_of(tmp_path / "a", [{"sentence": "x", "label": label} for label in (3, 1)])
     second = rows_of(tmp_path / "b", [{"sentence": "x", "label": 2}])
-    assert labels_of([first, second], tmp_path / "cache") == Labels("class", (1, 2, 3))
+    assert read_all_labels([first, second], tmp_path / "cache") == Labels("class", (1, 2, 3))
     with monkeypatch.context() as patch:
         patch.setattr(tokenize, "read_labels", None)  # it would be called
-        assert labels_of([second, first], tmp_path / "cache") == Labels("class", (1, 2, 3))
+        assert read_all_labels([second, first], tmp_path / "cache") == Labels("class", (1, 2, 3))
     second = rows_of(tmp_path / "b", [{"sentence": "x", "label": 7}])
-    assert labels_of([first, second], tmp_path / "cache") == Labels("class", (1, 3, 7))
+    assert read_all_labels([first, second], tmp_path / "cache") == Labels("class", (1, 3, 7))
 
 
 def test_other_rows_of_a_file_are_another_store_with_other_labels(tmp_path: Path, encoder: Encoder) -> None:
     made = [{"text": f"row {i}", "label": i % 4, "task": "ab"[i % 2]} for i in range(8)]
     every = replace(rows_of(tmp_path, made), kind="labelled")
-    first, second = (replace(every, only={"task": (value,)}) for value in "ab")
+    first, second = (replace(every, row_filter={"task": (value,)}) for value in "ab")
     cache = tmp_path / "cache"
-    assert [labels_of([one], cache).names for one in (every, first, second)] == [(0, 1, 2, 3), (0, 2), (1, 3)]
+    assert [read_all_labels([one], cache).names for one in (every, first, second)] == [(0, 1, 2, 3), (0, 2), (1, 3)]
     stores = [
-        build_store(one, encoder, cache, renderer=ClassRenderer(labels_of([every], cache)))
+        build_store(one, encoder, cache, renderer=ClassRenderer(read_all_labels([every], cache)))
         for one in (every, first, second)
     ]
     assert [len(store) for store in stores] == [8, 4, 4] and len({store.fingerprint for store in stores}) == 3
@@ -759,7 +759,7 @@ def test_threads_and_batches_change_no_byte_of_rows(
         patch.setattr(tokenize, "BATCH_CHARACTERS", batch)
         other = build_store(source, encoder, folder / "other", workers=workers, renderer=PLAIN_CHAT)
     assert tree(one.path) == tree(other.path)
-    assert len(one) + one.empty == 25
+    assert len(one) + one.empty_count == 25
     assert one.skipped == {"empty answer": 5}
 
 
@@ -807,7 +807,7 @@ def die_at(step: int) -> None:
             return real(*args, **options)
 
         setattr(os, name, shim)
-    real_write = store_module._write
+    real_write = store_module._write_all
 
     def write(file: Any, data: bytes) -> None:
         if die():
@@ -815,10 +815,10 @@ def die_at(step: int) -> None:
             os._exit(KILLED)
         real_write(file, data)
 
-    store_module._write = write
+    store_module._write_all = write
 
 
-def sweep_kills(source: Source, encoder: Encoder, folder: Path, build: Callable[..., TokenStore]) -> Iterator[int]:
+def sweep_kills(source: RawSource, encoder: Encoder, folder: Path, build: Callable[..., TokenStore]) -> Iterator[int]:
     """Kills a build at every boundary, finishes it, and yields how many shards were kept each time."""
     assert source.path is not None
     os.utime(source.root / source.path, (2**32, 2**32))  # too young for the memo of hashes, however slow the sweep

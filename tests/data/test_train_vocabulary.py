@@ -13,27 +13,27 @@ import pytest
 from tokenizers import Tokenizer
 
 from postgrad.data.layouts.rows import held_out_mask
-from postgrad.data.read.files import Source
+from postgrad.data.read.files import RawSource
 from postgrad.data.tokens.store import digest
-from postgrad.data.tokens.train_vocabulary import Portion, _times, learn_vocabulary
+from postgrad.data.tokens.train_vocabulary import VocabularySource, _repeat_counts, train_vocabulary
 from postgrad.errors import DataError
 from tests.conftest import new_text, old_text, write_jsonl
 
 
-def source(path: Path) -> Source:
-    return Source(path.stem, str(path), where="data.sources[0]")
+def source(path: Path) -> RawSource:
+    return RawSource(path.stem, str(path), where="data.sources[0]")
 
 
 def learnt(parts: list[tuple[Path, float, float]], cache: Path, away: list[Path] | None = None, size: int = 400) -> str:
-    portions = [Portion(source(path), lambda _, held=held: held) for path, _, held in parts]
+    portions = [VocabularySource(source(path), lambda _, held=held: held) for path, _, held in parts]
     shares = [share for _, share, _ in parts]
-    return learn_vocabulary(
+    return train_vocabulary(
         portions,
         lambda _: shares,
-        rule=shares,
+        shares_key=shares,
         size=size,
-        special=["<s>", "</s>"],
-        away=[source(path) for path in away or []],
+        special_tokens=["<s>", "</s>"],
+        held_out_sources=[source(path) for path in away or []],
         cache=cache,
     )
 
@@ -80,10 +80,10 @@ def test_sources_count_by_their_share(tmp_path: Path) -> None:
     parts = []
     for count in (3000, 400):
         digests = rng.integers(0, 2**63, count).astype(np.uint64)
-        parts.append((digests, rng.integers(10, 100, count), Portion(source(old), lambda _: 0.0)))
+        parts.append((digests, rng.integers(10, 100, count), VocabularySource(source(old), lambda _: 0.0)))
 
     def read_of(most: int) -> list[int]:
-        times = _times(parts, lambda counts: (0.25, 0.75), np.empty(0, np.uint64), most)
+        times = _repeat_counts(parts, lambda counts: (0.25, 0.75), np.empty(0, np.uint64), most)
         return [int(sizes @ n) for (_, sizes, _), n in zip(parts, times, strict=True)]
 
     read, few = read_of(10**9), read_of(20_000)

@@ -14,9 +14,16 @@ from seqeval import metrics as seqeval
 from sklearn import metrics
 
 from postgrad.evaluation import classification_metrics as evaluation_metrics
-from postgrad.evaluation.classification_metrics import PROBLEMS, compared, mark_spans, measured, span_counts, values_of
+from postgrad.evaluation.classification_metrics import (
+    PROBLEMS,
+    compare_metrics,
+    compute_metrics,
+    is_span_tagging,
+    metric_values,
+    span_counts,
+)
 from postgrad.evaluation.perplexity import Scores
-from postgrad.objectives.classification_loss import Problem
+from postgrad.objectives.classification_loss import ProblemType
 
 
 def drawn(problem: str, count: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -65,11 +72,11 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_values_are_those_of_the_definitions(problem: str, seed: int) -> None:
     said, meant, item = drawn(problem, seed=seed)
-    found = measured(problem, said, meant, item)
+    found = compute_metrics(problem, said, meant, item)
     wanted = by_hand(problem, said, meant)
     assert {name: m["value"] for name, m in found.items()} == pytest.approx(wanted)
     # The mutants: something else is said, or the two are taken for one another where that matters.
-    other = measured(problem, np.roll(said, 1), meant, item)
+    other = compute_metrics(problem, np.roll(said, 1), meant, item)
     assert all(other[name]["value"] != pytest.approx(wanted[name]) for name in wanted)
 
 
@@ -86,23 +93,23 @@ def test_values_are_those_of_scikit_learn(problem: str) -> None:
         "Pearson": lambda: stats.pearsonr(meant, said).statistic,
         "Spearman": lambda: stats.spearmanr(meant, said).statistic,
     }
-    for name, found in measured(problem, said, meant, item).items():
+    for name, found in compute_metrics(problem, said, meant, item).items():
         assert found["value"] == pytest.approx(float(theirs[name]()))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_intervals_hold_their_value_and_are_the_same_each_time(problem: str) -> None:
     said, meant, item = drawn(problem)
-    found = measured(problem, said, meant, item)
+    found = compute_metrics(problem, said, meant, item)
     for m in found.values():
         assert m["low"] < m["value"] < m["high"]
-    again = measured("number" if problem == "number" else "tags", said, meant, item)
+    again = compute_metrics("number" if problem == "number" else "tags", said, meant, item)
     assert all(found[name] == m for name, m in again.items() if name in found)
     more = {}
     for repeat in (1, 16):
         parts = [drawn(problem, seed=s) for s in range(repeat)]
         items = np.concatenate([part[2] + 1000 * s for s, part in enumerate(parts)])
-        more[repeat] = measured(problem, *(np.concatenate([p[i] for p in parts]) for i in (0, 1)), items)
+        more[repeat] = compute_metrics(problem, *(np.concatenate([p[i] for p in parts]) for i in (0, 1)), items)
     for name in found:  # sixteen times the documents: a quarter of the width
         widths = [more[repeat][name]["high"] - more[repeat][name]["low"] for repeat in (1, 16)]
         assert 2 < widths[0] / widths[1] < 8
@@ -114,9 +121,9 @@ def test_documents_are_drawn_and_not_their_items() -> None:
     right = rng.random(40) < 0.6
     together = np.repeat(right, 25).astype(int)
     meant, item = np.ones(1000, int), np.repeat(np.arange(40), 25)
-    wide = measured("tags", together, meant, item)["accuracy"]
-    narrow = measured("tags", together, meant, np.arange(1000))["accuracy"]
-    alone = measured("tags", right.astype(int), np.ones(40, int), np.arange(40))["accuracy"]
+    wide = compute_metrics("tags", together, meant, item)["accuracy"]
+    narrow = compute_metrics("tags", together, meant, np.arange(1000))["accuracy"]
+    alone = compute_metrics("tags", right.astype(int), np.ones(40, int), np.arange(40))["accuracy"]
     assert wide == pytest.approx(alone)
     assert (wide["high"] - wide["low"]) / (narrow["high"] - narrow["low"]) == pytest.approx(5, rel=0.2)  # sqrt(25)
 
@@ -129,18 +136,18 @@ def test_any_items_have_finite_metrics(count: int, problem: str, seed: int) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation_metrics, "_DRAWS", 4)
         for answers in ((said, meant), (meant, meant), (np.zeros_like(said), np.zeros_like(meant))):
-            for m in measured(problem, *answers, item).values():
+            for m in compute_metrics(problem, *answers, item).values():
                 assert np.isfinite(list(m.values())).all()
                 assert m["low"] <= m["high"]
 
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("problem", ["class", "tags", "multi", "number"])
-def test_scores_of_a_classifier_tell_its_metrics(problem: Problem) -> None:
+def test_scores_of_a_classifier_tell_its_metrics(problem: ProblemType) -> None:
     said, meant, item = drawn(problem)
     rows = len(set(item.tolist()))
     scores = Scores(np.arange(rows), np.ones(rows), np.ones(rows, int), np.full(rows, 9), said, meant, item, problem)
-    assert scores.summary()["metrics"] == measured(problem, said, meant, item)
+    assert scores.summary()["metrics"] == compute_metrics(problem, said, meant, item)
     assert "metrics" not in Scores(np.arange(rows), np.ones(rows), np.ones(rows, int), np.full(rows, 9)).summary()
 
 
@@ -160,7 +167,7 @@ def test_intervals_are_those_of_documents_that_are_drawn_and_measured_anew(
         items = np.concatenate([of[i] for i in draw])
         for name, value in by_hand(problem, said[items], meant[items]).items():
             values.setdefault(name, []).append(value)
-    for name, found in measured(problem, said, meant, item).items():
+    for name, found in compute_metrics(problem, said, meant, item).items():
         assert [found["low"], found["high"]] == pytest.approx(list(np.percentile(values[name], [2.5, 97.5])))
 
 
@@ -191,7 +198,7 @@ def as_lists(tags: np.ndarray, item: np.ndarray, names: tuple[str, ...]) -> list
 def test_spans_are_scored_as_seqeval_scores_them(scheme: str, seed: int) -> None:
     names = SCHEMES[scheme]
     said, meant, item = tag_sequences(names, seed)
-    found = measured("tags", said, meant, item, names)
+    found = compute_metrics("tags", said, meant, item, names)
     lists = [as_lists(tags, item, names) for tags in (meant, said)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -212,7 +219,7 @@ def test_the_interval_of_spans_is_that_of_documents(monkeypatch: pytest.MonkeyPa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         values = [seqeval.f1_score(*([tags[i] for i in draw] for tags in lists)) for draw in draws]
-    found = measured("tags", said, meant, item, names)["span F1"]
+    found = compute_metrics("tags", said, meant, item, names)["span F1"]
     assert [found["low"], found["high"]] == pytest.approx(list(np.percentile(values, [2.5, 97.5])))
 
 
@@ -225,11 +232,11 @@ def test_spans_are_counted_by_document_whatever_the_order_of_documents() -> None
 
 
 def test_only_tags_that_mark_spans_have_spans() -> None:
-    assert all(mark_spans(names) for names in SCHEMES.values())
+    assert all(is_span_tagging(names) for names in SCHEMES.values())
     for names in (("NOUN", "VERB"), ("O",), ("O", "B-a", "X-a"), ("B", "I", "O"), ()):
-        assert not mark_spans(names)
+        assert not is_span_tagging(names)
         if names:
-            assert "span F1" not in measured("tags", np.zeros(3, int), np.zeros(3, int), np.arange(3), names)
+            assert "span F1" not in compute_metrics("tags", np.zeros(3, int), np.zeros(3, int), np.arange(3), names)
 
 
 def test_many_documents_are_measured_in_seconds() -> None:
@@ -239,7 +246,7 @@ def test_many_documents_are_measured_in_seconds() -> None:
     meant, item = rng.integers(5, size=60_000), np.repeat(np.arange(3000), 20)
     said = np.where(rng.random(60_000) < 0.9, meant, 0)
     begun = time.perf_counter()
-    found = measured("tags", said, meant, item, names)
+    found = compute_metrics("tags", said, meant, item, names)
     assert found["span F1"]["low"] < found["span F1"]["value"] < found["span F1"]["high"]
     assert time.perf_counter() - begun < 5
 
@@ -248,11 +255,13 @@ def test_a_comparison_draws_the_same_documents_for_both(monkeypatch: pytest.Monk
     """What a document is worth to both cancels: one that is always right against one that errs on the same documents."""
     monkeypatch.setattr(evaluation_metrics, "_DRAWS", 100)
     said, meant, item = drawn("class", 200)
-    same = compared("class", said, said, meant, item)
+    same = compare_metrics("class", said, said, meant, item)
     assert all(value == 0 for found in same.values() for value in found.values())
     better = np.where(np.arange(200) < 20, meant, said)
-    found = compared("class", said, better, meant, item)["accuracy"]
-    values = [measured("class", s, meant, item)["accuracy"] for s in (said, better)]
+    found = compare_metrics("class", said, better, meant, item)["accuracy"]
+    values = [compute_metrics("class", s, meant, item)["accuracy"] for s in (said, better)]
     assert found["value"] == pytest.approx(values[1]["value"] - values[0]["value"])
     assert found["high"] - found["low"] < 0.7 * (values[0]["high"] - values[0]["low"])
-    assert values_of("class", said, meant, item)["MCC"] == measured("class", said, meant, item)["MCC"]["value"]
+    assert (
+        metric_values("class", said, meant, item)["MCC"] == compute_metrics("class", said, meant, item)["MCC"]["value"]
+    )

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from postgrad.data.layouts.rows import Row
-from postgrad.evaluation.drift import Drift, drift, weight_drift
-from postgrad.evaluation.held_out import HeldOut, HeldOutRows
+from postgrad.evaluation.drift import Drift, compute_drift, weight_drift
+from postgrad.evaluation.held_out import HeldOutRows, HeldOutText
 from postgrad.models.model import CausalModel, HeadedModel, Model
 from tests import tiny_stages
 from tests.conftest import VOCABULARY, make_llama
 
 
-def texts(count: int = 6, seed: int = 0) -> HeldOut:
+def texts(count: int = 6, seed: int = 0) -> HeldOutText:
     rng = np.random.default_rng(seed)
     documents = tuple(rng.integers(1, VOCABULARY, int(size)) for size in rng.integers(5, 60, count))
-    return HeldOut("t", "retained", documents, np.array([len(d) for d in documents]), "x")
+    return HeldOutText("t", "retained", documents, np.array([len(d) for d in documents]), "x")
 
 
-def by_hand(before: torch.nn.Module, after: torch.nn.Module, held_out: HeldOut) -> dict[str, float]:
+def by_hand(before: torch.nn.Module, after: torch.nn.Module, held_out: HeldOutText) -> dict[str, float]:
     """Every token but the first of each text, one forward a text, in float64."""
     sums = dict.fromkeys(("divergence", "crossed", "right", "lost", "won", "tokens"), 0.0)
     for document in held_out.documents:
@@ -55,7 +55,7 @@ def test_every_measure_is_its_formula() -> None:
             said = before(input_ids=torch.from_numpy(document)[None]).logits[0].argmax(-1).numpy()
         documents.append(np.where(np.arange(len(document)) % 3 == 1, np.roll(said, 1), document))
     held_out = replace(held_out, documents=tuple(documents))
-    found = drift(CausalModel(before), CausalModel(after), (held_out, held_out), context=128)
+    found = compute_drift(CausalModel(before), CausalModel(after), (held_out, held_out), context=128)
     expected = by_hand(before, after, held_out)
     assert expected["right"] > 0 and expected["lost"] > 0
     for name, value in totals(found).items():
@@ -70,7 +70,7 @@ def test_every_measure_is_its_formula() -> None:
 def test_a_model_has_not_moved_from_itself() -> None:
     model = CausalModel(make_llama(0))
     model.train()
-    found = drift(model, CausalModel(make_llama(0)), (texts(), texts()), context=128)
+    found = compute_drift(model, CausalModel(make_llama(0)), (texts(), texts()), context=128)
     assert model.training
     assert abs(found.divergence_W).max() < 1e-9
     assert not found.lost_W.any() and not found.won_W.any()
@@ -84,7 +84,7 @@ def test_layers_are_compared_where_they_stand() -> None:
     with torch.no_grad():
         after.model.layers[1].mlp.down_proj.weight.mul_(3.0)
     held_out = texts(2)
-    found = drift(CausalModel(before), CausalModel(after), (held_out, held_out), context=128)
+    found = compute_drift(CausalModel(before), CausalModel(after), (held_out, held_out), context=128)
     assert found.moved_L[0] == 0 and found.moved_L[1] > 0.01
     squares, sizes = 0.0, 0.0
     for document in held_out.documents:
@@ -97,15 +97,17 @@ def test_layers_are_compared_where_they_stand() -> None:
     assert found.moved_L[1] == pytest.approx((squares / sizes) ** 0.5, rel=1e-5)
     moved = weight_drift(before, after)
     assert set(moved) == {"embeddings", "block 0", "block 1", "rest"}
-    assert moved["block 0"].moved == moved["embeddings"].moved == moved["rest"].moved == 0
-    assert {name: found.changed for name, found in moved.items() if found.changed} == {
+    assert moved["block 0"].relative_change == moved["embeddings"].relative_change == moved["rest"].relative_change == 0
+    assert {name: found.changed_count for name, found in moved.items() if found.changed_count} == {
         "block 1": before.model.layers[1].mlp.down_proj.weight.numel()
     }
-    assert sum(found.numbers for found in moved.values()) == sum(p.numel() for p in before.parameters())
+    assert sum(found.total_count for found in moved.values()) == sum(p.numel() for p in before.parameters())
     block = [p.detach().double() for p in before.model.layers[1].parameters()]
     changed = before.model.layers[1].mlp.down_proj.weight.detach().double()
     size = sum(float(p.square().sum()) for p in block)
-    assert moved["block 1"].moved == pytest.approx((4 * float(changed.square().sum()) / size) ** 0.5, rel=1e-6)
+    assert moved["block 1"].relative_change == pytest.approx(
+        (4 * float(changed.square().sum()) / size) ** 0.5, rel=1e-6
+    )
 
 
 def self_outputs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -123,8 +125,8 @@ def test_the_same_labels_are_compared_behind_a_soft_prompt() -> None:
     """A model that reads other ids before each text says the same of the same tokens only if they are the same tokens."""
     model = CausalModel(make_llama(0))
     plain = texts(3)
-    prompted = replace(plain, before=(5, 6, 7))
-    found = drift(model, CausalModel(make_llama(0)), (plain, prompted), context=128)
+    prompted = replace(plain, virtual_tokens=(5, 6, 7))
+    found = compute_drift(model, CausalModel(make_llama(0)), (plain, prompted), context=128)
     assert found.tokens_W.sum() == plain.tokens
     expected = 0.0
     for document in plain.documents:
@@ -140,7 +142,7 @@ def test_the_same_labels_are_compared_behind_a_soft_prompt() -> None:
 def test_a_vocabulary_that_has_grown_is_compared_over_what_both_have() -> None:
     before, after = make_llama(0), make_llama(0)
     after.resize_token_embeddings(VOCABULARY + 9, mean_resizing=False)
-    found = drift(CausalModel(before), CausalModel(after), (texts(2), texts(2)), context=128)
+    found = compute_drift(CausalModel(before), CausalModel(after), (texts(2), texts(2)), context=128)
     assert abs(found.divergence_W).max() < 1e-6
 
 
@@ -160,7 +162,7 @@ def test_encoder_decoders_and_classifiers_are_compared_too() -> None:
     held_out = HeldOutRows(
         "t", "learned", tuple(rows), np.arange(3), sizes, "x", np.arange(3).astype(np.uint64), sizes, "answers"
     )
-    found = drift(HeadedModel(t5), HeadedModel(other), (held_out, held_out), context=32)
+    found = compute_drift(HeadedModel(t5), HeadedModel(other), (held_out, held_out), context=32)
     assert found.tokens_W.tolist() == [5, 5, 5]
     expected = 0.0
     for row in rows:
@@ -190,7 +192,7 @@ def test_classes_are_compared_as_shares() -> None:
     rows = tuple(Row({"input_ids": np.array([i])}, np.array(label), 1) for i, label in ((0, 0), (1, 1)))
     ones = np.ones(2, np.int64)
     held_out = HeldOutRows("t", "learned", rows, np.arange(2), ones, "x", np.arange(2).astype(np.uint64), ones, "class")
-    found = drift(_Classes(before), _Classes(after), (held_out, held_out), context=8)
+    found = compute_drift(_Classes(before), _Classes(after), (held_out, held_out), context=8)
     p, q = torch.softmax(before[0].double(), 0), torch.softmax(after[0].double(), 0)
     assert found.divergence_W == pytest.approx([float((p * (p / q).log()).sum()), 0.0])
     assert found.right_W.tolist() == [1, 1] and found.lost_W.tolist() == [1, 0] and found.won_W.tolist() == [0, 0]

@@ -14,10 +14,19 @@ from torch import Tensor, nn
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.evaluation import fisher as module
-from postgrad.evaluation.fisher import Found, Measure, drawn_labels, empirical, fisher, mas, measured, squared_norm
-from postgrad.models.model import CausalModel, Head, Model, Output
-from postgrad.objectives.classification_loss import Decisions
-from postgrad.objectives.next_token import Tokens
+from postgrad.evaluation.fisher import (
+    ImportanceEstimate,
+    ImportanceMeasure,
+    empirical_fisher_measure,
+    estimate_importance,
+    fisher_measure,
+    mas_measure,
+    sample_labels,
+    squared_norm,
+)
+from postgrad.models.model import CausalModel, Model, Output, OutputHead
+from postgrad.objectives.classification_loss import ClassificationLoss
+from postgrad.objectives.next_token import TokenLoss
 from tests.conftest import make_llama
 
 
@@ -36,7 +45,7 @@ class Linear(Model):
 
     def forward(self, **inputs: Tensor) -> Output:
         x = inputs["x"]
-        return Output(x, Head(self.weight)) if self.as_head else Output(x @ self.weight.T, None)
+        return Output(x, OutputHead(self.weight)) if self.as_head else Output(x @ self.weight.T, None)
 
 
 def batch_of(inputs: dict[str, Tensor], labels: Tensor) -> Batch:
@@ -48,9 +57,11 @@ def batch_of(inputs: dict[str, Tensor], labels: Tensor) -> Batch:
     return Batch(inputs, labels, np.zeros(len(labels), np.int64), counted.long().numpy())
 
 
-def found(model: Model, batches: Sequence[Batch], measure: Measure, most: int | None = None) -> Found:
-    *_, last = measured(model, batches, measure, most or sum(b.counted for b in batches))
-    assert isinstance(last, Found)
+def found(
+    model: Model, batches: Sequence[Batch], measure: ImportanceMeasure, most: int | None = None
+) -> ImportanceEstimate:
+    *_, last = estimate_importance(model, batches, measure, most or sum(b.label_count for b in batches))
+    assert isinstance(last, ImportanceEstimate)
     return last
 
 
@@ -74,7 +85,7 @@ def test_fisher_is_the_closed_form_of_a_linear_softmax() -> None:
     model, x_BTD = linear_case()
     labels = torch.randint(0, 5, x_BTD.shape[:2], generator=seeded(2))
     batches = [batch_of({"x": x_BTD}, labels)] * 2000
-    told = found(model, batches, fisher(Tokens(), "class", seeded()))
+    told = found(model, batches, fisher_measure(TokenLoss(), "class", seeded()))
     expected = closed_form(model.weight.detach(), x_BTD.flatten(0, 1))
     assert told.labels == 2000 * 40
     torch.testing.assert_close(told.tensors["weight"], expected, rtol=0.15, atol=0.02)
@@ -90,15 +101,15 @@ def test_the_square_of_a_batch_gradient_of_data_labels_would_be_caught() -> None
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = Tokens()(model(x=x_BTD), batch)[0]
+        loss = TokenLoss()(model(x=x_BTD), batch)[0]
         loss.backward()
         return loss
 
     optimizer.step(closure)
     exact = closed_form(model.weight.detach(), x_BTD.flatten(0, 1))
-    wrong = Measure(empirical(Tokens()).worth, squared=True, together=True)
+    wrong = ImportanceMeasure(empirical_fisher_measure(TokenLoss()).objective, squared=True, batched=True)
     assert float(found(model, [batch], wrong).tensors["weight"].sum()) < 1e-6 * float(exact.sum())
-    ours = found(model, [batch] * 1000, fisher(Tokens(), "class", seeded()))
+    ours = found(model, [batch] * 1000, fisher_measure(TokenLoss(), "class", seeded()))
     assert ours.mean == pytest.approx(float(exact.mean()), rel=0.05)
 
 
@@ -123,13 +134,13 @@ def exact_fisher(model: CausalModel, batch: Batch) -> dict[str, Tensor]:
             said = logits[*place, token]
             for total, gradient in zip(sums, torch.autograd.grad(said, weights, retain_graph=True), strict=True):
                 total += said.exp().detach() * gradient.square()
-    return dict(zip(names, [s.detach() / batch.counted for s in sums], strict=True))
+    return dict(zip(names, [s.detach() / batch.label_count for s in sums], strict=True))
 
 
 def test_fisher_of_a_language_model_is_the_sum_over_all_labels() -> None:
     model, batch = tiny_lm()
     exact = exact_fisher(model, batch)
-    told = found(model, [batch] * 800, fisher(Tokens(), "class", seeded()))
+    told = found(model, [batch] * 800, fisher_measure(TokenLoss(), "class", seeded()))
     assert told.tensors.keys() == exact.keys()
     for name, expected in exact.items():
         off = (told.tensors[name] - expected).norm() / expected.norm()
@@ -148,7 +159,7 @@ def test_in_the_square_of_a_sum_the_cross_terms_vanish() -> None:
     expected = {name: torch.zeros_like(t) for name, t in exact.items()}
     for drawn in itertools.product(range(6), repeat=2):
         labels = torch.tensor([drawn])
-        loss = Tokens()(model(**row.inputs), Batch(row.inputs, labels, row.source_B, row.counted_B))[0]
+        loss = TokenLoss()(model(**row.inputs), Batch(row.inputs, labels, row.source_B, row.label_count_B))[0]
         chance = shares[0, drawn[0]] * shares[1, drawn[1]]
         for (name, _), gradient in zip(
             model.pretrained.named_parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
@@ -168,7 +179,7 @@ def test_labels_are_drawn_as_the_model_says(at_once: int, monkeypatch: pytest.Mo
     counts = torch.zeros(2, 4, 6)
     generator = seeded()
     for _ in range(4000):
-        drawn = drawn_labels(output, batch.labels, "class", generator)
+        drawn = sample_labels(output, batch.labels, "class", generator)
         assert ((drawn == IGNORED) == (batch.labels == IGNORED)).all()
         counts += nn.functional.one_hot(drawn.clamp(min=0), 6) * (drawn != IGNORED)[..., None]
     kept = batch.labels != IGNORED
@@ -180,8 +191,8 @@ def test_fisher_of_tags_and_classes() -> None:
         model, x_BTD = linear_case(head=False)
         x = x_BTD.reshape(*shape, 3)
         batch = batch_of({"x": x}, torch.zeros(shape, dtype=torch.long))
-        loss = Decisions(problem)  # type: ignore[arg-type]
-        told = found(model, [batch] * 2000, fisher(loss, problem, seeded()))
+        loss = ClassificationLoss(problem)  # type: ignore[arg-type]
+        told = found(model, [batch] * 2000, fisher_measure(loss, problem, seeded()))
         expected = closed_form(model.weight.detach(), x_BTD.flatten(0, 1))
         torch.testing.assert_close(told.tensors["weight"], expected, rtol=0.15, atol=0.01)
 
@@ -190,7 +201,7 @@ def test_fisher_of_several_classes_is_the_curvature_of_their_mean() -> None:
     model, x_BTD = linear_case(head=False)
     x = x_BTD.flatten(0, 1)
     batch = batch_of({"x": x}, torch.zeros(40, 5))
-    told = found(model, [batch] * 3000, fisher(Decisions("multi"), "multi", seeded(), scale=5))
+    told = found(model, [batch] * 3000, fisher_measure(ClassificationLoss("multi"), "multi", seeded(), scale=5))
     p_NC = (x @ model.weight.detach().T).sigmoid()
     curvature = (p_NC * (1 - p_NC)).T @ x.square() / 40 / 5
     torch.testing.assert_close(told.tensors["weight"], curvature, rtol=0.15, atol=0.003)
@@ -200,7 +211,7 @@ def test_fisher_of_a_number_is_the_curvature_of_the_squared_error() -> None:
     model = Linear(3, 1, head=False)
     x = torch.randn(40, 3, generator=seeded(1))
     batch = batch_of({"x": x}, torch.zeros(40))
-    told = found(model, [batch] * 4000, fisher(Decisions("number"), "number", seeded()))
+    told = found(model, [batch] * 4000, fisher_measure(ClassificationLoss("number"), "number", seeded()))
     torch.testing.assert_close(told.tensors["weight"][0], 2 * x.square().mean(0), rtol=0.1, atol=0.0)
 
 
@@ -212,7 +223,7 @@ def samples() -> tuple[CausalModel, list[Batch]]:
     model, batch = tiny_lm()
     parts = [slice(i, i + 1) for i in range(2)]
     rows = [
-        Batch({k: v[i] for k, v in batch.inputs.items()}, batch.labels[i], batch.source_B[i], batch.counted_B[i])
+        Batch({k: v[i] for k, v in batch.inputs.items()}, batch.labels[i], batch.source_B[i], batch.label_count_B[i])
         for i in parts
     ]
     return model, rows
@@ -225,7 +236,7 @@ def gradients(model: CausalModel, worth: Tensor) -> dict[str, Tensor]:
 
 def test_mas_is_the_size_of_each_samples_gradient() -> None:
     model, rows = samples()
-    told = found(model, rows, mas())
+    told = found(model, rows, mas_measure())
     norms = [
         (model.pretrained(**row.inputs, use_cache=False).logits[row.labels != IGNORED]).square().sum() for row in rows
     ]
@@ -250,8 +261,8 @@ def test_the_norm_in_chunks_is_that_of_all_logits(monkeypatch: pytest.MonkeyPatc
 
 def test_the_empirical_one_squares_each_samples_gradient() -> None:
     model, rows = samples()
-    told = found(model, rows, empirical(Tokens()))
-    each = [gradients(model, Tokens()(model(**row.inputs), row)[0]) for row in rows]
+    told = found(model, rows, empirical_fisher_measure(TokenLoss()))
+    each = [gradients(model, TokenLoss()(model(**row.inputs), row)[0]) for row in rows]
     for name, tensor in told.tensors.items():
         torch.testing.assert_close(tensor, sum(g[name].square() for g in each) / 7, rtol=1e-4, atol=1e-8)
 
@@ -262,7 +273,7 @@ def test_the_empirical_one_squares_each_samples_gradient() -> None:
 def test_the_halves_agree_more_and_more_and_their_error_is_honest() -> None:
     model, x_BTD = linear_case()
     batch = batch_of({"x": x_BTD}, torch.zeros(8, 5, dtype=torch.long))
-    told = found(model, [batch] * 640, fisher(Tokens(), "class", seeded()))
+    told = found(model, [batch] * 640, fisher_measure(TokenLoss(), "class", seeded()))
     assert [row["labels"] for row in told.convergence] == [40 * 640 // 2**i for i in (4, 3, 2, 1, 0)]
     errors = [row["error"] for row in told.convergence]
     assert errors[0] > errors[-1] and told.convergence[-1]["correlation"] > told.convergence[0]["correlation"]
@@ -280,9 +291,9 @@ def test_it_stops_at_the_labels_that_were_asked_for_and_leaves_the_model_as_it_w
         while True:
             yield batch
 
-    steps = list(measured(model, endless(), fisher(Tokens(), "class", seeded()), 30))
+    steps = list(estimate_importance(model, endless(), fisher_measure(TokenLoss(), "class", seeded()), 30))
     assert steps[:-1] == [7, 14, 21, 28, 35]
-    assert isinstance(steps[-1], Found) and steps[-1].labels == 35
+    assert isinstance(steps[-1], ImportanceEstimate) and steps[-1].labels == 35
     for name, p in model.pretrained.named_parameters():
         assert torch.equal(p, before[name][0]) and p.requires_grad == before[name][1] and p.grad is None
     assert float(steps[-1].tensors["model.norm.weight"].sum()) > 0
@@ -290,7 +301,7 @@ def test_it_stops_at_the_labels_that_were_asked_for_and_leaves_the_model_as_it_w
 
 def test_the_same_seed_gives_the_same_bits() -> None:
     model, batch = tiny_lm()
-    one, two, other = (found(model, [batch] * 3, fisher(Tokens(), "class", seeded(s))) for s in (0, 0, 1))
+    one, two, other = (found(model, [batch] * 3, fisher_measure(TokenLoss(), "class", seeded(s))) for s in (0, 0, 1))
     name = "model.norm.weight"
     assert torch.equal(one.tensors[name], two.tensors[name])
     assert not torch.equal(one.tensors[name], other.tensors[name])

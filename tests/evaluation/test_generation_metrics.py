@@ -14,32 +14,32 @@ from sklearn import metrics as sklearn
 from postgrad.evaluation import generation_metrics
 from postgrad.evaluation.generation_metrics import (
     METRICS,
-    Answers,
     MetricName,
-    change,
+    TaskPredictions,
     final_number,
     joint_change,
-    normalised,
+    metric_change,
+    metric_summary,
+    metric_verdict,
+    normalize_answer,
     numeric_match,
-    summary,
     token_f1,
-    verdict,
 )
 
 
-def once(said: list[str], references: list[list[str]]) -> Answers:
-    return Answers((tuple(said),), tuple(map(tuple, references)))
+def once(said: list[str], references: list[list[str]]) -> TaskPredictions:
+    return TaskPredictions((tuple(said),), tuple(map(tuple, references)))
 
 
 def value(name: MetricName, said: list[str], references: list[list[str]]) -> float:
-    return summary(name, once(said, references))["value"]
+    return metric_summary(name, once(said, references))["value"]
 
 
 # -- one answer -----------------------------------------------------------------------------------------------------------
 
 
 def test_squads_normalisation() -> None:
-    assert normalised(" The  Cat's, an (old) one. ") == "cats old one"
+    assert normalize_answer(" The  Cat's, an (old) one. ") == "cats old one"
     assert value("exact-match", ["the cat!"], [["A Cat"]]) == 1
     assert value("exact-match", ["the cats"], [["A Cat"]]) == 0
 
@@ -157,11 +157,11 @@ def test_correlations_as_scipy_has_them() -> None:
 
 def test_an_interval_is_of_resampled_items() -> None:
     said = ["yes"] * 60 + ["no"] * 40
-    found = summary("accuracy", once(said, [["yes"]] * 100))
+    found = metric_summary("accuracy", once(said, [["yes"]] * 100))
     # The binomial's standard error is 0.049: about 0.6 - 0.096 to 0.6 + 0.096.
     assert found["value"] == pytest.approx(0.6)
     assert found["low"] == pytest.approx(0.504, abs=0.02) and found["high"] == pytest.approx(0.696, abs=0.02)
-    assert summary("accuracy", once(said[:1], [["yes"]])) == {
+    assert metric_summary("accuracy", once(said[:1], [["yes"]])) == {
         "value": 1.0, "low": 1.0, "high": 1.0, "seeds": [1.0], "spread": None,
     }  # fmt: skip
 
@@ -173,38 +173,38 @@ def test_a_change_is_paired() -> None:
     worse = [i for i, answer in enumerate(before) if answer == "no"][:20]
     after = ["yes" if i in worse else answer for i, answer in enumerate(before)]
     references = [["yes"]] * 200
-    found = change("accuracy", once(before, references), once(after, references))
+    found = metric_change("accuracy", once(before, references), once(after, references))
     assert found["difference"] == pytest.approx(0.1)
     assert 0.05 < found["low"] < 0.1 < found["high"] < 0.15 and found["verdict"] == "learnt"
-    same = change("accuracy", once(before, references), once(before, references))
+    same = metric_change("accuracy", once(before, references), once(before, references))
     assert (same["difference"], same["low"], same["high"], same["verdict"]) == (0, 0, 0, "kept")
-    back = change("accuracy", once(after, references), once(before, references))
+    back = metric_change("accuracy", once(after, references), once(before, references))
     assert back["verdict"] == "forgot" and back["low"] == pytest.approx(-found["high"])
 
 
 def test_unpaired_draws_would_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: each side is drawn by itself, so that the interval of no change is no point."""
     seeds = iter(range(10**6))
-    plain = generation_metrics._draws
+    plain = generation_metrics._bootstrap_weights
 
-    def alone(name: MetricName, answers: Answers, weights_DI: np.ndarray) -> np.ndarray:
+    def alone(name: MetricName, answers: TaskPredictions, weights_DI: np.ndarray) -> np.ndarray:
         drawn = weights_DI if len(weights_DI) == 1 else plain(len(answers), next(seeds))
-        return generation_metrics._values(name, answers, drawn).mean(0)
+        return generation_metrics._seed_values(name, answers, drawn).mean(0)
 
-    monkeypatch.setattr(generation_metrics, "_mean", alone)
+    monkeypatch.setattr(generation_metrics, "_seed_mean", alone)
     answers = once(["yes", "no"] * 50, [["yes"]] * 100)
-    found = change("accuracy", answers, answers)
+    found = metric_change("accuracy", answers, answers)
     assert found["low"] < 0 < found["high"]
 
 
 def test_seeds_are_averaged_and_their_spread_is_told() -> None:
     said = (("yes", "no", "yes", "yes"), ("yes", "no", "no", "no"))
-    found = summary("accuracy", Answers(said, (("yes",),) * 4))
+    found = metric_summary("accuracy", TaskPredictions(said, (("yes",),) * 4))
     assert found["seeds"] == [0.75, 0.25] and found["value"] == 0.5
     assert found["spread"] == pytest.approx(np.std([0.75, 0.25], ddof=1))
     # Items are resampled, not answers: both seeds of an item are drawn together.
-    alike = summary("accuracy", Answers((said[0], said[0]), (("yes",),) * 4))
-    alone = summary("accuracy", Answers((said[0],), (("yes",),) * 4))
+    alike = metric_summary("accuracy", TaskPredictions((said[0], said[0]), (("yes",),) * 4))
+    alone = metric_summary("accuracy", TaskPredictions((said[0],), (("yes",),) * 4))
     assert (alike["low"], alike["high"], alike["spread"]) == (alone["low"], alone["high"], 0)
 
 
@@ -216,22 +216,22 @@ def test_several_tasks_are_one_mean_and_a_narrower_interval() -> None:
         after = once(generator.choices(["yes", "no"], k=50), [["yes"]] * 50)
         tasks.append(("accuracy", before, after))
     found = joint_change(tasks)  # type: ignore[arg-type]
-    alone = [change(*task) for task in tasks]  # type: ignore[arg-type]
+    alone = [metric_change(*task) for task in tasks]  # type: ignore[arg-type]
     assert found["difference"] == pytest.approx(np.mean([a["difference"] for a in alone]))
     assert found["high"] - found["low"] < 0.7 * min(a["high"] - a["low"] for a in alone)
 
 
 def test_a_verdict_is_on_the_metrics_own_scale() -> None:
-    assert verdict("accuracy", -0.02, 0.02) == "no evidence" and verdict("BLEU", -0.02, 0.02) == "kept"
-    assert verdict("BLEU", 0.5, 3) == "learnt" and verdict("chrF", -3, -2) == "forgot"
+    assert metric_verdict("accuracy", -0.02, 0.02) == "no evidence" and metric_verdict("BLEU", -0.02, 0.02) == "kept"
+    assert metric_verdict("BLEU", 0.5, 3) == "learnt" and metric_verdict("chrF", -3, -2) == "forgot"
 
 
 @pytest.mark.parametrize("name", list(METRICS))
 def test_every_metric_is_right_about_right_answers(name: MetricName) -> None:
     answers = ["1.5 red dogs ran far", "2.5 big cats sat down", "3.5 old cows ran off", "4.5 new birds sat up"]
-    found = summary(name, once(answers, [[a] for a in answers]))
+    found = metric_summary(name, once(answers, [[a] for a in answers]))
     scale = METRICS[name].scale
     assert found["value"] == pytest.approx(scale)
-    worse = summary(name, once([*answers[1:], answers[0]], [[a] for a in answers]))
+    worse = metric_summary(name, once([*answers[1:], answers[0]], [[a] for a in answers]))
     assert worse["value"] < 0.9 * scale
     assert worse["low"] <= worse["value"] + 1e-9 and worse["value"] <= worse["high"] + 1e-9

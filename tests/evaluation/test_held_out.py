@@ -12,23 +12,25 @@ from hypothesis import strategies as st
 
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.evaluation import held_out
-from postgrad.evaluation.held_out import HeldOut, HeldOutRows, behind_bos
+from postgrad.evaluation.held_out import HeldOutRows, HeldOutText, insert_after_bos
 
 BOS, VIRTUAL = 1, (900, 901, 902)
 
 
-def text(documents: Sequence[Sequence[int]], **changes: object) -> HeldOut:
-    found = HeldOut("text", "learned", tuple(np.array(d, np.int64) for d in documents), np.full(len(documents), 9), "f")
+def text(documents: Sequence[Sequence[int]], **changes: object) -> HeldOutText:
+    found = HeldOutText(
+        "text", "learned", tuple(np.array(d, np.int64) for d in documents), np.full(len(documents), 9), "f"
+    )
     return replace(found, **changes)  # type: ignore[arg-type]
 
 
-def scored(found: HeldOut, context: int) -> list[tuple[int, int, int]]:
+def scored(found: HeldOutText, context: int) -> list[tuple[int, int, int]]:
     """Document, label and the token before it, of everything that is scored, in order."""
     out = []
-    for document, row in found.pieces(context):
+    for document, row in found.iter_rows(context):
         ids, labels = row.inputs["input_ids"], row.labels
         assert len(ids) == len(labels) <= context
-        assert row.counted == int((labels != IGNORED).sum())
+        assert row.label_count == int((labels != IGNORED).sum())
         assert labels[-1] == IGNORED  # there is nothing behind the last id that it could be the label of
         for place in np.flatnonzero(labels != IGNORED).tolist():
             assert ids[place + 1] == labels[place]  # the next token
@@ -62,11 +64,11 @@ def test_a_prompt_and_as_much_room_left_free_cut_alike(documents: list[list[int]
     """The start model, which has no prompt, is scored on the same windows of the same documents."""
     documents = [[BOS, *d] if bos else d for d in documents]
     both = {"bos": BOS if bos else None}
-    prompted = list(text(documents, before=VIRTUAL, **both).pieces(context))
-    spared = list(text(documents, spare=len(VIRTUAL), **both).pieces(context))
+    prompted = list(text(documents, before=VIRTUAL, **both).iter_rows(context))
+    spared = list(text(documents, spare=len(VIRTUAL), **both).iter_rows(context))
     assert len(prompted) == len(spared)
     for (one, with_prompt), (other, without) in zip(prompted, spared, strict=True):
-        assert one == other and with_prompt.counted == without.counted
+        assert one == other and with_prompt.label_count == without.label_count
         ids = with_prompt.inputs["input_ids"].tolist()
         begins = int(bos and ids[0] == BOS)
         assert tuple(ids[begins : begins + 3]) == VIRTUAL
@@ -78,13 +80,13 @@ def test_a_prompt_and_as_much_room_left_free_cut_alike(documents: list[list[int]
 def test_without_the_room_left_free_windows_would_differ() -> None:
     """The mutant of the law above."""
     long = [list(range(2, 60))]
-    counts = {spare: [p.row.counted for p in text(long, spare=spare).pieces(16)] for spare in (0, 3)}
+    counts = {spare: [p.row.label_count for p in text(long, spare=spare).iter_rows(16)] for spare in (0, 3)}
     assert counts[0] != counts[3]
 
 
 def test_a_prompt_by_hand() -> None:
     found = text([[BOS, 5, 6, 7, 8, 9, 10, 11]], before=VIRTUAL[:2], bos=BOS)
-    rows = [(p.row.inputs["input_ids"].tolist(), p.row.labels.tolist()) for p in found.pieces(8)]
+    rows = [(p.row.inputs["input_ids"].tolist(), p.row.labels.tolist()) for p in found.iter_rows(8)]
     x = IGNORED
     assert rows == [
         ([BOS, 900, 901, 5, 6, 7, 8, 9], [x, x, 5, 6, 7, 8, 9, x]),
@@ -94,20 +96,20 @@ def test_a_prompt_by_hand() -> None:
 
 def test_a_prompt_stands_behind_a_bos_and_before_anything_else() -> None:
     ids = np.array([BOS, 5, 6])
-    assert behind_bos(ids, VIRTUAL, BOS).tolist() == [BOS, *VIRTUAL, 5, 6]
-    assert behind_bos(ids[1:], VIRTUAL, BOS).tolist() == [*VIRTUAL, 5, 6]
-    assert behind_bos(ids, VIRTUAL, None).tolist() == [*VIRTUAL, BOS, 5, 6]
-    assert behind_bos(ids, (), BOS).tolist() == ids.tolist()
-    assert behind_bos(ids[:0], VIRTUAL, BOS).tolist() == list(VIRTUAL)
+    assert insert_after_bos(ids, VIRTUAL, BOS).tolist() == [BOS, *VIRTUAL, 5, 6]
+    assert insert_after_bos(ids[1:], VIRTUAL, BOS).tolist() == [*VIRTUAL, 5, 6]
+    assert insert_after_bos(ids, VIRTUAL, None).tolist() == [*VIRTUAL, BOS, 5, 6]
+    assert insert_after_bos(ids, (), BOS).tolist() == ids.tolist()
+    assert insert_after_bos(ids[:0], VIRTUAL, BOS).tolist() == list(VIRTUAL)
 
 
 def test_scores_are_kept_by_all_that_decides_them() -> None:
     plain = text([[2, 3, 4], [5, 6]])
     others = [
         plain,
-        replace(plain, before=VIRTUAL),
-        replace(plain, spare=3),
-        plain.first(3),
+        replace(plain, virtual_tokens=VIRTUAL),
+        replace(plain, reserved_positions=3),
+        plain.take_tokens(3),
         replace(plain, fingerprint="g"),
     ]
     assert len({str(h.identity) for h in others}) == len(others)
@@ -141,14 +143,14 @@ def made(documents: Sequence[int], sizes: Sequence[int]) -> HeldOutRows:
 )
 def test_the_first_documents_are_whole_and_fit(tokens: int, documents: int) -> None:
     """Documents of 4, 5 and 5 tokens in 2, 1 and 3 rows."""
-    found = made([0, 0, 1, 2, 2, 2], [4, 5, 5]).first(tokens)
+    found = made([0, 0, 1, 2, 2, 2], [4, 5, 5]).take_tokens(tokens)
     assert len(found) == documents
     assert len(found.rows) == [2, 3, 6][documents - 1] == found.tokens
     assert found.document_R.tolist() == [0, 0, 1, 2, 2, 2][: len(found.rows)]
     assert [int(row.labels) for row in found.rows] == list(range(len(found.rows)))
     for part in (found.bytes, found.digests, found.tokens_N):
         assert len(part) == documents
-    assert [(piece.document, int(piece.row.labels)) for piece in found.pieces(7)] == [
+    assert [(piece.document, int(piece.row.labels)) for piece in found.iter_rows(7)] == [
         (d, i) for i, d in enumerate(found.document_R)
     ]
 
@@ -157,8 +159,8 @@ def test_the_first_documents_are_whole_and_fit(tokens: int, documents: int) -> N
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=8), st.integers(0, 60))
 def test_the_first_of_the_first_are_the_first(sizes: list[tuple[int, int]], tokens: int) -> None:
     whole = made([d for d, (_, rows) in enumerate(sizes) for _ in range(rows)], [size for size, _ in sizes])
-    part = whole.first(tokens)
-    assert part.first(tokens).identity == part.identity
+    part = whole.take_tokens(tokens)
+    assert part.take_tokens(tokens).identity == part.identity
     assert len(part) == 1 or part.tokens_N.sum() <= tokens
     assert len(part) == len(whole) or part.tokens_N.sum() + whole.tokens_N[len(part)] > tokens
     assert set(part.document_R.tolist()) == set(range(len(part)))
@@ -168,13 +170,13 @@ def test_rows_are_told_apart_by_what_stands_around_them() -> None:
     plain = made([0, 1], [3, 3])
     others = [
         plain,
-        replace(plain, around=((1,), (), ())),
-        replace(plain, around=((), (), (1,))),
-        replace(plain, words=(5, 6)),
-        replace(plain, words=(6, 5)),
+        replace(plain, framing=((1,), (), ())),
+        replace(plain, framing=((), (), (1,))),
+        replace(plain, label_token_ids=(5, 6)),
+        replace(plain, label_token_ids=(6, 5)),
         replace(plain, task="multi"),
         replace(plain, fingerprint="g"),
-        plain.first(3),
+        plain.take_tokens(3),
     ]
     assert len({str(h.identity) for h in others}) == len(others)
 

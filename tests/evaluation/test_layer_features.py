@@ -13,7 +13,7 @@ from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.errors import DiskError
 from postgrad.evaluation import layer_features as features
 from postgrad.evaluation.layer_features import layer_features
-from postgrad.models.task_head import states_of
+from postgrad.models.task_head import compute_hidden_states
 from tests.tuning import families
 
 CPU = torch.device("cpu")
@@ -32,12 +32,12 @@ def rows_of(tags: bool) -> list[Row]:
 
 
 def states(inputs: dict[str, torch.Tensor]) -> Any:
-    return states_of(families.build("bert", "lm").base_model, stack=None, **inputs)
+    return compute_hidden_states(families.build_model("bert", "lm").base_model, stack=None, **inputs)
 
 
 def by_hand(row: Row) -> np.ndarray:
     """The states of a row alone, by plain transformers: (S, T, D)."""
-    model = families.build("bert", "lm").base_model
+    model = families.build_model("bert", "lm").base_model
     with torch.no_grad():
         found = model(torch.from_numpy(row.inputs["input_ids"])[None], output_hidden_states=True).hidden_states
     return torch.stack(found)[:, 0].numpy()

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from postgrad.errors import DataError, MissingExtra, ModelError, StageError
 from postgrad.evaluation import lm_eval_harness as harness
-from postgrad.evaluation.choices.loglikelihood import choose, encode_all
-from postgrad.evaluation.lm_eval_harness import Found, run_harness
-from postgrad.models.model import model_for
-from postgrad.models.prefix_lm_attention import mark
+from postgrad.evaluation.choices.loglikelihood import encode_items, score_choices
+from postgrad.evaluation.lm_eval_harness import HarnessResults, run_harness
+from postgrad.models.model import wrap_model
+from postgrad.models.prefix_lm_attention import mark_prefix_lm
 from postgrad.tuning.attach import attach
 from tests.conftest import make_llama, make_tokenizer
 from tests.tiny_stages import make_t5, t5_tokenizer
@@ -105,15 +105,15 @@ def plain_loop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items
 def test_five_shot_log_likelihoods_are_those_of_a_plain_loop(sort: str) -> None:
     pretrained, tokenizer, task = sorts()[sort]
     items = few_shot(40)
-    encoded = encode_all(tokenizer, items, apart=sort != "decoder")
-    found = choose(model_for(pretrained, task), encoded, context=ROOM, pad=0)  # type: ignore[arg-type]
+    encoded = encode_items(tokenizer, items, separate=sort != "decoder")
+    found = score_choices(wrap_model(pretrained, task), encoded, context=ROOM, pad=0)  # type: ignore[arg-type]
     wanted = plain_loop(pretrained, tokenizer, items)
     assert np.array(found.log_p) == pytest.approx(np.array(wanted), abs=1e-4)
     assert found.best().tolist() == np.argmax(wanted, 1).tolist()
     assert len(set(found.best().tolist())) > 1
     # The mutant: without its demonstrations a question has other answers.
-    bare = encode_all(tokenizer, [(c.rsplit("\n\n", 1)[1], o) for c, o in items], apart=sort != "decoder")
-    alone = choose(model_for(pretrained, task), bare, context=ROOM, pad=0)  # type: ignore[arg-type]
+    bare = encode_items(tokenizer, [(c.rsplit("\n\n", 1)[1], o) for c, o in items], separate=sort != "decoder")
+    alone = score_choices(wrap_model(pretrained, task), bare, context=ROOM, pad=0)  # type: ignore[arg-type]
     assert np.array(alone.log_p) != pytest.approx(np.array(wanted), abs=1e-2)
 
 
@@ -128,8 +128,8 @@ def test_five_shot_log_likelihoods_are_those_of_lm_eval(sort: str, lm_eval: Any)
     theirs = lm.loglikelihood(
         [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True
     )
-    encoded = encode_all(tokenizer, items, apart=sort != "decoder")
-    found = choose(model_for(pretrained, task), encoded, context=ROOM, pad=0)  # type: ignore[arg-type]
+    encoded = encode_items(tokenizer, items, separate=sort != "decoder")
+    found = score_choices(wrap_model(pretrained, task), encoded, context=ROOM, pad=0)  # type: ignore[arg-type]
     assert np.concatenate(found.log_p) == pytest.approx(np.array([log_p for log_p, _ in theirs]), abs=1e-4)
     assert np.concatenate(found.greedy).tolist() == [greedy for _, greedy in theirs]
     best = np.array([log_p for log_p, _ in theirs]).reshape(-1, 4).argmax(1)
@@ -176,9 +176,9 @@ def folder(tmp_path: Path) -> Path:
     return home
 
 
-def ran(sort: str, tasks: list[str], **options: Any) -> Found:
+def ran(sort: str, tasks: list[str], **options: Any) -> HarnessResults:
     pretrained, tokenizer, task = sorts()[sort]
-    return run_harness(model_for(pretrained, task), tokenizer, tasks, pad=0, **options)  # type: ignore[arg-type]
+    return run_harness(wrap_model(pretrained, task), tokenizer, tasks, pad=0, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sort", ["decoder", "encoder-decoder"])
@@ -208,7 +208,7 @@ def test_tasks_have_the_results_that_lm_eval_gives(sort: str, lm_eval: Any, fold
         assert result.stderr == pytest.approx(theirs[result.task][f"{result.metric}_stderr,none"])
         assert (result.shots, result.items) == (3, 30)
     assert len({result.value for result in found.results[:4]}) > 1
-    assert (found.cut, found.requests) == (0, 30 * 8 + 30)
+    assert (found.truncated_prompts, found.requests) == (0, 30 * 8 + 30)
     assert {r.items for r in ran(sort, ["sums"], folder=folder, limit=5, context=ROOM).results} == {5}
 
 
@@ -217,7 +217,7 @@ def test_prompts_beyond_the_context_are_cut_as_lm_eval_cuts_them_and_counted(lm_
     from lm_eval.tasks import TaskManager
 
     found = ran("decoder", ["sums"], folder=folder, shots=5, context=40)
-    assert found.cut > 100
+    assert found.truncated_prompts > 100
     pretrained, tokenizer, _ = sorts()["decoder"]
     theirs = simple_evaluate(
         lm_eval(pretrained, tokenizer=tokenizer, batch_size=4, max_length=40),
@@ -238,7 +238,7 @@ def test_soft_prompts_stand_around_what_lm_eval_asks(lm_eval: Any) -> None:
     def around(ids: Any) -> tuple[int, ...]:
         return (*virtual, *ids)
 
-    lm = harness._lm(sys.modules[lm_eval.__module__], model_for(pretrained, "causal"), tokenizer, 64, 0, around)
+    lm = harness._make_lm(sys.modules[lm_eval.__module__], wrap_model(pretrained, "causal"), tokenizer, 64, 0, around)
     assert (lm.room, lm.max_length) == (64, 61)
     items = few_shot(6, 0)
     pairs = [(context, choice) for context, choices in items for choice in choices]
@@ -284,8 +284,8 @@ def test_a_task_that_there_is_not(lm_eval: Any, folder: Path, monkeypatch: pytes
         return TaskManager(include_path=include_path, include_defaults=False)  # its own tasks take seconds to index
 
     with pytest.raises(StageError, match=r"no task 'sum'[\s\S]*did you mean 'sums'"):
-        harness._manager(only_ours, ["sums", "sum"], folder)
-    assert harness._manager(only_ours, ["sum*"], folder).all_tasks == ["sums", "sums_written"]
+        harness._make_task_manager(only_ours, ["sums", "sum"], folder)
+    assert harness._make_task_manager(only_ours, ["sum*"], folder).all_tasks == ["sums", "sums_written"]
 
 
 def test_data_that_is_not_there(lm_eval: Any, folder: Path) -> None:
@@ -301,8 +301,8 @@ def test_an_answer_that_leaves_no_room_for_its_prompt(lm_eval: Any, folder: Path
 
 def test_a_prefix_language_model_is_not_let_write_causally(lm_eval: Any, folder: Path) -> None:
     pretrained, tokenizer, _ = sorts()["decoder"]
-    mark(pretrained.config, True)
-    model = model_for(pretrained, "causal")
+    mark_prefix_lm(pretrained.config, True)
+    model = wrap_model(pretrained, "causal")
     with pytest.raises(ModelError, match=r"in both directions"):
         run_harness(model, tokenizer, ["sums_written"], pad=0, folder=folder)
     assert len(run_harness(model, tokenizer, ["sums"], pad=0, folder=folder, limit=3).results) == 4

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postgrad.errors import DataError, StageError
-from postgrad.evaluation.choices.normalization import CONTENT_FREE, By, calibrated, comparable
+from postgrad.evaluation.choices.normalization import CONTENT_FREE, Normalization, calibrate_scores, normalize_scores
 
 TEXTS = ["no", "ünwahr", "it is true"]
 LOG_P = np.array([-3.0, -6.0, -8.0])
@@ -18,7 +18,7 @@ TOKENS = np.array([1, 4, 4])
 ALONE = np.array([-1.0, -7.0, -7.5])
 
 # By hand: bytes 2, 7 (the u with dots has two), 10; characters 2, 6, 10.
-BY_HAND: dict[By, list[float]] = {
+BY_HAND: dict[Normalization, list[float]] = {
     "sum": [-3.0, -6.0, -8.0],
     "token": [-3.0, -1.5, -2.0],
     "byte": [-1.5, -6 / 7, -0.8],
@@ -28,15 +28,18 @@ BY_HAND: dict[By, list[float]] = {
 
 
 @pytest.mark.parametrize("by", BY_HAND)
-def test_scores_are_those_of_the_formula(by: By) -> None:
-    found = comparable(LOG_P, by, texts=TEXTS, tokens_C=TOKENS, alone_C=ALONE)
+def test_scores_are_those_of_the_formula(by: Normalization) -> None:
+    found = normalize_scores(LOG_P, by, texts=TEXTS, tokens_C=TOKENS, unconditional_C=ALONE)
     assert found == pytest.approx(BY_HAND[by])
     # The mutants: any other way says something else.
     assert all(found != pytest.approx(other) for name, other in BY_HAND.items() if name != by)
 
 
 def test_ways_prefer_different_choices() -> None:
-    best = {by: int(comparable(LOG_P, by, texts=TEXTS, tokens_C=TOKENS, alone_C=ALONE).argmax()) for by in BY_HAND}
+    best = {
+        by: int(normalize_scores(LOG_P, by, texts=TEXTS, tokens_C=TOKENS, unconditional_C=ALONE).argmax())
+        for by in BY_HAND
+    }
     assert best == {"sum": 0, "token": 1, "byte": 2, "character": 2, "answer-only": 1}
 
 
@@ -49,14 +52,14 @@ def test_ways_prefer_different_choices() -> None:
         ("answer-only", {"alone_C": ALONE[:1]}, "alone_C: 3 choices and 1 values"),
     ],
 )
-def test_what_a_way_needs(by: By, given: dict[str, object], what: str) -> None:
+def test_what_a_way_needs(by: Normalization, given: dict[str, object], what: str) -> None:
     with pytest.raises(DataError, match=what):
-        comparable(LOG_P, by, **given)  # type: ignore[arg-type]
+        normalize_scores(LOG_P, by, **given)  # type: ignore[arg-type]
 
 
 def test_a_way_that_there_is_not() -> None:
     with pytest.raises(StageError, match=r"by 'bytes'[\s\S]*sum, token, byte, character, answer-only[\s\S]*'byte'"):
-        comparable(LOG_P, "bytes")  # type: ignore[arg-type]
+        normalize_scores(LOG_P, "bytes")  # type: ignore[arg-type]
 
 
 # -- contextual calibration -------------------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ def test_calibration_by_hand() -> None:
     """Two labels; without content the model says the first with 0.8, so 0.7 for the first means the second."""
     log_p = np.log([0.35, 0.15])  # 0.7 and 0.3 among the two
     free = np.log([[0.4, 0.1]])  # 0.8 and 0.2
-    q = np.exp(calibrated(log_p, free))
+    q = np.exp(calibrate_scores(log_p, free))
     # W p = (0.7 / 0.8, 0.3 / 0.2) = (0.875, 1.5), normalised.
     assert q == pytest.approx([0.875 / 2.375, 1.5 / 2.375])
     assert int(log_p.argmax()) == 0
@@ -78,7 +81,7 @@ def test_calibration_by_hand() -> None:
 def test_inputs_without_content_are_averaged_before_they_are_normalised() -> None:
     """By hand: mean of (0.6, 0.2) and (0.1, 0.1) is (0.35, 0.15), so 0.7 and 0.3; p is (0.5, 0.5)."""
     free = np.log([[0.6, 0.2], [0.1, 0.1]])
-    q = np.exp(calibrated(np.log([0.2, 0.2]), free))
+    q = np.exp(calibrate_scores(np.log([0.2, 0.2]), free))
     assert q == pytest.approx([(0.5 / 0.7) / (0.5 / 0.7 + 0.5 / 0.3), (0.5 / 0.3) / (0.5 / 0.7 + 0.5 / 0.3)])
     # The mutants: the other order (0.625 and 0.375), and a mean of logarithms.
     assert q[0] != pytest.approx((0.5 / 0.625) / (0.5 / 0.625 + 0.5 / 0.375))
@@ -92,14 +95,14 @@ numbers = st.lists(st.floats(-50, 0), min_size=4, max_size=4).map(np.array)
 @settings(max_examples=100, deadline=None)
 @given(numbers, st.lists(numbers, min_size=1, max_size=3).map(np.stack), st.floats(-20, 20))
 def test_calibration_is_a_probability_and_knows_no_scale(log_p: np.ndarray, free: np.ndarray, shift: float) -> None:
-    q = calibrated(log_p, free)
+    q = calibrate_scores(log_p, free)
     assert math.isclose(np.exp(q).sum(), 1)
     # A factor common to all choices cancels, in the item and without content.
-    assert calibrated(log_p + shift, free + 2 * shift) == pytest.approx(q)
+    assert calibrate_scores(log_p + shift, free + 2 * shift) == pytest.approx(q)
     # What is said without content, said again, is told from nothing: all choices alike.
-    assert calibrated(free[0], free[:1]) == pytest.approx(np.full(4, -math.log(4)))
+    assert calibrate_scores(free[0], free[:1]) == pytest.approx(np.full(4, -math.log(4)))
     # Without a habit nothing changes but the scale.
-    even = calibrated(log_p, np.zeros((1, 4)))
+    even = calibrate_scores(log_p, np.zeros((1, 4)))
     assert even - even[0] == pytest.approx(log_p - log_p[0])
 
 

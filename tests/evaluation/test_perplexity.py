@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from postgrad.evaluation import perplexity
-from postgrad.evaluation.held_out import HeldOut, _Window, windows
-from postgrad.evaluation.perplexity import Scores, score
+from postgrad.evaluation.held_out import HeldOutText, _Window, windows
+from postgrad.evaluation.perplexity import Scores, score_held_out
 from postgrad.models.model import CausalModel
-from postgrad.stats.forgetting import FEWEST_DOCUMENTS
+from postgrad.stats.forgetting import MIN_DOCUMENTS
 from tests.conftest import VOCABULARY, make_llama
 
 CONTEXT = 32
@@ -28,8 +28,8 @@ def documents(count: int, longest: int, seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(1, VOCABULARY, rng.integers(2, longest + 1)).astype(np.int64) for _ in range(count)]
 
 
-def set_of(texts: Sequence[np.ndarray], name: str = "text") -> HeldOut:
-    return HeldOut(name, "learned", tuple(texts), np.array([3 * len(t) for t in texts], np.int64), "f")
+def set_of(texts: Sequence[np.ndarray], name: str = "text") -> HeldOutText:
+    return HeldOutText(name, "learned", tuple(texts), np.array([3 * len(t) for t in texts], np.int64), "f")
 
 
 def make_gemma() -> Gemma2ForCausalLM:
@@ -77,7 +77,7 @@ def test_nats_are_those_of_plain_transformers_document_by_document(make: object,
     if bos:
         texts = [np.concatenate([[1], t]) for t in texts]
     wanted = np.array([-plain_log_probabilities(model, t).sum() for t in texts])
-    found = score(CausalModel(model), set_of(texts), context=CONTEXT)
+    found = score_held_out(CausalModel(model), set_of(texts), context=CONTEXT)
     assert nats_by_document(found) == pytest.approx(wanted, rel=1e-5)
     # With a BOS all of the text is scored; without one, all but its first token.
     assert found.tokens_W.sum() == sum(len(t) - 1 for t in texts)
@@ -92,15 +92,17 @@ def test_a_head_without_its_soft_cap_would_be_caught() -> None:
     wanted = sum(-plain_log_probabilities(model, t).sum() for t in texts)
     without = CausalModel(model)
     without.softcap = None
-    assert score(CausalModel(model), set_of(texts), context=CONTEXT).nats_W.sum() == pytest.approx(wanted, rel=1e-5)
-    assert abs(score(without, set_of(texts), context=CONTEXT).nats_W.sum() - wanted) > 0.01 * wanted
+    assert score_held_out(CausalModel(model), set_of(texts), context=CONTEXT).nats_W.sum() == pytest.approx(
+        wanted, rel=1e-5
+    )
+    assert abs(score_held_out(without, set_of(texts), context=CONTEXT).nats_W.sum() - wanted) > 0.01 * wanted
 
 
 @pytest.mark.parametrize("context", [2, 3, 16, 33])
 def test_long_documents_are_those_of_a_hand_written_loop(context: int) -> None:
     model = make_llama(max_position_embeddings=64)
     texts = documents(6, 150, seed=2)
-    found = score(CausalModel(model), set_of(texts), context=context)
+    found = score_held_out(CausalModel(model), set_of(texts), context=context)
     wanted = [plain_nats(model, t, context) for t in texts]
     assert nats_by_document(found) == pytest.approx(wanted, rel=1e-5)
     assert found.tokens_W.sum() == sum(len(t) - 1 for t in texts)
@@ -146,7 +148,7 @@ def test_neither_batch_size_nor_padding_matters(monkeypatch: pytest.MonkeyPatch)
     for at_once, logits in ((1, 1), (100, 1 << 25), (8192, VOCABULARY * 7), (10**9, 1 << 25)):
         monkeypatch.setattr(perplexity, "_TOKENS_AT_ONCE", at_once)
         monkeypatch.setattr(perplexity, "_LOGITS_AT_ONCE", logits)
-        found.append(score(model, held_out, context=CONTEXT))
+        found.append(score_held_out(model, held_out, context=CONTEXT))
     for other in found[1:]:
         assert other.nats_W == pytest.approx(found[0].nats_W, rel=1e-5)
         assert np.array_equal(other.tokens_W, found[0].tokens_W)
@@ -159,7 +161,7 @@ def test_neither_batch_size_nor_padding_matters(monkeypatch: pytest.MonkeyPatch)
 
 def test_parts_of_several_ranks_are_the_whole() -> None:
     model, held_out = CausalModel(make_llama()), set_of(documents(30, 60, seed=4))
-    alone = score(model, held_out, context=CONTEXT)
+    alone = score_held_out(model, held_out, context=CONTEXT)
     patched = pytest.MonkeyPatch()
     patched.setattr(perplexity, "_TOKENS_AT_ONCE", 200)
     parts: list[list[tuple[int, np.ndarray]]] = []
@@ -169,7 +171,7 @@ def test_parts_of_several_ranks_are_the_whole() -> None:
         return [part for rank in parts for part in rank]
 
     for rank in range(3):
-        together = score(model, held_out, context=CONTEXT, share=kept, rank=rank, ranks=3)
+        together = score_held_out(model, held_out, context=CONTEXT, gather=kept, rank=rank, ranks=3)
     patched.undo()
     assert together.nats_W == pytest.approx(alone.nats_W, rel=1e-5)
     assert len({len(mine) for mine in parts}) == 1  # a sharded model needs every rank at every batch
@@ -178,9 +180,9 @@ def test_parts_of_several_ranks_are_the_whole() -> None:
 def test_the_model_stays_in_the_mode_it_was_in() -> None:
     model = CausalModel(make_llama(attention_dropout=0.5))
     held_out = set_of(documents(3, 20))
-    calm = score(model, held_out, context=CONTEXT)
+    calm = score_held_out(model, held_out, context=CONTEXT)
     model.train()
-    assert np.array_equal(score(model, held_out, context=CONTEXT).nats_W, calm.nats_W)
+    assert np.array_equal(score_held_out(model, held_out, context=CONTEXT).nats_W, calm.nats_W)
     assert model.training
 
 
@@ -211,42 +213,40 @@ def test_a_uniform_guess_has_the_bits_of_the_alphabet() -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()  # tied: all logits are 0
     texts = [np.arange(1, 30)] * 25
-    held_out = HeldOut("bytes", "learned", tuple(texts), np.array([len(t) - 1 for t in texts]), "f")
-    summary = score(CausalModel(model), held_out, context=CONTEXT).summary()
+    held_out = HeldOutText("bytes", "learned", tuple(texts), np.array([len(t) - 1 for t in texts]), "f")
+    summary = score_held_out(CausalModel(model), held_out, context=CONTEXT).summary()
     assert summary["bits_per_byte"] == pytest.approx(math.log2(VOCABULARY), rel=1e-6)
     assert summary["perplexity"] == pytest.approx(VOCABULARY, rel=1e-5)
     assert summary["low"] == pytest.approx(summary["high"])
 
 
 def test_few_documents_are_resampled_by_windows() -> None:
-    few = hand_made(
-        [[6.0, 2.0]] * (FEWEST_DOCUMENTS - 1), [[3, 1]] * (FEWEST_DOCUMENTS - 1), [9] * (FEWEST_DOCUMENTS - 1)
-    )
-    many = hand_made([[6.0, 2.0]] * FEWEST_DOCUMENTS, [[3, 1]] * FEWEST_DOCUMENTS, [9] * FEWEST_DOCUMENTS)
+    few = hand_made([[6.0, 2.0]] * (MIN_DOCUMENTS - 1), [[3, 1]] * (MIN_DOCUMENTS - 1), [9] * (MIN_DOCUMENTS - 1))
+    many = hand_made([[6.0, 2.0]] * MIN_DOCUMENTS, [[3, 1]] * MIN_DOCUMENTS, [9] * MIN_DOCUMENTS)
     assert (few.units, many.units) == ("windows", "documents")
-    assert few.per_unit()[0].tolist() == [6.0, 2.0] * (FEWEST_DOCUMENTS - 1)
-    assert many.per_unit()[0].tolist() == [8.0] * FEWEST_DOCUMENTS
-    assert many.per_unit()[1].tolist() == [4] * FEWEST_DOCUMENTS
+    assert few.per_unit()[0].tolist() == [6.0, 2.0] * (MIN_DOCUMENTS - 1)
+    assert many.per_unit()[0].tolist() == [8.0] * MIN_DOCUMENTS
+    assert many.per_unit()[1].tolist() == [4] * MIN_DOCUMENTS
 
 
 def test_tiny_documents_among_others_keep_their_places() -> None:
     model = make_llama()
     texts = [np.array([5, 6]), np.array([7]), *documents(20, 70, seed=5), np.array([9, 9, 9]), np.zeros(0, np.int64)]
-    found = score(CausalModel(model), set_of(texts), context=CONTEXT)
+    found = score_held_out(CausalModel(model), set_of(texts), context=CONTEXT)
     assert nats_by_document(found) == pytest.approx([plain_nats(model, t, CONTEXT) for t in texts], rel=1e-5)
     assert np.bincount(found.document_W, found.tokens_W, len(texts)).tolist() == [max(len(t) - 1, 0) for t in texts]
 
 
 def test_a_set_of_one_tiny_document_has_a_value_and_no_spread() -> None:
-    summary = score(CausalModel(make_llama()), set_of([np.array([3, 4])]), context=CONTEXT).summary()
+    summary = score_held_out(CausalModel(make_llama()), set_of([np.array([3, 4])]), context=CONTEXT).summary()
     assert summary["low"] == summary["nats"] == summary["high"]
     assert summary["tokens"] == 1
 
 
 def test_the_first_documents_hold_about_so_many_tokens() -> None:
     texts = [np.arange(10), np.arange(100, 120), np.arange(5)]
-    held_out = HeldOut("x", "learned", tuple(texts), np.array([40, 60, 7]), "f")
-    lengths = {n: [len(d) for d in held_out.first(n).documents] for n in (4, 10, 15, 30, 33, 35, 10**6)}
+    held_out = HeldOutText("x", "learned", tuple(texts), np.array([40, 60, 7]), "f")
+    lengths = {n: [len(d) for d in held_out.take_tokens(n).documents] for n in (4, 10, 15, 30, 33, 35, 10**6)}
     assert lengths == {
         4: [4],
         10: [10],
@@ -256,7 +256,7 @@ def test_the_first_documents_hold_about_so_many_tokens() -> None:
         35: [10, 20, 5],
         10**6: [10, 20, 5],
     }
-    cut = held_out.first(15)
+    cut = held_out.take_tokens(15)
     assert cut.documents[1].tolist() == [100, 101, 102, 103, 104]
     assert cut.bytes.tolist() == [40, 15]  # a quarter of the second document's 60
     assert held_out.bytes.tolist() == [40, 60, 7]
@@ -267,7 +267,7 @@ def test_the_first_documents_hold_about_so_many_tokens() -> None:
 @given(st.lists(st.integers(2, 50), min_size=1, max_size=8), st.integers(1, 300))
 def test_the_first_documents_never_hold_more_than_was_asked_for(sizes: list[int], tokens: int) -> None:
     held_out = set_of([np.arange(n) for n in sizes])
-    first = held_out.first(tokens)
+    first = held_out.take_tokens(tokens)
     total = sum(len(d) for d in first.documents)
     assert 2 <= total <= max(tokens, 2)  # a document of one token has nothing to score
     assert total >= min(tokens, sum(sizes)) - 1

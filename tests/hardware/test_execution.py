@@ -11,12 +11,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from postgrad.errors import StageError
 from postgrad.hardware import execution, machine
-from postgrad.hardware.execution import Execution, Wishes, choose, shape_of
-from postgrad.hardware.memory import Shape, estimate, readable
-from postgrad.models.cpu_attention import NAME
+from postgrad.hardware.execution import Execution, ExecutionRequest, get_model_dimensions, select_execution
+from postgrad.hardware.memory import ModelDimensions, estimate_memory, format_bytes
+from postgrad.models.cpu_attention import CAUSAL_BLOCKS
 from postgrad.models.model import CausalModel
 from postgrad.optim.optimizer import AdamW, Weights
-from postgrad.tuning.weight_subsets import Full
+from postgrad.tuning.weight_subsets import FullFinetuning
 from tests.conftest import make_llama
 
 CPU = torch.device("cpu")
@@ -49,17 +49,17 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Choose:
             many = gain if torch.get_num_threads() > 1 else 1.0
             return 1e9 * many * (bf16 if dtype == torch.bfloat16 else 1.0)
 
-        monkeypatch.setattr(machine, "product_speed", speed)
-        monkeypatch.setattr(machine, "cores", lambda: cores)
-        monkeypatch.setattr(machine, "memory_bytes", lambda: free)
-        monkeypatch.setattr(execution, "_seconds", lambda *_: seconds)
+        monkeypatch.setattr(machine, "matmul_speed", speed)
+        monkeypatch.setattr(machine, "core_count", lambda: cores)
+        monkeypatch.setattr(machine, "available_memory", lambda: free)
+        monkeypatch.setattr(execution, "_micro_batch_seconds", lambda *_: seconds)
         asked = {
             "dtype": "auto", "compile": "auto", "attention": "auto", "activation_checkpointing": False, "threads": None,
             "micro": None, "sequences": 32, "length": 64, "steps": 1000, **wishes,
         }  # fmt: skip
         before = torch.get_num_threads()
         try:
-            return choose(Wishes(**asked), CausalModel(model or make_llama()), example, CPU, ranks)
+            return select_execution(ExecutionRequest(**asked), CausalModel(model or make_llama()), example, CPU, ranks)
         finally:
             torch.set_num_threads(before)
 
@@ -99,7 +99,7 @@ def test_long_runs_are_compiled_and_short_ones_are_not(chosen: Choose) -> None:
 
 
 def test_attention_is_as_asked_or_what_was_found_to_be_right(chosen: Choose) -> None:
-    assert chosen().attention == NAME
+    assert chosen().attention == CAUSAL_BLOCKS
     assert chosen(length=4096, model=make_llama(max_position_embeddings=8192)).attention == "sdpa"
     for asked in ("eager", "sdpa"):
         assert chosen(attention=asked).attention == asked
@@ -121,11 +121,11 @@ def test_micro_batches_part_a_ranks_rows_evenly(chosen: Choose, sequences: int, 
 
 def test_little_memory_means_few_rows_at_once(chosen: Choose) -> None:
     model = make_llama(hidden_size=256, intermediate_size=1024)
-    shape = shape_of(CausalModel(model))
+    shape = get_model_dimensions(CausalModel(model))
     roomy = chosen(model=model, length=128, sequences=16, free=None)
     assert roomy.micro == 16
     asked = {"length": 128, "bf16": False, "checkpointing": False, "sdpa": True}
-    four = estimate(shape, rows=4, **asked).total  # type: ignore[arg-type]
+    four = estimate_memory(shape, rows=4, **asked).total  # type: ignore[arg-type]
     assert chosen(model=model, length=128, sequences=16, free=int(four / 0.6) + 1).micro == 4
     assert chosen(model=model, length=128, sequences=16, free=1).micro == 1
 
@@ -149,8 +149,8 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
     """The real one, on a real model: no gradient, the same weights, the same mode."""
     model = make_llama()
     before = [p.detach().clone() for p in model.parameters()]
-    wishes = Wishes("auto", "auto", "auto", False, 1, None, 4, 32, 1000)
-    found = choose(wishes, CausalModel(model), example, CPU)
+    wishes = ExecutionRequest("auto", "auto", "auto", False, 1, None, 4, 32, 1000)
+    found = select_execution(wishes, CausalModel(model), example, CPU)
     assert 0 < found.seconds < 600
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -164,13 +164,13 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_state_takes_as_many_bytes_as_its_tensors(dtype: torch.dtype) -> None:
     model = CausalModel(make_llama(hidden_size=64, intermediate_size=512))
-    weights = Weights(model, Full(model.pretrained), dtype, split=True)
+    weights = Weights(model, FullFinetuning(model.pretrained), dtype, master_copies=True)
     optimizer = AdamW(weights, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for p in {*weights.masters, *model.parameters()}:
         p.grad = torch.zeros_like(p)
     optimizer.step(1e-4)
-    shape = shape_of(model)
-    planned = estimate(shape, rows=1, length=8, bf16=dtype == torch.bfloat16, checkpointing=False, sdpa=True)
+    shape = get_model_dimensions(model)
+    planned = estimate_memory(shape, rows=1, length=8, bf16=dtype == torch.bfloat16, checkpointing=False, sdpa=True)
     parts = {id(p): p for p in [*weights.masters, *model.parameters()]}
     held = sum(p.numel() * p.element_size() for p in parts.values())
     assert held <= planned.weights < 1.1 * held  # an embedding table stays in fp32, which the plan need not know
@@ -202,29 +202,31 @@ def test_activations_are_about_what_a_forward_pass_keeps(layers: int, rows: int)
     model = CausalModel(make_llama(
         hidden_size=128, intermediate_size=352, num_hidden_layers=layers, num_key_value_heads=4, attn_implementation="sdpa",
     ))  # fmt: skip
-    shape = shape_of(model)
+    shape = get_model_dimensions(model)
 
     def planned(rows: int) -> int:
-        return estimate(shape, rows=rows, length=64, bf16=False, checkpointing=False, sdpa=True).activations
+        return estimate_memory(shape, rows=rows, length=64, bf16=False, checkpointing=False, sdpa=True).activations
 
     per_row = planned(rows + 1) - planned(rows)  # what is left is the loss's own room
     assert 0.5 < per_row * rows / saved_bytes(model, rows, 64) < 2
 
 
 def test_estimates_grow_and_shrink_with_what_they_should() -> None:
-    shape = Shape(parameters=10**6, trainable=10**6, layers=8, width=256, inner=1024, heads=8, vocabulary=1000)
+    shape = ModelDimensions(
+        parameters=10**6, trainable=10**6, layers=8, width=256, inner=1024, heads=8, vocabulary=1000
+    )
 
     def total(**changes: Any) -> int:
         asked = {"rows": 4, "length": 256, "bf16": False, "checkpointing": False, "sdpa": True, **changes}
-        return estimate(shape, **asked).activations
+        return estimate_memory(shape, **asked).activations
 
     assert total(rows=8) > total()
     assert total(length=512) > total()
     assert total(checkpointing=True) < total()
     assert total(sdpa=False) > total()
     assert total(bf16=True) < total()
-    halves = estimate(shape, rows=4, length=256, bf16=True, checkpointing=False, sdpa=True, ranks=2)
-    whole = estimate(shape, rows=4, length=256, bf16=True, checkpointing=False, sdpa=True)
+    halves = estimate_memory(shape, rows=4, length=256, bf16=True, checkpointing=False, sdpa=True, ranks=2)
+    whole = estimate_memory(shape, rows=4, length=256, bf16=True, checkpointing=False, sdpa=True)
     assert (2 * halves.weights, 2 * halves.moments) == (whole.weights, whole.moments)
     assert whole.total == whole.weights + whole.gradients + whole.moments + whole.activations
     # AdamW with fp32 masters in bf16: 16 bytes a weight, and the copies.
@@ -236,17 +238,23 @@ def test_shapes_are_read_whatever_the_keys_are_called() -> None:
 
     gpt = CausalModel(GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=3, n_head=4, vocab_size=77)))
     n = sum(p.numel() for p in gpt.parameters())
-    assert shape_of(gpt) == Shape(parameters=n, trainable=n, layers=3, width=48, inner=192, heads=4, vocabulary=77)
+    assert get_model_dimensions(gpt) == ModelDimensions(
+        parameters=n, trainable=n, layers=3, width=48, inner=192, heads=4, vocabulary=77
+    )
     llama = CausalModel(make_llama())
     llama.body.requires_grad_(False)
     n = sum(p.numel() for p in llama.parameters())
-    assert shape_of(llama) == Shape(parameters=n, trainable=0, layers=2, width=32, inner=64, heads=4, vocabulary=320)
+    assert get_model_dimensions(llama) == ModelDimensions(
+        parameters=n, trainable=0, layers=2, width=32, inner=64, heads=4, vocabulary=320
+    )
 
 
 def test_weights_that_are_held_fast_need_neither_gradients_nor_moments() -> None:
-    shape = Shape(parameters=10**6, trainable=10**4, layers=8, width=256, inner=1024, heads=8, vocabulary=1000)
+    shape = ModelDimensions(
+        parameters=10**6, trainable=10**4, layers=8, width=256, inner=1024, heads=8, vocabulary=1000
+    )
     asked = {"rows": 4, "length": 256, "checkpointing": False, "sdpa": True}
-    low, high = (estimate(shape, bf16=bf16, **asked) for bf16 in (True, False))  # type: ignore[arg-type]
+    low, high = (estimate_memory(shape, bf16=bf16, **asked) for bf16 in (True, False))  # type: ignore[arg-type]
     assert low.weights == 6 * 10**4 + 2 * (10**6 - 10**4) < high.weights == 4 * 10**6
     assert (low.gradients, low.moments) == (6 * 10**4, 8 * 10**4)
 
@@ -256,4 +264,4 @@ def test_weights_that_are_held_fast_need_neither_gradients_nor_moments() -> None
     [(0, "0 B"), (7, "7 B"), (999, "999 B"), (1000, "1.0 kB"), (12_345, "12 kB"), (1.4e9, "1.4 GB"), (5e15, "5000 TB")],
 )
 def test_bytes_for_people(count: float, said: str) -> None:
-    assert readable(count) == said
+    assert format_bytes(count) == said

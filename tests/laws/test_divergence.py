@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from postgrad.data.loading.batch import Few
-from postgrad.models.model import Head
+from postgrad.data.loading.batch import TeacherTargets
+from postgrad.models.model import OutputHead
 from postgrad.objectives import linear_divergence as module
 from postgrad.objectives.linear_cross_entropy import CrossEntropy
-from postgrad.objectives.linear_divergence import linear_divergence, linear_told
-from postgrad.objectives.linear_loss import Weighted, linear_loss
+from postgrad.objectives.linear_divergence import linear_divergence, linear_sparse_divergence
+from postgrad.objectives.linear_loss import WeightedLoss, linear_loss
 
 N, D, E, V = 23, 8, 11, 37
 HEADS: list[dict[str, Any]] = [
@@ -29,14 +29,14 @@ HEADS: list[dict[str, Any]] = [
 
 def head_of(
     width: int, draw: torch.Generator, *, bias: bool = False, scale: float = 1.0, softcap: float | None = None
-) -> Head:
+) -> OutputHead:
     weight = torch.randn(V, width, generator=draw, dtype=torch.float64).requires_grad_()
-    return Head(
+    return OutputHead(
         weight, torch.randn(V, generator=draw, dtype=torch.float64).requires_grad_() if bias else None, scale, softcap
     )
 
 
-def case(seed: int = 0, **form: Any) -> tuple[Tensor, Head, Tensor, Head]:
+def case(seed: int = 0, **form: Any) -> tuple[Tensor, OutputHead, Tensor, OutputHead]:
     """A student, and a teacher of another width and another head."""
     draw = torch.Generator().manual_seed(seed)
     student = torch.randn(N, D, generator=draw, dtype=torch.float64).requires_grad_()
@@ -52,7 +52,7 @@ def plain(q_NV: Tensor, p_NV: Tensor, direction: str, temperature: float) -> Ten
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
 
 
-def gradients(loss: Tensor, hidden: Tensor, head: Head) -> list[Tensor]:
+def gradients(loss: Tensor, hidden: Tensor, head: OutputHead) -> list[Tensor]:
     inputs = [t for t in (hidden, head.weight_VD, head.bias_V) if t is not None]
     return list(torch.autograd.grad(loss / 7, inputs))
 
@@ -75,7 +75,7 @@ def test_divergences_and_gradients_are_those_of_the_definition(direction: Any, t
 @pytest.mark.parametrize("mutant", ["directions swapped", "no T^2"])
 def test_a_wrong_divergence_would_be_caught(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if mutant == "directions swapped":
-        monkeypatch.setitem(module._DIVERGENCES, "forward", module._reverse)
+        monkeypatch.setitem(module._DIVERGENCES, "forward", module._reverse_divergence)
     else:
 
         class NoSquare(module.Divergence):
@@ -92,25 +92,27 @@ def test_a_wrong_divergence_would_be_caught(mutant: str, monkeypatch: pytest.Mon
 def test_a_teacher_that_is_the_student_teaches_nothing(direction: Any, dtype: torch.dtype) -> None:
     student, head, _, _ = case(bias=True, softcap=3.0)
     student = student.detach().to(dtype).requires_grad_()
-    head = Head(head.weight_VD.detach().to(dtype).requires_grad_(), head.bias_V, head.scale, head.softcap)
+    head = OutputHead(head.weight_VD.detach().to(dtype).requires_grad_(), head.bias_V, head.scale, head.softcap)
     loss, _ = linear_divergence(student, head, student.detach(), head, direction=direction, temperature=1.7)
     assert abs(loss.item()) < N * 1e-5
     for gradient in gradients(loss, student, head):
         assert not gradient.any()  # exactly: p - q, or q times log(q / p), is 0 wherever p = q
 
 
-def whole(p_NV: Tensor) -> Few:
+def whole(p_NV: Tensor) -> TeacherTargets:
     """A teacher who tells every id."""
     ids = torch.arange(V).repeat(len(p_NV))
-    return Few(ids, p_NV.flatten(), np.arange(1, len(p_NV) + 1) * V, torch.zeros(len(p_NV), dtype=p_NV.dtype), None)
+    return TeacherTargets(
+        ids, p_NV.flatten(), np.arange(1, len(p_NV) + 1) * V, torch.zeros(len(p_NV), dtype=p_NV.dtype), None
+    )
 
 
-def top(p_NV: Tensor, k: int) -> Few:
+def top(p_NV: Tensor, k: int) -> TeacherTargets:
     weights, ids = p_NV.topk(k)
-    return Few(ids.flatten(), weights.flatten(), np.arange(1, len(p_NV) + 1) * k, 1 - weights.sum(1), None)
+    return TeacherTargets(ids.flatten(), weights.flatten(), np.arange(1, len(p_NV) + 1) * k, 1 - weights.sum(1), None)
 
 
-def drawn(p_NV: Tensor, draws: int, temper: float, seed: int) -> Few:
+def drawn(p_NV: Tensor, draws: int, temper: float, seed: int) -> TeacherTargets:
     """Ids drawn with numpy alone from p^temper, weighted back."""
     rng = np.random.default_rng(seed)
     p = p_NV.numpy()
@@ -120,7 +122,7 @@ def drawn(p_NV: Tensor, draws: int, temper: float, seed: int) -> Few:
     weights = counts[rows, ids] / draws * p[rows, ids] / t[rows, ids]
     entropy = -(p * np.log(p)).sum(1)
     ends = np.cumsum((counts > 0).sum(1))
-    return Few(torch.from_numpy(ids), torch.from_numpy(weights), ends, None, torch.from_numpy(entropy))
+    return TeacherTargets(torch.from_numpy(ids), torch.from_numpy(weights), ends, None, torch.from_numpy(entropy))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -128,7 +130,7 @@ def drawn(p_NV: Tensor, draws: int, temper: float, seed: int) -> Few:
 def test_all_ids_told_are_the_teacher_himself(form: dict[str, Any], temperature: float) -> None:
     student, head, teacher, teacher_head = case(**form)
     p = teacher_head.logits(teacher).div(temperature).softmax(-1).detach()
-    loss, losses_N = linear_told(student, head, whole(p), temperature=temperature, chunk=5)
+    loss, losses_N = linear_sparse_divergence(student, head, whole(p), temperature=temperature, chunk=5)
     exact, each_N = linear_divergence(student, head, teacher, teacher_head, temperature=temperature)
     assert torch.allclose(losses_N, each_N, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(gradients(loss, student, head), gradients(exact, student, head), strict=True):
@@ -140,21 +142,21 @@ def test_the_tail_bucket_has_the_gradient_of_its_formula_and_of_finite_differenc
     """q - p on K; q (1 - p' / q') elsewhere."""
     logits = torch.randn(N, V, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
     p = torch.randn(N, V, generator=torch.Generator().manual_seed(4), dtype=torch.float64).mul(2).softmax(-1)
-    told, identity = top(p, 4), Head(torch.eye(V, dtype=torch.float64))
-    loss, _ = linear_told(logits, identity, told, temperature=temperature)
+    told, identity = top(p, 4), OutputHead(torch.eye(V, dtype=torch.float64))
+    loss, _ = linear_sparse_divergence(logits, identity, told, temperature=temperature)
     (ours,) = torch.autograd.grad(loss, logits)
     q = (logits.detach() / temperature).softmax(-1)
     inside = torch.zeros(N, V, dtype=torch.bool).scatter_(1, told.ids_E.view(N, 4), True)
     rest_q = q.masked_fill(inside, 0).sum(1, keepdim=True)
-    assert told.rest_N is not None
-    formula = torch.where(inside, q - p, q * (1 - told.rest_N[:, None] / rest_q))
+    assert told.rest_mass_N is not None
+    formula = torch.where(inside, q - p, q * (1 - told.rest_mass_N[:, None] / rest_q))
     assert torch.allclose(ours, temperature * formula, rtol=1e-9, atol=1e-13)
     step = 1e-5
     for place in ((0, int(told.ids_E[0])), (5, 11), (9, int(told.ids_E[37])), (22, 36)):
         moved = [logits.detach().clone() for _ in range(2)]
         moved[0][place] += step
         moved[1][place] -= step
-        up, down = (linear_told(z, identity, told, temperature=temperature)[0].item() for z in moved)
+        up, down = (linear_sparse_divergence(z, identity, told, temperature=temperature)[0].item() for z in moved)
         assert (up - down) / (2 * step) == pytest.approx(ours[place].item(), abs=1e-8)
 
 
@@ -162,13 +164,13 @@ def test_top_k_is_a_lower_bound_and_is_zero_for_a_student_with_the_same_masses()
     student, head, teacher, teacher_head = case()
     p = teacher_head.logits(teacher).softmax(-1).detach()
     exact, _ = linear_divergence(student, head, teacher, teacher_head)
-    bounds = [linear_told(student, head, top(p, k))[0].item() for k in (1, 4, 16, V)]
+    bounds = [linear_sparse_divergence(student, head, top(p, k))[0].item() for k in (1, 4, 16, V)]
     assert bounds == sorted(bounds) and bounds[-1] == pytest.approx(exact.item(), rel=1e-10)
-    identity = Head(torch.eye(V, dtype=torch.float64))
-    assert linear_told(p.log(), identity, top(p, 5))[0].item() == pytest.approx(0, abs=1e-12)
+    identity = OutputHead(torch.eye(V, dtype=torch.float64))
+    assert linear_sparse_divergence(p.log(), identity, top(p, 5))[0].item() == pytest.approx(0, abs=1e-12)
 
 
-def sampled_error(temper: float, weighted: Callable[[Few], Few]) -> tuple[float, float]:
+def sampled_error(temper: float, weighted: Callable[[TeacherTargets], TeacherTargets]) -> tuple[float, float]:
     """How far the mean of many draws' gradients and losses is from the whole teacher's, in standard errors."""
     student, head, teacher, teacher_head = case()
     p = teacher_head.logits(teacher).softmax(-1).detach()
@@ -176,7 +178,7 @@ def sampled_error(temper: float, weighted: Callable[[Few], Few]) -> tuple[float,
     (wanted,) = torch.autograd.grad(exact, student)
     found, losses = [], []
     for seed in range(300):
-        loss, _ = linear_told(student, head, weighted(drawn(p, 20, temper, seed)))
+        loss, _ = linear_sparse_divergence(student, head, weighted(drawn(p, 20, temper, seed)))
         found.append(torch.autograd.grad(loss, student)[0])
         losses.append(loss.item())
     stacked = torch.stack(found)
@@ -194,7 +196,7 @@ def test_drawn_ids_are_without_bias(temper: float) -> None:
 def test_biased_draws_would_be_caught() -> None:
     """The mutants: ids of a tempered proposal taken at their counts, and top-k renormalised."""
 
-    def unweighted(told: Few) -> Few:
+    def unweighted(told: TeacherTargets) -> TeacherTargets:
         counts = torch.from_numpy(np.diff(np.concatenate(([0], told.ends_N))))
         return told._replace(weights_E=torch.repeat_interleave(1.0 / counts.double(), counts))
 
@@ -203,11 +205,11 @@ def test_biased_draws_would_be_caught() -> None:
     student, head, teacher, teacher_head = case()
     p = teacher_head.logits(teacher).softmax(-1).detach()
     told = top(p, 4)
-    assert told.rest_N is not None
-    mass = (1 - told.rest_N).repeat_interleave(4)
-    renormalised = told._replace(weights_E=told.weights_E / mass, rest_N=torch.zeros(N, dtype=torch.float64))
-    wanted = torch.autograd.grad(linear_told(student, head, told)[0], student)[0]
-    biased = torch.autograd.grad(linear_told(student, head, renormalised)[0], student)[0]
+    assert told.rest_mass_N is not None
+    mass = (1 - told.rest_mass_N).repeat_interleave(4)
+    renormalised = told._replace(weights_E=told.weights_E / mass, rest_mass_N=torch.zeros(N, dtype=torch.float64))
+    wanted = torch.autograd.grad(linear_sparse_divergence(student, head, told)[0], student)[0]
+    biased = torch.autograd.grad(linear_sparse_divergence(student, head, renormalised)[0], student)[0]
     assert (biased - wanted).norm() > 0.2 * wanted.norm()
 
 
@@ -216,9 +218,9 @@ def test_what_does_not_belong_together_is_refused() -> None:
     with pytest.raises(ValueError, match="expected as many of both"):
         linear_divergence(student, head, teacher[1:], teacher_head)
     with pytest.raises(ValueError, match="expected as many of both"):
-        linear_divergence(student, head, teacher, Head(teacher_head.weight_VD[1:]))
+        linear_divergence(student, head, teacher, OutputHead(teacher_head.weight_VD[1:]))
     with pytest.raises(ValueError, match="expected as many of both"):
-        linear_told(student[1:], head, whole(torch.full((N, V), 1 / V, dtype=torch.float64)))
+        linear_sparse_divergence(student[1:], head, whole(torch.full((N, V), 1 / V, dtype=torch.float64)))
 
 
 def test_no_logits_are_held_beyond_a_chunk() -> None:
@@ -237,7 +239,7 @@ def test_no_logits_are_held_beyond_a_chunk() -> None:
     weight = torch.zeros(20_000, 4)
     hidden = torch.randn(1000, 4, requires_grad=True)
     with Watch():
-        loss, _ = linear_divergence(hidden, Head(weight), torch.randn(1000, 4), Head(weight), chunk=50)
+        loss, _ = linear_divergence(hidden, OutputHead(weight), torch.randn(1000, 4), OutputHead(weight), chunk=50)
         loss.backward()
     assert largest <= 50 * 20_000 * 4
 
@@ -257,10 +259,10 @@ def together(weights: list[float], *, temperature: float, form: dict[str, Any]) 
         CrossEntropy(labels),
         module.Divergence(teacher, teacher_head, "forward", temperature),
         module.Divergence(teacher, teacher_head, "reverse", temperature, has),
-        module.Told(top(p, 4), temperature),
-        module.Told(gappy, temperature),
+        module.SparseDivergence(top(p, 4), temperature),
+        module.SparseDivergence(gappy, temperature),
     ]
-    weighted = [Weighted(rule, weight) for rule, weight in zip(rules, weights, strict=True)]  # type: ignore[arg-type]
+    weighted = [WeightedLoss(rule, weight) for rule, weight in zip(rules, weights, strict=True)]  # type: ignore[arg-type]
     loss, losses_JN = linear_loss(student, head, weighted, 5)
     return losses_JN, gradients(loss, student, head), has
 

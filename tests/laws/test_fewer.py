@@ -15,28 +15,28 @@ from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.batch import Batch, collate
 from postgrad.distributed.fsdp import checkpoint_activations
 from postgrad.models.model import CausalModel, HeadedModel, Model
-from postgrad.optim.migu import TopOutput
-from postgrad.optim.mofo import TopMomentum
+from postgrad.optim.migu import MiguMask
+from postgrad.optim.mofo import MofoMask
 from postgrad.optim.optimizer import AdamW, Weights
-from postgrad.optim.sparse_update import Everything, Fewer, Moving
-from postgrad.optim.top_k import count_of
-from postgrad.penalties.anchor import Anchor, Held
+from postgrad.optim.sparse_update import FullMask, SparseMask, UpdateMask
+from postgrad.optim.top_k import share_count
+from postgrad.penalties.anchor import Anchor, AnchoredWeight
 from postgrad.training.step import Run, train_step
-from postgrad.tuning.lora import LowRank
-from postgrad.tuning.weight_subsets import Full
+from postgrad.tuning.lora import LoraAdapter
+from postgrad.tuning.weight_subsets import FullFinetuning
 from tests.laws.test_step import EPS, batches, run_of
 from tests.tiny_stages import make_bert, make_t5
-from tests.tuning.families import build
+from tests.tuning.families import build_model
 
-Make = Callable[[Run], Moving]
+Make = Callable[[Run], UpdateMask]
 
 
 def momentum(share: float) -> Make:
-    return lambda run: TopMomentum(share, run.weights.masters)
+    return lambda run: MofoMask(share, run.weights.masters)
 
 
 def magnitude(share: float) -> Make:
-    return lambda run: TopOutput(share, run.model, run.weights.all)
+    return lambda run: MiguMask(share, run.model, run.weights.entries)
 
 
 KINDS = {"momentum": momentum, "magnitude": magnitude}
@@ -44,12 +44,12 @@ KINDS = {"momentum": momentum, "magnitude": magnitude}
 
 def made(make: Make, dtype: torch.dtype = torch.float32) -> Run:
     run = run_of(dtype)
-    run.optimizer.moving = make(run)
+    run.optimizer.update_mask = make(run)
     return run
 
 
 def values(run: Run) -> dict[str, Tensor]:
-    return {w.name: w.master.detach().clone() for w in run.weights.all}
+    return {w.name: w.master.detach().clone() for w in run.weights.entries}
 
 
 def after(run: Run, steps: int = 1, sizes: Sequence[int] = (4, 4)) -> dict[str, Tensor]:
@@ -75,8 +75,8 @@ def test_a_share_of_all_is_the_plain_update_to_the_bit(kind: str, dtype: torch.d
     plain, whole, half = run_of(dtype), made(KINDS[kind](1.0), dtype), made(KINDS[kind](0.5), dtype)
     assert same(after(whole, 3), after(plain, 3))
     assert not same(after(half, 3), values(plain))  # which a law that always holds would not see
-    for one, two in zip(whole.weights.all, plain.weights.all, strict=True):
-        assert torch.equal(one.compute, two.compute)
+    for one, two in zip(whole.weights.entries, plain.weights.entries, strict=True):
+        assert torch.equal(one.parameter, two.parameter)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3])
@@ -88,9 +88,9 @@ def test_of_each_matrix_exactly_the_share_moves_and_the_rest_stays_to_the_bit(sh
         if old.ndim < 2:
             assert moved == old.numel()
         elif "embed" in name:
-            assert moved <= count_of(share, old.numel())  # tokens that do not occur have nowhere to go
+            assert moved <= share_count(share, old.numel())  # tokens that do not occur have nowhere to go
         else:
-            assert moved == count_of(share, old.numel())
+            assert moved == share_count(share, old.numel())
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
@@ -101,7 +101,7 @@ def test_of_each_linear_layer_exactly_the_share_of_rows_moves(share: float) -> N
         changed = found[name] != old
         if linear(name):
             rows = changed.any(1)
-            assert int(rows.sum()) == count_of(share, len(old))
+            assert int(rows.sum()) == share_count(share, len(old))
             assert torch.equal(rows, changed.all(1))
         else:
             assert changed.any()
@@ -113,11 +113,14 @@ def test_the_report_says_how_many_moved(kind: str) -> None:
     before = values(run)
     report = train_step(run, batches([8]))
     moved = sum(int((new != before[name]).sum()) for name, new in values(run).items() if "embed" not in name)
-    table = next(w.master for w in run.weights.all if w.table)
-    whole = count_of(0.2, table.numel()) if kind == "momentum" else table.numel()
-    assert report.moved == moved + whole
-    assert isinstance(run.optimizer.moving, Fewer) and run.optimizer.moving.count == report.moved
-    assert train_step(run_of(), batches([8])).moved is None
+    table = next(w.master for w in run.weights.entries if w.is_embedding)
+    whole = share_count(0.2, table.numel()) if kind == "momentum" else table.numel()
+    assert report.num_updated == moved + whole
+    assert (
+        isinstance(run.optimizer.update_mask, SparseMask)
+        and run.optimizer.update_mask.num_updated == report.num_updated
+    )
+    assert train_step(run_of(), batches([8])).num_updated is None
 
 
 # -- which ones ---------------------------------------------------------------------------------------------------------
@@ -127,27 +130,27 @@ def gradients(run: Run) -> dict[str, Tensor]:
     """Those of one step, as they stand when the update begins."""
     found: dict[str, Tensor] = {}
 
-    class Keeping(Everything):
+    class Keeping(FullMask):
         def before(self) -> None:
-            for w in run.weights.all:
+            for w in run.weights.entries:
                 assert w.master.grad is not None
                 found[w.name] = w.master.grad.clone()
 
-    moving, run.optimizer.moving = run.optimizer.moving, Keeping()
+    moving, run.optimizer.update_mask = run.optimizer.update_mask, Keeping()
     train_step(run, batches([8]))
-    run.optimizer.moving = moving
+    run.optimizer.update_mask = moving
     return found
 
 
 def by_hand(share: float, steps: int, *, by_gradient: bool = False, decays_all: bool = False) -> dict[str, Tensor]:
     """MoFO written out in fp64; `by_gradient`, `decays_all`: two mutants."""
     run = run_of()
-    table = next(w.name for w in run.weights.all if w.table)
+    table = next(w.name for w in run.weights.entries if w.is_embedding)
     ours = {name: value.double() for name, value in values(run).items()}
     first = {name: torch.zeros_like(v) for name, v in ours.items()}
     second = {name: torch.zeros_like(v) for name, v in ours.items()}
     for step in range(1, steps + 1):
-        for w in run.weights.all:
+        for w in run.weights.entries:
             w.master.data.copy_(ours[w.name].float())
         for name, g in gradients(run).items():
             g = g.double()
@@ -156,7 +159,7 @@ def by_hand(share: float, steps: int, *, by_gradient: bool = False, decays_all: 
             size = (g if by_gradient else first[name]).abs()
             mask = torch.ones_like(g, dtype=torch.bool)
             if g.ndim >= 2:
-                mask = size >= size.flatten().sort(descending=True).values[count_of(share, g.numel()) - 1]
+                mask = size >= size.flatten().sort(descending=True).values[share_count(share, g.numel()) - 1]
             decay = 0.1 if g.ndim >= 2 and name != table else 0.0
             step_of = (first[name] / (1 - 0.9**step)) / ((second[name] / (1 - 0.95**step)).sqrt() + EPS)
             decayed = decay * ours[name] * (torch.ones_like(mask) if decays_all else mask)
@@ -181,7 +184,7 @@ def test_moments_are_those_of_all_numbers(kind: str) -> None:
     plain, few = run_of(), made(KINDS[kind](0.1))
     after(plain), after(few)
     assert same(few.optimizer.moments(), plain.optimizer.moments())
-    assert few.optimizer.updates() == plain.optimizer.updates()
+    assert few.optimizer.update_counts() == plain.optimizer.update_counts()
 
 
 def outputs(model: nn.Module, run: Run, batch: Batch) -> dict[str, Tensor]:
@@ -212,7 +215,7 @@ def test_the_rows_are_those_of_the_largest_outputs() -> None:
         if linear(name):
             h = said[name.removesuffix(".weight")][real].double().abs()
             shares = (h / h.sum(1, keepdim=True)).mean(0)
-            wanted = shares.argsort(descending=True)[: count_of(0.25, len(shares))]
+            wanted = shares.argsort(descending=True)[: share_count(0.25, len(shares))]
             rows = (values(run)[name] != old).any(1).nonzero()[:, 0]
             assert set(rows.tolist()) == set(wanted.tolist())
             assert set(rows.tolist()) != set(h.mean(0).argsort()[: len(wanted)].tolist())
@@ -220,8 +223,8 @@ def test_the_rows_are_those_of_the_largest_outputs() -> None:
 
 def sums(run: Run) -> list[Tensor]:
     """How large the outputs were in a step, before its update."""
-    moving = run.optimizer.moving
-    assert isinstance(moving, TopOutput)
+    moving = run.optimizer.update_mask
+    assert isinstance(moving, MiguMask)
     found: list[Tensor] = []
     masks = moving.masks
 
@@ -252,7 +255,7 @@ def test_each_step_hears_its_own_text_alone() -> None:
     """A token's outputs are shares of one, so over a layer's rows they add up to the tokens of the step."""
     run = made(magnitude(0.25))
     found = sums(run)
-    layers = len(run.optimizer.moving.layers)  # type: ignore[attr-defined]
+    layers = len(run.optimizer.update_mask.layers)  # type: ignore[attr-defined]
     for step, rows in enumerate((8, 4)):
         batch = batches([rows])[0]
         train_step(run, [batch])
@@ -267,9 +270,11 @@ def test_a_layer_that_no_token_was_sent_to_stays() -> None:
     moved = {}
     for kind in (None, magnitude(0.25)):
         run = run_of()
-        run.penalties = [Anchor([Held(w.master, torch.zeros_like(w.master)) for w in run.weights.all], strength=1.0)]
+        run.penalties = [
+            Anchor([AnchoredWeight(w.master, torch.zeros_like(w.master)) for w in run.weights.entries], strength=1.0)
+        ]
         if kind:
-            run.optimizer.moving = kind(run)
+            run.optimizer.update_mask = kind(run)
         after(run)
         before = values(run)
         run.model.pretrained.get_submodule("model.layers.0.mlp").forward = torch.zeros_like  # type: ignore[method-assign]
@@ -278,15 +283,15 @@ def test_a_layer_that_no_token_was_sent_to_stays() -> None:
     assert len(inside) == 3 and moved[True] == before.keys() and moved[False] == before.keys() - inside
 
 
-class _Always(TopOutput):
+class _Always(MiguMask):
     """A mutant: it listens in the backward pass, too."""
 
     @property
-    def _tokens(self) -> object:
+    def _token_masks(self) -> object:
         return self.now
 
-    @_tokens.setter
-    def _tokens(self, value: object) -> None:
+    @_token_masks.setter
+    def _token_masks(self, value: object) -> None:
         self.now = value if value is not None else self.__dict__.get("now")
 
 
@@ -296,7 +301,7 @@ def test_activations_that_are_computed_again_are_heard_once() -> None:
 
     def twice(run: Run) -> None:
         checkpoint_activations(run.model)
-        run.optimizer.moving = _Always(0.25, run.model, run.weights.all)
+        run.optimizer.update_mask = _Always(0.25, run.model, run.weights.entries)
 
     assert not torch.allclose(heard([8], twice), whole, rtol=1e-5)
 
@@ -330,10 +335,10 @@ def alone_and_together(pretrained: nn.Module, rows: list[Row]) -> list[Tensor]:
     found = []
     for parts in ([rows], [[row] for row in rows]):
         model = HeadedModel(copy.deepcopy(pretrained))  # type: ignore[arg-type]
-        weights = Weights(model, Full(model.pretrained), torch.float32, split=True)
+        weights = Weights(model, FullFinetuning(model.pretrained), torch.float32, master_copies=True)
         optimizer = AdamW(weights, betas=(0.9, 0.95), eps=EPS, weight_decay=0.1)
         run = dataclasses.replace(run_of(), model=model, weights=weights, optimizer=optimizer)
-        optimizer.moving = TopOutput(0.25, model, weights.all)
+        optimizer.update_mask = MiguMask(0.25, model, weights.entries)
         kept = sums(run)
         train_step(run, [collate(part, [0] * len(part)) for part in parts])
         found.append(torch.cat(kept))
@@ -352,7 +357,7 @@ def test_padding_is_not_heard(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     make, rows = PADDED[name]
     together, alone = alone_and_together(make(), rows)
     assert torch.allclose(together, alone, rtol=1e-4)
-    monkeypatch.setattr("postgrad.optim.migu._like", lambda tokens, sizes: torch.ones(sizes.shape[:-1]))
+    monkeypatch.setattr("postgrad.optim.migu._align_token_mask", lambda tokens, sizes: torch.ones(sizes.shape[:-1]))
     together, alone = alone_and_together(make(), rows)
     assert not torch.allclose(together, alone, rtol=1e-4)
 
@@ -360,9 +365,11 @@ def test_padding_is_not_heard(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_cross_attention_reads_the_encoder() -> None:
     """Without looking for it, its keys would be weighed by the decoder's padding where both sides are of one length."""
     model = HeadedModel(make_t5(128))
-    moving = TopOutput(0.25, model, Weights(model, Full(model.pretrained), torch.float32, split=True).all)
+    moving = MiguMask(
+        0.25, model, Weights(model, FullFinetuning(model.pretrained), torch.float32, master_copies=True).entries
+    )
     names = {id(module): name for name, module in model.pretrained.named_modules()}
-    written = {names[id(layer.heard)]: layer.written for layer in moving.layers}
+    written = {names[id(layer.output_module)]: layer.is_decoder_side for layer in moving.layers}
     for name, side in written.items():
         across = "EncDecAttention" in name and name[-1] in "kv"
         assert side == (name.startswith("decoder") and not across)
@@ -371,22 +378,22 @@ def test_cross_attention_reads_the_encoder() -> None:
 
 def test_transposed_layers_move_by_columns_with_their_biases() -> None:
     """GPT-2 holds its weights as (inputs, outputs)."""
-    model = CausalModel(build("gpt2", "lm"))
-    weights = Weights(model, Full(model.pretrained), torch.float32, split=True)
+    model = CausalModel(build_model("gpt2", "lm"))
+    weights = Weights(model, FullFinetuning(model.pretrained), torch.float32, master_copies=True)
     optimizer = AdamW(weights, betas=(0.9, 0.95), eps=EPS, weight_decay=0.1)
     run = dataclasses.replace(run_of(), model=model, weights=weights, optimizer=optimizer)
-    optimizer.moving = TopOutput(0.25, model, weights.all)
+    optimizer.update_mask = MiguMask(0.25, model, weights.entries)
     before = values(run)
     ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(3))
     rows = [Row({"input_ids": row.numpy()}, row.numpy(), len(row)) for row in ids]
     report = train_step(run, [collate(rows, [0] * 4)])
-    assert report.moved == optimizer.moving.count < weights.numel()
+    assert report.num_updated == optimizer.update_mask.num_updated < weights.numel()
     for name, old in before.items():
         if ".h." in name and "ln_" not in name and name.endswith("weight"):
             changed = values(run)[name] != old
             bias = name.removesuffix("weight") + "bias"
             assert torch.equal(changed.all(0), changed.any(0))
-            assert int(changed.any(0).sum()) == count_of(0.25, old.shape[1])
+            assert int(changed.any(0).sum()) == share_count(0.25, old.shape[1])
             # A key's bias has no gradient, whichever way it is chosen: the softmax does not see it.
             assert not ((values(run)[bias] != before[bias]) & ~changed.any(0)).any()
 
@@ -397,30 +404,30 @@ def test_transposed_layers_move_by_columns_with_their_biases() -> None:
 def test_low_rank_parts_move_by_rows_though_b_begins_at_zero() -> None:
     run = run_of()
     model: Model = run.model
-    tuning = LowRank(model.pretrained, rank=8, seed=0)
-    weights = Weights(model, tuning, torch.float32, split=True)
+    tuning = LoraAdapter(model.pretrained, rank=8, seed=0)
+    weights = Weights(model, tuning, torch.float32, master_copies=True)
     optimizer = AdamW(weights, betas=(0.9, 0.95), eps=EPS, weight_decay=0.1)
     run = dataclasses.replace(run, weights=weights, optimizer=optimizer)
-    optimizer.moving = TopOutput(0.25, model, weights.all)
-    assert {id(m) for m in optimizer.moving.chosen} == {id(m) for m in weights.masters}
+    optimizer.update_mask = MiguMask(0.25, model, weights.entries)
+    assert {id(m) for m in optimizer.update_mask.sparse_masters} == {id(m) for m in weights.masters}
     before = values(run)
     for _ in (1, 2):  # A has no gradient while B is zero
         train_step(run, batches([8]))
-    for w in weights.all:
+    for w in weights.entries:
         rows = (w.master != before[w.name]).any(1)
-        top = count_of(0.25, len(rows))
+        top = share_count(0.25, len(rows))
         assert (top <= int(rows.sum()) <= 2 * top) if "lora_B" in w.name else (0 < int(rows.sum()) <= 2 * top)
 
 
 def test_what_has_no_gradient_yet_is_left_alone() -> None:
     run = made(momentum(0.3))
-    held = next(w for w in run.weights.all if "layers.0.mlp.up" in w.name)
-    held.compute.requires_grad_(False)
+    held = next(w for w in run.weights.entries if "layers.0.mlp.up" in w.name)
+    held.parameter.requires_grad_(False)
     before = values(run)
     report = train_step(run, batches([8]))
-    held.compute.requires_grad_(True)
+    held.parameter.requires_grad_(True)
     assert torch.equal(held.master, before[held.name])
-    assert isinstance(run.optimizer.moving, Fewer)
-    assert report.moved == run.optimizer.moving.count - count_of(0.3, held.master.numel())
+    assert isinstance(run.optimizer.update_mask, SparseMask)
+    assert report.num_updated == run.optimizer.update_mask.num_updated - share_count(0.3, held.master.numel())
     train_step(run, batches([8]))
-    assert int((held.master != before[held.name]).sum()) == count_of(0.3, held.master.numel())
+    assert int((held.master != before[held.name]).sum()) == share_count(0.3, held.master.numel())

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from postgrad.data.layouts.packed_examples import WholeRows
+from postgrad.data.layouts.packed_examples import PackedExampleRows
 from postgrad.data.layouts.prefix_lm import PrefixRows
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import Batch, collate
 from postgrad.data.render.frame import Frame
-from postgrad.models.cpu_attention import NAME
-from postgrad.models.model import model_for
-from postgrad.objectives.next_token import Tokens
+from postgrad.models.cpu_attention import CAUSAL_BLOCKS
+from postgrad.models.model import wrap_model
+from postgrad.objectives.next_token import TokenLoss
 from tests.conftest import VOCABULARY, make_llama
-from tests.data.memory import Memory
+from tests.data.memory import InMemoryStore
 
 LENGTH, EOS, BOS = 32, 0, 1
 
@@ -35,7 +35,7 @@ def make_gpt2() -> GPT2LMHeadModel:
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {"llama": make_llama, "gpt2": make_gpt2}
 
 
-def examples(count: int = 14, seed: int = 0) -> Memory:
+def examples(count: int = 14, seed: int = 0) -> InMemoryStore:
     """Examples of several turns: questions and answers of random lengths, and some running text in between."""
     rng = np.random.default_rng(seed)
     documents, marks = [], []
@@ -44,20 +44,20 @@ def examples(count: int = 14, seed: int = 0) -> Memory:
         size = sum(n for n, _ in turns)
         documents.append([BOS, *rng.integers(2, VOCABULARY, size).tolist(), EOS])
         marks.append([0, *(mark for n, mark in turns for _ in range(n)), 1])
-    return Memory(documents, marks)
+    return InMemoryStore(documents, marks)
 
 
 def read(rows: Rows) -> list[Row]:
-    return [rows.at(i, 0) for i in range(len(rows))]
+    return [rows.get_row(i, 0) for i in range(len(rows))]
 
 
 def trained(model: PreTrainedModel, batches: Sequence[Batch], attention: str) -> tuple[float, dict[str, Tensor]]:
     """The summed loss of all labels, and its gradient."""
     model.set_attn_implementation(attention)
-    view, total = model_for(model, "causal"), 0.0
+    view, total = wrap_model(model, "causal"), 0.0
     model.zero_grad()
     for batch in batches:
-        loss, _ = Tokens()(view(**batch.inputs), batch)
+        loss, _ = TokenLoss()(view(**batch.inputs), batch)
         loss.backward()
         total += loss.item()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -77,29 +77,29 @@ def isolated(model: PreTrainedModel, rows: list[Row], alone: list[Row], attentio
 FRAMES = {"bare": {}, "framed": {"frame": Frame((BOS, 5, 6), (7,)), "lead": 1}}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", NAME])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", CAUSAL_BLOCKS])
 @pytest.mark.parametrize("train_on", ["answers", "all"])
 @pytest.mark.parametrize("frame", FRAMES)
 def test_examples_in_a_row_are_trained_as_if_alone(frame: str, train_on: Any, attention: str) -> None:
     options = {"train_on": train_on, **FRAMES[frame]}
-    packed = WholeRows(examples(), LENGTH, **options)
-    rows, alone = read(packed), read(WholeRows(examples(), LENGTH, together=False, **options))
+    packed = PackedExampleRows(examples(), LENGTH, **options)
+    rows, alone = read(packed), read(PackedExampleRows(examples(), LENGTH, pack=False, **options))
     assert len(rows) < len(alone) and packed.ledger.padding > 0
-    assert sum(row.counted for row in rows) == sum(row.counted for row in alone) == packed.ledger.trained
+    assert sum(row.label_count for row in rows) == sum(row.label_count for row in alone) == packed.ledger.trained
     for name in ("llama", "gpt2"):
         assert isolated(MODELS[name](), rows, alone, attention), name
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_prefixes_in_a_row_are_trained_as_if_alone(attention: str) -> None:
-    rows, alone = (read(PrefixRows(examples(), LENGTH, seed=0, together=t)) for t in (True, False))
-    assert len(rows) < len(alone) and sum(row.counted for row in rows) == sum(row.counted for row in alone)
+    rows, alone = (read(PrefixRows(examples(), LENGTH, seed=0, pack=t)) for t in (True, False))
+    assert len(rows) < len(alone) and sum(row.label_count for row in rows) == sum(row.label_count for row in alone)
     assert isolated(make_llama(), rows, alone, attention)
 
 
 def test_examples_that_see_one_another_are_caught() -> None:
     """The mutants: positions that go on through a row; a label that asks for the next example's first token."""
-    rows, alone = (read(WholeRows(examples(), LENGTH, together=t)) for t in (True, False))
+    rows, alone = (read(PackedExampleRows(examples(), LENGTH, pack=t)) for t in (True, False))
     model = make_llama()
     assert isolated(model, rows, alone, "sdpa")
     through = [row._replace(inputs={**row.inputs, "position_ids": np.arange(LENGTH)}) for row in rows]

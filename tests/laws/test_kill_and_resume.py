@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from postgrad.errors import PostgradError
-from postgrad.run.run import Finished, run_stage
+from postgrad.run.run import RunFinished, run_stage
 from postgrad.storage import atomic as publishing
 from tests.conftest import StageOf
 from tests.run.test_run import plan_of, trace
@@ -49,7 +49,7 @@ def in_child(work: Callable[[], None], until: float | None = None) -> int:
 
 def finish(raw: dict[str, Any], cache: Path) -> None:
     events = list(run_stage(plan_of(raw, cache), command="test", cache=cache))
-    assert isinstance(events[-1], Finished)
+    assert isinstance(events[-1], RunFinished)
 
 
 class Boundaries:
@@ -156,8 +156,8 @@ def test_a_saver_that_writes_in_place_would_be_caught(
     from postgrad.run import publish_model
     from postgrad.training import checkpoint
 
-    monkeypatch.setattr(checkpoint, "publish", in_place)
-    monkeypatch.setattr(publish_model, "publish", in_place)
+    monkeypatch.setattr(checkpoint, "publish_folder", in_place)
+    monkeypatch.setattr(publish_model, "publish_folder", in_place)
     _, failures = swept(stage_of, cache, tmp_path, every=5)
     assert failures
 

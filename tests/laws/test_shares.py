@@ -8,25 +8,25 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.layouts.packed_examples import WholeRows
+from postgrad.data.layouts.packed_examples import PackedExampleRows
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.rows import Rows
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.mixture import Mixture, Segment, row_rates
-from tests.data.memory import Memory
+from tests.data.memory import InMemoryStore
 
 LENGTH, EOS = 16, 1
 
 
 def texts() -> PackedRows:
     """Rows of which every position is trained."""
-    return PackedRows(Memory([[*range(10, 9 + LENGTH), EOS] for _ in range(60)]), LENGTH)
+    return PackedRows(InMemoryStore([[*range(10, 9 + LENGTH), EOS] for _ in range(60)]), LENGTH)
 
 
-def answers(asked: int, answered: int) -> WholeRows:
+def answers(asked: int, answered: int) -> PackedExampleRows:
     """Rows of examples that are alike: `asked` tokens that are only read, `answered` that are trained, with the EOS."""
     document = [*range(10, 9 + asked + answered), EOS]
-    return WholeRows(Memory([document] * 120, [[0] * asked + [1] * answered] * 120), LENGTH)
+    return PackedExampleRows(InMemoryStore([document] * 120, [[0] * asked + [1] * answered] * 120), LENGTH)
 
 
 def trained(
@@ -34,11 +34,11 @@ def trained(
 ) -> np.ndarray:
     """Trained tokens of each source in each block, counted in the batches themselves: of shape (blocks, sources)."""
     mixture = Mixture(1, [len(r) for r in rows], [Segment(0, tuple(rates))], block)
-    loader = Loader(rows, mixture, micro=4)
+    loader = Loader(rows, mixture, micro_batch_size=4)
     counts = np.zeros((blocks, len(shares)), np.int64)
     for step in range(blocks):
-        for batch in loader.read(step + 1):
-            np.add.at(counts[step], batch.source_B, batch.counted_B)
+        for batch in loader.read_batches(step + 1):
+            np.add.at(counts[step], batch.source_B, batch.label_count_B)
     return counts
 
 
@@ -61,7 +61,7 @@ def test_shares_are_exact_in_trained_tokens(share: float, asked: int, answered: 
     per_row = [r.ledger.trained / len(r) for r in rows]
     shares = (share, 1 - share)
     counts = trained(rows, shares, row_rates(shares, per_row), 12, block)
-    largest = [max(r.at(i, 0).counted for i in range(len(r))) for r in rows]
+    largest = [max(r.get_row(i, 0).label_count for i in range(len(r))) for r in rows]
     assert exact(counts, shares, largest)
 
 

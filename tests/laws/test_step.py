@@ -13,11 +13,11 @@ from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch, collate
 from postgrad.distributed.world import World
 from postgrad.models.model import CausalModel
-from postgrad.objectives.next_token import Tokens
+from postgrad.objectives.next_token import TokenLoss
 from postgrad.optim import lr_schedules
 from postgrad.optim.optimizer import AdamW, Weights
 from postgrad.training.step import Run, train_step
-from postgrad.tuning.weight_subsets import Full
+from postgrad.tuning.weight_subsets import FullFinetuning
 from tests.conftest import VOCABULARY, make_llama
 from tests.data.test_packed_text import Memory
 
@@ -36,27 +36,27 @@ def rows(count: int = 8) -> PackedRows:
 def batches(sizes: Sequence[int]) -> list[Batch]:
     packed, out, at = rows(), [], 0
     for size in sizes:
-        out.append(collate([packed.at(i, i) for i in range(at, at + size)], [i % 2 for i in range(size)]))
+        out.append(collate([packed.get_row(i, i) for i in range(at, at + size)], [i % 2 for i in range(size)]))
         at += size
     return out
 
 
 def run_of(dtype: torch.dtype = torch.float32, clip: float = 1e9) -> Run:
     model = CausalModel(make_llama())
-    weights = Weights(model, Full(model.pretrained), dtype, split=True)
+    weights = Weights(model, FullFinetuning(model.pretrained), dtype, master_copies=True)
     optimizer = AdamW(weights, betas=(0.9, 0.95), eps=EPS, weight_decay=0.1)
     return Run(
         model=model,
         weights=weights,
         optimizer=optimizer,
-        objectives=[Tokens()],
+        objectives=[TokenLoss()],
         penalties=[],
-        schedule=lr_schedules.then((lr_schedules.constant(1e-3), 10)),
+        schedule=lr_schedules.chain((lr_schedules.constant(1e-3), 10)),
         world=World(torch.device("cpu")),
         sources=["a", "b"],
-        clip=clip,
+        max_grad_norm=clip,
         seed=0,
-        trained_by_source=np.zeros(2, np.int64),
+        trained_tokens_by_source=np.zeros(2, np.int64),
     )
 
 
@@ -76,10 +76,10 @@ def test_micro_batches_do_not_matter() -> None:
 
 def gradient(sizes: Sequence[int], *, mean_of_means: bool) -> torch.Tensor:
     run, parts = run_of(), batches(sizes)
-    counted = sum(b.counted for b in parts)
+    counted = sum(b.label_count for b in parts)
     for batch in parts:
-        loss, _ = Tokens()(run.model(**batch.inputs), batch)
-        (loss / (batch.counted * len(parts)) if mean_of_means else loss / counted).backward()
+        loss, _ = TokenLoss()(run.model(**batch.inputs), batch)
+        (loss / (batch.label_count * len(parts)) if mean_of_means else loss / counted).backward()
     return torch.cat([m.grad.flatten() for m in run.weights.masters if m.grad is not None])
 
 
@@ -98,7 +98,9 @@ def test_the_loss_is_that_of_transformers_over_the_whole_batch() -> None:
         wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
     report = train_step(run, [batch])
     assert report.loss == pytest.approx(float(wanted), rel=1e-6)
-    assert sum(nats for nats, _ in report.by_source.values()) / report.tokens == pytest.approx(report.loss, rel=1e-6)
+    assert sum(nats for nats, _ in report.losses_by_source.values()) / report.tokens == pytest.approx(
+        report.loss, rel=1e-6
+    )
     assert report.tokens == int((batch.labels != IGNORED).sum())
 
 
@@ -134,7 +136,7 @@ def test_small_updates_survive_in_bf16_and_would_be_lost_without_masters() -> No
     before = [m.detach().clone() for m in run.weights.masters]
     bare = [p.detach().to(torch.bfloat16) for p in make_llama().parameters()]
     bare_before = [p.clone() for p in bare]
-    run.schedule = lr_schedules.then((lr_schedules.constant(1e-5), 100))
+    run.schedule = lr_schedules.chain((lr_schedules.constant(1e-5), 100))
     for _ in range(10):
         train_step(run, batches([8]))
         for p in bare:
@@ -171,10 +173,10 @@ def test_moments_can_be_kept_or_kept_in_part() -> None:
     for _ in range(3):
         train_step(run, batches([8]))
     moments = run.optimizer.moments()
-    assert set(run.optimizer.updates().values()) == {3}
+    assert set(run.optimizer.update_counts().values()) == {3}
     kept, second = run_of(), run_of()
-    kept.optimizer.restore(moments, run.optimizer.updates())
-    second.optimizer.restore(moments, run.optimizer.updates(), keep=("exp_avg_sq",))
+    kept.optimizer.restore(moments, run.optimizer.update_counts())
+    second.optimizer.restore(moments, run.optimizer.update_counts(), keep=("exp_avg_sq",))
     name = next(iter(moments)).removesuffix(".exp_avg")
     assert torch.equal(kept.optimizer.moments()[f"{name}.exp_avg"], moments[f"{name}.exp_avg"])
     assert not second.optimizer.moments()[f"{name}.exp_avg"].any()

@@ -15,15 +15,15 @@ import yaml
 
 from postgrad.data.loading.loader import Loader
 from postgrad.lineage.record import read_record
-from postgrad.models.pretrained import load, locate
-from postgrad.penalties.importance_file import About, write_importance
-from postgrad.run.run import Began, run_stage
+from postgrad.models.pretrained import load_pretrained, locate_model
+from postgrad.penalties.importance_file import ImportanceMetadata, write_importance
+from postgrad.run.run import RunStarted, run_stage
 from postgrad.training.metrics_log import read_metrics
 from postgrad.tuning.open_model import start_fingerprint
 from tests.conftest import StageOf
 from tests.run.test_run import plan_of
 from tests.run.test_task_stages import mixed
-from tests.tiny_stages import make_shelf
+from tests.tiny_stages import make_workspace
 
 
 def losses(home: Path) -> list[float]:
@@ -79,7 +79,7 @@ def test_two_ranks_make_the_steps_of_one(
     for place in (home / "model", sorted((home / "checkpoints").iterdir())[-1]):
         shutil.rmtree(place)
     resumed = list(run_stage(plan_of(yaml.safe_load(file.read_text()), cache), command="test", cache=cache))
-    began = next(event for event in resumed if isinstance(event, Began))
+    began = next(event for event in resumed if isinstance(event, RunStarted))
     assert 0 < began.step < began.plan.steps
     assert losses(home) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 
@@ -155,10 +155,10 @@ def test_penalties_pull_on_two_ranks_as_on_one(
 
 def drawn(base: Path, home: Path) -> Path:
     """Importance of the tests' model, drawn at random."""
-    start = locate(str(base / "base"), base)
+    start = locate_model(str(base / "base"), base)
     generator = torch.Generator().manual_seed(3)
-    made = {n: torch.rand(p.shape, generator=generator) for n, p in load(start).model.named_parameters()}
-    about = About("fisher", "token", 100, "base", start_fingerprint(start), 0.5)
+    made = {n: torch.rand(p.shape, generator=generator) for n, p in load_pretrained(start).model.named_parameters()}
+    about = ImportanceMetadata("fisher", "token", 100, "base", start_fingerprint(start), 0.5)
     write_importance(home / "importance.safetensors", made, about, torch.float32)
     return home / "importance.safetensors"
 
@@ -168,16 +168,16 @@ def drawn(base: Path, home: Path) -> Path:
 def test_two_ranks_of_mixed_rows_make_the_steps_of_one(model: str, cache: Path, tmp_path: Path) -> None:
     """Rows of two sorts, of which one rank or the other has more in most steps; without a silent row they would wait
     for one another for ever."""
-    shelf = make_shelf(tmp_path / "shelf", cache)
+    shelf = make_workspace(tmp_path / "shelf", cache)
     raw = mixed(shelf, model, batch={"sequences": 10, "micro": 1}, tokens=1500)
     plan = shelf.plan(raw)
     silent = [
-        part.silent
+        part.is_padding
         for step in range(1, plan.steps + 1)
         for rank in range(2)
-        for part in Loader(plan.rows, plan.mixture, micro=1, objectives=plan.weighed, rank=rank, ranks=2).micro_batches(
-            step
-        )
+        for part in Loader(
+            plan.rows, plan.mixture, micro_batch_size=1, objectives=plan.objective_indices, rank=rank, world_size=2
+        ).micro_batches(step)
     ]
     assert any(silent) and plan.steps > 3
     list(run_stage(plan, command="test", cache=cache))
@@ -194,7 +194,7 @@ def test_two_ranks_of_mixed_rows_make_the_steps_of_one(model: str, cache: Path, 
 @pytest.mark.timeout(600)
 def test_two_ranks_answer_what_one_answers(cache: Path, tmp_path: Path) -> None:
     """Before, each rank asks a part of the start model; after, of what was published."""
-    shelf = make_shelf(tmp_path, cache)
+    shelf = make_workspace(tmp_path, cache)
     tasks = [
         {"name": "kinds", "path": shelf.file("labelled", held_out=True), "shots": 2, "seeds": 2, "during": True,
          "shown": {"path": shelf.file("labelled")}},
@@ -203,7 +203,7 @@ def test_two_ranks_answer_what_one_answers(cache: Path, tmp_path: Path) -> None:
     records = []
     for name in ("one", "two"):
         raw = shelf.stage(name, sources=[shelf.source("completion")])
-        raw["evaluation"] = {**shelf.texts, "tasks": tasks}
+        raw["evaluation"] = {**shelf.text_evaluation, "tasks": tasks}
         if name == "one":
             shelf.run(raw)
         else:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from postgrad.errors import StageError
-from postgrad.lineage.record import read_record, with_stage, write_record
-from postgrad.lineage.tree import chain, tree
+from postgrad.lineage.record import add_stage, read_record, write_record
+from postgrad.lineage.tree import lineage_matrix, read_lineage
 from postgrad.storage.fingerprint import differences, fingerprint
 
 
@@ -64,29 +64,31 @@ def ids(stages: list[tuple[Path, dict[str, Any]]]) -> list[str]:
 
 def test_a_chain_goes_from_the_first_stage_to_the_run(tmp_path: Path) -> None:
     last = three(tmp_path)
-    assert ids(chain(last)) == ["id-one", "id-two", "id-three"]
-    assert ids(chain(tmp_path / "one")) == ["id-one"]
-    assert [path for path, _ in chain(last)] == [tmp_path / n for n in ("one", "two", "three")]
+    assert ids(read_lineage(last)) == ["id-one", "id-two", "id-three"]
+    assert ids(read_lineage(tmp_path / "one")) == ["id-one"]
+    assert [path for path, _ in read_lineage(last)] == [tmp_path / n for n in ("one", "two", "three")]
 
 
 def test_folders_that_moved_together_are_found(tmp_path: Path) -> None:
     three(tmp_path / "here")
     shutil.move(tmp_path / "here", tmp_path / "elsewhere")
-    assert ids(chain(tmp_path / "elsewhere" / "three")) == ["id-one", "id-two", "id-three"]
+    assert ids(read_lineage(tmp_path / "elsewhere" / "three")) == ["id-one", "id-two", "id-three"]
 
 
 def test_a_relative_name_and_a_link_lead_to_the_same_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last = three(tmp_path)
     (tmp_path / "latest").symlink_to(last)
     monkeypatch.chdir(tmp_path)
-    assert ids(chain(Path("three"))) == ids(chain(tmp_path / "latest")) == ["id-one", "id-two", "id-three"]
+    assert (
+        ids(read_lineage(Path("three"))) == ids(read_lineage(tmp_path / "latest")) == ["id-one", "id-two", "id-three"]
+    )
 
 
 def test_a_parent_that_is_gone_is_named(tmp_path: Path) -> None:
     last = three(tmp_path)
     shutil.rmtree(tmp_path / "one")
     with pytest.raises(StageError, match=r"the parent of two is gone[\s\S]*one"):
-        chain(last)
+        read_lineage(last)
 
 
 def test_a_parent_that_was_replaced_is_refused(tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_a_parent_that_was_replaced_is_refused(tmp_path: Path) -> None:
     record = read_record(tmp_path / "one")
     write_record(tmp_path / "one", {**record, "id": "another"})
     with pytest.raises(StageError, match=r"no longer the run that two started from[\s\S]*id-one, met another"):
-        chain(last)
+        read_lineage(last)
 
 
 def test_a_circle_is_refused(tmp_path: Path) -> None:
@@ -103,20 +105,20 @@ def test_a_circle_is_refused(tmp_path: Path) -> None:
     run(two, {}, one)
     run(one, {}, two)
     with pytest.raises(StageError, match="circle"):
-        chain(two)
+        read_lineage(two)
 
 
 def test_what_is_no_run_is_told_with_one_that_is(tmp_path: Path) -> None:
     three(tmp_path)
     (tmp_path / "model").mkdir()
     with pytest.raises(StageError, match=r"not a run folder[\s\S]*such as .*one"):
-        chain(tmp_path / "model")
+        read_lineage(tmp_path / "model")
     (tmp_path / "one" / "record.json").write_text("{")
     with pytest.raises(StageError, match=r"record\.json: not JSON"):
-        chain(tmp_path / "one")
+        read_lineage(tmp_path / "one")
     (tmp_path / "one" / "record.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(StageError, match=r"record format 99[\s\S]*expected: 1"):
-        chain(tmp_path / "one")
+        read_lineage(tmp_path / "one")
 
 
 def test_the_matrix_is_what_the_records_say_and_asks_for_the_rest(tmp_path: Path) -> None:
@@ -126,7 +128,7 @@ def test_the_matrix_is_what_the_records_say_and_asks_for_the_rest(tmp_path: Path
         asked.append((row, key))
         return {(0, "b:hash-b"): 6.5, (3, "b:hash-b"): 4.2}.get((row, key))
 
-    found = tree(chain(three(tmp_path)), missing)
+    found = lineage_matrix(read_lineage(three(tmp_path)), missing)
     assert [s["name"] for s in found["sets"]] == ["old", "a", "b"]
     assert [s["learnt_at"] for s in found["sets"]] == [0, 1, 2]
     assert [s["name"] for s in found["stages"]] == ["start", "one", "two", "three"]
@@ -142,7 +144,7 @@ def test_the_matrix_is_what_the_records_say_and_asks_for_the_rest(tmp_path: Path
 
 
 def test_a_cell_that_nobody_knows_stays_empty_and_is_counted(tmp_path: Path) -> None:
-    found = tree(chain(three(tmp_path)), lambda row, key: None)
+    found = lineage_matrix(read_lineage(three(tmp_path)), lambda row, key: None)
     assert [row[2] for row in found["R"]] == [None, 6.0, 4.0, None]
     assert found["summary"]["BWT"] == pytest.approx(-((2.2 - 2.0) + (3.3 - 3.0)) / 2)
     assert found["summary"]["denominators"]["BWT"].startswith("2 ")
@@ -153,7 +155,7 @@ def test_a_cell_that_nobody_knows_stays_empty_and_is_counted(tmp_path: Path) -> 
 def test_another_text_under_the_same_name_is_another_column(tmp_path: Path) -> None:
     one = run(tmp_path / "one", {"old": ("retained", 2.0, 2.1)})
     two = run(tmp_path / "two", {"old": ("retained", 7.0, 7.1)}, one, hashes={"old": "changed"})
-    found = tree(chain(two), lambda row, key: None)
+    found = lineage_matrix(read_lineage(two), lambda row, key: None)
     assert found["R"] == [[2.0, None], [2.1, 7.0], [None, 7.1]]
     names = [s["name"] for s in found["sets"]]
     assert len(set(names)) == 2
@@ -169,7 +171,7 @@ def test_the_same_text_under_another_name_is_one_column_that_was_learnt_when_it_
         one,
         hashes={"replay-a": "hash-a"},
     )
-    found = tree(chain(two), lambda row, key: None)
+    found = lineage_matrix(read_lineage(two), lambda row, key: None)
     assert [s["name"] for s in found["sets"]] == ["a", "b"]
     assert [s["learnt_at"] for s in found["sets"]] == [1, 2]
     assert found["R"] == [[5.0, None], [3.0, 6.0], [3.5, 4.0]]
@@ -180,8 +182,8 @@ def test_a_ledger_of_what_was_seen_adds_up() -> None:
     def item(name: str, tokens: int) -> dict[str, Any]:
         return {"fingerprint": f"f-{name}", "name": name, "tokens": tokens, "origin": {"path": name}}
 
-    first = with_stage({}, [item("pile", 300)])
-    second = with_stage(first, [item("pile", 5), item("one", 95)])
+    first = add_stage({}, [item("pile", 300)])
+    second = add_stage(first, [item("pile", 5), item("one", 95)])
     assert {key: entry["tokens"] for key, entry in second.items()} == {"f-pile": 305, "f-one": 95}
     assert first["f-pile"]["tokens"] == 300  # the parent's ledger is left as it was
     assert second["f-one"]["origin"] == {"path": "one"}

@@ -18,21 +18,21 @@ from transformers import (
     T5Config,
 )
 
-from postgrad.data.read.files import Source
-from postgrad.data.tokens.train_vocabulary import Portion, learn_vocabulary
+from postgrad.data.read.files import RawSource
+from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabulary
 from postgrad.errors import ModelError
 from postgrad.models.from_scratch import (
     FAMILIES,
-    draw,
-    family_and_weights,
-    fit,
+    count_weights,
+    init_model,
     make_tokenizer,
-    marks_for,
-    solved,
-    weights_of,
-    with_dropout,
+    parse_model_name,
+    select_special_tokens,
+    set_dropout,
+    set_token_ids,
+    solve_config,
 )
-from postgrad.models.pretrained import parameters_of, save_pretrained
+from postgrad.models.pretrained import count_parameters, save_pretrained
 from tests.conftest import old_text, write_jsonl
 
 VOCABULARY = 1000
@@ -41,29 +41,29 @@ VOCABULARY = 1000
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("size", "weights"), [("1M", 1e6), ("3.5m", 3.5e6), ("40M", 40e6)])
 def test_the_weights_are_those_that_were_asked_for(family: str, size: str, weights: float) -> None:
-    config = solved(f"{family}-{size}", vocabulary=VOCABULARY, positions=512)
-    assert weights_of(config) == pytest.approx(weights, rel=0.015)
+    config = solve_config(f"{family}-{size}", vocabulary=VOCABULARY, positions=512)
+    assert count_weights(config) == pytest.approx(weights, rel=0.015)
     assert config.vocab_size == VOCABULARY
 
 
 def test_the_weights_of_a_llama_are_those_of_the_formula() -> None:
     """With d the width, i the inner width and L blocks: V d + L (4 d^2 + 3 d i + 2 d) + d; head and embedding are one."""
-    c: Any = solved("llama-2M", vocabulary=VOCABULARY, positions=512)
+    c: Any = solve_config("llama-2M", vocabulary=VOCABULARY, positions=512)
     d, i, blocks = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     by_hand = VOCABULARY * d + blocks * (4 * d * d + 3 * d * i + 2 * d) + d
-    assert weights_of(c) == by_hand == parameters_of(draw(c, 0))
+    assert count_weights(c) == by_hand == count_parameters(init_model(c, 0))
 
 
 def test_names_that_mean_nothing() -> None:
-    assert family_and_weights("GPT2-1.5B")[1] == 1_500_000_000
+    assert parse_model_name("GPT2-1.5B")[1] == 1_500_000_000
     for name, said in (
         ("llama", "no family and size"), ("llama-15", "no family and size"), ("lama-15M", "did you mean 'llama'"),
         ("mamba-15M", "model.config"),
     ):  # fmt: skip
         with pytest.raises(ModelError, match=said):
-            family_and_weights(name)
+            parse_model_name(name)
     with pytest.raises(ModelError, match=r"a block of width 32 and its embeddings have \d"):
-        solved("bert-100k", vocabulary=8000, positions=512)
+        solve_config("bert-100k", vocabulary=8000, positions=512)
 
 
 def loss_of(model: PreTrainedModel, vocabulary: int) -> float:
@@ -80,15 +80,15 @@ def loss_of(model: PreTrainedModel, vocabulary: int) -> float:
 
 @pytest.mark.parametrize("name", ["llama-1M", "gpt2-1M", "qwen3-1M", "bert-1M", "t5-1M", "llama-10M", "t5-10M"])
 def test_at_first_every_token_is_as_likely(name: str) -> None:
-    model = draw(solved(name, vocabulary=VOCABULARY, positions=512), 0)
+    model = init_model(solve_config(name, vocabulary=VOCABULARY, positions=512), 0)
     assert loss_of(model, VOCABULARY) == pytest.approx(math.log(VOCABULARY), abs=0.1)
 
 
 def test_t5_s_own_factor_would_be_caught() -> None:
     """The mutant: with a factor of 1 the decoder says its own input again, and is much worse than a uniform guess."""
-    config: Any = solved("t5-1M", vocabulary=VOCABULARY, positions=512)
+    config: Any = solve_config("t5-1M", vocabulary=VOCABULARY, positions=512)
     config.initializer_factor = 1.0
-    model = draw(config, 0)
+    model = init_model(config, 0)
     ids = torch.randint(3, VOCABULARY, (4, 32))
     with torch.no_grad():
         logits = model(input_ids=ids, decoder_input_ids=ids).logits
@@ -113,7 +113,7 @@ def deep(family: str) -> PreTrainedConfig:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_deep_models_neither_explode_nor_starve(family: str) -> None:
     """The loss begins at ln V, and the first block's gradient is of the size of the last one's."""
-    model = draw(deep(family), 0).train()
+    model = init_model(deep(family), 0).train()
     assert loss_of(model, VOCABULARY) == pytest.approx(math.log(VOCABULARY), abs=0.1)
     ids = torch.randint(3, VOCABULARY, (4, 32))
     model(input_ids=ids, labels=ids.roll(-1, 1)).loss.backward()
@@ -127,10 +127,10 @@ def test_deep_models_neither_explode_nor_starve(family: str) -> None:
 
 
 def test_weights_are_a_function_of_the_seed_and_nobody_else_s_numbers_are_touched() -> None:
-    config = solved("llama-1M", vocabulary=VOCABULARY, positions=512)
+    config = solve_config("llama-1M", vocabulary=VOCABULARY, positions=512)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, same, other = draw(config, 1), draw(config, 1), draw(config, 2)
+    one, same, other = init_model(config, 1), init_model(config, 1), init_model(config, 2)
     assert torch.equal(before, torch.get_rng_state())
     for a, b in zip(one.parameters(), same.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -149,23 +149,23 @@ AROUND = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokenizers_have_the_special_tokens_of_their_family(family: str, tmp_path: Path) -> None:
-    marks = FAMILIES[family].marks
+    marks = FAMILIES[family].special_tokens
     path = write_jsonl(tmp_path / "a.jsonl", old_text(60))
-    written = learn_vocabulary(
-        [Portion(Source("a", str(path), where="a"), lambda _: 0.0)],
+    written = train_vocabulary(
+        [VocabularySource(RawSource("a", str(path), where="a"), lambda _: 0.0)],
         lambda _: [1.0],
-        rule=None,
-        size=VOCABULARY, special=marks.tokens, away=[], cache=tmp_path,
+        shares_key=None,
+        size=VOCABULARY, special_tokens=marks.tokens, held_out_sources=[], cache=tmp_path,
     )  # fmt: skip
     tokenizer = make_tokenizer(written, marks)
-    config = solved(f"{family}-1M", vocabulary=len(tokenizer), positions=128)
-    fit(config, tokenizer)
-    save_pretrained(draw(config, 0), tokenizer, tmp_path / "model", dtype=torch.float32)
+    config = solve_config(f"{family}-1M", vocabulary=len(tokenizer), positions=128)
+    set_token_ids(config, tokenizer)
+    save_pretrained(init_model(config, 0), tokenizer, tmp_path / "model", dtype=torch.float32)
     read: Any = AutoTokenizer.from_pretrained(tmp_path / "model")
     single, pair = AROUND[family]
     assert read.convert_ids_to_tokens(read("x")["input_ids"]) == single.split()
     assert read.convert_ids_to_tokens(read("x", "y")["input_ids"]) == pair.split()
-    for name, token in marks.named:
+    for name, token in marks.named_tokens:
         assert getattr(read, f"{name}_token") == token
         assert name == "unk" or getattr(config, f"{name}_token_id") == read.convert_tokens_to_ids(token)
     assert config.eos_token_id is not None
@@ -181,19 +181,19 @@ def test_tokenizers_have_the_special_tokens_of_their_family(family: str, tmp_pat
 def test_other_architectures_have_the_special_tokens_of_a_family_of_their_task() -> None:
     from transformers import ElectraConfig, GPTNeoXConfig, MT5Config
 
-    assert marks_for(GPTNeoXConfig(), None) is FAMILIES["llama"].marks
-    assert marks_for(ElectraConfig(), None) is FAMILIES["bert"].marks
-    assert marks_for(MT5Config(), None) is FAMILIES["t5"].marks
-    assert marks_for(GPT2Config(), None) is FAMILIES["gpt2"].marks
+    assert select_special_tokens(GPTNeoXConfig(), None) is FAMILIES["llama"].special_tokens
+    assert select_special_tokens(ElectraConfig(), None) is FAMILIES["bert"].special_tokens
+    assert select_special_tokens(MT5Config(), None) is FAMILIES["t5"].special_tokens
+    assert select_special_tokens(GPT2Config(), None) is FAMILIES["gpt2"].special_tokens
 
 
 def test_dropout_is_set_wherever_a_configuration_has_it() -> None:
     for family, name in (("gpt2", "resid_pdrop"), ("bert", "hidden_dropout_prob"), ("t5", "dropout_rate")):
-        config = solved(f"{family}-1M", vocabulary=VOCABULARY, positions=128)
+        config = solve_config(f"{family}-1M", vocabulary=VOCABULARY, positions=128)
         assert getattr(config, name) == 0.1
-        with_dropout(config, 0.3)
+        set_dropout(config, 0.3)
         assert getattr(config, name) == 0.3
-        dropouts = [m.p for m in draw(config, 0).modules() if isinstance(m, torch.nn.Dropout)]
+        dropouts = [m.p for m in init_model(config, 0).modules() if isinstance(m, torch.nn.Dropout)]
         assert dropouts and set(dropouts) == {0.3}
     with pytest.raises(ModelError, match="a mamba has no dropout"):
-        with_dropout(MambaConfig(), 0.1)
+        set_dropout(MambaConfig(), 0.1)

@@ -23,10 +23,10 @@ from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.batch import collate
 from postgrad.errors import ModelError
 from postgrad.models import model as m
-from postgrad.models.model import HeadedModel, probe
-from postgrad.models.pretrained import load, locate
-from postgrad.objectives.next_token import Tokens
-from tests.tiny_stages import make_shelf, t5_tokenizer, written
+from postgrad.models.model import HeadedModel, verify_model
+from postgrad.models.pretrained import load_pretrained, locate_model
+from postgrad.objectives.next_token import TokenLoss
+from tests.tiny_stages import make_workspace, save_model, t5_tokenizer
 
 SIZES = {
     "vocab_size": 96,
@@ -70,7 +70,7 @@ def batch() -> dict[str, Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_the_models_own(family: str) -> None:
     model = made(family)
-    probe(HeadedModel(model))
+    verify_model(HeadedModel(model))
     with torch.no_grad():
         ours, plain = HeadedModel(model)(**batch()).logits(), model(**batch()).logits
     assert torch.allclose(ours, plain, atol=1e-5)
@@ -80,9 +80,9 @@ def test_logits_are_the_models_own(family: str) -> None:
 def test_a_head_without_it_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("bart")
     bare = HeadedModel.head
-    monkeypatch.setattr(HeadedModel, "head", lambda self: m.Head(bare(self).weight_VD))
+    monkeypatch.setattr(HeadedModel, "head", lambda self: m.OutputHead(bare(self).weight_VD))
     with pytest.raises(ModelError, match=r"architecture \(bart\) are not its output embedding"):
-        probe(HeadedModel(model))
+        verify_model(HeadedModel(model))
 
 
 def test_loss_and_gradients_are_those_of_transformers() -> None:
@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_those_of_transformers() -> None:
     ]
     given = collate(rows, [0, 0])
     models = made("bart"), made("bart")
-    loss, _ = Tokens()(HeadedModel(models[0])(**given.inputs), given)
+    loss, _ = TokenLoss()(HeadedModel(models[0])(**given.inputs), given)
     wanted = models[1](**given.inputs).logits
     reference = torch.nn.functional.cross_entropy(
         wanted.flatten(0, 1), given.labels.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -112,12 +112,12 @@ def test_bf16_stays_bf16() -> None:
 
 
 def test_a_stage_trains_it_and_keeps_the_bias(tmp_path: Path) -> None:
-    shelf = make_shelf(tmp_path, tmp_path / "cache")
+    shelf = make_workspace(tmp_path, tmp_path / "cache")
     tokenizer = t5_tokenizer()
     model = made("bart", vocab_size=len(tokenizer))
-    written(model, tokenizer, shelf.home / "bart")
+    save_model(model, tokenizer, shelf.folder / "bart")
     raw = shelf.stage("bart", model="bart", sources=[shelf.source("pair")], objectives=[{"kind": "text-to-text"}])
     done = shelf.run(raw)
-    after = load(locate(str(done.place), shelf.home), "text-to-text").model
+    after = load_pretrained(locate_model(str(done.run_folder), shelf.folder), "text-to-text").model
     assert torch.equal(after.final_logits_bias, model.final_logits_bias)  # type: ignore[arg-type]
     assert not torch.equal(after.model.shared.weight, model.model.shared.weight)  # type: ignore[union-attr]

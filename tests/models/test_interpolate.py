@@ -17,36 +17,36 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def test_both_ends_are_exact_and_the_middle_is_the_mean() -> None:
     one, other = make_llama(0), make_llama(1)
-    start, end = interpolate.weights_of(one), interpolate.weights_of(other)
+    start, end = interpolate.copy_weights(one), interpolate.copy_weights(other)
     for weight, expected in ((0.0, start), (1.0, end)):
-        interpolate.put_between(one, start, end, weight)
+        interpolate.interpolate_weights(one, start, end, weight)
         assert all(torch.equal(p, expected[name]) for name, p in one.named_parameters())
     assert torch.equal(logits(one), logits(other))
-    interpolate.put_between(one, start, end, 0.25)
+    interpolate.interpolate_weights(one, start, end, 0.25)
     for name, p in one.named_parameters():
         torch.testing.assert_close(p, 0.75 * start[name] + 0.25 * end[name])
 
 
 def test_a_weight_for_each_block_moves_that_block_alone() -> None:
-    model, start, end = make_llama(0), interpolate.weights_of(make_llama(0)), interpolate.weights_of(make_llama(1))
-    blocks = interpolate.blocks_of(model)
+    model, start, end = make_llama(0), interpolate.copy_weights(make_llama(0)), interpolate.copy_weights(make_llama(1))
+    blocks = interpolate.block_parameter_names(model)
     assert len(blocks) == 2 and not set(blocks[0]) & set(blocks[1])
     weights = dict.fromkeys(start, 1.0) | dict.fromkeys(blocks[0], 0.0)
-    interpolate.put_between(model, start, end, weights)
+    interpolate.interpolate_weights(model, start, end, weights)
     for name, p in model.named_parameters():
         assert torch.equal(p, start[name] if name in blocks[0] else end[name])
 
 
 def test_what_the_start_does_not_have_stays_the_ends() -> None:
-    model, end = make_llama(0), interpolate.weights_of(make_llama(1))
-    start = {name: t for name, t in interpolate.weights_of(make_llama(2)).items() if "norm" not in name}
+    model, end = make_llama(0), interpolate.copy_weights(make_llama(1))
+    start = {name: t for name, t in interpolate.copy_weights(make_llama(2)).items() if "norm" not in name}
     assert interpolate.refuse_other_shapes(start, end, ("a", "b")) == sorted(name for name in end if "norm" in name)
-    interpolate.put_between(model, start, end, 0.0)
+    interpolate.interpolate_weights(model, start, end, 0.0)
     assert all(torch.equal(p, end[name] if "norm" in name else start[name]) for name, p in model.named_parameters())
 
 
 def test_models_of_other_shapes_are_refused_by_name() -> None:
-    small, large = interpolate.weights_of(make_llama(0)), interpolate.weights_of(make_llama(0, hidden_size=64))
+    small, large = interpolate.copy_weights(make_llama(0)), interpolate.copy_weights(make_llama(0, hidden_size=64))
     with pytest.raises(ModelError, match=r"\(320, 32\) in base and \(320, 64\) in run"):
         interpolate.refuse_other_shapes(
             {"x": small["model.embed_tokens.weight"]}, {"x": large["model.embed_tokens.weight"]}, ("base", "run")
@@ -55,12 +55,14 @@ def test_models_of_other_shapes_are_refused_by_name() -> None:
 
 def test_weights_come_back() -> None:
     model = make_llama(0)
-    before = interpolate.weights_of(model)
-    with interpolate.kept(model):
-        interpolate.put_between(model, before, interpolate.weights_of(make_llama(1)), 0.5)
+    before = interpolate.copy_weights(model)
+    with interpolate.preserve_weights(model):
+        interpolate.interpolate_weights(model, before, interpolate.copy_weights(make_llama(1)), 0.5)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_the_mean_of_states_is_that_of_their_numbers() -> None:
     states = [{"w": torch.full((2,), value, dtype=torch.float32)} for value in (1e8, 1.0, -1e8)]
-    assert torch.equal(interpolate.mean_of(states)["w"], torch.full((2,), 1 / 3))  # in float32 the one would be lost
+    assert torch.equal(
+        interpolate.average_weights(states)["w"], torch.full((2,), 1 / 3)
+    )  # in float32 the one would be lost

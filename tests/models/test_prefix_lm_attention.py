@@ -15,11 +15,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from postgrad.data.loading.batch import Batch
 from postgrad.errors import ModelError
 from postgrad.models import model as models
-from postgrad.models.cpu_attention import NAME
-from postgrad.models.model import CausalModel, probe
-from postgrad.models.prefix_lm_attention import KEY, mark, mask_for, prefilled, reads_prefixes, seen_by, window_of
+from postgrad.models.cpu_attention import CAUSAL_BLOCKS
+from postgrad.models.model import CausalModel, verify_model
+from postgrad.models.prefix_lm_attention import (
+    PREFIX_LM_KEY,
+    attention_window,
+    is_prefix_lm,
+    mark_prefix_lm,
+    model_prefix_mask,
+    prefill_prompt,
+    prefix_lm_mask,
+)
 from postgrad.models.pretrained import save_pretrained
-from postgrad.objectives.next_token import Tokens
+from postgrad.objectives.next_token import TokenLoss
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
 from tests.models.test_pretrained import ARCHITECTURES, LEAKING, build
 
@@ -73,14 +81,14 @@ def test_who_sees_whom_by_hand() -> None:
         [0, 0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 0, 0, 1],
     ]
-    assert seen_by(prefix, positions)[0, 0].int().tolist() == wanted
+    assert prefix_lm_mask(prefix, positions)[0, 0].int().tolist() == wanted
 
 
 @pytest.mark.parametrize("attention", [None, "eager"])
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_prefixes_are_read_in_both_directions_and_nothing_else_is(name: str, attention: str | None) -> None:
     model = CausalModel(wide(name, attention))
-    probe(model, prefixes=2 * LENGTH)
+    verify_model(model, prefix_tokens=2 * LENGTH)
     model.eval()
     first, second = range(LENGTH), range(LENGTH, 2 * LENGTH)
     # A token of the prefix is seen by all of its document, one behind it only by what follows; never by the other document.
@@ -130,7 +138,7 @@ def test_loss_and_gradient_are_those_of_a_mask_written_by_hand(name: str) -> Non
         model.zero_grad()
         return found
 
-    loss, _ = Tokens()(model(**inputs), Batch(inputs, labels, np.zeros(2, int), np.zeros(2, int)))
+    loss, _ = TokenLoss()(model(**inputs), Batch(inputs, labels, np.zeros(2, int), np.zeros(2, int)))
     loss.backward()
     ours = gradients()
     wanted = hand_written(model.pretrained, inputs, labels)
@@ -149,11 +157,11 @@ def test_loss_and_gradient_are_those_of_a_mask_written_by_hand(name: str) -> Non
 
 def wrong(prefix: Tensor, positions: Tensor, what: str) -> Tensor:
     """Masks that are wrong in a way of their own."""
-    right = seen_by(prefix, positions)
+    right = prefix_lm_mask(prefix, positions)
     everything = torch.ones_like(right)
-    same = seen_by(torch.ones_like(prefix), positions)
+    same = prefix_lm_mask(torch.ones_like(prefix), positions)
     return {
-        "causal": seen_by(torch.zeros_like(prefix), positions),
+        "causal": prefix_lm_mask(torch.zeros_like(prefix), positions),
         "no isolation": right | (prefix.bool()[:, None, :, None] & prefix.bool()[:, None, None, :]),
         "the rest too": same,
         "everything": everything,
@@ -163,17 +171,17 @@ def wrong(prefix: Tensor, positions: Tensor, what: str) -> Tensor:
 @pytest.mark.parametrize("what", ["causal", "no isolation", "the rest too", "everything"])
 def test_a_mask_that_leaks_or_is_ignored_is_met_by_the_probe(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = CausalModel(make_llama())
-    probe(model, prefixes=24)
-    monkeypatch.setattr(models, "mask_for", lambda _, prefix, positions: wrong(prefix, positions, what))
+    verify_model(model, prefix_tokens=24)
+    monkeypatch.setattr(models, "model_prefix_mask", lambda _, prefix, positions: wrong(prefix, positions, what))
     with pytest.raises(ModelError, match="prefixes cannot be read in both directions"):
-        probe(model, prefixes=24)
+        verify_model(model, prefix_tokens=24)
 
 
 def test_the_attention_that_looks_back_only_is_met_by_the_probe() -> None:
     model = CausalModel(make_llama())
-    model.pretrained.set_attn_implementation(NAME)
+    model.pretrained.set_attn_implementation(CAUSAL_BLOCKS)
     with pytest.raises(ModelError, match="prefixes cannot be read in both directions"):
-        probe(model, prefixes=24)
+        verify_model(model, prefix_tokens=24)
 
 
 @pytest.mark.parametrize(("name", "changes"), LEAKING.items())
@@ -181,22 +189,22 @@ def test_models_without_such_a_mask_are_refused(
     name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Recurrent models, which are refused before; here the look at packed documents is left out."""
-    monkeypatch.setattr(models, "_probe_packed", lambda *_: None)
+    monkeypatch.setattr(models, "_verify_packing", lambda *_: None)
     torch.manual_seed(0)
     config = getattr(transformers, name)(**changes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model = CausalModel(AutoModelForCausalLM.from_config(config).eval())
     with pytest.raises(ModelError, match="prefixes cannot be read in both directions"):
-        probe(model, prefixes=24)
+        verify_model(model, prefix_tokens=24)
 
 
 def test_rows_that_reach_beyond_a_window_are_refused() -> None:
     model = CausalModel(build("MistralConfig"))
-    assert window_of(model.pretrained.config) == 8
-    probe(model, prefixes=8)
+    assert attention_window(model.pretrained.config) == 8
+    verify_model(model, prefix_tokens=8)
     with pytest.raises(ModelError, match="rows have 9 tokens, and layers of this model see 8"):
-        probe(model, prefixes=9)
-    assert window_of(build("Qwen2Config").config) is None  # it has a window that it does not use
-    assert window_of(build("Gemma3TextConfig").config) == 8
+        verify_model(model, prefix_tokens=9)
+    assert attention_window(build("Qwen2Config").config) is None  # it has a window that it does not use
+    assert attention_window(build("Gemma3TextConfig").config) == 8
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -208,7 +216,7 @@ def without_cache(model: PreTrainedModel, ids: Tensor, tokens: int) -> Tensor:
     prompt = ids.shape[1]
     for _ in range(tokens):
         positions = torch.arange(ids.shape[1])[None]
-        mask = mask_for(model, (positions < prompt).long(), positions)
+        mask = model_prefix_mask(model, (positions < prompt).long(), positions)
         logits = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
     return ids
@@ -226,7 +234,7 @@ def test_with_the_cache_is_without_it(name: str, attention: str | None) -> None:
         ids = torch.randint(1, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(seed))
         options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
         options["attention_mask"] = torch.ones_like(ids)
-        ours = model.generate(input_ids=ids, past_key_values=prefilled(model, ids), **options)
+        ours = model.generate(input_ids=ids, past_key_values=prefill_prompt(model, ids), **options)
         assert ours.tolist() == without_cache(model, ids, 8).tolist()
         different += ours.tolist() != model.generate(input_ids=ids, **options).tolist()
     assert different  # the mutant: the prompt read causally
@@ -236,24 +244,24 @@ def test_a_prompt_of_one_token_has_nothing_before_its_last() -> None:
     model = make_llama()
     ids = torch.tensor([[5]])
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    ours = model.generate(input_ids=ids, past_key_values=prefilled(model, ids), pad_token_id=0, **options)
+    ours = model.generate(input_ids=ids, past_key_values=prefill_prompt(model, ids), pad_token_id=0, **options)
     assert ours.tolist() == model.generate(input_ids=ids, pad_token_id=0, **options).tolist()
 
 
 def test_a_prompt_that_is_longer_than_a_window_is_refused() -> None:
     model = build("MistralConfig")
-    prefilled(model, torch.ones(1, 7, dtype=torch.long))
+    prefill_prompt(model, torch.ones(1, 7, dtype=torch.long))
     with pytest.raises(ModelError, match="the text has 8 tokens, and layers of this model see 8"):
-        prefilled(model, torch.ones(1, 8, dtype=torch.long))
+        prefill_prompt(model, torch.ones(1, 8, dtype=torch.long))
 
 
 def test_a_configuration_says_it_and_keeps_it(tmp_path: Path) -> None:
     model = make_llama()
-    assert not reads_prefixes(model.config)
-    mark(model.config, True)
+    assert not is_prefix_lm(model.config)
+    mark_prefix_lm(model.config, True)
     save_pretrained(model, make_tokenizer(), tmp_path / "marked", dtype=torch.float32)
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "marked")
-    assert reads_prefixes(back.config)
-    mark(back.config, False)
+    assert is_prefix_lm(back.config)
+    mark_prefix_lm(back.config, False)
     save_pretrained(back, make_tokenizer(), tmp_path / "plain", dtype=torch.float32)
-    assert KEY not in (tmp_path / "plain" / "config.json").read_text()
+    assert PREFIX_LM_KEY not in (tmp_path / "plain" / "config.json").read_text()

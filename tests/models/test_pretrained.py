@@ -12,9 +12,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from postgrad.errors import ModelError
-from postgrad.models.cpu_attention import NAME, causal_blocks, usable
-from postgrad.models.model import CausalModel, probe
-from postgrad.models.pretrained import Start, load_model, load_tokenizer, locate, save_pretrained
+from postgrad.models.cpu_attention import CAUSAL_BLOCKS, causal_blocks, is_supported
+from postgrad.models.model import CausalModel, verify_model
+from postgrad.models.pretrained import ModelLocation, load_model, load_tokenizer, locate_model, save_pretrained
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
 
 SMALL = {
@@ -49,7 +49,7 @@ def build(name: str, attention: str | None = None) -> transformers.PreTrainedMod
 @pytest.mark.parametrize("attention", [None, "eager"])
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_documents_stay_apart_and_the_head_is_understood(name: str, attention: str | None) -> None:
-    probe(CausalModel(build(name, attention)))
+    verify_model(CausalModel(build(name, attention)))
 
 
 LEAKING: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def test_models_that_leak_are_refused(name: str, changes: dict[str, Any], caplog
     config = getattr(transformers, name)(**changes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ModelError, match="packed documents see each other"):
-        probe(CausalModel(model))
+        verify_model(CausalModel(model))
 
 
 def test_positions_that_do_not_restart_would_leak() -> None:
@@ -96,7 +96,7 @@ def test_a_head_that_is_not_understood_is_refused() -> None:
     model = CausalModel(make_llama())
     model.scale = 0.5
     with pytest.raises(ModelError, match="not its output embedding"):
-        probe(model)
+        verify_model(model)
 
 
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
@@ -120,10 +120,10 @@ def test_causal_blocks_equal_plain_attention_with_gradients(length: int) -> None
 
 
 def test_causal_blocks_say_where_they_do_not_belong() -> None:
-    assert usable(make_llama())
-    assert not usable(build("Gemma2Config"))  # its scores are soft-capped
-    assert not usable(build("GPT2Config"))  # it drops attention weights
-    assert make_llama().config._attn_implementation != NAME
+    assert is_supported(make_llama())
+    assert not is_supported(build("Gemma2Config"))  # its scores are soft-capped
+    assert not is_supported(build("GPT2Config"))  # it drops attention weights
+    assert make_llama().config._attn_implementation != CAUSAL_BLOCKS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -153,7 +153,7 @@ def test_foreign_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     (tmp_path / "m" / "modeling.py").write_text("raise SystemExit('ran')")
     with pytest.raises(ModelError, match="auto_map"):
-        load_model(Start("m", tmp_path / "m"))
+        load_model(ModelLocation("m", tmp_path / "m"))
 
 
 def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
@@ -164,18 +164,18 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="lacks 1 weights"):
-        load_model(Start("m", tmp_path / "m"))
+        load_model(ModelLocation("m", tmp_path / "m"))
 
 
 def test_places_that_hold_no_model_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no folder"):
-        locate("./nothing", tmp_path)
+        locate_model("./nothing", tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"without a config\.json"):
-        locate("empty", tmp_path)
-    assert locate("owner/name", tmp_path).folder is None
+        locate_model("empty", tmp_path)
+    assert locate_model("owner/name", tmp_path).folder is None
     save_pretrained(make_llama(), make_tokenizer(), tmp_path / "m", dtype=torch.float32)
     (tmp_path / "m" / "tokenizer.json").unlink()
     (tmp_path / "m" / "tokenizer_config.json").unlink()
     with pytest.raises(ModelError, match="tokenizer"):
-        load_tokenizer(Start("m", tmp_path / "m"))
+        load_tokenizer(ModelLocation("m", tmp_path / "m"))

@@ -20,8 +20,8 @@ from transformers import (
     SwitchTransformersConfig,
 )
 
-from postgrad.models.sublayers import Block, blocks_of, evaluating
-from tests.tuning.families import FAMILIES, WIDER, build
+from postgrad.models.sublayers import Block, eval_mode, find_blocks
+from tests.tuning.families import FAMILIES, MORE_FAMILIES, build_model
 
 Ends = tuple[tuple[str, str, int | None, str], ...]
 
@@ -93,31 +93,31 @@ def ends(block: Block) -> Ends:
 
 @pytest.mark.parametrize("family", KNOWN)
 def test_ends_are_those_read_in_the_architectures_own_code(family: str) -> None:
-    blocks = blocks_of(build(family, "lm"))
+    blocks = find_blocks(build_model(family, "lm"))
     stacks = len(KNOWN[family])
     assert len(blocks) == 2 * stacks and {block.width for block in blocks} == {32}
     for stack, expected in enumerate(KNOWN[family]):
         assert ends(blocks[2 * stack]) == ends(blocks[2 * stack + 1]) == expected
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *WIDER])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_only_post_norm_blocks_have_a_norm_behind_the_sum(family: str) -> None:
-    for block in blocks_of(build(family, "lm")):
+    for block in find_blocks(build_model(family, "lm")):
         assert {s.norm is not None for s in block.sublayers} == {family in POST_LN}
 
 
 def test_watching_leaves_no_hook_and_no_mode_behind() -> None:
-    model = build("t5", "lm").train()
+    model = build_model("t5", "lm").train()
     model.encoder.block[0].eval()
     modes = [module.training for module in model.modules()]
-    blocks_of(model)
+    find_blocks(model)
     assert [module.training for module in model.modules()] == modes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_modes_come_back_after_an_error() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-    with pytest.raises(InterruptedError), evaluating(model):
+    with pytest.raises(InterruptedError), eval_mode(model):
         assert not any(module.training for module in model.modules())
         raise InterruptedError
     assert [module.training for module in model.modules()] == [True, True, False]
@@ -172,14 +172,14 @@ AWKWARD: dict[str, tuple[PreTrainedConfig, Ends]] = {
 def test_awkward_architectures(case: str) -> None:
     config, expected = AWKWARD[case]
     torch.manual_seed(0)
-    assert ends(blocks_of(AutoModel.from_config(config))[0]) == expected
+    assert ends(find_blocks(AutoModel.from_config(config))[0]) == expected
 
 
 def test_cross_attention_is_told_from_feed_forward_without_fused_attention() -> None:
     """With plain matrix products, keys and values come from the encoder alone."""
-    model = build("bart", "lm")
+    model = build_model("bart", "lm")
     model.set_attn_implementation("eager")
-    assert [s.name for s in blocks_of(model)[-1].sublayers] == [ATTENTION, CROSS, FEED]
+    assert [s.name for s in find_blocks(model)[-1].sublayers] == [ATTENTION, CROSS, FEED]
 
 
 def test_experts_of_an_encoder_decoder() -> None:
@@ -187,29 +187,29 @@ def test_experts_of_an_encoder_decoder() -> None:
     config = SwitchTransformersConfig(
         vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2, num_experts=2
     )
-    blocks = blocks_of(AutoModel.from_config(config))
+    blocks = find_blocks(AutoModel.from_config(config))
     assert [[s.name for s in b.sublayers] for b in blocks] == 2 * [[ATTENTION, FEED]] + 2 * [[ATTENTION, CROSS, FEED]]
 
 
 def test_ends_that_blocks_share_are_nobodys() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     model.model.layers[1].mlp = model.model.layers[0].mlp
-    assert [[s.name for s in block.sublayers] for block in blocks_of(model)] == [[ATTENTION], [ATTENTION]]
+    assert [[s.name for s in block.sublayers] for block in find_blocks(model)] == [[ATTENTION], [ATTENTION]]
 
 
 def test_an_entry_that_runs_twice_is_none() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     layer = model.model.layers[0]
     layer.mlp.up_proj = layer.mlp.gate_proj
-    entries = {s.name: s.entry for s in blocks_of(model)[0].sublayers}
+    entries = {s.name: s.entry for s in find_blocks(model)[0].sublayers}
     assert entries == {ATTENTION: layer.self_attn.q_proj, FEED: None}
 
 
 def test_an_end_that_runs_twice_gives_way_to_the_one_before() -> None:
-    model = build("gpt-neox", "lm")
+    model = build_model("gpt-neox", "lm")
     layer = model.gpt_neox.layers[0]
     layer.post_mlp_dropout = layer.post_attention_dropout
-    outputs = {s.name: (s.output, s.index) for s in blocks_of(model)[0].sublayers}
+    outputs = {s.name: (s.output, s.index) for s in find_blocks(model)[0].sublayers}
     assert outputs == {ATTENTION: (layer.attention, 0), FEED: (layer.mlp, None)}
 
 
@@ -226,9 +226,9 @@ class Collected(nn.Module):
 
 @pytest.mark.parametrize("fresh", [torch.zeros_like, lambda x: x.new_zeros(x.shape)])
 def test_a_fresh_tensor_is_no_stream(fresh: Callable[[Tensor], Tensor]) -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     mlp = model.model.layers[0].mlp = Collected(fresh)
-    assert [s.output for s in blocks_of(model)[0].sublayers if s.name == FEED] == [mlp]
+    assert [s.output for s in find_blocks(model)[0].sublayers if s.name == FEED] == [mlp]
 
 
 @torch.library.custom_op("postgrad::packed_product", mutates_args=())
@@ -248,12 +248,12 @@ class Packed(nn.Module):
 
 
 def test_products_of_other_libraries_count() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     mlp = model.model.layers[0].mlp = Packed()
-    assert [(s.output, s.entry) for s in blocks_of(model)[0].sublayers if s.name == FEED] == [(mlp, mlp)]
+    assert [(s.output, s.entry) for s in find_blocks(model)[0].sublayers if s.name == FEED] == [(mlp, mlp)]
 
 
 def test_a_model_without_blocks_has_none() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     model.model.layers = nn.ModuleList()
-    assert blocks_of(model) == []
+    assert find_blocks(model) == []

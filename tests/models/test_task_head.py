@@ -13,23 +13,30 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import Loaded, Start, Task, TaskLayer, load, task_of
-from postgrad.models.task_head import DESCRIPTION, Reader, Representation, described, model_class, pooled
+from postgrad.models.pretrained import ClassifierSpec, LoadResult, ModelLocation, Task, detect_task, load_pretrained
+from postgrad.models.task_head import (
+    DESCRIPTION,
+    TaskHead,
+    TaskHeadConfig,
+    load_task_head_config,
+    make_model_class,
+    pool_tokens,
+)
 from tests.tuning import families
 
-LAST = Representation((2,))
+LAST = TaskHeadConfig((2,))
 LABELS = ("a", "b", "c")
 
 
-def made(family: str, form: Representation, seed: int = 0, **config: Any) -> Any:
+def made(family: str, form: TaskHeadConfig, seed: int = 0, **config: Any) -> Any:
     """A model of a family that reads as `form` says, on the weights that the family's language model has in the tests."""
-    lm = families.build(family, "lm")
+    lm = families.build_model(family, "lm")
     own = copy.deepcopy(lm.config)
     for key, value in {"num_labels": 3, "problem_type": "single_label_classification", **config}.items():
         setattr(own, key, value)
     torch.manual_seed(seed)
     state = {name: t for name, t in lm.state_dict().items() if "lm_head" not in name}
-    return model_class(own, form).from_pretrained(None, config=own, state_dict=state).eval()
+    return make_model_class(own, form).from_pretrained(None, config=own, state_dict=state).eval()
 
 
 def bare(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -56,7 +63,7 @@ def own_and_ours(name: str) -> tuple[PreTrainedModel, Any]:
     """Transformers' classifier, and ours of the same choices on the same weights."""
     family, task = name.split()
     kind: families.Task = "classify" if task == "classify" else "tags"
-    own: Any = families.build(family, kind)
+    own: Any = families.build_model(family, kind)
     stack = {"t5": "encoder" if kind == "tags" else "decoder", "bart": "decoder"}.get(family)
     forms = {
         "llama classify": replace(LAST, pooling="last"),
@@ -69,7 +76,7 @@ def own_and_ours(name: str) -> tuple[PreTrainedModel, Any]:
     form = replace(forms.get(name, LAST), stack=stack)
     config = copy.deepcopy(own.config)
     torch.manual_seed(0)
-    ours = model_class(config, form)(config).eval()
+    ours = make_model_class(config, form)(config).eval()
     body = {k: v for k, v in own.base_model.state_dict().items() if not k.startswith("pooler.")}
     ours.body.load_state_dict(body)
     head = getattr(own, "score", None) or getattr(own, "classifier", None) or own.classification_head
@@ -121,24 +128,24 @@ def test_the_loss_of_several_classes_and_of_numbers_is_transformers_own(family: 
 def test_layers_are_joined_as_the_formulas_say() -> None:
     torch.manual_seed(0)
     states, mask_BT = [torch.randn(2, 4, 8) for _ in range(3)], torch.ones(2, 4)
-    mixed = Reader(Representation((0, 1, 2), "mix"), 8, 3)
+    mixed = TaskHead(TaskHeadConfig((0, 1, 2), "mix"), 8, 3)
     with torch.no_grad():
         mixed.mix.copy_(torch.tensor([0.5, -1.0, 2.0]))
         mixed.gamma.fill_(1.7)
     shares = [torch.e**0.5, torch.e**-1.0, torch.e**2.0]
     by_hand = 1.7 * sum(share * h for share, h in zip(shares, states, strict=True)) / sum(shares)
-    torch.testing.assert_close(mixed.joined(states), by_hand)
+    torch.testing.assert_close(mixed.join_states(states), by_hand)
     torch.testing.assert_close(mixed(states, mask_BT), mixed.out(by_hand))
-    assert not torch.allclose(mixed.joined(states), by_hand / 1.7)  # the mutant: gamma left out
+    assert not torch.allclose(mixed.join_states(states), by_hand / 1.7)  # the mutant: gamma left out
 
-    summed = Reader(Representation((0, 2), "sum"), 8, 3)
-    torch.testing.assert_close(summed.joined(states), states[0] + states[2])
-    beside = Reader(Representation((2, 0)), 8, 3)
-    assert beside.joined(states).tolist() == torch.cat([states[2], states[0]], -1).tolist()
+    summed = TaskHead(TaskHeadConfig((0, 2), "sum"), 8, 3)
+    torch.testing.assert_close(summed.join_states(states), states[0] + states[2])
+    beside = TaskHead(TaskHeadConfig((2, 0)), 8, 3)
+    assert beside.join_states(states).tolist() == torch.cat([states[2], states[0]], -1).tolist()
 
 
 def test_an_untrained_mix_is_the_mean_of_its_layers() -> None:
-    model = made("bert", Representation((0, 1, 2), "mix"))
+    model = made("bert", TaskHeadConfig((0, 1, 2), "mix"))
     states = model.states(**bare(families.batch("bert", "tags")))
     torch.testing.assert_close(model.task_layer.joined(states), torch.stack(states).mean(0))
 
@@ -147,11 +154,11 @@ def test_an_untrained_mix_is_the_mean_of_its_layers() -> None:
     "family", ["bert", "llama", "t5", "bart", "modernbert", "gpt2", "opt", "distilbert", "electra"]
 )
 def test_states_are_the_hidden_states_of_the_plain_backbone(family: str) -> None:
-    seq2seq = families.EVERY[family].shape == "seq2seq"
+    seq2seq = families.ALL_FAMILIES[family].shape == "seq2seq"
     inputs = bare(families.batch(family, "tags"))
     # With padding on the left, plain backbones with learnt positions count it, and ours does not.
     inputs = inputs if inputs["attention_mask"][:, 0].all() else padded_otherwise(inputs)
-    plain: Any = families.build(family, "lm").base_model
+    plain: Any = families.build_model(family, "lm").base_model
     if seq2seq:
         plain = plain.get_encoder()
     with torch.no_grad():
@@ -179,10 +186,10 @@ def test_pooling_reads_the_real_tokens_alone() -> None:
     }
     mutants = {"mean": hidden.mean(1), "max": hidden.amax(1), "first": hidden[:, 0], "last": hidden[:, -1]}
     for how, wanted in by_hand.items():
-        torch.testing.assert_close(pooled(hidden, mask, how), wanted)  # type: ignore[arg-type]
+        torch.testing.assert_close(pool_tokens(hidden, mask, how), wanted)  # type: ignore[arg-type]
         assert not torch.allclose(mutants[how], wanted)  # padding is read
         noisy = torch.where(mask.bool()[..., None], hidden, 1e4)
-        torch.testing.assert_close(pooled(noisy, mask, how), wanted)  # type: ignore[arg-type]
+        torch.testing.assert_close(pool_tokens(noisy, mask, how), wanted)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean", "max", "last"])
@@ -191,19 +198,19 @@ def test_pooling_reads_the_real_tokens_alone() -> None:
 def test_padding_may_stand_on_either_side(family: str, head: Any, pooling: Any) -> None:
     family, _, half = family.partition(" ")
     stack: Any = (half or "encoder") if family == "t5" else None
-    model = made(family, Representation((0, 1, 2), "mix", pooling, head, 6 if head == "bilstm" else 0, 2, 0.0, stack))
+    model = made(family, TaskHeadConfig((0, 1, 2), "mix", pooling, head, 6 if head == "bilstm" else 0, 2, 0.0, stack))
     inputs = bare(families.batch(family, "classify"))
     other = padded_otherwise(inputs)
     assert not torch.equal(inputs["input_ids"], other["input_ids"])
     here, there = (families.logits(model, i) for i in (inputs, other))
     torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
-    rows = [families.logits(model, families.alone(inputs, row)) for row in range(3)]
+    rows = [families.logits(model, families.single_row(inputs, row)) for row in range(3)]
     torch.testing.assert_close(here, torch.cat(rows), atol=1e-5, rtol=1e-5)
 
 
 def test_a_bilstm_reads_each_row_as_if_it_were_alone() -> None:
     torch.manual_seed(0)
-    reader = Reader(Representation((0,), head="bilstm", width=5, depth=2), 4, 3).eval()
+    reader = TaskHead(TaskHeadConfig((0,), head="bilstm", width=5, depth=2), 4, 3).eval()
     hidden = torch.randn(2, 6, 4)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
     found = reader([hidden], mask)
@@ -215,39 +222,43 @@ def test_a_bilstm_reads_each_row_as_if_it_were_alone() -> None:
 
 # -- folders -----------------------------------------------------------------------------------------------------------
 
-FORMS: dict[str, tuple[str, Representation]] = {
-    "bert bilstm tags": ("bert", Representation((1, 2), head="bilstm", width=6, depth=2, dropout=0.1)),
-    "bert mix": ("bert", Representation((0, 1, 2), "mix", "mean")),
-    "llama mlp": ("llama", Representation((1,), pooling="max", head="mlp", width=7, depth=2)),
-    "t5 encoder": ("t5", Representation((1, 2), "sum", "mean", stack="encoder")),
-    "t5 decoder": ("t5", Representation((2,), "sum", "last", stack="decoder")),
-    "bart encoder": ("bart", Representation((2,), "sum", "mean", stack="encoder")),
+FORMS: dict[str, tuple[str, TaskHeadConfig]] = {
+    "bert bilstm tags": ("bert", TaskHeadConfig((1, 2), head="bilstm", width=6, depth=2, dropout=0.1)),
+    "bert mix": ("bert", TaskHeadConfig((0, 1, 2), "mix", "mean")),
+    "llama mlp": ("llama", TaskHeadConfig((1,), pooling="max", head="mlp", width=7, depth=2)),
+    "t5 encoder": ("t5", TaskHeadConfig((1, 2), "sum", "mean", stack="encoder")),
+    "t5 decoder": ("t5", TaskHeadConfig((2,), "sum", "last", stack="decoder")),
+    "bart encoder": ("bart", TaskHeadConfig((2,), "sum", "mean", stack="encoder")),
 }
 
 
-def started(tmp_path: Path, family: str) -> Start:
+def started(tmp_path: Path, family: str) -> ModelLocation:
     """The language model of a family in a folder."""
     folder = tmp_path / family
     if not folder.exists():
-        families.build(family, "lm").save_pretrained(folder)
-    return Start(family, folder)
+        families.build_model(family, "lm").save_pretrained(folder)
+    return ModelLocation(family, folder)
 
 
-def opened(start: Start, form: Representation | None, seed: int = 0, labels: tuple[str, ...] = LABELS) -> Loaded:
+def opened(
+    start: ModelLocation, form: TaskHeadConfig | None, seed: int = 0, labels: tuple[str, ...] = LABELS
+) -> LoadResult:
     task: Task = "tag" if form is not None and form.pooling is None else "classify"
-    return load(start, task, layer=TaskLayer(labels, "single_label_classification", families.PAD, seed, form))
+    return load_pretrained(
+        start, task, layer=ClassifierSpec(labels, "single_label_classification", families.PAD, seed, form)
+    )
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_folder_gives_back_the_same_logits(name: str, tmp_path: Path) -> None:
     family, form = FORMS[name]
     loaded = opened(started(tmp_path, family), form)
-    assert loaded.new and all(key.startswith("task_layer.") for key in loaded.new)
+    assert loaded.new_weights and all(key.startswith("task_layer.") for key in loaded.new_weights)
     folder = tmp_path / "saved"
     loaded.model.save_pretrained(folder)
     inputs = bare(families.batch(family, "classify"))
-    back = load(Start("saved", folder), task_of(Start("saved", folder)))
-    assert not back.new and described(folder) == form
+    back = load_pretrained(ModelLocation("saved", folder), detect_task(ModelLocation("saved", folder)))
+    assert not back.new_weights and load_task_head_config(folder) == form
     assert torch.equal(families.logits(back.model, inputs), families.logits(loaded.model, inputs))
     assert [back.model.config.id2label[i] for i in range(3)] == list(LABELS)
     page = (folder / "README.md").read_text()
@@ -294,16 +305,16 @@ def test_other_labels_or_another_choice_take_over_what_fits(tmp_path: Path) -> N
     first = opened(started(tmp_path, "bert"), form).model
     folder = tmp_path / "saved"
     first.save_pretrained(folder)
-    more = opened(Start("saved", folder), form, 1, ("a", "b", "c", "d"))
-    assert set(more.new) == {"task_layer.out.weight", "task_layer.out.bias"}
+    more = opened(ModelLocation("saved", folder), form, 1, ("a", "b", "c", "d"))
+    assert set(more.new_weights) == {"task_layer.out.weight", "task_layer.out.bias"}
     kept, before = more.model.state_dict(), first.state_dict()
     assert torch.equal(kept["task_layer.lstm.weight_ih_l0"], before["task_layer.lstm.weight_ih_l0"])
     # The same shapes, read from other layers: nothing of the old task layer means anything.
-    other = opened(Start("saved", folder), replace(form, layers=(0, 1)), 1)
+    other = opened(ModelLocation("saved", folder), replace(form, layers=(0, 1)), 1)
     assert not torch.equal(other.model.state_dict()["task_layer.out.weight"], before["task_layer.out.weight"])
-    assert len(other.new) == len([name for name in before if name.startswith("task_layer.")])
+    assert len(other.new_weights) == len([name for name in before if name.startswith("task_layer.")])
     # Transformers' own classifier stands on the same backbone.
-    plain = opened(Start("saved", folder), None, 1)
+    plain = opened(ModelLocation("saved", folder), None, 1)
     assert type(plain.model).__name__ == "BertForSequenceClassification"
 
 
@@ -318,7 +329,7 @@ def test_the_decoder_of_an_encoder_decoder_is_no_part_of_its_encoder(tmp_path: P
 def test_a_description_that_cannot_be_read_is_told(broken: str, tmp_path: Path) -> None:
     (tmp_path / DESCRIPTION).write_text(broken)
     with pytest.raises(ModelError, match=r"task_layer\.json: the description of the task layer cannot be read"):
-        described(tmp_path)
+        load_task_head_config(tmp_path)
 
 
 def test_a_frozen_backbone_has_no_dropout_and_a_moving_one_has() -> None:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from postgrad.optim.loss_adaptive_lr import LossPaced, Steady
+from postgrad.optim.loss_adaptive_lr import ConstantLRScale, LossAdaptiveLRScale
 
 LOSSES = [4.0, 4.4, 3.0, 2.0, 6.0, 1.0, 1.0, 0.5, 0.0]
 
@@ -24,7 +24,7 @@ def by_hand(start: float, smoothing: float) -> list[float]:
 
 @pytest.mark.parametrize(("start", "smoothing"), [(0.5, 0.9), (1.0, 0.9), (0.2, 0.5)])
 def test_it_is_the_formula(start: float, smoothing: float) -> None:
-    paced = LossPaced(start, smoothing)
+    paced = LossAdaptiveLRScale(start, smoothing)
     factors = [paced(loss) for loss in LOSSES]
     assert factors == pytest.approx(by_hand(start, smoothing), rel=1e-6)
     assert factors[0] == start and max(factors) <= 1
@@ -34,25 +34,25 @@ def test_it_is_the_formula(start: float, smoothing: float) -> None:
 
 
 def test_no_loss_at_all_takes_the_whole_rate() -> None:
-    paced = LossPaced(0.5, 0.0)
+    paced = LossAdaptiveLRScale(0.5, 0.0)
     assert [paced(1.0), paced(0.0)] == [0.5, 1.0]
 
 
 def test_what_is_kept_goes_on_to_the_bit() -> None:
-    whole, part = LossPaced(0.5), LossPaced(0.5)
+    whole, part = LossAdaptiveLRScale(0.5), LossAdaptiveLRScale(0.5)
     factors = [whole(loss) for loss in LOSSES]
     for loss in LOSSES[:4]:
         part(loss)
-    again = LossPaced(0.5)
+    again = LossAdaptiveLRScale(0.5)
     again.load(json.loads(json.dumps(part.state())))
     assert [again(loss) for loss in LOSSES[4:]] == factors[4:]
-    assert [LossPaced(0.5)(loss) for loss in LOSSES[4:]] != factors[4:]
-    fresh = LossPaced(0.5)
+    assert [LossAdaptiveLRScale(0.5)(loss) for loss in LOSSES[4:]] != factors[4:]
+    fresh = LossAdaptiveLRScale(0.5)
     fresh.load(fresh.state())
     assert fresh(3.0) == 0.5
 
 
 def test_steady_is_one() -> None:
-    steady = Steady()
+    steady = ConstantLRScale()
     steady.load(steady.state())
     assert {steady(loss) for loss in LOSSES} == {1.0}

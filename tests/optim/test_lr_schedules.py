@@ -87,7 +87,7 @@ def test_wsd_s_anneal_is_the_harmonic_mean() -> None:
 
 
 def test_then_skips_empty_pieces_and_holds_the_last_value() -> None:
-    curve = s.then((s.linear(0, 1), 0), (s.linear(5, 3), 4))
+    curve = s.chain((s.linear(0, 1), 0), (s.linear(5, 3), 4))
     assert [curve(x) for x in (1, 2, 4, 9)] == [4.5, 4, 3, 3]
     assert not math.isnan(curve(0))
 
@@ -96,9 +96,9 @@ def test_a_switch_at_a_fifth_of_the_rate_is_found_after_the_peak() -> None:
     curve = s.rewarm(steps=1000, peak=1e-3, floor=1e-5, warmup=100)
     step = s.first_step_at_or_below(curve, 0.2, 1000)
     assert step > 100 and curve(step) <= 2e-4 < curve(step - 1)
-    assert s.first_step_at_or_below(s.then((s.constant(1e-3), 10)), 0.2, 10) == 10
+    assert s.first_step_at_or_below(s.chain((s.constant(1e-3), 10)), 0.2, 10) == 10
 
 
 def test_sampled_keeps_both_ends() -> None:
-    points = s.sampled(lambda step: step, 12_345, 100)
+    points = s.sample_schedule(lambda step: step, 12_345, 100)
     assert points[0][0] == 1 and points[-1][0] == 12_345 and len(points) <= 125

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from postgrad.optim import top_k as l
-from postgrad.optim.top_k import count_of, largest
+from postgrad.optim.top_k import share_count, top_k_masks
 
 
 def drawn(seed: int, size: int) -> Tensor:
@@ -37,8 +37,8 @@ def by_hand(size: Tensor, count: int) -> Tensor:
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 1.0])
 def test_they_are_the_first_of_a_stable_sort(name: str, share: float) -> None:
     size = CASES[name]
-    count = count_of(share, size.numel())
-    (mask,) = largest([size], [count], [size])
+    count = share_count(share, size.numel())
+    (mask,) = top_k_masks([size], [count], [size])
     assert int(mask.sum()) == count
     assert torch.equal(mask, by_hand(size, count))
 
@@ -46,9 +46,9 @@ def test_they_are_the_first_of_a_stable_sort(name: str, share: float) -> None:
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 1.0])
 def test_digits_find_the_edge_that_sorting_finds(share: float) -> None:
     sizes = list(CASES.values())
-    counts = [count_of(share, size.numel()) for size in sizes]
-    edges = l._by_digits(sizes, torch.tensor(counts), sizes[0])
-    assert torch.equal(edges, l._by_sorting(sizes, counts))
+    counts = [share_count(share, size.numel()) for size in sizes]
+    edges = l._threshold_by_digits(sizes, torch.tensor(counts), sizes[0])
+    assert torch.equal(edges, l._threshold_by_sorting(sizes, counts))
     for size, count, edge in zip(sizes, counts, edges, strict=True):
         assert edge == size.flatten().sort(descending=True).values[count - 1]
 
@@ -56,9 +56,11 @@ def test_digits_find_the_edge_that_sorting_finds(share: float) -> None:
 def test_digits_that_lack_bits_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(l, "DIGITS", l.DIGITS[:2])
     sizes = [drawn(0, 1000)]
-    assert not torch.equal(l._by_digits(sizes, torch.tensor([100]), sizes[0]), l._by_sorting(sizes, [100]))
+    assert not torch.equal(
+        l._threshold_by_digits(sizes, torch.tensor([100]), sizes[0]), l._threshold_by_sorting(sizes, [100])
+    )
 
 
 def test_a_share_is_at_least_one_number() -> None:
-    assert [count_of(share, 10) for share in (0.01, 0.1, 0.25, 0.35, 1.0)] == [1, 1, 2, 4, 10]
-    assert largest([], [], []) == []
+    assert [share_count(share, 10) for share in (0.01, 0.1, 0.25, 0.35, 1.0)] == [1, 1, 2, 4, 10]
+    assert top_k_masks([], [], []) == []

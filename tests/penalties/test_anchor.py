@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from postgrad.penalties import anchor as anchors
-from postgrad.penalties.anchor import Anchor, AnchoredDecay, Changed, Held, pull_norm
+from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight, pull_norm
 from postgrad.penalties.penalty import Penalty
 from postgrad.tuning.attach import attach
-from postgrad.tuning.lora import LowRank
+from postgrad.tuning.lora import LoraAdapter
 from tests.conftest import make_llama
 
 SHAPES = ((7, 5), (12,), (3, 4, 2), (1,), (40, 9))
@@ -34,8 +34,8 @@ def weights(*, importance: bool = True) -> tuple[list[Tensor], list[Tensor], lis
     return masters, [m.detach() + 0.1 * t for m, t in zip(masters, tensors(1), strict=True)], given
 
 
-def held(masters: list[Tensor], references: list[Tensor], importance: Sequence[Tensor | None]) -> list[Held]:
-    return [Held(m, r, i) for m, r, i in zip(masters, references, importance, strict=True)]
+def held(masters: list[Tensor], references: list[Tensor], importance: Sequence[Tensor | None]) -> list[AnchoredWeight]:
+    return [AnchoredWeight(m, r, i) for m, r, i in zip(masters, references, importance, strict=True)]
 
 
 def written(
@@ -132,7 +132,7 @@ def test_neither_weights_nor_reference_nor_importance_are_moved_by_pulling() -> 
 def test_what_is_divided_by_is_divided_by() -> None:
     masters, references, given = weights()
     value, expected = autograd(masters, references, given, 0.25)
-    torch.testing.assert_close(Anchor(held(masters, references, given), strength=1.0, over=4.0)(), value.float())
+    torch.testing.assert_close(Anchor(held(masters, references, given), strength=1.0, divisor=4.0)(), value.float())
     torch.testing.assert_close(masters[0].grad, expected[0].float())
 
 
@@ -141,7 +141,7 @@ def test_a_weight_that_is_held_fast_has_no_gradient_afterwards() -> None:
     masters, references, given = weights()
     frozen = masters[1].detach().clone()
     parts = held(masters, references, given)
-    parts[1] = Held(masters[1], references[1], given[1], compute=frozen)
+    parts[1] = AnchoredWeight(masters[1], references[1], given[1], parameter=frozen)
     value, _ = autograd(masters, references, given, 1.0)
     torch.testing.assert_close(Anchor(parts, strength=1.0)(), value.float())
     assert masters[1].grad is None and masters[0].grad is not None
@@ -166,7 +166,7 @@ def test_weights_that_do_not_lie_row_by_row_are_held_too() -> None:
     master = torch.randn(6, 4).T.requires_grad_()
     reference = torch.randn(4, 6)
     value, (expected,) = autograd([master], [reference], [None], 1.0)
-    torch.testing.assert_close(Anchor([Held(master, reference)], strength=1.0)(), value.float())
+    torch.testing.assert_close(Anchor([AnchoredWeight(master, reference)], strength=1.0)(), value.float())
     torch.testing.assert_close(master.grad, expected.float())
 
 
@@ -178,7 +178,7 @@ def test_the_norm_of_the_pull_is_that_of_its_gradient() -> None:
     penalty = Anchor(held(masters, references, given), strength=7.0)
     torch.testing.assert_close(pull_norm(penalty), norm)
     assert all(m.grad is None for m in masters)
-    torch.testing.assert_close(pull_norm(AnchoredDecay(penalty.held, strength=7.0, over=2.0)), norm / 2)
+    torch.testing.assert_close(pull_norm(AnchoredDecay(penalty.weights, strength=7.0, divisor=2.0)), norm / 2)
 
 
 # -- decoupled --------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_the_norm_of_the_pull_is_that_of_its_gradient() -> None:
 def test_a_decoupled_pull_is_rate_times_strength_times_importance_times_drift(importance: bool) -> None:
     masters, references, given = weights(importance=importance)
     parts = held(masters, references, given)
-    parts[0] = Held(masters[0], references[0], given[0], rate_factor=0.5)
+    parts[0] = AnchoredWeight(masters[0], references[0], given[0], rate_factor=0.5)
     before = [m.detach().clone() for m in masters]
     decay = AnchoredDecay(parts, strength=3.0)
     value, _ = autograd(masters, references, given, 3.0)
@@ -219,23 +219,23 @@ def test_a_decoupled_pull_of_zero_moves_nothing() -> None:
 # -- weights that a tuning changes ------------------------------------------------------------------------------------
 
 
-def effective(tuning: LowRank, name: str) -> Tensor:
+def effective(tuning: LoraAdapter, name: str) -> Tensor:
     """A layer's weight with the update in it, by PEFT's own merging."""
     layer = tuning.model.get_submodule(name)
     base = layer.get_base_layer()
     before = base.weight.data.clone()
-    layer.merge(adapter_names=tuning._mine)
+    layer.merge(adapter_names=tuning._adapter_names)
     merged = base.weight.data.clone()
-    for adapter in tuning._mine:
+    for adapter in tuning._adapter_names:
         layer.merged_adapters.remove(adapter)
     base.weight.data = before
     return merged - before
 
 
-def tuned(form: str, make: Callable[[], PreTrainedModel]) -> LowRank:
+def tuned(form: str, make: Callable[[], PreTrainedModel]) -> LoraAdapter:
     model = make()
     tuning = attach(model, {"kind": "lora", "form": form, "rank": 3})
-    assert isinstance(tuning, LowRank)
+    assert isinstance(tuning, LoraAdapter)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -252,10 +252,10 @@ def gpt2() -> PreTrainedModel:
 FORMS = ("lora", "rslora", "dora", "pissa")
 
 
-def rebuilt(form: str, tuning: LowRank, name: str, values: Sequence[Tensor]) -> Tensor:
+def rebuilt(form: str, tuning: LoraAdapter, name: str, values: Sequence[Tensor]) -> Tensor:
     """The layer's change, written down anew from the papers, in double precision."""
     layer = tuning.model.get_submodule(name)
-    scale = layer.scaling[tuning.adapter]
+    scale = layer.scaling[tuning.adapter_name]
     a, b = values[:2]
     update = scale * b @ a
     transposed = isinstance(layer.get_base_layer(), nn.Linear) is False
@@ -265,7 +265,7 @@ def rebuilt(form: str, tuning: LowRank, name: str, values: Sequence[Tensor]) -> 
         summed = weight + update
         update = values[2][:, None] * summed / summed.norm(dim=1, keepdim=True) - weight
     if form == "pissa":
-        a0, b0 = (tuning._starts[f"{name}.start_{part}.weight"].double() for part in "AB")
+        a0, b0 = (tuning._initial_factors[f"{name}.start_{part}.weight"].double() for part in "AB")
         update = update - scale * b0 @ a0
     return update.T if transposed else update
 
@@ -274,9 +274,9 @@ def rebuilt(form: str, tuning: LowRank, name: str, values: Sequence[Tensor]) -> 
 @pytest.mark.parametrize("make", [make_llama, gpt2], ids=["linear", "transposed"])
 def test_a_change_is_what_merging_adds(form: str, make: Callable[[], PreTrainedModel]) -> None:
     tuning = tuned(form, make)
-    for name, moved in tuning.changes().items():
+    for name, moved in tuning.weight_deltas().items():
         layer = name.removesuffix(".base_layer.weight")
-        delta = moved.change.delta([p.detach() for p in moved.parameters])
+        delta = moved.weight_delta.delta([p.detach() for p in moved.parameters])
         assert tuple(delta.shape) == moved.shape
         torch.testing.assert_close(delta, effective(tuning, layer), atol=1e-5, rtol=1e-4)
 
@@ -291,17 +291,17 @@ def test_the_chain_rule_is_that_of_autograd(
     tuning = tuned(form, make)
     generator = torch.Generator().manual_seed(9)
     changed, exact, loss = [], [], torch.zeros((), dtype=torch.float64)
-    for name, moved in tuning.changes().items():
+    for name, moved in tuning.weight_deltas().items():
         given = torch.rand(moved.shape, generator=generator) if importance else None
         offset = 0.01 * torch.randn(moved.shape, generator=generator) if elsewhere else None
-        changed.append(Changed(moved.change, moved.parameters, given, offset))
+        changed.append(AnchoredDelta(moved.weight_delta, moved.parameters, given, offset))
         values = [p.detach().double().requires_grad_() for p in moved.parameters]
         delta = rebuilt(form, tuning, name.removesuffix(".base_layer.weight"), values)
         delta = delta if offset is None else delta + offset
         loss = loss + 0.5 * 4.0 * (delta.square() * (1.0 if given is None else given)).sum()
         exact += zip(moved.parameters, values, strict=True)
     gradients = torch.autograd.grad(loss, [value for _, value in exact])
-    told = Anchor([], changed, strength=12.0, over=3.0)()
+    told = Anchor([], changed, strength=12.0, divisor=3.0)()
     torch.testing.assert_close(told, loss.detach().float(), rtol=1e-4, atol=1e-6)
     for (parameter, _), gradient in zip(exact, gradients, strict=True):
         size = float(gradient.abs().max())
@@ -311,7 +311,7 @@ def test_the_chain_rule_is_that_of_autograd(
 @pytest.mark.parametrize("form", FORMS)
 def test_an_untrained_tuning_costs_nothing(form: str) -> None:
     tuning = attach(make_llama(), {"kind": "lora", "form": form, "rank": 3})
-    changed = [Changed(m.change, m.parameters) for m in tuning.changes().values()]
+    changed = [AnchoredDelta(m.weight_delta, m.parameters) for m in tuning.weight_deltas().values()]
     assert float(Anchor([], changed, strength=1.0)()) < 1e-10
 
 
@@ -323,16 +323,16 @@ def test_a_subspace_is_pulled_by_its_effective_change() -> None:
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     changed, loss = [], torch.zeros(())
-    for name, moved in tuning.changes().items():
+    for name, moved in tuning.weight_deltas().items():
         layer = tuning.model.get_submodule(name.removesuffix(".base_layer.weight"))
         given = torch.rand(moved.shape, generator=generator)
         delta = layer(torch.eye(moved.shape[1])).T - layer.get_base_layer().weight
         torch.testing.assert_close(
-            moved.change.delta([p.detach() for p in moved.parameters]), delta.detach(), atol=1e-5, rtol=1e-4
+            moved.weight_delta.delta([p.detach() for p in moved.parameters]), delta.detach(), atol=1e-5, rtol=1e-4
         )
         loss = loss + 0.5 * 4.0 * (delta.square() * given).sum()
-        changed.append(Changed(moved.change, moved.parameters, given))
-    parameters = [p for m in tuning.changes().values() for p in m.parameters]
+        changed.append(AnchoredDelta(moved.weight_delta, moved.parameters, given))
+    parameters = [p for m in tuning.weight_deltas().values() for p in m.parameters]
     gradients = torch.autograd.grad(loss, parameters)
     torch.testing.assert_close(Anchor([], changed, strength=4.0)(), loss.detach(), rtol=1e-4, atol=1e-6)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -342,9 +342,9 @@ def test_a_subspace_is_pulled_by_its_effective_change() -> None:
 def test_a_pull_on_the_factors_themselves_would_be_caught() -> None:
     """The mutant: L2-SP of A and B as if they were weights of their own. B is zero at the start, A is not."""
     tuning = tuned("lora", make_llama)
-    changed = [Changed(m.change, m.parameters) for m in tuning.changes().values()]
+    changed = [AnchoredDelta(m.weight_delta, m.parameters) for m in tuning.weight_deltas().values()]
     Anchor([], changed, strength=1.0)()
-    first = tuning.changes()[next(iter(tuning.changes()))].parameters[1]
+    first = tuning.weight_deltas()[next(iter(tuning.weight_deltas()))].parameters[1]
     assert not torch.allclose(first.grad, first.detach(), rtol=0.1)
 
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from postgrad.errors import TuningError
-from postgrad.penalties.o_lora import Orthogonal
+from postgrad.penalties.o_lora import OrthogonalityPenalty
 from postgrad.penalties.penalty import Penalty
 
 
@@ -34,7 +34,7 @@ def test_value_and_gradient_are_those_of_the_written_loss(strength: float) -> No
     new, earlier = layers()
     loss = written(new, earlier, strength)
     expected = torch.autograd.grad(loss, new)
-    penalty: Penalty = Orthogonal(new, earlier, strength)
+    penalty: Penalty = OrthogonalityPenalty(new, earlier, strength)
     value = penalty()
     assert value.shape == () and not value.requires_grad
     torch.testing.assert_close(value, loss.detach())
@@ -48,7 +48,7 @@ def test_is_added_to_the_gradient_that_is_there() -> None:
     for n, g in zip(new, there, strict=True):
         n.grad = g.clone()
     expected = torch.autograd.grad(written(new, earlier, 0.5), new)
-    Orthogonal(new, earlier, 0.5)()
+    OrthogonalityPenalty(new, earlier, 0.5)()
     for n, g, more in zip(new, there, expected, strict=True):
         torch.testing.assert_close(n.grad, g + more)
 
@@ -58,14 +58,14 @@ def test_zero_strength_leaves_the_gradient_as_it_was_to_the_bit() -> None:
     there = [torch.randn_like(n) for n in new]
     for n, g in zip(new, there, strict=True):
         n.grad = g.clone()
-    assert Orthogonal(new, earlier, 0.0)() == 0.0
+    assert OrthogonalityPenalty(new, earlier, 0.0)() == 0.0
     assert all(torch.equal(n.grad, g) for n, g in zip(new, there, strict=True))
 
 
 def test_neither_the_earlier_directions_nor_the_new_ones_are_moved_by_pulling() -> None:
     new, earlier = layers()
     before = [t.detach().clone() for t in (*new, *earlier)]
-    Orthogonal(new, earlier, 0.5)()
+    OrthogonalityPenalty(new, earlier, 0.5)()
     assert all(torch.equal(t, b) for t, b in zip((*new, *earlier), before, strict=True))
     assert all(e.grad is None for e in earlier)
 
@@ -73,13 +73,13 @@ def test_neither_the_earlier_directions_nor_the_new_ones_are_moved_by_pulling() 
 def test_orthogonal_rows_cost_nothing() -> None:
     eye = torch.eye(6)
     new = [eye[:2].clone().requires_grad_()]
-    assert Orthogonal(new, [eye[2:]], 1.0)() == 0.0
-    assert Orthogonal(new, [eye], 1.0)() == 2.0
+    assert OrthogonalityPenalty(new, [eye[2:]], 1.0)() == 0.0
+    assert OrthogonalityPenalty(new, [eye], 1.0)() == 2.0
 
 
 def test_following_it_makes_the_rows_orthogonal() -> None:
     new, earlier = layers()
-    penalty = Orthogonal(new, earlier, 1.0)
+    penalty = OrthogonalityPenalty(new, earlier, 1.0)
     optimizer = torch.optim.SGD(new, lr=1.0)
     start = penalty()
     for step in range(400):
@@ -93,11 +93,11 @@ def test_following_it_makes_the_rows_orthogonal() -> None:
 def test_what_does_not_belong_together_is_refused() -> None:
     new, earlier = layers()
     with pytest.raises(TuningError, match="3 new and 2 earlier"):
-        Orthogonal(new, earlier[:2], 0.5)
+        OrthogonalityPenalty(new, earlier[:2], 0.5)
     with pytest.raises(TuningError, match="0 new"):
-        Orthogonal([], [], 0.5)
+        OrthogonalityPenalty([], [], 0.5)
     with pytest.raises(TuningError, match="as many columns"):
-        Orthogonal(new[:1], earlier[1:2], 0.5)
+        OrthogonalityPenalty(new[:1], earlier[1:2], 0.5)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def mesh() -> Iterator[dist.DeviceMesh]:
 def test_split_masters_give_the_same(mesh: dist.DeviceMesh) -> None:
     plain, earlier = layers()
     split = [distribute_tensor(n.detach(), mesh, [Shard(0)]).requires_grad_() for n in plain]
-    assert torch.equal(Orthogonal(split, earlier, 0.5)(), Orthogonal(plain, earlier, 0.5)())
+    assert torch.equal(OrthogonalityPenalty(split, earlier, 0.5)(), OrthogonalityPenalty(plain, earlier, 0.5)())
     for s, p in zip(split, plain, strict=True):
         assert isinstance(s.grad, DTensor)
         assert torch.equal(s.grad.full_tensor(), p.grad)

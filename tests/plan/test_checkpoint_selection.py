@@ -24,41 +24,43 @@ from safetensors.torch import load_file
 from postgrad.check.plan_text import plan_lines
 from postgrad.errors import CheckpointError, DataError, PostgradError, StageError
 from postgrad.evaluation import before_after
-from postgrad.evaluation.continuations import prompts
-from postgrad.evaluation.held_out import HeldOut
+from postgrad.evaluation.continuations import select_prompts
+from postgrad.evaluation.held_out import HeldOutText
 from postgrad.lineage.record import read_record
-from postgrad.lineage.tree import chain, tree
+from postgrad.lineage.tree import lineage_matrix, read_lineage
 from postgrad.plan import checkpoint_selection
-from postgrad.plan.checkpoint_selection import Look, Rule, standing
+from postgrad.plan.checkpoint_selection import CheckpointEvaluation, SelectionRule, compute_selection_state
 from postgrad.reports.html import tables
 from postgrad.reports.pages import run_page
-from postgrad.run.run import Doing, Event, Finished, Saved, Stepped, Stopped, run_stage
-from postgrad.run.summary import outcome_text
+from postgrad.run.run import CheckpointSaved, PhaseStarted, RunEvent, RunFinished, RunStopped, StepCompleted, run_stage
+from postgrad.run.summary import summary_text
 from postgrad.training.metrics_log import read_metrics
-from tests.tiny_stages import LENGTH, Shelf, carried_out_in_parts, make_shelf, rows, trace
+from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_interrupted, run_trace, write_rows
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Models, texts and rows, with a cache of their own."""
-    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.mktemp("cache"))
+    return make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.mktemp("cache"))
 
 
 # -- the rule, on curves made by hand ----------------------------------------------------------------------------------
 
-RULE = Rule("dev", "loss", None, 0.0, 1)
+RULE = SelectionRule("dev", "loss", None, 0.0, 1)
 
 
-def looks(values: Sequence[float], rises: Sequence[float] | None = None) -> list[Look]:
+def looks(values: Sequence[float], rises: Sequence[float] | None = None) -> list[CheckpointEvaluation]:
     """Looks at steps 1, 2, 3 ..."""
-    return [Look(i, 10 * i, v, rises[i - 1] if rises else None) for i, v in enumerate(values, 1)]
+    return [CheckpointEvaluation(i, 10 * i, v, rises[i - 1] if rises else None) for i, v in enumerate(values, 1)]
 
 
-def best_and_end(values: Sequence[float], rule: Rule, rises: Sequence[float] | None = None) -> tuple[int, int | None]:
+def best_and_end(
+    values: Sequence[float], rule: SelectionRule, rises: Sequence[float] | None = None
+) -> tuple[int, int | None]:
     """The chosen step, and the step at which training ends, if it does before the values do."""
     series = looks(values, rises)
-    end = next((n for n in range(1, len(series) + 1) if standing(series[:n], rule).stop), None)
-    found = standing(series[:end], rule).best
+    end = next((n for n in range(1, len(series) + 1) if compute_selection_state(series[:n], rule).should_stop), None)
+    found = compute_selection_state(series[:end], rule).best
     assert found is not None
     return found.step, end
 
@@ -94,7 +96,7 @@ def test_what_is_chosen_of_a_curve_and_when_it_ends(
 def test_nothing_ends_inside_the_stability_gap() -> None:
     """After the switch the loss first rises. With the guard that is no end; the mutant without it would stop there."""
     curve = [3.0, 3.2, 3.5, 3.4, 3.2, 2.9, 2.5, 2.2]
-    guarded = Rule("dev", "loss", 2, 0.0, 5)
+    guarded = SelectionRule("dev", "loss", 2, 0.0, 5)
     assert best_and_end(curve, guarded) == (8, None)
     assert best_and_end(curve, replace(guarded, first=1)) == (1, 3)
 
@@ -106,8 +108,10 @@ def test_what_forgets_too_much_is_passed_over_and_without_any_other_it_is_what_f
     assert best_and_end(values, RULE, rises)[0] == 4  # the mutant: without the limit
     all_over = [0.09, 0.05, 0.05, 0.06]
     series = looks(values, all_over)
-    found = standing(series, rule)
-    assert found.best == series[2] and not rule.within(series[2])  # of two that forgot as little the better one
+    found = compute_selection_state(series, rule)
+    assert found.best == series[2] and not rule.is_within_limit(
+        series[2]
+    )  # of two that forgot as little the better one
     # One that is within is better than any that is not, however good.
     assert best_and_end([5.0, 1.0], rule, [0.02, 0.021])[0] == 1
 
@@ -121,9 +125,9 @@ def test_what_forgets_too_much_is_passed_over_and_without_any_other_it_is_what_f
     st.sampled_from(["loss", "accuracy"]),
 )
 def test_laws_of_the_rule(values: list[float], first: int, patience: int | None, gain: float, by: str) -> None:
-    rule, series = Rule("dev", by, patience, gain, first), looks(values)
+    rule, series = SelectionRule("dev", by, patience, gain, first), looks(values)
     candidates = series[first - 1 :]
-    found = standing(series, rule)
+    found = compute_selection_state(series, rule)
     assert found.candidates == len(candidates)
     if candidates:
         assert found.best is not None
@@ -131,24 +135,26 @@ def test_laws_of_the_rule(values: list[float], first: int, patience: int | None,
         assert found.best.value == pick(look.value for look in candidates)
         assert found.best.step == min(look.step for look in candidates if look.value == found.best.value)
     else:
-        assert found.best is None and not found.stop
+        assert found.best is None and not found.should_stop
     # The end is where the last `patience` candidates brought no gain over the best before them, and never before.
-    assert not any(standing(series[:n], rule).stop for n in range(first + (patience or 99) - 1 + 1))
+    assert not any(
+        compute_selection_state(series[:n], rule).should_stop for n in range(first + (patience or 99) - 1 + 1)
+    )
     losses = [look.value if by == "loss" else -look.value for look in candidates]
-    if patience and found.stop and gain == 0:
-        cut = len(losses) - found.since
-        assert min(losses[cut:]) >= min(losses[:cut]) and found.since >= patience
+    if patience and found.should_stop and gain == 0:
+        cut = len(losses) - found.candidates_since_gain
+        assert min(losses[cut:]) >= min(losses[:cut]) and found.candidates_since_gain >= patience
 
 
-def test_candidates_begin_behind_the_warm_up_the_gap_and_what_was_asked_for(shelf: Shelf) -> None:
+def test_candidates_begin_behind_the_warm_up_the_gap_and_what_was_asked_for(shelf: Workspace) -> None:
     def first(at_least: str, warmup: str, tokens: int = 300 * 4 * LENGTH) -> int:
         schedule = {"kind": "cosine", "peak": 1e-3, "floor": 1e-5, "warmup": warmup}
         raw = shelf.stage("rule", save={"choose": {"set": "new-heldout", "at_least": at_least}}, schedule=schedule,
                           tokens=tokens)  # fmt: skip
         plan = shelf.plan(raw)
-        assert plan.choice is not None
-        assert any(f"from step {plan.choice.first:,} on" in line for line in plan_lines(plan))
-        return plan.choice.first
+        assert plan.selection_rule is not None
+        assert any(f"from step {plan.selection_rule.first:,} on" in line for line in plan_lines(plan))
+        return plan.selection_rule.first
 
     steps = shelf.plan(shelf.stage("rule", tokens=300 * 4 * LENGTH)).steps
     assert first("0%", "0%") == math.ceil(0.02 * steps)
@@ -161,17 +167,19 @@ def test_candidates_begin_behind_the_warm_up_the_gap_and_what_was_asked_for(shel
 
 
 def chosen(
-    shelf: Shelf, name: str, choice: dict[str, Any], tuning: dict[str, Any] | None = None, **changes: Any
+    shelf: Workspace, name: str, choice: dict[str, Any], tuning: dict[str, Any] | None = None, **changes: Any
 ) -> Any:
     """A stage that learns a little text by heart, so that its held-out loss falls and then rises."""
-    (shelf.home / "little.jsonl").write_text("".join(Path(shelf.file("new")).read_text().splitlines(keepends=True)[:2]))
+    (shelf.folder / "little.jsonl").write_text(
+        "".join(Path(shelf.file("new")).read_text().splitlines(keepends=True)[:2])
+    )
     raw = shelf.stage(
         name,
         tuning,
-        sources=[{"name": "little", "path": str(shelf.home / "little.jsonl"), "max_passes": 10**6}],
+        sources=[{"name": "little", "path": str(shelf.folder / "little.jsonl"), "max_passes": 10**6}],
         tokens=24 * 4 * LENGTH,
         schedule={"kind": "constant", "peak": 3e-2, "warmup": "2 steps"},
-        evaluation={**shelf.texts, "every": "2 steps", "during_tokens": 100},
+        evaluation={**shelf.text_evaluation, "every": "2 steps", "during_tokens": 100},
         **changes,
     )
     return {**raw, "save": {"every": "8 steps", "keep": 1, **raw["save"], "choose": {"set": "new-heldout", **choice}}}
@@ -188,7 +196,7 @@ def same_weights(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_published_model_is_the_best_checkpoint_and_training_ends_without_gains(shelf: Shelf) -> None:
+def test_the_published_model_is_the_best_checkpoint_and_training_ends_without_gains(shelf: Workspace) -> None:
     raw = chosen(shelf, "best", {"patience": "2 looks"})
     outcome = shelf.run(raw)
     record, home = outcome.record, Path(raw["output"])
@@ -210,19 +218,19 @@ def test_the_published_model_is_the_best_checkpoint_and_training_ends_without_ga
     # What was consumed is what the published model has seen; the cost is of all steps.
     assert sum(entry["tokens"] for entry in record["seen"].values()) == found["trained"]
     assert record["achieved"]["tokens"] > found["trained"]
-    said = outcome_text(outcome)
+    said = summary_text(outcome)
     assert f"Published: step {found['step']} of {found['last']}, the best of" in said
     assert f"Training ended at step {found['last']} of {record['plan']['steps']}: 2 looks without a gain." in said
     shown = run_page.run_page(record, read_metrics(home / "metrics.jsonl"))
     assert "Which step was published" in shown and ">published<" in shown
-    stages = chain(home)
-    assert tree(stages, lambda *_: 1.0)["stages"][1]["tokens"] == found["trained"]
+    stages = read_lineage(home)
+    assert lineage_matrix(stages, lambda *_: 1.0)["stages"][1]["tokens"] == found["trained"]
 
 
-def test_without_a_choice_the_last_step_is_published_and_nothing_is_said(shelf: Shelf) -> None:
+def test_without_a_choice_the_last_step_is_published_and_nothing_is_said(shelf: Workspace) -> None:
     raw = shelf.stage("last")
     outcome = shelf.run(raw)
-    assert outcome.record["chosen"] is None and "Published" not in outcome_text(outcome)
+    assert outcome.record["chosen"] is None and "Published" not in summary_text(outcome)
     assert not values_of(Path(raw["output"]))
     assert "Which step was published" not in (Path(raw["output"]) / "report.html").read_text()
 
@@ -236,46 +244,52 @@ TUNINGS = [
 
 
 @pytest.mark.parametrize("tuning", TUNINGS, ids=lambda tuning: tuning["kind"])
-def test_killed_and_resumed_the_same_step_is_published_with_the_same_bits(tuning: dict[str, Any], shelf: Shelf) -> None:
+def test_killed_and_resumed_the_same_step_is_published_with_the_same_bits(
+    tuning: dict[str, Any], shelf: Workspace
+) -> None:
     kind, choice = tuning["kind"], {"patience": 2}
     whole = chosen(shelf, f"whole-{kind}", choice, tuning)
     record = shelf.run(whole).record
     parts = chosen(shelf, f"parts-{kind}", choice, tuning)
-    again = carried_out_in_parts(shelf, parts).record
-    assert trace(Path(parts["output"])) == trace(Path(whole["output"]))
+    again = run_interrupted(shelf, parts).record
+    assert run_trace(Path(parts["output"])) == run_trace(Path(whole["output"]))
     assert again["chosen"] == record["chosen"]
     assert again["seen"] == record["seen"]
 
 
-def finished_again(shelf: Shelf, raw: dict[str, Any]) -> tuple[list[Event], Finished]:
-    events = shelf.events(raw)
-    assert isinstance(events[-1], Finished)
+def finished_again(shelf: Workspace, raw: dict[str, Any]) -> tuple[list[RunEvent], RunFinished]:
+    events = shelf.run_events(raw)
+    assert isinstance(events[-1], RunFinished)
     return events, events[-1]
 
 
-def test_killed_after_the_end_it_trains_no_further(shelf: Shelf) -> None:
+def test_killed_after_the_end_it_trains_no_further(shelf: Workspace) -> None:
     """Between the last step and the record the run may be killed anywhere; the looks say that training is over."""
     raw = chosen(shelf, "ended", {"patience": 2})
     home = Path(raw["output"])
     wanted = shelf.run(raw).record["chosen"]
-    bits = trace(home)
+    bits = run_trace(home)
     for gone in (("record.json",), ("record.json", "model"), ("record.json", "model", "scores/after.npz")):
         for name in gone:
             shutil.rmtree(home / name) if (home / name).is_dir() else (home / name).unlink()
         events, last = finished_again(shelf, raw)
-        assert not any(isinstance(event, Stepped) for event in events)
-        assert last.record["chosen"] == wanted and trace(home) == bits
+        assert not any(isinstance(event, StepCompleted) for event in events)
+        assert last.record["chosen"] == wanted and run_trace(home) == bits
     # The mutant: looks that are forgotten do not end the training again.
     for name in ("record.json", "model"):
         shutil.rmtree(home / name) if (home / name).is_dir() else (home / name).unlink()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            checkpoint_selection.Chooser, "standing", property(lambda self: standing(self.looks[:1], self.rule))
+            checkpoint_selection.CheckpointSelector,
+            "state",
+            property(lambda self: compute_selection_state(self.looks[:1], self.rule)),
         )
-        assert any(isinstance(event, Stepped) for event in run_stage(shelf.plan(raw), command="t", cache=shelf.cache))
+        assert any(
+            isinstance(event, StepCompleted) for event in run_stage(shelf.plan(raw), command="t", cache=shelf.cache)
+        )
 
 
-def test_a_best_checkpoint_that_was_damaged_is_told(shelf: Shelf) -> None:
+def test_a_best_checkpoint_that_was_damaged_is_told(shelf: Workspace) -> None:
     raw = chosen(shelf, "damaged", {"patience": 2})
     home = Path(raw["output"])
     found = shelf.run(raw).record["chosen"]
@@ -283,22 +297,22 @@ def test_a_best_checkpoint_that_was_damaged_is_told(shelf: Shelf) -> None:
         shutil.rmtree(home / name) if (home / name).is_dir() else (home / name).unlink()
     (home / "checkpoints" / f"step-{found['step']:08d}" / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=f"step-{found['step']:08d}"):
-        shelf.events(raw)
+        shelf.run_events(raw)
 
 
-def test_a_stop_by_hand_is_none_by_the_rule(shelf: Shelf) -> None:
+def test_a_stop_by_hand_is_none_by_the_rule(shelf: Workspace) -> None:
     raw = chosen(shelf, "by-hand", {})
-    last: Event | None = None
+    last: RunEvent | None = None
     for event in run_stage(shelf.plan(raw), command="test", cache=shelf.cache):
         last = event
-        if isinstance(event, Stepped) and event.report.step == 5:
+        if isinstance(event, StepCompleted) and event.report.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-    assert isinstance(last, Stopped) and last.step == 5
+    assert isinstance(last, RunStopped) and last.step == 5
     record = shelf.run(raw).record
     assert not record["chosen"]["stopped"] and record["chosen"]["last"] == record["plan"]["steps"]
 
 
-def test_what_was_forgotten_limits_the_choice(shelf: Shelf) -> None:
+def test_what_was_forgotten_limits_the_choice(shelf: Workspace) -> None:
     free = shelf.run(chosen(shelf, "free", {})).record["chosen"]
     raw = chosen(shelf, "bound", {"max_forgetting": "0.1%"})
     outcome = shelf.run(raw)
@@ -314,11 +328,11 @@ def test_what_was_forgotten_limits_the_choice(shelf: Shelf) -> None:
     # The rise is of the whole retained set against the exact start model, at the upper end of its interval.
     before = before_after.read_scores(Path(raw["output"]) / "scores" / "start.npz")["old-heldout"]
     assert len(before.bytes_N) == 12
-    said = outcome_text(outcome)
+    said = summary_text(outcome)
     assert ("No look kept" in said) == (not within)
 
 
-def test_a_metric_decides_where_more_is_better(shelf: Shelf) -> None:
+def test_a_metric_decides_where_more_is_better(shelf: Workspace) -> None:
     raw = shelf.stage(
         "classes",
         model="bert",
@@ -336,7 +350,7 @@ def test_a_metric_decides_where_more_is_better(shelf: Shelf) -> None:
     assert found["step"] == min(s for s, v in candidates.items() if v == found["value"])
     after = record["scores"]["after"]["labelled-heldout"]["metrics"]["macro F1"]
     assert after["value"] == pytest.approx(found["value"])
-    assert "by macro F1 on labelled-heldout" in tables.chosen_lines(record)[0]
+    assert "by macro F1 on labelled-heldout" in tables.selected_step_sentences(record)[0]
 
 
 @pytest.mark.parametrize(
@@ -349,7 +363,7 @@ def test_a_metric_decides_where_more_is_better(shelf: Shelf) -> None:
         ({"set": "new-heldout", "max_forgetting": "1%"}, r"save\.choose\.max_forgetting: there is no retained set"),
     ],
 )
-def test_a_choice_that_cannot_be_made_is_told(choice: dict[str, Any], said: str, shelf: Shelf) -> None:
+def test_a_choice_that_cannot_be_made_is_told(choice: dict[str, Any], said: str, shelf: Workspace) -> None:
     secret = {"name": "secret", "path": shelf.file("old", held_out=True)}
     evaluation = {"learned": [shelf.file("new", held_out=True)], "test": [secret]}
     with pytest.raises(StageError, match=said):
@@ -361,39 +375,41 @@ def test_a_choice_that_cannot_be_made_is_told(choice: dict[str, Any], said: str,
 # -- test sets ---------------------------------------------------------------------------------------------------------
 
 
-def with_test(shelf: Shelf, name: str, **changes: Any) -> dict[str, Any]:
+def with_test(shelf: Workspace, name: str, **changes: Any) -> dict[str, Any]:
     """A stage with a test set beside the two others."""
     return shelf.stage(
         name,
-        evaluation={**shelf.texts, "samples": 1, "test": [{"name": "secret", "path": shelf.file("secret")}]},
+        evaluation={**shelf.text_evaluation, "samples": 1, "test": [{"name": "secret", "path": shelf.file("secret")}]},
         **changes,
     )
 
 
 @pytest.fixture(scope="module")
-def secret(shelf: Shelf) -> Shelf:
+def secret(shelf: Workspace) -> Workspace:
     """A file of texts that is nowhere else."""
-    rows(shelf.home / "secret.jsonl", [{"text": f"x{i} = y{i} * {i}; and one and two. " * 6} for i in range(30)])
+    write_rows(
+        shelf.folder / "secret.jsonl", [{"text": f"x{i} = y{i} * {i}; and one and two. " * 6} for i in range(30)]
+    )
     return shelf
 
 
-def test_a_test_set_is_looked_at_once_after_training(secret: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_test_set_is_looked_at_once_after_training(secret: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A spy on whatever scores: the test set is read twice, by the published and by the start model, at the very end."""
     seen: list[tuple[str, str]] = []
     happened: list[str] = []
-    pieces = HeldOut.pieces
+    pieces = HeldOutText.iter_rows
 
-    def spied(self: HeldOut, context: int) -> Any:
+    def spied(self: HeldOutText, context: int) -> Any:
         seen.append((self.name, happened[-1] if happened else ""))
         return pieces(self, context)
 
-    monkeypatch.setattr(HeldOut, "pieces", spied)
+    monkeypatch.setattr(HeldOutText, "iter_rows", spied)
     raw = with_test(secret, "once")
-    last: Event | None = None
+    last: RunEvent | None = None
     for event in run_stage(secret.plan(raw), command="test", cache=secret.cache):
-        happened.append(event.what if isinstance(event, Doing) else type(event).__name__)
+        happened.append(event.message if isinstance(event, PhaseStarted) else type(event).__name__)
         last = event
-    assert isinstance(last, Finished)
+    assert isinstance(last, RunFinished)
     assert [when for name, when in seen if name == "secret"] == [
         "scoring the trained model",
         "scoring the start model on the test sets",
@@ -405,43 +421,43 @@ def test_a_test_set_is_looked_at_once_after_training(secret: Shelf, monkeypatch:
     assert all(
         "secret" not in row["sets"] for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "evaluation"
     )
-    assert prompts(secret.plan(raw).held_out[-1], 1)  # it could be continued, and is not
+    assert select_prompts(secret.plan(raw).held_out_sets[-1], 1)  # it could be continued, and is not
     assert "secret" not in {sample["set"] for sample in record["samples"]}
     assert "secret" not in before_after.read_scores(home / "scores" / "before.npz")
-    text = outcome_text(last)
+    text = summary_text(last)
     assert "secret (test)" in text and "looked at once" in text
     shown = (home / "report.html").read_text()
     assert "test (looked at once)" in shown and "a test set, looked at once" in shown
     # What a lineage scores other models on are the other sets.
-    assert "secret" not in [found["name"] for found in tree(chain(home), lambda *_: 1.0)["sets"]]
+    assert "secret" not in [found["name"] for found in lineage_matrix(read_lineage(home), lambda *_: 1.0)["sets"]]
 
 
-def test_the_gate_is_not_about_test_sets(secret: Shelf) -> None:
+def test_the_gate_is_not_about_test_sets(secret: Workspace) -> None:
     raw = with_test(secret, "gate", max_forgetting="100%")
     assert secret.run(raw).record["gate"]["worst"]["set"] == "old-heldout"
-    only = {**raw, "name": "only", "output": str(secret.home / "runs" / "only"), "max_forgetting": "2%"}
+    only = {**raw, "name": "only", "output": str(secret.folder / "runs" / "only"), "max_forgetting": "2%"}
     only["evaluation"] = {"learned": [secret.file("new", held_out=True)], "test": raw["evaluation"]["test"]}
     only["data"] = {**raw["data"], "sources": [secret.source("new")]}
     with pytest.raises(StageError, match="no retained set"):
         secret.plan(only)
 
 
-def test_a_run_killed_before_its_test_ends_with_the_same_scores(secret: Shelf) -> None:
+def test_a_run_killed_before_its_test_ends_with_the_same_scores(secret: Workspace) -> None:
     whole, parts = with_test(secret, "test-whole"), with_test(secret, "test-parts")
     wanted = secret.run(whole).record
     for event in run_stage(secret.plan(parts), command="test", cache=secret.cache):
-        if isinstance(event, Doing) and "test sets" in event.what:
+        if isinstance(event, PhaseStarted) and "test sets" in event.message:
             break
     found = secret.run(parts).record
     assert found["scores"] == wanted["scores"] and found["changes"] == wanted["changes"]
 
 
-def test_copies_of_test_rows_are_neither_trained_on_nor_chosen_by(secret: Shelf, tmp_path: Path) -> None:
+def test_copies_of_test_rows_are_neither_trained_on_nor_chosen_by(secret: Workspace, tmp_path: Path) -> None:
     own = [json.loads(line) for line in Path(secret.file("secret")).read_text().splitlines()]
     new = [json.loads(line) for line in Path(secret.file("new")).read_text().splitlines()]
     dev = [json.loads(line) for line in Path(secret.file("new", held_out=True)).read_text().splitlines()]
-    train = rows(tmp_path / "train.jsonl", [*new, *own[:7]])
-    mixed = rows(tmp_path / "dev.jsonl", [*dev, *own[:3]])
+    train = write_rows(tmp_path / "train.jsonl", [*new, *own[:7]])
+    mixed = write_rows(tmp_path / "dev.jsonl", [*dev, *own[:3]])
     raw = secret.stage("copies", sources=[{"name": "train", "path": str(train), "max_passes": 100}])
     raw["evaluation"] = {"learned": [str(mixed)], "test": [{"name": "secret", "path": secret.file("secret")}]}
     raw["data"]["overlap"] = "report"
@@ -449,8 +465,8 @@ def test_copies_of_test_rows_are_neither_trained_on_nor_chosen_by(secret: Shelf,
     without = {**raw, "evaluation": {"learned": [secret.file("new", held_out=True)]}}
     assert plan.rows[0].ledger.dropped > 0 and secret.plan(without).rows[0].ledger.dropped == 0
     assert any("dev: 3 documents are copies of test documents" in note for note in plan.notes)
-    assert [len(h) for h in plan.held_out] == [12, 30]
-    assert plan.overlap["secret"]["duplicates"] == 7
+    assert [len(h) for h in plan.held_out_sets] == [12, 30]
+    assert plan.overlaps["secret"]["duplicates"] == 7
     raw["evaluation"]["learned"] = [{"name": "all", "path": secret.file("secret")}]
     with pytest.raises(DataError, match=r"evaluation\.learned: every document of 'all' is also in a test set"):
         secret.plan(raw)
@@ -459,7 +475,7 @@ def test_copies_of_test_rows_are_neither_trained_on_nor_chosen_by(secret: Shelf,
 # -- labels that no training row has -----------------------------------------------------------------------------------
 
 
-def classified(shelf: Shelf, train: Path, test: Path, **objective: Any) -> dict[str, Any]:
+def classified(shelf: Workspace, train: Path, test: Path, **objective: Any) -> dict[str, Any]:
     raw = shelf.stage("labels", model="bert", objectives=[{"kind": "classify", **objective}])
     raw["data"]["sources"] = [{"name": "train", "path": str(train), "kind": "labelled", "max_passes": 1000}]
     raw["evaluation"] = {"test": [str(test)], "learned": [], "samples": 0}
@@ -470,12 +486,14 @@ def made(words: Sequence[str], label: str) -> list[dict[str, Any]]:
     return [{"text": f"{word} and {word}", "label": label} for word in words]
 
 
-def test_a_label_that_only_test_rows_have_is_told_with_its_place(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_label_that_only_test_rows_have_is_told_with_its_place(shelf: Workspace, tmp_path: Path) -> None:
     numbers = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    train = rows(
+    train = write_rows(
         tmp_path / "train.jsonl", [*made(numbers, "low") * 3, *made([f"{n} plus" for n in numbers], "high") * 3]
     )
-    test = rows(tmp_path / "test.jsonl", [*made(["yes yes"], "low"), *made(["no no"], "hihg"), *made(["no"], "other")])
+    test = write_rows(
+        tmp_path / "test.jsonl", [*made(["yes yes"], "low"), *made(["no no"], "hihg"), *made(["no"], "other")]
+    )
     said = r"test\.jsonl:2: 'test' has the label 'hihg'[\s\S]*did you mean 'high'[\s\S]*objectives\.labels"
     with pytest.raises(DataError, match=said):
         shelf.plan(classified(shelf, train, test))
@@ -483,28 +501,28 @@ def test_a_label_that_only_test_rows_have_is_told_with_its_place(shelf: Shelf, t
         DataError, match=r"test\.jsonl:3: 'test' has the label 'other', which objectives\.labels does not"
     ):
         shelf.plan(classified(shelf, train, test, labels=["low", "high", "hihg"]))
-    assert shelf.plan(classified(shelf, train, test, labels=["low", "high", "hihg", "other"])).layer is not None
+    assert shelf.plan(classified(shelf, train, test, labels=["low", "high", "hihg", "other"])).task_layer is not None
 
 
-def test_a_label_of_which_every_row_is_a_copy_of_a_test_row_is_told(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_label_of_which_every_row_is_a_copy_of_a_test_row_is_told(shelf: Workspace, tmp_path: Path) -> None:
     numbers = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     rare = made(["yes no yes", "no yes no"], "rare")
-    train = rows(tmp_path / "train.jsonl", [*made(numbers, "low"), *rare])
-    test = rows(tmp_path / "test.jsonl", [*made(["yes yes"], "low"), *rare])
+    train = write_rows(tmp_path / "train.jsonl", [*made(numbers, "low"), *rare])
+    test = write_rows(tmp_path / "test.jsonl", [*made(["yes yes"], "low"), *rare])
     with pytest.raises(
         PostgradError, match=r"test\.jsonl:2: 'test' has the label 'rare', which no row that is trained"
     ):
         shelf.plan(classified(shelf, train, test))
-    assert shelf.plan(classified(shelf, train, test, labels=["low", "rare"])).layer is not None
+    assert shelf.plan(classified(shelf, train, test, labels=["low", "rare"])).task_layer is not None
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_ranks_choose_what_one_chooses(secret: Shelf, tmp_path: Path) -> None:
+def test_two_ranks_choose_what_one_chooses(secret: Workspace, tmp_path: Path) -> None:
     alone = chosen(secret, "ranks-one", {"patience": 3, "max_forgetting": "100%"})
     alone["evaluation"]["test"] = [{"name": "secret", "path": secret.file("secret")}]
     one = secret.run(alone).record
-    two = {**alone, "output": str(secret.home / "runs" / "ranks-two")}
+    two = {**alone, "output": str(secret.folder / "runs" / "ranks-two")}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--standalone", "-m", "postgrad", "train", str(tmp_path / "two.yaml")]
@@ -520,11 +538,11 @@ def test_two_ranks_choose_what_one_chooses(secret: Shelf, tmp_path: Path) -> Non
     assert same_weights(Path(two["output"]) / "model", best)
 
 
-def test_checkpoints_of_a_choice_are_whole_when_they_are_saved(shelf: Shelf) -> None:
+def test_checkpoints_of_a_choice_are_whole_when_they_are_saved(shelf: Workspace) -> None:
     raw = chosen(shelf, "saved", {})
     best: list[int] = []
     for event in run_stage(shelf.plan(raw), command="test", cache=shelf.cache):
-        if isinstance(event, Saved):
+        if isinstance(event, CheckpointSaved):
             there = sorted(int(p.name.split("-")[1]) for p in (Path(raw["output"]) / "checkpoints").iterdir())
             values = {s: v for s, v in values_of(Path(raw["output"])).items() if s >= 2}
             best.append(min(values, key=lambda s: (values[s], s)))

@@ -14,29 +14,29 @@ from postgrad.config.objectives import ClassifyObjective, MaskedObjective, NextT
 from postgrad.data.layouts.classification import ClozeRows, LabelledRows, TaggedRows
 from postgrad.data.layouts.generation_prompts import PromptRows
 from postgrad.data.layouts.masked_lm import MaskedRows
-from postgrad.data.layouts.packed_examples import WholeRows
+from postgrad.data.layouts.packed_examples import PackedExampleRows
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.prefix_lm import PrefixRows
 from postgrad.data.layouts.rows import IGNORED
-from postgrad.data.layouts.seq2seq import PairRows
-from postgrad.data.layouts.span_corruption import SpanRows
+from postgrad.data.layouts.seq2seq import Seq2SeqRows
+from postgrad.data.layouts.span_corruption import SpanCorruptionRows
 from postgrad.data.read.examples import KINDS, Labels
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.errors import StageError
-from postgrad.models.pretrained import locate
+from postgrad.models.pretrained import locate_model
 from postgrad.plan.objective_rows import (
-    SERVES,
-    Wording,
+    SUPPORTED_ROW_KINDS,
+    RowTemplate,
+    make_renderer,
     make_rows,
-    objective_for,
-    objectives_for,
-    renderer_for,
-    task_for,
+    match_objectives,
+    resolve_objectives,
+    resolve_task,
     verbalisers,
 )
 from postgrad.plan.plan import Plan
-from tests.tiny_stages import QUICK, Shelf, make_shelf, rows
+from tests.tiny_stages import QUICK_EVALUATION, Workspace, make_workspace, write_rows
 
 OBJECTIVES: dict[str, type[Any]] = {
     model.model_fields["kind"].annotation.__args__[0]: model for model in get_args(RowsObjective)
@@ -52,9 +52,9 @@ MODEL_OF = {
 }
 SHORT = {"on-policy": {"prompt_tokens": 8, "new_tokens": 8}}
 """Options without which rows of these tests have no room."""
-PAIRS = [(objective, kind) for objective, kinds in SERVES.items() for kind in kinds]
+PAIRS = [(objective, kind) for objective, kinds in SUPPORTED_ROW_KINDS.items() for kind in kinds]
 LAYOUT_OF: dict[tuple[str, str], type[Any]] = {
-    **{("next-token", kind): WholeRows for kind in KINDS},
+    **{("next-token", kind): PackedExampleRows for kind in KINDS},
     ("next-token", "text"): PackedRows,
     ("next-token", "input_ids"): PackedRows,
     **{("prefix-lm", kind): PrefixRows for kind in KINDS},
@@ -62,9 +62,9 @@ LAYOUT_OF: dict[tuple[str, str], type[Any]] = {
     ("masked", "text"): MaskedRows,
     ("masked", "input_ids"): MaskedRows,
     ("masked", "labelled"): ClozeRows,
-    ("span-corruption", "text"): SpanRows,
-    ("span-corruption", "input_ids"): SpanRows,
-    **{("text-to-text", kind): PairRows for kind in KINDS},
+    ("span-corruption", "text"): SpanCorruptionRows,
+    ("span-corruption", "input_ids"): SpanCorruptionRows,
+    **{("text-to-text", kind): Seq2SeqRows for kind in KINDS},
     ("classify", "labelled"): LabelledRows,
     ("classify", "tagged"): TaggedRows,
 }
@@ -73,68 +73,71 @@ YES_NO = {"words": "yes", "sums": "no"}
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    found = make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    found = make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
     rng = np.random.default_rng(0)
-    rows(found.home / "input_ids.jsonl", [{"input_ids": rng.integers(5, 200, 30).tolist()} for _ in range(40)])
-    rows(found.home / "text.jsonl", [json.loads(line) for line in (found.home / "new.jsonl").read_text().splitlines()])
+    write_rows(found.folder / "input_ids.jsonl", [{"input_ids": rng.integers(5, 200, 30).tolist()} for _ in range(40)])
+    write_rows(
+        found.folder / "text.jsonl",
+        [json.loads(line) for line in (found.folder / "new.jsonl").read_text().splitlines()],
+    )
     return found
 
 
-def plan_of(shelf: Shelf, objective: str, kind: str, tuning: dict[str, Any] | None = None, **changes: Any) -> Plan:
+def plan_of(shelf: Workspace, objective: str, kind: str, tuning: dict[str, Any] | None = None, **changes: Any) -> Plan:
     """A stage of one objective on one kind of rows, part of which is held out."""
     source = shelf.source(kind, kind, held_out=0.2)
     if (objective, kind) == ("masked", "labelled"):
         tuning, source = tuning or CLOZE, {**source, "words": YES_NO}
     said = {"kind": objective, **SHORT.get(objective, {}), **changes.pop("options", {})}
     raw = shelf.stage("plan", tuning, model=MODEL_OF[objective], objectives=[said], sources=[source])
-    return shelf.plan({**raw, "tokens": 100, "evaluation": QUICK, **changes})
+    return shelf.plan({**raw, "tokens": 100, "evaluation": QUICK_EVALUATION, **changes})
 
 
 def test_every_objective_and_every_kind_is_thought_of() -> None:
-    assert SERVES.keys() == OBJECTIVES.keys() == MODEL_OF.keys()
-    assert set().union(*SERVES.values()) == set(KINDS)
+    assert SUPPORTED_ROW_KINDS.keys() == OBJECTIVES.keys() == MODEL_OF.keys()
+    assert set().union(*SUPPORTED_ROW_KINDS.values()) == set(KINDS)
     assert LAYOUT_OF.keys() == set(PAIRS)
 
 
 @pytest.mark.parametrize(("objective", "kind"), PAIRS)
-def test_rows_are_made_of_what_is_served(shelf: Shelf, objective: str, kind: str) -> None:
+def test_rows_are_made_of_what_is_served(shelf: Workspace, objective: str, kind: str) -> None:
     plan = plan_of(shelf, objective, kind)
-    (made,), (leaf,), (held_out,) = plan.rows, plan.leaves, plan.held_out
+    (made,), (leaf,), (held_out,) = plan.rows, plan.sources, plan.held_out_sets
     assert type(made) is LAYOUT_OF[objective, kind] and leaf.store.kind == kind
     ledger = made.ledger
     assert ledger.read == ledger.held_out + ledger.dropped + ledger.truncated + ledger.placed
     assert ledger.held_out > 0 and ledger.trained > 0 and len(held_out) > 0
     counted, most = 0, plan.vocabulary + 1  # one place of a vector
     for i in range(len(made)):
-        row = made.at(i, i)
+        row = made.get_row(i, i)
         assert len(row.inputs["input_ids"]) <= plan.context and row.inputs["input_ids"].min() >= 0
         assert row.inputs["input_ids"].max() < most
         if objective == "classify" and kind == "labelled":
-            assert row.labels.shape == () and row.labels in (0, 1) and row.counted == 1
+            assert row.labels.shape == () and row.labels in (0, 1) and row.label_count == 1
         else:
-            assert row.counted == int((row.labels != IGNORED).sum()) and row.labels.max() < plan.vocabulary
+            assert row.label_count == int((row.labels != IGNORED).sum()) and row.labels.max() < plan.vocabulary
         if "decoder_input_ids" in row.inputs:  # the decoder reads the labels one place later
             assert row.inputs["decoder_input_ids"][1:].tolist() == row.labels[:-1].tolist()
         else:
             assert {len(array) for array in row.inputs.values()} == {len(row.inputs["input_ids"])}
-        counted += row.counted
+        counted += row.label_count
     # Where a plain text is cut in two is drawn, so there the ledger has the mean.
     drawn = objective in ("text-to-text", "prefix-lm") and kind in ("text", "input_ids")
     assert counted == pytest.approx(ledger.trained, rel=0.2 if drawn else 0)
 
 
 @pytest.mark.parametrize(("objective", "kind"), PAIRS)
-def test_rows_stand_one_for_one_where_they_are_scored(shelf: Shelf, objective: str, kind: str) -> None:
+def test_rows_stand_one_for_one_where_they_are_scored(shelf: Workspace, objective: str, kind: str) -> None:
     plan = plan_of(shelf, objective, kind)
-    (leaf,) = plan.leaves
+    (leaf,) = plan.sources
     alone = make_rows(
         plan.objectives[0],
         leaf.store,
-        plan.reading,
+        plan.model_inputs,
         problem=plan.problem,
-        together=False,
-        words=leaf.wanted.wording.words,
+        pack=False,
+        words=leaf.spec.template.words,
     )
     assert alone.document_R is not None and len(alone.document_R) == len(alone)
     assert alone.document_R.tolist() == sorted(alone.document_R.tolist())
@@ -142,16 +145,17 @@ def test_rows_stand_one_for_one_where_they_are_scored(shelf: Shelf, objective: s
 
 
 @pytest.mark.parametrize(
-    ("objective", "kind"), [(o, k) for o, k in itertools.product(SERVES, KINDS) if k not in SERVES[o]]
+    ("objective", "kind"),
+    [(o, k) for o, k in itertools.product(SUPPORTED_ROW_KINDS, KINDS) if k not in SUPPORTED_ROW_KINDS[o]],
 )
 def test_what_is_not_served_is_refused_with_what_serves_it(objective: str, kind: str) -> None:
     with pytest.raises(
         StageError, match=f"'mine' has rows of kind {kind}, which {objective} cannot be taken on"
     ) as met:
-        objective_for("mine", kind, [OBJECTIVES[objective](kind=objective)], (), "data.sources[3]")
+        match_objectives("mine", kind, [OBJECTIVES[objective](kind=objective)], (), "data.sources[3]")
     assert met.value.where == "data.sources[3]"
     named = met.value.expected.partition(": ")[2].split(", ")
-    assert set(named) == {o for o, kinds in SERVES.items() if kind in kinds}
+    assert set(named) == {o for o, kinds in SUPPORTED_ROW_KINDS.items() if kind in kinds}
 
 
 # -- which objective -----------------------------------------------------------------------------------------------------
@@ -159,30 +163,30 @@ def test_what_is_not_served_is_refused_with_what_serves_it(objective: str, kind:
 
 def test_the_one_that_names_a_source_comes_first() -> None:
     open_, named = NextTokenObjective(kind="next-token"), NextTokenObjective(kind="next-token", on=["mine"])
-    assert objective_for("mine", "text", [open_, named], (), "") == (named, (1,))
-    assert objective_for("other", "text", [named, open_], (), "") == (open_, (1,))
+    assert match_objectives("mine", "text", [open_, named], (), "") == (named, (1,))
+    assert match_objectives("other", "text", [named, open_], (), "") == (open_, (1,))
     # Of those that name none, the first that serves the rows.
     classify, masked = ClassifyObjective(kind="classify"), MaskedObjective(kind="masked")
-    assert objective_for("mine", "text", [classify, masked], (), "") == (masked, (1,))
-    assert objective_for("mine", "tagged", [masked, classify], (), "") == (classify, (1,))
+    assert match_objectives("mine", "text", [classify, masked], (), "") == (masked, (1,))
+    assert match_objectives("mine", "tagged", [masked, classify], (), "") == (classify, (1,))
     with pytest.raises(StageError, match="no objective names"):
-        objective_for("other", "text", [named], (), "")
+        match_objectives("other", "text", [named], (), "")
 
 
 @pytest.mark.parametrize(
     ("model", "kind", "task"),
     [("llama", "next-token", "causal"), ("bert", "masked", "masked"), ("t5", "span-corruption", "text-to-text")],
 )
-def test_a_model_has_the_objective_that_it_was_made_with(shelf: Shelf, model: str, kind: str, task: str) -> None:
-    start = locate(str(shelf.home / model), shelf.home)
-    (own,) = objectives_for([], start)
-    assert own.kind == kind and task_for([own], start) == task
+def test_a_model_has_the_objective_that_it_was_made_with(shelf: Workspace, model: str, kind: str, task: str) -> None:
+    start = locate_model(str(shelf.folder / model), shelf.folder)
+    (own,) = resolve_objectives([], start)
+    assert own.kind == kind and resolve_task([own], start) == task
     given = [ClassifyObjective(kind="classify"), ClassifyObjective(kind="classify", problem="tags")]
-    assert objectives_for(given, start) == tuple(given)
-    assert task_for(given[:1], start) == "classify" and task_for(given[1:], start) == "tag"
+    assert resolve_objectives(given, start) == tuple(given)
+    assert resolve_task(given[:1], start) == "classify" and resolve_task(given[1:], start) == "tag"
 
 
-def test_tags_are_found_in_the_rows(shelf: Shelf) -> None:
+def test_tags_are_found_in_the_rows(shelf: Workspace) -> None:
     assert plan_of(shelf, "classify", "tagged").task == "tag"
     assert plan_of(shelf, "classify", "labelled").task == "classify"
 
@@ -190,32 +194,32 @@ def test_tags_are_found_in_the_rows(shelf: Shelf) -> None:
 # -- which layout --------------------------------------------------------------------------------------------------------
 
 
-def test_running_text_is_packed_unless_something_stands_before_it(shelf: Shelf) -> None:
+def test_running_text_is_packed_unless_something_stands_before_it(shelf: Workspace) -> None:
     packed = plan_of(shelf, "next-token", "text")
     prompted = plan_of(shelf, "next-token", "text", {"kind": "prompt", "length": 2})
-    assert type(packed.rows[0]) is PackedRows and type(prompted.rows[0]) is WholeRows
+    assert type(packed.rows[0]) is PackedRows and type(prompted.rows[0]) is PackedExampleRows
     # Not packed where it is scored.
-    alone = make_rows(packed.objectives[0], packed.leaves[0].store, packed.reading, together=False)
-    assert type(alone) is WholeRows
+    alone = make_rows(packed.objectives[0], packed.sources[0].store, packed.model_inputs, pack=False)
+    assert type(alone) is PackedExampleRows
     # Nothing of a template stands between a text and an answer that it has not.
     behind = plan_of(shelf, "next-token", "completion", {"kind": "p-tuning", "template": "{1} {x} {1}"})
-    assert behind.reading.frame.between
-    text = make_rows(behind.objectives[0], packed.leaves[0].store, behind.reading)
-    assert isinstance(text, WholeRows) and not text.frame.between
+    assert behind.model_inputs.frame.separator_ids
+    text = make_rows(behind.objectives[0], packed.sources[0].store, behind.model_inputs)
+    assert isinstance(text, PackedExampleRows) and not text.frame.separator_ids
 
 
 @pytest.mark.parametrize("objective", ["span-corruption", "text-to-text"])
-def test_an_encoder_decoder_reads_one_eos(shelf: Shelf, objective: str) -> None:
+def test_an_encoder_decoder_reads_one_eos(shelf: Workspace, objective: str) -> None:
     """Rows set it themselves; the frame's is left out, and what a template has before it stays."""
     for tuning, behind in ((None, ()), ({"kind": "p-tuning", "template": "{x} {2}"}, (320, 321))):
         plan = plan_of(shelf, objective, "text", tuning)
-        assert plan.reading.frame.after == (*behind, plan.reading.encoder.eos)
-        ids = plan.rows[0].at(0, 0).inputs["input_ids"].tolist()
-        assert ids.count(plan.reading.encoder.eos) == 1
-        assert tuple(ids[-1 - len(behind) :]) == (*behind, plan.reading.encoder.eos)
+        assert plan.model_inputs.frame.suffix_ids == (*behind, plan.model_inputs.encoder.eos)
+        ids = plan.rows[0].get_row(0, 0).inputs["input_ids"].tolist()
+        assert ids.count(plan.model_inputs.encoder.eos) == 1
+        assert tuple(ids[-1 - len(behind) :]) == (*behind, plan.model_inputs.encoder.eos)
 
 
-def test_options_of_an_objective_reach_its_rows(shelf: Shelf) -> None:
+def test_options_of_an_objective_reach_its_rows(shelf: Workspace) -> None:
     few, many = (plan_of(shelf, "masked", "text", options={"share": share}) for share in (0.1, 0.4))
     assert many.rows[0].ledger.trained > 3 * few.rows[0].ledger.trained
     assert isinstance(few.rows[0], MaskedRows) and few.rows[0].continues_V is None
@@ -228,7 +232,7 @@ def test_options_of_an_objective_reach_its_rows(shelf: Shelf) -> None:
     answers = plan_of(shelf, "next-token", "instruction")
     assert every.rows[0].ledger.trained > 3 * answers.rows[0].ledger.trained
     short = plan_of(shelf, "text-to-text", "text", options={"target_length": 8})
-    assert max(len(short.rows[0].at(i, i).labels) for i in range(len(short.rows[0]))) <= 8
+    assert max(len(short.rows[0].get_row(i, i).labels) for i in range(len(short.rows[0]))) <= 8
     last = plan_of(shelf, "next-token", "chat", options={"answers": "last"})
     assert last.rows[0].ledger.trained < plan_of(shelf, "next-token", "chat").rows[0].ledger.trained
 
@@ -236,14 +240,14 @@ def test_options_of_an_objective_reach_its_rows(shelf: Shelf) -> None:
 # -- into words ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_puts_rows_into_words(shelf: Shelf) -> None:
-    causal = plan_of(shelf, "next-token", "completion").reading
-    writes = plan_of(shelf, "text-to-text", "pair").reading
-    encoder = plan_of(shelf, "classify", "labelled").reading
+def test_what_puts_rows_into_words(shelf: Workspace) -> None:
+    causal = plan_of(shelf, "next-token", "completion").model_inputs
+    writes = plan_of(shelf, "text-to-text", "pair").model_inputs
+    encoder = plan_of(shelf, "classify", "labelled").model_inputs
     next_token, labels = NextTokenObjective(kind="next-token"), Labels("class", ("a", "b"))
 
-    def made(objective: Any, kind: str, reading: Any, wording: Wording | None = None) -> Any:
-        return renderer_for(objective, kind, reading, wording or Wording(), labels)
+    def made(objective: Any, kind: str, reading: Any, wording: RowTemplate | None = None) -> Any:
+        return make_renderer(objective, kind, reading, wording or RowTemplate(), labels)
 
     for kind in ("text", "input_ids"):
         assert made(next_token, kind, causal) is None
@@ -254,42 +258,42 @@ def test_what_puts_rows_into_words(shelf: Shelf) -> None:
         ("completion", None),
         ("pair", None),
         ("choices", None),
-        ("instruction", Wording(prompt="{question}")),
+        ("instruction", RowTemplate(prompt="{question}")),
     ):
         plain = made(next_token, kind, causal, wording)
-        assert isinstance(plain, PlainRenderer) and not plain.separate
+        assert isinstance(plain, PlainRenderer) and not plain.is_separate
     # An encoder-decoder reads and writes apart.
     apart = made(next_token, "instruction", writes)
-    assert isinstance(apart, PlainRenderer) and apart.separate
+    assert isinstance(apart, PlainRenderer) and apart.is_separate
     classify = ClassifyObjective(kind="classify")
     pairs = made(classify, "labelled", encoder)
-    assert isinstance(pairs, ClassRenderer) and (pairs.separator, pairs.joint) == ("", False)
+    assert isinstance(pairs, ClassRenderer) and (pairs.separator, pairs.is_joint) == ("", False)
     one = made(classify, "labelled", causal)  # nothing of its own between two texts
     assert (one.separator, one.joint) == ("\n", True)
     assert isinstance(made(classify, "tagged", encoder), TagRenderer)
 
 
-def test_a_model_with_a_chat_template_is_asked_through_it(shelf: Shelf) -> None:
-    reading = plan_of(shelf, "next-token", "completion").reading
+def test_a_model_with_a_chat_template_is_asked_through_it(shelf: Workspace) -> None:
+    reading = plan_of(shelf, "next-token", "completion").model_inputs
     reading.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    found = renderer_for(NextTokenObjective(kind="next-token"), "completion", reading, Wording(), None)
+    found = make_renderer(NextTokenObjective(kind="next-token"), "completion", reading, RowTemplate(), None)
     assert isinstance(found, ChatRenderer) and found.template == reading.tokenizer.chat_template
     last = NextTokenObjective(kind="next-token", answers="last")
-    asked = renderer_for(last, "chat", reading, Wording(answer="{output}"), None)
-    assert isinstance(asked, ChatRenderer) and asked.answers == "last" and asked.turn.answer == "{output}"
+    asked = make_renderer(last, "chat", reading, RowTemplate(answer="{output}"), None)
+    assert isinstance(asked, ChatRenderer) and asked.answers == "last" and asked.turn_renderer.answer == "{output}"
 
 
-def test_a_word_for_each_class(shelf: Shelf) -> None:
+def test_a_word_for_each_class(shelf: Workspace) -> None:
     plan = plan_of(shelf, "masked", "labelled")
-    store, tokenizer = plan.leaves[0].store, plan.tokenizer
+    store, tokenizer = plan.sources[0].store, plan.tokenizer
     assert store.labels == ["sums", "words"]
-    assert verbalisers(store, plan.reading, YES_NO) == tokenizer.convert_tokens_to_ids(["no", "yes"])
+    assert verbalisers(store, plan.model_inputs, YES_NO) == tokenizer.convert_tokens_to_ids(["no", "yes"])
     for words, name in (({"words": "yes"}, "sums"), ({**YES_NO, "words": "yesyes"}, "yesyes")):
         with pytest.raises(StageError, match=f"'{name}'") as met:
-            verbalisers(store, plan.reading, words)
+            verbalisers(store, plan.model_inputs, words)
         assert "one token" in met.value.met
-    classes = [int(plan.rows[0].at(i, i).labels.max()) for i in range(len(plan.rows[0]))]
-    assert set(classes) == set(verbalisers(store, plan.reading, YES_NO))
+    classes = [int(plan.rows[0].get_row(i, i).labels.max()) for i in range(len(plan.rows[0]))]
+    assert set(classes) == set(verbalisers(store, plan.model_inputs, YES_NO))
 
 
 def test_described_objectives_are_all_built() -> None:

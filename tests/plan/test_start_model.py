@@ -14,22 +14,22 @@ from transformers import AutoTokenizer
 from postgrad.commands.evaluate import show_lineage
 from postgrad.config.stage_file import parse_stage
 from postgrad.data.layouts.rows import held_out_mask
-from postgrad.data.tokens.train_vocabulary import _measured
+from postgrad.data.tokens.train_vocabulary import _digests_and_sizes
 from postgrad.errors import DataError, ModelError, PostgradError, StageError, TuningError
 from postgrad.plan import start_model
-from postgrad.run.run import Saved, Stepped, run_stage
-from tests.tiny_stages import LENGTH, Shelf, make_shelf, trace
+from postgrad.run.run import CheckpointSaved, StepCompleted, run_stage
+from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_trace
 
 LLAMA = {"fresh": "llama-100k", "tokenizer": {"vocabulary": 400}}
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Models, texts and rows, with a cache of their own."""
-    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.mktemp("cache"))
+    return make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.mktemp("cache"))
 
 
-def begun(shelf: Shelf, name: str, model: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def begun(shelf: Workspace, name: str, model: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """A stage on a new model."""
     return {**shelf.stage(name, **changes), "model": model}
 
@@ -47,7 +47,7 @@ TASKS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_new_model_is_trained_from_a_uniform_guess(task: str, shelf: Shelf) -> None:
+def test_a_new_model_is_trained_from_a_uniform_guess(task: str, shelf: Workspace) -> None:
     name, asked, architecture = TASKS[task]
     changes = dict(asked)
     kind = changes.pop("kind", None)
@@ -78,7 +78,7 @@ def test_a_new_model_is_trained_from_a_uniform_guess(task: str, shelf: Shelf) ->
         assert set(after[learned]["metrics"]) >= {"accuracy", "macro F1"}
 
 
-def test_no_held_out_document_is_looked_at(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_held_out_document_is_looked_at(shelf: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By whatever share and file it is held out: the texts that reach the trainer are those of the plan's rows."""
     texts: list[str] = []
     learnt = start_model.learn_vocabulary
@@ -86,7 +86,7 @@ def test_no_held_out_document_is_looked_at(shelf: Shelf, monkeypatch: pytest.Mon
     def spied(*args: Any, **kwargs: Any) -> str:
         from postgrad.data.tokens import train_vocabulary
 
-        repeated = train_vocabulary._repeated
+        repeated = train_vocabulary._repeat_texts
 
         def seen(*given: Any) -> Any:
             for text in repeated(*given):
@@ -94,10 +94,10 @@ def test_no_held_out_document_is_looked_at(shelf: Shelf, monkeypatch: pytest.Mon
                 yield text
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(train_vocabulary, "_repeated", seen)
+            patched.setattr(train_vocabulary, "_repeat_texts", seen)
             return learnt(*args, **kwargs)
 
-    monkeypatch.setattr(start_model, "learn_vocabulary", spied)
+    monkeypatch.setattr(start_model, "train_vocabulary", spied)
     (tmp_path / "own.jsonl").write_text(Path(shelf.file("old")).read_text())
     own = {"name": "own", "path": str(tmp_path / "own.jsonl"), "share": 0.5, "held_out": "20%", "max_passes": 100}
     new = shelf.source("new", share=0.5)
@@ -105,7 +105,7 @@ def test_no_held_out_document_is_looked_at(shelf: Shelf, monkeypatch: pytest.Mon
                 evaluation={"learned": [shelf.file("new")]})  # fmt: skip
     with pytest.raises(DataError, match="nothing of 'new' is left"):  # its every document is a copy of a held-out one
         shelf.plan(raw)
-    digests, _ = _measured(
+    digests, _ = _digests_and_sizes(
         start_model.files_of("own", {**own, "hub": None, "columns": {}, "documents": "auto"}, tmp_path, "x")
     )
     every = [json.loads(line)["text"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
@@ -115,35 +115,35 @@ def test_no_held_out_document_is_looked_at(shelf: Shelf, monkeypatch: pytest.Mon
     assert set(texts) <= allowed and len(set(texts)) >= len(allowed) // 3
 
 
-def test_resumed_with_a_cleared_cache_it_ends_with_the_same_bits(shelf: Shelf, tmp_path: Path) -> None:
+def test_resumed_with_a_cleared_cache_it_ends_with_the_same_bits(shelf: Workspace, tmp_path: Path) -> None:
     whole = begun(shelf, "fresh-whole", LLAMA)
     shelf.run(whole)
-    other = Shelf(shelf.home, tmp_path / "cache")
+    other = Workspace(shelf.folder, tmp_path / "cache")
     raw = begun(other, "fresh-parts", LLAMA)
     saved = False
     for event in run_stage(other.plan(raw), command="test", cache=other.cache):
-        if saved and isinstance(event, Stepped):
+        if saved and isinstance(event, StepCompleted):
             break
-        saved |= isinstance(event, Saved)
+        saved |= isinstance(event, CheckpointSaved)
     shutil.rmtree(other.cache)
     other.run(raw)
-    assert trace(Path(raw["output"])) == trace(Path(whole["output"]))
+    assert run_trace(Path(raw["output"])) == run_trace(Path(whole["output"]))
     # The mutant: weights of another seed are other weights.
     shelf.run(begun(shelf, "fresh-other", LLAMA, seed=1))
-    assert trace(shelf.home / "runs" / "fresh-other") != trace(Path(whole["output"]))
+    assert run_trace(shelf.folder / "runs" / "fresh-other") != run_trace(Path(whole["output"]))
 
 
-def test_a_made_model_that_was_damaged_is_made_again(shelf: Shelf) -> None:
+def test_a_made_model_that_was_damaged_is_made_again(shelf: Workspace) -> None:
     plan = shelf.plan(begun(shelf, "damaged", {**LLAMA, "dropout": "5%"}))
-    assert plan.start.folder is not None
-    weights = plan.start.folder / "model.safetensors"
+    assert plan.start_model.folder is not None
+    weights = plan.start_model.folder / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-4] + b"\0\1\2\3")
     shelf.plan(begun(shelf, "damaged", {**LLAMA, "dropout": "5%"}))
     assert weights.read_bytes() == good
 
 
-def test_a_lineage_goes_on_from_a_new_model_and_is_drawn_without_it(shelf: Shelf) -> None:
+def test_a_lineage_goes_on_from_a_new_model_and_is_drawn_without_it(shelf: Workspace) -> None:
     first = begun(shelf, "one", LLAMA, evaluation={"learned": [shelf.file("old", held_out=True)], "samples": 0})
     shelf.run(first)
     second = shelf.stage("two", tuning={"kind": "lora"})
@@ -158,20 +158,20 @@ def test_a_lineage_goes_on_from_a_new_model_and_is_drawn_without_it(shelf: Shelf
     assert all(value is not None for row in found["R"] for value in row)
 
 
-def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Shelf, tmp_path: Path) -> None:
-    given = json.loads((shelf.home / "llama" / "config.json").read_text())
+def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Workspace, tmp_path: Path) -> None:
+    given = json.loads((shelf.folder / "llama" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(given))
     new = shelf.plan(
         begun(shelf, "config", {"config": str(tmp_path / "config.json"), "tokenizer": {"vocabulary": 350}})
     )
-    assert new.vocabulary == len(new.tokenizer) == 350 and new.start.made is not None
-    assert new.start.made["config"]["hidden_size"] == given["hidden_size"]
+    assert new.vocabulary == len(new.tokenizer) == 350 and new.start_model.scratch_recipe is not None
+    assert new.start_model.scratch_recipe["config"]["hidden_size"] == given["hidden_size"]
     same = shelf.plan(
-        begun(shelf, "config", {"config": str(shelf.home / "llama"), "tokenizer": str(shelf.home / "llama")})
+        begun(shelf, "config", {"config": str(shelf.folder / "llama"), "tokenizer": str(shelf.folder / "llama")})
     )
-    assert same.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(shelf.home / "llama").get_vocab()
+    assert same.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(shelf.folder / "llama").get_vocab()
     assert same.vocabulary == given["vocab_size"]
-    fitted = shelf.plan(begun(shelf, "config", {"fresh": "gpt2-100k", "tokenizer": str(shelf.home / "llama")}))
+    fitted = shelf.plan(begun(shelf, "config", {"fresh": "gpt2-100k", "tokenizer": str(shelf.folder / "llama")}))
     assert fitted.vocabulary == len(fitted.tokenizer)
 
 
@@ -197,40 +197,42 @@ def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Shelf,
     ],
 )
 def test_what_cannot_be_made_is_told(
-    model: dict[str, Any], error: type[PostgradError], said: str, shelf: Shelf
+    model: dict[str, Any], error: type[PostgradError], said: str, shelf: Workspace
 ) -> None:
-    config = json.loads((shelf.home / "llama" / "config.json").read_text())
-    (shelf.home / "narrow.json").write_text(json.dumps({**config, "vocab_size": 100}))
-    (shelf.home / "foreign.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.Y"}}))
+    config = json.loads((shelf.folder / "llama" / "config.json").read_text())
+    (shelf.folder / "narrow.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    (shelf.folder / "foreign.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.Y"}}))
     with pytest.raises(error, match=said):
         shelf.plan(begun(shelf, "refused", model))
 
 
-def test_small_folders_do_not_sit_on_a_new_model(shelf: Shelf) -> None:
+def test_small_folders_do_not_sit_on_a_new_model(shelf: Workspace) -> None:
     with pytest.raises(TuningError, match=r"`lora` leaves a small folder[\s\S]*train the new model whole first"):
         shelf.run(begun(shelf, "lora", LLAMA, tuning={"kind": "lora"}))
     head = {"kind": "blocks", "last": 1}
     assert shelf.run(begun(shelf, "blocks", LLAMA, tuning=head)).record["status"] == "finished"
 
 
-def test_nothing_was_seen_that_could_be_replayed(shelf: Shelf) -> None:
+def test_nothing_was_seen_that_could_be_replayed(shelf: Workspace) -> None:
     seen = {"name": "seen", "seen_so_far": True, "share": 0.5}
     with pytest.raises(StageError, match=r"data\.sources\[1\]: a new model has seen nothing"):
         shelf.plan(begun(shelf, "seen", LLAMA, sources=[shelf.source("new", share=0.5), seen]))
 
 
-def test_a_suggestion_is_a_model_of_a_stage(shelf: Shelf) -> None:
-    assert start_model.suggested("llama-15M", 20_000_000).tokenizer.vocabulary == 32_000  # type: ignore[union-attr]
-    assert start_model.suggested("llama-15M", 10**6).tokenizer.vocabulary == 2000  # type: ignore[union-attr]
-    found = start_model.suggested("llama-100k", 1000).model_dump(mode="json")
-    assert parse_stage(begun(shelf, "suggested", found), "test").model == start_model.suggested("llama-100k", 1000)
+def test_a_suggestion_is_a_model_of_a_stage(shelf: Workspace) -> None:
+    assert start_model.suggest_new_model("llama-15M", 20_000_000).tokenizer.vocabulary == 32_000  # type: ignore[union-attr]
+    assert start_model.suggest_new_model("llama-15M", 10**6).tokenizer.vocabulary == 2000  # type: ignore[union-attr]
+    found = start_model.suggest_new_model("llama-100k", 1000).model_dump(mode="json")
+    assert parse_stage(begun(shelf, "suggested", found), "test").model == start_model.suggest_new_model(
+        "llama-100k", 1000
+    )
     assert LENGTH < 512
     with pytest.raises(ModelError, match="no family"):
-        start_model.suggested("llma-15M", 10**6)
+        start_model.suggest_new_model("llma-15M", 10**6)
 
 
 def test_shares_by_a_mixing_rule_are_those_of_the_documents_that_may_be_trained_on(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    shelf: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[int]] = []
     given = start_model.learn_vocabulary
@@ -242,7 +244,7 @@ def test_shares_by_a_mixing_rule_are_those_of_the_documents_that_may_be_trained_
 
         return given(portions, told, **rest)
 
-    monkeypatch.setattr(start_model, "learn_vocabulary", spied)
+    monkeypatch.setattr(start_model, "train_vocabulary", spied)
     sources = [shelf.source("new", held_out="20%"), shelf.source("old", held_out=0)]
     raw = begun(shelf, "mixed", {"fresh": "llama-100k", "tokenizer": {"vocabulary": 410}}, sources=sources)
     raw["data"]["mixing"] = {"kind": "examples", "cap": 30}
@@ -252,9 +254,9 @@ def test_shares_by_a_mixing_rule_are_those_of_the_documents_that_may_be_trained_
 
 
 def test_a_cache_named_by_a_relative_path_serves_stages_of_other_folders(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shelf: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    relative = Shelf(shelf.home, Path("cache"))
+    relative = Workspace(shelf.folder, Path("cache"))
     plan = relative.plan(begun(shelf, "relative", LLAMA))
-    assert plan.start.folder is not None and plan.start.folder.is_relative_to(tmp_path.resolve())
+    assert plan.start_model.folder is not None and plan.start_model.folder.is_relative_to(tmp_path.resolve())

@@ -22,24 +22,34 @@ from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import classification_metrics
 from postgrad.evaluation.before_after import read_scores
-from postgrad.models.pretrained import locate
-from postgrad.models.task_head import Representation, described
-from postgrad.objectives.classification_loss import Decisions
-from postgrad.plan.task_layer import form_for
-from postgrad.run.build import make_subject
-from tests.tiny_stages import LENGTH, QUICK, Shelf, carried_out_in_parts, make_shelf, rows, trace
+from postgrad.models.pretrained import locate_model
+from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
+from postgrad.objectives.classification_loss import ClassificationLoss
+from postgrad.plan.task_layer import resolve_representation
+from postgrad.run.build import make_tuned_model
+from tests.tiny_stages import (
+    LENGTH,
+    QUICK_EVALUATION,
+    Workspace,
+    make_workspace,
+    run_interrupted,
+    run_trace,
+    write_rows,
+)
 
 LABELLED = {"kind": "labelled"}
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classification_metrics, "_DRAWS", 4)
-        yield make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+        yield make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
-def stage_of(shelf: Shelf, name: str, file: str, tuning: dict[str, Any] | None = None, **said: Any) -> dict[str, Any]:
+def stage_of(
+    shelf: Workspace, name: str, file: str, tuning: dict[str, Any] | None = None, **said: Any
+) -> dict[str, Any]:
     """A classifier on rows of a file; `said` are the keys of its objective, and `model` and `start`."""
     model = said.pop("model", "bert")
     tokens = 170 if file == "tagged" else 24
@@ -50,13 +60,13 @@ def stage_of(shelf: Shelf, name: str, file: str, tuning: dict[str, Any] | None =
         sources=[shelf.source(file, None if file == "tagged" else "labelled")],
         objectives=[{"kind": "classify", **said}],
         tokens=tokens,
-        evaluation={**QUICK, "learned": [shelf.file(file, held_out=True)]},
+        evaluation={**QUICK_EVALUATION, "learned": [shelf.file(file, held_out=True)]},
     )
 
 
-def form_of(shelf: Shelf, model: str, task: Any, **said: Any) -> Representation | None:
+def form_of(shelf: Workspace, model: str, task: Any, **said: Any) -> TaskHeadConfig | None:
     spec = ClassifyObjective.model_validate({"kind": "classify", **said})
-    return form_for([spec], locate(model, shelf.home), task)
+    return resolve_representation([spec], locate_model(model, shelf.folder), task)
 
 
 # -- what a choice comes to ------------------------------------------------------------------------------------------------
@@ -76,7 +86,7 @@ def form_of(shelf: Shelf, model: str, task: Any, **said: Any) -> Representation 
         ("t5", "tag", {"stack": "encoder"}),
     ],
 )
-def test_what_transformers_has_is_left_to_transformers(shelf: Shelf, model: str, task: str, said: Any) -> None:
+def test_what_transformers_has_is_left_to_transformers(shelf: Workspace, model: str, task: str, said: Any) -> None:
     assert form_of(shelf, model, task, **said) is None
 
 
@@ -87,33 +97,35 @@ SMALL = {"kind": "bilstm", "width": 9, "depth": 1}
 @pytest.mark.parametrize(
     ("model", "task", "said", "form"),
     [
-        ("bert", "classify", {"pooling": "mean"}, Representation((2,), pooling="mean")),
-        ("bert", "classify", {"head": "linear"}, Representation((2,), pooling="first")),
-        ("bert", "tag", {"layers": "embeddings"}, Representation((0,))),
-        ("bert", "tag", {"layers": -2}, Representation((1,))),
-        ("bert", "tag", {"layers": [0, -1]}, Representation((0, 2))),
-        ("bert", "tag", {"layers": "mix"}, Representation((0, 1, 2), "mix")),
-        ("bert", "tag", {"layers": {"mix": [1, 2]}}, Representation((1, 2), "mix")),
-        ("bert", "tag", {"layers": {"concat": 2}}, Representation((1, 2))),
-        ("bert", "tag", {"layers": {"sum": 2}}, Representation((1, 2), "sum")),
-        ("bert", "tag", {"head": "bilstm"}, Representation((2,), head="bilstm", **WIDE)),
-        ("bert", "classify", {"head": "bilstm"}, Representation((2,), pooling="max", head="bilstm", **WIDE)),
-        ("bert", "tag", {"head": SMALL}, Representation((2,), head="bilstm", width=9, depth=1)),
-        ("bert", "tag", {"head": "mlp", "layers": {"concat": 2}}, Representation((1, 2), "concat", None, "mlp", 64, 1)),
-        ("llama", "classify", {"layers": 1}, Representation((1,), pooling="last")),
-        ("t5", "classify", {"stack": "encoder"}, Representation((2,), pooling="mean", stack="encoder")),
+        ("bert", "classify", {"pooling": "mean"}, TaskHeadConfig((2,), pooling="mean")),
+        ("bert", "classify", {"head": "linear"}, TaskHeadConfig((2,), pooling="first")),
+        ("bert", "tag", {"layers": "embeddings"}, TaskHeadConfig((0,))),
+        ("bert", "tag", {"layers": -2}, TaskHeadConfig((1,))),
+        ("bert", "tag", {"layers": [0, -1]}, TaskHeadConfig((0, 2))),
+        ("bert", "tag", {"layers": "mix"}, TaskHeadConfig((0, 1, 2), "mix")),
+        ("bert", "tag", {"layers": {"mix": [1, 2]}}, TaskHeadConfig((1, 2), "mix")),
+        ("bert", "tag", {"layers": {"concat": 2}}, TaskHeadConfig((1, 2))),
+        ("bert", "tag", {"layers": {"sum": 2}}, TaskHeadConfig((1, 2), "sum")),
+        ("bert", "tag", {"head": "bilstm"}, TaskHeadConfig((2,), head="bilstm", **WIDE)),
+        ("bert", "classify", {"head": "bilstm"}, TaskHeadConfig((2,), pooling="max", head="bilstm", **WIDE)),
+        ("bert", "tag", {"head": SMALL}, TaskHeadConfig((2,), head="bilstm", width=9, depth=1)),
+        ("bert", "tag", {"head": "mlp", "layers": {"concat": 2}}, TaskHeadConfig((1, 2), "concat", None, "mlp", 64, 1)),
+        ("llama", "classify", {"layers": 1}, TaskHeadConfig((1,), pooling="last")),
+        ("t5", "classify", {"stack": "encoder"}, TaskHeadConfig((2,), pooling="mean", stack="encoder")),
         ("t5", "classify", {"layers": {"sum": 1}, "head": "mlp"},
-         Representation((2,), "sum", "mean", "mlp", 32, 1, stack="encoder")),
-        ("t5", "classify", {"layers": 1, "stack": "decoder"}, Representation((1,), pooling="last", stack="decoder")),
-        ("t5", "tag", {"layers": 1}, Representation((1,), stack="encoder")),
+         TaskHeadConfig((2,), "sum", "mean", "mlp", 32, 1, stack="encoder")),
+        ("t5", "classify", {"layers": 1, "stack": "decoder"}, TaskHeadConfig((1,), pooling="last", stack="decoder")),
+        ("t5", "tag", {"layers": 1}, TaskHeadConfig((1,), stack="encoder")),
     ],
 )  # fmt: skip
-def test_a_choice_is_made_in_every_part(shelf: Shelf, model: str, task: str, said: Any, form: Representation) -> None:
+def test_a_choice_is_made_in_every_part(
+    shelf: Workspace, model: str, task: str, said: Any, form: TaskHeadConfig
+) -> None:
     found = form_of(shelf, model, task, **said)
-    assert found == Representation(**{**form.__dict__, "dropout": 0.0 if model != "llama" else 0.1})
+    assert found == TaskHeadConfig(**{**form.__dict__, "dropout": 0.0 if model != "llama" else 0.1})
 
 
-def test_dropout_is_what_is_said(shelf: Shelf) -> None:
+def test_dropout_is_what_is_said(shelf: Workspace) -> None:
     found = form_of(shelf, "bert", "tag", head={"kind": "linear", "dropout": 0.25})
     assert found is not None and found.dropout == 0.25
 
@@ -134,7 +146,7 @@ def test_dropout_is_what_is_said(shelf: Shelf) -> None:
         ("t5", "labelled", {"stack": "decoder", "pooling": "first"}, "the first token of a decoder"),
     ],
 )  # fmt: skip
-def test_a_choice_without_meaning_is_told(shelf: Shelf, model: str, file: str, said: Any, message: str) -> None:
+def test_a_choice_without_meaning_is_told(shelf: Workspace, model: str, file: str, said: Any, message: str) -> None:
     with pytest.raises(StageError, match=message):
         shelf.plan(stage_of(shelf, "wrong", file, model=model, **said))
 
@@ -150,12 +162,12 @@ def test_a_choice_without_meaning_is_told(shelf: Shelf, model: str, file: str, s
         ({"head": {"dropout": 0.5}}, "a head of the kind `auto` has no `dropout`"),
     ],
 )
-def test_a_choice_that_cannot_be_read_is_told(shelf: Shelf, said: Any, message: str) -> None:
+def test_a_choice_that_cannot_be_read_is_told(shelf: Workspace, said: Any, message: str) -> None:
     with pytest.raises(StageError, match=message):
         shelf.plan(stage_of(shelf, "wrong", "labelled", **said))
 
 
-def test_two_classifiers_of_a_stage_have_one_task_layer(shelf: Shelf) -> None:
+def test_two_classifiers_of_a_stage_have_one_task_layer(shelf: Workspace) -> None:
     raw = stage_of(shelf, "two", "labelled")
     raw["objectives"] = [
         {"kind": "classify", "on": ["labelled"]},
@@ -180,14 +192,16 @@ def test_two_classifiers_of_a_stage_have_one_task_layer(shelf: Shelf) -> None:
         ("labelled", "llama", {"layers": 2, "pooling": "last", "head": "linear"}),
     ],
 )
-def test_the_standard_choice_said_in_words_gives_the_same_bits(shelf: Shelf, file: str, model: str, said: Any) -> None:
-    unsaid = shelf.run(stage_of(shelf, f"unsaid-{model}-{file}", file, model=model)).place
-    in_words = shelf.run(stage_of(shelf, f"said-{model}-{file}", file, model=model, **said)).place
-    assert trace(unsaid) == trace(in_words)
+def test_the_standard_choice_said_in_words_gives_the_same_bits(
+    shelf: Workspace, file: str, model: str, said: Any
+) -> None:
+    unsaid = shelf.run(stage_of(shelf, f"unsaid-{model}-{file}", file, model=model)).run_folder
+    in_words = shelf.run(stage_of(shelf, f"said-{model}-{file}", file, model=model, **said)).run_folder
+    assert run_trace(unsaid) == run_trace(in_words)
     auto = AutoModelForTokenClassification if file == "tagged" else AutoModelForSequenceClassification
     _, loading = auto.from_pretrained(in_words / "model", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    assert described(in_words / "model") is None
+    assert load_task_head_config(in_words / "model") is None
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------------
@@ -220,22 +234,22 @@ def texts_of(file: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_what_is_trained_is_published_scored_and_loaded_alike(shelf: Shelf, name: str, tmp_path: Path) -> None:
+def test_what_is_trained_is_published_scored_and_loaded_alike(shelf: Workspace, name: str, tmp_path: Path) -> None:
     file, tuning, said = RUNS[name]
     done = shelf.run(stage_of(shelf, name.replace(" ", "-"), file, tuning, **dict(said)))
     held_out = shelf.file(file, held_out=True)
     assert 0 != done.record["changes"][f"{file}-heldout"]["difference"] < 0.1  # six steps
     outside = evaluate_files(
-        str(done.place), [held_out], context=LENGTH, documents="auto", column=None, cache=tmp_path / "scores"
+        str(done.run_folder), [held_out], context=LENGTH, documents="auto", column=None, cache=tmp_path / "scores"
     )
     assert outside["sets"] == done.record["scores"]["after"]
-    classifier, texts = postgrad.load(str(done.place)), texts_of(held_out)
-    answers, kept = classifier.predict(texts), read_scores(done.place / "scores" / "after.npz")[f"{file}-heldout"]
+    classifier, texts = postgrad.load(str(done.run_folder)), texts_of(held_out)
+    answers, kept = classifier.predict(texts), read_scores(done.run_folder / "scores" / "after.npz")[f"{file}-heldout"]
     assert sorted(_flat(answers, classifier.labels, classifier.problem)) == pytest.approx(
-        sorted(kept.said_I.tolist()), abs=1e-5
+        sorted(kept.predictions_I.tolist()), abs=1e-5
     )
     if not tuning or tuning["kind"] not in ("adapter", "prefix"):  # which have a non-linear effect
-        found = export_model(str(done.place), tmp_path / "plain", "auto")
+        found = export_model(str(done.run_folder), tmp_path / "plain", "auto")
         assert "postgrad.load reads the same logits" in found["text"]
         for here, there in zip(
             classifier.logits(texts), postgrad.load(str(tmp_path / "plain")).logits(texts), strict=True
@@ -256,14 +270,14 @@ def _flat(answers: list[Any], labels: tuple[str, ...], problem: str) -> list[flo
 
 
 @pytest.mark.parametrize("name", ["bilstm on frozen layers", "mix with rates by layer", "several classes with lora"])
-def test_a_run_in_parts_ends_with_the_same_bits(shelf: Shelf, name: str) -> None:
+def test_a_run_in_parts_ends_with_the_same_bits(shelf: Workspace, name: str) -> None:
     file, tuning, said = RUNS[name]
     whole = shelf.run(stage_of(shelf, name.replace(" ", "-"), file, tuning, **dict(said)))
-    parts = carried_out_in_parts(shelf, stage_of(shelf, f"{name.replace(' ', '-')}-parts", file, tuning, **dict(said)))
-    assert trace(parts.place) == trace(whole.place)
+    parts = run_interrupted(shelf, stage_of(shelf, f"{name.replace(' ', '-')}-parts", file, tuning, **dict(said)))
+    assert run_trace(parts.run_folder) == run_trace(whole.run_folder)
 
 
-def test_the_plan_says_what_is_read(shelf: Shelf) -> None:
+def test_the_plan_says_what_is_read(shelf: Workspace) -> None:
     plan = shelf.plan(stage_of(shelf, "told", "tagged", {"kind": "head"}, layers={"concat": 2}, head=SMALL))
     said = (
         "task layer: reads layers 1, 2 side by side, at each word's first token, with a head of the kind bilstm (1 x 9)"
@@ -273,17 +287,17 @@ def test_the_plan_says_what_is_read(shelf: Shelf) -> None:
     assert "task layer: reads" not in check_stage(usual, cache=shelf.cache)["text"]
 
 
-def test_training_a_head_moves_nothing_else_and_saves_the_mix(shelf: Shelf) -> None:
+def test_training_a_head_moves_nothing_else_and_saves_the_mix(shelf: Workspace) -> None:
     raw = stage_of(shelf, "head-mix", "labelled", {"kind": "head"}, layers="mix", pooling="mean")
     plan = shelf.plan(raw)
-    subject = make_subject(plan, World(torch.device("cpu")))
+    subject = make_tuned_model(plan, World(torch.device("cpu")))
     moving = {name for name, p in subject.model.pretrained.named_parameters() if p.requires_grad}
     assert moving == {f"task_layer.{part}" for part in ("mix", "gamma", "out.weight", "out.bias")}
 
 
-def test_rates_fall_from_the_task_layer_down(shelf: Shelf) -> None:
+def test_rates_fall_from_the_task_layer_down(shelf: Workspace) -> None:
     plan = shelf.plan(stage_of(shelf, "rates", "labelled", {"kind": "full", "layer_decay": 0.5}, pooling="mean"))
-    tuning = make_subject(plan, World(torch.device("cpu"))).tuning
+    tuning = make_tuned_model(plan, World(torch.device("cpu"))).tuning
     factors = [
         tuning.rate_factor(name)
         for name in (
@@ -296,41 +310,43 @@ def test_rates_fall_from_the_task_layer_down(shelf: Shelf) -> None:
     assert factors == [1.0, 0.5, 0.25, 0.125]
 
 
-def test_the_objective_weighs_our_logits_as_the_model_itself_does(shelf: Shelf) -> None:
+def test_the_objective_weighs_our_logits_as_the_model_itself_does(shelf: Workspace) -> None:
     """One loss, whoever computes it: ours as a sum, transformers' as a mean."""
     for file, problem in (("labelled", "class"), ("multi", "multi"), ("numbered", "number"), ("tagged", "tags")):
         plan = shelf.plan(stage_of(shelf, f"loss-{file}", file, layers=1))
-        model = make_subject(plan, World(torch.device("cpu"))).model.eval()
-        batch = collate([plan.rows[0].at(i, i) for i in range(6)], [0] * 6, pad=plan.reading.pad)
-        summed, _ = Decisions(problem)(model(**batch.inputs), batch)  # type: ignore[arg-type]
+        model = make_tuned_model(plan, World(torch.device("cpu"))).model.eval()
+        batch = collate([plan.rows[0].get_row(i, i) for i in range(6)], [0] * 6, pad_token_id=plan.model_inputs.pad_id)
+        summed, _ = ClassificationLoss(problem)(model(**batch.inputs), batch)  # type: ignore[arg-type]
         mean = model.pretrained(**batch.inputs, labels=batch.labels).loss
-        torch.testing.assert_close(summed / batch.counted, mean)
+        torch.testing.assert_close(summed / batch.label_count, mean)
 
 
-def test_a_later_stage_goes_on_with_the_task_layer_it_finds(shelf: Shelf) -> None:
+def test_a_later_stage_goes_on_with_the_task_layer_it_finds(shelf: Workspace) -> None:
     file, tuning, said = RUNS["mix with rates by layer"]
-    first = shelf.run(stage_of(shelf, "mix-with-rates-by-layer", file, tuning, **dict(said))).place
+    first = shelf.run(stage_of(shelf, "mix-with-rates-by-layer", file, tuning, **dict(said))).run_folder
     second = shelf.run(stage_of(shelf, "goes-on", file, {"kind": "lora", "rank": 1}, model=str(first)))
-    sets = [json.loads((place / "record.json").read_text())["scores"] for place in (first, second.place)]
+    sets = [json.loads((place / "record.json").read_text())["scores"] for place in (first, second.run_folder)]
     assert sets[1]["before"] == sets[0]["after"]
-    third = stage_of(shelf, "goes-on-again", file, model=str(second.place))
-    form = described(first / "model")
-    assert form is not None and shelf.plan(third).layer.form == form  # type: ignore[union-attr]
-    other = shelf.plan(stage_of(shelf, "anew", file, model=str(first), layers="last", pooling="max")).layer
-    assert other is not None and other.form == Representation((2,), pooling="max")
+    third = stage_of(shelf, "goes-on-again", file, model=str(second.run_folder))
+    form = load_task_head_config(first / "model")
+    assert form is not None and shelf.plan(third).task_layer.form == form  # type: ignore[union-attr]
+    other = shelf.plan(stage_of(shelf, "anew", file, model=str(first), layers="last", pooling="max")).task_layer
+    assert other is not None and other.form == TaskHeadConfig((2,), pooling="max")
 
 
-def test_a_task_layer_of_ours_where_transformers_has_none(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_task_layer_of_ours_where_transformers_has_none(shelf: Workspace, tmp_path: Path) -> None:
     """There is no BartForTokenClassification."""
-    from tests.tiny_stages import t5_tokenizer, written
+    from tests.tiny_stages import save_model, t5_tokenizer
     from tests.tuning import families
 
     tokenizer = t5_tokenizer()
-    lm = families.build("bart", "lm")
+    lm = families.build_model("bart", "lm")
     lm.resize_token_embeddings(len(tokenizer))
-    written(lm, tokenizer, tmp_path / "bart")
-    form = form_for([ClassifyObjective(kind="classify")], locate(str(tmp_path / "bart"), tmp_path), "tag")
-    assert form == Representation((2,), stack="encoder")
+    save_model(lm, tokenizer, tmp_path / "bart")
+    form = resolve_representation(
+        [ClassifyObjective(kind="classify")], locate_model(str(tmp_path / "bart"), tmp_path), "tag"
+    )
+    assert form == TaskHeadConfig((2,), stack="encoder")
     done = shelf.run(stage_of(shelf, "bart-tags", "tagged", model=str(tmp_path / "bart")))
     assert done.record["changes"]["tagged-heldout"]["difference"] < 0
 
@@ -338,12 +354,12 @@ def test_a_task_layer_of_ours_where_transformers_has_none(shelf: Shelf, tmp_path
 # -- new texts -------------------------------------------------------------------------------------------------------------
 
 
-def test_texts_that_are_too_long_are_read_as_rows_are(shelf: Shelf) -> None:
+def test_texts_that_are_too_long_are_read_as_rows_are(shelf: Workspace) -> None:
     long = [
         {"text": "one and two plus three. " * 40, "label": "words"},
         {"text": "x1 = y2 * 3; " * 40, "label": "sums"},
     ]
-    file = rows(shelf.home / "long.jsonl", long)
+    file = write_rows(shelf.folder / "long.jsonl", long)
     run = str(
         shelf.run(
             stage_of(
@@ -352,30 +368,30 @@ def test_texts_that_are_too_long_are_read_as_rows_are(shelf: Shelf) -> None:
                 *RUNS["mix with rates by layer"][:2],
                 **RUNS["mix with rates by layer"][2],
             )
-        ).place
+        ).run_folder
     )
     scored = evaluate_files(run, [str(file)], context=64, documents="auto", column=None, cache=shelf.cache)
     classifier = postgrad.load(run)
     said = classifier.predict([row["text"] for row in long])
     right = np.mean([answer == row["label"] for answer, row in zip(said, long, strict=True)])
     assert scored["sets"]["long"]["metrics"]["accuracy"]["value"] == right
-    assert len(classifier._row(long[0]["text"], 0).inputs["input_ids"]) == 64
+    assert len(classifier._make_row(long[0]["text"], 0).inputs["input_ids"]) == 64
     assert classifier.predict([""])[0] in ("words", "sums")
 
 
-def test_a_word_without_a_token_has_no_tag(shelf: Shelf) -> None:
+def test_a_word_without_a_token_has_no_tag(shelf: Workspace) -> None:
     file, tuning, said = RUNS["bilstm on frozen layers"]
-    run = shelf.run(stage_of(shelf, "bilstm-on-frozen-layers", file, tuning, **dict(said))).place
+    run = shelf.run(stage_of(shelf, "bilstm-on-frozen-layers", file, tuning, **dict(said))).run_folder
     answers = postgrad.load(str(run)).predict([["one", " ", "two"], ["six"] * 100])
     assert [tag is None for tag in answers[0]] == [False, True, False]
     assert [tag is None for tag in answers[1]] == [False] * 62 + [True] * 38
 
 
-def test_what_cannot_be_classified_is_told(shelf: Shelf) -> None:
+def test_what_cannot_be_classified_is_told(shelf: Workspace) -> None:
     with pytest.raises(ModelError, match="decides nothing: it is no classifier"):
-        postgrad.load(str(shelf.home / "llama"))
+        postgrad.load(str(shelf.folder / "llama"))
     file, tuning, said = RUNS["bilstm on frozen layers"]
-    run = shelf.run(stage_of(shelf, "bilstm-on-frozen-layers", file, tuning, **dict(said))).place
+    run = shelf.run(stage_of(shelf, "bilstm-on-frozen-layers", file, tuning, **dict(said))).run_folder
     tagger = postgrad.load(str(run))
     with pytest.raises(DataError, match=r"texts\[1\]: a text that is not cut into words"):
         tagger.predict([["one"], "two"])
@@ -390,7 +406,7 @@ def test_what_cannot_be_classified_is_told(shelf: Shelf) -> None:
                     *RUNS["mix with rates by layer"][:2],
                     **RUNS["mix with rates by layer"][2],
                 )
-            ).place
+            ).run_folder
         )
     )
     with pytest.raises(DataError, match="expected: a text, or two"):

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from postgrad.commands.evaluate import read_by
+from postgrad.commands.evaluate import load_model_inputs
 from postgrad.config.stage_file import load_tasks, parse_stage
-from postgrad.config.tasks import Task
+from postgrad.config.tasks import TaskConfig
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.models.pretrained import locate
+from postgrad.models.pretrained import locate_model
 from postgrad.plan import task_prompts
-from postgrad.plan.model_inputs import Reading
-from postgrad.plan.task_prompts import Asked, framed, make_asked
+from postgrad.plan.model_inputs import ModelInputs
+from postgrad.plan.task_prompts import PromptedTask, add_soft_prompts, make_prompted_task
 from tests.conftest import make_llama, make_tokenizer
-from tests.tiny_stages import Shelf, bos_tokenizer, make_shelf, rows, written
+from tests.tiny_stages import Workspace, bos_tokenizer, make_workspace, save_model, write_rows
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}\n{% endfor %}"
@@ -27,22 +27,22 @@ CHAT = (
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     home = tmp_path_factory.mktemp("shelf")
-    written(make_llama(max_position_embeddings=512), make_tokenizer(), home / "wide")
-    return make_shelf(home, home / "cache")
+    save_model(make_llama(max_position_embeddings=512), make_tokenizer(), home / "wide")
+    return make_workspace(home, home / "cache")
 
 
-def reading(shelf: Shelf, model: str = "llama") -> Reading:
-    return read_by(locate(str(shelf.home / model), Path.cwd()), 1024)
+def reading(shelf: Workspace, model: str = "llama") -> ModelInputs:
+    return load_model_inputs(locate_model(str(shelf.folder / model), Path.cwd()), 1024)
 
 
-def task(path: Path | str, **changes: Any) -> Task:
-    return Task.model_validate({"name": "quiz", "path": str(path), **changes})
+def task(path: Path | str, **changes: Any) -> TaskConfig:
+    return TaskConfig.model_validate({"name": "quiz", "path": str(path), **changes})
 
 
-def asked(shelf: Shelf, path: Path | str, model: str = "llama", **changes: Any) -> Asked:
-    return make_asked(task(path, **changes), reading(shelf, model), Path.cwd(), "evaluation.tasks[0]")
+def asked(shelf: Workspace, path: Path | str, model: str = "llama", **changes: Any) -> PromptedTask:
+    return make_prompted_task(task(path, **changes), reading(shelf, model), Path.cwd(), "evaluation.tasks[0]")
 
 
 def words(tokenizer: PreTrainedTokenizerFast, ids: tuple[int, ...]) -> str:
@@ -117,14 +117,14 @@ ROWS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]], str, tuple[str
 
 
 @pytest.mark.parametrize("kind", list(ROWS))
-def test_one_shot_word_for_word(shelf: Shelf, tmp_path: Path, kind: str) -> None:
+def test_one_shot_word_for_word(shelf: Workspace, tmp_path: Path, kind: str) -> None:
     test, shown, text, choices, references = ROWS[kind]
-    path, pool = rows(tmp_path / "test.jsonl", test), rows(tmp_path / "train.jsonl", shown)
+    path, pool = write_rows(tmp_path / "test.jsonl", test), write_rows(tmp_path / "train.jsonl", shown)
     found = asked(shelf, path, "wide", shots=1, shown={"path": str(pool)})
     (prompt,) = found.prompts_KI[0]
-    assert (found.kind, prompt.text, prompt.shown) == (kind, text, 1)
-    assert found.chosen == bool(choices)
-    assert found.references_I == (references,) and found.texts_I == ((choices,) if choices else ())
+    assert (found.kind, prompt.text, prompt.num_demonstrations) == (kind, text, 1)
+    assert found.is_multiple_choice == bool(choices)
+    assert found.references_I == (references,) and found.choice_texts_I == ((choices,) if choices else ())
     tokenizer = make_tokenizer()
     # The ids say the same; a space before the answer belongs to the answer.
     if choices:
@@ -135,59 +135,61 @@ def test_one_shot_word_for_word(shelf: Shelf, tmp_path: Path, kind: str) -> None
     zero = asked(shelf, path, "wide").prompts_KI[0][0] if kind != "labelled" else None
     if zero:
         assert text.endswith(zero.text) or kind == "chat"
-        assert zero.shown == 0
+        assert zero.num_demonstrations == 0
 
 
-def test_words_and_templates_as_everywhere(shelf: Shelf, tmp_path: Path) -> None:
-    path = rows(tmp_path / "t.jsonl", [{"text": "one", "label": 1}, {"text": "two", "label": 0}])
+def test_words_and_templates_as_everywhere(shelf: Workspace, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "t.jsonl", [{"text": "one", "label": 1}, {"text": "two", "label": 0}])
     found = asked(
         shelf, path, prompt="Review: {text}\nIt is", answer=" {label}!", words={"0": "bad", "1": "good", "2": "fair"}
     )
-    assert found.texts_I == ((" bad!", " good!", " fair!"),) * 2 and found.options_I == (("0", "1", "2"),) * 2
+    assert (
+        found.choice_texts_I == ((" bad!", " good!", " fair!"),) * 2 and found.choice_names_I == (("0", "1", "2"),) * 2
+    )
     assert sorted(found.references_I) == [("0",), ("1",)]
     assert {prompt.text for prompt in found.prompts_KI[0]} == {"Review: one\nIt is ", "Review: two\nIt is "}
 
 
-def test_a_chat_template_asks_in_turns(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_chat_template_asks_in_turns(shelf: Workspace, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT
-    written(make_llama(), tokenizer, tmp_path / "chat")
-    path = rows(tmp_path / "t.jsonl", [{"prompt": "one?", "completion": "1"}])
-    pool = rows(tmp_path / "p.jsonl", [{"prompt": "two?", "completion": "2"}])
-    found = make_asked(
+    save_model(make_llama(), tokenizer, tmp_path / "chat")
+    path = write_rows(tmp_path / "t.jsonl", [{"prompt": "one?", "completion": "1"}])
+    pool = write_rows(tmp_path / "p.jsonl", [{"prompt": "two?", "completion": "2"}])
+    found = make_prompted_task(
         task(path, shots=1, shown={"path": str(pool)}),
-        read_by(locate(str(tmp_path / "chat"), Path.cwd()), 64),
+        load_model_inputs(locate_model(str(tmp_path / "chat"), Path.cwd()), 64),
         Path.cwd(),
         "t",
     )
     assert found.prompts_KI[0][0].text == "<user>two?\n<assistant>2<|end|>\n<user>one?\n<assistant>"
-    assert found.until.stop == () and found.references_I == (("1",),)
+    assert found.stopping.stop_strings == () and found.references_I == (("1",),)
 
 
-def test_a_bos_stands_first_and_once(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_bos_stands_first_and_once(shelf: Workspace, tmp_path: Path) -> None:
     tokenizer = bos_tokenizer()
     tokenizer.chat_template = "{{ bos_token }}" + CHAT
-    written(make_llama(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1), tokenizer, tmp_path / "m")
-    here = read_by(locate(str(tmp_path / "m"), Path.cwd()), 64)
+    save_model(make_llama(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1), tokenizer, tmp_path / "m")
+    here = load_model_inputs(locate_model(str(tmp_path / "m"), Path.cwd()), 64)
     for row in ({"prompt": "one?", "completion": "1"}, {"question": "q", "choices": ["a", "b"], "answer": 0}):
-        path = rows(tmp_path / "t.jsonl", [row])
-        context = make_asked(task(path), here, Path.cwd(), "t").prompts_KI[0][0].item.context
+        path = write_rows(tmp_path / "t.jsonl", [row])
+        context = make_prompted_task(task(path), here, Path.cwd(), "t").prompts_KI[0][0].item.context
         assert context[0] == 0 and 0 not in context[1:]
 
 
-def test_an_encoder_decoder_reads_the_question_and_its_end(shelf: Shelf, tmp_path: Path) -> None:
-    path = rows(tmp_path / "t.jsonl", [{"text": "one", "label": "yes"}])
-    pool = rows(tmp_path / "p.jsonl", [{"text": "two", "label": "no"}])
+def test_an_encoder_decoder_reads_the_question_and_its_end(shelf: Workspace, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "t.jsonl", [{"text": "one", "label": "yes"}])
+    pool = write_rows(tmp_path / "p.jsonl", [{"text": "two", "label": "no"}])
     found = asked(shelf, path, "t5", shots=1, shown={"path": str(pool)})
     (prompt,) = found.prompts_KI[0]
     assert prompt.text == "text: two\nlabel: no\n\ntext: one\nlabel:"
     tokenizer = reading(shelf, "t5").tokenizer
     assert words(tokenizer, prompt.item.context) == prompt.text + "</s>"  # type: ignore[arg-type]
     assert [tokenizer.decode(choice) for choice in prompt.item.choices] == ["no", "yes"]
-    assert found.until.stop == () and found.room == 1024
+    assert found.stopping.stop_strings == () and found.context_length == 1024
 
 
-def test_a_soft_prompt_stands_around_the_question(shelf: Shelf) -> None:
+def test_a_soft_prompt_stands_around_the_question(shelf: Workspace) -> None:
     for model, tuning in (("llama", {"kind": "prompt", "length": 3}), ("t5", {"kind": "prompt", "length": 3})):
         kind = "pair" if model == "t5" else "completion"
         raw = shelf.stage("soft", tuning, model=model, sources=[shelf.source(kind)])
@@ -196,19 +198,19 @@ def test_a_soft_prompt_stands_around_the_question(shelf: Shelf) -> None:
         raw["evaluation"] = {"learned": [held_out], "tasks": [{"name": "quiz", "path": held_out}]}
         plan = shelf.plan(raw)
         (before,), (after,) = plan.tasks_before, plan.tasks
-        first = plan.reading.encoder.vocabulary
+        first = plan.model_inputs.encoder.vocabulary
         for one, other in zip(before.prompts_KI[0], after.prompts_KI[0], strict=True):
             assert other.item.context == (first, first + 1, first + 2, *one.item.context)
-        assert framed(before, plan.reading.without) == before
+        assert add_soft_prompts(before, plan.model_inputs.without_tuning) == before
 
 
 # -- demonstrations -----------------------------------------------------------------------------------------------------
 
 
-def few(shelf: Shelf, tmp_path: Path, **changes: Any) -> Asked:
+def few(shelf: Workspace, tmp_path: Path, **changes: Any) -> PromptedTask:
     test = [{"text": f"test {i}", "label": "yes" if i % 3 else "no"} for i in range(6)]
     pool = [{"text": f"train {i}", "label": "yes" if i % 5 else "no"} for i in range(30)]
-    path, train = rows(tmp_path / "test.jsonl", test), rows(tmp_path / "train.jsonl", pool)
+    path, train = write_rows(tmp_path / "test.jsonl", test), write_rows(tmp_path / "train.jsonl", pool)
     shown = {"path": str(train), "by": changes.pop("by", "seed")}
     return asked(shelf, path, **{"shots": 4, "shown": shown, **changes})
 
@@ -217,7 +219,7 @@ def shown_in(text: str) -> list[str]:
     return text.split("\n\n")[:-1]
 
 
-def test_seeds_change_the_demonstrations_and_nothing_else_does(shelf: Shelf, tmp_path: Path) -> None:
+def test_seeds_change_the_demonstrations_and_nothing_else_does(shelf: Workspace, tmp_path: Path) -> None:
     found, again = few(shelf, tmp_path, seeds=4), few(shelf, tmp_path, seeds=4)
     assert [[p.text for p in prompts] for prompts in found.prompts_KI] == [
         [p.text for p in prompts] for prompts in again.prompts_KI
@@ -226,10 +228,10 @@ def test_seeds_change_the_demonstrations_and_nothing_else_does(shelf: Shelf, tmp
     by_seed = [{tuple(shown_in(p.text)) for p in prompts} for prompts in found.prompts_KI]
     assert all(len(draws) == 1 for draws in by_seed), "one draw serves all items"
     assert len(set().union(*by_seed)) == 4
-    assert [prompts[0].shown for prompts in found.prompts_KI] == [4] * 4
+    assert [prompts[0].num_demonstrations for prompts in found.prompts_KI] == [4] * 4
 
 
-def test_balanced_demonstrations_are_balanced(shelf: Shelf, tmp_path: Path) -> None:
+def test_balanced_demonstrations_are_balanced(shelf: Workspace, tmp_path: Path) -> None:
     for seed, prompts in enumerate(few(shelf, tmp_path, by="balanced", seeds=8).prompts_KI):
         labels = [re.findall(r"label: (\w+)", each)[0] for each in shown_in(prompts[0].text)]
         assert sorted(labels) == ["no", "no", "yes", "yes"], seed
@@ -243,22 +245,22 @@ def test_balanced_demonstrations_are_balanced(shelf: Shelf, tmp_path: Path) -> N
     assert any(prompts[0].text.count("label: no") != 2 for prompts in plain)
 
 
-def test_the_most_alike_are_each_items_own(shelf: Shelf, tmp_path: Path) -> None:
+def test_the_most_alike_are_each_items_own(shelf: Workspace, tmp_path: Path) -> None:
     test = [{"text": "red apples fall"}, {"text": "blue fish swim"}]
     pool = [{"text": f"{a} {b}"} for a in ("red apples", "blue fish", "old men", "big cars") for b in ("now", "then")]
-    path = rows(tmp_path / "a.jsonl", [{**row, "label": "x"} for row in test])
-    train = rows(tmp_path / "b.jsonl", [{**row, "label": "xy"[i % 2]} for i, row in enumerate(pool)])
+    path = write_rows(tmp_path / "a.jsonl", [{**row, "label": "x"} for row in test])
+    train = write_rows(tmp_path / "b.jsonl", [{**row, "label": "xy"[i % 2]} for i, row in enumerate(pool)])
     found = asked(shelf, path, shots=2, shown={"path": str(train), "by": "bm25"})
     for prompt in found.prompts_KI[0]:
         asks = prompt.text.split("text: ")[-1].split()[0]
         assert all(f"text: {asks}" in each for each in shown_in(prompt.text))
 
 
-def test_no_row_that_is_tested_is_ever_shown(shelf: Shelf, tmp_path: Path) -> None:
+def test_no_row_that_is_tested_is_ever_shown(shelf: Workspace, tmp_path: Path) -> None:
     test = [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(40)]
     copies = [{**row, "label": "a"} for row in test]  # the same questions, answered otherwise
     others = [{"text": f"other {i}", "label": "ab"[i % 2]} for i in range(4)]
-    path, train = rows(tmp_path / "t.jsonl", test), rows(tmp_path / "p.jsonl", [*copies, *others, *others])
+    path, train = write_rows(tmp_path / "t.jsonl", test), write_rows(tmp_path / "p.jsonl", [*copies, *others, *others])
     found = asked(shelf, path, shots=3, seeds=5, shown={"path": str(train)}, items=7)
     assert len(found) == 7
     for prompts in found.prompts_KI:
@@ -273,11 +275,11 @@ def test_no_row_that_is_tested_is_ever_shown(shelf: Shelf, tmp_path: Path) -> No
         asked(shelf, path, shots=1, shown={"path": str(path)})
 
 
-def test_a_pool_with_test_rows_would_be_met(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_with_test_rows_would_be_met(shelf: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: no two rows are copies."""
     marks = iter(range(10**6))
-    monkeypatch.setattr(task_prompts, "_marks", lambda example, words: {next(marks)})
-    path = rows(tmp_path / "t.jsonl", [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(6)])
+    monkeypatch.setattr(task_prompts, "_row_digests", lambda example, words: {next(marks)})
+    path = write_rows(tmp_path / "t.jsonl", [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(6)])
     found = asked(shelf, path, shots=3, seeds=5, shown={"path": str(path)})
     assert any("row" in each for prompts in found.prompts_KI for p in prompts for each in shown_in(p.text))
 
@@ -285,21 +287,21 @@ def test_a_pool_with_test_rows_would_be_met(shelf: Shelf, tmp_path: Path, monkey
 # -- what fits -------------------------------------------------------------------------------------------------------------
 
 
-def test_demonstrations_that_do_not_fit_are_left_out_from_the_front(shelf: Shelf, tmp_path: Path) -> None:
+def test_demonstrations_that_do_not_fit_are_left_out_from_the_front(shelf: Workspace, tmp_path: Path) -> None:
     test = [{"prompt": "x " * n + "?", "completion": " yes"} for n in (1, 10, 30, 70)]
     pool = [{"prompt": f"{i} " * 12, "completion": " no"} for i in range(9)]
-    path, train = rows(tmp_path / "t.jsonl", test), rows(tmp_path / "p.jsonl", pool)
+    path, train = write_rows(tmp_path / "t.jsonl", test), write_rows(tmp_path / "p.jsonl", pool)
     whole = asked(shelf, path, shots=5, shown={"path": str(train)}, most_tokens=4)
-    assert whole.room == 128 and whole.skipped == {"too long for the context": 1} and len(whole) == 3
+    assert whole.context_length == 128 and whole.skipped == {"too long for the context": 1} and len(whole) == 3
     by_length = sorted(whole.prompts_KI[0], key=lambda p: p.text.split("\n\n")[-1].count("x"))
-    counts = [prompt.shown for prompt in by_length]
+    counts = [prompt.num_demonstrations for prompt in by_length]
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
-    assert whole.shortened == sum(count < 5 for count in counts)
+    assert whole.num_shortened_prompts == sum(count < 5 for count in counts)
     longest = shown_in(by_length[0].text)
     for prompt in by_length:
         assert len(prompt.item.context) + 4 <= 128
         before = shown_in(prompt.text)
-        assert len(before) == prompt.shown and longest[len(longest) - len(before) :] == before
+        assert len(before) == prompt.num_demonstrations and longest[len(longest) - len(before) :] == before
     # Room for the answer is kept, and rows are asked under every seed or under none.
     wide = asked(shelf, path, most_tokens=100)
     assert wide.skipped == {"too long for the context": 2}
@@ -307,13 +309,13 @@ def test_demonstrations_that_do_not_fit_are_left_out_from_the_front(shelf: Shelf
         asked(shelf, path, most_tokens=128)
 
 
-def test_items_are_drawn_by_their_content(shelf: Shelf, tmp_path: Path) -> None:
+def test_items_are_drawn_by_their_content(shelf: Workspace, tmp_path: Path) -> None:
     test = [{"prompt": f"row {i}?", "completion": " yes"} for i in range(50)]
-    one = asked(shelf, rows(tmp_path / "a.jsonl", test), items=10)
-    other = asked(shelf, rows(tmp_path / "b.jsonl", test[::-1]), items=10)
+    one = asked(shelf, write_rows(tmp_path / "a.jsonl", test), items=10)
+    other = asked(shelf, write_rows(tmp_path / "b.jsonl", test[::-1]), items=10)
     assert one.digests_I == other.digests_I and len(one) == 10
-    assert one.fingerprint == other.fingerprint and one.same_rows == other.same_rows
-    assert set(one.tested_N.tolist()) >= set(one.digests_I) and len(one.tested_N) == 50
+    assert one.fingerprint == other.fingerprint and one.rows_fingerprint == other.rows_fingerprint
+    assert set(one.test_digests_N.tolist()) >= set(one.digests_I) and len(one.test_digests_N) == 50
 
 
 # -- how it is answered ----------------------------------------------------------------------------------------------------
@@ -333,30 +335,30 @@ def test_items_are_drawn_by_their_content(shelf: Shelf, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_metrics_that_the_answers_suggest(
-    shelf: Shelf, tmp_path: Path, row: dict[str, Any], metrics: tuple[str, ...]
+    shelf: Workspace, tmp_path: Path, row: dict[str, Any], metrics: tuple[str, ...]
 ) -> None:
     other = {**row, "text": "b", "label": "y"} if row.get("label") == "x" else row
-    assert asked(shelf, rows(tmp_path / "t.jsonl", [row, other])).metrics == metrics
+    assert asked(shelf, write_rows(tmp_path / "t.jsonl", [row, other])).metrics == metrics
 
 
-def test_a_stop_is_what_no_answer_has_inside(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_stop_is_what_no_answer_has_inside(shelf: Workspace, tmp_path: Path) -> None:
     for answers, stop in ((["a", "b\n"], ("\n",)), (["a", "b\nc"], ("\n\n",)), (["a\n\nb", "c"], ())):
-        path = rows(tmp_path / "t.jsonl", [{"prompt": f"{i}?", "completion": a} for i, a in enumerate(answers)])
-        assert asked(shelf, path).until.stop == stop
-        assert asked(shelf, path, stop=["."], most_tokens=7).until == task_prompts.Until(7, (".",))
-        assert asked(shelf, path, stop=[]).until.stop == ()
+        path = write_rows(tmp_path / "t.jsonl", [{"prompt": f"{i}?", "completion": a} for i, a in enumerate(answers)])
+        assert asked(shelf, path).stopping.stop_strings == stop
+        assert asked(shelf, path, stop=["."], most_tokens=7).stopping == task_prompts.Until(7, (".",))
+        assert asked(shelf, path, stop=[]).stopping.stop_strings == ()
 
 
-def test_questions_without_content_and_a_bare_one(shelf: Shelf, tmp_path: Path) -> None:
-    path = rows(tmp_path / "t.jsonl", [{"text": "one", "label": "yes"}, {"text": "two", "label": "no"}])
+def test_questions_without_content_and_a_bare_one(shelf: Workspace, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "t.jsonl", [{"text": "one", "label": "yes"}, {"text": "two", "label": "no"}])
     tokenizer = make_tokenizer()
     (prompt, _) = asked(shelf, path, calibrate=True).prompts_KI[0]
-    assert [words(tokenizer, item.context) for item in prompt.against] == [
+    assert [words(tokenizer, item.context) for item in prompt.calibration_items] == [
         "text: N/A\nlabel:", "text: \nlabel:", "text: [MASK]\nlabel:",
     ]  # fmt: skip
-    assert all(item.choices == prompt.item.choices for item in prompt.against)
+    assert all(item.choices == prompt.item.choices for item in prompt.calibration_items)
     (prompt, _) = asked(shelf, path, by="answer-only").prompts_KI[0]
-    assert [words(tokenizer, item.context) for item in prompt.against] == ["Answer:"]
+    assert [words(tokenizer, item.context) for item in prompt.calibration_items] == ["Answer:"]
 
 
 # -- what cannot be asked ---------------------------------------------------------------------------------------------
@@ -387,25 +389,30 @@ def test_questions_without_content_and_a_bare_one(shelf: Shelf, tmp_path: Path) 
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_asked(
-    shelf: Shelf, tmp_path: Path, made: list[dict[str, Any]], changes: dict[str, Any], error: type[Exception], said: str
+    shelf: Workspace,
+    tmp_path: Path,
+    made: list[dict[str, Any]],
+    changes: dict[str, Any],
+    error: type[Exception],
+    said: str,
 ) -> None:
     with pytest.raises(error, match=said):
-        asked(shelf, rows(tmp_path / "t.jsonl", made), **changes)
+        asked(shelf, write_rows(tmp_path / "t.jsonl", made), **changes)
 
 
-def test_an_encoder_is_told_what_it_can_do_instead(shelf: Shelf) -> None:
+def test_an_encoder_is_told_what_it_can_do_instead(shelf: Workspace) -> None:
     with pytest.raises(ModelError, match=r"does not write[\s\S]*masked \(a cloze\)"):
         asked(shelf, shelf.file("labelled"), "bert")
 
 
-def test_only_the_rows_that_are_asked_for(shelf: Shelf, tmp_path: Path) -> None:
+def test_only_the_rows_that_are_asked_for(shelf: Workspace, tmp_path: Path) -> None:
     made = [{"prompt": f"{i}?", "completion": "b", "task": ["add", "sub", 3][i % 3]} for i in range(9)]
-    path = rows(tmp_path / "t.jsonl", made)
+    path = write_rows(tmp_path / "t.jsonl", made)
     for only, prompts in (({"task": "add"}, "036"), ({"task": ["sub", 3]}, "124578"), ({"task": "3"}, "258")):
         found = asked(shelf, path, only=only, shots=0)
         assert sorted(p.text[0] for p in found.prompts_KI[0]) == sorted(prompts)
     # What is shown is chosen by the same columns.
-    train = rows(tmp_path / "p.jsonl", [{**row, "prompt": f"more {row['prompt']}"} for row in made])
+    train = write_rows(tmp_path / "p.jsonl", [{**row, "prompt": f"more {row['prompt']}"} for row in made])
     found = asked(shelf, path, only={"task": "add"}, shots=3, shown={"path": str(train)})
     assert {d[5] for d in shown_in(found.prompts_KI[0][0].text)} == set("036")
 

@@ -21,7 +21,7 @@ evaluation:
 """
 
 
-def score(nats: float, documents: int) -> dict:
+def make_score(nats: float, documents: int) -> dict:
     return {
         "nats": nats,
         "perplexity": math.exp(nats),
@@ -34,7 +34,7 @@ def score(nats: float, documents: int) -> dict:
     }
 
 
-REALIGNED = {
+RELEARNING = {
     "steps": 20,
     "rate": 2e-5,
     "tokens": 640_000,
@@ -88,8 +88,8 @@ DSIR = {
 def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float = 0.3312) -> dict:
     start = {"general": 2.4418, "code": 1.8127, "papers": 2.3104}
     move = {"general": forgetting, "code": forgetting * 0.4 - 0.003, "papers": -gain}
-    before = {k: score(v, 812) for k, v in start.items()}
-    after = {k: score(v + move[k], 812) for k, v in start.items()}
+    before = {k: make_score(v, 812) for k, v in start.items()}
+    after = {k: make_score(v + move[k], 812) for k, v in start.items()}
     wide = {"general": 0.0061, "code": 0.0093, "papers": 0.0187}
     changes = {}
     for k in start:
@@ -145,7 +145,7 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
                 "threads": "one per physical core",
             },
         },
-        "realign": copy.deepcopy(REALIGNED),
+        "realign": copy.deepcopy(RELEARNING),
         "plan": {
             "steps": 1221,
             "rows": 19_532,
@@ -218,7 +218,7 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
                 },
             ],
         },
-        "schedule_curve": [[s, rate(s)] for s in range(0, 1222, 3)],
+        "schedule_curve": [[s, learning_rate(s)] for s in range(0, 1222, 3)],
         "scores": {"before": before, "after": after},
         "changes": changes,
         "gate": {
@@ -247,7 +247,7 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
     }
 
 
-def rate(step: int) -> float:
+def learning_rate(step: int) -> float:
     if step < 12:
         return 2e-5 * step / 12
     return 2e-6 + 0.9e-5 * (1 + math.cos(math.pi * (step - 12) / 1209)) * 1.0
@@ -294,7 +294,7 @@ def make_metrics(record: dict, steps: int = 1221, seed: int = 0, evaluations: in
                     "papers": [papers * per_step * 0.9, round(per_step * 0.9)],
                     "replay": [replay * per_step * 0.1, round(per_step * 0.1)],
                 },
-                "rate": rate(step),
+                "rate": learning_rate(step),
                 "grad_norm": 0.9 + 0.4 * math.exp(-t * 30) + abs(dice.gauss(0, 0.1)) + (4.2 if step == 700 else 0),
                 "seconds": 8.1 * (step + 1),
             }

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postgrad.reports.html import figures
-from postgrad.reports.html.figures import Estimate, Level, Mark, Series, Spot
+from postgrad.reports.html.figures import ForestRow, LimitLine, ScatterPoint, Series, VerticalMark
 
 FINITE = st.floats(-1e9, 1e9, allow_nan=False)
 
@@ -82,7 +82,7 @@ def test_log_ticks_are_powers() -> None:
 
 @given(st.lists(st.floats(0, 300), max_size=30), st.floats(1, 30))
 def test_apart_keeps_order_room_and_distance(wanted: list[float], distance: float) -> None:
-    placed = figures.apart(wanted, distance, 0, 300)
+    placed = figures.spread_positions(wanted, distance, 0, 300)
     assert len(placed) == len(wanted)
     assert all(-1e-6 <= p <= 300 + 1e-6 for p in placed)
     fits = (len(wanted) - 1) * distance <= 300
@@ -91,7 +91,7 @@ def test_apart_keeps_order_room_and_distance(wanted: list[float], distance: floa
 
 
 def test_apart_moves_nothing_that_is_apart() -> None:
-    assert figures.apart([10.0, 50.0, 90.0], 15, 0, 100) == [10.0, 50.0, 90.0]
+    assert figures.spread_positions([10.0, 50.0, 90.0], 15, 0, 100) == [10.0, 50.0, 90.0]
 
 
 def test_thinned_keeps_spikes_ends_and_gaps() -> None:
@@ -99,8 +99,8 @@ def test_thinned_keeps_spikes_ends_and_gaps() -> None:
     points = [(float(i), dice.random()) for i in range(100_000)]
     points[63_211] = (63_211.0, 99.0)
     points[20_000] = (20_000.0, math.nan)
-    kept = figures.thinned(points)
-    assert len(kept) <= figures.MOST_POINTS + 2
+    kept = figures.thin_points(points)
+    assert len(kept) <= figures.MAX_POINTS + 2
     assert kept[0] == points[0]
     assert kept[-1] == points[-1]
     assert (63_211.0, 99.0) in kept
@@ -109,11 +109,11 @@ def test_thinned_keeps_spikes_ends_and_gaps() -> None:
 
 
 def test_smoothed_is_the_token_weighted_mean() -> None:
-    constant = figures.smoothed([(float(i), 3.0) for i in range(50)], 10)
+    constant = figures.smooth_points([(float(i), 3.0) for i in range(50)], 10)
     assert all(y == pytest.approx(3.0) for _, y in constant)
-    two = figures.smoothed([(0.0, 1.0), (1.0, 4.0)], 1e9, [1.0, 2.0])
+    two = figures.smooth_points([(0.0, 1.0), (1.0, 4.0)], 1e9, [1.0, 2.0])
     assert two[-1][1] == pytest.approx(3.0, rel=1e-6)  # (1 x 1 + 2 x 4) / 3
-    assert figures.smoothed([(0.0, math.nan), (1.0, 2.0)], 5) == [(1.0, 2.0)]
+    assert figures.smooth_points([(0.0, math.nan), (1.0, 2.0)], 5) == [(1.0, 2.0)]
 
 
 def lines(n: int, points: int = 20) -> list[Series]:
@@ -122,7 +122,7 @@ def lines(n: int, points: int = 20) -> list[Series]:
     for k in range(n):
         values = [(i * 1e6, dice.gauss(0, 0.001) + 0.001 * k) for i in range(points)]
         band = [(x, y - 0.002, y + 0.002) for x, y in values]
-        result.append(Series(f"held-out set number {k}", values, band, markers=True))
+        result.append(Series(f"held-out set number {k}", values, band, has_markers=True))
     return result
 
 
@@ -131,7 +131,7 @@ def lines(n: int, points: int = 20) -> list[Series]:
 def test_direct_labels_do_not_touch(width: int, count: int) -> None:
     svg = figures.line_chart(lines(count), title="t", x_label="tokens", y_label="nats", width=width, zero=True)
     inside(svg)
-    found = [b for i in range(figures.PALETTE) for b in boxes(svg, f"c{i}")]
+    found = [b for i in range(figures.PALETTE_SIZE) for b in boxes(svg, f"c{i}")]
     assert len(found) == count
     for a, b in combinations(sorted(found, key=lambda box: box[1]), 2):
         assert a[3] <= b[1] + 0.5
@@ -190,8 +190,8 @@ def test_a_gap_splits_the_line_and_marks_stand_in_place() -> None:
         title="t",
         x_label="x",
         y_label="y",
-        marks=[Mark(0.0, "switch")],
-        levels=[Level(2.0, "gate")],
+        marks=[VerticalMark(0.0, "switch")],
+        levels=[LimitLine(2.0, "gate")],
     )
     assert 'class="ln' not in svg  # two single points, no line across the gap
     assert svg.count("<circle") == 2
@@ -200,13 +200,13 @@ def test_a_gap_splits_the_line_and_marks_stand_in_place() -> None:
 
 
 def test_x_range_shows_a_part_only() -> None:
-    series = [Series("a", [(float(i), float(i)) for i in range(101)], markers=True)]
+    series = [Series("a", [(float(i), float(i)) for i in range(101)], has_markers=True)]
     svg = figures.line_chart(series, title="t", x_label="x", y_label="y", x_range=(0, 2), width=560)
     assert svg.count("<circle") == 3
 
 
 def test_points_lie_where_the_scale_says() -> None:
-    svg = figures.line_chart([Series("a", [(0, 0.0), (1, 1.0), (2, 4.0)], markers=True, label=False)],
+    svg = figures.line_chart([Series("a", [(0, 0.0), (1, 1.0), (2, 4.0)], has_markers=True, has_label=False)],
                              title="t", x_label="x", y_label="y")  # fmt: skip
     y = [float(v) for v in re.findall(r'<circle cx="[^"]+" cy="([^"]+)"', svg)]
     x = [float(v) for v in re.findall(r'<circle cx="([^"]+)"', svg)]
@@ -215,7 +215,7 @@ def test_points_lie_where_the_scale_says() -> None:
 
 
 def test_log_x_gives_zero_a_place_of_its_own() -> None:
-    series = [Series("a", [(0, 1.0), (1, 2.0), (10, 3.0), (100, 4.0)], markers=True, label=False)]
+    series = [Series("a", [(0, 1.0), (1, 2.0), (10, 3.0), (100, 4.0)], has_markers=True, has_label=False)]
     svg = figures.line_chart(series, title="t", x_label="x", y_label="y", x_scale="log")
     x = [float(v) for v in re.findall(r'<circle cx="([^"]+)"', svg)]
     assert x[0] < x[1]
@@ -225,24 +225,24 @@ def test_log_x_gives_zero_a_place_of_its_own() -> None:
 @pytest.mark.parametrize("width", [358, 560])
 def test_forest_rows_say_their_numbers(width: int) -> None:
     rows = [
-        Estimate("general", 0.0104, 0.004, 0.017, "even"),
-        Estimate("a very long name of a held-out set " * 3, -0.33, -0.35, -0.31, "good"),
-        Estimate("no interval", 0.2),
-        Estimate("not a number", math.nan),
+        ForestRow("general", 0.0104, 0.004, 0.017, "even"),
+        ForestRow("a very long name of a held-out set " * 3, -0.33, -0.35, -0.31, "good"),
+        ForestRow("no interval", 0.2),
+        ForestRow("not a number", math.nan),
     ]
-    svg = figures.forest_plot(rows, title="t", x_label="nats", width=width, limit=Level(0.02, "gate"),
+    svg = figures.forest_plot(rows, title="t", x_label="nats", width=width, limit=LimitLine(0.02, "gate"),
                               left_word="better", right_word="worse")  # fmt: skip
     inside(svg)
     assert "+0.010  (+0.004 to +0.017)" in svg
     assert "\u22120.330" in svg
     assert "not a number" not in svg
     parsed(figures.forest_plot([], title="t", x_label="x"))
-    inside(figures.forest_plot([Estimate("zero", 0.0, 0.0, 0.0)], title="t", x_label="x", width=width))
+    inside(figures.forest_plot([ForestRow("zero", 0.0, 0.0, 0.0)], title="t", x_label="x", width=width))
 
 
 def test_forest_interval_crosses_zero_only_if_it_does() -> None:
     svg = figures.forest_plot(
-        [Estimate("a", 0.01, -0.01, 0.03), Estimate("b", 0.02, 0.01, 0.03)], title="t", x_label="x"
+        [ForestRow("a", 0.01, -0.01, 0.03), ForestRow("b", 0.02, 0.01, 0.03)], title="t", x_label="x"
     )
     zero = float(re.findall(r'<line x1="([^"]+)"[^>]*class="zero"', svg)[0])
     bars = re.findall(r'<line x1="(\S+)" y1="(\S+)" x2="(\S+)" y2="(\S+)" class="bar', svg)
@@ -270,20 +270,20 @@ def test_bars_are_as_long_as_their_shares(width: int) -> None:
 @pytest.mark.parametrize("width", [358, 560])
 def test_scatter_labels_are_apart(width: int) -> None:
     dice = random.Random(3)
-    spots = [Spot(f"arm {i}", dice.random() * 0.1, dice.random(), None, (0.1, 0.2)) for i in range(8)]
-    svg = figures.scatter(spots, title="t", x_label="x", y_label="y", width=width, best="better")
+    spots = [ScatterPoint(f"arm {i}", dice.random() * 0.1, dice.random(), None, (0.1, 0.2)) for i in range(8)]
+    svg = figures.scatter(spots, title="t", x_label="x", y_label="y", width=width, best_corner_text="better")
     inside(svg)
-    found = [b for i in range(figures.PALETTE) for b in boxes(svg, f"c{i}")]
+    found = [b for i in range(figures.PALETTE_SIZE) for b in boxes(svg, f"c{i}")]
     assert len(found) == 8
     for a, b in combinations(found, 2):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] + 3 or b[3] <= a[1] + 3
-    parsed(figures.scatter([Spot("a", math.nan, 1.0)], title="t", x_label="x", y_label="y"))
-    inside(figures.scatter([Spot("a", 0.0, 0.0)] * 3, title="t", x_label="x", y_label="y", width=width))
+    parsed(figures.scatter([ScatterPoint("a", math.nan, 1.0)], title="t", x_label="x", y_label="y"))
+    inside(figures.scatter([ScatterPoint("a", 0.0, 0.0)] * 3, title="t", x_label="x", y_label="y", width=width))
 
 
 def test_heat_shades_the_rise_above_the_best_so_far() -> None:
     html = figures.heat_table(["s1", "s2", "s3"], ["a", "b"], [[2.0, 3.0], [2.4, 1.0], [2.2, None]],
-                              caption="c", corner="after", own=[0, 1])  # fmt: skip
+                              caption="c", corner="after", outlined_rows=[0, 1])  # fmt: skip
     ElementTree.fromstring(html)
     shades = re.findall(r'<td class="h h(\d)( own)?"><data value="([^"]+)">', html)
     assert shades == [

@@ -197,7 +197,7 @@ def test_numbers_that_are_texts_do_not_become_markup(record: dict, metrics: list
 
 def test_a_missing_escape_would_be_seen(record: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: without escaping, the walk above must fail."""
-    monkeypatch.setattr(run_page, "escaped", lambda text, limit=0: str(text))
+    monkeypatch.setattr(run_page, "escape_html", lambda text, limit=0: str(text))
     record["name"] = "<script>alert(1)</script>"
     with pytest.raises(AssertionError):
         walked(run_page.run_page(record, []))
@@ -454,7 +454,7 @@ def test_secrets_do_not_leave(record: dict) -> None:
 
 def test_write_publishes_whole_pages_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "new" / "report.html"
-    assert document.write(target, "one \u2713") == target
+    assert document.write_page(target, "one \u2713") == target
     assert target.read_text(encoding="utf-8") == "one \u2713"
     assert stat.S_IMODE(target.stat().st_mode) & stat.S_IRUSR
     before = os.replace
@@ -464,15 +464,15 @@ def test_write_publishes_whole_pages_only(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(DiskError, match="the disk is full"):
-        document.write(target, "two")
+        document.write_page(target, "two")
     monkeypatch.setattr(os, "replace", before)
     assert target.read_text(encoding="utf-8") == "one \u2713"
     assert list(target.parent.iterdir()) == [target]
-    document.write(target, "three")
+    document.write_page(target, "three")
     assert target.read_text(encoding="utf-8") == "three"
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError):
-        document.write(tmp_path / "file" / "report.html", "x")
+        document.write_page(tmp_path / "file" / "report.html", "x")
 
 
 def test_reports_need_neither_torch_nor_numpy() -> None:

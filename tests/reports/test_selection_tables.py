@@ -27,12 +27,17 @@ def test_the_page_tells_what_was_kept_and_what_was_not() -> None:
 
 
 def test_a_histogram_becomes_steps() -> None:
-    assert selection_tables._steps_of([-1.0, 0.0, 1.0], [3, 5]) == [(-1.0, 3.0), (0.0, 3.0), (0.0, 5.0), (1.0, 5.0)]
+    assert selection_tables._histogram_points([-1.0, 0.0, 1.0], [3, 5]) == [
+        (-1.0, 3.0),
+        (0.0, 3.0),
+        (0.0, 5.0),
+        (1.0, 5.0),
+    ]
 
 
 def test_a_run_that_read_everything_has_no_such_section() -> None:
     record = make_record()
     record["plan"]["sources"][0].pop("selected")
-    assert selection_tables.section(record) == "" and "Which documents were read" not in said(
+    assert selection_tables.selection_section(record) == "" and "Which documents were read" not in said(
         run_page.run_page(record, [])
     )

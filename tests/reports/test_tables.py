@@ -54,15 +54,15 @@ def rows_of(table: tables.Table) -> list[str]:
 
 def test_text_lines_up_and_wraps(record: dict) -> None:
     table = tables.score_table(record, brief=True)
-    assert all(notation.cells(line) <= 100 for line in table.text().split("\n")[:-1])
-    narrow = tables.arms_table([record, record], None).text(width=60)
+    assert all(notation.display_width(line) <= 100 for line in table.text().split("\n")[:-1])
+    narrow = tables.comparison_table([record, record], None).text(width=60)
     body = [line for line in narrow.split("\n") if line and not line.startswith("Losses")]
-    assert max(map(notation.cells, body)) <= 60
+    assert max(map(notation.display_width, body)) <= 60
     assert narrow.count("medicine") >= 4  # the first column is repeated in every block
     wide = copy.deepcopy(record)
     wide["changes"] = {"\u6f22\u5b57": record["changes"]["general"], "g": record["changes"]["papers"]}
     lines = tables.score_table(wide, brief=True).text().split("\n")
-    assert notation.cells(lines[4]) == notation.cells(lines[5])
+    assert notation.display_width(lines[4]) == notation.display_width(lines[5])
 
 
 def test_terminal_gets_no_escape_sequences(record: dict) -> None:
@@ -81,16 +81,16 @@ def test_csv_starts_no_formula(record: dict, lead: str) -> None:
 
 
 def test_removed_is_one_minus_the_ratio() -> None:
-    assert tables.removed(0.01, 0.1) == pytest.approx(0.9)
-    assert tables.removed(-0.01, 0.1) == pytest.approx(1.1)
-    assert tables.removed(0.2, 0.1) == pytest.approx(-1.0)
-    assert tables.removed(0.1, 0.1) == 0.0
+    assert tables.removed_share(0.01, 0.1) == pytest.approx(0.9)
+    assert tables.removed_share(-0.01, 0.1) == pytest.approx(1.1)
+    assert tables.removed_share(0.2, 0.1) == pytest.approx(-1.0)
+    assert tables.removed_share(0.1, 0.1) == 0.0
     for baseline in (0.0, -0.1, None, float("nan")):
-        assert tables.removed(0.05, baseline) is None
+        assert tables.removed_share(0.05, baseline) is None
 
 
 def test_arms_table_measures_against_the_baseline(arms: list[dict]) -> None:
-    rows = {r["arm"]: r for r in read_csv(tables.arms_table(arms, "no replay"))}
+    rows = {r["arm"]: r for r in read_csv(tables.comparison_table(arms, "no replay"))}
     base = arms[0]["changes"]
     for record in arms[1:]:
         for name in ("general", "code"):
@@ -102,8 +102,8 @@ def test_arms_table_measures_against_the_baseline(arms: list[dict]) -> None:
         of_base = (base["general"]["difference"] + base["code"]["difference"]) / 2
         assert float(row["all retained sets mean forgetting"]) == pytest.approx(mean)
         assert float(row["all retained sets removed"]) == pytest.approx(1 - mean / of_base)
-    assert "removed" not in tables.arms_table(arms, None).csv()
-    assert "not among the arms" in tables.arms_table(arms, "nobody").text()
+    assert "removed" not in tables.comparison_table(arms, None).csv()
+    assert "not among the arms" in tables.comparison_table(arms, "nobody").text()
 
 
 def test_arms_with_one_name_are_told_apart(record: dict) -> None:
@@ -136,7 +136,7 @@ def test_mixture_and_lineage_equal_their_records(record: dict, tree: dict) -> No
     assert [v for v in exact(table.html()) if 1 < v < 3] == [v for line in tree["R"] for v in line if v is not None]
     tree["stages"].pop(0)
     assert rows_of(tables.lineage_table(tree))[0] == "start"
-    assert "T-1 = 3" in tables.summary_table(tree).text()
+    assert "T-1 = 3" in tables.lineage_summary_table(tree).text()
 
 
 def test_verdict_without_a_word_comes_from_the_interval() -> None:
@@ -164,10 +164,10 @@ def test_any_key_may_be_missing_or_wrong(record: dict, tree: dict, junk: object)
             broken[key] = junk
         for build in (tables.score_table, tables.ledger_table, tables.mixture_table):
             written(build(broken))
-        written(tables.arms_table([broken, record], "medicine"))
+        written(tables.comparison_table([broken, record], "medicine"))
     for key in tree:
         written(tables.lineage_table({**tree, key: junk}))
-        written(tables.summary_table({**tree, key: junk}))
+        written(tables.lineage_summary_table({**tree, key: junk}))
     for build in (tables.score_table, tables.ledger_table, tables.mixture_table, tables.lineage_table):
         written(build({}))
 
@@ -179,17 +179,17 @@ def written(table: tables.Table) -> None:
 
 
 def test_notation_is_for_readers() -> None:
-    assert notation.signed(-0.0001) == "0.000"
-    assert notation.signed(0.01) == "+0.010"
-    assert notation.fixed(-1234.5, 1) == "\u22121,234.5"
-    assert notation.percent(0.9, 1) == "90.0 %"
-    assert [notation.compact(v) for v in (0, 999, 1500, 20_000_000, 134_515_008, 999_950)] == \
+    assert notation.format_signed(-0.0001) == "0.000"
+    assert notation.format_signed(0.01) == "+0.010"
+    assert notation.format_fixed(-1234.5, 1) == "\u22121,234.5"
+    assert notation.format_percent(0.9, 1) == "90.0 %"
+    assert [notation.format_compact(v) for v in (0, 999, 1500, 20_000_000, 134_515_008, 999_950)] == \
         ["0", "999", "1.5k", "20M", "135M", "1M"]  # fmt: skip
-    assert [notation.duration(v) for v in (4.21, 200, 9918.4, -1, None)] == \
+    assert [notation.format_duration(v) for v in (4.21, 200, 9918.4, -1, None)] == \
         ["4.2 s", "3 min 20 s", "2 h 45 min", "\u2013", "\u2013"]  # fmt: skip
-    assert notation.number(True) is None
-    assert notation.number("1") is None
-    assert notation.escaped("a\x00\ud800\u202eb<") == "a\u2400\ufffd\ufffdb&lt;"
+    assert notation.as_number(True) is None
+    assert notation.as_number("1") is None
+    assert notation.escape_html("a\x00\ud800\u202eb<") == "a\u2400\ufffd\ufffdb&lt;"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_notation_is_for_readers() -> None:
     ["hf_" + "a1B2" * 8, "sk-" + "Z9" * 20, "ghp_" + "q" * 36, "AKIA" + "A1" * 8, "glpat-" + "x" * 20],
 )
 def test_secrets_are_masked(secret: str) -> None:
-    assert secret not in notation.masked(f"HF_TOKEN={secret} postgrad train x --key {secret}")
-    assert notation.masked(f"a {secret} b") == "a [secret] b"
-    assert "hunter22" not in notation.masked("https://me:hunter22@host/x password=hunter22")
-    assert notation.masked("runs/base 9f2c61a0d7b84e55") == "runs/base 9f2c61a0d7b84e55"
+    assert secret not in notation.mask_secrets(f"HF_TOKEN={secret} postgrad train x --key {secret}")
+    assert notation.mask_secrets(f"a {secret} b") == "a [secret] b"
+    assert "hunter22" not in notation.mask_secrets("https://me:hunter22@host/x password=hunter22")
+    assert notation.mask_secrets("runs/base 9f2c61a0d7b84e55") == "runs/base 9f2c61a0d7b84e55"

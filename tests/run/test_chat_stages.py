@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postgrad.commands import generate
-from postgrad.commands.generate import chat, export_model, write_once
-from postgrad.data.render.chat import PLAIN, own_template, plain_template
+from postgrad.commands.generate import chat, export_model, generate_once
+from postgrad.data.render.chat import PLAIN_TEMPLATE, custom_template, plain_template
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import load_tokenizer, locate
+from postgrad.models.pretrained import load_tokenizer, locate_model
 from tests.conftest import make_llama
-from tests.tiny_stages import QUICK, Shelf, bos_tokenizer, make_shelf, written
+from tests.tiny_stages import QUICK_EVALUATION, Workspace, bos_tokenizer, make_workspace, save_model
 
 GREEDY: dict[str, Any] = {"tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0}
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
@@ -25,28 +25,28 @@ CHATML = TURNS + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    found = make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    found = make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
     tokenizer = bos_tokenizer()
-    written(make_llama(vocab_size=len(tokenizer)), tokenizer, found.home / "bos")
+    save_model(make_llama(vocab_size=len(tokenizer)), tokenizer, found.folder / "bos")
     asked = bos_tokenizer()
     asked.chat_template = CHATML
-    written(make_llama(vocab_size=len(asked)), asked, found.home / "asked")
+    save_model(make_llama(vocab_size=len(asked)), asked, found.folder / "asked")
     return found
 
 
 def stage_of(
-    shelf: Shelf, model: str, rows: str = "chat", tuning: dict[str, Any] | None = None, **changes: Any
+    shelf: Workspace, model: str, rows: str = "chat", tuning: dict[str, Any] | None = None, **changes: Any
 ) -> dict[str, Any]:
     name = changes.pop("name", f"{model}-{rows}" + (f"-{tuning['kind']}" if tuning else ""))
     learned = [{"name": rows, "path": shelf.file(rows, held_out=True), "like": rows}]
     return shelf.stage(
         name, tuning, model=model, sources=[shelf.source(rows, held_out=0.0)], tokens=300,
-        evaluation={**QUICK, "learned": [{**learned[0], "name": "held-out"}]}, data={"sequence_length": 96}, **changes,
+        evaluation={**QUICK_EVALUATION, "learned": [{**learned[0], "name": "held-out"}]}, data={"sequence_length": 96}, **changes,
     )  # fmt: skip
 
 
-def first_turns(shelf: Shelf, rows: str) -> list[dict[str, str]]:
+def first_turns(shelf: Workspace, rows: str) -> list[dict[str, str]]:
     """The conversation of the first row, without its last answer."""
     row = json.loads(Path(shelf.file(rows)).read_text().splitlines()[0])
     return row["messages"][:-1] if rows == "chat" else [{"role": "user", "content": row["instruction"]}]
@@ -54,60 +54,62 @@ def first_turns(shelf: Shelf, rows: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("rows", ["chat", "instruction"])
 @pytest.mark.parametrize("model", ["llama", "bos"])
-def test_what_a_published_model_is_asked_with_is_what_it_was_trained_with(shelf: Shelf, model: str, rows: str) -> None:
+def test_what_a_published_model_is_asked_with_is_what_it_was_trained_with(
+    shelf: Workspace, model: str, rows: str
+) -> None:
     raw = stage_of(shelf, model, rows)
     done = shelf.run(raw)
-    tokenizer = AutoTokenizer.from_pretrained(done.place / "model")
+    tokenizer = AutoTokenizer.from_pretrained(done.run_folder / "model")
     assert tokenizer.chat_template == plain_template(model == "bos")
     asked = tokenizer.apply_chat_template(
         first_turns(shelf, rows), add_generation_prompt=True, tokenize=True, return_dict=False
     )
     plan = shelf.plan(raw)
-    store = plan.leaves[0].store
+    store = plan.sources[0].store
     trained, marks = store.read(0), store.marks(0)
     assert marks is not None and asked == trained[: int(np.flatnonzero(marks)[0])].tolist()
     assert trained[0] == tokenizer.bos_token_id or model == "llama"
     assert trained[-1] == tokenizer.eos_token_id and marks[-1] == 1
-    for checkpoint in (done.place / "checkpoints").iterdir():
+    for checkpoint in (done.run_folder / "checkpoints").iterdir():
         assert AutoTokenizer.from_pretrained(checkpoint).chat_template == tokenizer.chat_template
 
 
-def test_a_template_of_its_own_stays_and_text_brings_none(shelf: Shelf) -> None:
+def test_a_template_of_its_own_stays_and_text_brings_none(shelf: Workspace) -> None:
     kept = shelf.run(stage_of(shelf, "asked"))
-    assert AutoTokenizer.from_pretrained(kept.place / "model").chat_template == CHATML
+    assert AutoTokenizer.from_pretrained(kept.run_folder / "model").chat_template == CHATML
     for rows in ("pair", "completion"):  # nobody was asked anything
         plain = shelf.run(stage_of(shelf, "llama", rows))
-        assert AutoTokenizer.from_pretrained(plain.place / "model").chat_template is None
+        assert AutoTokenizer.from_pretrained(plain.run_folder / "model").chat_template is None
 
 
-def test_a_later_stage_words_its_rows_alike(shelf: Shelf) -> None:
+def test_a_later_stage_words_its_rows_alike(shelf: Workspace) -> None:
     """Its scores stand in one column with those before: the same words, tokens and fingerprints."""
     for model in ("llama", "bos"):
         first = shelf.run(stage_of(shelf, model))
         one, two = (
             shelf.plan(stage_of(shelf, model)),
-            shelf.plan(stage_of(shelf, f"runs/{first.place.name}", name="then")),
+            shelf.plan(stage_of(shelf, f"runs/{first.run_folder.name}", name="then")),
         )
         assert two.tokenizer.chat_template == plain_template(model == "bos")
-        assert [h.fingerprint for h in one.held_out] == [h.fingerprint for h in two.held_out]
-        assert one.leaves[0].store.fingerprint == two.leaves[0].store.fingerprint
+        assert [h.fingerprint for h in one.held_out_sets] == [h.fingerprint for h in two.held_out_sets]
+        assert one.sources[0].store.fingerprint == two.sources[0].store.fingerprint
         completion = [
-            shelf.plan(stage_of(shelf, m, "completion", name="c")) for m in (model, f"runs/{first.place.name}")
+            shelf.plan(stage_of(shelf, m, "completion", name="c")) for m in (model, f"runs/{first.run_folder.name}")
         ]
-        assert len({plan.leaves[0].store.fingerprint for plan in completion}) == 1
+        assert len({plan.sources[0].store.fingerprint for plan in completion}) == 1
 
 
 def test_the_template_stays_with_a_tuning_and_what_it_is_exported_to(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    shelf: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = shelf.run(stage_of(shelf, "bos", tuning={"kind": "lora", "rank": 2}))
-    checkpoint = next((done.place / "checkpoints").iterdir())
-    for folder in (done.place, done.place / "model", checkpoint):
-        assert load_tokenizer(locate(str(folder), shelf.home)).chat_template == plain_template(True)
-    assert AutoTokenizer.from_pretrained(shelf.home / "bos").chat_template is None
-    monkeypatch.chdir(shelf.home)
-    export_model(str(done.place), shelf.home / "exported", "auto")
-    assert AutoTokenizer.from_pretrained(shelf.home / "exported").chat_template == plain_template(True)
+    checkpoint = next((done.run_folder / "checkpoints").iterdir())
+    for folder in (done.run_folder, done.run_folder / "model", checkpoint):
+        assert load_tokenizer(locate_model(str(folder), shelf.folder)).chat_template == plain_template(True)
+    assert AutoTokenizer.from_pretrained(shelf.folder / "bos").chat_template is None
+    monkeypatch.chdir(shelf.folder)
+    export_model(str(done.run_folder), shelf.folder / "exported", "auto")
+    assert AutoTokenizer.from_pretrained(shelf.folder / "exported").chat_template == plain_template(True)
     # A later tuning without words of its own keeps those below.
     later = shelf.run(
         stage_of(
@@ -118,14 +120,14 @@ def test_the_template_stays_with_a_tuning_and_what_it_is_exported_to(
             name="later",
         )
     )
-    assert load_tokenizer(locate(str(later.place), shelf.home)).chat_template == plain_template(True)
+    assert load_tokenizer(locate_model(str(later.run_folder), shelf.folder)).chat_template == plain_template(True)
 
 
 def test_which_template_is_its_own() -> None:
-    assert own_template(None) is None
-    assert own_template(plain_template(True)) is own_template(plain_template(False)) is None
-    assert own_template("x") == own_template({"default": "x", "tool_use": "y"}) == "x"
-    assert own_template(PLAIN + " ") == PLAIN + " "
+    assert custom_template(None) is None
+    assert custom_template(plain_template(True)) is custom_template(plain_template(False)) is None
+    assert custom_template("x") == custom_template({"default": "x", "tool_use": "y"}) == "x"
+    assert custom_template(PLAIN_TEMPLATE + " ") == PLAIN_TEMPLATE + " "
 
 
 # -- on the terminal ---------------------------------------------------------------------------------------------------
@@ -139,26 +141,26 @@ def talk(monkeypatch: pytest.MonkeyPatch, models: list[str], said: list[str], **
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch, shelf: Shelf) -> list[str]:
+def given(monkeypatch: pytest.MonkeyPatch, shelf: Workspace) -> list[str]:
     """What models read, as text, in the order in which they read it."""
-    monkeypatch.chdir(shelf.home)
+    monkeypatch.chdir(shelf.folder)
     out: list[str] = []
-    plain = generate._written
+    plain = generate._generate_text
 
     def spy(writer: Any, ids: np.ndarray, **options: Any) -> str:
         out.append(writer.tokenizer.decode(ids))
         return plain(writer, ids, **options)
 
-    monkeypatch.setattr(generate, "_written", spy)
+    monkeypatch.setattr(generate, "_generate_text", spy)
     return out
 
 
 def test_a_model_with_a_template_hears_the_conversation(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, given: list[str], capsys: pytest.CaptureFixture[str]
+    shelf: Workspace, monkeypatch: pytest.MonkeyPatch, given: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = shelf.run(stage_of(shelf, "bos"))
-    folder = done.place / "model"
-    talk(monkeypatch, [str(done.place)], ["one and two", "and?"])
+    folder = done.run_folder / "model"
+    talk(monkeypatch, [str(done.run_folder)], ["one and two", "and?"])
     printed = capsys.readouterr().out
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     messages: list[dict[str, str]] = []
@@ -175,45 +177,45 @@ def test_a_model_with_a_template_hears_the_conversation(
 
 
 def test_others_go_on_from_the_text_and_so_does_each_that_is_told_to(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, given: list[str], capsys: pytest.CaptureFixture[str]
+    shelf: Workspace, monkeypatch: pytest.MonkeyPatch, given: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = shelf.run(stage_of(shelf, "llama"))
-    talk(monkeypatch, [str(done.place), "llama"], ["one and"])
+    talk(monkeypatch, [str(done.run_folder), "llama"], ["one and"])
     assert given == ["### User:\none and\n\n### Assistant:\n", "one and"]
     given.clear()
-    talk(monkeypatch, [str(done.place)], ["one and"], as_chat=False)
+    talk(monkeypatch, [str(done.run_folder)], ["one and"], as_chat=False)
     assert given == ["one and"]
     given.clear()
-    found = write_once([str(done.place)], "one and", **GREEDY)
+    found = generate_once([str(done.run_folder)], "one and", **GREEDY)
     assert given == ["one and"] and found["text"].startswith("one and")
     given.clear()
-    found = write_once([str(done.place)], "one and", as_chat=True, **GREEDY)
+    found = generate_once([str(done.run_folder)], "one and", as_chat=True, **GREEDY)
     assert given == ["### User:\none and\n\n### Assistant:\n"] and not found["text"].startswith("one and")
     with pytest.raises(ModelError, match="has no chat template"):
-        write_once(["llama"], "one and", as_chat=True, **GREEDY)
+        generate_once(["llama"], "one and", as_chat=True, **GREEDY)
     capsys.readouterr()
 
 
 def test_what_no_longer_fits_is_left_out_from_the_beginning(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, given: list[str], capsys: pytest.CaptureFixture[str]
+    shelf: Workspace, monkeypatch: pytest.MonkeyPatch, given: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = shelf.run(stage_of(shelf, "llama"))
     said = [f"one and two and three and four {n}" for n in range(9)]
-    talk(monkeypatch, [str(done.place)], said, tokens=8)
+    talk(monkeypatch, [str(done.run_folder)], said, tokens=8)
     assert len(given) == 9
-    tokenizer = AutoTokenizer.from_pretrained(done.place / "model")
+    tokenizer = AutoTokenizer.from_pretrained(done.run_folder / "model")
     assert all(len(tokenizer(text)["input_ids"]) + 8 <= 128 for text in given)
     assert said[0] in given[1] and said[0] not in given[8] and said[8] in given[8] and said[7] in given[8]
     given.clear()
     capsys.readouterr()
-    talk(monkeypatch, [str(done.place)], ["one and two " * 60, "one"])
+    talk(monkeypatch, [str(done.run_folder)], ["one and two " * 60, "one"])
     assert "error: --prompt: the text has" in capsys.readouterr().out
     assert given[-1] == "### User:\none\n\n### Assistant:\n"  # what was too long is forgotten
 
 
 def test_an_encoder_decoder_answers_behind_its_own_eos(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, given: list[str]
+    shelf: Workspace, monkeypatch: pytest.MonkeyPatch, given: list[str]
 ) -> None:
     done = shelf.run(stage_of(shelf, "t5", objectives=[{"kind": "text-to-text", "target_length": 16}]))
-    talk(monkeypatch, [str(done.place)], ["one and"])
+    talk(monkeypatch, [str(done.run_folder)], ["one and"])
     assert given == ["### User:\none and\n\n### Assistant:\n</s>"]

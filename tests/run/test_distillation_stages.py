@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from postgrad.check.check import check_stage
-from postgrad.config.objectives import Weighing
+from postgrad.config.objectives import WeightSchedule
 from postgrad.config.stage_file import parse_stage
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading import teacher_cache as told_module
@@ -26,28 +26,28 @@ from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import classification_metrics
 from postgrad.hardware.execution import Execution
 from postgrad.models.pretrained import save_pretrained
-from postgrad.objectives.teacher import Online, without
+from postgrad.objectives.teacher import OnlineTeacher, drop_virtual_tokens
 from postgrad.run import cached_teacher
-from postgrad.run.build import build, make_loader, make_subject
-from postgrad.run.cached_teacher import ask, asked_once, told_by_leaf
-from postgrad.run.online_teacher import weight_of
+from postgrad.run.build import build_run, make_loader, make_tuned_model
+from postgrad.run.cached_teacher import caches_by_source, fill_teacher_caches, find_cache_jobs
+from postgrad.run.online_teacher import make_weight_schedule
 from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run, StepReport, train_step
 from tests.conftest import make_llama, make_tokenizer
-from tests.tiny_stages import QUICK, Shelf, carried_out_in_parts, make_shelf, t5_tokenizer, trace
+from tests.tiny_stages import QUICK_EVALUATION, Workspace, make_workspace, run_interrupted, run_trace, t5_tokenizer
 
 CPU = World(torch.device("cpu"))
 NEXT, DISTILL = {"kind": "next-token"}, {"kind": "distill"}
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classification_metrics, "_DRAWS", 4)
-        made = make_shelf(tmp_path_factory.mktemp("taught"), tmp_path_factory.getbasetemp() / "cache")
+        made = make_workspace(tmp_path_factory.mktemp("taught"), tmp_path_factory.getbasetemp() / "cache")
         for name in ("llama", "bert", "t5"):
-            shutil.copytree(made.home / name, made.home / f"{name}-copy")
-        save_pretrained(make_llama(7), make_tokenizer(), made.home / "other", dtype=torch.float32)
+            shutil.copytree(made.folder / name, made.folder / f"{name}-copy")
+        save_pretrained(make_llama(7), make_tokenizer(), made.folder / "other", dtype=torch.float32)
         yield made
 
 
@@ -66,19 +66,19 @@ class Seen:
 
 
 def stepped(
-    shelf: Shelf, raw: dict[str, Any], count: int, micro: int = 2
+    shelf: Workspace, raw: dict[str, Any], count: int, micro: int = 2
 ) -> tuple[list[StepReport], list[Tensor], Run]:
     """Reports and loss gradients of the first steps of a stage."""
     plan = shelf.plan(raw)
-    subject = make_subject(plan, CPU)
+    subject = make_tuned_model(plan, CPU)
     execution = Execution("float32", False, subject.attention or "sdpa", 1, micro, False, 0.0)
-    run = build(plan, subject, execution, CPU)
+    run = build_run(plan, subject, execution, CPU)
     seen = Seen(run)
     run.penalties = [*run.penalties, seen]
     loader, reports, gradients = make_loader(plan, execution, CPU), [], []
     run.model.train()
     for step in range(1, count + 1):
-        reports.append(train_step(run, loader.read(step)))
+        reports.append(train_step(run, loader.read_batches(step)))
         gradients.append(seen.gradient)
     return reports, gradients, run
 
@@ -86,7 +86,7 @@ def stepped(
 # -- the teacher is the start ----------------------------------------------------------------------------------------------
 
 
-def decided(shelf: Shelf, name: str, kind: str | None = None) -> str:
+def decided(shelf: Workspace, name: str, kind: str | None = None) -> str:
     """A classifier to start from."""
     raw = shelf.stage(
         f"decides-{name}",
@@ -94,9 +94,9 @@ def decided(shelf: Shelf, name: str, kind: str | None = None) -> str:
         sources=[shelf.source(name, kind)],
         objectives=[{"kind": "classify"}],
         tokens=12,
-        evaluation={**QUICK, "learned": [shelf.file(name, held_out=True)]},
+        evaluation={**QUICK_EVALUATION, "learned": [shelf.file(name, held_out=True)]},
     )
-    return str(shelf.run(raw).place)
+    return str(shelf.run(raw).run_folder)
 
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -113,7 +113,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def pure(shelf: Shelf, name: str, **changes: Any) -> dict[str, Any]:
+def pure(shelf: Workspace, name: str, **changes: Any) -> dict[str, Any]:
     """A stage that is only taught."""
     task = dict(TASKS[name])
     rows, kind = task.pop("rows", "new"), task.pop("kind", None)
@@ -128,13 +128,13 @@ def pure(shelf: Shelf, name: str, **changes: Any) -> dict[str, Any]:
         sources=[shelf.source(rows, kind, **({"words": words} if words else {}))],
         objectives=[DISTILL],
         tokens=100,
-        evaluation={**QUICK, "learned": [shelf.file(rows, held_out=True)]},
+        evaluation={**QUICK_EVALUATION, "learned": [shelf.file(rows, held_out=True)]},
         **changes,
     )
 
 
 @pytest.mark.parametrize("name", [n for n in TASKS if n != "cloze"])
-def test_a_model_learns_nothing_from_itself_and_something_from_its_past(shelf: Shelf, name: str) -> None:
+def test_a_model_learns_nothing_from_itself_and_something_from_its_past(shelf: Workspace, name: str) -> None:
     raw = pure(shelf, name)
     reports, gradients, run = stepped(shelf, raw, 1)
     assert reports[0].losses["distill"] == pytest.approx(0, abs=1e-6) and list(reports[0].losses) == ["distill"]
@@ -143,7 +143,7 @@ def test_a_model_learns_nothing_from_itself_and_something_from_its_past(shelf: S
         for master in run.weights.masters:
             master += 0.05 * torch.randn(master.shape, generator=torch.Generator().manual_seed(0))
     again = train_step(
-        run, make_loader(shelf.plan(raw), Execution("float32", False, "sdpa", 1, 2, False, 0), CPU).read(2)
+        run, make_loader(shelf.plan(raw), Execution("float32", False, "sdpa", 1, 2, False, 0), CPU).read_batches(2)
     )
     assert again.losses["distill"] > 1e-4
 
@@ -152,11 +152,11 @@ def test_a_model_learns_nothing_from_itself_and_something_from_its_past(shelf: S
 @pytest.mark.parametrize(
     "tuning", [{"kind": "lora", "rank": 4}, {"kind": "prompt", "length": 3}], ids=lambda t: t["kind"]
 )
-def test_switched_off_and_a_second_model_teach_the_same(shelf: Shelf, name: str, tuning: dict[str, Any]) -> None:
+def test_switched_off_and_a_second_model_teach_the_same(shelf: Workspace, name: str, tuning: dict[str, Any]) -> None:
     """Also behind a soft prompt, whose places the teacher does not read."""
     own = {"kind": {"causal": "next-token", "class": "classify", "tags": "classify"}.get(name, name)}
     raw = pure(shelf, name, tuning=tuning) | {"objectives": [own, DISTILL]}
-    copy = shelf.home / "copies" / name
+    copy = shelf.folder / "copies" / name
     if not copy.exists():
         model = Path(raw["model"])
         shutil.copytree(model / "model" if (model / "model").exists() else model, copy)
@@ -173,7 +173,7 @@ def teacher_of(run: Run) -> Any:
     return run.objectives[1].teacher.model  # type: ignore[attr-defined]
 
 
-def test_a_task_layer_that_moves_is_not_switched_off_so_the_teacher_is_a_second_model(shelf: Shelf) -> None:
+def test_a_task_layer_that_moves_is_not_switched_off_so_the_teacher_is_a_second_model(shelf: Workspace) -> None:
     tuning = {"kind": "lora", "rank": 2, "also": ["classifier"]}
     raw = pure(shelf, "class", tuning=tuning) | {"objectives": [{"kind": "classify"}, DISTILL]}
     reports, _, run = stepped(shelf, raw, 2)
@@ -184,7 +184,7 @@ def test_a_task_layer_that_moves_is_not_switched_off_so_the_teacher_is_a_second_
 # -- beside everything else --------------------------------------------------------------------------------------------------
 
 
-def test_next_token_and_distillation_with_lora_are_the_sum_written_by_hand(shelf: Shelf) -> None:
+def test_next_token_and_distillation_with_lora_are_the_sum_written_by_hand(shelf: Workspace) -> None:
     raw = shelf.stage(
         "by-hand",
         {"kind": "lora", "rank": 4},
@@ -197,12 +197,12 @@ def test_next_token_and_distillation_with_lora_are_the_sum_written_by_hand(shelf
         assert torch.allclose(others[1][1], gradients[1], atol=1e-6)
 
     plan = shelf.plan(raw)
-    subject = make_subject(plan, CPU)
+    subject = make_tuned_model(plan, CPU)
     execution = Execution("float32", False, "sdpa", 1, 4, False, 0.0)
-    run = build(plan, subject, execution, CPU)
-    train_step(run, make_loader(plan, execution, CPU).read(1))
-    batches = make_loader(plan, execution, CPU).read(2)
-    teacher = AutoModelForCausalLM.from_pretrained(shelf.home / "other")
+    run = build_run(plan, subject, execution, CPU)
+    train_step(run, make_loader(plan, execution, CPU).read_batches(1))
+    batches = make_loader(plan, execution, CPU).read_batches(2)
+    teacher = AutoModelForCausalLM.from_pretrained(shelf.folder / "other")
     total = torch.zeros(())
     parts = {"next-token": 0.0, "distill": 0.0}
     for batch in batches:
@@ -210,47 +210,47 @@ def test_next_token_and_distillation_with_lora_are_the_sum_written_by_hand(shelf
         labels = batch.labels.flatten()
         entropy = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         total, parts["next-token"] = total + entropy, parts["next-token"] + entropy.item()
-        if batch.source_B[0] == plan.sources.index("old"):
+        if batch.source_B[0] == plan.source_names.index("old"):
             with torch.no_grad():
                 told = teacher(**batch.inputs, use_cache=False).logits.flatten(0, 1)
             log_p, log_q = (z[labels != IGNORED].div(2).log_softmax(-1) for z in (told, logits))
             apart = 0.5 * 4 * (log_p.exp() * (log_p - log_q)).sum()
             total, parts["distill"] = total + apart, parts["distill"] + apart.item()
-    counted = sum(b.counted for b in batches)
+    counted = sum(b.label_count for b in batches)
     assert parts["distill"] > 0
     assert reports[1].losses == pytest.approx({k: v / counted for k, v in parts.items()}, rel=1e-5)
-    wanted = torch.autograd.grad(total / counted, [w.compute for w in run.weights.all])
+    wanted = torch.autograd.grad(total / counted, [w.parameter for w in run.weights.entries])
     assert torch.allclose(gradients[1], torch.cat([g.flatten() for g in wanted]), atol=1e-6)
 
 
-def test_a_source_may_be_taught_alone(shelf: Shelf) -> None:
+def test_a_source_may_be_taught_alone(shelf: Workspace) -> None:
     raw = shelf.stage("alone", objectives=[{**NEXT, "on": ["new"]}, {**DISTILL, "teacher": "other", "on": ["old"]}])
     plan = shelf.plan(raw)
-    assert plan.weighed == ((0,), (1,)) and plan.rows[1].layout == "packed"
+    assert plan.objective_indices == ((0,), (1,)) and plan.rows[1].layout == "packed"
     reports, _, _ = stepped(shelf, raw, 1)
     assert all(value > 0 for value in reports[0].losses.values())
     everywhere = shelf.plan(shelf.stage("everywhere", objectives=[NEXT, DISTILL]))
-    assert everywhere.weighed == ((0, 1), (0, 1))
+    assert everywhere.objective_indices == ((0, 1), (0, 1))
     with pytest.raises(StageError, match="no objective is taken on 'old'"):
         shelf.plan(shelf.stage("nobody", objectives=[{**NEXT, "on": ["new"]}, {**DISTILL, "on": ["new"]}]))
 
 
 @pytest.mark.parametrize("tuning", [None, {"kind": "lora", "rank": 4}], ids=["full", "lora"])
-def test_a_stage_that_is_taught_resumes_bit_for_bit(shelf: Shelf, tuning: dict[str, Any] | None) -> None:
+def test_a_stage_that_is_taught_resumes_bit_for_bit(shelf: Workspace, tuning: dict[str, Any] | None) -> None:
     weight = {"start": 1.0, "end": 0.1, "shape": "cosine"}
     objectives = [NEXT, {**DISTILL, "weight": weight, "on": ["old"], "direction": "reverse"}]
     names = [f"{'lora' if tuning else 'full'}-{part}" for part in ("whole", "parts")]
     whole, parts = (shelf.stage(name, tuning, objectives=objectives) for name in names)
-    one, two = shelf.run(whole), carried_out_in_parts(shelf, parts)
-    assert trace(one.place) == trace(two.place)
+    one, two = shelf.run(whole), run_interrupted(shelf, parts)
+    assert run_trace(one.run_folder) == run_trace(two.run_folder)
 
 
 def test_weights_follow_the_step() -> None:
-    weight = weight_of(Weighing(start=1.0, end=0.2, over="50%"), 9, 900)
+    weight = make_weight_schedule(WeightSchedule(start=1.0, end=0.2, over="50%"), 9, 900)
     assert [round(weight(step), 6) for step in (1, 2, 3, 5, 9)] == [1.0, 0.771429, 0.542857, 0.2, 0.2]
-    cosine = weight_of(Weighing(start=1.0, end=0.0, shape="cosine", over="5 steps"), 9, 900)
+    cosine = make_weight_schedule(WeightSchedule(start=1.0, end=0.0, shape="cosine", over="5 steps"), 9, 900)
     assert [round(cosine(step), 6) for step in (1, 3, 5, 6)] == [1.0, 0.5, 0.0, 0.0]
-    assert weight_of(0.3, 9, 900)(7) == 0.3
+    assert make_weight_schedule(0.3, 9, 900)(7) == 0.3
 
 
 # -- what a teacher does not read ---------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_places_of_vectors_are_left_out_and_positions_count_anew() -> None:
     bare = np.array([50, 51, 7, 8, 9, 2, 2, 2, 2, 2, 2, 2, 2, 2])
     row = Row({"input_ids": ids, "position_ids": positions}, labels, 7)
     other = Row({"input_ids": bare, "position_ids": np.arange(14)}, np.where(np.arange(14) == 1, 7, -100), 1)
-    inputs, place = without(collate([row, other], [0, 0]), 50)
+    inputs, place = drop_virtual_tokens(collate([row, other], [0, 0]), 50)
     assert inputs["input_ids"].tolist() == [[1, 7, 8, 9, 1, 5, 6, 0, 0, 0, 0, 0], bare[2:].tolist()]
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 1, 2], list(range(12))]
     assert place is not None
@@ -278,7 +278,7 @@ def test_a_place_in_another_piece_would_be_caught() -> None:
     """Without a BOS the first word of the second piece has no place; a count over the row would give the piece before."""
     ids = np.array([7, 8, 50, 51, 5, 6])
     row = Row({"input_ids": ids, "position_ids": np.array([0, 1, 0, 1, 2, 3])}, np.array([8, -100, -100, 5, 6, 4]), 4)
-    _, place = without(collate([row], [0]), 50)
+    _, place = drop_virtual_tokens(collate([row], [0]), 50)
     assert place is not None and place[0].tolist() == [0, 1, -1, -1, 2, 3]
     mutant = (torch.from_numpy(ids) < 50).cumsum(0) - 1
     assert mutant[3] == 1
@@ -294,19 +294,19 @@ class _Mode(torch.nn.Module):
 def test_a_teacher_is_asked_in_eval_mode_and_the_model_goes_on_as_it_was() -> None:
     model = _Mode().train()
     batch = collate([Row({"input_ids": np.array([1, 2])}, np.array([2, -100]), 1)], [0])
-    answer = Online(model)(batch)  # type: ignore[arg-type]
+    answer = OnlineTeacher(model)(batch)  # type: ignore[arg-type]
     assert answer.output.tolist() == [0.0, 0.0] and model.training  # type: ignore[attr-defined]
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_teacher_of_other_tokens_is_refused_by_name(shelf: Shelf) -> None:
-    save_pretrained(make_llama(1, vocab_size=300), make_tokenizer(300), shelf.home / "fewer", dtype=torch.float32)
+def test_a_teacher_of_other_tokens_is_refused_by_name(shelf: Workspace) -> None:
+    save_pretrained(make_llama(1, vocab_size=300), make_tokenizer(300), shelf.folder / "fewer", dtype=torch.float32)
     with pytest.raises(StageError, match=r"llama.*fewer do not read the same tokens: 320 tokens on 320 .* 300 on 300"):
         shelf.plan(shelf.stage("fewer", objectives=[NEXT, {**DISTILL, "teacher": "fewer"}]))
     swapped = t5_tokenizer()
-    save_pretrained(make_llama(1, vocab_size=len(swapped)), swapped, shelf.home / "swapped", dtype=torch.float32)
+    save_pretrained(make_llama(1, vocab_size=len(swapped)), swapped, shelf.folder / "swapped", dtype=torch.float32)
     with pytest.raises(StageError, match="id 0 is"):
         shelf.plan(shelf.stage("swapped", objectives=[NEXT, {**DISTILL, "teacher": "swapped"}]))
     for name, said in (("nowhere", "there is no folder nowhere"), ("", "no model is named")):
@@ -316,20 +316,20 @@ def test_a_teacher_of_other_tokens_is_refused_by_name(shelf: Shelf) -> None:
 
 
 @pytest.mark.parametrize("second", [{"kind": "on-policy", "prompt_tokens": 8, "new_tokens": 8}, NEXT])
-def test_an_objective_that_is_taken_on_nothing_is_refused(shelf: Shelf, second: dict[str, Any]) -> None:
+def test_an_objective_that_is_taken_on_nothing_is_refused(shelf: Workspace, second: dict[str, Any]) -> None:
     with pytest.raises(StageError, match="is taken on no source") as caught:
         shelf.plan(shelf.stage("unused", objectives=[NEXT, second]))
     assert caught.value.where == "objectives[1]"
 
 
-def test_a_classifier_of_other_labels_is_no_teacher(shelf: Shelf) -> None:
+def test_a_classifier_of_other_labels_is_no_teacher(shelf: Workspace) -> None:
     raw = pure(shelf, "class")
     raw["objectives"] = [{"kind": "classify"}, {**DISTILL, "teacher": decided(shelf, "paired")}]
     with pytest.raises(StageError, match="no layer for this task and these labels"):
         stepped(shelf, raw, 1)
     for tuning in ({"kind": "full"}, {"kind": "lora", "rank": 2}):  # nor is a model without any
         fresh = raw | {
-            "model": str(shelf.home / "bert"),
+            "model": str(shelf.folder / "bert"),
             "objectives": [{"kind": "classify"}, DISTILL],
             "tuning": tuning,
         }
@@ -337,8 +337,8 @@ def test_a_classifier_of_other_labels_is_no_teacher(shelf: Shelf) -> None:
             stepped(shelf, fresh, 1)
 
 
-def test_a_teacher_behind_a_prompt_of_its_own_is_refused(shelf: Shelf) -> None:
-    prompted = shelf.run(shelf.stage("prompted", {"kind": "prompt", "length": 2})).place
+def test_a_teacher_behind_a_prompt_of_its_own_is_refused(shelf: Workspace) -> None:
+    prompted = shelf.run(shelf.stage("prompted", {"kind": "prompt", "length": 2})).run_folder
     raw = shelf.stage("by-prompted", objectives=[NEXT, {**DISTILL, "teacher": str(prompted)}])
     with pytest.raises(StageError, match="a soft prompt of its own"):
         stepped(shelf, raw, 1)
@@ -365,14 +365,14 @@ def test_a_teacher_behind_a_prompt_of_its_own_is_refused(shelf: Shelf) -> None:
         ({"on": ["odl"]}, "old"),
     ],
 )
-def test_descriptions_that_cannot_be_are_refused(shelf: Shelf, objective: dict[str, Any], said: str) -> None:
+def test_descriptions_that_cannot_be_are_refused(shelf: Workspace, objective: dict[str, Any], said: str) -> None:
     with pytest.raises(StageError, match=said):
         parse_stage(shelf.stage("wrong", objectives=[NEXT, {**DISTILL, **objective}]), "test")
 
 
-def test_a_stage_whose_teacher_has_changed_is_not_resumed(shelf: Shelf) -> None:
-    place = shelf.home / "changing"
-    shutil.copytree(shelf.home / "other", place)
+def test_a_stage_whose_teacher_has_changed_is_not_resumed(shelf: Workspace) -> None:
+    place = shelf.folder / "changing"
+    shutil.copytree(shelf.folder / "other", place)
     raw = shelf.stage("changed", objectives=[NEXT, {**DISTILL, "teacher": "changing"}])
     first = shelf.plan(raw).fingerprints()
     save_pretrained(make_llama(9), make_tokenizer(), place, dtype=torch.float32)
@@ -383,25 +383,27 @@ def test_a_stage_whose_teacher_has_changed_is_not_resumed(shelf: Shelf) -> None:
 # -- asked once --------------------------------------------------------------------------------------------------------------
 
 
-def cached(shelf: Shelf, name: str, cache: Any, **changes: Any) -> dict[str, Any]:
+def cached(shelf: Workspace, name: str, cache: Any, **changes: Any) -> dict[str, Any]:
     objectives = [{**NEXT, "on": ["new"]}, {**DISTILL, "teacher": "other", "on": ["old"], "cache": cache}]
     return shelf.stage(name, **{"objectives": objectives, **changes})
 
 
-def asked(shelf: Shelf, raw: dict[str, Any], place: Path, micro: int = 2) -> tuple[Any, list[str]]:
+def asked(shelf: Workspace, raw: dict[str, Any], place: Path, micro: int = 2) -> tuple[Any, list[str]]:
     """A plan whose cache is a folder of its own, its teacher asked; and what was said meanwhile."""
     plan = dataclasses.replace(shelf.plan(raw), cache=place)
-    return plan, list(ask(plan, Execution("float32", False, "sdpa", 1, micro, False, 0.0), CPU))
+    return plan, list(fill_teacher_caches(plan, Execution("float32", False, "sdpa", 1, micro, False, 0.0), CPU))
 
 
 def gradient_of(plan: Any, step: int = 2) -> tuple[StepReport, Tensor]:
     """The first gradient of a stage that looks up what was told, on the rows of a step."""
-    subject = make_subject(plan, CPU)
+    subject = make_tuned_model(plan, CPU)
     execution = Execution("float32", False, "sdpa", 1, 2, False, 0.0)
-    run = build(plan, subject, execution, CPU)
+    run = build_run(plan, subject, execution, CPU)
     seen = Seen(run)
     run.penalties = [seen]
-    report = train_step(run, make_loader(plan, execution, CPU, told=told_by_leaf(plan)).read(step))
+    report = train_step(
+        run, make_loader(plan, execution, CPU, teacher_caches=caches_by_source(plan)).read_batches(step)
+    )
     return report, seen.gradient
 
 
@@ -414,23 +416,23 @@ CACHED = {
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_all_ids_kept_is_asking_at_every_step(shelf: Shelf, name: str, tmp_path: Path) -> None:
+def test_all_ids_kept_is_asking_at_every_step(shelf: Workspace, name: str, tmp_path: Path) -> None:
     """Online is the limit of top-k, up to the half precision in which probabilities are kept."""
     task = dict(CACHED[name])
     rows, model = task.pop("rows", "new"), task.get("model", "llama")
-    teacher = shelf.home / f"{model}-moved"
+    teacher = shelf.folder / f"{model}-moved"
     if not teacher.exists():
-        moved = AutoModel[model].from_pretrained(shelf.home / model)
+        moved = AutoModel[model].from_pretrained(shelf.folder / model)
         for p in moved.parameters():
             p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-        shutil.copytree(shelf.home / model, teacher)
+        shutil.copytree(shelf.folder / model, teacher)
         moved.save_pretrained(teacher)
     raw = shelf.stage(
         f"all-{name}",
         model=model,
         sources=[shelf.source(rows)],
         tokens=100,
-        evaluation={**QUICK, "learned": [shelf.file(rows, held_out=True)]},
+        evaluation={**QUICK_EVALUATION, "learned": [shelf.file(rows, held_out=True)]},
     )
     one = {**DISTILL, "teacher": str(teacher), "temperature": 1.5}
     plain = shelf.plan({**raw, "objectives": [one]})
@@ -446,14 +448,14 @@ AutoModel = {"llama": AutoModelForCausalLM, "bert": AutoModelForMaskedLM, "t5": 
 
 
 @pytest.mark.parametrize("temper", [1.0, 0.8])
-def test_what_is_drawn_is_in_the_mean_what_the_teacher_says(shelf: Shelf, tmp_path: Path, temper: float) -> None:
+def test_what_is_drawn_is_in_the_mean_what_the_teacher_says(shelf: Workspace, tmp_path: Path, temper: float) -> None:
     """Over many seeds of the draws alone; a teacher's own draws, not those of the test above."""
     raw = cached(shelf, "drawn", "none")
     (_, wanted), found = gradient_of(shelf.plan(raw)), []
     cache = {"kind": "sampled", "draws": 20, "temper": temper}
     for seed in range(12):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cached_teacher, "derived", lambda *_, seed=seed: 1000 + seed)
+            patch.setattr(cached_teacher, "derive_key", lambda *_, seed=seed: 1000 + seed)
             plan, _ = asked(shelf, cached(shelf, "drawn", cache), tmp_path / f"{temper}-{seed}")
         found.append(gradient_of(plan)[1])
     stacked = torch.stack(found)
@@ -463,60 +465,60 @@ def test_what_is_drawn_is_in_the_mean_what_the_teacher_says(shelf: Shelf, tmp_pa
 
 
 def test_a_run_that_was_killed_while_asking_goes_on_behind_the_last_part(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shelf: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(told_module, "_LABELS_OF_PART", 2 * 40)
+    monkeypatch.setattr(told_module, "_LABELS_PER_PART", 2 * 40)
     raw = cached(shelf, "parts", "sampled")
     plan = dataclasses.replace(shelf.plan(raw), cache=tmp_path)
     execution = Execution("float32", False, "sdpa", 1, 2, False, 0.0)
-    for i, _ in enumerate(ask(plan, execution, CPU)):
+    for i, _ in enumerate(fill_teacher_caches(plan, execution, CPU)):
         if i == 2:
             break  # killed: two parts are whole
-    (told,) = [item.told for item in asked_once(plan)]
-    assert len(told.missing()) == told.parts - 2 and told.parts >= 3
-    said = list(ask(plan, execution, CPU))
-    assert [line.split("part ")[1].split()[0] for line in said] == [str(i + 1) for i in range(2, told.parts)]
+    (told,) = [item.teacher_cache for item in find_cache_jobs(plan)]
+    assert len(told.missing_parts()) == told.part_count - 2 and told.part_count >= 3
+    said = list(fill_teacher_caches(plan, execution, CPU))
+    assert [line.split("part ")[1].split()[0] for line in said] == [str(i + 1) for i in range(2, told.part_count)]
     whole, _ = asked(shelf, raw, tmp_path / "whole")
     files = {p.relative_to(told.folder): p.read_bytes() for p in told.folder.rglob("*.npy")}
-    (other,) = [item.told for item in asked_once(whole)]
+    (other,) = [item.teacher_cache for item in find_cache_jobs(whole)]
     assert files == {p.relative_to(other.folder): p.read_bytes() for p in other.folder.rglob("*.npy")}
     # Nothing is asked twice, and another budget, teacher or way of asking is another folder.
-    assert list(ask(plan, execution, CPU)) == []
+    assert list(fill_teacher_caches(plan, execution, CPU)) == []
     for change in ({"tokens": 500}, {"seed": 3}, {"objectives": cached(shelf, "x", "top-k")["objectives"]}):
         changed = dataclasses.replace(shelf.plan({**raw, **change}), cache=tmp_path)
-        assert asked_once(changed)[0].told.folder != told.folder
+        assert find_cache_jobs(changed)[0].teacher_cache.folder != told.folder
 
 
-def test_what_was_said_of_other_rows_is_refused_and_both_are_named(shelf: Shelf, tmp_path: Path) -> None:
+def test_what_was_said_of_other_rows_is_refused_and_both_are_named(shelf: Workspace, tmp_path: Path) -> None:
     plan, _ = asked(shelf, cached(shelf, "rows", "sampled"), tmp_path)
-    (item,) = asked_once(plan)
-    told, rows = item.told, plan.rows[item.leaf]
+    (item,) = find_cache_jobs(plan)
+    told, rows = item.teacher_cache, plan.rows[item.source_number]
     key = int(told.keys[0])
-    assert len(told.at(key, rows.at(key, 0)).counts_N) == rows.at(key, 0).counted
+    assert len(told.lookup(key, rows.at(key, 0)).counts_N) == rows.at(key, 0).counted
     row = rows.at(key, 0)
     other = row._replace(labels=row.labels[::-1].copy())
     for wrong in (other, rows.at(int(told.keys[1]), 0)):
         with pytest.raises(DataError, match=r"is [0-9a-f]{16} now, and the teacher read [0-9a-f]{16}"):
-            told.at(key, wrong)
+            told.lookup(key, wrong)
     with pytest.raises(DataError, match="never asked about row 999"):
-        told.at(999, row)
+        told.lookup(999, row)
     description = json.loads((told.folder / "told.json").read_text())
     (told.folder / "told.json").write_text(json.dumps({**description, "temperature": 3.0}))
     with pytest.raises(DataError, match=r"has the key \w+, and these rows have \w+: temperature"):
-        asked_once(plan)
+        find_cache_jobs(plan)
 
 
 @pytest.mark.parametrize("cache", ["sampled", "top-k"])
-def test_a_stage_that_looks_up_its_teacher_resumes_bit_for_bit(shelf: Shelf, cache: str) -> None:
+def test_a_stage_that_looks_up_its_teacher_resumes_bit_for_bit(shelf: Workspace, cache: str) -> None:
     whole, parts = (cached(shelf, f"{cache}-{part}", cache) for part in ("whole", "parts"))
-    one, two = shelf.run(whole), carried_out_in_parts(shelf, parts)
-    assert trace(one.place) == trace(two.place)
-    steps = [row for row in read_metrics(one.place / "metrics.jsonl") if row["kind"] == "step"]
+    one, two = shelf.run(whole), run_interrupted(shelf, parts)
+    assert run_trace(one.run_folder) == run_trace(two.run_folder)
+    steps = [row for row in read_metrics(one.run_folder / "metrics.jsonl") if row["kind"] == "step"]
     assert steps[0]["losses"]["distill"] > 0
 
 
 def test_a_first_word_behind_a_prompt_that_the_teacher_lacks_is_left_out_of_a_cache_too(
-    shelf: Shelf, tmp_path: Path
+    shelf: Workspace, tmp_path: Path
 ) -> None:
     tuning = {"kind": "prompt", "length": 3}
     raw = shelf.stage("lacking", tuning, objectives=[{**DISTILL, "teacher": "other"}])
@@ -528,7 +530,7 @@ def test_a_first_word_behind_a_prompt_that_the_teacher_lacks_is_left_out_of_a_ca
     assert (found - wanted).norm() < 2e-3 * wanted.norm()
 
 
-def test_a_classifier_is_not_asked_beforehand(shelf: Shelf) -> None:
+def test_a_classifier_is_not_asked_beforehand(shelf: Workspace) -> None:
     raw = pure(shelf, "class") | {"objectives": [{**DISTILL, "cache": "sampled"}]}
     with pytest.raises(StageError, match="classifier"):
         shelf.plan(raw)
@@ -537,7 +539,7 @@ def test_a_classifier_is_not_asked_beforehand(shelf: Shelf) -> None:
 # -- what is said beforehand ---------------------------------------------------------------------------------------------------
 
 
-def test_check_says_what_each_teacher_costs(shelf: Shelf) -> None:
+def test_check_says_what_each_teacher_costs(shelf: Workspace) -> None:
     def told(**changes: Any) -> dict[str, Any]:
         plan = shelf.plan(shelf.stage("cost", **changes))
         return check_stage(plan, cache=shelf.cache)
@@ -552,10 +554,10 @@ def test_check_says_what_each_teacher_costs(shelf: Shelf) -> None:
     plan = shelf.plan(shelf.stage("cost", objectives=[NEXT, {**DISTILL, "cache": "sampled"}]))
     kept = told(objectives=[NEXT, {**DISTILL, "cache": "sampled"}])
     assert [r["source"] for r in kept["teachers"]] == ["new", "old"] and not kept["teachers"][0]["there"]
-    for _ in ask(plan, Execution("float32", False, "sdpa", 1, 2, False, 0.0), CPU):
+    for _ in fill_teacher_caches(plan, Execution("float32", False, "sdpa", 1, 2, False, 0.0), CPU):
         pass
     told_again = told(objectives=[NEXT, {**DISTILL, "cache": "sampled"}])
-    for record, item in zip(told_again["teachers"], asked_once(plan), strict=True):
+    for record, item in zip(told_again["teachers"], find_cache_jobs(plan), strict=True):
         assert record["there"] and record["seconds"] == 0
-        on_disk = item.told.bytes()
+        on_disk = item.teacher_cache.size_bytes()
         assert record["labels"] * record["bytes_per_label"] == pytest.approx(on_disk, rel=0.25)

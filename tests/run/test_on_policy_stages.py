@@ -14,22 +14,22 @@ from transformers import AutoModelForCausalLM
 
 from postgrad.check.check import check_stage
 from postgrad.data.layouts.rows import IGNORED
-from postgrad.data.loading.mixture import derived
-from postgrad.data.random_streams import Draws
+from postgrad.data.loading.mixture import derive_key
+from postgrad.data.random_streams import RandomStreams
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.evaluation import classification_metrics
 from postgrad.hardware.execution import Execution
-from postgrad.models.cpu_attention import NAME
+from postgrad.models.cpu_attention import CAUSAL_BLOCKS
 from postgrad.models.model import CausalModel
 from postgrad.models.pretrained import save_pretrained
-from postgrad.models.sampling import continued
+from postgrad.models.sampling import sample_continuations
 from postgrad.plan.plan import Plan
-from postgrad.run.build import build, make_loader, make_step, make_subject
-from postgrad.training.on_policy import Writer
+from postgrad.run.build import build_run, make_loader, make_step, make_tuned_model
+from postgrad.training.on_policy import OnPolicySampler
 from postgrad.training.step import Run
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
-from tests.tiny_stages import Shelf, carried_out_in_parts, make_shelf, trace
+from tests.tiny_stages import Workspace, make_workspace, run_interrupted, run_trace
 
 CPU = World(torch.device("cpu"))
 WRITES = {"kind": "on-policy", "prompt_tokens": 5, "new_tokens": 7, "teacher": "other"}
@@ -37,21 +37,21 @@ NEXT = {"kind": "next-token"}
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classification_metrics, "_DRAWS", 4)
-        made = make_shelf(tmp_path_factory.mktemp("writes"), tmp_path_factory.getbasetemp() / "cache")
-        save_pretrained(make_llama(7), make_tokenizer(), made.home / "other", dtype=torch.float32)
+        made = make_workspace(tmp_path_factory.mktemp("writes"), tmp_path_factory.getbasetemp() / "cache")
+        save_pretrained(make_llama(7), make_tokenizer(), made.folder / "other", dtype=torch.float32)
         yield made
 
 
-def stage_of(shelf: Shelf, name: str, **changes: Any) -> dict[str, Any]:
+def stage_of(shelf: Workspace, name: str, **changes: Any) -> dict[str, Any]:
     return shelf.stage(name, **{"objectives": [{**NEXT, "on": ["new"]}, {**WRITES, "on": ["old"]}], **changes})
 
 
 def built(plan: Plan, micro: int = 2) -> tuple[Run, Any]:
     execution = Execution("float32", False, "sdpa", 1, micro, False, 0.0)
-    run = build(plan, make_subject(plan, CPU), execution, CPU)
+    run = build_run(plan, make_tuned_model(plan, CPU), execution, CPU)
     run.model.train()
     return run, make_loader(plan, execution, CPU)
 
@@ -72,7 +72,7 @@ def by_hand(model: Any, prompt: list[int], uniform: np.ndarray, temperature: flo
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", NAME])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", CAUSAL_BLOCKS])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_what_is_written_with_the_cache_is_what_is_written_without(attention: str, temperature: float) -> None:
     model = make_llama()
@@ -84,7 +84,7 @@ def test_what_is_written_with_the_cache_is_what_is_written_without(attention: st
     eos = next(token for text in wanted for token in text[2:6])  # one that is met in the middle of a text
     wanted = [by_hand(model, p.tolist(), u, temperature, eos) for p, u in zip(prompts, uniform, strict=True)]
     model.set_attn_implementation(attention)
-    written, size = continued(CausalModel(model).train(), prompts, uniform, temperature=temperature, eos=eos)
+    written, size = sample_continuations(CausalModel(model).train(), prompts, uniform, temperature=temperature, eos=eos)
     assert [row[:n].tolist() for row, n in zip(written, size.tolist(), strict=True)] == wanted
     assert len({len(text) for text in wanted}) > 1 and model.training
     assert model.config._attn_implementation == attention
@@ -96,7 +96,7 @@ def test_tokens_come_as_often_as_they_are_likely() -> None:
         model.lm_head.weight *= 10
         p = model(torch.tensor([[3, 4, 5]])).logits[0, -1].double().softmax(-1)
     uniform = np.random.default_rng(1).random((4000, 1))
-    written, _ = continued(
+    written, _ = sample_continuations(
         CausalModel(model), torch.tensor([[3, 4, 5]]).expand(4000, -1), uniform, temperature=1.0, eos=0
     )
     counts = torch.bincount(written[:, 0], minlength=VOCABULARY).double()
@@ -108,15 +108,15 @@ def test_tokens_come_as_often_as_they_are_likely() -> None:
 # -- rows --------------------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_the_beginnings_of_windows_and_of_examples(shelf: Shelf) -> None:
+def test_prompts_are_the_beginnings_of_windows_and_of_examples(shelf: Workspace) -> None:
     plan = shelf.plan(stage_of(shelf, "rows"))
-    rows, store = plan.rows[1], plan.leaves[1].store
+    rows, store = plan.rows[1], plan.sources[1].store
     texts = {document: store.read(document).tolist()[:-1] for document in range(len(store))}
     seen: dict[int, list[list[int]]] = {}
     for i in range(len(rows)):
-        row = rows.at(i, i)
+        row = rows.get_row(i, i)
         asked = row.labels != IGNORED
-        assert row.counted == asked.sum() == 7 and len(row.labels) == asked.argmax() + 7
+        assert row.label_count == asked.sum() == 7 and len(row.labels) == asked.argmax() + 7
         prompt = row.inputs["input_ids"][: asked.argmax() + 1].tolist()
         document = int(rows.document_R[i])  # type: ignore[index]
         text = texts[document]
@@ -126,9 +126,9 @@ def test_prompts_are_the_beginnings_of_windows_and_of_examples(shelf: Shelf) -> 
         assert prompts[0] == texts[document][:5] and len(prompts) == -(-len(texts[document]) // 12)
     assert rows.ledger.trained == 7 * len(rows)
     empty = shelf.plan(stage_of(shelf, "empty", objectives=[{**WRITES, "prompt_tokens": 0}])).rows[0]
-    assert empty.at(3, 3).inputs["input_ids"][:1].tolist() == [plan.reading.encoder.eos]
+    assert empty.get_row(3, 3).inputs["input_ids"][:1].tolist() == [plan.model_inputs.encoder.eos]
     asked = shelf.plan(stage_of(shelf, "asked", objectives=[WRITES], sources=[shelf.source("completion")]))
-    row, leaf = asked.rows[0].at(0, 0), asked.leaves[0]
+    row, leaf = asked.rows[0].get_row(0, 0), asked.sources[0]
     whole = leaf.store.read(int(asked.rows[0].document_R[0])).tolist()  # type: ignore[index]
     marks = leaf.store.marks(int(asked.rows[0].document_R[0]))  # type: ignore[index]
     assert marks is not None and row.inputs["input_ids"][:-6].tolist() == whole[: int(np.argmax(marks != 0))]
@@ -139,19 +139,19 @@ def test_prompts_are_the_beginnings_of_windows_and_of_examples(shelf: Shelf) -> 
 # -- the step ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_is_the_reverse_divergence_on_what_was_written_by_hand(shelf: Shelf) -> None:
+def test_a_step_is_the_reverse_divergence_on_what_was_written_by_hand(shelf: Workspace) -> None:
     plan = shelf.plan(stage_of(shelf, "by-hand", objectives=[WRITES]))
     run, loader = built(plan)
     batches = loader.read(1)
     student = make_llama()
-    teacher = AutoModelForCausalLM.from_pretrained(shelf.home / "other")
-    total, counted, eos = torch.zeros(()), 0, plan.reading.encoder.eos
-    draws = Draws(derived(plan.stage.seed, 0x0F11))
+    teacher = AutoModelForCausalLM.from_pretrained(shelf.folder / "other")
+    total, counted, eos = torch.zeros(()), 0, plan.model_inputs.encoder.eos
+    draws = RandomStreams(derive_key(plan.stage.seed, 0x0F11))
     for batch in batches:
         for i, labels in enumerate(batch.labels):
             first = int((labels != IGNORED).int().argmax())
             prompt = batch.inputs["input_ids"][i, : first + 1].tolist()
-            text = by_hand(student, prompt, draws.at(int(batch.position_B[i]), 0).random(7), 1.0, eos)
+            text = by_hand(student, prompt, draws.generator(int(batch.position_B[i]), 0).random(7), 1.0, eos)
             ids = torch.tensor([prompt + text])
             log_q, log_p = (m(ids).logits[0, first:-1].log_softmax(-1) for m in (student, teacher))
             total = total + (log_q.exp() * (log_q - log_p.detach())).sum()
@@ -162,7 +162,7 @@ def test_a_step_is_the_reverse_divergence_on_what_was_written_by_hand(shelf: She
     assert make_step(plan, other)(other, again.read(1)).loss == pytest.approx(report.loss, rel=1e-5)
 
 
-def test_a_model_that_is_its_teacher_learns_nothing_from_what_it_writes(shelf: Shelf) -> None:
+def test_a_model_that_is_its_teacher_learns_nothing_from_what_it_writes(shelf: Workspace) -> None:
     plan = shelf.plan(stage_of(shelf, "same", objectives=[{**WRITES, "teacher": "start"}]))
     run, loader = built(plan)
     report = make_step(plan, run)(run, loader.read(1))
@@ -172,21 +172,21 @@ def test_a_model_that_is_its_teacher_learns_nothing_from_what_it_writes(shelf: S
 def test_labels_that_are_not_what_was_written_would_be_caught() -> None:
     """Alignment: the input of a place is the token before, the label what was written there."""
     model = CausalModel(make_llama())
-    writer = Writer(model, 1.0, 0, 3)
+    writer = OnPolicySampler(model, 1.0, 0, 3)
     plain = torch.full((2, 8), 9)
     batch = dataclasses.replace(_batch(plain, first=[2, 4], new=[6, 4]), position_B=np.array([11, 12]))
     written = writer(batch)
     for i, (first, new) in enumerate(((2, 6), (4, 4))):
         labels, ids = written.labels[i], written.inputs["input_ids"][i]
         asked = (labels != IGNORED).nonzero().flatten()
-        assert asked[0] == first and len(asked) <= new and written.counted_B[i] == len(asked)
+        assert asked[0] == first and len(asked) <= new and written.label_count_B[i] == len(asked)
         assert ids[first + 1 : first + len(asked)].tolist() == labels[asked[:-1]].tolist()
         mutant = ids[first : first + len(asked) - 1].tolist()
         assert mutant != labels[asked[:-1]].tolist()
         text = by_hand(
             model.pretrained,
             plain[i, : first + 1].tolist(),
-            Draws(derived(3, 0x0F11)).at(11 + i, 0).random(new),
+            RandomStreams(derive_key(3, 0x0F11)).generator(11 + i, 0).random(new),
             1.0,
             0,
         )
@@ -207,18 +207,18 @@ def _batch(ids: Tensor, first: list[int], new: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("tuning", [None, {"kind": "lora", "rank": 4}, {"kind": "prompt", "length": 3}], ids=str)
-def test_a_stage_that_writes_resumes_bit_for_bit(shelf: Shelf, tuning: dict[str, Any] | None) -> None:
+def test_a_stage_that_writes_resumes_bit_for_bit(shelf: Workspace, tuning: dict[str, Any] | None) -> None:
     kind = tuning["kind"] if tuning else "full"
     whole, parts = (
         stage_of(shelf, f"{kind}-{part}", **({"tuning": tuning} if tuning else {})) for part in ("whole", "parts")
     )
-    one, two = shelf.run(whole), carried_out_in_parts(shelf, parts)
-    assert trace(one.place) == trace(two.place)
+    one, two = shelf.run(whole), run_interrupted(shelf, parts)
+    assert run_trace(one.run_folder) == run_trace(two.run_folder)
     sources = {s["name"]: s["trained"] for s in one.record["achieved"]["sources"]}
     assert sources["old"] > 0 and set(one.record["changes"]) == {"old-heldout", "new-heldout"}
 
 
-def test_where_it_cannot_be_is_refused(shelf: Shelf) -> None:
+def test_where_it_cannot_be_is_refused(shelf: Workspace) -> None:
     with pytest.raises(StageError, match="needs a decoder"):
         shelf.plan(stage_of(shelf, "t5", model="t5", objectives=[WRITES]))
     cached = [WRITES, {"kind": "distill", "on": ["old"], "cache": "sampled"}]
@@ -228,7 +228,7 @@ def test_where_it_cannot_be_is_refused(shelf: Shelf) -> None:
     both = shelf.plan(
         stage_of(shelf, "both", objectives=[{**NEXT, "on": ["new"]}, {**WRITES, "on": ["old"]}, {"kind": "distill"}])
     )
-    assert both.weighed == ((0, 2), (1,))
+    assert both.objective_indices == ((0, 2), (1,))
 
     class Sharded(World):
         @property
@@ -242,7 +242,7 @@ def test_where_it_cannot_be_is_refused(shelf: Shelf) -> None:
         make_step(plan, run)
 
 
-def test_check_says_what_the_writing_takes(shelf: Shelf) -> None:
+def test_check_says_what_the_writing_takes(shelf: Workspace) -> None:
     found = check_stage(shelf.plan(stage_of(shelf, "cost")), cache=shelf.cache)
     (record,) = found["teachers"]
     assert record["writing_share_of_step"] > 0 and "the model's own writing" in found["text"]

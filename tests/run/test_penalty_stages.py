@@ -21,38 +21,38 @@ from postgrad.data.loading.batch import Batch
 from postgrad.errors import DataError, ModelError, PostgradError, ResumeError, StageError
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.record import read_record
-from postgrad.models.pretrained import load, locate, save_pretrained
+from postgrad.models.pretrained import load_pretrained, locate_model, save_pretrained
 from postgrad.penalties.anchor import Anchor
-from postgrad.penalties.importance_file import About, ImportanceFile, write_importance
+from postgrad.penalties.importance_file import ImportanceFile, ImportanceMetadata, write_importance
 from postgrad.run.build import make_loader, make_optimizer
-from postgrad.run.penalty_strength import anchors_of, find_strengths
-from postgrad.run.run import Said, Warned
+from postgrad.run.penalty_strength import find_strengths, get_anchors
+from postgrad.run.run import InfoMessage, WarningMessage
 from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run
-from postgrad.tuning.open_model import start_fingerprint, task_at
+from postgrad.tuning.open_model import get_task, start_fingerprint
 from tests.conftest import make_llama, make_tokenizer
-from tests.tiny_stages import LENGTH, QUICK, Shelf, carried_out_in_parts, make_shelf, trace, trained
+from tests.tiny_stages import LENGTH, QUICK_EVALUATION, Workspace, make_workspace, run_interrupted, run_trace, train_for
 
 ANCHOR = {"kind": "anchor", "strength": 0.5}
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
-def importance(shelf: Shelf, name: str = "importance", model: str = "llama", **changes: Any) -> str:
+def importance(shelf: Workspace, name: str = "importance", model: str = "llama", **changes: Any) -> str:
     """A file of importance drawn at random."""
-    start = locate(str(shelf.home / model), shelf.home)
+    start = locate_model(str(shelf.folder / model), shelf.folder)
     generator = torch.Generator().manual_seed(3)
-    made = {n: torch.rand(p.shape, generator=generator) for n, p in load(start).model.named_parameters()}
-    about = About("fisher", "token", 100, model, start_fingerprint(start), 0.5)
+    made = {n: torch.rand(p.shape, generator=generator) for n, p in load_pretrained(start).model.named_parameters()}
+    about = ImportanceMetadata("fisher", "token", 100, model, start_fingerprint(start), 0.5)
     for key, value in changes.items():
         if value is None:
             del made[key]
         else:
             made[key] = value
-    path = shelf.home / f"{name}.safetensors"
+    path = shelf.folder / f"{name}.safetensors"
     write_importance(path, made, about, torch.float32)
     return str(path)
 
@@ -62,7 +62,7 @@ def told(home: Path) -> list[dict[str, Any]]:
 
 
 def anchor_of(run: Run) -> Anchor:
-    (found,) = anchors_of(run)
+    (found,) = get_anchors(run)
     assert isinstance(found, Anchor)
     return found
 
@@ -70,28 +70,28 @@ def anchor_of(run: Run) -> Anchor:
 # -- what it does -----------------------------------------------------------------------------------------------------
 
 
-def test_no_penalty_and_one_of_strength_zero_are_the_same_to_the_bit(shelf: Shelf) -> None:
+def test_no_penalty_and_one_of_strength_zero_are_the_same_to_the_bit(shelf: Workspace) -> None:
     plain = shelf.run(shelf.stage("plain"))
     zero = shelf.run(shelf.stage("zero", penalties=[{**ANCHOR, "strength": 0}]))
     model = "model/model.safetensors"
-    assert (plain.place / model).read_bytes() == (zero.place / model).read_bytes()
-    assert all(row["penalties"] == {"anchor": 0.0} and row["push"] == row["grad_norm"] for row in told(zero.place))
-    assert all("push" not in row for row in told(plain.place))
+    assert (plain.run_folder / model).read_bytes() == (zero.run_folder / model).read_bytes()
+    assert all(row["penalties"] == {"anchor": 0.0} and row["push"] == row["grad_norm"] for row in told(zero.run_folder))
+    assert all("push" not in row for row in told(plain.run_folder))
 
 
-def test_an_anchor_holds_the_weights_and_says_its_value(shelf: Shelf) -> None:
+def test_an_anchor_holds_the_weights_and_says_its_value(shelf: Workspace) -> None:
     drifts = []
     for strength in (0.0, 1.0, 100.0):
         raw = shelf.stage(f"held-{strength}", penalties=[{**ANCHOR, "strength": strength}])
-        before, after, run = trained(shelf, raw, 6)
+        before, after, run = train_for(shelf, raw, 6)
         drifts.append(sum(float((after[n] - before[n]).square().sum()) for n in before))
         by_hand = 0.5 * strength * drifts[-1]
         assert float(anchor_of(run)()) == pytest.approx(by_hand, rel=1e-5)
     assert drifts[0] > drifts[1] > drifts[2] > 0
 
 
-def test_every_key_changes_what_is_trained(shelf: Shelf) -> None:
-    elsewhere = shelf.home / "elsewhere"
+def test_every_key_changes_what_is_trained(shelf: Workspace) -> None:
+    elsewhere = shelf.folder / "elsewhere"
     save_pretrained(make_llama(7), make_tokenizer(), elsewhere, dtype=torch.float32)
     weighed = {**ANCHOR, "importance": importance(shelf)}
     other = {
@@ -106,7 +106,7 @@ def test_every_key_changes_what_is_trained(shelf: Shelf) -> None:
     assert other.keys() == AnchorPenalty.model_fields.keys() - {"kind"}
 
     def after(penalty: dict[str, Any]) -> Tensor:
-        now = trained(shelf, shelf.stage("keys", penalties=[penalty]), 3)[1]
+        now = train_for(shelf, shelf.stage("keys", penalties=[penalty]), 3)[1]
         return torch.cat([t.flatten() for t in now.values()])
 
     plain, again, by_weight = after(ANCHOR), after(ANCHOR), after(weighed)
@@ -134,16 +134,16 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> Tensor:
         loss = loss + torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
         )
-        count += batch.counted
+        count += batch.label_count
     return loss / count
 
 
-def test_a_step_is_that_of_the_sum_of_loss_and_term(shelf: Shelf) -> None:
+def test_a_step_is_that_of_the_sum_of_loss_and_term(shelf: Workspace) -> None:
     """The whole composition, held against torch alone: next token, replay and an anchor with importance."""
     file = importance(shelf)
-    raw = shelf.stage("sum", penalties=[{**ANCHOR, "importance": file, "reference": str(shelf.home / "llama")}])
-    _, after, _ = trained(shelf, raw, 3)
-    _, _, run = trained(shelf, {**raw, "penalties": []}, 0)
+    raw = shelf.stage("sum", penalties=[{**ANCHOR, "importance": file, "reference": str(shelf.folder / "llama")}])
+    _, after, _ = train_for(shelf, raw, 3)
+    _, _, run = train_for(shelf, {**raw, "penalties": []}, 0)
 
     given = load_file(file)
     model = run.model.pretrained
@@ -152,7 +152,7 @@ def test_a_step_is_that_of_the_sum_of_loss_and_term(shelf: Shelf) -> None:
     loader = make_loader(plan, Execution("float32", False, "sdpa", 1, 4, False, 0.0), run.world)
     optimizer = by_torch(model)
     for step in (1, 2, 3):
-        loss = mean_loss(model, loader.read(step))
+        loss = mean_loss(model, loader.read_batches(step))
         term = sum((given[n] * (p - start[n]).square()).sum() for n, p in model.named_parameters())
         optimizer.zero_grad()
         (loss + 0.5 * 0.5 * term).backward()
@@ -162,12 +162,14 @@ def test_a_step_is_that_of_the_sum_of_loss_and_term(shelf: Shelf) -> None:
         torch.testing.assert_close(after[name], p.detach(), atol=5e-5, rtol=1e-4)
 
 
-def test_it_pulls_beside_replay_distillation_and_low_rank_updates(shelf: Shelf) -> None:
+def test_it_pulls_beside_replay_distillation_and_low_rank_updates(shelf: Workspace) -> None:
     objectives = [{"kind": "next-token"}, {"kind": "distill", "teacher": "start", "weight": 0.5, "on": ["old"]}]
     changes: dict[str, Any] = {"objectives": objectives, "tuning": {"kind": "lora", "rank": 2}}
     finals = []
     for strength in (0.0, 50.0):
-        place = shelf.run(shelf.stage(f"all-{strength}", penalties=[{**ANCHOR, "strength": strength}], **changes)).place
+        place = shelf.run(
+            shelf.stage(f"all-{strength}", penalties=[{**ANCHOR, "strength": strength}], **changes)
+        ).run_folder
         rows = told(place)
         assert all(row["losses"].keys() == {"next-token", "distill"} for row in rows)
         finals.append((rows[-1]["losses"]["distill"], rows[-1]["penalties"]["anchor"]))
@@ -197,13 +199,17 @@ def name_of(tuning: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("tuning", TUNED, ids=name_of)
-def test_under_every_tuning_the_value_is_that_of_what_leaves(shelf: Shelf, tuning: dict[str, Any]) -> None:
+def test_under_every_tuning_the_value_is_that_of_what_leaves(shelf: Workspace, tuning: dict[str, Any]) -> None:
     """The effective weights, as merging or saving gives them, less those of the start model."""
     raw = shelf.stage(f"effect-{name_of(tuning)}", tuning, penalties=[ANCHOR])
-    _, _, run = trained(shelf, raw, 4)
+    _, _, run = train_for(shelf, raw, 4)
     anchor = anchor_of(run)
     value = float(anchor())
-    start = dict(load(locate(str(shelf.home / "llama"), shelf.home)).model.named_parameters(remove_duplicate=False))
+    start = dict(
+        load_pretrained(locate_model(str(shelf.folder / "llama"), shelf.folder)).model.named_parameters(
+            remove_duplicate=False
+        )
+    )
     if tuning["kind"] in ("lora", "osf"):
         run.weights.tuning.merge()
     now = {n.replace(".base_layer.", "."): p.detach() for n, p in run.model.pretrained.named_parameters()}
@@ -216,14 +222,14 @@ def test_under_every_tuning_the_value_is_that_of_what_leaves(shelf: Shelf, tunin
 
 
 @pytest.mark.parametrize("storage", ["auto", "float32", "bfloat16", "mapped"])
-def test_how_it_is_stored_makes_no_difference_beyond_rounding(shelf: Shelf, storage: str) -> None:
+def test_how_it_is_stored_makes_no_difference_beyond_rounding(shelf: Workspace, storage: str) -> None:
     file = importance(shelf)
     raw = shelf.stage(f"stored-{storage}", penalties=[{**ANCHOR, "importance": file, "storage": storage}])
-    before, _, run = trained(shelf, raw, 3)
+    before, _, run = train_for(shelf, raw, 3)
     anchor = anchor_of(run)
     numbers = sum(p.numel() for p in run.model.pretrained.parameters())
     size = {"auto": 4, "float32": 4, "bfloat16": 2, "mapped": 0}[storage]
-    held = anchor.about["bytes"]
+    held = anchor.metadata["bytes"]
     ones = sum(p.numel() for n, p in run.model.pretrained.named_parameters() if "norm" in n)  # exact in bf16
     spared = 2 * ones if storage == "auto" else 0
     assert held == {
@@ -231,59 +237,59 @@ def test_how_it_is_stored_makes_no_difference_beyond_rounding(shelf: Shelf, stor
         "importance": size * numbers,
         "mapped": (4 + 4) * numbers * (size == 0),
     }
-    exact = trained(shelf, {**raw, "penalties": [{**ANCHOR, "importance": file}]}, 3)[1]
+    exact = train_for(shelf, {**raw, "penalties": [{**ANCHOR, "importance": file}]}, 3)[1]
     mine = {n: p.detach() for n, p in run.model.pretrained.named_parameters()}
     off, far = (sum(float((mine[n] - other[n]).abs().sum()) for n in mine) for other in (exact, before))
     assert off == 0 if storage != "bfloat16" else 0 < off < 0.1 * far
 
 
-def test_auto_stores_in_bf16_what_is_exact_there(shelf: Shelf, tmp_path: Path) -> None:
+def test_auto_stores_in_bf16_what_is_exact_there(shelf: Workspace, tmp_path: Path) -> None:
     model = make_llama().bfloat16()
     save_pretrained(model, make_tokenizer(), tmp_path / "short", dtype=torch.bfloat16)
     raw = shelf.stage("short", penalties=[ANCHOR], model=str(tmp_path / "short"))
-    _, _, run = trained(shelf, raw, 0)
-    assert anchor_of(run).about["bytes"]["reference"] == 2 * sum(p.numel() for p in model.parameters())  # type: ignore[index]
+    _, _, run = train_for(shelf, raw, 0)
+    assert anchor_of(run).metadata["bytes"]["reference"] == 2 * sum(p.numel() for p in model.parameters())  # type: ignore[index]
     assert float(anchor_of(run)()) == 0.0
 
 
-def test_only_some_weights_are_held_when_they_are_named(shelf: Shelf) -> None:
+def test_only_some_weights_are_held_when_they_are_named(shelf: Workspace) -> None:
     raw = shelf.stage("only", penalties=[{**ANCHOR, "strength": 1e6, "only": ["*embed_tokens*", "model.layers.0"]}])
-    before, after, _ = trained(shelf, raw, 2)
+    before, after, _ = train_for(shelf, raw, 2)
     moved = {n: float((after[n] - before[n]).abs().max()) for n in before}
     assert moved["model.layers.1.mlp.up_proj.weight"] > 1e-2
-    names = anchor_of(trained(shelf, raw, 0)[2]).about
+    names = anchor_of(train_for(shelf, raw, 0)[2]).metadata
     assert names["tensors"] == 1 + 9
 
 
-def test_normalised_importance_has_mean_one(shelf: Shelf) -> None:
+def test_normalised_importance_has_mean_one(shelf: Workspace) -> None:
     file = importance(shelf)
     values = []
     for normalise in (False, True):
         raw = shelf.stage("mean", penalties=[{**ANCHOR, "importance": file, "normalise": normalise}])
-        _, _, run = trained(shelf, raw, 0)
+        _, _, run = train_for(shelf, raw, 0)
         for master in run.weights.masters:
             master.detach().add_(0.1)
         values.append(float(anchor_of(run)()))
-        mean = anchor_of(run).about["importance"]["mean"]  # type: ignore[index]
+        mean = anchor_of(run).metadata["importance"]["mean"]  # type: ignore[index]
     numbers = sum(m.numel() for m in run.weights.masters)
     assert values[1] == pytest.approx(0.25 * numbers * 0.01, rel=1e-4)
     assert values[0] == pytest.approx(mean * values[1], rel=1e-4)
 
 
-def test_another_reference_is_pulled_to(shelf: Shelf) -> None:
+def test_another_reference_is_pulled_to(shelf: Workspace) -> None:
     one = shelf.run(shelf.stage("first"))
     for tuning in (None, {"kind": "lora", "rank": 2}):
-        raw = shelf.stage("second", tuning, penalties=[{**ANCHOR, "reference": str(one.place)}])
-        _, _, run = trained(shelf, raw, 0)
-        target = load(locate(str(one.place), shelf.home)).model
-        start = load(locate(str(shelf.home / "llama"), shelf.home)).model
+        raw = shelf.stage("second", tuning, penalties=[{**ANCHOR, "reference": str(one.run_folder)}])
+        _, _, run = train_for(shelf, raw, 0)
+        target = load_pretrained(locate_model(str(one.run_folder), shelf.folder)).model
+        start = load_pretrained(locate_model(str(shelf.folder / "llama"), shelf.folder)).model
         there, here = dict(target.named_parameters()), dict(start.named_parameters())
         names = [n for n in here if tuning is None or ("_proj" in n)]
         by_hand = 0.25 * sum(float((here[n] - there[n]).detach().double().square().sum()) for n in names)
         assert float(anchor_of(run)()) == pytest.approx(by_hand, rel=1e-4)
 
 
-def test_a_new_task_layer_is_left_out_and_said(shelf: Shelf) -> None:
+def test_a_new_task_layer_is_left_out_and_said(shelf: Workspace) -> None:
     raw = shelf.stage(
         "task",
         model="bert",
@@ -292,8 +298,8 @@ def test_a_new_task_layer_is_left_out_and_said(shelf: Shelf) -> None:
         penalties=[ANCHOR],
         evaluation={},
     )
-    _, _, run = trained(shelf, raw, 2)
-    left_out = anchor_of(run).about["left_out"]
+    _, _, run = train_for(shelf, raw, 2)
+    left_out = anchor_of(run).metadata["left_out"]
     assert any(str(name).startswith("classifier.weight") for name in left_out)  # type: ignore[attr-defined]
 
 
@@ -310,42 +316,42 @@ def test_a_new_task_layer_is_left_out_and_said(shelf: Shelf) -> None:
     ],
     ids=name_of,
 )
-def test_what_changes_no_weight_of_the_base_cannot_be_anchored(shelf: Shelf, tuning: dict[str, Any]) -> None:
+def test_what_changes_no_weight_of_the_base_cannot_be_anchored(shelf: Workspace, tuning: dict[str, Any]) -> None:
     with pytest.raises(StageError, match=r"penalties\[0\][\s\S]*changes no weight[\s\S]*distillation"):
-        trained(shelf, shelf.stage("nothing", tuning, penalties=[ANCHOR]), 0)
+        train_for(shelf, shelf.stage("nothing", tuning, penalties=[ANCHOR]), 0)
 
 
-def test_importance_of_another_model_is_refused_with_both_fingerprints(shelf: Shelf) -> None:
+def test_importance_of_another_model_is_refused_with_both_fingerprints(shelf: Workspace) -> None:
     one = shelf.run(shelf.stage("first"))
-    raw = shelf.stage("wrong", penalties=[{**ANCHOR, "importance": importance(shelf)}], model=str(one.place))
+    raw = shelf.stage("wrong", penalties=[{**ANCHOR, "importance": importance(shelf)}], model=str(one.run_folder))
     with pytest.raises(DataError) as caught:
-        trained(shelf, raw, 0)
-    for start in (shelf.home / "llama", one.place):
-        assert str(start_fingerprint(locate(str(start), shelf.home))) in str(caught.value)
-    raw["penalties"][0]["reference"] = str(shelf.home / "llama")  # the way out that it names
-    trained(shelf, raw, 0)
+        train_for(shelf, raw, 0)
+    for start in (shelf.folder / "llama", one.run_folder):
+        assert str(start_fingerprint(locate_model(str(start), shelf.folder))) in str(caught.value)
+    raw["penalties"][0]["reference"] = str(shelf.folder / "llama")  # the way out that it names
+    train_for(shelf, raw, 0)
 
 
-def test_importance_of_another_shape_is_refused_with_both_shapes(shelf: Shelf) -> None:
+def test_importance_of_another_shape_is_refused_with_both_shapes(shelf: Workspace) -> None:
     file = importance(shelf, "bent", **{"model.norm.weight": torch.ones(7)})
     with pytest.raises(DataError, match=r"model\.norm\.weight has the shape \(7,\), and the weight \(32,\)"):
-        trained(shelf, shelf.stage("bent", penalties=[{**ANCHOR, "importance": file}]), 0)
+        train_for(shelf, shelf.stage("bent", penalties=[{**ANCHOR, "importance": file}]), 0)
 
 
-def test_a_weight_without_importance_is_left_out_and_said(shelf: Shelf) -> None:
+def test_a_weight_without_importance_is_left_out_and_said(shelf: Workspace) -> None:
     file = importance(shelf, "less", **{"model.norm.weight": None})
-    _, _, run = trained(shelf, shelf.stage("less", penalties=[{**ANCHOR, "importance": file}]), 0)
-    assert anchor_of(run).about["left_out"] == ["model.norm.weight (no importance)"]
+    _, _, run = train_for(shelf, shelf.stage("less", penalties=[{**ANCHOR, "importance": file}]), 0)
+    assert anchor_of(run).metadata["left_out"] == ["model.norm.weight (no importance)"]
 
 
-def test_a_reference_of_another_shape_is_refused(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_reference_of_another_shape_is_refused(shelf: Workspace, tmp_path: Path) -> None:
     save_pretrained(make_llama(intermediate_size=48), make_tokenizer(), tmp_path / "wide", dtype=torch.float32)
     raw = shelf.stage("wide", penalties=[{**ANCHOR, "reference": str(tmp_path / "wide")}])
     with pytest.raises(ModelError, match=r"\(64, 32\) here and \(48, 32\)"):
-        trained(shelf, raw, 0)
+        train_for(shelf, raw, 0)
 
 
-def test_rows_that_the_reference_lacks_are_held_to_nothing(shelf: Shelf, tmp_path: Path) -> None:
+def test_rows_that_the_reference_lacks_are_held_to_nothing(shelf: Workspace, tmp_path: Path) -> None:
     small = make_llama()
     tokenizer = make_tokenizer()
     save_pretrained(small, tokenizer, tmp_path / "small", dtype=torch.float32)
@@ -353,9 +359,11 @@ def test_rows_that_the_reference_lacks_are_held_to_nothing(shelf: Shelf, tmp_pat
     longer.resize_token_embeddings(328, mean_resizing=False)
     save_pretrained(longer, tokenizer, tmp_path / "longer", dtype=torch.float32)
     raw = shelf.stage("rows", penalties=[{**ANCHOR, "reference": str(tmp_path / "small")}])
-    _, _, run = trained(shelf, {**raw, "model": str(tmp_path / "longer")}, 0)
+    _, _, run = train_for(shelf, {**raw, "model": str(tmp_path / "longer")}, 0)
     anchor = anchor_of(run)
-    assert anchor.about["left_out"] == ["8 rows of model.embed_tokens.weight (not in " + str(tmp_path / "small") + ")"]
+    assert anchor.metadata["left_out"] == [
+        "8 rows of model.embed_tokens.weight (not in " + str(tmp_path / "small") + ")"
+    ]
     for master in run.weights.masters:
         master.detach().add_(0.1)
     numbers = sum(p.numel() for p in small.parameters())
@@ -374,26 +382,26 @@ def test_rows_that_the_reference_lacks_are_held_to_nothing(shelf: Shelf, tmp_pat
         ({"strength": "-1"}, r"penalties\[0\]\.strength: input should be greater than or equal to 0, not '-1'"),
     ],
 )
-def test_mistakes_are_named(shelf: Shelf, changes: dict[str, Any], said: str) -> None:
+def test_mistakes_are_named(shelf: Workspace, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(PostgradError, match=said):
-        trained(shelf, shelf.stage("mistaken", penalties=[{**ANCHOR, **changes}]), 0)
+        train_for(shelf, shelf.stage("mistaken", penalties=[{**ANCHOR, **changes}]), 0)
 
 
-def test_a_decoupled_pull_of_low_rank_updates_is_refused(shelf: Shelf) -> None:
+def test_a_decoupled_pull_of_low_rank_updates_is_refused(shelf: Workspace) -> None:
     raw = shelf.stage("apart", {"kind": "lora", "rank": 2}, penalties=[{**ANCHOR, "decoupled": True}])
     with pytest.raises(StageError, match="moves tensors that change them"):
-        trained(shelf, raw, 0)
+        train_for(shelf, raw, 0)
 
 
-def test_what_is_no_importance_is_refused(shelf: Shelf) -> None:
-    file = str(shelf.home / "llama" / "model.safetensors")
+def test_what_is_no_importance_is_refused(shelf: Workspace) -> None:
+    file = str(shelf.folder / "llama" / "model.safetensors")
     with pytest.raises(DataError, match="does not say what importance"):
-        trained(shelf, shelf.stage("none", penalties=[{**ANCHOR, "importance": file}]), 0)
-    (shelf.home / "broken.safetensors").write_bytes(b"no tensors")
+        train_for(shelf, shelf.stage("none", penalties=[{**ANCHOR, "importance": file}]), 0)
+    (shelf.folder / "broken.safetensors").write_bytes(b"no tensors")
     with pytest.raises(DataError, match="cannot be read"):
-        trained(
+        train_for(
             shelf,
-            shelf.stage("none", penalties=[{**ANCHOR, "importance": str(shelf.home / "broken.safetensors")}]),
+            shelf.stage("none", penalties=[{**ANCHOR, "importance": str(shelf.folder / "broken.safetensors")}]),
             0,
         )
 
@@ -411,19 +419,19 @@ def test_what_is_no_importance_is_refused(shelf: Shelf) -> None:
     ],
     ids=["l2-sp", "decoupled", "auto-lora", "two"],
 )
-def test_killed_and_stopped_it_ends_with_the_same_bits(shelf: Shelf, changes: dict[str, Any]) -> None:
-    whole = shelf.run(shelf.stage("whole", **changes, output=str(shelf.home / "runs" / f"whole-{len(str(changes))}")))
-    parts = carried_out_in_parts(
-        shelf, shelf.stage("whole", **changes, output=str(shelf.home / "runs" / f"parts-{len(str(changes))}"))
+def test_killed_and_stopped_it_ends_with_the_same_bits(shelf: Workspace, changes: dict[str, Any]) -> None:
+    whole = shelf.run(shelf.stage("whole", **changes, output=str(shelf.folder / "runs" / f"whole-{len(str(changes))}")))
+    parts = run_interrupted(
+        shelf, shelf.stage("whole", **changes, output=str(shelf.folder / "runs" / f"parts-{len(str(changes))}"))
     )
-    assert trace(parts.place) == trace(whole.place)
+    assert run_trace(parts.run_folder) == run_trace(whole.run_folder)
     assert parts.record["penalties"] == whole.record["penalties"]
 
 
-def test_importance_that_has_changed_is_refused_on_resume(shelf: Shelf) -> None:
+def test_importance_that_has_changed_is_refused_on_resume(shelf: Workspace) -> None:
     file = importance(shelf, "changing")
     raw = shelf.stage("changing", penalties=[{**ANCHOR, "importance": file}])
-    place = shelf.run(raw).place
+    place = shelf.run(raw).run_folder
     (place / "record.json").unlink()
     importance(shelf, "changing", **{"model.norm.weight": torch.ones(32)})
     with pytest.raises(ResumeError, match="penalties"):
@@ -433,21 +441,21 @@ def test_importance_that_has_changed_is_refused_on_resume(shelf: Shelf) -> None:
 # -- strengths --------------------------------------------------------------------------------------------------------
 
 
-def test_a_strength_is_found_once_and_kept(shelf: Shelf) -> None:
+def test_a_strength_is_found_once_and_kept(shelf: Workspace) -> None:
     raw = shelf.stage("auto", penalties=[{**ANCHOR, "strength": "auto"}])
-    events = shelf.events(raw)
-    (said,) = [e.what for e in events if isinstance(e, Said)]
-    kept = json.loads((shelf.home / "runs" / "auto" / "plan.json").read_text())["strengths"]["anchor"]
+    events = shelf.run_events(raw)
+    (said,) = [e.message for e in events if isinstance(e, InfoMessage)]
+    kept = json.loads((shelf.folder / "runs" / "auto" / "plan.json").read_text())["strengths"]["anchor"]
     assert f"{kept['strength']:.3g}" in said and kept["strength"] > 0
     assert kept["strength"] == pytest.approx(kept["push"] / kept["pull"], rel=5e-3)
-    record = read_record(shelf.home / "runs" / "auto")
+    record = read_record(shelf.folder / "runs" / "auto")
     assert record["penalties"][0]["strength"] == kept["strength"]
     number = shelf.run(shelf.stage("number", penalties=[{**ANCHOR, "strength": kept["strength"]}]))
     model = "model/model.safetensors"
-    assert (number.place / model).read_bytes() == (shelf.home / "runs" / "auto" / model).read_bytes()
+    assert (number.run_folder / model).read_bytes() == (shelf.folder / "runs" / "auto" / model).read_bytes()
 
 
-def test_a_strength_is_that_of_a_probe_written_by_hand(shelf: Shelf) -> None:
+def test_a_strength_is_that_of_a_probe_written_by_hand(shelf: Workspace) -> None:
     """8 steps at the peak are tried, and all rates come to 4 times as much: weights that wander get sqrt(4) times as far."""
     file, auto = importance(shelf), {**ANCHOR, "strength": "auto"}
     weighed, apart = {**auto, "importance": file}, {**auto, "decoupled": True}
@@ -455,10 +463,10 @@ def test_a_strength_is_that_of_a_probe_written_by_hand(shelf: Shelf) -> None:
     for source in raw["data"]["sources"]:
         source["max_passes"] = 100
     plan, rates = shelf.plan(raw), [1e-2] * 20 + [5e-3] * 24
-    _, _, run = trained(shelf, raw, 0)
+    _, _, run = train_for(shelf, raw, 0)
     loader = make_loader(plan, Execution("float32", False, "sdpa", 1, 4, False, 0.0), run.world)
-    names = [penalty.name for penalty in anchors_of(run)]
-    found = find_strengths(run, loader, rates, make_optimizer(plan, run.weights, run.optimizer.moving))
+    names = [penalty.name for penalty in get_anchors(run)]
+    found = find_strengths(run, loader, rates, make_optimizer(plan, run.weights, run.optimizer.update_mask))
 
     model = run.model.pretrained
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -466,7 +474,7 @@ def test_a_strength_is_that_of_a_probe_written_by_hand(shelf: Shelf) -> None:
     optimizer = by_torch(model)
     for step in range(1, 9):
         optimizer.zero_grad()
-        mean_loss(model, loader.read(step)).backward()
+        mean_loss(model, loader.read_batches(step)).backward()
         for name, p in model.named_parameters():
             summed[name] += p.grad
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -483,25 +491,26 @@ def test_a_strength_is_that_of_a_probe_written_by_hand(shelf: Shelf) -> None:
     assert [found[name]["strength"] for name in names] == pytest.approx(wanted, rel=6e-3)  # of three digits
 
 
-def test_finding_a_strength_leaves_no_trace(shelf: Shelf) -> None:
+def test_finding_a_strength_leaves_no_trace(shelf: Workspace) -> None:
     raw = shelf.stage("trace", penalties=[{**ANCHOR, "strength": "auto"}])
     plan = shelf.plan(raw)
-    before, _, run = trained(shelf, raw, 0)
+    before, _, run = train_for(shelf, raw, 0)
     loader = make_loader(plan, Execution("float32", False, "sdpa", 1, 2, False, 0.0), run.world)
     rates = [plan.schedule(step) for step in range(1, plan.steps + 1)]
     found = [
-        find_strengths(run, loader, rates, make_optimizer(plan, run.weights, run.optimizer.moving)) for _ in range(2)
+        find_strengths(run, loader, rates, make_optimizer(plan, run.weights, run.optimizer.update_mask))
+        for _ in range(2)
     ]
     assert found[0] == found[1]
     assert all(torch.equal(p, before[n]) for n, p in run.model.pretrained.named_parameters())
     assert all(p.grad is None for p in run.model.pretrained.parameters())
-    assert run.step == 0 and run.optimizer.updates() == {} and not run.trained_by_source.any()
+    assert run.step == 0 and run.optimizer.update_counts() == {} and not run.trained_tokens_by_source.any()
 
 
-def test_a_strength_that_drowns_the_loss_is_said_once(shelf: Shelf) -> None:
+def test_a_strength_that_drowns_the_loss_is_said_once(shelf: Workspace) -> None:
     def warnings(strength: float) -> list[str]:
         raw = shelf.stage(f"drowned-{strength}", penalties=[{**ANCHOR, "strength": strength}])
-        return [e.what for e in shelf.events(raw) if isinstance(e, Warned)]
+        return [e.message for e in shelf.run_events(raw) if isinstance(e, WarningMessage)]
 
     (said,) = warnings(1e5)
     assert "x the loss's" in said
@@ -512,19 +521,19 @@ def drift(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
     return sum(float((after[n] - before[n]).square().sum()) for n in before)
 
 
-def test_a_decoupled_pull_holds_too(shelf: Shelf) -> None:
+def test_a_decoupled_pull_holds_too(shelf: Workspace) -> None:
     drifts = [
-        drift(*trained(shelf, shelf.stage("apart", penalties=[{**ANCHOR, "strength": s, "decoupled": True}]), 6)[:2])
+        drift(*train_for(shelf, shelf.stage("apart", penalties=[{**ANCHOR, "strength": s, "decoupled": True}]), 6)[:2])
         for s in (0.0, 10.0, 100.0)
     ]
-    free = drift(*trained(shelf, shelf.stage("apart"), 6)[:2])
+    free = drift(*train_for(shelf, shelf.stage("apart"), 6)[:2])
     assert drifts[0] == free > drifts[1] > drifts[2]
 
 
 # -- beforehand -------------------------------------------------------------------------------------------------------
 
 
-def test_check_says_what_is_held_and_what_it_costs(shelf: Shelf) -> None:
+def test_check_says_what_is_held_and_what_it_costs(shelf: Workspace) -> None:
     file = importance(shelf)
     penalties = [{**ANCHOR, "importance": file}, {"kind": "anchor", "strength": "auto", "storage": "mapped"}]
     found = check_stage(shelf.plan(shelf.stage("checked", penalties=penalties)), cache=shelf.cache)
@@ -538,7 +547,7 @@ def test_check_says_what_is_held_and_what_it_costs(shelf: Shelf) -> None:
     assert "strength auto, found by" in found["text"] and "nothing copied" in found["text"]
 
 
-def test_check_says_that_low_rank_updates_need_no_copies(shelf: Shelf) -> None:
+def test_check_says_that_low_rank_updates_need_no_copies(shelf: Workspace) -> None:
     found = check_stage(
         shelf.plan(shelf.stage("free", {"kind": "lora", "rank": 2}, penalties=[ANCHOR])), cache=shelf.cache
     )
@@ -546,15 +555,15 @@ def test_check_says_that_low_rank_updates_need_no_copies(shelf: Shelf) -> None:
     assert found["penalties"][0]["bytes"] == {"reference": 0, "importance": 0, "mapped": 0}
 
 
-def test_what_cannot_be_mapped_is_copied_and_said(shelf: Shelf) -> None:
-    first = shelf.run(shelf.stage("lora-first", {"kind": "lora", "rank": 2})).place
+def test_what_cannot_be_mapped_is_copied_and_said(shelf: Workspace) -> None:
+    first = shelf.run(shelf.stage("lora-first", {"kind": "lora", "rank": 2})).run_folder
     raw = shelf.stage("on-lora", penalties=[{**ANCHOR, "storage": "mapped"}], model=str(first))
-    about = anchor_of(trained(shelf, raw, 0)[2]).about
+    about = anchor_of(train_for(shelf, raw, 0)[2]).metadata
     (note,) = about["notes"]  # type: ignore[misc]
     assert "do not lie in files" in str(note) and about["bytes"]["mapped"] == 0  # type: ignore[index]
 
 
-def test_check_tells_what_is_wrong(shelf: Shelf) -> None:
+def test_check_tells_what_is_wrong(shelf: Workspace) -> None:
     file = importance(shelf, "bent", **{"model.norm.weight": torch.ones(7)})
     with pytest.raises(DataError, match="has the shape"):
         check_stage(shelf.plan(shelf.stage("bent", penalties=[{**ANCHOR, "importance": file}])), cache=shelf.cache)
@@ -563,9 +572,9 @@ def test_check_tells_what_is_wrong(shelf: Shelf) -> None:
 # -- importance, measured ---------------------------------------------------------------------------------------------
 
 
-def measure(shelf: Shelf, model: str, file: str, out: str, **changes: Any) -> dict[str, Any]:
+def measure(shelf: Workspace, model: str, file: str, out: str, **changes: Any) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "out": shelf.home / out, "tokens": "200", "kind": "fisher", "onto": None, "decay": 0.9, "dtype": "float32",
+        "out": shelf.folder / out, "tokens": "200", "kind": "fisher", "onto": None, "decay": 0.9, "dtype": "float32",
         "context": 48, "documents": "auto", "column": None, "seed": 0, "force": True, "base": None,
     }  # fmt: skip
     said: list[tuple[int, int]] = []
@@ -580,73 +589,80 @@ def measure(shelf: Shelf, model: str, file: str, out: str, **changes: Any) -> di
     return found
 
 
-def test_importance_is_not_written_over_a_folder(shelf: Shelf) -> None:
+def test_importance_is_not_written_over_a_folder(shelf: Workspace) -> None:
     with pytest.raises(StageError, match="is a folder") as caught:
-        measure(shelf, str(shelf.home / "llama"), shelf.file("old"), "llama")
-    assert caught.value.where == "--out" and (shelf.home / "llama" / "config.json").exists()
+        measure(shelf, str(shelf.folder / "llama"), shelf.file("old"), "llama")
+    assert caught.value.where == "--out" and (shelf.folder / "llama" / "config.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["fisher", "empirical", "mas"])
 @pytest.mark.parametrize(
     ("model", "file"), [("llama", "old"), ("llama", "instruction"), ("bert", "old"), ("t5", "old"), ("t5", "pair")]
 )
-def test_importance_is_measured_and_read_by_an_anchor(shelf: Shelf, model: str, file: str, kind: str) -> None:
+def test_importance_is_measured_and_read_by_an_anchor(shelf: Workspace, model: str, file: str, kind: str) -> None:
     out = f"{model}-{file}-{kind}.safetensors"
-    found = measure(shelf, str(shelf.home / model), shelf.file(file), out, kind=kind)
-    made = ImportanceFile(shelf.home / out)
-    start = locate(str(shelf.home / model), shelf.home)
-    weights = dict(load(start, task_at(start)).model.named_parameters())
+    found = measure(shelf, str(shelf.folder / model), shelf.file(file), out, kind=kind)
+    made = ImportanceFile(shelf.folder / out)
+    start = locate_model(str(shelf.folder / model), shelf.folder)
+    weights = dict(load_pretrained(start, get_task(start)).model.named_parameters())
     assert {n: made.shape(n) for n in made.names} == {n: tuple(p.shape) for n, p in weights.items()}
-    assert made.about.fingerprint == start_fingerprint(start) and made.about.kind == kind and made.about.per == "token"
-    assert made.about.tokens >= 200 and made.about.mean > 0 and made.about.convergence
+    assert (
+        made.metadata.fingerprint == start_fingerprint(start)
+        and made.metadata.kind == kind
+        and made.metadata.per == "token"
+    )
+    assert made.metadata.tokens >= 200 and made.metadata.mean > 0 and made.metadata.convergence
     assert all((made[n] >= 0).all() for n in made.names)
     told = sum(float(made[n].double().sum()) for n in made.names) / sum(p.numel() for p in weights.values())
-    assert told == pytest.approx(made.about.mean) == pytest.approx(found["mean"])
+    assert told == pytest.approx(made.metadata.mean) == pytest.approx(found["mean"])
     if model == "llama" and file == "old":
-        raw = shelf.stage(f"by-{kind}", penalties=[{**ANCHOR, "importance": str(shelf.home / out)}])
-        assert anchor_of(trained(shelf, raw, 0)[2]).about["left_out"] == []
+        raw = shelf.stage(f"by-{kind}", penalties=[{**ANCHOR, "importance": str(shelf.folder / out)}])
+        assert anchor_of(train_for(shelf, raw, 0)[2]).metadata["left_out"] == []
 
 
 @pytest.mark.parametrize("rows", ["labelled", "multi", "numbered", "tagged"])
-def test_importance_of_a_classifier(shelf: Shelf, rows: str) -> None:
+def test_importance_of_a_classifier(shelf: Workspace, rows: str) -> None:
     raw = shelf.stage(
         f"classifier-{rows}",
         model="bert",
         sources=[shelf.source(rows, "tagged" if rows == "tagged" else "labelled")],
         objectives=[{"kind": "classify"}],
         tokens=20,
-        evaluation=QUICK | {"learned": [{"name": "x", "path": shelf.file(rows, held_out=True), "like": rows}]},
+        evaluation=QUICK_EVALUATION
+        | {"learned": [{"name": "x", "path": shelf.file(rows, held_out=True), "like": rows}]},
     )
-    place = shelf.run(raw).place
+    place = shelf.run(raw).run_folder
     for kind in ("fisher", "empirical", "mas"):
         found = measure(shelf, str(place), shelf.file(rows), f"{rows}-{kind}.safetensors", kind=kind, tokens="30")
         assert found["per"] == "label" and found["mean"] > 0
         assert any(part["part"] == "classifier.weight" and part["share"] > 0 for part in found["parts"])
 
 
-def test_older_importance_decays(shelf: Shelf) -> None:
-    llama = str(shelf.home / "llama")
+def test_older_importance_decays(shelf: Workspace) -> None:
+    llama = str(shelf.folder / "llama")
     measure(shelf, llama, shelf.file("old"), "one.safetensors")
     measure(shelf, llama, shelf.file("new"), "two.safetensors")
     found = measure(
-        shelf, llama, shelf.file("new"), "both.safetensors", onto=shelf.home / "one.safetensors", decay=0.5,
+        shelf, llama, shelf.file("new"), "both.safetensors", onto=shelf.folder / "one.safetensors", decay=0.5,
         dtype="bfloat16",
     )  # fmt: skip
-    one, two, both = (ImportanceFile(shelf.home / f"{name}.safetensors") for name in ("one", "two", "both"))
+    one, two, both = (ImportanceFile(shelf.folder / f"{name}.safetensors") for name in ("one", "two", "both"))
     for name in one.names:
         torch.testing.assert_close(both[name], (0.5 * one[name] + two[name]).bfloat16())
-    assert both.about.onto is not None and both.about.onto["model"] == llama and both.about.onto["decay"] == 0.5
+    assert (
+        both.metadata.onto is not None and both.metadata.onto["model"] == llama and both.metadata.onto["decay"] == 0.5
+    )
     assert "added onto 0.5 x what was measured on" in found["text"]
 
 
-def test_older_importance_of_other_weights_is_refused(shelf: Shelf) -> None:
-    llama = str(shelf.home / "llama")
+def test_older_importance_of_other_weights_is_refused(shelf: Workspace) -> None:
+    llama = str(shelf.folder / "llama")
     older = importance(shelf, "older", **{"model.norm.weight": torch.ones(7)})
     with pytest.raises(DataError, match=r"model\.norm\.weight has the shape \(7,\), and this model's weight \(32,\)"):
         measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=Path(older))
-    measure(shelf, str(shelf.home / "bert"), shelf.file("old"), "bert.safetensors")
+    measure(shelf, str(shelf.folder / "bert"), shelf.file("old"), "bert.safetensors")
     with pytest.raises(DataError, match=r"lacks|has bert"):
-        measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=shelf.home / "bert.safetensors")
+        measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=shelf.folder / "bert.safetensors")
     with pytest.raises(DataError, match="is fisher, and this one mas"):
         measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=Path(importance(shelf)), kind="mas")
 
@@ -664,18 +680,18 @@ def test_older_importance_of_other_weights_is_refused(shelf: Shelf) -> None:
     ],
     ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
 )
-def test_what_cannot_be_measured_is_told(shelf: Shelf, changes: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_measured_is_told(shelf: Workspace, changes: dict[str, Any], said: str) -> None:
     with pytest.raises((StageError, DataError), match=said):
-        measure(shelf, str(shelf.home / "llama"), shelf.file("old"), **{"out": "no.safetensors", **changes})
+        measure(shelf, str(shelf.folder / "llama"), shelf.file("old"), **{"out": "no.safetensors", **changes})
 
 
-def test_a_file_is_not_overwritten_without_a_word(shelf: Shelf) -> None:
+def test_a_file_is_not_overwritten_without_a_word(shelf: Workspace) -> None:
     file = importance(shelf)
     with pytest.raises(StageError, match="--force"):
-        measure(shelf, str(shelf.home / "llama"), shelf.file("old"), Path(file).name, force=False)
+        measure(shelf, str(shelf.folder / "llama"), shelf.file("old"), Path(file).name, force=False)
 
 
-def test_importance_of_a_model_in_which_an_adapter_stands_is_refused(shelf: Shelf) -> None:
-    place = shelf.run(shelf.stage("standing", {"kind": "adapter", "size": 4})).place
+def test_importance_of_a_model_in_which_an_adapter_stands_is_refused(shelf: Workspace) -> None:
+    place = shelf.run(shelf.stage("standing", {"kind": "adapter", "size": 4})).run_folder
     with pytest.raises(ModelError, match="importance is of plain weights"):
         measure(shelf, str(place), shelf.file("old"), "no.safetensors")

@@ -13,29 +13,32 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postgrad.commands import generate
 from postgrad.commands.evaluate import compare_models, evaluate_files
-from postgrad.commands.generate import export_model, write_once
+from postgrad.commands.generate import export_model, generate_once
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation import continuations
-from postgrad.models.prefix_lm_attention import KEY, mask_for, prefilled, reads_prefixes
-from postgrad.models.pretrained import locate
-from postgrad.tuning.open_model import open_model, prefixes_at
+from postgrad.models.prefix_lm_attention import PREFIX_LM_KEY, is_prefix_lm, model_prefix_mask, prefill_prompt
+from postgrad.models.pretrained import locate_model
+from postgrad.tuning.open_model import open_model, starts_as_prefix_lm
 from tests.conftest import write_jsonl
 from tests.run.test_task_stages import alike, begun, gradients
-from tests.tiny_stages import LENGTH, QUICK, Shelf, carried_out_in_parts, make_shelf, trace
+from tests.tiny_stages import LENGTH, QUICK_EVALUATION, Workspace, make_workspace, run_interrupted, run_trace
 
 PREFIX = [{"kind": "prefix-lm"}]
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
-def stage_of(shelf: Shelf, name: str, tuning: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+def stage_of(shelf: Workspace, name: str, tuning: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     """Text and prompts with answers in one stage."""
     sources = [shelf.source("new", share=0.5), shelf.source("completion", share=0.5)]
-    evaluation = {**QUICK, "learned": [shelf.file("new", held_out=True), shelf.file("completion", held_out=True)]}
+    evaluation = {
+        **QUICK_EVALUATION,
+        "learned": [shelf.file("new", held_out=True), shelf.file("completion", held_out=True)],
+    }
     return shelf.stage(
         name, tuning, **{"sources": sources, "objectives": PREFIX, "evaluation": evaluation, "tokens": 800, **changes}
     )
@@ -49,7 +52,7 @@ def by_hand(folder: Path, plan: Any) -> dict[str, float]:
         nats = tokens = 0.0
         for row in held_out.rows:
             given = {name: torch.from_numpy(array)[None] for name, array in row.inputs.items()}
-            mask = mask_for(model, given.pop("prefix"), given["position_ids"])
+            mask = model_prefix_mask(model, given.pop("prefix"), given["position_ids"])
             with torch.no_grad():
                 logits = model(**given, attention_mask=mask, use_cache=False).logits[0].double()
             asked = np.flatnonzero(row.labels != IGNORED)
@@ -59,98 +62,99 @@ def by_hand(folder: Path, plan: Any) -> dict[str, float]:
     return out
 
 
-def test_it_is_learnt_and_scored_as_it_is_read(shelf: Shelf) -> None:
+def test_it_is_learnt_and_scored_as_it_is_read(shelf: Workspace) -> None:
     raw = stage_of(shelf, "prefix")
     done = shelf.run(raw)
     assert all(change["difference"] < 0 for change in done.record["changes"].values())
     after = {name: scores["nats"] for name, scores in done.record["scores"]["after"].items()}
-    assert after == pytest.approx(by_hand(done.place / "model", shelf.plan(raw)), rel=1e-5)
+    assert after == pytest.approx(by_hand(done.run_folder / "model", shelf.plan(raw)), rel=1e-5)
     before = {name: scores["nats"] for name, scores in done.record["scores"]["before"].items()}
-    assert before == pytest.approx(by_hand(shelf.home / "llama", shelf.plan(raw)), rel=1e-5)
+    assert before == pytest.approx(by_hand(shelf.folder / "llama", shelf.plan(raw)), rel=1e-5)
     # The mutant: read causally it is another number.
-    model = AutoModelForCausalLM.from_pretrained(done.place / "model")
-    row = next(row for row in shelf.plan(raw).held_out[0].rows if row.inputs["prefix"].sum() > 4)
+    model = AutoModelForCausalLM.from_pretrained(done.run_folder / "model")
+    row = next(row for row in shelf.plan(raw).held_out_sets[0].rows if row.inputs["prefix"].sum() > 4)
     ids = torch.from_numpy(row.inputs["input_ids"])[None]
-    mask = mask_for(model, torch.from_numpy(row.inputs["prefix"])[None], torch.arange(ids.shape[1])[None])
+    mask = model_prefix_mask(model, torch.from_numpy(row.inputs["prefix"])[None], torch.arange(ids.shape[1])[None])
     with torch.no_grad():
         causal, both = model(input_ids=ids).logits, model(input_ids=ids, attention_mask=mask).logits
     assert not torch.allclose(causal, both, atol=1e-4)
 
 
-def test_held_out_prefixes_do_not_change_with_the_seed(shelf: Shelf) -> None:
+def test_held_out_prefixes_do_not_change_with_the_seed(shelf: Workspace) -> None:
     one, other = (shelf.plan(stage_of(shelf, f"seed-{seed}", seed=seed)) for seed in (0, 5))
-    for a, b in zip(one.held_out, other.held_out, strict=True):
+    for a, b in zip(one.held_out_sets, other.held_out_sets, strict=True):
         assert all(np.array_equal(x.inputs["prefix"], y.inputs["prefix"]) for x, y in zip(a.rows, b.rows, strict=True))
     drawn = [
-        [plan.rows[0].at(i, i).inputs["prefix"].tolist() for i in range(len(plan.rows[0]))] for plan in (one, other)
+        [plan.rows[0].get_row(i, i).inputs["prefix"].tolist() for i in range(len(plan.rows[0]))]
+        for plan in (one, other)
     ]
     assert drawn[0] != drawn[1]
 
 
-def test_loss_and_gradient_are_those_of_transformers(shelf: Shelf) -> None:
+def test_loss_and_gradient_are_those_of_transformers(shelf: Workspace) -> None:
     run, batches = begun(shelf, stage_of(shelf, "loss"))
     assert {"prefix"} <= set(batches[0].inputs)
     for batch in batches:
         loss, _ = run.objectives[0](run.model(**batch.inputs), batch)
-        (loss / batch.counted).backward()
+        (loss / batch.label_count).backward()
         ours = gradients(run)
         given = dict(batch.inputs)
         model = run.model.pretrained
-        mask = mask_for(model, given.pop("prefix"), given["position_ids"])
+        mask = model_prefix_mask(model, given.pop("prefix"), given["position_ids"])
         logits = model(**given, attention_mask=mask, use_cache=False).logits
         plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
-        assert loss.item() / batch.counted == pytest.approx(plain.item(), rel=1e-5)
+        assert loss.item() / batch.label_count == pytest.approx(plain.item(), rel=1e-5)
         plain.backward()
         assert alike(ours, gradients(run))
 
 
-def test_it_stands_beside_plain_text_in_one_stage(shelf: Shelf) -> None:
+def test_it_stands_beside_plain_text_in_one_stage(shelf: Workspace) -> None:
     objectives = [{"kind": "prefix-lm", "on": ["completion"]}, {"kind": "next-token"}]
     learned = [{"name": "answers", "path": shelf.file("completion", held_out=True), "like": "completion"}]
-    evaluation = {**QUICK, "learned": [*learned, shelf.file("new", held_out=True)]}
+    evaluation = {**QUICK_EVALUATION, "learned": [*learned, shelf.file("new", held_out=True)]}
     raw = stage_of(shelf, "beside", objectives=objectives, evaluation=evaluation)
     plan = shelf.plan(raw)
     assert [rows.layout for rows in plan.rows] == ["packed", "prefix"]
     done = shelf.run(raw)
     assert done.record["status"] == "finished" and all(c["difference"] < 0 for c in done.record["changes"].values())
-    assert reads_prefixes(AutoModelForCausalLM.from_pretrained(done.place / "model").config)
+    assert is_prefix_lm(AutoModelForCausalLM.from_pretrained(done.run_folder / "model").config)
 
 
-def test_a_killed_run_ends_with_the_same_bits(shelf: Shelf) -> None:
+def test_a_killed_run_ends_with_the_same_bits(shelf: Workspace) -> None:
     whole = shelf.run(stage_of(shelf, "whole"))
-    parts = carried_out_in_parts(shelf, stage_of(shelf, "parts"))
-    assert trace(parts.place) == trace(whole.place)
+    parts = run_interrupted(shelf, stage_of(shelf, "parts"))
+    assert run_trace(parts.run_folder) == run_trace(whole.run_folder)
 
 
 # -- what leaves -------------------------------------------------------------------------------------------------------
 
 
-def test_the_published_model_says_how_it_reads_until_it_is_trained_otherwise(shelf: Shelf) -> None:
+def test_the_published_model_says_how_it_reads_until_it_is_trained_otherwise(shelf: Workspace) -> None:
     done = shelf.run(stage_of(shelf, "prefix"))
-    checkpoint = next((done.place / "checkpoints").glob("step-*"))
-    for folder in (done.place / "model", checkpoint):
-        assert json.loads((folder / "config.json").read_text())[KEY] is True
+    checkpoint = next((done.run_folder / "checkpoints").glob("step-*"))
+    for folder in (done.run_folder / "model", checkpoint):
+        assert json.loads((folder / "config.json").read_text())[PREFIX_LM_KEY] is True
     # A stage that names no objective goes on as its start was made.
     raw = stage_of(shelf, "on", model="runs/prefix", objectives=[], tokens=200)
     assert [o.kind for o in shelf.plan(raw).objectives] == ["prefix-lm"]
-    assert reads_prefixes(AutoModelForCausalLM.from_pretrained(shelf.run(raw).place / "model").config)
+    assert is_prefix_lm(AutoModelForCausalLM.from_pretrained(shelf.run(raw).run_folder / "model").config)
     causal = stage_of(shelf, "back", model="runs/prefix", objectives=[{"kind": "next-token"}], tokens=200)
-    assert KEY not in (shelf.run(causal).place / "model" / "config.json").read_text()
+    assert PREFIX_LM_KEY not in (shelf.run(causal).run_folder / "model" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
-def test_a_tunings_folder_says_it_too(shelf: Shelf, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tunings_folder_says_it_too(shelf: Workspace, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tuning = {"lora": {"rank": 2}, "prefix": {"length": 3, "hidden": 8}, "prompt": {"length": 3}}[kind]
     done = shelf.run(stage_of(shelf, f"prefix-{kind}", {"kind": kind, **tuning}, tokens=400))
-    start = locate(str(done.place), shelf.home)
-    assert prefixes_at(start) and not prefixes_at(start.plain)
+    start = locate_model(str(done.run_folder), shelf.folder)
+    assert starts_as_prefix_lm(start) and not starts_as_prefix_lm(start.full_model)
     opened = open_model(start)
-    assert reads_prefixes(opened.model.config)
-    monkeypatch.chdir(shelf.home)
+    assert is_prefix_lm(opened.model.config)
+    monkeypatch.chdir(shelf.folder)
     options = {"tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0}
-    assert write_once([str(done.place)], "one and two", **options)["continuations"]
+    assert generate_once([str(done.run_folder)], "one and two", **options)["continuations"]
     scored = evaluate_files(
-        str(done.place),
+        str(done.run_folder),
         [shelf.file("new", held_out=True)],
         context=LENGTH,
         documents="auto",
@@ -160,14 +164,14 @@ def test_a_tunings_folder_says_it_too(shelf: Shelf, kind: str, monkeypatch: pyte
     assert "read in both directions" in scored["text"]
 
 
-def test_a_prompt_is_read_in_both_directions_and_written_on(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_read_in_both_directions_and_written_on(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     done = shelf.run(stage_of(shelf, "prefix"))
-    monkeypatch.chdir(shelf.home)
-    model = AutoModelForCausalLM.from_pretrained(done.place / "model")
-    tokenizer = AutoTokenizer.from_pretrained(done.place / "model")
+    monkeypatch.chdir(shelf.folder)
+    model = AutoModelForCausalLM.from_pretrained(done.run_folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(done.run_folder / "model")
     asked: list[int] = []
     monkeypatch.setattr(
-        generate, "prefilled", lambda model, ids: (asked.append(ids.shape[1]), prefilled(model, ids))[1]
+        generate, "prefill_prompt", lambda model, ids: (asked.append(ids.shape[1]), prefill_prompt(model, ids))[1]
     )
     sizes = []
     for prompt in ("one and two.", "x3 = y4 * 17;\nx", "seven and nine. eight and", "x1"):
@@ -175,32 +179,35 @@ def test_a_prompt_is_read_in_both_directions_and_written_on(shelf: Shelf, monkey
         ids, size = given, given.shape[1]
         for _ in range(6):
             positions = torch.arange(ids.shape[1])[None]
-            mask = mask_for(model, (positions < size).long(), positions)
+            mask = model_prefix_mask(model, (positions < size).long(), positions)
             with torch.no_grad():
                 following = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, -1].argmax()
             ids = torch.cat([ids, following[None, None]], 1)
             if following == tokenizer.eos_token_id:
                 break
         wanted = tokenizer.decode(ids[0, size:], skip_special_tokens=True)
-        found = write_once([str(done.place)], prompt, tokens=6, temperature=0.0, top_p=1.0, seed=0)
+        found = generate_once([str(done.run_folder)], prompt, tokens=6, temperature=0.0, top_p=1.0, seed=0)
         assert found["continuations"][0]["written"] == wanted
         sizes.append(size)
     assert asked == sizes  # so small a model might write the same from a prompt that was read causally
-    told = export_model(str(done.place), shelf.home / "exported", "auto")["text"]
-    assert KEY in told and json.loads((shelf.home / "exported" / "config.json").read_text())[KEY] is True
+    told = export_model(str(done.run_folder), shelf.folder / "exported", "auto")["text"]
+    assert (
+        PREFIX_LM_KEY in told
+        and json.loads((shelf.folder / "exported" / "config.json").read_text())[PREFIX_LM_KEY] is True
+    )
 
 
-def test_models_that_read_in_other_ways_are_not_compared(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_read_in_other_ways_are_not_compared(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     done = shelf.run(stage_of(shelf, "prefix"))
-    monkeypatch.chdir(shelf.home)
+    monkeypatch.chdir(shelf.folder)
     with pytest.raises(StageError, match="both directions"):
-        compare_models(["llama", str(done.place)], [shelf.file("new", held_out=True)], cache=shelf.cache)
+        compare_models(["llama", str(done.run_folder)], [shelf.file("new", held_out=True)], cache=shelf.cache)
 
 
 # -- what cannot be ----------------------------------------------------------------------------------------------------
 
 
-def test_attention_that_looks_back_only_is_refused(shelf: Shelf) -> None:
+def test_attention_that_looks_back_only_is_refused(shelf: Workspace) -> None:
     compute = {"threads": 1, "dtype": "float32", "compile": False}
     with pytest.raises(StageError, match="prefixes are read in both directions") as met:
         shelf.run(stage_of(shelf, "blocks", compute={**compute, "attention": "causal_blocks"}))
@@ -211,34 +218,34 @@ def test_attention_that_looks_back_only_is_refused(shelf: Shelf) -> None:
     assert shelf.run(stage_of(shelf, "prefix")).record["execution"]["attention"] == "sdpa"
 
 
-def test_an_encoder_is_refused(shelf: Shelf) -> None:
+def test_an_encoder_is_refused(shelf: Workspace) -> None:
     with pytest.raises(StageError, match="prefix-lm needs a decoder"):
         shelf.plan(stage_of(shelf, "bert", model="bert"))
 
 
-def test_rows_longer_than_a_window_are_refused(shelf: Shelf) -> None:
+def test_rows_longer_than_a_window_are_refused(shelf: Workspace) -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
     from tests.conftest import make_tokenizer
-    from tests.tiny_stages import written
+    from tests.tiny_stages import save_model
 
     config = MistralConfig(
         vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, sliding_window=16,
     )  # fmt: skip
-    written(MistralForCausalLM(config).eval(), make_tokenizer(), shelf.home / "mistral")
+    save_model(MistralForCausalLM(config).eval(), make_tokenizer(), shelf.folder / "mistral")
     with pytest.raises(ModelError, match="layers of this model see 16"):
         shelf.run(stage_of(shelf, "window", model="mistral"))
 
 
-def test_samples_are_written_as_the_model_reads(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_written_as_the_model_reads(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The start model's are not: it was never trained so."""
     asked: list[bool] = []
     plain = continuations.prefilled
-    monkeypatch.setattr(continuations, "prefilled", lambda model, ids: (asked.append(True), plain(model, ids))[1])
+    monkeypatch.setattr(continuations, "prefill_prompt", lambda model, ids: (asked.append(True), plain(model, ids))[1])
     objectives = [{"kind": "prefix-lm", "on": ["completion"]}, {"kind": "next-token"}]
     text = "one and two. three and four. five and six. seven and eight. nine and ten. one and two. three and four. " * 2
-    long = write_jsonl(shelf.home / "long.jsonl", [text])
-    evaluation = {**QUICK, "samples": 1, "learned": [{"name": "long", "path": str(long), "like": "new"}]}
+    long = write_jsonl(shelf.folder / "long.jsonl", [text])
+    evaluation = {**QUICK_EVALUATION, "samples": 1, "learned": [{"name": "long", "path": str(long), "like": "new"}]}
     done = shelf.run(stage_of(shelf, "samples", objectives=objectives, evaluation=evaluation, tokens=200))
     assert len(done.record["samples"]) == 1 and asked == [True]

@@ -15,27 +15,27 @@ from postgrad.commands.evaluate import evaluate_files
 from postgrad.errors import StageError
 from postgrad.plan.plan import Plan
 from postgrad.run.run import REPORT
-from postgrad.run.summary import outcome_text
-from tests.tiny_stages import LENGTH, Shelf, carried_out_in_parts, make_shelf, trace
+from postgrad.run.summary import summary_text
+from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_interrupted, run_trace
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
 def stage_of(
-    shelf: Shelf, name: str, tokens: int = 60, tuning: dict[str, Any] | None = None, **changes: Any
+    shelf: Workspace, name: str, tokens: int = 60, tuning: dict[str, Any] | None = None, **changes: Any
 ) -> dict[str, Any]:
-    evaluation = {**shelf.texts, "pseudo_perplexity": tokens}
+    evaluation = {**shelf.text_evaluation, "pseudo_perplexity": tokens}
     return shelf.stage(name, tuning, model="bert", tokens=200, evaluation=evaluation, **changes)
 
 
 def by_hand(folder: Path, plan: Plan, name: str) -> tuple[float, int]:
     """The mean over every token of the first texts of a set, by plain transformers and its tokenizer's own frame."""
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    given = next(texts for texts in plan.pseudo if texts.name == name)
-    held_out = next(c for c in plan.held_out if c.name == name)
+    given = next(texts for texts in plan.pseudo_perplexity_sets if texts.name == name)
+    held_out = next(c for c in plan.held_out_sets if c.name == name)
     nats: list[float] = []
     for window in given.windows:
         ids = window.ids.tolist()
@@ -51,11 +51,11 @@ def by_hand(folder: Path, plan: Plan, name: str) -> tuple[float, int]:
     return float(np.mean(nats)), len(nats)
 
 
-def test_it_is_measured_before_and_after_on_the_same_texts(shelf: Shelf) -> None:
+def test_it_is_measured_before_and_after_on_the_same_texts(shelf: Workspace) -> None:
     raw = stage_of(shelf, "pseudo")
     done, plan = shelf.run(raw), shelf.plan(raw)
     told = done.record["pseudo_perplexity"]
-    for side, folder in (("before", shelf.home / "bert"), ("after", done.place / "model")):
+    for side, folder in (("before", shelf.folder / "bert"), ("after", done.run_folder / "model")):
         for name, scores in told["scores"][side].items():
             nats, tokens = by_hand(folder, plan, name)
             assert scores["tokens"] == tokens >= 60
@@ -71,39 +71,39 @@ def test_it_is_measured_before_and_after_on_the_same_texts(shelf: Shelf) -> None
         assert change["difference"] == pytest.approx(after - before)
     # Beside the masked loss, in the end text and on the page; the gate and the curves know nothing of it.
     assert told["scores"]["after"].keys() == done.record["scores"]["after"].keys()
-    text, page = outcome_text(done), (done.place / REPORT).read_text()
+    text, page = summary_text(done), (done.run_folder / REPORT).read_text()
     for place in (text, page):
         assert "given all the others" in place and "pseudo-perplexity" in place
     assert f"{told['scores']['after']['new-heldout']['nats']:.3f}" in text
 
 
-def test_a_killed_run_keeps_its_before(shelf: Shelf) -> None:
+def test_a_killed_run_keeps_its_before(shelf: Workspace) -> None:
     whole = shelf.run(stage_of(shelf, "whole"))
-    parts = carried_out_in_parts(shelf, stage_of(shelf, "parts"))
-    assert trace(parts.place) == trace(whole.place)
+    parts = run_interrupted(shelf, stage_of(shelf, "parts"))
+    assert run_trace(parts.run_folder) == run_trace(whole.run_folder)
     assert parts.record["pseudo_perplexity"] == whole.record["pseudo_perplexity"]
 
 
-def test_the_start_model_reads_without_the_vectors_of_the_stage(shelf: Shelf) -> None:
+def test_the_start_model_reads_without_the_vectors_of_the_stage(shelf: Workspace) -> None:
     plan = shelf.plan(stage_of(shelf, "prompt", tuning={"kind": "prompt", "length": 3}))
-    for now, before in zip(plan.pseudo, plan.pseudo_before, strict=True):
+    for now, before in zip(plan.pseudo_perplexity_sets, plan.pseudo_perplexity_sets_before, strict=True):
         for one, other in zip(now.windows, before.windows, strict=True):
             assert len(one.ids) == len(other.ids) + 3
-            assert one.ids[one.places].tolist() == other.ids[other.places].tolist()
+            assert one.ids[one.masked_positions].tolist() == other.ids[other.masked_positions].tolist()
 
 
-def test_it_is_off_unless_asked_for(shelf: Shelf) -> None:
+def test_it_is_off_unless_asked_for(shelf: Workspace) -> None:
     done = shelf.run(stage_of(shelf, "off", 0))
     assert done.record["pseudo_perplexity"] is None
-    assert "given all the others" not in outcome_text(done) + (done.place / REPORT).read_text()
-    assert not list((done.place / "scores").glob("pseudo*"))
+    assert "given all the others" not in summary_text(done) + (done.run_folder / REPORT).read_text()
+    assert not list((done.run_folder / "scores").glob("pseudo*"))
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 100, 100_000])
-def test_whole_windows_are_taken_up_to_the_one_that_reaches_it(shelf: Shelf, tokens: int) -> None:
+def test_whole_windows_are_taken_up_to_the_one_that_reaches_it(shelf: Workspace, tokens: int) -> None:
     plan = shelf.plan(stage_of(shelf, f"up-to-{tokens}", tokens, data={"sequence_length": 16}))
-    for texts, held_out in zip(plan.pseudo, plan.held_out, strict=True):
-        counts = [len(window.places) for window in texts.windows]
+    for texts, held_out in zip(plan.pseudo_perplexity_sets, plan.held_out_sets, strict=True):
+        counts = [len(window.masked_positions) for window in texts.windows]
         assert sum(counts[:-1]) < tokens
         assert sum(counts) >= tokens or len(texts) == len(held_out)
         assert all(len(window.ids) <= 16 for window in texts.windows)
@@ -112,12 +112,12 @@ def test_whole_windows_are_taken_up_to_the_one_that_reaches_it(shelf: Shelf, tok
         assert 0 < texts.bytes.sum() <= held_out.bytes.sum()
 
 
-def test_the_command_scores_an_encoder(shelf: Shelf) -> None:
+def test_the_command_scores_an_encoder(shelf: Workspace) -> None:
     files = [shelf.file("old", held_out=True), shelf.file("new", held_out=True)]
 
     def asked(pseudo: int, model: str = "bert") -> dict[str, Any]:
         return evaluate_files(
-            str(shelf.home / model),
+            str(shelf.folder / model),
             files,
             context=LENGTH,
             documents="auto",
@@ -139,8 +139,8 @@ def test_the_command_scores_an_encoder(shelf: Shelf) -> None:
         asked(-1)
 
 
-def test_a_decoder_is_not_asked(shelf: Shelf) -> None:
-    raw = shelf.stage("llama", evaluation={**shelf.texts, "pseudo_perplexity": "2k"})
+def test_a_decoder_is_not_asked(shelf: Workspace) -> None:
+    raw = shelf.stage("llama", evaluation={**shelf.text_evaluation, "pseudo_perplexity": "2k"})
     with pytest.raises(StageError, match="pseudo-perplexity is of masked language models") as met:
         shelf.plan(raw)
     assert met.value.where == "evaluation.pseudo_perplexity"

@@ -18,25 +18,25 @@ from postgrad.evaluation.before_after import read_scores
 from postgrad.evaluation.perplexity import Scores
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.run import relearning
-from postgrad.run.run import Finished, Said, run_stage
+from postgrad.run.run import InfoMessage, RunFinished, run_stage
 from postgrad.storage.atomic import MANIFEST
 from tests.conftest import StageOf, old_text, write_jsonl
 
-Carried = Callable[..., tuple[Finished, list[Any]]]
+Carried = Callable[..., tuple[RunFinished, list[Any]]]
 
 
 @pytest.fixture
 def carried_out(stage_of: StageOf, tmp_path: Path) -> Carried:
     """A stage on new text alone, from a model that has learnt the old text, which is measured on that."""
 
-    def carry(**changes: Any) -> tuple[Finished, list[Any]]:
+    def carry(**changes: Any) -> tuple[RunFinished, list[Any]]:
         raw = stage_of(**changes)
         events = list(
             run_stage(
                 make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache"), command="t", cache=tmp_path / "cache"
             )
         )
-        assert isinstance(events[-1], Finished)
+        assert isinstance(events[-1], RunFinished)
         return events[-1], events
 
     return carry
@@ -48,7 +48,7 @@ def knowing(carried_out: Carried, base: Path, tmp_path: Path) -> str:
     data = {"sequence_length": 32, "sources": [{"name": "old", "path": str(base / "old.jsonl"), "max_passes": 100}]}
     evaluation = {"learned": [str(base / "old-heldout.jsonl")], "samples": 0, "drift_tokens": 0}
     last, _ = carried_out(data=data, evaluation=evaluation, output=str(tmp_path / "one"), tokens=12_000)
-    return str(last.place)
+    return str(last.run_folder)
 
 
 def forgetful(base: Path, model: str, **changes: Any) -> dict[str, Any]:
@@ -71,22 +71,26 @@ def test_what_comes_back_is_told_from_what_is_lost(carried_out: Carried, knowing
     assert entry["won"]["value"] == pytest.approx(entry["forgot"]["value"] - entry["left"]["value"])
     assert entry["share"]["value"] == pytest.approx(entry["won"]["value"] / entry["forgot"]["value"])
     assert entry["won"]["low"] > 0 and entry["share"]["value"] > 0.3  # one text was over the other, and can be dug out
-    (line,) = [event.what for event in events if isinstance(event, Said) and "came back in 12 steps" in event.what]
+    (line,) = [
+        event.message for event in events if isinstance(event, InfoMessage) and "came back in 12 steps" in event.message
+    ]
     assert line.startswith("old-heldout: of +")
-    assert "What a few steps on old text bring back" in (last.place / "report.html").read_text()
+    assert "What a few steps on old text bring back" in (last.run_folder / "report.html").read_text()
     # Only the half that the steps have not read counts, and what was forgotten is that of the scores on it.
-    held_out = next(h for h in plan_at(last).held_out if h.role == "retained")
+    held_out = next(h for h in plan_at(last).held_out_sets if h.role == "retained")
     unread = held_out_mask(held_out.digests, 0.5)
     assert entry["documents"] == int(unread.sum()) and 0 < entry["documents"] < len(held_out)
-    before, after = (read_scores(last.place / "scores" / f"{when}.npz")["old-heldout"] for when in ("before", "after"))
+    before, after = (
+        read_scores(last.run_folder / "scores" / f"{when}.npz")["old-heldout"] for when in ("before", "after")
+    )
     nats = [np.bincount(s.document_W, s.nats_W, len(held_out))[unread].sum() for s in (before, after)]
     tokens = np.bincount(before.document_W, before.tokens_W, len(held_out))[unread].sum()
     assert entry["forgot"]["value"] == pytest.approx((nats[1] - nats[0]) / tokens, rel=1e-6)
 
 
-def plan_at(last: Finished) -> Plan:
+def plan_at(last: RunFinished) -> Plan:
     raw = last.record["stage"]
-    return make_plan(parse_stage(raw, "t"), Path(last.record["root"]), last.place.parent / "cache")
+    return make_plan(parse_stage(raw, "t"), Path(last.record["root"]), last.run_folder.parent / "cache")
 
 
 def test_copies_are_trained_and_the_published_model_is_not(
@@ -97,7 +101,7 @@ def test_copies_are_trained_and_the_published_model_is_not(
         **forgetful(base, knowing, output=str(tmp_path / "without"), evaluation={"realign_steps": 0})
     )
     assert other.record["realign"] is None
-    manifests = [json.loads((run.place / "model" / MANIFEST).read_text()) for run in (one, other)]
+    manifests = [json.loads((run.run_folder / "model" / MANIFEST).read_text()) for run in (one, other)]
     assert manifests[0]["model.safetensors"] == manifests[1]["model.safetensors"]
     assert one.record["scores"] == other.record["scores"]
 
@@ -127,7 +131,7 @@ def test_a_replay_source_gives_its_other_documents(carried_out: Carried, knowing
     raw["data"]["sources"] = sources
     last, _ = carried_out(**raw)
     (name,) = last.record["realign"]["sets"]
-    held_out = next(h for h in plan_at(last).held_out if h.name == "old")
+    held_out = next(h for h in plan_at(last).held_out_sets if h.name == "old")
     assert name == "old" and last.record["realign"]["sets"][name]["documents"] == len(held_out)
 
 
@@ -136,11 +140,13 @@ def test_nothing_is_tried_without_old_text_or_an_old_model(stage_of: StageOf, tm
     raw["evaluation"] |= {"retained": [], "realign_steps": 5}
     raw["data"]["sources"] = [{**raw["data"]["sources"][0], "share": 1.0}]
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
-    assert relearning._old_sources(plan) == []
-    assert relearning.left_alone(plan) == ["nothing is re-aligned: there is no retained set (evaluation.realign_steps)"]
+    assert relearning._relearning_sources(plan) == []
+    assert relearning.relearning_notes(plan) == [
+        "nothing is re-aligned: there is no retained set (evaluation.realign_steps)"
+    ]
     raw["model"] = {"fresh": "llama-1M", "tokenizer": {"vocabulary": 300}}
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
-    (note,) = relearning.left_alone(plan)
+    (note,) = relearning.relearning_notes(plan)
     assert "the start model is new" in note
 
 
@@ -150,21 +156,21 @@ def test_a_set_that_is_too_small_is_named(stage_of: StageOf, base: Path, tmp_pat
     raw = stage_of()
     raw["evaluation"] |= {"retained": [str(few), str(enough)], "realign_steps": 5}
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
-    (note,) = relearning.left_alone(plan)
+    (note,) = relearning.relearning_notes(plan)
     assert note.startswith("few: not re-aligned: 9 documents are too few")
     assert f"note: {note}" in check_stage(plan, cache=tmp_path / "cache")["text"]
     raw["evaluation"]["realign_steps"] = 0
-    assert relearning.left_alone(make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")) == []
+    assert relearning.relearning_notes(make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")) == []
 
 
 def test_the_share_is_none_where_nothing_is_forgotten() -> None:
     entry = {"forgot": {"value": -0.01, "low": -0.03, "high": 0.01}, "won": {}, "left": {}, "share": None}
-    assert "nothing forgotten" in relearning._said(entry, 5)
+    assert "nothing forgotten" in relearning._relearning_line(entry, 5)
 
 
 def test_documents_are_paired_by_their_content() -> None:
     scores = Scores(np.array([0, 0, 1, 2]), np.array([1.0, 2.0, 5.0, 7.0]), np.array([3, 3, 4, 0]), np.array([9, 9, 9]))
-    assert relearning._by_document(np.array([11, 12, 13], np.uint64), scores) == {11: (3.0, 6), 12: (5.0, 4)}
+    assert relearning._scores_by_document(np.array([11, 12, 13], np.uint64), scores) == {11: (3.0, 6), 12: (5.0, 4)}
 
 
 def test_the_arithmetic_is_that_of_four_models_on_the_same_documents() -> None:
@@ -182,7 +188,7 @@ def test_the_arithmetic_is_that_of_four_models_on_the_same_documents() -> None:
     one = np.ones(42)
     before, after = scores(one, everything), scores(2 * one + wobble, everything)
     floor, back = scores(0.9 * one, half, cut=3), scores(1.2 * one + wobble / 2, half)
-    found = relearning._told(
+    found = relearning._compare_copies(
         plan, "old", ({"old": before}, {"old": after}), (digests[half], floor), (digests[half], back)
     )
     assert found is not None and found["documents"] == 40  # not 7, which two have not scored, nor 3, which one has cut
@@ -200,7 +206,7 @@ def test_the_arithmetic_is_that_of_four_models_on_the_same_documents() -> None:
     spread = float(np.sqrt((((wobble[common] - shift) * sizes[common]) ** 2).sum()) / total)
     assert (found["forgot"]["high"] - found["forgot"]["low"]) / 2 == pytest.approx(1.96 * spread, rel=0.15)
     nothing = scores(one - 0.5, everything)
-    found = relearning._told(
+    found = relearning._compare_copies(
         plan, "old", ({"old": before}, {"old": nothing}), (digests[half], floor), (digests[half], back)
     )
     assert found is not None and found["share"] is None  # nothing was forgotten

@@ -18,7 +18,17 @@ from postgrad.errors import BusyError, DiskError, NonFiniteError, ResumeError
 from postgrad.evaluation import before_after
 from postgrad.lineage.record import read_record
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.run.run import Began, Event, Finished, Looked, Saved, Stepped, Stopped, look_steps, run_stage
+from postgrad.run.run import (
+    CheckpointSaved,
+    EvaluationCompleted,
+    RunEvent,
+    RunFinished,
+    RunStarted,
+    RunStopped,
+    StepCompleted,
+    evaluation_steps,
+    run_stage,
+)
 from postgrad.storage.atomic import verify
 from postgrad.training.metrics_log import read_metrics
 from tests.conftest import StageOf
@@ -28,14 +38,14 @@ def plan_of(raw: dict[str, Any], cache: Path) -> Plan:
     return make_plan(parse_stage(raw, "test"), Path.cwd(), cache)
 
 
-def events_of(raw: dict[str, Any], cache: Path) -> list[Event]:
+def events_of(raw: dict[str, Any], cache: Path) -> list[RunEvent]:
     return list(run_stage(plan_of(raw, cache), command="test", cache=cache))
 
 
 def test_a_run_leaves_everything_that_was_promised(stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
     events = events_of(stage_of(), cache)
     finished = events[-1]
-    assert isinstance(finished, Finished) and not finished.already
+    assert isinstance(finished, RunFinished) and not finished.already_complete
     home = tmp_path / "run"
     for name in ("stage.yaml", "plan.json", "metrics.jsonl", "record.json", "report.html", "model", "scores"):
         assert (home / name).exists(), name
@@ -90,17 +100,17 @@ def test_stopped_and_resumed_equals_never_stopped(stage_of: StageOf, cache: Path
     stops = 0
     while True:
         generator = run_stage(plan_of(raw, cache), command="test", cache=cache)
-        last: Event | None = None
+        last: RunEvent | None = None
         made = 0
         for event in generator:
             last = event
-            if isinstance(event, Stepped):
+            if isinstance(event, StepCompleted):
                 made += 1
                 if made == 3:
                     os.kill(os.getpid(), signal.SIGTERM)
-        if isinstance(last, Finished):
+        if isinstance(last, RunFinished):
             break
-        assert isinstance(last, Stopped)
+        assert isinstance(last, RunStopped)
         assert read_record(tmp_path / "parts")["status"] == "stopped"
         stops += 1
     assert stops > 3
@@ -110,7 +120,7 @@ def test_stopped_and_resumed_equals_never_stopped(stage_of: StageOf, cache: Path
 def test_a_finished_run_is_not_run_again(stage_of: StageOf, cache: Path) -> None:
     events_of(stage_of(), cache)
     again = events_of(stage_of(), cache)
-    assert len(again) == 1 and isinstance(again[0], Finished) and again[0].already
+    assert len(again) == 1 and isinstance(again[0], RunFinished) and again[0].already_complete
 
 
 def test_a_changed_stage_is_refused_with_its_differences(stage_of: StageOf, cache: Path) -> None:
@@ -132,7 +142,7 @@ def test_changed_text_is_refused(stage_of: StageOf, cache: Path, tmp_path: Path,
 
 def test_saving_more_often_is_no_other_run(stage_of: StageOf, cache: Path) -> None:
     events_of(stage_of(), cache)
-    assert isinstance(events_of(stage_of(save={"every": "2 steps"}), cache)[-1], Finished)
+    assert isinstance(events_of(stage_of(save={"every": "2 steps"}), cache)[-1], RunFinished)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
@@ -145,7 +155,7 @@ def test_a_folder_that_is_no_run_is_left_alone(stage_of: StageOf, cache: Path, t
 
 def test_two_processes_do_not_share_a_run(stage_of: StageOf, cache: Path) -> None:
     first = run_stage(plan_of(stage_of(), cache), command="test", cache=cache)
-    next(e for e in first if isinstance(e, Began))
+    next(e for e in first if isinstance(e, RunStarted))
     with pytest.raises(BusyError, match=str(os.getpid())):
         events_of(stage_of(), cache)
     first.close()
@@ -167,7 +177,7 @@ def test_the_gate_fails_when_the_old_is_forgotten(stage_of: StageOf, cache: Path
         data={"sequence_length": 32, "sources": [{"name": "new", "path": stage_of()["data"]["sources"][0]["path"]}]},
     )
     finished = events_of(naive, cache)[-1]
-    assert isinstance(finished, Finished)
+    assert isinstance(finished, RunFinished)
     assert finished.record["status"] == "gate-failed" and not finished.record["gate"]["passed"]
     assert finished.record["changes"]["old-heldout"]["verdict"] == "forgot"
     assert (tmp_path / "run" / "model" / "config.json").exists()  # everything is kept
@@ -180,28 +190,28 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     raw = stage_of()
     generator = run_stage(plan_of(raw, cache), command="test", cache=cache)
     for event in generator:
-        if isinstance(event, Saved):
+        if isinstance(event, CheckpointSaved):
             break
-    from postgrad.objectives.next_token import Tokens
+    from postgrad.objectives.next_token import TokenLoss
 
-    monkeypatch.setattr(Tokens, "weight_at", lambda self, step: float("nan"))
+    monkeypatch.setattr(TokenLoss, "loss_weight", lambda self, step: float("nan"))
     with pytest.raises(NonFiniteError, match="no weight was moved"):
         list(generator)
     monkeypatch.undo()
-    assert isinstance(events_of(raw, cache)[-1], Finished)
+    assert isinstance(events_of(raw, cache)[-1], RunFinished)
     events_of(stage_of(output=str(tmp_path / "whole")), cache)
     assert trace(tmp_path / "run") == trace(tmp_path / "whole")
 
 
 def test_held_out_sets_are_looked_at_densely_at_the_start() -> None:
-    looks = look_steps("10%", 10_000, 10**9)
+    looks = evaluation_steps("10%", 10_000, 10**9)
     assert {25, 50, 100, 150, 200, 1000, 2000, 10_000} <= looks
-    assert look_steps("50%", 2, 100) == {1, 2}
+    assert evaluation_steps("50%", 2, 100) == {1, 2}
 
 
 def test_before_and_after_are_of_the_same_documents(stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
     events = events_of(stage_of(), cache)
-    assert any(isinstance(e, Looked) for e in events)
+    assert any(isinstance(e, EvaluationCompleted) for e in events)
     scores = tmp_path / "run" / "scores"
     before, after = before_after.read_scores(scores / "before.npz"), before_after.read_scores(scores / "after.npz")
     for name in before:
@@ -228,9 +238,9 @@ def test_a_compiled_bf16_run_resumes_to_the_same_bits(stage_of: StageOf, cache: 
     events_of(stage_of(output=str(tmp_path / "whole"), compute=compute), cache)
     raw = stage_of(output=str(tmp_path / "parts"), compute=compute)
     for event in run_stage(plan_of(raw, cache), command="test", cache=cache):
-        if isinstance(event, Stepped) and event.report.step == 7:
+        if isinstance(event, StepCompleted) and event.report.step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
-    assert isinstance(events_of(raw, cache)[-1], Finished)
+    assert isinstance(events_of(raw, cache)[-1], RunFinished)
     assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
     # The mutant: the same run not compiled is another run, so the comparison can fail.
     events_of(stage_of(output=str(tmp_path / "plain"), compute={**compute, "compile": False}), cache)

@@ -12,19 +12,19 @@ import torch
 
 from postgrad.check.check import check_stage
 from postgrad.config import sparse_updates
-from postgrad.config.quantities import Part
+from postgrad.config.quantities import ConfigModel
 from postgrad.config.sparse_updates import LossAdaptive, MagnitudeUpdate, MomentumUpdate
 from postgrad.errors import StageError
 from postgrad.lineage.record import read_record
-from postgrad.models.pretrained import load, locate
-from postgrad.optim.sparse_update import Fewer
-from postgrad.optim.top_k import largest
+from postgrad.models.pretrained import load_pretrained, locate_model
+from postgrad.optim.sparse_update import SparseMask
+from postgrad.optim.top_k import top_k_masks
 from postgrad.run.run import run_stage
-from postgrad.run.summary import outcome_text
+from postgrad.run.summary import summary_text
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.checkpoint_files import read_progress
 from postgrad.training.metrics_log import read_metrics
-from tests.tiny_stages import Shelf, carried_out_in_parts, make_shelf, trace, trained
+from tests.tiny_stages import Workspace, make_workspace, run_interrupted, run_trace, train_for
 
 MOMENTUM = {"update": {"kind": "momentum", "share": "10%"}}
 MAGNITUDE = {"update": {"kind": "magnitude", "share": "30%"}}
@@ -32,8 +32,8 @@ FINCH = {"loss_adaptive": {"start": "50%"}}
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
 def told(home: Path) -> list[dict[str, Any]]:
@@ -47,38 +47,38 @@ WHOLE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_a_share_of_all_is_no_change_to_the_bit(shelf: Shelf, kind: str) -> None:
+def test_a_share_of_all_is_no_change_to_the_bit(shelf: Workspace, kind: str) -> None:
     plain = shelf.run(shelf.stage("plain"))
     whole = shelf.run(shelf.stage(f"whole-{kind}", optimizer=WHOLE[kind]))
     model = "model/model.safetensors"
-    assert (plain.place / model).read_bytes() == (whole.place / model).read_bytes()
-    assert all("moved" not in row for row in told(plain.place)) and read_record(plain.place)["update"] is None
-    assert all(row["moved"] == read_record(whole.place)["update"]["of"] for row in told(whole.place))
+    assert (plain.run_folder / model).read_bytes() == (whole.run_folder / model).read_bytes()
+    assert all("moved" not in row for row in told(plain.run_folder)) and read_record(plain.run_folder)["update"] is None
+    assert all(row["moved"] == read_record(whole.run_folder)["update"]["of"] for row in told(whole.run_folder))
 
 
 @pytest.mark.parametrize("optimizer", [MOMENTUM, MAGNITUDE, {**MOMENTUM, **FINCH}], ids=["momentum", "rows", "paced"])
-def test_killed_and_stopped_it_ends_with_the_same_bits(shelf: Shelf, optimizer: dict[str, Any]) -> None:
+def test_killed_and_stopped_it_ends_with_the_same_bits(shelf: Workspace, optimizer: dict[str, Any]) -> None:
     name = "-".join(["parts", *optimizer, optimizer["update"]["kind"]])
     whole = shelf.run(shelf.stage(f"{name}-whole", optimizer=optimizer))
-    parts = carried_out_in_parts(shelf, shelf.stage(name, optimizer=optimizer))
-    assert trace(parts.place) == trace(whole.place)
+    parts = run_interrupted(shelf, shelf.stage(name, optimizer=optimizer))
+    assert run_trace(parts.run_folder) == run_trace(whole.run_folder)
 
 
-def test_a_rate_that_forgot_its_losses_would_be_caught(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_that_forgot_its_losses_would_be_caught(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = shelf.run(shelf.stage("kept", optimizer=FINCH))
-    monkeypatch.setattr("postgrad.optim.loss_adaptive_lr.LossPaced.load", lambda self, state: None)
-    parts = carried_out_in_parts(shelf, shelf.stage("forgot", optimizer=FINCH))
-    assert trace(parts.place) != trace(whole.place)
+    monkeypatch.setattr("postgrad.optim.loss_adaptive_lr.LossAdaptiveLRScale.load", lambda self, state: None)
+    parts = run_interrupted(shelf, shelf.stage("forgot", optimizer=FINCH))
+    assert run_trace(parts.run_folder) != run_trace(whole.run_folder)
 
 
-def test_the_rate_follows_the_loss(shelf: Shelf) -> None:
-    place = shelf.run(shelf.stage("paced", optimizer={"loss_adaptive": {"start": "40%", "smoothing": 0.5}})).place
+def test_the_rate_follows_the_loss(shelf: Workspace) -> None:
+    place = shelf.run(shelf.stage("paced", optimizer={"loss_adaptive": {"start": "40%", "smoothing": 0.5}})).run_folder
     mean = first = told(place)[0]["loss"]
     for row in told(place):
         mean = 0.5 * mean + 0.5 * row["loss"]
         assert row["rate"] == pytest.approx(1e-2 * min(1.0, 0.4 * (first / mean) ** 0.5), rel=1e-6)
     assert told(place)[0]["rate"] == pytest.approx(4e-3)
-    newest = Checkpoints(place / "checkpoints", None).newest(print)
+    newest = Checkpoints(place / "checkpoints", None).find_newest(print)
     assert newest and read_progress(newest).rate == told(place)[-1]["rate"]
 
 
@@ -101,11 +101,11 @@ def name_of(tuning: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("tuning", TUNED, ids=name_of)
-def test_the_largest_momentum_of_every_tuning(shelf: Shelf, tuning: dict[str, Any]) -> None:
-    before, after, run = trained(shelf, shelf.stage("any", tuning, optimizer=MOMENTUM), 1)
-    moving = run.optimizer.moving
-    assert isinstance(moving, Fewer)
-    chosen = {w.name: w.master for w in run.weights.all if any(w.master is m for m in moving.chosen)}
+def test_the_largest_momentum_of_every_tuning(shelf: Workspace, tuning: dict[str, Any]) -> None:
+    before, after, run = train_for(shelf, shelf.stage("any", tuning, optimizer=MOMENTUM), 1)
+    moving = run.optimizer.update_mask
+    assert isinstance(moving, SparseMask)
+    chosen = {w.name: w.master for w in run.weights.entries if any(w.master is m for m in moving.sparse_masters)}
     assert chosen
     for name, master in chosen.items():
         assert int((after[name] != before[name]).sum()) <= max(1, round(0.1 * master.numel()))
@@ -113,20 +113,20 @@ def test_the_largest_momentum_of_every_tuning(shelf: Shelf, tuning: dict[str, An
 
 
 @pytest.mark.parametrize("tuning", TUNED, ids=name_of)
-def test_the_largest_rows_of_every_tuning_that_has_rows(shelf: Shelf, tuning: dict[str, Any]) -> None:
+def test_the_largest_rows_of_every_tuning_that_has_rows(shelf: Workspace, tuning: dict[str, Any]) -> None:
     raw = shelf.stage("any", tuning, optimizer=MAGNITUDE)
     if name_of(tuning) in ("dora", "osf", "houlsby", "prefix"):
         said = "read what is no text" if name_of(tuning) == "dora" else "moves no linear layer"
         with pytest.raises(StageError, match=said) as error:
-            trained(shelf, raw, 1)
+            train_for(shelf, raw, 1)
         assert error.value.where == "optimizer.update"
         return
-    before, after, run = trained(shelf, raw, 1)
-    moving = run.optimizer.moving
-    assert isinstance(moving, Fewer)
-    for w in run.weights.all:
+    before, after, run = train_for(shelf, raw, 1)
+    moving = run.optimizer.update_mask
+    assert isinstance(moving, SparseMask)
+    for w in run.weights.entries:
         rows = (after[w.name] != before[w.name]).flatten(1).any(1) if w.master.ndim > 1 else None
-        if rows is not None and any(w.master is m for m in moving.chosen):
+        if rows is not None and any(w.master is m for m in moving.sparse_masters):
             assert int(rows.sum()) <= max(1, round(0.3 * len(rows)))
 
 
@@ -138,17 +138,17 @@ MODELS = {
 
 @pytest.mark.parametrize("optimizer", [MOMENTUM, MAGNITUDE], ids=["momentum", "magnitude"])
 @pytest.mark.parametrize("name", MODELS)
-def test_it_works_on_other_models(shelf: Shelf, name: str, optimizer: dict[str, Any]) -> None:
+def test_it_works_on_other_models(shelf: Workspace, name: str, optimizer: dict[str, Any]) -> None:
     model, changes = MODELS[name]
     place = shelf.run(
         shelf.stage(f"{name}-{optimizer['update']['kind']}", model=model, optimizer=optimizer, **changes)
-    ).place
+    ).run_folder
     rows, about = told(place), read_record(place)["update"]
     assert all(row["moved"] == about["moved"] < about["of"] for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-OTHER: list[tuple[type[Part], str, dict[str, Any]]] = [
+OTHER: list[tuple[type[ConfigModel], str, dict[str, Any]]] = [
     (MomentumUpdate, "update", {"share": 0.2}),
     (MagnitudeUpdate, "update", {"share": 0.6}),
     (LossAdaptive, "loss_adaptive", {"start": 0.3, "smoothing": 0.2}),
@@ -156,12 +156,14 @@ OTHER: list[tuple[type[Part], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "place", "other"), OTHER, ids=[kind.__name__ for kind, *_ in OTHER])
-def test_every_key_changes_what_is_trained(shelf: Shelf, kind: type[Part], place: str, other: dict[str, Any]) -> None:
+def test_every_key_changes_what_is_trained(
+    shelf: Workspace, kind: type[ConfigModel], place: str, other: dict[str, Any]
+) -> None:
     word = {"kind": get_args(kind.model_fields["kind"].annotation)[0]} if "kind" in kind.model_fields else {}
     assert other.keys() == kind.model_fields.keys() - {"kind"}
 
     def after(changes: dict[str, Any]) -> torch.Tensor:
-        now = trained(shelf, shelf.stage("keys", optimizer={place: {**word, **changes}}), 3)[1]
+        now = train_for(shelf, shelf.stage("keys", optimizer={place: {**word, **changes}}), 3)[1]
         return torch.cat([t.flatten() for t in now.values()])
 
     plain, again = after({}), after({})
@@ -176,41 +178,41 @@ def test_every_kind_of_update_is_among_them() -> None:
     }
 
 
-def test_beside_penalties_and_distillation(shelf: Shelf) -> None:
+def test_beside_penalties_and_distillation(shelf: Workspace) -> None:
     """A decoupled pull is the optimizer's own step: what does not move is not pulled either."""
     objectives = [{"kind": "next-token"}, {"kind": "distill", "teacher": "start", "weight": 0.5, "on": ["old"]}]
     for decoupled in (False, True):
         anchor = {"kind": "anchor", "strength": 5.0, "decoupled": decoupled}
         raw = shelf.stage("beside", optimizer=MOMENTUM, penalties=[anchor], objectives=objectives)
-        before, after, run = trained(shelf, raw, 1)
-        for w in run.weights.all:
+        before, after, run = train_for(shelf, raw, 1)
+        for w in run.weights.entries:
             moved = int((after[w.name] != before[w.name]).sum())
             assert moved <= (w.master.numel() if w.master.ndim < 2 else max(1, round(0.1 * w.master.numel())))
 
 
-def test_a_teacher_in_the_same_model_is_not_heard(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_in_the_same_model_is_not_heard(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its adapter off the model is the teacher: what it reads as one says nothing about rows."""
     found: list[list[torch.Tensor]] = []
     monkeypatch.setattr(
         "postgrad.optim.migu.largest",
-        lambda sizes, counts, like: found.append([s.clone() for s in sizes]) or largest(sizes, counts, like),
+        lambda sizes, counts, like: found.append([s.clone() for s in sizes]) or top_k_masks(sizes, counts, like),
     )
     for weight in (0.0, 0.5):
         teach = {"kind": "distill", "teacher": "start", "weight": weight}
         raw = shelf.stage("taught", {"kind": "lora", "rank": 2}, optimizer=MAGNITUDE)
-        trained(shelf, {**raw, "objectives": [{"kind": "next-token"}, *([teach] if weight else [])]}, 1)
+        train_for(shelf, {**raw, "objectives": [{"kind": "next-token"}, *([teach] if weight else [])]}, 1)
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
 
 
-def test_a_strength_that_is_found_finds_it_with_the_same_updates(shelf: Shelf) -> None:
+def test_a_strength_that_is_found_finds_it_with_the_same_updates(shelf: Workspace) -> None:
     raw = shelf.stage("auto", optimizer={**MAGNITUDE, **FINCH}, penalties=[{"kind": "anchor", "strength": "auto"}])
-    place = shelf.run(raw).place
+    place = shelf.run(raw).run_folder
     assert json.loads((place / "plan.json").read_text())["strengths"]["anchor"]["strength"] > 0
     assert told(place)[0]["rate"] == pytest.approx(5e-3)  # the steps that look for it do not count
 
 
-def test_check_says_what_moves(shelf: Shelf) -> None:
+def test_check_says_what_moves(shelf: Workspace) -> None:
     found = check_stage(shelf.plan(shelf.stage("told", optimizer={**MOMENTUM, **FINCH})), cache=shelf.cache)
     sizes = [(p.ndim, p.numel()) for p in shelf_weights(shelf)]
     matrices = [n for dims, n in sizes if dims >= 2]
@@ -226,35 +228,41 @@ def test_check_says_what_moves(shelf: Shelf) -> None:
     assert plain["update"] is None and "update:" not in plain["text"] and "sqrt" not in plain["text"]
 
 
-def test_the_end_says_what_moved(shelf: Shelf) -> None:
+def test_the_end_says_what_moved(shelf: Workspace) -> None:
     done = shelf.run(shelf.stage("said", optimizer=MOMENTUM))
     plain = shelf.run(shelf.stage("plain"))
-    models = [load(locate(str(place), shelf.home)).model for place in (shelf.home / "llama", done.place)]
+    models = [
+        load_pretrained(locate_model(str(place), shelf.folder)).model
+        for place in (shelf.folder / "llama", done.run_folder)
+    ]
     start, end = (dict(model.named_parameters()) for model in models)
     differ = sum(int((end[name] != old).sum()) for name, old in start.items())
-    about = read_record(done.place)["update"]
+    about = read_record(done.run_folder)["update"]
     line = f"{differ:,} of {about['of']:,} weights differ from the start model's"
     each = f"each update moved {about['moved']:,} of {about['of']:,}"
     assert about["moved"] < differ < about["of"]
-    for text in (outcome_text(done), (done.place / "report.html").read_text()):
+    for text in (summary_text(done), (done.run_folder / "report.html").read_text()):
         assert line in text.replace("&#x27;", "'") and each in text
-    assert "weights differ" not in outcome_text(plain) and "weights differ" in (plain.place / "report.html").read_text()
+    assert (
+        "weights differ" not in summary_text(plain)
+        and "weights differ" in (plain.run_folder / "report.html").read_text()
+    )
 
 
-def test_the_page_draws_the_rate_that_was_taken(shelf: Shelf) -> None:
+def test_the_page_draws_the_rate_that_was_taken(shelf: Workspace) -> None:
     paced, plain = (shelf.run(shelf.stage(n, optimizer=o)) for n, o in (("drawn", FINCH), ("plain", {})))
-    assert "The rate follows the loss" in (paced.place / "report.html").read_text()
-    assert "The rate follows the loss" not in (plain.place / "report.html").read_text()
+    assert "The rate follows the loss" in (paced.run_folder / "report.html").read_text()
+    assert "The rate follows the loss" not in (plain.run_folder / "report.html").read_text()
 
 
-def shelf_weights(shelf: Shelf) -> list[torch.Tensor]:
-    before, _, _ = trained(shelf, shelf.stage("none"), 0)
+def shelf_weights(shelf: Workspace) -> list[torch.Tensor]:
+    before, _, _ = train_for(shelf, shelf.stage("none"), 0)
     return list(before.values())
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # dynamo looks at torch in ways that torch itself warns of
-def test_compiled_blocks_move_the_same_rows(shelf: Shelf) -> None:
+def test_compiled_blocks_move_the_same_rows(shelf: Workspace) -> None:
     compute = {"threads": 1, "dtype": "float32"}
     runs = []
     for compiled in (False, True):
@@ -277,7 +285,7 @@ def test_compiled_blocks_move_the_same_rows(shelf: Shelf) -> None:
         ({"loss_adaptive": {"smoothing": 1}}, "optimizer.loss_adaptive.smoothing"),
     ],
 )
-def test_what_cannot_be_is_refused(shelf: Shelf, optimizer: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_is_refused(shelf: Workspace, optimizer: dict[str, Any], said: str) -> None:
     with pytest.raises(StageError) as error:
         shelf.plan(shelf.stage("wrong", optimizer=optimizer))
     assert said in str(error.value)

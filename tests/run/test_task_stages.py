@@ -29,19 +29,28 @@ from postgrad.data.loading.batch import Batch
 from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError, TuningError
 from postgrad.evaluation import classification_metrics
-from postgrad.evaluation.before_after import measure, read_scores
+from postgrad.evaluation.before_after import read_scores, score_sets
 from postgrad.hardware.execution import Execution
-from postgrad.models.model import model_for
-from postgrad.models.pretrained import locate
+from postgrad.models.model import wrap_model
+from postgrad.models.pretrained import locate_model
 from postgrad.optim.optimizer import AdamW
 from postgrad.plan import sources as leaves
 from postgrad.plan.objective_rows import make_rows
 from postgrad.plan.plan import Plan
-from postgrad.run.build import build, make_loader, make_objectives, make_subject
+from postgrad.run.build import build_run, make_loader, make_objectives, make_tuned_model
 from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run, StepReport, train_step
 from postgrad.tuning.open_model import open_model
-from tests.tiny_stages import LENGTH, QUICK, Shelf, carried_out_in_parts, make_shelf, rows, trace, trained
+from tests.tiny_stages import (
+    LENGTH,
+    QUICK_EVALUATION,
+    Workspace,
+    make_workspace,
+    run_interrupted,
+    run_trace,
+    train_for,
+    write_rows,
+)
 
 CPU = World(torch.device("cpu"))
 CLASSIFY = [{"kind": "classify"}]
@@ -209,14 +218,14 @@ BY_HAND = CLASSIFIERS | WRITERS
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classification_metrics, "_DRAWS", 4)  # intervals are not what is looked at here, and take longest
-        yield make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+        yield make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
 def stage_of(
-    shelf: Shelf, name: str, tuning: dict[str, Any] | None = None, run: str | None = None, **changes: Any
+    shelf: Workspace, name: str, tuning: dict[str, Any] | None = None, run: str | None = None, **changes: Any
 ) -> dict[str, Any]:
     case = BY_HAND[name]
     return shelf.stage(
@@ -228,7 +237,7 @@ def stage_of(
             "objectives": list(case.objectives),
             "data": {"sequence_length": case.length},
             "tokens": case.tokens,
-            "evaluation": {**QUICK, "learned": [shelf.file(case.rows, held_out=True)]},
+            "evaluation": {**QUICK_EVALUATION, "learned": [shelf.file(case.rows, held_out=True)]},
             **changes,
         },
     )
@@ -245,12 +254,12 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     "name",
     [pytest.param(n, marks=pytest.mark.slow) if n in ("llama two texts", "t5 number") else n for n in BY_HAND],
 )
-def test_a_task_is_learnt_and_scored_as_plain_transformers_scores_it(shelf: Shelf, name: str) -> None:
+def test_a_task_is_learnt_and_scored_as_plain_transformers_scores_it(shelf: Workspace, name: str) -> None:
     case = BY_HAND[name]
     done = shelf.run(stage_of(shelf, name))
     held_out = f"{case.rows}-heldout"
     assert done.record["changes"][held_out]["difference"] < (0.1 if case.rows == "paired" else 0)
-    folder = done.place / "model"
+    folder = done.run_folder / "model"
     model, loading = case.auto.from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -263,15 +272,17 @@ def test_a_task_is_learnt_and_scored_as_plain_transformers_scores_it(shelf: Shel
         said, meant = (np.concatenate([np.ravel(row[i]) for row in found]) for i in (1, 2))
         right = np.mean((said - meant) ** 2) if case.metric == "MSE" else np.mean(said == meant)
         assert after["metrics"][case.metric]["value"] == pytest.approx(right, rel=1e-4)
-        kept = read_scores(done.place / "scores" / "after.npz")[held_out]
-        both = sorted(zip(kept.meant_I.tolist(), kept.said_I.tolist(), strict=True))  # in the order of their hashes
+        kept = read_scores(done.run_folder / "scores" / "after.npz")[held_out]
+        both = sorted(
+            zip(kept.labels_I.tolist(), kept.predictions_I.tolist(), strict=True)
+        )  # in the order of their hashes
         assert np.allclose(both, sorted(zip(meant.tolist(), said.tolist(), strict=True)), atol=1e-4)
 
 
 @pytest.mark.parametrize(
     "name", ["bert class", "bert multi", "bert number", "bert tags", "llama class", "t5 pair", "t5 chat"]
 )
-def test_what_left_is_scored_alike_outside_of_its_stage(shelf: Shelf, name: str, tmp_path: Path) -> None:
+def test_what_left_is_scored_alike_outside_of_its_stage(shelf: Workspace, name: str, tmp_path: Path) -> None:
     """As a run, as a small folder on its base, and exported as a plain model."""
     file = shelf.file(BY_HAND[name].rows, held_out=True)
 
@@ -287,20 +298,20 @@ def test_what_left_is_scored_alike_outside_of_its_stage(shelf: Shelf, name: str,
 
     for tuning in (None, {"kind": "lora", "rank": 1}):
         done = shelf.run(stage_of(shelf, name, tuning, f"{name}{' lora' if tuning else ''}"))
-        assert evaluated(done.place) == done.record["scores"]["after"]
-    export_model(str(done.place), tmp_path / "plain", "auto")
+        assert evaluated(done.run_folder) == done.record["scores"]["after"]
+    export_model(str(done.run_folder), tmp_path / "plain", "auto")
     assert evaluated(tmp_path / "plain") == done.record["scores"]["after"]
 
 
-def test_labels_that_a_classifier_does_not_know_are_met(shelf: Shelf) -> None:
-    file = rows(shelf.home / "foreign.jsonl", [{"text": "six and one.", "label": "verse"}])
-    run = shelf.run(stage_of(shelf, "bert class")).place
+def test_labels_that_a_classifier_does_not_know_are_met(shelf: Workspace) -> None:
+    file = write_rows(shelf.folder / "foreign.jsonl", [{"text": "six and one.", "label": "verse"}])
+    run = shelf.run(stage_of(shelf, "bert class")).run_folder
     with pytest.raises(DataError, match="label 'verse' is none of the 2 known ones"):
         evaluate_files(str(run), [str(file)], context=LENGTH, documents="auto", column=None, cache=shelf.cache)
 
 
-def test_a_classifier_leaves_with_its_labels(shelf: Shelf) -> None:
-    folder = shelf.run(stage_of(shelf, "bert class")).place / "model"
+def test_a_classifier_leaves_with_its_labels(shelf: Workspace) -> None:
+    folder = shelf.run(stage_of(shelf, "bert class")).run_folder / "model"
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"] == {"0": "sums", "1": "words"}
     assert config["problem_type"] == "single_label_classification"
@@ -315,13 +326,13 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_text_is_learnt_by_encoders_and_encoder_decoders(shelf: Shelf, name: str) -> None:
+def test_text_is_learnt_by_encoders_and_encoder_decoders(shelf: Workspace, name: str) -> None:
     model, auto, objectives = TEXTS[name]
     raw = shelf.stage(name.replace(" ", "-"), model=model, objectives=list(objectives), tokens=200)
     done = shelf.run(raw)
     assert done.record["changes"]["new-heldout"]["difference"] < 0
-    plan, published = shelf.plan(raw), auto.from_pretrained(done.place / "model")
-    for held_out in plan.held_out:
+    plan, published = shelf.plan(raw), auto.from_pretrained(done.run_folder / "model")
+    for held_out in plan.held_out_sets:
         nats = tokens = 0
         for row in held_out.rows:
             inputs = {key: torch.from_numpy(value)[None] for key, value in row.inputs.items()}
@@ -334,7 +345,7 @@ def test_text_is_learnt_by_encoders_and_encoder_decoders(shelf: Shelf, name: str
         assert after["nats"] == pytest.approx(nats / tokens, rel=1e-5)
 
 
-def test_a_cloze_task_says_a_word_at_the_mask(shelf: Shelf) -> None:
+def test_a_cloze_task_says_a_word_at_the_mask(shelf: Workspace) -> None:
     """Classes as words that a masked language model says: the mask stands in the template, beside trained vectors."""
     raw = stage_of(
         shelf,
@@ -344,7 +355,7 @@ def test_a_cloze_task_says_a_word_at_the_mask(shelf: Shelf) -> None:
         objectives=[{"kind": "masked"}],
         sources=[shelf.source("labelled", kind="labelled", words={"words": "yes", "sums": "no"})],
         evaluation={
-            **QUICK,
+            **QUICK_EVALUATION,
             "learned": [
                 {"name": "labelled-heldout", "path": shelf.file("labelled", held_out=True), "like": "labelled"}
             ],
@@ -352,8 +363,8 @@ def test_a_cloze_task_says_a_word_at_the_mask(shelf: Shelf) -> None:
     )
     done, plan = shelf.run(raw), shelf.plan(raw)
     assert done.record["model"]["task"] == "masked"
-    plain = AutoModelForMaskedLM.from_pretrained(shelf.home / "bert").eval()
-    tokenizer = AutoTokenizer.from_pretrained(shelf.home / "bert")
+    plain = AutoModelForMaskedLM.from_pretrained(shelf.folder / "bert").eval()
+    tokenizer = AutoTokenizer.from_pretrained(shelf.folder / "bert")
     nats = []
     for row in read_rows(shelf.file("labelled", held_out=True)):
         text = tokenizer(f"{row['text']} [MASK]", return_tensors="pt")
@@ -364,20 +375,20 @@ def test_a_cloze_task_says_a_word_at_the_mask(shelf: Shelf) -> None:
     before, after = (done.record["scores"][when]["labelled-heldout"] for when in ("before", "after"))
     assert (before["nats"], before["tokens"]) == (pytest.approx(np.mean(nats), rel=1e-5), len(nats))
     assert after["nats"] != before["nats"]
-    (held_out,) = plan.held_out
+    (held_out,) = plan.held_out_sets
     assert all(len(set(row.inputs["input_ids"]) & {len(tokenizer), len(tokenizer) + 1}) == 2 for row in held_out.rows)
 
 
-def before_of(shelf: Shelf, raw: dict[str, Any]) -> tuple[float, float]:
+def before_of(shelf: Workspace, raw: dict[str, Any]) -> tuple[float, float]:
     """What a stage says of its start model, and what the start model scores when nothing is kept."""
     done, plan = shelf.run(raw), shelf.plan(raw)
-    opened = open_model(plan.start, plan.task, layer=plan.layer)
-    found = measure(model_for(opened.model, plan.task), plan.held_out_before, context=plan.context, world=CPU)
+    opened = open_model(plan.start_model, plan.task, layer=plan.task_layer)
+    found = score_sets(wrap_model(opened.model, plan.task), plan.held_out_sets_before, context=plan.context, world=CPU)
     (name,) = found
     return done.record["scores"]["before"][name]["nats"], found[name].nats
 
 
-def test_scores_that_are_kept_are_of_the_same_words_masks_and_layer(shelf: Shelf) -> None:
+def test_scores_that_are_kept_are_of_the_same_words_masks_and_layer(shelf: Workspace) -> None:
     """Stages that share a cache: other words in a template, other words for the labels, another seed."""
 
     def cloze(template: str, **words: str) -> dict[str, Any]:
@@ -389,7 +400,7 @@ def test_scores_that_are_kept_are_of_the_same_words_masks_and_layer(shelf: Shelf
             f"{template[4:7].strip()} {words['words']}",
             objectives=[{"kind": "masked"}],
             sources=[shelf.source("labelled", kind="labelled", words=words)],
-            evaluation={**QUICK, "learned": [learned]},
+            evaluation={**QUICK_EVALUATION, "learned": [learned]},
             tokens=8,
         )
 
@@ -408,20 +419,20 @@ def test_scores_that_are_kept_are_of_the_same_words_masks_and_layer(shelf: Shelf
     masked = [shelf.stage(f"masked-{seed}", model="bert", tokens=50, seed=seed) for seed in (0, 1)]
     one, other = (shelf.run(raw).record for raw in masked)
     assert one["scores"]["before"] == other["scores"]["before"] and one["scores"]["after"] != other["scores"]["after"]
-    rows = [plan.held_out[0].rows for plan in map(shelf.plan, masked)]
+    rows = [plan.held_out_sets[0].rows for plan in map(shelf.plan, masked)]
     assert all(np.array_equal(a.labels, b.labels) for a, b in zip(*rows, strict=True))
 
 
 # -- loss and gradient ---------------------------------------------------------------------------------------------------
 
 
-def begun(shelf: Shelf, raw: dict[str, Any]) -> tuple[Run, list[Batch]]:
+def begun(shelf: Workspace, raw: dict[str, Any]) -> tuple[Run, list[Batch]]:
     """A run at its step 0, and the micro-batches of its first step."""
     plan = shelf.plan(raw)
     execution = Execution("float32", False, "sdpa", 1, 2, False, 0.0)
-    subject = make_subject(plan, CPU)
+    subject = make_tuned_model(plan, CPU)
     subject.model.pretrained.set_attn_implementation("sdpa")
-    return build(plan, subject, execution, CPU), make_loader(plan, execution, CPU).read(1)
+    return build_run(plan, subject, execution, CPU), make_loader(plan, execution, CPU).read_batches(1)
 
 
 def plain_loss(run: Run, batch: Batch) -> Tensor:
@@ -447,7 +458,7 @@ def alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     )
 
 
-def stages(shelf: Shelf) -> dict[str, dict[str, Any]]:
+def stages(shelf: Workspace) -> dict[str, dict[str, Any]]:
     of_texts = {
         name: shelf.stage("loss", model=model, objectives=list(objectives))
         for name, (model, _, objectives) in TEXTS.items()
@@ -456,20 +467,20 @@ def stages(shelf: Shelf) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", [*BY_HAND, *TEXTS, "llama text"])
-def test_losses_and_gradients_are_those_of_transformers(shelf: Shelf, name: str) -> None:
+def test_losses_and_gradients_are_those_of_transformers(shelf: Workspace, name: str) -> None:
     run, batches = begun(shelf, stages(shelf)[name])
     for batch in batches:
         loss, rows_B = run.objectives[0](run.model(**batch.inputs), batch)
         plain = plain_loss(run, batch)
-        assert loss.item() / batch.counted == pytest.approx(plain.item(), rel=1e-5)
+        assert loss.item() / batch.label_count == pytest.approx(plain.item(), rel=1e-5)
         assert float(rows_B.sum()) == pytest.approx(loss.item(), rel=1e-5)
-        (loss / batch.counted).backward()
+        (loss / batch.label_count).backward()
         ours = gradients(run)
         plain.backward()
         assert alike(ours, gradients(run))
 
 
-def test_another_loss_would_not_pass(shelf: Shelf) -> None:
+def test_another_loss_would_not_pass(shelf: Workspace) -> None:
     """The mutants: the classes of one example as one decision each; a sum where transformers has a mean."""
     raw = stage_of(shelf, "bert multi")
     plan, (run, (batch, *_)) = shelf.plan(raw), begun(shelf, raw)
@@ -478,7 +489,7 @@ def test_another_loss_would_not_pass(shelf: Shelf) -> None:
         with pytest.raises((AssertionError, RuntimeError, ValueError)):
             (objective,) = make_objectives(plan.objectives, problem)
             loss, _ = objective(run.model(**batch.inputs), batch)
-            assert loss.item() / batch.counted == pytest.approx(plain, rel=1e-5)
+            assert loss.item() / batch.label_count == pytest.approx(plain, rel=1e-5)
     loss, _ = run.objectives[0](run.model(**batch.inputs), batch)
     assert loss.item() != pytest.approx(plain, rel=1e-2)
 
@@ -498,7 +509,7 @@ CLOZE = {"kind": "p-tuning", "template": "{x} {2} [MASK]", "hidden": 8}
 """An encoder decides by a word at the mask, beside words that are masked: a task layer would be another model."""
 
 
-def mixed(shelf: Shelf, model: str, **changes: Any) -> dict[str, Any]:
+def mixed(shelf: Workspace, model: str, **changes: Any) -> dict[str, Any]:
     rows = {"llama": "completion", "t5": "pair", "bert": "labelled"}[model]
     said = {"kind": "labelled", "words": {"words": "yes", "sums": "no"}} if model == "bert" else {}
     tuning = {"tuning": CLOZE} if model == "bert" else {}
@@ -512,7 +523,13 @@ def mixed(shelf: Shelf, model: str, **changes: Any) -> dict[str, Any]:
         f"mixed-{model}",
         model=model,
         sources=sources,
-        **{"tokens": 800, "evaluation": {**QUICK, **held_out}, "objectives": MIXED[model], **tuning, **changes},
+        **{
+            "tokens": 800,
+            "evaluation": {**QUICK_EVALUATION, **held_out},
+            "objectives": MIXED[model],
+            **tuning,
+            **changes,
+        },
     )
 
 
@@ -524,16 +541,18 @@ def first_step(run: Run, batches: list[Batch], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("model", MIXED)
-def test_a_mixed_step_is_the_sum_of_its_objectives(shelf: Shelf, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixed_step_is_the_sum_of_its_objectives(
+    shelf: Workspace, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each objective's sum over its own rows, times its weight, divided by the labels of the whole batch."""
     run, batches = begun(shelf, mixed(shelf, model, optimizer={"clip": 1e9}, batch={"sequences": 8, "micro": 2}))
-    count = sum(batch.counted for batch in batches)
+    count = sum(batch.label_count for batch in batches)
     sums = {0: 0.0, 1: 0.0}
     expected: dict[str, Tensor] = {}
     for batch in batches:
         (number,) = batch.objectives
         assert {int(k) for k in batch.source_B} == {number}  # `a` comes first, and is named by the first
-        loss = plain_loss(run, batch) * batch.counted
+        loss = plain_loss(run, batch) * batch.label_count
         (loss * MIXED[model][number]["weight"] / count).backward()
         sums[number] += loss.item()
         for name, gradient in gradients(run).items():
@@ -543,24 +562,24 @@ def test_a_mixed_step_is_the_sum_of_its_objectives(shelf: Shelf, model: str, mon
     assert alike(met, expected)
     assert report.loss == pytest.approx((2.0 * sums[0] + 0.5 * sums[1]) / count, rel=1e-5)
     for number, source in enumerate(("a", "old")):
-        nats, tokens = report.by_source[source]
+        nats, tokens = report.losses_by_source[source]
         assert nats == pytest.approx(sums[number], rel=1e-5)
-        assert tokens == sum(b.counted for b in batches if b.objectives == (number,))
+        assert tokens == sum(b.label_count for b in batches if b.objectives == (number,))
     # The mutant: the weights the other way round.
     run.objectives = run.objectives[::-1]
     _, swapped = first_step(run, batches, monkeypatch)
     assert not alike(swapped, expected)
 
 
-def test_each_objective_is_told_by_a_name_of_its_own(shelf: Shelf) -> None:
+def test_each_objective_is_told_by_a_name_of_its_own(shelf: Workspace) -> None:
     done = shelf.run(mixed(shelf, "llama"))
-    row = next(row for row in read_metrics(done.place / "metrics.jsonl") if row["kind"] == "step")
+    row = next(row for row in read_metrics(done.run_folder / "metrics.jsonl") if row["kind"] == "step")
     assert len(row["losses"]) == 2
     assert sum(row["losses"].values()) == pytest.approx(row["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("model", ["llama", "t5", pytest.param("bert", marks=pytest.mark.slow)])
-def test_shares_are_counted_in_what_is_trained(shelf: Shelf, model: str) -> None:
+def test_shares_are_counted_in_what_is_trained(shelf: Workspace, model: str) -> None:
     done = shelf.run(mixed(shelf, model))
     a, old = done.record["achieved"]["sources"]
     assert (a["share"], old["share"]) == (pytest.approx(0.4, abs=0.08), pytest.approx(0.6, abs=0.08))
@@ -568,16 +587,16 @@ def test_shares_are_counted_in_what_is_trained(shelf: Shelf, model: str) -> None
     counted = {"a": 0, "old": 0}
     for step in range(plan.steps):
         for i, (source, row) in enumerate(zip(*plan.mixture.rows(step), strict=True)):
-            made = plan.rows[source].at(int(row), step * plan.mixture.block + i)
+            made = plan.rows[source].at(int(row), step * plan.mixture.block_size + i)
             assert made.counted == int((made.labels != IGNORED).sum())
-            counted[plan.sources[source]] += made.counted
+            counted[plan.source_names[source]] += made.counted
     assert counted == {"a": a["trained"], "old": old["trained"]}
-    for row in read_metrics(done.place / "metrics.jsonl"):
+    for row in read_metrics(done.run_folder / "metrics.jsonl"):
         if row["kind"] == "step":
             assert sum(tokens for _, tokens in row["by_source"].values()) == row["tokens"]
 
 
-def test_text_and_examples_share_rows_of_one_objective(shelf: Shelf) -> None:
+def test_text_and_examples_share_rows_of_one_objective(shelf: Workspace) -> None:
     """Without `on` one objective serves both; the losses by source are those of transformers on the start model."""
     raw = mixed(shelf, "llama", objectives=[])
     run, batches = begun(shelf, raw)
@@ -588,32 +607,32 @@ def test_text_and_examples_share_rows_of_one_objective(shelf: Shelf) -> None:
         nats_BT = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
         for source, nats in zip(batch.source_B, nats_BT.view(batch.labels.shape).sum(1), strict=True):
             expected[run.sources[source]] += float(nats)
-    done = shelf.run({**raw, "output": str(shelf.home / "runs" / "together")})
-    row = next(row for row in read_metrics(done.place / "metrics.jsonl") if row["kind"] == "step")
+    done = shelf.run({**raw, "output": str(shelf.folder / "runs" / "together")})
+    row = next(row for row in read_metrics(done.run_folder / "metrics.jsonl") if row["kind"] == "step")
     assert {name: nats for name, (nats, _) in row["by_source"].items()} == pytest.approx(expected, rel=1e-5)
 
 
 # -- one task after the other --------------------------------------------------------------------------------------------
 
 
-def test_a_task_follows_another(shelf: Shelf) -> None:
+def test_a_task_follows_another(shelf: Workspace) -> None:
     """Masked text, then a classifier on what it left; another stage of the same classes goes on with its task layer."""
     text = shelf.run(shelf.stage("first-text", model="bert", tokens=200))
     lora = {"kind": "lora", "rank": 2}
-    one = shelf.run(stage_of(shelf, "bert class", lora, "then-class", model=str(text.place)))
-    two = shelf.run(stage_of(shelf, "bert class", {"kind": "adapter", "size": 4}, "again", model=str(one.place)))
+    one = shelf.run(stage_of(shelf, "bert class", lora, "then-class", model=str(text.run_folder)))
+    two = shelf.run(stage_of(shelf, "bert class", {"kind": "adapter", "size": 4}, "again", model=str(one.run_folder)))
     assert two.record["scores"]["before"] == one.record["scores"]["after"]
     assert two.record["scores"]["after"] != two.record["scores"]["before"]
     # The backbone is the one that learnt the text; the task layer is the one of `one`.
-    opened = open_model(locate(str(two.place), shelf.home))
+    opened = open_model(locate_model(str(two.run_folder), shelf.folder))
     assert opened.task == "classify" and opened.layer is not None and opened.layer.labels == ("sums", "words")
-    trained = AutoModelForMaskedLM.from_pretrained(text.place / "model").state_dict()
+    trained = AutoModelForMaskedLM.from_pretrained(text.run_folder / "model").state_dict()
     assert torch.equal(
         opened.model.state_dict()["bert.embeddings.word_embeddings.weight"],
         trained["bert.embeddings.word_embeddings.weight"],
     )
     # Other labels want another task layer, on the same backbone.
-    other = shelf.run(stage_of(shelf, "bert tags", lora, "then-tags", model=str(one.place)))
+    other = shelf.run(stage_of(shelf, "bert tags", lora, "then-tags", model=str(one.run_folder)))
     assert other.record["model"]["task"] == "tag" and other.record["status"] == "finished"
 
 
@@ -624,11 +643,11 @@ def test_a_task_follows_another(shelf: Shelf) -> None:
         ("t5 pair", {"kind": "p-tuning", "template": "{2} {x}", "hidden": 8}),
     ],
 )
-def test_a_task_is_resumed_to_the_same_bits(shelf: Shelf, name: str, tuning: dict[str, Any]) -> None:
+def test_a_task_is_resumed_to_the_same_bits(shelf: Workspace, name: str, tuning: dict[str, Any]) -> None:
     tokens = 160 if name == "t5 pair" else 24
     whole = shelf.run(stage_of(shelf, name, tuning, f"{name} whole", tokens=tokens))
-    parts = carried_out_in_parts(shelf, stage_of(shelf, name, tuning, f"{name} parts", tokens=tokens))
-    assert trace(parts.place) == trace(whole.place)
+    parts = run_interrupted(shelf, stage_of(shelf, name, tuning, f"{name} parts", tokens=tokens))
+    assert run_trace(parts.run_folder) == run_trace(whole.run_folder)
 
 
 # -- what cannot be ------------------------------------------------------------------------------------------------------
@@ -647,14 +666,14 @@ def test_a_task_is_resumed_to_the_same_bits(shelf: Shelf, name: str, tuning: dic
     ],
 )
 def test_an_objective_for_another_architecture_is_refused(
-    shelf: Shelf, model: str, kind: str, needs: str, way: str
+    shelf: Workspace, model: str, kind: str, needs: str, way: str
 ) -> None:
     with pytest.raises(StageError, match=f"{kind} needs {needs}") as met:
         shelf.plan(shelf.stage("other", model=model, objectives=[{"kind": kind}]))
     assert met.value.where == "objectives" and way in met.value.expected
 
 
-def test_objectives_of_two_task_layers_are_refused(shelf: Shelf) -> None:
+def test_objectives_of_two_task_layers_are_refused(shelf: Workspace) -> None:
     sources = [shelf.source("old", share=0.5), shelf.source("labelled", "labelled", share=0.5)]
     two = [{"kind": "next-token", "on": ["old"]}, {"kind": "classify", "on": ["labelled"]}]
     with pytest.raises(StageError, match="next-token and classify need different models") as met:
@@ -662,17 +681,17 @@ def test_objectives_of_two_task_layers_are_refused(shelf: Shelf) -> None:
     assert "as text" in met.value.way_out
     # The way out is one.
     learned = {"name": "old-heldout", "path": shelf.file("old", held_out=True), "like": "old"}
-    plan = shelf.plan(shelf.stage("one-layer", sources=sources, evaluation={**QUICK, "learned": [learned]}))
-    assert plan.task == "causal" and [leaf.store.kind for leaf in plan.leaves] == ["text", "labelled"]
+    plan = shelf.plan(shelf.stage("one-layer", sources=sources, evaluation={**QUICK_EVALUATION, "learned": [learned]}))
+    assert plan.task == "causal" and [leaf.store.kind for leaf in plan.sources] == ["text", "labelled"]
 
 
-def test_running_text_has_nothing_for_a_classifier(shelf: Shelf) -> None:
+def test_running_text_has_nothing_for_a_classifier(shelf: Workspace) -> None:
     with pytest.raises(StageError, match="'new' has rows of kind text, which classify cannot be taken on") as met:
         shelf.plan(shelf.stage("texts", model="bert", objectives=CLASSIFY))
     assert "masked" in met.value.expected and met.value.where == "data.sources[0]"
 
 
-def test_a_source_that_two_objectives_name_is_refused(shelf: Shelf) -> None:
+def test_a_source_that_two_objectives_name_is_refused(shelf: Workspace) -> None:
     two = [{"kind": "next-token", "on": ["new"]}, {"kind": "next-token", "on": ["new", "old"]}]
     with pytest.raises(StageError, match="two objectives name 'new'"):
         shelf.plan(shelf.stage("twice", objectives=two))
@@ -681,31 +700,31 @@ def test_a_source_that_two_objectives_name_is_refused(shelf: Shelf) -> None:
         shelf.plan(shelf.stage("never", objectives=none))
 
 
-def test_labels_that_nobody_listed_are_refused(shelf: Shelf) -> None:
+def test_labels_that_nobody_listed_are_refused(shelf: Workspace) -> None:
     with pytest.raises(StageError, match="a label 'words', which is not listed") as met:
         shelf.plan(stage_of(shelf, "bert class", objectives=[{"kind": "classify", "labels": ["sums", "other"]}]))
     assert met.value.where == "objectives.labels"
     # Listed ones keep their order, and may be more than there are.
     listed = ["words", "rest", "sums"]
     plan = shelf.plan(stage_of(shelf, "bert class", objectives=[{"kind": "classify", "labels": listed}]))
-    assert plan.layer is not None and plan.layer.labels == tuple(listed)
+    assert plan.task_layer is not None and plan.task_layer.labels == tuple(listed)
 
 
-def test_a_label_that_only_the_held_out_rows_have_is_met(shelf: Shelf) -> None:
-    file = rows(shelf.home / "strange.jsonl", [{"text": "six and one.", "label": "verse"}])
+def test_a_label_that_only_the_held_out_rows_have_is_met(shelf: Workspace) -> None:
+    file = write_rows(shelf.folder / "strange.jsonl", [{"text": "six and one.", "label": "verse"}])
     with pytest.raises(DataError, match="label 'verse', which no row that is trained on has") as met:
-        shelf.plan(stage_of(shelf, "bert class", evaluation={**QUICK, "learned": [str(file)]}))
+        shelf.plan(stage_of(shelf, "bert class", evaluation={**QUICK_EVALUATION, "learned": [str(file)]}))
     assert "strange.jsonl" in str(met.value)
 
 
-def test_sources_that_are_labelled_in_two_ways_are_refused(shelf: Shelf) -> None:
+def test_sources_that_are_labelled_in_two_ways_are_refused(shelf: Workspace) -> None:
     sources = [shelf.source("labelled", "labelled", share=0.5), shelf.source("multi", "labelled", share=0.5)]
     with pytest.raises((StageError, DataError), match="multi") as met:
         shelf.plan(stage_of(shelf, "bert class", sources=sources))
     assert met.value.expected
 
 
-def test_vectors_behind_running_text_are_refused(shelf: Shelf) -> None:
+def test_vectors_behind_running_text_are_refused(shelf: Workspace) -> None:
     """No loss would reach them; behind a question they stand before its answer."""
     behind = {"kind": "p-tuning", "template": "{x} {3}"}
     with pytest.raises(StageError, match="behind running text") as met:
@@ -713,7 +732,7 @@ def test_vectors_behind_running_text_are_refused(shelf: Shelf) -> None:
     assert met.value.where == "tuning.template"
     plan = shelf.plan(stage_of(shelf, "llama completion", behind))
     first = plan.vocabulary
-    row = plan.held_out[0].rows[0]
+    row = plan.held_out_sets[0].rows[0]
     places = [row.inputs["input_ids"].tolist().index(first + i) for i in range(3)]
     assert places == list(range(places[0], places[0] + 3))
     # The answer begins right behind them, and none of them is asked for.
@@ -721,60 +740,67 @@ def test_vectors_behind_running_text_are_refused(shelf: Shelf) -> None:
     assert row.labels.max() < first
 
 
-def test_demonstrations_need_examples(shelf: Shelf) -> None:
+def test_demonstrations_need_examples(shelf: Workspace) -> None:
     with pytest.raises(StageError, match="no source has examples") as met:
         shelf.plan(shelf.stage("text-only", {"kind": "instruction-prompt"}))
     assert met.value.where == "tuning.demonstrations"
 
 
-def test_demonstrations_are_for_models_that_write(shelf: Shelf) -> None:
+def test_demonstrations_are_for_models_that_write(shelf: Workspace) -> None:
     with pytest.raises(StageError, match="classify has none") as met:
         shelf.plan(stage_of(shelf, "bert class", {"kind": "instruction-prompt", "length": 2}))
     assert met.value.where == "tuning.demonstrations"
 
 
-def test_demonstrations_are_of_the_questions_own_kind(shelf: Shelf) -> None:
+def test_demonstrations_are_of_the_questions_own_kind(shelf: Workspace) -> None:
     sources = [shelf.source("completion", share=0.5), shelf.source("chat", share=0.5)]
     tuning = {"kind": "instruction-prompt", "length": 2, "demonstrations": {"count": 1}}
     plan = shelf.plan(
-        shelf.stage("two-kinds", tuning, sources=sources, evaluation=QUICK, data={"sequence_length": 120})
+        shelf.stage("two-kinds", tuning, sources=sources, evaluation=QUICK_EVALUATION, data={"sequence_length": 120})
     )
-    for leaf, sign in zip(plan.leaves, (False, True), strict=True):
-        rows = make_rows(plan.objectives[0], leaf.store, plan.reading, together=False)
-        texts = [plan.tokenizer.decode(rows.at(i, i).inputs["input_ids"][2:]) for i in range(len(rows))]
+    for leaf, sign in zip(plan.sources, (False, True), strict=True):
+        rows = make_rows(plan.objectives[0], leaf.store, plan.model_inputs, pack=False)
+        texts = [plan.tokenizer.decode(rows.get_row(i, i).inputs["input_ids"][2:]) for i in range(len(rows))]
         assert all(("### User" in text) == sign for text in texts)
 
 
-def test_biases_that_are_not_there_are_refused(shelf: Shelf) -> None:
+def test_biases_that_are_not_there_are_refused(shelf: Workspace) -> None:
     with pytest.raises(TuningError, match="has no biases") as met:
         shelf.run(shelf.stage("no-bias", {"kind": "bias"}))
     assert "norm" in met.value.way_out
 
 
-def test_a_classifier_has_no_words_to_go_on_with(shelf: Shelf) -> None:
+def test_a_classifier_has_no_words_to_go_on_with(shelf: Workspace) -> None:
     """What stood behind the words is gone with the task layer: it would have been random."""
     one = shelf.run(stage_of(shelf, "bert class"))
     with pytest.raises(ModelError, match="would have been random"):
-        shelf.run(shelf.stage("back-to-text", model=str(one.place), objectives=[{"kind": "masked"}]))
+        shelf.run(shelf.stage("back-to-text", model=str(one.run_folder), objectives=[{"kind": "masked"}]))
 
 
-def test_a_standing_tuning_keeps_to_its_task(shelf: Shelf) -> None:
+def test_a_standing_tuning_keeps_to_its_task(shelf: Workspace) -> None:
     below = shelf.run(shelf.stage("masked-adapter", {"kind": "adapter", "size": 4}, model="bert", tokens=100))
     with pytest.raises(TuningError, match="stands in a model for another task"):
-        shelf.run(stage_of(shelf, "bert class", {"kind": "lora", "rank": 1}, "on-adapter", model=str(below.place)))
+        shelf.run(stage_of(shelf, "bert class", {"kind": "lora", "rank": 1}, "on-adapter", model=str(below.run_folder)))
 
 
 # -- demonstrations ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("by", ["bm25", "embedding", "seed"])
-def test_only_training_rows_are_shown_before_a_question(shelf: Shelf, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_training_rows_are_shown_before_a_question(
+    shelf: Workspace, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither the question itself, nor what is held out of the source."""
     numbers = [{"prompt": f"{a} plus {b} =", "completion": f" {a * 10 + b}"} for a in range(12) for b in range(3)]
-    source = {"name": "sums", "path": str(rows(shelf.home / "sums.jsonl", numbers)), "held_out": 0.3, "max_passes": 100}
+    source = {
+        "name": "sums",
+        "path": str(write_rows(shelf.folder / "sums.jsonl", numbers)),
+        "held_out": 0.3,
+        "max_passes": 100,
+    }
     tuning = {"kind": "instruction-prompt", "length": 2, "demonstrations": {"count": 2, "by": by}}
     raw = shelf.stage(
-        f"shown-{by}", tuning, sources=[source], evaluation=QUICK, tokens=200, data={"sequence_length": 96}
+        f"shown-{by}", tuning, sources=[source], evaluation=QUICK_EVALUATION, tokens=200, data={"sequence_length": 96}
     )
     plan = shelf.plan(raw)
     held, trained = read_before(plan)
@@ -792,10 +818,10 @@ def test_only_training_rows_are_shown_before_a_question(shelf: Shelf, by: str, m
 
 def read_before(plan: Plan) -> list[list[tuple[list[str], str]]]:
     """What is shown before each question, and the question with its answer: held out, and trained on."""
-    (leaf,), (held_out,) = plan.leaves, plan.held_out
-    made = make_rows(plan.objectives[0], leaf.store, plan.reading, held_out=leaf.held_out, together=False)
+    (leaf,), (held_out,) = plan.sources, plan.held_out_sets
+    made = make_rows(plan.objectives[0], leaf.store, plan.model_inputs, held_out=leaf.held_out, pack=False)
     out = []
-    for part in (held_out.rows, [made.at(i, i) for i in range(len(made))]):
+    for part in (held_out.rows, [made.get_row(i, i) for i in range(len(made))]):
         texts = [plan.tokenizer.decode([i for i in row.inputs["input_ids"] if i < plan.vocabulary]) for row in part]
         out.append([(text.split("\n\n")[:-1], text.split("\n\n")[-1]) for text in texts])
     return out
@@ -838,7 +864,7 @@ SWEEP = [
 
 
 @pytest.mark.parametrize(("task", "name"), SWEEP)
-def test_a_tuning_serves_a_task(shelf: Shelf, task: str, name: str) -> None:
+def test_a_tuning_serves_a_task(shelf: Workspace, task: str, name: str) -> None:
     """What is to move moves, nothing else does; it is learnt, resumed to the same bits, and gone on from."""
     tuning = {**TUNINGS[name], **({"untie": True} if name == "head" and task in _LANGUAGE else {})}
     changes: dict[str, Any] = {"tokens": WIDE[task]}
@@ -852,18 +878,18 @@ def test_a_tuning_serves_a_task(shelf: Shelf, task: str, name: str) -> None:
             return shelf.stage(f"{run}-{suffix}", tuning, **{**changes, **more})
         return stage_of(shelf, task, tuning, f"{run}-{suffix}", **{**changes, **more})
 
-    before, after, made = trained(shelf, stage("moved", tuning), 6)
-    moving = {w.name for w in made.weights.all}
+    before, after, made = train_for(shelf, stage("moved", tuning), 6)
+    moving = {w.name for w in made.weights.entries}
     assert {n for n in before if not torch.equal(before[n], after[n])} == moving
     whole = shelf.run(stage("whole", tuning))
-    assert trace(carried_out_in_parts(shelf, stage("parts", tuning)).place) == trace(whole.place)
+    assert run_trace(run_interrupted(shelf, stage("parts", tuning)).run_folder) == run_trace(whole.run_folder)
     ((learned, change),) = [item for item in whole.record["changes"].items() if item[1]["role"] == "learned"]
     assert change["difference"] != 0
     following = shelf.run(
         stage(
             "next",
             {"kind": "lora", "rank": 1},
-            model=str(whole.place),
+            model=str(whole.run_folder),
             objectives=changes.get("objectives", BY_HAND[task].objectives if task in BY_HAND else ()),
         )
     )

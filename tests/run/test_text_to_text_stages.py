@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from postgrad.plan.plan import Plan
-from tests.tiny_stages import QUICK, Shelf, make_shelf, rows, two_kinds
+from tests.tiny_stages import QUICK_EVALUATION, Workspace, make_workspace, two_kind_texts, write_rows
 
 TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     # a row; how the source is described; what is read; what is said (Raffel et al. 2020, appendix D)
@@ -63,7 +63,7 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
 def more(name: str, count: int) -> list[dict[str, Any]]:
     """Rows of a task beside the one above."""
     out: list[dict[str, Any]] = []
-    for i, (text, kind) in enumerate(two_kinds(count, 7)):
+    for i, (text, kind) in enumerate(two_kind_texts(count, 7)):
         text = f"{text[:16]} {i}"
         out.append(
             {
@@ -84,15 +84,15 @@ def more(name: str, count: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    found = make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    found = make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
     for i, (name, (row, *_)) in enumerate(TASKS.items()):
-        rows(found.home / f"{name}.jsonl", [row, *more(name, 30 + 20 * i)])
-        rows(found.home / f"{name}-heldout.jsonl", more(name, 200)[-10:])
+        write_rows(found.folder / f"{name}.jsonl", [row, *more(name, 30 + 20 * i)])
+        write_rows(found.folder / f"{name}-heldout.jsonl", more(name, 200)[-10:])
     return found
 
 
-def stage_of(shelf: Shelf, **changes: Any) -> dict[str, Any]:
+def stage_of(shelf: Workspace, **changes: Any) -> dict[str, Any]:
     sources = [{**shelf.source(name), "held_out": 0.0, **said} for name, (_, said, _, _) in TASKS.items()]
     sources.append(shelf.source("old", share=0.25, held_out=0.0))
     learned = [{"name": f"{name}-heldout", "path": shelf.file(name, held_out=True), "like": name} for name in TASKS]
@@ -103,27 +103,27 @@ def stage_of(shelf: Shelf, **changes: Any) -> dict[str, Any]:
         tokens=1500,
         batch={"sequences": 8},
         objectives=[{"kind": "span-corruption", "on": ["old"]}, {"kind": "text-to-text", "target_length": 24}],
-        evaluation={**QUICK, "learned": learned, "retained": [shelf.file("old", held_out=True)]},
+        evaluation={**QUICK_EVALUATION, "learned": learned, "retained": [shelf.file("old", held_out=True)]},
         data={"mixing": {"kind": "examples", "cap": 70}, "sequence_length": 64},
         **changes,
     )
 
 
 @pytest.fixture(scope="module")
-def plan(shelf: Shelf) -> Plan:
+def plan(shelf: Workspace) -> Plan:
     return shelf.plan(stage_of(shelf))
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_is_read_and_answered_in_the_authors_words(shelf: Shelf, plan: Plan, name: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(shelf.home / "t5")
+def test_a_task_is_read_and_answered_in_the_authors_words(shelf: Workspace, plan: Plan, name: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shelf.folder / "t5")
     _, _, source, target = TASKS[name]
-    made = plan.rows[plan.sources.index(name)]
-    row = made.at(0, 0)  # rows stand in the order of the file
+    made = plan.rows[plan.source_names.index(name)]
+    row = made.get_row(0, 0)  # rows stand in the order of the file
     assert tokenizer.decode(row.inputs["input_ids"]) == f"{source}</s>"
     assert tokenizer.decode(row.labels) == f"{target}</s>"
     assert row.inputs["decoder_input_ids"].tolist() == [0, *row.labels[:-1].tolist()]
-    held_out = next(h for h in plan.held_out if h.name == f"{name}-heldout")
+    held_out = next(h for h in plan.held_out_sets if h.name == f"{name}-heldout")
     assert len(held_out) == 10
 
 
@@ -134,7 +134,7 @@ def test_the_shares_are_those_of_the_mixture(plan: Plan) -> None:
     assert found == pytest.approx({**wanted, "old": 0.25}, abs=0.02)
 
 
-def test_all_of_them_are_learnt_in_one_stage(shelf: Shelf, tmp_path: Path) -> None:
+def test_all_of_them_are_learnt_in_one_stage(shelf: Workspace, tmp_path: Path) -> None:
     done = shelf.run(stage_of(shelf, output=str(tmp_path / "tasks")))
     changes = done.record["changes"]
     assert {name.removesuffix("-heldout") for name in changes} == {*TASKS, "old"}

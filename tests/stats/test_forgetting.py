@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from postgrad.stats.forgetting import Summary, bootstrap, paired_change, summarise, verdict
+from postgrad.stats.forgetting import TransferSummary, bootstrap, loss_verdict, paired_change, summarize_scores
 
 
 def documents(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -133,7 +133,7 @@ def test_a_change_is_told_in_every_unit() -> None:
 )
 @pytest.mark.parametrize("loss", [1.0, 4.0])
 def test_verdicts(low: float, high: float, wanted: str, loss: float) -> None:
-    assert verdict(low * loss, high * loss, loss) == wanted
+    assert loss_verdict(low * loss, high * loss, loss) == wanted
 
 
 # A lineage of three stages on three sets, made up so that every term can be added up by hand. Row 0: the start model.
@@ -147,7 +147,7 @@ SCORES = np.array([
 
 
 def test_the_four_numbers_by_hand() -> None:
-    found = summarise(SCORES, [1, 2, 3])
+    found = summarize_scores(SCORES, [1, 2, 3])
     assert found.accuracy == pytest.approx((-2.4 - 3.5 - 4.0) / 3)
     # T - 1 = 2 terms: A lost 0.4 since stage 1, B lost 0.5 since stage 2.
     assert found.backward_transfer == pytest.approx((-0.4 - 0.5) / 2)
@@ -167,27 +167,27 @@ def test_forgetting_is_measured_from_the_best_model_ever_not_from_the_one_that_l
     scores = SCORES.copy()
     scores[2, 0] = -1.5  # stage 2 made A better still
     scores[1, 1] = -2.5  # and stage 1 had B better than stage 2, which trained on it
-    found = summarise(scores, [1, 2, 3])
+    found = summarize_scores(scores, [1, 2, 3])
     assert found.backward_transfer == pytest.approx((-0.4 - 0.5) / 2)
     assert found.forgetting == pytest.approx(((-1.5 + 2.4) + (-2.5 + 3.5)) / 2)
 
 
 def test_forgetting_can_be_negative() -> None:
     """Mammoth's maximum runs over the last row too and never is."""
-    found = summarise(np.array([[-5.0, -6.0], [-2.0, -5.0], [-1.5, -3.0]]), [1, 2])
+    found = summarize_scores(np.array([[-5.0, -6.0], [-2.0, -5.0], [-1.5, -3.0]]), [1, 2])
     assert found.forgetting == pytest.approx(-0.5)
     assert found.backward_transfer == pytest.approx(0.5)
 
 
 def test_what_the_start_model_knew_is_held_against_the_start_model() -> None:
-    found = summarise(np.array([[-3.0, -6.0], [-3.2, -5.0], [-3.6, -4.0]]), [0, 1])
+    found = summarize_scores(np.array([[-3.0, -6.0], [-3.2, -5.0], [-3.6, -4.0]]), [0, 1])
     assert found.backward_transfer == pytest.approx((-0.6 + 1.0) / 2)
     assert found.forgetting == pytest.approx((0.6 - 1.0) / 2)
     assert found.forward_transfer is None
 
 
 def test_one_stage_has_no_forward_transfer() -> None:
-    assert summarise(np.array([[-3.0, -6.0], [-3.2, -5.0]]), [0, 1]) == Summary(
+    assert summarize_scores(np.array([[-3.0, -6.0], [-3.2, -5.0]]), [0, 1]) == TransferSummary(
         accuracy=pytest.approx(-4.1),  # type: ignore[arg-type]
         backward_transfer=pytest.approx(-0.2),  # type: ignore[arg-type]
         forward_transfer=None,
@@ -205,7 +205,7 @@ def test_unknown_cells_leave_their_terms_out() -> None:
     scores = SCORES.copy()
     scores[1, 0] = np.nan  # A right after it was learnt
     scores[0, 2] = np.nan  # C at the start
-    found = summarise(scores, [1, 2, 3])
+    found = summarize_scores(scores, [1, 2, 3])
     assert found.backward_transfer == pytest.approx(-0.5)
     assert found.forward_transfer == pytest.approx(0.5)
     assert found.forgetting == pytest.approx(((-2.6 + 2.4) + 0.5) / 2)  # the best of what is known
@@ -215,13 +215,13 @@ def test_unknown_cells_leave_their_terms_out() -> None:
 def test_a_set_of_which_nothing_earlier_is_known_is_no_reason_to_warn() -> None:
     scores = SCORES.copy()
     scores[:3, 0] = np.nan
-    found = summarise(scores, [1, 2, 3])
+    found = summarize_scores(scores, [1, 2, 3])
     assert found.forgetting == pytest.approx(0.5)
     assert found.denominators["FM"][0] == "1"
 
 
 def test_nothing_known_is_no_number() -> None:
-    found = summarise(np.full((3, 2), np.nan), [0, 1])
+    found = summarize_scores(np.full((3, 2), np.nan), [0, 1])
     assert found.accuracy is None
     assert found.backward_transfer is None
     assert found.forgetting is None

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from postgrad.reports.html.tables import learning_table
+from postgrad.reports.html.tables import source_losses_table
 from postgrad.reports.pages import run_page
 from postgrad.reports.sections import curves
-from postgrad.run.summary import outcome_text
+from postgrad.run.summary import summary_text
 from postgrad.stats.source_losses import losses_by_source
 from postgrad.training.metrics_log import read_metrics
 from tests.run.test_task_stages import mixed
-from tests.tiny_stages import QUICK, Shelf, make_shelf
+from tests.tiny_stages import QUICK_EVALUATION, Workspace, make_workspace
 
 
 def test_first_and_last_by_hand() -> None:
@@ -65,33 +65,35 @@ def test_no_source_is_no_loss() -> None:
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return make_shelf(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
-def test_a_mixed_stage_tells_each_source(shelf: Shelf) -> None:
+def test_a_mixed_stage_tells_each_source(shelf: Workspace) -> None:
     done = shelf.run(mixed(shelf, "llama", objectives=[]))
-    steps = [row for row in read_metrics(done.place / "metrics.jsonl") if row["kind"] == "step"]
+    steps = [row for row in read_metrics(done.run_folder / "metrics.jsonl") if row["kind"] == "step"]
     wanted = losses_by_source(steps)
     sources = {source["name"]: source for source in done.record["achieved"]["sources"]}
     assert {name: source["loss"] for name, source in sources.items()} == json.loads(json.dumps(wanted))
     assert wanted["a"]["first"] == pytest.approx(steps[0]["by_source"]["a"][0] / steps[0]["by_source"]["a"][1], rel=0.5)
     assert wanted["a"]["change"] < 0 and wanted["old"]["change"] < 0
-    text = outcome_text(done)
+    text = summary_text(done)
     assert "Sources of the mixture" in text
     for name in sources:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ") and "%" in line]
         assert f"{wanted[name]['first']:.3f}" in line and f"{sources[name]['share']:.1%}"[:-1] in line
-    html = (done.place / "report.html").read_text()
+    html = (done.run_folder / "report.html").read_text()
     assert "Sources of the mixture" in html and f'<data value="{wanted["old"]["last"]!r}">' in html
     # A single source has nothing to be held against.
     alone = shelf.run(
         shelf.stage(
-            "alone", sources=[shelf.source("new")], evaluation={**QUICK, "learned": [shelf.file("new", held_out=True)]}
+            "alone",
+            sources=[shelf.source("new")],
+            evaluation={**QUICK_EVALUATION, "learned": [shelf.file("new", held_out=True)]},
         )
     )
-    assert "loss" in alone.record["achieved"]["sources"][0] and learning_table(alone.record) is None
-    assert "Sources of the mixture" not in outcome_text(alone)
+    assert "loss" in alone.record["achieved"]["sources"][0] and source_losses_table(alone.record) is None
+    assert "Sources of the mixture" not in summary_text(alone)
 
 
 def many(count: int) -> tuple[dict[str, object], list[dict[str, object]]]:
@@ -127,7 +129,7 @@ def test_the_page_draws_all_sources_or_says_how_many_it_does_not(count: int) -> 
     )[0]
     wide = chart[: chart.index('<div class="narrow">')]
     drawn = [i for i in range(count) if f"source-{i}<" in wide or f"source-{i} " in wide or f"source-{i}," in wide]
-    left = max(0, count - curves.MOST_SERIES)
+    left = max(0, count - curves.MAX_SERIES)
     assert len(drawn) == count - left and set(range(left, count)) == set(drawn)  # the largest
     assert (f"{left} sources with fewer tokens are in the table only." in chart) == (left > 0)
     assert (f"{left} more sources are in the table only." in html) == (left > 0)
@@ -139,4 +141,4 @@ def test_a_record_of_before_is_still_a_page(tmp_path: Path) -> None:
     record, steps = many(3)
     for source in record["achieved"]["sources"]:  # type: ignore[index]
         source.pop("loss")
-    assert learning_table(record) is None and "Sources of the mixture" not in run_page.run_page(record, steps)
+    assert source_losses_table(record) is None and "Sources of the mixture" not in run_page.run_page(record, steps)

@@ -19,7 +19,15 @@ import torch
 from postgrad.errors import CheckpointError, DiskError
 from postgrad.models.pretrained import save_pretrained
 from postgrad.storage import atomic as publishing
-from postgrad.storage.atomic import MANIFEST, publish, remove, sha256, sweep, verify, write_atomically
+from postgrad.storage.atomic import (
+    MANIFEST,
+    publish_folder,
+    remove_folder,
+    remove_staging,
+    sha256,
+    verify,
+    write_atomically,
+)
 from tests.conftest import make_llama, make_tokenizer
 
 CONTENTS = {
@@ -47,7 +55,7 @@ def hidden(folder: Path) -> list[str]:
 
 
 def test_a_published_folder_holds_what_was_written_and_its_manifest(tmp_path: Path) -> None:
-    place = publish(tmp_path / "deep" / "er" / "place", write_contents)
+    place = publish_folder(tmp_path / "deep" / "er" / "place", write_contents)
     assert {n: d for n, d in everything(place).items() if d is not None and n != MANIFEST} == CONTENTS
     listing = verify(place)
     assert listing == json.loads((place / MANIFEST).read_text())
@@ -60,7 +68,7 @@ def test_a_published_folder_holds_what_was_written_and_its_manifest(tmp_path: Pa
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    place = publish(tmp_path / "place", write_contents)
+    place = publish_folder(tmp_path / "place", write_contents)
     rng = random.Random(0)
     files = [place / MANIFEST, *(place / name for name, data in CONTENTS.items() if data)]
     tried = 0
@@ -83,7 +91,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
 
 
 def test_what_is_cut_longer_or_missing_is_found_and_named(tmp_path: Path) -> None:
-    place = publish(tmp_path / "place", write_contents)
+    place = publish_folder(tmp_path / "place", write_contents)
     for name, data in CONTENTS.items():
         path = place / name
         for changed in {data[: len(data) // 2], data + b"\0"} - {data}:
@@ -108,7 +116,7 @@ def test_what_is_cut_longer_or_missing_is_found_and_named(tmp_path: Path) -> Non
 
 
 def test_the_same_size_is_not_enough(tmp_path: Path) -> None:
-    place = publish(tmp_path / "place", write_contents)
+    place = publish_folder(tmp_path / "place", write_contents)
     (place / "config.json").write_bytes(b'{"layers": 3}')
     assert all((place / n).stat().st_size == e["size"] for n, e in json.loads((place / MANIFEST).read_text()).items())
     with pytest.raises(CheckpointError, match=r"config\.json: the file's contents are not what was written"):
@@ -116,16 +124,16 @@ def test_the_same_size_is_not_enough(tmp_path: Path) -> None:
 
 
 def test_what_is_there_already_is_not_touched(tmp_path: Path) -> None:
-    place = publish(tmp_path / "place", write_contents)
+    place = publish_folder(tmp_path / "place", write_contents)
     before = everything(tmp_path)
     with pytest.raises(DiskError):
-        publish(place, lambda folder: (folder / "other").write_text("x") and None)
+        publish_folder(place, lambda folder: (folder / "other").write_text("x") and None)
     assert everything(tmp_path) == before
     (tmp_path / "file").write_text("mine")
     with pytest.raises(DiskError):
-        publish(tmp_path / "file", write_contents)
+        publish_folder(tmp_path / "file", write_contents)
     with pytest.raises(DiskError):
-        publish(tmp_path / "file" / "below", write_contents)
+        publish_folder(tmp_path / "file" / "below", write_contents)
     with pytest.raises(DiskError):
         write_atomically(tmp_path / "file" / "below", "x")
     with pytest.raises(DiskError):
@@ -138,7 +146,7 @@ def test_what_an_interrupted_publication_left_is_written_over(tmp_path: Path) ->
     left = tmp_path / ".staging-place"
     left.mkdir()
     (left / "rubbish").write_text("half")
-    publish(tmp_path / "place", write_contents)
+    publish_folder(tmp_path / "place", write_contents)
     assert "rubbish" not in everything(tmp_path / "place")
     assert hidden(tmp_path) == []
 
@@ -150,25 +158,25 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseExce
         raise error("in the middle")
 
     with pytest.raises(error, match="in the middle"):
-        publish(tmp_path / "place", failing)
+        publish_folder(tmp_path / "place", failing)
     assert everything(tmp_path) == {}
 
 
 def test_sweeping_removes_leftovers_and_nothing_else(tmp_path: Path) -> None:
-    publish(tmp_path / "place", write_contents)
+    publish_folder(tmp_path / "place", write_contents)
     (tmp_path / ".hidden").write_text("mine")
     before = everything(tmp_path)
     (tmp_path / ".staging-place").mkdir()
     (tmp_path / ".staging-place" / "x").write_text("half")
     (tmp_path / ".staging-old-place").mkdir()
     (tmp_path / ".staging-record.json").write_text("half")
-    sweep(tmp_path)
+    remove_staging(tmp_path)
     assert everything(tmp_path) == before
-    sweep(tmp_path / "nowhere")
+    remove_staging(tmp_path / "nowhere")
 
 
 def test_a_removed_folder_is_gone_and_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = publish(tmp_path / "place", write_contents)
+    place = publish_folder(tmp_path / "place", write_contents)
 
     def killed(path: Path, **_: object) -> None:
         (Path(path) / "weights.bin").unlink(missing_ok=True)
@@ -176,14 +184,14 @@ def test_a_removed_folder_is_gone_and_never_half_there(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as m, contextlib.suppress(KeyboardInterrupt):
         m.setattr(shutil, "rmtree", lambda path, **kw: killed(path) if Path(path).exists() else None)
-        remove(place)
+        remove_folder(place)
     assert not place.exists()
-    sweep(tmp_path)
+    remove_staging(tmp_path)
     assert everything(tmp_path) == {}
-    remove(publish(place, write_contents))
+    remove_folder(publish_folder(place, write_contents))
     assert everything(tmp_path) == {}
     with pytest.raises(DiskError):
-        remove(place)
+        remove_folder(place)
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -278,7 +286,7 @@ def test_a_full_disk_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path) -> 
             verify(place)
             shutil.rmtree(place)
 
-    assert failures(lambda: publish(place, write_contents), look) > 15
+    assert failures(lambda: publish_folder(place, write_contents), look) > 15
     assert outcomes == {True, False}
     verify(place)
 
@@ -305,7 +313,7 @@ def test_other_failures_are_told_as_what_they_are(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "rename", refused)
     with pytest.raises(DiskError, match=r"Permission denied[\s\S]*check the folder"):
-        publish(tmp_path / "place", write_contents)
+        publish_folder(tmp_path / "place", write_contents)
     assert everything(tmp_path) == {}
 
 
@@ -327,7 +335,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.skipif(os.name != "posix" or shutil.which("mount") is None, reason="there is no mount command")
 def test_a_disk_that_is_really_full(small_disk: Path) -> None:
-    old = publish(small_disk / "old", write_contents)
+    old = publish_folder(small_disk / "old", write_contents)
     before = everything(small_disk)
 
     def large(folder: Path) -> None:
@@ -340,14 +348,14 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
 
     for write in (large, model):
         with pytest.raises(DiskError, match=r"the disk is full \([\d,]+ bytes free\)[\s\S]*make room"):
-            publish(small_disk / "new", write)
+            publish_folder(small_disk / "new", write)
         assert everything(small_disk) == before
     with pytest.raises(DiskError, match="the disk is full"):
         write_atomically(small_disk / "old" / "config.json", bytes(2 << 20))
     assert everything(small_disk) == before
     verify(old)
     (small_disk / "filler").write_bytes(bytes(1 << 18))
-    publish(small_disk / "new", write_contents)
+    publish_folder(small_disk / "new", write_contents)
 
 
 def test_a_publisher_that_writes_in_place_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from postgrad.studies import results as found_in
-from postgrad.studies.results import INJECTED, _curve, _fitted_rise
+from postgrad.studies.results import REPLAY_LAW, _fit_rise, _loss_curves
 
 SHARES = [0.0, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5]
 BASE = 4.8
@@ -34,8 +34,8 @@ def off(line: list[list[float]], points: list[dict]) -> float:
 
 def test_the_law_goes_through_every_share_also_where_the_old_text_gains() -> None:
     points = measured()
-    found = _fitted_rise(points)
-    assert found is not None and found["law"] == INJECTED.name
+    found = _fit_rise(points)
+    assert found is not None and found["law"] == REPLAY_LAW.name
     assert off(found["line"], points) < 0.005
     assert found["values"]["F"] - found["values"]["G"] == pytest.approx(1.4 - 0.25, abs=0.005)
     # The mutant: without the gain of going on, no parameters go through a rise below zero.
@@ -45,7 +45,7 @@ def test_the_law_goes_through_every_share_also_where_the_old_text_gains() -> Non
 
 def test_the_interval_of_a_noisy_law_holds_most_of_what_it_was_made_of() -> None:
     points, true = measured(noise=0.01), measured()
-    found = _fitted_rise(points)
+    found = _fit_rise(points)
     assert found is not None
     spans = {round(x, 6): (low, high) for x, _, low, high in found["line"]}
     inside = [
@@ -56,7 +56,7 @@ def test_the_interval_of_a_noisy_law_holds_most_of_what_it_was_made_of() -> None
 
 
 def test_too_few_shares_are_no_law() -> None:
-    assert _fitted_rise(measured()[:4]) is None
+    assert _fit_rise(measured()[:4]) is None
 
 
 def test_a_part_begins_where_the_one_before_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +77,8 @@ def test_a_part_begins_where_the_one_before_ended(tmp_path: Path, monkeypatch: p
     folder = SimpleNamespace(place=lambda step: tmp_path / step.slug)
     prepared = SimpleNamespace(work=SimpleNamespace(steps=steps), folder=folder)
     tokens = {"one": 100, "two": 200}
-    monkeypatch.setattr(found_in, "_record", lambda _, key: {"plan": {"tokens": tokens[key.split("-")[0]]}})
-    curve = _curve(prepared, [["one-0", "blend", "two-0"], ["one-1", "blend", "two-1"]])  # type: ignore[arg-type]
+    monkeypatch.setattr(found_in, "_read_step_record", lambda _, key: {"plan": {"tokens": tokens[key.split("-")[0]]}})
+    curve = _loss_curves(prepared, [["one-0", "blend", "two-0"], ["one-1", "blend", "two-1"]])  # type: ignore[arg-type]
     assert curve["switches"] == [0, 100]
     # The look at a sixth of the second part is one seed's alone.
     assert [x for x, _ in curve["sets"]["old"]] == [50, 100, 200, 300]

@@ -21,38 +21,45 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from postgrad.cli.main import app
-from postgrad.cli.study_progress import Standing, drawn
+from postgrad.cli.study_progress import StudyProgress, progress_table
 from postgrad.commands import builtin_corpus
 from postgrad.config.stage_file import read_yaml
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation import before_after
 from postgrad.lineage.record import read_record
-from postgrad.reports.sections.study_table import arms_table, as_csv, claims_table
-from postgrad.reports.sections.study_text import listed, summary
-from postgrad.stats.forgetting import redrawn
+from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
+from postgrad.reports.sections.study_text import join_names, study_summary
+from postgrad.stats.forgetting import bootstrap_means
 from postgrad.studies import results as found_in
 from postgrad.studies import step_graph as study_arms
 from postgrad.studies import study_plan as study_plan
 from postgrad.studies import study_templates
-from postgrad.studies.outputs import finish
-from postgrad.studies.results import Drawn, Losses, findings, mean_of, removed, verdict
-from postgrad.studies.results import _Measured as Measured
-from postgrad.studies.run_step import Moved, carry_out
-from postgrad.studies.run_study import (
-    Ended,
-    Prepared,
-    StepBegan,
-    StepEnded,
-    StepFailed,
-    _State,
-    prepare,
-    run_study,
-    seconds_inside,
-    spent,
+from postgrad.studies.outputs import write_outputs
+from postgrad.studies.results import (
+    BootstrapEstimate,
+    Losses,
+    claim_verdict,
+    compute_results,
+    mean_estimate,
+    removed_share,
 )
-from postgrad.studies.step_graph import Work, work_out
-from postgrad.studies.study import Arm, load_study, merged, parse_study, study_schema
-from postgrad.studies.study_plan import Pace, look_ahead, outlook_record
+from postgrad.studies.results import _ArmLosses as Measured
+from postgrad.studies.run_step import StepProgress, run_step
+from postgrad.studies.run_study import (
+    PreparedStudy,
+    StepFailed,
+    StepFinished,
+    StepStarted,
+    StudyFinished,
+    _StepQueue,
+    load_times,
+    prepare_study,
+    run_study,
+    total_step_seconds,
+)
+from postgrad.studies.step_graph import StepGraph, build_step_graph
+from postgrad.studies.study import Arm, load_study, merge_patch, parse_study, study_schema
+from postgrad.studies.study_plan import RunTiming, forecast_record, forecast_study
 from tests.conftest import StageOf, new_text, write_jsonl
 
 
@@ -85,24 +92,24 @@ def written(folder: Path, study: dict[str, Any]) -> Path:
     return folder / "study.yaml"
 
 
-def carried_out(prepared: Prepared, **how: Any) -> tuple[list[Any], Ended]:
+def carried_out(prepared: PreparedStudy, **how: Any) -> tuple[list[Any], StudyFinished]:
     """A study from where it is to its end: what was made, and how it ended."""
     events = list(run_study(prepared, command="postgrad study study.yaml", **how))
     ended = events[-1]
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, StudyFinished)
     return events, ended
 
 
-def begun(events: list[Any], prepared: Prepared) -> list[str]:
+def begun(events: list[Any], prepared: PreparedStudy) -> list[str]:
     """What was made now, by name."""
-    return [prepared.work.steps[event.key].slug for event in events if isinstance(event, StepBegan)]
+    return [prepared.graph.steps[event.key].slug for event in events if isinstance(event, StepStarted)]
 
 
 PRETRAINED = {"pretrain": {"model": {"fresh": "llama-60k", "tokenizer": {"vocabulary": 320}}, "tokens": 3000}}
 
 
 @pytest.fixture(scope="module")
-def done(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+def done(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PreparedStudy]:
     """A study of several sorts of arms that was carried out, with a base of its own and two seeds."""
     folder = tmp_path_factory.mktemp("study")
     arms = {
@@ -118,9 +125,9 @@ def done(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepa
         {"say": "it learnt", "arm": "none", "than": "base", "on": "new"},
     ]
     file = written(folder, raw(base, base=PRETRAINED, arms=arms, seeds=[0, 1], claims=claims))
-    prepared = prepare(file, tmp_path_factory.getbasetemp() / "cache")
+    prepared = prepare_study(file, tmp_path_factory.getbasetemp() / "cache")
     _, ended = carried_out(prepared)
-    assert not ended.failed and not ended.stopped
+    assert not ended.failures and not ended.is_stopped
     yield prepared
 
 
@@ -198,7 +205,7 @@ def changed(study: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 def test_mistakes_are_named(base: Path, path: str, value: Any, told: str) -> None:
     study = changed(raw(base), path, value)
     with pytest.raises(StageError) as error:
-        work_out(parse_study(study, "study.yaml"), lambda text: text.get("path"), "study.yaml")
+        build_step_graph(parse_study(study, "study.yaml"), lambda text: text.get("path"), "study.yaml")
     assert told in str(error.value) and str(error.value).startswith("study.yaml")
 
 
@@ -207,22 +214,22 @@ def test_a_claim_about_the_share_removed_needs_an_arm_without_protection(base: P
     arms = {"plain": {}, "replay": {"replay": "5%"}}
     with pytest.raises(StageError, match="does not say whose forgetting is removed"):
         parse_study(raw(base, arms=arms, claims=claims), "s")
-    assert parse_study(raw(base, arms=arms, claims=claims, against="plain"), "s").reference == "plain"
+    assert parse_study(raw(base, arms=arms, claims=claims, against="plain"), "s").baseline_name == "plain"
 
 
 def test_a_patch_is_merged_where_the_kind_is_the_same() -> None:
     below = {"schedule": {"kind": "rewarm", "peak": 1.0, "floor": 0.1}, "batch": {"sequences": 8}, "list": [1, 2]}
-    assert merged(below, {"schedule": {"peak": 2.0}})["schedule"] == {"kind": "rewarm", "peak": 2.0, "floor": 0.1}
-    assert merged(below, {"schedule": {"kind": "constant", "peak": 2.0}})["schedule"] == {
+    assert merge_patch(below, {"schedule": {"peak": 2.0}})["schedule"] == {"kind": "rewarm", "peak": 2.0, "floor": 0.1}
+    assert merge_patch(below, {"schedule": {"kind": "constant", "peak": 2.0}})["schedule"] == {
         "kind": "constant",
         "peak": 2.0,
     }
-    assert merged(below, {"list": [3]}) == {**below, "list": [3]}
+    assert merge_patch(below, {"list": [3]}) == {**below, "list": [3]}
     assert below["schedule"]["peak"] == 1.0
 
 
-def worked(home: Path, **changes: Any) -> Work:
-    return work_out(parse_study(raw(home, **changes), "s"), lambda text: text.get("path"), "s")
+def worked(home: Path, **changes: Any) -> StepGraph:
+    return build_step_graph(parse_study(raw(home, **changes), "s"), lambda text: text.get("path"), "s")
 
 
 def test_what_several_arms_need_is_there_once(base: Path) -> None:
@@ -243,12 +250,12 @@ def test_what_several_arms_need_is_there_once(base: Path) -> None:
     assert kinds.count("train") == 1 + 7 * 3 + 1
     assert kinds.count("write") == 1 and kinds.count("measure") == 1 and kinds.count("blend") == 3
     order = list(work.steps)
-    assert all(order.index(need) < order.index(key) for key, step in work.steps.items() for need in step.after)
-    chains = work.of_arm("then")
-    assert [chain.steps[0] for chain in chains] == [chain.last for chain in work.of_arm("none")]
+    assert all(order.index(need) < order.index(key) for key, step in work.steps.items() for need in step.depends_on)
+    chains = work.arm_chains("then")
+    assert [chain.steps[0] for chain in chains] == [chain.last_step for chain in work.arm_chains("none")]
     # As many tokens as the arm needs that replays most.
     (text,) = [step for step in work.steps.values() if step.kind == "write"]
-    assert text.what["tokens"] == 500
+    assert text.spec["tokens"] == 500
 
 
 def test_a_broken_fingerprint_would_share_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +263,7 @@ def test_a_broken_fingerprint_would_share_nothing(base: Path, monkeypatch: pytes
     numbers = iter(range(1000))
     arms = {"none": {}, "then": {"start": "none", "tokens": 3000}, "half": {"blend": {"of": "none", "weight": 0.5}}}
     whole = worked(base, base=PRETRAINED, arms=arms, seeds=[0, 1])
-    assert len(whole.trained) == 1 + 2 + 2 and whole.asked == 6 + 2 + 4 + 2
+    assert len(whole.training_steps) == 1 + 2 + 2 and whole.unshared_run_count == 6 + 2 + 4 + 2
     arms |= {f"self {share}": {"replay": share, "replay_from": "self-made"} for share in ("5%", "10%")}
     assert sum(s.kind == "write" for s in worked(base, arms=arms).steps.values()) == 1
     monkeypatch.setattr(study_arms, "fingerprint", lambda value: f"{next(numbers):064x}"[::-1])
@@ -266,7 +273,7 @@ def test_a_broken_fingerprint_would_share_nothing(base: Path, monkeypatch: pytes
 def test_a_step_is_known_by_what_decides_it(base: Path) -> None:
     def last(**changes: Any) -> dict[str, str]:
         work = worked(base, **changes)
-        return {chain.arm: chain.last for chain in work.chains}
+        return {chain.arm: chain.last_step for chain in work.chains}
 
     one = last()
     arms = raw(base)["arms"]
@@ -279,8 +286,8 @@ def test_a_step_is_known_by_what_decides_it(base: Path) -> None:
     assert last(stage={**raw(base)["stage"], "save": {"every": "50%"}}) == one
     assert last(stage={**raw(base)["stage"], "tokens": 2001})["none"] != one["none"]
     assert last(seeds=[1])["none"] != one["none"]
-    changed_text = work_out(parse_study(raw(base), "s"), lambda text: [text.get("path"), "changed"], "s")
-    assert {chain.last for chain in changed_text.chains}.isdisjoint(one.values())
+    changed_text = build_step_graph(parse_study(raw(base), "s"), lambda text: [text.get("path"), "changed"], "s")
+    assert {chain.last_step for chain in changed_text.chains}.isdisjoint(one.values())
 
 
 def test_parts_are_learnt_one_after_the_other(base: Path) -> None:
@@ -305,14 +312,14 @@ def test_parts_are_learnt_one_after_the_other(base: Path) -> None:
     }
     work = worked(base, new=new, base=PRETRAINED, arms=arms, against="infinite")
     for name in arms:
-        (chain,) = work.of_arm(name)
+        (chain,) = work.arm_chains(name)
         assert len(chain.steps) == 3
-        stages = [work.steps[key].what for key in chain.steps]
-        assert [stage["model"] for stage in stages] == [f"@{key}" for key in (work.base, *chain.steps[:2])]
-    kinds = [work.steps[key].what["schedule"]["kind"] for key in work.of_arm("infinite")[0].steps]
+        stages = [work.steps[key].spec for key in chain.steps]
+        assert [stage["model"] for stage in stages] == [f"@{key}" for key in (work.base_step, *chain.steps[:2])]
+    kinds = [work.steps[key].spec["schedule"]["kind"] for key in work.arm_chains("infinite")[0].steps]
     assert kinds == ["infinite", "constant", "wsd"]
     # After the first part it is everything seen so far that is replayed.
-    replayed = [work.steps[key].what["data"]["sources"][1] for key in work.of_arm("cosine")[0].steps]
+    replayed = [work.steps[key].spec["data"]["sources"][1] for key in work.arm_chains("cosine")[0].steps]
     assert replayed[0]["path"].endswith("old.jsonl") and [r.get("seen_so_far") for r in replayed[1:]] == [True, True]
 
 
@@ -322,7 +329,7 @@ def test_what_a_later_part_replays_of_a_given_base(base: Path) -> None:
     def replayed(**old: Any) -> dict[str, Any]:
         given = {"name": "old", "path": str(base / "old.jsonl"), **old}
         work = worked(base, new=new, old=given, arms={"replay": {"replay": "5%"}})
-        return work.steps[work.of_arm("replay")[0].last].what["data"]["sources"][1]
+        return work.steps[work.arm_chains("replay")[0].last_step].spec["data"]["sources"][1]
 
     # Everything seen so far, token by token, needs to know how much old text that is.
     assert replayed(stands_for="10k") == {"name": "seen", "seen_so_far": True, "share": 0.05, "role": "replay"}
@@ -332,9 +339,11 @@ def test_what_a_later_part_replays_of_a_given_base(base: Path) -> None:
 def test_an_arm_goes_on_from_a_blend(base: Path) -> None:
     arms = {"none": {}, "half": {"blend": {"of": "none", "weight": 0.5}}, "then": {"start": "half", "tokens": 3000}}
     work = worked(base, arms=arms)
-    (half,), (then,) = work.of_arm("half"), work.of_arm("then")
-    assert work.steps[then.last].what["model"] == f"@{half.last}/model"  # the folder that a blend leaves is no run
-    assert work.steps[then.last].after == (half.last,)
+    (half,), (then,) = work.arm_chains("half"), work.arm_chains("then")
+    assert (
+        work.steps[then.last_step].spec["model"] == f"@{half.last_step}/model"
+    )  # the folder that a blend leaves is no run
+    assert work.steps[then.last_step].depends_on == (half.last_step,)
 
 
 @pytest.mark.parametrize(
@@ -344,26 +353,28 @@ def test_an_arm_goes_on_from_a_blend(base: Path) -> None:
 def test_a_text_that_is_not_there_is_told_by_its_key(base: Path, tmp_path: Path, path: str, place: str) -> None:
     study = changed(raw(base), path, {"name": "x", "path": "@nowhere.jsonl"})  # also where it begins as a step's would
     with pytest.raises(DataError, match=rf"study.yaml: {place}: no file matches @nowhere.jsonl"):
-        prepare(written(tmp_path, study), tmp_path / "cache")
+        prepare_study(written(tmp_path, study), tmp_path / "cache")
 
 
 def test_a_union_is_mixed_by_the_budgets_and_trained_as_the_base_was(base: Path) -> None:
     pretrain = {"pretrain": {**PRETRAINED["pretrain"], "schedule": {"kind": "cosine", "peak": 3e-3, "floor": 3e-4}}}
     work = worked(base, base=pretrain, arms={"none": {}, "union": {"start": "scratch", "reads": "union"}})
-    (chain,) = work.of_arm("union")
-    stage = work.steps[chain.last].what
+    (chain,) = work.arm_chains("union")
+    stage = work.steps[chain.last_step].spec
     assert stage["tokens"] == 5000 and [s["share"] for s in stage["data"]["sources"]] == [0.6, 0.4]
-    assert stage["schedule"]["peak"] == 3e-3 and stage["model"]["config"] == f"@{work.base}/model"
+    assert stage["schedule"]["peak"] == 3e-3 and stage["model"]["config"] == f"@{work.base_step}/model"
 
 
 # -- carried out -------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_are_those_of_the_runs(done: Prepared) -> None:
-    found = findings(done, {})
+def test_numbers_are_those_of_the_runs(done: PreparedStudy) -> None:
+    found = compute_results(done, {})
     arms = {arm["name"]: arm for arm in found["arms"]}
     for name in ("none", "replay"):
-        records = [read_record(done.folder.place(done.work.steps[c.last])) for c in done.work.of_arm(name)]
+        records = [
+            read_record(done.folder.step_path(done.graph.steps[c.last_step])) for c in done.graph.arm_chains(name)
+        ]
         for set_, on in (("old-held", "old"), ("new-held", "new")):
             losses = [r["scores"]["after"][set_]["nats"] for r in records]
             changes = [r["changes"][set_]["difference"] for r in records]
@@ -372,11 +383,11 @@ def test_numbers_are_those_of_the_runs(done: Prepared) -> None:
             assert list(arms[name]["by_seed"].values())[1][on] == pytest.approx(losses[1], rel=1e-9)
         assert arms[name]["tokens"] == np.mean([r["achieved"]["tokens"] for r in records])
     # The reference of everything is the base, as the runs began with it.
-    record = read_record(done.folder.place(done.work.steps[done.work.of_arm("none")[0].last]))
+    record = read_record(done.folder.step_path(done.graph.steps[done.graph.arm_chains("none")[0].last_step]))
     for set_ in ("old-held", "new-held"):
         assert found["base"]["loss"][set_]["value"] == pytest.approx(record["scores"]["before"][set_]["nats"], rel=1e-9)
     # The base reads all of the old text: nothing of it is held out but the files that are named.
-    pretrained = read_record(done.folder.place(done.work.steps[done.work.base or ""]))
+    pretrained = read_record(done.folder.step_path(done.graph.steps[done.graph.base_step or ""]))
     assert set(pretrained["changes"]) == {"old-held"} and not pretrained["ledger"]["old"]["held_out"]
     base, none, replay, union = (
         {"loss": found["base"]["loss"]},
@@ -395,32 +406,32 @@ def test_numbers_are_those_of_the_runs(done: Prepared) -> None:
 
 def test_the_interval_of_one_seed_is_the_record_s(base: Path, tmp_path: Path, cache: Path) -> None:
     file = written(tmp_path, raw(base, arms={"none": {}}))
-    prepared = prepare(file, cache)
+    prepared = prepare_study(file, cache)
     carried_out(prepared)
-    (arm,) = findings(prepared, {})["arms"]
-    record = read_record(prepared.folder.place(prepared.work.steps[prepared.work.chains[0].last]))
+    (arm,) = compute_results(prepared, {})["arms"]
+    record = read_record(prepared.folder.step_path(prepared.graph.steps[prepared.graph.chains[0].last_step]))
     change = record["changes"]["old-held"]
     assert [arm["change"]["old"][k] for k in ("value", "low", "high")] == pytest.approx(
         [change["difference"], change["low"], change["high"]], abs=1e-9
     )
     # The mutant: with other documents drawn for each model it would be another interval.
-    scores = prepared.folder.place(prepared.work.steps[prepared.work.chains[0].last]) / "scores"
+    scores = prepared.folder.step_path(prepared.graph.steps[prepared.graph.chains[0].last_step]) / "scores"
     before, after = (before_after.read_scores(scores / f"{n}.npz")["old-held"].per_unit() for n in ("before", "after"))
-    unpaired = np.quantile(redrawn(*after, seed=1) - redrawn(*before, seed=0), [0.025, 0.975])
+    unpaired = np.quantile(bootstrap_means(*after, seed=1) - bootstrap_means(*before, seed=0), [0.025, 0.975])
     assert [change["low"], change["high"]] != pytest.approx(unpaired.tolist(), abs=1e-4)
 
 
-def test_the_base_s_losses_are_the_base_s(done: Prepared) -> None:
+def test_the_base_s_losses_are_the_base_s(done: PreparedStudy) -> None:
     """Also where the first arm is a blend of one that began with random weights, whose run begins with other losses."""
     study = yaml.safe_load(done.file.read_text())
     mixed = {"blend": {"of": "union", "weight": 0.5}}
     arms = {"mixed": mixed, "on": {"start": "union", "seeds": [0]}, **study["arms"]}
-    file = written(done.file.parent / "mixed", {**study, "arms": arms, "runs": str(done.folder.home)})
-    prepared = prepare(file, done.folder.cache)
-    for key in prepared.left:
-        if prepared.work.steps[key].kind == "blend":
-            list(carry_out(prepared.work, prepared.work.steps[key], prepared.folder, "x"))
-    found, before = findings(prepared, {}), findings(done, {})
+    file = written(done.file.parent / "mixed", {**study, "arms": arms, "runs": str(done.folder.path)})
+    prepared = prepare_study(file, done.folder.cache)
+    for key in prepared.remaining_steps:
+        if prepared.graph.steps[key].kind == "blend":
+            list(run_step(prepared.graph, prepared.graph.steps[key], prepared.folder, "x"))
+    found, before = compute_results(prepared, {}), compute_results(done, {})
     assert found["base"]["loss"] == before["base"]["loss"]
     told = {arm["name"]: arm for arm in found["arms"]}
     assert [name for name, arm in told.items() if arm["from_scratch"]] == ["mixed", "on", "union"]
@@ -432,63 +443,66 @@ def test_the_base_s_losses_are_the_base_s(done: Prepared) -> None:
     assert tokens["none"] == told["none"]["tokens"] + found["base"]["tokens"]
 
 
-def test_a_blend_lies_between(done: Prepared) -> None:
-    from postgrad.models.interpolate import weights_of
-    from postgrad.models.pretrained import locate
+def test_a_blend_lies_between(done: PreparedStudy) -> None:
+    from postgrad.models.interpolate import copy_weights
+    from postgrad.models.pretrained import locate_model
     from postgrad.tuning.open_model import open_model
 
-    (chain, _) = done.work.of_arm("half")
-    places = [done.folder.place(done.work.steps[key]) for key in (done.work.base or "", chain.steps[0], chain.last)]
+    (chain, _) = done.graph.arm_chains("half")
+    places = [
+        done.folder.step_path(done.graph.steps[key])
+        for key in (done.graph.base_step or "", chain.steps[0], chain.last_step)
+    ]
     places[-1] = places[-1] / "model"
-    start, end, between = (weights_of(open_model(locate(str(p), p.parent)).model) for p in places)
+    start, end, between = (copy_weights(open_model(locate_model(str(p), p.parent)).model) for p in places)
     assert all(np.allclose(between[n], 0.75 * start[n] + 0.25 * end[n], atol=1e-6) for n in start)
     assert not all(np.allclose(between[n], end[n], atol=1e-6) for n in start)
 
 
-def test_finished_runs_are_taken_as_they_are(done: Prepared) -> None:
-    again = prepare(done.file, done.folder.cache)
-    assert not again.left
+def test_finished_runs_are_taken_as_they_are(done: PreparedStudy) -> None:
+    again = prepare_study(done.file, done.folder.cache)
+    assert not again.remaining_steps
     events, _ = carried_out(again)
-    assert begun(events, again) == [] and all(e.before for e in events if isinstance(e, StepEnded))
+    assert begun(events, again) == [] and all(e.is_cached for e in events if isinstance(e, StepFinished))
     # An arm more makes its own runs alone.
     study = yaml.safe_load(done.file.read_text())
     study["arms"]["more"] = {"replay": "50%", "seeds": [0]}
-    more = written(done.file.parent / "besides", {**study, "runs": str(done.folder.home), "output": "here"})
-    wider = prepare(more, done.folder.cache)
-    assert [wider.work.steps[key].slug for key in wider.left] == ["more-s0"]
+    more = written(done.file.parent / "besides", {**study, "runs": str(done.folder.path), "output": "here"})
+    wider = prepare_study(more, done.folder.cache)
+    assert [wider.graph.steps[key].slug for key in wider.remaining_steps] == ["more-s0"]
 
 
 @pytest.mark.parametrize("name", ["texts.json", "times.json", "machine.json", "notes/{key}.json"])
 @pytest.mark.parametrize("text", ["{", "[]"])
-def test_a_broken_file_of_its_own_is_told(done: Prepared, tmp_path: Path, name: str, text: str) -> None:
+def test_a_broken_file_of_its_own_is_told(done: PreparedStudy, tmp_path: Path, name: str, text: str) -> None:
     home = tmp_path / "home"
-    shutil.copytree(done.folder.home, home, ignore=shutil.ignore_patterns("runs"))
-    broken = home / name.format(key=done.work.base)
+    shutil.copytree(done.folder.path, home, ignore=shutil.ignore_patterns("runs"))
+    broken = home / name.format(key=done.graph.base_step)
     broken.write_text(text)
     study = yaml.safe_load(done.file.read_text())
     file = written(tmp_path, {**study, "output": str(home)})
     with pytest.raises(StageError, match="remove this file") as error:
-        prepared = prepare(file, done.folder.cache)
-        prepared.folder.machine, seconds_inside(prepared), spent(prepared.folder)
+        prepared = prepare_study(file, done.folder.cache)
+        prepared.folder.machine, total_step_seconds(prepared), load_times(prepared.folder)
     assert str(broken) in str(error.value)
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda place: place.write_bytes(b"PK")])
-def test_scores_that_are_gone_are_told_with_the_way_out(done: Prepared, harm: Any) -> None:
-    place = done.folder.place(done.work.steps[done.work.of_arm("replay")[0].last])
+def test_scores_that_are_gone_are_told_with_the_way_out(done: PreparedStudy, harm: Any) -> None:
+    place = done.folder.step_path(done.graph.steps[done.graph.arm_chains("replay")[0].last_step])
     scores = place / "scores" / "after.npz"
     whole = scores.read_bytes()
     harm(scores)
     try:
         with pytest.raises(DataError, match=f"remove the folder {re.escape(str(place))}"):
-            findings(done, {})
+            compute_results(done, {})
     finally:
         scores.write_bytes(whole)
 
 
-def test_what_is_left_behind_reads_back(done: Prepared) -> None:
-    found = finish(done, {})
-    home = done.folder.home
+def test_what_is_left_behind_reads_back(done: PreparedStudy) -> None:
+    found = write_outputs(done, {})
+    home = done.folder.path
     kept = json.loads((home / "study.json").read_text())
     assert kept["arms"] == json.loads(json.dumps(found["arms"]))
     page = (home / "report.html").read_text()
@@ -506,27 +520,27 @@ def test_what_is_left_behind_reads_back(done: Prepared) -> None:
 
 def test_stopped_and_gone_on_with_it_ends_with_the_same_numbers(base: Path, tmp_path: Path, cache: Path) -> None:
     arms = {"none": {}, "replay": {"replay": "25%"}}
-    straight = prepare(written(tmp_path / "straight", raw(base, arms=arms)), cache)
+    straight = prepare_study(written(tmp_path / "straight", raw(base, arms=arms)), cache)
     carried_out(straight)
-    broken = prepare(written(tmp_path / "broken", raw(base, arms=arms)), cache)
+    broken = prepare_study(written(tmp_path / "broken", raw(base, arms=arms)), cache)
     # By turns asked to stop, which saves, and dropped where it stands, which loses what is behind the last checkpoint.
     ways = [True, False, True, False]
-    while broken.left:
+    while broken.remaining_steps:
         asked = ways.pop() if ways else None
         events = run_study(broken, command="x")
         for event in events:
-            if isinstance(event, Moved) and event.what == "training" and event.done == 4 + len(ways) % 2:
+            if isinstance(event, StepProgress) and event.activity == "training" and event.done == 4 + len(ways) % 2:
                 if asked is False:
                     break
                 if asked:
                     asked = None
                     os.kill(os.getpid(), signal.SIGINT)
         events.close()  # type: ignore[attr-defined]
-        part = findings(broken, {})
-        if broken.left:  # what is not complete is in no sentence
+        part = compute_results(broken, {})
+        if broken.remaining_steps:  # what is not complete is in no sentence
             assert {a["status"] for a in part["arms"]} - {"finished"} and part["summary"][0].startswith("Not finished")
     assert not ways
-    one, two = (findings(p, {}) for p in (straight, broken))
+    one, two = (compute_results(p, {}) for p in (straight, broken))
     for a, b in zip(one["arms"], two["arms"], strict=True):
         assert a["loss"] == b["loss"] and a["change"] == b["change"]
 
@@ -538,11 +552,11 @@ def test_an_arm_that_fails_leaves_the_others(base: Path, tmp_path: Path, cache: 
         "half-wild": {"blend": {"of": "wild", "weight": 0.5}},
         "replay": {"replay": "25%"},
     }
-    prepared = prepare(written(tmp_path, raw(base, arms=arms)), cache)
+    prepared = prepare_study(written(tmp_path, raw(base, arms=arms)), cache)
     events, ended = carried_out(prepared)
-    failed = [prepared.work.steps[e.key].slug for e in events if isinstance(e, StepFailed)]
-    assert failed == ["wild-s0"] and len(ended.failed) == 2
-    found = finish(prepared, ended.failed)
+    failed = [prepared.graph.steps[e.key].slug for e in events if isinstance(e, StepFailed)]
+    assert failed == ["wild-s0"] and len(ended.failures) == 2
+    found = write_outputs(prepared, ended.failures)
     assert {a["name"]: a["status"] for a in found["arms"]} == {
         "none": "finished",
         "wild": "failed",
@@ -554,12 +568,14 @@ def test_an_arm_that_fails_leaves_the_others(base: Path, tmp_path: Path, cache: 
 
 def test_two_processes_make_the_same(base: Path, tmp_path: Path, cache: Path) -> None:
     arms = {"none": {}, "replay": {"replay": "25%"}}
-    one = prepare(written(tmp_path / "one", raw(base, arms=arms)), cache)
+    one = prepare_study(written(tmp_path / "one", raw(base, arms=arms)), cache)
     carried_out(one)
-    two = prepare(written(tmp_path / "two", raw(base, arms=arms)), cache)
+    two = prepare_study(written(tmp_path / "two", raw(base, arms=arms)), cache)
     events, ended = carried_out(two, workers=2)
-    assert not ended.failed and {e.device for e in events if isinstance(e, StepBegan)} == {"0", "1"}
-    assert [a["loss"] for a in findings(one, {})["arms"]] == [a["loss"] for a in findings(two, {})["arms"]]
+    assert not ended.failures and {e.device for e in events if isinstance(e, StepStarted)} == {"0", "1"}
+    assert [a["loss"] for a in compute_results(one, {})["arms"]] == [
+        a["loss"] for a in compute_results(two, {})["arms"]
+    ]
 
 
 # -- beforehand --------------------------------------------------------------------------------------------------------
@@ -567,40 +583,40 @@ def test_two_processes_make_the_same(base: Path, tmp_path: Path, cache: Path) ->
 
 def test_an_arm_that_cannot_finish_is_told_before_anything_is_trained(base: Path, tmp_path: Path, cache: Path) -> None:
     study = raw(base, base=PRETRAINED, arms={"none": {}, "long": {"tokens": 900_000}, "longer": {"tokens": 990_000}})
-    prepared = prepare(written(tmp_path, study), cache)
+    prepared = prepare_study(written(tmp_path, study), cache)
     with pytest.raises(StageError) as error:
-        look_ahead(prepared)
+        forecast_study(prepared)
     assert "2 arms cannot be carried out" in str(error.value) and "max_passes is 20" in str(error.value)
-    assert not (prepared.folder.home / "runs").exists()
+    assert not (prepared.folder.path / "runs").exists()
     # What is wrong with the base is not told of the arms that need it.
     for pretrain, said in (({"tokens": 900_000}, "max_passes is 20"), ({"model": {"fresh": "llama-60x"}}, "llama-60x")):
         broken = {"pretrain": {**PRETRAINED["pretrain"], **pretrain}}
         with pytest.raises(StageError) as error:
-            look_ahead(prepare(written(tmp_path / "base", raw(base, base=broken)), cache))
+            forecast_study(prepare_study(written(tmp_path / "base", raw(base, base=broken)), cache))
         assert "the base cannot be carried out" in str(error.value) and said in str(error.value)
         assert "  the base: " in str(error.value) and "none" not in str(error.value)
-    ok = prepare(written(tmp_path, raw(base, base=PRETRAINED, arms={"none": {}})), cache)
-    outlook = look_ahead(ok)
-    record = outlook_record(ok, outlook)
+    ok = prepare_study(written(tmp_path, raw(base, base=PRETRAINED, arms={"none": {}})), cache)
+    outlook = forecast_study(ok)
+    record = forecast_record(ok, outlook)
     assert record["runs"] == 2 and record["tokens"] == 5000 and record["seconds"] > 0
 
 
 def test_what_is_made_besides_takes_its_time_too(base: Path, tmp_path: Path, cache: Path, monkeypatch: Any) -> None:
     """At 0.01 s for a trained token: text is written at 60 times that, importance measured at 3 times."""
-    monkeypatch.setattr(study_plan, "_timed", lambda *_: Pace(0.01, 0.0, 0.5))
+    monkeypatch.setattr(study_plan, "_time_run", lambda *_: RunTiming(0.01, 0.0, 0.5))
     arms = {
         "none": {},
         "self": {"replay": "25%", "replay_from": "self-made"},
         "ewc": {"penalties": [{"kind": "anchor", "strength": 1.0, "importance": "measured"}]},
         "half": {"blend": {"of": "none", "weight": 0.5}},
     }
-    prepared = prepare(written(tmp_path, raw(base, arms=arms, importance={"tokens": 700})), cache)
-    outlook = look_ahead(prepared)
-    (tokens,) = [step.what["tokens"] for step in prepared.work.steps.values() if step.kind == "write"]
+    prepared = prepare_study(written(tmp_path, raw(base, arms=arms, importance={"tokens": 700})), cache)
+    outlook = forecast_study(prepared)
+    (tokens,) = [step.spec["tokens"] for step in prepared.graph.steps.values() if step.kind == "write"]
     assert tokens == 500  # a quarter of 2000
     # A run: 2000 tokens within a row, half a second of planning, and one around it.
     wanted = {"train": 21.5, "write": 300.0, "measure": 21.0, "blend": 1.0}
-    found = [(prepared.work.steps[key].kind, seconds) for key, seconds in outlook.seconds.items()]
+    found = [(prepared.graph.steps[key].kind, seconds) for key, seconds in outlook.seconds.items()]
     assert {kind for kind, _ in found} == wanted.keys()
     assert all(seconds == pytest.approx(wanted[kind], abs=0.2 * (kind == "train")) for kind, seconds in found)
 
@@ -611,23 +627,25 @@ def test_held_out_text_that_is_trained_on_is_told(base: Path, tmp_path: Path, ca
     trained = write_jsonl(tmp_path / "trained.jsonl", texts)
     study = raw(base, new={"path": str(trained), "max_passes": 50}, learned=str(held), arms={"none": {}})
     study["stage"]["data"]["overlap"] = "report"
-    outlook = look_ahead(prepare(written(tmp_path, study), cache))
+    outlook = forecast_study(prepare_study(written(tmp_path, study), cache))
     assert any("share at least half of their 13-grams" in note for note in outlook.notes)
 
 
 # -- what follows from numbers -----------------------------------------------------------------------------------------
 
 
-def estimate(value: float, spread: float, seed: int = 0) -> Drawn:
-    return Drawn(value, value + spread * np.random.default_rng(seed).standard_normal(2000))
+def estimate(value: float, spread: float, seed: int = 0) -> BootstrapEstimate:
+    return BootstrapEstimate(value, value + spread * np.random.default_rng(seed).standard_normal(2000))
 
 
 def test_the_share_removed_is_that_of_the_paper() -> None:
     # Ibrahim et al. 2024, weak shift, 405M: 2.17 before, 2.44 without replay, 2.26 with 1 %, 2.23 with 5 %.
     base, none = estimate(2.17, 0.0), estimate(2.44, 0.0)
-    assert round(removed(estimate(2.26, 0.0), none, base).value, 2) == 0.67  # type: ignore[union-attr]
-    assert round(removed(estimate(2.23, 0.0), none, base).value, 2) == 0.78  # type: ignore[union-attr]
-    assert removed(estimate(2.23, 0.0), estimate(2.18, 0.05), base) is None  # no forgetting is shown, so no share of it
+    assert round(removed_share(estimate(2.26, 0.0), none, base).value, 2) == 0.67  # type: ignore[union-attr]
+    assert round(removed_share(estimate(2.23, 0.0), none, base).value, 2) == 0.78  # type: ignore[union-attr]
+    assert (
+        removed_share(estimate(2.23, 0.0), estimate(2.18, 0.05), base) is None
+    )  # no forgetting is shown, so no share of it
 
 
 @pytest.mark.parametrize(
@@ -644,31 +662,35 @@ def test_a_claim_holds_by_its_interval_and_by_every_seed(
     low: float, high: float, seeds: list[float], said: str
 ) -> None:
     entry = {"value": (low + high) / 2, "low": low, "high": high, "by_seed": seeds}
-    assert verdict(entry, 0.0) == said
+    assert claim_verdict(entry, 0.0) == said
     turned = {"value": -entry["value"], "low": -high, "high": -low, "by_seed": [-s for s in seeds]}  # type: ignore[operator]
-    assert verdict(turned, 0.0, at_least=True) == said
+    assert claim_verdict(turned, 0.0, at_least=True) == said
 
 
-def test_what_is_seen_while_it_goes_on(done: Prepared) -> None:
-    work = done.work
-    (first, second), (union,) = work.of_arm("none"), work.of_arm("union")
-    standing = Standing(work, {first.last: 10.0, second.last: 10.0, union.last: 40.0})
-    standing.take(StepEnded(work.base or "", 0.0, before=True))
-    assert standing.part("none") == 0 and standing.state("none") == "waits" and standing.left() == 60
-    standing.take(StepBegan(first.last, ""))
+def test_what_is_seen_while_it_goes_on(done: PreparedStudy) -> None:
+    work = done.graph
+    (first, second), (union,) = work.arm_chains("none"), work.arm_chains("union")
+    standing = StudyProgress(work, {first.last_step: 10.0, second.last_step: 10.0, union.last_step: 40.0})
+    standing.update(StepFinished(work.base_step or "", 0.0, is_cached=True))
+    assert standing.fraction_done("none") == 0 and standing.state("none") == "waits" and standing.seconds_left() == 60
+    standing.update(StepStarted(first.last_step, ""))
     row = {"sets": {"old-held": {"role": "retained", "change": 0.25}, "new-held": {"role": "learned", "change": -1.0}}}
-    standing.take(Moved(first.last, "training", 5, 10, row))
-    assert standing.part("none") == 0.25 and standing.state("none") == "training" and standing.left() == 55
-    assert standing.change("none", "retained") == 0.25 and standing.change("union", "retained") is None
+    standing.update(StepProgress(first.last_step, "training", 5, 10, row))
+    assert (
+        standing.fraction_done("none") == 0.25
+        and standing.state("none") == "training"
+        and standing.seconds_left() == 55
+    )
+    assert standing.mean_change("none", "retained") == 0.25 and standing.mean_change("union", "retained") is None
     # What a run really took corrects what is expected of the others.
-    standing.begun[first.last] -= 20.0
-    standing.take(StepEnded(first.last, 20.0))
-    assert standing.part("none") == 0.5 and standing.state("none") == "1 done"
-    assert standing.left() == pytest.approx(100, rel=0.01)
-    standing.take(StepFailed(union.last, "no"))
+    standing.start_times[first.last_step] -= 20.0
+    standing.update(StepFinished(first.last_step, 20.0))
+    assert standing.fraction_done("none") == 0.5 and standing.state("none") == "1 done"
+    assert standing.seconds_left() == pytest.approx(100, rel=0.01)
+    standing.update(StepFailed(union.last_step, "no"))
     assert standing.state("union") == "failed"
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(drawn(standing))
+    console.print(progress_table(standing))
     line = next(line for line in console.export_text().splitlines() if " none " in line)
     assert "50%" in line and "1 done" in line and "+0.250" in line
 
@@ -676,7 +698,7 @@ def test_what_is_seen_while_it_goes_on(done: Prepared) -> None:
 def told(*arms: dict[str, Any], pairs: list[dict[str, Any]] = [], **besides: Any) -> list[str]:  # noqa: B006
     """The summary of arms, each on the frontier with two seeds unless it says something else."""
     whole = [{"status": "finished", "seeds_there": [0, 1], "dominated_by": [], **arm} for arm in arms]
-    return summary({"arms": whole, "against": "none", "union": "union", "pairs": pairs, **besides})
+    return study_summary({"arms": whole, "against": "none", "union": "union", "pairs": pairs, **besides})
 
 
 def between(low: float, high: float, **besides: Any) -> dict[str, Any]:
@@ -763,14 +785,14 @@ def losses(old: Sequence[float], new: float, spread: float = 0.0) -> Losses:
 
 def measured_as(name: str, by_seed: dict[int, Losses]) -> Measured:
     drawn_ = list(by_seed.values())
-    sets = {key: mean_of([item.sets[key] for item in drawn_]) for key in drawn_[0].sets}
+    sets = {key: mean_estimate([item.sets[key] for item in drawn_]) for key in drawn_[0].sets}
     return Measured(name, Arm(), [], Losses(sets, drawn_[0].roles), by_seed)
 
 
 def test_the_average_weighs_old_and_new_alike() -> None:
     """Not the mean over all sets, which would weigh the side with more of them higher."""
     given = losses([1.0, 2.0], 3.5)
-    assert [given.on(what).value for what in ("old", "new", "average")] == [1.5, 3.5, 2.5]
+    assert [given.get_loss(what).value for what in ("old", "new", "average")] == [1.5, 3.5, 2.5]
 
 
 def test_pairs_are_the_second_less_the_first_seed_by_seed() -> None:
@@ -778,7 +800,7 @@ def test_pairs_are_the_second_less_the_first_seed_by_seed() -> None:
         "one": measured_as("one", {0: losses([2.0], 3.0, 0.1), 1: losses([2.2], 3.0, 0.1)}),
         "two": measured_as("two", {1: losses([2.5], 2.0, 0.1), 0: losses([2.1], 2.5, 0.1)}),
     }
-    (pair,) = found_in._pairs(arms)
+    (pair,) = found_in._pairwise_differences(arms)
     assert (pair["arm"], pair["than"]) == ("two", "one")
     assert pair["old"]["by_seed"] == pytest.approx([0.1, 0.3]) and pair["new"]["by_seed"] == pytest.approx([-0.5, -1.0])
     # The same draws of documents on both sides leave nothing of the spread over documents.
@@ -786,8 +808,8 @@ def test_pairs_are_the_second_less_the_first_seed_by_seed() -> None:
 
 
 def test_seeds_are_told_by_the_deviation_of_one() -> None:
-    assert found_in._spread([1.0, 3.0])["deviation"] == pytest.approx(2**0.5)
-    assert found_in._spread([1.0]) == {"low": 1.0, "high": 1.0, "deviation": None, "seeds": 1}
+    assert found_in._seed_spread([1.0, 3.0])["deviation"] == pytest.approx(2**0.5)
+    assert found_in._seed_spread([1.0]) == {"low": 1.0, "high": 1.0, "deviation": None, "seeds": 1}
 
 
 def test_an_arm_is_dominated_by_one_that_is_no_worse_on_both() -> None:
@@ -808,13 +830,13 @@ def test_a_share_removed_is_claimed_with_every_seed(base: Path) -> None:
         "none": measured_as("none", {0: losses([3.0], 1.0), 1: losses([3.0], 1.0)}),
         "replay": measured_as("replay", {0: losses([2.2], 1.0), 1: losses([2.4], 1.0)}),
     }
-    found = found_in._claim(study.claims[0], study, arms, start)
+    found = found_in._evaluate_claim(study.claims[0], study, arms, start)
     assert found["by_seed"] == pytest.approx([0.8, 0.6]) and found["value"] == pytest.approx(0.7)
     assert found["verdict"] == "holds"
     arms["replay"] = measured_as("replay", {0: losses([2.05], 1.0), 1: losses([2.6], 1.0)})
-    assert found_in._claim(study.claims[0], study, arms, start)["verdict"] == "not shown"
+    assert found_in._evaluate_claim(study.claims[0], study, arms, start)["verdict"] == "not shown"
     arms["none"] = measured_as("none", {0: losses([1.9], 1.0)})
-    assert "none is not shown to forget" in found_in._claim(study.claims[0], study, arms, start)["why"]
+    assert "none is not shown to forget" in found_in._evaluate_claim(study.claims[0], study, arms, start)["why"]
 
 
 def test_what_is_told_by_the_share_of_replay_differs_in_nothing_else(base: Path) -> None:
@@ -827,7 +849,7 @@ def test_what_is_told_by_the_share_of_replay_differs_in_nothing_else(base: Path)
          "loss": {"old": {"value": 3.0 + 0.5 / (1 + 20 * arm.replay)}, "new": {"value": 2.0 + 0.1 * arm.replay}}}
         for name, arm in study.arms.items()
     ]  # fmt: skip
-    found = found_in._by_share(study, arms)
+    found = found_in._replay_results(study, arms)
     assert [point["share"] for point in found["points"]] == shares and "slow" not in str(found["points"])
     for what, known in (("old", lambda x: 0.5 / (1 + 20 * x)), ("new", lambda x: 2.0 + 0.1 * x)):
         line = found["laws"][what]["line"]
@@ -840,31 +862,33 @@ def test_the_rows_say_which_way_is_good() -> None:
     arm = {"name": "a", "status": "finished", "loss": {"old": up, "new": up}, "change": {"old": up, "new": down},
            "removed": between(0.4, 0.6)}  # fmt: skip
     found = {"name": "x", "arms": [arm], "seeds": [0], "claims": [{"say": "c", "on": "removed", "bound": 0.3}]}
-    row = arms_table(found).rows[1]
+    row = study_arms_table(found).rows[1]
     assert [row[2].tone, row[5].tone] == ["bad", "good"]
     claims = claims_table(found)
     assert claims is not None and "≥ 30 %" in claims.text()
-    old, new = (line.split(",") for line in as_csv(found).splitlines()[-2:])
+    old, new = (line.split(",") for line in study_csv(found).splitlines()[-2:])
     assert [float(x) for x in old[9:12]] == [0.5, 0.4, 0.6] and new[9:12] == ["", "", ""]
 
 
 def test_what_needs_what_failed_is_left_out_to_the_end(base: Path) -> None:
     arms = {"none": {}, "then": {"start": "none", "tokens": 3000}, "last": {"start": "then", "tokens": 4000}}
     work = worked(base, base={**PRETRAINED, "seed": 3}, arms=arms)
-    assert work.base is not None and work.steps[work.base].what["seed"] == 3
-    state = _State(work)
-    state.fail(work.of_arm("none")[0].last, "it broke")
-    assert len(state.failed) == 3 and "needs then-s0" in state.failed[work.of_arm("last")[0].last]
+    assert work.base_step is not None and work.steps[work.base_step].spec["seed"] == 3
+    state = _StepQueue(work)
+    state.mark_failed(work.arm_chains("none")[0].last_step, "it broke")
+    assert len(state.failures) == 3 and "needs then-s0" in state.failures[work.arm_chains("last")[0].last_step]
 
 
 def test_a_stage_s_own_arithmetic_is_kept(base: Path, tmp_path: Path) -> None:
-    prepared = prepare(written(tmp_path, raw(base)), tmp_path / "cache")
-    prepared.folder.shelf.mkdir(parents=True)
-    (prepared.folder.shelf / "machine.json").write_text(json.dumps({"compute": {"threads": 2, "dtype": "bfloat16"}}))
-    step = prepared.work.steps[prepared.work.trained[0]]
-    assert prepared.folder.stage(prepared.work, step)["compute"]["threads"] == 1
-    bare = replace(step, what={key: value for key, value in step.what.items() if key != "compute"})
-    assert prepared.folder.stage(prepared.work, bare)["compute"] == {"threads": 2, "dtype": "bfloat16"}
+    prepared = prepare_study(written(tmp_path, raw(base)), tmp_path / "cache")
+    prepared.folder.runs_folder.mkdir(parents=True)
+    (prepared.folder.runs_folder / "machine.json").write_text(
+        json.dumps({"compute": {"threads": 2, "dtype": "bfloat16"}})
+    )
+    step = prepared.graph.steps[prepared.graph.training_steps[0]]
+    assert prepared.folder.resolve_stage(prepared.graph, step)["compute"]["threads"] == 1
+    bare = replace(step, spec={key: value for key, value in step.spec.items() if key != "compute"})
+    assert prepared.folder.resolve_stage(prepared.graph, bare)["compute"] == {"threads": 2, "dtype": "bfloat16"}
 
 
 # -- what is written for users ----------------------------------------------------------------------------------------
@@ -882,18 +906,18 @@ def test_templates_are_studies_and_those_that_are_shipped(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     made: list[Path] = []
-    monkeypatch.setattr(study_templates, "write_kinds", made.append)
-    found = study_templates.write_study(Path("paper.yaml"), template, size, force=False)
+    monkeypatch.setattr(study_templates, "write_corpus", made.append)
+    found = study_templates.write_study_template(Path("paper.yaml"), template, size, force=False)
     assert made == ([Path("paper-data")] if size == "laptop" else [])
     assert found["files"][0] == ("paper.yaml" if template == "levers" else "paper-strong.yaml")
     bases = set()
     for name in found["files"]:
-        work = work_out(load_study(Path(name)), lambda text: text.get("path"), name)
-        bases.add(work.base)
+        work = build_step_graph(load_study(Path(name)), lambda text: text.get("path"), name)
+        bases.add(work.base_step)
         texts = {
             s["path"]
             for step in work.steps.values()
-            for s in step.what.get("data", {}).get("sources", [])
+            for s in step.spec.get("data", {}).get("sources", [])
             if "path" in s
         }
         if size == "laptop":
@@ -907,9 +931,9 @@ def test_templates_are_studies_and_those_that_are_shipped(
     # What the studies of the paper have in common is made once: all but the larger model go on from one base.
     assert len(bases) == (2 if template == "paper" else 1)
     with pytest.raises(StageError, match="is there already"):
-        study_templates.write_study(Path("paper.yaml"), template, size, force=False)
+        study_templates.write_study_template(Path("paper.yaml"), template, size, force=False)
     with pytest.raises(StageError, match="did you mean 'paper'"):
-        study_templates.write_study(Path("x.yaml"), "papr", size, force=False)
+        study_templates.write_study_template(Path("x.yaml"), "papr", size, force=False)
 
 
 def test_the_schema_knows_what_is_a_study() -> None:
@@ -928,15 +952,17 @@ def test_what_the_page_shows_is_a_study() -> None:
     blocks = [read_yaml(body) for body in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
     whole = next(block for block in blocks if "arms" in block)
     claims = next(block for block in blocks if block.keys() == {"claims"})
-    work_out(parse_study({**whole, **claims}, "docs/study.md"), lambda text: text.get("path"), "docs/study.md")
+    build_step_graph(parse_study({**whole, **claims}, "docs/study.md"), lambda text: text.get("path"), "docs/study.md")
 
 
 def test_kinds_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modules = [
-        p for p in builtin_corpus.standard_library() if p.name in ("argparse.py", "ast.py", "bisect.py", "calendar.py")
+        p
+        for p in builtin_corpus.standard_library_files()
+        if p.name in ("argparse.py", "ast.py", "bisect.py", "calendar.py")
     ]
-    monkeypatch.setattr(builtin_corpus, "standard_library", lambda: modules)
-    builtin_corpus.write_kinds(tmp_path)
+    monkeypatch.setattr(builtin_corpus, "standard_library_files", lambda: modules)
+    builtin_corpus.write_corpus(tmp_path)
     texts = {
         p.stem: [json.loads(line)["text"] for line in p.read_text().split("\n")[:-1]] for p in tmp_path.glob("*.jsonl")
     }
@@ -972,7 +998,7 @@ def test_a_new_study_writes_over_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "mine-data").mkdir()
     (tmp_path / "mine-data" / "old.jsonl").write_text("the user's")
     with pytest.raises(StageError, match="mine-data is there already"):
-        study_templates.write_study(Path("mine.yaml"), "levers", "laptop", force=False)
+        study_templates.write_study_template(Path("mine.yaml"), "levers", "laptop", force=False)
     assert [p.name for p in tmp_path.iterdir()] == ["mine-data"]
     assert (tmp_path / "mine-data" / "old.jsonl").read_text() == "the user's"
 
@@ -995,14 +1021,14 @@ def test_several_files_are_read_before_the_first_is_carried_out(
 
 
 def test_two_files_do_not_share_a_folder(base: Path, tmp_path: Path, cache: Path) -> None:
-    one = prepare(written(tmp_path, raw(base)), cache)
+    one = prepare_study(written(tmp_path, raw(base)), cache)
     next(iter(run_study(one, command="x")))
     other = tmp_path / "other.yaml"
     other.write_text(one.file.read_text())
     with pytest.raises(StageError, match=r"study\.yaml has the same folder"):
-        next(iter(run_study(prepare(other, cache), command="x")))
+        next(iter(run_study(prepare_study(other, cache), command="x")))
     one.file.unlink()  # then it has another name now, and goes on
-    assert isinstance(next(iter(run_study(prepare(other, cache), command="x"))), StepBegan)
+    assert isinstance(next(iter(run_study(prepare_study(other, cache), command="x"))), StepStarted)
 
 
 def test_the_command(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage_of: StageOf) -> None:
@@ -1029,10 +1055,10 @@ def test_a_gate_that_failed_is_told(base: Path, tmp_path: Path, cache: Path) -> 
     stage = raw(base)["stage"] | {"max_forgetting": 1e-6}
     wild = {"schedule": {"peak": 1.0, "floor": 1.0}}  # breaks even the little that the base knows
     arms = {"none": wild, "calm": {}, "half": {"blend": {"of": "none", "weight": 0.5}}}
-    prepared = prepare(written(tmp_path, raw(base, stage=stage, arms=arms)), cache)
+    prepared = prepare_study(written(tmp_path, raw(base, stage=stage, arms=arms)), cache)
     _, ended = carried_out(prepared)
-    assert not ended.failed
-    found = finish(prepared, ended.failed)
+    assert not ended.failures
+    found = write_outputs(prepared, ended.failures)
     assert {arm["name"]: arm["gate_failed"] for arm in found["arms"]} == {"none": [0], "calm": [], "half": []}
     assert [line for line in found["summary"] if "gate" in line] == [
         "The retention gate (max_forgetting) failed: none (seed 0)."
@@ -1040,10 +1066,10 @@ def test_a_gate_that_failed_is_told(base: Path, tmp_path: Path, cache: Path) -> 
 
 
 def test_names_with_commas_of_their_own_are_kept_apart() -> None:
-    assert listed(["none", "replay"]) == "none, replay"
-    assert listed(["infinite", "infinite, replay 5 %"]) == "infinite; infinite, replay 5 %"
+    assert join_names(["none", "replay"]) == "none, replay"
+    assert join_names(["infinite", "infinite, replay 5 %"]) == "infinite; infinite, replay 5 %"
     arm = {"status": "finished", "seeds_there": [0, 1, 2], "dominated_by": ["x"]}
     arm["change"] = {"old": between(0.1, 0.2), "new": between(0, 1)}
     arms = [{**arm, "name": name} for name in ("cosine", "cosine, replay 5 %")]
-    said = " ".join(summary({"name": "x", "arms": arms, "seeds": [0, 1, 2], "sets": [], "pairs": []}))
+    said = " ".join(study_summary({"name": "x", "arms": arms, "seeds": [0, 1, 2], "sets": [], "pairs": []}))
     assert "is shown: cosine; cosine, replay 5 %." in said

@@ -77,7 +77,7 @@ class Family:
         }
 
 
-def _modern(kind: type[PreTrainedConfig], **more: Any) -> Callable[[], PreTrainedConfig]:
+def _llama_like(kind: type[PreTrainedConfig], **more: Any) -> Callable[[], PreTrainedConfig]:
     """A decoder of the Llama line: rotary positions, grouped queries, a head of its own."""
     values = {
         "vocab_size": VOCABULARY,
@@ -99,7 +99,7 @@ def _modern(kind: type[PreTrainedConfig], **more: Any) -> Callable[[], PreTraine
     return functools.partial(kind, **values)
 
 
-def _bidirectional(kind: type[PreTrainedConfig], **more: Any) -> Callable[[], PreTrainedConfig]:
+def _bert_like(kind: type[PreTrainedConfig], **more: Any) -> Callable[[], PreTrainedConfig]:
     """An encoder of the BERT line."""
     values = {
         "vocab_size": VOCABULARY,
@@ -155,36 +155,36 @@ _gpt2 = functools.partial(
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llama", "decoder", _modern(LlamaConfig)),
+        Family("llama", "decoder", _llama_like(LlamaConfig)),
         Family("gpt2", "decoder", _gpt2),
-        Family("qwen3", "decoder", _modern(Qwen3Config, head_dim=8)),
-        Family("bert", "encoder", _bidirectional(BertConfig)),
+        Family("qwen3", "decoder", _llama_like(Qwen3Config, head_dim=8)),
+        Family("bert", "encoder", _bert_like(BertConfig)),
         Family("t5", "seq2seq", _t5(T5Config)),
     )
 }
 
-WIDER = {
+MORE_FAMILIES = {
     family.name: family
     for family in (
-        Family("qwen2", "decoder", _modern(Qwen2Config)),
-        Family("mistral", "decoder", _modern(MistralConfig, sliding_window=6)),
-        Family("phi3", "decoder", _modern(Phi3Config, resid_pdrop=0.0, embd_pdrop=0.0)),
-        Family("gemma2", "decoder", _modern(Gemma2Config, head_dim=8, sliding_window=6, query_pre_attn_scalar=8)),
+        Family("qwen2", "decoder", _llama_like(Qwen2Config)),
+        Family("mistral", "decoder", _llama_like(MistralConfig, sliding_window=6)),
+        Family("phi3", "decoder", _llama_like(Phi3Config, resid_pdrop=0.0, embd_pdrop=0.0)),
+        Family("gemma2", "decoder", _llama_like(Gemma2Config, head_dim=8, sliding_window=6, query_pre_attn_scalar=8)),
         Family(
             "gemma3",
             "decoder",
-            _modern(Gemma3TextConfig, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
+            _llama_like(Gemma3TextConfig, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
             ("lm", "classify"),
         ),
-        Family("olmo2", "decoder", _modern(Olmo2Config), ("lm", "classify")),
-        Family("gpt-neox", "decoder", _modern(GPTNeoXConfig, hidden_dropout=0.0)),
+        Family("olmo2", "decoder", _llama_like(Olmo2Config), ("lm", "classify")),
+        Family("gpt-neox", "decoder", _llama_like(GPTNeoXConfig, hidden_dropout=0.0)),
         Family(
             "opt",
             "decoder",
-            _modern(OPTConfig, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, activation_dropout=0.0),
+            _llama_like(OPTConfig, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, activation_dropout=0.0),
             ("lm", "classify"),
         ),
-        Family("roberta", "encoder", _bidirectional(RobertaConfig, max_position_embeddings=70)),
+        Family("roberta", "encoder", _bert_like(RobertaConfig, max_position_embeddings=70)),
         Family(
             "distilbert",
             "encoder",
@@ -206,7 +206,7 @@ WIDER = {
         Family(
             "modernbert",
             "encoder",
-            _bidirectional(
+            _bert_like(
                 ModernBertConfig,
                 cls_token_id=CLS,
                 sep_token_id=SEP,
@@ -216,7 +216,7 @@ WIDER = {
                 global_attn_every_n_layers=2,
             ),
         ),
-        Family("electra", "encoder", _bidirectional(ElectraConfig, embedding_size=32)),
+        Family("electra", "encoder", _bert_like(ElectraConfig, embedding_size=32)),
         Family(
             "bart",
             "seq2seq",
@@ -245,13 +245,13 @@ WIDER = {
     )
 }
 
-EVERY = {**FAMILIES, **WIDER}
+ALL_FAMILIES = {**FAMILIES, **MORE_FAMILIES}
 
 
 @functools.cache
-def _made(family: str, task: Task) -> PreTrainedModel:
+def _cached_model(family: str, task: Task) -> PreTrainedModel:
     torch.manual_seed(0)
-    made = EVERY[family]
+    made = ALL_FAMILIES[family]
     model = made.classes[task].from_config(made.config(), dtype=torch.float32)
     # As they come, the weights are so small that attention is nearly uniform, and gains and biases are all one or zero:
     # a position that is wrong, or a weight that is left out, would hardly show.
@@ -271,9 +271,9 @@ def _made(family: str, task: Task) -> PreTrainedModel:
     return model.eval()
 
 
-def build(family: str, task: Task) -> PreTrainedModel:
+def build_model(family: str, task: Task) -> PreTrainedModel:
     """A fresh model, the same one every time, in eval mode, with two layers and random weights."""
-    return copy.deepcopy(_made(family, task))
+    return copy.deepcopy(_cached_model(family, task))
 
 
 def first_virtual(model: PreTrainedModel) -> int:
@@ -286,7 +286,7 @@ def first_virtual(model: PreTrainedModel) -> int:
 def batch(family: str, task: Task, rows: int = 3, seed: int = 0, *, virtual: range = range(0)) -> Inputs:
     """Rows of different lengths with labels; `virtual` ids stand before the real tokens, after [CLS] where there is one."""
     rng = random.Random(seed)
-    shape = EVERY[family].shape
+    shape = ALL_FAMILIES[family].shape
     bodies = [[rng.randrange(REAL, VOCABULARY) for _ in range(4 + 2 * (i % 3))] for i in range(rows)]
     before = {"decoder": [], "encoder": [CLS], "seq2seq": []}[shape]
     after = {"decoder": [], "encoder": [SEP], "seq2seq": [END]}[shape]
@@ -322,7 +322,7 @@ def batch(family: str, task: Task, rows: int = 3, seed: int = 0, *, virtual: ran
     return inputs
 
 
-def alone(inputs: Inputs, row: int) -> Inputs:
+def single_row(inputs: Inputs, row: int) -> Inputs:
     """One row of a batch without its padding."""
     real = inputs["attention_mask"][row].bool()
     length = real.shape[0]

@@ -24,9 +24,9 @@ from postgrad.errors import TuningError
 from postgrad.models.sublayers import Block
 from postgrad.tuning import adapter as subject
 from postgrad.tuning.adapter import Adapter, Bottleneck
-from postgrad.tuning.tuning import Tuning, trainable
+from postgrad.tuning.tuning import Tuning, trainable_parameters
 from tests.tuning import checks
-from tests.tuning.families import FAMILIES, WIDER, Task, alone, batch, build, logits, loss
+from tests.tuning.families import FAMILIES, MORE_FAMILIES, Task, batch, build_model, logits, loss, single_row
 
 FORMS = ("houlsby", "pfeiffer", "parallel")
 CASES: list[tuple[str, Task]] = [
@@ -77,7 +77,7 @@ def speak(tuning: Tuning, seed: int = 0) -> None:
 def test_trains_only_what_it_should(form: str, family: str, task: Task) -> None:
     base = NORMS[family] if form == "houlsby" else ()
     # Of a tiny relu bottleneck a unit may be dead on every token.
-    checks.trains_only_what_it_should(attaching(form, activation="gelu"), family, task, base=base)
+    checks.trains_only_declared(attaching(form, activation="gelu"), family, task, base=base)
 
 
 @every_form
@@ -107,7 +107,7 @@ def test_state_makes_a_fresh_attach_the_same(form: str, family: str, task: Task)
 @every_form
 @every_case
 def test_batch_equals_alone(form: str, family: str, task: Task) -> None:
-    checks.batch_equals_alone(attaching(form), family, task)
+    checks.batch_equals_single_row(attaching(form), family, task)
 
 
 @every_form
@@ -133,32 +133,32 @@ def test_published_and_resumed(form: str, family: str, task: Task) -> None:
 @every_form
 @pytest.mark.parametrize("family", DECODERS)
 def test_packed_documents_apart(form: str, family: str) -> None:
-    checks.packed_documents_apart(attaching(form), family)
+    checks.packed_documents_isolated(attaching(form), family)
 
 
 def exact_gradients(attach: functools.partial[Tuning], family: str, *, checkpointed: bool) -> dict[str, Tensor]:
     """Gradients in double precision: in single, recomputing a bare mT5 moves them by more than a tight tolerance."""
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     speak(attach(model))
     model.double().train()
     if checkpointed:
-        checks._checkpoint(model, reentrant=False)
+        checks._enable_checkpointing(model, reentrant=False)
     # One row: in double precision, Gemma 2 has no finite answer for padding on the left.
-    loss(model, alone(batch(family, "lm"), 2)).backward()
-    return {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
+    loss(model, single_row(batch(family, "lm"), 2)).backward()
+    return {name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None}
 
 
 @pytest.mark.slow
 @every_form
-@pytest.mark.parametrize("family", WIDER)
+@pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_further_families_keep_the_promises(form: str, family: str) -> None:
-    for task in WIDER[family].tasks:
+    for task in MORE_FAMILIES[family].tasks:
         checks.starts_equal_to_base(attaching(form), family, task)
         checks.off_equals_base(attaching(form), family, task)
         checks.detach_restores(attaching(form), family, task)
         checks.save_load_bit_identical(attaching(form), family, task)
-        checks.batch_equals_alone(attaching(form), family, task)
-    if WIDER[family].shape != "encoder":
+        checks.batch_equals_single_row(attaching(form), family, task)
+    if MORE_FAMILIES[family].shape != "encoder":
         checks.cache_equals_no_cache(attaching(form), family)
     plain, recomputed = (exact_gradients(attaching(form), family, checkpointed=c) for c in (False, True))
     assert plain.keys() == recomputed.keys() and len(plain) > 4
@@ -216,12 +216,12 @@ def written_out_llama(model: Any, hidden_BTD: Tensor, form: str) -> Tensor:
 
 @every_form
 def test_post_ln_placement_as_published(form: str, hidden_BTD: Tensor) -> None:
-    model: Any = build("bert", "lm")
+    model: Any = build_model("bert", "lm")
     tuning = Adapter(model, form=form, reduction=4, train_norms=False)
     speak(tuning)
     with torch.no_grad():
         found = model.bert.encoder.layer[0](hidden_BTD)
-        with tuning.off():  # the parts alone
+        with tuning.disable():  # the parts alone
             expected = written_out_bert(model, hidden_BTD, form)
             base = model.bert.encoder.layer[0](hidden_BTD)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -230,13 +230,13 @@ def test_post_ln_placement_as_published(form: str, hidden_BTD: Tensor) -> None:
 
 @every_form
 def test_pre_ln_placement_as_published(form: str, hidden_BTD: Tensor) -> None:
-    model: Any = build("llama", "lm")
+    model: Any = build_model("llama", "lm")
     tuning = Adapter(model, form=form, reduction=4, train_norms=False)
     speak(tuning)
     rotary = model.model.rotary_emb(hidden_BTD, torch.arange(hidden_BTD.shape[1])[None])
     with torch.no_grad():
         found = model.model.layers[0](hidden_BTD, position_embeddings=rotary)
-        with tuning.off():
+        with tuning.disable():
             expected = written_out_llama(model, hidden_BTD, form)
             base = model.model.layers[0](hidden_BTD, position_embeddings=rotary)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -253,7 +253,7 @@ def test_pre_ln_placement_as_published(form: str, hidden_BTD: Tensor) -> None:
     ],
 )
 def test_encoder_decoder_and_cross_attention(family: str, form: str, places: list[str]) -> None:
-    tuning = Adapter(build(family, "lm"), form=form, train_norms=False)
+    tuning = Adapter(build_model(family, "lm"), form=form, train_norms=False)
     assert [name.rpartition(".")[2] for name in dict.fromkeys(n.rpartition(".")[0] for n in tuning.state())] == places
 
 
@@ -269,14 +269,14 @@ def test_parameters_are_as_many_as_the_formula_says(
     family: str, form: str, places: dict[str, int], options: dict[str, Any], m: int
 ) -> None:
     """2 m d + d + m for each adapter (Houlsby et al. 2019, section 2.1)."""
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     Adapter(model, form=form, train_norms=False, **options)
     count = places.get(family, 4 if form == "houlsby" else 2)
-    assert sum(p.numel() for p in trainable(model).values()) == count * (2 * m * 32 + 32 + m)
+    assert sum(p.numel() for p in trainable_parameters(model).values()) == count * (2 * m * 32 + 32 + m)
 
 
 def test_published_settings_of_each_form() -> None:
-    settings = {form: Adapter(build("gpt2", "lm"), form=form).published().options for form in FORMS}
+    settings = {form: Adapter(build_model("gpt2", "lm"), form=form).export().options for form in FORMS}
     found = {form: [o[key] for key in ("activation", "scale", "train_norms")] for form, o in settings.items()}
     assert found == {
         "houlsby": ["swish", 1.0, True],
@@ -287,7 +287,7 @@ def test_published_settings_of_each_form() -> None:
 
 def test_layers_left_out_stay_as_they_are() -> None:
     """AdapterDrop: encoder layers are counted before the decoder's; their norms stay too."""
-    model = build("t5", "lm")
+    model = build_model("t5", "lm")
     tuning = Adapter(model, leave_out=[0, 3])
     names = set(tuning.state())
     assert names and not any(name.startswith(("encoder.block.0.", "decoder.block.1.")) for name in names)
@@ -297,14 +297,14 @@ def test_layers_left_out_stay_as_they_are() -> None:
 
 
 def test_what_else_moves_in_the_body_comes_back_and_a_task_layer_stays() -> None:
-    model = build("bert", "classify")
+    model = build_model("bert", "classify")
     tuning = Adapter(model, also=["bert.pooler", "classifier"])
     start = {name: t.clone() for name, t in tuning.state().items()}
     speak(tuning)
     moved = {name: t.clone() for name, t in tuning.state().items()}
     now = dict(model.named_parameters())
     pooler, classifier = "bert.pooler.dense.weight", "classifier.weight"
-    with tuning.off():
+    with tuning.disable():
         assert torch.equal(now[pooler], start[pooler]) and torch.equal(now[classifier], moved[classifier])
     assert torch.equal(now[pooler], moved[pooler])
     tuning.detach()
@@ -313,7 +313,7 @@ def test_what_else_moves_in_the_body_comes_back_and_a_task_layer_stays() -> None
 
 
 def test_a_new_task_layer_moves() -> None:
-    checks.trains_only_what_it_should(
+    checks.trains_only_declared(
         attaching("pfeiffer", also=["classifier"], activation="gelu"), "bert", "classify", base=["classifier.*"]
     )
     checks.off_equals_base(attaching("pfeiffer", also=["classifier"]), "bert", "classify")
@@ -322,14 +322,14 @@ def test_a_new_task_layer_moves() -> None:
 
 def test_seed_decides_where_it_starts() -> None:
     def down(seed: int) -> Tensor:
-        return Adapter(build("llama", "lm"), seed=seed).state()["model.layers.1.attention.down_weight"]
+        return Adapter(build_model("llama", "lm"), seed=seed).state()["model.layers.1.attention.down_weight"]
 
     assert torch.equal(down(1), down(1)) and not torch.equal(down(1), down(2))
     assert down(1).abs().max() <= 32**-0.5
 
 
 def test_dropout_acts_in_training_alone() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     speak(Adapter(model, dropout=0.5))
     inputs = batch("llama", "lm")
     assert torch.equal(logits(model, inputs), logits(model, inputs))
@@ -338,7 +338,7 @@ def test_dropout_acts_in_training_alone() -> None:
 
 
 def test_attaching_draws_nothing_that_others_draw_from() -> None:
-    model = build("gpt2", "lm").train()
+    model = build_model("gpt2", "lm").train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
@@ -349,9 +349,9 @@ def test_attaching_draws_nothing_that_others_draw_from() -> None:
 
 @every_form
 def test_a_few_steps_teach_it_a_batch(form: str) -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     Adapter(model, form=form, reduction=2)
-    adam = torch.optim.Adam(trainable(model).values(), lr=1e-2)
+    adam = torch.optim.Adam(trainable_parameters(model).values(), lr=1e-2)
     losses = []
     for _ in range(30):
         value = loss(model, batch("llama", "lm"))
@@ -369,7 +369,7 @@ def test_a_few_steps_teach_it_a_batch(form: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 def test_bf16_copies_keep_dtype_start_and_off(form: str, family: str) -> None:
     """Weights whose data are bf16 copies, as they are while training in bf16: the base's as well as the adapters'."""
-    base, model = build(family, "lm"), build(family, "lm")
+    base, model = build_model(family, "lm"), build_model(family, "lm")
     inputs = batch(family, "lm")
     tuning = Adapter(model, form=form)
     for parameter in (*base.parameters(), *model.parameters()):
@@ -379,15 +379,15 @@ def test_bf16_copies_keep_dtype_start_and_off(form: str, family: str) -> None:
     speak(tuning)
     assert logits(model, inputs).dtype == torch.bfloat16
     assert not torch.equal(logits(model, inputs), expected)
-    with tuning.off():
+    with tuning.disable():
         assert torch.equal(logits(model, inputs), expected)
     loss(model, inputs).backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in trainable(model).values())
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in trainable_parameters(model).values())
 
 
 @every_form
 def test_fp32_adapters_follow_a_bf16_model(form: str) -> None:
-    model = build("bert", "lm")
+    model = build_model("bert", "lm")
     tuning = Adapter(model, form=form, train_norms=False)
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -395,22 +395,22 @@ def test_fp32_adapters_follow_a_bf16_model(form: str) -> None:
     speak(tuning)
     loss(model, batch("bert", "lm")).backward()
     assert logits(model, batch("bert", "lm")).dtype == torch.bfloat16
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainable(model).values())
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainable_parameters(model).values())
 
 
 def test_its_own_base_can_be_the_teacher_within_a_step() -> None:
     """Switching off between forward and backward leaves the gradients as they are."""
 
     def gradients(*, ask: bool) -> dict[str, Tensor]:
-        model = build("bert", "lm")
+        model = build_model("bert", "lm")
         tuning = Adapter(model)
         speak(tuning)
         value = loss(model, batch("bert", "lm"))
         if ask:
-            with tuning.off():
+            with tuning.disable():
                 logits(model, batch("bert", "lm", seed=1))
         value.backward()
-        return {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
+        return {name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None}
 
     plain, asked = gradients(ask=False), gradients(ask=True)
     assert plain.keys() == asked.keys() and len(plain) > 10
@@ -420,17 +420,17 @@ def test_its_own_base_can_be_the_teacher_within_a_step() -> None:
 def test_off_equals_base_where_fsdp_has_sharded_the_norms(tmp_path: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        model: Any = build("llama", "lm")
+        model: Any = build_model("llama", "lm")
         inputs = batch("llama", "lm")
         expected = logits(model, inputs)
         tuning = Adapter(model)
         for module in (*model.model.layers, model):
             fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
         loss(model, inputs).backward()
-        torch.optim.SGD(trainable(model).values(), lr=0.3).step()
+        torch.optim.SGD(trainable_parameters(model).values(), lr=0.3).step()
         tuned = logits(model, inputs)
         assert not torch.equal(tuned, expected)
-        with tuning.off():
+        with tuning.disable():
             assert torch.equal(logits(model, inputs), expected)
         assert torch.equal(logits(model, inputs), tuned)
     finally:
@@ -439,7 +439,7 @@ def test_off_equals_base_where_fsdp_has_sharded_the_norms(tmp_path: Path) -> Non
 
 @every_form
 def test_a_copied_model_has_adapters_of_its_own(form: str) -> None:
-    model = build("bert", "lm")
+    model = build_model("bert", "lm")
     tuning = Adapter(model, form=form)
     speak(tuning)
     inputs = batch("bert", "lm")
@@ -454,7 +454,7 @@ def test_a_copied_model_has_adapters_of_its_own(form: str) -> None:
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("last_in_first_out", [True, False])
 def test_one_on_top_of_another(form: str, second: str, family: str, *, last_in_first_out: bool) -> None:
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     inputs = batch(family, "lm")
     base = logits(model, inputs)
     lower = Adapter(model, form=form, reduction=4)
@@ -462,17 +462,17 @@ def test_one_on_top_of_another(form: str, second: str, family: str, *, last_in_f
     with_lower = logits(model, inputs)
     upper = Adapter(model, form=second, reduction=8, seed=1, train_norms=False)
     assert torch.equal(logits(model, inputs), with_lower)
-    assert all(".adapter_2." in name for name in trainable(model))
+    assert all(".adapter_2." in name for name in trainable_parameters(model))
     speak(upper)
     assert not torch.equal(logits(model, inputs), with_lower)
-    with upper.off():
+    with upper.disable():
         assert torch.equal(logits(model, inputs), with_lower)
-        with lower.off():
+        with lower.disable():
             assert torch.equal(logits(model, inputs), base)
     # A state does not know what it was stacked on.
-    single = build(family, "lm")
+    single = build_model(family, "lm")
     Adapter(single, form=second, reduction=8, train_norms=False).load(upper.state())
-    with lower.off():
+    with lower.disable():
         assert torch.equal(logits(model, inputs), logits(single, inputs))
     for tuning in (upper, lower) if last_in_first_out else (lower, upper):
         tuning.detach()
@@ -484,7 +484,7 @@ def test_one_on_top_of_another(form: str, second: str, family: str, *, last_in_f
 @pytest.mark.parametrize("lora_first", [True, False])
 def test_beside_lora(form: str, *, lora_first: bool) -> None:
     """PEFT wraps the linear layers that are there: none of the adapters', before or after."""
-    model = build("bert", "lm")
+    model = build_model("bert", "lm")
     inputs = batch("bert", "lm")
     expected = logits(model, inputs)
     config = LoraConfig(r=2, target_modules=r".*\.(query|dense)")
@@ -507,7 +507,7 @@ def test_beside_lora(form: str, *, lora_first: bool) -> None:
 @every_form
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_layer_by_layer_compilation(form: str, family: str) -> None:
-    model, plain = build(family, "lm"), build(family, "lm")
+    model, plain = build_model(family, "lm"), build_model(family, "lm")
     for one in (model, plain):
         speak(Adapter(one, form=form, reduction=4))
     inputs = batch(family, "lm")
@@ -520,7 +520,7 @@ def test_layer_by_layer_compilation(form: str, family: str) -> None:
     loss(model, inputs).backward()
     loss(plain, inputs).backward()
     theirs = dict(plain.named_parameters())
-    for name, parameter in trainable(model).items():
+    for name, parameter in trainable_parameters(model).items():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-4, rtol=1e-3)
 
 
@@ -528,7 +528,7 @@ def test_layer_by_layer_compilation(form: str, family: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @every_form
 def test_a_compiled_layer_can_be_switched_off(form: str) -> None:
-    model = build("bert", "lm")
+    model = build_model("bert", "lm")
     inputs = batch("bert", "lm")
     expected = logits(model, inputs)
     tuning = Adapter(model, form=form)
@@ -536,7 +536,7 @@ def test_a_compiled_layer_can_be_switched_off(form: str) -> None:
     for layer in model.bert.encoder.layer:
         layer.compile(dynamic=False)
     tuned = logits(model, inputs)
-    with tuning.off():
+    with tuning.disable():
         torch.testing.assert_close(logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(model, inputs), tuned)
     assert not torch.allclose(tuned, expected, atol=1e-3)
@@ -559,7 +559,7 @@ def test_a_compiled_layer_can_be_switched_off(form: str) -> None:
     ],
 )
 def test_options_out_of_range_are_told(options: dict[str, Any], where: str, hint: str) -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     with pytest.raises(TuningError) as met:
         Adapter(model, **options)
     assert met.value.where == where and hint in str(met.value)
@@ -568,7 +568,7 @@ def test_options_out_of_range_are_told(options: dict[str, Any], where: str, hint
 
 
 def test_a_block_without_the_places_is_named_with_its_modules() -> None:
-    model: Any = build("llama", "lm")
+    model: Any = build_model("llama", "lm")
     model.model.layers[1].mlp = nn.Identity()
     with pytest.raises(TuningError, match=r"no feed_forward sub-layer was found in model.layers.1") as met:
         Adapter(model, form="pfeiffer")
@@ -576,7 +576,7 @@ def test_a_block_without_the_places_is_named_with_its_modules() -> None:
 
 
 def test_a_model_without_blocks_is_told() -> None:
-    model: Any = build("llama", "lm")
+    model: Any = build_model("llama", "lm")
     model.model.layers = nn.ModuleList()
     with pytest.raises(TuningError, match="no stack of blocks"):
         Adapter(model)
@@ -590,14 +590,14 @@ def test_what_the_feed_forward_reads_must_be_known(monkeypatch: pytest.MonkeyPat
             block._replace(sublayers=tuple(s._replace(entry=None) for s in block.sublayers)) for block in found(model)
         ]
 
-    monkeypatch.setattr(subject, "blocks_of", deaf)
-    Adapter(build("llama", "lm"), form="pfeiffer")
+    monkeypatch.setattr(subject, "find_blocks", deaf)
+    Adapter(build_model("llama", "lm"), form="pfeiffer")
     with pytest.raises(TuningError, match="what the feed-forward reads"):
-        Adapter(build("llama", "lm"), form="parallel")
+        Adapter(build_model("llama", "lm"), form="parallel")
 
 
 def test_an_adapter_that_no_gradient_reaches_is_refused_and_leaves_no_trace() -> None:
-    model: Any = build("llama", "lm")
+    model: Any = build_model("llama", "lm")
     # The last layer's answer is thrown away.
     model.model.layers[1].register_forward_hook(lambda _module, args, _output: args[0])
     before = [(name, p.requires_grad) for name, p in model.named_parameters()]
@@ -609,21 +609,21 @@ def test_an_adapter_that_no_gradient_reaches_is_refused_and_leaves_no_trace() ->
 
 def test_merging_says_why_not() -> None:
     with pytest.raises(TuningError, match="nonlinearity"):
-        Adapter(build("llama", "lm")).merge()
+        Adapter(build_model("llama", "lm")).merge()
 
 
 def test_a_strange_state_is_refused_before_anything_is_copied() -> None:
-    tuning = Adapter(build("llama", "lm"))
+    tuning = Adapter(build_model("llama", "lm"))
     before = {name: t.clone() for name, t in tuning.state().items()}
     with pytest.raises(TuningError, match="lacks"):
         tuning.load({})
     with pytest.raises(TuningError, match="shape"):
-        tuning.load(Adapter(build("llama", "lm"), size=3).state())
+        tuning.load(Adapter(build_model("llama", "lm"), size=3).state())
     assert all(torch.equal(before[name], t) for name, t in tuning.state().items())
 
 
 def test_notes_tell_what_was_added() -> None:
-    assert Adapter(build("t5", "lm"), leave_out=[0]).notes == [
+    assert Adapter(build_model("t5", "lm"), leave_out=[0]).notes == [
         "8 adapters of width 2 in 3 of 4 blocks (attention, feed_forward, cross_attention)",
         "10 weights of norms move too",
     ]

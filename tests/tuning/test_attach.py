@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError
-from postgrad.storage.atomic import publish, verify
+from postgrad.storage.atomic import publish_folder, verify
 from postgrad.tuning.attach import KINDS, attach, load_tuning, save_tuning
 from postgrad.tuning.tuning import Tuning
 from tests.tuning.checks import tokenizer, train
-from tests.tuning.families import batch, build, first_virtual, logits
+from tests.tuning.families import batch, build_model, first_virtual, logits
 
 BASE = {"name": "a/base", "fingerprint": "f00d"}
 
@@ -41,7 +41,7 @@ def kind_of(options: dict[str, Any]) -> str:
 
 
 def trained(options: dict[str, Any], family: str = "llama") -> tuple[PreTrainedModel, Tuning]:
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     tuning = attach(model, options, tokenizer=tokenizer())
     train(model, tuning, family, "lm", steps=2)
     return model, tuning
@@ -49,24 +49,24 @@ def trained(options: dict[str, Any], family: str = "llama") -> tuple[PreTrainedM
 
 def answers(model: PreTrainedModel, tuning: Tuning, family: str = "llama") -> Tensor:
     first = first_virtual(model)
-    return logits(model, batch(family, "lm", seed=8, virtual=range(first, first + tuning.virtual)))
+    return logits(model, batch(family, "lm", seed=8, virtual=range(first, first + tuning.num_virtual_tokens)))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=kind_of)
 def test_a_folder_gives_the_tuning_back(options: dict[str, Any], tmp_path: Path) -> None:
     model, tuning = trained(options)
     expected = answers(model, tuning)
-    folder = publish(tmp_path / "tuning", lambda into: save_tuning(tuning, into, BASE))
-    fresh = build("llama", "lm")
+    folder = publish_folder(tmp_path / "tuning", lambda into: save_tuning(tuning, into, BASE))
+    fresh = build_model("llama", "lm")
     again = load_tuning(fresh, folder, tokenizer(), fingerprint="f00d")
     assert again.kind == options["kind"]
     assert (answers(fresh, again) - expected).abs().max() < 1e-5
-    assert not torch.equal(expected[:, -6:], logits(build("llama", "lm"), batch("llama", "lm", seed=8))[:, -6:])
+    assert not torch.equal(expected[:, -6:], logits(build_model("llama", "lm"), batch("llama", "lm", seed=8))[:, -6:])
 
 
 def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
     _, tuning = trained({"kind": "adapter", "form": "pfeiffer", "size": 4})
-    folder = publish(tmp_path / "tuning", lambda into: save_tuning(tuning, into, BASE))
+    folder = publish_folder(tmp_path / "tuning", lambda into: save_tuning(tuning, into, BASE))
     said = json.loads((folder / "tuning.json").read_text())
     assert said["format"] == 1
     assert said["base"] == BASE
@@ -82,7 +82,7 @@ def test_peft_loads_the_folder(options: dict[str, Any], tmp_path: Path) -> None:
     model, tuning = trained(options)
     save_tuning(tuning, tmp_path, BASE)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "a/base"
-    theirs = PeftModel.from_pretrained(build("llama", "lm"), str(tmp_path)).eval()
+    theirs = PeftModel.from_pretrained(build_model("llama", "lm"), str(tmp_path)).eval()
     inputs = batch("llama", "lm", seed=8)
     assert (logits(theirs, inputs) - logits(model, inputs)).abs().max() < 1e-5
 
@@ -93,7 +93,7 @@ def test_pefts_own_two_files_are_enough(options: dict[str, Any], tmp_path: Path)
     save_tuning(tuning, tmp_path, BASE)
     (tmp_path / "tuning.json").unlink()
     (tmp_path / "tuning.safetensors").unlink()
-    fresh = build("llama", "lm")
+    fresh = build_model("llama", "lm")
     again = load_tuning(fresh, tmp_path)
     assert (answers(fresh, again) - answers(model, tuning)).abs().max() < 1e-5
 
@@ -101,11 +101,11 @@ def test_pefts_own_two_files_are_enough(options: dict[str, Any], tmp_path: Path)
 def test_another_base_is_refused_unless_it_is_forced(tmp_path: Path) -> None:
     _, tuning = trained({"kind": "prompt", "length": 3})
     save_tuning(tuning, tmp_path, BASE)
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     with pytest.raises(TuningError, match=r"(?s)a/base with the fingerprint f00d, and this model's is beef.*`base`"):
         load_tuning(model, tmp_path, fingerprint="beef")
     assert load_tuning(model, tmp_path, fingerprint="beef", force=True).kind == "prompt"
-    assert load_tuning(build("llama", "lm"), tmp_path).kind == "prompt"
+    assert load_tuning(build_model("llama", "lm"), tmp_path).kind == "prompt"
 
 
 def test_a_folder_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_folder_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -
     said = json.loads((tmp_path / "tuning.json").read_text())
     said["options"]["size"] = 8
     (tmp_path / "tuning.json").write_text(json.dumps(said))
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(TuningError, match="shape"):
         load_tuning(model, tmp_path)
@@ -164,10 +164,10 @@ def test_a_folder_that_cannot_be_read_is_told(spoil: Any, says: str, tmp_path: P
     _, tuning = trained({"kind": "adapter", "size": 4})
     save_tuning(tuning, tmp_path, BASE)
     spoil(tmp_path)
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     with pytest.raises(TuningError, match=says):
         load_tuning(model, tmp_path)
-    assert len(list(model.modules())) == len(list(build("llama", "lm").modules()))
+    assert len(list(model.modules())) == len(list(build_model("llama", "lm").modules()))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_folder_that_cannot_be_read_is_told(spoil: Any, says: str, tmp_path: P
     ],
 )
 def test_an_unknown_word_is_told_with_the_nearest(options: dict[str, Any], says: str) -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     with pytest.raises(TuningError, match=says):
         attach(model, options)
     assert all(p.requires_grad for p in model.parameters())
@@ -193,7 +193,9 @@ def test_an_unknown_word_is_told_with_the_nearest(options: dict[str, Any], says:
 
 def test_the_options_own_seed_comes_first() -> None:
     def vectors(options: dict[str, Any], seed: int) -> Tensor:
-        return attach(build("llama", "lm"), {"kind": "prompt", "length": 3, **options}, seed=seed).state()["vectors"]
+        return attach(build_model("llama", "lm"), {"kind": "prompt", "length": 3, **options}, seed=seed).state()[
+            "vectors"
+        ]
 
     assert torch.equal(vectors({}, 1), vectors({}, 1))
     assert not torch.equal(vectors({}, 1), vectors({}, 2))
@@ -202,13 +204,13 @@ def test_the_options_own_seed_comes_first() -> None:
 
 def test_options_are_left_as_they_were() -> None:
     options = {"kind": "adapter", "size": 4}
-    attach(build("llama", "lm"), options)
+    attach(build_model("llama", "lm"), options)
     assert options == {"kind": "adapter", "size": 4}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_answers_to_its_name(kind: str) -> None:
-    model = build("bert" if kind == "bias" else "llama", "lm")
+    model = build_model("bert" if kind == "bias" else "llama", "lm")
     options = {"blocks": {"last": 1}, "instruction-prompt": {"length": 4}}.get(kind, {})
     assert attach(model, {"kind": kind, **options}, tokenizer=tokenizer()).kind == kind
 

@@ -37,13 +37,13 @@ from transformers import (
 )
 
 from postgrad.errors import TuningError
-from postgrad.models.pretrained import stacks_of
-from postgrad.models.sublayers import few_tokens
-from postgrad.tuning.block_expansion import Expand, Slot, plan
-from postgrad.tuning.residual_writers import Call, silence, writers_of
+from postgrad.models.pretrained import get_layer_stacks
+from postgrad.models.sublayers import make_probe_inputs
+from postgrad.tuning.block_expansion import BlockExpansion, BlockSlot, plan_slots
+from postgrad.tuning.residual_writers import ModuleCall, find_writers, zero_output
 from postgrad.tuning.tuning import Tuning
 from tests.tuning import checks
-from tests.tuning.families import EVERY, Task, batch, build, logits, loss
+from tests.tuning.families import ALL_FAMILIES, Task, batch, build_model, logits, loss
 
 GROWS = ("llama", "gpt2", "qwen3", "t5")
 CELLS: list[tuple[str, Task]] = [*((family, "lm") for family in GROWS), ("llama", "classify"), ("t5", "classify")]
@@ -52,11 +52,11 @@ HEADS = ["score.*", "classification_head.*"]
 
 def attach(model: PreTrainedModel, *, seed: int = 0) -> Tuning:
     """One new block behind each old one."""
-    return Expand(model, every=1, seed=seed)
+    return BlockExpansion(model, every=1, seed=seed)
 
 
 def from_options(model: PreTrainedModel, options: Mapping[str, Any]) -> Tuning:
-    return Expand(model, **{name: value for name, value in options.items() if name != "kind"})
+    return BlockExpansion(model, **{name: value for name, value in options.items() if name != "kind"})
 
 
 # What every tuning promises
@@ -64,7 +64,7 @@ def from_options(model: PreTrainedModel, options: Mapping[str, Any]) -> Tuning:
 
 @pytest.mark.parametrize(("family", "task"), CELLS)
 def test_new_blocks_alone_move_and_a_tasks_own_layer(family: str, task: Task) -> None:
-    checks.trains_only_what_it_should(attach, family, task, base=[] if task == "lm" else HEADS)
+    checks.trains_only_declared(attach, family, task, base=[] if task == "lm" else HEADS)
 
 
 @pytest.mark.parametrize(("family", "task"), CELLS)
@@ -72,7 +72,7 @@ def test_new_blocks_alone_move_and_a_tasks_own_layer(family: str, task: Task) ->
     "check",
     [
         checks.starts_equal_to_base,
-        checks.batch_equals_alone,
+        checks.batch_equals_single_row,
         checks.save_load_bit_identical,
         checks.resume_exact,
         checks.checkpointed_gradients_equal,
@@ -105,15 +105,15 @@ def test_generation_with_a_cache_is_as_without(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_packed_documents_stay_apart(family: str) -> None:
-    checks.packed_documents_apart(attach, family)
+    checks.packed_documents_isolated(attach, family)
 
 
 # Where new blocks stand
 
 
-def drawn(slots: Sequence[Slot]) -> str:
+def drawn(slots: Sequence[BlockSlot]) -> str:
     """Old blocks by number, new ones as a plus and the number they are copies of."""
-    return " ".join(f"+{slot.source}" if slot.new else str(slot.source) for slot in slots)
+    return " ".join(f"+{slot.source_block}" if slot.is_new else str(slot.source_block) for slot in slots)
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def drawn(slots: Sequence[Slot]) -> str:
     ],
 )
 def test_places(depth: int, options: dict[str, Any], expected: str) -> None:
-    assert drawn(plan(depth, **{"blocks": 1, "every": None, "positions": None, **options})) == expected
+    assert drawn(plan_slots(depth, **{"blocks": 1, "every": None, "positions": None, **options})) == expected
 
 
 def test_the_published_model_grows_from_32_blocks_to_40() -> None:
-    slots = plan(32, blocks=1, every=4, positions=None)
+    slots = plan_slots(32, blocks=1, every=4, positions=None)
     assert len(slots) == 40
-    assert [i for i, slot in enumerate(slots) if slot.new] == list(range(4, 40, 5))
+    assert [i for i, slot in enumerate(slots) if slot.is_new] == list(range(4, 40, 5))
 
 
 @pytest.mark.parametrize(
@@ -159,18 +159,18 @@ def test_the_published_model_grows_from_32_blocks_to_40() -> None:
     ],
 )
 def test_places_that_there_are_not_are_refused_and_nothing_changes(wrong: dict[str, Any], says: str) -> None:
-    model = build("llama", "lm")
-    before = checks._anatomy(model)
+    model = build_model("llama", "lm")
+    before = checks._model_structure(model)
     with pytest.raises(TuningError, match=says):
-        Expand(model, **wrong)
-    assert checks._anatomy(model) == before
+        BlockExpansion(model, **wrong)
+    assert checks._model_structure(model) == before
 
 
 def test_one_stack_of_two_can_grow_alone() -> None:
-    model = build("t5", "lm")
+    model = build_model("t5", "lm")
     expected = logits(model, batch("t5", "lm"))
-    tuning = Expand(model, every=1, stacks=["decoder*"])
-    assert [len(stack) for stack in stacks_of(model)] == [2, 4]
+    tuning = BlockExpansion(model, every=1, stacks=["decoder*"])
+    assert [len(stack) for stack in get_layer_stacks(model)] == [2, 4]
     assert (model.config.num_layers, model.config.num_decoder_layers) == (2, 4)
     assert torch.equal(logits(model, batch("t5", "lm")), expected)
     assert {name.split(".block.")[0] for name in tuning.state()} == {"decoder"}
@@ -181,8 +181,8 @@ def test_one_stack_of_two_can_grow_alone() -> None:
 
 @pytest.mark.parametrize("family", GROWS)
 def test_new_weights_are_counted_by_formula(family: str) -> None:
-    model = build(family, "lm")
-    blocks = [sum(p.numel() for p in block.parameters()) for stack in stacks_of(model) for block in stack]
+    model = build_model(family, "lm")
+    blocks = [sum(p.numel() for p in block.parameters()) for stack in get_layer_stacks(model) for block in stack]
     biases = [m.weight.numel() for name, m in model.named_modules() if name.endswith("relative_attention_bias")]
     state = attach(model).state()
     # T5 has its position biases once in a stack, in the first block; a copy has none.
@@ -205,44 +205,44 @@ SILENT = {
 
 @pytest.mark.parametrize("family", SILENT)
 def test_a_new_block_is_the_old_one_with_silent_output_projections(family: str) -> None:
-    model = build(family, "lm")
-    old = copy.deepcopy(stacks_of(model)[0][1])
-    Expand(model, positions=[1])
-    new = dict(stacks_of(model)[0][2].named_parameters())
+    model = build_model(family, "lm")
+    old = copy.deepcopy(get_layer_stacks(model)[0][1])
+    BlockExpansion(model, positions=[1])
+    new = dict(get_layer_stacks(model)[0][2].named_parameters())
     for name, weight in old.named_parameters():
         assert torch.equal(new[name], torch.zeros_like(weight) if name in SILENT[family] else weight), name
 
 
 @pytest.mark.parametrize("family", GROWS)
 def test_blocks_know_their_new_places_and_the_cache_has_as_many(family: str) -> None:
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     with torch.no_grad():
-        base = model(**few_tokens(model), use_cache=True).past_key_values
+        base = model(**make_probe_inputs(model), use_cache=True).past_key_values
     attach(model)
-    for stack in stacks_of(model):
+    for stack in get_layer_stacks(model):
         numbers = [
             {m.layer_idx for m in block.modules() if getattr(m, "layer_idx", None) is not None} for block in stack
         ]
         if any(numbers):
             assert numbers == [{i} for i in range(len(stack))]
     with torch.no_grad():
-        cache = model(**few_tokens(model), use_cache=True).past_key_values
+        cache = model(**make_probe_inputs(model), use_cache=True).past_key_values
     own, before = (c if isinstance(c, DynamicCache) else c.self_attention_cache for c in (cache, base))
-    assert len(own.layers) == 2 * len(before.layers) == len(stacks_of(model)[-1])
+    assert len(own.layers) == 2 * len(before.layers) == len(get_layer_stacks(model)[-1])
     for i, layer in enumerate(before.layers):
         assert torch.equal(own.layers[2 * i].keys, layer.keys), "an old block's keys are in another place of the cache"
 
 
 @pytest.mark.parametrize("family", GROWS)
 def test_blocks_go_by_the_models_own_configuration(family: str) -> None:
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     known = {id(m.config) for m in model.modules() if hasattr(m, "config")}
     attach(model)
     assert {id(m.config) for m in model.modules() if hasattr(m, "config")} == known
 
 
 def test_kinds_of_attention_stay_with_their_blocks() -> None:
-    model = build("gemma2", "lm")
+    model = build_model("gemma2", "lm")
     assert model.config.layer_types == ["sliding_attention", "full_attention"]
     attach(model)
     assert model.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
@@ -253,21 +253,21 @@ def test_kinds_of_attention_stay_with_their_blocks() -> None:
 def test_new_blocks_are_silent_under_dropout_too(family: str) -> None:
     model = with_dropout(family).train()
     attach(model)
-    inputs = few_tokens(model)
-    for stack in stacks_of(model):
+    inputs = make_probe_inputs(model)
+    for stack in get_layer_stacks(model):
         for block in stack:
             block.register_forward_hook(watch := Seen())
             block.watch = watch
     model(**inputs)
-    for stack in stacks_of(model):
+    for stack in get_layer_stacks(model):
         for old, new in zip(list(stack)[::2], list(stack)[1::2], strict=True):
             assert torch.equal(new.watch.output, old.watch.output)
 
 
 def with_dropout(family: str) -> PreTrainedModel:
-    config: Any = EVERY[family].config()
+    config: Any = ALL_FAMILIES[family].config()
     config.update({"attention_dropout": 0.3, "dropout_rate": 0.3})
-    return EVERY[family].classes["lm"].from_config(config)
+    return ALL_FAMILIES[family].classes["lm"].from_config(config)
 
 
 class Seen:
@@ -333,9 +333,9 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
             decoder_attention_heads=2,
         )
     ),
-    "norms behind projections": lambda: build("olmo2", "lm"),
-    "gains counted from one": lambda: build("gemma3", "lm"),
-    "an encoder with norms first": lambda: build("modernbert", "lm"),
+    "norms behind projections": lambda: build_model("olmo2", "lm"),
+    "gains counted from one": lambda: build_model("gemma3", "lm"),
+    "an encoder with norms first": lambda: build_model("modernbert", "lm"),
 }
 
 
@@ -343,9 +343,9 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
 def test_other_architectures_grow_and_are_loaded_plainly(case: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = OTHERS[case]().eval()
-    inputs = few_tokens(model)
+    inputs = make_probe_inputs(model)
     expected = logits(model, inputs)
-    tuning = Expand(model, every=2)
+    tuning = BlockExpansion(model, every=2)
     assert torch.equal(logits(model, inputs), expected)
 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
@@ -359,7 +359,7 @@ def test_other_architectures_grow_and_are_loaded_plainly(case: str, tmp_path: Pa
 
     trained = logits(model, inputs)
     assert not torch.equal(trained, expected)
-    with tuning.off():
+    with tuning.disable():
         assert torch.equal(logits(model, inputs), expected)
     tuning.merge()
     model.save_pretrained(tmp_path)
@@ -369,9 +369,13 @@ def test_other_architectures_grow_and_are_loaded_plainly(case: str, tmp_path: Pa
 
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], str]] = {
-    "bert": (lambda: build("bert", "lm"), {}, "do not just add(.|\n)*Llama, Qwen, GPT-2(.|\n)*adapter and lora"),
-    "bart": (lambda: build("bart", "lm"), {}, "do not just add"),
-    "a first block that is another": (lambda: build("modernbert", "lm"), {"positions": [0]}, "attn_norm would be"),
+    "bert": (lambda: build_model("bert", "lm"), {}, "do not just add(.|\n)*Llama, Qwen, GPT-2(.|\n)*adapter and lora"),
+    "bart": (lambda: build_model("bart", "lm"), {}, "do not just add"),
+    "a first block that is another": (
+        lambda: build_model("modernbert", "lm"),
+        {"positions": [0]},
+        "attn_norm would be",
+    ),
     "dense blocks below experts": (
         lambda: DeepseekV3ForCausalLM(
             DeepseekV3Config(
@@ -394,7 +398,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], str]] = 
     ),
     "attention scaled by the block's number": (lambda: scaled_by_number(), {"positions": [0]}, "another kind .scaling"),
     "another depth than its configuration says": (lambda: cut_short(), {}, "not what its configuration makes"),
-    "a weight for each block": (lambda: WeightForEachBlock(EVERY["llama"].config()), {}, "weights is not as in"),
+    "a weight for each block": (lambda: WeightForEachBlock(ALL_FAMILIES["llama"].config()), {}, "weights is not as in"),
     "answers that go by depth": (lambda: averaged_over_blocks(), {}, "answers differently with silent blocks"),
 }
 
@@ -408,7 +412,7 @@ class WeightForEachBlock(LlamaForCausalLM):
 
 
 def averaged_over_blocks() -> PreTrainedModel:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
 
     def average(body: Any, _inputs: object, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state / len(body.layers)
@@ -419,16 +423,16 @@ def averaged_over_blocks() -> PreTrainedModel:
 
 
 def scaled_by_number() -> PreTrainedModel:
-    config: Any = EVERY["gpt2"].config()
+    config: Any = ALL_FAMILIES["gpt2"].config()
     config.scale_attn_by_inverse_layer_idx = True
-    model = EVERY["gpt2"].classes["lm"].from_config(config).eval()
+    model = ALL_FAMILIES["gpt2"].classes["lm"].from_config(config).eval()
     for p in model.parameters():
         p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     return model
 
 
 def cut_short() -> PreTrainedModel:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     del model.model.layers[1]
     return model
 
@@ -437,18 +441,18 @@ def cut_short() -> PreTrainedModel:
 def test_what_cannot_grow_is_refused_and_left_as_it_was(case: str) -> None:
     make, options, says = REFUSED[case]
     model = make().eval()
-    before, expected = checks._anatomy(model), logits(model, few_tokens(model))
+    before, expected = checks._model_structure(model), logits(model, make_probe_inputs(model))
     with pytest.raises(TuningError, match=says):
-        Expand(model, **options)
-    assert checks._anatomy(model) == before
-    assert torch.equal(logits(model, few_tokens(model)), expected)
+        BlockExpansion(model, **options)
+    assert checks._model_structure(model) == before
+    assert torch.equal(logits(model, make_probe_inputs(model)), expected)
 
 
 def test_other_tunings_come_after_and_not_before() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     model.model.layers[0].adapter = nn.Linear(2, 2)
     with pytest.raises(TuningError, match="put expand before other tunings"):
-        Expand(model)
+        BlockExpansion(model)
 
 
 # Silencing
@@ -466,59 +470,59 @@ def test_a_weight_that_could_never_learn_again_is_not_silenced() -> None:
             return hidden_BTD @ self.weight.square()
 
     block = nn.ModuleDict({"odd": Squared()})
-    assert not silence(block, Call("odd", (torch.randn(1, 3, 2),), {}))
+    assert not zero_output(block, ModuleCall("odd", (torch.randn(1, 3, 2),), {}))
     assert torch.equal(block["odd"].weight, torch.ones(2, 2)), "what cannot be silenced is left as it was"
     block = nn.ModuleDict({"plain": nn.Linear(2, 2)})
-    assert silence(block, Call("plain", (torch.randn(1, 3, 2),), {}))
+    assert zero_output(block, ModuleCall("plain", (torch.randn(1, 3, 2),), {}))
     assert not block["plain"].weight.any() and not block["plain"].bias.any()
 
 
 def test_writers_are_what_is_added_to_the_stream() -> None:
-    model = build("t5", "lm")
-    found = writers_of(model, ["encoder.block.1", "decoder.block.0"])
+    model = build_model("t5", "lm")
+    found = find_writers(model, ["encoder.block.1", "decoder.block.0"])
     assert {name: sorted(call.module for call in calls or []) for name, calls in found.items()} == {
         "encoder.block.1": ["layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo"],
         "decoder.block.0": ["layer.0.SelfAttention.o", "layer.1.EncDecAttention.o", "layer.2.DenseReluDense.wo"],
     }
-    assert writers_of(build("bert", "lm"), ["bert.encoder.layer.0"]) == {"bert.encoder.layer.0": None}
+    assert find_writers(build_model("bert", "lm"), ["bert.encoder.layer.0"]) == {"bert.encoder.layer.0": None}
 
 
 # On and off, once and again
 
 
 def test_off_within_off_is_off_once() -> None:
-    model = build("llama", "lm")
-    inputs = few_tokens(model)
+    model = build_model("llama", "lm")
+    inputs = make_probe_inputs(model)
     expected = logits(model, inputs)
     tuning = attach(model)
     with torch.no_grad():
         for t in tuning.state().values():
             t.add_(0.1)
     tuned = logits(model, inputs)
-    with tuning.off(), tuning.off():
+    with tuning.disable(), tuning.disable():
         assert torch.equal(logits(model, inputs), expected)
     assert torch.equal(logits(model, inputs), tuned)
     tuning.merge()
     assert torch.equal(logits(model, inputs), tuned)
-    with pytest.raises(TuningError, match="cannot be switched off"), tuning.off():
+    with pytest.raises(TuningError, match="cannot be switched off"), tuning.disable():
         pass
 
 
 def test_what_moves_besides_is_part_of_the_state() -> None:
-    model = build("llama", "lm")
-    tuning = Expand(model, also=["model.norm"])
+    model = build_model("llama", "lm")
+    tuning = BlockExpansion(model, also=["model.norm"])
     assert model.model.norm.weight.requires_grad and "model.norm.weight" in tuning.state()
     with pytest.raises(TuningError, match="lacks"):
         tuning.load({})
 
 
 def test_a_grown_model_can_grow_again() -> None:
-    model = build("gpt2", "lm")
+    model = build_model("gpt2", "lm")
     inputs = batch("gpt2", "lm")
     expected = logits(model, inputs)
-    first = Expand(model, every=2)
+    first = BlockExpansion(model, every=2)
     first.merge()
-    second = Expand(model, every=3)
+    second = BlockExpansion(model, every=3)
     assert len(model.transformer.h) == model.config.n_layer == 4
     assert torch.equal(logits(model, inputs), expected)
     loss(model, inputs).backward()
@@ -526,7 +530,7 @@ def test_a_grown_model_can_grow_again() -> None:
 
 
 def test_a_frozen_base_grows_as_well_and_comes_back_frozen() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     model.requires_grad_(False)
     tuning = attach(model)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == tuning.state().keys()

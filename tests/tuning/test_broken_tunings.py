@@ -15,9 +15,9 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from postgrad.tuning.tuning import Published, Tuning, freeze, take
+from postgrad.tuning.tuning import Tuning, TuningExport, copy_state, freeze
 from tests.tuning import checks
-from tests.tuning.families import alone, batch, build, logits, real_logits
+from tests.tuning.families import batch, build_model, logits, real_logits, single_row
 
 
 class Bottleneck(nn.Module):
@@ -54,7 +54,7 @@ class Stand(Tuning):
             self.hooks.append(place.register_forward_hook(lambda m, _, out: getattr(m, self.name)(out)))
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def disable(self) -> Iterator[None]:
         self.switch(False)
         try:
             yield
@@ -73,7 +73,7 @@ class Stand(Tuning):
         return {f"{i}.{name}": p for i, m in enumerate(self.narrow) for name, p in m.named_parameters()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        take(self.own(), state, self.kind)
+        copy_state(self.own(), state, self.kind)
 
     def detach(self) -> None:
         for hook in self.hooks:
@@ -83,8 +83,8 @@ class Stand(Tuning):
         for name, p in self.model.named_parameters():
             p.requires_grad_(self.was[name])
 
-    def published(self) -> Published:
-        return Published({"kind": self.kind}, self.state())
+    def export(self) -> TuningExport:
+        return TuningExport({"kind": self.kind}, self.state())
 
 
 def from_options(model: PreTrainedModel, options: Mapping[str, Any]) -> Tuning:
@@ -98,7 +98,7 @@ class AlsoMovesANorm(Stand):
 
 
 class DriftsUnasked(Stand):
-    def at_step(self, step: int) -> None:
+    def on_step_begin(self, step: int) -> None:
         self.model.base_model.norm.weight.data.add_(1e-3)
 
 
@@ -156,7 +156,7 @@ class DropsATensor(Stand):
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        take({name: t for name, t in self.own().items() if name != "0.down"}, state, self.kind)
+        copy_state({name: t for name, t in self.own().items() if name != "0.down"}, state, self.kind)
 
 
 class KeepsHalfTheDigits(Stand):
@@ -165,8 +165,8 @@ class KeepsHalfTheDigits(Stand):
 
 
 class PublishesTheStart(Stand):
-    def published(self) -> Published:
-        return Published({}, {name: t * 0 for name, t in self.state().items()})
+    def export(self) -> TuningExport:
+        return TuningExport({}, {name: t * 0 for name, t in self.state().items()})
 
 
 class CountsItsSteps(Stand):
@@ -178,7 +178,7 @@ class CountsItsSteps(Stand):
         super().__init__(model, seed=seed)
         self.narrow[0].up.register_hook(lambda g: g / (1 + self.steps))
 
-    def at_step(self, step: int) -> None:
+    def on_step_begin(self, step: int) -> None:
         self.steps += 1
 
 
@@ -194,7 +194,7 @@ class StaysOff(Stand):
 
 class StaysOffAfterAnError(Stand):
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def disable(self) -> Iterator[None]:
         self.switch(False)
         yield
         self.switch(True)
@@ -245,7 +245,7 @@ class Second(Stand):
 
 
 class MovesWhatItStandsOn(Second):
-    def at_step(self, step: int) -> None:
+    def on_step_begin(self, step: int) -> None:
         self.places[0].narrow.up.data.add_(1e-3)
 
 
@@ -271,13 +271,13 @@ def with_cache(attach: Callable[..., Tuning], family: str, task: Any) -> None:
 
 
 def packed(attach: Callable[..., Tuning], family: str, task: Any) -> None:
-    checks.packed_documents_apart(attach, family)
+    checks.packed_documents_isolated(attach, family)
 
 
 RIGHT = [
-    checks.trains_only_what_it_should,
+    checks.trains_only_declared,
     checks.starts_equal_to_base,
-    checks.batch_equals_alone,
+    checks.batch_equals_single_row,
     with_cache,
     checks.checkpointed_gradients_equal,
     checks.save_load_bit_identical,
@@ -297,11 +297,11 @@ def test_a_right_tuning_passes(check: Callable[..., None]) -> None:
 @pytest.mark.parametrize(
     ("check", "mutant", "why"),
     [
-        (checks.trains_only_what_it_should, AlsoMovesANorm, "norm.weight moves or stays"),
-        (checks.trains_only_what_it_should, DriftsUnasked, "norm.weight moved without"),
-        (checks.trains_only_what_it_should, HasAWeightWithoutEffect, "no gradient reached .*idle"),
+        (checks.trains_only_declared, AlsoMovesANorm, "norm.weight moves or stays"),
+        (checks.trains_only_declared, DriftsUnasked, "norm.weight moved without"),
+        (checks.trains_only_declared, HasAWeightWithoutEffect, "no gradient reached .*idle"),
         (checks.starts_equal_to_base, StartsSomewhereElse, "the start differs"),
-        (checks.batch_equals_alone, LooksAtTheWholeBatch, "alone and in its batch"),
+        (checks.batch_equals_single_row, LooksAtTheWholeBatch, "alone and in its batch"),
         (with_cache, ForgetsWhatCameBefore, "generation with use_cache=True"),
         (checks.checkpointed_gradients_equal, OnlyTheFirstTime, "the gradient of"),
         (checks.save_load_bit_identical, DropsATensor, "answers differently"),
@@ -329,11 +329,11 @@ def test_a_mutant_fails(check: Callable[..., None], mutant: type[Stand], why: st
 
 def test_a_tuning_that_moves_less_than_it_says_fails() -> None:
     with pytest.raises(AssertionError, match=r"norm\.weight moves or stays"):
-        checks.trains_only_what_it_should(Stand, "llama", "lm", base=["model.norm.weight"])
+        checks.trains_only_declared(Stand, "llama", "lm", base=["model.norm.weight"])
 
 
 def test_a_right_tuning_stands_on_another() -> None:
-    checks.stands_on_another(Stand, Second, "llama", "lm")
+    checks.stacks_on_another(Stand, Second, "llama", "lm")
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_a_right_tuning_stands_on_another() -> None:
 )
 def test_a_mutant_that_stands_on_another_fails(mutant: type[Stand], why: str) -> None:
     with pytest.raises(AssertionError, match=why):
-        checks.stands_on_another(Stand, mutant, "llama", "lm")
+        checks.stacks_on_another(Stand, mutant, "llama", "lm")
 
 
 class PeftsPrompt(Stand):
@@ -378,14 +378,14 @@ class PeftsPrompt(Stand):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_prompts_left_of_the_padding_fail(family: str) -> None:
     with pytest.raises(AssertionError, match="alone and in its batch"):
-        checks.batch_equals_alone(PeftsPrompt, family, "lm")
+        checks.batch_equals_single_row(PeftsPrompt, family, "lm")
 
 
 def test_the_bare_models_pass_where_positions_and_masks_are_right() -> None:
     """And fail without them: the batches themselves would show it."""
-    model, inputs = build("gpt2", "lm"), batch("gpt2", "lm")
+    model, inputs = build_model("gpt2", "lm"), batch("gpt2", "lm")
     for row, together in enumerate(real_logits(model, inputs)):
-        assert (real_logits(model, alone(inputs, row))[0] - together).abs().max() < checks.TOLERANCE
+        assert (real_logits(model, single_row(inputs, row))[0] - together).abs().max() < checks.TOLERANCE
     for left_out in ("attention_mask", "position_ids"):
         wrong = {name: value for name, value in inputs.items() if name != left_out}
         assert (logits(model, wrong) - logits(model, inputs))[0, -1].abs().max() > 100 * checks.TOLERANCE

@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError
-from postgrad.tuning.extra_trainable import Besides
-from postgrad.tuning.lora import LowRank
-from tests.tuning.families import batch, build, logits
+from postgrad.tuning.extra_trainable import ExtraTrainable
+from postgrad.tuning.lora import LoraAdapter
+from tests.tuning.families import batch, build_model, logits
 
 
-def moved(model: PreTrainedModel, besides: Besides) -> dict[str, torch.Tensor]:
+def moved(model: PreTrainedModel, besides: ExtraTrainable) -> dict[str, torch.Tensor]:
     """The values that the parameters were given."""
     for parameter in besides.tensors().values():
         parameter.data.mul_(1.5).add_(0.1)
@@ -27,17 +27,17 @@ def moved(model: PreTrainedModel, besides: Besides) -> dict[str, torch.Tensor]:
 
 
 def test_only_what_is_named_moves_and_goes_back() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     model.model.norm.requires_grad_(False)
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
-    besides = Besides(model, ["*norm*"])
+    besides = ExtraTrainable(model, ["*norm*"])
     assert besides.names == [name for name in before if "norm" in name]
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(besides.names)
     after = moved(model, besides)
-    with besides.as_before():
+    with besides.use_initial_values():
         assert all(torch.equal(p, before[name][0]) for name, p in model.named_parameters())
     assert all(torch.equal(p, after[name]) for name, p in model.named_parameters())
-    with pytest.raises(InterruptedError), besides.as_before():
+    with pytest.raises(InterruptedError), besides.use_initial_values():
         raise InterruptedError
     assert all(torch.equal(p, after[name]) for name, p in model.named_parameters())
     besides.put_back()
@@ -47,37 +47,37 @@ def test_only_what_is_named_moves_and_goes_back() -> None:
 
 
 def test_a_task_layer_has_no_value_to_go_back_to() -> None:
-    model = build("bert", "classify")
-    besides = Besides(model, ["classifier", "bert.pooler"])
-    after, base = moved(model, besides), build("bert", "classify")
-    besides.put_back()
+    model = build_model("bert", "classify")
+    besides = ExtraTrainable(model, ["classifier", "bert.pooler"])
+    after, base = moved(model, besides), build_model("bert", "classify")
+    besides.restore_values()
     for name, parameter in model.named_parameters():
         expected = after[name] if name.startswith("classifier") else base.get_parameter(name)
         assert torch.equal(parameter, expected)
 
 
 def test_a_language_model_s_head_has_one() -> None:
-    model = build("llama", "lm")
-    besides = Besides(model, ["lm_head"])
+    model = build_model("llama", "lm")
+    besides = ExtraTrainable(model, ["lm_head"])
     moved(model, besides)
-    besides.put_back()
-    assert torch.equal(model.lm_head.weight, build("llama", "lm").lm_head.weight)
+    besides.restore_values()
+    assert torch.equal(model.lm_head.weight, build_model("llama", "lm").lm_head.weight)
 
 
 def test_a_name_that_matches_nothing_is_refused_before_anything_changes() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     with pytest.raises(TuningError, match="'nothing' matches no parameter"):
-        Besides(model, ["*norm*", "nothing"])
+        ExtraTrainable(model, ["*norm*", "nothing"])
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_weights_held_in_bf16_come_and_go() -> None:
-    model = build("llama", "lm")
-    besides = Besides(model, ["model.norm"])
+    model = build_model("llama", "lm")
+    besides = ExtraTrainable(model, ["model.norm"])
     model.model.norm.weight.data = model.model.norm.weight.data.bfloat16()
     after = moved(model, besides)["model.norm.weight"]
-    with besides.as_before():
-        assert torch.equal(model.model.norm.weight, build("llama", "lm").model.norm.weight.bfloat16())
+    with besides.use_initial_values():
+        assert torch.equal(model.model.norm.weight, build_model("llama", "lm").model.norm.weight.bfloat16())
     assert torch.equal(model.model.norm.weight, after)
 
 
@@ -85,21 +85,21 @@ def sharded(rank: int, ranks: int, meeting: str) -> None:
     """On one of `ranks`: weights that move besides come and go between forward passes of a sharded model."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-    model, inputs = build("llama", "lm"), batch("llama", "lm")
+    model, inputs = build_model("llama", "lm"), batch("llama", "lm")
     base = logits(model, inputs)
-    tuning = LowRank(model, rank=2, also=["model.norm"])
+    tuning = LoraAdapter(model, rank=2, also=["model.norm"])
     mesh = init_device_mesh("cpu", (ranks,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert isinstance(model.model.norm.weight, DTensor)
-    moved(model, tuning.besides)
+    moved(model, tuning.extra_trainable)
     answer = logits(model, inputs)
     assert not torch.equal(answer, base)
     for gathered in (True, False):
         if not gathered:
             model.reshard()
-        with tuning.off():
+        with tuning.disable():
             assert torch.equal(logits(model, inputs), base)
         model.reshard()
         assert torch.equal(logits(model, inputs), answer)

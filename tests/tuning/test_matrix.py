@@ -20,7 +20,7 @@ from postgrad.errors import TuningError
 from postgrad.tuning.attach import KINDS, attach
 from postgrad.tuning.tuning import Tuning
 from tests.tuning import checks
-from tests.tuning.families import EVERY, FAMILIES, TASK_LAYERS, Task
+from tests.tuning.families import ALL_FAMILIES, FAMILIES, TASK_LAYERS, Task
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ TUNINGS = {
 
 
 def trains(kind: Kind, family: str, task: Task) -> None:
-    checks.trains_only_what_it_should(kind.attach, family, task, base=kind.of_base(family, task))
+    checks.trains_only_declared(kind.attach, family, task, base=kind.of_base(family, task))
 
 
 def starts(kind: Kind, family: str, task: Task) -> None:
@@ -172,7 +172,7 @@ def published(kind: Kind, family: str, task: Task) -> None:
 CHECKS: dict[str, Callable[[Kind, str, Task], None]] = {
     "trains": trains,
     "starts": starts,
-    "batch": lambda kind, family, task: checks.batch_equals_alone(kind.attach, family, task),
+    "batch": lambda kind, family, task: checks.batch_equals_single_row(kind.attach, family, task),
     "cache": lambda kind, family, task: checks.cache_equals_no_cache(kind.attach, family),
     "checkpointing": lambda kind, family, task: checks.checkpointed_gradients_equal(kind.attach, family, task),
     "saving": lambda kind, family, task: checks.save_load_bit_identical(kind.attach, family, task),
@@ -180,8 +180,10 @@ CHECKS: dict[str, Callable[[Kind, str, Task], None]] = {
     "resuming": lambda kind, family, task: checks.resume_exact(kind.attach, family, task),
     "merging": lambda kind, family, task: checks.merge_exact(kind.attach, family, task, tolerance=kind.merged),
     "off": lambda kind, family, task: checks.off_equals_base(kind.alone, family, task),
-    "detaching": lambda kind, family, task: checks.detach_restores(kind.alone, family, task, leaves=kind.leaves),
-    "packing": lambda kind, family, task: checks.packed_documents_apart(kind.attach, family),
+    "detaching": lambda kind, family, task: checks.detach_restores(
+        kind.alone, family, task, allowed_changes=kind.leaves
+    ),
+    "packing": lambda kind, family, task: checks.packed_documents_isolated(kind.attach, family),
 }
 
 
@@ -232,7 +234,7 @@ REFUSED = (
 
 def applies(check: str, kind: str, family: str, task: Task) -> bool:
     """Whether the promise makes sense there."""
-    shape = EVERY[family].shape
+    shape = ALL_FAMILIES[family].shape
     return (
         task in TUNINGS[kind].tasks
         and (check != "starts" or TUNINGS[kind].starts is not None)
@@ -255,7 +257,7 @@ def cells(families: Iterable[str], *, always: bool) -> list[Any]:
     return [
         pytest.param(check, kind, family, task, id=f"{check}-{kind}-{family}-{task}")
         for family in families
-        for task in EVERY[family].tasks
+        for task in ALL_FAMILIES[family].tasks
         for kind in TUNINGS
         for check in CHECKS
         if applies(check, kind, family, task) and always == (family in FAMILIES and check in ALWAYS[task])
@@ -306,11 +308,11 @@ def refused_on_top(below: str, above: str) -> str | None:
 def test_one_tuning_stands_on_another(below: str, above: str) -> None:
     says = refused_on_top(below, above)
     with pytest.raises(TuningError, match=says) if says else nullcontext():
-        checks.stands_on_another(TUNINGS[below].alone, TUNINGS[above].alone, "llama", "lm")
+        checks.stacks_on_another(TUNINGS[below].alone, TUNINGS[above].alone, "llama", "lm")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("check", "kind", "family", "task"), cells(EVERY, always=False))
+@pytest.mark.parametrize(("check", "kind", "family", "task"), cells(ALL_FAMILIES, always=False))
 def test_promise_that_takes_longer_to_try(check: str, kind: str, family: str, task: Task) -> None:
     try_cell(check, kind, family, task)
 
@@ -325,6 +327,6 @@ def test_every_refusal_is_met() -> None:
             refusal.meets(check, kind, family, task) and applies(check, kind, family, task)
             for check in CHECKS
             for kind in TUNINGS
-            for family in EVERY
-            for task in EVERY[family].tasks
+            for family in ALL_FAMILIES
+            for task in ALL_FAMILIES[family].tasks
         )

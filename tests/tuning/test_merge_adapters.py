@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 
 from postgrad.errors import TuningError
-from postgrad.tuning.lora import LowRank, scalings
-from postgrad.tuning.merge_adapters import How, combine
-from postgrad.tuning.tuning import Published
+from postgrad.tuning.lora import LoraAdapter, scalings
+from postgrad.tuning.merge_adapters import MergeMethod, merge_adapters
+from postgrad.tuning.tuning import TuningExport
 from tests.tuning import checks
-from tests.tuning.families import batch, build, logits
+from tests.tuning.families import batch, build_model, logits
 
-PRUNING = [how for how in get_args(How) if how.startswith(("ties", "dare", "magnitude"))]
+PRUNING = [how for how in get_args(MergeMethod) if how.startswith(("ties", "dare", "magnitude"))]
 
 
-def adapter(family: str = "llama", *, seed: int = 0, **options: Any) -> Published:
+def adapter(family: str = "llama", *, seed: int = 0, **options: Any) -> TuningExport:
     """A trained adapter of one base."""
-    model = build(family, "lm")
-    tuning = LowRank(model, seed=seed, **{"rank": 4, **options})
+    model = build_model(family, "lm")
+    tuning = LoraAdapter(model, seed=seed, **{"rank": 4, **options})
     checks.train(model, tuning, family, "lm", steps=2, first=1 + 10 * seed)
-    return tuning.published()
+    return tuning.export()
 
 
-def updates(part: Published) -> dict[str, Tensor]:
+def updates(part: TuningExport) -> dict[str, Tensor]:
     """s B A by layer."""
     return {
         name: scaling * part.state[f"{name}.lora_B.weight"] @ part.state[f"{name}.lora_A.weight"]
@@ -37,7 +37,7 @@ def updates(part: Published) -> dict[str, Tensor]:
     }
 
 
-def total(parts: list[tuple[Published, float]]) -> dict[str, Tensor]:
+def total(parts: list[tuple[TuningExport, float]]) -> dict[str, Tensor]:
     """The weighted sum of updates."""
     found: dict[str, Tensor] = {}
     for part, weight in parts:
@@ -60,9 +60,9 @@ MIXED = [({"seed": 0}, 0.5), ({"seed": 1, "form": "rslora"}, 1.5), ({"seed": 2, 
 def test_side_by_side_is_the_very_sum_of_every_form_whichever_comes_first(family: str, first: int) -> None:
     order = MIXED[first:] + MIXED[:first]
     parts = [(adapter(family, **options), weight) for options, weight in order]
-    model = build(family, "lm")
-    combined = combine(model, parts, "cat")
-    same(updates(combined.published()), total(parts))
+    model = build_model(family, "lm")
+    combined = merge_adapters(model, parts, "cat")
+    same(updates(combined.export()), total(parts))
     assert combined.rank == 12
     expected = logits(model, batch(family, "lm"))
     combined.merge()
@@ -72,7 +72,7 @@ def test_side_by_side_is_the_very_sum_of_every_form_whichever_comes_first(family
 @pytest.mark.parametrize("rank", [None, 12, 3])
 def test_svd_is_the_best_of_its_rank(rank: int | None) -> None:
     parts = [(adapter(**options), weight) for options, weight in MIXED]
-    found = updates(combine(build("llama", "lm"), parts, "svd", rank=rank).published())
+    found = updates(merge_adapters(build_model("llama", "lm"), parts, "svd", rank=rank).export())
     expected = {}
     for name, update in total(parts).items():
         u, s, v = torch.linalg.svd(update)
@@ -83,7 +83,7 @@ def test_svd_is_the_best_of_its_rank(rank: int | None) -> None:
 
 def test_one_by_one_sums_the_factors() -> None:
     parts = [(adapter(seed=0), 0.5), (adapter(seed=1), -0.7)]
-    combined = combine(build("llama", "lm"), parts, "linear").published()
+    combined = merge_adapters(build_model("llama", "lm"), parts, "linear").export()
     name = "model.layers.1.mlp.down_proj"
     roots = [(abs(w) * scalings(p)[name]) ** 0.5 for p, w in parts]
     a_RI = sum(
@@ -94,11 +94,11 @@ def test_one_by_one_sums_the_factors() -> None:
 
 
 @pytest.mark.parametrize("how", PRUNING)
-def test_pruning_leaves_numbers_out_and_what_dare_drops_is_seeded(how: How) -> None:
+def test_pruning_leaves_numbers_out_and_what_dare_drops_is_seeded(how: MergeMethod) -> None:
     pair = [(adapter(), 1.0), (adapter(seed=1), 1.0)]
 
     def answer(density: float, seed: int = 0) -> dict[str, Tensor]:
-        return updates(combine(build("llama", "lm"), pair, how, density=density, seed=seed).published())
+        return updates(merge_adapters(build_model("llama", "lm"), pair, how, density=density, seed=seed).export())
 
     most, half, again, other = answer(0.999), answer(0.5), answer(0.5), answer(0.5, seed=1)
     assert all(torch.equal(half[name], again[name]) for name in half)
@@ -110,7 +110,9 @@ def test_pruning_the_largest_of_whole_updates() -> None:
     """Two copies of an update, pruned and summed: the best approximation of twice its largest numbers."""
     part = adapter()
     found = updates(
-        combine(build("llama", "lm"), [(part, 1.0), (part, 1.0)], "magnitude_prune_svd", density=0.25).published()
+        merge_adapters(
+            build_model("llama", "lm"), [(part, 1.0), (part, 1.0)], "magnitude_prune_svd", density=0.25
+        ).export()
     )
     expected = {}
     for name, update in updates(part).items():
@@ -123,9 +125,9 @@ def test_pruning_the_largest_of_whole_updates() -> None:
 
 
 @pytest.mark.parametrize("how", PRUNING)
-def test_layers_of_one_part_alone_are_pruned_too(how: How) -> None:
+def test_layers_of_one_part_alone_are_pruned_too(how: MergeMethod) -> None:
     parts = [(adapter(targets="attention"), 1.0), (adapter(seed=1, targets=["q_proj"]), 1.0)]
-    found = updates(combine(build("llama", "lm"), parts, how, density=0.5).published())
+    found = updates(merge_adapters(build_model("llama", "lm"), parts, how, density=0.5).export())
     alone = "model.layers.0.self_attn.o_proj"
     assert not torch.allclose(found[alone], updates(parts[0][0])[alone], rtol=1e-3)
 
@@ -133,7 +135,7 @@ def test_layers_of_one_part_alone_are_pruned_too(how: How) -> None:
 def test_ties_can_count_heads() -> None:
     parts = [(adapter(seed=seed), 1.0) for seed in range(3)]
     by_size, by_heads = (
-        updates(combine(build("llama", "lm"), parts, "ties", density=0.5, sign=sign).published())
+        updates(merge_adapters(build_model("llama", "lm"), parts, "ties", density=0.5, sign=sign).export())
         for sign in ("total", "frequency")
     )
     assert any(not torch.equal(by_size[name], by_heads[name]) for name in by_size)
@@ -141,39 +143,39 @@ def test_ties_can_count_heads() -> None:
 
 def test_parts_of_different_layers_and_ranks() -> None:
     parts = [(adapter(targets="attention"), 1.0), (adapter(seed=1, targets=["q_proj", "up_proj"], rank=3), 2.0)]
-    combined = combine(build("llama", "lm"), parts)
-    same(updates(combined.published()), total(parts))
+    combined = merge_adapters(build_model("llama", "lm"), parts)
+    same(updates(combined.export()), total(parts))
     assert {a.shape[0] for a in combined.directions().values()} == {3, 4, 7}
     with pytest.raises(TuningError, match="adapters of the ranks 4, 3"):
-        combine(build("llama", "lm"), parts, "linear")
+        merge_adapters(build_model("llama", "lm"), parts, "linear")
 
 
 def test_attached_parts_give_way_to_their_sum() -> None:
-    model = build("llama", "lm")
-    first = LowRank(model, rank=4)
+    model = build_model("llama", "lm")
+    first = LoraAdapter(model, rank=4)
     checks.train(model, first, "llama", "lm", steps=2)
-    second = LowRank(model, rank=4, seed=1)
+    second = LoraAdapter(model, rank=4, seed=1)
     checks.train(model, second, "llama", "lm", steps=2, first=5)
     answer = logits(model, batch("llama", "lm"))
-    combine(model, [(first, 1.0), (second, 1.0)])
+    merge_adapters(model, [(first, 1.0), (second, 1.0)])
     assert (logits(model, batch("llama", "lm")) - answer).abs().max() < 1e-4
     assert not first.directions() and not second.directions()
 
 
 def test_a_head_of_one_part_comes_along_and_two_are_not_averaged() -> None:
-    def trained(seed: int) -> Published:
-        model = build("bert", "classify")
-        tuning = LowRank(model, rank=2, seed=seed, also=["classifier"])
+    def trained(seed: int) -> TuningExport:
+        model = build_model("bert", "classify")
+        tuning = LoraAdapter(model, rank=2, seed=seed, also=["classifier"])
         checks.train(model, tuning, "bert", "classify", steps=2)
-        return tuning.published()
+        return tuning.export()
 
     first, second = trained(0), trained(1)
-    bare = Published({k: v for k, v in second.options.items() if k != "also"}, {})
+    bare = TuningExport({k: v for k, v in second.options.items() if k != "also"}, {})
     bare.state.update({name: tensor for name, tensor in second.state.items() if ".lora_" in name})
-    combined = combine(build("bert", "classify"), [(first, 1.0), (bare, 0.5)])
+    combined = merge_adapters(build_model("bert", "classify"), [(first, 1.0), (bare, 0.5)])
     assert torch.equal(combined.state()["classifier.weight"], first.state["classifier.weight"])
     with pytest.raises(TuningError, match="two of the adapters trained classifier"):
-        combine(build("bert", "classify"), [(first, 1.0), (second, 0.5)])
+        merge_adapters(build_model("bert", "classify"), [(first, 1.0), (second, 0.5)])
 
 
 @pytest.mark.parametrize(
@@ -188,17 +190,17 @@ def test_a_head_of_one_part_comes_along_and_two_are_not_averaged() -> None:
 )
 def test_what_cannot_be_is_refused(how: Any, density: float | None, says: str) -> None:
     with pytest.raises(TuningError, match=f"(?s){says}"):
-        combine(build("llama", "lm"), [(adapter(), 1.0)] * 2, how, density=density)
+        merge_adapters(build_model("llama", "lm"), [(adapter(), 1.0)] * 2, how, density=density)
 
 
 def test_nothing_and_dora_are_no_summands() -> None:
     with pytest.raises(TuningError, match="cat of 0 adapters"):
-        combine(build("llama", "lm"), [])
+        merge_adapters(build_model("llama", "lm"), [])
     with pytest.raises(TuningError, match=r"(?s)ties of 1 adapters.*two adapters or more"):
-        combine(build("llama", "lm"), [(adapter(), 1.0)], "ties", density=0.5)
-    model = build("llama", "lm")
-    dora = LowRank(model, rank=2, form="dora")
-    for part in (dora, dora.published()):
+        merge_adapters(build_model("llama", "lm"), [(adapter(), 1.0)], "ties", density=0.5)
+    model = build_model("llama", "lm")
+    dora = LoraAdapter(model, rank=2, form="dora")
+    for part in (dora, dora.export()):
         with pytest.raises(TuningError, match="dora adapter is no summand"):
-            combine(model, [(part, 1.0)])
+            merge_adapters(model, [(part, 1.0)])
     assert dora.directions()

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError
-from postgrad.tuning.lora import LowRank
+from postgrad.tuning.lora import LoraAdapter
 from postgrad.tuning.osf import FACTORS, OrthogonalSubspace
-from postgrad.tuning.targets import resolve
-from postgrad.tuning.tuning import Tuning, trainable
+from postgrad.tuning.targets import resolve_targets
+from postgrad.tuning.tuning import Tuning, trainable_parameters
 from tests.tuning import checks
-from tests.tuning.families import Task, batch, build, logits, loss
+from tests.tuning.families import Task, batch, build_model, logits, loss
 
 # The matrix of promises tries every family and task.
 CELLS: list[tuple[str, Task]] = [("llama", "lm"), ("bert", "tags"), ("t5", "classify")]
@@ -54,7 +54,7 @@ def halves(weight_OI: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 @every_cell
 def test_trains_only_what_it_should(family: str, task: Task) -> None:
     base = [] if task == "lm" else [f"{head}*" for head in HEADS[family]]
-    checks.trains_only_what_it_should(attaching(family, task), family, task, base=base)
+    checks.trains_only_declared(attaching(family, task), family, task, base=base)
 
 
 @every_cell
@@ -64,7 +64,7 @@ def test_starts_equal_to_base(family: str, task: Task) -> None:
 
 @every_cell
 def test_a_batch_is_answered_as_its_rows_are_alone(family: str, task: Task) -> None:
-    checks.batch_equals_alone(attaching(family, task), family, task)
+    checks.batch_equals_single_row(attaching(family, task), family, task)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -108,7 +108,7 @@ def test_detached_it_leaves_nothing(family: str, task: Task) -> None:
 
 
 def test_it_leaves_as_a_plain_model() -> None:
-    assert OrthogonalSubspace.leaves_model and OrthogonalSubspace.folds
+    assert OrthogonalSubspace.is_merged_on_export and OrthogonalSubspace.has_exact_merge
 
 
 # -- what it is
@@ -117,12 +117,12 @@ def test_it_leaves_as_a_plain_model() -> None:
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_gradient_steps_leave_the_kept_directions(share: float) -> None:
     """The update has nothing along a kept direction, on either side; a plain gradient step has."""
-    model, plain = build("llama", "lm"), build("llama", "lm")
+    model, plain = build_model("llama", "lm"), build_model("llama", "lm")
     tuning = OrthogonalSubspace(model, effective_rank=share)
     checks.train(model, tuning, "llama", "lm", steps=4)
     tuning.merge()
     loss(plain, batch("llama", "lm")).backward()
-    for name in resolve(plain, "all-linear"):
+    for name in resolve_targets(plain, "all-linear"):
         weight_OI = plain.get_submodule(name).weight
         update_OI = (model.get_submodule(name).weight - weight_OI).detach()
         u_OH, v_HI = halves(weight_OI.detach(), int(share * min(weight_OI.shape)))
@@ -133,13 +133,13 @@ def test_gradient_steps_leave_the_kept_directions(share: float) -> None:
 
 
 def test_a_step_of_adam_leaves_them_nearly() -> None:
-    model, plain = build("llama", "lm"), build("llama", "lm")
+    model, plain = build_model("llama", "lm"), build_model("llama", "lm")
     tuning = OrthogonalSubspace(model)
-    adam = torch.optim.AdamW(trainable(model).values(), lr=5e-3)
+    adam = torch.optim.AdamW(trainable_parameters(model).values(), lr=5e-3)
     checks.train(model, tuning, "llama", "lm", steps=10, optimizer=adam)
     tuning.merge()
     shares = []
-    for name in resolve(plain, "all-linear"):
+    for name in resolve_targets(plain, "all-linear"):
         weight_OI = plain.get_submodule(name).weight.detach()
         update_OI = (model.get_submodule(name).weight - weight_OI).detach()
         u_OH, v_HI = halves(weight_OI, min(weight_OI.shape) // 2)
@@ -152,9 +152,9 @@ def test_a_step_of_adam_leaves_them_nearly() -> None:
 
 @pytest.mark.parametrize(("family", "task"), [("llama", "lm"), ("bert", "tags"), ("t5", "lm")])
 def test_answers_and_gradients_are_peft_s(family: str, task: Task) -> None:
-    model, theirs = build(family, task), build(family, task)
+    model, theirs = build_model(family, task), build_model(family, task)
     tuning = OrthogonalSubspace(model)
-    inject_adapter_in_model(OSFConfig(effective_rank=0.5, target_modules=resolve(theirs, "all-linear")), theirs)
+    inject_adapter_in_model(OSFConfig(effective_rank=0.5, target_modules=resolve_targets(theirs, "all-linear")), theirs)
     inputs = batch(family, task)
     for trial in range(2):
         assert torch.equal(logits(model, inputs), logits(theirs, inputs))
@@ -169,12 +169,12 @@ def test_answers_and_gradients_are_peft_s(family: str, task: Task) -> None:
                 other.data -= 0.1 * other.grad
                 own[factor].data.copy_(other.data)
                 own[factor].grad = other.grad = None
-        assert trial or not torch.equal(logits(theirs, inputs), logits(build(family, task), inputs))
+        assert trial or not torch.equal(logits(theirs, inputs), logits(build_model(family, task), inputs))
 
 
 def test_weights_held_in_bf16_learn_in_the_same_directions_and_start_at_the_base() -> None:
     """PEFT's projection, a hook on parameters that meets tensors of two dtypes, fails here."""
-    model, base, inputs = build("llama", "lm"), build("llama", "lm"), batch("llama", "lm")
+    model, base, inputs = build_model("llama", "lm"), build_model("llama", "lm"), batch("llama", "lm")
     tuning = OrthogonalSubspace(model)
     full = logits(base, inputs)
     for parameter in (*model.parameters(), *base.parameters()):
@@ -184,14 +184,14 @@ def test_weights_held_in_bf16_learn_in_the_same_directions_and_start_at_the_base
     assert (
         logits(model, inputs).float() - expected
     ).abs().max() < 0.1 * rounding  # the start is rounded as what is trained
-    with tuning.off():
+    with tuning.disable():
         assert torch.equal(logits(model, inputs).float(), expected)
     loss(model, inputs).backward()
     shares = []
     for name, layer in tuning._layers.items():
         u_OL = layer.tensors()["U_low"]
         assert u_OL.grad is not None and u_OL.grad.dtype == torch.bfloat16
-        weight_OI = build("llama", "lm").get_submodule(name).weight.detach()
+        weight_OI = build_model("llama", "lm").get_submodule(name).weight.detach()
         u_OH, _ = halves(weight_OI, min(weight_OI.shape) // 2)
         shares.append((u_OH.T @ u_OL.grad.float()).norm() / u_OL.grad.float().norm())
     assert torch.stack(shares).mean() < 1.3e-3  # a rounding to bf16 alone; 0.7 without a projection
@@ -199,7 +199,7 @@ def test_weights_held_in_bf16_learn_in_the_same_directions_and_start_at_the_base
 
 
 def test_the_next_task_decomposes_anew() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     first = OrthogonalSubspace(model)
     checks.train(model, first, "llama", "lm", steps=3)
     first.merge()
@@ -208,7 +208,7 @@ def test_the_next_task_decomposes_anew() -> None:
     second = OrthogonalSubspace(model, effective_rank=0.75)
     checks.train(model, second, "llama", "lm", steps=3, first=20)
     assert not torch.equal(logits(model, batch("llama", "lm")), answer)
-    with second.off():
+    with second.disable():
         assert torch.equal(logits(model, batch("llama", "lm")), answer)
     second.merge()
     name = "model.layers.1.self_attn.q_proj"
@@ -218,14 +218,14 @@ def test_the_next_task_decomposes_anew() -> None:
 
 
 def test_a_number_of_directions_and_what_moves_besides() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     before = model.model.norm.weight.detach().clone()
     tuning = OrthogonalSubspace(model, effective_rank=30, targets=["q_proj"], also=["model.norm.*"])
     assert {layer.tensors()["S_low"].shape[0] for layer in tuning._layers.values()} == {2}
     checks.train(model, tuning, "llama", "lm", steps=2)
     moved = tuning.state()["model.norm.weight"].clone()
     assert not torch.equal(moved, before)
-    with tuning.off():
+    with tuning.disable():
         assert torch.equal(model.model.norm.weight, before)
     assert torch.equal(model.model.norm.weight, moved)
     assert tuning.peft() is None
@@ -237,14 +237,14 @@ def test_a_number_of_directions_and_what_moves_besides() -> None:
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 def test_peft_loads_what_is_published_for_it(family: str, tmp_path: Path) -> None:
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     tuning = OrthogonalSubspace(model)
     checks.train(model, tuning, family, "lm", steps=3)
     folder = tuning.peft()
     assert folder is not None
     (tmp_path / "adapter_config.json").write_text(json.dumps(folder.config))
     save_file({n: t.contiguous().clone() for n, t in folder.state.items()}, tmp_path / "adapter_model.safetensors")
-    theirs = PeftModel.from_pretrained(build(family, "lm"), str(tmp_path)).eval()
+    theirs = PeftModel.from_pretrained(build_model(family, "lm"), str(tmp_path)).eval()
     assert torch.equal(logits(theirs, batch(family, "lm")), logits(model, batch(family, "lm")))
 
 
@@ -252,15 +252,15 @@ def test_peft_loads_what_is_published_for_it(family: str, tmp_path: Path) -> Non
 
 
 def test_gpt2_s_layers_are_refused_where_peft_trains_nothing() -> None:
-    theirs = inject_adapter_in_model(OSFConfig(target_modules=["c_attn"]), build("gpt2", "lm"))
+    theirs = inject_adapter_in_model(OSFConfig(target_modules=["c_attn"]), build_model("gpt2", "lm"))
     assert not any(p.requires_grad for p in theirs.parameters())
     with pytest.raises(TuningError, match=r"(?s)c_attn is a Conv1D.*GPT-2.*lora"):
-        OrthogonalSubspace(build("gpt2", "lm"))
+        OrthogonalSubspace(build_model("gpt2", "lm"))
 
 
 def test_layers_with_adapters_are_refused() -> None:
-    model = build("llama", "lm")
-    LowRank(model, rank=2, targets=["q_proj"])
+    model = build_model("llama", "lm")
+    LoraAdapter(model, rank=2, targets=["q_proj"])
     with pytest.raises(TuningError, match="merge the adapter first"):
         OrthogonalSubspace(model)
     OrthogonalSubspace(model, targets=["v_proj"])
@@ -271,11 +271,11 @@ def test_layers_with_adapters_are_refused() -> None:
 @pytest.mark.parametrize("effective_rank", [0, 0.0, 1.0, 1.5, 32, 0.01, -1])
 def test_a_side_without_directions_is_refused(effective_rank: float) -> None:
     with pytest.raises(TuningError, match=r"(?s)are to be kept.*a share above 0 and below 1"):
-        OrthogonalSubspace(build("llama", "lm"), effective_rank=effective_rank)
+        OrthogonalSubspace(build_model("llama", "lm"), effective_rank=effective_rank)
 
 
 def test_bf16_and_numbers_that_are_not_finite_are_not_merged() -> None:
-    model = build("llama", "lm").bfloat16()
+    model = build_model("llama", "lm").bfloat16()
     tuning = OrthogonalSubspace(model)
     assert {tensor.dtype for tensor in tuning.state().values()} == {torch.float32}
     with pytest.raises(TuningError, match=r"held in torch.bfloat16"):

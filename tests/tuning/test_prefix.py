@@ -30,21 +30,21 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from postgrad.errors import TuningError
-from postgrad.models.pretrained import layers_of
+from postgrad.models.pretrained import get_layers
 from postgrad.tuning import prefix_attention
-from postgrad.tuning.prefix import Prefix, Vectors, from_peft
-from postgrad.tuning.prefix_attention import NAME, SHARES, prefixed
-from postgrad.tuning.tuning import trainable
+from postgrad.tuning.prefix import Prefix, PrefixEncoder, from_peft
+from postgrad.tuning.prefix_attention import LAYER_PREFIXES, PREFIX_IMPLEMENTATION, prefix_attention_forward
+from postgrad.tuning.tuning import trainable_parameters
 from tests.tuning import checks
 from tests.tuning.families import (
     FAMILIES,
+    MORE_FAMILIES,
     PAD,
     VOCABULARY,
-    WIDER,
     Inputs,
     Task,
     batch,
-    build,
+    build_model,
     logits,
     loss,
     real_logits,
@@ -114,7 +114,7 @@ def loud(tuning: Prefix, seed: int = 3) -> Prefix:
     """The same with keys and values so large that nothing about them goes unseen."""
     torch.manual_seed(seed)
     with torch.no_grad():
-        for p in tuning.vectors.parameters():
+        for p in tuning.encoder.parameters():
             p.copy_(torch.randn(p.shape))
     return tuning
 
@@ -187,7 +187,7 @@ AttentionMaskInterface.register("by_hand", eager_mask)
 
 
 def is_attention_over_prefix_and_tokens(family: str) -> None:
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     tuning = loud(Prefix(model, kind="p-tuning-v2", length=LENGTH))
     inputs = batch(family, "lm")
     ours = real_logits(model, inputs)
@@ -198,10 +198,10 @@ def is_attention_over_prefix_and_tokens(family: str) -> None:
         for layer in range(LAYERS):
             key_HNC, value_HNC = table_NLKHC[:, layer].permute(1, 2, 0, 3)
             BY_HAND[model.get_submodule(path.format(layer))] = (key_HNC, value_HNC)
-    with tuning.off(), attending_by(model, "by_hand"):
+    with tuning.disable(), attending_by(model, "by_hand"):
         expected = real_logits(model, inputs)
     BY_HAND.clear()
-    base = real_logits(build(family, "lm"), inputs)
+    base = real_logits(build_model(family, "lm"), inputs)
     for row, (mine, right) in enumerate(zip(ours, expected, strict=True)):
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(mine, base[row], atol=0.1)
@@ -221,20 +221,20 @@ def test_is_attention_over_prefix_and_tokens_in_wider_families(family: str) -> N
 @pytest.mark.parametrize("family", DECODERS)
 def test_prefix_of_real_words_is_these_words_in_front(family: str) -> None:
     text, tokens = [7, 23, 41], torch.tensor([[90, 14, 33, 60, 8]])
-    base = build(family, "lm")
+    base = build_model(family, "lm")
     with torch.no_grad():
         expected = base(input_ids=torch.cat([torch.tensor([text]), tokens], 1)).logits[:, len(text) :]
     start = " ".join(f"w{i}" for i in text)
     after = torch.arange(len(text), len(text) + tokens.shape[1])[None]
     for hidden in (None, 16):
-        model = build(family, "lm")
+        model = build_model(family, "lm")
         Prefix(model, length=len(text), hidden=hidden, start=start, tokenizer=spaced())
         answer = logits(model, {"input_ids": tokens, "position_ids": after})
         torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_words_are_repeated_or_cut_to_the_length_and_cross_attention_reads_them_from_the_encoder() -> None:
-    model = build("t5", "lm")
+    model = build_model("t5", "lm")
     ids = torch.tensor([[7, 23, 41, 7, 23]])
     with torch.no_grad():
         encoded = model.encoder(input_ids=ids).last_hidden_state[0]
@@ -250,24 +250,24 @@ def test_words_are_repeated_or_cut_to_the_length_and_cross_attention_reads_them_
 @pytest.mark.parametrize("family", LMS)
 def test_two_prefixes_are_one_of_both_lengths(family: str) -> None:
     inputs = batch(family, "lm")
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     parts = [loud(Prefix(model, kind="p-tuning-v2", length=n), seed=n) for n in (2, 3)]
     answer = logits(model, inputs)
-    single = build(family, "lm")
+    single = build_model(family, "lm")
     one = Prefix(single, kind="p-tuning-v2", length=5)
     one.load({name: torch.cat([part.state()[name] for part in parts]) for name in one.state()})
     torch.testing.assert_close(answer, logits(single, inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_slots_say_which_attention_reads_it() -> None:
-    model = build("t5", "lm")
+    model = build_model("t5", "lm")
     tuning = Prefix(model, length=LENGTH, hidden=HIDDEN, slots=["cross", "encoder"])
     assert tuning.roles == ["encoder", "cross"]
     loss(model.train(), batch("t5", "lm")).backward()
     paths = [PLACES["t5"][role].format(i) for role in ("encoder", "cross") for i in range(LAYERS)]
     assert sorted(slot.name for slot in tuning.slots) == sorted(paths)
-    assert not hasattr(model.get_submodule(PLACES["t5"]["decoder"].format(0)), SHARES)
-    assert all(p.grad is not None and p.grad.any() for p in trainable(model).values())
+    assert not hasattr(model.get_submodule(PLACES["t5"]["decoder"].format(0)), LAYER_PREFIXES)
+    assert all(p.grad is not None and p.grad.any() for p in trainable_parameters(model).values())
 
 
 # What it costs
@@ -283,9 +283,9 @@ def scaled(counted: int, role: str, family: str) -> int:
 @pytest.mark.parametrize("family", LMS)
 def test_counts_are_the_publications(family: str) -> None:
     def count(**options: Any) -> int:
-        model = build(family, "lm")
+        model = build_model(family, "lm")
         Prefix(model, length=LENGTH, **options)
-        return sum(p.numel() for p in trainable(model).values())
+        return sum(p.numel() for p in trainable_parameters(model).values())
 
     n, d, m = LENGTH, WIDTH, HIDDEN
     widths = [scaled(1, role, family) for role in PLACES[family]]
@@ -297,7 +297,7 @@ def test_counts_are_the_publications(family: str) -> None:
 
 @pytest.mark.parametrize("deep", [False, True])
 def test_mlp_is_the_publications(deep: bool) -> None:
-    tuning = Prefix(build("llama", "lm"), length=LENGTH, hidden=HIDDEN, deep=deep)
+    tuning = Prefix(build_model("llama", "lm"), length=LENGTH, hidden=HIDDEN, deep=deep)
     inner = [nn.Linear(HIDDEN, HIDDEN), nn.Tanh()] if deep else []
     out = nn.Linear(HIDDEN, scaled(1, "decoder", "llama"))
     mlp = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Tanh(), *inner, out)
@@ -307,23 +307,23 @@ def test_mlp_is_the_publications(deep: bool) -> None:
             layer.weight.copy_(state[f"weights.{i}"])
             layer.bias.copy_(state[f"biases.{i}"])
         expected = mlp(state["table"])
-    torch.testing.assert_close(tuning.published().state["parts.decoder.table"], expected)
+    torch.testing.assert_close(tuning.export().state["parts.decoder.table"], expected)
 
 
 def test_defaults_are_the_publications() -> None:
-    model = build("bert", "lm")
+    model = build_model("bert", "lm")
     tuning = Prefix(model, kind="p-tuning-v2")
     assert (tuning.kind, tuning.length, tuning.hidden, tuning.dropout) == ("p-tuning-v2", 10, None, 0.1)
     spread = tuning.state()["parts.encoder.table"].std().item()
     assert spread == pytest.approx(model.config.initializer_range, rel=0.1)
-    tuning = Prefix(build("bert", "lm"))
+    tuning = Prefix(build_model("bert", "lm"))
     assert (tuning.kind, tuning.length, tuning.hidden, tuning.dropout) == ("prefix", 10, 512, 0.0)
     assert tuning.state()["parts.encoder.table"].std().item() == pytest.approx(1.0, rel=0.1)
 
 
 @pytest.mark.parametrize(("family", "roles"), [("llama", 1), ("bert", 1), ("t5", 3)])
 def test_keys_and_values_are_computed_once_in_a_forward_pass(family: str, roles: int) -> None:
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     tuning = prefix(model)
     calls = 0
 
@@ -331,7 +331,7 @@ def test_keys_and_values_are_computed_once_in_a_forward_pass(family: str, roles:
         nonlocal calls
         calls += 1
 
-    for part in tuning.vectors.parts.values():
+    for part in tuning.encoder.parts.values():
         part.register_forward_hook(count)
     recompute(model, reentrant=False)
     loss(model.train(), batch(family, "lm")).backward()
@@ -356,12 +356,12 @@ def masks_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], monkeypatch: 
 def test_masks_are_made_only_where_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.arange(5, 14)[None]
     for family in ("llama", "gpt2", "bert"):
-        model = build(family, "lm")
+        model = build_model(family, "lm")
         prefix(model)
         assert masks_of(model, {"input_ids": ids}, monkeypatch) == [None, None]
         assert masks_of(model, {"input_ids": ids[:, :1]}, monkeypatch) == [None, None]
     positions = torch.cat([torch.arange(4), torch.arange(5)])[None]
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     prefix(model)
     packed = masks_of(model, {"input_ids": ids, "position_ids": positions, "use_cache": False}, monkeypatch)  # type: ignore[dict-item]
     assert [mask.shape for mask in packed] == [(1, 1, 9, LENGTH + 9)] * LAYERS
@@ -372,7 +372,7 @@ def test_masks_are_made_only_where_they_are_needed(monkeypatch: pytest.MonkeyPat
 def test_masks_of_ones_own_are_widened(mask_of: Callable[[Tensor], Tensor]) -> None:
     inputs = batch("llama", "lm")
     inputs.pop("labels")
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     loud(prefix(model))
     expected = logits(model, inputs)
     real = inputs["attention_mask"].bool()
@@ -387,24 +387,24 @@ def test_masks_of_ones_own_are_widened(mask_of: Callable[[Tensor], Tensor]) -> N
 
 @pytest.mark.parametrize(("family", "task"), CASES)
 def test_learns_in_every_slot(family: str, task: Task) -> None:
-    model = build(family, task)
+    model = build_model(family, task)
     tuning = prefix(model)
     loss(model.train(), batch(family, task)).backward()
-    for role, shares in tuning.vectors.shares.items():
-        gradient = tuning.vectors.parts[role].biases[-1].grad  # type: ignore[union-attr, index]
+    for role, shares in tuning.encoder.layer_prefixes.items():
+        gradient = tuning.encoder.parts[role].biases[-1].grad  # type: ignore[union-attr, index]
         assert gradient is not None
         for piece in gradient.split([size for share in shares for size in share.sizes]):
             assert piece.abs().max() > 0
-    assert sum(map(len, tuning.vectors.shares.values())) == len(tuning.slots) >= LAYERS
-    mine = {id(p) for p in tuning.vectors.parameters()}
+    assert sum(map(len, tuning.encoder.layer_prefixes.values())) == len(tuning.slots) >= LAYERS
+    mine = {id(p) for p in tuning.encoder.parameters()}
     assert {id(p) for p in model.parameters() if p.grad is not None} == mine
-    assert {id(p) for p in trainable(model).values()} == mine
+    assert {id(p) for p in trainable_parameters(model).values()} == mine
 
 
 @pytest.mark.parametrize("attach", ATTACHES)
 @pytest.mark.parametrize("family", LMS)
 def test_keeps_the_shared_promises(attach: Callable[..., Prefix], family: str) -> None:
-    checks.batch_equals_alone(attach, family, "lm")
+    checks.batch_equals_single_row(attach, family, "lm")
     checks.checkpointed_gradients_equal(attach, family, "lm")
     checks.save_load_bit_identical(attach, family, "lm")
     if attach is not on_another:
@@ -414,25 +414,25 @@ def test_keeps_the_shared_promises(attach: Callable[..., Prefix], family: str) -
     if FAMILIES[family].shape != "encoder":
         checks.cache_equals_no_cache(attach, family)
     if FAMILIES[family].shape == "decoder":
-        checks.packed_documents_apart(attach, family)
+        checks.packed_documents_isolated(attach, family)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attach", [prefix, flat, on_another])
 @pytest.mark.parametrize("family", ["gemma3", "mistral", "modernbert", "bart"])
 def test_keeps_the_shared_promises_under_windows(attach: Callable[..., Prefix], family: str) -> None:
-    checks.batch_equals_alone(attach, family, "lm")
+    checks.batch_equals_single_row(attach, family, "lm")
     checks.checkpointed_gradients_equal(attach, family, "lm")
-    if WIDER[family].shape != "encoder":
+    if MORE_FAMILIES[family].shape != "encoder":
         checks.cache_equals_no_cache(attach, family)
-    if WIDER[family].shape == "decoder":
-        checks.packed_documents_apart(attach, family)
+    if MORE_FAMILIES[family].shape == "decoder":
+        checks.packed_documents_isolated(attach, family)
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"cache_implementation": "static"}])
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_generates_the_same_with_beams_and_static_caches(family: str, how: dict[str, Any]) -> None:
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     loud(prefix(model))
     plain = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": PAD}
     same = {key: value for key, value in how.items() if key == "num_beams"}
@@ -449,7 +449,7 @@ def gradients(model: PreTrainedModel, *batches: Inputs) -> dict[str, Tensor]:
     model.zero_grad()
     model.train()
     sum(loss(model, inputs) for inputs in batches).backward()  # type: ignore[union-attr]
-    return {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in trainable_parameters(model).items() if p.grad is not None}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -458,7 +458,7 @@ def test_recomputed_layers_meet_the_same_dropout(family: str, reentrant: bool) -
     """Also when two forward passes come before the backward pass."""
     found = []
     for checkpointed in (False, True):
-        model = build(family, "lm")
+        model = build_model(family, "lm")
         Prefix(model, length=LENGTH, hidden=HIDDEN, dropout=0.5)
         model.double()
         if checkpointed:
@@ -474,7 +474,7 @@ def test_recomputed_layers_meet_the_same_dropout(family: str, reentrant: bool) -
 
 
 def test_dropout_acts_in_training_only_and_on_every_row_by_itself() -> None:
-    model = build("bert", "lm")
+    model = build_model("bert", "lm")
     loud(Prefix(model, kind="p-tuning-v2", length=LENGTH, dropout=0.5))
     row = batch("bert", "lm", rows=1)
     inputs = {name: t.repeat(4, 1) for name, t in row.items()}
@@ -487,7 +487,7 @@ def test_dropout_acts_in_training_only_and_on_every_row_by_itself() -> None:
 
 
 def test_the_models_own_attention_dropout_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.25
     prefix(model)
@@ -506,23 +506,23 @@ def test_the_models_own_attention_dropout_stays(monkeypatch: pytest.MonkeyPatch)
 
 def test_computes_in_the_dtype_of_what_comes_in() -> None:
     inputs = batch("llama", "lm")
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     tuning = prefix(model)
     exact = loss(model.train(), inputs)
     with torch.autocast("cpu", torch.bfloat16):
         value = loss(model, inputs)
     value.backward()
     torch.testing.assert_close(value, exact, rtol=0.05, atol=0.05)
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in tuning.vectors.parameters())
-    half = build("llama", "lm").to(torch.bfloat16)
-    assert {p.dtype for p in prefix(half).vectors.parameters()} == {torch.float32}
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in tuning.encoder.parameters())
+    half = build_model("llama", "lm").to(torch.bfloat16)
+    assert {p.dtype for p in prefix(half).encoder.parameters()} == {torch.float32}
     torch.testing.assert_close(loss(half.train(), inputs).float(), exact, rtol=0.05, atol=0.05)
     for p in model.parameters():  # as an optimizer with fp32 masters leaves it
         p.data, p.grad = p.data.to(torch.bfloat16), None
     value = loss(model, inputs)
     value.backward()
     torch.testing.assert_close(value.float(), exact, rtol=0.05, atol=0.05)
-    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in tuning.vectors.parameters())
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in tuning.encoder.parameters())
 
 
 @pytest.mark.slow
@@ -532,25 +532,25 @@ def test_compiled_layers_give_the_same_gradients_and_are_compiled_once(checkpoin
     torch._dynamo.reset()
     found, answers = [], []
     for compiled in (False, True):
-        model = build("llama", "lm")
+        model = build_model("llama", "lm")
         tuning = Prefix(model, length=LENGTH, hidden=HIDDEN)
         if checkpointed:
             recompute(model, reentrant=False)
-        for layer in layers_of(model) if compiled else ():
+        for layer in get_layers(model) if compiled else ():
             layer.compile(dynamic=False)
         steps = []
         for seed in range(3):
             inputs = batch("llama", "lm", seed=seed)
             steps.append(gradients(model, inputs))
             with torch.no_grad():
-                for p in tuning.vectors.parameters():
+                for p in tuning.encoder.parameters():
                     p.sub_(0.1 * p.grad)  # type: ignore[operator]
             # One graph for the first layer, whose input needs no gradient, and one for the others.
             with torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
                 steps.append(gradients(model, inputs))
         model.eval()
         answers.append(logits(model, inputs))
-        with tuning.off():
+        with tuning.disable():
             answers.append(logits(model, inputs))
         found.append(steps)
     for plain, fast in zip(*found, strict=True):
@@ -565,18 +565,18 @@ def test_compiled_layers_give_the_same_gradients_and_are_compiled_once(checkpoin
 
 def test_is_switched_off_alone_or_with_others() -> None:
     inputs = batch("llama", "lm")
-    base = logits(build("llama", "lm"), inputs)
-    model = build("llama", "lm")
+    base = logits(build_model("llama", "lm"), inputs)
+    model = build_model("llama", "lm")
     first = loud(prefix(model))
     with_first = logits(model, inputs)
     second = loud(flat(model), seed=4)
     with_both = logits(model, inputs)
-    with second.off():
+    with second.disable():
         assert torch.equal(logits(model, inputs), with_first)
-        with first.off():
+        with first.disable():
             assert torch.equal(logits(model, inputs), base)
         assert torch.equal(logits(model, inputs), with_first)
-    with first.off(), second.off():
+    with first.disable(), second.disable():
         assert torch.equal(logits(model, inputs), base)
     assert torch.equal(logits(model, inputs), with_both)
 
@@ -584,13 +584,13 @@ def test_is_switched_off_alone_or_with_others() -> None:
 @pytest.mark.parametrize("first_out", [0, 1])
 def test_is_taken_out_in_any_order(first_out: int) -> None:
     inputs = batch("t5", "lm")
-    model = build("t5", "lm")
+    model = build_model("t5", "lm")
     model.set_attn_implementation("eager")
     base, before = logits(model, inputs), anatomy(model)
     both = [loud(prefix(model)), loud(flat(model), seed=4)]
-    assert [name for name, m in model.named_children() if isinstance(m, Vectors)] == ["prefix", "prefix_2"]
+    assert [name for name, m in model.named_children() if isinstance(m, PrefixEncoder)] == ["prefix", "prefix_2"]
     other = both[1 - first_out]
-    with both[first_out].off():
+    with both[first_out].disable():
         alone = logits(model, inputs)
     both[first_out].detach()
     assert torch.equal(logits(model, inputs), alone)
@@ -604,7 +604,7 @@ def test_is_taken_out_in_any_order(first_out: int) -> None:
 
 def test_a_copy_of_the_model_goes_its_own_way() -> None:
     inputs = batch("t5", "lm")
-    model = build("t5", "lm")
+    model = build_model("t5", "lm")
     tuning = prefix(model)
     loss(model, inputs).backward()  # keys and values with a graph are kept now
     twin = copy.deepcopy(model)
@@ -616,9 +616,9 @@ def test_a_copy_of_the_model_goes_its_own_way() -> None:
 
 
 def test_published_is_the_table_alone() -> None:
-    model = build("bert", "classify")
+    model = build_model("bert", "classify")
     tuning = Prefix(model, length=LENGTH, hidden=HIDDEN, also=["classifier"], slots=["encoder"])
-    published = tuning.published()
+    published = tuning.export()
     assert published.options == {
         "kind": "prefix",
         "length": LENGTH,
@@ -631,14 +631,14 @@ def test_published_is_the_table_alone() -> None:
     assert set(published.state) == {"parts.encoder.table", "classifier.weight", "classifier.bias"}
     assert published.state["parts.encoder.table"].shape == (LENGTH, scaled(1, "encoder", "bert"))
     assert set(tuning.state()) > {"parts.encoder.table", "parts.encoder.weights.0", "classifier.weight"}
-    assert trainable(model).keys() >= {"classifier.weight", "classifier.bias"}
+    assert trainable_parameters(model).keys() >= {"classifier.weight", "classifier.bias"}
 
 
 def test_the_same_seed_makes_the_same_prefix_and_leaves_the_generator_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    states = [prefix(build("llama", "lm"), seed=seed).state() for seed in (0, 0, 1)]
+    states = [prefix(build_model("llama", "lm"), seed=seed).state() for seed in (0, 0, 1)]
     assert torch.equal(torch.rand(3), expected)
     for name, tensor in states[0].items():
         assert torch.equal(states[1][name], tensor)
@@ -652,7 +652,7 @@ def peft_folder(family: str, folder: Path, length: int = 4) -> tuple[dict[str, A
     """A folder that PEFT writes, and what its model answers to `row`."""
     torch.manual_seed(1)
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
-    theirs = get_peft_model(build(family, "lm"), config).eval()
+    theirs = get_peft_model(build_model(family, "lm"), config).eval()
     theirs.save_pretrained(folder)
     with torch.no_grad():
         expected = theirs(**row()).logits
@@ -672,7 +672,7 @@ def row() -> Inputs:
 @pytest.mark.parametrize("family", DECODERS)
 def test_is_pefts_prefix_at_positions_moved_on_by_its_length(family: str, tmp_path: Path) -> None:
     _, state, expected = peft_folder(family, tmp_path)
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     tuning = Prefix(model, length=4, hidden=None)
     tuning.load({"parts.decoder.table": state["prompt_embeddings"]})
     positions = torch.arange(4, 13)[None].expand(2, -1)
@@ -684,21 +684,21 @@ def test_is_pefts_prefix_at_positions_moved_on_by_its_length(family: str, tmp_pa
 @pytest.mark.parametrize("family", ROTARY)
 def test_pefts_folders_come_in_and_go_out_with_the_same_answers(family: str, tmp_path: Path) -> None:
     config, state, expected = peft_folder(family, tmp_path)
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     tuning = from_peft(model, config, state)
     torch.testing.assert_close(logits(model, row()), expected, rtol=1e-4, atol=1e-4)
     folder = tuning.peft()
     assert folder is not None
     torch.testing.assert_close(folder.state["prompt_embeddings"], state["prompt_embeddings"], rtol=1e-5, atol=1e-5)
 
-    mine = loud(prefix(build(family, "lm")))
+    mine = loud(prefix(build_model(family, "lm")))
     expected = logits(mine.model, row())
     folder = mine.peft()
     assert folder is not None
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(folder.config))
     save_file(folder.state, tmp_path / "out" / "adapter_model.safetensors")
-    theirs = PeftModel.from_pretrained(build(family, "lm"), str(tmp_path / "out")).eval()
+    theirs = PeftModel.from_pretrained(build_model(family, "lm"), str(tmp_path / "out")).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(**row()).logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -706,7 +706,7 @@ def test_pefts_folders_come_in_and_go_out_with_the_same_answers(family: str, tmp
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_learnt_positions_are_said_to_need_moving(tmp_path: Path) -> None:
     config, state, expected = peft_folder("gpt2", tmp_path)
-    model = build("gpt2", "lm")
+    model = build_model("gpt2", "lm")
     tuning = from_peft(model, config, state)
     assert "give `position_ids` moved on by as many" in tuning.notes[-1]
     positions = torch.arange(4, 13)[None].expand(2, -1)
@@ -718,11 +718,11 @@ def test_learnt_positions_are_said_to_need_moving(tmp_path: Path) -> None:
     ("family", "task"), [("bert", "lm"), ("t5", "lm"), ("llama", "classify"), ("mistral", "lm"), ("gpt2", "lm")]
 )
 def test_peft_gets_no_folder_that_would_answer_otherwise(family: str, task: Task) -> None:
-    assert prefix(build(family, task)).peft() is None
+    assert prefix(build_model(family, task)).peft() is None
 
 
 def test_foreign_peft_folders_are_refused() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     before = anatomy(model)
     vectors = torch.zeros(4, scaled(1, "decoder", "llama"))
     with pytest.raises(TuningError, match="LORA"):
@@ -730,7 +730,7 @@ def test_foreign_peft_folders_are_refused() -> None:
     with pytest.raises(TuningError, match="has the shape"):
         from_peft(model, {"peft_type": "PREFIX_TUNING"}, {"prompt_embeddings": vectors[:, :-8]})
     with pytest.raises(TuningError, match="a decoder"):
-        from_peft(build("bert", "lm"), {"peft_type": "PREFIX_TUNING"}, {"prompt_embeddings": vectors})
+        from_peft(build_model("bert", "lm"), {"peft_type": "PREFIX_TUNING"}, {"prompt_embeddings": vectors})
     assert anatomy(model) == before
 
 
@@ -742,7 +742,7 @@ def bloom() -> PreTrainedModel:
 
 
 def test_models_outside_of_the_interface_are_refused() -> None:
-    for model, why in ((bloom(), "attention interface"), (build("gemma2", "lm"), "does not know `softcap`")):
+    for model, why in ((bloom(), "attention interface"), (build_model("gemma2", "lm"), "does not know `softcap`")):
         before = anatomy(model)
         with pytest.raises(TuningError, match=why) as error:
             prefix(model)
@@ -751,10 +751,10 @@ def test_models_outside_of_the_interface_are_refused() -> None:
 
 
 def test_attention_that_is_more_than_sdpa_is_refused() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
 
     def with_sink(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        out, _ = prefixed(module, query, key, *args, **kwargs)
+        out, _ = prefix_attention_forward(module, query, key, *args, **kwargs)
         return out * 0.5, None
 
     AttentionInterface.register("with_sink", with_sink)
@@ -766,9 +766,9 @@ def test_attention_that_is_more_than_sdpa_is_refused() -> None:
 
 
 def test_a_prefix_that_nothing_reads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     before = anatomy(model)
-    monkeypatch.setattr(prefix_attention, "SHARES", "another_name")
+    monkeypatch.setattr(prefix_attention, "LAYER_PREFIXES", "another_name")
     with pytest.raises(TuningError, match="does not reach the answers"):
         prefix(model)
     assert anatomy(model) == before
@@ -790,7 +790,7 @@ def test_a_prefix_that_nothing_reads_is_refused(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], why: str) -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     before = anatomy(model)
     with pytest.raises(TuningError, match=why):
         Prefix(model, **options)
@@ -798,30 +798,32 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], why: str) -
 
 
 def test_another_attention_under_a_prefix_is_told() -> None:
-    model = build("bert", "lm")
+    model = build_model("bert", "lm")
     tuning = prefix(model)
     model.set_attn_implementation("eager")
     with pytest.raises(TuningError, match="its prefix would be left out"):
         logits(model, batch("bert", "lm"))
-    with tuning.off():
+    with tuning.disable():
         logits(model, batch("bert", "lm"))
     model.set_attn_implementation(Prefix.attention or "")
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == PREFIX_IMPLEMENTATION
     logits(model, batch("bert", "lm"))
 
 
 def test_paged_caches_are_refused() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     prefix(model)
     part = torch.zeros(1, 4, 2, HEAD)
     with pytest.raises(TuningError, match="continuous batching"):
-        prefixed(model.get_submodule(PLACES["llama"]["decoder"].format(0)), part, part, part, None, cache=object())
+        prefix_attention_forward(
+            model.get_submodule(PLACES["llama"]["decoder"].format(0)), part, part, part, None, cache=object()
+        )
 
 
 def test_states_of_other_prefixes_are_refused() -> None:
-    tuning = prefix(build("llama", "lm"))
+    tuning = prefix(build_model("llama", "lm"))
     with pytest.raises(TuningError, match="lacks"):
-        tuning.load(flat(build("llama", "lm")).state())
+        tuning.load(flat(build_model("llama", "lm")).state())
     with pytest.raises(TuningError, match="shape"):
         tuning.load({**tuning.state(), "parts.decoder.table": torch.zeros(1, WIDTH)})
     with pytest.raises(TuningError, match="a prefix is no weight"):

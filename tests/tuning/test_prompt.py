@@ -26,21 +26,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from postgrad.errors import TuningError
-from postgrad.tuning.prompt import Prompt, from_peft
-from postgrad.tuning.prompt_encoder import Lstm
+from postgrad.tuning.prompt import PromptTuning, from_peft
+from postgrad.tuning.prompt_encoder import LSTMEncoder
 from tests.tuning import checks
 from tests.tuning.families import (
     CLS,
     FAMILIES,
     LABELS,
     MASK,
+    MORE_FAMILIES,
     PAD,
     SEP,
     VOCABULARY,
-    WIDER,
     Task,
     batch,
-    build,
+    build_model,
     logits,
     loss,
 )
@@ -57,26 +57,26 @@ CASES: list[tuple[str, Task]] = [
 ]
 
 
-def prompt(model: PreTrainedModel, *, seed: int = 0) -> Prompt:
-    return Prompt(model, length=4, seed=seed)
+def prompt(model: PreTrainedModel, *, seed: int = 0) -> PromptTuning:
+    return PromptTuning(model, length=4, seed=seed)
 
 
-def p_tuning(model: PreTrainedModel, *, seed: int = 0) -> Prompt:
-    return Prompt(model, kind="p-tuning", length=4, seed=seed)
+def p_tuning(model: PreTrainedModel, *, seed: int = 0) -> PromptTuning:
+    return PromptTuning(model, kind="p-tuning", length=4, seed=seed)
 
 
-def with_mlp(model: PreTrainedModel, *, seed: int = 0) -> Prompt:
-    return Prompt(model, length=4, encoder="mlp", seed=seed)
+def with_mlp(model: PreTrainedModel, *, seed: int = 0) -> PromptTuning:
+    return PromptTuning(model, length=4, encoder="mlp", seed=seed)
 
 
-def with_backbone(model: PreTrainedModel, *, seed: int = 0) -> Prompt:
-    return Prompt(model, kind="p-tuning", length=4, backbone="trained", seed=seed)
+def with_backbone(model: PreTrainedModel, *, seed: int = 0) -> PromptTuning:
+    return PromptTuning(model, kind="p-tuning", length=4, backbone="trained", seed=seed)
 
 
 def in_double(attach: Any) -> Any:
     """The same in fp64, where a sum in another order differs by less than anything that is wrong."""
 
-    def attached(model: PreTrainedModel, *, seed: int = 0) -> Prompt:
+    def attached(model: PreTrainedModel, *, seed: int = 0) -> PromptTuning:
         own = attach(model, seed=seed)
         model.double()
         return own
@@ -91,8 +91,8 @@ def words() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def from_options(model: PreTrainedModel, options: Mapping[str, Any]) -> Prompt:
-    return Prompt(model, **options, seed=5)
+def from_options(model: PreTrainedModel, options: Mapping[str, Any]) -> PromptTuning:
+    return PromptTuning(model, **options, seed=5)
 
 
 KINDS = pytest.mark.parametrize("attach", [prompt, p_tuning])
@@ -102,13 +102,13 @@ ON = pytest.mark.parametrize(("family", "task"), CASES)
 @KINDS
 @ON
 def test_nothing_of_the_base_moves(attach: Any, family: str, task: Task) -> None:
-    checks.trains_only_what_it_should(attach, family, task)
+    checks.trains_only_declared(attach, family, task)
 
 
 @KINDS
 @ON
 def test_a_row_is_answered_in_its_batch_as_alone(attach: Any, family: str, task: Task) -> None:
-    checks.batch_equals_alone(attach, family, task)
+    checks.batch_equals_single_row(attach, family, task)
 
 
 @KINDS
@@ -147,12 +147,12 @@ def test_it_can_be_silent_and_leave(attach: Any, family: str, task: Task) -> Non
 @KINDS
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_packed_documents_have_a_prompt_each(attach: Any, family: str) -> None:
-    checks.packed_documents_apart(attach, family)
+    checks.packed_documents_isolated(attach, family)
 
 
-@pytest.mark.parametrize("family", list(WIDER))
+@pytest.mark.parametrize("family", list(MORE_FAMILIES))
 def test_it_works_on_other_architectures(family: str) -> None:
-    checks.batch_equals_alone(prompt, family, "lm")
+    checks.batch_equals_single_row(prompt, family, "lm")
     # Embeddings that scale their rows give them back divided and multiplied.
     checks.merge_exact(prompt, family, "lm", tolerance=1e-6)
 
@@ -163,12 +163,12 @@ def test_it_works_on_other_architectures(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "bert"])
 def test_virtual_ids_anywhere_are_the_vectors_in_their_places(family: str) -> None:
     """Against `inputs_embeds` made by hand: before, between and behind words, twice, out of order, other in each row."""
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     own = prompt(model)
-    a, b, c, d = own.lead
+    a, b, c, d = own.virtual_token_ids
     ids = torch.tensor([[CLS, a, b, 9, MASK, c, 11, d], [b, 40, 41, a, a, 7, 8, 9], [5, 6, 7, 8, 9, 10, 11, 12]])
     table = model.get_input_embeddings().weight
-    rows = torch.cat([table, own.vectors()]).detach()
+    rows = torch.cat([table, own.soft_prompt()]).detach()
     with torch.no_grad():
         found = model(input_ids=ids).logits
         by_hand = model(inputs_embeds=rows[ids]).logits
@@ -176,10 +176,10 @@ def test_virtual_ids_anywhere_are_the_vectors_in_their_places(family: str) -> No
 
 
 def test_t5_reads_the_prompt_in_encoder_and_decoder() -> None:
-    model = build("t5", "lm")
+    model = build_model("t5", "lm")
     own = prompt(model)
-    a, b, c, d = own.lead
-    rows = torch.cat([model.shared.weight, own.vectors()]).detach()
+    a, b, c, d = own.virtual_token_ids
+    rows = torch.cat([model.shared.weight, own.soft_prompt()]).detach()
     asked, said = torch.tensor([[a, b, 9, 10]]), torch.tensor([[PAD, c, 7, d]])
     with torch.no_grad():
         found = model(input_ids=asked, decoder_input_ids=said).logits
@@ -189,33 +189,33 @@ def test_t5_reads_the_prompt_in_encoder_and_decoder() -> None:
 
 def test_a_classifier_still_reads_its_own_first_token() -> None:
     """BERT pools the vector at index 0, so [CLS] must stand there, whatever the template puts behind it."""
-    model = build("bert", "classify")
+    model = build_model("bert", "classify")
     own = prompt(model)
     pooled: list[Tensor] = []
     model.bert.pooler.register_forward_pre_hook(lambda _module, args: pooled.append(args[0][:, 0]))
-    ids = torch.tensor([[CLS, *own.lead, 20, 21, SEP]])
+    ids = torch.tensor([[CLS, *own.virtual_token_ids, 20, 21, SEP]])
     model(input_ids=ids)
     hidden = model.bert(input_ids=ids, output_hidden_states=True).hidden_states
     assert torch.equal(pooled[0], hidden[-1][:, 0])
     words = model.bert.embeddings.word_embeddings
-    assert torch.equal(words(ids)[0, 0], words.weight[CLS]) and torch.equal(words(ids)[0, 1:5], own.vectors())
+    assert torch.equal(words(ids)[0, 0], words.weight[CLS]) and torch.equal(words(ids)[0, 1:5], own.soft_prompt())
 
 
 def test_gradients_reach_the_vectors_that_are_read_and_no_others() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     own = prompt(model)
-    ids = torch.tensor([[own.lead[0], own.lead[2], 9, 10, 11]])
+    ids = torch.tensor([[own.virtual_token_ids[0], own.virtual_token_ids[2], 9, 10, 11]])
     model(input_ids=ids, labels=ids.masked_fill(ids >= VOCABULARY, -100)).loss.backward()
-    gradient = own.vectors.vectors.grad
+    gradient = own.soft_prompt.vectors.grad
     assert gradient is not None
     assert gradient.abs().amax(-1).gt(0).tolist() == [True, False, True, False]
 
 
 def test_a_moving_table_gets_no_gradient_from_virtual_ids() -> None:
     """The embedding is asked for id 0 in their place, which must not train it."""
-    model = build("llama", "lm")
-    own = Prompt(model, length=4, also=["model.embed_tokens"])
-    ids = torch.tensor([[*own.lead, 9, 10, 11]])
+    model = build_model("llama", "lm")
+    own = PromptTuning(model, length=4, also=["model.embed_tokens"])
+    ids = torch.tensor([[*own.virtual_token_ids, 9, 10, 11]])
     model(input_ids=ids, labels=ids.masked_fill(ids >= VOCABULARY, -100)).loss.backward()
     gradient = model.model.embed_tokens.weight.grad
     assert gradient.abs().amax(-1).nonzero().flatten().tolist() == [9, 10]
@@ -227,7 +227,7 @@ def test_a_moving_table_gets_no_gradient_from_virtual_ids() -> None:
 @KINDS
 def test_it_runs_in_bf16_copies_beside_an_fp32_table(attach: Any) -> None:
     """As the optimizer lays a model out: every weight but the table is swapped, and the table's answer is cast, after me."""
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     own = attach(model)
     inputs = batch("llama", "lm", virtual=range(own.first, own.first + own.virtual))
     exact = logits(model, inputs)
@@ -245,17 +245,17 @@ def test_it_runs_in_bf16_copies_beside_an_fp32_table(attach: Any) -> None:
 
 
 def test_a_bf16_model_keeps_fp32_vectors() -> None:
-    model = build("llama", "lm").to(torch.bfloat16)
+    model = build_model("llama", "lm").to(torch.bfloat16)
     own = prompt(model)
-    inputs = batch("llama", "lm", virtual=range(own.first, own.first + own.virtual))
-    assert own.vectors.vectors.dtype == torch.float32 and logits(model, inputs).dtype == torch.bfloat16
+    inputs = batch("llama", "lm", virtual=range(own.first_id, own.first_id + own.num_virtual_tokens))
+    assert own.soft_prompt.vectors.dtype == torch.float32 and logits(model, inputs).dtype == torch.bfloat16
     loss(model, inputs).backward()
-    assert own.vectors.vectors.grad.dtype == torch.float32
+    assert own.soft_prompt.vectors.grad.dtype == torch.float32
 
 
 @KINDS
 def test_a_compiled_model_answers_the_same(attach: Any) -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     own = attach(model)
     inputs = batch("llama", "lm", virtual=range(own.first, own.first + own.virtual))
     loss(model, inputs).backward()
@@ -269,13 +269,13 @@ def test_a_compiled_model_answers_the_same(attach: Any) -> None:
 
 
 def test_a_copied_model_has_a_prompt_of_its_own() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     own = prompt(model)
-    inputs = batch("llama", "lm", virtual=range(own.first, own.first + own.virtual))
+    inputs = batch("llama", "lm", virtual=range(own.first_id, own.first_id + own.num_virtual_tokens))
     twin = copy.deepcopy(model)
     before = logits(twin, inputs)
     with torch.no_grad():
-        own.vectors.vectors.add_(1.0)
+        own.soft_prompt.vectors.add_(1.0)
     assert torch.equal(logits(twin, inputs), before)
     assert not torch.equal(logits(model, inputs), before)
 
@@ -287,13 +287,13 @@ def test_a_copied_model_has_a_prompt_of_its_own() -> None:
 def test_the_lstm_is_the_published_one(hidden: int | None) -> None:
     """PyTorch's own LSTM with the same weights, then Linear, ReLU, Linear: the description in P-tuning's code."""
     torch.manual_seed(0)
-    ours, inputs_PD = Lstm(WIDTH, hidden), torch.randn(9, WIDTH)
+    ours, inputs_PD = LSTMEncoder(WIDTH, hidden), torch.randn(9, WIDTH)
     inner = WIDTH // 2 if hidden is None else hidden
     theirs = nn.LSTM(WIDTH, inner, num_layers=2, bidirectional=True, batch_first=True)
     theirs.load_state_dict(
         {
             f"{name}_l{layer}{suffix}": tensor
-            for cells, suffix in ((ours.ahead, ""), (ours.back, "_reverse"))
+            for cells, suffix in ((ours.forward_cells, ""), (ours.backward_cells, "_reverse"))
             for layer, cell in enumerate(cells)
             for name, tensor in cell.state_dict().items()
         }
@@ -306,7 +306,7 @@ def test_the_lstm_is_the_published_one(hidden: int | None) -> None:
 
 @KINDS
 def test_an_encoder_writes_the_same_bits_with_gradients_and_without(attach: Any) -> None:
-    own = attach(build("llama", "lm"))
+    own = attach(build_model("llama", "lm"))
     with torch.no_grad():
         without = own.vectors()
     assert torch.equal(own.vectors(), without)
@@ -336,31 +336,31 @@ def test_an_encoder_writes_the_same_bits_with_gradients_and_without(attach: Any)
     ],
 )
 def test_parameter_counts(options: dict[str, Any], count: int) -> None:
-    model = build("llama", "lm")
-    Prompt(model, **options)
+    model = build_model("llama", "lm")
+    PromptTuning(model, **options)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
 def test_final_vectors_are_not_taken_for_what_an_encoder_reads() -> None:
     """The defect that makes a resumed P-tuning silently another one."""
-    published = p_tuning(build("llama", "lm")).published()
+    published = p_tuning(build_model("llama", "lm")).export()
     with pytest.raises(TuningError, match="lacks encoder"):
-        p_tuning(build("llama", "lm")).load(published.state)
+        p_tuning(build_model("llama", "lm")).load(published.state)
 
 
 # --- Starts -----------------------------------------------------------------------------------------------------------
 
 
 def test_random_starts() -> None:
-    model = build("llama", "lm")
-    uniform = Prompt(model, length=60, scale=0.25).published().state["vectors"]
+    model = build_model("llama", "lm")
+    uniform = PromptTuning(model, length=60, scale=0.25).export().state["vectors"]
     assert 0.24 < uniform.max() <= 0.25 and -0.25 <= uniform.min() < -0.24
-    lester = Prompt(model, length=60, start="random").published().state["vectors"]
+    lester = PromptTuning(model, length=60, start="random").export().state["vectors"]
     assert 0.49 < lester.max() <= 0.5 and abs(lester.mean()) < 0.05
-    normal = Prompt(model, length=60, start="normal", seed=3).published().state["vectors"]
+    normal = PromptTuning(model, length=60, start="normal", seed=3).export().state["vectors"]
     assert 0.95 < normal.std() < 1.05
-    again = Prompt(model, length=60, start="normal", seed=3).published().state["vectors"]
-    other = Prompt(model, length=60, start="normal", seed=4).published().state["vectors"]
+    again = PromptTuning(model, length=60, start="normal", seed=3).export().state["vectors"]
+    other = PromptTuning(model, length=60, start="normal", seed=4).export().state["vectors"]
     assert torch.equal(again, normal) and not torch.equal(other, normal)
 
 
@@ -370,59 +370,61 @@ def rows_of(vectors_PD: Tensor, table_VD: Tensor) -> list[int]:
 
 
 def test_rows_of_the_vocabulary() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     table = model.get_input_embeddings().weight
     special = words().all_special_ids
-    drawn = rows_of(Prompt(model, length=60, start="vocabulary", tokenizer=words()).vectors(), table)
+    drawn = rows_of(PromptTuning(model, length=60, start="vocabulary", tokenizer=words()).soft_prompt(), table)
     assert len(set(drawn)) == 60 and not set(drawn) & set(special) and drawn != sorted(drawn)
 
 
 def test_rare_words_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("postgrad.tuning.prompt_init.FREQUENT", 7)
-    model = build("llama", "lm")
-    drawn = rows_of(Prompt(model, length=16, start="vocabulary").vectors(), model.get_input_embeddings().weight)
+    monkeypatch.setattr("postgrad.tuning.prompt_init.NUM_FREQUENT", 7)
+    model = build_model("llama", "lm")
+    drawn = rows_of(
+        PromptTuning(model, length=16, start="vocabulary").soft_prompt(), model.get_input_embeddings().weight
+    )
     assert set(drawn) == set(range(7)) and len(set(drawn[:7])) == 7
 
 
 def test_words_of_a_text_repeated_and_cut() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     table = model.get_input_embeddings().weight
     more: dict[str, Any] = {"start": "text", "text": "w9 w8 w7", "tokenizer": words()}
     with pytest.raises(TuningError, match="no tokens"):
-        Prompt(model, **{**more, "text": ""})
-    assert rows_of(Prompt(model, length=7, **more).vectors(), table) == [9, 8, 7, 9, 8, 7, 9]
-    assert rows_of(Prompt(model, length=2, **more).vectors(), table) == [9, 8]
+        PromptTuning(model, **{**more, "text": ""})
+    assert rows_of(PromptTuning(model, length=7, **more).soft_prompt(), table) == [9, 8, 7, 9, 8, 7, 9]
+    assert rows_of(PromptTuning(model, length=2, **more).soft_prompt(), table) == [9, 8]
 
 
 def test_names_of_classes_then_the_vocabulary() -> None:
     tokenizer = words()
-    model = build("bert", "classify")
+    model = build_model("bert", "classify")
     table = model.get_input_embeddings().weight
-    own = Prompt(model, length=5, start="labels", labels=["w20 w21", "w30"], tokenizer=tokenizer)
-    assert torch.equal(own.vectors()[0], table[20:22].mean(0))
-    assert rows_of(own.vectors()[1:2], table) == [30]
-    assert len(set(rows_of(own.vectors()[1:], table))) == 4
+    own = PromptTuning(model, length=5, start="labels", labels=["w20 w21", "w30"], tokenizer=tokenizer)
+    assert torch.equal(own.soft_prompt()[0], table[20:22].mean(0))
+    assert rows_of(own.soft_prompt()[1:2], table) == [30]
+    assert len(set(rows_of(own.soft_prompt()[1:], table))) == 4
 
 
 def test_a_start_is_what_the_encoder_reads() -> None:
-    model = build("llama", "lm")
-    own = Prompt(model, length=2, encoder="mlp", start="text", text="w9 w8", tokenizer=words())
-    assert rows_of(own.vectors.vectors, model.get_input_embeddings().weight) == [9, 8]
+    model = build_model("llama", "lm")
+    own = PromptTuning(model, length=2, encoder="mlp", start="text", text="w9 w8", tokenizer=words())
+    assert rows_of(own.soft_prompt.vectors, model.get_input_embeddings().weight) == [9, 8]
 
 
 def test_starts_are_rows_as_the_model_sees_them() -> None:
     """Gemma multiplies its rows by the root of its width."""
-    model = build("gemma3", "lm")
-    own = Prompt(model, length=1, start="text", text="w9", tokenizer=words())
+    model = build_model("gemma3", "lm")
+    own = PromptTuning(model, length=1, start="text", text="w9", tokenizer=words())
     inputs = torch.tensor([[5, 9, 7]])
-    same = torch.tensor([[5, own.first, 7]])
+    same = torch.tensor([[5, own.first_id, 7]])
     assert torch.equal(model(input_ids=same).logits, model(input_ids=inputs).logits)
 
 
 def test_nothing_draws_from_the_common_generator() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    p_tuning(build("llama", "lm")).merge()
+    p_tuning(build_model("llama", "lm")).merge()
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -430,30 +432,32 @@ def test_nothing_draws_from_the_common_generator() -> None:
 
 
 def test_the_base_refuses_virtual_ids() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     own = prompt(model)
-    with own.off(), pytest.raises(TuningError, match="leave the template's virtual ids out"):
-        model(input_ids=torch.tensor([[own.lead[3], 9]]))
-    model(input_ids=torch.tensor([[own.lead[3], 9]]))
+    with own.disable(), pytest.raises(TuningError, match="leave the template's virtual ids out"):
+        model(input_ids=torch.tensor([[own.virtual_token_ids[3], 9]]))
+    model(input_ids=torch.tensor([[own.virtual_token_ids[3], 9]]))
     own.detach()
     with pytest.raises(IndexError):
-        model(input_ids=torch.tensor([[own.lead[0], 9]]))
+        model(input_ids=torch.tensor([[own.virtual_token_ids[0], 9]]))
 
 
 def test_two_prompts_stand_side_by_side() -> None:
-    model = build("t5", "lm")
-    one = Prompt(model, length=3, seed=1)
-    two = Prompt(model, kind="p-tuning", length=2, seed=2)
-    assert one.lead == [120, 121, 122] and two.lead == [123, 124]
+    model = build_model("t5", "lm")
+    one = PromptTuning(model, length=3, seed=1)
+    two = PromptTuning(model, kind="p-tuning", length=2, seed=2)
+    assert one.virtual_token_ids == [120, 121, 122] and two.virtual_token_ids == [123, 124]
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         n for n, _ in model.named_parameters() if n.startswith("prompt_2.")
     }
     ids = torch.tensor([[124, 120, 9, 123, 122]])
     embedded = model.shared(ids)[0]
-    mine = torch.stack([two.vectors()[1], one.vectors()[0], model.shared.weight[9], two.vectors()[0], one.vectors()[2]])
+    mine = torch.stack(
+        [two.soft_prompt()[1], one.soft_prompt()[0], model.shared.weight[9], two.soft_prompt()[0], one.soft_prompt()[2]]
+    )
     assert torch.equal(embedded, mine)
-    with one.off():
-        assert torch.equal(model.shared(torch.tensor([[123]]))[0], two.vectors()[:1])
+    with one.disable():
+        assert torch.equal(model.shared(torch.tensor([[123]]))[0], two.soft_prompt()[:1])
         with pytest.raises(TuningError):
             model.shared(ids)
     answer = torch.tensor([[7, 8]])
@@ -469,28 +473,28 @@ def test_two_prompts_stand_side_by_side() -> None:
 
 
 def test_a_range_is_free_again() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     prompt(model).detach()
-    assert prompt(model).first == VOCABULARY
+    assert prompt(model).first_id == VOCABULARY
 
 
 # --- The base's own weights -------------------------------------------------------------------------------------------
 
 
 def test_a_new_task_layer_moves_besides() -> None:
-    def attach(model: PreTrainedModel, *, seed: int = 0) -> Prompt:
-        return Prompt(model, length=4, also=["classifier*"], seed=seed)
+    def attach(model: PreTrainedModel, *, seed: int = 0) -> PromptTuning:
+        return PromptTuning(model, length=4, also=["classifier*"], seed=seed)
 
-    checks.trains_only_what_it_should(attach, "bert", "classify", base=["classifier.*"])
+    checks.trains_only_declared(attach, "bert", "classify", base=["classifier.*"])
     checks.save_load_bit_identical(attach, "bert", "classify")
     checks.published_equal(attach, from_options, "bert", "classify")
 
 
 def test_the_backbone_may_move() -> None:
-    checks.trains_only_what_it_should(with_backbone, "llama", "lm", base=["*"])
-    own = with_backbone(build("llama", "lm"))
+    checks.trains_only_declared(with_backbone, "llama", "lm", base=["*"])
+    own = with_backbone(build_model("llama", "lm"))
     assert not own.additive
-    with pytest.raises(TuningError, match="nothing to switch off"), own.off():
+    with pytest.raises(TuningError, match="nothing to switch off"), own.disable():
         pass
     checks.merge_exact(with_backbone, "llama", "lm", tolerance=0.0)
 
@@ -501,14 +505,14 @@ def test_the_backbone_may_move() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_a_merged_model_never_says_its_prompt(family: str, tmp_path: Path) -> None:
     """Also when the new rows would win: tied ones by their likeness, untied ones (0) where all words are below 0."""
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     own = prompt(model)
     ids = torch.tensor([[20, 21, 22], [23, 24, 25]])
     said = {"decoder_input_ids": torch.tensor([[PAD], [PAD]])} if family == "t5" else {}
     with torch.no_grad():
         hidden = model(input_ids=ids, **said, output_hidden_states=True)
         last = (hidden.decoder_hidden_states if family == "t5" else hidden.hidden_states)[-1][0, -1]
-        own.vectors.vectors.copy_(100 * last.expand(4, -1))
+        own.soft_prompt.vectors.copy_(100 * last.expand(4, -1))
         head = model.get_output_embeddings()
         if head.weight is not model.get_input_embeddings().weight:
             head.weight.copy_(-last.sign() - head.weight.abs() * last.sign())
@@ -523,16 +527,16 @@ def test_a_merged_model_never_says_its_prompt(family: str, tmp_path: Path) -> No
 
 
 def test_an_output_layer_of_its_own_says_nothing_of_the_new_rows() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     prompt(model).merge()
     assert logits(model, batch("llama", "lm"))[..., VOCABULARY:].eq(0).all()
     assert model.generation_config.suppress_tokens == [120, 121, 122, 123]
 
 
 def test_an_output_bias_keeps_the_prompt_out_of_a_masked_word() -> None:
-    model = build("bert", "lm")
+    model = build_model("bert", "lm")
     own = prompt(model)
-    ids = torch.tensor([[CLS, *own.lead, MASK, 20, SEP]])
+    ids = torch.tensor([[CLS, *own.virtual_token_ids, MASK, 20, SEP]])
     expected = logits(model, {"input_ids": ids}).softmax(-1)
     own.merge()
     found = logits(model, {"input_ids": ids}).softmax(-1)
@@ -541,9 +545,9 @@ def test_an_output_bias_keeps_the_prompt_out_of_a_masked_word() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_beams_find_the_same_answers_with_vectors_and_with_rows(family: str) -> None:
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     own = prompt(model)
-    inputs = batch(family, "lm", virtual=range(own.first, own.first + own.virtual))
+    inputs = batch(family, "lm", virtual=range(own.first_id, own.first_id + own.num_virtual_tokens))
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": PAD}
     expected = model.generate(**given, **options)
@@ -554,20 +558,20 @@ def test_beams_find_the_same_answers_with_vectors_and_with_rows(family: str) -> 
 
 
 def test_the_tokenizer_spells_the_prompt() -> None:
-    model, tokenizer = build("llama", "lm"), words()
+    model, tokenizer = build_model("llama", "lm"), words()
     own = prompt(model)
     own.merge(tokenizer)
     text = "<|prompt-0|> w9 <|prompt-3|>"
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == [120, 9, 123]
     assert tokenizer.decode([120, 9], skip_special_tokens=True).strip() == "w9"
-    another = Prompt(model, length=2)
+    another = PromptTuning(model, length=2)
     another.merge(tokenizer)
     assert tokenizer.convert_tokens_to_ids(["<|prompt-4|>", "<|prompt-5|>"]) == [124, 125]
 
 
 def test_rows_that_no_token_had_are_reserved() -> None:
     """Tables are often longer than the vocabulary; the ids must fit all the same."""
-    model, tokenizer = build("llama", "lm"), words()
+    model, tokenizer = build_model("llama", "lm"), words()
     model.resize_token_embeddings(128, mean_resizing=False)
     own = prompt(model)
     own.merge(tokenizer)
@@ -576,7 +580,7 @@ def test_rows_that_no_token_had_are_reserved() -> None:
 
 
 def test_a_tokenizer_with_ids_of_mine_is_refused() -> None:
-    model, tokenizer = build("llama", "lm"), words()
+    model, tokenizer = build_model("llama", "lm"), words()
     own = prompt(model)
     tokenizer.add_tokens(["more"])
     with pytest.raises(TuningError, match="tokens up to 120"):
@@ -586,9 +590,9 @@ def test_a_tokenizer_with_ids_of_mine_is_refused() -> None:
 
 
 def test_a_merged_folder_is_plain(tmp_path: Path) -> None:
-    model, tokenizer = build("llama", "lm"), words()
+    model, tokenizer = build_model("llama", "lm"), words()
     own = prompt(model)
-    inputs = batch("llama", "lm", virtual=range(own.first, own.first + own.virtual))
+    inputs = batch("llama", "lm", virtual=range(own.first_id, own.first_id + own.num_virtual_tokens))
     expected = logits(model, inputs)
     own.merge(tokenizer)
     model.save_pretrained(tmp_path)
@@ -613,9 +617,9 @@ def peft_answer(model: PeftModel, ids: Tensor, **more: Any) -> Tensor:
 IDS = torch.tensor([[20, 21, 22, 23], [30, 31, 32, 33]])
 
 
-def ours_and_theirs(own: Prompt, theirs: PeftModel, family: str) -> tuple[Tensor, Tensor]:
+def ours_and_theirs(own: PromptTuning, theirs: PeftModel, family: str) -> tuple[Tensor, Tensor]:
     """Logits of the same unpadded words behind the prompt, by us and by PEFT."""
-    lead = torch.tensor(own.lead).expand(len(IDS), -1)
+    lead = torch.tensor(own.virtual_token_ids).expand(len(IDS), -1)
     more = {"decoder_input_ids": IDS} if family == "t5" else {}
     ours = logits(own.model, {"input_ids": torch.cat([lead, IDS], 1), **more})
     return ours, peft_answer(theirs, IDS, **more)
@@ -624,11 +628,13 @@ def ours_and_theirs(own: Prompt, theirs: PeftModel, family: str) -> tuple[Tensor
 @OLD_NAMES
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "t5"])
 def test_peft_reads_what_we_publish(family: str) -> None:
-    own = prompt(build(family, "lm"))
+    own = prompt(build_model(family, "lm"))
     folder = own.peft()
     assert folder is not None
     with torch.random.fork_rng():
-        theirs = get_peft_model(build(family, "lm"), PromptTuningConfig(**{**folder.config, "inference_mode": False}))
+        theirs = get_peft_model(
+            build_model(family, "lm"), PromptTuningConfig(**{**folder.config, "inference_mode": False})
+        )
     assert get_peft_model_state_dict(theirs)["prompt_embeddings"].shape == folder.state["prompt_embeddings"].shape
     theirs.prompt_encoder["default"].embedding.weight.data.copy_(folder.state["prompt_embeddings"])
     ours, answer = ours_and_theirs(own, theirs.eval(), family)
@@ -649,41 +655,43 @@ def test_peft_reads_what_we_publish(family: str) -> None:
 )
 def test_we_read_what_peft_saves(family: str, config: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    theirs = get_peft_model(build(family, "lm"), config("SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM")).eval()
+    theirs = get_peft_model(build_model(family, "lm"), config("SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM")).eval()
     theirs.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    own = from_peft(build(family, "lm"), settings, load_file(tmp_path / "adapter_model.safetensors"))
+    own = from_peft(build_model(family, "lm"), settings, load_file(tmp_path / "adapter_model.safetensors"))
     ours, answer = ours_and_theirs(own, theirs, family)
     assert torch.allclose(ours[:, -4:], answer[:, -4:], atol=1e-5)
-    assert own.virtual == 3 and sum(p.numel() for p in own.model.parameters() if p.requires_grad) == 3 * WIDTH
+    assert (
+        own.num_virtual_tokens == 3 and sum(p.numel() for p in own.model.parameters() if p.requires_grad) == 3 * WIDTH
+    )
 
 
 @OLD_NAMES
 def test_we_read_a_task_layer_that_peft_saved_besides() -> None:
     torch.manual_seed(0)
     theirs = get_peft_model(
-        build("llama", "classify"), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+        build_model("llama", "classify"), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
     ).eval()
     with torch.no_grad():
         theirs.base_model.score.modules_to_save["default"].weight.add_(1.0)
     state = get_peft_model_state_dict(theirs)
-    model = build("llama", "classify")
+    model = build_model("llama", "classify")
     own = from_peft(model, theirs.peft_config["default"].to_dict(), state)
-    ids = torch.cat([torch.tensor([own.lead]), IDS[:1]], 1)
+    ids = torch.cat([torch.tensor([own.virtual_token_ids]), IDS[:1]], 1)
     assert torch.allclose(logits(model, {"input_ids": ids}), peft_answer(theirs, IDS[:1]), atol=1e-5)
     assert logits(model, {"input_ids": ids}).shape == (1, LABELS)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"score.weight", "prompt.vectors"}
 
 
 def test_peft_gets_nothing_that_it_would_read_otherwise() -> None:
-    assert p_tuning(build("llama", "lm")).peft() is None
-    assert prompt(build("bert", "classify")).peft() is None
-    assert prompt(build("bert", "lm")).peft() is None
-    assert Prompt(build("llama", "lm"), length=4, also=["model.norm"]).peft() is None
+    assert p_tuning(build_model("llama", "lm")).peft() is None
+    assert prompt(build_model("bert", "classify")).peft() is None
+    assert prompt(build_model("bert", "lm")).peft() is None
+    assert PromptTuning(build_model("llama", "lm"), length=4, also=["model.norm"]).peft() is None
 
 
 def test_folders_that_are_not_prompts_are_refused() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     before = [name for name, _ in model.named_parameters()]
     vectors = {"prompt_embeddings": torch.zeros(3, WIDTH)}
     with pytest.raises(TuningError, match="PREFIX_TUNING"):
@@ -725,19 +733,19 @@ def test_folders_that_are_not_prompts_are_refused() -> None:
     ],
 )
 def test_what_cannot_be_is_told_before_anything_changes(options: dict[str, Any], met: str) -> None:
-    model = build("llama", "lm")
-    before = checks._anatomy(model)
+    model = build_model("llama", "lm")
+    before = checks._model_structure(model)
     with pytest.raises(TuningError, match=met):
-        Prompt(model, **options)
-    assert checks._anatomy(model) == before
+        PromptTuning(model, **options)
+    assert checks._model_structure(model) == before
 
 
 def test_relative_positions_have_no_limit() -> None:
-    assert Prompt(build("t5", "lm"), length=600).virtual == 600
+    assert PromptTuning(build_model("t5", "lm"), length=600).num_virtual_tokens == 600
 
 
 def test_an_embedding_that_is_more_than_a_table_is_not_merged() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     own = prompt(model)
     handle = model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, out: out * 2)
     with pytest.raises(TuningError, match="more than a table"):

@@ -22,16 +22,23 @@ from transformers import (
 )
 
 from postgrad.errors import TuningError
-from postgrad.tuning.parameter_location import distances
+from postgrad.tuning.parameter_location import parameter_distances
 from postgrad.tuning.tuning import freeze, unfreeze
-from postgrad.tuning.weight_subsets import Bias, Blocks, Full, Head, Norm, Selection
+from postgrad.tuning.weight_subsets import (
+    BitFit,
+    BlockFinetuning,
+    FullFinetuning,
+    HeadFinetuning,
+    NormFinetuning,
+    WeightSubset,
+)
 from tests.tuning import checks
-from tests.tuning.families import EVERY, VOCABULARY, Task, batch, build, logits, loss
+from tests.tuning.families import ALL_FAMILIES, VOCABULARY, Task, batch, build_model, logits, loss
 
-Make = Callable[[PreTrainedModel], Selection]
+Make = Callable[[PreTrainedModel], WeightSubset]
 
 
-def numel(tuning: Selection) -> int:
+def numel(tuning: WeightSubset) -> int:
     return sum(t.numel() for t in tuning.state().values())
 
 
@@ -43,11 +50,11 @@ def named(model: nn.Module, *patterns: str) -> set[str]:
     return {name for name, _ in model.named_parameters() if any(fnmatchcase(name, p) for p in patterns)}
 
 
-def steps(model: PreTrainedModel, tuning: Selection, family: str, task: Task, which: Iterable[int]) -> None:
+def steps(model: PreTrainedModel, tuning: WeightSubset, family: str, task: Task, which: Iterable[int]) -> None:
     """Plain gradient descent on the model's own loss, over all parameters that an optimizer was told of at the start."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in which:
-        tuning.at_step(step)
+        tuning.on_step_begin(step)
         optimizer.zero_grad()
         loss(model, batch(family, task, seed=step)).backward()
         optimizer.step()
@@ -58,17 +65,17 @@ def steps(model: PreTrainedModel, tuning: Selection, family: str, task: Task, wh
 
 LM = ("llama", "gpt2", "qwen3", "bert", "t5")
 KINDS: dict[str, tuple[Make, dict[str, list[str]]]] = {
-    "full": (Full, {"": ["*"]}),
-    "full, decayed": (lambda m: Full(m, layer_decay=0.5), {"": ["*"]}),
+    "full": (FullFinetuning, {"": ["*"]}),
+    "full, decayed": (lambda m: FullFinetuning(m, layer_decay=0.5), {"": ["*"]}),
     "head": (
-        lambda m: Head(m, untie=m.get_output_embeddings() is not None),
+        lambda m: HeadFinetuning(m, untie=m.get_output_embeddings() is not None),
         {
             "": ["lm_head.*", "score.*", "classifier.*", "classification_head.*"],
             "bert": ["cls.predictions.transform.*", "cls.predictions.decoder.*", "classifier.*"],
         },
     ),
     "blocks": (
-        lambda m: Blocks(m, last=1, head=False),
+        lambda m: BlockFinetuning(m, last=1, head=False),
         {
             "llama": ["model.layers.1.*"],
             "gpt2": ["transformer.h.1.*"],
@@ -78,7 +85,7 @@ KINDS: dict[str, tuple[Make, dict[str, list[str]]]] = {
         },
     ),
     "norm": (
-        Norm,
+        NormFinetuning,
         {"": ["*norm*", "*ln_*", "*LayerNorm*", "score.*", "classifier.*", "classification_head.*"]},
     ),
 }
@@ -89,7 +96,7 @@ KINDS: dict[str, tuple[Make, dict[str, list[str]]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_what_is_chosen_moves(kind: str, family: str, task: Task) -> None:
     make, patterns = KINDS[kind]
-    model = build(family, task)
+    model = build_model(family, task)
     tuning = make(model)
     expected = named(model, *patterns.get(family, patterns.get("", [])))
     assert moving(model) == expected == tuning.state().keys() != set()
@@ -112,7 +119,7 @@ def by_layer(layer: int, depth: int) -> float:
 
 def t5(encoder: int, decoder: int) -> PreTrainedModel:
     torch.manual_seed(0)
-    config: Any = EVERY["t5"].config()
+    config: Any = ALL_FAMILIES["t5"].config()
     return T5ForConditionalGeneration(
         T5Config(**{**config.to_dict(), "num_layers": encoder, "num_decoder_layers": decoder})
     ).eval()
@@ -120,7 +127,7 @@ def t5(encoder: int, decoder: int) -> PreTrainedModel:
 
 RATES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, float]]] = {
     "llama": (
-        lambda: build("llama", "lm"),
+        lambda: build_model("llama", "lm"),
         {
             "lm_head.weight": 1,
             "model.norm.weight": 1,
@@ -130,7 +137,7 @@ RATES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, float]]] = {
         },
     ),
     "gpt2, tied": (
-        lambda: build("gpt2", "lm"),
+        lambda: build_model("gpt2", "lm"),
         {
             "transformer.ln_f.bias": 1,
             "transformer.h.1.attn.c_attn.weight": 1 / 2,
@@ -140,7 +147,7 @@ RATES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, float]]] = {
         },
     ),
     "bert": (
-        lambda: build("bert", "classify"),
+        lambda: build_model("bert", "classify"),
         {
             "classifier.weight": 1,
             "bert.pooler.dense.weight": 1,
@@ -162,7 +169,7 @@ RATES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, float]]] = {
         },
     ),
     "bart, a norm of the embeddings behind the blocks' list": (
-        lambda: build("bart", "classify"),
+        lambda: build_model("bart", "classify"),
         {
             "classification_head.dense.weight": 1,
             "model.encoder.layers.0.fc1.weight": 1 / 4,
@@ -172,7 +179,7 @@ RATES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, float]]] = {
         },
     ),
     "opt, a final norm before the blocks' list": (
-        lambda: build("opt", "lm"),
+        lambda: build_model("opt", "lm"),
         {
             "lm_head.weight": 1,
             "model.decoder.final_layer_norm.weight": 1,
@@ -186,14 +193,14 @@ RATES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, float]]] = {
 @pytest.mark.parametrize("case", RATES)
 def test_rates_fall_from_the_top_down(case: str) -> None:
     make, table = RATES[case]
-    tuning = Full(make(), layer_decay=ROUGH)
+    tuning = FullFinetuning(make(), layer_decay=ROUGH)
     assert {name: tuning.rate_factor(name) for name in table} == table
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_rates_are_the_published_formula(family: str) -> None:
-    model = build(family, "classify")
-    tuning, depth = Full(model, layer_decay=ROUGH), 2
+    model = build_model(family, "classify")
+    tuning, depth = FullFinetuning(model, layer_decay=ROUGH), 2
     stack = {"llama": "model.layers", "bert": "bert.encoder.layer"}[family]
     table = {"llama": "model.embed_tokens", "bert": "bert.embeddings"}[family]
     for name, _ in model.named_parameters():
@@ -203,23 +210,23 @@ def test_rates_are_the_published_formula(family: str) -> None:
 
 
 def test_without_decay_all_rates_are_one() -> None:
-    model = build("llama", "lm")
-    tuning = Full(model)
+    model = build_model("llama", "lm")
+    tuning = FullFinetuning(model)
     assert {tuning.rate_factor(name) for name in moving(model)} == {1.0}
     with pytest.raises(TuningError, match=r"layer_decay is 0"):
-        Full(model, layer_decay=0.0)
+        FullFinetuning(model, layer_decay=0.0)
 
 
 def test_a_tied_table_has_the_rate_of_the_embeddings_and_it_is_said() -> None:
-    (note,) = Full(build("gpt2", "lm"), layer_decay=0.9).notes
+    (note,) = FullFinetuning(build_model("gpt2", "lm"), layer_decay=0.9).notes
     assert "lm_head.weight is tied to transformer.wte.weight" in note
-    assert Full(build("llama", "lm"), layer_decay=0.9).notes == []
+    assert FullFinetuning(build_model("llama", "lm"), layer_decay=0.9).notes == []
 
 
 def test_what_is_never_called_counts_as_an_embedding() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     model.model.spare = nn.Linear(2, 2)
-    assert distances(model)["model.spare.weight"] == 3
+    assert parameter_distances(model)["model.spare.weight"] == 3
 
 
 # The task layer
@@ -227,16 +234,16 @@ def test_what_is_never_called_counts_as_an_embedding() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
 def test_a_tied_head_is_refused_and_nothing_changes(family: str) -> None:
-    model = build(family, "lm")
-    before = checks._anatomy(model)
+    model = build_model(family, "lm")
+    before = checks._model_structure(model)
     with pytest.raises(TuningError, match=r"all of the input embedding would move(.|\n)*untie: true"):
-        Head(model)
-    assert checks._anatomy(model) == before
+        HeadFinetuning(model)
+    assert checks._model_structure(model) == before
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "bart", "modernbert", "electra"])
 def test_an_untied_head_starts_equal_moves_alone_and_is_saved_as_such(family: str, tmp_path: Path) -> None:
-    model = build(family, "lm")
+    model = build_model(family, "lm")
     model.config.tie_word_embeddings = True
     model.tie_weights()
     table = model.get_input_embeddings().weight
@@ -245,7 +252,7 @@ def test_an_untied_head_starts_equal_moves_alone_and_is_saved_as_such(family: st
     inputs = batch(family, "lm")
     expected, count = logits(model, inputs), sum(p.numel() for p in model.parameters())
 
-    tuning = Head(model, untie=True)
+    tuning = HeadFinetuning(model, untie=True)
     assert torch.equal(logits(model, inputs), expected)
     assert output.weight is not table and output.weight.requires_grad and not table.requires_grad
     more = table.numel() + (VOCABULARY if family == "bert" else 0)  # BERT's output bias has two names as well
@@ -265,24 +272,24 @@ def test_an_untied_head_starts_equal_moves_alone_and_is_saved_as_such(family: st
 
 
 def test_untying_leaves_what_else_is_tied() -> None:
-    model = build("bart", "lm")
-    Head(model, untie=True)
+    model = build_model("bart", "lm")
+    HeadFinetuning(model, untie=True)
     assert model.model.encoder.embed_tokens.weight is model.model.decoder.embed_tokens.weight
 
 
 def test_a_bias_that_nothing_reads_any_more_does_not_count() -> None:
-    model = build("bert", "lm")
-    state = Head(model, untie=True).state()
+    model = build_model("bert", "lm")
+    state = HeadFinetuning(model, untie=True).state()
     assert "cls.predictions.decoder.bias" in state and "cls.predictions.bias" not in state
 
 
 def test_untying_is_not_needed_where_nothing_is_tied() -> None:
-    model = build("llama", "lm")
-    before = checks._anatomy(model)
-    assert Head(model, untie=True).notes == []
-    assert checks._anatomy(model)["configuration"] == before["configuration"]
+    model = build_model("llama", "lm")
+    before = checks._model_structure(model)
+    assert HeadFinetuning(model, untie=True).notes == []
+    assert checks._model_structure(model)["configuration"] == before["configuration"]
     with pytest.raises(TuningError, match="no output embedding"):
-        Head(build("bert", "classify"), untie=True)
+        HeadFinetuning(build_model("bert", "classify"), untie=True)
 
 
 def test_untying_is_refused_where_the_model_would_answer_differently() -> None:
@@ -293,23 +300,23 @@ def test_untying_is_refused_where_the_model_would_answer_differently() -> None:
                 answer.logits = answer.logits / 2
             return answer
 
-    config = EVERY["llama"].config()
+    config = ALL_FAMILIES["llama"].config()
     config.tie_word_embeddings = True
     with pytest.raises(TuningError, match="answers differently"):
-        Head(ScaledWhenTied(config).eval(), untie=True)
+        HeadFinetuning(ScaledWhenTied(config).eval(), untie=True)
 
 
 def test_heads_can_be_named() -> None:
-    model = build("bert", "lm")
-    Head(model, heads=["cls.predictions.transform"], also=["bert.encoder.layer.1.output.LayerNorm"])
+    model = build_model("bert", "lm")
+    HeadFinetuning(model, heads=["cls.predictions.transform"], also=["bert.encoder.layer.1.output.LayerNorm"])
     assert moving(model) == named(model, "cls.predictions.transform.*", "bert.encoder.layer.1.output.LayerNorm.*")
     with pytest.raises(TuningError, match="tied"):
-        Head(build("gpt2", "lm"), heads=["lm_head"])
+        HeadFinetuning(build_model("gpt2", "lm"), heads=["lm_head"])
 
 
 def test_a_bare_backbone_has_no_task_layer() -> None:
     with pytest.raises(TuningError, match="no task layer"):
-        Head(BertModel(EVERY["bert"].config()))
+        HeadFinetuning(BertModel(ALL_FAMILIES["bert"].config()))
 
 
 # Blocks
@@ -331,25 +338,25 @@ CHOICES: list[tuple[dict[str, Any], list[str]]] = [
 @pytest.mark.parametrize(("choice", "patterns"), CHOICES)
 def test_blocks_are_counted_in_each_stack(choice: dict[str, Any], patterns: list[str]) -> None:
     model = t5(encoder=3, decoder=2)
-    Blocks(model, head=False, **choice)
+    BlockFinetuning(model, head=False, **choice)
     assert moving(model) == named(model, *patterns)
 
 
 def test_the_head_and_the_embeddings_come_besides() -> None:
-    model = build("bert", "classify")
-    Blocks(model, last=1)
+    model = build_model("bert", "classify")
+    BlockFinetuning(model, last=1)
     assert moving(model) == named(model, "classifier.*", "bert.pooler.*", "bert.encoder.layer.1.*")
-    model = build("llama", "lm")
-    Blocks(model, last=1, head=False, embeddings=True)
+    model = build_model("llama", "lm")
+    BlockFinetuning(model, last=1, head=False, embeddings=True)
     assert moving(model) == named(model, "model.embed_tokens.*", "model.layers.1.*")
-    model = build("llama", "lm")
-    Blocks(model, all_but_first=2, head=False, embeddings=True)  # and none of the blocks
+    model = build_model("llama", "lm")
+    BlockFinetuning(model, all_but_first=2, head=False, embeddings=True)  # and none of the blocks
     assert moving(model) == named(model, "model.embed_tokens.*")
-    model = build("gpt2", "lm")
-    tuning = Blocks(model, last=1, also=["transformer.wpe"])
+    model = build_model("gpt2", "lm")
+    tuning = BlockFinetuning(model, last=1, also=["transformer.wpe"])
     assert moving(model) == named(model, "transformer.ln_f.*", "transformer.h.1.*", "transformer.wpe.*")
     assert "stays frozen" in tuning.notes[0] and "transformer.wte.weight" in tuning.notes[0]
-    assert Blocks(build("gpt2", "lm"), last=1, embeddings=True).notes == []
+    assert BlockFinetuning(build_model("gpt2", "lm"), last=1, embeddings=True).notes == []
 
 
 @pytest.mark.parametrize(
@@ -366,15 +373,15 @@ def test_the_head_and_the_embeddings_come_besides() -> None:
     ],
 )
 def test_blocks_that_there_are_not_are_refused_before_anything_changes(wrong: dict[str, Any], says: str) -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     with pytest.raises(TuningError, match=says):
-        Blocks(model, **wrong)
+        BlockFinetuning(model, **wrong)
     assert moving(model) == named(model, "*")
 
 
 THAWING: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], list[list[str]]]] = {
     "a new task layer alone, then from the top, then the embeddings": (
-        lambda: build("bert", "classify"),
+        lambda: build_model("bert", "classify"),
         {"last": 2, "embeddings": True},
         [
             ["classifier.*", "bert.pooler.*"],
@@ -384,7 +391,7 @@ THAWING: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], list[lis
         ],
     ),
     "a language model's head comes with its top block": (
-        lambda: build("llama", "lm"),
+        lambda: build_model("llama", "lm"),
         {"all_but_first": 0},
         [["lm_head.*", "model.norm.*", "model.layers.1.*"], ["model.layers.0.*"]],
     ),
@@ -399,7 +406,7 @@ THAWING: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], list[lis
         ],
     ),
     "named blocks, and what moves besides is there at once": (
-        lambda: build("gpt2", "classify"),
+        lambda: build_model("gpt2", "classify"),
         {"names": ["h.0"], "also": ["transformer.wpe"]},
         [["score.*", "transformer.ln_f.*", "transformer.wpe.*"], ["transformer.h.0.*"]],
     ),
@@ -410,7 +417,7 @@ THAWING: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], list[lis
 def test_blocks_thaw_from_the_top_as_a_function_of_the_step(case: str) -> None:
     make, options, order = THAWING[case]
     model = make()
-    tuning = Blocks(model, unfreeze_every=3, **options)
+    tuning = BlockFinetuning(model, unfreeze_every=3, **options)
     everything = named(model, *(pattern for patterns in order for pattern in patterns))
     assert moving(model) == everything, "the optimizer has to know all that will ever move"
 
@@ -419,19 +426,19 @@ def test_blocks_thaw_from_the_top_as_a_function_of_the_step(case: str) -> None:
 
     several = list(range(1, 3 * len(order) + 2))
     for step in [*several, *reversed(several), 1, 1000]:
-        tuning.at_step(step)
+        tuning.on_step_begin(step)
         assert moving(model) == due(step), f"step {step}"
     assert tuning.state().keys() == everything
 
 
 def test_what_is_not_due_does_not_move_and_all_has_moved_at_the_end() -> None:
-    model = build("bert", "classify")
-    tuning = Blocks(model, last=2, unfreeze_every=2, embeddings=False)
+    model = build_model("bert", "classify")
+    tuning = BlockFinetuning(model, last=2, unfreeze_every=2, embeddings=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     before = copy.deepcopy(model.state_dict())
     seen: list[set[str]] = []
     for step in range(1, 7):
-        tuning.at_step(step)
+        tuning.on_step_begin(step)
         optimizer.zero_grad()
         loss(model, batch("bert", "classify", seed=step)).backward()
         optimizer.step()
@@ -443,7 +450,7 @@ def test_what_is_not_due_does_not_move_and_all_has_moved_at_the_end() -> None:
 
 
 def test_blocks_can_have_rates_by_depth_too() -> None:
-    tuning = Blocks(build("llama", "lm"), last=2, layer_decay=ROUGH)
+    tuning = BlockFinetuning(build_model("llama", "lm"), last=2, layer_decay=ROUGH)
     assert tuning.rate_factor("model.layers.0.mlp.up_proj.weight") == 1 / 4
     assert tuning.rate_factor("model.norm.weight") == 1
 
@@ -455,43 +462,48 @@ def test_biases_are_counted_by_formula() -> None:
     width, inner, layers, classes, words = 32, 48, 2, 3, 120
     # Queries, keys, values, the attention's output, both halves of the feed-forward part, two norms.
     block = 4 * width + inner + width + 2 * width
-    assert numel(Bias(build("bert", "classify"))) == (
+    assert numel(BitFit(build_model("bert", "classify"))) == (
         width + layers * block + width + classes * width + classes  # the embeddings' norm, pooler, classifier
     )
-    assert numel(Bias(build("bert", "lm"))) == width + layers * block + 2 * width + words  # transform, output
+    assert numel(BitFit(build_model("bert", "lm"))) == width + layers * block + 2 * width + words  # transform, output
     gpt2 = 3 * width + width + 4 * width + width + 2 * width
-    assert numel(Bias(build("gpt2", "lm"))) == layers * gpt2 + width
+    assert numel(BitFit(build_model("gpt2", "lm"))) == layers * gpt2 + width
     key = 2 * 8
-    assert numel(Bias(build("qwen2", "lm"))) == layers * (width + 2 * key)
+    assert numel(BitFit(build_model("qwen2", "lm"))) == layers * (width + 2 * key)
 
 
 def test_some_biases_can_be_left_out() -> None:
-    model = build("bert", "classify")
-    Bias(model, names=["*.query.*", "*.intermediate.*"], also=["bert.embeddings.LayerNorm.weight"])
+    model = build_model("bert", "classify")
+    BitFit(model, names=["*.query.*", "*.intermediate.*"], also=["bert.embeddings.LayerNorm.weight"])
     assert moving(model) == named(
         model, "*query.bias", "*intermediate.dense.bias", "classifier.*", "bert.embeddings.LayerNorm.weight"
     )
     with pytest.raises(TuningError, match="no biases that match"):
-        Bias(build("bert", "classify"), names=["*.nothing"])
+        BitFit(build_model("bert", "classify"), names=["*.nothing"])
 
 
 @pytest.mark.parametrize(
     ("family", "task"), [("llama", "lm"), ("qwen3", "lm"), ("t5", "lm"), ("t5", "classify"), ("modernbert", "lm")]
 )
 def test_a_backbone_without_biases_is_told_what_works(family: str, task: Task) -> None:
-    model = build(family, task)
+    model = build_model(family, task)
     with pytest.raises(TuningError, match="norm moves about as few weights; head, blocks, full and lora work"):
-        Bias(model)
+        BitFit(model)
     assert moving(model) == named(model, "*")
 
 
 def test_norms_are_counted_by_formula() -> None:
     width, layers, classes, head = 32, 2, 3, 8
-    assert numel(Norm(build("llama", "lm"))) == (2 * layers + 1) * width
-    assert numel(Norm(build("qwen3", "lm"))) == (2 * layers + 1) * width + layers * 2 * head  # of queries and keys
-    assert numel(Norm(build("gpt2", "lm"))) == (2 * layers + 1) * 2 * width
-    assert numel(Norm(build("bert", "classify"))) == (2 * layers + 1) * 2 * width + classes * width + classes
-    assert numel(Norm(build("t5", "lm"))) == (2 * layers + 3 * layers + 2) * width
+    assert numel(NormFinetuning(build_model("llama", "lm"))) == (2 * layers + 1) * width
+    assert (
+        numel(NormFinetuning(build_model("qwen3", "lm"))) == (2 * layers + 1) * width + layers * 2 * head
+    )  # of queries and keys
+    assert numel(NormFinetuning(build_model("gpt2", "lm"))) == (2 * layers + 1) * 2 * width
+    assert (
+        numel(NormFinetuning(build_model("bert", "classify")))
+        == (2 * layers + 1) * 2 * width + classes * width + classes
+    )
+    assert numel(NormFinetuning(build_model("t5", "lm"))) == (2 * layers + 3 * layers + 2) * width
 
 
 def test_norms_are_known_by_class_and_not_by_name() -> None:
@@ -500,49 +512,49 @@ def test_norms_are_known_by_class_and_not_by_name() -> None:
             super().__init__()
             self.gain = nn.Parameter(torch.ones(4))
 
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     model.model.odd = OddRMSNormGated()
     model.model.layer_norm_of_name_only = nn.Linear(2, 2)
     model.model.plain = nn.LayerNorm(4, bias=False)
-    found = Norm(model, also=["lm_head"]).state()
+    found = NormFinetuning(model, also=["lm_head"]).state()
     assert {"model.odd.gain", "model.plain.weight", "lm_head.weight"} < found.keys()
     assert not any("name_only" in name for name in found)
 
 
 def test_a_model_without_norms_is_refused() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     for module in list(model.modules()):
         for name, _ in list(module.named_children()):
             if "norm" in name:
                 setattr(module, name, nn.Identity())
     with pytest.raises(TuningError, match="no normalisation with weights"):
-        Norm(model)
+        NormFinetuning(model)
 
 
 # The protocol
 
 
 MADE: dict[str, Make] = {
-    "full": Full,
-    "head": Head,
-    "blocks": lambda m: Blocks(m, last=1, unfreeze_every=2),
-    "bias": lambda m: Bias(m, also=["*.wpe.weight"]),
-    "norm": Norm,
+    "full": FullFinetuning,
+    "head": HeadFinetuning,
+    "blocks": lambda m: BlockFinetuning(m, last=1, unfreeze_every=2),
+    "bias": lambda m: BitFit(m, also=["*.wpe.weight"]),
+    "norm": NormFinetuning,
 }
 
 
 @pytest.mark.parametrize("kind", MADE)
 def test_a_state_comes_back_bit_for_bit_and_only_as_a_whole(kind: str) -> None:
-    model = build("gpt2", "classify")
+    model = build_model("gpt2", "classify")
     tuning = MADE[kind](model)
     steps(model, tuning, "gpt2", "classify", (1, 2, 3))
     state = {name: t.clone() for name, t in tuning.state().items()}
-    fresh = build("gpt2", "classify")
+    fresh = build_model("gpt2", "classify")
     again = MADE[kind](fresh)
     again.load(state)
     inputs = batch("gpt2", "classify", seed=7)
     assert torch.equal(logits(fresh, inputs), logits(model, inputs))
-    assert tuning.published().options["kind"] == tuning.kind
+    assert tuning.export().options["kind"] == tuning.kind
     lacking = dict(list(state.items())[1:])
     with pytest.raises(TuningError, match="lacks"):
         again.load(lacking)
@@ -552,30 +564,30 @@ def test_a_state_comes_back_bit_for_bit_and_only_as_a_whole(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MADE)
 def test_there_is_no_base_to_switch_back_to(kind: str) -> None:
-    tuning = MADE[kind](build("gpt2", "classify"))
+    tuning = MADE[kind](build_model("gpt2", "classify"))
     assert not tuning.additive
-    with pytest.raises(TuningError, match="nothing to switch off"), tuning.off():
+    with pytest.raises(TuningError, match="nothing to switch off"), tuning.disable():
         pass
 
 
 @pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("out", ["detach", "merge"])
 def test_taken_out_weights_stay_and_are_as_trainable_as_before(kind: str, out: str) -> None:
-    model = build("gpt2", "classify")
+    model = build_model("gpt2", "classify")
     model.transformer.wte.requires_grad_(False)
     loss(model, batch("gpt2", "classify"))  # the first time, transformers notes in the configuration which loss it is
-    before = checks._anatomy(model)
+    before = checks._model_structure(model)
     tuning = MADE[kind](model)
     steps(model, tuning, "gpt2", "classify", (1, 2, 3))
     moved = copy.deepcopy(model.state_dict())
     getattr(tuning, out)()
-    assert checks._anatomy(model) == before
+    assert checks._model_structure(model) == before
     assert all(torch.equal(t, moved[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", MADE)
 def test_attaching_draws_nothing_and_leaves_modes_alone(kind: str) -> None:
-    model = build("gpt2", "classify").train()
+    model = build_model("gpt2", "classify").train()
     model.transformer.h[0].eval()
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
     MADE[kind](model)
@@ -584,18 +596,18 @@ def test_attaching_draws_nothing_and_leaves_modes_alone(kind: str) -> None:
 
 
 def test_quantised_weights_are_refused() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TuningError, match=r"up_proj.weight is held in int8"):
-        Full(model)
-    Norm(model)
+        FullFinetuning(model)
+    NormFinetuning(model)
 
 
 def test_blocks_that_share_their_weights_are_one() -> None:
     model = AlbertForMaskedLM(
         AlbertConfig(vocab_size=60, embedding_size=8, hidden_size=16, num_attention_heads=2, intermediate_size=24)
     )
-    Blocks(model, last=1, head=False)
+    BlockFinetuning(model, last=1, head=False)
     assert moving(model) == named(model, "albert.encoder.albert_layer_groups.*")
 
 
@@ -603,7 +615,7 @@ def test_blocks_that_share_their_weights_are_one() -> None:
 
 
 def test_patterns_name_parameters_and_modules() -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     freeze(model)
     found = unfreeze(model, ["lm_head", "*layers.1.mlp", "model.norm.weight"])
     assert set(found) == moving(model) == named(model, "lm_head.*", "*layers.1.mlp.*", "model.norm.*")
@@ -620,7 +632,7 @@ def test_patterns_name_parameters_and_modules() -> None:
     ],
 )
 def test_a_pattern_that_matches_nothing_is_told_the_nearest_names(patterns: list[str], says: str) -> None:
-    model = build("llama", "lm")
+    model = build_model("llama", "lm")
     freeze(model)
     with pytest.raises(TuningError, match=says):
         unfreeze(model, patterns)
@@ -628,7 +640,7 @@ def test_a_pattern_that_matches_nothing_is_told_the_nearest_names(patterns: list
 
 
 def test_the_second_name_of_a_tied_weight_is_not_enough() -> None:
-    model = build("gpt2", "lm")
+    model = build_model("gpt2", "lm")
     with pytest.raises(TuningError, match=r"the same weight as transformer\.wte\.weight"):
         unfreeze(model, ["lm_head"])
     freeze(model)

@@ -23,10 +23,10 @@ import numpy as np
 from postgrad.data.read.documents import Document
 from postgrad.data.tokens.store import digest
 
-WORDS = 13
+GRAM_WORDS = 13
 """Words in a gram: the length by which GPT-3 (arXiv 2005.14165, appendix C) told contaminated documents."""
 
-EXAMPLES = 10
+MAX_EXAMPLES = 10
 
 _BLOCK = 2**20
 """Bytes that are hashed at once; longer documents are cut between two words."""
@@ -35,7 +35,7 @@ _FILTER_BITS = 24
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
 
-class Example(NamedTuple):
+class OverlapExample(NamedTuple):
     """A held-out document, where text of it was met in training first, and the share of it that was met."""
 
     heldout: str
@@ -53,69 +53,69 @@ class OverlapReport:
 
     documents: int
     duplicates: int
-    touched: int
-    half: int
+    overlapping: int
+    half_overlapping: int
     shares: np.ndarray
-    examples: tuple[Example, ...]
+    examples: tuple[OverlapExample, ...]
 
 
-def overlap(heldout: Iterable[Document], training: Iterable[Document]) -> OverlapReport:
+def measure_overlap(heldout: Iterable[Document], training: Iterable[Document]) -> OverlapReport:
     """Looks for the held-out documents (kept in memory as hashes) in the training documents (streamed)."""
     places: list[str] = []
     digests: list[np.ndarray] = []
     keys: list[np.ndarray] = []
     owners: list[np.ndarray] = []
-    for block in _hashed(heldout):
+    for block in _hash_documents(heldout):
         keys.append(block.keys)
         owners.append(block.documents.astype(np.int64) + len(places))
         digests.append(block.digests)
-        places += block.places
-    wanted_keys = _Wanted(_joined(keys))
-    wanted_digests = _Wanted(_joined(digests))
-    for block in _hashed(training):
-        wanted_keys.look(block.keys, block.documents, block.places)
-        wanted_digests.look(block.digests, np.arange(len(block.places)), block.places)
+        places += block.locations
+    wanted_keys = _HashIndex(_concatenate(keys))
+    wanted_digests = _HashIndex(_concatenate(digests))
+    for block in _hash_documents(training):
+        wanted_keys.record_matches(block.keys, block.documents, block.locations)
+        wanted_digests.record_matches(block.digests, np.arange(len(block.locations)), block.locations)
 
-    found = wanted_keys.found
-    owner = _joined(owners).astype(np.int64)
+    found = wanted_keys.is_matched
+    owner = _concatenate(owners).astype(np.int64)
     totals = np.bincount(owner, minlength=len(places))
     hits = np.bincount(owner, weights=found, minlength=len(places))
     shares = hits / np.maximum(totals, 1)
-    same = wanted_digests.found
+    same = wanted_digests.is_matched
     shares[same] = 1.0
     return OverlapReport(
         documents=len(places),
         duplicates=int(same.sum()),
-        touched=int((shares > 0).sum()),
-        half=int((shares >= 0.5).sum()),
+        overlapping=int((shares > 0).sum()),
+        half_overlapping=int((shares >= 0.5).sum()),
         shares=shares,
-        examples=_examples(places, shares, owner, wanted_keys, wanted_digests),
+        examples=_worst_examples(places, shares, owner, wanted_keys, wanted_digests),
     )
 
 
-def _examples(
-    places: list[str], shares: np.ndarray, owner: np.ndarray, keys: _Wanted, digests: _Wanted
-) -> tuple[Example, ...]:
+def _worst_examples(
+    locations: list[str], shares: np.ndarray, owner: np.ndarray, keys: _HashIndex, digests: _HashIndex
+) -> tuple[OverlapExample, ...]:
     """The largest shares; an exact duplicate names its duplicate, any other where a gram was met first."""
-    worst = [int(n) for n in np.argsort(-shares, kind="stable")[:EXAMPLES] if shares[n] > 0]
-    met, same = keys.where, digests.where
+    worst = [int(n) for n in np.argsort(-shares, kind="stable")[:MAX_EXAMPLES] if shares[n] > 0]
+    met, same = keys.location_indices, digests.location_indices
     examples = []
     for document in worst:
-        training = digests.place(int(same[document]))
+        training = digests.get_location(int(same[document]))
         if training is None:
             hits = met[owner == document]
-            training = keys.place(int(hits[hits >= 0][0]))
-        examples.append(Example(places[document], training or "", float(shares[document])))
+            training = keys.get_location(int(hits[hits >= 0][0]))
+        examples.append(OverlapExample(locations[document], training or "", float(shares[document])))
     return tuple(examples)
 
 
-class _Wanted:
+class _HashIndex:
     """Hashes that are looked for, and the training document in which each was met first."""
 
     def __init__(self, hashes: np.ndarray) -> None:
         self._sorted, self._inverse = np.unique(hashes, return_inverse=True)
-        self._first = np.full(len(self._sorted), -1, np.int64)
-        self._places: list[str] = []
+        self._first_match = np.full(len(self._sorted), -1, np.int64)
+        self._locations: list[str] = []
         # Nearly all that is looked up is not there: one byte of a small table says so without a search.
         self._filter = np.zeros(2**_FILTER_BITS, np.bool_)
         self._filter[self._slot(self._sorted)] = True
@@ -124,7 +124,7 @@ class _Wanted:
     def _slot(hashes: np.ndarray) -> np.ndarray:
         return (hashes >> np.uint64(64 - _FILTER_BITS)).astype(np.int64)
 
-    def look(self, hashes: np.ndarray, documents: np.ndarray, places: Sequence[str]) -> None:
+    def record_matches(self, hashes: np.ndarray, documents: np.ndarray, locations: Sequence[str]) -> None:
         if not len(self._sorted):
             return
         likely = np.flatnonzero(self._filter[self._slot(hashes)])
@@ -132,45 +132,47 @@ class _Wanted:
             return
         hashes = hashes[likely]
         at = np.minimum(np.searchsorted(self._sorted, hashes), len(self._sorted) - 1)
-        new = (self._sorted[at] == hashes) & (self._first[at] < 0)
+        new = (self._sorted[at] == hashes) & (self._first_match[at] < 0)
         at, documents = at[new][::-1], documents[likely][new][::-1]
         if not len(at):
             return
         inside, local = np.unique(documents, return_inverse=True)
-        self._first[at] = len(self._places) + local  # reversed: of two writes to one place the first hit is last
-        self._places += [places[n] for n in inside.tolist()]
+        self._first_match[at] = (
+            len(self._locations) + local
+        )  # reversed: of two writes to one place the first hit is last
+        self._locations += [locations[n] for n in inside.tolist()]
 
     @property
-    def where(self) -> np.ndarray:
+    def location_indices(self) -> np.ndarray:
         """For each hash as given, the number of a place, or -1 where it was not met."""
-        return self._first[self._inverse]
+        return self._first_match[self._inverse]
 
     @property
-    def found(self) -> np.ndarray:
-        return self.where >= 0
+    def is_matched(self) -> np.ndarray:
+        return self.location_indices >= 0
 
-    def place(self, number: int) -> str | None:
-        return self._places[number] if number >= 0 else None
+    def get_location(self, number: int) -> str | None:
+        return self._locations[number] if number >= 0 else None
 
 
 # --- hashing ------------------------------------------------------------------------------------------
 
 
-class _Hashes(NamedTuple):
+class _HashedDocuments(NamedTuple):
     """Documents of one block: their keys (13-grams, or the whole of a short one) and each key's document."""
 
     keys: np.ndarray
     documents: np.ndarray
     digests: np.ndarray
-    places: list[str]
+    locations: list[str]
 
 
-def _hashed(documents: Iterable[Document]) -> Iterator[_Hashes]:
+def _hash_documents(documents: Iterable[Document]) -> Iterator[_HashedDocuments]:
     """The documents' keys, about a block at a time."""
     held: list[Document] = []
     size = 0
     for document in documents:
-        if document.empty:
+        if document.is_empty:
             continue
         held.append(document)
         content = document.text if document.text is not None else document.ids
@@ -182,7 +184,7 @@ def _hashed(documents: Iterable[Document]) -> Iterator[_Hashes]:
         yield _hash_block(held)
 
 
-def _hash_block(documents: list[Document]) -> _Hashes:
+def _hash_block(documents: list[Document]) -> _HashedDocuments:
     words: list[np.ndarray] = []
     counts = np.zeros(len(documents), np.int64)
     digests = np.zeros(len(documents), np.uint64)
@@ -192,7 +194,7 @@ def _hash_block(documents: list[Document]) -> _Hashes:
     def flush(until: int) -> None:
         nonlocal size, first
         if texts:
-            hashes, counts[first:until] = _words(texts)
+            hashes, counts[first:until] = _hash_words(texts)
             words.append(hashes)
             texts.clear()
         size, first = 0, until
@@ -203,7 +205,7 @@ def _hash_block(documents: list[Document]) -> _Hashes:
             assert document.ids is not None
             ids = np.ascontiguousarray(document.ids, "<u4")
             digests[number] = digest(ids.data)
-            words.append(_mixed(ids.astype(np.uint64)))
+            words.append(_mix_bits(ids.astype(np.uint64)))
             counts[number] = len(ids)
             first = number + 1
             continue
@@ -212,7 +214,7 @@ def _hash_block(documents: list[Document]) -> _Hashes:
         lowered = data.lower() if document.text.isascii() else document.text.lower().encode()
         if len(lowered) > _BLOCK:
             flush(number)
-            pieces = [_words([piece])[0] for piece in _cut(lowered)]
+            pieces = [_hash_words([piece])[0] for piece in _split_bytes(lowered)]
             words += pieces
             counts[number] = sum(map(len, pieces))
             first = number + 1
@@ -222,45 +224,45 @@ def _hash_block(documents: list[Document]) -> _Hashes:
         texts.append(lowered)
         size += len(lowered) + 1
     flush(len(documents))
-    keys, owners = _keys(_joined(words), counts)
-    return _Hashes(keys, owners, digests, [document.place for document in documents])
+    keys, owners = _hash_grams(_concatenate(words), counts)
+    return _HashedDocuments(keys, owners, digests, [document.location for document in documents])
 
 
-def _cut(data: bytes) -> Iterator[bytes]:
+def _split_bytes(data: bytes) -> Iterator[bytes]:
     """Pieces below a block, cut between two words (or, in a word of a whole block, anywhere)."""
     start = 0
     while start < len(data):
         end = min(start + _BLOCK - 1, len(data))
         if end < len(data):
             tail = np.frombuffer(data, np.uint8, min(2**12, end - start), end - min(2**12, end - start))
-            gaps = np.flatnonzero(~_IS_WORD[tail])
+            gaps = np.flatnonzero(~_IS_WORD_BYTE[tail])
             end = end - len(tail) + int(gaps[-1]) + 1 if len(gaps) else end
         yield data[start:end]
         start = end
 
 
-def _words(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+def _hash_words(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """The hash of every word of the texts in their order, and how many words each text has."""
     data = np.frombuffer(b"\n".join([*texts, b""]), np.uint8)
-    inside = _IS_WORD[data]
+    inside = _IS_WORD_BYTE[data]
     edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
     if inside[0]:
         edges = np.concatenate([[0], edges])
     starts, ends = edges[0::2], edges[1::2]  # the last byte is a line break, so every word has an end
-    hashes = _mixed(_spans(_BYTE[data], starts, ends))
+    hashes = _mix_bits(_hash_spans(_BYTE_HASHES[data], starts, ends))
     borders = np.cumsum([len(text) + 1 for text in texts])
     return hashes, np.diff(np.searchsorted(starts, borders), prepend=0)
 
 
-def _keys(words: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _hash_grams(words: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The 13-grams inside each document, or the whole of a document that has fewer words."""
     starts = np.cumsum(counts) - counts
-    short = np.flatnonzero((counts > 0) & (counts < WORDS))
-    grams = np.maximum(counts - WORDS + 1, 0)
+    short = np.flatnonzero((counts > 0) & (counts < GRAM_WORDS))
+    grams = np.maximum(counts - GRAM_WORDS + 1, 0)
     owners = np.repeat(np.arange(len(counts)), grams)
     begin = np.arange(int(grams.sum())) - np.repeat(np.cumsum(grams) - grams, grams) + starts[owners]
     begin = np.concatenate([begin, starts[short]])
-    end = np.concatenate([begin[: len(owners)] + WORDS, starts[short] + counts[short]])
+    end = np.concatenate([begin[: len(owners)] + GRAM_WORDS, starts[short] + counts[short]])
     lengths = (end - begin).astype(np.uint64)  # a short document is never taken for a gram or a longer one
     hashes: list[np.ndarray] = []
     for at in range(0, max(1, len(begin)), _BLOCK // 8):
@@ -268,39 +270,39 @@ def _keys(words: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray
         if not len(begin[part]):
             break
         low, high = int(begin[part].min()), int(end[part].max())
-        sums = _spans_long(words[low:high], begin[part] - low, end[part] - low)
-        hashes.append(_mixed(sums + lengths[part] * _LENGTH))
-    return _joined(hashes), np.concatenate([owners, short])
+        sums = _hash_long_spans(words[low:high], begin[part] - low, end[part] - low)
+        hashes.append(_mix_bits(sums + lengths[part] * _LENGTH_MULTIPLIER))
+    return _concatenate(hashes), np.concatenate([owners, short])
 
 
-def _spans(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def _hash_spans(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """sum over j in [start, end) of values[j] P^(j - start) mod 2^64, for at most a block of values."""
     prefix = np.zeros(len(values) + 1, np.uint64)
-    np.cumsum(values * _POWER[: len(values)], out=prefix[1:])
-    return (prefix[ends] - prefix[starts]) * _INVERSE[starts]
+    np.cumsum(values * _POWERS[: len(values)], out=prefix[1:])
+    return (prefix[ends] - prefix[starts]) * _INVERSE_POWERS[starts]
 
 
-def _spans_long(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def _hash_long_spans(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """As `_spans`, for more values than there are powers in the table."""
-    if len(values) <= len(_POWER):
-        return _spans(values, starts, ends)
+    if len(values) <= len(_POWERS):
+        return _hash_spans(values, starts, ends)
     middle = len(starts) // 2
     halves = (slice(0, middle), slice(middle, None))
     parts = []
     for half in halves:
         low, high = int(starts[half].min()), int(ends[half].max())
-        parts.append(_spans_long(values[low:high], starts[half] - low, ends[half] - low))
+        parts.append(_hash_long_spans(values[low:high], starts[half] - low, ends[half] - low))
     return np.concatenate(parts)
 
 
-def _mixed(hashes: np.ndarray) -> np.ndarray:
+def _mix_bits(hashes: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea and Flood 2014): every bit depends on every other."""
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return hashes ^ (hashes >> np.uint64(31))
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
+def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
 
 
@@ -310,15 +312,15 @@ def _powers(base: int, count: int) -> np.ndarray:
     return np.cumprod(powers)
 
 
-def _word_bytes() -> np.ndarray:
+def _word_byte_table() -> np.ndarray:
     table = np.zeros(256, np.bool_)
     table[np.frombuffer(b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)] = True
     table[128:] = True  # parts of letters beyond ASCII
     return table
 
 
-_IS_WORD = _word_bytes()
-_BYTE = _mixed(np.arange(1, 257, dtype=np.uint64) * np.uint64(_MULTIPLIER))
-_LENGTH = np.uint64(0xD6E8FEB86659FD93)
-_POWER = _powers(_MULTIPLIER, _BLOCK + 2)
-_INVERSE = _powers(pow(_MULTIPLIER, -1, 2**64), _BLOCK + 2)
+_IS_WORD_BYTE = _word_byte_table()
+_BYTE_HASHES = _mix_bits(np.arange(1, 257, dtype=np.uint64) * np.uint64(_MULTIPLIER))
+_LENGTH_MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
+_POWERS = _powers(_MULTIPLIER, _BLOCK + 2)
+_INVERSE_POWERS = _powers(pow(_MULTIPLIER, -1, 2**64), _BLOCK + 2)

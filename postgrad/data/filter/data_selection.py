@@ -15,34 +15,34 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from postgrad.data.filter.near_duplicates import Seen
-from postgrad.data.filter.ngrams import FEATURES, buckets_of, counted, words_of
+from postgrad.data.filter.near_duplicates import NearDuplicateIndex
+from postgrad.data.filter.ngrams import FEATURE_COUNT, count_buckets, hash_ngrams, split_words
 from postgrad.data.tokens.store import TokenStore
 from postgrad.errors import DataError
 
-FEWEST_WORDS = 1000
+MIN_WORDS = 1000
 """Words of the texts that others are to be like, below which nothing is estimated."""
-FEWEST_DOCUMENTS = 10
+MIN_DOCUMENTS = 10
 """Documents, below which no share of them is told from chance."""
-_AT_ONCE = 1 << 17
+_DECODE_TOKENS = 1 << 17
 """Tokens that are made text again at once."""
 
-Told = Callable[[int], None]
+CountCallback = Callable[[int], None]
 """Told how many documents are done."""
 
 
-def unheard(_: int) -> None:
+def ignore_progress(_: int) -> None:
     """Tells nobody."""
 
 
-def texts_in(store: TokenStore, tokenizer: Tokenizer) -> Iterator[str]:
+def decode_documents(store: TokenStore, tokenizer: Tokenizer) -> Iterator[str]:
     """The text of every document of a store, in its order, as its tokenizer gives it back; special tokens are left out."""
     held: list[list[int]] = []
     size = 0
     for document in range(len(store)):
         held.append(store.read(document).tolist())
         size += len(held[-1])
-        if size >= _AT_ONCE:
+        if size >= _DECODE_TOKENS:
             yield from tokenizer.decode_batch(held, skip_special_tokens=True)
             held, size = [], 0
     yield from tokenizer.decode_batch(held, skip_special_tokens=True)
@@ -56,56 +56,58 @@ def target_counts(texts: Iterable[str], where: str) -> np.ndarray:
 
     Raises `DataError` when there are too few words to estimate anything.
     """
-    total_F, words = np.zeros(FEATURES, np.int64), 0
+    total_F, words = np.zeros(FEATURE_COUNT, np.int64), 0
     for text in texts:
-        met = words_of(text.lower())
+        met = split_words(text.lower())
         words += len(met)
-        total_F += counted(buckets_of(met))
-    if words < FEWEST_WORDS:
+        total_F += count_buckets(hash_ngrams(met))
+    if words < MIN_WORDS:
         raise DataError(
             f"{words:,} words are too few to say what text is like them",
             where=where,
-            expected=f"at least {FEWEST_WORDS:,} words",
+            expected=f"at least {MIN_WORDS:,} words",
             way_out="name more files, or longer ones",
         )
     return total_F
 
 
 @dataclass(frozen=True)
-class Weights:
+class ImportanceWeights:
     """The log importance weight of every document, and how many n-grams it is the sum of."""
 
-    logs_N: np.ndarray
-    grams_N: np.ndarray
+    log_weights_N: np.ndarray
+    ngram_count_N: np.ndarray
 
     @property
-    def per_gram_N(self) -> np.ndarray:
+    def nats_per_ngram_N(self) -> np.ndarray:
         """Nats for each n-gram: what does not depend on a document's length."""
-        return self.logs_N / np.maximum(self.grams_N, 1)
+        return self.log_weights_N / np.maximum(self.ngram_count_N, 1)
 
 
-def importance_weights(texts: Iterable[str], target_F: np.ndarray, told: Told = unheard) -> Weights:
+def importance_weights(
+    texts: Iterable[str], target_F: np.ndarray, on_progress: CountCallback = ignore_progress
+) -> ImportanceWeights:
     """`log p(z) - log q(z)` of each document z: the sum over its n-grams of `log p_j - log q_j`.
 
     DSIR (Xie et al. 2023, arXiv 2302.03169, equations 2 and 3): p has the shares of n-grams in the text that the documents are
     to be like, q those in all documents, each with one added to every count. Words are compared in lower case.
     """
-    raw_F = np.zeros(FEATURES, np.int64)
+    raw_F = np.zeros(FEATURE_COUNT, np.int64)
     grams: list[int] = []
     with tempfile.TemporaryFile() as spool:  # n-grams are needed twice, and may be more than fit
         for text in texts:
-            buckets = buckets_of(words_of(text.lower()))
-            raw_F += counted(buckets)
+            buckets = hash_ngrams(split_words(text.lower()))
+            raw_F += count_buckets(buckets)
             grams.append(len(buckets))
             spool.write(buckets.tobytes())
-            told(len(grams))
+            on_progress(len(grams))
         spool.seek(0)
-        gain_F = np.log(_shares(target_F)) - np.log(_shares(raw_F))
+        gain_F = np.log(_smoothed_shares(target_F)) - np.log(_smoothed_shares(raw_F))
         logs = [gain_F[np.frombuffer(spool.read(2 * count), np.uint16)].sum() for count in grams]
-    return Weights(np.array(logs, np.float64), np.array(grams, np.int64))
+    return ImportanceWeights(np.array(logs, np.float64), np.array(grams, np.int64))
 
 
-def _shares(counts_F: np.ndarray) -> np.ndarray:
+def _smoothed_shares(counts_F: np.ndarray) -> np.ndarray:
     """The share of each feature, with one added to every count, so that a short target says little of what it does not hold.
 
     The authors' code adds 1e-8 to each share in place of it.
@@ -113,18 +115,18 @@ def _shares(counts_F: np.ndarray) -> np.ndarray:
     return (counts_F + 1.0) / (counts_F.sum() + len(counts_F))
 
 
-def resampled(logs_N: np.ndarray, count: int, seed: int) -> np.ndarray:
+def resample(log_weights_N: np.ndarray, count: int, seed: int) -> np.ndarray:
     """The numbers of `count` documents, drawn without replacement in proportion to their weights, in their order.
 
     The largest of log weight + Gumbel noise (Kool et al. 2019, arXiv 1903.06059; Xie et al. 2023, section 3).
     """
-    keys_N = logs_N + np.random.default_rng(seed).gumbel(size=len(logs_N))
+    keys_N = log_weights_N + np.random.default_rng(seed).gumbel(size=len(log_weights_N))
     return np.sort(np.argsort(-keys_N, kind="stable")[:count])
 
 
-def as_many(share: float, documents: int, where: str) -> int:
+def share_to_count(share: float, documents: int, where: str) -> int:
     """How many documents a share is, rounded. Raises `DataError` when there are too few, or none would be kept."""
-    enough(documents, where)
+    require_documents(documents, where)
     count = round(share * documents)
     if not count:
         raise DataError(
@@ -136,13 +138,13 @@ def as_many(share: float, documents: int, where: str) -> int:
     return count
 
 
-def enough(documents: int, where: str) -> None:
+def require_documents(documents: int, where: str) -> None:
     """Raises `DataError` for so few documents that a share of them says nothing."""
-    if documents < FEWEST_DOCUMENTS:
+    if documents < MIN_DOCUMENTS:
         raise DataError(
             f"{documents} documents are too few to keep some of them by a share",
             where=where,
-            expected=f"at least {FEWEST_DOCUMENTS} documents",
+            expected=f"at least {MIN_DOCUMENTS} documents",
             way_out="cut the text into more documents with `documents: passages`, or leave this selection out",
         )
 
@@ -150,15 +152,17 @@ def enough(documents: int, where: str) -> None:
 # --- near copies --------------------------------------------------------------------------------------
 
 
-def copies(texts: Iterable[str], threshold: float, told: Told = unheard) -> np.ndarray:
+def find_near_duplicates(
+    texts: Iterable[str], threshold: float, on_progress: CountCallback = ignore_progress
+) -> np.ndarray:
     """For each document the number of the first that it is nearly the same as, or -1 for one that is new, of shape (N,)."""
-    seen, kept, out = Seen(threshold), list[int](), list[int]()
+    seen, kept, out = NearDuplicateIndex(threshold), list[int](), list[int]()
     for number, text in enumerate(texts):
-        met = seen.like(text)
+        met = seen.find_or_add(text)
         out.append(-1 if met is None else kept[met])
         if met is None:
             kept.append(number)
-        told(number + 1)
+        on_progress(number + 1)
     return np.array(out, np.int64)
 
 
@@ -166,30 +170,30 @@ def copies(texts: Iterable[str], threshold: float, told: Told = unheard) -> np.n
 
 
 @dataclass(frozen=True)
-class Band:
+class QuantileBand:
     """Documents inside of a band of values, and its edges."""
 
-    chosen: np.ndarray
+    indices: np.ndarray
     low: float
     high: float
 
 
-def inside(values_N: np.ndarray, low: float, high: float, where: str) -> Band:
+def select_band(values_N: np.ndarray, low: float, high: float, where: str) -> QuantileBand:
     """The documents whose value lies between two quantiles (edges included), in their order; none without a value (NaN).
 
     Raises `DataError` for too few documents.
     """
     known = values_N[~np.isnan(values_N)]
-    if len(known) < min(len(values_N), FEWEST_DOCUMENTS):
+    if len(known) < min(len(values_N), MIN_DOCUMENTS):
         raise DataError(
             f"of {len(values_N):,} documents {len(known):,} are long enough to be judged",
             where=where,
-            expected=f"at least {FEWEST_DOCUMENTS} of two tokens or more",
+            expected=f"at least {MIN_DOCUMENTS} of two tokens or more",
             way_out="give longer documents, or leave this selection out",
         )
-    enough(len(known), where)
+    require_documents(len(known), where)
     edges = np.quantile(known, [low, high])
     # A quantile between two documents is no value of either: rounding must not push one out.
     slack = 1e-9 * max(1.0, float(np.abs(edges).max()))
     within = (values_N >= edges[0] - slack) & (values_N <= edges[1] + slack)
-    return Band(np.flatnonzero(within), float(edges[0]), float(edges[1]))
+    return QuantileBand(np.flatnonzero(within), float(edges[0]), float(edges[1]))

@@ -14,22 +14,22 @@ from collections import defaultdict
 
 import numpy as np
 
-_WORDS = re.compile(r"\w+")
-RUN = 5
+_WORD_PATTERN = re.compile(r"\w+")
+RUN_WORDS = 5
 """Words of a run; a shorter text is one run."""
-LEAST = 0.7
+MIN_THRESHOLD = 0.7
 """The share of common runs below which two texts hardly ever meet in a band."""
-_BANDS, _ROWS = 16, 8
+_BANDS, _BAND_ROWS = 16, 8
 
 
-class Seen:
+class NearDuplicateIndex:
     """Texts that were met, and whether a new one is nearly one of them."""
 
     def __init__(self, threshold: float = 0.8) -> None:
         """`threshold`: the share of common runs from which two texts are nearly the same."""
         self.threshold = threshold
         rng = np.random.default_rng(0)
-        count = _BANDS * _ROWS
+        count = _BANDS * _BAND_ROWS
         self._factor = rng.integers(0, 1 << 63, count, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         self._offset = rng.integers(0, 1 << 63, count, dtype=np.uint64)
         self._bands: dict[tuple[int, bytes], list[int]] = defaultdict(list)
@@ -38,10 +38,10 @@ class Seen:
     def __len__(self) -> int:
         return len(self._signatures)
 
-    def like(self, text: str) -> int | None:
+    def find_or_add(self, text: str) -> int | None:
         """The number of the first text that this is nearly the same as; None for a new one, which is remembered."""
         signature = self._signature(text)
-        keys = [(band, signature[band * _ROWS : (band + 1) * _ROWS].tobytes()) for band in range(_BANDS)]
+        keys = [(band, signature[band * _BAND_ROWS : (band + 1) * _BAND_ROWS].tobytes()) for band in range(_BANDS)]
         for number in sorted({number for key in keys for number in self._bands.get(key, ())}):
             if float((self._signatures[number] == signature).mean()) >= self.threshold:
                 return number
@@ -52,21 +52,21 @@ class Seen:
 
     def _signature(self, text: str) -> np.ndarray:
         """The least hash of the text's runs under each function."""
-        words = _WORDS.findall(text.lower())
-        runs = {" ".join(words[i : i + RUN]) for i in range(max(1, len(words) - RUN + 1))}
+        words = _WORD_PATTERN.findall(text.lower())
+        runs = {" ".join(words[i : i + RUN_WORDS]) for i in range(max(1, len(words) - RUN_WORDS + 1))}
         hashes = [int.from_bytes(hashlib.blake2b(run.encode(), digest_size=8).digest(), "little") for run in runs]
         # Odd factors modulo 2^64 (Dietzfelbinger et al. 1997) permute the hashes; they overflow on purpose.
         with np.errstate(over="ignore"):
             return (np.array(hashes, np.uint64)[:, None] * self._factor + self._offset).min(0)
 
 
-def repeated(words: list[str] | list[int], run: int = 8) -> float:
+def repetition_share(words: list[str] | list[int], run_length: int = 8) -> float:
     """The share of a text that stands in runs which occurred before in it: 0 for none, near 1 for a text in a loop."""
     met: set[tuple[str | int, ...]] = set()
     again = np.zeros(len(words), bool)
-    for i in range(len(words) - run + 1):
-        here = tuple(words[i : i + run])
+    for i in range(len(words) - run_length + 1):
+        here = tuple(words[i : i + run_length])
         if here in met:
-            again[i : i + run] = True
+            again[i : i + run_length] = True
         met.add(here)
     return float(again.mean()) if len(words) else 0.0

@@ -13,18 +13,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WORDS = re.compile(r"\w+|[^\w\s]+")
+WORD_PATTERN = re.compile(r"\w+|[^\w\s]+")
 """Words and runs of signs, as NLTK's wordpunct tokenizer parts them."""
 
-FEATURES = 10_000
+FEATURE_COUNT = 10_000
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Words and runs of signs of a text."""
-    return WORDS.findall(text)
+    return WORD_PATTERN.findall(text)
 
 
-def buckets_of(words: Sequence[str]) -> np.ndarray:
+def hash_ngrams(words: Sequence[str]) -> np.ndarray:
     """The bucket of every word and of every pair of words: CRC-32 modulo `FEATURES`, as uint16."""
     out: list[int] = []
     before: int | None = None
@@ -35,9 +35,9 @@ def buckets_of(words: Sequence[str]) -> np.ndarray:
         if before is not None:
             out.append(zlib.crc32(b" " + data, before))  # goes on where the word before ended: of both with a space
         before = alone
-    return (np.array(out, np.uint32) % FEATURES).astype(np.uint16)
+    return (np.array(out, np.uint32) % FEATURE_COUNT).astype(np.uint16)
 
 
-def counted(buckets: np.ndarray) -> np.ndarray:
+def count_buckets(buckets: np.ndarray) -> np.ndarray:
     """How often each bucket occurs, of shape (F,)."""
-    return np.bincount(buckets, minlength=FEATURES)
+    return np.bincount(buckets, minlength=FEATURE_COUNT)

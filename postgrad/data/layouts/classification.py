@@ -14,15 +14,15 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Row, keep
-from postgrad.data.layouts.windows import Marked, ledger_of, room_for_text, texts_of
-from postgrad.data.render.frame import BARE, Frame
+from postgrad.data.layouts.rows import IGNORED, Row, select_documents
+from postgrad.data.layouts.windows import MarkedStore, locate_texts, make_ledger, max_text_tokens
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import DataError, StageError
 
-Kind = Literal["class", "multi", "number"]
+LabelKind = Literal["class", "multi", "number"]
 
 
-class Valued(Marked, Protocol):
+class LabelledStore(MarkedStore, Protocol):
     """A token store whose documents have values: a class, one of 0 and 1 for each class, or a number."""
 
     @property
@@ -32,7 +32,7 @@ class Valued(Marked, Protocol):
     def labels(self) -> Sequence[str | int] | None: ...
 
 
-class Examples:
+class FramedExamples:
     """The examples of a store inside a frame: ids of a row, and where its second text begins.
 
     Texts that do not fit are cut at their ends: the longer one until both are equally long, then both; the frame never is.
@@ -43,7 +43,7 @@ class Examples:
 
     def __init__(
         self,
-        store: Marked,
+        store: MarkedStore,
         length: int,
         *,
         frame: Frame,
@@ -52,22 +52,22 @@ class Examples:
         excluded: np.ndarray | None,
         max_document_tokens: int | None,
     ) -> None:
-        room_for_text(length, frame.size(2), 2)
+        max_text_tokens(length, frame.size(2), 2)
         self.store, self.frame = store, frame
-        kept = keep(store, held_out=held_out, excluded=excluded, most=max_document_tokens)
-        texts = texts_of(store, kept, lead)
-        texts = texts.only(texts.size_N > 0)
+        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
+        texts = locate_texts(store, kept, lead)
+        texts = texts.select(texts.size_N > 0)
         self.skipped = {"no text": len(kept.documents) - len(texts.document_N)}
         self.document_R, self.start_R = texts.document_N, texts.start_N
-        self.split_R = np.array([_split(store, *place) for place in texts.places()], np.int64)
+        self.split_R = np.array([_second_text_start(store, *place) for place in texts.spans()], np.int64)
         whole_R, rest_R = self.split_R - texts.start_N, texts.stop_N - self.split_R
         room_R = np.where(rest_R > 0, length - frame.size(2), length - frame.size(1))
-        self.first_R, self.second_R = shared_room(whole_R, rest_R, room_R)
+        self.first_R, self.second_R = truncated_lengths(whole_R, rest_R, room_R)
         lost_R = whole_R + rest_R - self.first_R - self.second_R
         cut = int(lost_R.sum())
-        self.cut = {"the end of the longer text": int((lost_R > 0).sum())}
-        placed = int((texts.stop_N + texts.ended_N).sum()) - cut
-        self.ledger = ledger_of(kept, placed=placed, truncated=cut, trained=len(self.document_R))
+        self.truncations = {"the end of the longer text": int((lost_R > 0).sum())}
+        placed = int((texts.stop_N + texts.has_eos_N).sum()) - cut
+        self.ledger = make_ledger(kept, placed=placed, truncated=cut, trained=len(self.document_R))
 
     def __len__(self) -> int:
         return len(self.document_R)
@@ -77,16 +77,16 @@ class Examples:
         document, start, split = int(self.document_R[row]), int(self.start_R[row]), int(self.split_R[row])
         first_T = self.store.read(document, start, start + int(self.first_R[row]))
         second = int(self.second_R[row])
-        return self.frame.around(first_T, self.store.read(document, split, split + second) if second else None)
+        return self.frame.wrap(first_T, self.store.read(document, split, split + second) if second else None)
 
 
-def shared_room(first: Any, second: Any, room: Any) -> tuple[Any, Any]:
+def truncated_lengths(first: Any, second: Any, max_tokens: Any) -> tuple[Any, Any]:
     """How much of two texts (numbers, or arrays of them) is kept: the longer is cut until both are alike, then both."""
-    kept = np.minimum(first, np.maximum(room - second, -(-room // 2)))
-    return kept, np.minimum(second, room - kept)
+    kept = np.minimum(first, np.maximum(max_tokens - second, -(-max_tokens // 2)))
+    return kept, np.minimum(second, max_tokens - kept)
 
 
-def _split(store: Marked, document: int, start: int, stop: int) -> int:
+def _second_text_start(store: MarkedStore, document: int, start: int, stop: int) -> int:
     """Where the second text begins; at the end, when there is only one."""
     marks = store.marks(document, start, stop)
     if marks is None or not marks.any():
@@ -94,7 +94,7 @@ def _split(store: Marked, document: int, start: int, stop: int) -> int:
     return start + int(np.argmax(marks != 0))
 
 
-def _values(store: Valued, document_R: np.ndarray, kind: Kind) -> np.ndarray:
+def _label_values(store: LabelledStore, document_R: np.ndarray, kind: LabelKind) -> np.ndarray:
     """The labels of rows: (R,) of int64, (R, C) or (R,) of float32. Raises `DataError` for what is none of its kind."""
     values = store.values
     if values is None:
@@ -132,22 +132,22 @@ class LabelledRows:
     """
 
     layout = "labelled"
-    drawn = False
+    is_random = False
 
     def __init__(
         self,
-        store: Valued,
+        store: LabelledStore,
         length: int,
         *,
-        kind: Kind,
-        frame: Frame = BARE,
-        types: bool = False,
+        kind: LabelKind,
+        frame: Frame = EMPTY_FRAME,
+        token_types: bool = False,
         lead: int = 0,
         held_out: float = 0.0,
         excluded: np.ndarray | None = None,
         max_document_tokens: int | None = None,
     ) -> None:
-        self.examples = Examples(
+        self.examples = FramedExamples(
             store,
             length,
             frame=frame,
@@ -156,32 +156,32 @@ class LabelledRows:
             excluded=excluded,
             max_document_tokens=max_document_tokens,
         )
-        self.types = types
-        self.document_R, self.skipped, self.cut, self.ledger = (
+        self.token_types = token_types
+        self.document_R, self.skipped, self.truncations, self.ledger = (
             self.examples.document_R,
             self.examples.skipped,
-            self.examples.cut,
+            self.examples.truncations,
             self.examples.ledger,
         )
-        self.labels_R = _values(store, self.document_R, kind)
+        self.labels_R = _label_values(store, self.document_R, kind)
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def at(self, row: int, position: int) -> Row:
+    def get_row(self, row: int, position: int) -> Row:
         """The example, and its label."""
         ids_T = self.examples.ids(row)
         inputs = {"input_ids": ids_T, "attention_mask": np.ones(len(ids_T), np.int64)}
-        if self.types:
-            inputs["token_type_ids"] = self._types(row, len(ids_T))
+        if self.token_types:
+            inputs["token_type_ids"] = self._token_type_ids(row, len(ids_T))
         return Row(inputs, self.labels_R[row, ...], 1)
 
-    def _types(self, row: int, length: int) -> np.ndarray:
+    def _token_type_ids(self, row: int, length: int) -> np.ndarray:
         """1 from the second text on (Devlin et al. 2019, section 3)."""
         types_T = np.zeros(length, np.int64)
         examples, second = self.examples, int(self.examples.second_R[row])
         if second:
-            types_T[length - second - len(examples.frame.after) :] = 1
+            types_T[length - second - len(examples.frame.suffix_ids) :] = 1
         return types_T
 
 
@@ -193,52 +193,56 @@ class TaggedRows:
     """
 
     layout = "tagged"
-    drawn = False
+    is_random = False
 
     def __init__(
         self,
-        store: Marked,
+        store: MarkedStore,
         length: int,
         *,
-        frame: Frame = BARE,
+        frame: Frame = EMPTY_FRAME,
         lead: int = 0,
         held_out: float = 0.0,
         excluded: np.ndarray | None = None,
         max_document_tokens: int | None = None,
     ) -> None:
         self.store, self.frame = store, frame
-        kept = keep(store, held_out=held_out, excluded=excluded, most=max_document_tokens)
-        texts = texts_of(store, kept, lead)
-        fits = replace(texts, stop_N=np.minimum(texts.stop_N, texts.start_N + room_for_text(length, frame.size(1), 1)))
-        counted_N = np.array([np.count_nonzero(_tags(store, *place)) for place in fits.places()], np.int64)
+        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
+        texts = locate_texts(store, kept, lead)
+        fits = replace(
+            texts, stop_N=np.minimum(texts.stop_N, texts.start_N + max_text_tokens(length, frame.size(1), 1))
+        )
+        counted_N = np.array([np.count_nonzero(_read_tags(store, *place)) for place in fits.spans()], np.int64)
         some_N = counted_N > 0
-        self.texts, self.counted_R = fits.only(some_N), counted_N[some_N]
+        self.texts, self.label_count_R = fits.select(some_N), counted_N[some_N]
         self.document_R = self.texts.document_N
         self.skipped = {"no tags": int((~some_N).sum())}
         lost_R = (texts.stop_N - fits.stop_N)[some_N]
         cut = int(lost_R.sum())
-        self.cut = {"their end": int((lost_R > 0).sum())}
-        placed = int((self.texts.stop_N + self.texts.ended_N).sum())
-        self.ledger = ledger_of(kept, placed=placed, truncated=cut, trained=int(self.counted_R.sum()))
+        self.truncations = {"their end": int((lost_R > 0).sum())}
+        placed = int((self.texts.stop_N + self.texts.has_eos_N).sum())
+        self.ledger = make_ledger(kept, placed=placed, truncated=cut, trained=int(self.label_count_R.sum()))
 
     def __len__(self) -> int:
         return len(self.document_R)
 
-    def at(self, row: int, position: int) -> Row:
+    def get_row(self, row: int, position: int) -> Row:
         """The text inside its frame, and its tags."""
         texts = self.texts
         place = int(texts.document_N[row]), int(texts.start_N[row]), int(texts.stop_N[row])
-        ids_T = self.frame.around(self.store.read(*place))
-        tags_T = _tags(self.store, *place).astype(np.int64)
+        ids_T = self.frame.wrap(self.store.read(*place))
+        tags_T = _read_tags(self.store, *place).astype(np.int64)
         labels_T = np.full(len(ids_T), IGNORED, np.int64)
-        begin = len(self.frame.before)
+        begin = len(self.frame.prefix_ids)
         labels_T[begin : begin + len(tags_T)] = np.where(tags_T > 0, tags_T - 1, IGNORED)
         return Row(
-            {"input_ids": ids_T, "attention_mask": np.ones(len(ids_T), np.int64)}, labels_T, int(self.counted_R[row])
+            {"input_ids": ids_T, "attention_mask": np.ones(len(ids_T), np.int64)},
+            labels_T,
+            int(self.label_count_R[row]),
         )
 
 
-def _tags(store: Marked, document: int, start: int, stop: int) -> np.ndarray:
+def _read_tags(store: MarkedStore, document: int, start: int, stop: int) -> np.ndarray:
     marks = store.marks(document, start, stop)
     if marks is None:
         raise DataError("documents without tags", expected="a tag for each word")
@@ -253,11 +257,11 @@ class ClozeRows:
     """
 
     layout = "masked"
-    drawn = False
+    is_random = False
 
     def __init__(
         self,
-        store: Valued,
+        store: LabelledStore,
         length: int,
         *,
         frame: Frame,
@@ -275,7 +279,7 @@ class ClozeRows:
                 where="data.verbalisers",
                 expected="a word for each class",
             )
-        self.examples = Examples(
+        self.examples = FramedExamples(
             store,
             length,
             frame=frame,
@@ -284,29 +288,29 @@ class ClozeRows:
             excluded=excluded,
             max_document_tokens=max_document_tokens,
         )
-        self.document_R, self.skipped, self.cut, self.ledger = (
+        self.document_R, self.skipped, self.truncations, self.ledger = (
             self.examples.document_R,
             self.examples.skipped,
-            self.examples.cut,
+            self.examples.truncations,
             self.examples.ledger,
         )
-        self.words_R = np.array(verbalisers, np.int64)[_values(store, self.document_R, "class")]
-        self.places_R = _places_of_mask(self.examples, mask_id)
+        self.label_ids_R = np.array(verbalisers, np.int64)[_label_values(store, self.document_R, "class")]
+        self.mask_positions_R = _mask_positions(self.examples, mask_id)
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def at(self, row: int, position: int) -> Row:
+    def get_row(self, row: int, position: int) -> Row:
         """The example, and at the mask the word for its class."""
         ids_T = self.examples.ids(row)
         labels_T = np.full(len(ids_T), IGNORED, np.int64)
-        labels_T[self.places_R[row]] = self.words_R[row]
+        labels_T[self.mask_positions_R[row]] = self.label_ids_R[row]
         return Row({"input_ids": ids_T, "attention_mask": np.ones(len(ids_T), np.int64)}, labels_T, 1)
 
 
-def _places_of_mask(examples: Examples, mask_id: int) -> np.ndarray:
+def _mask_positions(examples: FramedExamples, mask_id: int) -> np.ndarray:
     """Where in each row the frame's one mask stands; a mask in a text is not it."""
-    parts = examples.frame.parts
+    parts = examples.frame.arrays
     found = [(part, place) for part, ids in enumerate(parts) for place in np.flatnonzero(ids == mask_id).tolist()]
     if len(found) != 1:
         raise StageError(f"a template with {len(found):,} masks", where="data.template", expected="one mask")

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Row, keep
-from postgrad.data.layouts.windows import Marked, ledger_of, room_for_text, texts_of, windows_of
-from postgrad.data.render.frame import BARE, Frame
+from postgrad.data.layouts.rows import IGNORED, Row, select_documents
+from postgrad.data.layouts.windows import MarkedStore, locate_texts, make_ledger, max_text_tokens, split_windows
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
 
-PLACE = 0
+PENDING = 0
 """The label of a place that is still to be written."""
 
 
@@ -29,60 +29,60 @@ class PromptRows:
     """
 
     layout = "prompts"
-    drawn = False
+    is_random = False
 
     def __init__(
         self,
-        store: Marked,
+        store: MarkedStore,
         length: int,
         *,
-        prompt: int,
-        new: int,
+        prompt_tokens: int,
+        new_tokens: int,
         eos: int,
-        frame: Frame = BARE,
+        frame: Frame = EMPTY_FRAME,
         lead: int = 0,
         held_out: float = 0.0,
         excluded: np.ndarray | None = None,
         max_document_tokens: int | None = None,
     ) -> None:
-        self.store, self.frame, self.new, self.eos = store, frame, new, eos
-        room = room_for_text(length, frame.size(2) + new - 1, 1)
-        kept = keep(store, held_out=held_out, excluded=excluded, most=max_document_tokens)
-        texts = texts_of(store, kept, lead)
-        texts = texts.only(texts.size_N > 0)
+        self.store, self.frame, self.new_tokens, self.eos = store, frame, new_tokens, eos
+        room = max_text_tokens(length, frame.size(2) + new_tokens - 1, 1)
+        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
+        texts = locate_texts(store, kept, lead)
+        texts = texts.select(texts.size_N > 0)
         self.skipped = {"no text": len(kept.documents) - len(texts.document_N)}
-        self.marked = store.marks(0) is not None
-        if self.marked:
-            split_N = np.array([_asked(store, *place) for place in texts.places()], np.int64)
+        self.is_marked = store.marks(0) is not None
+        if self.is_marked:
+            split_N = np.array([_prompt_end(store, *place) for place in texts.spans()], np.int64)
             some_N = split_N > texts.start_N
             self.skipped["no question"] = int((~some_N).sum())
             self.document_R, self.stop_R = texts.document_N[some_N], split_N[some_N]
             self.start_R = np.maximum(texts.start_N[some_N], self.stop_R - room)
         else:
-            windows = windows_of(texts, max(prompt, 1) + new)
+            windows = split_windows(texts, max(prompt_tokens, 1) + new_tokens)
             self.document_R, self.start_R = windows.document_R, windows.start_R
-            self.stop_R = np.minimum(windows.start_R + min(prompt, room), windows.stop_R)
+            self.stop_R = np.minimum(windows.start_R + min(prompt_tokens, room), windows.stop_R)
         placed = int((self.stop_R - self.start_R).sum())
-        ledger = ledger_of(kept, placed=placed, trained=placed)
-        self.ledger = type(ledger)(**{**ledger.as_dict(), "trained": len(self) * new, "context": placed})
+        ledger = make_ledger(kept, placed=placed, trained=placed)
+        self.ledger = type(ledger)(**{**ledger.as_dict(), "trained": len(self) * new_tokens, "context": placed})
 
     def __len__(self) -> int:
         return len(self.document_R)
 
-    def at(self, row: int, position: int) -> Row:
+    def get_row(self, row: int, position: int) -> Row:
         """The prompt, and places behind it."""
-        before, between, _ = self.frame.parts
+        before, between, _ = self.frame.arrays
         text = self.store.read(int(self.document_R[row]), int(self.start_R[row]), int(self.stop_R[row]))
-        ids_P = np.concatenate((before, text, between if self.marked else between[:0])).astype(np.int64)
+        ids_P = np.concatenate((before, text, between if self.is_marked else between[:0])).astype(np.int64)
         if not len(ids_P):
             ids_P = np.array([self.eos], np.int64)
-        ids_T = np.concatenate((ids_P, np.full(self.new - 1, PLACE, np.int64)))
+        ids_T = np.concatenate((ids_P, np.full(self.new_tokens - 1, PENDING, np.int64)))
         labels_T = np.full(len(ids_T), IGNORED, np.int64)
-        labels_T[len(ids_P) - 1 :] = PLACE
-        return Row({"input_ids": ids_T, "position_ids": np.arange(len(ids_T))}, labels_T, self.new)
+        labels_T[len(ids_P) - 1 :] = PENDING
+        return Row({"input_ids": ids_T, "position_ids": np.arange(len(ids_T))}, labels_T, self.new_tokens)
 
 
-def _asked(store: Marked, document: int, start: int, stop: int) -> int:
+def _prompt_end(store: MarkedStore, document: int, start: int, stop: int) -> int:
     """Where the first answer of a marked document begins; its start when there is none."""
     marks = store.marks(document, start, stop)
     assert marks is not None, "all documents of a store are marked, or none"

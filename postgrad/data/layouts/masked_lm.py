@@ -14,12 +14,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Documents, Row, keep
-from postgrad.data.layouts.windows import ledger_of, room_for_text, texts_of, windows_of
-from postgrad.data.random_streams import Draws
-from postgrad.data.render.frame import BARE, Frame
+from postgrad.data.layouts.rows import IGNORED, DocumentStore, Row, select_documents
+from postgrad.data.layouts.windows import locate_texts, make_ledger, max_text_tokens, split_windows
+from postgrad.data.random_streams import RandomStreams
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
 
-HIDDEN, REPLACED = 0.8, 0.1
+MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1
 """Of the labels: the share behind a mask, and the share in whose place a random token stands."""
 
 
@@ -33,19 +33,19 @@ class MaskedRows:
     """
 
     layout = "masked"
-    drawn = True
+    is_random = True
 
     def __init__(
         self,
-        store: Documents,
+        store: DocumentStore,
         length: int,
         *,
         mask_id: int,
         vocabulary: int,
         special_ids: Sequence[int],
         seed: int,
-        frame: Frame = BARE,
-        share: float = 0.15,
+        frame: Frame = EMPTY_FRAME,
+        mask_rate: float = 0.15,
         continues_V: np.ndarray | None = None,
         lead: int = 0,
         held_out: float = 0.0,
@@ -55,40 +55,40 @@ class MaskedRows:
         self.store, self.frame, self.mask_id, self.continues_V = store, frame, mask_id, continues_V
         self.special_V = np.zeros(vocabulary, bool)
         self.special_V[[token for token in special_ids if token < vocabulary]] = True
-        self.plain = np.flatnonzero(~self.special_V)
-        self.draws = Draws(seed)
-        kept = keep(store, held_out=held_out, excluded=excluded, most=max_document_tokens)
-        windows = windows_of(texts_of(store, kept, lead), room_for_text(length, frame.size(1), 1))
+        self.maskable_ids = np.flatnonzero(~self.special_V)
+        self.random_streams = RandomStreams(seed)
+        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
+        windows = split_windows(locate_texts(store, kept, lead), max_text_tokens(length, frame.size(1), 1))
         read = map(store.read, windows.document_R.tolist(), windows.start_R.tolist(), windows.stop_R.tolist())
         maskable_R = windows.size_R - np.fromiter((self.special_V[text].sum() for text in read), int, len(windows))
-        self.windows = windows.only(maskable_R > 0)
+        self.windows = windows.select(maskable_R > 0)
         self.document_R = self.windows.document_R
-        self.labels_R = np.maximum(1, np.rint(share * maskable_R[maskable_R > 0]).astype(np.int64))
+        self.labels_R = np.maximum(1, np.rint(mask_rate * maskable_R[maskable_R > 0]).astype(np.int64))
         self.skipped = {"nothing to mask": len(windows) - len(self.windows)}
-        self.ledger = ledger_of(kept, placed=int(self.windows.stored_R.sum()), trained=int(self.labels_R.sum()))
+        self.ledger = make_ledger(kept, placed=int(self.windows.stored_R.sum()), trained=int(self.labels_R.sum()))
 
     def __len__(self) -> int:
         return len(self.windows)
 
-    def at(self, row: int, position: int) -> Row:
+    def get_row(self, row: int, position: int) -> Row:
         """The window inside its frame with some tokens hidden, and labels where they were."""
-        windows, draws = self.windows, self.draws.at(row, position)
+        windows, draws = self.windows, self.random_streams.generator(row, position)
         text_T = self.store.read(int(windows.document_R[row]), int(windows.start_R[row]), int(windows.stop_R[row]))
-        ids_T = self.frame.around(text_T)
+        ids_T = self.frame.wrap(text_T)
         labels_T = np.full(len(ids_T), IGNORED, np.int64)
-        chosen_M = self._chosen(text_T, int(self.labels_R[row]), draws)
+        chosen_M = self._choose_positions(text_T, int(self.labels_R[row]), draws)
         tokens_M, fate_M = text_T[chosen_M], draws.random(len(chosen_M))
-        random_M = self.plain[draws.integers(len(self.plain), size=len(chosen_M))]
-        places_M = chosen_M + len(self.frame.before)
+        random_M = self.maskable_ids[draws.integers(len(self.maskable_ids), size=len(chosen_M))]
+        places_M = chosen_M + len(self.frame.prefix_ids)
         labels_T[places_M] = tokens_M
-        seen_M = np.where(fate_M < HIDDEN + REPLACED, random_M, tokens_M)
-        seen_M[fate_M < HIDDEN] = self.mask_id
+        seen_M = np.where(fate_M < MASK_TOKEN_SHARE + RANDOM_TOKEN_SHARE, random_M, tokens_M)
+        seen_M[fate_M < MASK_TOKEN_SHARE] = self.mask_id
         ids_T[places_M] = seen_M
         return Row({"input_ids": ids_T, "attention_mask": np.ones(len(ids_T), np.int64)}, labels_T, len(chosen_M))
 
-    def _chosen(self, text_T: np.ndarray, count: int, draws: np.random.Generator) -> np.ndarray:
+    def _choose_positions(self, text_T: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
         """Places of the tokens whose turn comes first; the tokens of a word have one turn."""
-        turn_T = draws.random(len(text_T))
+        turn_T = rng.random(len(text_T))
         if self.continues_V is not None:
             starts_T = ~self.continues_V[text_T]
             starts_T[0] = True

@@ -20,14 +20,22 @@ from typing import Literal
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Row, keep
-from postgrad.data.layouts.windows import Marked, Texts, TooLong, has_marks, ledger_of, room_for_text, texts_of
-from postgrad.data.render.frame import BARE, Frame
+from postgrad.data.layouts.rows import IGNORED, Row, select_documents
+from postgrad.data.layouts.windows import (
+    MarkedStore,
+    TextSpans,
+    TooLongPolicy,
+    has_marks,
+    locate_texts,
+    make_ledger,
+    max_text_tokens,
+)
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import StageError
 
 TrainOn = Literal["answers", "all"]
 
-_OPEN = 1024
+_MAX_OPEN_ROWS = 1024
 """Pieces that are sorted together, and rows that are open at once."""
 
 
@@ -42,7 +50,7 @@ class Pieces:
     document_P: np.ndarray
     start_P: np.ndarray
     stop_P: np.ndarray
-    ended_P: np.ndarray
+    has_eos_P: np.ndarray
     positions_P: np.ndarray
     trained_P: np.ndarray
     stored_P: np.ndarray
@@ -51,27 +59,27 @@ class Pieces:
         return len(self.document_P)
 
 
-def rows_of(size_P: np.ndarray, length: int) -> np.ndarray:
+def assign_rows(size_P: np.ndarray, length: int) -> np.ndarray:
     """Which row each piece goes into, given by the sizes alone."""
     row_P = np.empty(len(size_P), np.int64)
     rooms: list[tuple[int, int]] = []  # room and number of each open row, the fullest first
     rows = 0
-    for begin in range(0, len(size_P), _OPEN):
-        longest_first = begin + np.argsort(-size_P[begin : begin + _OPEN], kind="stable")
+    for begin in range(0, len(size_P), _MAX_OPEN_ROWS):
+        longest_first = begin + np.argsort(-size_P[begin : begin + _MAX_OPEN_ROWS], kind="stable")
         for piece, size in zip(longest_first.tolist(), size_P[longest_first].tolist(), strict=True):
             fits = bisect_left(rooms, (size, -1))
             if fits < len(rooms):
                 room, row = rooms.pop(fits)
             else:
                 room, row, rows = length, rows, rows + 1
-                if len(rooms) == _OPEN:
+                if len(rooms) == _MAX_OPEN_ROWS:
                     rooms.pop(0)
             row_P[piece] = row
             insort(rooms, (room - size, row))
     return row_P
 
 
-class WholeRows:
+class PackedExampleRows:
     """Rows of whole pieces: `input_ids`, `position_ids` and labels of shape (T,), padded as in `PackedRows`.
 
     `frame.before` stands before each piece, `frame.between` before its first answer; neither is a label. `train_on`: the
@@ -92,37 +100,37 @@ class WholeRows:
 
     def __init__(
         self,
-        store: Marked,
+        store: MarkedStore,
         length: int,
         *,
-        frame: Frame = BARE,
+        frame: Frame = EMPTY_FRAME,
         train_on: TrainOn = "answers",
-        too_long: TooLong = "cut-context",
+        too_long: TooLongPolicy = "cut-context",
         lead: int = 0,
-        together: bool = True,
+        pack: bool = True,
         held_out: float = 0.0,
         excluded: np.ndarray | None = None,
         max_document_tokens: int | None = None,
     ) -> None:
         self.store, self.frame, self.train_on = store, frame, train_on
-        self.marked = has_marks(store)
-        _check(frame, self.marked)
+        self.is_marked = has_marks(store)
+        _check_frame(frame, self.is_marked)
         # One more than the positions: the last token is only a label.
-        most = room_for_text(length, frame.size(2), 1) + 1
-        kept = keep(store, held_out=held_out, excluded=excluded, most=max_document_tokens)
-        texts = texts_of(store, kept, lead)
+        most = max_text_tokens(length, frame.size(2), 1) + 1
+        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
+        texts = locate_texts(store, kept, lead)
         self.skipped: dict[str, int] = {}
-        self.cut: dict[str, int] = {}
-        self.pieces = (self._examples if self.marked else self._windows)(texts, most, too_long)
+        self.truncations: dict[str, int] = {}
+        self.pieces = (self._example_pieces if self.is_marked else self._text_pieces)(texts, most, too_long)
         size_P = self.pieces.positions_P
-        row_P = rows_of(size_P, length) if together else np.arange(len(size_P))
+        row_P = assign_rows(size_P, length) if pack else np.arange(len(size_P))
         self.order_P = np.argsort(row_P, kind="stable")
         self.ends_R = np.cumsum(np.bincount(row_P))
-        self.lengths_R = np.full(len(self.ends_R), length) if together else size_P
-        self.document_R = None if together else self.pieces.document_P
-        whole_N = texts.stop_N + texts.ended_N
+        self.lengths_R = np.full(len(self.ends_R), length) if pack else size_P
+        self.document_R = None if pack else self.pieces.document_P
+        whole_N = texts.stop_N + texts.has_eos_N
         placed = int(self.pieces.stored_P.sum())
-        self.ledger = ledger_of(
+        self.ledger = make_ledger(
             kept,
             placed=placed,
             truncated=int(whole_N[np.isin(texts.document_N, self.pieces.document_P)].sum()) - placed,
@@ -134,23 +142,23 @@ class WholeRows:
         return len(self.ends_R)
 
     @property
-    def drawn(self) -> bool:
+    def is_random(self) -> bool:
         """Nothing is drawn."""
         return False
 
-    def pieces_of(self, row: int) -> list[int]:
+    def row_pieces(self, row: int) -> list[int]:
         """The numbers of a row's pieces, in the order in which they stand."""
         return self.order_P[self.ends_R[row - 1] if row else 0 : self.ends_R[row]].tolist()
 
-    def at(self, row: int, position: int) -> Row:
+    def get_row(self, row: int, position: int) -> Row:
         """The row's ids, its labels, and positions that restart with each piece."""
         length = int(self.lengths_R[row])
         ids_T = np.zeros(length, np.int64)
         labels_T = np.full(length, IGNORED, np.int64)
         positions_T = np.empty(length, np.int64)
         at = counted = 0
-        for piece in self.pieces_of(row):
-            ids, labels = self._tokens(piece)
+        for piece in self.row_pieces(row):
+            ids, labels = self._piece_tokens(piece)
             end = at + len(labels)
             ids_T[at:end] = ids
             labels_T[at:end] = labels
@@ -160,19 +168,19 @@ class WholeRows:
         positions_T[at:] = np.arange(length - at)
         return Row({"input_ids": ids_T, "position_ids": positions_T}, labels_T, counted)
 
-    def _tokens(self, piece: int) -> tuple[np.ndarray, np.ndarray]:
+    def _piece_tokens(self, piece: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels of a piece inside its frame, both of shape (E - 1,)."""
         pieces = self.pieces
         place = int(pieces.document_P[piece]), int(pieces.start_P[piece]), int(pieces.stop_P[piece])
         text = self.store.read(*place)
-        before, between, _ = self.frame.parts
-        if not self.marked:
+        before, between, _ = self.frame.arrays
+        if not self.is_marked:
             ids_E = np.concatenate((before, text))
             labels = ids_E[1:].copy()
             # Not the frame; nor a later window's first token, which was the last label of the window before it.
             labels[: len(labels) - int(pieces.trained_P[piece])] = IGNORED
             return ids_E[:-1], labels
-        answered = _answered(self.store, *place, bool(pieces.ended_P[piece]))
+        answered = _answer_mask(self.store, *place, bool(pieces.has_eos_P[piece]))
         asked = answered if self.train_on == "answers" else np.ones(len(text), bool)
         split = int(np.argmax(answered))
         between = between if answered[split] else between[:0]
@@ -181,108 +189,108 @@ class WholeRows:
         asked_E = np.concatenate((none[0], asked[:split], none[1], asked[split:]))
         return ids_E[:-1], np.where(asked_E[1:], ids_E[1:], IGNORED)
 
-    def _windows(self, texts: Texts, most: int, too_long: TooLong) -> Pieces:
+    def _text_pieces(self, texts: TextSpans, max_tokens: int, too_long: TooLongPolicy) -> Pieces:
         """Plain text: every token but a text's first is a label once, and that too where the frame stands before it."""
-        size_N = texts.size_N + texts.ended_N
+        size_N = texts.size_N + texts.has_eos_N
         fine_N = (texts.size_N > 0) & (size_N > 1)
-        fits_N = size_N <= most
+        fits_N = size_N <= max_tokens
         self.skipped["nothing to learn"] = int((~fine_N).sum())
         if too_long == "drop":
             self.skipped["too long"] = int((fine_N & ~fits_N).sum())
             fine_N &= fits_N
-        count_N = np.where(fine_N, -(-(size_N - 1) // (most - 1)), 0)
+        count_N = np.where(fine_N, -(-(size_N - 1) // (max_tokens - 1)), 0)
         if too_long == "cut-end":
-            self.cut["their end"] = int((count_N > 1).sum())
+            self.truncations["their end"] = int((count_N > 1).sum())
             count_N = np.minimum(count_N, 1)
         text_P = np.repeat(np.arange(len(size_N)), count_N)
         number_P = np.arange(len(text_P)) - (np.cumsum(count_N) - count_N)[text_P]
         origin_P, end_P = texts.start_N[text_P], (texts.start_N + size_N)[text_P]
-        start_P = origin_P + number_P * (most - 1)
-        stop_P = np.minimum(start_P + most, end_P)
+        start_P = origin_P + number_P * (max_tokens - 1)
+        stop_P = np.minimum(start_P + max_tokens, end_P)
         first_P, labels_P = number_P == 0, stop_P - start_P - 1
-        framed = len(self.frame.before)
+        framed = len(self.frame.prefix_ids)
         return Pieces(
             texts.document_N[text_P],
             start_P,
             stop_P,
-            texts.ended_N[text_P] & (stop_P == end_P),
+            texts.has_eos_N[text_P] & (stop_P == end_P),
             framed + labels_P,
             labels_P + (first_P if framed else 0),
             labels_P + first_P * (1 + origin_P),
         )
 
-    def _examples(self, texts: Texts, most: int, too_long: TooLong) -> Pieces:
+    def _example_pieces(self, texts: TextSpans, max_tokens: int, too_long: TooLongPolicy) -> Pieces:
         """Examples by their marks, one piece each."""
         some_N = texts.size_N > 0
         self.skipped = {"nothing to learn": int((~some_N).sum()), "too long": 0, "answer too long": 0}
-        texts = texts.only(some_N)
+        texts = texts.select(some_N)
         lost = {"cut-context": "their beginning", "cut-end": "their end"}.get(too_long, "")
         found: list[tuple[int, ...]] = []
-        for (document, start, stop), ended in zip(texts.places(), texts.ended_N.tolist(), strict=True):
-            answered = _answered(self.store, document, start, stop + ended, ended)
+        for (document, start, stop), ended in zip(texts.spans(), texts.has_eos_N.tolist(), strict=True):
+            answered = _answer_mask(self.store, document, start, stop + ended, ended)
             whole = len(answered)
-            if whole > most and too_long == "drop":
+            if whole > max_tokens and too_long == "drop":
                 self.skipped["too long"] += 1
                 continue
-            begin, end = (0, whole) if whole <= most else _CUTS[too_long](answered, most)
-            framed, trained = self._sizes(answered[begin:end])
+            begin, end = (0, whole) if whole <= max_tokens else _CUT_FUNCTIONS[too_long](answered, max_tokens)
+            framed, trained = self._piece_sizes(answered[begin:end])
             if not trained:
                 self.skipped["answer too long" if answered.any() else "nothing to learn"] += 1
                 continue
             if end - begin < whole:
-                self.cut[lost] = self.cut.get(lost, 0) + 1
+                self.truncations[lost] = self.truncations.get(lost, 0) + 1
             ends = ended and end == whole
             positions = framed + end - begin - 1
             found.append((document, start + begin, start + end, ends, positions, trained, start + end - begin))
         return Pieces(*np.array(found, np.int64).reshape(-1, len(fields(Pieces))).T)
 
-    def _sizes(self, answered: np.ndarray) -> tuple[int, int]:
+    def _piece_sizes(self, answer_mask: np.ndarray) -> tuple[int, int]:
         """Tokens of frame beside a piece, and its labels: what is asked for, but for a token with nothing before it."""
-        if not len(answered):
+        if not len(answer_mask):
             return 0, 0
-        before, between, _ = map(len, self.frame.parts)
-        asked = answered if self.train_on == "answers" else np.ones_like(answered)
-        stands_first = not before and not (between and answered[0])
-        return before + between * bool(answered.any()), int(np.count_nonzero(asked[int(stands_first) :]))
+        before, between, _ = map(len, self.frame.arrays)
+        asked = answer_mask if self.train_on == "answers" else np.ones_like(answer_mask)
+        stands_first = not before and not (between and answer_mask[0])
+        return before + between * bool(answer_mask.any()), int(np.count_nonzero(asked[int(stands_first) :]))
 
 
-def _answered(store: Marked, document: int, start: int, stop: int, ended: bool) -> np.ndarray:
+def _answer_mask(store: MarkedStore, document: int, start: int, stop: int, has_eos: bool) -> np.ndarray:
     """Which tokens are answers; the EOS is one when the answer runs to it."""
     marks = store.marks(document, start, stop)
     assert marks is not None, "all documents of a store are marked, or none"
     answered = marks == 1
-    if ended:
+    if has_eos:
         answered[-1] |= answered[-2]
     return answered
 
 
-def _cut_context(answered: np.ndarray, most: int) -> tuple[int, int]:
+def _cut_context(answer_mask: np.ndarray, max_tokens: int) -> tuple[int, int]:
     """The last `most` tokens or fewer, so that they begin with context; none when the last answer does not fit."""
-    whole = len(answered)
-    begin = whole - most
-    if answered[begin]:
+    whole = len(answer_mask)
+    begin = whole - max_tokens
+    if answer_mask[begin]:
         # Inside an answer (or with nothing before it): go on behind it.
-        begin += int(np.argmin(answered[begin:])) or most
-    kept = answered[begin:].any() or not answered.any()
+        begin += int(np.argmin(answer_mask[begin:])) or max_tokens
+    kept = answer_mask[begin:].any() or not answer_mask.any()
     return (begin, whole) if kept else (0, 0)
 
 
-def _cut_end(answered: np.ndarray, most: int) -> tuple[int, int]:
-    return 0, most
+def _cut_end(answer_mask: np.ndarray, max_tokens: int) -> tuple[int, int]:
+    return 0, max_tokens
 
 
-_CUTS = {"cut-context": _cut_context, "cut-end": _cut_end}
+_CUT_FUNCTIONS = {"cut-context": _cut_context, "cut-end": _cut_end}
 
 
-def _check(frame: Frame, marked: bool) -> None:
+def _check_frame(frame: Frame, is_marked: bool) -> None:
     """Refuse a frame with a part that stands nowhere in these rows."""
-    if frame.after:
+    if frame.suffix_ids:
         raise StageError(
             "a template with something behind the text",
             where="data.template",
             expected="nothing behind it: a decoder does not look there",
         )
-    if frame.between and not marked:
+    if frame.separator_ids and not is_marked:
         raise StageError(
             "a template with two texts",
             where="data.template",

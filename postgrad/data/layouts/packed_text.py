@@ -14,19 +14,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Documents, Ledger, Row, keep
+from postgrad.data.layouts.rows import IGNORED, DocumentStore, Ledger, Row, select_documents
 
 
 class PackedRows:
     """The rows of a source: `len(rows)`, `rows.at(i, position)`, and the ledger of how they came to be."""
 
     layout = "packed"
-    drawn = False
+    is_random = False
     document_R: np.ndarray | None = None
 
     def __init__(
         self,
-        store: Documents,
+        store: DocumentStore,
         length: int,
         *,
         held_out: float = 0.0,
@@ -34,24 +34,24 @@ class PackedRows:
         max_document_tokens: int | None = None,
     ) -> None:
         self.store, self.length = store, length
-        kept = keep(store, held_out=held_out, excluded=excluded, most=max_document_tokens)
-        self.kept: np.ndarray = kept.documents
+        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
+        self.document_ids: np.ndarray = kept.documents
         self.ends: np.ndarray = np.cumsum(kept.sizes)
         placed = int(self.ends[-1]) if len(self.ends) else 0
-        self.rows = -(-(placed - 1) // length) if placed else 0
+        self.row_count = -(-(placed - 1) // length) if placed else 0
         self.ledger = Ledger(
             read=kept.read,
             held_out=kept.held_out,
             dropped=kept.dropped,
             truncated=kept.truncated,
             placed=placed,
-            padding=max(0, self.rows * length - placed),
-            trained=placed - len(self.kept),
-            context=len(self.kept),
+            padding=max(0, self.row_count * length - placed),
+            trained=placed - len(self.document_ids),
+            context=len(self.document_ids),
         )
 
     def __len__(self) -> int:
-        return self.rows
+        return self.row_count
 
     def pieces(self, row: int) -> Iterator[tuple[int, int, int]]:
         """`(document, start, stop)` of each piece in the T + 1 tokens of a row, in order."""
@@ -61,12 +61,12 @@ class PackedRows:
         while begin < end:
             document_begin = int(self.ends[index - 1]) if index else 0
             stop = min(end, int(self.ends[index]))
-            yield int(self.kept[index]), begin - document_begin, stop - document_begin
+            yield int(self.document_ids[index]), begin - document_begin, stop - document_begin
             begin, index = stop, index + 1
 
-    def at(self, row: int, position: int) -> Row:
+    def get_row(self, row: int, position: int) -> Row:
         """The row's ids, its labels, and positions that restart with each document, all of shape (T,)."""
-        if not 0 <= row < self.rows:
+        if not 0 <= row < self.row_count:
             raise IndexError(row)
         length = self.length
         ids = np.zeros(length + 1, np.int64)

@@ -21,14 +21,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from postgrad.data.layouts.packed_examples import TooLong, WholeRows
+from postgrad.data.layouts.packed_examples import PackedExampleRows, TooLongPolicy
 from postgrad.data.layouts.rows import IGNORED, Row
-from postgrad.data.layouts.windows import Marked
-from postgrad.data.random_streams import Draws
-from postgrad.data.render.frame import BARE, Frame
+from postgrad.data.layouts.windows import MarkedStore
+from postgrad.data.random_streams import RandomStreams
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
 
 
-class PrefixRows(WholeRows):
+class PrefixRows(PackedExampleRows):
     """Rows of whole pieces, as `WholeRows` has them, with `prefix` of shape (T,) among the inputs: 1 for tokens of a prefix.
 
     Of running text `trained` in the ledger is what it comes to on average. Raises what `WholeRows` raises.
@@ -38,14 +38,14 @@ class PrefixRows(WholeRows):
 
     def __init__(
         self,
-        store: Marked,
+        store: MarkedStore,
         length: int,
         *,
         seed: int,
-        frame: Frame = BARE,
-        too_long: TooLong = "cut-context",
+        frame: Frame = EMPTY_FRAME,
+        too_long: TooLongPolicy = "cut-context",
         lead: int = 0,
-        together: bool = True,
+        pack: bool = True,
         held_out: float = 0.0,
         excluded: np.ndarray | None = None,
         max_document_tokens: int | None = None,
@@ -56,34 +56,34 @@ class PrefixRows(WholeRows):
             frame=frame,
             too_long=too_long,
             lead=lead,
-            together=together,
+            pack=pack,
             held_out=held_out,
             excluded=excluded,
             max_document_tokens=max_document_tokens,
         )
-        self.draws = Draws(seed)
-        if not self.marked:
+        self.random_streams = RandomStreams(seed)
+        if not self.is_marked:
             # Of n tokens any number from 1 to n - 1 is as likely as the others.
             trained = int((self.pieces.stop_P - self.pieces.start_P).sum()) // 2
             self.ledger = replace(self.ledger, trained=trained, context=self.ledger.placed - trained)
 
     @property
-    def drawn(self) -> bool:
+    def is_random(self) -> bool:
         """Where the prefix of a running text ends is."""
-        return not self.marked
+        return not self.is_marked
 
-    def at(self, row: int, position: int) -> Row:
+    def get_row(self, row: int, position: int) -> Row:
         """The row with the prefix of each of its pieces; a label that stands inside a prefix is none."""
-        inputs, labels_T, _ = super().at(row, position)
+        inputs, labels_T, _ = super().get_row(row, position)
         labels_T, prefix_T = labels_T.copy(), np.zeros(len(labels_T), np.int64)
-        draws, begin = self.draws.at(row, position), 0
+        draws, begin = self.random_streams.generator(row, position), 0
         pieces = self.pieces
-        for piece in self.pieces_of(row):
+        for piece in self.row_pieces(row):
             end = begin + int(pieces.positions_P[piece])
-            if self.marked:  # the label of a token is the next one, so the first stands at the prefix's last
+            if self.is_marked:  # the label of a token is the next one, so the first stands at the prefix's last
                 size = int(np.argmax(labels_T[begin:end] != IGNORED)) + 1
             else:
-                size = len(self.frame.before) + int(draws.integers(1, pieces.stop_P[piece] - pieces.start_P[piece]))
+                size = len(self.frame.prefix_ids) + int(draws.integers(1, pieces.stop_P[piece] - pieces.start_P[piece]))
             labels_T[begin : begin + size - 1] = IGNORED
             prefix_T[begin : begin + size] = 1
             begin = end

@@ -22,7 +22,7 @@ IGNORED = -100
 _CHUNK = 1 << 20
 
 
-class Documents(Protocol):
+class DocumentStore(Protocol):
     """What rows need of a token store: the document table and the ids of a document."""
 
     @property
@@ -36,10 +36,10 @@ class Row(NamedTuple):
 
     inputs: dict[str, np.ndarray]
     labels: np.ndarray
-    counted: int
+    label_count: int
 
 
-def silenced(row: Row) -> Row:
+def ignore_labels(row: Row) -> Row:
     """The same row with no label that counts. A label that is a number stays one; `counted` says that it counts nothing."""
     whole = np.issubdtype(row.labels.dtype, np.integer)
     return Row(row.inputs, np.full_like(row.labels, IGNORED) if whole else row.labels, 0)
@@ -77,11 +77,11 @@ class Rows(Protocol):
     def document_R(self) -> np.ndarray | None: ...
 
     @property
-    def drawn(self) -> bool: ...
+    def is_random(self) -> bool: ...
 
     def __len__(self) -> int: ...
 
-    def at(self, row: int, position: int) -> Row:
+    def get_row(self, row: int, position: int) -> Row:
         """Row number `row` as it stands at `position` of the mixture: what is drawn at random depends on both alone."""
         ...
 
@@ -94,7 +94,7 @@ def held_out_mask(digests: np.ndarray, share: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Kept:
+class SelectedDocuments:
     """The documents that may be trained on, how much of each is read, and what was left out."""
 
     documents: np.ndarray
@@ -105,9 +105,9 @@ class Kept:
     truncated: int
 
 
-def keep(
-    store: Documents, *, held_out: float = 0.0, excluded: np.ndarray | None = None, most: int | None = None
-) -> Kept:
+def select_documents(
+    store: DocumentStore, *, held_out: float = 0.0, excluded: np.ndarray | None = None, max_tokens: int | None = None
+) -> SelectedDocuments:
     """Leave out the held-out share, copies of `excluded` digests and documents of one token; cut the rest at `most`."""
     table = store.documents
     documents, sizes = [], []
@@ -121,14 +121,14 @@ def keep(
         if excluded is not None and len(excluded):
             drop |= ~out & np.isin(digests, excluded)
         kept = ~(out | drop)
-        size = tokens if most is None else np.minimum(tokens, most)
+        size = tokens if max_tokens is None else np.minimum(tokens, max_tokens)
         read += int(tokens.sum())
         held += int(tokens[out].sum())
         dropped += int(tokens[drop].sum())
         truncated += int((tokens - size)[kept].sum())
         documents.append(np.flatnonzero(kept) + begin)
         sizes.append(size[kept])
-    return Kept(
+    return SelectedDocuments(
         np.concatenate(documents) if documents else np.empty(0, np.int64),
         np.concatenate(sizes) if sizes else np.empty(0, np.int64),
         read,

@@ -14,23 +14,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from postgrad.data.layouts.rows import Row, keep
+from postgrad.data.layouts.rows import Row, select_documents
 from postgrad.data.layouts.windows import (
-    Marked,
-    Texts,
-    TooLong,
+    MarkedStore,
+    TextSpans,
+    TooLongPolicy,
     Windows,
     has_marks,
-    ledger_of,
-    room_for_text,
-    texts_of,
-    windows_of,
+    locate_texts,
+    make_ledger,
+    max_text_tokens,
+    split_windows,
 )
-from postgrad.data.random_streams import Draws
-from postgrad.data.render.frame import BARE, Frame
+from postgrad.data.random_streams import RandomStreams
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
 
 
-def pair_of(input_ids: np.ndarray, labels: np.ndarray, decoder_start: int) -> Row:
+def make_seq2seq_row(input_ids: np.ndarray, labels: np.ndarray, decoder_start: int) -> Row:
     """A row for an encoder-decoder model: the decoder reads the labels one place later."""
     decoder_ids = np.empty_like(labels)
     decoder_ids[0] = decoder_start
@@ -40,7 +40,7 @@ def pair_of(input_ids: np.ndarray, labels: np.ndarray, decoder_start: int) -> Ro
     return Row(inputs, labels, len(labels))
 
 
-class PairRows:
+class Seq2SeqRows:
     """Rows of an example or a window each: `input_ids`, `attention_mask`, `decoder_input_ids`, and labels of shape (S,).
 
     `too_long`, for a source longer than `length`, frame and EOS included:
@@ -59,15 +59,15 @@ class PairRows:
 
     def __init__(
         self,
-        store: Marked,
+        store: MarkedStore,
         length: int,
         target_length: int,
         *,
         eos: int,
         decoder_start: int,
         seed: int,
-        frame: Frame = BARE,
-        too_long: TooLong = "cut-end",
+        frame: Frame = EMPTY_FRAME,
+        too_long: TooLongPolicy = "cut-end",
         lead: int = 0,
         held_out: float = 0.0,
         excluded: np.ndarray | None = None,
@@ -75,88 +75,92 @@ class PairRows:
     ) -> None:
         self.store, self.frame, self.decoder_start = store, frame, decoder_start
         self.eos = np.array([eos], np.int64)
-        self.draws = Draws(seed)
+        self.random_streams = RandomStreams(seed)
         around = frame.size(1) + 1
-        kept = keep(store, held_out=held_out, excluded=excluded, most=max_document_tokens)
-        texts = texts_of(store, kept, lead)
+        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
+        texts = locate_texts(store, kept, lead)
         if has_marks(store):
-            found = _examples(store, texts, room_for_text(length, around, 1), target_length, too_long)
+            found = _example_windows(store, texts, max_text_tokens(length, around, 1), target_length, too_long)
             self.skipped = {
                 "no answer": len(texts.document_N) - len(found.windows) - found.dropped,
                 "too long": found.dropped,
             }
         else:
             # Room for two tokens on a side: then equal windows have two at least, and each can be cut.
-            rooms = room_for_text(length, around, 2), room_for_text(target_length, 1, 2, where="data.target_length")
-            found = _windows(texts, min(rooms))
+            rooms = max_text_tokens(length, around, 2), max_text_tokens(target_length, 1, 2, where="data.target_length")
+            found = _text_windows(texts, min(rooms))
             self.skipped = {"a single token": len(np.setdiff1d(texts.document_N, found.windows.document_R))}
-        self.windows, self.cuts_R2, self.cut = found.windows, found.cuts_R2, found.cut
+        self.windows, self.borders_R2, self.truncations = found.windows, found.borders_R2, found.truncations
         self.document_R = self.windows.document_R
         placed = int(self.windows.stored_R.sum())
-        self.ledger = ledger_of(kept, placed=placed, truncated=found.truncated, trained=found.trained)
+        self.ledger = make_ledger(kept, placed=placed, truncated=found.truncated, trained=found.trained)
 
     def __len__(self) -> int:
         return len(self.windows)
 
     @property
-    def drawn(self) -> bool:
+    def is_random(self) -> bool:
         """Where a plain text is cut is."""
-        return self.cuts_R2 is None
+        return self.borders_R2 is None
 
-    def at(self, row: int, position: int) -> Row:
+    def get_row(self, row: int, position: int) -> Row:
         """Source and target; of a plain text with the cut that is drawn for this position."""
         windows = self.windows
         document, start, stop = int(windows.document_R[row]), int(windows.start_R[row]), int(windows.stop_R[row])
-        if self.cuts_R2 is None:
-            source_stop = target_start = start + int(self.draws.at(row, position).integers(1, stop - start))
+        if self.borders_R2 is None:
+            source_stop = target_start = start + int(
+                self.random_streams.generator(row, position).integers(1, stop - start)
+            )
         else:
-            source_stop, target_start = map(int, self.cuts_R2[row])
-        source_T = self.frame.around(self.store.read(document, start, source_stop))
+            source_stop, target_start = map(int, self.borders_R2[row])
+        source_T = self.frame.wrap(self.store.read(document, start, source_stop))
         target_S = self.store.read(document, target_start, stop)
-        labels_S = np.concatenate((target_S, self.eos[: int(windows.ended_R[row])]))
-        return pair_of(np.concatenate((source_T, self.eos)), labels_S, self.decoder_start)
+        labels_S = np.concatenate((target_S, self.eos[: int(windows.has_eos_R[row])]))
+        return make_seq2seq_row(np.concatenate((source_T, self.eos)), labels_S, self.decoder_start)
 
 
 @dataclass(frozen=True)
-class _Found:
+class _SourceTargetWindows:
     """Windows from the source's start to the target's end; where the source ends and the target starts, if that is known."""
 
     windows: Windows
-    cuts_R2: np.ndarray | None
+    borders_R2: np.ndarray | None
     truncated: int
     trained: int
     dropped: int = 0
-    cut: dict[str, int] = field(default_factory=dict)
+    truncations: dict[str, int] = field(default_factory=dict)
 
 
-def _windows(texts: Texts, room: int) -> _Found:
+def _text_windows(texts: TextSpans, max_tokens: int) -> _SourceTargetWindows:
     """Plain text in windows so short that wherever one is cut both sides fit."""
-    windows = windows_of(texts, room + 1)
-    windows = windows.only(windows.size_R >= 2)
+    windows = split_windows(texts, max_tokens + 1)
+    windows = windows.select(windows.size_R >= 2)
     # Any cut from 1 to size - 1 is as likely as the others, so half of a window is target.
-    return _Found(windows, None, 0, int(windows.size_R.sum()) // 2 + int(windows.ended_R.sum()))
+    return _SourceTargetWindows(windows, None, 0, int(windows.size_R.sum()) // 2 + int(windows.has_eos_R.sum()))
 
 
-def _examples(store: Marked, texts: Texts, room: int, target_length: int, too_long: TooLong) -> _Found:
+def _example_windows(
+    store: MarkedStore, texts: TextSpans, max_source_tokens: int, target_length: int, too_long: TooLongPolicy
+) -> _SourceTargetWindows:
     """Examples by their marks: as much of the source as fits, and the last answer."""
-    answer_N2 = np.array([_last_answer(store, *place) for place in texts.places()], np.int64).reshape(-1, 2)
+    answer_N2 = np.array([_last_answer(store, *place) for place in texts.spans()], np.int64).reshape(-1, 2)
     some_N = answer_N2[:, 0] < answer_N2[:, 1]
-    long_N = answer_N2[:, 0] - texts.start_N > room
+    long_N = answer_N2[:, 0] - texts.start_N > max_source_tokens
     dropped_N = some_N & long_N & (too_long == "drop")
     some_N &= ~dropped_N
     start_R, (answer_R, end_R) = texts.start_N[some_N], answer_N2[some_N].T
-    lost_R = np.maximum(answer_R - start_R - room, 0)
+    lost_R = np.maximum(answer_R - start_R - max_source_tokens, 0)
     first_R = start_R + (lost_R if too_long == "cut-context" else 0)
     source_stop_R = answer_R - (lost_R if too_long == "cut-end" else 0)
     stop_R = np.minimum(end_R, answer_R + target_length)
     # An answer that is cut, here or before, does not end; one that just fits has no room for the EOS.
-    ended_R = texts.ended_N[some_N] & (end_R - answer_R < target_length)
+    ended_R = texts.has_eos_N[some_N] & (end_R - answer_R < target_length)
     lead_R = start_R  # the BOS goes with the text
     stored_R = lead_R + source_stop_R - first_R + stop_R - answer_R + ended_R
-    whole_R = texts.stop_N[some_N] + texts.ended_N[some_N]
+    whole_R = texts.stop_N[some_N] + texts.has_eos_N[some_N]
     windows = Windows(texts.document_N[some_N], first_R, stop_R, ended_R, stored_R)
     which = "the beginning" if too_long == "cut-context" else "the end"
-    return _Found(
+    return _SourceTargetWindows(
         windows,
         np.stack((source_stop_R, answer_R), 1),
         int((whole_R - stored_R).sum()),
@@ -169,7 +173,7 @@ def _examples(store: Marked, texts: Texts, room: int, target_length: int, too_lo
     )
 
 
-def _last_answer(store: Marked, document: int, start: int, stop: int) -> tuple[int, int]:
+def _last_answer(store: MarkedStore, document: int, start: int, stop: int) -> tuple[int, int]:
     """Where the last run of marked tokens begins and ends; nowhere, `(start, start)`, when none is marked."""
     marks = store.marks(document, start, stop)
     assert marks is not None, "all documents of a store are marked, or none"

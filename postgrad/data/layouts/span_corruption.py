@@ -19,34 +19,34 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from postgrad.data.layouts.rows import Documents, Row, keep
-from postgrad.data.layouts.seq2seq import pair_of
-from postgrad.data.layouts.windows import ledger_of, room_for_text, texts_of, windows_of
-from postgrad.data.random_streams import Draws
-from postgrad.data.render.frame import BARE, Frame
+from postgrad.data.layouts.rows import DocumentStore, Row, select_documents
+from postgrad.data.layouts.seq2seq import make_seq2seq_row
+from postgrad.data.layouts.windows import locate_texts, make_ledger, max_text_tokens, split_windows
+from postgrad.data.random_streams import RandomStreams
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import StageError
 
 
-def noise_of(size: np.ndarray, density: float, mean_span: float) -> tuple[np.ndarray, np.ndarray]:
+def noise_counts(size: np.ndarray, density: float, mean_span: float) -> tuple[np.ndarray, np.ndarray]:
     """`(noise tokens, spans)` of windows of at least two tokens."""
     noise = np.clip(np.rint(size * density).astype(np.int64), 1, size - 1)
     spans = np.clip(np.rint(noise / mean_span).astype(np.int64), 1, np.minimum(noise, size - noise))
     return noise, spans
 
 
-def lengths(inputs: int, density: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
+def corrupted_lengths(inputs: int, density: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
     """`(raw, targets)`: how much text fits `inputs` tokens once it is corrupted, and how long its targets are.
 
     Both count an EOS. `inputs`: at least 3.
     """
     raw = np.arange(2, int(inputs / (1 - density)) + 2)
-    noise, spans = noise_of(raw, density, mean_span)
+    noise, spans = noise_counts(raw, density, mean_span)
     # Longer text never has shorter inputs, so the last that fits is found by halving.
     best = int(np.searchsorted(raw - noise + spans + 1, inputs, side="right")) - 1
     return int(raw[best]), int(noise[best] + spans[best] + 1)
 
 
-class SpanRows:
+class SpanCorruptionRows:
     """Rows of a window each: `input_ids`, `attention_mask`, `decoder_input_ids`, and labels of shape (S,); not padded.
 
     `sentinels`: their ids, the first span's first. `lead`: tokens at each document's start that are no text (1 for a BOS).
@@ -55,11 +55,11 @@ class SpanRows:
     """
 
     layout = "pairs"
-    drawn = True
+    is_random = True
 
     def __init__(
         self,
-        store: Documents,
+        store: DocumentStore,
         inputs_length: int = 512,
         *,
         sentinels: Sequence[int],
@@ -68,7 +68,7 @@ class SpanRows:
         seed: int,
         density: float = 0.15,
         mean_span: float = 3.0,
-        frame: Frame = BARE,
+        frame: Frame = EMPTY_FRAME,
         lead: int = 0,
         held_out: float = 0.0,
         excluded: np.ndarray | None = None,
@@ -76,10 +76,10 @@ class SpanRows:
     ) -> None:
         self.store, self.frame, self.decoder_start = store, frame, decoder_start
         self.eos, self.sentinels = np.array([eos], np.int64), np.array(sentinels, np.int64)
-        self.draws = Draws(seed)
+        self.random_streams = RandomStreams(seed)
         # Room for windows of three tokens: then equal windows have two at least, and each can be corrupted.
-        raw, _ = lengths(room_for_text(inputs_length, frame.size(1), 4), density, mean_span)
-        most = int(noise_of(np.array([raw]), density, mean_span)[1][0])
+        raw, _ = corrupted_lengths(max_text_tokens(inputs_length, frame.size(1), 4), density, mean_span)
+        most = int(noise_counts(np.array([raw]), density, mean_span)[1][0])
         if most > len(sentinels):
             raise StageError(
                 f"rows of {raw:,} tokens have up to {most:,} corrupted spans, and there are {len(sentinels):,} sentinels",
@@ -87,13 +87,13 @@ class SpanRows:
                 expected="a sentinel for each span",
                 way_out="shorter rows, longer spans, or a tokenizer with more sentinels (T5's own has 100)",
             )
-        kept = keep(store, held_out=held_out, excluded=excluded, most=max_document_tokens)
-        windows = windows_of(texts_of(store, kept, lead), raw)
-        self.windows = windows.only(windows.size_R >= 2)
+        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
+        windows = split_windows(locate_texts(store, kept, lead), raw)
+        self.windows = windows.select(windows.size_R >= 2)
         self.document_R = self.windows.document_R
-        self.noise_R, self.spans_R = noise_of(self.windows.size_R, density, mean_span)
+        self.noise_R, self.spans_R = noise_counts(self.windows.size_R, density, mean_span)
         self.skipped = {"a single token": len(windows) - len(self.windows)}
-        self.ledger = ledger_of(
+        self.ledger = make_ledger(
             kept,
             placed=int(self.windows.stored_R.sum()),
             trained=int((self.noise_R + self.spans_R + 1).sum()),
@@ -102,13 +102,13 @@ class SpanRows:
     def __len__(self) -> int:
         return len(self.windows)
 
-    def at(self, row: int, position: int) -> Row:
+    def get_row(self, row: int, position: int) -> Row:
         """The window with its spans drawn for this position."""
-        windows, draws = self.windows, self.draws.at(row, position)
+        windows, draws = self.windows, self.random_streams.generator(row, position)
         text_T = self.store.read(int(windows.document_R[row]), int(windows.start_R[row]), int(windows.stop_R[row]))
         noise, spans = int(self.noise_R[row]), int(self.spans_R[row])
-        rest_K1 = _borders(len(text_T) - noise, spans, draws)
-        noise_K1 = _borders(noise, spans, draws)
+        rest_K1 = _random_borders(len(text_T) - noise, spans, draws)
+        noise_K1 = _random_borders(noise, spans, draws)
         # A span starts behind as much of the rest as comes before it; a stretch of the rest behind as much noise.
         rest_at_K, noise_at_K = (rest_K1 + noise_K1)[:-1], rest_K1[1:] + noise_K1[:-1]
         step_T = np.zeros(len(text_T), np.int8)
@@ -117,27 +117,27 @@ class SpanRows:
         step_T[0] = 0
         is_noise_T = np.cumsum(step_T, dtype=np.int8).view(bool)
         # What is left out gives way to one sentinel a stretch: in the inputs the noise, in the targets the rest.
-        inputs = self._without(is_noise_T, noise_at_K, text_T)
-        targets = self._without(~is_noise_T, rest_at_K, text_T)
-        return pair_of(
-            np.concatenate((self.frame.around(inputs), self.eos)),
+        inputs = self._replace_spans(is_noise_T, noise_at_K, text_T)
+        targets = self._replace_spans(~is_noise_T, rest_at_K, text_T)
+        return make_seq2seq_row(
+            np.concatenate((self.frame.wrap(inputs), self.eos)),
             np.concatenate((targets, self.eos)),
             self.decoder_start,
         )
 
-    def _without(self, left_out_T: np.ndarray, starts_K: np.ndarray, text_T: np.ndarray) -> np.ndarray:
+    def _replace_spans(self, removed_T: np.ndarray, starts_K: np.ndarray, text_T: np.ndarray) -> np.ndarray:
         told_T = text_T.astype(np.int64)
         told_T[starts_K] = self.sentinels[: len(starts_K)]
-        stays_T = ~left_out_T
+        stays_T = ~removed_T
         stays_T[starts_K] = True
         return told_T[stays_T]
 
 
-def _borders(total: int, parts: int, draws: np.random.Generator) -> np.ndarray:
+def _random_borders(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
     """Borders, from 0 to `total`, of so many non-empty parts, each way to cut being as likely as any other."""
     borders = np.empty(parts + 1, np.int64)
     borders[0], borders[-1] = 0, total
-    borders[1:-1] = draws.choice(total - 1, parts - 1, replace=False, shuffle=False)
+    borders[1:-1] = rng.choice(total - 1, parts - 1, replace=False, shuffle=False)
     borders[1:-1] += 1
     borders[1:-1].sort()
     return borders

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from postgrad.data.layouts.rows import IGNORED, Row
-from postgrad.data.loading.teacher_cache import Word
+from postgrad.data.loading.teacher_cache import SparseDistribution
 
 _MULTIPLE = 8
 """Rows of unequal lengths are padded to a multiple of this, so that few shapes occur."""
 
 
-class Few(NamedTuple):
+class TeacherTargets(NamedTuple):
     """What a teacher said of N labels: `ids_E` with their weights, those of label i up to `ends_N[i]` (on the host).
 
     `rest_N`: the mass of all other ids; None when the ids were drawn. `entropy_N`: of the teacher's distribution; None when
@@ -30,14 +30,14 @@ class Few(NamedTuple):
     ids_E: Tensor
     weights_E: Tensor
     ends_N: np.ndarray
-    rest_N: Tensor | None
+    rest_mass_N: Tensor | None
     entropy_N: Tensor | None
 
-    def to(self, device: torch.device) -> Few:
+    def to(self, device: torch.device) -> TeacherTargets:
         """The same with its tensors on `device`."""
-        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.rest_N, self.entropy_N)]
+        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.rest_mass_N, self.entropy_N)]
         ids_E, weights_E = (t.to(device, non_blocking=True) for t in (self.ids_E, self.weights_E))
-        return Few(ids_E, weights_E, self.ends_N, *moved)
+        return TeacherTargets(ids_E, weights_E, self.ends_N, *moved)
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ class Batch:
     inputs: dict[str, Tensor]
     labels: Tensor
     source_B: np.ndarray
-    counted_B: np.ndarray
+    label_count_B: np.ndarray
     objectives: tuple[int, ...] = (0,)
     """Which of the stage's objectives weigh these rows."""
     position_B: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """Where in the mixture each row stands."""
     step: int = 0
     """The step they belong to, counted from 1."""
-    told: Mapping[str, Few] = field(default_factory=dict)
+    teacher_targets: Mapping[str, TeacherTargets] = field(default_factory=dict)
     """What was said of the labels before the training, by the name of the objective that wants it."""
 
     @property
-    def counted(self) -> int:
+    def label_count(self) -> int:
         """Trained tokens of this micro-batch."""
-        return int(self.counted_B.sum())
+        return int(self.label_count_B.sum())
 
     def to(self, device: torch.device) -> Batch:
         """The same micro-batch with its tensors on `device`."""
@@ -73,42 +73,50 @@ class Batch:
             self,
             inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
             labels=self.labels.to(device, non_blocking=True),
-            told={name: few.to(device) for name, few in self.told.items()},
+            teacher_targets={name: few.to(device) for name, few in self.teacher_targets.items()},
         )
 
 
-def few_of(words: Sequence[Word], *, rest: bool = False) -> Few:
+def collate_teacher_targets(
+    distributions: Sequence[SparseDistribution], *, has_rest_mass: bool = False
+) -> TeacherTargets:
     """The words on the rows of a batch as one; `rest`: what is said of each label is the mass of all other ids."""
-    if not words:
+    if not distributions:
         nothing = torch.empty(0)
-        return Few(torch.empty(0, dtype=torch.int64), nothing, np.empty(0, np.int64), None, nothing)
-    ids_E, weights_E, counts_N, said_N = (np.concatenate(arrays) for arrays in zip(*words, strict=True))
+        return TeacherTargets(torch.empty(0, dtype=torch.int64), nothing, np.empty(0, np.int64), None, nothing)
+    ids_E, weights_E, counts_N, said_N = (np.concatenate(arrays) for arrays in zip(*distributions, strict=True))
     said = torch.from_numpy(said_N)
     ends_N = np.cumsum(counts_N)
-    return Few(
-        torch.from_numpy(ids_E), torch.from_numpy(weights_E), ends_N, said if rest else None, None if rest else said
+    return TeacherTargets(
+        torch.from_numpy(ids_E),
+        torch.from_numpy(weights_E),
+        ends_N,
+        said if has_rest_mass else None,
+        None if has_rest_mass else said,
     )
 
 
-def collate(rows: Sequence[Row], sources: Sequence[int], objectives: tuple[int, ...] = (0,), pad: int = 0) -> Batch:
+def collate(
+    rows: Sequence[Row], sources: Sequence[int], objectives: tuple[int, ...] = (0,), pad_token_id: int = 0
+) -> Batch:
     """Stack rows of one layout; shorter ones are padded on the right.
 
     Labels are padded with what counts nothing, ids with `pad` (some models find the end of a text by it), the rest with 0.
     """
-    padding = {"input_ids": pad}
+    padding = {"input_ids": pad_token_id}
     return Batch(
         {
-            name: torch.from_numpy(_stacked([row.inputs[name] for row in rows], padding.get(name, 0)))
+            name: torch.from_numpy(_stack_padded([row.inputs[name] for row in rows], padding.get(name, 0)))
             for name in rows[0].inputs
         },
-        torch.from_numpy(_stacked([row.labels for row in rows], IGNORED)),
+        torch.from_numpy(_stack_padded([row.labels for row in rows], IGNORED)),
         np.asarray(sources, np.int64),
-        np.array([row.counted for row in rows], np.int64),
+        np.array([row.label_count for row in rows], np.int64),
         objectives,
     )
 
 
-def _stacked(arrays: Sequence[np.ndarray], padding: int) -> np.ndarray:
+def _stack_padded(arrays: Sequence[np.ndarray], padding: int) -> np.ndarray:
     lengths = {array.shape[:1] for array in arrays}
     if len(lengths) == 1:
         return np.stack(arrays)

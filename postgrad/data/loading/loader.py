@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from postgrad.data.layouts.rows import Row, Rows, silenced
-from postgrad.data.loading.batch import Batch, Few, collate, few_of
+from postgrad.data.layouts.rows import Row, Rows, ignore_labels
+from postgrad.data.loading.batch import Batch, TeacherTargets, collate, collate_teacher_targets
 from postgrad.data.loading.mixture import Mixture
-from postgrad.data.loading.teacher_cache import Told
+from postgrad.data.loading.teacher_cache import TeacherCache
 
 
-class Draw(NamedTuple):
+class MixtureRow(NamedTuple):
     """A row of a source, and the position of the mixture at which it is read."""
 
     source: int
@@ -23,12 +23,12 @@ class Draw(NamedTuple):
     position: int
 
 
-class MicroBatch(NamedTuple):
+class MicroBatchPlan(NamedTuple):
     """A micro-batch before its rows are read: what is drawn, the objectives that weigh it, and whether it counts nothing."""
 
-    draws: Sequence[Draw]
+    mixture_rows: Sequence[MixtureRow]
     objectives: tuple[int, ...]
-    silent: bool = False
+    is_padding: bool = False
 
 
 class Loader:
@@ -45,76 +45,89 @@ class Loader:
         sources: Sequence[Rows],
         mixture: Mixture,
         *,
-        micro: int,
+        micro_batch_size: int,
         objectives: Sequence[tuple[int, ...]] | None = None,
-        pad: int = 0,
+        pad_token_id: int = 0,
         rank: int = 0,
-        ranks: int = 1,
-        skip: int = 0,
-        told: Sequence[Mapping[str, Told]] = (),
+        world_size: int = 1,
+        skip_steps: int = 0,
+        teacher_caches: Sequence[Mapping[str, TeacherCache]] = (),
     ) -> None:
         """`objectives`: those that weigh each source's rows (left out: the first); `pad`: the id that fills short rows.
 
         `skip`: how many steps' worth of the mixture were read before this stage. `told`: of each source, what teachers said of
         its rows, by the name of the objective.
         """
-        if mixture.block % (micro * ranks):
-            raise ValueError(f"a global batch of {mixture.block} rows does not part into {ranks} ranks of {micro}")
-        self.sources, self.mixture, self.micro = sources, mixture, micro
-        self.rank, self.ranks = rank, ranks
-        self.skip, self.pad = skip, pad
-        self.told = told or [{}] * len(sources)
+        if mixture.block_size % (micro_batch_size * world_size):
+            raise ValueError(
+                f"a global batch of {mixture.block_size} rows does not part into {world_size} ranks of {micro_batch_size}"
+            )
+        self.sources, self.mixture, self.micro_batch_size = sources, mixture, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.skip_steps, self.pad_token_id = skip_steps, pad_token_id
+        self.teacher_caches = teacher_caches or [{}] * len(sources)
         self.objectives = objectives or [(0,)] * len(sources)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="rows")
-        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        self._prefetched: tuple[int, Future[list[Batch]]] | None = None
 
     def rows(self, step: int) -> list[tuple[int, int]]:
         """`(source, row)` of the whole global batch of a step (counted from 1), in order, the same on every rank."""
-        sources, rows = self.mixture.rows(self.skip + step - 1)
+        sources, rows = self.mixture.rows(self.skip_steps + step - 1)
         return list(zip(sources.tolist(), rows.tolist(), strict=True))
 
-    def micro_batches(self, step: int) -> list[MicroBatch]:
+    def micro_batches(self, step: int) -> list[MicroBatchPlan]:
         """What this rank's micro-batches of a step are made of."""
-        first = (self.skip + step - 1) * self.mixture.block
-        alike: dict[tuple[str, tuple[int, ...]], list[Draw]] = {}
+        first = (self.skip_steps + step - 1) * self.mixture.block_size
+        alike: dict[tuple[str, tuple[int, ...]], list[MixtureRow]] = {}
         for i, (source, row) in enumerate(self.rows(step)):
             sort = self.sources[source].layout, self.objectives[source]
-            alike.setdefault(sort, []).append(Draw(source, row, first + i))
-        return [part for (_, objectives), draws in sorted(alike.items()) for part in self._parts(draws, objectives)]
+            alike.setdefault(sort, []).append(MixtureRow(source, row, first + i))
+        return [
+            part
+            for (_, objectives), draws in sorted(alike.items())
+            for part in self._split_mixture_rows(draws, objectives)
+        ]
 
-    def _parts(self, draws: list[Draw], objectives: tuple[int, ...]) -> list[MicroBatch]:
-        begin, end = (rank * len(draws) // self.ranks for rank in (self.rank, self.rank + 1))
-        parts = [MicroBatch(draws[i : min(i + self.micro, end)], objectives) for i in range(begin, end, self.micro)]
-        most = -(-len(draws) // self.ranks)
-        missing = -(-most // self.micro) - len(parts)
-        return [*parts, *[MicroBatch(draws[:1], objectives, silent=True)] * missing]
+    def _split_mixture_rows(self, mixture_rows: list[MixtureRow], objectives: tuple[int, ...]) -> list[MicroBatchPlan]:
+        begin, end = (rank * len(mixture_rows) // self.world_size for rank in (self.rank, self.rank + 1))
+        parts = [
+            MicroBatchPlan(mixture_rows[i : min(i + self.micro_batch_size, end)], objectives)
+            for i in range(begin, end, self.micro_batch_size)
+        ]
+        most = -(-len(mixture_rows) // self.world_size)
+        missing = -(-most // self.micro_batch_size) - len(parts)
+        return [*parts, *[MicroBatchPlan(mixture_rows[:1], objectives, is_padding=True)] * missing]
 
-    def read(self, step: int) -> list[Batch]:
+    def read_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, read now."""
-        return [replace(self._batch(part), step=step) for part in self.micro_batches(step)]
+        return [replace(self._read_batch(part), step=step) for part in self.micro_batches(step)]
 
-    def _batch(self, part: MicroBatch) -> Batch:
-        rows = [self.sources[draw.source].at(draw.row, draw.position) for draw in part.draws]
-        told = {} if part.silent else self._told(part.draws, rows)
-        rows = [silenced(row) for row in rows] if part.silent else rows
-        batch = collate(rows, [draw.source for draw in part.draws], part.objectives, self.pad)
-        told = told or {name: few_of([]) for name in self.told[part.draws[0].source]}
-        return replace(batch, told=told, position_B=np.array([draw.position for draw in part.draws], np.int64))
+    def _read_batch(self, plan: MicroBatchPlan) -> Batch:
+        rows = [self.sources[draw.source].get_row(draw.row, draw.position) for draw in plan.mixture_rows]
+        told = {} if plan.is_padding else self._teacher_targets(plan.mixture_rows, rows)
+        rows = [ignore_labels(row) for row in rows] if plan.is_padding else rows
+        batch = collate(rows, [draw.source for draw in plan.mixture_rows], plan.objectives, self.pad_token_id)
+        told = told or {name: collate_teacher_targets([]) for name in self.teacher_caches[plan.mixture_rows[0].source]}
+        return replace(
+            batch, teacher_targets=told, position_B=np.array([draw.position for draw in plan.mixture_rows], np.int64)
+        )
 
-    def _told(self, draws: Sequence[Draw], rows: Sequence[Row]) -> dict[str, Few]:
+    def _teacher_targets(self, mixture_rows: Sequence[MixtureRow], rows: Sequence[Row]) -> dict[str, TeacherTargets]:
         """What was said of these rows; their sources are taken on by the same objectives."""
-        out: dict[str, Few] = {}
-        for name in self.told[draws[0].source]:
+        out: dict[str, TeacherTargets] = {}
+        for name in self.teacher_caches[mixture_rows[0].source]:
             words = []
-            for draw, row in zip(draws, rows, strict=True):
-                drawn = self.sources[draw.source].drawn
-                words.append(self.told[draw.source][name].at(draw.position if drawn else draw.row, row))
-            out[name] = few_of(words, rest=self.told[draws[0].source][name].rest_is_said)
+            for draw, row in zip(mixture_rows, rows, strict=True):
+                drawn = self.sources[draw.source].is_random
+                words.append(self.teacher_caches[draw.source][name].lookup(draw.position if drawn else draw.row, row))
+            out[name] = collate_teacher_targets(
+                words, has_rest_mass=self.teacher_caches[mixture_rows[0].source][name].has_rest_mass
+            )
         return out
 
     def __call__(self, step: int, *, last: int | None = None) -> list[Batch]:
         """This rank's micro-batches of a step; the next step is read meanwhile (unless `step` is the `last`)."""
-        ready = self._ahead
-        batches = ready[1].result() if ready and ready[0] == step else self.read(step)
-        self._ahead = None if step == last else (step + 1, self._reader.submit(self.read, step + 1))
+        ready = self._prefetched
+        batches = ready[1].result() if ready and ready[0] == step else self.read_batches(step)
+        self._prefetched = None if step == last else (step + 1, self._executor.submit(self.read_batches, step + 1))
         return batches

@@ -34,7 +34,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def derived(*parts: int) -> int:
+def derive_key(*parts: int) -> int:
     """One 64-bit number from several, for keys that must not collide by accident."""
     key = 0
     for part in parts:
@@ -42,7 +42,7 @@ def derived(*parts: int) -> int:
     return key
 
 
-def permuted(indices: np.ndarray, size: int, key: int) -> np.ndarray:
+def permute_indices(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     """Where `indices` (each below `size`) go under the permutation of `range(size)` named by `key`.
 
     A four-round Feistel network over the next even power of two; values that fall outside walk on until they are inside.
@@ -54,7 +54,7 @@ def permuted(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     def once(x: np.ndarray) -> np.ndarray:
         left, right = x >> shift, x & low
         for round_ in range(4):
-            mixed = _mix(right + np.uint64(derived(key, round_)))
+            mixed = _mix(right + np.uint64(derive_key(key, round_)))
             left, right = right, left ^ (mixed & low)
         return (left << shift) | right
 
@@ -102,33 +102,33 @@ class Segment:
 class Mixture:
     """The order of rows of a stage. `sizes[k]` is the number of rows of source k in one pass."""
 
-    def __init__(self, seed: int, sizes: Sequence[int], segments: Sequence[Segment], block: int) -> None:
+    def __init__(self, seed: int, sizes: Sequence[int], segments: Sequence[Segment], block_size: int) -> None:
         if not segments or segments[0].start != 0:
             raise ValueError("the first segment starts at row 0")
-        if any(segment.start % block for segment in segments):
+        if any(segment.start % block_size for segment in segments):
             raise ValueError("segments start at block borders")
-        self.seed, self.sizes, self.segments, self.block = seed, tuple(sizes), tuple(segments), block
-        self._parts = [Apportionment(segment.rates) for segment in segments]
+        self.seed, self.sizes, self.segments, self.block_size = seed, tuple(sizes), tuple(segments), block_size
+        self._apportionments = [Apportionment(segment.rates) for segment in segments]
         # Rows of each source read before each segment.
-        self._before = [tuple([0] * len(sizes))]
-        for part, (here, following) in zip(self._parts, itertools.pairwise(segments), strict=False):
+        self._rows_before = [tuple([0] * len(sizes))]
+        for part, (here, following) in zip(self._apportionments, itertools.pairwise(segments), strict=False):
             done = part.counts(following.start - here.start)
-            self._before.append(tuple(a + b for a, b in zip(self._before[-1], done, strict=True)))
+            self._rows_before.append(tuple(a + b for a, b in zip(self._rows_before[-1], done, strict=True)))
 
     def counts(self, n: int) -> tuple[int, ...]:
         """Rows of each source among the first n rows of the mixture (n a multiple of the block, or any n)."""
         index = max(i for i, segment in enumerate(self.segments) if segment.start <= n)
-        inside = self._parts[index].counts(n - self.segments[index].start)
-        return tuple(a + b for a, b in zip(self._before[index], inside, strict=True))
+        inside = self._apportionments[index].counts(n - self.segments[index].start)
+        return tuple(a + b for a, b in zip(self._rows_before[index], inside, strict=True))
 
-    def at(self, position: int) -> tuple[int, int]:
+    def locate(self, position: int) -> tuple[int, int]:
         """`(source, row)` at a position; any position costs the same."""
-        sources, rows = self.rows(position // self.block)
-        return int(sources[position % self.block]), int(rows[position % self.block])
+        sources, rows = self.rows(position // self.block_size)
+        return int(sources[position % self.block_size]), int(rows[position % self.block_size])
 
-    def rows(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, block_index: int) -> tuple[np.ndarray, np.ndarray]:
         """`(sources, rows)` of a whole block, each of shape (block,)."""
-        return _block(self, block)
+        return _block_rows(self, block_index)
 
     def passes(self, n: int) -> tuple[float, ...]:
         """How often each source has been read when n rows are done."""
@@ -136,12 +136,12 @@ class Mixture:
 
 
 @lru_cache(maxsize=64)
-def _block(mixture: Mixture, block: int) -> tuple[np.ndarray, np.ndarray]:
-    begin = block * mixture.block
-    first, last = mixture.counts(begin), mixture.counts(begin + mixture.block)
+def _block_rows(mixture: Mixture, block_index: int) -> tuple[np.ndarray, np.ndarray]:
+    begin = block_index * mixture.block_size
+    first, last = mixture.counts(begin), mixture.counts(begin + mixture.block_size)
     source = np.repeat(np.arange(len(first)), [b - a for a, b in zip(first, last, strict=True)])
     with np.errstate(over="ignore"):
-        keys = np.arange(len(source), dtype=np.uint64) + np.uint64(derived(mixture.seed, 0x5EED, block))
+        keys = np.arange(len(source), dtype=np.uint64) + np.uint64(derive_key(mixture.seed, 0x5EED, block_index))
     source = source[np.argsort(_mix(keys), kind="stable")]
     row = np.empty(len(source), np.int64)
     # The block's slots are shuffled; each source then fills its slots in the order of its own pass.
@@ -150,7 +150,7 @@ def _block(mixture: Mixture, block: int) -> tuple[np.ndarray, np.ndarray]:
         out = np.empty(b - a, np.int64)
         for epoch in range(a // size, (b - 1) // size + 1) if b > a else ():
             here = draws // size == epoch
-            out[here] = permuted(draws[here] % size, size, derived(mixture.seed, k, epoch))
+            out[here] = permute_indices(draws[here] % size, size, derive_key(mixture.seed, k, epoch))
         row[source == k] = out
     source.setflags(write=False)
     row.setflags(write=False)
@@ -163,12 +163,12 @@ def row_rates(shares: Sequence[float], trained_per_row: Sequence[float]) -> tupl
     return tuple(rate / sum(raw) for rate in raw)
 
 
-def seen_weights(seen: Mapping[str, float], share: float) -> dict[str, float]:
+def seen_weights(seen_tokens: Mapping[str, float], share: float) -> dict[str, float]:
     """Replay of everything consumed so far, replays included: each origin's tokens over all tokens, times `share`.
 
     This rule reproduces the data weights of the authors' multi-stage runs (Ibrahim et al. 2024): at a share of 5 %, after
     300B of one corpus and a 100B stage of 95 % new text, 3.8125 % and 1.1875 %; one such stage later 3.088125 %,
     .961875 % and .95 %.
     """
-    total = sum(seen.values())
-    return {origin: share * tokens / total for origin, tokens in seen.items()}
+    total = sum(seen_tokens.values())
+    return {origin: share * tokens / total for origin, tokens in seen_tokens.items()}

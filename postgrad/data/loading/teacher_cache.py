@@ -27,30 +27,30 @@ import numpy as np
 from postgrad.data.layouts.rows import Row
 from postgrad.data.tokens.store import token_dtype
 from postgrad.errors import DataError
-from postgrad.storage.atomic import publish, write_atomically
+from postgrad.storage.atomic import publish_folder, write_atomically
 from postgrad.storage.fingerprint import differences, fingerprint
 
 DESCRIPTION = "told.json"
-_LABELS_OF_PART = 1 << 18
+_LABELS_PER_PART = 1 << 18
 
 
-class Word(NamedTuple):
+class SparseDistribution(NamedTuple):
     """What was said of the labels of a row: `ids_E` with `weights_E`, `counts_N` of them for each label, and `said_N`."""
 
     ids_E: np.ndarray
     weights_E: np.ndarray
     counts_N: np.ndarray
-    said_N: np.ndarray
+    rest_or_entropy_N: np.ndarray
 
 
-class Told:
+class TeacherCache:
     """A folder of what a teacher said of some rows; `keys` are those rows, by number or by position, in ascending order."""
 
-    def __init__(self, folder: Path, description: Mapping[str, Any], keys: np.ndarray, labels_of_row: float) -> None:
+    def __init__(self, folder: Path, description: Mapping[str, Any], keys: np.ndarray, labels_per_row: float) -> None:
         """Raises `DataError`, naming both, when the folder holds what was said of other rows or otherwise."""
         self.folder, self.keys = folder, keys
         self.description: dict[str, Any] = json.loads(json.dumps({**description, "keys": fingerprint(keys.tolist())}))
-        self.rows_of_part = max(1, round(_LABELS_OF_PART / max(labels_of_row, 1.0)))
+        self.rows_per_part = max(1, round(_LABELS_PER_PART / max(labels_per_row, 1.0)))
         if (folder / DESCRIPTION).exists():
             found = json.loads((folder / DESCRIPTION).read_text())
             if found != self.description:
@@ -63,54 +63,58 @@ class Told:
                 )
 
     @classmethod
-    def of(cls, parent: Path, description: Mapping[str, Any], keys: np.ndarray, labels_of_row: float) -> Told:
+    def open_in(
+        cls, parent: Path, description: Mapping[str, Any], keys: np.ndarray, labels_per_row: float
+    ) -> TeacherCache:
         """The folder under `parent` that is named by all that decides it."""
         name = fingerprint([description, keys.tolist()])
-        return cls(parent / name, description, keys, labels_of_row)
+        return cls(parent / name, description, keys, labels_per_row)
 
     @property
-    def parts(self) -> int:
+    def part_count(self) -> int:
         """How many parts there are when all is told."""
-        return -(-len(self.keys) // self.rows_of_part)
+        return -(-len(self.keys) // self.rows_per_part)
 
-    def missing(self) -> list[int]:
+    def missing_parts(self) -> list[int]:
         """The parts that are not there yet."""
-        return [i for i in range(self.parts) if not self._place(i).exists()]
+        return [i for i in range(self.part_count) if not self._part_folder(i).exists()]
 
-    def keys_of(self, part: int) -> np.ndarray:
+    def part_keys(self, part: int) -> np.ndarray:
         """The rows of a part."""
-        return self.keys[part * self.rows_of_part : (part + 1) * self.rows_of_part]
+        return self.keys[part * self.rows_per_part : (part + 1) * self.rows_per_part]
 
-    def write(self, part: int, words: Sequence[Word], digests: Sequence[int], *, vocabulary: int) -> None:
+    def write_part(
+        self, part: int, distributions: Sequence[SparseDistribution], digests: Sequence[int], *, vocabulary: int
+    ) -> None:
         """Publish what was said of a part's rows."""
         if not (self.folder / DESCRIPTION).exists():
             write_atomically(self.folder / DESCRIPTION, json.dumps(self.description, indent=1))
-        counts_N = np.concatenate([word.counts_N for word in words])
+        counts_N = np.concatenate([word.counts_N for word in distributions])
         arrays = {
             "digests": np.array(digests, np.uint64),
-            "labels": np.cumsum([0, *(len(word.counts_N) for word in words)]),
-            "firsts": np.cumsum([0, *(len(word.ids_E) for word in words)]),
+            "labels": np.cumsum([0, *(len(word.counts_N) for word in distributions)]),
+            "firsts": np.cumsum([0, *(len(word.ids_E) for word in distributions)]),
             "counts": counts_N.astype(np.uint8 if counts_N.max(initial=0) < 256 else np.uint32),
-            "ids": np.concatenate([word.ids_E for word in words]).astype(token_dtype(vocabulary)),
-            "weights": np.concatenate([word.weights_E for word in words]),
-            "said": np.concatenate([word.said_N for word in words]).astype(np.float16),
+            "ids": np.concatenate([word.ids_E for word in distributions]).astype(token_dtype(vocabulary)),
+            "weights": np.concatenate([word.weights_E for word in distributions]),
+            "said": np.concatenate([word.rest_or_entropy_N for word in distributions]).astype(np.float16),
         }
 
         def save(staged: Path) -> None:
             for name, array in arrays.items():
                 np.save(staged / f"{name}.npy", array, allow_pickle=False)
 
-        publish(self._place(part), save)
-        self._opened.cache_clear()
+        publish_folder(self._part_folder(part), save)
+        self._load_part.cache_clear()
 
-    def at(self, key: int, row: Row) -> Word:
+    def lookup(self, key: int, row: Row) -> SparseDistribution:
         """What was said of a row. Raises `DataError` when it was never asked about, or when it is another row now."""
         entry = int(np.searchsorted(self.keys, key))
         if entry == len(self.keys) or self.keys[entry] != key:
             raise DataError(f"the teacher was never asked about row {key:,}", where=str(self.folder))
-        part, local = divmod(entry, self.rows_of_part)
-        arrays = self._opened(part)
-        digest = digest_of(row)
+        part, local = divmod(entry, self.rows_per_part)
+        arrays = self._load_part(part)
+        digest = row_digest(row)
         if digest != int(arrays["digests"][local]):
             raise DataError(
                 f"row {key:,} is {digest:016x} now, and the teacher read {int(arrays['digests'][local]):016x}",
@@ -122,7 +126,7 @@ class Told:
         weights_E = arrays["weights"][ids].astype(np.float32)
         if "draws" in self.description["asked"] and arrays["weights"].dtype == np.uint8:
             weights_E /= self.description["asked"]["draws"]
-        return Word(
+        return SparseDistribution(
             arrays["ids"][ids].astype(np.int64),
             weights_E,
             arrays["counts"][labels].astype(np.int64),
@@ -130,15 +134,15 @@ class Told:
         )
 
     @property
-    def rest_is_said(self) -> bool:
+    def has_rest_mass(self) -> bool:
         """Whether `said_N` is the mass of all other ids, and not an entropy."""
         return "k" in self.description["asked"]
 
     @cached_property
-    def _opened(self) -> Any:
+    def _load_part(self) -> Any:
         @lru_cache(maxsize=64)
         def opened(part: int) -> dict[str, np.ndarray]:
-            place = self._place(part)
+            place = self._part_folder(part)
             try:
                 return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in place.glob("*.npy")}
             except (OSError, ValueError) as error:
@@ -150,15 +154,15 @@ class Told:
 
         return opened
 
-    def _place(self, part: int) -> Path:
+    def _part_folder(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}"
 
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """What the finished parts take on the disk."""
         return sum(path.stat().st_size for path in self.folder.glob("part-*/*.npy"))
 
 
-def digest_of(row: Row) -> int:
+def row_digest(row: Row) -> int:
     """Eight bytes that stand for all that a row is: what is read, and what is asked."""
     hashed = hashlib.blake2b(digest_size=8)
     for name in sorted(row.inputs):

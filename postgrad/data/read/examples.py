@@ -21,16 +21,16 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
-from postgrad.errors import DataError, nearest
+from postgrad.errors import DataError, suggest_nearest
 
-MOST_LABELS = 2**16 - 2
+MAX_LABELS = 2**16 - 2
 """A mark has two bytes, and 0 is no tag."""
 
 
 # --- what the columns say -----------------------------------------------------------------------------
 
 
-class Layout(NamedTuple):
+class ColumnLayout(NamedTuple):
     """Columns by which rows of a kind are known: all of `required`, and what may stand beside them."""
 
     kind: str
@@ -42,7 +42,7 @@ class Layout(NamedTuple):
         return self.required + self.optional
 
 
-PAIRS = (
+TEXT_PAIR_COLUMNS = (
     ("text_a", "text_b"),
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -51,35 +51,35 @@ PAIRS = (
 )
 """Names under which the two texts of a labelled pair come."""
 
-SUMMARIES = (("document", "summary"), ("article", "highlights"), ("dialogue", "summary"), ("text", "summary"))
+SUMMARY_COLUMNS = (("document", "summary"), ("article", "highlights"), ("dialogue", "summary"), ("text", "summary"))
 """Names under which a text and its summary come."""
 
-LAYOUTS = (
-    Layout("text", ("text",)),
-    Layout("input_ids", ("input_ids",)),
-    Layout("chat", ("messages",), ("system", "tools")),
-    Layout("chat", ("conversations",), ("system", "tools")),
-    Layout("instruction", ("instruction", "output"), ("input", "system", "history", "references")),
-    Layout("completion", ("prompt", "completion"), ("references",)),
-    Layout("pair", ("source", "target"), ("references",)),
-    *(Layout("pair", names, ("references",)) for names in SUMMARIES),
-    Layout("pair", ("translation",)),
-    Layout("choices", ("question", "choices", "answer")),
-    Layout("choices", ("question", "choices", "answerKey")),
-    *(Layout("question", ("question", "context", answers)) for answers in ("answers", "answer")),
-    *(Layout("tagged", ("tokens", tags)) for tags in ("tags", "ner_tags", "labels")),
+COLUMN_LAYOUTS = (
+    ColumnLayout("text", ("text",)),
+    ColumnLayout("input_ids", ("input_ids",)),
+    ColumnLayout("chat", ("messages",), ("system", "tools")),
+    ColumnLayout("chat", ("conversations",), ("system", "tools")),
+    ColumnLayout("instruction", ("instruction", "output"), ("input", "system", "history", "references")),
+    ColumnLayout("completion", ("prompt", "completion"), ("references",)),
+    ColumnLayout("pair", ("source", "target"), ("references",)),
+    *(ColumnLayout("pair", names, ("references",)) for names in SUMMARY_COLUMNS),
+    ColumnLayout("pair", ("translation",)),
+    ColumnLayout("choices", ("question", "choices", "answer")),
+    ColumnLayout("choices", ("question", "choices", "answerKey")),
+    *(ColumnLayout("question", ("question", "context", answers)) for answers in ("answers", "answer")),
+    *(ColumnLayout("tagged", ("tokens", tags)) for tags in ("tags", "ner_tags", "labels")),
     *(
-        Layout("labelled", (*texts, label))
-        for texts in (*PAIRS, ("text",), ("sentence",))
+        ColumnLayout("labelled", (*texts, label))
+        for texts in (*TEXT_PAIR_COLUMNS, ("text",), ("sentence",))
         for label in ("label", "labels")
     ),
 )
 """The first that fits decides. So rows with `text` and `label` are running text, unless the label is asked for."""
 
-KINDS = tuple(dict.fromkeys(layout.kind for layout in LAYOUTS))
-RUNNING = ("text", "input_ids")
+KINDS = tuple(dict.fromkeys(layout.kind for layout in COLUMN_LAYOUTS))
+RUNNING_TEXT_KINDS = ("text", "input_ids")
 """The kinds that are no examples."""
-ROLES = tuple(dict.fromkeys(chain.from_iterable(layout.roles for layout in LAYOUTS)))
+COLUMN_ROLES = tuple(dict.fromkeys(chain.from_iterable(layout.roles for layout in COLUMN_LAYOUTS)))
 """What a column can be."""
 
 
@@ -92,13 +92,13 @@ class Columns:
     required: tuple[str, ...]
 
 
-def columns_of(names: Collection[str], renamed: Mapping[str, str], kind: str = "auto") -> Columns | None:
+def detect_columns(names: Collection[str], renames: Mapping[str, str], kind: str = "auto") -> Columns | None:
     """The kind that rows with columns `names` have, `renamed` (role to column) being given; None if it is none."""
-    for layout in LAYOUTS:
-        if kind not in ("auto", layout.kind) or not renamed.keys() <= set(layout.roles):
+    for layout in COLUMN_LAYOUTS:
+        if kind not in ("auto", layout.kind) or not renames.keys() <= set(layout.roles):
             continue
-        by_role = {role: renamed.get(role, role) for role in layout.roles}
-        if all(has_column(names, by_role[role]) for role in {*layout.required, *renamed}):
+        by_role = {role: renames.get(role, role) for role in layout.roles}
+        if all(has_column(names, by_role[role]) for role in {*layout.required, *renames}):
             return Columns(layout.kind, by_role, tuple(by_role[role] for role in layout.required))
     return None
 
@@ -108,7 +108,7 @@ def has_column(names: Collection[str], column: str) -> bool:
     return column in names or ("." in column and column.partition(".")[0] in names)
 
 
-def in_column(values: Mapping[str, Any], column: str, place: str) -> Any:
+def get_column(values: Mapping[str, Any], column: str, location: str) -> Any:
     """What a row has in a column, or inside of one; None where there is nothing.
 
     Raises `DataError` with `place` when there is no such thing inside of a column.
@@ -120,16 +120,16 @@ def in_column(values: Mapping[str, Any], column: str, place: str) -> Any:
     if inner is None:
         return None
     if not isinstance(inner, Mapping):
-        raise DataError(f"`{head}` is {named(inner)}", where=place, expected=f"an object that has `{rest}`")
+        raise DataError(f"`{head}` is {describe_value(inner)}", where=location, expected=f"an object that has `{rest}`")
     if not has_column(inner.keys(), rest):
         names = list(map(str, inner))
         raise DataError(
             f"there is no `{rest}` in `{head}`",
-            where=place,
+            where=location,
             expected=" or ".join(f"`{name}`" for name in names[:12]) or "an object that is not empty",
-            way_out=nearest(rest, names),
+            way_out=suggest_nearest(rest, names),
         )
-    return in_column(inner, rest, place)
+    return get_column(inner, rest, location)
 
 
 # --- examples -----------------------------------------------------------------------------------------
@@ -170,105 +170,105 @@ class Example:
         return {name: value for name, value in self.fields.items() if name not in ("label", "labels")}
 
 
-class Skipped(Exception):
+class SkippedRow(Exception):
     """A whole row that teaches nothing; its argument is the reason under which it is counted."""
 
 
-def make_example(kind: str, values: Mapping[str, Any], place: str) -> Example:
+def make_example(kind: str, values: Mapping[str, Any], location: str) -> Example:
     """The example that a row of `kind` is; `values` are by role.
 
     Raises `DataError` with `place` for what cannot be, and `Skipped` for a row from which nothing can be learnt.
     """
-    fields, texts = _MAKERS[kind](values, place)
+    fields, texts = _PARSERS[kind](values, location)
     text = "\n".join(texts)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"the row holds half a surrogate pair ({error.object[error.start]!a})",
-            where=place,
+            where=location,
             expected="text that can be written as UTF-8",
         ) from None
     return Example(kind, MappingProxyType(fields), text)
 
 
-_Made = tuple[dict[str, Any], list[str]]
+_ParsedFields = tuple[dict[str, Any], list[str]]
 
 
-def _completion(values: Mapping[str, Any], place: str) -> _Made:
-    prompt, completion = (_string(values, role, place) for role in ("prompt", "completion"))
-    _refuse_blank(completion, "empty answer")
-    return {"prompt": prompt, "completion": completion, **_references(values, place)}, [prompt, completion]
+def _completion(values: Mapping[str, Any], location: str) -> _ParsedFields:
+    prompt, completion = (_string(values, role, location) for role in ("prompt", "completion"))
+    _require_text(completion, "empty answer")
+    return {"prompt": prompt, "completion": completion, **_references(values, location)}, [prompt, completion]
 
 
-def _references(values: Mapping[str, Any], place: str) -> dict[str, tuple[str, ...]]:
+def _references(values: Mapping[str, Any], location: str) -> dict[str, tuple[str, ...]]:
     """Other answers that are as good, given as a text or as a list of texts; nothing when there are none."""
     given = values.get("references")
-    texts = [given] if isinstance(given, str) else _list(given or [], "references", place)
+    texts = [given] if isinstance(given, str) else _list(given or [], "references", location)
     for text in texts:
         if not isinstance(text, str):
-            raise DataError(f"`references` holds {named(text)}", where=place, expected="texts")
+            raise DataError(f"`references` holds {describe_value(text)}", where=location, expected="texts")
     kept = tuple(text for text in texts if text.strip())
     return {"references": kept} if kept else {}
 
 
-def _pair(values: Mapping[str, Any], place: str) -> _Made:
+def _pair(values: Mapping[str, Any], location: str) -> _ParsedFields:
     if "translation" in values:
-        values = _two_languages(values["translation"], place)
-    texts = {role: _string(values, role, place) for role in values if role != "references"}
+        values = _translation(values["translation"], location)
+    texts = {role: _string(values, role, location) for role in values if role != "references"}
     source, target = texts.values()
-    _refuse_blank(source, "empty source")
-    _refuse_blank(target, "empty answer")
-    return {"source": source, "target": target, **texts, **_references(values, place)}, [source, target]
+    _require_text(source, "empty source")
+    _require_text(target, "empty answer")
+    return {"source": source, "target": target, **texts, **_references(values, location)}, [source, target]
 
 
-def _two_languages(value: Any, place: str) -> Mapping[str, Any]:
+def _translation(value: Any, location: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or len(value) != 2:
         raise DataError(
-            f"`translation` is {named(value)}"
+            f"`translation` is {describe_value(value)}"
             + (f" with {len(value)} languages" if isinstance(value, Mapping) else ""),
-            where=place,
+            where=location,
             expected='a text in two languages, {"en": ..., "de": ...}, the source first',
             way_out="name them with columns: {source: translation.en, target: translation.de}",
         )
     return value
 
 
-def _labelled(values: Mapping[str, Any], place: str) -> _Made:
+def _labelled(values: Mapping[str, Any], location: str) -> _ParsedFields:
     fields: dict[str, Any] = {}
     for role in values:
         if role not in ("label", "labels"):
-            fields[role] = _string(values, role, place)
-            _refuse_blank(fields[role], "empty text")
+            fields[role] = _string(values, role, location)
+            _require_text(fields[role], "empty text")
     texts = list(fields.values())
     if "labels" in values:
         labels = values["labels"]
         if labels is None:
-            raise Skipped("no label")
-        fields["labels"] = tuple(_name(item, "labels", place) for item in _list(labels, "labels", place))
+            raise SkippedRow("no label")
+        fields["labels"] = tuple(_name(item, "labels", location) for item in _list(labels, "labels", location))
     else:
-        fields["label"] = _label(values["label"], place)
+        fields["label"] = _label(values["label"], location)
     return fields, texts
 
 
-def _tagged(values: Mapping[str, Any], place: str) -> _Made:
+def _tagged(values: Mapping[str, Any], location: str) -> _ParsedFields:
     role = next(role for role in values if role != "tokens")
-    words = [_word(item, place) for item in _list(values["tokens"] or [], "tokens", place)]
-    tags = [_name(item, role, place) for item in _list(values[role] or [], role, place)]
+    words = [_word(item, location) for item in _list(values["tokens"] or [], "tokens", location)]
+    tags = [_name(item, role, location) for item in _list(values[role] or [], role, location)]
     if len(words) != len(tags):
         raise DataError(
             f"{len(words):,} words in `tokens` and {len(tags):,} tags in `{role}`",
-            where=place,
+            where=location,
             expected="one tag for each word",
         )
     if not any(word.strip() for word in words):
-        raise Skipped("no words")
+        raise SkippedRow("no words")
     return {"tokens": tuple(words), "tags": tuple(tags)}, [" ".join(words)]
 
 
 # --- conversations ------------------------------------------------------------------------------------
 
-_ROLE_OF = {
+_CHAT_ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
@@ -276,81 +276,85 @@ _ROLE_OF = {
 }
 
 
-def _chat(values: Mapping[str, Any], place: str) -> _Made:
+def _chat(values: Mapping[str, Any], location: str) -> _ParsedFields:
     column = "messages" if "messages" in values else "conversations"
-    given = _list(values[column] or [], column, place)
-    messages = [_message(item, f"`{column}` {number}", place) for number, item in enumerate(given, 1)]
-    system = _string(values, "system", place)
+    given = _list(values[column] or [], column, location)
+    messages = [_message(item, f"`{column}` {number}", location) for number, item in enumerate(given, 1)]
+    system = _string(values, "system", location)
     if system.strip() and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system})
     # What stands behind the last answer can teach nothing: no answer follows from it.
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
-        raise Skipped("no answer")
+        raise SkippedRow("no answer")
     if next(message["role"] for message in messages if message["role"] != "system") == "assistant":
-        raise Skipped("an answer before any question")
+        raise SkippedRow("an answer before any question")
     for message in messages:
         if message["role"] == "assistant" and not message.get("tool_calls"):
-            _refuse_blank(message["content"], "empty answer")
+            _require_text(message["content"], "empty answer")
     fields: dict[str, Any] = {"messages": tuple(messages)}
-    if tools := _tools(values.get("tools"), place):
+    if tools := _tools(values.get("tools"), location):
         fields["tools"] = tools
-    return fields, [_words(message) for message in messages]
+    return fields, [_message_text(message) for message in messages]
 
 
-def _message(value: Any, name: str, place: str) -> dict[str, Any]:
+def _message(value: Any, name: str, location: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise DataError(f"{name} is {named(value)}", where=place, expected='{"role": ..., "content": ...}')
+        raise DataError(f"{name} is {describe_value(value)}", where=location, expected='{"role": ..., "content": ...}')
     given = {key: item for key, item in value.items() if item is not None}  # Parquet fills in what is not there
     role = given.pop("role", given.pop("from", None))
     content = given.pop("content", given.pop("value", ""))
     if not isinstance(role, str):
-        raise DataError(f"{name} has no role", where=place, expected='{"role": ..., "content": ...}')
-    if role not in _ROLE_OF:
+        raise DataError(f"{name} has no role", where=location, expected='{"role": ..., "content": ...}')
+    if role not in _CHAT_ROLES:
         raise DataError(
             f"{name} has the role '{role[:40]}'",
-            where=place,
+            where=location,
             expected="system, user, assistant or tool; in ShareGPT's words system, human, gpt or observation",
-            way_out=nearest(role, _ROLE_OF),
+            way_out=suggest_nearest(role, _CHAT_ROLES),
         )
     if isinstance(content, list):
-        content = "".join(_part(part, name, place) for part in content)
+        content = "".join(_content_text(part, name, location) for part in content)
     if not isinstance(content, str):
-        raise DataError(f"{name} has {named(content)} for its content", where=place, expected="text")
-    return {"role": _ROLE_OF[role], "content": content, **given}
+        raise DataError(f"{name} has {describe_value(content)} for its content", where=location, expected="text")
+    return {"role": _CHAT_ROLES[role], "content": content, **given}
 
 
-def _part(part: Any, name: str, place: str) -> str:
+def _content_text(part: Any, name: str, location: str) -> str:
     if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    raise DataError(f"{name} has content that is not text", where=place, expected='parts {"type": "text", "text": ...}')
+    raise DataError(
+        f"{name} has content that is not text", where=location, expected='parts {"type": "text", "text": ...}'
+    )
 
 
-def _tools(value: Any, place: str) -> list[Any]:
+def _tools(value: Any, location: str) -> list[Any]:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise DataError("`tools` is no JSON", where=place, expected="a list of tools, or JSON of one") from None
+            raise DataError("`tools` is no JSON", where=location, expected="a list of tools, or JSON of one") from None
     if not value:
         return []
-    return _list(value, "tools", place)
+    return _list(value, "tools", location)
 
 
-def _words(message: Mapping[str, Any]) -> str:
+def _message_text(message: Mapping[str, Any]) -> str:
     calls = message.get("tool_calls")
     return message["content"] + (json.dumps(calls, sort_keys=True, default=str) if calls else "")
 
 
-def _instruction(values: Mapping[str, Any], place: str) -> _Made:
+def _instruction(values: Mapping[str, Any], location: str) -> _ParsedFields:
     instruction, given, output, system = (
-        _string(values, role, place) for role in ("instruction", "input", "output", "system")
+        _string(values, role, location) for role in ("instruction", "input", "output", "system")
     )
     question = "\n\n".join(part for part in (instruction, given) if part.strip())
-    _refuse_blank(question, "empty instruction")
-    _refuse_blank(output, "empty answer")
-    turns = [(_string(turn, 0, place), _string(turn, 1, place)) for turn in _history(values.get("history"), place)]
+    _require_text(question, "empty instruction")
+    _require_text(output, "empty answer")
+    turns = [
+        (_string(turn, 0, location), _string(turn, 1, location)) for turn in _history(values.get("history"), location)
+    ]
     messages = [{"role": "system", "content": system}] if system.strip() else []
     for asked, answered in (*turns, (question, output)):
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -359,38 +363,40 @@ def _instruction(values: Mapping[str, Any], place: str) -> _Made:
         "input": given,
         "output": output,
         "messages": tuple(messages),
-        **_references(values, place),
+        **_references(values, location),
     }
     return fields, [message["content"] for message in messages]
 
 
-def _history(value: Any, place: str) -> list[dict[int, Any]]:
-    turns = _list(value or [], "history", place)
+def _history(value: Any, location: str) -> list[dict[int, Any]]:
+    turns = _list(value or [], "history", location)
     for turn in turns:
         if not isinstance(turn, list) or len(turn) != 2:
-            raise DataError(f"`history` holds {named(turn)}", where=place, expected="pairs of a question and an answer")
+            raise DataError(
+                f"`history` holds {describe_value(turn)}", where=location, expected="pairs of a question and an answer"
+            )
     return [dict(enumerate(turn)) for turn in turns]
 
 
 # --- questions ------------------------------------------------------------------------------------------
 
 
-def _question(values: Mapping[str, Any], place: str) -> _Made:
-    question, context = (_string(values, role, place) for role in ("question", "context"))
-    _refuse_blank(question, "empty question")
+def _question(values: Mapping[str, Any], location: str) -> _ParsedFields:
+    question, context = (_string(values, role, location) for role in ("question", "context"))
+    _require_text(question, "empty question")
     role = "answers" if "answers" in values else "answer"
-    found = _answers(values[role], role, place)
+    found = _answers(values[role], role, location)
     if not found:
-        raise Skipped("no answer")
+        raise SkippedRow("no answer")
     answers = tuple(dict.fromkeys(answer for answer in found if answer.strip()))
     if not answers:
-        raise Skipped("empty answer")
+        raise SkippedRow("empty answer")
     answer, *others = answers
     fields = {"question": question, "context": context, "answer": answer}
     return fields | ({"references": tuple(others)} if others else {}), [question, context, answer]
 
 
-def _answers(value: Any, role: str, place: str) -> list[str]:
+def _answers(value: Any, role: str, location: str) -> list[str]:
     """All answers that are right, given as a text, a list, or SQuAD's `{"text": [...], "answer_start": [...]}`."""
     if isinstance(value, Mapping):
         value, role = value.get("text"), f"{role}.text"
@@ -399,10 +405,10 @@ def _answers(value: Any, role: str, place: str) -> list[str]:
     if isinstance(value, str):
         return [value]
     out: list[str] = []
-    for item in _list(value, role, place):
+    for item in _list(value, role, location):
         text = item.get("text") if isinstance(item, Mapping) else item
         if not isinstance(text, str):
-            raise DataError(f"`{role}` holds {named(text)}", where=place, expected="texts")
+            raise DataError(f"`{role}` holds {describe_value(text)}", where=location, expected="texts")
         out.append(text)
     return out
 
@@ -410,41 +416,43 @@ def _answers(value: Any, role: str, place: str) -> list[str]:
 # --- questions with choices ---------------------------------------------------------------------------
 
 
-def _choices(values: Mapping[str, Any], place: str) -> _Made:
-    question = _string(values, "question", place)
-    _refuse_blank(question, "empty question")
-    texts, names = _options(values["choices"], place)
+def _choices(values: Mapping[str, Any], location: str) -> _ParsedFields:
+    question = _string(values, "question", location)
+    _require_text(question, "empty question")
+    texts, names = _options(values["choices"], location)
     if not 2 <= len(texts) <= len(string.ascii_uppercase):
-        raise DataError(f"{len(texts)} choices", where=place, expected=f"2 to {len(string.ascii_uppercase)}")
+        raise DataError(f"{len(texts)} choices", where=location, expected=f"2 to {len(string.ascii_uppercase)}")
     role = "answer" if "answer" in values else "answerKey"
-    answer = _answer(values[role], texts, names, place)
+    answer = _answer(values[role], texts, names, location)
     return {"question": question, "choices": tuple(texts), "answer": answer}, [question, *texts]
 
 
-def _options(value: Any, place: str) -> tuple[list[str], list[str]]:
+def _options(value: Any, location: str) -> tuple[list[str], list[str]]:
     """The texts of the choices, and the names that the row gives them, if it gives any."""
     if isinstance(value, Mapping):
-        texts, names = _list(value.get("text"), "choices.text", place), value.get("label")
+        texts, names = _list(value.get("text"), "choices.text", location), value.get("label")
     else:
-        texts, names = _list(value, "choices", place), None
+        texts, names = _list(value, "choices", location), None
         if texts and all(isinstance(item, Mapping) for item in texts):
             names = [item.get("label") for item in texts]
             texts = [item.get("text") for item in texts]
     for text in texts:
         if not isinstance(text, str):
-            raise DataError(f"`choices` holds {named(text)}", where=place, expected="texts")
+            raise DataError(f"`choices` holds {describe_value(text)}", where=location, expected="texts")
     if names is not None and (not isinstance(names, list) or len(names) != len(texts)):
-        raise DataError("`choices` has other than one label for each text", where=place, expected="as many labels")
+        raise DataError("`choices` has other than one label for each text", where=location, expected="as many labels")
     return texts, [str(name) for name in names or []]
 
 
-def _answer(value: Any, texts: list[str], names: list[str], place: str) -> int:
+def _answer(value: Any, texts: list[str], names: list[str], location: str) -> int:
     """The index that an answer means, given as an index, a label, a letter or the text itself."""
     if value is None or value in ("", -1):
-        raise Skipped("no answer")
+        raise SkippedRow("no answer")
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise DataError(
-            f"the answer is {named(value)}", where=place, expected="an index, a letter or one of the choices"
+            f"the answer is {describe_value(value)}",
+            where=location,
+            expected="an index, a letter or one of the choices",
         )
     found: list[int]
     if isinstance(value, int):
@@ -458,14 +466,14 @@ def _answer(value: Any, texts: list[str], names: list[str], place: str) -> int:
         found += [int(value)] if re.fullmatch(r"\d{1,2}", value) and int(value) < len(texts) else []
     if len(set(found)) != 1:
         met = f"the answer {str(value)[:40]!r} is {'none' if not found else 'more than one'} of the choices"
-        raise DataError(met, where=place, expected="an index from 0, a letter from A, or the text of one choice")
+        raise DataError(met, where=location, expected="an index from 0, a letter from A, or the text of one choice")
     return found[0]
 
 
 # --- single values ------------------------------------------------------------------------------------
 
 
-def named(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """What a value is, in words."""
     match value:
         case None:
@@ -483,52 +491,54 @@ def named(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _string(values: Mapping[Any, Any], role: str | int, place: str) -> str:
+def _string(values: Mapping[Any, Any], role: str | int, location: str) -> str:
     value = values.get(role)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"`{role}` is {named(value)}", where=place, expected="text")
+        raise DataError(f"`{role}` is {describe_value(value)}", where=location, expected="text")
     return value
 
 
-def _list(value: Any, role: str, place: str) -> list[Any]:
+def _list(value: Any, role: str, location: str) -> list[Any]:
     if not isinstance(value, list):
-        raise DataError(f"`{role}` is {named(value)}", where=place, expected="a list")
+        raise DataError(f"`{role}` is {describe_value(value)}", where=location, expected="a list")
     return value
 
 
-def _refuse_blank(text: str, reason: str) -> None:
+def _require_text(text: str, reason: str) -> None:
     if not text or text.isspace():
-        raise Skipped(reason)
+        raise SkippedRow(reason)
 
 
-def _word(value: Any, place: str) -> str:
+def _word(value: Any, location: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"`tokens` holds {named(value)}", where=place, expected="a list of words")
+        raise DataError(f"`tokens` holds {describe_value(value)}", where=location, expected="a list of words")
     return value
 
 
-def _name(value: Any, role: str, place: str) -> str | int:
+def _name(value: Any, role: str, location: str) -> str | int:
     """A label that is a name: of a tag, or of one of several classes."""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(f"`{role}` holds {named(value)}", where=place, expected="a list of names or whole numbers")
+        raise DataError(
+            f"`{role}` holds {describe_value(value)}", where=location, expected="a list of names or whole numbers"
+        )
     return value
 
 
-def _label(value: Any, place: str) -> Label:
+def _label(value: Any, location: str) -> Label:
     if value is None or value == "":
-        raise Skipped("no label")
+        raise SkippedRow("no label")
     if isinstance(value, bool):
         return int(value)
     if not isinstance(value, str | int | float):
-        raise DataError(f"`label` is {named(value)}", where=place, expected="a name or a number")
+        raise DataError(f"`label` is {describe_value(value)}", where=location, expected="a name or a number")
     if isinstance(value, float) and not math.isfinite(value):
-        raise DataError(f"`label` is {named(value)}", where=place, expected="a number that is one")
+        raise DataError(f"`label` is {describe_value(value)}", where=location, expected="a number that is one")
     return value
 
 
-_MAKERS: Mapping[str, Callable[[Mapping[str, Any], str], _Made]] = MappingProxyType(
+_PARSERS: Mapping[str, Callable[[Mapping[str, Any], str], _ParsedFields]] = MappingProxyType(
     {
         "chat": _chat,
         "instruction": _instruction,
@@ -568,7 +578,7 @@ class Labels:
             raise DataError(
                 f"the label {name!r} is none of the {len(self.names):,} known ones",
                 expected=", ".join(map(str, self.names[:12])) + (" ..." if len(self.names) > 12 else ""),
-                way_out=nearest(str(name), map(str, self.names)),
+                way_out=suggest_nearest(str(name), map(str, self.names)),
             )
         return found
 
@@ -593,7 +603,7 @@ class Labels:
         return {name: index for index, name in enumerate(self.names)}
 
 
-def labels_in(examples: Iterable[tuple[Example, str]], where: str = "") -> Labels:
+def collect_labels(examples: Iterable[tuple[Example, str]], where: str = "") -> Labels:
     """The labels that examples (each with its place) have: names sorted, whole numbers in their order.
 
     A single label that is anywhere a number with a point makes all of them numbers. Raises `DataError` with the place
@@ -602,19 +612,19 @@ def labels_in(examples: Iterable[tuple[Example, str]], where: str = "") -> Label
     problem, sort, numbers = "", "", False
     names: set[Label] = set()
     for example, place in examples:
-        here, given = _given(example)
+        here, given = _example_labels(example)
         if here != (problem := problem or here):
-            raise _other(f"`{here}`", f"`{problem}`", place)
+            raise _mixed_labels_error(f"`{here}`", f"`{problem}`", place)
         for name in given:
             its = "text" if isinstance(name, str) else "a number"
             if its != (sort := sort or its):
-                raise _other(f"{name!r}, {its}", sort, place)
+                raise _mixed_labels_error(f"{name!r}, {its}", sort, place)
             numbers |= isinstance(name, float)
             if not numbers:
                 names.add(name)
-        if len(names) > MOST_LABELS and not numbers:
+        if len(names) > MAX_LABELS and not numbers:
             raise DataError(
-                f"more than {MOST_LABELS:,} different labels",
+                f"more than {MAX_LABELS:,} different labels",
                 where=place,
                 expected="classes",
                 way_out="write a label that is a quantity with a point: 3.0",
@@ -624,21 +634,23 @@ def labels_in(examples: Iterable[tuple[Example, str]], where: str = "") -> Label
     return Labels("number") if numbers else Labels(problem, tuple(sorted(names)))  # type: ignore[type-var]
 
 
-def joined(every: Iterable[Labels]) -> Labels:
+def merge_labels(label_sets: Iterable[Labels]) -> Labels:
     """The labels of several sources together. Raises `DataError` when they are of different sorts."""
     problems, names = set(), set()
-    for labels in every:
+    for labels in label_sets:
         problems.add(labels.problem)
         names.update(labels.names)
     sorts = {type(name) for name in names}
     if problems == {"class", "number"} and sorts == {int}:
         return Labels("number")
     if len(problems) > 1 or len(sorts) > 1:
-        raise _other(" and ".join(f"`{problem}`" for problem in sorted(problems)), "labels of other sources")
+        raise _mixed_labels_error(
+            " and ".join(f"`{problem}`" for problem in sorted(problems)), "labels of other sources"
+        )
     return Labels(problems.pop(), tuple(sorted(names)))
 
 
-def _given(example: Example) -> tuple[str, Sequence[Label]]:
+def _example_labels(example: Example) -> tuple[str, Sequence[Label]]:
     """What sort of labels an example has, and which."""
     if example.kind == "tagged":
         return "tags", example.fields["tags"]
@@ -647,16 +659,16 @@ def _given(example: Example) -> tuple[str, Sequence[Label]]:
     return "class", (example.fields["label"],)
 
 
-def _other(met: str, before: str, place: str = "") -> DataError:
+def _mixed_labels_error(label: str, earlier: str, location: str = "") -> DataError:
     return DataError(
-        f"a label that is {met} after labels that are {before}", where=place, expected="labels of one sort"
+        f"a label that is {label} after labels that are {earlier}", where=location, expected="labels of one sort"
     )
 
 
 # --- renderers ----------------------------------------------------------------------------------------
 
 
-class Rendered(NamedTuple):
+class RenderedExample(NamedTuple):
     """An example as text: pieces with the mark that their tokens get, and the numbers that say its label.
 
     Where `joint`, the pieces are one running text, tokenised as a whole, and a token gets the greatest mark of its
@@ -666,8 +678,8 @@ class Rendered(NamedTuple):
 
     pieces: tuple[tuple[str, int], ...]
     values: tuple[float, ...] = ()
-    joint: bool = True
-    words: bool = False
+    is_joint: bool = True
+    mark_first_token: bool = False
 
 
 class Renderer(Protocol):
@@ -685,6 +697,6 @@ class Renderer(Protocol):
     @property
     def width(self) -> int: ...
 
-    def render(self, example: Example) -> Rendered:
+    def render(self, example: Example) -> RenderedExample:
         """Raises `DataError` (without a place, which whoever calls knows) for an example it cannot render."""
         ...

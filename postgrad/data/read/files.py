@@ -23,11 +23,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
-from postgrad.errors import DataError, MissingExtra, nearest
+from postgrad.errors import DataError, MissingExtra, suggest_nearest
 
-KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
+FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
-TEXT_KINDS = (".txt", ".md")
+TEXT_SUFFIXES = (".txt", ".md")
 
 LINE_CAP = 128 * 2**20
 """Bytes in one line: more is a broken file, not a document."""
@@ -43,12 +43,12 @@ _ZST_FEED = 2**11
 """A compressed byte of zstandard can stand for 32,768: feeding 2 KiB bounds what one call can return."""
 _BOMB_RATIO, _BOMB_BYTES = 200, 2**30
 
-Seen = Callable[[int], None]
+ReadCallback = Callable[[int], None]
 """Told how many more bytes of the file on disk have been read."""
 
 
 @dataclass(frozen=True)
-class HubRows:
+class HubDataset:
     """A data set of the Hugging Face Hub (or a folder that `datasets.load_dataset` understands)."""
 
     name: str
@@ -58,7 +58,7 @@ class HubRows:
 
 
 @dataclass(frozen=True)
-class Source:
+class RawSource:
     """One source of a mixture: where its rows are, and how they become documents.
 
     `path` (relative to `root`) or `hub` is given, never both. `columns` renames (`{"text": "abstract"}`);
@@ -69,13 +69,13 @@ class Source:
 
     name: str
     path: str | None = None
-    hub: HubRows | None = None
+    hub: HubDataset | None = None
     columns: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     documents: str = "auto"
     root: Path = Path()
     where: str = "data.sources"
     kind: str = "auto"
-    only: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    row_filter: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.hub is None):
@@ -94,7 +94,7 @@ class Line(NamedTuple):
     text: str
 
 
-class Row(NamedTuple):
+class Record(NamedTuple):
     """A record and its place: `file:line`, or `file:row` for Parquet, JSON and Hub rows; both from 1."""
 
     values: Mapping[str, Any]
@@ -102,20 +102,20 @@ class Row(NamedTuple):
     number: int
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.file}:{self.number}"
 
 
 # --- finding files -------------------------------------------------------------------------------------
 
 
-def kind_of(file: Path) -> str:
+def file_suffix(file: Path) -> str:
     """The suffix that says how to read `file`, without its compression; empty when it is none of `KINDS`."""
     name = file.name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
     suffix = Path(name).suffix
-    return suffix if suffix in KINDS else ""
+    return suffix if suffix in FILE_SUFFIXES else ""
 
 
 def find_files(path: str, root: Path, where: str) -> list[Path]:
@@ -129,35 +129,35 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
     given = root / Path(path).expanduser()
     try:
         if given.is_dir():
-            met = _walk(given)
+            met = _walk_files(given)
         elif given.exists():
             met = [given]
         else:
             pattern = str(Path(glob.escape(str(root))) / Path(path).expanduser())
             met = [Path(name) for name in glob.glob(pattern, recursive=True)]
             met = [file for file in met if not file.is_dir()]
-        found = sorted({file for file in met if kind_of(file) and file.is_file()}, key=lambda file: file.parts)
+        found = sorted({file for file in met if file_suffix(file) and file.is_file()}, key=lambda file: file.parts)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {_reason(error)}", where=where) from None
+        raise DataError(f"{path} cannot be read: {_error_reason(error)}", where=where) from None
     if found:
         return found
     if met:
         raise DataError(
-            f"{path} holds no file of a known kind (met: {_few(file.name for file in sorted(met))})",
+            f"{path} holds no file of a known kind (met: {_format_names(file.name for file in sorted(met))})",
             where=where,
-            expected=f"{' '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)}",
+            expected=f"{' '.join(FILE_SUFFIXES)}, each also with {' or '.join(COMPRESSIONS)}",
         )
     if given.is_dir():
-        raise DataError(f"the folder {path} holds no files", where=where, expected=f"files: {' '.join(KINDS)}")
+        raise DataError(f"the folder {path} holds no files", where=where, expected=f"files: {' '.join(FILE_SUFFIXES)}")
     raise DataError(
         f"no file matches {path}",
         where=where,
         expected="a file, a folder or a pattern",
-        way_out=_neighbours(given),
+        way_out=_path_hint(given),
     )
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk_files(folder: Path) -> list[Path]:
     files: list[Path] = []
     for here, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -165,7 +165,7 @@ def _walk(folder: Path) -> list[Path]:
     return files
 
 
-def _neighbours(missing: Path) -> str:
+def _path_hint(missing: Path) -> str:
     """A hint: the near name beside the missing one, or what is there."""
     parent = missing.parent
     while not parent.is_dir() and parent != parent.parent:
@@ -174,58 +174,62 @@ def _neighbours(missing: Path) -> str:
         names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
     except OSError:
         return ""
-    return nearest(missing.name, names) or (f"{parent} holds {_few(names)}" if names else f"{parent} is empty")
+    return suggest_nearest(missing.name, names) or (
+        f"{parent} holds {_format_names(names)}" if names else f"{parent} is empty"
+    )
 
 
-def _few(names: Collection[str] | Iterator[str], most: int = 6) -> str:
+def _format_names(names: Collection[str] | Iterator[str], limit: int = 6) -> str:
     listed = list(names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
-def _reason(error: BaseException) -> str:
+def _error_reason(error: BaseException) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
 # --- bytes ---------------------------------------------------------------------------------------------
 
 
-class _Broken(Exception):
+class _BrokenStream(Exception):
     """A stream that cannot be read on; the reader above knows the line and turns it into a `DataError`."""
 
 
-def _ignore(_: int) -> None:
+def _ignore_progress(_: int) -> None:
     pass
 
 
-def _blocks(file: Path, seen: Seen) -> Iterator[bytes]:
+def _read_blocks(file: Path, on_read: ReadCallback) -> Iterator[bytes]:
     """The bytes of `file` with its compression taken off, at most a few MiB at a time."""
     suffix = file.suffix.lower()
     try:
         with open(file, "rb") as raw:
-            reader = {".gz": _gunzip, ".zst": _unzst}.get(suffix, _plain)
+            reader = {".gz": _read_gzip, ".zst": _read_zstd}.get(suffix, _read_plain)
             done = 0
             for block in reader(raw):
                 if block:
                     yield block
-                seen((at := raw.tell()) - done)
+                on_read((at := raw.tell()) - done)
                 done = at
     except (OSError, EOFError, zlib.error) as error:
         cut = isinstance(error, EOFError)
-        raise _Broken("the compressed file is cut off" if cut else f"cannot be read: {_reason(error)}") from None
+        raise _BrokenStream(
+            "the compressed file is cut off" if cut else f"cannot be read: {_error_reason(error)}"
+        ) from None
 
 
-def _plain(raw: IO[bytes]) -> Iterator[bytes]:
+def _read_plain(raw: IO[bytes]) -> Iterator[bytes]:
     while block := raw.read(_BLOCK):
         yield block
 
 
-def _gunzip(raw: IO[bytes]) -> Iterator[bytes]:
+def _read_gzip(raw: IO[bytes]) -> Iterator[bytes]:
     with gzip.GzipFile(fileobj=raw) as stream:
         while block := stream.read1(_BLOCK):  # what is whole comes before the error behind it
             yield block
 
 
-def _unzst(raw: IO[bytes]) -> Iterator[bytes]:
+def _read_zstd(raw: IO[bytes]) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
@@ -249,14 +253,14 @@ def _unzst(raw: IO[bytes]) -> Iterator[bytes]:
 # --- lines ---------------------------------------------------------------------------------------------
 
 
-def read_lines(file: Path, seen: Seen = _ignore) -> Iterator[Line]:
+def read_lines(file: Path, on_read: ReadCallback = _ignore_progress) -> Iterator[Line]:
     """The lines of a text file, each with its end, so that joined together they are the file (less its BOM).
 
     A line ends at `\\n`. Raises `DataError` with `file:line` for bytes that are not UTF-8, a NUL, a line
     above `LINE_CAP` or a compressed file that is cut off.
     """
     number = 0
-    for number, line in enumerate(_byte_lines(file, seen), 1):
+    for number, line in enumerate(_byte_lines(file, on_read), 1):
         if number == 1:
             _refuse_utf16(line, file)
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -265,16 +269,16 @@ def read_lines(file: Path, seen: Seen = _ignore) -> Iterator[Line]:
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            raise _not_utf8(file, number, line[error.start], error.start + 1) from None
+            raise _not_utf8_error(file, number, line[error.start], error.start + 1) from None
         if "\0" in text:
             raise DataError("a NUL character: this is not a text file", where=f"{file}:{number}", expected="UTF-8 text")
         yield Line(number, text)
 
 
-def _byte_lines(file: Path, seen: Seen) -> Iterator[bytes]:
+def _byte_lines(file: Path, on_read: ReadCallback) -> Iterator[bytes]:
     number, pending, size = 1, [], 0
     try:
-        for block in _blocks(file, seen):
+        for block in _read_blocks(file, on_read):
             start = 0
             if pending:
                 end = block.find(b"\n") + 1
@@ -282,12 +286,12 @@ def _byte_lines(file: Path, seen: Seen) -> Iterator[bytes]:
                 size += len(pending[-1])
                 if size > LINE_CAP:
                     pending = []
-                    raise _Broken(f"a line of more than {LINE_CAP:,} bytes")
+                    raise _BrokenStream(f"a line of more than {LINE_CAP:,} bytes")
                 if not end:
                     continue
                 yield b"".join(pending)
                 number, pending, size, start = number + 1, [], 0, end
-            lines = block[start:].splitlines(keepends=True) if b"\r" not in block else _split(block[start:])
+            lines = block[start:].splitlines(keepends=True) if b"\r" not in block else _split_lines(block[start:])
             if lines and not lines[-1].endswith(b"\n"):
                 pending = [lines.pop()]
                 size = len(pending[0])
@@ -296,11 +300,11 @@ def _byte_lines(file: Path, seen: Seen) -> Iterator[bytes]:
                 number += 1
         if pending:
             yield b"".join(pending)
-    except _Broken as error:
+    except _BrokenStream as error:
         raise DataError(str(error), where=f"{file}:{number}", expected="a whole, readable file") from None
 
 
-def _split(block: bytes) -> list[bytes]:
+def _split_lines(block: bytes) -> list[bytes]:
     """Lines that end at `\\n` only: `splitlines` would also end them at a lone `\\r`."""
     lines = [line + b"\n" for line in block.split(b"\n")]
     lines[-1] = lines[-1][:-1]
@@ -317,7 +321,7 @@ def _refuse_utf16(start: bytes, file: Path) -> None:
         )
 
 
-def _not_utf8(file: Path, line: int, byte: int, column: int) -> DataError:
+def _not_utf8_error(file: Path, line: int, byte: int, column: int) -> DataError:
     return DataError(
         f"byte 0x{byte:02x} at position {column} is not UTF-8",
         where=f"{file}:{line}",
@@ -329,36 +333,38 @@ def _not_utf8(file: Path, line: int, byte: int, column: int) -> DataError:
 # --- rows ----------------------------------------------------------------------------------------------
 
 
-def read_rows(file: Path, wanted: Collection[str] | None = None, seen: Seen = _ignore) -> Iterator[Row]:
+def read_records(
+    file: Path, column_names: Collection[str] | None = None, on_read: ReadCallback = _ignore_progress
+) -> Iterator[Record]:
     """The records of `file`, one at a time; a text file gives a row `{"text": line}` for each line.
 
     `wanted` names the columns that will be looked at (Parquet reads no other). `seen` is told of the bytes
     read. Raises `DataError` with the place of whatever cannot be read.
     """
-    kind = kind_of(file)
-    if kind in TEXT_KINDS:
-        return (Row({"text": text}, str(file), number) for number, text in read_lines(file, seen))
+    kind = file_suffix(file)
+    if kind in TEXT_SUFFIXES:
+        return (Record({"text": text}, str(file), number) for number, text in read_lines(file, on_read))
     if kind == ".jsonl":
-        return _json_lines(file, seen)
+        return _read_json_lines(file, on_read)
     if kind == ".json":
-        return _json_values(file, seen)
+        return _read_json(file, on_read)
     if kind == ".csv":
-        return _csv_rows(file, seen)
+        return _read_csv(file, on_read)
     if kind == ".parquet":
-        return _parquet_rows(file, wanted, seen)
-    raise DataError(f"{file.name} is of no known kind", where=str(file), expected=" ".join(KINDS))
+        return _read_parquet(file, column_names, on_read)
+    raise DataError(f"{file.name} is of no known kind", where=str(file), expected=" ".join(FILE_SUFFIXES))
 
 
-def _object(value: object, file: str, number: int) -> Row:
+def _to_record(value: object, file: str, number: int) -> Record:
     if not isinstance(value, dict):
         names = ((list, "a list"), (str, "a string"), (type(None), "null"), (bool, "true or false"))
         name = next((name for kind, name in names if isinstance(value, kind)), "a number")
         expected = 'an object, {"text": ...}'
         raise DataError(f"{name} instead of a record", where=f"{file}:{number}", expected=expected)
-    return Row(value, file, number)
+    return Record(value, file, number)
 
 
-def _json_trouble(error: Exception) -> str:
+def _json_error_message(error: Exception) -> str:
     """What a JSON parser's exception means: broken syntax, absurd nesting, or a number too long to read."""
     if isinstance(error, RecursionError):
         return "the JSON is nested too deeply"
@@ -367,9 +373,9 @@ def _json_trouble(error: Exception) -> str:
     return "a number of thousands of digits"
 
 
-def _json_lines(file: Path, seen: Seen) -> Iterator[Row]:
+def _read_json_lines(file: Path, on_read: ReadCallback) -> Iterator[Record]:
     name, parse = str(file), json.JSONDecoder().decode
-    for number, text in read_lines(file, seen):
+    for number, text in read_lines(file, on_read):
         if not text.strip():
             continue
         try:
@@ -377,109 +383,111 @@ def _json_lines(file: Path, seen: Seen) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             column = f" (column {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else ""
             raise DataError(
-                _json_trouble(error) + column, where=f"{name}:{number}", expected="one JSON object a line"
+                _json_error_message(error) + column, where=f"{name}:{number}", expected="one JSON object a line"
             ) from None
-        yield _object(value, name, number)
+        yield _to_record(value, name, number)
 
 
-class _Text:
+class _TextWindow:
     """A window over the decoded text of a file that can be moved on and enlarged."""
 
-    def __init__(self, file: Path, seen: Seen) -> None:
-        self.file, self.window, self.at, self.line, self.ended = file, "", 0, 1, False
-        self._blocks = _blocks(file, seen)
+    def __init__(self, file: Path, on_read: ReadCallback) -> None:
+        self.file, self.window, self.offset, self.line, self.is_exhausted = file, "", 0, 1, False
+        self._blocks = _read_blocks(file, on_read)
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._first = True
+        self._is_first_block = True
 
-    def more(self) -> None:
+    def read_more(self) -> None:
         """Drops what lies behind `at` and reads on: at least as much again as is already held."""
-        self.line += self.window.count("\n", 0, self.at)
-        parts, self.at = [self.window[self.at :]], 0
+        self.line += self.window.count("\n", 0, self.offset)
+        parts, self.offset = [self.window[self.offset :]], 0
         held = goal = len(parts[0])
         try:
-            while held <= 2 * goal and not self.ended:
+            while held <= 2 * goal and not self.is_exhausted:
                 block = next(self._blocks, b"")
-                if self._first:
+                if self._is_first_block:
                     _refuse_utf16(block, self.file)
-                    self._first = False
-                self.ended = not block
-                parts.append(self._decoder.decode(block, final=self.ended))
+                    self._is_first_block = False
+                self.is_exhausted = not block
+                parts.append(self._decoder.decode(block, final=self.is_exhausted))
                 held += len(parts[-1])
-        except _Broken as error:
+        except _BrokenStream as error:
             line = self.line + sum(part.count("\n") for part in parts)
             raise DataError(str(error), where=f"{self.file}:{line}", expected="a whole, readable file") from None
         except UnicodeDecodeError as error:
             before = self.line + sum(part.count("\n") for part in parts)
             good = error.object[: error.start]
             column = error.start - good.rfind(b"\n")
-            raise _not_utf8(self.file, before + good.count(b"\n"), error.object[error.start], column) from None
+            raise _not_utf8_error(self.file, before + good.count(b"\n"), error.object[error.start], column) from None
         self.window = "".join(parts)
 
     def peek(self) -> str:
         """The next character that is not white space, or an empty string at the end of the file."""
         while True:
-            self.at = _SPACE.match(self.window, self.at).end()  # type: ignore[union-attr]
-            if self.at < len(self.window) or self.ended:
-                return self.window[self.at : self.at + 1]
-            self.more()
+            self.offset = _SPACE.match(self.window, self.offset).end()  # type: ignore[union-attr]
+            if self.offset < len(self.window) or self.is_exhausted:
+                return self.window[self.offset : self.offset + 1]
+            self.read_more()
 
-    def broken(self, met: str, at: int | None = None) -> DataError:
-        line = self.line + self.window.count("\n", 0, self.at if at is None else at)
-        return DataError(met, where=f"{self.file}:{line}", expected="an array of JSON objects, or one object a line")
+    def json_error(self, problem: str, offset: int | None = None) -> DataError:
+        line = self.line + self.window.count("\n", 0, self.offset if offset is None else offset)
+        return DataError(
+            problem, where=f"{self.file}:{line}", expected="an array of JSON objects, or one object a line"
+        )
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def _json_values(file: Path, seen: Seen) -> Iterator[Row]:
+def _read_json(file: Path, on_read: ReadCallback) -> Iterator[Record]:
     """The elements of one array, or objects one after another; never more than one of them in memory."""
-    text, parse, name, number = _Text(file, seen), json.JSONDecoder().raw_decode, str(file), 0
+    text, parse, name, number = _TextWindow(file, on_read), json.JSONDecoder().raw_decode, str(file), 0
     array = text.peek() == "["
     if array:
-        text.at += 1
+        text.offset += 1
         if text.peek() == "]":
-            text.at += 1
+            text.offset += 1
             array = False
     while following := text.peek():
         if array and number and following == "]":
-            text.at += 1
+            text.offset += 1
             array = False
             continue
         if array and number:
             if following != ",":
-                raise text.broken("broken JSON: Expecting ',' delimiter")
-            text.at += 1
+                raise text.json_error("broken JSON: Expecting ',' delimiter")
+            text.offset += 1
             text.peek()
         number += 1
         while True:
             try:
-                value, end = parse(text.window, text.at)
+                value, end = parse(text.window, text.offset)
             except json.JSONDecodeError as error:
                 # A value that runs beyond the window fails at its end, or as a string without an end.
                 runs_on = error.msg.startswith("Unterminated") or error.pos >= len(text.window) - 16
-                if text.ended or not runs_on:
-                    raise text.broken(_json_trouble(error), error.pos) from None
+                if text.is_exhausted or not runs_on:
+                    raise text.json_error(_json_error_message(error), error.pos) from None
             except (ValueError, RecursionError) as error:
-                raise text.broken(_json_trouble(error)) from None
+                raise text.json_error(_json_error_message(error)) from None
             else:
                 # A number at the end of the window may go on behind it.
-                if end < len(text.window) or text.ended:
+                if end < len(text.window) or text.is_exhausted:
                     break
-            if len(text.window) - text.at > VALUE_CAP:
-                raise text.broken(f"a JSON value of more than {VALUE_CAP:,} characters")
-            text.more()
-        row = _object(value, name, number)
-        text.at = end
+            if len(text.window) - text.offset > VALUE_CAP:
+                raise text.json_error(f"a JSON value of more than {VALUE_CAP:,} characters")
+            text.read_more()
+        row = _to_record(value, name, number)
+        text.offset = end
         del value
         yield row
     if array:
-        raise text.broken("broken JSON: the array has no end")
+        raise text.json_error("broken JSON: the array has no end")
 
 
-def _csv_rows(file: Path, seen: Seen) -> Iterator[Row]:
+def _read_csv(file: Path, on_read: ReadCallback) -> Iterator[Record]:
     name = str(file)
     csv.field_size_limit(max(FIELD_CAP, csv.field_size_limit()))  # of the process: the module has no other
-    table = csv.reader((line.text for line in read_lines(file, seen)), strict=True)
+    table = csv.reader((line.text for line in read_lines(file, on_read)), strict=True)
     header: list[str] | None = None
     start = 1
     while True:
@@ -501,7 +509,7 @@ def _csv_rows(file: Path, seen: Seen) -> Iterator[Row]:
             header = cells
             if len(set(header)) < len(header) or not all(header):
                 raise DataError(
-                    f"the header names a column twice or not at all: {_few(header)}",
+                    f"the header names a column twice or not at all: {_format_names(header)}",
                     where=f"{name}:{place}",
                     expected="one name for each column",
                 )
@@ -512,10 +520,10 @@ def _csv_rows(file: Path, seen: Seen) -> Iterator[Row]:
                 where=f"{name}:{place}",
                 expected=f"{len(header)} fields, as in the header",
             )
-        yield Row(dict(zip(header, cells, strict=True)), name, place)
+        yield Record(dict(zip(header, cells, strict=True)), name, place)
 
 
-def _parquet_rows(file: Path, wanted: Collection[str] | None, seen: Seen) -> Iterator[Row]:
+def _read_parquet(file: Path, column_names: Collection[str] | None, on_read: ReadCallback) -> Iterator[Record]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -525,10 +533,10 @@ def _parquet_rows(file: Path, wanted: Collection[str] | None, seen: Seen) -> Ite
         ) from None
     name, number = str(file), 0
     try:
-        with _on_disk(file) as raw:
+        with _open_unpacked(file) as raw:
             table = pyarrow.parquet.ParquetFile(raw, buffer_size=2**20, pre_buffer=False)
             rows = max(1, table.metadata.num_rows)
-            names = [column for column in table.schema_arrow.names if wanted is None or column in wanted]
+            names = [column for column in table.schema_arrow.names if column_names is None or column in column_names]
             groups = (table.metadata.row_group(index) for index in range(table.metadata.num_row_groups))
             held = sum(group.total_byte_size for group in groups)
             at_once = min(2048, max(1, 2**22 * rows // max(1, held)))  # about 4 MiB of rows
@@ -541,31 +549,31 @@ def _parquet_rows(file: Path, wanted: Collection[str] | None, seen: Seen) -> Ite
                     for index in range(batch.num_rows):
                         number += 1
                         cells = [column[index].as_py() for column in columns]
-                        yield Row(dict(zip(names, cells, strict=True)), name, number)
+                        yield Record(dict(zip(names, cells, strict=True)), name, number)
                     continue
                 for cells in zip(*values, strict=True) if names else [()] * batch.num_rows:
                     number += 1
-                    yield Row(dict(zip(names, cells, strict=True)), name, number)
-                seen(size * number // rows - size * (number - batch.num_rows) // rows)
+                    yield Record(dict(zip(names, cells, strict=True)), name, number)
+                on_read(size * number // rows - size * (number - batch.num_rows) // rows)
     except UnicodeDecodeError as error:
-        raise _not_utf8(file, number, error.object[error.start], error.start + 1) from None
-    except (_Broken, pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
+        raise _not_utf8_error(file, number, error.object[error.start], error.start + 1) from None
+    except (_BrokenStream, pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(
-            f"not a whole Parquet file: {_reason(error).splitlines()[0]}", where=f"{name}:{number + 1}"
+            f"not a whole Parquet file: {_error_reason(error).splitlines()[0]}", where=f"{name}:{number + 1}"
         ) from None
 
 
-def _on_disk(file: Path) -> IO[bytes]:
+def _open_unpacked(file: Path) -> IO[bytes]:
     """Parquet is read from its end, so a compressed one is unpacked into a file that has no name."""
     if file.suffix.lower() not in COMPRESSIONS:
         return open(file, "rb")
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
     try:
         written, most = 0, max(_BOMB_BYTES, _BOMB_RATIO * file.stat().st_size)
-        for block in _blocks(file, _ignore):
+        for block in _read_blocks(file, _ignore_progress):
             written += len(block)
             if written > most:
-                raise _Broken(f"it unpacks to more than {_BOMB_RATIO} times its size")
+                raise _BrokenStream(f"it unpacks to more than {_BOMB_RATIO} times its size")
             spool.write(block)
         spool.seek(0)
     except BaseException:
@@ -577,7 +585,7 @@ def _on_disk(file: Path) -> IO[bytes]:
 # --- the Hub -------------------------------------------------------------------------------------------
 
 
-def read_hub(hub: HubRows, root: Path, where: str) -> Iterator[Row]:
+def read_hub(hub: HubDataset, root: Path, where: str) -> Iterator[Record]:
     """The rows of a Hub data set, streamed through the package `datasets`; a row's place is `name/split:row`.
 
     A folder under `root` with the name given is read in the Hub's stead. Raises `MissingExtra` without
@@ -595,7 +603,7 @@ def read_hub(hub: HubRows, root: Path, where: str) -> Iterator[Row]:
     try:
         stream = datasets.load_dataset(name, hub.subset, split=hub.split, revision=hub.revision, streaming=True)
         for number, values in enumerate(stream, 1):
-            yield _object(values, f"{hub.name}/{hub.split}", number)
+            yield _to_record(values, f"{hub.name}/{hub.split}", number)
     except DataError:
         raise
     except Exception as error:  # its exceptions have no common root, its file systems raise anything

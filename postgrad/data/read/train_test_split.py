@@ -9,42 +9,42 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from postgrad.data.read.files import Row, Source, find_files, read_rows
+from postgrad.data.read.files import RawSource, Record, find_files, read_records
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError
 from postgrad.storage.atomic import write_atomically
 
-_KEPT = 5
+_TEST_EVERY = 5
 """One row of so many is kept to test."""
-_LEAST = 10
+_MIN_ROWS = 10
 """Different rows, of which two parts can be made."""
 
 
-def part_rows(source: Source, train: Path, test: Path) -> tuple[int, int]:
+def split_rows(source: RawSource, train: Path, test: Path) -> tuple[int, int]:
     """Write four fifths of the different rows of a source to `train` and one to `test`, as JSON lines; returns how many.
 
     Both are in the order of the source. Raises `DataError` for a row that cannot be read, and for too few rows.
     """
-    lines = list(dict.fromkeys(map(_line, _rows(source))))
-    if len(lines) < _LEAST:
+    lines = list(dict.fromkeys(map(_json_line, _read_records(source))))
+    if len(lines) < _MIN_ROWS:
         raise DataError(
             f"{len(lines)} different rows",
             where=source.where,
-            expected=f"at least {_LEAST}, of which a fifth is kept to test",
+            expected=f"at least {_MIN_ROWS}, of which a fifth is kept to test",
             way_out="name the rows to test with --test",
         )
-    kept = set(sorted(lines, key=lambda line: digest(line.encode()))[: len(lines) // _KEPT])
+    kept = set(sorted(lines, key=lambda line: digest(line.encode()))[: len(lines) // _TEST_EVERY])
     parts = [line for line in lines if line not in kept], [line for line in lines if line in kept]
     for place, part in zip((train, test), parts, strict=True):
         write_atomically(place, "".join(f"{line}\n" for line in part))
     return len(parts[0]), len(parts[1])
 
 
-def _rows(source: Source) -> Iterator[Row]:
+def _read_records(source: RawSource) -> Iterator[Record]:
     assert source.path is not None
     for file in find_files(source.path, source.root, source.where):
-        yield from read_rows(file)
+        yield from read_records(file)
 
 
-def _line(row: Row) -> str:
-    return json.dumps(row.values, ensure_ascii=False, default=str)  # a date of a Parquet file is a text
+def _json_line(record: Record) -> str:
+    return json.dumps(record.values, ensure_ascii=False, default=str)  # a date of a Parquet file is a text

@@ -27,11 +27,11 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from postgrad.data.read.examples import Example, Labels, Rendered
+from postgrad.data.read.examples import Example, Labels, RenderedExample
 from postgrad.data.render.renderers import ANSWER, CONTEXT, PlainRenderer
 from postgrad.errors import DataError, ModelError
 
-PLAIN = """\
+PLAIN_TEMPLATE = """\
 {%- set names = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"} %}
 {%- for message in messages %}
     {%- if "tool_calls" in message %}{{ raise_exception("the plain template has no words for tool calls") }}{% endif %}
@@ -42,21 +42,21 @@ PLAIN = """\
 """`### User:`, a line for each role, and the EOS behind each answer."""
 
 
-def plain_template(bos: bool) -> str:
+def plain_template(add_bos: bool) -> str:
     """The plain template as a tokenizer carries it; with `bos` it also sets the BOS, as templates are expected to."""
-    return "{{- bos_token }}" * bos + PLAIN
+    return "{{- bos_token }}" * add_bos + PLAIN_TEMPLATE
 
 
-def own_template(carried: str | Mapping[str, str] | None) -> str | None:
+def custom_template(chat_template: str | Mapping[str, str] | None) -> str | None:
     """The chat template that a tokenizer carries (of several the default one); None when it is the plain one, or none."""
-    template = carried.get("default") if isinstance(carried, Mapping) else carried
+    template = chat_template.get("default") if isinstance(chat_template, Mapping) else chat_template
     return None if template in (plain_template(False), plain_template(True)) else template
 
 
-_BEGIN, _END = "\ufdd0", "\ufdd1"
+_ANSWER_BEGIN, _ANSWER_END = "\ufdd0", "\ufdd1"
 """Set around what stands between `{% generation %}` and `{% endgeneration %}`: no characters of any text."""
 
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -72,68 +72,72 @@ class ChatRenderer:
     """
 
     template: str | None
-    special: Mapping[str, str]
+    special_tokens: Mapping[str, str]
     answers: Literal["all", "last"] = "all"
-    turn: PlainRenderer = field(default_factory=PlainRenderer)
+    turn_renderer: PlainRenderer = field(default_factory=PlainRenderer)
     today: datetime.date = datetime.date(2024, 7, 26)
     labels: Labels | None = field(default=None, init=False)
     width: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if self.template is None and not self.special.get("eos_token"):
+        if self.template is None and not self.special_tokens.get("eos_token"):
             raise ModelError(
                 "there is no chat template, and no end-of-text token to end an answer with",
                 where="tokenizer",
                 expected="`eos_token` among the special tokens",
             )
-        _ = self._compiled
+        _ = self._compiled_template
 
     @cached_property
     def fingerprint(self) -> str:
         """Of all that decides the text."""
-        template, today = self.template or PLAIN, self.today.isoformat()
-        parts = [template, dict(self.special), self.answers, self.turn.fingerprint, today]
+        template, today = self.template or PLAIN_TEMPLATE, self.today.isoformat()
+        parts = [template, dict(self.special_tokens), self.answers, self.turn_renderer.fingerprint, today]
         return hashlib.sha256(json.dumps(["chat", *parts], sort_keys=True).encode()).hexdigest()
 
     @cached_property
-    def _compiled(self) -> jinja2.Template:
-        return compiled(self.template or PLAIN, self.today)
+    def _compiled_template(self) -> jinja2.Template:
+        return compile_template(self.template or PLAIN_TEMPLATE, self.today)
 
     @property
-    def _generation(self) -> bool:
+    def _has_generation_tags(self) -> bool:
         """Whether the template itself says where the answers are."""
-        return _GENERATION.search(self.template or "") is not None
+        return _GENERATION_TAG.search(self.template or "") is not None
 
-    def render(self, example: Example) -> Rendered:
+    def render(self, example: Example) -> RenderedExample:
         """The conversation with its answers marked. Raises `DataError` where the template does not let them be found."""
         if "messages" in example.fields:
             messages: Messages = example.messages
         else:
-            prompt, _, answer = self.turn.turn(example)
+            prompt, _, answer = self.turn_renderer.render_turn(example)
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         tools = example.fields.get("tools")
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if self._generation:
-            if _BEGIN in example.text or _END in example.text:
+        if self._has_generation_tags:
+            if _ANSWER_BEGIN in example.text or _ANSWER_END in example.text:
                 raise DataError("U+FDD0 or U+FDD1, which are no characters", expected="text without them")
-            pieces = self._by_generation(self._written(messages, tools), len(answers))
+            pieces = self._pieces_from_tags(self._apply_template(messages, tools), len(answers))
         else:
-            pieces = self._by_prefixes(messages, tools, answers if self.answers == "all" else answers[-1:])
-        return Rendered(tuple(self._ended(pieces)))
+            pieces = self._pieces_from_prefixes(messages, tools, answers if self.answers == "all" else answers[-1:])
+        return RenderedExample(tuple(self._trim_after_eos(pieces)))
 
-    def text(self, messages: Messages, tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str:
+    def render_text(
+        self, messages: Messages, tools: Sequence[Any] | None = None, *, add_generation_prompt: bool = False
+    ) -> str:
         """The conversation as the template writes it, with `prompt` up to where the next answer begins."""
-        written = self._written(messages, tools, prompt=prompt)
-        return written.replace(_BEGIN, "").replace(_END, "") if self._generation else written
+        written = self._apply_template(messages, tools, add_generation_prompt=add_generation_prompt)
+        return written.replace(_ANSWER_BEGIN, "").replace(_ANSWER_END, "") if self._has_generation_tags else written
 
-    def _written(self, messages: Messages, tools: Sequence[Any] | None, *, prompt: bool = False) -> str:
+    def _apply_template(
+        self, messages: Messages, tools: Sequence[Any] | None, *, add_generation_prompt: bool = False
+    ) -> str:
         try:
-            return self._compiled.render(
+            return self._compiled_template.render(
                 messages=[dict(message) for message in messages],
                 tools=list(tools) if tools else None,
                 documents=None,
-                add_generation_prompt=prompt,
-                **self.special,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
             )
         except Exception as error:  # a template is a program: it may raise anything
             raise DataError(
@@ -142,33 +146,33 @@ class ChatRenderer:
                 way_out="change the row, or give another template",
             ) from None
 
-    def _by_generation(self, whole: str, answers: int) -> list[tuple[str, int]]:
+    def _pieces_from_tags(self, full_text: str, answer_count: int) -> list[tuple[str, int]]:
         """Pieces by the borders that the template itself has set."""
-        first, *rest = whole.split(_BEGIN)
-        if len(rest) != answers:
+        first, *rest = full_text.split(_ANSWER_BEGIN)
+        if len(rest) != answer_count:
             raise DataError(
-                f"the chat template marks {len(rest)} spans for {answers} answers",
+                f"the chat template marks {len(rest)} spans for {answer_count} answers",
                 expected="{% generation %} around each answer, and around nothing else",
             )
         pieces = [(first, CONTEXT)]
         for number, part in enumerate(rest, 1):
-            span, _, after = part.partition(_END)
-            trained = self.answers == "all" or number == answers
+            span, _, after = part.partition(_ANSWER_END)
+            trained = self.answers == "all" or number == answer_count
             pieces += [(span, ANSWER if trained else CONTEXT), (after, CONTEXT)]
         return pieces
 
-    def _by_prefixes(
-        self, messages: Messages, tools: Sequence[Any] | None, trained: Sequence[int]
+    def _pieces_from_prefixes(
+        self, messages: Messages, tools: Sequence[Any] | None, trained_messages: Sequence[int]
     ) -> list[tuple[str, int]]:
         """Pieces by the text before each answer and the text that ends with it."""
-        whole = self.text(messages, tools)
+        whole = self.render_text(messages, tools)
         pieces: list[tuple[str, int]] = []
         at = 0
-        for number in trained:
-            before = self.text(messages[:number], tools, prompt=True)
-            after = whole if number + 1 == len(messages) else self.text(messages[: number + 1], tools)
+        for number in trained_messages:
+            before = self.render_text(messages[:number], tools, add_generation_prompt=True)
+            after = whole if number + 1 == len(messages) else self.render_text(messages[: number + 1], tools)
             if not (after.startswith(before) and whole.startswith(after) and len(before) >= at):
-                raise self._hidden(before if not after.startswith(before) else after, whole, number)
+                raise self._hidden_answer_error(before if not after.startswith(before) else after, whole, number)
             if not after[len(before) :].strip():
                 raise DataError(
                     f"the chat template leaves out the answer (message {number + 1})",
@@ -178,22 +182,22 @@ class ChatRenderer:
             at = len(after)
         return pieces
 
-    def _hidden(self, part: str, whole: str, number: int) -> DataError:
-        both = zip(part, whole, strict=False)
-        same = next((at for at, (one, other) in enumerate(both) if one != other), min(len(part), len(whole)))
+    def _hidden_answer_error(self, part: str, full_text: str, number: int) -> DataError:
+        both = zip(part, full_text, strict=False)
+        same = next((at for at, (one, other) in enumerate(both) if one != other), min(len(part), len(full_text)))
         way_out = "a template with {% generation %} around its answers, or the plain one"
         if self.answers == "all":
             way_out = f"train only the last answer of each conversation, or give {way_out}"
         return DataError(
             f"in the chat template the text before or up to message {number + 1} is not how the whole begins: "
-            f"{part[max(0, same - 20) : same + 20]!r} against {whole[max(0, same - 20) : same + 20]!r}",
+            f"{part[max(0, same - 20) : same + 20]!r} against {full_text[max(0, same - 20) : same + 20]!r}",
             expected="a template that only adds to the text as the conversation grows",
             way_out=way_out,
         )
 
-    def _ended(self, pieces: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    def _trim_after_eos(self, pieces: list[tuple[str, int]]) -> list[tuple[str, int]]:
         """White space behind an answer's EOS is not trained; at the end it goes, for there the EOS ends the document."""
-        eos = self.special.get("eos_token")
+        eos = self.special_tokens.get("eos_token")
         if not eos:
             return [(text, mark) for text, mark in pieces if text]
         out: list[tuple[str, int]] = []
@@ -207,13 +211,13 @@ class ChatRenderer:
         return out
 
 
-def compiled(template: str, today: datetime.date) -> jinja2.Template:
+def compile_template(template: str, today: datetime.date) -> jinja2.Template:
     """A chat template as `transformers` runs it: sandboxed, blocks trimmed, with the functions that templates use."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationExtension, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
-    functions = {"raise_exception": _raise, "strftime_now": today.strftime}
+    functions = {"raise_exception": _raise_exception, "strftime_now": today.strftime}
     try:
         return environment.from_string(template, globals=functions)
     except jinja2.TemplateSyntaxError as error:
@@ -224,7 +228,7 @@ def compiled(template: str, today: datetime.date) -> jinja2.Template:
         ) from None
 
 
-class _Generation(Extension):
+class _GenerationExtension(Extension):
     """`{% generation %}` ... `{% endgeneration %}`: around what the model is to say."""
 
     tags = {"generation"}  # noqa: RUF012 (what jinja2 declares)
@@ -232,7 +236,9 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        begin, end = (nodes.Output([nodes.TemplateData(sign)]).set_lineno(line) for sign in (_BEGIN, _END))
+        begin, end = (
+            nodes.Output([nodes.TemplateData(sign)]).set_lineno(line) for sign in (_ANSWER_BEGIN, _ANSWER_END)
+        )
         return [begin, *body, end]
 
 
@@ -247,5 +253,5 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _raise(message: str) -> None:
+def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)

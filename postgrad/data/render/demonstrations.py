@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from postgrad.data.loading.mixture import derived
-from postgrad.data.read.examples import Example, Labels, Rendered, Renderer
+from postgrad.data.loading.mixture import derive_key
+from postgrad.data.read.examples import Example, Labels, RenderedExample, Renderer
 from postgrad.data.tokens.store import digest
 
-By = Literal["bm25", "embedding", "seed", "once", "balanced"]
+RetrievalMethod = Literal["bm25", "embedding", "seed", "once", "balanced"]
 """Most alike by words or by vectors; drawn anew for each question; drawn once for all; or once, as evenly over the answers as
 can be."""
-BETWEEN = "\n\n"
+SEPARATOR = "\n\n"
 """What stands between two examples."""
 
 
@@ -37,13 +37,13 @@ class Demonstrations:
     next to the question. `vectors` gives a vector of shape (D,) for a text, for `by: embedding`.
     """
 
-    inner: Renderer
+    renderer: Renderer
     pool: Sequence[Example]
     count: int
-    by: By
-    tokens: int
-    size: Callable[[str], int]
-    vectors: Callable[[str], np.ndarray] | None = None
+    method: RetrievalMethod
+    max_tokens: int
+    count_tokens: Callable[[str], int]
+    embed: Callable[[str], np.ndarray] | None = None
     seed: int = 0
     labels: Labels | None = field(default=None, init=False)
     width: int = field(default=0, init=False)
@@ -51,54 +51,60 @@ class Demonstrations:
     @cached_property
     def fingerprint(self) -> str:
         """Of all that decides the text: the answers of the pool too, and the vectors that it is compared by."""
-        pool = hashlib.sha256("".join(f"{mark:016x}" for mark in sorted(map(_digest, self._shown))).encode())
-        if self.by == "embedding":
-            pool.update(self._vectors.tobytes())
-        parts = [self.inner.fingerprint, pool.hexdigest(), self.count, self.by, self.tokens, self.seed]
+        pool = hashlib.sha256("".join(f"{mark:016x}" for mark in sorted(map(_digest, self._texts))).encode())
+        if self.method == "embedding":
+            pool.update(self._embeddings.tobytes())
+        parts = [self.renderer.fingerprint, pool.hexdigest(), self.count, self.method, self.max_tokens, self.seed]
         return hashlib.sha256(json.dumps(["demonstrations", *parts]).encode()).hexdigest()
 
-    def render(self, example: Example) -> Rendered:
+    def render(self, example: Example) -> RenderedExample:
         """The chosen examples with their answers as context, then the example itself."""
-        own = self.inner.render(example)
-        shown = [self._shown[i] + BETWEEN for i in self._chosen(_question(own))]
-        lengths = [self.size(text) for text in shown]
-        while shown and sum(lengths) > self.tokens:
+        own = self.renderer.render(example)
+        shown = [self._texts[i] + SEPARATOR for i in self._select(_question_text(own))]
+        lengths = [self.count_tokens(text) for text in shown]
+        while shown and sum(lengths) > self.max_tokens:
             shown.pop(0)
             lengths.pop(0)
         return own._replace(pieces=(("".join(shown), 0), *own.pieces)) if shown else own
 
-    def chosen(self, example: Example) -> list[Example]:
+    def select(self, example: Example) -> list[Example]:
         """The examples before this one, the most alike last."""
-        return [self.pool[i] for i in self._chosen(_question(self.inner.render(example)))]
+        return [self.pool[i] for i in self._select(_question_text(self.renderer.render(example)))]
 
-    def _chosen(self, question: str) -> list[int]:
+    def _select(self, question: str) -> list[int]:
         mark = _digest(question)
-        found = [i for i in self._order(question, mark) if int(self._digests[i]) != mark]
+        found = [i for i in self._ranking(question, mark) if int(self._digests[i]) != mark]
         return found[: self.count][::-1]
 
-    def _order(self, question: str, mark: int) -> list[int]:
+    def _ranking(self, question: str, question_digest: int) -> list[int]:
         """Numbers of the pool, the most alike first: more than are wanted, as copies of the question fall out."""
-        most = min(len(self.pool), self.count + int((self._digests == mark).sum()))
-        match self.by:
+        most = min(len(self.pool), self.count + int((self._digests == question_digest).sum()))
+        match self.method:
             case "bm25":
-                scores = np.asarray(self._index.get_scores(_words(question)))
+                scores = np.asarray(self._bm25_index.get_scores(_bm25_words(question)))
             case "embedding":
-                assert self.vectors is not None
-                scores = self._matrix @ _unit(self.vectors(question))
+                assert self.embed is not None
+                scores = self._unit_embeddings @ _normalize(self.embed(question))
             case "seed":
-                return np.random.default_rng(derived(self.seed, mark)).permutation(len(self.pool)).tolist()
+                return (
+                    np.random.default_rng(derive_key(self.seed, question_digest)).permutation(len(self.pool)).tolist()
+                )
             case "once":
                 return np.random.default_rng(self.seed).permutation(len(self.pool)).tolist()
             case "balanced":
-                return self._balanced(mark) if (self._digests == mark).any() else self._balanced_for_all
+                return (
+                    self._balanced_order(question_digest)
+                    if (self._digests == question_digest).any()
+                    else self._shared_balanced_order
+                )
         return np.argsort(-scores, kind="stable")[:most].tolist()
 
-    def _balanced(self, mark: int | None) -> list[int]:
+    def _balanced_order(self, question_digest: int | None) -> list[int]:
         """One of each answer, then one more of each, and so on, drawn; in an order that tells nothing of the answers."""
         generator = np.random.default_rng(self.seed)
         by_answer: dict[Any, list[int]] = {}
         for i in generator.permutation(len(self.pool)).tolist():
-            if int(self._digests[i]) != mark:
+            if int(self._digests[i]) != question_digest:
                 by_answer.setdefault(self._answers[i], []).append(i)
         groups = [list(by_answer.values())[i] for i in generator.permutation(len(by_answer))]
         rounds = [i for i in chain.from_iterable(zip_longest(*groups)) if i is not None]
@@ -106,14 +112,14 @@ class Demonstrations:
         return [first[i] for i in generator.permutation(len(first))]
 
     @cached_property
-    def _balanced_for_all(self) -> list[int]:
+    def _shared_balanced_order(self) -> list[int]:
         """For every question that the pool does not ask."""
-        return self._balanced(None)
+        return self._balanced_order(None)
 
     @cached_property
     def _answers(self) -> list[Any]:
         """What is balanced: the label, the place of the right choice, or the answer as it is worded."""
-        worded = ("".join(text for text, mark in rendered.pieces if mark) for rendered in self._rendered)
+        worded = ("".join(text for text, mark in rendered.pieces if mark) for rendered in self._rendered_pool)
         keys = {"labelled": ("label", "labels"), "choices": ("answer",)}
         return [
             next((example.fields[key] for key in keys.get(example.kind, ()) if key in example.fields), said)
@@ -121,40 +127,40 @@ class Demonstrations:
         ]
 
     @cached_property
-    def _rendered(self) -> list[Rendered]:
-        return [self.inner.render(example) for example in self.pool]
+    def _rendered_pool(self) -> list[RenderedExample]:
+        return [self.renderer.render(example) for example in self.pool]
 
     @cached_property
-    def _shown(self) -> list[str]:
-        return ["".join(text for text, _ in rendered.pieces) for rendered in self._rendered]
+    def _texts(self) -> list[str]:
+        return ["".join(text for text, _ in rendered.pieces) for rendered in self._rendered_pool]
 
     @cached_property
     def _questions(self) -> list[str]:
-        return [_question(rendered) for rendered in self._rendered]
+        return [_question_text(rendered) for rendered in self._rendered_pool]
 
     @cached_property
     def _digests(self) -> np.ndarray:
         return np.array([_digest(question) for question in self._questions], np.uint64)
 
     @cached_property
-    def _index(self) -> Any:
+    def _bm25_index(self) -> Any:
         import bm25s
 
         index = bm25s.BM25()
-        index.index([_words(question) for question in self._questions], show_progress=False)
+        index.index([_bm25_words(question) for question in self._questions], show_progress=False)
         return index
 
     @cached_property
-    def _vectors(self) -> np.ndarray:
-        assert self.vectors is not None
-        return np.stack([self.vectors(question) for question in self._questions])
+    def _embeddings(self) -> np.ndarray:
+        assert self.embed is not None
+        return np.stack([self.embed(question) for question in self._questions])
 
     @cached_property
-    def _matrix(self) -> np.ndarray:
-        return np.stack([_unit(vector) for vector in self._vectors])
+    def _unit_embeddings(self) -> np.ndarray:
+        return np.stack([_normalize(vector) for vector in self._embeddings])
 
 
-def _question(rendered: Rendered) -> str:
+def _question_text(rendered: RenderedExample) -> str:
     """What is read, without what is to be answered."""
     return "".join(text for text, mark in rendered.pieces if not mark)
 
@@ -163,10 +169,10 @@ def _digest(text: str) -> int:
     return digest(text.encode())
 
 
-def _words(text: str) -> list[str]:
+def _bm25_words(text: str) -> list[str]:
     """Lower-case words: what BM25 compares."""
     return "".join(letter if letter.isalnum() else " " for letter in text.lower()).split() or [""]
 
 
-def _unit(vector: np.ndarray) -> np.ndarray:
+def _normalize(vector: np.ndarray) -> np.ndarray:
     return vector / max(float(np.linalg.norm(vector)), 1e-12)

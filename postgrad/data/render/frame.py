@@ -21,52 +21,54 @@ from postgrad.errors import StageError
 class Frame:
     """Ids around the one or two texts of a row."""
 
-    before: tuple[int, ...] = ()
-    between: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
+    prefix_ids: tuple[int, ...] = ()
+    separator_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()
 
     @classmethod
-    def of(
+    def from_template(
         cls,
         template: Template,
-        special: Mapping[str, int],
+        special_ids: Mapping[str, int],
         first_virtual: int,
-        literal: Callable[[str], Sequence[int]],
+        tokenize: Callable[[str], Sequence[int]],
     ) -> Frame:
         """What a template of one field or two sets around them; the arguments are those of `Template.around`.
 
         Raises `StageError` for any other number of fields, and as `Template.around` does.
         """
-        if len(template.places) not in (1, 2) or len(template.fields) != len(template.places):
+        if len(template.placeholders) not in (1, 2) or len(template.fields) != len(template.placeholders):
             raise StageError(
-                f"a template with {' '.join(f'{{{name}}}' for name in template.places) or 'no fields'}",
+                f"a template with {' '.join(f'{{{name}}}' for name in template.placeholders) or 'no fields'}",
                 where="template",
                 expected="one field, or two different ones",
             )
-        before, *between, after = (tuple(part) for part in template.around(special, first_virtual, literal))
+        before, *between, after = (tuple(part) for part in template.segments(special_ids, first_virtual, tokenize))
         return cls(before, between[0] if between else (), after)
 
-    def size(self, texts: int) -> int:
+    def size(self, text_count: int) -> int:
         """Ids around so many texts (one or two)."""
-        return len(self.before) + len(self.after) + (len(self.between) if texts == 2 else 0)
+        return len(self.prefix_ids) + len(self.suffix_ids) + (len(self.separator_ids) if text_count == 2 else 0)
 
     @property
-    def all(self) -> tuple[int, ...]:
+    def all_ids(self) -> tuple[int, ...]:
         """All ids around the texts."""
-        return (*self.before, *self.between, *self.after)
+        return (*self.prefix_ids, *self.separator_ids, *self.suffix_ids)
 
     @cached_property
-    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`before`, `between`, `after` as arrays of int64."""
-        before, between, after = (np.array(part, np.int64) for part in (self.before, self.between, self.after))
+        before, between, after = (
+            np.array(part, np.int64) for part in (self.prefix_ids, self.separator_ids, self.suffix_ids)
+        )
         return before, between, after
 
-    def around(self, first: np.ndarray, second: np.ndarray | None = None) -> np.ndarray:
+    def wrap(self, first: np.ndarray, second: np.ndarray | None = None) -> np.ndarray:
         """All ids of a row, of shape (T,)."""
-        before, between, after = self.parts
+        before, between, after = self.arrays
         middle = (first,) if second is None else (first, between, second)
         return np.concatenate((before, *middle, after))
 
 
-BARE = Frame()
+EMPTY_FRAME = Frame()
 """Nothing around the text."""

@@ -17,13 +17,13 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from postgrad.data.read.examples import Example, Labels, Rendered
-from postgrad.errors import DataError, StageError, nearest
+from postgrad.data.read.examples import Example, Labels, RenderedExample
+from postgrad.errors import DataError, StageError, suggest_nearest
 
 ANSWER, CONTEXT = 1, 0
 """Marks of what a language model is trained on, and of what it only reads."""
 
-_PROMPTS = MappingProxyType(
+_DEFAULT_TEMPLATES = MappingProxyType(
     {
         "instruction": ("{question}", "\n\n", "{output}"),
         "completion": ("{prompt}", "", "{completion}"),
@@ -56,43 +56,43 @@ class PlainRenderer:
 
     prompt: str | None = None
     answer: str | None = None
-    between: str | None = None
-    separate: bool = False
-    words: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    separator: str | None = None
+    is_separate: bool = False
+    label_words: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     labels: Labels | None = field(default=None, init=False)
     width: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         for template in (self.prompt, self.answer):
-            _parsed(template or "")
+            _parse_template(template or "")
 
     @cached_property
     def fingerprint(self) -> str:
-        return _hash("plain", [self.prompt, self.answer, self.between, self.separate, dict(self.words)])
+        return _hash("plain", [self.prompt, self.answer, self.separator, self.is_separate, dict(self.label_words)])
 
-    def render(self, example: Example) -> Rendered:
+    def render(self, example: Example) -> RenderedExample:
         """The prompt as context and the answer as what is trained."""
-        prompt, between, answer = self.turn(example)
-        if self.separate:
-            return Rendered(((prompt, CONTEXT), (answer, ANSWER)), joint=False)
-        return Rendered(((prompt + between, CONTEXT), (answer, ANSWER)))
+        prompt, between, answer = self.render_turn(example)
+        if self.is_separate:
+            return RenderedExample(((prompt, CONTEXT), (answer, ANSWER)), is_joint=False)
+        return RenderedExample(((prompt + between, CONTEXT), (answer, ANSWER)))
 
-    def turn(self, example: Example) -> tuple[str, str, str]:
+    def render_turn(self, example: Example) -> tuple[str, str, str]:
         """Prompt, what stands between, and answer. Raises `DataError` for a field that the row has not."""
-        if example.kind not in _PROMPTS or len(example.fields.get("messages", ())) > 2:
+        if example.kind not in _DEFAULT_TEMPLATES or len(example.fields.get("messages", ())) > 2:
             raise DataError(
                 "a conversation of several turns",
                 expected="rows of one prompt and one answer",
                 way_out="render conversations with a chat template",
             )
         prompt, between, answer = self.templates(example.kind)
-        fields = _words_of(example, self.words)
-        return _filled(prompt, fields), between, _filled(answer, fields)
+        fields = _template_fields(example, self.label_words)
+        return _fill_template(prompt, fields), between, _fill_template(answer, fields)
 
     def templates(self, kind: str) -> tuple[str, str, str]:
         """Prompt, what stands between in running text, and answer of rows of a kind, with their fields."""
-        given = (self.prompt, self.between, self.answer)
-        own = _PROMPTS[kind]
+        given = (self.prompt, self.separator, self.answer)
+        own = _DEFAULT_TEMPLATES[kind]
         return tuple(theirs if theirs is not None else usual for theirs, usual in zip(given, own, strict=True))  # type: ignore[return-value]
 
 
@@ -106,7 +106,7 @@ class ClassRenderer:
 
     labels: Labels
     separator: str = "\n"
-    joint: bool = True
+    is_joint: bool = True
 
     @property
     def width(self) -> int:
@@ -114,15 +114,15 @@ class ClassRenderer:
 
     @cached_property
     def fingerprint(self) -> str:
-        return _hash("class", [asdict(self.labels), self.separator, self.joint])
+        return _hash("class", [asdict(self.labels), self.separator, self.is_joint])
 
-    def render(self, example: Example) -> Rendered:
+    def render(self, example: Example) -> RenderedExample:
         """The text or texts, and the label as numbers. Raises `DataError` for a label that is not among `labels`."""
         if example.kind != "labelled":
-            raise _unfit(example, "labelled")
+            raise _wrong_kind_error(example, "labelled")
         first, *second = example.texts.values()
         pieces = [(first, 0), *((text, mark) for other in second for text, mark in ((self.separator, 0), (other, 1)))]
-        return Rendered(tuple(pieces), self.labels.values(example), self.joint)
+        return RenderedExample(tuple(pieces), self.labels.values(example), self.is_joint)
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,17 @@ class TagRenderer:
     def fingerprint(self) -> str:
         return _hash("tags", [asdict(self.labels), self.joiner])
 
-    def render(self, example: Example) -> Rendered:
+    def render(self, example: Example) -> RenderedExample:
         """The words in a row. Raises `DataError` for a tag that is not among `labels`."""
         if example.kind != "tagged":
-            raise _unfit(example, "tagged")
+            raise _wrong_kind_error(example, "tagged")
         pieces: list[tuple[str, int]] = []
         for word, tag in zip(example.fields["tokens"], example.fields["tags"], strict=True):
             pieces += [(self.joiner, 0), (word, self.labels.index(tag) + 1)]
-        return Rendered(tuple(pieces[1:]), words=True)
+        return RenderedExample(tuple(pieces[1:]), mark_first_token=True)
 
 
-def _unfit(example: Example, expected: str) -> DataError:
+def _wrong_kind_error(example: Example, expected: str) -> DataError:
     return DataError(f"a row of kind `{example.kind}`", expected=f"rows of kind `{expected}`")
 
 
@@ -161,13 +161,13 @@ def _hash(kind: str, parts: list[Any]) -> str:
 # --- templates ----------------------------------------------------------------------------------------
 
 
-def _words_of(example: Example, words: Mapping[str, str]) -> dict[str, str]:
+def _template_fields(example: Example, label_words: Mapping[str, str]) -> dict[str, str]:
     """The fields of an example as text, by the names that templates use."""
     fields = example.fields
     match example.kind:
         case "labelled":
             labels = fields["labels"] if "labels" in fields else (fields["label"],)
-            said = ", ".join(_said(label, words) for label in labels)
+            said = ", ".join(_label_text(label, label_words) for label in labels)
             lines = "\n".join(f"{name}: {text}" for name, text in example.texts.items())
             return {**example.texts, "lines": lines, "label": said}
         case "choices":
@@ -181,7 +181,7 @@ def _words_of(example: Example, words: Mapping[str, str]) -> dict[str, str]:
                 "letter": letters[index],
             }
         case "tagged":
-            tags = (_said(tag, words) for tag in fields["tags"])
+            tags = (_label_text(tag, label_words) for tag in fields["tags"])
             return {"tokens": " ".join(fields["tokens"]), "tags": " ".join(tags)}
         case "instruction":
             own = {name: fields[name] for name in ("instruction", "input", "output")}
@@ -189,41 +189,41 @@ def _words_of(example: Example, words: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in fields.items() if isinstance(value, str)}
 
 
-def _said(label: str | int | float, words: Mapping[str, str]) -> str:
+def _label_text(label: str | int | float, label_words: Mapping[str, str]) -> str:
     name = str(label)
-    if not words:
+    if not label_words:
         return name
-    if name not in words:
+    if name not in label_words:
         raise DataError(
             f"no word is given for the label '{name[:60]}'",
-            expected=f"a label among {', '.join(list(words)[:12])}",
-            way_out=nearest(name, words),
+            expected=f"a label among {', '.join(list(label_words)[:12])}",
+            way_out=suggest_nearest(name, label_words),
         )
-    return words[name]
+    return label_words[name]
 
 
 _TOKEN = re.compile(r"(\{\{|\}\}|\{[^{}]*\}|[{}])")
 
 
 @dataclass(frozen=True)
-class _Field:
+class _FieldSlot:
     """A field of the row, and to which multiple of what its number is rounded, if it is."""
 
     name: str
     step: Decimal | None = None
 
-    def filled(self, fields: Mapping[str, str]) -> str:
+    def fill(self, fields: Mapping[str, str]) -> str:
         if self.name not in fields:
             raise DataError(
                 f"the template asks for {{{self.name}}}, which the row has not",
                 expected=" ".join(f"{{{name}}}" for name in fields),
-                way_out=nearest(self.name, fields),
+                way_out=suggest_nearest(self.name, fields),
             )
         text = fields[self.name]
-        return text if self.step is None else _rounded(text, self.step, self.name)
+        return text if self.step is None else _round_number(text, self.step, self.name)
 
 
-def _rounded(text: str, step: Decimal, name: str) -> str:
+def _round_number(text: str, step: Decimal, name: str) -> str:
     try:
         number = Decimal(text)
         if not number.is_finite():
@@ -236,9 +236,9 @@ def _rounded(text: str, step: Decimal, name: str) -> str:
     return str(abs(multiple) if multiple.is_zero() else multiple)
 
 
-def _parsed(template: str) -> list[str | _Field]:
+def _parse_template(template: str) -> list[str | _FieldSlot]:
     """The parts of a template. Raises `StageError` for a brace that stands alone, and for an unknown way to write a field."""
-    parts: list[str | _Field] = []
+    parts: list[str | _FieldSlot] = []
     for part in _TOKEN.split(template):
         if part in ("{", "}"):
             raise StageError(
@@ -248,24 +248,24 @@ def _parsed(template: str) -> list[str | _Field]:
         if part in ("{{", "}}"):
             parts.append(part[0])
         elif part.startswith("{"):
-            parts.append(_field(part, template))
+            parts.append(_parse_field(part, template))
         elif part:
             parts.append(part)
     return parts
 
 
-def _field(part: str, template: str) -> _Field:
+def _parse_field(part: str, template: str) -> _FieldSlot:
     name, colon, how = part[1:-1].partition(":")
     if not colon:
-        return _Field(name)
+        return _FieldSlot(name)
     step = re.fullmatch(r" *round +(\d*\.?\d+) *", how)
     if step is None or not Decimal(step[1]):
         raise StageError(
             f"{part} in the template {template[:60]!r} asks for something that there is not",
             expected="{name}, or {name:round 0.2}",
         )
-    return _Field(name, Decimal(step[1]))
+    return _FieldSlot(name, Decimal(step[1]))
 
 
-def _filled(template: str, fields: Mapping[str, str]) -> str:
-    return "".join(part.filled(fields) if isinstance(part, _Field) else part for part in _parsed(template))
+def _fill_template(template: str, fields: Mapping[str, str]) -> str:
+    return "".join(part.fill(fields) if isinstance(part, _FieldSlot) else part for part in _parse_template(template))

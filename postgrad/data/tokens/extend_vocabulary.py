@@ -19,20 +19,20 @@ from tokenizers import Tokenizer, models
 
 from postgrad.errors import ModelError
 
-_FEWEST = 2
+_MIN_COUNT = 2
 """Occurrences of a pair, or of a character, that make it worth a token."""
 _SPACE = "▁"
 
 
 @dataclass(frozen=True)
-class Grown:
+class ExtendedTokenizer:
     """A tokenizer with more tokens: its JSON, and for each new token the old ids that stood for it."""
 
-    json: str
-    parts: dict[str, list[int]]
+    tokenizer_json: str
+    old_ids: dict[str, list[int]]
 
 
-def grow(tokenizer_json: str, texts: Iterable[str], most: int) -> Grown:
+def extend_vocabulary(tokenizer_json: str, texts: Iterable[str], limit: int) -> ExtendedTokenizer:
     """Add at most `most` tokens that are frequent in `texts`. Raises `ModelError` for a tokenizer that is no BPE."""
     said: dict[str, Any] = json.loads(tokenizer_json)
     if said["model"]["type"] != "BPE":
@@ -42,7 +42,7 @@ def grow(tokenizer_json: str, texts: Iterable[str], most: int) -> Grown:
             expected="a BPE tokenizer, as Llama, GPT-2, Qwen, Mistral or RoBERTa have",
         )
     old = Tokenizer.from_str(tokenizer_json)
-    words = _words(old, texts)
+    words = _count_words(old, texts)
     vocabulary: dict[str, int] = dict(said["model"]["vocab"])
     merges: list[Any] = [list(m) if not isinstance(m, str) else m.split(" ") for m in said["model"]["merges"]]
     after = max([*vocabulary.values(), *(token["id"] for token in said["added_tokens"])]) + 1
@@ -52,14 +52,14 @@ def grow(tokenizer_json: str, texts: Iterable[str], most: int) -> Grown:
         vocabulary[token] = after + len(parts)
         parts[token] = ids
 
-    for character, count in _characters(words).most_common():
-        if len(parts) < most and count >= _FEWEST and character not in vocabulary:
-            add(character, _spelt(character, said["model"], vocabulary))
-    pieces = _cut(words, vocabulary, merges, said["model"])
-    learnt = _Pairs(pieces)
+    for character, count in _count_characters(words).most_common():
+        if len(parts) < limit and count >= _MIN_COUNT and character not in vocabulary:
+            add(character, _fallback_ids(character, said["model"], vocabulary))
+    pieces = _tokenize_words(words, vocabulary, merges, said["model"])
+    learnt = _PairCounts(pieces)
     known = dict(vocabulary)
-    while len(parts) < most:
-        pair = learnt.best()
+    while len(parts) < limit:
+        pair = learnt.most_frequent()
         if pair is None:
             break
         merges.append(list(pair))
@@ -70,10 +70,10 @@ def grow(tokenizer_json: str, texts: Iterable[str], most: int) -> Grown:
             known[token] = vocabulary[token]
         learnt.merge(pair, token)
     said["model"]["vocab"], said["model"]["merges"] = vocabulary, merges
-    return Grown(json.dumps(said, ensure_ascii=False), parts)
+    return ExtendedTokenizer(json.dumps(said, ensure_ascii=False), parts)
 
 
-def _words(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:
+def _count_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:
     """What the model of the tokenizer is given to cut, and how often."""
     words: Counter[str] = Counter()
     for text in texts:
@@ -86,7 +86,7 @@ def _words(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:
     return words
 
 
-def _characters(words: Counter[str]) -> Counter[str]:
+def _count_characters(words: Counter[str]) -> Counter[str]:
     found: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
@@ -94,7 +94,7 @@ def _characters(words: Counter[str]) -> Counter[str]:
     return found
 
 
-def _spelt(character: str, model: dict[str, Any], vocabulary: dict[str, int]) -> list[int]:
+def _fallback_ids(character: str, model: dict[str, Any], vocabulary: dict[str, int]) -> list[int]:
     """The old ids of a character that the vocabulary lacks: its bytes, or the unknown token."""
     bytes_ = [f"<0x{byte:02X}>" for byte in character.encode()]
     if model.get("byte_fallback") and all(byte in vocabulary for byte in bytes_):
@@ -102,7 +102,7 @@ def _spelt(character: str, model: dict[str, Any], vocabulary: dict[str, int]) ->
     return [vocabulary[model["unk_token"]]] if model.get("unk_token") in vocabulary else []
 
 
-def _cut(
+def _tokenize_words(
     words: Counter[str], vocabulary: dict[str, int], merges: list[Any], model: dict[str, Any]
 ) -> list[tuple[list[str], int]]:
     """Each word as the tokens that it is cut into, and how often it occurs; what would cross an unknown is left out."""
@@ -122,26 +122,26 @@ def _cut(
     return [(run, count) for run, count in out if len(run) > 1]
 
 
-class _Pairs:
+class _PairCounts:
     """How often two tokens stand side by side, kept up to date as pairs become tokens."""
 
     def __init__(self, pieces: list[tuple[list[str], int]]) -> None:
         self.pieces = pieces
         self.counts: Counter[tuple[str, str]] = Counter()
-        self.where: dict[tuple[str, str], set[int]] = defaultdict(set)
+        self.positions: dict[tuple[str, str], set[int]] = defaultdict(set)
         for number, (run, count) in enumerate(pieces):
             self._count(number, run, count)
 
-    def best(self) -> tuple[str, str] | None:
+    def most_frequent(self) -> tuple[str, str] | None:
         """The most frequent pair, ties by the alphabet; None when none is worth a token."""
         if not self.counts:
             return None
         pair, count = min(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return pair if count >= _FEWEST else None
+        return pair if count >= _MIN_COUNT else None
 
     def merge(self, pair: tuple[str, str], token: str) -> None:
         """Let a pair be one token everywhere."""
-        for number in sorted(self.where[pair]):
+        for number in sorted(self.positions[pair]):
             run, count = self.pieces[number]
             self._count(number, run, -count)
             merged: list[str] = []
@@ -160,8 +160,8 @@ class _Pairs:
         for pair in pairwise(run):
             self.counts[pair] += count
             if count > 0:
-                self.where[pair].add(number)
+                self.positions[pair].add(number)
             else:
-                self.where[pair].discard(number)
+                self.positions[pair].discard(number)
                 if self.counts[pair] <= 0:
                     del self.counts[pair]

@@ -34,16 +34,16 @@ from typing import Any
 import numpy as np
 
 from postgrad.errors import DataError
-from postgrad.storage.atomic import MANIFEST, disk_error, publish, sha256, verify, write_atomically
+from postgrad.storage.atomic import MANIFEST, disk_error, publish_folder, sha256, verify, write_atomically
 
 FORMAT = 1
 MARKED_FORMAT = 2
 """Of a store with marks: whoever does not know them would train on what is only context."""
 
-MARK = np.dtype("<u2")
-VALUE = np.dtype("<f4")
+MARK_DTYPE = np.dtype("<u2")
+VALUE_DTYPE = np.dtype("<f4")
 
-DOCUMENT = np.dtype([("shard", "<u4"), ("start", "<u8"), ("tokens", "<u4"), ("bytes", "<u8"), ("digest", "<u8")])
+DOCUMENT_DTYPE = np.dtype([("shard", "<u4"), ("start", "<u8"), ("tokens", "<u4"), ("bytes", "<u8"), ("digest", "<u8")])
 """A row of the document table. `digest` is blake2b-8 of the text's UTF-8 bytes, or of the ids as `<u4`."""
 
 
@@ -64,9 +64,9 @@ class TokenStore:
     can be sent to another process: what travels is its path, and which documents of it are meant.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], chosen: np.ndarray | None = None) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], indices: np.ndarray | None = None) -> None:
         self.path = path
-        self._chosen = chosen
+        self._indices = indices
         self.header = header
         self.vocabulary: int = header["vocabulary"]
         self.eos: int = header["eos"]
@@ -74,7 +74,7 @@ class TokenStore:
         self.fingerprint: str = header["fingerprint"]
         self.tokens: int = header["tokens"]
         self.bytes: int = header["bytes"]
-        self.empty: int = header["empty"]
+        self.empty_count: int = header["empty"]
         self.labels: list[str | int] | None = header.get("labels")
         """The names of the classes or tags, by index."""
         self.problem: str | None = header.get("problem")
@@ -113,16 +113,16 @@ class TokenStore:
                 way_out="delete this folder; it is rebuilt from its source",
             ) from None
 
-    def only(self, chosen: np.ndarray, fingerprint: str) -> TokenStore:
+    def select(self, indices: np.ndarray, fingerprint: str) -> TokenStore:
         """The same store with the documents of the numbers `chosen` alone, in that order, under a fingerprint of its own."""
-        table = np.asarray(self.documents)[chosen]
+        table = np.asarray(self.documents)[indices]
         counts = {"documents": len(table), "tokens": int(table["tokens"].sum()), "bytes": int(table["bytes"].sum())}
-        whole = np.asarray(chosen, np.int64) if self._chosen is None else self._chosen[chosen]
+        whole = np.asarray(indices, np.int64) if self._indices is None else self._indices[indices]
         return TokenStore(self.path, {**self.header, **counts, "fingerprint": fingerprint}, whole)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._chosen is not None:
-            return _opened_again, (self.path, self._chosen, self.fingerprint)
+        if self._indices is not None:
+            return _reopen, (self.path, self._indices, self.fingerprint)
         return TokenStore.open, (self.path,)
 
     def __len__(self) -> int:
@@ -130,7 +130,7 @@ class TokenStore:
 
     @cached_property
     def documents(self) -> np.ndarray:
-        return self._meant(np.load(self.path / "documents.npy", mmap_mode="r", allow_pickle=False))
+        return self._select_rows(np.load(self.path / "documents.npy", mmap_mode="r", allow_pickle=False))
 
     @cached_property
     def values(self) -> np.ndarray | None:
@@ -140,20 +140,20 @@ class TokenStore:
         """
         if "values.npy" not in self.header["files"]:
             return None
-        return self._meant(np.load(self.path / "values.npy", mmap_mode="r", allow_pickle=False))
+        return self._select_rows(np.load(self.path / "values.npy", mmap_mode="r", allow_pickle=False))
 
-    def _meant(self, table: np.ndarray) -> np.ndarray:
-        return table if self._chosen is None else np.asarray(table)[self._chosen]
+    def _select_rows(self, table: np.ndarray) -> np.ndarray:
+        return table if self._indices is None else np.asarray(table)[self._indices]
 
     @cached_property
     def _shards(self) -> list[np.ndarray]:
-        return self._maps("tokens.bin", self.dtype)
+        return self._memory_maps("tokens.bin", self.dtype)
 
     @cached_property
     def _marks(self) -> list[np.ndarray]:
-        return self._maps("marks.bin", MARK)
+        return self._memory_maps("marks.bin", MARK_DTYPE)
 
-    def _maps(self, ending: str, dtype: np.dtype[Any]) -> list[np.ndarray]:
+    def _memory_maps(self, ending: str, dtype: np.dtype[Any]) -> list[np.ndarray]:
         """Plain arrays over the maps: slicing an `np.memmap` costs several times as much."""
         maps = []
         for name, entry in self.header["files"].items():
@@ -163,7 +163,7 @@ class TokenStore:
         return maps
 
     @cached_property
-    def _places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _document_spans(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         table = np.asarray(self.documents)
         return table["shard"], table["start"], table["tokens"]
 
@@ -172,7 +172,7 @@ class TokenStore:
 
         Bounds are as in slicing from the front (not negative) and never leave the document.
         """
-        shards, starts, lengths = self._places
+        shards, starts, lengths = self._document_spans
         length = int(lengths[document])
         first = int(starts[document])
         stop = length if stop is None else min(stop, length)
@@ -186,7 +186,7 @@ class TokenStore:
         """
         if not self._marks:
             return None
-        shards, starts, lengths = self._places
+        shards, starts, lengths = self._document_spans
         length = int(lengths[document])
         first = int(starts[document])
         stop = length if stop is None else min(stop, length)
@@ -204,9 +204,9 @@ class TokenStore:
                 )
 
 
-def _opened_again(path: Path, chosen: np.ndarray, fingerprint: str) -> TokenStore:
+def _reopen(path: Path, indices: np.ndarray, fingerprint: str) -> TokenStore:
     """Some documents of a store, in another process."""
-    return TokenStore.open(path).only(chosen, fingerprint)
+    return TokenStore.open(path).select(indices, fingerprint)
 
 
 # --- writing ------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class Shard:
     """How many of the empty ones for which reason."""
 
     @property
-    def met(self) -> int:
+    def read_count(self) -> int:
         """Documents read for it, the empty ones included: where reading goes on after it."""
         return self.documents + self.empty
 
@@ -235,20 +235,20 @@ def shard_name(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class Extras:
+class ExtraColumns:
     """What a store holds beside tokens: whether each token has a mark, and how many values a document has."""
 
     marks: bool = False
     width: int = 0
 
 
-PLAIN = Extras()
+NO_EXTRAS = ExtraColumns()
 
 
 class ShardWriter:
     """Writes the tokens and the document table of one shard into a folder, as they come, and what goes with them."""
 
-    def __init__(self, folder: Path, number: int, vocabulary: int, extras: Extras = PLAIN) -> None:
+    def __init__(self, folder: Path, number: int, vocabulary: int, extras: ExtraColumns = NO_EXTRAS) -> None:
         self.number, self.vocabulary = number, vocabulary
         self.dtype = token_dtype(vocabulary)
         self.documents = self.tokens = self.bytes = 0
@@ -265,11 +265,11 @@ class ShardWriter:
         lengths: np.ndarray,
         sizes: np.ndarray,
         digests: np.ndarray,
-        places: Sequence[str],
+        locations: Sequence[str],
         *,
         marks: np.ndarray | None = None,
         values: np.ndarray | None = None,
-        open_end: bool = False,
+        is_partial: bool = False,
     ) -> None:
         """Documents one after another: all their `ids`, and for each its length, UTF-8 bytes, digest, place.
 
@@ -285,28 +285,28 @@ class ShardWriter:
             document = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
             raise DataError(
                 f"token id {int(ids[at]):,}",
-                where=places[document],
+                where=locations[document],
                 expected=f"ids below the vocabulary size, {self.vocabulary:,}",
                 way_out="use the tokenizer that belongs to the model",
             )
-        _write(self._tokens, ids.astype(self.dtype).tobytes())
+        _write_all(self._tokens, ids.astype(self.dtype).tobytes())
         if self._marks is not None:
             assert marks is not None and len(marks) == len(ids)
-            _write(self._marks, marks.astype(MARK).tobytes())
+            _write_all(self._marks, marks.astype(MARK_DTYPE).tobytes())
         if self._values is not None:
             assert values is not None and len(values) == len(lengths)
-            _write(self._values, values.astype(VALUE).tobytes())
+            _write_all(self._values, values.astype(VALUE_DTYPE).tobytes())
         lengths = lengths.astype(np.int64)
         lengths[0] += self._open_tokens
-        closed = len(lengths) - open_end
-        self._open_tokens = int(lengths[-1]) if open_end else 0
-        table = np.zeros(closed, DOCUMENT)
+        closed = len(lengths) - is_partial
+        self._open_tokens = int(lengths[-1]) if is_partial else 0
+        table = np.zeros(closed, DOCUMENT_DTYPE)
         table["shard"] = self.number
         table["start"] = self.tokens + np.cumsum(lengths[:closed]) - lengths[:closed]
         table["tokens"] = lengths[:closed]
         table["bytes"] = sizes[:closed]
         table["digest"] = digests[:closed]
-        _write(self._table, table.tobytes())
+        _write_all(self._table, table.tobytes())
         self.documents += closed
         self.tokens += int(lengths[:closed].sum())
         self.bytes += int(table["bytes"].sum())
@@ -318,7 +318,7 @@ class ShardWriter:
 
 
 def publish_shard(
-    building: Path, number: int, vocabulary: int, write: Callable[[ShardWriter], int], extras: Extras = PLAIN
+    building: Path, number: int, vocabulary: int, write: Callable[[ShardWriter], int], extras: ExtraColumns = NO_EXTRAS
 ) -> Shard:
     """Makes shard `number` of what `write(writer)` adds; that call returns how many documents were empty."""
     made: list[Shard] = []
@@ -331,9 +331,9 @@ def publish_shard(
             writer.close()
         shard = Shard(number, writer.documents, empty, writer.tokens, writer.bytes, dict(writer.skipped))
         made.append(shard)
-        (folder / "shard.json").write_bytes(_json(asdict(shard)))
+        (folder / "shard.json").write_bytes(_to_json(asdict(shard)))
 
-    publish(building / shard_name(number), fill)
+    publish_folder(building / shard_name(number), fill)
     return made[0]
 
 
@@ -346,7 +346,7 @@ def finished_shards(building: Path) -> list[Shard]:
 
 
 def publish_store(
-    building: Path, final: Path, shards: Sequence[Shard], header: dict[str, Any], extras: Extras = PLAIN
+    building: Path, final: Path, shards: Sequence[Shard], header: dict[str, Any], extras: ExtraColumns = NO_EXTRAS
 ) -> TokenStore:
     """Writes the table and the header over finished shards and gives the folder its final name.
 
@@ -360,9 +360,13 @@ def publish_store(
             folder = building / shard_name(shard.number)
             listing = verify(folder)
             files |= {f"{folder.name}/{stream}": listing[stream] for stream in streams}
-        files["documents.npy"] = _joined(building, shards, "documents", _npy_head(DOCUMENT, (documents,)))
+        files["documents.npy"] = _concatenate_shards(
+            building, shards, "documents", _npy_header(DOCUMENT_DTYPE, (documents,))
+        )
         if extras.width:
-            files["values.npy"] = _joined(building, shards, "values", _npy_head(VALUE, (documents, extras.width)))
+            files["values.npy"] = _concatenate_shards(
+                building, shards, "values", _npy_header(VALUE_DTYPE, (documents, extras.width))
+            )
         if extras.marks:
             skipped: Counter[str] = Counter()
             for shard in shards:
@@ -378,7 +382,7 @@ def publish_store(
             "bytes": sum(shard.bytes for shard in shards),
             "files": files,
         }
-        write_atomically(building / "store.json", _json(whole))
+        write_atomically(building / "store.json", _to_json(whole))
         try:
             os.rename(building, final)
         except OSError:
@@ -387,10 +391,10 @@ def publish_store(
             shutil.rmtree(building, ignore_errors=True)  # another process was first: its bytes are the same
     except OSError as error:
         raise disk_error(error, final) from error
-    return tidied(TokenStore.open(final))
+    return remove_leftovers(TokenStore.open(final))
 
 
-def _joined(building: Path, shards: Sequence[Shard], name: str, head: bytes) -> dict[str, str | int]:
+def _concatenate_shards(building: Path, shards: Sequence[Shard], name: str, head: bytes) -> dict[str, str | int]:
     """Streams what the shards hold under `name` behind the head of one .npy file; its size and hash."""
     whole = building / f"{name}.npy"
     with open(whole, "wb") as out:
@@ -404,7 +408,7 @@ def _joined(building: Path, shards: Sequence[Shard], name: str, head: bytes) -> 
     return {"size": whole.stat().st_size, "sha256": sha256(whole)}
 
 
-def tidied(store: TokenStore) -> TokenStore:
+def remove_leftovers(store: TokenStore) -> TokenStore:
     """The store, without what was only of use while it grew."""
     for name in store.header["files"]:
         if name.endswith("tokens.bin"):
@@ -415,7 +419,7 @@ def tidied(store: TokenStore) -> TokenStore:
     return store
 
 
-def _npy_head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     """The head of a .npy file, written here so that its rows can be streamed behind it."""
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(
@@ -424,11 +428,11 @@ def _npy_head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return head.getvalue()
 
 
-def _json(value: dict[str, Any]) -> bytes:
+def _to_json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _write(file: io.FileIO, data: bytes) -> None:
+def _write_all(file: io.FileIO, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]

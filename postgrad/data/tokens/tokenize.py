@@ -35,24 +35,24 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from postgrad.data.read import documents as formats
-from postgrad.data.read.documents import Document, read_documents, read_labels, source_kind
-from postgrad.data.read.examples import RUNNING, Example, Labels, Rendered, Renderer, joined
-from postgrad.data.read.files import HubRows, Source, find_files
+from postgrad.data.read.documents import Document, detect_kind, read_documents, read_labels
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example, Labels, RenderedExample, Renderer, merge_labels
+from postgrad.data.read.files import HubDataset, RawSource, find_files
 from postgrad.data.tokens.store import (
     FORMAT,
-    MARK,
+    MARK_DTYPE,
     MARKED_FORMAT,
-    Extras,
+    ExtraColumns,
     ShardWriter,
     TokenStore,
     digest,
     finished_shards,
     publish_shard,
     publish_store,
-    tidied,
+    remove_leftovers,
 )
 from postgrad.errors import DataError, DiskError, MissingExtra, ModelError
-from postgrad.storage.atomic import disk_error, sha256, sweep, write_atomically
+from postgrad.storage.atomic import disk_error, remove_staging, sha256, write_atomically
 
 SHARD_CHARACTERS = 64 * 2**20
 """Characters (four for an id) after which a shard is closed: what a kill costs at most."""
@@ -96,7 +96,7 @@ class Encoder:
             parts.pop("truncation", None)
             parts.pop("padding", None)
         except (ValueError, AttributeError) as error:
-            raise _no_tokenizer(error) from None
+            raise _invalid_tokenizer_error(error) from None
         # Not sorted: the vocabulary is long, and whoever writes the file keeps its order.
         written = json.dumps([parts, self.bos, self.eos, self.vocabulary])
         return hashlib.sha256(written.encode()).hexdigest()
@@ -106,18 +106,18 @@ class Encoder:
         try:
             tokenizer = Tokenizer.from_str(self.tokenizer)
         except Exception as error:  # the package raises bare Exception
-            raise _no_tokenizer(error) from None
+            raise _invalid_tokenizer_error(error) from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
 
 
-def _no_tokenizer(error: Exception) -> ModelError:
+def _invalid_tokenizer_error(error: Exception) -> ModelError:
     return ModelError(f"not a tokenizer ({error})", where="tokenizer", expected="the contents of a tokenizer.json")
 
 
 def build_store(
-    source: Source,
+    source: RawSource,
     encoder: Encoder,
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
@@ -131,17 +131,17 @@ def build_store(
     `renderer` puts rows that have parts into words; for running text it makes no difference.
     Raises `DataError` with the place of what cannot be used, and `DiskError` when there is no room.
     """
-    if renderer is not None and source_kind(source) in RUNNING:
+    if renderer is not None and detect_kind(source) in RUNNING_TEXT_KINDS:
         renderer = None
     try:
         for folder in ("stores", "building", "locks"):
             (cache / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, cache) from error
-    inputs = _Inputs.of(source, cache)
+    inputs = _SourceFiles.from_source(source, cache)
     asked: dict[str, Any] = {} if source.kind in ("auto", "text") else {"kind": source.kind}
-    if source.only:
-        asked |= {"only": _only(source)}
+    if source.row_filter:
+        asked |= {"only": _sorted_filter(source)}
     if renderer is not None:
         asked |= {"format": MARKED_FORMAT, "renderer": renderer.fingerprint}
     fingerprint = _hash(
@@ -151,35 +151,47 @@ def build_store(
             "inputs": inputs.fingerprint,
             "columns": dict(source.columns),
             "documents": source.documents,
-            "cuts": [formats.WHOLE_FILE, formats.PASSAGE, formats.PARAGRAPH_CAP, WHOLE_DOCUMENT, PIECE],
+            "cuts": [
+                formats.SINGLE_FILE_BYTES,
+                formats.PASSAGE_CHARACTERS,
+                formats.PARAGRAPH_CAP,
+                WHOLE_DOCUMENT,
+                PIECE,
+            ],
             "shard": SHARD_CHARACTERS,
             **asked,
         }
     )
     final = cache / "stores" / fingerprint
-    if store := _published(final):
+    if store := _open_published(final):
         return store
-    with one_at_a_time(cache / "locks" / f"{fingerprint}.lock") as alone:
+    with file_lock(cache / "locks" / f"{fingerprint}.lock") as alone:
         mine = fingerprint if alone else f"{fingerprint}-{os.getpid()}"
         building = cache / "building" / mine
-        return _published(final) or _build(source, encoder, renderer, inputs, building, final, progress, workers)
+        return _open_published(final) or _build(source, encoder, renderer, inputs, building, final, progress, workers)
 
 
-def inputs_fingerprint(source: Source, cache: Path) -> str:
+def source_fingerprint(source: RawSource, cache: Path) -> str:
     """Of the contents of a source's files as they are now. Raises `DataError` when one cannot be read."""
-    return _Inputs.of(source, cache).fingerprint
+    return _SourceFiles.from_source(source, cache).fingerprint
 
 
-def labels_of(sources: Sequence[Source], cache: Path) -> Labels:
+def read_all_labels(sources: Sequence[RawSource], cache: Path) -> Labels:
     """The labels that labelled or tagged sources have together, read once for each state of their files.
 
     Raises `DataError` as `read_labels` does, and when the sources have labels of different sorts.
     """
-    return joined(_labels_of(source, cache) for source in sources)
+    return merge_labels(_cached_labels(source, cache) for source in sources)
 
 
-def _labels_of(source: Source, cache: Path) -> Labels:
-    asked = [FORMAT, _Inputs.of(source, cache).fingerprint, dict(source.columns), source.kind, _only(source)]
+def _cached_labels(source: RawSource, cache: Path) -> Labels:
+    asked = [
+        FORMAT,
+        _SourceFiles.from_source(source, cache).fingerprint,
+        dict(source.columns),
+        source.kind,
+        _sorted_filter(source),
+    ]
     place = cache / "labels" / f"{_hash(asked)}.json"
     try:
         written = json.loads(place.read_bytes())
@@ -191,31 +203,31 @@ def _labels_of(source: Source, cache: Path) -> Labels:
     return labels
 
 
-def _only(source: Source) -> dict[str, list[str]]:
-    return {column: sorted(values) for column, values in source.only.items()}
+def _sorted_filter(source: RawSource) -> dict[str, list[str]]:
+    return {column: sorted(values) for column, values in source.row_filter.items()}
 
 
-def _published(final: Path) -> TokenStore | None:
+def _open_published(final: Path) -> TokenStore | None:
     if not final.is_dir():
         return None
     try:
-        return tidied(TokenStore.open(final))
+        return remove_leftovers(TokenStore.open(final))
     except DataError:  # cut or changed since: it is only a cache
         shutil.rmtree(final, ignore_errors=True)
         return None
 
 
 def _build(
-    source: Source,
+    source: RawSource,
     encoder: Encoder,
     renderer: Renderer | None,
-    inputs: _Inputs,
+    inputs: _SourceFiles,
     building: Path,
     final: Path,
     progress: Callable[[int, int], None] | None,
     workers: int | None,
 ) -> TokenStore:
-    sweep(building)
+    remove_staging(building)
     tokenizer = encoder.load()
     if renderer is not None:
         tokenizer.post_processor = None  # it adds nothing here, but would take white space out of the tokens' places
@@ -228,27 +240,27 @@ def _build(
     documents = read_documents(source, seen)
     shards = finished_shards(building)
     kind = ""
-    for document in islice(documents, sum(shard.met for shard in shards)):
-        kind = kind or _kind(document)
+    for document in islice(documents, sum(shard.read_count for shard in shards)):
+        kind = kind or _document_kind(document)
 
-    def encode(batch: _Batch) -> _Encoded:
+    def encode(batch: _EncodingBatch) -> _EncodedBatch:
         if renderer is None:
             return _encode(batch, tokenizer, encoder)
         return _encode_examples(batch, tokenizer, encoder, renderer)
 
-    extras = Extras() if renderer is None else Extras(marks=True, width=renderer.width)
-    results = _encoded(_batches(documents), encode, workers or _cores())
-    with closing(results), _swept(building):
+    extras = ExtraColumns() if renderer is None else ExtraColumns(marks=True, width=renderer.width)
+    results = _encode_parallel(_batches(documents), encode, workers or _available_cores())
+    with closing(results), _sweep_on_error(building):
         while first := next(results, None):
 
-            def write(writer: ShardWriter, first: tuple[_Batch, _Encoded] = first) -> int:
+            def write(writer: ShardWriter, first: tuple[_EncodingBatch, _EncodedBatch] = first) -> int:
                 nonlocal kind
                 empty = 0
                 for batch, encoded in chain([first], results):
                     kind = kind or batch.kind
-                    writer.add(*encoded[:5], marks=encoded.marks, values=encoded.values, open_end=not batch.last)
+                    writer.add(*encoded[:5], marks=encoded.marks, values=encoded.values, is_partial=not batch.is_last)
                     writer.skipped.update(batch.skipped + encoded.skipped)
-                    empty += batch.met - len(encoded.lengths) * batch.last
+                    empty += batch.read_count - len(encoded.lengths) * batch.is_last
                     if progress:
                         progress(min(read, inputs.size), inputs.size)
                     if batch.ends_shard:
@@ -280,12 +292,12 @@ def _build(
 
 
 @contextmanager
-def _swept(building: Path) -> Iterator[None]:
+def _sweep_on_error(building: Path) -> Iterator[None]:
     """What was being written when an error came is removed; the finished shards stay for the next time."""
     try:
         yield
     except BaseException:
-        sweep(building)
+        remove_staging(building)
         raise
 
 
@@ -293,7 +305,7 @@ def _swept(building: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class _SourceFiles:
     """The files of a source as they are now, and the hash of their contents."""
 
     fingerprint: str
@@ -302,7 +314,7 @@ class _Inputs:
     where: str = ""
 
     @classmethod
-    def of(cls, source: Source, cache: Path) -> _Inputs:
+    def from_source(cls, source: RawSource, cache: Path) -> _SourceFiles:
         if source.path is not None:
             files = find_files(source.path, source.root, source.where)
         else:
@@ -310,7 +322,7 @@ class _Inputs:
             folder = source.root / source.hub.name
             if not folder.is_dir():
                 hub = source.hub
-                revision = _revision(hub, source.where)
+                revision = _hub_revision(hub, source.where)
                 return cls(_hash([hub.name, hub.subset, hub.split, revision]), 0)
             files = sorted(file for file in folder.rglob("*") if file.is_file())
         memo_file = cache / "hashes.json"
@@ -356,7 +368,7 @@ class _Inputs:
                 )
 
 
-def _revision(hub: HubRows, where: str) -> str:
+def _hub_revision(hub: HubDataset, where: str) -> str:
     """The commit that a Hub data set stands at: a store of yesterday's rows is not taken for today's."""
     if hub.revision and re.fullmatch(r"[0-9a-f]{40}", hub.revision):
         return hub.revision
@@ -382,7 +394,7 @@ def _hash(value: Any) -> str:
 
 
 @contextmanager
-def one_at_a_time(lock: Path) -> Iterator[bool]:
+def file_lock(lock: Path) -> Iterator[bool]:
     """One process makes something, others wait for it; a lock dies with its process, however that ends.
 
     False where there is no such lock: then each process builds for itself, and the first to end has its way.
@@ -410,35 +422,35 @@ def one_at_a_time(lock: Path) -> Iterator[bool]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
+class _EncodingBatch:
     """What one thread encodes at once: some documents, or one piece of a long one."""
 
     documents: list[Document]
-    met: int
+    read_count: int
     """Documents that it accounts for, the empty ones included."""
     ends_shard: bool
-    first: bool = True
-    last: bool = True
-    whole: tuple[int, int] | None = None
+    is_first: bool = True
+    is_last: bool = True
+    full_document: tuple[int, int] | None = None
     """Bytes and digest of the document whose last piece this is."""
     skipped: tuple[str, ...] = ()
     """Why rows were left out that teach nothing."""
 
     @property
     def kind(self) -> str:
-        return _kind(self.documents[0]) if self.documents else ""
+        return _document_kind(self.documents[0]) if self.documents else ""
 
 
-def _kind(document: Document) -> str:
+def _document_kind(document: Document) -> str:
     """What a document is; nothing can be said of a row that was left out."""
     if document.example is not None:
         return document.example.kind
-    if document.skipped:
+    if document.skip_reason:
         return ""
     return "text" if document.text is not None else "input_ids"
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[_Batch]:
+def _batches(documents: Iterator[Document]) -> Iterator[_EncodingBatch]:
     """Where a batch and a shard end depends on the documents alone, so that every build cuts alike."""
     held: list[Document] = []
     skipped: list[str] = []
@@ -448,79 +460,81 @@ def _batches(documents: Iterator[Document]) -> Iterator[_Batch]:
         text, ids = document.text, document.ids
         if text is not None and len(text) > WHOLE_DOCUMENT and document.example is None:
             if held or met > 1:
-                yield _Batch(held, met - 1, False)
+                yield _EncodingBatch(held, met - 1, False)
             data = text.encode()
             whole = len(data), digest(data)
             del data
             ends = shard + len(text) >= SHARD_CHARACTERS
-            yield from _piece_batches(text, document.place, whole, ends)
+            yield from _piece_batches(text, document.location, whole, ends)
             held, size, met, shard = [], 0, 0, 0 if ends else shard + len(text)
             continue
-        if not document.empty:
+        if not document.is_empty:
             held.append(document)
             length = len(text) if text is not None else 4 * len(ids)  # type: ignore[arg-type]
             size += length
             shard += length
-        elif document.skipped:
-            skipped.append(document.skipped)
+        elif document.skip_reason:
+            skipped.append(document.skip_reason)
         if shard >= SHARD_CHARACTERS:
-            yield _Batch(held, met, True, skipped=tuple(skipped))
+            yield _EncodingBatch(held, met, True, skipped=tuple(skipped))
             held, skipped, size, met, shard = [], [], 0, 0, 0
         elif size >= BATCH_CHARACTERS or met >= BATCH_DOCUMENTS:
-            yield _Batch(held, met, False, skipped=tuple(skipped))
+            yield _EncodingBatch(held, met, False, skipped=tuple(skipped))
             held, skipped, size, met = [], [], 0, 0
     if met:
-        yield _Batch(held, met, True, skipped=tuple(skipped))
+        yield _EncodingBatch(held, met, True, skipped=tuple(skipped))
 
 
-def _piece_batches(text: str, place: str, whole: tuple[int, int], ends_shard: bool) -> Iterator[_Batch]:
+def _piece_batches(
+    text: str, location: str, full_document: tuple[int, int], ends_shard: bool
+) -> Iterator[_EncodingBatch]:
     start = 0
     while start < len(text):
-        end = _cut(text, start + PIECE) if len(text) - start > 2 * PIECE else len(text)
+        end = _split_position(text, start + PIECE) if len(text) - start > 2 * PIECE else len(text)
         last = end == len(text)
-        piece = [Document(text[start:end], None, place)]
-        yield _Batch(piece, int(last), last and ends_shard, start == 0, last, whole if last else None)
+        piece = [Document(text[start:end], None, location)]
+        yield _EncodingBatch(piece, int(last), last and ends_shard, start == 0, last, full_document if last else None)
         start = end
 
 
 _LINE_START = re.compile(r"\n(?=[^\W\d_])")
 
 
-def _cut(text: str, near: int) -> int:
+def _split_position(text: str, limit: int) -> int:
     """A place shortly before `near` where a tokenizer would part the text anyway.
 
     That is behind a newline that a letter follows; without one, before a space; without that, anywhere.
     """
-    window = range(max(1, near - 2**16), near)
+    window = range(max(1, limit - 2**16), limit)
     ends = [match.end() for match in _LINE_START.finditer(text, window.start, window.stop)]
     if ends:
         return ends[-1]
     space = text.rfind(" ", window.start, window.stop)
-    return space if space > 0 else near
+    return space if space > 0 else limit
 
 
 # --- encoding -----------------------------------------------------------------------------------------
 
 
-class _Encoded(NamedTuple):
+class _EncodedBatch(NamedTuple):
     """The non-empty documents of a batch, as `ShardWriter.add` takes them, and why others were left out."""
 
     ids: np.ndarray
     lengths: np.ndarray
     sizes: np.ndarray
     digests: np.ndarray
-    places: list[str]
+    locations: list[str]
     marks: np.ndarray | None = None
     values: np.ndarray | None = None
     skipped: tuple[str, ...] = ()
 
 
-def _encoded(
-    batches: Iterator[_Batch], encode: Callable[[_Batch], _Encoded], workers: int
-) -> Generator[tuple[_Batch, _Encoded], None, None]:
+def _encode_parallel(
+    batches: Iterator[_EncodingBatch], encode: Callable[[_EncodingBatch], _EncodedBatch], workers: int
+) -> Generator[tuple[_EncodingBatch, _EncodedBatch], None, None]:
     """The batches in their order, `workers` of them being encoded while the next ones are read."""
-    waiting: deque[tuple[_Batch, Future[_Encoded]]] = deque()
-    with _without_own_threads(), ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
+    waiting: deque[tuple[_EncodingBatch, Future[_EncodedBatch]]] = deque()
+    with _no_tokenizer_threads(), ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
         try:
             for batch in batches:
                 waiting.append((batch, pool.submit(encode, batch)))
@@ -535,7 +549,7 @@ def _encoded(
 
 
 @contextmanager
-def _without_own_threads() -> Iterator[None]:
+def _no_tokenizer_threads() -> Iterator[None]:
     """`tokenizers` would start threads of its own inside ours; it looks at this variable at every call."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
@@ -549,11 +563,11 @@ def _without_own_threads() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _encode(batch: _Batch, tokenizer: Tokenizer, encoder: Encoder) -> _Encoded:
-    if batch.kind not in ("", *RUNNING):
+def _encode(batch: _EncodingBatch, tokenizer: Tokenizer, encoder: Encoder) -> _EncodedBatch:
+    if batch.kind not in ("", *RUNNING_TEXT_KINDS):
         raise DataError(
             f"rows of kind `{batch.kind}` where running text is read",
-            where=batch.documents[0].place,
+            where=batch.documents[0].location,
             expected="rows with `text` or `input_ids`",
             way_out="name the column that holds running text with columns: {text: <column>}",
         )
@@ -562,9 +576,9 @@ def _encode(batch: _Batch, tokenizer: Tokenizer, encoder: Encoder) -> _Encoded:
     sizes: list[int] = []
     digests: list[int] = []
     places: list[str] = []
-    eos, bos = encoder.eos, encoder.bos if batch.first else None
-    for document, (ids, size, mark) in zip(batch.documents, _contents(batch, tokenizer), strict=True):
-        if batch.last and ids and ids[-1] == eos:
+    eos, bos = encoder.eos, encoder.bos if batch.is_first else None
+    for document, (ids, size, mark) in zip(batch.documents, _tokenize_batch(batch, tokenizer), strict=True):
+        if batch.is_last and ids and ids[-1] == eos:
             end = len(ids)
             while end and ids[end - 1] == eos:
                 end -= 1
@@ -574,19 +588,19 @@ def _encode(batch: _Batch, tokenizer: Tokenizer, encoder: Encoder) -> _Encoded:
             while start < len(ids) and ids[start] == bos:
                 start += 1
             del ids[:start]
-        if not ids and batch.first and batch.last:  # nothing but bos and eos, or all of it normalised away
+        if not ids and batch.is_first and batch.is_last:  # nothing but bos and eos, or all of it normalised away
             continue
         before = len(flat)
         if bos is not None:
             flat.append(bos)
         flat.fromlist(ids)
-        if batch.last:
+        if batch.is_last:
             flat.append(eos)
         lengths.append(len(flat) - before)
         sizes.append(size)
         digests.append(mark)
-        places.append(document.place)
-    return _Encoded(
+        places.append(document.location)
+    return _EncodedBatch(
         np.frombuffer(flat, np.uint32),
         np.array(lengths, np.int64),
         np.array(sizes, np.uint64),
@@ -595,7 +609,7 @@ def _encode(batch: _Batch, tokenizer: Tokenizer, encoder: Encoder) -> _Encoded:
     )
 
 
-def _contents(batch: _Batch, tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, int]]:
+def _tokenize_batch(batch: _EncodingBatch, tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, int]]:
     """(ids, UTF-8 bytes of the text, digest) of each document."""
     documents = batch.documents
     if not documents:
@@ -604,8 +618,8 @@ def _contents(batch: _Batch, tokenizer: Tokenizer) -> Iterator[tuple[list[int], 
         if batch.kind == "text":
             texts = [document.text or "" for document in documents]
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            if not (batch.first and batch.last):
-                size, mark = batch.whole or (0, 0)
+            if not (batch.is_first and batch.is_last):
+                size, mark = batch.full_document or (0, 0)
                 yield encodings[0].ids, size, mark
                 return
             for text, encoding in zip(texts, encodings, strict=True):
@@ -620,29 +634,35 @@ def _contents(batch: _Batch, tokenizer: Tokenizer) -> Iterator[tuple[list[int], 
     except (MemoryError, DataError):
         raise
     except Exception as error:  # the package raises bare Exception
-        raise _failed(error, batch) from None
+        raise _tokenizer_error(error, batch) from None
 
 
-def _failed(error: Exception, batch: _Batch) -> DataError:
+def _tokenizer_error(error: Exception, batch: _EncodingBatch) -> DataError:
     return DataError(
         f"the tokenizer fails: {error}",
-        where=f"{batch.documents[0].place} to {batch.documents[-1].place}",
+        where=f"{batch.documents[0].location} to {batch.documents[-1].location}",
         expected="a tokenizer that can encode every text",
     )
 
 
-def _encode_examples(batch: _Batch, tokenizer: Tokenizer, encoder: Encoder, renderer: Renderer) -> _Encoded:
+def _encode_examples(
+    batch: _EncodingBatch, tokenizer: Tokenizer, encoder: Encoder, renderer: Renderer
+) -> _EncodedBatch:
     """The documents of a batch as `renderer` words them: `[bos] + ids + [eos]` as everywhere, and a mark for each."""
-    rendered = [render_at(document.example, document.place, renderer) for document in batch.documents]
-    parts = iter(_tokens([text for each in rendered for text in _texts(each)], tokenizer, batch))
+    rendered = [render_example(document.example, document.location, renderer) for document in batch.documents]
+    parts = iter(
+        _tokenize_with_offsets([text for each in rendered for text in _tokenized_texts(each)], tokenizer, batch)
+    )
     ids: list[np.ndarray] = []
     marks: list[np.ndarray] = []
     kept: list[int] = []
     for number, each in enumerate(rendered):
-        met = [next(parts) for _ in _texts(each)]
-        spans = [each.pieces] if each.joint else [(piece,) for piece in each.pieces]
+        met = [next(parts) for _ in _tokenized_texts(each)]
+        spans = [each.pieces] if each.is_joint else [(piece,) for piece in each.pieces]
         own = np.concatenate([each_ids for each_ids, _ in met])
-        its = np.concatenate([marks_of(span, ends, each.words) for span, (_, ends) in zip(spans, met, strict=True)])
+        its = np.concatenate(
+            [token_marks(span, ends, each.mark_first_token) for span, (_, ends) in zip(spans, met, strict=True)]
+        )
         others = np.flatnonzero(own != encoder.eos)
         stop = int(others[-1]) + 1 if len(others) else 0
         start = 0
@@ -651,65 +671,67 @@ def _encode_examples(batch: _Batch, tokenizer: Tokenizer, encoder: Encoder, rend
         if start == stop:
             continue
         first = [] if encoder.bos is None else [encoder.bos]
-        last = 0 if each.words else each.pieces[-1][1]
+        last = 0 if each.mark_first_token else each.pieces[-1][1]
         ids.append(np.concatenate([first, own[start:stop], [encoder.eos]]))
         marks.append(np.concatenate([[0] * len(first), its[start:stop], [last]]))
         kept.append(number)
-    return _Encoded(
+    return _EncodedBatch(
         np.concatenate(ids).astype(np.int64) if ids else np.zeros(0, np.int64),
         np.array([len(own) for own in ids], np.int64),
-        np.array([len("".join(_texts(rendered[number])).encode()) for number in kept], np.uint64),
+        np.array([len("".join(_tokenized_texts(rendered[number])).encode()) for number in kept], np.uint64),
         np.array([digest((batch.documents[number].text or "").encode()) for number in kept], np.uint64),
-        [batch.documents[number].place for number in kept],
-        np.concatenate(marks).astype(MARK) if marks else np.zeros(0, MARK),
+        [batch.documents[number].location for number in kept],
+        np.concatenate(marks).astype(MARK_DTYPE) if marks else np.zeros(0, MARK_DTYPE),
         np.array([rendered[number].values for number in kept], np.float32).reshape(len(kept), renderer.width),
         ("no tokens",) * (len(rendered) - len(kept)),
     )
 
 
-def render_at(example: Example | None, place: str, renderer: Renderer) -> Rendered:
+def render_example(example: Example | None, location: str, renderer: Renderer) -> RenderedExample:
     """An example in words. Raises the renderer's `DataError`, with the place of the row."""
     assert example is not None
     try:
         return renderer.render(example)
     except DataError as error:
-        where = error.where or place
-        raise DataError(error.met, where=where, expected=error.expected, way_out=error.way_out) from None
+        where = error.where or location
+        raise DataError(error.problem, where=where, expected=error.expected, way_out=error.way_out) from None
 
 
-def _texts(rendered: Rendered) -> list[str]:
+def _tokenized_texts(rendered: RenderedExample) -> list[str]:
     """What is tokenised by itself: all pieces as one text, or each."""
     texts = [text for text, _ in rendered.pieces]
-    return ["".join(texts)] if rendered.joint else texts
+    return ["".join(texts)] if rendered.is_joint else texts
 
 
-def _tokens(texts: list[str], tokenizer: Tokenizer, batch: _Batch) -> list[tuple[np.ndarray, np.ndarray]]:
+def _tokenize_with_offsets(
+    texts: list[str], tokenizer: Tokenizer, batch: _EncodingBatch
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each text its ids, and the characters (from, to) that each id stands for, of shape (T, 2)."""
     if not texts:
         return []
     try:
         encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     except Exception as error:  # the package raises bare Exception
-        raise _failed(error, batch) from None
+        raise _tokenizer_error(error, batch) from None
     return [
         (np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2))
         for encoding in encodings
     ]
 
 
-def marks_of(pieces: Sequence[tuple[str, int]], places: np.ndarray, words: bool) -> np.ndarray:
+def token_marks(pieces: Sequence[tuple[str, int]], offsets: np.ndarray, mark_first_token: bool) -> np.ndarray:
     """The mark of each token, `places` being its characters: the greatest of its pieces' marks.
 
     With `words` only the first token that a piece has any character of, unless an earlier piece has it already.
     """
-    marks = np.zeros(len(places), np.int64)
-    starts, stops = places[:, 0], places[:, 1]
+    marks = np.zeros(len(offsets), np.int64)
+    starts, stops = offsets[:, 0], offsets[:, 1]
     at = 0
     for text, mark in pieces:
         end = at + len(text)
         if mark and text:
             first, last = np.searchsorted(stops, at, "right"), np.searchsorted(starts, end, "left")
-            if not words:
+            if not mark_first_token:
                 marks[first:last] = np.maximum(marks[first:last], mark)
             elif first < last and not marks[first]:
                 marks[first] = mark
@@ -717,7 +739,7 @@ def marks_of(pieces: Sequence[tuple[str, int]], places: np.ndarray, words: bool)
     return marks
 
 
-def _cores() -> int:
+def _available_cores() -> int:
     """The cores that this process may run on: more threads than those would only get in each other's way."""
     try:
         return len(os.sched_getaffinity(0))

@@ -18,61 +18,71 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from postgrad.data.layouts.rows import held_out_mask
 from postgrad.data.read.documents import Document, read_documents
-from postgrad.data.read.files import Source
+from postgrad.data.read.files import RawSource
 from postgrad.data.tokens.store import digest
-from postgrad.data.tokens.tokenize import inputs_fingerprint
+from postgrad.data.tokens.tokenize import source_fingerprint
 from postgrad.errors import DataError
 from postgrad.storage.atomic import write_atomically
 
 _FORMAT = 1
-MOST_BYTES = 128 * 2**20
+MAX_BYTES = 128 * 2**20
 """Of text; more changes the vocabulary little."""
-_LEAST_FREQUENCY = 2
-_CHOICE = np.uint64(0xD1342543DE82EF95)
+_MIN_FREQUENCY = 2
+_DIGEST_MULTIPLIER = np.uint64(0xD1342543DE82EF95)
 """Mixes digests, so that which documents are chosen has nothing to do with which are held out."""
 
 
 @dataclass(frozen=True)
-class Portion:
+class VocabularySource:
     """A source, and the share of so many documents that is held out."""
 
-    source: Source
-    held_out: Callable[[int], float]
+    source: RawSource
+    held_out_share: Callable[[int], float]
 
 
-Shares = Callable[[Sequence[int]], Sequence[float]]
+SharesFunction = Callable[[Sequence[int]], Sequence[float]]
 """The share of each source, when so many documents of each may be trained on."""
 
 
-def learn_vocabulary(
-    portions: Sequence[Portion],
-    shares: Shares,
+def train_vocabulary(
+    sources: Sequence[VocabularySource],
+    shares: SharesFunction,
     *,
-    rule: object,
+    shares_key: object,
     size: int,
-    special: Sequence[str],
-    away: Sequence[Source],
+    special_tokens: Sequence[str],
+    held_out_sources: Sequence[RawSource],
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
-    most: int = MOST_BYTES,
+    max_bytes: int = MAX_BYTES,
 ) -> str:
     """A tokenizer as the JSON of `tokenizer.json`: `size` tokens, those in `special` first. `rule`: `shares` as plain data.
 
     What a source holds out is not looked at, nor is any copy of a document of `away`. It has fewer tokens where no more pairs
     occur twice. Raises `DataError` for sources of token ids, and when no document is left.
     """
-    read = [[_known_by(p.source, cache), p.held_out(1), p.held_out(10**6)] for p in portions]
-    asked = [_FORMAT, size, list(special), most, read, rule, [_known_by(source, cache) for source in away]]
+    read = [[_source_key(p.source, cache), p.held_out_share(1), p.held_out_share(10**6)] for p in sources]
+    asked = [
+        _FORMAT,
+        size,
+        list(special_tokens),
+        max_bytes,
+        read,
+        shares_key,
+        [_source_key(source, cache) for source in held_out_sources],
+    ]
     place = cache / "vocabularies" / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()}.json"
     if place.exists():
         return place.read_text("utf-8")
-    copies = np.unique(np.concatenate([np.empty(0, np.uint64), *(_measured(source)[0] for source in away)]))
-    measured = [(*_measured(p.source), p) for p in portions]
-    times = _times(measured, shares, copies, most)
+    copies = np.unique(
+        np.concatenate([np.empty(0, np.uint64), *(_digests_and_sizes(source)[0] for source in held_out_sources)])
+    )
+    measured = [(*_digests_and_sizes(p.source), p) for p in sources]
+    times = _repeat_counts(measured, shares, copies, max_bytes)
     if not any(n.any() for n in times):
         raise DataError(
             "no document is left that a vocabulary could be learnt from",
-            where=portions[0].source.where,
+            where=sources[0].source.where,
             expected="documents that are not in a held-out set",
         )
     tokenizer = Tokenizer(models.BPE())
@@ -80,62 +90,65 @@ def learn_vocabulary(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        min_frequency=_LEAST_FREQUENCY,
-        special_tokens=list(special),
+        min_frequency=_MIN_FREQUENCY,
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     total = sum(int(sizes @ n) for (_, sizes, _), n in zip(measured, times, strict=True))
-    tokenizer.train_from_iterator(_repeated(portions, times, total, progress), trainer)
+    tokenizer.train_from_iterator(_repeat_texts(sources, times, total, progress), trainer)
     written = tokenizer.to_str(pretty=False)
     write_atomically(place, written)
     return written
 
 
-def _known_by(source: Source, cache: Path) -> list[object]:
-    return [inputs_fingerprint(source, cache), dict(source.columns), source.documents, source.kind]
+def _source_key(source: RawSource, cache: Path) -> list[object]:
+    return [source_fingerprint(source, cache), dict(source.columns), source.documents, source.kind]
 
 
-def _texts(source: Source) -> Iterator[str]:
+def _read_texts(source: RawSource) -> Iterator[str]:
     """The documents of a source that a store has too."""
     for document in read_documents(source):
-        if not document.empty:
-            yield _text(document, source)
+        if not document.is_empty:
+            yield _document_text(document, source)
 
 
-def _text(document: Document, source: Source) -> str:
+def _document_text(document: Document, source: RawSource) -> str:
     if document.text is None:
         raise DataError(
             f"'{source.name}' holds token ids, and a new tokenizer is learnt from text",
-            where=document.place,
+            where=document.location,
             expected="text, or the tokenizer that these ids are of, as model.tokenizer",
         )
     return document.text
 
 
-def _measured(source: Source) -> tuple[np.ndarray, np.ndarray]:
+def _digests_and_sizes(source: RawSource) -> tuple[np.ndarray, np.ndarray]:
     """The content hash and the bytes of each document."""
     digests: list[int] = []
     sizes: list[int] = []
-    for text in _texts(source):
+    for text in _read_texts(source):
         data = text.encode()
         digests.append(digest(data))
         sizes.append(len(data))
     return np.array(digests, np.uint64), np.array(sizes, np.int64)
 
 
-def _times(
-    measured: Sequence[tuple[np.ndarray, np.ndarray, Portion]], shares: Shares, copies: np.ndarray, most: int
+def _repeat_counts(
+    measured: Sequence[tuple[np.ndarray, np.ndarray, VocabularySource]],
+    shares: SharesFunction,
+    copies: np.ndarray,
+    max_bytes: int,
 ) -> list[np.ndarray]:
     """How often each document of each source is read, so that the bytes of the sources have their shares."""
-    allowed = [~held_out_mask(d, p.held_out(len(d))) & ~np.isin(d, copies) for d, _, p in measured]
+    allowed = [~held_out_mask(d, p.held_out_share(len(d))) & ~np.isin(d, copies) for d, _, p in measured]
     there = [int(sizes[free].sum()) for (_, sizes, _), free in zip(measured, allowed, strict=True)]
-    total = min(most, sum(there))
+    total = min(max_bytes, sum(there))
     given = shares([int(free.sum()) for free in allowed])
     out: list[np.ndarray] = []
     for (digests, sizes, _), free, have, share in zip(measured, allowed, there, given, strict=True):
         whole, rest = divmod(round(share * total), max(have, 1))
-        order = np.argsort(digests * _CHOICE, kind="stable")
+        order = np.argsort(digests * _DIGEST_MULTIPLIER, kind="stable")
         order = order[free[order]]
         times = np.where(free, whole, 0)
         times[order[: np.searchsorted(np.cumsum(sizes[order]), rest)]] += 1
@@ -143,12 +156,15 @@ def _times(
     return out
 
 
-def _repeated(
-    portions: Sequence[Portion], times: Sequence[np.ndarray], total: int, progress: Callable[[int, int], None] | None
+def _repeat_texts(
+    sources: Sequence[VocabularySource],
+    repeat_counts: Sequence[np.ndarray],
+    total: int,
+    progress: Callable[[int, int], None] | None,
 ) -> Iterator[str]:
     done = 0
-    for portion, wanted in zip(portions, times, strict=True):
-        for text, count in zip(_texts(portion.source), wanted.tolist(), strict=True):
+    for portion, wanted in zip(sources, repeat_counts, strict=True):
+        for text, count in zip(_read_texts(portion.source), wanted.tolist(), strict=True):
             for _ in range(count):
                 yield text
             done += count * len(text.encode())

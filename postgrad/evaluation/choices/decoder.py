@@ -19,27 +19,27 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from postgrad.errors import ModelError
 from postgrad.evaluation.choices.token_tree import (
-    Batch,
     Branch,
-    Row,
-    grown,
-    prefixed_batches,
-    shared_batches,
-    single_batches,
-    single_tokens,
-    tokens_of,
+    TreeBatch,
+    TreeRow,
+    build_prefix_lm_batches,
+    build_shared_batches,
+    build_single_batches,
+    build_tree,
+    count_single_tokens,
+    count_tokens,
 )
-from postgrad.models.model import CausalModel, Head
-from postgrad.models.prefix_lm_attention import reads_prefixes
+from postgrad.models.model import CausalModel, OutputHead
+from postgrad.models.prefix_lm_attention import is_prefix_lm
 
 _LOGITS_AT_ONCE = 1 << 25
-_BESIDE = 16
+_PROBE_TOKENS = 16
 """Tokens that stand beside the sequence by which it is tried whether trees work."""
-_TAKES_TRUTH = ("sdpa", "prefix")
+_BOOLEAN_MASK_ATTENTION = ("sdpa", "prefix")
 """Ways to attend that take a mask of true and false; any other gets numbers to be added."""
 
 
-class Answers(NamedTuple):
+class TokenScores(NamedTuple):
     """What was asked for, as arrays of shape (A,): number, `log p` in nats, and whether no token was likelier."""
 
     slot: np.ndarray
@@ -47,7 +47,7 @@ class Answers(NamedTuple):
     greedy: np.ndarray
 
 
-class _Read(DynamicLayer):
+class _TrunkCacheLayer(DynamicLayer):
     """A layer's keys and values of a trunk (1, H, P, C), which every batch stands behind and none adds to."""
 
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
@@ -67,47 +67,47 @@ class _Read(DynamicLayer):
         return torch.cat([key, key_states], 2), torch.cat([value, value_states], 2)
 
 
-class Decoder:
+class DecoderScorer:
     """A decoder and the batches that it reads: trees behind trunks, where that works and pays."""
 
-    def __init__(self, model: CausalModel, branches: Sequence[Branch], pad: int, at_once: int) -> None:
+    def __init__(self, model: CausalModel, branches: Sequence[Branch], pad: int, batch_tokens: int) -> None:
         self.model, self.pad = model, pad
         self.trunk: Cache | None = None
-        self.tried: np.ndarray | None = None
-        if reads_prefixes(model.pretrained.config):
-            self.trees, self.batches = True, prefixed_batches(branches, at_once)
-            self.read = tokens_of(self.batches)
+        self.probed_trunk: np.ndarray | None = None
+        if is_prefix_lm(model.pretrained.config):
+            self.uses_trees, self.batches = True, build_prefix_lm_batches(branches, batch_tokens)
+            self.tokens_read = count_tokens(self.batches)
             return
-        shared = shared_batches(branches, at_once)
+        shared = build_shared_batches(branches, batch_tokens)
         longest = max(branches, key=lambda branch: len(branch.ids), default=None)
-        self.trees = (
+        self.uses_trees = (
             longest is not None
-            and tokens_of(shared) + len(longest.ids) < single_tokens(branches)
-            and self._agrees(longest, shared)
+            and count_tokens(shared) + len(longest.ids) < count_single_tokens(branches)
+            and self._trees_agree(longest, shared)
         )
-        if self.trees:  # the trunk that was read for the trial comes first
-            self.batches = sorted(shared, key=lambda batch: batch.trunk is not self.tried)
+        if self.uses_trees:  # the trunk that was read for the trial comes first
+            self.batches = sorted(shared, key=lambda batch: batch.trunk is not self.probed_trunk)
         else:
-            self.batches = single_batches(branches, at_once)
-        self.read = tokens_of(self.batches)
+            self.batches = build_single_batches(branches, batch_tokens)
+        self.tokens_read = count_tokens(self.batches)
 
-    def _agrees(self, branch: Branch, shared: Sequence[Batch]) -> bool:
+    def _trees_agree(self, branch: Branch, shared: Sequence[TreeBatch]) -> bool:
         """Whether a sequence says the same in a tree as by itself; the longest one meets every window there is."""
         trunk = next(batch.trunk for batch in shared if any(branch.slot in row.slot_A for row in batch.rows))
-        ids = branch.ids[: len(trunk) or branch.first // 2]
+        ids = branch.ids[: len(trunk) or branch.context_length // 2]
         # What stands before it in its row would show where a mask or places are passed over.
-        other = Branch(np.append(ids, branch.ids[len(ids) :][:_BESIDE][::-1]), len(ids) + 1, (), 0)
+        other = Branch(np.append(ids, branch.ids[len(ids) :][:_PROBE_TOKENS][::-1]), len(ids) + 1, (), 0)
         try:
-            self.trunk = self._behind(ids)
-            tree = self._trees(Batch(ids, (grown([other, branch], len(ids)),)), self.trunk).log_p
-            (alone,) = single_batches([branch], len(branch.ids))
-            plain = self._rows(alone).log_p
+            self.trunk = self._prefill_trunk(ids)
+            tree = self._score_trees(TreeBatch(ids, (build_tree([other, branch], len(ids)),)), self.trunk).log_p
+            (alone,) = build_single_batches([branch], len(branch.ids))
+            plain = self._score_rows(alone).log_p
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
             return False
         if len(trunk):
-            self.tried = trunk
+            self.probed_trunk = trunk
         dtype = next(self.model.parameters()).dtype
         off = np.abs(tree - plain)
         return bool((off <= torch.finfo(dtype).eps ** 0.5 * np.maximum(1, np.abs(plain))).all())
@@ -115,26 +115,26 @@ class Decoder:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def before(self, turn: Sequence[int], mine: int) -> None:
+    def prepare(self, batch_numbers: Sequence[int], own_number: int) -> None:
         """Read the trunk that batch `mine` stands behind; a rank whose batch has none, beside some that have, reads a token."""
-        if all(self.batches[number].trunk is self.tried for number in turn):
+        if all(self.batches[number].trunk is self.probed_trunk for number in batch_numbers):
             return
-        self.trunk, self.tried = None, None
-        if any(len(self.batches[number].trunk) for number in turn):
-            trunk = self.batches[mine].trunk
-            read = self._behind(trunk if len(trunk) else np.array([self.pad]))
+        self.trunk, self.probed_trunk = None, None
+        if any(len(self.batches[number].trunk) for number in batch_numbers):
+            trunk = self.batches[own_number].trunk
+            read = self._prefill_trunk(trunk if len(trunk) else np.array([self.pad]))
             self.trunk = read if len(trunk) else None
 
-    def same(self, a: int, b: int) -> bool:
+    def shares_trunk(self, a: int, b: int) -> bool:
         """Whether two batches stand behind the same trunk."""
         return self.batches[a].trunk is self.batches[b].trunk
 
-    def answers(self, number: int) -> Answers:
+    def score_batch(self, number: int) -> TokenScores:
         """The answers of a batch, whose trunk has been read."""
         batch = self.batches[number]
-        return self._trees(batch, self.trunk) if self.trees else self._rows(batch)
+        return self._score_trees(batch, self.trunk) if self.uses_trees else self._score_rows(batch)
 
-    def _behind(self, trunk: np.ndarray) -> Cache | None:
+    def _prefill_trunk(self, trunk: np.ndarray) -> Cache | None:
         """Keys and values of a trunk (P,); None where there is no trunk."""
         if not len(trunk):
             return None
@@ -145,33 +145,33 @@ class Decoder:
         layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
         if len(layers) < len(cache.layers):
             raise TypeError("a past that is more than keys and values")
-        return Cache(layers=[_Read(layer.keys, layer.values) for layer in layers])
+        return Cache(layers=[_TrunkCacheLayer(layer.keys, layer.values) for layer in layers])
 
-    def _trees(self, batch: Batch, trunk: Cache | None) -> Answers:
-        arrays = filled(batch.rows, batch.width, len(batch.trunk), self.pad)
+    def _score_trees(self, batch: TreeBatch, trunk: Cache | None) -> TokenScores:
+        arrays = pad_rows(batch.rows, batch.width, len(batch.trunk), self.pad)
         ids_BT, depth_BT, end_BT = (torch.from_numpy(array).to(self._device) for array in arrays)
         past = {} if trunk is None else {"past_key_values": trunk}
-        prefix_B = torch.tensor([row.prefix for row in batch.rows], device=self._device)
-        masks = _masks(self.model, depth_BT, end_BT, len(batch.trunk), prefix_B)
+        prefix_B = torch.tensor([row.prefix_length for row in batch.rows], device=self._device)
+        masks = _attention_masks(self.model, depth_BT, end_BT, len(batch.trunk), prefix_B)
         output = self.model(input_ids=ids_BT, position_ids=depth_BT, attention_mask=masks, **past)
-        return answers(output.hidden, output.head, batch.rows)
+        return score_rows(output.hidden, output.head, batch.rows)
 
-    def _rows(self, batch: Batch) -> Answers:
+    def _score_rows(self, batch: TreeBatch) -> TokenScores:
         """As any causal model reads: what fills a row up stands on the right, where nothing looks."""
-        ids_BT = torch.from_numpy(filled(batch.rows, batch.width, 0, self.pad)[0]).to(self._device)
+        ids_BT = torch.from_numpy(pad_rows(batch.rows, batch.width, 0, self.pad)[0]).to(self._device)
         output = self.model(input_ids=ids_BT)
-        return answers(output.hidden, output.head, batch.rows)
+        return score_rows(output.hidden, output.head, batch.rows)
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
 
-def answers(hidden_BTD: Tensor, head: Head | None, rows: Sequence[Row]) -> Answers:
+def score_rows(hidden_BTD: Tensor, head: OutputHead | None, rows: Sequence[TreeRow]) -> TokenScores:
     """`log p` of what each row wants, given hidden states; logits are made only where something is asked, and in parts."""
     width, device = hidden_BTD.shape[1], hidden_BTD.device
-    asked_A = np.concatenate([row.asked_A + i * width for i, row in enumerate(rows)])
-    wanted_A = torch.from_numpy(np.concatenate([row.wanted_A for row in rows])).to(device)
+    asked_A = np.concatenate([row.source_A + i * width for i, row in enumerate(rows)])
+    wanted_A = torch.from_numpy(np.concatenate([row.target_A for row in rows])).to(device)
     places, of_A = np.unique(asked_A, return_inverse=True)
     hidden_ND = hidden_BTD.flatten(0, 1)[torch.from_numpy(places).to(device)]
     make = head.logits if head else torch.nn.Identity()
@@ -185,13 +185,15 @@ def answers(hidden_BTD: Tensor, head: Head | None, rows: Sequence[Row]) -> Answe
         log_p = logits_NV[rows_M, wanted_M] - logits_NV.logsumexp(-1)[rows_M]
         log_p_A[mine] = log_p.double().cpu().numpy()
         greedy_A[mine] = (logits_NV.argmax(-1)[rows_M] == wanted_M).cpu().numpy()
-    return Answers(np.concatenate([row.slot_A for row in rows]), log_p_A, greedy_A)
+    return TokenScores(np.concatenate([row.slot_A for row in rows]), log_p_A, greedy_A)
 
 
-def filled(rows: Sequence[Row], width: int, trunk: int, pad: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pad_rows(
+    rows: Sequence[TreeRow], width: int, trunk_length: int, pad: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, places and ends of rows, of shape (B, T). What fills a row up is seen by nothing but itself."""
     ids = np.full((len(rows), width), pad, np.int64)
-    depth = np.full((len(rows), width), trunk, np.int64)
+    depth = np.full((len(rows), width), trunk_length, np.int64)
     end = np.tile(np.arange(1, width + 1), (len(rows), 1))
     for i, row in enumerate(rows):
         size = len(row.ids)
@@ -199,8 +201,8 @@ def filled(rows: Sequence[Row], width: int, trunk: int, pad: int) -> tuple[np.nd
     return ids, depth, end
 
 
-def _masks(
-    model: CausalModel, depth_BT: Tensor, end_BT: Tensor, trunk: int, prefix_B: Tensor
+def _attention_masks(
+    model: CausalModel, depth_BT: Tensor, end_BT: Tensor, trunk_length: int, prefix_B: Tensor
 ) -> Tensor | dict[str, Tensor]:
     """What each token sees, (B, 1, T, P + T): one mask, or one for each sort of layer where some see a window alone."""
     config: Any = model.pretrained.config.get_text_config()
@@ -208,27 +210,30 @@ def _masks(
     before_BTT = (numbers_T[:, None] >= numbers_T) & (numbers_T[:, None] < end_BT[:, None, :])
     of_prefix_BT = numbers_T < prefix_B[:, None]
     before_BTT |= of_prefix_BT[:, :, None] & of_prefix_BT[:, None, :]
-    seen_BTK = torch.nn.functional.pad(before_BTT, (trunk, 0), value=True)
+    seen_BTK = torch.nn.functional.pad(before_BTT, (trunk_length, 0), value=True)
     window = getattr(config, "sliding_window", None)
     if not window or depth_BT.max() < window:
-        return _mask(model, seen_BTK)
+        return _attention_mask(model, seen_BTK)
     if of_prefix_BT.any():
         raise ModelError(
             f"a question with {int(depth_BT.max()) + 1:,} tokens, and layers of this model see {window:,}",
             where="model",
             expected="questions inside the window: beyond it a prefix cannot be read in both directions",
         )
-    places = torch.arange(trunk, device=depth_BT.device).expand(len(depth_BT), -1)
+    places = torch.arange(trunk_length, device=depth_BT.device).expand(len(depth_BT), -1)
     far_BTK = depth_BT[:, :, None] - torch.cat([places, depth_BT], 1)[:, None] >= window
-    masks = {"full_attention": _mask(model, seen_BTK), "sliding_attention": _mask(model, seen_BTK & ~far_BTK)}
+    masks = {
+        "full_attention": _attention_mask(model, seen_BTK),
+        "sliding_attention": _attention_mask(model, seen_BTK & ~far_BTK),
+    }
     sorts = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     return masks if len(sorts) > 1 else masks[sorts.pop()]
 
 
-def _mask(model: CausalModel, seen_BTK: Tensor) -> Tensor:
+def _attention_mask(model: CausalModel, visible_BTK: Tensor) -> Tensor:
     attends = model.pretrained.config._attn_implementation
-    if attends in _TAKES_TRUTH:
-        return seen_BTK[:, None]
+    if attends in _BOOLEAN_MASK_ATTENTION:
+        return visible_BTK[:, None]
     dtype = next(model.parameters()).dtype
-    added = torch.zeros(seen_BTK.shape, dtype=dtype, device=seen_BTK.device)
-    return added.masked_fill(~seen_BTK, torch.finfo(dtype).min)[:, None]
+    added = torch.zeros(visible_BTK.shape, dtype=dtype, device=visible_BTK.device)
+    return added.masked_fill(~visible_BTK, torch.finfo(dtype).min)[:, None]

@@ -18,19 +18,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from postgrad.errors import DataError, ModelError
-from postgrad.evaluation.choices.decoder import Answers, Decoder
-from postgrad.evaluation.choices.encoder_decoder import Asked, EncoderDecoder
+from postgrad.evaluation.choices.decoder import DecoderScorer, TokenScores
+from postgrad.evaluation.choices.encoder_decoder import ChoiceRequest, EncoderDecoderScorer
 from postgrad.evaluation.choices.token_tree import Branch
 from postgrad.models.model import CausalModel, HeadedModel, Model
 
 _TOKENS_AT_ONCE = 8192
-Part = tuple[int, Answers]
+BatchScores = tuple[int, TokenScores]
 """The number of a batch, and what was found in it."""
-Share = Callable[[list[Part]], list[Part]]
+GatherScores = Callable[[list[BatchScores]], list[BatchScores]]
 
 
 @dataclass(frozen=True)
-class Item:
+class ChoiceItem:
     """One question as a model reads it.
 
     `context`: ids with all that stands before the answer (a BOS where the tokenizer sets one, a soft prompt's places); never
@@ -42,10 +42,10 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChoiceScores:
     """What a model thinks of the choices, item by item; the arrays of an item have the shape (C,)."""
 
-    log_p: tuple[np.ndarray, ...]
+    log_likelihoods: tuple[np.ndarray, ...]
     """`log p(choice | context)` in nats, so 0 or less; empty for an item that does not fit the context."""
     tokens: tuple[np.ndarray, ...]
     """Tokens of each choice."""
@@ -53,22 +53,24 @@ class Chosen:
     """Whether the choice is what the model would write, always taking the likeliest token."""
     too_long: tuple[int, ...]
     """The numbers of items that do not fit; they were not scored, and nothing was cut."""
-    read: int
+    tokens_read: int
     """Tokens that went through the model, padding left out."""
 
-    def best(self) -> np.ndarray:
+    def best_choices(self) -> np.ndarray:
         """The number of each item's likeliest choice, -1 for an item that does not fit."""
-        return np.array([int(log_p.argmax()) if len(log_p) else -1 for log_p in self.log_p], np.int64)
+        return np.array([int(log_p.argmax()) if len(log_p) else -1 for log_p in self.log_likelihoods], np.int64)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, context: str, choices: Sequence[str], *, apart: bool = False) -> Item:
+def encode_item(
+    tokenizer: PreTrainedTokenizerBase, context: str, choices: Sequence[str], *, separate: bool = False
+) -> ChoiceItem:
     """A question and its possible answers as ids; see `encode_all`."""
-    return encode_all(tokenizer, [(context, choices)], apart=apart)[0]
+    return encode_items(tokenizer, [(context, choices)], separate=separate)[0]
 
 
-def encode_all(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[tuple[str, Sequence[str]]], *, apart: bool = False
-) -> list[Item]:
+def encode_items(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[tuple[str, Sequence[str]]], *, separate: bool = False
+) -> list[ChoiceItem]:
     """Questions as ids, split between context and answer as lm-eval does it (`TemplateLM._encode_pair`).
 
     Spaces at the end of the context belong to the answer. Both are tokenised as one text, and the answer is what comes
@@ -83,17 +85,17 @@ def encode_all(
         bare = context.rstrip()
         own = [context[len(bare) :] + choice for choice in choices]
         answers += own
-        texts += [bare, *([] if apart or not bare else [bare + each for each in own])]
-    ids = iter(_ids(tokenizer, texts))
-    alone = iter(_ids(tokenizer, answers, add_special_tokens=False))
+        texts += [bare, *([] if separate or not bare else [bare + each for each in own])]
+    ids = iter(_tokenize(tokenizer, texts))
+    alone = iter(_tokenize(tokenizer, answers, add_special_tokens=False))
     items = []
     for context, choices in questions:
         before = tuple(next(ids))
         tails = [tuple(next(alone)) for _ in choices]
-        if not apart and context.rstrip():
+        if not separate and context.rstrip():
             tails = [tuple(next(ids))[len(before) :] for _ in choices]
         if not before or not context:
-            before = (_lead(tokenizer),)
+            before = (_empty_context_token(tokenizer),)
             tails = [tail[1:] if tail[:1] == before else tail for tail in tails]
         for choice, tail in zip(choices, tails, strict=True):
             if not tail:
@@ -101,15 +103,15 @@ def encode_all(
                     f"the choice {choice[:60]!r} has no token of its own behind {context[-40:]!r}",
                     expected="choices that add at least one token to the question",
                 )
-        items.append(Item(before, tuple(tails)))
+        items.append(ChoiceItem(before, tuple(tails)))
     return items
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
     """Texts as ids; one that begins with a BOS already gets no second one."""
     if not texts:
         return []
-    lead = str(tokenizer.decode([_lead(tokenizer)]))
+    lead = str(tokenizer.decode([_empty_context_token(tokenizer)]))
     out = tokenizer(texts, verbose=False, **options)["input_ids"]
     for i, text in enumerate(texts):
         if text.startswith(lead):
@@ -117,7 +119,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -
     return out
 
 
-def _lead(tokenizer: PreTrainedTokenizerBase) -> int:
+def _empty_context_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """What stands for an empty context."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
@@ -125,41 +127,41 @@ def _lead(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ModelError("the tokenizer has neither BOS nor EOS to stand for an empty context", where="model")
 
 
-class Reader(Protocol):
+class ChoiceScorer(Protocol):
     """A model with the batches that it is to read."""
 
-    read: int
+    tokens_read: int
     """Tokens that go through the model, padding left out."""
 
     def __len__(self) -> int:
         """How many batches there are."""
         ...
 
-    def same(self, a: int, b: int) -> bool:
+    def shares_trunk(self, a: int, b: int) -> bool:
         """Whether nothing new has to be read before batch `b` when batch `a` was the last."""
         ...
 
-    def before(self, turn: Sequence[int], mine: int) -> None:
+    def prepare(self, batch_numbers: Sequence[int], own_number: int) -> None:
         """Read what stands before batch `mine`, the ranks' batches being those of `turn`."""
         ...
 
-    def answers(self, number: int) -> Answers:
+    def score_batch(self, number: int) -> TokenScores:
         """What was asked for in a batch."""
         ...
 
 
 @torch.no_grad()
-def choose(
+def score_choices(
     model: Model,
-    items: Sequence[Item],
+    items: Sequence[ChoiceItem],
     *,
     context: int,
     pad: int,
-    at_once: int = _TOKENS_AT_ONCE,
-    share: Share | None = None,
+    batch_tokens: int = _TOKENS_AT_ONCE,
+    gather: GatherScores | None = None,
     rank: int = 0,
     ranks: int = 1,
-) -> Chosen:
+) -> ChoiceScores:
     """Score every choice of every item, with a decoder or an encoder-decoder.
 
     `context`: how many tokens the model may read at once; an item of which any choice needs more is named in `too_long` and
@@ -168,38 +170,38 @@ def choose(
 
     Raises `ModelError` for a model that does not write, `DataError` for an item without context or with an empty choice.
     """
-    _check(items)
+    _check_items(items)
     writes = isinstance(model, HeadedModel) and model.pretrained.config.is_encoder_decoder
-    needs = [_encoded_size(item) if writes else _size(item) for item in items]
+    needs = [_encoder_decoder_length(item) if writes else _decoder_length(item) for item in items]
     too_long = tuple(i for i, need in enumerate(needs) if need > context)
     tokens = [np.array([len(choice) for choice in item.choices], np.int64) for item in items]
     starts = np.cumsum([0, *(int(counts.sum()) for counts in tokens)]).tolist()
-    wanted = [_asked(items[i], starts[i]) for i, need in enumerate(needs) if need <= context]
+    wanted = [_make_requests(items[i], starts[i]) for i, need in enumerate(needs) if need <= context]
     was_training = model.training
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):
-            reader = _reader(model, [asked for some in wanted for asked in some], pad, at_once)
-            parts = _found(reader, rank, ranks)
+            reader = _make_scorer(model, [asked for some in wanted for asked in some], pad, batch_tokens)
+            parts = _score_rank_batches(reader, rank, ranks)
     finally:
         model.train(was_training)
     log_p_A, greedy_A = np.zeros(starts[-1]), np.zeros(starts[-1], bool)
-    for _, found in share(parts) if share else parts:
+    for _, found in gather(parts) if gather else parts:
         log_p_A[found.slot], greedy_A[found.slot] = found.log_p, found.greedy
     pieces = [
         [] if need > context else np.split(np.arange(start, start + counts.sum()), np.cumsum(counts)[:-1])
         for start, counts, need in zip(starts, tokens, needs, strict=False)
     ]
-    return Chosen(
+    return ChoiceScores(
         tuple(np.array([log_p_A[piece].sum() for piece in some]) for some in pieces),
         tuple(tokens),
         tuple(np.array([greedy_A[piece].all() for piece in some], bool) for some in pieces),
         too_long,
-        reader.read,
+        reader.tokens_read,
     )
 
 
-def _check(items: Sequence[Item]) -> None:
+def _check_items(items: Sequence[ChoiceItem]) -> None:
     for i, item in enumerate(items):
         if not item.context or not item.choices or not all(item.choices):
             what = "no context" if not item.context else "no choices" if not item.choices else "an empty choice"
@@ -209,26 +211,26 @@ def _check(items: Sequence[Item]) -> None:
             )
 
 
-def _size(item: Item) -> int:
+def _decoder_length(item: ChoiceItem) -> int:
     """Tokens that a decoder reads at most."""
     return len(item.context) + max(map(len, item.choices)) - 1
 
 
-def _encoded_size(item: Item) -> int:
+def _encoder_decoder_length(item: ChoiceItem) -> int:
     """Tokens that the encoder or the decoder reads at most; what the decoder begins with stands for its last token."""
     return max(len(item.context), *map(len, item.choices))
 
 
-def _asked(item: Item, slot: int) -> list[Asked]:
+def _make_requests(item: ChoiceItem, slot: int) -> list[ChoiceRequest]:
     context = np.array(item.context, np.int64)
     out = []
     for choice in item.choices:
-        out.append(Asked(context, choice, slot))
+        out.append(ChoiceRequest(context, choice, slot))
         slot += len(choice)
     return out
 
 
-def _reader(model: Model, wanted: Sequence[Asked], pad: int, at_once: int) -> Reader:
+def _make_scorer(model: Model, requests: Sequence[ChoiceRequest], pad: int, batch_tokens: int) -> ChoiceScorer:
     if isinstance(model, CausalModel):
         branches = [
             Branch(
@@ -237,11 +239,11 @@ def _reader(model: Model, wanted: Sequence[Asked], pad: int, at_once: int) -> Re
                 asked.choice,
                 asked.slot,
             )
-            for asked in wanted
+            for asked in requests
         ]
-        return Decoder(model, branches, pad, at_once)
+        return DecoderScorer(model, branches, pad, batch_tokens)
     if isinstance(model, HeadedModel) and model.pretrained.config.is_encoder_decoder:
-        return EncoderDecoder(model, wanted, pad, at_once)
+        return EncoderDecoderScorer(model, requests, pad, batch_tokens)
     raise ModelError(
         f"{type(model.pretrained).__name__} does not write, so it has no answers to weigh",
         where="model",
@@ -249,17 +251,17 @@ def _reader(model: Model, wanted: Sequence[Asked], pad: int, at_once: int) -> Re
     )
 
 
-def _found(reader: Reader, rank: int, ranks: int) -> list[Part]:
+def _score_rank_batches(scorer: ChoiceScorer, rank: int, ranks: int) -> list[BatchScores]:
     """The parts of one rank. Ranks go from batch to batch together, and read anew what stands before them when any must."""
-    numbers = list(range(len(reader)))
+    numbers = list(range(len(scorer)))
     while len(numbers) % ranks:
         numbers.append(numbers[-1])
-    parts: list[Part] = []
+    parts: list[BatchScores] = []
     last: list[int] | None = None
     for begin in range(0, len(numbers), ranks):
         turn = numbers[begin : begin + ranks]
-        if last is None or not all(map(reader.same, last, turn)):
-            reader.before(turn, turn[rank])
-        parts.append((turn[rank], reader.answers(turn[rank])))
+        if last is None or not all(map(scorer.shares_trunk, last, turn)):
+            scorer.prepare(turn, turn[rank])
+        parts.append((turn[rank], scorer.score_batch(turn[rank])))
         last = turn
     return parts

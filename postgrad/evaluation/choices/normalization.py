@@ -21,44 +21,44 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from postgrad.errors import DataError, StageError, nearest
+from postgrad.errors import DataError, StageError, suggest_nearest
 
-By = Literal["sum", "token", "byte", "character", "answer-only"]
+Normalization = Literal["sum", "token", "byte", "character", "answer-only"]
 CONTENT_FREE = ("N/A", "", "[MASK]")
 """Inputs without content (Zhao et al. 2021, section 5)."""
 
 
-def comparable(
+def normalize_scores(
     log_p_C: np.ndarray,
-    by: By,
+    normalization: Normalization,
     *,
     texts: Sequence[str] = (),
     tokens_C: np.ndarray | None = None,
-    alone_C: np.ndarray | None = None,
+    unconditional_C: np.ndarray | None = None,
 ) -> np.ndarray:
     """Scores of the choices of an item, (C,), the preferred one the greatest; given `log p(choice | context)` in nats.
 
     Needed are, for `token`, the choices' `tokens_C`; for `byte` and `character`, their `texts`; for `answer-only`, `alone_C`,
     their log-likelihoods behind a context that has no question. Raises `DataError` when that is missing or a choice is empty.
     """
-    match by:
+    match normalization:
         case "sum":
             return np.asarray(log_p_C, np.float64)
         case "answer-only":
-            return log_p_C - _given(alone_C, log_p_C, "alone_C")
+            return log_p_C - _check_values(unconditional_C, log_p_C, "alone_C")
         case "token":
-            lengths_C = _given(tokens_C, log_p_C, "tokens_C")
+            lengths_C = _check_values(tokens_C, log_p_C, "tokens_C")
         case "byte":
-            lengths_C = _given([len(text.encode()) for text in texts], log_p_C, "texts")
+            lengths_C = _check_values([len(text.encode()) for text in texts], log_p_C, "texts")
         case "character":
-            lengths_C = _given([len(text) for text in texts], log_p_C, "texts")
+            lengths_C = _check_values([len(text) for text in texts], log_p_C, "texts")
         case _:
-            known = get_args(By)
+            known = get_args(Normalization)
             raise StageError(
-                f"choices cannot be compared by '{by}'",
+                f"choices cannot be compared by '{normalization}'",
                 where="by",
                 expected=", ".join(known),
-                way_out=nearest(by, known),
+                way_out=suggest_nearest(normalization, known),
             )
     if not (lengths_C > 0).all():
         raise DataError(
@@ -67,7 +67,7 @@ def comparable(
     return log_p_C / lengths_C
 
 
-def calibrated(log_p_C: np.ndarray, free_FC: np.ndarray) -> np.ndarray:
+def calibrate_scores(log_p_C: np.ndarray, content_free_FC: np.ndarray) -> np.ndarray:
     """`log q` of the choices of an item, (C,), after contextual calibration.
 
     `free_FC`: log-likelihoods of the same choices behind the same prompt, with an input that has no content in the place of
@@ -77,12 +77,12 @@ def calibrated(log_p_C: np.ndarray, free_FC: np.ndarray) -> np.ndarray:
 
     Zhao et al. 2021, arXiv 2102.09690, section 5; averaged before they are normalised, as their code does.
     """
-    free_C = np.logaddexp.reduce(np.atleast_2d(free_FC), axis=0)
+    free_C = np.logaddexp.reduce(np.atleast_2d(content_free_FC), axis=0)
     q_C = np.asarray(log_p_C, np.float64) - free_C
     return q_C - np.logaddexp.reduce(q_C)
 
 
-def _given(values: Sequence[int] | np.ndarray | None, like_C: np.ndarray, name: str) -> np.ndarray:
+def _check_values(values: Sequence[int] | np.ndarray | None, like_C: np.ndarray, name: str) -> np.ndarray:
     """Values that belong to the choices one to one."""
     out = np.asarray([] if values is None else values, np.float64)
     if out.shape != np.shape(like_C):

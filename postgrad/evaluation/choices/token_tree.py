@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROOM = 256
+ROW_TOKENS = 256
 """Tokens of a row. A longer one spends more on attention to others' tokens, shorter ones copy the trunk's keys more often."""
-_MOST = 4 * ROOM
-_GROUP = 256
+_MAX_ROW_TOKENS = 4 * ROW_TOKENS
+_GROUP_COST = 256
 """What a group of its own costs, in tokens: one more forward pass for the trunk, and batches that are less full."""
 
 
@@ -33,13 +33,13 @@ class Branch(NamedTuple):
     """
 
     ids: np.ndarray
-    first: int
-    wanted: tuple[int, ...]
+    context_length: int
+    targets: tuple[int, ...]
     slot: int
 
 
 @dataclass(frozen=True)
-class Row:
+class TreeRow:
     """A tree of tokens depth first; all but `asked_A` and what belongs to it of shape (T,)."""
 
     ids: np.ndarray
@@ -47,20 +47,20 @@ class Row:
     """Each token's place in its sequences, the trunk counted."""
     end: np.ndarray
     """The number after the last token that follows each token."""
-    asked_A: np.ndarray
+    source_A: np.ndarray
     """After which token (its number in the row) the next one is asked for."""
-    wanted_A: np.ndarray
+    target_A: np.ndarray
     slot_A: np.ndarray
-    prefix: int = 0
+    prefix_length: int = 0
     """Tokens at the beginning that see each other in both directions."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class TreeBatch:
     """Rows that are read together behind a trunk (P,), which may be empty."""
 
     trunk: np.ndarray
-    rows: tuple[Row, ...]
+    rows: tuple[TreeRow, ...]
 
     @property
     def width(self) -> int:
@@ -68,41 +68,41 @@ class Batch:
         return max(len(row.ids) for row in self.rows)
 
 
-def shared_batches(branches: Sequence[Branch], most: int) -> list[Batch]:
+def build_shared_batches(branches: Sequence[Branch], batch_tokens: int) -> list[TreeBatch]:
     """The branches as trees in batches of at most about `most` tokens; every trunk's batches follow one another."""
-    ordered = sorted(branches, key=_sorting)
-    batches: list[Batch] = []
-    for trunk, members in _groups(ordered):
-        rows = [grown(part, trunk) for part in _parts(members, trunk)]
+    ordered = sorted(branches, key=_sort_key)
+    batches: list[TreeBatch] = []
+    for trunk, members in _trunk_groups(ordered):
+        rows = [build_tree(part, trunk) for part in _split_rows(members, trunk)]
         ids = members[0].ids[:trunk]
-        batches += [Batch(ids, tuple(some)) for some in _together(rows, trunk, most)]
+        batches += [TreeBatch(ids, tuple(some)) for some in _split_batches(rows, trunk, batch_tokens)]
     return batches
 
 
-def single_batches(branches: Sequence[Branch], most: int) -> list[Batch]:
+def build_single_batches(branches: Sequence[Branch], batch_tokens: int) -> list[TreeBatch]:
     """Every sequence in a row of its own, once; nothing else is shared."""
     none = np.empty(0, np.int64)
-    rows = [grown(alike, 0) for alike in _alike(branches).values()]
-    return [Batch(none, tuple(some)) for some in _together(rows, 0, most)]
+    rows = [build_tree(alike, 0) for alike in _group_identical(branches).values()]
+    return [TreeBatch(none, tuple(some)) for some in _split_batches(rows, 0, batch_tokens)]
 
 
-def prefixed_batches(branches: Sequence[Branch], most: int) -> list[Batch]:
+def build_prefix_lm_batches(branches: Sequence[Branch], batch_tokens: int) -> list[TreeBatch]:
     """Each context, read in both directions, once with all that is behind it: nothing of it is as in another context."""
     by_context: dict[bytes, list[Branch]] = {}
-    for branch in sorted(branches, key=_sorting):
-        by_context.setdefault(branch.ids[: branch.first].tobytes(), []).append(branch)
-    parts = (part for members in by_context.values() for part in _parts(members, 0))
-    rows = [replace(grown(part, 0), prefix=part[0].first) for part in parts]
+    for branch in sorted(branches, key=_sort_key):
+        by_context.setdefault(branch.ids[: branch.context_length].tobytes(), []).append(branch)
+    parts = (part for members in by_context.values() for part in _split_rows(members, 0))
+    rows = [replace(build_tree(part, 0), prefix_length=part[0].context_length) for part in parts]
     none = np.empty(0, np.int64)
-    return [Batch(none, tuple(some)) for some in _together(rows, 0, most)]
+    return [TreeBatch(none, tuple(some)) for some in _split_batches(rows, 0, batch_tokens)]
 
 
-def single_tokens(branches: Sequence[Branch]) -> int:
+def count_single_tokens(branches: Sequence[Branch]) -> int:
     """How many tokens are read when every sequence stands in a row of its own."""
-    return sum(len(alike[0].ids) for alike in _alike(branches).values())
+    return sum(len(alike[0].ids) for alike in _group_identical(branches).values())
 
 
-def _alike(branches: Sequence[Branch]) -> dict[bytes, list[Branch]]:
+def _group_identical(branches: Sequence[Branch]) -> dict[bytes, list[Branch]]:
     """Branches by their sequence."""
     out: dict[bytes, list[Branch]] = {}
     for branch in branches:
@@ -110,13 +110,13 @@ def _alike(branches: Sequence[Branch]) -> dict[bytes, list[Branch]]:
     return out
 
 
-def tokens_of(batches: Sequence[Batch]) -> int:
+def count_tokens(batches: Sequence[TreeBatch]) -> int:
     """How many tokens are read, padding left out: each trunk once, and all rows."""
     trunks = {id(batch.trunk): len(batch.trunk) for batch in batches}
     return sum(trunks.values()) + sum(len(row.ids) for batch in batches for row in batch.rows)
 
 
-def grown(branches: Sequence[Branch], trunk: int) -> Row:
+def build_tree(branches: Sequence[Branch], trunk_length: int) -> TreeRow:
     """Sorted sequences that share their first `trunk` tokens, which are left out, as one tree."""
     ids: list[np.ndarray] = []
     depths: list[np.ndarray] = []
@@ -126,46 +126,49 @@ def grown(branches: Sequence[Branch], trunk: int) -> Row:
     """The numbers of the last sequence's tokens."""
     last = np.empty(0, np.int64)
     for branch in branches:
-        own = branch.ids[trunk:]
-        shared = _shared(last, own)
+        own = branch.ids[trunk_length:]
+        shared = _common_prefix_length(last, own)
         size = len(end)
         for number in path[shared:]:
             end[number] = size
         path[shared:] = range(size, size + len(own) - shared)
         ids.append(own[shared:])
-        depths.append(np.arange(trunk + shared, trunk + len(own)))
+        depths.append(np.arange(trunk_length + shared, trunk_length + len(own)))
         end += [0] * (len(own) - shared)
-        begin = branch.first - 1 - trunk
-        asked += path[begin : begin + len(branch.wanted)]
+        begin = branch.context_length - 1 - trunk_length
+        asked += path[begin : begin + len(branch.targets)]
         last = own
     size = len(end)
     for number in path:
         end[number] = size
-    return Row(
+    return TreeRow(
         np.concatenate(ids),
         np.concatenate(depths),
         np.array(end, np.int64),
         np.array(asked, np.int64),
-        np.array([token for branch in branches for token in branch.wanted], np.int64),
-        np.array([branch.slot + i for branch in branches for i in range(len(branch.wanted))], np.int64),
+        np.array([token for branch in branches for token in branch.targets], np.int64),
+        np.array([branch.slot + i for branch in branches for i in range(len(branch.targets))], np.int64),
     )
 
 
-def _sorting(branch: Branch) -> bytes:
+def _sort_key(branch: Branch) -> bytes:
     return branch.ids.astype(">u4").tobytes()
 
 
-def _shared(a: np.ndarray, b: np.ndarray) -> int:
+def _common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     """How many tokens two sequences begin with alike."""
     size = min(len(a), len(b))
     other = np.flatnonzero(a[:size] != b[:size])
     return int(other[0]) if len(other) else size
 
 
-def _groups(ordered: Sequence[Branch]) -> Iterator[tuple[int, list[Branch]]]:
+def _trunk_groups(ordered: Sequence[Branch]) -> Iterator[tuple[int, list[Branch]]]:
     """Each group's trunk (how many tokens) and its members in order; one group may be without a trunk."""
     # What is asked for stands in a row, so a trunk ends before the last token of a context.
-    alike = [min(_shared(a.ids, b.ids), a.first - 1, b.first - 1) for a, b in pairwise(ordered)]
+    alike = [
+        min(_common_prefix_length(a.ids, b.ids), a.context_length - 1, b.context_length - 1)
+        for a, b in pairwise(ordered)
+    ]
     alike_N = np.array([0, *alike], np.int64)
     owner_N = np.full(len(ordered), -1)
     trunks: list[int] = []
@@ -177,7 +180,7 @@ def _groups(ordered: Sequence[Branch]) -> Iterator[tuple[int, list[Branch]]]:
             continue
         inner = alike_N[begin + 1 : stop]
         trunk = int(inner.min())
-        if _saved(ordered[begin:stop], trunk, trunks[owner] if owner >= 0 else 0) > trunk + _GROUP:
+        if _saved_tokens(ordered[begin:stop], trunk, trunks[owner] if owner >= 0 else 0) > trunk + _GROUP_COST:
             owner = len(trunks)
             trunks.append(trunk)
             owner_N[begin:stop] = owner
@@ -186,30 +189,30 @@ def _groups(ordered: Sequence[Branch]) -> Iterator[tuple[int, list[Branch]]]:
     rest: list[Branch] = []
     for owner, trunk in enumerate(trunks):
         members = [ordered[i] for i in np.flatnonzero(owner_N == owner).tolist()]
-        if _saved(members, trunk, 0) > trunk + _GROUP:
+        if _saved_tokens(members, trunk, 0) > trunk + _GROUP_COST:
             yield trunk, members
         else:
             rest += members
-    rest = sorted([*rest, *(ordered[i] for i in np.flatnonzero(owner_N < 0).tolist())], key=_sorting)
+    rest = sorted([*rest, *(ordered[i] for i in np.flatnonzero(owner_N < 0).tolist())], key=_sort_key)
     if rest:
         yield 0, rest
 
 
-def _saved(members: Sequence[Branch], trunk: int, before: int) -> int:
+def _saved_tokens(members: Sequence[Branch], trunk_length: int, outer_length: int) -> int:
     """Tokens that rows are spared when they stand behind `trunk` tokens and not behind `before`."""
-    rows = sum(1 for _ in _parts(members, trunk)) if trunk > before else 0
-    return rows * (trunk - before)
+    rows = sum(1 for _ in _split_rows(members, trunk_length)) if trunk_length > outer_length else 0
+    return rows * (trunk_length - outer_length)
 
 
-def _parts(members: Sequence[Branch], trunk: int) -> Iterator[list[Branch]]:
+def _split_rows(members: Sequence[Branch], trunk_length: int) -> Iterator[list[Branch]]:
     """Sorted sequences in rows: a row that is full ends where little has to be read again, or where it grows too long."""
     part: list[Branch] = []
     size = 0
     for branch in members:
-        length = len(branch.ids) - trunk
-        shared = _shared(part[-1].ids, branch.ids) - trunk if part else 0
+        length = len(branch.ids) - trunk_length
+        shared = _common_prefix_length(part[-1].ids, branch.ids) - trunk_length if part else 0
         grows = size + length - shared
-        if part and ((grows > ROOM and 4 * shared < length) or (grows > _MOST and length > shared)):
+        if part and ((grows > ROW_TOKENS and 4 * shared < length) or (grows > _MAX_ROW_TOKENS and length > shared)):
             yield part
             part, grows = [], length
         part.append(branch)
@@ -218,13 +221,13 @@ def _parts(members: Sequence[Branch], trunk: int) -> Iterator[list[Branch]]:
         yield part
 
 
-def _together(rows: Sequence[Row], trunk: int, most: int) -> Iterator[list[Row]]:
+def _split_batches(rows: Sequence[TreeRow], trunk_length: int, batch_tokens: int) -> Iterator[list[TreeRow]]:
     """Rows of like length that are read at once; their masks, of rows x T x (P + T) places, stay small too."""
-    group: list[Row] = []
+    group: list[TreeRow] = []
     for row in sorted(rows, key=lambda row: len(row.ids)):
         size = len(row.ids)
         tokens = (len(group) + 1) * size
-        if group and (tokens > most or tokens * (trunk + size) > most * 2048):
+        if group and (tokens > batch_tokens or tokens * (trunk_length + size) > batch_tokens * 2048):
             yield group
             group = []
         group.append(row)

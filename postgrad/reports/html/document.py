@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from postgrad.reports.html import figures
-from postgrad.reports.html.notation import escaped, masked, passage, plain
+from postgrad.reports.html.notation import escape_html, mask_secrets, multiline_text, plain_text
 from postgrad.reports.html.tables import VERDICTS, Table
 from postgrad.storage.atomic import write_atomically
 
-WIDE, NARROW = 560.0, 358.0  # a column of a two-column page, and a telephone of 390 px less its margins
-MOST_YAML = 60_000
+WIDE_PIXELS, NARROW_PIXELS = 560.0, 358.0  # a column of a two-column page, and a telephone of 390 px less its margins
+MAX_YAML_CHARACTERS = 60_000
 
 _STYLE = (
     """
@@ -140,7 +140,7 @@ details::details-content{content-visibility:visible;block-size:auto;display:bloc
 _STYLE += "@media print{" + figures.STYLE.split("@media", 1)[0].strip() + ":root{--panel:#f6f8fa}}"
 
 
-def document(title: str, header: str, sections: Sequence[tuple[str, str, str, str]], footer: str) -> str:
+def render_page(title: str, header: str, sections: Sequence[tuple[str, str, str, str]], footer: str) -> str:
     """Sections are (id, short name, heading, body); an empty body leaves the section and its link out."""
     present = [section for section in sections if section[-1]]
     links = "".join(f'<li><a href="#{i}">{n}</a></li>' for i, n, _, _ in present)
@@ -154,7 +154,7 @@ def document(title: str, header: str, sections: Sequence[tuple[str, str, str, st
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="referrer" content="no-referrer"><meta name="color-scheme" content="light dark">'
-        f"<title>{escaped(title, 200)}</title><style>{_STYLE}</style></head><body>"
+        f"<title>{escape_html(title, 200)}</title><style>{_STYLE}</style></head><body>"
         f'<a class="skip" href="#content">Skip to the content</a><header class="top">{header}'
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
         f'<main id="content">{body}</main><footer><p>{footer}</p></footer></body></html>\n'
@@ -167,12 +167,12 @@ FOOTER = (
 )
 
 
-def figure(caption: str, draw: Callable[[float], str], *, about: str = "", numbers: Table | None = None) -> str:
+def figure(caption: str, draw: Callable[[float], str], *, note: str = "", numbers: Table | None = None) -> str:
     """The same figure drawn for a wide and for a narrow screen; the style sheet shows one of them."""
-    small = f"<small>{escaped(about)}</small>" if about else ""
+    small = f"<small>{escape_html(note)}</small>" if note else ""
     return (
-        f"<figure><figcaption>{escaped(caption)}{small}</figcaption>"
-        f'<div class="wide">{draw(WIDE)}</div><div class="narrow">{draw(NARROW)}</div>'
+        f"<figure><figcaption>{escape_html(caption)}{small}</figcaption>"
+        f'<div class="wide">{draw(WIDE_PIXELS)}</div><div class="narrow">{draw(NARROW_PIXELS)}</div>'
         + (details("The numbers", numbers.html()) if numbers and numbers.rows else "")
         + "</figure>"
     )
@@ -186,52 +186,52 @@ def side_by_side(*parts: str) -> str:
 
 
 def details(summary: str, body: str) -> str:
-    return f"<details><summary>{escaped(summary)}</summary>{body}</details>"
+    return f"<details><summary>{escape_html(summary)}</summary>{body}</details>"
 
 
-def about(text: str) -> str:
-    return f'<p class="about">{escaped(text)}</p>'
+def intro_paragraph(text: str) -> str:
+    return f'<p class="about">{escape_html(text)}</p>'
 
 
-def preformatted(text: object, limit: int = MOST_YAML) -> str:
-    shown = html_escape.escape(passage(masked(text), limit), quote=True)
+def preformatted(text: object, limit: int = MAX_YAML_CHARACTERS) -> str:
+    shown = html_escape.escape(multiline_text(mask_secrets(text), limit), quote=True)
     return f'<pre dir="auto" tabindex="0">{shown}</pre>'
 
 
-def prose(text: object) -> str:
-    return html_escape.escape(passage(text), quote=True)
+def escaped_passage(text: object) -> str:
+    return html_escape.escape(multiline_text(text), quote=True)
 
 
 def sample_box(sample: Mapping[str, object], boxes: str) -> str:
     """A prompt and the texts that go on from it."""
-    source = f'<p class="over">prompt from <bdi>{escaped(sample["set"], 80)}</bdi></p>' if sample.get("set") else ""
-    prompt = f'<p class="prompt" dir="auto">{prose(sample.get("prompt"))}</p>'
+    source = f'<p class="over">prompt from <bdi>{escape_html(sample["set"], 80)}</bdi></p>' if sample.get("set") else ""
+    prompt = f'<p class="prompt" dir="auto">{escaped_passage(sample.get("prompt"))}</p>'
     return f'<article class="sample">{source}{prompt}<div class="texts">{boxes}</div></article>'
 
 
 def facts(entries: Iterable[tuple[str, object]]) -> str:
     """A list of facts; the empty ones are left out."""
-    known = [(k, plain(masked(v), 600)) for k, v in entries if v not in (None, "", [], {})]
-    lines = "".join(f"<dt>{escaped(k, 80)}</dt><dd><bdi>{escaped(v)}</bdi></dd>" for k, v in known)
+    known = [(k, plain_text(mask_secrets(v), 600)) for k, v in entries if v not in (None, "", [], {})]
+    lines = "".join(f"<dt>{escape_html(k, 80)}</dt><dd><bdi>{escape_html(v)}</bdi></dd>" for k, v in known)
     return f'<dl class="kv">{lines}</dl>' if lines else ""
 
 
-def badge(said: str) -> str:
-    tone, symbol, told = VERDICTS.get(said, ("open", "?", "not judged"))
+def verdict_badge(verdict: str) -> str:
+    tone, symbol, told = VERDICTS.get(verdict, ("open", "?", "not judged"))
     return f'<span class="badge t-{tone}"><span aria-hidden="true">{symbol}</span> {told}</span>'
 
 
-def named(text: object) -> str:
-    return f"<b><bdi>{escaped(text, 80)}</bdi></b>"
+def bold_name(text: object) -> str:
+    return f"<b><bdi>{escape_html(text, 80)}</bdi></b>"
 
 
-def moment(text: object) -> str:
+def format_time(text: object) -> str:
     """`2026-11-21 14:03` of an ISO time; other texts stay what they are."""
-    shown = plain(text, 40)
+    shown = plain_text(text, 40)
     return shown[:16].replace("T", " ") if len(shown) >= 16 and shown[4:5] == "-" else shown
 
 
-def write(path: str | os.PathLike[str], html: str) -> Path:
+def write_page(path: str | os.PathLike[str], html: str) -> Path:
     """Publish a page: whoever opens `path` sees the old page or the whole new one. Raises DiskError where that fails."""
     target = Path(path)
     write_atomically(target, html)

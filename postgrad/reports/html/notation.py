@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 
 MINUS, ABSENT, ELLIPSIS = "\u2212", "\u2013", "\u2026"
-LARGEST = 1e300  # differences and squares of what a report draws stay finite
+MAX_MAGNITUDE = 1e300  # differences and squares of what a report draws stay finite
 
 _SECRET = re.compile(
     r"""(?<![A-Za-z0-9])(?:
@@ -26,7 +26,7 @@ _LOGIN = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 _BEARER = re.compile(r"(?i)\b(bearer\s+|(?:token|password|secret|api[_-]?key)\s*[=:]\s*)([^\s'\"&]{6,})")
 
 
-def number(value: object) -> float | None:
+def as_number(value: object) -> float | None:
     """The value as a finite float, or None when it is no number, not finite or too large."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -34,20 +34,20 @@ def number(value: object) -> float | None:
         result = float(value)
     except OverflowError:
         return None
-    return result if abs(result) <= LARGEST else None  # a NaN compares false
+    return result if abs(result) <= MAX_MAGNITUDE else None  # a NaN compares false
 
 
-def mapping(value: object) -> Mapping[str, object]:
+def as_mapping(value: object) -> Mapping[str, object]:
     """The value where it is a mapping, else an empty one: any key of a record may be absent or null."""
     return value if isinstance(value, Mapping) else {}
 
 
-def rows(value: object) -> Sequence[object]:
+def as_list(value: object) -> Sequence[object]:
     """The value where it is a list, else an empty one."""
     return value if isinstance(value, (list, tuple)) else ()
 
 
-def plain(value: object, limit: int = 0) -> str:
+def plain_text(value: object, limit: int = 0) -> str:
     """One foreign text made harmless to show: control characters visible, no lone surrogates.
 
     A terminal obeys escape sequences and a line break ends a table row, so both become visible symbols.
@@ -56,22 +56,22 @@ def plain(value: object, limit: int = 0) -> str:
     if value is None:
         return ""
     text = str(value).replace("\t", " ").replace("\r\n", "\n").replace("\n", "\u23ce")
-    return shortened(_visible(text), limit)
+    return truncate(_visible_text(text), limit)
 
 
-def passage(value: object, limit: int = 4000) -> str:
+def multiline_text(value: object, limit: int = 4000) -> str:
     """Foreign running text: as `plain`, but its lines stay lines."""
     if value is None:
         return ""
     text = str(value).replace("\r\n", "\n")
-    return shortened("\n".join(_visible(line) for line in text.split("\n")), limit)
+    return truncate("\n".join(_visible_text(line) for line in text.split("\n")), limit)
 
 
-def _visible(text: str) -> str:
-    return "".join(_symbol(character) for character in text)
+def _visible_text(text: str) -> str:
+    return "".join(_visible_character(character) for character in text)
 
 
-def _symbol(character: str) -> str:
+def _visible_character(character: str) -> str:
     code = ord(character)
     if code < 0x20 and character != "\t":
         return chr(0x2400 + code)
@@ -86,12 +86,12 @@ def _symbol(character: str) -> str:
     return character
 
 
-def shortened(text: str, limit: int) -> str:
+def truncate(text: str, limit: int) -> str:
     """At most `limit` characters, the last of them an ellipsis where something was cut (0: no limit)."""
     return text if not limit or len(text) <= limit else text[: max(limit - 1, 0)] + ELLIPSIS
 
 
-def masked(value: object) -> str:
+def mask_secrets(value: object) -> str:
     """The text without passwords and access tokens: a report is made to be passed on."""
     text = "" if value is None else str(value)
     text = _SECRET.sub("[secret]", text)
@@ -99,14 +99,14 @@ def masked(value: object) -> str:
     return _BEARER.sub(r"\1[secret]", text)
 
 
-def escaped(value: object, limit: int = 0) -> str:
+def escape_html(value: object, limit: int = 0) -> str:
     """`plain` text with the five characters of HTML escaped: safe between tags and inside quotes."""
-    return html.escape(plain(value, limit), quote=True)
+    return html.escape(plain_text(value, limit), quote=True)
 
 
-def fixed(value: object, decimals: int = 3) -> str:
+def format_fixed(value: object, decimals: int = 3) -> str:
     """`2.310`, with a true minus sign; a dash where there is no number."""
-    known = number(value)
+    known = as_number(value)
     if known is None:
         return ABSENT
     text = f"{known:,.{decimals}f}" if abs(known) < 1e15 else f"{known:.3e}"
@@ -115,31 +115,31 @@ def fixed(value: object, decimals: int = 3) -> str:
     return text.replace("-", MINUS)
 
 
-def signed(value: object, decimals: int = 3) -> str:
+def format_signed(value: object, decimals: int = 3) -> str:
     """`+0.012` or `-0.330`; an exact zero, or what rounds to it, carries no sign."""
-    known = number(value)
-    text = fixed(known, decimals)
+    known = as_number(value)
+    text = format_fixed(known, decimals)
     return f"+{text}" if known is not None and known > 0 and any(d in text for d in "123456789") else text
 
 
-def percent(value: object, decimals: int = 1) -> str:
+def format_percent(value: object, decimals: int = 1) -> str:
     """A share in 0..1 as `90.0 %`."""
-    known = number(value)
-    return ABSENT if known is None else f"{fixed(known * 100, decimals)} %"
+    known = as_number(value)
+    return ABSENT if known is None else f"{format_fixed(known * 100, decimals)} %"
 
 
-def count(value: object) -> str:
+def format_count(value: object) -> str:
     """A whole number with separators, `20,000,000`."""
-    known = number(value)
+    known = as_number(value)
     if known is None:
         return ABSENT
     whole = value if isinstance(value, int) else round(known)
     return (f"{whole:,}" if abs(known) < 1e15 else f"{known:.3e}").replace("-", MINUS)
 
 
-def compact(value: object) -> str:
+def format_compact(value: object) -> str:
     """A count in three digits, `20.0M`, for sentences and axes."""
-    known = number(value)
+    known = as_number(value)
     if known is None:
         return ABSENT
     if abs(known) >= 1e15:
@@ -153,9 +153,9 @@ def compact(value: object) -> str:
     return f"{known:.3g}".replace("-", MINUS)
 
 
-def duration(seconds: object) -> str:
+def format_duration(seconds: object) -> str:
     """`2 h 05 min`, `3 min 20 s`, `4.2 s`."""
-    known = number(seconds)
+    known = as_number(seconds)
     if known is None or not 0 <= known < 1e12:
         return ABSENT
     if known < 60:
@@ -167,6 +167,6 @@ def duration(seconds: object) -> str:
     return f"{hours:,} h {minutes:02d} min"
 
 
-def cells(text: str) -> int:
+def display_width(text: str) -> int:
     """Width in terminal cells: wide characters take two, combining marks none."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

@@ -6,35 +6,44 @@ import math
 from collections.abc import Mapping, Sequence
 
 from postgrad.reports.html import figures, tables
-from postgrad.reports.html.document import FOOTER, document, figure, moment, side_by_side
+from postgrad.reports.html.document import FOOTER, figure, format_time, render_page, side_by_side
 from postgrad.reports.html.figures import Series
-from postgrad.reports.html.notation import compact, escaped, mapping, masked, number, plain, rows, signed
-from postgrad.reports.sections.curves import MOST_SERIES
+from postgrad.reports.html.notation import (
+    as_list,
+    as_mapping,
+    as_number,
+    escape_html,
+    format_compact,
+    format_signed,
+    mask_secrets,
+    plain_text,
+)
+from postgrad.reports.sections.curves import MAX_SERIES
 
 
 def lineage_page(tree: Mapping[str, object]) -> str:
     """A chain of stages: the matrix R (loss on every set after every stage) and what follows from it."""
-    tree = mapping(tree)
+    tree = as_mapping(tree)
     names, sets = tables.lineage_names(tree)
-    matrix = [[number(v) for v in rows(line)] for line in rows(tree.get("R"))]
-    stages = [mapping(s) for s in rows(tree.get("stages"))]
+    matrix = [[as_number(v) for v in as_list(line)] for line in as_list(tree.get("R"))]
+    stages = [as_mapping(s) for s in as_list(tree.get("stages"))]
     shift = 1 if len(names) == len(stages) + 1 and names[:1] == ["start"] else 0
     own = []
-    for entry in map(mapping, rows(tree.get("sets"))):
+    for entry in map(as_mapping, as_list(tree.get("sets"))):
         at = entry.get("learnt_at")
         own.append(at + shift if isinstance(at, int) and not isinstance(at, bool) else None)
     chain = "".join(
-        f"<li><b><bdi>{escaped(s.get('name') or 'stage', 80)}</bdi></b>"
-        + (f"<span>{compact(s['tokens'])} tokens</span>" if number(s.get("tokens")) else "")
-        + (f"<span><bdi>{escaped(moment(s['created']))}</bdi></span>" if s.get("created") else "")
-        + (f"<span><bdi>{escaped(masked(s['path']), 120)}</bdi></span>" if s.get("path") else "")
+        f"<li><b><bdi>{escape_html(s.get('name') or 'stage', 80)}</bdi></b>"
+        + (f"<span>{format_compact(s['tokens'])} tokens</span>" if as_number(s.get("tokens")) else "")
+        + (f"<span><bdi>{escape_html(format_time(s['created']))}</bdi></span>" if s.get("created") else "")
+        + (f"<span><bdi>{escape_html(mask_secrets(s['path']), 120)}</bdi></span>" if s.get("path") else "")
         + "</li>"
         for s in stages
     )
     heat = ""
     if matrix and sets:
         table = figures.heat_table(
-            names, sets, matrix, corner="after", own=own,
+            names, sets, matrix, corner="after", outlined_rows=own,
             caption="Loss in nats per token. The stronger the colour, the further above the best loss the set"
             " had at any earlier stage; outlined where the set was learnt.",
         )  # fmt: skip
@@ -42,12 +51,12 @@ def lineage_page(tree: Mapping[str, object]) -> str:
         series = [
             Series(
                 n,
-                [(float(i), math.nan if v is None else v) for i, v in enumerate(_column(matrix, j))],
-                markers=True,
+                [(float(i), math.nan if v is None else v) for i, v in enumerate(_matrix_column(matrix, j))],
+                has_markers=True,
             )
-            for j, n in enumerate(sets[:MOST_SERIES])
+            for j, n in enumerate(sets[:MAX_SERIES])
         ]
-        labels = [(float(i), plain(n, 18)) for i, n in enumerate(names)]
+        labels = [(float(i), plain_text(n, 18)) for i, n in enumerate(names)]
         heat = side_by_side(
             f"<div>{heat}</div>",
             figure(
@@ -59,22 +68,22 @@ def lineage_page(tree: Mapping[str, object]) -> str:
                 ),
             )
         )  # fmt: skip
-    summary = tables.summary_table(tree)
+    summary = tables.lineage_summary_table(tree)
     sections = [
         ("stages", "Stages", "The stages", f'<ol class="chain">{chain}</ol>' if chain else ""),
         ("matrix", "Matrix", "Every set after every stage", heat),
         ("summary", "Summary", "In a few numbers", summary.html() if summary.rows else ""),
     ]
-    trained = [number(s.get("tokens")) for s in stages]
+    trained = [as_number(s.get("tokens")) for s in stages]
     total = sum(v for v in trained if v is not None)
     lead = f"{len(stages)} {'stage' if len(stages) == 1 else 'stages'}"
-    lead += f", {compact(total)} trained tokens" if total else ""
-    forgetting = mapping(tree.get("summary")).get("forgetting")
-    if number(forgetting) is not None:
-        lead += f". Forgetting over the chain: {signed(forgetting)} nats per token"
+    lead += f", {format_compact(total)} trained tokens" if total else ""
+    forgetting = as_mapping(tree.get("summary")).get("forgetting")
+    if as_number(forgetting) is not None:
+        lead += f". Forgetting over the chain: {format_signed(forgetting)} nats per token"
     header = f'<p class="over">postgrad \u00b7 lineage</p><h1>Lineage</h1><p class="lead">{lead}.</p>'
-    return document("Lineage \u2013 postgrad", header, sections, FOOTER)
+    return render_page("Lineage \u2013 postgrad", header, sections, FOOTER)
 
 
-def _column(matrix: Sequence[Sequence[float | None]], j: int) -> list[float | None]:
+def _matrix_column(matrix: Sequence[Sequence[float | None]], j: int) -> list[float | None]:
     return [line[j] if j < len(line) else None for line in matrix]

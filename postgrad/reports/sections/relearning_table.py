@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from postgrad.reports.html.document import about
-from postgrad.reports.html.notation import count, mapping, number, percent, signed
-from postgrad.reports.html.tables import Cell, Column, Number, Table, whole, words
+from postgrad.reports.html.document import intro_paragraph
+from postgrad.reports.html.notation import as_mapping, as_number, format_count, format_percent, format_signed
+from postgrad.reports.html.tables import Cell, Column, Number, Table, count_cell, text_cell
 
 
-def realign_table(record: Mapping[str, object]) -> Table | None:
+def relearning_table(record: Mapping[str, object]) -> Table | None:
     """What was forgotten of each set, what of it came back and what is left; None when it was not tried."""
-    found = mapping(record.get("realign"))
-    sets = mapping(found.get("sets"))
+    found = as_mapping(record.get("realign"))
+    sets = as_mapping(found.get("sets"))
     if not sets:
         return None
     body = []
-    for name, entry in ((name, mapping(value)) for name, value in sets.items()):
-        parts = (_with_interval(entry.get(key)) for key in ("forgot", "won", "left", "start_learnt"))
-        body.append((words(name), *parts, _share(entry.get("share")), whole(entry.get("documents"))))
+    for name, entry in ((name, as_mapping(value)) for name, value in sets.items()):
+        parts = (_interval_cell(entry.get(key)) for key in ("forgot", "won", "left", "start_learnt"))
+        body.append((text_cell(name), *parts, _share_cell(entry.get("share")), count_cell(entry.get("documents"))))
     columns = (
-        Column("set", words=True),
+        Column("set", is_text=True),
         Column("forgotten (95 %)", "nats per token"),
         Column("won back (95 %)", "nats per token"),
         Column("left (95 %)", "nats per token"),
@@ -35,33 +35,36 @@ def realign_table(record: Mapping[str, object]) -> Table | None:
     return Table("Forgetting that a few steps win back", columns, tuple(body), notes)
 
 
-def section(record: Mapping[str, object]) -> str:
+def relearning_section(record: Mapping[str, object]) -> str:
     """The section of a run's page; empty when it was not tried."""
-    table = realign_table(record)
+    table = relearning_table(record)
     if table is None:
         return ""
-    found = mapping(record.get("realign"))
-    said = about(
-        f"What {count(found.get('steps'))} steps on {count(found.get('tokens'))} tokens of old text bring back was not lost but"
+    found = as_mapping(record.get("realign"))
+    said = intro_paragraph(
+        f"What {format_count(found.get('steps'))} steps on {format_count(found.get('tokens'))} tokens of old text bring back was not lost but"
         " out of reach. The steps were taken on copies; the published model is as it was."
     )
     return said + table.html()
 
 
-def _with_interval(entry: object) -> Cell:
-    found = mapping(entry)
-    value = number(found.get("value"))
+def _interval_cell(entry: object) -> Cell:
+    found = as_mapping(entry)
+    value = as_number(found.get("value"))
     if value is None:
-        return words("")
-    return Cell((Number(signed(value), value),), below=(f"{signed(found.get('low'))} to {signed(found.get('high'))}",))
-
-
-def _share(entry: object) -> Cell:
-    found = mapping(entry)
-    value = number(found.get("value"))
-    if value is None:
-        return words("nothing forgotten for certain")
+        return text_cell("")
     return Cell(
-        (Number(percent(value, 0), value),),
-        below=(f"{percent(found.get('low'), 0)} to {percent(found.get('high'), 0)}",),
+        (Number(format_signed(value), value),),
+        below=(f"{format_signed(found.get('low'))} to {format_signed(found.get('high'))}",),
+    )
+
+
+def _share_cell(entry: object) -> Cell:
+    found = as_mapping(entry)
+    value = as_number(found.get("value"))
+    if value is None:
+        return text_cell("nothing forgotten for certain")
+    return Cell(
+        (Number(format_percent(value, 0), value),),
+        below=(f"{format_percent(found.get('low'), 0)} to {format_percent(found.get('high'), 0)}",),
     )
