@@ -59,14 +59,14 @@ def main() -> None:
         found = {
             **provenance(),
             **settings(options),
-            "rows": plan.mixture.block_size,
-            "row_tokens": plan.context,
+            "rows": plan.data.mixture.block_size,
+            "row_tokens": plan.model.context_length,
             "parameters": run.weights.numel(),
             "read_ms": 1e3 * read,
             "read_ms_range": [1e3 * min(reads), 1e3 * max(reads)],
             "step_ms": 1e3 * trained,
             "share_of_step": read / trained,
-            "tokens_per_second_read": plan.mixture.block_size * plan.context / read,
+            "tokens_per_second_read": plan.data.mixture.block_size * plan.model.context_length / read,
         }
     print(
         f"{found['rows']} rows of {found['row_tokens']} tokens are read in {found['read_ms']:.2f} ms; a step of a model of "

@@ -118,10 +118,10 @@ def time_step(run: Run, loader: Loader) -> StepTime:
 
 def describe_rows(plan: Plan) -> dict[str, float]:
     """What the rows of an arm are like."""
-    ledger, rows = plan.rows[0].ledger, len(plan.rows[0])
-    sample = [plan.rows[0].get_row(i, i) for i in np.linspace(0, rows - 1, min(rows, 200)).astype(int).tolist()]
+    ledger, rows = plan.data.rows[0].ledger, len(plan.data.rows[0])
+    sample = [plan.data.rows[0].get_row(i, i) for i in np.linspace(0, rows - 1, min(rows, 200)).astype(int).tolist()]
     documents = statistics.mean(int((row.inputs["position_ids"] == 0).sum()) for row in sample)
-    positions = rows * plan.context
+    positions = rows * plan.model.context_length
     return {
         "documents_per_row": documents,
         "labels_share": ledger.trained / positions,
@@ -137,11 +137,11 @@ def measure_reading(plan: Plan, execution: Execution, world: World, steps: int) 
         begin = time.perf_counter()
         loader.read_batches(step)
         times.append(time.perf_counter() - begin)
-    rows = plan.mixture.block_size
+    rows = plan.data.mixture.block_size
     return {
         "read_ms": 1e3 * statistics.median(times),
         "rows_per_second": rows / statistics.median(times),
-        "positions_per_second": rows * plan.context / statistics.median(times),
+        "positions_per_second": rows * plan.model.context_length / statistics.median(times),
     }
 
 

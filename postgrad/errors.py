@@ -27,13 +27,13 @@ class PostgradError(Exception):
 
     exit_code = 2
 
-    def __init__(self, problem: str, *, where: str = "", expected: str = "", way_out: str = "") -> None:
-        self.problem, self.where, self.expected, self.way_out = problem, where, expected, way_out
+    def __init__(self, problem: str, *, where: str = "", expected: str = "", hint: str = "") -> None:
+        self.problem, self.where, self.expected, self.hint = problem, where, expected, hint
         lines = [f"{where}: {problem}" if where else problem]
         if expected:
             lines.append(f"  expected: {expected}")
-        if way_out:
-            lines.append(f"  way out:  {way_out}")
+        if hint:
+            lines.append(f"  hint:     {hint}")
         super().__init__("\n".join(lines))
 
 

@@ -74,7 +74,7 @@ def make_passages(documents: Sequence[str], name: str) -> Passages:
             f"{total:,} words are too few to measure a shift by",
             where=name,
             expected=f"at least {MIN_PASSAGES * PASSAGE_WORDS:,} words",
-            way_out="name more text; the model can write its own: postgrad synthesize",
+            hint="name more text; the model can write its own: postgrad synthesize",
         )
     if len(words) > _MAX_PASSAGES:
         chosen = np.sort(np.random.default_rng(0).permutation(len(words))[:_MAX_PASSAGES])
@@ -90,7 +90,7 @@ def refuse_same(old: Sequence[str], new: Sequence[str]) -> None:
             f"{len(common):,} documents stand in the old and in the new text alike",
             where="--new",
             expected="two different texts",
-            way_out="a shift is measured between what the model knows and what it is to learn",
+            hint="a shift is measured between what the model knows and what it is to learn",
         )
 
 

@@ -172,7 +172,7 @@ def _check_points(
             f"{distinct} different points are too few to fit {len(law.parameters)} parameters ({names})",
             where=law.name,
             expected=f"losses at {needed} or more different points ({', '.join(law.inputs)})",
-            way_out=f"measure {needed - distinct} more",
+            hint=f"measure {needed - distinct} more",
         )
     return table, losses_N
 

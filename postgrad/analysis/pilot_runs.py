@@ -137,7 +137,7 @@ def make_exploratory_pilots(count: int, peak: float, tokens: int, step: float) -
             f"the shortest would have {unit / step:.1f}",
             where="--pilots",
             expected=f"pilots of {_MIN_STEPS} steps or more",
-            way_out=f"--pilots {able[-1]}"
+            hint=f"--pilots {able[-1]}"
             if able
             else f"a budget of {shortest:,.0f} tokens or more, or fewer sequences in a batch",
         )

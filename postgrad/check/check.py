@@ -40,7 +40,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
     memory = estimate_memory(
         get_model_dimensions(subject.model),
         rows=execution.micro,
-        length=plan.context,
+        length=plan.model.context_length,
         bf16=execution.dtype == "bfloat16",
         checkpointing=execution.activation_checkpointing,
         sdpa=execution.attention != "eager",
@@ -50,14 +50,19 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
     update = check_update(plan, subject)
     penalties = check_penalties(plan, subject, execution, world)
     found = source_lines(plan, cache)
-    beside = (*subject.loaded_model.notes, *subject.tuning.notes, *sharding_notes(plan.tasks), *relearning_notes(plan))
+    beside = (
+        *subject.loaded_model.notes,
+        *subject.tuning.notes,
+        *sharding_notes(plan.evaluation.tasks),
+        *relearning_notes(plan),
+    )
     notes = (*plan.notes, *beside)
     record = {
         **plan.as_record(),
         "parameters": counts.parameters,
         "trainable": counts.trainable,
         "tuning": plan.stage.tuning.kind,
-        "task": plan.task,
+        "task": plan.model.task,
         "execution": execution.as_dict(),
         "memory": dataclasses.asdict(memory),
         "seconds": execution.seconds,
@@ -66,18 +71,22 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         "update": update,
         "found": found,
         "notes": list(notes),
-        "overlap": plan.overlaps,
+        "overlap": plan.data.overlaps,
         "schedule_curve": lr_schedules.sample_schedule(plan.schedule, plan.steps, 60),
     }
     free = machine.available_memory()
-    apart = "; packed documents do not see each other (probed)" if plan.task == "causal" else ""
+    apart = "; packed documents do not see each other (probed)" if plan.model.task == "causal" else ""
     apart += "; prefixes are read in both directions (probed)" if plan.prefix_length else ""
     lines = [
         *plan_lines(plan, found),
         *(f"note: {note}" for note in beside),
         "",
-        f"model: {counts.parameters:,} weights, {plan.vocabulary:,} tokens{apart}",
-        *([f"task layer: reads {plan.task_layer.form.describe()}"] if plan.task_layer and plan.task_layer.form else []),
+        f"model: {counts.parameters:,} weights, {plan.model.vocab_size:,} tokens{apart}",
+        *(
+            [f"task layer: reads {plan.model.task_layer.form.describe()}"]
+            if plan.model.task_layer and plan.model.task_layer.form
+            else []
+        ),
         tuning_line(plan.stage.tuning.kind, counts),
         *update_lines(plan, update),
         f"compute: {execution.dtype}, {execution.attention} attention, {execution.micro} rows at once, "

@@ -23,8 +23,8 @@ def plan_lines(plan: Plan, source_lines: Sequence[str] = (), width: int = 72) ->
     record = plan.as_record()
     stage = plan.stage
     lines = [
-        f"stage {stage.name}: {plan.start_model.name} -> {_short_path(plan.output)}",
-        f"{record['tokens']:,} trained tokens in {plan.steps:,} steps of {plan.mixture.block_size} rows x {plan.context} tokens",
+        f"stage {stage.name}: {plan.model.start.name} -> {_short_path(plan.output)}",
+        f"{record['tokens']:,} trained tokens in {plan.steps:,} steps of {plan.data.mixture.block_size} rows x {plan.model.context_length} tokens",
         "",
         f"  {'source':<18} {'role':<7} {'kind':<9} {'documents':>10} {'trained':>13} {'share':>7} {'passes':>7}",
     ]
@@ -39,18 +39,18 @@ def plan_lines(plan: Plan, source_lines: Sequence[str] = (), width: int = 72) ->
         line for source in record["sources"] for line in _selection_lines(source["name"], source.get("selected", []))
     ]
     lines += ["", f"  {'held out':<18} {'role':<9} {'documents':>10} {'tokens':>11} {'bytes':>11}"]
-    for h in plan.held_out_sets:
+    for h in plan.evaluation.sets:
         lines.append(f"  {h.name:<18} {h.role:<9} {len(h):>10,} {h.tokens:>11,} {int(h.bytes.sum()):>11,}")
-    for name, met in plan.overlaps.items():
+    for name, met in plan.data.overlaps.items():
         lines.append(
             f"  {name}: {met['duplicates']} exact copies in the training text (dropped there), "
             f"{met['any']} documents share a 13-gram with it, {met['half']} at least half"
         )
-    if plan.selection_rule:
-        lines.append(f"  {selection_rule_line(plan.selection_rule)}")
-    if plan.tasks:
+    if plan.evaluation.selection_rule:
+        lines.append(f"  {selection_rule_line(plan.evaluation.selection_rule)}")
+    if plan.evaluation.tasks:
         lines += ["", f"  {'task':<18} {'role':<9} {'items':>6}  asked"]
-        lines += [f"  {t.name:<18} {t.task.role:<9} {len(t):>6,}  {_describe_task(t)}" for t in plan.tasks]
+        lines += [f"  {t.name:<18} {t.task.role:<9} {len(t):>6,}  {_describe_task(t)}" for t in plan.evaluation.tasks]
     lines += ["", *draw_schedule(plan, width), *(f"note: {note}" for note in plan.notes)]
     return lines
 

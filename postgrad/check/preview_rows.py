@@ -114,7 +114,7 @@ def preview_rows(plan: Plan, loader: Loader, count: int) -> list[PreviewSource]:
                 found[draw.source].append(PreviewRow(step, draw.position, draw.row, strands, decision))
     return [
         PreviewSource(name, rows.layout, _format_objectives(plan, source), len(rows), tuple(found[source]))
-        for source, (name, rows) in enumerate(zip(plan.source_names, plan.rows, strict=True))
+        for source, (name, rows) in enumerate(zip(plan.data.source_names, plan.data.rows, strict=True))
     ]
 
 
@@ -125,15 +125,15 @@ def _format_objectives(plan: Plan, source: int) -> str:
 
 def _find_preview_steps(plan: Plan, count: int) -> list[int]:
     """The steps in which the first rows of every source are read, found by counting: a source may come in late."""
-    first, block = plan.stage.data.skip_steps, plan.mixture.block_size
-    before = plan.mixture.counts(first * block)
+    first, block = plan.stage.data.skip_steps, plan.data.mixture.block_size
+    before = plan.data.mixture.counts(first * block)
     steps: set[int] = set()
     for source, planned in enumerate(plan.row_counts()):
         for number in range(1, min(count, planned) + 1):
             low, high = 0, plan.steps
             while high - low > 1:
                 middle = (low + high) // 2
-                enough = plan.mixture.counts((first + middle) * block)[source] - before[source] >= number
+                enough = plan.data.mixture.counts((first + middle) * block)[source] - before[source] >= number
                 low, high = (low, middle) if enough else (middle, high)
             steps.add(high)
     return sorted(steps)
@@ -149,10 +149,10 @@ def _make_row_segments(
     plan: Plan, source: int, arrays: dict[str, np.ndarray]
 ) -> tuple[tuple[RowSegment, ...], str | None]:
     """What stands in a row, by its layout, and the label of the whole row."""
-    spell = TokenDecoder(plan.tokenizer, plan.vocabulary)
-    names = plan.task_layer.labels if plan.task_layer else ()
+    spell = TokenDecoder(plan.model.tokenizer, plan.model.vocab_size)
+    names = plan.model.task_layer.labels if plan.model.task_layer else ()
     ids_T, labels = arrays["input_ids"], arrays["labels"]
-    match plan.rows[source].layout:
+    match plan.data.rows[source].layout:
         case "packed" | "prefix":
             return tuple(_document_segments(ids_T, labels, arrays["position_ids"], spell)), None
         case "masked":

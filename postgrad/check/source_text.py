@@ -31,7 +31,7 @@ _MAX_LABEL_NAMES = 6
 
 def source_lines(plan: Plan, cache: Path) -> list[str]:
     """A line for each source."""
-    return [_source_line(leaf, leaf.spec.objective, cache) for leaf in plan.sources]
+    return [_source_line(leaf, leaf.spec.objective, cache) for leaf in plan.data.sources]
 
 
 def _source_line(source: ResolvedSource, objective: RowsObjective, cache: Path) -> str:

@@ -54,7 +54,7 @@ def check_teachers(plan: Plan, subject: TunedModel, execution: Execution, world:
             )
         cost = estimate_cache_cost(plan, asked, beforehand[get_teacher_identity(start)], execution.micro)
         size = cost.labels * cost.bytes_per_label
-        source = plan.sources[asked.source_number].name
+        source = plan.data.sources[asked.source_number].name
         when = (
             "asked already"
             if cost.is_filled
@@ -81,10 +81,10 @@ def _online_teacher_cost(
     start = plan.teachers[number]
     taken = [k for k, numbers in enumerate(plan.objective_indices) if number in numbers]
     share = sum(plan.row_counts()[k] for k in taken) / max(sum(plan.row_counts()), 1)
-    rows = plan.rows[taken[0]]
+    rows = plan.data.rows[taken[0]]
     count = min(execution.micro, len(rows))
     batch = collate(
-        [rows.get_row(i, i) for i in range(count)], [taken[0]] * count, pad_token_id=plan.model_inputs.pad_id
+        [rows.get_row(i, i) for i in range(count)], [taken[0]] * count, pad_token_id=plan.model.inputs.pad_id
     )
     batch = batch.to(next(subject.model.parameters()).device)
     times = []
@@ -93,7 +93,7 @@ def _online_teacher_cost(
         teacher(batch)
         times.append(time.perf_counter() - begin)
     reshard(teacher.model)
-    in_all = plan.steps * plan.mixture.block_size / count
+    in_all = plan.steps * plan.data.mixture.block_size / count
     part = min(times[1:]) * in_all * share / max(execution.seconds, 1e-9)
     second = teacher.model is not subject.model
     size = 0
@@ -126,7 +126,7 @@ def _time_generation(plan: Plan, subject: TunedModel, number: int, batch: Batch)
     spec = plan.objectives[number]
     if not isinstance(spec, OnPolicyObjective) or not isinstance(subject.model, CausalModel):
         return 0.0
-    writer = OnPolicySampler(subject.model, spec.temperature, plan.model_inputs.encoder.eos, plan.stage.seed)
+    writer = OnPolicySampler(subject.model, spec.temperature, plan.model.inputs.encoder.eos, plan.stage.seed)
     begin = time.perf_counter()
     writer(replace(batch.to(torch.device("cpu")), position_B=np.arange(len(batch.labels))))
     return time.perf_counter() - begin

@@ -36,7 +36,7 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
 
     begun = time.perf_counter()
     if folder.exists() and not (folder / "data").exists() and any(folder.iterdir()):
-        raise StageError(f"{folder} is there and is no demo", where="demo", way_out="name another folder")
+        raise StageError(f"{folder} is there and is no demo", where="demo", hint="name another folder")
     folder.mkdir(parents=True, exist_ok=True)
 
     def say(text: str) -> None:
@@ -56,7 +56,7 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
         command = f"postgrad train {place}"
         outcome = watch(run_stage(plan, command=command, cache=folder.resolve() / "cache"), make_screen(as_json))
         if not isinstance(outcome, RunFinished):
-            raise InterruptError("the demo was stopped", way_out=f"postgrad demo {folder} goes on")
+            raise InterruptError("the demo was stopped", hint=f"postgrad demo {folder} goes on")
         records[name] = outcome.record
     arms = [records["naive"], records["replay"]]
     report = folder / "report.html"

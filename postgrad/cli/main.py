@@ -101,7 +101,7 @@ def init(
                 "a stage needs a text and a model",
                 where="init",
                 expected="--data and --model",
-                way_out="name a --template, for which what is not given is made",
+                hint="name a --template, for which what is not given is made",
             )
         if test is not None:
             raise StageError("rows to test are of a template", where="--test", expected="a --template")
@@ -292,7 +292,7 @@ def evaluate(
             "there is nothing to score", where="eval", expected="files of text, --tasks FILE, or --harness TASKS"
         )
     if harness is None and (harness_tasks is not None or harness_limit is not None):
-        raise StageError("no task of lm-eval is named", where="eval", way_out="name some: --harness TASK,TASK")
+        raise StageError("no task of lm-eval is named", where="eval", hint="name some: --harness TASK,TASK")
     require_training()
     found: dict[str, Any] = {}
     texts: list[str] = []
@@ -351,7 +351,7 @@ def compare(
         from postgrad.commands.evaluate_tasks import compare_tasks
 
         if on:
-            raise StageError("--on and --tasks are two comparisons", where="compare", way_out="ask for one at a time")
+            raise StageError("--on and --tasks are two comparisons", where="compare", hint="ask for one at a time")
         found = compare_tasks(models, tasks, cache=cache_folder())
         _print(found, as_json, found.pop("text"))
         return
@@ -440,7 +440,7 @@ def synthesize(
     given = tuple(beginnings or ())
     if chat:
         if shown is not None and not given:
-            raise StageError("there are no questions to show", where="--shown", way_out="give some with --from")
+            raise StageError("there are no questions to show", where="--shown", hint="give some with --from")
         rehearsal = Rehearsal(given, DEFAULT_SHOTS if shown is None else shown, answer, parse_share(keep, "--keep"))
         steps = synthesize_chat(model, out, wish, rehearsal, base=base)
     else:
@@ -449,7 +449,7 @@ def synthesize(
     try:
         show_token_progress(steps, as_json)
     except KeyboardInterrupt:
-        raise InterruptError("stopped", way_out="the same command goes on; what was written is kept") from None
+        raise InterruptError("stopped", hint="the same command goes on; what was written is kept") from None
     found = synthesis_summary(model, out)
     _print(found, as_json, found.pop("text"))
 
@@ -458,7 +458,7 @@ def _require_chat(**options: object) -> None:
     """Raise `StageError` for an option that says nothing without --chat."""
     for option, value in options.items():
         if value is not None:
-            raise StageError(f"--{option} is of conversations", where=f"--{option}", way_out="give --chat too")
+            raise StageError(f"--{option} is of conversations", where=f"--{option}", hint="give --chat too")
 
 
 @app.command()
@@ -583,7 +583,7 @@ def _run_study(prepared: PreparedStudy, command: str, dry_run: bool, as_json: bo
         outlook = forecast_study(prepared, screen.show_message)
         record = forecast_record(prepared, outlook)
     except KeyboardInterrupt:
-        raise InterruptError("stopped while the study was planned; nothing was trained", way_out=command) from None
+        raise InterruptError("stopped while the study was planned; nothing was trained", hint=command) from None
     finally:
         screen.close()
     text = forecast_text(prepared, record, count_devices())
@@ -599,7 +599,7 @@ def _run_study(prepared: PreparedStudy, command: str, dry_run: bool, as_json: bo
         ended = watch_study(run_study(prepared, command=command), standing, screen)
         found = write_outputs(prepared, ended.failures)
     except KeyboardInterrupt:
-        raise InterruptError("stopped at once; what was saved is kept", way_out=command) from None
+        raise InterruptError("stopped at once; what was saved is kept", hint=command) from None
     if not as_json:
         print(outputs_text(prepared, found, command, stopped=ended.is_stopped))
     return found, 3 if ended.is_stopped else 1 if ended.failures else 0
@@ -715,7 +715,7 @@ def importance(
             progress=screen.show_measuring,
         )
     except KeyboardInterrupt:
-        raise InterruptError("stopped; nothing was written", way_out="fewer --tokens take less time") from None
+        raise InterruptError("stopped; nothing was written", hint="fewer --tokens take less time") from None
     finally:
         screen.close()
     _print(found, as_json, found.pop("text"))
@@ -794,7 +794,7 @@ def require_training() -> None:
     """Raise `MissingExtra` when what trains is not installed."""
     for package in ("torch", "transformers", "safetensors", "tokenizers"):
         if find_spec(package) is None:
-            raise MissingExtra(f"this command needs {package}", way_out="pip install 'postgrad[train]'")
+            raise MissingExtra(f"this command needs {package}", hint="pip install 'postgrad[train]'")
 
 
 def _load_plan(stage: Path, overrides: list[str] | None, as_json: bool) -> Any:
@@ -810,7 +810,7 @@ def _load_plan(stage: Path, overrides: list[str] | None, as_json: bool) -> Any:
         return make_plan(spec, stage.resolve().parent, cache_folder(), screen.show_tokenizing)
     except KeyboardInterrupt:
         raise InterruptError(
-            "stopped while the text was read", way_out="the same command goes on; finished parts are kept"
+            "stopped while the text was read", hint="the same command goes on; finished parts are kept"
         ) from None
     finally:
         screen.close()
@@ -824,7 +824,7 @@ def _watch_run(events: Iterator[Any], command: str, as_json: bool) -> Any:
     try:
         outcome = watch(events, make_screen(as_json))
     except KeyboardInterrupt:
-        raise InterruptError("stopped at once; what was saved is kept", way_out=command) from None
+        raise InterruptError("stopped at once; what was saved is kept", hint=command) from None
     if isinstance(outcome, RunStopped):
         where = f"and saved at step {outcome.step:,} of {outcome.steps:,}" if outcome.step else "before the first step"
         told = {"status": "stopped", "step": outcome.step, "steps": outcome.steps, "next": command}

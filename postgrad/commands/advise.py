@@ -124,13 +124,13 @@ def plan_advice(request: AdviceRequest, cache: Path) -> AdvicePlan:
         stage = parse_stage(raw, str(request.stage))
     _check_stage(stage, request)
     plan = make_plan(stage, root, cache)
-    if not any(h.role == "retained" for h in plan.held_out_sets):
+    if not any(h.role == "retained" for h in plan.evaluation.sets):
         raise StageError(
             "nothing is measured that could be forgotten",
             where="evaluation.retained",
             expected="held-out old text, or a replay source large enough to hold some out",
         )
-    if not any(h.role == "learned" for h in plan.held_out_sets):
+    if not any(h.role == "learned" for h in plan.evaluation.sets):
         raise StageError(
             "nothing is measured that could be learnt",
             where="evaluation.learned",
@@ -161,7 +161,7 @@ def _check_stage(stage: s.Stage, request: AdviceRequest) -> None:
             "no source is replayed, so no share of replay can be found",
             where="data.sources",
             expected="a source with role: replay",
-            way_out="name old text with --replay FILE; the model can write its own: postgrad synthesize",
+            hint="name old text with --replay FILE; the model can write its own: postgrad synthesize",
         )
     if "new" not in roles:
         raise StageError("no source is new", where="data.sources", expected="a source with role: new")
@@ -169,7 +169,7 @@ def _check_stage(stage: s.Stage, request: AdviceRequest) -> None:
         raise StageError(
             "the shares change within the stage, so there is no one share to be found",
             where="data.shifts",
-            way_out="advise each part as a stage of its own",
+            hint="advise each part as a stage of its own",
         )
     if isinstance(stage.model, s.FreshModel):
         raise StageError("a new model has nothing to forget", where="model", expected="a model that was trained")
@@ -185,9 +185,7 @@ def _check_stage(stage: s.Stage, request: AdviceRequest) -> None:
             expected="a file beside the stage",
         )
     if out.exists() and not out.read_text(errors="replace").startswith(_FILE_HEADER):
-        raise StageError(
-            f"{out} is there already, and is not of our writing", where="--out", way_out="name another file"
-        )
+        raise StageError(f"{out} is there already, and is not of our writing", where="--out", hint="name another file")
 
 
 def _peak_rate(plan: Plan) -> float:
@@ -204,7 +202,7 @@ def _source_shares(plan: Plan) -> dict[str, float]:
             src.name: share for src, share in zip(plan.stage.data.sources, plan.stage.resolve_shares(), strict=True)
         }
     found = dict.fromkeys((source.name for source in plan.stage.data.sources), 0.0)
-    for leaf, told in zip(plan.sources, plan.as_record()["sources"], strict=True):
+    for leaf, told in zip(plan.data.sources, plan.as_record()["sources"], strict=True):
         found[leaf.spec.source] += told["share"]
     return found
 
@@ -216,7 +214,7 @@ def _max_replay_share(plan: Plan) -> float:
     planned = plan.as_record()["sources"]
     replayed = [
         (leaf.spec.max_passes * told["available"], told["share"])
-        for leaf, told in zip(plan.sources, planned, strict=True)
+        for leaf, told in zip(plan.data.sources, planned, strict=True)
         if leaf.role == "replay"
     ]
     total = sum(share for _, share in replayed)
@@ -464,7 +462,7 @@ def _unreachable_bound(advice_plan: AdvicePlan, pilots: Sequence[Pilot], choice:
         where="--max-forgetting",
         expected=f"{math.ceil(1000 * sure) / 10:.1f}% or more: the best reachable is a rise of {rise.value / loss:.2%} "
         f"(95 % interval {rise.low / loss:.2%} to {rise.high / loss:.2%})",
-        way_out="a larger bound, a lower peak in the stage, or more replay text; the pilots are kept",
+        hint="a larger bound, a lower peak in the stage, or more replay text; the pilots are kept",
     )
 
 

@@ -73,12 +73,12 @@ def blend_run(
     _check_options(sweep, granularity, choose, max_forgetting, out)
     record = read_record(run)
     plan = make_plan(parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache)
-    sets = list(plan.evaluation_sets)
+    sets = list(plan.evaluation.scored_sets)
     if not any(h.role == "retained" for h in sets):
         raise StageError(
             f"{run} has no retained set, so what a blend gives back could not be seen",
             where="blend",
-            way_out="name old text under evaluation.retained of its stage, and train it again",
+            hint="name old text under evaluation.retained of its stage, and train it again",
         )
     opened = _load_merged(run, record)
     model = opened.model
@@ -98,7 +98,7 @@ def blend_run(
     points: list[dict[str, Any]] = []
     for point in _sweep_points(sweep, granularity, len(blocks)):
         now = before if point.weight == 0 and point.block is None else scored(point)
-        points.append({**asdict(point), "changes": before_after.loss_changes(sets, before, now, plan.vocabulary)})
+        points.append({**asdict(point), "changes": before_after.loss_changes(sets, before, now, plan.model.vocab_size)})
     chosen = _choose_point(points, choose, max_forgetting)
     found = {
         "run": str(run),
@@ -168,12 +168,12 @@ def _check_options(
     if granularity not in ("whole", "block"):
         raise StageError(f"there is no blend by {granularity!r}", where="--by", expected="whole or block")
     if out and out.exists():
-        raise StageError(f"{out} is there already", where="--out", way_out="name a folder that does not exist")
+        raise StageError(f"{out} is there already", where="--out", hint="name a folder that does not exist")
     if choose is not None and choose not in sweep:
         raise StageError(f"{choose} is not in the sweep", where="--choose", expected=", ".join(map(str, sweep)))
     if out and choose is None and max_forgetting is None:
         raise StageError(
-            "which of the models is to be written?", where="--out", way_out="give --choose W or --max-forgetting SHARE"
+            "which of the models is to be written?", where="--out", hint="give --choose W or --max-forgetting SHARE"
         )
 
 
@@ -185,14 +185,14 @@ def _load_merged(run: Path, record: Record) -> LoadedModel:
             f"`{opened.tunings[-1].kind}` of {run} is no change of weights, so nothing lies between",
             where="blend",
             expected="a run that moved weights: full, blocks, lora, osf ...",
-            way_out="switch it off to have the start model back",
+            hint="switch it off to have the start model back",
         )
     return opened
 
 
 def _start_weights(record: Record, plan: Plan, loaded_model: LoadedModel) -> dict[str, Tensor]:
     """The weights of a run's start model, as the stage found it."""
-    start = open_model(plan.start_model)
+    start = open_model(plan.model.start)
     if start.tunings:
         raise StageError(f"`{start.tunings[-1].kind}` stands in {record['model']['start']}", where="blend")
     found = interpolate.copy_weights(start.model)
@@ -208,7 +208,7 @@ def _average_checkpoints(run: Path, record: Record, count: int) -> dict[str, Ten
             f"{run} has {len(places)} checkpoints",
             where="--average",
             expected=f"{count} of them",
-            way_out="save more often and keep all: save: {every: 5%, keep: all}",
+            hint="save more often and keep all: save: {every: 5%, keep: all}",
         )
     return interpolate.average_weights(
         [interpolate.copy_weights(_load_merged(place, record).model) for place in places]

@@ -52,7 +52,7 @@ class Classifier:
     def logits(self, texts: Sequence[Text]) -> list[np.ndarray]:
         """The logits of each text: (C,), or for tags (words, C), not a number where a word has no tag."""
         if isinstance(texts, str):
-            raise DataError("a single text", where="predict", expected="a list of texts", way_out="predict([text])")
+            raise DataError("a single text", where="predict", expected="a list of texts", hint="predict([text])")
         rows = [self._make_row(text, i) for i, text in enumerate(texts)]
         out: list[np.ndarray] = [np.empty(0)] * len(rows)
         with torch.no_grad():
@@ -166,7 +166,7 @@ def load(name: str, base: str | None = None) -> Classifier:
             f"{name} decides nothing: it is no classifier",
             where="load",
             expected="a model that was trained with the objective `classify`",
-            way_out="language models load with transformers, and answer to `postgrad generate`",
+            hint="language models load with transformers, and answer to `postgrad generate`",
         )
     tokenizer = load_tokenizer(start)
     config: Any = AutoConfig.from_pretrained(start.name_or_path)

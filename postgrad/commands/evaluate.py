@@ -95,7 +95,7 @@ def load_documents(
             f"there is no cut {documents!r}",
             where="--documents",
             expected=", ".join(_DOCUMENT_MODES),
-            way_out=suggest_nearest(documents, _DOCUMENT_MODES),
+            hint=suggest_nearest(documents, _DOCUMENT_MODES),
         )
     objectives = resolve_objectives([], start)
     if model_inputs.task == "text-to-text":  # which serves rows with answers besides
@@ -249,7 +249,7 @@ def compare_models(models: list[str], files: list[str], *, cache: Path) -> dict[
             "some of these models read a prompt in both directions and others do not: they are scored on other tokens",
             where="compare",
             expected="models that read alike",
-            way_out="compare runs of one start model, whose stages scored it as they read",
+            hint="compare runs of one start model, whose stages scored it as they read",
         )
     context = min(context_length(start, None) for start in starts)
     texts = [load_file_sets(start, files, "auto", None, context, cache) for start in starts]
@@ -311,21 +311,19 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
     first = records[0]
     for run, record in zip(runs, records, strict=True):
         if not record.get("changes"):
-            raise StageError(
-                f"{run} has not finished", where="compare", way_out="finish it with the same train command"
-            )
+            raise StageError(f"{run} has not finished", where="compare", hint="finish it with the same train command")
         if record["fingerprints"]["start_model"] != first["fingerprints"]["start_model"]:
             raise StageError(
                 f"{run} and {runs[0]} start from different models",
                 where="compare",
-                way_out="compare their models on text: postgrad compare ... --on FILE",
+                hint="compare their models on text: postgrad compare ... --on FILE",
             )
         if record["model"]["context"] != first["model"]["context"]:
             raise StageError(
                 f"{run} was scored with {record['model']['context']} tokens of context and {runs[0]} with "
                 f"{first['model']['context']}",
                 where="compare",
-                way_out="compare their models on text: postgrad compare ... --on FILE",
+                hint="compare their models on text: postgrad compare ... --on FILE",
             )
         for name in record["changes"].keys() & first["changes"].keys():
             if record["fingerprints"]["sets"][name] != first["fingerprints"]["sets"][name]:
@@ -433,5 +431,5 @@ def _load_stage_sets(stages: list[tuple[Path, Record]], key: str, cache: Path) -
             raw = yaml.safe_load(record["stage_yaml"])
             raw["evaluation"]["tasks"] = []  # which may have moved since, and have no column in the matrix
             plan = make_plan(parse_stage(raw, record["name"]), Path(record["root"]), cache)
-            return {f"{h.name}:{h.fingerprint}": h for h in plan.held_out_sets}
+            return {f"{h.name}:{h.fingerprint}": h for h in plan.evaluation.sets}
     return {}

@@ -174,7 +174,7 @@ def chat(models: list[str], *, as_chat: bool = True, **options: Any) -> None:
     from the text alone. What no longer fits before an answer is left out from the beginning.
     """
     if not sys.stdin.isatty():
-        raise StageError("there is nobody to ask for a text", where="generate", way_out="give one with --prompt")
+        raise StageError("there is nobody to ask for a text", where="generate", hint="give one with --prompt")
     writers = _load_text_models(models, **options)
     heard: dict[int, list[dict[str, str]]] = {
         i: [] for i, writer in enumerate(writers) if as_chat and writer.tokenizer.chat_template
@@ -233,7 +233,7 @@ def export_model(
     when the logits differ (the folder is kept).
     """
     if folder.exists():
-        raise StageError(f"{folder} is there already", where="export", way_out="name a folder that does not exist")
+        raise StageError(f"{folder} is there already", where="export", hint="name a folder that does not exist")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise StageError(f"there is no dtype {dtype!r}", where="--dtype", expected="auto, float32, bfloat16 or float16")
     start = locate_model(name, Path.cwd(), base)

@@ -33,7 +33,7 @@ def grow_vocabulary(
 ) -> dict[str, Any]:
     """Add tokens that are frequent in files to a model and publish it. Raises the error of whatever cannot be."""
     if out.exists():
-        raise StageError(f"{out} is there already", where="--out", way_out="name a folder that does not exist")
+        raise StageError(f"{out} is there already", where="--out", hint="name a folder that does not exist")
     if head not in ("mean", "zero"):
         raise StageError(f"there is no head {head!r}", where="--head", expected="mean or zero")
     if tokens < 1:

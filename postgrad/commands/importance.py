@@ -79,7 +79,7 @@ def measure_importance(
     if out.is_dir():
         raise StageError(f"{out} is a folder", where="--out", expected="the name of a file (.safetensors)")
     if out.exists() and not force:
-        raise StageError(f"{out} is there already", where="--out", way_out="name another file, or add --force")
+        raise StageError(f"{out} is there already", where="--out", hint="name another file, or add --force")
     if not out.parent.is_dir():
         raise StageError(f"there is no folder {out.parent}", where="--out")
     older = ImportanceFile(accumulate) if accumulate else None
@@ -144,7 +144,7 @@ def _check_choice(where: str, value: str, choices: tuple[str, ...]) -> Any:
     """`word`, which is one of `words`. Raises `StageError` when it is not."""
     if value not in choices:
         raise StageError(
-            f"there is no {value!r}", where=where, expected=", ".join(choices), way_out=suggest_nearest(value, choices)
+            f"there is no {value!r}", where=where, expected=", ".join(choices), hint=suggest_nearest(value, choices)
         )
     return value
 
@@ -179,7 +179,7 @@ def _measure_files(
         raise ModelError(
             f"in {start.name} stands `{opened.tunings[-1].kind}`, and importance is of plain weights",
             where="MODEL",
-            way_out="name the model that it sits on, or export it first",
+            hint="name the model that it sits on, or export it first",
         )
     if previous:
         previous.check_shapes(

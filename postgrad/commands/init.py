@@ -54,7 +54,7 @@ def write_stage(
 ) -> dict[str, Any]:
     """Look at the model and the text and write a stage file. Raises `StageError` when the file is there."""
     if stage_path.exists() and not force:
-        raise StageError(f"{stage_path} is there already", where="init", way_out="choose another name, or give --force")
+        raise StageError(f"{stage_path} is there already", where="init", hint="choose another name, or give --force")
     check_name(stage_path)
     name = stage_path.stem
     root = stage_path.resolve().parent

@@ -170,12 +170,12 @@ def write_template(
             f"there is no template {kind!r}",
             where="--template",
             expected=", ".join(TEMPLATE_KINDS),
-            way_out=suggest_nearest(kind, TEMPLATE_KINDS),
+            hint=suggest_nearest(kind, TEMPLATE_KINDS),
         )
     wanted = [stage_path.with_name(f"{request.name}{ending}.yaml") for ending in ("", *_extra_suffixes(kind, request))]
     there = [path for path in wanted if path.exists()]
     if there and not force:
-        raise StageError(f"{there[0]} is there already", where="init", way_out="choose another name, or give --force")
+        raise StageError(f"{there[0]} is there already", where="init", hint="choose another name, or give --force")
     _check_test(kind, request)
     written = _write_files(stage_path, kind, request, notify)
     said = [*written.notes, *(f"wrote {path}" for path in written.files)]

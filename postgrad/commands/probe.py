@@ -241,7 +241,7 @@ def _source(part: str, path: str, kind: str) -> RawSource:
             f"there is no kind {kind!r}",
             where="--kind",
             expected=", ".join(kinds),
-            way_out=suggest_nearest(kind, kinds),
+            hint=suggest_nearest(kind, kinds),
         )
     item = s.HeldOutFile.model_validate(s.expand_held_out_file(path))
     given = {**item.model_dump(), "hub": None}
@@ -262,7 +262,7 @@ def _resolve_pooling(config: Any, task: Task, pooling: str, stack: str) -> tuple
                 f"there is no {option[2:]} {value!r}",
                 where=option,
                 expected=", ".join(known),
-                way_out=suggest_nearest(value, known),
+                hint=suggest_nearest(value, known),
             )
     if stack != "auto" and not config.is_encoder_decoder:
         raise StageError(

@@ -84,14 +84,14 @@ def plan_restoration(request: RestoreRequest, cache: Path) -> Restoration:
     record = read_record(request.run)
     if not record.get("changes"):
         raise StageError(
-            f"{request.run} has not finished", where="restore", way_out="finish it with the same train command"
+            f"{request.run} has not finished", where="restore", hint="finish it with the same train command"
         )
     if record["model"]["task"] != "causal":
         raise StageError(
             f"{request.run} holds no model that writes on, so nothing it says could be judged",
             where="restore",
             expected="a run of a causal language model",
-            way_out="train it once more with replay, or `distill` on old text",
+            hint="train it once more with replay, or `distill` on old text",
         )
     raw = _restore_stage(request, record, root)
     plan = make_plan(parse_stage(raw, "restore"), root, cache)
@@ -261,12 +261,12 @@ def _peak_rate(schedule: Mapping[str, Any]) -> float:
 
 def _measure_target(plan: Plan, teacher: ModelLocation, request: RestoreRequest, cache: Path) -> RestoreTarget:
     """What was lost and gained: both models on all of the stage's sets."""
-    now, earlier = (_score_model(plan, start, cache) for start in (plan.start_model, teacher))
-    lost = {h.name: now[h.name].nats - earlier[h.name].nats for h in plan.held_out_sets if h.role == "learned"}
+    now, earlier = (_score_model(plan, start, cache) for start in (plan.model.start, teacher))
+    lost = {h.name: now[h.name].nats - earlier[h.name].nats for h in plan.evaluation.sets if h.role == "learned"}
     name = max(lost, key=lambda set_: lost[set_])
     if lost[name] <= 0:
         raise StageError(
-            f"{plan.start_model.name} has lost nothing that {teacher.name} knew: {now[name].nats:.4f} nats per token on {name}, "
+            f"{plan.model.start.name} has lost nothing that {teacher.name} knew: {now[name].nats:.4f} nats per token on {name}, "
             f"and {earlier[name].nats:.4f}",
             where="restore",
             expected="a run that has forgotten something",
@@ -276,17 +276,22 @@ def _measure_target(plan: Plan, teacher: ModelLocation, request: RestoreRequest,
         now[name].nats,
         earlier[name].nats,
         now[name].nats - request.min_recovered * lost[name],
-        {h.name: (earlier[h.name].nats, now[h.name].nats) for h in plan.held_out_sets if h.role == "retained"},
+        {h.name: (earlier[h.name].nats, now[h.name].nats) for h in plan.evaluation.sets if h.role == "retained"},
     )
 
 
 def _score_model(plan: Plan, start: ModelLocation, cache: Path) -> before_after.AllScores:
-    opened = open_model(start, plan.task, layer=plan.task_layer)
+    opened = open_model(start, plan.model.task, layer=plan.model.task_layer)
     world = World(machine.default_device())
     model = wrap_model(opened.model, opened.task).to(world.device)
     identity = start_fingerprint(start) or start.name
     return before_after.score_sets(
-        model, plan.held_out_sets_before, context=plan.context, world=world, identity=identity, cache=cache
+        model,
+        plan.evaluation.sets_before,
+        context=plan.model.context_length,
+        world=world,
+        identity=identity,
+        cache=cache,
     )
 
 

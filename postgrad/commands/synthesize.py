@@ -138,7 +138,7 @@ def load_generator(
         start = locate_model(model, Path.cwd(), base)
     except ModelError as error:
         at = where if error.where == "model" else error.where
-        raise ModelError(error.problem, where=at, expected=error.expected, way_out=error.way_out) from None
+        raise ModelError(error.problem, where=at, expected=error.expected, hint=error.hint) from None
     if get_task(start) != "causal":
         raise ModelError(
             f"{model} does not write running text",
@@ -273,7 +273,7 @@ def generate_until_target(
                     + ")",
                     where="synthesize",
                     expected="a model that writes text",
-                    way_out="raise --longest for what has no end, --most-repeated or --alike for the rest; or show it how with"
+                    hint="raise --longest for what has no end, --most-repeated or --alike for the rest; or show it how with"
                     " --from",
                 )
 
@@ -306,11 +306,11 @@ def _preview_lines(out: Path) -> list[str]:
 def check_request(out: Path, request: SynthesisRequest) -> None:
     """Raise `StageError` for a file that is there, or numbers that cannot be."""
     if out.exists():
-        raise StageError(f"{out} is there already", where="--out", way_out="name another file, or remove it")
+        raise StageError(f"{out} is there already", where="--out", hint="name another file, or remove it")
     if out.suffix != ".jsonl":
         raise StageError(f"{out.name} is no JSONL file", where="--out", expected="a name that ends in .jsonl")
     if not out.parent.is_dir():
-        raise StageError(f"there is no folder {out.parent}", where="--out", way_out="make it, or name a file elsewhere")
+        raise StageError(f"there is no folder {out.parent}", where="--out", hint="make it, or name a file elsewhere")
     for option, value, fits, expected in (
         ("--tokens", request.tokens, request.tokens > 0, "above 0"),
         (
@@ -386,12 +386,12 @@ def _load_state(out: Path, options_fingerprint: str) -> _SynthesisState:
         raise StageError(
             f"{_state_file(out)} is broken: it does not say where the writing of {out.name} stands",
             where="--out",
-            way_out=remove,
+            hint=remove,
         ) from None
     if state.options_fingerprint != options_fingerprint:
         raise StageError(
             f"{partial_file(out)} was begun with another model or other options",
             where="--out",
-            way_out=f"give those again, or {remove}",
+            hint=f"give those again, or {remove}",
         )
     return state

@@ -84,7 +84,7 @@ class ChatTemplate:
                 f"{self.generator.name} has no chat template",
                 where="model",
                 expected="a model that was trained on conversations",
-                way_out="leave out --chat, and let it write running text",
+                hint="leave out --chat, and let it write running text",
             )
 
     def _render(self, messages: Sequence[dict[str, str]], *, prompt: bool) -> str:
@@ -119,7 +119,7 @@ class ChatTemplate:
                 "the chat template does not show where a user speaks",
                 where="tokenizer",
                 expected="a template that sets something before a user's words",
-                way_out="give examples of questions with --from",
+                hint="give examples of questions with --from",
             )
         return before, behind
 
@@ -213,7 +213,7 @@ def _read_questions(rehearsal: Rehearsal) -> list[str]:
             f"{len(found)} questions",
             where="--from",
             expected=f"at least as many as are shown ({rehearsal.shots})",
-            way_out="give more of them, show fewer with --shown, or give none",
+            hint="give more of them, show fewer with --shown, or give none",
         )
     return found
 
@@ -320,7 +320,7 @@ def _question_prompt(
         "an example of a question does not fit the model's positions",
         where="--from",
         expected="shorter questions",
-        way_out="give others, or none",
+        hint="give others, or none",
     )
 
 

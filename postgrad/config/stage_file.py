@@ -191,7 +191,7 @@ def make_stage_error(
         met = f"{met[0].lower()}{met[1:]}, not {first['input']!r}"
     more = f"(and {len(findings) - 1} more)" if len(findings) > 1 else ""
     return StageError(
-        f"{met} {more}".strip(), where=f"{where}: {path}" if path else where, expected=expected, way_out=way_out
+        f"{met} {more}".strip(), where=f"{where}: {path}" if path else where, expected=expected, hint=way_out
     )
 
 

@@ -195,7 +195,7 @@ def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise MissingExtra("ROUGE needs the package rouge-score", way_out="pip install rouge-score") from None
+        raise MissingExtra("ROUGE needs the package rouge-score", hint="pip install rouge-score") from None
     return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
@@ -277,7 +277,7 @@ def _sacrebleu_metric(kind: str) -> Metric:
         try:
             from sacrebleu import metrics
         except ImportError:
-            raise MissingExtra(f"{kind} needs the package sacrebleu", way_out="pip install sacrebleu") from None
+            raise MissingExtra(f"{kind} needs the package sacrebleu", hint="pip install sacrebleu") from None
         return metrics.BLEU() if kind == "BLEU" else metrics.CHRF()
 
     def statistics(said: Predictions, references: References) -> np.ndarray:

@@ -97,6 +97,6 @@ def _open_memmap(file: Path, shape: tuple[int, int, int]) -> np.memmap:
         raise DiskError(
             f"features of {shape[1]:,} items take {need:,} bytes, and {free:,} are free",
             where=str(file.parent),
-            way_out="make room, score fewer rows, or set $POSTGRAD_CACHE to a larger disk",
+            hint="make room, score fewer rows, or set $POSTGRAD_CACHE to a larger disk",
         )
     return np.lib.format.open_memmap(file, "w+", np.float32, shape)

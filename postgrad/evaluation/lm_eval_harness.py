@@ -114,7 +114,7 @@ def _import_lm_eval() -> tuple[Any, Any, Any, Any]:
         raise MissingExtra(
             f"tasks of lm-eval need the package lm-eval ({error})",
             where="--harness",
-            way_out="pip install 'postgrad[harness]'",
+            hint="pip install 'postgrad[harness]'",
         ) from None
     return lm_eval, evaluator, TaskManager, huggingface
 
@@ -151,7 +151,7 @@ def _make_task_manager(manager_class: Any, tasks: Sequence[str], folder: Path | 
                 f"lm-eval has no task '{task}'" + (f", and {folder} has none" if folder else ""),
                 where="--harness",
                 expected="names of tasks, groups or tags, with commas between them",
-                way_out=suggest_nearest(task, found.all_tasks) or "name a folder of task files: --harness-tasks FOLDER",
+                hint=suggest_nearest(task, found.all_tasks) or "name a folder of task files: --harness-tasks FOLDER",
             )
     return found
 

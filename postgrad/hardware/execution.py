@@ -145,7 +145,7 @@ def select_execution(
         raise StageError(
             "torch.compile finds no C++ compiler or no Python headers here",
             where="compute.compile",
-            way_out="install them, or leave it at auto",
+            hint="install them, or leave it at auto",
         )
     return Execution(
         dtype=dtype,

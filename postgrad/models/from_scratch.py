@@ -216,7 +216,7 @@ def parse_model_name(name: str) -> tuple[Family, int]:
             f"there is no family {match[1]!r}",
             where=_WHERE,
             expected=" | ".join(FAMILIES),
-            way_out=f"{suggest_nearest(match[1], FAMILIES)} (model.config takes the configuration of any other)".strip(),
+            hint=f"{suggest_nearest(match[1], FAMILIES)} (model.config takes the configuration of any other)".strip(),
         )
     return family, round(float(match[2]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[3].lower()])
 
@@ -257,7 +257,7 @@ def solve_config(name: str, *, vocabulary: int, positions: int) -> PreTrainedCon
             f"have {narrowest:,} weights",
             where=_WHERE,
             expected=f"more weights than that, and at most those of {_MAX_DEPTH} blocks of width {_WIDTHS[-1]:,}",
-            way_out="ask for more weights, or give model.tokenizer a smaller `vocabulary`",
+            hint="ask for more weights, or give model.tokenizer a smaller `vocabulary`",
         )
     return family.config(best[1])
 
@@ -286,7 +286,7 @@ def set_dropout(config: PreTrainedConfig, dropout: float) -> None:
     """Set what a configuration has of dropout. Raises `ModelError` when it has none."""
     own = [name for name in _DROPOUTS if isinstance(getattr(config, name, None), int | float)]
     if not own:
-        raise ModelError(f"a {config.model_type} has no dropout", where="model.dropout", way_out="leave the key out")
+        raise ModelError(f"a {config.model_type} has no dropout", where="model.dropout", hint="leave the key out")
     for name in own:
         setattr(config, name, dropout)
 

@@ -205,7 +205,7 @@ def _verify_packing(model: CausalModel, length: int, tolerance: float, device: t
             f"second change by {leak:.2g} with the first",
             where="model",
             expected="attention that stays within a document (recurrent and hybrid models carry state across)",
-            way_out="use a model with plain attention layers",
+            hint="use a model with plain attention layers",
         )
 
 
@@ -255,7 +255,7 @@ def _verify_prefixes(
             f"prefixes cannot be read in both directions by this architecture ({config.model_type}): {wrong[0]}",
             where="objectives",
             expected="a model whose attention takes a mask from outside",
-            way_out="use next-token, or a model with plain attention layers",
+            hint="use next-token, or a model with plain attention layers",
         )
 
 

@@ -86,7 +86,7 @@ def locate_model(name: str, root: Path, base: str | None = None, *, where: str =
                 raise ModelError(
                     f"the run {name} has not finished, so it has no model yet",
                     where=where,
-                    way_out=f"finish it, or name one of its checkpoints: {name}/checkpoints/step-...",
+                    hint=f"finish it, or name one of its checkpoints: {name}/checkpoints/step-...",
                 )
             return _resolve_base(ModelLocation(name, folder / "model", folder), root, base)
         if not _has_model_config(folder):
@@ -133,7 +133,7 @@ def _resolve_base(start: ModelLocation, root: Path, base: str | None) -> ModelLo
         raise ModelError(
             f"{start.name} does not tell which model it sits on ({type(error).__name__})",
             where="model",
-            way_out="name that model as `base`",
+            hint="name that model as `base`",
         ) from None
     for place in places:
         if place and (folder / place).is_dir():
@@ -144,7 +144,7 @@ def _resolve_base(start: ModelLocation, root: Path, base: str | None) -> ModelLo
         raise ModelError(
             f"{start.name} sits on {places[-1]}, which is not there",
             where="model",
-            way_out="name the place of that model as `base`",
+            hint="name the place of that model as `base`",
         ) from error
 
 

@@ -142,7 +142,7 @@ def make_selection_rule(
             else f"'{config.set}' is a test set, which is looked at once, when everything is chosen",
             where="save.choose.set",
             expected=f"one of {', '.join(open_)}" if open_ else "a held-out set that is no test set",
-            way_out=suggest_nearest(config.set, open_),
+            hint=suggest_nearest(config.set, open_),
         )
     known = ["loss", *metric_names(_problem(found), found.labels if isinstance(found, HeldOutRows) else ())]
     if config.by not in known:
@@ -150,13 +150,13 @@ def make_selection_rule(
             f"'{config.set}' has no {config.by!r}",
             where="save.choose.by",
             expected=" | ".join(known),
-            way_out=suggest_nearest(config.by, known),
+            hint=suggest_nearest(config.by, known),
         )
     if config.max_forgetting is not None and not any(h.role == "retained" for h in held_out):
         raise StageError(
             "there is no retained set that could be forgotten",
             where="save.choose.max_forgetting",
-            way_out="name old text under evaluation.retained, or give a source with role: replay a `held_out` share",
+            hint="name old text under evaluation.retained, or give a source with role: replay a `held_out` share",
         )
     least = math.ceil(length_in_steps(config.at_least, steps, tokens) - 1e-9)
     if least > steps:

@@ -127,14 +127,14 @@ def make_data_order(
             raise DataError(
                 met,
                 where=leaf.files.where,
-                way_out="give more text, a smaller share or budget, a higher max_passes, or set data.when_short",
+                hint="give more text, a smaller share or budget, a higher max_passes, or set data.when_short",
             )
         steps, segments = _apply_on_exhausted(stage, sources, sizes, segments, caps, block, first, steps)
         notes.append(f"{met}; data.when_short: {stage.data.when_short}")
     mixture = Mixture(stage.seed, sizes, segments, block)
     if not steps:
         raise DataError(
-            "nothing is left to read", where="data", way_out="raise max_passes, or set data.when_short: repeat"
+            "nothing is left to read", where="data", hint="raise max_passes, or set data.when_short: repeat"
         )
     before, after = mixture.counts(first * block), mixture.counts((first + steps) * block)
     tokens = round(sum((b - a) * each for a, b, each in zip(before, after, per_row, strict=True)))
@@ -181,7 +181,7 @@ def _apply_on_exhausted(
                 raise DataError(
                     "every source is spent before the stage ends",
                     where="data",
-                    way_out="raise max_passes, lower the budget, or set data.when_short: stop",
+                    hint="raise max_passes, lower the budget, or set data.when_short: stop",
                 )
             return Segment(at, tuple(rate / sum(rates) for rate in rates))
 

@@ -186,7 +186,7 @@ def _apply_method(
             f"nothing of the {len(store):,} documents of '{files.name}' is left: {describe_method(method)}",
             where=where,
             expected="a selection that keeps something",
-            way_out="keep more",
+            hint="keep more",
         )
     return found.kept_indices, _summarize_result(store, found, tokenizer)
 
@@ -278,9 +278,7 @@ def _resolve_scoring_model(
     try:
         start = model_inputs.start_model if method.model == "start" else locate_model(method.model, root)
     except ModelError as error:
-        raise ModelError(
-            error.problem, where=f"{where}.model", expected=error.expected, way_out=error.way_out
-        ) from None
+        raise ModelError(error.problem, where=f"{where}.model", expected=error.expected, hint=error.hint) from None
     if start.scratch_recipe is not None:
         raise StageError(
             f"{start.name} is new: it knows nothing that documents could be judged by",
@@ -292,7 +290,7 @@ def _resolve_scoring_model(
             f"{start.name} does not say how likely a text is",
             where=f"{where}.model",
             expected="a decoder",
-            way_out="name one under `model`; its tokenizer may be another",
+            hint="name one under `model`; its tokenizer may be another",
         )
     return start
 

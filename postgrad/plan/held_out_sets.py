@@ -131,7 +131,7 @@ def select_held_out_documents(
         raise StageError(
             "no held-out text: what is learnt and forgotten could not be measured",
             where="evaluation",
-            way_out="name files under evaluation.retained and evaluation.learned, or leave out `held_out: 0` of the sources",
+            hint="name files under evaluation.retained and evaluation.learned, or leave out `held_out: 0` of the sources",
         )
     if model_inputs.start_model.scratch_recipe is None and not any(h.role == "retained" for h in sets):
         notes.append("no retained set: forgetting is not measured (name old text under evaluation.retained)")
@@ -480,7 +480,7 @@ def measure_overlaps(
                 f"their 13-grams with the training text"
             )
             if stage.data.overlap == "refuse":
-                raise DataError(message, where=f"evaluation.{role}", way_out="remove them, or set data.overlap: report")
+                raise DataError(message, where=f"evaluation.{role}", hint="remove them, or set data.overlap: report")
             notes.append(message)
     return out
 

@@ -105,5 +105,5 @@ def _get_checkpoint_rate(start_model: ModelLocation) -> float:
     raise StageError(
         "the rate to anneal from is not known: the stage does not start from a checkpoint",
         where="schedule.start",
-        way_out="name a checkpoint (runs/.../checkpoints/step-...) as `model`, or give `start`",
+        hint="name a checkpoint (runs/.../checkpoints/step-...) as `model`, or give `start`",
     )

@@ -196,7 +196,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str |
             f"the tokenizer has {len(tokenizer):,} tokens and the model {vocabulary:,} embeddings",
             where="model",
             expected="a tokenizer that belongs to the model",
-            way_out="use the model's own tokenizer, or resize the model's embeddings first",
+            hint="use the model's own tokenizer, or resize the model's embeddings first",
         )
     if eos is None:
         # Encoders end a text with their separator.

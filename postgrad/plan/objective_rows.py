@@ -111,7 +111,7 @@ def resolve_task(objectives: Sequence[AnyObjective], start_model: ModelLocation)
             f"{kinds} need different models: {' and '.join(_MODEL_DESCRIPTIONS[t] for t in tasks)}",
             where="objectives",
             expected="objectives that one model can serve",
-            way_out="write the labelled rows as text (text-to-text, or next-token on examples)",
+            hint="write the labelled rows as text (text-to-text, or next-token on examples)",
         )
     (task,) = tasks
     if task == "classify":
@@ -183,7 +183,7 @@ def refuse_unused_objectives(objectives: Sequence[AnyObjective], objective_indic
                 f"{spec.kind} is taken on no source, as another objective has them all",
                 where=f"objectives[{number}]",
                 expected="sources whose rows it serves and no other objective names",
-                way_out="name its sources: `on: [NAME]`, or leave it out",
+                hint="name its sources: `on: [NAME]`, or leave it out",
             )
 
 

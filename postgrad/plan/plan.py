@@ -64,101 +64,128 @@ from postgrad.plan.teachers import get_teacher_identity, resolve_teachers
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a stage will do."""
+class ModelPlan:
+    """The model a stage trains: where it starts, and how it reads text."""
 
-    stage: s.Stage
-    root: Path
-    output: Path
-    start_model: ModelLocation
+    start: ModelLocation
     tokenizer: PreTrainedTokenizerBase
-    vocabulary: int
-    context: int
+    vocab_size: int
+    context_length: int
+    task: Task
+    problem: ProblemType
+    """What a classifier predicts."""
+    task_layer: ClassifierSpec | None
+    inputs: ModelInputs
+    """How text becomes inputs under the stage's tuning."""
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The sources of a stage, the rows made of them, and the order in which they are read."""
+
     sources: tuple[ResolvedSource, ...]
     rows: tuple[Rows, ...]
-    task: Task
-    objectives: tuple[AnyObjective, ...]
-    objective_indices: tuple[tuple[int, ...], ...]
-    """The numbers of the objectives that weigh each leaf's rows."""
-    teachers: dict[int, ModelLocation]
-    """Whom an objective is taught by, by the objective's number."""
-    problem: ProblemType
-    """What a classifier decides."""
-    task_layer: ClassifierSpec | None
-    model_inputs: ModelInputs
     mixture: Mixture
     target_shares: tuple[float, ...]
-    """What share of the trained tokens each leaf was to have."""
-    steps: int
-    tokens: int
-    schedule: lr_schedules.Schedule
-    held_out_sets: tuple[HeldOutSet, ...]
-    """As the model reads them under the stage's tuning."""
-    held_out_sets_before: tuple[HeldOutSet, ...]
-    """The same documents as the start model reads them."""
-    pseudo_perplexity_sets: tuple[MaskedHeldOutText, ...]
-    """Of masked language models: held-out text of which every token is masked in turn."""
-    pseudo_perplexity_sets_before: tuple[MaskedHeldOutText, ...]
-    """The same texts as the start model reads them."""
-    tasks: tuple[PromptedTask, ...]
-    """What the model is asked under the stage's tuning."""
-    tasks_before: tuple[PromptedTask, ...]
-    """The same, as the start model is asked."""
-    selection_rule: SelectionRule | None
-    """By what the published step is chosen; None: the last one is published."""
+    """The share of trained tokens that each source should have."""
     seen_sources: dict[str, dict[str, Any]]
+    """What the start model's lineage has trained on, by fingerprint."""
     overlaps: dict[str, dict[str, Any]]
-    notes: tuple[str, ...]
-    cache: Path
-    """Where what can be made again is kept."""
-
-    @property
-    def start_model_name(self) -> str:
-        """The start model, as another stage with the same root would name it."""
-        return self.stage.model if isinstance(self.stage.model, str) else str(self.start_model.folder)
 
     @property
     def source_names(self) -> list[str]:
-        """Names of the leaves, in the order of the mixture."""
-        return [leaf.name for leaf in self.sources]
-
-    @property
-    def prefix_length(self) -> int:
-        """How long rows are whose beginnings are read in both directions; 0 when there are none."""
-        return self.context if any(isinstance(leaf.spec.objective, PrefixLMObjective) for leaf in self.sources) else 0
-
-    @property
-    def evaluation_sets(self) -> tuple[HeldOutSet, ...]:
-        """The sets that are scored before and during training: all but the test sets."""
-        return tuple(h for h in self.held_out_sets if h.role != "test")
-
-    @property
-    def evaluation_sets_before(self) -> tuple[HeldOutSet, ...]:
-        """The same as the start model reads them."""
-        return tuple(h for h in self.held_out_sets_before if h.role != "test")
-
-    def evaluation_subset(self, held_out: HeldOutSet) -> HeldOutSet:
-        """What of a set is scored during training: the first tokens of it, or all of it where it decides."""
-        whole = self.selection_rule is not None and self.selection_rule.is_watched(held_out)
-        return held_out if whole else held_out.take_tokens(self.stage.evaluation.during_tokens)
+        """Names of the sources, in the order of the mixture."""
+        return [source.name for source in self.sources]
 
     def trained_tokens_per_row(self) -> list[float]:
         """Mean trained tokens in a row of each source."""
         return [r.ledger.trained / len(r) for r in self.rows]
 
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What is scored before, during and after training."""
+
+    sets: tuple[HeldOutSet, ...]
+    """Held-out sets as the model reads them under the stage's tuning."""
+    sets_before: tuple[HeldOutSet, ...]
+    """The same documents as the start model reads them."""
+    pseudo_perplexity_sets: tuple[MaskedHeldOutText, ...]
+    """For masked language models: held-out text with every token masked in turn."""
+    pseudo_perplexity_sets_before: tuple[MaskedHeldOutText, ...]
+    """The same texts as the start model reads them."""
+    tasks: tuple[PromptedTask, ...]
+    """Tasks in prompts, under the stage's tuning."""
+    tasks_before: tuple[PromptedTask, ...]
+    """The same, as the start model reads them."""
+    selection_rule: SelectionRule | None
+    """Selects the checkpoint that is published; None: the last one."""
+    eval_tokens: int
+    """Tokens of each set that are scored during training."""
+
+    @property
+    def scored_sets(self) -> tuple[HeldOutSet, ...]:
+        """The sets that are scored before and during training: all but the test sets."""
+        return tuple(h for h in self.sets if h.role != "test")
+
+    @property
+    def scored_sets_before(self) -> tuple[HeldOutSet, ...]:
+        """The same as the start model reads them."""
+        return tuple(h for h in self.sets_before if h.role != "test")
+
+    def subset(self, held_out: HeldOutSet) -> HeldOutSet:
+        """The part of a set that is scored during training: its first tokens, or all of it where it selects checkpoints."""
+        is_watched = self.selection_rule is not None and self.selection_rule.is_watched(held_out)
+        return held_out if is_watched else held_out.take_tokens(self.eval_tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that follows from a stage, its texts and the tokenizer before a weight is trained."""
+
+    stage: s.Stage
+    root: Path
+    output: Path
+    model: ModelPlan
+    data: DataPlan
+    evaluation: EvaluationPlan
+    objectives: tuple[AnyObjective, ...]
+    objective_indices: tuple[tuple[int, ...], ...]
+    """For each source, the indices of the objectives that train on its rows."""
+    teachers: dict[int, ModelLocation]
+    """The teacher of each distillation, by the objective's index."""
+    steps: int
+    tokens: int
+    """Trained tokens of the whole stage."""
+    schedule: lr_schedules.Schedule
+    notes: tuple[str, ...]
+    cache: Path
+
+    @property
+    def start_model_name(self) -> str:
+        """The start model, as another stage with the same root would name it."""
+        return self.stage.model if isinstance(self.stage.model, str) else str(self.model.start.folder)
+
+    @property
+    def prefix_length(self) -> int:
+        """Length of rows with a bidirectional prefix; 0 when there are none."""
+        has_prefixes = any(isinstance(source.spec.objective, PrefixLMObjective) for source in self.data.sources)
+        return self.model.context_length if has_prefixes else 0
+
     def row_counts(self) -> tuple[int, ...]:
         """Rows of each source that the stage reads."""
-        first = self.stage.data.skip_steps * self.mixture.block_size
-        before, after = self.mixture.counts(first), self.mixture.counts(first + self.steps * self.mixture.block_size)
+        mixture = self.data.mixture
+        first = self.stage.data.skip_steps * mixture.block_size
+        before, after = mixture.counts(first), mixture.counts(first + self.steps * mixture.block_size)
         return tuple(b - a for a, b in zip(before, after, strict=True))
 
     def as_record(self) -> dict[str, Any]:
         """The plan as plain data: what is shown, and what a resumed run is held against."""
-        counts, per_row = self.row_counts(), self.trained_tokens_per_row()
+        counts, per_row = self.row_counts(), self.data.trained_tokens_per_row()
         trained = [round(c * t) for c, t in zip(counts, per_row, strict=True)]
         return {
             "steps": self.steps,
-            "rows": self.steps * self.mixture.block_size,
+            "rows": self.steps * self.data.mixture.block_size,
             "sequence_length": self.stage.data.sequence_length,
             "tokens": sum(trained),
             "sources": [
@@ -177,7 +204,7 @@ class Plan:
                     **({"selected": list(leaf.selection)} if leaf.selection else {}),
                 }
                 for leaf, asked, c, t, r in zip(
-                    self.sources, self.target_shares, counts, trained, self.rows, strict=True
+                    self.data.sources, self.data.target_shares, counts, trained, self.data.rows, strict=True
                 )
             ],
         }
@@ -186,9 +213,9 @@ class Plan:
         """Of everything that goes into the run besides the start model."""
         return {
             "stage": self.stage.fingerprint(),
-            "data": {leaf.name: leaf.store.fingerprint for leaf in self.sources},
-            "sets": {h.name: h.fingerprint for h in self.held_out_sets},
-            **({"tasks": {t.name: t.fingerprint for t in self.tasks}} if self.tasks else {}),
+            "data": {leaf.name: leaf.store.fingerprint for leaf in self.data.sources},
+            "sets": {h.name: h.fingerprint for h in self.evaluation.sets},
+            **({"tasks": {t.name: t.fingerprint for t in self.evaluation.tasks}} if self.evaluation.tasks else {}),
             # Left out where there are none: a run from before there were teachers can still be resumed.
             **({"teachers": [get_teacher_identity(t) for t in self.teachers.values()]} if self.teachers else {}),
         }
@@ -196,8 +223,8 @@ class Plan:
     @property
     def seen_clusters(self) -> set[str]:
         """The sorts of tasks that this stage or an earlier one trains on."""
-        earlier = (entry["origin"].get("cluster") for entry in self.seen_sources.values())
-        return {c for c in (*earlier, *(leaf.spec.cluster for leaf in self.sources)) if c is not None}
+        earlier = (entry["origin"].get("cluster") for entry in self.data.seen_sources.values())
+        return {c for c in (*earlier, *(leaf.spec.cluster for leaf in self.data.sources)) if c is not None}
 
 
 def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallback | None = None) -> Plan:
@@ -309,33 +336,42 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
         stage=stage,
         root=root,
         output=(root / (stage.output or f"runs/{stage.name}")).resolve(),
-        start_model=start,
-        tokenizer=tokenizer,
-        vocabulary=vocabulary,
-        context=length,
-        sources=tuple(leaves),
-        rows=rows,
-        task=task,
+        model=ModelPlan(
+            start=start,
+            tokenizer=tokenizer,
+            vocab_size=vocabulary,
+            context_length=length,
+            task=task,
+            problem=problem,
+            task_layer=_make_task_layer(labels, reading.pad_id, stage.seed, form)
+            if task in ("classify", "tag")
+            else None,
+            inputs=reading,
+        ),
+        data=DataPlan(
+            sources=tuple(leaves),
+            rows=rows,
+            mixture=order.mixture,
+            target_shares=order.target_shares,
+            seen_sources=seen,
+            overlaps=measure_overlaps(stage, root, leaves, held_out, cache, notes),
+        ),
+        evaluation=EvaluationPlan(
+            sets=tuple(held_out),
+            sets_before=tuple(before),
+            pseudo_perplexity_sets=_make_pseudo_perplexity_sets(stage, task, looked_at, reading),
+            pseudo_perplexity_sets_before=_make_pseudo_perplexity_sets(stage, task, looked_at, reading.without_tuning),
+            tasks=tuple(add_soft_prompts(asked, reading) for asked in tasks),
+            tasks_before=tuple(add_soft_prompts(asked, reading.without_tuning) for asked in tasks),
+            selection_rule=choice,
+            eval_tokens=stage.evaluation.during_tokens,
+        ),
         objectives=objectives,
-        teachers=resolve_teachers(objectives, start, task, tokenizer, vocabulary, root),
         objective_indices=tuple(leaf.spec.objective_indices for leaf in leaves),
-        problem=problem,
-        task_layer=_make_task_layer(labels, reading.pad_id, stage.seed, form) if task in ("classify", "tag") else None,
-        model_inputs=reading,
-        mixture=order.mixture,
-        target_shares=order.target_shares,
+        teachers=resolve_teachers(objectives, start, task, tokenizer, vocabulary, root),
         steps=steps,
         tokens=tokens,
         schedule=schedule,
-        held_out_sets=tuple(held_out),
-        held_out_sets_before=tuple(before),
-        pseudo_perplexity_sets=_make_pseudo_perplexity_sets(stage, task, looked_at, reading),
-        pseudo_perplexity_sets_before=_make_pseudo_perplexity_sets(stage, task, looked_at, reading.without_tuning),
-        tasks=tuple(add_soft_prompts(asked, reading) for asked in tasks),
-        tasks_before=tuple(add_soft_prompts(asked, reading.without_tuning) for asked in tasks),
-        selection_rule=choice,
-        seen_sources=seen,
-        overlaps=measure_overlaps(stage, root, leaves, held_out, cache, notes),
         notes=tuple(notes),
         cache=cache,
     )
@@ -411,5 +447,5 @@ def _no_retained_set_error() -> StageError:
     return StageError(
         "there is no retained set to hold the gate against",
         where="max_forgetting",
-        way_out="name old text under evaluation.retained, or give a source with role: replay a `held_out` share",
+        hint="name old text under evaluation.retained, or give a source with role: replay a `held_out` share",
     )

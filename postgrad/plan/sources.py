@@ -144,7 +144,7 @@ def resolve_source_specs(
                 f"nothing is recorded of what {stage.model if isinstance(stage.model, str) else 'a new model'} has seen",
                 where=f"{where}.seen_so_far",
                 expected="a start model that is a run folder of an earlier stage",
-                way_out="give the old text itself as `path`",
+                hint="give the old text itself as `path`",
             )
         for part, name, given, base, held_out, stands_for in origins:
             files = make_text_files(name, given, base, where)

@@ -73,7 +73,7 @@ def _make_new_model(
             f"the tokenizer has {len(tokenizer):,} tokens and the configuration {config.vocab_size:,} embeddings",
             where="model.config",
             expected="a configuration for this tokenizer",
-            way_out="name the tokenizer that belongs to it, or let a new one be learnt",
+            hint="name the tokenizer that belongs to it, or let a new one be learnt",
         )
     if spec.dropout is not None:
         set_dropout(config, spec.dropout)

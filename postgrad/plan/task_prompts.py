@@ -371,7 +371,7 @@ def _count_soft_prompt_ids(model_inputs: ModelInputs) -> int:
 
 
 def _with_place(error: DataError, place: str) -> DataError:
-    return DataError(error.problem, where=error.where or place, expected=error.expected, way_out=error.way_out)
+    return DataError(error.problem, where=error.where or place, expected=error.expected, hint=error.hint)
 
 
 def _refuse_encoder(model_inputs: ModelInputs, where: str) -> None:
@@ -380,7 +380,7 @@ def _refuse_encoder(model_inputs: ModelInputs, where: str) -> None:
             f"a task is asked in prompts, and {model_inputs.start_model.name} does not write",
             where=where,
             expected="a decoder or an encoder-decoder language model",
-            way_out="score an encoder on labelled rows as held-out sets, under the objective masked (a cloze) or classify",
+            hint="score an encoder on labelled rows as held-out sets, under the objective masked (a cloze) or classify",
         )
 
 
@@ -427,7 +427,7 @@ def _demonstration_pool(
             + (f" ({copies:,} more ask what a test row asks, and are never shown)" if copies else ""),
             where=where,
             expected="at least as many different training rows as shots",
-            way_out="show rows of another file than the one that is tested" if copies else "",
+            hint="show rows of another file than the one that is tested" if copies else "",
         )
     notes = [f"{task.name}: {copies:,} rows that ask what a test row asks are not shown"] if copies else []
     return pool, notes
@@ -462,7 +462,7 @@ def _labels(
                 f"no word is given for the label '{label[:60]}'",
                 where=place,
                 expected=f"a label among {', '.join(list(task.words)[:12])}",
-                way_out=suggest_nearest(label, task.words),
+                hint=suggest_nearest(label, task.words),
             )
     return tuple(task.words) if task.words else tuple(str(name) for name in found.names)
 
@@ -512,7 +512,7 @@ def _resolve_metrics(
                 f"`{unfit[0]}` is a metric of written answers, and here one of several is chosen",
                 where=f"{where}.metrics",
                 expected=", ".join(_CHOICE_METRICS),
-                way_out="answered: write",
+                hint="answered: write",
             )
         return tuple(task.metrics) or (_CHOICE_METRICS if kind == "labelled" else _CHOICE_METRICS[:1])
     if task.metrics:

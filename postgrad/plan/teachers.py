@@ -64,6 +64,6 @@ def _resolve_teacher(
             f"{vocabulary:,} embeddings and {len(theirs_by_id):,} on {theirs:,}{apart}",
             where=where,
             expected="a teacher with the start model's own tokenizer and vocabulary",
-            way_out="let the teacher write text, and train on that",
+            hint="let the teacher write text, and train on that",
         )
     return teacher

@@ -38,7 +38,7 @@ def refuse_unseen_labels(
             + ("objectives.labels does not list" if from_stage else "no row that is trained on has"),
             where=place,
             expected=f"one of {shown}",
-            way_out=" ".join(
+            hint=" ".join(
                 [
                     suggest_nearest(str(label), names),
                     "to score such rows all the same, list every label under objectives.labels",

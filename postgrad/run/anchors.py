@@ -94,7 +94,7 @@ class _Reference:
 
     @classmethod
     def load(cls, spec: AnchorPenalty, number: int, plan: Plan) -> _Reference:
-        start = plan.start_model if spec.reference == START else _locate_reference(spec, number, plan)
+        start = plan.model.start if spec.reference == START else _locate_reference(spec, number, plan)
         files = dict(_mapped_tensors(start)) if spec.storage == "mapped" else {}
         if spec.reference == START:
             return cls(start, start_fingerprint(start), None, files)
@@ -147,7 +147,7 @@ class _WeightFilter:
                     f"'{pattern}' names no weight of the start model that moves",
                     where=self.where,
                     expected=f"names such as {', '.join(self.names[:3])}",
-                    way_out=suggest_nearest(pattern, self.names),
+                    hint=suggest_nearest(pattern, self.names),
                 )
 
 
@@ -156,7 +156,7 @@ class _AnchorBuilder:
 
     def __init__(self, spec: AnchorPenalty, number: int, plan: Plan, weights: Weights) -> None:
         self.spec, self.where, self.weights = spec, f"penalties[{number}]", weights
-        self.vocabulary = plan.vocabulary
+        self.vocabulary = plan.model.vocab_size
         self.reference = _Reference.load(spec, number, plan)
         self.importance = (
             ImportanceFile(_importance_path(spec.importance, number, plan.root)) if spec.importance else None
@@ -210,7 +210,7 @@ class _AnchorBuilder:
             raise StageError(
                 f"a decoupled pull moves weights themselves, and `{kind}` moves tensors that change them",
                 where=f"{self.where}.decoupled",
-                way_out="leave `decoupled` out: the pull then goes through the gradients",
+                hint="leave `decoupled` out: the pull then goes through the gradients",
             )
         mean = self.importance_sum / self.numbers
         if self.importance and not mean > 0:
@@ -250,7 +250,7 @@ class _AnchorBuilder:
                 f"held to {reference.start.name}, whose fingerprint is {held_to}",
                 where=f"{self.where}.importance",
                 expected="importance of the model that the weights are held to",
-                way_out="measure it on that model, or name the model that it was measured on as `reference`",
+                hint="measure it on that model, or name the model that it was measured on as `reference`",
             )
 
     def _is_available(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -266,7 +266,7 @@ class _AnchorBuilder:
                 f"{name} has the shape {shape} here and {there} in {model}",
                 where=f"{self.where}.reference",
                 expected="a model of the same shape",
-                way_out="`only` names the weights that both have",
+                hint="`only` names the weights that both have",
             )
         if self.importance is None:
             return True
@@ -303,7 +303,7 @@ class _AnchorBuilder:
             f"`{kind}` changes no weight of the start model, so there is nothing to hold",
             where=self.where,
             expected="a tuning that moves the base's own weights, or changes them: full, blocks, bias, norm, lora, osf",
-            way_out="leave the penalty out; distillation from the start model, or replay, hold what a model says",
+            hint="leave the penalty out; distillation from the start model, or replay, hold what a model says",
         )
 
     # -- what is kept, and where
@@ -375,7 +375,7 @@ def _importance_path(name: str, number: int, root: Path) -> Path:
         raise DataError(
             f"there is no file {name}",
             where=f"penalties[{number}].importance",
-            way_out=f"make it first: postgrad importance MODEL FILES... --out {name}",
+            hint=f"make it first: postgrad importance MODEL FILES... --out {name}",
         )
     return path
 

@@ -134,26 +134,26 @@ class TunedModel:
 
 def make_tuned_model(plan: Plan, world: World, *, attention: str | None = None) -> TunedModel:
     """The start model with the stage's tuning in it, on this rank's device."""
-    opened = open_model(plan.start_model, plan.task, layer=plan.task_layer, attention=attention)
+    opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer, attention=attention)
     spec = plan.stage.tuning
     options = tuning_options(plan, opened)
     mark_prefix_lm(opened.model.config, bool(plan.prefix_length))
     names = _named_parameters(opened.model)
-    tuning = attach(opened.model, options, seed=plan.stage.seed, tokenizer=plan.tokenizer)
+    tuning = attach(opened.model, options, seed=plan.stage.seed, tokenizer=plan.model.tokenizer)
     base_names = _match_base_names(opened.model, names)
     if opened.tunings and (tuning.is_full or tuning.is_merged_on_export):
         raise TuningError(
-            f"`{spec.kind}` leaves a plain model, and in {plan.start_model.name} stands `{opened.tunings[-1].kind}`, which cannot "
+            f"`{spec.kind}` leaves a plain model, and in {plan.model.start.name} stands `{opened.tunings[-1].kind}`, which cannot "
             "become part of one",
             where="tuning.kind",
             expected="a kind that adds something of its own, such as lora, adapter or prompt",
         )
-    if plan.start_model.scratch_recipe and not (tuning.is_full or tuning.is_merged_on_export):
+    if plan.model.start.scratch_recipe and not (tuning.is_full or tuning.is_merged_on_export):
         raise TuningError(
             f"`{spec.kind}` leaves a small folder that sits on its start model, and a new model lies only in the cache",
             where="tuning.kind",
             expected="full, or another kind that leaves a whole model",
-            way_out=f"train the new model whole first; `{spec.kind}` can go on from that run",
+            hint=f"train the new model whole first; `{spec.kind}` can go on from that run",
         )
     model = wrap_model(opened.model, opened.task).to(world.device)
     return TunedModel(model, opened, tuning, {**options, "seed": plan.stage.seed}, base_names)
@@ -213,11 +213,11 @@ def _make_o_lora_penalty(plan: Plan, tuned_model: TunedModel, weights: Weights) 
     from postgrad.tuning.lora import LoraAdapter, earlier_directions
 
     assert isinstance(tuned_model.tuning, LoraAdapter)
-    earlier = earlier_directions(earlier_lora_adapters(plan.start_model))
+    earlier = earlier_directions(earlier_lora_adapters(plan.model.start))
     new = {name: parameter for name, parameter in tuned_model.tuning.directions().items() if name in earlier}
     if not new:
         raise StageError(
-            f"no earlier stage of {plan.start_model.name} has low-rank adapters on the layers that this one tunes",
+            f"no earlier stage of {plan.model.start.name} has low-rank adapters on the layers that this one tunes",
             where="tuning.orthogonal",
             expected="a start model whose lineage has a `lora` stage with the same targets",
         )
@@ -241,10 +241,10 @@ def earlier_lora_adapters(start: ModelLocation) -> list[TuningExport]:
 def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execution:
     """How this machine will compute the stage."""
     compute, batch = plan.stage.compute, plan.stage.batch
-    longest = max((row for rows in plan.rows for row in _sample_rows(rows)), key=_row_length)
+    longest = max((row for rows in plan.data.rows for row in _sample_rows(rows)), key=_row_length)
 
     def example(rows: int) -> dict[str, Tensor]:
-        return collate([longest] * rows, [0] * rows, pad_token_id=plan.model_inputs.pad_id).inputs
+        return collate([longest] * rows, [0] * rows, pad_token_id=plan.model.inputs.pad_id).inputs
 
     wishes = ExecutionRequest(
         dtype=compute.dtype,
@@ -256,7 +256,7 @@ def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execu
         sequences=batch.sequences,
         length=_row_length(longest),
         steps=plan.steps,
-        is_fixed_length=all(rows.layout in _FIXED_LENGTH_LAYOUTS for rows in plan.rows),
+        is_fixed_length=all(rows.layout in _FIXED_LENGTH_LAYOUTS for rows in plan.data.rows),
         is_causal=not plan.prefix_length,
     )
     return select_execution(wishes, tuned_model.model, example, world.device, world.size)
@@ -296,38 +296,43 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
     optimizer = make_optimizer(plan, weights, moving, [p for p in penalties if isinstance(p, AnchoredDecay)])
     if spec.moments != "reset" and not tuned_model.tuning.is_full:
         raise StageError(
-            f"`{stage.tuning.kind}` begins with weights of its own, for which {plan.start_model.name} has no moments",
+            f"`{stage.tuning.kind}` begins with weights of its own, for which {plan.model.start.name} has no moments",
             where="optimizer.moments",
             expected="reset, or tuning: {kind: full}",
         )
     if spec.moments != "reset":
-        checkpoint = _find_moments(plan.start_model)
+        checkpoint = _find_moments(plan.model.start)
         keep = ("exp_avg", "exp_avg_sq") if spec.moments == "keep" else ("exp_avg_sq",)
         optimizer.restore(read_moments(checkpoint), read_progress(checkpoint).updates, keep=keep)
         if not optimizer.update_counts():
             raise ResumeError(
-                f"the moments of {plan.start_model.name} are those of other weights",
+                f"the moments of {plan.model.start.name} are those of other weights",
                 where="optimizer.moments",
                 expected="a start model whose stage moved all of its weights",
-                way_out="set optimizer.moments: reset",
+                hint="set optimizer.moments: reset",
             )
     return Run(
         model=model,
         weights=weights,
         optimizer=optimizer,
         objectives=make_objectives(
-            plan.objectives, plan.problem, plan.task, teachers=teachers, steps=plan.steps, tokens=plan.tokens
+            plan.objectives,
+            plan.model.problem,
+            plan.model.task,
+            teachers=teachers,
+            steps=plan.steps,
+            tokens=plan.tokens,
         ),
         penalties=penalties,
         schedule=plan.schedule,
         world=world,
-        sources=plan.source_names,
+        sources=plan.data.source_names,
         max_grad_norm=spec.clip,
         seed=stage.seed,
         lr_scale=LossAdaptiveLRScale(spec.loss_adaptive.start, spec.loss_adaptive.smoothing)
         if spec.loss_adaptive
         else ConstantLRScale(),
-        trained_tokens_by_source=np.zeros(len(plan.source_names), np.int64),
+        trained_tokens_by_source=np.zeros(len(plan.data.source_names), np.int64),
     )
 
 
@@ -383,7 +388,7 @@ def make_step(plan: Plan, run: Run) -> StepFunction:
             expected="one process for `on-policy`, without torchrun",
         )
     assert isinstance(run.model, CausalModel)
-    seed, eos = plan.stage.seed, plan.model_inputs.encoder.eos
+    seed, eos = plan.stage.seed, plan.model.inputs.encoder.eos
     return make_on_policy_step(
         {i: OnPolicySampler(run.model, spec.temperature, eos, seed) for i, spec in asked.items()}
     )
@@ -394,11 +399,11 @@ def make_loader(
 ) -> Loader:
     """The micro-batches of this rank; `told`: of each source, what teachers said of its rows."""
     return Loader(
-        plan.rows,
-        plan.mixture,
+        plan.data.rows,
+        plan.data.mixture,
         micro_batch_size=execution.micro,
         objectives=plan.objective_indices,
-        pad_token_id=plan.model_inputs.pad_id,
+        pad_token_id=plan.model.inputs.pad_id,
         rank=world.rank,
         world_size=world.size,
         skip_steps=plan.stage.data.skip_steps,
@@ -418,5 +423,5 @@ def _find_moments(start: ModelLocation) -> Path:
         f"{start.name} has no optimizer moments to keep",
         where="optimizer.moments",
         expected="a start model that is a run folder or a checkpoint",
-        way_out="set optimizer.moments: reset",
+        hint="set optimizer.moments: reset",
     )

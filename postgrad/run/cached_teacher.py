@@ -61,7 +61,7 @@ def find_cache_jobs(plan: Plan) -> list[CacheJob]:
             continue
         for k, weighed in enumerate(plan.objective_indices):
             if number in weighed:
-                keys, rows = _row_keys(plan, k), plan.rows[k]
+                keys, rows = _row_keys(plan, k), plan.data.rows[k]
                 description = {
                     "format": _FORMAT,
                     "teacher": get_teacher_identity(teacher),
@@ -79,38 +79,38 @@ def find_cache_jobs(plan: Plan) -> list[CacheJob]:
 
 def _row_keys(plan: Plan, k: int) -> np.ndarray:
     """The rows of a source that the stage will read, each once: by number, or by position where something is drawn in them."""
-    block, first = plan.mixture.block_size, plan.stage.data.skip_steps
+    block, first = plan.data.mixture.block_size, plan.stage.data.skip_steps
     found: list[np.ndarray] = []
     for step in range(first, first + plan.steps):
-        sources, rows = plan.mixture.rows(step)
+        sources, rows = plan.data.mixture.rows(step)
         mine = np.flatnonzero(sources == k)
-        found.append(step * block + mine if plan.rows[k].is_random else rows[mine])
+        found.append(step * block + mine if plan.data.rows[k].is_random else rows[mine])
     return np.unique(np.concatenate(found))
 
 
 def _rows_fingerprint(plan: Plan, k: int) -> str:
     """Of all that decides a source's rows."""
-    leaf, rows = plan.sources[k], plan.rows[k]
+    leaf, rows = plan.data.sources[k], plan.data.rows[k]
     return fingerprint(
         [
             leaf.store.fingerprint,
             rows.layout,
             len(rows),
             dataclasses.asdict(rows.ledger),
-            plan.context,
+            plan.model.context_length,
             leaf.spec.objective.model_dump(mode="json"),
-            dataclasses.asdict(plan.model_inputs.frame),
+            dataclasses.asdict(plan.model.inputs.frame),
             leaf.held_out,
             plan.stage.data.max_document_tokens,
             # What is drawn in a row depends on its number, its position and the seed.
-            [plan.stage.seed, plan.mixture.block_size] if rows.is_random else None,
+            [plan.stage.seed, plan.data.mixture.block_size] if rows.is_random else None,
         ]
     )
 
 
 def caches_by_source(plan: Plan) -> list[dict[str, TeacherCache]]:
     """What the loader looks up: for each source, by the name of the objective."""
-    names, out = get_objective_names(plan.objectives), [dict[str, TeacherCache]() for _ in plan.sources]
+    names, out = get_objective_names(plan.objectives), [dict[str, TeacherCache]() for _ in plan.data.sources]
     for asked in find_cache_jobs(plan):
         out[asked.source_number][names[asked.objective_number]] = asked.teacher_cache
     return out
@@ -124,7 +124,7 @@ def fill_teacher_caches(plan: Plan, execution: Execution, world: World) -> Itera
         assert isinstance(missing, list)
         start = plan.teachers[asked.objective_number]
         for part in missing:
-            yield f"asking {start.name} about {plan.sources[asked.source_number].name}, part {part + 1} of {asked.teacher_cache.part_count}"
+            yield f"asking {start.name} about {plan.data.sources[asked.source_number].name}, part {part + 1} of {asked.teacher_cache.part_count}"
             if get_teacher_identity(start) not in teachers:
                 teachers[get_teacher_identity(start)] = load_teacher(
                     plan, start, asked.objective_number, execution, world
@@ -135,16 +135,16 @@ def fill_teacher_caches(plan: Plan, execution: Execution, world: World) -> Itera
             words = _query_on_all_ranks(plan, asked, teacher, rows, keys, execution.micro, world)
             if world.is_main:
                 asked.teacher_cache.write_part(
-                    part, words, [row_digest(row) for row in rows], vocabulary=plan.vocabulary
+                    part, words, [row_digest(row) for row in rows], vocabulary=plan.model.vocab_size
                 )
             world.barrier()
 
 
 def _get_row(plan: Plan, k: int, key: int) -> Row:
     """A row by its key."""
-    rows = plan.rows[k]
+    rows = plan.data.rows[k]
     if rows.is_random:
-        return rows.get_row(plan.mixture.locate(key)[1], key)
+        return rows.get_row(plan.data.mixture.locate(key)[1], key)
     return rows.get_row(key, 0)
 
 
@@ -172,7 +172,7 @@ def query_teacher(
     plan: Plan, job: CacheJob, teacher: OnlineTeacher, rows: Sequence[Row], keys: Sequence[int], device: torch.device
 ) -> list[SparseDistribution]:
     """What a teacher says of some rows."""
-    batch = collate(rows, [job.source_number] * len(rows), pad_token_id=plan.model_inputs.pad_id).to(device)
+    batch = collate(rows, [job.source_number] * len(rows), pad_token_id=plan.model.inputs.pad_id).to(device)
     answer = teacher(batch)
     head = answer.output.head
     assert head is not None, "only a language model is asked beforehand"
@@ -279,9 +279,9 @@ def estimate_cache_cost(plan: Plan, job: CacheJob, teacher: OnlineTeacher, micro
     words = query_teacher(plan, job, teacher, rows, [int(key) for key in keys], device)
     seconds = time.perf_counter() - begin
     labels = sum(len(word.counts_N) for word in words)
-    id_bytes = 2 if plan.vocabulary <= 1 << 16 else 4
+    id_bytes = 2 if plan.model.vocab_size <= 1 << 16 else 4
     size = sum(len(word.ids_E) * (id_bytes + word.weights_E.itemsize) + len(word.counts_N) * 3 for word in words)
-    each = plan.rows[job.source_number].ledger.trained / max(len(plan.rows[job.source_number]), 1)
+    each = plan.data.rows[job.source_number].ledger.trained / max(len(plan.data.rows[job.source_number]), 1)
     total = round(each * len(job.teacher_cache.keys))
     there = not job.teacher_cache.missing_parts()
     return CacheCost(total, size / max(labels, 1), 0.0 if there else seconds / max(labels, 1) * total, there)

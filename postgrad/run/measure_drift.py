@@ -17,16 +17,16 @@ def measure_drift(plan: Plan, after: Model, world: World) -> dict[str, Any] | No
 
     A task layer that the start model did not have said nothing that could be kept.
     """
-    opened = open_model(plan.start_model, plan.task, layer=plan.task_layer)
+    opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)
     if opened.new_weights:
         return None
-    before = wrap_model(opened.model, plan.task).to(world.device)
+    before = wrap_model(opened.model, plan.model.task).to(world.device)
     tokens = plan.stage.evaluation.drift_tokens
     sets: dict[str, Any] = {}
-    for old, new in zip(plan.evaluation_sets_before, plan.evaluation_sets, strict=True):
+    for old, new in zip(plan.evaluation.scored_sets_before, plan.evaluation.scored_sets, strict=True):
         if new.task in DISTRIBUTION_TASKS:
             both = old.take_tokens(tokens), new.take_tokens(tokens)
-            found = compute_drift(before, after, both, context=plan.context).summary()
+            found = compute_drift(before, after, both, context=plan.model.context_length).summary()
             sets[new.name] = {"role": new.role, **found}
     weights = weight_drift(before.pretrained, after.pretrained)
     return {

@@ -67,27 +67,27 @@ def make_online_teachers(
 def _is_base_model(plan: Plan, teacher: ModelLocation, tuning: Tuning, base_names: Collection[str]) -> bool:
     """Whether the model with its tuning switched off is the teacher: a task layer that moves would not come back."""
     moving = {name for name, p in tuning.model.named_parameters() if p.requires_grad and name in base_names}
-    return teacher == plan.start_model and tuning.additive and not moving & set(task_layer_parameters(tuning.model))
+    return teacher == plan.model.start and tuning.additive and not moving & set(task_layer_parameters(tuning.model))
 
 
 def _make_base_teacher(plan: Plan, model: Model, tuning: Tuning) -> OnlineTeacher:
-    added = plan.model_inputs.first_virtual_id
+    added = plan.model.inputs.first_virtual_id
     return OnlineTeacher(
-        model, tuning.disable, added if any(token >= added for token in plan.model_inputs.frame.all_ids) else None
+        model, tuning.disable, added if any(token >= added for token in plan.model.inputs.frame.all_ids) else None
     )
 
 
 def load_teacher(plan: Plan, teacher: ModelLocation, number: int, execution: Execution, world: World) -> OnlineTeacher:
     """A second model as a teacher. Raises `StageError` when it has no task layer for these labels, or a prompt of its own."""
     where = f"objectives[{number}].teacher"
-    opened = open_model(teacher, plan.task, layer=plan.task_layer)
-    if plan.task_layer and (opened.new_weights or _teacher_labels(teacher) != plan.task_layer.labels):
+    opened = open_model(teacher, plan.model.task, layer=plan.model.task_layer)
+    if plan.model.task_layer and (opened.new_weights or _teacher_labels(teacher) != plan.model.task_layer.labels):
         raise StageError(
-            f"{teacher.name} has no layer for this task and these labels: {', '.join(plan.task_layer.labels)}; its own are "
+            f"{teacher.name} has no layer for this task and these labels: {', '.join(plan.model.task_layer.labels)}; its own are "
             f"{', '.join(_teacher_labels(teacher))}",
             where=where,
             expected="a teacher that decides between the same classes",
-            way_out="train one with the same labels first",
+            hint="train one with the same labels first",
         )
     known = _first_unknown_id(plan, opened, teacher, where)
     freeze(opened.model)
@@ -114,7 +114,7 @@ def _teacher_labels(teacher: ModelLocation) -> tuple[str, ...]:
 
 def _first_unknown_id(plan: Plan, loaded_model: LoadedModel, teacher: ModelLocation, where: str) -> int | None:
     """The first id of the rows that stands for a vector which the teacher does not have; None when there is none."""
-    reading = plan.model_inputs
+    reading = plan.model.inputs
     if loaded_model.frame == reading.lineage_frame:
         first = reading.first_virtual_id
     elif loaded_model.frame == EMPTY_FRAME:
@@ -124,7 +124,7 @@ def _first_unknown_id(plan: Plan, loaded_model: LoadedModel, teacher: ModelLocat
             f"{teacher.name} reads its texts behind a soft prompt of its own, which these rows do not have",
             where=where,
             expected="a teacher without a prompt, or the start model itself",
-            way_out="export the teacher to a plain model, or let it write text and train on that",
+            hint="export the teacher to a plain model, or let it write text and train on that",
         )
     return first if any(token >= first for token in reading.frame.all_ids) else None
 

@@ -91,7 +91,7 @@ def find_strengths(run: Run, loader: Loader, rates: Sequence[float], optimizer: 
             raise StageError(
                 f"no strength can be found for `{penalty.name}`: {steps} steps moved nothing that it holds",
                 where="penalties",
-                way_out="give a number as its `strength`",
+                hint="give a number as its `strength`",
             )
         against = moved / (peak * steps) if isinstance(penalty, AnchoredDecay) else push
         found[penalty.name] = {

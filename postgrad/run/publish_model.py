@@ -20,11 +20,11 @@ from postgrad.tuning.open_model import BaseReference, open_model
 def base_reference(plan: Plan, folder: Path) -> dict[str, Any]:
     """What a folder of this stage's tuning says of the model that it sits on."""
     return BaseReference.from_start(
-        plan.start_model,
+        plan.model.start,
         folder,
-        plan.task,
-        plan.task_layer,
-        plan.model_inputs.soft_prompt_frame,
+        plan.model.task,
+        plan.model.task_layer,
+        plan.model.inputs.soft_prompt_frame,
         bool(plan.prefix_length),
     ).as_dict()
 
@@ -34,25 +34,25 @@ def publish_trained_model(folder: Path, plan: Plan, tuned_model: TunedModel, sta
 
     A tuning is put on the start model anew, in full precision: whatever the training computed in, what leaves is exact.
     """
-    dtype = stored_dtype(plan.start_model) if plan.stage.save.dtype == "auto" else getattr(torch, plan.stage.save.dtype)
+    dtype = stored_dtype(plan.model.start) if plan.stage.save.dtype == "auto" else getattr(torch, plan.stage.save.dtype)
     if tuned_model.tuning.is_full:
         pretrained = tuned_model.model.pretrained
         publish_folder(
-            folder, lambda staged: save_pretrained(pretrained, plan.tokenizer, staged, dtype=dtype, state=state)
+            folder, lambda staged: save_pretrained(pretrained, plan.model.tokenizer, staged, dtype=dtype, state=state)
         )
         return
-    opened = open_model(plan.start_model, plan.task, layer=plan.task_layer)
+    opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)
     mark_prefix_lm(opened.model.config, bool(plan.prefix_length))
-    tuning = attach(opened.model, tuned_model.options, tokenizer=plan.tokenizer)
+    tuning = attach(opened.model, tuned_model.options, tokenizer=plan.model.tokenizer)
     tuning.load(state)
     if tuning.is_merged_on_export:
         tuning.merge()
-        publish_folder(folder, lambda staged: save_pretrained(opened.model, plan.tokenizer, staged, dtype=dtype))
+        publish_folder(folder, lambda staged: save_pretrained(opened.model, plan.model.tokenizer, staged, dtype=dtype))
     else:
         base = base_reference(plan, folder)
 
         def write(staged: Path) -> None:
             save_tuning(tuning, staged, base)
-            save_chat_template(plan.tokenizer, staged)
+            save_chat_template(plan.model.tokenizer, staged)
 
         publish_folder(folder, write)

@@ -55,7 +55,7 @@ def measure_relearning(
     `trained` is the folder of the published model, `scores` those of the start model and of the trained one on all sets.
     """
     sources = _relearning_sources(plan)
-    if not sources or plan.start_model.scratch_recipe is not None:
+    if not sources or plan.model.start.scratch_recipe is not None:
         return None
     rate = max(rate for _, rate in sample_schedule(plan.schedule, plan.steps))
     found: list[_CopyScores] = []
@@ -84,10 +84,10 @@ def relearning_notes(plan: Plan) -> list[str]:
     """What is asked for and not re-aligned, and why, in words."""
     if not plan.stage.evaluation.realign_steps:
         return []
-    if plan.start_model.scratch_recipe is not None:
+    if plan.model.start.scratch_recipe is not None:
         return ["nothing is re-aligned: the start model is new, and has nothing to forget"]
     sources = {source["name"] for source in _relearning_sources(plan)}
-    retained = [held_out for held_out in plan.held_out_sets if held_out.role == "retained"]
+    retained = [held_out for held_out in plan.evaluation.sets if held_out.role == "retained"]
     if not retained:
         return ["nothing is re-aligned: there is no retained set (evaluation.realign_steps)"]
     return [
@@ -139,9 +139,11 @@ def _train_copy(short_plan: Plan, plan: Plan, execution: Execution, world: World
         run, make_loader(short_plan, quick, world), min(plan.stage.evaluation.realign_steps, short_plan.steps)
     ):
         pass
-    view = wrap_model(model, short_plan.task)
-    found = before_after.score_sets(view, short_plan.held_out_sets, context=short_plan.context, world=world)
-    return _CopyScores(found, {h.name: h.digests for h in short_plan.held_out_sets}, run.trained_tokens)
+    view = wrap_model(model, short_plan.model.task)
+    found = before_after.score_sets(
+        view, short_plan.evaluation.sets, context=short_plan.model.context_length, world=world
+    )
+    return _CopyScores(found, {h.name: h.digests for h in short_plan.evaluation.sets}, run.trained_tokens)
 
 
 def _relearning_stage(
@@ -158,7 +160,7 @@ def _relearning_stage(
         **{key: raw[key] for key in ("name", "seed", "batch", "tuning", "compute")},
         "model": model,
         "base": base,
-        "tokens": 2 * count * batch * plan.context,  # a row may be short of labels; the steps are counted
+        "tokens": 2 * count * batch * plan.model.context_length,  # a row may be short of labels; the steps are counted
         "data": {
             **{key: raw["data"][key] for key in ("sequence_length", "max_document_tokens", "eos", "workers")},
             "when_short": "repeat",
@@ -174,11 +176,11 @@ def _relearning_stage(
 
 def _relearning_sources(plan: Plan) -> list[dict[str, Any]]:
     """What is trained on for each retained set, by the set's name: half of its file, or the rest of its source."""
-    leaves = {leaf.name.replace("/", "-"): leaf for leaf in plan.sources}
+    leaves = {leaf.name.replace("/", "-"): leaf for leaf in plan.data.sources}
     listed = {item.name: item for role, item in plan.stage.evaluation.held_out_files() if role == "retained"}
-    by_source = {leaf.spec.source: leaf.spec for leaf in plan.sources}
+    by_source = {leaf.spec.source: leaf.spec for leaf in plan.data.sources}
     out: list[dict[str, Any]] = []
-    for held_out in plan.held_out_sets:
+    for held_out in plan.evaluation.sets:
         if held_out.role != "retained":
             continue
         if held_out.name in listed:
@@ -193,7 +195,7 @@ def _relearning_sources(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _remaining_source(source: ResolvedSource, plan: Plan) -> dict[str, Any]:
-    origin = make_source_origin(source, plan.start_model, plan.stage.seed)
+    origin = make_source_origin(source, plan.model.start, plan.stage.seed)
     return {**make_replay_source({"name": source.name, "origin": origin}), "held_out": source.held_out}
 
 
@@ -211,7 +213,7 @@ def _compare_copies(
     copy: _DocumentScores,
 ) -> dict[str, Any] | None:
     """What was forgotten, won back and left, on documents that all four models were scored on; None where there are none."""
-    digests = next(h.digests for h in plan.held_out_sets if h.name == name)
+    digests = next(h.digests for h in plan.evaluation.sets if h.name == name)
     sides = [_scores_by_document(digests, scores[0][name]), _scores_by_document(digests, scores[1][name])]
     sides += [_scores_by_document(*start), _scores_by_document(*copy)]
     common = [key for key in sides[2] if all(key in side for side in sides)]

@@ -190,7 +190,7 @@ def _execute_stage(plan: Plan, world: World, interrupt: Interrupt, *, command: s
     home = plan.output
     world.barrier()
     finished = home / RECORD
-    identity = start_fingerprint(plan.start_model) or plan.start_model.name
+    identity = start_fingerprint(plan.model.start) or plan.model.start.name
     fingerprints = {**plan.fingerprints(), "start_model": identity}
     if plan.stage.penalties:
         fingerprints["penalties"] = penalty_fingerprints(plan)
@@ -210,12 +210,12 @@ def _execute_stage(plan: Plan, world: World, interrupt: Interrupt, *, command: s
     if world.is_main:
         document = {
             "stage": plan.stage.model_dump(mode="json"),
-            "start": plan.start_model.name,
+            "start": plan.model.start.name,
             "fingerprints": fingerprints,
             "execution": execution.as_dict(),
             "plan": plan.as_record(),
-            "seen_before": plan.seen_sources,
-            "leaves": make_source_records(plan.sources, plan.start_model, plan.stage.seed),
+            "seen_before": plan.data.seen_sources,
+            "leaves": make_source_records(plan.data.sources, plan.model.start, plan.stage.seed),
             "strengths": (kept or {}).get("strengths", {}),
             "id": (kept or {}).get("id") or uuid.uuid4().hex,
             "created": (kept or {}).get("created") or utc_timestamp(),
@@ -233,18 +233,20 @@ def _execute_stage(plan: Plan, world: World, interrupt: Interrupt, *, command: s
     tasks_file = home / "scores" / "tasks-before.json"
     # A sharded model cannot write by itself (generation is one rank's business): no samples then.
     each = 0 if world.is_distributed else plan.stage.evaluation.samples
-    wanted = [p for h in plan.evaluation_sets for p in select_prompts(h, each)]
+    wanted = [p for h in plan.evaluation.scored_sets for p in select_prompts(h, each)]
     told = json.loads(samples_file.read_text()) if samples_file.exists() else []
     begun = (
-        before_file.exists() and len(told) == len(wanted) and (not plan.pseudo_perplexity_sets or pseudo_file.exists())
+        before_file.exists()
+        and len(told) == len(wanted)
+        and (not plan.evaluation.pseudo_perplexity_sets or pseudo_file.exists())
     )
-    begun &= not plan.tasks or tasks_file.exists()
+    begun &= not plan.evaluation.tasks or tasks_file.exists()
     if world.any_rank(not begun):  # one rank may write before another looks
         del subject, model  # there may be room for one model only
         before, pseudo_before, told, answers = _evaluate_start_model(plan, wanted, identity, cache, world)
         if world.is_main:
             before_after.write_scores(before_file, before)
-            if plan.pseudo_perplexity_sets:
+            if plan.evaluation.pseudo_perplexity_sets:
                 before_after.write_scores(pseudo_file, pseudo_before)
             write_atomically(samples_file, json.dumps(told))
             if answers:
@@ -255,7 +257,7 @@ def _execute_stage(plan: Plan, world: World, interrupt: Interrupt, *, command: s
         _prepare_model(plan, model, execution)
     world.barrier()
     before = before_after.read_scores(before_file)
-    pseudo_before = before_after.read_scores(pseudo_file) if plan.pseudo_perplexity_sets else {}
+    pseudo_before = before_after.read_scores(pseudo_file) if plan.evaluation.pseudo_perplexity_sets else {}
     answers_before = task_scores.read_answers(tasks_file)
     if interrupt.requested_on_any_rank(world):
         yield RunStopped(0, plan.steps)
@@ -274,12 +276,12 @@ def _execute_stage(plan: Plan, world: World, interrupt: Interrupt, *, command: s
 
     run = build_run(plan, subject, execution, world)
     loader = make_loader(plan, execution, world, teacher_caches=caches_by_source(plan))
-    for note in task_scores.sharding_notes(plan.tasks) if world.is_distributed else ():
+    for note in task_scores.sharding_notes(plan.evaluation.tasks) if world.is_distributed else ():
         yield WarningMessage(note)
     if anchors_without_strength(run):
         yield from _apply_strengths(plan, run, loader, kept)
     keep = None if plan.stage.save.keep == "all" else plan.stage.save.keep
-    checkpoints = Checkpoints(home / "checkpoints", keep, max_pinned=int(plan.selection_rule is not None))
+    checkpoints = Checkpoints(home / "checkpoints", keep, max_pinned=int(plan.evaluation.selection_rule is not None))
     trouble: list[str] = []
     newest = checkpoints.find_newest(trouble.append)
     for message in trouble:
@@ -324,9 +326,13 @@ def _execute_stage(plan: Plan, world: World, interrupt: Interrupt, *, command: s
         verify(home / MODEL)
         opened = open_model(locate_model(str(home / MODEL), home))
         model = wrap_model(opened.model, opened.task).to(world.device)
-    after = before_after.score_sets(model, plan.held_out_sets, context=plan.context, world=world)
+    after = before_after.score_sets(model, plan.evaluation.sets, context=plan.model.context_length, world=world)
     pseudo = before_after.score_sets(
-        model, plan.pseudo_perplexity_sets, score_masked_tokens, context=plan.context, world=world
+        model,
+        plan.evaluation.pseudo_perplexity_sets,
+        score_masked_tokens,
+        context=plan.model.context_length,
+        world=world,
     )
     answers = _answer_tasks_after(plan, home, model, world)
     samples = _make_samples(plan, model.pretrained, wanted, told) if world.is_main else []
@@ -345,12 +351,14 @@ def _execute_stage(plan: Plan, world: World, interrupt: Interrupt, *, command: s
             yield WarningMessage(f"the copies could not be re-aligned: {error}")
         for line in realign_lines(won_back) if won_back else ():
             yield InfoMessage(line)
-    tests = [h for h in plan.held_out_sets_before if h.role == "test"]
+    tests = [h for h in plan.evaluation.sets_before if h.role == "test"]
     if tests:
         del model  # there may be room for one model only
         yield PhaseStarted("scoring the start model on the test sets", is_evaluation=True)
         own, start = _start_identity(plan, identity), _load_start_model(plan, world)
-        before |= before_after.score_sets(start, tests, context=plan.context, world=world, identity=own, cache=cache)
+        before |= before_after.score_sets(
+            start, tests, context=plan.model.context_length, world=world, identity=own, cache=cache
+        )
     yield PhaseStarted("writing the record" if world.is_main else "the first rank writes the record")
     if not world.is_main:
         return
@@ -361,7 +369,7 @@ def _execute_stage(plan: Plan, world: World, interrupt: Interrupt, *, command: s
         task_scores.write_answers(home / "scores" / "tasks-after.json", answers)
     if tests:
         before_after.write_scores(home / "scores" / "test-before.npz", {h.name: before[h.name] for h in tests})
-    found = before_after.summarize_before_after(plan.held_out_sets, before, after, plan.vocabulary)
+    found = before_after.summarize_before_after(plan.evaluation.sets, before, after, plan.model.vocab_size)
     gate = before_after.retention_gate(found["changes"], before, plan.stage.max_forgetting)
     record = make_record(home, plan, kept, fingerprints, execution, counts, command, notes)
     record |= {
@@ -376,13 +384,13 @@ def _execute_stage(plan: Plan, world: World, interrupt: Interrupt, *, command: s
         "drift": moved,
         "realign": won_back,
         "pseudo_perplexity": before_after.summarize_before_after(
-            plan.pseudo_perplexity_sets, pseudo_before, pseudo, plan.vocabulary
+            plan.evaluation.pseudo_perplexity_sets, pseudo_before, pseudo, plan.model.vocab_size
         )
         if pseudo
         else None,
         "gate": gate,
-        "tasks": task_scores.task_rows(plan.tasks, answers_before, answers),
-        "clusters": task_scores.cluster_rows(plan.tasks, answers_before, answers, plan.seen_clusters),
+        "tasks": task_scores.task_rows(plan.evaluation.tasks, answers_before, answers),
+        "clusters": task_scores.cluster_rows(plan.evaluation.tasks, answers_before, answers, plan.seen_clusters),
         "samples": samples,
     }
     record["fingerprints"]["model"] = model_fingerprint(home / MODEL)
@@ -421,23 +429,23 @@ def _train(
     world, pace = run.world, Throughput()
     looks = evaluation_steps(plan.stage.evaluation.every, plan.steps, plan.tokens)
     saves = checkpoint_steps(plan.stage.save.every, plan.steps, plan.tokens)
-    quick = [plan.evaluation_subset(h) for h in plan.evaluation_sets]
+    quick = [plan.evaluation.subset(h) for h in plan.evaluation.scored_sets]
 
     def look(sets: Sequence[HeldOutSet]) -> before_after.AllScores:
         with run.weights.full_precision():
-            found = before_after.score_sets(run.model, sets, context=plan.context, world=world)
+            found = before_after.score_sets(run.model, sets, context=plan.model.context_length, world=world)
             reshard(run.model)
             return found
 
     # A sharded model cannot write by itself: its tasks are asked before and after.
-    asked = [task for task in plan.tasks if task.task.during and not world.is_distributed]
+    asked = [task for task in plan.evaluation.tasks if task.task.during and not world.is_distributed]
 
     def at_tasks(row: dict[str, Any], answers: task_scores.AllAnswers | None = None) -> dict[str, Any]:
         if not asked:
             return row
         with run.weights.full_precision():
             now = (
-                task_scores.answer_tasks(run.model, asked, plan.model_inputs, world=world)
+                task_scores.answer_tasks(run.model, asked, plan.model.inputs, world=world)
                 if answers is None
                 else answers
             )
@@ -450,7 +458,7 @@ def _train(
         if world.is_distributed:  # gathering is everyone's business, writing is the first rank's
             return _save_sharded(checkpoints, run, plan, checkpoint_metadata, stays)
         place = checkpoints.save(
-            run.step, lambda f: write_checkpoint(f, run, plan.tokenizer, checkpoint_metadata), stays
+            run.step, lambda f: write_checkpoint(f, run, plan.model.tokenizer, checkpoint_metadata), stays
         )
         return CheckpointSaved(run.step, place)
 
@@ -459,13 +467,13 @@ def _train(
     if world.any_rank(not start_file.exists()):  # only ever reached at step 0
         tuning = run.weights.tuning
         with tuning.disable() if tuning.additive else nullcontext():
-            start = look([plan.evaluation_subset(h) for h in plan.evaluation_sets_before])
+            start = look([plan.evaluation.subset(h) for h in plan.evaluation.scored_sets_before])
         if world.is_main:
             before_after.write_scores(start_file, start)
     world.barrier()
     start = before_after.read_scores(start_file)
     if run.step == 0 and world.is_main:
-        row = before_after.evaluation_row(0, 0, quick, start, start, plan.vocabulary)
+        row = before_after.evaluation_row(0, 0, quick, start, start, plan.model.vocab_size)
         metrics.write(at_tasks(row, task_scores.read_answers(plan.output / "scores" / "tasks-before.json")))
     saved_at, told = run.step, False
     ended = selector is not None and selector.state.should_stop
@@ -498,7 +506,9 @@ def _train(
         better = False
         if report.step in looks:
             scores = look(quick)
-            row = before_after.evaluation_row(report.step, report.trained_tokens, quick, start, scores, plan.vocabulary)
+            row = before_after.evaluation_row(
+                report.step, report.trained_tokens, quick, start, scores, plan.model.vocab_size
+            )
             if selector:
                 row["choice"] = selector.add(summarize_evaluation(selector.rule, row, scores, start))
                 better, ended = row["choice"]["best"] == report.step, selector.state.should_stop
@@ -526,11 +536,11 @@ def _save_sharded(
 ) -> CheckpointSaved:
     if run.world.is_main:
         place = checkpoints.save(
-            run.step, lambda f: write_checkpoint(f, run, plan.tokenizer, checkpoint_metadata), protected_step
+            run.step, lambda f: write_checkpoint(f, run, plan.model.tokenizer, checkpoint_metadata), protected_step
         )
     else:
         with tempfile.TemporaryDirectory() as nothing:
-            write_checkpoint(Path(nothing), run, plan.tokenizer, checkpoint_metadata)
+            write_checkpoint(Path(nothing), run, plan.model.tokenizer, checkpoint_metadata)
         place = checkpoints.step_folder(run.step)
     run.world.barrier()
     return CheckpointSaved(run.step, place)
@@ -538,10 +548,10 @@ def _save_sharded(
 
 def _make_selector(plan: Plan, run_folder: Path, world: World) -> CheckpointSelector | None:
     """What chooses the step that is published, with the looks that there were before."""
-    if plan.selection_rule is None:
+    if plan.evaluation.selection_rule is None:
         return None
     rows = [row for row in read_metrics(run_folder / METRICS) if row["kind"] == "evaluation"] if world.is_main else []
-    return CheckpointSelector(plan.selection_rule, world.all_gather(rows)[0])  # type: ignore[arg-type]
+    return CheckpointSelector(plan.evaluation.selection_rule, world.all_gather(rows)[0])  # type: ignore[arg-type]
 
 
 def _restore_best(selector: CheckpointSelector, run: Run, checkpoints: Checkpoints) -> Iterator[RunEvent]:
@@ -579,53 +589,58 @@ def _evaluate_start_model(
     """The start model's scores, those of text that is masked token by token, what it writes and what it answers."""
     identity, model = _start_identity(plan, identity), _load_start_model(plan, world)
     scores = before_after.score_sets(
-        model, plan.evaluation_sets_before, context=plan.context, world=world, identity=identity, cache=cache
+        model,
+        plan.evaluation.scored_sets_before,
+        context=plan.model.context_length,
+        world=world,
+        identity=identity,
+        cache=cache,
     )
     told = (
         generate_continuations(
             model.pretrained,
-            plan.tokenizer,
+            plan.model.tokenizer,
             sample_prompts,
-            plan.model_inputs.without_tuning.virtual_tokens,
-            plan.model_inputs.encoder.bos,
+            plan.model.inputs.without_tuning.virtual_tokens,
+            plan.model.inputs.encoder.bos,
         )
         if world.is_main
         else []
     )
     one_by_one = before_after.score_sets(
         model,
-        plan.pseudo_perplexity_sets_before,
+        plan.evaluation.pseudo_perplexity_sets_before,
         score_masked_tokens,
-        context=plan.context,
+        context=plan.model.context_length,
         world=world,
         identity=identity,
         cache=cache,
     )
     answers = task_scores.answer_tasks(
-        model, plan.tasks_before, plan.model_inputs, world=world, identity=identity, cache=cache
+        model, plan.evaluation.tasks_before, plan.model.inputs, world=world, identity=identity, cache=cache
     )
     return scores, one_by_one, told, answers
 
 
 def _answer_tasks_after(plan: Plan, run_folder: Path, model: Model, world: World) -> task_scores.AllAnswers:
     """What the published model answers; where it is spread over several machines, each reads the whole of it back."""
-    if plan.tasks and world.is_distributed:
+    if plan.evaluation.tasks and world.is_distributed:
         world.barrier()
         verify(run_folder / MODEL)
         opened = open_model(locate_model(str(run_folder / MODEL), run_folder))
         model = wrap_model(opened.model, opened.task).to(world.device)
-    return task_scores.answer_tasks(model, plan.tasks, plan.model_inputs, world=world)
+    return task_scores.answer_tasks(model, plan.evaluation.tasks, plan.model.inputs, world=world)
 
 
 def _load_start_model(plan: Plan, world: World) -> Model:
     """The exact start model, in fp32, without the stage's tuning."""
-    opened = open_model(plan.start_model, plan.task, layer=plan.task_layer)
-    return wrap_model(opened.model, plan.task).to(world.device)
+    opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)
+    return wrap_model(opened.model, plan.model.task).to(world.device)
 
 
 def _start_identity(plan: Plan, identity: str) -> str:
     """The start model's fingerprint with that of its task layer: a new one is drawn by the stage's seed."""
-    return fingerprint([identity, dataclasses.asdict(plan.task_layer)]) if plan.task_layer else identity
+    return fingerprint([identity, dataclasses.asdict(plan.model.task_layer)]) if plan.model.task_layer else identity
 
 
 def _prepare_model(plan: Plan, model: Model, execution: Execution) -> None:
@@ -641,7 +656,7 @@ def _resolve_execution(
     """How to compute: chosen once and kept, so that a resumed run has the same bits."""
     if saved_plan:
         execution = Execution(**saved_plan["execution"])
-        mine = plan.mixture.block_size // world.size
+        mine = plan.data.mixture.block_size // world.size
         # With another number of ranks the rows part differently; the result does not depend on it.
         micro = max(m for m in range(1, min(execution.micro, mine) + 1) if mine % m == 0)
         return dataclasses.replace(execution, micro=micro)
@@ -653,13 +668,13 @@ def _make_samples(
     plan: Plan, model: PreTrainedModel, sample_prompts: list[ContinuationPrompt], before: list[str]
 ) -> list[dict[str, str]]:
     after = generate_continuations(
-        model, plan.tokenizer, sample_prompts, plan.model_inputs.virtual_tokens, plan.model_inputs.encoder.bos
+        model, plan.model.tokenizer, sample_prompts, plan.model.inputs.virtual_tokens, plan.model.inputs.encoder.bos
     )
     return [
         {
             "set": p.set_name,
-            "prompt": decode_ids(plan.tokenizer, p.ids),
-            "reference": decode_ids(plan.tokenizer, p.reference),
+            "prompt": decode_ids(plan.model.tokenizer, p.ids),
+            "reference": decode_ids(plan.model.tokenizer, p.reference),
             "before": b,
             "after": a,
         }
@@ -697,7 +712,7 @@ def _write_stop_record(
         "changes": {},
         "gate": None,
         "tasks": task_scores.task_rows(
-            plan.tasks, task_scores.read_answers(run_folder / "scores" / "tasks-before.json"), {}
+            plan.evaluation.tasks, task_scores.read_answers(run_folder / "scores" / "tasks-before.json"), {}
         ),
         "samples": [],
     }

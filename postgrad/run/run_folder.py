@@ -39,7 +39,7 @@ def lock_run_folder(run_folder: Path, world: World) -> Iterator[None]:
             raise BusyError(
                 f"another process ({file.read().strip() or 'unknown'}) is working in this run folder",
                 where=str(run_folder),
-                way_out="wait for it, or give this run another `output`",
+                hint="wait for it, or give this run another `output`",
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
@@ -57,7 +57,7 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
             raise ResumeError(
                 f"the folder is not empty and not a run ({foreign[0]} is in it)",
                 where=str(run_folder),
-                way_out="give another `output`, or empty the folder",
+                hint="give another `output`, or empty the folder",
             )
         return None
     kept = json.loads((run_folder / PLAN).read_text())
@@ -71,7 +71,7 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
         raise ResumeError(
             f"this folder holds a run of another stage; since then has changed:\n    {listed}",
             where=str(run_folder),
-            way_out="undo the change to go on, or give the new stage another `name` or `output`",
+            hint="undo the change to go on, or give the new stage another `name` or `output`",
         )
     return kept
 

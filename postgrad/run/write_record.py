@@ -49,14 +49,14 @@ def make_record(
         "stage": plan.stage.model_dump(mode="json"),
         "root": str(plan.root),
         "model": {
-            "start": plan.start_model.name,
-            "source": plan.start_model.name_or_path,
+            "start": plan.model.start.name,
+            "source": plan.model.start.name_or_path,
             "parameters": counts.parameters,
             "trainable": counts.trainable,
-            "task": plan.task,
-            "vocabulary": plan.vocabulary,
-            "context": plan.context,
-            **({"fresh": plan.start_model.scratch_recipe} if plan.start_model.scratch_recipe else {}),
+            "task": plan.model.task,
+            "vocabulary": plan.model.vocab_size,
+            "context": plan.model.context_length,
+            **({"fresh": plan.model.start.scratch_recipe} if plan.model.start.scratch_recipe else {}),
         },
         "fingerprints": dict(fingerprints),
         "parents": find_parents(run_folder, plan),
@@ -73,23 +73,23 @@ def make_record(
         },
         "execution": execution.as_dict(),
         "plan": plan.as_record(),
-        "ledger": {leaf.name: r.ledger.as_dict() for leaf, r in zip(plan.sources, plan.rows, strict=True)},
+        "ledger": {leaf.name: r.ledger.as_dict() for leaf, r in zip(plan.data.sources, plan.data.rows, strict=True)},
         "notes": [*plan.notes, *notes],
-        "overlap": plan.overlaps,
+        "overlap": plan.data.overlaps,
         "schedule_curve": lr_schedules.sample_schedule(plan.schedule, plan.steps),
         "held_out": [
             {"name": h.name, "role": h.role, "documents": len(h), "fingerprint": h.fingerprint}
-            for h in plan.held_out_sets
+            for h in plan.evaluation.sets
         ],
     }
 
 
 def find_parents(run_folder: Path, plan: Plan) -> list[dict[str, Any]]:
-    run = plan.start_model.run
+    run = plan.model.start.run
     if run is None or not (run / PLAN).exists():
         return []
     parent = json.loads((run / PLAN).read_text())
-    folder = plan.start_model.folder
+    folder = plan.model.start.folder
     progress = read_progress(folder) if folder and (folder / "state.json").exists() else None
     return [
         {
@@ -100,16 +100,18 @@ def find_parents(run_folder: Path, plan: Plan) -> list[dict[str, Any]]:
             # Set when the stage branched from a checkpoint instead of the parent's final model.
             "step": progress.step if progress else None,
             "tokens": progress.trained if progress else None,
-            "fingerprint": model_fingerprint(plan.start_model.folder) if plan.start_model.folder else "",
+            "fingerprint": model_fingerprint(plan.model.start.folder) if plan.model.start.folder else "",
         }
     ]
 
 
 def summarize_training(run_folder: Path, plan: Plan, trained: int, by_source: list[int], step: int) -> dict[str, Any]:
-    block, first = plan.mixture.block_size, plan.stage.data.skip_steps
+    block, first = plan.data.mixture.block_size, plan.stage.data.skip_steps
     rows = [
         b - a
-        for a, b in zip(plan.mixture.counts(first * block), plan.mixture.counts((first + step) * block), strict=True)
+        for a, b in zip(
+            plan.data.mixture.counts(first * block), plan.data.mixture.counts((first + step) * block), strict=True
+        )
     ]
     steps = [row for row in read_metrics(run_folder / METRICS) if row["kind"] == "step"]
     seconds = sum(row["seconds"] for row in steps)
@@ -129,17 +131,17 @@ def summarize_training(run_folder: Path, plan: Plan, trained: int, by_source: li
                 "passes": r / len(packed),
                 **({"loss": losses[leaf.name]} if leaf.name in losses else {}),
             }
-            for leaf, n, r, packed in zip(plan.sources, by_source, rows, plan.rows, strict=True)
+            for leaf, n, r, packed in zip(plan.data.sources, by_source, rows, plan.data.rows, strict=True)
         ],
     }
 
 
 def update_seen_sources(plan: Plan, by_source: list[int]) -> dict[str, dict[str, Any]]:
     return add_stage(
-        plan.seen_sources,
+        plan.data.seen_sources,
         count_consumed_tokens(
-            make_source_records(plan.sources, plan.start_model, plan.stage.seed),
-            dict(zip(plan.source_names, by_source, strict=True)),
+            make_source_records(plan.data.sources, plan.model.start, plan.stage.seed),
+            dict(zip(plan.data.source_names, by_source, strict=True)),
         ),
     )
 

@@ -140,9 +140,9 @@ def disk_error(error: OSError, path: Path) -> DiskError:
         return DiskError(
             f"the disk is full ({free:,} bytes free)",
             where=str(path),
-            way_out="make room, then give the same command again: it goes on from the last checkpoint",
+            hint="make room, then give the same command again: it goes on from the last checkpoint",
         )
-    return DiskError(error.strerror or str(error), where=str(path), way_out="check the folder and its permissions")
+    return DiskError(error.strerror or str(error), where=str(path), hint="check the folder and its permissions")
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def _read_scores(path: Path) -> before_after.AllScores:
         raise DataError(
             f"the scores of a finished run cannot be read ({error})",
             where=str(path),
-            way_out=f"remove the folder {path.parents[1]}; the same command makes this run anew",
+            hint=f"remove the folder {path.parents[1]}; the same command makes this run anew",
         ) from error
 
 

@@ -126,7 +126,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _broken_file_error(path: Path, problem: str) -> StageError:
-    return StageError(problem, where=str(path), way_out="remove this file; what it remembers is found out anew")
+    return StageError(problem, where=str(path), hint="remove this file; what it remembers is found out anew")
 
 
 @dataclass
@@ -269,7 +269,7 @@ def _blend_models(graph: StepGraph, step: Step, folder: StudyFolder, timer: Phas
     world = World(machine.default_device())
     model = wrap_model(end.model, end.task).to(world.device)
     begin = time.perf_counter()
-    scores = before_after.score_sets(model, plan.held_out_sets, context=plan.context, world=world)
+    scores = before_after.score_sets(model, plan.evaluation.sets, context=plan.model.context_length, world=world)
     timer.add("evaluation", time.perf_counter() - begin)
     before_after.write_scores(home / "scores" / "after.npz", scores)
     yield StepProgress(step.key, "blending", 1, 1)

@@ -125,7 +125,7 @@ def _same_folder_error(prepared: PreparedStudy, other: Path) -> StageError:
         f"{other.name} has the same folder, and what came of it would be overwritten ({prepared.folder.path})",
         where=f"{prepared.file}: name",
         expected="a `name` of its own, or an `output`",
-        way_out="runs: FOLDER in both shares what coincides",
+        hint="runs: FOLDER in both shares what coincides",
     )
 
 
@@ -246,7 +246,7 @@ def _write_study_copy(prepared: PreparedStudy) -> None:
             raise StageError(
                 f"the folder is not empty and not a study's ({foreign[0]} is in it)",
                 where=str(home),
-                way_out="give another `output`, or empty the folder",
+                hint="give another `output`, or empty the folder",
             )
     write_atomically(home / "study.yaml", study_text(prepared))
 

@@ -185,7 +185,7 @@ class _GraphBuilder:
             return self.fingerprint_text(text)
         except DataError as error:
             raise DataError(
-                error.problem, where=f"{self.where}: {key_path}", expected=error.expected, way_out=error.way_out
+                error.problem, where=f"{self.where}: {key_path}", expected=error.expected, hint=error.hint
             ) from error
 
     def add_arm(self, name: str, seed: int) -> None:
@@ -261,7 +261,7 @@ class _GraphBuilder:
                 raise StageError(
                     "how much old text the base has read is not known, so a union with it has no shares",
                     where=place,
-                    way_out="say it: old: {path: ..., stands_for: 10B}; or name `data.sources` in the arm, without `reads`",
+                    hint="say it: old: {path: ..., stands_for: 10B}; or name `data.sources` in the arm, without `reads`",
                 )
         else:
             old = parse_token_count(self.study.base.pretrain["tokens"], f"{self.where}: base.pretrain.tokens")
@@ -417,5 +417,5 @@ def _check_duplicate_arms(graph: StepGraph, where: str) -> None:
                 f"the arms {other!r} and {chain.arm!r} are the same",
                 where=f"{where}: arms.{chain.arm}",
                 expected="arms that differ",
-                way_out="leave one of them out",
+                hint="leave one of them out",
             )

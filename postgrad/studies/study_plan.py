@@ -114,7 +114,7 @@ def forecast_study(
         raise StageError(
             f"{what} cannot be carried out; nothing was trained\n{told}",
             where=str(prepared.file),
-            way_out="mend or leave out what is named",
+            hint="mend or leave out what is named",
         )
     if paces:
         first = next(iter(paces.values()))
@@ -130,7 +130,7 @@ def forecast_study(
 def _add_notes(forecast: StudyForecast, arm: str, plan: Plan) -> None:
     """What of a plan's notes matters for a study: overlap with what is held out, and passes."""
     for note in (
-        plan.notes[1:] if plan.start_model.scratch_recipe else plan.notes
+        plan.notes[1:] if plan.model.start.scratch_recipe else plan.notes
     ):  # the first one tells of the model that stands in
         known = forecast.notes.setdefault(note, [])
         if arm not in known:
@@ -206,10 +206,10 @@ def _time_run(prepared: PreparedStudy, plan: Plan, world: World, planning_second
         write_atomically(place, json.dumps({"compute": kept, "reasons": execution.reasons}, indent=1))
     costs = check_teachers(plan, subject, execution, world)
     more = sum(cost.record.get("share_of_step", 0.0) + cost.record.get("writing_share_of_step", 0.0) for cost in costs)
-    held = plan.evaluation_sets[0].take_tokens(_TIMED_SCORE_TOKENS)
+    held = plan.evaluation.scored_sets[0].take_tokens(_TIMED_SCORE_TOKENS)
     begin = time.perf_counter()
     with subject.tuning.disable() if subject.tuning.additive else nullcontext():
-        scores = before_after.score_sets(subject.model, [held], context=plan.context, world=world)
+        scores = before_after.score_sets(subject.model, [held], context=plan.model.context_length, world=world)
     scored = max(int(scores[held.name].tokens_W.sum()), 1)
     score = (time.perf_counter() - begin) / scored
     return RunTiming(execution.seconds * (1 + more) / max(plan.tokens, 1), score, planning_seconds)
@@ -219,7 +219,7 @@ def _run_seconds(plan: Plan, timing: RunTiming) -> float:
     """What a run will take: its training, its looks, its scores after, and what is around it."""
     evaluation = plan.stage.evaluation
     looks = len(evaluation_steps(evaluation.every, plan.steps, plan.tokens)) + 1
-    tokens = [held.tokens for held in plan.held_out_sets]
+    tokens = [held.tokens for held in plan.evaluation.sets]
     looked = sum(min(evaluation.during_tokens, count) for count in tokens)
     after = sum(min(evaluation.max_tokens, count) for count in tokens)
     return (

@@ -102,7 +102,7 @@ def write_study_template(study_file: Path, template: str, size: str, *, force: b
                 f"there is no {option.removeprefix('--')} {said!r}",
                 where=option,
                 expected=", ".join(known),
-                way_out=suggest_nearest(said, known),
+                hint=suggest_nearest(said, known),
             )
     if template == "levers" and size != "laptop":
         raise StageError(
@@ -114,7 +114,7 @@ def write_study_template(study_file: Path, template: str, size: str, *, force: b
     if wanted.needs_corpus and folder.exists() and not is_builtin_corpus(folder):
         there.append(folder)
     if there and not force:
-        raise StageError(f"{there[0]} is there already", where="init", way_out="choose another name, or give --force")
+        raise StageError(f"{there[0]} is there already", where="init", hint="choose another name, or give --force")
     for path, text in wanted.texts.items():
         parse_study(read_yaml(text), path.name)  # what is written can be read
     said = []

@@ -43,7 +43,7 @@ class Checkpoints:
             raise CheckpointError(
                 "no checkpoint of this run is whole",
                 where=str(self.folder),
-                way_out="remove the checkpoints folder to train this stage from its beginning",
+                hint="remove the checkpoints folder to train this stage from its beginning",
             ) from trouble
         return None
 
@@ -73,7 +73,7 @@ class Checkpoints:
             raise DiskError(
                 f"the checkpoints of this run need {room:,} bytes and {free:,} are free",
                 where=str(self.folder),
-                way_out="make room, set `save.keep: 1`, or put `output` on another disk",
+                hint="make room, set `save.keep: 1`, or put `output` on another disk",
             )
 
 

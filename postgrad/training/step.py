@@ -111,7 +111,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         raise NonFiniteError(
             f"the loss is {loss} and the gradient's norm {gradient_norm} at step {step}; no weight was moved",
             where="training",
-            way_out="lower schedule.peak, or look at the rows of this step; the same command resumes from the last checkpoint",
+            hint="lower schedule.peak, or look at the rows of this step; the same command resumes from the last checkpoint",
         )
     if gradient_norm > run.max_grad_norm:
         run.weights.scale_gradients(run.max_grad_norm / gradient_norm)

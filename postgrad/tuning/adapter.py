@@ -293,7 +293,7 @@ class Adapter(Tuning):
             "an adapter has a nonlinearity between its two projections, so no plain weights have its effect",
             where="tuning.adapter",
             expected="a tuning that is linear in the weights, such as LoRA, to merge",
-            way_out="publish the adapters as a folder and attach them where the model is used",
+            hint="publish the adapters as a folder and attach them where the model is used",
         )
 
     def export(self) -> TuningExport:
@@ -355,7 +355,7 @@ def _select_sublayers(block: Block, form: str) -> list[Sublayer]:
             where="tuning.adapter",
             expected=f"a module whose output is added to the block's hidden states; its modules are "
             f"{', '.join(name for name, _ in block.module.named_children())}",
-            way_out="another form, or another kind of tuning, such as LoRA",
+            hint="another form, or another kind of tuning, such as LoRA",
         )
     return found
 

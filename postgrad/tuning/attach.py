@@ -69,7 +69,7 @@ def attach(
                 f"`{kind}` has no option '{name}'",
                 where=f"tuning.{name}",
                 expected=", ".join(sorted(known - {"seed"})) or "no options at all",
-                way_out=suggest_nearest(name, known),
+                hint=suggest_nearest(name, known),
             )
     arguments = {"seed": seed, **given, "tokenizer": tokenizer, "kind": kind}
     takes = inspect.signature(make).parameters
@@ -125,7 +125,7 @@ def load_tuning(
             f"and this model's is {fingerprint}",
             where=str(folder),
             expected="the base that it was trained on",
-            way_out="put that base back, or name the one at hand as `base` to take it all the same",
+            hint="put that base back, or name the one at hand as `base` to take it all the same",
         )
     state = _read_tensors(folder / TENSORS)
     return _load_or_detach(attach(model, description["options"], tokenizer=tokenizer), state)
@@ -144,7 +144,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"the description has the format {said.get('format')!r}",
             where=str(folder / DESCRIPTION),
             expected=f"format {FORMAT}, with options and a base",
-            way_out="read it with the version that wrote it",
+            hint="read it with the version that wrote it",
         )
     return said
 
@@ -222,7 +222,7 @@ def _get_tuning_class(kind: object) -> Callable[..., Tuning]:
         "no `kind` is said" if kind is None else f"there is no kind '{kind}'",
         where="tuning.kind",
         expected=", ".join(KINDS),
-        way_out=suggest_nearest(str(kind), KINDS),
+        hint=suggest_nearest(str(kind), KINDS),
     )
 
 
@@ -245,7 +245,7 @@ def _get_peft_importer(peft_type: object, folder: Path) -> Callable[..., Tuning]
         f"PEFT's {peft_type} is not read here",
         where=str(folder / PEFT_DESCRIPTION),
         expected="LORA, PROMPT_TUNING, P_TUNING or PREFIX_TUNING",
-        way_out="merge it into its base with PEFT, and start from the merged model",
+        hint="merge it into its base with PEFT, and start from the merged model",
     )
 
 

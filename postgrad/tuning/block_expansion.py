@@ -172,7 +172,7 @@ def plan_slots(depth: int, *, blocks: int, every: int | None, positions: Sequenc
                 f"{depth} blocks cannot be parted into groups of {step}",
                 where="tuning.every",
                 expected=f"one of {', '.join(str(n) for n in range(1, depth + 1) if depth % n == 0)}",
-                way_out="or name the places with positions",
+                hint="or name the places with positions",
             )
         positions = range(step - 1, depth, step)
     if not positions or len(set(positions)) < len(positions) or not 0 <= min(positions) <= max(positions) < depth:
@@ -223,7 +223,7 @@ def _build_swaps(
             f"{type(model).__name__} is not what its configuration makes ({min(odd)})",
             where="tuning",
             expected="a plain model",
-            way_out="put expand before other tunings, or merge them first",
+            hint="put expand before other tunings, or merge them first",
         )
     after = _empty_model(model, _deepen_config(model, plans))
     writers = find_writers(
@@ -338,7 +338,7 @@ def _attribute_differences(
                 f"in its new place {path} would be a {type(module).__name__}, and not a {type(was).__name__}",
                 where="tuning",
                 expected="copies of blocks that are made as the one in their new place would be",
-                way_out="other positions, or adapter or lora",
+                hint="other positions, or adapter or lora",
             )
         for name, value in vars(module).items():
             if isinstance(value, PLAIN_TYPES) and vars(was).get(name) != value:
@@ -353,7 +353,7 @@ def _check_same_kind(block: str, differences: Sequence[AttributeDifference], sou
                 f"as number {position}, {block} would be of another kind ({found.name} {found.after} for {found.before})",
                 where="tuning",
                 expected="an architecture whose kinds of blocks are listed one by one, or are all the same",
-                way_out="other positions, or adapter or lora",
+                hint="other positions, or adapter or lora",
             )
 
 
@@ -366,7 +366,7 @@ def _check_loadable(model: PreTrainedModel, after: PreTrainedModel) -> None:
             f"in a model of this depth {min(odd)} is not as in the copied block",
             where="tuning",
             expected="copies of blocks that are made as the one in their new place would be",
-            way_out="other positions, or adapter or lora",
+            hint="other positions, or adapter or lora",
         )
 
 
@@ -402,5 +402,5 @@ def _unsupported_error(model: PreTrainedModel, reason: str) -> TuningError:
         f"{type(model).__name__} cannot be expanded: {reason}",
         where="tuning",
         expected="blocks that add to what they are given, as in Llama, Qwen, GPT-2, GPT-NeoX and T5",
-        way_out="adapter and lora work on every model",
+        hint="adapter and lora work on every model",
     )

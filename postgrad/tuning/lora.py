@@ -305,21 +305,21 @@ class LoraAdapter(Tuning):
                 raise TuningError(
                     f"{name} is quantised, and merging would round the update away",
                     where="tuning.merge",
-                    way_out="attach the published adapter to the full-precision base without `quantise`, and merge there",
+                    hint="attach the published adapter to the full-precision base without `quantise`, and merge there",
                 )
             if weight.dtype != torch.float32:
                 raise TuningError(
                     f"{name} is held in {weight.dtype}, where small updates are rounded away",
                     where="tuning.merge",
                     expected="weights in torch.float32",
-                    way_out="load the base in float32 (or call model.float()), merge, and cast the sum",
+                    hint="load the base in float32 (or call model.float()), merge, and cast the sum",
                 )
             below = [a for a in layer.active_adapters if a not in self._adapter_names and a in layer.lora_variant]
             if below:
                 raise TuningError(
                     f"{name} carries an earlier dora adapter, whose magnitudes belong to the weights as they are",
                     where="tuning.merge",
-                    way_out="merge the earlier adapter first",
+                    hint="merge the earlier adapter first",
                 )
         for name, tensor in self._tensors().items():
             if not tensor.isfinite().all():
@@ -367,7 +367,7 @@ def _check_options(rank: int, dropout: float, form: str) -> None:
             f"there is no form '{form}' of low-rank adapters",
             where="tuning.form",
             expected=", ".join(get_args(LoraVariant)),
-            way_out=suggest_nearest(form, get_args(LoraVariant)),
+            hint=suggest_nearest(form, get_args(LoraVariant)),
         )
     if rank < 1:
         raise TuningError(f"a rank of {rank}", where="tuning.rank", expected="1 or more")
@@ -385,19 +385,19 @@ def _check_layers(
             raise TuningError(
                 f"{name} carries an earlier adapter, and dora's magnitudes would be those of the weights without it",
                 where="tuning.form",
-                way_out="merge the earlier adapter first, or take another form",
+                hint="merge the earlier adapter first, or take another form",
             )
         if form == "dora" and (quantise == "int8" or getattr(_base_layer(target).weight, "dtype", None) == torch.int8):
             raise TuningError(
                 f"dora reads the weights at every step, and {name} in int8 loses its scales when it is read",
                 where="tuning.quantise",
-                way_out="take nf4, or another form",
+                hint="take nf4, or another form",
             )
         if form == "pissa" and (quantise or is_quantized(_base_layer(target))):
             raise TuningError(
                 f"pissa starts from the singular directions of full weights, and {name} is quantised",
                 where="tuning.quantise",
-                way_out="leave `quantise` out, or take another form",
+                hint="leave `quantise` out, or take another form",
             )
         smallest = min(_base_layer(target).weight.shape)
         if form == "pissa" and rank > smallest:

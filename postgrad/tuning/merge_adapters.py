@@ -110,7 +110,7 @@ def _check_arguments(
             f"there is no way '{method}' to combine adapters",
             where="combine",
             expected=", ".join(get_args(MergeMethod)),
-            way_out=suggest_nearest(method, get_args(MergeMethod)),
+            hint=suggest_nearest(method, get_args(MergeMethod)),
         )
     prunes = _is_pruning(method)
     if len(parts) < 1 + prunes:
@@ -131,7 +131,7 @@ def _check_arguments(
             raise TuningError(
                 "a dora adapter is no summand: its magnitudes rescale the whole weights",
                 where="combine",
-                way_out="merge it into its base, and combine the models",
+                hint="merge it into its base, and combine the models",
             )
 
 
@@ -145,7 +145,7 @@ def _check_ranks(name: str, ranks: Sequence[int], method: MergeMethod) -> None:
             f"{name} has adapters of the ranks {', '.join(map(str, ranks))}, and {method} sums their A's one by one",
             where="combine",
             expected="one rank for all",
-            way_out="take cat, svd, or the way's form with _svd",
+            hint="take cat, svd, or the way's form with _svd",
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ from postgrad.models.pretrained import (
 from postgrad.storage.fingerprint import fingerprint, model_fingerprint
 from postgrad.tuning.attach import load_tuning
 from postgrad.tuning.tuning import Tuning, freeze
+
+_FRAME_PARTS = (("prefix_ids", "before"), ("separator_ids", "between"), ("suffix_ids", "after"))
+"""Keys of a frame in a tuning's folder, and their names in folders of earlier versions."""
+
+
+def _read_frame(raw: Mapping[str, list[int]]) -> Frame:
+    return Frame(*(tuple(raw[new] if new in raw else raw[old]) for new, old in _FRAME_PARTS))
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class BaseReference:
             said.get("fingerprint"),
             said.get("task", "causal"),
             ClassifierSpec.from_dict(layer) if layer else None,
-            Frame(*(tuple(said["frame"][part]) for part in ("before", "between", "after"))),
+            _read_frame(said["frame"]),
             said["below"],
             said.get("prefixes", False),
         )
@@ -228,7 +236,7 @@ def _replace_task_layer(
         raise TuningError(
             f"`{loaded_model.tunings[-1].kind}` of {start.name} stands in a model for another task, and cannot become part of it",
             where="model",
-            way_out="start from the model that it sits on",
+            hint="start from the model that it sits on",
         )
     loaded = load_pretrained(
         start, task, layer=layer, attention=attention, dtype=dtype, state=loaded_model.model.state_dict()

@@ -117,7 +117,7 @@ class OrthogonalSubspace(Tuning):
                     f"{name} is held in {layer.weight.dtype}, where small updates are rounded away",
                     where="tuning.merge",
                     expected="weights in torch.float32",
-                    way_out="load the base in float32 (or call model.float()), merge, and cast the sum",
+                    hint="load the base in float32 (or call model.float()), merge, and cast the sum",
                 )
         for name, tensor in self._tensors().items():
             if not tensor.isfinite().all():
@@ -258,14 +258,14 @@ def _num_frozen_directions(name: str, layer: nn.Module, effective_rank: float) -
         raise TuningError(
             f"{name} carries an adapter, whose part would not be decomposed",
             where="tuning.targets",
-            way_out="merge the adapter first",
+            hint="merge the adapter first",
         )
     if is_transposed(layer) or is_quantized(layer):
         raise TuningError(
             f"{name} is a {type(layer).__name__}, which is not decomposed",
             where="tuning.targets",
             expected="plain linear layers in full precision (GPT-2 has none)",
-            way_out="take another kind, such as lora",
+            hint="take another kind, such as lora",
         )
     assert isinstance(layer.weight, Tensor)
     directions = min(layer.weight.shape)

@@ -138,7 +138,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise TuningError(
             f"this adapter belongs to a base that was changed when it was made (init_lora_weights: {start})",
             where=where,
-            way_out="save it with PEFT's `path_initial_model_for_weight_conversion`, which makes it a plain LoRA",
+            hint="save it with PEFT's `path_initial_model_for_weight_conversion`, which makes it a plain LoRA",
         )
 
 

@@ -155,7 +155,7 @@ class PrefixEncoder(nn.Module):
             raise TuningError(
                 f"the model attends by `{now}`, so its prefix would be left out",
                 where="tuning",
-                way_out=f'model.set_attn_implementation("{PREFIX_IMPLEMENTATION}"), or `off()`',
+                hint=f'model.set_attn_implementation("{PREFIX_IMPLEMENTATION}"), or `off()`',
             )
         for role in self.roles[stack]:
             for share, both in zip(self.layer_prefixes[role], self.keys_and_values(role), strict=True):
@@ -320,7 +320,7 @@ class Prefix(Tuning):
                 f"the prefix does not reach the answers of {type(model).__name__}",
                 where="tuning",
                 expected="attention modules whose keys and values all matter to the last hidden states",
-                way_out=ALTERNATIVES_HINT,
+                hint=ALTERNATIVES_HINT,
             )
 
     @contextmanager
@@ -370,7 +370,7 @@ class Prefix(Tuning):
             "a prefix is no weight: every token reads it as more keys and values, which no matrix of the model can add",
             where="tuning",
             expected="a tuning that is linear in the weights, such as LoRA, to merge",
-            way_out="publish the prefix as a folder and attach it where the model is used",
+            hint="publish the prefix as a folder and attach it where the model is used",
         )
 
     def export(self) -> TuningExport:
@@ -469,7 +469,7 @@ def _get_defaults(kind: str) -> _PrefixDefaults:
     if kind not in DEFAULTS:
         known = " or ".join(DEFAULTS)
         raise TuningError(
-            f"'{kind}' is no prefix", where="tuning.kind", expected=known, way_out=suggest_nearest(kind, DEFAULTS)
+            f"'{kind}' is no prefix", where="tuning.kind", expected=known, hint=suggest_nearest(kind, DEFAULTS)
         )
     return DEFAULTS[kind]
 
@@ -511,20 +511,18 @@ def _discover_slots(model: PreTrainedModel) -> list[_AttentionSlot]:
             answer, calls = record_attention(model, inputs)
     except (ValueError, TypeError, RuntimeError) as error:
         why = (str(error).splitlines() or [""])[0]
-        raise TuningError(
-            f"{name} cannot attend by `sdpa`: {why}", where="tuning", way_out=ALTERNATIVES_HINT
-        ) from error
+        raise TuningError(f"{name} cannot attend by `sdpa`: {why}", where="tuning", hint=ALTERNATIVES_HINT) from error
     if not calls:
         raise TuningError(
             f"no attention of {name} goes through transformers' attention interface",
             where="tuning",
             expected="an architecture that does (T5 from transformers 5.16.1 on)",
-            way_out=ALTERNATIVES_HINT,
+            hint=ALTERNATIVES_HINT,
         )
     tolerance = torch.finfo(get_embedding_weight(model).dtype).eps ** 0.5 * max(1.0, usual.abs().max().item())
     if (answer.float() - usual).abs().max().item() > tolerance:
         what = f"attention of {name} is more than `sdpa` computes (sinks, soft-capped scores)"
-        raise TuningError(what, where="tuning", way_out=ALTERNATIVES_HINT)
+        raise TuningError(what, where="tuning", hint=ALTERNATIVES_HINT)
     names = {id(module): path for path, module in model.named_modules()}
     once = {id(call.module): call for call in calls}
     return [_make_slot(names[key], call, has_two_stacks="decoder_input_ids" in inputs) for key, call in once.items()]

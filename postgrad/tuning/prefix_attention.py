@@ -94,7 +94,7 @@ def prefix_attention_forward(
     """
     shares: list[LayerPrefix] = [share for share in getattr(module, LAYER_PREFIXES, ()) if share.provider.enabled]
     if shares and kwargs.get("cache") is not None:
-        raise TuningError("continuous batching would cache the prefix", where="tuning", way_out="use `generate`")
+        raise TuningError("continuous batching would cache the prefix", where="tuning", hint="use `generate`")
     if not shares:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, is_causal=is_causal, position_bias=position_bias, **kwargs

@@ -80,7 +80,7 @@ class SoftPrompt(nn.Module):
                     f"a virtual id (from {self.first_id} on) was read while its prompt is switched off",
                     where="tuning",
                     expected="ids of the vocabulary: without its prompt, the base has no meaning for others",
-                    way_out="leave the template's virtual ids out of what the base reads",
+                    hint="leave the template's virtual ids out of what the base reads",
                 )
             return None
         self.virtual_indices = torch.where(mine, ids - self.first_id, -1)
@@ -216,7 +216,7 @@ class PromptTuning(Tuning):
             raise TuningError(
                 f"the prompt's ids begin at {self.first_id}, and the next row of the vocabulary is {rows}",
                 where="tuning",
-                way_out="merge the prompts in the order in which they were attached",
+                hint="merge the prompts in the order in which they were attached",
             )
         scale = _embedding_scale(self.model)
         if tokenizer is not None:
@@ -299,7 +299,7 @@ def _check_choice(value: str, known: Mapping[str, object] | Sequence[str], optio
             f"'{value}' is no {option} of a prompt",
             where=f"tuning.{option}",
             expected=f"one of {', '.join(known)}",
-            way_out=suggest_nearest(value, known),
+            hint=suggest_nearest(value, known),
         )
     return value
 
@@ -344,7 +344,7 @@ def _embedding_scale(model: PreTrainedModel) -> float:
         raise TuningError(
             f"the input embedding of {type(model).__name__} is more than a table of rows",
             where="tuning",
-            way_out="merge or detach what else changes the input embedding first",
+            hint="merge or detach what else changes the input embedding first",
         )
     return scale
 

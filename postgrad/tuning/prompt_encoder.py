@@ -61,7 +61,7 @@ def _make_identity(_width: int, hidden: int | None) -> nn.Module:
             "`hidden` is given, and a prompt without an encoder does not read it",
             where="tuning.hidden",
             expected="encoder: lstm or mlp",
-            way_out="leave `hidden` out, or choose an encoder",
+            hint="leave `hidden` out, or choose an encoder",
         )
     return nn.Identity()
 

@@ -49,7 +49,7 @@ def initial_vectors_PD(model: PreTrainedModel, init: PromptInit) -> Tensor:
             f"'{init.method}' is no start for a prompt",
             where="tuning.start",
             expected=f"one of {', '.join(INITIALIZERS)}",
-            way_out=suggest_nearest(init.method, INITIALIZERS),
+            hint=suggest_nearest(init.method, INITIALIZERS),
         )
     for name, readers in _OPTION_METHODS.items():
         if getattr(init, name) is not None and init.method not in readers:
@@ -57,7 +57,7 @@ def initial_vectors_PD(model: PreTrainedModel, init: PromptInit) -> Tensor:
                 f"`{name}` is given, and a prompt that starts from {init.method} does not read it",
                 where=f"tuning.{name}",
                 expected=f"start: {' or '.join(readers)}",
-                way_out=f"leave `{name}` out, or change `start`",
+                hint=f"leave `{name}` out, or change `start`",
             )
     with torch.no_grad():
         return INITIALIZERS[init.method](model, init).to(get_embedding_weight(model).device, torch.float32)
@@ -129,7 +129,7 @@ def _tokenize(model: PreTrainedModel, init: PromptInit, text: str) -> list[int]:
         raise TuningError(
             f"a prompt that starts from {init.method} needs the model's tokenizer",
             where="tuning.start",
-            way_out="pass `tokenizer`, or start from the vocabulary",
+            hint="pass `tokenizer`, or start from the vocabulary",
         )
     ids = init.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert isinstance(ids, list)

@@ -98,5 +98,5 @@ def _import_bitsandbytes() -> ModuleType:
         return importlib.import_module("bitsandbytes")
     except ImportError:
         raise MissingExtra(
-            "quantising needs the package bitsandbytes", where="tuning.quantise", way_out="pip install bitsandbytes"
+            "quantising needs the package bitsandbytes", where="tuning.quantise", hint="pip install bitsandbytes"
         ) from None

@@ -74,7 +74,7 @@ class Tuning(ABC):
         raise TuningError(
             f"`{self.kind}` moves the base's own weights, so there is nothing to switch off",
             where="tuning",
-            way_out="load the start model as a second model",
+            hint="load the start model as a second model",
         )
 
     @abstractmethod
@@ -144,7 +144,7 @@ def unfreeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
                 raise TuningError(
                     f"'{pattern}' names {name}, which is tied: it is the same weight as {owner}",
                     where="tuning",
-                    way_out=f"name {owner} if all of it is to move, or untie the two first",
+                    hint=f"name {owner} if all of it is to move, or untie the two first",
                 )
         chosen.update(met)
     moving = [name for name in named if name in chosen]

@@ -40,7 +40,7 @@ def untie_output(model: PreTrainedModel) -> UntieResult:
         raise TuningError(
             f"{type(model).__name__} has no output embedding that could be untied",
             where="tuning.untie",
-            way_out="leave untie out",
+            hint="leave untie out",
         )
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -57,7 +57,7 @@ def untie_output(model: PreTrainedModel) -> UntieResult:
         raise TuningError(
             f"{type(model).__name__} answers differently once its output embedding is not tied",
             where="tuning.untie",
-            way_out="let something else move: blocks, norm, lora or full",
+            hint="let something else move: blocks, norm, lora or full",
         )
     others = {leaf: next(n for n in names[id(p)] if n != f"{prefix}.{leaf}") for leaf, p in shared.items()}
     notes = [

@@ -248,7 +248,7 @@ class BitFit(WeightSubset):
                 + ("" if list(names) == ["*"] else f" that match {list(names)}"),
                 where="tuning",
                 expected="a backbone with biases, such as BERT, RoBERTa, GPT-2, OPT or Qwen2",
-                way_out="norm moves about as few weights; head, blocks, full and lora work on every model",
+                hint="norm moves about as few weights; head, blocks, full and lora work on every model",
             )
         super().__init__(model, [*found, *task], also=also, options={"names": list(names), "also": list(also)})
 
@@ -283,7 +283,7 @@ class NormFinetuning(WeightSubset):
                 f"{type(model).__name__} has no normalisation with weights",
                 where="tuning",
                 expected="LayerNorm or RMSNorm layers with gains",
-                way_out="head, blocks, full and lora work on every model",
+                hint="head, blocks, full and lora work on every model",
             )
         super().__init__(model, [*found, *task_layer_parameters(model)], also=also, options={"also": list(also)})
 
@@ -294,7 +294,7 @@ def _require_floating_point(name: str, parameter: nn.Parameter) -> nn.Parameter:
             f"{name} is held in {str(parameter.dtype).removeprefix('torch.')}, which no gradient can move",
             where="tuning",
             expected="a model in full precision",
-            way_out="lora trains beside quantised weights",
+            hint="lora trains beside quantised weights",
         )
     return parameter
 
@@ -325,7 +325,7 @@ def _task_layer_names(model: PreTrainedModel) -> list[str]:
             raise TuningError(
                 f"{name} is tied to {table}, so that all of the input embedding would move with it",
                 where="tuning",
-                way_out="untie: true makes it a weight of its own; or tune with blocks, norm or lora",
+                hint="untie: true makes it a weight of its own; or tune with blocks, norm or lora",
             )
     return names
 
@@ -370,7 +370,7 @@ def _named_blocks(blocks: Mapping[str, int], patterns: Sequence[str]) -> dict[st
                 f"'{pattern}' matches no block",
                 where="tuning.names",
                 expected=f"names such as {', '.join(list(blocks)[-2:])}",
-                way_out=suggest_nearest(pattern, blocks),
+                hint=suggest_nearest(pattern, blocks),
             )
         chosen.update(met)
     return {name: d for name, d in blocks.items() if name in chosen}

@@ -77,7 +77,7 @@ def printed(sources: list[PreviewSource], width: int = 200, **options: Any) -> s
 def read(plan: Plan, steps: int) -> dict[int, list[dict[str, np.ndarray]]]:
     """The rows of each source that the steps read, in the order of their micro-batches."""
     loader = make_loader(plan, EXECUTION, CPU)
-    found: dict[int, list[dict[str, np.ndarray]]] = {k: [] for k in range(len(plan.source_names))}
+    found: dict[int, list[dict[str, np.ndarray]]] = {k: [] for k in range(len(plan.data.source_names))}
     for step in range(1, steps + 1):
         for batch in loader(step, last=steps):
             arrays = {name: tensor.numpy() for name, tensor in batch.inputs.items()} | {"labels": batch.labels.numpy()}
@@ -118,7 +118,7 @@ def test_rows_read_anew_would_not_be_those_of_the_steps(shelf: Workspace, monkey
 
     def stored(part: Any, batch: Any) -> Any:
         for i, draw in enumerate(part.draws):
-            row = plan.rows[draw.source].at(i, 0)
+            row = plan.data.rows[draw.source].at(i, 0)
             yield draw, {**row.inputs, "labels": row.labels}
 
     monkeypatch.setattr(preview, "_split_micro_batch", stored)
@@ -129,8 +129,8 @@ def test_rows_read_anew_would_not_be_those_of_the_steps(shelf: Workspace, monkey
 def test_a_pass_shows_every_label_and_all_padding_of_the_ledger(shelf: Workspace, name: str) -> None:
     """Where rows are packed nothing says what is padding but positions and labels: held against the ledger."""
     plan = shelf.plan({**STAGES[name](shelf), "tokens": 20_000})
-    sources = of(plan, max(map(len, plan.rows)))
-    for k, packed in enumerate(plan.rows):
+    sources = of(plan, max(map(len, plan.data.rows)))
+    for k, packed in enumerate(plan.data.rows):
         shown = {row.row: row for row in sources[k].rows}
         assert len(shown) == len(packed)
         for state, counted in (("trained", packed.ledger.trained), ("padding", packed.ledger.padding)):

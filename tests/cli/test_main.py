@@ -313,12 +313,12 @@ def test_a_broken_checkpoint_store_or_disk_is_a_failure(
     from postgrad.run import run
 
     def full(*_: object, **__: object) -> None:
-        raise DiskError("the disk is full", where="here", way_out="make room")
+        raise DiskError("the disk is full", where="here", hint="make room")
 
     monkeypatch.setattr(run, "run_stage", full)
     done = postgrad("train", stage_file())
     assert done.code == 1
-    assert done.err.splitlines()[-2:] == ["error: here: the disk is full", "  way out:  make room"]
+    assert done.err.splitlines()[-2:] == ["error: here: the disk is full", "  hint:     make room"]
 
 
 def test_a_stopped_run_says_how_to_go_on(

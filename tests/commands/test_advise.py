@@ -130,7 +130,7 @@ def test_a_pilot_is_the_stage_in_small(shelf: Workspace) -> None:
     assert spec["peak"] == pilot.setting.peak == 0.4e-2 and spec["floor"] == pytest.approx(0.4e-3)
     assert stage.penalties == asked.stage.penalties and stage.seed == asked.stage.seed
     # What is measured is the whole sets, as before and after the run.
-    assert {h.name for h in plan.held_out_sets} == {h.name for h in asked.plan.held_out_sets}
+    assert {h.name for h in plan.evaluation.sets} == {h.name for h in asked.plan.evaluation.sets}
     assert asked.exploring_pilots[0] != pilot and pilot_stage(asked, asked.exploring_pilots[0]).name != stage.name
 
 

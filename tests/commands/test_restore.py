@@ -68,15 +68,15 @@ def test_the_stage_that_is_written(shelf: Workspace) -> None:
     stage, aim = found.plan.stage, found.target
     record = read_record(shelf.folder / "runs" / "naive")
     assert [o.kind for o in stage.objectives] == ["on-policy", "distill"]
-    assert found.plan.objective_indices == ((0,), (1,)) and [leaf.name for leaf in found.plan.sources] == [
+    assert found.plan.objective_indices == ((0,), (1,)) and [leaf.name for leaf in found.plan.data.sources] == [
         "prompts",
         "new",
     ]
     assert stage.resolve_shares() == (0.5, 0.5) and stage.schedule.peak == 1e-2  # type: ignore[union-attr]
     # What was held out of the new text is still.
-    assert [leaf.held_out for leaf in found.plan.sources] == [0.0, 0.1]
+    assert [leaf.held_out for leaf in found.plan.data.sources] == [0.0, 0.1]
     assert found.plan.teachers[0].folder == shelf.folder / "runs" / "one" / "model"
-    assert {h.name: h.role for h in found.plan.held_out_sets} == {
+    assert {h.name: h.role for h in found.plan.evaluation.sets} == {
         "old-heldout": "learned",
         "new-heldout": "retained",
         "new": "retained",
@@ -91,7 +91,7 @@ def test_the_stage_that_is_written(shelf: Workspace) -> None:
     old, new = aim.gains["new-heldout"]
     assert choose.max_forgetting == pytest.approx(min(1.0, (old - new) / new), rel=1e-6)
     alone = plan_restoration(wish(shelf, kept=0.0), shelf.cache).plan
-    assert [leaf.name for leaf in alone.sources] == ["prompts"] and len(alone.objectives) == 1
+    assert [leaf.name for leaf in alone.data.sources] == ["prompts"] and len(alone.objectives) == 1
     assert alone.steps == pytest.approx(8, abs=1)
 
 

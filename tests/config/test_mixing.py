@@ -60,7 +60,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def sizes_of(plan: Plan) -> list[int]:
     """Training documents of each source, counted one by one."""
     out = []
-    for leaf in plan.sources:
+    for leaf in plan.data.sources:
         digests = np.asarray(leaf.store.documents)["digest"]
         out.append(int((~held_out_mask(digests, leaf.held_out)).sum()))
     return out
@@ -68,11 +68,11 @@ def sizes_of(plan: Plan) -> list[int]:
 
 def trained(plan: Plan) -> np.ndarray:
     """Trained tokens of each source in the rows of the whole stage."""
-    out = np.zeros(len(plan.sources), np.int64)
+    out = np.zeros(len(plan.data.sources), np.int64)
     for step in range(plan.steps):
-        for i, (source, row) in enumerate(zip(*plan.mixture.rows(step), strict=True)):
+        for i, (source, row) in enumerate(zip(*plan.data.mixture.rows(step), strict=True)):
             out[source] += int(
-                (plan.rows[source].at(int(row), step * plan.mixture.block_size + i).labels != IGNORED).sum()
+                (plan.data.rows[source].at(int(row), step * plan.data.mixture.block_size + i).labels != IGNORED).sum()
             )
     return out
 
@@ -130,8 +130,8 @@ def test_copies_of_held_out_rows_are_no_examples(shelf: Workspace, tmp_path: Pat
     held_out = write_rows(tmp_path / "held-out.jsonl", made[:10])
     raw["evaluation"]["learned"] = [str(held_out)]
     plan = shelf.plan(raw)
-    digests = np.asarray(plan.sources[0].store.documents)["digest"]
-    kept = select_documents(plan.sources[0].store, held_out=plan.sources[0].held_out, excluded=digests[:10])
+    digests = np.asarray(plan.data.sources[0].store.documents)["digest"]
+    kept = select_documents(plan.data.sources[0].store, held_out=plan.data.sources[0].held_out, excluded=digests[:10])
     said = next(note for note in plan.notes if note.startswith("shares by"))
     assert f"({len(kept.documents)} examples" in said.split(",")[0]
 
@@ -147,7 +147,7 @@ def test_a_replay_of_everything_seen_is_one_source_of_all_its_examples(shelf: Wo
     plan = shelf.plan(raw)
     n = np.array(sizes_of(plan), float)
     assert len(n) == 3
-    parts = np.array([leaf.spec.fraction for leaf in plan.sources])
+    parts = np.array([leaf.spec.fraction for leaf in plan.data.sources])
     wanted = np.array([n[0], n[1:].sum(), n[1:].sum()]) / n.sum() * parts
     found = [source["share"] for source in plan.as_record()["sources"]]
     assert found == pytest.approx(wanted, abs=0.03)

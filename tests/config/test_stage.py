@@ -1,4 +1,4 @@
-"""A stage file means what it says: every key is read, every mistake is named with its key and the way out."""
+"""A stage file means what it says: every key is read, every mistake is named with its key and the hint."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ INFINITE = {"kind": "infinite", "peak": 3e-4, "constant": 1.65e-4, "floor": 3e-5
 ONLY_REPLAY = {"sources": [{"name": "old", "path": "x", "role": "replay"}]}
 
 MISTAKES: list[tuple[dict[str, Any], str, str]] = [
-    # what is changed, the key's path, a word of what is said or of the way out
+    # what is changed, the key's path, a word of what is said or of the hint
     ({"tokenz": "5M"}, "tokenz", "did you mean 'tokens'?"),
     ({"data.sequence_lenght": 512}, "data.sequence_lenght", "did you mean 'sequence_length'?"),
     ({"data.sources.0.pth": "x"}, "data.sources[0].pth", "did you mean 'path'?"),

@@ -192,7 +192,7 @@ def test_a_chat_template_that_fails_names_the_row(planned: Planned, shelf: Works
     tokenizer.save_pretrained(strict)
     good = {"messages": [ASK, SAY]}
     bad = {"messages": [ASK, {"role": "assistant", "content": "nine"}]}
-    assert planned([good] * 3, model="strict").sources[0].store.kind == "chat"
+    assert planned([good] * 3, model="strict").data.sources[0].store.kind == "chat"
     with pytest.raises(DataError, match="the chat template refuses the conversation: nine is not said") as met:
         planned([good, good, bad, good], model="strict")
     assert met.value.where.endswith("bad.jsonl:3") and "another template" in met.value.way_out
@@ -231,7 +231,7 @@ def test_what_teaches_nothing_is_left_out_counted_and_told(planned: Planned, she
     asked = {"kind": "labelled"} if kind == "labelled" else {}
     made = many(kind)
     plan = planned([*made, row, row, row], **asked)
-    (leaf,) = plan.sources
+    (leaf,) = plan.data.sources
     assert (len(leaf.store), leaf.store.skipped) == (len(made), {reason: 3})
     assert f"bad: 3 rows are left out ({reason})" in plan.notes
     assert f"note: bad: 3 rows are left out ({reason})" in plan_lines(plan)
@@ -358,11 +358,11 @@ def test_what_is_too_long_is_cut_where_it_should_be_and_told(planned: Planned, s
     changes = {"length": ROOM, **changes}
     plan = planned([*many(kind), row, row], model=model, evaluation={"learned": [held]}, **changes)
     assert f"bad: {told}" in plan.notes
-    (rows,) = plan.rows
+    (rows,) = plan.data.rows
     lost = rows.ledger.dropped if "left out" in told else rows.ledger.truncated
     assert lost > 20
     # The same row where it is measured.
-    measured = {"name": "held", "path": str(plan.sources[0].files.path), **asked}
+    measured = {"name": "held", "path": str(plan.data.sources[0].files.path), **asked}
     objectives = changes.get("objectives", [])
     there = planned_on(
         shelf, kind, asked, measured, model=model, objectives=objectives, data={"sequence_length": changes["length"]}
@@ -372,10 +372,10 @@ def test_what_is_too_long_is_cut_where_it_should_be_and_told(planned: Planned, s
 
 def ends_of(plan: Plan) -> tuple[str, str]:
     """What is read and what is said in the first row that is full."""
-    (rows,) = plan.rows
+    (rows,) = plan.data.rows
     row = next(r for r in (rows.get_row(i, 0) for i in range(len(rows))) if len(r.inputs["input_ids"]) == ROOM)
     said = [token for token in row.labels.tolist() if token != IGNORED]
-    return plan.tokenizer.decode(row.inputs["input_ids"]), plan.tokenizer.decode(said)
+    return plan.model.tokenizer.decode(row.inputs["input_ids"]), plan.model.tokenizer.decode(said)
 
 
 def test_of_a_long_conversation_the_last_question_stays(planned: Planned) -> None:
@@ -409,7 +409,7 @@ def test_no_step_is_without_a_label(shelf: Workspace, tmp_path: Path) -> None:
         tokens=12 * ROOM,
     )
     plan = shelf.plan(raw)
-    assert [len(rows) for rows in plan.rows] == [
+    assert [len(rows) for rows in plan.data.rows] == [
         2,
         1,
     ] and "answers: 3 rows are left out (answer too long)" in plan.notes

@@ -114,9 +114,9 @@ def test_every_kind_of_rows_has_its_file() -> None:
 
 def met(plan: Plan, sort: str) -> dict[str, Any]:
     """What a plan's rows are, as it is written down."""
-    (rows,), (leaf,) = plan.rows, plan.sources
+    (rows,), (leaf,) = plan.data.rows, plan.data.sources
     made = collate(
-        [rows.get_row(i, i) for i in range(len(rows))], [0] * len(rows), pad_token_id=plan.model_inputs.pad_id
+        [rows.get_row(i, i) for i in range(len(rows))], [0] * len(rows), pad_token_id=plan.model.inputs.pad_id
     )
     inputs, labels = {key: tensor.numpy() for key, tensor in made.inputs.items()}, made.labels.numpy()
     if sort == "decoder":
@@ -137,8 +137,8 @@ def met(plan: Plan, sort: str) -> dict[str, Any]:
     if sort == "encoder-decoder":
         writes = [words(row) for row in inputs["decoder_input_ids"]]
         return {**found, "writes": writes, "labels": [asked(row) for row in labels]}
-    assert plan.task_layer is not None
-    return {**found, "labels": [asked(np.atleast_1d(row), list(plan.task_layer.labels)) for row in labels]}
+    assert plan.model.task_layer is not None
+    return {**found, "labels": [asked(np.atleast_1d(row), list(plan.model.task_layer.labels)) for row in labels]}
 
 
 def worked_out(kind: str, sort: str, name: str) -> dict[str, Any]:

@@ -176,7 +176,12 @@ def test_two_ranks_of_mixed_rows_make_the_steps_of_one(model: str, cache: Path, 
         for step in range(1, plan.steps + 1)
         for rank in range(2)
         for part in Loader(
-            plan.rows, plan.mixture, micro_batch_size=1, objectives=plan.objective_indices, rank=rank, world_size=2
+            plan.data.rows,
+            plan.data.mixture,
+            micro_batch_size=1,
+            objectives=plan.objective_indices,
+            rank=rank,
+            world_size=2,
         ).micro_batches(step)
     ]
     assert any(silent) and plan.steps > 3

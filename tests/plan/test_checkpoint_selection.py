@@ -152,9 +152,9 @@ def test_candidates_begin_behind_the_warm_up_the_gap_and_what_was_asked_for(shel
         raw = shelf.stage("rule", save={"choose": {"set": "new-heldout", "at_least": at_least}}, schedule=schedule,
                           tokens=tokens)  # fmt: skip
         plan = shelf.plan(raw)
-        assert plan.selection_rule is not None
-        assert any(f"from step {plan.selection_rule.first:,} on" in line for line in plan_lines(plan))
-        return plan.selection_rule.first
+        assert plan.evaluation.selection_rule is not None
+        assert any(f"from step {plan.evaluation.selection_rule.first:,} on" in line for line in plan_lines(plan))
+        return plan.evaluation.selection_rule.first
 
     steps = shelf.plan(shelf.stage("rule", tokens=300 * 4 * LENGTH)).steps
     assert first("0%", "0%") == math.ceil(0.02 * steps)
@@ -421,7 +421,7 @@ def test_a_test_set_is_looked_at_once_after_training(secret: Workspace, monkeypa
     assert all(
         "secret" not in row["sets"] for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "evaluation"
     )
-    assert select_prompts(secret.plan(raw).held_out_sets[-1], 1)  # it could be continued, and is not
+    assert select_prompts(secret.plan(raw).evaluation.sets[-1], 1)  # it could be continued, and is not
     assert "secret" not in {sample["set"] for sample in record["samples"]}
     assert "secret" not in before_after.read_scores(home / "scores" / "before.npz")
     text = summary_text(last)
@@ -463,10 +463,10 @@ def test_copies_of_test_rows_are_neither_trained_on_nor_chosen_by(secret: Worksp
     raw["data"]["overlap"] = "report"
     plan = secret.plan(raw)
     without = {**raw, "evaluation": {"learned": [secret.file("new", held_out=True)]}}
-    assert plan.rows[0].ledger.dropped > 0 and secret.plan(without).rows[0].ledger.dropped == 0
+    assert plan.data.rows[0].ledger.dropped > 0 and secret.plan(without).data.rows[0].ledger.dropped == 0
     assert any("dev: 3 documents are copies of test documents" in note for note in plan.notes)
-    assert [len(h) for h in plan.held_out_sets] == [12, 30]
-    assert plan.overlaps["secret"]["duplicates"] == 7
+    assert [len(h) for h in plan.evaluation.sets] == [12, 30]
+    assert plan.data.overlaps["secret"]["duplicates"] == 7
     raw["evaluation"]["learned"] = [{"name": "all", "path": secret.file("secret")}]
     with pytest.raises(DataError, match=r"evaluation\.learned: every document of 'all' is also in a test set"):
         secret.plan(raw)
@@ -501,7 +501,9 @@ def test_a_label_that_only_test_rows_have_is_told_with_its_place(shelf: Workspac
         DataError, match=r"test\.jsonl:3: 'test' has the label 'other', which objectives\.labels does not"
     ):
         shelf.plan(classified(shelf, train, test, labels=["low", "high", "hihg"]))
-    assert shelf.plan(classified(shelf, train, test, labels=["low", "high", "hihg", "other"])).task_layer is not None
+    assert (
+        shelf.plan(classified(shelf, train, test, labels=["low", "high", "hihg", "other"])).model.task_layer is not None
+    )
 
 
 def test_a_label_of_which_every_row_is_a_copy_of_a_test_row_is_told(shelf: Workspace, tmp_path: Path) -> None:
@@ -513,7 +515,7 @@ def test_a_label_of_which_every_row_is_a_copy_of_a_test_row_is_told(shelf: Works
         PostgradError, match=r"test\.jsonl:2: 'test' has the label 'rare', which no row that is trained"
     ):
         shelf.plan(classified(shelf, train, test))
-    assert shelf.plan(classified(shelf, train, test, labels=["low", "rare"])).task_layer is not None
+    assert shelf.plan(classified(shelf, train, test, labels=["low", "rare"])).model.task_layer is not None
 
 
 @pytest.mark.slow

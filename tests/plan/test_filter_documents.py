@@ -53,7 +53,7 @@ def selected(stage_of: StageOf, *ways: dict[str, Any], **changes: Any) -> dict[s
 def kept(plan: Plan, documents: list[str]) -> list[str]:
     """The documents that are read, by what the store says of them."""
     by_digest = {digest(text.encode()): text for text in documents}
-    return [by_digest[int(mark)] for mark in plan.sources[0].store.documents["digest"]]
+    return [by_digest[int(mark)] for mark in plan.data.sources[0].store.documents["digest"]]
 
 
 DSIR = {"kind": "dsir", "like": "like.jsonl", "keep": "40%"}
@@ -68,7 +68,7 @@ def test_importance_resampling_keeps_what_is_like(stage_of: StageOf, plan_of: Pl
     assert places == sorted(places)
     (step,) = plan.as_record()["sources"][0]["selected"]
     assert step["before"]["documents"] == 150 and step["after"]["documents"] == 60
-    assert step["after"]["tokens"] == plan.sources[0].store.tokens == plan.rows[0].ledger.read
+    assert step["after"]["tokens"] == plan.data.sources[0].store.tokens == plan.data.rows[0].ledger.read
     assert {row["text"] for row in step["dropped"]} & {" ".join(text.split())[:200] for text in NEW}
     assert all(row["value"] > 0 for row in step["kept"]) and all(row["value"] < 0 for row in step["dropped"])
     assert sum(step["values"]["kept"]) == 60 and sum(step["values"]["dropped"]) == 90
@@ -91,7 +91,7 @@ def test_planted_copies_are_left_out_and_shown(stage_of: StageOf, plan_of: PlanO
     write_jsonl(tmp_path / "mixed.jsonl", [*own, *near, own[7]])
     plan = plan_of(selected(stage_of, {"kind": "duplicates"}))
     assert kept(plan, [*own, *near]) == own
-    (step,) = plan.sources[0].selection
+    (step,) = plan.data.sources[0].selection
     assert {row["text"] for row in step["dropped"]} <= {text[:200] for text in (*near, own[7])}
     assert len(step["dropped"]) == 3
     assert all(row["like"] in {text[:200] for text in own} for row in step["dropped"])
@@ -118,7 +118,7 @@ def test_bits_per_byte_are_those_of_evaluation(
     own = np.array([bits[digest(document.encode())] for document in mixed])
     low, high = np.quantile(own, [0.2, 0.7])
     assert kept(plan, mixed) == [d for d, b in zip(mixed, own, strict=True) if low <= b <= high]
-    (step,) = plan.sources[0].selection
+    (step,) = plan.data.sources[0].selection
     assert step["edges"] == pytest.approx([low, high], rel=1e-5)
     for row in step["kept"] + step["dropped"]:
         near = [b for d, b in zip(mixed, own, strict=True) if " ".join(d.split())[:200] == row["text"]]
@@ -130,7 +130,7 @@ def test_only_the_beginning_is_judged_when_asked(
 ) -> None:
     plan = plan_of(selected(stage_of, {"kind": "perplexity", "tokens": 8, "between": [0, 1]}))
     tokenizer, model = make_tokenizer(), make_llama()
-    (step,) = plan.sources[0].selection
+    (step,) = plan.data.sources[0].selection
     for row in step["kept"]:
         document = next(d for d in mixed if " ".join(d.split())[:200] == row["text"])
         ids = torch.tensor(tokenizer(document)["input_ids"][:8])[None]
@@ -142,11 +142,11 @@ def test_only_the_beginning_is_judged_when_asked(
 def test_what_cannot_be_judged_is_counted(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "mixed.jsonl", [*"abcdefghijkl", *OLD])
     plan = plan_of(selected(stage_of, {"kind": "perplexity", "between": [0, 1]}))
-    (step,) = plan.sources[0].selection
+    (step,) = plan.data.sources[0].selection
     assert step["unjudged"] == 12 and step["after"]["documents"] == len(OLD)
     assert "; 12 too short to be judged are left out" in "\n".join(plan_lines(plan))
     whole = plan_of(selected(stage_of, {"kind": "duplicates"}))
-    assert whole.sources[0].selection[0]["unjudged"] == 0
+    assert whole.data.sources[0].selection[0]["unjudged"] == 0
     write_jsonl(tmp_path / "mixed.jsonl", [*"abcdefghijkl", *OLD[:3]])
     with pytest.raises(DataError, match="of 15 documents 3 are long enough to be judged"):
         plan_of(selected(stage_of, {"kind": "perplexity"}))
@@ -174,7 +174,7 @@ def test_a_judgement_goes_on_where_it_was_stopped(
     plan = plan_of(raw)
     assert sum(asked) == len(mixed)  # none was judged twice
     assert kept(plan, mixed) == kept(whole, mixed)
-    assert plan.sources[0].selection == whole.sources[0].selection
+    assert plan.data.sources[0].selection == whole.data.sources[0].selection
     assert not list((tmp_path / "cache" / "selections").glob("*.part.npy"))
 
 
@@ -183,22 +183,22 @@ def test_a_selection_is_found_once(
 ) -> None:
     ways = [{"kind": "duplicates"}, DSIR, {"kind": "perplexity"}]
     plan = plan_of(selected(stage_of, *ways))
-    assert [step["kind"] for step in plan.sources[0].selection] == ["duplicates", "dsir", "perplexity"]
-    counts = [step["before"]["documents"] for step in plan.sources[0].selection]
-    assert counts[0] == 150 and counts[1] == plan.sources[0].selection[0]["after"]["documents"] > counts[2]
+    assert [step["kind"] for step in plan.data.sources[0].selection] == ["duplicates", "dsir", "perplexity"]
+    counts = [step["before"]["documents"] for step in plan.data.sources[0].selection]
+    assert counts[0] == 150 and counts[1] == plan.data.sources[0].selection[0]["after"]["documents"] > counts[2]
     did: list[str] = []
     carried_out = filter_documents._apply_method
     monkeypatch.setattr(
         filter_documents, "_apply_method", lambda way, *rest: did.append(way.kind) or carried_out(way, *rest)
     )
     again = plan_of(selected(stage_of, *ways))
-    assert not did and again.sources[0].store.fingerprint == plan.sources[0].store.fingerprint
+    assert not did and again.data.sources[0].store.fingerprint == plan.data.sources[0].store.fingerprint
     plan_of(selected(stage_of, *ways[:2], {"kind": "perplexity", "between": ["5%", "95%"]}))
     assert did == ["perplexity"]  # what stands before it is known
     write_jsonl(tmp_path / "like.jsonl", old_text(70, 10))
     changed = plan_of(selected(stage_of, *ways[:2]))
     assert did == ["perplexity", "dsir"]
-    assert changed.sources[0].store.fingerprint != plan.sources[0].store.fingerprint
+    assert changed.data.sources[0].store.fingerprint != plan.data.sources[0].store.fingerprint
 
 
 def test_what_is_dropped_is_neither_held_out_nor_overlaps(
@@ -208,11 +208,11 @@ def test_what_is_dropped_is_neither_held_out_nor_overlaps(
     raw["evaluation"] = {"retained": [{"name": "new", "path": str(write_jsonl(tmp_path / "new.jsonl", NEW[:20]))}]}
     plan = plan_of(raw)
     read = set(kept(plan, mixed))
-    assert plan.overlaps["new"]["duplicates"] == sum(text in read for text in NEW[:20]) < 5
-    (own,) = [h for h in plan.held_out_sets if h.name == "mixed"]
+    assert plan.data.overlaps["new"]["duplicates"] == sum(text in read for text in NEW[:20]) < 5
+    (own,) = [h for h in plan.evaluation.sets if h.name == "mixed"]
     assert 3 < len(own) < 25 and set(own.digests.tolist()) <= {digest(text.encode()) for text in read}
     everything = plan_of({**raw, "data": {**raw["data"], "sources": [{**raw["data"]["sources"][0], "select": []}]}})
-    assert everything.overlaps["new"]["duplicates"] == 20
+    assert everything.data.overlaps["new"]["duplicates"] == 20
 
 
 def test_a_later_stage_replays_what_was_selected(
@@ -223,14 +223,14 @@ def test_a_later_stage_replays_what_was_selected(
     *_, last = run_stage(first, command="t", cache=tmp_path / "cache")
     assert isinstance(last, RunFinished)
     (source,) = last.record["plan"]["sources"]
-    assert source["selected"] == list(first.sources[0].selection)
+    assert source["selected"] == list(first.data.sources[0].selection)
     replay = {"name": "replay", "seen_so_far": True, "share": 0.5, "max_passes": 100}
     new = {"name": "new", "path": str(base / "new.jsonl"), "share": 0.5}
     raw = stage_of(model=str(last.run_folder), output=str(tmp_path / "two"), tokens=1000)
     later = plan_of({**raw, "data": {"sequence_length": 32, "sources": [new, replay]}})
-    (leaf,) = [leaf for leaf in later.sources if leaf.role == "replay"]
-    assert leaf.store.documents["digest"].tolist() == first.sources[0].store.documents["digest"].tolist()
-    assert leaf.store.fingerprint == first.sources[0].store.fingerprint
+    (leaf,) = [leaf for leaf in later.data.sources if leaf.role == "replay"]
+    assert leaf.store.documents["digest"].tolist() == first.data.sources[0].store.documents["digest"].tolist()
+    assert leaf.store.fingerprint == first.data.sources[0].store.fingerprint
     origin = json.loads((last.run_folder / "plan.json").read_text())["leaves"][0]["origin"]
     assert origin["select"][0]["seed"] == 3 and origin["select"][1]["model"] == str(base / "base")
     # A mutant: by the model and seed of the later stage, other documents would be replayed.
@@ -246,14 +246,14 @@ def test_rows_with_parts_are_selected_by_their_words(stage_of: StageOf, plan_of:
     raw["evaluation"] = {}
     plan = plan_of(raw)
     distinct = len({(row["text"], str(row["label"])) for row in labelled})
-    assert len(plan.sources[0].store) <= distinct < 45
-    store = plan.sources[0].store
+    assert len(plan.data.sources[0].store) <= distinct < 45
+    store = plan.data.sources[0].store
     assert store.marks(0) is not None and len(store.documents) == len(store)
     chats = tiny_stages.chat_examples(30)
     tiny_stages.write_rows(tmp_path / "mixed.jsonl", [*chats, *chats[:7]])
     plan = plan_of(selected(stage_of, {"kind": "duplicates"}, {"kind": "perplexity"}))
-    assert plan.sources[0].selection[0]["after"]["documents"] <= 30
-    assert plan.rows[0].ledger.trained
+    assert plan.data.sources[0].selection[0]["after"]["documents"] <= 30
+    assert plan.data.rows[0].ledger.trained
 
 
 @pytest.mark.parametrize(

@@ -185,11 +185,11 @@ def test_the_prompts_of_a_lineage_stand_outside(shelf: Workspace, tmp_path: Path
     )
     below = shelf.run({**raw, "tokens": 200}).run_folder
     plan = shelf.plan(shelf.stage("on-it", {"kind": "prompt", "length": 3}, model=str(below)))
-    v = plan.vocabulary
-    plus = tuple(plan.tokenizer("plus ")["input_ids"])
-    assert plan.model_inputs.frame == Frame((v, v + 1, *plus, v + 2, v + 3, v + 4))
-    assert plan.model_inputs.without_tuning.frame == Frame((v, v + 1, *plus))
-    assert shelf.plan(shelf.stage("plain-on-it", {"kind": "norm"}, model=str(below))).model_inputs.virtual_tokens == (
+    v = plan.model.vocab_size
+    plus = tuple(plan.model.tokenizer("plus ")["input_ids"])
+    assert plan.model.inputs.frame == Frame((v, v + 1, *plus, v + 2, v + 3, v + 4))
+    assert plan.model.inputs.without_tuning.frame == Frame((v, v + 1, *plus))
+    assert shelf.plan(shelf.stage("plain-on-it", {"kind": "norm"}, model=str(below))).model.inputs.virtual_tokens == (
         v,
         v + 1,
         *plus,
@@ -287,13 +287,13 @@ def test_a_llama_that_sets_a_bos_reads_prompts_behind_it(shelf: Workspace) -> No
     raw = shelf.stage("bos", {"kind": "prompt", "length": 2}, model="bos", tokens=300)
     done, plan = shelf.run(raw), shelf.plan(raw)
     assert done.record["scores"]["after"] != done.record["scores"]["before"]
-    row = plan.rows[0].get_row(0, 0)
-    v = plan.vocabulary
+    row = plan.data.rows[0].get_row(0, 0)
+    v = plan.model.vocab_size
     assert row.inputs["input_ids"][:3].tolist() == [0, v, v + 1]
     starts = np.flatnonzero(row.inputs["input_ids"] == v)
     assert (row.inputs["input_ids"][starts - 1] == 0).all() or len(starts) == 1
     assert row.labels.max() < v
-    for piece in plan.held_out_sets[0].iter_rows(plan.context):
+    for piece in plan.evaluation.sets[0].iter_rows(plan.model.context_length):
         ids, labels = piece.row.inputs["input_ids"], piece.row.labels
         assert ids[:3].tolist() == [0, v, v + 1] and (labels[:2] < 0).all()
         assert labels[2] == ids[3]  # with a BOS the first token of a text is asked for

@@ -1,4 +1,4 @@
-"""Which rows an objective asks for: every pair that is promised builds rows, every other one is refused with the way out."""
+"""Which rows an objective asks for: every pair that is promised builds rows, every other one is refused with the hint."""
 
 from __future__ import annotations
 
@@ -103,20 +103,20 @@ def test_every_objective_and_every_kind_is_thought_of() -> None:
 @pytest.mark.parametrize(("objective", "kind"), PAIRS)
 def test_rows_are_made_of_what_is_served(shelf: Workspace, objective: str, kind: str) -> None:
     plan = plan_of(shelf, objective, kind)
-    (made,), (leaf,), (held_out,) = plan.rows, plan.sources, plan.held_out_sets
+    (made,), (leaf,), (held_out,) = plan.data.rows, plan.data.sources, plan.evaluation.sets
     assert type(made) is LAYOUT_OF[objective, kind] and leaf.store.kind == kind
     ledger = made.ledger
     assert ledger.read == ledger.held_out + ledger.dropped + ledger.truncated + ledger.placed
     assert ledger.held_out > 0 and ledger.trained > 0 and len(held_out) > 0
-    counted, most = 0, plan.vocabulary + 1  # one place of a vector
+    counted, most = 0, plan.model.vocab_size + 1  # one place of a vector
     for i in range(len(made)):
         row = made.get_row(i, i)
-        assert len(row.inputs["input_ids"]) <= plan.context and row.inputs["input_ids"].min() >= 0
+        assert len(row.inputs["input_ids"]) <= plan.model.context_length and row.inputs["input_ids"].min() >= 0
         assert row.inputs["input_ids"].max() < most
         if objective == "classify" and kind == "labelled":
             assert row.labels.shape == () and row.labels in (0, 1) and row.label_count == 1
         else:
-            assert row.label_count == int((row.labels != IGNORED).sum()) and row.labels.max() < plan.vocabulary
+            assert row.label_count == int((row.labels != IGNORED).sum()) and row.labels.max() < plan.model.vocab_size
         if "decoder_input_ids" in row.inputs:  # the decoder reads the labels one place later
             assert row.inputs["decoder_input_ids"][1:].tolist() == row.labels[:-1].tolist()
         else:
@@ -130,12 +130,12 @@ def test_rows_are_made_of_what_is_served(shelf: Workspace, objective: str, kind:
 @pytest.mark.parametrize(("objective", "kind"), PAIRS)
 def test_rows_stand_one_for_one_where_they_are_scored(shelf: Workspace, objective: str, kind: str) -> None:
     plan = plan_of(shelf, objective, kind)
-    (leaf,) = plan.sources
+    (leaf,) = plan.data.sources
     alone = make_rows(
         plan.objectives[0],
         leaf.store,
-        plan.model_inputs,
-        problem=plan.problem,
+        plan.model.inputs,
+        problem=plan.model.problem,
         pack=False,
         words=leaf.spec.template.words,
     )
@@ -187,8 +187,8 @@ def test_a_model_has_the_objective_that_it_was_made_with(shelf: Workspace, model
 
 
 def test_tags_are_found_in_the_rows(shelf: Workspace) -> None:
-    assert plan_of(shelf, "classify", "tagged").task == "tag"
-    assert plan_of(shelf, "classify", "labelled").task == "classify"
+    assert plan_of(shelf, "classify", "tagged").model.task == "tag"
+    assert plan_of(shelf, "classify", "labelled").model.task == "classify"
 
 
 # -- which layout --------------------------------------------------------------------------------------------------------
@@ -197,14 +197,14 @@ def test_tags_are_found_in_the_rows(shelf: Workspace) -> None:
 def test_running_text_is_packed_unless_something_stands_before_it(shelf: Workspace) -> None:
     packed = plan_of(shelf, "next-token", "text")
     prompted = plan_of(shelf, "next-token", "text", {"kind": "prompt", "length": 2})
-    assert type(packed.rows[0]) is PackedRows and type(prompted.rows[0]) is PackedExampleRows
+    assert type(packed.data.rows[0]) is PackedRows and type(prompted.data.rows[0]) is PackedExampleRows
     # Not packed where it is scored.
-    alone = make_rows(packed.objectives[0], packed.sources[0].store, packed.model_inputs, pack=False)
+    alone = make_rows(packed.objectives[0], packed.data.sources[0].store, packed.model.inputs, pack=False)
     assert type(alone) is PackedExampleRows
     # Nothing of a template stands between a text and an answer that it has not.
     behind = plan_of(shelf, "next-token", "completion", {"kind": "p-tuning", "template": "{1} {x} {1}"})
-    assert behind.model_inputs.frame.separator_ids
-    text = make_rows(behind.objectives[0], packed.sources[0].store, behind.model_inputs)
+    assert behind.model.inputs.frame.separator_ids
+    text = make_rows(behind.objectives[0], packed.data.sources[0].store, behind.model.inputs)
     assert isinstance(text, PackedExampleRows) and not text.frame.separator_ids
 
 
@@ -213,37 +213,37 @@ def test_an_encoder_decoder_reads_one_eos(shelf: Workspace, objective: str) -> N
     """Rows set it themselves; the frame's is left out, and what a template has before it stays."""
     for tuning, behind in ((None, ()), ({"kind": "p-tuning", "template": "{x} {2}"}, (320, 321))):
         plan = plan_of(shelf, objective, "text", tuning)
-        assert plan.model_inputs.frame.suffix_ids == (*behind, plan.model_inputs.encoder.eos)
-        ids = plan.rows[0].get_row(0, 0).inputs["input_ids"].tolist()
-        assert ids.count(plan.model_inputs.encoder.eos) == 1
-        assert tuple(ids[-1 - len(behind) :]) == (*behind, plan.model_inputs.encoder.eos)
+        assert plan.model.inputs.frame.suffix_ids == (*behind, plan.model.inputs.encoder.eos)
+        ids = plan.data.rows[0].get_row(0, 0).inputs["input_ids"].tolist()
+        assert ids.count(plan.model.inputs.encoder.eos) == 1
+        assert tuple(ids[-1 - len(behind) :]) == (*behind, plan.model.inputs.encoder.eos)
 
 
 def test_options_of_an_objective_reach_its_rows(shelf: Workspace) -> None:
     few, many = (plan_of(shelf, "masked", "text", options={"share": share}) for share in (0.1, 0.4))
-    assert many.rows[0].ledger.trained > 3 * few.rows[0].ledger.trained
-    assert isinstance(few.rows[0], MaskedRows) and few.rows[0].continues_V is None
-    whole = plan_of(shelf, "masked", "text", options={"whole_words": True}).rows[0]
+    assert many.data.rows[0].ledger.trained > 3 * few.data.rows[0].ledger.trained
+    assert isinstance(few.data.rows[0], MaskedRows) and few.data.rows[0].continues_V is None
+    whole = plan_of(shelf, "masked", "text", options={"whole_words": True}).data.rows[0]
     assert isinstance(whole, MaskedRows) and whole.continues_V is not None
     dense = plan_of(shelf, "span-corruption", "text", options={"density": 0.5, "mean_span": 5})
     thin = plan_of(shelf, "span-corruption", "text")
-    assert dense.rows[0].ledger.trained > 1.5 * thin.rows[0].ledger.trained
+    assert dense.data.rows[0].ledger.trained > 1.5 * thin.data.rows[0].ledger.trained
     every = plan_of(shelf, "next-token", "instruction", options={"train_on": "all"})
     answers = plan_of(shelf, "next-token", "instruction")
-    assert every.rows[0].ledger.trained > 3 * answers.rows[0].ledger.trained
+    assert every.data.rows[0].ledger.trained > 3 * answers.data.rows[0].ledger.trained
     short = plan_of(shelf, "text-to-text", "text", options={"target_length": 8})
-    assert max(len(short.rows[0].get_row(i, i).labels) for i in range(len(short.rows[0]))) <= 8
+    assert max(len(short.data.rows[0].get_row(i, i).labels) for i in range(len(short.data.rows[0]))) <= 8
     last = plan_of(shelf, "next-token", "chat", options={"answers": "last"})
-    assert last.rows[0].ledger.trained < plan_of(shelf, "next-token", "chat").rows[0].ledger.trained
+    assert last.data.rows[0].ledger.trained < plan_of(shelf, "next-token", "chat").data.rows[0].ledger.trained
 
 
 # -- into words ----------------------------------------------------------------------------------------------------------
 
 
 def test_what_puts_rows_into_words(shelf: Workspace) -> None:
-    causal = plan_of(shelf, "next-token", "completion").model_inputs
-    writes = plan_of(shelf, "text-to-text", "pair").model_inputs
-    encoder = plan_of(shelf, "classify", "labelled").model_inputs
+    causal = plan_of(shelf, "next-token", "completion").model.inputs
+    writes = plan_of(shelf, "text-to-text", "pair").model.inputs
+    encoder = plan_of(shelf, "classify", "labelled").model.inputs
     next_token, labels = NextTokenObjective(kind="next-token"), Labels("class", ("a", "b"))
 
     def made(objective: Any, kind: str, reading: Any, wording: RowTemplate | None = None) -> Any:
@@ -274,7 +274,7 @@ def test_what_puts_rows_into_words(shelf: Workspace) -> None:
 
 
 def test_a_model_with_a_chat_template_is_asked_through_it(shelf: Workspace) -> None:
-    reading = plan_of(shelf, "next-token", "completion").model_inputs
+    reading = plan_of(shelf, "next-token", "completion").model.inputs
     reading.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     found = make_renderer(NextTokenObjective(kind="next-token"), "completion", reading, RowTemplate(), None)
     assert isinstance(found, ChatRenderer) and found.template == reading.tokenizer.chat_template
@@ -285,15 +285,15 @@ def test_a_model_with_a_chat_template_is_asked_through_it(shelf: Workspace) -> N
 
 def test_a_word_for_each_class(shelf: Workspace) -> None:
     plan = plan_of(shelf, "masked", "labelled")
-    store, tokenizer = plan.sources[0].store, plan.tokenizer
+    store, tokenizer = plan.data.sources[0].store, plan.model.tokenizer
     assert store.labels == ["sums", "words"]
-    assert verbalisers(store, plan.model_inputs, YES_NO) == tokenizer.convert_tokens_to_ids(["no", "yes"])
+    assert verbalisers(store, plan.model.inputs, YES_NO) == tokenizer.convert_tokens_to_ids(["no", "yes"])
     for words, name in (({"words": "yes"}, "sums"), ({**YES_NO, "words": "yesyes"}, "yesyes")):
         with pytest.raises(StageError, match=f"'{name}'") as met:
-            verbalisers(store, plan.model_inputs, words)
+            verbalisers(store, plan.model.inputs, words)
         assert "one token" in met.value.met
-    classes = [int(plan.rows[0].get_row(i, i).labels.max()) for i in range(len(plan.rows[0]))]
-    assert set(classes) == set(verbalisers(store, plan.model_inputs, YES_NO))
+    classes = [int(plan.data.rows[0].get_row(i, i).labels.max()) for i in range(len(plan.data.rows[0]))]
+    assert set(classes) == set(verbalisers(store, plan.model.inputs, YES_NO))
 
 
 def test_described_objectives_are_all_built() -> None:

@@ -48,11 +48,11 @@ def sources_of(raw: dict[str, Any], *changes: dict[str, Any]) -> list[dict[str, 
 
 def trained(plan: Plan, first: int, last: int) -> np.ndarray:
     """Trained tokens of each source in steps first..last - 1, counted in the rows themselves."""
-    out = np.zeros(len(plan.sources), np.int64)
+    out = np.zeros(len(plan.data.sources), np.int64)
     for step in range(first, last):
-        sources, rows = plan.mixture.rows(step)
+        sources, rows = plan.data.mixture.rows(step)
         for source, row in zip(sources, rows, strict=True):
-            out[source] += int((plan.rows[source].at(int(row), 0).labels != IGNORED).sum())
+            out[source] += int((plan.data.rows[source].at(int(row), 0).labels != IGNORED).sum())
     return out
 
 
@@ -108,7 +108,7 @@ def test_shares_are_in_trained_tokens_not_in_rows(stage_of: StageOf, plan_of: Pl
     assert read / read.sum() == pytest.approx([0.5, 0.5], abs=0.02)
     rows = plan.row_counts()
     assert rows[0] > 1.1 * rows[1]  # the mutant, equal rows, would give another share of tokens
-    equal = np.array(plan.trained_tokens_per_row())
+    equal = np.array(plan.data.trained_tokens_per_row())
     assert equal[0] / equal.sum() < 0.47
 
 
@@ -119,7 +119,7 @@ def test_shares_are_in_trained_tokens_not_in_rows(stage_of: StageOf, plan_of: Pl
 def test_a_change_of_shares_holds_from_its_point_on(stage_of: StageOf, plan_of: PlanOf, at: dict[str, Any]) -> None:
     raw = stage_of()
     plan = plan_of({**raw, "data": data_of(raw, shifts=[{**at, "shares": {"new": 0.2, "old": 0.8}}])})
-    border = plan.mixture.segments[1].start // plan.mixture.block_size
+    border = plan.data.mixture.segments[1].start // plan.data.mixture.block_size
     before, after = trained(plan, 0, border), trained(plan, border, plan.steps)
     assert before.sum() == pytest.approx(3000, abs=8 * ROW)
     assert before / before.sum() == pytest.approx([0.75, 0.25], abs=0.03)
@@ -137,7 +137,7 @@ def test_a_change_can_wait_for_the_rate(stage_of: StageOf, plan_of: PlanOf) -> N
             "data": data_of(raw, shifts=[{"at_rate": 0.2, "shares": {"new": 0.0, "old": 1.0}}], when_short="repeat"),
         }
     )
-    border = plan.mixture.segments[1].start // plan.mixture.block_size
+    border = plan.data.mixture.segments[1].start // plan.data.mixture.block_size
     assert border == pytest.approx(0.8 * plan.steps, abs=2)
     assert plan.schedule(border) == pytest.approx(0.2, abs=0.03)
     assert trained(plan, border, plan.steps)[0] == 0
@@ -147,7 +147,7 @@ def test_a_source_may_come_in_later_and_another_go(stage_of: StageOf, plan_of: P
     raw = stage_of()
     sources = sources_of(raw, {"share": 1.0}, {"share": 0.0})
     plan = plan_of({**raw, "data": data_of(raw, sources=sources, shifts=[{"at": "50%", "shares": {"old": 1.0}}])})
-    border = plan.mixture.segments[1].start // plan.mixture.block_size
+    border = plan.data.mixture.segments[1].start // plan.data.mixture.block_size
     assert trained(plan, 0, border)[1] == 0 < trained(plan, 0, border)[0]
     assert trained(plan, border, plan.steps)[0] == 0 < trained(plan, border, plan.steps)[1]
 
@@ -194,10 +194,10 @@ def test_short_text_can_be_repeated_all_the_same(stage_of: StageOf, plan_of: Pla
 
 def test_short_text_can_stop_the_stage(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
     plan = plan_of(short_stage(stage_of, tmp_path, "stop"))
-    block = plan.mixture.block_size
-    caps = [4 * len(r) for r in plan.rows]
-    assert all(c <= cap for c, cap in zip(plan.mixture.counts(plan.steps * block), caps, strict=True))
-    assert plan.mixture.counts((plan.steps + 1) * block)[0] > caps[0]  # not a step earlier than needed
+    block = plan.data.mixture.block_size
+    caps = [4 * len(r) for r in plan.data.rows]
+    assert all(c <= cap for c, cap in zip(plan.data.mixture.counts(plan.steps * block), caps, strict=True))
+    assert plan.data.mixture.counts((plan.steps + 1) * block)[0] > caps[0]  # not a step earlier than needed
     read = trained(plan, 0, plan.steps)
     assert read / read.sum() == pytest.approx([0.75, 0.25], abs=0.03)
     assert any("when_short: stop" in note for note in plan.notes)
@@ -214,7 +214,7 @@ def test_short_text_can_hand_its_share_to_the_others(stage_of: StageOf, plan_of:
     assert shares == pytest.approx((read / read.sum()).tolist(), abs=0.01)
     assert shares[0] < 0.5  # what was asked for is not what is achieved, and the plan says so
     assert [s["asked"] for s in plan.as_record()["sources"]] == [0.75, 0.25]
-    border = plan.mixture.segments[1].start // plan.mixture.block_size
+    border = plan.data.mixture.segments[1].start // plan.data.mixture.block_size
     first = trained(plan, 0, border)
     assert first / first.sum() == pytest.approx([0.75, 0.25], abs=0.03)
     assert trained(plan, border, plan.steps)[0] == 0
@@ -241,14 +241,14 @@ def test_steps_that_are_skipped_are_those_of_the_stage_it_branches_from(stage_of
     from postgrad.data.loading.loader import Loader
 
     a, b = (
-        Loader(whole.rows, whole.mixture, micro_batch_size=8),
-        Loader(branch.rows, branch.mixture, micro_batch_size=8, skip_steps=5),
+        Loader(whole.data.rows, whole.data.mixture, micro_batch_size=8),
+        Loader(branch.data.rows, branch.data.mixture, micro_batch_size=8, skip_steps=5),
     )
     for step in range(1, branch.steps + 1):
         assert torch.equal(b.read_batches(step)[0].inputs["input_ids"], a.read_batches(step + 5)[0].inputs["input_ids"])
     assert not torch.equal(b.read_batches(1)[0].inputs["input_ids"], a.read_batches(1)[0].inputs["input_ids"])
     assert branch.as_record()["sources"][0]["rows"] == sum(
-        int((whole.mixture.rows(step)[0] == 0).sum()) for step in range(5, 5 + branch.steps)
+        int((whole.data.mixture.rows(step)[0] == 0).sum()) for step in range(5, 5 + branch.steps)
     )
 
 
@@ -281,9 +281,9 @@ def test_replay_of_everything_has_the_published_weights(
             record["seen"][by_name[name]]["tokens"] = tokens
         write_record(tmp_path / "one", record)
         plan = plan_of(following)
-        assert all(leaf.role == "replay" for leaf in plan.sources if leaf.spec.source == "replay")
+        assert all(leaf.role == "replay" for leaf in plan.data.sources if leaf.spec.source == "replay")
         shares = dict(zip([x.name for x in plan.stage.data.sources], plan.stage.resolve_shares(), strict=True))
-        return {leaf.name: leaf.spec.fraction * shares[leaf.spec.source] for leaf in plan.sources}
+        return {leaf.name: leaf.spec.fraction * shares[leaf.spec.source] for leaf in plan.data.sources}
 
     billion = 10**9
     found = weights(old=300 * billion + 5 * billion, new=95 * billion)
@@ -312,7 +312,7 @@ def test_a_second_stage_replays_what_the_first_one_read(
     plan = plan_of(second)
     total = sum(first.values())
     read = trained(plan, 0, plan.steps)
-    wanted = [0.6, *(0.4 * first[leaf.name.split("/")[1]] / total for leaf in plan.sources[1:])]
+    wanted = [0.6, *(0.4 * first[leaf.name.split("/")[1]] / total for leaf in plan.data.sources[1:])]
     assert read / read.sum() == pytest.approx(wanted, abs=0.03)
     list(run_stage(plan, command="t", cache=cache))
     two = read_record(tmp_path / "two")
@@ -342,8 +342,8 @@ def texts(path: str | Path) -> list[str]:
 
 def trained_text(plan: Plan, leaf: int) -> str:
     """Everything of a source that any row can hold."""
-    tokenizer = AutoTokenizer.from_pretrained(plan.start_model.name_or_path)
-    rows = plan.rows[leaf]
+    tokenizer = AutoTokenizer.from_pretrained(plan.model.start.name_or_path)
+    rows = plan.data.rows[leaf]
     return "\n".join(
         tokenizer.decode(rows.store.read(int(document)), skip_special_tokens=True) for document in rows.kept
     )
@@ -352,10 +352,10 @@ def trained_text(plan: Plan, leaf: int) -> str:
 def test_without_files_a_part_of_each_source_is_held_out(stage_of: StageOf, plan_of: PlanOf) -> None:
     raw = stage_of()
     plan = plan_of(without_files(raw))
-    assert {(h.name, h.role) for h in plan.held_out_sets} == {("new", "learned"), ("old", "retained")}
-    tokenizer = AutoTokenizer.from_pretrained(plan.start_model.name_or_path)
-    for leaf, held in enumerate(plan.held_out_sets):
-        assert plan.sources[leaf].held_out == 0.1  # 150 documents: 200 of them would be more than a tenth
+    assert {(h.name, h.role) for h in plan.evaluation.sets} == {("new", "learned"), ("old", "retained")}
+    tokenizer = AutoTokenizer.from_pretrained(plan.model.start.name_or_path)
+    for leaf, held in enumerate(plan.evaluation.sets):
+        assert plan.data.sources[leaf].held_out == 0.1  # 150 documents: 200 of them would be more than a tenth
         assert 3 <= len(held.documents) <= 30
         written = {tokenizer.decode(ids) for ids in held.documents}
         source = texts(raw["data"]["sources"][leaf]["path"])
@@ -364,11 +364,11 @@ def test_without_files_a_part_of_each_source_is_held_out(stage_of: StageOf, plan
         rest = trained_text(plan, leaf)
         for text in written:
             assert text not in (lines if lines is not None else rest)
-        assert plan.rows[leaf].ledger.held_out > 0
+        assert plan.data.rows[leaf].ledger.held_out > 0
     # With files named, nothing of the sources is kept back unless it is asked for.
-    assert [leaf.held_out for leaf in plan_of(raw).sources] == [0.0, 0.0]
+    assert [leaf.held_out for leaf in plan_of(raw).data.sources] == [0.0, 0.0]
     raw["data"]["sources"][0]["held_out"] = "20%"
-    assert [h.name for h in plan_of(raw).held_out_sets] == ["old-heldout", "new-heldout", "new"]
+    assert [h.name for h in plan_of(raw).evaluation.sets] == ["old-heldout", "new-heldout", "new"]
 
 
 def test_the_auto_share_is_enough_for_about_200_documents(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
@@ -376,8 +376,8 @@ def test_the_auto_share_is_enough_for_about_200_documents(stage_of: StageOf, pla
     plan = plan_of(
         without_files(stage_of(data={"sequence_length": ROW, "sources": [{"name": "new", "path": str(large)}]}))
     )
-    assert plan.sources[0].held_out == pytest.approx(200 / 8000)
-    assert len(plan.held_out_sets[0].documents) == pytest.approx(200, abs=60)
+    assert plan.data.sources[0].held_out == pytest.approx(200 / 8000)
+    assert len(plan.evaluation.sets[0].documents) == pytest.approx(200, abs=60)
 
 
 def test_the_split_is_of_contents_not_of_places(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
@@ -387,12 +387,12 @@ def test_the_split_is_of_contents_not_of_places(stage_of: StageOf, plan_of: Plan
     source = texts(raw["data"]["sources"][0]["path"])
     shuffled = write_jsonl(tmp_path / "shuffled.jsonl", [*source[75:], *source[:75], *source[:20]])
     again = plan_of({**raw, "data": data_of(raw, sources=sources_of(raw, {"path": str(shuffled)}, {}))})
-    one, two = ({d.tobytes() for d in plan.held_out_sets[0].documents} for plan in (first, again))
+    one, two = ({d.tobytes() for d in plan.evaluation.sets[0].documents} for plan in (first, again))
     assert one == two
     # The mutant: a split by place would hold out other texts.
     by_place = {source[i] for i in range(0, 150, 10)}
-    tokenizer = AutoTokenizer.from_pretrained(first.start_model.name_or_path)
-    assert {tokenizer.decode(d) for d in first.held_out_sets[0].documents} != by_place
+    tokenizer = AutoTokenizer.from_pretrained(first.model.start.name_or_path)
+    assert {tokenizer.decode(d) for d in first.evaluation.sets[0].documents} != by_place
 
 
 def test_copies_of_held_out_text_are_not_trained_on_and_are_counted(
@@ -402,17 +402,17 @@ def test_copies_of_held_out_text_are_not_trained_on_and_are_counted(
     leaky = write_jsonl(tmp_path / "leaky.jsonl", [*texts(base / "new.jsonl"), *held[:7]])
     raw = stage_of()
     plan = plan_of({**raw, "data": data_of(raw, sources=sources_of(raw, {"path": str(leaky)}, {}))})
-    tokenizer = AutoTokenizer.from_pretrained(plan.start_model.name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(plan.model.start.name_or_path)
     copies = sum(len(tokenizer(text)["input_ids"]) + 1 for text in held[:7])
-    assert plan.rows[0].ledger.dropped == copies
+    assert plan.data.rows[0].ledger.dropped == copies
     assert any(f"new: {copies:,} tokens are dropped" in note for note in plan.notes)
     for text in held[:7]:
         assert text not in trained_text(plan, 0)
-    assert plan.overlaps["new-heldout"]["duplicates"] == 7
+    assert plan.data.overlaps["new-heldout"]["duplicates"] == 7
     assert any("7 exact copies" in line for line in plan_lines(plan))
     # The mutant: without the exclusion they are there.
     clean = plan_of(stage_of())
-    assert clean.rows[0].ledger.dropped == 0 == clean.overlaps["new-heldout"]["duplicates"]
+    assert clean.data.rows[0].ledger.dropped == 0 == clean.data.overlaps["new-heldout"]["duplicates"]
 
 
 def test_near_copies_are_reported_or_refused(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
@@ -422,12 +422,12 @@ def test_near_copies_are_reported_or_refused(stage_of: StageOf, plan_of: PlanOf,
     raw = stage_of(evaluation={"learned": [str(held)], "every": "50%"})
     raw["data"] = {"sequence_length": ROW, "sources": [{"name": "new", "path": str(text)}]}
     plan = plan_of(raw)
-    assert plan.overlaps["held"]["half"] == 1
-    assert plan.overlaps["held"]["duplicates"] == 0
+    assert plan.data.overlaps["held"]["half"] == 1
+    assert plan.data.overlaps["held"]["duplicates"] == 0
     assert any("1 of 10 held-out documents share at least half" in note for note in plan.notes)
     with pytest.raises(DataError, match=r"evaluation\.learned: held: 1 of 10[\s\S]*overlap: report"):
         plan_of({**raw, "data": {**raw["data"], "overlap": "refuse"}})
-    assert plan_of({**raw, "data": {**raw["data"], "overlap": "off"}}).overlaps == {}
+    assert plan_of({**raw, "data": {**raw["data"], "overlap": "off"}}).data.overlaps == {}
 
 
 def test_a_gate_needs_something_retained(stage_of: StageOf, plan_of: PlanOf, base: Path) -> None:
@@ -447,7 +447,7 @@ def test_a_gate_beside_files_that_are_only_learned(
     """A named learned set leaves the replay source's automatic split alone; without that split there is no retained set."""
     raw = stage_of(max_forgetting="2%", evaluation={"learned": [str(base / "new-heldout.jsonl")], "every": "50%"})
     if held_out is None:
-        assert {h.name: h.role for h in plan_of(raw).held_out_sets} == {"new-heldout": "learned", "old": "retained"}
+        assert {h.name: h.role for h in plan_of(raw).evaluation.sets} == {"new-heldout": "learned", "old": "retained"}
         return
     raw["data"]["sources"][1]["held_out"] = held_out
     with pytest.raises(StageError, match="max_forgetting: there is no retained set"):
@@ -473,7 +473,7 @@ def test_a_set_is_scored_up_to_its_tokens(stage_of: StageOf, plan_of: PlanOf, ba
     raw = stage_of()
     whole = plan_of(raw)
     cut = plan_of({**raw, "evaluation": {**raw["evaluation"], "max_tokens": 100}})
-    for a, b in zip(whole.held_out_sets, cut.held_out_sets, strict=True):
+    for a, b in zip(whole.evaluation.sets, cut.evaluation.sets, strict=True):
         assert sum(len(d) for d in b.documents) <= 100 < sum(len(d) for d in a.documents)
         assert np.array_equal(b.documents[0], a.documents[0])
         assert a.fingerprint != b.fingerprint
@@ -494,7 +494,7 @@ def test_rows_longer_than_the_model(stage_of: StageOf, plan_of: PlanOf) -> None:
     raw = stage_of()
     with pytest.raises(StageError, match=r"data\.sequence_length: rows of 129 tokens do not fit[\s\S]*at most 128"):
         plan_of({**raw, "data": data_of(raw, sequence_length=129)})
-    assert plan_of({**raw, "data": data_of(raw, sequence_length=128)}).context == 128
+    assert plan_of({**raw, "data": data_of(raw, sequence_length=128)}).model.context_length == 128
 
 
 def test_a_tokenizer_of_another_model(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
@@ -504,7 +504,7 @@ def test_a_tokenizer_of_another_model(stage_of: StageOf, plan_of: PlanOf, tmp_pa
     ):
         plan_of(stage_of(model=str(tmp_path / "odd")))
     save_pretrained(make_llama(vocab_size=384), make_tokenizer(), tmp_path / "padded", dtype=torch.float32)
-    assert plan_of(stage_of(model=str(tmp_path / "padded"))).vocabulary == 384  # padded embeddings are usual
+    assert plan_of(stage_of(model=str(tmp_path / "padded"))).model.vocab_size == 384  # padded embeddings are usual
 
 
 def test_a_model_without_a_tokenizer(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path, base: Path) -> None:
@@ -520,11 +520,11 @@ def test_documents_end_with_the_token_that_is_asked_for(stage_of: StageOf, plan_
     raw = stage_of(model=str(tmp_path / "bos"))
     plain = plan_of(raw)
     other = plan_of({**raw, "data": data_of(raw, eos="<|begin|>")})
-    assert plain.rows[0].store.read(0)[-1] == plain.tokenizer.eos_token_id == 0
-    assert other.rows[0].store.read(0)[-1] == 1
+    assert plain.data.rows[0].store.read(0)[-1] == plain.model.tokenizer.eos_token_id == 0
+    assert other.data.rows[0].store.read(0)[-1] == 1
     # Held-out text has no EOS whichever it is.
     for plan in (plain, other):
-        assert all(d[-1] not in (0, 1) for h in plan.held_out_sets for d in h.documents)
+        assert all(d[-1] not in (0, 1) for h in plan.evaluation.sets for d in h.documents)
     with pytest.raises(StageError, match=r"data\.eos: '<stop>' is not a token"):
         plan_of({**raw, "data": data_of(raw, eos="<stop>")})
     tokenizer = make_tokenizer()
@@ -537,7 +537,7 @@ def test_documents_end_with_the_token_that_is_asked_for(stage_of: StageOf, plan_
 def test_long_documents_are_cut_and_counted(stage_of: StageOf, plan_of: PlanOf) -> None:
     raw = stage_of()
     plan = plan_of({**raw, "data": data_of(raw, max_document_tokens=20)})
-    for rows in plan.rows:
+    for rows in plan.data.rows:
         sizes = np.asarray(rows.store.documents["tokens"]).astype(int)
         assert rows.ledger.truncated == int(np.maximum(sizes - 20, 0).sum())
         assert rows.ledger.placed == int(np.minimum(sizes, 20).sum())

@@ -135,8 +135,8 @@ def test_resumed_with_a_cleared_cache_it_ends_with_the_same_bits(shelf: Workspac
 
 def test_a_made_model_that_was_damaged_is_made_again(shelf: Workspace) -> None:
     plan = shelf.plan(begun(shelf, "damaged", {**LLAMA, "dropout": "5%"}))
-    assert plan.start_model.folder is not None
-    weights = plan.start_model.folder / "model.safetensors"
+    assert plan.model.start.folder is not None
+    weights = plan.model.start.folder / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-4] + b"\0\1\2\3")
     shelf.plan(begun(shelf, "damaged", {**LLAMA, "dropout": "5%"}))
@@ -164,15 +164,15 @@ def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Worksp
     new = shelf.plan(
         begun(shelf, "config", {"config": str(tmp_path / "config.json"), "tokenizer": {"vocabulary": 350}})
     )
-    assert new.vocabulary == len(new.tokenizer) == 350 and new.start_model.scratch_recipe is not None
-    assert new.start_model.scratch_recipe["config"]["hidden_size"] == given["hidden_size"]
+    assert new.model.vocab_size == len(new.model.tokenizer) == 350 and new.model.start.scratch_recipe is not None
+    assert new.model.start.scratch_recipe["config"]["hidden_size"] == given["hidden_size"]
     same = shelf.plan(
         begun(shelf, "config", {"config": str(shelf.folder / "llama"), "tokenizer": str(shelf.folder / "llama")})
     )
-    assert same.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(shelf.folder / "llama").get_vocab()
-    assert same.vocabulary == given["vocab_size"]
+    assert same.model.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(shelf.folder / "llama").get_vocab()
+    assert same.model.vocab_size == given["vocab_size"]
     fitted = shelf.plan(begun(shelf, "config", {"fresh": "gpt2-100k", "tokenizer": str(shelf.folder / "llama")}))
-    assert fitted.vocabulary == len(fitted.tokenizer)
+    assert fitted.model.vocab_size == len(fitted.model.tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -259,4 +259,4 @@ def test_a_cache_named_by_a_relative_path_serves_stages_of_other_folders(
     monkeypatch.chdir(tmp_path)
     relative = Workspace(shelf.folder, Path("cache"))
     plan = relative.plan(begun(shelf, "relative", LLAMA))
-    assert plan.start_model.folder is not None and plan.start_model.folder.is_relative_to(tmp_path.resolve())
+    assert plan.model.start.folder is not None and plan.model.start.folder.is_relative_to(tmp_path.resolve())

@@ -315,7 +315,9 @@ def test_the_objective_weighs_our_logits_as_the_model_itself_does(shelf: Workspa
     for file, problem in (("labelled", "class"), ("multi", "multi"), ("numbered", "number"), ("tagged", "tags")):
         plan = shelf.plan(stage_of(shelf, f"loss-{file}", file, layers=1))
         model = make_tuned_model(plan, World(torch.device("cpu"))).model.eval()
-        batch = collate([plan.rows[0].get_row(i, i) for i in range(6)], [0] * 6, pad_token_id=plan.model_inputs.pad_id)
+        batch = collate(
+            [plan.data.rows[0].get_row(i, i) for i in range(6)], [0] * 6, pad_token_id=plan.model.inputs.pad_id
+        )
         summed, _ = ClassificationLoss(problem)(model(**batch.inputs), batch)  # type: ignore[arg-type]
         mean = model.pretrained(**batch.inputs, labels=batch.labels).loss
         torch.testing.assert_close(summed / batch.label_count, mean)
@@ -329,8 +331,8 @@ def test_a_later_stage_goes_on_with_the_task_layer_it_finds(shelf: Workspace) ->
     assert sets[1]["before"] == sets[0]["after"]
     third = stage_of(shelf, "goes-on-again", file, model=str(second.run_folder))
     form = load_task_head_config(first / "model")
-    assert form is not None and shelf.plan(third).task_layer.form == form  # type: ignore[union-attr]
-    other = shelf.plan(stage_of(shelf, "anew", file, model=str(first), layers="last", pooling="max")).task_layer
+    assert form is not None and shelf.plan(third).model.task_layer.form == form  # type: ignore[union-attr]
+    other = shelf.plan(stage_of(shelf, "anew", file, model=str(first), layers="last", pooling="max")).model.task_layer
     assert other is not None and other.form == TaskHeadConfig((2,), pooling="max")
 
 

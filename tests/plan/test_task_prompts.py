@@ -197,11 +197,11 @@ def test_a_soft_prompt_stands_around_the_question(shelf: Workspace) -> None:
         held_out = shelf.file(kind, held_out=True)
         raw["evaluation"] = {"learned": [held_out], "tasks": [{"name": "quiz", "path": held_out}]}
         plan = shelf.plan(raw)
-        (before,), (after,) = plan.tasks_before, plan.tasks
-        first = plan.model_inputs.encoder.vocabulary
+        (before,), (after,) = plan.evaluation.tasks_before, plan.evaluation.tasks
+        first = plan.model.inputs.encoder.vocabulary
         for one, other in zip(before.prompts_KI[0], after.prompts_KI[0], strict=True):
             assert other.item.context == (first, first + 1, first + 2, *one.item.context)
-        assert add_soft_prompts(before, plan.model_inputs.without_tuning) == before
+        assert add_soft_prompts(before, plan.model.inputs.without_tuning) == before
 
 
 # -- demonstrations -----------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_what_a_published_model_is_asked_with_is_what_it_was_trained_with(
         first_turns(shelf, rows), add_generation_prompt=True, tokenize=True, return_dict=False
     )
     plan = shelf.plan(raw)
-    store = plan.sources[0].store
+    store = plan.data.sources[0].store
     trained, marks = store.read(0), store.marks(0)
     assert marks is not None and asked == trained[: int(np.flatnonzero(marks)[0])].tolist()
     assert trained[0] == tokenizer.bos_token_id or model == "llama"
@@ -90,13 +90,13 @@ def test_a_later_stage_words_its_rows_alike(shelf: Workspace) -> None:
             shelf.plan(stage_of(shelf, model)),
             shelf.plan(stage_of(shelf, f"runs/{first.run_folder.name}", name="then")),
         )
-        assert two.tokenizer.chat_template == plain_template(model == "bos")
-        assert [h.fingerprint for h in one.held_out_sets] == [h.fingerprint for h in two.held_out_sets]
-        assert one.sources[0].store.fingerprint == two.sources[0].store.fingerprint
+        assert two.model.tokenizer.chat_template == plain_template(model == "bos")
+        assert [h.fingerprint for h in one.evaluation.sets] == [h.fingerprint for h in two.evaluation.sets]
+        assert one.data.sources[0].store.fingerprint == two.data.sources[0].store.fingerprint
         completion = [
             shelf.plan(stage_of(shelf, m, "completion", name="c")) for m in (model, f"runs/{first.run_folder.name}")
         ]
-        assert len({plan.sources[0].store.fingerprint for plan in completion}) == 1
+        assert len({plan.data.sources[0].store.fingerprint for plan in completion}) == 1
 
 
 def test_the_template_stays_with_a_tuning_and_what_it_is_exported_to(

@@ -210,7 +210,7 @@ def test_next_token_and_distillation_with_lora_are_the_sum_written_by_hand(shelf
         labels = batch.labels.flatten()
         entropy = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         total, parts["next-token"] = total + entropy, parts["next-token"] + entropy.item()
-        if batch.source_B[0] == plan.source_names.index("old"):
+        if batch.source_B[0] == plan.data.source_names.index("old"):
             with torch.no_grad():
                 told = teacher(**batch.inputs, use_cache=False).logits.flatten(0, 1)
             log_p, log_q = (z[labels != IGNORED].div(2).log_softmax(-1) for z in (told, logits))
@@ -226,7 +226,7 @@ def test_next_token_and_distillation_with_lora_are_the_sum_written_by_hand(shelf
 def test_a_source_may_be_taught_alone(shelf: Workspace) -> None:
     raw = shelf.stage("alone", objectives=[{**NEXT, "on": ["new"]}, {**DISTILL, "teacher": "other", "on": ["old"]}])
     plan = shelf.plan(raw)
-    assert plan.objective_indices == ((0,), (1,)) and plan.rows[1].layout == "packed"
+    assert plan.objective_indices == ((0,), (1,)) and plan.data.rows[1].layout == "packed"
     reports, _, _ = stepped(shelf, raw, 1)
     assert all(value > 0 for value in reports[0].losses.values())
     everywhere = shelf.plan(shelf.stage("everywhere", objectives=[NEXT, DISTILL]))

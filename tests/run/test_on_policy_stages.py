@@ -110,7 +110,7 @@ def test_tokens_come_as_often_as_they_are_likely() -> None:
 
 def test_prompts_are_the_beginnings_of_windows_and_of_examples(shelf: Workspace) -> None:
     plan = shelf.plan(stage_of(shelf, "rows"))
-    rows, store = plan.rows[1], plan.sources[1].store
+    rows, store = plan.data.rows[1], plan.data.sources[1].store
     texts = {document: store.read(document).tolist()[:-1] for document in range(len(store))}
     seen: dict[int, list[list[int]]] = {}
     for i in range(len(rows)):
@@ -125,12 +125,12 @@ def test_prompts_are_the_beginnings_of_windows_and_of_examples(shelf: Workspace)
     for document, prompts in seen.items():
         assert prompts[0] == texts[document][:5] and len(prompts) == -(-len(texts[document]) // 12)
     assert rows.ledger.trained == 7 * len(rows)
-    empty = shelf.plan(stage_of(shelf, "empty", objectives=[{**WRITES, "prompt_tokens": 0}])).rows[0]
-    assert empty.get_row(3, 3).inputs["input_ids"][:1].tolist() == [plan.model_inputs.encoder.eos]
+    empty = shelf.plan(stage_of(shelf, "empty", objectives=[{**WRITES, "prompt_tokens": 0}])).data.rows[0]
+    assert empty.get_row(3, 3).inputs["input_ids"][:1].tolist() == [plan.model.inputs.encoder.eos]
     asked = shelf.plan(stage_of(shelf, "asked", objectives=[WRITES], sources=[shelf.source("completion")]))
-    row, leaf = asked.rows[0].get_row(0, 0), asked.sources[0]
-    whole = leaf.store.read(int(asked.rows[0].document_R[0])).tolist()  # type: ignore[index]
-    marks = leaf.store.marks(int(asked.rows[0].document_R[0]))  # type: ignore[index]
+    row, leaf = asked.data.rows[0].get_row(0, 0), asked.data.sources[0]
+    whole = leaf.store.read(int(asked.data.rows[0].document_R[0])).tolist()  # type: ignore[index]
+    marks = leaf.store.marks(int(asked.data.rows[0].document_R[0]))  # type: ignore[index]
     assert marks is not None and row.inputs["input_ids"][:-6].tolist() == whole[: int(np.argmax(marks != 0))]
     with pytest.raises(StageError, match="no room"):
         shelf.plan(stage_of(shelf, "room", objectives=[{**WRITES, "new_tokens": 49}]))
@@ -145,7 +145,7 @@ def test_a_step_is_the_reverse_divergence_on_what_was_written_by_hand(shelf: Wor
     batches = loader.read(1)
     student = make_llama()
     teacher = AutoModelForCausalLM.from_pretrained(shelf.folder / "other")
-    total, counted, eos = torch.zeros(()), 0, plan.model_inputs.encoder.eos
+    total, counted, eos = torch.zeros(()), 0, plan.model.inputs.encoder.eos
     draws = RandomStreams(derive_key(plan.stage.seed, 0x0F11))
     for batch in batches:
         for i, labels in enumerate(batch.labels):

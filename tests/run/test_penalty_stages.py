@@ -328,7 +328,7 @@ def test_importance_of_another_model_is_refused_with_both_fingerprints(shelf: Wo
         train_for(shelf, raw, 0)
     for start in (shelf.folder / "llama", one.run_folder):
         assert str(start_fingerprint(locate_model(str(start), shelf.folder))) in str(caught.value)
-    raw["penalties"][0]["reference"] = str(shelf.folder / "llama")  # the way out that it names
+    raw["penalties"][0]["reference"] = str(shelf.folder / "llama")  # the hint that it names
     train_for(shelf, raw, 0)
 
 

@@ -72,7 +72,7 @@ def test_it_is_learnt_and_scored_as_it_is_read(shelf: Workspace) -> None:
     assert before == pytest.approx(by_hand(shelf.folder / "llama", shelf.plan(raw)), rel=1e-5)
     # The mutant: read causally it is another number.
     model = AutoModelForCausalLM.from_pretrained(done.run_folder / "model")
-    row = next(row for row in shelf.plan(raw).held_out_sets[0].rows if row.inputs["prefix"].sum() > 4)
+    row = next(row for row in shelf.plan(raw).evaluation.sets[0].rows if row.inputs["prefix"].sum() > 4)
     ids = torch.from_numpy(row.inputs["input_ids"])[None]
     mask = model_prefix_mask(model, torch.from_numpy(row.inputs["prefix"])[None], torch.arange(ids.shape[1])[None])
     with torch.no_grad():
@@ -82,10 +82,10 @@ def test_it_is_learnt_and_scored_as_it_is_read(shelf: Workspace) -> None:
 
 def test_held_out_prefixes_do_not_change_with_the_seed(shelf: Workspace) -> None:
     one, other = (shelf.plan(stage_of(shelf, f"seed-{seed}", seed=seed)) for seed in (0, 5))
-    for a, b in zip(one.held_out_sets, other.held_out_sets, strict=True):
+    for a, b in zip(one.evaluation.sets, other.evaluation.sets, strict=True):
         assert all(np.array_equal(x.inputs["prefix"], y.inputs["prefix"]) for x, y in zip(a.rows, b.rows, strict=True))
     drawn = [
-        [plan.rows[0].get_row(i, i).inputs["prefix"].tolist() for i in range(len(plan.rows[0]))]
+        [plan.data.rows[0].get_row(i, i).inputs["prefix"].tolist() for i in range(len(plan.data.rows[0]))]
         for plan in (one, other)
     ]
     assert drawn[0] != drawn[1]
@@ -114,7 +114,7 @@ def test_it_stands_beside_plain_text_in_one_stage(shelf: Workspace) -> None:
     evaluation = {**QUICK_EVALUATION, "learned": [*learned, shelf.file("new", held_out=True)]}
     raw = stage_of(shelf, "beside", objectives=objectives, evaluation=evaluation)
     plan = shelf.plan(raw)
-    assert [rows.layout for rows in plan.rows] == ["packed", "prefix"]
+    assert [rows.layout for rows in plan.data.rows] == ["packed", "prefix"]
     done = shelf.run(raw)
     assert done.record["status"] == "finished" and all(c["difference"] < 0 for c in done.record["changes"].values())
     assert is_prefix_lm(AutoModelForCausalLM.from_pretrained(done.run_folder / "model").config)

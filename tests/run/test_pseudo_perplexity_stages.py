@@ -34,8 +34,8 @@ def stage_of(
 def by_hand(folder: Path, plan: Plan, name: str) -> tuple[float, int]:
     """The mean over every token of the first texts of a set, by plain transformers and its tokenizer's own frame."""
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    given = next(texts for texts in plan.pseudo_perplexity_sets if texts.name == name)
-    held_out = next(c for c in plan.held_out_sets if c.name == name)
+    given = next(texts for texts in plan.evaluation.pseudo_perplexity_sets if texts.name == name)
+    held_out = next(c for c in plan.evaluation.sets if c.name == name)
     nats: list[float] = []
     for window in given.windows:
         ids = window.ids.tolist()
@@ -86,7 +86,9 @@ def test_a_killed_run_keeps_its_before(shelf: Workspace) -> None:
 
 def test_the_start_model_reads_without_the_vectors_of_the_stage(shelf: Workspace) -> None:
     plan = shelf.plan(stage_of(shelf, "prompt", tuning={"kind": "prompt", "length": 3}))
-    for now, before in zip(plan.pseudo_perplexity_sets, plan.pseudo_perplexity_sets_before, strict=True):
+    for now, before in zip(
+        plan.evaluation.pseudo_perplexity_sets, plan.evaluation.pseudo_perplexity_sets_before, strict=True
+    ):
         for one, other in zip(now.windows, before.windows, strict=True):
             assert len(one.ids) == len(other.ids) + 3
             assert one.ids[one.masked_positions].tolist() == other.ids[other.masked_positions].tolist()
@@ -102,7 +104,7 @@ def test_it_is_off_unless_asked_for(shelf: Workspace) -> None:
 @pytest.mark.parametrize("tokens", [1, 40, 100, 100_000])
 def test_whole_windows_are_taken_up_to_the_one_that_reaches_it(shelf: Workspace, tokens: int) -> None:
     plan = shelf.plan(stage_of(shelf, f"up-to-{tokens}", tokens, data={"sequence_length": 16}))
-    for texts, held_out in zip(plan.pseudo_perplexity_sets, plan.held_out_sets, strict=True):
+    for texts, held_out in zip(plan.evaluation.pseudo_perplexity_sets, plan.evaluation.sets, strict=True):
         counts = [len(window.masked_positions) for window in texts.windows]
         assert sum(counts[:-1]) < tokens
         assert sum(counts) >= tokens or len(texts) == len(held_out)

@@ -77,7 +77,7 @@ def test_what_comes_back_is_told_from_what_is_lost(carried_out: Carried, knowing
     assert line.startswith("old-heldout: of +")
     assert "What a few steps on old text bring back" in (last.run_folder / "report.html").read_text()
     # Only the half that the steps have not read counts, and what was forgotten is that of the scores on it.
-    held_out = next(h for h in plan_at(last).held_out_sets if h.role == "retained")
+    held_out = next(h for h in plan_at(last).evaluation.sets if h.role == "retained")
     unread = held_out_mask(held_out.digests, 0.5)
     assert entry["documents"] == int(unread.sum()) and 0 < entry["documents"] < len(held_out)
     before, after = (
@@ -131,7 +131,7 @@ def test_a_replay_source_gives_its_other_documents(carried_out: Carried, knowing
     raw["data"]["sources"] = sources
     last, _ = carried_out(**raw)
     (name,) = last.record["realign"]["sets"]
-    held_out = next(h for h in plan_at(last).held_out_sets if h.name == "old")
+    held_out = next(h for h in plan_at(last).evaluation.sets if h.name == "old")
     assert name == "old" and last.record["realign"]["sets"][name]["documents"] == len(held_out)
 
 

@@ -258,9 +258,9 @@ def test_nothing_that_is_tested_is_trained_on(shelf: Workspace, tmp_path: Path) 
     raw = examined(shelf, "copies", "named")
     raw["data"]["sources"][0]["path"] = str(both)
     plan, without = shelf.plan(raw), shelf.plan({**raw, "evaluation": shelf.text_evaluation})
-    assert plan.rows[0].ledger.dropped > without.rows[0].ledger.dropped
-    assert plan.rows[0].ledger.placed < without.rows[0].ledger.placed
-    assert len(plan.tasks[0].test_digests_N) == len(test)
+    assert plan.data.rows[0].ledger.dropped > without.data.rows[0].ledger.dropped
+    assert plan.data.rows[0].ledger.placed < without.data.rows[0].ledger.placed
+    assert len(plan.evaluation.tasks[0].test_digests_N) == len(test)
 
 
 def test_killed_and_resumed_keeps_what_was_answered_before(

@@ -332,7 +332,7 @@ def test_text_is_learnt_by_encoders_and_encoder_decoders(shelf: Workspace, name:
     done = shelf.run(raw)
     assert done.record["changes"]["new-heldout"]["difference"] < 0
     plan, published = shelf.plan(raw), auto.from_pretrained(done.run_folder / "model")
-    for held_out in plan.held_out_sets:
+    for held_out in plan.evaluation.sets:
         nats = tokens = 0
         for row in held_out.rows:
             inputs = {key: torch.from_numpy(value)[None] for key, value in row.inputs.items()}
@@ -375,15 +375,20 @@ def test_a_cloze_task_says_a_word_at_the_mask(shelf: Workspace) -> None:
     before, after = (done.record["scores"][when]["labelled-heldout"] for when in ("before", "after"))
     assert (before["nats"], before["tokens"]) == (pytest.approx(np.mean(nats), rel=1e-5), len(nats))
     assert after["nats"] != before["nats"]
-    (held_out,) = plan.held_out_sets
+    (held_out,) = plan.evaluation.sets
     assert all(len(set(row.inputs["input_ids"]) & {len(tokenizer), len(tokenizer) + 1}) == 2 for row in held_out.rows)
 
 
 def before_of(shelf: Workspace, raw: dict[str, Any]) -> tuple[float, float]:
     """What a stage says of its start model, and what the start model scores when nothing is kept."""
     done, plan = shelf.run(raw), shelf.plan(raw)
-    opened = open_model(plan.start_model, plan.task, layer=plan.task_layer)
-    found = score_sets(wrap_model(opened.model, plan.task), plan.held_out_sets_before, context=plan.context, world=CPU)
+    opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)
+    found = score_sets(
+        wrap_model(opened.model, plan.model.task),
+        plan.evaluation.sets_before,
+        context=plan.model.context_length,
+        world=CPU,
+    )
     (name,) = found
     return done.record["scores"]["before"][name]["nats"], found[name].nats
 
@@ -419,7 +424,7 @@ def test_scores_that_are_kept_are_of_the_same_words_masks_and_layer(shelf: Works
     masked = [shelf.stage(f"masked-{seed}", model="bert", tokens=50, seed=seed) for seed in (0, 1)]
     one, other = (shelf.run(raw).record for raw in masked)
     assert one["scores"]["before"] == other["scores"]["before"] and one["scores"]["after"] != other["scores"]["after"]
-    rows = [plan.held_out_sets[0].rows for plan in map(shelf.plan, masked)]
+    rows = [plan.evaluation.sets[0].rows for plan in map(shelf.plan, masked)]
     assert all(np.array_equal(a.labels, b.labels) for a, b in zip(*rows, strict=True))
 
 
@@ -586,10 +591,10 @@ def test_shares_are_counted_in_what_is_trained(shelf: Workspace, model: str) -> 
     plan = shelf.plan(mixed(shelf, model))
     counted = {"a": 0, "old": 0}
     for step in range(plan.steps):
-        for i, (source, row) in enumerate(zip(*plan.mixture.rows(step), strict=True)):
-            made = plan.rows[source].at(int(row), step * plan.mixture.block_size + i)
+        for i, (source, row) in enumerate(zip(*plan.data.mixture.rows(step), strict=True)):
+            made = plan.data.rows[source].at(int(row), step * plan.data.mixture.block_size + i)
             assert made.counted == int((made.labels != IGNORED).sum())
-            counted[plan.source_names[source]] += made.counted
+            counted[plan.data.source_names[source]] += made.counted
     assert counted == {"a": a["trained"], "old": old["trained"]}
     for row in read_metrics(done.run_folder / "metrics.jsonl"):
         if row["kind"] == "step":
@@ -679,10 +684,10 @@ def test_objectives_of_two_task_layers_are_refused(shelf: Workspace) -> None:
     with pytest.raises(StageError, match="next-token and classify need different models") as met:
         shelf.plan(shelf.stage("two-layers", sources=sources, objectives=two))
     assert "as text" in met.value.way_out
-    # The way out is one.
+    # The hint is one.
     learned = {"name": "old-heldout", "path": shelf.file("old", held_out=True), "like": "old"}
     plan = shelf.plan(shelf.stage("one-layer", sources=sources, evaluation={**QUICK_EVALUATION, "learned": [learned]}))
-    assert plan.task == "causal" and [leaf.store.kind for leaf in plan.sources] == ["text", "labelled"]
+    assert plan.model.task == "causal" and [leaf.store.kind for leaf in plan.data.sources] == ["text", "labelled"]
 
 
 def test_running_text_has_nothing_for_a_classifier(shelf: Workspace) -> None:
@@ -707,7 +712,7 @@ def test_labels_that_nobody_listed_are_refused(shelf: Workspace) -> None:
     # Listed ones keep their order, and may be more than there are.
     listed = ["words", "rest", "sums"]
     plan = shelf.plan(stage_of(shelf, "bert class", objectives=[{"kind": "classify", "labels": listed}]))
-    assert plan.task_layer is not None and plan.task_layer.labels == tuple(listed)
+    assert plan.model.task_layer is not None and plan.model.task_layer.labels == tuple(listed)
 
 
 def test_a_label_that_only_the_held_out_rows_have_is_met(shelf: Workspace) -> None:
@@ -731,8 +736,8 @@ def test_vectors_behind_running_text_are_refused(shelf: Workspace) -> None:
         shelf.plan(shelf.stage("behind", behind))
     assert met.value.where == "tuning.template"
     plan = shelf.plan(stage_of(shelf, "llama completion", behind))
-    first = plan.vocabulary
-    row = plan.held_out_sets[0].rows[0]
+    first = plan.model.vocab_size
+    row = plan.evaluation.sets[0].rows[0]
     places = [row.inputs["input_ids"].tolist().index(first + i) for i in range(3)]
     assert places == list(range(places[0], places[0] + 3))
     # The answer begins right behind them, and none of them is asked for.
@@ -758,9 +763,9 @@ def test_demonstrations_are_of_the_questions_own_kind(shelf: Workspace) -> None:
     plan = shelf.plan(
         shelf.stage("two-kinds", tuning, sources=sources, evaluation=QUICK_EVALUATION, data={"sequence_length": 120})
     )
-    for leaf, sign in zip(plan.sources, (False, True), strict=True):
-        rows = make_rows(plan.objectives[0], leaf.store, plan.model_inputs, pack=False)
-        texts = [plan.tokenizer.decode(rows.get_row(i, i).inputs["input_ids"][2:]) for i in range(len(rows))]
+    for leaf, sign in zip(plan.data.sources, (False, True), strict=True):
+        rows = make_rows(plan.objectives[0], leaf.store, plan.model.inputs, pack=False)
+        texts = [plan.model.tokenizer.decode(rows.get_row(i, i).inputs["input_ids"][2:]) for i in range(len(rows))]
         assert all(("### User" in text) == sign for text in texts)
 
 
@@ -818,11 +823,14 @@ def test_only_training_rows_are_shown_before_a_question(
 
 def read_before(plan: Plan) -> list[list[tuple[list[str], str]]]:
     """What is shown before each question, and the question with its answer: held out, and trained on."""
-    (leaf,), (held_out,) = plan.sources, plan.held_out_sets
-    made = make_rows(plan.objectives[0], leaf.store, plan.model_inputs, held_out=leaf.held_out, pack=False)
+    (leaf,), (held_out,) = plan.data.sources, plan.evaluation.sets
+    made = make_rows(plan.objectives[0], leaf.store, plan.model.inputs, held_out=leaf.held_out, pack=False)
     out = []
     for part in (held_out.rows, [made.get_row(i, i) for i in range(len(made))]):
-        texts = [plan.tokenizer.decode([i for i in row.inputs["input_ids"] if i < plan.vocabulary]) for row in part]
+        texts = [
+            plan.model.tokenizer.decode([i for i in row.inputs["input_ids"] if i < plan.model.vocab_size])
+            for row in part
+        ]
         out.append([(text.split("\n\n")[:-1], text.split("\n\n")[-1]) for text in texts])
     return out
 

@@ -118,12 +118,12 @@ def plan(shelf: Workspace) -> Plan:
 def test_a_task_is_read_and_answered_in_the_authors_words(shelf: Workspace, plan: Plan, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shelf.folder / "t5")
     _, _, source, target = TASKS[name]
-    made = plan.rows[plan.source_names.index(name)]
+    made = plan.data.rows[plan.data.source_names.index(name)]
     row = made.get_row(0, 0)  # rows stand in the order of the file
     assert tokenizer.decode(row.inputs["input_ids"]) == f"{source}</s>"
     assert tokenizer.decode(row.labels) == f"{target}</s>"
     assert row.inputs["decoder_input_ids"].tolist() == [0, *row.labels[:-1].tolist()]
-    held_out = next(h for h in plan.held_out_sets if h.name == f"{name}-heldout")
+    held_out = next(h for h in plan.evaluation.sets if h.name == f"{name}-heldout")
     assert len(held_out) == 10
 
 

@@ -66,7 +66,7 @@ def target_counts(texts: Iterable[str], where: str) -> np.ndarray:
             f"{words:,} words are too few to say what text is like them",
             where=where,
             expected=f"at least {MIN_WORDS:,} words",
-            way_out="name more files, or longer ones",
+            hint="name more files, or longer ones",
         )
     return total_F
 
@@ -133,7 +133,7 @@ def share_to_count(share: float, documents: int, where: str) -> int:
             f"{share:.3%} of {documents:,} documents is none",
             where=where,
             expected=f"at least {1 / documents:.3%}",
-            way_out="keep more, or cut the text into more documents with `documents`",
+            hint="keep more, or cut the text into more documents with `documents`",
         )
     return count
 
@@ -145,7 +145,7 @@ def require_documents(documents: int, where: str) -> None:
             f"{documents} documents are too few to keep some of them by a share",
             where=where,
             expected=f"at least {MIN_DOCUMENTS} documents",
-            way_out="cut the text into more documents with `documents: passages`, or leave this selection out",
+            hint="cut the text into more documents with `documents: passages`, or leave this selection out",
         )
 
 
@@ -189,7 +189,7 @@ def select_band(values_N: np.ndarray, low: float, high: float, where: str) -> Qu
             f"of {len(values_N):,} documents {len(known):,} are long enough to be judged",
             where=where,
             expected=f"at least {MIN_DOCUMENTS} of two tokens or more",
-            way_out="give longer documents, or leave this selection out",
+            hint="give longer documents, or leave this selection out",
         )
     require_documents(len(known), where)
     edges = np.quantile(known, [low, high])

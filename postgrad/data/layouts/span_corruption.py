@@ -85,7 +85,7 @@ class SpanCorruptionRows:
                 f"rows of {raw:,} tokens have up to {most:,} corrupted spans, and there are {len(sentinels):,} sentinels",
                 where="data.sequence_length",
                 expected="a sentinel for each span",
-                way_out="shorter rows, longer spans, or a tokenizer with more sentinels (T5's own has 100)",
+                hint="shorter rows, longer spans, or a tokenizer with more sentinels (T5's own has 100)",
             )
         kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
         windows = split_windows(locate_texts(store, kept, lead), raw)

@@ -59,7 +59,7 @@ class TeacherCache:
                     f"{fingerprint(self.description)}: {'; '.join(differences(found, self.description)[:3])}",
                     where=str(folder),
                     expected="what was said of these very rows, by this teacher",
-                    way_out="delete this folder; the teacher is asked again",
+                    hint="delete this folder; the teacher is asked again",
                 )
 
     @classmethod
@@ -120,7 +120,7 @@ class TeacherCache:
                 f"row {key:,} is {digest:016x} now, and the teacher read {int(arrays['digests'][local]):016x}",
                 where=str(self.folder),
                 expected="the rows that the teacher was asked about",
-                way_out="delete this folder; the teacher is asked again",
+                hint="delete this folder; the teacher is asked again",
             )
         labels, ids = (slice(*arrays[name][local : local + 2].tolist()) for name in ("labels", "firsts"))
         weights_E = arrays["weights"][ids].astype(np.float32)
@@ -149,7 +149,7 @@ class TeacherCache:
                 raise DataError(
                     f"what a teacher said cannot be read: {error}",
                     where=str(place),
-                    way_out="delete this folder; the teacher is asked again",
+                    hint="delete this folder; the teacher is asked again",
                 ) from error
 
         return opened

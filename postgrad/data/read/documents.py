@@ -101,14 +101,14 @@ def read_documents(source: RawSource, on_read: Callable[[int], None] = lambda _:
             f"'{source.documents}' is no way to cut a text file",
             where=f"{source.where}.documents",
             expected=" | ".join(SPLIT_MODES),
-            way_out=suggest_nearest(source.documents, SPLIT_MODES),
+            hint=suggest_nearest(source.documents, SPLIT_MODES),
         )
     if source.kind not in ("auto", *KINDS):
         raise DataError(
             f"'{source.kind}' is no kind of rows",
             where=f"{source.where}.kind",
             expected=" | ".join(("auto", *KINDS)),
-            way_out=suggest_nearest(source.kind, KINDS),
+            hint=suggest_nearest(source.kind, KINDS),
         )
     for role in source.columns:
         if role not in COLUMN_ROLES:
@@ -116,7 +116,7 @@ def read_documents(source: RawSource, on_read: Callable[[int], None] = lambda _:
                 f"'{role}' is nothing a column can be",
                 where=f"{source.where}.columns",
                 expected="columns: {text: <column>}, {input_ids: <column>}, {messages: <column>} ...",
-                way_out=suggest_nearest(role, COLUMN_ROLES),
+                hint=suggest_nearest(role, COLUMN_ROLES),
             )
     return _require_text(source, chain.from_iterable(_document_streams(source, on_read)))
 
@@ -144,7 +144,7 @@ def _require_labels(example: Example, location: str) -> Example:
             f"rows of `{example.kind}` have no labels",
             where=location,
             expected="rows of `labelled` or `tagged`",
-            way_out="say `kind: labelled`, or name the column with columns: {label: <column>}",
+            hint="say `kind: labelled`, or name the column with columns: {label: <column>}",
         )
     return example
 
@@ -220,7 +220,7 @@ def _has_value(record: Record, column: str, values: Collection[str]) -> bool:
             f"no column `{column}` among {_format_columns(list(record.values))}",
             where=record.location,
             expected="every column that `only` names",
-            way_out=suggest_nearest(column, record.values),
+            hint=suggest_nearest(column, record.values),
         )
     return str(record.values[column]) in values
 
@@ -291,7 +291,7 @@ def _unknown_kind_error(names: list[str], source: RawSource, location: str) -> D
             f"no column `text` among {_format_columns(names)}",
             where=location,
             expected=f"columns of one of the kinds {', '.join(KINDS)}, or columns: {{text: <column>}}",
-            way_out=suggest_nearest("text", names),
+            hint=suggest_nearest("text", names),
         )
     missing = [[source.columns.get(role, role) for role in layout.required] for layout in sought]
     best = max(missing, key=lambda columns: sum(has_column(names, column) for column in columns))
@@ -301,7 +301,7 @@ def _unknown_kind_error(names: list[str], source: RawSource, location: str) -> D
         f"no column `{column}` among {_format_columns(names)}",
         where=location,
         expected=expected,
-        way_out=suggest_nearest(column, names) or f"name the column with columns: {{{column}: <column>}}",
+        hint=suggest_nearest(column, names) or f"name the column with columns: {{{column}: <column>}}",
     )
 
 
@@ -311,7 +311,7 @@ def _missing_column_error(column: str, columns: list[str], location: str) -> Dat
         f"no column `{column}` among {_format_columns(columns)}",
         where=location,
         expected="a column `text` or `input_ids`, or columns: {text: <column>}",
-        way_out=hint,
+        hint=hint,
     )
 
 
@@ -320,7 +320,7 @@ def _mixed_kinds_error(kind: str, earlier: str, location: str) -> DataError:
         f"`{kind}` after rows of `{earlier}`",
         where=location,
         expected="one kind of rows in a source",
-        way_out="make two sources of it",
+        hint="make two sources of it",
     )
 
 
@@ -357,7 +357,7 @@ def _deviating_record_error(record: Record, columns: Columns) -> DataError:
         f"no column `{column}` among {_format_columns(names)}",
         where=record.location,
         expected=f"rows of `{columns.kind}` as before it: {_format_columns(list(columns.required))}",
-        way_out=suggest_nearest(column, names),
+        hint=suggest_nearest(column, names),
     )
 
 
@@ -448,7 +448,7 @@ def _split_file(lines: Iterator[Line], name: str) -> Iterator[Document]:
                 f"a document of more than {FILE_CAP:,} characters",
                 where=f"{name}:{line.number}",
                 expected="smaller documents",
-                way_out="documents: passages, paragraphs or lines",
+                hint="documents: passages, paragraphs or lines",
             )
     yield Document("".join(parts), None, f"{name}:1")
 
@@ -472,7 +472,7 @@ def _split_paragraphs(lines: Iterator[Line], name: str) -> Iterator[Document]:
                     f"a paragraph of more than {FILE_CAP:,} characters",
                     where=f"{name}:{held[0].number}",
                     expected="blank lines between paragraphs",
-                    way_out="documents: passages or lines",
+                    hint="documents: passages or lines",
                 )
         elif held:
             yield _join_lines(held, name)

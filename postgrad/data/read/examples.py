@@ -127,7 +127,7 @@ def get_column(values: Mapping[str, Any], column: str, location: str) -> Any:
             f"there is no `{rest}` in `{head}`",
             where=location,
             expected=" or ".join(f"`{name}`" for name in names[:12]) or "an object that is not empty",
-            way_out=suggest_nearest(rest, names),
+            hint=suggest_nearest(rest, names),
         )
     return get_column(inner, rest, location)
 
@@ -229,7 +229,7 @@ def _translation(value: Any, location: str) -> Mapping[str, Any]:
             + (f" with {len(value)} languages" if isinstance(value, Mapping) else ""),
             where=location,
             expected='a text in two languages, {"en": ..., "de": ...}, the source first',
-            way_out="name them with columns: {source: translation.en, target: translation.de}",
+            hint="name them with columns: {source: translation.en, target: translation.de}",
         )
     return value
 
@@ -312,7 +312,7 @@ def _message(value: Any, name: str, location: str) -> dict[str, Any]:
             f"{name} has the role '{role[:40]}'",
             where=location,
             expected="system, user, assistant or tool; in ShareGPT's words system, human, gpt or observation",
-            way_out=suggest_nearest(role, _CHAT_ROLES),
+            hint=suggest_nearest(role, _CHAT_ROLES),
         )
     if isinstance(content, list):
         content = "".join(_content_text(part, name, location) for part in content)
@@ -578,7 +578,7 @@ class Labels:
             raise DataError(
                 f"the label {name!r} is none of the {len(self.names):,} known ones",
                 expected=", ".join(map(str, self.names[:12])) + (" ..." if len(self.names) > 12 else ""),
-                way_out=suggest_nearest(str(name), map(str, self.names)),
+                hint=suggest_nearest(str(name), map(str, self.names)),
             )
         return found
 
@@ -627,7 +627,7 @@ def collect_labels(examples: Iterable[tuple[Example, str]], where: str = "") -> 
                 f"more than {MAX_LABELS:,} different labels",
                 where=place,
                 expected="classes",
-                way_out="write a label that is a quantity with a point: 3.0",
+                hint="write a label that is a quantity with a point: 3.0",
             )
     if not sort:
         raise DataError("no row has a label", where=where, expected="rows with labels or tags")

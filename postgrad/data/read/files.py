@@ -153,7 +153,7 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
         f"no file matches {path}",
         where=where,
         expected="a file, a folder or a pattern",
-        way_out=_path_hint(given),
+        hint=_path_hint(given),
     )
 
 
@@ -234,7 +234,7 @@ def _read_zstd(raw: IO[bytes]) -> Iterator[bytes]:
         import zstandard
     except ImportError:
         raise MissingExtra(
-            "reading .zst needs the package zstandard", where=raw.name, way_out="pip install zstandard"
+            "reading .zst needs the package zstandard", where=raw.name, hint="pip install zstandard"
         ) from None
     frame = None
     try:
@@ -317,7 +317,7 @@ def _refuse_utf16(start: bytes, file: Path) -> None:
             "the file is UTF-16, not UTF-8",
             where=f"{file}:1",
             expected="UTF-8 text",
-            way_out=f"iconv -f UTF-16 -t UTF-8 {file} > new-file",
+            hint=f"iconv -f UTF-16 -t UTF-8 {file} > new-file",
         )
 
 
@@ -326,7 +326,7 @@ def _not_utf8_error(file: Path, line: int, byte: int, column: int) -> DataError:
         f"byte 0x{byte:02x} at position {column} is not UTF-8",
         where=f"{file}:{line}",
         expected="UTF-8 text",
-        way_out="convert the file, for instance with iconv -f LATIN1 -t UTF-8",
+        hint="convert the file, for instance with iconv -f LATIN1 -t UTF-8",
     )
 
 
@@ -498,7 +498,7 @@ def _read_csv(file: Path, on_read: ReadCallback) -> Iterator[Record]:
                 f"broken CSV: {error}",
                 where=f"{name}:{start}",
                 expected="quoted, comma-separated rows",
-                way_out="look for a quote that is not closed or not doubled",
+                hint="look for a quote that is not closed or not doubled",
             ) from None
         if cells is None:
             return
@@ -529,7 +529,7 @@ def _read_parquet(file: Path, column_names: Collection[str] | None, on_read: Rea
         import pyarrow.parquet
     except ImportError:
         raise MissingExtra(
-            "reading .parquet needs the package pyarrow", where=str(file), way_out="pip install pyarrow"
+            "reading .parquet needs the package pyarrow", where=str(file), hint="pip install pyarrow"
         ) from None
     name, number = str(file), 0
     try:
@@ -595,7 +595,7 @@ def read_hub(hub: HubDataset, root: Path, where: str) -> Iterator[Record]:
         import datasets
     except ImportError:
         raise MissingExtra(
-            "reading from the Hub needs the package datasets", where=where, way_out="pip install datasets"
+            "reading from the Hub needs the package datasets", where=where, hint="pip install datasets"
         ) from None
     folder = root / hub.name
     name = str(folder) if folder.is_dir() else hub.name

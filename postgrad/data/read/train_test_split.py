@@ -31,7 +31,7 @@ def split_rows(source: RawSource, train: Path, test: Path) -> tuple[int, int]:
             f"{len(lines)} different rows",
             where=source.where,
             expected=f"at least {_MIN_ROWS}, of which a fifth is kept to test",
-            way_out="name the rows to test with --test",
+            hint="name the rows to test with --test",
         )
     kept = set(sorted(lines, key=lambda line: digest(line.encode()))[: len(lines) // _TEST_EVERY])
     parts = [line for line in lines if line not in kept], [line for line in lines if line in kept]

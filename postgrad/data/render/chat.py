@@ -143,7 +143,7 @@ class ChatRenderer:
             raise DataError(
                 f"the chat template refuses the conversation: {str(error) or type(error).__name__}",
                 expected="a conversation such as the template was made for",
-                way_out="change the row, or give another template",
+                hint="change the row, or give another template",
             ) from None
 
     def _pieces_from_tags(self, full_text: str, answer_count: int) -> list[tuple[str, int]]:
@@ -192,7 +192,7 @@ class ChatRenderer:
             f"in the chat template the text before or up to message {number + 1} is not how the whole begins: "
             f"{part[max(0, same - 20) : same + 20]!r} against {full_text[max(0, same - 20) : same + 20]!r}",
             expected="a template that only adds to the text as the conversation grows",
-            way_out=way_out,
+            hint=way_out,
         )
 
     def _trim_after_eos(self, pieces: list[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -160,14 +160,14 @@ class Template:
                 f"the template alone has {template_tokens} tokens, and a row {max_tokens}",
                 where="template",
                 expected="room for at least one token of a field",
-                way_out="a shorter template, or longer rows",
+                hint="a shorter template, or longer rows",
             )
         length = template_tokens + sum(len(texts[name]) for name in self.placeholders)
         if cut_field is None:
             raise DataError(
                 f"the row has {length} tokens, more than {max_tokens}",
                 where="template",
-                way_out=f"say which field may be cut: {', '.join(self.fields)}",
+                hint=f"say which field may be cut: {', '.join(self.fields)}",
             )
         others = sum(len(texts[name]) for name in self.placeholders if name != cut_field)
         size = (max_tokens - template_tokens - others) // self.placeholders.count(cut_field)
@@ -175,7 +175,7 @@ class Template:
             raise DataError(
                 f"without `{cut_field}` the row already has {template_tokens + others} tokens of {max_tokens}",
                 where="template",
-                way_out="cut a longer field, or make rows longer",
+                hint="cut a longer field, or make rows longer",
             )
         return _FieldBudget(cut_field, size)
 
@@ -202,7 +202,7 @@ def _parse_placeholder(mark: re.Match[str], virtual: int) -> TemplatePart:
             f"'{whole}' at character {mark.start() + 1} has no partner: {mark.string}",
             where="template",
             expected="{field} or {3}",
-            way_out=f"a brace that is text is written twice: {whole}{whole}",
+            hint=f"a brace that is text is written twice: {whole}{whole}",
         )
     if inside.isdecimal() and int(inside) > 0:
         return VirtualTokens(virtual, int(inside))
@@ -246,7 +246,7 @@ def _special_id(name: str, special_ids: Mapping[str, int]) -> int:
             f"this tokenizer has no special token [{name.upper()}]",
             where="template",
             expected=" ".join(f"[{known.upper()}]" for known in special_ids) or "no special tokens",
-            way_out=suggest_nearest(name, special_ids) or f"if it is text, write [[{name.upper()}]]",
+            hint=suggest_nearest(name, special_ids) or f"if it is text, write [[{name.upper()}]]",
         )
     return special_ids[name]
 
@@ -262,5 +262,5 @@ def _require_field(name: str, fields: Mapping[str, object] | Sequence[str]) -> N
             f"there is no field '{name}'",
             where="template",
             expected=", ".join(fields) or "no fields",
-            way_out=suggest_nearest(name, fields),
+            hint=suggest_nearest(name, fields),
         )

@@ -83,7 +83,7 @@ class PlainRenderer:
             raise DataError(
                 "a conversation of several turns",
                 expected="rows of one prompt and one answer",
-                way_out="render conversations with a chat template",
+                hint="render conversations with a chat template",
             )
         prompt, between, answer = self.templates(example.kind)
         fields = _template_fields(example, self.label_words)
@@ -197,7 +197,7 @@ def _label_text(label: str | int | float, label_words: Mapping[str, str]) -> str
         raise DataError(
             f"no word is given for the label '{name[:60]}'",
             expected=f"a label among {', '.join(list(label_words)[:12])}",
-            way_out=suggest_nearest(name, label_words),
+            hint=suggest_nearest(name, label_words),
         )
     return label_words[name]
 
@@ -217,7 +217,7 @@ class _FieldSlot:
             raise DataError(
                 f"the template asks for {{{self.name}}}, which the row has not",
                 expected=" ".join(f"{{{name}}}" for name in fields),
-                way_out=suggest_nearest(self.name, fields),
+                hint=suggest_nearest(self.name, fields),
             )
         text = fields[self.name]
         return text if self.step is None else _round_number(text, self.step, self.name)
@@ -231,7 +231,7 @@ def _round_number(text: str, step: Decimal, name: str) -> str:
         multiple = (number / step).to_integral_value(ROUND_HALF_EVEN) * step
     except InvalidOperation:
         raise DataError(
-            f"{{{name}}} is to be rounded, and is {text[:40]!r}", expected="a number", way_out="leave out `round`"
+            f"{{{name}}} is to be rounded, and is {text[:40]!r}", expected="a number", hint="leave out `round`"
         ) from None
     return str(abs(multiple) if multiple.is_zero() else multiple)
 

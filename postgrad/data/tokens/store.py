@@ -102,7 +102,7 @@ class TokenStore:
                         f"{name} has {size:,} bytes",
                         where=str(path),
                         expected=f"{entry['size']:,} bytes",
-                        way_out="delete this folder; it is rebuilt from its source",
+                        hint="delete this folder; it is rebuilt from its source",
                     )
             return cls(path, header)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -110,7 +110,7 @@ class TokenStore:
                 f"not a token store ({type(error).__name__}: {error})",
                 where=str(path),
                 expected="a folder with store.json, documents.npy and its shards",
-                way_out="delete this folder; it is rebuilt from its source",
+                hint="delete this folder; it is rebuilt from its source",
             ) from None
 
     def select(self, indices: np.ndarray, fingerprint: str) -> TokenStore:
@@ -200,7 +200,7 @@ class TokenStore:
                     f"{name} was changed after it was written",
                     where=str(self.path),
                     expected=f"sha256 {entry['sha256']}",
-                    way_out="delete this folder; it is rebuilt from its source",
+                    hint="delete this folder; it is rebuilt from its source",
                 )
 
 
@@ -287,7 +287,7 @@ class ShardWriter:
                 f"token id {int(ids[at]):,}",
                 where=locations[document],
                 expected=f"ids below the vocabulary size, {self.vocabulary:,}",
-                way_out="use the tokenizer that belongs to the model",
+                hint="use the tokenizer that belongs to the model",
             )
         _write_all(self._tokens, ids.astype(self.dtype).tobytes())
         if self._marks is not None:

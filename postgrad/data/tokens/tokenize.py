@@ -376,7 +376,7 @@ def _hub_revision(hub: HubDataset, where: str) -> str:
         from huggingface_hub import HfApi
     except ImportError:
         raise MissingExtra(
-            "reading from the Hub needs the package datasets", where=where, way_out="pip install datasets"
+            "reading from the Hub needs the package datasets", where=where, hint="pip install datasets"
         ) from None
     try:
         return str(HfApi().dataset_info(hub.name, revision=hub.revision).sha)
@@ -385,7 +385,7 @@ def _hub_revision(hub: HubDataset, where: str) -> str:
             f"the Hub does not tell the state of {hub.name} ({type(error).__name__})",
             where=where,
             expected="a data set that exists, and a connection",
-            way_out="name a folder, or give `revision` as a commit of 40 digits",
+            hint="name a folder, or give `revision` as a commit of 40 digits",
         ) from None
 
 
@@ -569,7 +569,7 @@ def _encode(batch: _EncodingBatch, tokenizer: Tokenizer, encoder: Encoder) -> _E
             f"rows of kind `{batch.kind}` where running text is read",
             where=batch.documents[0].location,
             expected="rows with `text` or `input_ids`",
-            way_out="name the column that holds running text with columns: {text: <column>}",
+            hint="name the column that holds running text with columns: {text: <column>}",
         )
     flat = array("I")  # filled from lists at half the price of numpy's own ways
     lengths: list[int] = []
@@ -694,7 +694,7 @@ def render_example(example: Example | None, location: str, renderer: Renderer) -
         return renderer.render(example)
     except DataError as error:
         where = error.where or location
-        raise DataError(error.problem, where=where, expected=error.expected, way_out=error.way_out) from None
+        raise DataError(error.problem, where=where, expected=error.expected, hint=error.hint) from None
 
 
 def _tokenized_texts(rendered: RenderedExample) -> list[str]:

@@ -58,7 +58,7 @@ def normalize_scores(
                 f"choices cannot be compared by '{normalization}'",
                 where="by",
                 expected=", ".join(known),
-                way_out=suggest_nearest(normalization, known),
+                hint=suggest_nearest(normalization, known),
             )
     if not (lengths_C > 0).all():
         raise DataError(
