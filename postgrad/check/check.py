@@ -1,8 +1,8 @@
-"""Will this stage work here, and what will it cost? Probes the model and times a micro-batch; trains nothing."""
+"""The check of a stage: its plan, model probes, memory and time. It times micro-batches and trains nothing."""
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,76 @@ from postgrad.check.source_text import source_lines
 from postgrad.check.teacher_cost import check_teachers
 from postgrad.distributed.world import World
 from postgrad.hardware import machine
-from postgrad.hardware.execution import get_model_dimensions
-from postgrad.hardware.memory import estimate_memory, format_bytes
+from postgrad.hardware.execution import Execution, get_model_dimensions
+from postgrad.hardware.memory import MemoryEstimate, estimate_memory, format_bytes
 from postgrad.models.model import verify_model
 from postgrad.optim import lr_schedules
 from postgrad.plan.plan import Plan
 from postgrad.reports.html.notation import format_duration
-from postgrad.run.build import ParameterCounts, choose_execution, make_loader, make_tuned_model
+from postgrad.run.build import ParameterCounts, TunedModel, choose_execution, make_loader, make_tuned_model
 from postgrad.run.relearning import relearning_notes
 from postgrad.run.task_scores import sharding_notes
 from postgrad.run.update_summary import check_update, update_lines
 
 
 def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
-    """The plan with what only the model can tell: whether documents stay apart, memory, time. Raises what is wrong.
+    """The plan with memory and time, after probes of the model. Raises the error of whatever is impossible.
 
-    `show`: how many rows of each source to show as the model sees them; they are under `shown`.
+    `show`: number of rows of each source under `shown`, as the model sees them.
     """
     machine.tune_allocator()
     world = World(machine.default_device())
     subject = make_tuned_model(plan, world)
-    counts = subject.counts()
     execution = choose_execution(plan, subject, world)
     subject.model.pretrained.set_attn_implementation(execution.attention)
     verify_model(subject.model, prefix_tokens=plan.prefix_length)
+    counts = subject.counts()
+    teachers = check_teachers(plan, subject, execution, world)
+    memory = _estimate_memory(plan, subject, execution, sum(cost.bytes for cost in teachers))
+    update = check_update(plan, subject)
+    penalties = check_penalties(plan, subject, execution, world)
+    sources = source_lines(plan.data.sources, cache)
+    model_notes = (
+        *subject.loaded_model.notes,
+        *subject.tuning.notes,
+        *sharding_notes(plan.evaluation.tasks),
+        *relearning_notes(plan),
+    )
+    lines = [
+        *plan_lines(plan, sources),
+        *(f"note: {note}" for note in model_notes),
+        "",
+        *_model_lines(plan, counts),
+        *update_lines(plan, update),
+        *_execution_lines(execution),
+        _memory_line(memory),
+        *(line for cost in (*teachers, *penalties) for line in cost.lines),
+        f"time: about {format_duration(execution.seconds)} without evaluation, from timed micro-batches"
+        + (" (not compiled; a compiled model is faster)" if execution.compile else ""),
+    ]
+    record = {
+        **plan.as_record(),
+        "parameters": counts.parameters,
+        "trainable": counts.trainable,
+        "tuning": plan.stage.tuning.kind,
+        "task": plan.model.task,
+        "execution": execution.as_dict(),
+        "memory": asdict(memory),
+        "seconds": execution.seconds,
+        "teachers": [cost.record for cost in teachers],
+        "penalties": [penalty.record for penalty in penalties],
+        "update": update,
+        "found": sources,
+        "notes": [*plan.notes, *model_notes],
+        "overlap": plan.data.overlaps,
+        "schedule_curve": lr_schedules.sample_schedule(plan.schedule, plan.steps, 60),
+    }
+    if show:
+        record["shown"] = preview_rows(plan, make_loader(plan, execution, world), show)
+    return {"text": "\n".join(lines), **record}
+
+
+def _estimate_memory(plan: Plan, subject: TunedModel, execution: Execution, teachers: int) -> MemoryEstimate:
     memory = estimate_memory(
         get_model_dimensions(subject.model),
         rows=execution.micro,
@@ -45,74 +91,45 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         checkpointing=execution.activation_checkpointing,
         sdpa=execution.attention != "eager",
     )
-    teaching = check_teachers(plan, subject, execution, world)
-    memory = dataclasses.replace(memory, teachers=sum(cost.bytes for cost in teaching))
-    update = check_update(plan, subject)
-    penalties = check_penalties(plan, subject, execution, world)
-    found = source_lines(plan, cache)
-    beside = (
-        *subject.loaded_model.notes,
-        *subject.tuning.notes,
-        *sharding_notes(plan.evaluation.tasks),
-        *relearning_notes(plan),
+    return replace(memory, teachers=teachers)
+
+
+def _model_lines(plan: Plan, counts: ParameterCounts) -> list[str]:
+    """The model with its task layer and tuning, and what the probe of its attention has verified."""
+    model = plan.model
+    probes = "; packed documents do not attend to each other (verified)" if model.task == "causal" else ""
+    probes += "; attention to prefixes is bidirectional (verified)" if plan.prefix_length else ""
+    lines = [f"model: {counts.parameters:,} weights, vocabulary of {model.vocab_size:,} tokens{probes}"]
+    if model.task_layer and model.task_layer.form:
+        lines.append(f"task layer: reads {model.task_layer.form.describe()}")
+    share = 100 * counts.trainable / counts.parameters
+    percent = f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"
+    lines.append(
+        f"tuning: {plan.stage.tuning.kind}, {counts.trainable:,} of {counts.parameters:,} weights are trained ({percent})"
     )
-    notes = (*plan.notes, *beside)
-    record = {
-        **plan.as_record(),
-        "parameters": counts.parameters,
-        "trainable": counts.trainable,
-        "tuning": plan.stage.tuning.kind,
-        "task": plan.model.task,
-        "execution": execution.as_dict(),
-        "memory": dataclasses.asdict(memory),
-        "seconds": execution.seconds,
-        "teachers": [cost.record for cost in teaching],
-        "penalties": [penalty.record for penalty in penalties],
-        "update": update,
-        "found": found,
-        "notes": list(notes),
-        "overlap": plan.data.overlaps,
-        "schedule_curve": lr_schedules.sample_schedule(plan.schedule, plan.steps, 60),
+    return lines
+
+
+def _execution_lines(execution: Execution) -> list[str]:
+    return [
+        f"compute: {execution.dtype}, {execution.attention} attention, micro-batches of {execution.micro} rows, "
+        f"{'compiled' if execution.compile else 'not compiled'}, "
+        f"{execution.threads} thread{'s' * (execution.threads > 1)}",
+        *(f"  {key}: {reason}" for key, reason in execution.reasons.items()),
+    ]
+
+
+def _memory_line(memory: MemoryEstimate) -> str:
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer states": memory.moments,
+        "activations": memory.activations,
+        **({"teachers": memory.teachers} if memory.teachers else {}),
     }
     free = machine.available_memory()
-    apart = "; packed documents do not see each other (probed)" if plan.model.task == "causal" else ""
-    apart += "; prefixes are read in both directions (probed)" if plan.prefix_length else ""
-    lines = [
-        *plan_lines(plan, found),
-        *(f"note: {note}" for note in beside),
-        "",
-        f"model: {counts.parameters:,} weights, {plan.model.vocab_size:,} tokens{apart}",
-        *(
-            [f"task layer: reads {plan.model.task_layer.form.describe()}"]
-            if plan.model.task_layer and plan.model.task_layer.form
-            else []
-        ),
-        tuning_line(plan.stage.tuning.kind, counts),
-        *update_lines(plan, update),
-        f"compute: {execution.dtype}, {execution.attention} attention, {execution.micro} rows at once, "
-        f"{'compiled' if execution.compile else 'not compiled'}, {execution.threads} thread{'s' * (execution.threads > 1)}",
-        *(f"  {key}: {reason}" for key, reason in execution.reasons.items()),
-        f"memory: about {format_bytes(memory.total)} (weights {format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, "
-        f"moments {format_bytes(memory.moments)}, activations {format_bytes(memory.activations)}"
-        + (f", teachers {format_bytes(memory.teachers)})" if memory.teachers else ")")
-        + (f" of {format_bytes(free)} free" if free else ""),
-        *(line for cost in teaching for line in cost.lines),
-        *(line for penalty in penalties for line in penalty.lines),
-        f"time: about {format_duration(execution.seconds)}, from timed micro-batches"
-        + (" without compiling; compiled it will be less" if execution.compile else "")
-        + "; evaluation comes on top",
-    ]
-    if show:
-        record["shown"] = preview_rows(plan, make_loader(plan, execution, world), show)
-    return {"text": "\n".join(lines), **record}
-
-
-def tuning_line(kind: str, counts: ParameterCounts) -> str:
-    """Which weights move, and how many of all that is."""
-    return f"tuning: {kind}, {counts.trainable:,} of {counts.parameters:,} weights move ({_percent(counts)})"
-
-
-def _percent(counts: ParameterCounts) -> str:
-    """A share with two digits that say something, however small it is."""
-    share = 100 * counts.trainable / counts.parameters
-    return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"
+    return (
+        f"memory: about {format_bytes(memory.total)} "
+        f"({', '.join(f'{name} {format_bytes(size)}' for name, size in parts.items())})"
+        + (f" of {format_bytes(free)} free" if free else "")
+    )

@@ -1,4 +1,4 @@
-"""What will the penalties of a stage cost? They are made and timed, so that what is wrong with them is told by `check`."""
+"""Cost of a stage's penalties: memory, and time per step."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from postgrad.run.anchors import describe_penalty
 from postgrad.run.build import TunedModel, make_penalties
 from postgrad.run.penalty_strength import PROBE_STEPS
 
-_ROUNDS = 3
+_TIMED_ROUNDS = 3
+_MAX_NAMES = 3
 
 
 @dataclass(frozen=True)
 class PenaltyCost:
-    """What is said of a penalty beforehand."""
+    """The cost of a penalty as plain data and as text."""
 
     record: dict[str, Any]
     lines: list[str]
 
 
 def check_penalties(plan: Plan, subject: TunedModel, execution: Execution, world: World) -> list[PenaltyCost]:
-    """Make a stage's penalties on its start model and time them. The model is changed in place, as by a run.
+    """Build a stage's penalties on its start model and time them. Changes the model in place, as a run does.
 
-    Raises what is wrong with them.
+    Raises the errors of the penalties.
     """
     if not plan.stage.penalties:
         return []
     weights = Weights(subject.model, subject.tuning, execution.compute, master_copies=True)
-    step = execution.seconds / max(plan.steps, 1)
+    step_seconds = execution.seconds / max(plan.steps, 1)
     anchors = [p for p in make_penalties(plan, subject, weights) if isinstance(p, Anchor | AnchoredDecay)]
     costs = []
     for spec, anchor in zip(plan.stage.penalties, anchors, strict=True):
         seconds = _time_penalty(anchor)
-        share = seconds / step if step else None  # a stage that takes no time worth the name
+        share = seconds / step_seconds if step_seconds else None
         record = {**describe_penalty(anchor), "strength": spec.strength, "seconds": seconds, "share": share}
         costs.append(PenaltyCost(record, _penalty_lines(record, world)))
     weights.zero_gradients()
@@ -48,9 +49,9 @@ def check_penalties(plan: Plan, subject: TunedModel, execution: Execution, world
 
 
 def _time_penalty(anchor: Anchor | AnchoredDecay) -> float:
-    """Seconds of one pull, the shortest of some after a first one that makes the gradients."""
+    """Seconds of one application: the shortest of several, after a first one that allocates the gradients."""
     times = []
-    for _ in range(_ROUNDS + 1):
+    for _ in range(_TIMED_ROUNDS + 1):
         begin = time.perf_counter()
         float(anchor())
         times.append(time.perf_counter() - begin)
@@ -59,29 +60,29 @@ def _time_penalty(anchor: Anchor | AnchoredDecay) -> float:
 
 def _penalty_lines(record: dict[str, Any], world: World) -> list[str]:
     strength = record["strength"]
-    told = (
-        f"strength auto, found by {PROBE_STEPS} steps before the training"
-        if strength == "auto"
-        else f"strength {strength:g}"
-    )
-    parts = [f"{what} {format_bytes(size)}" for what, size in record["bytes"].items() if what != "mapped" and size]
-    where = [f"{' and '.join(parts)} beside the weights on {world.device.type}"] if parts else []
-    if record["bytes"]["mapped"]:
-        where.append(f"{format_bytes(record['bytes']['mapped'])} mapped from files, nothing copied")
-    if not where:
-        where.append("no copies, it follows from the tuning's own tensors")
+    if strength == "auto":
+        strength_text = f"strength auto, from {PROBE_STEPS} probe steps before training"
+    else:
+        strength_text = f"strength {strength:g}"
+    mapped = record["bytes"]["mapped"]
+    copies = [f"{name} {format_bytes(size)}" for name, size in record["bytes"].items() if name != "mapped" and size]
+    storage = [f"{' and '.join(copies)} on {world.device.type}"] if copies else []
+    if mapped:
+        storage.append(f"{format_bytes(mapped)} memory-mapped from files")
+    share = "" if record["share"] is None else f", about {record['share']:.1%} of a step"
     lines = [
-        f"penalty {record['name']}: {record['weights']:,} weights held to {record['reference']['model']}, {told}; "
-        f"{', '.join(where)}; {1e3 * record['seconds']:.2g} ms a step"
-        + ("" if record["share"] is None else f", about {record['share']:.1%} of it")
+        f"penalty {record['name']}: pulls {record['weights']:,} weights to {record['reference']['model']}, {strength_text}; "
+        f"{', '.join(storage) or 'no copies: it needs only the tensors of the tuning'}; "
+        f"{1e3 * record['seconds']:.2g} ms per step{share}"
     ]
-    measured = record["importance"]
-    if measured:
+    importance = record["importance"]
+    if importance:
         lines.append(
-            f"  importance: {measured['kind']} of {measured['tokens']:,} {measured['per']}s, mean {measured['mean']:.3g}"
+            f"  importance: {importance['kind']} of {importance['tokens']:,} {importance['per']}s, "
+            f"mean {importance['mean']:.3g}"
         )
-    left_out = record["left_out"]
-    if left_out:
-        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        lines.append(f"  not held: {', '.join(left_out[:3])}{more}")
+    excluded = record["left_out"]
+    if excluded:
+        more = f" and {len(excluded) - _MAX_NAMES} more" if len(excluded) > _MAX_NAMES else ""
+        lines.append(f"  not penalized: {', '.join(excluded[:_MAX_NAMES])}{more}")
     return [*lines, *(f"  note: {note}" for note in record["notes"])]

@@ -1,4 +1,4 @@
-"""How does a plan read? Texts, budget and learning-rate curve as lines of text."""
+"""A plan as lines of text: sources, held-out sets, tasks, budget and learning-rate curve."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from postgrad.optim import lr_schedules
 from postgrad.plan.checkpoint_selection import selection_rule_line
+from postgrad.plan.evaluation_plan import EvaluationPlan
 from postgrad.plan.plan import Plan
-from postgrad.plan.task_prompts import PromptedTask
+from postgrad.plan.prompted_task import PromptedTask
 from postgrad.reports.html.notation import plain_text
 from postgrad.reports.sections.task_tables import omissions_text, prompting_text
 from postgrad.run.task_scores import describe_task
@@ -19,44 +20,29 @@ _PREVIEW_CHARACTERS = 110
 
 
 def plan_lines(plan: Plan, source_lines: Sequence[str] = (), width: int = 72) -> list[str]:
-    """A plan as people read it: the texts with what was `found` in each, the budget, the curve."""
-    record = plan.as_record()
-    stage = plan.stage
+    """A plan as text, with the `source_lines` below the table of sources."""
+    record, block = plan.as_record(), plan.data.mixture.block_size
     lines = [
-        f"stage {stage.name}: {plan.model.start.name} -> {_short_path(plan.output)}",
-        f"{record['tokens']:,} trained tokens in {plan.steps:,} steps of {plan.data.mixture.block_size} rows x {plan.model.context_length} tokens",
+        f"stage {plan.stage.name}: {plan.model.start.name} -> {_short_path(plan.output)}",
+        f"{record['tokens']:,} trained tokens in {plan.steps:,} steps of {block} rows x {plan.model.context_length} tokens",
         "",
         f"  {'source':<18} {'role':<7} {'kind':<9} {'documents':>10} {'trained':>13} {'share':>7} {'passes':>7}",
     ]
     for source in record["sources"]:
         lines.append(
-            f"  {source['name']:<18} {source['role']:<7} {'self-made' if source['made_by'] else source['kind']:<9} "
-            f"{source['documents']:>10,} "
-            f"{source['trained']:>13,} {source['share']:>7.2%} {source['passes']:>7.2f}"
+            f"  {source['name']:<18} {source['role']:<7} {'synthetic' if source['made_by'] else source['kind']:<9} "
+            f"{source['documents']:>10,} {source['trained']:>13,} {source['share']:>7.2%} {source['passes']:>7.2f}"
         )
     lines += ["", *(f"  {line}" for line in source_lines)] if source_lines else []
-    lines += [
-        line for source in record["sources"] for line in _selection_lines(source["name"], source.get("selected", []))
-    ]
-    lines += ["", f"  {'held out':<18} {'role':<9} {'documents':>10} {'tokens':>11} {'bytes':>11}"]
-    for h in plan.evaluation.sets:
-        lines.append(f"  {h.name:<18} {h.role:<9} {len(h):>10,} {h.tokens:>11,} {int(h.bytes.sum()):>11,}")
-    for name, met in plan.data.overlaps.items():
-        lines.append(
-            f"  {name}: {met['duplicates']} exact copies in the training text (dropped there), "
-            f"{met['any']} documents share a 13-gram with it, {met['half']} at least half"
-        )
-    if plan.evaluation.selection_rule:
-        lines.append(f"  {selection_rule_line(plan.evaluation.selection_rule)}")
-    if plan.evaluation.tasks:
-        lines += ["", f"  {'task':<18} {'role':<9} {'items':>6}  asked"]
-        lines += [f"  {t.name:<18} {t.task.role:<9} {len(t):>6,}  {_describe_task(t)}" for t in plan.evaluation.tasks]
-    lines += ["", *draw_schedule(plan, width), *(f"note: {note}" for note in plan.notes)]
+    for source in record["sources"]:
+        lines += _selection_lines(source["name"], source.get("selected", []))
+    lines += _evaluation_lines(plan.evaluation, plan.data.overlaps)
+    lines += ["", *draw_schedule(plan.schedule, plan.steps, width), *(f"note: {note}" for note in plan.notes)]
     return lines
 
 
 def _selection_lines(name: str, steps: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What each way to select left of a source, with a few documents of both sides."""
+    """What each filter of a source keeps, with a few documents of both sides."""
     if steps:
         yield ""
     for step in steps:
@@ -69,34 +55,50 @@ def _selection_lines(name: str, steps: Sequence[dict[str, Any]]) -> Iterator[str
         edges = f" ({step['edges'][0]:.3f} to {step['edges'][1]:.3f} {step['unit']})" if step["edges"] else ""
         yield f"    {step['how']}{edges}"
         for side in ("kept", "dropped"):
-            for shown in step[side]:
-                value = "" if shown["value"] is None else f"{shown['value']:+.3f} {step['unit']}  "
-                yield f"    {side:<7} {value}{plain_text(shown['text'], _PREVIEW_CHARACTERS)}"
-                if "like" in shown:
-                    yield f"            like: {plain_text(shown['like'], _PREVIEW_CHARACTERS)}"
+            for document in step[side]:
+                score = "" if document["value"] is None else f"{document['value']:+.3f} {step['unit']}  "
+                yield f"    {side:<7} {score}{plain_text(document['text'], _PREVIEW_CHARACTERS)}"
+                if "like" in document:
+                    yield f"            copy of: {plain_text(document['like'], _PREVIEW_CHARACTERS)}"
+
+
+def _evaluation_lines(evaluation: EvaluationPlan, overlaps: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["", f"  {'held out':<18} {'role':<9} {'documents':>10} {'tokens':>11} {'bytes':>11}"]
+    for h in evaluation.sets:
+        lines.append(f"  {h.name:<18} {h.role:<9} {len(h):>10,} {h.tokens:>11,} {int(h.bytes.sum()):>11,}")
+    for name, overlap in overlaps.items():
+        lines.append(
+            f"  {name}: {overlap['duplicates']} exact copies in the training text (dropped there), "
+            f"{overlap['any']} documents share a 13-gram with it, {overlap['half']} at least half of theirs"
+        )
+    if evaluation.selection_rule:
+        lines.append(f"  {selection_rule_line(evaluation.selection_rule)}")
+    if evaluation.tasks:
+        lines += ["", f"  {'task':<18} {'role':<9} {'items':>6}  prompts"]
+        lines += [f"  {t.name:<18} {t.task.role:<9} {len(t):>6,}  {_describe_task(t)}" for t in evaluation.tasks]
+    return lines
 
 
 def _describe_task(task: PromptedTask) -> str:
-    """How a task is asked, and what could not be."""
+    """The prompts and metrics of a task, and its omissions."""
     entry = describe_task(task)
     parts = (prompting_text(entry), f"by {', '.join(task.metrics)}", omissions_text(entry))
     return "; ".join(part for part in parts if part)
 
 
-def draw_schedule(plan: Plan, width: int = 72, height: int = 8) -> list[str]:
-    """The learning rate over the stage, as characters."""
+def draw_schedule(schedule: lr_schedules.Schedule, steps: int, width: int = 72, height: int = 8) -> list[str]:
+    """The learning rate over the steps, as characters."""
     shades = " ▁▂▃▄▅▆▇█"
-    points = [plan.schedule(max(1.0, (i + 0.5) / width * plan.steps)) for i in range(width)]
-    top = max(rate for _, rate in lr_schedules.sample_schedule(plan.schedule, plan.steps, 4000))
+    points = [schedule(max(1.0, (i + 0.5) / width * steps)) for i in range(width)]
+    top = max(rate for _, rate in lr_schedules.sample_schedule(schedule, steps, 4000))
     levels = [p / top * height if top else 0 for p in points]
     rows = []
     for row in range(height, 0, -1):
         cells = (min(max(level - (row - 1), 0.0), 1.0) for level in levels)
         label = f"{top:.2e}" if row == height else ("0" if row == 1 else "")
         rows.append(f"  {label:>9} |" + "".join(shades[round(c * 8)] for c in cells))
-    first, last = plan.schedule(1), plan.schedule(plan.steps)
     rows.append(f"  {'rate':>9} +" + "-" * width)
-    rows.append(f"  {'':>9}  step 1: {first:.2e}".ljust(width - 12) + f"step {plan.steps:,}: {last:.2e}")
+    rows.append(f"  {'':>9}  step 1: {schedule(1):.2e}".ljust(width - 12) + f"step {steps:,}: {schedule(steps):.2e}")
     return rows
 
 

@@ -1,7 +1,6 @@
-"""How do the rows that a model sees look on a terminal, and in a file without colours?
+"""Preview rows on a terminal, in colours, or as plain text, with marks such as «trained».
 
-On a terminal a token's colour says what becomes of it. Elsewhere marks do, such as «trained»: they are the first pair of signs
-that no shown text has itself.
+The marks are the first pair that does not occur in the shown text.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from postgrad.reports.html.notation import multiline_text
 
 STATE_STYLES: dict[State, str] = {"trained": "bold green", "context": "", "padding": "dim"}
 INPUT_STYLE = "yellow"
-"""What is read where something else is to be said."""
+"""Style of an input token with another target."""
 
 Marks = tuple[str, str]
 _MARKS: tuple[Marks, ...] = (("«", "»"), ("⟪", "⟫"), ("{{", "}}"), ("«««", "»»»"))
@@ -39,39 +38,39 @@ def print_rows(sources: Sequence[PreviewSource], console: Console) -> None:
 
 
 def _choose_marks(sources: Iterable[PreviewSource]) -> Marks:
-    texts = [f"{token.text}{token.said}" for source in sources for row in source.rows for token in _tokens(row)]
-    unmet = (marks for marks in _MARKS if not any(mark in text for text in texts for mark in marks))
-    return next(unmet, _MARKS[-1])
+    texts = [f"{token.text}{token.target}" for source in sources for row in source.rows for token in _tokens(row)]
+    unused = (marks for marks in _MARKS if not any(mark in text for text in texts for mark in marks))
+    return next(unused, _MARKS[-1])
 
 
 def _tokens(row: PreviewRow) -> Iterator[Token]:
-    return (token for strand in row.segments for token in strand.tokens)
+    return (token for segment in row.segments for token in segment.tokens)
 
 
 def _legend(sources: Sequence[PreviewSource], marks: Marks) -> Text:
-    """What the colours or marks mean, as far as they occur."""
+    """Explanation of the colours or marks that occur."""
     layouts = {source.layout for source in sources}
-    parts = [_mark_text("trained", marks), Text(" is predicted, the rest is read")]
+    parts = [_mark_text("trained", marks), Text(" tokens are predicted, all others are context")]
     if "masked" in layouts:
         parts += [
             Text("; "),
             Text("[MASK]", INPUT_STYLE),
             _mark_text("word", marks),
-            Text(": what is read, and what was there"),
+            Text(": the input, and the original"),
         ]
     if "tagged" in layouts:
-        parts += [Text("; a "), _mark_text("tag", marks), Text(" stands below its word")]
+        parts += [Text("; a "), _mark_text("tag", marks), Text(" is below its word")]
     if "prefix" in layouts:
-        parts += [Text(", as a prefix in both directions")]
+        parts += [Text(", with bidirectional attention in prefixes")]
     if layouts & {"packed", "prefix"}:
-        parts += [Text("; "), Text("1│ 2│", "dim"), Text(" documents that do not see each other")]
-    return Text.assemble(*parts, "; ", ("[pad×8]", STATE_STYLES["padding"]), " fills a row up; ↵ is a line break")
+        parts += [Text("; "), Text("1│ 2│", "dim"), Text(" documents, without attention to each other")]
+    return Text.assemble(*parts, "; ", ("[pad×8]", STATE_STYLES["padding"]), " is padding; ↵ is a line break")
 
 
 def _source_heading(source: PreviewSource) -> Text:
     rows = len(source.rows)
-    said = f"the first {rows:,} of {source.available:,} rows" if rows else "none of its rows is read in this stage"
-    return Text.assemble((source.name, "bold"), f" ({source.objective}): {said}")
+    shown = f"the first {rows:,} of {source.available:,} rows" if rows else "this stage reads none of its rows"
+    return Text.assemble((source.name, "bold"), f" ({source.objective}): {shown}")
 
 
 def _row_heading(row: PreviewRow) -> str:
@@ -82,53 +81,53 @@ def _row_heading(row: PreviewRow) -> str:
 
 
 def _row_lines(layout: str, row: PreviewRow, marks: Marks, console: Console) -> Iterator[Text]:
-    """A row behind its gutter."""
-    names = [*(strand.name for strand in row.segments), *(["label"] if row.row_label is not None else [])]
+    """A row, with the names of its segments in a gutter."""
+    names = [*(segment.name for segment in row.segments), *(["label"] if row.row_label is not None else [])]
     gutter = max(map(len, names))
     width = max(20, console.width - gutter - _INDENT - 2)
 
-    def behind(name: str, body: Iterable[Text]) -> Iterator[Text]:
+    def with_gutter(name: str, body: Iterable[Text]) -> Iterator[Text]:
         for i, line in enumerate(body):
             yield Text.assemble((f"{name if not i else '':>{gutter + _INDENT}}│ ", "dim"), line)
 
-    for strand in row.segments:
+    for segment in row.segments:
         if layout == "tagged":
-            yield from behind(strand.name, _tagged_lines(strand, marks, width))
+            yield from with_gutter(segment.name, _tagged_lines(segment, marks, width))
         else:
-            yield from behind(strand.name, _running_text(strand, marks).wrap(console, width, overflow="fold"))
+            yield from with_gutter(segment.name, _running_text(segment, marks).wrap(console, width, overflow="fold"))
     if row.row_label is not None:
-        yield from behind("label", [_mark_text(_as_single_line(row.row_label), marks)])
+        yield from with_gutter("label", [_mark_text(_as_single_line(row.row_label), marks)])
 
 
 def _running_text(segment: RowSegment, marks: Marks) -> Text:
-    """Tokens as running text; tokens alike that follow one another stand in one pair of marks."""
-    out = Text()
-    for (state, alike), group in groupby(segment.tokens, key=lambda token: (token.state, token.said is None)):
+    """Tokens as running text; adjacent trained tokens share one pair of marks."""
+    line = Text()
+    for (state, is_input), group in groupby(segment.tokens, key=lambda token: (token.state, token.target is None)):
         tokens = list(group)
         if state == "padding":
-            out.append(f"[pad×{len(tokens):,}]", STATE_STYLES["padding"])
-        elif not alike:
+            line.append(f"[pad×{len(tokens):,}]", STATE_STYLES["padding"])
+        elif not is_input:
             for token in tokens:
-                out.append(_show_line_breaks(token.text), INPUT_STYLE)
-                out.append_text(_mark_text(_show_line_breaks(token.said or ""), marks))
+                line.append(_show_line_breaks(token.text), INPUT_STYLE)
+                line.append_text(_mark_text(_show_line_breaks(token.target or ""), marks))
         elif state == "trained":
-            out.append_text(_mark_text(_show_line_breaks("".join(token.text for token in tokens)), marks))
+            line.append_text(_mark_text(_show_line_breaks("".join(token.text for token in tokens)), marks))
         else:
-            out.append(_show_line_breaks("".join(token.text for token in tokens)), STATE_STYLES[state])
-    return out
+            line.append(_show_line_breaks("".join(token.text for token in tokens)), STATE_STYLES[state])
+    return line
 
 
 def _tagged_lines(segment: RowSegment, marks: Marks, width: int) -> Iterator[Text]:
-    """Tokens above, their tags below, in as many double lines as they take."""
+    """Tokens with their tags below, in as many double lines as they need."""
     tokens = [token for token in segment.tokens if token.state != "padding"]
     texts = [_as_single_line(token.text) for token in tokens]
     above, below, used = Text(), Text(), 0
     for token, text, following in zip(tokens, texts, [*texts[1:], ""], strict=True):
         tag = Text(" " * (len(text) - len(text.lstrip(" "))))
-        if token.said is not None:
-            tag.append_text(_mark_text(_as_single_line(token.said), marks))
+        if token.target is not None:
+            tag.append_text(_mark_text(_as_single_line(token.target), marks))
             tag.append("" if following.startswith(" ") else " ")
-        word = Text(text, INPUT_STYLE if token.said else STATE_STYLES[token.state])
+        word = Text(text, INPUT_STYLE if token.target else STATE_STYLES[token.state])
         cells = max(word.cell_len, tag.cell_len)
         if used and used + cells > width:
             yield from (above, below)
@@ -147,7 +146,7 @@ def _mark_text(text: str, marks: Marks) -> Text:
 
 
 def _show_line_breaks(text: str) -> str:
-    """A text with its line breaks told and kept; what a terminal would obey is made visible."""
+    """The text with visible line breaks, tabs and control characters."""
     return multiline_text(text, 0).replace("\t", "⇥").replace("\n", "↵\n")
 
 

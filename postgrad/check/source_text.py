@@ -1,7 +1,8 @@
-"""What was found in each source: which rows, with which labels, how they become text, and what of it is trained?"""
+"""A line on each source: its rows and labels, how they are rendered, and what the model is trained on."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from postgrad.config.objectives import (
@@ -21,37 +22,35 @@ from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens.tokenize import read_all_labels
 from postgrad.errors import DataError
-from postgrad.plan.plan import Plan
 from postgrad.plan.sources import ResolvedSource
 from postgrad.reports.html.notation import plain_text
 
 _MAX_LABEL_NAMES = 6
-"""Labels that are told by name."""
 
 
-def source_lines(plan: Plan, cache: Path) -> list[str]:
+def source_lines(sources: Sequence[ResolvedSource], cache: Path) -> list[str]:
     """A line for each source."""
-    return [_source_line(leaf, leaf.spec.objective, cache) for leaf in plan.data.sources]
+    return [_source_line(source, cache) for source in sources]
 
 
-def _source_line(source: ResolvedSource, objective: RowsObjective, cache: Path) -> str:
+def _source_line(source: ResolvedSource, cache: Path) -> str:
     hub = source.files.hub
     origin = source.files.path if hub is None else f"{hub.name} on the Hub"
-    parts = [*_describe_template(source), _describe_training(source, objective)]
+    parts = [*_describe_template(source), _describe_training(source.spec.objective, source.store.kind)]
     return f"{source.name}: {origin}: {_describe_rows(source, cache)}, {'; '.join(parts)}"
 
 
 def _describe_rows(source: ResolvedSource, cache: Path) -> str:
-    """How many rows of which kind, the columns by which they are known, and their labels."""
+    """The number and kind of rows, the columns that identify the kind, and the labels."""
     count, kind = len(source.store), source.store.kind
     columns = detect_source_columns(source.files)
     if columns is None:
-        return f"{count:,} documents of text files"
-    named = [
+        return f"{count:,} documents in text files"
+    details = [
         f"column{'s' * (len(columns.required) > 1)} {', '.join(columns.required)}",
         *_describe_labels(source, kind, cache),
     ]
-    return f"{count:,} rows are {kind} ({'; '.join(named)})"
+    return f"{count:,} rows of kind {kind} ({'; '.join(details)})"
 
 
 def _describe_labels(source: ResolvedSource, kind: str, cache: Path) -> list[str]:
@@ -59,12 +58,12 @@ def _describe_labels(source: ResolvedSource, kind: str, cache: Path) -> list[str
         return []
     try:
         labels = (source.renderer.labels if source.renderer else None) or read_all_labels([source.files], cache)
-    except DataError:  # of several sorts: all the same where they are only written
+    except DataError:  # labels of mixed types are no error where they are only text
         return []
     if labels.problem == "number":
-        return ["the label is a number"]
-    what = {"tags": "tags", "multi": "labels, any of them"}.get(labels.problem, "labels")
-    return [f"{len(labels.names):,} {what}: {_format_label_names(labels)}"]
+        return ["numeric labels"]
+    noun = {"tags": "tags", "multi": "labels, multi-label"}.get(labels.problem, "labels")
+    return [f"{len(labels.names):,} {noun}: {_format_label_names(labels)}"]
 
 
 def _format_label_names(labels: Labels) -> str:
@@ -73,7 +72,7 @@ def _format_label_names(labels: Labels) -> str:
 
 
 def _describe_template(source: ResolvedSource) -> list[str]:
-    """How rows with parts become text."""
+    """How rows are rendered; nothing for running text."""
     kind = source.store.kind
     if kind in RUNNING_TEXT_KINDS or source.renderer is None:
         return []
@@ -83,47 +82,46 @@ def _describe_template(source: ResolvedSource) -> list[str]:
 def _describe_renderer(renderer: Renderer, kind: str) -> str:
     match renderer:
         case Demonstrations():
-            return f"{_describe_renderer(renderer.renderer, kind)}, behind up to {renderer.count} others with their answers"
+            return f"{_describe_renderer(renderer.renderer, kind)}, after up to {renderer.count} demonstrations"
         case ChatRenderer():
-            its = (
-                "the tokenizer's chat template"
-                if renderer.template
-                else "a plain chat template (the tokenizer has no other)"
-            )
-            turn = (
-                ""
-                if kind in ("chat", "instruction")
-                else f", as a question {_quote_template(*renderer.turn_renderer.templates(kind))}"
-            )
-            return f"put into words by {its}{turn}"
+            template = "the tokenizer's chat template"
+            if not renderer.template:
+                template = "a plain chat template (the tokenizer has none)"
+            if kind in ("chat", "instruction"):
+                return f"rendered with {template}"
+            return f"rendered with {template}, as {_quote_template(*renderer.turn_renderer.templates(kind))}"
         case PlainRenderer():
-            return f"put into words as {_quote_template(*renderer.templates(kind), renderer.is_separate)}"
+            return f"rendered as {_quote_template(*renderer.templates(kind), renderer.is_separate)}"
         case ClassRenderer() | TagRenderer():
-            return "read as they are"
-    return "put into words"
+            return "without a template"
+    return "rendered"
 
 
 def _quote_template(prompt: str, separator: str, answer: str, separate: bool = True) -> str:
     if separate:
-        return f'"{plain_text(prompt)}" and an answer "{plain_text(answer)}"'
+        return f'"{plain_text(prompt)}" with the answer "{plain_text(answer)}"'
     return f'"{plain_text(prompt + separator + answer)}"'
 
 
-def _describe_training(source: ResolvedSource, objective: RowsObjective) -> str:
-    """What a model learns of a row."""
-    running = source.store.kind in RUNNING_TEXT_KINDS
+def _describe_training(objective: RowsObjective, kind: str) -> str:
+    """What the model is trained on."""
+    running = kind in RUNNING_TEXT_KINDS
     match objective:
         case NextTokenObjective():
-            return "every token is trained" if running or objective.train_on == "all" else "only answers are trained"
+            return "all tokens are trained" if running or objective.train_on == "all" else "only answers are trained"
         case PrefixLMObjective():
-            return "a beginning is read and the rest is trained" if running else "only the last answer is trained"
+            return "the text after a random prefix is trained" if running else "only the last answer is trained"
         case MaskedObjective():
-            return f"{objective.share:.0%} of the tokens are masked" if running else "the label is said at the mask"
+            return (
+                f"{objective.share:.0%} of the tokens are masked" if running else "the label is predicted at the mask"
+            )
         case SpanCorruptionObjective():
-            return f"{objective.density:.0%} of the tokens are to be restored"
+            return f"{objective.density:.0%} of the tokens are corrupted in spans"
         case TextToTextObjective():
-            return "the rest of each text is written" if running else "the answer is written"
+            return "the rest of each text is the target" if running else "the answer is the target"
         case OnPolicyObjective():
-            return "the model goes on from it, and what it writes is judged"
+            return "the model continues it, and the teacher scores the continuation"
         case ClassifyObjective():
-            return "a task layer tags the words" if source.store.kind == "tagged" else "a task layer decides the label"
+            return (
+                "a task layer predicts a tag for each word" if kind == "tagged" else "a task layer predicts the label"
+            )

@@ -1,4 +1,4 @@
-"""What will the teachers of a stage cost? They are made and asked about some rows, so that what is wrong is told by `check`."""
+"""Cost of a stage's teachers: memory, time per step, and the size of prediction caches."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from postgrad.config.objectives import OnPolicyObjective, get_objective_names
+from postgrad.config.objectives import AnyObjective, OnPolicyObjective, get_objective_names
 from postgrad.data.loading.batch import Batch, collate
 from postgrad.distributed.fsdp import reshard
 from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
 from postgrad.hardware.memory import format_bytes
-from postgrad.models.model import CausalModel
+from postgrad.models.model import CausalModel, Model
 from postgrad.objectives.teacher import OnlineTeacher
 from postgrad.plan.plan import Plan
 from postgrad.plan.teachers import get_teacher_identity
@@ -25,10 +25,12 @@ from postgrad.run.cached_teacher import estimate_cache_cost, find_cache_jobs
 from postgrad.run.online_teacher import load_teacher, make_online_teachers
 from postgrad.training.on_policy import OnPolicySampler
 
+_TIMED_ROUNDS = 2
+
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """What is said of a teacher beforehand; `bytes` are held during the training."""
+    """The cost of a teacher as plain data and as text; `bytes` of memory are held during training."""
 
     record: dict[str, Any]
     lines: list[str]
@@ -36,35 +38,35 @@ class TeacherCost:
 
 
 def check_teachers(plan: Plan, subject: TunedModel, execution: Execution, world: World) -> list[TeacherCost]:
-    """Make a stage's teachers and ask each about some rows. Raises what is wrong with them."""
+    """Load a stage's teachers and time each on some rows. Raises the errors of the teachers."""
     if not plan.teachers:
         return []
     names = get_objective_names(plan.objectives)
     online = make_online_teachers(plan, subject.model, subject.tuning, subject.base_names, execution, world)
-    counted: set[int] = set()
+    counted_models: set[int] = set()
+    costs = [
+        _online_teacher_cost(plan, subject, execution, number, teacher, names[number], counted_models)
+        for number, teacher in online.items()
+    ]
+    return [*costs, *_cached_teacher_costs(plan, execution, world, names)]
+
+
+def _cached_teacher_costs(plan: Plan, execution: Execution, world: World, names: list[str]) -> list[TeacherCost]:
     costs = []
-    for number, teacher in online.items():
-        costs.append(_online_teacher_cost(plan, subject, execution, number, teacher, names[number], counted))
-    beforehand: dict[str, OnlineTeacher] = {}
-    for asked in find_cache_jobs(plan):
-        start = plan.teachers[asked.objective_number]
-        if get_teacher_identity(start) not in beforehand:
-            beforehand[get_teacher_identity(start)] = load_teacher(
-                plan, start, asked.objective_number, execution, world
-            )
-        cost = estimate_cache_cost(plan, asked, beforehand[get_teacher_identity(start)], execution.micro)
-        size = cost.labels * cost.bytes_per_label
-        source = plan.data.sources[asked.source_number].name
-        when = (
-            "asked already"
-            if cost.is_filled
-            else f"asked once before the training, about {format_duration(cost.seconds)}"
-        )
+    teachers: dict[str, OnlineTeacher] = {}
+    for job in find_cache_jobs(plan):
+        location, name = plan.teachers[job.objective_number], names[job.objective_number]
+        identity = get_teacher_identity(location)
+        if identity not in teachers:
+            teachers[identity] = load_teacher(plan, location, job.objective_number, execution, world)
+        cost = estimate_cache_cost(plan, job, teachers[identity], execution.micro)
+        source = plan.data.sources[job.source_number].name
+        when = "already cached" if cost.is_filled else f"cached before training, about {format_duration(cost.seconds)}"
         line = (
-            f"{names[asked.objective_number]}: {start.name} on {source}, {when}; {cost.labels:,} labels of about "
-            f"{cost.bytes_per_label:.0f} bytes, {format_bytes(size)} in the cache"
+            f"{name}: predictions of {location.name} on {source}, {when}; {cost.labels:,} labels of about "
+            f"{cost.bytes_per_label:.0f} bytes, {format_bytes(cost.labels * cost.bytes_per_label)} in the cache"
         )
-        record = {"name": names[asked.objective_number], "teacher": start.name, "source": source, **cost.as_dict()}
+        record = {"name": name, "teacher": location.name, "source": source, **cost.as_dict()}
         costs.append(TeacherCost(record, [line], 0))
     return costs
 
@@ -76,57 +78,66 @@ def _online_teacher_cost(
     number: int,
     teacher: OnlineTeacher,
     name: str,
-    counted: set[int],
+    counted_models: set[int],
 ) -> TeacherCost:
-    start = plan.teachers[number]
-    taken = [k for k, numbers in enumerate(plan.objective_indices) if number in numbers]
-    share = sum(plan.row_counts()[k] for k in taken) / max(sum(plan.row_counts()), 1)
-    rows = plan.data.rows[taken[0]]
-    count = min(execution.micro, len(rows))
+    """Cost of a teacher that runs at each step; `counted_models` have had their memory counted."""
+    data, location = plan.data, plan.teachers[number]
+    distilled = [k for k, numbers in enumerate(data.objective_indices) if number in numbers]
+    row_counts = data.row_counts()
+    share_of_rows = sum(row_counts[k] for k in distilled) / max(sum(row_counts), 1)
+    rows = data.rows[distilled[0]]
+    batch_size = min(execution.micro, len(rows))
     batch = collate(
-        [rows.get_row(i, i) for i in range(count)], [taken[0]] * count, pad_token_id=plan.model.inputs.pad_id
+        [rows.get_row(i, i) for i in range(batch_size)],
+        [distilled[0]] * batch_size,
+        pad_token_id=plan.model.inputs.pad_id,
+    ).to(next(subject.model.parameters()).device)
+    # A batch's seconds times this are a share of the whole run.
+    scale = plan.steps * data.mixture.block_size / batch_size * share_of_rows / max(execution.seconds, 1e-9)
+    share_of_step = _time_teacher(teacher, batch) * scale
+    is_second_model = teacher.model is not subject.model
+    memory = 0
+    if is_second_model and id(teacher.model) not in counted_models:
+        memory = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
+        counted_models.add(id(teacher.model))
+    eos = plan.model.inputs.encoder.eos
+    generation_share = _time_generation(subject.model, plan.objectives[number], eos, plan.stage.seed, batch) * scale
+    model_text = (
+        f"a second model, {format_bytes(memory)} of memory"
+        if is_second_model
+        else f"this model with `{subject.tuning.kind}` disabled, no second copy"
     )
-    batch = batch.to(next(subject.model.parameters()).device)
+    line = (
+        f"{name}: {location.name} runs at each step on {share_of_rows:.0%} of the rows; {model_text}; its forward pass takes "
+        f"about {share_of_step:.0%} of a step" + (f", generation {generation_share:.0%}" if generation_share else "")
+    )
+    record = {
+        "name": name,
+        "teacher": location.name,
+        "second_model": is_second_model,
+        "bytes": memory,
+        "share_of_step": share_of_step,
+        "writing_share_of_step": generation_share,
+    }
+    return TeacherCost(record, [line], memory)
+
+
+def _time_teacher(teacher: OnlineTeacher, batch: Batch) -> float:
+    """Seconds of a teacher's forward pass: the shortest of several, after a first one as a warm-up."""
     times = []
-    for _ in range(3):
+    for _ in range(_TIMED_ROUNDS + 1):
         begin = time.perf_counter()
         teacher(batch)
         times.append(time.perf_counter() - begin)
     reshard(teacher.model)
-    in_all = plan.steps * plan.data.mixture.block_size / count
-    part = min(times[1:]) * in_all * share / max(execution.seconds, 1e-9)
-    second = teacher.model is not subject.model
-    size = 0
-    if second and id(teacher.model) not in counted:
-        size = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
-        counted.add(id(teacher.model))
-    how = (
-        f"a second model, {format_bytes(size)} of memory"
-        if second
-        else f"`{subject.tuning.kind}` switched off, no second copy"
-    )
-    written = _time_generation(plan, subject, number, batch) * in_all * share / max(execution.seconds, 1e-9)
-    line = (
-        f"{name}: {start.name} on {share:.0%} of the rows, asked at every step; {how}; its reading takes about "
-        f"{part:.0%} of a step" + (f", and the model's own writing {written:.0%}" if written else "")
-    )
-    record = {
-        "name": name,
-        "teacher": start.name,
-        "second_model": second,
-        "bytes": size,
-        "share_of_step": part,
-        "writing_share_of_step": written,
-    }
-    return TeacherCost(record, [line], size)
+    return min(times[1:])
 
 
-def _time_generation(plan: Plan, subject: TunedModel, number: int, batch: Batch) -> float:
-    """Seconds in which the model writes a batch's places; 0 for an objective that is taken on what others wrote."""
-    spec = plan.objectives[number]
-    if not isinstance(spec, OnPolicyObjective) or not isinstance(subject.model, CausalModel):
+def _time_generation(model: Model, objective: AnyObjective, eos: int, seed: int, batch: Batch) -> float:
+    """Seconds in which the model generates a batch; 0 for objectives on given text."""
+    if not isinstance(objective, OnPolicyObjective) or not isinstance(model, CausalModel):
         return 0.0
-    writer = OnPolicySampler(subject.model, spec.temperature, plan.model.inputs.encoder.eos, plan.stage.seed)
+    sampler = OnPolicySampler(model, objective.temperature, eos, seed)
     begin = time.perf_counter()
-    writer(replace(batch.to(torch.device("cpu")), position_B=np.arange(len(batch.labels))))
+    sampler(replace(batch.to(torch.device("cpu")), position_B=np.arange(len(batch.labels))))
     return time.perf_counter() - begin

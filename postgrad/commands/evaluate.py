@@ -31,16 +31,12 @@ from postgrad.lineage.tree import lineage_matrix, read_lineage, set_key
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import ModelLocation, Task, load_tokenizer, locate_model
 from postgrad.objectives.classification_loss import ProblemType
-from postgrad.plan.held_out_sets import HeldOutDocuments, make_held_out_set, make_masked_held_out_text
+from postgrad.plan.held_out_documents import HeldOutDocuments
+from postgrad.plan.held_out_sets import make_held_out_set, make_masked_held_out_text
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
-from postgrad.plan.objective_rows import (
-    RowTemplate,
-    get_start_objectives,
-    make_renderer,
-    match_objectives,
-    resolve_objectives,
-)
+from postgrad.plan.objective_matching import get_start_objectives, match_objectives, resolve_objectives
 from postgrad.plan.plan import make_plan
+from postgrad.plan.row_renderers import RowTemplate, make_renderer
 from postgrad.plan.sources import make_text_files
 from postgrad.plan.start_model import resolve_start_model
 from postgrad.reports.html import document, tables

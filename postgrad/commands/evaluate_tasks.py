@@ -15,7 +15,8 @@ from postgrad.evaluation.generation_metrics import TaskPredictions, metric_chang
 from postgrad.hardware import machine
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import ModelLocation, locate_model
-from postgrad.plan.task_prompts import PromptedTask, add_soft_prompts, make_prompted_task
+from postgrad.plan.prompted_task import PromptedTask, add_soft_prompts
+from postgrad.plan.task_prompts import make_prompted_task
 from postgrad.reports.sections.task_tables import task_score_table
 from postgrad.run import task_scores
 from postgrad.tuning.open_model import open_model, start_fingerprint

@@ -50,9 +50,10 @@ from postgrad.models.pretrained import (
 )
 from postgrad.models.task_head import Pooling, TaskHeadConfig, compute_hidden_states, is_decoder
 from postgrad.objectives.classification_loss import ProblemType
-from postgrad.plan.held_out_sets import HeldOutDocuments, make_held_out_set
+from postgrad.plan.held_out_documents import HeldOutDocuments
+from postgrad.plan.held_out_sets import make_held_out_set
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
-from postgrad.plan.objective_rows import RowTemplate, make_renderer
+from postgrad.plan.row_renderers import RowTemplate, make_renderer
 from postgrad.plan.sources import make_text_files
 from postgrad.reports.html import document
 from postgrad.reports.pages import probe_page

@@ -1,26 +1,22 @@
-"""Which rows does an objective ask for, and which does it serve? An objective and a kind of rows have one layout."""
+"""The rows of an objective: one layout for each objective and row kind."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from postgrad.config.objectives import (
-    AnyObjective,
     ClassifyObjective,
-    DistillObjective,
     MaskedObjective,
     NextTokenObjective,
     OnPolicyObjective,
     PrefixLMObjective,
     RowsObjective,
     SpanCorruptionObjective,
-    TeacherObjective,
     TextToTextObjective,
 )
 from postgrad.data.layouts.classification import ClozeRows, LabelledRows, TaggedRows
@@ -33,241 +29,11 @@ from postgrad.data.layouts.rows import Rows
 from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.span_corruption import SpanCorruptionRows
 from postgrad.data.layouts.windows import TooLongPolicy
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Labels, Renderer
-from postgrad.data.render.chat import ChatRenderer, custom_template
-from postgrad.data.render.demonstrations import Demonstrations
-from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.subset import Subset
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ModelLocation, Task
 from postgrad.objectives.classification_loss import ProblemType
 from postgrad.plan.model_inputs import ModelInputs
-from postgrad.tuning.open_model import get_task, starts_as_prefix_lm
-
-_ANSWER_KINDS = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "question", "choices")
-SUPPORTED_ROW_KINDS: dict[str, tuple[str, ...]] = {
-    "next-token": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
-    "prefix-lm": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
-    "masked": (*RUNNING_TEXT_KINDS, "labelled"),
-    "span-corruption": RUNNING_TEXT_KINDS,
-    "text-to-text": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
-    "classify": ("labelled", "tagged"),
-    "on-policy": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
-}
-"""The kinds of rows that an objective can be taken on."""
-
-_OBJECTIVE_TASKS: dict[str, Task] = {
-    "next-token": "causal",
-    "prefix-lm": "causal",
-    "masked": "masked",
-    "span-corruption": "text-to-text",
-    "text-to-text": "text-to-text",
-    "classify": "classify",
-    "on-policy": "causal",
-}
-_TASK_OBJECTIVES: dict[Task, tuple[RowsObjective, ...]] = {
-    "causal": (NextTokenObjective(kind="next-token"),),
-    "masked": (MaskedObjective(kind="masked"),),
-    "text-to-text": (SpanCorruptionObjective(kind="span-corruption"), TextToTextObjective(kind="text-to-text")),
-    "classify": (ClassifyObjective(kind="classify"),),
-    "tag": (ClassifyObjective(kind="classify", problem="tags"),),
-}
-"""What a model of a task was made with; the first that serves a kind of rows also makes the rows of a teacher's source."""
-_MODEL_DESCRIPTIONS = {
-    "causal": "a decoder",
-    "masked": "an encoder",
-    "text-to-text": "an encoder-decoder",
-    "classify": "a classifier",
-    "tag": "a token classifier",
-}
-
-
-def resolve_objectives(
-    objectives: Sequence[AnyObjective] | None, start_model: ModelLocation
-) -> tuple[AnyObjective, ...]:
-    """The objectives of a stage: those it names, or the one that the start model was made with."""
-    return tuple(objectives) if objectives else get_start_objectives(start_model)[:1]
-
-
-def get_start_objectives(start_model: ModelLocation) -> tuple[RowsObjective, ...]:
-    """The objective that a start model was made with, and what else it may be."""
-    return (
-        (PrefixLMObjective(kind="prefix-lm"),)
-        if starts_as_prefix_lm(start_model)
-        else _TASK_OBJECTIVES[get_task(start_model)]
-    )
-
-
-def resolve_task(objectives: Sequence[AnyObjective], start_model: ModelLocation) -> Task:
-    """The task that all objectives together ask for. Raises `StageError` when they, or the model, do not go together."""
-    tasks = {_OBJECTIVE_TASKS[o.kind]: o for o in objectives if not isinstance(o, DistillObjective)}
-    own = get_task(start_model)
-    if not tasks:  # a teacher answers whatever the model answers
-        return own
-    if len(tasks) > 1:
-        kinds = " and ".join(o.kind for o in tasks.values())
-        raise StageError(
-            f"{kinds} need different models: {' and '.join(_MODEL_DESCRIPTIONS[t] for t in tasks)}",
-            where="objectives",
-            expected="objectives that one model can serve",
-            hint="write the labelled rows as text (text-to-text, or next-token on examples)",
-        )
-    (task,) = tasks
-    if task == "classify":
-        tags = any(isinstance(o, ClassifyObjective) and o.problem == "tags" for o in objectives)
-        return "tag" if tags else "classify"
-    if own != task and not (task == "masked" and own in ("classify", "tag")):
-        raise StageError(
-            f"{tasks[task].kind} needs {_MODEL_DESCRIPTIONS[task]}, and {start_model.name} is {_MODEL_DESCRIPTIONS[own]}",
-            where="objectives",
-            expected=f"an objective for {_MODEL_DESCRIPTIONS[own]}, such as {_TASK_OBJECTIVES[own][0].kind}",
-        )
-    return task
-
-
-class SourceObjectives(NamedTuple):
-    """The objective that a source's rows are made for, and the numbers of all that weigh them."""
-
-    row_objective: RowsObjective
-    objective_indices: tuple[int, ...]
-
-
-def match_objectives(
-    name: str, kind: str, objectives: Sequence[AnyObjective], start_objectives: Sequence[RowsObjective], where: str
-) -> SourceObjectives:
-    """What a source's rows are made for: the objective that names it, or the first that serves its kind of rows.
-
-    Distillation is taken on rows that are made for another objective. Beside one, rows that no other objective asks for are
-    made for the first of the start model's `own` that serves them.
-    """
-    makers = [(i, o) for i, o in enumerate(objectives) if not isinstance(o, DistillObjective)]
-    named = [(i, o) for i, o in makers if name in o.on]
-    said = named or [(i, o) for i, o in makers if not o.on]
-    if not said and any(isinstance(o, TeacherObjective) for o in objectives):
-        said = [(-1, o) for o in start_objectives]
-    serving = [(i, o) for i, o in said if kind in SUPPORTED_ROW_KINDS[o.kind]]
-    if not serving:
-        raise StageError(
-            f"'{name}' has rows of kind {kind}, which "
-            + (f"{said[0][1].kind} cannot be taken on" if said else "no objective names"),
-            where=where,
-            expected=f"an objective that serves them: {', '.join(k for k, kinds in SUPPORTED_ROW_KINDS.items() if kind in kinds)}",
-        )
-    if len(named) > 1:
-        raise StageError(
-            f"two objectives name '{name}': {' and '.join(o.kind for _, o in named)}",
-            where="objectives",
-            expected="one for each source",
-        )
-    number, made_for = serving[0]
-    written = isinstance(made_for, OnPolicyObjective)
-    distilled = [(i, o) for i, o in enumerate(objectives) if isinstance(o, DistillObjective)]
-    # What the model writes itself is judged by its own teacher, unless another is named for it too.
-    teachers = [i for i, o in distilled if name in o.on or (not o.on and not written)]
-    if written and any(o.cache != "none" for i, o in distilled if i in teachers):
-        raise StageError(
-            f"no teacher can be asked beforehand about '{name}', which is written while the model trains",
-            where="objectives",
-            expected="cache: none",
-        )
-    return SourceObjectives(made_for, (*((number,) if number >= 0 else ()), *teachers))
-
-
-def refuse_unused_objectives(objectives: Sequence[AnyObjective], objective_indices: Sequence[Sequence[int]]) -> None:
-    """Raise `StageError` for an objective that is taken on no source. `weighed`: the objectives' numbers by source."""
-    taken = {number for numbers in objective_indices for number in numbers}
-    for number, spec in enumerate(objectives):
-        if number not in taken:
-            raise StageError(
-                f"{spec.kind} is taken on no source, as another objective has them all",
-                where=f"objectives[{number}]",
-                expected="sources whose rows it serves and no other objective names",
-                hint="name its sources: `on: [NAME]`, or leave it out",
-            )
-
-
-def get_evaluation_objective(objective: RowsObjective, start_objectives: Sequence[RowsObjective]) -> RowsObjective:
-    """What held-out rows are scored as: a model that writes itself is measured by how it reads what others wrote."""
-    return start_objectives[0] if isinstance(objective, OnPolicyObjective) else objective
-
-
-@dataclass(frozen=True)
-class RowTemplate:
-    """How a source's rows are put into words, as the stage says it."""
-
-    prompt: str | None = None
-    answer: str | None = None
-    words: Mapping[str, str] = field(default_factory=dict)
-
-
-DemonstrationWrapper = Callable[[Renderer, str], Renderer]
-"""Makes a renderer of rows of a kind one that sets demonstrations before each example."""
-
-
-def make_renderer(
-    objective: RowsObjective,
-    kind: str,
-    model_inputs: ModelInputs,
-    template: RowTemplate,
-    labels: Labels | None,
-    add_demonstrations: DemonstrationWrapper | None = None,
-) -> Renderer | None:
-    """What puts rows of a kind into words for an objective; None for running text.
-
-    Raises `StageError` for demonstrations before rows that are not answered in words.
-    """
-    if kind in RUNNING_TEXT_KINDS:
-        return None
-    renderer = _make_base_renderer(objective, kind, model_inputs, template, labels)
-    if add_demonstrations is None:
-        return renderer
-    if isinstance(objective, ClassifyObjective | MaskedObjective):
-        raise StageError(
-            f"demonstrations show answers in words, and {objective.kind} has none",
-            where="tuning.demonstrations",
-            expected="an objective whose answers are written: next-token or text-to-text",
-        )
-    return add_demonstrations(renderer, kind)
-
-
-def _make_base_renderer(
-    objective: RowsObjective, kind: str, model_inputs: ModelInputs, template: RowTemplate, labels: Labels | None
-) -> Renderer:
-    if isinstance(objective, ClassifyObjective | MaskedObjective):
-        assert labels is not None
-        if kind == "tagged":
-            return TagRenderer(labels)
-        between = bool(model_inputs.tokenizer_frame.separator_ids)
-        return ClassRenderer(labels, separator="" if between else "\n", is_joint=not between)
-    answers = objective.answers if isinstance(objective, NextTokenObjective) else "last"
-    return make_text_renderer(kind, model_inputs, template, answers)
-
-
-def make_text_renderer(
-    kind: str, model_inputs: ModelInputs, row_template: RowTemplate, answers: Literal["all", "last"]
-) -> PlainRenderer | ChatRenderer:
-    """What puts rows into words for a model that answers in words: a template, or conversations in the chat template."""
-    plain = PlainRenderer(
-        prompt=row_template.prompt,
-        answer=row_template.answer,
-        label_words=row_template.words,
-        is_separate=model_inputs.task == "text-to-text",
-    )
-    tokenizer = model_inputs.tokenizer
-    template = custom_template(tokenizer.chat_template)
-    turns = kind == "instruction" or (kind == "completion" and template)
-    if row_template.prompt is None and (kind == "chat" or (turns and model_inputs.task == "causal")):
-        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        return ChatRenderer(template, special, answers, plain)
-    return plain
-
-
-def uses_plain_chat_template(renderer: Renderer | None) -> bool:
-    """Whether rows are put into words by the plain chat template."""
-    if isinstance(renderer, Demonstrations):
-        return uses_plain_chat_template(renderer.renderer)
-    return isinstance(renderer, ChatRenderer) and renderer.template is None
 
 
 def make_rows(
@@ -370,19 +136,19 @@ def make_rows(
 
 
 def _resolve_too_long(objective: TextToTextObjective, kind: str) -> TooLongPolicy:
-    """In a conversation the question stands at the end."""
+    """A conversation is cut at its beginning, because the question is at its end."""
     if objective.too_long == "auto":
         return "cut-context" if kind in ("chat", "instruction") else "cut-end"
     return objective.too_long
 
 
 def describe_skipped(skipped: Mapping[str, int]) -> list[str]:
-    """Rows that were left out, by the reason."""
-    return [f"{count:,} rows are left out ({reason})" for reason, count in skipped.items() if count]
+    """Notes on skipped rows, by reason."""
+    return [f"{count:,} rows are skipped ({reason})" for reason, count in skipped.items() if count]
 
 
 def describe_dropped(rows: Rows) -> list[str]:
-    """What rows have lost of the documents that they were made of: left out whole, or in part."""
+    """Notes on documents that are skipped or cut."""
     cut: Mapping[str, int] = getattr(rows, "truncations", {})
     return describe_skipped(getattr(rows, "skipped", {})) + [
         f"{count:,} rows are too long; {what} is cut" for what, count in cut.items() if count
@@ -390,11 +156,11 @@ def describe_dropped(rows: Rows) -> list[str]:
 
 
 def verbalisers(store: TokenStore | Subset, model_inputs: ModelInputs, words: Mapping[str, str]) -> list[int]:
-    """A token for each label: what a masked language model is to say at the mask.
+    """The token that a masked language model predicts at the mask for each label.
 
-    Raises `StageError` for a label without a word, and for a word of several tokens.
+    Raises `StageError` for a word of several tokens.
     """
-    out: list[int] = []
+    token_ids: list[int] = []
     for label in store.labels or ():
         word = words.get(str(label), str(label))
         ids = model_inputs.tokenizer(word, add_special_tokens=False)["input_ids"]
@@ -404,12 +170,12 @@ def verbalisers(store: TokenStore | Subset, model_inputs: ModelInputs, words: Ma
                 where="data.sources.words",
                 expected="a word of one token for each label",
             )
-        out.append(int(ids[0]))
-    return out
+        token_ids.append(int(ids[0]))
+    return token_ids
 
 
 def _frame_without_eos(model_inputs: ModelInputs) -> Any:
-    """The frame of rows that set their own EOS behind the text."""
+    """The frame for rows that append an EOS of their own to the text."""
     after = model_inputs.frame.suffix_ids
     return dataclasses.replace(
         model_inputs.frame, suffix_ids=after[:-1] if after[-1:] == (model_inputs.encoder.eos,) else after

@@ -31,8 +31,9 @@ from postgrad.models.from_scratch import (
     solve_config,
 )
 from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model, refuse_foreign_code, save_pretrained
-from postgrad.plan.held_out_sets import inherit_row_format
-from postgrad.plan.sources import ProgressCallback, SourceSpec, held_out_share, make_row_template, make_text_files
+from postgrad.plan.held_out_files import inherit_row_format
+from postgrad.plan.row_renderers import make_row_template
+from postgrad.plan.sources import ProgressCallback, SourceSpec, held_out_share, make_text_files
 from postgrad.storage.atomic import publish_folder, remove_folder, verify
 from postgrad.storage.fingerprint import fingerprint
 

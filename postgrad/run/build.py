@@ -402,7 +402,7 @@ def make_loader(
         plan.data.rows,
         plan.data.mixture,
         micro_batch_size=execution.micro,
-        objectives=plan.objective_indices,
+        objectives=plan.data.objective_indices,
         pad_token_id=plan.model.inputs.pad_id,
         rank=world.rank,
         world_size=world.size,

@@ -59,7 +59,7 @@ def find_cache_jobs(plan: Plan) -> list[CacheJob]:
         spec = plan.objectives[number]
         if not isinstance(spec, DistillObjective) or spec.cache == "none":
             continue
-        for k, weighed in enumerate(plan.objective_indices):
+        for k, weighed in enumerate(plan.data.objective_indices):
             if number in weighed:
                 keys, rows = _row_keys(plan, k), plan.data.rows[k]
                 description = {

@@ -36,7 +36,7 @@ from postgrad.models.model import Model, verify_model, wrap_model
 from postgrad.models.pretrained import locate_model
 from postgrad.plan.checkpoint_selection import CheckpointSelector, summarize_evaluation
 from postgrad.plan.plan import Plan
-from postgrad.plan.sources import make_source_records
+from postgrad.plan.seen_sources import make_source_records
 from postgrad.reports.pages import run_page
 from postgrad.run import task_scores
 from postgrad.run.anchors import describe_penalty, penalty_fingerprints
@@ -390,7 +390,7 @@ def _execute_stage(plan: Plan, world: World, interrupt: Interrupt, *, command: s
         else None,
         "gate": gate,
         "tasks": task_scores.task_rows(plan.evaluation.tasks, answers_before, answers),
-        "clusters": task_scores.cluster_rows(plan.evaluation.tasks, answers_before, answers, plan.seen_clusters),
+        "clusters": task_scores.cluster_rows(plan.evaluation.tasks, answers_before, answers, plan.data.seen_clusters),
         "samples": samples,
     }
     record["fingerprints"]["model"] = model_fingerprint(home / MODEL)

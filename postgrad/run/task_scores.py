@@ -19,7 +19,7 @@ from postgrad.evaluation.generate_answers import generate_answers
 from postgrad.evaluation.generation_metrics import TaskPredictions, joint_change, metric_change, metric_summary
 from postgrad.models.model import Model
 from postgrad.plan.model_inputs import ModelInputs
-from postgrad.plan.task_prompts import PromptedTask, TaskPrompt
+from postgrad.plan.prompted_task import PromptedTask, TaskPrompt
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import fingerprint
 

@@ -90,7 +90,7 @@ def is_what_is_read(plan: Plan, count: int) -> bool:
     """Every label is shown as trained and nothing else is; ids are those that are read, padding is what is masked out."""
     rows = read(plan, plan.steps)
     for k, source in enumerate(of(plan, count)):
-        assert len(source.rows) == min(count, plan.row_counts()[k]) > 0
+        assert len(source.rows) == min(count, plan.data.row_counts()[k]) > 0
         for shown, arrays in zip(source.rows, rows[k], strict=False):
             labels = arrays["labels"]
             if shown.row_label is not None:
@@ -117,8 +117,8 @@ def test_rows_read_anew_would_not_be_those_of_the_steps(shelf: Workspace, monkey
     plan = shelf.plan(STAGES["masked"](shelf))
 
     def stored(part: Any, batch: Any) -> Any:
-        for i, draw in enumerate(part.draws):
-            row = plan.data.rows[draw.source].at(i, 0)
+        for i, draw in enumerate(part.mixture_rows):
+            row = plan.data.rows[draw.source].get_row(i, 0)
             yield draw, {**row.inputs, "labels": row.labels}
 
     monkeypatch.setattr(preview, "_split_micro_batch", stored)

@@ -68,7 +68,7 @@ def test_the_stage_that_is_written(shelf: Workspace) -> None:
     stage, aim = found.plan.stage, found.target
     record = read_record(shelf.folder / "runs" / "naive")
     assert [o.kind for o in stage.objectives] == ["on-policy", "distill"]
-    assert found.plan.objective_indices == ((0,), (1,)) and [leaf.name for leaf in found.plan.data.sources] == [
+    assert found.plan.data.objective_indices == ((0,), (1,)) and [leaf.name for leaf in found.plan.data.sources] == [
         "prompts",
         "new",
     ]

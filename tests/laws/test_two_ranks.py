@@ -179,7 +179,7 @@ def test_two_ranks_of_mixed_rows_make_the_steps_of_one(model: str, cache: Path, 
             plan.data.rows,
             plan.data.mixture,
             micro_batch_size=1,
-            objectives=plan.objective_indices,
+            objectives=plan.data.objective_indices,
             rank=rank,
             world_size=2,
         ).micro_batches(step)

@@ -282,7 +282,7 @@ def test_killed_after_the_end_it_trains_no_further(shelf: Workspace) -> None:
         patched.setattr(
             checkpoint_selection.CheckpointSelector,
             "state",
-            property(lambda self: compute_selection_state(self.looks[:1], self.rule)),
+            property(lambda self: compute_selection_state(self.evaluations[:1], self.rule)),
         )
         assert any(
             isinstance(event, StepCompleted) for event in run_stage(shelf.plan(raw), command="t", cache=shelf.cache)

@@ -19,7 +19,7 @@ from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import perplexity
 from postgrad.models.pretrained import locate_model, save_pretrained
-from postgrad.plan import filter_documents
+from postgrad.plan import filter_documents, perplexity_filter
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.run.run import RunFinished, run_stage
 from tests import tiny_stages
@@ -155,7 +155,7 @@ def test_what_cannot_be_judged_is_counted(stage_of: StageOf, plan_of: PlanOf, tm
 def test_a_judgement_goes_on_where_it_was_stopped(
     stage_of: StageOf, plan_of: PlanOf, mixed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filter_documents, "_SCORING_BATCH_TOKENS", 400)
+    monkeypatch.setattr(perplexity_filter, "_SCORING_BATCH_TOKENS", 400)
     raw = selected(stage_of, {"kind": "perplexity", "between": ["10%", "90%"]})
     whole = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "whole")
     asked: list[int] = []
@@ -167,7 +167,7 @@ def test_a_judgement_goes_on_where_it_was_stopped(
         asked.append(len(held_out))
         return perplexity.score_held_out(model, held_out, **more)
 
-    monkeypatch.setattr(filter_documents, "score_held_out", stopping)
+    monkeypatch.setattr(perplexity_filter, "score_held_out", stopping)
     with pytest.raises(KeyboardInterrupt):
         plan_of(raw)
     assert list((tmp_path / "cache" / "selections").glob("*.part.npy"))
@@ -187,9 +187,11 @@ def test_a_selection_is_found_once(
     counts = [step["before"]["documents"] for step in plan.data.sources[0].selection]
     assert counts[0] == 150 and counts[1] == plan.data.sources[0].selection[0]["after"]["documents"] > counts[2]
     did: list[str] = []
-    carried_out = filter_documents._apply_method
+    apply = filter_documents._DocumentFilter.apply
     monkeypatch.setattr(
-        filter_documents, "_apply_method", lambda way, *rest: did.append(way.kind) or carried_out(way, *rest)
+        filter_documents._DocumentFilter,
+        "apply",
+        lambda self, *rest: did.append(self.method.kind) or apply(self, *rest),
     )
     again = plan_of(selected(stage_of, *ways))
     assert not did and again.data.sources[0].store.fingerprint == plan.data.sources[0].store.fingerprint

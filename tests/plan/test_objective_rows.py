@@ -25,17 +25,10 @@ from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.errors import StageError
 from postgrad.models.pretrained import locate_model
-from postgrad.plan.objective_rows import (
-    SUPPORTED_ROW_KINDS,
-    RowTemplate,
-    make_renderer,
-    make_rows,
-    match_objectives,
-    resolve_objectives,
-    resolve_task,
-    verbalisers,
-)
+from postgrad.plan.objective_matching import SUPPORTED_ROW_KINDS, match_objectives, resolve_objectives, resolve_task
+from postgrad.plan.objective_rows import make_rows, verbalisers
 from postgrad.plan.plan import Plan
+from postgrad.plan.row_renderers import RowTemplate, make_renderer
 from tests.tiny_stages import QUICK_EVALUATION, Workspace, make_workspace, write_rows
 
 OBJECTIVES: dict[str, type[Any]] = {
@@ -269,7 +262,7 @@ def test_what_puts_rows_into_words(shelf: Workspace) -> None:
     pairs = made(classify, "labelled", encoder)
     assert isinstance(pairs, ClassRenderer) and (pairs.separator, pairs.is_joint) == ("", False)
     one = made(classify, "labelled", causal)  # nothing of its own between two texts
-    assert (one.separator, one.joint) == ("\n", True)
+    assert (one.separator, one.is_joint) == ("\n", True)
     assert isinstance(made(classify, "tagged", encoder), TagRenderer)
 
 
@@ -291,7 +284,7 @@ def test_a_word_for_each_class(shelf: Workspace) -> None:
     for words, name in (({"words": "yes"}, "sums"), ({**YES_NO, "words": "yesyes"}, "yesyes")):
         with pytest.raises(StageError, match=f"'{name}'") as met:
             verbalisers(store, plan.model.inputs, words)
-        assert "one token" in met.value.met
+        assert "one token" in met.value.problem
     classes = [int(plan.data.rows[0].get_row(i, i).labels.max()) for i in range(len(plan.data.rows[0]))]
     assert set(classes) == set(verbalisers(store, plan.model.inputs, YES_NO))
 
@@ -301,4 +294,4 @@ def test_described_objectives_are_all_built() -> None:
     names = {
         name for name, value in vars(described).items() if name.endswith("Objective") and name != "Objective" and value
     }
-    assert len(names - {"AnyObjective", "RowsObjective", "DistillObjective", "TaughtObjective"}) == len(OBJECTIVES)
+    assert len(names - {"AnyObjective", "RowsObjective", "DistillObjective", "TeacherObjective"}) == len(OBJECTIVES)

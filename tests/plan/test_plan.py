@@ -52,7 +52,7 @@ def trained(plan: Plan, first: int, last: int) -> np.ndarray:
     for step in range(first, last):
         sources, rows = plan.data.mixture.rows(step)
         for source, row in zip(sources, rows, strict=True):
-            out[source] += int((plan.data.rows[source].at(int(row), 0).labels != IGNORED).sum())
+            out[source] += int((plan.data.rows[source].get_row(int(row), 0).labels != IGNORED).sum())
     return out
 
 
@@ -106,7 +106,7 @@ def test_shares_are_in_trained_tokens_not_in_rows(stage_of: StageOf, plan_of: Pl
     )
     read = trained(plan, 0, plan.steps)
     assert read / read.sum() == pytest.approx([0.5, 0.5], abs=0.02)
-    rows = plan.row_counts()
+    rows = plan.data.row_counts()
     assert rows[0] > 1.1 * rows[1]  # the mutant, equal rows, would give another share of tokens
     equal = np.array(plan.data.trained_tokens_per_row())
     assert equal[0] / equal.sum() < 0.47
@@ -345,7 +345,7 @@ def trained_text(plan: Plan, leaf: int) -> str:
     tokenizer = AutoTokenizer.from_pretrained(plan.model.start.name_or_path)
     rows = plan.data.rows[leaf]
     return "\n".join(
-        tokenizer.decode(rows.store.read(int(document)), skip_special_tokens=True) for document in rows.kept
+        tokenizer.decode(rows.store.read(int(document)), skip_special_tokens=True) for document in rows.document_ids
     )
 
 

@@ -81,7 +81,7 @@ def test_a_new_model_is_trained_from_a_uniform_guess(task: str, shelf: Workspace
 def test_no_held_out_document_is_looked_at(shelf: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By whatever share and file it is held out: the texts that reach the trainer are those of the plan's rows."""
     texts: list[str] = []
-    learnt = start_model.learn_vocabulary
+    learnt = start_model.train_vocabulary
 
     def spied(*args: Any, **kwargs: Any) -> str:
         from postgrad.data.tokens import train_vocabulary
@@ -106,7 +106,7 @@ def test_no_held_out_document_is_looked_at(shelf: Workspace, monkeypatch: pytest
     with pytest.raises(DataError, match="nothing of 'new' is left"):  # its every document is a copy of a held-out one
         shelf.plan(raw)
     digests, _ = _digests_and_sizes(
-        start_model.files_of("own", {**own, "hub": None, "columns": {}, "documents": "auto"}, tmp_path, "x")
+        start_model.make_text_files("own", {**own, "hub": None, "columns": {}, "documents": "auto"}, tmp_path, "x")
     )
     every = [json.loads(line)["text"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
     out = held_out_mask(digests, 0.2)
@@ -235,7 +235,7 @@ def test_shares_by_a_mixing_rule_are_those_of_the_documents_that_may_be_trained_
     shelf: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[int]] = []
-    given = start_model.learn_vocabulary
+    given = start_model.train_vocabulary
 
     def spied(portions: Any, shares: Any, **rest: Any) -> str:
         def told(counts: Any) -> Any:

@@ -13,10 +13,12 @@ from postgrad.commands.evaluate import load_model_inputs
 from postgrad.config.stage_file import load_tasks, parse_stage
 from postgrad.config.tasks import TaskConfig
 from postgrad.errors import DataError, ModelError, StageError
+from postgrad.evaluation.generate_answers import StoppingRule
 from postgrad.models.pretrained import locate_model
-from postgrad.plan import task_prompts
+from postgrad.plan import task_demonstrations
 from postgrad.plan.model_inputs import ModelInputs
-from postgrad.plan.task_prompts import PromptedTask, add_soft_prompts, make_prompted_task
+from postgrad.plan.prompted_task import PromptedTask, add_soft_prompts
+from postgrad.plan.task_prompts import make_prompted_task
 from tests.conftest import make_llama, make_tokenizer
 from tests.tiny_stages import Workspace, bos_tokenizer, make_workspace, save_model, write_rows
 
@@ -278,7 +280,7 @@ def test_no_row_that_is_tested_is_ever_shown(shelf: Workspace, tmp_path: Path) -
 def test_a_pool_with_test_rows_would_be_met(shelf: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: no two rows are copies."""
     marks = iter(range(10**6))
-    monkeypatch.setattr(task_prompts, "_row_digests", lambda example, words: {next(marks)})
+    monkeypatch.setattr(task_demonstrations, "_row_digests", lambda example, words: {next(marks)})
     path = write_rows(tmp_path / "t.jsonl", [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(6)])
     found = asked(shelf, path, shots=3, seeds=5, shown={"path": str(path)})
     assert any("row" in each for prompts in found.prompts_KI for p in prompts for each in shown_in(p.text))
@@ -345,7 +347,7 @@ def test_a_stop_is_what_no_answer_has_inside(shelf: Workspace, tmp_path: Path) -
     for answers, stop in ((["a", "b\n"], ("\n",)), (["a", "b\nc"], ("\n\n",)), (["a\n\nb", "c"], ())):
         path = write_rows(tmp_path / "t.jsonl", [{"prompt": f"{i}?", "completion": a} for i, a in enumerate(answers)])
         assert asked(shelf, path).stopping.stop_strings == stop
-        assert asked(shelf, path, stop=["."], most_tokens=7).stopping == task_prompts.Until(7, (".",))
+        assert asked(shelf, path, stop=["."], most_tokens=7).stopping == StoppingRule(7, (".",))
         assert asked(shelf, path, stop=[]).stopping.stop_strings == ()
 
 

@@ -226,11 +226,11 @@ def test_next_token_and_distillation_with_lora_are_the_sum_written_by_hand(shelf
 def test_a_source_may_be_taught_alone(shelf: Workspace) -> None:
     raw = shelf.stage("alone", objectives=[{**NEXT, "on": ["new"]}, {**DISTILL, "teacher": "other", "on": ["old"]}])
     plan = shelf.plan(raw)
-    assert plan.objective_indices == ((0,), (1,)) and plan.data.rows[1].layout == "packed"
+    assert plan.data.objective_indices == ((0,), (1,)) and plan.data.rows[1].layout == "packed"
     reports, _, _ = stepped(shelf, raw, 1)
     assert all(value > 0 for value in reports[0].losses.values())
     everywhere = shelf.plan(shelf.stage("everywhere", objectives=[NEXT, DISTILL]))
-    assert everywhere.objective_indices == ((0, 1), (0, 1))
+    assert everywhere.data.objective_indices == ((0, 1), (0, 1))
     with pytest.raises(StageError, match="no objective is taken on 'old'"):
         shelf.plan(shelf.stage("nobody", objectives=[{**NEXT, "on": ["new"]}, {**DISTILL, "on": ["new"]}]))
 

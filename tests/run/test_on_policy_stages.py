@@ -228,7 +228,7 @@ def test_where_it_cannot_be_is_refused(shelf: Workspace) -> None:
     both = shelf.plan(
         stage_of(shelf, "both", objectives=[{**NEXT, "on": ["new"]}, {**WRITES, "on": ["old"]}, {"kind": "distill"}])
     )
-    assert both.objective_indices == ((0, 2), (1,))
+    assert both.data.objective_indices == ((0, 2), (1,))
 
     class Sharded(World):
         @property

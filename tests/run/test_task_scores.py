@@ -26,7 +26,8 @@ from postgrad.evaluation.choices.loglikelihood import ChoiceItem
 from postgrad.lineage.record import read_record
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import load_pretrained, locate_model
-from postgrad.plan.task_prompts import PromptedTask, TaskPrompt, make_prompted_task
+from postgrad.plan.prompted_task import PromptedTask, TaskPrompt
+from postgrad.plan.task_prompts import make_prompted_task
 from postgrad.reports.pages import run_page
 from postgrad.reports.sections.task_tables import cluster_table, task_table
 from postgrad.run import task_scores
@@ -196,9 +197,9 @@ def test_clusters_that_were_never_trained_on_come_first(shelf: Workspace, run: P
     # What an earlier stage trained on has been seen.
     raw = examined(shelf, "later", "named", "pairs", model="runs/examined")
     raw["data"]["sources"] = [shelf.source("choices", cluster="choices")]
-    assert shelf.plan(raw).seen_clusters == {"choices", "sorts"}
+    assert shelf.plan(raw).data.seen_clusters == {"choices", "sorts"}
     raw["model"] = str(shelf.folder / "llama")
-    assert shelf.plan(raw).seen_clusters == {"choices"}
+    assert shelf.plan(raw).data.seen_clusters == {"choices"}
 
 
 def test_check_says_that_several_processes_do_not_ask_during_training(shelf: Workspace) -> None:

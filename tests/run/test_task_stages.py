@@ -34,7 +34,7 @@ from postgrad.hardware.execution import Execution
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import locate_model
 from postgrad.optim.optimizer import AdamW
-from postgrad.plan import sources as leaves
+from postgrad.plan import demonstration_pool
 from postgrad.plan.objective_rows import make_rows
 from postgrad.plan.plan import Plan
 from postgrad.run.build import build_run, make_loader, make_objectives, make_tuned_model
@@ -816,7 +816,7 @@ def test_only_training_rows_are_shown_before_a_question(
         assert len(shown) == 2 and asked not in shown and asked_held.isdisjoint(shown)
     assert shelf.run(raw).record["status"] == "finished"
     # The mutant: with nothing set apart, held-out rows are among those that are shown.
-    monkeypatch.setattr(leaves, "held_out_mask", lambda digests, share: np.zeros(len(digests), bool))
+    monkeypatch.setattr(demonstration_pool, "held_out_mask", lambda digests, share: np.zeros(len(digests), bool))
     held, trained = read_before(shelf.plan({**raw, "seed": 1}))
     assert any(not asked_held.isdisjoint(shown) for shown, _ in [*held, *trained])
 

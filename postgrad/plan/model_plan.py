@@ -1,0 +1,88 @@
+"""The model a stage trains: its start, tokenizer, task and task layer, and how it reads text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from postgrad.config import stage as s
+from postgrad.data.read.examples import Labels
+from postgrad.errors import StageError
+from postgrad.models.pretrained import ClassifierSpec, ModelLocation, Task, load_tokenizer
+from postgrad.models.task_head import TaskHeadConfig
+from postgrad.objectives.classification_loss import ProblemType
+from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
+from postgrad.plan.sources import SourceSpec
+from postgrad.plan.task_layer import resolve_representation
+
+_PROBLEM_TYPES = {
+    "class": "single_label_classification",
+    "multi": "multi_label_classification",
+    "number": "regression",
+    "tags": "single_label_classification",
+}
+"""Names of the problems in transformers' configurations."""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The model a stage trains: where it starts, and how it reads text."""
+
+    start: ModelLocation
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    context_length: int
+    task: Task
+    problem: ProblemType
+    """What a classifier predicts."""
+    task_layer: ClassifierSpec | None
+    inputs: ModelInputs
+    """How text becomes inputs under the stage's tuning."""
+
+
+def plan_model(
+    stage: s.Stage, start_model: ModelLocation, task: Task, source_specs: Sequence[SourceSpec], labels: Labels | None
+) -> ModelPlan:
+    """The model plan of a stage whose objectives need `task`; labels of words make a classifier a token classifier.
+
+    Raises `ModelError` for a tokenizer that does not fit the model, `StageError` for rows longer than its positions.
+    """
+    tokenizer = load_tokenizer(start_model)
+    config = AutoConfig.from_pretrained(start_model.name_or_path)
+    vocab_size = int(config.vocab_size)
+    encoder = make_encoder(tokenizer, vocab_size, stage.data.eos)
+    length = stage.data.sequence_length
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and length > limit:
+        raise StageError(
+            f"rows of {length:,} tokens do not fit the model, which has {limit:,} positions",
+            where="data.sequence_length",
+            expected=f"at most {limit:,}",
+        )
+    if labels and labels.problem == "tags" and task == "classify":
+        task = "tag"
+    representation = resolve_representation([spec.objective for spec in source_specs], start_model, task)
+    inputs = make_model_inputs(
+        task, start_model, tokenizer, encoder, length=length, seed=stage.seed, tuning=stage.tuning
+    )
+    task_layer = None
+    if labels and task in ("classify", "tag"):
+        task_layer = _make_task_layer(labels, inputs.pad_id, stage.seed, representation)
+    return ModelPlan(
+        start=start_model,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        context_length=length,
+        task=task,
+        problem=labels.problem if labels else "class",  # type: ignore[arg-type]
+        task_layer=task_layer,
+        inputs=inputs,
+    )
+
+
+def _make_task_layer(labels: Labels, pad: int, seed: int, representation: TaskHeadConfig | None) -> ClassifierSpec:
+    """The task layer of a classifier; a regression has a single output."""
+    names = tuple(str(name) for name in labels.names) or ("number",)
+    return ClassifierSpec(names, _PROBLEM_TYPES[labels.problem], pad, seed, representation)  # type: ignore[arg-type]

@@ -1,0 +1,172 @@
+"""The objectives of a stage: the task they need, and which sources each trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from postgrad.config.objectives import (
+    AnyObjective,
+    ClassifyObjective,
+    DistillObjective,
+    MaskedObjective,
+    NextTokenObjective,
+    OnPolicyObjective,
+    PrefixLMObjective,
+    RowsObjective,
+    SpanCorruptionObjective,
+    TeacherObjective,
+    TextToTextObjective,
+)
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS
+from postgrad.errors import StageError
+from postgrad.models.pretrained import ModelLocation, Task
+from postgrad.tuning.open_model import get_task, starts_as_prefix_lm
+
+_ANSWER_KINDS = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "question", "choices")
+SUPPORTED_ROW_KINDS: dict[str, tuple[str, ...]] = {
+    "next-token": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
+    "prefix-lm": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
+    "masked": (*RUNNING_TEXT_KINDS, "labelled"),
+    "span-corruption": RUNNING_TEXT_KINDS,
+    "text-to-text": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
+    "classify": ("labelled", "tagged"),
+    "on-policy": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
+}
+"""Row kinds that each objective supports."""
+
+_OBJECTIVE_TASKS: dict[str, Task] = {
+    "next-token": "causal",
+    "prefix-lm": "causal",
+    "masked": "masked",
+    "span-corruption": "text-to-text",
+    "text-to-text": "text-to-text",
+    "classify": "classify",
+    "on-policy": "causal",
+}
+_TASK_OBJECTIVES: dict[Task, tuple[RowsObjective, ...]] = {
+    "causal": (NextTokenObjective(kind="next-token"),),
+    "masked": (MaskedObjective(kind="masked"),),
+    "text-to-text": (SpanCorruptionObjective(kind="span-corruption"), TextToTextObjective(kind="text-to-text")),
+    "classify": (ClassifyObjective(kind="classify"),),
+    "tag": (ClassifyObjective(kind="classify", problem="tags"),),
+}
+"""Default objectives of each task; the first that supports a row kind also determines the rows of a teacher's source."""
+_MODEL_DESCRIPTIONS = {
+    "causal": "a decoder",
+    "masked": "an encoder",
+    "text-to-text": "an encoder-decoder",
+    "classify": "a classifier",
+    "tag": "a token classifier",
+}
+
+
+def resolve_objectives(
+    objectives: Sequence[AnyObjective] | None, start_model: ModelLocation
+) -> tuple[AnyObjective, ...]:
+    """The objectives of a stage: those it names, or the first default one of the start model."""
+    return tuple(objectives) if objectives else get_start_objectives(start_model)[:1]
+
+
+def get_start_objectives(start_model: ModelLocation) -> tuple[RowsObjective, ...]:
+    """The default objectives of a start model: the one that it was trained with, and alternatives."""
+    return (
+        (PrefixLMObjective(kind="prefix-lm"),)
+        if starts_as_prefix_lm(start_model)
+        else _TASK_OBJECTIVES[get_task(start_model)]
+    )
+
+
+def resolve_task(objectives: Sequence[AnyObjective], start_model: ModelLocation) -> Task:
+    """The task that the objectives need. Raises `StageError` for objectives of several tasks, or a model of another."""
+    tasks = {_OBJECTIVE_TASKS[o.kind]: o for o in objectives if not isinstance(o, DistillObjective)}
+    start_task = get_task(start_model)
+    if not tasks:  # distillation alone works for any task
+        return start_task
+    if len(tasks) > 1:
+        kinds = " and ".join(o.kind for o in tasks.values())
+        raise StageError(
+            f"{kinds} need different models: {' and '.join(_MODEL_DESCRIPTIONS[t] for t in tasks)}",
+            where="objectives",
+            expected="objectives for one model",
+            hint="write the labelled rows as text (text-to-text, or next-token on examples)",
+        )
+    (task,) = tasks
+    if task == "classify":
+        tags = any(isinstance(o, ClassifyObjective) and o.problem == "tags" for o in objectives)
+        return "tag" if tags else "classify"
+    if start_task != task and not (task == "masked" and start_task in ("classify", "tag")):
+        raise StageError(
+            f"{tasks[task].kind} needs {_MODEL_DESCRIPTIONS[task]}, and {start_model.name} is "
+            f"{_MODEL_DESCRIPTIONS[start_task]}",
+            where="objectives",
+            expected=f"an objective for {_MODEL_DESCRIPTIONS[start_task]}, such as {_TASK_OBJECTIVES[start_task][0].kind}",
+        )
+    return task
+
+
+class SourceObjectives(NamedTuple):
+    """The objective that determines the layout of a source's rows, and the indices of all that train on them."""
+
+    row_objective: RowsObjective
+    objective_indices: tuple[int, ...]
+
+
+def match_objectives(
+    name: str, kind: str, objectives: Sequence[AnyObjective], start_objectives: Sequence[RowsObjective], where: str
+) -> SourceObjectives:
+    """The objectives of a source: the one that names it, or the first that supports its row kind, and distillations.
+
+    Distillation uses the rows of another objective. Next to a distillation, rows without another objective are laid out for
+    the first of the `start_objectives` that supports them.
+    """
+    laying_out = [(i, o) for i, o in enumerate(objectives) if not isinstance(o, DistillObjective)]
+    named = [(i, o) for i, o in laying_out if name in o.on]
+    candidates = named or [(i, o) for i, o in laying_out if not o.on]
+    if not candidates and any(isinstance(o, TeacherObjective) for o in objectives):
+        candidates = [(-1, o) for o in start_objectives]
+    supporting = [(i, o) for i, o in candidates if kind in SUPPORTED_ROW_KINDS[o.kind]]
+    if not supporting:
+        supported_by = ", ".join(k for k, kinds in SUPPORTED_ROW_KINDS.items() if kind in kinds)
+        raise StageError(
+            f"'{name}' has rows of kind {kind}, which "
+            + (f"{candidates[0][1].kind} does not support" if candidates else "no objective names"),
+            where=where,
+            expected=f"an objective that supports them: {supported_by}",
+        )
+    if len(named) > 1:
+        raise StageError(
+            f"two objectives name '{name}': {' and '.join(o.kind for _, o in named)}",
+            where="objectives",
+            expected="one for each source",
+        )
+    number, row_objective = supporting[0]
+    is_generated = isinstance(row_objective, OnPolicyObjective)
+    distilling = [(i, o) for i, o in enumerate(objectives) if isinstance(o, DistillObjective)]
+    # An on-policy source has a teacher of its own; a distillation joins in only if it names the source.
+    distilled = [i for i, o in distilling if name in o.on or (not o.on and not is_generated)]
+    if is_generated and any(o.cache != "none" for i, o in distilling if i in distilled):
+        raise StageError(
+            f"teacher predictions on '{name}' cannot be cached, because its text is generated during training",
+            where="objectives",
+            expected="cache: none",
+        )
+    return SourceObjectives(row_objective, (*((number,) if number >= 0 else ()), *distilled))
+
+
+def refuse_unused_objectives(objectives: Sequence[AnyObjective], objective_indices: Sequence[Sequence[int]]) -> None:
+    """Raise `StageError` for an objective that trains on no source. `objective_indices`: for each source."""
+    used = {number for numbers in objective_indices for number in numbers}
+    for number, spec in enumerate(objectives):
+        if number not in used:
+            raise StageError(
+                f"{spec.kind} trains on no source: other objectives take all of them",
+                where=f"objectives[{number}]",
+                expected="sources with rows that it supports and that no other objective names",
+                hint="name its sources: `on: [NAME]`, or remove it",
+            )
+
+
+def get_evaluation_objective(objective: RowsObjective, start_objectives: Sequence[RowsObjective]) -> RowsObjective:
+    """The objective that held-out rows are scored with: on-policy sources are scored on the given text."""
+    return start_objectives[0] if isinstance(objective, OnPolicyObjective) else objective
