@@ -18,7 +18,8 @@ from postgrad.evaluation.before_after import read_scores
 from postgrad.evaluation.perplexity import Scores
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.run import relearning
-from postgrad.run.run import InfoMessage, RunFinished, run_stage
+from postgrad.run.events import InfoMessage, RunFinished
+from postgrad.run.run import run_stage
 from postgrad.storage.atomic import MANIFEST
 from tests.conftest import StageOf, old_text, write_jsonl
 
