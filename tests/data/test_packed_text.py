@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postgrad.data.layouts.packed_text import PackedRows
-from postgrad.data.layouts.rows import IGNORED, Row, held_out_mask
+from postgrad.data.layouts.rows import IGNORED, Row
+from postgrad.data.tokens.held_out_split import held_out_mask
 
 EOS = 1
 

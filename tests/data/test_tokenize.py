@@ -24,9 +24,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from postgrad.data.read.examples import Labels, Renderer
 from postgrad.data.read.files import HubDataset, RawSource
+from postgrad.data.read.labels import Labels
 from postgrad.data.render.chat import ChatRenderer
+from postgrad.data.render.renderer import Renderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens import store as store_module
 from postgrad.data.tokens import tokenize

@@ -14,9 +14,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Row, select_documents
+from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.layouts.windows import MarkedStore, locate_texts, make_ledger, max_text_tokens
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.errors import DataError, StageError
 
 LabelKind = Literal["class", "multi", "number"]

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Row, select_documents
+from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.layouts.windows import MarkedStore, locate_texts, make_ledger, max_text_tokens, split_windows
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.tokens.held_out_split import select_documents
 
 PENDING = 0
 """The label of a place that is still to be written."""

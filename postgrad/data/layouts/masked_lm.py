@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, DocumentStore, Row, select_documents
+from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.layouts.windows import locate_texts, make_ledger, max_text_tokens, split_windows
 from postgrad.data.random_streams import RandomStreams
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.tokens.held_out_split import DocumentStore, select_documents
 
 MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1
 """Of the labels: the share behind a mask, and the share in whose place a random token stands."""

@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Row, select_documents
+from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.layouts.windows import (
     MarkedStore,
     TextSpans,
@@ -31,6 +31,7 @@ from postgrad.data.layouts.windows import (
     max_text_tokens,
 )
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.errors import StageError
 
 TrainOn = Literal["answers", "all"]

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, DocumentStore, Ledger, Row, select_documents
+from postgrad.data.layouts.rows import IGNORED, Ledger, Row
+from postgrad.data.tokens.held_out_split import DocumentStore, select_documents
 
 
 class PackedRows:

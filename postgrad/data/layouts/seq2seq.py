@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from postgrad.data.layouts.rows import Row, select_documents
+from postgrad.data.layouts.rows import Row
 from postgrad.data.layouts.windows import (
     MarkedStore,
     TextSpans,
@@ -28,6 +28,7 @@ from postgrad.data.layouts.windows import (
 )
 from postgrad.data.random_streams import RandomStreams
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.tokens.held_out_split import select_documents
 
 
 def make_seq2seq_row(input_ids: np.ndarray, labels: np.ndarray, decoder_start: int) -> Row:

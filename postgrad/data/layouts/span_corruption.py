@@ -19,11 +19,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from postgrad.data.layouts.rows import DocumentStore, Row, select_documents
+from postgrad.data.layouts.rows import Row
 from postgrad.data.layouts.seq2seq import make_seq2seq_row
 from postgrad.data.layouts.windows import locate_texts, make_ledger, max_text_tokens, split_windows
 from postgrad.data.random_streams import RandomStreams
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.tokens.held_out_split import DocumentStore, select_documents
 from postgrad.errors import StageError
 
 
