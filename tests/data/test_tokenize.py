@@ -399,7 +399,7 @@ GOLDEN: list[tuple[str, dict[str, Any], Renderer, list[tuple[int, str]], list[fl
     ("pair", {"source": "the", "target": "cat"}, PlainRenderer(is_separate=True), [(0, "the"), (1, "cat</s>")], None),
     ("labelled", {"premise": "the é", "hypothesis": "日 cat", "label": "yes"}, ClassRenderer(CLASSES),
      [(0, "the é\n"), (1, "日 cat</s>")], [1.0]),
-    ("labelled", {"premise": "the é", "hypothesis": "日 cat", "label": "no"}, ClassRenderer(CLASSES, "", joint=False),
+    ("labelled", {"premise": "the é", "hypothesis": "日 cat", "label": "no"}, ClassRenderer(CLASSES, "", is_joint=False),
      [(0, "the é"), (1, "日 cat</s>")], [0.0]),
     ("labelled", {"sentence": "cat", "label": "no"}, ClassRenderer(CLASSES), [(0, "cat</s>")], [0.0]),
     ("labelled", {"sentence": "cat", "label": 2.5}, ClassRenderer(Labels("number")), [(0, "cat</s>")], [2.5]),
@@ -541,7 +541,7 @@ def test_the_marks_of_a_pair_are_the_token_types_of_the_tokenizers_own_pairs(tmp
     )
     pairs = [("The cats", "sat é"), ("é", "cat cat the"), ("cats sat", "日")]
     rows = [{"sentence1": a, "sentence2": b, "label": "no"} for a, b in pairs]
-    renderer = ClassRenderer(CLASSES, "[SEP]", is_joint=False)
+    renderer = ClassRenderer(CLASSES, "[SEP]", is_is_joint=False)
     store = build_store(rows_of(tmp_path, rows), Encoder(made.to_str(), 1, 2, 8), tmp_path / "cache", renderer=renderer)
     for number, (a, b) in enumerate(pairs):
         own = made.encode(a, b)

@@ -16,6 +16,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.tokens.held_out_split import DocumentStore, SelectedDocuments, select_documents
+
 IGNORED = -100
 """The label of a position that is not trained (the convention of PyTorch and Hugging Face)."""
 
@@ -73,3 +76,25 @@ class Rows(Protocol):
     def get_row(self, row: int, position: int) -> Row:
         """Row number `row` as it stands at `position` of the mixture: what is drawn at random depends on both alone."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class RowOptions:
+    """Options shared by all layouts: the size of a row, its frame, and which documents become rows.
+
+    `length`: positions of a row. `lead`: tokens at each document's start that the frame replaces (1 for a BOS or [CLS]).
+    `held_out`: share of the documents kept for evaluation. `excluded`: digests of documents that are dropped.
+    """
+
+    length: int
+    frame: Frame = EMPTY_FRAME
+    lead: int = 0
+    held_out: float = 0.0
+    excluded: np.ndarray | None = None
+    max_document_tokens: int | None = None
+
+    def select_documents(self, store: DocumentStore) -> SelectedDocuments:
+        """The documents to train on."""
+        return select_documents(
+            store, held_out=self.held_out, excluded=self.excluded, max_tokens=self.max_document_tokens
+        )
