@@ -136,7 +136,7 @@ def test_the_frame_stands_whole_and_the_ledger_adds_up(
     for document, row in zip(rows.document_R.tolist(), read, strict=True):
         ids = row.inputs["input_ids"]
         first, second = ids[(ids >= 100) & (ids < 200)], ids[ids >= 200]
-        assert ids.tolist() == frame.around(first, second if len(second) else None).tolist()
+        assert ids.tolist() == frame.wrap(first, second if len(second) else None).tolist()
         a, b, label = sizes[document]
         if most:
             a, b = min(a, most - 1), max(0, min(b, most - 1 - a))

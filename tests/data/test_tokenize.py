@@ -329,10 +329,10 @@ def test_threads_of_the_tokenizer_itself_are_not_started(tmp_path: Path, encoder
         import os, sys
         from pathlib import Path
         from postgrad.data.tokens.tokenize import Encoder, build_store
-        from postgrad.data.read.files import Source
+        from postgrad.data.read.files import RawSource
         root = Path(sys.argv[1])
         encoder = Encoder((root / "t.json").read_text(), None, 1, 400)
-        build_store(Source("s", path="a.jsonl", root=root), encoder, root / "cache", workers=2)
+        build_store(RawSource("s", path="a.jsonl", root=root), encoder, root / "cache", workers=2)
         print(len(os.listdir("/proc/self/task")), os.environ.get("TOKENIZERS_PARALLELISM"))
     """
     if not Path("/proc/self/task").exists():
@@ -541,7 +541,7 @@ def test_the_marks_of_a_pair_are_the_token_types_of_the_tokenizers_own_pairs(tmp
     )
     pairs = [("The cats", "sat é"), ("é", "cat cat the"), ("cats sat", "日")]
     rows = [{"sentence1": a, "sentence2": b, "label": "no"} for a, b in pairs]
-    renderer = ClassRenderer(CLASSES, "[SEP]", is_is_joint=False)
+    renderer = ClassRenderer(CLASSES, "[SEP]", is_joint=False)
     store = build_store(rows_of(tmp_path, rows), Encoder(made.to_str(), 1, 2, 8), tmp_path / "cache", renderer=renderer)
     for number, (a, b) in enumerate(pairs):
         own = made.encode(a, b)
@@ -896,7 +896,7 @@ def test_finished_shards_are_not_encoded_again(
         encoded: list[int] = []
 
         def count(batch: Any, *rest: Any, encoded: list[int] = encoded) -> Any:
-            encoded.append(batch.met)
+            encoded.append(batch.read_count)
             return real_encode(batch, *rest)
 
         with monkeypatch.context() as patch:
@@ -920,12 +920,12 @@ def test_mutant_a_build_that_forgets_where_it_was_is_caught(
 BUILD = """
     import sys
     from pathlib import Path
-    from postgrad.data import tokenize
-    from postgrad.data.read.files import Source
+    from postgrad.data.tokens import tokenize
+    from postgrad.data.read.files import RawSource
     tokenize.SHARD_CHARACTERS = 20_000
     root = Path(sys.argv[1])
     encoder = tokenize.Encoder((root / "t.json").read_text(), None, 1, 400)
-    store = tokenize.build_store(Source("s", path="a.jsonl", root=root), encoder, root / "cache")
+    store = tokenize.build_store(RawSource("s", path="a.jsonl", root=root), encoder, root / "cache")
     store.verify()
     print(store.path)
 """
