@@ -11,9 +11,10 @@ import numpy as np
 
 from postgrad.config import stage as s
 from postgrad.config.mixing import describe_shares
-from postgrad.data.layouts.rows import Rows, select_documents
+from postgrad.data.layouts.rows import Rows
 from postgrad.data.loading.mixture import Mixture
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS
+from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.errors import DataError, StageError
 from postgrad.plan.data_order import make_data_order
 from postgrad.plan.model_plan import ModelPlan

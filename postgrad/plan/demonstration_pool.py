@@ -8,10 +8,11 @@ import numpy as np
 
 from postgrad.config import stage as s
 from postgrad.config.tunings import InstructionPromptTuning
-from postgrad.data.layouts.rows import held_out_mask
 from postgrad.data.read.documents import read_examples
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example, Renderer
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example
 from postgrad.data.render.demonstrations import Demonstrations
+from postgrad.data.render.renderer import Renderer
+from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.store import digest
 from postgrad.errors import StageError
 from postgrad.plan.model_inputs import ModelInputs

@@ -11,9 +11,9 @@ import numpy as np
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import ClassifyObjective, RowsObjective
-from postgrad.data.layouts.rows import held_out_mask, select_documents
-from postgrad.data.read.examples import Renderer
 from postgrad.data.read.files import RawSource as Files
+from postgrad.data.render.renderer import Renderer
+from postgrad.data.tokens.held_out_split import held_out_mask, select_documents
 from postgrad.data.tokens.store import TokenStore
 from postgrad.errors import DataError, StageError
 from postgrad.plan.held_out_files import HeldOutFileSpec, describe_new_labels

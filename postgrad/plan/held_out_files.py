@@ -10,8 +10,9 @@ from typing import Any
 from postgrad.config import stage as s
 from postgrad.config.objectives import AnyObjective, ClassifyObjective, MaskedObjective, RowsObjective
 from postgrad.data.read.documents import detect_kind
-from postgrad.data.read.examples import Labels, Renderer
 from postgrad.data.read.files import RawSource as Files
+from postgrad.data.read.labels import Labels
+from postgrad.data.render.renderer import Renderer
 from postgrad.data.tokens.tokenize import read_all_labels
 from postgrad.errors import DataError
 from postgrad.plan.model_inputs import ModelInputs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from postgrad.config import stage as s
-from postgrad.data.read.examples import Labels
+from postgrad.data.read.labels import Labels
 from postgrad.errors import StageError
 from postgrad.models.pretrained import ClassifierSpec, ModelLocation, Task, load_tokenizer
 from postgrad.models.task_head import TaskHeadConfig

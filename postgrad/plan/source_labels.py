@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from postgrad.config.objectives import ClassifyObjective, MaskedObjective
-from postgrad.data.read.examples import Labels
+from postgrad.data.read.labels import Labels
 from postgrad.data.tokens.tokenize import read_all_labels
 from postgrad.errors import StageError
 from postgrad.plan.sources import SourceSpec

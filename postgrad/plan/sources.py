@@ -15,10 +15,11 @@ from postgrad.config.document_filters import AnySelection
 from postgrad.config.objectives import AnyObjective, RowsObjective
 from postgrad.data.loading.mixture import seen_weights
 from postgrad.data.read.documents import detect_kind, read_examples
-from postgrad.data.read.examples import Labels, Renderer
 from postgrad.data.read.files import HubDataset
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import get_generator_model
+from postgrad.data.read.labels import Labels
+from postgrad.data.render.renderer import Renderer
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.tokenize import Encoder, build_store, render_example
 from postgrad.errors import StageError

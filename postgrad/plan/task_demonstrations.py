@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from postgrad.config.tasks import TaskConfig
 from postgrad.data.read.documents import detect_kind, read_examples
-from postgrad.data.read.examples import Example, Renderer
+from postgrad.data.read.examples import Example
 from postgrad.data.read.files import RawSource
 from postgrad.data.render.demonstrations import Demonstrations, RetrievalMethod
+from postgrad.data.render.renderer import Renderer
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError
 from postgrad.plan.prompt_format import PromptFormat

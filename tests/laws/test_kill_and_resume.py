@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from postgrad.errors import PostgradError
-from postgrad.run.run import RunFinished, run_stage
+from postgrad.run.events import RunFinished
+from postgrad.run.run import run_stage
 from postgrad.storage import atomic as publishing
 from tests.conftest import StageOf
 from tests.run.test_run import plan_of, trace

@@ -25,8 +25,8 @@ from postgrad.models.pretrained import load_pretrained, locate_model, save_pretr
 from postgrad.penalties.anchor import Anchor
 from postgrad.penalties.importance_file import ImportanceFile, ImportanceMetadata, write_importance
 from postgrad.run.build import make_loader, make_optimizer
+from postgrad.run.events import InfoMessage, WarningMessage
 from postgrad.run.penalty_strength import find_strengths, get_anchors
-from postgrad.run.run import InfoMessage, WarningMessage
 from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run
 from postgrad.tuning.open_model import get_task, start_fingerprint

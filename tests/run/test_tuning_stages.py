@@ -28,7 +28,7 @@ from postgrad.evaluation.before_after import read_scores
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.optim.optimizer import AdamW
-from postgrad.run import run as run_module
+from postgrad.run import training_session
 from postgrad.run.build import make_tuned_model
 from postgrad.training.checkpoint_files import read_progress
 from postgrad.training.metrics_log import read_metrics
@@ -398,8 +398,8 @@ def test_a_resume_that_forgets_something_is_met(shelf: Workspace, name: str, mon
         if not kept:
             run.optimizer.inner.state.clear()
 
-    restore = run_module.restore
-    monkeypatch.setattr(run_module, "restore_run", forgetful)
+    restore = training_session.restore_run
+    monkeypatch.setattr(training_session, "restore_run", forgetful)
     parts = run_interrupted(shelf, stage_of(shelf, name, f"{name}-forgetful"))
     assert run_trace(parts.run_folder) != run_trace(home_of(shelf, name))
 
