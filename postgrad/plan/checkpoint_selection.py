@@ -1,13 +1,14 @@
-"""Which step's model is published, and when is it time to stop? The best by a held-out set, among those that forget little.
+"""Checkpoint selection: the step that is published, and early stopping.
 
-A look is one scoring of the whole set. What follows from the looks so far is a pure function of them, and they stand in
-`metrics.jsonl`; so a run that was killed and resumed chooses what it would have chosen.
+The best checkpoint by a held-out set is published, among those that forget little. An evaluation scores the whole set. The
+selection is a pure function of the evaluations so far, which are in `metrics.jsonl`; so a resumed run selects what an
+uninterrupted one would have.
 
-    candidates    the looks from `first` on: behind the warm-up and the first 2 % of the steps, where the loss of anything
-                  swings (the stability gap), and behind `at_least`
-    chosen        the best candidate; the earliest of several that are as good
-    the end       `patience` candidates in a row, none of which surpasses the best before them by more than `gain`; or one
-                  that is `enough`
+    candidates    the evaluations from `first_step` on: after the warm-up, after `at_least`, and after the first 2 % of the
+                  steps, where every loss fluctuates (the stability gap)
+    selected      the best candidate; the earliest of several equally good ones
+    stop          after `patience` candidates in a row that do not improve on the best before them by more than `min_delta`,
+                  or after one that reaches `stop_at`
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from postgrad.evaluation.perplexity import Scores
 from postgrad.optim import lr_schedules
 
 _STABILITY_GAP_SHARE = 0.02
-"""The share of a stage in which the stability gap is looked for; see `look_steps`."""
+"""The first share of a stage, in which the stability gap is; see `evaluation_steps`."""
 _LOSSES = ("loss", "MSE")
-"""Those of which less is better."""
+"""Metrics that are better when lower."""
 
 
 @dataclass(frozen=True)
 class CheckpointEvaluation:
-    """What a look saw: the value that decides, and the largest share by which a retained set's loss may have risen."""
+    """The selecting value at a step, and the upper bound on the largest relative rise of a retained set's loss."""
 
     step: int
     trained: int
@@ -43,41 +44,42 @@ class CheckpointEvaluation:
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """What is chosen by. `first`: the first step that can be chosen."""
+    """The metric that selects a checkpoint, and when training stops early."""
 
     set: str
-    by: str
+    metric: str
     patience: int | None
-    gain: float
-    first: int
+    min_delta: float
+    first_step: int
+    """The first step that can be selected."""
     max_forgetting: float | None = None
-    enough: float | None = None
+    stop_at: float | None = None
 
     @property
     def less_is_better(self) -> bool:
-        """Whether the value is a loss."""
-        return self.by in _LOSSES
+        """Whether the metric is a loss."""
+        return self.metric in _LOSSES
 
     def is_watched(self, held_out: HeldOutSet) -> bool:
-        """Whether a set decides, so that each look scores all of it."""
+        """Whether the rule depends on a set, so that each evaluation scores all of it."""
         return held_out.name == self.set or (self.max_forgetting is not None and held_out.role == "retained")
 
     def is_within_limit(self, evaluation: CheckpointEvaluation) -> bool:
-        """Whether a look forgot no more than is allowed."""
+        """Whether no retained set has been forgotten more than allowed."""
         return self._excess_forgetting(evaluation) == 0
 
     def has_reached_target(self, evaluation: CheckpointEvaluation) -> bool:
-        """Whether a look is good enough to end with."""
-        if self.enough is None or not self.is_within_limit(evaluation):
+        """Whether training may stop at this value."""
+        if self.stop_at is None or not self.is_within_limit(evaluation):
             return False
-        return evaluation.value <= self.enough if self.less_is_better else evaluation.value >= self.enough
+        return evaluation.value <= self.stop_at if self.less_is_better else evaluation.value >= self.stop_at
 
-    def is_better(self, evaluation: CheckpointEvaluation, other: CheckpointEvaluation, gain: float = 0.0) -> bool:
-        """Whether `look` is better than `other` by more than `gain`; one that forgot too much is worse than any other."""
-        over, others = self._excess_forgetting(evaluation), self._excess_forgetting(other)
-        if over != others:
-            return over < others
-        return self._value_as_loss(evaluation) < self._value_as_loss(other) - gain
+    def is_better(self, evaluation: CheckpointEvaluation, other: CheckpointEvaluation, min_delta: float = 0.0) -> bool:
+        """Whether `evaluation` is better than `other` by more than `min_delta`; less excess forgetting is always better."""
+        excess, other_excess = self._excess_forgetting(evaluation), self._excess_forgetting(other)
+        if excess != other_excess:
+            return excess < other_excess
+        return self._value_as_loss(evaluation) < self._value_as_loss(other) - min_delta
 
     def _excess_forgetting(self, evaluation: CheckpointEvaluation) -> float:
         if self.max_forgetting is None or evaluation.rise is None:
@@ -92,34 +94,35 @@ class SelectionRule:
 
 @dataclass(frozen=True)
 class SelectionState:
-    """What follows from the looks so far."""
+    """The selection after some evaluations."""
 
     best: CheckpointEvaluation | None
     candidates: int
     candidates_since_gain: int
-    """Candidates in a row without a gain."""
+    """Candidates in a row without an improvement."""
     should_stop: bool
 
 
 def compute_selection_state(evaluations: Iterable[CheckpointEvaluation], rule: SelectionRule) -> SelectionState:
-    """Where a choice stands after these looks, in the order of their steps."""
+    """The selection after these evaluations, in the order of their steps."""
     best: CheckpointEvaluation | None = None
-    mark: CheckpointEvaluation | None = None  # what has to be surpassed by more than the gain
+    # Unlike the best, the reference only moves by more than the minimum delta, so slow progress adds up.
+    reference: CheckpointEvaluation | None = None
     candidates = since = 0
-    reached = False
-    for look in evaluations:
-        if look.step < rule.first:
+    has_reached_target = False
+    for evaluation in evaluations:
+        if evaluation.step < rule.first_step:
             continue
         candidates += 1
-        reached |= rule.has_reached_target(look)
-        if best is None or rule.is_better(look, best):
-            best = look
-        if mark is None or rule.is_better(look, mark, rule.gain):
-            mark, since = look, 0
+        has_reached_target |= rule.has_reached_target(evaluation)
+        if best is None or rule.is_better(evaluation, best):
+            best = evaluation
+        if reference is None or rule.is_better(evaluation, reference, rule.min_delta):
+            reference, since = evaluation, 0
         else:
             since += 1
-    tired = rule.patience is not None and since >= rule.patience
-    return SelectionState(best, candidates, since, tired or reached)
+    is_patience_over = rule.patience is not None and since >= rule.patience
+    return SelectionState(best, candidates, since, is_patience_over or has_reached_target)
 
 
 def make_selection_rule(
@@ -129,57 +132,59 @@ def make_selection_rule(
     tokens: int,
     schedule: lr_schedules.Schedule,
 ) -> SelectionRule | None:
-    """What a stage asks to choose by. Raises `StageError` for a set or a metric that there is not."""
+    """The selection rule of a stage. Raises `StageError` for an unknown set or metric."""
     if config is None:
         return None
     by_name = {h.name: h for h in held_out}
-    open_ = [h.name for h in held_out if h.role != "test"]
-    found = by_name.get(config.set)
-    if found is None or found.role == "test":
+    selectable = [h.name for h in held_out if h.role != "test"]
+    selecting_set = by_name.get(config.set)
+    if selecting_set is None or selecting_set.role == "test":
         raise StageError(
-            f"there is no held-out set {config.set!r}"
-            if found is None
-            else f"'{config.set}' is a test set, which is looked at once, when everything is chosen",
+            f"unknown held-out set {config.set!r}"
+            if selecting_set is None
+            else f"'{config.set}' is a test set, which is scored once, after training",
             where="save.choose.set",
-            expected=f"one of {', '.join(open_)}" if open_ else "a held-out set that is no test set",
-            hint=suggest_nearest(config.set, open_),
+            expected=f"one of {', '.join(selectable)}" if selectable else "a held-out set that is not a test set",
+            hint=suggest_nearest(config.set, selectable),
         )
-    known = ["loss", *metric_names(_problem(found), found.labels if isinstance(found, HeldOutRows) else ())]
-    if config.by not in known:
+    labels = selecting_set.labels if isinstance(selecting_set, HeldOutRows) else ()
+    metrics = ["loss", *metric_names(_problem(selecting_set), labels)]
+    if config.by not in metrics:
         raise StageError(
-            f"'{config.set}' has no {config.by!r}",
+            f"'{config.set}' has no metric {config.by!r}",
             where="save.choose.by",
-            expected=" | ".join(known),
-            hint=suggest_nearest(config.by, known),
+            expected=" | ".join(metrics),
+            hint=suggest_nearest(config.by, metrics),
         )
     if config.max_forgetting is not None and not any(h.role == "retained" for h in held_out):
         raise StageError(
-            "there is no retained set that could be forgotten",
+            "a limit on forgetting needs a retained set",
             where="save.choose.max_forgetting",
             hint="name old text under evaluation.retained, or give a source with role: replay a `held_out` share",
         )
-    least = math.ceil(length_in_steps(config.at_least, steps, tokens) - 1e-9)
-    if least > steps:
+    burn_in = math.ceil(length_in_steps(config.at_least, steps, tokens) - 1e-9)
+    if burn_in > steps:
         raise StageError(
-            f"nothing could be chosen before step {least:,}, and the stage has {steps:,}", where="save.choose.at_least"
+            f"no step before {burn_in:,} can be selected, and the stage has {steps:,} steps",
+            where="save.choose.at_least",
         )
-    first = max(1, least, math.ceil(_STABILITY_GAP_SHARE * steps), lr_schedules.peak_step(schedule, steps))
+    first_step = max(1, burn_in, math.ceil(_STABILITY_GAP_SHARE * steps), lr_schedules.peak_step(schedule, steps))
     return SelectionRule(
-        config.set, config.by, config.patience, config.gain, first, config.max_forgetting, config.enough
+        config.set, config.by, config.patience, config.gain, first_step, config.max_forgetting, config.enough
     )
 
 
 def _problem(held_out: HeldOutSet) -> str:
-    """What is decided of a set, if anything is."""
+    """The problem type of a set, which determines its metrics."""
     return "class" if held_out.label_token_ids else held_out.task
 
 
 def summarize_evaluation(
     rule: SelectionRule, row: Mapping[str, Any], scores: Mapping[str, Scores], start_scores: Mapping[str, Scores]
 ) -> CheckpointEvaluation:
-    """What an evaluation saw: `row` is its line of metrics, `scores` are of the sets that the rule watches, as a whole."""
-    own = scores[rule.set]
-    value = own.nats if rule.by == "loss" else own.compute_metrics()[rule.by]["value"]
+    """The evaluation of a step: `row` is its line of metrics, `scores` are those of the sets that the rule watches."""
+    set_scores = scores[rule.set]
+    value = set_scores.nats if rule.metric == "loss" else set_scores.compute_metrics()[rule.metric]["value"]
     rises = [
         entry["high"] / max(start_scores[name].nats, 1e-12)
         for name, entry in row["sets"].items()
@@ -191,10 +196,10 @@ def summarize_evaluation(
 
 
 class CheckpointSelector:
-    """The looks of a run so far, and what follows from them."""
+    """The evaluations of a run so far, and the selection that follows from them."""
 
     def __init__(self, rule: SelectionRule, rows: Iterable[Mapping[str, Any]]) -> None:
-        """`rows`: the lines of metrics that are there already."""
+        """`rows`: the lines of metrics so far."""
         self.rule = rule
         self.evaluations = [
             CheckpointEvaluation(row["step"], row["trained"], row["choice"]["value"], row["choice"]["rise"])
@@ -203,12 +208,12 @@ class CheckpointSelector:
         ]
 
     def add(self, evaluation: CheckpointEvaluation) -> dict[str, Any]:
-        """Take in a look; returns what its line of metrics says of it."""
+        """Add an evaluation; returns the entry for its line of metrics."""
         self.evaluations.append(evaluation)
         best = self.state.best
         return {
             "set": self.rule.set,
-            "by": self.rule.by,
+            "by": self.rule.metric,
             "value": evaluation.value,
             "rise": evaluation.rise,
             "best": best.step if best else None,
@@ -216,34 +221,40 @@ class CheckpointSelector:
 
     @property
     def state(self) -> SelectionState:
-        """Where the choice stands."""
+        """The selection after the evaluations so far."""
         return compute_selection_state(self.evaluations, self.rule)
 
     def as_record(self, last_step: int) -> dict[str, Any]:
-        """What a record says of the choice, when `last` was the last step."""
-        found = self.state
-        assert found.best is not None
+        """The selection as plain data, for the record."""
+        rule, state = self.rule, self.state
+        assert state.best is not None
         return {
-            **asdict(self.rule),
-            **asdict(found.best),
+            "set": rule.set,
+            "by": rule.metric,
+            "patience": rule.patience,
+            "gain": rule.min_delta,
+            "first": rule.first_step,
+            "max_forgetting": rule.max_forgetting,
+            "enough": rule.stop_at,
+            **asdict(state.best),
             "last": last_step,
-            "looks": found.candidates,
-            "since": found.candidates_since_gain,
-            "stopped": found.should_stop,
-            "within": self.rule.is_within_limit(found.best),
+            "looks": state.candidates,
+            "since": state.candidates_since_gain,
+            "stopped": state.should_stop,
+            "within": rule.is_within_limit(state.best),
         }
 
 
 def selection_rule_line(rule: SelectionRule) -> str:
     """A rule in words, for a plan."""
-    parts = [
-        f"the published model is the best by {rule.by} on {rule.set}, looked at as a whole from step {rule.first:,} on"
-    ]
+    parts = [f"publishes the best checkpoint by {rule.metric} on all of {rule.set}, from step {rule.first_step:,} on"]
     if rule.max_forgetting is not None:
-        parts.append(f"where no retained set's loss has risen by more than {rule.max_forgetting:.2%}")
+        parts.append(f"if no retained set's loss has risen by more than {rule.max_forgetting:.2%}")
     if rule.patience is not None:
-        gain = f" of more than {rule.gain:g}" if rule.gain else ""
-        parts.append(f"training ends after {rule.patience} looks without a gain{gain}")
-    if rule.enough is not None:
-        parts.append(f"training ends when that is {'at most' if rule.less_is_better else 'at least'} {rule.enough:.4g}")
+        delta = f" of more than {rule.min_delta:g}" if rule.min_delta else ""
+        parts.append(f"stops after {rule.patience} evaluations without an improvement{delta}")
+    if rule.stop_at is not None:
+        parts.append(
+            f"stops when {rule.metric} is {'at most' if rule.less_is_better else 'at least'} {rule.stop_at:.4g}"
+        )
     return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""Which learning rate has each step? A stage's schedule as a pure function."""
+"""The learning rate of a stage as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def make_schedule(spec: s.AnySchedule, steps: int, tokens: int, start_model: Mod
 
 
 def _check_phases_fit(steps: int, **lengths: float) -> None:
-    """Refuse phases that do not fit the stage together: one of them would be cut without a word."""
+    """Raise `StageError` for phases that are longer than the stage together, rather than cut one silently."""
     if sum(lengths.values()) > steps + 1e-6:
         names = " and ".join(f"{name} ({length:,.0f} steps)" for name, length in lengths.items())
         raise StageError(
-            f"longer than the stage's {steps:,} steps: {names}",
+            f"phases longer than the stage's {steps:,} steps: {names}",
             where=f"schedule.{next(iter(lengths))}",
             expected=f"at most {steps:,} steps, or 100%",
         )
@@ -99,11 +99,11 @@ def _check_positive_floor(shape: str, floor: float) -> None:
 
 
 def _get_checkpoint_rate(start_model: ModelLocation) -> float:
-    """The learning rate that held at the checkpoint a stage starts from."""
+    """The learning rate at the checkpoint that the stage starts from."""
     if start_model.folder is not None and (start_model.folder / "state.json").exists():
         return read_progress(start_model.folder).rate
     raise StageError(
-        "the rate to anneal from is not known: the stage does not start from a checkpoint",
+        "annealing needs a start rate, as the stage does not start from a checkpoint",
         where="schedule.start",
         hint="name a checkpoint (runs/.../checkpoints/step-...) as `model`, or give `start`",
     )

@@ -1,10 +1,11 @@
-"""How does a model of this stage read a text: which ids stand around it, and which are special to it?"""
+"""Model inputs: the ids around a text (special tokens, soft prompts, templates), and special ids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ _MAX_SENTINELS = 1000
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What rows need to know of a model and its tokenizer."""
+    """Everything about a model and its tokenizer that determines the ids of a row."""
 
     task: Task
     start_model: ModelLocation
@@ -33,11 +34,11 @@ class ModelInputs:
     length: int
     seed: int
     tokenizer_frame: Frame
-    """What the tokenizer itself sets around one text or two."""
+    """Special tokens that the tokenizer adds around one text or two."""
     lineage_frame: Frame
-    """What the model's lineage sets around a text: the places of its soft prompts."""
+    """Soft prompts of the model's lineage, as virtual tokens."""
     tuning_frame: Frame
-    """What the stage's tuning sets around a text: the places of its vectors, inside of `own`."""
+    """Soft prompts and template tokens of the stage's tuning, inside those of the tokenizer."""
 
     @property
     def lead(self) -> int:
@@ -46,30 +47,30 @@ class ModelInputs:
 
     @property
     def virtual_tokens(self) -> tuple[int, ...]:
-        """Ids of soft prompts that stand before each text."""
+        """Ids of soft prompts before each text."""
         return self.soft_prompt_frame.prefix_ids
 
     @cached_property
     def soft_prompt_frame(self) -> Frame:
-        """What the lineage and the stage's tuning set around a text, the older outside."""
-        left, added = self.lineage_frame, self.tuning_frame
+        """Frames of the lineage and of the stage's tuning, the older outside."""
+        outer, inner = self.lineage_frame, self.tuning_frame
         return Frame(
-            (*left.prefix_ids, *added.prefix_ids),
-            (*added.separator_ids, *left.separator_ids),
-            (*added.suffix_ids, *left.suffix_ids),
+            (*outer.prefix_ids, *inner.prefix_ids),
+            (*inner.separator_ids, *outer.separator_ids),
+            (*inner.suffix_ids, *outer.suffix_ids),
         )
 
     @property
     def has_soft_prompt(self) -> bool:
-        """Whether soft prompts stand around the texts."""
+        """Whether texts have soft prompts."""
         return self.soft_prompt_frame != EMPTY_FRAME
 
     @cached_property
     def frame(self) -> Frame:
-        """What stands around the texts of a row: the tokenizer's own ids, and soft prompts inside of them."""
+        """Ids around the texts of a row: the tokenizer's special tokens, with soft prompts inside of them."""
         first = () if self.encoder.bos is None else (self.encoder.bos,)
         inner = self.soft_prompt_frame
-        if self.task == "causal":  # what stands behind a question stands before its answer
+        if self.task == "causal":  # ids after a question precede its answer
             return Frame((*first, *inner.prefix_ids), (*inner.separator_ids, *inner.suffix_ids))
         return Frame(
             (*self.tokenizer_frame.prefix_ids, *inner.prefix_ids),
@@ -79,30 +80,30 @@ class ModelInputs:
 
     @property
     def first_virtual_id(self) -> int:
-        """The id that stands for the first vector of the stage's tuning."""
+        """The first virtual token of the stage's tuning."""
         return self.encoder.vocabulary + _count_virtual_ids(self.lineage_frame, self.encoder.vocabulary)
 
     def frame_prompt(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """A prompt as the tokenizer gives it, with soft prompts and templates inside of what the tokenizer sets around it."""
-        around, own = self.soft_prompt_frame, self.tokenizer_frame
-        prompt = tuple(ids)
-        begin = len(own.prefix_ids) if prompt[: len(own.prefix_ids)] == own.prefix_ids else 0
-        ends = self.task == "text-to-text" and own.suffix_ids and prompt[-len(own.suffix_ids) :] == own.suffix_ids
-        end = len(prompt) - (len(own.suffix_ids) if ends else 0)
+        """A tokenized prompt with soft prompts and templates inside of the tokenizer's special tokens."""
+        frame, prompt = self.soft_prompt_frame, tuple(ids)
+        prefix, suffix = self.tokenizer_frame.prefix_ids, self.tokenizer_frame.suffix_ids
+        begin = len(prefix) if prompt[: len(prefix)] == prefix else 0
+        has_suffix = self.task == "text-to-text" and suffix and prompt[-len(suffix) :] == suffix
+        end = len(prompt) - (len(suffix) if has_suffix else 0)
         return (
             *prompt[:begin],
-            *around.prefix_ids,
+            *frame.prefix_ids,
             *prompt[begin:end],
-            *around.separator_ids,
-            *around.suffix_ids,
+            *frame.separator_ids,
+            *frame.suffix_ids,
             *prompt[end:],
         )
 
     @cached_property
     def without_tuning(self) -> ModelInputs:
-        """The same without the vectors of the stage's tuning, and with as much room for the text.
+        """The inputs without the virtual tokens of the stage's tuning, with the same room for text.
 
-        The words and special tokens of a template stay: that is prompting without training.
+        The words and special tokens of a template stay, as a prompt without training.
         """
         first = self.first_virtual_id
         parts = (self.tuning_frame.prefix_ids, self.tuning_frame.separator_ids, self.tuning_frame.suffix_ids)
@@ -111,7 +112,7 @@ class ModelInputs:
 
     @property
     def pad_id(self) -> int:
-        """What short rows are filled up with; a decoder that classifies finds its last token by it."""
+        """The padding id; a decoder with a classifier locates the last token by it."""
         for token in (self.config.pad_token_id, self.tokenizer.pad_token_id, self.encoder.eos):
             if token is not None:
                 return int(token)
@@ -119,11 +120,11 @@ class ModelInputs:
 
     @property
     def mask_id(self) -> int:
-        """The mask. Raises `ModelError` when the tokenizer has none."""
-        found = self.tokenizer.mask_token_id
-        if not isinstance(found, int):
-            raise ModelError("the tokenizer has no mask token", where="model", expected="an encoder trained with masks")
-        return found
+        """The id of the mask token. Raises `ModelError` for a tokenizer without one."""
+        mask_id = self.tokenizer.mask_token_id
+        if not isinstance(mask_id, int):
+            raise ModelError("the tokenizer has no mask token", where="model", expected="a masked language model")
+        return mask_id
 
     @property
     def special_ids(self) -> list[int]:
@@ -132,34 +133,31 @@ class ModelInputs:
 
     @cached_property
     def continues_V(self) -> np.ndarray:
-        """Whether a token goes on with the word before it, for every id: of shape (V,)."""
+        """Whether each id continues the word before it, of shape (V,)."""
         tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
-        pieces = any(str(token).startswith("##") for token in tokens)
-        out = np.zeros(self.encoder.vocabulary, bool)
-        out[: len(tokens)] = [
-            str(token).startswith("##") if pieces else not str(token).startswith(("Ġ", "▁", "Ċ")) for token in tokens
+        is_word_piece = any(str(token).startswith("##") for token in tokens)
+        continues_V = np.zeros(self.encoder.vocabulary, bool)
+        continues_V[: len(tokens)] = [
+            str(token).startswith("##") if is_word_piece else not str(token).startswith(("Ġ", "▁", "Ċ"))
+            for token in tokens
         ]
-        return out
+        return continues_V
 
     @cached_property
     def sentinels(self) -> list[int]:
-        """The tokens that stand for corrupted spans, the first one first. Raises `ModelError` when there are none."""
-        known = self.tokenizer.get_vocab()
-        found = []
-        for i in range(_MAX_SENTINELS):
-            token = known.get(f"<extra_id_{i}>")
-            if token is None:
-                break
-            found.append(int(token))
-        if not found:
+        """Ids of `<extra_id_0>`, `<extra_id_1>` ... Raises `ModelError` for a tokenizer without them."""
+        vocabulary = self.tokenizer.get_vocab()
+        names = takewhile(vocabulary.__contains__, (f"<extra_id_{i}>" for i in range(_MAX_SENTINELS)))
+        sentinels = [int(vocabulary[name]) for name in names]
+        if not sentinels:
             raise ModelError(
-                "the tokenizer has no sentinel tokens", where="model", expected="<extra_id_0> and so on, as T5 has them"
+                "the tokenizer has no sentinel tokens", where="model", expected="<extra_id_0> and so on, as in T5"
             )
-        return found
+        return sentinels
 
     @property
     def decoder_start(self) -> int:
-        """What a decoder begins with. Raises `ModelError` when the configuration names nothing."""
+        """The first id of a decoder's input. Raises `ModelError` for a configuration without one."""
         for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
             token = getattr(self.config, name, None)
             if token is not None:
@@ -167,11 +165,11 @@ class ModelInputs:
         raise ModelError("the configuration names no decoder_start_token_id", where="model")
 
     def count_tokens(self, text: str) -> int:
-        """How many tokens a text has."""
+        """Number of tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def mean_embedding(self, text: str) -> np.ndarray:
-        """The mean of the input embeddings of a text's tokens, of shape (D,)."""
+        """Mean input embedding of a text's tokens, of shape (D,)."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._embeddings_VD[ids].mean(0) if ids else np.zeros(self._embeddings_VD.shape[1], np.float32)
 
@@ -182,14 +180,14 @@ class ModelInputs:
 
     @property
     def has_token_types(self) -> bool:
-        """Whether the model tells two texts apart by token types."""
+        """Whether the model distinguishes two texts by token types."""
         return "token_type_ids" in self.tokenizer.model_input_names
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str | None = None) -> Encoder:
-    """The tokenizer as a value: its JSON, the BOS it sets by itself (if it does), the EOS, and the model's vocabulary.
+    """The tokenizer as a value: its JSON, the BOS that it adds (if it does), the EOS, and the model's vocabulary size.
 
-    Raises `ModelError` when the tokenizer does not fit the model or names no EOS.
+    Raises `ModelError` for a tokenizer that is larger than the model's embeddings or has no EOS.
     """
     if len(tokenizer) > vocabulary:
         raise ModelError(
@@ -203,7 +201,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str |
         eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if eos_id is None:
             raise ModelError(
-                "the tokenizer names no end-of-text token",
+                "the tokenizer has no end-of-text token",
                 where="data.eos",
                 expected="the token that ends a document, such as '<|endoftext|>'",
             )
@@ -211,10 +209,10 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str |
         eos_id = tokenizer.convert_tokens_to_ids(eos)
         if eos_id is None or (eos_id == tokenizer.unk_token_id and eos != tokenizer.unk_token):
             raise StageError(f"{eos!r} is not a token of this tokenizer", where="data.eos")
-    # What the tokenizer itself puts before a text is what the model was trained on.
+    # The model was trained with the BOS if the tokenizer adds it.
     first = tokenizer("a")["input_ids"][:1]
-    starts = [token for token in (tokenizer.bos_token_id, tokenizer.cls_token_id) if token is not None]
-    bos = next((token for token in starts if first == [token]), None)
+    candidates = [token for token in (tokenizer.bos_token_id, tokenizer.cls_token_id) if token is not None]
+    bos = next((token for token in candidates if first == [token]), None)
     assert isinstance(eos_id, int)
     return Encoder(tokenizer.backend_tokenizer.to_str(), bos, eos_id, vocabulary)
 
@@ -229,10 +227,10 @@ def make_model_inputs(
     seed: int,
     tuning: AnyTuning | None = None,
 ) -> ModelInputs:
-    """How a model of this start and task, under this tuning, reads a text. Raises the template's errors."""
-    left = _get_lineage_frame(start_model)
-    first = encoder.vocabulary + _count_virtual_ids(left, encoder.vocabulary)
-    own = get_tokenizer_frame(tokenizer)
+    """The inputs of a start model for a task under a tuning. Raises the errors of the tuning's template."""
+    lineage_frame = _get_lineage_frame(start_model)
+    first = encoder.vocabulary + _count_virtual_ids(lineage_frame, encoder.vocabulary)
+    tokenizer_frame = get_tokenizer_frame(tokenizer)
     return ModelInputs(
         task,
         start_model,
@@ -241,14 +239,14 @@ def make_model_inputs(
         encoder,
         length,
         seed,
-        own,
-        left,
-        _strip_tokenizer_ids(own, _make_tuning_frame(tuning, tokenizer, first)),
+        tokenizer_frame,
+        lineage_frame,
+        _strip_tokenizer_ids(tokenizer_frame, _make_tuning_frame(tuning, tokenizer, first)),
     )
 
 
 def count_virtual_tokens(tuning: AnyTuning | None) -> int:
-    """How many vectors a tuning sets among the ids."""
+    """Number of virtual tokens of a tuning."""
     match tuning:
         case PromptTuningConfig() | InstructionPromptTuning():
             return tuning.length
@@ -259,7 +257,7 @@ def count_virtual_tokens(tuning: AnyTuning | None) -> int:
 
 
 def get_tokenizer_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """What a tokenizer sets around one text, and between two."""
+    """Special tokens that a tokenizer adds around one text, and between two."""
     one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
     alone, pair = tokenizer("a")["input_ids"], tokenizer("a", "b")["input_ids"]
     begin = _find_sublist(alone, one, 0)
@@ -273,29 +271,30 @@ def _find_sublist(ids: list[int], part: list[int], start: int) -> int:
 
 
 def _get_lineage_frame(start_model: ModelLocation) -> Frame:
-    said = BaseReference.read_folder(start_model)
-    return said.frame if said else EMPTY_FRAME
+    reference = BaseReference.read_folder(start_model)
+    return reference.frame if reference else EMPTY_FRAME
 
 
 def _count_virtual_ids(frame: Frame, vocabulary: int) -> int:
-    """How many ids of a frame are places of vectors."""
+    """Number of virtual tokens in a frame."""
     return sum(
         token >= vocabulary for part in (frame.prefix_ids, frame.separator_ids, frame.suffix_ids) for token in part
     )
 
 
 def _strip_tokenizer_ids(tokenizer_frame: Frame, template_frame: Frame) -> Frame:
-    """A template without the special tokens at its ends that the tokenizer sets anyway."""
-    before, after = template_frame.prefix_ids, template_frame.suffix_ids
-    if tokenizer_frame.prefix_ids and before[: len(tokenizer_frame.prefix_ids)] == tokenizer_frame.prefix_ids:
-        before = before[len(tokenizer_frame.prefix_ids) :]
-    if tokenizer_frame.suffix_ids and after[-len(tokenizer_frame.suffix_ids) :] == tokenizer_frame.suffix_ids:
-        after = after[: -len(tokenizer_frame.suffix_ids)]
-    return Frame(before, template_frame.separator_ids, after)
+    """A template without the special tokens at its ends that the tokenizer adds anyway."""
+    prefix, suffix = template_frame.prefix_ids, template_frame.suffix_ids
+    begin, end = tokenizer_frame.prefix_ids, tokenizer_frame.suffix_ids
+    if prefix[: len(begin)] == begin:
+        prefix = prefix[len(begin) :]
+    if end and suffix[-len(end) :] == end:
+        suffix = suffix[: -len(end)]
+    return Frame(prefix, template_frame.separator_ids, suffix)
 
 
 def _make_tuning_frame(tuning: AnyTuning | None, tokenizer: PreTrainedTokenizerBase, first: int) -> Frame:
-    """The places of a tuning's vectors around a text."""
+    """The virtual tokens and template tokens of a tuning."""
     if isinstance(tuning, PTuning):
         special = {
             name: token

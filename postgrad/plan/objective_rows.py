@@ -49,7 +49,7 @@ def make_rows(
 ) -> Rows:
     """The rows of a store for an objective, as a model reads them. `together=False`: no two documents in a row.
 
-    `words` say the labels of rows that are answered at the mask of a template.
+    `words`: words for the labels of cloze rows.
     """
     inputs = model_inputs
     options = RowOptions(inputs.length, inputs.frame, inputs.lead, held_out, excluded, max_document_tokens)

@@ -1,7 +1,7 @@
-"""Which model does a stage begin with? One that is there, or one made anew: a vocabulary, a configuration, random weights.
+"""The start model of a stage: an existing one, or a new one with a vocabulary, a configuration and random weights.
 
-What is made lies in the cache as a plain Hugging Face folder under the fingerprint of all that decides it, so nothing behind
-it knows that it is new. It is a function of the stage and its texts: thrown away, it comes again with the same bits.
+A new model is cached as a plain Hugging Face folder under the fingerprint of all that determines it, so later code treats it
+like any other. It is a function of the stage and its texts: made again, it has the same bits.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from postgrad.storage.fingerprint import fingerprint
 _FORMAT = 1
 _MIN_POSITIONS = 512
 _IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "dtype", "architectures")
-"""Of a configuration: what says nothing of the model that is made from it."""
+"""Keys of a configuration without an effect on the model."""
 
 
 def resolve_start_model(
     stage: s.Stage, root: Path, cache: Path, progress: ProgressCallback | None = None
 ) -> ModelLocation:
-    """The model that a stage begins with; a new one is made, or found in the cache.
+    """The start model of a stage; a new one is initialized, or taken from the cache.
 
-    Raises `ModelError` or `StageError` for what cannot be made, `DataError` for texts from which no vocabulary can be learnt.
+    Raises `ModelError` or `StageError` for an impossible new model, `DataError` for texts without a vocabulary.
     """
     if isinstance(stage.model, str):
         return locate_model(stage.model, root, stage.base)
@@ -58,45 +58,44 @@ def resolve_start_model(
 def _make_new_model(
     stage: s.Stage, spec: s.FreshModel, root: Path, cache: Path, progress: ProgressCallback | None
 ) -> ModelLocation:
-    """The new model of a stage, in the cache."""
+    """Initialize the new model of a stage in the cache."""
     family = parse_model_name(spec.fresh)[0] if spec.fresh else None
     config = None if spec.config is None else _load_config(spec.config, root)
     tokenizer = _resolve_tokenizer(stage, spec.tokenizer, select_special_tokens(config, family), root, cache, progress)
-    new = isinstance(spec.tokenizer, s.NewTokenizer)
     if spec.fresh:
         positions = max(_MIN_POSITIONS, stage.data.sequence_length)
         config = solve_config(spec.fresh, vocabulary=len(tokenizer), positions=positions)
     assert config is not None
-    if new:
+    if isinstance(spec.tokenizer, s.NewTokenizer):
         config.vocab_size = len(tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"the tokenizer has {len(tokenizer):,} tokens and the configuration {config.vocab_size:,} embeddings",
             where="model.config",
             expected="a configuration for this tokenizer",
-            hint="name the tokenizer that belongs to it, or let a new one be learnt",
+            hint="name the tokenizer that belongs to it, or train a new one",
         )
     if spec.dropout is not None:
         set_dropout(config, spec.dropout)
     set_token_ids(config, tokenizer)
-    decides = [_FORMAT, {k: v for k, v in config.to_dict().items() if k not in _IGNORED_CONFIG_KEYS}, stage.seed]
-    key = fingerprint([*decides, tokenizer.backend_tokenizer.to_str()])
-    place = cache.resolve() / "fresh" / key
+    identity = [_FORMAT, {k: v for k, v in config.to_dict().items() if k not in _IGNORED_CONFIG_KEYS}, stage.seed]
+    key = fingerprint([*identity, tokenizer.backend_tokenizer.to_str()])
+    folder = cache.resolve() / "fresh" / key
     (cache / "locks").mkdir(parents=True, exist_ok=True)
     with file_lock(cache / "locks" / f"{key}.lock"):
-        if not _is_intact(place):
+        if not _is_intact(folder):
             model = init_model(config, stage.seed)
-            publish_folder(place, lambda staged: save_pretrained(model, tokenizer, staged, dtype=torch.float32))
+            publish_folder(folder, lambda staged: save_pretrained(model, tokenizer, staged, dtype=torch.float32))
     name = spec.fresh or f"a new {spec.config}"
     return replace(
-        locate_model(str(place), root),
+        locate_model(str(folder), root),
         name=name,
         scratch_recipe=_describe_new_model(spec, config, tokenizer, stage.seed),
     )
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether a made model is there as it was written; what is broken is cleared away."""
+    """Whether a cached model exists and is complete; a broken one is removed."""
     if not path.exists():
         return False
     try:
@@ -109,20 +108,20 @@ def _is_intact(path: Path) -> bool:
 
 def _load_config(name: str, root: Path) -> PreTrainedConfig:
     """A configuration from a file, a folder or the Hub."""
-    here = (root / Path(name).expanduser()).resolve()
-    if not here.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
+    path = (root / Path(name).expanduser()).resolve()
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
         raise ModelError(
-            f"there is no {name}",
+            f"{name} does not exist",
             where="model.config",
-            expected="a config.json, a folder that has one, or a Hub name (owner/name)",
+            expected="a config.json, a folder with one, or a Hub name (owner/name)",
         )
     try:
-        config = AutoConfig.from_pretrained(str(here) if here.exists() else name)
+        config = AutoConfig.from_pretrained(str(path) if path.exists() else name)
     except Exception as error:
         raise ModelError(
-            f"no configuration could be read from {name}: {(str(error).strip().splitlines() or ['?'])[0]}",
+            f"{name} has no readable configuration: {(str(error).strip().splitlines() or ['?'])[0]}",
             where="model.config",
-            expected="a config.json of an architecture that transformers has",
+            expected="a config.json of an architecture in transformers",
         ) from error
     refuse_foreign_code(config, name)
     return config
@@ -131,32 +130,32 @@ def _load_config(name: str, root: Path) -> PreTrainedConfig:
 def _resolve_tokenizer(
     stage: s.Stage,
     spec: s.AnyTokenizer,
-    marks: SpecialTokens,
+    special_tokens: SpecialTokens,
     root: Path,
     cache: Path,
     progress: ProgressCallback | None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a new model: one that is there, or one learnt from what the stage trains on."""
+    """The tokenizer of a new model: an existing one, or one trained on the stage's training documents."""
     if isinstance(spec, str):
         folder = (root / Path(spec).expanduser()).resolve()
         return load_tokenizer(ModelLocation(spec, folder if folder.is_dir() else None))
-    if spec.vocabulary < 256 + len(marks.tokens):
+    if spec.vocabulary < 256 + len(special_tokens.tokens):
         raise StageError(
-            f"{spec.vocabulary} tokens have no room for 256 bytes and {len(marks.tokens)} special tokens",
+            f"{spec.vocabulary} tokens are too few for 256 bytes and {len(special_tokens.tokens)} special tokens",
             where="model.tokenizer.vocabulary",
-            expected=f"at least {256 + len(marks.tokens)}",
+            expected=f"at least {256 + len(special_tokens.tokens)}",
         )
-    portions: list[VocabularySource] = []
-    wanted: dict[str, SourceSpec] = {}
+    sources: list[VocabularySource] = []
+    specs: dict[str, SourceSpec] = {}
     for i, source in enumerate(stage.data.sources):
         where = f"data.sources[{i}]"
         if source.seen_so_far:
             raise StageError(
-                "a new model has seen nothing that could be replayed", where=where, expected="a source with a `path`"
+                "a new model has no training data to replay", where=where, expected="a source with a `path`"
             )
-        given = source.model_dump()
-        files = make_text_files(source.name, given, root, where)
-        wanted[source.name] = SourceSpec(
+        config = source.model_dump()
+        files = make_text_files(source.name, config, root, where)
+        specs[source.name] = SourceSpec(
             source.name,
             source.name,
             source.role,
@@ -164,44 +163,45 @@ def _resolve_tokenizer(
             source.held_out,
             source.max_passes,
             files,
-            make_row_template(given),
+            make_row_template(config),
             None,
-            NextTokenObjective(kind="next-token"),  # no rows are made of it here
+            NextTokenObjective(kind="next-token"),  # not used here
             (),
         )
-        portions.append(VocabularySource(files, lambda n, source=source: held_out_share(stage, source, n)))
-    away = [
-        make_text_files(item.name, inherit_row_format(item, role, wanted), root, f"evaluation.{role}")
+        sources.append(VocabularySource(files, lambda n, source=source: held_out_share(stage, source, n)))
+    held_out_files = [
+        make_text_files(item.name, inherit_row_format(item, role, specs), root, f"evaluation.{role}")
         for role, item in stage.evaluation.held_out_files()
     ]
-    away += [
+    held_out_files += [
         make_text_files(task.name, {**task.model_dump(), "hub": None}, root, f"evaluation.tasks[{i}]")
         for i, task in enumerate(stage.evaluation.tasks)
     ]
     names = [source.name for source in stage.data.sources]
     mixing = stage.data.mixing
-    written = train_vocabulary(
-        portions,
+    vocabulary = train_vocabulary(
+        sources,
         lambda counts: stage.resolve_shares(dict(zip(names, counts, strict=True))),
         shares_key=[[s.share for s in stage.data.sources], mixing.model_dump(mode="json") if mixing else None],
         size=spec.vocabulary,
-        special_tokens=marks.tokens,
-        held_out_sources=away,
+        special_tokens=special_tokens.tokens,
+        held_out_sources=held_out_files,
         cache=cache,
-        progress=(lambda done, total: progress("for a vocabulary", done, total)) if progress else None,
+        progress=(lambda done, total: progress("vocabulary", done, total)) if progress else None,
     )
-    return make_tokenizer(written, marks)
+    return make_tokenizer(vocabulary, special_tokens)
 
 
 def _describe_new_model(
     spec: s.FreshModel, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Mapping[str, Any]:
-    """What a record says of a new model."""
-    learnt = None if isinstance(spec.tokenizer, str) else spec.tokenizer
+    """A new model as plain data, for the record."""
     return {
         "asked": spec.model_dump(mode="json"),
         "weights": count_weights(config),
-        "tokenizer": f"{learnt.kind}, learnt from the training documents" if learnt else spec.tokenizer,
+        "tokenizer": spec.tokenizer
+        if isinstance(spec.tokenizer, str)
+        else f"{spec.tokenizer.kind}, trained on the training documents",
         "vocabulary": len(tokenizer),
         "seed": seed,
         "config": {k: v for k, v in config.to_diff_dict().items() if k not in ("transformers_version", "dtype")},
@@ -209,21 +209,21 @@ def _describe_new_model(
 
 
 def new_model_note(start_model: ModelLocation, stage: s.Stage) -> str:
-    """A line about a new model: its weights, and a vocabulary that came out smaller than was asked for."""
+    """A note on a new model: its weights and vocabulary, which may be smaller than requested."""
     assert start_model.scratch_recipe is not None
-    made, asked = start_model.scratch_recipe, stage.model
-    assert isinstance(asked, s.FreshModel)
+    recipe, config = start_model.scratch_recipe, stage.model
+    assert isinstance(config, s.FreshModel)
     short = ""
-    if isinstance(asked.tokenizer, s.NewTokenizer) and made["vocabulary"] < asked.tokenizer.vocabulary:
-        short = f" ({asked.tokenizer.vocabulary:,} were asked for; the text has no more pairs that occur twice)"
+    if isinstance(config.tokenizer, s.NewTokenizer) and recipe["vocabulary"] < config.tokenizer.vocabulary:
+        short = f" (of {config.tokenizer.vocabulary:,} requested; no further pair occurs twice in the text)"
     return (
-        f"{start_model.name} is new: {made['weights']:,} random weights (seed {made['seed']}), "
-        f"{made['vocabulary']:,} tokens ({made['tokenizer']}){short}"
+        f"{start_model.name} is randomly initialized: {recipe['weights']:,} weights (seed {recipe['seed']}), "
+        f"a vocabulary of {recipe['vocabulary']:,} tokens ({recipe['tokenizer']}){short}"
     )
 
 
 def suggest_new_model(name: str, size: int) -> s.FreshModel:
-    """A new model for so many bytes of text: its vocabulary grows with the text, one token for 500 bytes, up to 32,000."""
+    """A new model for `size` bytes of text, with one token of vocabulary per 500 bytes, up to 32,000."""
     parse_model_name(name)
     vocabulary = min(32_000, max(1000, round(size / 500 / 500) * 500))
     return s.FreshModel(fresh=name, tokenizer=s.NewTokenizer(vocabulary=vocabulary))

@@ -1,4 +1,4 @@
-"""What does a stage's task layer read of the backbone: as transformers' own classifier does, or in a way of its own?"""
+"""The input of a stage's task layer: that of transformers' own classifier, or other layers, pooling and heads."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Stack = Literal["encoder", "decoder"] | None
 def resolve_representation(
     objectives: Sequence[AnyObjective], start_model: ModelLocation, task: Task
 ) -> TaskHeadConfig | None:
-    """What the task layer of a stage reads; None: as transformers' own classifier of the family does.
+    """The input of a stage's task layer; None for transformers' own classifier of the family.
 
-    Raises `StageError` for a choice that this backbone or this task has no meaning for.
+    Raises `StageError` for a choice that this backbone or task does not support.
     """
-    asked = [o for o in objectives if isinstance(o, ClassifyObjective)]
-    if task not in ("classify", "tag") or not asked:
+    specs = [o for o in objectives if isinstance(o, ClassifyObjective)]
+    if task not in ("classify", "tag") or not specs:
         return None
-    spec = asked[0]
-    for other in asked[1:]:
+    spec = specs[0]
+    for other in specs[1:]:
         differing = [key for key in _TASK_LAYER_KEYS if getattr(other, key) != getattr(spec, key)]
         if differing:
             raise StageError(
@@ -39,12 +39,12 @@ def resolve_representation(
                 expected="one task layer for all of them",
             )
     config = AutoConfig.from_pretrained(start_model.name_or_path)
-    plain = all(getattr(spec, key) == ClassifyObjective.model_fields[key].default for key in _TASK_LAYER_KEYS)
-    own = _get_start_representation(start_model)
-    if plain and own and (own.pooling is None) == (task == "tag"):
-        return own
+    is_default = all(getattr(spec, key) == ClassifyObjective.model_fields[key].default for key in _TASK_LAYER_KEYS)
+    start = _get_start_representation(start_model)
+    if is_default and start and (start.pooling is None) == (task == "tag"):
+        return start
     _check_supported(spec, config, task)
-    stack = _resolve_stack(spec, config, own)
+    stack = _resolve_stack(spec, config, start)
     layers, join = _resolve_layers(spec, count_blocks(config, stack))
     if _is_standard_classifier(spec, config, task, stack, (layers, join)):
         return None
@@ -52,39 +52,39 @@ def resolve_representation(
 
 
 def _get_start_representation(start_model: ModelLocation) -> TaskHeadConfig | None:
-    """What the start model's own task layer reads, when it is one of ours."""
-    said = BaseReference.read_folder(start_model)
-    if said and said.layer:
-        return said.layer.form
+    """The input of the start model's task layer, if it has one of ours."""
+    reference = BaseReference.read_folder(start_model)
+    if reference and reference.layer:
+        return reference.layer.form
     return load_task_head_config(start_model.full_model.folder)
 
 
 def _check_supported(spec: ClassifyObjective, config: Any, task: Task) -> None:
-    """Raise `StageError` for what is asked of a backbone that has nothing of the sort."""
-    both, head, tags = _is_encoder_decoder(config), spec.head.kind, task == "tag"
+    """Raise `StageError` for a choice that the backbone or the task does not support."""
+    has_two_stacks, head, tags = _is_encoder_decoder(config), spec.head.kind, task == "tag"
     if tags and spec.pooling != "auto":
         raise StageError(
-            f"tags are decided word by word, so nothing is pooled, and `{spec.pooling}` has no meaning",
+            f"tags are predicted word by word without pooling, and `{spec.pooling}` is a pooling",
             where="objectives.pooling",
             expected="rows with one label for a text, or no `pooling`",
         )
-    if not both and spec.stack != "auto":
+    if not has_two_stacks and spec.stack != "auto":
         raise StageError(
-            f"a {config.model_type} model has no {spec.stack} beside something else",
+            f"a {config.model_type} model has a single stack, so `{spec.stack}` cannot be chosen",
             where="objectives.stack",
             expected="an encoder-decoder, or no `stack`",
         )
-    causal = is_decoder(config) or (both and spec.stack == "decoder")
+    causal = is_decoder(config) or (has_two_stacks and spec.stack == "decoder")
     if causal and not tags and spec.pooling == "first" and head != "bilstm":
         raise StageError(
-            "the first token of a decoder has read nothing but itself",
+            "the first token of a decoder attends only to itself",
             where="objectives.pooling",
             expected="last, mean or max",
         )
     if causal and not tags and head == "bilstm" and spec.pooling not in ("mean", "max"):
         raise StageError(
-            f"a BiLSTM over a decoder, of which one token is read ({spec.pooling}), has no meaning: "
-            "the last token has read the whole text already",
+            f"a BiLSTM over a decoder is pointless with the pooling of one token ({spec.pooling}): "
+            "the last token attends to the whole text already",
             where="objectives.head",
             expected="pooling: mean or max with a bilstm, or head: linear or mlp",
         )
@@ -96,13 +96,13 @@ def _is_encoder_decoder(config: Any) -> bool:
 
 def _resolve_stack(spec: ClassifyObjective, config: Any, start_representation: TaskHeadConfig | None) -> Stack:
     if not _is_encoder_decoder(config):
-        # A folder of ours that holds an encoder alone says so itself.
+        # A folder of ours with an encoder alone is marked as such.
         return "encoder" if start_representation and start_representation.stack == "encoder" else None
     return "decoder" if spec.stack == "decoder" else "encoder"
 
 
 def _resolve_layers(spec: ClassifyObjective, depth: int) -> tuple[tuple[int, ...], Join]:
-    """The numbers of the states that are read, counted from the embeddings, and how they are joined."""
+    """The indices of the hidden states, counted from the embeddings, and how they are joined."""
     match spec.layers:
         case "auto" | "last":
             return (depth,), "concat"
@@ -120,28 +120,26 @@ def _resolve_layers(spec: ClassifyObjective, depth: int) -> tuple[tuple[int, ...
             return _resolve_layer_list(several, depth, "objectives.layers.concat"), "concat"
         case JoinedLayers(mix=several) if several is not None:
             return _resolve_layer_list(several, depth, "objectives.layers.mix"), "mix"
-    raise AssertionError("every way of joining has its case")
+    raise AssertionError("all ways of joining are covered")
 
 
 def _resolve_layer_list(layers: int | list[int], depth: int, where: str) -> tuple[int, ...]:
     if isinstance(layers, list):
-        found = tuple(_resolve_layer_number(one, depth, where) for one in layers)
-        if len(set(found)) < len(found):
+        numbers = tuple(_resolve_layer_number(one, depth, where) for one in layers)
+        if len(set(numbers)) < len(numbers):
             raise StageError("a layer is named twice", where=where, expected="each layer once")
-        return found
+        return numbers
     if layers > depth:
-        raise StageError(
-            f"the last {layers} layers are more than there are", where=where, expected=f"at most {depth} blocks"
-        )
+        raise StageError(f"the model has fewer than {layers} layers", where=where, expected=f"at most {depth} blocks")
     return tuple(range(depth + 1 - layers, depth + 1))
 
 
 def _resolve_layer_number(layer: int, depth: int, where: str) -> int:
     if not -depth - 1 <= layer <= depth:
         raise StageError(
-            f"there is no layer {layer}",
+            f"layer {layer} does not exist",
             where=where,
-            expected=f"0 (what the embeddings give) to {depth}, or -1 to {-depth - 1} from the top",
+            expected=f"0 (the embeddings) to {depth}, or -1 to {-depth - 1} from the top",
         )
     return layer % (depth + 1)
 
@@ -149,12 +147,12 @@ def _resolve_layer_number(layer: int, depth: int, where: str) -> int:
 def _is_standard_classifier(
     spec: ClassifyObjective, config: Any, task: Task, stack: Stack, layer_choice: tuple[tuple[int, ...], Join]
 ) -> bool:
-    """Whether what is asked is what transformers' own classifier of this backbone does."""
+    """Whether transformers' own classifier of this backbone does the same."""
     auto = AutoModelForTokenClassification if task == "tag" else AutoModelForSequenceClassification
-    there = type(config) in auto._model_mapping
-    last = layer_choice == ((count_blocks(config, stack),), "concat")
+    has_classifier = type(config) in auto._model_mapping
+    is_last_layer = layer_choice == ((count_blocks(config, stack),), "concat")
     head, no_dropout = spec.head.kind, spec.head.dropout is None
-    if not there or not last or not no_dropout:
+    if not has_classifier or not is_last_layer or not no_dropout:
         return False
     if task == "tag":
         return head in ("auto", "linear") and spec.stack in ("auto", "encoder")
@@ -169,11 +167,12 @@ def _is_standard_classifier(
 def _make_representation(
     spec: ClassifyObjective, config: Any, task: Task, stack: Stack, layers: tuple[int, ...], join: Join
 ) -> TaskHeadConfig:
-    """Every choice made."""
+    """The configuration with all defaults resolved."""
     head: ClassifierHeadConfig = spec.head
     kind: Literal["linear", "mlp", "bilstm"] = "linear" if head.kind == "auto" else head.kind
-    read = config.get_text_config().hidden_size * (len(layers) if join == "concat" else 1)
-    usual = {"linear": (0, 0), "mlp": (read, 1), "bilstm": (_BILSTM_WIDTH, _BILSTM_DEPTH)}[kind]
+    width = config.get_text_config().hidden_size * (len(layers) if join == "concat" else 1)
+    defaults = {"linear": (0, 0), "mlp": (width, 1), "bilstm": (_BILSTM_WIDTH, _BILSTM_DEPTH)}
+    default_width, default_depth = defaults[kind]
     pooling: Pooling | None = None
     if task == "classify":
         pooling = _default_pooling(config, stack, kind) if spec.pooling == "auto" else spec.pooling
@@ -182,15 +181,15 @@ def _make_representation(
         join,
         pooling,
         kind,
-        usual[0] if head.width is None else head.width,
-        usual[1] if head.depth is None else head.depth,
+        default_width if head.width is None else head.width,
+        default_depth if head.depth is None else head.depth,
         _default_dropout(config) if head.dropout is None else head.dropout,
         stack,
     )
 
 
 def _default_pooling(config: Any, stack: Stack, head: str) -> Pooling:
-    """What is pooled when nothing is said: a BiLSTM by its greatest values (Conneau et al. 2017, arXiv 1705.02364)."""
+    """The default pooling: maximum over a BiLSTM (Conneau et al. 2017, arXiv 1705.02364), else by the stack."""
     if head == "bilstm":
         return "max"
     if stack == "encoder":

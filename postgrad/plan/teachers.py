@@ -1,4 +1,4 @@
-"""Whom is a stage taught by? Teachers are found, and held against the student's tokenizer, before a weight is touched."""
+"""Teachers of distillation: located, and checked for the student's vocabulary, before any training."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from postgrad.models.pretrained import ModelLocation, Task, load_tokenizer, loca
 from postgrad.tuning.open_model import start_fingerprint
 
 START = "start"
-"""The word for the stage's own start model."""
+"""The name of the stage's start model as a teacher."""
 
 
 def get_teacher_identity(teacher: ModelLocation) -> str:
-    """What tells one teacher from another: its fingerprint, or its name on the Hub."""
+    """Identity of a teacher: its fingerprint, or its name on the Hub."""
     return start_fingerprint(teacher) or teacher.name
 
 
@@ -26,44 +26,47 @@ def resolve_teachers(
     start_model: ModelLocation,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int,
+    vocab_size: int,
     root: Path,
 ) -> dict[int, ModelLocation]:
-    """The teacher of each objective that has one. Raises `StageError` for one that reads other tokens than the start model."""
+    """The teacher of each objective with one. Raises `StageError` for a teacher with another vocabulary."""
     for i, spec in enumerate(objectives):
         if isinstance(spec, DistillObjective) and spec.cache != "none" and task in ("classify", "tag"):
             raise StageError(
-                "a classifier says so little of a row that nothing is saved by asking it beforehand",
+                "caching a classifier's predictions saves nothing, because it has few per row",
                 where=f"objectives[{i}].cache",
                 expected="none",
             )
     return {
         i: start_model
         if spec.teacher == START
-        else _resolve_teacher(spec.teacher, root, start_model, tokenizer, vocabulary, f"objectives[{i}].teacher")
+        else _resolve_teacher(spec.teacher, root, start_model, tokenizer, vocab_size, f"objectives[{i}].teacher")
         for i, spec in enumerate(objectives)
         if isinstance(spec, TeacherObjective)
     }
 
 
 def _resolve_teacher(
-    name: str, root: Path, start_model: ModelLocation, tokenizer: PreTrainedTokenizerBase, vocabulary: int, where: str
+    name: str, root: Path, start_model: ModelLocation, tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str
 ) -> ModelLocation:
     teacher = locate_model(name, root, where=where)
     if teacher.name_or_path == start_model.name_or_path:
         return teacher
-    theirs = int(AutoConfig.from_pretrained(teacher.name_or_path).vocab_size)
-    mine_by_id, theirs_by_id = (
+    teacher_vocab_size = int(AutoConfig.from_pretrained(teacher.name_or_path).vocab_size)
+    student_tokens, teacher_tokens = (
         {i: token for token, i in t.get_vocab().items()} for t in (tokenizer, load_tokenizer(teacher.full_model))
     )
-    if vocabulary != theirs or mine_by_id != theirs_by_id:
-        other = min((i for i in mine_by_id | theirs_by_id if mine_by_id.get(i) != theirs_by_id.get(i)), default=None)
-        apart = "" if other is None else f"; id {other} is {mine_by_id.get(other)!r} and {theirs_by_id.get(other)!r}"
+    if vocab_size != teacher_vocab_size or student_tokens != teacher_tokens:
+        differing = (i for i in student_tokens | teacher_tokens if student_tokens.get(i) != teacher_tokens.get(i))
+        first = min(differing, default=None)
+        example = (
+            "" if first is None else f"; id {first} is {student_tokens.get(first)!r} and {teacher_tokens.get(first)!r}"
+        )
         raise StageError(
-            f"{start_model.name} and its teacher {teacher.name} do not read the same tokens: {len(mine_by_id):,} tokens on "
-            f"{vocabulary:,} embeddings and {len(theirs_by_id):,} on {theirs:,}{apart}",
+            f"{start_model.name} and its teacher {teacher.name} have different vocabularies: {len(student_tokens):,} tokens on "
+            f"{vocab_size:,} embeddings and {len(teacher_tokens):,} on {teacher_vocab_size:,}{example}",
             where=where,
             expected="a teacher with the start model's own tokenizer and vocabulary",
-            hint="let the teacher write text, and train on that",
+            hint="train on text that the teacher generates",
         )
     return teacher

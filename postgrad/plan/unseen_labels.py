@@ -1,4 +1,4 @@
-"""Which labels are asked for that no training row has? A classifier cannot learn them, so they are told before training."""
+"""Labels of held-out rows that no training row has, which a classifier cannot learn."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ LabelName = str | int
 def refuse_unseen_labels(
     name: str, files: Files, known_labels: Collection[LabelName], cache: Path, *, from_stage: bool
 ) -> None:
-    """Raise `DataError` with the first row of a held-out file that has a label of none of the `known` ones.
+    """Raise `DataError` with the first row of a held-out file whose label is not among the known ones.
 
-    `listed`: the known ones are those that the stage lists, and not those of the training rows.
+    `from_stage`: the known labels are listed in the stage, not collected from the training rows.
     """
     unseen = set(read_all_labels([files], cache).names) - set(known_labels)
     if not unseen:
         return
-    for example, place in read_examples(files):
+    for example, location in read_examples(files):
         label = next((label for label in _get_labels(example) if label in unseen), None)
         if label is None:
             continue
         names = [str(each) for each in known_labels]
-        shown = ", ".join(names[:12]) + (" ..." if len(names) > 12 else "")
+        listed = ", ".join(names[:12]) + (" ..." if len(names) > 12 else "")
         raise DataError(
             f"'{name}' has the label {label!r}, which "
-            + ("objectives.labels does not list" if from_stage else "no row that is trained on has"),
-            where=place,
-            expected=f"one of {shown}",
+            + ("objectives.labels does not list" if from_stage else "no training row has"),
+            where=location,
+            expected=f"one of {listed}",
             hint=" ".join(
                 [
                     suggest_nearest(str(label), names),
-                    "to score such rows all the same, list every label under objectives.labels",
+                    "to score such rows anyway, list all labels under objectives.labels",
                 ]
             ).strip(),
         )
 
 
 def _get_labels(example: Example) -> Sequence[LabelName]:
-    """The labels of a row that are names."""
+    """The class labels of a row."""
     fields = example.fields
-    several = fields.get("tags", fields.get("labels"))
-    return several if several is not None else (fields["label"],)
+    labels = fields.get("tags", fields.get("labels"))
+    return labels if labels is not None else (fields["label"],)
 
 
 def collect_labels(store: TokenStore, documents: np.ndarray) -> set[LabelName]:
-    """The names of the labels that some documents of a store have."""
+    """The names of all labels of some documents."""
     names = store.labels or []
     if store.problem == "tags":
-        marks = [np.unique(found) for d in documents.tolist() if (found := store.marks(d)) is not None]
-        met = np.unique(np.concatenate(marks)) if marks else np.empty(0, np.int64)
-        return {names[int(mark) - 1] for mark in met if mark}
+        marks = (store.marks(document) for document in documents.tolist())
+        tags = set[int]().union(*(np.unique(mark_T).tolist() for mark_T in marks if mark_T is not None))
+        return {names[tag - 1] for tag in tags if tag}  # 0 is no tag
     if store.values is None or store.problem not in ("class", "multi"):
         return set()
     values = np.asarray(store.values[documents])

@@ -176,7 +176,7 @@ def test_it_is_enough_when_enough_is_won_back_at_no_more_than_was_allowed(
 
 
 def test_enough_ends_a_choice_where_no_more_is_forgotten_than_is_allowed() -> None:
-    rule = SelectionRule("old", "loss", None, 0.0, 2, max_forgetting=0.1, enough=1.5)
+    rule = SelectionRule("old", "loss", None, 0.0, 2, max_forgetting=0.1, stop_at=1.5)
     looks = [
         CheckpointEvaluation(1, 10, 1.0, 0.0),
         CheckpointEvaluation(2, 20, 1.2, 0.4),
@@ -186,7 +186,7 @@ def test_enough_ends_a_choice_where_no_more_is_forgotten_than_is_allowed() -> No
     assert [compute_selection_state(looks[:i], rule).should_stop for i in range(1, 5)] == [False, False, False, True]
     best = compute_selection_state(looks, rule).best
     assert best is not None and best.step == 4
-    more = SelectionRule("old", "accuracy", None, 0.0, 1, enough=0.8)
+    more = SelectionRule("old", "accuracy", None, 0.0, 1, stop_at=0.8)
     assert [
         compute_selection_state([CheckpointEvaluation(1, 10, value)], more).should_stop for value in (0.7, 0.8)
     ] == [False, True]

@@ -154,8 +154,8 @@ def test_candidates_begin_behind_the_warm_up_the_gap_and_what_was_asked_for(shel
                           tokens=tokens)  # fmt: skip
         plan = shelf.plan(raw)
         assert plan.evaluation.selection_rule is not None
-        assert any(f"from step {plan.evaluation.selection_rule.first:,} on" in line for line in plan_lines(plan))
-        return plan.evaluation.selection_rule.first
+        assert any(f"from step {plan.evaluation.selection_rule.first_step:,} on" in line for line in plan_lines(plan))
+        return plan.evaluation.selection_rule.first_step
 
     steps = shelf.plan(shelf.stage("rule", tokens=300 * 4 * LENGTH)).steps
     assert first("0%", "0%") == math.ceil(0.02 * steps)
