@@ -47,7 +47,7 @@ def make_rows(
     pack: bool = True,
     words: Mapping[str, str] = MappingProxyType({}),
 ) -> Rows:
-    """The rows of a store for an objective, as a model reads them. `together=False`: no two documents in a row.
+    """The rows of a store for an objective, as a model reads them. `pack=False`: one document per row.
 
     `words`: words for the labels of cloze rows.
     """
