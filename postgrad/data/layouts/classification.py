@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from postgrad.data.layouts.rows import IGNORED, Row, RowOptions
 from postgrad.data.layouts.windows import MarkedStore, locate_texts, make_ledger, max_text_tokens
+from postgrad.data.problem_type import ProblemType
 from postgrad.errors import DataError, StageError
-
-LabelKind = Literal["class", "multi", "number"]
 
 
 class LabelledStore(MarkedStore, Protocol):
@@ -87,7 +86,7 @@ def _second_text_start(store: MarkedStore, document: int, start: int, stop: int)
     return start + int(np.argmax(marks != 0))
 
 
-def _label_values(store: LabelledStore, document_R: np.ndarray, kind: LabelKind) -> np.ndarray:
+def _label_values(store: LabelledStore, document_R: np.ndarray, kind: ProblemType) -> np.ndarray:
     """The labels of rows: (R,) of int64, (R, C) or (R,) of float32. Raises `DataError` for what is none of its kind."""
     values = store.values
     if values is None:
@@ -95,9 +94,9 @@ def _label_values(store: LabelledStore, document_R: np.ndarray, kind: LabelKind)
     values_RK = np.asarray(values)[document_R]
     classes = len(store.labels or ())
     fine_RK = {
-        "class": (values_RK >= 0) & (values_RK < classes) & (values_RK == np.floor(values_RK)),
-        "multi": (values_RK == 0) | (values_RK == 1),
-        "number": np.isfinite(values_RK),
+        ProblemType.CLASS: (values_RK >= 0) & (values_RK < classes) & (values_RK == np.floor(values_RK)),
+        ProblemType.MULTI_LABEL: (values_RK == 0) | (values_RK == 1),
+        ProblemType.NUMBER: np.isfinite(values_RK),
     }[kind]
     if not fine_RK.all():
         row, column = np.argwhere(~fine_RK)[0]
@@ -105,15 +104,15 @@ def _label_values(store: LabelledStore, document_R: np.ndarray, kind: LabelKind)
             f"{values_RK[row, column]:g} as a label",
             where=f"document {document_R[row]:,}",
             expected={
-                "class": f"a class below {classes:,}",
-                "multi": "0 or 1 for each class",
-                "number": "a finite number",
+                ProblemType.CLASS: f"a class below {classes:,}",
+                ProblemType.MULTI_LABEL: "0 or 1 for each class",
+                ProblemType.NUMBER: "a finite number",
             }[kind],
         )
     return {
-        "class": lambda: values_RK[:, 0].astype(np.int64),
-        "multi": lambda: values_RK.astype(np.float32),
-        "number": lambda: values_RK[:, 0].astype(np.float32),
+        ProblemType.CLASS: lambda: values_RK[:, 0].astype(np.int64),
+        ProblemType.MULTI_LABEL: lambda: values_RK.astype(np.float32),
+        ProblemType.NUMBER: lambda: values_RK[:, 0].astype(np.float32),
     }[kind]()
 
 
@@ -132,7 +131,7 @@ class LabelledRows:
         store: LabelledStore,
         options: RowOptions,
         *,
-        kind: LabelKind,
+        kind: ProblemType,
         token_types: bool = False,
     ) -> None:
         self.examples = FramedExamples(
@@ -262,7 +261,7 @@ class ClozeRows:
             self.examples.truncations,
             self.examples.ledger,
         )
-        self.label_ids_R = np.array(verbalisers, np.int64)[_label_values(store, self.document_R, "class")]
+        self.label_ids_R = np.array(verbalisers, np.int64)[_label_values(store, self.document_R, ProblemType.CLASS)]
         self.mask_positions_R = _mask_positions(self.examples, mask_id)
 
     def __len__(self) -> int:
