@@ -131,7 +131,7 @@ def gradients(run: Run) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     class Keeping(FullMask):
-        def before(self) -> None:
+        def before_update(self) -> None:
             for w in run.weights.entries:
                 assert w.master.grad is not None
                 found[w.name] = w.master.grad.clone()

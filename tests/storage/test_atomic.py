@@ -106,12 +106,12 @@ def test_what_is_cut_longer_or_missing_is_found_and_named(tmp_path: Path) -> Non
         path.write_bytes(data)
     for text in ("", "[]", '{"weights.bin": 3}', '{"weights.bin": {"size": 4096}}', json.dumps([1])):
         (place / MANIFEST).write_text(text)
-        with pytest.raises(CheckpointError, match=r"no readable manifest\.json"):
+        with pytest.raises(CheckpointError, match=r"manifest\.json is missing or unreadable"):
             verify(place)
     (place / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match=r"no readable manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing or unreadable"):
         verify(place)
-    with pytest.raises(CheckpointError, match=r"no readable manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing or unreadable"):
         verify(tmp_path / "nowhere")
 
 
@@ -312,7 +312,7 @@ def test_other_failures_are_told_as_what_they_are(tmp_path: Path, monkeypatch: p
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(os, "rename", refused)
-    with pytest.raises(DiskError, match=r"Permission denied[\s\S]*check the folder"):
+    with pytest.raises(DiskError, match=r"Permission denied[\s\S]*check that the folder"):
         publish_folder(tmp_path / "place", write_contents)
     assert everything(tmp_path) == {}
 
