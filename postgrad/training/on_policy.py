@@ -15,8 +15,7 @@ import torch
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
-from postgrad.data.loading.mixture import derive_key
-from postgrad.data.random_streams import RandomStreams
+from postgrad.data.random_streams import RandomStreams, derive_key
 from postgrad.models.model import CausalModel
 from postgrad.models.sampling import sample_continuations
 from postgrad.training.step import Run, StepFunction, StepReport, train_step

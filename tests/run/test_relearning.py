@@ -13,7 +13,7 @@ import pytest
 
 from postgrad.check.check import check_stage
 from postgrad.config.stage_file import parse_stage
-from postgrad.data.layouts.rows import held_out_mask
+from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.evaluation.before_after import read_scores
 from postgrad.evaluation.perplexity import Scores
 from postgrad.plan.plan import Plan, make_plan
