@@ -13,7 +13,8 @@ from postgrad.models.pretrained import save_chat_template, save_pretrained, stor
 from postgrad.plan.plan import Plan
 from postgrad.run.build import TunedModel
 from postgrad.storage.atomic import publish_folder
-from postgrad.tuning.attach import attach, save_tuning
+from postgrad.tuning.attach import attach
+from postgrad.tuning.folder import save_tuning
 from postgrad.tuning.open_model import BaseReference, open_model
 
 

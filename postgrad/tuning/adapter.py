@@ -220,9 +220,10 @@ class Adapter(ModuleTuning):
 
     def _add_notes(self, blocks: list[Block], adapted_blocks: list[Block], norms: list[str]) -> None:
         sizes = sorted({a.down_weight.shape[0] for a in self._adapters.values()})
+        sublayers = dict.fromkeys(name.rpartition(".")[2] for name in self._adapters)
         self.notes.append(
-            f"{len(self._adapters)} adapters of width {', '.join(map(str, sizes))} in {len(adapted_blocks)} of {len(blocks)} blocks"
-            f" ({', '.join(dict.fromkeys(name.rpartition('.')[2] for name in self._adapters))})"
+            f"{len(self._adapters)} adapters of width {', '.join(map(str, sizes))} in "
+            f"{len(adapted_blocks)} of {len(blocks)} blocks ({', '.join(sublayers)})"
         )
         if norms:
             self.notes.append(f"{len(norms)} norm weights are trained too")

@@ -288,7 +288,9 @@ class Prefix(ModuleTuning):
                 direction = torch.linspace(-1, 1, output.numel(), device=output.device).sin().view_as(output)
                 caches = [tensor for layer in layers for tensor in layer.cache or ()]
                 reached = output.requires_grad and len(caches) == 2 * len(layers)
-                gradients = torch.autograd.grad((output * direction).sum(), caches, allow_unused=True) if reached else ()
+                gradients = (
+                    torch.autograd.grad((output * direction).sum(), caches, allow_unused=True) if reached else ()
+                )
             with torch.no_grad(), self.disable():
                 base = model.base_model(**inputs)[0].float()
         untrained = any(gradient is None or not bool(gradient.any()) for gradient in gradients)

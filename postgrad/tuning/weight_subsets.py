@@ -345,9 +345,7 @@ def _select_blocks(
         return {name: distance for name, distance in blocks.items() if distance <= last}
     assert all_but_first is not None
     # With all of them excluded, only what is around the blocks is trained.
-    check_ranges(
-        {"all_but_first": all_but_first}, {"all_but_first": (0 <= all_but_first <= depth, f"0 to {depth}")}
-    )
+    check_ranges({"all_but_first": all_but_first}, {"all_but_first": (0 <= all_but_first <= depth, f"0 to {depth}")})
     return {name: d for name, d in blocks.items() if int(name.rpartition(".")[2]) >= all_but_first}
 
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError
 from postgrad.storage.atomic import publish_folder, verify
-from postgrad.tuning.attach import KINDS, attach, load_tuning, save_tuning
+from postgrad.tuning.attach import KINDS, attach
+from postgrad.tuning.folder import load_tuning, save_tuning
 from postgrad.tuning.tuning import Tuning
 from tests.tuning.checks import tokenizer, train
 from tests.tuning.families import batch, build_model, first_virtual, logits
