@@ -16,6 +16,7 @@ from postgrad.hardware import machine
 from postgrad.hardware.execution import Execution, get_model_dimensions
 from postgrad.hardware.memory import MemoryEstimate, estimate_memory, format_bytes
 from postgrad.models.model import verify_model
+from postgrad.models.task import Task
 from postgrad.optim import lr_schedules
 from postgrad.plan.plan import Plan
 from postgrad.reports.html.notation import format_duration
@@ -97,7 +98,7 @@ def _estimate_memory(plan: Plan, subject: TunedModel, execution: Execution, teac
 def _model_lines(plan: Plan, counts: ParameterCounts) -> list[str]:
     """The model with its task layer and tuning, and what the probe of its attention has verified."""
     model = plan.model
-    probes = "; packed documents do not attend to each other (verified)" if model.task == "causal" else ""
+    probes = "; packed documents do not attend to each other (verified)" if model.task == Task.CAUSAL else ""
     probes += "; attention to prefixes is bidirectional (verified)" if plan.prefix_length else ""
     lines = [f"model: {counts.parameters:,} weights, vocabulary of {model.vocab_size:,} tokens{probes}"]
     if model.task_layer and model.task_layer.form:

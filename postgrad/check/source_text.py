@@ -15,6 +15,7 @@ from postgrad.config.objectives import (
     SpanCorruptionObjective,
     TextToTextObjective,
 )
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_source_columns
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.data.read.labels import Labels
@@ -62,9 +63,9 @@ def _describe_labels(source: ResolvedSource, kind: str, cache: Path) -> list[str
         labels = (source.renderer.labels if source.renderer else None) or read_all_labels([source.files], cache)
     except DataError:  # labels of mixed types are no error where they are only text
         return []
-    if labels.problem == "number":
+    if labels.problem == ProblemType.NUMBER:
         return ["numeric labels"]
-    noun = {"tags": "tags", "multi": "labels, multi-label"}.get(labels.problem, "labels")
+    noun = {ProblemType.TAGS: "tags", ProblemType.MULTI_LABEL: "labels, multi-label"}.get(labels.problem, "labels")
     return [f"{len(labels.names):,} {noun}: {_format_label_names(labels)}"]
 
 

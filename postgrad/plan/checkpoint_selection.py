@@ -22,7 +22,7 @@ from postgrad.config import stage as s
 from postgrad.config.quantities import length_in_steps
 from postgrad.errors import StageError, suggest_nearest
 from postgrad.evaluation.classification_metrics import metric_names
-from postgrad.evaluation.held_out import HeldOutRows, HeldOutSet
+from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores
 from postgrad.optim import lr_schedules
 
@@ -147,8 +147,8 @@ def make_selection_rule(
             expected=f"one of {', '.join(selectable)}" if selectable else "a held-out set that is not a test set",
             hint=suggest_nearest(config.set, selectable),
         )
-    labels = selecting_set.labels if isinstance(selecting_set, HeldOutRows) else ()
-    metrics = ["loss", *metric_names(_problem(selecting_set), labels)]
+    problem = selecting_set.problem
+    metrics = ["loss", *(metric_names(problem, selecting_set.labels) if problem else ())]
     if config.by not in metrics:
         raise StageError(
             f"'{config.set}' has no metric {config.by!r}",
@@ -172,11 +172,6 @@ def make_selection_rule(
     return SelectionRule(
         config.set, config.by, config.patience, config.gain, first_step, config.max_forgetting, config.enough
     )
-
-
-def _problem(held_out: HeldOutSet) -> str:
-    """The problem type of a set, which determines its metrics."""
-    return "class" if held_out.label_token_ids else held_out.task
 
 
 def summarize_evaluation(

@@ -16,6 +16,7 @@ from postgrad.data.loading.mixture import Mixture
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.errors import DataError, StageError
+from postgrad.models.task import Task
 from postgrad.plan.data_order import make_data_order
 from postgrad.plan.model_plan import ModelPlan
 from postgrad.plan.objective_rows import describe_dropped, describe_skipped, make_rows
@@ -144,7 +145,7 @@ def _source_notes(source: ResolvedSource, rows: Rows) -> list[str]:
 def _refuse_untrained_vectors(model: ModelPlan, sources: Sequence[ResolvedSource]) -> None:
     """Raise `StageError` for soft prompt vectors that get no gradient: a decoder predicts nothing after a document."""
     running = all(source.store.kind in RUNNING_TEXT_KINDS for source in sources)
-    if model.inputs.tuning_frame.suffix_ids and model.task == "causal" and running:
+    if model.inputs.tuning_frame.suffix_ids and model.task == Task.CAUSAL and running:
         raise StageError(
             "vectors after running text get no gradient: a decoder predicts no token after them",
             where="tuning.template",

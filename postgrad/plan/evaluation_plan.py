@@ -10,6 +10,7 @@ from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.errors import StageError
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText
+from postgrad.models.task import Task
 from postgrad.optim import lr_schedules
 from postgrad.plan.checkpoint_selection import SelectionRule, make_selection_rule
 from postgrad.plan.data_plan import DataPlan
@@ -96,7 +97,7 @@ def _make_pseudo_perplexity_sets(
     limit = stage.evaluation.pseudo_perplexity
     if not limit:
         return ()
-    if model.task != "masked":
+    if model.task != Task.MASKED:
         raise StageError(
             f"pseudo-perplexity needs a masked language model, and {model.start.name} is not one",
             where="evaluation.pseudo_perplexity",

@@ -8,6 +8,7 @@ import numpy as np
 
 from postgrad.config.objectives import ClassifyObjective, MaskedObjective, NextTokenObjective
 from postgrad.data.layouts.windows import locate_texts, max_text_tokens, split_windows
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.data.render.frame import Frame
 from postgrad.data.tokens.held_out_split import select_documents
@@ -15,7 +16,6 @@ from postgrad.data.tokens.subset import Subset
 from postgrad.errors import DataError
 from postgrad.evaluation.held_out import HeldOutRows, HeldOutSet, HeldOutText
 from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText, MaskedWindow
-from postgrad.objectives.classification_loss import ProblemType
 from postgrad.plan.held_out_documents import HeldOutDocuments
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_rows import describe_dropped, make_rows, verbalisers
@@ -29,7 +29,7 @@ def make_held_out_set(
     notes: list[str],
     *,
     reserved_positions: int = 0,
-    problem: ProblemType = "class",
+    problem: ProblemType = ProblemType.CLASS,
 ) -> HeldOutSet:
     """A set as a model reads it, in the order of the documents' content hash, up to about `limit` tokens.
 
@@ -106,6 +106,10 @@ def _make_held_out_rows(
         model_inputs.length,
     ]
     is_cloze = isinstance(held_out.objective, MaskedObjective) and held_out.store.kind == "labelled"
+    if not isinstance(held_out.objective, ClassifyObjective):
+        set_problem = ProblemType.CLASS if is_cloze else None
+    else:
+        set_problem = problem
     return HeldOutRows(
         held_out.name,
         held_out.role,
@@ -115,7 +119,7 @@ def _make_held_out_rows(
         fingerprint(identity),
         part.documents["digest"][scored].astype(np.uint64),
         part.documents["tokens"][scored].astype(np.int64),
-        problem if isinstance(held_out.objective, ClassifyObjective) else "answers",
+        set_problem,
         tuple(str(label) for label in held_out.store.labels or ()),
         _frame_parts(model_inputs.frame),
         model_inputs.pad_id,

@@ -16,7 +16,8 @@ from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.data.render.prompt_template import Template
 from postgrad.data.tokens.tokenize import Encoder
 from postgrad.errors import ModelError, StageError
-from postgrad.models.pretrained import ModelLocation, Task, detect_task, get_embedding_weight, load_pretrained
+from postgrad.models.pretrained import ModelLocation, detect_task, get_embedding_weight, load_pretrained
+from postgrad.models.task import Task
 from postgrad.tuning.open_model import BaseReference
 
 _MAX_SENTINELS = 1000
@@ -70,7 +71,7 @@ class ModelInputs:
         """Ids around the texts of a row: the tokenizer's special tokens, with soft prompts inside of them."""
         first = () if self.encoder.bos is None else (self.encoder.bos,)
         inner = self.soft_prompt_frame
-        if self.task == "causal":  # ids after a question precede its answer
+        if self.task == Task.CAUSAL:  # ids after a question precede its answer
             return Frame((*first, *inner.prefix_ids), (*inner.separator_ids, *inner.suffix_ids))
         return Frame(
             (*self.tokenizer_frame.prefix_ids, *inner.prefix_ids),
@@ -88,7 +89,7 @@ class ModelInputs:
         frame, prompt = self.soft_prompt_frame, tuple(ids)
         prefix, suffix = self.tokenizer_frame.prefix_ids, self.tokenizer_frame.suffix_ids
         begin = len(prefix) if prompt[: len(prefix)] == prefix else 0
-        has_suffix = self.task == "text-to-text" and suffix and prompt[-len(suffix) :] == suffix
+        has_suffix = self.task.is_encoder_decoder and suffix and prompt[-len(suffix) :] == suffix
         end = len(prompt) - (len(suffix) if has_suffix else 0)
         return (
             *prompt[:begin],

@@ -8,22 +8,15 @@ from dataclasses import dataclass
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from postgrad.config import stage as s
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.labels import Labels
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ClassifierSpec, ModelLocation, Task, load_tokenizer
+from postgrad.models.pretrained import ClassifierSpec, ModelLocation, load_tokenizer
+from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig
-from postgrad.objectives.classification_loss import ProblemType
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
 from postgrad.plan.sources import SourceSpec
 from postgrad.plan.task_layer import resolve_representation
-
-_PROBLEM_TYPES = {
-    "class": "single_label_classification",
-    "multi": "multi_label_classification",
-    "number": "regression",
-    "tags": "single_label_classification",
-}
-"""Names of the problems in transformers' configurations."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +54,14 @@ def plan_model(
             where="data.sequence_length",
             expected=f"at most {limit:,}",
         )
-    if labels and labels.problem == "tags" and task == "classify":
-        task = "tag"
+    if labels and labels.problem == ProblemType.TAGS and task == Task.CLASSIFY:
+        task = Task.TAG
     representation = resolve_representation([spec.objective for spec in source_specs], start_model, task)
     inputs = make_model_inputs(
         task, start_model, tokenizer, encoder, length=length, seed=stage.seed, tuning=stage.tuning
     )
     task_layer = None
-    if labels and task in ("classify", "tag"):
+    if labels and task.is_classifier:
         task_layer = _make_task_layer(labels, inputs.pad_id, stage.seed, representation)
     return ModelPlan(
         start=start_model,
@@ -76,7 +69,7 @@ def plan_model(
         vocab_size=vocab_size,
         context_length=length,
         task=task,
-        problem=labels.problem if labels else "class",  # type: ignore[arg-type]
+        problem=labels.problem if labels else ProblemType.CLASS,
         task_layer=task_layer,
         inputs=inputs,
     )
@@ -85,4 +78,4 @@ def plan_model(
 def _make_task_layer(labels: Labels, pad: int, seed: int, representation: TaskHeadConfig | None) -> ClassifierSpec:
     """The task layer of a classifier; a regression has a single output."""
     names = tuple(str(name) for name in labels.names) or ("number",)
-    return ClassifierSpec(names, _PROBLEM_TYPES[labels.problem], pad, seed, representation)  # type: ignore[arg-type]
+    return ClassifierSpec(names, labels.problem.transformers_name, pad, seed, representation)

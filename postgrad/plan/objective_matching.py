@@ -18,9 +18,11 @@ from postgrad.config.objectives import (
     TeacherObjective,
     TextToTextObjective,
 )
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ModelLocation, Task
+from postgrad.models.pretrained import ModelLocation
+from postgrad.models.task import Task
 from postgrad.tuning.open_model import get_task, starts_as_prefix_lm
 
 _ANSWER_KINDS = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "question", "choices")
@@ -36,29 +38,22 @@ SUPPORTED_ROW_KINDS: dict[str, tuple[str, ...]] = {
 """Row kinds that each objective supports."""
 
 _OBJECTIVE_TASKS: dict[str, Task] = {
-    "next-token": "causal",
-    "prefix-lm": "causal",
-    "masked": "masked",
-    "span-corruption": "text-to-text",
-    "text-to-text": "text-to-text",
-    "classify": "classify",
-    "on-policy": "causal",
+    "next-token": Task.CAUSAL,
+    "prefix-lm": Task.CAUSAL,
+    "masked": Task.MASKED,
+    "span-corruption": Task.TEXT_TO_TEXT,
+    "text-to-text": Task.TEXT_TO_TEXT,
+    "classify": Task.CLASSIFY,
+    "on-policy": Task.CAUSAL,
 }
 _TASK_OBJECTIVES: dict[Task, tuple[RowsObjective, ...]] = {
-    "causal": (NextTokenObjective(kind="next-token"),),
-    "masked": (MaskedObjective(kind="masked"),),
-    "text-to-text": (SpanCorruptionObjective(kind="span-corruption"), TextToTextObjective(kind="text-to-text")),
-    "classify": (ClassifyObjective(kind="classify"),),
-    "tag": (ClassifyObjective(kind="classify", problem="tags"),),
+    Task.CAUSAL: (NextTokenObjective(kind="next-token"),),
+    Task.MASKED: (MaskedObjective(kind="masked"),),
+    Task.TEXT_TO_TEXT: (SpanCorruptionObjective(kind="span-corruption"), TextToTextObjective(kind="text-to-text")),
+    Task.CLASSIFY: (ClassifyObjective(kind="classify"),),
+    Task.TAG: (ClassifyObjective(kind="classify", problem="tags"),),
 }
 """Default objectives of each task; the first that supports a row kind also determines the rows of a teacher's source."""
-_MODEL_DESCRIPTIONS = {
-    "causal": "a decoder",
-    "masked": "an encoder",
-    "text-to-text": "an encoder-decoder",
-    "classify": "a classifier",
-    "tag": "a token classifier",
-}
 
 
 def resolve_objectives(
@@ -86,21 +81,20 @@ def resolve_task(objectives: Sequence[AnyObjective], start_model: ModelLocation)
     if len(tasks) > 1:
         kinds = " and ".join(o.kind for o in tasks.values())
         raise StageError(
-            f"{kinds} need different models: {' and '.join(_MODEL_DESCRIPTIONS[t] for t in tasks)}",
+            f"{kinds} need different models: {' and '.join(t.architecture for t in tasks)}",
             where="objectives",
             expected="objectives for one model",
             hint="write the labelled rows as text (text-to-text, or next-token on examples)",
         )
     (task,) = tasks
-    if task == "classify":
-        tags = any(isinstance(o, ClassifyObjective) and o.problem == "tags" for o in objectives)
-        return "tag" if tags else "classify"
-    if start_task != task and not (task == "masked" and start_task in ("classify", "tag")):
+    if task == Task.CLASSIFY:
+        tags = any(isinstance(o, ClassifyObjective) and o.problem == ProblemType.TAGS for o in objectives)
+        return Task.TAG if tags else Task.CLASSIFY
+    if start_task != task and not (task == Task.MASKED and start_task.is_classifier):
         raise StageError(
-            f"{tasks[task].kind} needs {_MODEL_DESCRIPTIONS[task]}, and {start_model.name} is "
-            f"{_MODEL_DESCRIPTIONS[start_task]}",
+            f"{tasks[task].kind} needs {task.architecture}, and {start_model.name} is {start_task.architecture}",
             where="objectives",
-            expected=f"an objective for {_MODEL_DESCRIPTIONS[start_task]}, such as {_TASK_OBJECTIVES[start_task][0].kind}",
+            expected=f"an objective for {start_task.architecture}, such as {_TASK_OBJECTIVES[start_task][0].kind}",
         )
     return task
 

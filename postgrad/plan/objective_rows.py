@@ -28,10 +28,10 @@ from postgrad.data.layouts.rows import RowOptions, Rows
 from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.span_corruption import SpanCorruptionRows
 from postgrad.data.layouts.windows import TooLongPolicy
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.subset import Subset
 from postgrad.errors import StageError
-from postgrad.objectives.classification_loss import ProblemType
 from postgrad.plan.model_inputs import ModelInputs
 
 
@@ -43,7 +43,7 @@ def make_rows(
     held_out: float = 0.0,
     excluded: np.ndarray | None = None,
     max_document_tokens: int | None = None,
-    problem: ProblemType = "class",
+    problem: ProblemType = ProblemType.CLASS,
     pack: bool = True,
     words: Mapping[str, str] = MappingProxyType({}),
 ) -> Rows:
@@ -111,7 +111,7 @@ def make_rows(
                 eos=inputs.encoder.eos,
             )
         case ClassifyObjective():
-            if problem == "tags":
+            if problem == ProblemType.TAGS:
                 return TaggedRows(store, options)
             return LabelledRows(store, options, kind=problem, token_types=inputs.has_token_types)
 

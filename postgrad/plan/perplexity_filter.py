@@ -23,6 +23,7 @@ from postgrad.evaluation.perplexity import score_held_out
 from postgrad.hardware import machine
 from postgrad.models.model import Model, wrap_model
 from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
+from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder
 from postgrad.storage.atomic import write_atomically
 from postgrad.tuning.open_model import get_task, open_model
@@ -53,7 +54,7 @@ def make_scorer(method: PerplexitySelection, root: Path, model_inputs: ModelInpu
     opened = open_model(location)
     limit = getattr(config, "max_position_embeddings", None) or _DEFAULT_CONTEXT_LENGTH
     return PerplexityScorer(
-        wrap_model(opened.model, "causal").to(machine.default_device()),
+        wrap_model(opened.model, Task.CAUSAL).to(machine.default_device()),
         encoder,
         opened.frame.prefix_ids,
         min(limit, _DEFAULT_CONTEXT_LENGTH),
@@ -75,7 +76,7 @@ def resolve_scoring_model(
             where=where,
             expected="a trained decoder",
         )
-    if get_task(location) != "causal":
+    if get_task(location) != Task.CAUSAL:
         raise StageError(
             f"{location.name} is not a decoder, so it has no perplexity",
             where=where,

@@ -14,6 +14,7 @@ from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.render.renderer import Renderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.errors import StageError
+from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs
 
 
@@ -82,12 +83,12 @@ def make_text_renderer(
         prompt=row_template.prompt,
         answer=row_template.answer,
         label_words=row_template.words,
-        is_separate=model_inputs.task == "text-to-text",
+        is_separate=model_inputs.task.is_encoder_decoder,
     )
     tokenizer = model_inputs.tokenizer
     template = custom_template(tokenizer.chat_template)
     as_turns = kind == "instruction" or (kind == "completion" and template)
-    if row_template.prompt is None and (kind == "chat" or (as_turns and model_inputs.task == "causal")):
+    if row_template.prompt is None and (kind == "chat" or (as_turns and model_inputs.task == Task.CAUSAL)):
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         return ChatRenderer(template, special, answers, plain)
     return plain

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from postgrad.config.objectives import ClassifyObjective, MaskedObjective
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.labels import Labels
 from postgrad.data.tokens.tokenize import read_all_labels
 from postgrad.errors import StageError
@@ -39,9 +40,9 @@ def resolve_labels(source_specs: Sequence[SourceSpec], cache: Path) -> Labels | 
             expected="one type of labels for a classifier",
         )
     (problem,) = problems
-    problem = problem if objective.problem == "auto" else objective.problem
-    if problem == "number":
-        return Labels("number")
+    problem = problem if objective.problem == "auto" else ProblemType(objective.problem)
+    if problem == ProblemType.NUMBER:
+        return Labels(ProblemType.NUMBER)
     names = set().union(*(labels.names for labels in labels_by_source.values()))
     if objective.labels is None:
         texts = sorted(name for name in names if isinstance(name, str))

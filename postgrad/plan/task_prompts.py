@@ -16,6 +16,7 @@ from string import ascii_uppercase
 import numpy as np
 
 from postgrad.config.tasks import TaskConfig
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example
 from postgrad.data.read.labels import collect_labels
@@ -64,7 +65,7 @@ def make_prompted_task(task: TaskConfig, model_inputs: ModelInputs, root: Path, 
     prompt_format = (
         ChatPromptFormat(renderer)
         if isinstance(renderer, ChatRenderer)
-        else PlainPromptFormat(renderer, separate=model_inputs.task == "text-to-text")
+        else PlainPromptFormat(renderer, separate=model_inputs.task.is_encoder_decoder)
     )
     pool, notes = make_demonstration_pool(task, files, rows, prompt_format, f"{where}.shown")
     labels = _resolve_labels(task, rows, pool, where) if kind == "labelled" else ()
@@ -125,7 +126,7 @@ class _PromptBuilder:
     @property
     def separate(self) -> bool:
         """Whether question and answer go to an encoder and a decoder."""
-        return self.model_inputs.task == "text-to-text"
+        return self.model_inputs.task.is_encoder_decoder
 
     def check_row(self, example: Example, location: str) -> None:
         """Raise `DataError` with its location for a row that cannot be rendered, or whose question leaks the answer."""
@@ -210,7 +211,7 @@ def _count_soft_prompt_ids(model_inputs: ModelInputs) -> int:
 
 
 def _refuse_encoder(model_inputs: ModelInputs, where: str) -> None:
-    if model_inputs.task not in ("causal", "text-to-text"):
+    if not model_inputs.task.generates:
         raise ModelError(
             f"tasks in prompts need a model that generates text, and {model_inputs.start_model.name} does not",
             where=where,
@@ -224,7 +225,7 @@ def _resolve_labels(
 ) -> tuple[str, ...]:
     """The labels to choose from, as text; none for multi-label rows and numbers."""
     labels = collect_labels((*test_rows, *pool), where)
-    if labels.problem != "class":
+    if labels.problem != ProblemType.CLASS:
         return ()
     for example, location in (*test_rows, *pool):
         label = str(example.fields["label"])

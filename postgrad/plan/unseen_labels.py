@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import read_examples
 from postgrad.data.read.examples import Example
 from postgrad.data.read.files import RawSource as Files
@@ -57,13 +58,13 @@ def _get_labels(example: Example) -> Sequence[LabelName]:
 def collect_labels(store: TokenStore, documents: np.ndarray) -> set[LabelName]:
     """The names of all labels of some documents."""
     names = store.labels or []
-    if store.problem == "tags":
+    if store.problem == ProblemType.TAGS:
         marks = (store.marks(document) for document in documents.tolist())
         tags = set[int]().union(*(np.unique(mark_T).tolist() for mark_T in marks if mark_T is not None))
         return {names[tag - 1] for tag in tags if tag}  # 0 is no tag
-    if store.values is None or store.problem not in ("class", "multi"):
+    if store.values is None or store.problem not in (ProblemType.CLASS, ProblemType.MULTI_LABEL):
         return set()
     values = np.asarray(store.values[documents])
-    if store.problem == "class":
+    if store.problem == ProblemType.CLASS:
         return {names[int(index)] for index in np.unique(values)}
     return {names[int(index)] for index in np.flatnonzero(values.any(0))}
