@@ -99,7 +99,7 @@ def is_what_is_read(plan: Plan, count: int) -> bool:
                 return False
             if "attention_mask" in arrays and "decoder_input_ids" not in arrays:
                 assert shown.count("padding") == int((arrays["attention_mask"] == 0).sum())
-            (ids,) = [[t.id for t in s.tokens] for s in shown.segments if s.name in ("reads", "1")]
+            (ids,) = [[t.id for t in s.tokens] for s in shown.segments if s.name in ("input", "1")]
             goes_on = np.diff(arrays.get("position_ids", np.arange(len(arrays["input_ids"])))) == 1
             size = len(goes_on) + 1 if goes_on.all() else int(np.argmin(goes_on)) + 1
             if ids[:size] != arrays["input_ids"][:size].tolist():
@@ -164,7 +164,7 @@ def test_packed_rows_by_hand(shelf: Workspace) -> None:
     plan = only(shelf, "llama", "packed", made, 24, tokens=20)
     (source,) = of(plan, 1)
     text = printed([source])
-    assert text.splitlines()[0].startswith("«trained» is predicted, the rest is read")
+    assert text.splitlines()[0].startswith("«trained» tokens are predicted, all others are context")
     assert "packed (next-token): the first 1 of 1 rows" in text
     body = text[text.index("  step 1") :].splitlines()
     counts = [source.rows[0].count(state) for state in ("trained", "context", "padding")]
@@ -180,7 +180,7 @@ def test_packed_rows_by_hand(shelf: Workspace) -> None:
 def test_prefixes_by_hand(shelf: Workspace) -> None:
     made = [{"prompt": "one and two.", "completion": " six\n"}]
     text = printed(of(only(shelf, "llama", "prefixed", made, 24, tokens=20, objectives=[{"kind": "prefix-lm"}]), 1))
-    assert text.startswith("«trained» is predicted, the rest is read, as a prefix in both directions; 1│ 2│ documents")
+    assert text.startswith("«trained» tokens are predicted, all others are context, with bidirectional attention in prefixes; 1│ 2│ documents")
     assert "1│ one and two.« six↵\n       │ <|end|>»" in text
 
 
@@ -195,8 +195,8 @@ def test_pairs_by_hand(shelf: Workspace) -> None:
     made = [{"source": "one and two.", "target": "six"}, {"source": "x1", "target": "seven and nine."}]
     plan = only(shelf, "t5", "pairs", made, 24, tokens=20, objectives=[{"kind": "text-to-text"}])
     text = printed(of(plan, 2))
-    assert "reads│ one and two.</s>" in text and "writes│ <pad>«six</s>»" in text
-    assert "reads│ x1</s>[pad×" in text and "writes│ <pad>«seven and nine.</s>»" in text
+    assert "input│ one and two.</s>" in text and "output│ <pad>«six</s>»" in text
+    assert "input│ x1</s>[pad×" in text and "output│ <pad>«seven and nine.</s>»" in text
 
 
 def test_masked_rows_show_what_was_there(shelf: Workspace) -> None:
@@ -212,9 +212,9 @@ def test_masked_rows_show_what_was_there(shelf: Workspace) -> None:
     (source,) = of(plan, 8)
     for row in source.rows:
         (strand,) = row.segments
-        assert [t.said or t.text.strip() for t in strand.tokens] == ["[CLS]", "one", "and", "two", "[SEP]"]
+        assert [t.target or t.text.strip() for t in strand.tokens] == ["[CLS]", "one", "and", "two", "[SEP]"]
         (asked,) = [t for t in strand.tokens if t.state == "trained"]
-        assert f"{asked.text}«{asked.said}»" in printed([source])
+        assert f"{asked.text}«{asked.target}»" in printed([source])
     assert any(t.text.strip() == "[MASK]" for row in source.rows for t in row.segments[0].tokens)
 
 
@@ -226,13 +226,13 @@ def test_labels_stand_behind_the_text_and_tags_below_their_words(shelf: Workspac
     ]
     options = {"kind": "labelled", "objectives": CLASSIFY, "tokens": 8, "like": "multi"}
     text = printed(of(only(shelf, "bert", "any", made, 36, **options), 3))
-    for reads, label in (("one and two", "nine, sums"), ("six", "none of them"), ("ten", "words")):
-        assert re.search(rf"    reads│ \[CLS\] {reads} \[SEP\](\[pad×\d\])?\n    label│ «{label}»\n", text + "\n")
+    for reads, label in (("one and two", "nine, sums"), ("six", "no label"), ("ten", "words")):
+        assert re.search(rf"    input│ \[CLS\] {reads} \[SEP\](\[pad×\d\])?\n    label│ «{label}»\n", text + "\n")
     assert "1 label trained, 5 context" in text
     made = [{"tokens": ["one", "xy", "two"], "tags": ["mark", "word", "mark"]}]
     shown = of(only(shelf, "bert", "tag", made, 24, like="tagged", objectives=CLASSIFY, tokens=8), 1)
     lines = printed(shown).splitlines()[-2:]
-    assert lines[0] == "    reads│ [CLS] one    x      y two    [SEP]"
+    assert lines[0] == "    input│ [CLS] one    x      y two    [SEP]"
     assert lines[1] == "         │       «mark» «word»   «mark»"
     narrow = printed(shown, width=30).splitlines()
     assert sum("│" in line for line in narrow) == 4
@@ -246,7 +246,7 @@ def test_a_source_that_comes_in_late_is_shown_and_one_that_never_does_is_told(sh
     assert new.rows[0].step == 1 and old.rows[0].step > plan.steps // 2
     never = [shelf.source("new", share=1.0), shelf.source("old", share=0.0, role="replay")]
     _, old = of(shelf.plan(shelf.stage("never", sources=never)), 2)
-    assert not old.rows and "old (next-token): none of its rows is read in this stage" in printed([old])
+    assert not old.rows and "old (next-token): this stage reads none of its rows" in printed([old])
 
 
 # -- on the screen -------------------------------------------------------------------------------------------------------
@@ -308,32 +308,32 @@ def test_bytes_without_their_rest_are_not_waited_for_in_vain() -> None:
 
 
 FOUND = {
-    "text": ["60 rows are text (column text), every token is trained"],
+    "text": ["60 rows of kind text (column text), all tokens are trained"],
     "mixed decoder": [
-        '60 rows are completion (columns prompt, completion), put into words as "{prompt}{completion}"; '
+        '60 rows of kind completion (columns prompt, completion), rendered as "{prompt}{completion}"; '
         "only answers are trained",
-        "60 rows are text (column text), every token is trained",
+        "60 rows of kind text (column text), all tokens are trained",
     ],
     "mixed encoder-decoder": [
-        '60 rows are pair (columns source, target), put into words as "{source}" and an answer "{target}"; '
-        "the answer is written",
-        "60 rows are text (column text), 15% of the tokens are to be restored",
+        '60 rows of kind pair (columns source, target), rendered as "{source}" with the answer "{target}"; '
+        "the answer is the target",
+        "60 rows of kind text (column text), 15% of the tokens are corrupted in spans",
     ],
-    "prefix-lm": ["only the last answer is trained", "a beginning is read and the rest is trained"],
-    "masked": ["60 rows are text (column text), 15% of the tokens are masked"],
+    "prefix-lm": ["only the last answer is trained", "the text after a random prefix is trained"],
+    "masked": ["60 rows of kind text (column text), 15% of the tokens are masked"],
     "class": [
-        "60 rows are labelled (columns text, label; 2 labels: sums, words), read as they are; "
-        "a task layer decides the label"
+        "60 rows of kind labelled (columns text, label; 2 labels: sums, words), without a template; "
+        "a task layer predicts the label"
     ],
-    "multi": ["(columns text, labels; 3 labels, any of them: nine, sums, words)"],
-    "number": ["(columns text, label; the label is a number)"],
-    "tags": ["60 rows are tagged (columns tokens, tags; 2 tags: mark, word)", "a task layer tags the words"],
+    "multi": ["(columns text, labels; 3 labels, multi-label: nine, sums, words)"],
+    "number": ["(columns text, label; numeric labels)"],
+    "tags": ["60 rows of kind tagged (columns tokens, tags; 2 tags: mark, word)", "a task layer predicts a tag for each word"],
 }
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found_is_told(shelf: Workspace, name: str) -> None:
-    told = "\n".join(source_lines(shelf.plan(STAGES[name](shelf)), shelf.cache))
+    told = "\n".join(source_lines(shelf.plan(STAGES[name](shelf)).data.sources, shelf.cache))
     assert all(part in told for part in FOUND[name])
 
 
@@ -343,10 +343,10 @@ def test_what_was_found_of_words_and_files(shelf: Workspace) -> None:
     book = {"name": "book", "path": str(shelf.folder / "book.txt"), "documents": "paragraphs", "max_passes": 100}
     sources = [{**labelled, "share": 0.3}, {**book, "share": 0.3}, shelf.source("chat", share=0.4)]
     plan = shelf.plan(shelf.stage("found", sources=sources, evaluation=QUICK_EVALUATION))
-    first, second, third = source_lines(plan, shelf.cache)
+    first, second, third = source_lines(plan.data.sources, shelf.cache)
     assert "(columns text, label; 2 labels: sums, words)" in first and 'as "{text}⏎is {label}"' in first
-    assert "21 documents of text files, every token is trained" in second
+    assert "21 documents in text files, all tokens are trained" in second
     assert (
-        "60 rows are chat (column messages), put into words by a plain chat template (the tokenizer has no other)"
+        "60 rows of kind chat (column messages), rendered with a plain chat template (the tokenizer has none)"
         in third
     )

@@ -195,7 +195,7 @@ def test_init_writes_what_check_accepts_and_train_carries_out(postgrad: Command,
         "replay",
         "memory: about",
         "time: about",
-        "packed documents do not see each other",
+        "packed documents do not attend to each other",
         "step 1:",
     ):
         assert word in checked.out
@@ -285,15 +285,15 @@ def test_rows_are_shown_as_the_model_sees_them(postgrad: Command, stage_file: St
     done = postgrad("check", stage_file(), "--show", 2)
     assert done.code == 0, done.err
     assert shlex.split(done.next)[0] == "train"
-    assert f"new: {base / 'new.jsonl'}: 150 rows are text (column text), every token is trained" in done.out
-    shown = done.out[done.out.index("«trained» is predicted") :]
+    assert f"new: {base / 'new.jsonl'}: 150 rows of kind text (column text), all tokens are trained" in done.out
+    shown = done.out[done.out.index("«trained» tokens are predicted") :]
     assert shown.count("  step 1, row ") == 4
     assert "new (next-token): the first 2 of" in shown and "old (next-token): the first 2 of" in shown
     found = postgrad("check", stage_file(), "--show", 1, "--json").json
     (new, old) = found["shown"]
     assert (new["source"], old["source"], len(new["rows"])) == ("new", "old", 1)
     (row,) = new["rows"]
-    tokens = [token for strand in row["strands"] for token in strand["tokens"]]
+    tokens = [token for segment in row["segments"] for token in segment["tokens"]]
     assert sum(token["state"] == "trained" for token in tokens) == row["trained"] > 0
     assert "shown" not in postgrad("check", stage_file(), "--json").json
     assert postgrad("check", stage_file(), "--show", -1).code == 2

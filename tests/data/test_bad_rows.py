@@ -114,7 +114,7 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], str, tuple[str, ...]]] = {
         [*many("labelled"), {"text": "six", "label": "verse"}],
         {"kind": "labelled", "words": {"words": "A", "sums": "B"}},
         "bad.jsonl:21",
-        ("no word is given for the label 'verse'",),
+        ("no word for the label 'verse'",),
     ),
     "a label that is no name": (
         [*many("labelled"), {"text": "six", "label": 3}],
@@ -233,13 +233,13 @@ def test_what_teaches_nothing_is_left_out_counted_and_told(planned: Planned, she
     plan = planned([*made, row, row, row], **asked)
     (leaf,) = plan.data.sources
     assert (len(leaf.store), leaf.store.skipped) == (len(made), {reason: 3})
-    assert f"bad: 3 rows are left out ({reason})" in plan.notes
-    assert f"note: bad: 3 rows are left out ({reason})" in plan_lines(plan)
+    assert f"bad: 3 rows are skipped ({reason})" in plan.notes
+    assert f"note: bad: 3 rows are skipped ({reason})" in plan_lines(plan)
     # In a held-out file too.
     file = leaf.files.root / str(leaf.files.path)
     learned = {"name": "held", "path": str(file), **asked}
     other = planned_on(shelf, kind, asked, learned)
-    assert f"held: 3 rows are left out ({reason})" in other.notes
+    assert f"held: 3 rows are skipped ({reason})" in other.notes
 
 
 def planned_on(shelf: Workspace, kind: str, asked: dict[str, Any], learned: dict[str, Any], **changes: Any) -> Plan:
@@ -289,13 +289,13 @@ TOO_LONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "llama",
         {"prompt": "six?", "completion": LONG},
         {},
-        "2 rows are left out (answer too long)",
+        "2 rows are skipped (answer too long)",
     ),
     "next-token, drop": (
         "llama",
         {"prompt": LONG, "completion": " six"},
         {"objectives": [{"kind": "next-token", "too_long": "drop"}]},
-        "2 rows are left out (too long)",
+        "2 rows are skipped (too long)",
     ),
     "prefix-lm": (
         "llama",
@@ -325,7 +325,7 @@ TOO_LONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "t5",
         {"source": LONG, "target": "six"},
         {"objectives": [{**T2T, "too_long": "drop"}]},
-        "2 rows are left out (too long)",
+        "2 rows are skipped (too long)",
     ),
     "text-to-text, target": (
         "t5",
@@ -412,7 +412,7 @@ def test_no_step_is_without_a_label(shelf: Workspace, tmp_path: Path) -> None:
     assert [len(rows) for rows in plan.data.rows] == [
         2,
         1,
-    ] and "answers: 3 rows are left out (answer too long)" in plan.notes
+    ] and "answers: 3 rows are skipped (answer too long)" in plan.notes
     done = shelf.run(raw)
     steps = [row for row in read_metrics(done.run_folder / "metrics.jsonl") if row["kind"] == "step"]
     assert len(steps) == plan.steps > 8

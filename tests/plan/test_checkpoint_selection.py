@@ -357,11 +357,11 @@ def test_a_metric_decides_where_more_is_better(shelf: Workspace) -> None:
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
-        ({"set": "new-heldou"}, r"save\.choose\.set: there is no held-out set[\s\S]*did you mean 'new-heldout'"),
+        ({"set": "new-heldou"}, r"save\.choose\.set: unknown held-out set[\s\S]*did you mean 'new-heldout'"),
         ({"set": "secret"}, r"save\.choose\.set: 'secret' is a test set"),
-        ({"set": "new-heldout", "by": "accuracy"}, r"save\.choose\.by: 'new-heldout' has no 'accuracy'[\s\S]*loss"),
-        ({"set": "new-heldout", "at_least": "900 steps"}, r"save\.choose\.at_least: nothing could be chosen before"),
-        ({"set": "new-heldout", "max_forgetting": "1%"}, r"save\.choose\.max_forgetting: there is no retained set"),
+        ({"set": "new-heldout", "by": "accuracy"}, r"save\.choose\.by: 'new-heldout' has no metric 'accuracy'[\s\S]*loss"),
+        ({"set": "new-heldout", "at_least": "900 steps"}, r"save\.choose\.at_least: no step before"),
+        ({"set": "new-heldout", "max_forgetting": "1%"}, r"save\.choose\.max_forgetting: a limit on forgetting needs a retained set"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_told(choice: dict[str, Any], said: str, shelf: Workspace) -> None:

@@ -96,7 +96,7 @@ def test_planted_copies_are_left_out_and_shown(stage_of: StageOf, plan_of: PlanO
     assert {row["text"] for row in step["dropped"]} <= {text[:200] for text in (*near, own[7])}
     assert len(step["dropped"]) == 3
     assert all(row["like"] in {text[:200] for text in own} for row in step["dropped"])
-    assert "like: " in "\n".join(plan_lines(plan))
+    assert "copy of: " in "\n".join(plan_lines(plan))
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -145,7 +145,7 @@ def test_what_cannot_be_judged_is_counted(stage_of: StageOf, plan_of: PlanOf, tm
     plan = plan_of(selected(stage_of, {"kind": "perplexity", "between": [0, 1]}))
     (step,) = plan.data.sources[0].selection
     assert step["unjudged"] == 12 and step["after"]["documents"] == len(OLD)
-    assert "; 12 too short to be judged are left out" in "\n".join(plan_lines(plan))
+    assert "; 12 too short to be scored are dropped" in "\n".join(plan_lines(plan))
     whole = plan_of(selected(stage_of, {"kind": "duplicates"}))
     assert whole.data.sources[0].selection[0]["unjudged"] == 0
     write_jsonl(tmp_path / "mixed.jsonl", [*"abcdefghijkl", *OLD[:3]])
@@ -270,7 +270,7 @@ def test_rows_with_parts_are_selected_by_their_words(stage_of: StageOf, plan_of:
         ({"kind": "perplexity", "between": ["90%", "10%"]}, "from a smaller share to a larger"),
         ({"kind": "perplexity", "model": "nobody/here/there"}, "nobody"),
         ({"kind": "perplexity", "tokens": 1}, "tokens"),
-        ({"kind": "perplexity", "between": [0.5, 0.5001]}, r"nothing of the 150 documents .* 50 % to 50\.01 %"),
+        ({"kind": "perplexity", "between": [0.5, 0.5001]}, r"none of the 150 documents .* 50 % and 50\.01 %"),
         ({"kind": "duplicates", "threshold": 0.1}, "threshold"),
         ({"kind": "best"}, "best"),
     ],
@@ -290,11 +290,11 @@ def test_an_encoder_and_a_new_model_judge_nothing(
     tokenizer = tiny_stages.bert_tokenizer()
     tiny_stages.save_model(tiny_stages.make_bert(len(tokenizer)), tokenizer, tmp_path / "bert")
     raw = selected(stage_of, {"kind": "perplexity", "model": "bert"})
-    with pytest.raises(StageError, match="does not say how likely"):
+    with pytest.raises(StageError, match="is not a decoder"):
         plan_of(raw)
     raw = selected(stage_of, {"kind": "perplexity"})
     raw["model"] = {"fresh": "llama-1M", "tokenizer": {"vocabulary": 300}}
-    with pytest.raises(StageError, match="knows nothing"):
+    with pytest.raises(StageError, match="perplexity filtering is meaningless"):
         plan_of(raw)
 
 

@@ -157,7 +157,7 @@ def test_a_source_may_come_in_later_and_another_go(stage_of: StageOf, plan_of: P
 def test_points_that_are_not_in_order_inside_the_stage(stage_of: StageOf, plan_of: PlanOf, points: list[str]) -> None:
     raw = stage_of()
     shifts = [{"at": at, "shares": {"new": 1.0}} for at in points]
-    with pytest.raises(StageError, match=r"data\.shifts: a change of shares lies at"):
+    with pytest.raises(StageError, match=r"data\.shifts: a change of shares is at"):
         plan_of({**raw, "data": data_of(raw, shifts=shifts)})
 
 
@@ -223,7 +223,7 @@ def test_short_text_can_hand_its_share_to_the_others(stage_of: StageOf, plan_of:
 
 def test_when_everything_is_spent_it_says_so(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
     raw = {**short_stage(stage_of, tmp_path, "renormalise"), "tokens": 10**6}
-    with pytest.raises(DataError, match=r"every source is spent[\s\S]*when_short: stop"):
+    with pytest.raises(DataError, match=r"all sources are exhausted[\s\S]*when_short: stop"):
         plan_of(raw)
 
 
@@ -232,7 +232,7 @@ def test_when_everything_is_spent_it_says_so(stage_of: StageOf, plan_of: PlanOf,
 def test_a_source_that_was_used_up_by_what_is_skipped(
     stage_of: StageOf, plan_of: PlanOf, tmp_path: Path, policy: str
 ) -> None:
-    with pytest.raises(DataError, match="nothing is left to read"):
+    with pytest.raises(DataError, match="no rows to read"):
         plan_of(short_stage(stage_of, tmp_path, policy, skip_steps=500))
 
 
@@ -326,7 +326,7 @@ def test_a_second_stage_replays_what_the_first_one_read(
 def test_nothing_seen_is_nothing_to_replay(stage_of: StageOf, plan_of: PlanOf) -> None:
     raw = stage_of()
     sources = [raw["data"]["sources"][0], {"name": "seen", "seen_so_far": True, "share": 0.25}]
-    with pytest.raises(StageError, match=r"data\.sources\[1\]\.seen_so_far: nothing is recorded[\s\S]*as `path`"):
+    with pytest.raises(StageError, match=r"data\.sources\[1\]\.seen_so_far: no record of what[\s\S]*as `path`"):
         plan_of({**raw, "data": data_of(raw, sources=sources)})
 
 
@@ -434,7 +434,7 @@ def test_near_copies_are_reported_or_refused(stage_of: StageOf, plan_of: PlanOf,
 def test_a_gate_needs_something_retained(stage_of: StageOf, plan_of: PlanOf, base: Path) -> None:
     learned = {"learned": [str(base / "new-heldout.jsonl")], "every": "50%"}
     only_new = {"sequence_length": ROW, "sources": [{"name": "new", "path": str(base / "new.jsonl")}]}
-    with pytest.raises(StageError, match=r"max_forgetting: there is no retained set[\s\S]*role: replay"):
+    with pytest.raises(StageError, match=r"max_forgetting: the retention gate needs a retained set[\s\S]*role: replay"):
         plan_of(stage_of(max_forgetting="2%", evaluation=learned, data=only_new))
     plan = plan_of(stage_of(evaluation=learned, data=only_new))
     assert any("no retained set" in note for note in plan.notes)
@@ -445,13 +445,13 @@ def test_a_gate_needs_something_retained(stage_of: StageOf, plan_of: PlanOf, bas
 def test_a_gate_beside_files_that_are_only_learned(
     stage_of: StageOf, plan_of: PlanOf, base: Path, held_out: float | None
 ) -> None:
-    """A named learned set leaves the replay source's automatic split alone; without that split there is no retained set."""
+    """A named learned set leaves the replay source's automatic split alone; without that split the retention gate needs a retained set."""
     raw = stage_of(max_forgetting="2%", evaluation={"learned": [str(base / "new-heldout.jsonl")], "every": "50%"})
     if held_out is None:
         assert {h.name: h.role for h in plan_of(raw).evaluation.sets} == {"new-heldout": "learned", "old": "retained"}
         return
     raw["data"]["sources"][1]["held_out"] = held_out
-    with pytest.raises(StageError, match="max_forgetting: there is no retained set"):
+    with pytest.raises(StageError, match="max_forgetting: the retention gate needs a retained set"):
         plan_of(raw)
 
 
@@ -459,7 +459,7 @@ def test_a_gate_on_a_share_that_caught_no_document(stage_of: StageOf, plan_of: P
     raw = stage_of(max_forgetting="2%")
     raw["evaluation"].pop("retained")
     raw["data"]["sources"][1]["held_out"] = 1e-9
-    with pytest.raises(StageError, match="max_forgetting: there is no retained set"):
+    with pytest.raises(StageError, match="max_forgetting: the retention gate needs a retained set"):
         plan_of(raw)
 
 
@@ -531,7 +531,7 @@ def test_documents_end_with_the_token_that_is_asked_for(stage_of: StageOf, plan_
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     save_pretrained(make_llama(), tokenizer, tmp_path / "endless", dtype=torch.float32)
-    with pytest.raises(ModelError, match=r"data\.eos: the tokenizer names no end-of-text token[\s\S]*<\|endoftext\|>"):
+    with pytest.raises(ModelError, match=r"data\.eos: the tokenizer has no end-of-text token[\s\S]*<\|endoftext\|>"):
         plan_of(stage_of(model=str(tmp_path / "endless")))
 
 
@@ -547,7 +547,7 @@ def test_long_documents_are_cut_and_counted(stage_of: StageOf, plan_of: PlanOf) 
 def test_a_source_of_which_nothing_is_left(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path, base: Path) -> None:
     copies = write_jsonl(tmp_path / "copies.jsonl", texts(base / "new-heldout.jsonl"))
     raw = stage_of()
-    with pytest.raises(DataError, match=r"nothing of 'new' is left to train on: [\d,]+ tokens read"):
+    with pytest.raises(DataError, match=r"'new' has no tokens to train on: [\d,]+ tokens read"):
         plan_of({**raw, "data": data_of(raw, sources=sources_of(raw, {"path": str(copies)}, {}))})
 
 

@@ -216,7 +216,7 @@ def test_small_folders_do_not_sit_on_a_new_model(shelf: Workspace) -> None:
 
 def test_nothing_was_seen_that_could_be_replayed(shelf: Workspace) -> None:
     seen = {"name": "seen", "seen_so_far": True, "share": 0.5}
-    with pytest.raises(StageError, match=r"data\.sources\[1\]: a new model has seen nothing"):
+    with pytest.raises(StageError, match=r"data\.sources\[1\]: a new model has no training data"):
         shelf.plan(begun(shelf, "seen", LLAMA, sources=[shelf.source("new", share=0.5), seen]))
 
 

@@ -269,11 +269,11 @@ def test_no_row_that_is_tested_is_ever_shown(shelf: Workspace, tmp_path: Path) -
         for prompt in prompts:
             before = shown_in(prompt.text)
             assert len(before) == len(set(before)) == 3 and all("other" in each for each in before)
-    assert "quiz: 40 rows that ask what a test row asks are not shown" in found.notes
-    assert "quiz: 7 of 40 rows are asked (items: 7)" in found.notes
-    with pytest.raises(DataError, match=r"shown: 5 shots from 4 rows \(40 more ask what a test row asks"):
+    assert "quiz: 40 copies of test rows are not used as demonstrations" in found.notes
+    assert "quiz: 7 of 40 rows are evaluated (items: 7)" in found.notes
+    with pytest.raises(DataError, match=r"shown: 5 shots need as many rows, and there are 4 \(40 more are copies of test rows"):
         asked(shelf, path, shots=5, shown={"path": str(train)})
-    with pytest.raises(DataError, match=r"1 shots from 0 rows[\s\S]*another file than the one that is tested"):
+    with pytest.raises(DataError, match=r"1 shots need as many rows, and there are 0[\s\S]*another file than the test file"):
         asked(shelf, path, shots=1, shown={"path": str(path)})
 
 
@@ -370,17 +370,17 @@ def test_questions_without_content_and_a_bare_one(shelf: Workspace, tmp_path: Pa
     ("made", "changes", "error", "said"),
     [
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "z"}], {"words": {"x": "yes", "y": "no"}}, DataError,
-         r"t\.jsonl:2: no word is given for the label 'z'[\s\S]*x, y"),
+         r"t\.jsonl:2: no word for the label 'z'[\s\S]*x, y"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], {"prompt": "{test}"}, DataError,
          r"t\.jsonl:1: the template asks for \{test\}[\s\S]*did you mean 'text'"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], {"prompt": "{text} {label}"}, DataError,
-         r"t\.jsonl:1: the question tells which choice is right"),
-        ([{"text": "a", "label": "x"}], {"answered": "choose"}, StageError, "one label alone"),
+         r"t\.jsonl:1: the question leaks the right choice"),
+        ([{"text": "a", "label": "x"}], {"answered": "choose"}, StageError, "there is only one label"),
         ([{"prompt": "a", "completion": "b"}], {"answered": "choose"}, StageError, "`completion` have no choices"),
         ([{"prompt": "a", "completion": "b"}], {"by": "token"}, StageError, r"\.by: `by` compares choices"),
         ([{"prompt": "a", "completion": "b"}], {"calibrate": True}, StageError, r"\.calibrate: "),
         ([{"question": "q", "choices": ["a", "b"], "answer": 0}], {"metrics": ["F1"]}, StageError,
-         r"\.metrics: `F1` is a metric of written answers"),
+         r"\.metrics: `F1` is a metric of generated answers"),
         ([{"prompt": "a", "completion": ""}], {}, DataError, "nothing can be learnt|empty answer"),
         ([{"body": "a"}], {}, DataError, "no column"),
         ([{"text": "running"}], {}, DataError, "no column `label"),
@@ -403,7 +403,7 @@ def test_rows_that_cannot_be_asked(
 
 
 def test_an_encoder_is_told_what_it_can_do_instead(shelf: Workspace) -> None:
-    with pytest.raises(ModelError, match=r"does not write[\s\S]*masked \(a cloze\)"):
+    with pytest.raises(ModelError, match=r"does not[\s\S]*masked \(a cloze\)"):
         asked(shelf, shelf.file("labelled"), "bert")
 
 

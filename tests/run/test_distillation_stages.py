@@ -317,7 +317,7 @@ def test_a_teacher_of_other_tokens_is_refused_by_name(shelf: Workspace) -> None:
 
 @pytest.mark.parametrize("second", [{"kind": "on-policy", "prompt_tokens": 8, "new_tokens": 8}, NEXT])
 def test_an_objective_that_is_taken_on_nothing_is_refused(shelf: Workspace, second: dict[str, Any]) -> None:
-    with pytest.raises(StageError, match="is taken on no source") as caught:
+    with pytest.raises(StageError, match="trains on no source") as caught:
         shelf.plan(shelf.stage("unused", objectives=[NEXT, second]))
     assert caught.value.where == "objectives[1]"
 
@@ -547,7 +547,7 @@ def test_check_says_what_each_teacher_costs(shelf: Workspace) -> None:
     at_once = told(objectives=[NEXT, {**DISTILL, "on": ["old"]}], tuning={"kind": "lora", "rank": 2})
     (record,) = at_once["teachers"]
     assert not record["second_model"] and at_once["memory"]["teachers"] == 0 and 0 < record["share_of_step"] < 2
-    assert "`lora` switched off, no second copy" in at_once["text"]
+    assert "`lora` disabled, no second copy" in at_once["text"]
     twice = told(objectives=[NEXT, {**DISTILL, "on": ["old"]}, {**DISTILL, "on": ["new"]}])
     size = 4 * sum(p.numel() for p in make_llama().parameters())
     assert [r["bytes"] for r in twice["teachers"]] == [size, 0] and twice["memory"]["teachers"] == size  # one model

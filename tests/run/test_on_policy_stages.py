@@ -244,4 +244,4 @@ def test_where_it_cannot_be_is_refused(shelf: Workspace) -> None:
 def test_check_says_what_the_writing_takes(shelf: Workspace) -> None:
     found = check_stage(shelf.plan(stage_of(shelf, "cost")), cache=shelf.cache)
     (record,) = found["teachers"]
-    assert record["writing_share_of_step"] > 0 and "the model's own writing" in found["text"]
+    assert record["writing_share_of_step"] > 0 and ", generation " in found["text"]

@@ -542,9 +542,9 @@ def test_check_says_what_is_held_and_what_it_costs(shelf: Workspace) -> None:
     assert first["weights"] == second["weights"] == numbers
     assert first["bytes"]["importance"] == 4 * numbers and second["bytes"]["mapped"] == 4 * numbers
     assert first["seconds"] > 0 and (first["share"] is None or first["share"] > 0)
-    assert " ms a step" in found["text"]
+    assert " ms per step" in found["text"]
     assert "penalty anchor 1: " in found["text"] and "importance: fisher of 100 tokens, mean 0.5" in found["text"]
-    assert "strength auto, found by" in found["text"] and "nothing copied" in found["text"]
+    assert "strength auto, from" in found["text"] and "memory-mapped from files" in found["text"]
 
 
 def test_check_says_that_low_rank_updates_need_no_copies(shelf: Workspace) -> None:

@@ -143,6 +143,6 @@ def test_the_command_scores_an_encoder(shelf: Workspace) -> None:
 
 def test_a_decoder_is_not_asked(shelf: Workspace) -> None:
     raw = shelf.stage("llama", evaluation={**shelf.text_evaluation, "pseudo_perplexity": "2k"})
-    with pytest.raises(StageError, match="pseudo-perplexity is of masked language models") as met:
+    with pytest.raises(StageError, match="pseudo-perplexity needs a masked language model") as met:
         shelf.plan(raw)
     assert met.value.where == "evaluation.pseudo_perplexity"

@@ -326,7 +326,7 @@ def test_every_sort_of_tuning_is_asked(shelf: Workspace, model: str, tuning: dic
 
 def test_a_stage_on_an_encoder_asks_nothing(shelf: Workspace) -> None:
     raw = examined(shelf, "encoder", "pairs", model="bert", sources=[shelf.source("new")])
-    with pytest.raises(ModelError, match=r"evaluation\.tasks\[0\]: a task is asked in prompts[\s\S]*cloze"):
+    with pytest.raises(ModelError, match=r"evaluation\.tasks\[0\]: tasks in prompts need[\s\S]*cloze"):
         shelf.plan(raw)
 
 
@@ -406,7 +406,7 @@ def test_the_command_line(shelf: Workspace, run: Path, monkeypatch: pytest.Monke
         said("eval", str(run))
     with pytest.raises(StageError, match="two comparisons"):
         said("compare", "a", "b", "--tasks", str(tasks), "--on", "x")
-    with pytest.raises(ModelError, match=r"words\.yaml: kinds: a task is asked in prompts"):
+    with pytest.raises(ModelError, match=r"words\.yaml: kinds: tasks in prompts need"):
         said("eval", str(shelf.folder / "bert"), "--tasks", str(tasks))
     tasks.write_text("- {name: quiz, path: nowhere.jsonl}")
     with pytest.raises(DataError, match=r"nowhere\.jsonl"):

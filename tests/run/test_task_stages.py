@@ -732,7 +732,7 @@ def test_sources_that_are_labelled_in_two_ways_are_refused(shelf: Workspace) -> 
 def test_vectors_behind_running_text_are_refused(shelf: Workspace) -> None:
     """No loss would reach them; behind a question they stand before its answer."""
     behind = {"kind": "p-tuning", "template": "{x} {3}"}
-    with pytest.raises(StageError, match="behind running text") as met:
+    with pytest.raises(StageError, match="after running text") as met:
         shelf.plan(shelf.stage("behind", behind))
     assert met.value.where == "tuning.template"
     plan = shelf.plan(stage_of(shelf, "llama completion", behind))
