@@ -163,14 +163,14 @@ def _rows_per_rank(request: ExecutionRequest, ranks: int) -> int:
     if request.sequences % ranks:
         raise StageError(
             f"{request.sequences} rows do not part into {ranks} ranks",
-            where="batch.sequences",
+            where="batch.global_batch_size",
             expected=f"a multiple of {ranks}",
         )
     mine = request.sequences // ranks
     if request.micro and mine % request.micro:
         raise StageError(
             f"{mine} rows a rank do not part into micro-batches of {request.micro}",
-            where="batch.micro",
+            where="batch.micro_batch_size",
             expected=f"a divisor of {mine}",
         )
     return mine

@@ -51,7 +51,7 @@ def make_anchor(
     """
     spec = plan.stage.penalties[number]
     making = _AnchorBuilder(spec, number, plan, weights)
-    chosen = _WeightFilter(spec.only, f"{making.where}.only", sorted(base_names.values()))
+    chosen = _WeightFilter(spec.targets, f"{making.where}.only", sorted(base_names.values()))
     for weight in weights.entries:
         name = base_names.get(weight.name)
         if name is None or not chosen(name):
@@ -216,7 +216,7 @@ class _AnchorBuilder:
         if self.importance and not mean > 0:
             raise DataError("all weights that are held have importance 0", where=str(self.importance.path))
         strength = math.nan if spec.strength == "auto" else spec.strength
-        over = mean if spec.normalise else 1.0
+        over = mean if spec.normalize else 1.0
         made: Anchor | AnchoredDecay = (
             AnchoredDecay(self.held_weights, strength=strength, divisor=over, name=name)
             if spec.decoupled

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from postgrad.config.objectives import DistillObjective, SampledCache, TopKCache, get_objective_names
+from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.batch import collate
 from postgrad.data.loading.mixture import derive_key
@@ -65,7 +66,7 @@ def find_cache_jobs(plan: Plan) -> list[CacheJob]:
                 description = {
                     "format": _FORMAT,
                     "teacher": get_teacher_identity(teacher),
-                    "asked": spec.cache.model_dump(),
+                    "asked": with_fingerprint_names(spec.cache.model_dump(), "objectives.cache"),
                     "temperature": spec.temperature,
                     "seed": plan.stage.seed,
                     "rows": _rows_fingerprint(plan, k),
@@ -184,7 +185,7 @@ def query_teacher(
             place_N = answer.positions_BT[i, place_N]
         uniform_NS = None
         if isinstance(job.spec.cache, SampledCache):
-            uniform_NS = draws.generator(key, 0).random((len(place_N), job.spec.cache.draws))
+            uniform_NS = draws.generator(key, 0).random((len(place_N), job.spec.cache.samples))
         hidden_ND = answer.output.hidden[i][place_N.clamp(min=0)]
         said: list[SparseDistribution] = []
         size = max(1, _LOGITS_AT_ONCE // len(head.weight_VD))
@@ -200,7 +201,9 @@ def query_teacher(
                 said.append(top_k_distribution(logits_NV, job.spec.cache.k))
             else:
                 assert isinstance(job.spec.cache, SampledCache)
-                said.append(sample_distribution(logits_NV, uniform_NS[begin : begin + size], job.spec.cache.temper))
+                said.append(
+                    sample_distribution(logits_NV, uniform_NS[begin : begin + size], job.spec.cache.sampling_power)
+                )
         out.append(_join_parts(said, (place_N < 0).cpu().numpy()))
     return out
 

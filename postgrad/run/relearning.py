@@ -74,7 +74,7 @@ def measure_relearning(
         )
     }
     return (
-        {"steps": plan.stage.evaluation.realign_steps, "rate": rate, "tokens": copy.tokens, "sets": sets}
+        {"steps": plan.stage.evaluation.relearning_steps, "rate": rate, "tokens": copy.tokens, "sets": sets}
         if sets
         else None
     )
@@ -82,14 +82,14 @@ def measure_relearning(
 
 def relearning_notes(plan: Plan) -> list[str]:
     """What is asked for and not re-aligned, and why, in words."""
-    if not plan.stage.evaluation.realign_steps:
+    if not plan.stage.evaluation.relearning_steps:
         return []
     if plan.model.start.scratch_recipe is not None:
         return ["nothing is re-aligned: the start model is new, and has nothing to forget"]
     sources = {source["name"] for source in _relearning_sources(plan)}
     retained = [held_out for held_out in plan.evaluation.sets if held_out.role == "retained"]
     if not retained:
-        return ["nothing is re-aligned: there is no retained set (evaluation.realign_steps)"]
+        return ["nothing is re-aligned: there is no retained set (evaluation.relearning_steps)"]
     return [
         f"{held_out.name}: not re-aligned: {len(held_out)} documents are too few to train on one half and score the other "
         f"(at least {_MIN_DOCUMENTS})"
@@ -136,7 +136,7 @@ def _train_copy(short_plan: Plan, plan: Plan, execution: Execution, world: World
     quick = dataclasses.replace(execution, compile=False)
     run = build_run(short_plan, subject, quick, world)
     for _ in train_steps(
-        run, make_loader(short_plan, quick, world), min(plan.stage.evaluation.realign_steps, short_plan.steps)
+        run, make_loader(short_plan, quick, world), min(plan.stage.evaluation.relearning_steps, short_plan.steps)
     ):
         pass
     view = wrap_model(model, short_plan.model.task)
@@ -151,7 +151,7 @@ def _relearning_stage(
 ) -> dict[str, Any]:
     """The few steps as a stage: at the stage's highest rate, with nothing but the old text."""
     raw = plan.stage.model_dump(mode="json")
-    count, batch = plan.stage.evaluation.realign_steps, plan.stage.batch.sequences
+    count, batch = plan.stage.evaluation.relearning_steps, plan.stage.batch.global_batch_size
     kinds: dict[str, dict[str, Any]] = {}
     for objective in raw["objectives"]:
         if objective["kind"] not in _TEACHER_OBJECTIVES:
@@ -163,7 +163,7 @@ def _relearning_stage(
         "tokens": 2 * count * batch * plan.model.context_length,  # a row may be short of labels; the steps are counted
         "data": {
             **{key: raw["data"][key] for key in ("sequence_length", "max_document_tokens", "eos", "workers")},
-            "when_short": "repeat",
+            "on_exhausted": "repeat",
             "overlap": "off",
             "sources": [{**source, "share": 1 / len(sources)} for source in sources],
         },
@@ -187,7 +187,7 @@ def _relearning_sources(plan: Plan) -> list[dict[str, Any]]:
             if len(held_out) < _MIN_DOCUMENTS:
                 continue
             item = inherit_row_format(listed[held_out.name], "retained", by_source)
-            given = {key: value for key, value in item.items() if key not in ("hub", "like", "name")}
+            given = {key: value for key, value in item.items() if key not in ("hub", "same_format_as", "name")}
             out.append({**given, "name": held_out.name, "role": "replay", "held_out": _HELD_OUT_SHARE})
         else:
             out.append({**_remaining_source(leaves[held_out.name], plan), "name": held_out.name, "role": "replay"})

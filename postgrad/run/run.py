@@ -343,7 +343,7 @@ def _execute_stage(plan: Plan, world: World, interrupt: Interrupt, *, command: s
     won_back = None
     for note in relearning_notes(plan) if not world.is_distributed else ():
         yield WarningMessage(note)
-    if plan.stage.evaluation.realign_steps and not world.is_distributed:
+    if plan.stage.evaluation.relearning_steps and not world.is_distributed:
         yield PhaseStarted("re-aligning copies on old text")
         try:
             won_back = measure_relearning(plan, home / MODEL, (before, after), execution, world, cache)
@@ -438,7 +438,7 @@ def _train(
             return found
 
     # A sharded model cannot write by itself: its tasks are asked before and after.
-    asked = [task for task in plan.evaluation.tasks if task.task.during and not world.is_distributed]
+    asked = [task for task in plan.evaluation.tasks if task.task.during_training and not world.is_distributed]
 
     def at_tasks(row: dict[str, Any], answers: task_scores.AllAnswers | None = None) -> dict[str, Any]:
         if not asked:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from postgrad.config.renamed_keys import upgrade_stage
 from postgrad.distributed.world import World
 from postgrad.errors import BusyError, ResumeError
 from postgrad.lineage.record import PLAN, STAGE
@@ -63,7 +64,7 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
     kept = json.loads((run_folder / PLAN).read_text())
     if kept["fingerprints"] != fingerprints:
         now = json.loads(json.dumps(plan.stage.model_dump(mode="json")))
-        found = differences(kept["stage"], now) + [
+        found = differences(upgrade_stage(kept["stage"]), now) + [
             line for line in differences(kept["fingerprints"], fingerprints) if not line.startswith("stage:")
         ]
         harmless = ("save.every", "save.keep", "output")

@@ -96,7 +96,7 @@ def choice_scores(
     prompted_task: PromptedTask, prompt: TaskPrompt, texts: Sequence[str], log_p: Mapping[ChoiceItem, np.ndarray]
 ) -> np.ndarray:
     """What the choices of a prompt are compared by, of shape (C,)."""
-    by, calibrate = prompted_task.task.by, prompted_task.task.calibrate
+    by, calibrate = prompted_task.task.normalization, prompted_task.task.calibrate
     tokens_C = np.array([len(choice) for choice in prompt.item.choices])
     alone_C = log_p[prompt.calibration_items[0]] if by == "answer-only" else None
 
@@ -249,7 +249,7 @@ def task_headlines(tasks: Sequence[PromptedTask], answers: AllAnswers) -> dict[s
 
 def sharding_notes(tasks: Sequence[PromptedTask]) -> list[str]:
     """What is asked for that several processes leave out: a sharded model cannot write by itself."""
-    during = [asked.name for asked in tasks if asked.task.during]
+    during = [asked.name for asked in tasks if asked.task.during_training]
     if not during:
         return []
     return [f"{', '.join(during)}: asked during training by one process; several ask only before and after it"]

@@ -20,7 +20,7 @@ _SELECTION_TEXTS = {
 
 def describe_update(plan: Plan, update_mask: UpdateMask) -> dict[str, Any] | None:
     """Which share of what moves at an update, as plain data; None where all does."""
-    spec = plan.stage.optimizer.update
+    spec = plan.stage.optimizer.sparse_update
     if spec is None or not isinstance(update_mask, SparseMask):
         return None
     chosen, others = (
@@ -55,7 +55,7 @@ def update_lines(plan: Plan, summary: dict[str, Any] | None) -> list[str]:
     paced = plan.stage.optimizer.loss_adaptive
     if paced:
         lines.append(
-            f"rate: that of the schedule times min(1, {paced.start:.3g} sqrt(first loss / mean loss)); all of it where the "
-            f"mean loss is at most {100 * paced.start**2:.3g} % of the first"
+            f"rate: that of the schedule times min(1, {paced.initial_share:.3g} sqrt(first loss / mean loss)); all of it where the "
+            f"mean loss is at most {100 * paced.initial_share**2:.3g} % of the first"
         )
     return lines

@@ -144,15 +144,15 @@ class Adapter(Tuning):
         self,
         model: PreTrainedModel,
         *,
-        form: AdapterVariant = "houlsby",
+        variant: AdapterVariant = "houlsby",
         reduction: float = 16,
         size: int | None = None,
         activation: str | None = None,
         scale: float | None = None,
         dropout: float = 0.0,
         train_norms: bool | None = None,
-        leave_out: Collection[int] = (),
-        also: Collection[str] = (),
+        skip_layers: Collection[int] = (),
+        also_train: Collection[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -160,39 +160,39 @@ class Adapter(Tuning):
 
         What is None is as the form was published: `activation` swish (houlsby) or relu, `scale` (what an adapter's answer
         is multiplied by) 4 for parallel and else 1, `train_norms` (the body's norms move too) for houlsby only.
-        `dropout` acts on the bottleneck. `leave_out`: layers that stay as they are, counted from 0, the encoder's before
-        the decoder's (AdapterDrop, Rueckle et al. 2021, arXiv 2010.11918). `also`: parameters that move besides.
+        `dropout` acts on the bottleneck. `skip_layers`: layers that stay as they are, counted from 0, the encoder's before
+        the decoder's (AdapterDrop, Rueckle et al. 2021, arXiv 2010.11918). `also_train`: parameters that move besides.
 
-        Norms and what `also` names are the base's own: they are part of `state`, and `off` and `detach` give back what
+        Norms and what `also_train` names are the base's own: they are part of `state`, and `off` and `detach` give back what
         they were; but a task's own layer has no base to go back to, and stays what it became.
 
         Raises `TuningError` for options out of range, and for a model in whose blocks the form's places cannot be found or
         from whose adapters no gradient comes back.
         """
         super().__init__(model)
-        published = _get_defaults(form)
+        published = _get_defaults(variant)
         self.options: dict[str, Any] = {
-            "form": form,
+            "variant": variant,
             "reduction": reduction,
             "size": size,
             "activation": published.activation if activation is None else activation,
             "scale": published.scale if scale is None else scale,
             "dropout": dropout,
             "train_norms": published.train_norms if train_norms is None else train_norms,
-            "leave_out": sorted(set(leave_out)),
-            "also": list(also),
+            "skip_layers": sorted(set(skip_layers)),
+            "also_train": list(also_train),
             "seed": seed,
         }
         _check_options(self.options)
         with _disable_adapters(m for m in model.modules() if isinstance(m, Bottleneck)):
             blocks = find_blocks(model)
-        chosen = _select_blocks(blocks, self.options["leave_out"], model)
-        places = [(block, _select_sublayers(block, form)) for block in chosen]
+        chosen = _select_blocks(blocks, self.options["skip_layers"], model)
+        places = [(block, _select_sublayers(block, variant)) for block in chosen]
         norms = _norm_parameters(model, blocks, chosen) if self.options["train_norms"] else []
         self._initial_requires_grad = [
             (_parameter_owner(model, name), p.requires_grad) for name, p in model.named_parameters()
         ]
-        self._base_parameters = {name: _parameter_owner(model, name) for name in unfreeze(model, [*norms, *also])}
+        self._base_parameters = {name: _parameter_owner(model, name) for name in unfreeze(model, [*norms, *also_train])}
         freeze(model)
         for owner in self._base_parameters.values():
             _get_parameter(owner).requires_grad_(True)
@@ -303,7 +303,7 @@ class Adapter(Tuning):
 
 def _get_defaults(form: str) -> _AdapterDefaults:
     if form not in VARIANTS:
-        raise TuningError(f"there is no form '{form}'", where="tuning.form", expected=" or ".join(VARIANTS))
+        raise TuningError(f"there is no variant '{form}'", where="tuning.variant", expected=" or ".join(VARIANTS))
     return VARIANTS[form]
 
 
@@ -336,7 +336,7 @@ def _select_blocks(blocks: list[Block], leave_out: Iterable[int], model: PreTrai
     if unknown or not chosen:
         raise TuningError(
             f"layer {unknown[0]} is not there" if unknown else "every layer is left out",
-            where="tuning.leave_out",
+            where="tuning.skip_layers",
             expected=f"some of the layers 0 to {len(blocks) - 1}",
         )
     return chosen

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from postgrad.config.renamed_keys import upgrade_tuning_options
 from postgrad.errors import TuningError, suggest_nearest
 from postgrad.tuning.tuning import PeftFolder, Tuning, TuningExport
 
@@ -59,7 +60,7 @@ def attach(
     `seed` is what fresh tensors are drawn from, unless the options have one of their own. Raises `TuningError` for a kind
     or an option that there is not, naming the nearest.
     """
-    given = dict(options)
+    given = upgrade_tuning_options(options)
     kind = given.pop("kind", None)
     make = _get_tuning_class(kind)
     known = set(inspect.signature(make).parameters) - {"model", "tokenizer", "kind"}
@@ -133,7 +134,7 @@ def load_tuning(
 
 def read_export(folder: Path) -> TuningExport:
     """The options and tensors that a folder of ours holds. Raises `TuningError` when they cannot be read."""
-    return TuningExport(_read_description(folder)["options"], _read_tensors(folder / TENSORS))
+    return TuningExport(upgrade_tuning_options(_read_description(folder)["options"]), _read_tensors(folder / TENSORS))
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class BlockExpansion(Tuning):
 
     Behind every `every` blocks of a stack (left out: 4, or the next number that divides the depth), or behind the blocks of
     the numbers `positions` (from 0), stand copies of the `blocks` blocks before that place. Every stack grows, unless
-    `stacks` names some by patterns (`*decoder*`). A task's own layer moves too, and what patterns of `also` match.
+    `stacks` names some by patterns (`*decoder*`). A task's own layer moves too, and what patterns of `also_train` match.
     """
 
     kind = "expand"
@@ -64,7 +64,7 @@ class BlockExpansion(Tuning):
         every: int | None = None,
         positions: Sequence[int] | None = None,
         stacks: Sequence[str] = (),
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -76,7 +76,7 @@ class BlockExpansion(Tuning):
             "every": every,
             "positions": None if positions is None else list(positions),
             "stacks": list(stacks),
-            "also": list(also),
+            "also_train": list(also_train),
         }
         plans = {
             name: plan_slots(len(stack), blocks=blocks, every=every, positions=positions)
@@ -101,7 +101,7 @@ class BlockExpansion(Tuning):
             if not torch.equal(_backbone_output(model), base):
                 raise _unsupported_error(model, "it answers differently with silent blocks in it")
             fresh = [f"{name}.{i}" for name, slots in plans.items() for i, slot in enumerate(slots) if slot.is_new]
-            self._extra_trainable = ExtraTrainable(model, also)
+            self._extra_trainable = ExtraTrainable(model, also_train)
             moving = unfreeze(model, [*fresh, *task_layer_parameters(model), *self._extra_trainable.names])
         except TuningError:
             _swap_all(self._swaps)
@@ -110,7 +110,7 @@ class BlockExpansion(Tuning):
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """Inside, the new blocks are not there, and what `also` moved of the base's body is back.
+        """Inside, the new blocks are not there, and what `also_train` moved of the base's body is back.
 
         Raises `TuningError` when they are part of the model by now.
         """

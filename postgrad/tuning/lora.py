@@ -67,9 +67,9 @@ class LoraAdapter(Tuning):
         dropout: float = 0.0,
         targets: str | Sequence[str] = "all-linear",
         exclude: Sequence[str] = (),
-        form: LoraVariant = "lora",
-        also: Sequence[str] = (),
-        quantise: Precision | None = None,
+        variant: LoraVariant = "lora",
+        also_train: Sequence[str] = (),
+        quantization: Precision | None = None,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
         svd_iterations: int | None = None,
@@ -80,30 +80,30 @@ class LoraAdapter(Tuning):
         """Put adapters on the layers that `targets` (see `targets.resolve`) name and `exclude` does not.
 
         `alpha`: twice the rank when left out (the rank for pissa, as published). `rank_pattern`, `alpha_pattern`: other values
-        for the layers whose names match a pattern. `also`: patterns of base parameters that move besides. `quantise`: hold
-        the blocks' weights in 4 bits ("nf4") or 8 ("int8"), as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+        for the layers whose names match a pattern. `also_train`: patterns of base parameters that move too. `quantization`: hold the
+        blocks' weights in 4 bits ("nf4") or 8 ("int8"), as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
         `svd_iterations`: find pissa's singular directions by that many subspace iterations, not exactly. `b_rate`: how many
         times A's learning rate B's is (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 
-        Raises `TuningError` when a pattern matches nothing or an option does not fit, `MissingExtra` for `quantise` without
+        Raises `TuningError` when a pattern matches nothing or an option does not fit, `MissingExtra` for `quantization` without
         the package bitsandbytes.
         """
         super().__init__(model)
-        _check_options(rank, dropout, form)
-        self.form = form
-        self.rank, self.alpha = rank, (rank if form == "pissa" else 2 * rank) if alpha is None else alpha
-        self.quantise = quantise
-        self.has_exact_merge = quantise is None
+        _check_options(rank, dropout, variant)
+        self.variant = variant
+        self.rank, self.alpha = rank, (rank if variant == "pissa" else 2 * rank) if alpha is None else alpha
+        self.quantization = quantization
+        self.has_exact_merge = quantization is None
         self.b_rate = b_rate
         names = resolve_targets(model, targets, exclude)
         ranks = _values_by_pattern(names, rank_pattern or {}, rank, "rank_pattern")
         alphas = _values_by_pattern(names, alpha_pattern or {}, self.alpha, "alpha_pattern")
-        _check_layers(model, ranks, form, quantise)
-        hold = None if quantise is None else make_quantizer(model, quantise)
-        self.extra_trainable = ExtraTrainable(model, also)
+        _check_layers(model, ranks, variant, quantization)
+        hold = None if quantization is None else make_quantizer(model, quantization)
+        self.extra_trainable = ExtraTrainable(model, also_train)
         if hold is not None:
             hold()
-            self.notes.append(f"the blocks' linear layers are held in {quantise}")
+            self.notes.append(f"the blocks' linear layers are held in {quantization}")
         if any(type(module).__name__.endswith("Experts") for module in model.modules()):
             self.notes.append("the weights of experts are one tensor each, not linear layers, and stay as they are")
 
@@ -119,9 +119,9 @@ class LoraAdapter(Tuning):
                     r=ranks[name],
                     lora_alpha=alphas[name],  # type: ignore[bad-argument-type]  # PEFT divides it, whatever it is
                     lora_dropout=dropout,
-                    use_rslora=form == "rslora",
-                    use_dora=form == "dora",
-                    init_lora_weights=singular if form == "pissa" else True,
+                    use_rslora=variant == "rslora",
+                    use_dora=variant == "dora",
+                    init_lora_weights=singular if variant == "pissa" else True,
                     fan_in_fan_out=is_transposed(model.get_submodule(name)),
                 )
                 self._layers[name] = self._attach_layer(name, config)
@@ -181,14 +181,14 @@ class LoraAdapter(Tuning):
 
     def export(self) -> TuningExport:
         """The adapter without dropout and seed; pissa as a plain LoRA of twice the rank, [A; A0] and [B, -B0]."""
-        double = 2 if self.form == "pissa" else 1
+        double = 2 if self.variant == "pissa" else 1
         own = {
             name: (layer.r[self.adapter_name], layer.lora_alpha[self.adapter_name])
             for name, layer in self._layers.items()
         }
         options: dict[str, Any] = {
             "kind": self.kind,
-            "form": "lora" if self.form == "pissa" else self.form,
+            "variant": "lora" if self.variant == "pissa" else self.variant,
             "rank": double * self.rank,
             "alpha": double * self.alpha,
             "targets": short_names(self.model, self._layers),
@@ -198,8 +198,8 @@ class LoraAdapter(Tuning):
             "alpha_pattern": {name: double * alpha for name, (_, alpha) in own.items() if alpha != self.alpha},
         }
         options |= {key: pattern for key, pattern in patterns.items() if pattern}
-        options |= {"also": self.extra_trainable.names} if self.extra_trainable.names else {}
-        options |= {"quantise": self.quantise} if self.quantise else {}
+        options |= {"also_train": self.extra_trainable.names} if self.extra_trainable.names else {}
+        options |= {"quantization": self.quantization} if self.quantization else {}
         return TuningExport(options, _to_plain_lora(self.state()))
 
     def peft(self) -> PeftFolder | None:
@@ -226,7 +226,7 @@ class LoraAdapter(Tuning):
         transposed = is_transposed(base)
         a_RI, b_OR = _adapter_weight(layer.lora_A, self.adapter_name), _adapter_weight(layer.lora_B, self.adapter_name)
         shape = (a_RI.shape[1], b_OR.shape[0]) if transposed else (b_OR.shape[0], a_RI.shape[1])
-        if self.form == "dora":
+        if self.variant == "dora":
             held = RescaledDelta(scale, lambda: _full_weight(base), transposed)
             return TuningDelta(
                 held, (a_RI, b_OR, _adapter_weight(layer.lora_magnitude_vector, self.adapter_name)), shape
@@ -243,7 +243,7 @@ class LoraAdapter(Tuning):
     @property
     def _adapter_names(self) -> list[str]:
         """My adapters' names in PEFT's layers: pissa has its start beside it."""
-        return [self.adapter_name, f"{self.adapter_name}_start"] if self.form == "pissa" else [self.adapter_name]
+        return [self.adapter_name, f"{self.adapter_name}_start"] if self.variant == "pissa" else [self.adapter_name]
 
     def _attach_layer(self, name: str, config: LoraConfig) -> Layer:
         """Put my adapter on one layer: frozen ones that are there stay in effect."""
@@ -253,7 +253,7 @@ class LoraAdapter(Tuning):
         original = weight.data
         layer = _add_adapter(target, self.adapter_name, config)
         weight.data = original  # pissa's start takes its part out of W
-        if self.form == "pissa":
+        if self.variant == "pissa":
             start_A_RI, start_B_OR = (
                 part[self.adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B)
             )
@@ -279,7 +279,7 @@ class LoraAdapter(Tuning):
         for name, layer in self._layers.items():
             found[f"{name}.lora_A.weight"] = _adapter_weight(layer.lora_A, self.adapter_name)
             found[f"{name}.lora_B.weight"] = _adapter_weight(layer.lora_B, self.adapter_name)
-            if self.form == "dora":
+            if self.variant == "dora":
                 found[f"{name}.lora_magnitude_vector"] = _adapter_weight(layer.lora_magnitude_vector, self.adapter_name)
         return found | self._initial_factors | self.extra_trainable.tensors()
 
@@ -305,7 +305,7 @@ class LoraAdapter(Tuning):
                 raise TuningError(
                     f"{name} is quantised, and merging would round the update away",
                     where="tuning.merge",
-                    hint="attach the published adapter to the full-precision base without `quantise`, and merge there",
+                    hint="attach the published adapter to the full-precision base without `quantization`, and merge there",
                 )
             if weight.dtype != torch.float32:
                 raise TuningError(
@@ -344,7 +344,7 @@ def scalings(part: TuningExport) -> dict[str, float]:
     alphas = _values_by_pattern(
         list(a_RI), part.options.get("alpha_pattern", {}), part.options["alpha"], "alpha_pattern"
     )
-    power = 0.5 if part.options["form"] == "rslora" else 1.0
+    power = 0.5 if part.options["variant"] == "rslora" else 1.0
     return {name: alphas[name] / tensor.shape[0] ** power for name, tensor in a_RI.items()}
 
 
@@ -364,8 +364,8 @@ def earlier_directions(parts: Sequence[TuningExport]) -> dict[str, Tensor]:
 def _check_options(rank: int, dropout: float, form: str) -> None:
     if form not in get_args(LoraVariant):
         raise TuningError(
-            f"there is no form '{form}' of low-rank adapters",
-            where="tuning.form",
+            f"there is no variant '{form}' of low-rank adapters",
+            where="tuning.variant",
             expected=", ".join(get_args(LoraVariant)),
             hint=suggest_nearest(form, get_args(LoraVariant)),
         )
@@ -384,20 +384,20 @@ def _check_layers(
         if form == "dora" and isinstance(target, BaseTunerLayer):
             raise TuningError(
                 f"{name} carries an earlier adapter, and dora's magnitudes would be those of the weights without it",
-                where="tuning.form",
+                where="tuning.variant",
                 hint="merge the earlier adapter first, or take another form",
             )
         if form == "dora" and (quantise == "int8" or getattr(_base_layer(target).weight, "dtype", None) == torch.int8):
             raise TuningError(
                 f"dora reads the weights at every step, and {name} in int8 loses its scales when it is read",
-                where="tuning.quantise",
+                where="tuning.quantization",
                 hint="take nf4, or another form",
             )
         if form == "pissa" and (quantise or is_quantized(_base_layer(target))):
             raise TuningError(
                 f"pissa starts from the singular directions of full weights, and {name} is quantised",
-                where="tuning.quantise",
-                hint="leave `quantise` out, or take another form",
+                where="tuning.quantization",
+                hint="leave `quantization` out, or take another form",
             )
         smallest = min(_base_layer(target).weight.shape)
         if form == "pissa" and rank > smallest:

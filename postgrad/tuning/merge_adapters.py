@@ -95,7 +95,7 @@ def merge_adapters(
         targets=list(summed),
         rank_pattern={name: r for name, r in ranks.items() if r != largest},
         alpha_pattern={name: float(r) for name, r in ranks.items() if r != largest},
-        also=list(besides),
+        also_train=list(besides),
     )
     state = {f"{name}.lora_{ab}.weight": t for name, pair in summed.items() for ab, t in zip("AB", pair, strict=True)}
     tuning.load(state | besides)
@@ -126,7 +126,7 @@ def _check_arguments(
             expected="a share above 0 and below 1" if prunes else "no density: every number is kept",
         )
     for part, _ in parts:
-        form = part.form if isinstance(part, LoraAdapter) else part.options.get("form", "lora")
+        form = part.variant if isinstance(part, LoraAdapter) else part.options.get("variant", "lora")
         if form == "dora":
             raise TuningError(
                 "a dora adapter is no summand: its magnitudes rescale the whole weights",

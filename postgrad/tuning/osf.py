@@ -55,12 +55,12 @@ class OrthogonalSubspace(Tuning):
         effective_rank: float = 0.5,
         targets: str | Sequence[str] = "all-linear",
         exclude: Sequence[str] = (),
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """`effective_rank`: the directions kept, as a share of a layer's (below 1) or their number. `targets`, `exclude`: see
-        `targets.resolve`. `also`: patterns of base parameters that move besides.
+        `targets.resolve`. `also_train`: patterns of base parameters that move besides.
 
         Raises `TuningError` when a pattern matches nothing, for a share that leaves nothing to train or nothing to keep, and
         for layers that are transposed (GPT-2's), quantised, or carry adapters.
@@ -69,7 +69,7 @@ class OrthogonalSubspace(Tuning):
         self.effective_rank = effective_rank
         names = resolve_targets(model, targets, exclude)
         kept = {name: _num_frozen_directions(name, model.get_submodule(name), effective_rank) for name in names}
-        self.extra_trainable = ExtraTrainable(model, also)
+        self.extra_trainable = ExtraTrainable(model, also_train)
         self._layers: dict[str, _OSFLinear] = {}
         for name in names:
             plain = model.get_submodule(name)
@@ -133,7 +133,7 @@ class OrthogonalSubspace(Tuning):
             "kind": self.kind,
             "effective_rank": self.effective_rank,
             "targets": short_names(self.model, self._layers),
-            "also": self.extra_trainable.names,
+            "also_train": self.extra_trainable.names,
         }
         return TuningExport(options, self.state())
 

@@ -56,7 +56,7 @@ def write_lora(model: PreTrainedModel, export: TuningExport, layers: Sequence[st
     None when a weight that moved besides has no place in it, or PEFT would take the layers' names for others.
     """
     options = export.options
-    saved = _modules_to_save(model, options.get("also", []), layers)
+    saved = _modules_to_save(model, options.get("also_train", []), layers)
     if saved is None:
         return None
     task = next((task for task, names in _PEFT_TASKS.items() if type(model).__name__ in names.values()), None)
@@ -67,8 +67,8 @@ def write_lora(model: PreTrainedModel, export: TuningExport, layers: Sequence[st
         lora_alpha=_int_if_integral(options["alpha"]),  # type: ignore[bad-argument-type]  # PEFT divides it, whatever it is
         target_modules=options["targets"],
         fan_in_fan_out=any(is_transposed(model.get_submodule(name)) for name in layers),
-        use_rslora=options["form"] == "rslora",
-        use_dora=options["form"] == "dora",
+        use_rslora=options["variant"] == "rslora",
+        use_dora=options["variant"] == "dora",
         rank_pattern=options.get("rank_pattern", {}),
         alpha_pattern={name: _int_if_integral(alpha) for name, alpha in options.get("alpha_pattern", {}).items()},
         modules_to_save=saved or None,
@@ -111,11 +111,11 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningE
         "rank": config["r"],
         "alpha": config["lora_alpha"],
         "dropout": config.get("lora_dropout", 0.0),
-        "form": "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora",
+        "variant": "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora",
         "targets": layers,
         "rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != config["r"]},
         "alpha_pattern": {layer: alpha for layer, alpha in alphas.items() if alpha != config["lora_alpha"]},
-        "also": [glob.escape(name) for name in also],
+        "also_train": [glob.escape(name) for name in also],
     }
     return TuningExport(options, ours)
 

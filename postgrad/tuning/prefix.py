@@ -195,8 +195,8 @@ class Prefix(Tuning):
 
     `hidden`: the MLP's width M; None: no MLP; "auto": as the kind was published (512 for prefix, None for p-tuning-v2).
     `deep`: an MLP of two hidden layers. `dropout` acts on the keys and values in training; "auto": 0, or 0.1 for
-    p-tuning-v2. `slots`: "all", or some of "encoder", "decoder" and "cross". `start`: a text whose keys and values in the
-    base are the first ones; it is repeated or cut to `length` tokens (Li & Liang 2021, section 7.4). `also`: patterns of
+    p-tuning-v2. `slots`: "all", or some of "encoder", "decoder" and "cross". `init_text`: a text whose keys and values in the
+    base are the first ones; it is repeated or cut to `length` tokens (Li & Liang 2021, section 7.4). `also_train`: patterns of
     the base's parameters that move besides; `off` and `detach` give those of its body their old values.
 
     Attention is computed by `sdpa`, whatever computed it before; `set_attn_implementation` must not be called with
@@ -219,14 +219,14 @@ class Prefix(Tuning):
         deep: bool = False,
         dropout: float | Literal["auto"] = "auto",
         slots: Sequence[str] | Literal["all"] = "all",
-        start: str | None = None,
-        also: Sequence[str] = (),
+        init_text: str | None = None,
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__(model)
         published = _get_defaults(kind)
-        self.kind, self.length, self.also = kind, length, list(also)
+        self.kind, self.length, self.also = kind, length, list(also_train)
         self.hidden = published.hidden if hidden == "auto" else hidden
         self.dropout = published.dropout if dropout == "auto" else dropout
         self.deep = deep
@@ -234,7 +234,7 @@ class Prefix(Tuning):
         found = _discover_slots(model)
         self.roles = _select_roles(slots, {slot.role for slot in found})
         self.slots = [slot for slot in found if slot.role in self.roles]
-        first_NS = {} if start is None else self._text_key_values(start, tokenizer)
+        first_NS = {} if init_text is None else self._text_key_values(init_text, tokenizer)
 
         earlier = [m for m in model.modules() if isinstance(m, PrefixEncoder)]
         with torch.random.fork_rng(devices=[]):
@@ -247,7 +247,7 @@ class Prefix(Tuning):
         for role, target_NS in first_NS.items():
             parts[role].initialize(target_NS)
 
-        self._extra_trainable = ExtraTrainable(model, also)
+        self._extra_trainable = ExtraTrainable(model, also_train)
         self._hooks: list[RemovableHandle] = []
         names = ("prefix", *(f"prefix_{i + 2}" for i in range(len(earlier))))
         self._module_name = next(name for name in names if not hasattr(model, name))
@@ -381,7 +381,7 @@ class Prefix(Tuning):
             "hidden": None,
             "dropout": self.dropout,
             "slots": list(self.roles),
-            "also": self.also,
+            "also_train": self.also,
         }
         with torch.no_grad():
             flat = {f"parts.{role}.table": part().clone() for role, part in self.encoder.parts.items()}
@@ -441,7 +441,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
         )
     beside = {name.removeprefix("base_model."): t for name, t in state.items() if name != "prompt_embeddings"}
     kind = "prefix" if config.get("prefix_projection") else "p-tuning-v2"
-    prefix = Prefix(model, kind=kind, length=len(flat_NS), hidden=None, dropout=0.0, also=list(beside))
+    prefix = Prefix(model, kind=kind, length=len(flat_NS), hidden=None, dropout=0.0, also_train=list(beside))
     try:
         if prefix.roles != ["decoder"]:
             raise TuningError(

@@ -98,9 +98,9 @@ class SoftPrompt(nn.Module):
 class PromptTuning(Tuning):
     """`length` trained vectors behind ids from `first` on; the base stays as it is, unless `backbone` is "trained".
 
-    `start`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these
+    `init`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these
     are what it reads. `encoder`: "none", "lstm" or "mlp", `hidden` its width. `backbone="trained"` moves the base too, as
-    P-tuning's SuperGLUE code does; the tuning is then not additive. `also`: patterns of the base's parameters that move
+    P-tuning's SuperGLUE code does; the tuning is then not additive. `also_train`: patterns of the base's parameters that move
     besides; `off` and `detach` give those of its body their old values. What is left out is as the kind's publication has it.
 
     Raises `TuningError` for a prompt that leaves the model's context no room for words, and for options that cannot be.
@@ -112,14 +112,14 @@ class PromptTuning(Tuning):
         *,
         kind: str = "prompt",
         length: int | None = None,
-        start: str | None = None,
-        text: str | None = None,
-        labels: Sequence[str] | None = None,
-        scale: float | None = None,
+        init: str | None = None,
+        init_text: str | None = None,
+        init_labels: Sequence[str] | None = None,
+        init_scale: float | None = None,
         encoder: str | None = None,
         hidden: int | None = None,
         backbone: str = "frozen",
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -129,18 +129,18 @@ class PromptTuning(Tuning):
         _check_choice(backbone, ("frozen", "trained"), "backbone")
         self.kind = kind
         self.backbone = backbone
-        self.also = list(also)
+        self.also = list(also_train)
         self.num_virtual_tokens = _check_length(model, usual.length if length is None else length)
         self.additive = backbone == "frozen"
-        how = usual.start if start is None else start
+        how = usual.start if init is None else init
         first_values = initial_vectors_PD(
-            model, PromptInit(how, self.num_virtual_tokens, scale, text, labels, seed, tokenizer)
+            model, PromptInit(how, self.num_virtual_tokens, init_scale, init_text, init_labels, seed, tokenizer)
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed GPUs too
             written_by = ENCODERS[chosen](first_values.shape[1], hidden)
 
-        self._extra_trainable = ExtraTrainable(model, also if self.additive else ())
+        self._extra_trainable = ExtraTrainable(model, also_train if self.additive else ())
         self._base_names = (
             self._extra_trainable.names
             if self.additive
@@ -231,10 +231,10 @@ class PromptTuning(Tuning):
         options = {
             "kind": self.kind,
             "length": self.num_virtual_tokens,
-            "start": "random",
+            "init": "random",
             "encoder": "none",
             "backbone": self.backbone,
-            "also": self.also,
+            "also_train": self.also,
         }
         moving = {name: parameter.detach() for name, parameter in self._base_parameters().items()}
         with torch.no_grad():
@@ -282,7 +282,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
             expected="`prompt_embeddings` with one row a virtual token",
         )
     beside = {name.removeprefix("base_model."): t for name, t in state.items() if name != "prompt_embeddings"}
-    prompt = PromptTuning(model, kind=kind, length=length, start="random", encoder="none", also=list(beside))
+    prompt = PromptTuning(model, kind=kind, length=length, init="random", encoder="none", also_train=list(beside))
     try:
         # For an encoder-decoder PEFT also saves a second half that it never reads.
         prompt.load({"vectors": vectors[:length], **beside})

@@ -47,17 +47,17 @@ def initial_vectors_PD(model: PreTrainedModel, init: PromptInit) -> Tensor:
     if init.method not in INITIALIZERS:
         raise TuningError(
             f"'{init.method}' is no start for a prompt",
-            where="tuning.start",
+            where="tuning.init",
             expected=f"one of {', '.join(INITIALIZERS)}",
             hint=suggest_nearest(init.method, INITIALIZERS),
         )
     for name, readers in _OPTION_METHODS.items():
         if getattr(init, name) is not None and init.method not in readers:
             raise TuningError(
-                f"`{name}` is given, and a prompt that starts from {init.method} does not read it",
-                where=f"tuning.{name}",
-                expected=f"start: {' or '.join(readers)}",
-                hint=f"leave `{name}` out, or change `start`",
+                f"`init_{name}` is given, and a prompt that starts from {init.method} does not read it",
+                where=f"tuning.init_{name}",
+                expected=f"init: {' or '.join(readers)}",
+                hint=f"leave `init_{name}` out, or change `init`",
             )
     with torch.no_grad():
         return INITIALIZERS[init.method](model, init).to(get_embedding_weight(model).device, torch.float32)
@@ -92,7 +92,9 @@ def _vocabulary(model: PreTrainedModel, init: PromptInit) -> Tensor:
 def _text(model: PreTrainedModel, init: PromptInit) -> Tensor:
     """The rows of a text's tokens, repeated or cut to the prompt's length."""
     if init.text is None:
-        raise TuningError("this start needs a text", where="tuning.text", expected="text: the words to start from")
+        raise TuningError(
+            "this start needs a text", where="tuning.init_text", expected="init_text: the words to start from"
+        )
     return _embed(model, list(itertools.islice(itertools.cycle(_tokenize(model, init, init.text)), init.length)))
 
 
@@ -102,7 +104,9 @@ def _labels(model: PreTrainedModel, init: PromptInit) -> Tensor:
     Lester et al. (2021, section 3.2), who found it best.
     """
     if not init.labels:
-        raise TuningError("this start needs labels", where="tuning.labels", expected="labels: the names of the classes")
+        raise TuningError(
+            "this start needs labels", where="tuning.init_labels", expected="init_labels: the names of the classes"
+        )
     if len(init.labels) > init.length:
         raise TuningError(
             f"{len(init.labels)} labels do not fit a prompt of {init.length} vectors",
@@ -128,7 +132,7 @@ def _tokenize(model: PreTrainedModel, init: PromptInit, text: str) -> list[int]:
     if init.tokenizer is None:
         raise TuningError(
             f"a prompt that starts from {init.method} needs the model's tokenizer",
-            where="tuning.start",
+            where="tuning.init",
             hint="pass `tokenizer`, or start from the vocabulary",
         )
     ids = init.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -30,7 +30,7 @@ def make_quantizer(model: PreTrainedModel, precision: Precision) -> Callable[[],
     carry adapters, and when the model has no layer to quantise. Nothing has changed then.
     """
     if precision not in get_args(Precision):
-        raise TuningError(f"'{precision}'", where="tuning.quantise", expected=" or ".join(get_args(Precision)))
+        raise TuningError(f"'{precision}'", where="tuning.quantization", expected=" or ".join(get_args(Precision)))
     bits = _import_bitsandbytes()
     kept = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
     plain: dict[str, nn.Linear] = {}
@@ -40,12 +40,12 @@ def make_quantizer(model: PreTrainedModel, precision: Precision) -> Callable[[],
         if not isinstance(layer.module, nn.Linear):
             raise TuningError(
                 f"{layer.name} is a {type(layer.module).__name__}, which is not quantised",
-                where="tuning.quantise",
+                where="tuning.quantization",
                 expected="plain linear layers without adapters",
             )
         plain[layer.name] = layer.module
     if not plain and not any(is_quantized(module) for module in model.modules()):
-        raise TuningError(f"{type(model).__name__} has no layer to quantise", where="tuning.quantise")
+        raise TuningError(f"{type(model).__name__} has no layer to quantise", where="tuning.quantization")
     make = {"nf4": _quantize_nf4, "int8": _quantize_int8}[precision]
 
     def quantise() -> None:
@@ -98,5 +98,5 @@ def _import_bitsandbytes() -> ModuleType:
         return importlib.import_module("bitsandbytes")
     except ImportError:
         raise MissingExtra(
-            "quantising needs the package bitsandbytes", where="tuning.quantise", hint="pip install bitsandbytes"
+            "quantising needs the package bitsandbytes", where="tuning.quantization", hint="pip install bitsandbytes"
         ) from None

@@ -164,7 +164,7 @@ def _match_layers(target: str, layers: Sequence[LinearLayer], model: nn.Module) 
             f"{heads[0]} is a head, which is trained as a whole or not at all",
             where="tuning.targets",
             expected="layers of the model's blocks",
-            hint=f"name it in `also`, to train it besides: also: [{heads[0]}]",
+            hint=f"name it in `also_train`, to train it besides: also_train: [{heads[0]}]",
         )
     if not taken:
         raise TuningError(

@@ -42,11 +42,11 @@ class WeightSubset(Tuning):
         model: PreTrainedModel,
         parameter_names: Iterable[str],
         *,
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         layer_decay: float = 1.0,
         options: Mapping[str, Any],
     ) -> None:
-        """Let the parameters named in `moving`, those that patterns of `also` match, and no others move.
+        """Let the parameters named in `moving`, those that patterns of `also_train` match, and no others move.
 
         Raises `TuningError` when a pattern matches nothing, or nothing is left to move.
         """
@@ -56,7 +56,7 @@ class WeightSubset(Tuning):
         self._initial_requires_grad = [
             (locate_parameter(model, name), p.requires_grad) for name, p in model.named_parameters()
         ]
-        chosen = {*parameter_names, *unfreeze(model, also)}
+        chosen = {*parameter_names, *unfreeze(model, also_train)}
         freeze(model)
         for name, parameter in model.named_parameters():
             if name in chosen:
@@ -130,15 +130,15 @@ class HeadFinetuning(WeightSubset):
         *,
         untie: bool = False,
         heads: Sequence[str] = (),
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Raises `TuningError` when there is no task layer, or it is a tied output embedding and `untie` is not asked for."""
         untied = untie_output(model) if untie else UntieResult([], set())
         found = [] if heads else [name for name in _task_layer_names(model) if name not in untied.unused_parameters]
-        options = {"untie": untie, "heads": list(heads), "also": list(also)}
-        super().__init__(model, found, also=[*heads, *also], options=options)
+        options = {"untie": untie, "heads": list(heads), "also_train": list(also_train)}
+        super().__init__(model, found, also_train=[*heads, *also_train], options=options)
         self.notes += untied.notes
 
 
@@ -146,7 +146,7 @@ class BlockFinetuning(WeightSubset):
     """Some blocks move, the others stay.
 
     Which ones is said by exactly one of `last` (that many from the top of each stack), `all_but_first` (all but that many at
-    the bottom of each stack) and `names` (patterns such as `decoder.block.3` or `*layers.1?`). `head` adds what stands
+    the bottom of each stack) and `targets` (patterns such as `decoder.block.3` or `*layers.1?`). `head` adds what stands
     behind the blocks (final norm, pooler, task layer; not a tied output embedding), `embeddings` what stands before them.
 
     With `unfreeze_every` steps they thaw from the top, one more every so many steps: first a task's own layer alone, then
@@ -163,12 +163,12 @@ class BlockFinetuning(WeightSubset):
         *,
         last: int | None = None,
         all_but_first: int | None = None,
-        names: Sequence[str] = (),
+        targets: Sequence[str] = (),
         head: bool = True,
         embeddings: bool = False,
         unfreeze_every: int | None = None,
         layer_decay: float = 1.0,
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -178,7 +178,7 @@ class BlockFinetuning(WeightSubset):
                 f"unfreeze_every is {unfreeze_every}", where="tuning.unfreeze_every", expected="at least 1 step"
             )
         blocks = block_distances(model)
-        chosen = _select_blocks(blocks, last, all_but_first, names)
+        chosen = _select_blocks(blocks, last, all_but_first, targets)
         # 0 is what stands behind the blocks; of what is left, all that is in no block stands before them.
         moving = {
             name: distance
@@ -188,17 +188,17 @@ class BlockFinetuning(WeightSubset):
         super().__init__(
             model,
             moving,
-            also=also,
+            also_train=also_train,
             layer_decay=layer_decay,
             options={
                 "last": last,
                 "all_but_first": all_but_first,
-                "names": list(names),
+                "targets": list(targets),
                 "head": head,
                 "embeddings": embeddings,
                 "unfreeze_every": unfreeze_every,
                 "layer_decay": layer_decay,
-                "also": list(also),
+                "also_train": list(also_train),
             },
         )
         self.unfreeze_every = unfreeze_every
@@ -223,8 +223,8 @@ class BlockFinetuning(WeightSubset):
 class BitFit(WeightSubset):
     """BitFit: only biases move, and a task's own layer (Ben Zaken et al. 2021, arXiv 2106.10199).
 
-    `names` are patterns that limit which: the paper's smaller variant moves those of the queries and of the feed-forward
-    layers' first half only (section 3). `also` names other parameters that move with them.
+    `targets` are patterns that limit which: the paper's smaller variant moves those of the queries and of the feed-forward
+    layers' first half only (section 3). `also_train` names other parameters that move with them.
     """
 
     kind = "bias"
@@ -233,31 +233,36 @@ class BitFit(WeightSubset):
         self,
         model: PreTrainedModel,
         *,
-        names: Sequence[str] = ("*",),
-        also: Sequence[str] = (),
+        targets: Sequence[str] = ("*",),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Raises `TuningError` for a backbone without such biases, as most recent decoders are."""
         task, behind = task_layer_parameters(model), head_parameters(model)
         biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
-        found = [name for name in biases if any(fnmatchcase(name, pattern) for pattern in names)]
+        found = [name for name in biases if any(fnmatchcase(name, pattern) for pattern in targets)]
         if all(name in behind for name in found):
             raise TuningError(
                 f"the backbone of {type(model).__name__} has no biases"
-                + ("" if list(names) == ["*"] else f" that match {list(names)}"),
+                + ("" if list(targets) == ["*"] else f" that match {list(targets)}"),
                 where="tuning",
                 expected="a backbone with biases, such as BERT, RoBERTa, GPT-2, OPT or Qwen2",
                 hint="norm moves about as few weights; head, blocks, full and lora work on every model",
             )
-        super().__init__(model, [*found, *task], also=also, options={"names": list(names), "also": list(also)})
+        super().__init__(
+            model,
+            [*found, *task],
+            also_train=also_train,
+            options={"targets": list(targets), "also_train": list(also_train)},
+        )
 
 
 class NormFinetuning(WeightSubset):
     """Only normalisation layers move, and a task's own layer.
 
     Tuning gains and shifts alone is near full fine-tuning on many tasks (Qi et al. 2022, arXiv 2211.08682; for a reader of
-    other modalities Lu et al. 2021, arXiv 2103.05247). `also` names other parameters that move with them.
+    other modalities Lu et al. 2021, arXiv 2103.05247). `also_train` names other parameters that move with them.
     """
 
     kind = "norm"
@@ -267,7 +272,7 @@ class NormFinetuning(WeightSubset):
         self,
         model: PreTrainedModel,
         *,
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -285,7 +290,12 @@ class NormFinetuning(WeightSubset):
                 expected="LayerNorm or RMSNorm layers with gains",
                 hint="head, blocks, full and lora work on every model",
             )
-        super().__init__(model, [*found, *task_layer_parameters(model)], also=also, options={"also": list(also)})
+        super().__init__(
+            model,
+            [*found, *task_layer_parameters(model)],
+            also_train=also_train,
+            options={"also_train": list(also_train)},
+        )
 
 
 def _require_floating_point(name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -368,7 +378,7 @@ def _named_blocks(blocks: Mapping[str, int], patterns: Sequence[str]) -> dict[st
         if not met:
             raise TuningError(
                 f"'{pattern}' matches no block",
-                where="tuning.names",
+                where="tuning.targets",
                 expected=f"names such as {', '.join(list(blocks)[-2:])}",
                 hint=suggest_nearest(pattern, blocks),
             )
