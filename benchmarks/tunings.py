@@ -550,7 +550,7 @@ def forgetting_cell(forgetting: Result | None) -> str:
 
 def trade_off_svg(rows: Sequence[Result]) -> str:
     """Gain against forgetting, a spot a kind, as a picture by itself."""
-    from postgrad.reports.html.figures import STYLE, ScatterPoint, scatter
+    from postgrad.reports.html.charts import STYLE, ScatterPoint, scatter
 
     spots = [
         ScatterPoint(row["kind"], row["forgetting"]["difference"], row["gain"],

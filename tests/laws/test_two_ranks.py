@@ -17,7 +17,8 @@ from postgrad.data.loading.loader import Loader
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.penalties.importance_file import ImportanceMetadata, write_importance
-from postgrad.run.run import RunStarted, run_stage
+from postgrad.run.events import RunStarted
+from postgrad.run.run import run_stage
 from postgrad.training.metrics_log import read_metrics
 from postgrad.tuning.open_model import start_fingerprint
 from tests.conftest import StageOf
@@ -220,7 +221,7 @@ def test_two_ranks_answer_what_one_answers(cache: Path, tmp_path: Path) -> None:
             file = tmp_path / "two.yaml"
             file.write_text(yaml.safe_dump(raw))
             said = train_on_two(file, tmp_path / "no-cache")
-            assert said.count("kinds: asked during training by one process; several ask only before and after it") == 1
+            assert said.count("kinds: evaluated only before and after training, as a sharded model cannot generate") == 1
         records.append(read_record(tmp_path / "runs" / name))
     one, two = ({entry["name"]: entry for entry in record["tasks"]} for record in records)
     for name in one:

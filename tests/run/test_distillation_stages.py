@@ -325,7 +325,7 @@ def test_an_objective_that_is_taken_on_nothing_is_refused(shelf: Workspace, seco
 def test_a_classifier_of_other_labels_is_no_teacher(shelf: Workspace) -> None:
     raw = pure(shelf, "class")
     raw["objectives"] = [{"kind": "classify"}, {**DISTILL, "teacher": decided(shelf, "paired")}]
-    with pytest.raises(StageError, match="no layer for this task and these labels"):
+    with pytest.raises(StageError, match="no task layer for the labels"):
         stepped(shelf, raw, 1)
     for tuning in ({"kind": "full"}, {"kind": "lora", "rank": 2}):  # nor is a model without any
         fresh = raw | {
@@ -333,7 +333,7 @@ def test_a_classifier_of_other_labels_is_no_teacher(shelf: Workspace) -> None:
             "objectives": [{"kind": "classify"}, DISTILL],
             "tuning": tuning,
         }
-        with pytest.raises(StageError, match="no layer for this task and these labels"):
+        with pytest.raises(StageError, match="no task layer for the labels"):
             stepped(shelf, fresh, 1)
 
 
@@ -498,13 +498,13 @@ def test_what_was_said_of_other_rows_is_refused_and_both_are_named(shelf: Worksp
     row = rows.at(key, 0)
     other = row._replace(labels=row.labels[::-1].copy())
     for wrong in (other, rows.at(int(told.keys[1]), 0)):
-        with pytest.raises(DataError, match=r"is [0-9a-f]{16} now, and the teacher read [0-9a-f]{16}"):
+        with pytest.raises(DataError, match=r"has the digest [0-9a-f]{16}, and the teacher read [0-9a-f]{16}"):
             told.lookup(key, wrong)
-    with pytest.raises(DataError, match="never asked about row 999"):
+    with pytest.raises(DataError, match="no teacher prediction for row 999"):
         told.lookup(999, row)
-    description = json.loads((told.folder / "told.json").read_text())
-    (told.folder / "told.json").write_text(json.dumps({**description, "temperature": 3.0}))
-    with pytest.raises(DataError, match=r"has the key \w+, and these rows have \w+: temperature"):
+    description = json.loads((told.folder / "teacher_cache.json").read_text())
+    (told.folder / "teacher_cache.json").write_text(json.dumps({**description, "temperature": 3.0}))
+    with pytest.raises(DataError, match=r"have the key \w+, and these rows have \w+: temperature"):
         find_cache_jobs(plan)
 
 

@@ -13,12 +13,13 @@ import pytest
 
 from postgrad.check.check import check_stage
 from postgrad.config.stage_file import parse_stage
-from postgrad.data.layouts.rows import held_out_mask
+from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.evaluation.before_after import read_scores
 from postgrad.evaluation.perplexity import Scores
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.run import relearning
-from postgrad.run.run import InfoMessage, RunFinished, run_stage
+from postgrad.run.events import InfoMessage, RunFinished
+from postgrad.run.run import run_stage
 from postgrad.storage.atomic import MANIFEST
 from tests.conftest import StageOf, old_text, write_jsonl
 
@@ -72,7 +73,7 @@ def test_what_comes_back_is_told_from_what_is_lost(carried_out: Carried, knowing
     assert entry["share"]["value"] == pytest.approx(entry["won"]["value"] / entry["forgot"]["value"])
     assert entry["won"]["low"] > 0 and entry["share"]["value"] > 0.3  # one text was over the other, and can be dug out
     (line,) = [
-        event.message for event in events if isinstance(event, InfoMessage) and "came back in 12 steps" in event.message
+        event.message for event in events if isinstance(event, InfoMessage) and "12 steps on old text recovered" in event.message
     ]
     assert line.startswith("old-heldout: of +")
     assert "What a few steps on old text bring back" in (last.run_folder / "report.html").read_text()
