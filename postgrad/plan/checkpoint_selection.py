@@ -4,7 +4,7 @@ The best checkpoint by a held-out set is published, among those that forget litt
 selection is a pure function of the evaluations so far, which are in `metrics.jsonl`; so a resumed run selects what an
 uninterrupted one would have.
 
-    candidates    the evaluations from `first_step` on: after the warm-up, after `at_least`, and after the first 2 % of the
+    candidates    the evaluations from `first_step` on: after the warm-up, after `burn_in`, and after the first 2 % of the
                   steps, where every loss fluctuates (the stability gap)
     selected      the best candidate; the earliest of several equally good ones
     stop          after `patience` candidates in a row that do not improve on the best before them by more than `min_delta`,
@@ -149,12 +149,12 @@ def make_selection_rule(
         )
     problem = selecting_set.problem
     metrics = ["loss", *(metric_names(problem, selecting_set.labels) if problem else ())]
-    if config.by not in metrics:
+    if config.metric not in metrics:
         raise StageError(
-            f"'{config.set}' has no metric {config.by!r}",
-            where="save.choose.by",
+            f"'{config.set}' has no metric {config.metric!r}",
+            where="save.choose.metric",
             expected=" | ".join(metrics),
-            hint=suggest_nearest(config.by, metrics),
+            hint=suggest_nearest(config.metric, metrics),
         )
     if config.max_forgetting is not None and not any(h.role == "retained" for h in held_out):
         raise StageError(
@@ -162,15 +162,15 @@ def make_selection_rule(
             where="save.choose.max_forgetting",
             hint="name old text under evaluation.retained, or give a source with role: replay a `held_out` share",
         )
-    burn_in = math.ceil(length_in_steps(config.at_least, steps, tokens) - 1e-9)
+    burn_in = math.ceil(length_in_steps(config.burn_in, steps, tokens) - 1e-9)
     if burn_in > steps:
         raise StageError(
             f"no step before {burn_in:,} can be selected, and the stage has {steps:,} steps",
-            where="save.choose.at_least",
+            where="save.choose.burn_in",
         )
     first_step = max(1, burn_in, math.ceil(_STABILITY_GAP_SHARE * steps), lr_schedules.peak_step(schedule, steps))
     return SelectionRule(
-        config.set, config.by, config.patience, config.gain, first_step, config.max_forgetting, config.enough
+        config.set, config.metric, config.patience, config.min_delta, first_step, config.max_forgetting, config.stop_at
     )
 
 

@@ -46,7 +46,7 @@ def make_data_order(
     start_model: ModelLocation,
 ) -> DataOrder:
     """The data order for these shares of the stage's sources. Raises `DataError` for sources that are exhausted."""
-    block, first_step = stage.batch.sequences, stage.data.skip_steps
+    block, first_step = stage.batch.global_batch_size, stage.data.skip_steps
     tokens_per_row = [r.ledger.trained / len(r) for r in rows]
     tokens = _compute_budget(stage, sources, source_shares, tokens_per_row, start_model)
     phases = _compute_phases(stage, sources, source_shares, tokens_per_row, tokens, start_model)
@@ -64,23 +64,23 @@ def make_data_order(
     caps = [int(source.spec.max_passes * size) for source, size in zip(sources, sizes, strict=True)]
     limits = _RowLimits(stage.seed, sizes, caps, block, first_step)
     exhausted = limits.find_exhausted_source(segments, steps)
-    if exhausted is not None and stage.data.when_short != "repeat":
+    if exhausted is not None and stage.data.on_exhausted != "repeat":
         source = sources[exhausted]
         passes = limits.count_rows(segments, steps)[exhausted] / sizes[exhausted]
         problem = (
             f"'{source.name}' would be read {passes:.1f} times; its max_passes is {source.spec.max_passes:g} "
             f"({rows[exhausted].ledger.trained:,} trained tokens per pass)"
         )
-        if stage.data.when_short == "refuse":
+        if stage.data.on_exhausted == "refuse":
             raise DataError(
                 problem,
                 where=source.files.where,
-                hint="give more text, a smaller share or budget, a higher max_passes, or set data.when_short",
+                hint="give more text, a smaller share or budget, a higher max_passes, or set data.on_exhausted",
             )
-        steps, segments = limits.shorten(segments, steps, redistribute=stage.data.when_short != "stop")
-        notes.append(f"{problem}; data.when_short: {stage.data.when_short}")
+        steps, segments = limits.shorten(segments, steps, redistribute=stage.data.on_exhausted != "stop")
+        notes.append(f"{problem}; data.on_exhausted: {stage.data.on_exhausted}")
     if not steps:
-        raise DataError("no rows to read", where="data", hint="raise max_passes, or set data.when_short: repeat")
+        raise DataError("no rows to read", where="data", hint="raise max_passes, or set data.on_exhausted: repeat")
     mixture = limits.mixture(segments)
     before, after = mixture.counts(first_step * block), limits.count_rows(segments, steps)
     tokens = round(sum((b - a) * each for a, b, each in zip(before, after, tokens_per_row, strict=True)))
@@ -103,8 +103,8 @@ def _compute_phases(
 
     named = {source.name: share for source, share in zip(stage.data.sources, source_shares, strict=True)}
     phases = [(0.0, resolve(named))]
-    steps = max(1, round(tokens / (stage.batch.sequences * float(np.mean(tokens_per_row)))))  # an estimate
-    for shift in stage.data.shifts:
+    steps = max(1, round(tokens / (stage.batch.global_batch_size * float(np.mean(tokens_per_row)))))  # an estimate
+    for shift in stage.data.curriculum:
         if shift.at is not None:
             begin = length_in_steps(shift.at, steps, tokens) / steps
         else:
@@ -114,7 +114,7 @@ def _compute_phases(
         if not phases[-1][0] < begin < 1:
             raise StageError(
                 f"a change of shares is at {begin:.1%} of the stage",
-                where="data.shifts",
+                where="data.curriculum",
                 expected="changes in ascending order, inside the stage",
             )
         phases.append((begin, resolve(shift.shares)))
@@ -201,6 +201,6 @@ def _without_sources(segment: Segment, start: int, exhausted: set[int]) -> Segme
         raise DataError(
             "all sources are exhausted before the stage ends",
             where="data",
-            hint="raise max_passes, lower the budget, or set data.when_short: stop",
+            hint="raise max_passes, lower the budget, or set data.on_exhausted: stop",
         )
     return Segment(start, tuple(rate / sum(rates) for rate in rates))

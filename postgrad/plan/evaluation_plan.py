@@ -86,7 +86,7 @@ def plan_evaluation(
         tasks=tuple(add_soft_prompts(task, inputs) for task in tasks),
         tasks_before=tuple(add_soft_prompts(task, inputs_before) for task in tasks),
         selection_rule=make_selection_rule(stage.save.choose, sets, data.steps, data.tokens, schedule),
-        eval_tokens=stage.evaluation.during_tokens,
+        eval_tokens=stage.evaluation.eval_tokens,
     )
 
 

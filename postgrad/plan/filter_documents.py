@@ -23,6 +23,7 @@ from postgrad.config.document_filters import (
     DuplicatesSelection,
     PerplexitySelection,
 )
+from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.data.filter import data_selection
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
@@ -97,7 +98,7 @@ def resolve_methods(
             config["model"] = str(folder) if folder.is_dir() else method.model
         if isinstance(method, DsirSelection):
             config["seed"] = seed if method.seed is None else method.seed
-            config["like"] = [{**target, "path": str(root / target["path"])} for target in config["like"]]
+            config["target"] = [{**target, "path": str(root / target["path"])} for target in config["target"]]
         resolved.append(config)
     return resolved
 
@@ -119,8 +120,8 @@ class _DocumentFilter:
         match method:
             case DsirSelection():
                 targets = [
-                    [source_fingerprint(files, self.cache), target.model_dump(mode="json", exclude={"path"})]
-                    for target, files in zip(method.like, self._target_files(method), strict=True)
+                    [source_fingerprint(files, self.cache), _target_identity(target)]
+                    for target, files in zip(method.target, self._target_files(method), strict=True)
                 ]
                 return [method.kind, targets, method.keep, self.seed if method.seed is None else method.seed]
             case PerplexitySelection():
@@ -128,7 +129,7 @@ class _DocumentFilter:
                     method, self.files.root, self.model_inputs.start_model, self.where
                 )
                 identity = start_fingerprint(scoring_model) or scoring_model.name
-                return [method.kind, identity, list(method.between), method.tokens]
+                return [method.kind, identity, list(method.quantiles), method.max_tokens]
             case DuplicatesSelection():
                 return [method.kind, method.threshold]
         assert_never(method)
@@ -162,7 +163,7 @@ class _DocumentFilter:
         self, method: DsirSelection, store: TokenStore, tokenizer: Tokenizer, on_progress: data_selection.CountCallback
     ) -> FilterResult:
         count = data_selection.share_to_count(method.keep, len(store), f"{self.where}.keep")
-        target_F = data_selection.target_counts(self._target_texts(method, tokenizer), f"{self.where}.like")
+        target_F = data_selection.target_counts(self._target_texts(method, tokenizer), f"{self.where}.target")
         texts = data_selection.decode_documents(store, tokenizer)
         weights = data_selection.importance_weights(texts, target_F, on_progress)
         seed = self.seed if method.seed is None else method.seed
@@ -176,16 +177,16 @@ class _DocumentFilter:
         scorer = make_scorer(method, self.files.root, self.model_inputs, self.where)
         partial_path = self.cache / "selections" / f"{key}.part.npy"
         bits_N = compute_bits_per_byte(
-            scorer, store, self.model_inputs.encoder, method.tokens, partial_path, on_progress
+            scorer, store, self.model_inputs.encoder, method.max_tokens, partial_path, on_progress
         )
-        band = data_selection.select_band(bits_N, *method.between, self.where)
+        band = data_selection.select_band(bits_N, *method.quantiles, self.where)
         partial_path.unlink(missing_ok=True)
         return FilterResult(band.indices, bits_N, "bits/byte", (band.low, band.high))
 
     def _target_files(self, method: DsirSelection) -> list[Files]:
         return [
-            _make_target_files(target, self.files.root, f"{self.where}.like[{number}]")
-            for number, target in enumerate(method.like)
+            _make_target_files(target, self.files.root, f"{self.where}.target[{number}]")
+            for number, target in enumerate(method.target)
         ]
 
     def _target_texts(self, method: DsirSelection, tokenizer: Tokenizer) -> Iterator[str]:
@@ -199,9 +200,14 @@ class _DocumentFilter:
                 yield tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def _target_identity(target: AnyTargetText) -> dict[str, Any]:
+    """What a target text adds to a filter's identity besides its files."""
+    return with_fingerprint_names(target.model_dump(mode="json", exclude={"path"}), "data.sources.select.like")
+
+
 def _make_target_files(target: AnyTargetText, root: Path, where: str) -> Files:
-    only = {column: tuple(values) for column, values in target.only.items()}
-    return Files("like", target.path, None, target.columns, target.documents, root, where, target.kind, only)
+    only = {column: tuple(values) for column, values in target.filter.items()}
+    return Files("like", target.path, None, target.columns, target.document_unit, root, where, target.kind, only)
 
 
 def _make_reporter(progress: ProgressCallback | None, name: str, store: TokenStore) -> data_selection.CountCallback:

@@ -60,13 +60,13 @@ def resolve_held_out_files(
         config = inherit_row_format(item, role, by_source)
         files = make_text_files(item.name, config, root, where)
         kind = detect_kind(files)
-        matched = match_objectives(item.like or item.name, kind, objectives, start_objectives, where)
+        matched = match_objectives(item.same_format_as or item.name, kind, objectives, start_objectives, where)
         objective = get_evaluation_objective(matched.row_objective, start_objectives)
         renderer = make_renderer(objective, kind, model_inputs, make_row_template(config), labels, add_demonstrations)
         if labels and labels.names and isinstance(objective, ClassifyObjective):
             refuse_unseen_labels(item.name, files, labels.names, cache, from_stage=objective.labels is not None)
         check_template(files, renderer)
-        file_specs.append(HeldOutFileSpec(item.name, role, files, kind, objective, renderer, config["words"]))
+        file_specs.append(HeldOutFileSpec(item.name, role, files, kind, objective, renderer, config["label_words"]))
     return file_specs
 
 
@@ -92,12 +92,12 @@ def describe_new_labels(file_spec: HeldOutFileSpec, source_specs: Sequence[Sourc
 
 
 def inherit_row_format(item: s.HeldOutFile, role: str, by_source: dict[str, SourceSpec]) -> dict[str, Any]:
-    """A held-out file as plain data; its `like` source supplies the keys that it does not set.
+    """A held-out file as plain data; its `same_format_as` source supplies the keys that it does not set.
 
-    Without `like` and `kind`, it inherits from the only source of its role with a `kind`.
+    Without `same_format_as` and `kind`, it inherits from the only source of its role with a `kind`.
     """
     config = {**item.model_dump(), "hub": None}
-    candidates = [by_source[item.like]] if item.like and item.like in by_source else []
+    candidates = [by_source[item.same_format_as]] if item.same_format_as in by_source else []
     if not candidates and item.kind == "auto":
         role = "replay" if role == "retained" else "new"
         candidates = [spec for spec in by_source.values() if spec.role == role and spec.files.kind != "auto"]
@@ -108,7 +108,7 @@ def inherit_row_format(item: s.HeldOutFile, role: str, by_source: dict[str, Sour
             "columns": dict(source.files.columns),
             "prompt": source.template.prompt,
             "answer": source.template.answer,
-            "words": dict(source.template.words),
+            "label_words": dict(source.template.words),
         }
         config |= {key: value for key, value in inherited.items() if key not in item.model_fields_set}
     return config

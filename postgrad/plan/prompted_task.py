@@ -84,7 +84,12 @@ class PromptedTask:
             ]
             for prompts_I in self.prompts_KI
         ]
-        method = [self.task.by, self.task.calibrate, self.stopping.max_new_tokens, list(self.stopping.stop_strings)]
+        method = [
+            self.task.normalization,
+            self.task.calibrate,
+            self.stopping.max_new_tokens,
+            list(self.stopping.stop_strings),
+        ]
         texts = [
             [list(names) for names in part] for part in (self.choice_names_I, self.choice_texts_I, self.references_I)
         ]

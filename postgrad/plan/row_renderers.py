@@ -29,7 +29,7 @@ class RowTemplate:
 
 def make_row_template(config: Mapping[str, Any]) -> RowTemplate:
     """The row template of a source or its origin, given as plain data."""
-    return RowTemplate(config.get("prompt"), config.get("answer"), config.get("words") or {})
+    return RowTemplate(config.get("prompt"), config.get("answer"), config.get("label_words") or {})
 
 
 DemonstrationWrapper = Callable[[Renderer, str], Renderer]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.config import stage as s
+from postgrad.config.renamed_keys import upgrade_source
 from postgrad.lineage.record import PLAN, add_stage, get_seen_data, read_record
 from postgrad.models.pretrained import ModelLocation
 from postgrad.plan.filter_documents import resolve_methods
@@ -66,12 +67,12 @@ def make_source_origin(source: ResolvedSource, start_model: ModelLocation, seed:
         "revision": hub.revision if hub else None,
         "kind": files.kind,
         "columns": dict(files.columns),
-        "documents": files.documents,
-        "only": {column: list(values) for column, values in files.row_filter.items()},
+        "document_unit": files.documents,
+        "filter": {column: list(values) for column, values in files.row_filter.items()},
         "cluster": spec.cluster,
         "prompt": template.prompt,
         "answer": template.answer,
-        "words": dict(template.words),
+        "label_words": dict(template.words),
         "root": str(files.root),
         "held_out": source.held_out,
         **({"select": resolve_methods(spec.select, start_model, seed, files.root)} if spec.select else {}),
@@ -80,7 +81,7 @@ def make_source_origin(source: ResolvedSource, start_model: ModelLocation, seed:
 
 def make_replay_source(source: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's source, as plain data, that reads what an earlier stage trained on, from its source record."""
-    origin = dict(source["origin"])
+    origin = upgrade_source(source["origin"])
     root = Path(origin.pop("root"))
     origin["path"] = str(root / origin["path"]) if origin["path"] else None
     name = source["name"].replace("/", "-")

@@ -38,10 +38,10 @@ def describe_method(method: AnySelection) -> str:
     """What a filter keeps, in words."""
     match method:
         case DsirSelection():
-            targets = ", ".join(target.path for target in method.like)
+            targets = ", ".join(target.path for target in method.target)
             return f"the {_percent(method.keep)} of documents most similar to {targets}"
         case PerplexitySelection():
-            low, high = method.between
+            low, high = method.quantiles
             model = "the start model" if method.model == "start" else method.model
             return (
                 f"documents between the {_percent(low)} and {_percent(high)} quantiles of bits per byte under {model}"

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from postgrad.config import stage as s
 from postgrad.config.document_filters import AnySelection
 from postgrad.config.objectives import AnyObjective, RowsObjective
+from postgrad.config.renamed_keys import upgrade_source
 from postgrad.data.loading.mixture import seen_weights
 from postgrad.data.read.documents import detect_kind, read_examples
 from postgrad.data.read.files import HubDataset
@@ -152,7 +153,7 @@ def _source_origins(
     stage: s.Stage, source: s.Source, root: Path, seen_sources: dict[str, dict[str, Any]], where: str
 ) -> Iterator[_Origin]:
     if not source.seen_so_far:
-        yield _Origin(source.name, 1.0, source.model_dump(), root, source.held_out, source.stands_for)
+        yield _Origin(source.name, 1.0, source.model_dump(), root, source.held_out, source.prior_tokens)
         return
     if not seen_sources:
         raise StageError(
@@ -162,7 +163,7 @@ def _source_origins(
             hint="give the old text itself as `path`",
         )
     for key, weight in seen_weights({key: entry["tokens"] for key, entry in seen_sources.items()}, 1.0).items():
-        name, origin = f"{source.name}/{seen_sources[key]['name']}", seen_sources[key]["origin"]
+        name, origin = f"{source.name}/{seen_sources[key]['name']}", upgrade_source(seen_sources[key]["origin"])
         yield _Origin(name, weight, origin, Path(origin["root"]), origin["held_out"], None)
 
 
@@ -218,8 +219,8 @@ def make_text_files(name: str, config: dict[str, Any], root: Path, where: str) -
     if config.get("hub"):
         hub = HubDataset(config["hub"], config["subset"], config["split"], config["revision"])
     kind = config.get("kind", "auto")
-    only = {column: tuple(values) for column, values in (config.get("only") or {}).items()}
-    return Files(name, config["path"], hub, config["columns"], config["documents"], root, where, kind, only)
+    only = {column: tuple(values) for column, values in (config.get("filter") or {}).items()}
+    return Files(name, config["path"], hub, config["columns"], config["document_unit"], root, where, kind, only)
 
 
 def load_token_store(

@@ -59,12 +59,12 @@ def _make_new_model(
     stage: s.Stage, spec: s.FreshModel, root: Path, cache: Path, progress: ProgressCallback | None
 ) -> ModelLocation:
     """Initialize the new model of a stage in the cache."""
-    family = parse_model_name(spec.fresh)[0] if spec.fresh else None
+    family = parse_model_name(spec.from_scratch)[0] if spec.from_scratch else None
     config = None if spec.config is None else _load_config(spec.config, root)
     tokenizer = _resolve_tokenizer(stage, spec.tokenizer, select_special_tokens(config, family), root, cache, progress)
-    if spec.fresh:
+    if spec.from_scratch:
         positions = max(_MIN_POSITIONS, stage.data.sequence_length)
-        config = solve_config(spec.fresh, vocabulary=len(tokenizer), positions=positions)
+        config = solve_config(spec.from_scratch, vocabulary=len(tokenizer), positions=positions)
     assert config is not None
     if isinstance(spec.tokenizer, s.NewTokenizer):
         config.vocab_size = len(tokenizer)
@@ -86,7 +86,7 @@ def _make_new_model(
         if not _is_intact(folder):
             model = init_model(config, stage.seed)
             publish_folder(folder, lambda staged: save_pretrained(model, tokenizer, staged, dtype=torch.float32))
-    name = spec.fresh or f"a new {spec.config}"
+    name = spec.from_scratch or f"a new {spec.config}"
     return replace(
         locate_model(str(folder), root),
         name=name,
@@ -139,10 +139,10 @@ def _resolve_tokenizer(
     if isinstance(spec, str):
         folder = (root / Path(spec).expanduser()).resolve()
         return load_tokenizer(ModelLocation(spec, folder if folder.is_dir() else None))
-    if spec.vocabulary < 256 + len(special_tokens.tokens):
+    if spec.vocab_size < 256 + len(special_tokens.tokens):
         raise StageError(
-            f"{spec.vocabulary} tokens are too few for 256 bytes and {len(special_tokens.tokens)} special tokens",
-            where="model.tokenizer.vocabulary",
+            f"{spec.vocab_size} tokens are too few for 256 bytes and {len(special_tokens.tokens)} special tokens",
+            where="model.tokenizer.vocab_size",
             expected=f"at least {256 + len(special_tokens.tokens)}",
         )
     sources: list[VocabularySource] = []
@@ -183,7 +183,7 @@ def _resolve_tokenizer(
         sources,
         lambda counts: stage.resolve_shares(dict(zip(names, counts, strict=True))),
         shares_key=[[s.share for s in stage.data.sources], mixing.model_dump(mode="json") if mixing else None],
-        size=spec.vocabulary,
+        size=spec.vocab_size,
         special_tokens=special_tokens.tokens,
         held_out_sources=held_out_files,
         cache=cache,
@@ -214,8 +214,8 @@ def new_model_note(start_model: ModelLocation, stage: s.Stage) -> str:
     recipe, config = start_model.scratch_recipe, stage.model
     assert isinstance(config, s.FreshModel)
     short = ""
-    if isinstance(config.tokenizer, s.NewTokenizer) and recipe["vocabulary"] < config.tokenizer.vocabulary:
-        short = f" (of {config.tokenizer.vocabulary:,} requested; no further pair occurs twice in the text)"
+    if isinstance(config.tokenizer, s.NewTokenizer) and recipe["vocabulary"] < config.tokenizer.vocab_size:
+        short = f" (of {config.tokenizer.vocab_size:,} requested; no further pair occurs twice in the text)"
     return (
         f"{start_model.name} is randomly initialized: {recipe['weights']:,} weights (seed {recipe['seed']}), "
         f"a vocabulary of {recipe['vocabulary']:,} tokens ({recipe['tokenizer']}){short}"
@@ -226,4 +226,4 @@ def suggest_new_model(name: str, size: int) -> s.FreshModel:
     """A new model for `size` bytes of text, with one token of vocabulary per 500 bytes, up to 32,000."""
     parse_model_name(name)
     vocabulary = min(32_000, max(1000, round(size / 500 / 500) * 500))
-    return s.FreshModel(fresh=name, tokenizer=s.NewTokenizer(vocabulary=vocabulary))
+    return s.FreshModel(from_scratch=name, tokenizer=s.NewTokenizer(vocab_size=vocabulary))

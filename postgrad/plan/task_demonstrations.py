@@ -15,7 +15,7 @@ from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError
 from postgrad.plan.prompt_format import PromptFormat
 
-_RETRIEVAL_METHODS: Mapping[str, RetrievalMethod] = {"seed": "once", "balanced": "balanced", "bm25": "bm25"}
+_RETRIEVAL_METHODS: Mapping[str, RetrievalMethod] = {"random": "once", "balanced": "balanced", "bm25": "bm25"}
 
 LocatedExample = tuple[Example, str]
 """An example and its location, such as `file:line`."""
@@ -42,9 +42,9 @@ def make_demonstration_pool(
     where: str,
 ) -> tuple[list[LocatedExample], list[str]]:
     """Training rows for demonstrations, each once and none a copy of a test row; with a note on removed copies."""
-    if task.shown is None or not task.shots:
+    if task.few_shot is None or not task.shots:
         return [], []
-    files = replace(test_files, name=f"{task.name}.shown", path=task.shown.path, where=where)
+    files = replace(test_files, name=f"{task.name}.shown", path=task.few_shot.path, where=where)
     test_kind, kind = detect_kind(test_files), detect_kind(files)
     if kind != test_kind:
         raise DataError(
@@ -86,9 +86,9 @@ def make_demonstration_samplers(
     task: TaskConfig, renderer: Renderer, pool: Sequence[LocatedExample]
 ) -> list[Callable[[Example], Sequence[Example]]]:
     """For each prompt seed, the function that draws a row's demonstrations."""
-    if task.shown is None or not task.shots:
+    if task.few_shot is None or not task.shots:
         return [lambda _: ()]
-    examples, method = [example for example, _ in pool], _RETRIEVAL_METHODS[task.shown.by]
+    examples, method = [example for example, _ in pool], _RETRIEVAL_METHODS[task.few_shot.sampler]
     return [
         Demonstrations(renderer, examples, task.shots, method, 0, len, seed=seed).select for seed in range(task.seeds)
     ]

@@ -42,7 +42,7 @@ from postgrad.plan.task_demonstrations import (
 )
 
 ANSWER_CUE = "Answer:"
-"""The context of an answer alone, for `by: answer-only`."""
+"""The context of an answer alone, for `normalization: answer-only`."""
 _DEFAULT_CONTEXT_LENGTH = 1024
 """Positions of a model without a limit."""
 _CHOICE_METRICS: tuple[MetricName, ...] = ("accuracy", "macro-F1", "MCC")
@@ -67,7 +67,7 @@ def make_prompted_task(task: TaskConfig, model_inputs: ModelInputs, root: Path, 
         if isinstance(renderer, ChatRenderer)
         else PlainPromptFormat(renderer, separate=model_inputs.task.is_encoder_decoder)
     )
-    pool, notes = make_demonstration_pool(task, files, rows, prompt_format, f"{where}.shown")
+    pool, notes = make_demonstration_pool(task, files, rows, prompt_format, f"{where}.few_shot")
     labels = _resolve_labels(task, rows, pool, where) if kind == "labelled" else ()
     is_multiple_choice = _is_multiple_choice(task, kind, labels, where)
     context_length = _get_context_length(model_inputs)
@@ -87,7 +87,7 @@ def make_prompted_task(task: TaskConfig, model_inputs: ModelInputs, root: Path, 
         raise DataError(
             f"none of the {len(selected):,} rows fits into {context_length:,} positions, even without demonstrations",
             where=where,
-            expected="shorter questions, or a smaller `most_tokens`",
+            expected="shorter questions, or a smaller `max_new_tokens`",
         )
     references_I = tuple(builder.references(example) for example in items)
     answers = [prompt_format.answer(example) for example, _ in (*rows, *pool)]
@@ -105,7 +105,7 @@ def make_prompted_task(task: TaskConfig, model_inputs: ModelInputs, root: Path, 
         references_I=references_I,
         digests_I=tuple(digest(example.text.encode()) for example in items),
         test_digests_N=np.array([digest(example.text.encode()) for example, _ in rows], np.uint64),
-        stopping=StoppingRule(task.most_tokens, stop),
+        stopping=StoppingRule(task.max_new_tokens, stop),
         context_length=context_length,
         skipped={"too long for the context": n} if (n := fits_I.count(False)) else {},
         notes=tuple(notes),
@@ -181,7 +181,7 @@ class _PromptBuilder:
         return [replace(example, fields={**example.fields, key: value}) for value in values]
 
     def _calibration_items(self, example: Example, demonstrations: Sequence[Example]) -> Iterator[ChoiceItem]:
-        if self.task.by == "answer-only":
+        if self.task.normalization == "answer-only":
             yield self._encode_item(ANSWER_CUE + ("" if self.separate else " "), example)
         if self.task.calibrate:
             for text in CONTENT_FREE:
@@ -200,7 +200,7 @@ class _PromptBuilder:
 
     def _fits(self, item: ChoiceItem) -> bool:
         soft_prompt = max(map(_count_soft_prompt_ids, (self.model_inputs, self.model_inputs.without_tuning)))
-        longest = max(map(len, item.choices)) - 1 if item.choices else self.task.most_tokens
+        longest = max(map(len, item.choices)) - 1 if item.choices else self.task.max_new_tokens
         answer = 0 if self.separate else longest
         return len(item.context) + soft_prompt + answer <= self.context_length and longest <= self.context_length
 
@@ -229,30 +229,30 @@ def _resolve_labels(
         return ()
     for example, location in (*test_rows, *pool):
         label = str(example.fields["label"])
-        if task.words and label not in task.words:
+        if task.label_words and label not in task.label_words:
             raise DataError(
                 f"no word for the label '{label[:60]}'",
                 where=location,
-                expected=f"a label among {', '.join(list(task.words)[:12])}",
-                hint=suggest_nearest(label, task.words),
+                expected=f"a label among {', '.join(list(task.label_words)[:12])}",
+                hint=suggest_nearest(label, task.label_words),
             )
-    return tuple(task.words) if task.words else tuple(str(name) for name in labels.names)
+    return tuple(task.label_words) if task.label_words else tuple(str(name) for name in labels.names)
 
 
 def _is_multiple_choice(task: TaskConfig, kind: str, labels: tuple[str, ...], where: str) -> bool:
     """Whether choices are scored. Raises `StageError` for rows without choices, and for choice keys without scoring."""
     has_choices = kind == "choices" or len(labels) > 1
-    is_multiple_choice = has_choices if task.answered == "auto" else task.answered == "choose"
+    is_multiple_choice = has_choices if task.scoring == "auto" else task.scoring == "multiple-choice"
     if is_multiple_choice and not has_choices:
         problem = "there is only one label" if labels else f"rows of kind `{kind}` have no choices"
-        raise StageError(problem, where=f"{where}.answered", expected="labels or choices, or answered: write")
+        raise StageError(problem, where=f"{where}.scoring", expected="labels or choices, or scoring: generate")
     if not is_multiple_choice:
-        for key, is_set in (("by", task.by != "sum"), ("calibrate", task.calibrate)):
+        for key, is_set in (("normalization", task.normalization != "sum"), ("calibrate", task.calibrate)):
             if is_set:
                 raise StageError(
                     f"`{key}` compares choices, and these answers are generated",
                     where=f"{where}.{key}",
-                    expected="rows with labels or choices, and answered: choose",
+                    expected="rows with labels or choices, and scoring: multiple-choice",
                 )
     return is_multiple_choice
 
@@ -284,7 +284,7 @@ def _resolve_metrics(
                 f"`{generative[0]}` is a metric of generated answers, and this task is multiple choice",
                 where=f"{where}.metrics",
                 expected=", ".join(_CHOICE_METRICS),
-                hint="answered: write",
+                hint="scoring: generate",
             )
         return tuple(task.metrics) or (_CHOICE_METRICS if kind == "labelled" else _CHOICE_METRICS[:1])
     if task.metrics:
