@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,6 +15,7 @@ from torch import Tensor
 from postgrad.config.penalties import AnchorPenalty
 from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like, to_dtensor
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
+from postgrad.lineage.record import Penalty
 from postgrad.models.pretrained import ModelLocation, locate_model
 from postgrad.optim.optimizer import Weight, Weights
 from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight
@@ -95,7 +95,7 @@ class _Reference:
     @classmethod
     def load(cls, spec: AnchorPenalty, number: int, plan: Plan) -> _Reference:
         start = plan.model.start if spec.reference == START else _locate_reference(spec, number, plan)
-        files = dict(_mapped_tensors(start)) if spec.storage == "mapped" else {}
+        files = dict(_mapped_tensors(start)) if spec.storage == "mmap" else {}
         if spec.reference == START:
             return cls(start, start_fingerprint(start), None, files)
         opened = open_model(start)
@@ -167,7 +167,7 @@ class _AnchorBuilder:
         self.weight_deltas: list[AnchoredDelta] = []
         self.numbers = 0
         self.importance_sum = 0.0
-        self.bytes = {"reference": 0, "importance": 0, "mapped": 0}
+        self.bytes = {"reference": 0, "importance": 0, "mmap": 0}
         self.skipped: list[str] = []
         self.copied_names: list[str] = []
 
@@ -228,9 +228,9 @@ class _AnchorBuilder:
             "weights": self.numbers,
             "tensors": len(self.held_weights) + len(self.weight_deltas),
             "reference": {"model": self.reference.start.name, "fingerprint": self.reference.fingerprint},
-            "importance": about and {"kind": about.kind, "per": about.per, "tokens": about.tokens, "mean": mean},
+            "importance": about and {"kind": about.kind, "unit": about.per, "tokens": about.tokens, "mean": mean},
             "bytes": self.bytes,
-            "left_out": self.skipped,
+            "skipped": self.skipped,
             "notes": self._notes(),
         }
         return made
@@ -310,14 +310,14 @@ class _AnchorBuilder:
 
     def _mapped_rows(self, name: str, current: Tensor, master: Tensor) -> Tensor | None:
         """This rank's rows of a reference in the model's own files; None when they are not wanted, or not there."""
-        if self.spec.storage != "mapped":
+        if self.spec.storage != "mmap":
             return None
         found = self.reference.mapped_weight(name, current)
         if found is None:
             self.copied_names.append(name)
             return None
         part = local_shard_like(found, master)
-        self.bytes["mapped"] += part.nbytes
+        self.bytes["mmap"] += part.nbytes
         return part
 
     def _notes(self) -> list[str]:
@@ -331,8 +331,8 @@ class _AnchorBuilder:
     def _stored_importance(self, importance: Tensor, like: Tensor) -> Tensor:
         """This rank's rows of an importance."""
         part = local_shard_like(importance, like)
-        if self.spec.storage == "mapped" and importance.device.type == "cpu":
-            self.bytes["mapped"] += part.nbytes
+        if self.spec.storage == "mmap" and importance.device.type == "cpu":
+            self.bytes["mmap"] += part.nbytes
             return part
         return self._copy_rows(part, "importance", local_shard(like).device)
 
@@ -380,6 +380,6 @@ def _importance_path(name: str, number: int, root: Path) -> Path:
     return path
 
 
-def describe_penalty(anchor: Anchor | AnchoredDecay) -> dict[str, Any]:
+def describe_penalty(anchor: Anchor | AnchoredDecay) -> Penalty:
     """What is recorded of an anchor."""
-    return {**anchor.metadata, "strength": anchor.strength}
+    return Penalty.model_validate({**anchor.metadata, "strength": anchor.strength})

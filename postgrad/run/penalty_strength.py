@@ -96,11 +96,11 @@ def find_strengths(run: Run, loader: Loader, rates: Sequence[float], optimizer: 
         against = moved / (peak * steps) if isinstance(penalty, AnchoredDecay) else push
         found[penalty.name] = {
             "strength": _rounded(PULL_RATIO * against / pull),
-            "push": against,
-            "pull": pull,
+            "gradient_norm": against,
+            "unit_penalty_norm": pull,
             "ratio": PULL_RATIO,
             "steps": steps,
-            "spread": spread,
+            "distance_scale": spread,
         }
     for master, start in zip(masters, before, strict=True):
         local_shard(master.detach()).copy_(start)
@@ -139,7 +139,7 @@ def strength_lines(strengths: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """How the strengths were found, in words."""
     return [
         f"{name}: strength {how['strength']:.3g}, found by {how['steps']:.0f} steps: at a strength of 1 it would pull with "
-        f"{how['pull']:.3g} where the text would take the weights, and the text pushes with {how['push']:.3g}"
+        f"{how['unit_penalty_norm']:.3g} where the text would take the weights, and the text pushes with {how['gradient_norm']:.3g}"
         for name, how in strengths.items()
     ]
 

@@ -15,6 +15,7 @@ from typing import Any
 from postgrad.distributed.world import World
 from postgrad.errors import BusyError, ResumeError
 from postgrad.lineage.record import PLAN, STAGE
+from postgrad.lineage.saved_plan import SavedPlan, read_plan
 from postgrad.plan.plan import Plan
 from postgrad.storage.atomic import disk_error
 from postgrad.storage.fingerprint import differences
@@ -51,7 +52,7 @@ def lock_run_folder(run_folder: Path, world: World) -> Iterator[None]:
         yield
 
 
-def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any]) -> dict[str, Any] | None:
+def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any]) -> SavedPlan | None:
     """What the folder holds of this very run, or None when it is new. Raises `ResumeError` when it is another's."""
     if not (run_folder / PLAN).exists():
         foreign = [
@@ -64,11 +65,11 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
                 hint="give another `output`, or empty the folder",
             )
         return None
-    kept = json.loads((run_folder / PLAN).read_text())
-    if kept["fingerprints"] != fingerprints:
+    saved = read_plan(run_folder)
+    if saved.fingerprints != fingerprints:
         now = json.loads(json.dumps(plan.stage.model_dump(mode="json")))
-        found = differences(kept["stage"], now) + [
-            line for line in differences(kept["fingerprints"], fingerprints) if not line.startswith("stage:")
+        found = differences(saved.stage, now) + [
+            line for line in differences(saved.fingerprints, fingerprints) if not line.startswith("stage:")
         ]
         harmless = ("save.every", "save.keep", "output")
         listed = "\n    ".join(line for line in found if not line.startswith(harmless))
@@ -77,7 +78,7 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
             where=str(run_folder),
             hint="undo the change to go on, or give the new stage another `name` or `output`",
         )
-    return kept
+    return saved
 
 
 class Interrupt:
