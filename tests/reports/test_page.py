@@ -266,7 +266,7 @@ def test_a_stopped_run_says_so(record: dict, metrics: list[dict]) -> None:
     text = said(draw_run(record, [m for m in metrics if m["step"] <= 500]))
     assert "This run was stopped after step 500 of 1,221." in text
     assert "There are no scores after training" in text
-    assert "Learned" not in text
+    assert "Learned papers" not in text
     assert re.search(r"At the last evaluation, after 7\.\d+M trained tokens, in nats per token: general \+0", text)
     assert "There are no scores" in said(draw_run(record, []))
 
