@@ -1,4 +1,4 @@
-"""What does a model answer to its tasks, how good is it, and how did it change? Asked before, after, and at looks in between.
+"""Task evaluation of a run: answers before, during and after training, their metrics and changes.
 
 Legend: K prompt seeds, I items, C choices.
 """
@@ -27,7 +27,7 @@ from postgrad.storage.fingerprint import fingerprint
 
 AllAnswers = dict[str, TaskPredictions]
 _EXAMPLES_SHOWN = 3
-"""Questions of each task that a record shows with their answers."""
+"""Items of each task that a record shows with their answers."""
 
 
 def answer_tasks(
@@ -39,78 +39,81 @@ def answer_tasks(
     identity: str | None = None,
     cache: Path | None = None,
 ) -> AllAnswers:
-    """A model's answers to tasks, by name. Each rank, which has the model to itself, answers a part of the items.
+    """A model's answers to tasks, by name. Each rank has an unsharded model and answers every `world.size`-th item.
 
-    With the model's `identity` (a fingerprint) answers are kept in, and taken from, the cache.
+    With the model's `identity` (a fingerprint) the answers are cached.
     """
     out: AllAnswers = {}
-    for asked in tasks:
-        place = None
+    for task in tasks:
+        path = None
         if identity and cache and world.size == 1:
-            place = cache / "answers" / f"{fingerprint([identity, asked.fingerprint])}.json"
-            if place.exists():
-                out[asked.name] = next(iter(read_answers(place).values()))  # the name is the caller's
+            path = cache / "answers" / f"{fingerprint([identity, task.fingerprint])}.json"
+            if path.exists():
+                out[task.name] = next(iter(read_answers(path).values()))  # stored under the name of that run
                 continue
-        answer = _select_choices if asked.is_multiple_choice else _generate_answers
-        said_KI = answer(model, asked, model_inputs, world)
-        out[asked.name] = TaskPredictions(said_KI, asked.references_I)
-        if place and world.is_main:
-            write_answers(place, {asked.name: out[asked.name]})
+        answer = _select_choices if task.is_multiple_choice else _generate_answers
+        out[task.name] = TaskPredictions(answer(model, task, model_inputs, world), task.references_I)
+        if path:
+            write_answers(path, {task.name: out[task.name]})
     return out
 
 
 def _generate_answers(
     model: Model, prompted_task: PromptedTask, model_inputs: ModelInputs, world: World
 ) -> tuple[tuple[str, ...], ...]:
-    """What is written to each prompt."""
+    """The text generated for each prompt."""
     prompts = [prompt.item.context for prompts in prompted_task.prompts_KI for prompt in prompts]
-    mine = prompts[world.rank :: world.size]
-    ends = [model_inputs.encoder.eos]
-    written = generate_answers(
-        model.pretrained, model_inputs.tokenizer, mine, prompted_task.stopping, eos_ids=ends, pad=model_inputs.pad_id
+    texts = generate_answers(
+        model.pretrained,
+        model_inputs.tokenizer,
+        prompts[world.rank :: world.size],
+        prompted_task.stopping,
+        eos_ids=[model_inputs.encoder.eos],
+        pad=model_inputs.pad_id,
     )
-    return _group_by_seed(_gather_items([text.strip() for text in written], len(prompts), world), len(prompted_task))
+    return _group_by_seed(_gather_items([text.strip() for text in texts], len(prompts), world), len(prompted_task))
 
 
 def _select_choices(
     model: Model, prompted_task: PromptedTask, model_inputs: ModelInputs, world: World
 ) -> tuple[tuple[str, ...], ...]:
-    """The name of the choice that each prompt is answered with."""
+    """The name of the choice with the highest score for each prompt."""
     prompts = [prompt for prompts in prompted_task.prompts_KI for prompt in prompts]
-    # Questions without content are the same for all items where the demonstrations and the choices are.
+    # Items repeat: calibration questions are equal wherever demonstrations and choices are.
     items = list(dict.fromkeys(item for prompt in prompts for item in (prompt.item, *prompt.calibration_items)))
-    mine = items[world.rank :: world.size]
-    found = score_choices(model, mine, context=prompted_task.context_length, pad=model_inputs.pad_id) if mine else None
-    log_p = _gather_items(list(found.log_likelihoods) if found else [], len(items), world)
-    of_item: dict[ChoiceItem, np.ndarray] = dict(zip(items, log_p, strict=True))
-    said = []
+    local = items[world.rank :: world.size]
+    scored = (
+        score_choices(model, local, context=prompted_task.context_length, pad=model_inputs.pad_id) if local else None
+    )
+    gathered = _gather_items(list(scored.log_likelihoods) if scored else [], len(items), world)
+    log_p: dict[ChoiceItem, np.ndarray] = dict(zip(items, gathered, strict=True))
+    answers = []
     for number, prompt in enumerate(prompts):
         i = number % len(prompted_task)
-        said.append(
-            prompted_task.choice_names_I[i][
-                int(choice_scores(prompted_task, prompt, prompted_task.choice_texts_I[i], of_item).argmax())
-            ]
-        )
-    return _group_by_seed(said, len(prompted_task))
+        scores_C = choice_scores(prompted_task, prompt, prompted_task.choice_texts_I[i], log_p)
+        answers.append(prompted_task.choice_names_I[i][int(scores_C.argmax())])
+    return _group_by_seed(answers, len(prompted_task))
 
 
 def choice_scores(
     prompted_task: PromptedTask, prompt: TaskPrompt, texts: Sequence[str], log_p: Mapping[ChoiceItem, np.ndarray]
 ) -> np.ndarray:
-    """What the choices of a prompt are compared by, of shape (C,)."""
-    by, calibrate = prompted_task.task.by, prompted_task.task.calibrate
+    """The normalized, optionally calibrated scores of a prompt's choices, of shape (C,)."""
+    by, calibrate = prompted_task.task.normalization, prompted_task.task.calibrate
     tokens_C = np.array([len(choice) for choice in prompt.item.choices])
-    alone_C = log_p[prompt.calibration_items[0]] if by == "answer-only" else None
+    unconditional_C = log_p[prompt.calibration_items[0]] if by == "answer-only" else None
 
-    def of(item: ChoiceItem) -> np.ndarray:
-        return normalize_scores(log_p[item], by, texts=texts, tokens_C=tokens_C, unconditional_C=alone_C)
+    def normalized(item: ChoiceItem) -> np.ndarray:
+        return normalize_scores(log_p[item], by, texts=texts, tokens_C=tokens_C, unconditional_C=unconditional_C)
 
-    own_C = of(prompt.item)
-    return calibrate_scores(own_C, np.stack([of(item) for item in prompt.calibration_items])) if calibrate else own_C
+    scores_C = normalized(prompt.item)
+    if not calibrate:
+        return scores_C
+    return calibrate_scores(scores_C, np.stack([normalized(item) for item in prompt.calibration_items]))
 
 
 def _gather_items(local_items: list[Any], count: int, world: World) -> list[Any]:
-    """What all ranks found, in the order of the items, of which each has every `world.size`-th."""
+    """Merge the items of all ranks, of which each has every `world.size`-th. Collective."""
     out: list[Any] = [None] * count
     for rank, part in enumerate(world.all_gather(local_items)):
         out[rank :: world.size] = part  # type: ignore[call-overload]
@@ -121,17 +124,17 @@ def _group_by_seed(answers: Sequence[str], items: int) -> tuple[tuple[str, ...],
     return tuple(tuple(answers[begin : begin + items]) for begin in range(0, len(answers), items))
 
 
-# --- on the disk -----------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------
 
 
 def write_answers(path: Path, answers: Mapping[str, TaskPredictions]) -> None:
-    """What was said to every item of every task, and what may be said, as JSON."""
-    found = {name: {"said": each.predictions_KI, "references": each.references_I} for name, each in answers.items()}
-    write_atomically(path, json.dumps(found, ensure_ascii=False, indent=1))
+    """Write all answers with their references, as JSON."""
+    content = {name: {"said": each.predictions_KI, "references": each.references_I} for name, each in answers.items()}
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def read_answers(path: Path) -> AllAnswers:
-    """What `write_answers` wrote; nothing where there is no such file."""
+    """Read a file of `write_answers`; empty without one."""
     if not path.exists():
         return {}
     return {
@@ -140,7 +143,7 @@ def read_answers(path: Path) -> AllAnswers:
     }
 
 
-# --- in the record ---------------------------------------------------------------------------------------
+# --- record ---------------------------------------------------------------------------------------
 
 
 def describe_task(prompted_task: PromptedTask) -> TaskResult:
@@ -211,7 +214,7 @@ def cluster_rows(
             groups.setdefault((task.task.cluster, task.metrics[0]), []).append(task)
     results = []
     for (cluster, metric), members in groups.items():
-        pairs = [(a.metrics[0], before[a.name], after[a.name]) for a in members]
+        pairs = [(member.metrics[0], before[member.name], after[member.name]) for member in members]
         was, now = (
             float(np.mean([metric_summary(name, pair[side])["value"] for name, *pair in pairs])) for side in (0, 1)
         )
@@ -260,8 +263,8 @@ def task_headlines(tasks: Sequence[PromptedTask], answers: AllAnswers) -> dict[s
 
 
 def sharding_notes(tasks: Sequence[PromptedTask]) -> list[str]:
-    """What is asked for that several processes leave out: a sharded model cannot write by itself."""
-    during = [asked.name for asked in tasks if asked.task.during]
+    """Evaluations that several processes omit: a sharded model cannot generate."""
+    during = [task.name for task in tasks if task.task.during_training]
     if not during:
         return []
-    return [f"{', '.join(during)}: asked during training by one process; several ask only before and after it"]
+    return [f"{', '.join(during)}: evaluated only before and after training, as a sharded model cannot generate"]
