@@ -57,7 +57,7 @@ from postgrad.tuning.open_model import BaseReference, get_task, open_model, star
 
 _DEFAULT_CONTEXT = 1024
 _MAX_TOKENS = 10_000_000
-_DOCUMENT_MODES = get_args(s.HeldOutFile.model_fields["documents"].annotation)
+_DOCUMENT_MODES = get_args(s.HeldOutFile.model_fields["document_unit"].annotation)
 _CLASSIFIER_ROW_KINDS = {Task.CLASSIFY: "labelled", Task.TAG: "tagged"}
 """The rows that a classifier is scored on."""
 
