@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import TextToTextObjective
-from postgrad.config.stage_file import parse_stage
+from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind, read_labels
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS
@@ -55,7 +55,7 @@ from postgrad.tuning.open_model import BaseReference, get_task, open_model, star
 
 _DEFAULT_CONTEXT = 1024
 _MAX_TOKENS = 10_000_000
-_DOCUMENT_MODES = get_args(s.HeldOutFile.model_fields["documents"].annotation)
+_DOCUMENT_MODES = get_args(s.HeldOutFile.model_fields["document_unit"].annotation)
 _CLASSIFIER_ROW_KINDS = {Task.CLASSIFY: "labelled", Task.TAG: "tagged"}
 """The rows that a classifier is scored on."""
 

@@ -78,14 +78,14 @@ def measure_relearning(
 
 def relearning_notes(plan: Plan) -> list[str]:
     """Sets without a relearning test, and why."""
-    if not plan.stage.evaluation.realign_steps:
+    if not plan.stage.evaluation.relearning_steps:
         return []
     if plan.model.start.scratch_recipe is not None:
         return ["no relearning test: the start model is new and has nothing to forget"]
     sources = {source["name"] for source in _relearning_sources(plan)}
     retained = [held_out for held_out in plan.evaluation.sets if held_out.role == "retained"]
     if not retained:
-        return ["no relearning test: there is no retained set (evaluation.realign_steps)"]
+        return ["no relearning test: there is no retained set (evaluation.relearning_steps)"]
     return [
         f"{held_out.name}: no relearning test: {len(held_out)} documents are too few to train on one half and score the "
         f"other (at least {_MIN_DOCUMENTS})"
@@ -131,7 +131,7 @@ def _train_copy(short_plan: Plan, plan: Plan, execution: Execution, world: World
         model.set_attn_implementation(execution.attention)
     execution = dataclasses.replace(execution, compile=False)
     run = build_run(short_plan, tuned_model, execution, world)
-    last_step = min(plan.stage.evaluation.realign_steps, short_plan.steps)
+    last_step = min(plan.stage.evaluation.relearning_steps, short_plan.steps)
     for _ in train_steps(run, make_loader(short_plan, execution, world), last_step):
         pass
     scores = before_after.score_sets(
@@ -184,7 +184,7 @@ def _relearning_sources(plan: Plan) -> list[dict[str, Any]]:
             if len(held_out) < _MIN_DOCUMENTS:
                 continue
             item = inherit_row_format(listed[held_out.name], "retained", by_source)
-            spec = {key: value for key, value in item.items() if key not in ("hub", "like", "name")}
+            spec = {key: value for key, value in item.items() if key not in ("hub", "same_format_as", "name")}
             out.append({**spec, "name": held_out.name, "role": "replay", "held_out": _HELD_OUT_SHARE})
         else:
             out.append({**_remaining_source(sources[held_out.name], plan), "name": held_out.name, "role": "replay"})

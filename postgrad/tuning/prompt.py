@@ -98,9 +98,9 @@ class SoftPrompt(SwitchableModule):
 class PromptTuning(ModuleTuning):
     """`length` trained vectors with ids from `first_id` on; the base is frozen, unless `backbone` is "trained".
 
-    `start`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these are
+    `init`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these are
     its inputs. `encoder`: "none", "lstm" or "mlp", `hidden` its width. `backbone="trained"` trains the base too, as
-    P-tuning's SuperGLUE code does; the tuning is then not additive. `also`: patterns of base parameters to train; `disable`
+    P-tuning's SuperGLUE code does; the tuning is then not additive. `also_train`: patterns of base parameters to train; `disable`
     and `detach` restore those of the body. None selects the kind's published value.
 
     Raises `TuningError` for a prompt as long as the model's context, and for invalid options.
@@ -131,19 +131,19 @@ class PromptTuning(ModuleTuning):
         check_choice(backbone, ("frozen", "trained"), "backbone")
         self.kind = kind
         self.backbone = backbone
-        self.also = list(also)
+        self.also = list(also_train)
         self.num_virtual_tokens = defaults.length if length is None else length
         _check_length(model, self.num_virtual_tokens)
         self.additive = backbone == "frozen"
-        method = defaults.start if start is None else start
+        method = defaults.start if init is None else init
         initial_PD = initial_vectors_PD(
-            model, PromptInit(method, self.num_virtual_tokens, scale, text, labels, seed, tokenizer)
+            model, PromptInit(method, self.num_virtual_tokens, init_scale, init_text, init_labels, seed, tokenizer)
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed GPUs too
             encoder_module = ENCODERS[encoder](initial_PD.shape[1], hidden)
 
-        self.extra_trainable = ExtraTrainable(model, also if self.additive else ())
+        self.extra_trainable = ExtraTrainable(model, also_train if self.additive else ())
         self._base_names = (
             self.extra_trainable.names if self.additive else [base_parameter_name(n) for n in unfreeze(model, ["*"])]
         )
@@ -239,7 +239,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
     kinds = {"PROMPT_TUNING": "prompt", "P_TUNING": "p-tuning"}
     peft_type, vectors, extra = read_prompt(config, state, list(kinds))
     prompt = PromptTuning(
-        model, kind=kinds[peft_type], length=len(vectors), start="random", encoder="none", also=list(extra)
+        model, kind=kinds[peft_type], length=len(vectors), init="random", encoder="none", also_train=list(extra)
     )
     load_or_detach(prompt, {"vectors": vectors, **extra})
     return prompt
