@@ -51,7 +51,7 @@ class BlockExpansion(Tuning):
 
     Copies of the last `blocks` blocks are inserted after every `every` blocks of a stack (default: 4, or the next divisor of
     the depth), or after the blocks `positions` (from 0). Every stack grows, unless `stacks` selects some by patterns
-    (`*decoder*`). A task's own layer is trained too, and what patterns of `also` match.
+    (`*decoder*`). A task's own layer is trained too, and what patterns of `also_train` match.
     """
 
     kind = "expand"
@@ -66,7 +66,7 @@ class BlockExpansion(Tuning):
         every: int | None = None,
         positions: Sequence[int] | None = None,
         stacks: Sequence[str] = (),
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -78,7 +78,7 @@ class BlockExpansion(Tuning):
             "every": every,
             "positions": None if positions is None else list(positions),
             "stacks": list(stacks),
-            "also": list(also),
+            "also_train": list(also_train),
         }
         plans = {
             name: plan_slots(len(stack), blocks=blocks, every=every, positions=positions)
@@ -101,7 +101,7 @@ class BlockExpansion(Tuning):
             if not torch.equal(_backbone_output(model), expected):
                 raise _unsupported_error(model, "its output changes with identity blocks in it")
             new_blocks = [f"{name}.{i}" for name, slots in plans.items() for i, slot in enumerate(slots) if slot.is_new]
-            self._extra_trainable = ExtraTrainable(model, also)
+            self._extra_trainable = ExtraTrainable(model, also_train)
             names = unfreeze(model, [*new_blocks, *task_layer_parameters(model), *self._extra_trainable.names])
         except TuningError:
             _swap_all(self._swaps)
@@ -110,7 +110,7 @@ class BlockExpansion(Tuning):
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """Context without the new blocks, in which weights of the body that `also` matches have their old values.
+        """Context without the new blocks, in which weights of the body that `also_train` matches have their old values.
 
         Raises `TuningError` after `merge` or `detach`.
         """

@@ -94,7 +94,7 @@ def merge_adapters(
         targets=list(summed),
         rank_pattern={name: r for name, r in ranks.items() if r != largest},
         alpha_pattern={name: float(r) for name, r in ranks.items() if r != largest},
-        also=list(extra),
+        also_train=list(extra),
     )
     state = {f"{name}.lora_{ab}.weight": t for name, pair in summed.items() for ab, t in zip("AB", pair, strict=True)}
     tuning.load(state | extra)
@@ -125,8 +125,8 @@ def _check_arguments(
             expected="a fraction above 0 and below 1" if prunes else "no density: every value is kept",
         )
     for part, _ in parts:
-        form = part.form if isinstance(part, LoraAdapter) else part.options.get("form", "lora")
-        if form == "dora":
+        variant = part.variant if isinstance(part, LoraAdapter) else part.options.get("variant", "lora")
+        if variant == "dora":
             raise TuningError(
                 "a dora adapter cannot be summed: its magnitudes rescale the whole weights",
                 where="--method",

@@ -54,12 +54,12 @@ class OrthogonalSubspace(Tuning):
         effective_rank: float = 0.5,
         targets: str | Sequence[str] = "all-linear",
         exclude: Sequence[str] = (),
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """`effective_rank`: the frozen directions, as a fraction of a layer's (below 1) or their number. `targets`, `exclude`:
-        see `resolve_targets`. `also`: patterns of base parameters to train.
+        see `resolve_targets`. `also_train`: patterns of base parameters to train.
 
         Raises `TuningError` if a pattern matches nothing, for a fraction that leaves nothing to train or to freeze, and for
         layers that are transposed (GPT-2's), quantised, or have adapters.
@@ -68,7 +68,7 @@ class OrthogonalSubspace(Tuning):
         self.effective_rank = effective_rank
         names = resolve_targets(model, targets, exclude)
         frozen = {name: _num_frozen_directions(name, model.get_submodule(name), effective_rank) for name in names}
-        self.extra_trainable = ExtraTrainable(model, also)
+        self.extra_trainable = ExtraTrainable(model, also_train)
         self._layers: dict[str, _OSFLinear] = {}
         for name in names:
             plain = model.get_submodule(name)
@@ -121,7 +121,7 @@ class OrthogonalSubspace(Tuning):
             "kind": self.kind,
             "effective_rank": self.effective_rank,
             "targets": short_names(self.model, self._layers),
-            "also": self.extra_trainable.names,
+            "also_train": self.extra_trainable.names,
         }
         return TuningExport(options, self.state())
 
@@ -197,7 +197,7 @@ class _OSFLinear(Linear):
     def tensors(self) -> dict[str, Tensor]:
         """The trained factors, their initial values, and the frozen directions.
 
-        PEFT omits the frozen directions on a side where the SVD factor is square: there the initial trained ones determine their span.
+        PEFT omits the frozen directions where the SVD factor is square: there the initial trained ones determine their span.
         """
         trained: Any = self.osf_svd_params[ADAPTER]
         tensors = {factor: trained[factor] for factor in FACTORS}

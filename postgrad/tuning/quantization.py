@@ -32,7 +32,7 @@ def make_quantizer(model: PreTrainedModel, precision: Precision) -> Callable[[],
     Raises, before anything changes, `MissingExtra` without the package bitsandbytes, and `TuningError` for transposed layers
     (GPT-2's), for layers with adapters, and if the model has no layer to quantise.
     """
-    check_choice(precision, get_args(Precision), "quantise")
+    check_choice(precision, get_args(Precision), "quantization")
     bits = _import_bitsandbytes()
     fp32_names = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
     plain: dict[str, nn.Linear] = {}
@@ -42,12 +42,12 @@ def make_quantizer(model: PreTrainedModel, precision: Precision) -> Callable[[],
         if not isinstance(layer.module, nn.Linear):
             raise TuningError(
                 f"{layer.name} is a {type(layer.module).__name__}, which cannot be quantised",
-                where="tuning.quantise",
+                where="tuning.quantization",
                 expected="plain linear layers without adapters",
             )
         plain[layer.name] = layer.module
     if not plain and not any(is_quantized(module) for module in model.modules()):
-        raise TuningError(f"{type(model).__name__} has no layer to quantise", where="tuning.quantise")
+        raise TuningError(f"{type(model).__name__} has no layer to quantise", where="tuning.quantization")
     make = {"nf4": _quantize_nf4, "int8": _quantize_int8}[precision]
 
     def quantise() -> None:
@@ -92,5 +92,5 @@ def _import_bitsandbytes() -> ModuleType:
         return importlib.import_module("bitsandbytes")
     except ImportError:
         raise MissingExtra(
-            "quantisation needs the package bitsandbytes", where="tuning.quantise", hint="pip install bitsandbytes"
+            "quantisation needs the package bitsandbytes", where="tuning.quantization", hint="pip install bitsandbytes"
         ) from None

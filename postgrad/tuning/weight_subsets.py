@@ -43,11 +43,11 @@ class WeightSubset(Tuning):
         model: PreTrainedModel,
         parameter_names: Iterable[str],
         *,
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         layer_decay: float = 1.0,
         options: Mapping[str, Any],
     ) -> None:
-        """Train `parameter_names`, the parameters that patterns of `also` match, and no others.
+        """Train `parameter_names`, the parameters that patterns of `also_train` match, and no others.
 
         Raises `TuningError` if a pattern matches nothing, or nothing is trainable.
         """
@@ -55,7 +55,7 @@ class WeightSubset(Tuning):
         self.options = {"kind": self.kind, **options}
         self.rate_factors = _decay_factors(model, layer_decay)
         self._requires_grad = SavedRequiresGrad(model)
-        selected = {*parameter_names, *unfreeze(model, also)}
+        selected = {*parameter_names, *unfreeze(model, also_train)}
         freeze(model)
         for name, parameter in model.named_parameters():
             if name in selected:
@@ -125,15 +125,15 @@ class HeadFinetuning(WeightSubset):
         *,
         untie: bool = False,
         heads: Sequence[str] = (),
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Raises `TuningError` if there is no task layer, or it is a tied output embedding and `untie` is False."""
         untied = untie_output(model) if untie else UntieResult([], set())
         names = [] if heads else [name for name in _task_layer_names(model) if name not in untied.unused_parameters]
-        options = {"untie": untie, "heads": list(heads), "also": list(also)}
-        super().__init__(model, names, also=[*heads, *also], options=options)
+        options = {"untie": untie, "heads": list(heads), "also_train": list(also_train)}
+        super().__init__(model, names, also_train=[*heads, *also_train], options=options)
         self.notes += untied.notes
 
 
@@ -141,7 +141,7 @@ class BlockFinetuning(WeightSubset):
     """Some blocks are trained, the others are frozen.
 
     Exactly one of `last` (that many from the top of each stack), `all_but_first` (all but that many at the bottom of each
-    stack) and `names` (patterns such as `decoder.block.3` or `*layers.1?`) selects the blocks. `head` adds the modules after
+    stack) and `targets` (patterns such as `decoder.block.3` or `*layers.1?`) selects the blocks. `head` adds the modules after
     them (final norm, pooler, task layer; not a tied output embedding), `embeddings` those before them.
 
     With `unfreeze_every` N, one group is unfrozen every N steps from the top down: first a task's own layer alone, then
@@ -158,12 +158,12 @@ class BlockFinetuning(WeightSubset):
         *,
         last: int | None = None,
         all_but_first: int | None = None,
-        names: Sequence[str] = (),
+        targets: Sequence[str] = (),
         head: bool = True,
         embeddings: bool = False,
         unfreeze_every: int | None = None,
         layer_decay: float = 1.0,
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -171,7 +171,7 @@ class BlockFinetuning(WeightSubset):
         is_step = unfreeze_every is None or unfreeze_every >= 1
         check_ranges({"unfreeze_every": unfreeze_every}, {"unfreeze_every": (is_step, "at least 1 step")})
         blocks = block_distances(model)
-        selected = _select_blocks(blocks, last, all_but_first, names)
+        selected = _select_blocks(blocks, last, all_but_first, targets)
         distances = {
             name: distance
             for name, distance in parameter_distances(model).items()
@@ -181,17 +181,17 @@ class BlockFinetuning(WeightSubset):
         super().__init__(
             model,
             distances,
-            also=also,
+            also_train=also_train,
             layer_decay=layer_decay,
             options={
                 "last": last,
                 "all_but_first": all_but_first,
-                "names": list(names),
+                "targets": list(targets),
                 "head": head,
                 "embeddings": embeddings,
                 "unfreeze_every": unfreeze_every,
                 "layer_decay": layer_decay,
-                "also": list(also),
+                "also_train": list(also_train),
             },
         )
         self.unfreeze_every = unfreeze_every
@@ -214,8 +214,8 @@ class BlockFinetuning(WeightSubset):
 class BitFit(WeightSubset):
     """BitFit: only biases and a task's own layer are trained (Ben Zaken et al. 2021, arXiv 2106.10199).
 
-    `names` are patterns that restrict the biases: the paper's smaller variant trains those of the queries and of the first
-    feed-forward projections only (section 3). `also`: patterns of further parameters.
+    `targets` are patterns that restrict the biases: the paper's smaller variant trains those of the queries and of the first
+    feed-forward projections only (section 3). `also_train`: patterns of further parameters.
     """
 
     kind = "bias"
@@ -224,32 +224,34 @@ class BitFit(WeightSubset):
         self,
         model: PreTrainedModel,
         *,
-        names: Sequence[str] = ("*",),
-        also: Sequence[str] = (),
+        targets: Sequence[str] = ("*",),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Raises `TuningError` for a backbone without matching biases; most recent decoders have none."""
         head = head_parameters(model)
         biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
-        selected = [name for name in biases if any(fnmatchcase(name, pattern) for pattern in names)]
+        selected = [name for name in biases if any(fnmatchcase(name, pattern) for pattern in targets)]
         if all(name in head for name in selected):
             raise TuningError(
                 f"the backbone of {type(model).__name__} has no biases"
-                + ("" if list(names) == ["*"] else f" that match {list(names)}"),
+                + ("" if list(targets) == ["*"] else f" that match {list(targets)}"),
                 where="tuning",
                 expected="a backbone with biases, such as BERT, RoBERTa, GPT-2, OPT or Qwen2",
                 hint="norm trains about as few weights; head, blocks, full and lora work on every model",
             )
         selected += task_layer_parameters(model)
-        super().__init__(model, selected, also=also, options={"names": list(names), "also": list(also)})
+        super().__init__(
+            model, selected, also_train=also_train, options={"targets": list(targets), "also_train": list(also_train)}
+        )
 
 
 class NormFinetuning(WeightSubset):
     """Only normalisation layers and a task's own layer are trained.
 
     Gains and shifts alone come near full fine-tuning on many tasks (Qi et al. 2022, arXiv 2211.08682; for transfer to other
-    modalities Lu et al. 2021, arXiv 2103.05247). `also`: patterns of further parameters.
+    modalities Lu et al. 2021, arXiv 2103.05247). `also_train`: patterns of further parameters.
     """
 
     kind = "norm"
@@ -259,7 +261,7 @@ class NormFinetuning(WeightSubset):
         self,
         model: PreTrainedModel,
         *,
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -277,7 +279,12 @@ class NormFinetuning(WeightSubset):
                 expected="LayerNorm or RMSNorm layers with gains",
                 hint="head, blocks, full and lora work on every model",
             )
-        super().__init__(model, [*selected, *task_layer_parameters(model)], also=also, options={"also": list(also)})
+        super().__init__(
+            model,
+            [*selected, *task_layer_parameters(model)],
+            also_train=also_train,
+            options={"also_train": list(also_train)},
+        )
 
 
 def _check_floating_point(name: str, parameter: nn.Parameter) -> None:
@@ -328,17 +335,17 @@ def _tied_notes(model: PreTrainedModel, consequence: str) -> list[str]:
 
 
 def _select_blocks(
-    blocks: Mapping[str, int], last: int | None, all_but_first: int | None, names: Sequence[str]
+    blocks: Mapping[str, int], last: int | None, all_but_first: int | None, targets: Sequence[str]
 ) -> dict[str, int]:
     """The trained blocks with their distances from the top. Raises `TuningError` unless exactly one option is set."""
-    if [last is not None, all_but_first is not None, bool(names)].count(True) != 1:
+    if [last is not None, all_but_first is not None, bool(targets)].count(True) != 1:
         raise TuningError(
             "the blocks to train are not uniquely specified",
             where="tuning",
-            expected="exactly one of last, all_but_first and names",
+            expected="exactly one of last, all_but_first and targets",
         )
-    if names:
-        return _named_blocks(blocks, names)
+    if targets:
+        return _named_blocks(blocks, targets)
     depth = max(blocks.values())
     if last is not None:
         check_ranges({"last": last}, {"last": (1 <= last <= depth, f"1 to {depth}, the number of blocks")})
@@ -357,7 +364,7 @@ def _named_blocks(blocks: Mapping[str, int], patterns: Sequence[str]) -> dict[st
         if not matches:
             raise TuningError(
                 f"'{pattern}' matches no block",
-                where="tuning.names",
+                where="tuning.targets",
                 expected=f"names such as {', '.join(list(blocks)[-2:])}",
                 hint=suggest_nearest(pattern, blocks),
             )

@@ -66,7 +66,7 @@ def test_a_folder_gives_the_tuning_back(options: dict[str, Any], tmp_path: Path)
 
 
 def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
-    _, tuning = trained({"kind": "adapter", "form": "pfeiffer", "size": 4})
+    _, tuning = trained({"kind": "adapter", "variant": "pfeiffer", "size": 4})
     folder = publish_folder(tmp_path / "tuning", lambda into: save_tuning(tuning, into, BASE))
     said = json.loads((folder / "tuning.json").read_text())
     assert said["format"] == 1
@@ -103,7 +103,7 @@ def test_another_base_is_refused_unless_it_is_forced(tmp_path: Path) -> None:
     _, tuning = trained({"kind": "prompt", "length": 3})
     save_tuning(tuning, tmp_path, BASE)
     model = build_model("llama", "lm")
-    with pytest.raises(TuningError, match=r"(?s)a/base with the fingerprint f00d, and this model's is beef.*`base`"):
+    with pytest.raises(TuningError, match=r"(?s)a/base with the fingerprint f00d, but this model's is beef.*`base`"):
         load_tuning(model, tmp_path, fingerprint="beef")
     assert load_tuning(model, tmp_path, fingerprint="beef", force=True).kind == "prompt"
     assert load_tuning(build_model("llama", "lm"), tmp_path).kind == "prompt"
@@ -152,7 +152,7 @@ def later(folder: Path) -> None:
     [
         (empty, "no tuning in this folder"),
         (pickled, "adapter_model.safetensors"),
-        (foreign, "VERA is not read here"),
+        (foreign, "VERA is not supported"),
         (cut, "tensors cannot be read"),
         (lambda folder: (folder / "tuning.safetensors").unlink(), "tensors cannot be read"),
         (lambda folder: (folder / "tuning.json").write_text("{"), "cannot be read"),
@@ -174,9 +174,9 @@ def test_a_folder_that_cannot_be_read_is_told(spoil: Any, says: str, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"kind": "promt"}, r"(?s)tuning\.kind: there is no kind 'promt'.*did you mean 'prompt'"),
-        ({"kind": 3}, "there is no kind '3'"),
-        ({"length": 3}, "no `kind` is said"),
+        ({"kind": "promt"}, r"(?s)tuning\.kind: unknown kind 'promt'.*did you mean 'prompt'"),
+        ({"kind": 3}, "unknown kind '3'"),
+        ({"length": 3}, "`kind` is missing"),
         (
             {"kind": "prompt", "lenght": 3},
             r"(?s)tuning\.lenght: `prompt` has no option 'lenght'.*did you mean 'length'",

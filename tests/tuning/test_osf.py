@@ -35,7 +35,7 @@ every_cell = pytest.mark.parametrize(("family", "task"), CELLS)
 
 
 def attaching(family: str, task: Task, **options: Any) -> functools.partial[OrthogonalSubspace]:
-    return functools.partial(OrthogonalSubspace, **{"also": [] if task == "lm" else HEADS[family], **options})
+    return functools.partial(OrthogonalSubspace, **{"also_train": [] if task == "lm" else HEADS[family], **options})
 
 
 def from_options(model: PreTrainedModel, options: Mapping[str, Any]) -> Tuning:
@@ -220,7 +220,7 @@ def test_the_next_task_decomposes_anew() -> None:
 def test_a_number_of_directions_and_what_moves_besides() -> None:
     model = build_model("llama", "lm")
     before = model.model.norm.weight.detach().clone()
-    tuning = OrthogonalSubspace(model, effective_rank=30, targets=["q_proj"], also=["model.norm.*"])
+    tuning = OrthogonalSubspace(model, effective_rank=30, targets=["q_proj"], also_train=["model.norm.*"])
     assert {layer.tensors()["S_low"].shape[0] for layer in tuning._layers.values()} == {2}
     checks.train(model, tuning, "llama", "lm", steps=2)
     moved = tuning.state()["model.norm.weight"].clone()
@@ -270,7 +270,7 @@ def test_layers_with_adapters_are_refused() -> None:
 
 @pytest.mark.parametrize("effective_rank", [0, 0.0, 1.0, 1.5, 32, 0.01, -1])
 def test_a_side_without_directions_is_refused(effective_rank: float) -> None:
-    with pytest.raises(TuningError, match=r"(?s)are to be kept.*a share above 0 and below 1"):
+    with pytest.raises(TuningError, match=r"(?s)effective_rank is .*a fraction above 0 and below 1"):
         OrthogonalSubspace(build_model("llama", "lm"), effective_rank=effective_rank)
 
 
@@ -278,9 +278,9 @@ def test_bf16_and_numbers_that_are_not_finite_are_not_merged() -> None:
     model = build_model("llama", "lm").bfloat16()
     tuning = OrthogonalSubspace(model)
     assert {tensor.dtype for tensor in tuning.state().values()} == {torch.float32}
-    with pytest.raises(TuningError, match=r"held in torch.bfloat16"):
+    with pytest.raises(TuningError, match=r"is torch.bfloat16"):
         tuning.merge()
     model.float()
     tuning.state()["model.layers.0.mlp.up_proj.S_low"][0] = torch.inf
-    with pytest.raises(TuningError, match="S_low holds numbers that are not finite"):
+    with pytest.raises(TuningError, match="S_low contains NaN or infinite values"):
         tuning.merge()

@@ -104,7 +104,7 @@ def on_another(model: PreTrainedModel, *, seed: int = 0) -> Prefix:
 
 def words(model: PreTrainedModel, *, seed: int = 0) -> Prefix:
     start = "w7 w23 w41"
-    return Prefix(model, length=LENGTH, hidden=HIDDEN, start=start, seed=seed, tokenizer=spaced())
+    return Prefix(model, length=LENGTH, hidden=HIDDEN, init_text=start, seed=seed, tokenizer=spaced())
 
 
 ATTACHES = [deep, on_another, words]
@@ -228,7 +228,7 @@ def test_prefix_of_real_words_is_these_words_in_front(family: str) -> None:
     after = torch.arange(len(text), len(text) + tokens.shape[1])[None]
     for hidden in (None, 16):
         model = build_model(family, "lm")
-        Prefix(model, length=len(text), hidden=hidden, start=start, tokenizer=spaced())
+        Prefix(model, length=len(text), hidden=hidden, init_text=start, tokenizer=spaced())
         answer = logits(model, {"input_ids": tokens, "position_ids": after})
         torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
 
@@ -240,7 +240,7 @@ def test_words_are_repeated_or_cut_to_the_length_and_cross_attention_reads_them_
         encoded = model.encoder(input_ids=ids).last_hidden_state[0]
         keys = [model.get_submodule(PLACES["t5"]["cross"].format(i)).k(encoded) for i in range(LAYERS)]
     for text in ("w7 w23 w41", "w7 w23 w41 w7 w23 w99"):
-        tuning = Prefix(model, length=5, hidden=None, start=text, slots=["cross"], tokenizer=spaced())
+        tuning = Prefix(model, length=5, hidden=None, init_text=text, slots=["cross"], tokenizer=spaced())
         found = tuning.state()["parts.cross.table"].view(5, LAYERS, 2, WIDTH)
         for layer in range(LAYERS):
             torch.testing.assert_close(found[:, layer, 0], keys[layer])
@@ -617,7 +617,7 @@ def test_a_copy_of_the_model_goes_its_own_way() -> None:
 
 def test_published_is_the_table_alone() -> None:
     model = build_model("bert", "classify")
-    tuning = Prefix(model, length=LENGTH, hidden=HIDDEN, also=["classifier"], slots=["encoder"])
+    tuning = Prefix(model, length=LENGTH, hidden=HIDDEN, also_train=["classifier"], slots=["encoder"])
     published = tuning.export()
     assert published.options == {
         "kind": "prefix",
@@ -625,7 +625,7 @@ def test_published_is_the_table_alone() -> None:
         "hidden": None,
         "dropout": 0.0,
         "slots": ["encoder"],
-        "also": ["classifier"],
+        "also_train": ["classifier"],
     }
     json.dumps(published.options)
     assert set(published.state) == {"parts.encoder.table", "classifier.weight", "classifier.bias"}
@@ -708,7 +708,7 @@ def test_learnt_positions_are_said_to_need_moving(tmp_path: Path) -> None:
     config, state, expected = peft_folder("gpt2", tmp_path)
     model = build_model("gpt2", "lm")
     tuning = from_peft(model, config, state)
-    assert "give `position_ids` moved on by as many" in tuning.notes[-1]
+    assert "shift `position_ids` by as many" in tuning.notes[-1]
     positions = torch.arange(4, 13)[None].expand(2, -1)
     assert torch.equal(logits(model, {**row(), "position_ids": positions}), expected)
     assert tuning.peft() is None
@@ -728,9 +728,15 @@ def test_foreign_peft_folders_are_refused() -> None:
     with pytest.raises(TuningError, match="LORA"):
         from_peft(model, {"peft_type": "LORA"}, {})
     with pytest.raises(TuningError, match="has the shape"):
-        from_peft(model, {"peft_type": "PREFIX_TUNING"}, {"prompt_embeddings": vectors[:, :-8]})
+        from_peft(
+            model, {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, {"prompt_embeddings": vectors[:, :-8]}
+        )
     with pytest.raises(TuningError, match="a decoder"):
-        from_peft(build_model("bert", "lm"), {"peft_type": "PREFIX_TUNING"}, {"prompt_embeddings": vectors})
+        from_peft(
+            build_model("bert", "lm"),
+            {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
+            {"prompt_embeddings": vectors},
+        )
     assert anatomy(model) == before
 
 
@@ -742,7 +748,7 @@ def bloom() -> PreTrainedModel:
 
 
 def test_models_outside_of_the_interface_are_refused() -> None:
-    for model, why in ((bloom(), "attention interface"), (build_model("gemma2", "lm"), "does not know `softcap`")):
+    for model, why in ((bloom(), "attention interface"), (build_model("gemma2", "lm"), "does not support `softcap`")):
         before = anatomy(model)
         with pytest.raises(TuningError, match=why) as error:
             prefix(model)
@@ -769,7 +775,7 @@ def test_a_prefix_that_nothing_reads_is_refused(monkeypatch: pytest.MonkeyPatch)
     model = build_model("llama", "lm")
     before = anatomy(model)
     monkeypatch.setattr(prefix_attention, "LAYER_PREFIXES", "another_name")
-    with pytest.raises(TuningError, match="does not reach the answers"):
+    with pytest.raises(TuningError, match="does not reach the output"):
         prefix(model)
     assert anatomy(model) == before
 
@@ -780,13 +786,13 @@ def test_a_prefix_that_nothing_reads_is_refused(monkeypatch: pytest.MonkeyPatch)
         ({"kind": "prefx"}, "did you mean 'prefix'"),
         ({"length": 0}, "1 or more"),
         ({"hidden": 0}, "null for no MLP"),
-        ({"hidden": None, "deep": True}, "an MLP to be deep"),
-        ({"dropout": 1.0}, "a share from 0"),
+        ({"hidden": None, "deep": True}, "false without an MLP"),
+        ({"dropout": 1.0}, "a fraction from 0"),
         ({"slots": ["cross"]}, "some of decoder"),
-        ({"slots": []}, "no attention is named"),
-        ({"start": "w7"}, "no tokenizer"),
-        ({"start": "", "tokenizer": spaced()}, "has no tokens"),
-        ({"also": ["nothing.*"]}, "matches no parameter"),
+        ({"slots": []}, "slots is empty"),
+        ({"init_text": "w7"}, "needs the model's tokenizer"),
+        ({"init_text": "", "tokenizer": spaced()}, "has no tokens"),
+        ({"also_train": ["nothing.*"]}, "matches no parameter"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], why: str) -> None:
@@ -801,7 +807,7 @@ def test_another_attention_under_a_prefix_is_told() -> None:
     model = build_model("bert", "lm")
     tuning = prefix(model)
     model.set_attn_implementation("eager")
-    with pytest.raises(TuningError, match="its prefix would be left out"):
+    with pytest.raises(TuningError, match="which ignores the prefix"):
         logits(model, batch("bert", "lm"))
     with tuning.disable():
         logits(model, batch("bert", "lm"))
@@ -826,5 +832,5 @@ def test_states_of_other_prefixes_are_refused() -> None:
         tuning.load(flat(build_model("llama", "lm")).state())
     with pytest.raises(TuningError, match="shape"):
         tuning.load({**tuning.state(), "parts.decoder.table": torch.zeros(1, WIDTH)})
-    with pytest.raises(TuningError, match="a prefix is no weight"):
+    with pytest.raises(TuningError, match="a prefix adds keys and values"):
         tuning.merge()

@@ -236,7 +236,7 @@ def test_what_is_never_called_counts_as_an_embedding() -> None:
 def test_a_tied_head_is_refused_and_nothing_changes(family: str) -> None:
     model = build_model(family, "lm")
     before = checks._model_structure(model)
-    with pytest.raises(TuningError, match=r"all of the input embedding would move(.|\n)*untie: true"):
+    with pytest.raises(TuningError, match=r"all of the input embedding would be trained(.|\n)*untie: true"):
         HeadFinetuning(model)
     assert checks._model_structure(model) == before
 
@@ -302,13 +302,13 @@ def test_untying_is_refused_where_the_model_would_answer_differently() -> None:
 
     config = ALL_FAMILIES["llama"].config()
     config.tie_word_embeddings = True
-    with pytest.raises(TuningError, match="answers differently"):
+    with pytest.raises(TuningError, match="changes when its output embedding is untied"):
         HeadFinetuning(ScaledWhenTied(config).eval(), untie=True)
 
 
 def test_heads_can_be_named() -> None:
     model = build_model("bert", "lm")
-    HeadFinetuning(model, heads=["cls.predictions.transform"], also=["bert.encoder.layer.1.output.LayerNorm"])
+    HeadFinetuning(model, heads=["cls.predictions.transform"], also_train=["bert.encoder.layer.1.output.LayerNorm"])
     assert moving(model) == named(model, "cls.predictions.transform.*", "bert.encoder.layer.1.output.LayerNorm.*")
     with pytest.raises(TuningError, match="tied"):
         HeadFinetuning(build_model("gpt2", "lm"), heads=["lm_head"])
@@ -329,9 +329,9 @@ CHOICES: list[tuple[dict[str, Any], list[str]]] = [
     ({"all_but_first": 1}, ["*encoder.block.1.*", "*encoder.block.2.*", "*decoder.block.1.*"]),
     ({"all_but_first": 2}, ["*encoder.block.2.*"]),
     ({"all_but_first": 0}, ["*.block.*"]),
-    ({"names": ["decoder.block.1"]}, ["decoder.block.1.*"]),
-    ({"names": ["block.0"]}, ["*.block.0.*"]),
-    ({"names": ["encoder*", "decoder.block.?"]}, ["*.block.*"]),
+    ({"targets": ["decoder.block.1"]}, ["decoder.block.1.*"]),
+    ({"targets": ["block.0"]}, ["*.block.0.*"]),
+    ({"targets": ["encoder*", "decoder.block.?"]}, ["*.block.*"]),
 ]
 
 
@@ -353,7 +353,7 @@ def test_the_head_and_the_embeddings_come_besides() -> None:
     BlockFinetuning(model, all_but_first=2, head=False, embeddings=True)  # and none of the blocks
     assert moving(model) == named(model, "model.embed_tokens.*")
     model = build_model("gpt2", "lm")
-    tuning = BlockFinetuning(model, last=1, also=["transformer.wpe"])
+    tuning = BlockFinetuning(model, last=1, also_train=["transformer.wpe"])
     assert moving(model) == named(model, "transformer.ln_f.*", "transformer.h.1.*", "transformer.wpe.*")
     assert "stays frozen" in tuning.notes[0] and "transformer.wte.weight" in tuning.notes[0]
     assert BlockFinetuning(build_model("gpt2", "lm"), last=1, embeddings=True).notes == []
@@ -367,9 +367,9 @@ def test_the_head_and_the_embeddings_come_besides() -> None:
         ({"last": 3}, "1 to 2"),
         ({"last": 0}, "1 to 2"),
         ({"all_but_first": 3}, "0 to 2"),
-        ({"names": ["model.layer.1"]}, "did you mean 'model.layers.1'"),
+        ({"targets": ["model.layer.1"]}, "did you mean 'model.layers.1'"),
         ({"last": 1, "unfreeze_every": 0}, "at least 1 step"),
-        ({"last": 1, "also": ["model.nrom"]}, "model.norm"),
+        ({"last": 1, "also_train": ["model.nrom"]}, "model.norm"),
     ],
 )
 def test_blocks_that_there_are_not_are_refused_before_anything_changes(wrong: dict[str, Any], says: str) -> None:
@@ -407,7 +407,7 @@ THAWING: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], list[lis
     ),
     "named blocks, and what moves besides is there at once": (
         lambda: build_model("gpt2", "classify"),
-        {"names": ["h.0"], "also": ["transformer.wpe"]},
+        {"targets": ["h.0"], "also_train": ["transformer.wpe"]},
         [["score.*", "transformer.ln_f.*", "transformer.wpe.*"], ["transformer.h.0.*"]],
     ),
 }
@@ -474,12 +474,12 @@ def test_biases_are_counted_by_formula() -> None:
 
 def test_some_biases_can_be_left_out() -> None:
     model = build_model("bert", "classify")
-    BitFit(model, names=["*.query.*", "*.intermediate.*"], also=["bert.embeddings.LayerNorm.weight"])
+    BitFit(model, targets=["*.query.*", "*.intermediate.*"], also_train=["bert.embeddings.LayerNorm.weight"])
     assert moving(model) == named(
         model, "*query.bias", "*intermediate.dense.bias", "classifier.*", "bert.embeddings.LayerNorm.weight"
     )
     with pytest.raises(TuningError, match="no biases that match"):
-        BitFit(build_model("bert", "classify"), names=["*.nothing"])
+        BitFit(build_model("bert", "classify"), targets=["*.nothing"])
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ def test_some_biases_can_be_left_out() -> None:
 )
 def test_a_backbone_without_biases_is_told_what_works(family: str, task: Task) -> None:
     model = build_model(family, task)
-    with pytest.raises(TuningError, match="norm moves about as few weights; head, blocks, full and lora work"):
+    with pytest.raises(TuningError, match="norm trains about as few weights; head, blocks, full and lora work"):
         BitFit(model)
     assert moving(model) == named(model, "*")
 
@@ -516,7 +516,7 @@ def test_norms_are_known_by_class_and_not_by_name() -> None:
     model.model.odd = OddRMSNormGated()
     model.model.layer_norm_of_name_only = nn.Linear(2, 2)
     model.model.plain = nn.LayerNorm(4, bias=False)
-    found = NormFinetuning(model, also=["lm_head"]).state()
+    found = NormFinetuning(model, also_train=["lm_head"]).state()
     assert {"model.odd.gain", "model.plain.weight", "lm_head.weight"} < found.keys()
     assert not any("name_only" in name for name in found)
 
@@ -527,7 +527,7 @@ def test_a_model_without_norms_is_refused() -> None:
         for name, _ in list(module.named_children()):
             if "norm" in name:
                 setattr(module, name, nn.Identity())
-    with pytest.raises(TuningError, match="no normalisation with weights"):
+    with pytest.raises(TuningError, match="no normalisation layers with weights"):
         NormFinetuning(model)
 
 
@@ -538,7 +538,7 @@ MADE: dict[str, Make] = {
     "full": FullFinetuning,
     "head": HeadFinetuning,
     "blocks": lambda m: BlockFinetuning(m, last=1, unfreeze_every=2),
-    "bias": lambda m: BitFit(m, also=["*.wpe.weight"]),
+    "bias": lambda m: BitFit(m, also_train=["*.wpe.weight"]),
     "norm": NormFinetuning,
 }
 
@@ -558,7 +558,7 @@ def test_a_state_comes_back_bit_for_bit_and_only_as_a_whole(kind: str) -> None:
     lacking = dict(list(state.items())[1:])
     with pytest.raises(TuningError, match="lacks"):
         again.load(lacking)
-    with pytest.raises(TuningError, match="which is not mine"):
+    with pytest.raises(TuningError, match="unknown tensor"):
         again.load({**state, "other": torch.zeros(1)})
 
 
@@ -566,7 +566,7 @@ def test_a_state_comes_back_bit_for_bit_and_only_as_a_whole(kind: str) -> None:
 def test_there_is_no_base_to_switch_back_to(kind: str) -> None:
     tuning = MADE[kind](build_model("gpt2", "classify"))
     assert not tuning.additive
-    with pytest.raises(TuningError, match="nothing to switch off"), tuning.disable():
+    with pytest.raises(TuningError, match="cannot be disabled"), tuning.disable():
         pass
 
 
@@ -598,7 +598,7 @@ def test_attaching_draws_nothing_and_leaves_modes_alone(kind: str) -> None:
 def test_quantised_weights_are_refused() -> None:
     model = build_model("llama", "lm")
     model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TuningError, match=r"up_proj.weight is held in int8"):
+    with pytest.raises(TuningError, match=r"up_proj.weight is int8"):
         FullFinetuning(model)
     NormFinetuning(model)
 
