@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
+from postgrad.data.problem_type import ProblemType
 from postgrad.models.model import Output
-from postgrad.objectives.classification_loss import ProblemType
 from postgrad.objectives.linear_divergence import Direction, Divergence, SparseDivergence
 from postgrad.objectives.objective import HeadObjective
 from postgrad.objectives.teacher import Teacher, TeacherOutput
@@ -101,15 +101,15 @@ class TaskDistillationLoss:
         """The summed divergence and each row's part of it."""
         prediction = self.teacher(batch)
         student, teacher = output.logits().float(), prediction.output.logits().float()
-        if self.problem_type == "tags":
+        if self.problem_type == ProblemType.TAGS:
             positions_N = (batch.labels != IGNORED).flatten().nonzero().flatten()
             teacher_NC, mask_N = _teacher_hidden(prediction, positions_N, batch)
             losses_N = self._logit_divergence(student.flatten(0, 1)[positions_N], teacher_NC.float())
             losses_N = losses_N if mask_N is None else losses_N * mask_N
             losses_B = student.new_zeros(len(student)).index_add(0, positions_N // batch.labels.shape[1], losses_N)
-        elif self.problem_type == "number":
+        elif self.problem_type == ProblemType.NUMBER:
             losses_B = (student[:, 0] - teacher[:, 0]).square()
-        elif self.problem_type == "multi":
+        elif self.problem_type == ProblemType.MULTI_LABEL:
             binary = [
                 torch.stack([functional.logsigmoid(z), functional.logsigmoid(-z)], -1)
                 for z in self._apply_temperature(student, teacher)

@@ -28,6 +28,7 @@ from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import collate
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.teacher_cache import TeacherCache
+from postgrad.data.problem_type import ProblemType
 from postgrad.distributed import fsdp
 from postgrad.distributed.world import World
 from postgrad.errors import ResumeError, StageError, TuningError
@@ -35,8 +36,9 @@ from postgrad.hardware.execution import Execution, ExecutionRequest, select_exec
 from postgrad.lineage.tree import read_lineage
 from postgrad.models.model import CausalModel, Model, wrap_model
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
-from postgrad.models.pretrained import TUNING_FILE, ModelLocation, Task
-from postgrad.objectives.classification_loss import ClassificationLoss, ProblemType
+from postgrad.models.pretrained import TUNING_FILE, ModelLocation
+from postgrad.models.task import Task
+from postgrad.objectives.classification_loss import ClassificationLoss
 from postgrad.objectives.distillation import CachedDistillationLoss, DistillationLoss, TaskDistillationLoss
 from postgrad.objectives.next_token import TokenLoss
 from postgrad.objectives.objective import Objective
@@ -67,7 +69,7 @@ from postgrad.tuning.tuning import Tuning, TuningExport
 def make_objectives(
     specs: Sequence[AnyObjective],
     problem: ProblemType,
-    task: Task = "causal",
+    task: Task = Task.CAUSAL,
     *,
     teachers: Mapping[int, Teacher] = MappingProxyType({}),
     steps: int = 1,
@@ -88,7 +90,7 @@ def make_objectives(
                 if number not in teachers:
                     return CachedDistillationLoss(weight, spec.temperature, name)
                 how = weight, spec.direction, spec.temperature, name
-                if task in ("classify", "tag"):
+                if task.is_classifier:
                     return TaskDistillationLoss(problem, teachers[number], *how)
                 return DistillationLoss(teachers[number], *how)
             case OnPolicyObjective():

@@ -29,6 +29,26 @@ KINDS = (
 )
 
 
+_RENAMED = {
+    "also": "also_train",
+    "form": "variant",
+    "leave_out": "skip_layers",
+    "quantise": "quantization",
+    "names": "targets",
+    "text": "init_text",
+    "labels": "init_labels",
+    "scale": "init_scale",
+}
+
+
+def _upgrade(options: Mapping[str, Any]) -> dict[str, Any]:
+    kind, renamed = options.get("kind"), dict(_RENAMED)
+    renamed["start"] = "init_text" if kind in ("prefix", "p-tuning-v2") else "init"
+    if kind == "adapter":
+        del renamed["scale"]
+    return {renamed.get(name, name): value for name, value in options.items()}
+
+
 def attach(
     model: PreTrainedModel,
     options: Mapping[str, Any],
@@ -41,7 +61,7 @@ def attach(
     `seed` initialises new tensors, unless the options have one of their own. Raises `TuningError` for an unknown kind or
     option, naming the nearest.
     """
-    keywords = dict(options)
+    keywords = _upgrade(options)
     kind = keywords.pop("kind", None)
     tuning_class = _get_tuning_class(kind)
     parameters = set(inspect.signature(tuning_class).parameters)

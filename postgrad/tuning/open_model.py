@@ -24,11 +24,11 @@ from postgrad.models.pretrained import (
     TUNING_FILE,
     ClassifierSpec,
     ModelLocation,
-    Task,
     detect_task,
     load_pretrained,
     load_tokenizer,
 )
+from postgrad.models.task import Task
 from postgrad.storage.fingerprint import fingerprint, model_fingerprint
 from postgrad.tuning.folder import load_tuning
 from postgrad.tuning.tuning import Tuning, freeze
@@ -105,7 +105,7 @@ class BaseReference:
             raw["name"],
             raw.get("relative"),
             raw.get("fingerprint"),
-            raw.get("task", "causal"),
+            Task(raw.get("task", Task.CAUSAL)),
             ClassifierSpec.from_dict(layer) if layer else None,
             _read_frame(raw["frame"]),
             _read_key(raw, "base_of_base"),
@@ -118,10 +118,10 @@ class BaseReference:
 
 
 _PEFT_TASKS: dict[str, Task] = {
-    "CAUSAL_LM": "causal",
-    "SEQ_2_SEQ_LM": "text-to-text",
-    "SEQ_CLS": "classify",
-    "TOKEN_CLS": "tag",
+    "CAUSAL_LM": Task.CAUSAL,
+    "SEQ_2_SEQ_LM": Task.TEXT_TO_TEXT,
+    "SEQ_CLS": Task.CLASSIFY,
+    "TOKEN_CLS": Task.TAG,
 }
 
 

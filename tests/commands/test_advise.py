@@ -30,7 +30,7 @@ from postgrad.config.stage_file import load_stage
 from postgrad.errors import StageError
 from postgrad.evaluation import classification_metrics
 from postgrad.plan.plan import make_plan
-from postgrad.run.run import InfoMessage, PhaseStarted, RunFinished, RunStarted, RunStopped
+from postgrad.run.events import InfoMessage, PhaseStarted, RunFinished, RunStarted, RunStopped
 from tests.tiny_stages import LENGTH, Workspace, make_workspace
 
 STEP = 4 * LENGTH

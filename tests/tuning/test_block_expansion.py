@@ -396,7 +396,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], str]] = 
         {"positions": [0]},
         "mlp is a DeepseekV3MoE",
     ),
-    "attention scaled by the block's number": (lambda: scaled_by_number(), {"positions": [0]}, "another kind .scaling"),
+    "attention scaled by the block's number": (lambda: scaled_by_number(), {"positions": [0]}, "another kind of block .scaling"),
     "another depth than its configuration says": (lambda: cut_short(), {}, "differs from its configuration"),
     "a weight for each block": (lambda: WeightForEachBlock(ALL_FAMILIES["llama"].config()), {}, "weights differs from"),
     "answers that go by depth": (lambda: averaged_over_blocks(), {}, "output changes with identity blocks"),

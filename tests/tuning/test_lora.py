@@ -395,7 +395,7 @@ def test_what_a_targeted_layer_has_besides_can_move() -> None:
         ({"also_train": ["nothing"]}, "'nothing' matches no parameter"),
         ({"variant": "pissa", "rank": 33}, "the rank is 33, but .* has 32 singular directions"),
         ({"variant": "pissa", "quantization": "nf4"}, "pissa starts from .* full weights"),
-        ({"variant": "dora", "quantization": "int8"}, "loses its scales"),
+        ({"variant": "dora", "quantization": "int8"}, "loses the scales"),
         ({"quantization": "fp4"}, "'fp4'"),
     ],
 )
