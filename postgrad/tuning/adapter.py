@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from postgrad.errors import TuningError
@@ -42,7 +42,7 @@ from postgrad.models.sublayers import (
 )
 from postgrad.tuning.extra_trainable import ExtraTrainable
 from postgrad.tuning.module_tuning import ModuleTuning, SwitchableModule, disable_modules
-from postgrad.tuning.tuning import TuningExport, check_choice, check_ranges
+from postgrad.tuning.tuning import check_choice, check_ranges
 
 AdapterVariant = Literal["houlsby", "pfeiffer", "parallel"]
 
@@ -133,6 +133,9 @@ class Adapter(ModuleTuning):
     """Bottleneck adapters in every block of a frozen model (both stacks of an encoder-decoder)."""
 
     kind = "adapter"
+    unmergeable_reason = (
+        "an adapter has a nonlinearity between its two projections, so no plain weights have its effect"
+    )
 
     def __init__(
         self,
@@ -148,7 +151,6 @@ class Adapter(ModuleTuning):
         skip_layers: Collection[int] = (),
         also_train: Collection[str] = (),
         seed: int = 0,
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Freeze the model and add an adapter of width M = `size`, or D / `reduction`, to each of the variant's sub-layers.
 
@@ -157,8 +159,8 @@ class Adapter(ModuleTuning):
         `skip_layers`: layers without adapters, counted from 0, the encoder's before the decoder's (AdapterDrop, Rueckle et
         al. 2021, arXiv 2010.11918). `also_train`: patterns of further parameters to train.
 
-        Norms and what `also_train` matches belong to the base: they are part of `state`, and `disable` and `detach` restore their
-        values, except for a task's own layer, which has no pretrained value.
+        Norms and what `also_train` matches belong to the base: they are part of `state`, and `disable` and `detach` restore
+        their values, except for a task's own layer, which has no pretrained value.
 
         Raises `TuningError` for options out of range, for a model without the variant's sub-layers, and if no gradient
         reaches an adapter.
@@ -166,7 +168,7 @@ class Adapter(ModuleTuning):
         super().__init__(model)
         check_choice(variant, VARIANTS, "variant")
         defaults = VARIANTS[variant]
-        self.options: dict[str, Any] = {
+        self.options = {
             "variant": variant,
             "reduction": reduction,
             "size": size,
@@ -232,19 +234,6 @@ class Adapter(ModuleTuning):
         """`<block>.<sub-layer>.<weight>` of every adapter, and the trained weights of the base by name."""
         own = {f"{name}.{part}": p for name, a in self._adapters.items() for part, p in a.named_parameters()}
         return own | self.extra_trainable.tensors()
-
-    def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Raises `TuningError`: no plain weights have the same effect."""
-        raise TuningError(
-            "an adapter has a nonlinearity between its two projections, so no plain weights have its effect",
-            where="tuning",
-            expected="a tuning that is linear in the weights, such as LoRA, to merge",
-            hint="publish the adapters as a folder and attach them where the model is used",
-        )
-
-    def export(self) -> TuningExport:
-        """All of it: an adapter has no training-only parts."""
-        return TuningExport({"kind": self.kind, **self.options}, self.state())
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

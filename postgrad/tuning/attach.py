@@ -41,7 +41,8 @@ _RENAMED = {
 }
 
 
-def _upgrade(options: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the names of this version, from a folder of an earlier one."""
     kind, renamed = options.get("kind"), dict(_RENAMED)
     renamed["start"] = "init_text" if kind in ("prefix", "p-tuning-v2") else "init"
     if kind == "adapter":
@@ -61,7 +62,7 @@ def attach(
     `seed` initialises new tensors, unless the options have one of their own. Raises `TuningError` for an unknown kind or
     option, naming the nearest.
     """
-    keywords = _upgrade(options)
+    keywords = upgrade_options(options)
     kind = keywords.pop("kind", None)
     tuning_class = _get_tuning_class(kind)
     parameters = set(inspect.signature(tuning_class).parameters)

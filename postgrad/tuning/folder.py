@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
-from postgrad.tuning.attach import attach
+from postgrad.tuning.attach import attach, upgrade_options
 from postgrad.tuning.tuning import Tuning, TuningExport, load_or_detach
 
 FORMAT = 1
@@ -87,7 +87,7 @@ def load_tuning(
 
 def read_export(folder: Path) -> TuningExport:
     """The options and tensors in one of our folders. Raises `TuningError` if they cannot be read."""
-    return TuningExport(_read_description(folder)["options"], _read_tensors(folder / TENSORS))
+    return TuningExport(upgrade_options(_read_description(folder)["options"]), _read_tensors(folder / TENSORS))
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

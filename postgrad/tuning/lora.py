@@ -70,7 +70,6 @@ class LoraAdapter(Tuning):
         self,
         model: PreTrainedModel,
         *,
-        kind: str = "lora",
         rank: int = 16,
         alpha: float | None = None,
         dropout: float = 0.0,
@@ -81,18 +80,15 @@ class LoraAdapter(Tuning):
         quantization: Precision | None = None,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
-        svd_iterations: int | None = None,
         b_rate: float = 1.0,
         seed: int = 0,
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Add adapters to the layers that match `targets` but not `exclude` (see `resolve_targets`).
 
         `alpha`: default twice the rank (the rank for pissa, as published). `rank_pattern`, `alpha_pattern`: other values for
         the layers whose names match a pattern. `also_train`: patterns of base parameters to train. `quantization`: store the
-        blocks' weights in 4 bits ("nf4") or 8 ("int8"), as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
-        `svd_iterations`: compute pissa's singular directions by that many subspace iterations, not exactly. `b_rate`: the
-        ratio of B's learning rate to A's (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+        blocks' weights in 4 bits ("nf4") or 8 ("int8"), as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314). `b_rate`:
+        the ratio of B's learning rate to A's (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 
         Raises `TuningError` if a pattern matches nothing or an option is invalid, `MissingExtra` for `quantization` without the
         package bitsandbytes.
@@ -122,12 +118,11 @@ class LoraAdapter(Tuning):
         self._layers: dict[str, Layer] = {}
         # fp32 copies: training may hold frozen parameters in less, but pissa's initial factors are subtracted.
         self._initial_factors: dict[str, Tensor] = {}
-        pissa_init: Any = "pissa" if svd_iterations is None else f"pissa_niter_{svd_iterations}"
         settings: dict[str, Any] = {
             "lora_dropout": dropout,
             "use_rslora": variant == "rslora",
             "use_dora": variant == "dora",
-            "init_lora_weights": pissa_init if variant == "pissa" else True,
+            "init_lora_weights": "pissa" if variant == "pissa" else True,
         }
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

@@ -190,6 +190,7 @@ class Prefix(ModuleTuning):
     """
 
     attention = PREFIX_IMPLEMENTATION
+    unmergeable_reason = "a prefix adds keys and values for every token, which no weight of the model can do"
 
     def __init__(
         self,
@@ -325,15 +326,6 @@ class Prefix(ModuleTuning):
         super().detach()
         if not any(isinstance(m, PrefixEncoder) for m in self.model.modules()):
             set_implementations(self.encoder.original_implementations)
-
-    def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Raises `TuningError`: no plain weights have the same effect."""
-        raise TuningError(
-            "a prefix adds keys and values for every token, which no weight of the model can do",
-            where="tuning",
-            expected="a tuning that is linear in the weights, such as LoRA, to merge",
-            hint="publish the prefix as a folder and attach it where the model is used",
-        )
 
     def export(self) -> TuningExport:
         """The final keys and values, without the MLP that computes them."""

@@ -6,16 +6,13 @@ Legend: O outputs and I inputs of a layer, H directions kept, L directions train
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import OSFConfig, PeftModel, inject_adapter_in_model
+from peft import OSFConfig, inject_adapter_in_model
 from peft.tuners.osf.layer import OSFLayer
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -228,24 +225,8 @@ def test_a_number_of_directions_and_what_moves_besides() -> None:
     with tuning.disable():
         assert torch.equal(model.model.norm.weight, before)
     assert torch.equal(model.model.norm.weight, moved)
-    assert tuning.peft() is None
     tuning.detach()
     assert torch.equal(model.model.norm.weight, before)
-
-
-# transformers renamed what PEFT's wrapper asks for.
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_peft_loads_what_is_published_for_it(family: str, tmp_path: Path) -> None:
-    model = build_model(family, "lm")
-    tuning = OrthogonalSubspace(model)
-    checks.train(model, tuning, family, "lm", steps=3)
-    folder = tuning.peft()
-    assert folder is not None
-    (tmp_path / "adapter_config.json").write_text(json.dumps(folder.config))
-    save_file({n: t.contiguous().clone() for n, t in folder.state.items()}, tmp_path / "adapter_model.safetensors")
-    theirs = PeftModel.from_pretrained(build_model(family, "lm"), str(tmp_path)).eval()
-    assert torch.equal(logits(theirs, batch(family, "lm")), logits(model, batch(family, "lm")))
 
 
 # -- what is refused

@@ -306,14 +306,6 @@ def test_untying_is_refused_where_the_model_would_answer_differently() -> None:
         HeadFinetuning(ScaledWhenTied(config).eval(), untie=True)
 
 
-def test_heads_can_be_named() -> None:
-    model = build_model("bert", "lm")
-    HeadFinetuning(model, heads=["cls.predictions.transform"], also_train=["bert.encoder.layer.1.output.LayerNorm"])
-    assert moving(model) == named(model, "cls.predictions.transform.*", "bert.encoder.layer.1.output.LayerNorm.*")
-    with pytest.raises(TuningError, match="tied"):
-        HeadFinetuning(build_model("gpt2", "lm"), heads=["lm_head"])
-
-
 def test_a_bare_backbone_has_no_task_layer() -> None:
     with pytest.raises(TuningError, match="no task layer"):
         HeadFinetuning(BertModel(ALL_FAMILIES["bert"].config()))
