@@ -107,7 +107,8 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningE
             expected="a two-dimensional lora_A and lora_B for each layer",
         )
     ranks = {layer: tensors[f"{layer}.lora_A.weight"].shape[0] for layer in layers}
-    alphas = {layer: _layer_alpha(config, layer) for layer in layers}
+    patterns = config.get("alpha_pattern") or {}
+    alphas = {layer: patterns.get(get_pattern_key(list(patterns), layer), config["lora_alpha"]) for layer in layers}
     options: dict[str, Any] = {
         "rank": config["r"],
         "alpha": config["lora_alpha"],
@@ -141,11 +142,6 @@ def _check_config(config: Mapping[str, Any]) -> None:
             where=where,
             hint="save it with PEFT's `path_initial_model_for_weight_conversion`, which makes it a plain LoRA",
         )
-
-
-def _layer_alpha(config: Mapping[str, Any], layer: str) -> float:
-    pattern = config.get("alpha_pattern") or {}
-    return pattern.get(get_pattern_key(list(pattern), layer), config["lora_alpha"])
 
 
 def _modules_to_save(model: PreTrainedModel, parameters: Sequence[str], layers: Sequence[str]) -> list[str] | None:

@@ -24,6 +24,7 @@ from postgrad.errors import TuningError
 from postgrad.models.sublayers import Block
 from postgrad.tuning import adapter as subject
 from postgrad.tuning.adapter import Adapter, Bottleneck
+from postgrad.tuning.attach import attach
 from postgrad.tuning.tuning import Tuning, trainable_parameters
 from tests.tuning import checks
 from tests.tuning.families import FAMILIES, MORE_FAMILIES, Task, batch, build_model, logits, loss, single_row
@@ -60,7 +61,7 @@ def attaching(form: str, **options: Any) -> functools.partial[Tuning]:
 
 def published(model: PreTrainedModel, options: Mapping[str, Any]) -> Tuning:
     assert options["kind"] == "adapter"
-    return Adapter(model, **{key: value for key, value in options.items() if key != "kind"})
+    return attach(model, options)
 
 
 def speak(tuning: Tuning, seed: int = 0) -> None:

@@ -39,6 +39,7 @@ from transformers import (
 from postgrad.errors import TuningError
 from postgrad.models.pretrained import get_layer_stacks
 from postgrad.models.sublayers import make_probe_inputs
+from postgrad.tuning.attach import attach as attach_options
 from postgrad.tuning.block_expansion import BlockExpansion, BlockSlot, plan_slots
 from postgrad.tuning.residual_writers import ModuleCall, find_writers, zero_output
 from postgrad.tuning.tuning import Tuning
@@ -56,7 +57,7 @@ def attach(model: PreTrainedModel, *, seed: int = 0) -> Tuning:
 
 
 def from_options(model: PreTrainedModel, options: Mapping[str, Any]) -> Tuning:
-    return BlockExpansion(model, **{name: value for name, value in options.items() if name != "kind"})
+    return attach_options(model, options)
 
 
 # What every tuning promises

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
 
 from postgrad.errors import MissingExtra, TuningError
 from postgrad.penalties.o_lora import OrthogonalityPenalty
+from postgrad.tuning.attach import attach
 from postgrad.tuning.lora import LoraAdapter, earlier_directions, from_peft, scalings
 from postgrad.tuning.targets import is_transposed, resolve_targets
 from postgrad.tuning.tuning import PeftFolder, Tuning, trainable_parameters
@@ -60,7 +61,7 @@ def trained(attach: Callable[..., LoraAdapter], family: str, task: Task, steps: 
 
 
 def from_options(model: PreTrainedModel, options: Mapping[str, Any]) -> Tuning:
-    return LoraAdapter(model, **options)
+    return attach(model, options)
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = checks.TOLERANCE) -> None:
@@ -307,7 +308,7 @@ def test_alpha_ranks_and_patterns() -> None:
     }
     checks.train(model, tuning, "llama", "lm", steps=2)
     again = build_model("llama", "lm")
-    LoraAdapter(again, **tuning.export().options).load(tuning.export().state)
+    attach(again, tuning.export().options).load(tuning.export().state)
     assert torch.equal(logits(again, batch("llama", "lm")), logits(model, batch("llama", "lm")))
 
 
@@ -315,7 +316,7 @@ def test_patterns_of_pissa_are_doubled_with_it() -> None:
     options = {"rank": 4, "variant": "pissa", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3.0}}
     tuning = trained(functools.partial(LoraAdapter, **options), "llama", "lm")
     again = build_model("llama", "lm")
-    LoraAdapter(again, **tuning.export().options).load(tuning.export().state)
+    attach(again, tuning.export().options).load(tuning.export().state)
     close(logits(again, batch("llama", "lm")), logits(tuning.model, batch("llama", "lm")))
 
 
@@ -365,7 +366,7 @@ def test_what_a_targeted_layer_has_besides_can_move() -> None:
     answer = logits(model, batch("gpt2", "lm"))
     assert tuning.peft() is None
     again = build_model("gpt2", "lm")
-    LoraAdapter(again, **tuning.export().options).load(tuning.export().state)
+    attach(again, tuning.export().options).load(tuning.export().state)
     assert torch.equal(logits(again, batch("gpt2", "lm")), answer)
     tuning.merge()
     close(logits(model, batch("gpt2", "lm")), answer)
@@ -572,7 +573,7 @@ def test_reads_what_peft_wrote(family: str, task: Task, options: dict[str, Any],
     tuning = from_peft(model, *read(folder))
     assert torch.equal(logits(model, inputs), logits(theirs, inputs))
     again = build_model(family, task)
-    LoraAdapter(again, **tuning.export().options).load(tuning.export().state)
+    attach(again, tuning.export().options).load(tuning.export().state)
     assert torch.equal(logits(again, inputs), logits(theirs, inputs))
 
 
@@ -720,7 +721,7 @@ def test_a_stack_is_made_again_from_what_was_published() -> None:
     model, first, second = stacked("pissa")
     fresh = build_model("llama", "lm")
     for part in (first.export(), second.export()):
-        LoraAdapter(fresh, **part.options).load(part.state)
+        attach(fresh, part.options).load(part.state)
     close(logits(fresh, batch("llama", "lm")), logits(model, batch("llama", "lm")))
 
 

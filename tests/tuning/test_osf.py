@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError
+from postgrad.tuning.attach import attach
 from postgrad.tuning.lora import LoraAdapter
 from postgrad.tuning.osf import FACTORS, OrthogonalSubspace
 from postgrad.tuning.targets import resolve_targets
@@ -36,7 +37,7 @@ def attaching(family: str, task: Task, **options: Any) -> functools.partial[Orth
 
 
 def from_options(model: PreTrainedModel, options: Mapping[str, Any]) -> Tuning:
-    return OrthogonalSubspace(model, **options)
+    return attach(model, options)
 
 
 def halves(weight_OI: Tensor, kept: int) -> tuple[Tensor, Tensor]:
