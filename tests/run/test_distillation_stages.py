@@ -325,7 +325,7 @@ def test_an_objective_that_is_taken_on_nothing_is_refused(shelf: Workspace, seco
 def test_a_classifier_of_other_labels_is_no_teacher(shelf: Workspace) -> None:
     raw = pure(shelf, "class")
     raw["objectives"] = [{"kind": "classify"}, {**DISTILL, "teacher": decided(shelf, "paired")}]
-    with pytest.raises(StageError, match="no layer for this task and these labels"):
+    with pytest.raises(StageError, match="no task layer for the labels"):
         stepped(shelf, raw, 1)
     for tuning in ({"kind": "full"}, {"kind": "lora", "rank": 2}):  # nor is a model without any
         fresh = raw | {
@@ -333,7 +333,7 @@ def test_a_classifier_of_other_labels_is_no_teacher(shelf: Workspace) -> None:
             "objectives": [{"kind": "classify"}, DISTILL],
             "tuning": tuning,
         }
-        with pytest.raises(StageError, match="no layer for this task and these labels"):
+        with pytest.raises(StageError, match="no task layer for the labels"):
             stepped(shelf, fresh, 1)
 
 

@@ -560,7 +560,7 @@ def test_what_cannot_be_mapped_is_copied_and_said(shelf: Workspace) -> None:
     raw = shelf.stage("on-lora", penalties=[{**ANCHOR, "storage": "mapped"}], model=str(first))
     about = anchor_of(train_for(shelf, raw, 0)[2]).metadata
     (note,) = about["notes"]  # type: ignore[misc]
-    assert "do not lie in files" in str(note) and about["bytes"]["mapped"] == 0  # type: ignore[index]
+    assert "copied instead of mapped" in str(note) and about["bytes"]["mapped"] == 0  # type: ignore[index]
 
 
 def test_check_tells_what_is_wrong(shelf: Workspace) -> None:

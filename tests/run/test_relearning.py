@@ -73,7 +73,9 @@ def test_what_comes_back_is_told_from_what_is_lost(carried_out: Carried, knowing
     assert entry["share"]["value"] == pytest.approx(entry["won"]["value"] / entry["forgot"]["value"])
     assert entry["won"]["low"] > 0 and entry["share"]["value"] > 0.3  # one text was over the other, and can be dug out
     (line,) = [
-        event.message for event in events if isinstance(event, InfoMessage) and "came back in 12 steps" in event.message
+        event.message
+        for event in events
+        if isinstance(event, InfoMessage) and "12 steps on old text recovered" in event.message
     ]
     assert line.startswith("old-heldout: of +")
     assert "What a few steps on old text bring back" in (last.run_folder / "report.html").read_text()

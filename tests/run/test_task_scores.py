@@ -208,7 +208,7 @@ def test_check_says_that_several_processes_do_not_ask_during_training(shelf: Wor
         task = {"name": "kinds", "path": shelf.file("labelled", held_out=True), "items": 4, "during": during}
         raw["evaluation"] = {**shelf.text_evaluation, "tasks": [task]}
         said.append(check_stage(shelf.plan(raw), cache=shelf.cache)["text"])
-    assert ["note: kinds: asked during training by one process" in text for text in said] == [False, True]
+    assert ["note: kinds: evaluated only before and after training" in text for text in said] == [False, True]
 
 
 def test_looks_during_training_ask_what_is_asked_for(shelf: Workspace, run: Path) -> None:
