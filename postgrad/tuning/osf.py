@@ -185,8 +185,8 @@ class _OSFLinear(Linear):
 def _attach_projection(factor: Tensor, high: Tensor | None, low: Tensor) -> Tensor:
     """`factor` with its gradient projected off the span of `high`; without `high`, onto that of `low`.
 
-    Where all directions of a side are in U or V (a square basis), low and high span everything, so that being orthogonal to
-    `high` is the same as being in the span of `low`.
+    `high` is missing where the factor is square: there low and high directions together span the whole space, so the
+    complement of `high` is the span of `low`.
     """
     projected = _GradientProjection.apply(factor, low if high is None else high, high is not None)
     assert isinstance(projected, Tensor)
