@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from postgrad.config.objectives import DistillObjective, SampledCache, TopKCache, get_objective_names
+from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.batch import collate
 from postgrad.data.loading.teacher_cache import SparseDistribution, TeacherCache, row_digest
@@ -60,7 +61,7 @@ def find_cache_jobs(plan: Plan) -> list[CacheJob]:
                 description = {
                     "format": _FORMAT,
                     "teacher": get_teacher_identity(teacher),
-                    "asked": spec.cache.model_dump(),
+                    "asked": with_fingerprint_names(spec.cache.model_dump(), "objectives.cache"),
                     "temperature": spec.temperature,
                     "seed": plan.stage.seed,
                     "rows": _rows_fingerprint(plan, k),

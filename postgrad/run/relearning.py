@@ -70,7 +70,7 @@ def measure_relearning(
             if comparison := _compare_copies(plan, name, scores, *pair):
                 sets[name] = comparison
     return (
-        {"steps": plan.stage.evaluation.realign_steps, "rate": rate, "tokens": copy.tokens, "sets": sets}
+        {"steps": plan.stage.evaluation.relearning_steps, "rate": rate, "tokens": copy.tokens, "sets": sets}
         if sets
         else None
     )
@@ -148,7 +148,7 @@ def _relearning_stage(
 ) -> dict[str, Any]:
     """The test as a stage of its own: the peak learning rate, the old text only, without teachers and penalties."""
     raw = plan.stage.model_dump(mode="json")
-    count, batch = plan.stage.evaluation.realign_steps, plan.stage.batch.sequences
+    count, batch = plan.stage.evaluation.relearning_steps, plan.stage.batch.global_batch_size
     kinds: dict[str, dict[str, Any]] = {}
     for objective in raw["objectives"]:
         if objective["kind"] not in _TEACHER_OBJECTIVES:
@@ -160,7 +160,7 @@ def _relearning_stage(
         "tokens": 2 * count * batch * plan.model.context_length,  # rows may have few labels; the steps are limited
         "data": {
             **{key: raw["data"][key] for key in ("sequence_length", "max_document_tokens", "eos", "workers")},
-            "when_short": "repeat",
+            "on_exhausted": "repeat",
             "overlap": "off",
             "sources": [{**source, "share": 1 / len(sources)} for source in sources],
         },

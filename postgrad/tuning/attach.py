@@ -29,27 +29,6 @@ KINDS = (
 )
 
 
-_RENAMED = {
-    "also": "also_train",
-    "form": "variant",
-    "leave_out": "skip_layers",
-    "quantise": "quantization",
-    "names": "targets",
-    "text": "init_text",
-    "labels": "init_labels",
-    "scale": "init_scale",
-}
-
-
-def upgrade_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with the names of this version, from a folder of an earlier one."""
-    kind, renamed = options.get("kind"), dict(_RENAMED)
-    renamed["start"] = "init_text" if kind in ("prefix", "p-tuning-v2") else "init"
-    if kind == "adapter":
-        del renamed["scale"]
-    return {renamed.get(name, name): value for name, value in options.items()}
-
-
 def attach(
     model: PreTrainedModel,
     options: Mapping[str, Any],
@@ -62,7 +41,7 @@ def attach(
     `seed` initialises new tensors, unless the options have one of their own. Raises `TuningError` for an unknown kind or
     option, naming the nearest.
     """
-    keywords = upgrade_options(options)
+    keywords = dict(options)
     kind = keywords.pop("kind", None)
     tuning_class = _get_tuning_class(kind)
     parameters = set(inspect.signature(tuning_class).parameters)
