@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from postgrad.check.check import check_stage
-from postgrad.commands.evaluate import evaluate_files
-from postgrad.commands.generate import export_model
+from postgrad.commands.evaluate import evaluate
+from postgrad.commands.export import export_model
 from postgrad.distributed.world import World
 from postgrad.errors import StageError, TuningError
 from postgrad.evaluation.before_after import read_scores
@@ -191,8 +191,8 @@ def evaluated(shelf: Workspace, model: Path) -> dict[str, dict[str, Any]]:
     files = [shelf.file("old", held_out=True), shelf.file("new", held_out=True)]
     with tempfile.TemporaryDirectory() as fresh:
         (Path(fresh) / "stores").symlink_to(shelf.cache / "stores")
-        found = evaluate_files(str(model), files, context=LENGTH, documents="auto", column=None, cache=Path(fresh))
-    return found["sets"]
+        scored = evaluate(str(model), files, context=LENGTH, cache=Path(fresh))
+    return scored.as_dict()["sets"]  # type: ignore[return-value]
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
