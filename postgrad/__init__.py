@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from postgrad.commands.grow import grow_vocabulary as grow_vocabulary
     from postgrad.commands.importance import MeasuredImportance as MeasuredImportance
     from postgrad.commands.importance import measure_importance as measure_importance
-    from postgrad.commands.lineage import Lineage as Lineage
     from postgrad.commands.lineage import trace_lineage as trace_lineage
     from postgrad.commands.load_model import Classifier as Classifier
     from postgrad.commands.load_model import TrainedModel as TrainedModel
@@ -71,18 +70,19 @@ if TYPE_CHECKING:
     from postgrad.errors import PostgradError as PostgradError
     from postgrad.lineage.record import Record as Record
     from postgrad.lineage.record import read_record as read_record
+    from postgrad.lineage.tree import Lineage as Lineage
     from postgrad.plan.plan import Plan as Plan
-    from postgrad.run.run import CheckpointSaved as CheckpointSaved
-    from postgrad.run.run import EvaluationCompleted as EvaluationCompleted
-    from postgrad.run.run import InfoMessage as InfoMessage
-    from postgrad.run.run import PhaseStarted as PhaseStarted
-    from postgrad.run.run import RunEvent as RunEvent
-    from postgrad.run.run import RunFinished as RunFinished
-    from postgrad.run.run import RunStarted as RunStarted
-    from postgrad.run.run import RunStopped as RunStopped
-    from postgrad.run.run import StepCompleted as StepCompleted
-    from postgrad.run.run import WarningMessage as WarningMessage
-    from postgrad.studies.study_results import StudyResults as StudyResults
+    from postgrad.run.events import CheckpointSaved as CheckpointSaved
+    from postgrad.run.events import EvaluationCompleted as EvaluationCompleted
+    from postgrad.run.events import InfoMessage as InfoMessage
+    from postgrad.run.events import PhaseStarted as PhaseStarted
+    from postgrad.run.events import RunEvent as RunEvent
+    from postgrad.run.events import RunFinished as RunFinished
+    from postgrad.run.events import RunStarted as RunStarted
+    from postgrad.run.events import RunStopped as RunStopped
+    from postgrad.run.events import StepCompleted as StepCompleted
+    from postgrad.run.events import WarningMessage as WarningMessage
+    from postgrad.studies.study_results import StudyOutcome as StudyOutcome
     from postgrad.studies.study_results import run_study as run_study
 
 _NAMES = {
@@ -99,7 +99,7 @@ _NAMES = {
     "commands.generate": ("Generation", "generate"),
     "commands.grow": ("GrownModel", "grow_vocabulary"),
     "commands.importance": ("MeasuredImportance", "measure_importance"),
-    "commands.lineage": ("Lineage", "trace_lineage"),
+    "commands.lineage": ("trace_lineage",),
     "commands.load_model": ("Classifier", "TrainedModel", "load_classifier", "load_model"),
     "commands.pages": ("write_page",),
     "commands.probe": ("LayerProbe", "probe_layers"),
@@ -112,12 +112,13 @@ _NAMES = {
     "config.stage": ("Stage",),
     "errors": ("PostgradError",),
     "lineage.record": ("Record", "read_record"),
+    "lineage.tree": ("Lineage",),
     "plan.plan": ("Plan",),
-    "run.run": (
+    "run.events": (
         "CheckpointSaved", "EvaluationCompleted", "InfoMessage", "PhaseStarted", "RunEvent", "RunFinished", "RunStarted",
         "RunStopped", "StepCompleted", "WarningMessage",
     ),
-    "studies.study_results": ("StudyResults", "run_study"),
+    "studies.study_results": ("StudyOutcome", "run_study"),
 }  # fmt: skip
 """The public names by module, for lazy loading; the same as above, where editors and type checkers read them."""
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -40,7 +40,9 @@ class Demo(Result):
 
     def as_dict(self) -> dict[str, object]:
         """The changes of every stage, and what it took."""
-        arms = {name: {"changes": r["changes"], "achieved": r["achieved"]} for name, r in self.records.items()}
+        arms = {
+            name: {key: record.as_json()[key] for key in ("changes", "totals")} for name, record in self.records.items()
+        }
         return {"report": str(self.report), "arms": arms}
 
 
@@ -50,7 +52,7 @@ def run_demo(folder: Path, *, as_json: bool) -> Demo:
     from postgrad.commands.compare import compare_runs
     from postgrad.commands.pages import write_page
     from postgrad.commands.train import plan_stage, train
-    from postgrad.run.run import RunFinished
+    from postgrad.run.events import RunFinished
 
     start_time = time.perf_counter()
     if folder.exists() and not (folder / "data").exists() and any(folder.iterdir()):
@@ -82,10 +84,10 @@ def run_demo(folder: Path, *, as_json: bool) -> Demo:
 
 def demo_text(demo: Demo) -> str:
     """The comparison of both arms in words."""
-    from postgrad.reports.html import tables
+    from postgrad.reports.sections.comparison_table import comparison_table
 
     arms = [demo.records["naive"], demo.records["replay"]]
-    lines = ["", tables.comparison_table(arms, "naive").text(), "", *_conclusion(arms), ""]
+    lines = ["", comparison_table(arms, "naive").text(), "", *_conclusion(arms), ""]
     lines += [
         f"took {demo.seconds:.0f} s",
         f"report: {demo.report}   (open it in a browser; it needs no network)",
@@ -105,7 +107,7 @@ def demo_stage_text(name: str) -> str:
     """The stage files of the demo."""
     evaluation = (
         "evaluation: {retained: [{name: english, path: data/old-heldout.jsonl}], "
-        "learned: [{name: code, path: data/new-heldout.jsonl}], every: 20%, during_tokens: 8k, samples: 2}"
+        "learned: [{name: code, path: data/new-heldout.jsonl}], every: 20%, eval_tokens: 8k, samples: 2}"
     )
     new = "    - {name: code, path: data/new.jsonl"
     if name == "base":
@@ -114,8 +116,8 @@ def demo_stage_text(name: str) -> str:
             f"data:\n  sequence_length: {SEQUENCE_LENGTH}\n  sources:\n"
             "    - {name: english, path: data/old.jsonl, max_passes: 20}\n"
             "schedule: {kind: cosine, peak: 3.0e-3, floor: 3.0e-4, warmup: 5%}\n"
-            "batch: {sequences: 16}\ncompute: {compile: false}   # a run this short gains nothing\n"
-            "evaluation: {learned: [{name: english, path: data/old-heldout.jsonl}], every: 50%, during_tokens: 8k}\n"
+            "batch: {global_batch_size: 16}\ncompute: {compile: false}   # a run this short gains nothing\n"
+            "evaluation: {learned: [{name: english, path: data/old-heldout.jsonl}], every: 50%, eval_tokens: 8k}\n"
         )
     sources = new + "}\n"
     if name == "replay":
@@ -124,19 +126,19 @@ def demo_stage_text(name: str) -> str:
         f"name: {name}\nmodel: runs/base\ntokens: {NEW_TOKENS}   # the same for both arms: replay costs no compute\n"
         f"seed: {SEED}\ndata:\n  sequence_length: {SEQUENCE_LENGTH}\n  sources:\n{sources}"
         "schedule: {kind: rewarm, peak: 2.0e-3, floor: 2.0e-4, warmup: 1%}\n"
-        f"batch: {{sequences: 16}}\ncompute: {{compile: false}}\n{evaluation}\n"
+        f"batch: {{global_batch_size: 16}}\ncompute: {{compile: false}}\n{evaluation}\n"
     )
 
 
 def _conclusion(arms: list[Record]) -> list[str]:
     """The result in two sentences."""
-    naive, replay = (arm["changes"]["english"] for arm in arms)
-    gain, replay_gain = (arm["changes"]["code"]["difference"] for arm in arms)
-    removed = 1 - replay["difference"] / naive["difference"] if naive["difference"] > 0 else float("nan")
+    naive, replay = (arm.changes["english"].difference or 0.0 for arm in arms)
+    gain, replay_gain = (arm.changes["code"].difference or 0.0 for arm in arms)
+    removed = 1 - replay / naive if naive > 0 else float("nan")
     return [
-        f"Naively the model's loss on English rose by {naive['difference']:.2f} nats per token ({naive['verdict']}), while it "
-        f"learnt code ({gain:+.2f}).",
-        f"With 10 % replay it rose by {replay['difference']:.2f}: {removed:.0%} of the forgetting is gone, for "
+        f"Naively the model's loss on English rose by {naive:.2f} nats per token ({arms[0].changes['english'].verdict}), while "
+        f"it learnt code ({gain:+.2f}).",
+        f"With 10 % replay it rose by {replay:.2f}: {removed:.0%} of the forgetting is gone, for "
         f"{replay_gain - gain:+.2f} nats on code and the same number of tokens.",
     ]
 

@@ -193,7 +193,7 @@ def lineage(
 
     result = trace_lineage(run)
     _write_page(result, report)
-    print_result(result, as_json, lineage_text(result, run, report))
+    print_result(result.as_json(), as_json, lineage_text(result, run, report))
 
 
 def importance(

@@ -107,4 +107,6 @@ def stage_command(verb: str, stage: Path, overrides: Sequence[str] | None) -> st
 
 def print_result(result: Result | Mapping[str, object], as_json: bool, text: str) -> None:
     """Print a result as JSON, or in words."""
-    print(json.dumps(result if isinstance(result, Mapping) else result.as_dict(), indent=1) if as_json else text)
+    if as_json:
+        text = json.dumps(result if isinstance(result, Mapping) else result.as_dict(), indent=1)
+    print(text)

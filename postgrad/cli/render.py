@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.hardware.memory import format_bytes
-from postgrad.reports.html import tables
 from postgrad.reports.html.notation import plain_text
 from postgrad.reports.pages.probe_page import probe_table
-from postgrad.reports.sections.task_tables import comparison_task_table, task_score_table
+from postgrad.reports.results import ProbeResult
+from postgrad.reports.sections.comparison_table import comparison_table
+from postgrad.reports.sections.lineage_tables import lineage_summary_table, lineage_table
+from postgrad.reports.sections.task_section import comparison_task_table, task_score_table
 
 if TYPE_CHECKING:
     from postgrad.analysis.domain_shift import ShiftEstimate
@@ -27,11 +30,11 @@ if TYPE_CHECKING:
     from postgrad.commands.importance import MeasuredImportance
     from postgrad.commands.init import WrittenStage
     from postgrad.commands.init_templates import WrittenTemplate
-    from postgrad.commands.lineage import Lineage
-    from postgrad.commands.probe import LayerProbe, ProbedView
+    from postgrad.commands.probe import LayerProbe, LayerView
     from postgrad.commands.restore import RestoredRun
     from postgrad.commands.shift import MeasuredShift
     from postgrad.commands.synthesize import SynthesizedText
+    from postgrad.lineage.tree import Lineage
     from postgrad.penalties.importance_file import ImportanceMetadata
 
 _PARTS_SHOWN = 6
@@ -117,15 +120,13 @@ def evaluation_text(result: TextEvaluation) -> str:
             )
         for metric, value in score.metrics.items():
             lines.append(f"    {metric} {value.value:.4f} ({value.low:.4f}–{value.high:.4f})")
-    can_generate = result.task in ("causal", "text-to-text")
-    following = ["generate", result.model] if can_generate else ["export", result.model, "exported"]
+    following = ["generate", result.model] if result.task.generates else ["export", result.model, "exported"]
     return "\n".join([*lines, next_line(*following)])
 
 
 def task_evaluation_text(result: TaskEvaluation) -> str:
     """A model's scores on tasks."""
-    entries = [task.as_dict() for task in result.tasks]
-    table = task_score_table(entries, f"{result.model} on the tasks of {result.file}").text(max_characters=100)
+    table = task_score_table(result.tasks, f"{result.model} on the tasks of {result.file}").text(max_characters=100)
     following = next_line("compare", result.model, "another-model", "--tasks", result.file)
     return "\n".join([table, *result.notes, following])
 
@@ -175,11 +176,11 @@ def model_comparison_text(result: ModelComparison) -> str:
 def run_comparison_text(result: RunComparison, report: Path | None) -> str:
     """Finished runs on their held-out sets and tasks."""
     records, names = list(result.records), result.names
-    blocks = [tables.comparison_table(records, names[0]).text()]
+    blocks = [comparison_table(records, names[0]).text()]
     if task_table := comparison_task_table(records):
         blocks.append(task_table.text())
     lines = ["\n\n".join(blocks)]
-    tokens = [record["achieved"]["tokens"] for record in records]
+    tokens = [record.totals.tokens if record.totals else 0 for record in records]
     if max(tokens) > 1.02 * min(tokens):
         budgets = ", ".join(f"{name} {count:,} tokens" for name, count in zip(names, tokens, strict=True))
         lines.append(f"The budgets differ: {budgets}")
@@ -201,10 +202,7 @@ def run_comparison_text(result: RunComparison, report: Path | None) -> str:
 def task_comparison_text(result: TaskComparison) -> str:
     """Models on the same tasks."""
     first, *others = result.models
-    blocks = [
-        task_score_table([task.as_dict() for task in model.tasks], model.model).text(max_characters=100)
-        for model in result.models
-    ]
+    blocks = [task_score_table(model.tasks, model.model).text(max_characters=100) for model in result.models]
     lines = [f"each model paired with {first.model}, item by item (metric: change, 95 % interval)"]
     for model in others:
         for name, changes in model.changes.items():
@@ -221,8 +219,7 @@ def task_comparison_text(result: TaskComparison) -> str:
 
 def lineage_text(result: Lineage, run: Path, report: Path | None) -> str:
     """The R matrix of a lineage, and its summary."""
-    tree = result.as_dict()
-    blocks = [tables.lineage_table(tree).text(), tables.lineage_summary_table(tree).text(max_characters=100)]
+    blocks = [lineage_table(result).text(), lineage_summary_table(result).text(max_characters=100)]
     last = "\n".join(_page_lines(report, "lineage", run, "--report", "lineage.html"))
     return "\n\n".join([*blocks, last]) if report else "\n\n".join(blocks) + f"\n{last}"
 
@@ -274,9 +271,9 @@ def _interval(estimate: ShiftEstimate) -> str:
 
 def probe_text(result: LayerProbe, report: Path | None) -> str:
     """What each layer of a model encodes about the labels."""
-    items, unit = result.items, "words" if result.problem == "tags" else "texts"
+    items, unit = result.items, "words" if result.problem == ProblemType.TAGS else "texts"
     lines = [
-        probe_table(result.as_dict()).text(),
+        probe_table(ProbeResult.model_validate(result.as_dict())).text(),
         "",
         f"{items['train']:,} {unit} to train on, {items['dev']:,} to choose by, {items['test']:,} to test on; "
         f"{result.seconds.features:.1f} s for all features, {result.seconds.classifiers:.1f} s for all classifiers",
@@ -288,7 +285,7 @@ def probe_text(result: LayerProbe, report: Path | None) -> str:
     )
 
 
-def _objective_text(best: ProbedView, result: LayerProbe) -> str:
+def _objective_text(best: LayerView, result: LayerProbe) -> str:
     """The objective of a stage that reads what a view reads."""
     layers = {"state": str(best.states[0]), "mix": "mix"}.get(best.kind, f"{{{best.kind}: {len(best.states)}}}")
     options = f", pooling: {result.pooling}" if result.pooling else ""
@@ -361,7 +358,7 @@ def export_text(result: ExportedModel) -> str:
             f"a prefix language model ({PREFIX_LM_KEY} in config.json): plain transformers does not read its prompts in both "
             "directions"
         )
-    verb = "generate" if result.task in ("causal", "text-to-text") else "eval"
+    verb = "generate" if result.task.generates else "eval"
     return "\n".join([*lines, next_line(verb, result.folder)])
 
 

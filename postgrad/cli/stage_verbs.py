@@ -125,15 +125,15 @@ def train(stage: StageFile, overrides: Overrides = None, as_json: Json = False) 
     """Run a stage. Ctrl-C saves and stops; the same command resumes."""
     plan = _load_plan(stage, overrides, as_json)
     from postgrad.commands import train as commands
-    from postgrad.run.run import RunFinished
+    from postgrad.run.events import RunFinished
     from postgrad.run.summary import summary_text
 
     command = stage_command("train", stage, overrides)
     outcome = _watch_run(commands.train(plan, command=command), command, as_json)
     if not isinstance(outcome, RunFinished):  # only the first of several processes reports the outcome
         return
-    print_result(outcome.record, as_json, summary_text(outcome))
-    if outcome.record["status"] == "gate-failed":
+    print_result(outcome.record.as_json(), as_json, summary_text(outcome))
+    if outcome.record.status == "gate-failed":
         raise typer.Exit(4)
 
 
@@ -339,7 +339,7 @@ def _load_plan(stage: Path, overrides: list[str] | None, as_json: bool) -> Plan:
 def _watch_run(events: Iterator[Any], command: str, as_json: bool) -> Any:
     """Show the events of a run and return the last one; a run that was stopped ends the command."""
     from postgrad.cli.progress import make_screen, watch
-    from postgrad.run.run import RunStopped
+    from postgrad.run.events import RunStopped
 
     try:
         outcome = watch(events, make_screen(as_json))

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from postgrad.lineage.metrics import EvaluationRow
 from postgrad.reports.html.notation import format_duration, format_signed
 from postgrad.studies.run_step import StepProgress, StepWarning
 from postgrad.studies.run_study import StepFailed, StepFinished, StepStarted, StudyEvent, StudyFinished
@@ -33,7 +34,7 @@ class StudyProgress:
     """Seconds by step, where they were estimated."""
     fractions: dict[str, float] = field(default_factory=dict)
     activities: dict[str, str] = field(default_factory=dict)
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[str, EvaluationRow] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     start_times: dict[str, float] = field(default_factory=dict)
     durations: dict[str, float] = field(default_factory=dict)
@@ -82,7 +83,7 @@ class StudyProgress:
         for chain in self.work.arm_chains(arm):
             row = next((self.evaluations[key] for key in reversed(chain.steps) if key in self.evaluations), None)
             if row is not None:
-                changes += [entry["change"] for entry in row["sets"].values() if entry["role"] == role]
+                changes += [entry.change for entry in row.sets.values() if entry.role == role]
         return statistics.fmean(changes) if changes else None
 
     def seconds_left(self) -> float:
@@ -136,8 +137,8 @@ def _step_slug(progress: StudyProgress, key: str) -> str:
     return progress.work.steps[key].slug
 
 
-def _evaluation_text(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {format_signed(entry['change'])}" for name, entry in row["sets"].items())
+def _evaluation_text(row: EvaluationRow) -> str:
+    return ", ".join(f"{name} {format_signed(entry.change)}" for name, entry in row.sets.items())
 
 
 class _PlainStudyScreen:

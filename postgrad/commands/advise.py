@@ -39,21 +39,14 @@ from postgrad.commands.results import Result
 from postgrad.config import schedules
 from postgrad.config import stage as s
 from postgrad.config.quantities import length_in_steps
+from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.config.stage_file import parse_stage, read_stage
 from postgrad.errors import StageError
 from postgrad.lineage.record import Record, read_record
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.run.run import (
-    MODEL,
-    CheckpointSaved,
-    EvaluationCompleted,
-    InfoMessage,
-    RunEvent,
-    RunFinished,
-    RunStopped,
-    run_stage,
-)
-from postgrad.run.run_folder import Interrupt
+from postgrad.run.events import CheckpointSaved, EvaluationCompleted, InfoMessage, RunEvent, RunFinished, RunStopped
+from postgrad.run.run import run_stage
+from postgrad.run.run_folder import MODEL, Interrupt
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import fingerprint
 
@@ -171,10 +164,10 @@ def _check_stage(stage: s.Stage, request: AdviceRequest) -> None:
         )
     if "new" not in roles:
         raise StageError("no source is new", where="data.sources", expected="a source with role: new")
-    if stage.data.shifts:
+    if stage.data.curriculum:
         raise StageError(
             "the shares change within the stage, so there is no single share to vary",
-            where="data.shifts",
+            where="data.curriculum",
             hint="advise each phase as a stage of its own",
         )
     if isinstance(stage.model, s.FreshModel):
@@ -212,18 +205,18 @@ def _source_shares(plan: Plan) -> dict[str, float]:
             src.name: share for src, share in zip(plan.stage.data.sources, plan.stage.resolve_shares(), strict=True)
         }
     shares = dict.fromkeys((source.name for source in plan.stage.data.sources), 0.0)
-    for source, planned in zip(plan.data.sources, plan.as_record()["sources"], strict=True):
-        shares[source.spec.source] += planned["share"]
+    for source, planned in zip(plan.data.sources, plan.as_record().sources, strict=True):
+        shares[source.spec.source] += planned.share
     return shares
 
 
 def _max_replay_share(plan: Plan) -> float:
     """The largest replay share for which every replay source has enough text."""
-    if plan.stage.data.when_short == "repeat":
+    if plan.stage.data.on_exhausted == "repeat":
         return MAX_SHARE
-    planned = plan.as_record()["sources"]
+    planned = plan.as_record().sources
     replayed = [
-        (source.spec.max_passes * entry["available"], entry["share"])
+        (source.spec.max_passes * (entry.available_tokens or 0), entry.share)
         for source, entry in zip(plan.data.sources, planned, strict=True)
         if source.role == "replay"
     ]
@@ -295,7 +288,7 @@ def pilot_stage(advice_plan: AdvicePlan, pilot: Pilot) -> s.Stage:
     evaluation = {
         **full["evaluation"],
         "every": "100%",
-        "during_tokens": min(full["evaluation"]["during_tokens"], 2000),
+        "eval_tokens": min(full["evaluation"]["eval_tokens"], 2000),
         "max_tokens": min(full["evaluation"]["max_tokens"], _MAX_SCORED_TOKENS),
         "pseudo_perplexity": 0,
         "drift_tokens": 0,
@@ -308,7 +301,7 @@ def pilot_stage(advice_plan: AdvicePlan, pilot: Pilot) -> s.Stage:
         "max_forgetting": None,
         "save": {"every": "100%", "keep": 1, "dtype": full["save"]["dtype"]},
     }
-    key = fingerprint({**raw, "name": "", "output": ""})[:8]
+    key = fingerprint(with_fingerprint_names({**raw, "name": "", "output": ""}))[:8]
     name = f"{advice_plan.stage.name}-{pilot.setting.share:.3g}-{pilot.setting.peak:.3g}-{key}"
     return parse_stage({**raw, "name": name, "output": str(advice_plan.pilots_folder / name)}, "a pilot")
 
@@ -360,8 +353,8 @@ def _run_pilot(
 
 def _scores_text(record: Record) -> str:
     parts = []
-    for name, change in record["changes"].items():
-        parts.append(f"{name} {record['scores']['after'][name]['nats']:.4f} ({change['relative']:+.1%})")
+    for name, change in record.changes.items():
+        parts.append(f"{name} {record.scores.after[name].nats:.4f} ({change.relative_difference:+.1%})")
     return ", ".join(parts)
 
 
@@ -372,15 +365,16 @@ def _read_pilot_record(advice_plan: AdvicePlan, pilot: Pilot) -> Record:
 def _pilot_result(advice_plan: AdvicePlan, pilot: Pilot) -> PilotResult:
     """The outcome of a pilot."""
     record = _read_pilot_record(advice_plan, pilot)
-    changes, achieved = record["changes"].items(), record["achieved"]
-    min_share = 0.5 / sum(source["rows"] for source in achieved["sources"])
+    changes, totals = record.changes.items(), record.totals
+    assert totals is not None
+    min_share = 0.5 / sum(source.rows for source in totals.sources)
     # A short pilot may have no row of replay, or of new text: it counts as half a row.
-    share = sum(source["share"] for source in achieved["sources"] if source["role"] == "replay")
+    share = sum(source.share for source in totals.sources if source.role == "replay")
     share = min(max(share, min_share), 1 - min_share)
     return PilotResult(
-        Pilot(Setting(share, pilot.setting.peak), achieved["tokens"]),
-        {name: c["difference"] for name, c in changes if c["role"] == "retained"},
-        {name: record["scores"]["after"][name]["nats"] for name, c in changes if c["role"] == "learned"},
+        Pilot(Setting(share, pilot.setting.peak), totals.tokens),
+        {name: c.difference or 0.0 for name, c in changes if c.role == "retained"},
+        {name: record.scores.after[name].nats for name, c in changes if c.role == "learned"},
         pilot in advice_plan.exploring_pilots,
     )
 
@@ -388,7 +382,7 @@ def _pilot_result(advice_plan: AdvicePlan, pilot: Pilot) -> PilotResult:
 def _start_losses(advice_plan: AdvicePlan) -> dict[str, float]:
     """The start model's loss on each retained set."""
     record = _read_pilot_record(advice_plan, advice_plan.exploring_pilots[0])
-    return {n: record["scores"]["before"][n]["nats"] for n, c in record["changes"].items() if c["role"] == "retained"}
+    return {name: record.scores.before[name].nats for name in record.changes_with_role("retained")}
 
 
 def _fit_laws(advice_plan: AdvicePlan, pilots: Sequence[Pilot]) -> Laws:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
-from postgrad.config.stage_file import parse_stage
+from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.evaluation import before_after
@@ -51,7 +51,7 @@ class SetChange(Result):
 
 
 @dataclass(frozen=True)
-class BlendPoint(Result):
+class BlendedModel(Result):
     """A model between the start and the trained one."""
 
     name: str
@@ -96,8 +96,8 @@ class Blend(Result):
     """Weights of the trained model that its start does not have."""
     max_forgetting: float | None
     weights: tuple[float, ...]
-    points: tuple[BlendPoint, ...]
-    chosen: BlendPoint | None
+    points: tuple[BlendedModel, ...]
+    chosen: BlendedModel | None
     folder: Path | None = None
     """Where the chosen model was written."""
 
@@ -136,8 +136,8 @@ def blend(
     run, out = Path(run), Path(out) if out else None
     _check_options(weights, granularity, weight, max_forgetting, out)
     record = read_record(run)
-    stage = parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"])
-    plan = make_plan(stage, Path(record["root"]), cache or cache_folder())
+    stage = parse_recorded_stage(yaml.safe_load(record.stage_yaml or ""), record.name)
+    plan = make_plan(stage, Path(record.stage_folder or "."), cache or cache_folder())
     sets = list(plan.evaluation.scored_sets)
     if not any(h.role == "retained" for h in sets):
         raise StageError(
@@ -150,7 +150,7 @@ def blend(
     end = _average_checkpoints(run, record, average) if average else interpolate.copy_weights(model)
     start = _start_weights(record, plan, opened)
     blocks = interpolate.block_parameter_names(model)
-    new = interpolate.refuse_other_shapes(start, end, (record["model"]["start"], str(run)), blocks)
+    new = interpolate.refuse_other_shapes(start, end, (record.model.start_model, str(run)), blocks)
     world = World(machine.default_device())
     view = wrap_model(model, opened.task).to(world.device)
     start, end = ({n: t.to(world.device) for n, t in state.items()} for state in (start, end))
@@ -160,10 +160,10 @@ def blend(
 
     def score(weight: float, block: int | None) -> before_after.AllScores:
         interpolate_model(weight, block)
-        return before_after.score_sets(view, sets, context=record["model"]["context"], world=world)
+        return before_after.score_sets(view, sets, context=plan.model.context_length, world=world)
 
     before = score(0.0, None)
-    points: list[BlendPoint] = []
+    points: list[BlendedModel] = []
     for name, point_weight, block in _sweep_points(weights, granularity, len(blocks)):
         after = before if point_weight == 0 and block is None else score(point_weight, block)
         changes = {
@@ -171,11 +171,11 @@ def blend(
             for h in sets
             if h.name in before and h.name in after
         }
-        points.append(BlendPoint(name, point_weight, block, changes))
+        points.append(BlendedModel(name, point_weight, block, changes))
     chosen = _choose_point(points, weight, max_forgetting)
     if out:
         if chosen is None:
-            best = min(points, key=BlendPoint.worst_rise)
+            best = min(points, key=BlendedModel.worst_rise)
             raise StageError(
                 f"no point keeps within the bound; the best is {best.name} with {best.worst_rise():+.2%}",
                 where="--max-forgetting",
@@ -183,7 +183,7 @@ def blend(
         interpolate_model(chosen.weight, chosen.block)
         _publish_blend(out, model, record)
     return Blend(
-        run, record["model"]["start"], granularity, average, tuple(new), max_forgetting,  # type: ignore[bad-argument-type]
+        run, record.model.start_model, granularity, average, tuple(new), max_forgetting,  # type: ignore[bad-argument-type]
         tuple(sorted(set(weights))), tuple(points), chosen, out,
     )  # fmt: skip
 
@@ -235,7 +235,7 @@ def _start_weights(record: Record, plan: Plan, loaded_model: LoadedModel) -> dic
     """The weights of a run's start model."""
     start = open_model(plan.model.start)
     if start.tunings:
-        raise StageError(f"{record['model']['start']} has a `{start.tunings[-1].kind}` tuning", where="blend")
+        raise StageError(f"{record.model.start_model} has a `{start.tunings[-1].kind}` tuning", where="blend")
     weights = interpolate.copy_weights(start.model)
     # A classifier's backbone has other names only where it has a task layer.
     return {name: tensor for name, tensor in weights.items() if name in dict(loaded_model.model.named_parameters())}
@@ -272,7 +272,7 @@ def _point_weights(
     return weight if block is None else dict.fromkeys(start, 1.0) | dict.fromkeys(blocks[block], weight)
 
 
-def _choose_point(points: Sequence[BlendPoint], weight: float | None, bound: float | None) -> BlendPoint | None:
+def _choose_point(points: Sequence[BlendedModel], weight: float | None, bound: float | None) -> BlendedModel | None:
     if weight is not None:
         return next(point for point in points if point.block is None and point.weight == weight)
     if bound is None:
@@ -282,7 +282,7 @@ def _choose_point(points: Sequence[BlendPoint], weight: float | None, bound: flo
 
 
 def _publish_blend(out: Path, model: PreTrainedModel, record: Record) -> None:
-    start = locate_model(record["model"]["source"], Path(record["root"]))
+    start = locate_model(record.model.source or record.model.start_model, Path(record.stage_folder or "."))
     dtype = stored_dtype(start)
     with torch.no_grad():
         publish_folder(out, lambda staged: save_pretrained(model, load_tokenizer(start), staged, dtype=dtype))

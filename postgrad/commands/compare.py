@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from postgrad.commands.cache import cache_folder
-from postgrad.commands.evaluate_tasks import TaskScore, answer_tasks, pair_answers, summarize_tasks
-from postgrad.commands.results import MetricChange, Result, TextScore, summarize_scores
+from postgrad.commands.evaluate_tasks import answer_tasks, pair_answers, summarize_tasks
+from postgrad.commands.results import Result, TextScore, summarize_scores
 from postgrad.commands.score_files import context_length, load_file_sets, score_model
 from postgrad.errors import StageError
 from postgrad.evaluation import before_after
@@ -18,9 +18,10 @@ from postgrad.evaluation.generation_metrics import metric_change
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores
 from postgrad.hardware import machine
-from postgrad.lineage.record import Record, read_record
+from postgrad.lineage.record import Difference, Record, read_record
 from postgrad.models.pretrained import locate_model
-from postgrad.reports.html import tables
+from postgrad.reports.results import TaskScore
+from postgrad.reports.sections.comparison_table import arm_names
 from postgrad.run import task_scores
 from postgrad.stats.forgetting import LossChange, paired_change
 from postgrad.tuning.open_model import starts_as_prefix_lm
@@ -172,7 +173,7 @@ class RunComparison(Result):
         """The result as plain data; of each record only what is compared."""
         return {
             "arms": [
-                {"run": str(run), "changes": r["changes"], "achieved": r["achieved"], "tasks": r.get("tasks", [])}
+                {"run": str(run), **{key: r.as_json()[key] for key in ("changes", "totals", "tasks")}}
                 for run, r in zip(self.runs, self.records, strict=True)
             ],
             "paired": [item.as_dict() for item in self.paired],
@@ -189,7 +190,7 @@ def compare_runs(runs: Sequence[Path | str]) -> RunComparison:
     records = [read_record(run) for run in paths]
     for run, record in zip(paths, records, strict=True):
         _check_comparable(run, record, paths[0], records[0])
-    names = tables.arm_names(records)
+    names = arm_names(records)
     return RunComparison(
         tuple(paths),
         tuple(records),
@@ -201,19 +202,19 @@ def compare_runs(runs: Sequence[Path | str]) -> RunComparison:
 
 def _check_comparable(run: Path, record: Record, first_run: Path, first: Record) -> None:
     on_text = "compare their models on text: postgrad compare ... --text FILE"
-    if not record.get("changes"):
+    if not record.changes:
         raise StageError(f"{run} has not finished", where="compare", hint="finish it with the same train command")
-    if record["fingerprints"]["start_model"] != first["fingerprints"]["start_model"]:
+    if record.fingerprints.start_model != first.fingerprints.start_model:
         raise StageError(f"{run} and {first_run} start from different models", where="compare", hint=on_text)
-    if record["model"]["context"] != first["model"]["context"]:
+    if record.model.context_length != first.model.context_length:
         raise StageError(
-            f"{run} was scored with {record['model']['context']} tokens of context and {first_run} with "
-            f"{first['model']['context']}",
+            f"{run} was scored with {record.model.context_length} tokens of context and {first_run} with "
+            f"{first.model.context_length}",
             where="compare",
             hint=on_text,
         )
-    for name in record["changes"].keys() & first["changes"].keys():
-        if record["fingerprints"]["sets"][name] != first["fingerprints"]["sets"][name]:
+    for name in record.changes.keys() & first.changes.keys():
+        if record.fingerprints.sets[name] != first.fingerprints.sets[name]:
             raise StageError(f"the held-out set '{name}' of {run} differs from that of {first_run}", where="compare")
 
 
@@ -226,7 +227,7 @@ def _paired_differences(
     for run, record, name in zip(runs[1:], records[1:], names[1:], strict=True):
         scores = before_after.read_scores(run / "scores" / "after.npz")
         for held_out in [n for n in first if n in scores]:
-            change = before_after.loss_change(first[held_out], scores[held_out], record["model"]["vocabulary"])
+            change = before_after.loss_change(first[held_out], scores[held_out], record.model.vocab_size or 0)
             differences.append(PairedDifference(held_out, name, names[0], change.difference, change.low, change.high))
     return differences
 
@@ -237,7 +238,7 @@ class ModelOnTasks(Result):
 
     model: str
     tasks: tuple[TaskScore, ...]
-    changes: Mapping[str, Mapping[str, MetricChange]] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
     """By task and metric; empty for the first model, and for tasks without shared items."""
     shared_items: Mapping[str, int] = field(default_factory=dict)
     """By task: items that both models answered."""
@@ -246,8 +247,8 @@ class ModelOnTasks(Result):
         """The result as plain data, the changes with their tasks."""
         tasks: list[dict[str, object]] = []
         for task in self.tasks:
-            changes = {name: change.as_dict() for name, change in self.changes.get(task.name, {}).items()}
-            tasks.append({**task.as_dict(), **({"changes": changes} if task.name in self.shared_items else {})})
+            changes = {name: change.as_json() for name, change in self.changes.get(task.name, {}).items()}
+            tasks.append({**task.as_json(), **({"changes": changes} if task.name in self.shared_items else {})})
         return {"model": self.model, "tasks": tasks}
 
 
@@ -271,13 +272,11 @@ def compare_tasks(models: Sequence[str], file: Path | str, *, cache: Path | None
     (first_tasks, first_answers), *others = answered
     results = [ModelOnTasks(str(models[0]), summarize_tasks(first_tasks, first_answers))]
     for model, (tasks, answers) in zip(models[1:], others, strict=True):
-        changes: dict[str, dict[str, MetricChange]] = {}
+        changes: dict[str, dict[str, Difference]] = {}
         shared_items: dict[str, int] = {}
         for one, other in zip(first_tasks, tasks, strict=True):
             pair = pair_answers(one, first_answers[one.name], other, answers[other.name])
             shared_items[one.name] = len(pair[0])
-            changes[one.name] = (
-                {n: MetricChange(**metric_change(n, *pair)) for n in one.metrics} if len(pair[0]) else {}
-            )
+            changes[one.name] = {n: Difference(**metric_change(n, *pair)) for n in one.metrics} if len(pair[0]) else {}
         results.append(ModelOnTasks(str(model), summarize_tasks(tasks, answers), changes, shared_items))
     return TaskComparison(tuple(results))

@@ -14,7 +14,8 @@ from postgrad.errors import StageError
 from postgrad.evaluation.perplexity import Scores
 from postgrad.evaluation.pseudo_perplexity import score_masked_tokens
 from postgrad.hardware import machine
-from postgrad.models.pretrained import ModelLocation, Task, locate_model
+from postgrad.models.pretrained import ModelLocation, locate_model
+from postgrad.models.task import Task
 from postgrad.plan.held_out_sets import make_masked_held_out_text
 from postgrad.tuning.open_model import get_task, starts_as_prefix_lm
 
@@ -67,7 +68,7 @@ def _pseudo_scores(start: ModelLocation, texts: FileSets, tokens: int, context: 
     """Scores of texts whose tokens are masked one at a time."""
     if not tokens:
         return {}
-    if tokens < 0 or texts.model_inputs.task != "masked":
+    if tokens < 0 or texts.model_inputs.task != Task.MASKED:
         raise StageError(
             f"{start.name} is not a masked language model" if tokens > 0 else f"cannot mask {tokens} tokens",
             where="--pseudo",

@@ -54,7 +54,7 @@ def evaluate_harness(
             f"there is no folder {include}", where="--harness-include", expected="a folder of task files (YAML)"
         )
     start = locate_model(str(model), Path.cwd(), base)
-    if get_task(start) not in ("causal", "text-to-text"):
+    if not get_task(start).generates:
         raise ModelError(
             f"{model} generates no text, so lm-eval cannot evaluate it",
             where="--harness",

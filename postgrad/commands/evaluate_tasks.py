@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from postgrad.commands.cache import cache_folder
-from postgrad.commands.results import Result, TaskMetric
+from postgrad.commands.results import Result
 from postgrad.commands.score_files import DEFAULT_CONTEXT, load_model_inputs
 from postgrad.config.stage_file import load_tasks
 from postgrad.distributed.world import World
@@ -16,25 +16,9 @@ from postgrad.hardware import machine
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import ModelLocation, locate_model
 from postgrad.plan.task_prompts import PromptedTask, add_soft_prompts, make_prompted_task
+from postgrad.reports.results import TaskScore
 from postgrad.run import task_scores
 from postgrad.tuning.open_model import open_model, start_fingerprint
-
-
-@dataclass(frozen=True)
-class TaskScore(Result):
-    """A model's metrics on one task."""
-
-    name: str
-    items: int
-    """Items that were answered."""
-    scores: Mapping[str, TaskMetric]
-    """By metric; the first one is the task's headline."""
-    description: Mapping[str, object]
-    """The task's kind, role, shots, prompt and skipped items, as in a run's record."""
-
-    def as_dict(self) -> dict[str, object]:
-        """The result as plain data, with the fields of the description."""
-        return {**self.description, "scores": {name: metric.as_dict() for name, metric in self.scores.items()}}
 
 
 @dataclass(frozen=True)
@@ -48,7 +32,7 @@ class TaskEvaluation(Result):
 
     def as_dict(self) -> dict[str, object]:
         """The result as plain data."""
-        return {"model": self.model, "tasks": [task.as_dict() for task in self.tasks]}
+        return {"model": self.model, "tasks": [task.as_json() for task in self.tasks]}
 
 
 def evaluate_tasks(
@@ -89,15 +73,8 @@ def summarize_tasks(tasks: Sequence[PromptedTask], answers: task_scores.AllAnswe
     """The metrics of each task."""
     return tuple(
         TaskScore(
-            task.task.name,
-            len(task),
-            {
-                name: TaskMetric(
-                    metric["value"], metric["low"], metric["high"], tuple(metric["seeds"]), metric["spread"]
-                )
-                for name, metric in task_scores.summarize_metrics(task, answers[task.name]).items()
-            },
-            task_scores.describe_task(task),
+            **task_scores.describe_task(task).model_dump(),
+            scores=task_scores.summarize_metrics(task, answers[task.name]),
         )
         for task in tasks
     )

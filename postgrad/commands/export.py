@@ -15,7 +15,6 @@ from postgrad.models.prefix_lm_attention import is_prefix_lm
 from postgrad.models.pretrained import (
     TUNING_FILE,
     ModelLocation,
-    Task,
     get_embedding_weight,
     load_pretrained,
     load_tokenizer,
@@ -23,9 +22,10 @@ from postgrad.models.pretrained import (
     save_pretrained,
     stored_dtype,
 )
+from postgrad.models.task import Task
 from postgrad.models.task_head import load_task_head_config
 from postgrad.storage.atomic import publish_folder
-from postgrad.tuning.attach import read_export
+from postgrad.tuning.folder import read_export
 from postgrad.tuning.open_model import LoadedModel, open_model, start_fingerprint
 
 
@@ -99,7 +99,7 @@ def export_model(
 @torch.no_grad()
 def _logits(model: torch.nn.Module, task: Task, ids: torch.Tensor) -> torch.Tensor:
     inputs = {"input_ids": ids}
-    if task == "text-to-text":
+    if task.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(1)
     return wrap_model(model, task)(**inputs).logits().float()  # type: ignore[bad-argument-type]
 

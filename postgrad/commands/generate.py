@@ -17,7 +17,8 @@ from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
-from postgrad.models.pretrained import ModelLocation, Task, load_tokenizer, locate_model
+from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
+from postgrad.models.task import Task
 from postgrad.tuning.open_model import open_model
 
 
@@ -133,7 +134,7 @@ def load_text_models(models: Sequence[str], base: str | None = None) -> list[Tex
 
 def _load_text_model(name: str, start: ModelLocation) -> TextModel:
     opened = open_model(start)
-    if opened.task not in ("causal", "text-to-text"):
+    if not opened.task.generates:
         raise ModelError(
             f"{name} generates no text", where="model", expected="a decoder or an encoder-decoder language model"
         )
@@ -152,7 +153,7 @@ def _encode_chat(text_model: TextModel, messages: list[dict[str, str]]) -> np.nd
     """The ids of a conversation up to where the next answer begins, of shape (T,), as training rows encode them."""
     tokenizer = text_model.tokenizer
     text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    if text_model.task == "text-to-text":
+    if text_model.task.is_encoder_decoder:
         return _encode_prompt(text_model, text)
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
     bos = tokenizer.bos_token_id
@@ -163,7 +164,7 @@ def _encode_chat(text_model: TextModel, messages: list[dict[str, str]]) -> np.nd
 def _remaining_positions(text_model: TextModel, length: int) -> float:
     """How many tokens can follow `length` tokens."""
     limit = getattr(text_model.model.config, "max_position_embeddings", None)
-    return math.inf if not limit or text_model.task == "text-to-text" else limit - length
+    return math.inf if not limit or text_model.task.is_encoder_decoder else limit - length
 
 
 @torch.no_grad()
@@ -191,7 +192,7 @@ def _generate_text(text_model: TextModel, prompt_ids: np.ndarray, options: Sampl
         **sampling,
         **prefill,
     )
-    if text_model.task == "text-to-text":  # the output holds the answer alone
+    if text_model.task.is_encoder_decoder:  # the output holds the answer alone
         return decode_ids(tokenizer, out[0])
     # Decoded together with the prompt: many tokenizers drop the space before a first word.
     before, added = prompt_ids.tolist(), out[0, ids.shape[1] :].tolist()

@@ -19,7 +19,8 @@ from postgrad.config.objectives import AnyObjective
 from postgrad.config.quantities import parse_token_count
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import Batch, collate
-from postgrad.data.loading.mixture import derive_key, permute_indices
+from postgrad.data.problem_type import ProblemType
+from postgrad.data.random_streams import derive_key, permute_indices
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
 from postgrad.evaluation.fisher import (
     ImportanceEstimate,
@@ -32,7 +33,6 @@ from postgrad.evaluation.fisher import (
 from postgrad.hardware import machine
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import ModelLocation, locate_model
-from postgrad.objectives.classification_loss import ProblemType
 from postgrad.penalties.importance_file import (
     ImportanceFile,
     ImportanceKind,
@@ -206,7 +206,7 @@ def _load_rows(
     model_inputs = load_model_inputs(start, context_length(start, context))
     sets: list[Rows] = []
     objectives: list[AnyObjective] = []
-    problem: ProblemType = "class"
+    problem = ProblemType.CLASS
     for chosen, file_problem in load_documents(start, files, document_unit, column, model_inputs, cache):
         sets.append(
             make_rows(chosen.objective, chosen.store, model_inputs, problem=file_problem, pack=kind == "fisher")
@@ -243,7 +243,7 @@ def _estimate(
     device = machine.default_device()
     model = wrap_model(opened.model, opened.task).to(device)
     (loss,) = make_objectives([rows.objective], rows.problem)
-    classes = len(opened.model.config.id2label or ()) if rows.problem == "multi" else 1
+    classes = len(opened.model.config.id2label or ()) if rows.problem == ProblemType.MULTI_LABEL else 1
     measures: Mapping[ImportanceKind, ImportanceMeasure] = {
         "fisher": fisher_measure(loss, rows.problem, torch.Generator().manual_seed(seed), scale=classes),
         "empirical": empirical_fisher_measure(loss, scale=classes),
@@ -260,7 +260,7 @@ def _estimate(
         else:
             progress(min(step, tokens), tokens)
     assert estimate is not None
-    return estimate, "label" if opened.task in ("classify", "tag") else "token"
+    return estimate, "label" if opened.task.is_classifier else "token"
 
 
 def _batches(sets: Sequence[Rows], batch_size: int, pad: int, seed: int) -> Iterator[Batch]:

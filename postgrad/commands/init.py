@@ -43,7 +43,7 @@ data:
   floor: {floor}
   warmup: 1%
 batch:
-  sequences: {sequences}                 # rows in a step: {step_tokens} tokens
+  global_batch_size: {sequences}                 # rows in a step: {step_tokens} tokens
 evaluation: {{every: 10%}}        # the held-out part of each source is scored before, during and after{retained}
 # max_forgetting: 2%            # fail (exit code 4) when the loss on retained text rises by more
 """
@@ -143,8 +143,8 @@ def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:
     comment = "higher learns more and forgets more"
     if start.run is not None and (start.run / RECORD).exists():
         record = read_record(start.run)
-        curve = [rate for _, rate in record.get("schedule_curve", [])]
-        if curve and record["stage"]["tuning"]["kind"] == "full":
+        curve = [rate for _, rate in record.schedule_curve]
+        if curve and record.stage["tuning"]["kind"] == "full":
             peak, floor = (f"{rate:.1e}".replace("e-0", "e-") for rate in (max(curve), max(curve) / 10))
             return peak, floor, f"that of {model}; {comment}"
     return "2.0e-5", "2.0e-6", comment

@@ -17,10 +17,12 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from postgrad.data.layouts.classification import truncated_lengths
 from postgrad.data.layouts.rows import Row
 from postgrad.data.loading.batch import collate
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.tokens.tokenize import token_marks
 from postgrad.errors import DataError, ModelError
 from postgrad.hardware import machine
-from postgrad.models.pretrained import Task, load_tokenizer, locate_model
+from postgrad.models.pretrained import load_tokenizer, locate_model
+from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
 from postgrad.tuning.open_model import open_model
 
@@ -38,8 +40,7 @@ class Classifier:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     labels: tuple[str, ...]
-    problem: str
-    """`class`, `multi`, `number` or `tags`."""
+    problem: ProblemType
     model_inputs: ModelInputs
 
     def predict(self, texts: Sequence[Text]) -> list[Any]:
@@ -63,7 +64,9 @@ class Classifier:
                 batch_logits = self.model(**batch.to(self.model.device).inputs).logits.float().cpu().numpy()
                 for i, logits in zip(indices, batch_logits, strict=True):
                     out[i] = (
-                        self._word_logits(logits, rows[i].labels, len(texts[i])) if self.problem == "tags" else logits
+                        self._word_logits(logits, rows[i].labels, len(texts[i]))
+                        if self.problem == ProblemType.TAGS
+                        else logits
                     )
         return out
 
@@ -75,17 +78,17 @@ class Classifier:
 
     def _decode(self, logits: np.ndarray, item: Text) -> Any:
         match self.problem:
-            case "number":
+            case ProblemType.NUMBER:
                 return float(logits[0])
-            case "multi":
+            case ProblemType.MULTI_LABEL:
                 return [label for label, logit in zip(self.labels, logits, strict=True) if logit > 0]
-            case "tags":
+            case ProblemType.TAGS:
                 return [None if np.isnan(of_C).any() else self.labels[int(of_C.argmax())] for of_C in logits]
         return self.labels[int(logits.argmax())]
 
     def _make_row(self, text: Text, number: int) -> Row:
         where = f"texts[{number}]"
-        if self.problem == "tags":
+        if self.problem == ProblemType.TAGS:
             if isinstance(text, str) or not all(isinstance(word, str) for word in text):
                 raise DataError("a text that is not split into words", where=where, expected="a list of words")
             return self._word_row(text)
@@ -148,13 +151,6 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield order[begin : begin + _BATCH_SIZE]
 
 
-_PROBLEMS = {
-    "single_label_classification": "class",
-    "multi_label_classification": "multi",
-    "regression": "number",
-}
-
-
 @dataclass(frozen=True)
 class TrainedModel:
     """A transformers model in eval mode, adapters attached, with its tokenizer."""
@@ -185,7 +181,7 @@ def load_classifier(model: str, base: str | None = None) -> Classifier:
     """
     start = locate_model(str(model), Path.cwd(), base)
     opened = open_model(start)
-    if opened.task not in ("classify", "tag"):
+    if not opened.task.is_classifier:
         raise ModelError(
             f"{model} is not a classifier",
             where="load_classifier",
@@ -200,8 +196,7 @@ def load_classifier(model: str, base: str | None = None) -> Classifier:
     )
     own_config: Any = opened.model.config
     labels = tuple(str(own_config.id2label[i]) for i in range(own_config.num_labels))
-    problem = own_config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
+    is_tagger = opened.task == Task.TAG
+    problem = ProblemType.TAGS if is_tagger else ProblemType.from_transformers(own_config.problem_type, len(labels))
     torch.nn.Module.to(opened.model, machine.default_device())
-    return Classifier(
-        opened.model.eval(), tokenizer, labels, "tags" if opened.task == "tag" else _PROBLEMS[problem], model_inputs
-    )
+    return Classifier(opened.model.eval(), tokenizer, labels, problem, model_inputs)

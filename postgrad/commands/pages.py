@@ -6,12 +6,13 @@ from pathlib import Path
 
 from postgrad.commands.blend import Blend
 from postgrad.commands.compare import RunComparison
-from postgrad.commands.lineage import Lineage
 from postgrad.commands.probe import LayerProbe
 from postgrad.commands.shift import MeasuredShift
+from postgrad.lineage.metrics import read_metrics
+from postgrad.lineage.tree import Lineage
 from postgrad.reports.html import document
 from postgrad.reports.pages import blend_page, comparison_page, lineage_page, probe_page, shift_page
-from postgrad.training.metrics_log import read_metrics
+from postgrad.reports.results import BlendResult, ProbeResult, ShiftResult
 
 PageResult = RunComparison | Lineage | LayerProbe | MeasuredShift | Blend
 
@@ -29,10 +30,10 @@ def _page(result: PageResult) -> str:
             title = " and ".join(result.names)
             return comparison_page.comparison_page(list(result.records), metrics, title, result.names[0])
         case Lineage():
-            return lineage_page.lineage_page(result.as_dict())
+            return lineage_page.lineage_page(result)
         case LayerProbe():
-            return probe_page.probe_page(result.as_dict())
+            return probe_page.probe_page(ProbeResult.model_validate(result.as_dict()))
         case MeasuredShift():
-            return shift_page.shift_page(result.as_dict())
+            return shift_page.shift_page(ShiftResult.model_validate(result.as_dict()))
         case Blend():
-            return blend_page.blend_page(result.as_dict())
+            return blend_page.blend_page(BlendResult.model_validate(result.as_dict()))

@@ -15,13 +15,15 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from postgrad.commands.cache import cache_folder
-from postgrad.commands.results import Interval, Result
+from postgrad.commands.results import Result
 from postgrad.config import stage as s
 from postgrad.config.objectives import ClassifyObjective
-from postgrad.data.layouts.rows import IGNORED, held_out_mask
+from postgrad.data.layouts.rows import IGNORED
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind
-from postgrad.data.read.examples import Labels
 from postgrad.data.read.files import RawSource
+from postgrad.data.read.labels import Labels
+from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.tokenize import build_store, read_all_labels
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
@@ -40,16 +42,16 @@ from postgrad.evaluation.linear_probe import (
 )
 from postgrad.hardware import machine
 from postgrad.hardware.execution import choose_threads
+from postgrad.lineage.record import Interval
 from postgrad.models.pretrained import (
     ClassifierSpec,
     ModelLocation,
-    Task,
     load_pretrained,
     load_tokenizer,
     locate_model,
 )
+from postgrad.models.task import Task
 from postgrad.models.task_head import Pooling, TaskHeadConfig, compute_hidden_states, is_decoder
-from postgrad.objectives.classification_loss import ProblemType
 from postgrad.plan.held_out_sets import HeldOutDocuments, make_held_out_set
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
 from postgrad.plan.objective_rows import RowTemplate, make_renderer
@@ -111,7 +113,7 @@ class FrozenFeatures:
 
 
 @dataclass(frozen=True)
-class ProbedView(Result):
+class LayerView(Result):
     """A linear classifier on one layer, or on several layers joined."""
 
     name: str
@@ -164,16 +166,16 @@ class LayerProbe(Result):
     """The metric by which views are chosen."""
     strengths: tuple[float, ...]
     """The L2 penalties that were tried."""
-    views: tuple[ProbedView, ...]
+    views: tuple[LayerView, ...]
     guess: Mapping[str, Interval]
     """The metrics of the most frequent label (or the mean) of `train`."""
     seconds: ProbeSeconds
     notes: tuple[str, ...]
 
     @property
-    def best(self) -> ProbedView:
+    def best(self) -> LayerView:
         """The view with the best score on `dev`."""
-        return max(self.views, key=lambda view: -view.dev if self.problem == "number" else view.dev)
+        return max(self.views, key=lambda view: -view.dev if self.problem == ProblemType.NUMBER else view.dev)
 
 
 def compute_frozen_features(
@@ -200,10 +202,10 @@ def compute_frozen_features(
     config: Any = AutoConfig.from_pretrained(start.name_or_path)
     files = {"train": _source("train", train, kind), "test": _source("test", test, kind)}
     files |= {"dev": _source("dev", dev, kind)} if dev else {}
-    task: Task = "tag" if files["train"].kind == "tagged" else "classify"
+    task = Task.TAG if files["train"].kind == "tagged" else Task.CLASSIFY
     half, pooling_kind = _resolve_pooling(config, task, pooling, stack)
     labels = read_all_labels([files["train"]], cache)
-    problem: ProblemType = labels.problem  # type: ignore[assignment]
+    problem = labels.problem
     model_inputs = _make_model_inputs(start, config, task, context)
     notes: list[str] = []
     rows = _build_rows(files, model_inputs, labels, problem, cache, notes)
@@ -355,7 +357,7 @@ def _resolve_pooling(config: Any, task: Task, pooling: str, stack: str) -> tuple
             expected="an encoder-decoder, or no --stack",
         )
     half: Stack = ("decoder" if stack == "decoder" else "encoder") if config.is_encoder_decoder else None
-    if task == "tag":
+    if task == Task.TAG:
         if pooling != "auto":
             raise StageError(
                 f"tags are predicted word by word, so `{pooling}` pooling does not apply",
@@ -426,7 +428,7 @@ def _build_rows(
         held_out = make_held_out_set(held_out_documents, model_inputs, _NO_TOKEN_LIMIT, [], problem=problem)
         assert isinstance(held_out, HeldOutRows)
         skipped_words = 0
-        if problem == "tags":
+        if problem == ProblemType.TAGS:
             words = sum(int(np.count_nonzero(np.asarray(store.marks(int(d))))) for d in documents)
             skipped_words = words - sum(row.label_count for row in held_out.rows)
         parts[part] = _PartRows(held_out, skipped_words)
@@ -458,7 +460,7 @@ def _backbone(
 
 
 def _make_items(states_SID: np.ndarray, rows: HeldOutRows, problem: ProblemType) -> ProbeData:
-    if problem == "tags":
+    if problem == ProblemType.TAGS:
         labels = [row.labels[row.labels != IGNORED] for row in rows.rows]
         return ProbeData(states_SID, np.concatenate(labels), np.repeat(rows.document_R, [len(part) for part in labels]))
     return ProbeData(states_SID, np.stack([row.labels for row in rows.rows]), rows.document_R)
@@ -466,7 +468,7 @@ def _make_items(states_SID: np.ndarray, rows: HeldOutRows, problem: ProblemType)
 
 def _score_views(
     probes: list[ProbeResult], test: ProbeData, last_layer: int, problem: ProblemType, names: tuple[str, ...]
-) -> tuple[ProbedView, ...]:
+) -> tuple[LayerView, ...]:
     """Every view with its metrics and its change from the last layer."""
     last = next((p for p in probes if p.view.kind == "state" and p.view.states[0] == last_layer), None)
     views = []
@@ -477,7 +479,7 @@ def _score_views(
             before_I = metric_inputs(last, test)[0]
             changes = compare_metrics(problem, before_I, predictions_I, labels_I, item_I, names)
         views.append(
-            ProbedView(
+            LayerView(
                 probe.view.name,
                 probe.view.kind,
                 tuple(probe.view.states),
@@ -495,9 +497,9 @@ def _score_guess(
     test: ProbeData, train: ProbeData, problem: ProblemType, names: tuple[str, ...]
 ) -> Mapping[str, Interval]:
     """The metrics of the most frequent label of `train`, or of its mean."""
-    if problem == "number":
+    if problem == ProblemType.NUMBER:
         guess = np.full(test.labels.shape, train.labels.mean())
-    elif problem == "multi":
+    elif problem == ProblemType.MULTI_LABEL:
         guess = np.broadcast_to(train.labels.mean(0) > 0.5, test.labels.shape).astype(test.labels.dtype)
     else:
         guess = np.full(test.labels.shape, np.bincount(train.labels.astype(np.int64)).argmax())

@@ -8,7 +8,6 @@ are `learned`, the new ones `retained`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,18 +17,22 @@ from typing import Any
 from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
 from postgrad.config import stage as s
+from postgrad.config.renamed_keys import upgrade_stage
 from postgrad.config.stage_file import parse_stage
 from postgrad.data.read.files import find_files
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.evaluation import before_after
 from postgrad.hardware import machine
-from postgrad.lineage.record import PLAN, Record, read_record
+from postgrad.lineage.record import Record, read_record
+from postgrad.lineage.saved_plan import read_plan
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import ModelLocation, locate_model
+from postgrad.models.task import Task
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.sources import make_replay_source
-from postgrad.run.run import RunEvent, RunFinished, run_stage
+from postgrad.run.events import RunEvent, RunFinished
+from postgrad.run.run import run_stage
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 96
@@ -88,11 +91,11 @@ def plan_restoration(request: RestoreRequest, cache: Path) -> Restoration:
     root = Path.cwd()
     _check_request(request, root)
     record = read_record(request.run)
-    if not record.get("changes"):
+    if not record.changes:
         raise StageError(
             f"{request.run} has not finished", where="restore", hint="finish it with the same train command"
         )
-    if record["model"]["task"] != "causal":
+    if record.model.task != Task.CAUSAL:
         raise StageError(
             f"{request.run} is not a causal language model, so there are no continuations to score",
             where="restore",
@@ -103,7 +106,11 @@ def plan_restoration(request: RestoreRequest, cache: Path) -> Restoration:
     plan = make_plan(parse_stage(raw, "restore"), root, cache)
     teacher = plan.teachers[0]
     target = _measure_target(plan, teacher, request, cache)
-    raw["save"]["choose"] = {"set": target.set_name, "enough": target.target_loss, **_forgetting_limit(target, request)}
+    raw["save"]["choose"] = {
+        "set": target.set_name,
+        "stop_at": target.target_loss,
+        **_forgetting_limit(target, request),
+    }
     return Restoration(make_plan(parse_stage(raw, "restore"), root, cache), target, request)
 
 
@@ -140,12 +147,12 @@ def _check_request(request: RestoreRequest, root: Path) -> None:
 
 def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[str, Any]:
     """The stage as plain data, without its checkpoint selection."""
-    stage, origin = record["stage"], Path(record["root"])
+    stage, origin = upgrade_stage(record.stage), Path(record.stage_folder or ".")
     new_sources = _new_sources(request) if request.self_distill_share else []
     prompts = _prompt_sources(request, root)
     share = 1.0 - (request.self_distill_share if new_sources else 0.0)
     per_row = share / NEW_TOKENS + (1 - share) / stage["data"]["sequence_length"]
-    sequences = stage["batch"]["sequences"]
+    sequences = stage["batch"]["global_batch_size"]
     name = request.output or f"{request.run.name}-restored"
     old_sets = [_held_out_file(path, root) for path in request.retained] or _absolute_sets(
         stage["evaluation"]["retained"], origin
@@ -165,11 +172,11 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
         "data": {
             "sequence_length": max(stage["data"]["sequence_length"], PROMPT_TOKENS + NEW_TOKENS + 32),
             "overlap": "off",
-            "when_short": "repeat",
+            "on_exhausted": "repeat",
             "sources": [{**source, "share": share / len(prompts)} for source in prompts]
             + [{**source, "share": source["share"] * request.self_distill_share} for source in new_sources],
         },
-        "batch": {"sequences": sequences},
+        "batch": {"global_batch_size": sequences},
         "schedule": {
             "kind": "constant",
             "peak": request.learning_rate or _peak_rate(stage["schedule"]),
@@ -180,7 +187,7 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
                 "kind": "on-policy",
                 "teacher": _teacher_name(request, record),
                 "prompt_tokens": PROMPT_TOKENS,
-                "new_tokens": NEW_TOKENS,
+                "max_new_tokens": NEW_TOKENS,
                 "on": [source["name"] for source in prompts],
             },
             *([{"kind": "distill", "on": [source["name"] for source in new_sources]}] if new_sources else []),
@@ -207,7 +214,7 @@ def _prompt_sources(request: RestoreRequest, root: Path) -> list[dict[str, Any]]
             }
             for i, path in enumerate(request.prompts)
         ]
-    replayed = [make_replay_source(source) for source in _trained_sources(request.run, "replay")]
+    replayed = [source for source, _ in _trained_sources(request.run, "replay")]
     if not replayed:
         raise StageError(
             f"{request.run} replayed no text to use as prompts",
@@ -226,24 +233,24 @@ _PROMPT_SOURCE_DEFAULTS: dict[str, Any] = {"role": "new", "held_out": 0.0}
 def _new_sources(request: RestoreRequest) -> list[dict[str, Any]]:
     """The new text of the run, in the shares that it had."""
     sources = _trained_sources(request.run, "new")
-    total = sum(source["share"] for source in sources)
-    return [{**make_replay_source(source), "role": "replay", "share": source["share"] / total} for source in sources]
+    total = sum(share for _, share in sources)
+    return [{**source, "role": "replay", "share": share / total} for source, share in sources]
 
 
-def _trained_sources(run: Path, role: str) -> list[dict[str, Any]]:
-    """The sources of a run with the share of its tokens that each had."""
-    planned = json.loads((run / PLAN).read_text())
-    shares = {source["name"]: (source["role"], source["share"]) for source in planned["plan"]["sources"]}
+def _trained_sources(run: Path, role: str) -> list[tuple[dict[str, Any], float]]:
+    """The sources of one role of a run, as a stage file has them, with their shares of its tokens."""
+    saved = read_plan(run)
+    planned = {source.name: source for source in saved.plan.sources}
     return [
-        {**source, "share": shares[source["name"]][1]}
-        for source in planned["leaves"]
-        if shares[source["name"]][0] == role
+        (make_replay_source(source.name, source.origin), planned[source.name].share)
+        for source in saved.resolved_sources
+        if planned[source.name].role == role
     ]
 
 
 def _absolute_sets(items: Sequence[Mapping[str, Any]], origin: Path) -> list[dict[str, Any]]:
     """Held-out files of another stage, with absolute paths."""
-    return [{**item, "path": str(origin / item["path"]), "like": None} for item in items]
+    return [{**item, "path": str(origin / item["path"]), "same_format_as": None} for item in items]
 
 
 def _held_out_file(path: str, root: Path) -> dict[str, Any]:
@@ -256,14 +263,14 @@ def _teacher_name(request: RestoreRequest, record: Record) -> str:
     if request.teacher is not None:
         path = Path.cwd() / request.teacher
         return str(path) if path.exists() else request.teacher
-    start = record["stage"]["model"]
+    start = record.stage["model"]
     if not isinstance(start, str):
         raise StageError(
             f"{request.run} started from a randomly initialised model, which is no teacher",
             where="--teacher",
             expected="an earlier model that was trained on the old text",
         )
-    path = Path(record["root"]) / start
+    path = Path(record.stage_folder or ".") / start
     return str(path) if path.exists() else start
 
 
@@ -340,7 +347,7 @@ class RestoredRun(Result):
             "costs": dict(self.costs),
             "enough": self.enough,
         }
-        return {**self.outcome.record, "restored": restored}
+        return {**self.outcome.record.as_json(), "restored": restored}
 
 
 def restore(
@@ -379,11 +386,11 @@ def run_restoration(restoration: Restoration, command: str, cache: Path) -> Iter
 
 def measure_restoration(restoration: Restoration, outcome: RunFinished) -> RestoredRun:
     """The fraction of the forgetting that was recovered, and of each gain that was lost."""
-    target, request, after = restoration.target, restoration.request, outcome.record["scores"]["after"]
-    nats = after[target.set_name]["nats"]
+    target, request, after = restoration.target, restoration.request, outcome.record.scores.after
+    nats = after[target.set_name].nats
     recovered = (target.run_loss - nats) / (target.run_loss - target.teacher_loss)
     costs = {
-        name: (after[name]["nats"] - new) / (old - new)
+        name: (after[name].nats - new) / (old - new)
         for name, (old, new) in target.gains.items()
         if not math.isclose(old, new)
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from postgrad.errors import InterruptError
+from postgrad.lineage.record import Interval, RecordPart
 
 if TYPE_CHECKING:
     from postgrad.evaluation.perplexity import Scores
@@ -32,6 +33,8 @@ def _plain_data(value: Any) -> Any:
             for f in dataclasses.fields(value)
             if not (_is_optional(f) and getattr(value, f.name) in (None, (), {}))
         }
+    if isinstance(value, RecordPart):
+        return value.as_json()
     if isinstance(value, Mapping):
         return {str(key): _plain_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -56,15 +59,6 @@ def finish(events: Iterable[object], result: type[T]) -> T:
     if not isinstance(last, result):
         raise InterruptError("stopped before the end", hint="the same call resumes")
     return last
-
-
-@dataclass(frozen=True)
-class Interval(Result):
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -118,31 +112,3 @@ def summarize_scores(scores: Scores, pseudo: Scores | None = None) -> TextScore:
         metrics=metrics,
         pseudo_perplexity=None if pseudo is None else PseudoPerplexity(**pseudo.summary()),
     )
-
-
-@dataclass(frozen=True)
-class TaskMetric(Result):
-    """A metric of a task, averaged over its prompt seeds."""
-
-    value: float
-    low: float
-    """Lower end of the 95 % interval over resampled items."""
-    high: float
-    """Upper end of the 95 % interval."""
-    seeds: tuple[float, ...]
-    """The value for each prompt seed."""
-    spread: float | None
-    """Standard deviation between prompt seeds; None for a single one."""
-
-
-@dataclass(frozen=True)
-class MetricChange(Result):
-    """A paired change of a metric, after minus before, on the same items."""
-
-    difference: float
-    low: float
-    """Lower end of the 95 % interval of the paired bootstrap."""
-    high: float
-    """Upper end of the 95 % interval."""
-    verdict: str
-    """`learnt`, `kept`, `forgot` or `no evidence`."""

@@ -12,9 +12,10 @@ from transformers import AutoConfig
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import TextToTextObjective
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind, read_labels
-from postgrad.data.read.examples import Labels
 from postgrad.data.read.files import RawSource
+from postgrad.data.read.labels import Labels
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.distributed.world import World
 from postgrad.errors import ModelError, StageError, suggest_nearest
@@ -23,8 +24,8 @@ from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores, score_held_out
 from postgrad.hardware import machine
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import ModelLocation, Task, load_tokenizer
-from postgrad.objectives.classification_loss import ProblemType
+from postgrad.models.pretrained import ModelLocation, load_tokenizer
+from postgrad.models.task import Task
 from postgrad.plan.held_out_sets import HeldOutDocuments, make_held_out_set
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
 from postgrad.plan.objective_rows import (
@@ -40,8 +41,8 @@ from postgrad.tuning.open_model import BaseReference, get_task, open_model, star
 DEFAULT_CONTEXT = 1024
 """Tokens a model reads at once, at most, unless a context is given."""
 _MAX_TOKENS = 10_000_000
-_DOCUMENT_UNITS = get_args(s.HeldOutFile.model_fields["documents"].annotation)
-_CLASSIFIER_ROW_KINDS = {"classify": "labelled", "tag": "tagged"}
+_DOCUMENT_UNITS = get_args(s.HeldOutFile.model_fields["document_unit"].annotation)
+_CLASSIFIER_ROW_KINDS = {Task.CLASSIFY: "labelled", Task.TAG: "tagged"}
 """The kind of rows that a classifier is scored on, by its task."""
 
 
@@ -90,13 +91,17 @@ def load_documents(
             hint=suggest_nearest(document_unit, _DOCUMENT_UNITS),
         )
     objectives = resolve_objectives([], start)
-    if model_inputs.task == "text-to-text":  # which also scores rows with answers
+    if model_inputs.task.is_encoder_decoder:  # which also scores rows with answers
         objectives += (TextToTextObjective(kind="text-to-text"),)
     row_kind = _CLASSIFIER_ROW_KINDS.get(model_inputs.task)
     names: set[str] = set()
     for path in files:
         item = s.HeldOutFile.model_validate(
-            {**s.expand_held_out_file(path), "documents": document_unit, "columns": {"text": column} if column else {}}
+            {
+                **s.expand_held_out_file(path),
+                "document_unit": document_unit,
+                "columns": {"text": column} if column else {},
+            }
         )
         name, number = item.name, 2
         while name in names:
@@ -109,7 +114,7 @@ def load_documents(
         labels = _class_labels(start, model_inputs.task, source) if row_kind else None
         renderer = make_renderer(objective, kind, model_inputs, RowTemplate(), labels)
         store = build_store(source, model_inputs.encoder, cache, renderer=renderer)
-        problem: ProblemType = labels.problem if labels else "class"  # type: ignore[assignment]
+        problem = labels.problem if labels else ProblemType.CLASS
         yield HeldOutDocuments(name, "learned", store, np.arange(len(store)), objective, renderer), problem
 
 
@@ -121,12 +126,12 @@ def _class_labels(start: ModelLocation, task: Task, files: RawSource) -> Labels:
     else:
         config: Any = AutoConfig.from_pretrained(start.name_or_path)
         names = tuple(config.id2label[i] for i in range(config.num_labels))
-        problem = config.problem_type or ("regression" if len(names) == 1 else "single_label_classification")
-    if problem == "regression":
-        return Labels("number")
+        problem = config.problem_type
+    decision = ProblemType.TAGS if task == Task.TAG else ProblemType.from_transformers(problem, len(names))
+    if decision == ProblemType.NUMBER:
+        return Labels(ProblemType.NUMBER)
     spelling = {str(name): name for name in read_labels(files).names}
-    kind = "tags" if task == "tag" else "multi" if problem == "multi_label_classification" else "class"
-    return Labels(kind, tuple(spelling.get(name, name) for name in names))
+    return Labels(decision, tuple(spelling.get(name, name) for name in names))
 
 
 def load_model_inputs(start: ModelLocation, context: int) -> ModelInputs:

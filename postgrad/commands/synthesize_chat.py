@@ -1,9 +1,9 @@
 """Generate conversations with a chat model for replay: its own questions, and answers to them.
 
-Self-synthesized rehearsal (SSR; Huang et al. 2024, arXiv 2403.01244) in three steps. The start model generates questions: few-shot from
-given examples, or without any, in the user turn of the chat template (Magpie; Xu et al. 2024, arXiv 2406.08464). The
-start model, or the latest one, answers them. The conversations nearest to the centres of k-means clusters are kept for their
-diversity.
+Self-synthesized rehearsal (SSR; Huang et al. 2024, arXiv 2403.01244) in three steps. The start model generates questions:
+few-shot from given examples, or without any in the user turn of the chat template (Magpie; Xu et al. 2024, arXiv 2406.08464).
+The start model, or the latest one, answers them. The conversations nearest to the centres of k-means clusters are kept for
+their diversity.
 """
 
 from __future__ import annotations

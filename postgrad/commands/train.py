@@ -9,7 +9,8 @@ from postgrad.commands.cache import cache_folder
 from postgrad.config.stage import Stage
 from postgrad.config.stage_file import parse_stage, read_stage
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.run.run import RunEvent, run_stage
+from postgrad.run.events import RunEvent
+from postgrad.run.run import run_stage
 
 StageSource = Stage | Path | str | Mapping[str, object]
 """A `Stage`, the path of a stage file, or a stage's keys as plain data."""

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from postgrad.commands.cache import cache_folder
-from postgrad.commands.results import Interval, Result
+from postgrad.commands.results import Result
+from postgrad.lineage.record import Interval
 from postgrad.studies.outputs import STUDY_JSON, write_outputs
 from postgrad.studies.run_study import StudyEvent, StudyFinished, add_time, prepare_study
 from postgrad.studies.run_study import run_study as run_prepared_study
 
 
 @dataclass(frozen=True)
-class StudyArm(Result):
+class ArmLosses(Result):
     """An arm of a study, as a mean over its seeds."""
 
     name: str
@@ -28,11 +29,11 @@ class StudyArm(Result):
 
 
 @dataclass(frozen=True)
-class StudyResults(Result):
+class StudyOutcome(Result):
     """The results of a study; all of them are in `study.json` and on its page."""
 
     folder: Path
-    arms: tuple[StudyArm, ...]
+    arms: tuple[ArmLosses, ...]
     summary: tuple[str, ...]
     """The results in sentences."""
     failures: Mapping[str, str]
@@ -47,7 +48,7 @@ class StudyResults(Result):
 
 def run_study(
     file: Path | str, *, overrides: Sequence[str] = (), cache: Path | None = None
-) -> Iterator[StudyEvent | StudyResults]:
+) -> Iterator[StudyEvent | StudyOutcome]:
     """Run a study file, as an iterator of events; the last item is its results. The same call resumes.
 
     `overrides`: key.sub=value. Raises `StageError` or `DataError` for a study that cannot be run.
@@ -60,7 +61,7 @@ def run_study(
         if isinstance(event, StudyFinished):
             results = write_outputs(prepared, event.failures)
             arms = tuple(
-                StudyArm(
+                ArmLosses(
                     arm["name"],
                     arm["status"],
                     tuple(arm["seeds"]),
@@ -69,6 +70,6 @@ def run_study(
                 )
                 for arm in results["arms"]
             )
-            yield StudyResults(
+            yield StudyOutcome(
                 prepared.folder.path, arms, tuple(results["summary"]), results["failed"], event.is_stopped
             )

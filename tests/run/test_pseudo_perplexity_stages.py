@@ -15,7 +15,7 @@ from postgrad.cli.render import evaluation_text
 from postgrad.commands.evaluate import TextEvaluation, evaluate
 from postgrad.errors import StageError
 from postgrad.plan.plan import Plan
-from postgrad.run.run import REPORT
+from postgrad.run.run_folder import REPORT
 from postgrad.run.summary import summary_text
 from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_interrupted, run_trace
 

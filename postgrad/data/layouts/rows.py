@@ -1,12 +1,11 @@
-"""What is a row? The arrays a model is called with, and the labels of what it should have said.
+"""Rows: the model inputs and labels of one training example, and what all row layouts share.
 
 Legend: T positions in a row.
 
-A source's documents become rows in one of several layouts; each is a class of its own that keeps to `Rows`. What they
-share is here: which documents may be trained on at all, and the ledger that says where every token went:
+Each layout is a class that implements `Rows`. All layouts share `RowOptions` and the ledger, which accounts for every token:
 
     read   = held_out + dropped + truncated + placed
-    placed = trained + context        (context: tokens that are read and not predicted)
+    placed = trained + context        (context: tokens that are inputs but never labels)
 """
 
 from __future__ import annotations
@@ -16,23 +15,15 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.tokens.held_out_split import DocumentStore, SelectedDocuments, select_documents
+
 IGNORED = -100
 """The label of a position that is not trained (the convention of PyTorch and Hugging Face)."""
 
-_CHUNK = 1 << 20
-
-
-class DocumentStore(Protocol):
-    """What rows need of a token store: the document table and the ids of a document."""
-
-    @property
-    def documents(self) -> np.ndarray: ...
-
-    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray: ...
-
 
 class Row(NamedTuple):
-    """`inputs` by the names that models take them under, `labels`, and how many of the labels count."""
+    """Model inputs by argument name, labels, and the number of labels that count."""
 
     inputs: dict[str, np.ndarray]
     labels: np.ndarray
@@ -40,14 +31,14 @@ class Row(NamedTuple):
 
 
 def ignore_labels(row: Row) -> Row:
-    """The same row with no label that counts. A label that is a number stays one; `counted` says that it counts nothing."""
-    whole = np.issubdtype(row.labels.dtype, np.integer)
-    return Row(row.inputs, np.full_like(row.labels, IGNORED) if whole else row.labels, 0)
+    """The row without labels. The float labels of a regression stay, but `label_count` is 0."""
+    is_integer = np.issubdtype(row.labels.dtype, np.integer)
+    return Row(row.inputs, np.full_like(row.labels, IGNORED) if is_integer else row.labels, 0)
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Where every token of a source went (tokens, EOS and BOS included)."""
+    """Token counts of a source, EOS and BOS included."""
 
     read: int
     held_out: int
@@ -59,15 +50,14 @@ class Ledger:
     context: int
 
     def as_dict(self) -> dict[str, int]:
-        """The counts by name."""
         return asdict(self)
 
 
 class Rows(Protocol):
-    """The rows of a source in one layout; `layout` is equal for rows that can stand in one batch.
+    """The rows of a source in one layout. Rows of equal `layout` can share a batch.
 
-    `document_R`: the document that each row is of, where each is of one. `drawn`: what is read of a row depends on the
-    position too.
+    `document_R`: the document of each row; None where a row can hold several. `is_random`: whether the contents of a row
+    depend on its position in the mixture.
     """
 
     layout: str
@@ -82,57 +72,27 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def get_row(self, row: int, position: int) -> Row:
-        """Row number `row` as it stands at `position` of the mixture: what is drawn at random depends on both alone."""
+        """Row number `row` as read at `position` of the mixture; random choices depend on these two (and the seed) alone."""
         ...
 
 
-def held_out_mask(digests: np.ndarray, share: float) -> np.ndarray:
-    """Which documents are held out: a function of the document's content alone, so copies always fall on one side."""
-    # The digest is uniform; a second mixing keeps the split independent of any other use of the digest.
-    mixed = digests * np.uint64(0x9E3779B97F4A7C15)
-    return (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53) < share
+@dataclass(frozen=True, eq=False)
+class RowOptions:
+    """Options shared by all layouts: the size of a row, its frame, and which documents become rows.
 
+    `length`: positions of a row. `lead`: tokens at each document's start that the frame replaces (1 for a BOS or [CLS]).
+    `held_out`: fraction of the documents kept for evaluation. `excluded`: digests of documents to drop.
+    """
 
-@dataclass(frozen=True)
-class SelectedDocuments:
-    """The documents that may be trained on, how much of each is read, and what was left out."""
+    length: int
+    frame: Frame = EMPTY_FRAME
+    lead: int = 0
+    held_out: float = 0.0
+    excluded: np.ndarray | None = None
+    max_document_tokens: int | None = None
 
-    documents: np.ndarray
-    sizes: np.ndarray
-    read: int
-    held_out: int
-    dropped: int
-    truncated: int
-
-
-def select_documents(
-    store: DocumentStore, *, held_out: float = 0.0, excluded: np.ndarray | None = None, max_tokens: int | None = None
-) -> SelectedDocuments:
-    """Leave out the held-out share, copies of `excluded` digests and documents of one token; cut the rest at `most`."""
-    table = store.documents
-    documents, sizes = [], []
-    read = held = dropped = truncated = 0
-    for begin in range(0, len(table), _CHUNK):
-        chunk = table[begin : begin + _CHUNK]
-        tokens, digests = chunk["tokens"].astype(np.int64), chunk["digest"]
-        out = held_out_mask(digests, held_out)
-        # A document of one token has nothing to predict; a copy of a held-out document must not be trained on.
-        drop = ~out & (tokens < 2)
-        if excluded is not None and len(excluded):
-            drop |= ~out & np.isin(digests, excluded)
-        kept = ~(out | drop)
-        size = tokens if max_tokens is None else np.minimum(tokens, max_tokens)
-        read += int(tokens.sum())
-        held += int(tokens[out].sum())
-        dropped += int(tokens[drop].sum())
-        truncated += int((tokens - size)[kept].sum())
-        documents.append(np.flatnonzero(kept) + begin)
-        sizes.append(size[kept])
-    return SelectedDocuments(
-        np.concatenate(documents) if documents else np.empty(0, np.int64),
-        np.concatenate(sizes) if sizes else np.empty(0, np.int64),
-        read,
-        held,
-        dropped,
-        truncated,
-    )
+    def select_documents(self, store: DocumentStore) -> SelectedDocuments:
+        """The documents of a store to train on."""
+        return select_documents(
+            store, held_out=self.held_out, excluded=self.excluded, max_tokens=self.max_document_tokens
+        )
