@@ -33,6 +33,10 @@ Text = str | tuple[str, str] | Sequence[str]
 """A text, a pair of texts, or (for tags) the words of a text."""
 
 
+Prediction = str | float | list[str] | list[str | None]
+"""A class, a number, the classes of a text, or the tag of each word."""
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A trained classifier with its tokenizer, in eval mode."""
@@ -43,12 +47,12 @@ class Classifier:
     problem: ProblemType
     model_inputs: ModelInputs
 
-    def predict(self, texts: Sequence[Text]) -> list[Any]:
+    def predict(self, texts: Sequence[Text]) -> list[Prediction]:
         """The prediction for each text: its class, its classes, a number, or the tag of each word.
 
         A word without a token of its own, or beyond the context, has None. Raises `DataError` for an item that is no text.
         """
-        return [self._decode(logits, item) for logits, item in zip(self.logits(texts), texts, strict=True)]
+        return [self._decode(logits) for logits in self.logits(texts)]
 
     def logits(self, texts: Sequence[Text]) -> list[np.ndarray]:
         """The logits of each text: (C,), or for tags (words, C), NaN where a word has no tag."""
@@ -76,7 +80,7 @@ class Classifier:
         out[word_T[begins] - 1] = logits_TC[begins]
         return out
 
-    def _decode(self, logits: np.ndarray, item: Text) -> Any:
+    def _decode(self, logits: np.ndarray) -> Prediction:
         match self.problem:
             case ProblemType.NUMBER:
                 return float(logits[0])
