@@ -23,6 +23,7 @@ from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import classification_metrics
 from postgrad.evaluation.before_after import read_scores
+from postgrad.lineage.record import SetScore
 from postgrad.models.pretrained import locate_model
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.objectives.classification_loss import ClassificationLoss
@@ -239,9 +240,10 @@ def test_what_is_trained_is_published_scored_and_loaded_alike(shelf: Workspace, 
     file, tuning, said = RUNS[name]
     done = shelf.run(stage_of(shelf, name.replace(" ", "-"), file, tuning, **dict(said)))
     held_out = shelf.file(file, held_out=True)
-    assert 0 != done.record["changes"][f"{file}-heldout"]["difference"] < 0.1  # six steps
+    assert 0 != done.record.changes[f"{file}-heldout"].difference < 0.1  # six steps
     outside = evaluate(str(done.run_folder), [held_out], context=LENGTH, cache=tmp_path / "scores")
-    assert outside.as_dict()["sets"] == done.record["scores"]["after"]
+    after = {name: SetScore.model_validate(score.as_dict()) for name, score in outside.sets.items()}
+    assert after == done.record.scores.after
     classifier, texts = postgrad.load_classifier(str(done.run_folder)), texts_of(held_out)
     answers, kept = classifier.predict(texts), read_scores(done.run_folder / "scores" / "after.npz")[f"{file}-heldout"]
     assert sorted(_flat(answers, classifier.labels, classifier.problem)) == pytest.approx(
@@ -349,7 +351,7 @@ def test_a_task_layer_of_ours_where_transformers_has_none(shelf: Workspace, tmp_
     )
     assert form == TaskHeadConfig((2,), stack="encoder")
     done = shelf.run(stage_of(shelf, "bart-tags", "tagged", model=str(tmp_path / "bart")))
-    assert done.record["changes"]["tagged-heldout"]["difference"] < 0
+    assert done.record.changes["tagged-heldout"].difference < 0
 
 
 # -- new texts -------------------------------------------------------------------------------------------------------------
