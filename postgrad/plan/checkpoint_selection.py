@@ -146,7 +146,7 @@ def make_selection_rule(
             hint=suggest_nearest(config.set, open_),
         )
     known = ["loss", *(metric_names(found.problem, found.labels) if found.problem else ())]
-    if config.by not in known:
+    if config.metric not in known:
         raise StageError(
             f"'{config.set}' has no {config.metric!r}",
             where="save.choose.metric",
