@@ -62,7 +62,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         + (" (not compiled; a compiled model is faster)" if execution.compile else ""),
     ]
     record = {
-        **plan.as_record(),
+        **plan.as_record().as_json(),
         "parameters": counts.parameters,
         "trainable": counts.trainable,
         "tuning": plan.stage.tuning.kind,
@@ -72,10 +72,10 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         "seconds": execution.seconds,
         "teachers": [cost.record for cost in teachers],
         "penalties": [penalty.record for penalty in penalties],
-        "update": update,
+        "sparse_update": update.as_json() if update else None,
         "found": sources,
         "notes": [*plan.notes, *model_notes],
-        "overlap": plan.data.overlaps,
+        "contamination": {name: overlap.as_json() for name, overlap in plan.data.overlaps.items()},
         "schedule_curve": lr_schedules.sample_schedule(plan.schedule, plan.steps, 60),
     }
     if show:

@@ -42,7 +42,7 @@ def check_penalties(plan: Plan, subject: TunedModel, execution: Execution, world
     for spec, anchor in zip(plan.stage.penalties, anchors, strict=True):
         seconds = _time_penalty(anchor)
         share = seconds / step_seconds if step_seconds else None
-        record = {**describe_penalty(anchor), "strength": spec.strength, "seconds": seconds, "share": share}
+        record = {**describe_penalty(anchor).as_json(), "strength": spec.strength, "seconds": seconds, "share": share}
         costs.append(PenaltyCost(record, _penalty_lines(record, world)))
     weights.zero_gradients()
     return costs
@@ -64,8 +64,8 @@ def _penalty_lines(record: dict[str, Any], world: World) -> list[str]:
         strength_text = f"strength auto, from {PROBE_STEPS} probe steps before training"
     else:
         strength_text = f"strength {strength:g}"
-    mapped = record["bytes"]["mapped"]
-    copies = [f"{name} {format_bytes(size)}" for name, size in record["bytes"].items() if name != "mapped" and size]
+    mapped = record["bytes"]["mmap"]
+    copies = [f"{name} {format_bytes(size)}" for name, size in record["bytes"].items() if name != "mmap" and size]
     storage = [f"{' and '.join(copies)} on {world.device.type}"] if copies else []
     if mapped:
         storage.append(f"{format_bytes(mapped)} memory-mapped from files")
@@ -75,13 +75,13 @@ def _penalty_lines(record: dict[str, Any], world: World) -> list[str]:
         f"{', '.join(storage) or 'no copies: it needs only the tensors of the tuning'}; "
         f"{1e3 * record['seconds']:.2g} ms per step{share}"
     ]
-    importance = record["importance"]
+    importance = record.get("importance")
     if importance:
         lines.append(
-            f"  importance: {importance['kind']} of {importance['tokens']:,} {importance['per']}s, "
+            f"  importance: {importance['kind']} of {importance['tokens']:,} {importance['unit']}s, "
             f"mean {importance['mean']:.3g}"
         )
-    excluded = record["left_out"]
+    excluded = record["skipped"]
     if excluded:
         more = f" and {len(excluded) - _MAX_NAMES} more" if len(excluded) > _MAX_NAMES else ""
         lines.append(f"  not penalized: {', '.join(excluded[:_MAX_NAMES])}{more}")

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from postgrad.config import stage as s
 from postgrad.config.quantities import length_in_steps
@@ -24,6 +23,8 @@ from postgrad.errors import StageError, suggest_nearest
 from postgrad.evaluation.classification_metrics import metric_names
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores
+from postgrad.lineage.metrics import EvaluationRow, SelectionRow
+from postgrad.lineage.record import PublishedCheckpoint
 from postgrad.optim import lr_schedules
 
 _STABILITY_GAP_SHARE = 0.02
@@ -175,69 +176,70 @@ def make_selection_rule(
 
 
 def summarize_evaluation(
-    rule: SelectionRule, row: Mapping[str, Any], scores: Mapping[str, Scores], start_scores: Mapping[str, Scores]
+    rule: SelectionRule, row: EvaluationRow, scores: Mapping[str, Scores], start_scores: Mapping[str, Scores]
 ) -> CheckpointEvaluation:
     """The evaluation of a step: `row` is its line of metrics, `scores` are those of the sets that the rule watches."""
     set_scores = scores[rule.set]
     value = set_scores.nats if rule.metric == "loss" else set_scores.compute_metrics()[rule.metric]["value"]
     rises = [
-        entry["high"] / max(start_scores[name].nats, 1e-12)
-        for name, entry in row["sets"].items()
-        if entry["role"] == "retained"
+        entry.high / max(start_scores[name].nats, 1e-12) for name, entry in row.sets.items() if entry.role == "retained"
     ]
-    return CheckpointEvaluation(
-        row["step"], row["trained"], value, max(rises) if rule.max_forgetting is not None else None
-    )
+    relative_high = max(rises) if rule.max_forgetting is not None else None
+    return CheckpointEvaluation(row.step, row.trained_tokens, value, relative_high)
 
 
 class CheckpointSelector:
     """The evaluations of a run so far, and the selection that follows from them."""
 
-    def __init__(self, rule: SelectionRule, rows: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, rule: SelectionRule, rows: Iterable[EvaluationRow]) -> None:
         """`rows`: the lines of metrics so far."""
         self.rule = rule
         self.evaluations = [
-            CheckpointEvaluation(row["step"], row["trained"], row["choice"]["value"], row["choice"]["rise"])
+            CheckpointEvaluation(row.step, row.trained_tokens, selection.value, selection.relative_high)
             for row in rows
-            if "choice" in row
+            if (selection := row.checkpoint_selection)
         ]
 
-    def add(self, evaluation: CheckpointEvaluation) -> dict[str, Any]:
+    def add(self, evaluation: CheckpointEvaluation) -> SelectionRow:
         """Add an evaluation; returns the entry for its line of metrics."""
         self.evaluations.append(evaluation)
         best = self.state.best
-        return {
-            "set": self.rule.set,
-            "by": self.rule.metric,
-            "value": evaluation.value,
-            "rise": evaluation.rise,
-            "best": best.step if best else None,
-        }
+        return SelectionRow(
+            set=self.rule.set,
+            metric=self.rule.metric,
+            value=evaluation.value,
+            relative_high=evaluation.rise,
+            best_step=best.step if best else None,
+        )
 
     @property
     def state(self) -> SelectionState:
         """The selection after the evaluations so far."""
         return compute_selection_state(self.evaluations, self.rule)
 
-    def as_record(self, last_step: int) -> dict[str, Any]:
-        """The selection as plain data, for the record."""
+    def as_record(self, last_step: int) -> PublishedCheckpoint:
+        """The selection, for the record."""
         rule, state = self.rule, self.state
-        assert state.best is not None
-        return {
-            "set": rule.set,
-            "by": rule.metric,
-            "patience": rule.patience,
-            "gain": rule.min_delta,
-            "first": rule.first_step,
-            "max_forgetting": rule.max_forgetting,
-            "enough": rule.stop_at,
-            **asdict(state.best),
-            "last": last_step,
-            "looks": state.candidates,
-            "since": state.candidates_since_gain,
-            "stopped": state.should_stop,
-            "within": rule.is_within_limit(state.best),
-        }
+        best = state.best
+        assert best is not None
+        return PublishedCheckpoint(
+            set=rule.set,
+            metric=rule.metric,
+            patience=rule.patience,
+            min_delta=rule.min_delta,
+            stop_at=rule.stop_at,
+            first_step=rule.first_step,
+            max_forgetting=rule.max_forgetting,
+            step=best.step,
+            trained_tokens=best.trained,
+            value=best.value,
+            relative_high=best.rise,
+            last_step=last_step,
+            evaluations=state.candidates,
+            evaluations_since_best=state.candidates_since_gain,
+            stopped_early=state.should_stop,
+            within_max_forgetting=rule.is_within_limit(best),
+        )
 
 
 def selection_rule_line(rule: SelectionRule) -> str:

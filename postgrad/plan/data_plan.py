@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from postgrad.data.loading.mixture import Mixture
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.errors import DataError, StageError
+from postgrad.lineage.record import ConsumedSource, Contamination
 from postgrad.models.task import Task
 from postgrad.plan.data_order import make_data_order
 from postgrad.plan.model_plan import ModelPlan
@@ -41,9 +41,9 @@ class DataPlan:
     steps: int
     tokens: int
     """Trained tokens of the whole stage."""
-    seen_sources: dict[str, dict[str, Any]]
+    seen_sources: dict[str, ConsumedSource]
     """What the start model's lineage has trained on, by fingerprint."""
-    overlaps: dict[str, dict[str, Any]]
+    overlaps: dict[str, Contamination]
     """13-gram overlap of each held-out file with the training text."""
 
     @property
@@ -65,7 +65,7 @@ class DataPlan:
     @property
     def seen_clusters(self) -> set[str]:
         """The task clusters that this stage or an earlier one trains on."""
-        earlier = (entry["origin"].get("cluster") for entry in self.seen_sources.values())
+        earlier = (source.origin.get("cluster") for source in self.seen_sources.values())
         return {c for c in (*earlier, *(source.spec.cluster for source in self.sources)) if c is not None}
 
 
@@ -75,7 +75,7 @@ def plan_data(
     model: ModelPlan,
     sources: Sequence[ResolvedSource],
     excluded: np.ndarray | None,
-    seen_sources: dict[str, dict[str, Any]],
+    seen_sources: dict[str, ConsumedSource],
     cache: Path,
     notes: list[str],
 ) -> DataPlan:

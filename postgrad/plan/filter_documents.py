@@ -30,6 +30,7 @@ from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.tokenize import file_lock, source_fingerprint
 from postgrad.errors import DataError
+from postgrad.lineage.record import DocumentSelection
 from postgrad.models.pretrained import ModelLocation
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.perplexity_filter import compute_bits_per_byte, make_scorer, resolve_scoring_model
@@ -46,10 +47,10 @@ ProgressCallback = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class SelectionResult:
-    """The documents that all filters keep, and a summary of each filter as plain data."""
+    """The documents that all filters keep, and a summary of each filter."""
 
     store: TokenStore
-    steps: tuple[dict[str, Any], ...] = ()
+    steps: tuple[DocumentSelection, ...] = ()
 
 
 def select_documents(
@@ -66,20 +67,21 @@ def select_documents(
 
     Raises `DataError` for too little text or a filter that keeps nothing, `StageError` for a model without a likelihood.
     """
-    steps: list[dict[str, Any]] = []
+    steps: list[DocumentSelection] = []
     (cache / "locks").mkdir(parents=True, exist_ok=True)
     for number, method in enumerate(methods):
         document_filter = _DocumentFilter(method, files, f"{files.where}.select[{number}]", model_inputs, cache, seed)
         key = fingerprint([_FORMAT, store.fingerprint, document_filter.identity()])
-        path = cache / "selections" / f"{key}.filter.npz"
+        path = cache / "selection" / f"{key}.npz"
         with file_lock(cache / "locks" / f"{key}.lock"):
             if not path.exists():
                 report = _make_reporter(progress, f"{files.name} (selecting by {method.kind})", store)
                 _write_result(path, *document_filter.apply(store, key, report))
         document_indices, summary = _read_result(path)
         store = store.select(document_indices, key)
-        unjudged = f"; {summary['unjudged']:,} too short to be scored are dropped" if summary["unjudged"] else ""
-        steps.append({"kind": method.kind, "how": describe_method(method) + unjudged, **summary})
+        unscored = f"; {summary['unscored']:,} too short to be scored are dropped" if summary["unscored"] else ""
+        description = describe_method(method) + unscored
+        steps.append(DocumentSelection.model_validate({"kind": method.kind, "description": description, **summary}))
     return SelectionResult(store, tuple(steps))
 
 
@@ -175,7 +177,7 @@ class _DocumentFilter:
     ) -> FilterResult:
         data_selection.require_documents(len(store), self.where)
         scorer = make_scorer(method, self.files.root, self.model_inputs, self.where)
-        partial_path = self.cache / "selections" / f"{key}.part.npy"
+        partial_path = self.cache / "selection" / f"{key}.part.npy"
         bits_N = compute_bits_per_byte(
             scorer, store, self.model_inputs.encoder, method.max_tokens, partial_path, on_progress
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from postgrad.data.render.renderer import Renderer
 from postgrad.data.tokens.held_out_split import held_out_mask, select_documents
 from postgrad.data.tokens.store import TokenStore
 from postgrad.errors import DataError, StageError
+from postgrad.lineage.record import ConsumedSource
 from postgrad.plan.held_out_files import HeldOutFileSpec, describe_new_labels
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_matching import get_evaluation_objective, get_start_objectives
@@ -49,7 +49,7 @@ def select_held_out_documents(
     stage: s.Stage,
     sources: Sequence[ResolvedSource],
     file_specs: Sequence[HeldOutFileSpec],
-    seen_sources: dict[str, dict[str, Any]],
+    seen_sources: dict[str, ConsumedSource],
     model_inputs: ModelInputs,
     cache: Path,
     progress: ProgressCallback | None,
@@ -92,14 +92,14 @@ def select_held_out_documents(
 def _held_out_part(
     source: ResolvedSource,
     start_objectives: Sequence[RowsObjective],
-    seen_sources: dict[str, dict[str, Any]],
+    seen_sources: dict[str, ConsumedSource],
     notes: list[str],
 ) -> HeldOutDocuments:
     """The held-out documents of a source; none (and a note) in a source with too few documents."""
     seen = seen_sources.get(source.store.fingerprint)
-    if seen and seen["origin"]["held_out"] < source.held_out:
+    if seen and seen.origin["held_out"] < source.held_out:
         notes.append(
-            f"{source.name}: an earlier stage held out only {seen['origin']['held_out']:.1%} and trained on some "
+            f"{source.name}: an earlier stage held out only {seen.origin['held_out']:.1%} and trained on some "
             "documents that are held out now; their scores are too optimistic"
         )
     table = np.asarray(source.store.documents)

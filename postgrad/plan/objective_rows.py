@@ -107,7 +107,7 @@ def make_rows(
                 store,
                 options,
                 prompt_tokens=objective.prompt_tokens,
-                new_tokens=objective.new_tokens,
+                new_tokens=objective.max_new_tokens,
                 eos=inputs.encoder.eos,
             )
         case ClassifyObjective():

@@ -13,6 +13,7 @@ from postgrad.config import stage as s
 from postgrad.config.objectives import AnyObjective, PrefixLMObjective
 from postgrad.data.render.chat import plain_template
 from postgrad.errors import StageError
+from postgrad.lineage.record import PlannedSource, PlanSummary
 from postgrad.models.pretrained import ModelLocation
 from postgrad.optim import lr_schedules
 from postgrad.plan.data_plan import DataPlan, plan_data
@@ -76,36 +77,35 @@ class Plan:
         has_prefixes = any(isinstance(source.spec.objective, PrefixLMObjective) for source in self.data.sources)
         return self.model.context_length if has_prefixes else 0
 
-    def as_record(self) -> dict[str, Any]:
-        """The plan as plain data: what is shown, and what a resumed run is compared with."""
+    def as_record(self) -> PlanSummary:
+        """The plan in numbers, for the record."""
         data = self.data
         counts = data.row_counts()
         trained = [round(c * t) for c, t in zip(counts, data.trained_tokens_per_row(), strict=True)]
-        return {
-            "steps": self.steps,
-            "rows": self.steps * data.mixture.block_size,
-            "sequence_length": self.model.context_length,
-            "tokens": sum(trained),
-            "sources": [
-                {
-                    "name": source.name,
-                    "role": source.role,
-                    "asked": target,
-                    "share": t / max(sum(trained), 1),
-                    "rows": c,
-                    "trained": t,
-                    "passes": c / len(r),
-                    "available": r.ledger.trained,
-                    "documents": len(source.store),
-                    "kind": source.store.kind,
-                    "made_by": source.generated_by,
-                    **({"selected": list(source.selection)} if source.selection else {}),
-                }
-                for source, target, c, t, r in zip(
-                    data.sources, data.target_shares, counts, trained, data.rows, strict=True
+        columns = zip(data.sources, data.target_shares, counts, trained, data.rows, strict=True)
+        return PlanSummary(
+            steps=self.steps,
+            rows=self.steps * data.mixture.block_size,
+            sequence_length=self.model.context_length,
+            tokens=sum(trained),
+            sources=[
+                PlannedSource(
+                    name=source.name,
+                    role=source.role,
+                    requested_share=target_share,
+                    share=tokens / max(sum(trained), 1),
+                    rows=count,
+                    trained_tokens=tokens,
+                    passes=count / len(rows),
+                    available_tokens=rows.ledger.trained,
+                    documents=len(source.store),
+                    kind=source.store.kind,
+                    generated_by=source.generated_by,
+                    selection=list(source.selection),
                 )
+                for source, target_share, count, tokens, rows in columns
             ],
-        }
+        )
 
     def fingerprints(self) -> dict[str, Any]:
         """Of everything that goes into the run except the start model."""

@@ -2,55 +2,59 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from postgrad.config import stage as s
 from postgrad.config.renamed_keys import upgrade_source
-from postgrad.lineage.record import PLAN, add_stage, get_seen_data, read_record
+from postgrad.lineage.record import ConsumedSource, add_consumed, read_record
+from postgrad.lineage.saved_plan import ReplayableSource, read_plan
 from postgrad.models.pretrained import ModelLocation
 from postgrad.plan.filter_documents import resolve_methods
 from postgrad.plan.sources import ResolvedSource
 from postgrad.training.checkpoint_files import read_progress
 
 
-def get_seen_sources(start_model: ModelLocation) -> dict[str, dict[str, Any]]:
+def get_seen_sources(start_model: ModelLocation) -> dict[str, ConsumedSource]:
     """Training data of the start model by fingerprint: of its whole run, or, for a checkpoint, up to that step."""
     if start_model.run is None or start_model.folder is None:
         return {}
     if (start_model.folder / "state.json").exists():
-        saved_plan = json.loads((start_model.run / PLAN).read_text())
+        saved_plan = read_plan(start_model.run)
         trained = read_progress(start_model.folder).trained_by_source
-        return add_stage(saved_plan["seen_before"], count_consumed_tokens(saved_plan["leaves"], trained))
-    return get_seen_data(read_record(start_model.run))
+        return add_consumed(saved_plan.consumed_before, count_consumed_tokens(saved_plan.resolved_sources, trained))
+    return read_record(start_model.run).consumed
 
 
 def make_source_records(
     sources: Sequence[ResolvedSource], start_model: ModelLocation, seed: int
-) -> list[dict[str, Any]]:
-    """What a later stage needs to replay each source, as plain data."""
+) -> list[ReplayableSource]:
+    """What a later stage needs to replay each source."""
     return [
-        {
-            "name": source.name,
-            "fingerprint": source.store.fingerprint,
-            "stands_for": source.spec.stands_for or 0,
-            "origin": make_source_origin(source, start_model, seed),
-        }
+        ReplayableSource(
+            name=source.name,
+            fingerprint=source.store.fingerprint,
+            prior_tokens=source.spec.prior_tokens or 0,
+            origin=make_source_origin(source, start_model, seed),
+        )
         for source in sources
     ]
 
 
-def count_consumed_tokens(sources: list[dict[str, Any]], trained_tokens: dict[str, int]) -> list[dict[str, Any]]:
-    """The tokens of each source record, as `add_stage` takes them."""
+def count_consumed_tokens(
+    sources: Sequence[ReplayableSource], trained_tokens: Mapping[str, int]
+) -> list[tuple[str, ConsumedSource]]:
+    """What a model has consumed of each source, with its data fingerprint."""
     return [
-        {
-            "fingerprint": source["fingerprint"],
-            "name": source["name"].split("/")[-1],
-            "tokens": trained_tokens[source["name"]] + source["stands_for"],
-            "origin": source["origin"],
-        }
+        (
+            source.fingerprint,
+            ConsumedSource(
+                name=source.name.split("/")[-1],
+                tokens=trained_tokens[source.name] + source.prior_tokens,
+                origin=source.origin,
+            ),
+        )
         for source in sources
     ]
 
@@ -79,11 +83,11 @@ def make_source_origin(source: ResolvedSource, start_model: ModelLocation, seed:
     }
 
 
-def make_replay_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's source, as plain data, that reads what an earlier stage trained on, from its source record."""
-    origin = upgrade_source(source["origin"])
+def make_replay_source(name: str, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's source, as plain data, that reads what an earlier stage trained on."""
+    origin = upgrade_source(origin)
     root = Path(origin.pop("root"))
     origin["path"] = str(root / origin["path"]) if origin["path"] else None
-    name = source["name"].replace("/", "-")
     keys = s.Source.model_fields
-    return {"name": name, **{key: value for key, value in origin.items() if key in keys and value is not None}}
+    settings = {key: value for key, value in origin.items() if key in keys and value is not None}
+    return {"name": name.replace("/", "-"), **settings}

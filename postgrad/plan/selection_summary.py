@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from postgrad.config.document_filters import AnySelection, DsirSelection, DuplicatesSelection, PerplexitySelection
 from postgrad.data.tokens.store import TokenStore
+from postgrad.lineage.record import DocumentSelection
 
 _PREVIEW_DOCUMENTS = 3
 """Documents to show of those that are kept, and of those that are dropped."""
@@ -57,13 +58,13 @@ def _percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
 
-def describe_selection(steps: Sequence[dict[str, Any]]) -> str:
+def describe_selection(steps: Sequence[DocumentSelection]) -> str:
     """How much of a source its filters keep, in a line."""
-    before, after = steps[0]["before"], steps[-1]["after"]
-    kinds = ", then ".join(step["kind"] for step in steps)
+    before, after = steps[0].before, steps[-1].after
+    kinds = ", then ".join(step.kind for step in steps)
     return (
-        f"{after['documents']:,} of {before['documents']:,} documents and {after['tokens']:,} of "
-        f"{before['tokens']:,} tokens are kept (filtered by {kinds})"
+        f"{after.documents:,} of {before.documents:,} documents and {after.tokens:,} of "
+        f"{before.tokens:,} tokens are kept (filtered by {kinds})"
     )
 
 
@@ -80,9 +81,9 @@ def summarize_result(store: TokenStore, result: FilterResult, tokenizer: Tokeniz
         "before": {"documents": len(store), "tokens": store.tokens},
         "after": {"documents": len(result.kept_indices), "tokens": int(table["tokens"][result.kept_indices].sum())},
         "unit": result.unit,
-        "edges": list(result.edges) if result.edges else None,
-        "unjudged": int(np.isnan(result.scores_N).sum()) if result.unit else 0,
-        "values": _compute_histogram(result.scores_N, kept_N),
+        "score_bounds": list(result.edges) if result.edges else None,
+        "unscored": int(np.isnan(result.scores_N).sum()) if result.unit else 0,
+        "score_histogram": _compute_histogram(result.scores_N, kept_N),
         **previews,
     }
 
@@ -109,7 +110,7 @@ def _preview_documents(
         score = float(result.scores_N[number])
         preview: dict[str, Any] = {"text": text(number), "value": None if np.isnan(score) else score}
         if result.duplicate_of_N is not None and result.duplicate_of_N[number] >= 0:
-            preview["like"] = text(int(result.duplicate_of_N[number]))
+            preview["duplicate_of"] = text(int(result.duplicate_of_N[number]))
         previews.append(preview)
     return previews
 
@@ -127,4 +128,4 @@ def _compute_histogram(scores_N: np.ndarray, kept_N: np.ndarray) -> dict[str, li
         name: np.histogram(scores_N[side_N & scored_N].clip(low, high), edges)[0].tolist()
         for name, side_N in _kept_and_dropped(kept_N)
     }
-    return {"edges": edges.tolist(), **counts}
+    return {"bin_edges": edges.tolist(), **counts}

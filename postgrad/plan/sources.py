@@ -24,6 +24,7 @@ from postgrad.data.render.renderer import Renderer
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.tokenize import Encoder, build_store, render_example
 from postgrad.errors import StageError
+from postgrad.lineage.record import ConsumedSource, DocumentSelection
 from postgrad.plan.filter_documents import select_documents
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_matching import match_objectives
@@ -50,7 +51,7 @@ class SourceSpec:
     max_passes: float
     files: Files
     template: RowTemplate
-    stands_for: int | None
+    prior_tokens: int | None
     objective: RowsObjective
     """The objective that determines the layout of its rows."""
     objective_indices: tuple[int, ...]
@@ -75,8 +76,8 @@ class ResolvedSource:
     renderer: Renderer | None
     store: TokenStore
     """The documents that its filters keep."""
-    selection: tuple[dict[str, Any], ...] = ()
-    """The result of each filter, as plain data."""
+    selection: tuple[DocumentSelection, ...] = ()
+    """The result of each filter."""
 
     @property
     def name(self) -> str:
@@ -104,7 +105,7 @@ def resolve_source_specs(
     objectives: Sequence[AnyObjective],
     start_objectives: Sequence[RowsObjective],
     root: Path,
-    seen_sources: dict[str, dict[str, Any]],
+    seen_sources: dict[str, ConsumedSource],
 ) -> list[SourceSpec]:
     """The sources of a stage with their objectives. Raises `StageError` for rows that no objective supports."""
     specs: list[SourceSpec] = []
@@ -128,7 +129,7 @@ def resolve_source_specs(
                 max_passes=source.max_passes,
                 files=files,
                 template=make_row_template(origin.config),
-                stands_for=origin.stands_for,
+                prior_tokens=origin.prior_tokens,
                 objective=matched.row_objective,
                 objective_indices=matched.objective_indices,
                 cluster=origin.config.get("cluster"),
@@ -146,11 +147,11 @@ class _Origin(NamedTuple):
     config: dict[str, Any]
     root: Path
     held_out: float | None
-    stands_for: int | None
+    prior_tokens: int | None
 
 
 def _source_origins(
-    stage: s.Stage, source: s.Source, root: Path, seen_sources: dict[str, dict[str, Any]], where: str
+    stage: s.Stage, source: s.Source, root: Path, seen_sources: dict[str, ConsumedSource], where: str
 ) -> Iterator[_Origin]:
     if not source.seen_so_far:
         yield _Origin(source.name, 1.0, source.model_dump(), root, source.held_out, source.prior_tokens)
@@ -162,8 +163,8 @@ def _source_origins(
             expected="a start model that is a run folder of an earlier stage",
             hint="give the old text itself as `path`",
         )
-    for key, weight in seen_weights({key: entry["tokens"] for key, entry in seen_sources.items()}, 1.0).items():
-        name, origin = f"{source.name}/{seen_sources[key]['name']}", upgrade_source(seen_sources[key]["origin"])
+    for key, weight in seen_weights({key: entry.tokens for key, entry in seen_sources.items()}, 1.0).items():
+        name, origin = f"{source.name}/{seen_sources[key].name}", upgrade_source(seen_sources[key].origin)
         yield _Origin(name, weight, origin, Path(origin["root"]), origin["held_out"], None)
 
 

@@ -197,12 +197,12 @@ def _describe_new_model(
 ) -> Mapping[str, Any]:
     """A new model as plain data, for the record."""
     return {
-        "asked": spec.model_dump(mode="json"),
+        "requested": spec.model_dump(mode="json"),
         "weights": count_weights(config),
         "tokenizer": spec.tokenizer
         if isinstance(spec.tokenizer, str)
         else f"{spec.tokenizer.kind}, trained on the training documents",
-        "vocabulary": len(tokenizer),
+        "vocab_size": len(tokenizer),
         "seed": seed,
         "config": {k: v for k, v in config.to_diff_dict().items() if k not in ("transformers_version", "dtype")},
     }
@@ -214,11 +214,11 @@ def new_model_note(start_model: ModelLocation, stage: s.Stage) -> str:
     recipe, config = start_model.scratch_recipe, stage.model
     assert isinstance(config, s.FreshModel)
     short = ""
-    if isinstance(config.tokenizer, s.NewTokenizer) and recipe["vocabulary"] < config.tokenizer.vocab_size:
+    if isinstance(config.tokenizer, s.NewTokenizer) and recipe["vocab_size"] < config.tokenizer.vocab_size:
         short = f" (of {config.tokenizer.vocab_size:,} requested; no further pair occurs twice in the text)"
     return (
         f"{start_model.name} is randomly initialized: {recipe['weights']:,} weights (seed {recipe['seed']}), "
-        f"a vocabulary of {recipe['vocabulary']:,} tokens ({recipe['tokenizer']}){short}"
+        f"a vocabulary of {recipe['vocab_size']:,} tokens ({recipe['tokenizer']}){short}"
     )
 
 

@@ -15,6 +15,7 @@ from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.files import find_files
 from postgrad.errors import DataError
+from postgrad.lineage.record import Contamination
 from postgrad.plan.held_out_files import inherit_row_format
 from postgrad.plan.sources import ResolvedSource, make_text_files
 from postgrad.storage.atomic import write_atomically
@@ -23,18 +24,18 @@ from postgrad.storage.fingerprint import fingerprint
 
 def measure_overlaps(
     stage: s.Stage, root: Path, sources: Sequence[ResolvedSource], cache: Path, notes: list[str]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Contamination]:
     """Overlap of each held-out file with the training text (a source's own split is exact by construction)."""
     if stage.data.overlap == "off":
         return {}
-    overlaps: dict[str, dict[str, Any]] = {}
+    overlaps: dict[str, Contamination] = {}
     by_source = {source.spec.source: source.spec for source in sources}
     for role, item in stage.evaluation.held_out_files():
         files = make_text_files(item.name, inherit_row_format(item, role, by_source), root, f"evaluation.{role}")
         counts = overlaps[item.name] = _count_overlaps(files, sources, cache)
-        if counts["half"]:
+        if counts.half_overlap:
             message = (
-                f"{item.name}: {counts['half']:,} of {counts['documents']:,} held-out documents share at least half of "
+                f"{item.name}: {counts.half_overlap:,} of {counts.documents:,} held-out documents share at least half of "
                 f"their 13-grams with the training text"
             )
             if stage.data.overlap == "refuse":
@@ -43,21 +44,21 @@ def measure_overlaps(
     return overlaps
 
 
-def _count_overlaps(files: Files, sources: Sequence[ResolvedSource], cache: Path) -> dict[str, Any]:
+def _count_overlaps(files: Files, sources: Sequence[ResolvedSource], cache: Path) -> Contamination:
     key = fingerprint([str(files), sorted(source.store.fingerprint for source in sources), _file_stamps(files)])
-    path = cache / "overlap" / f"{key}.json"
+    path = cache / "contamination" / f"{key}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return Contamination.model_validate_json(path.read_text())
     report = measure_overlap(
         read_documents(files), (document for source in sources for document in _read_training_documents(source))
     )
-    counts = {
-        "documents": report.documents,
-        "duplicates": report.duplicates,
-        "any": report.overlapping,
-        "half": report.half_overlapping,
-    }
-    write_atomically(path, json.dumps(counts))
+    counts = Contamination(
+        documents=report.documents,
+        duplicates=report.duplicates,
+        any_overlap=report.overlapping,
+        half_overlap=report.half_overlapping,
+    )
+    write_atomically(path, json.dumps(counts.as_json()))
     return counts
 
 

@@ -180,7 +180,9 @@ def test_packed_rows_by_hand(shelf: Workspace) -> None:
 def test_prefixes_by_hand(shelf: Workspace) -> None:
     made = [{"prompt": "one and two.", "completion": " six\n"}]
     text = printed(of(only(shelf, "llama", "prefixed", made, 24, tokens=20, objectives=[{"kind": "prefix-lm"}]), 1))
-    assert text.startswith("«trained» tokens are predicted, all others are context, with bidirectional attention in prefixes; 1│ 2│ documents")
+    assert text.startswith(
+        "«trained» tokens are predicted, all others are context, with bidirectional attention in prefixes; 1│ 2│ documents"
+    )
     assert "1│ one and two.« six↵\n       │ <|end|>»" in text
 
 
@@ -327,7 +329,10 @@ FOUND = {
     ],
     "multi": ["(columns text, labels; 3 labels, multi-label: nine, sums, words)"],
     "number": ["(columns text, label; numeric labels)"],
-    "tags": ["60 rows of kind tagged (columns tokens, tags; 2 tags: mark, word)", "a task layer predicts a tag for each word"],
+    "tags": [
+        "60 rows of kind tagged (columns tokens, tags; 2 tags: mark, word)",
+        "a task layer predicts a tag for each word",
+    ],
 }
 
 
@@ -347,6 +352,5 @@ def test_what_was_found_of_words_and_files(shelf: Workspace) -> None:
     assert "(columns text, label; 2 labels: sums, words)" in first and 'as "{text}⏎is {label}"' in first
     assert "21 documents in text files, all tokens are trained" in second
     assert (
-        "60 rows of kind chat (column messages), rendered with a plain chat template (the tokenizer has none)"
-        in third
+        "60 rows of kind chat (column messages), rendered with a plain chat template (the tokenizer has none)" in third
     )

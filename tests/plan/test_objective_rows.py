@@ -143,9 +143,7 @@ def test_rows_stand_one_for_one_where_they_are_scored(shelf: Workspace, objectiv
     [(o, k) for o, k in itertools.product(SUPPORTED_ROW_KINDS, KINDS) if k not in SUPPORTED_ROW_KINDS[o]],
 )
 def test_what_is_not_served_is_refused_with_what_serves_it(objective: str, kind: str) -> None:
-    with pytest.raises(
-        StageError, match=f"'mine' has rows of kind {kind}, which {objective} does not support"
-    ) as met:
+    with pytest.raises(StageError, match=f"'mine' has rows of kind {kind}, which {objective} does not support") as met:
         match_objectives("mine", kind, [OBJECTIVES[objective](kind=objective)], (), "data.sources[3]")
     assert met.value.where == "data.sources[3]"
     named = met.value.expected.partition(": ")[2].split(", ")

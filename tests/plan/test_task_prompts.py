@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from postgrad.commands.evaluate import load_model_inputs
+from postgrad.commands.score_files import load_model_inputs
 from postgrad.config.stage_file import load_tasks, parse_stage
 from postgrad.config.tasks import TaskConfig
 from postgrad.errors import DataError, ModelError, StageError
@@ -273,11 +273,11 @@ def test_no_row_that_is_tested_is_ever_shown(shelf: Workspace, tmp_path: Path) -
         for prompt in prompts:
             before = shown_in(prompt.text)
             assert len(before) == len(set(before)) == 3 and all("other" in each for each in before)
-    assert "quiz: 40 rows that ask what a test row asks are not shown" in found.notes
-    assert "quiz: 7 of 40 rows are asked (items: 7)" in found.notes
-    with pytest.raises(DataError, match=r"shown: 5 shots from 4 rows \(40 more ask what a test row asks"):
+    assert "quiz: 40 copies of test rows are not used as demonstrations" in found.notes
+    assert "quiz: 7 of 40 rows are evaluated (items: 7)" in found.notes
+    with pytest.raises(DataError, match=r"shown: 5 shots need as many rows, and there are 4 \(40 more are copies of test rows"):
         asked(shelf, path, shots=5, few_shot={"path": str(train)})
-    with pytest.raises(DataError, match=r"1 shots from 0 rows[\s\S]*another file than the one that is tested"):
+    with pytest.raises(DataError, match=r"1 shots need as many rows, and there are 0[\s\S]*another file than the test file"):
         asked(shelf, path, shots=1, few_shot={"path": str(path)})
 
 
@@ -351,7 +351,7 @@ def test_a_stop_is_what_no_answer_has_inside(shelf: Workspace, tmp_path: Path) -
     for answers, stop in ((["a", "b\n"], ("\n",)), (["a", "b\nc"], ("\n\n",)), (["a\n\nb", "c"], ())):
         path = write_rows(tmp_path / "t.jsonl", [{"prompt": f"{i}?", "completion": a} for i, a in enumerate(answers)])
         assert asked(shelf, path).stopping.stop_strings == stop
-        assert asked(shelf, path, stop=["."], max_new_tokens=7).stopping == task_prompts.Until(7, (".",))
+        assert asked(shelf, path, stop=["."], max_new_tokens=7).stopping == StoppingRule(7, (".",))
         assert asked(shelf, path, stop=[]).stopping.stop_strings == ()
 
 
@@ -374,12 +374,12 @@ def test_questions_without_content_and_a_bare_one(shelf: Workspace, tmp_path: Pa
     ("made", "changes", "error", "said"),
     [
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "z"}], {"label_words": {"x": "yes", "y": "no"}}, DataError,
-         r"t\.jsonl:2: no word is given for the label 'z'[\s\S]*x, y"),
+         r"t\.jsonl:2: no word for the label 'z'[\s\S]*x, y"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], {"prompt": "{test}"}, DataError,
          r"t\.jsonl:1: the template asks for \{test\}[\s\S]*did you mean 'text'"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], {"prompt": "{text} {label}"}, DataError,
-         r"t\.jsonl:1: the question tells which choice is right"),
-        ([{"text": "a", "label": "x"}], {"scoring": "multiple-choice"}, StageError, "one label alone"),
+         r"t\.jsonl:1: the question leaks the right choice"),
+        ([{"text": "a", "label": "x"}], {"scoring": "multiple-choice"}, StageError, "there is only one label"),
         ([{"prompt": "a", "completion": "b"}], {"scoring": "multiple-choice"}, StageError, "`completion` have no choices"),
         ([{"prompt": "a", "completion": "b"}], {"normalization": "token"}, StageError, r"\.normalization: `normalization` compares choices"),
         ([{"prompt": "a", "completion": "b"}], {"calibrate": True}, StageError, r"\.calibrate: "),
