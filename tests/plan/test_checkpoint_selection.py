@@ -371,8 +371,11 @@ def test_a_metric_decides_where_more_is_better(shelf: Workspace) -> None:
             {"set": "new-heldout", "metric": "accuracy"},
             r"save\.choose\.metric: 'new-heldout' has no metric 'accuracy'[\s\S]*loss",
         ),
-        ({"set": "new-heldout", "burn_in": "900 steps"}, r"save\.choose\.burn_in: nothing could be chosen before"),
-        ({"set": "new-heldout", "max_forgetting": "1%"}, r"save\.choose\.max_forgetting: a limit on forgetting needs a retained set"),
+        ({"set": "new-heldout", "burn_in": "900 steps"}, r"save\.choose\.burn_in: no step before"),
+        (
+            {"set": "new-heldout", "max_forgetting": "1%"},
+            r"save\.choose\.max_forgetting: a limit on forgetting needs a retained set",
+        ),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_told(choice: dict[str, Any], said: str, shelf: Workspace) -> None:

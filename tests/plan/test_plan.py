@@ -159,7 +159,7 @@ def test_a_source_may_come_in_later_and_another_go(stage_of: StageOf, plan_of: P
 def test_points_that_are_not_in_order_inside_the_stage(stage_of: StageOf, plan_of: PlanOf, points: list[str]) -> None:
     raw = stage_of()
     shifts = [{"at": at, "shares": {"new": 1.0}} for at in points]
-    with pytest.raises(StageError, match=r"data\.shifts: a change of shares is at"):
+    with pytest.raises(StageError, match=r"data\.curriculum: a change of shares is at"):
         plan_of({**raw, "data": data_of(raw, curriculum=shifts)})
 
 
@@ -206,7 +206,7 @@ def test_short_text_can_stop_the_stage(stage_of: StageOf, plan_of: PlanOf, tmp_p
     assert plan.data.mixture.counts((plan.steps + 1) * block)[0] > caps[0]  # not a step earlier than needed
     read = trained(plan, 0, plan.steps)
     assert read / read.sum() == pytest.approx([0.75, 0.25], abs=0.03)
-    assert any("when_short: stop" in note for note in plan.notes)
+    assert any("on_exhausted: stop" in note for note in plan.notes)
     assert plan.schedule(plan.steps) == pytest.approx(1e-3)  # the schedule ends where the stage does
 
 
@@ -228,7 +228,7 @@ def test_short_text_can_hand_its_share_to_the_others(stage_of: StageOf, plan_of:
 
 def test_when_everything_is_spent_it_says_so(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
     raw = {**short_stage(stage_of, tmp_path, "renormalise"), "tokens": 10**6}
-    with pytest.raises(DataError, match=r"all sources are exhausted[\s\S]*when_short: stop"):
+    with pytest.raises(DataError, match=r"all sources are exhausted[\s\S]*on_exhausted: stop"):
         plan_of(raw)
 
 

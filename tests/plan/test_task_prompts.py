@@ -275,9 +275,13 @@ def test_no_row_that_is_tested_is_ever_shown(shelf: Workspace, tmp_path: Path) -
             assert len(before) == len(set(before)) == 3 and all("other" in each for each in before)
     assert "quiz: 40 copies of test rows are not used as demonstrations" in found.notes
     assert "quiz: 7 of 40 rows are evaluated (items: 7)" in found.notes
-    with pytest.raises(DataError, match=r"shown: 5 shots need as many rows, and there are 4 \(40 more are copies of test rows"):
+    with pytest.raises(
+        DataError, match=r"shown: 5 shots need as many rows, and there are 4 \(40 more are copies of test rows"
+    ):
         asked(shelf, path, shots=5, few_shot={"path": str(train)})
-    with pytest.raises(DataError, match=r"1 shots need as many rows, and there are 0[\s\S]*another file than the test file"):
+    with pytest.raises(
+        DataError, match=r"1 shots need as many rows, and there are 0[\s\S]*another file than the test file"
+    ):
         asked(shelf, path, shots=1, few_shot={"path": str(path)})
 
 
