@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.record import Record
 from postgrad.plan.plan import Plan
-from postgrad.run.build import ParameterCounts
+from postgrad.run.tuned_model import ParameterCounts
 from postgrad.training.step import StepReport
 
 

@@ -10,7 +10,8 @@ from postgrad.hardware.memory import format_bytes
 from postgrad.optim.optimizer import Weights
 from postgrad.optim.sparse_update import SparseMask, UpdateMask
 from postgrad.plan.plan import Plan
-from postgrad.run.build import TunedModel, make_update_mask
+from postgrad.run.build import make_update_mask
+from postgrad.run.tuned_model import TunedModel
 
 _SELECTION_TEXTS = {
     "momentum": "the entries of each matrix with the largest momentum",

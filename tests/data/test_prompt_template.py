@@ -149,8 +149,16 @@ def test_what_cannot_be_read(text: str, met: str) -> None:
         (lambda: rendered("[INST] {x}", {"x": [1]}), StageError, r"write \[\[INST\]\]"),
         (lambda: rendered("{sentense}", {"sentence": [1]}), StageError, "did you mean 'sentence'"),
         (lambda: rendered("{text}", {"text": [1]}, cut_field="test"), StageError, "did you mean 'text'"),
-        (lambda: rendered("{5}{x}", {"x": [1, 2]}, max_tokens=5, cut_field="x"), StageError, "template alone has 5 tokens"),
-        (lambda: rendered("{x}", {"x": [1, 2, 3]}, max_tokens=2), DataError, "3 tokens, more than 2(.|\n)*may be cut: x"),
+        (
+            lambda: rendered("{5}{x}", {"x": [1, 2]}, max_tokens=5, cut_field="x"),
+            StageError,
+            "template alone has 5 tokens",
+        ),
+        (
+            lambda: rendered("{x}", {"x": [1, 2, 3]}, max_tokens=2),
+            DataError,
+            "3 tokens, more than 2(.|\n)*may be cut: x",
+        ),
         (
             lambda: rendered("{x}{y}", {"x": [1], "y": [1] * 9}, max_tokens=9, cut_field="x"),
             DataError,

@@ -16,7 +16,9 @@ EOS, START = 1, 0
 
 
 def rows_of(store: InMemoryStore, length: int = 64, target: int = 64, **changes: object) -> Seq2SeqRows:
-    return lay_out(Seq2SeqRows, store, length, target_length=target, **({"eos": EOS, "decoder_start": START, "seed": 0} | changes))
+    return lay_out(
+        Seq2SeqRows, store, length, target_length=target, **({"eos": EOS, "decoder_start": START, "seed": 0} | changes)
+    )
 
 
 def arrays(row: Row) -> tuple[list[int], list[int]]:

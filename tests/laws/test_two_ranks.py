@@ -216,7 +216,9 @@ def test_two_ranks_answer_what_one_answers(cache: Path, tmp_path: Path) -> None:
             file = tmp_path / "two.yaml"
             file.write_text(yaml.safe_dump(raw))
             said = train_on_two(file, tmp_path / "no-cache")
-            assert said.count("kinds: evaluated only before and after training, as a sharded model cannot generate") == 1
+            assert (
+                said.count("kinds: evaluated only before and after training, as a sharded model cannot generate") == 1
+            )
         records.append(read_record(tmp_path / "runs" / name))
     one, two = ({entry["name"]: entry for entry in record["tasks"]} for record in records)
     for name in one:
@@ -243,7 +245,7 @@ def test_two_ranks_are_taught_as_one(how: str, stage_of: StageOf, cache: Path, t
     list(run_stage(plan_of(stage_of(output=str(tmp_path / "one"), **changes), cache), command="test", cache=cache))
     file = tmp_path / "two.yaml"
     file.write_text(yaml.safe_dump(stage_of(output=str(tmp_path / "two"), **changes)))
-    for folder in (cache / "told").glob("*") if distill else ():
+    for folder in (cache / "teacher-predictions").glob("*") if distill else ():
         shutil.rmtree(folder)
     train_on_two(file, cache)
     both = [

@@ -73,7 +73,9 @@ def test_what_comes_back_is_told_from_what_is_lost(carried_out: Carried, knowing
     assert entry["share"]["value"] == pytest.approx(entry["won"]["value"] / entry["forgot"]["value"])
     assert entry["won"]["low"] > 0 and entry["share"]["value"] > 0.3  # one text was over the other, and can be dug out
     (line,) = [
-        event.message for event in events if isinstance(event, InfoMessage) and "12 steps on old text recovered" in event.message
+        event.message
+        for event in events
+        if isinstance(event, InfoMessage) and "12 steps on old text recovered" in event.message
     ]
     assert line.startswith("old-heldout: of +")
     assert "What a few steps on old text bring back" in (last.run_folder / "report.html").read_text()
@@ -143,7 +145,7 @@ def test_nothing_is_tried_without_old_text_or_an_old_model(stage_of: StageOf, tm
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
     assert relearning._relearning_sources(plan) == []
     assert relearning.relearning_notes(plan) == [
-        "nothing is re-aligned: there is no retained set (evaluation.realign_steps)"
+        "no relearning test: there is no retained set (evaluation.realign_steps)"
     ]
     raw["model"] = {"fresh": "llama-1M", "tokenizer": {"vocabulary": 300}}
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
@@ -158,7 +160,7 @@ def test_a_set_that_is_too_small_is_named(stage_of: StageOf, base: Path, tmp_pat
     raw["evaluation"] |= {"retained": [str(few), str(enough)], "realign_steps": 5}
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
     (note,) = relearning.relearning_notes(plan)
-    assert note.startswith("few: not re-aligned: 9 documents are too few")
+    assert note.startswith("few: no relearning test: 9 documents are too few")
     assert f"note: {note}" in check_stage(plan, cache=tmp_path / "cache")["text"]
     raw["evaluation"]["realign_steps"] = 0
     assert relearning.relearning_notes(make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")) == []
@@ -175,7 +177,7 @@ def test_documents_are_paired_by_their_content() -> None:
 
 
 def test_the_arithmetic_is_that_of_four_models_on_the_same_documents() -> None:
-    """Nats per token, 8 + d tokens in document d: start 1, trained 2 (or 2.2), re-aligned .9 and 1.2."""
+    """Nats per token, 8 + d tokens in document d: start 1, trained 2 (or 2.2), their copies .9 and 1.2."""
     sizes = 8 + np.arange(42)
     wobble = np.where(np.arange(42) % 2, 0.1, -0.1)  # by document, so that there is something to be unsure of
 

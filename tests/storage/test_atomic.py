@@ -119,7 +119,9 @@ def test_the_same_size_is_not_enough(tmp_path: Path) -> None:
     place = publish_folder(tmp_path / "place", write_contents)
     (place / "config.json").write_bytes(b'{"layers": 3}')
     assert all((place / n).stat().st_size == e["size"] for n, e in json.loads((place / MANIFEST).read_text()).items())
-    with pytest.raises(CheckpointError, match=r"config\.json: the content of the file has changed since it was written"):
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: the content of the file has changed since it was written"
+    ):
         verify(place)
 
 
