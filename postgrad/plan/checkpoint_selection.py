@@ -21,7 +21,7 @@ from postgrad.config import stage as s
 from postgrad.config.quantities import length_in_steps
 from postgrad.errors import StageError, suggest_nearest
 from postgrad.evaluation.classification_metrics import metric_names
-from postgrad.evaluation.held_out import HeldOutRows, HeldOutSet
+from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores
 from postgrad.optim import lr_schedules
 
@@ -144,7 +144,7 @@ def make_selection_rule(
             expected=f"one of {', '.join(open_)}" if open_ else "a held-out set that is no test set",
             hint=suggest_nearest(config.set, open_),
         )
-    known = ["loss", *metric_names(_problem(found), found.labels if isinstance(found, HeldOutRows) else ())]
+    known = ["loss", *(metric_names(found.problem, found.labels) if found.problem else ())]
     if config.by not in known:
         raise StageError(
             f"'{config.set}' has no {config.by!r}",
@@ -167,11 +167,6 @@ def make_selection_rule(
     return SelectionRule(
         config.set, config.by, config.patience, config.gain, first, config.max_forgetting, config.enough
     )
-
-
-def _problem(held_out: HeldOutSet) -> str:
-    """What is decided of a set, if anything is."""
-    return "class" if held_out.label_token_ids else held_out.task
 
 
 def summarize_evaluation(

@@ -39,6 +39,7 @@ from postgrad.evaluation.perplexity import score_held_out
 from postgrad.hardware import machine
 from postgrad.models.model import Model, wrap_model
 from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
+from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import fingerprint
@@ -264,7 +265,7 @@ def _make_scorer(method: PerplexitySelection, root: Path, model_inputs: ModelInp
     opened = open_model(start)
     limit = getattr(config, "max_position_embeddings", None) or _DEFAULT_CONTEXT_LENGTH
     return PerplexityScorer(
-        wrap_model(opened.model, "causal").to(machine.default_device()),
+        wrap_model(opened.model, Task.CAUSAL).to(machine.default_device()),
         encoder,
         opened.frame.prefix_ids,
         min(limit, _DEFAULT_CONTEXT_LENGTH),
@@ -285,7 +286,7 @@ def _resolve_scoring_model(
             where=f"{where}.model",
             expected="a trained decoder",
         )
-    if get_task(start) != "causal":
+    if get_task(start) != Task.CAUSAL:
         raise StageError(
             f"{start.name} does not say how likely a text is",
             where=f"{where}.model",

@@ -20,6 +20,7 @@ from postgrad.config.objectives import (
 )
 from postgrad.data.filter.contamination import OverlapReport, measure_overlap
 from postgrad.data.layouts.windows import locate_texts, max_text_tokens, split_windows
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import Document, detect_kind, read_documents
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.data.read.files import RawSource as Files
@@ -33,7 +34,6 @@ from postgrad.data.tokens.tokenize import read_all_labels
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.held_out import HeldOutRows, HeldOutSet, HeldOutText
 from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText, MaskedWindow
-from postgrad.objectives.classification_loss import ProblemType
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_rows import (
     DemonstrationWrapper,
@@ -291,7 +291,7 @@ def make_held_out_set(
     notes: list[str],
     *,
     reserved_positions: int = 0,
-    problem: ProblemType = "class",
+    problem: ProblemType = ProblemType.CLASS,
 ) -> HeldOutSet:
     """A set as a model reads it, in the order of the documents' content hash, up to about `limit` tokens.
 
@@ -451,7 +451,7 @@ def _make_held_out_rows(
         ),
         part.documents["digest"][kept].astype(np.uint64),
         part.documents["tokens"][kept].astype(np.int64),
-        problem if isinstance(held_out.objective, ClassifyObjective) else "answers",
+        problem if isinstance(held_out.objective, ClassifyObjective) else ProblemType.CLASS if cloze else None,
         tuple(str(label) for label in labels),
         (model_inputs.frame.prefix_ids, model_inputs.frame.separator_ids, model_inputs.frame.suffix_ids),
         model_inputs.pad_id,

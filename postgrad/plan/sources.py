@@ -17,6 +17,7 @@ from postgrad.config.document_filters import AnySelection
 from postgrad.config.objectives import AnyObjective, ClassifyObjective, MaskedObjective, RowsObjective
 from postgrad.config.tunings import InstructionPromptTuning
 from postgrad.data.loading.mixture import seen_weights
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind, read_examples
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example
 from postgrad.data.read.files import HubDataset
@@ -202,9 +203,9 @@ def resolve_labels(source_specs: Sequence[SourceSpec], cache: Path) -> Labels | 
             expected="one sort of labels for a classifier",
         )
     (problem,) = problems
-    problem = problem if asked.problem == "auto" else asked.problem
-    if problem == "number":
-        return Labels("number")
+    problem = problem if asked.problem == "auto" else ProblemType(asked.problem)
+    if problem == ProblemType.NUMBER:
+        return Labels(ProblemType.NUMBER)
     names = set().union(*(labels.names for labels in found.values()))
     if asked.labels is None:
         texts = sorted(name for name in names if isinstance(name, str))

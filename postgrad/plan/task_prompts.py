@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from postgrad.config.tasks import TaskConfig
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind, read_examples
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example
 from postgrad.data.read.files import RawSource
@@ -224,7 +225,7 @@ def make_prompted_task(task: TaskConfig, model_inputs: ModelInputs, root: Path, 
     words = (
         ChatPromptFormat(renderer)
         if isinstance(renderer, ChatRenderer)
-        else PlainPromptFormat(renderer, separate=model_inputs.task == "text-to-text")
+        else PlainPromptFormat(renderer, separate=model_inputs.task.is_encoder_decoder)
     )
     pool, notes = _demonstration_pool(task, files, every, words, f"{where}.shown")
     labels = _labels(task, every, pool, where) if kind == "labelled" else ()
@@ -283,7 +284,7 @@ class _PromptBuilder:
     @property
     def separate(self) -> bool:
         """Whether the answer is read and written apart from the question."""
-        return self.reading.task == "text-to-text"
+        return self.reading.task.is_encoder_decoder
 
     def check_row(self, example: Example, place: str) -> None:
         """Raises `DataError` with its place for a row that cannot be worded, or whose question tells the answer."""
@@ -377,7 +378,7 @@ def _with_place(error: DataError, place: str) -> DataError:
 
 
 def _refuse_encoder(model_inputs: ModelInputs, where: str) -> None:
-    if model_inputs.task not in ("causal", "text-to-text"):
+    if not model_inputs.task.generates:
         raise ModelError(
             f"a task is asked in prompts, and {model_inputs.start_model.name} does not write",
             where=where,
@@ -455,7 +456,7 @@ def _labels(
 ) -> tuple[str, ...]:
     """What labelled rows can be answered with, as text; nothing where a row may have several, or a fraction."""
     found = collect_labels((*test_rows, *pool), where)
-    if found.problem != "class":
+    if found.problem != ProblemType.CLASS:
         return ()
     for example, place in (*test_rows, *pool):
         label = str(example.fields["label"])

@@ -25,14 +25,16 @@ from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import collate
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.teacher_cache import TeacherCache
+from postgrad.data.problem_type import ProblemType
 from postgrad.distributed import fsdp
 from postgrad.distributed.world import World
 from postgrad.errors import ResumeError, StageError
 from postgrad.hardware.execution import Execution, ExecutionRequest, select_execution
 from postgrad.lineage.tree import read_lineage
 from postgrad.models.model import CausalModel
-from postgrad.models.pretrained import TUNING_FILE, ModelLocation, Task
-from postgrad.objectives.classification_loss import ClassificationLoss, ProblemType
+from postgrad.models.pretrained import TUNING_FILE, ModelLocation
+from postgrad.models.task import Task
+from postgrad.objectives.classification_loss import ClassificationLoss
 from postgrad.objectives.distillation import CachedDistillationLoss, DistillationLoss, TaskDistillationLoss
 from postgrad.objectives.next_token import TokenLoss
 from postgrad.objectives.objective import Objective
@@ -53,14 +55,14 @@ from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.checkpoint_files import read_moments, read_progress
 from postgrad.training.on_policy import OnPolicySampler, make_on_policy_step
 from postgrad.training.step import Run, StepFunction, train_step
-from postgrad.tuning.attach import read_export
+from postgrad.tuning.folder import read_export
 from postgrad.tuning.tuning import TuningExport
 
 
 def make_objectives(
     specs: Sequence[AnyObjective],
     problem: ProblemType,
-    task: Task = "causal",
+    task: Task = Task.CAUSAL,
     *,
     teachers: Mapping[int, Teacher] = MappingProxyType({}),
     steps: int = 1,
@@ -81,7 +83,7 @@ def make_objectives(
                 if number not in teachers:
                     return CachedDistillationLoss(weight, spec.temperature, name)
                 how = weight, spec.direction, spec.temperature, name
-                if task in ("classify", "tag"):
+                if task.is_classifier:
                     return TaskDistillationLoss(problem, teachers[number], *how)
                 return DistillationLoss(teachers[number], *how)
             case OnPolicyObjective():

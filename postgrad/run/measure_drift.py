@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from postgrad.distributed.world import World
-from postgrad.evaluation.drift import DISTRIBUTION_TASKS, compute_drift, weight_drift
+from postgrad.evaluation.drift import compute_drift, weight_drift
 from postgrad.models.model import Model, wrap_model
 from postgrad.plan.plan import Plan
 from postgrad.tuning.open_model import open_model
@@ -21,7 +21,7 @@ def measure_drift(plan: Plan, after: Model, world: World) -> dict[str, Any] | No
     tokens = plan.stage.evaluation.drift_tokens
     sets: dict[str, Any] = {}
     for old, new in zip(plan.evaluation.scored_sets_before, plan.evaluation.scored_sets, strict=True):
-        if new.task in DISTRIBUTION_TASKS:
+        if new.has_distribution:
             both = old.take_tokens(tokens), new.take_tokens(tokens)
             drift = compute_drift(before, after, both, context=plan.model.context_length)
             sets[new.name] = {"role": new.role, **drift.summary()}

@@ -307,19 +307,19 @@ TOO_LONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "t5",
         {"source": LONG, "target": "six"},
         {"objectives": [T2T]},
-        "2 rows are too long; the end of what is read is cut",
+        "2 rows are too long; the end of the source is cut",
     ),
     "text-to-text, beginning": (
         "t5",
         {"source": LONG, "target": "six"},
         {"objectives": [{**T2T, "too_long": "cut-context"}]},
-        "2 rows are too long; the beginning of what is read is cut",
+        "2 rows are too long; the beginning of the source is cut",
     ),
     "text-to-text, a conversation": (
         "t5",
         {"messages": TALK},
         {"objectives": [T2T], "length": 96},
-        "2 rows are too long; the beginning of what is read is cut",
+        "2 rows are too long; the beginning of the source is cut",
     ),
     "text-to-text, drop": (
         "t5",
@@ -331,7 +331,7 @@ TOO_LONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "t5",
         {"source": "six", "target": LONG},
         {"objectives": [T2T]},
-        "2 rows are too long; the end of what is written is cut",
+        "2 rows are too long; the end of the target is cut",
     ),
     "class": (
         "bert",

@@ -499,13 +499,13 @@ def test_what_was_said_of_other_rows_is_refused_and_both_are_named(shelf: Worksp
     row = rows.at(key, 0)
     other = row._replace(labels=row.labels[::-1].copy())
     for wrong in (other, rows.at(int(told.keys[1]), 0)):
-        with pytest.raises(DataError, match=r"is [0-9a-f]{16} now, and the teacher read [0-9a-f]{16}"):
+        with pytest.raises(DataError, match=r"has the digest [0-9a-f]{16}, and the teacher read [0-9a-f]{16}"):
             told.lookup(key, wrong)
-    with pytest.raises(DataError, match="never asked about row 999"):
+    with pytest.raises(DataError, match="no teacher prediction for row 999"):
         told.lookup(999, row)
-    description = json.loads((told.folder / "told.json").read_text())
-    (told.folder / "told.json").write_text(json.dumps({**description, "temperature": 3.0}))
-    with pytest.raises(DataError, match=r"has the key \w+, and these rows have \w+: temperature"):
+    description = json.loads((told.folder / "teacher_cache.json").read_text())
+    (told.folder / "teacher_cache.json").write_text(json.dumps({**description, "temperature": 3.0}))
+    with pytest.raises(DataError, match=r"have the key \w+, and these rows have \w+: temperature"):
         find_cache_jobs(plan)
 
 

@@ -33,8 +33,8 @@ from postgrad.run.tuned_model import make_tuned_model
 from postgrad.training.checkpoint_files import read_progress
 from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run
-from postgrad.tuning.attach import load_tuning, read_export
 from postgrad.tuning.extra_trainable import base_parameter_name
+from postgrad.tuning.folder import load_tuning, read_export
 from postgrad.tuning.open_model import open_model, start_fingerprint
 from tests.conftest import make_llama, make_tokenizer, new_text, write_jsonl
 from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_interrupted, run_trace, save_model, train_for

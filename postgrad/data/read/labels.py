@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.examples import Example, Label
 from postgrad.errors import DataError, suggest_nearest
 
@@ -21,13 +22,15 @@ class Labels:
     The place of a name among `names` is the class's index.
     """
 
-    problem: str
+    problem: ProblemType
     names: tuple[str | int, ...] = ()
 
     @property
     def width(self) -> int:
         """How many numbers say what an example's label is; none for tags, which are marks on the words."""
-        return {"class": 1, "multi": len(self.names), "number": 1, "tags": 0}[self.problem]
+        if self.problem == ProblemType.TAGS:
+            return 0
+        return len(self.names) if self.problem == ProblemType.MULTI_LABEL else 1
 
     def index(self, name: Label) -> int:
         """The index of a name. Raises `DataError` for one that is not known."""
@@ -42,7 +45,7 @@ class Labels:
 
     def values(self, example: Example) -> tuple[float, ...]:
         """The label of a labelled example as `width` numbers: its index, a 1 for each class it has, or the number."""
-        if self.problem == "multi":
+        if self.problem == ProblemType.MULTI_LABEL:
             if "labels" not in example.fields:
                 raise DataError("a single label", expected="`labels`, a list")
             met = {self.index(name) for name in example.fields["labels"]}
@@ -50,7 +53,7 @@ class Labels:
         if "label" not in example.fields:
             raise DataError("a list of labels", expected="`label`, a single one")
         label = example.fields["label"]
-        if self.problem == "class":
+        if self.problem == ProblemType.CLASS:
             return (float(self.index(label)),)
         if isinstance(label, str):
             raise DataError(f"the label {label!r} is text", expected="a number")
@@ -89,7 +92,7 @@ def collect_labels(examples: Iterable[tuple[Example, str]], where: str = "") -> 
             )
     if not sort:
         raise DataError("no row has a label", where=where, expected="rows with labels or tags")
-    return Labels("number") if numbers else Labels(problem, tuple(sorted(names)))  # type: ignore[type-var]
+    return Labels(ProblemType.NUMBER) if numbers else Labels(problem, tuple(sorted(names)))  # type: ignore[type-var]
 
 
 def merge_labels(label_sets: Iterable[Labels]) -> Labels:
@@ -99,8 +102,8 @@ def merge_labels(label_sets: Iterable[Labels]) -> Labels:
         problems.add(labels.problem)
         names.update(labels.names)
     sorts = {type(name) for name in names}
-    if problems == {"class", "number"} and sorts == {int}:
-        return Labels("number")
+    if problems == {ProblemType.CLASS, ProblemType.NUMBER} and sorts == {int}:
+        return Labels(ProblemType.NUMBER)
     if len(problems) > 1 or len(sorts) > 1:
         raise _mixed_labels_error(
             " and ".join(f"`{problem}`" for problem in sorted(problems)), "labels of other sources"
@@ -108,13 +111,13 @@ def merge_labels(label_sets: Iterable[Labels]) -> Labels:
     return Labels(problems.pop(), tuple(sorted(names)))
 
 
-def _example_labels(example: Example) -> tuple[str, Sequence[Label]]:
+def _example_labels(example: Example) -> tuple[ProblemType, Sequence[Label]]:
     """What sort of labels an example has, and which."""
     if example.kind == "tagged":
-        return "tags", example.fields["tags"]
+        return ProblemType.TAGS, example.fields["tags"]
     if "labels" in example.fields:
-        return "multi", example.fields["labels"]
-    return "class", (example.fields["label"],)
+        return ProblemType.MULTI_LABEL, example.fields["labels"]
+    return ProblemType.CLASS, (example.fields["label"],)
 
 
 def _mixed_labels_error(label: str, earlier: str, location: str = "") -> DataError:

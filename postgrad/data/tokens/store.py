@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.errors import DataError
 from postgrad.storage.atomic import MANIFEST, disk_error, publish_folder, sha256, verify, write_atomically
 
@@ -77,7 +78,8 @@ class TokenStore:
         self.empty_count: int = header["empty"]
         self.labels: list[str | int] | None = header.get("labels")
         """The names of the classes or tags, by index."""
-        self.problem: str | None = header.get("problem")
+        problem = header.get("problem")
+        self.problem = ProblemType(problem) if problem else None
         """What `values` or marks say of a label: `class`, `multi`, `number` or `tags`."""
         self.skipped: dict[str, int] = header.get("skipped", {})
         """How many of the empty documents were left out for which reason."""

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read import documents as formats
 from postgrad.data.read.documents import Document, detect_kind, read_documents, read_labels
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example
@@ -197,7 +198,7 @@ def _cached_labels(source: RawSource, cache: Path) -> Labels:
     place = cache / "labels" / f"{_hash(asked)}.json"
     try:
         written = json.loads(place.read_bytes())
-        return Labels(written["problem"], tuple(written["names"]))
+        return Labels(ProblemType(written["problem"]), tuple(written["names"]))
     except (OSError, ValueError, KeyError, TypeError):
         labels = read_labels(source)
     with suppress(DiskError):  # only a memo
