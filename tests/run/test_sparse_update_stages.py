@@ -221,7 +221,7 @@ def test_check_says_what_moves(shelf: Workspace) -> None:
     assert (found["update"]["moved"], found["update"]["of"]) == (moved, sum(matrices) + vectors)
     assert found["update"]["bytes"] == 4 * sum(matrices)
     assert (
-        f"update: momentum, 10 % of the numbers of each matrix with the largest momentum: {moved:,} of" in found["text"]
+        f"update: momentum, 10 % of the entries of each matrix with the largest momentum: {moved:,} of" in found["text"]
     )
     assert "times min(1, 0.5 sqrt(first loss / mean loss))" in found["text"]
     plain = check_stage(shelf.plan(shelf.stage("told")), cache=shelf.cache)
