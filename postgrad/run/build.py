@@ -156,8 +156,8 @@ def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execu
         attention=tuned_model.attention or compute.attention,
         activation_checkpointing=compute.activation_checkpointing,
         threads=compute.threads,
-        micro=batch.micro,
-        sequences=batch.sequences,
+        micro=batch.micro_batch_size,
+        sequences=batch.global_batch_size,
         length=_row_length(longest),
         steps=plan.steps,
         is_fixed_length=all(rows.layout in _FIXED_LENGTH_LAYOUTS for rows in plan.data.rows),
@@ -235,9 +235,9 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
         schedule=plan.schedule,
         world=world,
         sources=plan.data.source_names,
-        max_grad_norm=spec.clip,
+        max_grad_norm=spec.max_grad_norm,
         seed=stage.seed,
-        lr_scale=LossAdaptiveLRScale(spec.loss_adaptive.start, spec.loss_adaptive.smoothing)
+        lr_scale=LossAdaptiveLRScale(spec.loss_adaptive.initial_share, spec.loss_adaptive.smoothing)
         if spec.loss_adaptive
         else ConstantLRScale(),
         trained_tokens_by_source=np.zeros(len(plan.data.source_names), np.int64),
@@ -246,23 +246,23 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
 
 def make_update_mask(plan: Plan, tuned_model: TunedModel, weights: Weights) -> UpdateMask:
     """The entries that an update changes. Raises `StageError` for a tuning without linear layers to choose from."""
-    match plan.stage.optimizer.update:
+    match plan.stage.optimizer.sparse_update:
         case None:
             return FullMask()
         case MomentumUpdate(share=share):
             return MofoMask(share, weights.masters)
         case MagnitudeUpdate(share=share):
-            if isinstance(plan.stage.tuning, LoraTuning) and plan.stage.tuning.form == "dora":
+            if isinstance(plan.stage.tuning, LoraTuning) and plan.stage.tuning.variant == "dora":
                 raise StageError(
                     "the modules of DoRA also run on other inputs than the text, so their outputs do not reflect it",
-                    where="optimizer.update",
-                    expected="another form of `lora`, or kind: momentum",
+                    where="optimizer.sparse_update",
+                    expected="another variant of `lora`, or kind: momentum",
                 )
             mask = MiguMask(share, tuned_model.model, weights.entries)
             if not mask.layers:
                 raise StageError(
                     f"`{plan.stage.tuning.kind}` trains no linear layer of the model's blocks",
-                    where="optimizer.update",
+                    where="optimizer.sparse_update",
                     expected="a tuning with trained linear layers, such as full, blocks or lora; or kind: momentum",
                 )
             return mask
@@ -278,7 +278,7 @@ def make_optimizer(
         betas=spec.betas,
         eps=spec.eps,
         weight_decay=spec.weight_decay,
-        decay_tables=spec.decay_tables,
+        decay_tables=spec.decay_embeddings,
         decoupled_penalties=decays,
         update_mask=update_mask,
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from postgrad.config.objectives import DistillObjective, SampledCache, TopKCache, get_objective_names
+from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.batch import collate
 from postgrad.data.loading.teacher_cache import SparseDistribution, TeacherCache, row_digest
@@ -60,7 +61,7 @@ def find_cache_jobs(plan: Plan) -> list[CacheJob]:
                 description = {
                     "format": _FORMAT,
                     "teacher": get_teacher_identity(teacher),
-                    "asked": spec.cache.model_dump(),
+                    "asked": with_fingerprint_names(spec.cache.model_dump(), "objectives.cache"),
                     "temperature": spec.temperature,
                     "seed": plan.stage.seed,
                     "rows": _rows_fingerprint(plan, k),
@@ -178,7 +179,7 @@ def query_teacher(
             position_N = answer.positions_BT[i, position_N]
         uniform_NS = None
         if isinstance(job.spec.cache, SampledCache):
-            uniform_NS = draws.generator(key, 0).random((len(position_N), job.spec.cache.draws))
+            uniform_NS = draws.generator(key, 0).random((len(position_N), job.spec.cache.samples))
         hidden_ND = answer.output.hidden[i][position_N.clamp(min=0)]
         parts: list[SparseDistribution] = []
         size = max(1, _LOGITS_AT_ONCE // len(head.weight_VD))
@@ -194,7 +195,9 @@ def query_teacher(
                 parts.append(top_k_distribution(logits_NV, job.spec.cache.k))
             else:
                 assert isinstance(job.spec.cache, SampledCache)
-                parts.append(sample_distribution(logits_NV, uniform_NS[begin : begin + size], job.spec.cache.temper))
+                parts.append(
+                    sample_distribution(logits_NV, uniform_NS[begin : begin + size], job.spec.cache.sampling_power)
+                )
         out.append(_join_parts(parts, (position_N < 0).cpu().numpy()))
     return out
 

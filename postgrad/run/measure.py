@@ -96,7 +96,7 @@ def _measure_relearning(context: RunContext, before: AllScores, after: AllScores
     plan = context.plan
     for note in relearning_notes(plan):
         yield WarningMessage(note)
-    if not plan.stage.evaluation.realign_steps:
+    if not plan.stage.evaluation.relearning_steps:
         return None
     yield PhaseStarted("fine-tuning copies on old text (relearning test)")
     try:

@@ -71,7 +71,7 @@ def measure_relearning(
             if comparison := _compare_copies(plan, name, scores, *pair):
                 sets[name] = comparison
     return (
-        {"steps": plan.stage.evaluation.realign_steps, "rate": rate, "tokens": copy.tokens, "sets": sets}
+        {"steps": plan.stage.evaluation.relearning_steps, "rate": rate, "tokens": copy.tokens, "sets": sets}
         if sets
         else None
     )
@@ -79,14 +79,14 @@ def measure_relearning(
 
 def relearning_notes(plan: Plan) -> list[str]:
     """Sets without a relearning test, and why."""
-    if not plan.stage.evaluation.realign_steps:
+    if not plan.stage.evaluation.relearning_steps:
         return []
     if plan.model.start.scratch_recipe is not None:
         return ["no relearning test: the start model is new and has nothing to forget"]
     sources = {source["name"] for source in _relearning_sources(plan)}
     retained = [held_out for held_out in plan.evaluation.sets if held_out.role == "retained"]
     if not retained:
-        return ["no relearning test: there is no retained set (evaluation.realign_steps)"]
+        return ["no relearning test: there is no retained set (evaluation.relearning_steps)"]
     return [
         f"{held_out.name}: no relearning test: {len(held_out)} documents are too few to train on one half and score the "
         f"other (at least {_MIN_DOCUMENTS})"
@@ -132,7 +132,7 @@ def _train_copy(short_plan: Plan, plan: Plan, execution: Execution, world: World
         model.set_attn_implementation(execution.attention)
     execution = dataclasses.replace(execution, compile=False)
     run = build_run(short_plan, tuned_model, execution, world)
-    last_step = min(plan.stage.evaluation.realign_steps, short_plan.steps)
+    last_step = min(plan.stage.evaluation.relearning_steps, short_plan.steps)
     for _ in train_steps(run, make_loader(short_plan, execution, world), last_step):
         pass
     scores = before_after.score_sets(
@@ -149,7 +149,7 @@ def _relearning_stage(
 ) -> dict[str, Any]:
     """The test as a stage of its own: the peak learning rate, the old text only, without teachers and penalties."""
     raw = plan.stage.model_dump(mode="json")
-    count, batch = plan.stage.evaluation.realign_steps, plan.stage.batch.sequences
+    count, batch = plan.stage.evaluation.relearning_steps, plan.stage.batch.global_batch_size
     kinds: dict[str, dict[str, Any]] = {}
     for objective in raw["objectives"]:
         if objective["kind"] not in _TEACHER_OBJECTIVES:
@@ -161,7 +161,7 @@ def _relearning_stage(
         "tokens": 2 * count * batch * plan.model.context_length,  # rows may have few labels; the steps are limited
         "data": {
             **{key: raw["data"][key] for key in ("sequence_length", "max_document_tokens", "eos", "workers")},
-            "when_short": "repeat",
+            "on_exhausted": "repeat",
             "overlap": "off",
             "sources": [{**source, "share": 1 / len(sources)} for source in sources],
         },

@@ -97,7 +97,7 @@ def choice_scores(
     prompted_task: PromptedTask, prompt: TaskPrompt, texts: Sequence[str], log_p: Mapping[ChoiceItem, np.ndarray]
 ) -> np.ndarray:
     """The normalized, optionally calibrated scores of a prompt's choices, of shape (C,)."""
-    by, calibrate = prompted_task.task.by, prompted_task.task.calibrate
+    by, calibrate = prompted_task.task.normalization, prompted_task.task.calibrate
     tokens_C = np.array([len(choice) for choice in prompt.item.choices])
     unconditional_C = log_p[prompt.calibration_items[0]] if by == "answer-only" else None
 
@@ -251,7 +251,7 @@ def task_headlines(tasks: Sequence[PromptedTask], answers: AllAnswers) -> dict[s
 
 def sharding_notes(tasks: Sequence[PromptedTask]) -> list[str]:
     """Evaluations that several processes omit: a sharded model cannot generate."""
-    during = [task.name for task in tasks if task.task.during]
+    during = [task.name for task in tasks if task.task.during_training]
     if not during:
         return []
     return [f"{', '.join(during)}: evaluated only before and after training, as a sharded model cannot generate"]

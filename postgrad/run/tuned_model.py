@@ -110,5 +110,5 @@ def tuning_options(plan: Plan, loaded_model: LoadedModel) -> dict[str, Any]:
     if isinstance(spec, BlocksTuning) and spec.unfreeze_every is not None:
         options["unfreeze_every"] = max(1, round(length_in_steps(spec.unfreeze_every, plan.steps, plan.tokens)))
     if loaded_model.new_weights and not isinstance(spec, FullTuning):
-        options["also"] = [*options.get("also", ()), *loaded_model.new_weights]
+        options["also_train"] = [*options.get("also_train", ()), *loaded_model.new_weights]
     return options

@@ -21,7 +21,7 @@ _SELECTION_TEXTS = {
 
 def describe_update(plan: Plan, update_mask: UpdateMask) -> dict[str, Any] | None:
     """Counts of a sparse update, as plain data; None for a dense one."""
-    spec = plan.stage.optimizer.update
+    spec = plan.stage.optimizer.sparse_update
     if spec is None or not isinstance(update_mask, SparseMask):
         return None
     sparse, dense = (
@@ -56,7 +56,7 @@ def update_lines(plan: Plan, summary: dict[str, Any] | None) -> list[str]:
     adaptive = plan.stage.optimizer.loss_adaptive
     if adaptive:
         lines.append(
-            f"learning rate: the schedule times min(1, {adaptive.start:.3g} sqrt(first loss / mean loss)), reduced until the "
-            f"mean loss is {100 * adaptive.start**2:.3g} % of the first"
+            f"learning rate: the schedule times min(1, {adaptive.initial_share:.3g} sqrt(first loss / mean loss)), reduced until the "
+            f"mean loss is {100 * adaptive.initial_share**2:.3g} % of the first"
         )
     return lines

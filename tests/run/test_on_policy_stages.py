@@ -32,7 +32,7 @@ from tests.conftest import VOCABULARY, make_llama, make_tokenizer
 from tests.tiny_stages import Workspace, make_workspace, run_interrupted, run_trace
 
 CPU = World(torch.device("cpu"))
-WRITES = {"kind": "on-policy", "prompt_tokens": 5, "new_tokens": 7, "teacher": "other"}
+WRITES = {"kind": "on-policy", "prompt_tokens": 5, "max_new_tokens": 7, "teacher": "other"}
 NEXT = {"kind": "next-token"}
 
 
@@ -133,7 +133,7 @@ def test_prompts_are_the_beginnings_of_windows_and_of_examples(shelf: Workspace)
     marks = leaf.store.marks(int(asked.data.rows[0].document_R[0]))  # type: ignore[index]
     assert marks is not None and row.inputs["input_ids"][:-6].tolist() == whole[: int(np.argmax(marks != 0))]
     with pytest.raises(StageError, match="no room"):
-        shelf.plan(stage_of(shelf, "room", objectives=[{**WRITES, "new_tokens": 49}]))
+        shelf.plan(stage_of(shelf, "room", objectives=[{**WRITES, "max_new_tokens": 49}]))
 
 
 # -- the step ----------------------------------------------------------------------------------------------------------------
