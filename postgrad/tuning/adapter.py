@@ -164,8 +164,8 @@ class Adapter(ModuleTuning):
         reaches an adapter.
         """
         super().__init__(model)
-        check_choice(form, VARIANTS, "form")
-        defaults = VARIANTS[form]
+        check_choice(variant, VARIANTS, "form")
+        defaults = VARIANTS[variant]
         self.options: dict[str, Any] = {
             "variant": variant,
             "reduction": reduction,
@@ -174,17 +174,17 @@ class Adapter(ModuleTuning):
             "scale": defaults.scale if scale is None else scale,
             "dropout": dropout,
             "train_norms": defaults.train_norms if train_norms is None else train_norms,
-            "leave_out": sorted(set(leave_out)),
-            "also": list(also),
+            "leave_out": sorted(set(skip_layers)),
+            "also": list(also_train),
             "seed": seed,
         }
         _check_options(self.options)
         with disable_modules(m for m in model.modules() if isinstance(m, Bottleneck)):
             blocks = find_blocks(model)
         selected = _select_blocks(blocks, self.options["leave_out"], model)
-        sublayers = [_select_sublayers(block, form) for block in selected]
+        sublayers = [_select_sublayers(block, variant) for block in selected]
         norms = _norm_parameters(model, blocks, selected) if self.options["train_norms"] else []
-        self.extra_trainable = ExtraTrainable(model, [*norms, *also])
+        self.extra_trainable = ExtraTrainable(model, [*norms, *also_train])
         self._adapters: dict[str, Bottleneck] = {}
         generator = torch.Generator().manual_seed(seed)
         for block, block_sublayers in zip(selected, sublayers, strict=True):

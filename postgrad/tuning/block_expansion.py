@@ -101,7 +101,7 @@ class BlockExpansion(Tuning):
             if not torch.equal(_backbone_output(model), expected):
                 raise _unsupported_error(model, "its output changes with identity blocks in it")
             new_blocks = [f"{name}.{i}" for name, slots in plans.items() for i, slot in enumerate(slots) if slot.is_new]
-            self._extra_trainable = ExtraTrainable(model, also)
+            self._extra_trainable = ExtraTrainable(model, also_train)
             names = unfreeze(model, [*new_blocks, *task_layer_parameters(model), *self._extra_trainable.names])
         except TuningError:
             _swap_all(self._swaps)

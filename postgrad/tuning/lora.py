@@ -98,23 +98,23 @@ class LoraAdapter(Tuning):
         package bitsandbytes.
         """
         super().__init__(model)
-        check_choice(form, get_args(LoraVariant), "form")
+        check_choice(variant, get_args(LoraVariant), "form")
         values = {"rank": rank, "dropout": dropout}
         check_ranges(values, {"rank": (rank >= 1, "1 or more"), "dropout": (0 <= dropout < 1, "0 to below 1")})
-        self.form = form
-        self.rank, self.alpha = rank, (rank if form == "pissa" else 2 * rank) if alpha is None else alpha
-        self.quantise = quantise
-        self.has_exact_merge = quantise is None
+        self.form = variant
+        self.rank, self.alpha = rank, (rank if variant == "pissa" else 2 * rank) if alpha is None else alpha
+        self.quantise = quantization
+        self.has_exact_merge = quantization is None
         self.b_rate = b_rate
         names = resolve_targets(model, targets, exclude)
         ranks = _values_by_pattern(names, rank_pattern or {}, rank, "rank_pattern")
         alphas = _values_by_pattern(names, alpha_pattern or {}, self.alpha, "alpha_pattern")
-        _check_layers(model, ranks, form, quantise)
-        quantize = None if quantise is None else make_quantizer(model, quantise)
-        self.extra_trainable = ExtraTrainable(model, also)
+        _check_layers(model, ranks, variant, quantization)
+        quantize = None if quantization is None else make_quantizer(model, quantization)
+        self.extra_trainable = ExtraTrainable(model, also_train)
         if quantize is not None:
             quantize()
-            self.notes.append(f"the blocks' linear layers are quantised to {quantise}")
+            self.notes.append(f"the blocks' linear layers are quantised to {quantization}")
         if any(type(module).__name__.endswith("Experts") for module in model.modules()):
             self.notes.append("the experts' weights are fused tensors, not linear layers, and get no adapters")
 
@@ -125,9 +125,9 @@ class LoraAdapter(Tuning):
         pissa_init: Any = "pissa" if svd_iterations is None else f"pissa_niter_{svd_iterations}"
         settings: dict[str, Any] = {
             "lora_dropout": dropout,
-            "use_rslora": form == "rslora",
-            "use_dora": form == "dora",
-            "init_lora_weights": pissa_init if form == "pissa" else True,
+            "use_rslora": variant == "rslora",
+            "use_dora": variant == "dora",
+            "init_lora_weights": pissa_init if variant == "pissa" else True,
         }
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

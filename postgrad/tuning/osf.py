@@ -68,7 +68,7 @@ class OrthogonalSubspace(Tuning):
         self.effective_rank = effective_rank
         names = resolve_targets(model, targets, exclude)
         frozen = {name: _num_frozen_directions(name, model.get_submodule(name), effective_rank) for name in names}
-        self.extra_trainable = ExtraTrainable(model, also)
+        self.extra_trainable = ExtraTrainable(model, also_train)
         self._layers: dict[str, _OSFLinear] = {}
         for name in names:
             plain = model.get_submodule(name)

@@ -208,7 +208,7 @@ class Prefix(ModuleTuning):
     ) -> None:
         super().__init__(model)
         check_choice(kind, DEFAULTS, "kind")
-        self.kind, self.length, self.also = kind, length, list(also)
+        self.kind, self.length, self.also = kind, length, list(also_train)
         self.hidden = DEFAULTS[kind].hidden if hidden == "auto" else hidden
         self.dropout = DEFAULTS[kind].dropout if dropout == "auto" else dropout
         self.deep = deep
@@ -216,7 +216,7 @@ class Prefix(ModuleTuning):
         available = discover_slots(model)
         self.roles = select_roles(slots, {slot.role for slot in available})
         self.slots = [slot for slot in available if slot.role in self.roles]
-        initial_NS = {} if start is None else self._text_key_values(start, tokenizer)
+        initial_NS = {} if init_text is None else self._text_key_values(init_text, tokenizer)
 
         earlier = next((m for m in model.modules() if isinstance(m, PrefixEncoder)), None)
         original = get_implementations(model) if earlier is None else earlier.original_implementations
@@ -228,7 +228,7 @@ class Prefix(ModuleTuning):
         for role, target_NS in initial_NS.items():
             parts[role].initialize(target_NS)
 
-        self.extra_trainable = ExtraTrainable(model, also)
+        self.extra_trainable = ExtraTrainable(model, also_train)
         self._add_module(model, "prefix", self.encoder)
         try:
             self._attach_layer_prefixes()

@@ -131,19 +131,19 @@ class PromptTuning(ModuleTuning):
         check_choice(backbone, ("frozen", "trained"), "backbone")
         self.kind = kind
         self.backbone = backbone
-        self.also = list(also)
+        self.also = list(also_train)
         self.num_virtual_tokens = defaults.length if length is None else length
         _check_length(model, self.num_virtual_tokens)
         self.additive = backbone == "frozen"
-        method = defaults.start if start is None else start
+        method = defaults.start if init is None else init
         initial_PD = initial_vectors_PD(
-            model, PromptInit(method, self.num_virtual_tokens, scale, text, labels, seed, tokenizer)
+            model, PromptInit(method, self.num_virtual_tokens, init_scale, init_text, init_labels, seed, tokenizer)
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed GPUs too
             encoder_module = ENCODERS[encoder](initial_PD.shape[1], hidden)
 
-        self.extra_trainable = ExtraTrainable(model, also if self.additive else ())
+        self.extra_trainable = ExtraTrainable(model, also_train if self.additive else ())
         self._base_names = (
             self.extra_trainable.names if self.additive else [base_parameter_name(n) for n in unfreeze(model, ["*"])]
         )

@@ -55,7 +55,7 @@ class WeightSubset(Tuning):
         self.options = {"kind": self.kind, **options}
         self.rate_factors = _decay_factors(model, layer_decay)
         self._requires_grad = SavedRequiresGrad(model)
-        selected = {*parameter_names, *unfreeze(model, also)}
+        selected = {*parameter_names, *unfreeze(model, also_train)}
         freeze(model)
         for name, parameter in model.named_parameters():
             if name in selected:
@@ -132,8 +132,8 @@ class HeadFinetuning(WeightSubset):
         """Raises `TuningError` if there is no task layer, or it is a tied output embedding and `untie` is False."""
         untied = untie_output(model) if untie else UntieResult([], set())
         names = [] if heads else [name for name in _task_layer_names(model) if name not in untied.unused_parameters]
-        options = {"untie": untie, "heads": list(heads), "also": list(also)}
-        super().__init__(model, names, also=[*heads, *also], options=options)
+        options = {"untie": untie, "heads": list(heads), "also": list(also_train)}
+        super().__init__(model, names, also=[*heads, *also_train], options=options)
         self.notes += untied.notes
 
 
@@ -171,7 +171,7 @@ class BlockFinetuning(WeightSubset):
         is_step = unfreeze_every is None or unfreeze_every >= 1
         check_ranges({"unfreeze_every": unfreeze_every}, {"unfreeze_every": (is_step, "at least 1 step")})
         blocks = block_distances(model)
-        selected = _select_blocks(blocks, last, all_but_first, names)
+        selected = _select_blocks(blocks, last, all_but_first, targets)
         distances = {
             name: distance
             for name, distance in parameter_distances(model).items()
@@ -181,7 +181,7 @@ class BlockFinetuning(WeightSubset):
         super().__init__(
             model,
             distances,
-            also=also,
+            also=also_train,
             layer_decay=layer_decay,
             options={
                 "last": last,
@@ -232,7 +232,7 @@ class BitFit(WeightSubset):
         """Raises `TuningError` for a backbone without matching biases; most recent decoders have none."""
         head = head_parameters(model)
         biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
-        selected = [name for name in biases if any(fnmatchcase(name, pattern) for pattern in names)]
+        selected = [name for name in biases if any(fnmatchcase(name, pattern) for pattern in targets)]
         if all(name in head for name in selected):
             raise TuningError(
                 f"the backbone of {type(model).__name__} has no biases"
@@ -242,7 +242,7 @@ class BitFit(WeightSubset):
                 hint="norm trains about as few weights; head, blocks, full and lora work on every model",
             )
         selected += task_layer_parameters(model)
-        super().__init__(model, selected, also=also, options={"names": list(names), "also": list(also)})
+        super().__init__(model, selected, also=also_train, options={"names": list(targets), "also": list(also_train)})
 
 
 class NormFinetuning(WeightSubset):
@@ -277,7 +277,9 @@ class NormFinetuning(WeightSubset):
                 expected="LayerNorm or RMSNorm layers with gains",
                 hint="head, blocks, full and lora work on every model",
             )
-        super().__init__(model, [*selected, *task_layer_parameters(model)], also=also, options={"also": list(also)})
+        super().__init__(
+            model, [*selected, *task_layer_parameters(model)], also=also_train, options={"also": list(also_train)}
+        )
 
 
 def _check_floating_point(name: str, parameter: nn.Parameter) -> None:
