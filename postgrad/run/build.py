@@ -256,14 +256,14 @@ def make_update_mask(plan: Plan, tuned_model: TunedModel, weights: Weights) -> U
                 raise StageError(
                     "the modules of DoRA also run on other inputs than the text, so their outputs do not reflect it",
                     where="optimizer.sparse_update",
-                    expected="another variant of `lora`, or kind: momentum",
+                    expected="another variant of `lora`, or kind: mofo",
                 )
             mask = MiguMask(share, tuned_model.model, weights.entries)
             if not mask.layers:
                 raise StageError(
                     f"`{plan.stage.tuning.kind}` trains no linear layer of the model's blocks",
                     where="optimizer.sparse_update",
-                    expected="a tuning with trained linear layers, such as full, blocks or lora; or kind: momentum",
+                    expected="a tuning with trained linear layers, such as full, blocks or lora; or kind: mofo",
                 )
             return mask
 
