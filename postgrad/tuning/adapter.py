@@ -154,17 +154,17 @@ class Adapter(ModuleTuning):
 
         None selects the published value: `activation` swish (houlsby) or relu, `scale` (the factor of the adapter's output)
         4 for parallel and else 1, `train_norms` (train the body's norms) for houlsby only. `dropout` acts on the bottleneck.
-        `leave_out`: layers without adapters, counted from 0, the encoder's before the decoder's (AdapterDrop, Rueckle et
-        al. 2021, arXiv 2010.11918). `also`: patterns of further parameters to train.
+        `skip_layers`: layers without adapters, counted from 0, the encoder's before the decoder's (AdapterDrop, Rueckle et
+        al. 2021, arXiv 2010.11918). `also_train`: patterns of further parameters to train.
 
-        Norms and what `also` matches belong to the base: they are part of `state`, and `disable` and `detach` restore their
+        Norms and what `also_train` matches belong to the base: they are part of `state`, and `disable` and `detach` restore their
         values, except for a task's own layer, which has no pretrained value.
 
         Raises `TuningError` for options out of range, for a model without the variant's sub-layers, and if no gradient
         reaches an adapter.
         """
         super().__init__(model)
-        check_choice(variant, VARIANTS, "form")
+        check_choice(variant, VARIANTS, "variant")
         defaults = VARIANTS[variant]
         self.options: dict[str, Any] = {
             "variant": variant,
@@ -174,14 +174,14 @@ class Adapter(ModuleTuning):
             "scale": defaults.scale if scale is None else scale,
             "dropout": dropout,
             "train_norms": defaults.train_norms if train_norms is None else train_norms,
-            "leave_out": sorted(set(skip_layers)),
-            "also": list(also_train),
+            "skip_layers": sorted(set(skip_layers)),
+            "also_train": list(also_train),
             "seed": seed,
         }
         _check_options(self.options)
         with disable_modules(m for m in model.modules() if isinstance(m, Bottleneck)):
             blocks = find_blocks(model)
-        selected = _select_blocks(blocks, self.options["leave_out"], model)
+        selected = _select_blocks(blocks, self.options["skip_layers"], model)
         sublayers = [_select_sublayers(block, variant) for block in selected]
         norms = _norm_parameters(model, blocks, selected) if self.options["train_norms"] else []
         self.extra_trainable = ExtraTrainable(model, [*norms, *also_train])
@@ -200,7 +200,7 @@ class Adapter(ModuleTuning):
             adapter = Bottleneck(block.width, size, o["activation"], o["dropout"], o["scale"], generator)
             adapter.train(block.module.training)
             self._adapters[f"{block.name}.{sublayer.name}"] = adapter
-            self._hooks += adapter.register_hooks(sublayer, o["form"])
+            self._hooks += adapter.register_hooks(sublayer, o["variant"])
             adapters[sublayer.name] = adapter
         self._add_module(block.module, "adapter", adapters.to(next(block.module.parameters()).device))
 
@@ -273,7 +273,7 @@ def _select_blocks(blocks: list[Block], leave_out: Iterable[int], model: PreTrai
     if unknown or not selected:
         raise TuningError(
             f"there is no layer {unknown[0]}" if unknown else "every layer is skipped",
-            where="tuning.leave_out",
+            where="tuning.skip_layers",
             expected=f"some of the layers 0 to {len(blocks) - 1}",
         )
     return selected

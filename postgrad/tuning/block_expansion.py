@@ -51,7 +51,7 @@ class BlockExpansion(Tuning):
 
     Copies of the last `blocks` blocks are inserted after every `every` blocks of a stack (default: 4, or the next divisor of
     the depth), or after the blocks `positions` (from 0). Every stack grows, unless `stacks` selects some by patterns
-    (`*decoder*`). A task's own layer is trained too, and what patterns of `also` match.
+    (`*decoder*`). A task's own layer is trained too, and what patterns of `also_train` match.
     """
 
     kind = "expand"
@@ -110,7 +110,7 @@ class BlockExpansion(Tuning):
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """Context without the new blocks, in which weights of the body that `also` matches have their old values.
+        """Context without the new blocks, in which weights of the body that `also_train` matches have their old values.
 
         Raises `TuningError` after `merge` or `detach`.
         """

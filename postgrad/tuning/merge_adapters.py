@@ -94,7 +94,7 @@ def merge_adapters(
         targets=list(summed),
         rank_pattern={name: r for name, r in ranks.items() if r != largest},
         alpha_pattern={name: float(r) for name, r in ranks.items() if r != largest},
-        also=list(extra),
+        also_train=list(extra),
     )
     state = {f"{name}.lora_{ab}.weight": t for name, pair in summed.items() for ab, t in zip("AB", pair, strict=True)}
     tuning.load(state | extra)

@@ -59,7 +59,7 @@ class OrthogonalSubspace(Tuning):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """`effective_rank`: the frozen directions, as a fraction of a layer's (below 1) or their number. `targets`, `exclude`:
-        see `resolve_targets`. `also`: patterns of base parameters to train.
+        see `resolve_targets`. `also_train`: patterns of base parameters to train.
 
         Raises `TuningError` if a pattern matches nothing, for a fraction that leaves nothing to train or to freeze, and for
         layers that are transposed (GPT-2's), quantised, or have adapters.

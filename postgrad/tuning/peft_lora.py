@@ -57,7 +57,7 @@ def write_lora(model: PreTrainedModel, export: TuningExport, layers: Sequence[st
     None if the format cannot store a trained base weight, or PEFT would map the layers' names to others.
     """
     options = export.options
-    modules = _modules_to_save(model, options.get("also", []), layers)
+    modules = _modules_to_save(model, options.get("also_train", []), layers)
     if modules is None:
         return None
     task = next((task for task, names in _PEFT_TASKS.items() if type(model).__name__ in names.values()), None)

@@ -178,8 +178,8 @@ class Prefix(ModuleTuning):
 
     `hidden`: the MLP's width M; None: no MLP; "auto": as published (512 for prefix, None for p-tuning-v2). `deep`: an MLP
     of two hidden layers. `dropout` acts on the keys and values in training; "auto": 0, or 0.1 for p-tuning-v2. `slots`:
-    "all", or some of "encoder", "decoder" and "cross". `start`: a text whose keys and values in the base are the initial
-    ones, repeated or cut to `length` tokens (Li & Liang 2021, section 7.4). `also`: patterns of base parameters to train;
+    "all", or some of "encoder", "decoder" and "cross". `init_text`: a text whose keys and values in the base are the initial
+    ones, repeated or cut to `length` tokens (Li & Liang 2021, section 7.4). `also_train`: patterns of base parameters to train;
     `disable` and `detach` restore those of the body.
 
     Attention runs through `sdpa`; `set_attn_implementation` must not select another while this is attached. A second prefix
@@ -389,7 +389,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
     """
     _, flat_NS, extra = read_prompt(config, state, ["PREFIX_TUNING"])
     kind = "prefix" if config.get("prefix_projection") else "p-tuning-v2"
-    prefix = Prefix(model, kind=kind, length=len(flat_NS), hidden=None, dropout=0.0, also=list(extra))
+    prefix = Prefix(model, kind=kind, length=len(flat_NS), hidden=None, dropout=0.0, also_train=list(extra))
     if prefix.roles != ["decoder"]:
         prefix.detach()
         raise TuningError(

@@ -98,9 +98,9 @@ class SoftPrompt(SwitchableModule):
 class PromptTuning(ModuleTuning):
     """`length` trained vectors with ids from `first_id` on; the base is frozen, unless `backbone` is "trained".
 
-    `start`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these are
+    `init`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these are
     its inputs. `encoder`: "none", "lstm" or "mlp", `hidden` its width. `backbone="trained"` trains the base too, as
-    P-tuning's SuperGLUE code does; the tuning is then not additive. `also`: patterns of base parameters to train; `disable`
+    P-tuning's SuperGLUE code does; the tuning is then not additive. `also_train`: patterns of base parameters to train; `disable`
     and `detach` restore those of the body. None selects the kind's published value.
 
     Raises `TuningError` for a prompt as long as the model's context, and for invalid options.
@@ -239,7 +239,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
     kinds = {"PROMPT_TUNING": "prompt", "P_TUNING": "p-tuning"}
     peft_type, vectors, extra = read_prompt(config, state, list(kinds))
     prompt = PromptTuning(
-        model, kind=kinds[peft_type], length=len(vectors), start="random", encoder="none", also=list(extra)
+        model, kind=kinds[peft_type], length=len(vectors), init="random", encoder="none", also_train=list(extra)
     )
     load_or_detach(prompt, {"vectors": vectors, **extra})
     return prompt

@@ -47,7 +47,7 @@ class WeightSubset(Tuning):
         layer_decay: float = 1.0,
         options: Mapping[str, Any],
     ) -> None:
-        """Train `parameter_names`, the parameters that patterns of `also` match, and no others.
+        """Train `parameter_names`, the parameters that patterns of `also_train` match, and no others.
 
         Raises `TuningError` if a pattern matches nothing, or nothing is trainable.
         """
@@ -132,8 +132,8 @@ class HeadFinetuning(WeightSubset):
         """Raises `TuningError` if there is no task layer, or it is a tied output embedding and `untie` is False."""
         untied = untie_output(model) if untie else UntieResult([], set())
         names = [] if heads else [name for name in _task_layer_names(model) if name not in untied.unused_parameters]
-        options = {"untie": untie, "heads": list(heads), "also": list(also_train)}
-        super().__init__(model, names, also=[*heads, *also_train], options=options)
+        options = {"untie": untie, "heads": list(heads), "also_train": list(also_train)}
+        super().__init__(model, names, also_train=[*heads, *also_train], options=options)
         self.notes += untied.notes
 
 
@@ -141,7 +141,7 @@ class BlockFinetuning(WeightSubset):
     """Some blocks are trained, the others are frozen.
 
     Exactly one of `last` (that many from the top of each stack), `all_but_first` (all but that many at the bottom of each
-    stack) and `names` (patterns such as `decoder.block.3` or `*layers.1?`) selects the blocks. `head` adds the modules after
+    stack) and `targets` (patterns such as `decoder.block.3` or `*layers.1?`) selects the blocks. `head` adds the modules after
     them (final norm, pooler, task layer; not a tied output embedding), `embeddings` those before them.
 
     With `unfreeze_every` N, one group is unfrozen every N steps from the top down: first a task's own layer alone, then
@@ -181,7 +181,7 @@ class BlockFinetuning(WeightSubset):
         super().__init__(
             model,
             distances,
-            also=also_train,
+            also_train=also_train,
             layer_decay=layer_decay,
             options={
                 "last": last,
@@ -214,8 +214,8 @@ class BlockFinetuning(WeightSubset):
 class BitFit(WeightSubset):
     """BitFit: only biases and a task's own layer are trained (Ben Zaken et al. 2021, arXiv 2106.10199).
 
-    `names` are patterns that restrict the biases: the paper's smaller variant trains those of the queries and of the first
-    feed-forward projections only (section 3). `also`: patterns of further parameters.
+    `targets` are patterns that restrict the biases: the paper's smaller variant trains those of the queries and of the first
+    feed-forward projections only (section 3). `also_train`: patterns of further parameters.
     """
 
     kind = "bias"
@@ -242,14 +242,16 @@ class BitFit(WeightSubset):
                 hint="norm trains about as few weights; head, blocks, full and lora work on every model",
             )
         selected += task_layer_parameters(model)
-        super().__init__(model, selected, also=also_train, options={"names": list(targets), "also": list(also_train)})
+        super().__init__(
+            model, selected, also_train=also_train, options={"targets": list(targets), "also_train": list(also_train)}
+        )
 
 
 class NormFinetuning(WeightSubset):
     """Only normalisation layers and a task's own layer are trained.
 
     Gains and shifts alone come near full fine-tuning on many tasks (Qi et al. 2022, arXiv 2211.08682; for transfer to other
-    modalities Lu et al. 2021, arXiv 2103.05247). `also`: patterns of further parameters.
+    modalities Lu et al. 2021, arXiv 2103.05247). `also_train`: patterns of further parameters.
     """
 
     kind = "norm"
@@ -278,7 +280,10 @@ class NormFinetuning(WeightSubset):
                 hint="head, blocks, full and lora work on every model",
             )
         super().__init__(
-            model, [*selected, *task_layer_parameters(model)], also=also_train, options={"also": list(also_train)}
+            model,
+            [*selected, *task_layer_parameters(model)],
+            also_train=also_train,
+            options={"also_train": list(also_train)},
         )
 
 
@@ -359,7 +364,7 @@ def _named_blocks(blocks: Mapping[str, int], patterns: Sequence[str]) -> dict[st
         if not matches:
             raise TuningError(
                 f"'{pattern}' matches no block",
-                where="tuning.targets",
+                where="tuning.names",
                 expected=f"names such as {', '.join(list(blocks)[-2:])}",
                 hint=suggest_nearest(pattern, blocks),
             )
