@@ -70,7 +70,6 @@ class LoraAdapter(Tuning):
         self,
         model: PreTrainedModel,
         *,
-        kind: str = "lora",
         rank: int = 16,
         alpha: float | None = None,
         dropout: float = 0.0,
@@ -81,18 +80,15 @@ class LoraAdapter(Tuning):
         quantization: Precision | None = None,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
-        svd_iterations: int | None = None,
         b_rate: float = 1.0,
         seed: int = 0,
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Add adapters to the layers that match `targets` but not `exclude` (see `resolve_targets`).
 
         `alpha`: default twice the rank (the rank for pissa, as published). `rank_pattern`, `alpha_pattern`: other values for
-        the layers whose names match a pattern. `also_train`: patterns of base parameters to train. `quantization`: store the blocks'
-        weights in 4 bits ("nf4") or 8 ("int8"), as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314). `svd_iterations`:
-        compute pissa's singular directions by that many subspace iterations, not exactly. `b_rate`: the ratio of B's
-        learning rate to A's (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+        the layers whose names match a pattern. `also_train`: patterns of base parameters to train. `quantization`: store the
+        blocks' weights in 4 bits ("nf4") or 8 ("int8"), as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314). `b_rate`:
+        the ratio of B's learning rate to A's (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 
         Raises `TuningError` if a pattern matches nothing or an option is invalid, `MissingExtra` for `quantization` without the
         package bitsandbytes.
@@ -110,32 +106,21 @@ class LoraAdapter(Tuning):
         ranks = _values_by_pattern(names, rank_pattern or {}, rank, "rank_pattern")
         alphas = _values_by_pattern(names, alpha_pattern or {}, self.alpha, "alpha_pattern")
         _check_layers(model, ranks, variant, quantization)
-        quantize = None if quantization is None else make_quantizer(model, quantization)
-        self.extra_trainable = ExtraTrainable(model, also_train)
-        if quantize is not None:
-            quantize()
-            self.notes.append(f"the blocks' linear layers are quantised to {quantization}")
-        if any(type(module).__name__.endswith("Experts") for module in model.modules()):
-            self.notes.append("the experts' weights are fused tensors, not linear layers, and get no adapters")
-
+        self._freeze_base(also_train)
         self.adapter_name = _unused_adapter_name(model)
         self._layers: dict[str, Layer] = {}
         # fp32 copies: training may hold frozen parameters in less, but pissa's initial factors are subtracted.
         self._initial_factors: dict[str, Tensor] = {}
-        pissa_init: Any = "pissa" if svd_iterations is None else f"pissa_niter_{svd_iterations}"
         settings: dict[str, Any] = {
             "lora_dropout": dropout,
             "use_rslora": variant == "rslora",
             "use_dora": variant == "dora",
-            "init_lora_weights": pissa_init if variant == "pissa" else True,
+            "init_lora_weights": "pissa" if variant == "pissa" else True,
         }
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             for name in names:
-                transposed = is_transposed(model.get_submodule(name))
-                self._layers[name] = self._attach_layer(
-                    name, LoraConfig(r=ranks[name], lora_alpha=alphas[name], fan_in_fan_out=transposed, **settings)
-                )
+                self._layers[name] = self._attach_layer(name, ranks[name], alphas[name], settings)
         for parameter in self.extra_trainable.tensors().values():
             parameter.requires_grad_(True)
         trainable_parameters(model)
@@ -248,9 +233,20 @@ class LoraAdapter(Tuning):
         """Names of the adapters in PEFT's layers: pissa has a second one, with the initial factors."""
         return [self.adapter_name, f"{self.adapter_name}_start"] if self.variant == "pissa" else [self.adapter_name]
 
-    def _attach_layer(self, name: str, config: LoraConfig) -> Layer:
+    def _freeze_base(self, also_train: Sequence[str]) -> None:
+        """Freeze, and perhaps quantise, the base. Nothing changes if either is impossible."""
+        quantize = None if self.quantization is None else make_quantizer(self.model, self.quantization)
+        self.extra_trainable = ExtraTrainable(self.model, also_train)
+        if quantize is not None:
+            quantize()
+            self.notes.append(f"the blocks' linear layers are quantised to {self.quantization}")
+        if any(type(module).__name__.endswith("Experts") for module in self.model.modules()):
+            self.notes.append("the experts' weights are fused tensors, not linear layers, and get no adapters")
+
+    def _attach_layer(self, name: str, rank: int, alpha: Any, settings: Mapping[str, Any]) -> Layer:
         """Add the adapter to one layer; frozen ones on it stay active."""
         target = self.model.get_submodule(name)
+        config = LoraConfig(r=rank, lora_alpha=alpha, fan_in_fan_out=is_transposed(target), **settings)
         earlier = list(target.active_adapters) if isinstance(target, LoraLayer) else []
         weight = base_layer(target).weight
         original = weight.data
@@ -349,31 +345,33 @@ def earlier_directions(parts: Sequence[TuningExport]) -> dict[str, Tensor]:
 
 
 def _check_layers(
-    model: PreTrainedModel, ranks: Mapping[str, int], form: LoraVariant, quantise: Precision | None
+    model: PreTrainedModel, ranks: Mapping[str, int], variant: LoraVariant, quantization: Precision | None
 ) -> None:
     """Raise `TuningError` for layers that a variant does not support."""
     for name, rank in ranks.items():
         target = model.get_submodule(name)
-        if form == "dora" and isinstance(target, BaseTunerLayer):
+        if variant == "dora" and isinstance(target, BaseTunerLayer):
             raise TuningError(
                 f"{name} has an earlier adapter, which dora's magnitudes would ignore",
-                where="tuning.form",
+                where="tuning.variant",
                 hint="merge the earlier adapter first, or use another variant",
             )
-        if form == "dora" and (quantise == "int8" or getattr(base_layer(target).weight, "dtype", None) == torch.int8):
+        if variant == "dora" and (
+            quantization == "int8" or getattr(base_layer(target).weight, "dtype", None) == torch.int8
+        ):
             raise TuningError(
                 f"dora reads the weights at every step, but int8 loses the scales of {name} when it is read",
                 where="tuning.quantization",
                 hint="use nf4, or another variant",
             )
-        if form == "pissa" and (quantise or is_quantized(base_layer(target))):
+        if variant == "pissa" and (quantization or is_quantized(base_layer(target))):
             raise TuningError(
                 f"pissa starts from the singular directions of full weights, but {name} is quantised",
                 where="tuning.quantization",
                 hint="remove `quantization`, or use another variant",
             )
         smallest = min(base_layer(target).weight.shape)
-        if form == "pissa" and rank > smallest:
+        if variant == "pissa" and rank > smallest:
             raise TuningError(
                 f"the rank is {rank}, but {name} has {smallest} singular directions",
                 where="tuning.rank",

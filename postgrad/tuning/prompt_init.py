@@ -49,7 +49,7 @@ def initial_vectors_PD(model: PreTrainedModel, init: PromptInit) -> Tensor:
     for name, methods in _OPTION_METHODS.items():
         if getattr(init, name) is not None and init.method not in methods:
             raise TuningError(
-                f"`init_{name}` has no effect on a prompt with `init: {init.method}`",
+                f"`init_{name}` has no effect with `init: {init.method}`",
                 where=f"tuning.init_{name}",
                 expected=f"init: {' or '.join(methods)}",
                 hint=f"remove `init_{name}`, or change `init`",

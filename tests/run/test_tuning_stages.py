@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from postgrad.check.check import check_stage
-from postgrad.commands.evaluate import evaluate_files
-from postgrad.commands.generate import export_model
+from postgrad.commands.evaluate import evaluate
+from postgrad.commands.export import export_model
 from postgrad.distributed.world import World
 from postgrad.errors import StageError, TuningError
 from postgrad.evaluation.before_after import read_scores
 from postgrad.lineage.metrics import read_metrics
-from postgrad.lineage.record import read_record
+from postgrad.lineage.record import SetScore, read_record
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.optim.optimizer import AdamW
 from postgrad.run import training_session
@@ -186,13 +186,13 @@ def agrees(shelf: Workspace, summaries: dict[str, Any], folder: Path, behind: st
         assert found["nats"] == pytest.approx(nats / tokens, rel=1e-5)
 
 
-def evaluated(shelf: Workspace, model: Path) -> dict[str, dict[str, Any]]:
+def evaluated(shelf: Workspace, model: Path) -> dict[str, SetScore]:
     """What `postgrad eval` says of a model on both held-out texts; no scores are taken from a cache."""
     files = [shelf.file("old", held_out=True), shelf.file("new", held_out=True)]
     with tempfile.TemporaryDirectory() as fresh:
         (Path(fresh) / "stores").symlink_to(shelf.cache / "stores")
-        found = evaluate_files(str(model), files, context=LENGTH, documents="auto", column=None, cache=Path(fresh))
-    return found["sets"]
+        scored = evaluate(str(model), files, context=LENGTH, cache=Path(fresh))
+    return {name: SetScore.model_validate(score.as_dict()) for name, score in scored.sets.items()}
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -626,10 +626,10 @@ def test_a_tuning_on_another_base_is_refused(shelf: Workspace, tmp_path: Path) -
     state = weights_of(base)
     state["model.norm.weight"] = state["model.norm.weight"] * 2
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TuningError, match="another base") as met:
+    with pytest.raises(TuningError, match="belongs to the base") as met:
         open_model(locate_model(str(home), tmp_path))
-    assert recorded in met.value.met and start_fingerprint(locate_model(str(base), tmp_path)) in met.value.met
-    assert "`base`" in met.value.way_out
+    assert recorded in met.value.problem and start_fingerprint(locate_model(str(base), tmp_path)) in met.value.problem
+    assert "`base`" in met.value.hint
     raw = shelf.stage(
         "on-it", {"kind": "lora", "rank": 1}, model=str(home), base=str(base), output=str(tmp_path / "on")
     )
