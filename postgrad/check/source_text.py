@@ -15,8 +15,8 @@ from postgrad.config.objectives import (
     TextToTextObjective,
 )
 from postgrad.data.read.documents import detect_source_columns
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.data.read.labels import Labels
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.render.renderer import Renderer

@@ -18,11 +18,12 @@ from postgrad.config.objectives import AnyObjective, ClassifyObjective, MaskedOb
 from postgrad.config.tunings import InstructionPromptTuning
 from postgrad.data.loading.mixture import seen_weights
 from postgrad.data.read.documents import detect_kind, read_examples
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example
+from postgrad.data.read.examples import Example
 from postgrad.data.read.files import HubDataset
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import get_generator_model
 from postgrad.data.read.labels import Labels
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.render.renderer import Renderer
 from postgrad.data.tokens.held_out_split import held_out_mask

@@ -16,20 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from postgrad.data.read.examples import (
+from postgrad.data.read.columns import (
     COLUMN_LAYOUTS,
     COLUMN_ROLES,
-    KINDS,
-    RUNNING_TEXT_KINDS,
     Columns,
-    Example,
-    SkippedRow,
     describe_value,
     detect_columns,
     get_column,
     has_column,
-    make_example,
 )
+from postgrad.data.read.examples import Example, SkippedRow, make_example
 from postgrad.data.read.files import (
     TEXT_SUFFIXES,
     Line,
@@ -42,6 +38,7 @@ from postgrad.data.read.files import (
     read_records,
 )
 from postgrad.data.read.labels import Labels, collect_labels
+from postgrad.data.read.row_kinds import KINDS, RUNNING_TEXT_KINDS
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError, suggest_nearest
 
