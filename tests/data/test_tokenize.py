@@ -293,7 +293,7 @@ def test_progress_is_counted_in_bytes_and_ends_at_the_total(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 500)
-    monkeypatch.setattr("postgrad.data.read.files._BLOCK", 500)
+    monkeypatch.setattr("postgrad.data.read.text_lines._BLOCK", 500)
     source = corpus(tmp_path, [prose(n, 50) for n in range(30)])
     told: list[tuple[int, int]] = []
     build_store(source, encoder, tmp_path / "cache", lambda done, total: told.append((done, total)))

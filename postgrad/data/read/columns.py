@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
-from postgrad.data.read.row_kinds import RowKind
+from postgrad.data.read.files import RawSource
+from postgrad.data.read.row_kinds import KINDS, RowKind
 from postgrad.errors import DataError, suggest_nearest
 
 
@@ -124,3 +125,49 @@ def describe_value(value: Any) -> str:
         case Mapping():
             return "an object"
     return f"a {type(value).__name__}"
+
+
+def unknown_kind_error(names: list[str], source: RawSource, location: str) -> DataError:
+    """Why rows with columns `names` are not of the source's kind, or of no known kind."""
+    for column in source.columns.values():
+        if not has_column(names, column):
+            return DataError(
+                f"no column `{column}` among {format_columns(names)}",
+                where=location,
+                expected="a column `text` or `input_ids`, or columns: {text: <column>}",
+                hint=suggest_nearest(column, names),
+            )
+    layouts = [layout for layout in COLUMN_LAYOUTS if source.kind in ("auto", layout.kind)]
+    if source.columns:
+        layouts = [layout for layout in layouts if source.columns.keys() <= set(layout.roles)]
+        if not layouts:
+            return DataError(
+                f"columns: {format_columns(list(source.columns))} do not go together"
+                + ("" if source.kind == "auto" else f" in rows of kind `{source.kind}`"),
+                where=f"{source.where}.columns",
+                expected="columns of one kind of rows",
+            )
+    if source.kind == "auto" and not source.columns:
+        return DataError(
+            f"no column `text` among {format_columns(names)}",
+            where=location,
+            expected=f"columns of one of the kinds {', '.join(KINDS)}, or columns: {{text: <column>}}",
+            hint=suggest_nearest("text", names),
+        )
+    # Report the layout that most of the columns fit.
+    candidates = [[source.columns.get(role, role) for role in layout.required] for layout in layouts]
+    best = max(candidates, key=lambda columns: sum(has_column(names, column) for column in columns))
+    column = next(column for column in best if not has_column(names, column))
+    alternatives = " or ".join(format_columns(columns) for columns in candidates[:3])
+    return DataError(
+        f"no column `{column}` among {format_columns(names)}",
+        where=location,
+        expected=f"rows of kind `{layouts[0].kind}`: {alternatives}",
+        hint=suggest_nearest(column, names) or f"name the column with columns: {{{column}: <column>}}",
+    )
+
+
+def format_columns(columns: list[str], limit: int = 12) -> str:
+    """Column names for a message."""
+    listed = ", ".join(f"`{str(column)[:60]}`" for column in columns[:limit])
+    return (listed or "no columns") + (" ..." if len(columns) > limit else "")

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from postgrad.data.read import documents as formats
+from postgrad.data.read import text_files
 from postgrad.data.read.documents import Document, detect_kind, read_documents, read_labels
 from postgrad.data.read.examples import Example
 from postgrad.data.read.files import HubDataset, RawSource, find_files
@@ -155,9 +155,9 @@ def build_store(
             "columns": dict(source.columns),
             "documents": source.documents,
             "cuts": [
-                formats.SINGLE_FILE_BYTES,
-                formats.PASSAGE_CHARACTERS,
-                formats.PARAGRAPH_CAP,
+                text_files.SINGLE_FILE_BYTES,
+                text_files.PASSAGE_CHARACTERS,
+                text_files.PARAGRAPH_CAP,
                 WHOLE_DOCUMENT,
                 PIECE,
             ],
