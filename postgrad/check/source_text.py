@@ -21,7 +21,7 @@ from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.render.renderer import Renderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
-from postgrad.data.tokens.tokenize import read_all_labels
+from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.errors import DataError
 from postgrad.plan.plan import Plan
 from postgrad.plan.sources import ResolvedSource

@@ -27,9 +27,9 @@ from postgrad.data.read.labels import Labels
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.renderer import Renderer
 from postgrad.data.tokens.held_out_split import held_out_mask, select_documents
+from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.subset import Subset
-from postgrad.data.tokens.tokenize import read_all_labels
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.held_out import HeldOutRows, HeldOutSet, HeldOutText
 from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText, MaskedWindow

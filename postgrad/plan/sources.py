@@ -26,9 +26,12 @@ from postgrad.data.read.labels import Labels
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.render.renderer import Renderer
+from postgrad.data.tokens.encode import render_example
+from postgrad.data.tokens.encoder import Encoder
 from postgrad.data.tokens.held_out_split import held_out_mask
+from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore, digest
-from postgrad.data.tokens.tokenize import Encoder, build_store, read_all_labels, render_example
+from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import StageError
 from postgrad.lineage.record import PLAN, add_stage, get_seen_data, read_record
 from postgrad.models.pretrained import ModelLocation
