@@ -10,7 +10,8 @@ import pytest
 
 from postgrad.config.stage_file import parse_stage
 from postgrad.plan.plan import make_plan
-from postgrad.run.run import RunFinished, run_stage
+from postgrad.run.events import RunFinished
+from postgrad.run.run import run_stage
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ def tiny_stage(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "output": str(output),
         "tokens": 3000,
         "schedule": {"kind": "rewarm", "peak": 1e-2, "floor": 1e-3, "warmup": "2 steps"},
-        "batch": {"sequences": 8, "micro": 4},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 4},
         "evaluation": {
             "retained": [str(base / "old-heldout.jsonl")],
             "learned": [str(base / "new-heldout.jsonl")],
             "every": "50%",
-            "during_tokens": 200,
+            "eval_tokens": 200,
             "samples": 1,
         },
         "compute": {"threads": 1, "dtype": "float32", "compile": False},

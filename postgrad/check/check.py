@@ -16,6 +16,7 @@ from postgrad.hardware import machine
 from postgrad.hardware.execution import get_model_dimensions
 from postgrad.hardware.memory import estimate_memory, format_bytes
 from postgrad.models.model import verify_model
+from postgrad.models.task import Task
 from postgrad.optim import lr_schedules
 from postgrad.plan.plan import Plan
 from postgrad.reports.html.notation import format_duration
@@ -75,7 +76,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         "schedule_curve": lr_schedules.sample_schedule(plan.schedule, plan.steps, 60),
     }
     free = machine.available_memory()
-    apart = "; packed documents do not see each other (probed)" if plan.model.task == "causal" else ""
+    apart = "; packed documents do not see each other (probed)" if plan.model.task == Task.CAUSAL else ""
     apart += "; prefixes are read in both directions (probed)" if plan.prefix_length else ""
     lines = [
         *plan_lines(plan, found),

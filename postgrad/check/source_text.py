@@ -14,6 +14,7 @@ from postgrad.config.objectives import (
     SpanCorruptionObjective,
     TextToTextObjective,
 )
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_source_columns
 from postgrad.data.read.labels import Labels
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
@@ -63,9 +64,9 @@ def _describe_labels(source: ResolvedSource, kind: str, cache: Path) -> list[str
         labels = (source.renderer.labels if source.renderer else None) or read_all_labels([source.files], cache)
     except DataError:  # of several sorts: all the same where they are only written
         return []
-    if labels.problem == "number":
+    if labels.problem == ProblemType.NUMBER:
         return ["the label is a number"]
-    what = {"tags": "tags", "multi": "labels, any of them"}.get(labels.problem, "labels")
+    what = {ProblemType.TAGS: "tags", ProblemType.MULTI_LABEL: "labels, any of them"}.get(labels.problem, "labels")
     return [f"{len(labels.names):,} {what}: {_format_label_names(labels)}"]
 
 

@@ -17,10 +17,12 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from postgrad.data.layouts.classification import truncated_lengths
 from postgrad.data.layouts.rows import Row
 from postgrad.data.loading.batch import collate
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.tokens.encode import token_marks
 from postgrad.errors import DataError, ModelError
 from postgrad.hardware import machine
 from postgrad.models.pretrained import load_tokenizer, locate_model
+from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
 from postgrad.tuning.open_model import open_model
 
@@ -61,7 +63,9 @@ class Classifier:
                 found = self.model(**batch.to(self.model.device).inputs).logits.float().cpu().numpy()
                 for i, logits in zip(places, found, strict=True):
                     out[i] = (
-                        self._word_logits(logits, rows[i].labels, len(texts[i])) if self.problem == "tags" else logits
+                        self._word_logits(logits, rows[i].labels, len(texts[i]))
+                        if self.problem == ProblemType.TAGS
+                        else logits
                     )
         return out
 
@@ -73,17 +77,17 @@ class Classifier:
 
     def _decode(self, logits: np.ndarray, item: Text) -> Any:
         match self.problem:
-            case "number":
+            case ProblemType.NUMBER:
                 return float(logits[0])
-            case "multi":
+            case ProblemType.MULTI_LABEL:
                 return [label for label, logit in zip(self.labels, logits, strict=True) if logit > 0]
-            case "tags":
+            case ProblemType.TAGS:
                 return [None if np.isnan(of_C).any() else self.labels[int(of_C.argmax())] for of_C in logits]
         return self.labels[int(logits.argmax())]
 
     def _make_row(self, text: Text, number: int) -> Row:
         where = f"texts[{number}]"
-        if self.problem == "tags":
+        if self.problem == ProblemType.TAGS:
             if isinstance(text, str) or not all(isinstance(word, str) for word in text):
                 raise DataError("a text that is not cut into words", where=where, expected="a list of words")
             return self._word_row(text)
@@ -146,13 +150,6 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield order[begin : begin + _BATCH_SIZE]
 
 
-_PROBLEMS = {
-    "single_label_classification": "class",
-    "multi_label_classification": "multi",
-    "regression": "number",
-}
-
-
 def load(name: str, base: str | None = None) -> Classifier:
     """A trained classifier: a run, one of its checkpoints, its model folder, a tuning's folder or an exported one.
 
@@ -161,7 +158,7 @@ def load(name: str, base: str | None = None) -> Classifier:
     """
     start = locate_model(name, Path.cwd(), base)
     opened = open_model(start)
-    if opened.task not in ("classify", "tag"):
+    if not opened.task.is_classifier:
         raise ModelError(
             f"{name} decides nothing: it is no classifier",
             where="load",
@@ -176,8 +173,7 @@ def load(name: str, base: str | None = None) -> Classifier:
     )
     own: Any = opened.model.config
     labels = tuple(str(own.id2label[i]) for i in range(own.num_labels))
-    problem = own.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
+    tags = opened.task == Task.TAG
+    problem = ProblemType.TAGS if tags else ProblemType.from_transformers(own.problem_type, len(labels))
     torch.nn.Module.to(opened.model, machine.default_device())
-    return Classifier(
-        opened.model.eval(), tokenizer, labels, "tags" if opened.task == "tag" else _PROBLEMS[problem], reading
-    )
+    return Classifier(opened.model.eval(), tokenizer, labels, problem, reading)

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import TextToTextObjective
-from postgrad.config.stage_file import parse_stage
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind, read_labels
 from postgrad.data.read.files import RawSource
 from postgrad.data.read.labels import Labels
@@ -30,8 +30,8 @@ from postgrad.hardware import machine
 from postgrad.lineage.record import Record, read_record
 from postgrad.lineage.tree import lineage_matrix, read_lineage, set_key
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import ModelLocation, Task, load_tokenizer, locate_model
-from postgrad.objectives.classification_loss import ProblemType
+from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
+from postgrad.models.task import Task
 from postgrad.plan.held_out_sets import HeldOutDocuments, make_held_out_set, make_masked_held_out_text
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
 from postgrad.plan.objective_rows import (
@@ -55,7 +55,7 @@ from postgrad.tuning.open_model import BaseReference, get_task, open_model, star
 _DEFAULT_CONTEXT = 1024
 _MAX_TOKENS = 10_000_000
 _DOCUMENT_MODES = get_args(s.HeldOutFile.model_fields["documents"].annotation)
-_CLASSIFIER_ROW_KINDS = {"classify": "labelled", "tag": "tagged"}
+_CLASSIFIER_ROW_KINDS = {Task.CLASSIFY: "labelled", Task.TAG: "tagged"}
 """The rows that a classifier is scored on."""
 
 
@@ -99,13 +99,13 @@ def load_documents(
             hint=suggest_nearest(documents, _DOCUMENT_MODES),
         )
     objectives = resolve_objectives([], start)
-    if model_inputs.task == "text-to-text":  # which serves rows with answers besides
+    if model_inputs.task.is_encoder_decoder:  # which serves rows with answers besides
         objectives += (TextToTextObjective(kind="text-to-text"),)
     decided = _CLASSIFIER_ROW_KINDS.get(model_inputs.task)
     taken: set[str] = set()
     for path in files:
         item = s.HeldOutFile.model_validate(
-            {**s.expand_held_out_file(path), "documents": documents, "columns": {"text": column} if column else {}}
+            {**s.expand_held_out_file(path), "document_unit": documents, "columns": {"text": column} if column else {}}
         )
         name, number = item.name, 2
         while name in taken:
@@ -119,7 +119,7 @@ def load_documents(
         renderer = make_renderer(objective, kind, model_inputs, RowTemplate(), labels)
         store = build_store(given, model_inputs.encoder, cache, renderer=renderer)
         chosen = HeldOutDocuments(name, "learned", store, np.arange(len(store)), objective, renderer)
-        problem: ProblemType = labels.problem if labels else "class"  # type: ignore[assignment]
+        problem: ProblemType = labels.problem if labels else ProblemType.CLASS
         yield chosen, problem
 
 
@@ -131,12 +131,12 @@ def _class_labels(start: ModelLocation, task: Task, files: RawSource) -> Labels:
     else:
         config: Any = AutoConfig.from_pretrained(start.name_or_path)
         names = tuple(config.id2label[i] for i in range(config.num_labels))
-        problem = config.problem_type or ("regression" if len(names) == 1 else "single_label_classification")
-    if problem == "regression":
-        return Labels("number")
+        problem = config.problem_type
+    decision = ProblemType.TAGS if task == Task.TAG else ProblemType.from_transformers(problem, len(names))
+    if decision == ProblemType.NUMBER:
+        return Labels(ProblemType.NUMBER)
     written = {str(name): name for name in read_labels(files).names}
-    sort = "tags" if task == "tag" else "multi" if problem == "multi_label_classification" else "class"
-    return Labels(sort, tuple(written.get(name, name) for name in names))
+    return Labels(decision, tuple(written.get(name, name) for name in names))
 
 
 def load_model_inputs(start: ModelLocation, context: int) -> ModelInputs:
@@ -218,7 +218,7 @@ def evaluate_files(
             )
         for metric, value in row.get("metrics", {}).items():
             lines.append(f"    {metric} {value['value']:.4f} ({value['low']:.4f}–{value['high']:.4f})")
-    writes = get_task(start) in ("causal", "text-to-text")
+    writes = get_task(start).generates
     following = ["generate", model] if writes else ["export", model, "exported"]
     lines.append(f"next: {shlex.join(['postgrad', *following])}")
     return {"text": "\n".join(lines), "model": model, "context": used, "sets": summaries}
@@ -228,7 +228,7 @@ def _pseudo_scores(start: ModelLocation, texts: FileSets, tokens: int, context: 
     """The scores of texts of which every token is masked in turn."""
     if not tokens:
         return {}
-    if tokens < 0 or texts.model_inputs.task != "masked":
+    if tokens < 0 or texts.model_inputs.task != Task.MASKED:
         raise StageError(
             f"{start.name} fills in no masks" if tokens > 0 else f"{tokens} is no number of tokens",
             where="--pseudo",
@@ -421,7 +421,7 @@ def _load_first_start(record: Record, cache: Path) -> ModelLocation:
     if "fresh" not in record["model"]:
         return locate_model(record["model"]["source"], Path(record["root"]))
     return resolve_start_model(
-        parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
+        parse_recorded_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
     )
 
 
@@ -431,6 +431,6 @@ def _load_stage_sets(stages: list[tuple[Path, Record]], key: str, cache: Path) -
         if any(set_key(record, name) == key for name in record.get("changes", {})):
             raw = yaml.safe_load(record["stage_yaml"])
             raw["evaluation"]["tasks"] = []  # which may have moved since, and have no column in the matrix
-            plan = make_plan(parse_stage(raw, record["name"]), Path(record["root"]), cache)
+            plan = make_plan(parse_recorded_stage(raw, record["name"]), Path(record["root"]), cache)
             return {f"{h.name}:{h.fingerprint}": h for h in plan.evaluation.sets}
     return {}

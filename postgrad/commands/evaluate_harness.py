@@ -39,7 +39,7 @@ def evaluate_harness(
             f"there is no folder {folder}", where="--harness-tasks", expected="a folder of task files (YAML)"
         )
     start = locate_model(model, Path.cwd(), base)
-    if get_task(start) not in ("causal", "text-to-text"):
+    if not get_task(start).generates:
         raise ModelError(
             f"{model} does not write, so lm-eval has nothing to ask it",
             where="--harness",

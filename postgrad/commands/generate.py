@@ -23,7 +23,6 @@ from postgrad.models.prefix_lm_attention import PREFIX_LM_KEY, is_prefix_lm, pre
 from postgrad.models.pretrained import (
     TUNING_FILE,
     ModelLocation,
-    Task,
     get_embedding_weight,
     load_pretrained,
     load_tokenizer,
@@ -31,9 +30,10 @@ from postgrad.models.pretrained import (
     save_pretrained,
     stored_dtype,
 )
+from postgrad.models.task import Task
 from postgrad.models.task_head import load_task_head_config
 from postgrad.storage.atomic import publish_folder
-from postgrad.tuning.attach import read_export
+from postgrad.tuning.folder import read_export
 from postgrad.tuning.open_model import LoadedModel, open_model, start_fingerprint
 
 
@@ -69,7 +69,7 @@ def _load_text_models(
 
 def _load_text_model(name: str, start: ModelLocation) -> _TextModel:
     opened = open_model(start)
-    if opened.task not in ("causal", "text-to-text"):
+    if not opened.task.generates:
         raise ModelError(
             f"{name} does not write text", where="model", expected="a decoder or an encoder-decoder language model"
         )
@@ -88,7 +88,7 @@ def _encode_chat(text_model: _TextModel, messages: list[dict[str, str]]) -> np.n
     """The ids of a conversation up to where the next answer begins, of shape (T,), as rows of training have them."""
     tokenizer = text_model.tokenizer
     text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    if text_model.task == "text-to-text":
+    if text_model.task.is_encoder_decoder:
         return _encode_prompt(text_model, text)
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
     bos = tokenizer.bos_token_id
@@ -99,7 +99,7 @@ def _encode_chat(text_model: _TextModel, messages: list[dict[str, str]]) -> np.n
 def _remaining_positions(text_model: _TextModel, length: int) -> float:
     """How many tokens can follow so many."""
     limit = getattr(text_model.model.config, "max_position_embeddings", None)
-    return math.inf if not limit or text_model.task == "text-to-text" else limit - length
+    return math.inf if not limit or text_model.task.is_encoder_decoder else limit - length
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def _generate_text(
         **drawn,
         **read,
     )
-    if text_model.task == "text-to-text":  # it writes where it has not read
+    if text_model.task.is_encoder_decoder:  # it writes where it has not read
         return decode_ids(tokenizer, out[0])
     # Decoded behind what it goes on from: a space before a first word is no text to many tokenizers.
     before, added = prompt_ids.tolist(), out[0, ids.shape[1] :].tolist()
@@ -266,7 +266,7 @@ def export_model(
         text += f"what is set before a text is {shown}: put it before what the model is to read\n"
     if is_prefix_lm(model.config):
         text += f"it was trained to read a prompt in both directions ({PREFIX_LM_KEY} in config.json); plain transformers does not\n"
-    verb = "generate" if opened.task in ("causal", "text-to-text") else "eval"
+    verb = "generate" if opened.task.generates else "eval"
     text += f"next: {shlex.join(['postgrad', verb, str(folder)])}"
     return {"text": text, "folder": str(folder), "dtype": str(wanted).removeprefix("torch."), "bytes": size}
 
@@ -311,4 +311,4 @@ def _parse_weighted_run(text: str) -> tuple[str, float]:
 
 def _example_inputs(task: Task, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Something to call a model of a task with."""
-    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if task == "text-to-text" else {"input_ids": ids}
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if task.is_encoder_decoder else {"input_ids": ids}

@@ -17,6 +17,7 @@ from postgrad.config.objectives import AnyObjective
 from postgrad.config.quantities import parse_token_count
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import Batch, collate
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.random_streams import derive_key, permute_indices
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
 from postgrad.evaluation.fisher import (
@@ -30,7 +31,6 @@ from postgrad.evaluation.fisher import (
 from postgrad.hardware import machine
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import ModelLocation, locate_model
-from postgrad.objectives.classification_loss import ProblemType
 from postgrad.penalties.importance_file import (
     KIND_DESCRIPTIONS,
     ImportanceFile,
@@ -167,7 +167,7 @@ def _measure_files(
     together = kind == "fisher"
     sets: list[Rows] = []
     specs: list[AnyObjective] = []
-    problem: ProblemType = "class"
+    problem: ProblemType = ProblemType.CLASS
     for chosen, decided in load_documents(start, files, documents, column, reading, cache):
         sets.append(make_rows(chosen.objective, chosen.store, reading, problem=decided, pack=together))
         specs.append(chosen.objective)
@@ -189,7 +189,7 @@ def _measure_files(
     model = wrap_model(opened.model, opened.task).to(device)
     # All files are weighed alike: what a model says of a label does not depend on the file that the label is of.
     (loss,) = make_objectives(specs[:1], problem)
-    classes = len(opened.model.config.id2label or ()) if problem == "multi" else 1
+    classes = len(opened.model.config.id2label or ()) if problem == ProblemType.MULTI_LABEL else 1
     measures: dict[ImportanceKind, ImportanceMeasure] = {
         "fisher": fisher_measure(loss, problem, torch.Generator().manual_seed(seed), scale=classes),
         "empirical": empirical_fisher_measure(loss, scale=classes),
@@ -204,7 +204,7 @@ def _measure_files(
         else:
             progress(min(step, tokens), tokens)
     assert result is not None
-    per = "label" if opened.task in ("classify", "tag") else "token"
+    per = "label" if opened.task.is_classifier else "token"
     return result, per, result.labels < tokens
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from postgrad.config import stage as s
 from postgrad.config.objectives import ClassifyObjective
 from postgrad.data.layouts.rows import IGNORED
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind
 from postgrad.data.read.files import RawSource
 from postgrad.data.read.labels import Labels
@@ -42,16 +43,9 @@ from postgrad.evaluation.linear_probe import (
 )
 from postgrad.hardware import machine
 from postgrad.hardware.execution import choose_threads
-from postgrad.models.pretrained import (
-    ClassifierSpec,
-    ModelLocation,
-    Task,
-    load_pretrained,
-    load_tokenizer,
-    locate_model,
-)
+from postgrad.models.pretrained import ClassifierSpec, ModelLocation, load_pretrained, load_tokenizer, locate_model
+from postgrad.models.task import Task
 from postgrad.models.task_head import Pooling, TaskHeadConfig, compute_hidden_states, is_decoder
-from postgrad.objectives.classification_loss import ProblemType
 from postgrad.plan.held_out_sets import HeldOutDocuments, make_held_out_set
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
 from postgrad.plan.objective_rows import RowTemplate, make_renderer
@@ -130,10 +124,10 @@ def compute_frozen_features(
     config: Any = AutoConfig.from_pretrained(start.name_or_path)
     files = {"train": _source("train", train, kind), "test": _source("test", test, kind)}
     files |= {"dev": _source("dev", dev, kind)} if dev else {}
-    task: Task = "tag" if files["train"].kind == "tagged" else "classify"
+    task = Task.TAG if files["train"].kind == "tagged" else Task.CLASSIFY
     half, pooled_by = _resolve_pooling(config, task, pooling, stack)
     labels = read_all_labels([files["train"]], cache)
-    problem: ProblemType = labels.problem  # type: ignore[assignment]
+    problem = labels.problem
     reading = _make_model_inputs(start, config, task, context)
     notes: list[str] = []
     rows = _build_rows(files, reading, labels, problem, cache, notes)
@@ -273,7 +267,7 @@ def _resolve_pooling(config: Any, task: Task, pooling: str, stack: str) -> tuple
             expected="an encoder-decoder, or no --stack",
         )
     half: Stack = ("decoder" if stack == "decoder" else "encoder") if config.is_encoder_decoder else None
-    if task == "tag":
+    if task == Task.TAG:
         if pooling != "auto":
             raise StageError(
                 f"tags are decided word by word, so nothing is pooled, and `{pooling}` has no meaning",
@@ -344,7 +338,7 @@ def _build_rows(
         found = make_held_out_set(given, model_inputs, _NO_TOKEN_LIMIT, [], problem=problem)
         assert isinstance(found, HeldOutRows)
         left_out = 0
-        if problem == "tags":
+        if problem == ProblemType.TAGS:
             words = sum(int(np.count_nonzero(np.asarray(store.marks(int(d))))) for d in documents)
             left_out = words - sum(row.label_count for row in found.rows)
         out[part] = _PartRows(found, left_out)
@@ -376,7 +370,7 @@ def _backbone(
 
 
 def _make_items(states_SID: np.ndarray, rows: HeldOutRows, problem: ProblemType) -> ProbeData:
-    if problem == "tags":
+    if problem == ProblemType.TAGS:
         meant = [row.labels[row.labels != IGNORED] for row in rows.rows]
         return ProbeData(states_SID, np.concatenate(meant), np.repeat(rows.document_R, [len(m) for m in meant]))
     return ProbeData(states_SID, np.stack([row.labels for row in rows.rows]), rows.document_R)
@@ -407,9 +401,9 @@ def _score_views(
         if one.share_S:
             entry["shares"] = list(one.share_S)
         views.append(entry)
-    if problem == "number":
+    if problem == ProblemType.NUMBER:
         guess = np.full(test.labels.shape, train.labels.mean())
-    elif problem == "multi":
+    elif problem == ProblemType.MULTI_LABEL:
         guess = np.broadcast_to(train.labels.mean(0) > 0.5, test.labels.shape).astype(test.labels.dtype)
     else:
         guess = np.full(test.labels.shape, np.bincount(train.labels.astype(np.int64)).argmax())

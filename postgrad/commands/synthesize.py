@@ -34,6 +34,7 @@ from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
 from postgrad.models.model import CausalModel, wrap_model
 from postgrad.models.pretrained import load_tokenizer, locate_model
+from postgrad.models.task import Task
 from postgrad.plan.model_inputs import make_encoder
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import fingerprint
@@ -139,7 +140,7 @@ def load_generator(
     except ModelError as error:
         at = where if error.where == "model" else error.where
         raise ModelError(error.problem, where=at, expected=error.expected, hint=error.hint) from None
-    if get_task(start) != "causal":
+    if get_task(start) != Task.CAUSAL:
         raise ModelError(
             f"{model} does not write running text",
             where=where,
@@ -156,7 +157,7 @@ def load_generator(
             expected=f"at most {limit:,}",
         )
     opened = open_model(start)
-    view = wrap_model(opened.model, "causal").to(machine.default_device())
+    view = wrap_model(opened.model, Task.CAUSAL).to(machine.default_device())
     assert isinstance(view, CausalModel)
     return TextGenerator(
         model, start_fingerprint(start) or model, view, tokenizer, encoder, tuple(opened.frame.prefix_ids), limit

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import stats
 
+from postgrad.data.problem_type import ProblemType
+
 _DRAWS = 200
 
 CountMetric = Callable[[np.ndarray], np.ndarray]
@@ -80,9 +82,9 @@ PROBLEMS = (*COUNT_METRICS, "number")
 
 def metric_names(problem: str, names: Sequence[str] = ()) -> list[str]:
     """The names of what `measured` measures."""
-    if problem == "number":
+    if problem == ProblemType.NUMBER:
         return [*REGRESSION_METRICS]
-    spans = [*_span_metrics(np.zeros((1, 3)))] if problem == "tags" and is_span_tagging(names) else []
+    spans = [*_span_metrics(np.zeros((1, 3)))] if problem == ProblemType.TAGS and is_span_tagging(names) else []
     return [*spans, *COUNT_METRICS.get(problem, {})]
 
 
@@ -140,11 +142,11 @@ def _resampled_metrics(
     weights_RN: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """Each metric of every draw of documents: of shape (R,)."""
-    if problem == "number":
+    if problem == ProblemType.NUMBER:
         return _regression_metrics(predictions_I, labels_I, document_I, weights_RN)
     counts_RCC = _confusion_counts(problem, predictions_I, labels_I, document_I, weights_RN)
     found = {name: measure(counts_RCC) for name, measure in COUNT_METRICS[problem].items()}
-    if problem == "tags" and is_span_tagging(names):
+    if problem == ProblemType.TAGS and is_span_tagging(names):
         return _span_metrics(weights_RN @ span_counts(predictions_I, labels_I, document_I, names)) | found
     return found
 
@@ -164,7 +166,10 @@ def _confusion_counts(
     problem: str, predictions_I: np.ndarray, labels_I: np.ndarray, document_I: np.ndarray, weights_RN: np.ndarray
 ) -> np.ndarray:
     """How often each class was meant and said in each draw, of shape (R, C, C); of several at once: no and yes."""
-    both, size = np.concatenate([labels_I, predictions_I, [0, 1] if problem == "multi" else []]), len(labels_I)
+    both, size = (
+        np.concatenate([labels_I, predictions_I, [0, 1] if problem == ProblemType.MULTI_LABEL else []]),
+        len(labels_I),
+    )
     classes, code = np.unique(both, return_inverse=True)
     pair_I = code[:size] * len(classes) + code[size : 2 * size]
     shape = len(classes), len(classes)

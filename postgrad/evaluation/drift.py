@@ -33,8 +33,6 @@ from postgrad.stats.forgetting import bootstrap
 
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 1 << 24
-DISTRIBUTION_TASKS = ("text", "answers", "class", "tags")
-"""What held-out sets must ask for that two answers can be compared as distributions."""
 
 
 @dataclass(frozen=True)

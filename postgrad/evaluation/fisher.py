@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
+from postgrad.data.problem_type import ProblemType
 from postgrad.models.model import Model, Output
 
 Loss = Callable[[Output, Batch], tuple[Tensor, Tensor]]
@@ -87,9 +88,9 @@ def sample_labels(output: Output, labels: Tensor, problem: str, generator: torch
     `problem`: `class` and `tags` (one of the logits' classes, as a token is one of a vocabulary), `multi` (each class by
     itself), or `number` (the first logit and Gaussian noise of variance 1/2).
     """
-    if problem == "multi":
+    if problem == ProblemType.MULTI_LABEL:
         return _bernoulli(output.logits().float().sigmoid(), generator).to(labels.dtype)
-    if problem == "number":
+    if problem == ProblemType.NUMBER:
         number_B = output.logits().float()[:, 0]
         noise_B = torch.randn(number_B.shape, generator=generator).to(number_B) * 0.5**0.5
         return (number_B + noise_B).to(labels.dtype)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from postgrad.data.layouts.rows import IGNORED, Row
+from postgrad.data.problem_type import ProblemType
 
 
 class ScoredRow(NamedTuple):
@@ -40,8 +41,10 @@ class HeldOutText:
     bos: int | None = None
     reserved_positions: int = 0
     """Positions that each window leaves free: as many as a soft prompt takes in the model it is compared with."""
-    task: str = "text"
     pad: int = 0
+    problem: None = None
+    """The labels are tokens."""
+    has_distribution: bool = True
     label_token_ids: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
 
@@ -105,8 +108,8 @@ class HeldOutRows:
     digests: np.ndarray
     tokens_N: np.ndarray
     """Tokens of each document, without what a model reads around it."""
-    task: str
-    """What the labels are: `answers` (tokens), `class`, `multi`, `number` or `tags`."""
+    problem: ProblemType | None = None
+    """The problem type of a classifier; None where the labels are tokens."""
     labels: tuple[str, ...] = ()
     framing: tuple[tuple[int, ...], ...] = ()
     """What the rows have around their texts; it tells one reading of them from another."""
@@ -122,7 +125,12 @@ class HeldOutRows:
     def identity(self) -> list[Any]:
         """What decides its scores, beside the model and the context."""
         around = [list(part) for part in self.framing]
-        return [self.fingerprint, len(self), around, self.task, list(self.label_token_ids), list(self.labels)]
+        return [self.fingerprint, len(self), around, self.problem, list(self.label_token_ids), list(self.labels)]
+
+    @property
+    def has_distribution(self) -> bool:
+        """Whether two models' outputs can be compared as distributions."""
+        return self.problem is None or self.problem.has_distribution
 
     @property
     def tokens(self) -> int:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.evaluation.classification_metrics import is_span_tagging, metric_values
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -231,7 +232,7 @@ def train_probes(
 
 def main_metric(problem: str, names: Sequence[str]) -> tuple[str, int]:
     """The metric that classifiers are chosen by, and 1 where more of it is better, else -1."""
-    if problem == "tags" and is_span_tagging(names):
+    if problem == ProblemType.TAGS and is_span_tagging(names):
         return "span F1", 1
     return {"multi": ("F1", 1), "number": ("MSE", -1)}.get(problem, ("accuracy", 1))
 
@@ -259,7 +260,7 @@ def _train_classifiers(
     progress: Callable[[int, int], None],
 ) -> _Classifiers:
     """All classifiers, trained by Adam under a cosine on batches that all of them see."""
-    classifiers = _Classifiers(views, train, outputs, strengths, number=problem == "number")
+    classifiers = _Classifiers(views, train, outputs, strengths, number=problem == ProblemType.NUMBER)
     optimizer = torch.optim.Adam(classifiers.parameters(), lr=rate)
     meant = torch.from_numpy(train.labels)
     rng = np.random.default_rng(seed)
@@ -286,10 +287,10 @@ def _loss(logits_VBGC: Tensor, labels: Tensor, problem: str, label_scale: float)
     views, rows, many, outputs = logits_VBGC.shape
     each_VGBC = logits_VBGC.transpose(1, 2)
     match problem:
-        case "multi":
+        case ProblemType.MULTI_LABEL:
             wanted = labels.float().expand(views, many, rows, outputs)
             return functional.binary_cross_entropy_with_logits(each_VGBC, wanted, reduction="sum") / (rows * outputs)
-        case "number":
+        case ProblemType.NUMBER:
             return ((each_VGBC[..., 0] - labels.float()) / label_scale).square().sum() / (2 * rows)
     wanted = labels.long().expand(views, many, rows).reshape(-1)
     return functional.cross_entropy(each_VGBC.reshape(-1, outputs), wanted, reduction="sum") / rows
@@ -303,9 +304,9 @@ def _predict(classifiers: _Classifiers, items: ProbeData, problem: str) -> np.nd
         part = torch.from_numpy(np.array(items.states_SID[:, begin : begin + _CHUNK_ITEMS]))
         logits_VBGC = classifiers(part)
         match problem:
-            case "multi":
+            case ProblemType.MULTI_LABEL:
                 parts.append((logits_VBGC > 0).numpy().astype(items.labels.dtype))
-            case "number":
+            case ProblemType.NUMBER:
                 parts.append(logits_VBGC[..., 0].numpy())
             case _:
                 parts.append(logits_VBGC.argmax(-1).numpy())

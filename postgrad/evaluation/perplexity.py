@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch, collate
+from postgrad.data.problem_type import ProblemType
 from postgrad.evaluation.classification_metrics import compute_metrics
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.models.model import Model, Output
@@ -70,7 +71,9 @@ class Scores:
 
     def compute_metrics(self) -> dict[str, dict[str, float]]:
         """A classifier's metrics, each with its interval."""
-        return compute_metrics(self.problem, self.predictions_I, self.labels_I, self.document_I, self.names.tolist())
+        return compute_metrics(
+            ProblemType(self.problem), self.predictions_I, self.labels_I, self.document_I, self.names.tolist()
+        )
 
     def summary(self) -> dict[str, Any]:
         """Nats per token with its 95 % interval, perplexity, bits per byte, and what was counted.
@@ -143,7 +146,7 @@ def score_held_out(
         predictions_I=np.concatenate([said for said, _ in answered]) if answered else np.empty(0),
         labels_I=np.concatenate([meant for _, meant in answered]) if answered else np.empty(0),
         document_I=np.repeat(document_W, [len(said) for said, _ in answered]) if answered else np.empty(0, np.int64),
-        problem=("class" if held_out.label_token_ids else held_out.task) if answered else "",
+        problem=held_out.problem if answered and held_out.problem else "",
         names=np.array(held_out.labels if answered else (), np.str_),
     )
 
@@ -169,7 +172,7 @@ def _score_output(
         answers = _predict_label_words(output, batch, held_out.label_token_ids) if held_out.label_token_ids else []
         return nats_BT.double().sum(1).cpu().numpy(), answers
     count = len(batch.labels)
-    losses, said = _classification_losses(output.hidden.float(), batch.labels, held_out.task)
+    losses, said = _classification_losses(output.hidden.float(), batch.labels, held_out.problem)
     losses, said, meant = (t.reshape(count, -1).cpu().numpy() for t in (losses, said, batch.labels))
     answers = [(s[m != IGNORED], m[m != IGNORED]) for s, m in zip(said, meant, strict=True)]
     return losses.sum(1), answers
@@ -189,13 +192,13 @@ def _predict_label_words(
     return [(said[i : i + 1], meant[i : i + 1]) for i in range(len(said))]
 
 
-def _classification_losses(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
+def _classification_losses(logits: Tensor, labels: Tensor, problem: ProblemType | None) -> tuple[Tensor, Tensor]:
     """The loss of each label and the decision, of shape (B, ...): by argmax, each class by itself, or a number."""
-    match task:
-        case "multi":
+    match problem:
+        case ProblemType.MULTI_LABEL:
             losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1, keepdim=True)
             return losses.double(), (logits > 0).to(labels.dtype)
-        case "number":
+        case ProblemType.NUMBER:
             number = logits[..., :1]
             return (number - labels[:, None]).double().square(), number
         case _:

@@ -28,14 +28,15 @@ from transformers import (
 )
 
 from postgrad.errors import ModelError, suggest_nearest
-from postgrad.models.pretrained import Task, count_parameters, detect_config_task, from_config
+from postgrad.models.pretrained import count_parameters, detect_config_task, from_config
+from postgrad.models.task import Task
 
 _ASPECT = 48
 """Width by depth: small published models have 43 (stories15M) to 85 (pythia-70m)."""
 _WIDTHS = (*range(32, 256, 32), *range(256, 1024, 64), *range(1024, 4097, 128))
 _MAX_DEPTH = 64
 _INNER_STEP = 8
-_WHERE = "model.fresh"
+_WHERE = "model.from_scratch"
 
 
 @dataclass(frozen=True)
@@ -193,11 +194,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 _TASK_FAMILIES: dict[Task, str] = {
-    "causal": "llama",
-    "masked": "bert",
-    "text-to-text": "t5",
-    "classify": "bert",
-    "tag": "bert",
+    Task.CAUSAL: "llama",
+    Task.MASKED: "bert",
+    Task.TEXT_TO_TEXT: "t5",
+    Task.CLASSIFY: "bert",
+    Task.TAG: "bert",
 }
 
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
 from postgrad.models.prefix_lm_attention import attention_window, model_prefix_mask
-from postgrad.models.pretrained import Task, get_embedding_weight
+from postgrad.models.pretrained import get_embedding_weight
+from postgrad.models.task import Task
 
 _LOGITS_BIAS = "final_logits_bias"
 """What transformers calls it."""
@@ -130,8 +131,9 @@ class HeadedModel(Model):
 
 def wrap_model(pretrained: PreTrainedModel, task: Task) -> Model:
     """The view of a model that its task asks for."""
-    views: dict[Task, type[Model]] = {"causal": CausalModel, "masked": HeadedModel, "text-to-text": HeadedModel}
-    return views.get(task, Model)(pretrained)
+    if task == Task.CAUSAL:
+        return CausalModel(pretrained)
+    return Model(pretrained) if task.is_classifier else HeadedModel(pretrained)
 
 
 def _output_layer(pretrained: PreTrainedModel) -> nn.Linear:

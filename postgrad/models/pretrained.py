@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError
+from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config, make_model_class
 
 transformers_logging.disable_progress_bar()
@@ -125,7 +126,8 @@ def _resolve_base(start: ModelLocation, root: Path, base: str | None) -> ModelLo
     try:
         if (folder / TUNING_FILE).exists():
             recorded = json.loads((folder / TUNING_FILE).read_text())["base"]
-            places, below = [recorded["relative"], recorded["name"]], recorded.get("below")
+            places = [recorded["relative"], recorded["name"]]
+            below = recorded.get("base_of_base", recorded.get("below"))  # "below" in folders of earlier versions
         else:
             below = None
             places = [json.loads((folder / PEFT_FILE).read_text())["base_model_name_or_path"]]
@@ -180,22 +182,12 @@ def save_chat_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
         (folder / CHAT_TEMPLATE_FILE).write_text(tokenizer.chat_template, "utf-8")
 
 
-Task = Literal["causal", "masked", "text-to-text", "classify", "tag"]
-"""What a model is for: it decides which layer stands on the backbone."""
-
 _CLASSES: dict[Task, Any] = {
-    "causal": AutoModelForCausalLM,
-    "masked": AutoModelForMaskedLM,
-    "text-to-text": AutoModelForSeq2SeqLM,
-    "classify": AutoModelForSequenceClassification,
-    "tag": AutoModelForTokenClassification,
-}
-_NAMES: dict[Task, str] = {
-    "causal": "a causal language model",
-    "masked": "a masked language model",
-    "text-to-text": "an encoder-decoder language model",
-    "classify": "a text classifier",
-    "tag": "a token classifier",
+    Task.CAUSAL: AutoModelForCausalLM,
+    Task.MASKED: AutoModelForMaskedLM,
+    Task.TEXT_TO_TEXT: AutoModelForSeq2SeqLM,
+    Task.CLASSIFY: AutoModelForSequenceClassification,
+    Task.TAG: AutoModelForTokenClassification,
 }
 
 
@@ -215,7 +207,7 @@ class ClassifierSpec:
     """
 
     labels: tuple[str, ...]
-    problem: Literal["single_label_classification", "multi_label_classification", "regression"]
+    problem: str
     pad: int
     seed: int = 0
     form: TaskHeadConfig | None = None
@@ -247,7 +239,7 @@ def detect_task(start: ModelLocation) -> Task:
     """What a model folder is for, by its task layer, or the architecture that its configuration names."""
     form = load_task_head_config(start.folder)
     if form:
-        return "tag" if form.pooling is None else "classify"
+        return Task.TAG if form.pooling is None else Task.CLASSIFY
     return detect_config_task(AutoConfig.from_pretrained(start.name_or_path))
 
 
@@ -255,22 +247,19 @@ def detect_config_task(config: PreTrainedConfig) -> Task:
     """What a model of a configuration is for."""
     name = (getattr(config, "architectures", None) or [""])[0]
     endings: dict[str, Task] = {
-        "ForMaskedLM": "masked",
-        "ForPreTraining": "masked",
-        "ForSequenceClassification": "classify",
-        "ForTokenClassification": "tag",
-        "ForConditionalGeneration": "text-to-text" if config.is_encoder_decoder else "causal",
+        "ForMaskedLM": Task.MASKED,
+        "ForPreTraining": Task.MASKED,
+        "ForSequenceClassification": Task.CLASSIFY,
+        "ForTokenClassification": Task.TAG,
+        "ForConditionalGeneration": Task.TEXT_TO_TEXT if config.is_encoder_decoder else Task.CAUSAL,
     }
     for ending, task in endings.items():
         if name.endswith(ending):
             return task
     if config.is_encoder_decoder:
-        return "text-to-text"
-    return (
-        "causal"
-        if type(config) in AutoModelForCausalLM._model_mapping and not _is_bare_encoder(name, config)
-        else "masked"
-    )
+        return Task.TEXT_TO_TEXT
+    generates = type(config) in AutoModelForCausalLM._model_mapping and not _is_bare_encoder(name, config)
+    return Task.CAUSAL if generates else Task.MASKED
 
 
 def _is_bare_encoder(name: str, config: PreTrainedConfig) -> bool:
@@ -281,7 +270,7 @@ def _is_bare_encoder(name: str, config: PreTrainedConfig) -> bool:
 
 def load_pretrained(
     start: ModelLocation,
-    task: Task = "causal",
+    task: Task = Task.CAUSAL,
     *,
     layer: ClassifierSpec | None = None,
     attention: str | None = None,
@@ -300,7 +289,7 @@ def load_pretrained(
             config = AutoConfig.from_pretrained(start.name_or_path)
             refuse_foreign_code(config, start.name)
             own = load_task_head_config(start.full_model.folder)
-            form = layer.form if layer else own if task in ("classify", "tag") else None
+            form = layer.form if layer else own if task.is_classifier else None
             where, make = (start.name_or_path, _CLASSES[task]) if state is None else (None, _model_class(config, task))
             make = make_model_class(config, form) if form else make
             options = {}
@@ -323,7 +312,7 @@ def load_pretrained(
         raise
     except Exception as error:
         raise ModelError(
-            f"{start.name} could not be loaded as {_NAMES[task]}: {_first_line(error)}", where="model"
+            f"{start.name} could not be loaded as {task.description}: {_first_line(error)}", where="model"
         ) from error
     # A pooler stands in the backbone of some architectures, and only a task layer reads it.
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))})
@@ -351,7 +340,7 @@ def from_config(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
         raise
     except Exception as error:
         raise ModelError(
-            f"no {config.model_type} could be made as {_NAMES[task]}: {_first_line(error)}", where="model"
+            f"no {config.model_type} could be made as {task.description}: {_first_line(error)}", where="model"
         ) from error
 
 

@@ -6,7 +6,6 @@ Legend: B batch, T time, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +13,8 @@ from torch.nn import functional
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
+from postgrad.data.problem_type import ProblemType
 from postgrad.models.model import Output
-
-ProblemType = Literal["class", "multi", "number", "tags"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,9 @@ class ClassificationLoss:
         """Summed loss and each row's part of it."""
         logits, labels = output.logits().float(), batch.labels
         match self.problem_type:
-            case "multi":
+            case ProblemType.MULTI_LABEL:
                 losses_B = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
-            case "number":
+            case ProblemType.NUMBER:
                 losses_B = (logits[:, 0] - labels).square()
             case _:
                 losses = functional.cross_entropy(

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
+from postgrad.data.problem_type import ProblemType
 from postgrad.models.model import Output
-from postgrad.objectives.classification_loss import ProblemType
 from postgrad.objectives.linear_divergence import Direction, Divergence, SparseDivergence
 from postgrad.objectives.objective import HeadObjective
 from postgrad.objectives.teacher import Teacher, TeacherOutput
@@ -101,15 +101,15 @@ class TaskDistillationLoss:
         """Summed divergence and each row's part of it."""
         answer = self.teacher(batch)
         mine, theirs = output.logits().float(), answer.output.logits().float()
-        if self.problem_type == "tags":
+        if self.problem_type == ProblemType.TAGS:
             place_N = (batch.labels != IGNORED).flatten().nonzero().flatten()
             theirs_NC, has_N = _teacher_hidden(answer, place_N, batch)
             losses_N = self._logit_divergence(mine.flatten(0, 1)[place_N], theirs_NC.float())
             losses_N = losses_N if has_N is None else losses_N * has_N
             losses_B = mine.new_zeros(len(mine)).index_add(0, place_N // batch.labels.shape[1], losses_N)
-        elif self.problem_type == "number":
+        elif self.problem_type == ProblemType.NUMBER:
             losses_B = (mine[:, 0] - theirs[:, 0]).square()
-        elif self.problem_type == "multi":
+        elif self.problem_type == ProblemType.MULTI_LABEL:
             both = [
                 torch.stack([functional.logsigmoid(z), functional.logsigmoid(-z)], -1)
                 for z in self._apply_temperature(mine, theirs)

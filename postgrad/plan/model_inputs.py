@@ -15,7 +15,8 @@ from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.data.render.prompt_template import Template
 from postgrad.data.tokens.encoder import Encoder
 from postgrad.errors import ModelError, StageError
-from postgrad.models.pretrained import ModelLocation, Task, detect_task, get_embedding_weight, load_pretrained
+from postgrad.models.pretrained import ModelLocation, detect_task, get_embedding_weight, load_pretrained
+from postgrad.models.task import Task
 from postgrad.tuning.open_model import BaseReference
 
 _MAX_SENTINELS = 1000
@@ -69,7 +70,7 @@ class ModelInputs:
         """What stands around the texts of a row: the tokenizer's own ids, and soft prompts inside of them."""
         first = () if self.encoder.bos is None else (self.encoder.bos,)
         inner = self.soft_prompt_frame
-        if self.task == "causal":  # what stands behind a question stands before its answer
+        if self.task == Task.CAUSAL:  # what stands behind a question stands before its answer
             return Frame((*first, *inner.prefix_ids), (*inner.separator_ids, *inner.suffix_ids))
         return Frame(
             (*self.tokenizer_frame.prefix_ids, *inner.prefix_ids),
@@ -87,7 +88,7 @@ class ModelInputs:
         around, own = self.soft_prompt_frame, self.tokenizer_frame
         prompt = tuple(ids)
         begin = len(own.prefix_ids) if prompt[: len(own.prefix_ids)] == own.prefix_ids else 0
-        ends = self.task == "text-to-text" and own.suffix_ids and prompt[-len(own.suffix_ids) :] == own.suffix_ids
+        ends = self.task.is_encoder_decoder and own.suffix_ids and prompt[-len(own.suffix_ids) :] == own.suffix_ids
         end = len(prompt) - (len(own.suffix_ids) if ends else 0)
         return (
             *prompt[:begin],

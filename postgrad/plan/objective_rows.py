@@ -33,6 +33,7 @@ from postgrad.data.layouts.rows import RowOptions, Rows
 from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.span_corruption import SpanCorruptionRows
 from postgrad.data.layouts.windows import TooLongPolicy
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.labels import Labels
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.chat import ChatRenderer, custom_template
@@ -42,8 +43,8 @@ from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRend
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.subset import Subset
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ModelLocation, Task
-from postgrad.objectives.classification_loss import ProblemType
+from postgrad.models.pretrained import ModelLocation
+from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.tuning.open_model import get_task, starts_as_prefix_lm
 
@@ -60,29 +61,22 @@ SUPPORTED_ROW_KINDS: dict[str, tuple[str, ...]] = {
 """The kinds of rows that an objective can be taken on."""
 
 _OBJECTIVE_TASKS: dict[str, Task] = {
-    "next-token": "causal",
-    "prefix-lm": "causal",
-    "masked": "masked",
-    "span-corruption": "text-to-text",
-    "text-to-text": "text-to-text",
-    "classify": "classify",
-    "on-policy": "causal",
+    "next-token": Task.CAUSAL,
+    "prefix-lm": Task.CAUSAL,
+    "masked": Task.MASKED,
+    "span-corruption": Task.TEXT_TO_TEXT,
+    "text-to-text": Task.TEXT_TO_TEXT,
+    "classify": Task.CLASSIFY,
+    "on-policy": Task.CAUSAL,
 }
 _TASK_OBJECTIVES: dict[Task, tuple[RowsObjective, ...]] = {
-    "causal": (NextTokenObjective(kind="next-token"),),
-    "masked": (MaskedObjective(kind="masked"),),
-    "text-to-text": (SpanCorruptionObjective(kind="span-corruption"), TextToTextObjective(kind="text-to-text")),
-    "classify": (ClassifyObjective(kind="classify"),),
-    "tag": (ClassifyObjective(kind="classify", problem="tags"),),
+    Task.CAUSAL: (NextTokenObjective(kind="next-token"),),
+    Task.MASKED: (MaskedObjective(kind="masked"),),
+    Task.TEXT_TO_TEXT: (SpanCorruptionObjective(kind="span-corruption"), TextToTextObjective(kind="text-to-text")),
+    Task.CLASSIFY: (ClassifyObjective(kind="classify"),),
+    Task.TAG: (ClassifyObjective(kind="classify", problem="tags"),),
 }
 """What a model of a task was made with; the first that serves a kind of rows also makes the rows of a teacher's source."""
-_MODEL_DESCRIPTIONS = {
-    "causal": "a decoder",
-    "masked": "an encoder",
-    "text-to-text": "an encoder-decoder",
-    "classify": "a classifier",
-    "tag": "a token classifier",
-}
 
 
 def resolve_objectives(
@@ -110,20 +104,20 @@ def resolve_task(objectives: Sequence[AnyObjective], start_model: ModelLocation)
     if len(tasks) > 1:
         kinds = " and ".join(o.kind for o in tasks.values())
         raise StageError(
-            f"{kinds} need different models: {' and '.join(_MODEL_DESCRIPTIONS[t] for t in tasks)}",
+            f"{kinds} need different models: {' and '.join(t.architecture for t in tasks)}",
             where="objectives",
             expected="objectives that one model can serve",
             hint="write the labelled rows as text (text-to-text, or next-token on examples)",
         )
     (task,) = tasks
-    if task == "classify":
-        tags = any(isinstance(o, ClassifyObjective) and o.problem == "tags" for o in objectives)
-        return "tag" if tags else "classify"
-    if own != task and not (task == "masked" and own in ("classify", "tag")):
+    if task == Task.CLASSIFY:
+        tags = any(isinstance(o, ClassifyObjective) and o.problem == ProblemType.TAGS for o in objectives)
+        return Task.TAG if tags else Task.CLASSIFY
+    if own != task and not (task == Task.MASKED and own.is_classifier):
         raise StageError(
-            f"{tasks[task].kind} needs {_MODEL_DESCRIPTIONS[task]}, and {start_model.name} is {_MODEL_DESCRIPTIONS[own]}",
+            f"{tasks[task].kind} needs {task.architecture}, and {start_model.name} is {own.architecture}",
             where="objectives",
-            expected=f"an objective for {_MODEL_DESCRIPTIONS[own]}, such as {_TASK_OBJECTIVES[own][0].kind}",
+            expected=f"an objective for {own.architecture}, such as {_TASK_OBJECTIVES[own][0].kind}",
         )
     return task
 
@@ -254,12 +248,12 @@ def make_text_renderer(
         prompt=row_template.prompt,
         answer=row_template.answer,
         label_words=row_template.words,
-        is_separate=model_inputs.task == "text-to-text",
+        is_separate=model_inputs.task.is_encoder_decoder,
     )
     tokenizer = model_inputs.tokenizer
     template = custom_template(tokenizer.chat_template)
     turns = kind == "instruction" or (kind == "completion" and template)
-    if row_template.prompt is None and (kind == "chat" or (turns and model_inputs.task == "causal")):
+    if row_template.prompt is None and (kind == "chat" or (turns and model_inputs.task == Task.CAUSAL)):
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         return ChatRenderer(template, special, answers, plain)
     return plain
@@ -280,7 +274,7 @@ def make_rows(
     held_out: float = 0.0,
     excluded: np.ndarray | None = None,
     max_document_tokens: int | None = None,
-    problem: ProblemType = "class",
+    problem: ProblemType = ProblemType.CLASS,
     pack: bool = True,
     words: Mapping[str, str] = MappingProxyType({}),
 ) -> Rows:
@@ -348,7 +342,7 @@ def make_rows(
                 eos=inputs.encoder.eos,
             )
         case ClassifyObjective():
-            if problem == "tags":
+            if problem == ProblemType.TAGS:
                 return TaggedRows(store, options)
             return LabelledRows(store, options, kind=problem, token_types=inputs.has_token_types)
 
@@ -385,7 +379,7 @@ def verbalisers(store: TokenStore | Subset, model_inputs: ModelInputs, words: Ma
         if len(ids) != 1 or ids[0] == model_inputs.tokenizer.unk_token_id:
             raise StageError(
                 f"the word '{word}' for the label '{label}' is not one token of this tokenizer",
-                where="data.sources.words",
+                where="data.sources.label_words",
                 expected="a word of one token for each label",
             )
         out.append(int(ids[0]))

@@ -15,6 +15,7 @@ from postgrad.config.mixing import describe_shares
 from postgrad.config.objectives import AnyObjective, PrefixLMObjective
 from postgrad.data.layouts.rows import Rows
 from postgrad.data.loading.mixture import Mixture
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.labels import Labels
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.chat import plain_template
@@ -22,9 +23,9 @@ from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText
-from postgrad.models.pretrained import ClassifierSpec, ModelLocation, Task, load_tokenizer
+from postgrad.models.pretrained import ClassifierSpec, ModelLocation, load_tokenizer
+from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig
-from postgrad.objectives.classification_loss import ProblemType
 from postgrad.optim import lr_schedules
 from postgrad.plan.checkpoint_selection import SelectionRule, make_selection_rule
 from postgrad.plan.data_order import make_data_order
@@ -256,11 +257,11 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
     wanted = resolve_source_specs(stage, objectives, get_start_objectives(start), root, seen)
     refuse_unused_objectives(objectives, [item.objective_indices for item in wanted])
     labels = resolve_labels(wanted, cache)
-    if labels and labels.problem == "tags" and task == "classify":
-        task = "tag"
+    if labels and labels.problem == ProblemType.TAGS and task == Task.CLASSIFY:
+        task = Task.TAG
     form = resolve_representation([item.objective for item in wanted], start, task)
     reading = make_model_inputs(task, start, tokenizer, encoder, length=length, seed=stage.seed, tuning=stage.tuning)
-    problem: ProblemType = labels.problem if labels else "class"  # type: ignore[assignment]
+    problem: ProblemType = labels.problem if labels else ProblemType.CLASS
     demonstrated = make_demonstration_wrapper(stage, wanted, reading)
     listed = resolve_held_out_files(stage, root, wanted, objectives, labels, demonstrated, reading, cache)
     leaves = resolve_sources(stage, wanted, labels, demonstrated, reading, cache, progress)
@@ -320,7 +321,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
         notes += [f"{leaf.name}: {said}" for said in (*describe_skipped(leaf.store.skipped), *describe_dropped(packed))]
     if (
         reading.tuning_frame.suffix_ids
-        and task == "causal"
+        and task == Task.CAUSAL
         and all(leaf.store.kind in RUNNING_TEXT_KINDS for leaf in leaves)
     ):
         raise StageError(
@@ -345,9 +346,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
             context_length=length,
             task=task,
             problem=problem,
-            task_layer=_make_task_layer(labels, reading.pad_id, stage.seed, form)
-            if task in ("classify", "tag")
-            else None,
+            task_layer=_make_task_layer(labels, reading.pad_id, stage.seed, form) if task.is_classifier else None,
             inputs=reading,
         ),
         data=DataPlan(
@@ -366,7 +365,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
             tasks=tuple(add_soft_prompts(asked, reading) for asked in tasks),
             tasks_before=tuple(add_soft_prompts(asked, reading.without_tuning) for asked in tasks),
             selection_rule=choice,
-            eval_tokens=stage.evaluation.during_tokens,
+            eval_tokens=stage.evaluation.eval_tokens,
         ),
         objectives=objectives,
         objective_indices=tuple(leaf.spec.objective_indices for leaf in leaves),
@@ -401,7 +400,7 @@ def _make_pseudo_perplexity_sets(
 ) -> tuple[MaskedHeldOutText, ...]:
     """Every set of running text, to be masked token by token. Raises `StageError` for a model that fills in no masks."""
     limit = stage.evaluation.pseudo_perplexity
-    if limit and task != "masked":
+    if limit and task != Task.MASKED:
         raise StageError(
             f"pseudo-perplexity is of masked language models, and {model_inputs.start_model.name} is none",
             where="evaluation.pseudo_perplexity",
@@ -418,14 +417,6 @@ def _make_pseudo_perplexity_sets(
     )
 
 
-_PROBLEM_TYPES = {
-    "class": "single_label_classification",
-    "multi": "multi_label_classification",
-    "number": "regression",
-    "tags": "single_label_classification",
-}
-
-
 def _make_task_layer(
     labels: Labels | None, pad: int, seed: int, representation: TaskHeadConfig | None
 ) -> ClassifierSpec | None:
@@ -433,7 +424,7 @@ def _make_task_layer(
     if labels is None:
         return None
     names = tuple(str(name) for name in labels.names) or ("number",)
-    return ClassifierSpec(names, _PROBLEM_TYPES[labels.problem], pad, seed, representation)  # type: ignore[arg-type]
+    return ClassifierSpec(names, labels.problem.transformers_name, pad, seed, representation)
 
 
 def _has_retained(stage: s.Stage) -> bool:

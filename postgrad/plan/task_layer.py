@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 
 from postgrad.config.objectives import AnyObjective, ClassifierHeadConfig, ClassifyObjective, JoinedLayers
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ModelLocation, Task
+from postgrad.models.pretrained import ModelLocation
+from postgrad.models.task import Task
 from postgrad.models.task_head import Join, Pooling, TaskHeadConfig, count_blocks, is_decoder, load_task_head_config
 from postgrad.tuning.open_model import BaseReference
 
@@ -27,7 +28,7 @@ def resolve_representation(
     Raises `StageError` for a choice that this backbone or this task has no meaning for.
     """
     asked = [o for o in objectives if isinstance(o, ClassifyObjective)]
-    if task not in ("classify", "tag") or not asked:
+    if not task.is_classifier or not asked:
         return None
     spec = asked[0]
     for other in asked[1:]:
@@ -41,7 +42,7 @@ def resolve_representation(
     config = AutoConfig.from_pretrained(start_model.name_or_path)
     plain = all(getattr(spec, key) == ClassifyObjective.model_fields[key].default for key in _TASK_LAYER_KEYS)
     own = _get_start_representation(start_model)
-    if plain and own and (own.pooling is None) == (task == "tag"):
+    if plain and own and (own.pooling is None) == (task == Task.TAG):
         return own
     _check_supported(spec, config, task)
     stack = _resolve_stack(spec, config, own)
@@ -61,7 +62,7 @@ def _get_start_representation(start_model: ModelLocation) -> TaskHeadConfig | No
 
 def _check_supported(spec: ClassifyObjective, config: Any, task: Task) -> None:
     """Raise `StageError` for what is asked of a backbone that has nothing of the sort."""
-    both, head, tags = _is_encoder_decoder(config), spec.head.kind, task == "tag"
+    both, head, tags = _is_encoder_decoder(config), spec.head.kind, task == Task.TAG
     if tags and spec.pooling != "auto":
         raise StageError(
             f"tags are decided word by word, so nothing is pooled, and `{spec.pooling}` has no meaning",
@@ -150,13 +151,13 @@ def _is_standard_classifier(
     spec: ClassifyObjective, config: Any, task: Task, stack: Stack, layer_choice: tuple[tuple[int, ...], Join]
 ) -> bool:
     """Whether what is asked is what transformers' own classifier of this backbone does."""
-    auto = AutoModelForTokenClassification if task == "tag" else AutoModelForSequenceClassification
+    auto = AutoModelForTokenClassification if task == Task.TAG else AutoModelForSequenceClassification
     there = type(config) in auto._model_mapping
     last = layer_choice == ((count_blocks(config, stack),), "concat")
     head, no_dropout = spec.head.kind, spec.head.dropout is None
     if not there or not last or not no_dropout:
         return False
-    if task == "tag":
+    if task == Task.TAG:
         return head in ("auto", "linear") and spec.stack in ("auto", "encoder")
     if _is_encoder_decoder(config):
         return head == "auto" and spec.pooling == "auto" and spec.stack in ("auto", "decoder")
@@ -175,7 +176,7 @@ def _make_representation(
     read = config.get_text_config().hidden_size * (len(layers) if join == "concat" else 1)
     usual = {"linear": (0, 0), "mlp": (read, 1), "bilstm": (_BILSTM_WIDTH, _BILSTM_DEPTH)}[kind]
     pooling: Pooling | None = None
-    if task == "classify":
+    if task == Task.CLASSIFY:
         pooling = _default_pooling(config, stack, kind) if spec.pooling == "auto" else spec.pooling
     return TaskHeadConfig(
         layers,

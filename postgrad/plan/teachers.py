@@ -9,7 +9,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from postgrad.config.objectives import AnyObjective, DistillObjective, TeacherObjective
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ModelLocation, Task, load_tokenizer, locate_model
+from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
+from postgrad.models.task import Task
 from postgrad.tuning.open_model import start_fingerprint
 
 START = "start"
@@ -31,7 +32,7 @@ def resolve_teachers(
 ) -> dict[int, ModelLocation]:
     """The teacher of each objective that has one. Raises `StageError` for one that reads other tokens than the start model."""
     for i, spec in enumerate(objectives):
-        if isinstance(spec, DistillObjective) and spec.cache != "none" and task in ("classify", "tag"):
+        if isinstance(spec, DistillObjective) and spec.cache != "none" and task.is_classifier:
             raise StageError(
                 "a classifier says so little of a row that nothing is saved by asking it beforehand",
                 where=f"objectives[{i}].cache",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import read_examples
 from postgrad.data.read.examples import Example
 from postgrad.data.read.files import RawSource as Files
@@ -57,13 +58,13 @@ def _get_labels(example: Example) -> Sequence[LabelName]:
 def collect_labels(store: TokenStore, documents: np.ndarray) -> set[LabelName]:
     """The names of the labels that some documents of a store have."""
     names = store.labels or []
-    if store.problem == "tags":
+    if store.problem == ProblemType.TAGS:
         marks = [np.unique(found) for d in documents.tolist() if (found := store.marks(d)) is not None]
         met = np.unique(np.concatenate(marks)) if marks else np.empty(0, np.int64)
         return {names[int(mark) - 1] for mark in met if mark}
-    if store.values is None or store.problem not in ("class", "multi"):
+    if store.values is None or store.problem not in (ProblemType.CLASS, ProblemType.MULTI_LABEL):
         return set()
     values = np.asarray(store.values[documents])
-    if store.problem == "class":
+    if store.problem == ProblemType.CLASS:
         return {names[int(index)] for index in np.unique(values)}
     return {names[int(index)] for index in np.flatnonzero(values.any(0))}

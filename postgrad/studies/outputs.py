@@ -11,7 +11,7 @@ from postgrad.reports.html import document
 from postgrad.reports.html.notation import format_duration, format_percent
 from postgrad.reports.pages.study_page import study_page
 from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
-from postgrad.run.run import REPORT
+from postgrad.run.run_folder import REPORT
 from postgrad.storage.atomic import write_atomically
 from postgrad.studies.results import compute_results
 from postgrad.studies.run_study import PreparedStudy, study_text

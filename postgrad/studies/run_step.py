@@ -17,7 +17,7 @@ import torch
 
 from postgrad.commands import importance, synthesize
 from postgrad.config.quantities import parse_token_count
-from postgrad.config.stage_file import parse_stage
+from postgrad.config.stage_file import parse_recorded_stage, parse_stage
 from postgrad.distributed.world import World
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation import before_after
@@ -27,7 +27,9 @@ from postgrad.models import interpolate
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import load_tokenizer, locate_model, save_pretrained, stored_dtype
 from postgrad.plan.plan import make_plan
-from postgrad.run import run as r
+from postgrad.run import events as r
+from postgrad.run.run import run_stage
+from postgrad.run.run_folder import MODEL
 from postgrad.storage.atomic import publish_folder, write_atomically
 from postgrad.studies.step_graph import Step, StepGraph, StepKind, resolve_step_references
 from postgrad.tuning.open_model import open_model
@@ -193,7 +195,7 @@ def _run_training(
 ) -> Iterator[StepEvent]:
     plan = make_plan(parse_stage(folder.resolve_stage(graph, step), step.slug), folder.root, folder.cache)
     done, row = 0, None
-    events = r.run_stage(plan, command=command, cache=folder.cache)
+    events = run_stage(plan, command=command, cache=folder.cache)
     for event in timer.time_events(events):
         match event:
             case r.RunStarted():
@@ -263,11 +265,11 @@ def _blend_models(graph: StepGraph, step: Step, folder: StudyFolder, timer: Phas
     between = interpolate.copy_weights(start.model), interpolate.copy_weights(end.model)
     interpolate.refuse_other_shapes(*between, (begun.name, run.name), interpolate.block_parameter_names(end.model))
     interpolate.interpolate_weights(end.model, *between, what["weight"])
-    if not (home / r.MODEL).exists():
+    if not (home / MODEL).exists():
         dtype, tokenizer = stored_dtype(begun), load_tokenizer(begun)
-        publish_folder(home / r.MODEL, lambda staged: save_pretrained(end.model, tokenizer, staged, dtype=dtype))
+        publish_folder(home / MODEL, lambda staged: save_pretrained(end.model, tokenizer, staged, dtype=dtype))
     record = read_record(run)
-    plan = make_plan(parse_stage(record["stage"], run.name), folder.root, folder.cache)
+    plan = make_plan(parse_recorded_stage(record["stage"], run.name), folder.root, folder.cache)
     world = World(machine.default_device())
     model = wrap_model(end.model, end.task).to(world.device)
     begin = time.perf_counter()

@@ -30,7 +30,7 @@ from postgrad.plan.start_model import resolve_start_model
 from postgrad.reports.html.notation import format_compact, format_duration
 from postgrad.reports.html.tables import Cell, Column, Number, Table, count_cell, text_cell
 from postgrad.run.build import choose_execution, make_tuned_model
-from postgrad.run.run import evaluation_steps
+from postgrad.run.milestones import evaluation_steps
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.studies.run_step import MACHINE_FILE
@@ -220,7 +220,7 @@ def _run_seconds(plan: Plan, timing: RunTiming) -> float:
     evaluation = plan.stage.evaluation
     looks = len(evaluation_steps(evaluation.every, plan.steps, plan.tokens)) + 1
     tokens = [held.tokens for held in plan.evaluation.sets]
-    looked = sum(min(evaluation.during_tokens, count) for count in tokens)
+    looked = sum(min(evaluation.eval_tokens, count) for count in tokens)
     after = sum(min(evaluation.max_tokens, count) for count in tokens)
     return (
         plan.tokens * timing.trained_token

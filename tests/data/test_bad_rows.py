@@ -112,7 +112,7 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], str, tuple[str, ...]]] = {
     ),
     "a label without a word": (
         [*many("labelled"), {"text": "six", "label": "verse"}],
-        {"kind": "labelled", "words": {"words": "A", "sums": "B"}},
+        {"kind": "labelled", "label_words": {"words": "A", "sums": "B"}},
         "bad.jsonl:21",
         ("no word is given for the label 'verse'",),
     ),
@@ -404,7 +404,7 @@ def test_no_step_is_without_a_label(shelf: Workspace, tmp_path: Path) -> None:
     raw = shelf.stage(
         "labels-everywhere",
         sources=sources,
-        batch={"sequences": 1, "micro": 1},
+        batch={"global_batch_size": 1, "micro_batch_size": 1},
         evaluation={**QUICK_EVALUATION, "learned": [learned]},
         tokens=12 * ROOM,
     )

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.layouts.classification import ClozeRows, LabelKind, LabelledRows, TaggedRows
+from postgrad.data.layouts.classification import ClozeRows, LabelledRows, TaggedRows
 from postgrad.data.layouts.rows import IGNORED, Ledger, Row
 from postgrad.data.loading.batch import collate
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import DataError, StageError
 from tests.data.memory import InMemoryStore, lay_out
@@ -48,7 +49,7 @@ def test_a_pair_and_a_single_text_by_hand() -> None:
     ("kind", "values", "label"),
     [("number", [[0.5], [-2.0]], np.float32(0.5)), ("multi", [[1, 0, 1], [0, 0, 0]], np.float32([1, 0, 1]))],
 )
-def test_numbers_and_several_classes(kind: LabelKind, values: list[list[float]], label: np.ndarray) -> None:
+def test_numbers_and_several_classes(kind: ProblemType, values: list[list[float]], label: np.ndarray) -> None:
     rows = labelled(InMemoryStore([[CLS, 5, SEP], [CLS, 6, SEP]], None, values, ["a", "b", "c"]), kind=kind)
     row = rows.get_row(0, 0)
     assert isinstance(row.labels, np.ndarray) and row.labels.dtype == np.float32
@@ -75,7 +76,7 @@ def test_a_batch_of_classes() -> None:
         ("number", np.nan, "nan"),
     ],
 )
-def test_a_label_that_is_none_of_its_kind_is_refused(kind: LabelKind, value: float, met: str) -> None:
+def test_a_label_that_is_none_of_its_kind_is_refused(kind: ProblemType, value: float, met: str) -> None:
     store = InMemoryStore([[CLS, 5, SEP]] * 2, None, [[0], [value]], ["a", "b"])
     with pytest.raises(DataError, match=met) as told:
         labelled(store, kind=kind)

@@ -157,7 +157,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused_with_the_place(tmp_path: P
     source = corpus(tmp_path, ["A", "the cat sat"])
     with pytest.raises(DataError, match=r"a\.jsonl:2: token id") as caught:
         build_store(source, Encoder(tokenizer.to_str(), None, EOS, 260), tmp_path / "cache")
-    assert "tokenizer that belongs to the model" in str(caught.value)
+    assert "use the model's own tokenizer" in str(caught.value)
 
 
 @pytest.mark.parametrize(

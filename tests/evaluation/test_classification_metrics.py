@@ -13,6 +13,7 @@ from scipy import stats
 from seqeval import metrics as seqeval
 from sklearn import metrics
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.evaluation import classification_metrics as evaluation_metrics
 from postgrad.evaluation.classification_metrics import (
     PROBLEMS,
@@ -23,7 +24,6 @@ from postgrad.evaluation.classification_metrics import (
     span_counts,
 )
 from postgrad.evaluation.perplexity import Scores
-from postgrad.objectives.classification_loss import ProblemType
 
 
 def drawn(problem: str, count: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

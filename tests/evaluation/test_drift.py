@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from postgrad.data.layouts.rows import Row
+from postgrad.data.problem_type import ProblemType
 from postgrad.evaluation.drift import Drift, compute_drift, weight_drift
 from postgrad.evaluation.held_out import HeldOutRows, HeldOutText
 from postgrad.models.model import CausalModel, HeadedModel, Model
@@ -41,7 +42,13 @@ def by_hand(before: torch.nn.Module, after: torch.nn.Module, held_out: HeldOutTe
 
 
 def totals(found: Drift) -> dict[str, float]:
-    names = {"divergence": "divergence_W", "crossed": "crossed_W", "right": "right_W", "lost": "lost_W", "won": "won_W"}
+    names = {
+        "divergence": "divergence_W",
+        "crossed": "crossed_W",
+        "right": "correct_W",
+        "lost": "lost_W",
+        "won": "won_W",
+    }
     return {**{name: getattr(found, field).sum() for name, field in names.items()}, "tokens": found.tokens_W.sum()}
 
 
@@ -74,7 +81,7 @@ def test_a_model_has_not_moved_from_itself() -> None:
     assert model.training
     assert abs(found.divergence_W).max() < 1e-9
     assert not found.lost_W.any() and not found.won_W.any()
-    assert found.moved_L.tolist() == [0, 0] and found.turned_L == pytest.approx([1, 1])
+    assert found.relative_change_L.tolist() == [0, 0] and found.cosine_L == pytest.approx([1, 1])
     # The cross-entropy of a distribution with itself is its entropy, not zero.
     assert found.crossed_W.sum() > 0
 
@@ -85,7 +92,7 @@ def test_layers_are_compared_where_they_stand() -> None:
         after.model.layers[1].mlp.down_proj.weight.mul_(3.0)
     held_out = texts(2)
     found = compute_drift(CausalModel(before), CausalModel(after), (held_out, held_out), context=128)
-    assert found.moved_L[0] == 0 and found.moved_L[1] > 0.01
+    assert found.relative_change_L[0] == 0 and found.relative_change_L[1] > 0.01
     squares, sizes = 0.0, 0.0
     for document in held_out.documents:
         ids = torch.from_numpy(document)[None]
@@ -94,7 +101,7 @@ def test_layers_are_compared_where_they_stand() -> None:
             was, now = (self_outputs(m, ids)[:-1] for m in (before, after))
         squares += float((now - was).double().square().sum())
         sizes += float(was.double().square().sum())
-    assert found.moved_L[1] == pytest.approx((squares / sizes) ** 0.5, rel=1e-5)
+    assert found.relative_change_L[1] == pytest.approx((squares / sizes) ** 0.5, rel=1e-5)
     moved = weight_drift(before, after)
     assert set(moved) == {"embeddings", "block 0", "block 1", "rest"}
     assert moved["block 0"].relative_change == moved["embeddings"].relative_change == moved["rest"].relative_change == 0
@@ -159,9 +166,7 @@ def test_encoder_decoders_and_classifiers_are_compared_too() -> None:
         }
         rows.append(Row(inputs, labels, 5))
     sizes = np.array([4, 7, 9])
-    held_out = HeldOutRows(
-        "t", "learned", tuple(rows), np.arange(3), sizes, "x", np.arange(3).astype(np.uint64), sizes, "answers"
-    )
+    held_out = HeldOutRows("t", "learned", tuple(rows), np.arange(3), sizes, "x", np.arange(3).astype(np.uint64), sizes)
     found = compute_drift(HeadedModel(t5), HeadedModel(other), (held_out, held_out), context=32)
     assert found.tokens_W.tolist() == [5, 5, 5]
     expected = 0.0
@@ -171,7 +176,7 @@ def test_encoder_decoders_and_classifiers_are_compared_too() -> None:
             p, q = (torch.log_softmax(m(**inputs).logits[0].double(), -1) for m in (t5, other))
         expected += float((p.exp() * (p - q)).sum())
     assert found.divergence_W.sum() == pytest.approx(expected, rel=1e-4)
-    assert not np.isnan(found.moved_L).any()
+    assert not np.isnan(found.relative_change_L).any()
 
 
 class _Classes(Model):
@@ -191,8 +196,10 @@ def test_classes_are_compared_as_shares() -> None:
     before, after = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 2.0], [0.0, 1.0]])
     rows = tuple(Row({"input_ids": np.array([i])}, np.array(label), 1) for i, label in ((0, 0), (1, 1)))
     ones = np.ones(2, np.int64)
-    held_out = HeldOutRows("t", "learned", rows, np.arange(2), ones, "x", np.arange(2).astype(np.uint64), ones, "class")
+    held_out = HeldOutRows(
+        "t", "learned", rows, np.arange(2), ones, "x", np.arange(2).astype(np.uint64), ones, ProblemType.CLASS
+    )
     found = compute_drift(_Classes(before), _Classes(after), (held_out, held_out), context=8)
     p, q = torch.softmax(before[0].double(), 0), torch.softmax(after[0].double(), 0)
     assert found.divergence_W == pytest.approx([float((p * (p / q).log()).sum()), 0.0])
-    assert found.right_W.tolist() == [1, 1] and found.lost_W.tolist() == [1, 0] and found.won_W.tolist() == [0, 0]
+    assert found.correct_W.tolist() == [1, 1] and found.lost_W.tolist() == [1, 0] and found.won_W.tolist() == [0, 0]

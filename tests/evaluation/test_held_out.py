@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postgrad.data.layouts.rows import IGNORED, Row
+from postgrad.data.problem_type import ProblemType
 from postgrad.evaluation import held_out
 from postgrad.evaluation.held_out import HeldOutRows, HeldOutText, insert_after_bos
 
@@ -133,7 +134,7 @@ def made(documents: Sequence[int], sizes: Sequence[int]) -> HeldOutRows:
         "f",
         np.arange(count),
         np.array(sizes),
-        "class",
+        ProblemType.CLASS,
     )
 
 
@@ -174,7 +175,7 @@ def test_rows_are_told_apart_by_what_stands_around_them() -> None:
         replace(plain, framing=((), (), (1,))),
         replace(plain, label_token_ids=(5, 6)),
         replace(plain, label_token_ids=(6, 5)),
-        replace(plain, task="multi"),
+        replace(plain, problem=ProblemType.MULTI_LABEL),
         replace(plain, fingerprint="g"),
         plain.take_tokens(3),
     ]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import ClassifierSpec, LoadResult, ModelLocation, Task, detect_task, load_pretrained
+from postgrad.models.pretrained import ClassifierSpec, LoadResult, ModelLocation, detect_task, load_pretrained
+from postgrad.models.task import Task
 from postgrad.models.task_head import (
     DESCRIPTION,
     TaskHead,

@@ -10,8 +10,9 @@ import torch
 
 from postgrad.data.layouts.rows import Row, ignore_labels
 from postgrad.data.loading.batch import collate
+from postgrad.data.problem_type import ProblemType
 from postgrad.models.model import Output
-from postgrad.objectives.classification_loss import ClassificationLoss, ProblemType
+from postgrad.objectives.classification_loss import ClassificationLoss
 
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
 CASES: dict[ProblemType, tuple[torch.Tensor, list[np.ndarray], list[float]]] = {

@@ -10,8 +10,8 @@ import torch
 
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.batch import collate
+from postgrad.data.problem_type import ProblemType
 from postgrad.models.model import Output
-from postgrad.objectives.classification_loss import ProblemType
 from postgrad.objectives.distillation import TaskDistillationLoss
 from postgrad.objectives.teacher import TeacherOutput
 

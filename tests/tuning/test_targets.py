@@ -109,7 +109,7 @@ def test_routers_are_left_alone_and_shared_experts_are_not() -> None:
     model = plain(Qwen2MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2))
     attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert leaves(model, resolve_targets(model, "all-linear")) == attention | {"gate_proj", "up_proj", "down_proj"}
-    left = {layer.leaf_name for layer in linear_layers(model) if not layer.is_targetable}
+    left = {layer.local_name for layer in linear_layers(model) if not layer.is_targetable}
     assert left == {"lm_head", "shared_expert_gate"}
     mixtral = plain(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4))
     assert leaves(mixtral, resolve_targets(mixtral, "all-linear")) == attention
@@ -184,7 +184,7 @@ def test_nothing_left_is_refused() -> None:
 def test_layers_under_adapters_keep_their_names_and_adapters_are_no_layers() -> None:
     model = build_model("bert", "lm")
     bare = [layer.name for layer in linear_layers(model)]
-    Adapter(model, form="pfeiffer", size=4)
+    Adapter(model, variant="pfeiffer", size=4)
     PromptTuning(model, kind="p-tuning", length=3, encoder="mlp")
     assert any(isinstance(m, nn.Linear) and n not in bare for n, m in model.named_modules())
     assert [layer.name for layer in linear_layers(model)] == bare

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from postgrad.data.layouts.rows import IGNORED, Row, RowOptions
 from postgrad.data.layouts.windows import MarkedStore, locate_texts, make_ledger, max_text_tokens
+from postgrad.data.problem_type import ProblemType
 from postgrad.errors import DataError, StageError
-
-LabelKind = Literal["class", "multi", "number"]
 
 
 class LabelledStore(MarkedStore, Protocol):
@@ -82,27 +81,27 @@ def _second_text_start(store: MarkedStore, document: int, start: int, stop: int)
     return start + int(np.argmax(marks != 0))
 
 
-def _label_values(store: LabelledStore, document_R: np.ndarray, kind: LabelKind) -> np.ndarray:
+def _label_values(store: LabelledStore, document_R: np.ndarray, kind: ProblemType) -> np.ndarray:
     """The labels of rows: (R,) int64 for classes, (R, C) or (R,) float32. Raises `DataError` for an invalid value."""
     if store.values is None:
         raise DataError("documents without labels", expected="a column of labels")
     values_RK = np.asarray(store.values)[document_R]
     classes = len(store.labels or ())
     match kind:
-        case "class":
+        case ProblemType.CLASS:
             is_valid_RK = (values_RK >= 0) & (values_RK < classes) & (values_RK == np.floor(values_RK))
             expected = f"a class below {classes:,}"
-        case "multi":
+        case ProblemType.MULTI_LABEL:
             is_valid_RK, expected = (values_RK == 0) | (values_RK == 1), "0 or 1 for each class"
-        case "number":
+        case _:
             is_valid_RK, expected = np.isfinite(values_RK), "a finite number"
     if not is_valid_RK.all():
         row, column = np.argwhere(~is_valid_RK)[0]
         where = f"document {document_R[row]:,}"
         raise DataError(f"{values_RK[row, column]:g} as a label", where=where, expected=expected)
-    if kind == "multi":
+    if kind == ProblemType.MULTI_LABEL:
         return values_RK.astype(np.float32)
-    return values_RK[:, 0].astype(np.int64 if kind == "class" else np.float32)
+    return values_RK[:, 0].astype(np.int64 if kind == ProblemType.CLASS else np.float32)
 
 
 class LabelledRows(FramedExamples):
@@ -116,7 +115,7 @@ class LabelledRows(FramedExamples):
     is_random = False
 
     def __init__(
-        self, store: LabelledStore, options: RowOptions, *, kind: LabelKind, token_types: bool = False
+        self, store: LabelledStore, options: RowOptions, *, kind: ProblemType, token_types: bool = False
     ) -> None:
         super().__init__(store, options)
         self.token_types = token_types
@@ -209,7 +208,7 @@ class ClozeRows(FramedExamples):
                 expected="one word for each class",
             )
         super().__init__(store, options)
-        self.label_ids_R = np.array(verbalisers, np.int64)[_label_values(store, self.document_R, "class")]
+        self.label_ids_R = np.array(verbalisers, np.int64)[_label_values(store, self.document_R, ProblemType.CLASS)]
         self.mask_positions_R = _mask_positions(self, mask_id)
 
     def get_row(self, row: int, position: int) -> Row:

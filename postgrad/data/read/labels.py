@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.examples import Example, Label
 from postgrad.data.read.row_kinds import RowKind
 from postgrad.errors import DataError, suggest_nearest
@@ -22,13 +23,15 @@ class Labels:
     the index of its class.
     """
 
-    problem: str
+    problem: ProblemType
     names: tuple[str | int, ...] = ()
 
     @property
     def width(self) -> int:
         """How many numbers encode an example's label; none for tags, which are marks on the words."""
-        return {"class": 1, "multi": len(self.names), "number": 1, "tags": 0}[self.problem]
+        if self.problem == ProblemType.TAGS:
+            return 0
+        return len(self.names) if self.problem == ProblemType.MULTI_LABEL else 1
 
     def index(self, name: Label) -> int:
         """The index of a name. Raises `DataError` for an unknown one."""
@@ -43,7 +46,7 @@ class Labels:
 
     def values(self, example: Example) -> tuple[float, ...]:
         """The label of a labelled example as `width` numbers: its index, a 1 for each of its classes, or the number."""
-        if self.problem == "multi":
+        if self.problem == ProblemType.MULTI_LABEL:
             if "labels" not in example.fields:
                 raise DataError("a single label", expected="`labels`, a list")
             indices = {self.index(name) for name in example.fields["labels"]}
@@ -51,7 +54,7 @@ class Labels:
         if "label" not in example.fields:
             raise DataError("a list of labels", expected="`label`, a single one")
         label = example.fields["label"]
-        if self.problem == "class":
+        if self.problem == ProblemType.CLASS:
             return (float(self.index(label)),)
         if isinstance(label, str):
             raise DataError(f"the label {label!r} is text", expected="a number")
@@ -68,7 +71,8 @@ def collect_labels(examples: Iterable[tuple[Example, str]], where: str = "") -> 
     A single label with a decimal point makes all of them numbers. Raises `DataError` with the location of the first label
     whose type differs from those before.
     """
-    problem, type_name, is_number = "", "", False
+    problem: ProblemType | None = None
+    type_name, is_number = "", False
     names: set[Label] = set()
     for example, location in examples:
         own_problem, own_names = _example_labels(example)
@@ -88,9 +92,9 @@ def collect_labels(examples: Iterable[tuple[Example, str]], where: str = "") -> 
                 expected="classes",
                 hint="write labels that are quantities with a decimal point: 3.0",
             )
-    if not type_name:
+    if problem is None or not type_name:
         raise DataError("no row has a label", where=where, expected="rows with labels or tags")
-    return Labels("number") if is_number else Labels(problem, tuple(sorted(names)))  # type: ignore[type-var]
+    return Labels(ProblemType.NUMBER) if is_number else Labels(problem, tuple(sorted(names)))  # type: ignore[type-var]
 
 
 def merge_labels(label_sets: Iterable[Labels]) -> Labels:
@@ -100,21 +104,21 @@ def merge_labels(label_sets: Iterable[Labels]) -> Labels:
         problems.add(labels.problem)
         names.update(labels.names)
     types = {type(name) for name in names}
-    if problems == {"class", "number"} and types == {int}:
-        return Labels("number")
+    if problems == {ProblemType.CLASS, ProblemType.NUMBER} and types == {int}:
+        return Labels(ProblemType.NUMBER)
     if len(problems) > 1 or len(types) > 1:
         described = " and ".join(f"`{problem}`" for problem in sorted(problems))
         raise _mixed_labels_error(described, "labels of other sources")
     return Labels(problems.pop(), tuple(sorted(names)))
 
 
-def _example_labels(example: Example) -> tuple[str, Sequence[Label]]:
+def _example_labels(example: Example) -> tuple[ProblemType, Sequence[Label]]:
     """The problem type of an example, and its labels."""
     if example.kind == RowKind.TAGGED:
-        return "tags", example.fields["tags"]
+        return ProblemType.TAGS, example.fields["tags"]
     if "labels" in example.fields:
-        return "multi", example.fields["labels"]
-    return "class", (example.fields["label"],)
+        return ProblemType.MULTI_LABEL, example.fields["labels"]
+    return ProblemType.CLASS, (example.fields["label"],)
 
 
 def _mixed_labels_error(label: str, earlier: str, location: str = "") -> DataError:

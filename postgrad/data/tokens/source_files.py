@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import read_labels
 from postgrad.data.read.files import HubDataset, RawSource, find_files
 from postgrad.data.read.labels import Labels, merge_labels
@@ -107,7 +108,7 @@ def _cached_labels(source: RawSource, cache: Path) -> Labels:
     memo_file = cache / "labels" / f"{hash_json(key)}.json"
     try:
         memo = json.loads(memo_file.read_bytes())
-        return Labels(memo["problem"], tuple(memo["names"]))
+        return Labels(ProblemType(memo["problem"]), tuple(memo["names"]))
     except (OSError, ValueError, KeyError, TypeError):
         labels = read_labels(source)
     _write_memo(memo_file, {"problem": labels.problem, "names": labels.names})
