@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import TextToTextObjective
+from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind, read_labels
 from postgrad.data.read.files import RawSource
