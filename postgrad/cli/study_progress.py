@@ -34,7 +34,7 @@ class StudyProgress:
     """Seconds by step, as far as they are known beforehand."""
     fractions: dict[str, float] = field(default_factory=dict)
     activities: dict[str, str] = field(default_factory=dict)
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[str, EvaluationRow] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     start_times: dict[str, float] = field(default_factory=dict)
     durations: dict[str, float] = field(default_factory=dict)

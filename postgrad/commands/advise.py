@@ -206,7 +206,7 @@ def _max_replay_share(plan: Plan) -> float:
         return MAX_SHARE
     planned = plan.as_record().sources
     replayed = [
-        (leaf.spec.max_passes * told.available_tokens, told.share)
+        (leaf.spec.max_passes * (told.available_tokens or 0), told.share)
         for leaf, told in zip(plan.data.sources, planned, strict=True)
         if leaf.role == "replay"
     ]

@@ -365,7 +365,7 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
         text += f"\n\nreport: {report}\nnext: open it in a browser"
     else:
         text += f"\nnext: {shlex.join(['postgrad', 'compare', *map(str, runs), '--report', 'compare.html'])}"
-    return {"text": text, **found.as_json()}
+    return {"text": text, **found}
 
 
 def _paired_changes(runs: list[Path], records: list[Record]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.store import TokenStore, digest
 from postgrad.data.tokens.tokenize import Encoder, build_store, read_all_labels, render_example
 from postgrad.errors import StageError
-from postgrad.lineage.record import ConsumedSource, add_consumed, read_record
+from postgrad.lineage.record import ConsumedSource, DocumentSelection, add_consumed, read_record
 from postgrad.lineage.saved_plan import ReplayableSource, read_plan
 from postgrad.models.pretrained import ModelLocation
 from postgrad.plan.filter_documents import resolve_methods, select_documents
@@ -82,7 +82,7 @@ class ResolvedSource:
     held_out: float
     renderer: Renderer | None
     store: TokenStore
-    selection: tuple[dict[str, Any], ...] = ()
+    selection: tuple[DocumentSelection, ...] = ()
     """Of each way to select documents what it did, as plain data; the store has those that are left."""
 
     @property

@@ -22,6 +22,7 @@ from postgrad.distributed.world import World
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation import before_after
 from postgrad.hardware import machine
+from postgrad.lineage.metrics import EvaluationRow
 from postgrad.lineage.record import RECORD, read_record
 from postgrad.models import interpolate
 from postgrad.models.model import wrap_model
@@ -49,7 +50,7 @@ class StepProgress:
     activity: str
     done: int
     total: int
-    last_evaluation: dict[str, Any] | None = None
+    last_evaluation: EvaluationRow | None = None
     """Metrics of the run's latest evaluation."""
 
 

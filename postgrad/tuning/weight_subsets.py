@@ -277,7 +277,9 @@ class NormFinetuning(WeightSubset):
                 expected="LayerNorm or RMSNorm layers with gains",
                 hint="head, blocks, full and lora work on every model",
             )
-        super().__init__(model, [*selected, *task_layer_parameters(model)], also=also_train, options={"also": list(also_train)})
+        super().__init__(
+            model, [*selected, *task_layer_parameters(model)], also=also_train, options={"also": list(also_train)}
+        )
 
 
 def _check_floating_point(name: str, parameter: nn.Parameter) -> None:

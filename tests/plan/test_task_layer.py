@@ -34,6 +34,7 @@ from tests.tiny_stages import (
     make_workspace,
     run_interrupted,
     run_trace,
+    typed_scores,
     write_rows,
 )
 
@@ -242,7 +243,7 @@ def test_what_is_trained_is_published_scored_and_loaded_alike(shelf: Workspace, 
     outside = evaluate_files(
         str(done.run_folder), [held_out], context=LENGTH, documents="auto", column=None, cache=tmp_path / "scores"
     )
-    assert outside["sets"] == done.record.scores.after
+    assert typed_scores(outside["sets"]) == done.record.scores.after
     classifier, texts = postgrad.load(str(done.run_folder)), texts_of(held_out)
     answers, kept = classifier.predict(texts), read_scores(done.run_folder / "scores" / "after.npz")[f"{file}-heldout"]
     assert sorted(_flat(answers, classifier.labels, classifier.problem)) == pytest.approx(

@@ -180,7 +180,9 @@ def test_a_record_says_what_was_answered_before_and_after(shelf: Workspace, run:
     tasks.write_text(json.dumps(quizzes(shelf)))
     for side, model in (("before", str(shelf.folder / "llama")), ("after", str(run))):
         again = evaluate_tasks(model, tasks, shots=None, cache=shelf.folder / side)["tasks"]
-        assert [entry["scores"] for entry in again] == [entry[side] for entry in record.tasks]
+        assert [entry["scores"] for entry in again] == [
+            {name: value.as_json() for name, value in getattr(entry, side).items()} for entry in record.tasks
+        ]
     said = [read_answers(run / "scores" / f"tasks-{side}.json")["named"] for side in ("before", "after")]
     assert said[0].predictions_KI != said[1].predictions_KI and said[0].references_I == said[1].references_I
 
@@ -238,17 +240,17 @@ def test_the_end_and_the_page_tell_of_tasks(run: Path) -> None:
     assert table and clusters
     assert len(table.rows) == 3 + 1 + 3
     said = clusters.text()
-    assert "never seen" in said and "trained on" in said
+    assert "trained on" in said and "no" in said
     html = run_page.run_page(record, read_metrics(run / "metrics.jsonl"))
     for text in (
-        "What it was asked",
-        "2 shots, 2 seeds, chosen",
-        "Clusters of tasks",
-        "What was asked and answered: named",
+        "Tasks before and after",
+        "2 shots, 2 seeds, multiple choice",
+        "Task clusters",
+        "Prompts and answers: named",
     ):
         assert text in html
-    plain = run_page.run_page({**record, "tasks": [], "clusters": []}, [])
-    assert "What it was asked" not in plain
+    plain = run_page.run_page(record.model_copy(update={"tasks": [], "task_clusters": []}), [])
+    assert "Tasks before and after" not in plain
 
 
 def test_nothing_that_is_tested_is_trained_on(shelf: Workspace, tmp_path: Path) -> None:
