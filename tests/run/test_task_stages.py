@@ -792,7 +792,7 @@ def test_a_classifier_has_no_words_to_go_on_with(shelf: Workspace) -> None:
 
 def test_a_standing_tuning_keeps_to_its_task(shelf: Workspace) -> None:
     below = shelf.run(shelf.stage("masked-adapter", {"kind": "adapter", "size": 4}, model="bert", tokens=100))
-    with pytest.raises(TuningError, match="stands in a model for another task"):
+    with pytest.raises(TuningError, match="belongs to another task"):
         shelf.run(stage_of(shelf, "bert class", {"kind": "lora", "rank": 1}, "on-adapter", model=str(below.run_folder)))
 
 

@@ -635,10 +635,10 @@ def test_a_tuning_on_another_base_is_refused(shelf: Workspace, tmp_path: Path) -
     state = weights_of(base)
     state["model.norm.weight"] = state["model.norm.weight"] * 2
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TuningError, match="another base") as met:
+    with pytest.raises(TuningError, match="belongs to the base") as met:
         open_model(locate_model(str(home), tmp_path))
-    assert recorded in met.value.met and start_fingerprint(locate_model(str(base), tmp_path)) in met.value.met
-    assert "`base`" in met.value.way_out
+    assert recorded in met.value.problem and start_fingerprint(locate_model(str(base), tmp_path)) in met.value.problem
+    assert "`base`" in met.value.hint
     raw = shelf.stage(
         "on-it", {"kind": "lora", "rank": 1}, model=str(home), base=str(base), output=str(tmp_path / "on")
     )
