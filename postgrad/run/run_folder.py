@@ -68,7 +68,7 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
     saved_plan = read_plan(run_folder)
     if saved_plan.fingerprints != fingerprints:
         now = json.loads(json.dumps(plan.stage.model_dump(mode="json")))
-        changes = differences(saved_plan.stage, now) + [
+        changes = differences(upgrade_stage(saved_plan.stage), now) + [
             line for line in differences(saved_plan.fingerprints, fingerprints) if not line.startswith("stage:")
         ]
         harmless = ("save.every", "save.keep", "output")
