@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from postgrad.config.renamed_keys import upgrade_stage
 from postgrad.distributed.world import World
 from postgrad.errors import BusyError, ResumeError
 from postgrad.lineage.record import PLAN, STAGE

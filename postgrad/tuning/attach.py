@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from postgrad.config.renamed_keys import upgrade_tuning_options
 from postgrad.errors import TuningError, suggest_nearest
 from postgrad.tuning.tuning import Tuning
 
