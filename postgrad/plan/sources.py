@@ -317,7 +317,7 @@ def make_source_records(
         ReplayableSource(
             name=leaf.name,
             fingerprint=leaf.store.fingerprint,
-            prior_tokens=leaf.spec.prior_tokens or 0,
+            prior_tokens=leaf.spec.stands_for or 0,
             origin=make_source_origin(leaf, start_model, seed),
         )
         for leaf in sources
