@@ -106,14 +106,7 @@ class LoraAdapter(Tuning):
         ranks = _values_by_pattern(names, rank_pattern or {}, rank, "rank_pattern")
         alphas = _values_by_pattern(names, alpha_pattern or {}, self.alpha, "alpha_pattern")
         _check_layers(model, ranks, variant, quantization)
-        quantize = None if quantization is None else make_quantizer(model, quantization)
-        self.extra_trainable = ExtraTrainable(model, also_train)
-        if quantize is not None:
-            quantize()
-            self.notes.append(f"the blocks' linear layers are quantised to {quantization}")
-        if any(type(module).__name__.endswith("Experts") for module in model.modules()):
-            self.notes.append("the experts' weights are fused tensors, not linear layers, and get no adapters")
-
+        self._freeze_base(also_train)
         self.adapter_name = _unused_adapter_name(model)
         self._layers: dict[str, Layer] = {}
         # fp32 copies: training may hold frozen parameters in less, but pissa's initial factors are subtracted.
@@ -127,10 +120,7 @@ class LoraAdapter(Tuning):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             for name in names:
-                transposed = is_transposed(model.get_submodule(name))
-                scale: Any = alphas[name]  # PEFT declares an integer, and accepts a float
-                config = LoraConfig(r=ranks[name], lora_alpha=scale, fan_in_fan_out=transposed, **settings)
-                self._layers[name] = self._attach_layer(name, config)
+                self._layers[name] = self._attach_layer(name, ranks[name], alphas[name], settings)
         for parameter in self.extra_trainable.tensors().values():
             parameter.requires_grad_(True)
         trainable_parameters(model)
@@ -243,9 +233,20 @@ class LoraAdapter(Tuning):
         """Names of the adapters in PEFT's layers: pissa has a second one, with the initial factors."""
         return [self.adapter_name, f"{self.adapter_name}_start"] if self.variant == "pissa" else [self.adapter_name]
 
-    def _attach_layer(self, name: str, config: LoraConfig) -> Layer:
+    def _freeze_base(self, also_train: Sequence[str]) -> None:
+        """Freeze, and perhaps quantise, the base. Nothing changes if either is impossible."""
+        quantize = None if self.quantization is None else make_quantizer(self.model, self.quantization)
+        self.extra_trainable = ExtraTrainable(self.model, also_train)
+        if quantize is not None:
+            quantize()
+            self.notes.append(f"the blocks' linear layers are quantised to {self.quantization}")
+        if any(type(module).__name__.endswith("Experts") for module in self.model.modules()):
+            self.notes.append("the experts' weights are fused tensors, not linear layers, and get no adapters")
+
+    def _attach_layer(self, name: str, rank: int, alpha: Any, settings: Mapping[str, Any]) -> Layer:
         """Add the adapter to one layer; frozen ones on it stay active."""
         target = self.model.get_submodule(name)
+        config = LoraConfig(r=rank, lora_alpha=alpha, fan_in_fan_out=is_transposed(target), **settings)
         earlier = list(target.active_adapters) if isinstance(target, LoraLayer) else []
         weight = base_layer(target).weight
         original = weight.data

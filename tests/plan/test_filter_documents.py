@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from postgrad.check.plan_text import plan_lines
-from postgrad.commands.evaluate import load_file_sets, score_model
+from postgrad.commands.score_files import load_file_sets, score_model
 from postgrad.config.stage_file import parse_stage
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError, ModelError, StageError

@@ -22,8 +22,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from postgrad.commands.evaluate import evaluate_files
-from postgrad.commands.generate import export_model
+from postgrad.cli.render import evaluation_text
+from postgrad.commands.evaluate import evaluate
+from postgrad.commands.export import export_model
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.distributed.world import World
@@ -32,6 +33,7 @@ from postgrad.evaluation import classification_metrics
 from postgrad.evaluation.before_after import read_scores, score_sets
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.metrics import read_metrics
+from postgrad.lineage.record import SetScore
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import locate_model
 from postgrad.optim.optimizer import AdamW
@@ -289,13 +291,10 @@ def test_what_left_is_scored_alike_outside_of_its_stage(shelf: Workspace, name: 
 
     def evaluated(model: Path) -> dict[str, Any]:
         length = BY_HAND[name].length
-        found = evaluate_files(
-            str(model), [file], context=length, documents="auto", column=None, cache=tmp_path / "scores"
-        )
-        assert all(
-            f"    {metric} " in found["text"] for metric in next(iter(found["sets"].values())).get("metrics", ())
-        )
-        return found["sets"]
+        found = evaluate(str(model), [file], context=length, cache=tmp_path / "scores")
+        text = evaluation_text(found)
+        assert all(f"    {metric} " in text for metric in next(iter(found.sets.values())).metrics)
+        return {name: SetScore.model_validate(score.as_dict()) for name, score in found.sets.items()}
 
     for tuning in (None, {"kind": "lora", "rank": 1}):
         done = shelf.run(stage_of(shelf, name, tuning, f"{name}{' lora' if tuning else ''}"))
@@ -308,7 +307,7 @@ def test_labels_that_a_classifier_does_not_know_are_met(shelf: Workspace) -> Non
     file = write_rows(shelf.folder / "foreign.jsonl", [{"text": "six and one.", "label": "verse"}])
     run = shelf.run(stage_of(shelf, "bert class")).run_folder
     with pytest.raises(DataError, match="label 'verse' is none of the 2 known ones"):
-        evaluate_files(str(run), [str(file)], context=LENGTH, documents="auto", column=None, cache=shelf.cache)
+        evaluate(str(run), [str(file)], context=LENGTH, cache=shelf.cache)
 
 
 def test_a_classifier_leaves_with_its_labels(shelf: Workspace) -> None:

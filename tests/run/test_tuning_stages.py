@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from postgrad.check.check import check_stage
-from postgrad.commands.evaluate import evaluate_files
-from postgrad.commands.generate import export_model
+from postgrad.commands.evaluate import evaluate
+from postgrad.commands.export import export_model
 from postgrad.distributed.world import World
 from postgrad.errors import StageError, TuningError
 from postgrad.evaluation.before_after import read_scores
@@ -37,16 +37,7 @@ from postgrad.tuning.extra_trainable import base_parameter_name
 from postgrad.tuning.folder import load_tuning, read_export
 from postgrad.tuning.open_model import open_model, start_fingerprint
 from tests.conftest import make_llama, make_tokenizer, new_text, write_jsonl
-from tests.tiny_stages import (
-    LENGTH,
-    Workspace,
-    make_workspace,
-    run_interrupted,
-    run_trace,
-    save_model,
-    train_for,
-    typed_scores,
-)
+from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_interrupted, run_trace, save_model, train_for
 
 SETS = ("old-heldout", "new-heldout")
 BLOCKS, WIDTH, INNER, KEYS, VOCABULARY = 2, 32, 64, 16, 320
@@ -185,14 +176,14 @@ def texts_by_hand(model: PreTrainedModel, file: str, behind: str = "") -> tuple[
     return nats, tokens
 
 
-def agrees(shelf: Workspace, summaries: dict[str, SetScore], folder: Path, behind: str = "") -> None:
+def agrees(shelf: Workspace, summaries: dict[str, Any], folder: Path, behind: str = "") -> None:
     """The scores are those of the plain model in a folder, by hand."""
     plain = AutoModelForCausalLM.from_pretrained(folder)
     for name in ("old", "new"):
         nats, tokens = texts_by_hand(plain, shelf.file(name, held_out=True), behind)
         found = summaries[f"{name}-heldout"]
-        assert found.tokens == tokens
-        assert found.nats == pytest.approx(nats / tokens, rel=1e-5)
+        assert found["tokens"] == tokens
+        assert found["nats"] == pytest.approx(nats / tokens, rel=1e-5)
 
 
 def evaluated(shelf: Workspace, model: Path) -> dict[str, SetScore]:
@@ -200,8 +191,8 @@ def evaluated(shelf: Workspace, model: Path) -> dict[str, SetScore]:
     files = [shelf.file("old", held_out=True), shelf.file("new", held_out=True)]
     with tempfile.TemporaryDirectory() as fresh:
         (Path(fresh) / "stores").symlink_to(shelf.cache / "stores")
-        found = evaluate_files(str(model), files, context=LENGTH, documents="auto", column=None, cache=Path(fresh))
-    return typed_scores(found["sets"])
+        scored = evaluate(str(model), files, context=LENGTH, cache=Path(fresh))
+    return {name: SetScore.model_validate(score.as_dict()) for name, score in scored.sets.items()}
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -423,7 +414,7 @@ def test_a_checkpoint_is_a_start(shelf: Workspace, name: str) -> None:
     earlier, last = sorted((home / "checkpoints").iterdir())
     found = evaluated(shelf, last)
     for s in SETS:
-        assert found[s].nats == pytest.approx(after[s].nats, rel=1e-5)
+        assert found[s]["nats"] == pytest.approx(after[s].nats, rel=1e-5)
     done = shelf.run(shelf.stage(f"from-{name}", {"kind": "lora", "rank": 1}, model=str(earlier)))
     assert done.record.scores.before == evaluated(shelf, earlier) != after
     assert done.record.parents[0].step == read_progress(earlier).step
