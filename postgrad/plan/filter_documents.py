@@ -132,13 +132,13 @@ def _percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
 
-def describe_selection(steps: Sequence[dict[str, Any]]) -> str:
-    """What is left of a source, in a line."""
-    before, after = steps[0]["before"], steps[-1]["after"]
-    kinds = ", then ".join(step["kind"] for step in steps)
+def describe_selection(steps: Sequence[DocumentSelection]) -> str:
+    """What the filters kept of a source, in a line."""
+    before, after = steps[0].before, steps[-1].after
+    kinds = ", then ".join(step.kind for step in steps)
     return (
-        f"{after['documents']:,} of {before['documents']:,} documents are read, {after['tokens']:,} of "
-        f"{before['tokens']:,} tokens (selected by {kinds})"
+        f"{after.documents:,} of {before.documents:,} documents are read, {after.tokens:,} of {before.tokens:,} tokens "
+        f"(selected by {kinds})"
     )
 
 

@@ -34,7 +34,7 @@ from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore, digest
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import StageError
-from postgrad.lineage.record import ConsumedSource, add_consumed, read_record
+from postgrad.lineage.record import ConsumedSource, DocumentSelection, add_consumed, read_record
 from postgrad.lineage.saved_plan import ReplayableSource, read_plan
 from postgrad.models.pretrained import ModelLocation
 from postgrad.plan.filter_documents import resolve_methods, select_documents
@@ -86,7 +86,7 @@ class ResolvedSource:
     held_out: float
     renderer: Renderer | None
     store: TokenStore
-    selection: tuple[dict[str, Any], ...] = ()
+    selection: tuple[DocumentSelection, ...] = ()
     """Of each way to select documents what it did, as plain data; the store has those that are left."""
 
     @property
@@ -321,7 +321,7 @@ def make_source_records(
         ReplayableSource(
             name=leaf.name,
             fingerprint=leaf.store.fingerprint,
-            prior_tokens=leaf.spec.prior_tokens or 0,
+            prior_tokens=leaf.spec.stands_for or 0,
             origin=make_source_origin(leaf, start_model, seed),
         )
         for leaf in sources

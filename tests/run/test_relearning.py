@@ -67,8 +67,8 @@ def test_what_comes_back_is_told_from_what_is_lost(carried_out: Carried, knowing
     (entry,) = found.sets.values()
     assert found.steps == 12 and found.learning_rate == pytest.approx(1e-2)
     assert entry.forgotten.low > 0
-    for key in ("forgot", "won", "left", "start_learnt"):
-        assert entry[key]["low"] <= entry[key]["value"] <= entry[key]["high"]
+    for loss in (entry.forgotten, entry.recovered, entry.remaining, entry.start_model_gain):
+        assert loss.low <= loss.value <= loss.high
     assert entry.recovered.value == pytest.approx(entry.forgotten.value - entry.remaining.value)
     assert entry.recovered_share.value == pytest.approx(entry.recovered.value / entry.forgotten.value)
     assert (

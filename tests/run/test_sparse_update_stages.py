@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +16,7 @@ from postgrad.config.sparse_updates import LossAdaptive, MagnitudeUpdate, Moment
 from postgrad.errors import StageError
 from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
+from postgrad.lineage.saved_plan import read_plan
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.optim.sparse_update import SparseMask
 from postgrad.optim.top_k import top_k_masks
@@ -215,7 +215,7 @@ def test_a_teacher_in_the_same_model_is_not_heard(shelf: Workspace, monkeypatch:
 def test_a_strength_that_is_found_finds_it_with_the_same_updates(shelf: Workspace) -> None:
     raw = shelf.stage("auto", optimizer={**MAGNITUDE, **FINCH}, penalties=[{"kind": "anchor", "strength": "auto"}])
     place = shelf.run(raw).run_folder
-    assert json.loads((place / "plan.json").read_text())["strengths"]["anchor"]["strength"] > 0
+    assert read_plan(place).penalty_strengths["anchor"]["strength"] > 0
     assert told(place)[0]["rate"] == pytest.approx(5e-3)  # the steps that look for it do not count
 
 
