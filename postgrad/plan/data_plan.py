@@ -12,7 +12,7 @@ from postgrad.config import stage as s
 from postgrad.config.mixing import describe_shares
 from postgrad.data.layouts.rows import Rows
 from postgrad.data.loading.mixture import Mixture
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.errors import DataError, StageError
 from postgrad.lineage.record import ConsumedSource, Contamination

@@ -9,7 +9,8 @@ import numpy as np
 from postgrad.config import stage as s
 from postgrad.config.tunings import InstructionPromptTuning
 from postgrad.data.read.documents import read_examples
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example
+from postgrad.data.read.examples import Example
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.render.renderer import Renderer
 from postgrad.data.tokens.held_out_split import held_out_mask

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from postgrad.config import stage as s
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.errors import StageError
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText

@@ -27,8 +27,8 @@ from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.data.filter import data_selection
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
+from postgrad.data.tokens.source_files import source_fingerprint
 from postgrad.data.tokens.store import TokenStore
-from postgrad.data.tokens.tokenize import file_lock, source_fingerprint
 from postgrad.errors import DataError
 from postgrad.lineage.record import DocumentSelection
 from postgrad.models.pretrained import ModelLocation
@@ -36,6 +36,7 @@ from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.perplexity_filter import compute_bits_per_byte, make_scorer, resolve_scoring_model
 from postgrad.plan.selection_summary import FilterResult, describe_method, summarize_result
 from postgrad.storage.atomic import write_atomically
+from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import start_fingerprint
 

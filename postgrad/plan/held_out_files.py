@@ -13,7 +13,7 @@ from postgrad.data.read.documents import detect_kind
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.labels import Labels
 from postgrad.data.render.renderer import Renderer
-from postgrad.data.tokens.tokenize import read_all_labels
+from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.errors import DataError
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_matching import get_evaluation_objective, get_start_objectives, match_objectives

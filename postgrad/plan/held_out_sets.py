@@ -9,7 +9,7 @@ import numpy as np
 from postgrad.config.objectives import ClassifyObjective, MaskedObjective, NextTokenObjective
 from postgrad.data.layouts.windows import locate_texts, max_text_tokens, split_windows
 from postgrad.data.problem_type import ProblemType
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.frame import Frame
 from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.data.tokens.subset import Subset

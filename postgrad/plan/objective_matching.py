@@ -19,7 +19,7 @@ from postgrad.config.objectives import (
     TextToTextObjective,
 )
 from postgrad.data.problem_type import ProblemType
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.errors import StageError
 from postgrad.models.pretrained import ModelLocation
 from postgrad.models.task import Task

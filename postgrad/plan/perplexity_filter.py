@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from postgrad.config.document_filters import PerplexitySelection
 from postgrad.data.filter.data_selection import CountCallback, ignore_progress
+from postgrad.data.tokens.encoder import Encoder
 from postgrad.data.tokens.store import TokenStore
-from postgrad.data.tokens.tokenize import Encoder
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation.held_out import HeldOutText
 from postgrad.evaluation.perplexity import score_held_out

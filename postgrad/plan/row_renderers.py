@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from postgrad.config.objectives import ClassifyObjective, MaskedObjective, NextTokenObjective, RowsObjective
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.data.read.labels import Labels
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.chat import ChatRenderer, custom_template
 from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.render.renderer import Renderer

@@ -8,7 +8,7 @@ from pathlib import Path
 from postgrad.config.objectives import ClassifyObjective, MaskedObjective
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.labels import Labels
-from postgrad.data.tokens.tokenize import read_all_labels
+from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.errors import StageError
 from postgrad.plan.sources import SourceSpec
 

@@ -21,8 +21,10 @@ from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import get_generator_model
 from postgrad.data.read.labels import Labels
 from postgrad.data.render.renderer import Renderer
+from postgrad.data.tokens.encode import render_example
+from postgrad.data.tokens.encoder import Encoder
 from postgrad.data.tokens.store import TokenStore
-from postgrad.data.tokens.tokenize import Encoder, build_store, render_example
+from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import StageError
 from postgrad.lineage.record import ConsumedSource, DocumentSelection
 from postgrad.plan.filter_documents import select_documents

@@ -18,8 +18,9 @@ import numpy as np
 from postgrad.config.tasks import TaskConfig
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example
+from postgrad.data.read.examples import Example
 from postgrad.data.read.labels import collect_labels
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.demonstrations import SEPARATOR
 from postgrad.data.tokens.store import digest

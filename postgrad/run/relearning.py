@@ -33,7 +33,8 @@ from postgrad.plan.held_out_files import inherit_row_format
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.seen_sources import make_replay_source, make_source_origin
 from postgrad.plan.sources import ResolvedSource
-from postgrad.run.build import build_run, make_loader, make_tuned_model
+from postgrad.run.build import build_run, make_loader
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.stats.forgetting import bootstrap_means
 from postgrad.training.loop import train_steps
 

@@ -20,7 +20,7 @@ from postgrad.commands.lineage import trace_lineage
 from postgrad.commands.pages import write_page
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import before_after
-from postgrad.lineage.record import read_record
+from postgrad.lineage.record import read_record, write_record
 from postgrad.models.pretrained import save_pretrained
 from postgrad.stats.forgetting import LossChange
 from tests.conftest import make_llama, make_tokenizer, new_text, old_text, write_jsonl
@@ -204,12 +204,12 @@ def test_runs_that_cannot_be_compared(runs: LineageRuns, base: Path, tmp_path: P
         compare_runs([runs.naive, base / "base"])
     stopped = tmp_path / "stopped"
     stopped.mkdir()
-    (stopped / "record.json").write_text(json.dumps({**read_record(runs.naive), "changes": {}}))
+    (stopped / "record.json").write_text(json.dumps({**read_record(runs.naive).as_json(), "changes": {}}))
     with pytest.raises(StageError, match="has not finished"):
         compare_runs([runs.naive, stopped])
     record = read_record(runs.naive)
     record.fingerprints.sets["old-heldout"] = "other"
-    (stopped / "record.json").write_text(json.dumps(record))
+    write_record(stopped, record)
     with pytest.raises(StageError, match=r"'old-heldout' of .*stopped differs from that of"):
         compare_runs([runs.naive, stopped])
 
@@ -226,9 +226,9 @@ def test_a_lineage_measures_what_no_run_did(runs: LineageRuns, tmp_path: Path) -
     assert [s.learnt_at for s in found.sets] == [1, 2]
     matrix = np.array(found.R)
     old, new = matrix[:, 0], matrix[:, 1]
-    assert old[:2].tolist() == [one.scores[w]["old-heldout"]["nats"] for w in ("before", "after")]
+    assert old[:2].tolist() == [getattr(one.scores, w)["old-heldout"].nats for w in ("before", "after")]
     assert old[2] == two.scores.after["old-heldout"].nats
-    assert new[1:].tolist() == [two.scores[w]["new-heldout"]["nats"] for w in ("before", "after")]
+    assert new[1:].tolist() == [getattr(two.scores, w)["new-heldout"].nats for w in ("before", "after")]
     assert not np.isnan(matrix).any()  # one cell no run had measured: the start model on the text of stage 2
     summary = found.summary
     assert pytest.approx(-(old[2] + new[2]) / 2) == summary.ACC

@@ -760,7 +760,7 @@ def _look(row: Data) -> Data:
     """What was seen at a look; what decides whether a step forgot too much is the upper end of an interval."""
     look = {key: row[key] for key in ("step", "sets", "choice", "tasks") if row.get(key) not in (None, {})}
     if "choice" in look:
-        choice = {key: value for key, value in look["choice"].items() if key != "rise"}
+        choice = {"best": None} | {key: value for key, value in look["choice"].items() if key != "rise"}
         look["choice"] = {**choice, "forgot": {"high": look["choice"].get("rise")}}
     return look
 

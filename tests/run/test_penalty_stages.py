@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from postgrad.errors import DataError, ModelError, PostgradError, ResumeError, S
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
+from postgrad.lineage.saved_plan import read_plan
 from postgrad.models.pretrained import load_pretrained, locate_model, save_pretrained
 from postgrad.penalties.anchor import Anchor
 from postgrad.penalties.importance_file import ImportanceFile, ImportanceMetadata, write_importance
@@ -446,7 +446,7 @@ def test_a_strength_is_found_once_and_kept(shelf: Workspace) -> None:
     raw = shelf.stage("auto", penalties=[{**ANCHOR, "strength": "auto"}])
     events = shelf.run_events(raw)
     (said,) = [e.message for e in events if isinstance(e, InfoMessage)]
-    kept = json.loads((shelf.folder / "runs" / "auto" / "plan.json").read_text())["strengths"]["anchor"]
+    kept = read_plan(shelf.folder / "runs" / "auto").penalty_strengths["anchor"]
     assert f"{kept['strength']:.3g}" in said and kept["strength"] > 0
     assert kept["strength"] == pytest.approx(kept["push"] / kept["pull"], rel=5e-3)
     record = read_record(shelf.folder / "runs" / "auto")

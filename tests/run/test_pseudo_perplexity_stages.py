@@ -57,18 +57,18 @@ def test_it_is_measured_before_and_after_on_the_same_texts(shelf: Workspace) -> 
     done, plan = shelf.run(raw), shelf.plan(raw)
     told = done.record.pseudo_perplexity
     for side, folder in (("before", shelf.folder / "bert"), ("after", done.run_folder / "model")):
-        for name, scores in told.scores[side].items():
+        for name, scores in getattr(told.scores, side).items():
             nats, tokens = by_hand(folder, plan, name)
-            assert scores["tokens"] == tokens >= 60
-            assert scores["nats"] == pytest.approx(nats, rel=1e-5)
-            assert scores["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
-            assert scores["low"] < nats < scores["high"]
+            assert scores.tokens == tokens >= 60
+            assert scores.nats == pytest.approx(nats, rel=1e-5)
+            assert scores.perplexity == pytest.approx(math.exp(nats), rel=1e-4)
+            assert scores.low < nats < scores.high
     assert {name: change.role for name, change in told.changes.items()} == {
         "old-heldout": "retained",
         "new-heldout": "learned",
     }
     for name, change in told.changes.items():
-        before, after = (told.scores[side][name]["nats"] for side in ("before", "after"))
+        before, after = (getattr(told.scores, side)[name].nats for side in ("before", "after"))
         assert change.difference == pytest.approx(after - before)
     # Beside the masked loss, in the end text and on the page; the gate and the curves know nothing of it.
     assert told.scores.after.keys() == done.record.scores.after.keys()

@@ -40,7 +40,8 @@ from postgrad.optim.optimizer import AdamW
 from postgrad.plan import demonstration_pool
 from postgrad.plan.objective_rows import make_rows
 from postgrad.plan.plan import Plan
-from postgrad.run.build import build_run, make_loader, make_objectives, make_tuned_model
+from postgrad.run.build import build_run, make_loader, make_objectives
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.training.step import Run, StepReport, train_step
 from postgrad.tuning.open_model import open_model
 from tests.tiny_stages import (
@@ -51,6 +52,7 @@ from tests.tiny_stages import (
     run_interrupted,
     run_trace,
     train_for,
+    typed_scores,
     write_rows,
 )
 
@@ -297,9 +299,9 @@ def test_what_left_is_scored_alike_outside_of_its_stage(shelf: Workspace, name: 
 
     for tuning in (None, {"kind": "lora", "rank": 1}):
         done = shelf.run(stage_of(shelf, name, tuning, f"{name}{' lora' if tuning else ''}"))
-        assert evaluated(done.run_folder) == done.record.scores.after
+        assert typed_scores(evaluated(done.run_folder)) == done.record.scores.after
     export_model(str(done.run_folder), tmp_path / "plain", "auto")
-    assert evaluated(tmp_path / "plain") == done.record.scores.after
+    assert typed_scores(evaluated(tmp_path / "plain")) == done.record.scores.after
 
 
 def test_labels_that_a_classifier_does_not_know_are_met(shelf: Workspace) -> None:
@@ -375,9 +377,9 @@ def test_a_cloze_task_says_a_word_at_the_mask(shelf: Workspace) -> None:
         word = tokenizer.convert_tokens_to_ids({"words": "yes", "sums": "no"}[row["label"]])
         nats.append(-float(torch.log_softmax(logits_of(plain, **text), -1)[place, word]))
     # Before: the same template without its vectors.
-    before, after = (done.record.scores[when]["labelled-heldout"] for when in ("before", "after"))
-    assert (before["nats"], before["tokens"]) == (pytest.approx(np.mean(nats), rel=1e-5), len(nats))
-    assert after["nats"] != before["nats"]
+    before, after = (getattr(done.record.scores, when)["labelled-heldout"] for when in ("before", "after"))
+    assert (before.nats, before.tokens) == (pytest.approx(np.mean(nats), rel=1e-5), len(nats))
+    assert after.nats != before.nats
     (held_out,) = plan.evaluation.sets
     assert all(len(set(row.inputs["input_ids"]) & {len(tokenizer), len(tokenizer) + 1}) == 2 for row in held_out.rows)
 
