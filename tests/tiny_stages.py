@@ -30,9 +30,10 @@ from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import SetScore
 from postgrad.models.pretrained import save_pretrained
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.run.build import build_run, make_loader, make_tuned_model
+from postgrad.run.build import build_run, make_loader
 from postgrad.run.events import CheckpointSaved, RunEvent, RunFinished, RunStopped, StepCompleted
 from postgrad.run.run import run_stage
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.storage.atomic import MANIFEST
 from postgrad.training.loop import train_steps
 from postgrad.training.step import Run

@@ -9,7 +9,7 @@ from pathlib import Path
 from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result, TextScore, summarize_scores
 from postgrad.commands.score_files import FileSets, context_length, load_file_sets, score_model
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.errors import StageError
 from postgrad.evaluation.perplexity import Scores
 from postgrad.evaluation.pseudo_perplexity import score_masked_tokens

@@ -18,7 +18,7 @@ from postgrad.data.layouts.classification import truncated_lengths
 from postgrad.data.layouts.rows import Row
 from postgrad.data.loading.batch import collate
 from postgrad.data.problem_type import ProblemType
-from postgrad.data.tokens.tokenize import token_marks
+from postgrad.data.tokens.encode import token_marks
 from postgrad.errors import DataError, ModelError
 from postgrad.hardware import machine
 from postgrad.models.pretrained import load_tokenizer, locate_model

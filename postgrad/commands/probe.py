@@ -24,8 +24,9 @@ from postgrad.data.read.documents import detect_kind
 from postgrad.data.read.files import RawSource
 from postgrad.data.read.labels import Labels
 from postgrad.data.tokens.held_out_split import held_out_mask
+from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore
-from postgrad.data.tokens.tokenize import build_store, read_all_labels
+from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
 from postgrad.evaluation.classification_metrics import compare_metrics, compute_metrics
 from postgrad.evaluation.held_out import HeldOutRows

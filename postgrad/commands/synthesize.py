@@ -26,7 +26,7 @@ from postgrad.data.filter.near_duplicates import MIN_THRESHOLD, NearDuplicateInd
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import GENERATED_COLUMN
-from postgrad.data.tokens.tokenize import Encoder
+from postgrad.data.tokens.encoder import Encoder
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import generate_documents

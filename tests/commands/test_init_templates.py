@@ -165,7 +165,7 @@ def test_rows_to_test_are_named_or_refused(here: Path, made: Path) -> None:
         write_template(Path("b.yaml"), "mlm", TemplateRequest("b", "mine.txt", None, None, "t.jsonl"), force=False)
     with pytest.raises(StageError, match="--test needs training rows"):
         write_template(Path("b.yaml"), "probe", TemplateRequest("b", None, None, None, "t.jsonl"), force=False)
-    with pytest.raises(DataError, match="1 different rows"):  # copies are one row
+    with pytest.raises(DataError, match="1 distinct rows"):  # copies are one row
         write_template(Path("b.yaml"), "probe", TemplateRequest("b", "mine.jsonl", None, None), force=False)
     assert not (here / "b.yaml").exists() and not (here / "b-data").exists()
 

@@ -212,7 +212,9 @@ def test_what_cannot_be_made_is_told(
 
 
 def test_small_folders_do_not_sit_on_a_new_model(shelf: Workspace) -> None:
-    with pytest.raises(TuningError, match=r"`lora` leaves a small folder[\s\S]*train the new model whole first"):
+    with pytest.raises(
+        TuningError, match=r"`lora` publishes a small folder[\s\S]*train the new model with `full` first"
+    ):
         shelf.run(begun(shelf, "lora", LLAMA, tuning={"kind": "lora"}))
     head = {"kind": "blocks", "last": 1}
     assert shelf.run(begun(shelf, "blocks", LLAMA, tuning=head)).record.status == "finished"

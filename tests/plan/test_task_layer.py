@@ -28,7 +28,7 @@ from postgrad.models.pretrained import locate_model
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.objectives.classification_loss import ClassificationLoss
 from postgrad.plan.task_layer import resolve_representation
-from postgrad.run.build import make_tuned_model
+from postgrad.run.tuned_model import make_tuned_model
 from tests.tiny_stages import (
     LENGTH,
     QUICK_EVALUATION,

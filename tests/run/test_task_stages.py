@@ -40,7 +40,8 @@ from postgrad.optim.optimizer import AdamW
 from postgrad.plan import sources as leaves
 from postgrad.plan.objective_rows import make_rows
 from postgrad.plan.plan import Plan
-from postgrad.run.build import build_run, make_loader, make_objectives, make_tuned_model
+from postgrad.run.build import build_run, make_loader, make_objectives
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.training.step import Run, StepReport, train_step
 from postgrad.tuning.open_model import open_model
 from tests.tiny_stages import (

@@ -30,7 +30,7 @@ from postgrad.lineage.record import SetScore, read_record
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.optim.optimizer import AdamW
 from postgrad.run import training_session
-from postgrad.run.build import make_tuned_model
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.training.checkpoint_files import read_progress
 from postgrad.training.step import Run
 from postgrad.tuning.extra_trainable import base_parameter_name
