@@ -10,7 +10,6 @@ folder and name alone. To repeat a run, write `stage` into a file, put `differs`
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 
 from arms import write_results
 
-_CHANGE = ("role", "difference", "low", "high", "count", "units")
+from postgrad.lineage.record import Record, SetChange, read_record
+
 _ABSENT = object()
 
 
@@ -32,28 +32,33 @@ def differences(one: Any, two: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from differences(one.get(name, _ABSENT), two.get(name, _ABSENT), f"{key}.{name}".lstrip("."))
 
 
-def summarise_run(record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
-    """What is told of one run."""
-    achieved, chosen = record["achieved"], record.get("chosen")
-    stage, base = ({k: v for k, v in r["stage"].items() if k not in ("name", "seed")} for r in (record, first))
+def summarise_run(record: Record, first: Record) -> dict[str, Any]:
+    """The results of one run."""
+    totals, selected = record.totals, record.published_checkpoint
+    stage, base = ({k: v for k, v in r.stage.items() if k not in ("name", "seed")} for r in (record, first))
     return {
-        "run": record["name"],
-        "seed": record["stage"]["seed"],
+        "run": record.name,
+        "seed": record.stage["seed"],
         "differs": dict(differences(base, stage)),
-        "steps": achieved["steps"],
-        "steps_planned": record["plan"]["steps"],
-        "tokens": achieved["tokens"],
-        "seconds_of_training": round(achieved["seconds"], 1),
-        "execution": {key: record["execution"][key] for key in ("dtype", "threads", "attention")},
-        "finished": record["finished"],
-        **({"strengths": [p["strength"] for p in record["penalties"]]} if record["penalties"] else {}),
-        **({"chosen_step": chosen["step"]} if chosen else {}),
-        "changes": {name: {key: change[key] for key in _CHANGE} for name, change in record["changes"].items()},
+        "steps": totals.steps,
+        "steps_planned": record.plan.steps,
+        "tokens": totals.tokens,
+        "seconds_of_training": round(totals.seconds, 1),
+        "execution": {key: getattr(record.execution, key) for key in ("dtype", "threads", "attention")},
+        "finished": record.finished,
+        **({"strengths": [p.strength for p in record.penalties]} if record.penalties else {}),
+        **({"chosen_step": selected.step} if selected else {}),
+        "changes": {name: _summarize_change(change) for name, change in record.changes.items()},
         "nats": {
-            when: {name: score["nats"] for name, score in record["scores"][when].items()}
+            when: {name: score.nats for name, score in getattr(record.scores, when).items()}
             for when in ("before", "after")
         },
     }
+
+
+def _summarize_change(change: SetChange) -> dict[str, Any]:
+    interval = {"difference": change.difference, "low": change.low, "high": change.high}
+    return {"role": change.role, **interval, "count": change.unit_count, "units": change.units}
 
 
 def strip_folders(value: Any) -> Any:
@@ -72,19 +77,19 @@ def main() -> None:
     parser.add_argument("--what", required=True, help="One sentence on what the runs are.")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    records = [json.loads((run / "record.json").read_text()) for run in options.runs]
-    if any(record["status"] != "finished" for record in records):
+    records = [read_record(run) for run in options.runs]
+    if any(record.status != "finished" for record in records):
         raise SystemExit("a run has not finished")
     first = records[0]
     found = {
         "what": options.what,
         "repeat": "postgrad train STAGE.yaml, of `stage` with a run's `differs` and `seed`; "
         "python benchmarks/runs.py RUN... --json JSON",
-        "machine": first["machine"],
-        "versions": first["versions"],
-        "seeds": sorted({record["stage"]["seed"] for record in records}),
-        "model": {key: first["model"][key] for key in ("parameters", "vocabulary")},
-        "stage": first["stage"],
+        "machine": first.machine,
+        "versions": first.versions,
+        "seeds": sorted({record.stage["seed"] for record in records}),
+        "model": {"parameters": first.model.parameters, "vocabulary": first.model.vocab_size},
+        "stage": first.stage,
         "runs": [summarise_run(record, first) for record in records],
     }
     write_results(options.json, strip_folders(found))

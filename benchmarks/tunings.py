@@ -140,6 +140,7 @@ def measure_cost(work: Result) -> Result:
 
 def run_to_end(work: Result) -> Result:
     """A whole stage: scores before and after, the looks in between, what is kept of it, and the cost of an answer."""
+    from postgrad.lineage.metrics import read_evaluations, read_steps
     from postgrad.run.run import RunFinished, run_stage
 
     plan = plan_work(work)
@@ -149,15 +150,19 @@ def run_to_end(work: Result) -> Result:
         last = event
     assert isinstance(last, RunFinished), last
     record, home = last.record, plan.output
-    lines = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
-    looks = [{"step": line["step"], **line["sets"]} for line in lines if line["kind"] == "evaluation"]
-    scores, changes = record["scores"], record["changes"]
+    rows = read_evaluations(home / "metrics.jsonl")
+    looks = [{"step": row.step, **row.as_json()["sets"]} for row in rows]
+    scores, changes = record.scores, record.changes
     return {
         "steps": plan.steps,
-        "learned": {"before": scores["before"]["valid"], "after": scores["after"]["valid"], "change": changes["valid"]},
-        "retained": changes.get("retained"),
+        "learned": {
+            "before": scores.before["valid"].as_json(),
+            "after": scores.after["valid"].as_json(),
+            "change": changes["valid"].as_json(),
+        },
+        "retained": changes["retained"].as_json() if "retained" in changes else None,
         "looks": looks,
-        "seconds": sum(line["seconds"] for line in lines if line["kind"] == "step"),
+        "seconds": sum(row.seconds for row in read_steps(home / "metrics.jsonl")),
         "wall_seconds": time.perf_counter() - begin,
         "kept_bytes": saved_bytes(home / "model"),
         **exact_matches(plan, home),

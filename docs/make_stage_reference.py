@@ -1,4 +1,4 @@
-"""Write docs/stage.md and docs/stage.schema.json from the types of a stage: `python docs/make_stage_reference.py`."""
+"""Write docs/stage.md and the JSON Schemas of stages, studies and records from their types: `python docs/make_stage_reference.py`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 
 from postgrad.config import quantities, stage_file
 from postgrad.config import stage as s
+from postgrad.lineage.record import record_schema
 from postgrad.studies import study
 
 HEAD = """\
@@ -173,4 +174,5 @@ if __name__ == "__main__":
     here = Path(__file__).parent
     (here / "stage.md").write_text(stage_reference())
     (here / "stage.schema.json").write_text(stage_file.json_schema() + "\n")
+    (here / "record.schema.json").write_text(record_schema() + "\n")
     (here / "study.schema.json").write_text(study.study_schema() + "\n")

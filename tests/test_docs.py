@@ -16,6 +16,7 @@ from postgrad.cli.main import app
 from postgrad.config.stage import Stage
 from postgrad.config.stage_file import json_schema, load_stage, parse_stage, read_yaml
 from postgrad.errors import StageError
+from postgrad.lineage.record import record_schema
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -113,6 +114,7 @@ def test_the_reference_is_of_these_types() -> None:
     """When this fails: python docs/make_stage_reference.py"""
     assert (ROOT / "docs" / "stage.md").read_text() == generator().stage_reference()
     assert (ROOT / "docs" / "stage.schema.json").read_text() == json_schema() + "\n"
+    assert (ROOT / "docs" / "record.schema.json").read_text() == record_schema() + "\n"
 
 
 @pytest.mark.parametrize("wrong", ["train", "train a.yaml --fast", "polish a", "generate"])

@@ -645,7 +645,7 @@ def validate_part(kind: type[Document], raw: Any, where: str) -> Document:
 
 def record_schema() -> str:
     """The JSON Schema of `record.json`."""
-    return json.dumps(Record.model_json_schema(mode="serialization"), indent=2, ensure_ascii=False)
+    return json.dumps(Record.model_json_schema(), indent=2, ensure_ascii=False)
 
 
 def add_consumed(

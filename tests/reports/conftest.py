@@ -152,6 +152,7 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
             "start_model": "./base",
             "parameters": 134_515_008,
             "vocab_size": 49_152,
+            "context_length": 1024,
         },
         "fingerprints": {
             "start_model": "9f2c61a0d7b84e55" * 4,
@@ -223,6 +224,7 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
             },
         },
         "totals": {
+            "steps": 1221,
             "tokens": 20_000_000,
             "seconds": 9918.4,
             "tokens_per_second": 2016.5,

@@ -34,7 +34,7 @@ _STYLE = (
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--ground);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",sans-serif}
-main,header.top,footer{max-width:1232px;margin:0 auto;padding:0 16px}
+main,header.top,footer{max-width:1256px;margin:0 auto;padding:0 16px}
 header.top{padding-top:40px}
 .skip{position:absolute;left:-999px}.skip:focus{left:16px;top:8px}
 a{color:var(--c0)}
