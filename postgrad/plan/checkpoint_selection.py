@@ -4,10 +4,10 @@ A look is one scoring of the whole set. What follows from the looks so far is a 
 `metrics.jsonl`; so a run that was killed and resumed chooses what it would have chosen.
 
     candidates    the looks from `first` on: behind the warm-up and the first 2 % of the steps, where the loss of anything
-                  swings (the stability gap), and behind `at_least`
+                  swings (the stability gap), and behind `burn_in`
     chosen        the best candidate; the earliest of several that are as good
-    the end       `patience` candidates in a row, none of which surpasses the best before them by more than `gain`; or one
-                  that is `enough`
+    the end       `patience` candidates in a row, none of which surpasses the best before them by more than `min_delta`; or one
+                  that is `stop_at`
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class SelectionRule:
         return evaluation.value <= self.enough if self.less_is_better else evaluation.value >= self.enough
 
     def is_better(self, evaluation: CheckpointEvaluation, other: CheckpointEvaluation, gain: float = 0.0) -> bool:
-        """Whether `look` is better than `other` by more than `gain`; one that forgot too much is worse than any other."""
+        """Whether `look` is better than `other` by more than `min_delta`; one that forgot too much is worse than any other."""
         over, others = self._excess_forgetting(evaluation), self._excess_forgetting(other)
         if over != others:
             return over < others

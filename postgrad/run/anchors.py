@@ -51,7 +51,7 @@ def make_anchor(
     """
     spec = plan.stage.penalties[number]
     builder = _AnchorBuilder(spec, number, plan, weights)
-    is_target = _WeightFilter(spec.only, f"{builder.where}.only", sorted(base_names.values()))
+    is_target = _WeightFilter(spec.targets, f"{builder.where}.targets", sorted(base_names.values()))
     for weight in weights.entries:
         name = base_names.get(weight.name)
         if name is None or not is_target(name):
@@ -217,7 +217,7 @@ class _AnchorBuilder:
         if self.importance and not mean > 0:
             raise DataError("all anchored weights have importance 0", where=str(self.importance.path))
         strength = math.nan if spec.strength == "auto" else spec.strength
-        divisor = mean if spec.normalise else 1.0
+        divisor = mean if spec.normalize else 1.0
         anchor: Anchor | AnchoredDecay = (
             AnchoredDecay(self.anchored, strength=strength, divisor=divisor, name=name)
             if spec.decoupled
@@ -268,7 +268,7 @@ class _AnchorBuilder:
                 f"{name} has shape {shape} in this run and {expected} in {model}",
                 where=f"{self.where}.reference",
                 expected="a model of the same shapes",
-                hint="anchor only the weights that both models have, with `only`",
+                hint="anchor only the weights that both models have, with `targets`",
             )
         if self.importance is None:
             return True

@@ -181,7 +181,7 @@ def _relearning_sources(plan: Plan) -> list[dict[str, Any]]:
             if len(held_out) < _MIN_DOCUMENTS:
                 continue
             item = inherit_row_format(listed[held_out.name], "retained", by_source)
-            spec = {key: value for key, value in item.items() if key not in ("hub", "like", "name")}
+            spec = {key: value for key, value in item.items() if key not in ("hub", "same_format_as", "name")}
             out.append({**spec, "name": held_out.name, "role": "replay", "held_out": _HELD_OUT_SHARE})
         else:
             out.append({**_remaining_source(sources[held_out.name], plan), "name": held_out.name, "role": "replay"})

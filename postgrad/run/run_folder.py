@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from postgrad.config.renamed_keys import upgrade_stage
 from postgrad.distributed.world import World
 from postgrad.errors import BusyError, ResumeError
 from postgrad.lineage.record import PLAN, STAGE
@@ -68,7 +69,7 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
     saved_plan = read_plan(run_folder)
     if saved_plan.fingerprints != fingerprints:
         now = json.loads(json.dumps(plan.stage.model_dump(mode="json")))
-        changes = differences(saved_plan.stage, now) + [
+        changes = differences(upgrade_stage(saved_plan.stage), now) + [
             line for line in differences(saved_plan.fingerprints, fingerprints) if not line.startswith("stage:")
         ]
         harmless = ("save.every", "save.keep", "output")

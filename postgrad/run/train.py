@@ -83,7 +83,9 @@ class _Evaluator:
         evaluation = context.plan.evaluation
         self.sets = [evaluation.subset(held_out) for held_out in evaluation.scored_sets]
         # A sharded model cannot generate: its tasks are evaluated before and after training only.
-        self.tasks = [task for task in evaluation.tasks if task.task.during_training and not context.world.is_distributed]
+        self.tasks = [
+            task for task in evaluation.tasks if task.task.during_training and not context.world.is_distributed
+        ]
         self.start_scores = self._read_start_scores()
         if self.run.step == 0 and context.world.is_main:
             session.metrics.write(self._with_tasks(self._row(0, 0, self.start_scores), baseline.answers))

@@ -54,7 +54,7 @@ def update_lines(plan: Plan, summary: SparseUpdate | None) -> list[str]:
     adaptive = plan.stage.optimizer.loss_adaptive
     if adaptive:
         lines.append(
-            f"learning rate: the schedule times min(1, {adaptive.start:.3g} sqrt(first loss / mean loss)), reduced until the "
-            f"mean loss is {100 * adaptive.start**2:.3g} % of the first"
+            f"learning rate: the schedule times min(1, {adaptive.initial_share:.3g} sqrt(first loss / mean loss)), reduced until the "
+            f"mean loss is {100 * adaptive.initial_share**2:.3g} % of the first"
         )
     return lines

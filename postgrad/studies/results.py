@@ -392,7 +392,7 @@ def _evaluate_claim(
     claim: Claim, study: Study, arm_losses: Mapping[str, _ArmLosses], start: Losses | None
 ) -> dict[str, Any]:
     """Test a claim: by its interval over documents, and with every seed."""
-    out: dict[str, Any] = {"say": claim.say, "arm": claim.arm, "than": claim.than, "on": claim.on}
+    out: dict[str, Any] = {"say": claim.statement, "arm": claim.arm, "than": claim.compared_with, "on": claim.loss}
     arm = arm_losses.get(claim.arm)
     reference = arm_losses.get(study.baseline_name or "")
     if claim.min_removed is not None:
