@@ -135,7 +135,8 @@ def tokenise_raw(folder: Path) -> tuple[int, float, float]:
 def tokenise_postgrad(folder: Path) -> tuple[int, float, float]:
     from tokenizers import Tokenizer
 
-    from postgrad.data.tokens.tokenize import Encoder, build_store
+    from postgrad.data.tokens.encoder import Encoder
+    from postgrad.data.tokens.tokenize import build_store
 
     text = (folder / "tokenizer.json").read_text("utf-8")
     tokenizer = Tokenizer.from_str(text)

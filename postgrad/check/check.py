@@ -20,9 +20,10 @@ from postgrad.models.task import Task
 from postgrad.optim import lr_schedules
 from postgrad.plan.plan import Plan
 from postgrad.reports.html.notation import format_duration
-from postgrad.run.build import ParameterCounts, choose_execution, make_loader, make_tuned_model
+from postgrad.run.build import choose_execution, make_loader
 from postgrad.run.relearning import relearning_notes
 from postgrad.run.task_scores import sharding_notes
+from postgrad.run.tuned_model import ParameterCounts, make_tuned_model
 from postgrad.run.update_summary import check_update, update_lines
 
 

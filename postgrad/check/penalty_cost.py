@@ -13,8 +13,9 @@ from postgrad.optim.optimizer import Weights
 from postgrad.penalties.anchor import Anchor, AnchoredDecay
 from postgrad.plan.plan import Plan
 from postgrad.run.anchors import describe_penalty
-from postgrad.run.build import TunedModel, make_penalties
+from postgrad.run.build import make_penalties
 from postgrad.run.penalty_strength import PROBE_STEPS
+from postgrad.run.tuned_model import TunedModel
 
 _ROUNDS = 3
 

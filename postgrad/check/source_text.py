@@ -16,13 +16,13 @@ from postgrad.config.objectives import (
 )
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_source_columns
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.data.read.labels import Labels
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.render.renderer import Renderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
-from postgrad.data.tokens.tokenize import read_all_labels
+from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.errors import DataError
 from postgrad.plan.plan import Plan
 from postgrad.plan.sources import ResolvedSource

@@ -32,8 +32,9 @@ from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.data.filter import data_selection as ways
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
+from postgrad.data.tokens.encoder import Encoder
+from postgrad.data.tokens.source_files import source_fingerprint
 from postgrad.data.tokens.store import TokenStore
-from postgrad.data.tokens.tokenize import Encoder, file_lock, source_fingerprint
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.held_out import HeldOutText
 from postgrad.evaluation.perplexity import score_held_out
@@ -44,6 +45,7 @@ from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_mod
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder
 from postgrad.storage.atomic import write_atomically
+from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import get_task, open_model, start_fingerprint
 
@@ -130,13 +132,13 @@ def _percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
 
-def describe_selection(steps: Sequence[dict[str, Any]]) -> str:
-    """What is left of a source, in a line."""
-    before, after = steps[0]["before"], steps[-1]["after"]
-    kinds = ", then ".join(step["kind"] for step in steps)
+def describe_selection(steps: Sequence[DocumentSelection]) -> str:
+    """What the filters kept of a source, in a line."""
+    before, after = steps[0].before, steps[-1].after
+    kinds = ", then ".join(step.kind for step in steps)
     return (
-        f"{after['documents']:,} of {before['documents']:,} documents are read, {after['tokens']:,} of "
-        f"{before['tokens']:,} tokens (selected by {kinds})"
+        f"{after.documents:,} of {before.documents:,} documents are read, {after.tokens:,} of {before.tokens:,} tokens "
+        f"(selected by {kinds})"
     )
 
 

@@ -22,15 +22,15 @@ from postgrad.data.filter.contamination import OverlapReport, measure_overlap
 from postgrad.data.layouts.windows import locate_texts, max_text_tokens, split_windows
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import Document, detect_kind, read_documents
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.files import find_files
 from postgrad.data.read.labels import Labels
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.renderer import Renderer
 from postgrad.data.tokens.held_out_split import held_out_mask, select_documents
+from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.subset import Subset
-from postgrad.data.tokens.tokenize import read_all_labels
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.held_out import HeldOutRows, HeldOutSet, HeldOutText
 from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText, MaskedWindow

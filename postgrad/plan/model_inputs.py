@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from postgrad.config.tunings import AnyTuning, InstructionPromptTuning, PromptTuningConfig, PTuning
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.data.render.prompt_template import Template
-from postgrad.data.tokens.tokenize import Encoder
+from postgrad.data.tokens.encoder import Encoder
 from postgrad.errors import ModelError, StageError
 from postgrad.models.pretrained import ModelLocation, detect_task, get_embedding_weight, load_pretrained
 from postgrad.models.task import Task

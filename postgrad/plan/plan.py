@@ -16,8 +16,8 @@ from postgrad.config.objectives import AnyObjective, PrefixLMObjective
 from postgrad.data.layouts.rows import Rows
 from postgrad.data.loading.mixture import Mixture
 from postgrad.data.problem_type import ProblemType
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.data.read.labels import Labels
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.chat import plain_template
 from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.errors import DataError, StageError

@@ -19,18 +19,22 @@ from postgrad.config.tunings import InstructionPromptTuning
 from postgrad.data.loading.mixture import seen_weights
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind, read_examples
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example
+from postgrad.data.read.examples import Example
 from postgrad.data.read.files import HubDataset
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import get_generator_model
 from postgrad.data.read.labels import Labels
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.render.renderer import Renderer
+from postgrad.data.tokens.encode import render_example
+from postgrad.data.tokens.encoder import Encoder
 from postgrad.data.tokens.held_out_split import held_out_mask
+from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore, digest
-from postgrad.data.tokens.tokenize import Encoder, build_store, read_all_labels, render_example
+from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import StageError
-from postgrad.lineage.record import ConsumedSource, add_consumed, read_record
+from postgrad.lineage.record import ConsumedSource, DocumentSelection, add_consumed, read_record
 from postgrad.lineage.saved_plan import ReplayableSource, read_plan
 from postgrad.models.pretrained import ModelLocation
 from postgrad.plan.filter_documents import resolve_methods, select_documents
@@ -58,7 +62,7 @@ class SourceSpec:
     max_passes: float
     files: Files
     template: RowTemplate
-    stands_for: int | None
+    prior_tokens: int | None
     objective: RowsObjective
     """What its rows are made for."""
     objective_indices: tuple[int, ...]
@@ -82,7 +86,7 @@ class ResolvedSource:
     held_out: float
     renderer: Renderer | None
     store: TokenStore
-    selection: tuple[dict[str, Any], ...] = ()
+    selection: tuple[DocumentSelection, ...] = ()
     """Of each way to select documents what it did, as plain data; the store has those that are left."""
 
     @property
@@ -150,7 +154,7 @@ def resolve_source_specs(
                 expected="a start model that is a run folder of an earlier stage",
                 hint="give the old text itself as `path`",
             )
-        for part, name, given, base, held_out, stands_for in origins:
+        for part, name, given, base, held_out, prior_tokens in origins:
             files = make_text_files(name, given, base, where)
             weighed = match_objectives(source.name, detect_kind(files), objectives, start_objectives, where)
             if not weighed.objective_indices:
@@ -171,7 +175,7 @@ def resolve_source_specs(
                     source.max_passes,
                     files,
                     wording,
-                    stands_for,
+                    prior_tokens,
                     *weighed,
                     given.get("cluster"),
                     tuple(_SELECTIONS.validate_python(given.get("select") or [])),
@@ -317,7 +321,7 @@ def make_source_records(
         ReplayableSource(
             name=leaf.name,
             fingerprint=leaf.store.fingerprint,
-            prior_tokens=leaf.spec.prior_tokens or 0,
+            prior_tokens=leaf.spec.stands_for or 0,
             origin=make_source_origin(leaf, start_model, seed),
         )
         for leaf in sources

@@ -16,7 +16,6 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import NextTokenObjective
-from postgrad.data.tokens.tokenize import file_lock
 from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabulary
 from postgrad.errors import CheckpointError, ModelError, StageError
 from postgrad.models.from_scratch import (
@@ -34,6 +33,7 @@ from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_mod
 from postgrad.plan.held_out_sets import inherit_row_format
 from postgrad.plan.sources import ProgressCallback, SourceSpec, held_out_share, make_row_template, make_text_files
 from postgrad.storage.atomic import publish_folder, remove_folder, verify
+from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
 
 _FORMAT = 1

@@ -11,8 +11,8 @@ from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import read_examples
 from postgrad.data.read.examples import Example
 from postgrad.data.read.files import RawSource as Files
+from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore
-from postgrad.data.tokens.tokenize import read_all_labels
 from postgrad.errors import DataError, suggest_nearest
 
 LabelName = str | int

@@ -67,7 +67,7 @@ def find_cache_jobs(plan: Plan) -> list[CacheJob]:
                     "rows": _rows_fingerprint(plan, k),
                 }
                 labels_per_row = rows.ledger.trained / max(len(rows), 1)
-                cache = TeacherCache.open_in(plan.cache / "told", description, keys, labels_per_row)
+                cache = TeacherCache.open_in(plan.cache / "teacher-predictions", description, keys, labels_per_row)
                 out.append(CacheJob(number, k, cache, spec))
     return out
 

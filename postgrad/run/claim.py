@@ -14,10 +14,11 @@ from postgrad.lineage.saved_plan import SavedPlan, read_plan, write_plan
 from postgrad.plan.plan import Plan
 from postgrad.plan.sources import make_source_records
 from postgrad.run.anchors import penalty_fingerprints
-from postgrad.run.build import TunedModel, choose_execution, make_tuned_model
+from postgrad.run.build import choose_execution
 from postgrad.run.context import RunContext, prepare_model
 from postgrad.run.events import Phase, PhaseStarted, RunFinished, WarningMessage
 from postgrad.run.run_folder import Interrupt, claim_run_folder
+from postgrad.run.tuned_model import TunedModel, make_tuned_model
 from postgrad.run.write_record import dump_stage, utc_timestamp
 from postgrad.storage.atomic import remove_staging, write_atomically
 from postgrad.tuning.open_model import start_fingerprint

@@ -13,8 +13,8 @@ from postgrad.lineage.saved_plan import SavedPlan
 from postgrad.models.model import Model, verify_model, wrap_model
 from postgrad.models.pretrained import locate_model
 from postgrad.plan.plan import Plan
-from postgrad.run.build import ParameterCounts, TunedModel, make_tuned_model
 from postgrad.run.run_folder import MODEL, Interrupt
+from postgrad.run.tuned_model import ParameterCounts, TunedModel, make_tuned_model
 from postgrad.storage.atomic import verify
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import BaseReference, open_model

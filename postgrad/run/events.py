@@ -11,7 +11,7 @@ from postgrad.hardware.execution import Execution
 from postgrad.lineage.metrics import EvaluationRow
 from postgrad.lineage.record import Record
 from postgrad.plan.plan import Plan
-from postgrad.run.build import ParameterCounts
+from postgrad.run.tuned_model import ParameterCounts
 from postgrad.training.step import StepReport
 
 

@@ -139,7 +139,8 @@ def strength_lines(strengths: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The strengths and their measurements, as text."""
     return [
         f"{name}: strength {entry['strength']:.3g}, from {entry['steps']:.0f} probe steps: at the expected end of the stage "
-        f"the penalty's gradient at strength 1 is {entry['unit_penalty_norm']:.3g}, that of the losses {entry['gradient_norm']:.3g}"
+        f"the penalty's gradient at strength 1 is {entry['unit_penalty_norm']:.3g}, that of the losses "
+        f"{entry['gradient_norm']:.3g}"
         for name, entry in strengths.items()
     ]
 

@@ -32,7 +32,8 @@ from postgrad.optim.lr_schedules import sample_schedule
 from postgrad.plan.held_out_sets import inherit_row_format
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.sources import ResolvedSource, make_replay_source, make_source_origin
-from postgrad.run.build import build_run, make_loader, make_tuned_model
+from postgrad.run.build import build_run, make_loader
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.stats.forgetting import bootstrap_means
 from postgrad.training.loop import train_steps
 

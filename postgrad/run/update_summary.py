@@ -9,11 +9,12 @@ from postgrad.lineage.record import SparseUpdate
 from postgrad.optim.optimizer import Weights
 from postgrad.optim.sparse_update import SparseMask, UpdateMask
 from postgrad.plan.plan import Plan
-from postgrad.run.build import TunedModel, make_update_mask
+from postgrad.run.build import make_update_mask
+from postgrad.run.tuned_model import TunedModel
 
 _SELECTION_TEXTS = {
-    "momentum": "the entries of each matrix with the largest momentum",
-    "magnitude": "the rows with the largest outputs",
+    "mofo": "the entries of each matrix with the largest momentum",
+    "migu": "the rows with the largest outputs",
 }
 
 
@@ -45,16 +46,17 @@ def update_lines(plan: Plan, summary: SparseUpdate | None) -> list[str]:
     """Lines on the stage's updates; none for dense ones at the scheduled rate."""
     lines = []
     if summary:
-        kind, share = summary.kind, f"{100 * summary.share:.3g} %"
+        kind, updated, total = summary.kind, summary.updated_weights, summary.total_weights
         lines.append(
-            f"update: {kind}, {share} of {_SELECTION_TEXTS[kind]}: {summary.updated_weights:,} of {summary.total_weights:,} weights per step "
-            f"({summary.updated_weights / summary.total_weights:.1%}; {summary.always_updated_weights:,} of them are always updated); a temporary copy of "
+            f"update: {kind}, {100 * summary.share:.3g} % of {_SELECTION_TEXTS[kind]}: {updated:,} of {total:,} weights per "
+            f"step ({updated / total:.1%}; {summary.always_updated_weights:,} of them are always updated); a temporary copy of "
             f"{format_bytes(summary.bytes)}"
         )
     adaptive = plan.stage.optimizer.loss_adaptive
     if adaptive:
+        share = adaptive.initial_share
         lines.append(
-            f"learning rate: the schedule times min(1, {adaptive.initial_share:.3g} sqrt(first loss / mean loss)), reduced until the "
-            f"mean loss is {100 * adaptive.initial_share**2:.3g} % of the first"
+            f"learning rate: the schedule times min(1, {share:.3g} sqrt(first loss / mean loss)), reduced until the mean loss "
+            f"is {100 * share**2:.3g} % of the first"
         )
     return lines

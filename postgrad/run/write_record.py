@@ -35,9 +35,9 @@ from postgrad.lineage.saved_plan import read_plan
 from postgrad.optim import lr_schedules
 from postgrad.plan.plan import Plan
 from postgrad.plan.sources import count_consumed_tokens, make_source_records
-from postgrad.run.build import ParameterCounts
 from postgrad.run.context import RunContext
 from postgrad.run.training_session import TrainingOutcome
+from postgrad.run.tuned_model import ParameterCounts
 from postgrad.stats.source_losses import losses_by_source
 from postgrad.storage.fingerprint import model_fingerprint
 from postgrad.training.checkpoint_files import read_progress

@@ -60,7 +60,7 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], str, tuple[str, ...]]] = {
         [*many("completion"), {"text": "six"}],
         {},
         "bad.jsonl:21",
-        ("`text` after rows of `completion`", "make two sources of it"),
+        ("`text` after rows of `completion`", "split it into two sources"),
     ),
     "two kinds from the first rows on": (
         [{"prompt": "a", "completion": "b"}, {"instruction": "a", "output": "b"}],
@@ -78,7 +78,7 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], str, tuple[str, ...]]] = {
         [*many("pair"), {"src": "a", "trget": "b"}],
         {},
         "bad.jsonl:21",
-        ("no column `source` among `src`, `trget`", "rows of `pair` as before it: `source`, `target`"),
+        ("no column `source` among `src`, `trget`", "rows of `pair` like those before: `source`, `target`"),
     ),
     "rows of no kind at all": (
         [{"question": "a", "response": "b"}],
@@ -256,7 +256,7 @@ def test_rows_of_which_nothing_can_be_learnt_are_refused(planned: Planned, name:
         "chat": {"messages": [ASK]},
         "pair": {"source": "six", "target": ""},
     }[name]
-    with pytest.raises(DataError, match="nothing can be learnt from any row") as met:
+    with pytest.raises(DataError, match="has anything to learn") as met:
         planned([row] * 3)
     assert met.value.where.endswith("bad.jsonl:3")
 

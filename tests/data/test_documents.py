@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.read import documents as formats
+from postgrad.data.read import text_files as formats
 from postgrad.data.read.documents import detect_kind, read_documents, read_examples, read_labels
 from postgrad.data.read.files import RawSource
 from postgrad.errors import DataError
@@ -311,7 +311,7 @@ def test_only_rows_with_the_values_that_are_asked_for(tmp_path: Path, ending: st
     assert met(task=("add",)) == [0, 3, 6]
     assert met(task=("add", "mul")) == [0, 2, 3, 5, 6, 8]
     assert met(task=("sub",), size=("0", "2")) == [1, 7]
-    with pytest.raises(DataError, match=r"holds no document with task div or pow and size 1"):
+    with pytest.raises(DataError, match=r"has no document with task div or pow and size 1"):
         met(task=("div", "pow"), size=("1",))
     with pytest.raises(DataError, match=r"no column `tesk`"):
         met(tesk=("add",))
@@ -319,13 +319,13 @@ def test_only_rows_with_the_values_that_are_asked_for(tmp_path: Path, ending: st
 
 def test_a_text_file_has_nothing_to_choose_by(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words")
-    with pytest.raises(DataError, match="a text file has no columns to choose rows by"):
+    with pytest.raises(DataError, match="a text file has no columns to filter rows by"):
         list(read_documents(source(tmp_path, "a.txt", row_filter={"task": ("add",)})))
 
 
 def test_rows_from_which_nothing_can_be_learnt_are_an_error_with_a_place(tmp_path: Path) -> None:
     file = rows(tmp_path, {"prompt": "a", "completion": ""}, {"prompt": "a", "completion": None})
-    with pytest.raises(DataError, match=r"nothing can be learnt from any row of .*: empty answer") as caught:
+    with pytest.raises(DataError, match=r"no row of .* has anything to learn; .*: empty answer") as caught:
         list(read_documents(source(tmp_path, "a.jsonl")))
     assert caught.value.where == f"{file}:2"
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postgrad.data.read.examples import Example, SkippedRow, detect_columns, make_example
+from postgrad.data.read.columns import detect_columns
+from postgrad.data.read.examples import Example, SkippedRow, make_example
 from postgrad.data.read.labels import Labels, collect_labels, merge_labels
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.errors import DataError, StageError
@@ -149,7 +150,7 @@ def test_a_row_that_teaches_nothing_is_skipped_for_a_reason(row: dict[str, Any],
         ({"messages": [{"role": "narrator", "content": "a"}]}, "`messages` 1 has the role 'narrator'"),
         ({"conversations": [{"from": "human", "value": 3}]}, "`conversations` 1 has the number 3 for its content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has content that is not text"),
-        ({"messages": turns("q", "a"), "tools": "{"}, "`tools` is no JSON"),
+        ({"messages": turns("q", "a"), "tools": "{"}, "`tools` is not valid JSON"),
         ({"messages": turns("q", "a"), "tools": {"name": 1}}, "`tools` is an object"),
         ({"messages": turns("q", "a"), "system": 1}, "`system` is the number 1"),
         ({"instruction": ["i"], "output": "o"}, "`instruction` is a list"),
@@ -174,7 +175,7 @@ def test_a_row_that_teaches_nothing_is_skipped_for_a_reason(row: dict[str, Any],
         ({"question": "q", "choices": ["a"] * 27, "answer": 0}, "27 choices"),
         ({"question": "q", "choices": "ab", "answer": 0}, "`choices` is text"),
         ({"question": "q", "choices": ["a", 2], "answer": 0}, "`choices` holds the number 2"),
-        ({"question": "q", "choices": {"text": ["a", "b"], "label": ["A"]}, "answer": "A"}, "other than one label"),
+        ({"question": "q", "choices": {"text": ["a", "b"], "label": ["A"]}, "answer": "A"}, "not one label"),
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, "the answer '2' is none of the choices"),
         ({"question": "q", "choices": ["a", "b"], "answer": "c"}, "the answer 'c' is none of the choices"),
         ({"question": "q", "choices": ["B", "A"], "answer": "A"}, "the answer 'A' is more than one of the choices"),
@@ -289,7 +290,7 @@ def test_labels_of_several_sources() -> None:
     assert merge_labels([Labels("class", ("b",)), Labels("class", ("a", "b"))]) == Labels("class", ("a", "b"))
     assert merge_labels([Labels("class", (1, 2)), Labels("number")]) == Labels("number")
     for other in (Labels("multi", ("a",)), Labels("class", (1,)), Labels("number")):
-        with pytest.raises(DataError, match="labels of one sort"):
+        with pytest.raises(DataError, match="labels of one type"):
             merge_labels([Labels("class", ("a",)), other])
 
 

@@ -18,9 +18,11 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.read import files
+from postgrad.data.read import json_stream, records, text_lines
 from postgrad.data.read.documents import read_documents
-from postgrad.data.read.files import HubDataset, RawSource, find_files, read_hub, read_lines, read_records
+from postgrad.data.read.files import HubDataset, RawSource, find_files
+from postgrad.data.read.records import read_hub, read_records
+from postgrad.data.read.text_lines import read_lines
 from postgrad.errors import DataError
 
 ROWS = [{"text": f'line {n}\n"quoted", ünï'} for n in range(700)]
@@ -60,7 +62,7 @@ def test_every_row_is_read_whatever_the_file(tmp_path: Path, kind: str, compress
 
 @pytest.mark.parametrize("block", [1, 7, 64, 2**18])
 def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(files, "_BLOCK", block)
+    monkeypatch.setattr(text_lines, "_BLOCK", block)
     rows = [*ROWS[:20], {"text": "x" * 5000, "n": -12.5e3, "deep": [[{"a": None}]] * 9}]
     for kind in ("json", "jsonl"):
         file = tmp_path / f"a.{kind}"
@@ -87,13 +89,13 @@ def test_json_array_equals_the_parser_of_the_library(
 ) -> None:
     file = tmp_path / "a.json"
     file.write_text(json.dumps(rows, indent=indent))
-    before, files._BLOCK = files._BLOCK, block
+    before, text_lines._BLOCK = text_lines._BLOCK, block
     try:
         assert [row.values for row in read_records(file)] == rows
         file.write_text("\n ".join(json.dumps(row, indent=indent) for row in rows))
         assert [row.values for row in read_records(file)] == rows
     finally:
-        files._BLOCK = before
+        text_lines._BLOCK = before
 
 
 def test_seen_adds_up_to_the_size_on_disk(tmp_path: Path) -> None:
@@ -146,9 +148,9 @@ def test_files_are_found_in_order(tree: Path, path: str, found: list[str]) -> No
     [
         ("c.txt", "did you mean 'b.txt'?"),
         ("deap/er/c.md.gz", "did you mean 'deep'?"),
-        ("*.parquet", "holds"),
+        ("*.parquet", "x[1].txt"),
         ("deep/e.py", "no file of a known kind"),
-        ("empty", "the folder empty holds no files"),
+        ("empty", "the folder empty has no files"),
         ("", "is not a path"),
         ("a\0b", "is not a path"),
         ("x" * 5000, "x"),
@@ -313,9 +315,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 
 
 def test_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LINE_CAP", 1000)
-    monkeypatch.setattr(files, "VALUE_CAP", 1000)
-    monkeypatch.setattr(files, "_BLOCK", 64)
+    monkeypatch.setattr(text_lines, "LINE_CAP", 1000)
+    monkeypatch.setattr(json_stream, "VALUE_CAP", 1000)
+    monkeypatch.setattr(text_lines, "_BLOCK", 64)
     for name, data in (
         ("a.txt", b"x\n" + b"x" * 1100),
         ("a.jsonl", b'{"text": "a"}\n{"text": "' + b"x" * 1100 + b'"}\n'),
@@ -328,7 +330,7 @@ def test_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_BOMB_BYTES", 2**20)
+    monkeypatch.setattr(records, "_BOMB_BYTES", 2**20)
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(bytes(2**22)))
     with pytest.raises(DataError, match="200 times its size"):
         list(read_records(tmp_path / "a.parquet.gz"))
@@ -337,7 +339,7 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 MEMORY = """
     import resource, sys
     from pathlib import Path
-    from postgrad.data.read.files import read_records
+    from postgrad.data.read.records import read_records
     from postgrad.errors import DataError
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows = 0
@@ -387,7 +389,7 @@ def test_a_folder_is_read_as_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.
     rows = list(read_hub(HubDataset("set"), tmp_path, "data.sources[0]"))
     assert [row.values for row in rows] == ROWS[:5]
     assert rows[1].location == "set/train:2"
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot read"):
         list(read_hub(HubDataset("set", split="nothing"), tmp_path, "data.sources[0]"))
 
 

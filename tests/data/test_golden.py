@@ -17,7 +17,7 @@ from postgrad.data.layouts import packed_text
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading import batch
 from postgrad.data.loading.batch import collate
-from postgrad.data.read.examples import KINDS
+from postgrad.data.read.row_kinds import KINDS
 from postgrad.models.pretrained import save_pretrained
 from postgrad.plan.plan import Plan, make_plan
 from tests.conftest import make_llama

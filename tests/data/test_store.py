@@ -218,7 +218,7 @@ def test_every_flipped_bit_of_marks_and_values_is_found(tmp_path: Path, name: st
     whole = (store.path / name).read_bytes()
     for at in range(0, len(whole), max(1, len(whole) // 20)):
         (store.path / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(DataError, match="was changed after it was written"):
+        with pytest.raises(DataError, match="has changed since it was written"):
             TokenStore.open(store.path).verify()
     (store.path / name).write_bytes(whole[:-1])
     with pytest.raises(DataError, match=f"{name} has"):
@@ -275,7 +275,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path, name: str) -> None:
     whole = (store.path / name).read_bytes()
     for at in range(0, len(whole), max(1, len(whole) // 40)):
         (store.path / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(DataError, match="was changed after it was written"):
+        with pytest.raises(DataError, match="has changed since it was written"):
             TokenStore.open(store.path).verify()
 
 

@@ -29,10 +29,13 @@ from postgrad.data.read.labels import Labels
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.renderer import Renderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
+from postgrad.data.tokens import batches, source_files, tokenize
 from postgrad.data.tokens import store as store_module
-from postgrad.data.tokens import tokenize
+from postgrad.data.tokens.encode import token_marks
+from postgrad.data.tokens.encoder import Encoder
+from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore, digest
-from postgrad.data.tokens.tokenize import Encoder, build_store, read_all_labels
+from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import DataError, ModelError
 from tests.conftest import make_tokenizer
 
@@ -154,7 +157,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused_with_the_place(tmp_path: P
     source = corpus(tmp_path, ["A", "the cat sat"])
     with pytest.raises(DataError, match=r"a\.jsonl:2: token id") as caught:
         build_store(source, Encoder(tokenizer.to_str(), None, EOS, 260), tmp_path / "cache")
-    assert "tokenizer that belongs to the model" in str(caught.value)
+    assert "use the model's own tokenizer" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +193,8 @@ def test_the_ledger(
     folder = tmp_path_factory.mktemp("ledger")
     source = corpus(folder, [*texts, "the cat"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize, "BATCH_CHARACTERS", batch)
-        patch.setattr(tokenize, "SHARD_CHARACTERS", shard)
+        patch.setattr(batches, "BATCH_CHARACTERS", batch)
+        patch.setattr(batches, "SHARD_CHARACTERS", shard)
         store = build_store(source, encoder, folder / "cache", workers=workers)
     assert len(texts) + 1 == len(store) + store.empty_count
     whole = encoder.load()
@@ -208,9 +211,9 @@ def test_a_long_document_is_encoded_in_pieces(
     texts = ["short", prose(3, 4000), "", prose(4, 3000), "short", "x" * 20_000, prose(5, 100)]
     source = corpus(tmp_path, texts)
     plain = build_store(source, encoder, tmp_path / "cache")
-    monkeypatch.setattr(tokenize, "WHOLE_DOCUMENT", 4000)
-    monkeypatch.setattr(tokenize, "PIECE", 1000)
-    monkeypatch.setattr(tokenize, "SHARD_CHARACTERS", 15_000)
+    monkeypatch.setattr(batches, "WHOLE_DOCUMENT", 4000)
+    monkeypatch.setattr(batches, "PIECE", 1000)
+    monkeypatch.setattr(batches, "SHARD_CHARACTERS", 15_000)
     pieces = build_store(source, encoder, tmp_path / "cache")
     assert len(pieces) == len(plain) == 6
     assert pieces.empty_count == 1
@@ -224,9 +227,9 @@ def test_a_long_document_is_encoded_in_pieces(
 
 def test_pieces_are_cut_at_a_line_that_begins_with_a_letter() -> None:
     text = "a\nb\n\n c\n1\nüber" + "z" * 10
-    assert text[tokenize._split_position(text, 18) :].startswith("über")
-    assert tokenize._split_position("aaa bbb ccc", 9) == 7
-    assert tokenize._split_position("a" * 20, 9) == 9
+    assert text[batches._split_position(text, 18) :].startswith("über")
+    assert batches._split_position("aaa bbb ccc", 9) == 7
+    assert batches._split_position("a" * 20, 9) == 9
 
 
 # --- the cache ----------------------------------------------------------------------------------------
@@ -265,7 +268,7 @@ def test_a_file_is_hashed_once(tmp_path: Path, encoder: Encoder, monkeypatch: py
     assert not (tmp_path / "cache" / "hashes.json").exists()  # too young to be sure
     os.utime(file, ns=(young - 10**10,) * 2)
     first = build_store(source, encoder, tmp_path / "cache")
-    monkeypatch.setattr(tokenize, "sha256", None)
+    monkeypatch.setattr(source_files, "sha256", None)
     assert build_store(source, encoder, tmp_path / "cache").path == first.path
 
 
@@ -284,7 +287,7 @@ def test_a_file_that_changes_under_the_build_is_refused(tmp_path: Path, encoder:
     def progress(_: int, __: int) -> None:
         (tmp_path / "a.jsonl").write_text('{"text": "other"}\n')
 
-    with pytest.raises(DataError, match="changed while it was read"):
+    with pytest.raises(DataError, match="changed while it was being read"):
         build_store(source, encoder, tmp_path / "cache", progress)
     assert not list((tmp_path / "cache" / "stores").iterdir())
 
@@ -292,8 +295,8 @@ def test_a_file_that_changes_under_the_build_is_refused(tmp_path: Path, encoder:
 def test_progress_is_counted_in_bytes_and_ends_at_the_total(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 500)
-    monkeypatch.setattr("postgrad.data.read.files._BLOCK", 500)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("postgrad.data.read.text_lines._BLOCK", 500)
     source = corpus(tmp_path, [prose(n, 50) for n in range(30)])
     told: list[tuple[int, int]] = []
     build_store(source, encoder, tmp_path / "cache", lambda done, total: told.append((done, total)))
@@ -524,7 +527,7 @@ def test_a_token_is_an_answers_when_any_of_its_bytes_is(pieces: list[tuple[str, 
         expected.append(max(mark for mark, character in zip(marked, spans, strict=True) if character in characters))
         at += size
     assert at == len(marked)
-    given = tokenize.token_marks(pieces, np.array(encoding.offsets).reshape(-1, 2), False)
+    given = token_marks(pieces, np.array(encoding.offsets).reshape(-1, 2), False)
     assert given.tolist() == expected
 
 
@@ -615,7 +618,7 @@ def test_skipped_rows_are_counted_by_reason(tmp_path: Path, encoder: Encoder, mo
     source = rows_of(tmp_path, rows)
     plain = build_store(source, encoder, tmp_path / "cache", renderer=PlainRenderer())
     assert (len(plain), plain.empty_count, plain.skipped) == (10, 10, {"empty answer": 5, "no tokens": 5})
-    monkeypatch.setattr(tokenize, "SHARD_CHARACTERS", 15)
+    monkeypatch.setattr(batches, "SHARD_CHARACTERS", 15)
     shards = build_store(source, encoder, tmp_path / "cache", renderer=PlainRenderer())
     assert len(shards.header["files"]) > 5
     assert (len(shards), shards.empty_count, shards.skipped) == (10, 10, plain.skipped)
@@ -635,8 +638,8 @@ def test_what_is_said_of_a_row_stays_with_it_when_others_are_left_out(tmp_path: 
 def test_a_row_longer_than_a_piece_is_encoded_as_a_whole(
     tmp_path: Path, tokenizer: Tokenizer, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize, "WHOLE_DOCUMENT", 100)
-    monkeypatch.setattr(tokenize, "PIECE", 50)
+    monkeypatch.setattr(batches, "WHOLE_DOCUMENT", 100)
+    monkeypatch.setattr(batches, "PIECE", 50)
     source = rows_of(tmp_path, [{"prompt": "the " * 200, "completion": "cat " * 200}] * 2)
     store = build_store(source, encoder, tmp_path / "cache", renderer=PlainRenderer())
     assert runs(store, 1, tokenizer) == [(0, "the " * 199 + "the"), (1, " cat" * 200 + " </s>")]
@@ -697,7 +700,7 @@ def test_a_store_of_running_text_is_still_of_the_first_format(
 
 def test_rows_with_parts_need_a_renderer(tmp_path: Path, encoder: Encoder) -> None:
     source = rows_of(tmp_path, [{"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "b"}])
-    with pytest.raises(DataError, match=r"a\.jsonl:2: rows of kind `completion` where running text is read"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: rows of kind `completion` instead of running text"):
         build_store(source, encoder, tmp_path / "cache")
 
 
@@ -717,7 +720,7 @@ def test_labels_are_read_once_for_each_state_of_the_files(tmp_path: Path, monkey
     second = rows_of(tmp_path / "b", [{"sentence": "x", "label": 2}])
     assert read_all_labels([first, second], tmp_path / "cache") == Labels("class", (1, 2, 3))
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "read_labels", None)  # it would be called
+        patch.setattr(source_files, "read_labels", None)  # it would be called
         assert read_all_labels([second, first], tmp_path / "cache") == Labels("class", (1, 2, 3))
     second = rows_of(tmp_path / "b", [{"sentence": "x", "label": 7}])
     assert read_all_labels([first, second], tmp_path / "cache") == Labels("class", (1, 3, 7))
@@ -755,9 +758,9 @@ def test_threads_and_batches_change_no_byte_of_rows(
     folder = tmp_path_factory.mktemp("rows")
     source = rows_of(folder, conversations(25))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize, "SHARD_CHARACTERS", shard)
+        patch.setattr(batches, "SHARD_CHARACTERS", shard)
         one = build_store(source, encoder, folder / "one", workers=1, renderer=PLAIN_CHAT)
-        patch.setattr(tokenize, "BATCH_CHARACTERS", batch)
+        patch.setattr(batches, "BATCH_CHARACTERS", batch)
         other = build_store(source, encoder, folder / "other", workers=workers, renderer=PLAIN_CHAT)
     assert tree(one.path) == tree(other.path)
     assert len(one) + one.empty_count == 25
@@ -772,8 +775,8 @@ BOUNDARIES = ("mkdir", "rename", "replace", "fsync", "unlink")
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize, "SHARD_CHARACTERS", 3000)
-    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 1200)
+    monkeypatch.setattr(batches, "SHARD_CHARACTERS", 3000)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 1200)
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -857,7 +860,7 @@ def test_killed_at_every_boundary_the_bytes_are_the_same(tmp_path: Path, encoder
 def test_killed_at_every_boundary_marks_and_values_are_the_same(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize, "SHARD_CHARACTERS", 500)
+    monkeypatch.setattr(batches, "SHARD_CHARACTERS", 500)
     rows = [{"sentence": prose(n, 20), "label": ["no", "yes", None][n % 3]} for n in range(18)]
     source, renderer = rows_of(tmp_path, rows), ClassRenderer(CLASSES)
     assert set(sweep_kills(source, encoder, tmp_path, partial(build_store, renderer=renderer))) >= {0, 1, 2}
@@ -877,7 +880,7 @@ def test_finished_shards_are_not_encoded_again(
     whole = build_store(source, encoder, tmp_path / "whole")
     shards = len(whole.header["files"]) - 1
     assert shards > 3
-    real_encode = tokenize._encode
+    real_encode = tokenize.encode_batch
     for number in range(shards):
         cache = tmp_path / f"cache-{number}"
 
@@ -900,7 +903,7 @@ def test_finished_shards_are_not_encoded_again(
             return real_encode(batch, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(tokenize, "_encode", count)
+            patch.setattr(tokenize, "encode_batch", count)
             store = build_store(source, encoder, cache)
         assert tree(store.path) == tree(whole.path)
         assert sum(encoded) == int((whole.documents["shard"] >= number).sum())
@@ -920,9 +923,9 @@ def test_mutant_a_build_that_forgets_where_it_was_is_caught(
 BUILD = """
     import sys
     from pathlib import Path
-    from postgrad.data.tokens import tokenize
+    from postgrad.data.tokens import batches, tokenize
     from postgrad.data.read.files import RawSource
-    tokenize.SHARD_CHARACTERS = 20_000
+    batches.SHARD_CHARACTERS = 20_000
     root = Path(sys.argv[1])
     encoder = tokenize.Encoder((root / "t.json").read_text(), None, 1, 400)
     store = tokenize.build_store(RawSource("s", path="a.jsonl", root=root), encoder, root / "cache")

@@ -130,5 +130,5 @@ def test_token_ids_are_no_text(tmp_path: Path) -> None:
 
 def test_when_everything_is_held_out_nothing_can_be_learnt(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", old_text(5))
-    with pytest.raises(DataError, match="no document is left"):
+    with pytest.raises(DataError, match="no document remains"):
         learnt([(path, 1.0, 1.0)], tmp_path)

@@ -255,7 +255,7 @@ def test_two_ranks_are_taught_as_one(how: str, stage_of: StageOf, cache: Path, t
     list(run_stage(plan_of(stage_of(output=str(tmp_path / "one"), **changes), cache), command="test", cache=cache))
     file = tmp_path / "two.yaml"
     file.write_text(yaml.safe_dump(stage_of(output=str(tmp_path / "two"), **changes)))
-    for folder in (cache / "told").glob("*") if distill else ():
+    for folder in (cache / "teacher-predictions").glob("*") if distill else ():
         shutil.rmtree(folder)
     train_on_two(file, cache)
     both = [

@@ -548,7 +548,9 @@ def test_two_ranks_choose_what_one_chooses(secret: Workspace, tmp_path: Path) ->
     )
     assert found.published_checkpoint.value == pytest.approx(one.published_checkpoint.value, rel=1e-4)
     for side in ("before", "after"):
-        assert found.scores[side]["secret"]["nats"] == pytest.approx(one.scores[side]["secret"]["nats"], rel=1e-4)
+        assert getattr(found.scores, side)["secret"].nats == pytest.approx(
+            getattr(one.scores, side)["secret"].nats, rel=1e-4
+        )
     best = Path(two["output"]) / "checkpoints" / f"step-{found.published_checkpoint.step:08d}"
     assert same_weights(Path(two["output"]) / "model", best)
 

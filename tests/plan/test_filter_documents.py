@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,12 @@ import pytest
 import torch
 
 from postgrad.check.plan_text import plan_lines
-from postgrad.commands.evaluate import load_file_sets, score_model
+from postgrad.commands.score_files import load_file_sets, score_model
 from postgrad.config.stage_file import parse_stage
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import perplexity
+from postgrad.lineage.saved_plan import read_plan
 from postgrad.models.pretrained import locate_model, save_pretrained
 from postgrad.plan import filter_documents
 from postgrad.plan.plan import Plan, make_plan
@@ -232,7 +232,7 @@ def test_a_later_stage_replays_what_was_selected(
     (leaf,) = [leaf for leaf in later.data.sources if leaf.role == "replay"]
     assert leaf.store.documents["digest"].tolist() == first.data.sources[0].store.documents["digest"].tolist()
     assert leaf.store.fingerprint == first.data.sources[0].store.fingerprint
-    origin = json.loads((last.run_folder / "plan.json").read_text())["leaves"][0]["origin"]
+    origin = read_plan(last.run_folder).resolved_sources[0].origin
     assert origin["select"][0]["seed"] == 3 and origin["select"][1]["model"] == str(base / "base")
     # A mutant: by the model and seed of the later stage, other documents would be replayed.
     other = plan_of({**selected(stage_of, *ways), "seed": 0, "model": str(last.run_folder)})

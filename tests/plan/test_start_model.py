@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from postgrad.commands.evaluate import show_lineage
+from postgrad.commands.lineage import trace_lineage
 from postgrad.config.stage_file import parse_stage
 from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.train_vocabulary import _digests_and_sizes
@@ -151,12 +151,12 @@ def test_a_lineage_goes_on_from_a_new_model_and_is_drawn_without_it(shelf: Works
     second["model"] = first["output"]
     second["evaluation"] = {"learned": [shelf.file("new", held_out=True)], "samples": 0}
     shelf.run(second)
-    found = show_lineage(Path(second["output"]), None, cache=shelf.cache)
+    found = trace_lineage(Path(second["output"]), cache=shelf.cache)
     shutil.rmtree(shelf.cache / "fresh")
-    again = show_lineage(Path(second["output"]), None, cache=shelf.cache)
-    assert again["R"] == found["R"]
-    assert found["stages"][0]["name"] == "start" and found["stages"][0]["model"] == "llama-100k"
-    assert all(value is not None for row in found["R"] for value in row)
+    again = trace_lineage(Path(second["output"]), cache=shelf.cache)
+    assert again.R == found.R
+    assert found.stages[0].name == "start" and found.stages[0].model == "llama-100k"
+    assert all(value is not None for row in found.R for value in row)
 
 
 def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Workspace, tmp_path: Path) -> None:
@@ -212,7 +212,9 @@ def test_what_cannot_be_made_is_told(
 
 
 def test_small_folders_do_not_sit_on_a_new_model(shelf: Workspace) -> None:
-    with pytest.raises(TuningError, match=r"`lora` leaves a small folder[\s\S]*train the new model whole first"):
+    with pytest.raises(
+        TuningError, match=r"`lora` publishes a small folder[\s\S]*train the new model with `full` first"
+    ):
         shelf.run(begun(shelf, "lora", LLAMA, tuning={"kind": "lora"}))
     head = {"kind": "blocks", "last": 1}
     assert shelf.run(begun(shelf, "blocks", LLAMA, tuning=head)).record.status == "finished"

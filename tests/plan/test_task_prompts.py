@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from postgrad.commands.evaluate import load_model_inputs
+from postgrad.commands.score_files import load_model_inputs
 from postgrad.config.stage_file import load_tasks, parse_stage
 from postgrad.config.tasks import TaskConfig
 from postgrad.errors import DataError, ModelError, StageError
@@ -383,7 +383,7 @@ def test_questions_without_content_and_a_bare_one(shelf: Workspace, tmp_path: Pa
         ([{"prompt": "a", "completion": "b"}], {"calibrate": True}, StageError, r"\.calibrate: "),
         ([{"question": "q", "choices": ["a", "b"], "answer": 0}], {"metrics": ["F1"]}, StageError,
          r"\.metrics: `F1` is a metric of written answers"),
-        ([{"prompt": "a", "completion": ""}], {}, DataError, "nothing can be learnt|empty answer"),
+        ([{"prompt": "a", "completion": ""}], {}, DataError, "has anything to learn|empty answer"),
         ([{"body": "a"}], {}, DataError, "no column"),
         ([{"text": "running"}], {}, DataError, "no column `label"),
         ([{"prompt": "a", "completion": "b", "references": [3]}], {}, DataError, "`references` holds the number 3"),

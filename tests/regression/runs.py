@@ -83,7 +83,22 @@ Values = Sequence[tuple[str, Mapping[str, str]]]
 
 VERBS: Mapping[str, str] = {}
 """Verbs of the command line: `{here: now}`."""
-OPTIONS: Mapping[tuple[str, str], str] = {}
+OPTIONS: Mapping[tuple[str, str], str] = {
+    ("restore", "--until"): "--min-recovered",
+    ("compare", "--on"): "--text",
+    ("synthesize", "--longest"): "--max-tokens",
+    ("synthesize", "--from"): "--prompts",
+    ("synthesize", "--beginning"): "--prompt-tokens",
+    ("synthesize", "--at-once"): "--batch-size",
+    ("synthesize", "--most-repeated"): "--max-repetition",
+    ("synthesize", "--keep"): "--diverse-share",
+    ("blend", "--sweep"): "--weights",
+    ("blend", "--by"): "--granularity",
+    ("blend", "--choose"): "--weight",
+    ("importance", "--onto"): "--accumulate",
+    ("generate", "--tokens"): "--max-new-tokens",
+    ("generate", "--beside"): "--compare-with",
+}
 """Options of a verb: `{("synthesize", "--longest"): "--max-tokens"}`."""
 _ROW_KEYS = (("words", "label_words"), ("only", "filter"), ("documents", "document_unit"))
 _ROWS = ("data.sources.*", "evaluation.retained.*", "evaluation.learned.*", "evaluation.test.*", "evaluation.tasks.*")
@@ -183,7 +198,24 @@ OMITTED = (
 """Keys of a record that are left out where they are null."""
 EMPTY = ("scores.*.*.metrics", "pseudo_perplexity.scores.*.*.metrics")
 """Keys of a record that were left out where they are empty."""
-RESULTS: Mapping[str, Moves] = {}
+RESULTS: Mapping[str, Moves] = {
+    "eval": (
+        ("sets.*.pseudo", "sets.*.pseudo_perplexity"),
+        ("tasks.*.scores.*.seeds", "tasks.*.scores.*.values_by_seed"),
+        ("tasks.*.scores.*.spread", "tasks.*.scores.*.std"),
+    ),
+    "advise": (
+        ("share", "replay_share"),
+        ("even", "break_even"),
+        ("even.share", "even.replay_share"),
+        ("old", "retained_losses"),
+        ("rise", "retained_rises"),
+        ("new", "learned_losses"),
+        ("tokens", "pilot_tokens"),
+        ("pilots.*.share", "pilots.*.replay_share"),
+    ),
+    "generate": (("continuations.*.written", "continuations.*.text"),),
+}
 """Keys of what a verb prints with `--json`, by verb (as it is called here)."""
 NAMES: Mapping[str, str] = {}
 """Names that the package makes up and that are keys in what was captured, such as metrics: `{here: now}`."""
@@ -196,7 +228,7 @@ FILES = {
 """Files and folders of a run."""
 ROWS = {"key": "kind", "step": "step", "look": "evaluation"}
 """What tells the rows of metrics apart: the key, and its value for a step and for an evaluation."""
-EVENTS = {"key": "event", "step": "step", "saved": "saved"}
+EVENTS = {"key": "event", "step": "step", "saved": "checkpoint"}
 """What is printed on standard error, a line an event, with `--json`: the key, and its value for a step and a checkpoint."""
 CACHE_VARIABLE = "POSTGRAD_CACHE"
 """The environment variable that names the cache."""
@@ -728,7 +760,7 @@ def _look(row: Data) -> Data:
     """What was seen at a look; what decides whether a step forgot too much is the upper end of an interval."""
     look = {key: row[key] for key in ("step", "sets", "choice", "tasks") if row.get(key) not in (None, {})}
     if "choice" in look:
-        choice = {key: value for key, value in look["choice"].items() if key != "rise"}
+        choice = {"best": None} | {key: value for key, value in look["choice"].items() if key != "rise"}
         look["choice"] = {**choice, "forgot": {"high": look["choice"].get("rise")}}
     return look
 

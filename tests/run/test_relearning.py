@@ -67,8 +67,8 @@ def test_what_comes_back_is_told_from_what_is_lost(carried_out: Carried, knowing
     (entry,) = found.sets.values()
     assert found.steps == 12 and found.learning_rate == pytest.approx(1e-2)
     assert entry.forgotten.low > 0
-    for key in ("forgot", "won", "left", "start_learnt"):
-        assert entry[key]["low"] <= entry[key]["value"] <= entry[key]["high"]
+    for loss in (entry.forgotten, entry.recovered, entry.remaining, entry.start_model_gain):
+        assert loss.low <= loss.value <= loss.high
     assert entry.recovered.value == pytest.approx(entry.forgotten.value - entry.remaining.value)
     assert entry.recovered_share.value == pytest.approx(entry.recovered.value / entry.forgotten.value)
     assert (
@@ -147,7 +147,7 @@ def test_nothing_is_tried_without_old_text_or_an_old_model(stage_of: StageOf, tm
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
     assert relearning._relearning_sources(plan) == []
     assert relearning.relearning_notes(plan) == [
-        "nothing is re-aligned: there is no retained set (evaluation.relearning_steps)"
+        "no relearning test: there is no retained set (evaluation.relearning_steps)"
     ]
     raw["model"] = {"from_scratch": "llama-1M", "tokenizer": {"vocab_size": 300}}
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
@@ -162,9 +162,9 @@ def test_a_set_that_is_too_small_is_named(stage_of: StageOf, base: Path, tmp_pat
     raw["evaluation"] |= {"retained": [str(few), str(enough)], "relearning_steps": 5}
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
     (note,) = relearning.relearning_notes(plan)
-    assert note.startswith("few: not re-aligned: 9 documents are too few")
+    assert note.startswith("few: no relearning test: 9 documents are too few")
     assert f"note: {note}" in check_stage(plan, cache=tmp_path / "cache")["text"]
-    raw["evaluation"]["realign_steps"] = 0
+    raw["evaluation"]["relearning_steps"] = 0
     assert relearning.relearning_notes(make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")) == []
 
 
@@ -179,7 +179,7 @@ def test_documents_are_paired_by_their_content() -> None:
 
 
 def test_the_arithmetic_is_that_of_four_models_on_the_same_documents() -> None:
-    """Nats per token, 8 + d tokens in document d: start 1, trained 2 (or 2.2), re-aligned .9 and 1.2."""
+    """Nats per token, 8 + d tokens in document d: start 1, trained 2 (or 2.2), their copies .9 and 1.2."""
     sizes = 8 + np.arange(42)
     wobble = np.where(np.arange(42) % 2, 0.1, -0.1)  # by document, so that there is something to be unsure of
 

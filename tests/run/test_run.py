@@ -87,8 +87,8 @@ def trace(home: Path) -> list[str]:
     """Everything that must be the same bit for bit: losses as hex, evaluations, and the weights."""
     rows = []
     for row in read_metrics(home / "metrics.jsonl"):
-        row.pop("seconds", None)
-        rows.append(json.dumps({k: v.hex() if isinstance(v, float) else v for k, v in row.items()}))
+        data = row.model_dump(exclude={"seconds"})
+        rows.append(json.dumps({k: v.hex() if isinstance(v, float) else v for k, v in data.items()}))
     return [*rows, json.loads((home / "model" / "manifest.json").read_text())["model.safetensors"]["sha256"]]
 
 

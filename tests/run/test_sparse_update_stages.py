@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +16,7 @@ from postgrad.config.sparse_updates import LossAdaptive, MagnitudeUpdate, Moment
 from postgrad.errors import StageError
 from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
+from postgrad.lineage.saved_plan import read_plan
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.optim.sparse_update import SparseMask
 from postgrad.optim.top_k import top_k_masks
@@ -123,7 +123,7 @@ def test_the_largest_momentum_of_every_tuning(shelf: Workspace, tuning: dict[str
 def test_the_largest_rows_of_every_tuning_that_has_rows(shelf: Workspace, tuning: dict[str, Any]) -> None:
     raw = shelf.stage("any", tuning, optimizer=MAGNITUDE)
     if name_of(tuning) in ("dora", "osf", "houlsby", "prefix"):
-        said = "read what is no text" if name_of(tuning) == "dora" else "moves no linear layer"
+        said = "run on other inputs" if name_of(tuning) == "dora" else "trains no linear layer"
         with pytest.raises(StageError, match=said) as error:
             train_for(shelf, raw, 1)
         assert error.value.where == "optimizer.sparse_update"
@@ -201,7 +201,7 @@ def test_a_teacher_in_the_same_model_is_not_heard(shelf: Workspace, monkeypatch:
     """With its adapter off the model is the teacher: what it reads as one says nothing about rows."""
     found: list[list[torch.Tensor]] = []
     monkeypatch.setattr(
-        "postgrad.optim.migu.largest",
+        "postgrad.optim.migu.top_k_masks",
         lambda sizes, counts, like: found.append([s.clone() for s in sizes]) or top_k_masks(sizes, counts, like),
     )
     for weight in (0.0, 0.5):
@@ -215,7 +215,7 @@ def test_a_teacher_in_the_same_model_is_not_heard(shelf: Workspace, monkeypatch:
 def test_a_strength_that_is_found_finds_it_with_the_same_updates(shelf: Workspace) -> None:
     raw = shelf.stage("auto", optimizer={**MAGNITUDE, **FINCH}, penalties=[{"kind": "anchor", "strength": "auto"}])
     place = shelf.run(raw).run_folder
-    assert json.loads((place / "plan.json").read_text())["strengths"]["anchor"]["strength"] > 0
+    assert read_plan(place).penalty_strengths["anchor"]["strength"] > 0
     assert told(place)[0]["rate"] == pytest.approx(5e-3)  # the steps that look for it do not count
 
 
@@ -228,7 +228,7 @@ def test_check_says_what_moves(shelf: Workspace) -> None:
     assert (found["update"]["moved"], found["update"]["of"]) == (moved, sum(matrices) + vectors)
     assert found["update"]["bytes"] == 4 * sum(matrices)
     assert (
-        f"update: momentum, 10 % of the numbers of each matrix with the largest momentum: {moved:,} of" in found["text"]
+        f"update: momentum, 10 % of the entries of each matrix with the largest momentum: {moved:,} of" in found["text"]
     )
     assert "times min(1, 0.5 sqrt(first loss / mean loss))" in found["text"]
     plain = check_stage(shelf.plan(shelf.stage("told")), cache=shelf.cache)

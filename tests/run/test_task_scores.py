@@ -17,9 +17,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from postgrad.check.check import check_stage
+from postgrad.cli import render
 from postgrad.cli.main import app
-from postgrad.commands.evaluate import compare_runs, load_model_inputs, show_lineage
-from postgrad.commands.evaluate_tasks import compare_tasks, evaluate_tasks
+from postgrad.commands.compare import compare_runs, compare_tasks
+from postgrad.commands.evaluate_tasks import evaluate_tasks
+from postgrad.commands.lineage import trace_lineage
+from postgrad.commands.pages import write_page
+from postgrad.commands.score_files import load_model_inputs
 from postgrad.config.tasks import TaskConfig
 from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, ResumeError, StageError
@@ -179,8 +183,8 @@ def test_a_record_says_what_was_answered_before_and_after(shelf: Workspace, run:
     tasks = shelf.folder / "tasks.json"
     tasks.write_text(json.dumps(quizzes(shelf)))
     for side, model in (("before", str(shelf.folder / "llama")), ("after", str(run))):
-        again = evaluate_tasks(model, tasks, shots=None, cache=shelf.folder / side)["tasks"]
-        assert [entry["scores"] for entry in again] == [entry[side] for entry in record.tasks]
+        again = evaluate_tasks(model, tasks, cache=shelf.folder / side).tasks
+        assert [task.scores for task in again] == [getattr(task, side) for task in record.tasks]
     said = [read_answers(run / "scores" / f"tasks-{side}.json")["named"] for side in ("before", "after")]
     assert said[0].predictions_KI != said[1].predictions_KI and said[0].references_I == said[1].references_I
 
@@ -319,8 +323,8 @@ def test_every_sort_of_tuning_is_asked(shelf: Workspace, model: str, tuning: dic
     record = shelf.run(raw).record
     tasks = shelf.folder / "tuned.json"
     tasks.write_text(json.dumps(quizzes(shelf, "pairs", "named")))
-    again = evaluate_tasks(str(shelf.folder / "runs" / raw["name"]), tasks, shots=None, cache=shelf.folder / "other")
-    assert [entry["scores"] for entry in again["tasks"]] == [entry.after for entry in record.tasks]
+    again = evaluate_tasks(str(shelf.folder / "runs" / raw["name"]), tasks, cache=shelf.folder / "other")
+    assert [task.scores for task in again.tasks] == [task.after for task in record.tasks]
 
 
 def test_a_stage_on_an_encoder_asks_nothing(shelf: Workspace) -> None:
@@ -335,10 +339,10 @@ def test_a_stage_on_an_encoder_asks_nothing(shelf: Workspace) -> None:
 def test_a_second_look_is_taken_from_the_cache(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = shelf.folder / "cached.json"
     tasks.write_text(json.dumps(quizzes(shelf)))
-    first = evaluate_tasks(str(shelf.folder / "llama"), tasks, shots=None, cache=shelf.folder / "memo")
+    first = evaluate_tasks(str(shelf.folder / "llama"), tasks, cache=shelf.folder / "memo")
     monkeypatch.setattr(task_scores, "_select_choices", None)
     monkeypatch.setattr(task_scores, "_generate_answers", None)
-    assert evaluate_tasks(str(shelf.folder / "llama"), tasks, shots=None, cache=shelf.folder / "memo") == first
+    assert evaluate_tasks(str(shelf.folder / "llama"), tasks, cache=shelf.folder / "memo") == first
     with pytest.raises(TypeError):  # another number of shots is another question
         evaluate_tasks(str(shelf.folder / "llama"), tasks, shots=0, cache=shelf.folder / "memo")
 
@@ -348,31 +352,33 @@ def test_models_beside_each_other_item_by_item(shelf: Workspace, run: Path) -> N
     tasks.write_text(json.dumps(quizzes(shelf)))
     found = compare_tasks([str(shelf.folder / "llama"), str(run)], tasks, cache=shelf.cache)
     record = read_record(run)
-    first, second = found["models"]
-    assert all("changes" not in entry for entry in first["tasks"])
-    assert [entry["changes"] for entry in second["tasks"]] == [entry.changes for entry in record.tasks]
-    assert f"{run}, named: exact-match +" in found["text"]
+    first, second = found.models
+    assert not first.changes
+    assert list(second.changes.values()) == [task.changes for task in record.tasks]
+    assert f"{run}, named: exact-match +" in render.task_comparison_text(found)
     # Another context may leave other items out: the pairs are of what both were asked.
     other = compare_tasks([str(shelf.folder / "t5"), str(run)], tasks, cache=shelf.cache)
-    assert {entry["items"] for entry in other["models"][0]["tasks"]} == {16, 24}
+    assert {task.items for task in other.models[0].tasks} == {16, 24}
 
 
 def test_runs_beside_each_other(shelf: Workspace, run: Path) -> None:
     other = shelf.run(examined(shelf, "slower", schedule={"kind": "constant", "peak": 1e-4, "warmup": 0})).run_folder
-    found = compare_runs([run, other], shelf.folder / "beside.html")
-    assert [(p["task"], p["arm"]) for p in found["paired_tasks"]] == [
+    found = compare_runs([run, other])
+    write_page(found, shelf.folder / "beside.html")
+    assert [(p.task, p.arm) for p in found.paired_tasks] == [
         ("kinds", "slower"), ("pairs", "slower"), ("named", "slower"),
     ]  # fmt: skip
     after = [{e.name: e.after for e in read_record(r).tasks} for r in (run, other)]
-    for pair in found["paired_tasks"]:
-        one, two = (side[pair["task"]][pair["metric"]].value for side in after)
-        assert pair["difference"] == pytest.approx(two - one)
-    assert "Tasks, arms side by side" in found["text"] and "named (exact-match)" in found["text"]
+    for pair in found.paired_tasks:
+        one, two = (side[pair.task][pair.metric].value for side in after)
+        assert pair.difference == pytest.approx(two - one)
+    text = render.run_comparison_text(found, None)
+    assert "Tasks, arms side by side" in text and "named (exact-match)" in text
     assert "What the arms answered" in (shelf.folder / "beside.html").read_text()
     # Tasks that were asked otherwise are not held against each other.
     raw = examined(shelf, "otherwise", "kinds")
     raw["evaluation"]["tasks"][0]["shots"] = 1
-    assert compare_runs([run, shelf.run(raw).run_folder], None)["paired_tasks"] == []
+    assert compare_runs([run, shelf.run(raw).run_folder]).paired_tasks == ()
 
 
 def test_a_lineage_needs_no_tasks(shelf: Workspace, run: Path, tmp_path: Path) -> None:
@@ -381,7 +387,7 @@ def test_a_lineage_needs_no_tasks(shelf: Workspace, run: Path, tmp_path: Path) -
     raw["evaluation"]["tasks"] = [{"name": "quiz", "path": str(path), "max_new_tokens": 2}]
     place = shelf.run(raw).run_folder
     path.unlink()
-    assert len(show_lineage(place, None, cache=shelf.cache)["R"]) == 3
+    assert len(trace_lineage(place, cache=shelf.cache).R) == 3
 
 
 def test_the_command_line(shelf: Workspace, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +410,7 @@ def test_the_command_line(shelf: Workspace, run: Path, monkeypatch: pytest.Monke
     with pytest.raises(StageError, match="nothing to score"):
         said("eval", str(run))
     with pytest.raises(StageError, match="two comparisons"):
-        said("compare", "a", "b", "--tasks", str(tasks), "--on", "x")
+        said("compare", "a", "b", "--tasks", str(tasks), "--text", "x")
     with pytest.raises(ModelError, match=r"words\.yaml: kinds: a task is asked in prompts"):
         said("eval", str(shelf.folder / "bert"), "--tasks", str(tasks))
     tasks.write_text("- {name: quiz, path: nowhere.jsonl}")

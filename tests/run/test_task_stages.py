@@ -22,8 +22,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from postgrad.commands.evaluate import evaluate_files
-from postgrad.commands.generate import export_model
+from postgrad.cli.render import evaluation_text
+from postgrad.commands.evaluate import evaluate
+from postgrad.commands.export import export_model
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.distributed.world import World
@@ -32,13 +33,15 @@ from postgrad.evaluation import classification_metrics
 from postgrad.evaluation.before_after import read_scores, score_sets
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.metrics import read_metrics
+from postgrad.lineage.record import SetScore
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import locate_model
 from postgrad.optim.optimizer import AdamW
 from postgrad.plan import sources as leaves
 from postgrad.plan.objective_rows import make_rows
 from postgrad.plan.plan import Plan
-from postgrad.run.build import build_run, make_loader, make_objectives, make_tuned_model
+from postgrad.run.build import build_run, make_loader, make_objectives
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.training.step import Run, StepReport, train_step
 from postgrad.tuning.open_model import open_model
 from tests.tiny_stages import (
@@ -49,6 +52,7 @@ from tests.tiny_stages import (
     run_interrupted,
     run_trace,
     train_for,
+    typed_scores,
     write_rows,
 )
 
@@ -288,26 +292,23 @@ def test_what_left_is_scored_alike_outside_of_its_stage(shelf: Workspace, name: 
 
     def evaluated(model: Path) -> dict[str, Any]:
         length = BY_HAND[name].length
-        found = evaluate_files(
-            str(model), [file], context=length, documents="auto", column=None, cache=tmp_path / "scores"
-        )
-        assert all(
-            f"    {metric} " in found["text"] for metric in next(iter(found["sets"].values())).get("metrics", ())
-        )
-        return found["sets"]
+        found = evaluate(str(model), [file], context=length, cache=tmp_path / "scores")
+        text = evaluation_text(found)
+        assert all(f"    {metric} " in text for metric in next(iter(found.sets.values())).metrics)
+        return {name: SetScore.model_validate(score.as_dict()) for name, score in found.sets.items()}
 
     for tuning in (None, {"kind": "lora", "rank": 1}):
         done = shelf.run(stage_of(shelf, name, tuning, f"{name}{' lora' if tuning else ''}"))
-        assert evaluated(done.run_folder) == done.record.scores.after
+        assert typed_scores(evaluated(done.run_folder)) == done.record.scores.after
     export_model(str(done.run_folder), tmp_path / "plain", "auto")
-    assert evaluated(tmp_path / "plain") == done.record.scores.after
+    assert typed_scores(evaluated(tmp_path / "plain")) == done.record.scores.after
 
 
 def test_labels_that_a_classifier_does_not_know_are_met(shelf: Workspace) -> None:
     file = write_rows(shelf.folder / "foreign.jsonl", [{"text": "six and one.", "label": "verse"}])
     run = shelf.run(stage_of(shelf, "bert class")).run_folder
     with pytest.raises(DataError, match="label 'verse' is none of the 2 known ones"):
-        evaluate_files(str(run), [str(file)], context=LENGTH, documents="auto", column=None, cache=shelf.cache)
+        evaluate(str(run), [str(file)], context=LENGTH, cache=shelf.cache)
 
 
 def test_a_classifier_leaves_with_its_labels(shelf: Workspace) -> None:
@@ -376,9 +377,9 @@ def test_a_cloze_task_says_a_word_at_the_mask(shelf: Workspace) -> None:
         word = tokenizer.convert_tokens_to_ids({"words": "yes", "sums": "no"}[row["label"]])
         nats.append(-float(torch.log_softmax(logits_of(plain, **text), -1)[place, word]))
     # Before: the same template without its vectors.
-    before, after = (done.record.scores[when]["labelled-heldout"] for when in ("before", "after"))
-    assert (before["nats"], before["tokens"]) == (pytest.approx(np.mean(nats), rel=1e-5), len(nats))
-    assert after["nats"] != before["nats"]
+    before, after = (getattr(done.record.scores, when)["labelled-heldout"] for when in ("before", "after"))
+    assert (before.nats, before.tokens) == (pytest.approx(np.mean(nats), rel=1e-5), len(nats))
+    assert after.nats != before.nats
     (held_out,) = plan.evaluation.sets
     assert all(len(set(row.inputs["input_ids"]) & {len(tokenizer), len(tokenizer) + 1}) == 2 for row in held_out.rows)
 

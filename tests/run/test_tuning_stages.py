@@ -20,17 +20,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from postgrad.check.check import check_stage
-from postgrad.commands.evaluate import evaluate_files
-from postgrad.commands.generate import export_model
+from postgrad.commands.evaluate import evaluate
+from postgrad.commands.export import export_model
 from postgrad.distributed.world import World
 from postgrad.errors import StageError, TuningError
 from postgrad.evaluation.before_after import read_scores
 from postgrad.lineage.metrics import read_metrics
-from postgrad.lineage.record import read_record
+from postgrad.lineage.record import SetScore, read_record
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.optim.optimizer import AdamW
 from postgrad.run import training_session
-from postgrad.run.build import make_tuned_model
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.training.checkpoint_files import read_progress
 from postgrad.training.step import Run
 from postgrad.tuning.extra_trainable import base_parameter_name
@@ -186,13 +186,13 @@ def agrees(shelf: Workspace, summaries: dict[str, Any], folder: Path, behind: st
         assert found["nats"] == pytest.approx(nats / tokens, rel=1e-5)
 
 
-def evaluated(shelf: Workspace, model: Path) -> dict[str, dict[str, Any]]:
+def evaluated(shelf: Workspace, model: Path) -> dict[str, SetScore]:
     """What `postgrad eval` says of a model on both held-out texts; no scores are taken from a cache."""
     files = [shelf.file("old", held_out=True), shelf.file("new", held_out=True)]
     with tempfile.TemporaryDirectory() as fresh:
         (Path(fresh) / "stores").symlink_to(shelf.cache / "stores")
-        found = evaluate_files(str(model), files, context=LENGTH, documents="auto", column=None, cache=Path(fresh))
-    return found["sets"]
+        scored = evaluate(str(model), files, context=LENGTH, cache=Path(fresh))
+    return {name: SetScore.model_validate(score.as_dict()) for name, score in scored.sets.items()}
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:

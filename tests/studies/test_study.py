@@ -27,6 +27,7 @@ from postgrad.config.stage_file import read_yaml
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation import before_after
 from postgrad.lineage.record import read_record
+from postgrad.reports.results import StudyResults
 from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
 from postgrad.reports.sections.study_text import join_names, study_summary
 from postgrad.stats.forgetting import bootstrap_means
@@ -717,7 +718,8 @@ def test_what_is_seen_while_it_goes_on(done: PreparedStudy) -> None:
 def told(*arms: dict[str, Any], pairs: list[dict[str, Any]] = [], **besides: Any) -> list[str]:  # noqa: B006
     """The summary of arms, each on the frontier with two seeds unless it says something else."""
     whole = [{"status": "finished", "seeds_there": [0, 1], "dominated_by": [], **arm} for arm in arms]
-    return study_summary({"arms": whole, "against": "none", "union": "union", "pairs": pairs, **besides})
+    raw = {"arms": whole, "against": "none", "union": "union", "pairs": pairs, **besides}
+    return study_summary(StudyResults.model_validate(raw))
 
 
 def between(low: float, high: float, **besides: Any) -> dict[str, Any]:
@@ -880,7 +882,8 @@ def test_the_rows_say_which_way_is_good() -> None:
     up, down = between(0.1, 0.2), between(-0.2, -0.1)
     arm = {"name": "a", "status": "finished", "loss": {"old": up, "new": up}, "change": {"old": up, "new": down},
            "removed": between(0.4, 0.6)}  # fmt: skip
-    found = {"name": "x", "arms": [arm], "seeds": [0], "claims": [{"statement": "c", "loss": "removed", "bound": 0.3}]}
+    claims = [{"say": "c", "on": "removed", "bound": 0.3}]
+    found = StudyResults.model_validate({"name": "x", "arms": [arm], "seeds": [0], "claims": claims})
     row = study_arms_table(found).rows[1]
     assert [row[2].tone, row[5].tone] == ["bad", "good"]
     claims = claims_table(found)
@@ -1090,5 +1093,5 @@ def test_names_with_commas_of_their_own_are_kept_apart() -> None:
     arm = {"status": "finished", "seeds_there": [0, 1, 2], "dominated_by": ["x"]}
     arm["change"] = {"old": between(0.1, 0.2), "new": between(0, 1)}
     arms = [{**arm, "name": name} for name in ("cosine", "cosine, replay 5 %")]
-    said = " ".join(study_summary({"name": "x", "arms": arms, "seeds": [0, 1, 2], "sets": [], "pairs": []}))
+    said = " ".join(study_summary(StudyResults.model_validate({"name": "x", "arms": arms, "seeds": [0, 1, 2]})))
     assert "is shown: cosine; cosine, replay 5 %." in said

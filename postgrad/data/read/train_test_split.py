@@ -1,6 +1,6 @@
-"""Which rows of one file are trained on, and which are kept to test? Two files, where a user has one.
+"""A train/test split of one source into two files.
 
-A row goes by the hash of what it holds, so copies of a row are in the same part, and a row is in the same part every time.
+Rows are assigned by the hash of their content, so duplicates fall on the same side and the split is reproducible.
 """
 
 from __future__ import annotations
@@ -9,34 +9,33 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from postgrad.data.read.files import RawSource, Record, find_files, read_records
+from postgrad.data.read.files import RawSource, Record, find_files
+from postgrad.data.read.records import read_records
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError
 from postgrad.storage.atomic import write_atomically
 
 _TEST_EVERY = 5
-"""One row of so many is kept to test."""
 _MIN_ROWS = 10
-"""Different rows, of which two parts can be made."""
 
 
 def split_rows(source: RawSource, train: Path, test: Path) -> tuple[int, int]:
-    """Write four fifths of the different rows of a source to `train` and one to `test`, as JSON lines; returns how many.
+    """Write four fifths of the distinct rows of a source to `train` and one fifth to `test`, as JSON lines, in order.
 
-    Both are in the order of the source. Raises `DataError` for a row that cannot be read, and for too few rows.
+    Returns the numbers of rows. Raises `DataError` for a row that cannot be read, and for too few rows.
     """
     lines = list(dict.fromkeys(map(_json_line, _read_records(source))))
     if len(lines) < _MIN_ROWS:
         raise DataError(
-            f"{len(lines)} different rows",
+            f"{len(lines)} distinct rows",
             where=source.where,
-            expected=f"at least {_MIN_ROWS}, of which a fifth is kept to test",
-            hint="name the rows to test with --test",
+            expected=f"at least {_MIN_ROWS}, of which a fifth becomes the test set",
+            hint="name a file of test rows with --test",
         )
-    kept = set(sorted(lines, key=lambda line: digest(line.encode()))[: len(lines) // _TEST_EVERY])
-    parts = [line for line in lines if line not in kept], [line for line in lines if line in kept]
-    for place, part in zip((train, test), parts, strict=True):
-        write_atomically(place, "".join(f"{line}\n" for line in part))
+    test_lines = set(sorted(lines, key=lambda line: digest(line.encode()))[: len(lines) // _TEST_EVERY])
+    parts = [line for line in lines if line not in test_lines], [line for line in lines if line in test_lines]
+    for path, part in zip((train, test), parts, strict=True):
+        write_atomically(path, "".join(f"{line}\n" for line in part))
     return len(parts[0]), len(parts[1])
 
 
@@ -47,4 +46,4 @@ def _read_records(source: RawSource) -> Iterator[Record]:
 
 
 def _json_line(record: Record) -> str:
-    return json.dumps(record.values, ensure_ascii=False, default=str)  # a date of a Parquet file is a text
+    return json.dumps(record.values, ensure_ascii=False, default=str)  # a Parquet date becomes a string

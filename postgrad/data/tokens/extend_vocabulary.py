@@ -1,9 +1,9 @@
-"""Which tokens does a tokenizer lack for new text? BPE, continued: new merges behind the old ones.
+"""Vocabulary extension: BPE training on new text continues after the last merge of a tokenizer.
 
-Byte-pair encoding goes on where it ended (Sennrich et al. 2016, arXiv 1508.07909): the new text is cut by the old vocabulary,
-and the most frequent pair of neighbours becomes a token, again and again. Old merges come first, so a text is cut as before
-wherever no new merge applies, and no token changes its id. Characters that the vocabulary lacks, and that it spells in bytes or
-not at all, come before the merges.
+Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909): new text is tokenised with the old vocabulary, and the most
+frequent pair of neighbours becomes a token, repeatedly. Old merges have priority, so text is tokenised as before wherever no
+new merge applies, and no token changes its id. Characters that the vocabulary lacks (spelt in bytes or unknown) are added
+before the merges.
 """
 
 from __future__ import annotations
@@ -20,78 +20,78 @@ from tokenizers import Tokenizer, models
 from postgrad.errors import ModelError
 
 _MIN_COUNT = 2
-"""Occurrences of a pair, or of a character, that make it worth a token."""
+"""Occurrences from which a pair or a character becomes a token."""
 _SPACE = "▁"
 
 
 @dataclass(frozen=True)
 class ExtendedTokenizer:
-    """A tokenizer with more tokens: its JSON, and for each new token the old ids that stood for it."""
+    """A tokenizer with more tokens: its JSON, and for each new token the old ids that encoded it."""
 
     tokenizer_json: str
     old_ids: dict[str, list[int]]
 
 
 def extend_vocabulary(tokenizer_json: str, texts: Iterable[str], limit: int) -> ExtendedTokenizer:
-    """Add at most `most` tokens that are frequent in `texts`. Raises `ModelError` for a tokenizer that is no BPE."""
-    said: dict[str, Any] = json.loads(tokenizer_json)
-    if said["model"]["type"] != "BPE":
+    """Add up to `limit` tokens that are frequent in `texts`. Raises `ModelError` for a tokenizer that is no BPE."""
+    config: dict[str, Any] = json.loads(tokenizer_json)
+    if config["model"]["type"] != "BPE":
         raise ModelError(
-            f"the tokenizer is of the kind {said['model']['type']}, whose pieces are not made by merges",
+            f"the tokenizer is of type {config['model']['type']}, which has no merges",
             where="model",
-            expected="a BPE tokenizer, as Llama, GPT-2, Qwen, Mistral or RoBERTa have",
+            expected="a BPE tokenizer, as in Llama, GPT-2, Qwen, Mistral or RoBERTa",
         )
     old = Tokenizer.from_str(tokenizer_json)
     words = _count_words(old, texts)
-    vocabulary: dict[str, int] = dict(said["model"]["vocab"])
-    merges: list[Any] = [list(m) if not isinstance(m, str) else m.split(" ") for m in said["model"]["merges"]]
-    after = max([*vocabulary.values(), *(token["id"] for token in said["added_tokens"])]) + 1
-    parts: dict[str, list[int]] = {}
+    vocabulary: dict[str, int] = dict(config["model"]["vocab"])
+    merges: list[Any] = [list(m) if not isinstance(m, str) else m.split(" ") for m in config["model"]["merges"]]
+    first_new = max([*vocabulary.values(), *(token["id"] for token in config["added_tokens"])]) + 1
+    old_ids: dict[str, list[int]] = {}
 
     def add(token: str, ids: list[int]) -> None:
-        vocabulary[token] = after + len(parts)
-        parts[token] = ids
+        vocabulary[token] = first_new + len(old_ids)
+        old_ids[token] = ids
 
     for character, count in _count_characters(words).most_common():
-        if len(parts) < limit and count >= _MIN_COUNT and character not in vocabulary:
-            add(character, _fallback_ids(character, said["model"], vocabulary))
-    pieces = _tokenize_words(words, vocabulary, merges, said["model"])
-    learnt = _PairCounts(pieces)
+        if len(old_ids) < limit and count >= _MIN_COUNT and character not in vocabulary:
+            add(character, _fallback_ids(character, config["model"], vocabulary))
+    pieces = _tokenize_words(words, vocabulary, merges, config["model"])
+    pair_counts = _PairCounts(pieces)
     known = dict(vocabulary)
-    while len(parts) < limit:
-        pair = learnt.most_frequent()
+    while len(old_ids) < limit:
+        pair = pair_counts.most_frequent()
         if pair is None:
             break
         merges.append(list(pair))
         token = "".join(pair)
         if token not in known:
-            ids = [i for piece in pair for i in parts.get(piece, [known[piece]])]
+            ids = [i for piece in pair for i in old_ids.get(piece, [known[piece]])]
             add(token, ids)
             known[token] = vocabulary[token]
-        learnt.merge(pair, token)
-    said["model"]["vocab"], said["model"]["merges"] = vocabulary, merges
-    return ExtendedTokenizer(json.dumps(said, ensure_ascii=False), parts)
+        pair_counts.merge(pair, token)
+    config["model"]["vocab"], config["model"]["merges"] = vocabulary, merges
+    return ExtendedTokenizer(json.dumps(config, ensure_ascii=False), old_ids)
 
 
 def _count_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:
-    """What the model of the tokenizer is given to cut, and how often."""
+    """The pre-tokenised words of the texts, with their counts."""
     words: Counter[str] = Counter()
     for text in texts:
         text = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
         if tokenizer.pre_tokenizer:
             words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
-        else:  # the whole text is one word to it; tokens shall not reach over spaces all the same
+        else:  # without a pre-tokenizer, keep new tokens from crossing spaces
             first, *others = text.split(_SPACE)
             words.update([*([first] if first else []), *(_SPACE + other for other in others)])
     return words
 
 
 def _count_characters(words: Counter[str]) -> Counter[str]:
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
-            found[character] += count
-    return found
+            counts[character] += count
+    return counts
 
 
 def _fallback_ids(character: str, model: dict[str, Any], vocabulary: dict[str, int]) -> list[int]:
@@ -105,14 +105,14 @@ def _fallback_ids(character: str, model: dict[str, Any], vocabulary: dict[str, i
 def _tokenize_words(
     words: Counter[str], vocabulary: dict[str, int], merges: list[Any], model: dict[str, Any]
 ) -> list[tuple[list[str], int]]:
-    """Each word as the tokens that it is cut into, and how often it occurs; what would cross an unknown is left out."""
+    """Each word as tokens of the vocabulary, split at unknown tokens, with its count; single tokens are left out."""
     options = {"unk_token": model["unk_token"]} if model.get("unk_token") else {}
-    cutter = models.BPE(vocabulary, [tuple(merge) for merge in merges], **options)
+    bpe = models.BPE(vocabulary, [tuple(merge) for merge in merges], **options)
     unknown = model.get("unk_token")
     out: list[tuple[list[str], int]] = []
     for word, count in words.items():
         run: list[str] = []
-        for token in cutter.tokenize(word):
+        for token in bpe.tokenize(word):
             if token.value == unknown:
                 out.append((run, count))
                 run = []
@@ -123,7 +123,7 @@ def _tokenize_words(
 
 
 class _PairCounts:
-    """How often two tokens stand side by side, kept up to date as pairs become tokens."""
+    """Counts of adjacent token pairs, updated as pairs are merged."""
 
     def __init__(self, pieces: list[tuple[list[str], int]]) -> None:
         self.pieces = pieces
@@ -133,14 +133,14 @@ class _PairCounts:
             self._count(number, run, count)
 
     def most_frequent(self) -> tuple[str, str] | None:
-        """The most frequent pair, ties by the alphabet; None when none is worth a token."""
+        """The most frequent pair (ties in alphabetical order); None when none is frequent enough."""
         if not self.counts:
             return None
         pair, count = min(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return pair if count >= _MIN_COUNT else None
 
     def merge(self, pair: tuple[str, str], token: str) -> None:
-        """Let a pair be one token everywhere."""
+        """Replace a pair by one token everywhere."""
         for number in sorted(self.positions[pair]):
             run, count = self.pieces[number]
             self._count(number, run, -count)

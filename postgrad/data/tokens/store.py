@@ -1,19 +1,17 @@
-"""How are tokens kept on the disk, and read back without being loaded?
+"""Token stores: folders of memory-mapped token ids on disk, immutable once published.
 
-A store is a folder that is never changed once it has its name:
+    store.json       header: format, vocabulary, dtype, counts, fingerprint, size and sha256 of its files
+    documents.npy    a row for each document: shard, start (tokens within the shard), tokens, bytes, digest
+    shard-00000/     tokens.bin: ids, little-endian, two bytes each up to a vocabulary of 65,536, else 4
 
-    store.json       what it is: format, vocabulary, dtype, counts, fingerprint, size and sha256 of its files
-    documents.npy    a row for each document: shard, start (tokens inside the shard), tokens, bytes, digest
-    shard-00000/     tokens.bin: the ids, little-endian, two bytes each up to a vocabulary of 65,536, else 4
+Stores of rows with parts (conversations, labelled texts ...) also have:
 
-Documents that were made of rows with parts (conversations, labelled texts ...) have two things more:
+    shard-00000/     marks.bin: two bytes for each token: answer or context, first or second text, or the tag of the word
+                     that starts there
+    values.npy       a row of float32 for each document with a label: class, classes or number
 
-    shard-00000/     marks.bin: two bytes for each token, which say what it is: answer or context, first text or
-                     second, the tag of the word that begins there
-    values.npy       a row of float32 for each document, where it has a label: class, classes or number
-
-While it grows, each finished shard stands beside the others as a folder of its own, published (staged,
-synced, renamed). What is found under its final name is therefore whole, wherever the process was killed.
+During a build each finished shard is published as a folder (staged, synced, renamed), so a folder under its final name is
+complete, wherever the process was killed.
 """
 
 from __future__ import annotations
@@ -39,13 +37,15 @@ from postgrad.storage.atomic import MANIFEST, disk_error, publish_folder, sha256
 
 FORMAT = 1
 MARKED_FORMAT = 2
-"""Of a store with marks: whoever does not know them would train on what is only context."""
+"""Of a store with marks; a reader that ignores them would train on context."""
+
+_REBUILD_HINT = "delete this folder; it is rebuilt from its source"
 
 MARK_DTYPE = np.dtype("<u2")
 VALUE_DTYPE = np.dtype("<f4")
 
 DOCUMENT_DTYPE = np.dtype([("shard", "<u4"), ("start", "<u8"), ("tokens", "<u4"), ("bytes", "<u8"), ("digest", "<u8")])
-"""A row of the document table. `digest` is blake2b-8 of the text's UTF-8 bytes, or of the ids as `<u4`."""
+"""A row of the document table; `digest`: blake2b-8 of the text's UTF-8 bytes, or of the ids as `<u4`."""
 
 
 def token_dtype(vocabulary: int) -> np.dtype[Any]:
@@ -54,15 +54,15 @@ def token_dtype(vocabulary: int) -> np.dtype[Any]:
 
 
 def digest(data: bytes | memoryview) -> int:
-    """blake2b of eight bytes, as the document table keeps it."""
+    """8-byte blake2b, the content hash of the document table."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 class TokenStore:
-    """A published store, memory-mapped: opening reads the header, a document is read by touching its pages.
+    """A published store, memory-mapped: opening it reads the header, reading a document touches only its pages.
 
-    `documents` is the table (one `DOCUMENT` a row), `tokens` and `bytes` the totals over all documents. It
-    can be sent to another process: what travels is its path, and which documents of it are meant.
+    `documents` is the table of `DOCUMENT_DTYPE`; `tokens` and `bytes` are totals over all documents. Pickling sends the path
+    and the selected documents.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], indices: np.ndarray | None = None) -> None:
@@ -80,14 +80,14 @@ class TokenStore:
         """The names of the classes or tags, by index."""
         problem = header.get("problem")
         self.problem = ProblemType(problem) if problem else None
-        """What `values` or marks say of a label: `class`, `multi`, `number` or `tags`."""
+        """Type of the labels in `values` or marks: `class`, `multi`, `number` or `tags`."""
         self.skipped: dict[str, int] = header.get("skipped", {})
-        """How many of the empty documents were left out for which reason."""
+        """Numbers of skipped documents (part of the empty ones), by reason."""
         self.dtype = np.dtype(header["dtype"])
 
     @classmethod
     def open(cls, path: Path) -> TokenStore:
-        """The store at `path`. Raises `DataError` when it is not one, or when a file is missing or cut."""
+        """Open the store at `path`. Raises `DataError` when it is none, or a file is missing or truncated."""
         try:
             header = json.loads((path / "store.json").read_text("utf-8"))
             version = header["format"]
@@ -104,7 +104,7 @@ class TokenStore:
                         f"{name} has {size:,} bytes",
                         where=str(path),
                         expected=f"{entry['size']:,} bytes",
-                        hint="delete this folder; it is rebuilt from its source",
+                        hint=_REBUILD_HINT,
                     )
             return cls(path, header)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -112,15 +112,15 @@ class TokenStore:
                 f"not a token store ({type(error).__name__}: {error})",
                 where=str(path),
                 expected="a folder with store.json, documents.npy and its shards",
-                hint="delete this folder; it is rebuilt from its source",
+                hint=_REBUILD_HINT,
             ) from None
 
     def select(self, indices: np.ndarray, fingerprint: str) -> TokenStore:
-        """The same store with the documents of the numbers `chosen` alone, in that order, under a fingerprint of its own."""
+        """The store reduced to the documents `indices`, in that order, with a fingerprint of its own."""
         table = np.asarray(self.documents)[indices]
         counts = {"documents": len(table), "tokens": int(table["tokens"].sum()), "bytes": int(table["bytes"].sum())}
-        whole = np.asarray(indices, np.int64) if self._indices is None else self._indices[indices]
-        return TokenStore(self.path, {**self.header, **counts, "fingerprint": fingerprint}, whole)
+        stored = np.asarray(indices, np.int64) if self._indices is None else self._indices[indices]
+        return TokenStore(self.path, {**self.header, **counts, "fingerprint": fingerprint}, stored)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._indices is not None:
@@ -136,9 +136,9 @@ class TokenStore:
 
     @cached_property
     def values(self) -> np.ndarray | None:
-        """What is said of each document beside its tokens, of shape (documents, K); None where nothing is.
+        """The label of each document, of shape (documents, K); None without labels.
 
-        K is 1 for `problem` class (its index) and number, and the number of classes for multi (1 for those it has).
+        K is 1 for `problem` class (an index) and number, and the number of classes for multi (0 or 1 for each).
         """
         if "values.npy" not in self.header["files"]:
             return None
@@ -156,7 +156,7 @@ class TokenStore:
         return self._memory_maps("marks.bin", MARK_DTYPE)
 
     def _memory_maps(self, ending: str, dtype: np.dtype[Any]) -> list[np.ndarray]:
-        """Plain arrays over the maps: slicing an `np.memmap` costs several times as much."""
+        """Plain arrays over the maps; slicing an `np.memmap` takes several times as long."""
         maps = []
         for name, entry in self.header["files"].items():
             if name.endswith(ending):
@@ -170,44 +170,39 @@ class TokenStore:
         return table["shard"], table["start"], table["tokens"]
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens `start` to `stop` of a document: a read-only view, `<u2` or `<u4`, nothing copied.
+        """Tokens `start` to `stop` of a document: a read-only view, `<u2` or `<u4`.
 
-        Bounds are as in slicing from the front (not negative) and never leave the document.
+        Bounds are not negative, and are clipped to the document.
         """
-        shards, starts, lengths = self._document_spans
-        length = int(lengths[document])
-        first = int(starts[document])
-        stop = length if stop is None else min(stop, length)
-        return self._shards[shards[document]][first + min(start, length) : first + max(stop, 0)]
+        return self._slice(self._shards, document, start, stop)
 
     def marks(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
-        """The marks of the tokens that `read` gives for the same bounds; None where the documents have none.
+        """The marks of the same tokens as `read`; None in a store without marks.
 
-        Language-model rows: 1 for an answer, which is trained, 0 for what is only read. Labelled rows: 1 for the
-        second text. Tagged rows: the tag's index + 1 where a word begins. Everywhere else 0.
+        Rows with answers: 1 for an answer. Labelled rows: 1 for the second text. Tagged rows: the tag's index + 1 where a
+        word starts. Otherwise 0.
         """
-        if not self._marks:
-            return None
+        return self._slice(self._marks, document, start, stop) if self._marks else None
+
+    def _slice(self, arrays: list[np.ndarray], document: int, start: int, stop: int | None) -> np.ndarray:
         shards, starts, lengths = self._document_spans
-        length = int(lengths[document])
-        first = int(starts[document])
+        length, first = int(lengths[document]), int(starts[document])
         stop = length if stop is None else min(stop, length)
-        return self._marks[shards[document]][first + min(start, length) : first + max(stop, 0)]
+        return arrays[shards[document]][first + min(start, length) : first + max(stop, 0)]
 
     def verify(self) -> None:
-        """Reads every byte. Raises `DataError` that names the file which is not what was written."""
+        """Check the hash of every file. Raises `DataError` with the name of a file that has changed."""
         for name, entry in self.header["files"].items():
             if sha256(self.path / name) != entry["sha256"]:
                 raise DataError(
-                    f"{name} was changed after it was written",
+                    f"{name} has changed since it was written",
                     where=str(self.path),
                     expected=f"sha256 {entry['sha256']}",
-                    hint="delete this folder; it is rebuilt from its source",
+                    hint=_REBUILD_HINT,
                 )
 
 
 def _reopen(path: Path, indices: np.ndarray, fingerprint: str) -> TokenStore:
-    """Some documents of a store, in another process."""
     return TokenStore.open(path).select(indices, fingerprint)
 
 
@@ -216,7 +211,7 @@ def _reopen(path: Path, indices: np.ndarray, fingerprint: str) -> TokenStore:
 
 @dataclass(frozen=True)
 class Shard:
-    """What a finished shard says of itself (`shard.json`)."""
+    """The description of a finished shard (`shard.json`)."""
 
     number: int
     documents: int
@@ -224,11 +219,11 @@ class Shard:
     tokens: int
     bytes: int
     skipped: dict[str, int] = field(default_factory=dict)
-    """How many of the empty ones for which reason."""
+    """Numbers of skipped documents (part of the empty ones), by reason."""
 
     @property
     def read_count(self) -> int:
-        """Documents read for it, the empty ones included: where reading goes on after it."""
+        """Documents read for it, empty ones included; reading resumes after them."""
         return self.documents + self.empty
 
 
@@ -238,7 +233,7 @@ def shard_name(number: int) -> str:
 
 @dataclass(frozen=True)
 class ExtraColumns:
-    """What a store holds beside tokens: whether each token has a mark, and how many values a document has."""
+    """What a store has besides tokens: marks of the tokens, and the number of label values of a document."""
 
     marks: bool = False
     width: int = 0
@@ -248,7 +243,7 @@ NO_EXTRAS = ExtraColumns()
 
 
 class ShardWriter:
-    """Writes the tokens and the document table of one shard into a folder, as they come, and what goes with them."""
+    """Writes one shard to a folder: tokens, marks, values and the document table."""
 
     def __init__(self, folder: Path, number: int, vocabulary: int, extras: ExtraColumns = NO_EXTRAS) -> None:
         self.number, self.vocabulary = number, vocabulary
@@ -273,23 +268,22 @@ class ShardWriter:
         values: np.ndarray | None = None,
         is_partial: bool = False,
     ) -> None:
-        """Documents one after another: all their `ids`, and for each its length, UTF-8 bytes, digest, place.
+        """Append documents: their concatenated `ids`, and length, UTF-8 bytes, digest and location of each.
 
-        A writer of `extras` takes `marks` (as many as ids) and `values` (documents, width) too.
-        With `open_end` the last document is not finished: the first one of the next call continues it (and
-        gives its bytes and digest). Raises `DataError` with place and id for an id outside the vocabulary,
-        which numpy would wrap in silence.
+        With `ExtraColumns` also `marks` (one for each id) and `values` (documents, width). `is_partial`: the last document
+        is incomplete; the first one of the next call continues it, and has its bytes and digest. Raises `DataError` for an
+        id outside of the vocabulary, which numpy would silently wrap.
         """
         if not len(lengths):
             return
         if ids.size and (int(ids.max()) >= self.vocabulary or int(ids.min()) < 0):
-            at = int(np.argmax((ids >= self.vocabulary) | (ids < 0)))
-            document = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
+            index = int(np.argmax((ids >= self.vocabulary) | (ids < 0)))
+            document = int(np.searchsorted(np.cumsum(lengths), index, side="right"))
             raise DataError(
-                f"token id {int(ids[at]):,}",
+                f"token id {int(ids[index]):,}",
                 where=locations[document],
                 expected=f"ids below the vocabulary size, {self.vocabulary:,}",
-                hint="use the tokenizer that belongs to the model",
+                hint="use the model's own tokenizer",
             )
         _write_all(self._tokens, ids.astype(self.dtype).tobytes())
         if self._marks is not None:
@@ -300,17 +294,17 @@ class ShardWriter:
             _write_all(self._values, values.astype(VALUE_DTYPE).tobytes())
         lengths = lengths.astype(np.int64)
         lengths[0] += self._open_tokens
-        closed = len(lengths) - is_partial
+        complete = len(lengths) - is_partial
         self._open_tokens = int(lengths[-1]) if is_partial else 0
-        table = np.zeros(closed, DOCUMENT_DTYPE)
+        table = np.zeros(complete, DOCUMENT_DTYPE)
         table["shard"] = self.number
-        table["start"] = self.tokens + np.cumsum(lengths[:closed]) - lengths[:closed]
-        table["tokens"] = lengths[:closed]
-        table["bytes"] = sizes[:closed]
-        table["digest"] = digests[:closed]
+        table["start"] = self.tokens + np.cumsum(lengths[:complete]) - lengths[:complete]
+        table["tokens"] = lengths[:complete]
+        table["bytes"] = sizes[:complete]
+        table["digest"] = digests[:complete]
         _write_all(self._table, table.tobytes())
-        self.documents += closed
-        self.tokens += int(lengths[:closed].sum())
+        self.documents += complete
+        self.tokens += int(lengths[:complete].sum())
         self.bytes += int(table["bytes"].sum())
 
     def close(self) -> None:
@@ -322,8 +316,8 @@ class ShardWriter:
 def publish_shard(
     building: Path, number: int, vocabulary: int, write: Callable[[ShardWriter], int], extras: ExtraColumns = NO_EXTRAS
 ) -> Shard:
-    """Makes shard `number` of what `write(writer)` adds; that call returns how many documents were empty."""
-    made: list[Shard] = []
+    """Write and publish shard `number`; `write(writer)` adds its documents and returns how many were empty."""
+    shards: list[Shard] = []
 
     def fill(folder: Path) -> None:
         writer = ShardWriter(folder, number, vocabulary, extras)
@@ -332,15 +326,15 @@ def publish_shard(
         finally:
             writer.close()
         shard = Shard(number, writer.documents, empty, writer.tokens, writer.bytes, dict(writer.skipped))
-        made.append(shard)
+        shards.append(shard)
         (folder / "shard.json").write_bytes(_to_json(asdict(shard)))
 
     publish_folder(building / shard_name(number), fill)
-    return made[0]
+    return shards[0]
 
 
 def finished_shards(building: Path) -> list[Shard]:
-    """The shards that an earlier process published, from the first without a gap."""
+    """The shards published by an earlier process, up to the first gap."""
     shards: list[Shard] = []
     while (folder := building / shard_name(len(shards))).is_dir():
         shards.append(Shard(**json.loads((folder / "shard.json").read_text("utf-8"))))
@@ -350,9 +344,9 @@ def finished_shards(building: Path) -> list[Shard]:
 def publish_store(
     building: Path, final: Path, shards: Sequence[Shard], header: dict[str, Any], extras: ExtraColumns = NO_EXTRAS
 ) -> TokenStore:
-    """Writes the table and the header over finished shards and gives the folder its final name.
+    """Write table and header of finished shards, and move the folder to its final name.
 
-    `header` brings vocabulary, eos, kind and fingerprint; the counts come from the shards.
+    `header` has vocabulary, EOS, kind and fingerprint; the counts come from the shards.
     """
     documents = sum(shard.documents for shard in shards)
     streams = ("tokens.bin", "marks.bin") if extras.marks else ("tokens.bin",)
@@ -374,7 +368,7 @@ def publish_store(
             for shard in shards:
                 skipped.update(shard.skipped)
             header = {**header, "format": MARKED_FORMAT, "skipped": dict(skipped)}
-        whole = {
+        full_header = {
             "format": FORMAT,
             **header,
             "dtype": token_dtype(header["vocabulary"]).str,
@@ -384,22 +378,22 @@ def publish_store(
             "bytes": sum(shard.bytes for shard in shards),
             "files": files,
         }
-        write_atomically(building / "store.json", _to_json(whole))
+        write_atomically(building / "store.json", _to_json(full_header))
         try:
             os.rename(building, final)
         except OSError:
             if not final.is_dir():
                 raise
-            shutil.rmtree(building, ignore_errors=True)  # another process was first: its bytes are the same
+            shutil.rmtree(building, ignore_errors=True)  # another process was first, with the same bytes
     except OSError as error:
         raise disk_error(error, final) from error
     return remove_leftovers(TokenStore.open(final))
 
 
 def _concatenate_shards(building: Path, shards: Sequence[Shard], name: str, head: bytes) -> dict[str, str | int]:
-    """Streams what the shards hold under `name` behind the head of one .npy file; its size and hash."""
-    whole = building / f"{name}.npy"
-    with open(whole, "wb") as out:
+    """Concatenate a file of all shards to one .npy file; returns its size and hash."""
+    path = building / f"{name}.npy"
+    with open(path, "wb") as out:
         out.write(head)
         for shard in shards:
             with open(building / shard_name(shard.number) / f"{name}.bin", "rb") as part:
@@ -407,22 +401,22 @@ def _concatenate_shards(building: Path, shards: Sequence[Shard], name: str, head
                     out.write(block)
         out.flush()
         os.fsync(out.fileno())
-    return {"size": whole.stat().st_size, "sha256": sha256(whole)}
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def remove_leftovers(store: TokenStore) -> TokenStore:
-    """The store, without what was only of use while it grew."""
+    """The store, without the files that only its build used."""
     for name in store.header["files"]:
         if name.endswith("tokens.bin"):
             folder = (store.path / name).parent
             for leftover in ("documents.bin", "values.bin", "shard.json", MANIFEST):
-                with suppress(OSError):  # a cache shared for reading may be read-only
+                with suppress(OSError):  # a shared cache may be read-only
                     (folder / leftover).unlink(missing_ok=True)
     return store
 
 
 def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """The head of a .npy file, written here so that its rows can be streamed behind it."""
+    """The header of a .npy file, to which rows can be appended as a stream."""
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         head, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}

@@ -1,4 +1,4 @@
-"""Which documents of a token store are meant? A part of a store, in an order of its own, that reads like a store."""
+"""Selected documents of a token store, with the interface of a store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from postgrad.data.tokens.store import TokenStore
 
 
 class Subset:
-    """The documents `chosen` of a store, in that order."""
+    """The documents `indices` of a store, in that order."""
 
     def __init__(self, store: TokenStore, indices: np.ndarray) -> None:
         self.store, self.indices = store, np.asarray(indices, np.int64)
@@ -23,12 +23,11 @@ class Subset:
 
     @cached_property
     def values(self) -> np.ndarray | None:
-        """What is said of each beside its tokens."""
+        """Their label values."""
         return None if self.store.values is None else np.asarray(self.store.values)[self.indices]
 
     @property
     def kind(self) -> str:
-        """What its rows are."""
         return self.store.kind
 
     @property

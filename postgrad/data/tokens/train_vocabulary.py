@@ -1,8 +1,8 @@
-"""Which tokens suit these texts? A byte-level BPE vocabulary, learnt from documents that may be trained on.
+"""Training of a byte-level BPE vocabulary on the training documents of a stage.
 
-Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) over bytes (Radford et al. 2019), by the `tokenizers` package. Every
-source counts by its share of what the stage reads: the fraction of its documents that makes up its share is taken, chosen by
-content, or all of them several times. The result is a function of the texts alone.
+Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) over bytes (Radford et al. 2019), by the `tokenizers` package. Each
+source is sampled in proportion to its share in the stage: a fraction of its documents, selected by content, or all of them
+several times. The result is a function of the texts alone.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import RawSource
 from postgrad.data.tokens.held_out_split import held_out_mask
+from postgrad.data.tokens.source_files import source_fingerprint
 from postgrad.data.tokens.store import digest
-from postgrad.data.tokens.tokenize import source_fingerprint
 from postgrad.errors import DataError
 from postgrad.storage.atomic import write_atomically
 
 _FORMAT = 1
 MAX_BYTES = 128 * 2**20
-"""Of text; more changes the vocabulary little."""
+"""Text to train on; more changes the vocabulary little."""
 _MIN_FREQUENCY = 2
 _DIGEST_MULTIPLIER = np.uint64(0xD1342543DE82EF95)
-"""Mixes digests, so that which documents are chosen has nothing to do with which are held out."""
+"""Rehashes digests, so that the sample is independent of the held-out split."""
 
 
 @dataclass(frozen=True)
 class VocabularySource:
-    """A source, and the share of so many documents that is held out."""
+    """A source, and its held-out share as a function of its number of documents."""
 
     source: RawSource
     held_out_share: Callable[[int], float]
 
 
 SharesFunction = Callable[[Sequence[int]], Sequence[float]]
-"""The share of each source, when so many documents of each may be trained on."""
+"""The share of each source, from the number of training documents of each."""
 
 
 def train_vocabulary(
@@ -56,24 +56,18 @@ def train_vocabulary(
     progress: Callable[[int, int], None] | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> str:
-    """A tokenizer as the JSON of `tokenizer.json`: `size` tokens, those in `special` first. `rule`: `shares` as plain data.
+    """Train a tokenizer: the JSON of a `tokenizer.json` with `size` tokens, `special_tokens` first.
 
-    What a source holds out is not looked at, nor is any copy of a document of `away`. It has fewer tokens where no more pairs
-    occur twice. Raises `DataError` for sources of token ids, and when no document is left.
+    `shares_key`: `shares` as plain data, for the cache key. Held-out documents and copies of documents of `held_out_sources`
+    are not used. The vocabulary is smaller when no more pairs occur twice. Raises `DataError` for sources of token ids, and
+    when no document remains.
     """
-    read = [[_source_key(p.source, cache), p.held_out_share(1), p.held_out_share(10**6)] for p in sources]
-    asked = [
-        _FORMAT,
-        size,
-        list(special_tokens),
-        max_bytes,
-        read,
-        shares_key,
-        [_source_key(source, cache) for source in held_out_sources],
-    ]
-    place = cache / "vocabularies" / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()}.json"
-    if place.exists():
-        return place.read_text("utf-8")
+    source_keys = [[_source_key(p.source, cache), p.held_out_share(1), p.held_out_share(10**6)] for p in sources]
+    held_out_keys = [_source_key(source, cache) for source in held_out_sources]
+    key = [_FORMAT, size, list(special_tokens), max_bytes, source_keys, shares_key, held_out_keys]
+    path = cache / "vocabularies" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
+    if path.exists():
+        return path.read_text("utf-8")
     copies = np.unique(
         np.concatenate([np.empty(0, np.uint64), *(_digests_and_sizes(source)[0] for source in held_out_sources)])
     )
@@ -81,7 +75,7 @@ def train_vocabulary(
     times = _repeat_counts(measured, shares, copies, max_bytes)
     if not any(n.any() for n in times):
         raise DataError(
-            "no document is left that a vocabulary could be learnt from",
+            "no document remains to train a vocabulary on",
             where=sources[0].source.where,
             expected="documents that are not in a held-out set",
         )
@@ -97,9 +91,9 @@ def train_vocabulary(
     )
     total = sum(int(sizes @ n) for (_, sizes, _), n in zip(measured, times, strict=True))
     tokenizer.train_from_iterator(_repeat_texts(sources, times, total, progress), trainer)
-    written = tokenizer.to_str(pretty=False)
-    write_atomically(place, written)
-    return written
+    tokenizer_json = tokenizer.to_str(pretty=False)
+    write_atomically(path, tokenizer_json)
+    return tokenizer_json
 
 
 def _source_key(source: RawSource, cache: Path) -> list[object]:
@@ -107,7 +101,7 @@ def _source_key(source: RawSource, cache: Path) -> list[object]:
 
 
 def _read_texts(source: RawSource) -> Iterator[str]:
-    """The documents of a source that a store has too."""
+    """The non-empty documents of a source."""
     for document in read_documents(source):
         if not document.is_empty:
             yield _document_text(document, source)
@@ -116,9 +110,9 @@ def _read_texts(source: RawSource) -> Iterator[str]:
 def _document_text(document: Document, source: RawSource) -> str:
     if document.text is None:
         raise DataError(
-            f"'{source.name}' holds token ids, and a new tokenizer is learnt from text",
+            f"'{source.name}' has token ids, but a tokenizer is trained on text",
             where=document.location,
-            expected="text, or the tokenizer that these ids are of, as model.tokenizer",
+            expected="text, or the tokenizer of these ids as model.tokenizer",
         )
     return document.text
 
@@ -140,17 +134,19 @@ def _repeat_counts(
     copies: np.ndarray,
     max_bytes: int,
 ) -> list[np.ndarray]:
-    """How often each document of each source is read, so that the bytes of the sources have their shares."""
+    """How often to read each document of each source, so that the bytes of the sources are in proportion to their shares."""
     allowed = [~held_out_mask(d, p.held_out_share(len(d))) & ~np.isin(d, copies) for d, _, p in measured]
-    there = [int(sizes[free].sum()) for (_, sizes, _), free in zip(measured, allowed, strict=True)]
-    total = min(max_bytes, sum(there))
-    given = shares([int(free.sum()) for free in allowed])
+    available = [int(sizes[mask].sum()) for (_, sizes, _), mask in zip(measured, allowed, strict=True)]
+    total = min(max_bytes, sum(available))
+    source_shares = shares([int(mask.sum()) for mask in allowed])
     out: list[np.ndarray] = []
-    for (digests, sizes, _), free, have, share in zip(measured, allowed, there, given, strict=True):
-        whole, rest = divmod(round(share * total), max(have, 1))
+    columns = zip(measured, allowed, available, source_shares, strict=True)
+    for (digests, sizes, _), mask, source_bytes, share in columns:
+        # All documents `passes` times, and a hash-ordered sample of them, of `rest` bytes, once more.
+        passes, rest = divmod(round(share * total), max(source_bytes, 1))
         order = np.argsort(digests * _DIGEST_MULTIPLIER, kind="stable")
-        order = order[free[order]]
-        times = np.where(free, whole, 0)
+        order = order[mask[order]]
+        times = np.where(mask, passes, 0)
         times[order[: np.searchsorted(np.cumsum(sizes[order]), rest)]] += 1
         out.append(times)
     return out
@@ -163,8 +159,8 @@ def _repeat_texts(
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[str]:
     done = 0
-    for portion, wanted in zip(sources, repeat_counts, strict=True):
-        for text, count in zip(_read_texts(portion.source), wanted.tolist(), strict=True):
+    for each, counts in zip(sources, repeat_counts, strict=True):
+        for text, count in zip(_read_texts(each.source), counts.tolist(), strict=True):
             for _ in range(count):
                 yield text
             done += count * len(text.encode())

@@ -1,0 +1,62 @@
+"""A tokenizer as a value: its JSON, the ids around a document, and the vocabulary size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+from tokenizers import Tokenizer
+
+from postgrad.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer: the text of its `tokenizer.json`, the ids around a document, and the size of the vocabulary.
+
+    `vocabulary` is the number of rows of the model's embedding: every id is below it. Raises `ModelError` for a `bos` or
+    `eos` that is not, and for text that is not a tokenizer.
+    """
+
+    tokenizer: str
+    bos: int | None
+    eos: int
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        for name, token in (("bos", self.bos), ("eos", self.eos)):
+            if token is not None and not 0 <= token < self.vocabulary:
+                raise ModelError(
+                    f"the {name} id is {token:,}",
+                    where="tokenizer",
+                    expected=f"an id below the vocabulary size, {self.vocabulary:,}",
+                )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides the ids (not truncation and padding, which are never used)."""
+        try:
+            parts = json.loads(self.tokenizer)
+            parts.pop("truncation", None)
+            parts.pop("padding", None)
+        except (ValueError, AttributeError) as error:
+            raise _invalid_tokenizer_error(error) from None
+        # Not sorted: the vocabulary is long, and all writers keep its order.
+        written = json.dumps([parts, self.bos, self.eos, self.vocabulary])
+        return hashlib.sha256(written.encode()).hexdigest()
+
+    def load(self) -> Tokenizer:
+        """The tokenizer, without truncation and padding."""
+        try:
+            tokenizer = Tokenizer.from_str(self.tokenizer)
+        except Exception as error:  # the package raises bare Exception
+            raise _invalid_tokenizer_error(error) from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+
+def _invalid_tokenizer_error(error: Exception) -> ModelError:
+    return ModelError(f"not a tokenizer ({error})", where="tokenizer", expected="the contents of a tokenizer.json")
