@@ -26,14 +26,16 @@ from transformers import (
 from postgrad.config.stage_file import parse_stage
 from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
+from postgrad.lineage.metrics import read_metrics
+from postgrad.lineage.record import SetScore
 from postgrad.models.pretrained import save_pretrained
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.run.build import build_run, make_loader, make_tuned_model
+from postgrad.run.build import build_run, make_loader
 from postgrad.run.events import CheckpointSaved, RunEvent, RunFinished, RunStopped, StepCompleted
 from postgrad.run.run import run_stage
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.storage.atomic import MANIFEST
 from postgrad.training.loop import train_steps
-from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run
 from tests.conftest import make_llama, make_tokenizer, new_text, old_text, write_jsonl
 
@@ -363,12 +365,17 @@ def make_workspace(folder: Path, cache: Path) -> Workspace:
 # -- what two runs must have in common -------------------------------------------------------------------------------
 
 
+def typed_scores(sets: dict[str, dict[str, Any]]) -> dict[str, SetScore]:
+    """Scores that `postgrad eval` printed, as a record holds them."""
+    return {name: SetScore.model_validate(scores) for name, scores in sets.items()}
+
+
 def run_trace(run_folder: Path) -> list[str]:
     """All that must be the same bit for bit: losses as hex, evaluations, and every file that is published."""
     out = []
     for row in read_metrics(run_folder / "metrics.jsonl"):
-        row.pop("seconds", None)
-        out.append(json.dumps({k: v.hex() if isinstance(v, float) else v for k, v in row.items()}))
+        data = row.model_dump(exclude={"seconds"})
+        out.append(json.dumps({k: v.hex() if isinstance(v, float) else v for k, v in data.items()}))
     manifest = json.loads((run_folder / "model" / MANIFEST).read_text())
     return [*out, *(f"{name} {entry['sha256']}" for name, entry in sorted(manifest.items()))]
 

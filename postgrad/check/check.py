@@ -20,9 +20,10 @@ from postgrad.models.task import Task
 from postgrad.optim import lr_schedules
 from postgrad.plan.plan import Plan
 from postgrad.reports.html.notation import format_duration
-from postgrad.run.build import ParameterCounts, choose_execution, make_loader, make_tuned_model
+from postgrad.run.build import choose_execution, make_loader
 from postgrad.run.relearning import relearning_notes
 from postgrad.run.task_scores import sharding_notes
+from postgrad.run.tuned_model import ParameterCounts, make_tuned_model
 from postgrad.run.update_summary import check_update, update_lines
 
 
@@ -59,7 +60,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
     )
     notes = (*plan.notes, *beside)
     record = {
-        **plan.as_record(),
+        **plan.as_record().as_json(),
         "parameters": counts.parameters,
         "trainable": counts.trainable,
         "tuning": plan.stage.tuning.kind,
@@ -69,10 +70,10 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         "seconds": execution.seconds,
         "teachers": [cost.record for cost in teaching],
         "penalties": [penalty.record for penalty in penalties],
-        "update": update,
+        "sparse_update": update.as_json() if update else None,
         "found": found,
         "notes": list(notes),
-        "overlap": plan.data.overlaps,
+        "contamination": {name: found.as_json() for name, found in plan.data.overlaps.items()},
         "schedule_curve": lr_schedules.sample_schedule(plan.schedule, plan.steps, 60),
     }
     free = machine.available_memory()

@@ -20,9 +20,9 @@ from postgrad.objectives.teacher import OnlineTeacher
 from postgrad.plan.plan import Plan
 from postgrad.plan.teachers import get_teacher_identity
 from postgrad.reports.html.notation import format_duration
-from postgrad.run.build import TunedModel
 from postgrad.run.cached_teacher import estimate_cache_cost, find_cache_jobs
 from postgrad.run.online_teacher import load_teacher, make_online_teachers
+from postgrad.run.tuned_model import TunedModel
 from postgrad.training.on_policy import OnPolicySampler
 
 

@@ -467,7 +467,7 @@ It reads {form.describe()} (layer 0 is what the embeddings give).
 ```python
 import postgrad
 
-classifier = postgrad.load("THIS FOLDER")
+classifier = postgrad.load_classifier("THIS FOLDER")
 classifier.predict({example})
 ```
 

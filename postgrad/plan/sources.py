@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +34,8 @@ from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore, digest
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import StageError
-from postgrad.lineage.record import PLAN, add_stage, get_seen_data, read_record
+from postgrad.lineage.record import ConsumedSource, DocumentSelection, add_consumed, read_record
+from postgrad.lineage.saved_plan import ReplayableSource, read_plan
 from postgrad.models.pretrained import ModelLocation
 from postgrad.plan.filter_documents import resolve_methods, select_documents
 from postgrad.plan.model_inputs import ModelInputs
@@ -62,7 +62,7 @@ class SourceSpec:
     max_passes: float
     files: Files
     template: RowTemplate
-    stands_for: int | None
+    prior_tokens: int | None
     objective: RowsObjective
     """What its rows are made for."""
     objective_indices: tuple[int, ...]
@@ -86,7 +86,7 @@ class ResolvedSource:
     held_out: float
     renderer: Renderer | None
     store: TokenStore
-    selection: tuple[dict[str, Any], ...] = ()
+    selection: tuple[DocumentSelection, ...] = ()
     """Of each way to select documents what it did, as plain data; the store has those that are left."""
 
     @property
@@ -110,15 +110,15 @@ class ResolvedSource:
         return get_generator_model(self.files)
 
 
-def get_seen_sources(start_model: ModelLocation) -> dict[str, dict[str, Any]]:
+def get_seen_sources(start_model: ModelLocation) -> dict[str, ConsumedSource]:
     """What the start model has consumed: all of its run, or, for a checkpoint, what was consumed up to there."""
     if start_model.run is None or start_model.folder is None:
         return {}
     if (start_model.folder / "state.json").exists():
-        planned = json.loads((start_model.run / PLAN).read_text())
+        planned = read_plan(start_model.run)
         trained = read_progress(start_model.folder).trained_by_source
-        return add_stage(planned["seen_before"], count_consumed_tokens(planned["leaves"], trained))
-    return get_seen_data(read_record(start_model.run))
+        return add_consumed(planned.consumed_before, count_consumed_tokens(planned.resolved_sources, trained))
+    return read_record(start_model.run).consumed
 
 
 def resolve_source_specs(
@@ -126,7 +126,7 @@ def resolve_source_specs(
     objectives: Sequence[AnyObjective],
     start_objectives: Sequence[RowsObjective],
     root: Path,
-    seen_sources: dict[str, dict[str, Any]],
+    seen_sources: dict[str, ConsumedSource],
 ) -> list[SourceSpec]:
     """The sources of a stage with what each is for. Raises `StageError` for rows that no objective serves."""
     out: list[SourceSpec] = []
@@ -135,14 +135,14 @@ def resolve_source_specs(
         if not source.seen_so_far:
             origins = [(1.0, source.name, source.model_dump(), root, source.held_out, source.prior_tokens)]
         elif seen_sources:
-            weights = seen_weights({key: entry["tokens"] for key, entry in seen_sources.items()}, 1.0)
+            weights = seen_weights({key: entry.tokens for key, entry in seen_sources.items()}, 1.0)
             origins = [
                 (
                     weight,
-                    f"{source.name}/{seen_sources[key]['name']}",
-                    upgrade_source(seen_sources[key]["origin"]),
-                    Path(seen_sources[key]["origin"]["root"]),
-                    seen_sources[key]["origin"]["held_out"],
+                    f"{source.name}/{seen_sources[key].name}",
+                    upgrade_source(seen_sources[key].origin),
+                    Path(seen_sources[key].origin["root"]),
+                    seen_sources[key].origin["held_out"],
                     None,
                 )
                 for key, weight in weights.items()
@@ -154,7 +154,7 @@ def resolve_source_specs(
                 expected="a start model that is a run folder of an earlier stage",
                 hint="give the old text itself as `path`",
             )
-        for part, name, given, base, held_out, stands_for in origins:
+        for part, name, given, base, held_out, prior_tokens in origins:
             files = make_text_files(name, given, base, where)
             weighed = match_objectives(source.name, detect_kind(files), objectives, start_objectives, where)
             if not weighed.objective_indices:
@@ -175,7 +175,7 @@ def resolve_source_specs(
                     source.max_passes,
                     files,
                     wording,
-                    stands_for,
+                    prior_tokens,
                     *weighed,
                     given.get("cluster"),
                     tuple(_SELECTIONS.validate_python(given.get("select") or [])),
@@ -315,29 +315,33 @@ def make_demonstration_wrapper(
 
 def make_source_records(
     sources: Sequence[ResolvedSource], start_model: ModelLocation, seed: int
-) -> list[dict[str, Any]]:
+) -> list[ReplayableSource]:
     """What a later stage needs to know of each leaf to replay it, of a stage with such a start and seed."""
     return [
-        {
-            "name": leaf.name,
-            "fingerprint": leaf.store.fingerprint,
-            "stands_for": leaf.spec.stands_for or 0,
-            "origin": make_source_origin(leaf, start_model, seed),
-        }
+        ReplayableSource(
+            name=leaf.name,
+            fingerprint=leaf.store.fingerprint,
+            prior_tokens=leaf.spec.stands_for or 0,
+            origin=make_source_origin(leaf, start_model, seed),
+        )
         for leaf in sources
     ]
 
 
-def count_consumed_tokens(sources: list[dict[str, Any]], trained_tokens: dict[str, int]) -> list[dict[str, Any]]:
-    """The tokens of each leaf, as `with_stage` takes them."""
+def count_consumed_tokens(
+    sources: Sequence[ReplayableSource], trained_tokens: Mapping[str, int]
+) -> list[tuple[str, ConsumedSource]]:
+    """What a model has consumed of each source, with its data fingerprint."""
     return [
-        {
-            "fingerprint": leaf["fingerprint"],
-            "name": leaf["name"].split("/")[-1],
-            "tokens": trained_tokens[leaf["name"]] + leaf["stands_for"],
-            "origin": leaf["origin"],
-        }
-        for leaf in sources
+        (
+            source.fingerprint,
+            ConsumedSource(
+                name=source.name.split("/")[-1],
+                tokens=trained_tokens[source.name] + source.prior_tokens,
+                origin=source.origin,
+            ),
+        )
+        for source in sources
     ]
 
 
@@ -369,17 +373,14 @@ def make_source_origin(source: ResolvedSource, start_model: ModelLocation, seed:
     }
 
 
-def make_replay_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A source as plain data that reads the documents which an earlier stage read, less what that held out.
-
-    `leaf`: what `leaves_of` says of one.
-    """
-    origin = upgrade_source(source["origin"])
+def make_replay_source(name: str, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """A source of a stage file that reads the documents an earlier stage read, without its held-out ones."""
+    origin = upgrade_source(origin)
     base = Path(origin.pop("root"))
     origin["path"] = str(base / origin["path"]) if origin["path"] else None
     known = s.Source.model_fields
-    name = source["name"].replace("/", "-")
-    return {"name": name, **{key: value for key, value in origin.items() if key in known and value is not None}}
+    settings = {key: value for key, value in origin.items() if key in known and value is not None}
+    return {"name": name.replace("/", "-"), **settings}
 
 
 def make_row_template(config: dict[str, Any]) -> RowTemplate:

@@ -1,16 +1,14 @@
-"""How do the parts of a stage come together into a run that can step?"""
+"""Building a run from a plan: objectives, penalties, optimizer, execution, loader."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from postgrad.config.objectives import (
     AnyObjective,
@@ -19,9 +17,8 @@ from postgrad.config.objectives import (
     OnPolicyObjective,
     get_objective_names,
 )
-from postgrad.config.quantities import length_in_steps
 from postgrad.config.sparse_updates import MagnitudeUpdate, MomentumUpdate
-from postgrad.config.tunings import BlocksTuning, FullTuning, LoraTuning, PTuning, get_tuning_options
+from postgrad.config.tunings import LoraTuning
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.prefix_lm import PrefixRows
 from postgrad.data.layouts.rows import Row, Rows
@@ -31,11 +28,10 @@ from postgrad.data.loading.teacher_cache import TeacherCache
 from postgrad.data.problem_type import ProblemType
 from postgrad.distributed import fsdp
 from postgrad.distributed.world import World
-from postgrad.errors import ResumeError, StageError, TuningError
+from postgrad.errors import ResumeError, StageError
 from postgrad.hardware.execution import Execution, ExecutionRequest, select_execution
 from postgrad.lineage.tree import read_lineage
-from postgrad.models.model import CausalModel, Model, wrap_model
-from postgrad.models.prefix_lm_attention import mark_prefix_lm
+from postgrad.models.model import CausalModel
 from postgrad.models.pretrained import TUNING_FILE, ModelLocation
 from postgrad.models.task import Task
 from postgrad.objectives.classification_loss import ClassificationLoss
@@ -51,19 +47,16 @@ from postgrad.optim.sparse_update import FullMask, UpdateMask
 from postgrad.penalties.anchor import AnchoredDecay
 from postgrad.penalties.o_lora import OrthogonalityPenalty
 from postgrad.penalties.penalty import DecoupledPenalty, Penalty
-from postgrad.plan.model_inputs import count_virtual_tokens
 from postgrad.plan.plan import Plan
 from postgrad.run.anchors import make_anchor
 from postgrad.run.online_teacher import make_online_teachers, make_weight_schedule
+from postgrad.run.tuned_model import TunedModel
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.checkpoint_files import read_moments, read_progress
 from postgrad.training.on_policy import OnPolicySampler, make_on_policy_step
 from postgrad.training.step import Run, StepFunction, train_step
-from postgrad.tuning.attach import attach
-from postgrad.tuning.extra_trainable import base_parameter_name
 from postgrad.tuning.folder import read_export
-from postgrad.tuning.open_model import LoadedModel, open_model
-from postgrad.tuning.tuning import Tuning, TuningExport
+from postgrad.tuning.tuning import TuningExport
 
 
 def make_objectives(
@@ -75,10 +68,10 @@ def make_objectives(
     steps: int = 1,
     tokens: int = 1,
 ) -> list[Objective]:
-    """Objectives from their descriptions; `problem` is what a classifier of this stage decides.
+    """The objectives of a stage.
 
-    `task`: of the model. `teachers`: those that are asked at every step, by the number of their objective. `steps` and
-    `tokens`: of the stage, for weights that change over it.
+    `problem`: the problem type of a classifier. `task`: of the model. `teachers`: online teachers by objective number. `steps`
+    and `tokens`: of the stage, for weights that change over it.
     """
 
     def objective(number: int, spec: AnyObjective, name: str) -> Objective:
@@ -105,100 +98,8 @@ def make_objectives(
     ]
 
 
-class ParameterCounts(NamedTuple):
-    """Weights of a model, tied ones counted once, and how many of them move."""
-
-    parameters: int
-    trainable: int
-
-
-@dataclass(frozen=True)
-class TunedModel:
-    """What is trained: a model, what its lineage left on it, and the stage's tuning."""
-
-    model: Model
-    loaded_model: LoadedModel
-    tuning: Tuning
-    options: dict[str, Any]
-    """Those that the tuning was made with."""
-    base_names: dict[str, str]
-    """Of each parameter of the start model, by the name that it has under the tuning: the name that it had before."""
-
-    @property
-    def attention(self) -> str | None:
-        """The attention implementation that a tuning in the model needs, if one does."""
-        return next((t.attention for t in (self.tuning, *self.loaded_model.tunings) if t.attention), None)
-
-    def counts(self) -> ParameterCounts:
-        """Weights in the model, and those that move."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        return ParameterCounts(sum(n for n, _ in sizes), sum(n for n, moves in sizes if moves))
-
-
-def make_tuned_model(plan: Plan, world: World, *, attention: str | None = None) -> TunedModel:
-    """The start model with the stage's tuning in it, on this rank's device."""
-    opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer, attention=attention)
-    spec = plan.stage.tuning
-    options = tuning_options(plan, opened)
-    mark_prefix_lm(opened.model.config, bool(plan.prefix_length))
-    names = _named_parameters(opened.model)
-    tuning = attach(opened.model, options, seed=plan.stage.seed, tokenizer=plan.model.tokenizer)
-    base_names = _match_base_names(opened.model, names)
-    if opened.tunings and (tuning.is_full or tuning.is_merged_on_export):
-        raise TuningError(
-            f"`{spec.kind}` leaves a plain model, and in {plan.model.start.name} stands `{opened.tunings[-1].kind}`, which cannot "
-            "become part of one",
-            where="tuning.kind",
-            expected="a kind that adds something of its own, such as lora, adapter or prompt",
-        )
-    if plan.model.start.scratch_recipe and not (tuning.is_full or tuning.is_merged_on_export):
-        raise TuningError(
-            f"`{spec.kind}` leaves a small folder that sits on its start model, and a new model lies only in the cache",
-            where="tuning.kind",
-            expected="full, or another kind that leaves a whole model",
-            hint=f"train the new model whole first; `{spec.kind}` can go on from that run",
-        )
-    model = wrap_model(opened.model, opened.task).to(world.device)
-    return TunedModel(model, opened, tuning, {**options, "seed": plan.stage.seed}, base_names)
-
-
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by all of their names."""
-    return dict(model.named_parameters(remove_duplicate=False))
-
-
-def _match_base_names(model: nn.Module, before: dict[str, nn.Parameter]) -> dict[str, str]:
-    """Which parameters of a model are those of `before`: its names for them, and theirs.
-
-    A parameter is known by itself and not by its name: new blocks push the old ones on. A copy that unties two names has
-    no other origin than its name.
-    """
-    known = {id(parameter): name for name, parameter in reversed(list(before.items()))}
-    copies = before.keys() - known.values()
-    return {
-        name: known.get(id(parameter), base_parameter_name(name))
-        for name, parameter in model.named_parameters()
-        if id(parameter) in known or base_parameter_name(name) in copies
-    }
-
-
-def tuning_options(plan: Plan, loaded_model: LoadedModel) -> dict[str, Any]:
-    """The keyword arguments of the stage's tuning: lengths in steps, and a new task layer moves besides."""
-    spec = plan.stage.tuning
-    options = get_tuning_options(spec)
-    for key in ("template", "demonstrations", "orthogonal"):  # read by whoever makes the rows, or the penalties
-        options.pop(key, None)
-    if isinstance(spec, PTuning):
-        options["length"] = count_virtual_tokens(spec)
-    if isinstance(spec, BlocksTuning) and spec.unfreeze_every is not None:
-        options["unfreeze_every"] = max(1, round(length_in_steps(spec.unfreeze_every, plan.steps, plan.tokens)))
-    if loaded_model.new_weights and not isinstance(spec, FullTuning):
-        options["also_train"] = [*options.get("also_train", ()), *loaded_model.new_weights]
-    return options
-
-
 def make_penalties(plan: Plan, tuned_model: TunedModel, weights: Weights) -> list[Penalty]:
-    """What pulls the weights back."""
+    """The penalties of a stage."""
     named = [
         make_anchor(
             number, plan, tuned_model.tuning, weights, tuned_model.base_names, tuned_model.loaded_model.new_weights
@@ -209,7 +110,7 @@ def make_penalties(plan: Plan, tuned_model: TunedModel, weights: Weights) -> lis
 
 
 def _make_o_lora_penalty(plan: Plan, tuned_model: TunedModel, weights: Weights) -> list[Penalty]:
-    """O-LoRA's penalty, where the tuning asks for it."""
+    """O-LoRA's penalty, with `tuning.orthogonal`."""
     spec = plan.stage.tuning
     if not isinstance(spec, LoraTuning) or spec.orthogonal is None:
         return []
@@ -220,7 +121,7 @@ def _make_o_lora_penalty(plan: Plan, tuned_model: TunedModel, weights: Weights) 
     new = {name: parameter for name, parameter in tuned_model.tuning.directions().items() if name in earlier}
     if not new:
         raise StageError(
-            f"no earlier stage of {plan.model.start.name} has low-rank adapters on the layers that this one tunes",
+            f"no earlier stage of {plan.model.start.name} has LoRA adapters on the layers that this one tunes",
             where="tuning.orthogonal",
             expected="a start model whose lineage has a `lora` stage with the same targets",
         )
@@ -231,25 +132,25 @@ def _make_o_lora_penalty(plan: Plan, tuned_model: TunedModel, weights: Weights) 
 
 
 def earlier_lora_adapters(start: ModelLocation) -> list[TuningExport]:
-    """The low-rank adapters that the lineage of a start has trained, whether they were merged since or not."""
+    """The LoRA adapters that the lineage of a start model has trained, whether merged or not."""
     folders = [run / "model" for run, _ in (read_lineage(start.run) if start.run else [])]
-    here: ModelLocation | None = start
-    while here is not None:
-        folders += [here.folder] if here.folder else []
-        here = here.base
-    found = {folder.resolve(): read_export(folder) for folder in folders if (folder / TUNING_FILE).exists()}
-    return [part for part in found.values() if part.options["kind"] == "lora"]
+    location: ModelLocation | None = start
+    while location is not None:
+        folders += [location.folder] if location.folder else []
+        location = location.base
+    exports = {folder.resolve(): read_export(folder) for folder in folders if (folder / TUNING_FILE).exists()}
+    return [export for export in exports.values() if export.options["kind"] == "lora"]
 
 
 def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execution:
-    """How this machine will compute the stage."""
+    """Choose how this machine computes the stage."""
     compute, batch = plan.stage.compute, plan.stage.batch
     longest = max((row for rows in plan.data.rows for row in _sample_rows(rows)), key=_row_length)
 
-    def example(rows: int) -> dict[str, Tensor]:
+    def make_inputs(rows: int) -> dict[str, Tensor]:
         return collate([longest] * rows, [0] * rows, pad_token_id=plan.model.inputs.pad_id).inputs
 
-    wishes = ExecutionRequest(
+    request = ExecutionRequest(
         dtype=compute.dtype,
         compile=compute.compile,
         attention=tuned_model.attention or compute.attention,
@@ -262,17 +163,17 @@ def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execu
         is_fixed_length=all(rows.layout in _FIXED_LENGTH_LAYOUTS for rows in plan.data.rows),
         is_causal=not plan.prefix_length,
     )
-    return select_execution(wishes, tuned_model.model, example, world.device, world.size)
+    return select_execution(request, tuned_model.model, make_inputs, world.device, world.size)
 
 
 _FIXED_LENGTH_LAYOUTS = (PackedRows.layout, PrefixRows.layout)
-"""Layouts in which every row is as long as the next."""
+"""Layouts whose rows all have the same length."""
 _MAX_ROWS_SAMPLED = 256
-"""Rows of a source that are looked at to see how long its rows are."""
+"""Rows of a source examined for the longest one."""
 
 
 def _sample_rows(rows: Rows) -> Iterator[Row]:
-    """Rows spread over a source; where all are of one length, one of them."""
+    """Rows spread evenly over a source; one row of a layout with fixed length."""
     count = 1 if rows.layout in _FIXED_LENGTH_LAYOUTS else min(len(rows), _MAX_ROWS_SAMPLED)
     return (rows.get_row(i * len(rows) // count, i) for i in range(count))
 
@@ -282,7 +183,11 @@ def _row_length(row: Row) -> int:
 
 
 def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: World) -> Run:
-    """The run of a stage at its step 0: model laid out, masters and optimizer made. The model is changed in place."""
+    """The run of a stage at step 0. Shards and compiles the model in place.
+
+    The order matters: teachers that disable the tuning need the model unsharded; masters are the parameters after sharding; the
+    hooks of MIGU must be in place before compilation.
+    """
     torch.set_num_threads(execution.threads)
     stage, model = plan.stage, tuned_model.model
     teachers = make_online_teachers(plan, model, tuned_model.tuning, tuned_model.base_names, execution, world)
@@ -291,15 +196,15 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
     if world.is_distributed:
         fsdp.shard(model, world.size, execution.compute)
     weights = Weights(model, tuned_model.tuning, execution.compute, master_copies=not world.is_distributed)
-    moving = make_update_mask(plan, tuned_model, weights)
+    update_mask = make_update_mask(plan, tuned_model, weights)
     if execution.compile:
         fsdp.compile_layers(model)
     penalties = make_penalties(plan, tuned_model, weights)
     spec = stage.optimizer
-    optimizer = make_optimizer(plan, weights, moving, [p for p in penalties if isinstance(p, AnchoredDecay)])
+    optimizer = make_optimizer(plan, weights, update_mask, [p for p in penalties if isinstance(p, AnchoredDecay)])
     if spec.moments != "reset" and not tuned_model.tuning.is_full:
         raise StageError(
-            f"`{stage.tuning.kind}` begins with weights of its own, for which {plan.model.start.name} has no moments",
+            f"`{stage.tuning.kind}` trains new weights, for which {plan.model.start.name} has no moments",
             where="optimizer.moments",
             expected="reset, or tuning: {kind: full}",
         )
@@ -309,9 +214,9 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
         optimizer.restore(read_moments(checkpoint), read_progress(checkpoint).updates, keep=keep)
         if not optimizer.update_counts():
             raise ResumeError(
-                f"the moments of {plan.model.start.name} are those of other weights",
+                f"the moments of {plan.model.start.name} belong to other weights",
                 where="optimizer.moments",
-                expected="a start model whose stage moved all of its weights",
+                expected="a start model whose stage trained all weights",
                 hint="set optimizer.moments: reset",
             )
     return Run(
@@ -340,7 +245,7 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
 
 
 def make_update_mask(plan: Plan, tuned_model: TunedModel, weights: Weights) -> UpdateMask:
-    """Which numbers an update moves. Raises `StageError` where that cannot be told."""
+    """The entries that an update changes. Raises `StageError` for a tuning without linear layers to choose from."""
     match plan.stage.optimizer.sparse_update:
         case None:
             return FullMask()
@@ -349,24 +254,24 @@ def make_update_mask(plan: Plan, tuned_model: TunedModel, weights: Weights) -> U
         case MagnitudeUpdate(share=share):
             if isinstance(plan.stage.tuning, LoraTuning) and plan.stage.tuning.variant == "dora":
                 raise StageError(
-                    "the parts of dora also read what is no text, so their outputs do not say what the text needs",
+                    "the modules of DoRA also run on other inputs than the text, so their outputs do not reflect it",
                     where="optimizer.sparse_update",
-                    expected="another form of `lora`, or kind: momentum",
+                    expected="another variant of `lora`, or kind: mofo",
                 )
-            moving = MiguMask(share, tuned_model.model, weights.entries)
-            if not moving.layers:
+            mask = MiguMask(share, tuned_model.model, weights.entries)
+            if not mask.layers:
                 raise StageError(
-                    f"`{plan.stage.tuning.kind}` moves no linear layer of the model's blocks",
+                    f"`{plan.stage.tuning.kind}` trains no linear layer of the model's blocks",
                     where="optimizer.sparse_update",
-                    expected="a tuning that moves some, such as full, blocks or lora; or kind: momentum",
+                    expected="a tuning with trained linear layers, such as full, blocks or lora; or kind: mofo",
                 )
-            return moving
+            return mask
 
 
 def make_optimizer(
     plan: Plan, weights: Weights, update_mask: UpdateMask, decays: Sequence[DecoupledPenalty] = ()
 ) -> AdamW:
-    """The stage's optimizer, without moments yet."""
+    """The stage's optimizer, without moments."""
     spec = plan.stage.optimizer
     return AdamW(
         weights,
@@ -380,27 +285,27 @@ def make_optimizer(
 
 
 def make_step(plan: Plan, run: Run) -> StepFunction:
-    """How a step is made: plainly, or on what the model writes itself. Raises `StageError` where it cannot write."""
-    asked = {i: o for i, o in enumerate(plan.objectives) if isinstance(o, OnPolicyObjective)}
-    if not asked:
+    """The step function: plain, or on-policy. Raises `StageError` for on-policy with a sharded model."""
+    specs = {i: o for i, o in enumerate(plan.objectives) if isinstance(o, OnPolicyObjective)}
+    if not specs:
         return train_step
     if run.world.is_distributed:
         raise StageError(
-            "a model that is sharded over processes cannot write by itself",
+            "a sharded model cannot generate",
             where="objectives",
-            expected="one process for `on-policy`, without torchrun",
+            expected="one process, without torchrun, for `on-policy`",
         )
     assert isinstance(run.model, CausalModel)
     seed, eos = plan.stage.seed, plan.model.inputs.encoder.eos
     return make_on_policy_step(
-        {i: OnPolicySampler(run.model, spec.temperature, eos, seed) for i, spec in asked.items()}
+        {i: OnPolicySampler(run.model, spec.temperature, eos, seed) for i, spec in specs.items()}
     )
 
 
 def make_loader(
     plan: Plan, execution: Execution, world: World, *, teacher_caches: Sequence[Mapping[str, TeacherCache]] = ()
 ) -> Loader:
-    """The micro-batches of this rank; `told`: of each source, what teachers said of its rows."""
+    """The loader of this rank; `teacher_caches`: of each source, by objective name."""
     return Loader(
         plan.data.rows,
         plan.data.mixture,
@@ -415,7 +320,7 @@ def make_loader(
 
 
 def _find_moments(start: ModelLocation) -> Path:
-    """The checkpoint that holds the start model's moments."""
+    """The checkpoint with the start model's moments."""
     if start.folder and (start.folder / "optimizer.safetensors").exists():
         return start.folder
     if start.run:
@@ -423,7 +328,7 @@ def _find_moments(start: ModelLocation) -> Path:
         if newest:
             return newest
     raise ResumeError(
-        f"{start.name} has no optimizer moments to keep",
+        f"{start.name} has no optimizer moments",
         where="optimizer.moments",
         expected="a start model that is a run folder or a checkpoint",
         hint="set optimizer.moments: reset",

@@ -67,7 +67,7 @@ def find_cache_jobs(plan: Plan) -> list[CacheJob]:
                     "rows": _rows_fingerprint(plan, k),
                 }
                 labels_per_row = rows.ledger.trained / max(len(rows), 1)
-                cache = TeacherCache.open_in(plan.cache / "told", description, keys, labels_per_row)
+                cache = TeacherCache.open_in(plan.cache / "teacher-predictions", description, keys, labels_per_row)
                 out.append(CacheJob(number, k, cache, spec))
     return out
 
@@ -179,7 +179,7 @@ def query_teacher(
             position_N = answer.positions_BT[i, position_N]
         uniform_NS = None
         if isinstance(job.spec.cache, SampledCache):
-            uniform_NS = draws.generator(key, 0).random((len(position_N), job.spec.cache.draws))
+            uniform_NS = draws.generator(key, 0).random((len(position_N), job.spec.cache.samples))
         hidden_ND = answer.output.hidden[i][position_N.clamp(min=0)]
         parts: list[SparseDistribution] = []
         size = max(1, _LOGITS_AT_ONCE // len(head.weight_VD))
@@ -195,7 +195,9 @@ def query_teacher(
                 parts.append(top_k_distribution(logits_NV, job.spec.cache.k))
             else:
                 assert isinstance(job.spec.cache, SampledCache)
-                parts.append(sample_distribution(logits_NV, uniform_NS[begin : begin + size], job.spec.cache.temper))
+                parts.append(
+                    sample_distribution(logits_NV, uniform_NS[begin : begin + size], job.spec.cache.sampling_power)
+                )
         out.append(_join_parts(parts, (position_N < 0).cpu().numpy()))
     return out
 

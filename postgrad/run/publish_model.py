@@ -9,11 +9,11 @@ from torch import Tensor
 
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
 from postgrad.models.pretrained import save_chat_template, save_pretrained, stored_dtype
-from postgrad.run.build import TunedModel
 from postgrad.run.context import RunContext
 from postgrad.run.events import Phase, PhaseStarted
 from postgrad.run.run_folder import MODEL
 from postgrad.run.training_session import TrainingSession
+from postgrad.run.tuned_model import TunedModel
 from postgrad.storage.atomic import publish_folder, verify
 from postgrad.training.checkpoint_files import restore_run
 from postgrad.tuning.attach import attach

@@ -87,12 +87,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     run.weights.tuning.on_step_begin(step)
     # Seeded per (seed, step, rank): no random state is saved or restored.
     torch.manual_seed(_derive_seed(run.seed, step, run.world.rank))
-    counts = torch.zeros(len(run.sources), dtype=torch.int64)
-    for batch in micro_batches:
-        counts += torch.bincount(
-            torch.from_numpy(batch.source_B), torch.from_numpy(batch.label_count_B), len(run.sources)
-        ).long()
-    counts = run.world.all_reduce(counts.to(run.world.device)).cpu()
+    counts = _count_tokens(run, micro_batches)
     token_count = int(counts.sum())
 
     sums = torch.zeros(len(run.objectives), dtype=torch.float64, device=run.world.device)
@@ -143,6 +138,15 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         loss_gradient_norm=loss_gradient_norm,
         num_updated=num_updated,
     )
+
+
+def _count_tokens(run: Run, micro_batches: Sequence[Batch]) -> torch.Tensor:
+    """Trained tokens of each source in the global batch. Collective."""
+    counts = torch.zeros(len(run.sources), dtype=torch.int64)
+    for batch in micro_batches:
+        sources, labels = torch.from_numpy(batch.source_B), torch.from_numpy(batch.label_count_B)
+        counts += torch.bincount(sources, labels, len(run.sources)).long()
+    return run.world.all_reduce(counts.to(run.world.device)).cpu()
 
 
 def _derive_seed(*parts: int) -> int:

@@ -42,7 +42,7 @@ def attach(
     `seed` initialises new tensors, unless the options have one of their own. Raises `TuningError` for an unknown kind or
     option, naming the nearest.
     """
-    keywords = dict(options)
+    keywords = upgrade_tuning_options(options)
     kind = keywords.pop("kind", None)
     tuning_class = _get_tuning_class(kind)
     parameters = set(inspect.signature(tuning_class).parameters)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,12 @@ import pytest
 import torch
 
 from postgrad.check.plan_text import plan_lines
-from postgrad.commands.evaluate import load_file_sets, score_model
+from postgrad.commands.score_files import load_file_sets, score_model
 from postgrad.config.stage_file import parse_stage
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import perplexity
+from postgrad.lineage.saved_plan import read_plan
 from postgrad.models.pretrained import locate_model, save_pretrained
 from postgrad.plan import filter_documents
 from postgrad.plan.plan import Plan, make_plan
@@ -67,12 +67,12 @@ def test_importance_resampling_keeps_what_is_like(stage_of: StageOf, plan_of: Pl
     assert sum(text in OLD for text in found) >= 57  # of the shortest little can be said
     places = [mixed.index(text) for text in found]
     assert places == sorted(places)
-    (step,) = plan.as_record()["sources"][0]["selected"]
-    assert step["before"]["documents"] == 150 and step["after"]["documents"] == 60
-    assert step["after"]["tokens"] == plan.data.sources[0].store.tokens == plan.data.rows[0].ledger.read
-    assert {row["text"] for row in step["dropped"]} & {" ".join(text.split())[:200] for text in NEW}
-    assert all(row["value"] > 0 for row in step["kept"]) and all(row["value"] < 0 for row in step["dropped"])
-    assert sum(step["values"]["kept"]) == 60 and sum(step["values"]["dropped"]) == 90
+    (step,) = plan.as_record().sources[0].selection
+    assert step.before.documents == 150 and step.after.documents == 60
+    assert step.after.tokens == plan.data.sources[0].store.tokens == plan.data.rows[0].ledger.read
+    assert {row.text for row in step.dropped} & {" ".join(text.split())[:200] for text in NEW}
+    assert all(row.value > 0 for row in step.kept) and all(row.value < 0 for row in step.dropped)
+    assert sum(step.score_histogram.kept) == 60 and sum(step.score_histogram.dropped) == 90
     text = "\n".join(plan_lines(plan))
     assert "60 of 150 documents are kept (40.0%)" in text and "note: mixed: 60 of 150 documents are read" in text
 
@@ -209,11 +209,11 @@ def test_what_is_dropped_is_neither_held_out_nor_overlaps(
     raw["evaluation"] = {"retained": [{"name": "new", "path": str(write_jsonl(tmp_path / "new.jsonl", NEW[:20]))}]}
     plan = plan_of(raw)
     read = set(kept(plan, mixed))
-    assert plan.data.overlaps["new"]["duplicates"] == sum(text in read for text in NEW[:20]) < 5
+    assert plan.data.overlaps["new"].duplicates == sum(text in read for text in NEW[:20]) < 5
     (own,) = [h for h in plan.evaluation.sets if h.name == "mixed"]
     assert 3 < len(own) < 25 and set(own.digests.tolist()) <= {digest(text.encode()) for text in read}
     everything = plan_of({**raw, "data": {**raw["data"], "sources": [{**raw["data"]["sources"][0], "select": []}]}})
-    assert everything.data.overlaps["new"]["duplicates"] == 20
+    assert everything.data.overlaps["new"].duplicates == 20
 
 
 def test_a_later_stage_replays_what_was_selected(
@@ -223,8 +223,8 @@ def test_a_later_stage_replays_what_was_selected(
     first = plan_of({**selected(stage_of, *ways), "seed": 3, "tokens": 1000})
     *_, last = run_stage(first, command="t", cache=tmp_path / "cache")
     assert isinstance(last, RunFinished)
-    (source,) = last.record["plan"]["sources"]
-    assert source["selected"] == list(first.data.sources[0].selection)
+    (source,) = last.record.plan.sources
+    assert source.selection == list(first.data.sources[0].selection)
     replay = {"name": "replay", "seen_so_far": True, "share": 0.5, "max_passes": 100}
     new = {"name": "new", "path": str(base / "new.jsonl"), "share": 0.5}
     raw = stage_of(model=str(last.run_folder), output=str(tmp_path / "two"), tokens=1000)
@@ -232,7 +232,7 @@ def test_a_later_stage_replays_what_was_selected(
     (leaf,) = [leaf for leaf in later.data.sources if leaf.role == "replay"]
     assert leaf.store.documents["digest"].tolist() == first.data.sources[0].store.documents["digest"].tolist()
     assert leaf.store.fingerprint == first.data.sources[0].store.fingerprint
-    origin = json.loads((last.run_folder / "plan.json").read_text())["leaves"][0]["origin"]
+    origin = read_plan(last.run_folder).resolved_sources[0].origin
     assert origin["select"][0]["seed"] == 3 and origin["select"][1]["model"] == str(base / "base")
     # A mutant: by the model and seed of the later stage, other documents would be replayed.
     other = plan_of({**selected(stage_of, *ways), "seed": 0, "model": str(last.run_folder)})

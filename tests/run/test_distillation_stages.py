@@ -25,13 +25,14 @@ from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import classification_metrics
 from postgrad.hardware.execution import Execution
+from postgrad.lineage.metrics import read_metrics
 from postgrad.models.pretrained import save_pretrained
 from postgrad.objectives.teacher import OnlineTeacher, drop_virtual_tokens
 from postgrad.run import cached_teacher
-from postgrad.run.build import build_run, make_loader, make_tuned_model
+from postgrad.run.build import build_run, make_loader
 from postgrad.run.cached_teacher import caches_by_source, fill_teacher_caches, find_cache_jobs
 from postgrad.run.online_teacher import make_weight_schedule
-from postgrad.training.metrics_log import read_metrics
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.training.step import Run, StepReport, train_step
 from tests.conftest import make_llama, make_tokenizer
 from tests.tiny_stages import QUICK_EVALUATION, Workspace, make_workspace, run_interrupted, run_trace, t5_tokenizer
@@ -492,7 +493,7 @@ def test_a_run_that_was_killed_while_asking_goes_on_behind_the_last_part(
 def test_what_was_said_of_other_rows_is_refused_and_both_are_named(shelf: Workspace, tmp_path: Path) -> None:
     plan, _ = asked(shelf, cached(shelf, "rows", "sampled"), tmp_path)
     (item,) = find_cache_jobs(plan)
-    told, rows = item.teacher_cache, plan.rows[item.source_number]
+    told, rows = item.teacher_cache, plan.data.rows[item.source_number]
     key = int(told.keys[0])
     assert len(told.lookup(key, rows.at(key, 0)).counts_N) == rows.at(key, 0).counted
     row = rows.at(key, 0)
@@ -513,8 +514,8 @@ def test_a_stage_that_looks_up_its_teacher_resumes_bit_for_bit(shelf: Workspace,
     whole, parts = (cached(shelf, f"{cache}-{part}", cache) for part in ("whole", "parts"))
     one, two = shelf.run(whole), run_interrupted(shelf, parts)
     assert run_trace(one.run_folder) == run_trace(two.run_folder)
-    steps = [row for row in read_metrics(one.run_folder / "metrics.jsonl") if row["kind"] == "step"]
-    assert steps[0]["losses"]["distill"] > 0
+    steps = [row for row in read_metrics(one.run_folder / "metrics.jsonl") if row.kind == "step"]
+    assert steps[0].losses_by_objective["distill"] > 0
 
 
 def test_a_first_word_behind_a_prompt_that_the_teacher_lacks_is_left_out_of_a_cache_too(
@@ -553,11 +554,11 @@ def test_check_says_what_each_teacher_costs(shelf: Workspace) -> None:
     assert [r["bytes"] for r in twice["teachers"]] == [size, 0] and twice["memory"]["teachers"] == size  # one model
     plan = shelf.plan(shelf.stage("cost", objectives=[NEXT, {**DISTILL, "cache": "sampled"}]))
     kept = told(objectives=[NEXT, {**DISTILL, "cache": "sampled"}])
-    assert [r["source"] for r in kept["teachers"]] == ["new", "old"] and not kept["teachers"][0]["there"]
+    assert [r["source"] for r in kept["teachers"]] == ["new", "old"] and not kept["teachers"][0]["is_filled"]
     for _ in fill_teacher_caches(plan, Execution("float32", False, "sdpa", 1, 2, False, 0.0), CPU):
         pass
     told_again = told(objectives=[NEXT, {**DISTILL, "cache": "sampled"}])
     for record, item in zip(told_again["teachers"], find_cache_jobs(plan), strict=True):
-        assert record["there"] and record["seconds"] == 0
+        assert record["is_filled"] and record["seconds"] == 0
         on_disk = item.teacher_cache.size_bytes()
         assert record["labels"] * record["bytes_per_label"] == pytest.approx(on_disk, rel=0.25)

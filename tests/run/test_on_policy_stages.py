@@ -24,7 +24,8 @@ from postgrad.models.model import CausalModel
 from postgrad.models.pretrained import save_pretrained
 from postgrad.models.sampling import sample_continuations
 from postgrad.plan.plan import Plan
-from postgrad.run.build import build_run, make_loader, make_step, make_tuned_model
+from postgrad.run.build import build_run, make_loader, make_step
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.training.on_policy import OnPolicySampler
 from postgrad.training.step import Run
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
@@ -141,7 +142,7 @@ def test_prompts_are_the_beginnings_of_windows_and_of_examples(shelf: Workspace)
 def test_a_step_is_the_reverse_divergence_on_what_was_written_by_hand(shelf: Workspace) -> None:
     plan = shelf.plan(stage_of(shelf, "by-hand", objectives=[WRITES]))
     run, loader = built(plan)
-    batches = loader.read(1)
+    batches = loader.read_batches(1)
     student = make_llama()
     teacher = AutoModelForCausalLM.from_pretrained(shelf.folder / "other")
     total, counted, eos = torch.zeros(()), 0, plan.model.inputs.encoder.eos
@@ -157,14 +158,14 @@ def test_a_step_is_the_reverse_divergence_on_what_was_written_by_hand(shelf: Wor
             counted += len(text)
     report = make_step(plan, run)(run, batches)
     assert report.tokens == counted and report.loss == pytest.approx(total.item() / counted, rel=1e-5)
-    other, again = built(plan, micro_batch_size=4)
-    assert make_step(plan, other)(other, again.read(1)).loss == pytest.approx(report.loss, rel=1e-5)
+    other, again = built(plan, micro=4)
+    assert make_step(plan, other)(other, again.read_batches(1)).loss == pytest.approx(report.loss, rel=1e-5)
 
 
 def test_a_model_that_is_its_teacher_learns_nothing_from_what_it_writes(shelf: Workspace) -> None:
     plan = shelf.plan(stage_of(shelf, "same", objectives=[{**WRITES, "teacher": "start"}]))
     run, loader = built(plan)
-    report = make_step(plan, run)(run, loader.read(1))
+    report = make_step(plan, run)(run, loader.read_batches(1))
     assert abs(report.loss) < 1e-6 and report.gradient_norm < 1e-6
 
 
@@ -213,8 +214,8 @@ def test_a_stage_that_writes_resumes_bit_for_bit(shelf: Workspace, tuning: dict[
     )
     one, two = shelf.run(whole), run_interrupted(shelf, parts)
     assert run_trace(one.run_folder) == run_trace(two.run_folder)
-    sources = {s["name"]: s["trained"] for s in one.record["achieved"]["sources"]}
-    assert sources["old"] > 0 and set(one.record["changes"]) == {"old-heldout", "new-heldout"}
+    sources = {s.name: s.trained_tokens for s in one.record.totals.sources}
+    assert sources["old"] > 0 and set(one.record.changes) == {"old-heldout", "new-heldout"}
 
 
 def test_where_it_cannot_be_is_refused(shelf: Workspace) -> None:
@@ -231,13 +232,13 @@ def test_where_it_cannot_be_is_refused(shelf: Workspace) -> None:
 
     class Sharded(World):
         @property
-        def sharded(self) -> bool:
+        def is_distributed(self) -> bool:
             return True
 
     plan = shelf.plan(stage_of(shelf, "sharded"))
     run, _ = built(plan)
     run.world = Sharded(torch.device("cpu"))
-    with pytest.raises(StageError, match="cannot write by itself"):
+    with pytest.raises(StageError, match="cannot generate"):
         make_step(plan, run)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +14,9 @@ from postgrad.config import sparse_updates
 from postgrad.config.quantities import ConfigModel
 from postgrad.config.sparse_updates import LossAdaptive, MagnitudeUpdate, MomentumUpdate
 from postgrad.errors import StageError
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
+from postgrad.lineage.saved_plan import read_plan
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.optim.sparse_update import SparseMask
 from postgrad.optim.top_k import top_k_masks
@@ -23,7 +24,6 @@ from postgrad.run.run import run_stage
 from postgrad.run.summary import summary_text
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.checkpoint_files import read_progress
-from postgrad.training.metrics_log import read_metrics
 from tests.tiny_stages import Workspace, make_workspace, run_interrupted, run_trace, train_for
 
 MOMENTUM = {"sparse_update": {"kind": "mofo", "share": "10%"}}
@@ -37,7 +37,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def told(home: Path) -> list[dict[str, Any]]:
-    return [row for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+    return [row for row in read_metrics(home / "metrics.jsonl") if row.kind == "step"]
 
 
 WHOLE: dict[str, dict[str, Any]] = {
@@ -52,8 +52,13 @@ def test_a_share_of_all_is_no_change_to_the_bit(shelf: Workspace, kind: str) -> 
     whole = shelf.run(shelf.stage(f"whole-{kind}", optimizer=WHOLE[kind]))
     model = "model/model.safetensors"
     assert (plain.run_folder / model).read_bytes() == (whole.run_folder / model).read_bytes()
-    assert all("moved" not in row for row in told(plain.run_folder)) and read_record(plain.run_folder)["update"] is None
-    assert all(row["moved"] == read_record(whole.run_folder)["update"]["of"] for row in told(whole.run_folder))
+    assert (
+        all("moved" not in row for row in told(plain.run_folder))
+        and read_record(plain.run_folder).sparse_update is None
+    )
+    assert all(
+        row["moved"] == read_record(whole.run_folder).sparse_update.total_weights for row in told(whole.run_folder)
+    )
 
 
 @pytest.mark.parametrize("optimizer", [MOMENTUM, MAGNITUDE, {**MOMENTUM, **FINCH}], ids=["momentum", "rows", "paced"])
@@ -118,7 +123,7 @@ def test_the_largest_momentum_of_every_tuning(shelf: Workspace, tuning: dict[str
 def test_the_largest_rows_of_every_tuning_that_has_rows(shelf: Workspace, tuning: dict[str, Any]) -> None:
     raw = shelf.stage("any", tuning, optimizer=MAGNITUDE)
     if name_of(tuning) in ("dora", "osf", "houlsby", "prefix"):
-        said = "read what is no text" if name_of(tuning) == "dora" else "moves no linear layer"
+        said = "run on other inputs" if name_of(tuning) == "dora" else "trains no linear layer"
         with pytest.raises(StageError, match=said) as error:
             train_for(shelf, raw, 1)
         assert error.value.where == "optimizer.sparse_update"
@@ -145,8 +150,8 @@ def test_it_works_on_other_models(shelf: Workspace, name: str, optimizer: dict[s
     place = shelf.run(
         shelf.stage(f"{name}-{optimizer['update']['kind']}", model=model, optimizer=optimizer, **changes)
     ).run_folder
-    rows, about = told(place), read_record(place)["update"]
-    assert all(row["moved"] == about["moved"] < about["of"] for row in rows)
+    rows, about = told(place), read_record(place).sparse_update
+    assert all(row["moved"] == about.updated_weights < about.total_weights for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
@@ -196,7 +201,7 @@ def test_a_teacher_in_the_same_model_is_not_heard(shelf: Workspace, monkeypatch:
     """With its adapter off the model is the teacher: what it reads as one says nothing about rows."""
     found: list[list[torch.Tensor]] = []
     monkeypatch.setattr(
-        "postgrad.optim.migu.largest",
+        "postgrad.optim.migu.top_k_masks",
         lambda sizes, counts, like: found.append([s.clone() for s in sizes]) or top_k_masks(sizes, counts, like),
     )
     for weight in (0.0, 0.5):
@@ -210,7 +215,7 @@ def test_a_teacher_in_the_same_model_is_not_heard(shelf: Workspace, monkeypatch:
 def test_a_strength_that_is_found_finds_it_with_the_same_updates(shelf: Workspace) -> None:
     raw = shelf.stage("auto", optimizer={**MAGNITUDE, **FINCH}, penalties=[{"kind": "anchor", "strength": "auto"}])
     place = shelf.run(raw).run_folder
-    assert json.loads((place / "plan.json").read_text())["strengths"]["anchor"]["strength"] > 0
+    assert read_plan(place).penalty_strengths["anchor"]["strength"] > 0
     assert told(place)[0]["rate"] == pytest.approx(5e-3)  # the steps that look for it do not count
 
 
@@ -223,7 +228,7 @@ def test_check_says_what_moves(shelf: Workspace) -> None:
     assert (found["update"]["moved"], found["update"]["of"]) == (moved, sum(matrices) + vectors)
     assert found["update"]["bytes"] == 4 * sum(matrices)
     assert (
-        f"update: momentum, 10 % of the numbers of each matrix with the largest momentum: {moved:,} of" in found["text"]
+        f"update: momentum, 10 % of the entries of each matrix with the largest momentum: {moved:,} of" in found["text"]
     )
     assert "times min(1, 0.5 sqrt(first loss / mean loss))" in found["text"]
     plain = check_stage(shelf.plan(shelf.stage("told")), cache=shelf.cache)
@@ -239,10 +244,10 @@ def test_the_end_says_what_moved(shelf: Workspace) -> None:
     ]
     start, end = (dict(model.named_parameters()) for model in models)
     differ = sum(int((end[name] != old).sum()) for name, old in start.items())
-    about = read_record(done.run_folder)["update"]
-    line = f"{differ:,} of {about['of']:,} weights differ from the start model's"
-    each = f"each update moved {about['moved']:,} of {about['of']:,}"
-    assert about["moved"] < differ < about["of"]
+    about = read_record(done.run_folder).sparse_update
+    line = f"{differ:,} of {about.total_weights:,} weights differ from the start model's"
+    each = f"each update moved {about.updated_weights:,} of {about.total_weights:,}"
+    assert about.updated_weights < differ < about.total_weights
     for text in (summary_text(done), (done.run_folder / "report.html").read_text()):
         assert line in text.replace("&#x27;", "'") and each in text
     assert (

@@ -27,6 +27,7 @@ from postgrad.config.stage_file import read_yaml
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation import before_after
 from postgrad.lineage.record import read_record
+from postgrad.reports.results import StudyResults
 from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
 from postgrad.reports.sections.study_text import join_names, study_summary
 from postgrad.stats.forgetting import bootstrap_means
@@ -392,19 +393,19 @@ def test_numbers_are_those_of_the_runs(done: PreparedStudy) -> None:
             read_record(done.folder.step_path(done.graph.steps[c.last_step])) for c in done.graph.arm_chains(name)
         ]
         for set_, on in (("old-held", "old"), ("new-held", "new")):
-            losses = [r["scores"]["after"][set_]["nats"] for r in records]
-            changes = [r["changes"][set_]["difference"] for r in records]
+            losses = [r.scores.after[set_].nats for r in records]
+            changes = [r.changes[set_].difference for r in records]
             assert arms[name]["loss"][on]["value"] == pytest.approx(np.mean(losses), rel=1e-9)
             assert arms[name]["change"][on]["value"] == pytest.approx(np.mean(changes), abs=1e-9)
             assert list(arms[name]["by_seed"].values())[1][on] == pytest.approx(losses[1], rel=1e-9)
-        assert arms[name]["tokens"] == np.mean([r["achieved"]["tokens"] for r in records])
+        assert arms[name]["tokens"] == np.mean([r.totals.tokens for r in records])
     # The reference of everything is the base, as the runs began with it.
     record = read_record(done.folder.step_path(done.graph.steps[done.graph.arm_chains("none")[0].last_step]))
     for set_ in ("old-held", "new-held"):
-        assert found["base"]["loss"][set_]["value"] == pytest.approx(record["scores"]["before"][set_]["nats"], rel=1e-9)
+        assert found["base"]["loss"][set_]["value"] == pytest.approx(record.scores.before[set_].nats, rel=1e-9)
     # The base reads all of the old text: nothing of it is held out but the files that are named.
     pretrained = read_record(done.folder.step_path(done.graph.steps[done.graph.base_step or ""]))
-    assert set(pretrained["changes"]) == {"old-held"} and not pretrained["ledger"]["old"]["held_out"]
+    assert set(pretrained.changes) == {"old-held"} and not pretrained.token_ledger["old"].held_out
     base, none, replay, union = (
         {"loss": found["base"]["loss"]},
         *(arms[name] for name in ("none", "replay", "union")),
@@ -426,15 +427,15 @@ def test_the_interval_of_one_seed_is_the_record_s(base: Path, tmp_path: Path, ca
     carried_out(prepared)
     (arm,) = compute_results(prepared, {})["arms"]
     record = read_record(prepared.folder.step_path(prepared.graph.steps[prepared.graph.chains[0].last_step]))
-    change = record["changes"]["old-held"]
+    change = record.changes["old-held"]
     assert [arm["change"]["old"][k] for k in ("value", "low", "high")] == pytest.approx(
-        [change["difference"], change["low"], change["high"]], abs=1e-9
+        [change.difference, change.low, change.high], abs=1e-9
     )
     # The mutant: with other documents drawn for each model it would be another interval.
     scores = prepared.folder.step_path(prepared.graph.steps[prepared.graph.chains[0].last_step]) / "scores"
     before, after = (before_after.read_scores(scores / f"{n}.npz")["old-held"].per_unit() for n in ("before", "after"))
     unpaired = np.quantile(bootstrap_means(*after, seed=1) - bootstrap_means(*before, seed=0), [0.025, 0.975])
-    assert [change["low"], change["high"]] != pytest.approx(unpaired.tolist(), abs=1e-4)
+    assert [change.low, change.high] != pytest.approx(unpaired.tolist(), abs=1e-4)
 
 
 def test_the_base_s_losses_are_the_base_s(done: PreparedStudy) -> None:
@@ -717,7 +718,8 @@ def test_what_is_seen_while_it_goes_on(done: PreparedStudy) -> None:
 def told(*arms: dict[str, Any], pairs: list[dict[str, Any]] = [], **besides: Any) -> list[str]:  # noqa: B006
     """The summary of arms, each on the frontier with two seeds unless it says something else."""
     whole = [{"status": "finished", "seeds_there": [0, 1], "dominated_by": [], **arm} for arm in arms]
-    return study_summary({"arms": whole, "against": "none", "union": "union", "pairs": pairs, **besides})
+    raw = {"arms": whole, "against": "none", "union": "union", "pairs": pairs, **besides}
+    return study_summary(StudyResults.model_validate(raw))
 
 
 def between(low: float, high: float, **besides: Any) -> dict[str, Any]:
@@ -880,7 +882,8 @@ def test_the_rows_say_which_way_is_good() -> None:
     up, down = between(0.1, 0.2), between(-0.2, -0.1)
     arm = {"name": "a", "status": "finished", "loss": {"old": up, "new": up}, "change": {"old": up, "new": down},
            "removed": between(0.4, 0.6)}  # fmt: skip
-    found = {"name": "x", "arms": [arm], "seeds": [0], "claims": [{"statement": "c", "loss": "removed", "bound": 0.3}]}
+    claims = [{"say": "c", "on": "removed", "bound": 0.3}]
+    found = StudyResults.model_validate({"name": "x", "arms": [arm], "seeds": [0], "claims": claims})
     row = study_arms_table(found).rows[1]
     assert [row[2].tone, row[5].tone] == ["bad", "good"]
     claims = claims_table(found)
@@ -1090,5 +1093,5 @@ def test_names_with_commas_of_their_own_are_kept_apart() -> None:
     arm = {"status": "finished", "seeds_there": [0, 1, 2], "dominated_by": ["x"]}
     arm["change"] = {"old": between(0.1, 0.2), "new": between(0, 1)}
     arms = [{**arm, "name": name} for name in ("cosine", "cosine, replay 5 %")]
-    said = " ".join(study_summary({"name": "x", "arms": arms, "seeds": [0, 1, 2], "sets": [], "pairs": []}))
+    said = " ".join(study_summary(StudyResults.model_validate({"name": "x", "arms": arms, "seeds": [0, 1, 2]})))
     assert "is shown: cosine; cosine, replay 5 %." in said

@@ -1,0 +1,114 @@
+"""The model that a stage trains: its start model with the tunings of its lineage, and the stage's own tuning attached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from postgrad.config.quantities import length_in_steps
+from postgrad.config.tunings import BlocksTuning, FullTuning, PTuning, get_tuning_options
+from postgrad.distributed.world import World
+from postgrad.errors import TuningError
+from postgrad.models.model import Model, wrap_model
+from postgrad.models.prefix_lm_attention import mark_prefix_lm
+from postgrad.plan.model_inputs import count_virtual_tokens
+from postgrad.plan.plan import Plan
+from postgrad.tuning.attach import attach
+from postgrad.tuning.extra_trainable import base_parameter_name
+from postgrad.tuning.open_model import LoadedModel, open_model
+from postgrad.tuning.tuning import Tuning
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters of a model, tied ones counted once; of these, the trainable ones."""
+
+    parameters: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A model with the tunings of its lineage, and the stage's tuning."""
+
+    model: Model
+    loaded_model: LoadedModel
+    tuning: Tuning
+    options: dict[str, Any]
+    """Options of the stage's tuning."""
+    base_names: dict[str, str]
+    """Current names of the start model's parameters to their original names."""
+
+    @property
+    def attention(self) -> str | None:
+        """The attention implementation that a tuning requires, if any."""
+        return next((t.attention for t in (self.tuning, *self.loaded_model.tunings) if t.attention), None)
+
+    def counts(self) -> ParameterCounts:
+        """The numbers of parameters."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return ParameterCounts(sum(n for n, _ in sizes), sum(n for n, is_trainable in sizes if is_trainable))
+
+
+def make_tuned_model(plan: Plan, world: World, *, attention: str | None = None) -> TunedModel:
+    """Load the start model, and attach the stage's tuning; on this rank's device."""
+    loaded = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer, attention=attention)
+    options = tuning_options(plan, loaded)
+    mark_prefix_lm(loaded.model.config, bool(plan.prefix_length))
+    start_parameters = dict(loaded.model.named_parameters(remove_duplicate=False))
+    tuning = attach(loaded.model, options, seed=plan.stage.seed, tokenizer=plan.model.tokenizer)
+    base_names = _match_base_names(loaded.model, start_parameters)
+    if tuning.is_full or tuning.is_merged_on_export:
+        _check_plain_base(plan, loaded)
+    elif plan.model.start.scratch_recipe:
+        raise TuningError(
+            f"`{plan.stage.tuning.kind}` publishes a small folder that refers to its start model, and a new model exists only "
+            "in the cache",
+            where="tuning.kind",
+            expected="full, or another kind that publishes a complete model",
+            hint=f"train the new model with `full` first; `{plan.stage.tuning.kind}` can continue from that run",
+        )
+    model = wrap_model(loaded.model, loaded.task).to(world.device)
+    return TunedModel(model, loaded, tuning, {**options, "seed": plan.stage.seed}, base_names)
+
+
+def _check_plain_base(plan: Plan, loaded_model: LoadedModel) -> None:
+    """Raise `TuningError` for a tuning that publishes a plain model on a start model that is none."""
+    if loaded_model.tunings:
+        raise TuningError(
+            f"`{plan.stage.tuning.kind}` publishes a plain model, and {plan.model.start.name} has a "
+            f"`{loaded_model.tunings[-1].kind}` tuning that cannot be merged",
+            where="tuning.kind",
+            expected="a kind with weights of its own, such as lora, adapter or prompt",
+        )
+
+
+def _match_base_names(model: nn.Module, start_parameters: dict[str, nn.Parameter]) -> dict[str, str]:
+    """The original names of the start model's parameters, by current name.
+
+    Parameters are matched by identity, since new blocks shift the names of the old ones. A copy that unties two names has no
+    identity in the start model, so it is matched by name.
+    """
+    original = {id(parameter): name for name, parameter in reversed(list(start_parameters.items()))}
+    tied = start_parameters.keys() - original.values()
+    return {
+        name: original.get(id(parameter), base_parameter_name(name))
+        for name, parameter in model.named_parameters()
+        if id(parameter) in original or base_parameter_name(name) in tied
+    }
+
+
+def tuning_options(plan: Plan, loaded_model: LoadedModel) -> dict[str, Any]:
+    """Keyword arguments of the stage's tuning, with lengths in steps; a new task layer is trained, too."""
+    spec = plan.stage.tuning
+    options = get_tuning_options(spec)
+    for key in ("template", "demonstrations", "orthogonal"):  # for the rows and the penalties
+        options.pop(key, None)
+    if isinstance(spec, PTuning):
+        options["length"] = count_virtual_tokens(spec)
+    if isinstance(spec, BlocksTuning) and spec.unfreeze_every is not None:
+        options["unfreeze_every"] = max(1, round(length_in_steps(spec.unfreeze_every, plan.steps, plan.tokens)))
+    if loaded_model.new_weights and not isinstance(spec, FullTuning):
+        options["also_train"] = [*options.get("also_train", ()), *loaded_model.new_weights]
+    return options
