@@ -18,8 +18,6 @@ import numpy as np
 _WORD_PATTERN = re.compile(r"\w+")
 RUN_WORDS = 5
 """Words of a shingle; a shorter text is one shingle."""
-MIN_THRESHOLD = 0.7
-"""Similarity below which two texts hardly ever share a band."""
 _BANDS, _BAND_ROWS = 16, 8
 
 
