@@ -22,7 +22,8 @@ import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from postgrad.commands.results import Result
-from postgrad.data.filter.near_duplicates import MIN_THRESHOLD, NearDuplicateIndex, repetition_share
+from postgrad.config.document_filters import MIN_THRESHOLD
+from postgrad.data.filter.near_duplicates import NearDuplicateIndex, repetition_share
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import GENERATED_COLUMN

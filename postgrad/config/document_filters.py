@@ -8,7 +8,9 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from postgrad.config.quantities import ConfigModel, Share, TokenCount
 from postgrad.config.row_format import RowFormat
-from postgrad.data.filter.near_duplicates import MIN_THRESHOLD
+
+MIN_THRESHOLD = 0.7
+"""Similarity below which MinHash bands hardly ever find near duplicates."""
 
 
 class TargetTextFile(RowFormat):

@@ -175,7 +175,7 @@ def test_a_field_that_no_row_has_ends_before_anything_is_tokenised(
     ):
         with pytest.raises(DataError) as met:
             shelf.plan(shelf.stage("wrong", sources=sources, evaluation={**QUICK_EVALUATION, **evaluation}))
-        assert f"the template asks for {asked}, which the row has not" in str(met.value)
+        assert f"the template uses {asked}, which the row does not have" in str(met.value)
         assert met.value.expected == has and met.value.where.endswith(file)
 
 
@@ -193,12 +193,12 @@ def test_a_chat_template_that_fails_names_the_row(planned: Planned, shelf: Works
     good = {"messages": [ASK, SAY]}
     bad = {"messages": [ASK, {"role": "assistant", "content": "nine"}]}
     assert planned([good] * 3, model="strict").data.sources[0].store.kind == "chat"
-    with pytest.raises(DataError, match="the chat template refuses the conversation: nine is not said") as met:
+    with pytest.raises(DataError, match="the chat template fails on the conversation: nine is not said") as met:
         planned([good, good, bad, good], model="strict")
     assert met.value.where.endswith("bad.jsonl:3") and "another template" in met.value.hint
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }"
     tokenizer.save_pretrained(strict)
-    with pytest.raises(PostgradError, match="the chat template is broken") as broken:
+    with pytest.raises(PostgradError, match="invalid chat template") as broken:
         planned([good], model="strict")
     assert broken.value.where == "tokenizer, chat template, line 1"
 

@@ -118,7 +118,7 @@ def test_the_plain_template() -> None:
     call = chat([*turns("q"), {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}])
     with pytest.raises(DataError, match="the plain template has no words for tool calls"):
         renderer.render(call)
-    with pytest.raises(ModelError, match="no end-of-text token to end an answer with"):
+    with pytest.raises(ModelError, match="no EOS token to end an answer with"):
         ChatRenderer(None, {"bos_token": "x"})
 
 
@@ -165,7 +165,7 @@ def test_without_an_eos_of_its_own_an_answer_ends_as_the_template_says() -> None
 def test_two_of_a_kind_in_a_row_are_for_the_template_to_judge() -> None:
     messages = [*turns("q", "a"), {"role": "assistant", "content": "b"}]
     assert trained(ChatRenderer(CHATML, SPECIAL), chat(messages)) == [f"a{EOS}", f"b{EOS}"]
-    with pytest.raises(DataError, match="refuses the conversation: roles must alternate"):
+    with pytest.raises(DataError, match="fails on the conversation: roles must alternate"):
         ChatRenderer(STRICT, SPECIAL).render(chat(messages))
 
 
@@ -182,7 +182,7 @@ def test_a_template_that_hides_where_an_answer_begins_is_refused_with_a_way_out(
     example = chat(turns("q", "a", "r", "b"))
     with pytest.raises(DataError) as caught:
         ChatRenderer(THINKING, SPECIAL).render(example)
-    assert "message 2 is not how the whole begins" in str(caught.value)
+    assert "message 2 is not a prefix of the whole text" in str(caught.value)
     assert "train only the last answer" in caught.value.hint
     assert trained(ChatRenderer(THINKING, SPECIAL, answers="last"), example) == [f"<think></think>b{EOS}"]
     backwards = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
@@ -194,7 +194,7 @@ def test_a_template_that_hides_where_an_answer_begins_is_refused_with_a_way_out(
 
 def test_a_template_that_leaves_an_answer_out_is_refused() -> None:
     template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-    with pytest.raises(DataError, match=r"leaves out the answer \(message 2\)"):
+    with pytest.raises(DataError, match=r"omits the answer \(message 2\)"):
         ChatRenderer(template, SPECIAL).render(chat(turns("q", "a")))
 
 
@@ -210,9 +210,9 @@ def test_marks_of_the_template_go_around_each_answer() -> None:
 @pytest.mark.parametrize(
     ("template", "told"),
     [
-        ("{% for %}", "the chat template is broken"),
-        ("{{ 'a' }", "the chat template is broken"),
-        ("{% generation %}", "the chat template is broken"),
+        ("{% for %}", "invalid chat template"),
+        ("{{ 'a' }", "invalid chat template"),
+        ("{% generation %}", "invalid chat template"),
     ],
 )
 def test_a_broken_template_is_a_model_error(template: str, told: str) -> None:
@@ -231,7 +231,7 @@ def test_a_broken_template_is_a_model_error(template: str, told: str) -> None:
     ],
 )
 def test_a_template_that_fails_or_reaches_out_is_an_error_of_the_row(template: str) -> None:
-    with pytest.raises(DataError, match="the chat template refuses the conversation"):
+    with pytest.raises(DataError, match="the chat template fails on the conversation"):
         ChatRenderer(template, SPECIAL).render(chat(turns("q", "a")))
 
 

@@ -114,7 +114,7 @@ def test_too_few_words_and_shares_of_nothing_are_refused() -> None:
     assert found.value.where == "select.like" and f"{MIN_WORDS:,}" in str(found.value)
     assert share_to_count(0.25, 100, "keep") == 25
     assert share_to_count(0.29, 100, "keep") == 29  # .29 * 100 is a little less
-    with pytest.raises(DataError, match="is none"):
+    with pytest.raises(DataError, match="is less than one"):
         share_to_count(0.001, 100, "keep")
     with pytest.raises(DataError, match="too few"):
         share_to_count(0.5, 9, "keep")

@@ -710,7 +710,7 @@ def test_what_a_renderer_refuses_is_told_with_its_place(tmp_path: Path, encoder:
     with pytest.raises(DataError, match=r"a\.jsonl:4: the label 'yess'(.|\n)*did you mean 'yes'") as caught:
         build_store(source, encoder, tmp_path / "cache", renderer=ClassRenderer(CLASSES))
     assert caught.value.where == f"{tmp_path / 'a.jsonl'}:4"
-    with pytest.raises(DataError, match=r"a\.jsonl:1: the template asks for \{text\}"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the template uses \{text\}"):
         build_store(source, encoder, tmp_path / "cache", renderer=PlainRenderer("{text}"))
     assert not list((tmp_path / "cache").rglob(".staging*"))
 

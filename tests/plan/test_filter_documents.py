@@ -149,7 +149,7 @@ def test_what_cannot_be_judged_is_counted(stage_of: StageOf, plan_of: PlanOf, tm
     whole = plan_of(selected(stage_of, {"kind": "duplicates"}))
     assert whole.data.sources[0].selection[0]["unjudged"] == 0
     write_jsonl(tmp_path / "mixed.jsonl", [*"abcdefghijkl", *OLD[:3]])
-    with pytest.raises(DataError, match="of 15 documents 3 are long enough to be judged"):
+    with pytest.raises(DataError, match="only 3 of 15 documents are long enough for a score"):
         plan_of(selected(stage_of, {"kind": "perplexity"}))
 
 
@@ -265,7 +265,7 @@ def test_rows_with_parts_are_selected_by_their_words(stage_of: StageOf, plan_of:
         ({**DSIR, "keep": "0%"}, "keep"),
         ({**DSIR, "target": []}, "like"),
         ({**DSIR, "target": "gone.jsonl"}, "gone.jsonl"),
-        ({**DSIR, "target": "short.jsonl"}, "too few to say"),
+        ({**DSIR, "target": "short.jsonl"}, "too few for target text"),
         ({**DSIR, "keep": "0.1%"}, "is none"),
         ({"kind": "perplexity", "quantiles": ["90%", "10%"]}, "from a smaller share to a larger"),
         ({"kind": "perplexity", "model": "nobody/here/there"}, "nobody"),

@@ -380,7 +380,7 @@ def test_questions_without_content_and_a_bare_one(shelf: Workspace, tmp_path: Pa
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "z"}], {"label_words": {"x": "yes", "y": "no"}}, DataError,
          r"t\.jsonl:2: no word for the label 'z'[\s\S]*x, y"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], {"prompt": "{test}"}, DataError,
-         r"t\.jsonl:1: the template asks for \{test\}[\s\S]*did you mean 'text'"),
+         r"t\.jsonl:1: the template uses \{test\}[\s\S]*did you mean 'text'"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], {"prompt": "{text} {label}"}, DataError,
          r"t\.jsonl:1: the question leaks the right choice"),
         ([{"text": "a", "label": "x"}], {"scoring": "multiple-choice"}, StageError, "there is only one label"),

@@ -1,15 +1,14 @@
-"""Does held-out text occur in the training text?
+"""Contamination: held-out text that occurs in the training text, as exact duplicates and as 13-grams.
 
-Two answers. A document is an exact duplicate when its bytes have the same digest. And its 13-grams are looked
-for in the training text: 13 words in a row, lower-cased, a word being letters and digits, whatever stands
-between them. A document with fewer words is compared whole, with other such documents.
+A document is an exact duplicate when its content has the same digest. Its 13-grams are 13 successive words in lower case, a
+word being letters and digits, whatever is between them. A document with fewer words is compared whole, with other such
+documents.
 
-Words and 13-grams are compared as 64-bit hashes, made by numpy without a loop over words. For bytes b
-(through a table T of random numbers) and an odd P, prefix[n] = sum over j < n of T[b_j] P^j mod 2^64, so that
-the hash of bytes [i, j) is (prefix[j] - prefix[i]) P^-i, wherever the word stands. The same again over 13
-words instead of bytes; each ends in the finaliser of splitmix64, for the low bits of such sums are weak. That
-there is any false hit between 10^9 training 13-grams and 10^6 held-out ones has a chance of 10^15 / 2^64, one
-in 18,000.
+Words and 13-grams are compared as 64-bit polynomial hashes, computed by numpy without a loop over words. For bytes b (mapped
+by a table T of random numbers) and an odd P, prefix[n] = sum over j < n of T[b_j] P^j mod 2^64, so the hash of bytes [i, j)
+is (prefix[j] - prefix[i]) P^-i, independent of the word's position. 13-grams are hashes of 13 word hashes in the same way.
+Each hash ends with the finaliser of splitmix64, as the low bits of such sums are weak. The probability of any false hit
+between 10^9 training and 10^6 held-out 13-grams is 10^15 / 2^64, one in 18,000.
 """
 
 from __future__ import annotations
@@ -20,23 +19,24 @@ from typing import NamedTuple
 
 import numpy as np
 
+from postgrad.data.random_streams import mix_bits
 from postgrad.data.read.documents import Document
 from postgrad.data.tokens.store import digest
 
 GRAM_WORDS = 13
-"""Words in a gram: the length by which GPT-3 (arXiv 2005.14165, appendix C) told contaminated documents."""
+"""Words in a gram, as in the contamination analysis of GPT-3 (arXiv 2005.14165, appendix C)."""
 
 MAX_EXAMPLES = 10
 
 _BLOCK = 2**20
-"""Bytes that are hashed at once; longer documents are cut between two words."""
+"""Bytes hashed at once; longer documents are split between words."""
 _FILTER_BITS = 24
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
 
 class OverlapExample(NamedTuple):
-    """A held-out document, where text of it was met in training first, and the share of it that was met."""
+    """A held-out document, the first training document that shares text with it, and the shared fraction."""
 
     heldout: str
     training: str
@@ -47,8 +47,8 @@ class OverlapExample(NamedTuple):
 class OverlapReport:
     """How much of the held-out text is in the training text.
 
-    `shares` has a number for each held-out document that is not empty: the part of its 13-grams that occur in
-    training, 1 for an exact duplicate. `touched` documents share any of them, `half` at least half.
+    `shares`: for each non-empty held-out document the fraction of its 13-grams that occur in training, 1 for an exact
+    duplicate. `overlapping` documents share any of them, `half_overlapping` at least half.
     """
 
     documents: int
@@ -60,63 +60,63 @@ class OverlapReport:
 
 
 def measure_overlap(heldout: Iterable[Document], training: Iterable[Document]) -> OverlapReport:
-    """Looks for the held-out documents (kept in memory as hashes) in the training documents (streamed)."""
-    places: list[str] = []
+    """Search the training documents (streamed) for the held-out documents (in memory as hashes)."""
+    locations: list[str] = []
     digests: list[np.ndarray] = []
     keys: list[np.ndarray] = []
     owners: list[np.ndarray] = []
     for block in _hash_documents(heldout):
         keys.append(block.keys)
-        owners.append(block.documents.astype(np.int64) + len(places))
+        owners.append(block.documents.astype(np.int64) + len(locations))
         digests.append(block.digests)
-        places += block.locations
-    wanted_keys = _HashIndex(_concatenate(keys))
-    wanted_digests = _HashIndex(_concatenate(digests))
+        locations += block.locations
+    key_index = _HashIndex(_concatenate(keys))
+    digest_index = _HashIndex(_concatenate(digests))
     for block in _hash_documents(training):
-        wanted_keys.record_matches(block.keys, block.documents, block.locations)
-        wanted_digests.record_matches(block.digests, np.arange(len(block.locations)), block.locations)
+        key_index.record_matches(block.keys, block.documents, block.locations)
+        digest_index.record_matches(block.digests, np.arange(len(block.locations)), block.locations)
 
-    found = wanted_keys.is_matched
+    is_matched = key_index.is_matched
     owner = _concatenate(owners).astype(np.int64)
-    totals = np.bincount(owner, minlength=len(places))
-    hits = np.bincount(owner, weights=found, minlength=len(places))
+    totals = np.bincount(owner, minlength=len(locations))
+    hits = np.bincount(owner, weights=is_matched, minlength=len(locations))
     shares = hits / np.maximum(totals, 1)
-    same = wanted_digests.is_matched
-    shares[same] = 1.0
+    is_duplicate = digest_index.is_matched
+    shares[is_duplicate] = 1.0
     return OverlapReport(
-        documents=len(places),
-        duplicates=int(same.sum()),
+        documents=len(locations),
+        duplicates=int(is_duplicate.sum()),
         overlapping=int((shares > 0).sum()),
         half_overlapping=int((shares >= 0.5).sum()),
         shares=shares,
-        examples=_worst_examples(places, shares, owner, wanted_keys, wanted_digests),
+        examples=_worst_examples(locations, shares, owner, key_index, digest_index),
     )
 
 
 def _worst_examples(
     locations: list[str], shares: np.ndarray, owner: np.ndarray, keys: _HashIndex, digests: _HashIndex
 ) -> tuple[OverlapExample, ...]:
-    """The largest shares; an exact duplicate names its duplicate, any other where a gram was met first."""
+    """The largest shares, each with its duplicate, or the first training document with a common gram."""
     worst = [int(n) for n in np.argsort(-shares, kind="stable")[:MAX_EXAMPLES] if shares[n] > 0]
-    met, same = keys.location_indices, digests.location_indices
+    gram_locations, duplicate_locations = keys.location_indices, digests.location_indices
     examples = []
     for document in worst:
-        training = digests.get_location(int(same[document]))
+        training = digests.get_location(int(duplicate_locations[document]))
         if training is None:
-            hits = met[owner == document]
+            hits = gram_locations[owner == document]
             training = keys.get_location(int(hits[hits >= 0][0]))
         examples.append(OverlapExample(locations[document], training or "", float(shares[document])))
     return tuple(examples)
 
 
 class _HashIndex:
-    """Hashes that are looked for, and the training document in which each was met first."""
+    """An index of hashes, and the first training document in which each occurs."""
 
     def __init__(self, hashes: np.ndarray) -> None:
         self._sorted, self._inverse = np.unique(hashes, return_inverse=True)
         self._first_match = np.full(len(self._sorted), -1, np.int64)
         self._locations: list[str] = []
-        # Nearly all that is looked up is not there: one byte of a small table says so without a search.
+        # Nearly all lookups miss: a small table (a one-hash Bloom filter) rejects them without a search.
         self._filter = np.zeros(2**_FILTER_BITS, np.bool_)
         self._filter[self._slot(self._sorted)] = True
 
@@ -131,20 +131,19 @@ class _HashIndex:
         if not len(likely):
             return
         hashes = hashes[likely]
-        at = np.minimum(np.searchsorted(self._sorted, hashes), len(self._sorted) - 1)
-        new = (self._sorted[at] == hashes) & (self._first_match[at] < 0)
-        at, documents = at[new][::-1], documents[likely][new][::-1]
-        if not len(at):
+        entries = np.minimum(np.searchsorted(self._sorted, hashes), len(self._sorted) - 1)
+        is_new = (self._sorted[entries] == hashes) & (self._first_match[entries] < 0)
+        # Reversed: of several writes to one entry numpy keeps the last, which is then the first match.
+        entries, documents = entries[is_new][::-1], documents[likely][is_new][::-1]
+        if not len(entries):
             return
-        inside, local = np.unique(documents, return_inverse=True)
-        self._first_match[at] = (
-            len(self._locations) + local
-        )  # reversed: of two writes to one place the first hit is last
-        self._locations += [locations[n] for n in inside.tolist()]
+        matched, local = np.unique(documents, return_inverse=True)
+        self._first_match[entries] = len(self._locations) + local
+        self._locations += [locations[n] for n in matched.tolist()]
 
     @property
     def location_indices(self) -> np.ndarray:
-        """For each hash as given, the number of a place, or -1 where it was not met."""
+        """The location index of each hash in its original order, or -1 without a match."""
         return self._first_match[self._inverse]
 
     @property
@@ -159,7 +158,7 @@ class _HashIndex:
 
 
 class _HashedDocuments(NamedTuple):
-    """Documents of one block: their keys (13-grams, or the whole of a short one) and each key's document."""
+    """Documents of one block: their keys (13-grams, or a short document as a whole) and each key's document."""
 
     keys: np.ndarray
     documents: np.ndarray
@@ -169,19 +168,19 @@ class _HashedDocuments(NamedTuple):
 
 def _hash_documents(documents: Iterable[Document]) -> Iterator[_HashedDocuments]:
     """The documents' keys, about a block at a time."""
-    held: list[Document] = []
+    batch: list[Document] = []
     size = 0
     for document in documents:
         if document.is_empty:
             continue
-        held.append(document)
+        batch.append(document)
         content = document.text if document.text is not None else document.ids
         size += len(content) if content is not None else 0
         if size >= _BLOCK:
-            yield _hash_block(held)
-            held, size = [], 0
-    if held:
-        yield _hash_block(held)
+            yield _hash_block(batch)
+            batch, size = [], 0
+    if batch:
+        yield _hash_block(batch)
 
 
 def _hash_block(documents: list[Document]) -> _HashedDocuments:
@@ -205,7 +204,7 @@ def _hash_block(documents: list[Document]) -> _HashedDocuments:
             assert document.ids is not None
             ids = np.ascontiguousarray(document.ids, "<u4")
             digests[number] = digest(ids.data)
-            words.append(_mix_bits(ids.astype(np.uint64)))
+            words.append(mix_bits(ids.astype(np.uint64)))
             counts[number] = len(ids)
             first = number + 1
             continue
@@ -229,7 +228,7 @@ def _hash_block(documents: list[Document]) -> _HashedDocuments:
 
 
 def _split_bytes(data: bytes) -> Iterator[bytes]:
-    """Pieces below a block, cut between two words (or, in a word of a whole block, anywhere)."""
+    """Pieces smaller than a block, split between words (or anywhere, in a word longer than a block)."""
     start = 0
     while start < len(data):
         end = min(start + _BLOCK - 1, len(data))
@@ -242,20 +241,20 @@ def _split_bytes(data: bytes) -> Iterator[bytes]:
 
 
 def _hash_words(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """The hash of every word of the texts in their order, and how many words each text has."""
+    """The hash of every word of the texts in order, and the number of words of each text."""
     data = np.frombuffer(b"\n".join([*texts, b""]), np.uint8)
     inside = _IS_WORD_BYTE[data]
     edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
     if inside[0]:
         edges = np.concatenate([[0], edges])
-    starts, ends = edges[0::2], edges[1::2]  # the last byte is a line break, so every word has an end
-    hashes = _mix_bits(_hash_spans(_BYTE_HASHES[data], starts, ends))
+    starts, ends = edges[0::2], edges[1::2]  # the last byte is a line break, so every word ends
+    hashes = mix_bits(_hash_spans(_BYTE_HASHES[data], starts, ends))
     borders = np.cumsum([len(text) + 1 for text in texts])
     return hashes, np.diff(np.searchsorted(starts, borders), prepend=0)
 
 
 def _hash_grams(words: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 13-grams inside each document, or the whole of a document that has fewer words."""
+    """The hashes of each document's 13-grams, or of a document with fewer words as a whole, and their documents."""
     starts = np.cumsum(counts) - counts
     short = np.flatnonzero((counts > 0) & (counts < GRAM_WORDS))
     grams = np.maximum(counts - GRAM_WORDS + 1, 0)
@@ -263,7 +262,7 @@ def _hash_grams(words: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.n
     begin = np.arange(int(grams.sum())) - np.repeat(np.cumsum(grams) - grams, grams) + starts[owners]
     begin = np.concatenate([begin, starts[short]])
     end = np.concatenate([begin[: len(owners)] + GRAM_WORDS, starts[short] + counts[short]])
-    lengths = (end - begin).astype(np.uint64)  # a short document is never taken for a gram or a longer one
+    lengths = (end - begin).astype(np.uint64)  # part of the hash: a short document never equals a gram
     hashes: list[np.ndarray] = []
     for at in range(0, max(1, len(begin)), _BLOCK // 8):
         part = slice(at, at + _BLOCK // 8)
@@ -271,7 +270,7 @@ def _hash_grams(words: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.n
             break
         low, high = int(begin[part].min()), int(end[part].max())
         sums = _hash_long_spans(words[low:high], begin[part] - low, end[part] - low)
-        hashes.append(_mix_bits(sums + lengths[part] * _LENGTH_MULTIPLIER))
+        hashes.append(mix_bits(sums + lengths[part] * _LENGTH_MULTIPLIER))
     return _concatenate(hashes), np.concatenate([owners, short])
 
 
@@ -283,7 +282,7 @@ def _hash_spans(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.
 
 
 def _hash_long_spans(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """As `_spans`, for more values than there are powers in the table."""
+    """`_hash_spans` for more values than the table has powers, by halves."""
     if len(values) <= len(_POWERS):
         return _hash_spans(values, starts, ends)
     middle = len(starts) // 2
@@ -293,13 +292,6 @@ def _hash_long_spans(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -
         low, high = int(starts[half].min()), int(ends[half].max())
         parts.append(_hash_long_spans(values[low:high], starts[half] - low, ends[half] - low))
     return np.concatenate(parts)
-
-
-def _mix_bits(hashes: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): every bit depends on every other."""
-    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return hashes ^ (hashes >> np.uint64(31))
 
 
 def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
@@ -315,12 +307,12 @@ def _powers(base: int, count: int) -> np.ndarray:
 def _word_byte_table() -> np.ndarray:
     table = np.zeros(256, np.bool_)
     table[np.frombuffer(b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)] = True
-    table[128:] = True  # parts of letters beyond ASCII
+    table[128:] = True  # bytes of letters beyond ASCII
     return table
 
 
 _IS_WORD_BYTE = _word_byte_table()
-_BYTE_HASHES = _mix_bits(np.arange(1, 257, dtype=np.uint64) * np.uint64(_MULTIPLIER))
+_BYTE_HASHES = mix_bits(np.arange(1, 257, dtype=np.uint64) * np.uint64(_MULTIPLIER))
 _LENGTH_MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
 _POWERS = _powers(_MULTIPLIER, _BLOCK + 2)
 _INVERSE_POWERS = _powers(pow(_MULTIPLIER, -1, 2**64), _BLOCK + 2)

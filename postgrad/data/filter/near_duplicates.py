@@ -1,9 +1,10 @@
-"""Which texts have nearly the same words as one before? MinHash signatures in bands.
+"""Near-duplicate detection with MinHash signatures and locality-sensitive hashing.
 
-The share of five-word runs that two texts have in common (Jaccard) is estimated from the least hash of each under many hash
-functions (Broder 1997); signatures are cut into bands, and texts that agree in a whole band are compared (Leskovec, Rajaraman &
-Ullman, Mining of Massive Datasets, chapter 3). With 16 bands of 8, texts that share 80 % of their runs meet with a probability
-of .95, those that share half with .06.
+The Jaccard similarity of two texts' sets of five-word shingles is the probability that a random hash function has the same
+minimum on both (Broder 1997), so it is estimated as the fraction of equal minima under many hash functions, the signature.
+Signatures are split into bands, and only texts that agree in a whole band are compared (Leskovec, Rajaraman & Ullman, Mining
+of Massive Datasets, chapter 3). With 16 bands of 8 rows, texts of similarity s are compared with probability
+1 - (1 - s^8)^16: .95 for s = .8, and .06 for s = .5.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ import numpy as np
 
 _WORD_PATTERN = re.compile(r"\w+")
 RUN_WORDS = 5
-"""Words of a run; a shorter text is one run."""
-MIN_THRESHOLD = 0.7
-"""The share of common runs below which two texts hardly ever meet in a band."""
+"""Words of a shingle; a shorter text is one shingle."""
 _BANDS, _BAND_ROWS = 16, 8
 
 
 class NearDuplicateIndex:
-    """Texts that were met, and whether a new one is nearly one of them."""
+    """An index of texts that finds near duplicates of a new one."""
 
     def __init__(self, threshold: float = 0.8) -> None:
-        """`threshold`: the share of common runs from which two texts are nearly the same."""
+        """`threshold`: estimated similarity from which two texts are near duplicates."""
         self.threshold = threshold
         rng = np.random.default_rng(0)
         count = _BANDS * _BAND_ROWS
@@ -39,7 +38,7 @@ class NearDuplicateIndex:
         return len(self._signatures)
 
     def find_or_add(self, text: str) -> int | None:
-        """The number of the first text that this is nearly the same as; None for a new one, which is remembered."""
+        """The number of the first near duplicate of a text; None for a new text, which is added."""
         signature = self._signature(text)
         keys = [(band, signature[band * _BAND_ROWS : (band + 1) * _BAND_ROWS].tobytes()) for band in range(_BANDS)]
         for number in sorted({number for key in keys for number in self._bands.get(key, ())}):
@@ -51,22 +50,22 @@ class NearDuplicateIndex:
         return None
 
     def _signature(self, text: str) -> np.ndarray:
-        """The least hash of the text's runs under each function."""
+        """The minimum hash of the text's shingles under each hash function."""
         words = _WORD_PATTERN.findall(text.lower())
         runs = {" ".join(words[i : i + RUN_WORDS]) for i in range(max(1, len(words) - RUN_WORDS + 1))}
         hashes = [int.from_bytes(hashlib.blake2b(run.encode(), digest_size=8).digest(), "little") for run in runs]
-        # Odd factors modulo 2^64 (Dietzfelbinger et al. 1997) permute the hashes; they overflow on purpose.
+        # Multiplication by odd factors modulo 2^64 (Dietzfelbinger et al. 1997) permutes the hashes; overflow is intended.
         with np.errstate(over="ignore"):
             return (np.array(hashes, np.uint64)[:, None] * self._factor + self._offset).min(0)
 
 
 def repetition_share(words: list[str] | list[int], run_length: int = 8) -> float:
-    """The share of a text that stands in runs which occurred before in it: 0 for none, near 1 for a text in a loop."""
-    met: set[tuple[str | int, ...]] = set()
-    again = np.zeros(len(words), bool)
+    """The share of words within runs that occurred before in the text: 0 for none, near 1 for a text in a loop."""
+    seen: set[tuple[str | int, ...]] = set()
+    is_repeated = np.zeros(len(words), bool)
     for i in range(len(words) - run_length + 1):
-        here = tuple(words[i : i + run_length])
-        if here in met:
-            again[i : i + run_length] = True
-        met.add(here)
-    return float(again.mean()) if len(words) else 0.0
+        run = tuple(words[i : i + run_length])
+        if run in seen:
+            is_repeated[i : i + run_length] = True
+        seen.add(run)
+    return float(is_repeated.mean()) if len(words) else 0.0

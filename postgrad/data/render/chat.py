@@ -1,13 +1,13 @@
-"""How does a conversation become text, and which of it are the answers?
+"""Rendering of conversations with a chat template, and location of the answers in the text.
 
-By the tokenizer's own chat template (Jinja, as `transformers` runs it), so that a model is trained on what it will be
-asked with. Where the answers stand is found in either of two ways:
+The tokenizer's own template is used (Jinja, as in `transformers`), so that training matches inference. The answers are
+located in one of two ways:
 
-- the template says so, with `{% generation %}` around them;
-- by prefixes: the text up to an answer, `add_generation_prompt` included, must be how the text with the answer begins.
+- by the template's `{% generation %}` tags around them;
+- by prefixes: the text up to an answer, with `add_generation_prompt`, must be a prefix of the text with the answer.
 
-Base models have no template. For them there is a plain one (`PLAIN`), which needs no new tokens and ends each answer with the
-EOS. A model that was trained with it leaves with it (`plain_template`), so that whoever asks it asks as it was trained.
+Base models have no template. `PLAIN_TEMPLATE` needs no new tokens and ends each answer with the EOS. A model trained with it
+is saved with it (`plain_template`), so that inference matches training.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ PLAIN_TEMPLATE = """\
     {{- eos_token if message["role"] == "assistant" }}{{ "" if loop.last else "\\n\\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "\\n\\n### Assistant:\\n" }}{% endif %}"""
-"""`### User:`, a line for each role, and the EOS behind each answer."""
+"""`### User:`, such a line for each role, and the EOS after each answer."""
 
 
 def plain_template(add_bos: bool) -> str:
-    """The plain template as a tokenizer carries it; with `bos` it also sets the BOS, as templates are expected to."""
+    """The plain template to save with a tokenizer; `add_bos`: start with the BOS, as chat templates are expected to."""
     return "{{- bos_token }}" * add_bos + PLAIN_TEMPLATE
 
 
 def custom_template(chat_template: str | Mapping[str, str] | None) -> str | None:
-    """The chat template that a tokenizer carries (of several the default one); None when it is the plain one, or none."""
+    """A tokenizer's own chat template (the default one of several); None for the plain template, or for none."""
     template = chat_template.get("default") if isinstance(chat_template, Mapping) else chat_template
     return None if template in (plain_template(False), plain_template(True)) else template
 
 
 _ANSWER_BEGIN, _ANSWER_END = "\ufdd0", "\ufdd1"
-"""Set around what stands between `{% generation %}` and `{% endgeneration %}`: no characters of any text."""
+"""Noncharacters that mark the start and end of a `{% generation %}` block."""
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 
@@ -65,12 +65,11 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ChatRenderer:
-    """Conversations in a chat template; rows of one prompt and one answer (through `turn`) as conversations of one turn.
+    """Renders conversations with a chat template; rows of one prompt and one answer become conversations of one turn.
 
-    `special` are the tokenizer's special tokens by the names that templates use (`bos_token`, `eos_token`). With
-    `answers="last"` only the last answer of each conversation is trained, which asks less of the template. `today` is
-    what a template is told when it asks for the date: text that changed with the day could not be made again.
-    Raises `ModelError` for a template that is none.
+    `special_tokens`: by their names in templates (`bos_token`, `eos_token`). `answers="last"` trains only the last answer of
+    each conversation, which works with more templates. `today`: the date that templates see, fixed for reproducibility.
+    Raises `ModelError` for an invalid template.
     """
 
     template: str | None
@@ -84,7 +83,7 @@ class ChatRenderer:
     def __post_init__(self) -> None:
         if self.template is None and not self.special_tokens.get("eos_token"):
             raise ModelError(
-                "there is no chat template, and no end-of-text token to end an answer with",
+                "there is no chat template, and no EOS token to end an answer with",
                 where="tokenizer",
                 expected="`eos_token` among the special tokens",
             )
@@ -92,7 +91,6 @@ class ChatRenderer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that decides the text."""
         template, today = self.template or PLAIN_TEMPLATE, self.today.isoformat()
         parts = [template, dict(self.special_tokens), self.answers, self.turn_renderer.fingerprint, today]
         return hashlib.sha256(json.dumps(["chat", *parts], sort_keys=True).encode()).hexdigest()
@@ -103,11 +101,11 @@ class ChatRenderer:
 
     @property
     def _has_generation_tags(self) -> bool:
-        """Whether the template itself says where the answers are."""
+        """Whether the template marks the answers itself."""
         return _GENERATION_TAG.search(self.template or "") is not None
 
     def render(self, example: Example) -> RenderedExample:
-        """The conversation with its answers marked. Raises `DataError` where the template does not let them be found."""
+        """The conversation with its answers marked. Raises `DataError` when they cannot be located."""
         if "messages" in example.fields:
             messages: Messages = example.messages
         else:
@@ -117,7 +115,7 @@ class ChatRenderer:
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if self._has_generation_tags:
             if _ANSWER_BEGIN in example.text or _ANSWER_END in example.text:
-                raise DataError("U+FDD0 or U+FDD1, which are no characters", expected="text without them")
+                raise DataError("the noncharacters U+FDD0 or U+FDD1", expected="text without them")
             pieces = self._pieces_from_tags(self._apply_template(messages, tools), len(answers))
         else:
             pieces = self._pieces_from_prefixes(messages, tools, answers if self.answers == "all" else answers[-1:])
@@ -126,9 +124,9 @@ class ChatRenderer:
     def render_text(
         self, messages: Messages, tools: Sequence[Any] | None = None, *, add_generation_prompt: bool = False
     ) -> str:
-        """The conversation as the template writes it, with `prompt` up to where the next answer begins."""
-        written = self._apply_template(messages, tools, add_generation_prompt=add_generation_prompt)
-        return written.replace(_ANSWER_BEGIN, "").replace(_ANSWER_END, "") if self._has_generation_tags else written
+        """The rendered conversation, with `add_generation_prompt` up to the start of the next answer."""
+        text = self._apply_template(messages, tools, add_generation_prompt=add_generation_prompt)
+        return text.replace(_ANSWER_BEGIN, "").replace(_ANSWER_END, "") if self._has_generation_tags else text
 
     def _apply_template(
         self, messages: Messages, tools: Sequence[Any] | None, *, add_generation_prompt: bool = False
@@ -141,71 +139,71 @@ class ChatRenderer:
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # a template can raise anything
             raise DataError(
-                f"the chat template refuses the conversation: {str(error) or type(error).__name__}",
-                expected="a conversation such as the template was made for",
-                hint="change the row, or give another template",
+                f"the chat template fails on the conversation: {str(error) or type(error).__name__}",
+                expected="a conversation that the template supports",
+                hint="change the row, or use another template",
             ) from None
 
     def _pieces_from_tags(self, full_text: str, answer_count: int) -> list[tuple[str, int]]:
-        """Pieces by the borders that the template itself has set."""
+        """Pieces of the text, split at the template's own marks."""
         first, *rest = full_text.split(_ANSWER_BEGIN)
         if len(rest) != answer_count:
             raise DataError(
                 f"the chat template marks {len(rest)} spans for {answer_count} answers",
-                expected="{% generation %} around each answer, and around nothing else",
+                expected="{% generation %} around each answer and nothing else",
             )
         pieces = [(first, CONTEXT)]
         for number, part in enumerate(rest, 1):
             span, _, after = part.partition(_ANSWER_END)
-            trained = self.answers == "all" or number == answer_count
-            pieces += [(span, ANSWER if trained else CONTEXT), (after, CONTEXT)]
+            is_trained = self.answers == "all" or number == answer_count
+            pieces += [(span, ANSWER if is_trained else CONTEXT), (after, CONTEXT)]
         return pieces
 
     def _pieces_from_prefixes(
         self, messages: Messages, tools: Sequence[Any] | None, trained_messages: Sequence[int]
     ) -> list[tuple[str, int]]:
-        """Pieces by the text before each answer and the text that ends with it."""
-        whole = self.render_text(messages, tools)
+        """Pieces of the text, split at the lengths of the renderings before and after each answer."""
+        full_text = self.render_text(messages, tools)
         pieces: list[tuple[str, int]] = []
-        at = 0
+        end = 0
         for number in trained_messages:
             before = self.render_text(messages[:number], tools, add_generation_prompt=True)
-            after = whole if number + 1 == len(messages) else self.render_text(messages[: number + 1], tools)
-            if not (after.startswith(before) and whole.startswith(after) and len(before) >= at):
-                raise self._hidden_answer_error(before if not after.startswith(before) else after, whole, number)
+            after = full_text if number + 1 == len(messages) else self.render_text(messages[: number + 1], tools)
+            if not (after.startswith(before) and full_text.startswith(after) and len(before) >= end):
+                raise self._hidden_answer_error(before if not after.startswith(before) else after, full_text, number)
             if not after[len(before) :].strip():
                 raise DataError(
-                    f"the chat template leaves out the answer (message {number + 1})",
+                    f"the chat template omits the answer (message {number + 1})",
                     expected="a template that writes every answer",
                 )
-            pieces += [(whole[at : len(before)], CONTEXT), (whole[len(before) : len(after)], ANSWER)]
-            at = len(after)
+            pieces += [(full_text[end : len(before)], CONTEXT), (full_text[len(before) : len(after)], ANSWER)]
+            end = len(after)
         return pieces
 
     def _hidden_answer_error(self, part: str, full_text: str, number: int) -> DataError:
-        both = zip(part, full_text, strict=False)
-        same = next((at for at, (one, other) in enumerate(both) if one != other), min(len(part), len(full_text)))
-        way_out = "a template with {% generation %} around its answers, or the plain one"
+        pairs = enumerate(zip(part, full_text, strict=False))
+        offset = next((i for i, (one, other) in pairs if one != other), min(len(part), len(full_text)))
+        hint = "a template with {% generation %} around its answers, or the plain one"
         if self.answers == "all":
-            way_out = f"train only the last answer of each conversation, or give {way_out}"
+            hint = f"train only the last answer of each conversation, or use {hint}"
         return DataError(
-            f"in the chat template the text before or up to message {number + 1} is not how the whole begins: "
-            f"{part[max(0, same - 20) : same + 20]!r} against {full_text[max(0, same - 20) : same + 20]!r}",
-            expected="a template that only adds to the text as the conversation grows",
-            hint=way_out,
+            f"with this chat template the text up to message {number + 1} is not a prefix of the whole text: "
+            f"{part[max(0, offset - 20) : offset + 20]!r} against {full_text[max(0, offset - 20) : offset + 20]!r}",
+            expected="a template that only appends to the text as the conversation grows",
+            hint=hint,
         )
 
     def _trim_after_eos(self, pieces: list[tuple[str, int]]) -> list[tuple[str, int]]:
-        """White space behind an answer's EOS is not trained; at the end it goes, for there the EOS ends the document."""
+        """Do not train white space after an answer's EOS, and remove it at the end, where the EOS ends the document."""
         eos = self.special_tokens.get("eos_token")
         if not eos:
             return [(text, mark) for text, mark in pieces if text]
         out: list[tuple[str, int]] = []
         for text, mark in pieces:
-            answer, met, tail = text.rpartition(eos)
-            out += [(answer + met, mark), (tail, CONTEXT)] if met and not tail.strip() else [(text, mark)]
+            answer, separator, tail = text.rpartition(eos)
+            out += [(answer + separator, mark), (tail, CONTEXT)] if separator and not tail.strip() else [(text, mark)]
         out = [(text, mark) for text, mark in out if text]
         if "".join(text for text, _ in out).rstrip().endswith(eos):
             while not out[-1][0].strip():
@@ -214,7 +212,7 @@ class ChatRenderer:
 
 
 def compile_template(template: str, today: datetime.date) -> jinja2.Template:
-    """A chat template as `transformers` runs it: sandboxed, blocks trimmed, with the functions that templates use."""
+    """Compile a chat template as `transformers` does: sandboxed, with trimmed blocks and the usual functions."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationExtension, "jinja2.ext.loopcontrols"]
     )
@@ -224,16 +222,16 @@ def compile_template(template: str, today: datetime.date) -> jinja2.Template:
         return environment.from_string(template, globals=functions)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(
-            f"the chat template is broken: {error.message}",
+            f"invalid chat template: {error.message}",
             where=f"tokenizer, chat template, line {error.lineno}",
             expected="a Jinja template",
         ) from None
 
 
 class _GenerationExtension(Extension):
-    """`{% generation %}` ... `{% endgeneration %}`: around what the model is to say."""
+    """`{% generation %}` ... `{% endgeneration %}`: blocks that the model generates."""
 
-    tags = {"generation"}  # noqa: RUF012 (what jinja2 declares)
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         line = next(parser.stream).lineno
@@ -251,7 +249,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As JSON with its letters as they are: jinja2's own escapes them for HTML."""
+    """JSON without escapes; jinja2's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

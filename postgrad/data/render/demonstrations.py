@@ -1,7 +1,7 @@
-"""Which examples stand before a question? Training rows that are most like it, or drawn ones, never the question itself.
+"""Few-shot demonstrations: training rows, retrieved or random, before each example; never the example itself.
 
-The hard part of an instruction prompt (Singhal et al. 2022, arXiv 2212.13138, section 3.3.2, with exemplars retrieved instead
-of fixed): retrieved examples with their answers, as context, before the example that is to be answered.
+They are the hard prompt of instruction prompt tuning (Singhal et al. 2022, arXiv 2212.13138, section 3.3.2), with retrieved
+instead of fixed exemplars: examples with their answers, as context before the example to answer.
 """
 
 from __future__ import annotations
@@ -23,20 +23,18 @@ from postgrad.data.render.renderer import RenderedExample, Renderer
 from postgrad.data.tokens.store import digest
 
 RetrievalMethod = Literal["bm25", "embedding", "seed", "once", "balanced"]
-"""Most alike by words or by vectors; drawn anew for each question; drawn once for all; or once, as evenly over the answers as
-can be."""
+"""Most similar by words or by vectors; random for each question; random once for all; or once, balanced over the answers."""
 SEPARATOR = "\n\n"
-"""What stands between two examples."""
+"""Text between two examples."""
 
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """A renderer that sets retrieved examples before each one that another renderer words.
+    """A renderer that adds demonstrations before each example of another renderer.
 
-    `pool`: the examples to draw from; one that asks the same is never drawn. What is compared are the questions alone: the
-    answer to the one at hand is not known where the model is used. `size` counts the tokens of a text: of the `count` examples
-    most like the question, the least alike are left out until the rest takes at most `tokens`. The most alike stands last,
-    next to the question. `vectors` gives a vector of shape (D,) for a text, for `by: embedding`.
+    `pool`: the examples to select from, without those with the same question. Only questions are compared, as the answer is
+    unknown at inference. Of the `count` most similar examples, the least similar are dropped until the rest takes at most
+    `max_tokens`. The most similar comes last, next to the question. `embed` (for `embedding`): text to a vector (D,).
     """
 
     renderer: Renderer
@@ -52,7 +50,7 @@ class Demonstrations:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that decides the text: the answers of the pool too, and the vectors that it is compared by."""
+        """Includes the answers of the pool, and the vectors for similarity."""
         pool = hashlib.sha256("".join(f"{mark:016x}" for mark in sorted(map(_digest, self._texts))).encode())
         if self.method == "embedding":
             pool.update(self._embeddings.tobytes())
@@ -60,27 +58,29 @@ class Demonstrations:
         return hashlib.sha256(json.dumps(["demonstrations", *parts]).encode()).hexdigest()
 
     def render(self, example: Example) -> RenderedExample:
-        """The chosen examples with their answers as context, then the example itself."""
+        """The demonstrations as context, then the example itself."""
         own = self.renderer.render(example)
-        shown = [self._texts[i] + SEPARATOR for i in self._select(_question_text(own))]
-        lengths = [self.count_tokens(text) for text in shown]
-        while shown and sum(lengths) > self.max_tokens:
-            shown.pop(0)
+        demonstrations = [self._texts[i] + SEPARATOR for i in self._select(_question_text(own))]
+        lengths = [self.count_tokens(text) for text in demonstrations]
+        while demonstrations and sum(lengths) > self.max_tokens:
+            demonstrations.pop(0)
             lengths.pop(0)
-        return own._replace(pieces=(("".join(shown), 0), *own.pieces)) if shown else own
+        if not demonstrations:
+            return own
+        return own._replace(pieces=(("".join(demonstrations), 0), *own.pieces))
 
     def select(self, example: Example) -> list[Example]:
-        """The examples before this one, the most alike last."""
+        """The demonstrations of an example, the most similar last."""
         return [self.pool[i] for i in self._select(_question_text(self.renderer.render(example)))]
 
     def _select(self, question: str) -> list[int]:
-        mark = _digest(question)
-        found = [i for i in self._ranking(question, mark) if int(self._digests[i]) != mark]
-        return found[: self.count][::-1]
+        own_digest = _digest(question)
+        others = [i for i in self._ranking(question, own_digest) if int(self._digests[i]) != own_digest]
+        return others[: self.count][::-1]
 
     def _ranking(self, question: str, question_digest: int) -> list[int]:
-        """Numbers of the pool, the most alike first: more than are wanted, as copies of the question fall out."""
-        most = min(len(self.pool), self.count + int((self._digests == question_digest).sum()))
+        """Indices of the pool, the most similar first; more than `count`, as copies of the question are removed later."""
+        limit = min(len(self.pool), self.count + int((self._digests == question_digest).sum()))
         match self.method:
             case "bm25":
                 scores = np.asarray(self._bm25_index.get_scores(_bm25_words(question)))
@@ -88,21 +88,17 @@ class Demonstrations:
                 assert self.embed is not None
                 scores = self._unit_embeddings @ _normalize(self.embed(question))
             case "seed":
-                return (
-                    np.random.default_rng(derive_key(self.seed, question_digest)).permutation(len(self.pool)).tolist()
-                )
+                rng = np.random.default_rng(derive_key(self.seed, question_digest))
+                return rng.permutation(len(self.pool)).tolist()
             case "once":
                 return np.random.default_rng(self.seed).permutation(len(self.pool)).tolist()
             case "balanced":
-                return (
-                    self._balanced_order(question_digest)
-                    if (self._digests == question_digest).any()
-                    else self._shared_balanced_order
-                )
-        return np.argsort(-scores, kind="stable")[:most].tolist()
+                is_in_pool = (self._digests == question_digest).any()
+                return self._balanced_order(question_digest) if is_in_pool else self._shared_balanced_order
+        return np.argsort(-scores, kind="stable")[:limit].tolist()
 
     def _balanced_order(self, question_digest: int | None) -> list[int]:
-        """One of each answer, then one more of each, and so on, drawn; in an order that tells nothing of the answers."""
+        """One random example of each answer, then one more of each, and so on; the first `count`, in random order."""
         generator = np.random.default_rng(self.seed)
         by_answer: dict[Any, list[int]] = {}
         for i in generator.permutation(len(self.pool)).tolist():
@@ -115,17 +111,16 @@ class Demonstrations:
 
     @cached_property
     def _shared_balanced_order(self) -> list[int]:
-        """For every question that the pool does not ask."""
+        """The order for all questions that are not in the pool."""
         return self._balanced_order(None)
 
     @cached_property
     def _answers(self) -> list[Any]:
-        """What is balanced: the label, the place of the right choice, or the answer as it is worded."""
-        worded = ("".join(text for text, mark in rendered.pieces if mark) for rendered in self._rendered_pool)
-        keys = {"labelled": ("label", "labels"), "choices": ("answer",)}
+        """The values to balance: labels, indices of the correct choice, or rendered answers."""
+        texts = ("".join(text for text, mark in rendered.pieces if mark) for rendered in self._rendered_pool)
         return [
-            next((example.fields[key] for key in keys.get(example.kind, ()) if key in example.fields), said)
-            for example, said in zip(self.pool, worded, strict=True)
+            next((example.fields[key] for key in example.kind.label_fields if key in example.fields), text)
+            for example, text in zip(self.pool, texts, strict=True)
         ]
 
     @cached_property
@@ -163,7 +158,7 @@ class Demonstrations:
 
 
 def _question_text(rendered: RenderedExample) -> str:
-    """What is read, without what is to be answered."""
+    """The context of a rendered example, without the answer."""
     return "".join(text for text, mark in rendered.pieces if not mark)
 
 
@@ -172,7 +167,7 @@ def _digest(text: str) -> int:
 
 
 def _bm25_words(text: str) -> list[str]:
-    """Lower-case words: what BM25 compares."""
+    """Lower-case words for BM25."""
     return "".join(letter if letter.isalnum() else " " for letter in text.lower()).split() or [""]
 
 

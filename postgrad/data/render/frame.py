@@ -1,8 +1,7 @@
-"""What stands around the texts of a row? Special tokens, virtual tokens of a prompt, words: ids that are never labels.
+"""Frames: the ids around the texts of a row (special tokens, virtual tokens of soft prompts, words), never labels.
 
-A row has one text or two: `before first after`, or `before first between second after`. A BERT model's own frame is
-`Frame((CLS,), (SEP,), (SEP,))`; a soft prompt of three vectors before a text is `Frame((V, V + 1, V + 2))`, V being the
-size of the vocabulary.
+A row is `prefix text suffix` or `prefix first separator second suffix`. BERT's own frame is `Frame((CLS,), (SEP,), (SEP,))`;
+a soft prompt of three vectors before a text is `Frame((V, V + 1, V + 2))` for a vocabulary of size V.
 """
 
 from __future__ import annotations
@@ -33,42 +32,39 @@ class Frame:
         first_virtual: int,
         tokenize: Callable[[str], Sequence[int]],
     ) -> Frame:
-        """What a template of one field or two sets around them; the arguments are those of `Template.around`.
+        """The ids around the one or two fields of a template; arguments as for `Template.segments`.
 
-        Raises `StageError` for any other number of fields, and as `Template.around` does.
+        Raises `StageError` for any other number of fields, and as `Template.segments` does.
         """
         if len(template.placeholders) not in (1, 2) or len(template.fields) != len(template.placeholders):
             raise StageError(
-                f"a template with {' '.join(f'{{{name}}}' for name in template.placeholders) or 'no fields'}",
-                where="template",
+                f"the template has {' '.join(f'{{{name}}}' for name in template.placeholders) or 'no fields'}",
+                where="tuning.template",
                 expected="one field, or two different ones",
             )
-        before, *between, after = (tuple(part) for part in template.segments(special_ids, first_virtual, tokenize))
-        return cls(before, between[0] if between else (), after)
+        prefix, *separator, suffix = (tuple(part) for part in template.segments(special_ids, first_virtual, tokenize))
+        return cls(prefix, separator[0] if separator else (), suffix)
 
     def size(self, text_count: int) -> int:
-        """Ids around so many texts (one or two)."""
+        """Number of ids around one or two texts."""
         return len(self.prefix_ids) + len(self.suffix_ids) + (len(self.separator_ids) if text_count == 2 else 0)
 
     @property
     def all_ids(self) -> tuple[int, ...]:
-        """All ids around the texts."""
         return (*self.prefix_ids, *self.separator_ids, *self.suffix_ids)
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`before`, `between`, `after` as arrays of int64."""
-        before, between, after = (
-            np.array(part, np.int64) for part in (self.prefix_ids, self.separator_ids, self.suffix_ids)
-        )
-        return before, between, after
+        """Prefix, separator and suffix as arrays of int64."""
+        parts = (self.prefix_ids, self.separator_ids, self.suffix_ids)
+        prefix, separator, suffix = (np.array(part, np.int64) for part in parts)
+        return prefix, separator, suffix
 
     def wrap(self, first: np.ndarray, second: np.ndarray | None = None) -> np.ndarray:
-        """All ids of a row, of shape (T,)."""
-        before, between, after = self.arrays
-        middle = (first,) if second is None else (first, between, second)
-        return np.concatenate((before, *middle, after))
+        """The ids of a row, of shape (T,)."""
+        prefix, separator, suffix = self.arrays
+        texts = (first,) if second is None else (first, separator, second)
+        return np.concatenate((prefix, *texts, suffix))
 
 
 EMPTY_FRAME = Frame()
-"""Nothing around the text."""

@@ -1,12 +1,12 @@
-"""Which tokens stand around the fields of a row? A template, such as `[CLS] {3} {x} {3} [MASK] {3}`.
+"""Prompt templates: the tokens around the fields of a row, such as `[CLS] {3} {x} {3} [MASK] {3}`.
 
     {x}         the tokens of the row's field `x`
-    {3}         three virtual tokens of a soft prompt, numbered on through the template
-    [MASK]      a special token by its name in the tokenizer: CLS, SEP, MASK, BOS, EOS, PAD
-    other text  itself, in tokens
+    {3}         three virtual tokens of a soft prompt, numbered through the template
+    [MASK]      a special token of the tokenizer: CLS, SEP, MASK, BOS, EOS, PAD
+    other text  literal text, tokenised
     {{ and }}   braces;  [[MASK]] is the text "[MASK]"
 
-Spaces beside special and virtual tokens only part them from the rest. All other spaces are text, as are line breaks.
+Spaces next to special and virtual tokens are separators. All other spaces and line breaks are text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SpecialToken:
 
 @dataclass(frozen=True)
 class VirtualTokens:
-    """So many virtual tokens, from the `first`-th of the template on."""
+    """`count` virtual tokens, starting with the template's `first`-th."""
 
     first: int
     count: int
@@ -49,8 +49,6 @@ class TemplateField:
 
 @dataclass(frozen=True)
 class LiteralText:
-    """Literal text."""
-
     text: str
 
 
@@ -58,7 +56,7 @@ TemplatePart = SpecialToken | VirtualTokens | TemplateField | LiteralText
 
 
 class RenderedTemplate(NamedTuple):
-    """Token ids, and for each the field that it comes from; None for the template's own."""
+    """Token ids, and the field of each; None for the template's own tokens."""
 
     ids: list[int]
     field_names: list[str | None]
@@ -72,40 +70,40 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> Template:
-        """Read a template. Raises `StageError` for braces that do not match, and for what stands in them."""
+        """Parse a template. Raises `StageError` for unpaired braces, and for invalid contents."""
         parts: list[TemplatePart] = []
-        at = virtual = 0
-        for mark in _PLACEHOLDER.finditer(text):
-            parts.append(LiteralText(text[at : mark.start()]))
-            at = mark.end()
-            part = _parse_placeholder(mark, virtual)
+        end = virtual_count = 0
+        for match in _PLACEHOLDER.finditer(text):
+            parts.append(LiteralText(text[end : match.start()]))
+            end = match.end()
+            part = _parse_placeholder(match, virtual_count)
             parts.append(part)
-            virtual += part.count if isinstance(part, VirtualTokens) else 0
-        parts.append(LiteralText(text[at:]))
+            virtual_count += part.count if isinstance(part, VirtualTokens) else 0
+        parts.append(LiteralText(text[end:]))
         return cls(tuple(_strip_separators(_merge_literals(parts))))
 
     @cached_property
     def placeholders(self) -> tuple[str, ...]:
-        """The field at each place for one, in order."""
+        """The names of all field placeholders, in order."""
         return tuple(part.name for part in self.parts if isinstance(part, TemplateField))
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields it reads, each once, in the order of their first places."""
+        """The distinct fields, in order of first occurrence."""
         return tuple(dict.fromkeys(self.placeholders))
 
     @property
     def virtual_token_count(self) -> int:
-        """How many virtual tokens it has."""
+        """Number of virtual tokens."""
         return sum(part.count for part in self.parts if isinstance(part, VirtualTokens))
 
     def segments(
         self, special_ids: Mapping[str, int], first_virtual: int, tokenize: Callable[[str], Sequence[int]]
     ) -> list[list[int]]:
-        """Its own tokens: those before the first field, between each two, and after the last.
+        """The template's own tokens: those before the first field, between fields, and after the last.
 
-        `special` are ids by names in lower case ("cls", "mask"), `first_virtual` the id of the first virtual token, `literal`
-        turns text into ids. Raises `StageError` for a special token that `special` does not have.
+        `special_ids`: by lower-case name ("cls", "mask"). `first_virtual`: the id of the first virtual token. Raises
+        `StageError` for a special token that the tokenizer does not have.
         """
         pieces: list[list[int]] = [[]]
         for part in self.parts:
@@ -131,19 +129,21 @@ class Template:
         *,
         cut_side: Literal["end", "beginning"] = "end",
     ) -> RenderedTemplate:
-        """A row's tokens, at most `limit`, for which the field `cut` is shortened at its end or its beginning.
+        """A row's tokens, at most `max_tokens`; the field `cut_field` is truncated at its end or its beginning to fit.
 
-        `fields` are the ids of the row's fields; the rest is as in `around`. The template's own tokens are never shortened.
-        Raises `StageError` for a field that is not there and for a template that leaves no room, and `DataError` for a row
-        that is too long and cannot be shortened so.
+        `fields`: token ids by field; other arguments as for `segments`. The template's own tokens are never truncated. Raises
+        `StageError` for an unknown field and for a template that leaves no room, and `DataError` for a row that does not fit.
         """
         texts = {name: list(_get_field(name, fields)) for name in self.fields}
         if cut_field is not None:
             _require_field(cut_field, self.fields)
         pieces = self.segments(special_ids, first_virtual, tokenize)
-        own = sum(map(len, pieces))
-        if max_tokens is not None and own + sum(len(texts[name]) for name in self.placeholders) > max_tokens:
-            room = self._field_budget(texts, own, max_tokens, cut_field)
+        template_tokens = sum(map(len, pieces))
+        if (
+            max_tokens is not None
+            and template_tokens + sum(len(texts[name]) for name in self.placeholders) > max_tokens
+        ):
+            room = self._field_budget(texts, template_tokens, max_tokens, cut_field)
             texts[room.name] = texts[room.name][: room.size] if cut_side == "end" else texts[room.name][-room.size :]
         ids, field_of = list(pieces[0]), list[str | None]([None] * len(pieces[0]))
         for name, piece in zip(self.placeholders, pieces[1:], strict=True):
@@ -154,11 +154,11 @@ class Template:
     def _field_budget(
         self, texts: Mapping[str, Sequence[int]], template_tokens: int, max_tokens: int, cut_field: str | None
     ) -> _FieldBudget:
-        """What is left for the field to be shortened, at each of its places."""
+        """The tokens that fit at each occurrence of the field to truncate."""
         if template_tokens >= max_tokens:
             raise StageError(
-                f"the template alone has {template_tokens} tokens, and a row {max_tokens}",
-                where="template",
+                f"the template alone has {template_tokens} tokens, and rows have {max_tokens}",
+                where="tuning.template",
                 expected="room for at least one token of a field",
                 hint="a shorter template, or longer rows",
             )
@@ -166,57 +166,57 @@ class Template:
         if cut_field is None:
             raise DataError(
                 f"the row has {length} tokens, more than {max_tokens}",
-                where="template",
-                hint=f"say which field may be cut: {', '.join(self.fields)}",
+                where="tuning.template",
+                hint=f"name the field that may be cut: {', '.join(self.fields)}",
             )
         others = sum(len(texts[name]) for name in self.placeholders if name != cut_field)
         size = (max_tokens - template_tokens - others) // self.placeholders.count(cut_field)
         if size < 1:
             raise DataError(
                 f"without `{cut_field}` the row already has {template_tokens + others} tokens of {max_tokens}",
-                where="template",
-                hint="cut a longer field, or make rows longer",
+                where="tuning.template",
+                hint="cut a longer field, or use longer rows",
             )
         return _FieldBudget(cut_field, size)
 
 
 class _FieldBudget(NamedTuple):
-    """How many tokens of a field there is room for."""
+    """Tokens of a field that fit."""
 
     name: str
     size: int
 
 
-def _parse_placeholder(mark: re.Match[str], virtual: int) -> TemplatePart:
-    """What a mark stands for; `virtual` tokens came before it."""
-    whole = mark.group()
-    if whole in ("{{", "}}"):
-        return LiteralText(whole[0])
-    if mark["special"] is not None:
-        return SpecialToken(mark["special"].lower())
-    if mark["quoted"] is not None:
-        return LiteralText(f"[{mark['quoted']}]")
-    inside = mark["braced"]
+def _parse_placeholder(match: re.Match[str], virtual_count: int) -> TemplatePart:
+    """The part for a placeholder that `virtual_count` virtual tokens precede."""
+    token = match.group()
+    if token in ("{{", "}}"):
+        return LiteralText(token[0])
+    if match["special"] is not None:
+        return SpecialToken(match["special"].lower())
+    if match["quoted"] is not None:
+        return LiteralText(f"[{match['quoted']}]")
+    inside = match["braced"]
     if inside is None:
         raise StageError(
-            f"'{whole}' at character {mark.start() + 1} has no partner: {mark.string}",
-            where="template",
+            f"unpaired '{token}' at character {match.start() + 1}: {match.string}",
+            where="tuning.template",
             expected="{field} or {3}",
-            hint=f"a brace that is text is written twice: {whole}{whole}",
+            hint=f"double a literal brace: {token}{token}",
         )
     if inside.isdecimal() and int(inside) > 0:
-        return VirtualTokens(virtual, int(inside))
+        return VirtualTokens(virtual_count, int(inside))
     if not _NAME.fullmatch(inside):
         raise StageError(
-            f"{whole} at character {mark.start() + 1} is neither a field nor a number of virtual tokens",
-            where="template",
+            f"{token} at character {match.start() + 1} is neither a field nor a number of virtual tokens",
+            where="tuning.template",
             expected="{field}, or {3} for three virtual tokens (at least one)",
         )
     return TemplateField(inside)
 
 
 def _merge_literals(parts: Sequence[TemplatePart]) -> list[TemplatePart]:
-    """Words beside words are one text, so that they are tokenised together."""
+    """Join adjacent literals, so that they are tokenised together."""
     joined: list[TemplatePart] = []
     for part in parts:
         last = joined[-1] if joined else None
@@ -228,25 +228,25 @@ def _merge_literals(parts: Sequence[TemplatePart]) -> list[TemplatePart]:
 
 
 def _strip_separators(parts: Sequence[TemplatePart]) -> list[TemplatePart]:
-    """Without the spaces that only part special and virtual tokens from the rest."""
-    own = (SpecialToken, VirtualTokens)
-    left: list[TemplatePart] = []
+    """Remove the spaces next to special and virtual tokens."""
+    token_types = (SpecialToken, VirtualTokens)
+    stripped: list[TemplatePart] = []
     for before, part, after in zip([None, *parts[:-1]], parts, [*parts[1:], None], strict=True):
         if isinstance(part, LiteralText):
-            text = part.text.lstrip(" ") if isinstance(before, own) else part.text
-            part = LiteralText(text.rstrip(" ") if isinstance(after, own) else text)
+            text = part.text.lstrip(" ") if isinstance(before, token_types) else part.text
+            part = LiteralText(text.rstrip(" ") if isinstance(after, token_types) else text)
         if part != LiteralText(""):
-            left.append(part)
-    return left
+            stripped.append(part)
+    return stripped
 
 
 def _special_id(name: str, special_ids: Mapping[str, int]) -> int:
     if name not in special_ids:
         raise StageError(
             f"this tokenizer has no special token [{name.upper()}]",
-            where="template",
+            where="tuning.template",
             expected=" ".join(f"[{known.upper()}]" for known in special_ids) or "no special tokens",
-            hint=suggest_nearest(name, special_ids) or f"if it is text, write [[{name.upper()}]]",
+            hint=suggest_nearest(name, special_ids) or f"for literal text, write [[{name.upper()}]]",
         )
     return special_ids[name]
 
@@ -260,7 +260,7 @@ def _require_field(name: str, fields: Mapping[str, object] | Sequence[str]) -> N
     if name not in fields:
         raise StageError(
             f"there is no field '{name}'",
-            where="template",
+            where="tuning.template",
             expected=", ".join(fields) or "no fields",
             hint=suggest_nearest(name, fields),
         )

@@ -9,11 +9,11 @@ from postgrad.data.read.labels import Labels
 
 
 class RenderedExample(NamedTuple):
-    """An example as text: pieces with the mark that their tokens get, and the numbers that say its label.
+    """An example as text: pieces with the mark of their tokens, and its label as numbers.
 
-    Where `joint`, the pieces are one running text, tokenised as a whole, and a token gets the greatest mark of its
-    characters; otherwise each piece is tokenised by itself. With `words` only the first token of a piece gets its mark
-    (and the one that ends the document gets none, where it otherwise gets the last piece's).
+    With `is_joint` the pieces are tokenised as one text, and a token gets the greatest mark of its characters; otherwise each
+    piece is tokenised alone. With `mark_first_token` only the first token of a piece gets its mark, and the document's EOS
+    gets none (by default it gets the last piece's).
     """
 
     pieces: tuple[tuple[str, int], ...]
@@ -23,9 +23,9 @@ class RenderedExample(NamedTuple):
 
 
 class Renderer(Protocol):
-    """How examples become text, as a value: equal fingerprints render alike.
+    """Turns examples into text, as a value: renderers with equal fingerprints render alike.
 
-    `labels` are those that its marks or values speak of, if they do; `width` is the number of values of an example.
+    `labels`: those that its marks or values refer to, if any. `width`: number of label values of an example.
     """
 
     @property
@@ -38,5 +38,5 @@ class Renderer(Protocol):
     def width(self) -> int: ...
 
     def render(self, example: Example) -> RenderedExample:
-        """Raises `DataError` (without a place, which whoever calls knows) for an example it cannot render."""
+        """Raises `DataError` (without a location, which the caller knows) for an example that it cannot render."""
         ...
