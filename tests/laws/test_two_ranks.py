@@ -15,7 +15,7 @@ import yaml
 
 from postgrad.data.loading.loader import Loader
 from postgrad.lineage.metrics import read_metrics
-from postgrad.lineage.record import read_record
+from postgrad.lineage.record import Record, TrainedSource, read_record
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.penalties.importance_file import ImportanceMetadata, write_importance
 from postgrad.run.events import RunStarted
@@ -31,9 +31,9 @@ def losses(home: Path) -> list[float]:
     return [row.loss for row in read_metrics(home / "metrics.jsonl") if row.kind == "step"]
 
 
-def told(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was read of each source; its losses are those of the steps."""
-    return [{k: v for k, v in source.items() if k != "loss"} for source in record["achieved"]["sources"]]
+def trained_sources(record: Record) -> list[TrainedSource]:
+    """The sources as trained, without their losses, which are those of the steps."""
+    return [source.model_copy(update={"loss": None}) for source in record.totals.sources]
 
 
 def train_on_two(file: Path, cache: Path) -> str:
@@ -74,7 +74,7 @@ def test_two_ranks_make_the_steps_of_one(
     train_on_two(file, cache)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
     one, two = read_record(tmp_path / "one"), read_record(tmp_path / "two")
-    assert told(two) == told(one)
+    assert trained_sources(two) == trained_sources(one)
     for name, before in one.scores.before.items():
         assert two.scores.before[name].nats == pytest.approx(before.nats, rel=1e-6)
         assert two.scores.after[name].nats == pytest.approx(one.scores.after[name].nats, rel=1e-4)
@@ -198,7 +198,7 @@ def test_two_ranks_of_mixed_rows_make_the_steps_of_one(model: str, cache: Path, 
     train_on_two(file, cache)
     assert losses(tmp_path / "two") == pytest.approx(losses(Path(raw["output"])), rel=1e-4)
     one, two = read_record(Path(raw["output"])), read_record(tmp_path / "two")
-    assert told(two) == told(one)
+    assert trained_sources(two) == trained_sources(one)
 
 
 @pytest.mark.slow
@@ -225,11 +225,11 @@ def test_two_ranks_answer_what_one_answers(cache: Path, tmp_path: Path) -> None:
                 said.count("kinds: evaluated only before and after training, as a sharded model cannot generate") == 1
             )
         records.append(read_record(tmp_path / "runs" / name))
-    one, two = ({entry["name"]: entry for entry in record["tasks"]} for record in records)
+    one, two = ({entry.name: entry for entry in record.tasks} for record in records)
     for name in one:
-        assert one[name]["before"] == two[name]["before"]
-        for metric, value in one[name]["after"].items():
-            assert two[name]["after"][metric]["value"] == pytest.approx(value["value"], rel=0.05)
+        assert one[name].before == two[name].before
+        for metric, result in one[name].after.items():
+            assert two[name].after[metric].value == pytest.approx(result.value, rel=0.05)
 
 
 TAUGHT = {

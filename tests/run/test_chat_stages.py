@@ -44,7 +44,8 @@ def stage_of(
     learned = [{"name": rows, "path": shelf.file(rows, held_out=True), "same_format_as": rows}]
     return shelf.stage(
         name, tuning, model=model, sources=[shelf.source(rows, held_out=0.0)], tokens=300,
-        evaluation={**QUICK_EVALUATION, "learned": [{**learned[0], "name": "held-out"}]}, data={"sequence_length": 96}, **changes,
+        evaluation={**QUICK_EVALUATION, "learned": [{**learned[0], "name": "held-out"}]},
+        data={"sequence_length": 96}, **changes,
     )  # fmt: skip
 
 
