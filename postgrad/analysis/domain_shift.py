@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from postgrad.data.filter.ngrams import FEATURE_COUNT, WORD_PATTERN, count_buckets, hash_ngrams
 from postgrad.errors import DataError
+from postgrad.stats.bootstrap import percentile_interval, ratio_interval, resample_counts
 
 PASSAGE_WORDS = 100
 """Words of a passage."""
@@ -24,7 +26,8 @@ MIN_PASSAGES = 20
 """Passages of each text, below which nothing is estimated."""
 _MAX_PASSAGES = 4000
 """Passages of each text that are looked at."""
-_DRAWS = 200
+_SPLITS = 200
+"""Splits of the old text into random halves, which show what two samples of one text differ by."""
 
 
 @dataclass(frozen=True)
@@ -109,27 +112,25 @@ def log_ratio(old_PF: np.ndarray, new_PF: np.ndarray) -> ShiftEstimate:
     """How much likelier the new text's n-grams are under a model of the new text than under one of the old, in nats a gram.
 
     DSIR's importance weight (Xie et al. 2023, equation 3), averaged over passages that neither model was estimated on (two
-    halves, each judged by the other). It estimates KL(new || old) of the hashed n-grams; `same`: of old text against old.
+    halves, each scored by the other). It estimates KL(new || old) of the hashed n-grams; `same`: of old text against old.
     """
     rng = np.random.default_rng(0)
-    value, low, high = _log_ratio(old_PF, new_PF, rng)
-    halves = [_log_ratio(*_random_halves(old_PF, rng), rng, draws=0)[0] for _ in range(10)]
-    return ShiftEstimate(value, low, high, float(np.quantile(halves, 0.95)))
+    ratio_P = _passage_log_ratios(old_PF, new_PF, rng)
+    halves = [_passage_log_ratios(*_random_halves(old_PF, rng), rng).mean() for _ in range(10)]
+    low, high = ratio_interval(ratio_P, np.ones(len(ratio_P)))
+    return ShiftEstimate(float(ratio_P.mean()), low, high, float(np.quantile(halves, 0.95)))
 
 
-def _log_ratio(
-    old_PF: np.ndarray, new_PF: np.ndarray, rng: np.random.Generator, draws: int = _DRAWS
-) -> tuple[float, float, float]:
+def _passage_log_ratios(old_PF: np.ndarray, new_PF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The mean log ratio of each of as many new passages as there are old ones, or the other way round, of shape (P,)."""
     size = min(len(old_PF), len(new_PF))
     old, new = (table[rng.permutation(len(table))[:size]] for table in (old_PF, new_PF))
     half = size // 2
-    gains = []
-    for learnt, judged in ((slice(0, half), slice(half, None)), (slice(half, None), slice(0, half))):
-        weights = np.log(_shares(new[learnt])) - np.log(_shares(old[learnt]))
-        gains.append(new[judged] @ weights / new[judged].sum(1))
-    mean_P = np.concatenate(gains)
-    found = [mean_P[rng.integers(0, len(mean_P), len(mean_P))].mean() for _ in range(draws)] or [mean_P.mean()]
-    return float(mean_P.mean()), float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
+    parts = []
+    for fitted, scored in ((slice(0, half), slice(half, None)), (slice(half, None), slice(0, half))):
+        weights_F = np.log(_shares(new[fitted])) - np.log(_shares(old[fitted]))
+        parts.append(new[scored] @ weights_F / new[scored].sum(1))
+    return np.concatenate(parts)
 
 
 def _shares(counts_PF: np.ndarray) -> np.ndarray:
@@ -153,17 +154,18 @@ def classifier_auc(old_PF: np.ndarray, new_PF: np.ndarray) -> ShiftEstimate:
     size = min(len(old_PF), len(new_PF), 1000)
     picked = [table[rng.permutation(len(table))[:size]] for table in (old_PF, new_PF)]
     roots = csr_matrix(np.sqrt(np.concatenate(picked)))  # counts' variances grow with them; their roots' do not
-    meant = np.repeat([0, 1], size)
+    labels = np.repeat([0, 1], size)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    said = cross_val_predict(LogisticRegression(solver="liblinear"), roots, meant, cv=folds, method="decision_function")
-    values = []
-    for _ in range(_DRAWS):
-        draw = np.concatenate([rng.integers(0, size, size), rng.integers(size, 2 * size, size)])
-        values.append(roc_auc_score(meant[draw], said[draw]))
-    low, high = np.quantile(values, [0.025, 0.975])
+    classifier = LogisticRegression(solver="liblinear")
+    scores = cross_val_predict(classifier, roots, labels, cv=folds, method="decision_function")
+    # The AUC is the share of pairs (old, new) whose scores are in order, ties by half: a sum over pairs of counts.
+    old, new = scores[:size, None], scores[size:]
+    ordered_PP = (new > old) + 0.5 * (new == old)
+    drawn = zip(resample_counts(size, 0), resample_counts(size, 1), strict=True)
+    low, high = percentile_interval(np.concatenate([(a @ ordered_PP * b).sum(1) for a, b in drawn]) / size**2)
     # Of two samples of one text the AUC is about normal around .5 (Mann-Whitney, equal sizes).
     same = 0.5 + 1.645 * float(np.sqrt((2 * size + 1) / (12 * size * size)))
-    return ShiftEstimate(float(roc_auc_score(meant, said)), float(low), float(high), same)
+    return ShiftEstimate(float(roc_auc_score(labels, scores)), low, high, same)
 
 
 def byte_counts(passages: Passages) -> np.ndarray:
@@ -191,33 +193,35 @@ def js_divergence(old_PV: np.ndarray, new_PV: np.ndarray) -> ShiftEstimate:
     """
     rng = np.random.default_rng(0)
     size = min(len(old_PV), len(new_PV))
-    draws = [
-        _js_divergence(old_PV[rng.integers(0, len(old_PV), size)], new_PV[rng.integers(0, len(new_PV), size)])
-        for _ in range(_DRAWS)
-    ]
+    value = _js_divergence(*(table[rng.permutation(len(table))[:size]] for table in (old_PV, new_PV)))
+    old, new = csr_array(old_PV), csr_array(new_PV)
+    draws = zip(resample_counts(old_PV.shape[0], 0, size), resample_counts(new_PV.shape[0], 1, size), strict=True)
+    samples = [_share_divergence(a_P @ old, b_P @ new) for both in draws for a_P, b_P in zip(*both, strict=True)]
     # Drawing with replacement adds noise of its own; the spread is right, the mean is not.
-    picked = old_PV[rng.permutation(len(old_PV))[:size]], new_PV[rng.permutation(len(new_PV))[:size]]
-    value, centre = _js_divergence(*picked), float(np.mean(draws))
-    low, high = (max(0.0, value + float(q) - centre) for q in np.quantile(draws, [0.025, 0.975]))
-    same = [_js_divergence(*_random_halves(old_PV, rng)) for _ in range(_DRAWS)]
+    low, high = (max(0.0, value + end - float(np.mean(samples))) for end in percentile_interval(np.array(samples)))
+    same = [_js_divergence(*_random_halves(old, rng)) for _ in range(_SPLITS)]
     return ShiftEstimate(value, low, min(high, 1.0), float(np.quantile(same, 0.95)))
 
 
-def _js_divergence(one_PV: np.ndarray, other_PV: np.ndarray) -> float:
-    one, other = (table.sum(0, dtype=np.float64) for table in (one_PV, other_PV))
-    one, other = one / one.sum(), other / other.sum()
-    middle = (one + other) / 2
-    return float((_kl_bits(one, middle) + _kl_bits(other, middle)) / 2)
+def _js_divergence(old_PV: np.ndarray | csr_array, new_PV: np.ndarray | csr_array) -> float:
+    return _share_divergence(*(table.sum(0, dtype=np.float64) for table in (old_PV, new_PV)))
 
 
-def _kl_bits(shares: np.ndarray, against: np.ndarray) -> float:
+def _share_divergence(old_V: np.ndarray, new_V: np.ndarray) -> float:
+    """Of the shares of two vectors of counts."""
+    old, new = old_V / old_V.sum(), new_V / new_V.sum()
+    middle = (old + new) / 2
+    return float((_kl_bits(old, middle) + _kl_bits(new, middle)) / 2)
+
+
+def _kl_bits(shares: np.ndarray, reference: np.ndarray) -> float:
     some = shares > 0
-    return float((shares[some] * np.log2(shares[some] / against[some])).sum())
+    return float((shares[some] * np.log2(shares[some] / reference[some])).sum())
 
 
-def _random_halves(table: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    order = rng.permutation(len(table))
-    half = len(table) // 2
+def _random_halves(table: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+    order = rng.permutation(table.shape[0])
+    half = len(order) // 2
     return table[order[:half]], table[order[half : 2 * half]]
 
 

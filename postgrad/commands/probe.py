@@ -26,7 +26,7 @@ from postgrad.data.read.files import RawSource
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.tokenize import build_store, read_all_labels
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
-from postgrad.evaluation.classification_metrics import compare_metrics, compute_metrics
+from postgrad.evaluation.classification_metrics import compare_metrics, compute_metrics, main_metric
 from postgrad.evaluation.held_out import HeldOutRows
 from postgrad.evaluation.layer_features import ComputeStates, layer_features
 from postgrad.evaluation.linear_probe import (
@@ -35,7 +35,6 @@ from postgrad.evaluation.linear_probe import (
     ProbeData,
     ProbeResult,
     View,
-    main_metric,
     metric_inputs,
     train_probes,
 )

@@ -1,4 +1,4 @@
-"""What did a stage bring and cost? Scores before and after on the same documents, their changes, and the gate."""
+"""Scores of held-out sets before and after a stage, and the changes of their losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AllScores = dict[str, Scores]
 
 
 class ScoredSet(Protocol):
-    """What is scored."""
+    """A held-out set."""
 
     @property
     def name(self) -> str: ...
@@ -44,26 +44,23 @@ def score_sets(
     identity: str | None = None,
     cache: Path | None = None,
 ) -> AllScores:
-    """Score every set, in the way `by`.
-
-    With the model's `identity` (a fingerprint) scores are kept in, and taken from, the cache.
-    """
+    """Score every set with `scorer`. With the model's `identity` (a fingerprint) scores are cached."""
     out: AllScores = {}
     for held_out in sets:
-        place = None
-        if identity and cache and world.size == 1:  # ranks must not differ in what they find there
+        path = None
+        if identity and cache and world.size == 1:  # several ranks might see different states of the cache
             key = fingerprint([identity, *held_out.identity, context])
-            place = cache / "scores" / f"{key}.npz"
-            if place.exists():
-                out[held_out.name] = next(iter(read_scores(place).values()))  # the name is the caller's
+            path = cache / "scores" / f"{key}.npz"
+            if path.exists():
+                out[held_out.name] = next(iter(read_scores(path).values()))  # cached under the name of another set
                 continue
 
         def gather(parts: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
             return [part for rank in world.all_gather(parts) for part in rank]  # type: ignore[attr-defined]
 
         out[held_out.name] = scorer(model, held_out, context=context, gather=gather, rank=world.rank, ranks=world.size)
-        if place and world.is_main:
-            write_scores(place, {held_out.name: out[held_out.name]})
+        if path and world.is_main:
+            write_scores(path, {held_out.name: out[held_out.name]})
     return out
 
 
@@ -129,31 +126,11 @@ def summarize_before_after(
     }
 
 
-def retention_gate(
-    changes: Mapping[str, dict[str, Any]], before: AllScores, limit: float | None
-) -> dict[str, Any] | None:
-    """Whether the loss of every retained set rose by at most the share `limit`, at the upper end of its interval.
-
-    `level` is the strictest of the limits in nats per token, for drawing.
-    """
-    if limit is None:
-        return None
-    retained = {name: c for name, c in changes.items() if c["role"] == "retained"}
-    name = max(retained, key=lambda n: retained[n]["relative_high"])
-    worst = retained[name]
-    return {
-        "max_forgetting": limit,
-        "level": limit * min(before[n].nats for n in retained),
-        "worst": {"set": name, "rise": worst["relative"], "high": worst["relative_high"]},
-        "passed": worst["relative_high"] <= limit,
-    }
-
-
 def evaluation_row(
     step: int, trained: int, sets: Sequence[HeldOutSet], before: AllScores, current: AllScores, vocabulary: int
 ) -> dict[str, Any]:
     """A line of metrics: every set's loss now and its change since the start."""
-    found = loss_changes(sets, before, current, vocabulary)
+    changes = loss_changes(sets, before, current, vocabulary)
     return {
         "kind": "evaluation",
         "step": step,
@@ -166,6 +143,6 @@ def evaluation_row(
                 "low": c["low"],
                 "high": c["high"],
             }
-            for name, c in found.items()
+            for name, c in changes.items()
         },
     }

@@ -29,7 +29,7 @@ from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.models.interpolate import block_parameter_names
 from postgrad.models.model import Model, Output
 from postgrad.models.pretrained import get_embedding_weight, get_layer_stacks
-from postgrad.stats.forgetting import bootstrap
+from postgrad.stats.bootstrap import ratio_interval
 
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 1 << 24
@@ -60,7 +60,7 @@ class Drift:
 
         def of(sums_W: np.ndarray) -> dict[str, float]:
             by_document = np.bincount(self.document_W, sums_W, documents)
-            low, high = bootstrap(by_document, tokens)
+            low, high = ratio_interval(by_document, tokens)
             return {"value": float(by_document.sum() / max(tokens.sum(), 1)), "low": low, "high": high}
 
         return {

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from postgrad.data.problem_type import ProblemType
-from postgrad.evaluation.classification_metrics import is_span_tagging, metric_values
+from postgrad.evaluation.classification_metrics import main_metric, metric_values
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 JOINED_LAYERS = 4
@@ -197,7 +197,7 @@ def train_probes(
     train: ProbeData,
     dev: ProbeData,
     test: ProbeData,
-    problem: str,
+    problem: ProblemType,
     outputs: int,
     *,
     names: Sequence[str] = (),
@@ -230,13 +230,6 @@ def train_probes(
     return found
 
 
-def main_metric(problem: str, names: Sequence[str]) -> tuple[str, int]:
-    """The metric that classifiers are chosen by, and 1 where more of it is better, else -1."""
-    if problem == ProblemType.TAGS and is_span_tagging(names):
-        return "span F1", 1
-    return {"multi": ("F1", 1), "number": ("MSE", -1)}.get(problem, ("accuracy", 1))
-
-
 def _flatten_predictions(predictions: np.ndarray, items: ProbeData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What was said and meant, decision by decision, and the document of each."""
     each = items.labels.shape[1] if items.labels.ndim == 2 else 1
@@ -251,7 +244,7 @@ def metric_inputs(result: ProbeResult, test: ProbeData) -> tuple[np.ndarray, np.
 def _train_classifiers(
     views: Sequence[View],
     train: ProbeData,
-    problem: str,
+    problem: ProblemType,
     outputs: int,
     strengths: Sequence[float],
     steps: int,
@@ -282,7 +275,7 @@ def _train_classifiers(
     return classifiers
 
 
-def _loss(logits_VBGC: Tensor, labels: Tensor, problem: str, label_scale: float) -> Tensor:
+def _loss(logits_VBGC: Tensor, labels: Tensor, problem: ProblemType, label_scale: float) -> Tensor:
     """The mean loss of a batch, summed over all classifiers."""
     views, rows, many, outputs = logits_VBGC.shape
     each_VGBC = logits_VBGC.transpose(1, 2)
@@ -297,7 +290,7 @@ def _loss(logits_VBGC: Tensor, labels: Tensor, problem: str, label_scale: float)
 
 
 @torch.no_grad()
-def _predict(classifiers: _Classifiers, items: ProbeData, problem: str) -> np.ndarray:
+def _predict(classifiers: _Classifiers, items: ProbeData, problem: ProblemType) -> np.ndarray:
     """What every classifier says of every item: (V, I, G), for several classes at once (V, I, G, C) with G before C."""
     parts = []
     for begin in range(0, len(items), _CHUNK_ITEMS):

@@ -25,12 +25,11 @@ from postgrad.errors import DataError, MissingExtra, ModelError, PostgradError, 
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem, score_choices
 from postgrad.models.model import Model
 from postgrad.models.prefix_lm_attention import is_prefix_lm
+from postgrad.stats import bootstrap
 
 FramePrompt = Callable[[Sequence[int]], tuple[int, ...]]
 """A prompt's ids with all that a model reads around them."""
 _BATCH = 16
-_DRAWS = 1000
-"""Resamples for the error of a metric that is not a mean; lm-eval's own 100,000 take minutes."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def run_harness(
                 num_fewshot=shots,
                 limit=limit,
                 log_samples=False,
-                bootstrap_iters=_DRAWS,
+                bootstrap_iters=bootstrap.DRAWS,
             )
         except PostgradError:
             raise

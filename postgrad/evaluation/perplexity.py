@@ -24,7 +24,8 @@ from postgrad.data.problem_type import ProblemType
 from postgrad.evaluation.classification_metrics import compute_metrics
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.models.model import Model, Output
-from postgrad.stats.forgetting import MIN_DOCUMENTS, bootstrap
+from postgrad.stats.bootstrap import ratio_interval
+from postgrad.stats.forgetting import MIN_DOCUMENTS
 
 _TOKENS_AT_ONCE = 8192
 _LOGITS_AT_ONCE = 1 << 25
@@ -81,7 +82,7 @@ class Scores:
         Of a classifier also its `metrics`, each with its interval.
         """
         nats, tokens = self.per_unit()
-        low, high = bootstrap(nats, tokens)
+        low, high = ratio_interval(nats, tokens)
         right = {"metrics": self.compute_metrics()} if len(self.predictions_I) else {}
         return {
             **right,

@@ -32,7 +32,7 @@ from postgrad.plan.held_out_sets import inherit_row_format
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.sources import ResolvedSource, make_replay_source, make_source_origin
 from postgrad.run.build import build_run, make_loader, make_tuned_model
-from postgrad.stats.forgetting import bootstrap_means
+from postgrad.stats.bootstrap import percentile_interval, ratio_interval, resample_ratio
 from postgrad.training.loop import train_steps
 
 _MIN_DOCUMENTS = 10
@@ -234,10 +234,10 @@ def _compare_copies(
         "share": None,
     }
     if found["forgot"]["low"] > 0:
-        shares = bootstrap_means(forgot - left, tokens) / bootstrap_means(forgot, tokens)
-        low, high = np.quantile(shares, [0.025, 0.975])
+        shares_S = resample_ratio(forgot - left, tokens) / resample_ratio(forgot, tokens)
+        low, high = percentile_interval(shares_S)
         value = float((forgot - left).sum() / forgot.sum())
-        found["share"] = {"value": value, "low": float(low), "high": float(high)}
+        found["share"] = {"value": value, "low": low, "high": high}
     return found
 
 
@@ -255,5 +255,5 @@ def _scores_by_document(digests: np.ndarray, scores: Scores) -> dict[int, tuple[
 
 def _estimate(nats: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
     """Nats per token with the 95 % interval over documents."""
-    low, high = np.quantile(bootstrap_means(nats, tokens), [0.025, 0.975])
-    return {"value": float(nats.sum() / tokens.sum()), "low": float(low), "high": float(high)}
+    low, high = ratio_interval(nats, tokens)
+    return {"value": float(nats.sum() / tokens.sum()), "low": low, "high": high}

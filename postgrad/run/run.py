@@ -29,6 +29,7 @@ from postgrad.evaluation import before_after
 from postgrad.evaluation.continuations import ContinuationPrompt, decode_ids, generate_continuations, select_prompts
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.pseudo_perplexity import score_masked_tokens
+from postgrad.evaluation.retention_gate import retention_gate
 from postgrad.hardware import machine
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.record import PLAN, RECORD, STAGE, Record, read_record, write_record
@@ -370,7 +371,7 @@ def _execute_stage(plan: Plan, world: World, interrupt: Interrupt, *, command: s
     if tests:
         before_after.write_scores(home / "scores" / "test-before.npz", {h.name: before[h.name] for h in tests})
     found = before_after.summarize_before_after(plan.evaluation.sets, before, after, plan.model.vocab_size)
-    gate = before_after.retention_gate(found["changes"], before, plan.stage.max_forgetting)
+    gate = retention_gate(found["changes"], before, plan.stage.max_forgetting)
     record = make_record(home, plan, kept, fingerprints, execution, counts, command, notes)
     record |= {
         "status": "finished" if gate is None or gate["passed"] else "gate-failed",

@@ -11,43 +11,15 @@ from typing import Literal
 
 import numpy as np
 
+from postgrad.stats.bootstrap import ratio_interval
+
 Verdict = Literal["learnt", "kept", "forgot", "no evidence"]
 
-RESAMPLES = 2000
 KEPT_MARGIN = 0.01
 """A loss is *kept* when the whole interval of its relative change lies within this share."""
 
 MIN_DOCUMENTS = 20
 """With fewer documents than this the units that are resampled are windows of text."""
-
-
-def bootstrap(
-    nats: np.ndarray, tokens: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """The 95 % percentile interval of `sum(nats)/sum(tokens)` when whole units are drawn anew with replacement.
-
-    Both arrays have one entry a unit (a document). A single unit has no interval: both ends are its own value.
-    """
-    low, high = np.quantile(bootstrap_means(nats, tokens, seed=seed, resamples=resamples), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def bootstrap_means(nats: np.ndarray, tokens: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
-    """`sum(nats)/sum(tokens)` for each of `resamples` draws of as many units with replacement.
-
-    The same seed and number of units draw the same units, so what is worked out of several models' draws, such as a
-    difference, is paired by construction.
-    """
-    units = len(nats)
-    if units < 2:
-        return np.full(resamples, float(nats.sum() / max(tokens.sum(), 1)))
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    rows = max(1, min(resamples, 20_000_000 // units))
-    for begin in range(0, resamples, rows):
-        drawn = rng.integers(0, units, (min(rows, resamples - begin), units))
-        means[begin : begin + len(drawn)] = nats[drawn].sum(1) / tokens[drawn].sum(1)
-    return means
 
 
 @dataclass(frozen=True)
@@ -88,7 +60,7 @@ def paired_change(
     total = float(tokens.sum())
     loss_before = float(before.sum()) / total
     difference = float(after.sum() - before.sum()) / total
-    low, high = bootstrap(after - before, tokens, seed=seed)
+    low, high = ratio_interval(after - before, tokens, seed)
     return LossChange(
         difference=difference,
         low=low,

@@ -20,13 +20,13 @@ from postgrad.config.objectives import ClassifyObjective
 from postgrad.data.loading.batch import collate
 from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.evaluation import classification_metrics
 from postgrad.evaluation.before_after import read_scores
 from postgrad.models.pretrained import locate_model
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.objectives.classification_loss import ClassificationLoss
 from postgrad.plan.task_layer import resolve_representation
 from postgrad.run.build import make_tuned_model
+from postgrad.stats import bootstrap
 from tests.tiny_stages import (
     LENGTH,
     QUICK_EVALUATION,
@@ -43,7 +43,7 @@ LABELLED = {"kind": "labelled"}
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classification_metrics, "_DRAWS", 4)
+        patch.setattr(bootstrap, "DRAWS", 200)
         yield make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 

@@ -23,7 +23,6 @@ from postgrad.data.loading import teacher_cache as told_module
 from postgrad.data.loading.batch import collate
 from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.evaluation import classification_metrics
 from postgrad.hardware.execution import Execution
 from postgrad.models.pretrained import save_pretrained
 from postgrad.objectives.teacher import OnlineTeacher, drop_virtual_tokens
@@ -31,6 +30,7 @@ from postgrad.run import cached_teacher
 from postgrad.run.build import build_run, make_loader, make_tuned_model
 from postgrad.run.cached_teacher import caches_by_source, fill_teacher_caches, find_cache_jobs
 from postgrad.run.online_teacher import make_weight_schedule
+from postgrad.stats import bootstrap
 from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run, StepReport, train_step
 from tests.conftest import make_llama, make_tokenizer
@@ -43,7 +43,7 @@ NEXT, DISTILL = {"kind": "next-token"}, {"kind": "distill"}
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classification_metrics, "_DRAWS", 4)
+        patch.setattr(bootstrap, "DRAWS", 200)
         made = make_workspace(tmp_path_factory.mktemp("taught"), tmp_path_factory.getbasetemp() / "cache")
         for name in ("llama", "bert", "t5"):
             shutil.copytree(made.folder / name, made.folder / f"{name}-copy")

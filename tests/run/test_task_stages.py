@@ -28,7 +28,6 @@ from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError, TuningError
-from postgrad.evaluation import classification_metrics
 from postgrad.evaluation.before_after import read_scores, score_sets
 from postgrad.hardware.execution import Execution
 from postgrad.models.model import wrap_model
@@ -38,6 +37,7 @@ from postgrad.plan import sources as leaves
 from postgrad.plan.objective_rows import make_rows
 from postgrad.plan.plan import Plan
 from postgrad.run.build import build_run, make_loader, make_objectives, make_tuned_model
+from postgrad.stats import bootstrap
 from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run, StepReport, train_step
 from postgrad.tuning.open_model import open_model
@@ -220,7 +220,7 @@ BY_HAND = CLASSIFIERS | WRITERS
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classification_metrics, "_DRAWS", 4)  # intervals are not what is looked at here, and take longest
+        patch.setattr(bootstrap, "DRAWS", 200)
         yield make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
