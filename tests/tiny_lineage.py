@@ -10,7 +10,8 @@ import pytest
 
 from postgrad.config.stage_file import parse_stage
 from postgrad.plan.plan import make_plan
-from postgrad.run.run import RunFinished, run_stage
+from postgrad.run.events import RunFinished
+from postgrad.run.run import run_stage
 
 
 @dataclass(frozen=True)

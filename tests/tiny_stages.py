@@ -29,7 +29,8 @@ from postgrad.hardware.execution import Execution
 from postgrad.models.pretrained import save_pretrained
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.run.build import build_run, make_loader, make_tuned_model
-from postgrad.run.run import CheckpointSaved, RunEvent, RunFinished, RunStopped, StepCompleted, run_stage
+from postgrad.run.events import CheckpointSaved, RunEvent, RunFinished, RunStopped, StepCompleted
+from postgrad.run.run import run_stage
 from postgrad.storage.atomic import MANIFEST
 from postgrad.training.loop import train_steps
 from postgrad.training.metrics_log import read_metrics

@@ -16,9 +16,11 @@ from postgrad.config.objectives import (
 )
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_source_columns
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Labels, Renderer
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS
+from postgrad.data.read.labels import Labels
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.demonstrations import Demonstrations
+from postgrad.data.render.renderer import Renderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens.tokenize import read_all_labels
 from postgrad.errors import DataError

@@ -31,7 +31,8 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     from postgrad.plan.plan import make_plan
     from postgrad.reports.html import document, tables
     from postgrad.reports.pages import comparison_page
-    from postgrad.run.run import RunFinished, run_stage
+    from postgrad.run.events import RunFinished
+    from postgrad.run.run import run_stage
     from postgrad.training.metrics_log import read_metrics
 
     begun = time.perf_counter()

@@ -149,7 +149,8 @@ def check(
 @app.command()
 def train(stage: StageFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Carry out a stage. Ctrl-C saves and stops; the same command goes on."""
-    from postgrad.run.run import RunFinished, run_stage
+    from postgrad.run.events import RunFinished
+    from postgrad.run.run import run_stage
     from postgrad.run.summary import summary_text
 
     plan = _load_plan(stage, overrides, as_json)
@@ -195,7 +196,8 @@ def restore(
     require_training()
     from postgrad.commands.restore import RestoreRequest, measure_restoration, plan_restoration, restoration_text
     from postgrad.config.quantities import parse_share
-    from postgrad.run.run import RunFinished, run_stage
+    from postgrad.run.events import RunFinished
+    from postgrad.run.run import run_stage
     from postgrad.run.summary import summary_text
 
     wish = RestoreRequest(
@@ -819,7 +821,7 @@ def _load_plan(stage: Path, overrides: list[str] | None, as_json: bool) -> Any:
 def _watch_run(events: Iterator[Any], command: str, as_json: bool) -> Any:
     """How a run ended, shown on the way; where the user asked it to stop, the command's end, and how to go on."""
     from postgrad.cli.progress import make_screen, watch
-    from postgrad.run.run import RunStopped
+    from postgrad.run.events import RunStopped
 
     try:
         outcome = watch(events, make_screen(as_json))

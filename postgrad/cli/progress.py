@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from postgrad.hardware.memory import format_bytes
 from postgrad.reports.html.notation import format_duration
-from postgrad.run import run as r
+from postgrad.run import events as r
 
 _PLAIN_EVERY_SECONDS, _COUNT_EVERY_SECONDS = 5.0, 2.0
 

@@ -42,17 +42,9 @@ from postgrad.config.stage_file import parse_stage, read_stage
 from postgrad.errors import StageError
 from postgrad.lineage.record import Record, read_record
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.run.run import (
-    MODEL,
-    CheckpointSaved,
-    EvaluationCompleted,
-    InfoMessage,
-    RunEvent,
-    RunFinished,
-    RunStopped,
-    run_stage,
-)
-from postgrad.run.run_folder import Interrupt
+from postgrad.run.events import CheckpointSaved, EvaluationCompleted, InfoMessage, RunEvent, RunFinished, RunStopped
+from postgrad.run.run import run_stage
+from postgrad.run.run_folder import MODEL, Interrupt
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import fingerprint
 

@@ -17,8 +17,9 @@ from postgrad.config.objectives import TextToTextObjective
 from postgrad.config.stage_file import parse_stage
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind, read_labels
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Labels
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.data.read.files import RawSource
+from postgrad.data.read.labels import Labels
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.distributed.world import World
 from postgrad.errors import ModelError, StageError, suggest_nearest

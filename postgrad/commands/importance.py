@@ -17,8 +17,8 @@ from postgrad.config.objectives import AnyObjective
 from postgrad.config.quantities import parse_token_count
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import Batch, collate
-from postgrad.data.loading.mixture import derive_key, permute_indices
 from postgrad.data.problem_type import ProblemType
+from postgrad.data.random_streams import derive_key, permute_indices
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
 from postgrad.evaluation.fisher import (
     ImportanceEstimate,

@@ -18,11 +18,12 @@ from transformers import AutoConfig
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import ClassifyObjective
-from postgrad.data.layouts.rows import IGNORED, held_out_mask
+from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind
-from postgrad.data.read.examples import Labels
 from postgrad.data.read.files import RawSource
+from postgrad.data.read.labels import Labels
+from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.tokenize import build_store, read_all_labels
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest

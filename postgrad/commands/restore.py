@@ -29,7 +29,7 @@ from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import ModelLocation, locate_model
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.sources import make_replay_source
-from postgrad.run.run import RunFinished
+from postgrad.run.events import RunFinished
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 96

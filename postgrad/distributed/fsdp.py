@@ -1,4 +1,4 @@
-"""How is a model laid over machines and memory? FSDP2, activation checkpointing and compilation, all torch's own."""
+"""Sharding (FSDP2), activation checkpointing and compilation of a model, all torch's own."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from postgrad.models.pretrained import get_layers
 
 
 def checkpoint_activations(model: Model) -> None:
-    """Recompute each block's activations in the backward pass instead of keeping them."""
+    """Recompute each block's activations in the backward pass."""
     pretrained = model.pretrained
-    # The older name is what transformers had before 5.2x, and it warns where both are there.
+    # transformers renamed the method; the old name warns where both exist.
     enable = getattr(pretrained, "activation_checkpointing_enable", None) or pretrained.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def compile_layers(model: Model) -> None:
-    """Compile each block in place: as fast as compiling the whole model, and compiled once for all blocks.
-
-    Beside the blocks, the body's other parts that stand behind them (a final norm) are small and worth it too.
-    """
+    """Compile each block in place: as fast as the whole model, and all blocks share one compilation. The final norm, too."""
     # Dynamo counts recompilations per code object over the whole process, and several models may share one.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    stack = get_layers(model.pretrained)
-    for layer in stack:
+    for layer in get_layers(model.pretrained):
         layer.compile(dynamic=False)
     for name, part in model.body.named_children():
         if "norm" in name or name.startswith("ln"):
@@ -34,11 +30,7 @@ def compile_layers(model: Model) -> None:
 
 
 def shard(model: Model, ranks: int, compute: torch.dtype) -> None:
-    """Shard weights, gradients and optimizer state over all ranks (FSDP2), fp32 shards and `compute` arithmetic.
-
-    Losses are sums divided once by the global count of trained tokens, so gradients are summed over ranks and never
-    averaged: the implicit division of data parallelism is switched off.
-    """
+    """Shard weights, gradients and optimizer state over all ranks (FSDP2): fp32 shards, computation in `compute`."""
     kind = next(model.parameters()).device.type
     mesh = init_device_mesh(kind, (ranks,))
     policy = (
@@ -49,21 +41,22 @@ def shard(model: Model, ranks: int, compute: torch.dtype) -> None:
     modules: list[torch.nn.Module] = [*get_layers(model.pretrained), model]
     for module in modules:
         fully_shard(module, mesh=mesh, mp_policy=policy)
+    # FSDP divides gradients by the number of ranks, which is right for a mean loss per rank. Ours is a sum over tokens, divided
+    # once by the token count of the global batch, so gradients are summed. Gloo has no pre-multiplied sum: force a plain one.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            # gloo has no pre-multiplied sum.
             module.set_force_sum_reduction_for_comms(True)
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Let go of the whole weights that a forward pass has gathered: whoever changes weights now changes the shards."""
+    """Free the weights that a forward pass has gathered, so that a change of the shards takes effect."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def synchronise_gradients(model: torch.nn.Module, enabled: bool) -> None:
-    """Whether the next backward pass sums gradients over ranks (only the last micro-batch needs to)."""
+    """Set whether the next backward pass sums gradients over ranks; only the last micro-batch needs to."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)

@@ -1,4 +1,4 @@
-"""How many processes train together, and what do they agree on? One process: everything here is a no-op."""
+"""The process group of a run, and its collective calls. With one process all of them are no-ops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers (started by `torchrun`), or alone."""
+    """This process in its process group (started by `torchrun`), or a single process."""
 
     device: torch.device
     rank: int = 0
@@ -24,7 +24,7 @@ class World:
     @classmethod
     @contextmanager
     def init_process_group(cls, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
-        """Inside, be one of the group that the environment of `torchrun` names; without one, be alone."""
+        """Join the process group that the environment of `torchrun` names; without one, run as a single process."""
         if "RANK" not in os.environ:
             yield cls(device)
             return
@@ -34,7 +34,7 @@ class World:
         try:
             yield cls(device, dist.get_rank(), dist.get_world_size())
         finally:
-            gc.collect()  # sharded modules in cycles would hold the group past its end
+            gc.collect()  # sharded modules in reference cycles would keep the group alive
             dist.destroy_process_group()
 
     @property
@@ -44,7 +44,7 @@ class World:
 
     @property
     def is_distributed(self) -> bool:
-        """Whether a process group exists (also with one rank, so that the path can be tested)."""
+        """Whether a process group exists, even of one rank."""
         return dist.is_initialized()
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ class World:
         return value if self.size == 1 else int(self.all_reduce(torch.tensor(value, device=self.device)))
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank; every rank gets the same answer."""
+        """Whether the flag is true on any rank; the same result on every rank."""
         return flag if self.size == 1 else bool(self.all_reduce_count(int(flag)))
 
     def all_gather(self, value: object) -> list[object]:
@@ -70,6 +70,6 @@ class World:
         return out
 
     def barrier(self) -> None:
-        """Meet the others."""
+        """Wait until all ranks are here."""
         if self.size > 1:
             dist.barrier()

@@ -1,4 +1,4 @@
-"""How will this machine do the arithmetic? Chosen by probes, said with reasons, and kept when a run is resumed."""
+"""Execution choices (dtype, compilation, attention, threads, micro-batch size), measured once per run, with reasons."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from postgrad.models.model import CausalModel, Model
 from postgrad.models.pretrained import get_layers
 
 _MIN_BF16_SPEEDUP = 1.3
-"""Below this, bf16's rounding buys too little."""
+"""Minimum speed-up of bf16 products to accept their rounding."""
 _MIN_THREADS_SPEEDUP = 1.15
 _COMPILE_SECONDS = {"cpu": 60.0, "cuda": 300.0}
-"""Runs that take longer without are compiled: compiling costs 15 to 30 s once and saves about a third on a CPU."""
-_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32_768}
-"""A CPU is no faster with more (measured: .98 of the speed at half the activations); a GPU wants to be filled."""
+"""Longer runs are compiled: compiling takes 15 to 30 s once and saves about a third on a CPU."""
+_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}
+"""Tokens of a micro-batch. A CPU is no faster with more (0.98 of the speed at half the activations)."""
 _MAX_BLOCKS_LENGTH = 2048
 
 
 @dataclass(frozen=True)
 class ExecutionRequest:
-    """What a stage asks for; `auto` or None is decided here."""
+    """Settings of a stage; `auto` and None are decided here."""
 
     dtype: str
     compile: str | bool
@@ -41,9 +41,9 @@ class ExecutionRequest:
     length: int
     steps: int
     is_fixed_length: bool = True
-    """Every row is as long as the next; where they are not, compiled code would be compiled again and again."""
+    """Whether all rows have the same length; compiled code is compiled again for each length."""
     is_causal: bool = True
-    """No token sees what stands behind it; of a prefix language model's rows that is not so."""
+    """Whether tokens attend to earlier ones only; false for a prefix language model."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Execution:
     micro: int
     activation_checkpointing: bool
     seconds: float
-    """What the training is expected to take without compiling, from two timed micro-batches."""
+    """Estimated training time without compilation, from timed micro-batches."""
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -71,7 +71,7 @@ class Execution:
 
 
 def get_model_dimensions(model: Model) -> ModelDimensions:
-    """A model's shape from its configuration, whatever its keys are called."""
+    """A model's sizes, from the configuration keys of its architecture."""
     config = model.pretrained.config
     width = int(getattr(config, "hidden_size", 0) or getattr(config, "n_embd", 0) or 1)
     inner = int(getattr(config, "intermediate_size", 0) or getattr(config, "n_inner", 0) or 4 * width)
@@ -93,63 +93,28 @@ def select_execution(
     device: torch.device,
     ranks: int = 1,
 ) -> Execution:
-    """Decide what was left open, with a reason each; `example` gives what the model is called with for so many rows.
+    """Decide what the stage leaves open, with a reason each; `make_inputs` gives model inputs of a number of rows.
 
-    Raises `StageError` for what cannot be had here.
+    Sets torch's threads and the model's attention on the way. Raises `StageError` for a request this machine cannot meet.
     """
     reasons: dict[str, str] = {}
-    shape = get_model_dimensions(model)
-    mine = _rows_per_rank(request, ranks)
-    product = (min(2048, (request.micro or mine) * request.length), shape.width, shape.inner)
+    shape, rank_rows = get_model_dimensions(model), _rows_per_rank(request, ranks)
+    product = (min(2048, (request.micro or rank_rows) * request.length), shape.width, shape.inner)
 
     threads, reasons["threads"] = choose_threads(request.threads, product, device, ranks)
     torch.set_num_threads(threads)
-    gain = machine.matmul_speed(torch.bfloat16, product, device) / machine.matmul_speed(torch.float32, product, device)
-    dtype = request.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if gain >= _MIN_BF16_SPEEDUP else "float32"
-        reasons["dtype"] = f"bf16 products of this model's size are {gain:.1f} x as fast as fp32 ones"
-    micro = request.micro or _choose_micro_batch(request, shape, mine, device, bf16=dtype == "bfloat16")
+    dtype = _choose_dtype(request, product, device, reasons)
+    micro = request.micro or _choose_micro_batch(request, shape, rank_rows, device, bf16=dtype == "bfloat16")
     if request.micro is None:
-        reasons["micro"] = f"as many rows at once as fit, about {_TOKENS_AT_ONCE[_device_kind(device)]:,} tokens"
-
-    attention = request.attention
-    if attention == CAUSAL_BLOCKS and not request.is_causal:
-        raise StageError(
-            f"{CAUSAL_BLOCKS} looks only at what stands before a token, and prefixes are read in both directions",
-            where="compute.attention",
-            expected="auto, sdpa or eager",
-        )
-    if attention == "auto":
-        attention = model.pretrained.config._attn_implementation or "eager"
-        reasons["attention"] = "what transformers picks for this architecture"
-        packed = isinstance(model, CausalModel) and request.is_fixed_length and request.is_causal
-        if device.type == "cpu" and packed and request.length <= _MAX_BLOCKS_LENGTH and is_supported(model.pretrained):
-            attention = CAUSAL_BLOCKS
-            reasons["attention"] = "faster than SDPA on a CPU (up to three times, compiled); its logits were checked"
+        tokens = _MICRO_BATCH_TOKENS[_device_kind(device)]
+        reasons["micro"] = f"as many rows as fit in memory, about {tokens:,} tokens"
+    attention = _choose_attention(request, model, device, reasons)
     model.pretrained.set_attn_implementation(attention)
-    seconds = _micro_batch_seconds(model, make_inputs(micro), dtype, device) * (mine // micro) * request.steps
-    compiled, limit = request.compile, _COMPILE_SECONDS[_device_kind(device)]
-    able = machine.can_compile(device)
-    if compiled == "auto":
-        compiled = able and request.is_fixed_length and seconds > limit
-        if not able:
-            reasons["compile"] = "there is no C++ compiler or no Python headers here"
-        elif not request.is_fixed_length:
-            reasons["compile"] = "the rows differ in length, so it would be compiled again for each"
-        else:
-            reasons["compile"] = (
-                f"the training takes about {seconds:,.0f} s without; compiling pays from about {limit:.0f} s"
-            )
-    elif compiled and not able:
-        raise StageError(
-            "torch.compile finds no C++ compiler or no Python headers here",
-            where="compute.compile",
-            hint="install them, or leave it at auto",
-        )
+    steps = (rank_rows // micro) * request.steps
+    seconds = _micro_batch_seconds(model, make_inputs(micro), dtype, device) * steps
     return Execution(
         dtype=dtype,
-        compile=bool(compiled),
+        compile=_choose_compile(request, seconds, device, reasons),
         attention=attention,
         threads=threads,
         micro=micro,
@@ -162,37 +127,86 @@ def select_execution(
 def _rows_per_rank(request: ExecutionRequest, ranks: int) -> int:
     if request.sequences % ranks:
         raise StageError(
-            f"{request.sequences} rows do not part into {ranks} ranks",
+            f"{request.sequences} rows cannot be split evenly over {ranks} ranks",
             where="batch.sequences",
             expected=f"a multiple of {ranks}",
         )
-    mine = request.sequences // ranks
-    if request.micro and mine % request.micro:
+    rank_rows = request.sequences // ranks
+    if request.micro and rank_rows % request.micro:
         raise StageError(
-            f"{mine} rows a rank do not part into micro-batches of {request.micro}",
+            f"{rank_rows} rows per rank cannot be split evenly into micro-batches of {request.micro}",
             where="batch.micro",
-            expected=f"a divisor of {mine}",
+            expected=f"a divisor of {rank_rows}",
         )
-    return mine
+    return rank_rows
 
 
 def choose_threads(
     requested: int | None, product: tuple[int, int, int], device: torch.device, ranks: int
 ) -> tuple[int, str]:
-    """Threads, and why. Two threads beside a busy process are far slower than one, so more than one is tried out."""
+    """Threads, and the reason. Next to a busy process two threads can be far slower than one, so both are measured."""
     if requested is not None:
-        return requested, "as asked"
-    free = max(1, machine.core_count() // ranks)
-    if device.type != "cpu" or free == 1:
-        return free, f"{free} cores are there for this process"
+        return requested, "set in the stage"
+    cores = max(1, machine.core_count() // ranks)
+    if device.type != "cpu" or cores == 1:
+        return cores, f"{cores} cores for this process"
     speeds = {}
-    for threads in (1, free):
+    for threads in (1, cores):
         torch.set_num_threads(threads)
         speeds[threads] = machine.matmul_speed(torch.float32, product, device)
-    gain = speeds[free] / speeds[1]
+    gain = speeds[cores] / speeds[1]
     if gain < _MIN_THREADS_SPEEDUP:
-        return 1, f"{free} threads are only {gain:.2f} x as fast as one here (small products, or other busy processes)"
-    return free, f"{free} threads are {gain:.2f} x as fast as one here"
+        return 1, f"{cores} threads are only {gain:.2f} x as fast as one (small products, or other busy processes)"
+    return cores, f"{cores} threads are {gain:.2f} x as fast as one"
+
+
+def _choose_dtype(
+    request: ExecutionRequest, product: tuple[int, int, int], device: torch.device, reasons: dict[str, str]
+) -> str:
+    if request.dtype != "auto":
+        return request.dtype
+    gain = machine.matmul_speed(torch.bfloat16, product, device) / machine.matmul_speed(torch.float32, product, device)
+    reasons["dtype"] = f"bf16 products of this model's size are {gain:.1f} x as fast as fp32 ones"
+    return "bfloat16" if gain >= _MIN_BF16_SPEEDUP else "float32"
+
+
+def _choose_attention(request: ExecutionRequest, model: Model, device: torch.device, reasons: dict[str, str]) -> str:
+    if request.attention == CAUSAL_BLOCKS and not request.is_causal:
+        raise StageError(
+            f"{CAUSAL_BLOCKS} is causal, and a prefix language model reads its prefixes in both directions",
+            where="compute.attention",
+            expected="auto, sdpa or eager",
+        )
+    if request.attention != "auto":
+        return request.attention
+    is_packed = isinstance(model, CausalModel) and request.is_fixed_length and request.is_causal
+    if device.type == "cpu" and is_packed and request.length <= _MAX_BLOCKS_LENGTH and is_supported(model.pretrained):
+        reasons["attention"] = "faster than SDPA on a CPU (up to three times, compiled); its logits were checked"
+        return CAUSAL_BLOCKS
+    reasons["attention"] = "the default of transformers for this architecture"
+    return model.pretrained.config._attn_implementation or "eager"
+
+
+def _choose_compile(request: ExecutionRequest, seconds: float, device: torch.device, reasons: dict[str, str]) -> bool:
+    """Whether to compile; `seconds`: the training without."""
+    can_compile, threshold = machine.can_compile(device), _COMPILE_SECONDS[_device_kind(device)]
+    if request.compile != "auto":
+        if request.compile and not can_compile:
+            raise StageError(
+                "torch.compile finds no C++ compiler or no Python headers",
+                where="compute.compile",
+                hint="install them, or set it to auto",
+            )
+        return bool(request.compile)
+    if not can_compile:
+        reasons["compile"] = "no C++ compiler or no Python headers"
+    elif not request.is_fixed_length:
+        reasons["compile"] = "the rows differ in length, and each length would be compiled again"
+    else:
+        reasons["compile"] = (
+            f"training takes about {seconds:,.0f} s without; compiling pays from about {threshold:.0f} s"
+        )
+    return can_compile and request.is_fixed_length and seconds > threshold
 
 
 def _device_kind(device: torch.device) -> str:
@@ -202,12 +216,12 @@ def _device_kind(device: torch.device) -> str:
 def _choose_micro_batch(
     request: ExecutionRequest, shape: ModelDimensions, rank_rows: int, device: torch.device, *, bf16: bool
 ) -> int:
-    """The most rows at once that part the rank's rows evenly and fit into six tenths of the free memory."""
+    """The largest micro-batch that divides the rank's rows and fits into 60 % of the free memory."""
     free = machine.available_memory()
-    most = max(1, _TOKENS_AT_ONCE[_device_kind(device)] // request.length)
-    fitting = 1
-    for rows in (m for m in range(1, min(most, rank_rows) + 1) if rank_rows % m == 0):
-        need = estimate_memory(
+    max_rows = max(1, _MICRO_BATCH_TOKENS[_device_kind(device)] // request.length)
+    micro = 1
+    for rows in (m for m in range(1, min(max_rows, rank_rows) + 1) if rank_rows % m == 0):
+        memory = estimate_memory(
             shape,
             rows=rows,
             length=request.length,
@@ -215,17 +229,17 @@ def _choose_micro_batch(
             checkpointing=request.activation_checkpointing,
             sdpa=request.attention != "eager",
         )
-        if not free or need.total < 0.6 * free:
-            fitting = rows
-    return fitting
+        if not free or memory.total < 0.6 * free:
+            micro = rows
+    return micro
 
 
 _TIMINGS: dict[tuple[object, ...], float] = {}
-"""What was timed in this process: of many runs of one sort only the first is."""
+"""Timings of this process: of equal runs only the first is timed."""
 
 
 def _micro_batch_seconds(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
-    """Seconds of one micro-batch, forward and backward, not compiled; what was timed once is not timed again."""
+    """Seconds of one micro-batch, forward and backward, not compiled; cached per process."""
     attention = model.pretrained.config._attn_implementation
     sizes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in inputs.items()))
     key = (type(model), get_model_dimensions(model), sizes, dtype, device, attention, torch.get_num_threads())
@@ -235,30 +249,29 @@ def _micro_batch_seconds(model: Model, inputs: dict[str, Tensor], dtype: str, de
 
 
 def _time_micro_batch(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
-    """The shorter of two after a first one.
+    """The faster of two runs after a warm-up.
 
-    The head is timed on a part of the tokens, as the loss takes it: all logits at once could need more memory than the
-    training itself.
+    The head is timed on some of the tokens, in a chunk as in the loss: all logits at once may need more memory than training.
     """
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    moving = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     times: list[float] = []
-    while len(times) < 3 and sum(times) < 10:  # a large model: one is enough
+    while len(times) < 3 and sum(times) < 10:  # a large model: one run is enough
         begin = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             output = model(**inputs)
             tokens = output.hidden[..., 0].numel()
-            part = min(256, tokens)
-            seconds_of_head = -time.perf_counter()
-            read = output.hidden.detach().flatten(0, -2)[:part].requires_grad_()
-            logits = read if output.head is None else output.head.logits(read)
+            chunk = min(256, tokens)
+            head_seconds = -time.perf_counter()
+            hidden = output.hidden.detach().flatten(0, -2)[:chunk].requires_grad_()
+            logits = hidden if output.head is None else output.head.logits(hidden)
             logits.float().logsumexp(-1).sum().backward()
-            seconds_of_head += time.perf_counter()
+            head_seconds += time.perf_counter()
         if output.hidden.requires_grad:
             output.hidden.float().mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin + seconds_of_head * (tokens / part - 1))
-        for parameter in moving:
+        times.append(time.perf_counter() - begin + head_seconds * (tokens / chunk - 1))
+        for parameter in trainable:
             parameter.grad = None
     return min(times[1:], default=times[0])

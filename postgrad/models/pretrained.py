@@ -126,7 +126,8 @@ def _resolve_base(start: ModelLocation, root: Path, base: str | None) -> ModelLo
     try:
         if (folder / TUNING_FILE).exists():
             recorded = json.loads((folder / TUNING_FILE).read_text())["base"]
-            places, below = [recorded["relative"], recorded["name"]], recorded.get("below")
+            places = [recorded["relative"], recorded["name"]]
+            below = recorded.get("base_of_base", recorded.get("below"))  # "below" in folders of earlier versions
         else:
             below = None
             places = [json.loads((folder / PEFT_FILE).read_text())["base_model_name_or_path"]]

@@ -1,7 +1,7 @@
-"""How much of the schedule's rate does a step take, given its loss?
+"""Loss-adaptive learning rate: a factor on the scheduled rate that follows the loss (FINCH).
 
-The schedule itself is a pure function of the step. What stands here multiplies it by a factor that follows from the step's
-loss and from two numbers that a checkpoint holds.
+The schedule itself is a pure function of the step. The factor depends on the losses so far, through two numbers that a
+checkpoint stores.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from dataclasses import dataclass
 from typing import Protocol
 
 _EPS = 1e-8
-"""Keeps the root above zero where a loss is."""
+"""Keeps the square root positive."""
 
 
 class LRScale(Protocol):
-    """Calling it with the loss of a step, in nats per trained token, gives the factor of the step's rate."""
+    """Maps the loss of a step, in nats per trained token, to a factor on the scheduled learning rate."""
 
     def __call__(self, loss: float) -> float: ...
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint must hold of it."""
+        """State for a checkpoint."""
         ...
 
     def load(self, state: Mapping[str, float]) -> None:
-        """Take back what `state` gave."""
+        """Restore a `state`."""
         ...
 
 
 class ConstantLRScale:
-    """All of the rate, at every step."""
+    """The scheduled learning rate at every step."""
 
     def __call__(self, loss: float) -> float:
         return 1.0
@@ -43,14 +43,14 @@ class ConstantLRScale:
 
 @dataclass
 class LossAdaptiveLRScale:
-    """Less of the rate where the loss is high (FINCH).
+    """A lower learning rate while the loss is high (FINCH).
 
-    Prashant et al. 2026 (arXiv 2605.20005): what a step forgets is at most about C rate sqrt(loss), so that
+    Prashant et al. 2026 (arXiv 2605.20005): a step forgets at most about C rate sqrt(loss), so that
 
-        rate_i = min(most, k / sqrt(mean_i + eps))      mean_i = smoothing * mean_{i-1} + (1 - smoothing) * loss_i
+        rate_i = min(max_rate, k / sqrt(mean_i + eps))      mean_i = smoothing * mean_{i-1} + (1 - smoothing) * loss_i
 
-    keeps the bound the same at every step. `most` is the schedule's rate here, and k follows from `start`, the share of it
-    that the first step takes: the factor is min(1, start sqrt(mean_1 / mean_i)). The paper's smoothing is 0.9.
+    keeps the bound constant. Here `max_rate` is the scheduled rate, and k follows from `start`, the share of it at the first
+    step: the factor is min(1, start sqrt(mean_1 / mean_i)). The paper's smoothing is 0.9.
     """
 
     start: float

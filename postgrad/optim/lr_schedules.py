@@ -1,12 +1,9 @@
-"""How far does a step go? A schedule is a pure function `step -> learning rate`.
+"""Learning rate schedules: pure functions `step -> learning rate`, without state to restore.
 
-Steps are counted from 1 (the first update of the stage) to the stage's last step; `schedule(0)` is the value the warm-up
-starts from. Nothing is ever restored: the rate of a step follows from its number alone.
+Steps count from 1 (the first update of the stage) to the stage's last step; `schedule(0)` is where the warm-up starts.
+Pieces are curves over the share of the piece that is done. `chain` joins pieces, so every named schedule is an expression:
 
-Pieces are functions of the step *within* the piece. `then` puts pieces one after the other, so every named schedule
-below is an expression, not a class:
-
-    rewarm = then((linear(0, peak), warmup), (cosine(peak, floor), rest))
+    rewarm = chain((linear(0, peak), warmup), (cosine(peak, floor), rest))
 
 Sources of the formulas: Ibrahim et al. 2024 (arXiv 2403.08763, sections 4 and 7.4) for warm-up, cosine and the infinite
 schedules, Hu et al. 2024 (arXiv 2404.06395) and Hägele et al. 2024 (arXiv 2405.18392) for WSD and 1-sqrt.
@@ -19,7 +16,7 @@ from collections.abc import Callable
 
 Schedule = Callable[[float], float]
 Piece = Callable[[float], float]
-"""A curve over `x` in [0, 1], the share of the piece that is done; values are learning rates."""
+"""Learning rate over `x` in [0, 1], the share of the piece that is done."""
 
 
 def constant(rate: float) -> Piece:
@@ -72,9 +69,9 @@ SHAPES: dict[str, Callable[[float, float], Piece]] = {
 
 
 def chain(*pieces: tuple[Piece, float]) -> Schedule:
-    """Pieces one after the other, each with its length in steps; after the last one its end value holds.
+    """Join pieces, each with its length in steps; after the last piece its end value holds.
 
-    At the border of two pieces the earlier one gives the value (its `x` is exactly 1); a piece of length 0 is skipped.
+    At the border of two pieces the earlier one counts (its `x` is exactly 1); a piece of length 0 is skipped.
     """
 
     def schedule(step: float) -> float:
@@ -154,7 +151,6 @@ def first_step_at_or_below(schedule: Schedule, share: float, steps: int) -> int:
 
 
 def sample_schedule(schedule: Schedule, steps: int, points: int = 400) -> list[tuple[int, float]]:
-    """`(step, rate)` at no more than `points` steps, the first and last among them, for drawing."""
+    """`(step, rate)` at no more than `points` steps, including the first and the last, for a chart."""
     stride = max(1, math.ceil(steps / points))
-    chosen = sorted({1, *range(stride, steps + 1, stride), steps})
-    return [(step, schedule(step)) for step in chosen]
+    return [(step, schedule(step)) for step in sorted({1, *range(stride, steps + 1, stride), steps})]

@@ -1,14 +1,14 @@
-"""Move only what speaks up: of each linear layer, the rows whose outputs on the step's text are the largest (MIGU).
+"""MIGU: a sparse update of the rows of each linear layer with the largest outputs on the step's text.
 
-Du et al. 2024 (arXiv 2406.17245): outputs of a layer have another profile for other tasks, so updates that keep to the rows
-which are large on a text leave those alone that other texts need. Of a layer with the outputs h of O numbers,
+Du et al. 2024 (arXiv 2406.17245): the magnitudes of a layer's outputs differ between tasks, so updating only the rows that
+are large on the new text spares those that other texts use. For a layer with outputs h of size O,
 
-    n_o = mean over tokens of |h_o| / sum_o' |h_o'|         the rows o of the largest n_o move
+    n_o = mean over tokens of |h_o| / sum_o' |h_o'|         the rows o with the largest n_o are updated
 
-over all tokens of the step, whatever its micro-batches and ranks; padding does not count. The paper's share is 30 %. Biases
-go with their rows. What is not a linear layer of a block or a tuning moves whole: norms, the input embedding, the head.
-The authors mask gradients, after which momentum and decay still move the rows; here such rows stay, and the moments see
-every gradient.
+over all tokens of the step, of all micro-batches and ranks, without padding. The paper's share is 30 %. A bias follows its
+rows. Weights outside linear layers of blocks or tunings are updated densely: norms, the input embedding, the head. The
+authors mask gradients, after which momentum and decay still change the other rows; here those rows stay, and the moments
+see every gradient.
 
 Legend: B rows, T positions, N = B T, O outputs of a layer.
 """
@@ -35,35 +35,35 @@ from postgrad.optim.top_k import share_count, top_k_masks
 from postgrad.tuning.targets import is_transposed, linear_layers
 
 _EPS = 1e-30
-"""Outputs that are all zero say nothing."""
+"""Avoids 0 / 0 for outputs that are all zero."""
 _DECODER_LENGTH = 3
-"""Tokens that the decoder is given when it is looked which layers read them: fewer than the encoder's."""
+"""Decoder tokens of the probe that finds the decoder's layers: fewer than the encoder's."""
 
 
 @dataclass
 class _TrackedLayer:
-    """A linear layer whose weight moves, its masters, and how large its outputs were since the last update."""
+    """A linear layer with a trainable weight, its masters, and the normalized output magnitudes since the last update."""
 
     output_module: nn.Module
-    """The module whose outputs are those of the rows: for a low-rank B, the layer that it is a part of."""
+    """The module whose outputs belong to the rows: for a LoRA B, the layer that contains it."""
     weight: Tensor
     bias: Tensor | None
     transposed: bool
     sums_O: Tensor
     is_decoder_side: bool = False
-    """Whether it reads what a decoder is given, in a model that has an encoder too."""
+    """Whether it runs over decoder positions, in an encoder-decoder."""
 
     @property
     def masters(self) -> list[Tensor]:
-        """Those that it has."""
+        """The weight and, if trained, the bias."""
         return [m for m in (self.weight, self.bias) if m is not None]
 
 
 class MiguMask(SparseMask):
-    """Of each linear layer of the blocks moves `share` of its rows, those of the largest outputs."""
+    """Updates the `share` of each linear layer's rows with the largest outputs."""
 
     def __init__(self, share: float, model: Model, weights: Sequence[Weight]) -> None:
-        """Listens to the layers of `model` from now on; to be made before its blocks are compiled."""
+        """Registers forward hooks on the layers of `model`; construct it before the blocks are compiled."""
         self.layers = _track_layers(model, weights)
         super().__init__([m for layer in self.layers for m in layer.masters], [w.master for w in weights])
         self.share = share
@@ -76,8 +76,8 @@ class MiguMask(SparseMask):
     @property
     def num_updated(self) -> int:
         rows = [(layer, share_count(self.share, len(layer.sums_O))) for layer in self.layers]
-        moved = sum(top * (m.numel() // len(layer.sums_O)) for layer, top in rows for m in layer.masters)
-        return moved + sum(m.numel() for m in self.dense_masters)
+        sparse = sum(count * (m.numel() // len(layer.sums_O)) for layer, count in rows for m in layer.masters)
+        return sparse + sum(m.numel() for m in self.dense_masters)
 
     @contextmanager
     def observe(self, batch: Batch) -> Iterator[None]:
@@ -85,60 +85,60 @@ class MiguMask(SparseMask):
         try:
             yield
         finally:
-            self._token_masks = None  # the backward pass may compute outputs again, and they were heard already
+            self._token_masks = None  # activation checkpointing runs the hooks again in the backward pass
 
     def masks(self, masters: Sequence[Tensor], states: OptimizerStates) -> list[Tensor]:
         if not masters:
             return []
         sums = sum_over_ranks(torch.cat([layer.sums_O for layer in self.layers]), self.layers[0].weight)
-        sizes = list(sums.split([len(layer.sums_O) for layer in self.layers]))
-        top = top_k_masks(sizes, [share_count(self.share, len(size)) for size in sizes], sizes)
+        magnitudes = list(sums.split([len(layer.sums_O) for layer in self.layers]))
+        top = top_k_masks(magnitudes, [share_count(self.share, len(m)) for m in magnitudes], magnitudes)
         masks: dict[int, Tensor] = {}
-        for layer, size, top_O in zip(self.layers, sizes, top, strict=True):
-            rows_O = top_O & (size > 0)  # an expert that nothing was sent to has said nothing
+        for layer, magnitude_O, top_O in zip(self.layers, magnitudes, top, strict=True):
+            rows_O = top_O & (magnitude_O > 0)  # an expert without tokens has no outputs
             for master in layer.masters:
-                along = rows_O if master.ndim == 1 or layer.transposed else rows_O[:, None]
-                masks[id(master)] = local_shard_like(along.expand(master.shape), master)
+                mask = rows_O if master.ndim == 1 or layer.transposed else rows_O[:, None]
+                masks[id(master)] = local_shard_like(mask.expand(master.shape), master)
             layer.sums_O.zero_()
         return [masks[id(master)] for master in masters]
 
     def _make_hook(self, layer: _TrackedLayer) -> Callable[[nn.Module, object, Tensor], None]:
-        def hear(_module: nn.Module, _given: object, output: Tensor) -> None:
+        def accumulate(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             if self._token_masks is not None:
-                sizes = output.detach().abs().float()
-                tokens = _align_token_mask(self._token_masks[layer.is_decoder_side], sizes)
-                each_N = (tokens / sizes.sum(-1).clamp(min=_EPS)).flatten()
-                layer.sums_O.add_(each_N @ sizes.flatten(0, -2))
+                magnitudes = output.detach().abs().float()
+                tokens = _align_token_mask(self._token_masks[layer.is_decoder_side], magnitudes)
+                scale_N = (tokens / magnitudes.sum(-1).clamp(min=_EPS)).flatten()
+                layer.sums_O.add_(scale_N @ magnitudes.flatten(0, -2))
 
-        return hear
+        return accumulate
 
 
 def _track_layers(model: Model, weights: Sequence[Weight]) -> list[_TrackedLayer]:
-    """The linear layers of the blocks, and the parts of low-rank ones, whose weights move."""
+    """The linear layers of the blocks, and of LoRA adapters in them, with trainable weights."""
     masters = {id(w.parameter): w.master for w in weights}
     out = []
-    for found in linear_layers(model.pretrained):
-        for name, part in found.module.named_modules() if found.is_targetable else ():
+    for layer in linear_layers(model.pretrained):
+        for name, part in layer.module.named_modules() if layer.is_targetable else ():
             weight = masters.get(id(getattr(part, "weight", None)))
             if weight is None or not isinstance(part, nn.Linear | Conv1D):
                 continue
             transposed = is_transposed(part)
-            heard = part if name.startswith("lora_A.") else found.module
+            output_module = part if name.startswith("lora_A.") else layer.module
             rows_O = torch.zeros(weight.shape[1 if transposed else 0], device=weight.device)
-            out.append(_TrackedLayer(heard, weight, masters.get(id(part.bias)), transposed, rows_O))
+            out.append(_TrackedLayer(output_module, weight, masters.get(id(part.bias)), transposed, rows_O))
     return out
 
 
 def _find_decoder_layers(model: Model, layers: Sequence[_TrackedLayer]) -> None:
-    """Look which layers of an encoder-decoder have as many positions as the decoder: some of its own read the encoder."""
+    """Mark the layers that run over decoder positions, by a probe: some of the decoder's own layers run over the encoder's."""
     tokens = make_probe_inputs(model.pretrained)
     tokens["decoder_input_ids"] = tokens["decoder_input_ids"][:, :_DECODER_LENGTH]
     lengths: dict[nn.Module, int] = {}
 
-    def see(module: nn.Module, _given: object, output: Tensor) -> None:
+    def record(module: nn.Module, _inputs: object, output: Tensor) -> None:
         lengths[module] = output.shape[-2]
 
-    handles = [layer.output_module.register_forward_hook(see) for layer in layers]
+    handles = [layer.output_module.register_forward_hook(record) for layer in layers]
     with eval_mode(model), torch.no_grad():
         model(**tokens)
     reshard(model)
@@ -149,22 +149,22 @@ def _find_decoder_layers(model: Model, layers: Sequence[_TrackedLayer]) -> None:
 
 
 def _compute_token_masks(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Which positions hold tokens of rows that are trained, of shape (B, T): those that are read, and a decoder's own.
+    """Positions with tokens of trained rows, of shape (B, T): of the model's inputs, and of a decoder's.
 
-    Where no mask tells padding, it is what stands behind a row's last label.
+    Without an attention mask, padding is what follows a row's last label.
     """
     trained_B1 = torch.from_numpy(batch.label_count_B > 0).to(batch.labels.device)[:, None]
     mask_BT = batch.inputs.get("attention_mask")
     if batch.labels.ndim < 2 or batch.labels.is_floating_point():
         assert mask_BT is not None
         return mask_BT.bool() & trained_B1, mask_BT.bool() & trained_B1
-    behind_BT = (batch.labels != IGNORED).flip(1).cummax(1).values.flip(1)
-    return behind_BT if mask_BT is None else mask_BT.bool() & trained_B1, behind_BT
+    before_padding_BT = (batch.labels != IGNORED).flip(1).cummax(1).values.flip(1)
+    return before_padding_BT if mask_BT is None else mask_BT.bool() & trained_B1, before_padding_BT
 
 
-def _align_token_mask(tokens_BT: Tensor, sizes: Tensor) -> Tensor:
-    """Which of a layer's outputs count. Virtual tokens stand before a row's; of outputs of no known place all count."""
-    leading = sizes.shape[:-1]
+def _align_token_mask(tokens_BT: Tensor, outputs: Tensor) -> Tensor:
+    """The mask of a layer's outputs. Virtual tokens, in front of a row, count; of outputs of unknown shape all count."""
+    leading = outputs.shape[:-1]
     if leading.numel() == tokens_BT.numel():
         return tokens_BT.reshape(leading)
     if len(leading) == 2 and leading[0] == len(tokens_BT) and leading[1] > tokens_BT.shape[1]:

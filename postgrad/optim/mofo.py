@@ -1,12 +1,12 @@
-"""Move only the numbers that are pushed hardest: of each matrix, the share with the largest momentum (MoFO).
+"""MoFO: a sparse update of the share of each matrix with the largest momentum.
 
-Chen et al. 2024 (arXiv 2407.20999): Adam's moments m and v are those of all numbers; of each part of the weights only the
-share with the largest |m| moves,
+Chen et al. 2024 (arXiv 2407.20999): Adam's moments m and v cover all entries; of each block of the weights only the share
+with the largest |m| is updated,
 
-    w -= rate * mask * m^ / (sqrt(v^) + eps)        mask: |m| is among the largest of the part
+    w -= rate * mask * m^ / (sqrt(v^) + eps)        mask: |m| is among the largest of the block
 
-A part is a weight, as in the authors' own code, where norms and biases move whole as well. They recommend 5 to 20 %. There
-weight decay moves all numbers; here it moves those that move.
+A block is one weight tensor, and norms and biases are updated densely, as in the authors' code. They recommend 5 to 20 %.
+There weight decay acts on all entries; here only on those that are updated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from postgrad.optim.top_k import share_count, top_k_masks
 
 
 class MofoMask(SparseMask):
-    """Of each matrix moves `share`, the numbers of the largest |m|, whichever rank they lie on."""
+    """Updates the `share` of each matrix with the largest |m|, over all ranks."""
 
     def __init__(self, share: float, masters: Sequence[Tensor]) -> None:
         super().__init__([master for master in masters if master.ndim >= 2], masters)
@@ -34,5 +34,5 @@ class MofoMask(SparseMask):
         )
 
     def masks(self, masters: Sequence[Tensor], states: OptimizerStates) -> list[Tensor]:
-        sizes = [local_shard(states[master]["exp_avg"]).abs() for master in masters]
-        return top_k_masks(sizes, [share_count(self.share, master.numel()) for master in masters], masters)
+        magnitudes = [local_shard(states[master]["exp_avg"]).abs() for master in masters]
+        return top_k_masks(magnitudes, [share_count(self.share, master.numel()) for master in masters], masters)

@@ -1,4 +1,4 @@
-"""Which numbers does an update move? All that have a gradient, unless fewer are asked for."""
+"""Update masks: the weight entries that an optimizer step changes."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from postgrad.data.loading.batch import Batch
 from postgrad.distributed.shards import local_shard, sum_over_ranks
 
 OptimizerStates = Mapping[Tensor, Mapping[str, Any]]
-"""Of each master that an optimizer has moved: its moments, under `exp_avg` and `exp_avg_sq`."""
+"""AdamW state of each master: its moments, under `exp_avg` and `exp_avg_sq`."""
 
 
 class UpdateMask(Protocol):
-    """Decides at every update which numbers of the masters move."""
+    """Selects at every step which entries of the masters change."""
 
     def observe(self, batch: Batch) -> AbstractContextManager[None]:
-        """Inside, the model reads a micro-batch of the step."""
+        """Context of the forward pass of a micro-batch."""
         ...
 
     def before_update(self) -> None:
-        """Called when all gradients are in and nothing has moved yet."""
+        """Called once all gradients are complete, before any weight changes."""
         ...
 
     def after_update(self, states: OptimizerStates) -> int | None:
-        """Called when the optimizer has moved everything. Returns how many numbers are left moved, when it is not all."""
+        """Called after the optimizer's dense update. Returns the number of entries that stay changed; None for all."""
         ...
 
 
 class FullMask:
-    """All numbers move."""
+    """Dense updates."""
 
     def observe(self, batch: Batch) -> AbstractContextManager[None]:
         return nullcontext()
@@ -46,27 +46,27 @@ class FullMask:
 
 
 class SparseMask(ABC):
-    """Some numbers of some masters move, and the others stay what they are, to the bit: nothing decays there either.
+    """Sparse updates: entries outside the mask keep their value to the bit, without weight decay.
 
-    The optimizer moves everything, with all of its moments, and what is to stay is put back. So a share of 100 % is the plain
-    update to the bit, and the fused kernel is the same. It takes a copy of the chosen masters for as long as an update lasts.
+    The optimizer updates everything, with dense moments, and the other entries are then restored from a copy. So a share of
+    100 % equals the dense update to the bit, and the fused kernel stays in use. The copy exists only during an update.
     """
 
     def __init__(self, sparse_masters: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
-        """`chosen`: the masters of which fewer move; all other `masters` move whole."""
+        """`sparse_masters`: those of `masters` with a mask; the others are updated densely."""
         self.sparse_masters = list(sparse_masters)
-        known = set(map(id, self.sparse_masters))
-        self.dense_masters = [master for master in masters if id(master) not in known]
+        sparse_ids = set(map(id, self.sparse_masters))
+        self.dense_masters = [master for master in masters if id(master) not in sparse_ids]
         self._snapshots: list[tuple[Tensor, Tensor]] = []
 
     @property
     @abstractmethod
     def num_updated(self) -> int:
-        """How many numbers an update moves when all masters have a gradient."""
+        """Entries that an update changes when all masters have a gradient."""
 
     @abstractmethod
     def masks(self, masters: Sequence[Tensor], states: OptimizerStates) -> list[Tensor]:
-        """Which numbers of this rank's rows of some of the chosen masters move; of any shape that spreads over the rows."""
+        """Masks of this rank's rows of `masters`, some of the sparse ones; any shape that broadcasts to the rows."""
 
     def observe(self, batch: Batch) -> AbstractContextManager[None]:
         return nullcontext()
@@ -76,14 +76,13 @@ class SparseMask(ABC):
 
     @torch.no_grad()
     def after_update(self, states: OptimizerStates) -> int:
-        moved = sum(other.numel() for other in self.dense_masters if other.grad is not None)
+        num_updated = sum(master.numel() for master in self.dense_masters if master.grad is not None)
         masks = self.masks([master for master, _ in self._snapshots], states)
         for (master, start), mask in zip(self._snapshots, masks, strict=True):
-            here = local_shard(master.detach())
-            torch.where(mask, here, start, out=here)
+            shard = local_shard(master.detach())
+            torch.where(mask, shard, start, out=shard)
         if masks:
-            moved += int(
-                sum_over_ranks(torch.stack([mask.count_nonzero() for mask in masks]).sum(), self._snapshots[0][0])
-            )
+            count = torch.stack([mask.count_nonzero() for mask in masks]).sum()
+            num_updated += int(sum_over_ranks(count, self._snapshots[0][0]))
         self._snapshots = []
-        return moved
+        return num_updated

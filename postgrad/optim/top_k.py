@@ -1,11 +1,11 @@
-"""Which are the largest of a weight's numbers, when its rows may lie on several ranks?
+"""Exact top-k masks of tensors whose rows may be sharded over ranks.
 
-Of a tensor on one CPU the smallest number that belongs to them is found by partial sorting. Elsewhere it is found digit by
-digit: a float that is not negative grows with its bits read as an integer, so counts of the leading bits, added up over all
-ranks, say where the smallest lies, and the next bits are counted there. That takes three small sums over the ranks,
-whatever the size of the weights, and is exact.
+The k-th largest value is the threshold. For a tensor on one CPU partial sorting gives it. Otherwise a radix select does: a
+non-negative float is ordered as its bits read as an integer, so histograms of the leading bits, summed over all ranks, show
+in which bin the threshold lies, and the next bits are counted within that bin. Three small all-reduces, whatever the size of
+the weights.
 
-Legend: M tensors, O those of them with too many equal numbers, H values of a digit, R ranks.
+Legend: M tensors, O those with more values equal to the threshold than fit, H values of a digit, R ranks.
 """
 
 from __future__ import annotations
@@ -20,72 +20,73 @@ from torch.distributed.tensor import DTensor
 from postgrad.distributed.shards import sum_over_ranks
 
 DIGITS = ((20, 11), (10, 10), (0, 10))
-"""Of the 31 bits beside the sign: where a digit begins, and how many bits it has."""
+"""The 31 bits without the sign, as digits: (lowest bit, number of bits)."""
 
 
 def share_count(share: float, size: int) -> int:
-    """How many of `size` numbers a share is: the nearest whole number, and at least one."""
+    """`share` of `size` entries, rounded, at least one."""
     return max(1, round(share * size))
 
 
 def top_k_masks(magnitudes: Sequence[Tensor], counts: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
-    """Where the `counts` largest numbers of each tensor are, as masks of this rank's rows; of equal ones the first.
+    """Masks of the `counts` largest values of each tensor, over all ranks; of equal values the first ones.
 
-    `sizes`: this rank's rows of tensors that are laid out as those of `like`, fp32, none below zero.
+    `magnitudes`: this rank's rows, fp32 and non-negative, of tensors sharded as those of `like`.
     """
     if not magnitudes:
         return []
-    whole_here = magnitudes[0].device.type == "cpu" and not isinstance(like[0], DTensor)
-    wanted_M = torch.tensor(counts, device=magnitudes[0].device)
-    edge_M = (
-        _threshold_by_sorting(magnitudes, counts) if whole_here else _threshold_by_digits(magnitudes, wanted_M, like[0])
+    is_local = magnitudes[0].device.type == "cpu" and not isinstance(like[0], DTensor)
+    counts_M = torch.tensor(counts, device=magnitudes[0].device)
+    threshold_M = (
+        _threshold_by_sorting(magnitudes, counts) if is_local else _threshold_by_digits(magnitudes, counts_M, like[0])
     )
-    return _masks_above(edge_M, magnitudes, wanted_M, like[0])
+    return _masks_above(threshold_M, magnitudes, counts_M, like[0])
 
 
 def _threshold_by_sorting(magnitudes: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """The smallest of the `counts` largest numbers of each tensor."""
+    """The smallest of the `counts` largest values of each tensor."""
     return torch.stack(
         [
-            torch.from_numpy(np.partition(size.flatten().numpy(), size.numel() - count)[size.numel() - count, None])[0]
-            for size, count in zip(magnitudes, counts, strict=True)
+            torch.from_numpy(np.partition(m.flatten().numpy(), m.numel() - count)[m.numel() - count, None])[0]
+            for m, count in zip(magnitudes, counts, strict=True)
         ]
     )
 
 
 def _threshold_by_digits(magnitudes: Sequence[Tensor], counts_M: Tensor, like: Tensor) -> Tensor:
-    """The same, over all ranks that `like` is split over."""
-    bits = [size.flatten().view(torch.int32) for size in magnitudes]
-    known_M = torch.zeros_like(counts_M)
-    left_M = counts_M.clone()
+    """The same by radix select, over all ranks that `like` is sharded over."""
+    bits = [m.flatten().view(torch.int32) for m in magnitudes]
+    prefix_M = torch.zeros_like(counts_M)  # bits of the threshold that are known so far
+    remaining_M = counts_M.clone()  # rank of the threshold among the values with this prefix, counted from the top
     for begin, width in DIGITS:
         above, values = begin + width, 1 << width
-        counted = [
-            torch.bincount((b[(b >> above) == (known >> above)] >> begin) & (values - 1), minlength=values)
-            for b, known in zip(bits, known_M, strict=True)
+        histograms = [
+            torch.bincount((b[(b >> above) == (prefix >> above)] >> begin) & (values - 1), minlength=values)
+            for b, prefix in zip(bits, prefix_M, strict=True)
         ]
-        from_top_MH = sum_over_ranks(torch.stack(counted), like).flip(1).cumsum(1)
-        place_M = (from_top_MH < left_M[:, None]).sum(1)
-        before_M = from_top_MH.gather(1, (place_M - 1).clamp(min=0)[:, None])[:, 0]
-        left_M -= torch.where(place_M > 0, before_M, 0)
-        known_M |= (values - 1 - place_M) << begin
-    return known_M.to(torch.int32).view(torch.float32)
+        from_top_MH = sum_over_ranks(torch.stack(histograms), like).flip(1).cumsum(1)
+        bin_M = (from_top_MH < remaining_M[:, None]).sum(1)  # bins from the top that lie above the threshold's
+        larger_M = from_top_MH.gather(1, (bin_M - 1).clamp(min=0)[:, None])[:, 0]
+        remaining_M -= torch.where(bin_M > 0, larger_M, 0)
+        prefix_M |= (values - 1 - bin_M) << begin
+    return prefix_M.to(torch.int32).view(torch.float32)
 
 
 def _masks_above(threshold_M: Tensor, magnitudes: Sequence[Tensor], counts_M: Tensor, like: Tensor) -> list[Tensor]:
-    """All that reach an edge, but for those on it that are too many, the last ones in the order of the ranks."""
-    reaching = [size >= edge for size, edge in zip(magnitudes, threshold_M, strict=True)]
-    total_M = sum_over_ranks(torch.stack([mask.count_nonzero() for mask in reaching]), like)
-    over = (total_M - counts_M).nonzero().flatten().tolist()
-    if over:
-        on = [magnitudes[m] == threshold_M[m] for m in over]
-        ranks, here = (
+    """Values at or above the threshold, without the surplus of those equal to it: the last ones in rank order."""
+    masks = [m >= threshold for m, threshold in zip(magnitudes, threshold_M, strict=True)]
+    total_M = sum_over_ranks(torch.stack([mask.count_nonzero() for mask in masks]), like)
+    surplus = (total_M - counts_M).nonzero().flatten().tolist()
+    if surplus:
+        ties = [magnitudes[m] == threshold_M[m] for m in surplus]
+        ranks, rank = (
             (like.device_mesh.size(), like.device_mesh.get_local_rank()) if isinstance(like, DTensor) else (1, 0)
         )
-        on_OR = torch.zeros(len(over), ranks, dtype=torch.int64, device=threshold_M.device)
-        on_OR[:, here] = torch.stack([mask.count_nonzero() for mask in on])
-        on_OR = sum_over_ranks(on_OR, like)
-        kept_O = on_OR.sum(1) - (total_M - counts_M)[over] - on_OR[:, :here].sum(1)
-        for m, level, kept in zip(over, on, kept_O, strict=True):
-            reaching[m] &= ~level | (level.flatten().cumsum(0).view_as(level) <= kept)
-    return reaching
+        ties_OR = torch.zeros(len(surplus), ranks, dtype=torch.int64, device=threshold_M.device)
+        ties_OR[:, rank] = torch.stack([tie.count_nonzero() for tie in ties])
+        ties_OR = sum_over_ranks(ties_OR, like)
+        # Ties that fit, less those of earlier ranks: how many this rank may select.
+        quota_O = ties_OR.sum(1) - (total_M - counts_M)[surplus] - ties_OR[:, :rank].sum(1)
+        for m, tie, quota in zip(surplus, ties, quota_O, strict=True):
+            masks[m] &= ~tie | (tie.flatten().cumsum(0).view_as(tie) <= quota)
+    return masks

@@ -1,7 +1,7 @@
-"""How does the importance of weights lie in a file, and is it that of these weights?
+"""Files of weight importance: one safetensors tensor per weight, by its name in the plain model.
 
-A safetensors file with one tensor a weight, by the names that weights have in the plain model, and in its metadata what the
-numbers are: kind, convention, tokens, the model they were measured on, and how far two halves of the text agree.
+The metadata has the kind, the divisor, the number of tokens, the model it was measured on, and how well two halves of the
+text agree.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ KIND_DESCRIPTIONS: dict[ImportanceKind, str] = {
 
 @dataclass(frozen=True)
 class ImportanceMetadata:
-    """What a file of importance says of itself."""
+    """Metadata of an importance file."""
 
     kind: ImportanceKind
     per: str
-    """What the sums are divided by: `token` (each trained token), or `label` (of a classifier)."""
+    """Divisor of the sums: `token` (each trained token), or `label` (of a classifier)."""
     tokens: int
-    """How many of them were looked at."""
+    """Number of tokens or labels measured."""
     model: str
     fingerprint: str | None
-    """Of the model that it was measured on; None for a model that is known by a name alone."""
+    """Fingerprint of the model it was measured on; None for a model from the Hub."""
     mean: float
-    """Over all weights."""
+    """Mean over all weight entries."""
     convergence: list[dict[str, float]] = field(default_factory=list)
     onto: dict[str, Any] | None = None
-    """Of a decayed sum (online EWC): what the older importance said of itself, and `decay`."""
+    """Of a decayed sum (online EWC): metadata of the older importance, and `decay`."""
 
 
 class ImportanceFile:
-    """A file of importance; its tensors are mapped, not read."""
+    """An importance file; its tensors are memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `DataError` when it cannot be read, or holds something else."""
+        """Raises `DataError` when the file is unreadable, or no importance file."""
         self.path = path
         try:
             self._file = safe_open(path, "pt")
             metadata = self._file.metadata() or {}
         except (OSError, SafetensorError) as error:
             raise DataError(
-                f"the importance cannot be read: {error}",
+                f"the importance file is unreadable: {error}",
                 where=str(path),
-                expected="a file that `postgrad importance` wrote",
+                expected="a file written by `postgrad importance`",
             ) from error
         self.metadata = _parse_metadata(metadata.get(METADATA_KEY), path)
         self.names = frozenset(self._file.keys())
@@ -71,19 +71,21 @@ class ImportanceFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
-        """The importance of a weight, as it is stored."""
+        """The importance of a weight, in the dtype of the file."""
         return self._file.get_tensor(name)
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise `DataError` when it is not of exactly these weights; both shapes are named."""
+        """Raise `DataError` when names or shapes differ from these weights."""
         missing, unknown = sorted(shapes.keys() - self.names), sorted(self.names - shapes.keys())
         if missing or unknown:
-            what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which this model has not"
-            raise DataError(f"the importance {what}", where=str(self.path), expected="importance of the same weights")
+            difference = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which this model does not have"
+            raise DataError(
+                f"the importance {difference}", where=str(self.path), expected="importance of the same weights"
+            )
         for name, shape in shapes.items():
             if self.shape(name) != shape:
                 raise DataError(
-                    f"the importance of {name} has the shape {self.shape(name)}, and this model's weight {shape}",
+                    f"the importance of {name} has shape {self.shape(name)}, this model's weight {shape}",
                     where=str(self.path),
                     expected="importance of the same weights",
                 )
@@ -91,15 +93,15 @@ class ImportanceFile:
 
 def _parse_metadata(text: str | None, path: Path) -> ImportanceMetadata:
     try:
-        found = json.loads(text or "")
-        if found.pop("format") != FORMAT:
+        metadata = json.loads(text or "")
+        if metadata.pop("format") != FORMAT:
             raise ValueError("another format")
-        return ImportanceMetadata(**found)
+        return ImportanceMetadata(**metadata)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            "the file does not say what importance it holds",
+            "the file has no valid importance metadata",
             where=str(path),
-            expected="a file that `postgrad importance` of this version wrote",
+            expected="a file written by `postgrad importance` of this version",
         ) from error
 
 
@@ -107,14 +109,14 @@ def write_importance(
     path: Path, tensors: Mapping[str, Tensor], metadata: ImportanceMetadata, dtype: torch.dtype
 ) -> None:
     """Write importance in `dtype`. Raises `OSError`."""
-    kept = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    save_file(kept, path, metadata={METADATA_KEY: json.dumps({"format": FORMAT, **asdict(metadata)}, sort_keys=True)})
+    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    save_file(stored, path, metadata={METADATA_KEY: json.dumps({"format": FORMAT, **asdict(metadata)}, sort_keys=True)})
 
 
 def accumulate_importance(old: ImportanceFile, new: Mapping[str, Tensor], decay: float) -> dict[str, Tensor]:
     """`decay * old + new`, weight by weight: online EWC (Schwarz et al. 2018, arXiv 1805.06370, section 4).
 
-    Raises `DataError` when the two are not of the same weights.
+    Raises `DataError` when their weights differ.
     """
     old.check_shapes({name: tuple(tensor.shape) for name, tensor in new.items()})
     return {name: decay * old[name].to(tensor.device, torch.float32) + tensor for name, tensor in new.items()}

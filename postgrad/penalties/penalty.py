@@ -1,7 +1,7 @@
-"""What pulls the weights back? A penalty looks at weights alone, not at data: it adds its gradient once per step.
+"""The interface of penalties: functions of the weights alone, whose gradient is added once per step.
 
-Its gradient is written out, so it needs no graph and no backward pass, whatever the number of micro-batches. It is handed
-the fp32 masters that it needs when it is made: the tensors an optimizer moves, whatever the model computes in.
+The gradient is computed in closed form, without a graph or backward pass, once for all micro-batches. A penalty holds the
+fp32 masters, the tensors that the optimizer updates, whatever dtype the model computes in.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from torch import Tensor
 
 
 class Penalty(Protocol):
-    """`name` is the penalty's name in the metrics; calling it pulls."""
+    """A term of the loss that depends on the weights alone; `name` is its name in the metrics."""
 
     @property
     def name(self) -> str: ...
 
     def __call__(self) -> Tensor:
-        """Add the gradient to the masters' `.grad` (where there is none yet, it becomes it).
+        """Add the gradient to the masters' `.grad`, creating it where there is none.
 
-        Called after the last micro-batch's gradients are in and divided, and before clipping. Returns the penalty's value: a
-        scalar, detached, the same on every rank.
+        Called after the gradients of all micro-batches are complete and divided, before clipping. Returns the penalty's value,
+        a detached scalar that is equal on all ranks.
         """
         ...
 
 
 class DecoupledPenalty(Protocol):
-    """What pulls in the optimizer's step itself, as weight decay does."""
+    """A penalty that acts within the optimizer's step, as weight decay does."""
 
     def decay(self, rate: float) -> None:
-        """Move the masters at this learning rate; called before the optimizer's own update."""
+        """Decay the masters at this learning rate; called before the optimizer's own update."""
         ...

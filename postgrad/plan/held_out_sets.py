@@ -19,13 +19,15 @@ from postgrad.config.objectives import (
     RowsObjective,
 )
 from postgrad.data.filter.contamination import OverlapReport, measure_overlap
-from postgrad.data.layouts.rows import held_out_mask, select_documents
 from postgrad.data.layouts.windows import locate_texts, max_text_tokens, split_windows
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import Document, detect_kind, read_documents
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Labels, Renderer
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.files import find_files
+from postgrad.data.read.labels import Labels
+from postgrad.data.render.renderer import Renderer
+from postgrad.data.tokens.held_out_split import held_out_mask, select_documents
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.subset import Subset
 from postgrad.data.tokens.tokenize import read_all_labels

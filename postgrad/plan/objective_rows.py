@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -29,14 +29,16 @@ from postgrad.data.layouts.masked_lm import MaskedRows
 from postgrad.data.layouts.packed_examples import PackedExampleRows
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.prefix_lm import PrefixRows
-from postgrad.data.layouts.rows import Rows
+from postgrad.data.layouts.rows import RowOptions, Rows
 from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.span_corruption import SpanCorruptionRows
 from postgrad.data.layouts.windows import TooLongPolicy
 from postgrad.data.problem_type import ProblemType
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Labels, Renderer
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS
+from postgrad.data.read.labels import Labels
 from postgrad.data.render.chat import ChatRenderer, custom_template
 from postgrad.data.render.demonstrations import Demonstrations
+from postgrad.data.render.renderer import Renderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.subset import Subset
@@ -280,87 +282,69 @@ def make_rows(
 
     `words` say the labels of rows that are answered at the mask of a template.
     """
-    common: dict[str, Any] = {"held_out": held_out, "excluded": excluded, "max_document_tokens": max_document_tokens}
-    framed: dict[str, Any] = {**common, "frame": model_inputs.frame, "lead": model_inputs.lead}
+    inputs = model_inputs
+    options = RowOptions(inputs.length, inputs.frame, inputs.lead, held_out, excluded, max_document_tokens)
     match objective:
         case NextTokenObjective():
-            running = store.marks(0) is None
-            if running and not model_inputs.has_soft_prompt and pack:
-                return PackedRows(store, model_inputs.length, **common)
-            if running:  # there is no answer before which anything could stand
-                framed["frame"] = dataclasses.replace(model_inputs.frame, separator_ids=())
+            is_running_text = store.marks(0) is None
+            if is_running_text and not inputs.has_soft_prompt and pack:
+                return PackedRows(store, options)
+            if is_running_text:
+                options = _without_separator(options)
             return PackedExampleRows(
-                store,
-                model_inputs.length,
-                train_on=objective.train_on,
-                too_long=objective.too_long,
-                pack=pack,
-                **framed,
+                store, options, train_on=objective.train_on, too_long=objective.too_long, pack=pack
             )
         case PrefixLMObjective():
             if store.marks(0) is None:
-                framed["frame"] = dataclasses.replace(model_inputs.frame, separator_ids=())
-            return PrefixRows(
-                store, model_inputs.length, seed=model_inputs.seed, too_long=objective.too_long, pack=pack, **framed
-            )
+                options = _without_separator(options)
+            return PrefixRows(store, options, seed=inputs.seed, too_long=objective.too_long, pack=pack)
         case MaskedObjective() if store.marks(0) is not None:
-            return ClozeRows(
-                store,
-                model_inputs.length,
-                mask_id=model_inputs.mask_id,
-                verbalisers=verbalisers(store, model_inputs, words),
-                **framed,
-            )
+            label_ids = verbalisers(store, inputs, words)
+            return ClozeRows(store, options, mask_id=inputs.mask_id, verbalisers=label_ids)
         case MaskedObjective():
             return MaskedRows(
                 store,
-                model_inputs.length,
-                mask_id=model_inputs.mask_id,
-                vocabulary=model_inputs.encoder.vocabulary,
-                special_ids=model_inputs.special_ids,
-                seed=model_inputs.seed,
+                options,
+                mask_id=inputs.mask_id,
+                vocabulary=inputs.encoder.vocabulary,
+                special_ids=inputs.special_ids,
+                seed=inputs.seed,
                 mask_rate=objective.share,
-                continues_V=model_inputs.continues_V if objective.whole_words else None,
-                **framed,
+                continues_V=inputs.continues_V if objective.whole_words else None,
             )
         case SpanCorruptionObjective():
             return SpanCorruptionRows(
                 store,
-                model_inputs.length,
-                sentinels=model_inputs.sentinels,
-                eos=model_inputs.encoder.eos,
-                decoder_start=model_inputs.decoder_start,
-                seed=model_inputs.seed,
+                _without_eos(options, inputs.encoder.eos),
+                sentinels=inputs.sentinels,
+                eos=inputs.encoder.eos,
+                decoder_start=inputs.decoder_start,
+                seed=inputs.seed,
                 density=objective.density,
                 mean_span=objective.mean_span,
-                **{**framed, "frame": _frame_without_eos(model_inputs)},
             )
         case TextToTextObjective():
             return Seq2SeqRows(
                 store,
-                model_inputs.length,
-                objective.target_length,
-                eos=model_inputs.encoder.eos,
-                decoder_start=model_inputs.decoder_start,
-                seed=model_inputs.seed,
+                _without_eos(options, inputs.encoder.eos),
+                target_length=objective.target_length,
+                eos=inputs.encoder.eos,
+                decoder_start=inputs.decoder_start,
+                seed=inputs.seed,
                 too_long=_resolve_too_long(objective, store.kind),
-                **{**framed, "frame": _frame_without_eos(model_inputs)},
             )
         case OnPolicyObjective():
             return PromptRows(
                 store,
-                model_inputs.length,
+                options,
                 prompt_tokens=objective.prompt_tokens,
                 new_tokens=objective.new_tokens,
-                eos=model_inputs.encoder.eos,
-                **framed,
+                eos=inputs.encoder.eos,
             )
         case ClassifyObjective():
             if problem == ProblemType.TAGS:
-                return TaggedRows(store, model_inputs.length, **framed)
-            return LabelledRows(
-                store, model_inputs.length, kind=problem, token_types=model_inputs.has_token_types, **framed
-            )
+                return TaggedRows(store, options)
+            return LabelledRows(store, options, kind=problem, token_types=inputs.has_token_types)
 
 
 def _resolve_too_long(objective: TextToTextObjective, kind: str) -> TooLongPolicy:
@@ -402,9 +386,13 @@ def verbalisers(store: TokenStore | Subset, model_inputs: ModelInputs, words: Ma
     return out
 
 
-def _frame_without_eos(model_inputs: ModelInputs) -> Any:
-    """The frame of rows that set their own EOS behind the text."""
-    after = model_inputs.frame.suffix_ids
-    return dataclasses.replace(
-        model_inputs.frame, suffix_ids=after[:-1] if after[-1:] == (model_inputs.encoder.eos,) else after
-    )
+def _without_separator(options: RowOptions) -> RowOptions:
+    """Options for running text, which has no answer for a separator to precede."""
+    return dataclasses.replace(options, frame=dataclasses.replace(options.frame, separator_ids=()))
+
+
+def _without_eos(options: RowOptions, eos: int) -> RowOptions:
+    """Options for rows that append an EOS of their own to the text."""
+    suffix_ids = options.frame.suffix_ids
+    suffix_ids = suffix_ids[:-1] if suffix_ids[-1:] == (eos,) else suffix_ids
+    return dataclasses.replace(options, frame=dataclasses.replace(options.frame, suffix_ids=suffix_ids))

@@ -13,11 +13,13 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from postgrad.config import stage as s
 from postgrad.config.mixing import describe_shares
 from postgrad.config.objectives import AnyObjective, PrefixLMObjective
-from postgrad.data.layouts.rows import Rows, select_documents
+from postgrad.data.layouts.rows import Rows
 from postgrad.data.loading.mixture import Mixture
 from postgrad.data.problem_type import ProblemType
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Labels
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS
+from postgrad.data.read.labels import Labels
 from postgrad.data.render.chat import plain_template
+from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText

@@ -16,15 +16,17 @@ from postgrad.config import stage as s
 from postgrad.config.document_filters import AnySelection
 from postgrad.config.objectives import AnyObjective, ClassifyObjective, MaskedObjective, RowsObjective
 from postgrad.config.tunings import InstructionPromptTuning
-from postgrad.data.layouts.rows import held_out_mask
 from postgrad.data.loading.mixture import seen_weights
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind, read_examples
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example, Labels, Renderer
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example
 from postgrad.data.read.files import HubDataset
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import get_generator_model
+from postgrad.data.read.labels import Labels
 from postgrad.data.render.demonstrations import Demonstrations
+from postgrad.data.render.renderer import Renderer
+from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.store import TokenStore, digest
 from postgrad.data.tokens.tokenize import Encoder, build_store, read_all_labels, render_example
 from postgrad.errors import StageError

@@ -19,10 +19,12 @@ import numpy as np
 from postgrad.config.tasks import TaskConfig
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind, read_examples
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example, Renderer, collect_labels
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example
 from postgrad.data.read.files import RawSource
+from postgrad.data.read.labels import collect_labels
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.demonstrations import SEPARATOR, Demonstrations, RetrievalMethod
+from postgrad.data.render.renderer import Renderer
 from postgrad.data.render.renderers import PlainRenderer
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest

@@ -59,8 +59,9 @@ from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.checkpoint_files import read_moments, read_progress
 from postgrad.training.on_policy import OnPolicySampler, make_on_policy_step
 from postgrad.training.step import Run, StepFunction, train_step
-from postgrad.tuning.attach import attach, read_export
+from postgrad.tuning.attach import attach
 from postgrad.tuning.extra_trainable import base_parameter_name
+from postgrad.tuning.folder import read_export
 from postgrad.tuning.open_model import LoadedModel, open_model
 from postgrad.tuning.tuning import Tuning, TuningExport
 

@@ -21,9 +21,8 @@ from torch import Tensor
 from postgrad.config.objectives import DistillObjective, SampledCache, TopKCache, get_objective_names
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.batch import collate
-from postgrad.data.loading.mixture import derive_key
 from postgrad.data.loading.teacher_cache import SparseDistribution, TeacherCache, row_digest
-from postgrad.data.random_streams import RandomStreams
+from postgrad.data.random_streams import RandomStreams, derive_key
 from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
 from postgrad.objectives.linear_loss import compute_logits, compute_products

@@ -19,6 +19,10 @@ from postgrad.plan.plan import Plan
 from postgrad.storage.atomic import disk_error
 from postgrad.storage.fingerprint import differences
 
+MODEL = "model"
+"""Folder of the published model."""
+REPORT = "report.html"
+
 
 @contextmanager
 def lock_run_folder(run_folder: Path, world: World) -> Iterator[None]:

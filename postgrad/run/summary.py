@@ -7,7 +7,8 @@ import shlex
 from postgrad.reports.html import tables
 from postgrad.reports.sections.drift_tables import changed_weights_sentence, drift_table
 from postgrad.reports.sections.task_tables import cluster_table, task_table
-from postgrad.run.run import MODEL, REPORT, RunFinished
+from postgrad.run.events import RunFinished
+from postgrad.run.run_folder import MODEL, REPORT
 
 
 def summary_text(outcome: RunFinished) -> str:

@@ -1,13 +1,13 @@
-"""How does a folder become final? Staged, synced, listed with its hashes, renamed, verified: never half there.
+"""Atomic writes: a folder or file is published completely or not at all.
 
-    stage   write everything into a hidden folder beside the place
-    sync    fsync each file and folder
+    stage   write everything into a hidden folder next to the target
     list    manifest.json: size and sha256 of each file
+    sync    fsync each file and folder
     rename  one atomic rename, then fsync the parent
-    verify  read back what the manifest promises
+    verify  read the files back and compare them with the manifest
 
-A process killed anywhere in between leaves either the old state or the new one, and perhaps a hidden staging folder that
-the next `sweep` removes. The manifest proves integrity, not origin: whoever can change the files can change it too.
+A process killed at any point leaves the old state or the new one, and perhaps a hidden staging folder that the next
+`remove_staging` removes. The manifest proves integrity, not origin: whoever can change the files can change it too.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _STAGING = ".staging-"
 
 
 def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
-    """Make the folder `place` with what `write(folder)` puts there; `place` must not exist yet.
+    """Publish what `write(staging)` writes as the folder `target`, which must not exist yet.
 
-    Raises `DiskError` when there is no room or no permission; the old state is then left, or, when nothing but the last
-    sync failed, the whole new one. Whatever else `write` raises leaves the old state too.
+    Raises `DiskError` when there is no room or no permission. Any error leaves the old state, except that the new folder is
+    complete when only the last sync failed.
     """
     staging = target.parent / f"{_STAGING}{target.name}"
     try:
@@ -41,7 +41,7 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
             shutil.rmtree(staging)
         staging.mkdir()
         write(staging)
-        _write_synced(staging / MANIFEST, json.dumps(_listing(staging), indent=1, sort_keys=True).encode())
+        _write_synced(staging / MANIFEST, json.dumps(_make_manifest(staging), indent=1, sort_keys=True).encode())
         for folder, _, files in os.walk(staging):
             for name in files:
                 _sync(Path(folder) / name)
@@ -52,7 +52,7 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError):
             raise disk_error(error, target) from error
-        if f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes from Rust and has an error of its own
+        if f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes from Rust, with errors of its own
             raise disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), target) from error
         raise
     verify(target)
@@ -60,18 +60,18 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
 
 
 def verify(folder: Path) -> dict[str, dict[str, str | int]]:
-    """Check every file of a published folder against its manifest, and return the manifest's listing.
+    """Check every file of a published folder against its manifest, and return the manifest.
 
-    Raises `CheckpointError` naming the first file that is missing, of another size, or of other contents.
+    Raises `CheckpointError` with the first file that is missing or has another size or content.
     """
     try:
-        listing = json.loads((folder / MANIFEST).read_bytes(), object_pairs_hook=_reject_duplicate_keys)
-        promises = [(name, promised["size"], promised["sha256"]) for name, promised in listing.items()]
+        manifest = json.loads((folder / MANIFEST).read_bytes(), object_pairs_hook=_reject_duplicate_keys)
+        entries = [(name, entry["size"], entry["sha256"]) for name, entry in manifest.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            "there is no readable manifest.json", where=str(folder), expected="a published folder"
+            "manifest.json is missing or unreadable", where=str(folder), expected="a published folder"
         ) from error
-    for name, size, digest in promises:
+    for name, size, digest in entries:
         path = folder / name
         if not path.is_file():
             raise CheckpointError("the file is missing", where=str(path))
@@ -81,13 +81,13 @@ def verify(folder: Path) -> dict[str, dict[str, str | int]]:
             )
         if sha256(path) != digest:
             raise CheckpointError(
-                "the file's contents are not what was written", where=str(path), expected=f"sha256 {digest}"
+                "the content of the file has changed since it was written", where=str(path), expected=f"sha256 {digest}"
             )
-    return listing
+    return manifest
 
 
 def remove_staging(parent: Path) -> None:
-    """Remove what an interrupted publication or removal left under `parent`."""
+    """Remove the staging folders and files of interrupted writes in `parent`."""
     for path in parent.glob(f"{_STAGING}*") if parent.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -96,9 +96,9 @@ def remove_staging(parent: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a published folder: renamed away first, so that it is never half there under its own name.
+    """Remove a published folder, renaming it first, so that it never exists partly under its own name.
 
-    Raises `DiskError` when that is not allowed.
+    Raises `DiskError` when the system does not allow it.
     """
     staging = folder.parent / f"{_STAGING}old-{folder.name}"
     shutil.rmtree(staging, ignore_errors=True)
@@ -110,8 +110,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Replace a file as a whole: another process sees the old contents or the new ones."""
-    # Runs side by side share a cache, so each process stages under a name of its own.
+    """Replace a file atomically: other processes see the old content or the new one."""
+    # Concurrent runs share a cache, so the staging name contains the process id.
     staging = path.parent / f"{_STAGING}{path.name}.{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,27 +133,27 @@ def sha256(path: Path) -> str:
 
 
 def disk_error(error: OSError, path: Path) -> DiskError:
-    """The same failure, told with what is free and what to do."""
+    """An `OSError` as a `DiskError` with a hint; for a full disk with the free space."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         existing = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(existing).free
         return DiskError(
             f"the disk is full ({free:,} bytes free)",
             where=str(path),
-            hint="make room, then give the same command again: it goes on from the last checkpoint",
+            hint="free disk space and repeat the command: it resumes from the last checkpoint",
         )
-    return DiskError(error.strerror or str(error), where=str(path), hint="check the folder and its permissions")
+    return DiskError(error.strerror or str(error), where=str(path), hint="check that the folder exists and is writable")
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys all differ: a name that a flipped bit made equal to its neighbour must not hide a file."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
-    return found
+    """A JSON object, refused when a key repeats: a flipped bit that makes two names equal must not hide a file."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("duplicate key")
+    return entries
 
 
-def _listing(folder: Path) -> dict[str, dict[str, str | int]]:
+def _make_manifest(folder: Path) -> dict[str, dict[str, str | int]]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
 

@@ -1,4 +1,4 @@
-"""When are two things the same? When their fingerprints are: sha256 of contents, never of names or dates."""
+"""Fingerprints: the sha256 of contents, never of names or dates."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def fingerprint(value: Any) -> str:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Of a model folder: its configuration and weights."""
+    """The fingerprint of a model folder's configuration and weights."""
     files = sorted(p for pattern in MODEL_FILES for p in folder.glob(pattern) if p.name != "optimizer.safetensors")
     return fingerprint([[p.name, sha256(p)] for p in files])
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """`key.path: then -> now`, for each value that is not the same in two pieces of plain data."""
+    """`key.path: before -> after` for each value that differs between two pieces of plain data."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted(before.keys() | after.keys())
         return [

@@ -1,4 +1,4 @@
-"""What does a study leave behind? `study.json`, `study.csv`, `report.html`, and what is said at its end."""
+"""Output files of a study (`study.json`, `study.csv`, `report.html`) and its closing summary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from postgrad.reports.html import document
 from postgrad.reports.html.notation import format_duration, format_percent
 from postgrad.reports.pages.study_page import study_page
 from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
-from postgrad.run.run import REPORT
+from postgrad.run.run_folder import REPORT
 from postgrad.storage.atomic import write_atomically
 from postgrad.studies.results import compute_results
 from postgrad.studies.run_study import PreparedStudy, study_text
@@ -20,7 +20,7 @@ STUDY_JSON, STUDY_CSV = "study.json", "study.csv"
 
 
 def write_outputs(prepared: PreparedStudy, failed: Mapping[str, str]) -> dict[str, Any]:
-    """Write down what was found until now; it is worked out anew each time, from the runs alone."""
+    """Compute the results from the runs alone, and write the output files."""
     found = compute_results(prepared, failed)
     home = prepared.folder.path
     found["study_yaml"] = study_text(prepared)
@@ -31,7 +31,7 @@ def write_outputs(prepared: PreparedStudy, failed: Mapping[str, str]) -> dict[st
 
 
 def outputs_text(prepared: PreparedStudy, results: Mapping[str, Any], command: str, *, stopped: bool) -> str:
-    """The table, the claims, the summary, what failed, where everything lies, and the next command."""
+    """The closing summary: table, claims, failures, output paths and the next command."""
     home, time = prepared.folder.path, results["time"]
     lines = ["", study_arms_table(results, brief=True).text(), ""]
     claims = claims_table(results)
@@ -40,11 +40,9 @@ def outputs_text(prepared: PreparedStudy, results: Mapping[str, Any], command: s
     lines += results["summary"]
     lines += ["", *(f"FAILED: {name}: {error}" for name, error in results["failed"].items())]
     spent = f"{format_duration(time['training'])} training, {format_duration(time['evaluation'])} evaluation"
-    spent += f", {format_duration(time['making'])} making replay, importance and blends" if time["making"] else ""
-    outside = (
-        "" if time["outside"] is None else f"; {format_percent(time['outside'])} of the time was spent outside of these"
-    )
-    lines.append(f"{time['runs']} runs where {time['runs_asked']} were asked for: {spent}{outside}")
+    spent += f", {format_duration(time['making'])} preparing replay, importance and blends" if time["making"] else ""
+    outside = "" if time["outside"] is None else f"; {format_percent(time['outside'])} of the time was overhead"
+    lines.append(f"{time['runs']} runs instead of {time['runs_asked']} by sharing: {spent}{outside}")
     lines += [f"table:  {_relative_to_cwd(home / STUDY_CSV)}", f"report: {_relative_to_cwd(home / REPORT)}"]
     left = len(prepared.remaining_steps)
     following = command if stopped or left else f"open {_relative_to_cwd(home / REPORT)} in a browser"
@@ -52,5 +50,5 @@ def outputs_text(prepared: PreparedStudy, results: Mapping[str, Any], command: s
 
 
 def _relative_to_cwd(path: Path) -> Path:
-    """A place as it is seen from here."""
+    """A path relative to the working directory, where possible."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

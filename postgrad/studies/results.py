@@ -1,8 +1,8 @@
-"""What came of a study? Losses of every arm with paired intervals over documents, spread over seeds apart, and what follows.
+"""Results of a study: losses of every arm with paired bootstrap intervals over documents, and the spread over seeds.
 
-All numbers are worked out of the scores that the runs left, document by document. The same draws of documents are taken for
-all arms, so whatever is made of them (a difference, a share of forgetting removed, a gap to the union) is paired. An arm's
-loss is the mean over its seeds; how far the seeds lie apart is told beside it and is in no interval.
+All numbers are computed from the runs' document-level scores. All arms share the same bootstrap draws, so every derived
+quantity (a difference, a share of forgetting removed, a gap to the union) is paired. An arm's loss is the mean over its
+seeds; the spread over seeds is reported separately and is part of no interval.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ARM_MISSING = "an arm is missing"
 
 @dataclass(frozen=True)
 class BootstrapEstimate:
-    """A number, and what it would have been with other documents of the same kind."""
+    """A value with its bootstrap draws."""
 
     value: float
     draws_S: np.ndarray
@@ -53,7 +53,7 @@ class BootstrapEstimate:
 
 
 def mean_estimate(items: Sequence[BootstrapEstimate]) -> BootstrapEstimate:
-    """The mean of several."""
+    """The mean of several estimates."""
     return BootstrapEstimate(
         float(np.mean([item.value for item in items])), np.mean(np.stack([item.draws_S for item in items]), axis=0)
     )
@@ -62,9 +62,9 @@ def mean_estimate(items: Sequence[BootstrapEstimate]) -> BootstrapEstimate:
 def removed_share(
     arm: BootstrapEstimate, baseline: BootstrapEstimate, base: BootstrapEstimate
 ) -> BootstrapEstimate | None:
-    """The share of the reference's forgetting that an arm removed, `1 - (arm - base) / (reference - base)`.
+    """The share of the baseline's forgetting that an arm removes, `1 - (arm - base) / (baseline - base)`.
 
-    None where the reference's forgetting is not shown: its interval reaches zero.
+    None where the baseline's forgetting is not significant: its interval includes zero.
     """
     lost = baseline - base
     if percentile_interval(lost.draws_S)[0] <= 0:
@@ -91,13 +91,13 @@ class Losses:
 
 @dataclass
 class _LossReader:
-    """Scores of models as losses; the draws of a set are the same for all."""
+    """Turns scores into losses; all models share the bootstrap draws of a set."""
 
     roles: Mapping[str, str]
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def mean_losses(self, models: Sequence[before_after.AllScores]) -> Losses:
-        """The mean losses of some models on the same documents."""
+        """Mean losses of several models on the same documents."""
         return Losses(
             {name: self._estimate(i, name, [m[name] for m in models]) for i, name in enumerate(self.roles)}, self.roles
         )
@@ -107,7 +107,7 @@ class _LossReader:
         tokens = units[0][1]
         for _, others in units[1:]:
             if not np.array_equal(tokens, others):
-                raise DataError(f"two models were scored on other tokens of '{name}'", where="study")
+                raise DataError(f"two models were scored on different tokens of '{name}'", where="study")
         nats = np.mean(np.stack([nats for nats, _ in units]), axis=0)
         self.sizes[name] = {"documents": len(scores[0].bytes_N), "units": len(tokens), "tokens": int(tokens.sum())}
         return BootstrapEstimate(float(nats.sum() / tokens.sum()), resample_ratio(nats, tokens, seed=number))
@@ -115,7 +115,7 @@ class _LossReader:
 
 @dataclass(frozen=True)
 class _ArmLosses:
-    """An arm of which at least one seed is there."""
+    """An arm with at least one finished seed."""
 
     name: str
     arm: Arm
@@ -125,7 +125,7 @@ class _ArmLosses:
 
 
 def compute_results(prepared: PreparedStudy, failed: Mapping[str, str]) -> dict[str, Any]:
-    """All that a study found, as plain data; arms that are not there yet are told as such."""
+    """All results of a study as plain data; unfinished arms are marked as such."""
     study = prepared.study
     roles = {h.name: "retained" for h in study.retained} | {h.name: "learned" for h in study.learned}
     reader = _LossReader(roles)
@@ -169,7 +169,7 @@ def _scores_path(prepared: PreparedStudy, key: str) -> Path:
 
 
 def _read_base_scores(prepared: PreparedStudy) -> before_after.AllScores | None:
-    """What the base was scored: as what a run began with, or as what the study trained."""
+    """Scores of the base: as the start model of a run, or as trained by the study."""
     base = prepared.graph.base_step
     for chain in prepared.graph.chains:
         first = prepared.graph.steps[chain.steps[0]]
@@ -183,14 +183,14 @@ def _read_base_scores(prepared: PreparedStudy) -> before_after.AllScores | None:
 
 
 def _read_scores(path: Path) -> before_after.AllScores:
-    """The scores of a run. Raises `DataError` where they are gone or broken."""
+    """Scores of a run. Raises `DataError` where they are missing or broken."""
     try:
         return before_after.read_scores(path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"the scores of a finished run cannot be read ({error})",
             where=str(path),
-            hint=f"remove the folder {path.parents[1]}; the same command makes this run anew",
+            hint=f"remove the folder {path.parents[1]}; the same command repeats this run",
         ) from error
 
 
@@ -284,7 +284,7 @@ def _relative_step_path(prepared: PreparedStudy, key: str) -> Path:
 
 
 def _seed_spread(values: Sequence[float]) -> dict[str, float | int | None]:
-    """How far the seeds lie apart: lowest, highest, and the standard deviation of one (n - 1 below the line)."""
+    """Spread over seeds: lowest, highest, and the sample standard deviation (n - 1)."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"low": min(values), "high": max(values), "deviation": deviation, "seeds": len(values)}
 
@@ -295,7 +295,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _total_cost(prepared: PreparedStudy, keys: Sequence[str]) -> dict[str, float | None]:
-    """What steps cost: trained tokens, seconds of training, the most memory on an accelerator."""
+    """Cost of steps: trained tokens, seconds of training and preparation, peak accelerator memory in bytes."""
     tokens, seconds, peaks = 0.0, 0.0, []
     for key in keys:
         step = prepared.graph.steps[key]
@@ -308,7 +308,7 @@ def _total_cost(prepared: PreparedStudy, keys: Sequence[str]) -> dict[str, float
 
 
 def _has_failed_gate(prepared: PreparedStudy, key: str) -> bool:
-    """Whether a run forgot more than its `max_forgetting`."""
+    """Whether a run failed its retention gate."""
     return prepared.graph.steps[key].kind == "train" and _read_step_record(prepared, key)["status"] == "gate-failed"
 
 
@@ -317,7 +317,7 @@ def _read_step_record(prepared: PreparedStudy, key: str) -> Record:
 
 
 def _loss_curves(prepared: PreparedStudy, chains: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """The loss on each set by trained tokens, mean over seeds at the looks that all have; and where each part begins."""
+    """Loss on each set by trained tokens, averaged over seeds at common evaluations; and where each stage starts."""
     curves: list[dict[str, dict[float, float]]] = []
     switches: list[float] = []
     for steps in chains:
@@ -330,7 +330,7 @@ def _loss_curves(prepared: PreparedStudy, chains: Sequence[Sequence[str]]) -> di
                 continue
             switches.append(before)
             rows = [r for r in read_metrics(prepared.folder.step_path(step) / METRICS) if r["kind"] == "evaluation"]
-            # Seeds differ by a few tokens a step, so looks are told apart by how much of the stage they are after.
+            # Seeds differ by a few tokens per step, so evaluations are aligned by the fraction of the stage.
             whole = _read_step_record(prepared, key)["plan"]["tokens"]
             last = rows[-1]["step"] if rows else 1
             for row in rows:
@@ -347,7 +347,7 @@ def _loss_curves(prepared: PreparedStudy, chains: Sequence[Sequence[str]]) -> di
 
 
 def _mark_dominated(arms: Sequence[dict[str, Any]]) -> None:
-    """Say of each way to go on from the base which others forget no more and gain no less than it, by the values."""
+    """Mark each arm with those that dominate it: no more forgetting and no less gain, by point estimates."""
     points = {
         arm["name"]: (arm["change"]["old"]["value"], arm["change"]["new"]["value"])
         for arm in arms
@@ -360,7 +360,7 @@ def _mark_dominated(arms: Sequence[dict[str, Any]]) -> None:
 
 
 def _pairwise_differences(arm_losses: Mapping[str, _ArmLosses]) -> list[dict[str, Any]]:
-    """The difference of every two arms on old, new and average, with its interval and the differences seed by seed."""
+    """Difference of every pair of arms on old, new and average loss, with its interval and by seed."""
     names = list(arm_losses)
     out = []
     for i, first in enumerate(names):
@@ -373,7 +373,7 @@ def _pairwise_differences(arm_losses: Mapping[str, _ArmLosses]) -> list[dict[str
 
 
 def _with_base(arm_losses: Mapping[str, _ArmLosses], start: Losses | None) -> dict[str, _ArmLosses]:
-    """The arms with the base beside them, which is the same for every seed."""
+    """The arms plus the base, which is the same for every seed."""
     if start is None:
         return dict(arm_losses)
     seeds = {seed: start for arm in arm_losses.values() for seed in arm.by_seed}
@@ -389,7 +389,7 @@ def _difference(arm: _ArmLosses, other: _ArmLosses, key: str) -> dict[str, Any]:
 def _evaluate_claim(
     claim: Claim, study: Study, arm_losses: Mapping[str, _ArmLosses], start: Losses | None
 ) -> dict[str, Any]:
-    """Whether a claim holds: by its interval over documents, and with every seed."""
+    """Test a claim: by its interval over documents, and with every seed."""
     out: dict[str, Any] = {"say": claim.say, "arm": claim.arm, "than": claim.than, "on": claim.on}
     arm = arm_losses.get(claim.arm)
     reference = arm_losses.get(study.baseline_name or "")
@@ -419,7 +419,7 @@ def _evaluate_claim(
 
 
 def claim_verdict(entry: Mapping[str, Any], bound: float, *, at_least: bool = False) -> str:
-    """Whether a number is at most (at least) a bound: its interval must lie on one side, and so must every seed."""
+    """Verdict on value <= bound (>= with `at_least`): the interval and every seed must lie on one side."""
     low, high, seeds = entry["low"], entry["high"], entry["by_seed"]
     if at_least:
         low, high, seeds, bound = -high, -low, [-s for s in seeds], -bound
@@ -444,15 +444,15 @@ REPLAY_LAW = Law(
     lambda start, share, F, B, a, G: start + F / (1.0 + B * share) ** a - G,
     "Bethune et al. 2025, arXiv 2502.06042, at one size and budget: rise of the loss = F / (1 + B p)^a - G",
 )
-"""The loss on old text by the share p of old text that is replayed, from where it was at the start.
+"""Loss on old text as a function of the replayed share p, relative to the start model.
 
-G is what going on with old text gains: a base that is not trained to the end learns from its replay, so the rise may be below
-zero. Fitted as a loss, every arm weighs alike, and none is left out for having forgotten nothing.
+G is the gain from training further on old text: an undertrained base learns from its replay, so the rise may be negative.
+Fitting the loss itself gives every arm the same weight and includes arms without forgetting.
 """
 
 
 def _replay_results(study: Study, arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Arms that differ from the reference by their share of replay alone, and the laws that fit them."""
+    """Arms that differ from the baseline in their replay share alone, and the laws fitted to them."""
     reference = study.arms.get(study.baseline_name or "")
     if reference is None:
         return {}
@@ -478,7 +478,7 @@ def _fit_rise(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _fit_loss(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The loss on new text by its own share; told by the share of replay."""
+    """Law for the loss on new text by its own share, expressed by the share of replay."""
     known = [(1 - p["share"], p["loss"]["new"]["value"]) for p in points]
     found = _fit_law(
         MIXTURE_LAW, "ratio", [x for x, _ in known], [y for _, y in known], [1 - p["share"] for p in points]
@@ -491,7 +491,7 @@ def _fit_loss(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _fit_law(
     law: Law, variable: str, xs: list[float], ys: list[float], span: list[float], **constant: float
 ) -> dict[str, Any] | None:
-    """A law through measured points, as a line with its interval; None where there are too few points to tell."""
+    """A law fitted to measured points, as a curve with its interval; None with too few points."""
     if len(xs) < _MIN_SHARES:
         return None
     try:
@@ -512,7 +512,7 @@ def _fit_law(
 
 
 def _time_totals(prepared: PreparedStudy) -> dict[str, Any]:
-    """Where the study's time went. `outside`: the share that was none of training, evaluation, making replay and the like."""
+    """Time of the study by phase. `outside`: the share spent on neither training, evaluation nor preparation."""
     phases = {"training": 0.0, "evaluation": 0.0, "making": 0.0, "other": 0.0}
     for step in prepared.graph.steps.values():
         for phase, seconds in prepared.folder.read_note(step).get("seconds", {}).items():

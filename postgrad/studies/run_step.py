@@ -1,7 +1,7 @@
-"""How is one step of a study made? Whatever it is, as a stream of how far it is, with its time by what it was spent on.
+"""Run one step of a study (training, generated text, importance, blend) as a stream of progress events.
 
-What is made lies under the study's folder by its key, so it is found again whatever the arm is called by then. A step that
-was stopped goes on where it was; one that is there is not made again.
+Outputs are stored under the step's key, so they are found again when an arm is renamed. An interrupted step resumes; a
+finished one is not repeated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from postgrad.models import interpolate
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import load_tokenizer, locate_model, save_pretrained, stored_dtype
 from postgrad.plan.plan import make_plan
-from postgrad.run import run as r
+from postgrad.run import events as r
+from postgrad.run.run import run_stage
+from postgrad.run.run_folder import MODEL
 from postgrad.storage.atomic import publish_folder, write_atomically
 from postgrad.studies.step_graph import Step, StepGraph, StepKind, resolve_step_references
 from postgrad.tuning.open_model import open_model
@@ -41,26 +43,26 @@ Phase = Literal["training", "evaluation", "making", "other"]
 
 @dataclass(frozen=True)
 class StepProgress:
-    """How far a step is: `done` of `total` steps, tokens or labels."""
+    """Progress of a step: `done` of `total` training steps, tokens or labels."""
 
     key: str
     activity: str
     done: int
     total: int
     last_evaluation: dict[str, Any] | None = None
-    """The last look of a run."""
+    """Metrics of the run's latest evaluation."""
 
 
 @dataclass(frozen=True)
 class StepStopped:
-    """The user stopped the step; it goes on from here."""
+    """The user interrupted the step; it resumes from here."""
 
     key: str
 
 
 @dataclass(frozen=True)
 class StepWarning:
-    """Something that the user should know of a run."""
+    """A warning from a run."""
 
     key: str
     message: str
@@ -71,7 +73,7 @@ StepEvent = StepProgress | StepStopped | StepWarning
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Where a study lives: its own folder, that of its runs, the one that paths in its file are relative to, and the cache."""
+    """Folders of a study: outputs, runs, the root of relative paths, and the cache."""
 
     path: Path
     runs_folder: Path
@@ -79,7 +81,7 @@ class StudyFolder:
     cache: Path
 
     def step_path(self, step: Step) -> Path:
-        """Where a step is made, or was under another name."""
+        """Output path of a step, also when it was created under another slug."""
         within = self.runs_folder / ("runs" if step.kind in ("train", "blend") else "made")
         ending = _SUFFIXES[step.kind]
         there = sorted(within.glob(f"*-{step.key}{ending}"))
@@ -97,23 +99,23 @@ class StudyFolder:
                 return place.exists()
 
     def read_note(self, step: Step) -> dict[str, Any]:
-        """What is known of how a step was made: its seconds by phase, and the most memory it took on an accelerator."""
+        """Cost of a step: seconds by phase, and peak accelerator memory in bytes."""
         return read_json_object(self.runs_folder / NOTES_FOLDER / f"{step.key}.json")
 
     @property
     def machine(self) -> dict[str, Any]:
-        """How all runs of the study do their arithmetic: chosen once, so that no two arms differ in it."""
+        """Compute settings shared by all runs of the study, chosen once so that arms do not differ in them."""
         return read_json_object(self.runs_folder / MACHINE_FILE)
 
     def resolve_stage(self, graph: StepGraph, step: Step) -> dict[str, Any]:
-        """The stage of a step with all places filled in, as plain data."""
+        """The stage of a step as plain data, with all step references resolved."""
         whole = resolve_step_references(step.spec, lambda key: str(self.step_path(graph.steps[key])))
         compute = {**self.machine.get("compute", {}), **(whole.get("compute") or {})}
         return {**whole, "output": str(self.step_path(step)), **({"compute": compute} if compute else {})}
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """What a study keeps in a file of its own; empty where there is none. Raises `StageError` for a broken one."""
+    """A JSON object of a study's folder; empty where there is none. Raises `StageError` for a broken file."""
     if not path.exists():
         return {}
     try:
@@ -126,17 +128,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _broken_file_error(path: Path, problem: str) -> StageError:
-    return StageError(problem, where=str(path), hint="remove this file; what it remembers is found out anew")
+    return StageError(problem, where=str(path), hint="remove this file; it is created again")
 
 
 @dataclass
 class PhaseTimer:
-    """Seconds by what they were spent on."""
+    """Accumulates seconds by phase."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     def time_events(self, events: Iterator[r.RunEvent]) -> Iterator[r.RunEvent]:
-        """The events of a run; each one's time is that of what it reports, and the time after `Doing` of what it said."""
+        """Pass through the events of a run, timing each by the kind of work it reports."""
         doing: Phase | None = None
         while True:
             begin = time.perf_counter()
@@ -151,12 +153,12 @@ class PhaseTimer:
             yield event
 
     def add(self, phase: str, seconds: float) -> None:
-        """Count seconds."""
+        """Add seconds to a phase."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 def run_step(graph: StepGraph, step: Step, folder: StudyFolder, command: str) -> Iterator[StepEvent]:
-    """Make a step. Raises the error of whatever fails; what was made up to then is kept where a step can go on."""
+    """Run a step. Raises the error of whatever fails; partial output is kept where a step can resume."""
     clock, begin = PhaseTimer(), time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -177,7 +179,7 @@ def run_step(graph: StepGraph, step: Step, folder: StudyFolder, command: str) ->
 
 
 def _update_note(folder: StudyFolder, step: Step, timer: PhaseTimer) -> None:
-    """Add to what is known of a step: it may have been made in several goes."""
+    """Add to the recorded cost of a step, which may span several resumes."""
     known = folder.read_note(step)
     seconds = PhaseTimer(known.get("seconds", {}))
     for phase, value in timer.seconds.items():
@@ -193,7 +195,7 @@ def _run_training(
 ) -> Iterator[StepEvent]:
     plan = make_plan(parse_stage(folder.resolve_stage(graph, step), step.slug), folder.root, folder.cache)
     done, row = 0, None
-    events = r.run_stage(plan, command=command, cache=folder.cache)
+    events = run_stage(plan, command=command, cache=folder.cache)
     for event in timer.time_events(events):
         match event:
             case r.RunStarted():
@@ -213,7 +215,7 @@ def _run_training(
 
 
 def _generate_text(graph: StepGraph, step: Step, folder: StudyFolder) -> Iterator[StepEvent]:
-    """The base's own text; it goes on behind the last whole batch."""
+    """Generate replay text with the base; resumes after the last complete batch."""
     what, out = _resolve_spec(graph, step, folder), folder.step_path(step)
     out.parent.mkdir(parents=True, exist_ok=True)
     wish = synthesize.SynthesisRequest(what["tokens"], what["longest"])
@@ -222,7 +224,7 @@ def _generate_text(graph: StepGraph, step: Step, folder: StudyFolder) -> Iterato
 
 
 def _measure_importance(graph: StepGraph, step: Step, folder: StudyFolder) -> Iterator[StepEvent]:
-    """What each weight matters, on old text."""
+    """Measure the importance of each weight on old text."""
     what, out = _resolve_spec(graph, step, folder), folder.step_path(step)
     out.parent.mkdir(parents=True, exist_ok=True)
     tokens = parse_token_count(str(what["tokens"]), "importance.tokens")
@@ -249,7 +251,7 @@ def _measure_importance(graph: StepGraph, step: Step, folder: StudyFolder) -> It
 
 
 def _blend_models(graph: StepGraph, step: Step, folder: StudyFolder, timer: PhaseTimer) -> Iterator[StepEvent]:
-    """The model between the base and an arm's, scored on what the arm was scored on."""
+    """Interpolate between the base and an arm's model, and score it on the arm's held-out sets."""
     what, home = _resolve_spec(graph, step, folder), folder.step_path(step)
     run = Path(what["run"])
     yield StepProgress(step.key, "blending", 0, 1)
@@ -257,13 +259,15 @@ def _blend_models(graph: StepGraph, step: Step, folder: StudyFolder, timer: Phas
     begun = locate_model(_model_path(what["start"], folder), folder.root)
     start, end = open_model(begun), open_model(locate_model(str(run), folder.root))
     if end.tunings:
-        raise ModelError(f"`{end.tunings[-1].kind}` of {run.name} is no change of weights, so nothing lies between")
+        raise ModelError(
+            f"`{end.tunings[-1].kind}` of {run.name} does not change base weights, so there is nothing to interpolate"
+        )
     between = interpolate.copy_weights(start.model), interpolate.copy_weights(end.model)
     interpolate.refuse_other_shapes(*between, (begun.name, run.name), interpolate.block_parameter_names(end.model))
     interpolate.interpolate_weights(end.model, *between, what["weight"])
-    if not (home / r.MODEL).exists():
+    if not (home / MODEL).exists():
         dtype, tokenizer = stored_dtype(begun), load_tokenizer(begun)
-        publish_folder(home / r.MODEL, lambda staged: save_pretrained(end.model, tokenizer, staged, dtype=dtype))
+        publish_folder(home / MODEL, lambda staged: save_pretrained(end.model, tokenizer, staged, dtype=dtype))
     record = read_record(run)
     plan = make_plan(parse_stage(record["stage"], run.name), folder.root, folder.cache)
     world = World(machine.default_device())
@@ -280,6 +284,6 @@ def _resolve_spec(graph: StepGraph, step: Step, folder: StudyFolder) -> dict[str
 
 
 def _model_path(name: str, folder: StudyFolder) -> str:
-    """A model's place, or its name on the Hub."""
+    """Path of a model, or its name on the Hub."""
     place = folder.root / name
     return str(place) if place.exists() else name

@@ -1,7 +1,7 @@
-"""How is a study carried out? Every step once, in order, on every device that is there; stopped anywhere, it goes on.
+"""Run a study: every step once, in dependency order, on all devices; an interrupted study resumes.
 
-On a CPU or with one accelerator the steps are made in this process, one after the other, so that nothing is imported or
-tokenised twice. With several accelerators one process stands by each, and is given the next step whose needs are there.
+On a CPU or with one accelerator the steps run in this process, one after the other, so that nothing is imported or
+tokenised twice. With several accelerators each has a worker process, which takes the next step whose dependencies are met.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SOURCE_COMMENT = "# from "
 
 @dataclass(frozen=True)
 class PreparedStudy:
-    """A study that was read, with its steps and its folder."""
+    """A parsed study with its step graph and its folder."""
 
     study: Study
     graph: StepGraph
@@ -54,13 +54,13 @@ class PreparedStudy:
 
     @property
     def remaining_steps(self) -> list[str]:
-        """The steps that are not there yet, in their order."""
+        """Keys of the unfinished steps, in order."""
         return [key for key, step in self.graph.steps.items() if not self.folder.is_finished(step)]
 
 
 @dataclass(frozen=True)
 class StepStarted:
-    """A step is being made."""
+    """A step starts."""
 
     key: str
     device: str
@@ -68,7 +68,7 @@ class StepStarted:
 
 @dataclass(frozen=True)
 class StepFinished:
-    """A step is there (`before`: it was there when the study began)."""
+    """A step is complete (`is_cached`: it was so before the study started)."""
 
     key: str
     seconds: float
@@ -77,7 +77,7 @@ class StepFinished:
 
 @dataclass(frozen=True)
 class StepFailed:
-    """A step could not be made; the arms that need it are left out."""
+    """A step failed; the arms that depend on it are skipped."""
 
     key: str
     error: str
@@ -85,7 +85,7 @@ class StepFailed:
 
 @dataclass(frozen=True)
 class StudyFinished:
-    """No step is left that can be made."""
+    """No runnable step remains."""
 
     failures: Mapping[str, str]
     is_stopped: bool
@@ -96,7 +96,7 @@ StudyEvent = StepStarted | StepFinished | StepFailed | StepProgress | StepWarnin
 
 
 def prepare_study(file: Path, cache: Path, overrides: Sequence[str] = ()) -> PreparedStudy:
-    """Read a study file and work out its steps. Raises `StageError` or `DataError` for what cannot be."""
+    """Parse a study file and build its step graph. Raises `StageError` or `DataError`."""
     study = load_study(file, overrides)
     root = file.resolve().parent
     home = (root / (study.output or f"studies/{study.name}")).resolve()
@@ -106,9 +106,9 @@ def prepare_study(file: Path, cache: Path, overrides: Sequence[str] = ()) -> Pre
 
 
 def prepare_studies(files: Sequence[Path], cache: Path, overrides: Sequence[str] = ()) -> list[PreparedStudy]:
-    """Read several studies, so that a mistake in the last one is told before the first one is carried out.
+    """Parse several studies before the first one runs, so that all errors surface at once.
 
-    Raises `StageError` or `DataError` for what cannot be, and for two that would write to one folder.
+    Raises `StageError` or `DataError`, also for two studies with one output folder.
     """
     found = [prepare_study(file, cache, overrides) for file in files]
     homes: dict[Path, Path] = {}
@@ -122,26 +122,26 @@ def prepare_studies(files: Sequence[Path], cache: Path, overrides: Sequence[str]
 
 def _same_folder_error(prepared: PreparedStudy, other: Path) -> StageError:
     return StageError(
-        f"{other.name} has the same folder, and what came of it would be overwritten ({prepared.folder.path})",
+        f"{other.name} has the same output folder, so its results would be overwritten ({prepared.folder.path})",
         where=f"{prepared.file}: name",
-        expected="a `name` of its own, or an `output`",
-        hint="runs: FOLDER in both shares what coincides",
+        expected="a unique `name`, or an `output`",
+        hint="set `runs: FOLDER` in both to share identical runs",
     )
 
 
 class _TextFingerprints:
-    """Tells texts by their contents; what was hashed once is not read again while its size and time are the same."""
+    """Fingerprints texts by content; a file is hashed again only when its size or modification time changes."""
 
     def __init__(self, home: Path, root: Path) -> None:
         self.memo_file, self.root = home / TEXT_HASHES, root
         self.memo: dict[str, list[Any]] = read_json_object(self.memo_file)
 
     def __call__(self, text: Mapping[str, Any]) -> object:
-        said = {key: value for key, value in text.items() if key not in ("name", "share", "role", "max_passes")}
+        options = {key: value for key, value in text.items() if key not in ("name", "share", "role", "max_passes")}
         path = text.get("path")
         if not isinstance(path, str) or is_step_output(path):
-            return said
-        return [said, [self._file_hash(file) for file in find_files(path, self.root, str(text.get("name", path)))]]
+            return options
+        return [options, [self._file_hash(file) for file in find_files(path, self.root, str(text.get("name", path)))]]
 
     def _file_hash(self, file: Path) -> str:
         stat = file.stat()
@@ -157,7 +157,7 @@ class _TextFingerprints:
 
 @dataclass
 class _StepQueue:
-    """Which steps are there, which could not be made, and which are being made."""
+    """Finished, failed and running steps of a graph."""
 
     graph: StepGraph
     finished_steps: set[str] = field(default_factory=set)
@@ -165,7 +165,7 @@ class _StepQueue:
     started_steps: set[str] = field(default_factory=set)
 
     def take_next(self) -> str | None:
-        """A step whose needs are there."""
+        """The next step whose dependencies are finished."""
         for key, step in self.graph.steps.items():
             if key not in self.finished_steps | self.failures.keys() | self.started_steps and all(
                 n in self.finished_steps for n in step.depends_on
@@ -175,7 +175,7 @@ class _StepQueue:
         return None
 
     def mark_failed(self, key: str, error: str) -> None:
-        """Leave out a step and all that needs it."""
+        """Mark a step and everything that depends on it as failed."""
         self.failures[key] = error
         for other, step in self.graph.steps.items():
             if key in step.depends_on and other not in self.failures:
@@ -183,12 +183,12 @@ class _StepQueue:
 
 
 def run_study(prepared: PreparedStudy, *, command: str, workers: int | None = None) -> Iterator[StudyEvent]:
-    """Make every step that is not there.
+    """Run every unfinished step.
 
-    `workers`: processes to work in; left out: one an accelerator, and this one where there are fewer than two. Raises
-    `BusyError` when another process works on the study.
+    `workers`: number of worker processes. Default: one per accelerator, or this process where there are fewer than two.
+    Raises `BusyError` while another process works on the study.
     """
-    folder, begun = prepared.folder, time.perf_counter()
+    folder, start_time = prepared.folder, time.perf_counter()
     with lock_run_folder(folder.path, World(torch.device("cpu"))):
         _write_study_copy(prepared)
         state = _StepQueue(prepared.graph)
@@ -196,31 +196,31 @@ def run_study(prepared: PreparedStudy, *, command: str, workers: int | None = No
             if folder.is_finished(step):
                 state.finished_steps.add(key)
                 yield StepFinished(key, 0.0, is_cached=True)
-        inside = total_step_seconds(prepared)
+        earlier_seconds = total_step_seconds(prepared)
         count = torch.cuda.device_count() if workers is None else workers
-        many = count > 1 and len(prepared.remaining_steps) > 1
-        if many:
+        use_workers = count > 1 and len(prepared.remaining_steps) > 1
+        if use_workers:
             stopped = yield from _run_in_workers(prepared, state, command, count)
         else:
             stopped = yield from _run_in_process(prepared, state, command)
-        seconds = time.perf_counter() - begun
-        add_time(folder, seconds, count if many else 1, total_step_seconds(prepared) - inside)
+        seconds = time.perf_counter() - start_time
+        add_time(folder, seconds, count if use_workers else 1, total_step_seconds(prepared) - earlier_seconds)
         yield StudyFinished(state.failures, stopped, seconds)
 
 
 def load_times(folder: StudyFolder) -> dict[str, float]:
-    """Seconds that the study took until now, over all its goes, times the devices it had."""
+    """Wall-clock, device and step seconds of the study so far, summed over resumes."""
     return {"wall": 0.0, "devices": 0.0, "inside": 0.0, **read_json_object(folder.path / TIMES_FILE)}
 
 
 def total_step_seconds(prepared: PreparedStudy) -> float:
-    """Seconds of training, evaluation and making in all of the study's steps, whoever made them."""
+    """Seconds of training, evaluation and preparation in all steps of the study."""
     notes = [prepared.folder.read_note(step).get("seconds", {}) for step in prepared.graph.steps.values()]
     return sum(seconds for note in notes for phase, seconds in note.items() if phase != "other")
 
 
 def add_time(folder: StudyFolder, seconds: float, devices: int = 1, step_seconds: float = 0.0) -> None:
-    """Add to what the study took; `inside`: the seconds of it that were training, evaluation and making."""
+    """Add to the recorded times; `step_seconds`: training, evaluation and preparation."""
     before = load_times(folder)
     more = {"wall": seconds, "devices": seconds * devices, "inside": step_seconds}
     now = {key: before[key] + more[key] for key in more}
@@ -229,7 +229,7 @@ def add_time(folder: StudyFolder, seconds: float, devices: int = 1, step_seconds
 
 
 def _write_study_copy(prepared: PreparedStudy) -> None:
-    """Keep the study file beside what came of it. Raises `StageError` for a folder of something else, or of another file."""
+    """Copy the study file into its folder. Raises `StageError` for a folder that belongs to anything else."""
     home = prepared.folder.path
     if (home / "study.yaml").exists():
         first = (home / "study.yaml").read_text().partition("\n")[0]
@@ -244,24 +244,24 @@ def _write_study_copy(prepared: PreparedStudy) -> None:
         ]
         if foreign:
             raise StageError(
-                f"the folder is not empty and not a study's ({foreign[0]} is in it)",
+                f"the folder is not empty and holds no study (it contains {foreign[0]})",
                 where=str(home),
-                hint="give another `output`, or empty the folder",
+                hint="set another `output`, or empty the folder",
             )
     write_atomically(home / "study.yaml", study_text(prepared))
 
 
 def study_text(prepared: PreparedStudy) -> str:
-    """The study file, with its name and the overrides that were given above it."""
-    given = "".join(f"# given besides: {said}\n" for said in prepared.overrides)
-    return f"{_SOURCE_COMMENT}{prepared.file.name}\n{given}{prepared.file.read_text()}"
+    """The study file, preceded by its name and the overrides."""
+    overrides = "".join(f"# override: {override}\n" for override in prepared.overrides)
+    return f"{_SOURCE_COMMENT}{prepared.file.name}\n{overrides}{prepared.file.read_text()}"
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------
 
 
 def _run_in_process(prepared: PreparedStudy, step_queue: _StepQueue, command: str) -> Iterator[StudyEvent]:
-    """Make the steps one after the other; its value is True when the user stopped."""
+    """Run the steps one after the other; returns True when the user interrupted."""
     while (key := step_queue.take_next()) is not None:
         yield StepStarted(key, "")
         begin = time.perf_counter()
@@ -286,7 +286,7 @@ def _run_in_process(prepared: PreparedStudy, step_queue: _StepQueue, command: st
 
 
 def _error_text(error: Exception, folder: StudyFolder, key: str) -> str:
-    """An error in words; of one that is not ours, where its traceback lies."""
+    """The error message; for an unexpected exception also the path of its traceback."""
     if isinstance(error, PostgradError):
         return str(error)
     place = folder.path / "failed" / f"{key}.txt"
@@ -300,7 +300,7 @@ def _error_text(error: Exception, folder: StudyFolder, key: str) -> str:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """How a step ended in a worker."""
+    """How a step ended in a worker process."""
 
     status: Literal["made", "halted", "failed"]
     error: str = ""
@@ -315,21 +315,29 @@ class _Worker:
 
 
 def _run_in_workers(prepared: PreparedStudy, step_queue: _StepQueue, command: str, count: int) -> Iterator[StudyEvent]:
-    """Make the steps in `count` processes; its value is True when the user stopped."""
+    """Run the steps in `count` processes; returns True when the user interrupted."""
     context = multiprocessing.get_context("spawn")
-    told: Any = context.Queue()
+    messages: Any = context.Queue()
     workers: dict[int, _Worker] = {}
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    devices = [d for d in seen.split(",") if d] or [str(i) for i in range(count)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = [d for d in visible.split(",") if d] or [str(i) for i in range(count)]
     try:
         for number in range(count):
-            wishes: Any = context.Queue()
-            args = (number, str(prepared.file), prepared.overrides, str(prepared.folder.cache), command, wishes, told)
+            tasks: Any = context.Queue()
+            args = (
+                number,
+                str(prepared.file),
+                prepared.overrides,
+                str(prepared.folder.cache),
+                command,
+                tasks,
+                messages,
+            )
             with _EnvironmentVariables(CUDA_VISIBLE_DEVICES=devices[number % len(devices)]):
                 process = context.Process(target=_worker_main, args=args, daemon=True)
                 process.start()
-            workers[number] = _Worker(process, wishes)
-        return (yield from _dispatch_steps(step_queue, workers, told))
+            workers[number] = _Worker(process, tasks)
+        return (yield from _dispatch_steps(step_queue, workers, messages))
     finally:
         for worker in workers.values():
             worker.tasks.put(None)
@@ -340,7 +348,7 @@ def _run_in_workers(prepared: PreparedStudy, step_queue: _StepQueue, command: st
 
 
 def _dispatch_steps(step_queue: _StepQueue, workers: dict[int, _Worker], messages: Any) -> Iterator[StudyEvent]:
-    """Give every idle worker a step, and pass on what they tell, until all are idle."""
+    """Assign steps to idle workers and forward their events until all are idle."""
     stopped = False
     while True:
         for number, worker in workers.items():
@@ -355,7 +363,7 @@ def _dispatch_steps(step_queue: _StepQueue, workers: dict[int, _Worker], message
         except queue.Empty:
             yield from _drop_dead_workers(step_queue, workers)
             continue
-        except KeyboardInterrupt:  # the workers had it too: each saves, and says so
+        except KeyboardInterrupt:  # the workers receive it too: each saves and reports
             stopped = True
             continue
         if not isinstance(what, _Outcome):
@@ -375,7 +383,7 @@ def _dispatch_steps(step_queue: _StepQueue, workers: dict[int, _Worker], message
 
 
 def _drop_dead_workers(step_queue: _StepQueue, workers: dict[int, _Worker]) -> Iterator[StudyEvent]:
-    """Leave out workers whose process has ended by itself, with what they were making."""
+    """Remove workers whose process died, and mark their steps as failed."""
     for number, worker in list(workers.items()):
         if worker.process.is_alive():
             continue
@@ -386,7 +394,7 @@ def _drop_dead_workers(step_queue: _StepQueue, workers: dict[int, _Worker]) -> I
 
 
 class _EnvironmentVariables:
-    """Variables that a process is born with."""
+    """Sets environment variables for child processes."""
 
     def __init__(self, **values: str) -> None:
         self.values, self.previous = values, dict[str, str | None]()
@@ -407,7 +415,7 @@ class _EnvironmentVariables:
 def _worker_main(
     number: int, file: str, overrides: tuple[str, ...], cache: str, command: str, tasks: Any, messages: Any
 ) -> None:
-    """What a worker does: one step after the other, until it is given none."""
+    """Entry point of a worker process: runs steps until it receives None."""
     prepared = prepare_study(Path(file), Path(cache), overrides)
     last = 0.0
     while (key := tasks.get()) is not None:

@@ -1,8 +1,8 @@
-"""What will a study do, and how long will it take? Its runs and their tokens, what is wrong with them, and a timed estimate.
+"""Plan a study: its runs, their tokens, errors in any arm, and a timed estimate.
 
-Every stage is planned on its real texts with a model that stands in for the one that is not trained yet: the base before its
-first step. So an arm that cannot finish its budget is told before anything is trained. For each sort of run some micro-batches
-and some held-out text are timed on this machine.
+Every stage is planned on its real texts with a placeholder for models that are not trained yet: the untrained base. An arm
+that cannot finish its budget is reported before anything is trained. For each kind of run a few micro-batches and some
+held-out text are timed on this machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from postgrad.plan.start_model import resolve_start_model
 from postgrad.reports.html.notation import format_compact, format_duration
 from postgrad.reports.html.tables import Cell, Column, Number, Table, count_cell, text_cell
 from postgrad.run.build import choose_execution, make_tuned_model
-from postgrad.run.run import evaluation_steps
+from postgrad.run.milestones import evaluation_steps
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.studies.run_step import MACHINE_FILE
@@ -39,14 +39,14 @@ from postgrad.studies.step_graph import Step, resolve_step_references
 
 _TIMED_SCORE_TOKENS = 10_000
 _PASSES_PER_TOKEN = {"write": 60.0, "measure": 3.0}
-"""Passes over a token that making takes, in the time of a trained one: text is written one token at a time."""
+"""Cost per token relative to a trained token: text is generated one token at a time."""
 _RUN_OVERHEAD = 1.0
-"""Seconds around a run: loading, publishing, its page."""
+"""Seconds of overhead per run: loading, publishing, its page."""
 
 
 @dataclass(frozen=True)
 class RunTiming:
-    """Seconds of a sort of run: of a trained token, of a scored one, and of planning."""
+    """Seconds per trained token, per scored token, and for planning a kind of run."""
 
     trained_token: float
     scored_token: float
@@ -55,20 +55,20 @@ class RunTiming:
 
 @dataclass
 class StudyForecast:
-    """What was found: seconds by step, notes by arm, and what cannot be."""
+    """Estimated seconds by step, notes and errors by arm."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     errors: dict[str, dict[str, None]] = field(default_factory=dict)
-    """The arms that each error was met in."""
+    """The arms in which each error occurs."""
 
 
 def forecast_study(
     prepared: PreparedStudy, report_progress: Callable[[str], None] = lambda text: None
 ) -> StudyForecast:
-    """Plan every run that is not there, and time one of each sort.
+    """Plan every unfinished run, and time one of each kind.
 
-    Raises `StageError` that names every arm which cannot be carried out.
+    Raises a `StageError` that names every arm that cannot run.
     """
     machine.tune_allocator()
     found, paces = StudyForecast(), dict[str, RunTiming]()
@@ -82,7 +82,7 @@ def forecast_study(
         arms = ["the base"] if key == prepared.graph.base_step else prepared.graph.dependent_arms(key)
         try:
             stand_in = _placeholder_stage(prepared, step, untrained)
-        except PostgradError as error:  # a base that cannot be made, which its own step is told for
+        except PostgradError as error:  # a base that cannot be trained: reported for its own step
             found.errors.setdefault(str(error), {})["the base"] = None
             continue
         alike = fingerprint(stand_in.model_dump(mode="json", exclude={"name": True, "output": True, "seed": True}))
@@ -112,9 +112,9 @@ def forecast_study(
         named = {arm for arms in found.errors.values() for arm in arms}
         what = f"{len(named)} arm{'s' * (len(named) > 1)}" if "the base" not in named else "the base"
         raise StageError(
-            f"{what} cannot be carried out; nothing was trained\n{told}",
+            f"{what} cannot run; nothing was trained\n{told}",
             where=str(prepared.file),
-            hint="mend or leave out what is named",
+            hint="fix or remove these arms",
         )
     if paces:
         first = next(iter(paces.values()))
@@ -128,17 +128,17 @@ def forecast_study(
 
 
 def _add_notes(forecast: StudyForecast, arm: str, plan: Plan) -> None:
-    """What of a plan's notes matters for a study: overlap with what is held out, and passes."""
+    """Collect a plan's notes (contamination, passes) by arm."""
     for note in (
         plan.notes[1:] if plan.model.start.scratch_recipe else plan.notes
-    ):  # the first one tells of the model that stands in
+    ):  # the first note describes the placeholder model
         known = forecast.notes.setdefault(note, [])
         if arm not in known:
             known.append(arm)
 
 
 def _placeholder_stage(prepared: PreparedStudy, step: Step, get_untrained_base: Callable[[], str]) -> Stage:
-    """The stage of a step on models and texts that are there already."""
+    """The stage of a step with placeholders for models and texts that do not exist yet."""
     work, folder = prepared.graph, prepared.folder
     stage = folder.resolve_stage(work, step)
     if isinstance(stage["model"], str) and not (folder.root / stage["model"]).exists() and work.base_step is not None:
@@ -169,7 +169,7 @@ def _placeholder_stage(prepared: PreparedStudy, step: Step, get_untrained_base: 
 
 
 def _untrained_base(prepared: PreparedStudy) -> str:
-    """The folder of the base before its first step, which is made in the cache when it is not there."""
+    """Folder of the untrained base, created in the cache when missing."""
     assert prepared.graph.base_step is not None
     base = prepared.graph.steps[prepared.graph.base_step]
     place = prepared.folder.step_path(base) / "model"
@@ -177,12 +177,12 @@ def _untrained_base(prepared: PreparedStudy) -> str:
         return str(place)
     stage = parse_stage(resolve_step_references(base.spec, lambda key: f"@{key}"), base.slug)
     start = resolve_start_model(stage, prepared.folder.root, prepared.folder.cache)
-    assert start.folder is not None  # a new model always lies somewhere
+    assert start.folder is not None  # a new model always has a folder
     return str(start.folder)
 
 
 def _timing_key(plan: Plan) -> str:
-    """Runs of one sort take the same time for a token."""
+    """Key of runs that share their time per token."""
     stage = plan.stage
     return fingerprint(
         [
@@ -196,7 +196,7 @@ def _timing_key(plan: Plan) -> str:
 
 
 def _time_run(prepared: PreparedStudy, plan: Plan, world: World, planning_seconds: float) -> RunTiming:
-    """Time a sort of run; the first one's dtype and threads are those of all runs of the study."""
+    """Time one kind of run; the first one's dtype and threads become those of the whole study."""
     subject = make_tuned_model(plan, world)
     execution = choose_execution(plan, subject, world)
     place = prepared.folder.runs_folder / MACHINE_FILE
@@ -216,7 +216,7 @@ def _time_run(prepared: PreparedStudy, plan: Plan, world: World, planning_second
 
 
 def _run_seconds(plan: Plan, timing: RunTiming) -> float:
-    """What a run will take: its training, its looks, its scores after, and what is around it."""
+    """Estimated seconds of a run: training, evaluations, final scores and overhead."""
     evaluation = plan.stage.evaluation
     looks = len(evaluation_steps(evaluation.every, plan.steps, plan.tokens)) + 1
     tokens = [held.tokens for held in plan.evaluation.sets]
@@ -230,11 +230,11 @@ def _run_seconds(plan: Plan, timing: RunTiming) -> float:
     )
 
 
-# -- told --------------------------------------------------------------------------------------------------------------
+# -- report ------------------------------------------------------------------------------------------------------------
 
 
 def forecast_record(prepared: PreparedStudy, forecast: StudyForecast) -> dict[str, Any]:
-    """The plan as plain data."""
+    """The forecast as plain data."""
     work = prepared.graph
     left = set(prepared.remaining_steps)
     arms = []
@@ -268,19 +268,19 @@ def forecast_record(prepared: PreparedStudy, forecast: StudyForecast) -> dict[st
 
 
 def count_devices() -> int:
-    """How many steps are made at once here."""
+    """Number of steps that run at once on this machine."""
     return max(1, torch.cuda.device_count())
 
 
 def forecast_text(prepared: PreparedStudy, record: Mapping[str, Any], device_count: int) -> str:
-    """The plan for people: arms, runs that are shared, tokens and time."""
+    """The forecast as text: arms, shared runs, tokens and time."""
     rows = [
         (
             text_cell(arm["name"]),
             text_cell(", ".join(map(str, arm["seeds"]))),
             count_cell(arm["runs"]),
             Cell((Number(format_compact(arm["tokens"]), arm["tokens"]),)),
-            Cell((Number(format_duration(arm["seconds"]) if arm["left"] else "there", arm["seconds"]),)),
+            Cell((Number(format_duration(arm["seconds"]) if arm["left"] else "done", arm["seconds"]),)),
         )
         for arm in record["arms"]
     ]
@@ -300,7 +300,7 @@ def forecast_text(prepared: PreparedStudy, record: Mapping[str, Any], device_cou
     lines = [
         table,
         f"{began}; {record['runs']} runs of {format_compact(record['tokens'])} tokens in all, {record['shared']} shared between arms; "
-        f"{record['left']} are not there yet",
+        f"{record['left']} unfinished",
         f"time: about {format_duration(each)}{beside}, from timed micro-batches and scored text"
         + (f"; all runs in {how['dtype']} with {how['threads']} thread{'s' * (how['threads'] > 1)}" if how else "")
         if record["left"]

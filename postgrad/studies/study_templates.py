@@ -1,7 +1,7 @@
-"""What does a study file look like? The levers against forgetting side by side, or the protocol of the paper, as files to edit.
+"""Templates of study files: the levers against forgetting side by side, and the protocol of Ibrahim et al. 2024.
 
-At laptop size the texts are made from what every Python carries (`builtin_corpus`), so the files run as they are. At
-`gpu` size they name texts of the user's.
+At laptop size the texts come from the Python installation (`builtin_corpus`), so the files run as they are. At `gpu` size
+they name texts of the user.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from postgrad.storage.atomic import write_atomically
 from postgrad.studies.study import parse_study
 
 _PAPER_FILES = ("strong", "weak", "parts", "shifts", "large")
-"""The files of the paper, by what they ask: a strong and a weak shift, parts without and with shifts, a larger model."""
+"""Files of the paper template: strong and weak shift, stages without and with shifts, a larger model."""
 
 _SIZE_VALUES: Mapping[str, Mapping[str, str]] = {
     "laptop": {
@@ -79,21 +79,21 @@ _SIZE_VALUES: Mapping[str, Mapping[str, str]] = {
         "third_kind": "code",
     },
 }
-"""What the files say at each size. Peak and floor are those of the base, a tenth apart, as in the paper."""
+"""Values filled into the files at each size. Peak and floor are those of the base, a factor of ten apart, as in the paper."""
 
 
 @dataclass(frozen=True)
 class _StudyFiles:
-    """Files to be written, and whether they read texts that have to be made."""
+    """Files to write, and whether they need the built-in corpus."""
 
     texts: Mapping[Path, str]
     needs_corpus: bool
 
 
 def write_study_template(study_file: Path, template: str, size: str, *, force: bool) -> dict[str, Any]:
-    """Write the files of a template, and the texts that they read.
+    """Write the files of a template and their texts.
 
-    Raises `StageError` for an unknown template or size, a name that can name no folder, and files that are there.
+    Raises `StageError` for an unknown template or size, an invalid name, and existing files.
     """
     check_name(study_file)
     for option, said, known in (("--template", template, ("levers", "paper")), ("--size", size, tuple(_SIZE_VALUES))):
@@ -106,7 +106,7 @@ def write_study_template(study_file: Path, template: str, size: str, *, force: b
             )
     if template == "levers" and size != "laptop":
         raise StageError(
-            "the levers are written at laptop size", where="--size", expected="laptop, or --template paper"
+            "the levers template exists at laptop size only", where="--size", expected="laptop, or --template paper"
         )
     wanted = _lever_files(study_file) if template == "levers" else _paper_files(study_file, size)
     folder = study_file.with_name(f"{study_file.stem}-data")
@@ -114,18 +114,18 @@ def write_study_template(study_file: Path, template: str, size: str, *, force: b
     if wanted.needs_corpus and folder.exists() and not is_builtin_corpus(folder):
         there.append(folder)
     if there and not force:
-        raise StageError(f"{there[0]} is there already", where="init", hint="choose another name, or give --force")
+        raise StageError(f"{there[0]} exists already", where="init", hint="choose another name, or pass --force")
     for path, text in wanted.texts.items():
         parse_study(read_yaml(text), path.name)  # what is written can be read
     said = []
     if wanted.needs_corpus:
         write_corpus(folder)
-        said.append(f"made {folder}/ from this Python's own documentation and library")
+        said.append(f"wrote {folder}/ from this Python installation's documentation and library")
     for path, text in wanted.texts.items():
         write_atomically(path, text)
         said.append(f"wrote {path}")
     names = " ".join(path.name for path in wanted.texts)
-    said += [f"what it will do: postgrad study {names} --dry-run", f"next: postgrad study {names}"]
+    said += [f"preview: postgrad study {names} --dry-run", f"next: postgrad study {names}"]
     return {"text": "\n".join(said), "files": [str(path) for path in wanted.texts]}
 
 

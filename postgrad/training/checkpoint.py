@@ -1,4 +1,9 @@
-"""Where are a run's checkpoints, which one is the newest that is whole, and which may go?"""
+"""The checkpoints of a run: save, find the newest complete one, remove old ones.
+
+A checkpoint is a folder that `storage.atomic` publishes, so it is complete or absent. A resume takes the newest one whose
+manifest verifies; damaged ones are reported and passed over. With `keep: N` only the newest N remain, and a pinned one: the
+step that checkpoint selection would publish now.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ class Checkpoints:
     """The folder of a run's checkpoints, `step-00000100` and so on."""
 
     def __init__(self, folder: Path, keep: int | None, max_pinned: int = 0) -> None:
-        """`keep`: how many of the newest stay (None: all); `besides`: how many others may be told to stay."""
+        """`keep`: how many of the newest to keep (None: all); `max_pinned`: how many others `save` may pin."""
         self.folder, self.keep, self.max_pinned = folder, keep, max_pinned
 
     def step_folder(self, step: int) -> Path:
@@ -26,54 +31,54 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"))
 
     def find_newest(self, warn: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that is whole. One that is not is said, left where it is, and passed over.
+        """The newest complete checkpoint. `warn` gets a message for each damaged one, which stays on disk.
 
-        Raises `CheckpointError` when there are checkpoints and none is whole: nothing is trained again silently.
+        Raises `CheckpointError` when there are checkpoints and none is complete: training never restarts silently.
         """
         remove_staging(self.folder)
-        trouble: CheckpointError | None = None
-        for place in reversed(self.list_folders()):
+        cause: CheckpointError | None = None
+        for folder in reversed(self.list_folders()):
             try:
-                verify(place)
-                return place
+                verify(folder)
+                return folder
             except CheckpointError as error:
-                warn(f"{error}; falling back to the checkpoint before it")
-                trouble = error
-        if trouble:
+                warn(f"{error}; falling back to the previous checkpoint")
+                cause = error
+        if cause:
             raise CheckpointError(
-                "no checkpoint of this run is whole",
+                "all checkpoints of this run are damaged",
                 where=str(self.folder),
-                hint="remove the checkpoints folder to train this stage from its beginning",
-            ) from trouble
+                hint="remove the checkpoints folder to train this stage from its start",
+            ) from cause
         return None
 
     def save(self, step: int, write: Callable[[Path], None], pinned_step: int | None = None) -> Path:
-        """Publish a checkpoint, then let the oldest go, but for that of the step `stays`.
+        """Publish a checkpoint, then remove the oldest ones, except that of `pinned_step`.
 
-        A step that is there already and whole is left alone.
+        A complete checkpoint of this step is not written again.
         """
-        place = self.step_folder(step)
-        if place.exists() and not _is_complete(place):
-            remove_folder(place)
-        if not place.exists():
-            publish_folder(place, write)
+        target = self.step_folder(step)
+        if target.exists() and not _is_complete(target):
+            remove_folder(target)
+        if not target.exists():
+            publish_folder(target, write)
         if self.keep is not None:
             for old in self.list_folders()[: -self.keep]:
                 if pinned_step is None or old != self.step_folder(pinned_step):
                     remove_folder(old)
-        return place
+        return target
 
     def require_room(self, needed: int) -> None:
-        """Raise `DiskError` before any work is done when a checkpoint of `needed` bytes would not fit beside the kept ones."""
+        """Raise `DiskError` when the disk has no room for the checkpoints of the run, of `needed` bytes each."""
         existing = next(p for p in (self.folder, *self.folder.parents) if p.exists())
         free = shutil.disk_usage(existing).free
-        # One more than is kept exists while a new one is published.
+        # A new checkpoint is published before the oldest is removed: one more than `keep` exists for a moment.
         room = needed * max(1, (self.keep or 1) + self.max_pinned + 1 - len(self.list_folders()))
         if free < room:
             raise DiskError(
-                f"the checkpoints of this run need {room:,} bytes and {free:,} are free",
+                f"the checkpoints of this run need {room:,} bytes, only {free:,} are free",
                 where=str(self.folder),
-                hint="make room, set `save.keep: 1`, or put `output` on another disk",
+                hint="free disk space, set `save.keep: 1`, or put `output` on another disk",
             )
 
 

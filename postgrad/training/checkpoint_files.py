@@ -1,4 +1,4 @@
-"""What does a checkpoint hold? Weights, moments, and a handful of integers; everything else follows from the step."""
+"""Files of a checkpoint: fp32 weights, AdamW moments, and a few integers. Everything else is a function of the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from postgrad.models.pretrained import save_chat_template, save_pretrained
 from postgrad.optim.optimizer import load_full_state
 from postgrad.training.step import Run
-from postgrad.tuning.attach import write_tuning
+from postgrad.tuning.folder import write_tuning
 
 STATE = "state.json"
 MOMENTS = "optimizer.safetensors"
@@ -23,24 +23,24 @@ MOMENTS = "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """How far a run is. The order of the data, the rate and the random numbers are functions of `step`."""
+    """Progress of a run. Data order, learning rate and random numbers are functions of `step`. Tokens are trained tokens."""
 
     step: int
     trained: int
     trained_by_source: dict[str, int]
     updates: dict[str, int]
-    """Updates of each weight since its moments began."""
+    """Updates of each weight since its moments were reset."""
     rate: float
-    """The learning rate of this step; an anneal branched from here starts with it."""
+    """Learning rate of this step; an anneal that branches here starts from it."""
     stage: str
-    """The fingerprint of the stage this belongs to."""
+    """Fingerprint of the stage."""
     pacing: dict[str, float] = field(default_factory=dict)
-    """What a rate that follows the loss goes by."""
+    """State of a loss-adaptive learning rate."""
 
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint says beside its tensors: the stage's fingerprint, the tuning's options, and what it sits on."""
+    """Metadata of a checkpoint: the stage's fingerprint, the tuning's options, and the reference to its base model."""
 
     stage: str
     options: dict[str, Any]
@@ -48,13 +48,16 @@ class CheckpointMetadata:
 
 
 def write_checkpoint(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase, metadata: CheckpointMetadata) -> None:
-    """Write a checkpoint's files: a plain Hugging Face folder (fp32 weights) or a tuning's, the moments, and `state.json`."""
-    whole = run.weights.tuning.is_full
-    state = run.weights.full_state() if whole else run.weights.state()
+    """Write a checkpoint: a plain Hugging Face folder (fp32 weights) or a tuning's folder, the moments, and `state.json`.
+
+    Collective: all ranks gather the shards, the first one writes.
+    """
+    is_full = run.weights.tuning.is_full
+    state = run.weights.full_state() if is_full else run.weights.state()
     moments = run.optimizer.moments()
     if not run.world.is_main:
         return
-    if whole:
+    if is_full:
         save_pretrained(run.model.pretrained, tokenizer, folder, dtype=torch.float32, state=state)
     else:
         write_tuning(folder, metadata.options, state, metadata.base)
@@ -74,12 +77,12 @@ def write_checkpoint(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase,
 
 
 def read_progress(folder: Path) -> TrainingProgress:
-    """The integers of a checkpoint."""
+    """The progress stored in a checkpoint."""
     return TrainingProgress(**json.loads((folder / STATE).read_text()))
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """A checkpoint's fp32 tensors by name, whole (all its safetensors files but the moments)."""
+    """A checkpoint's fp32 weights by name, unsharded."""
     out: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name != MOMENTS:
@@ -93,7 +96,7 @@ def read_moments(folder: Path) -> dict[str, Tensor]:
 
 
 def restore_run(run: Run, folder: Path) -> None:
-    """Put a run where its checkpoint was."""
+    """Restore a run from a checkpoint."""
     progress = read_progress(folder)
     if run.weights.tuning.is_full:
         load_full_state(run.weights, read_weights(folder))

@@ -1,4 +1,4 @@
-"""The loop: a generator of step reports. Whoever iterates it observes; nothing is called back."""
+"""The training loop: a generator of step reports, without callbacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from postgrad.training.step import Run, StepFunction, StepReport, train_step
 def train_steps(
     run: Run, loader: Loader, last_step: int, step_function: StepFunction = train_step
 ) -> Iterator[StepReport]:
-    """Train from where the run stands to step `until` by steps of a sort, handing out a report after each one."""
+    """Train up to `last_step`, and yield a report after each step."""
     run.model.train()
     while run.step < last_step:
         step = run.step + 1

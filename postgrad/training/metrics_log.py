@@ -1,4 +1,4 @@
-"""What is written while a run goes on? JSON lines, one a step or evaluation, and what is said on the terminal."""
+"""Metrics of a running stage: the log `metrics.jsonl`, one line per step or evaluation, and the throughput."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from postgrad.storage.atomic import disk_error, write_atomically
 
 
 class MetricsLog:
-    """The append-only `metrics.jsonl` of a run. A line is whole or, after a kill, cut off at the end of the file."""
+    """The append-only `metrics.jsonl` of a run. A kill can truncate its last line only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rewind(self, step: int) -> None:
-        """Forget what lies after `step`: a resumed run writes those lines again, and they must not be there twice."""
+        """Remove the lines after `step`, which a resumed run writes again."""
         if self.path.exists():
-            kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
-            write_atomically(self.path, "".join(kept))
+            lines = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
+            write_atomically(self.path, "".join(lines))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
@@ -33,7 +33,7 @@ class MetricsLog:
             raise disk_error(error, self.path) from error
 
     def sync(self) -> None:
-        """Make what was written durable; called before a checkpoint that relies on it is published."""
+        """Flush to disk; called before a checkpoint is published, which must not be newer than its log."""
         if self.path.exists():
             handle = os.open(self.path, os.O_RDONLY)
             try:
@@ -43,7 +43,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a kill cut off is left out."""
+    """The rows of a metrics file, without a truncated last line."""
     if not path.exists():
         return
     with path.open() as file:
@@ -55,14 +55,14 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Throughput:
-    """Tokens per second, smoothed, and the time that is left."""
+    """Tokens per second (exponential moving average) and the remaining time."""
 
     def __init__(self) -> None:
         self.last_time = time.perf_counter()
         self.tokens_per_second = 0.0
 
     def step(self, tokens: int) -> float:
-        """Count a step of so many tokens; returns the seconds it took."""
+        """Count a step of `tokens` tokens; returns its seconds."""
         now = time.perf_counter()
         seconds = max(now - self.last_time, 1e-9)
         self.last_time = now
@@ -72,9 +72,9 @@ class Throughput:
         return seconds
 
     def pause(self) -> None:
-        """Start the clock again: what came in between (an evaluation, a save) is not a step's time."""
+        """Restart the clock, so that an evaluation or a save does not count as part of a step."""
         self.last_time = time.perf_counter()
 
     def remaining_seconds(self, tokens: float) -> float:
-        """Seconds for so many more tokens."""
+        """Estimated seconds for `tokens` more tokens; NaN before the first step."""
         return tokens / self.tokens_per_second if self.tokens_per_second else float("nan")

@@ -1,4 +1,13 @@
-"""One move of the weights: read, weigh, divide once, pull, check, clip, move."""
+"""One optimizer step: forward, sum the losses, divide once, backward, penalties, check, clip, update.
+
+Divisors: every objective is a *sum* over tokens. It is divided by one number, the trained tokens of the whole global batch,
+which the ranks add up before the first forward pass. FSDP sums gradients over ranks and never averages (see
+`distributed.fsdp.shard`), so the division by the number of ranks that data parallelism implies does not occur, and the result
+does not depend on how rows are split into micro-batches or ranks.
+
+Collective calls, in the same order on every rank: token counts; gradients, with the last micro-batch only; loss sums, sums by
+source; gradient norm (with penalties) and the penalties' own sums; gradient norm; the verdict on finiteness; the update mask.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +31,7 @@ from postgrad.penalties.penalty import Penalty
 
 @dataclass
 class Run:
-    """Everything a step needs, put together by the stage."""
+    """State and parts of a training."""
 
     model: Model
     weights: Weights
@@ -35,7 +44,7 @@ class Run:
     max_grad_norm: float
     seed: int
     lr_scale: LRScale = field(default_factory=ConstantLRScale)
-    """What the schedule's rate is multiplied by at a step of a given loss."""
+    """Factor on the scheduled learning rate, given the step's loss."""
     step: int = 0
     trained_tokens: int = 0
     rate: float = 0.0
@@ -45,10 +54,11 @@ class Run:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did: mean losses per trained token in nats, the rate, the gradient's norm before clipping.
+    """Results of a step. Losses are means in nats per trained token; `gradient_norm` is that before clipping.
 
-    `push`: the norm of the losses' gradient alone, where penalties pull against it. `moved`: how many numbers the update moved,
-    where it is not simply all.
+    `tokens`: trained tokens of this step; `trained_tokens`: of all steps. `losses_by_source`: sum in nats and token count of
+    each source. `loss_gradient_norm`: without the penalties' gradient, if there are penalties. `num_updated`: weights that a
+    sparse update changed.
     """
 
     step: int
@@ -65,19 +75,17 @@ class StepReport:
 
 
 StepFunction = Callable[[Run, Sequence[Batch]], StepReport]
-"""One move of the weights by the micro-batches of a step."""
+"""Takes one step with the micro-batches of a global batch."""
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
-    """Weigh the tokens of one global batch and move the weights once.
+    """Train on one global batch.
 
-    Every objective is a sum over tokens, divided by one count: the trained tokens of the whole global batch. So it makes
-    no difference how the batch is cut into micro-batches or spread over ranks. Raises `NonFiniteError`, on all ranks
-    together and before any weight has moved, when the loss or the gradient is not finite.
+    Raises `NonFiniteError` on all ranks, before any weight changes, when the loss or the gradient norm is not finite.
     """
     step = run.step + 1
     run.weights.tuning.on_step_begin(step)
-    # Drawn anew each step from (seed, step, rank): nothing random is ever saved or restored.
+    # Seeded per (seed, step, rank): no random state is saved or restored.
     torch.manual_seed(_derive_seed(run.seed, step, run.world.rank))
     counts = torch.zeros(len(run.sources), dtype=torch.int64)
     for batch in micro_batches:
@@ -85,7 +93,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
             torch.from_numpy(batch.source_B), torch.from_numpy(batch.label_count_B), len(run.sources)
         ).long()
     counts = run.world.all_reduce(counts.to(run.world.device)).cpu()
-    counted = int(counts.sum())
+    token_count = int(counts.sum())
 
     sums = torch.zeros(len(run.objectives), dtype=torch.float64, device=run.world.device)
     by_source = torch.zeros(len(run.sources), dtype=torch.float64, device=run.world.device)
@@ -94,47 +102,46 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         synchronise_gradients(run.model, index == len(micro_batches) - 1)
         with run.optimizer.update_mask.observe(batch):
             output = run.model(**batch.inputs)
-        weighed = combine_losses([run.objectives[i] for i in batch.objectives], output, batch)
-        weighed.loss.div(counted).backward()
+        combined = combine_losses([run.objectives[i] for i in batch.objectives], output, batch)
+        combined.loss.div(token_count).backward()
         run.weights.accumulate_gradients()
-        sums[list(batch.objectives)] += weighed.sums_J
-        by_source.index_add_(0, torch.from_numpy(batch.source_B).to(weighed.rows_B.device), weighed.rows_B)
+        sums[list(batch.objectives)] += combined.sums_J
+        by_source.index_add_(0, torch.from_numpy(batch.source_B).to(combined.rows_B.device), combined.rows_B)
 
     run.world.all_reduce(sums)
     run.world.all_reduce(by_source)
-    push = float(run.weights.gradient_norm()) if run.penalties else None
-    pulls = {penalty.name: float(penalty()) for penalty in run.penalties}
-    norm = run.weights.gradient_norm()
-    loss, gradient_norm = float(sums.sum()) / counted, float(norm)
+    loss_gradient_norm = float(run.weights.gradient_norm()) if run.penalties else None
+    penalties = {penalty.name: float(penalty()) for penalty in run.penalties}
+    loss, gradient_norm = float(sums.sum()) / token_count, float(run.weights.gradient_norm())
     if run.world.any_rank(not (np.isfinite(loss) and np.isfinite(gradient_norm))):
         run.weights.zero_gradients()
         raise NonFiniteError(
-            f"the loss is {loss} and the gradient's norm {gradient_norm} at step {step}; no weight was moved",
+            f"loss {loss} and gradient norm {gradient_norm} at step {step}; the weights are unchanged",
             where="training",
-            hint="lower schedule.peak, or look at the rows of this step; the same command resumes from the last checkpoint",
+            hint="lower schedule.peak, or inspect the rows of this step; the same command resumes from the last checkpoint",
         )
     if gradient_norm > run.max_grad_norm:
         run.weights.scale_gradients(run.max_grad_norm / gradient_norm)
     rate = run.schedule(step) * run.lr_scale(loss)
-    moved = run.optimizer.step(rate)
+    num_updated = run.optimizer.step(rate)
 
     run.step, run.rate = step, rate
-    run.trained_tokens += counted
+    run.trained_tokens += token_count
     run.trained_tokens_by_source += counts.numpy()
     return StepReport(
         step=step,
-        tokens=counted,
+        tokens=token_count,
         trained_tokens=run.trained_tokens,
         loss=loss,
-        losses={o.name: float(s) / counted for o, s in zip(run.objectives, sums, strict=True)},
-        penalties=pulls,
+        losses={o.name: float(s) / token_count for o, s in zip(run.objectives, sums, strict=True)},
+        penalties=penalties,
         losses_by_source={
             name: (float(by_source[k]), int(counts[k])) for k, name in enumerate(run.sources) if counts[k]
         },
         rate=rate,
         gradient_norm=gradient_norm,
-        loss_gradient_norm=push,
-        num_updated=moved,
+        loss_gradient_norm=loss_gradient_norm,
+        num_updated=num_updated,
     )
 
 

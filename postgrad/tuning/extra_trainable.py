@@ -1,7 +1,7 @@
-"""What of the base's own moves besides a tuning's tensors, and how does it come back?
+"""Base weights that are trained in addition to a tuning's own tensors, and how their old values come back.
 
-A weight of the body has a value to go back to, and gets it while the tuning is off and when it is taken out. A task's own
-layer was new, so there is no base that had another: it stays what it became.
+A weight of the body gets its old value back while the tuning is disabled and when it is detached. A task's own layer is
+new: no base has another value of it, so it keeps its trained one.
 """
 
 from __future__ import annotations
@@ -19,46 +19,43 @@ from postgrad.tuning.tuning import freeze, unfreeze
 
 
 class ExtraTrainable:
-    """The parameters that patterns name in a model of which all else is frozen."""
+    """The parameters that patterns match, in a model that is otherwise frozen."""
 
     def __init__(self, model: PreTrainedModel, patterns: Sequence[str]) -> None:
-        """Freeze the model, and let move what `patterns` name. Raises `TuningError`, before anything changes, as `unfreeze`."""
+        """Freeze the model except for what `patterns` match. Raises `TuningError` as `unfreeze` does."""
         self.model = model
         self._initial_requires_grad = {name: p.requires_grad for name, p in named_parameters(model).items()}
-        fresh = set(task_layer_parameters(model))
+        task_layer = set(task_layer_parameters(model))
         self.names = [base_parameter_name(name) for name in unfreeze(model, patterns)]
-        now = self.tensors()
+        parameters = self.tensors()
         freeze(model)
-        for parameter in now.values():
+        for parameter in parameters.values():
             parameter.requires_grad_(True)
-        self._initial_values = {name: now[name].detach().clone() for name in self.names if name not in fresh}
+        self._initial_values = {n: parameters[n].detach().clone() for n in self.names if n not in task_layer}
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """The parameters that move besides, as they are now."""
+        """The current parameters by name."""
         parameters = named_parameters(self.model) if self.names else {}
         return {name: parameters[name] for name in self.names}
 
     @contextmanager
     def use_initial_values(self) -> Iterator[None]:
-        """Inside, weights of the body have their old values; what autograd kept of them is right again afterwards."""
+        """Context in which weights of the body have their old values; tensors saved by autograd are valid again after it."""
         _reshard(self.model)
-        now = {
-            name: parameter.detach().clone()
-            for name, parameter in self.tensors().items()
-            if name in self._initial_values
-        }
+        tensors = self.tensors()
+        trained = {name: tensors[name].detach().clone() for name in self._initial_values}
         self._copy_values(self._initial_values)
         try:
             yield
         finally:
-            self._copy_values(now)
+            self._copy_values(trained)
 
     def restore_values(self) -> None:
         """Give weights of the body their old values for good."""
         self._copy_values(self._initial_values)
 
     def restore_requires_grad(self) -> None:
-        """Let move again what moved before, and nothing else."""
+        """Set `requires_grad` of every parameter to what it was."""
         for name, parameter in named_parameters(self.model).items():
             if parameter.is_floating_point():
                 parameter.requires_grad_(self._initial_requires_grad.get(name, parameter.requires_grad))
@@ -67,20 +64,21 @@ class ExtraTrainable:
         _reshard(self.model)
         parameters = self.tensors()
         for name, value in values.items():
-            held = parameters[name].data
-            split = isinstance(held, DTensor) and not isinstance(value, DTensor)
-            held.copy_(distribute_tensor(value.to(held.device), held.device_mesh, held.placements) if split else value)
+            target = parameters[name].data
+            if isinstance(target, DTensor) and not isinstance(value, DTensor):  # taken before FSDP sharded the weight
+                value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+            target.copy_(value)
 
 
 def _reshard(model: nn.Module) -> None:
-    """Let FSDP hold its shards alone: values given to what it gathered for a forward pass would be gone after it."""
+    """Free the weights that FSDP gathered for a forward pass: values written into them would be lost afterwards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by the names that they have without adapters around their layers."""
+    """All parameters, by their names without adapters around their layers."""
     return {base_parameter_name(name): parameter for name, parameter in model.named_parameters()}
 
 

@@ -1,16 +1,16 @@
-"""How do several low-rank adapters of one base become one?
+"""Merging several low-rank adapters of one base into one.
 
-Each part has a weight w. What is to be approached is the weighted sum of their updates, sum of w s B A over the parts:
+The target is the weighted sum of their updates, sum of w s B A over the adapters:
 
-    cat     exactly that: the parts side by side, at the sum of their ranks
+    cat     exactly that: the factors concatenated, at the sum of the ranks
     svd     its best approximation of a given rank
-    linear  A's and B's are summed one by one, so the product has terms of one part's B and another's A: quick and rough
+    linear  A's and B's are summed separately, so the product has cross terms of one adapter's B and another's A: rough
 
-and the ways of keeping parts from cancelling one another, on A's and B's (or, with `_svd`, on whole updates): `ties` (Yadav et
-al. 2023, arXiv 2306.01708: keep the largest, elect a sign), `dare_linear` and `dare_ties` (Yu et al. 2023, arXiv 2311.03099:
-drop at random, scale up the rest) and `magnitude_prune`. The arithmetic is PEFT's `add_weighted_adapter`, run on one layer of
-the right size at a time. Every part is brought to s = alpha / rank first: PEFT gives the sum the configuration of the first
-part, and would multiply it by the root of the rank where that is rsLoRA.
+and methods that reduce interference, on A's and B's (or, with `_svd`, on whole updates): `ties` (Yadav et al. 2023, arXiv
+2306.01708: keep the largest, elect a sign), `dare_linear` and `dare_ties` (Yu et al. 2023, arXiv 2311.03099: drop at random,
+rescale the rest) and `magnitude_prune`. The arithmetic is PEFT's `add_weighted_adapter`, run on one layer of the right size
+at a time. Every adapter is converted to s = alpha / rank first: PEFT gives the sum the configuration of the first adapter,
+and would multiply it by the root of the rank if that is rsLoRA.
 
 Legend: R rank, I inputs and O outputs of a layer.
 """
@@ -44,7 +44,6 @@ MergeMethod = Literal[
     "magnitude_prune_svd",
 ]
 
-
 SignMethod = Literal["total", "frequency"]
 LoraMatrices = tuple[Tensor, Tensor, float]
 """A (R, I), B (O, R) and s of one adapter at one layer."""
@@ -60,32 +59,32 @@ def merge_adapters(
     sign: SignMethod = "total",
     seed: int = 0,
 ) -> LoraAdapter:
-    """Attach to `model` the one adapter that `parts` with their weights make.
+    """Attach the weighted sum of `parts` to `model` as one adapter.
 
-    `rank`: of the sum, for the ways with svd (left out: the largest of the parts). `density`: the share of numbers that ties,
-    dare and pruning keep, below one. `sign`: whether ties counts sizes or heads. `seed`: of what dare drops. Parts that are
-    attached to `model` are taken out. A weight that one part trained besides comes along as it is.
+    `rank`: of the sum, for methods with svd (default: the largest of the parts). `density`: the fraction of values that ties,
+    dare and pruning keep, below one. `sign`: whether ties elects signs by magnitude or by count. `seed`: of dare's dropping.
+    Parts attached to `model` are detached. A base weight trained by one part is copied.
 
-    Raises `TuningError` for parts that cannot be summed: dora (its magnitudes are no summand), different ranks where A's are
-    summed one by one, or the same weight trained besides by two of them.
+    Raises `TuningError` for parts that cannot be summed: dora (its magnitudes are not additive), different ranks where A's
+    are summed, or a base weight trained by two of them.
     """
     _check_arguments(parts, method, density)
-    taken = [(part.export() if isinstance(part, LoraAdapter) else part, weight) for part, weight in parts]
-    besides = _extra_tensors([part for part, _ in taken])
+    exports = [(part.export() if isinstance(part, LoraAdapter) else part, weight) for part, weight in parts]
+    extra = _extra_tensors([part for part, _ in exports])
     for part, _ in parts:
         if isinstance(part, LoraAdapter) and part.model is model:
             part.detach()
-    matrices = [(_layer_matrices(part), weight) for part, weight in taken]
+    matrices = [(_layer_matrices(part), weight) for part, weight in exports]
     summed: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name in dict.fromkeys(name for part, _ in matrices for name in part):
-            here = [(part[name], weight) for part, weight in matrices if name in part]
-            if _is_pruning(method) and len(here) == 1:  # PEFT prunes nothing that stands alone
-                (a_RI, b_OR, _), _ = here[0]
-                here.append(((torch.zeros_like(a_RI), torch.zeros_like(b_OR), 1.0), 1.0))
-            _check_ranks(name, [a_RI.shape[0] for (a_RI, _, _), _ in here], method)
-            summed[name] = _merge_layer(here, method, rank, density, sign)
+            layer_parts = [(part[name], weight) for part, weight in matrices if name in part]
+            if _is_pruning(method) and len(layer_parts) == 1:  # PEFT does not prune a single adapter
+                (a_RI, b_OR, _), _ = layer_parts[0]
+                layer_parts.append(((torch.zeros_like(a_RI), torch.zeros_like(b_OR), 1.0), 1.0))
+            _check_ranks(name, [a_RI.shape[0] for (a_RI, _, _), _ in layer_parts], method)
+            summed[name] = _merge_layer(layer_parts, method, rank, density, sign)
     ranks = {name: a_RI.shape[0] for name, (a_RI, _) in summed.items()}
     largest = max(ranks.values())
     tuning = LoraAdapter(
@@ -95,10 +94,10 @@ def merge_adapters(
         targets=list(summed),
         rank_pattern={name: r for name, r in ranks.items() if r != largest},
         alpha_pattern={name: float(r) for name, r in ranks.items() if r != largest},
-        also=list(besides),
+        also=list(extra),
     )
     state = {f"{name}.lora_{ab}.weight": t for name, pair in summed.items() for ab, t in zip("AB", pair, strict=True)}
-    tuning.load(state | besides)
+    tuning.load(state | extra)
     return tuning
 
 
@@ -107,8 +106,8 @@ def _check_arguments(
 ) -> None:
     if method not in get_args(MergeMethod):
         raise TuningError(
-            f"there is no way '{method}' to combine adapters",
-            where="combine",
+            f"unknown method '{method}' of merging adapters",
+            where="--method",
             expected=", ".join(get_args(MergeMethod)),
             hint=suggest_nearest(method, get_args(MergeMethod)),
         )
@@ -116,22 +115,22 @@ def _check_arguments(
     if len(parts) < 1 + prunes:
         raise TuningError(
             f"{method} of {len(parts)} adapters",
-            where="combine",
-            expected="two adapters or more, that could get in one another's way" if prunes else "one adapter or more",
+            where="--method",
+            expected="two adapters or more" if prunes else "one adapter or more",
         )
     if prunes != (density is not None) or (density is not None and not 0.0 < density < 1.0):
         raise TuningError(
             f"{method} with a density of {density}",
-            where="combine",
-            expected="a share above 0 and below 1" if prunes else "no density: every number is kept",
+            where="--density",
+            expected="a fraction above 0 and below 1" if prunes else "no density: every value is kept",
         )
     for part, _ in parts:
         form = part.form if isinstance(part, LoraAdapter) else part.options.get("form", "lora")
         if form == "dora":
             raise TuningError(
-                "a dora adapter is no summand: its magnitudes rescale the whole weights",
-                where="combine",
-                hint="merge it into its base, and combine the models",
+                "a dora adapter cannot be summed: its magnitudes rescale the whole weights",
+                where="--method",
+                hint="merge it into its base, and blend the models",
             )
 
 
@@ -142,28 +141,28 @@ def _is_pruning(method: str) -> bool:
 def _check_ranks(name: str, ranks: Sequence[int], method: MergeMethod) -> None:
     if len(set(ranks)) > 1 and method != "cat" and not method.endswith("svd"):
         raise TuningError(
-            f"{name} has adapters of the ranks {', '.join(map(str, ranks))}, and {method} sums their A's one by one",
-            where="combine",
+            f"{name} has adapters of the ranks {', '.join(map(str, ranks))}, but {method} sums their A's",
+            where="--method",
             expected="one rank for all",
-            hint="take cat, svd, or the way's form with _svd",
+            hint="use cat, svd, or the method's variant with _svd",
         )
 
 
 def _extra_tensors(parts: Sequence[TuningExport]) -> dict[str, Tensor]:
-    """What parts trained besides their adapters."""
-    found: dict[str, Tensor] = {}
+    """The base weights that the parts trained."""
+    tensors: dict[str, Tensor] = {}
     for part in parts:
         for name, tensor in part.state.items():
             if ".lora_" in name:
                 continue
-            if name in found:
+            if name in tensors:
                 raise TuningError(
-                    f"two of the adapters trained {name} besides",
-                    where="combine",
-                    expected="each weight from one adapter at most: they are not averaged",
+                    f"two of the adapters trained the base weight {name}",
+                    where="--method",
+                    expected="each base weight from one adapter at most: they are not averaged",
                 )
-            found[name] = tensor.detach().clone()
-    return found
+            tensors[name] = tensor.detach().clone()
+    return tensors
 
 
 def _merge_layer(

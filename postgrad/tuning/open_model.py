@@ -1,8 +1,7 @@
-"""How does a model come in with the tunings that its lineage has left on it?
+"""Loading a model together with the tunings of its lineage.
 
-A start is a plain model, or a folder that holds a tuning and says which model it sits on, and so on down to a plain one. From
-there up each tuning is put on again: one that can become part of the weights does so, any other stays where it stands, held
-fast.
+A start is a plain model, or the folder of a tuning, which records its base, and so on down to a plain model. Going back up,
+each tuning is attached: one with an exact merge becomes part of the weights, any other stays in the model, frozen.
 """
 
 from __future__ import annotations
@@ -31,33 +30,43 @@ from postgrad.models.pretrained import (
 )
 from postgrad.models.task import Task
 from postgrad.storage.fingerprint import fingerprint, model_fingerprint
-from postgrad.tuning.attach import load_tuning
+from postgrad.tuning.folder import load_tuning
 from postgrad.tuning.tuning import Tuning, freeze
 
-_FRAME_PARTS = (("prefix_ids", "before"), ("separator_ids", "between"), ("suffix_ids", "after"))
-"""Keys of a frame in a tuning's folder, and their names in folders of earlier versions."""
+_OLD_KEYS = {
+    "prefix_ids": "before",
+    "separator_ids": "between",
+    "suffix_ids": "after",
+    "base_of_base": "below",
+    "is_prefix_lm": "prefixes",
+}
+"""Keys of a tuning's base and frame, and their names in folders of earlier versions."""
+
+
+def _read_key(raw: Mapping[str, Any], key: str) -> Any:
+    return raw[key] if key in raw else raw[_OLD_KEYS[key]]
 
 
 def _read_frame(raw: Mapping[str, list[int]]) -> Frame:
-    return Frame(*(tuple(raw[new] if new in raw else raw[old]) for new, old in _FRAME_PARTS))
+    return Frame(*(tuple(_read_key(raw, key)) for key in ("prefix_ids", "separator_ids", "suffix_ids")))
 
 
 @dataclass(frozen=True)
 class BaseReference:
-    """What a tuning's folder says of the model that it sits on."""
+    """A tuning's base, as recorded in its folder."""
 
     name: str
     relative: str | None
-    """Where that model lies, seen from the tuning's folder."""
+    """Path of the base, relative to the tuning's folder."""
     fingerprint: str | None
     task: Task
     layer: ClassifierSpec | None = None
     frame: Frame = EMPTY_FRAME
-    """Ids that were set around each text: the places of a soft prompt, and a template's words and special tokens."""
-    below: str | None = None
-    """Where what it sits on has its own base, when the user had to say it."""
-    prefixes: bool = False
-    """Whether it was trained to read a prompt in both directions."""
+    """Ids around each text: a soft prompt's virtual ids, and a template's words and special tokens."""
+    base_of_base: str | None = None
+    """Location of the base's own base, if the user set it."""
+    is_prefix_lm: bool = False
+    """Whether it was trained with bidirectional attention in the prompt."""
 
     @classmethod
     def from_start(
@@ -67,40 +76,40 @@ class BaseReference:
         task: Task,
         layer: ClassifierSpec | None,
         frame: Frame,
-        prefixes: bool = False,
+        is_prefix_lm: bool = False,
     ) -> BaseReference:
-        """What the folder of a tuning on `start` says."""
-        # A run stands for its final model; a checkpoint of it is another model.
-        at = start.run if start.run and start.folder == start.run / "model" else start.folder
+        """The reference for the folder of a tuning on `start`."""
+        # A run's path refers to its final model; a checkpoint of it is another model.
+        base_path = start.run if start.run and start.folder == start.run / "model" else start.folder
         return cls(
-            start.name if start.folder is None else str(at),
-            os.path.relpath(at, folder) if at else None,
+            start.name if start.folder is None else str(base_path),
+            os.path.relpath(base_path, folder) if base_path else None,
             start_fingerprint(start),
             task,
             layer,
             frame,
             str(start.base.folder or start.base.name) if start.base and start.trusted else None,
-            prefixes,
+            is_prefix_lm,
         )
 
     @classmethod
     def read_folder(cls, start: ModelLocation) -> BaseReference | None:
-        """What the folder of a start says, when it holds a tuning."""
+        """The reference in the folder of a start; None for a plain model."""
         if start.base is None or start.folder is None:
             return None
         if not (start.folder / TUNING_FILE).exists():
             return _read_peft_reference(start, start.base, json.loads((start.folder / PEFT_FILE).read_text()))
-        said = json.loads((start.folder / TUNING_FILE).read_text())["base"]
-        layer = said.get("layer")
+        raw = json.loads((start.folder / TUNING_FILE).read_text())["base"]
+        layer = raw.get("layer")
         return cls(
-            said["name"],
-            said.get("relative"),
-            said.get("fingerprint"),
-            Task(said.get("task", Task.CAUSAL)),
+            raw["name"],
+            raw.get("relative"),
+            raw.get("fingerprint"),
+            Task(raw.get("task", Task.CAUSAL)),
             ClassifierSpec.from_dict(layer) if layer else None,
-            _read_frame(said["frame"]),
-            said["below"],
-            said.get("prefixes", False),
+            _read_frame(raw["frame"]),
+            _read_key(raw, "base_of_base"),
+            raw.get("is_prefix_lm", raw.get("prefixes", False)),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,52 +126,52 @@ _PEFT_TASKS: dict[str, Task] = {
 
 
 def _read_peft_reference(start: ModelLocation, base: ModelLocation, config: dict[str, Any]) -> BaseReference:
-    """What PEFT's own description says: a prompt stands before every text."""
+    """The reference in PEFT's configuration; PEFT puts a prompt before every text."""
     task = _PEFT_TASKS.get(config.get("task_type") or "") or get_task(base)
-    before: tuple[int, ...] = ()
+    prompt_ids: tuple[int, ...] = ()
     if config.get("peft_type") in ("PROMPT_TUNING", "P_TUNING"):
         first = int(AutoConfig.from_pretrained(start.name_or_path).vocab_size)
-        before = tuple(range(first, first + int(config["num_virtual_tokens"])))
-    return BaseReference(config.get("base_model_name_or_path") or "", None, None, task, frame=Frame(before))
+        prompt_ids = tuple(range(first, first + int(config["num_virtual_tokens"])))
+    return BaseReference(config.get("base_model_name_or_path") or "", None, None, task, frame=Frame(prompt_ids))
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as its lineage left it."""
+    """A model with the tunings of its lineage."""
 
     model: PreTrainedModel
     task: Task
     layer: ClassifierSpec | None
     new_weights: tuple[str, ...] = ()
-    """Weights that nothing had: a new task layer."""
+    """Randomly initialised weights: a new task layer."""
     tunings: tuple[Tuning, ...] = ()
-    """Those that stand in the model, held fast."""
+    """Unmerged tunings in the model, frozen."""
     frame: Frame = EMPTY_FRAME
-    """Ids that are to be set around each text."""
+    """Ids to put around each text."""
     notes: tuple[str, ...] = field(default=())
 
 
 def start_fingerprint(start: ModelLocation) -> str | None:
-    """Of the folder of a start, and of all that it sits on; None where a model is known by a name alone."""
+    """The fingerprint of a start's folder and all its bases; None for a model known by name only."""
     if start.folder is None:
         return None
     own = model_fingerprint(start.folder)
     if start.base is None:
         return own
-    below = start_fingerprint(start.base)
-    return None if below is None else fingerprint([own, below])
+    base = start_fingerprint(start.base)
+    return None if base is None else fingerprint([own, base])
 
 
 def get_task(start: ModelLocation) -> Task:
-    """What the model of a start is for."""
-    said = BaseReference.read_folder(start)
-    return said.task if said else detect_task(start.full_model)
+    """The task of a start's model."""
+    reference = BaseReference.read_folder(start)
+    return reference.task if reference else detect_task(start.full_model)
 
 
 def starts_as_prefix_lm(start: ModelLocation) -> bool:
-    """Whether the model of a start was trained to read a prompt in both directions."""
-    said = BaseReference.read_folder(start)
-    return said.prefixes if said else is_prefix_lm(AutoConfig.from_pretrained(start.name_or_path))
+    """Whether the model of a start was trained with bidirectional attention in the prompt."""
+    reference = BaseReference.read_folder(start)
+    return reference.is_prefix_lm if reference else is_prefix_lm(AutoConfig.from_pretrained(start.name_or_path))
 
 
 def open_model(
@@ -173,50 +182,48 @@ def open_model(
     attention: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """The model of a start for a task (left out: its own), in eval mode.
+    """Load the model of a start for a task (default: its own), in eval mode.
 
-    Raises `TuningError` when a tuning sits on another model than it was trained on and the user did not name that model, or
-    when it can neither become part of the weights nor serve the task.
+    Raises `TuningError` if a tuning's base is not the one that it was trained on and the user did not set it, and if a tuning
+    can neither be merged nor serve the task.
     """
     if start.base is None or start.folder is None:
         task = task or detect_task(start)
-        loaded = load_pretrained(start, task, layer=layer, attention=attention, dtype=dtype)
-        return LoadedModel(loaded.model, task, layer, loaded.new_weights)
-    said = BaseReference.read_folder(start)
-    assert said is not None
-    own = said.task
-    below = open_model(start.base, own, layer=said.layer, attention=attention, dtype=dtype)
-    found = start_fingerprint(start.base)
+        pretrained = load_pretrained(start, task, layer=layer, attention=attention, dtype=dtype)
+        return LoadedModel(pretrained.model, task, layer, pretrained.new_weights)
+    reference = BaseReference.read_folder(start)
+    assert reference is not None
+    base = open_model(start.base, reference.task, layer=reference.layer, attention=attention, dtype=dtype)
+    base_fingerprint = start_fingerprint(start.base)
     tuning = load_tuning(
-        below.model,
+        base.model,
         start.folder,
         tokenizer=load_tokenizer(start.full_model),
-        fingerprint=found,
+        fingerprint=base_fingerprint,
         force=start.trusted,
     )
-    notes = below.notes
-    if said.fingerprint and found and said.fingerprint != found:
+    notes = base.notes
+    if reference.fingerprint and base_fingerprint and reference.fingerprint != base_fingerprint:
         notes += (f"{start.name} was trained on another model than {start.base.name} (its fingerprint differs)",)
-    freeze(below.model)
-    mark_prefix_lm(below.model.config, said.prefixes)
-    stands = () if _merge_if_exact(tuning, dtype) else (tuning,)
-    opened = LoadedModel(
-        below.model,
-        own,
-        said.layer,
-        (),
-        below.tunings + stands,
-        said.frame,
-        notes,
+    freeze(base.model)
+    mark_prefix_lm(base.model.config, reference.is_prefix_lm)
+    unmerged = () if _merge_if_exact(tuning, dtype) else (tuning,)
+    loaded = LoadedModel(
+        base.model,
+        reference.task,
+        reference.layer,
+        tunings=base.tunings + unmerged,
+        frame=reference.frame,
+        notes=notes,
     )
-    wanted = task or own
-    if wanted == own and (layer is None or layer == opened.layer):
-        return opened
-    return _replace_task_layer(opened, start, wanted, layer, attention, dtype)
+    task = task or reference.task
+    if task == reference.task and (layer is None or layer == reference.layer):
+        return loaded
+    return _replace_task_layer(loaded, start, task, layer, attention, dtype)
 
 
 def _merge_if_exact(tuning: Tuning, dtype: torch.dtype) -> bool:
-    """Whether a tuning became part of the weights: in full precision, where a model of the same inputs comes of it."""
+    """Merge a tuning into fp32 weights if the merge is exact; returns whether it was merged."""
     if not tuning.has_exact_merge or dtype != torch.float32:
         return False
     tuning.merge()
@@ -234,11 +241,11 @@ def _replace_task_layer(
     """The same backbone under another task layer."""
     if loaded_model.tunings:
         raise TuningError(
-            f"`{loaded_model.tunings[-1].kind}` of {start.name} stands in a model for another task, and cannot become part of it",
+            f"`{loaded_model.tunings[-1].kind}` of {start.name} belongs to another task and cannot be merged into the model",
             where="model",
-            hint="start from the model that it sits on",
+            hint="start from its base",
         )
-    loaded = load_pretrained(
+    pretrained = load_pretrained(
         start, task, layer=layer, attention=attention, dtype=dtype, state=loaded_model.model.state_dict()
     )
-    return LoadedModel(loaded.model, task, layer, loaded.new_weights, notes=loaded_model.notes)
+    return LoadedModel(pretrained.model, task, layer, pretrained.new_weights, notes=loaded_model.notes)

@@ -1,24 +1,22 @@
-"""How does a model learn without leaving what its largest singular directions hold? (Orthogonal subspace fine-tuning)
+"""Orthogonal subspace fine-tuning (OSF): train the small singular directions, freeze the large ones.
 
-Nayak et al. 2025 (arXiv 2504.07097): W = U S V is cut in two. The directions of the largest singular values, which carry what
-was learnt before, stay; those of the smallest are trained, all of them and in full rank, and their gradients are projected
-off the directions that stay. What leaves is a plain model. For the next task the weights are decomposed anew, usually with a
-larger share kept.
+Nayak et al. 2025 (arXiv 2504.07097): W = U S V is split in two. The directions of the largest singular values, which carry
+earlier knowledge, are frozen; those of the smallest are trained in full rank, with gradients projected off the frozen
+directions. A plain model is published. For the next task the weights are decomposed anew, usually with a larger share frozen.
 
-The layers are PEFT's: W itself stays, and what is added to it is U S V of the trained directions less the same at the start. So
-the base can be had back to the bit, and an untrained model differs from it by rounding only. Two things are done otherwise
-than there. The projection is a step of the backward pass and not a hook on the parameter, so it also holds where parameters
-are sharded, or held in a lower precision; and what is subtracted is rounded as what is trained is, so that both
-cancel. The projection is the gradient's, as in the paper: a step of Adam divides it number by number, and so leaves the
-trained subspace a little (in a small model an eighth of an update's norm came to lie along kept directions on one side of W,
-and under a hundredth on both; with plain gradient steps nothing did).
+The layers are PEFT's: W is unchanged, and the layer adds U S V of the trained directions minus its initial value. So the base
+can be restored to the bit, and an untrained model differs from it by rounding only. Two things differ from PEFT. The
+projection is a step of the backward pass instead of a hook on the parameter, so it also holds for sharded parameters and in
+lower precision; and the initial value is rounded as the trained one is, so that both cancel. As in the paper, the gradient is
+projected, not the update: Adam divides it element by element, so a step leaves the trained subspace a little (in a small
+model an eighth of an update's norm lay along frozen directions on one side of W, under a hundredth on both; none with SGD).
 
-Legend: O outputs and I inputs of a layer, H directions kept, L directions trained; W is (O, I).
+Legend: O outputs and I inputs of a layer, H frozen directions, L trained directions; W is (O, I).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,9 +29,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
 from postgrad.tuning.extra_trainable import ExtraTrainable
+from postgrad.tuning.parameter_location import replace_module
 from postgrad.tuning.quantization import is_quantized
 from postgrad.tuning.targets import is_transposed, resolve_targets, short_names
-from postgrad.tuning.tuning import PeftFolder, Tuning, TuningExport, copy_state, trainable_parameters
+from postgrad.tuning.tuning import PeftFolder, Tuning, TuningExport, check_mergeable, trainable_parameters
 from postgrad.tuning.weight_delta import SubspaceDelta, TuningDelta
 
 ADAPTER = "osf"
@@ -59,32 +58,32 @@ class OrthogonalSubspace(Tuning):
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """`effective_rank`: the directions kept, as a share of a layer's (below 1) or their number. `targets`, `exclude`: see
-        `targets.resolve`. `also`: patterns of base parameters that move besides.
+        """`effective_rank`: the frozen directions, as a fraction of a layer's (below 1) or their number. `targets`, `exclude`:
+        see `resolve_targets`. `also`: patterns of base parameters to train.
 
-        Raises `TuningError` when a pattern matches nothing, for a share that leaves nothing to train or nothing to keep, and
-        for layers that are transposed (GPT-2's), quantised, or carry adapters.
+        Raises `TuningError` if a pattern matches nothing, for a fraction that leaves nothing to train or to freeze, and for
+        layers that are transposed (GPT-2's), quantised, or have adapters.
         """
         super().__init__(model)
         self.effective_rank = effective_rank
         names = resolve_targets(model, targets, exclude)
-        kept = {name: _num_frozen_directions(name, model.get_submodule(name), effective_rank) for name in names}
+        frozen = {name: _num_frozen_directions(name, model.get_submodule(name), effective_rank) for name in names}
         self.extra_trainable = ExtraTrainable(model, also)
         self._layers: dict[str, _OSFLinear] = {}
         for name in names:
             plain = model.get_submodule(name)
-            layer = _OSFLinear(plain, ADAPTER, OSFConfig(effective_rank=kept[name]), effective_rank=kept[name])
+            layer = _OSFLinear(plain, ADAPTER, OSFConfig(effective_rank=frozen[name]), effective_rank=frozen[name])
             layer.train(plain.training)
-            for tensors in layer.children():
-                if tensors is not plain:
-                    tensors.float()
-            _replace_module(model, name, layer)
+            for child in layer.children():
+                if child is not plain:
+                    child.float()
+            replace_module(model, name, layer)
             self._layers[name] = layer
         trainable_parameters(model)
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """Inside, the model answers as its base, bit for bit; a task's new layer stays as it is."""
+        """Context in which the model computes as its base, bit for bit; a new task layer keeps its trained weights."""
         try:
             self._set_disabled(True)
             with self.extra_trainable.use_initial_values():
@@ -92,43 +91,32 @@ class OrthogonalSubspace(Tuning):
         finally:
             self._set_disabled(False)
 
-    def state(self) -> dict[str, Tensor]:
-        """`<layer>.U_low` (O, L), `S_low` (L) and `V_low` (L, I), trained; `<layer>.start.*`, the same at the start; and
-        `<layer>.U_high` or `V_high` where that does not follow from them; and what moves besides."""
-        return {name: tensor.detach() for name, tensor in self._tensors().items()}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave. Raises `TuningError` when names or shapes are not mine."""
-        copy_state(self._tensors(), state, self.kind)
+    def tensors(self) -> dict[str, Tensor]:
+        """`<layer>.U_low` (O, L), `S_low` (L) and `V_low` (L, I), trained; `<layer>.start.*`, their initial values;
+        `<layer>.U_high` or `V_high` where they do not follow from those; and the trained weights of the base by name."""
+        own = {
+            f"{name}.{part}": tensor for name, layer in self._layers.items() for part, tensor in layer.tensors().items()
+        }
+        return own | self.extra_trainable.tensors()
 
     def detach(self) -> None:
-        """Put the plain layers back, and give what moved besides its old values."""
+        """Put the plain layers back, and restore weights of the base's body."""
         self.extra_trainable.restore_values()
         self._remove_layers()
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Add what was learnt to the plain weights, in fp32, and detach.
+        """Add the deltas to the plain weights, in fp32, and detach.
 
-        Raises `TuningError`, before anything changes, for weights held in less than fp32 and for numbers that are not finite.
+        Raises `TuningError`, before anything changes, for weights below fp32 and for values that are not finite.
         """
-        for name, layer in self._layers.items():
-            if layer.weight.dtype != torch.float32:
-                raise TuningError(
-                    f"{name} is held in {layer.weight.dtype}, where small updates are rounded away",
-                    where="tuning.merge",
-                    expected="weights in torch.float32",
-                    hint="load the base in float32 (or call model.float()), merge, and cast the sum",
-                )
-        for name, tensor in self._tensors().items():
-            if not tensor.isfinite().all():
-                raise TuningError(f"{name} holds numbers that are not finite", where="tuning.merge")
+        check_mergeable({name: layer.weight for name, layer in self._layers.items()}, self.tensors())
         with torch.no_grad():
             for layer in self._layers.values():
                 layer.weight.add_(layer.get_delta_weight(ADAPTER))
         self._remove_layers()
 
     def export(self) -> TuningExport:
-        """The same: every direction is needed to be put on the base. (What leaves a stage is the merged model.)"""
+        """Everything: all directions are needed to rebuild the deltas. (A stage publishes the merged model.)"""
         options: dict[str, Any] = {
             "kind": self.kind,
             "effective_rank": self.effective_rank,
@@ -138,7 +126,7 @@ class OrthogonalSubspace(Tuning):
         return TuningExport(options, self.state())
 
     def peft(self) -> PeftFolder | None:
-        """The same in PEFT's format; None when weights of the base move besides."""
+        """The same in PEFT's format; None if weights of the base are trained too."""
         if self.extra_trainable.names:
             return None
         config = OSFConfig(
@@ -155,35 +143,28 @@ class OrthogonalSubspace(Tuning):
         return PeftFolder(config | {"peft_type": "OSF"}, state)
 
     def weight_deltas(self) -> dict[str, TuningDelta]:
-        """Of every layer, what the trained directions make of its weight."""
+        """For every layer, the delta of its weight from the trained directions."""
         return {f"{name}.base_layer.weight": layer.weight_delta() for name, layer in self._layers.items()}
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """The tensors of `state`, which training and `load` change."""
-        found = {
-            f"{name}.{own}": tensor for name, layer in self._layers.items() for own, tensor in layer.tensors().items()
-        }
-        return found | self.extra_trainable.tensors()
 
     def _set_disabled(self, disabled: bool) -> None:
         for layer in self._layers.values():
-            layer._disable_adapters = disabled  # `enable_adapters` would also decide what is trained
+            layer._disable_adapters = disabled  # `enable_adapters` would also change `requires_grad`
 
     def _remove_layers(self) -> None:
         for name, layer in self._layers.items():
-            _replace_module(self.model, name, layer.base_layer)
+            replace_module(self.model, name, layer.base_layer)
         self._layers = {}
         self.extra_trainable.restore_requires_grad()
 
 
 class _OSFLinear(Linear):
-    """PEFT's layer, with a projection that holds wherever the gradient comes from."""
+    """PEFT's layer, with the projection in its own backward pass."""
 
     def _attach_hooks(self, adapter_name: str) -> None:
-        """None: `forward` does what they are for."""
+        """No hooks: `forward` projects the gradients."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """W x + (U S V - U0 S0 V0) x, of shape (..., O), in the dtype of what comes in."""
+        """W x + (U S V - U0 S0 V0) x, of shape (..., O), in the dtype of `x`."""
         plain = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters:
             return plain
@@ -193,45 +174,53 @@ class _OSFLinear(Linear):
         u_OL = _attach_projection(u_OL, own.get("U_high"), u0_OL)
         v_LI = _attach_projection(v_LI.T, own["V_high"].T if "V_high" in own else None, v0_LI.T).T
         u0_OL, s0_L, v0_LI = (start.to(u_OL.dtype) for start in (u0_OL, s0_L, v0_LI))
+        # Both terms in one product of 2 L directions, so that they are rounded alike and cancel at the start.
         out_OM = torch.cat([u_OL * s_L, -(u0_OL * s0_L)], 1).to(x.dtype)
         in_MI = torch.cat([v_LI, v0_LI]).to(x.dtype)
         return plain + nn.functional.linear(nn.functional.linear(x, in_MI), out_OM)
 
     def weight_delta(self) -> TuningDelta:
-        """What the trained directions make of the weight; gradients of theirs are projected as `forward` projects them."""
+        """The delta of the weight; gradients of U and V are projected as in `forward`."""
         own = self.tensors()
         u0_OL, s0_L, v0_LI = (own[f"start.{factor}"] for factor in FACTORS)
 
-        def side(high: Tensor | None, low: Tensor) -> Callable[[Tensor], Tensor]:
+        def projection(high: Tensor | None, low: Tensor) -> Callable[[Tensor], Tensor]:
             basis = low if high is None else high
             return lambda gradient: project_gradient(gradient, basis, complement=high is not None)
 
-        left = side(own.get("U_high"), u0_OL)
-        right = side(own["V_high"].T if "V_high" in own else None, v0_LI.T)
-        change = SubspaceDelta((u0_OL, s0_L, v0_LI), (left, lambda gradient_LI: right(gradient_LI.T).T))
+        left = projection(own.get("U_high"), u0_OL)
+        right = projection(own["V_high"].T if "V_high" in own else None, v0_LI.T)
+        delta = SubspaceDelta((u0_OL, s0_L, v0_LI), (left, lambda gradient_LI: right(gradient_LI.T).T))
         trained: Any = self.osf_svd_params[ADAPTER]
-        return TuningDelta(change, tuple(trained[factor] for factor in FACTORS), (u0_OL.shape[0], v0_LI.shape[1]))
+        return TuningDelta(delta, tuple(trained[factor] for factor in FACTORS), (u0_OL.shape[0], v0_LI.shape[1]))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is trained, what it started from, and the directions kept, where the start does not say them."""
+        """The trained factors, their initial values, and the frozen directions.
+
+        PEFT omits the frozen directions on a side where the SVD factor is square: there the initial trained ones determine their span.
+        """
         trained: Any = self.osf_svd_params[ADAPTER]
-        found = {factor: trained[factor] for factor in FACTORS}
-        found |= {f"start.{factor}": getattr(self, f"_osf_{factor}_init")[ADAPTER] for factor in FACTORS}
+        tensors = {factor: trained[factor] for factor in FACTORS}
+        tensors |= {f"start.{factor}": getattr(self, f"_osf_{factor}_init")[ADAPTER] for factor in FACTORS}
         for name, part in (("U_high", self._osf_U_high), ("V_high", self._osf_V_high)):
             if ADAPTER in part:
-                found[name] = part[ADAPTER]
-        return found
+                tensors[name] = part[ADAPTER]
+        return tensors
 
 
 def _attach_projection(factor: Tensor, high: Tensor | None, low: Tensor) -> Tensor:
-    """`factor`, whose gradient is projected off the span of `high`: for a square basis, onto that of `low`."""
+    """`factor` with its gradient projected off the span of `high`; without `high`, onto that of `low`.
+
+    Where all directions of a side are in U or V (a square basis), low and high span everything, so that being orthogonal to
+    `high` is the same as being in the span of `low`.
+    """
     projected = _GradientProjection.apply(factor, low if high is None else high, high is not None)
     assert isinstance(projected, Tensor)
     return projected
 
 
 class _GradientProjection(torch.autograd.Function):
-    """The same tensor, with a gradient that is projected onto the span of an orthonormal basis, or off it."""
+    """The identity, with a gradient projected onto the span of an orthonormal basis, or off it."""
 
     @staticmethod
     def forward(ctx: Any, factor: Tensor, basis: Tensor, complement: bool) -> Tensor:
@@ -246,39 +235,34 @@ class _GradientProjection(torch.autograd.Function):
 
 
 def project_gradient(gradient: Tensor, basis: Tensor, *, complement: bool) -> Tensor:
-    """A gradient projected onto the span of an orthonormal basis, or off it."""
+    """The part of a gradient in the span of an orthonormal basis, `B B^T G`; with `complement` the rest, `G - B B^T G`."""
     exact = gradient.to(basis.dtype)
-    within = basis @ (basis.T @ exact)
-    return (exact - within if complement else within).to(gradient.dtype)
+    inside = basis @ (basis.T @ exact)
+    return (exact - inside if complement else inside).to(gradient.dtype)
 
 
 def _num_frozen_directions(name: str, layer: nn.Module, effective_rank: float) -> int:
-    """The directions that a layer keeps. Raises `TuningError` when it cannot be decomposed, or one side would be empty."""
+    """How many directions of a layer are frozen. Raises `TuningError` if none, or all, would be, or it cannot be decomposed."""
     if isinstance(layer, BaseTunerLayer):
         raise TuningError(
-            f"{name} carries an adapter, whose part would not be decomposed",
+            f"{name} has an adapter, which would not be decomposed",
             where="tuning.targets",
             hint="merge the adapter first",
         )
     if is_transposed(layer) or is_quantized(layer):
         raise TuningError(
-            f"{name} is a {type(layer).__name__}, which is not decomposed",
+            f"{name} is a {type(layer).__name__}, which cannot be decomposed",
             where="tuning.targets",
             expected="plain linear layers in full precision (GPT-2 has none)",
-            hint="take another kind, such as lora",
+            hint="use another kind, such as lora",
         )
     assert isinstance(layer.weight, Tensor)
     directions = min(layer.weight.shape)
-    kept = int(effective_rank * directions) if isinstance(effective_rank, float) else effective_rank
-    if not 0 < kept < directions or (isinstance(effective_rank, float) and effective_rank >= 1):
+    frozen = int(effective_rank * directions) if isinstance(effective_rank, float) else effective_rank
+    if not 0 < frozen < directions or (isinstance(effective_rank, float) and effective_rank >= 1):
         raise TuningError(
-            f"{name} has {directions} directions, of which {effective_rank} are to be kept",
+            f"effective_rank is {effective_rank}, but {name} has {directions} directions",
             where="tuning.effective_rank",
-            expected=f"a share above 0 and below 1, or a number from 1 to {directions - 1}, so that some stay and some learn",
+            expected=f"a fraction above 0 and below 1, or a number from 1 to {directions - 1}: some are frozen, some trained",
         )
-    return kept
-
-
-def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    return frozen

@@ -1,8 +1,8 @@
-"""How does a low-rank adapter look in PEFT's format, and what does a folder of PEFT's mean to us?
+"""Low-rank adapters in PEFT's format: writing them, and reading PEFT's folders.
 
-In PEFT's files a tensor's name is the model's own with `base_model.model.` before it; the rank, the scaling and the layers are
-in `adapter_config.json`, where patterns are regular expressions for the ends of names. Whole layers that were trained besides
-(task heads) are its `modules_to_save`.
+In PEFT's files a tensor's name is the model's own with the prefix `base_model.model.`; the rank, the scaling and the layers
+are in `adapter_config.json`, where patterns are regular expressions for the ends of names. Whole layers trained with the
+adapter (task heads) are its `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from postgrad.errors import TuningError
+from postgrad.tuning.parameter_location import is_inside
 from postgrad.tuning.targets import is_transposed
 from postgrad.tuning.tuning import PeftFolder, TuningExport
 
@@ -33,7 +34,7 @@ _PEFT_TASKS = {
     "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 }
 
-# What a configuration may ask for that is more than A and B at linear layers.
+# Options of PEFT that need more than A and B at linear layers.
 _UNSUPPORTED_OPTIONS = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -53,25 +54,25 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 def write_lora(model: PreTrainedModel, export: TuningExport, layers: Sequence[str]) -> PeftFolder | None:
     """A published adapter of `layers` in PEFT's format.
 
-    None when a weight that moved besides has no place in it, or PEFT would take the layers' names for others.
+    None if the format cannot store a trained base weight, or PEFT would map the layers' names to others.
     """
     options = export.options
-    saved = _modules_to_save(model, options.get("also", []), layers)
-    if saved is None:
+    modules = _modules_to_save(model, options.get("also", []), layers)
+    if modules is None:
         return None
     task = next((task for task, names in _PEFT_TASKS.items() if type(model).__name__ in names.values()), None)
-    if task in ("SEQ_CLS", "TOKEN_CLS") and not saved:
-        task = None  # PEFT would look for the head among the tensors
+    if task in ("SEQ_CLS", "TOKEN_CLS") and not modules:
+        task = None  # PEFT would expect the head among the tensors
     config = LoraConfig(
         r=options["rank"],
-        lora_alpha=_int_if_integral(options["alpha"]),  # type: ignore[bad-argument-type]  # PEFT divides it, whatever it is
+        lora_alpha=_int_if_integral(options["alpha"]),  # type: ignore[bad-argument-type]  # PEFT accepts a float
         target_modules=options["targets"],
         fan_in_fan_out=any(is_transposed(model.get_submodule(name)) for name in layers),
         use_rslora=options["form"] == "rslora",
         use_dora=options["form"] == "dora",
         rank_pattern=options.get("rank_pattern", {}),
         alpha_pattern={name: _int_if_integral(alpha) for name, alpha in options.get("alpha_pattern", {}).items()},
-        modules_to_save=saved or None,
+        modules_to_save=modules or None,
         task_type=task,
         inference_mode=True,
         base_model_name_or_path=model.name_or_path or None,
@@ -80,32 +81,32 @@ def write_lora(model: PreTrainedModel, export: TuningExport, layers: Sequence[st
         return None
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     plain["peft_type"] = "LORA"
-    # PEFT loads whole modules, so what was not trained of them goes along.
-    besides = {
-        f"{name}.{leaf}": tensor.detach()
+    # PEFT loads whole modules, so their frozen parameters are written too.
+    extra = {
+        f"{name}.{local}": tensor.detach()
         for name, module in model.named_modules()
-        if any(name.endswith(end) for end in saved)
-        for leaf, tensor in module.named_parameters()
+        if any(name.endswith(end) for end in modules)
+        for local, tensor in module.named_parameters()
     }
-    return PeftFolder(plain, {f"{PEFT_PREFIX}{name}": t for name, t in (export.state | besides).items()})
+    return PeftFolder(plain, {f"{PEFT_PREFIX}{name}": t for name, t in (export.state | extra).items()})
 
 
 def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningExport:
-    """A LoRA folder of PEFT's as options and state of ours. Raises `TuningError` for what has no place in them."""
+    """Options and state of `LoraAdapter` for a LoRA folder of PEFT's. Raises `TuningError` for what is not supported."""
     _check_config(config)
-    ours = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
-    layers = [name.removesuffix(".lora_A.weight") for name in ours if name.endswith(".lora_A.weight")]
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
+    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     endings = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if config.get("use_dora") else ()))
     adapters = {f"{layer}.{ending}" for layer in layers for ending in endings}
-    also = [name for name in ours if name not in adapters and ".lora_" not in name]
-    unknown = sorted(ours.keys() - adapters - set(also)) or sorted(adapters - ours.keys())
+    also = [name for name in tensors if name not in adapters and ".lora_" not in name]
+    unknown = sorted(tensors.keys() - adapters - set(also)) or sorted(adapters - tensors.keys())
     if unknown or not layers:
         raise TuningError(
-            f"this adapter's tensors are not those of linear layers: {unknown[0] if unknown else 'it has none'}",
+            f"the adapter's tensors are not those of linear layers: {unknown[0] if unknown else 'there are none'}",
             where="adapter_model.safetensors",
-            expected="a lora_A and a lora_B of two dimensions at each layer",
+            expected="a two-dimensional lora_A and lora_B for each layer",
         )
-    ranks = {layer: ours[f"{layer}.lora_A.weight"].shape[0] for layer in layers}
+    ranks = {layer: tensors[f"{layer}.lora_A.weight"].shape[0] for layer in layers}
     alphas = {layer: _layer_alpha(config, layer) for layer in layers}
     options: dict[str, Any] = {
         "rank": config["r"],
@@ -117,26 +118,26 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningE
         "alpha_pattern": {layer: alpha for layer, alpha in alphas.items() if alpha != config["lora_alpha"]},
         "also": [glob.escape(name) for name in also],
     }
-    return TuningExport(options, ours)
+    return TuningExport(options, tensors)
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
     where = "adapter_config.json"
     if str(config.get("peft_type")).upper() != "LORA":
-        raise TuningError(f"a folder of PEFT's method {config.get('peft_type')}", where=where, expected="LORA")
-    asked = [key for key in _UNSUPPORTED_OPTIONS if config.get(key)]
+        raise TuningError(f"PEFT's method {config.get('peft_type')} is not LoRA", where=where, expected="LORA")
+    unsupported = [key for key in _UNSUPPORTED_OPTIONS if config.get(key)]
     if config.get("use_dora") and config.get("use_rslora"):
-        asked.append("use_dora and use_rslora at once")
+        unsupported.append("use_dora with use_rslora")
     if str(config.get("bias", "none")) != "none":
-        asked.append(f"bias: {config['bias']}")
-    if asked:
+        unsupported.append(f"bias: {config['bias']}")
+    if unsupported:
         raise TuningError(
-            f"{asked[0]} has no place here", where=where, expected="A and B at linear layers, and task heads"
+            f"{unsupported[0]} is not supported", where=where, expected="A and B at linear layers, and task heads"
         )
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_BASE_CHANGING_INITS):
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(_BASE_CHANGING_INITS):
         raise TuningError(
-            f"this adapter belongs to a base that was changed when it was made (init_lora_weights: {start})",
+            f"the adapter's initialisation changed its base (init_lora_weights: {init})",
             where=where,
             hint="save it with PEFT's `path_initial_model_for_weight_conversion`, which makes it a plain LoRA",
         )
@@ -148,29 +149,29 @@ def _layer_alpha(config: Mapping[str, Any], layer: str) -> float:
 
 
 def _modules_to_save(model: PreTrainedModel, also: Sequence[str], layers: Sequence[str]) -> list[str] | None:
-    """The modules that hold the parameters `also`; None when PEFT cannot save one of them whole."""
+    """The modules of the parameters `also`; None if PEFT cannot save one of them as a whole."""
     owners = sorted({name.rpartition(".")[0] for name in also})
-    every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    shared = set(every) - {name for name, _ in model.named_parameters()}
-    twins = {id(model.get_parameter(name)) for name in shared}
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    second_names = names - {name for name, _ in model.named_parameters()}
+    tied_weights = {id(model.get_parameter(name)) for name in second_names}
     for owner in owners:
         module = model.get_submodule(owner)
-        tied = any(id(p) in twins for p in module.parameters())
-        if not owner or tied or any(f"{layer}.".startswith(f"{owner}.") for layer in layers):
+        tied = any(id(p) in tied_weights for p in module.parameters())
+        if not owner or tied or any(is_inside(f"{layer}.", [owner]) for layer in layers):
             return None
     return owners
 
 
 def _preserves_target_names(config: LoraConfig, model: PreTrainedModel) -> bool:
-    """Whether PEFT leaves the names of layers as they are: of some mixtures of experts it takes dense layers for experts."""
-    read = copy.deepcopy(config)
+    """Whether PEFT keeps the layers' names: in some mixtures of experts it mistakes dense layers for experts."""
+    converted = copy.deepcopy(config)
     try:
-        convert_peft_config_for_transformers(read, model, None)
+        convert_peft_config_for_transformers(converted, model, None)
     except ValueError:
         return False
-    return read.target_modules == config.target_modules and not read.target_parameters
+    return converted.target_modules == config.target_modules and not converted.target_parameters
 
 
 def _int_if_integral(value: float) -> float:
-    """Whole numbers as integers: other readers of PEFT's format expect them."""
+    """Whole numbers as integers, which other readers of PEFT's format expect."""
     return int(value) if math.isclose(value, round(value)) else value

@@ -1,37 +1,38 @@
-"""Which vectors stand among the words? Soft prompts: trained vectors at the places of virtual tokens.
+"""Soft prompts: trained vectors in the places of virtual tokens.
 
-Legend: B rows, T time, P vectors of the prompt, V rows of the input embedding, D its width, H width of an encoder.
+Legend: B rows, T time, P vectors of the prompt, V rows of the input embedding, D its width.
 
-Prompt tuning (Lester et al. 2021, arXiv 2104.08691), P-tuning v1 (Liu et al. 2021, arXiv 2103.10385) and the soft part
-of instruction prompt tuning (Singhal et al. 2022, arXiv 2212.13138) are one thing with different values. A virtual token
-is an id from V on, written into `input_ids` like any other, and the input embedding answers it with a vector of mine.
-So a prompt may stand anywhere in a template, and masks, positions, labels, padding, caches and beams need to know nothing.
+Prompt tuning (Lester et al. 2021, arXiv 2104.08691), P-tuning v1 (Liu et al. 2021, arXiv 2103.10385) and the soft part of
+instruction prompt tuning (Singhal et al. 2022, arXiv 2212.13138) are one method with different defaults. A virtual token is
+an id from V on, used in `input_ids` like any other; the input embedding returns a trained vector for it. So a prompt may
+appear anywhere in a template, and masks, positions, labels, padding, caches and beam search need no special case.
 
-Two things of transformers look ids up in tables of V columns and so cannot meet virtual ones: penalties on repetition in
-`generate`, which work on a merged model, and per-layer embeddings (Gemma 3n), whose models are not for prompts.
+Two things in transformers index tables of V columns by id and so cannot handle virtual ids: repetition penalties in
+`generate`, which work on a merged model, and per-layer embeddings (Gemma 3n), whose models are not supported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from postgrad.errors import TuningError, suggest_nearest
+from postgrad.errors import TuningError
 from postgrad.models.pretrained import get_embedding_weight
 from postgrad.tuning.extra_trainable import ExtraTrainable, base_parameter_name, named_parameters
+from postgrad.tuning.module_tuning import ModuleTuning, SwitchableModule
+from postgrad.tuning.peft_prompts import prompt_config, read_prompt
 from postgrad.tuning.prompt_encoder import ENCODERS
 from postgrad.tuning.prompt_init import PromptInit, initial_vectors_PD
-from postgrad.tuning.tuning import PeftFolder, Tuning, TuningExport, copy_state, unfreeze
+from postgrad.tuning.tuning import PeftFolder, Tuning, TuningExport, check_choice, load_or_detach, unfreeze
 
 
 class PromptDefaults(NamedTuple):
-    """What a publication used."""
+    """The settings of a publication."""
 
     length: int
     start: str
@@ -41,69 +42,68 @@ class PromptDefaults(NamedTuple):
 DEFAULTS = {
     # Section 3.2: beyond 20 vectors the gain is marginal.
     "prompt": PromptDefaults(20, "random", "none"),
-    # The LAMA code: templates of 3 + 3 + 3, nn.Embedding's own start, an LSTM.
+    # The LAMA code: templates of 3 + 3 + 3, nn.Embedding's own initialisation, an LSTM.
     "p-tuning": PromptDefaults(9, "normal", "lstm"),
     # 100 vectors from U(-0.5, 0.5), shared by all data sets.
     "instruction-prompt": PromptDefaults(100, "random", "none"),
 }
 
 
-class SoftPrompt(nn.Module):
-    """The trained part, registered in the model, and the two hooks by which an embedding answers virtual ids with it."""
+class SoftPrompt(SwitchableModule):
+    """The trained vectors, registered in the model, and the two hooks that insert them into an embedding's output."""
 
     def __init__(self, vectors_PD: Tensor, encoder: nn.Module, first_id: int) -> None:
         super().__init__()
         self.vectors = nn.Parameter(vectors_PD)
         self.encoder = encoder
         self.first_id = first_id
-        self.enabled = True
         self.virtual_indices: Tensor | None = None
 
     @property
     def stop_id(self) -> int:
-        """The id after my last."""
+        """The first id after the prompt's."""
         return self.first_id + len(self.vectors)
 
     def forward(self) -> Tensor:
-        """What the virtual tokens stand for, of shape (P, D)."""
+        """The embeddings of the virtual tokens, of shape (P, D)."""
         out = self.encoder(self.vectors)
         assert isinstance(out, Tensor)
         return out
 
     def mask_virtual_ids(self, _embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Remember which ids are mine, and give the embedding one that it has in their place."""
+        """Remember the virtual ids' positions, and pass id 0 to the embedding instead."""
         ids = args[0]
-        mine = (ids >= self.first_id) & (ids < self.stop_id)
+        is_virtual = (ids >= self.first_id) & (ids < self.stop_id)
         if not self.enabled:
-            if mine.any():
+            if is_virtual.any():
                 raise TuningError(
-                    f"a virtual id (from {self.first_id} on) was read while its prompt is switched off",
+                    f"the input has a virtual id (from {self.first_id} on) while its prompt is disabled",
                     where="tuning",
-                    expected="ids of the vocabulary: without its prompt, the base has no meaning for others",
-                    hint="leave the template's virtual ids out of what the base reads",
+                    expected="ids of the vocabulary: the base has no embedding for others",
+                    hint="remove the template's virtual ids from the base's input",
                 )
             return None
-        self.virtual_indices = torch.where(mine, ids - self.first_id, -1)
-        return (ids.masked_fill(mine, 0), *args[1:])
+        self.virtual_indices = torch.where(is_virtual, ids - self.first_id, -1)
+        return (ids.masked_fill(is_virtual, 0), *args[1:])
 
     def insert_vectors(self, _embedding: nn.Module, _args: object, embedded: Tensor) -> Tensor:
-        """Put my vectors at my ids' places, in the dtype of the embedding's answer."""
-        asked, self.virtual_indices = self.virtual_indices, None
-        if asked is None:
+        """Put the vectors into the virtual ids' places, in the dtype of the embedding's output."""
+        indices, self.virtual_indices = self.virtual_indices, None
+        if indices is None:
             return embedded
         vectors = self().to(embedded.dtype)
-        return torch.where((asked >= 0)[..., None], nn.functional.embedding(asked.clamp(min=0), vectors), embedded)
+        return torch.where((indices >= 0)[..., None], nn.functional.embedding(indices.clamp(min=0), vectors), embedded)
 
 
-class PromptTuning(Tuning):
-    """`length` trained vectors behind ids from `first` on; the base stays as it is, unless `backbone` is "trained".
+class PromptTuning(ModuleTuning):
+    """`length` trained vectors with ids from `first_id` on; the base is frozen, unless `backbone` is "trained".
 
-    `start`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these
-    are what it reads. `encoder`: "none", "lstm" or "mlp", `hidden` its width. `backbone="trained"` moves the base too, as
-    P-tuning's SuperGLUE code does; the tuning is then not additive. `also`: patterns of the base's parameters that move
-    besides; `off` and `detach` give those of its body their old values. What is left out is as the kind's publication has it.
+    `start`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these are
+    its inputs. `encoder`: "none", "lstm" or "mlp", `hidden` its width. `backbone="trained"` trains the base too, as
+    P-tuning's SuperGLUE code does; the tuning is then not additive. `also`: patterns of base parameters to train; `disable`
+    and `detach` restore those of the body. None selects the kind's published value.
 
-    Raises `TuningError` for a prompt that leaves the model's context no room for words, and for options that cannot be.
+    Raises `TuningError` for a prompt as long as the model's context, and for invalid options.
     """
 
     def __init__(
@@ -124,110 +124,82 @@ class PromptTuning(Tuning):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__(model)
-        usual = DEFAULTS[_check_choice(kind, DEFAULTS, "kind")]
-        chosen = _check_choice(usual.encoder if encoder is None else encoder, ENCODERS, "encoder")
-        _check_choice(backbone, ("frozen", "trained"), "backbone")
+        check_choice(kind, DEFAULTS, "kind")
+        defaults = DEFAULTS[kind]
+        encoder = defaults.encoder if encoder is None else encoder
+        check_choice(encoder, ENCODERS, "encoder")
+        check_choice(backbone, ("frozen", "trained"), "backbone")
         self.kind = kind
         self.backbone = backbone
         self.also = list(also)
-        self.num_virtual_tokens = _check_length(model, usual.length if length is None else length)
+        self.num_virtual_tokens = defaults.length if length is None else length
+        _check_length(model, self.num_virtual_tokens)
         self.additive = backbone == "frozen"
-        how = usual.start if start is None else start
-        first_values = initial_vectors_PD(
-            model, PromptInit(how, self.num_virtual_tokens, scale, text, labels, seed, tokenizer)
+        method = defaults.start if start is None else start
+        initial_PD = initial_vectors_PD(
+            model, PromptInit(method, self.num_virtual_tokens, scale, text, labels, seed, tokenizer)
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed GPUs too
-            written_by = ENCODERS[chosen](first_values.shape[1], hidden)
+            encoder_module = ENCODERS[encoder](initial_PD.shape[1], hidden)
 
-        self._extra_trainable = ExtraTrainable(model, also if self.additive else ())
+        self.extra_trainable = ExtraTrainable(model, also if self.additive else ())
         self._base_names = (
-            self._extra_trainable.names
-            if self.additive
-            else [base_parameter_name(name) for name in unfreeze(model, ["*"])]
+            self.extra_trainable.names if self.additive else [base_parameter_name(n) for n in unfreeze(model, ["*"])]
         )
-        taken = [m.stop_id for m in model.modules() if isinstance(m, SoftPrompt)]
-        self.first_id = max([len(get_embedding_weight(model)), *taken])
-        self.soft_prompt = SoftPrompt(first_values, written_by, self.first_id).to(first_values.device)
-        self._module_name = _unused_module_name(model, "prompt")
-        model.add_module(self._module_name, self.soft_prompt)
-        self._hooks: list[RemovableHandle] = []
+        used = [m.stop_id for m in model.modules() if isinstance(m, SoftPrompt)]
+        self.first_id = max([len(get_embedding_weight(model)), *used])
+        self.soft_prompt = SoftPrompt(initial_PD, encoder_module, self.first_id).to(initial_PD.device)
+        self._add_module(model, "prompt", self.soft_prompt)
         for embedding in _input_embeddings(model):
             self._hooks.append(embedding.register_forward_pre_hook(self.soft_prompt.mask_virtual_ids))
             self._hooks.append(embedding.register_forward_hook(self.soft_prompt.insert_vectors))
 
     @property
     def virtual_token_ids(self) -> list[int]:
-        """My virtual ids in order."""
+        """The prompt's virtual ids in order."""
         return list(range(self.first_id, self.first_id + self.num_virtual_tokens))
 
     def disable(self) -> AbstractContextManager[None]:
-        """Inside, the embedding is the base's own; a virtual id raises `TuningError`, since the base knows none."""
-        return self._disable_prompt() if self.additive else super().disable()
+        """Context in which the embedding is the base's own; a virtual id raises `TuningError`."""
+        return super().disable() if self.additive else Tuning.disable(self)
 
-    @contextmanager
-    def _disable_prompt(self) -> Iterator[None]:
-        was, self.soft_prompt.enabled = self.soft_prompt.enabled, False
-        try:
-            with self._extra_trainable.use_initial_values():
-                yield
-        finally:
-            self.soft_prompt.enabled = was
-
-    def state(self) -> dict[str, Tensor]:
-        """The vectors (what the encoder reads, where there is one), the encoder, and the base's weights that move."""
-        return {name: p.detach() for name, p in self._trained_parameters().items()}
-
-    def _trained_parameters(self) -> dict[str, nn.Parameter]:
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The vectors (the encoder's inputs, where there is one), the encoder, and the trained weights of the base."""
         return {**dict(self.soft_prompt.named_parameters()), **self._base_parameters()}
 
     def _base_parameters(self) -> dict[str, nn.Parameter]:
         parameters = named_parameters(self.model) if self._base_names else {}
         return {name: parameters[name] for name in self._base_names}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave. Raises `TuningError` for another state, so also for vectors without their encoder."""
-        copy_state(self._trained_parameters(), state, self.kind)
-
-    def detach(self) -> None:
-        """Take the vectors and hooks out; what moved besides has its old values, and is as trainable as it was."""
-        self._extra_trainable.restore_values()
-        self._remove_module()
-
-    def _remove_module(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        delattr(self.model, self._module_name)
-        self._extra_trainable.restore_requires_grad()
-
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Append the vectors to the vocabulary: a plain model to which my virtual ids are ordinary ones.
+        """Append the vectors to the vocabulary: a plain model in which the virtual ids are ordinary ones.
 
         `tokenizer` gets `<|prompt-0|>`, `<|prompt-1|>`, ... as special tokens with those ids. Logits of the old vocabulary
-        stay as they are. The new ids must never be said. An output layer of its own answers them with 0 (and, where it has
-        a bias, -10000); a tied one answers with their likeness to the hidden state. In both cases
-        `generation_config.suppress_tokens` keeps `generate` from saying them. Whoever scores with the merged model should
-        leave these last columns out of the softmax, or accept that they take a little of the probability.
+        do not change. The new ids must never be generated: `generation_config.suppress_tokens` prevents it. An untied output
+        layer gives them the logit 0 (-10000 where it has a bias), a tied one their dot product with the hidden state, so
+        whoever scores with the merged model should drop these last columns from the softmax, or accept that they take a
+        little of the probability.
 
-        Raises `TuningError` when rows of the table, or tokens of the tokenizer, are not where my ids are.
+        Raises `TuningError` when the table's rows, or the tokenizer's tokens, do not end where the prompt's ids start.
         """
         rows = len(get_embedding_weight(self.model))
         if self.first_id != rows:
             raise TuningError(
-                f"the prompt's ids begin at {self.first_id}, and the next row of the vocabulary is {rows}",
+                f"the prompt's ids start at {self.first_id}, but the vocabulary has {rows} rows",
                 where="tuning",
-                hint="merge the prompts in the order in which they were attached",
+                hint="merge prompts in the order in which they were attached",
             )
         scale = _embedding_scale(self.model)
         if tokenizer is not None:
             _add_tokens(tokenizer, self.first_id, self.num_virtual_tokens)
         with torch.no_grad():
             vectors_PD = self.soft_prompt() / scale
-        self._remove_module()
+        self._remove_modules()
         _append_vocabulary(self.model, vectors_PD)
 
     def export(self) -> TuningExport:
-        """The vectors as the model sees them, computed once, without the encoder that wrote them."""
+        """The final vectors, without the encoder that computes them."""
         options = {
             "kind": self.kind,
             "length": self.num_virtual_tokens,
@@ -236,111 +208,71 @@ class PromptTuning(Tuning):
             "backbone": self.backbone,
             "also": self.also,
         }
-        moving = {name: parameter.detach() for name, parameter in self._base_parameters().items()}
+        trained = {name: parameter.detach() for name, parameter in self._base_parameters().items()}
         with torch.no_grad():
-            return TuningExport(options, {"vectors": self.soft_prompt().detach(), **moving})
+            return TuningExport(options, {"vectors": self.soft_prompt().detach(), **trained})
 
     def peft(self) -> PeftFolder | None:
-        """PEFT's PROMPT_TUNING, for plain prompt tuning of a language model of which nothing else moved.
+        """PEFT's PROMPT_TUNING, for plain prompt tuning of a language model with a frozen base.
 
-        PEFT always puts the vectors before everything (left of padding and of a BOS too), so it is the same prompt only
-        for a template that begins with all of it. A classifier would find its first token moved, and gets none.
+        PEFT always puts the vectors first (before padding and BOS too), so it is the same prompt only for a template that
+        begins with all of it. A classifier's first token would move: None.
         """
         task = _peft_task(self.model)
         if self.kind != "prompt" or self._base_names or task is None:
             return None
-        config = {
-            "peft_type": "PROMPT_TUNING",
-            "task_type": task,
-            "base_model_name_or_path": self.model.config.name_or_path or None,
-            "inference_mode": True,
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "token_dim": get_embedding_weight(self.model).shape[1],
-            # PEFT's default of 2 for T5 makes a second half that nothing reads.
-            "num_transformer_submodules": 1,
-            "prompt_tuning_init": "RANDOM",
-        }
-        return PeftFolder(config, {"prompt_embeddings": self.export().state["vectors"]})
+        width = get_embedding_weight(self.model).shape[1]
+        config = prompt_config(self.model, "PROMPT_TUNING", task, self.num_virtual_tokens, width)
+        return PeftFolder(
+            config | {"prompt_tuning_init": "RANDOM"}, {"prompt_embeddings": self.export().state["vectors"]}
+        )
 
 
 def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PromptTuning:
-    """A prompt of the same effect as a PEFT folder of prompt tuning or P-tuning, whose vectors PEFT puts first.
+    """A prompt with the same effect as a PEFT folder of prompt tuning or P-tuning, whose vectors PEFT puts first.
 
     `config` is its adapter_config.json, `state` its adapter_model.safetensors. PEFT saves P-tuning's final vectors only, so
-    there is no encoder to go on with. Layers that it saved besides (a task layer) come along and move.
+    there is no encoder to continue with. Layers saved with them (a task layer) are loaded and trained.
 
-    Raises `TuningError` for another kind of folder, and for one that does not fit the model.
+    Raises `TuningError` for another method's folder, and for one that does not fit the model.
     """
     kinds = {"PROMPT_TUNING": "prompt", "P_TUNING": "p-tuning"}
-    given = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
-    kind = kinds[_check_choice(given, kinds, "peft_type")]
-    vectors, length = state.get("prompt_embeddings"), config.get("num_virtual_tokens")
-    if vectors is None or not isinstance(length, int) or len(vectors) < length:
-        raise TuningError(
-            f"this PEFT folder has {'no' if vectors is None else len(vectors)} vectors for {length} virtual tokens",
-            where="tuning",
-            expected="`prompt_embeddings` with one row a virtual token",
-        )
-    beside = {name.removeprefix("base_model."): t for name, t in state.items() if name != "prompt_embeddings"}
-    prompt = PromptTuning(model, kind=kind, length=length, start="random", encoder="none", also=list(beside))
-    try:
-        # For an encoder-decoder PEFT also saves a second half that it never reads.
-        prompt.load({"vectors": vectors[:length], **beside})
-    except TuningError:
-        prompt.detach()
-        raise
+    peft_type, vectors, extra = read_prompt(config, state, list(kinds))
+    prompt = PromptTuning(
+        model, kind=kinds[peft_type], length=len(vectors), start="random", encoder="none", also=list(extra)
+    )
+    load_or_detach(prompt, {"vectors": vectors, **extra})
     return prompt
 
 
-def _check_choice(value: str, known: Mapping[str, object] | Sequence[str], option: str) -> str:
-    """`value`, which is known. Raises `TuningError` for one that is not, with the nearest."""
-    if value not in known:
-        raise TuningError(
-            f"'{value}' is no {option} of a prompt",
-            where=f"tuning.{option}",
-            expected=f"one of {', '.join(known)}",
-            hint=suggest_nearest(value, known),
-        )
-    return value
-
-
-def _check_length(model: PreTrainedModel, length: int) -> int:
-    """`length`, for which the model has room. Raises `TuningError` otherwise; relative positions have no limit (T5)."""
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if length < 1 or (room is not None and length >= room):
+def _check_length(model: PreTrainedModel, length: int) -> None:
+    """Raise `TuningError` if the model has no room for the prompt; relative positions have no limit (T5)."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length < 1 or (context is not None and length >= context):
         raise TuningError(
             f"a prompt of {length} vectors",
             where="tuning.length",
-            expected="at least 1" if room is None else f"1 to {room - 1}: the model reads {room} positions in all",
+            expected="at least 1" if context is None else f"1 to {context - 1}: the model has {context} positions",
         )
-    return length
-
-
-def _unused_module_name(model: nn.Module, name: str) -> str:
-    """`name`, or the first of `name_2`, `name_3`, ... that the model has not."""
-    number, free = 1, name
-    while hasattr(model, free):
-        number += 1
-        free = f"{name}_{number}"
-    return free
 
 
 def _input_embeddings(model: PreTrainedModel) -> list[nn.Module]:
     """The input embedding, and all that share its table: T5's encoder and decoder each have a module of their own."""
     outer = model.get_input_embeddings()
     assert isinstance(outer, nn.Module)
-    table, within = get_embedding_weight(model), set(outer.modules())
-    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is table and m not in within]
+    table, inner = get_embedding_weight(model), set(outer.modules())
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is table and m not in inner]
     return [outer, *others]
 
 
 def _embedding_scale(model: PreTrainedModel) -> float:
-    """What the input embedding multiplies its rows by. Raises `TuningError` when it does more than that."""
+    """The input embedding's scale of its rows. Raises `TuningError` if it does more than that."""
     embedding, table = model.get_input_embeddings(), get_embedding_weight(model)
     scale = float(getattr(embedding, "embed_scale", 1.0))
     with torch.no_grad():
-        seen = embedding(torch.tensor([[0]], device=table.device))[0, 0]
-    if not isinstance(embedding, nn.Embedding) or not torch.allclose(seen.float(), table[0].float() * scale, rtol=1e-2):
+        output = embedding(torch.tensor([[0]], device=table.device))[0, 0]
+    expected = table[0].float() * scale
+    if not isinstance(embedding, nn.Embedding) or not torch.allclose(output.float(), expected, rtol=1e-2):
         raise TuningError(
             f"the input embedding of {type(model).__name__} is more than a table of rows",
             where="tuning",
@@ -350,7 +282,7 @@ def _embedding_scale(model: PreTrainedModel) -> float:
 
 
 def _append_vocabulary(model: PreTrainedModel, rows_PD: Tensor) -> None:
-    """More rows for the vocabulary, which an output layer of its own does not say."""
+    """Append rows to the input embedding, with output logits that keep them from being generated."""
     old = len(get_embedding_weight(model))
     with torch.random.fork_rng(devices=[]):  # the new rows are drawn, then overwritten
         model.resize_token_embeddings(old + len(rows_PD), mean_resizing=False)
@@ -367,30 +299,31 @@ def _append_vocabulary(model: PreTrainedModel, rows_PD: Tensor) -> None:
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, first: int, count: int) -> None:
-    """Special tokens `<|prompt-0|>`, ... with ids from `first` on; rows of the table that no token had get reserved ones.
+    """Add special tokens `<|prompt-0|>`, ... with ids from `first` on; rows of the table without a token get reserved ones.
 
     Raises `TuningError`, before anything changes, when a token already has one of the ids.
     """
-    taken = tokenizer.get_vocab()
-    next_id = 1 + max(taken.values())
+    vocabulary = tokenizer.get_vocab()
+    next_id = 1 + max(vocabulary.values())
     if next_id > first:
         raise TuningError(
-            f"the tokenizer has tokens up to {next_id - 1}, and the model rows up to {first - 1}",
+            f"the tokenizer has tokens up to {next_id - 1}, but the model rows up to {first - 1}",
             where="tokenizer",
             expected="a row for every token",
         )
-    reserved = _unused_tokens("reserved", first - next_id, taken)
-    tokenizer.add_special_tokens({"additional_special_tokens": [*reserved, *_unused_tokens("prompt", count, taken)]})
+    reserved = _unused_tokens("reserved", first - next_id, vocabulary)
+    prompt = _unused_tokens("prompt", count, vocabulary)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*reserved, *prompt]})
 
 
-def _unused_tokens(word: str, count: int, taken: Mapping[str, int]) -> list[str]:
-    """`count` tokens `<|word-0|>`, ... of which none is taken."""
-    start = next(i for i in range(len(taken) + 1) if f"<|{word}-{i}|>" not in taken)
-    return [f"<|{word}-{i}|>" for i in range(start, start + count)]
+def _unused_tokens(stem: str, count: int, vocabulary: Mapping[str, int]) -> list[str]:
+    """`count` tokens `<|stem-0|>`, ... that are not in the vocabulary."""
+    start = next(i for i in range(len(vocabulary) + 1) if f"<|{stem}-{i}|>" not in vocabulary)
+    return [f"<|{stem}-{i}|>" for i in range(start, start + count)]
 
 
 def _peft_task(model: PreTrainedModel) -> str | None:
-    """PEFT's name for what the model does; None where its prompts are not ours."""
+    """PEFT's task type; None where its prompts differ from ours."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") else None

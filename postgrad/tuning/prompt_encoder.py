@@ -1,9 +1,9 @@
-"""What writes a soft prompt's vectors while it trains?
+"""Encoders that compute a soft prompt's vectors during training.
 
-Legend: P vectors of the prompt, D their width, H width of the encoder, X width of what a layer reads.
+Legend: P vectors of the prompt, D their width, H width of the encoder, X width of a layer's input.
 
-P-tuning (Liu et al. 2021, arXiv 2103.10385, section 3.2) lets a small network write the vectors, so that they depend on
-one another; only what it wrote is kept afterwards.
+In P-tuning (Liu et al. 2021, arXiv 2103.10385, section 3.2) a small network computes the vectors, so that they depend on one
+another; only its output is kept after training.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from postgrad.errors import TuningError
 class LSTMEncoder(nn.Module):
     """P-tuning's encoder: a bidirectional LSTM of two layers, then Linear(2H, D), ReLU, Linear(D, D).
 
-    With H = D // 2 (the default) it is the one of the LAMA code, with H = D the one of the SuperGLUE code. It is made of
-    cells because the kernels of `nn.LSTM` differ in the last bits with and without gradients, want their weights to stay
-    where they are in memory, and cannot be compiled.
+    H = D // 2 (the default) is the LAMA code's, H = D the SuperGLUE code's. Built from cells because the kernels of `nn.LSTM`
+    differ in the last bits with and without gradients, need their weights at fixed addresses, and cannot be compiled.
     """
 
     def __init__(self, width: int, hidden: int | None) -> None:
@@ -34,34 +33,34 @@ class LSTMEncoder(nn.Module):
     def forward(self, inputs_PD: Tensor) -> Tensor:
         """Vectors of shape (P, D)."""
         hidden_PX = inputs_PD
-        for ahead, back in zip(self.forward_cells, self.backward_cells, strict=True):
-            hidden_PX = torch.cat([_run_cell(ahead, hidden_PX), _run_cell(back, hidden_PX.flip(0)).flip(0)], -1)
+        for forward, backward in zip(self.forward_cells, self.backward_cells, strict=True):
+            hidden_PX = torch.cat([_run_cell(forward, hidden_PX), _run_cell(backward, hidden_PX.flip(0)).flip(0)], -1)
         return self.mlp(hidden_PX)
 
 
 def _run_cell(cell: nn.Module, inputs_PX: Tensor) -> Tensor:
-    """One direction of one layer, of shape (P, H)."""
-    states, before = [], None
+    """Outputs of one direction of one layer, of shape (P, H)."""
+    outputs, state = [], None
     for input_1X in inputs_PX.split(1):
-        before = cell(input_1X, before)
-        states.append(before[0])
-    return torch.cat(states)
+        state = cell(input_1X, state)
+        outputs.append(state[0])
+    return torch.cat(outputs)
 
 
 def _make_mlp(width: int, hidden: int | None) -> nn.Module:
-    """The MLP of P-tuning's SuperGLUE code: Linear(D, H), ReLU, Linear(H, D), with H = D unless told."""
+    """The MLP of P-tuning's SuperGLUE code: Linear(D, H), ReLU, Linear(H, D), H = D by default."""
     inner = width if hidden is None else hidden
     return nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width))
 
 
 def _make_identity(_width: int, hidden: int | None) -> nn.Module:
-    """The vectors as they are. Raises `TuningError` for a width that nothing would read."""
+    """No encoder. Raises `TuningError` for a width, which would have no effect."""
     if hidden is not None:
         raise TuningError(
-            "`hidden` is given, and a prompt without an encoder does not read it",
+            "`hidden` has no effect on a prompt without an encoder",
             where="tuning.hidden",
             expected="encoder: lstm or mlp",
-            hint="leave `hidden` out, or choose an encoder",
+            hint="remove `hidden`, or choose an encoder",
         )
     return nn.Identity()
 

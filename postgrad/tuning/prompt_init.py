@@ -1,8 +1,8 @@
-"""With which numbers does a soft prompt begin?
+"""Initial vectors of a soft prompt: random numbers, or rows of the input embedding.
 
-Legend: P vectors of the prompt, V rows of the input embedding, D its width.
+Legend: P vectors of the prompt, D their width.
 
-Rows are taken as the model itself sees them: what its input embedding answers, scaled where it scales (Gemma).
+Rows are outputs of the input embedding, so scaled where the model scales them (Gemma).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from postgrad.errors import TuningError, suggest_nearest
+from postgrad.errors import TuningError
 from postgrad.models.pretrained import get_embedding_weight
+from postgrad.tuning.tuning import check_choice
 
 NUM_FREQUENT = 5000
 """Vocabularies begin with their most frequent entries; Lester et al. (2021, section 3.2) draw from this many."""
@@ -24,7 +25,7 @@ NUM_FREQUENT = 5000
 
 @dataclass(frozen=True)
 class PromptInit:
-    """What the first values are made from; `how` is one of `STARTS`."""
+    """How the initial values are computed; `method` is one of `INITIALIZERS`."""
 
     method: str
     length: int
@@ -35,42 +36,36 @@ class PromptInit:
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def generator(self) -> torch.Generator:
-        """The same draws whenever it is asked."""
+        """A new generator; always the same draws."""
         return torch.Generator().manual_seed(self.seed)
 
 
 def initial_vectors_PD(model: PreTrainedModel, init: PromptInit) -> Tensor:
-    """The first values, of shape (P, D), fp32 and on the embedding's device.
+    """The initial values, of shape (P, D), fp32 and on the embedding's device.
 
-    Raises `TuningError` for a start that is not known, that lacks what it is made from, or that would not read an option.
+    Raises `TuningError` for an unknown method, one that lacks an input, and for an option that it would ignore.
     """
-    if init.method not in INITIALIZERS:
-        raise TuningError(
-            f"'{init.method}' is no start for a prompt",
-            where="tuning.start",
-            expected=f"one of {', '.join(INITIALIZERS)}",
-            hint=suggest_nearest(init.method, INITIALIZERS),
-        )
-    for name, readers in _OPTION_METHODS.items():
-        if getattr(init, name) is not None and init.method not in readers:
+    check_choice(init.method, INITIALIZERS, "start")
+    for name, methods in _OPTION_METHODS.items():
+        if getattr(init, name) is not None and init.method not in methods:
             raise TuningError(
-                f"`{name}` is given, and a prompt that starts from {init.method} does not read it",
+                f"`{name}` has no effect on a prompt with `start: {init.method}`",
                 where=f"tuning.{name}",
-                expected=f"start: {' or '.join(readers)}",
-                hint=f"leave `{name}` out, or change `start`",
+                expected=f"start: {' or '.join(methods)}",
+                hint=f"remove `{name}`, or change `start`",
             )
     with torch.no_grad():
         return INITIALIZERS[init.method](model, init).to(get_embedding_weight(model).device, torch.float32)
 
 
 def _uniform(model: PreTrainedModel, init: PromptInit) -> Tensor:
-    """U(-scale, scale), 0.5 unless told: Lester et al. (2021, section 3.2), and Singhal et al. (2022) after them."""
+    """U(-scale, scale), 0.5 by default: Lester et al. (2021, section 3.2), and Singhal et al. (2022) after them."""
     scale = 0.5 if init.scale is None else init.scale
     return (2 * torch.rand(init.length, _embedding_width(model), generator=init.generator()) - 1) * scale
 
 
 def _normal(model: PreTrainedModel, init: PromptInit) -> Tensor:
-    """N(0, scale^2), 1 unless told: how the code of P-tuning (Liu et al., 2021) draws what its encoder reads."""
+    """N(0, scale^2), 1 by default: the inputs of the encoder in the code of P-tuning (Liu et al., 2021)."""
     scale = 1.0 if init.scale is None else init.scale
     return torch.randn(init.length, _embedding_width(model), generator=init.generator()) * scale
 
@@ -78,7 +73,7 @@ def _normal(model: PreTrainedModel, init: PromptInit) -> Tensor:
 def _vocabulary(model: PreTrainedModel, init: PromptInit) -> Tensor:
     """Rows of the most frequent entries, drawn without replacement while they last: Lester et al. (2021, section 3.2).
 
-    Special tokens are left out where a tokenizer tells which they are.
+    With a tokenizer, special tokens are excluded.
     """
     special = set(init.tokenizer.all_special_ids) if init.tokenizer else set()
     frequent = [i for i in range(min(_num_embeddings(model), NUM_FREQUENT)) if i not in special]
@@ -92,22 +87,22 @@ def _vocabulary(model: PreTrainedModel, init: PromptInit) -> Tensor:
 def _text(model: PreTrainedModel, init: PromptInit) -> Tensor:
     """The rows of a text's tokens, repeated or cut to the prompt's length."""
     if init.text is None:
-        raise TuningError("this start needs a text", where="tuning.text", expected="text: the words to start from")
+        raise TuningError("`start: text` needs a text", where="tuning.text", expected="the text to start from")
     return _embed(model, list(itertools.islice(itertools.cycle(_tokenize(model, init, init.text)), init.length)))
 
 
 def _labels(model: PreTrainedModel, init: PromptInit) -> Tensor:
     """The classes' names first, each the mean of its tokens' rows; the rest from the vocabulary.
 
-    Lester et al. (2021, section 3.2), who found it best.
+    The best method in Lester et al. (2021, section 3.2).
     """
     if not init.labels:
-        raise TuningError("this start needs labels", where="tuning.labels", expected="labels: the names of the classes")
+        raise TuningError("`start: labels` needs labels", where="tuning.labels", expected="the names of the classes")
     if len(init.labels) > init.length:
         raise TuningError(
             f"{len(init.labels)} labels do not fit a prompt of {init.length} vectors",
             where="tuning.length",
-            expected=f"at least {len(init.labels)}, one vector a label",
+            expected=f"at least {len(init.labels)}, one vector per label",
         )
     means = [_embed(model, _tokenize(model, init, label)).mean(0) for label in init.labels]
     return torch.cat([torch.stack(means), _vocabulary(model, init)[len(means) :]])
@@ -124,12 +119,12 @@ _OPTION_METHODS = {"text": ("text",), "labels": ("labels",), "scale": ("random",
 
 
 def _tokenize(model: PreTrainedModel, init: PromptInit, text: str) -> list[int]:
-    """The ids of a text, without special tokens. Raises `TuningError` when there is no way to have them, or there are none."""
+    """The ids of a text, without special tokens. Raises `TuningError` without a tokenizer, and if there are none."""
     if init.tokenizer is None:
         raise TuningError(
-            f"a prompt that starts from {init.method} needs the model's tokenizer",
+            f"`start: {init.method}` needs the model's tokenizer",
             where="tuning.start",
-            hint="pass `tokenizer`, or start from the vocabulary",
+            hint="pass `tokenizer`, or use `start: vocabulary`",
         )
     ids = init.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert isinstance(ids, list)
@@ -143,10 +138,10 @@ def _tokenize(model: PreTrainedModel, init: PromptInit, text: str) -> list[int]:
 
 
 def _embed(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """What the input embedding gives for `ids`, of shape (len(ids), D)."""
-    seen = model.get_input_embeddings()(torch.tensor([ids], device=get_embedding_weight(model).device))[0]
-    assert isinstance(seen, Tensor)
-    return seen.float()
+    """Outputs of the input embedding, of shape (len(ids), D)."""
+    rows = model.get_input_embeddings()(torch.tensor([ids], device=get_embedding_weight(model).device))[0]
+    assert isinstance(rows, Tensor)
+    return rows.float()
 
 
 def _num_embeddings(model: PreTrainedModel) -> int:

@@ -1,9 +1,10 @@
-"""How are a model's frozen weights held in few bits? (QLoRA)
+"""Quantisation of a model's frozen weights for QLoRA, in 4 or 8 bits, by bitsandbytes.
 
-Dettmers et al. 2023 (arXiv 2305.14314): the linear layers of the blocks in 4-bit normal floats, with their scales quantised
-once more, or Dettmers et al. 2022 (arXiv 2208.07339): in 8-bit integers with outlying columns kept apart. Everything else
-(embeddings, heads, norms, routers) stays as it is, and so do the layers that an architecture marks as in need of fp32, such
-as T5's `wo`. Computing happens in the dtype of what comes in.
+    nf4    the blocks' linear layers in 4-bit normal floats, double quantised: Dettmers et al. 2023 (arXiv 2305.14314)
+    int8   in 8-bit integers, with outlier columns in higher precision: Dettmers et al. 2022 (arXiv 2208.07339)
+
+Everything else (embeddings, heads, norms, routers) keeps its precision, and so do layers that an architecture marks as fp32,
+such as T5's `wo`. Products run in the dtype of the layer's input.
 """
 
 from __future__ import annotations
@@ -18,28 +19,29 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import MissingExtra, TuningError
+from postgrad.tuning.parameter_location import replace_module
 from postgrad.tuning.targets import linear_layers
+from postgrad.tuning.tuning import check_choice
 
 Precision = Literal["nf4", "int8"]
 
 
 def make_quantizer(model: PreTrainedModel, precision: Precision) -> Callable[[], None]:
-    """What replaces the blocks' linear layers by quantised ones, in place; those that are already are left alone.
+    """A function that replaces the blocks' linear layers by quantised ones, in place; quantised ones stay as they are.
 
-    Raises `MissingExtra` without the package bitsandbytes, `TuningError` for transposed layers (GPT-2's), for layers that
-    carry adapters, and when the model has no layer to quantise. Nothing has changed then.
+    Raises, before anything changes, `MissingExtra` without the package bitsandbytes, and `TuningError` for transposed layers
+    (GPT-2's), for layers with adapters, and if the model has no layer to quantise.
     """
-    if precision not in get_args(Precision):
-        raise TuningError(f"'{precision}'", where="tuning.quantise", expected=" or ".join(get_args(Precision)))
+    check_choice(precision, get_args(Precision), "quantise")
     bits = _import_bitsandbytes()
-    kept = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
+    fp32_names = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
     plain: dict[str, nn.Linear] = {}
     for layer in linear_layers(model):
-        if not layer.is_targetable or kept & set(layer.name.split(".")) or is_quantized(layer.module):
+        if not layer.is_targetable or fp32_names & set(layer.name.split(".")) or is_quantized(layer.module):
             continue
         if not isinstance(layer.module, nn.Linear):
             raise TuningError(
-                f"{layer.name} is a {type(layer.module).__name__}, which is not quantised",
+                f"{layer.name} is a {type(layer.module).__name__}, which cannot be quantised",
                 where="tuning.quantise",
                 expected="plain linear layers without adapters",
             )
@@ -50,45 +52,37 @@ def make_quantizer(model: PreTrainedModel, precision: Precision) -> Callable[[],
 
     def quantise() -> None:
         for name, layer in plain.items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, make(bits, layer))
+            replace_module(model, name, make(bits, layer))
 
     return quantise
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether a layer holds integers."""
+    """Whether a layer's weight is stored as integers."""
     weight = getattr(layer, "weight", None)
     return isinstance(weight, torch.Tensor) and not weight.is_floating_point()
 
 
 def _quantize_nf4(bits: ModuleType, plain: nn.Linear) -> nn.Module:
-    made = bits.nn.Linear4bit(
-        plain.in_features, plain.out_features, plain.bias is not None, quant_type="nf4", device="meta"
+    has_bias = plain.bias is not None
+    layer = bits.nn.Linear4bit(plain.in_features, plain.out_features, has_bias, quant_type="nf4", device="meta")
+    # On some CPUs it would repack its weights in the first forward pass, then compute in bf16 and dequantise to other values.
+    layer.support_avx512bf16_for_cpu = False
+    layer.weight = bits.nn.Params4bit(
+        plain.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
     )
-    # On some CPUs it would pack its weights anew at the first answer, compute in bf16 from then on, and read back as others.
-    made.support_avx512bf16_for_cpu = False
-    made.weight = bits.nn.Params4bit(
-        plain.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
-    )
-    return _match_placement(plain, made)
+    return _match_placement(plain, layer)
 
 
 def _quantize_int8(bits: ModuleType, plain: nn.Linear) -> nn.Module:
-    made = bits.nn.Linear8bitLt(
-        plain.in_features,
-        plain.out_features,
-        plain.bias is not None,
-        has_fp16_weights=False,
-        threshold=6.0,
-        device="meta",
-    )
-    made.weight = bits.nn.Int8Params(plain.weight.data, requires_grad=False, has_fp16_weights=False)
-    return _match_placement(plain, made)
+    settings = {"has_fp16_weights": False, "threshold": 6.0, "device": "meta"}
+    layer = bits.nn.Linear8bitLt(plain.in_features, plain.out_features, plain.bias is not None, **settings)
+    layer.weight = bits.nn.Int8Params(plain.weight.data, requires_grad=False, has_fp16_weights=False)
+    return _match_placement(plain, layer)
 
 
 def _match_placement(plain: nn.Linear, quantized: nn.Module) -> nn.Module:
-    """The new layer where the old one is: moving it is what quantises."""
+    """Move the new layer to the old one's device, which quantises its weight."""
     quantized.bias = plain.bias
     return quantized.to(plain.weight.device).train(plain.training)
 
@@ -98,5 +92,5 @@ def _import_bitsandbytes() -> ModuleType:
         return importlib.import_module("bitsandbytes")
     except ImportError:
         raise MissingExtra(
-            "quantising needs the package bitsandbytes", where="tuning.quantise", hint="pip install bitsandbytes"
+            "quantisation needs the package bitsandbytes", where="tuning.quantise", hint="pip install bitsandbytes"
         ) from None

@@ -1,9 +1,9 @@
-"""What has a tuning made of a weight of the base, and what does a pull on that weight mean for the tuning's own tensors?
+"""Weight deltas: what a tuning adds to a weight of the base, and the chain rule to the tuning's own tensors.
 
-Each class is a change of one weight W as functions of the values of the tensors that move: what is added to W, and the chain
-rule from a gradient of W to gradients of them. A tuning says its changes with the tensors they are made of.
+Each class describes the change of one weight W as functions of the values of trained tensors: the term added to W, and the map
+from a gradient with respect to W to gradients with respect to them.
 
-Legend: O outputs and I inputs of a layer, R rank of an update, L trained directions; W is (O, I), or (I, O) where it is kept
+Legend: O outputs and I inputs of a layer, R rank of an update, L trained directions; W is (O, I), or (I, O) where it is stored
 transposed.
 """
 
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 
 class WeightDelta(ABC):
-    """How tensors change a weight, as functions of their values."""
+    """The change of a weight, as functions of the trained tensors' values."""
 
     @abstractmethod
     def delta(self, values: Sequence[Tensor]) -> Tensor:
-        """What is added to the weight, of its shape."""
+        """The term added to the weight, of its shape."""
 
     @abstractmethod
     def backward(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
-        """The gradient of each tensor, when `gradient` is that of the weight, of its shape."""
+        """The gradient of each tensor, from that of the weight (of the weight's shape)."""
 
     def squared_norm(self, values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """`sum delta^2`, and the gradient of half of it for each tensor."""
@@ -36,7 +36,7 @@ class WeightDelta(ABC):
 
 @dataclass(frozen=True)
 class TuningDelta:
-    """A change of a weight, the parameters that make it, and the weight's shape (a quantised one has another in memory)."""
+    """A weight delta, its parameters, and the weight's shape (a quantised weight has another one in memory)."""
 
     weight_delta: WeightDelta
     parameters: tuple[nn.Parameter, ...]
@@ -45,7 +45,7 @@ class TuningDelta:
 
 @dataclass(frozen=True)
 class LowRankDelta(WeightDelta):
-    """`s (B A - B0 A0)`: LoRA, and PiSSA, which begins at a start that is taken away. Values: A (R, I), B (O, R)."""
+    """`s (B A - B0 A0)`: LoRA, and PiSSA, which subtracts its initial factors. Values: A (R, I), B (O, R)."""
 
     scale: float
     transposed: bool = False
@@ -64,7 +64,7 @@ class LowRankDelta(WeightDelta):
         return [self.scale * b_OR.T @ gradient_OI, self.scale * gradient_OI @ a_RI.T]
 
     def squared_norm(self, values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The same without ever making a matrix of O x I: `|L M|^2 = sum (L^T L) * (M M^T)`."""
+        """Without a matrix of O x I: `|L M|^2 = sum (L^T L) * (M M^T)`, on matrices of the rank's size."""
         a_RI, b_OR = values
         left_OK, right_KI = self._factors(values)
         inner_KK, outer_KK = left_OK.T @ left_OK, right_KI @ right_KI.T
@@ -78,7 +78,7 @@ class LowRankDelta(WeightDelta):
         a_RI, b_OR = values
         if self.start is None:
             return b_OR, a_RI
-        # B A - B0 A0 = (B - B0) A + B0 (A - A0), where nothing large cancels.
+        # B A - B0 A0 = (B - B0) A + B0 (A - A0): a sum of small terms, without the cancellation of two large ones.
         a0_RI, b0_OR = (t.to(a_RI.device) for t in self.start)
         return torch.cat([b_OR - b0_OR, b0_OR], 1), torch.cat([a_RI, a_RI - a0_RI])
 
@@ -87,23 +87,27 @@ class LowRankDelta(WeightDelta):
 class RescaledDelta(WeightDelta):
     """`m V / |V| - W` with `V = W + s B A`, the norm taken over each row: DoRA. Values: A (R, I), B (O, R), m (O).
 
-    The gradient is the written term's, also through the norm, which the forward pass takes as a constant.
+    DoRA's forward pass treats the norm |V| as a constant in the backward pass (section 4.3 of the paper). A penalty on the
+    weight has no such approximation: `backward` is the exact gradient, through the norm too.
     """
 
     scale: float
     weight: Callable[[], Tensor]
-    """W as it is held, whole."""
+    """The full weight W, as stored."""
     transposed: bool = False
 
     def delta(self, values: Sequence[Tensor]) -> Tensor:
-        """The change, of the weight's shape: `(m / |V| - 1) W + m / |V| s B A`, where nothing large cancels."""
+        """The change, of the weight's shape: `(m / |V| - 1) W + m / |V| s B A`, a sum of small terms."""
         a_RI, b_OR, m_O = values
         weight_OI, update_OI, norm_O1 = self._parts(a_RI, b_OR)
-        grown_O1 = (m_O[:, None] - norm_O1) / norm_O1
-        return _transpose_if(grown_O1 * weight_OI + (grown_O1 + 1) * update_OI, self.transposed)
+        growth_O1 = (m_O[:, None] - norm_O1) / norm_O1  # m / |V| - 1
+        return _transpose_if(growth_O1 * weight_OI + (growth_O1 + 1) * update_OI, self.transposed)
 
     def backward(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
-        """`dV = m / |V| (G - U <G, U>)` row by row with U = V / |V|, from there as for LoRA; `dm = <G, U>`."""
+        """`dV = m / |V| (G - U <G, U>)` row by row with U = V / |V|, then as for LoRA; `dm = <G, U>`.
+
+        Scaling a row of V changes nothing, so the part of G along the row's direction U is projected out.
+        """
         a_RI, b_OR, m_O = values
         weight_OI, update_OI, norm_O1 = self._parts(a_RI, b_OR)
         direction_OI = (weight_OI + update_OI) / norm_O1
@@ -123,16 +127,16 @@ class RescaledDelta(WeightDelta):
 class SubspaceDelta(WeightDelta):
     """`U S V - U0 S0 V0`: orthogonal subspace fine-tuning. Values: U (O, L), S (L), V (L, I).
 
-    Gradients of U and V are projected as those of the loss are.
+    Gradients of U and V are projected as those of the loss are (see `osf`).
     """
 
     start: tuple[Tensor, Tensor, Tensor]
     """U0, S0 and V0."""
     project: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
-    """What becomes of a gradient of U (O, L), and of one of V (L, I)."""
+    """The projections of gradients of U (O, L), and of V (L, I)."""
 
     def delta(self, values: Sequence[Tensor]) -> Tensor:
-        """The update (O, I): `(U S - U0 S0) V + U0 S0 (V - V0)`, where nothing large cancels."""
+        """The update (O, I): `(U S - U0 S0) V + U0 S0 (V - V0)`, a sum of small terms."""
         u_OL, s_L, v_LI = values
         u0_OL, s0_L, v0_LI = (t.to(u_OL) for t in self.start)
         return (u_OL * s_L - u0_OL * s0_L) @ v_LI + (u0_OL * s0_L) @ (v_LI - v0_LI)
@@ -146,5 +150,5 @@ class SubspaceDelta(WeightDelta):
 
 
 def _transpose_if(matrix: Tensor, transposed: bool) -> Tensor:
-    """From the weight's layout to (O, I), or back."""
+    """Convert between the weight's layout and (O, I)."""
     return matrix.T if transposed else matrix

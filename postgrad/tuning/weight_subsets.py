@@ -1,10 +1,9 @@
-"""Which of the base's own weights move, and which stay?
+"""Fine-tuning of the base's own weights: all, the task layer, some blocks, the biases, or the norms.
 
-Every kind here trains weights that the base has, in place, and adds none: all of them (`Full`), the task layer (`Head`),
-some blocks (`Blocks`), the biases (`Bias`) or the normalisations (`Norm`). What they leave is a plain model; once its
-weights have moved there is no base to switch back to.
+Every kind here trains existing weights in place and adds none. The result is a plain model; once its weights have changed,
+there is no base to disable them to.
 
-Constructors take `seed` and `tokenizer` because every kind is made the same way; nothing here draws or tokenizes.
+Constructors take `seed` and `tokenizer` because every kind is built by the same call; nothing here draws or tokenizes.
 """
 
 from __future__ import annotations
@@ -14,24 +13,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError, suggest_nearest
 from postgrad.tuning.parameter_location import (
+    SavedRequiresGrad,
     block_distances,
     get_parameter,
     head_parameters,
+    is_inside,
     locate_parameter,
     parameter_distances,
     task_layer_parameters,
 )
-from postgrad.tuning.tuning import Tuning, TuningExport, copy_state, freeze, trainable_parameters, unfreeze
+from postgrad.tuning.tuning import Tuning, TuningExport, check_ranges, freeze, trainable_parameters, unfreeze
 from postgrad.tuning.untie_embeddings import UntieResult, tied_to, untie_output
 
 
 class WeightSubset(Tuning):
-    """Some of the base's own weights move, the others stay."""
+    """A selection of the base's weights is trained."""
 
     additive = False
     has_exact_merge = True
@@ -46,55 +47,49 @@ class WeightSubset(Tuning):
         layer_decay: float = 1.0,
         options: Mapping[str, Any],
     ) -> None:
-        """Let the parameters named in `moving`, those that patterns of `also` match, and no others move.
+        """Train `parameter_names`, the parameters that patterns of `also` match, and no others.
 
-        Raises `TuningError` when a pattern matches nothing, or nothing is left to move.
+        Raises `TuningError` if a pattern matches nothing, or nothing is trainable.
         """
         super().__init__(model)
         self.options = {"kind": self.kind, **options}
         self.rate_factors = _decay_factors(model, layer_decay)
-        self._initial_requires_grad = [
-            (locate_parameter(model, name), p.requires_grad) for name, p in model.named_parameters()
-        ]
-        chosen = {*parameter_names, *unfreeze(model, also)}
+        self._requires_grad = SavedRequiresGrad(model)
+        selected = {*parameter_names, *unfreeze(model, also)}
         freeze(model)
         for name, parameter in model.named_parameters():
-            if name in chosen:
-                _require_floating_point(name, parameter).requires_grad_(True)
+            if name in selected:
+                _check_floating_point(name, parameter)
+                parameter.requires_grad_(True)
         self.locations = {name: locate_parameter(model, name) for name in trainable_parameters(model)}
 
-    def state(self) -> dict[str, Tensor]:
-        """Every weight that moves, by its name in the model."""
-        return {name: get_parameter(place).detach() for name, place in self.locations.items()}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave. Raises `TuningError` when names or shapes are not mine."""
-        copy_state(self.state(), state, self.kind)
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Every trained weight, by its name in the model."""
+        return {name: get_parameter(location) for name, location in self.locations.items()}
 
     def detach(self) -> None:
-        """Let every weight be as trainable as it was before; their values are the model's now."""
-        for place, moved in self._initial_requires_grad:
-            get_parameter(place).requires_grad_(moved)
+        """Restore `requires_grad`; the weights keep their trained values."""
+        self._requires_grad.restore()
 
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Detach: the weights are plain ones already."""
         self.detach()
 
     def export(self) -> TuningExport:
-        """The weights that move, and how they were chosen."""
+        """The trained weights, and the options that select them."""
         return TuningExport(self.options, self.state())
 
     def rate_factor(self, name: str) -> float:
-        """`layer_decay` to the power of the distance from the top, as `distances` counts it."""
+        """`layer_decay` to the power of the distance from the top (see `parameter_distances`)."""
         return self.rate_factors.get(name, 1.0)
 
 
 class FullFinetuning(WeightSubset):
     """Fine-tuning of all weights.
 
-    With `layer_decay` below 1 the rate falls from the top down: 1 at the head, `layer_decay` at the top block,
-    `layer_decay ** (L + 1)` at the embeddings of a stack of L blocks (layer-wise rate decay: ELECTRA, arXiv 2003.10555,
-    appendix B; BEiT, arXiv 2106.08254; the exponent is L + 1 - layer, the embeddings being layer 0 and the head L + 1).
+    With `layer_decay` below 1 the learning rate falls from the top down: factor 1 at the head, `layer_decay` at the top
+    block, `layer_decay ** (L + 1)` at the embeddings of a stack of L blocks (layer-wise decay: ELECTRA, arXiv 2003.10555,
+    appendix B; BEiT, arXiv 2106.08254; the exponent is L + 1 - layer, with the embeddings as layer 0, the head as L + 1).
     """
 
     kind = "full"
@@ -108,18 +103,18 @@ class FullFinetuning(WeightSubset):
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        everything = [name for name, _ in model.named_parameters()]
-        super().__init__(model, everything, layer_decay=layer_decay, options={"layer_decay": layer_decay})
+        names = [name for name, _ in model.named_parameters()]
+        super().__init__(model, names, layer_decay=layer_decay, options={"layer_decay": layer_decay})
         if self.rate_factors:
             self.notes += _tied_notes(model, "its rate is that of the embeddings, the lowest")
 
 
 class HeadFinetuning(WeightSubset):
-    """Lightweight tuning: the backbone is frozen, the task layer moves.
+    """Only the task layer is trained; the backbone is frozen.
 
-    The task layer is what stands on the backbone: a classifier, or a language model's output embedding with whatever it has
-    before it (the transform of a masked one). `heads` names it by patterns instead. A tied output embedding is refused, as
-    all of the input embedding would move with it, unless `untie` makes it a weight of its own first.
+    The task layer is a classifier, or a language model's output embedding with the layers before it (a masked language
+    model's transform). `heads` selects it by patterns instead. A tied output embedding is an error, as all of the input
+    embedding would be trained with it, unless `untie` makes it a weight of its own first.
     """
 
     kind = "head"
@@ -134,25 +129,25 @@ class HeadFinetuning(WeightSubset):
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """Raises `TuningError` when there is no task layer, or it is a tied output embedding and `untie` is not asked for."""
+        """Raises `TuningError` if there is no task layer, or it is a tied output embedding and `untie` is False."""
         untied = untie_output(model) if untie else UntieResult([], set())
-        found = [] if heads else [name for name in _task_layer_names(model) if name not in untied.unused_parameters]
+        names = [] if heads else [name for name in _task_layer_names(model) if name not in untied.unused_parameters]
         options = {"untie": untie, "heads": list(heads), "also": list(also)}
-        super().__init__(model, found, also=[*heads, *also], options=options)
+        super().__init__(model, names, also=[*heads, *also], options=options)
         self.notes += untied.notes
 
 
 class BlockFinetuning(WeightSubset):
-    """Some blocks move, the others stay.
+    """Some blocks are trained, the others are frozen.
 
-    Which ones is said by exactly one of `last` (that many from the top of each stack), `all_but_first` (all but that many at
-    the bottom of each stack) and `names` (patterns such as `decoder.block.3` or `*layers.1?`). `head` adds what stands
-    behind the blocks (final norm, pooler, task layer; not a tied output embedding), `embeddings` what stands before them.
+    Exactly one of `last` (that many from the top of each stack), `all_but_first` (all but that many at the bottom of each
+    stack) and `names` (patterns such as `decoder.block.3` or `*layers.1?`) selects the blocks. `head` adds the modules after
+    them (final norm, pooler, task layer; not a tied output embedding), `embeddings` those before them.
 
-    With `unfreeze_every` steps they thaw from the top, one more every so many steps: first a task's own layer alone, then
-    block by block (in an encoder-decoder one of each stack at a time), at last the embeddings (gradual unfreezing, ULMFiT,
-    arXiv 1801.06146, section 3.3). A language model's head is no newcomer and thaws with the top block. `layer_decay` is as
-    in `Full`; ULMFiT's own is 1 / 2.6 (section 3.2).
+    With `unfreeze_every` N, one group is unfrozen every N steps from the top down: first a task's own layer alone, then
+    block by block (in an encoder-decoder one of each stack at a time), the embeddings last (gradual unfreezing, ULMFiT,
+    arXiv 1801.06146, section 3.3). A language model's head is pretrained, and is unfrozen with the top block. `layer_decay`
+    is as in `FullFinetuning`; ULMFiT's own is 1 / 2.6 (section 3.2).
     """
 
     kind = "blocks"
@@ -172,22 +167,20 @@ class BlockFinetuning(WeightSubset):
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """Raises `TuningError` when the blocks are said in no way, in two ways, or are not there."""
-        if unfreeze_every is not None and unfreeze_every < 1:
-            raise TuningError(
-                f"unfreeze_every is {unfreeze_every}", where="tuning.unfreeze_every", expected="at least 1 step"
-            )
+        """Raises `TuningError` unless exactly one option selects blocks, and for blocks that do not exist."""
+        is_step = unfreeze_every is None or unfreeze_every >= 1
+        check_ranges({"unfreeze_every": unfreeze_every}, {"unfreeze_every": (is_step, "at least 1 step")})
         blocks = block_distances(model)
-        chosen = _select_blocks(blocks, last, all_but_first, names)
-        # 0 is what stands behind the blocks; of what is left, all that is in no block stands before them.
-        moving = {
+        selected = _select_blocks(blocks, last, all_but_first, names)
+        distances = {
             name: distance
             for name, distance in parameter_distances(model).items()
-            if (_is_inside(name, chosen) if _is_inside(name, blocks) else head if distance == 0 else embeddings)
+            # Outside of the blocks, a distance of 0 is after them, any other before them.
+            if (is_inside(name, selected) if is_inside(name, blocks) else head if distance == 0 else embeddings)
         }
         super().__init__(
             model,
-            moving,
+            distances,
             also=also,
             layer_decay=layer_decay,
             options={
@@ -202,29 +195,27 @@ class BlockFinetuning(WeightSubset):
             },
         )
         self.unfreeze_every = unfreeze_every
-        first = (
-            0
-            if any(name in self.locations for name in task_layer_parameters(model))
-            else min(chosen.values(), default=0)
-        )
-        place = {name: max(first, moving.get(name, 0)) for name in self.locations}
-        order = sorted(set(place.values()))
-        self._unfreeze_order = {name: order.index(distance) for name, distance in place.items()}
+        # A new task layer is unfrozen alone; without one, what is above the selected blocks joins the topmost of them.
+        has_task_layer = any(name in self.locations for name in task_layer_parameters(model))
+        first = 0 if has_task_layer else min(selected.values(), default=0)
+        group_distances = {name: max(first, distances.get(name, 0)) for name in self.locations}
+        order = sorted(set(group_distances.values()))
+        self._unfreeze_order = {name: order.index(distance) for name, distance in group_distances.items()}
         if head and not embeddings:
             self.notes += _tied_notes(model, "it stays frozen with the embeddings")
 
     def on_step_begin(self, step: int) -> None:
-        """Thaw what is due at this step (counted from 1), freeze what is not."""
+        """Unfreeze the groups due at this step (from 1), and freeze the others."""
         if self.unfreeze_every is not None:
-            for name, place in self.locations.items():
-                get_parameter(place).requires_grad_(step > self._unfreeze_order[name] * self.unfreeze_every)
+            for name, parameter in self.tensors().items():
+                parameter.requires_grad_(step > self._unfreeze_order[name] * self.unfreeze_every)
 
 
 class BitFit(WeightSubset):
-    """BitFit: only biases move, and a task's own layer (Ben Zaken et al. 2021, arXiv 2106.10199).
+    """BitFit: only biases and a task's own layer are trained (Ben Zaken et al. 2021, arXiv 2106.10199).
 
-    `names` are patterns that limit which: the paper's smaller variant moves those of the queries and of the feed-forward
-    layers' first half only (section 3). `also` names other parameters that move with them.
+    `names` are patterns that restrict the biases: the paper's smaller variant trains those of the queries and of the first
+    feed-forward projections only (section 3). `also`: patterns of further parameters.
     """
 
     kind = "bias"
@@ -238,26 +229,27 @@ class BitFit(WeightSubset):
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """Raises `TuningError` for a backbone without such biases, as most recent decoders are."""
-        task, behind = task_layer_parameters(model), head_parameters(model)
+        """Raises `TuningError` for a backbone without matching biases; most recent decoders have none."""
+        head = head_parameters(model)
         biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
-        found = [name for name in biases if any(fnmatchcase(name, pattern) for pattern in names)]
-        if all(name in behind for name in found):
+        selected = [name for name in biases if any(fnmatchcase(name, pattern) for pattern in names)]
+        if all(name in head for name in selected):
             raise TuningError(
                 f"the backbone of {type(model).__name__} has no biases"
                 + ("" if list(names) == ["*"] else f" that match {list(names)}"),
                 where="tuning",
                 expected="a backbone with biases, such as BERT, RoBERTa, GPT-2, OPT or Qwen2",
-                hint="norm moves about as few weights; head, blocks, full and lora work on every model",
+                hint="norm trains about as few weights; head, blocks, full and lora work on every model",
             )
-        super().__init__(model, [*found, *task], also=also, options={"names": list(names), "also": list(also)})
+        selected += task_layer_parameters(model)
+        super().__init__(model, selected, also=also, options={"names": list(names), "also": list(also)})
 
 
 class NormFinetuning(WeightSubset):
-    """Only normalisation layers move, and a task's own layer.
+    """Only normalisation layers and a task's own layer are trained.
 
-    Tuning gains and shifts alone is near full fine-tuning on many tasks (Qi et al. 2022, arXiv 2211.08682; for a reader of
-    other modalities Lu et al. 2021, arXiv 2103.05247). `also` names other parameters that move with them.
+    Gains and shifts alone come near full fine-tuning on many tasks (Qi et al. 2022, arXiv 2211.08682; for transfer to other
+    modalities Lu et al. 2021, arXiv 2103.05247). `also`: patterns of further parameters.
     """
 
     kind = "norm"
@@ -271,79 +263,77 @@ class NormFinetuning(WeightSubset):
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """Raises `TuningError` for a model whose normalisations have no weights."""
-        found = [
-            f"{name}.{leaf}"
+        """Raises `TuningError` for a model whose normalisation layers have no weights."""
+        selected = [
+            f"{name}.{local}"
             for name, module in model.named_modules()
             if isinstance(module, self.norm_classes) or re.search("Norm(?![a-z])", type(module).__name__)
-            for leaf, _ in module.named_parameters(recurse=False)
+            for local, _ in module.named_parameters(recurse=False)
         ]
-        if not found:
+        if not selected:
             raise TuningError(
-                f"{type(model).__name__} has no normalisation with weights",
+                f"{type(model).__name__} has no normalisation layers with weights",
                 where="tuning",
                 expected="LayerNorm or RMSNorm layers with gains",
                 hint="head, blocks, full and lora work on every model",
             )
-        super().__init__(model, [*found, *task_layer_parameters(model)], also=also, options={"also": list(also)})
+        super().__init__(model, [*selected, *task_layer_parameters(model)], also=also, options={"also": list(also)})
 
 
-def _require_floating_point(name: str, parameter: nn.Parameter) -> nn.Parameter:
+def _check_floating_point(name: str, parameter: nn.Parameter) -> None:
     if not parameter.is_floating_point():
         raise TuningError(
-            f"{name} is held in {str(parameter.dtype).removeprefix('torch.')}, which no gradient can move",
+            f"{name} is {str(parameter.dtype).removeprefix('torch.')}, which cannot be trained",
             where="tuning",
             expected="a model in full precision",
-            hint="lora trains beside quantised weights",
+            hint="lora trains adapters on quantised weights",
         )
-    return parameter
 
 
 def _decay_factors(model: PreTrainedModel, layer_decay: float) -> dict[str, float]:
-    """The rate factor of every parameter; none where nothing decays. Raises `TuningError` outside of (0, 1]."""
-    if not 0 < layer_decay <= 1:
-        raise TuningError(
-            f"layer_decay is {layer_decay}", where="tuning.layer_decay", expected="more than 0 and at most 1"
-        )
-    return (
-        {}
-        if layer_decay == 1
-        else {name: layer_decay**distance for name, distance in parameter_distances(model).items()}
-    )
+    """The rate factor of every parameter; empty without decay. Raises `TuningError` outside of (0, 1]."""
+    in_range = 0 < layer_decay <= 1
+    check_ranges({"layer_decay": layer_decay}, {"layer_decay": (in_range, "more than 0 and at most 1")})
+    distances = {} if layer_decay == 1 else parameter_distances(model)
+    return {name: layer_decay**distance for name, distance in distances.items()}
 
 
 def _task_layer_names(model: PreTrainedModel) -> list[str]:
-    """What stands on the backbone. Raises `TuningError` when nothing does, or some of it is tied to the backbone."""
+    """The parameters on top of the backbone. Raises `TuningError` if there are none, or some are tied to the backbone."""
     names = head_parameters(model)
     if not names:
         raise TuningError(
             f"{type(model).__name__} has no task layer", where="tuning", expected="a model with a head for its task"
         )
-    for name in names:
-        table = tied_to(model, name)
-        if table is not None and table not in names:
-            raise TuningError(
-                f"{name} is tied to {table}, so that all of the input embedding would move with it",
-                where="tuning",
-                hint="untie: true makes it a weight of its own; or tune with blocks, norm or lora",
-            )
+    if tied := _tied_heads(model):
+        name, table = tied[0]
+        raise TuningError(
+            f"{name} is tied to {table}: all of the input embedding would be trained with it",
+            where="tuning",
+            hint="untie: true makes it a weight of its own; or use blocks, norm or lora",
+        )
     return names
 
 
+def _tied_heads(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """Parameters on top of the backbone, each with the weight of the backbone that it is tied to."""
+    names = head_parameters(model)
+    tied = [(name, tied_to(model, name)) for name in names]
+    return [(name, table) for name, table in tied if table is not None and table not in names]
+
+
 def _tied_notes(model: PreTrainedModel, consequence: str) -> list[str]:
-    """A sentence about a language model's tied output embedding, where there is one."""
-    tied = [(name, tied_to(model, name)) for name in head_parameters(model)]
-    pairs = [(name, table) for name, table in tied if table is not None and table not in head_parameters(model)]
-    return [f"{name} is tied to {table}: {consequence}" for name, table in pairs]
+    """A note about a language model's tied output embedding, if there is one."""
+    return [f"{name} is tied to {table}: {consequence}" for name, table in _tied_heads(model)]
 
 
 def _select_blocks(
     blocks: Mapping[str, int], last: int | None, all_but_first: int | None, names: Sequence[str]
 ) -> dict[str, int]:
-    """The blocks that move, with their distances from the top. Raises `TuningError` when they are not said in one way."""
+    """The trained blocks with their distances from the top. Raises `TuningError` unless exactly one option is set."""
     if [last is not None, all_but_first is not None, bool(names)].count(True) != 1:
         raise TuningError(
-            "which blocks move is not said in one way",
+            "the blocks to train are not uniquely specified",
             where="tuning",
             expected="exactly one of last, all_but_first and names",
         )
@@ -351,31 +341,25 @@ def _select_blocks(
         return _named_blocks(blocks, names)
     depth = max(blocks.values())
     if last is not None:
-        if not 1 <= last <= depth:
-            raise TuningError(f"last is {last}", where="tuning.last", expected=f"1 to {depth}, as many as there are")
+        check_ranges({"last": last}, {"last": (1 <= last <= depth, f"1 to {depth}, the number of blocks")})
         return {name: distance for name, distance in blocks.items() if distance <= last}
     assert all_but_first is not None
-    if not 0 <= all_but_first <= depth:  # all but all of them: what stands around the blocks moves alone
-        raise TuningError(f"all_but_first is {all_but_first}", where="tuning.all_but_first", expected=f"0 to {depth}")
+    # With all of them excluded, only what is around the blocks is trained.
+    check_ranges({"all_but_first": all_but_first}, {"all_but_first": (0 <= all_but_first <= depth, f"0 to {depth}")})
     return {name: d for name, d in blocks.items() if int(name.rpartition(".")[2]) >= all_but_first}
 
 
 def _named_blocks(blocks: Mapping[str, int], patterns: Sequence[str]) -> dict[str, int]:
-    """The blocks whose names, or ends of names, match a pattern. Raises `TuningError` when one matches none."""
-    chosen: dict[str, int] = {}
+    """The blocks whose names, or ends of names, match a pattern. Raises `TuningError` if one matches none."""
+    selected: set[str] = set()
     for pattern in patterns:
-        met = {n: d for n, d in blocks.items() if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")}
-        if not met:
+        matches = {n for n in blocks if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")}
+        if not matches:
             raise TuningError(
                 f"'{pattern}' matches no block",
                 where="tuning.names",
                 expected=f"names such as {', '.join(list(blocks)[-2:])}",
                 hint=suggest_nearest(pattern, blocks),
             )
-        chosen.update(met)
-    return {name: d for name, d in blocks.items() if name in chosen}
-
-
-def _is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter is in one of these modules."""
-    return any(name.startswith(f"{module}.") for module in modules)
+        selected |= matches
+    return {name: distance for name, distance in blocks.items() if name in selected}

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from postgrad.cli import main, progress
 from postgrad.commands.synthesize import SynthesisProgress
 from postgrad.lineage.record import read_record
-from postgrad.run.run import RunEvent, StepCompleted
+from postgrad.run.events import RunEvent, StepCompleted
 from tests.conftest import StageOf, make_llama, make_tokenizer, new_text, old_text, write_jsonl
 from tests.test_docs import parse
 from tests.tiny_lineage import LineageRuns, runs  # noqa: F401  (a fixture)

@@ -29,7 +29,7 @@ from postgrad.commands.advise import (
 from postgrad.config.stage_file import load_stage
 from postgrad.errors import StageError
 from postgrad.plan.plan import make_plan
-from postgrad.run.run import InfoMessage, PhaseStarted, RunFinished, RunStarted, RunStopped
+from postgrad.run.events import InfoMessage, PhaseStarted, RunFinished, RunStarted, RunStopped
 from postgrad.stats import bootstrap
 from tests.tiny_stages import LENGTH, Workspace, make_workspace
 

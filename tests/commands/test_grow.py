@@ -16,7 +16,8 @@ from postgrad.errors import DataError, StageError
 from postgrad.models.grow_embeddings import grow_embeddings
 from postgrad.models.pretrained import save_pretrained
 from postgrad.plan.plan import make_plan
-from postgrad.run.run import RunFinished, run_stage
+from postgrad.run.events import RunFinished
+from postgrad.run.run import run_stage
 from tests.conftest import StageOf, make_llama, make_tokenizer, old_text, write_jsonl
 from tests.data.test_extend_vocabulary import german
 

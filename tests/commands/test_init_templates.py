@@ -16,7 +16,8 @@ from postgrad.config.stage_file import load_stage
 from postgrad.errors import DataError, StageError
 from postgrad.lineage.record import read_record
 from postgrad.plan.plan import make_plan
-from postgrad.run.run import RunFinished, run_stage
+from postgrad.run.events import RunFinished
+from postgrad.run.run import run_stage
 from tests.test_docs import parse
 
 TINY = [

@@ -22,7 +22,8 @@ from postgrad.commands.restore import (
 from postgrad.errors import PostgradError, StageError
 from postgrad.lineage.record import read_record
 from postgrad.plan.checkpoint_selection import CheckpointEvaluation, SelectionRule, compute_selection_state
-from postgrad.run.run import RunFinished, run_stage
+from postgrad.run.events import RunFinished
+from postgrad.run.run import run_stage
 from postgrad.stats import bootstrap
 from tests.tiny_stages import Workspace, make_workspace
 

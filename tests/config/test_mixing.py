@@ -10,7 +10,8 @@ import pytest
 
 from postgrad.config.mixing import EqualMixing, ProportionalMixing, TemperatureMixing, fill_shares
 from postgrad.config.stage_file import parse_stage
-from postgrad.data.layouts.rows import IGNORED, held_out_mask, select_documents
+from postgrad.data.layouts.rows import IGNORED
+from postgrad.data.tokens.held_out_split import held_out_mask, select_documents
 from postgrad.errors import StageError
 from postgrad.plan.plan import Plan
 from tests.tiny_stages import Workspace, make_workspace, source_target_examples, write_rows

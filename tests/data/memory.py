@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import numpy as np
+
+from postgrad.data.layouts.rows import RowOptions
+
+_Rows = TypeVar("_Rows")
+_SHARED = {field.name for field in fields(RowOptions)}
+
+
+def lay_out(layout: Callable[..., _Rows], store: object, length: int, **options: Any) -> _Rows:
+    """Rows of a layout, with the options that all layouts share and its own."""
+    shared = {name: options.pop(name) for name in _SHARED & options.keys()}
+    return layout(store, RowOptions(length, **shared), **options)
 
 
 class InMemoryStore:

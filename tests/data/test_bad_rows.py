@@ -195,7 +195,7 @@ def test_a_chat_template_that_fails_names_the_row(planned: Planned, shelf: Works
     assert planned([good] * 3, model="strict").data.sources[0].store.kind == "chat"
     with pytest.raises(DataError, match="the chat template refuses the conversation: nine is not said") as met:
         planned([good, good, bad, good], model="strict")
-    assert met.value.where.endswith("bad.jsonl:3") and "another template" in met.value.way_out
+    assert met.value.where.endswith("bad.jsonl:3") and "another template" in met.value.hint
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }"
     tokenizer.save_pretrained(strict)
     with pytest.raises(PostgradError, match="the chat template is broken") as broken:

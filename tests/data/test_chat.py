@@ -183,13 +183,13 @@ def test_a_template_that_hides_where_an_answer_begins_is_refused_with_a_way_out(
     with pytest.raises(DataError) as caught:
         ChatRenderer(THINKING, SPECIAL).render(example)
     assert "message 2 is not how the whole begins" in str(caught.value)
-    assert "train only the last answer" in caught.value.way_out
+    assert "train only the last answer" in caught.value.hint
     assert trained(ChatRenderer(THINKING, SPECIAL, answers="last"), example) == [f"<think></think>b{EOS}"]
     backwards = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
     with pytest.raises(DataError) as caught:
         ChatRenderer(backwards, SPECIAL, answers="last").render(example)
-    assert "generation" in caught.value.way_out
-    assert "last answer" not in caught.value.way_out
+    assert "generation" in caught.value.hint
+    assert "last answer" not in caught.value.hint
 
 
 def test_a_template_that_leaves_an_answer_out_is_refused() -> None:

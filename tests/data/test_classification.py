@@ -14,7 +14,7 @@ from postgrad.data.loading.batch import collate
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import DataError, StageError
-from tests.data.memory import InMemoryStore
+from tests.data.memory import InMemoryStore, lay_out
 
 CLS, SEP, MASK = 2, 1, 3
 BERT = Frame((CLS,), (SEP,), (SEP,))
@@ -29,11 +29,11 @@ PAIR = InMemoryStore(
 
 
 def labelled(store: InMemoryStore, length: int = 16, **changes: Any) -> LabelledRows:
-    return LabelledRows(store, length, **({"kind": "class", "frame": BERT, "lead": 1} | changes))
+    return lay_out(LabelledRows, store, length, **({"kind": "class", "frame": BERT, "lead": 1} | changes))
 
 
 def test_a_pair_and_a_single_text_by_hand() -> None:
-    rows = labelled(PAIR, types=True)
+    rows = labelled(PAIR, token_types=True)
     two, one = rows.get_row(0, 0), rows.get_row(1, 0)
     assert two.inputs["input_ids"].tolist() == [CLS, 5, 6, 7, SEP, 8, 9, SEP]
     assert two.inputs["token_type_ids"].tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
@@ -59,7 +59,7 @@ def test_numbers_and_several_classes(kind: ProblemType, values: list[list[float]
 
 
 def test_a_batch_of_classes() -> None:
-    rows = labelled(PAIR, types=True)
+    rows = labelled(PAIR, token_types=True)
     batch = collate([rows.get_row(0, 0), rows.get_row(1, 0)], [0, 0])
     assert batch.labels.dtype == torch.int64 and batch.labels.tolist() == [1, 0]
     assert batch.inputs["input_ids"].shape == batch.inputs["token_type_ids"].shape == (2, 8)
@@ -137,7 +137,7 @@ def test_the_frame_stands_whole_and_the_ledger_adds_up(
     for document, row in zip(rows.document_R.tolist(), read, strict=True):
         ids = row.inputs["input_ids"]
         first, second = ids[(ids >= 100) & (ids < 200)], ids[ids >= 200]
-        assert ids.tolist() == frame.around(first, second if len(second) else None).tolist()
+        assert ids.tolist() == frame.wrap(first, second if len(second) else None).tolist()
         a, b, label = sizes[document]
         if most:
             a, b = min(a, most - 1), max(0, min(b, most - 1 - a))
@@ -179,11 +179,11 @@ def test_rows_without_room_are_refused() -> None:
 def test_tags_by_hand() -> None:
     """Three words of two, one and two sub-tokens, with tags 0, 4 and 1."""
     store = InMemoryStore([[CLS, 10, 11, 12, 13, 14, SEP]], [[0, 1, 0, 5, 2, 0, 0]])
-    rows = TaggedRows(store, 16, frame=Frame((CLS, 90), (), (SEP,)), lead=1)
+    rows = lay_out(TaggedRows, store, 16, frame=Frame((CLS, 90), (), (SEP,)), lead=1)
     row = rows.get_row(0, 0)
     assert row.inputs["input_ids"].tolist() == [CLS, 90, 10, 11, 12, 13, 14, SEP]
     assert row.labels.tolist() == [X, X, 0, X, 4, 1, X, X] and row.label_count == 3
-    cut = TaggedRows(store, 6, frame=Frame((CLS, 90), (), (SEP,)), lead=1)
+    cut = lay_out(TaggedRows, store, 6, frame=Frame((CLS, 90), (), (SEP,)), lead=1)
     assert cut.get_row(0, 0).labels.tolist() == [X, X, 0, X, 4, X] and cut.ledger.truncated == 2
     assert cut.truncations == {"their end": 1}
 
@@ -199,7 +199,9 @@ def test_every_tag_stands_where_its_word_begins(
     """Law, with the ledger: the label of a token is its tag, where it has one."""
     documents = [[CLS, *range(100, 100 + len(m)), SEP] for m in marks]
     store = InMemoryStore(documents, [[0, *m, 0] for m in marks])
-    rows = TaggedRows(store, length, frame=Frame((CLS,), (), (SEP,)), lead=1, held_out=held, max_document_tokens=most)
+    rows = lay_out(
+        TaggedRows, store, length, frame=Frame((CLS,), (), (SEP,)), lead=1, held_out=held, max_document_tokens=most
+    )
     read, own = [rows.get_row(i, 0) for i in range(len(rows))], 0
     for document, row in zip(rows.document_R.tolist(), read, strict=True):
         text = row.inputs["input_ids"][1:-1]
@@ -214,10 +216,10 @@ def test_every_tag_stands_where_its_word_begins(
 
 
 def test_texts_without_tags_are_left_out_or_refused() -> None:
-    rows = TaggedRows(InMemoryStore([[5, SEP], [5, 6, SEP]], [[0, 0], [0, 1, 0]]), 8)
+    rows = lay_out(TaggedRows, InMemoryStore([[5, SEP], [5, 6, SEP]], [[0, 0], [0, 1, 0]]), 8)
     assert len(rows) == 1 and rows.skipped == {"no tags": 1}
     with pytest.raises(DataError, match="without tags"):
-        TaggedRows(InMemoryStore([[5, SEP]]), 8)
+        lay_out(TaggedRows, InMemoryStore([[5, SEP]]), 8)
 
 
 # --- cloze --------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def test_texts_without_tags_are_left_out_or_refused() -> None:
 
 def cloze(store: InMemoryStore, frame: Frame, length: int = 16, **changes: Any) -> ClozeRows:
     chosen = {"mask_id": MASK, "verbalisers": [40, 41], "lead": 1}
-    return ClozeRows(store, length, frame=frame, **(chosen | changes))
+    return lay_out(ClozeRows, store, length, frame=frame, **(chosen | changes))
 
 
 @pytest.mark.parametrize(

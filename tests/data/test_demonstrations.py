@@ -34,7 +34,7 @@ def letters(text: str) -> np.ndarray:
 
 
 def showing(pool: list[Example], by: RetrievalMethod = "bm25", **changes: Any) -> Demonstrations:
-    options: dict[str, Any] = {"count": 2, "tokens": 1000, "size": size, "vectors": letters, **changes}
+    options: dict[str, Any] = {"count": 2, "max_tokens": 1000, "count_tokens": size, "embed": letters, **changes}
     return Demonstrations(PlainRenderer(), pool, method=by, **options)
 
 
@@ -111,7 +111,7 @@ def test_the_least_alike_fall_out_when_there_is_no_room() -> None:
     every = shown(showing(POOL, count=5), asked)
     assert len(every) == 5
     for most in range(40):
-        kept = shown(showing(POOL, count=5, tokens=most), asked)
+        kept = shown(showing(POOL, count=5, max_tokens=most), asked)
         assert kept == every[len(every) - len(kept) :]
         assert sum(size(text) for text in kept) <= most
         more = every[len(every) - len(kept) - 1 :]
@@ -120,7 +120,7 @@ def test_the_least_alike_fall_out_when_there_is_no_room() -> None:
 
 def test_without_room_or_others_the_question_stands_alone() -> None:
     asked = example("the cat sat on the rug?")
-    assert showing(POOL, tokens=1).render(asked) == PlainRenderer().render(asked)
+    assert showing(POOL, max_tokens=1).render(asked) == PlainRenderer().render(asked)
     assert showing([asked, asked]).render(asked) == PlainRenderer().render(asked)
 
 
@@ -203,13 +203,13 @@ def test_a_fingerprint_is_of_all_that_decides_the_text() -> None:
     different = [
         made(),
         made(count=3),
-        made(tokens=7),
+        made(max_tokens=7),
         made(seed=1),
         made(POOL[1:]),
         made(answered),
         made(by="seed"),
         made(by="embedding"),
-        made(by="embedding", vectors=lambda text: letters(text)[::-1].copy()),
+        made(by="embedding", embed=lambda text: letters(text)[::-1].copy()),
         replace(showing(POOL), renderer=PlainRenderer(answer=" so: {completion}")).fingerprint,
     ]
     assert len(set(different)) == len(different)

@@ -306,7 +306,7 @@ def test_only_rows_with_the_values_that_are_asked_for(tmp_path: Path, ending: st
         rows(tmp_path, *given)
 
     def met(**only: tuple[str, ...]) -> list[int]:
-        return [int(d.text[4:]) for d in read_documents(source(tmp_path, f"a.{ending}", only=only)) if d.text]
+        return [int(d.text[4:]) for d in read_documents(source(tmp_path, f"a.{ending}", row_filter=only)) if d.text]
 
     assert met(task=("add",)) == [0, 3, 6]
     assert met(task=("add", "mul")) == [0, 2, 3, 5, 6, 8]
@@ -320,7 +320,7 @@ def test_only_rows_with_the_values_that_are_asked_for(tmp_path: Path, ending: st
 def test_a_text_file_has_nothing_to_choose_by(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(DataError, match="a text file has no columns to choose rows by"):
-        list(read_documents(source(tmp_path, "a.txt", only={"task": ("add",)})))
+        list(read_documents(source(tmp_path, "a.txt", row_filter={"task": ("add",)})))
 
 
 def test_rows_from_which_nothing_can_be_learnt_are_an_error_with_a_place(tmp_path: Path) -> None:

@@ -10,15 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postgrad.data.read.examples import (
-    Example,
-    Labels,
-    SkippedRow,
-    collect_labels,
-    detect_columns,
-    make_example,
-    merge_labels,
-)
+from postgrad.data.read.examples import Example, SkippedRow, detect_columns, make_example
+from postgrad.data.read.labels import Labels, collect_labels, merge_labels
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.errors import DataError, StageError
 

@@ -99,7 +99,7 @@ def test_merges_are_those_of_bpe_trained_anew_on_single_characters() -> None:
 
 def test_no_token_reaches_over_a_space_and_rare_pairs_are_none() -> None:
     found = extend_vocabulary(sentencepiece(), [*german(60), "einmalig"], 200)
-    assert all("▁" not in token[1:] for token in found.parts)
+    assert all("▁" not in token[1:] for token in found.old_ids)
     assert not any("einmal" in token for token in found.old_ids)
 
 

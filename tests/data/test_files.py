@@ -337,12 +337,12 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 MEMORY = """
     import resource, sys
     from pathlib import Path
-    from postgrad.data.read.files import read_rows
+    from postgrad.data.read.files import read_records
     from postgrad.errors import DataError
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows = 0
     try:
-        for row in read_rows(Path(sys.argv[1])):
+        for row in read_records(Path(sys.argv[1])):
             rows += 1
     except DataError as error:
         assert "more than" in str(error), error

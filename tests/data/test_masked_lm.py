@@ -10,7 +10,7 @@ from postgrad.data.layouts.masked_lm import MaskedRows
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.batch import collate
 from postgrad.data.render.frame import Frame
-from tests.data.memory import InMemoryStore
+from tests.data.memory import InMemoryStore, lay_out
 
 CLS, SEP, MASK, UNKNOWN = 1, 2, 3, 4
 SPECIAL = (0, CLS, SEP, MASK, UNKNOWN)
@@ -20,7 +20,7 @@ X = IGNORED
 
 def rows_of(documents: list[list[int]], length: int = 512, **changes: object) -> MaskedRows:
     chosen = {"frame": BERT, "mask_id": MASK, "vocabulary": 1000, "special_ids": SPECIAL, "seed": 0, "lead": 1}
-    return MaskedRows(InMemoryStore(documents), length, **(chosen | changes))
+    return lay_out(MaskedRows, InMemoryStore(documents), length, **(chosen | changes))
 
 
 def original(row: Row) -> np.ndarray:
@@ -30,7 +30,7 @@ def original(row: Row) -> np.ndarray:
 
 def test_one_row_by_hand() -> None:
     """Of five tokens with everything asked for, all but [UNK] are labels, and the frame never is."""
-    row = rows_of([[CLS, 50, 51, UNKNOWN, 52, SEP]], share=1.0).get_row(0, 0)
+    row = rows_of([[CLS, 50, 51, UNKNOWN, 52, SEP]], mask_rate=1.0).get_row(0, 0)
     assert row.labels.tolist() == [X, 50, 51, X, 52, X]
     assert original(row).tolist() == [CLS, 50, 51, UNKNOWN, 52, SEP]
     assert row.inputs["input_ids"][[0, 3, 5]].tolist() == [CLS, UNKNOWN, SEP]
@@ -71,7 +71,7 @@ def test_the_ledger_adds_up_and_the_count_is_exact(
 ) -> None:
     """Law: max(1, round(share n)) of the n tokens that may be masked are labels, and no other."""
     continues = (np.arange(1000) % 3 == 0) if whole else None
-    rows = rows_of(documents, length, share=share, held_out=held, max_document_tokens=most, continues_V=continues)
+    rows = rows_of(documents, length, mask_rate=share, held_out=held, max_document_tokens=most, continues_V=continues)
     book = rows.ledger
     assert book.read == book.held_out + book.dropped + book.truncated + book.placed
     assert book.placed == book.trained + book.context and book.padding == 0

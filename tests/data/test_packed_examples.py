@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.layouts.packed_examples import PackedExampleRows, TooLong, _cut_context, assign_rows
+from postgrad.data.layouts.packed_examples import PackedExampleRows, TooLongPolicy, _cut_context, assign_rows
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import StageError
-from tests.data.memory import InMemoryStore
+from tests.data.memory import InMemoryStore, lay_out
 
 EOS = 1
 X = IGNORED
@@ -27,19 +27,19 @@ def test_two_examples_in_a_row_by_hand() -> None:
         [[5, 6, 7, 8, EOS], [9, 10, 11, EOS]],
         [[0, 0, 1, 1, 1], [0, 1, 0, 0]],  # the second's answer does not run to its end
     )
-    rows = PackedExampleRows(store, 9)
+    rows = lay_out(PackedExampleRows, store, 9)
     ids, labels, positions = arrays(rows.get_row(0, 0))
     assert ids == [5, 6, 7, 8, 9, 10, 11, 0, 0]  # an EOS is only a label
     assert labels == [X, 7, 8, EOS, 10, X, X, X, X]
     assert positions == [0, 1, 2, 3, 0, 1, 2, 0, 1]  # padding is a document of its own
     assert rows.get_row(0, 0).label_count == 4
-    every = arrays(PackedExampleRows(store, 9, train_on="all").get_row(0, 0))[1]
+    every = arrays(lay_out(PackedExampleRows, store, 9, train_on="all").get_row(0, 0))[1]
     assert every == [6, 7, 8, EOS, 10, 11, EOS, X, X]
 
 
 def test_a_frame_by_hand() -> None:
     store = InMemoryStore([[2, 5, 6, 7, 8, EOS]], [[0, 0, 0, 1, 1, 1]])
-    rows = PackedExampleRows(store, 10, frame=Frame((2, 90, 91), (92,)), lead=1)
+    rows = lay_out(PackedExampleRows, store, 10, frame=Frame((2, 90, 91), (92,)), lead=1)
     ids, labels, positions = arrays(rows.get_row(0, 0))
     assert ids == [2, 90, 91, 5, 6, 92, 7, 8, 0, 0]
     assert labels == [X, X, X, X, X, 7, 8, EOS, X, X]
@@ -49,7 +49,7 @@ def test_a_frame_by_hand() -> None:
 def test_plain_text_in_windows_by_hand() -> None:
     """The last label of a window is the next one's first token, which is no label there."""
     store = InMemoryStore([[5, 6, 7, 8, 9, 10, 11, EOS]])
-    rows = PackedExampleRows(store, 5, frame=Frame((90, 91)))
+    rows = lay_out(PackedExampleRows, store, 5, frame=Frame((90, 91)))
     read = [arrays(rows.get_row(i, 0))[:2] for i in range(len(rows))]
     assert read == [
         ([90, 91, 5, 6, 7], [X, 5, 6, 7, 8]),
@@ -73,8 +73,8 @@ LONG = InMemoryStore([[5, 6, 7, 8, 9, 10, 11, 12, EOS]], [[0, 0, 1, 1, 0, 0, 1, 
         (2, "cut-end", [5, 6], [7]),
     ],
 )
-def test_what_is_cut_of_a_long_example(length: int, too_long: TooLong, kept: list[int], asked: list[int]) -> None:
-    rows = PackedExampleRows(LONG, length, too_long=too_long)
+def test_what_is_cut_of_a_long_example(length: int, too_long: TooLongPolicy, kept: list[int], asked: list[int]) -> None:
+    rows = lay_out(PackedExampleRows, LONG, length, too_long=too_long)
     ids, labels, _ = arrays(rows.get_row(0, 0))
     assert ids[: len(kept)] == kept and [x for x in labels if x != X] == asked
     book = rows.ledger
@@ -84,41 +84,41 @@ def test_what_is_cut_of_a_long_example(length: int, too_long: TooLong, kept: lis
 
 
 def test_what_does_not_fit_is_left_out_and_counted() -> None:
-    assert PackedExampleRows(LONG, 2).skipped["answer too long"] == 1
-    assert PackedExampleRows(LONG, 1, too_long="cut-end").skipped["answer too long"] == 1
-    assert PackedExampleRows(LONG, 7, too_long="drop").skipped["too long"] == 1
-    dropped = PackedExampleRows(LONG, 7, too_long="drop")
+    assert lay_out(PackedExampleRows, LONG, 2).skipped["answer too long"] == 1
+    assert lay_out(PackedExampleRows, LONG, 1, too_long="cut-end").skipped["answer too long"] == 1
+    assert lay_out(PackedExampleRows, LONG, 7, too_long="drop").skipped["too long"] == 1
+    dropped = lay_out(PackedExampleRows, LONG, 7, too_long="drop")
     assert len(dropped) == 0 and (dropped.ledger.dropped, dropped.ledger.truncated) == (9, 0)
     nothing = InMemoryStore([[5, 6, EOS], [EOS, EOS], [5, EOS]], [[0, 0, 0], [0, 0], [1, 1]])
-    assert PackedExampleRows(nothing, 8, lead=1).skipped["nothing to learn"] == 3
+    assert lay_out(PackedExampleRows, nothing, 8, lead=1).skipped["nothing to learn"] == 3
     text = InMemoryStore([[5, 6, 7, EOS], [5, 6, 7, 8, 9, 10, EOS]])
-    assert PackedExampleRows(text, 4, too_long="drop").skipped == {"nothing to learn": 0, "too long": 1}
+    assert lay_out(PackedExampleRows, text, 4, too_long="drop").skipped == {"nothing to learn": 0, "too long": 1}
     assert (
-        PackedExampleRows(text, 4, too_long="cut-end").truncations == {"their end": 1}
-        and not PackedExampleRows(text, 4).truncations
+        lay_out(PackedExampleRows, text, 4, too_long="cut-end").truncations == {"their end": 1}
+        and not lay_out(PackedExampleRows, text, 4).truncations
     )
-    cut = PackedExampleRows(text, 4, too_long="cut-end").ledger
+    cut = lay_out(PackedExampleRows, text, 4, too_long="cut-end").ledger
     assert cut.truncated == 2 and cut.trained == 3 + 4
 
 
 def test_an_answer_that_fits_only_without_its_frame_is_left_out() -> None:
     store = InMemoryStore([[5, 6, 7, 8, EOS]], [[0, 1, 1, 1, 1]])
-    assert len(PackedExampleRows(store, 5, frame=Frame((90,)))) == 1
-    assert len(PackedExampleRows(store, 5, frame=Frame((90, 91)))) == 0
+    assert len(lay_out(PackedExampleRows, store, 5, frame=Frame((90,)))) == 1
+    assert len(lay_out(PackedExampleRows, store, 5, frame=Frame((90, 91)))) == 0
 
 
 def test_a_frame_with_no_place_is_refused() -> None:
     with pytest.raises(StageError, match="behind the text"):
-        PackedExampleRows(LONG, 9, frame=Frame(suffix_ids=(3,)))
+        lay_out(PackedExampleRows, LONG, 9, frame=Frame(suffix_ids=(3,)))
     with pytest.raises(StageError, match="plain text"):
-        PackedExampleRows(InMemoryStore([[5, EOS]]), 9, frame=Frame(separator_ids=(3,)))
+        lay_out(PackedExampleRows, InMemoryStore([[5, EOS]]), 9, frame=Frame(separator_ids=(3,)))
     with pytest.raises(StageError, match="no room"):
-        PackedExampleRows(LONG, 2, frame=Frame((3, 4)))
+        lay_out(PackedExampleRows, LONG, 2, frame=Frame((3, 4)))
 
 
 def test_rows_of_their_own_are_not_padded() -> None:
     store = InMemoryStore([[5, 6, EOS], [7, EOS]], [[0, 1, 1], [1, 1]])
-    rows = PackedExampleRows(store, 8, pack=False)
+    rows = lay_out(PackedExampleRows, store, 8, pack=False)
     assert [arrays(rows.get_row(i, 0))[0] for i in range(2)] == [[5, 6], [7]]
     assert rows.document_R is not None and rows.document_R.tolist() == [0, 1] and rows.ledger.padding == 0
 
@@ -133,7 +133,7 @@ options = st.fixed_dictionaries(
         "train_on": st.sampled_from(["answers", "all"]),
         "too_long": st.sampled_from(["cut-context", "cut-end", "drop"]),
         "lead": st.integers(0, 1),
-        "together": st.booleans(),
+        "pack": st.booleans(),
         "held_out": st.sampled_from([0.0, 0.3]),
         "max_document_tokens": st.sampled_from([None, 7]),
     }
@@ -159,7 +159,7 @@ def check_ledger(rows: PackedExampleRows) -> list[Row]:
 @settings(max_examples=300)
 @given(marked, st.integers(4, 30), options)
 def test_the_ledger_of_examples_adds_up(marks: list[list[int]], length: int, chosen: dict) -> None:
-    rows = PackedExampleRows(store_of(marks), length, **chosen)
+    rows = lay_out(PackedExampleRows, store_of(marks), length, **chosen)
     read = check_ledger(rows)
     # Placed: a piece's text but its last token stands in the row, that one is its last label, and a BOS was replaced.
     mine = sum(int((r.inputs["input_ids"] >= 100).sum()) for r in read)
@@ -170,7 +170,7 @@ def test_the_ledger_of_examples_adds_up(marks: list[list[int]], length: int, cho
 @given(marked, st.integers(4, 30), options)
 def test_every_label_is_the_next_marked_token(marks: list[list[int]], length: int, chosen: dict) -> None:
     """Law: a label is the token that follows in the text, and it is an answer (or everything is asked for)."""
-    rows = PackedExampleRows(store_of(marks), length, **chosen)
+    rows = lay_out(PackedExampleRows, store_of(marks), length, **chosen)
     for row in (rows.get_row(i, 0) for i in range(len(rows))):
         ids, labels, positions = arrays(row)
         for t, label in enumerate(labels):
@@ -191,7 +191,7 @@ def test_every_label_is_the_next_marked_token(marks: list[list[int]], length: in
 @given(marked, frames)
 def test_every_answer_is_a_label(marks: list[list[int]], frame: Frame) -> None:
     """Law, where everything fits: each marked token, and the EOS behind one, when anything stands before it."""
-    rows = PackedExampleRows(store_of(marks), 100, frame=frame)
+    rows = lay_out(PackedExampleRows, store_of(marks), 100, frame=frame)
     asked = Counter(x for i in range(len(rows)) for x in rows.get_row(i, 0).labels.tolist() if x != X)
     wanted = [
         100 * i + 100 + k for i, m in enumerate(marks) for k, mark in enumerate(m[:-1]) if mark and (k or frame.size(2))
@@ -204,18 +204,18 @@ def test_every_answer_is_a_label(marks: list[list[int]], frame: Frame) -> None:
 def test_every_token_of_plain_text_is_a_label_once(sizes: list[int], length: int, framed: int) -> None:
     """Law: all but a document's first token, and that too when a frame stands before it."""
     documents = [[*range(100 * i + 100, 100 * i + 99 + n), EOS] for i, n in enumerate(sizes)]
-    rows = PackedExampleRows(InMemoryStore(documents), length, frame=Frame((90, 91)[:framed]))
+    rows = lay_out(PackedExampleRows, InMemoryStore(documents), length, frame=Frame((90, 91)[:framed]))
     labels = Counter(x for r in check_ledger(rows) for x in r.labels.tolist() if x != X)
     assert labels == Counter(x for d in documents for x in d[0 if framed else 1 :])
     if not framed:
-        packed = PackedRows(InMemoryStore(documents), length)
+        packed = lay_out(PackedRows, InMemoryStore(documents), length)
         assert labels == Counter(x for i in range(len(packed)) for x in packed.get_row(i, 0).labels.tolist() if x != X)
 
 
 def test_windows_that_do_not_overlap_would_lose_labels() -> None:
     """The mutant: windows of T tokens side by side have no label for each window's first token."""
     document = [*range(100, 140), EOS]
-    rows = PackedExampleRows(InMemoryStore([document]), 8)
+    rows = lay_out(PackedExampleRows, InMemoryStore([document]), 8)
     inside = sum(len(document[i : i + 8]) - 1 for i in range(0, len(document), 8))
     assert inside < rows.ledger.trained == len(document) - 1
 

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postgrad.data.layouts.packed_text import PackedRows
-from postgrad.data.layouts.rows import IGNORED, Row, held_out_mask
+from postgrad.data.layouts.rows import IGNORED, Row
+from postgrad.data.tokens.held_out_split import held_out_mask
+from tests.data.memory import lay_out
 
 EOS = 1
 
@@ -25,7 +27,7 @@ class Memory:
 
 
 def test_one_row_by_hand() -> None:
-    rows = PackedRows(Memory([[5, 6, EOS], [7, 8, 9, 10, EOS]]), 6)
+    rows = lay_out(PackedRows, Memory([[5, 6, EOS], [7, 8, 9, 10, EOS]]), 6)
     ids, labels, positions = arrays(rows.get_row(0, 0))
     assert ids.tolist() == [5, 6, EOS, 7, 8, 9]
     assert labels.tolist() == [6, EOS, IGNORED, 8, 9, 10]  # the EOS is a label, the next document's first token is not
@@ -46,7 +48,9 @@ documents = st.lists(st.integers(1, 40).map(lambda n: [*range(2, n + 1), EOS]), 
 @given(documents, st.integers(2, 16), st.sampled_from([None, 2, 7]), st.sampled_from([0.0, 0.3]))
 def test_the_ledger_adds_up(docs: list[list[int]], length: int, cap: int | None, held: float) -> None:
     store = Memory(docs, [(i * 7919 + 13) ** 3 for i in range(len(docs))])
-    rows = PackedRows(store, length, held_out=held, max_document_tokens=cap, excluded=np.array([13**3], np.uint64))
+    rows = lay_out(
+        PackedRows, store, length, held_out=held, max_document_tokens=cap, excluded=np.array([13**3], np.uint64)
+    )
     book = rows.ledger
     assert book.read == book.held_out + book.dropped + book.truncated + book.placed
     alone = book.placed % length == 1  # an EOS that is only a label of the last row
@@ -60,7 +64,7 @@ def test_the_ledger_adds_up(docs: list[list[int]], length: int, cap: int | None,
 
 def test_no_row_is_without_a_label() -> None:
     """An EOS behind a full row would be one: a step of such rows alone would divide by nothing."""
-    rows = PackedRows(Memory([[5, 6, 7, EOS], [8, 9, 10, 11, EOS]]), 4)
+    rows = lay_out(PackedRows, Memory([[5, 6, 7, EOS], [8, 9, 10, 11, EOS]]), 4)
     assert len(rows) == 2 and [rows.get_row(i, 0).label_count for i in range(2)] == [3, 4]
     assert rows.ledger.padding == 0 and rows.ledger.trained == 7
     _, labels, _ = arrays(rows.get_row(1, 0))
@@ -68,7 +72,7 @@ def test_no_row_is_without_a_label() -> None:
 
 
 def labels_of(docs: list[list[int]], length: int) -> list[int]:
-    rows = PackedRows(Memory(docs), length)
+    rows = lay_out(PackedRows, Memory(docs), length)
     return [int(x) for i in range(len(rows)) for x in rows.get_row(i, 0).labels if x != IGNORED]
 
 
@@ -81,7 +85,7 @@ def test_every_token_but_a_documents_first_is_a_label_exactly_once(docs: list[li
 def test_a_window_without_the_extra_token_would_lose_labels() -> None:
     """The mutant: labels shifted inside a row of T tokens lose one label at each cut."""
     document = [*range(2, 40), EOS]
-    rows = PackedRows(Memory([document]), 8)
+    rows = lay_out(PackedRows, Memory([document]), 8)
     shifted = [int(x) for i in range(len(rows)) for x in rows.get_row(i, 0).inputs["input_ids"][1:] if x != 0]
     assert len(shifted) < len(document) - 1 == len(labels_of([document], 8))
 
@@ -94,5 +98,5 @@ def test_split_follows_content_and_has_the_asked_share() -> None:
 
 
 def test_copies_of_held_out_documents_are_dropped() -> None:
-    rows = PackedRows(Memory([[5, 6, EOS], [7, 8, EOS]], [100, 200]), 4, excluded=np.array([200], np.uint64))
+    rows = lay_out(PackedRows, Memory([[5, 6, EOS], [7, 8, EOS]], [100, 200]), 4, excluded=np.array([200], np.uint64))
     assert rows.ledger.dropped == 3 and rows.document_ids.tolist() == [0]

@@ -13,7 +13,7 @@ from postgrad.data.layouts.packed_examples import PackedExampleRows
 from postgrad.data.layouts.prefix_lm import PrefixRows
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
-from tests.data.memory import InMemoryStore
+from tests.data.memory import InMemoryStore, lay_out
 
 EOS, X = 1, IGNORED
 
@@ -28,7 +28,7 @@ def arrays(row: Row) -> tuple[list[int], list[int], list[int], list[int]]:
 
 def test_examples_by_hand() -> None:
     store = InMemoryStore([[5, 6, 7, 8, EOS], [9, 10, EOS]], [[0, 0, 1, 1, 1], [0, 1, 1]])
-    rows = PrefixRows(store, 8, seed=0)
+    rows = lay_out(PrefixRows, store, 8, seed=0)
     ids, labels, positions, prefix = arrays(rows.get_row(0, 0))
     assert ids == [5, 6, 7, 8, 9, 10, 0, 0]
     assert labels == [X, 7, 8, EOS, 10, EOS, X, X]
@@ -40,7 +40,7 @@ def test_examples_by_hand() -> None:
 
 def test_a_frame_is_part_of_the_prefix() -> None:
     store = InMemoryStore([[2, 5, 6, 7, 8, EOS]], [[0, 0, 0, 1, 1, 1]])
-    rows = PrefixRows(store, 10, seed=0, frame=Frame((2, 90), (92,)), lead=1)
+    rows = lay_out(PrefixRows, store, 10, seed=0, frame=Frame((2, 90), (92,)), lead=1)
     ids, labels, _, prefix = arrays(rows.get_row(0, 0))
     assert ids == [2, 90, 5, 6, 92, 7, 8, 0, 0, 0]
     assert labels == [X, X, X, X, 7, 8, EOS, X, X, X]
@@ -48,7 +48,7 @@ def test_a_frame_is_part_of_the_prefix() -> None:
 
 
 def test_of_a_text_every_end_of_a_prefix_is_as_likely() -> None:
-    rows = PrefixRows(InMemoryStore([[5, 6, 7, 8, EOS]]), 4, seed=0)
+    rows = lay_out(PrefixRows, InMemoryStore([[5, 6, 7, 8, EOS]]), 4, seed=0)
     met = Counter()
     for position in range(2000):
         ids, labels, _, prefix = arrays(rows.get_row(0, position))
@@ -64,7 +64,7 @@ def test_the_end_of_a_prefix_is_of_seed_row_and_position() -> None:
     texts = InMemoryStore([[*range(2, 40), EOS], [*range(2, 40), EOS]])
 
     def prefixes(seed: int, row: int) -> list[int]:
-        rows = PrefixRows(texts, 38, seed=seed)
+        rows = lay_out(PrefixRows, texts, 38, seed=seed)
         return [int(rows.get_row(row, position).inputs["prefix"].sum()) for position in range(12)]
 
     assert prefixes(0, 0) == prefixes(0, 0)
@@ -75,8 +75,8 @@ def test_the_end_of_a_prefix_is_of_seed_row_and_position() -> None:
 def test_what_stands_before_a_text_does_not_change_what_is_asked_for() -> None:
     """A soft prompt is held against the model without it on the same tokens. The mutant: a draw that counts it."""
     texts = InMemoryStore([[*range(2, 40), EOS], [*range(2, 9), EOS], [2, EOS]])
-    plain = PrefixRows(texts, 20, seed=0, pack=False)
-    prompted = PrefixRows(texts, 25, seed=0, frame=Frame(tuple(range(90, 95))), pack=False)
+    plain = lay_out(PrefixRows, texts, 20, seed=0, pack=False)
+    prompted = lay_out(PrefixRows, texts, 25, seed=0, frame=Frame(tuple(range(90, 95))), pack=False)
     assert len(plain) == len(prompted) == 4
     for i in range(len(plain)):
         for position in range(9):
@@ -97,8 +97,8 @@ def test_a_text_is_asked_for_behind_its_prefix(
 ) -> None:
     """Labels are those of plain rows, but for the ones inside of a prefix; every piece has a prefix and something to say."""
     store = InMemoryStore([[*range(2, 2 + n), EOS] for n in counts])
-    rows = PrefixRows(store, length, seed=3, frame=frame, pack=together)
-    plain = PackedExampleRows(store, length, frame=frame, pack=together)
+    rows = lay_out(PrefixRows, store, length, seed=3, frame=frame, pack=together)
+    plain = lay_out(PackedExampleRows, store, length, frame=frame, pack=together)
     assert len(rows) == len(plain)
     for i in range(len(rows)):
         ids, labels, positions, prefix = arrays(rows.get_row(i, position))
@@ -120,7 +120,7 @@ def test_a_text_is_asked_for_behind_its_prefix(
 @given(sizes, st.integers(4, 24), frames)
 def test_the_ledger_is_right_on_average(counts: list[int], length: int, frame: Frame) -> None:
     store = InMemoryStore([[*range(2, 2 + n), EOS] for n in counts])
-    rows = PrefixRows(store, length, seed=0, frame=frame)
+    rows = lay_out(PrefixRows, store, length, seed=0, frame=frame)
     ledger = rows.ledger
     assert ledger.read == ledger.held_out + ledger.dropped + ledger.truncated + ledger.placed
     assert ledger.placed == ledger.trained + ledger.context

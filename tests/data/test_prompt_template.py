@@ -86,12 +86,12 @@ def test_its_own_tokens_by_where_they_stand() -> None:
 
 def test_rows_are_shortened_where_it_is_said() -> None:
     text, fields = "[CLS] {x} {1} {y}", {"x": [1, 2, 3, 4], "y": [5, 6]}
-    assert rendered(text, fields, limit=8, cut="x") == [101, 1, 2, 3, 4, 1000, 5, 6]
-    assert rendered(text, fields, limit=6, cut="x") == [101, 1, 2, 1000, 5, 6]
-    assert rendered(text, fields, limit=6, cut="x", cut_at="beginning") == [101, 3, 4, 1000, 5, 6]
-    assert rendered("{x}[SEP]{x}", fields, limit=6, cut="x") == [1, 2, 102, 1, 2]
-    assert rendered("[CLS] {y}", fields, limit=3) == [101, 5, 6]
-    assert rendered("[CLS] {y}", {"y": []}, limit=1, cut="y") == [101]
+    assert rendered(text, fields, max_tokens=8, cut_field="x") == [101, 1, 2, 3, 4, 1000, 5, 6]
+    assert rendered(text, fields, max_tokens=6, cut_field="x") == [101, 1, 2, 1000, 5, 6]
+    assert rendered(text, fields, max_tokens=6, cut_field="x", cut_side="beginning") == [101, 3, 4, 1000, 5, 6]
+    assert rendered("{x}[SEP]{x}", fields, max_tokens=6, cut_field="x") == [1, 2, 102, 1, 2]
+    assert rendered("[CLS] {y}", fields, max_tokens=3) == [101, 5, 6]
+    assert rendered("[CLS] {y}", {"y": []}, max_tokens=1, cut_field="y") == [101]
 
 
 @given(
@@ -148,11 +148,19 @@ def test_what_cannot_be_read(text: str, met: str) -> None:
         (lambda: rendered("[MSK] {x}", {"x": [1]}), StageError, r"no special token \[MSK\](.|\n)*did you mean 'mask'"),
         (lambda: rendered("[INST] {x}", {"x": [1]}), StageError, r"write \[\[INST\]\]"),
         (lambda: rendered("{sentense}", {"sentence": [1]}), StageError, "did you mean 'sentence'"),
-        (lambda: rendered("{text}", {"text": [1]}, cut="test"), StageError, "did you mean 'text'"),
-        (lambda: rendered("{5}{x}", {"x": [1, 2]}, limit=5, cut="x"), StageError, "template alone has 5 tokens"),
-        (lambda: rendered("{x}", {"x": [1, 2, 3]}, limit=2), DataError, "3 tokens, more than 2(.|\n)*may be cut: x"),
+        (lambda: rendered("{text}", {"text": [1]}, cut_field="test"), StageError, "did you mean 'text'"),
         (
-            lambda: rendered("{x}{y}", {"x": [1], "y": [1] * 9}, limit=9, cut="x"),
+            lambda: rendered("{5}{x}", {"x": [1, 2]}, max_tokens=5, cut_field="x"),
+            StageError,
+            "template alone has 5 tokens",
+        ),
+        (
+            lambda: rendered("{x}", {"x": [1, 2, 3]}, max_tokens=2),
+            DataError,
+            "3 tokens, more than 2(.|\n)*may be cut: x",
+        ),
+        (
+            lambda: rendered("{x}{y}", {"x": [1], "y": [1] * 9}, max_tokens=9, cut_field="x"),
             DataError,
             "already has 9 tokens of 9",
         ),

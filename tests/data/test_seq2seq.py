@@ -10,13 +10,15 @@ from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.windows import TooLongPolicy
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import StageError
-from tests.data.memory import InMemoryStore
+from tests.data.memory import InMemoryStore, lay_out
 
 EOS, START = 1, 0
 
 
 def rows_of(store: InMemoryStore, length: int = 64, target: int = 64, **changes: object) -> Seq2SeqRows:
-    return Seq2SeqRows(store, length, target, **({"eos": EOS, "decoder_start": START, "seed": 0} | changes))
+    return lay_out(
+        Seq2SeqRows, store, length, target_length=target, **({"eos": EOS, "decoder_start": START, "seed": 0} | changes)
+    )
 
 
 def arrays(row: Row) -> tuple[list[int], list[int]]:
@@ -131,7 +133,7 @@ def test_source_and_target_are_the_example(
     cut = dict.fromkeys(rows.truncations, 0)
     check_ledger(rows, read, chosen["lead"])
     assert sum(r.label_count for r in read) == rows.ledger.trained
-    around = len(chosen["frame"].before), len(chosen["frame"].after) + 1
+    around = len(chosen["frame"].prefix_ids), len(chosen["frame"].suffix_ids) + 1
     for document, row in zip(rows.document_R.tolist(), read, strict=True):
         ids, labels = arrays(row)
         source = ids[around[0] : len(ids) - around[1]]
@@ -166,7 +168,7 @@ def test_a_plain_text_is_its_sources_and_targets(sizes: list[int], length: int, 
     told: dict[int, list[int]] = {}
     read = [rows.get_row(i, 5) for i in range(len(rows))]
     check_ledger(rows, read, chosen["lead"])
-    around = len(chosen["frame"].before), len(chosen["frame"].after) + 1
+    around = len(chosen["frame"].prefix_ids), len(chosen["frame"].suffix_ids) + 1
     for document, row in zip(rows.document_R.tolist(), read, strict=True):
         ids, labels = arrays(row)
         assert len(ids) <= length and len(labels) <= target and len(ids) > sum(around)

@@ -11,7 +11,7 @@ from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.layouts.span_corruption import SpanCorruptionRows, _random_borders, corrupted_lengths, noise_counts
 from postgrad.data.render.frame import Frame
 from postgrad.errors import StageError
-from tests.data.memory import InMemoryStore
+from tests.data.memory import InMemoryStore, lay_out
 
 EOS, START = 1, 0
 SENTINELS = tuple(range(999, 899, -1))
@@ -19,7 +19,7 @@ SENTINELS = tuple(range(999, 899, -1))
 
 def rows_of(documents: list[list[int]], length: int = 512, **changes: object) -> SpanCorruptionRows:
     chosen = {"sentinels": SENTINELS, "eos": EOS, "decoder_start": START, "seed": 0}
-    return SpanCorruptionRows(InMemoryStore(documents), length, **(chosen | changes))
+    return lay_out(SpanCorruptionRows, InMemoryStore(documents), length, **(chosen | changes))
 
 
 def rebuilt(row: Row, sentinels: tuple[int, ...] = SENTINELS) -> list[int]:

@@ -13,7 +13,7 @@ from postgrad.data.layouts.packed_examples import PackedExampleRows
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.render.frame import Frame
 from postgrad.data.tokens.subset import Subset
-from tests.data.memory import InMemoryStore
+from tests.data.memory import InMemoryStore, lay_out
 
 DOCUMENTS = [[5, 6, 7, 1], [8, 9, 1], [10, 11, 12, 13, 1], [14, 15, 16, 1]]
 MARKS = [[0, 1, 1, 1], [0, 1, 1], [0, 0, 0, 1, 1], [0, 1, 1, 1]]
@@ -60,10 +60,10 @@ def test_a_part_without_values_or_labels_has_none() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda store: PackedRows(store, 6),
-        lambda store: PackedExampleRows(store, 8, frame=Frame((90,)), pack=False),
-        lambda store: LabelledRows(store, 8, kind="class"),
-        lambda store: MaskedRows(store, 8, mask_id=3, vocabulary=99, special_ids=[0, 1], seed=0),
+        lambda store: lay_out(PackedRows, store, 6),
+        lambda store: lay_out(PackedExampleRows, store, 8, frame=Frame((90,)), pack=False),
+        lambda store: lay_out(LabelledRows, store, 8, kind="class"),
+        lambda store: lay_out(MaskedRows, store, 8, mask_id=3, vocabulary=99, special_ids=[0, 1], seed=0),
     ],
 )
 def test_rows_of_a_part_are_those_of_its_documents(make: object) -> None:
@@ -75,8 +75,8 @@ def test_rows_of_a_part_are_those_of_its_documents(make: object) -> None:
 
     def contents(rows: object) -> list[object]:
         return [
-            ({name: a.tolist() for name, a in row.inputs.items()}, row.labels.tolist(), row.counted)
-            for row in (rows.at(i, i) for i in range(len(rows)))  # type: ignore[attr-defined,arg-type]
+            ({name: a.tolist() for name, a in row.inputs.items()}, row.labels.tolist(), row.label_count)
+            for row in (rows.get_row(i, i) for i in range(len(rows)))  # type: ignore[attr-defined,arg-type]
         ]
 
     assert contents(mine) == contents(its) != contents(other)

@@ -24,9 +24,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from postgrad.data.read.examples import Labels, Renderer
 from postgrad.data.read.files import HubDataset, RawSource
+from postgrad.data.read.labels import Labels
 from postgrad.data.render.chat import ChatRenderer
+from postgrad.data.render.renderer import Renderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens import store as store_module
 from postgrad.data.tokens import tokenize
@@ -328,10 +329,10 @@ def test_threads_of_the_tokenizer_itself_are_not_started(tmp_path: Path, encoder
         import os, sys
         from pathlib import Path
         from postgrad.data.tokens.tokenize import Encoder, build_store
-        from postgrad.data.read.files import Source
+        from postgrad.data.read.files import RawSource
         root = Path(sys.argv[1])
         encoder = Encoder((root / "t.json").read_text(), None, 1, 400)
-        build_store(Source("s", path="a.jsonl", root=root), encoder, root / "cache", workers=2)
+        build_store(RawSource("s", path="a.jsonl", root=root), encoder, root / "cache", workers=2)
         print(len(os.listdir("/proc/self/task")), os.environ.get("TOKENIZERS_PARALLELISM"))
     """
     if not Path("/proc/self/task").exists():
@@ -398,7 +399,7 @@ GOLDEN: list[tuple[str, dict[str, Any], Renderer, list[tuple[int, str]], list[fl
     ("pair", {"source": "the", "target": "cat"}, PlainRenderer(is_separate=True), [(0, "the"), (1, "cat</s>")], None),
     ("labelled", {"premise": "the é", "hypothesis": "日 cat", "label": "yes"}, ClassRenderer(CLASSES),
      [(0, "the é\n"), (1, "日 cat</s>")], [1.0]),
-    ("labelled", {"premise": "the é", "hypothesis": "日 cat", "label": "no"}, ClassRenderer(CLASSES, "", joint=False),
+    ("labelled", {"premise": "the é", "hypothesis": "日 cat", "label": "no"}, ClassRenderer(CLASSES, "", is_joint=False),
      [(0, "the é"), (1, "日 cat</s>")], [0.0]),
     ("labelled", {"sentence": "cat", "label": "no"}, ClassRenderer(CLASSES), [(0, "cat</s>")], [0.0]),
     ("labelled", {"sentence": "cat", "label": 2.5}, ClassRenderer(Labels("number")), [(0, "cat</s>")], [2.5]),
@@ -895,7 +896,7 @@ def test_finished_shards_are_not_encoded_again(
         encoded: list[int] = []
 
         def count(batch: Any, *rest: Any, encoded: list[int] = encoded) -> Any:
-            encoded.append(batch.met)
+            encoded.append(batch.read_count)
             return real_encode(batch, *rest)
 
         with monkeypatch.context() as patch:
@@ -919,12 +920,12 @@ def test_mutant_a_build_that_forgets_where_it_was_is_caught(
 BUILD = """
     import sys
     from pathlib import Path
-    from postgrad.data import tokenize
-    from postgrad.data.read.files import Source
+    from postgrad.data.tokens import tokenize
+    from postgrad.data.read.files import RawSource
     tokenize.SHARD_CHARACTERS = 20_000
     root = Path(sys.argv[1])
     encoder = tokenize.Encoder((root / "t.json").read_text(), None, 1, 400)
-    store = tokenize.build_store(Source("s", path="a.jsonl", root=root), encoder, root / "cache")
+    store = tokenize.build_store(RawSource("s", path="a.jsonl", root=root), encoder, root / "cache")
     store.verify()
     print(store.path)
 """

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from postgrad.data.layouts.rows import held_out_mask
 from postgrad.data.read.files import RawSource
+from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.store import digest
 from postgrad.data.tokens.train_vocabulary import VocabularySource, _repeat_counts, train_vocabulary
 from postgrad.errors import DataError

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postgrad.data.layouts.rows import select_documents
 from postgrad.data.layouts.windows import has_marks, locate_texts, max_text_tokens, split_windows
 from postgrad.data.random_streams import RandomStreams
+from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.errors import StageError
 from tests.data.memory import InMemoryStore
 

@@ -20,7 +20,7 @@ from postgrad.models.cpu_attention import CAUSAL_BLOCKS
 from postgrad.models.model import wrap_model
 from postgrad.objectives.next_token import TokenLoss
 from tests.conftest import VOCABULARY, make_llama
-from tests.data.memory import InMemoryStore
+from tests.data.memory import InMemoryStore, lay_out
 
 LENGTH, EOS, BOS = 32, 0, 1
 
@@ -82,8 +82,8 @@ FRAMES = {"bare": {}, "framed": {"frame": Frame((BOS, 5, 6), (7,)), "lead": 1}}
 @pytest.mark.parametrize("frame", FRAMES)
 def test_examples_in_a_row_are_trained_as_if_alone(frame: str, train_on: Any, attention: str) -> None:
     options = {"train_on": train_on, **FRAMES[frame]}
-    packed = PackedExampleRows(examples(), LENGTH, **options)
-    rows, alone = read(packed), read(PackedExampleRows(examples(), LENGTH, pack=False, **options))
+    packed = lay_out(PackedExampleRows, examples(), LENGTH, **options)
+    rows, alone = read(packed), read(lay_out(PackedExampleRows, examples(), LENGTH, pack=False, **options))
     assert len(rows) < len(alone) and packed.ledger.padding > 0
     assert sum(row.label_count for row in rows) == sum(row.label_count for row in alone) == packed.ledger.trained
     for name in ("llama", "gpt2"):
@@ -92,14 +92,14 @@ def test_examples_in_a_row_are_trained_as_if_alone(frame: str, train_on: Any, at
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_prefixes_in_a_row_are_trained_as_if_alone(attention: str) -> None:
-    rows, alone = (read(PrefixRows(examples(), LENGTH, seed=0, pack=t)) for t in (True, False))
+    rows, alone = (read(lay_out(PrefixRows, examples(), LENGTH, seed=0, pack=t)) for t in (True, False))
     assert len(rows) < len(alone) and sum(row.label_count for row in rows) == sum(row.label_count for row in alone)
     assert isolated(make_llama(), rows, alone, attention)
 
 
 def test_examples_that_see_one_another_are_caught() -> None:
     """The mutants: positions that go on through a row; a label that asks for the next example's first token."""
-    rows, alone = (read(PackedExampleRows(examples(), LENGTH, pack=t)) for t in (True, False))
+    rows, alone = (read(lay_out(PackedExampleRows, examples(), LENGTH, pack=t)) for t in (True, False))
     model = make_llama()
     assert isolated(model, rows, alone, "sdpa")
     through = [row._replace(inputs={**row.inputs, "position_ids": np.arange(LENGTH)}) for row in rows]

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from postgrad.errors import PostgradError
-from postgrad.run.run import RunFinished, run_stage
+from postgrad.run.events import RunFinished
+from postgrad.run.run import run_stage
 from postgrad.storage import atomic as publishing
 from tests.conftest import StageOf
 from tests.run.test_run import plan_of, trace
@@ -145,7 +146,7 @@ def in_place(place: Path, write: Callable[[Path], None]) -> Path:
     """The mutant: files are written where they belong, without staging."""
     place.mkdir(parents=True, exist_ok=True)
     write(place)
-    listing = publishing._listing(place)
+    listing = publishing._make_manifest(place)
     (place / publishing.MANIFEST).write_text(json.dumps(listing))
     return place
 

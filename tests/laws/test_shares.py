@@ -13,20 +13,20 @@ from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.rows import Rows
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.mixture import Mixture, Segment, row_rates
-from tests.data.memory import InMemoryStore
+from tests.data.memory import InMemoryStore, lay_out
 
 LENGTH, EOS = 16, 1
 
 
 def texts() -> PackedRows:
     """Rows of which every position is trained."""
-    return PackedRows(InMemoryStore([[*range(10, 9 + LENGTH), EOS] for _ in range(60)]), LENGTH)
+    return lay_out(PackedRows, InMemoryStore([[*range(10, 9 + LENGTH), EOS] for _ in range(60)]), LENGTH)
 
 
 def answers(asked: int, answered: int) -> PackedExampleRows:
     """Rows of examples that are alike: `asked` tokens that are only read, `answered` that are trained, with the EOS."""
     document = [*range(10, 9 + asked + answered), EOS]
-    return PackedExampleRows(InMemoryStore([document] * 120, [[0] * asked + [1] * answered] * 120), LENGTH)
+    return lay_out(PackedExampleRows, InMemoryStore([document] * 120, [[0] * asked + [1] * answered] * 120), LENGTH)
 
 
 def trained(

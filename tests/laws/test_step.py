@@ -19,6 +19,7 @@ from postgrad.optim.optimizer import AdamW, Weights
 from postgrad.training.step import Run, train_step
 from postgrad.tuning.weight_subsets import FullFinetuning
 from tests.conftest import VOCABULARY, make_llama
+from tests.data.memory import lay_out
 from tests.data.test_packed_text import Memory
 
 LENGTH = 24
@@ -30,7 +31,7 @@ def rows(count: int = 8) -> PackedRows:
     """Rows whose counts of trained tokens differ: documents of very different length."""
     rng = np.random.default_rng(0)
     documents = [[*rng.integers(2, VOCABULARY, rng.choice([2, 3, 40])).tolist(), 0] for _ in range(count * LENGTH // 4)]
-    return PackedRows(Memory(documents), LENGTH)
+    return lay_out(PackedRows, Memory(documents), LENGTH)
 
 
 def batches(sizes: Sequence[int]) -> list[Batch]:

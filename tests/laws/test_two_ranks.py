@@ -17,7 +17,8 @@ from postgrad.data.loading.loader import Loader
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.penalties.importance_file import ImportanceMetadata, write_importance
-from postgrad.run.run import RunStarted, run_stage
+from postgrad.run.events import RunStarted
+from postgrad.run.run import run_stage
 from postgrad.training.metrics_log import read_metrics
 from postgrad.tuning.open_model import start_fingerprint
 from tests.conftest import StageOf

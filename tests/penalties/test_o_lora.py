@@ -92,7 +92,7 @@ def test_following_it_makes_the_rows_orthogonal() -> None:
 
 def test_what_does_not_belong_together_is_refused() -> None:
     new, earlier = layers()
-    with pytest.raises(TuningError, match="3 new and 2 earlier"):
+    with pytest.raises(TuningError, match="3 layers of the new adapter and 2 of earlier"):
         OrthogonalityPenalty(new, earlier[:2], 0.5)
     with pytest.raises(TuningError, match="0 new"):
         OrthogonalityPenalty([], [], 0.5)

@@ -32,7 +32,8 @@ from postgrad.plan import checkpoint_selection
 from postgrad.plan.checkpoint_selection import CheckpointEvaluation, SelectionRule, compute_selection_state
 from postgrad.reports.html import tables
 from postgrad.reports.pages import run_page
-from postgrad.run.run import CheckpointSaved, PhaseStarted, RunEvent, RunFinished, RunStopped, StepCompleted, run_stage
+from postgrad.run.events import CheckpointSaved, PhaseStarted, RunEvent, RunFinished, RunStopped, StepCompleted
+from postgrad.run.run import run_stage
 from postgrad.run.summary import summary_text
 from postgrad.training.metrics_log import read_metrics
 from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_interrupted, run_trace, write_rows

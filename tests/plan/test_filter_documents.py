@@ -21,7 +21,8 @@ from postgrad.evaluation import perplexity
 from postgrad.models.pretrained import locate_model, save_pretrained
 from postgrad.plan import filter_documents
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.run.run import RunFinished, run_stage
+from postgrad.run.events import RunFinished
+from postgrad.run.run import run_stage
 from tests import tiny_stages
 from tests.conftest import StageOf, make_llama, make_tokenizer, new_text, old_text, write_jsonl
 

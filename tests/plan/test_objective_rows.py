@@ -20,7 +20,8 @@ from postgrad.data.layouts.prefix_lm import PrefixRows
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.span_corruption import SpanCorruptionRows
-from postgrad.data.read.examples import KINDS, Labels
+from postgrad.data.read.examples import KINDS
+from postgrad.data.read.labels import Labels
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.errors import StageError

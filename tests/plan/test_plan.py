@@ -20,7 +20,8 @@ from postgrad.errors import DataError, ModelError, StageError
 from postgrad.lineage.record import read_record, write_record
 from postgrad.models.pretrained import save_pretrained
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.run.run import RunFinished, run_stage
+from postgrad.run.events import RunFinished
+from postgrad.run.run import run_stage
 from tests.conftest import StageOf, make_llama, make_tokenizer, new_text, old_text, write_jsonl
 
 ROW = 32

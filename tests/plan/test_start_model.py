@@ -13,11 +13,12 @@ from transformers import AutoTokenizer
 
 from postgrad.commands.evaluate import show_lineage
 from postgrad.config.stage_file import parse_stage
-from postgrad.data.layouts.rows import held_out_mask
+from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.train_vocabulary import _digests_and_sizes
 from postgrad.errors import DataError, ModelError, PostgradError, StageError, TuningError
 from postgrad.plan import start_model
-from postgrad.run.run import CheckpointSaved, StepCompleted, run_stage
+from postgrad.run.events import CheckpointSaved, StepCompleted
+from postgrad.run.run import run_stage
 from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_trace
 
 LLAMA = {"fresh": "llama-100k", "tokenizer": {"vocabulary": 400}}

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from postgrad.check.check import check_stage
 from postgrad.data.layouts.rows import IGNORED
-from postgrad.data.loading.mixture import derive_key
-from postgrad.data.random_streams import RandomStreams
+from postgrad.data.random_streams import RandomStreams, derive_key
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.hardware.execution import Execution

@@ -25,8 +25,8 @@ from postgrad.models.pretrained import load_pretrained, locate_model, save_pretr
 from postgrad.penalties.anchor import Anchor
 from postgrad.penalties.importance_file import ImportanceFile, ImportanceMetadata, write_importance
 from postgrad.run.build import make_loader, make_optimizer
+from postgrad.run.events import InfoMessage, WarningMessage
 from postgrad.run.penalty_strength import find_strengths, get_anchors
-from postgrad.run.run import InfoMessage, WarningMessage
 from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run
 from postgrad.tuning.open_model import get_task, start_fingerprint
@@ -395,7 +395,7 @@ def test_a_decoupled_pull_of_low_rank_updates_is_refused(shelf: Workspace) -> No
 
 def test_what_is_no_importance_is_refused(shelf: Workspace) -> None:
     file = str(shelf.folder / "llama" / "model.safetensors")
-    with pytest.raises(DataError, match="does not say what importance"):
+    with pytest.raises(DataError, match="no valid importance metadata"):
         train_for(shelf, shelf.stage("none", penalties=[{**ANCHOR, "importance": file}]), 0)
     (shelf.folder / "broken.safetensors").write_bytes(b"no tensors")
     with pytest.raises(DataError, match="cannot be read"):
@@ -658,7 +658,7 @@ def test_older_importance_decays(shelf: Workspace) -> None:
 def test_older_importance_of_other_weights_is_refused(shelf: Workspace) -> None:
     llama = str(shelf.folder / "llama")
     older = importance(shelf, "older", **{"model.norm.weight": torch.ones(7)})
-    with pytest.raises(DataError, match=r"model\.norm\.weight has the shape \(7,\), and this model's weight \(32,\)"):
+    with pytest.raises(DataError, match=r"model\.norm\.weight has shape \(7,\), this model's weight \(32,\)"):
         measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=Path(older))
     measure(shelf, str(shelf.folder / "bert"), shelf.file("old"), "bert.safetensors")
     with pytest.raises(DataError, match=r"lacks|has bert"):

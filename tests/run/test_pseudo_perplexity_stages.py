@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from postgrad.commands.evaluate import evaluate_files
 from postgrad.errors import StageError
 from postgrad.plan.plan import Plan
-from postgrad.run.run import REPORT
+from postgrad.run.run_folder import REPORT
 from postgrad.run.summary import summary_text
 from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_interrupted, run_trace
 

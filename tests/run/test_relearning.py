@@ -13,12 +13,13 @@ import pytest
 
 from postgrad.check.check import check_stage
 from postgrad.config.stage_file import parse_stage
-from postgrad.data.layouts.rows import held_out_mask
+from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.evaluation.before_after import read_scores
 from postgrad.evaluation.perplexity import Scores
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.run import relearning
-from postgrad.run.run import InfoMessage, RunFinished, run_stage
+from postgrad.run.events import InfoMessage, RunFinished
+from postgrad.run.run import run_stage
 from postgrad.storage.atomic import MANIFEST
 from tests.conftest import StageOf, old_text, write_jsonl
 

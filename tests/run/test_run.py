@@ -18,7 +18,7 @@ from postgrad.errors import BusyError, DiskError, NonFiniteError, ResumeError
 from postgrad.evaluation import before_after
 from postgrad.lineage.record import read_record
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.run.run import (
+from postgrad.run.events import (
     CheckpointSaved,
     EvaluationCompleted,
     RunEvent,
@@ -26,9 +26,9 @@ from postgrad.run.run import (
     RunStarted,
     RunStopped,
     StepCompleted,
-    evaluation_steps,
-    run_stage,
 )
+from postgrad.run.milestones import evaluation_steps
+from postgrad.run.run import run_stage
 from postgrad.storage.atomic import verify
 from postgrad.training.metrics_log import read_metrics
 from tests.conftest import StageOf
@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     from postgrad.objectives.next_token import TokenLoss
 
     monkeypatch.setattr(TokenLoss, "loss_weight", lambda self, step: float("nan"))
-    with pytest.raises(NonFiniteError, match="no weight was moved"):
+    with pytest.raises(NonFiniteError, match="the weights are unchanged"):
         list(generator)
     monkeypatch.undo()
     assert isinstance(events_of(raw, cache)[-1], RunFinished)

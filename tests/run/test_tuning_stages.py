@@ -28,13 +28,13 @@ from postgrad.evaluation.before_after import read_scores
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.optim.optimizer import AdamW
-from postgrad.run import run as run_module
+from postgrad.run import training_session
 from postgrad.run.build import make_tuned_model
 from postgrad.training.checkpoint_files import read_progress
 from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run
-from postgrad.tuning.attach import load_tuning, read_export
 from postgrad.tuning.extra_trainable import base_parameter_name
+from postgrad.tuning.folder import load_tuning, read_export
 from postgrad.tuning.open_model import open_model, start_fingerprint
 from tests.conftest import make_llama, make_tokenizer, new_text, write_jsonl
 from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_interrupted, run_trace, save_model, train_for
@@ -216,7 +216,7 @@ def logits(model: PreTrainedModel, before: Iterable[int] = ()) -> Tensor:
 def test_what_is_to_move_moves_and_nothing_else(shelf: Workspace, name: str) -> None:
     before, after, run = train_for(shelf, stage_of(shelf, name), 4)
     assert {n for n in before if not torch.equal(before[n], after[n])} == {w.name for w in run.weights.entries}
-    assert run.weights.numel() == CASES[name].count
+    assert sum(m.numel() for m in run.weights.masters) == CASES[name].count
     if name not in PLAIN:
         base = load_pretrained(locate_model(str(shelf.folder / "llama"), shelf.folder)).model.state_dict()
         now = {base_parameter_name(n): tensor for n, tensor in after.items()}
@@ -398,8 +398,8 @@ def test_a_resume_that_forgets_something_is_met(shelf: Workspace, name: str, mon
         if not kept:
             run.optimizer.inner.state.clear()
 
-    restore = run_module.restore
-    monkeypatch.setattr(run_module, "restore_run", forgetful)
+    restore = training_session.restore_run
+    monkeypatch.setattr(training_session, "restore_run", forgetful)
     parts = run_interrupted(shelf, stage_of(shelf, name, f"{name}-forgetful"))
     assert run_trace(parts.run_folder) != run_trace(home_of(shelf, name))
 

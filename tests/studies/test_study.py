@@ -586,14 +586,14 @@ def test_an_arm_that_cannot_finish_is_told_before_anything_is_trained(base: Path
     prepared = prepare_study(written(tmp_path, study), cache)
     with pytest.raises(StageError) as error:
         forecast_study(prepared)
-    assert "2 arms cannot be carried out" in str(error.value) and "max_passes is 20" in str(error.value)
+    assert "2 arms cannot run" in str(error.value) and "max_passes is 20" in str(error.value)
     assert not (prepared.folder.path / "runs").exists()
     # What is wrong with the base is not told of the arms that need it.
     for pretrain, said in (({"tokens": 900_000}, "max_passes is 20"), ({"model": {"fresh": "llama-60x"}}, "llama-60x")):
         broken = {"pretrain": {**PRETRAINED["pretrain"], **pretrain}}
         with pytest.raises(StageError) as error:
             forecast_study(prepare_study(written(tmp_path / "base", raw(base, base=broken)), cache))
-        assert "the base cannot be carried out" in str(error.value) and said in str(error.value)
+        assert "the base cannot run" in str(error.value) and said in str(error.value)
         assert "  the base: " in str(error.value) and "none" not in str(error.value)
     ok = prepare_study(written(tmp_path, raw(base, base=PRETRAINED, arms={"none": {}})), cache)
     outlook = forecast_study(ok)
@@ -930,7 +930,7 @@ def test_templates_are_studies_and_those_that_are_shipped(
             assert (ROOT / shipped / name).read_text() == Path(name).read_text(), f"{name}: study init wrote another"
     # What the studies of the paper have in common is made once: all but the larger model go on from one base.
     assert len(bases) == (2 if template == "paper" else 1)
-    with pytest.raises(StageError, match="is there already"):
+    with pytest.raises(StageError, match="exists already"):
         study_templates.write_study_template(Path("paper.yaml"), template, size, force=False)
     with pytest.raises(StageError, match="did you mean 'paper'"):
         study_templates.write_study_template(Path("x.yaml"), "papr", size, force=False)
@@ -997,7 +997,7 @@ def test_a_new_study_writes_over_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine-data").mkdir()
     (tmp_path / "mine-data" / "old.jsonl").write_text("the user's")
-    with pytest.raises(StageError, match="mine-data is there already"):
+    with pytest.raises(StageError, match="mine-data exists already"):
         study_templates.write_study_template(Path("mine.yaml"), "levers", "laptop", force=False)
     assert [p.name for p in tmp_path.iterdir()] == ["mine-data"]
     assert (tmp_path / "mine-data" / "old.jsonl").read_text() == "the user's"

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError
 from postgrad.storage.atomic import publish_folder, verify
-from postgrad.tuning.attach import KINDS, attach, load_tuning, save_tuning
+from postgrad.tuning.attach import KINDS, attach
+from postgrad.tuning.folder import load_tuning, save_tuning
 from postgrad.tuning.tuning import Tuning
 from tests.tuning.checks import tokenizer, train
 from tests.tuning.families import batch, build_model, first_virtual, logits
@@ -218,8 +219,8 @@ def test_every_kind_answers_to_its_name(kind: str) -> None:
 def test_peft_is_imported_only_for_what_needs_it() -> None:
     """It takes a second to import, and most runs have no use for it."""
     code = (
-        "import sys; from tests.tuning.families import build; from postgrad.tuning.attach import attach; "
-        "[attach(build('llama', 'lm'), {'kind': k}) for k in ('full', 'adapter', 'prefix', 'prompt')]; "
+        "import sys; from tests.tuning.families import build_model; from postgrad.tuning.attach import attach; "
+        "[attach(build_model('llama', 'lm'), {'kind': k}) for k in ('full', 'adapter', 'prefix', 'prompt')]; "
         "sys.exit('peft' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -109,7 +109,7 @@ def test_routers_are_left_alone_and_shared_experts_are_not() -> None:
     model = plain(Qwen2MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2))
     attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert leaves(model, resolve_targets(model, "all-linear")) == attention | {"gate_proj", "up_proj", "down_proj"}
-    left = {layer.leaf_name for layer in linear_layers(model) if not layer.is_targetable}
+    left = {layer.local_name for layer in linear_layers(model) if not layer.is_targetable}
     assert left == {"lm_head", "shared_expert_gate"}
     mixtral = plain(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4))
     assert leaves(mixtral, resolve_targets(mixtral, "all-linear")) == attention

@@ -14,10 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Row, select_documents
+from postgrad.data.layouts.rows import IGNORED, Row, RowOptions
 from postgrad.data.layouts.windows import MarkedStore, locate_texts, make_ledger, max_text_tokens
 from postgrad.data.problem_type import ProblemType
-from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import DataError, StageError
 
 
@@ -43,24 +42,18 @@ class FramedExamples:
     def __init__(
         self,
         store: MarkedStore,
-        length: int,
-        *,
-        frame: Frame,
-        lead: int,
-        held_out: float,
-        excluded: np.ndarray | None,
-        max_document_tokens: int | None,
+        options: RowOptions,
     ) -> None:
-        max_text_tokens(length, frame.size(2), 2)
-        self.store, self.frame = store, frame
-        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
-        texts = locate_texts(store, kept, lead)
+        max_text_tokens(options.length, options.frame.size(2), 2)
+        self.store, self.frame = store, options.frame
+        kept = options.select_documents(store)
+        texts = locate_texts(store, kept, options.lead)
         texts = texts.select(texts.size_N > 0)
         self.skipped = {"no text": len(kept.documents) - len(texts.document_N)}
         self.document_R, self.start_R = texts.document_N, texts.start_N
         self.split_R = np.array([_second_text_start(store, *place) for place in texts.spans()], np.int64)
         whole_R, rest_R = self.split_R - texts.start_N, texts.stop_N - self.split_R
-        room_R = np.where(rest_R > 0, length - frame.size(2), length - frame.size(1))
+        room_R = np.where(rest_R > 0, options.length - self.frame.size(2), options.length - self.frame.size(1))
         self.first_R, self.second_R = truncated_lengths(whole_R, rest_R, room_R)
         lost_R = whole_R + rest_R - self.first_R - self.second_R
         cut = int(lost_R.sum())
@@ -136,24 +129,14 @@ class LabelledRows:
     def __init__(
         self,
         store: LabelledStore,
-        length: int,
+        options: RowOptions,
         *,
         kind: ProblemType,
-        frame: Frame = EMPTY_FRAME,
         token_types: bool = False,
-        lead: int = 0,
-        held_out: float = 0.0,
-        excluded: np.ndarray | None = None,
-        max_document_tokens: int | None = None,
     ) -> None:
         self.examples = FramedExamples(
             store,
-            length,
-            frame=frame,
-            lead=lead,
-            held_out=held_out,
-            excluded=excluded,
-            max_document_tokens=max_document_tokens,
+            options,
         )
         self.token_types = token_types
         self.document_R, self.skipped, self.truncations, self.ledger = (
@@ -197,19 +180,14 @@ class TaggedRows:
     def __init__(
         self,
         store: MarkedStore,
-        length: int,
-        *,
-        frame: Frame = EMPTY_FRAME,
-        lead: int = 0,
-        held_out: float = 0.0,
-        excluded: np.ndarray | None = None,
-        max_document_tokens: int | None = None,
+        options: RowOptions,
     ) -> None:
-        self.store, self.frame = store, frame
-        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
-        texts = locate_texts(store, kept, lead)
+        self.store, self.frame = store, options.frame
+        kept = options.select_documents(store)
+        texts = locate_texts(store, kept, options.lead)
         fits = replace(
-            texts, stop_N=np.minimum(texts.stop_N, texts.start_N + max_text_tokens(length, frame.size(1), 1))
+            texts,
+            stop_N=np.minimum(texts.stop_N, texts.start_N + max_text_tokens(options.length, options.frame.size(1), 1)),
         )
         counted_N = np.array([np.count_nonzero(_read_tags(store, *place)) for place in fits.spans()], np.int64)
         some_N = counted_N > 0
@@ -261,15 +239,10 @@ class ClozeRows:
     def __init__(
         self,
         store: LabelledStore,
-        length: int,
+        options: RowOptions,
         *,
-        frame: Frame,
         mask_id: int,
         verbalisers: Sequence[int],
-        lead: int = 0,
-        held_out: float = 0.0,
-        excluded: np.ndarray | None = None,
-        max_document_tokens: int | None = None,
     ) -> None:
         classes = [str(label) for label in store.labels or ()]
         if len(verbalisers) != len(classes):
@@ -280,12 +253,7 @@ class ClozeRows:
             )
         self.examples = FramedExamples(
             store,
-            length,
-            frame=frame,
-            lead=lead,
-            held_out=held_out,
-            excluded=excluded,
-            max_document_tokens=max_document_tokens,
+            options,
         )
         self.document_R, self.skipped, self.truncations, self.ledger = (
             self.examples.document_R,

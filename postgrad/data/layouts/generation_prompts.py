@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Row, select_documents
+from postgrad.data.layouts.rows import IGNORED, Row, RowOptions
 from postgrad.data.layouts.windows import MarkedStore, locate_texts, make_ledger, max_text_tokens, split_windows
-from postgrad.data.render.frame import EMPTY_FRAME, Frame
 
 PENDING = 0
 """The label of a place that is still to be written."""
@@ -34,21 +33,16 @@ class PromptRows:
     def __init__(
         self,
         store: MarkedStore,
-        length: int,
+        options: RowOptions,
         *,
         prompt_tokens: int,
         new_tokens: int,
         eos: int,
-        frame: Frame = EMPTY_FRAME,
-        lead: int = 0,
-        held_out: float = 0.0,
-        excluded: np.ndarray | None = None,
-        max_document_tokens: int | None = None,
     ) -> None:
-        self.store, self.frame, self.new_tokens, self.eos = store, frame, new_tokens, eos
-        room = max_text_tokens(length, frame.size(2) + new_tokens - 1, 1)
-        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
-        texts = locate_texts(store, kept, lead)
+        self.store, self.frame, self.new_tokens, self.eos = store, options.frame, new_tokens, eos
+        room = max_text_tokens(options.length, options.frame.size(2) + new_tokens - 1, 1)
+        kept = options.select_documents(store)
+        texts = locate_texts(store, kept, options.lead)
         texts = texts.select(texts.size_N > 0)
         self.skipped = {"no text": len(kept.documents) - len(texts.document_N)}
         self.is_marked = store.marks(0) is not None

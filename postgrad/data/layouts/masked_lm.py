@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, DocumentStore, Row, select_documents
+from postgrad.data.layouts.rows import IGNORED, Row, RowOptions
 from postgrad.data.layouts.windows import locate_texts, make_ledger, max_text_tokens, split_windows
 from postgrad.data.random_streams import RandomStreams
-from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.tokens.held_out_split import DocumentStore
 
 MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1
 """Of the labels: the share behind a mask, and the share in whose place a random token stands."""
@@ -38,27 +38,24 @@ class MaskedRows:
     def __init__(
         self,
         store: DocumentStore,
-        length: int,
+        options: RowOptions,
         *,
         mask_id: int,
         vocabulary: int,
         special_ids: Sequence[int],
         seed: int,
-        frame: Frame = EMPTY_FRAME,
         mask_rate: float = 0.15,
         continues_V: np.ndarray | None = None,
-        lead: int = 0,
-        held_out: float = 0.0,
-        excluded: np.ndarray | None = None,
-        max_document_tokens: int | None = None,
     ) -> None:
-        self.store, self.frame, self.mask_id, self.continues_V = store, frame, mask_id, continues_V
+        self.store, self.frame, self.mask_id, self.continues_V = store, options.frame, mask_id, continues_V
         self.special_V = np.zeros(vocabulary, bool)
         self.special_V[[token for token in special_ids if token < vocabulary]] = True
         self.maskable_ids = np.flatnonzero(~self.special_V)
         self.random_streams = RandomStreams(seed)
-        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
-        windows = split_windows(locate_texts(store, kept, lead), max_text_tokens(length, frame.size(1), 1))
+        kept = options.select_documents(store)
+        windows = split_windows(
+            locate_texts(store, kept, options.lead), max_text_tokens(options.length, options.frame.size(1), 1)
+        )
         read = map(store.read, windows.document_R.tolist(), windows.start_R.tolist(), windows.stop_R.tolist())
         maskable_R = windows.size_R - np.fromiter((self.special_V[text].sum() for text in read), int, len(windows))
         self.windows = windows.select(maskable_R > 0)

@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Row, select_documents
+from postgrad.data.layouts.rows import IGNORED, Row, RowOptions
 from postgrad.data.layouts.windows import (
     MarkedStore,
     TextSpans,
@@ -30,7 +30,7 @@ from postgrad.data.layouts.windows import (
     make_ledger,
     max_text_tokens,
 )
-from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.render.frame import Frame
 from postgrad.errors import StageError
 
 TrainOn = Literal["answers", "all"]
@@ -101,32 +101,27 @@ class PackedExampleRows:
     def __init__(
         self,
         store: MarkedStore,
-        length: int,
+        options: RowOptions,
         *,
-        frame: Frame = EMPTY_FRAME,
         train_on: TrainOn = "answers",
         too_long: TooLongPolicy = "cut-context",
-        lead: int = 0,
         pack: bool = True,
-        held_out: float = 0.0,
-        excluded: np.ndarray | None = None,
-        max_document_tokens: int | None = None,
     ) -> None:
-        self.store, self.frame, self.train_on = store, frame, train_on
+        self.store, self.frame, self.train_on = store, options.frame, train_on
         self.is_marked = has_marks(store)
-        _check_frame(frame, self.is_marked)
+        _check_frame(options.frame, self.is_marked)
         # One more than the positions: the last token is only a label.
-        most = max_text_tokens(length, frame.size(2), 1) + 1
-        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
-        texts = locate_texts(store, kept, lead)
+        most = max_text_tokens(options.length, options.frame.size(2), 1) + 1
+        kept = options.select_documents(store)
+        texts = locate_texts(store, kept, options.lead)
         self.skipped: dict[str, int] = {}
         self.truncations: dict[str, int] = {}
         self.pieces = (self._example_pieces if self.is_marked else self._text_pieces)(texts, most, too_long)
         size_P = self.pieces.positions_P
-        row_P = assign_rows(size_P, length) if pack else np.arange(len(size_P))
+        row_P = assign_rows(size_P, options.length) if pack else np.arange(len(size_P))
         self.order_P = np.argsort(row_P, kind="stable")
         self.ends_R = np.cumsum(np.bincount(row_P))
-        self.lengths_R = np.full(len(self.ends_R), length) if pack else size_P
+        self.lengths_R = np.full(len(self.ends_R), options.length) if pack else size_P
         self.document_R = None if pack else self.pieces.document_P
         whole_N = texts.stop_N + texts.has_eos_N
         placed = int(self.pieces.stored_P.sum())

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, DocumentStore, Ledger, Row, select_documents
+from postgrad.data.layouts.rows import IGNORED, Ledger, Row, RowOptions
+from postgrad.data.tokens.held_out_split import DocumentStore
 
 
 class PackedRows:
@@ -27,14 +28,11 @@ class PackedRows:
     def __init__(
         self,
         store: DocumentStore,
-        length: int,
-        *,
-        held_out: float = 0.0,
-        excluded: np.ndarray | None = None,
-        max_document_tokens: int | None = None,
+        options: RowOptions,
     ) -> None:
-        self.store, self.length = store, length
-        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
+        self.store = store
+        self.length = length = options.length
+        kept = options.select_documents(store)
         self.document_ids: np.ndarray = kept.documents
         self.ends: np.ndarray = np.cumsum(kept.sizes)
         placed = int(self.ends[-1]) if len(self.ends) else 0

@@ -22,10 +22,9 @@ from dataclasses import replace
 import numpy as np
 
 from postgrad.data.layouts.packed_examples import PackedExampleRows, TooLongPolicy
-from postgrad.data.layouts.rows import IGNORED, Row
+from postgrad.data.layouts.rows import IGNORED, Row, RowOptions
 from postgrad.data.layouts.windows import MarkedStore
 from postgrad.data.random_streams import RandomStreams
-from postgrad.data.render.frame import EMPTY_FRAME, Frame
 
 
 class PrefixRows(PackedExampleRows):
@@ -39,27 +38,17 @@ class PrefixRows(PackedExampleRows):
     def __init__(
         self,
         store: MarkedStore,
-        length: int,
+        options: RowOptions,
         *,
         seed: int,
-        frame: Frame = EMPTY_FRAME,
         too_long: TooLongPolicy = "cut-context",
-        lead: int = 0,
         pack: bool = True,
-        held_out: float = 0.0,
-        excluded: np.ndarray | None = None,
-        max_document_tokens: int | None = None,
     ) -> None:
         super().__init__(
             store,
-            length,
-            frame=frame,
+            options,
             too_long=too_long,
-            lead=lead,
             pack=pack,
-            held_out=held_out,
-            excluded=excluded,
-            max_document_tokens=max_document_tokens,
         )
         self.random_streams = RandomStreams(seed)
         if not self.is_marked:

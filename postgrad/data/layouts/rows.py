@@ -16,19 +16,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.tokens.held_out_split import DocumentStore, SelectedDocuments, select_documents
+
 IGNORED = -100
 """The label of a position that is not trained (the convention of PyTorch and Hugging Face)."""
-
-_CHUNK = 1 << 20
-
-
-class DocumentStore(Protocol):
-    """What rows need of a token store: the document table and the ids of a document."""
-
-    @property
-    def documents(self) -> np.ndarray: ...
-
-    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray: ...
 
 
 class Row(NamedTuple):
@@ -86,53 +78,23 @@ class Rows(Protocol):
         ...
 
 
-def held_out_mask(digests: np.ndarray, share: float) -> np.ndarray:
-    """Which documents are held out: a function of the document's content alone, so copies always fall on one side."""
-    # The digest is uniform; a second mixing keeps the split independent of any other use of the digest.
-    mixed = digests * np.uint64(0x9E3779B97F4A7C15)
-    return (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53) < share
+@dataclass(frozen=True, eq=False)
+class RowOptions:
+    """Options shared by all layouts: the size of a row, its frame, and which documents become rows.
 
+    `length`: positions of a row. `lead`: tokens at each document's start that the frame replaces (1 for a BOS or [CLS]).
+    `held_out`: share of the documents kept for evaluation. `excluded`: digests of documents that are dropped.
+    """
 
-@dataclass(frozen=True)
-class SelectedDocuments:
-    """The documents that may be trained on, how much of each is read, and what was left out."""
+    length: int
+    frame: Frame = EMPTY_FRAME
+    lead: int = 0
+    held_out: float = 0.0
+    excluded: np.ndarray | None = None
+    max_document_tokens: int | None = None
 
-    documents: np.ndarray
-    sizes: np.ndarray
-    read: int
-    held_out: int
-    dropped: int
-    truncated: int
-
-
-def select_documents(
-    store: DocumentStore, *, held_out: float = 0.0, excluded: np.ndarray | None = None, max_tokens: int | None = None
-) -> SelectedDocuments:
-    """Leave out the held-out share, copies of `excluded` digests and documents of one token; cut the rest at `most`."""
-    table = store.documents
-    documents, sizes = [], []
-    read = held = dropped = truncated = 0
-    for begin in range(0, len(table), _CHUNK):
-        chunk = table[begin : begin + _CHUNK]
-        tokens, digests = chunk["tokens"].astype(np.int64), chunk["digest"]
-        out = held_out_mask(digests, held_out)
-        # A document of one token has nothing to predict; a copy of a held-out document must not be trained on.
-        drop = ~out & (tokens < 2)
-        if excluded is not None and len(excluded):
-            drop |= ~out & np.isin(digests, excluded)
-        kept = ~(out | drop)
-        size = tokens if max_tokens is None else np.minimum(tokens, max_tokens)
-        read += int(tokens.sum())
-        held += int(tokens[out].sum())
-        dropped += int(tokens[drop].sum())
-        truncated += int((tokens - size)[kept].sum())
-        documents.append(np.flatnonzero(kept) + begin)
-        sizes.append(size[kept])
-    return SelectedDocuments(
-        np.concatenate(documents) if documents else np.empty(0, np.int64),
-        np.concatenate(sizes) if sizes else np.empty(0, np.int64),
-        read,
-        held,
-        dropped,
-        truncated,
-    )
+    def select_documents(self, store: DocumentStore) -> SelectedDocuments:
+        """The documents to train on."""
+        return select_documents(
+            store, held_out=self.held_out, excluded=self.excluded, max_tokens=self.max_document_tokens
+        )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from postgrad.data.layouts.rows import Row, select_documents
+from postgrad.data.layouts.rows import Row, RowOptions
 from postgrad.data.layouts.windows import (
     MarkedStore,
     TextSpans,
@@ -27,7 +27,6 @@ from postgrad.data.layouts.windows import (
     split_windows,
 )
 from postgrad.data.random_streams import RandomStreams
-from postgrad.data.render.frame import EMPTY_FRAME, Frame
 
 
 def make_seq2seq_row(input_ids: np.ndarray, labels: np.ndarray, decoder_start: int) -> Row:
@@ -60,34 +59,32 @@ class Seq2SeqRows:
     def __init__(
         self,
         store: MarkedStore,
-        length: int,
-        target_length: int,
+        options: RowOptions,
         *,
+        target_length: int,
         eos: int,
         decoder_start: int,
         seed: int,
-        frame: Frame = EMPTY_FRAME,
         too_long: TooLongPolicy = "cut-end",
-        lead: int = 0,
-        held_out: float = 0.0,
-        excluded: np.ndarray | None = None,
-        max_document_tokens: int | None = None,
     ) -> None:
-        self.store, self.frame, self.decoder_start = store, frame, decoder_start
+        self.store, self.frame, self.decoder_start = store, options.frame, decoder_start
         self.eos = np.array([eos], np.int64)
         self.random_streams = RandomStreams(seed)
-        around = frame.size(1) + 1
-        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
-        texts = locate_texts(store, kept, lead)
+        around = options.frame.size(1) + 1
+        kept = options.select_documents(store)
+        texts = locate_texts(store, kept, options.lead)
         if has_marks(store):
-            found = _example_windows(store, texts, max_text_tokens(length, around, 1), target_length, too_long)
+            found = _example_windows(store, texts, max_text_tokens(options.length, around, 1), target_length, too_long)
             self.skipped = {
                 "no answer": len(texts.document_N) - len(found.windows) - found.dropped,
                 "too long": found.dropped,
             }
         else:
             # Room for two tokens on a side: then equal windows have two at least, and each can be cut.
-            rooms = max_text_tokens(length, around, 2), max_text_tokens(target_length, 1, 2, where="data.target_length")
+            rooms = (
+                max_text_tokens(options.length, around, 2),
+                max_text_tokens(target_length, 1, 2, where="data.target_length"),
+            )
             found = _text_windows(texts, min(rooms))
             self.skipped = {"a single token": len(np.setdiff1d(texts.document_N, found.windows.document_R))}
         self.windows, self.borders_R2, self.truncations = found.windows, found.borders_R2, found.truncations

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from postgrad.data.layouts.rows import DocumentStore, Row, select_documents
+from postgrad.data.layouts.rows import Row, RowOptions
 from postgrad.data.layouts.seq2seq import make_seq2seq_row
 from postgrad.data.layouts.windows import locate_texts, make_ledger, max_text_tokens, split_windows
 from postgrad.data.random_streams import RandomStreams
-from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.tokens.held_out_split import DocumentStore
 from postgrad.errors import StageError
 
 
@@ -60,7 +60,7 @@ class SpanCorruptionRows:
     def __init__(
         self,
         store: DocumentStore,
-        inputs_length: int = 512,
+        options: RowOptions,
         *,
         sentinels: Sequence[int],
         eos: int,
@@ -68,17 +68,12 @@ class SpanCorruptionRows:
         seed: int,
         density: float = 0.15,
         mean_span: float = 3.0,
-        frame: Frame = EMPTY_FRAME,
-        lead: int = 0,
-        held_out: float = 0.0,
-        excluded: np.ndarray | None = None,
-        max_document_tokens: int | None = None,
     ) -> None:
-        self.store, self.frame, self.decoder_start = store, frame, decoder_start
+        self.store, self.frame, self.decoder_start = store, options.frame, decoder_start
         self.eos, self.sentinels = np.array([eos], np.int64), np.array(sentinels, np.int64)
         self.random_streams = RandomStreams(seed)
         # Room for windows of three tokens: then equal windows have two at least, and each can be corrupted.
-        raw, _ = corrupted_lengths(max_text_tokens(inputs_length, frame.size(1), 4), density, mean_span)
+        raw, _ = corrupted_lengths(max_text_tokens(options.length, options.frame.size(1), 4), density, mean_span)
         most = int(noise_counts(np.array([raw]), density, mean_span)[1][0])
         if most > len(sentinels):
             raise StageError(
@@ -87,8 +82,8 @@ class SpanCorruptionRows:
                 expected="a sentinel for each span",
                 hint="shorter rows, longer spans, or a tokenizer with more sentinels (T5's own has 100)",
             )
-        kept = select_documents(store, held_out=held_out, excluded=excluded, max_tokens=max_document_tokens)
-        windows = split_windows(locate_texts(store, kept, lead), raw)
+        kept = options.select_documents(store)
+        windows = split_windows(locate_texts(store, kept, options.lead), raw)
         self.windows = windows.select(windows.size_R >= 2)
         self.document_R = self.windows.document_R
         self.noise_R, self.spans_R = noise_counts(self.windows.size_R, density, mean_span)

@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from postgrad.data.layouts.rows import DocumentStore, Ledger, SelectedDocuments
+from postgrad.data.layouts.rows import Ledger
+from postgrad.data.tokens.held_out_split import DocumentStore, SelectedDocuments
 from postgrad.errors import StageError
 
 TooLongPolicy = Literal["cut-context", "cut-end", "drop"]

@@ -22,49 +22,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from postgrad.data.random_streams import derive_key, mix_bits, permute_indices
+
 _SCALE = 1 << 40
-_MASK = (1 << 64) - 1
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser on an array of uint64: every output bit depends on every input bit."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-def derive_key(*parts: int) -> int:
-    """One 64-bit number from several, for keys that must not collide by accident."""
-    key = 0
-    for part in parts:
-        key = int(_mix(np.array([(key * 0x9E3779B97F4A7C15 + part + 1) & _MASK], np.uint64))[0])
-    return key
-
-
-def permute_indices(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where `indices` (each below `size`) go under the permutation of `range(size)` named by `key`.
-
-    A four-round Feistel network over the next even power of two; values that fall outside walk on until they are inside.
-    """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    low = np.uint64((1 << half) - 1)
-    shift = np.uint64(half)
-
-    def once(x: np.ndarray) -> np.ndarray:
-        left, right = x >> shift, x & low
-        for round_ in range(4):
-            mixed = _mix(right + np.uint64(derive_key(key, round_)))
-            left, right = right, left ^ (mixed & low)
-        return (left << shift) | right
-
-    with np.errstate(over="ignore"):
-        out = once(indices.astype(np.uint64))
-        outside = out >= size
-        while outside.any():
-            out[outside] = once(out[outside])
-            outside = out >= size
-    return out.astype(np.int64)
 
 
 class Apportionment:
@@ -142,7 +102,7 @@ def _block_rows(mixture: Mixture, block_index: int) -> tuple[np.ndarray, np.ndar
     source = np.repeat(np.arange(len(first)), [b - a for a, b in zip(first, last, strict=True)])
     with np.errstate(over="ignore"):
         keys = np.arange(len(source), dtype=np.uint64) + np.uint64(derive_key(mixture.seed, 0x5EED, block_index))
-    source = source[np.argsort(_mix(keys), kind="stable")]
+    source = source[np.argsort(mix_bits(keys), kind="stable")]
     row = np.empty(len(source), np.int64)
     # The block's slots are shuffled; each source then fills its slots in the order of its own pass.
     for k, (a, b) in enumerate(zip(first, last, strict=True)):

@@ -23,9 +23,7 @@ from postgrad.data.read.examples import (
     RUNNING_TEXT_KINDS,
     Columns,
     Example,
-    Labels,
     SkippedRow,
-    collect_labels,
     describe_value,
     detect_columns,
     get_column,
@@ -43,6 +41,7 @@ from postgrad.data.read.files import (
     read_lines,
     read_records,
 )
+from postgrad.data.read.labels import Labels, collect_labels
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError, suggest_nearest
 

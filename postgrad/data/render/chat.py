@@ -27,7 +27,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from postgrad.data.read.examples import Example, Labels, RenderedExample
+from postgrad.data.read.examples import Example
+from postgrad.data.read.labels import Labels
+from postgrad.data.render.renderer import RenderedExample
 from postgrad.data.render.renderers import ANSWER, CONTEXT, PlainRenderer
 from postgrad.errors import DataError, ModelError
 

@@ -16,8 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from postgrad.data.loading.mixture import derive_key
-from postgrad.data.read.examples import Example, Labels, RenderedExample, Renderer
+from postgrad.data.random_streams import derive_key
+from postgrad.data.read.examples import Example
+from postgrad.data.read.labels import Labels
+from postgrad.data.render.renderer import RenderedExample, Renderer
 from postgrad.data.tokens.store import digest
 
 RetrievalMethod = Literal["bm25", "embedding", "seed", "once", "balanced"]

@@ -17,7 +17,9 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from postgrad.data.read.examples import Example, Labels, RenderedExample
+from postgrad.data.read.examples import Example
+from postgrad.data.read.labels import Labels
+from postgrad.data.render.renderer import RenderedExample
 from postgrad.errors import DataError, StageError, suggest_nearest
 
 ANSWER, CONTEXT = 1, 0

@@ -37,8 +37,10 @@ from tokenizers import Tokenizer
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read import documents as formats
 from postgrad.data.read.documents import Document, detect_kind, read_documents, read_labels
-from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example, Labels, RenderedExample, Renderer, merge_labels
+from postgrad.data.read.examples import RUNNING_TEXT_KINDS, Example
 from postgrad.data.read.files import HubDataset, RawSource, find_files
+from postgrad.data.read.labels import Labels, merge_labels
+from postgrad.data.render.renderer import RenderedExample, Renderer
 from postgrad.data.tokens.store import (
     FORMAT,
     MARK_DTYPE,

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from postgrad.data.layouts.rows import held_out_mask
 from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import RawSource
+from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.store import digest
 from postgrad.data.tokens.tokenize import source_fingerprint
 from postgrad.errors import DataError

@@ -1,0 +1,109 @@
+"""Phase 2: score the exact start model, in fp32 and without the stage's tuning, once per run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+
+from postgrad.evaluation import before_after
+from postgrad.evaluation.before_after import AllScores
+from postgrad.evaluation.continuations import ContinuationPrompt, generate_continuations, select_prompts
+from postgrad.evaluation.pseudo_perplexity import score_masked_tokens
+from postgrad.run import task_scores
+from postgrad.run.context import RunContext
+from postgrad.run.events import Phase, PhaseStarted
+from postgrad.run.task_scores import AllAnswers
+from postgrad.storage.atomic import write_atomically
+
+_SCORES, _PSEUDO_SCORES = "before.npz", "pseudo-before.npz"
+_CONTINUATIONS, ANSWERS_BEFORE = "samples-before.json", "tasks-before.json"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the start model scores, writes and answers."""
+
+    scores: AllScores
+    pseudo_scores: AllScores
+    """Of sets scored by pseudo-perplexity, one masked token at a time."""
+    prompts: list[ContinuationPrompt]
+    continuations: list[str]
+    answers: AllAnswers
+
+
+def score_baseline(context: RunContext) -> Phase[Baseline]:
+    """The baseline of a run: from its files, or measured now."""
+    yield PhaseStarted("scoring the start model", is_evaluation=True)
+    evaluation = context.plan.evaluation
+    # Generation runs on one rank, so a sharded model gives no samples.
+    count = 0 if context.world.is_distributed else context.plan.stage.evaluation.samples
+    prompts = [prompt for held_out in evaluation.scored_sets for prompt in select_prompts(held_out, count)]
+    # All ranks decide together: the first may already have written files that the others have not looked for yet.
+    if context.world.any_rank(not _is_complete(context, len(prompts))):
+        context.release_tuned_model()
+        _measure_baseline(context, prompts)
+        yield PhaseStarted("preparing to train")
+    context.world.barrier()
+    return Baseline(
+        before_after.read_scores(context.score_path(_SCORES)),
+        before_after.read_scores(context.score_path(_PSEUDO_SCORES)) if evaluation.pseudo_perplexity_sets else {},
+        prompts,
+        _read_continuations(context),
+        task_scores.read_answers(context.score_path(ANSWERS_BEFORE)),
+    )
+
+
+def _is_complete(context: RunContext, sample_count: int) -> bool:
+    """Whether the run folder has a baseline of all that the stage evaluates; its sample count may have changed since."""
+    evaluation = context.plan.evaluation
+    return (
+        context.score_path(_SCORES).exists()
+        and len(_read_continuations(context)) == sample_count
+        and (not evaluation.pseudo_perplexity_sets or context.score_path(_PSEUDO_SCORES).exists())
+        and (not evaluation.tasks or context.score_path(ANSWERS_BEFORE).exists())
+    )
+
+
+def _read_continuations(context: RunContext) -> list[str]:
+    path = context.score_path(_CONTINUATIONS)
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _measure_baseline(context: RunContext, prompts: list[ContinuationPrompt]) -> None:
+    """Score the start model and write the files of the baseline."""
+    plan, world = context.plan, context.world
+    model = context.load_start_model()
+    identity, cache = context.score_identity, context.cache
+    score_sets = partial(
+        before_after.score_sets,
+        model,
+        context=plan.model.context_length,
+        world=world,
+        identity=identity,
+        cache=cache,
+    )
+    scores = score_sets(plan.evaluation.scored_sets_before)
+    continuations = (
+        generate_continuations(
+            model.pretrained,
+            plan.model.tokenizer,
+            prompts,
+            plan.model.inputs.without_tuning.virtual_tokens,
+            plan.model.inputs.encoder.bos,
+        )
+        if world.is_main
+        else []
+    )
+    pseudo_scores = score_sets(plan.evaluation.pseudo_perplexity_sets_before, score_masked_tokens)
+    answers = task_scores.answer_tasks(
+        model, plan.evaluation.tasks_before, plan.model.inputs, world=world, identity=identity, cache=cache
+    )
+    if not world.is_main:
+        return
+    before_after.write_scores(context.score_path(_SCORES), scores)
+    if plan.evaluation.pseudo_perplexity_sets:
+        before_after.write_scores(context.score_path(_PSEUDO_SCORES), pseudo_scores)
+    write_atomically(context.score_path(_CONTINUATIONS), json.dumps(continuations))
+    if answers:
+        task_scores.write_answers(context.score_path(ANSWERS_BEFORE), answers)

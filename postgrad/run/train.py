@@ -1,0 +1,178 @@
+"""Phase 4, second half: train to the last step, with evaluations and checkpoints on the way."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from postgrad.distributed.fsdp import reshard
+from postgrad.evaluation import before_after
+from postgrad.evaluation.before_after import AllScores
+from postgrad.evaluation.held_out import HeldOutSet
+from postgrad.plan.checkpoint_selection import summarize_evaluation
+from postgrad.run import task_scores
+from postgrad.run.baseline import Baseline
+from postgrad.run.build import make_step
+from postgrad.run.context import RunContext
+from postgrad.run.events import CheckpointSaved, EvaluationCompleted, Phase, StepCompleted, WarningMessage
+from postgrad.run.milestones import checkpoint_steps, evaluation_steps
+from postgrad.run.penalty_strength import penalty_warning
+from postgrad.run.task_scores import AllAnswers
+from postgrad.run.training_session import TrainingSession
+from postgrad.training.checkpoint_files import write_checkpoint
+from postgrad.training.loop import train_steps
+from postgrad.training.metrics_log import Throughput
+from postgrad.training.step import StepReport
+
+
+def train(context: RunContext, session: TrainingSession, baseline: Baseline) -> Phase[bool]:
+    """Train, evaluate and save; True when the user stopped it.
+
+    A run that resumes at a step where the selector had already ended it trains no further.
+    """
+    plan, run, world = context.plan, session.run, context.world
+    evaluation_at = evaluation_steps(plan.stage.evaluation.every, plan.steps, plan.tokens)
+    checkpoint_at = checkpoint_steps(plan.stage.save.every, plan.steps, plan.tokens)
+    evaluator = _Evaluator(context, session, baseline)
+    throughput, saved_step, has_warned = Throughput(), run.step, False
+    is_done = _selector_ended(session)
+    for report in train_steps(run, session.loader, run.step if is_done else plan.steps, make_step(plan, run)):
+        seconds = throughput.step(report.tokens)
+        if world.is_main:
+            session.metrics.write(_step_row(report, seconds))
+        if not has_warned and (warning := penalty_warning(report)):
+            has_warned = True
+            yield WarningMessage(warning)
+        tokens_left = (plan.steps - report.step) * report.tokens
+        yield StepCompleted(report, seconds, throughput.tokens_per_second, throughput.remaining_seconds(tokens_left))
+        is_best = False
+        if report.step in evaluation_at:
+            row = evaluator.evaluate(report)
+            yield EvaluationCompleted(row)
+            is_best = row.get("choice", {}).get("best") == report.step
+            is_done = _selector_ended(session)
+            run.model.train()
+        is_stopped = context.is_stop_requested() and report.step < plan.steps
+        if report.step in checkpoint_at or is_stopped or is_best:
+            yield _save_checkpoint(context, session)
+            saved_step = report.step
+        if is_stopped and not is_done:
+            return True
+        if is_done:
+            break
+        throughput.pause()
+    if saved_step < run.step:
+        yield _save_checkpoint(context, session)
+    return False
+
+
+def _selector_ended(session: TrainingSession) -> bool:
+    return session.selector is not None and session.selector.state.should_stop
+
+
+class _Evaluator:
+    """Evaluations during training: subsets of the held-out sets, compared with the start model on the same documents."""
+
+    def __init__(self, context: RunContext, session: TrainingSession, baseline: Baseline) -> None:
+        """Scores the start model and logs step 0, unless the run did so already."""
+        self.context, self.session, self.run = context, session, session.run
+        evaluation = context.plan.evaluation
+        self.sets = [evaluation.subset(held_out) for held_out in evaluation.scored_sets]
+        # A sharded model cannot generate: its tasks are evaluated before and after training only.
+        self.tasks = [task for task in evaluation.tasks if task.task.during and not context.world.is_distributed]
+        self.start_scores = self._read_start_scores()
+        if self.run.step == 0 and context.world.is_main:
+            session.metrics.write(self._with_tasks(self._row(0, 0, self.start_scores), baseline.answers))
+
+    def evaluate(self, report: StepReport) -> dict[str, Any]:
+        """Score the current weights, tell the selector, and log the row."""
+        selector = self.session.selector
+        scores = self._score(self.sets)
+        row = self._row(report.step, report.trained_tokens, scores)
+        if selector:
+            row["choice"] = selector.add(summarize_evaluation(selector.rule, row, scores, self.start_scores))
+        row = self._with_tasks(row)
+        if self.context.world.is_main:
+            self.session.metrics.write(row)
+        return row
+
+    def _read_start_scores(self) -> AllScores:
+        """The start model's scores on the subsets; measured at step 0, before any weight has moved."""
+        path, world, evaluation = self.context.score_path("start.npz"), self.context.world, self.context.plan.evaluation
+        if world.any_rank(not path.exists()):
+            tuning = self.run.weights.tuning
+            with tuning.disable() if tuning.additive else nullcontext():
+                scores = self._score([evaluation.subset(held_out) for held_out in evaluation.scored_sets_before])
+            if world.is_main:
+                before_after.write_scores(path, scores)
+        world.barrier()
+        return before_after.read_scores(path)
+
+    def _score(self, sets: Sequence[HeldOutSet]) -> AllScores:
+        with self.run.weights.full_precision():
+            scores = before_after.score_sets(
+                self.run.model, sets, context=self.context.plan.model.context_length, world=self.context.world
+            )
+            # FSDP keeps weights gathered after a forward pass; the next update must reach the shards.
+            reshard(self.run.model)
+            return scores
+
+    def _row(self, step: int, trained_tokens: int, scores: AllScores) -> dict[str, Any]:
+        vocabulary = self.context.plan.model.vocab_size
+        return before_after.evaluation_row(step, trained_tokens, self.sets, self.start_scores, scores, vocabulary)
+
+    def _with_tasks(self, row: dict[str, Any], answers: AllAnswers | None = None) -> dict[str, Any]:
+        """A row with the headline metric of each task evaluated during training; `answers`: known ones."""
+        if not self.tasks:
+            return row
+        if answers is None:
+            with self.run.weights.full_precision():
+                answers = task_scores.answer_tasks(
+                    self.run.model, self.tasks, self.context.plan.model.inputs, world=self.context.world
+                )
+        return {**row, "tasks": task_scores.task_headlines(self.tasks, answers)}
+
+
+def _step_row(report: StepReport, seconds: float) -> dict[str, Any]:
+    """The line of metrics.jsonl for a step."""
+    return {
+        "kind": "step",
+        "step": report.step,
+        "tokens": report.tokens,
+        "trained": report.trained_tokens,
+        "loss": report.loss,
+        "losses": report.losses,
+        "penalties": report.penalties,
+        "by_source": report.losses_by_source,
+        "rate": report.rate,
+        "grad_norm": report.gradient_norm,
+        **({} if report.loss_gradient_norm is None else {"push": report.loss_gradient_norm}),
+        **({} if report.num_updated is None else {"moved": report.num_updated}),
+        "seconds": round(seconds, 4),
+    }
+
+
+def _save_checkpoint(context: RunContext, session: TrainingSession) -> CheckpointSaved:
+    """Publish a checkpoint of this step; the selected step's checkpoint is never removed.
+
+    The metrics are synced first: a checkpoint must not be newer than the log that a resume continues. Gathering a sharded
+    model is collective, so every rank writes a checkpoint; all but the first into a folder that is thrown away.
+    """
+    run, checkpoints = session.run, session.checkpoints
+    session.metrics.sync()
+    best = session.selector.state.best if session.selector else None
+
+    def write(folder: Path) -> None:
+        write_checkpoint(folder, run, context.plan.model.tokenizer, session.checkpoint_metadata)
+
+    if context.world.is_main:
+        folder = checkpoints.save(run.step, write, best.step if best else None)
+    else:
+        folder = checkpoints.step_folder(run.step)
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch))
+    context.world.barrier()
+    return CheckpointSaved(run.step, folder)
