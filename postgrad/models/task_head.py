@@ -325,7 +325,7 @@ def compute_hidden_states(
     more: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
     if stack == "decoder":
         more |= {
-            "decoder_input_ids": _shift_right(input_ids, attention_mask, _start_token(model.config)),
+            "decoder_input_ids": _shift_right(input_ids, attention_mask, decoder_start_token(model.config)),
             "decoder_attention_mask": attention_mask,
         }
     elif is_decoder(model.config) and "position_ids" in takes and "position_ids" not in inputs:
@@ -437,7 +437,7 @@ def is_decoder(config: PreTrainedConfig) -> bool:
     return type(config) not in AutoModelForMaskedLM._model_mapping or bool(getattr(config, "is_decoder", False))
 
 
-def _start_token(config: PreTrainedConfig) -> int:
+def decoder_start_token(config: PreTrainedConfig) -> int:
     """What a decoder begins with."""
     for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
         token = getattr(config, name, None)

@@ -36,6 +36,7 @@ from postgrad.evaluation.choices.token_tree import (
 )
 from postgrad.models.model import Model, wrap_model
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
+from postgrad.models.task import Task
 from postgrad.tuning.attach import attach
 from tests.tuning.checks import tokenizer as words
 from tests.tuning.families import PAD, REAL, VOCABULARY, build_model, first_virtual
@@ -45,7 +46,7 @@ SEQ2SEQ = ["t5", "mt5", "bart"]
 
 
 def view(pretrained: PreTrainedModel) -> Model:
-    return wrap_model(pretrained, "text-to-text" if pretrained.config.is_encoder_decoder else "causal")
+    return wrap_model(pretrained, Task.TEXT_TO_TEXT if pretrained.config.is_encoder_decoder else Task.CAUSAL)
 
 
 def drawn(rng: random.Random, size: int) -> tuple[int, ...]:
@@ -98,7 +99,7 @@ def same(found: ChoiceScores, wanted: list[list[tuple[float, bool]]], tolerance:
 
 
 def chosen(model: Model, items: Sequence[ChoiceItem], **options: object) -> ChoiceScores:
-    return score_choices(model, items, **{"context": 64, "pad": PAD, "at_once": 512, **options})  # type: ignore[arg-type]
+    return score_choices(model, items, **{"context": 64, "pad": PAD, "batch_tokens": 512, **options})  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -525,4 +526,4 @@ def test_nothing_that_fits_is_nothing_scored(family: str) -> None:
 
 def test_an_encoder_has_no_answers() -> None:
     with pytest.raises(ModelError, match=r"does not write"):
-        chosen(wrap_model(build_model("bert", "lm"), "masked"), questions())
+        chosen(wrap_model(build_model("bert", "lm"), Task.MASKED), questions())

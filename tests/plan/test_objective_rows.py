@@ -20,6 +20,7 @@ from postgrad.data.layouts.prefix_lm import PrefixRows
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.span_corruption import SpanCorruptionRows
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.examples import KINDS
 from postgrad.data.read.labels import Labels
 from postgrad.data.render.chat import ChatRenderer
@@ -245,7 +246,7 @@ def test_what_puts_rows_into_words(shelf: Workspace) -> None:
     causal = plan_of(shelf, "next-token", "completion").model.inputs
     writes = plan_of(shelf, "text-to-text", "pair").model.inputs
     encoder = plan_of(shelf, "classify", "labelled").model.inputs
-    next_token, labels = NextTokenObjective(kind="next-token"), Labels("class", ("a", "b"))
+    next_token, labels = NextTokenObjective(kind="next-token"), Labels(ProblemType.CLASS, ("a", "b"))
 
     def made(objective: Any, kind: str, reading: Any, wording: RowTemplate | None = None) -> Any:
         return make_renderer(objective, kind, reading, wording or RowTemplate(), labels)
