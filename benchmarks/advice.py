@@ -49,11 +49,11 @@ def make_stage(options: argparse.Namespace, name: str, path: str) -> Result:
                  "held_out": 0, "max_passes": 100},
             ],
         },
-        "batch": {"sequences": options.sequences},
+        "batch": {"global_batch_size": options.sequences},
         "schedule": {"kind": "rewarm", "peak": options.peak, "floor": options.peak / 10, "warmup": "5%"},
         "evaluation": {
             "retained": [{"name": "old", "path": str(Path(options.retained).resolve())}],
-            "every": "100%", "max_tokens": options.scored, "during_tokens": 2000, "samples": 0, "drift_tokens": 0,
+            "every": "100%", "max_tokens": options.scored, "eval_tokens": 2000, "samples": 0, "drift_tokens": 0,
         },
         "save": {"every": "100%", "keep": 1},
         "compute": {"threads": 1, "compile": False, "dtype": "float32"},

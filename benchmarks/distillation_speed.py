@@ -121,7 +121,7 @@ def measure_arms(options: argparse.Namespace) -> list[dict[str, Any]]:
             told: dict[str, Any] = {}
             kind = name.split()[-1]
             if kind in ("sampled", "top-k"):
-                asked = {"kind": kind, **({"draws": DRAWS} if kind == "sampled" else {"k": K})}
+                asked = {"kind": kind, **({"samples": DRAWS} if kind == "sampled" else {"k": K})}
                 store = TeacherCache(Path(folder) / kind, {"asked": asked}, np.arange(len(rows)), options.time)
                 for part in store.missing_parts():
                     keys = store.part_keys(part)

@@ -111,7 +111,7 @@ def table(rows: list[Result]) -> str:
 
 def figure(rows: list[Result]) -> str:
     """The curve with its band as a picture by itself."""
-    from postgrad.reports.html.figures import STYLE, Series, line_chart
+    from postgrad.reports.html.charts import STYLE, Series, line_chart
 
     points = [(float(row["length"]), row["accuracy"]["value"]) for row in rows]
     band = [(float(row["length"]), row["accuracy"]["low"], row["accuracy"]["high"]) for row in rows]

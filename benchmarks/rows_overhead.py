@@ -86,7 +86,7 @@ def plan_arm(home: Path, arm: str, length: int, batch: int) -> Plan:
             "sequence_length": length,
             "sources": [{"name": arm, "path": f"{arm}.jsonl", "held_out": 0.01, "max_passes": 1e6}],
         },
-        "batch": {"sequences": batch},
+        "batch": {"global_batch_size": batch},
         "schedule": {"kind": "constant", "peak": 1e-4, "warmup": 0},
         "evaluation": {"samples": 0},
     }

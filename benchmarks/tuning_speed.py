@@ -35,13 +35,13 @@ Kind = dict[str, Any]
 # By name: ours, and PEFT's configuration of the same (None: it has none).
 KINDS: dict[str, tuple[Kind, Callable[[LlamaConfig], Any] | None]] = {
     "lora": ({"kind": "lora", "rank": RANK}, lambda c: _lora()),
-    "dora": ({"kind": "lora", "rank": RANK, "form": "dora"}, lambda c: _lora(use_dora=True)),
-    "prompt": ({"kind": "prompt", "length": VECTORS, "start": "random"}, lambda c: _prompt()),
+    "dora": ({"kind": "lora", "rank": RANK, "variant": "dora"}, lambda c: _lora(use_dora=True)),
+    "prompt": ({"kind": "prompt", "length": VECTORS, "init": "random"}, lambda c: _prompt()),
     "prefix": ({"kind": "prefix", "length": VECTORS, "hidden": WIDTH_OF_MLP}, lambda c: _prefix(projected=True)),
     "p-tuning-v2": ({"kind": "p-tuning-v2", "length": VECTORS, "dropout": 0.0}, lambda c: _prefix(projected=False)),
     "osf": ({"kind": "osf"}, lambda c: _osf(c)),
     "norm": ({"kind": "norm"}, lambda c: _norm()),
-    "adapter": ({"kind": "adapter", "form": "pfeiffer"}, None),
+    "adapter": ({"kind": "adapter", "variant": "pfeiffer"}, None),
     "blocks": ({"kind": "blocks", "last": 1}, None),
     "expand": ({"kind": "expand", "every": 3}, None),
     "full": ({"kind": "full"}, None),

@@ -49,18 +49,18 @@ KINDS: dict[str, Result] = {
     "blocks": {"kind": "blocks", "last": 1},
     "bias": {"kind": "bias"},
     "norm": {"kind": "norm"},
-    "adapter-houlsby": {"kind": "adapter", "form": "houlsby"},
-    "adapter-pfeiffer": {"kind": "adapter", "form": "pfeiffer"},
-    "adapter-parallel": {"kind": "adapter", "form": "parallel"},
+    "adapter-houlsby": {"kind": "adapter", "variant": "houlsby"},
+    "adapter-pfeiffer": {"kind": "adapter", "variant": "pfeiffer"},
+    "adapter-parallel": {"kind": "adapter", "variant": "parallel"},
     "prefix": {"kind": "prefix", "length": 10, "hidden": 128},
     "p-tuning-v2": {"kind": "p-tuning-v2", "length": 20},
     "prompt": {"kind": "prompt", "length": 20},
     "p-tuning": {"kind": "p-tuning", "template": "{20} {x}"},
-    "instruction-prompt": {"kind": "instruction-prompt", "length": 20, "demonstrations": {"tokens": 96}},
+    "instruction-prompt": {"kind": "instruction-prompt", "length": 20, "demonstrations": {"max_tokens": 96}},
     "lora": {"kind": "lora", "rank": 8},
-    "rslora": {"kind": "lora", "rank": 8, "form": "rslora"},
-    "dora": {"kind": "lora", "rank": 8, "form": "dora"},
-    "pissa": {"kind": "lora", "rank": 8, "form": "pissa"},
+    "rslora": {"kind": "lora", "rank": 8, "variant": "rslora"},
+    "dora": {"kind": "lora", "rank": 8, "variant": "dora"},
+    "pissa": {"kind": "lora", "rank": 8, "variant": "pissa"},
     "osf": {"kind": "osf"},
     "expand": {"kind": "expand"},
 }
@@ -321,7 +321,7 @@ def make_stage(options: argparse.Namespace, kind: str, rate: float, seed: int, o
     labelled = "label" in json.loads(options.train.open().readline())
     source = {"name": "task", "path": str(options.train.resolve()), "max_passes": 1e6}
     held_out: dict[str, list[Result]] = {
-        "learned": [{"name": "valid", "path": str(options.valid.resolve()), "like": "task"}]
+        "learned": [{"name": "valid", "path": str(options.valid.resolve()), "same_format_as": "task"}]
     }
     if options.retained:
         held_out["retained"] = [{"name": "retained", "path": str(options.retained.resolve())}]
@@ -338,12 +338,12 @@ def make_stage(options: argparse.Namespace, kind: str, rate: float, seed: int, o
             "sources": [source | ({"kind": "labelled"} if labelled else {})],
             "overlap": "off",
         },
-        "batch": {"sequences": options.batch},
+        "batch": {"global_batch_size": options.batch},
         "schedule": {**falls, "peak": rate, "warmup": "5%"},
         "optimizer": {"weight_decay": 0.0},
         **({"objectives": [{"kind": "classify"}]} if options.task == "classify" else {}),
         "tuning": tuning,
-        "evaluation": {**held_out, "every": options.every, "during_tokens": options.look_tokens, "samples": 0},
+        "evaluation": {**held_out, "every": options.every, "eval_tokens": options.look_tokens, "samples": 0},
         "save": {"every": "100%"},
         "compute": {"threads": options.threads, "dtype": options.dtype, "compile": False},
     }
@@ -550,7 +550,7 @@ def forgetting_cell(forgetting: Result | None) -> str:
 
 def trade_off_svg(rows: Sequence[Result]) -> str:
     """Gain against forgetting, a spot a kind, as a picture by itself."""
-    from postgrad.reports.html.figures import STYLE, ScatterPoint, scatter
+    from postgrad.reports.html.charts import STYLE, ScatterPoint, scatter
 
     spots = [
         ScatterPoint(row["kind"], row["forgetting"]["difference"], row["gain"],

@@ -6,22 +6,11 @@ import ast
 import inspect
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
-from postgrad.config import (
-    document_filters,
-    mixing,
-    objectives,
-    penalties,
-    quantities,
-    row_format,
-    schedules,
-    sparse_updates,
-    stage_file,
-    tasks,
-    tunings,
-)
+from postgrad.config import quantities, stage_file
 from postgrad.config import stage as s
 from postgrad.studies import study
 
@@ -41,130 +30,84 @@ How values are written:
 | length | `1%` of the stage's steps, `200 steps` (or `200`), or `2M tokens` |
 | rate | a learning rate above zero, such as `2.0e-5` |
 
-This page is made from the types in `postgrad/stages/` by `docs/make_stage_reference.py`; `docs/stage.schema.json` is the
+This page is generated from the types in `postgrad/config/` by `docs/make_stage_reference.py`; `docs/stage.schema.json` is the
 same as a JSON Schema.
 """
 
-PARTS = (
-    ("Stage", "The stage"),
-    ("FreshModel", "`model`"),
-    ("NewTokenizer", "`model.tokenizer`"),
-    ("Data", "`data`"),
-    ("Source", "`data.sources[]`"),
-    ("DsirSelection", "`data.sources[].select[]`: `dsir`"),
-    ("LikeFile", "`data.sources[].select[].like[]`"),
-    ("PerplexitySelection", "`data.sources[].select[]`: `perplexity`"),
-    ("DuplicatesSelection", "`data.sources[].select[]`: `duplicates`"),
-    ("Shift", "`data.shifts[]`"),
-    ("ByExamples", "`data.mixing`: `examples`"),
-    ("ByTemperature", "`data.mixing`: `temperature`"),
-    ("Equal", "`data.mixing`: `equal`"),
-    ("Batch", "`batch`"),
-    ("Constant", "`schedule`: `constant`"),
-    ("Decay", "`schedule`: `rewarm`, `cosine`, `linear`, `inverse-sqrt`, `exponential`, `1-sqrt`"),
-    ("FromFloor", "`schedule`: `from-floor`"),
-    ("Infinite", "`schedule`: `infinite`"),
-    ("Wsd", "`schedule`: `wsd`"),
-    ("Anneal", "`schedule`: `anneal`"),
-    ("Then", "`schedule`: `then`"),
-    ("Piece", "`schedule.pieces[]`"),
-    ("Optimizer", "`optimizer`"),
-    ("MomentumUpdate", "`optimizer.update`: `momentum`"),
-    ("MagnitudeUpdate", "`optimizer.update`: `magnitude`"),
-    ("LossAdaptive", "`optimizer.loss_adaptive`"),
-    ("NextTokenObjective", "`objectives[]`: `next-token`"),
-    ("PrefixLMObjective", "`objectives[]`: `prefix-lm`"),
-    ("MaskedObjective", "`objectives[]`: `masked`"),
-    ("SpanCorruptionObjective", "`objectives[]`: `span-corruption`"),
-    ("TextToTextObjective", "`objectives[]`: `text-to-text`"),
-    ("ClassifyObjective", "`objectives[]`: `classify`"),
-    ("AnchorPenalty", "`penalties[]`: `anchor`"),
-    ("JoinedLayers", "`objectives[].layers` of `classify`"),
-    ("DecidingHead", "`objectives[].head` of `classify`"),
-    ("DistillObjective", "`objectives[]`: `distill`"),
-    ("OnPolicyObjective", "`objectives[]`: `on-policy`"),
-    ("Weighing", "`objectives[].weight`"),
-    ("SampledCache", "`objectives[].cache`: `sampled`"),
-    ("TopKCache", "`objectives[].cache`: `top-k`"),
-    ("FullTuning", "`tuning`: `full`"),
-    ("HeadTuning", "`tuning`: `head`"),
-    ("BlocksTuning", "`tuning`: `blocks`"),
-    ("BiasTuning", "`tuning`: `bias`"),
-    ("NormTuning", "`tuning`: `norm`"),
-    ("LoraTuning", "`tuning`: `lora`"),
-    ("OsfTuning", "`tuning`: `osf`"),
-    ("AdapterTuning", "`tuning`: `adapter`"),
-    ("PrefixTuning", "`tuning`: `prefix`"),
-    ("PTuningV2", "`tuning`: `p-tuning-v2`"),
-    ("PromptTuning", "`tuning`: `prompt`"),
-    ("PTuning", "`tuning`: `p-tuning`"),
-    ("InstructionPrompt", "`tuning`: `instruction-prompt`"),
-    ("Demonstrations", "`tuning.demonstrations`"),
-    ("ExpandTuning", "`tuning`: `expand`"),
-    ("Evaluation", "`evaluation`"),
-    ("HeldOutFile", "`evaluation.retained[]`, `evaluation.learned[]`, `evaluation.test[]`"),
-    ("Task", "`evaluation.tasks[]`"),
-    ("Shown", "`evaluation.tasks[].shown`"),
-    ("Save", "`save`"),
-    ("Choose", "`save.choose`"),
-    ("Compute", "`compute`"),
-)
 NOTES = {
-    "LikeFile": "A path alone, without a mapping, is also accepted.",
+    "TargetTextFile": "A path alone, without a mapping, is also accepted.",
     "HeldOutFile": "A path alone, without a mapping, is also accepted; its file name then gives the `name`.",
-    "FreshModel": "A name alone, without a mapping, is a model that is there.",
-    "NewTokenizer": "A name alone, without a mapping, is a tokenizer that is there.",
+    "FreshModel": "A name alone, without a mapping, is an existing model.",
+    "NewTokenizer": "A name alone, without a mapping, is an existing tokenizer.",
 }
-WORDS = {"Amount": "tokens", "AmountOrNone": "tokens", "Share": "share", "Length": "length", "Rate": "rate"}
+WORDS = {"TokenCount": "tokens", "TokenCountOrZero": "tokens", "Share": "share", "Length": "length", "Rate": "rate"}
+
+Model = type[quantities.ConfigModel]
 
 
 def stage_reference() -> str:
     """The page, as text."""
     schema = json.loads(stage_file.json_schema())
     parts = {"Stage": schema, **schema["$defs"]}
-    missing = parts.keys() - {name for name, _ in PARTS}
-    if missing:
-        raise ValueError(f"parts of a stage that the reference does not list: {sorted(missing)}")
-    return HEAD + "".join(_section(name, title, parts[name]) for name, title in PARTS)
+    return HEAD + "".join(_section(model, title, parts[model.__name__]) for model, title in _titles().items())
 
 
-def _section(name: str, title: str, part: dict[str, Any]) -> str:
-    about = [part.get("description", ""), NOTES.get(name, "")]
+def mapping_paths() -> dict[Model, list[str]]:
+    """The mappings of a stage in the order of its keys, and the key paths of each; `[]` marks the items of a list."""
+    paths: dict[Model, list[str]] = {}
+
+    def visit(model: Model, path: str) -> None:
+        paths.setdefault(model, []).append(path)
+        if len(paths[model]) == 1:
+            for key, field in model.model_fields.items():
+                for part, suffix in dict.fromkeys(_models_in(field.annotation)):
+                    visit(part, f"{path}.{key}{suffix}".removeprefix("."))
+
+    visit(s.Stage, "")
+    return paths
+
+
+def _models_in(annotation: Any) -> Iterator[tuple[Model, str]]:
+    """The mappings that a type allows, each with `[]` where the type is a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, quantities.ConfigModel):
+        yield annotation, ""
+        return
+    suffix = "[]" if get_origin(annotation) is list else ""
+    for part in get_args(annotation):
+        for model, inner in _models_in(part):
+            yield model, suffix + inner
+
+
+def _titles() -> dict[Model, str]:
+    """A title for each mapping: its paths, and its kinds where a path has mappings of several."""
+    paths = mapping_paths()
+    titles = {}
+    for model, own in paths.items():
+        kind = model.model_fields.get("kind")
+        alone = list(paths.values()).count(own) == 1
+        kinds = get_args(kind.annotation) if kind and (kind.is_required() or not alone) else ()
+        title = ", ".join(f"`{path}`" for path in dict.fromkeys(own)) if own != [""] else "The stage"
+        titles[model] = title + (": " + ", ".join(f"`{each}`" for each in kinds) if kinds else "")
+    return titles
+
+
+def _section(model: Model, title: str, part: dict[str, Any]) -> str:
+    about = [part.get("description", ""), NOTES.get(model.__name__, "")]
     lines = [f"\n## {title}\n", *(f"{text}\n" for text in about if text)]
     lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
-    declared, said = _declared(_type(name)), _docstrings(_type(name))
-    own = _type(name).__annotations__
+    declared, docstrings = _declared(model), _docstrings(model)
+    own = model.__annotations__
     for key, node in sorted(part["properties"].items(), key=lambda item: item[0] not in own):
         default = "required" if key in part.get("required", []) else _default(node)
         value = _word(declared[key]) or _value(node)
-        if key not in said and key != "kind":
-            raise ValueError(f"{name}.{key} has no docstring that says what it means")
-        meaning = " ".join(said.get(key, "").split()).replace("<", "&lt;").replace("|", "\\|")
+        if key not in docstrings and key != "kind":
+            raise ValueError(f"{model.__name__}.{key} has no docstring")
+        meaning = " ".join(docstrings.get(key, "").split()).replace("<", "&lt;").replace("|", "\\|")
         lines.append("| " + " | ".join((f"`{key}`", value, default, meaning)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _type(name: str) -> type:
-    """The type of a part, wherever it is written."""
-    return next(
-        vars(home)[name]
-        for home in (
-            s,
-            schedules,
-            objectives,
-            penalties,
-            tunings,
-            mixing,
-            document_filters,
-            tasks,
-            sparse_updates,
-            row_format,
-        )
-        if name in vars(home)
-    )
-
-
-def _bases(part: type) -> list[type]:
+def _bases(part: Model) -> list[Model]:
     """A part and what it inherits keys from, those that are inherited first."""
     return [
         base
@@ -173,12 +116,12 @@ def _bases(part: type) -> list[type]:
     ]
 
 
-def _declared(part: type) -> dict[str, str]:
+def _declared(part: Model) -> dict[str, str]:
     """The types of a part's keys as they are written in the source."""
     return {key: str(value) for base in _bases(part) for key, value in base.__annotations__.items()}
 
 
-def _docstrings(part: type) -> dict[str, str]:
+def _docstrings(part: Model) -> dict[str, str]:
     """The text under each key in the source (a type's own description hides it in the schema)."""
     out: dict[str, str] = {}
     for base in _bases(part):

@@ -123,6 +123,6 @@ def test_a_wrong_command_would_be_caught(wrong: str) -> None:
 
 
 def test_a_wrong_stage_would_be_caught() -> None:
-    (raw,) = stages_of("```yaml\nbatch: {sequence: 8}\n```")
-    with pytest.raises(StageError, match="sequences"):
+    (raw,) = stages_of("```yaml\nbatch: {global_batch: 8}\n```")
+    with pytest.raises(StageError, match="global_batch_size"):
         parse_stage(completed(raw), "mutant")

@@ -318,7 +318,7 @@ class Workspace:
             "output": str(self.folder / "runs" / name),
             "tokens": 6 * 4 * LENGTH,
             "data": data,
-            "batch": {"sequences": 4, "micro": 2},
+            "batch": {"global_batch_size": 4, "micro_batch_size": 2},
             "schedule": {"kind": "constant", "peak": 1e-2, "warmup": 0},
             "evaluation": self.text_evaluation,
             "save": {"every": "2 steps"},
@@ -342,7 +342,7 @@ class Workspace:
         return last
 
 
-QUICK_EVALUATION = {"every": "50%", "during_tokens": 10_000, "samples": 0}
+QUICK_EVALUATION = {"every": "50%", "eval_tokens": 10_000, "samples": 0}
 
 
 def make_workspace(folder: Path, cache: Path) -> Workspace:

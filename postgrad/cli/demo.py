@@ -87,7 +87,7 @@ def demo_stage_text(name: str) -> str:
     """The stage files of the demo, also worth reading."""
     evaluation = (
         "evaluation: {retained: [{name: english, path: data/old-heldout.jsonl}], "
-        "learned: [{name: code, path: data/new-heldout.jsonl}], every: 20%, during_tokens: 8k, samples: 2}"
+        "learned: [{name: code, path: data/new-heldout.jsonl}], every: 20%, eval_tokens: 8k, samples: 2}"
     )
     new = "    - {name: code, path: data/new.jsonl"
     if name == "base":
@@ -96,8 +96,8 @@ def demo_stage_text(name: str) -> str:
             f"data:\n  sequence_length: {SEQUENCE_LENGTH}\n  sources:\n"
             "    - {name: english, path: data/old.jsonl, max_passes: 20}\n"
             "schedule: {kind: cosine, peak: 3.0e-3, floor: 3.0e-4, warmup: 5%}\n"
-            "batch: {sequences: 16}\ncompute: {compile: false}   # a run this short gains nothing\n"
-            "evaluation: {learned: [{name: english, path: data/old-heldout.jsonl}], every: 50%, during_tokens: 8k}\n"
+            "batch: {global_batch_size: 16}\ncompute: {compile: false}   # a run this short gains nothing\n"
+            "evaluation: {learned: [{name: english, path: data/old-heldout.jsonl}], every: 50%, eval_tokens: 8k}\n"
         )
     sources = new + "}\n"
     if name == "replay":
@@ -106,7 +106,7 @@ def demo_stage_text(name: str) -> str:
         f"name: {name}\nmodel: runs/base\ntokens: {NEW_TOKENS}   # the same for both arms: replay costs no compute\n"
         f"seed: {SEED}\ndata:\n  sequence_length: {SEQUENCE_LENGTH}\n  sources:\n{sources}"
         "schedule: {kind: rewarm, peak: 2.0e-3, floor: 2.0e-4, warmup: 1%}\n"
-        f"batch: {{sequences: 16}}\ncompute: {{compile: false}}\n{evaluation}\n"
+        f"batch: {{global_batch_size: 16}}\ncompute: {{compile: false}}\n{evaluation}\n"
     )
 
 

@@ -38,6 +38,7 @@ from postgrad.analysis.pilot_runs import (
 from postgrad.config import schedules
 from postgrad.config import stage as s
 from postgrad.config.quantities import length_in_steps
+from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.config.stage_file import parse_stage, read_stage
 from postgrad.errors import StageError
 from postgrad.lineage.record import Record, read_record
@@ -157,10 +158,10 @@ def _check_stage(stage: s.Stage, request: AdviceRequest) -> None:
         )
     if "new" not in roles:
         raise StageError("no source is new", where="data.sources", expected="a source with role: new")
-    if stage.data.shifts:
+    if stage.data.curriculum:
         raise StageError(
             "the shares change within the stage, so there is no one share to be found",
-            where="data.shifts",
+            where="data.curriculum",
             hint="advise each part as a stage of its own",
         )
     if isinstance(stage.model, s.FreshModel):
@@ -201,7 +202,7 @@ def _source_shares(plan: Plan) -> dict[str, float]:
 
 def _max_replay_share(plan: Plan) -> float:
     """The largest share for which there is enough replay text, each source in its part."""
-    if plan.stage.data.when_short == "repeat":
+    if plan.stage.data.on_exhausted == "repeat":
         return MAX_SHARE
     planned = plan.as_record()["sources"]
     replayed = [
@@ -277,7 +278,7 @@ def pilot_stage(advice_plan: AdvicePlan, pilot: Pilot) -> s.Stage:
     evaluation = {
         **full["evaluation"],
         "every": "100%",
-        "during_tokens": min(full["evaluation"]["during_tokens"], 2000),
+        "eval_tokens": min(full["evaluation"]["eval_tokens"], 2000),
         "max_tokens": min(full["evaluation"]["max_tokens"], _MAX_SCORED_TOKENS),
         "pseudo_perplexity": 0,
         "drift_tokens": 0,
@@ -290,7 +291,7 @@ def pilot_stage(advice_plan: AdvicePlan, pilot: Pilot) -> s.Stage:
         "max_forgetting": None,
         "save": {"every": "100%", "keep": 1, "dtype": full["save"]["dtype"]},
     }
-    key = fingerprint({**raw, "name": "", "output": ""})[:8]
+    key = fingerprint(with_fingerprint_names({**raw, "name": "", "output": ""}))[:8]
     name = f"{advice_plan.stage.name}-{pilot.setting.share:.3g}-{pilot.setting.peak:.3g}-{key}"
     return parse_stage({**raw, "name": name, "output": str(advice_plan.pilots_folder / name)}, "a pilot")
 

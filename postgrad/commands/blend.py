@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from postgrad.config.stage_file import parse_stage
+from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.evaluation import before_after
@@ -72,7 +72,9 @@ def blend_run(
     machine.tune_allocator()
     _check_options(sweep, granularity, choose, max_forgetting, out)
     record = read_record(run)
-    plan = make_plan(parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache)
+    plan = make_plan(
+        parse_recorded_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
+    )
     sets = list(plan.evaluation.scored_sets)
     if not any(h.role == "retained" for h in sets):
         raise StageError(

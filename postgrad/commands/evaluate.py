@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import TextToTextObjective
-from postgrad.config.stage_file import parse_stage
+from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_kind, read_labels
 from postgrad.data.read.examples import RUNNING_TEXT_KINDS
@@ -106,7 +106,7 @@ def load_documents(
     taken: set[str] = set()
     for path in files:
         item = s.HeldOutFile.model_validate(
-            {**s.expand_held_out_file(path), "documents": documents, "columns": {"text": column} if column else {}}
+            {**s.expand_held_out_file(path), "document_unit": documents, "columns": {"text": column} if column else {}}
         )
         name, number = item.name, 2
         while name in taken:
@@ -422,7 +422,7 @@ def _load_first_start(record: Record, cache: Path) -> ModelLocation:
     if "fresh" not in record["model"]:
         return locate_model(record["model"]["source"], Path(record["root"]))
     return resolve_start_model(
-        parse_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
+        parse_recorded_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
     )
 
 
@@ -432,6 +432,6 @@ def _load_stage_sets(stages: list[tuple[Path, Record]], key: str, cache: Path) -
         if any(set_key(record, name) == key for name in record.get("changes", {})):
             raw = yaml.safe_load(record["stage_yaml"])
             raw["evaluation"]["tasks"] = []  # which may have moved since, and have no column in the matrix
-            plan = make_plan(parse_stage(raw, record["name"]), Path(record["root"]), cache)
+            plan = make_plan(parse_recorded_stage(raw, record["name"]), Path(record["root"]), cache)
             return {f"{h.name}:{h.fingerprint}": h for h in plan.evaluation.sets}
     return {}

@@ -43,7 +43,7 @@ data:
   floor: {floor}
   warmup: 1%
 batch:
-  sequences: {sequences}                 # rows in a step: {step_tokens} tokens
+  global_batch_size: {sequences}                 # rows in a step: {step_tokens} tokens
 evaluation: {{every: 10%}}        # the held-out part of each source is scored before, during and after{retained}
 # max_forgetting: 2%            # fail (exit code 4) when the loss on retained text rises by more
 """

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.config import stage as s
+from postgrad.config.renamed_keys import upgrade_stage
 from postgrad.config.stage_file import parse_stage
 from postgrad.data.read.files import find_files
 from postgrad.distributed.world import World
@@ -97,7 +98,7 @@ def plan_restoration(request: RestoreRequest, cache: Path) -> Restoration:
     plan = make_plan(parse_stage(raw, "restore"), root, cache)
     teacher = plan.teachers[0]
     aim = _measure_target(plan, teacher, request, cache)
-    raw["save"]["choose"] = {"set": aim.set_name, "enough": aim.target_loss, **_forgetting_limit(aim, request)}
+    raw["save"]["choose"] = {"set": aim.set_name, "stop_at": aim.target_loss, **_forgetting_limit(aim, request)}
     return Restoration(make_plan(parse_stage(raw, "restore"), root, cache), aim, request)
 
 
@@ -134,12 +135,12 @@ def _check_request(request: RestoreRequest, root: Path) -> None:
 
 def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[str, Any]:
     """The stage as plain data, but for what is chosen by."""
-    was, origin = record["stage"], Path(record["root"])
+    was, origin = upgrade_stage(record["stage"]), Path(record["root"])
     kept = _new_sources(request) if request.self_distill_share else []
     prompts = _prompt_sources(request, root)
     share = 1.0 - (request.self_distill_share if kept else 0.0)
     per_row = share / NEW_TOKENS + (1 - share) / was["data"]["sequence_length"]
-    sequences = was["batch"]["sequences"]
+    sequences = was["batch"]["global_batch_size"]
     name = request.output or f"{request.run.name}-restored"
     lost = [_held_out_file(path, root) for path in request.retained] or _absolute_sets(
         was["evaluation"]["retained"], origin
@@ -159,18 +160,18 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
         "data": {
             "sequence_length": max(was["data"]["sequence_length"], PROMPT_TOKENS + NEW_TOKENS + 32),
             "overlap": "off",
-            "when_short": "repeat",
+            "on_exhausted": "repeat",
             "sources": [{**source, "share": share / len(prompts)} for source in prompts]
             + [{**source, "share": source["share"] * request.self_distill_share} for source in kept],
         },
-        "batch": {"sequences": sequences},
+        "batch": {"global_batch_size": sequences},
         "schedule": {"kind": "constant", "peak": request.learning_rate or _peak_rate(was["schedule"]), "warmup": "5%"},
         "objectives": [
             {
                 "kind": "on-policy",
                 "teacher": _teacher_name(request, record),
                 "prompt_tokens": PROMPT_TOKENS,
-                "new_tokens": NEW_TOKENS,
+                "max_new_tokens": NEW_TOKENS,
                 "on": [source["name"] for source in prompts],
             },
             *([{"kind": "distill", "on": [source["name"] for source in kept]}] if kept else []),
@@ -229,7 +230,7 @@ def _trained_sources(run: Path, role: str) -> list[dict[str, Any]]:
 
 def _absolute_sets(items: Sequence[Mapping[str, Any]], origin: Path) -> list[dict[str, Any]]:
     """Held-out files of another stage, wherever this one is."""
-    return [{**item, "path": str(origin / item["path"]), "like": None} for item in items]
+    return [{**item, "path": str(origin / item["path"]), "same_format_as": None} for item in items]
 
 
 def _held_out_file(path: str, root: Path) -> dict[str, Any]:

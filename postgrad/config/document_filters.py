@@ -33,7 +33,7 @@ class DsirSelection(ConfigModel):
     """Documents that are like given texts, by importance resampling on hashed words and pairs of words (Xie et al. 2023)."""
 
     kind: Literal["dsir"]
-    like: Annotated[
+    target: Annotated[
         list[AnyTargetText],
         Field(min_length=1),
         BeforeValidator(_as_list, json_schema_input_type=str | TargetTextFile | list[str | TargetTextFile]),
@@ -51,12 +51,12 @@ class PerplexitySelection(ConfigModel):
     kind: Literal["perplexity"]
     model: str = "start"
     """Who judges: `start`, or another decoder (a folder, a run or a Hub name)."""
-    between: tuple[Share, Share] = (0.1, 0.9)
+    quantiles: tuple[Share, Share] = (0.1, 0.9)
     """Which part is kept, from the easiest documents on: two shares such as [10%, 90%]."""
-    tokens: Annotated[TokenCount, Field(ge=2)] = 1024
+    max_tokens: Annotated[TokenCount, Field(ge=2)] = 1024
     """How much of the beginning of each document is judged; documents of which nothing can be predicted are left out."""
 
-    @field_validator("between")
+    @field_validator("quantiles")
     @classmethod
     def _check_band(cls, value: tuple[float, float]) -> tuple[float, float]:
         if value[0] >= value[1]:

@@ -183,9 +183,9 @@ class SampledCache(ConfigModel):
     """Ids drawn from the teacher's distribution, with their counts: without bias (Anshumann et al. 2025)."""
 
     kind: Literal["sampled"] = "sampled"
-    draws: Annotated[int, Field(ge=1, le=255)] = 50
+    samples: Annotated[int, Field(ge=1, le=255)] = 50
     """Draws for each label, with replacement; about a dozen different ids of 50."""
-    temper: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
+    sampling_power: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
     """Ids are drawn from the distribution to this power and weighted back: below 1 rare ids are met more often."""
 
 
@@ -260,7 +260,7 @@ class OnPolicyObjective(ObjectiveConfig):
     """Factor of the loss: a number, or how it changes over the stage."""
     prompt_tokens: Annotated[int, Field(ge=0)] = 32
     """Tokens of running text that are a prompt; 0: it begins from nothing. Of an example all before the answer is one."""
-    new_tokens: Positive = 96
+    max_new_tokens: Positive = 96
     """Tokens that are written, if the text does not end before. `data.sequence_length` has room for both."""
     temperature: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
     """Of the writing; both models are compared at 1."""

@@ -31,23 +31,23 @@ class AnchorPenalty(ConfigModel):
     the training."""
     importance: str | None = None
     """A file that the verb `importance` wrote: how much each weight matters; left out: all alike."""
-    normalise: bool = False
+    normalize: bool = False
     """Divide the importance by its mean over the weights that are held, so that strengths compare with those without one."""
     reference: str = "start"
     """What the weights are pulled to: `start`, or a folder or run whose model has the same weights."""
     decoupled: bool = False
     """Pull in the optimizer's step (times the rate, as weight decay does) instead of adding to the loss."""
-    only: list[str] = []
+    targets: list[str] = []
     """Names of weights or modules that are held (`*` and `?` stand for any letters); left out: all that move and that the
     reference has."""
-    storage: Literal["auto", "float32", "bfloat16", "mapped"] = "auto"
-    """Of reference and importance: auto loses nothing (bfloat16 where it is exact); mapped: the reference is read from the
+    storage: Literal["auto", "float32", "bfloat16", "mmap"] = "auto"
+    """Of reference and importance: auto loses nothing (bfloat16 where it is exact); mmap: the reference is read from the
     model's own files."""
 
     @model_validator(mode="after")
     def _check_importance(self) -> AnchorPenalty:
-        if self.normalise and self.importance is None:
-            raise ValueError("`normalise` is about an `importance`, and none is named")
+        if self.normalize and self.importance is None:
+            raise ValueError("`normalize` is about an `importance`, and none is named")
         return self
 
 

@@ -59,9 +59,12 @@ def _validate_patience(value: Any) -> Any:
     if isinstance(value, str):
         if value.strip().lower() == "none":
             return None
-        match = re.fullmatch(r"\s*(\d+)\s*(?:looks?)?\s*", value)
+        match = re.fullmatch(r"\s*(\d+)\s*(looks?|evaluations?)?\s*", value)
         if not match:
-            raise ValueError(f"a number of looks such as `3 looks`, or none, is expected, not {value!r}")
+            raise ValueError(f"a number of evaluations such as `3 evaluations`, or none, is expected, not {value!r}")
+        if match[2] and match[2].startswith("look"):
+            unit = match[2].replace("look", "evaluation")
+            raise ValueError(f"`looks` was renamed to `evaluations`: write `{match[1]} {unit}`")
         return int(match[1])
     return reject_bool(value)
 
@@ -89,7 +92,7 @@ Length = Annotated[
 ]
 Patience = Annotated[
     Annotated[int, Field(gt=0)] | None,
-    Field(description="3 looks, or none"),
+    Field(description="3 evaluations, or none"),
     BeforeValidator(_validate_patience, json_schema_input_type=int | str | None),
 ]
 Rate = Annotated[float, Field(gt=0, description="a learning rate"), BeforeValidator(reject_bool)]

@@ -40,9 +40,9 @@ class RowFormat(ConfigModel):
     """What the rows are; auto: what their columns say. Rows with `text` and `label` are text unless `labelled` is said."""
     columns: dict[str, str] = {}
     """Which column is which, e.g. `{text: abstract}`, or what is inside of one: `{source: translation.en}`."""
-    only: dict[str, FilterValues] = {}
+    filter: dict[str, FilterValues] = {}
     """Only rows that have one of these values in each of these columns: `{task: [boolq, copa]}`."""
-    documents: DocumentSplit = "auto"
+    document_unit: DocumentSplit = "auto"
     """What a document is in a text file; auto: the file, or passages of about 4,000 characters in a large one."""
 
 
@@ -53,5 +53,5 @@ class TemplatedRowFormat(RowFormat):
     """What a row with parts is read as: `{field}` stands for a field of it. Left out: by its kind."""
     answer: str | None = None
     """What is answered, likewise."""
-    words: dict[str, str] = {}
+    label_words: dict[str, str] = {}
     """How labels are said: `{"0": negative, "1": positive}`."""

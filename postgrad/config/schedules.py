@@ -140,7 +140,7 @@ class SchedulePiece(ConfigModel):
 class PiecewiseSchedule(ConfigModel):
     """Pieces one after the other."""
 
-    kind: Literal["then"]
+    kind: Literal["piecewise"]
     pieces: Annotated[list[SchedulePiece], Field(min_length=1)]
     """In their order."""
 

@@ -29,6 +29,7 @@ from postgrad.config.quantities import (
     TokenCountOrZero,
     reject_bool,
 )
+from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.config.row_format import TemplatedRowFormat
 from postgrad.config.schedules import AnySchedule
 from postgrad.config.sparse_updates import AnyUpdate, LossAdaptive
@@ -63,8 +64,8 @@ class Source(TemplatedRowFormat):
     """Share of documents (by content hash) kept for evaluation; left out: enough for about 200 documents when
     `evaluation` names no file of that role (learned; retained for replay), else none."""
     max_passes: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 4.0
-    """How often the source may be read in this stage; see `data.when_short`."""
-    stands_for: TokenCount | None = None
+    """How often the source may be read in this stage; see `data.on_exhausted`."""
+    prior_tokens: TokenCount | None = None
     """Tokens of this distribution that the start model consumed before its first recorded stage; counts as seen."""
     cluster: str | None = None
     """The sort of task its rows are: tasks of other clusters (`evaluation.tasks`) were never seen."""
@@ -76,7 +77,7 @@ class Source(TemplatedRowFormat):
         if sum([self.path is not None, self.hub is not None, self.seen_so_far]) != 1:
             raise ValueError("a source has exactly one of `path`, `hub` and `seen_so_far`")
         if self.seen_so_far:
-            given = (*TemplatedRowFormat.model_fields, "held_out", "stands_for", "subset", "split", "select")
+            given = (*TemplatedRowFormat.model_fields, "held_out", "prior_tokens", "subset", "split", "select")
             fixed = sorted(name for name in given if getattr(self, name) != Source.model_fields[name].default)
             if fixed:
                 raise ValueError(f"a replay of everything seen takes `{fixed[0]}` from the earlier stages")
@@ -109,9 +110,9 @@ class DataConfig(ConfigModel):
     """Positions in a row."""
     mixing: AnyMixing | None = None
     """How the sources that name no `share` part what remains, when there are several."""
-    shifts: list[CurriculumPhase] = []
+    curriculum: list[CurriculumPhase] = []
     """A curriculum: shares that change over the stage."""
-    when_short: Literal["refuse", "repeat", "stop", "renormalise"] = "refuse"
+    on_exhausted: Literal["refuse", "repeat", "stop", "renormalise"] = "refuse"
     """When a source would be read more than its `max_passes`: refuse before training, repeat it all the same, stop the
     stage there, or give its share to the others from there on."""
     skip_steps: Annotated[int, Field(ge=0)] = 0
@@ -131,11 +132,11 @@ class DataConfig(ConfigModel):
         doubled = {name for name in names if names.count(name) > 1}
         if doubled:
             raise ValueError(f"two sources are called {sorted(doubled)[0]!r}")
-        for shift in self.shifts:
+        for shift in self.curriculum:
             for name in shift.shares:
                 if name not in names:
                     raise ValueError(
-                        f"`shifts` names a source {name!r} that is not there; {suggest_nearest_or_all(name, names)}"
+                        f"`curriculum` names a source {name!r} that is not there; {suggest_nearest_or_all(name, names)}"
                     )
         return self
 
@@ -143,9 +144,9 @@ class DataConfig(ConfigModel):
 class BatchConfig(ConfigModel):
     """How many rows make a step."""
 
-    sequences: Positive = 32
+    global_batch_size: Positive = 32
     """Rows in a global batch."""
-    micro: Positive | None = None
+    micro_batch_size: Positive | None = None
     """Rows a device holds at once; left out: as many as fit and help. Makes no difference to the result."""
 
 
@@ -159,13 +160,13 @@ class OptimizerConfig(ConfigModel):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0), BeforeValidator(reject_bool)] = 0.1
     """Decoupled, times the rate."""
-    decay_tables: bool = False
+    decay_embeddings: bool = False
     """Let the input embedding and the output head decay too."""
-    clip: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
     """The largest 2-norm of the whole gradient."""
     moments: Literal["reset", "keep", "keep-second"] = "reset"
     """At the stage's start: from zero, or the start checkpoint's (both moments, or only the second)."""
-    update: AnyUpdate | None = None
+    sparse_update: AnyUpdate | None = None
     """Which numbers an update moves; left out: all that the tuning lets move."""
     loss_adaptive: LossAdaptive | None = None
     """Lower the rate where the loss is high; left out: the schedule's rate."""
@@ -178,7 +179,7 @@ class HeldOutFile(TemplatedRowFormat):
     """Names the set."""
     path: str
     """A file, a folder or a glob."""
-    like: str | None = None
+    same_format_as: str | None = None
     """A source of this stage, whose kind, columns and words these rows have too."""
 
 
@@ -203,7 +204,7 @@ class EvaluationConfig(ConfigModel):
     """Looked at once: when all is trained and chosen, on the start model and on the published one."""
     every: Length = "10%"
     """How often during training; denser in the first 2 %, where the stability gap is."""
-    during_tokens: TokenCount = 20_000
+    eval_tokens: TokenCount = 20_000
     """Tokens of each set that are scored during training; before and after, all are."""
     max_tokens: TokenCount = 1_000_000
     """Tokens of each set that are scored before and after (documents in the order of their content hash)."""
@@ -213,7 +214,7 @@ class EvaluationConfig(ConfigModel):
     drift_tokens: TokenCountOrZero = 10_000
     """Tokens of each set on which the start model and the trained one are held side by side: what they say, and their layers;
     both are in memory for it. 0: none."""
-    realign_steps: Annotated[int, Field(ge=0)] = 0
+    relearning_steps: Annotated[int, Field(ge=0)] = 0
     """Steps on old text that copies of the trained model and of the start model take, at the stage's highest rate, to tell
     what is lost from what is only out of reach. Half of each retained set is trained on, or the rest of its source. 0: none."""
     samples: Annotated[int, Field(ge=0)] = 2
@@ -243,15 +244,15 @@ class CheckpointSelectionConfig(ConfigModel):
 
     set: str
     """The held-out set that decides; a source's own held-out part has the source's name."""
-    by: str = "loss"
+    metric: str = "loss"
     """`loss`, or a metric of that set, such as `accuracy` or `macro F1`."""
     patience: Patience = None
-    """Training ends after so many looks in a row without a gain, such as `3 looks`; none: the budget is used up."""
-    gain: Annotated[float, Field(ge=0), BeforeValidator(reject_bool)] = 0.0
-    """What the best so far must be surpassed by to count as a gain, in the unit of `by`."""
-    enough: float | None = None
-    """Training ends when a look has reached this, in the unit of `by`, and has forgotten no more than is allowed."""
-    at_least: Length = "0%"
+    """Training ends after so many evaluations in a row without a gain, such as `3 evaluations`; none: the budget is used up."""
+    min_delta: Annotated[float, Field(ge=0), BeforeValidator(reject_bool)] = 0.0
+    """What the best so far must be surpassed by to count as a gain, in the unit of `metric`."""
+    stop_at: float | None = None
+    """Training ends when a look has reached this, in the unit of `metric`, and has forgotten no more than is allowed."""
+    burn_in: Length = "0%"
     """Nothing is chosen before this, and training does not end; nor before the end of the warm-up, nor in the first 2 %."""
     max_forgetting: Share | None = None
     """Only a checkpoint is chosen at which no retained set's loss has risen by more, upper end of its interval; when there
@@ -295,7 +296,7 @@ class NewTokenizer(ConfigModel):
 
     kind: Literal["byte-bpe"] = "byte-bpe"
     """Byte-level BPE: every text can be written with it."""
-    vocabulary: Annotated[int, Field(ge=300)] = 8000
+    vocab_size: Annotated[int, Field(ge=300)] = 8000
     """Tokens, the family's special ones included; fewer where the text has no more pairs that occur twice."""
 
 
@@ -307,7 +308,7 @@ AnyTokenizer = Annotated[
 class FreshModel(ConfigModel):
     """A model with random weights, drawn from the stage's seed."""
 
-    fresh: str | None = None
+    from_scratch: str | None = None
     """A family and the number of its weights, such as `llama-15M`, `gpt2-15M`, `qwen3-60M`, `bert-10M` or `t5-20M`: all
     weights of the language model, embeddings included, those that are tied counted once. Width, depth and inner width are
     solved for it."""
@@ -320,8 +321,8 @@ class FreshModel(ConfigModel):
 
     @model_validator(mode="after")
     def _check_one_origin(self) -> FreshModel:
-        if (self.fresh is None) == (self.config is None):
-            raise ValueError("a new model has exactly one of `fresh` (a family and a size) and `config`")
+        if (self.from_scratch is None) == (self.config is None):
+            raise ValueError("a new model has exactly one of `from_scratch` (a family and a size) and `config`")
         return self
 
 
@@ -393,16 +394,16 @@ class Stage(ConfigModel):
         names = [source.name for source in self.data.sources]
         for path, name in (
             *(("objectives", name) for o in self.objectives for name in o.on),
-            *(("evaluation", h.like) for _, h in self.evaluation.held_out_files() if h.like),
+            *(("evaluation", h.same_format_as) for _, h in self.evaluation.held_out_files() if h.same_format_as),
         ):
             if name not in names:
                 raise ValueError(
                     f"`{path}` names a source {name!r} that is not there; {suggest_nearest_or_all(name, names)}"
                 )
-        for shift in self.data.shifts:
+        for shift in self.data.curriculum:
             total = sum(shift.shares.values())
             if abs(total - 1) > 1e-6:
-                raise ValueError(f"data.shifts: the shares of a change add up to {total:.4g}, not to 1")
+                raise ValueError(f"data.curriculum: the shares of a change add up to {total:.4g}, not to 1")
         if self.new_tokens is not None and all(s.role == "replay" for s in self.data.sources):
             raise ValueError("`new_tokens` needs a source with role: new")
         return self
@@ -414,4 +415,5 @@ class Stage(ConfigModel):
 
     def fingerprint(self) -> str:
         """Of everything that decides the result: not of when checkpoints are written, nor of where."""
-        return fingerprint(self.model_dump(mode="json", exclude={"save": {"every", "keep"}, "output": True}))
+        decisive = self.model_dump(mode="json", exclude={"save": {"every", "keep"}, "output": True})
+        return fingerprint(with_fingerprint_names(decisive))

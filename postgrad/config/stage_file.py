@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from postgrad.config.renamed_keys import refuse_earlier_stage_names, upgrade_stage
 from postgrad.config.stage import EvaluationConfig, Stage
 from postgrad.config.tasks import TaskConfig
 from postgrad.errors import PostgradError, StageError, suggest_nearest
@@ -65,10 +67,16 @@ def read_stage(path: Path, overrides: list[str] | None = None) -> dict[str, Any]
 
 def parse_stage(raw: dict[str, Any], where: str) -> Stage:
     """A stage from plain data; `where` names its origin in errors."""
+    refuse_earlier_stage_names(raw, where)
     try:
         return Stage.model_validate(raw)
     except ValidationError as error:
         raise make_stage_error(error, where, raw) from error
+
+
+def parse_recorded_stage(raw: Mapping[str, Any], where: str) -> Stage:
+    """A stage that a run of any version recorded; `where` names its origin in errors."""
+    return parse_stage(upgrade_stage(raw), where)
 
 
 def load_tasks(path: Path, shots: int | None = None) -> list[TaskConfig]:
@@ -81,6 +89,7 @@ def load_tasks(path: Path, shots: int | None = None) -> list[TaskConfig]:
         raise StageError("a file of tasks is a list", where=str(path), expected="- {name: ..., path: ...}")
     if shots is not None:
         raw = [{**item, "shots": shots} if isinstance(item, dict) else item for item in raw]
+    refuse_earlier_stage_names({"evaluation": {"tasks": raw}}, str(path))
     try:
         return EvaluationConfig.model_validate({"tasks": raw}).tasks
     except ValidationError as error:

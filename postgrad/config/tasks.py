@@ -20,7 +20,7 @@ class FewShotConfig(ConfigModel):
 
     path: str
     """A file, a folder or a glob with rows of the same columns and words."""
-    by: Literal["seed", "balanced", "bm25"] = "seed"
+    sampler: Literal["random", "balanced", "bm25"] = "random"
     """Drawn once for all items; drawn so that each label has as many as any other; or for each item those most like it."""
 
 
@@ -37,13 +37,13 @@ class TaskConfig(TemplatedRowFormat):
     """The sort of task. One that no training source names was never seen."""
     shots: Annotated[int, Field(ge=0)] = 0
     """Demonstrations before each question; what does not fit the context is left out from the front."""
-    shown: FewShotConfig | None = None
+    few_shot: FewShotConfig | None = None
     """Where they come from; needed above zero shots."""
     seeds: Positive = 1
     """How many draws of demonstrations are asked with: their mean is scored, their spread reported. Not with `bm25`."""
-    answered: Literal["auto", "choose", "write"] = "auto"
-    """By the likeliest of the labels or choices, or written freely; auto: choose where rows have labels or choices."""
-    by: Literal["sum", "token", "byte", "character", "answer-only"] = "sum"
+    scoring: Literal["auto", "multiple-choice", "generate"] = "auto"
+    """By the likeliest of the labels or choices, or written freely; auto: multiple-choice where rows have labels or choices."""
+    normalization: Literal["sum", "token", "byte", "character", "answer-only"] = "sum"
     """How choices are compared: by their log-likelihood; by its mean per token, byte or character; or against that
     behind a bare `Answer:` (Brown et al. 2020)."""
     calibrate: bool = False
@@ -51,24 +51,26 @@ class TaskConfig(TemplatedRowFormat):
     stop: list[str] | None = None
     """What ends a written answer, beside the end-of-text token; left out: a line end, or an empty line, when no answer of the
     rows has one; nothing for conversations and encoder-decoders."""
-    most_tokens: Positive = 64
+    max_new_tokens: Positive = 64
     """Tokens of a written answer."""
     metrics: list[TaskMetric] = []
     """Left out: accuracy (and macro F1 and MCC of labels) of what is chosen; of what is written exact match, F1 and ROUGE-L,
     or the final number, or correlations where answers are fractions. The first one is the headline."""
     items: Positive = 500
     """Test rows at most, in the order of their content hash."""
-    during: bool = False
+    during_training: bool = False
     """Ask at every look during training too, where one process trains."""
 
     @model_validator(mode="after")
     def _check_options(self) -> TaskConfig:
-        if self.shots and self.shown is None:
-            raise ValueError(f"{self.shots} shots need `shown`, the rows that are shown")
-        if self.seeds > 1 and self.shown is not None and self.shown.by == "bm25":
+        if self.shots and self.few_shot is None:
+            raise ValueError(f"{self.shots} shots need `few_shot`, the rows that are shown")
+        if self.seeds > 1 and self.few_shot is not None and self.few_shot.sampler == "bm25":
             raise ValueError("`bm25` draws nothing: several `seeds` would ask the same")
-        if self.calibrate and self.by == "answer-only":
-            raise ValueError("`calibrate` and `by: answer-only` each take the answer's own likelihood away; name one")
+        if self.calibrate and self.normalization == "answer-only":
+            raise ValueError(
+                "`calibrate` and `normalization: answer-only` each take the answer's own likelihood away; name one"
+            )
         if self.kind in ("text", "input_ids"):
             raise ValueError("running text asks nothing; a task has rows with answers, labels or choices")
         return self

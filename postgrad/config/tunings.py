@@ -23,7 +23,7 @@ class FullTuning(ConfigModel):
 class PartialTuning(ConfigModel):
     """What every kind below has: weights of the model that move besides (a new task layer always does)."""
 
-    also: list[str] = []
+    also_train: list[str] = []
     """Names of weights or modules of the model that move besides (`*` and `?` stand for any letters)."""
 
 
@@ -43,7 +43,7 @@ class BlocksTuning(PartialTuning):
     """Only the last so many blocks ..."""
     all_but_first: Annotated[int, Field(ge=0)] | None = None
     """... or all but the first so many ..."""
-    names: list[str] = []
+    targets: list[str] = []
     """... or the modules of these names (`*` and `?` stand for any letters)."""
     head: bool = True
     """The task layer, and the norm before it, move too."""
@@ -54,8 +54,8 @@ class BlocksTuning(PartialTuning):
 
     @model_validator(mode="after")
     def _check_one_choice(self) -> BlocksTuning:
-        if sum([self.last is not None, self.all_but_first is not None, bool(self.names)]) != 1:
-            raise ValueError("`blocks` has exactly one of `last`, `all_but_first` and `names`")
+        if sum([self.last is not None, self.all_but_first is not None, bool(self.targets)]) != 1:
+            raise ValueError("`blocks` has exactly one of `last`, `all_but_first` and `targets`")
         return self
 
 
@@ -63,7 +63,7 @@ class BiasTuning(PartialTuning):
     """Only the biases move (BitFit)."""
 
     kind: Literal["bias"]
-    names: list[str] = ["*"]
+    targets: list[str] = ["*"]
     """Only those of these names (`*` and `?` stand for any letters), such as `*query*`."""
 
 
@@ -77,7 +77,7 @@ class AdapterTuning(PartialTuning):
     """Bottleneck adapters in every block."""
 
     kind: Literal["adapter"]
-    form: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
+    variant: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
     """houlsby: behind attention and feed-forward; pfeiffer: behind the feed-forward; parallel: beside it."""
     reduction: Annotated[float, Field(gt=0)] = 16
     """The bottleneck is the model's width divided by this ..."""
@@ -91,7 +91,7 @@ class AdapterTuning(PartialTuning):
     """On the bottleneck, while it is trained."""
     train_norms: bool | None = None
     """The norms move too; left out: for houlsby they do."""
-    leave_out: list[int] = []
+    skip_layers: list[int] = []
     """Numbers of blocks (from 0) without an adapter."""
 
 
@@ -109,7 +109,7 @@ class PrefixTuning(PartialTuning):
     """On the keys and values, while they are trained."""
     slots: Slots = "all"
     """Of an encoder-decoder: only the attention of the encoder, of the decoder, or across."""
-    start: str | None = None
+    init_text: str | None = None
     """A text whose keys and values the prefix begins with."""
 
 
@@ -123,7 +123,7 @@ class PTuningV2(PartialTuning):
     """On the keys and values, while they are trained."""
     slots: Slots = "all"
     """Of an encoder-decoder: only the attention of the encoder, of the decoder, or across."""
-    start: str | None = None
+    init_text: str | None = None
     """A text whose keys and values the prefix begins with."""
 
 
@@ -133,14 +133,14 @@ class PromptTuningConfig(PartialTuning):
     kind: Literal["prompt"]
     length: Positive = 20
     """How many vectors."""
-    start: Literal["random", "vocabulary", "text", "labels"] = "vocabulary"
+    init: Literal["random", "vocabulary", "text", "labels"] = "vocabulary"
     """What they begin as: random numbers, or the embeddings of frequent tokens, of a text, or of class labels."""
-    text: str | None = None
-    """The text whose embeddings they begin as, for `start: text`."""
-    labels: list[str] | None = None
-    """The class labels whose embeddings they begin as, for `start: labels`."""
-    scale: Annotated[float, Field(gt=0)] | None = None
-    """With `start: random` vectors are drawn between minus this and this; left out: 0.5."""
+    init_text: str | None = None
+    """The text whose embeddings they begin as, for `init: text`."""
+    init_labels: list[str] | None = None
+    """The class labels whose embeddings they begin as, for `init: labels`."""
+    init_scale: Annotated[float, Field(gt=0)] | None = None
+    """With `init: random` vectors are drawn between minus this and this; left out: 0.5."""
 
 
 class PTuning(PartialTuning):
@@ -162,9 +162,9 @@ class DemonstrationsConfig(ConfigModel):
 
     count: Positive = 2
     """How many."""
-    by: Literal["bm25", "embedding", "seed"] = "bm25"
+    sampler: Literal["bm25", "embedding", "random"] = "bm25"
     """The most alike by words, the most alike by the model's mean input embeddings, or drawn by the stage's seed."""
-    tokens: Positive = 512
+    max_tokens: Positive = 512
     """At most so many tokens of demonstrations; the least alike are left out first."""
 
 
@@ -174,12 +174,12 @@ class InstructionPromptTuning(PartialTuning):
     kind: Literal["instruction-prompt"]
     length: Positive = 100
     """How many vectors."""
-    start: Literal["random", "vocabulary", "text"] = "random"
+    init: Literal["random", "vocabulary", "text"] = "random"
     """What they begin as: random numbers, or the embeddings of frequent tokens or of a text."""
-    text: str | None = None
-    """The text whose embeddings they begin as, for `start: text`."""
-    scale: Annotated[float, Field(gt=0)] | None = None
-    """With `start: random` vectors are drawn between minus this and this; left out: 0.5."""
+    init_text: str | None = None
+    """The text whose embeddings they begin as, for `init: text`."""
+    init_scale: Annotated[float, Field(gt=0)] | None = None
+    """With `init: random` vectors are drawn between minus this and this; left out: 0.5."""
     demonstrations: DemonstrationsConfig = DemonstrationsConfig()
     """Examples that are set before each question."""
 
@@ -188,7 +188,7 @@ class LoraTuning(PartialTuning):
     """Low-rank updates of the weight matrices: LoRA and its kin, through peft."""
 
     kind: Literal["lora"]
-    form: Literal["lora", "rslora", "dora", "pissa"] = "lora"
+    variant: Literal["lora", "rslora", "dora", "pissa"] = "lora"
     """rslora: scaled otherwise, see `alpha`; dora: with a trained size for each row; pissa: begun at the largest singular
     directions."""
     rank: Positive = 16
@@ -201,7 +201,7 @@ class LoraTuning(PartialTuning):
     """Which matrices of the blocks; or names (`*` and `?` stand for any letters)."""
     exclude: list[str] = []
     """Matrices that `targets` would take and that stay plain; named likewise."""
-    quantise: Literal["nf4", "int8"] | None = None
+    quantization: Literal["nf4", "int8"] | None = None
     """Hold the base in four or eight bits (QLoRA); needs the package bitsandbytes."""
     orthogonal: Annotated[float, Field(gt=0)] | None = None
     """O-LoRA: how strongly the new directions are kept orthogonal to those of the lineage's earlier LoRA stages."""

@@ -1,53 +1,658 @@
-"""What does a run leave behind? `record.json`: what went in, who its parents are, what it cost and what came out."""
+"""The record of a run: `record.json` as one typed, versioned document.
+
+`Record` lists every field. `docs/record.schema.json` is its JSON Schema. Losses are nats per token (per label for a
+classifier); shares and relative differences are fractions (0.05 is 5 %). Unknown fields are ignored, and records of the
+previous format are converted on reading.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from postgrad.errors import StageError
+from postgrad.lineage.previous_format import PREVIOUS_FORMAT, upgrade_record
 from postgrad.storage.atomic import write_atomically
 
 RECORD = "record.json"
 STAGE = "stage.yaml"
 PLAN = "plan.json"
-FORMAT = 1
+FORMAT = 2
 
-Record = dict[str, Any]
-
-
-def write_record(run: Path, record: Record) -> None:
-    """Replace a run's record as a whole."""
-    write_atomically(run / RECORD, json.dumps({"format": FORMAT, **record}, indent=1) + "\n")
+Status = Literal["running", "stopped", "finished", "gate-failed"]
+Document = TypeVar("Document", bound="RecordPart")
 
 
-def read_record(run: Path) -> Record:
-    """A run's record. Raises `StageError` when `run` is no run folder."""
+class RecordPart(BaseModel):
+    """A part of a record or of another file of a run. Absent optional fields read as their default."""
+
+    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True, protected_namespaces=())
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-compatible data without the fields that are None."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class Interval(RecordPart):
+    """An estimate with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------------
+
+
+class NewModel(RecordPart):
+    """The recipe of a randomly initialized start model."""
+
+    requested: dict[str, Any] = {}
+    """`model.from_scratch` of the stage file."""
+    weights: int | None = None
+    """Number of weights."""
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    seed: int | None = None
+    config: dict[str, Any] = {}
+    """The transformers configuration."""
+
+
+class ModelSummary(RecordPart):
+    """The start model, and how much of it was trained."""
+
+    start_model: str
+    """As written in the stage file."""
+    source: str | None = None
+    """The resolved folder or hub name."""
+    parameters: int | None = None
+    trainable: int | None = None
+    """Trainable parameters, those of the tuning included."""
+    task: str = "causal"
+    vocab_size: int | None = None
+    context_length: int | None = None
+    """Tokens per row."""
+    new_model: NewModel | None = None
+
+
+class Fingerprints(RecordPart):
+    """Content hashes of everything that determines the run, and of the published model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    stage: str | None = None
+    data: dict[str, str] = {}
+    """By source."""
+    sets: dict[str, str] = {}
+    """By held-out set."""
+    start_model: str | None = None
+    model: str | None = None
+    """The published model."""
+
+    def all(self) -> dict[str, Any]:
+        """Every fingerprint, those of optional inputs (tasks, teachers, penalties) included."""
+        return self.as_json()
+
+
+class Parent(RecordPart):
+    """The run whose model this run started from."""
+
+    path: str
+    relative: str = ""
+    """Path relative to this run's folder, for folders that moved together."""
+    name: str = ""
+    id: str | None = None
+    step: int | None = None
+    """The parent's checkpoint; null for its published model."""
+    trained_tokens: int | None = None
+    """Trained tokens at that checkpoint."""
+    fingerprint: str = ""
+
+
+class DocumentCounts(RecordPart):
+    documents: int
+    tokens: int
+
+
+class DocumentPreview(RecordPart):
+    """The beginning of a document, with its score."""
+
+    text: str
+    value: float | None = None
+    duplicate_of: str | None = None
+    """The beginning of the document it duplicates."""
+
+
+class ScoreHistogram(RecordPart):
+    """Documents per score bin."""
+
+    bin_edges: list[float]
+    kept: list[int]
+    dropped: list[int]
+
+
+class DocumentSelection(RecordPart):
+    """One document filter applied to a source."""
+
+    kind: str
+    description: str = ""
+    before: DocumentCounts
+    after: DocumentCounts
+    unit: str = ""
+    """Unit of the scores; empty when documents are not scored."""
+    score_bounds: list[float] | None = None
+    """Lowest and highest score that is kept."""
+    unscored: int = 0
+    """Documents that are too short to be scored."""
+    score_histogram: ScoreHistogram | None = None
+    kept: list[DocumentPreview] = []
+    dropped: list[DocumentPreview] = []
+
+
+class PlannedSource(RecordPart):
+    """A training source as planned."""
+
+    name: str
+    role: str = "new"
+    requested_share: float | None = None
+    share: float = 0.0
+    """Share of the trained tokens, after rounding to whole rows."""
+    rows: int = 0
+    trained_tokens: int = 0
+    passes: float = 0.0
+    available_tokens: int | None = None
+    documents: int | None = None
+    kind: str = ""
+    """Row format."""
+    generated_by: str | None = None
+    """The model that generated the texts."""
+    selection: list[DocumentSelection] = []
+
+
+class PlanSummary(RecordPart):
+    """The plan in numbers."""
+
+    steps: int
+    rows: int = 0
+    sequence_length: int = 0
+    tokens: int
+    """Trained tokens."""
+    sources: list[PlannedSource] = []
+
+
+class ExecutionSummary(RecordPart):
+    """How the training was computed, and why."""
+
+    model_config = ConfigDict(extra="allow")
+
+    dtype: str | None = None
+    compile: bool | None = None
+    attention: str | None = None
+    threads: int | None = None
+    reasons: dict[str, str] = {}
+
+
+class TokenLedger(RecordPart):
+    """Where every token of a source went: read = held_out + dropped + truncated + placed."""
+
+    read: int = 0
+    held_out: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    placed: int = 0
+    padding: int = 0
+    trained: int = 0
+    context: int = 0
+    """Tokens read without being trained on."""
+
+
+class Contamination(RecordPart):
+    """Overlap of a held-out set with the training text (13-grams)."""
+
+    documents: int
+    duplicates: int = 0
+    any_overlap: int = 0
+    """Documents that share a 13-gram."""
+    half_overlap: int = 0
+    """Documents that share at least half of their 13-grams."""
+
+
+class HeldOutSummary(RecordPart):
+    name: str
+    role: str
+    documents: int
+    fingerprint: str
+
+
+class ConsumedSource(RecordPart):
+    """A source that the model has consumed, in this run or an earlier one."""
+
+    name: str
+    tokens: int
+    origin: dict[str, Any] = {}
+    """Where the source comes from, in the keys of a stage file."""
+
+
+# --- results --------------------------------------------------------------------------------------------------------------
+
+
+class SourceLoss(RecordPart):
+    """How the training loss of a source moved, nats per trained token."""
+
+    first_tenth: float
+    last_tenth: float
+    change: float
+    low: float | None = None
+    high: float | None = None
+    change_per_million_tokens: float | None = None
+    share_of_loss: float
+    """Share of the summed training loss."""
+
+
+class TrainedSource(RecordPart):
+    """A training source as trained."""
+
+    name: str
+    role: str = "new"
+    share: float = 0.0
+    trained_tokens: int = 0
+    rows: int = 0
+    passes: float = 0.0
+    loss: SourceLoss | None = None
+
+
+class TrainingTotals(RecordPart):
+    """What the training consumed up to its last step."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    sources: list[TrainedSource] = []
+
+
+class PublishedCheckpoint(RecordPart):
+    """The published step, and the rule that selected it (`save.choose`)."""
+
+    set: str
+    metric: str
+    patience: int | None = None
+    min_delta: float = 0.0
+    stop_at: float | None = None
+    first_step: int = 1
+    """The first step that could be selected."""
+    max_forgetting: float | None = None
+    step: int
+    trained_tokens: int
+    value: float
+    relative_high: float | None = None
+    """Largest relative rise of a retained set's loss, upper end."""
+    last_step: int
+    evaluations: int
+    """Candidate evaluations."""
+    evaluations_since_best: int
+    stopped_early: bool
+    within_max_forgetting: bool
+
+
+class MetricValue(RecordPart):
+    """A metric with its 95 % interval."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    values_by_seed: list[float] | None = None
+    """By prompt seed."""
+    std: float | None = None
+    """Standard deviation between prompt seeds."""
+
+
+class SetScore(RecordPart):
+    """One model's loss on a held-out set."""
+
+    nats: float
+    low: float | None = None
+    high: float | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+    documents: int | None = None
+    metrics: dict[str, MetricValue] = {}
+    """Of a classifier."""
+
+
+class Scores(RecordPart):
+    """Scores by held-out set, before and after."""
+
+    before: dict[str, SetScore] = {}
+    after: dict[str, SetScore] = {}
+
+
+class Difference(RecordPart):
+    """After minus before on the same items, with its 95 % interval (paired bootstrap)."""
+
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    verdict: str | None = None
+    """learnt, kept, forgot or no evidence."""
+
+
+class SetChange(Difference):
+    """The change of the loss on a held-out set."""
+
+    role: str = ""
+    """retained, learned or test."""
+    relative_difference: float | None = None
+    """Difference / loss before."""
+    relative_high: float | None = None
+    share_of_range: float | None = None
+    """Difference / (uniform loss - loss before)."""
+    bits_per_byte_difference: float | None = None
+    units: str | None = None
+    """What the bootstrap resamples: documents or windows."""
+    unit_count: int | None = None
+
+
+class BeforeAfter(RecordPart):
+    """Scores on the held-out sets and their changes."""
+
+    scores: Scores = Scores()
+    changes: dict[str, SetChange] = {}
+
+
+class ChangedWeights(RecordPart):
+    """How many weights differ from the start model's."""
+
+    count: int
+    total: int
+
+
+class SetDrift(RecordPart):
+    """How the predictions on a held-out set moved."""
+
+    role: str = ""
+    tokens: int = 0
+    documents: int = 0
+    kl_divergence: Interval
+    """KL(before || after), nats per token."""
+    base_cross_entropy: Interval
+    """Cross-entropy of the trained model under the start model's predictions."""
+    accuracy_before: Interval
+    """Top-1 accuracy of the start model."""
+    correct_to_wrong: Interval
+    wrong_to_correct: Interval
+    relative_output_change: list[float | None] = []
+    """By block."""
+    output_cosines: list[float | None] = []
+    """By block."""
+
+
+class Drift(RecordPart):
+    """How far the trained model moved from the start model."""
+
+    sets: dict[str, SetDrift] = {}
+    relative_weight_change: dict[str, float] = {}
+    """By part of the model."""
+    changed_weights: ChangedWeights
+
+
+class SetRelearning(RecordPart):
+    """What the relearning test recovered on a retained set, nats per token."""
+
+    documents: int
+    tokens: int
+    forgotten: Interval
+    remaining: Interval
+    """Trained copy minus start copy, both after the relearning steps."""
+    recovered: Interval
+    start_model_gain: Interval
+    """Change of the start model in the same steps."""
+    recovered_share: Interval | None = None
+
+
+class Relearning(RecordPart):
+    """The relearning test: copies trained on old text for a few steps."""
+
+    steps: int
+    learning_rate: float
+    tokens: int
+    sets: dict[str, SetRelearning]
+
+
+class WorstSet(RecordPart):
+    set: str
+    relative_difference: float
+    relative_high: float
+
+
+class RetentionGate(RecordPart):
+    """Whether the loss of every retained set rose by at most `max_forgetting`, at the interval's upper end."""
+
+    max_forgetting: float
+    loss_rise_limit: float | None = None
+    """The strictest limit in nats per token."""
+    worst: WorstSet
+    passed: bool
+
+
+class SparseUpdate(RecordPart):
+    """How many weights an optimizer step updates."""
+
+    kind: str
+    share: float
+    updated_weights: int
+    total_weights: int
+    always_updated_weights: int
+    bytes: int
+
+
+class PenaltyImportance(RecordPart):
+    kind: str
+    unit: str
+    tokens: int
+    mean: float
+
+
+class Penalty(RecordPart):
+    """A weight penalty."""
+
+    name: str
+    strength: float | None = None
+    weights: int | None = None
+    tensors: int | None = None
+    reference: dict[str, str | None] = {}
+    importance: PenaltyImportance | None = None
+    bytes: dict[str, int] = {}
+    skipped: list[str] = []
+    """Parameters without a counterpart in the reference."""
+    notes: list[str] = []
+
+
+class TaskExample(RecordPart):
+    question: str = ""
+    reference: str | None = None
+    before: str | None = None
+    after: str | None = None
+
+
+class TaskResult(RecordPart):
+    """A task before and after."""
+
+    name: str
+    role: str = ""
+    task_cluster: str | None = None
+    kind: str = ""
+    scoring: str = ""
+    shots: int = 0
+    seeds: int = 1
+    items: int = 0
+    skipped: dict[str, int] = {}
+    """Items by the reason they were skipped."""
+    truncated_prompts: int = 0
+    """Prompts with fewer demonstrations than requested."""
+    metrics: list[str] = []
+    fingerprint: str = ""
+    prompt: str = ""
+    before: dict[str, MetricValue] = {}
+    after: dict[str, MetricValue] = {}
+    changes: dict[str, Difference] = {}
+    examples: list[TaskExample] = []
+
+
+class ClusterResult(Difference):
+    """The mean over the tasks of a cluster."""
+
+    task_cluster: str
+    trained_on: bool
+    tasks: list[str]
+    metric: str
+    before: float
+    after: float
+
+
+class Sample(RecordPart):
+    """A prompt continued by the model before and after."""
+
+    set: str = ""
+    prompt: str = ""
+    reference: str | None = None
+    before: str | None = None
+    after: str | None = None
+
+
+class Record(RecordPart):
+    """A run: inputs, parents, cost and results."""
+
+    format: int = FORMAT
+    """Version of this document."""
+    id: str
+    name: str
+    status: Status
+    created: str
+    finished: str | None = None
+    command: str | None = None
+    stage_yaml: str | None = None
+    stage: dict[str, Any] = {}
+    """The stage as resolved."""
+    stage_folder: str | None = None
+    """The folder that the paths of the stage are relative to."""
+    model: ModelSummary
+    fingerprints: Fingerprints = Fingerprints()
+    parents: list[Parent] = []
+    versions: dict[str, str] = {}
+    machine: dict[str, Any] = {}
+    execution: ExecutionSummary = ExecutionSummary()
+    plan: PlanSummary
+    token_ledger: dict[str, TokenLedger] = {}
+    """By source."""
+    notes: list[str] = []
+    contamination: dict[str, Contamination] = {}
+    """By held-out set."""
+    schedule_curve: list[tuple[float, float]] = []
+    """Step and learning rate."""
+    held_out: list[HeldOutSummary] = []
+    totals: TrainingTotals | None = None
+    published_checkpoint: PublishedCheckpoint | None = None
+    """Null when the last step is published by rule."""
+    consumed: dict[str, ConsumedSource] = {}
+    """Everything the model has consumed, by data fingerprint; replays included."""
+    scores: Scores = Scores()
+    changes: dict[str, SetChange] = {}
+    pseudo_perplexity: BeforeAfter | None = None
+    retention_gate: RetentionGate | None = None
+    drift: Drift | None = None
+    relearning: Relearning | None = None
+    sparse_update: SparseUpdate | None = None
+    penalties: list[Penalty] = []
+    tasks: list[TaskResult] = []
+    task_clusters: list[ClusterResult] = []
+    samples: list[Sample] = []
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the model predicts labels."""
+        return self.model.task in ("classify", "tag")
+
+    def changes_with_role(self, role: str) -> dict[str, SetChange]:
+        """The changes of the held-out sets of one role."""
+        return {name: change for name, change in self.changes.items() if change.role == role}
+
+    @property
+    def published_tokens(self) -> int:
+        """Trained tokens of the published model."""
+        if self.published_checkpoint:
+            return self.published_checkpoint.trained_tokens
+        return self.totals.tokens if self.totals else 0
+
+
+def write_record(run_folder: Path, record: Record) -> None:
+    """Write a run's record atomically."""
+    write_atomically(run_folder / RECORD, json.dumps(record.as_json(), indent=1) + "\n")
+
+
+def read_record(run_folder: Path) -> Record:
+    """A run's record. Raises `StageError` when `run_folder` is not a run folder or its record cannot be read."""
+    path = run_folder / RECORD
     try:
-        record = json.loads((run / RECORD).read_text())
+        raw = json.loads(path.read_text())
     except FileNotFoundError:
-        known = sorted(p.parent for p in run.parent.glob(f"*/{RECORD}"))[:5]
+        known = sorted(p.parent for p in run_folder.parent.glob(f"*/{RECORD}"))[:5]
         raise StageError(
-            f"{run} is not a run folder (it has no {RECORD})",
+            f"{run_folder} is not a run folder (it has no {RECORD})",
             expected="the output folder of `postgrad train`" + (f", such as {known[0]}" if known else ""),
         ) from None
     except ValueError as error:
-        raise StageError(f"not JSON: {error}", where=str(run / RECORD)) from error
-    if record.get("format") != FORMAT:
-        raise StageError(f"record format {record.get('format')!r}", where=str(run / RECORD), expected=str(FORMAT))
-    return record
+        raise StageError(f"not JSON: {error}", where=str(path)) from error
+    return parse_record(raw, str(path))
 
 
-def get_seen_data(record: Record) -> dict[str, dict[str, Any]]:
-    """What the model at the end of a run has consumed: data fingerprint -> {name, tokens, origin}; replays included."""
-    return record.get("seen", {})
+def parse_record(raw: Any, where: str) -> Record:
+    """A record from JSON data of this format or the previous one."""
+    version = raw.get("format") if isinstance(raw, dict) else None
+    if version == PREVIOUS_FORMAT:
+        raw = {**upgrade_record(raw), "format": FORMAT}
+    elif version != FORMAT:
+        newer = isinstance(version, int) and version > FORMAT
+        raise StageError(
+            f"record format {version!r}",
+            where=where,
+            expected=f"{FORMAT} (or {PREVIOUS_FORMAT}, which is converted)",
+            hint="a newer postgrad wrote this record: upgrade postgrad" if newer else "train the stage again",
+        )
+    return validate_part(Record, raw, where)
 
 
-def add_stage(seen: dict[str, dict[str, Any]], consumed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The ledger of everything seen, one stage later. `consumed`: fingerprint, name, tokens and origin of each source."""
-    out = {key: dict(value) for key, value in seen.items()}
-    for item in consumed:
-        entry = out.setdefault(item["fingerprint"], {"name": item["name"], "tokens": 0, "origin": item["origin"]})
-        entry["tokens"] += item["tokens"]
-    return out
+def validate_part(kind: type[Document], raw: Any, where: str) -> Document:
+    """Parse JSON data. Raises `StageError` that names the first missing or malformed field."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise StageError(
+            f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}",
+            where=where,
+            hint="the file is damaged, or postgrad did not write it: train the stage again",
+        ) from None
+
+
+def record_schema() -> str:
+    """The JSON Schema of `record.json`."""
+    return json.dumps(Record.model_json_schema(mode="serialization"), indent=2, ensure_ascii=False)
+
+
+def add_consumed(
+    consumed: Mapping[str, ConsumedSource], sources: Iterable[tuple[str, ConsumedSource]]
+) -> dict[str, ConsumedSource]:
+    """The consumed sources after one more stage; `sources` are its own with their data fingerprints."""
+    total = dict(consumed)
+    for key, source in sources:
+        earlier = total.get(key)
+        total[key] = earlier.model_copy(update={"tokens": earlier.tokens + source.tokens}) if earlier else source
+    return total

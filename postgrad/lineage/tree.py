@@ -1,135 +1,181 @@
-"""Which stages led to a model, and what did each of them do to every held-out set?"""
+"""The stages that led to a model, and the loss matrix of every stage on every held-out set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from postgrad.errors import StageError
-from postgrad.lineage.record import Record, read_record
+from postgrad.lineage.record import RECORD, Parent, Record, RecordPart, SetChange, read_record
 from postgrad.stats.forgetting import summarize_scores
 
-ScoreRun = Callable[[Path, str], float | None]
+Stages = list[tuple[Path, Record]]
+"""Run folders with their records, the first stage first."""
 
 
-def read_lineage(run: Path) -> list[tuple[Path, Record]]:
+class LineageStage(RecordPart):
+    """A row of the loss matrix."""
+
+    name: str
+    path: str
+    model: str
+    """The start model of the stage."""
+    created: str | None = None
+    tokens: int = 0
+    """Trained tokens."""
+
+
+class LineageSet(RecordPart):
+    """A column of the loss matrix."""
+
+    name: str
+    learnt_at: int
+    """The first stage that trained on the set; 0 when none did."""
+
+
+class LineageSummary(RecordPart):
+    """Transfer over the lineage, of scores that are negative losses."""
+
+    ACC: float | None = None
+    BWT: float | None = None
+    FWT: float | None = None
+    forgetting: float | None = None
+    denominators: dict[str, str] = {}
+
+
+class Lineage(RecordPart):
+    """The stages, the held-out sets, and the loss after each stage on each set (row 0: the first start model)."""
+
+    stages: list[LineageStage]
+    sets: list[LineageSet]
+    R: list[list[float | None]]
+    summary: LineageSummary
+
+
+def read_lineage(run: Path) -> Stages:
     """The runs from the first stage to `run`, each with its record.
 
-    A parent is looked up where the record says, relative to the child's own folder when it has moved along. Raises
-    `StageError` when a parent is gone or is no longer what it was.
+    A parent is found at its recorded path, or relative to the child's folder when both moved. Raises `StageError` when a
+    parent is missing or was replaced.
     """
-    out: list[tuple[Path, Record]] = []
-    here: Path | None = run.resolve()
-    while here is not None:
-        if any(here == path for path, _ in out):
-            raise StageError("the lineage goes in a circle", where=str(here))
-        record = read_record(here)
-        out.append((here, record))
-        parents = record.get("parents", [])
-        here = _find_parent(here, parents[0]) if parents else None
-    return out[::-1]
+    stages: Stages = []
+    folder: Path | None = run.resolve()
+    while folder is not None:
+        if any(folder == path for path, _ in stages):
+            raise StageError("the lineage is a circle", where=str(folder))
+        record = read_record(folder)
+        stages.append((folder, record))
+        folder = _find_parent(folder, record.parents[0]) if record.parents else None
+    return stages[::-1]
 
 
-def _find_parent(child: Path, parent: dict[str, Any]) -> Path:
-    for place in (Path(parent["path"]), child / parent["relative"]):
-        if (place / "record.json").exists():
-            found = read_record(place.resolve())
-            if found.get("id") != parent["id"]:
+def _find_parent(child: Path, parent: Parent) -> Path:
+    for folder in (Path(parent.path), child / parent.relative):
+        if (folder / RECORD).exists():
+            record = read_record(folder.resolve())
+            if record.id != parent.id:
                 raise StageError(
-                    f"{place} is no longer the run that {child.name} started from",
+                    f"{folder} is no longer the run that {child.name} started from",
                     where="lineage",
-                    expected=f"the run with id {parent['id']}, met {found.get('id')}",
+                    expected=f"the run with id {parent.id}, not {record.id}",
                 )
-            return place.resolve()
+            return folder.resolve()
     raise StageError(
-        f"the parent of {child.name} is gone", where="lineage", expected=f"a run folder at {parent['path']}"
+        f"the parent of {child.name} is missing", where="lineage", expected=f"a run folder at {parent.path}"
     )
 
 
-def lineage_matrix(
-    stages: list[tuple[Path, Record]], score_missing: Callable[[int, str], float | None]
-) -> dict[str, Any]:
-    """The matrix of a lineage: losses (nats per token) of each model on each set, and its summary.
+def lineage_matrix(stages: Stages, score_missing: Callable[[int, str], float | None]) -> Lineage:
+    """The loss matrix of a lineage (nats per token). `score_missing(row, set key)` scores a cell that no record has."""
+    columns, learned_at = _columns(stages)
+    keys = list(learned_at)
+    losses = _recorded_losses(stages, columns, keys)
+    for i, j in zip(*np.nonzero(np.isnan(losses)), strict=True):
+        value = score_missing(int(i), keys[int(j)])
+        losses[i, j] = np.nan if value is None else value
+    summary = summarize_scores(-losses, [learned_at[key] for key in keys])
+    denominators = {{"FM": "forgetting"}.get(name, name): text for name, text in summary.denominators.items()}
+    return Lineage(
+        stages=_stage_rows(stages),
+        sets=[
+            LineageSet(name=name, learnt_at=learned_at[key])
+            for name, key in zip(_column_names(keys), keys, strict=True)
+        ],
+        R=[[None if np.isnan(x) else float(x) for x in row] for row in losses],
+        summary=LineageSummary(
+            ACC=summary.accuracy,
+            BWT=summary.backward_transfer,
+            FWT=summary.forward_transfer,
+            forgetting=summary.forgetting,
+            denominators=denominators,
+        ),
+    )
 
-    Row 0 is the model the first stage started from. A cell that no record holds is asked of `missing(row, set)`.
+
+def _columns(stages: Stages) -> tuple[dict[str, str], dict[str, int]]:
+    """The key of each set by its fingerprint, and the first stage (from 1) that trained on it, or 0.
+
+    A text has one column, under its first name: a replay of it is held out under another name.
     """
-    # A stage that went on from a checkpoint of its parent: the lineage leads through that checkpoint.
-    following = [(record.get("parents") or [{}])[0] for _, record in stages[1:]]
-    branches = [parent if parent.get("step") else None for parent in following] + [None]
-    # The same text is one column under the name it first had: a replay of it is held out under a name of its own.
     columns: dict[str, str] = {}
-    learnt_at: dict[str, int] = {}
+    learned_at: dict[str, int] = {}
     for i, (_, record) in enumerate(stages, start=1):
         for name, change in _comparable_changes(record).items():
-            key = columns.setdefault(record["fingerprints"]["sets"][name], set_key(record, name))
-            # The first stage that trained on it; 0: the start model knew it, or no stage ever did.
-            if not learnt_at.setdefault(key, 0) and change["role"] == "learned":
-                learnt_at[key] = i
-    names = list(learnt_at)
-    context = stages[-1][1]["model"].get("context")
-    losses = np.full((len(stages) + 1, len(names)), np.nan)
+            key = columns.setdefault(record.fingerprints.sets[name], set_key(record, name))
+            if not learned_at.setdefault(key, 0) and change.role == "learned":
+                learned_at[key] = i
+    return columns, learned_at
+
+
+def _recorded_losses(stages: Stages, columns: dict[str, str], keys: list[str]) -> np.ndarray:
+    """The losses in the records; NaN elsewhere. Scores with another context length are not comparable."""
+    context_length = stages[-1][1].model.context_length
+    losses = np.full((len(stages) + 1, len(keys)), np.nan)
     for i, (_, record) in enumerate(stages, start=1):
+        if record.model.context_length != context_length:
+            continue
         for name in _comparable_changes(record):
-            if record["model"].get("context") != context:  # scored with another context: not one column
-                continue
-            j = names.index(columns[record["fingerprints"]["sets"][name]])
-            losses[i - 1, j] = record["scores"]["before"][name]["nats"]
-            losses[i, j] = record["scores"]["after"][name]["nats"]
-    for i, j in zip(*np.nonzero(np.isnan(losses)), strict=True):
-        value = score_missing(int(i), names[int(j)])
-        losses[i, j] = np.nan if value is None else value
-    summary = summarize_scores(-losses, [learnt_at[n] for n in names])
-    titles = [n.split(":", 1)[0] for n in names]
-    doubled = {t for t in titles if titles.count(t) > 1}
-    return {
-        "stages": [
-            {
-                "name": "start",
-                "path": stages[0][1]["model"]["start"],
-                "model": stages[0][1]["model"]["start"],
-                "tokens": 0,
-            },
-            *(
-                {
-                    "name": record["name"] + (f" at step {branch['step']}" if branch else ""),
-                    "path": str(path),
-                    "model": record["model"]["start"],
-                    "created": record["created"],
-                    "tokens": branch["tokens"] if branch else _trained_tokens(record),
-                }
-                for (path, record), branch in zip(stages, branches, strict=True)
-            ),
-        ],
-        "sets": [
-            {"name": f"{t}-{n.split(':', 1)[1][:6]}" if t in doubled else t, "learnt_at": learnt_at[n]}
-            for t, n in zip(titles, names, strict=True)
-        ],
-        "R": [[None if np.isnan(x) else float(x) for x in row] for row in losses],
-        "summary": {
-            "ACC": summary.accuracy,
-            "BWT": summary.backward_transfer,
-            "FWT": summary.forward_transfer,
-            "forgetting": summary.forgetting,
-            # The other names are those of the field; this one is what the table calls it.
-            "denominators": {{"FM": "forgetting"}.get(name, name): said for name, said in summary.denominators.items()},
-        },
-    }
+            j = keys.index(columns[record.fingerprints.sets[name]])
+            losses[i - 1, j] = record.scores.before[name].nats
+            losses[i, j] = record.scores.after[name].nats
+    return losses
 
 
-def _comparable_changes(record: Record) -> dict[str, Any]:
-    """The sets of a run that other models may be scored on too: all but its test sets, which are looked at once."""
-    return {name: change for name, change in record.get("changes", {}).items() if change["role"] != "test"}
+def _stage_rows(stages: Stages) -> list[LineageStage]:
+    start = stages[0][1].model.start_model
+    rows = [LineageStage(name="start", path=start, model=start)]
+    # A stage may start from a checkpoint of its parent: the lineage then leads through that checkpoint.
+    children = [record.parents[0] for _, record in stages[1:]]
+    branches = [parent if parent.step else None for parent in children] + [None]
+    for (path, record), branch in zip(stages, branches, strict=True):
+        rows.append(
+            LineageStage(
+                name=record.name + (f" at step {branch.step}" if branch else ""),
+                path=str(path),
+                model=record.model.start_model,
+                created=record.created,
+                tokens=(branch.trained_tokens or 0) if branch else record.published_tokens,
+            )
+        )
+    return rows
 
 
-def _trained_tokens(record: Record) -> int:
-    """The trained tokens of the model that a run published: up to the step that was chosen, or all."""
-    chosen = record.get("chosen")
-    return chosen["trained"] if chosen else record["achieved"]["tokens"]
+def _column_names(keys: list[str]) -> list[str]:
+    """The names of the sets, with a part of the fingerprint where several share one."""
+    names = [key.split(":", 1)[0] for key in keys]
+    return [
+        f"{name}-{key.split(':', 1)[1][:6]}" if names.count(name) > 1 else name
+        for name, key in zip(names, keys, strict=True)
+    ]
+
+
+def _comparable_changes(record: Record) -> dict[str, SetChange]:
+    """The sets that other models may be scored on too: all but test sets, which are scored once."""
+    return {name: change for name, change in record.changes.items() if change.role != "test"}
 
 
 def set_key(record: Record, name: str) -> str:
     """`name:fingerprint` of a held-out set of a run."""
-    return f"{name}:{record['fingerprints']['sets'][name]}"
+    return f"{name}:{record.fingerprints.sets[name]}"

@@ -36,7 +36,7 @@ _ASPECT = 48
 _WIDTHS = (*range(32, 256, 32), *range(256, 1024, 64), *range(1024, 4097, 128))
 _MAX_DEPTH = 64
 _INNER_STEP = 8
-_WHERE = "model.fresh"
+_WHERE = "model.from_scratch"
 
 
 @dataclass(frozen=True)

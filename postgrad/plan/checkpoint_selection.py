@@ -147,10 +147,10 @@ def make_selection_rule(
     known = ["loss", *(metric_names(found.problem, found.labels) if found.problem else ())]
     if config.by not in known:
         raise StageError(
-            f"'{config.set}' has no {config.by!r}",
-            where="save.choose.by",
+            f"'{config.set}' has no {config.metric!r}",
+            where="save.choose.metric",
             expected=" | ".join(known),
-            hint=suggest_nearest(config.by, known),
+            hint=suggest_nearest(config.metric, known),
         )
     if config.max_forgetting is not None and not any(h.role == "retained" for h in held_out):
         raise StageError(
@@ -158,14 +158,14 @@ def make_selection_rule(
             where="save.choose.max_forgetting",
             hint="name old text under evaluation.retained, or give a source with role: replay a `held_out` share",
         )
-    least = math.ceil(length_in_steps(config.at_least, steps, tokens) - 1e-9)
+    least = math.ceil(length_in_steps(config.burn_in, steps, tokens) - 1e-9)
     if least > steps:
         raise StageError(
-            f"nothing could be chosen before step {least:,}, and the stage has {steps:,}", where="save.choose.at_least"
+            f"nothing could be chosen before step {least:,}, and the stage has {steps:,}", where="save.choose.burn_in"
         )
     first = max(1, least, math.ceil(_STABILITY_GAP_SHARE * steps), lr_schedules.peak_step(schedule, steps))
     return SelectionRule(
-        config.set, config.by, config.patience, config.gain, first, config.max_forgetting, config.enough
+        config.set, config.metric, config.patience, config.min_delta, first, config.max_forgetting, config.stop_at
     )
 
 

@@ -45,8 +45,8 @@ def _compute_phases(
 
     plain = {source.name: share for source, share in zip(stage.data.sources, source_shares, strict=True)}
     phases = [(0.0, leaf_shares(plain))]
-    rough = max(1, round(tokens / (stage.batch.sequences * float(np.mean(per_row)))))
-    for shift in stage.data.shifts:
+    rough = max(1, round(tokens / (stage.batch.global_batch_size * float(np.mean(per_row)))))
+    for shift in stage.data.curriculum:
         if shift.at is not None:
             point = length_in_steps(shift.at, rough, tokens) / rough
         else:
@@ -56,7 +56,7 @@ def _compute_phases(
         if not phases[-1][0] < point < 1:
             raise StageError(
                 f"a change of shares lies at {point:.1%} of the stage",
-                where="data.shifts",
+                where="data.curriculum",
                 expected="points in ascending order, inside the stage",
             )
         phases.append((point, leaf_shares(shift.shares)))
@@ -97,7 +97,7 @@ def make_data_order(
     start_model: ModelLocation,
 ) -> DataOrder:
     """What is read for the shares `given` of the stage's sources."""
-    block = stage.batch.sequences
+    block = stage.batch.global_batch_size
     per_row = [r.ledger.trained / len(r) for r in rows]
     sizes = [len(r) for r in rows]
     tokens = _compute_budget(stage, sources, source_shares, per_row, start_model)
@@ -116,25 +116,25 @@ def make_data_order(
 
     caps = [int(leaf.spec.max_passes * size) for leaf, size in zip(sources, sizes, strict=True)]
     short = _find_exhausted_source(Mixture(stage.seed, sizes, segments, block), caps, first, steps)
-    if short is not None and stage.data.when_short != "repeat":
+    if short is not None and stage.data.on_exhausted != "repeat":
         leaf = sources[short]
         asked = Mixture(stage.seed, sizes, segments, block).counts((first + steps) * block)[short] / sizes[short]
         met = (
             f"'{leaf.name}' would be read {asked:.1f} times; its max_passes is {leaf.spec.max_passes:g} "
             f"({rows[short].ledger.trained:,} trained tokens a pass)"
         )
-        if stage.data.when_short == "refuse":
+        if stage.data.on_exhausted == "refuse":
             raise DataError(
                 met,
                 where=leaf.files.where,
-                hint="give more text, a smaller share or budget, a higher max_passes, or set data.when_short",
+                hint="give more text, a smaller share or budget, a higher max_passes, or set data.on_exhausted",
             )
         steps, segments = _apply_on_exhausted(stage, sources, sizes, segments, caps, block, first, steps)
-        notes.append(f"{met}; data.when_short: {stage.data.when_short}")
+        notes.append(f"{met}; data.on_exhausted: {stage.data.on_exhausted}")
     mixture = Mixture(stage.seed, sizes, segments, block)
     if not steps:
         raise DataError(
-            "nothing is left to read", where="data", hint="raise max_passes, or set data.when_short: repeat"
+            "nothing is left to read", where="data", hint="raise max_passes, or set data.on_exhausted: repeat"
         )
     before, after = mixture.counts(first * block), mixture.counts((first + steps) * block)
     tokens = round(sum((b - a) * each for a, b, each in zip(before, after, per_row, strict=True)))
@@ -170,7 +170,7 @@ def _apply_on_exhausted(
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
-        if stage.data.when_short == "stop" or not fits(0):  # what is skipped has already used a source up
+        if stage.data.on_exhausted == "stop" or not fits(0):  # what is skipped has already used a source up
             return low, segments
         begin = (first + low) * block
         spent = {k for k, (c, cap) in enumerate(zip(mixture.counts(begin + block), caps, strict=True)) if c > cap}
@@ -181,7 +181,7 @@ def _apply_on_exhausted(
                 raise DataError(
                     "every source is spent before the stage ends",
                     where="data",
-                    hint="raise max_passes, lower the budget, or set data.when_short: stop",
+                    hint="raise max_passes, lower the budget, or set data.on_exhausted: stop",
                 )
             return Segment(at, tuple(rate / sum(rates) for rate in rates))
 

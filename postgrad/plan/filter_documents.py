@@ -28,6 +28,7 @@ from postgrad.config.document_filters import (
     DuplicatesSelection,
     PerplexitySelection,
 )
+from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.data.filter import data_selection as ways
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
@@ -113,9 +114,9 @@ def describe_method(method: AnySelection) -> str:
     """What a way keeps, in words."""
     match method:
         case DsirSelection():
-            return f"{_percent(method.keep)} of the documents, those most like {', '.join(each.path for each in method.like)}"
+            return f"{_percent(method.keep)} of the documents, those most like {', '.join(each.path for each in method.target)}"
         case PerplexitySelection():
-            low, high = method.between
+            low, high = method.quantiles
             who = "the start model" if method.model == "start" else method.model
             return f"{_percent(low)} to {_percent(high)} of the documents in the order of bits per byte of {who}"
         case DuplicatesSelection():
@@ -152,7 +153,7 @@ def resolve_methods(
             given["model"] = str(here) if here.is_dir() else way.model
         if isinstance(way, DsirSelection):
             given["seed"] = seed if way.seed is None else way.seed
-            given["like"] = [{**each, "path": str(root / each["path"])} for each in given["like"]]
+            given["target"] = [{**each, "path": str(root / each["path"])} for each in given["target"]]
         out.append(given)
     return out
 
@@ -213,8 +214,8 @@ def _select_by_dsir(
 
 def _read_target_texts(method: DsirSelection, root: Path, where: str, tokenizer: Tokenizer) -> Iterator[str]:
     """The texts that documents are to be like, as the tokenizer gives them back: what it loses is lost on both sides."""
-    for number, given in enumerate(method.like):
-        for document in read_documents(_make_target_files(given, root, f"{where}.like[{number}]")):
+    for number, given in enumerate(method.target):
+        for document in read_documents(_make_target_files(given, root, f"{where}.target[{number}]")):
             if document.text is not None:
                 ids = tokenizer.encode(document.text, add_special_tokens=False).ids
             else:
@@ -223,8 +224,8 @@ def _read_target_texts(method: DsirSelection, root: Path, where: str, tokenizer:
 
 
 def _make_target_files(target: AnyTargetText, root: Path, where: str) -> Files:
-    only = {column: tuple(values) for column, values in target.only.items()}
-    return Files("like", target.path, None, target.columns, target.documents, root, where, target.kind, only)
+    only = {column: tuple(values) for column, values in target.filter.items()}
+    return Files("like", target.path, None, target.columns, target.document_unit, root, where, target.kind, only)
 
 
 def _select_by_perplexity(
@@ -237,11 +238,11 @@ def _select_by_perplexity(
     key: str,
     on_progress: ways.CountCallback,
 ) -> _MethodResult:
-    low, high = method.between
+    low, high = method.quantiles
     ways.require_documents(len(store), where)
     judge = _make_scorer(method, root, model_inputs, where)
     kept = cache / "selections" / f"{key}.part.npy"
-    bits_N = compute_bits_per_byte(judge, store, model_inputs.encoder, method.tokens, kept, on_progress)
+    bits_N = compute_bits_per_byte(judge, store, model_inputs.encoder, method.max_tokens, kept, on_progress)
     band = ways.select_band(bits_N, low, high, where)
     kept.unlink(missing_ok=True)
     return _MethodResult(band.indices, bits_N, "bits/byte", (band.low, band.high))
@@ -427,15 +428,15 @@ def _method_identity(
         case DsirSelection():
             named = [
                 [
-                    source_fingerprint(_make_target_files(given, root, f"{where}.like[{number}]"), cache),
-                    given.model_dump(mode="json", exclude={"path"}),
+                    source_fingerprint(_make_target_files(given, root, f"{where}.target[{number}]"), cache),
+                    with_fingerprint_names(given.model_dump(mode="json", exclude={"path"}), "data.sources.select.like"),
                 ]
-                for number, given in enumerate(method.like)
+                for number, given in enumerate(method.target)
             ]
             return [method.kind, named, method.keep, seed if method.seed is None else method.seed]
         case PerplexitySelection():
             start = _resolve_scoring_model(method, root, model_inputs, where)
-            return [method.kind, start_fingerprint(start) or start.name, list(method.between), method.tokens]
+            return [method.kind, start_fingerprint(start) or start.name, list(method.quantiles), method.max_tokens]
         case DuplicatesSelection():
             return [method.kind, method.threshold]
     assert_never(method)

@@ -227,13 +227,13 @@ def resolve_held_out_files(
         kind = detect_kind(files)
         own = get_start_objectives(model_inputs.start_model)
         objective = get_evaluation_objective(
-            match_objectives(item.like or item.name, kind, objectives, own, where).row_objective, own
+            match_objectives(item.same_format_as or item.name, kind, objectives, own, where).row_objective, own
         )
         renderer = make_renderer(objective, kind, model_inputs, make_row_template(given), labels, add_demonstrations)
         if labels and labels.names and isinstance(objective, ClassifyObjective):
             refuse_unseen_labels(item.name, files, labels.names, cache, from_stage=objective.labels is not None)
         check_template(files, renderer)
-        out.append(HeldOutFileSpec(item.name, role, files, kind, objective, renderer, given["words"]))
+        out.append(HeldOutFileSpec(item.name, role, files, kind, objective, renderer, given["label_words"]))
     return out
 
 
@@ -263,10 +263,10 @@ def describe_new_labels(file_spec: HeldOutFileSpec, source_specs: Sequence[Sourc
 def inherit_row_format(item: s.HeldOutFile, role: str, by_source: dict[str, SourceSpec]) -> dict[str, Any]:
     """A held-out file as plain data; what it does not say it has from the source that it is like.
 
-    Without `like`, a file whose kind is not said is like the only source of its role whose kind is said.
+    Without `same_format_as`, a file whose kind is not said is like the only source of its role whose kind is said.
     """
     given = {**item.model_dump(), "hub": None}
-    alike = [by_source[item.like]] if item.like and item.like in by_source else []
+    alike = [by_source[item.same_format_as]] if item.same_format_as and item.same_format_as in by_source else []
     if not alike and item.kind == "auto":
         wanted = "replay" if role == "retained" else "new"
         alike = [w for w in by_source.values() if w.role == wanted and w.files.kind != "auto"]
@@ -278,7 +278,7 @@ def inherit_row_format(item: s.HeldOutFile, role: str, by_source: dict[str, Sour
         for key, value in (
             ("prompt", other.template.prompt),
             ("answer", other.template.answer),
-            ("words", dict(other.template.words)),
+            ("label_words", dict(other.template.words)),
         ):
             given |= {key: value} if key not in own else {}
     return given

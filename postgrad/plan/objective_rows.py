@@ -379,7 +379,7 @@ def verbalisers(store: TokenStore | Subset, model_inputs: ModelInputs, words: Ma
         if len(ids) != 1 or ids[0] == model_inputs.tokenizer.unk_token_id:
             raise StageError(
                 f"the word '{word}' for the label '{label}' is not one token of this tokenizer",
-                where="data.sources.words",
+                where="data.sources.label_words",
                 expected="a word of one token for each label",
             )
         out.append(int(ids[0]))

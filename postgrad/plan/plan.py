@@ -365,7 +365,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
             tasks=tuple(add_soft_prompts(asked, reading) for asked in tasks),
             tasks_before=tuple(add_soft_prompts(asked, reading.without_tuning) for asked in tasks),
             selection_rule=choice,
-            eval_tokens=stage.evaluation.during_tokens,
+            eval_tokens=stage.evaluation.eval_tokens,
         ),
         objectives=objectives,
         objective_indices=tuple(leaf.spec.objective_indices for leaf in leaves),

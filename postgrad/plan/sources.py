@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from postgrad.config import stage as s
 from postgrad.config.document_filters import AnySelection
 from postgrad.config.objectives import AnyObjective, ClassifyObjective, MaskedObjective, RowsObjective
+from postgrad.config.renamed_keys import upgrade_source
 from postgrad.config.tunings import InstructionPromptTuning
 from postgrad.data.loading.mixture import seen_weights
 from postgrad.data.problem_type import ProblemType
@@ -128,14 +129,14 @@ def resolve_source_specs(
     for i, source in enumerate(stage.data.sources):
         where = f"data.sources[{i}]"
         if not source.seen_so_far:
-            origins = [(1.0, source.name, source.model_dump(), root, source.held_out, source.stands_for)]
+            origins = [(1.0, source.name, source.model_dump(), root, source.held_out, source.prior_tokens)]
         elif seen_sources:
             weights = seen_weights({key: entry["tokens"] for key, entry in seen_sources.items()}, 1.0)
             origins = [
                 (
                     weight,
                     f"{source.name}/{seen_sources[key]['name']}",
-                    seen_sources[key]["origin"],
+                    upgrade_source(seen_sources[key]["origin"]),
                     Path(seen_sources[key]["origin"]["root"]),
                     seen_sources[key]["origin"]["held_out"],
                     None,
@@ -298,8 +299,8 @@ def make_demonstration_wrapper(
             inner,
             alike,
             asked.count,
-            asked.by,
-            asked.tokens,
+            "seed" if asked.sampler == "random" else asked.sampler,
+            asked.max_tokens,
             model_inputs.count_tokens,
             model_inputs.mean_embedding,
             seed,
@@ -352,12 +353,12 @@ def make_source_origin(source: ResolvedSource, start_model: ModelLocation, seed:
         "revision": hub.revision if hub else None,
         "kind": source.files.kind,
         "columns": dict(source.files.columns),
-        "documents": source.files.documents,
-        "only": {column: list(values) for column, values in source.files.row_filter.items()},
+        "document_unit": source.files.documents,
+        "filter": {column: list(values) for column, values in source.files.row_filter.items()},
         "cluster": source.spec.cluster,
         "prompt": wording.prompt,
         "answer": wording.answer,
-        "words": dict(wording.words),
+        "label_words": dict(wording.words),
         "root": str(source.files.root),
         "held_out": source.held_out,
         **selected,
@@ -369,7 +370,7 @@ def make_replay_source(source: Mapping[str, Any]) -> dict[str, Any]:
 
     `leaf`: what `leaves_of` says of one.
     """
-    origin = dict(source["origin"])
+    origin = upgrade_source(source["origin"])
     base = Path(origin.pop("root"))
     origin["path"] = str(base / origin["path"]) if origin["path"] else None
     known = s.Source.model_fields
@@ -379,7 +380,7 @@ def make_replay_source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_row_template(config: dict[str, Any]) -> RowTemplate:
     """How rows are put into words, from a source or its origin as plain data."""
-    return RowTemplate(config.get("prompt"), config.get("answer"), config.get("words") or {})
+    return RowTemplate(config.get("prompt"), config.get("answer"), config.get("label_words") or {})
 
 
 def make_text_files(name: str, config: dict[str, Any], root: Path, where: str) -> Files:
@@ -388,8 +389,8 @@ def make_text_files(name: str, config: dict[str, Any], root: Path, where: str) -
     if config.get("hub"):
         hub = HubDataset(config["hub"], config["subset"], config["split"], config["revision"])
     kind = config.get("kind", "auto")
-    only = {column: tuple(values) for column, values in (config.get("only") or {}).items()}
-    return Files(name, config["path"], hub, config["columns"], config["documents"], root, where, kind, only)
+    only = {column: tuple(values) for column, values in (config.get("filter") or {}).items()}
+    return Files(name, config["path"], hub, config["columns"], config["document_unit"], root, where, kind, only)
 
 
 def load_token_store(

@@ -58,13 +58,13 @@ def _make_new_model(
     stage: s.Stage, spec: s.FreshModel, root: Path, cache: Path, progress: ProgressCallback | None
 ) -> ModelLocation:
     """The new model of a stage, in the cache."""
-    family = parse_model_name(spec.fresh)[0] if spec.fresh else None
+    family = parse_model_name(spec.from_scratch)[0] if spec.from_scratch else None
     config = None if spec.config is None else _load_config(spec.config, root)
     tokenizer = _resolve_tokenizer(stage, spec.tokenizer, select_special_tokens(config, family), root, cache, progress)
     new = isinstance(spec.tokenizer, s.NewTokenizer)
-    if spec.fresh:
+    if spec.from_scratch:
         positions = max(_MIN_POSITIONS, stage.data.sequence_length)
-        config = solve_config(spec.fresh, vocabulary=len(tokenizer), positions=positions)
+        config = solve_config(spec.from_scratch, vocabulary=len(tokenizer), positions=positions)
     assert config is not None
     if new:
         config.vocab_size = len(tokenizer)
@@ -86,7 +86,7 @@ def _make_new_model(
         if not _is_intact(place):
             model = init_model(config, stage.seed)
             publish_folder(place, lambda staged: save_pretrained(model, tokenizer, staged, dtype=torch.float32))
-    name = spec.fresh or f"a new {spec.config}"
+    name = spec.from_scratch or f"a new {spec.config}"
     return replace(
         locate_model(str(place), root),
         name=name,
@@ -139,10 +139,10 @@ def _resolve_tokenizer(
     if isinstance(spec, str):
         folder = (root / Path(spec).expanduser()).resolve()
         return load_tokenizer(ModelLocation(spec, folder if folder.is_dir() else None))
-    if spec.vocabulary < 256 + len(marks.tokens):
+    if spec.vocab_size < 256 + len(marks.tokens):
         raise StageError(
-            f"{spec.vocabulary} tokens have no room for 256 bytes and {len(marks.tokens)} special tokens",
-            where="model.tokenizer.vocabulary",
+            f"{spec.vocab_size} tokens have no room for 256 bytes and {len(marks.tokens)} special tokens",
+            where="model.tokenizer.vocab_size",
             expected=f"at least {256 + len(marks.tokens)}",
         )
     portions: list[VocabularySource] = []
@@ -183,7 +183,7 @@ def _resolve_tokenizer(
         portions,
         lambda counts: stage.resolve_shares(dict(zip(names, counts, strict=True))),
         shares_key=[[s.share for s in stage.data.sources], mixing.model_dump(mode="json") if mixing else None],
-        size=spec.vocabulary,
+        size=spec.vocab_size,
         special_tokens=marks.tokens,
         held_out_sources=away,
         cache=cache,
@@ -213,8 +213,8 @@ def new_model_note(start_model: ModelLocation, stage: s.Stage) -> str:
     made, asked = start_model.scratch_recipe, stage.model
     assert isinstance(asked, s.FreshModel)
     short = ""
-    if isinstance(asked.tokenizer, s.NewTokenizer) and made["vocabulary"] < asked.tokenizer.vocabulary:
-        short = f" ({asked.tokenizer.vocabulary:,} were asked for; the text has no more pairs that occur twice)"
+    if isinstance(asked.tokenizer, s.NewTokenizer) and made["vocabulary"] < asked.tokenizer.vocab_size:
+        short = f" ({asked.tokenizer.vocab_size:,} were asked for; the text has no more pairs that occur twice)"
     return (
         f"{start_model.name} is new: {made['weights']:,} random weights (seed {made['seed']}), "
         f"{made['vocabulary']:,} tokens ({made['tokenizer']}){short}"
@@ -225,4 +225,4 @@ def suggest_new_model(name: str, size: int) -> s.FreshModel:
     """A new model for so many bytes of text: its vocabulary grows with the text, one token for 500 bytes, up to 32,000."""
     parse_model_name(name)
     vocabulary = min(32_000, max(1000, round(size / 500 / 500) * 500))
-    return s.FreshModel(fresh=name, tokenizer=s.NewTokenizer(vocabulary=vocabulary))
+    return s.FreshModel(from_scratch=name, tokenizer=s.NewTokenizer(vocab_size=vocabulary))

@@ -41,7 +41,7 @@ ANSWER_CUE = "Answer:"
 """What stands before an answer alone, for `by: answer-only`."""
 _DEFAULT_CONTEXT_LENGTH = 1024
 """Positions that a model without a limit is asked within."""
-_DEMONSTRATION_METHODS: Mapping[str, RetrievalMethod] = {"seed": "once", "balanced": "balanced", "bm25": "bm25"}
+_DEMONSTRATION_METHODS: Mapping[str, RetrievalMethod] = {"random": "once", "balanced": "balanced", "bm25": "bm25"}
 _CHOICE_METRICS: tuple[MetricName, ...] = ("accuracy", "macro-F1", "MCC")
 
 LocatedExample = tuple[Example, str]
@@ -114,7 +114,12 @@ class PromptedTask:
             ]
             for prompts in self.prompts_KI
         ]
-        how = [self.task.by, self.task.calibrate, self.stopping.max_new_tokens, list(self.stopping.stop_strings)]
+        how = [
+            self.task.normalization,
+            self.task.calibrate,
+            self.stopping.max_new_tokens,
+            list(self.stopping.stop_strings),
+        ]
         said = [
             [list(names) for names in part] for part in (self.choice_names_I, self.choice_texts_I, self.references_I)
         ]
@@ -227,7 +232,7 @@ def make_prompted_task(task: TaskConfig, model_inputs: ModelInputs, root: Path, 
         if isinstance(renderer, ChatRenderer)
         else PlainPromptFormat(renderer, separate=model_inputs.task.is_encoder_decoder)
     )
-    pool, notes = _demonstration_pool(task, files, every, words, f"{where}.shown")
+    pool, notes = _demonstration_pool(task, files, every, words, f"{where}.few_shot")
     labels = _labels(task, every, pool, where) if kind == "labelled" else ()
     chosen = _is_multiple_choice(task, kind, labels, where)
     form = _PromptBuilder(task, model_inputs, words, labels, chosen, _get_context_length(model_inputs))
@@ -246,7 +251,7 @@ def make_prompted_task(task: TaskConfig, model_inputs: ModelInputs, root: Path, 
         raise DataError(
             f"none of the {len(asked):,} rows fits into {form.context_length:,} positions, even without demonstrations",
             where=where,
-            expected="shorter questions, or a smaller `most_tokens`",
+            expected="shorter questions, or a smaller `max_new_tokens`",
         )
     references_I = tuple(form.references(example) for example in kept)
     answers = [words.answer(example) for example, _ in (*every, *pool)]
@@ -262,7 +267,7 @@ def make_prompted_task(task: TaskConfig, model_inputs: ModelInputs, root: Path, 
         tuple(digest(example.text.encode()) for example in kept),
         np.array([digest(example.text.encode()) for example, _ in every], np.uint64),
         StoppingRule(
-            task.most_tokens, tuple(task.stop) if task.stop is not None else _default_stop_strings(words, answers)
+            task.max_new_tokens, tuple(task.stop) if task.stop is not None else _default_stop_strings(words, answers)
         ),
         form.context_length,
         {"too long for the context": n} if (n := fits_I.count(False)) else {},
@@ -343,7 +348,7 @@ class _PromptBuilder:
         return [replace(example, fields={**example.fields, key: value}) for value in values]
 
     def _calibration_items(self, example: Example, demonstrations: Sequence[Example]) -> Iterator[ChoiceItem]:
-        if self.task.by == "answer-only":
+        if self.task.normalization == "answer-only":
             yield self._encode_item(ANSWER_CUE + ("" if self.separate else " "), example)
         if self.task.calibrate:
             for nothing in CONTENT_FREE:
@@ -362,7 +367,7 @@ class _PromptBuilder:
 
     def _fits(self, item: ChoiceItem) -> bool:
         around = max(_count_soft_prompt_ids(self.reading), _count_soft_prompt_ids(self.reading.without_tuning))
-        longest = max(map(len, item.choices)) - 1 if item.choices else self.task.most_tokens
+        longest = max(map(len, item.choices)) - 1 if item.choices else self.task.max_new_tokens
         together = 0 if self.separate else longest
         return len(item.context) + around + together <= self.context_length and longest <= self.context_length
 
@@ -402,9 +407,9 @@ def _demonstration_pool(
     where: str,
 ) -> tuple[list[LocatedExample], list[str]]:
     """The rows that may be shown: training rows, each once, none that asks what a test row asks."""
-    if task.shown is None or not task.shots:
+    if task.few_shot is None or not task.shots:
         return [], []
-    files = replace(test_files, name=f"{task.name}.shown", path=task.shown.path, where=where)
+    files = replace(test_files, name=f"{task.name}.shown", path=task.few_shot.path, where=where)
     kind = detect_kind(test_files)
     if (met := detect_kind(files)) != kind:
         raise DataError(
@@ -445,9 +450,9 @@ def _demonstration_samplers(
     task: TaskConfig, renderer: Renderer, pool: Sequence[LocatedExample]
 ) -> list[Callable[[Example], Sequence[Example]]]:
     """What is shown before a row, under each prompt seed."""
-    if task.shown is None or not task.shots:
+    if task.few_shot is None or not task.shots:
         return [lambda _: ()]
-    examples, by = [example for example, _ in pool], _DEMONSTRATION_METHODS[task.shown.by]
+    examples, by = [example for example, _ in pool], _DEMONSTRATION_METHODS[task.few_shot.sampler]
     return [Demonstrations(renderer, examples, task.shots, by, 0, len, seed=seed).select for seed in range(task.seeds)]
 
 
@@ -460,30 +465,30 @@ def _labels(
         return ()
     for example, place in (*test_rows, *pool):
         label = str(example.fields["label"])
-        if task.words and label not in task.words:
+        if task.label_words and label not in task.label_words:
             raise DataError(
                 f"no word is given for the label '{label[:60]}'",
                 where=place,
-                expected=f"a label among {', '.join(list(task.words)[:12])}",
-                hint=suggest_nearest(label, task.words),
+                expected=f"a label among {', '.join(list(task.label_words)[:12])}",
+                hint=suggest_nearest(label, task.label_words),
             )
-    return tuple(task.words) if task.words else tuple(str(name) for name in found.names)
+    return tuple(task.label_words) if task.label_words else tuple(str(name) for name in found.names)
 
 
 def _is_multiple_choice(task: TaskConfig, kind: str, labels: tuple[str, ...], where: str) -> bool:
     """Whether the answers are chosen. Raises `StageError` for rows that have nothing to choose from."""
     choices = kind == "choices" or len(labels) > 1
-    chosen = choices if task.answered == "auto" else task.answered == "choose"
+    chosen = choices if task.scoring == "auto" else task.scoring == "multiple-choice"
     if chosen and not choices:
         met = "one label alone" if labels else f"rows of kind `{kind}` have no choices"
-        raise StageError(met, where=f"{where}.answered", expected="labels or choices, or answered: write")
+        raise StageError(met, where=f"{where}.scoring", expected="labels or choices, or scoring: generate")
     if not chosen:
-        for key, value in (("by", task.by != "sum"), ("calibrate", task.calibrate)):
+        for key, value in (("normalization", task.normalization != "sum"), ("calibrate", task.calibrate)):
             if value:
                 raise StageError(
                     f"`{key}` compares choices, and here answers are written",
                     where=f"{where}.{key}",
-                    expected="rows with labels or choices, and answered: choose",
+                    expected="rows with labels or choices, and scoring: multiple-choice",
                 )
     return chosen
 

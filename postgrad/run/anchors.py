@@ -1,4 +1,4 @@
-"""What does an anchor of a stage hold to what? Weights, their reference and their importance, found by name and checked."""
+"""Anchor penalties of a stage: match trained weights by name with their reference and importance, and check all three."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ START = "start"
 
 
 def anchor_name(specs: Collection[AnchorPenalty], number: int) -> str:
-    """What an anchor is called in the metrics: by its kind, and one of several also by its number."""
+    """An anchor's name in the metrics: its kind, and of several also its number."""
     return "anchor" if len(specs) == 1 else f"anchor {number + 1}"
 
 
@@ -43,32 +43,32 @@ def make_anchor(
     base_names: Mapping[str, str],
     new_names: Collection[str],
 ) -> Anchor | AnchoredDecay:
-    """The anchor that the stage's penalty of this number describes; one whose strength is yet to be found has none (nan).
+    """The anchor of the stage's penalty `number`; its strength is NaN where it is still to be found (`auto`).
 
-    `base_names`: of each parameter of the base by its name in the model now, the name that it has in the start model; `new`:
-    those names that the start model's files lack. Raises `StageError` when there is nothing to hold, `DataError` for importance
-    of another model, `ModelError` for a reference that does not fit.
+    `base_names`: current parameter names to those in the start model; `new_names`: those that the start model's files lack.
+    Raises `StageError` for an anchor without weights, `DataError` for importance of another model, `ModelError` for a reference
+    of other shapes.
     """
     spec = plan.stage.penalties[number]
-    making = _AnchorBuilder(spec, number, plan, weights)
-    chosen = _WeightFilter(spec.only, f"{making.where}.only", sorted(base_names.values()))
+    builder = _AnchorBuilder(spec, number, plan, weights)
+    is_target = _WeightFilter(spec.only, f"{builder.where}.only", sorted(base_names.values()))
     for weight in weights.entries:
         name = base_names.get(weight.name)
-        if name is None or not chosen(name):
+        if name is None or not is_target(name):
             continue
         if name in new_names:
-            making.skipped.append(f"{name} (new)")
+            builder.skipped.append(f"{name} (new)")
         else:
-            making.add_weight(weight, name)
-    for current, moved in tuning.weight_deltas().items():
-        if chosen(base_names[current]):
-            making.add_delta(current, base_names[current], moved)
-    chosen.check()
-    return making.build(plan.stage.tuning.kind, anchor_name(plan.stage.penalties, number))
+            builder.add_weight(weight, name)
+    for current, delta in tuning.weight_deltas().items():
+        if is_target(base_names[current]):
+            builder.add_delta(current, base_names[current], delta)
+    is_target.check()
+    return builder.build(plan.stage.tuning.kind, anchor_name(plan.stage.penalties, number))
 
 
 def penalty_fingerprints(plan: Plan) -> list[dict[str, str | None]]:
-    """What each penalty reads beside the start model, by its contents: a resumed run is held against it."""
+    """Content hashes of each penalty's files, which must not change before a resume."""
     return [
         {
             "reference": None if spec.reference == START else start_fingerprint(_locate_reference(spec, number, plan)),
@@ -84,13 +84,13 @@ def _locate_reference(spec: AnchorPenalty, number: int, plan: Plan) -> ModelLoca
 
 @dataclass(frozen=True)
 class _Reference:
-    """What weights are held to: the values that they start from (`state` is None), or those of another model."""
+    """The reference of an anchor: the start values (`state` is None), or another model's weights."""
 
     start: ModelLocation
     fingerprint: str | None
     state: Mapping[str, Tensor] | None
     files: Mapping[str, Tensor]
-    """What the model's own files hold, mapped; nothing unless that is asked for."""
+    """Tensors of the model's own files, memory-mapped; empty unless `storage` is mapped."""
 
     @classmethod
     def load(cls, spec: AnchorPenalty, number: int, plan: Plan) -> _Reference:
@@ -101,50 +101,50 @@ class _Reference:
         opened = open_model(start)
         if opened.tunings:
             raise ModelError(
-                f"in {start.name} stands `{opened.tunings[-1].kind}`, which is no part of its weights",
+                f"{start.name} has a `{opened.tunings[-1].kind}` tuning, which is not part of its weights",
                 where=f"penalties[{number}].reference",
-                expected="a plain model, or a tuning that becomes part of its base",
+                expected="a plain model, or a tuning that merges into its base",
             )
         names = opened.model.named_parameters(remove_duplicate=False)
         state = {base_parameter_name(name): parameter.detach() for name, parameter in names}
         return cls(start, start_fingerprint(start), state, files)
 
     def mapped_weight(self, name: str, current: Tensor) -> Tensor | None:
-        """A weight as it lies in the model's files, when its numbers are those of `now` (or those rows that a rank has)."""
-        backbone = name.partition(".")[2]  # files of a bare backbone leave its name out
-        found = next((self.files[key] for key in (name, backbone) if key in self.files), None)
-        if found is None or found.shape != current.shape:
+        """The memory-mapped tensor of a weight, if it equals `current` (or this rank's rows of it)."""
+        backbone = name.partition(".")[2]  # files of a bare backbone lack this prefix
+        stored = next((self.files[key] for key in (name, backbone) if key in self.files), None)
+        if stored is None or stored.shape != current.shape:
             return None
-        mine = local_shard(current)
-        return found if torch.equal(local_shard_like(found, current).to(mine), mine) else None
+        shard = local_shard(current)
+        return stored if torch.equal(local_shard_like(stored, current).to(shard), shard) else None
 
 
 def _mapped_tensors(start: ModelLocation) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a plain model folder's own files, mapped; nothing of a Hub name or of a tuning's folder."""
+    """The memory-mapped tensors of a plain model folder; none for a model from the Hub or a tuning's folder."""
     for path in sorted(start.folder.glob("*.safetensors")) if start.folder and start.base is None else ():
         if path.name != "optimizer.safetensors":
             file = safe_open(path, "pt")
-            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (it is no mapping)
+            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (not a mapping)
 
 
 class _WeightFilter:
-    """Whether patterns name a weight; remembers which of them ever did."""
+    """Matches weight names with patterns, and records which patterns matched."""
 
     def __init__(self, patterns: list[str], where: str, names: list[str]) -> None:
         self.patterns, self.where, self.names = patterns, where, names
         self.matched: set[str] = set()
 
     def __call__(self, name: str) -> bool:
-        met = [p for p in self.patterns if fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*")]
-        self.matched.update(met)
-        return not self.patterns or bool(met)
+        matched = [p for p in self.patterns if fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*")]
+        self.matched.update(matched)
+        return not self.patterns or bool(matched)
 
     def check(self) -> None:
-        """Raise `StageError` for a pattern that named no weight that moves."""
+        """Raise `StageError` for a pattern without a match."""
         for pattern in self.patterns:
             if pattern not in self.matched:
                 raise StageError(
-                    f"'{pattern}' names no weight of the start model that moves",
+                    f"'{pattern}' matches no trained weight of the start model",
                     where=self.where,
                     expected=f"names such as {', '.join(self.names[:3])}",
                     hint=suggest_nearest(pattern, self.names),
@@ -152,7 +152,7 @@ class _WeightFilter:
 
 
 class _AnchorBuilder:
-    """An anchor while its parts are put together, and what is to be said of it."""
+    """Collects the weights of an anchor and its metadata."""
 
     def __init__(self, spec: AnchorPenalty, number: int, plan: Plan, weights: Weights) -> None:
         self.spec, self.where, self.weights = spec, f"penalties[{number}]", weights
@@ -163,7 +163,7 @@ class _AnchorBuilder:
         )
         self._check_importance()
         self.masters = {id(w.parameter): w.master for w in weights.entries}
-        self.held_weights: list[AnchoredWeight] = []
+        self.anchored: list[AnchoredWeight] = []
         self.weight_deltas: list[AnchoredDelta] = []
         self.numbers = 0
         self.importance_sum = 0.0
@@ -172,197 +172,199 @@ class _AnchorBuilder:
         self.copied_names: list[str] = []
 
     def add_weight(self, weight: Weight, name: str) -> None:
-        """Hold a weight that moves as it is."""
+        """Anchor a trained weight."""
         master, shape = weight.master, tuple(weight.master.shape)
         if not self._is_available(name, shape):
             return
-        given = self.importance[name] if self.importance else None
+        importance = self.importance[name] if self.importance else None
         state = self.reference.state
-        there = None if state is None else state[name]
-        if there is not None and there.shape != shape:
-            there, given = self._pad_reference(name, there, given, master)
-        mapped = self._mapped_rows(name, master.detach() if there is None else there, master)
-        part = local_shard(master) if there is None else local_shard_like(there, master)
-        reference = self._copy_rows(part, "reference", local_shard(master).device) if mapped is None else mapped
-        importance = None if given is None else self._stored_importance(given, master)
-        self.held_weights.append(AnchoredWeight(master, reference, importance, weight.parameter, weight.rate_factor))
-        self._count_numbers(shape, given)
+        target = None if state is None else state[name]
+        if target is not None and target.shape != shape:
+            target, importance = self._pad_reference(name, target, importance, master)
+        reference = self._mapped_rows(name, master.detach() if target is None else target, master)
+        if reference is None:
+            rows = local_shard(master) if target is None else local_shard_like(target, master)
+            reference = self._copy_rows(rows, "reference", local_shard(master).device)
+        importance_rows = None if importance is None else self._stored_importance(importance, master)
+        self.anchored.append(AnchoredWeight(master, reference, importance_rows, weight.parameter, weight.rate_factor))
+        self._count_numbers(shape, importance)
 
     def add_delta(self, current: str, name: str, delta: TuningDelta) -> None:
-        """Hold a weight that tensors of the tuning change."""
+        """Anchor a weight that the tuning's tensors change."""
         if not self._is_available(name, delta.shape):
             return
         weight = self.weights.model.get_parameter(current)
-        given = self.importance[name] if self.importance else None
-        importance = None if given is None else to_dtensor(self._stored_importance(given, weight), weight)
+        stored = self.importance[name] if self.importance else None
+        importance = None if stored is None else to_dtensor(self._stored_importance(stored, weight), weight)
         masters = [self.masters[id(parameter)] for parameter in delta.parameters]
         self.weight_deltas.append(
             AnchoredDelta(delta.weight_delta, masters, importance, self._reference_offset(name, weight, delta.shape))
         )
-        self._count_numbers(delta.shape, given)
+        self._count_numbers(delta.shape, stored)
 
     def build(self, kind: str, name: str) -> Anchor | AnchoredDecay:
-        """The anchor. Raises `StageError` when it holds nothing."""
+        """The anchor. Raises `StageError` when no weight is anchored."""
         spec = self.spec
-        if not self.held_weights and not self.weight_deltas:
+        if not self.anchored and not self.weight_deltas:
             self._raise_empty(kind)
         if spec.decoupled and self.weight_deltas:
             raise StageError(
-                f"a decoupled pull moves weights themselves, and `{kind}` moves tensors that change them",
+                f"a decoupled anchor changes weights directly, and `{kind}` trains tensors that change them",
                 where=f"{self.where}.decoupled",
-                hint="leave `decoupled` out: the pull then goes through the gradients",
+                hint="remove `decoupled`: the penalty then acts through the gradients",
             )
         mean = self.importance_sum / self.numbers
         if self.importance and not mean > 0:
-            raise DataError("all weights that are held have importance 0", where=str(self.importance.path))
+            raise DataError("all anchored weights have importance 0", where=str(self.importance.path))
         strength = math.nan if spec.strength == "auto" else spec.strength
-        over = mean if spec.normalise else 1.0
-        made: Anchor | AnchoredDecay = (
-            AnchoredDecay(self.held_weights, strength=strength, divisor=over, name=name)
+        divisor = mean if spec.normalise else 1.0
+        anchor: Anchor | AnchoredDecay = (
+            AnchoredDecay(self.anchored, strength=strength, divisor=divisor, name=name)
             if spec.decoupled
-            else Anchor(self.held_weights, self.weight_deltas, strength=strength, divisor=over, name=name)
+            else Anchor(self.anchored, self.weight_deltas, strength=strength, divisor=divisor, name=name)
         )
-        about = self.importance.metadata if self.importance else None
-        made.metadata = {
+        metadata = self.importance.metadata if self.importance else None
+        anchor.metadata = {
             "name": name,
             "weights": self.numbers,
-            "tensors": len(self.held_weights) + len(self.weight_deltas),
+            "tensors": len(self.anchored) + len(self.weight_deltas),
             "reference": {"model": self.reference.start.name, "fingerprint": self.reference.fingerprint},
-            "importance": about and {"kind": about.kind, "per": about.per, "tokens": about.tokens, "mean": mean},
+            "importance": metadata
+            and {"kind": metadata.kind, "per": metadata.per, "tokens": metadata.tokens, "mean": mean},
             "bytes": self.bytes,
             "left_out": self.skipped,
             "notes": self._notes(),
         }
-        return made
+        return anchor
 
-    # -- what belongs together
+    # -- checks
 
     def _check_importance(self) -> None:
-        """Raise `DataError` for importance that was measured on another model than the reference."""
+        """Raise `DataError` for importance measured on another model than the reference."""
         if self.importance is None:
             return
-        about, reference = self.importance.metadata, self.reference
-        # A model of the Hub is known by its name alone.
-        measured_on, held_to = about.fingerprint or about.model, reference.fingerprint or reference.start.name
-        if measured_on != held_to:
+        metadata, reference = self.importance.metadata, self.reference
+        # A model from the Hub has a name but no fingerprint.
+        measured_on, anchored_to = metadata.fingerprint or metadata.model, reference.fingerprint or reference.start.name
+        if measured_on != anchored_to:
             raise DataError(
-                f"the importance was measured on {about.model}, whose fingerprint is {measured_on}, and the weights are "
-                f"held to {reference.start.name}, whose fingerprint is {held_to}",
+                f"the importance was measured on {metadata.model} (fingerprint {measured_on}), and the reference is "
+                f"{reference.start.name} (fingerprint {anchored_to})",
                 where=f"{self.where}.importance",
-                expected="importance of the model that the weights are held to",
-                hint="measure it on that model, or name the model that it was measured on as `reference`",
+                expected="importance of the reference model",
+                hint="measure it on the reference, or set `reference` to the model it was measured on",
             )
 
     def _is_available(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether reference and importance have a weight; said when not. Raises when they have it in another shape."""
+        """Whether reference and importance have this weight; noted if not. Raises for a weight of another shape."""
         state, model = self.reference.state, self.reference.start.name
         if state is not None and name not in state:
             self.skipped.append(f"{name} (not in {model})")
             return False
-        there = shape if state is None else tuple(state[name].shape)
-        longer = shape[0] == self.vocabulary and there[0] < shape[0] and there[1:] == shape[1:]
-        if there != shape and not longer:
+        expected = shape if state is None else tuple(state[name].shape)
+        has_new_rows = shape[0] == self.vocabulary and expected[0] < shape[0] and expected[1:] == shape[1:]
+        if expected != shape and not has_new_rows:
             raise ModelError(
-                f"{name} has the shape {shape} here and {there} in {model}",
+                f"{name} has shape {shape} in this run and {expected} in {model}",
                 where=f"{self.where}.reference",
-                expected="a model of the same shape",
-                hint="`only` names the weights that both have",
+                expected="a model of the same shapes",
+                hint="anchor only the weights that both models have, with `only`",
             )
         if self.importance is None:
             return True
         if name not in self.importance.names:
             self.skipped.append(f"{name} (no importance)")
             return False
-        if self.importance.shape(name) != there:
+        if self.importance.shape(name) != expected:
             raise DataError(
-                f"the importance of {name} has the shape {self.importance.shape(name)}, and the weight {there} in {model}",
+                f"the importance of {name} has shape {self.importance.shape(name)}, and the weight {expected} in {model}",
                 where=f"{self.where}.importance",
-                expected="importance of the model that the weights are held to",
+                expected="importance of the reference model",
             )
         return True
 
     def _pad_reference(
         self, name: str, reference: Tensor, importance: Tensor | None, master: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A reference that lacks rows at the end, with rows that are held to nothing; and its importance."""
-        now = full_tensor(master.detach()).to("cpu", torch.float32)
+        """A reference without rows for new tokens, extended by the current rows with importance 0; and its importance."""
+        current = full_tensor(master.detach()).to("cpu", torch.float32)
         rows = len(reference)
-        self.skipped.append(f"{len(now) - rows:,} rows of {name} (not in {self.reference.start.name})")
-        weighed = torch.zeros_like(now)
-        weighed[:rows] = 1.0 if importance is None else importance.float()
-        return torch.cat([reference.to("cpu", torch.float32), now[rows:]]), weighed
+        self.skipped.append(f"{len(current) - rows:,} rows of {name} (not in {self.reference.start.name})")
+        padded = torch.zeros_like(current)
+        padded[:rows] = 1.0 if importance is None else importance.float()
+        return torch.cat([reference.to("cpu", torch.float32), current[rows:]]), padded
 
     def _raise_empty(self, kind: str) -> None:
         if self.skipped:
             raise StageError(
-                f"nothing is left to hold: {', '.join(self.skipped[:3])}",
+                f"no weight can be anchored: {', '.join(self.skipped[:3])}",
                 where=self.where,
-                expected="a reference (and an importance) that has weights that move",
+                expected="a reference (and an importance) with trained weights",
             )
         raise StageError(
-            f"`{kind}` changes no weight of the start model, so there is nothing to hold",
+            f"`{kind}` changes no weight of the start model, so there is nothing to anchor",
             where=self.where,
-            expected="a tuning that moves the base's own weights, or changes them: full, blocks, bias, norm, lora, osf",
-            hint="leave the penalty out; distillation from the start model, or replay, hold what a model says",
+            expected="a tuning that changes the base weights: full, blocks, bias, norm, lora, osf",
+            hint="remove the penalty; distillation from the start model, or replay, preserve the outputs instead",
         )
 
-    # -- what is kept, and where
+    # -- storage
 
     def _mapped_rows(self, name: str, current: Tensor, master: Tensor) -> Tensor | None:
-        """This rank's rows of a reference in the model's own files; None when they are not wanted, or not there."""
+        """This rank's memory-mapped rows of a reference; None when `storage` is another, or the files have other values."""
         if self.spec.storage != "mapped":
             return None
-        found = self.reference.mapped_weight(name, current)
-        if found is None:
+        stored = self.reference.mapped_weight(name, current)
+        if stored is None:
             self.copied_names.append(name)
             return None
-        part = local_shard_like(found, master)
-        self.bytes["mapped"] += part.nbytes
-        return part
+        rows = local_shard_like(stored, master)
+        self.bytes["mapped"] += rows.nbytes
+        return rows
 
     def _notes(self) -> list[str]:
         if not self.copied_names:
             return []
         return [
-            f"{len(self.copied_names):,} weights ({self.copied_names[0]}, ...) do not lie in files of {self.reference.start.name} as they "
-            "are, and are copied"
+            f"{len(self.copied_names):,} weights ({self.copied_names[0]}, ...) differ from the files of "
+            f"{self.reference.start.name} and are copied instead of mapped"
         ]
 
     def _stored_importance(self, importance: Tensor, like: Tensor) -> Tensor:
         """This rank's rows of an importance."""
-        part = local_shard_like(importance, like)
+        rows = local_shard_like(importance, like)
         if self.spec.storage == "mapped" and importance.device.type == "cpu":
-            self.bytes["mapped"] += part.nbytes
-            return part
-        return self._copy_rows(part, "importance", local_shard(like).device)
+            self.bytes["mapped"] += rows.nbytes
+            return rows
+        return self._copy_rows(rows, "importance", local_shard(like).device)
 
     def _reference_offset(self, name: str, weight: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """How far a weight is from the reference before the tuning changes it."""
+        """The base weight minus the reference, without the tuning's delta."""
         if self.reference.state is None:
             return None
         if tuple(weight.shape) != shape:
             raise StageError(
-                f"{name} is quantised, so how far it is from {self.reference.start.name} is not known",
+                f"{name} is quantized, so its distance from {self.reference.start.name} is unknown",
                 where=f"{self.where}.reference",
                 expected=START,
             )
-        now = local_shard(weight.detach()).float()
-        offset = now - local_shard_like(self.reference.state[name], weight).to(now)
-        return to_dtensor(self._copy_rows(offset, "reference", now.device), weight)
+        current = local_shard(weight.detach()).float()
+        offset = current - local_shard_like(self.reference.state[name], weight).to(current)
+        return to_dtensor(self._copy_rows(offset, "reference", current.device), weight)
 
-    def _copy_rows(self, part: Tensor, key: str, device: torch.device) -> Tensor:
-        """A copy of a tensor as the stage asks for it."""
-        kept = part.detach().to(device, copy=True)
-        short = kept.to(torch.bfloat16)
+    def _copy_rows(self, rows: Tensor, key: str, device: torch.device) -> Tensor:
+        """A copy in the dtype of `storage`; by default bf16 where it is exact."""
+        copy = rows.detach().to(device, copy=True)
+        bf16 = copy.to(torch.bfloat16)
         match self.spec.storage:
             case "float32":
-                kept = kept.float()
+                copy = copy.float()
             case "bfloat16":
-                kept = short
+                copy = bf16
             case _:
-                kept = short if torch.equal(short.to(kept.dtype), kept) else kept
-        self.bytes[key] += kept.nbytes
-        return kept
+                copy = bf16 if torch.equal(bf16.to(copy.dtype), copy) else copy
+        self.bytes[key] += copy.nbytes
+        return copy
 
     def _count_numbers(self, shape: tuple[int, ...], importance: Tensor | None) -> None:
         self.numbers += math.prod(shape)
@@ -375,11 +377,11 @@ def _importance_path(name: str, number: int, root: Path) -> Path:
         raise DataError(
             f"there is no file {name}",
             where=f"penalties[{number}].importance",
-            hint=f"make it first: postgrad importance MODEL FILES... --out {name}",
+            hint=f"measure it first: postgrad importance MODEL FILES... --out {name}",
         )
     return path
 
 
 def describe_penalty(anchor: Anchor | AnchoredDecay) -> dict[str, Any]:
-    """What is recorded of an anchor."""
+    """An anchor in the record."""
     return {**anchor.metadata, "strength": anchor.strength}

@@ -1,4 +1,4 @@
-"""How far has a stage moved its model, by what it says and by its layers?"""
+"""Drift of the trained model from the start model: KL divergence of its predictions, and weight changes by layer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from postgrad.tuning.open_model import open_model
 
 
 def measure_drift(plan: Plan, after: Model, world: World) -> dict[str, Any] | None:
-    """The trained model held against the start model, set by set; None where there is nothing to be compared.
-
-    A task layer that the start model did not have said nothing that could be kept.
-    """
+    """Drift by held-out set and by layer; None where the stage adds a task layer, whose initial predictions mean nothing."""
     opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)
     if opened.new_weights:
         return None
@@ -26,16 +23,16 @@ def measure_drift(plan: Plan, after: Model, world: World) -> dict[str, Any] | No
     for old, new in zip(plan.evaluation.scored_sets_before, plan.evaluation.scored_sets, strict=True):
         if new.has_distribution:
             both = old.take_tokens(tokens), new.take_tokens(tokens)
-            found = compute_drift(before, after, both, context=plan.model.context_length).summary()
-            sets[new.name] = {"role": new.role, **found}
+            drift = compute_drift(before, after, both, context=plan.model.context_length)
+            sets[new.name] = {"role": new.role, **drift.summary()}
     weights = weight_drift(before.pretrained, after.pretrained)
     return {
         "sets": sets,
         "weights": {
-            name: found.relative_change for name, found in weights.items() if math.isfinite(found.relative_change)
+            name: drift.relative_change for name, drift in weights.items() if math.isfinite(drift.relative_change)
         },
         "changed": {
-            "numbers": sum(found.changed_count for found in weights.values()),
-            "of": sum(found.total_count for found in weights.values()),
+            "numbers": sum(drift.changed_count for drift in weights.values()),
+            "of": sum(drift.total_count for drift in weights.values()),
         },
     }

@@ -1,15 +1,15 @@
-"""How strong is a penalty whose strength is `auto`, and is a strength far too large?
+"""Penalty strengths: `strength: auto`, and a warning when a strength is far too large.
 
-`auto` is found once, before the first step, on a copy of the run that is thrown away: a few steps at the peak rate without any
-penalty, on the rows that the stage reads first. They say how hard the text pushes, g (the norm of the mean of their gradients),
-and where it pushes the weights, d. Weights that are pushed by noise as well wander like a random walk, so at the end of the
-stage they are expected at about
+`auto` is resolved once, before the first step, by a few probe steps at the peak learning rate without penalties, on the first
+rows of the stage; the weights are restored afterwards. They measure the gradient of the losses, g (the norm of its mean over
+the probe), and the displacement of the weights, d. With noisy gradients weights move like a random walk, so their displacement
+at the end of the stage is estimated as
 
     D = d sqrt(sum of the stage's rates / sum of the probe's rates)
 
-The strength is the one at which the pull at D is as large as the push: |strength * importance * D| = RATIO * g. Weaker, and the
-weights go where they would have gone; much stronger, and they stay where they are. A decoupled pull is held against the mean
-step instead of the gradient, both over the rate.
+At the chosen strength, the penalty's gradient at D equals that of the losses: |strength * importance * D| = PULL_RATIO * g. A
+weaker penalty hardly changes the result; a much stronger one prevents learning. A decoupled penalty is compared with the mean
+step instead of the gradient, both divided by the learning rate.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from postgrad.training.step import Run, StepReport, train_step
 
 PROBE_STEPS = 8
 PULL_RATIO = 1.0
-"""How large the pull is beside the push, where the weights would end without it."""
+"""The penalty's gradient relative to that of the losses, at the expected end of the stage."""
 WARNING_STEPS = 100
 WARNING_RATIO = 10.0
-"""A gradient so many times that of the losses, in the first steps, is the penalties' alone."""
+"""Total gradient relative to that of the losses, in the first steps, above which the penalties prevent learning."""
 
 PenaltyStrengths = dict[str, dict[str, float]]
 
@@ -48,30 +48,30 @@ def get_anchors(run: Run) -> list[Anchor | AnchoredDecay]:
 
 
 def anchors_without_strength(run: Run) -> list[Anchor | AnchoredDecay]:
-    """The penalties whose strength is yet to be found."""
+    """The anchors with `strength: auto` that have no value yet."""
     return [penalty for penalty in get_anchors(run) if math.isnan(penalty.strength)]
 
 
 def set_strengths(run: Run, strengths: Mapping[str, Mapping[str, float]]) -> None:
-    """Give penalties the strengths that were found for them."""
+    """Set the strengths found for `strength: auto`."""
     for penalty in anchors_without_strength(run):
         penalty.strength = strengths[penalty.name]["strength"]
 
 
 def find_strengths(run: Run, loader: Loader, rates: Sequence[float], optimizer: AdamW) -> PenaltyStrengths:
-    """The strengths of the penalties that have none, and how they came about; the run is as it was afterwards.
+    """Strengths for the anchors without one, with the measurements behind them; the run is unchanged afterwards.
 
-    `rates`: those of all steps of the stage; `optimizer`: a fresh one over the run's weights. Raises `StageError` when a
-    few steps do not move the weights that a penalty holds.
+    `rates`: the learning rates of all steps; `optimizer`: a fresh one over the run's weights. Raises `StageError` when the
+    probe does not change an anchor's weights.
     """
     masters = run.weights.masters
     before = [local_shard(master.detach()).clone() for master in masters]
-    listening = _GradientRecorder(masters)
+    recorder = _GradientRecorder(masters)
     steps, peak = min(PROBE_STEPS, len(rates)), max(rates)
     probe = dataclasses.replace(
         run,
         optimizer=optimizer,
-        penalties=[listening],
+        penalties=[recorder],
         schedule=lr_schedules.chain((lr_schedules.constant(peak), steps)),
         lr_scale=ConstantLRScale(),
         step=0,
@@ -81,22 +81,22 @@ def find_strengths(run: Run, loader: Loader, rates: Sequence[float], optimizer: 
     run.model.train()
     for step in range(1, steps + 1):
         train_step(probe, loader.read_batches(step))
-    push = _norm(listening.sums, masters) / steps
-    moved = _norm([local_shard(m.detach()) - b for m, b in zip(masters, before, strict=True)], masters)
+    push = _norm(recorder.sums, masters) / steps
+    displacement = _norm([local_shard(m.detach()) - b for m, b in zip(masters, before, strict=True)], masters)
     spread = math.sqrt(sum(rates) / (peak * steps))
-    found: PenaltyStrengths = {}
+    strengths: PenaltyStrengths = {}
     for penalty in anchors_without_strength(run):
         pull = float(pull_norm(penalty)) * spread
         if not pull > 0:
             raise StageError(
-                f"no strength can be found for `{penalty.name}`: {steps} steps moved nothing that it holds",
+                f"`{penalty.name}` needs a strength: {steps} probe steps changed none of its weights",
                 where="penalties",
-                hint="give a number as its `strength`",
+                hint="set `strength` to a number",
             )
-        against = moved / (peak * steps) if isinstance(penalty, AnchoredDecay) else push
-        found[penalty.name] = {
-            "strength": _rounded(PULL_RATIO * against / pull),
-            "push": against,
+        reference = displacement / (peak * steps) if isinstance(penalty, AnchoredDecay) else push
+        strengths[penalty.name] = {
+            "strength": _rounded(PULL_RATIO * reference / pull),
+            "push": reference,
             "pull": pull,
             "ratio": PULL_RATIO,
             "steps": steps,
@@ -106,13 +106,13 @@ def find_strengths(run: Run, loader: Loader, rates: Sequence[float], optimizer: 
         local_shard(master.detach()).copy_(start)
     run.weights.write_back()
     run.weights.zero_gradients()
-    return found
+    return strengths
 
 
 class _GradientRecorder:
-    """Pulls nothing, and adds up the gradients that a step has."""
+    """A penalty without effect that sums the gradients of the losses."""
 
-    name = "listening"
+    name = "recorder"
 
     def __init__(self, masters: Sequence[Tensor]) -> None:
         self.masters = masters
@@ -131,21 +131,21 @@ def _norm(parts: Sequence[Tensor], masters: Sequence[Tensor]) -> float:
 
 
 def _rounded(value: float) -> float:
-    """Three digits: more would say more than a few steps know, and ranks might differ in them."""
+    """Three digits: the probe is no more accurate, and in further digits ranks might differ."""
     return float(f"{value:.3g}")
 
 
 def strength_lines(strengths: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How the strengths were found, in words."""
+    """The strengths and their measurements, as text."""
     return [
-        f"{name}: strength {how['strength']:.3g}, found by {how['steps']:.0f} steps: at a strength of 1 it would pull with "
-        f"{how['pull']:.3g} where the text would take the weights, and the text pushes with {how['push']:.3g}"
-        for name, how in strengths.items()
+        f"{name}: strength {entry['strength']:.3g}, from {entry['steps']:.0f} probe steps: at the expected end of the stage "
+        f"the penalty's gradient at strength 1 is {entry['pull']:.3g}, that of the losses {entry['push']:.3g}"
+        for name, entry in strengths.items()
     ]
 
 
 def penalty_warning(report: StepReport) -> str | None:
-    """What is to be said of a step in which penalties drown the losses; nothing after the first steps."""
+    """A warning for one of the first steps in which the penalties dominate the losses."""
     if (
         report.step > WARNING_STEPS
         or not report.loss_gradient_norm
@@ -154,6 +154,6 @@ def penalty_warning(report: StepReport) -> str | None:
         return None
     ratio = report.gradient_norm / report.loss_gradient_norm
     return (
-        f"step {report.step}: the penalties' gradient is {ratio:,.0f} x the loss's, so they hold the weights where they are; "
-        f"a strength {ratio:,.0f} times smaller would let them learn"
+        f"step {report.step}: the penalties' gradient is {ratio:,.0f} x that of the losses, which prevents learning; "
+        f"try a strength {ratio:,.0f} times smaller"
     )

@@ -1,15 +1,15 @@
-"""How much of what a stage forgot is gone, and how much is only out of reach? A few steps on old text tell.
+"""Relearning test: fine-tune copies for a few steps on old text, to separate lost knowledge from misalignment.
 
-What a handful of steps bring back was not lost: the model had moved away from how such text is read (spurious forgetting;
-Zheng et al. 2025, arXiv 2501.13453). The trained model takes those steps on a copy, which is thrown away. The start model takes
-the same steps on the same text: what it gains is not won back but learnt.
+What a few steps recover was not lost: the model was only misaligned with such text (spurious forgetting; Zheng et al. 2025,
+arXiv 2501.13453). A copy of the trained model takes these steps. A copy of the start model takes the same steps: its gain is
+not recovered but newly learned, and is subtracted.
 
-    forgot   = trained - start
-    left     = trained, re-aligned - start, re-aligned
-    won back = forgot - left
+    forgot    = trained - start
+    remaining = fine-tuned copy of trained - fine-tuned copy of start
+    recovered = forgot - remaining
 
-all on old documents that none of these steps has read: of a held-out file one half is trained on and the other scored; where
-the set is a part of a replay source, the rest of that source is trained on.
+all on old documents that none of these steps has read: half of a held-out file is trained on and the other half scored; for a
+set split off a replay source, the rest of that source is trained on.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from postgrad.stats.bootstrap import percentile_interval, ratio_interval, resamp
 from postgrad.training.loop import train_steps
 
 _MIN_DOCUMENTS = 10
-"""Documents of a set, below which half of them tell nothing."""
+"""Minimum number of documents of a set."""
 _HELD_OUT_SHARE = 0.5
 _TEACHER_OBJECTIVES = ("distill", "on-policy")
-"""Objectives that the steps leave out: they need a teacher."""
+"""Objectives omitted in the test, since they need a teacher."""
 
 
 def measure_relearning(
@@ -50,77 +50,73 @@ def measure_relearning(
     world: World,
     cache: Path,
 ) -> dict[str, Any] | None:
-    """What a few steps on old text bring back, set by set, as plain data; None where there is nothing to win back.
+    """Forgotten, recovered and remaining loss by set, as plain data; None without retained sets.
 
-    `trained` is the folder of the published model, `scores` those of the start model and of the trained one on all sets.
+    `trained`: folder of the published model. `scores`: of the start model and the trained one, on all sets.
     """
     sources = _relearning_sources(plan)
     if not sources or plan.model.start.scratch_recipe is not None:
         return None
     rate = max(rate for _, rate in sample_schedule(plan.schedule, plan.steps))
-    found: list[_CopyScores] = []
+    copies: list[_CopyScores] = []
     for model, base in ((plan.start_model_name, plan.stage.base), (str(trained), None)):
         raw = _relearning_stage(plan, model, base, sources, rate)
-        found.append(_train_copy(make_plan(parse_stage(raw, "realign"), plan.root, cache), plan, execution, world))
-    start, copy = found
-    sets = {
-        name: told
-        for name in start.scores
-        if name in copy.scores
-        and (
-            told := _compare_copies(
-                plan, name, scores, (start.digests[name], start.scores[name]), (copy.digests[name], copy.scores[name])
-            )
-        )
-    }
+        copies.append(_train_copy(make_plan(parse_stage(raw, "relearning"), plan.root, cache), plan, execution, world))
+    start, copy = copies
+    sets: dict[str, Any] = {}
+    for name in start.scores:
+        if name in copy.scores:
+            pair = (start.digests[name], start.scores[name]), (copy.digests[name], copy.scores[name])
+            if comparison := _compare_copies(plan, name, scores, *pair):
+                sets[name] = comparison
     return (
-        {"steps": plan.stage.evaluation.realign_steps, "rate": rate, "tokens": copy.tokens, "sets": sets}
+        {"steps": plan.stage.evaluation.relearning_steps, "rate": rate, "tokens": copy.tokens, "sets": sets}
         if sets
         else None
     )
 
 
 def relearning_notes(plan: Plan) -> list[str]:
-    """What is asked for and not re-aligned, and why, in words."""
+    """Sets without a relearning test, and why."""
     if not plan.stage.evaluation.realign_steps:
         return []
     if plan.model.start.scratch_recipe is not None:
-        return ["nothing is re-aligned: the start model is new, and has nothing to forget"]
+        return ["no relearning test: the start model is new and has nothing to forget"]
     sources = {source["name"] for source in _relearning_sources(plan)}
     retained = [held_out for held_out in plan.evaluation.sets if held_out.role == "retained"]
     if not retained:
-        return ["nothing is re-aligned: there is no retained set (evaluation.realign_steps)"]
+        return ["no relearning test: there is no retained set (evaluation.realign_steps)"]
     return [
-        f"{held_out.name}: not re-aligned: {len(held_out)} documents are too few to train on one half and score the other "
-        f"(at least {_MIN_DOCUMENTS})"
+        f"{held_out.name}: no relearning test: {len(held_out)} documents are too few to train on one half and score the "
+        f"other (at least {_MIN_DOCUMENTS})"
         for held_out in retained
         if held_out.name not in sources
     ]
 
 
 def relearning_lines(result: Mapping[str, Any]) -> list[str]:
-    """A line for each set, in words."""
+    """A line of text for each set."""
     return [f"{name}: {_relearning_line(entry, result['steps'])}" for name, entry in result["sets"].items()]
 
 
 def _relearning_line(entry: Mapping[str, Any], steps_taken: int) -> str:
     forgot, won, left = entry["forgot"], entry["won"], entry["left"]
     if forgot["low"] <= 0:
-        return f"nothing forgotten that could be told from chance ({forgot['value']:+.3f} nats/token)"
+        return f"no significant forgetting ({forgot['value']:+.3f} nats/token)"
     share = entry["share"]
     return (
-        f"of {forgot['value']:+.3f} nats/token forgotten {won['value']:+.3f} came back in {steps_taken} steps on old text "
-        f"({share['value']:.0%}, {share['low']:.0%} to {share['high']:.0%}), {left['value']:+.3f} is left "
-        f"({left['low']:+.3f} to {left['high']:+.3f})"
+        f"of {forgot['value']:+.3f} nats/token forgotten, {steps_taken} steps on old text recovered {won['value']:+.3f} "
+        f"({share['value']:.0%}, {share['low']:.0%} to {share['high']:.0%}); {left['value']:+.3f} "
+        f"({left['low']:+.3f} to {left['high']:+.3f}) remains"
     )
 
 
-# --- the steps ----------------------------------------------------------------------------------------
+# --- fine-tuning ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _CopyScores:
-    """What a re-aligned model scores, by set, and the content hashes of the documents scored."""
+    """Scores of a fine-tuned copy by set, and the content hashes of the scored documents."""
 
     scores: dict[str, Scores]
     digests: dict[str, np.ndarray]
@@ -128,30 +124,31 @@ class _CopyScores:
 
 
 def _train_copy(short_plan: Plan, plan: Plan, execution: Execution, world: World) -> _CopyScores:
-    """Take the steps on the model of a plan, and score it on the documents that they have not read."""
-    subject = make_tuned_model(short_plan, world)
-    model = subject.model.pretrained
+    """Fine-tune the model of `short_plan`, and score it on the documents held out from that."""
+    tuned_model = make_tuned_model(short_plan, world)
+    model = tuned_model.model.pretrained
     if model.config._attn_implementation != execution.attention:
         model.set_attn_implementation(execution.attention)
-    quick = dataclasses.replace(execution, compile=False)
-    run = build_run(short_plan, subject, quick, world)
-    for _ in train_steps(
-        run, make_loader(short_plan, quick, world), min(plan.stage.evaluation.realign_steps, short_plan.steps)
-    ):
+    execution = dataclasses.replace(execution, compile=False)
+    run = build_run(short_plan, tuned_model, execution, world)
+    last_step = min(plan.stage.evaluation.realign_steps, short_plan.steps)
+    for _ in train_steps(run, make_loader(short_plan, execution, world), last_step):
         pass
-    view = wrap_model(model, short_plan.model.task)
-    found = before_after.score_sets(
-        view, short_plan.evaluation.sets, context=short_plan.model.context_length, world=world
+    scores = before_after.score_sets(
+        wrap_model(model, short_plan.model.task),
+        short_plan.evaluation.sets,
+        context=short_plan.model.context_length,
+        world=world,
     )
-    return _CopyScores(found, {h.name: h.digests for h in short_plan.evaluation.sets}, run.trained_tokens)
+    return _CopyScores(scores, {h.name: h.digests for h in short_plan.evaluation.sets}, run.trained_tokens)
 
 
 def _relearning_stage(
     plan: Plan, model: str, base: str | None, sources: Sequence[dict[str, Any]], rate: float
 ) -> dict[str, Any]:
-    """The few steps as a stage: at the stage's highest rate, with nothing but the old text."""
+    """The test as a stage of its own: the peak learning rate, the old text only, without teachers and penalties."""
     raw = plan.stage.model_dump(mode="json")
-    count, batch = plan.stage.evaluation.realign_steps, plan.stage.batch.sequences
+    count, batch = plan.stage.evaluation.relearning_steps, plan.stage.batch.global_batch_size
     kinds: dict[str, dict[str, Any]] = {}
     for objective in raw["objectives"]:
         if objective["kind"] not in _TEACHER_OBJECTIVES:
@@ -160,10 +157,10 @@ def _relearning_stage(
         **{key: raw[key] for key in ("name", "seed", "batch", "tuning", "compute")},
         "model": model,
         "base": base,
-        "tokens": 2 * count * batch * plan.model.context_length,  # a row may be short of labels; the steps are counted
+        "tokens": 2 * count * batch * plan.model.context_length,  # rows may have few labels; the steps are limited
         "data": {
             **{key: raw["data"][key] for key in ("sequence_length", "max_document_tokens", "eos", "workers")},
-            "when_short": "repeat",
+            "on_exhausted": "repeat",
             "overlap": "off",
             "sources": [{**source, "share": 1 / len(sources)} for source in sources],
         },
@@ -175,10 +172,10 @@ def _relearning_stage(
 
 
 def _relearning_sources(plan: Plan) -> list[dict[str, Any]]:
-    """What is trained on for each retained set, by the set's name: half of its file, or the rest of its source."""
-    leaves = {leaf.name.replace("/", "-"): leaf for leaf in plan.data.sources}
+    """The source to train on for each retained set, under its name: half of its file, or the rest of its source."""
+    sources = {source.name.replace("/", "-"): source for source in plan.data.sources}
     listed = {item.name: item for role, item in plan.stage.evaluation.held_out_files() if role == "retained"}
-    by_source = {leaf.spec.source: leaf.spec for leaf in plan.data.sources}
+    by_source = {source.spec.source: source.spec for source in plan.data.sources}
     out: list[dict[str, Any]] = []
     for held_out in plan.evaluation.sets:
         if held_out.role != "retained":
@@ -187,10 +184,10 @@ def _relearning_sources(plan: Plan) -> list[dict[str, Any]]:
             if len(held_out) < _MIN_DOCUMENTS:
                 continue
             item = inherit_row_format(listed[held_out.name], "retained", by_source)
-            given = {key: value for key, value in item.items() if key not in ("hub", "like", "name")}
-            out.append({**given, "name": held_out.name, "role": "replay", "held_out": _HELD_OUT_SHARE})
+            spec = {key: value for key, value in item.items() if key not in ("hub", "like", "name")}
+            out.append({**spec, "name": held_out.name, "role": "replay", "held_out": _HELD_OUT_SHARE})
         else:
-            out.append({**_remaining_source(leaves[held_out.name], plan), "name": held_out.name, "role": "replay"})
+            out.append({**_remaining_source(sources[held_out.name], plan), "name": held_out.name, "role": "replay"})
     return out
 
 
@@ -199,10 +196,10 @@ def _remaining_source(source: ResolvedSource, plan: Plan) -> dict[str, Any]:
     return {**make_replay_source({"name": source.name, "origin": origin}), "held_out": source.held_out}
 
 
-# --- what came of it ----------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------
 
 _DocumentScores = tuple[np.ndarray, Scores]
-"""Content hashes of documents, and what a model scored on them."""
+"""Content hashes of documents, and a model's scores on them."""
 
 
 def _compare_copies(
@@ -212,37 +209,37 @@ def _compare_copies(
     start: _DocumentScores,
     copy: _DocumentScores,
 ) -> dict[str, Any] | None:
-    """What was forgotten, won back and left, on documents that all four models were scored on; None where there are none."""
+    """Forgotten, recovered and remaining loss, on the documents that all four models were scored on; None without any."""
     digests = next(h.digests for h in plan.evaluation.sets if h.name == name)
     sides = [_scores_by_document(digests, scores[0][name]), _scores_by_document(digests, scores[1][name])]
     sides += [_scores_by_document(*start), _scores_by_document(*copy)]
     common = [key for key in sides[2] if all(key in side for side in sides)]
-    # A document that is cut where the tokens end is another one in a smaller set.
+    # A document truncated at the token limit has another length in a smaller set.
     common = [key for key in common if len({side[key][1] for side in sides}) == 1]
     if not common:
         return None
     tokens = np.array([sides[0][key][1] for key in common], np.float64)
-    before, after, floor, back = (np.array([side[key][0] for key in common]) for side in sides)
-    forgot, left = after - before, back - floor
-    found: dict[str, Any] = {
+    before, after, start_copy, trained_copy = (np.array([side[key][0] for key in common]) for side in sides)
+    forgot, left = after - before, trained_copy - start_copy
+    result: dict[str, Any] = {
         "documents": len(common),
         "tokens": int(tokens.sum()),
         "forgot": _estimate(forgot, tokens),
         "left": _estimate(left, tokens),
         "won": _estimate(forgot - left, tokens),
-        "start_learnt": _estimate(floor - before, tokens),
+        "start_learnt": _estimate(start_copy - before, tokens),
         "share": None,
     }
-    if found["forgot"]["low"] > 0:
+    if result["forgot"]["low"] > 0:
         shares_S = resample_ratio(forgot - left, tokens) / resample_ratio(forgot, tokens)
         low, high = percentile_interval(shares_S)
         value = float((forgot - left).sum() / forgot.sum())
-        found["share"] = {"value": value, "low": low, "high": high}
-    return found
+        result["share"] = {"value": value, "low": low, "high": high}
+    return result
 
 
 def _scores_by_document(digests: np.ndarray, scores: Scores) -> dict[int, tuple[float, int]]:
-    """Nats and scored tokens of each document, by its content hash; of copies those of the first."""
+    """Nats and scored tokens of each document, by content hash; of duplicates those of the first."""
     count = len(digests)
     nats = np.bincount(scores.document_W, scores.nats_W, count).tolist()
     tokens = np.bincount(scores.document_W, scores.tokens_W, count).astype(int).tolist()

@@ -1,4 +1,4 @@
-"""Whose is a run folder? One process at a time, one stage for ever, and a way to be stopped."""
+"""Ownership of a run folder (one process at a time, one stage for good), and interruption of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPORT = "report.html"
 
 @contextmanager
 def lock_run_folder(run_folder: Path, world: World) -> Iterator[None]:
-    """Hold the run folder for this process group. Raises `BusyError` when another process has it."""
+    """Lock the run folder for this process group. Raises `BusyError` when another process has the lock."""
     if not world.is_main:
         yield
         return
@@ -41,9 +41,9 @@ def lock_run_folder(run_folder: Path, world: World) -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise BusyError(
-                f"another process ({file.read().strip() or 'unknown'}) is working in this run folder",
+                f"another process ({file.read().strip() or 'unknown'}) is using this run folder",
                 where=str(run_folder),
-                hint="wait for it, or give this run another `output`",
+                hint="wait for it to end, or set another `output`",
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
@@ -52,36 +52,36 @@ def lock_run_folder(run_folder: Path, world: World) -> Iterator[None]:
 
 
 def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any]) -> dict[str, Any] | None:
-    """What the folder holds of this very run, or None when it is new. Raises `ResumeError` when it is another's."""
+    """The plan.json of this run, or None for a new folder. Raises `ResumeError` when the folder belongs to another run."""
     if not (run_folder / PLAN).exists():
         foreign = [
             p.name for p in run_folder.iterdir() if p.name not in ("lock", STAGE) and not p.name.startswith(".staging-")
         ]
         if foreign:
             raise ResumeError(
-                f"the folder is not empty and not a run ({foreign[0]} is in it)",
+                f"the folder is neither empty nor a run folder (it contains {foreign[0]})",
                 where=str(run_folder),
-                hint="give another `output`, or empty the folder",
+                hint="set another `output`, or empty the folder",
             )
         return None
-    kept = json.loads((run_folder / PLAN).read_text())
-    if kept["fingerprints"] != fingerprints:
+    saved_plan = json.loads((run_folder / PLAN).read_text())
+    if saved_plan["fingerprints"] != fingerprints:
         now = json.loads(json.dumps(plan.stage.model_dump(mode="json")))
-        found = differences(kept["stage"], now) + [
-            line for line in differences(kept["fingerprints"], fingerprints) if not line.startswith("stage:")
+        changes = differences(saved_plan["stage"], now) + [
+            line for line in differences(saved_plan["fingerprints"], fingerprints) if not line.startswith("stage:")
         ]
         harmless = ("save.every", "save.keep", "output")
-        listed = "\n    ".join(line for line in found if not line.startswith(harmless))
+        listed = "\n    ".join(line for line in changes if not line.startswith(harmless))
         raise ResumeError(
-            f"this folder holds a run of another stage; since then has changed:\n    {listed}",
+            f"this folder contains a run of another stage; the differences are:\n    {listed}",
             where=str(run_folder),
-            hint="undo the change to go on, or give the new stage another `name` or `output`",
+            hint="undo the changes to resume, or give the new stage another `name` or `output`",
         )
-    return kept
+    return saved_plan
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM ask the run to save and stop; a second one stops at once."""
+    """Ctrl-C and SIGTERM: the first one makes the run save and stop, the second one ends it at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -91,7 +91,7 @@ class Interrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._previous_handlers[number] = signal.signal(number, self._handle_signal)
-            except ValueError:  # not the main thread: whoever runs it there stops it there
+            except ValueError:  # not the main thread, which alone may set handlers
                 return self
         return self
 
@@ -104,9 +104,9 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested = True
         older = getattr(self._previous_handlers.get(number), "__self__", None)
-        if isinstance(older, Interrupt):  # whoever carries out several runs is asked too
+        if isinstance(older, Interrupt):  # a study, which runs several stages, stops too
             older.requested = True
 
     def requested_on_any_rank(self, world: World) -> bool:
-        """Whether any rank was asked to stop."""
+        """Whether any rank was interrupted. Collective."""
         return world.any_rank(self.requested)

@@ -1,4 +1,4 @@
-"""What is said when a stage has ended?"""
+"""The terminal summary of a finished stage."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from postgrad.run.run_folder import MODEL, REPORT
 
 
 def summary_text(outcome: RunFinished) -> str:
-    """The scores, the gate, where everything lies, and the next command."""
-    record, place = outcome.record, outcome.run_folder
+    """Scores, gate, output paths, and the next command."""
+    record, folder = outcome.record, outcome.run_folder
     lines = ["this stage was already complete", ""] if outcome.already_complete else [""]
     lines.append(tables.score_table(record, brief=True).text())
     for table in (
@@ -38,7 +38,7 @@ def summary_text(outcome: RunFinished) -> str:
     lines += ["", changed] if changed else []
     chosen = tables.selected_step_sentences(record)
     lines += ["", *chosen] if chosen else []
-    lines += ["", f"model:  {place / MODEL}", f"report: {place / REPORT}"]
+    lines += ["", f"model:  {folder / MODEL}", f"report: {folder / REPORT}"]
     writes = record["model"].get("task", "causal") in ("causal", "text-to-text")
     verb = "generate" if record["status"] == "finished" and writes else "lineage"
-    return "\n".join([*lines, f"next: {shlex.join(['postgrad', verb, str(place)])}"])
+    return "\n".join([*lines, f"next: {shlex.join(['postgrad', verb, str(folder)])}"])

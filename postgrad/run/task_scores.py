@@ -1,4 +1,4 @@
-"""What does a model answer to its tasks, how good is it, and how did it change? Asked before, after, and at looks in between.
+"""Task evaluation of a run: answers before, during and after training, their metrics and changes.
 
 Legend: K prompt seeds, I items, C choices.
 """
@@ -25,7 +25,7 @@ from postgrad.storage.fingerprint import fingerprint
 
 AllAnswers = dict[str, TaskPredictions]
 _EXAMPLES_SHOWN = 3
-"""Questions of each task that a record shows with their answers."""
+"""Items of each task that a record shows with their answers."""
 
 
 def answer_tasks(
@@ -37,78 +37,81 @@ def answer_tasks(
     identity: str | None = None,
     cache: Path | None = None,
 ) -> AllAnswers:
-    """A model's answers to tasks, by name. Each rank, which has the model to itself, answers a part of the items.
+    """A model's answers to tasks, by name. Each rank has an unsharded model and answers every `world.size`-th item.
 
-    With the model's `identity` (a fingerprint) answers are kept in, and taken from, the cache.
+    With the model's `identity` (a fingerprint) the answers are cached.
     """
     out: AllAnswers = {}
-    for asked in tasks:
-        place = None
+    for task in tasks:
+        path = None
         if identity and cache and world.size == 1:
-            place = cache / "answers" / f"{fingerprint([identity, asked.fingerprint])}.json"
-            if place.exists():
-                out[asked.name] = next(iter(read_answers(place).values()))  # the name is the caller's
+            path = cache / "answers" / f"{fingerprint([identity, task.fingerprint])}.json"
+            if path.exists():
+                out[task.name] = next(iter(read_answers(path).values()))  # stored under the name of that run
                 continue
-        answer = _select_choices if asked.is_multiple_choice else _generate_answers
-        said_KI = answer(model, asked, model_inputs, world)
-        out[asked.name] = TaskPredictions(said_KI, asked.references_I)
-        if place and world.is_main:
-            write_answers(place, {asked.name: out[asked.name]})
+        answer = _select_choices if task.is_multiple_choice else _generate_answers
+        out[task.name] = TaskPredictions(answer(model, task, model_inputs, world), task.references_I)
+        if path:
+            write_answers(path, {task.name: out[task.name]})
     return out
 
 
 def _generate_answers(
     model: Model, prompted_task: PromptedTask, model_inputs: ModelInputs, world: World
 ) -> tuple[tuple[str, ...], ...]:
-    """What is written to each prompt."""
+    """The text generated for each prompt."""
     prompts = [prompt.item.context for prompts in prompted_task.prompts_KI for prompt in prompts]
-    mine = prompts[world.rank :: world.size]
-    ends = [model_inputs.encoder.eos]
-    written = generate_answers(
-        model.pretrained, model_inputs.tokenizer, mine, prompted_task.stopping, eos_ids=ends, pad=model_inputs.pad_id
+    texts = generate_answers(
+        model.pretrained,
+        model_inputs.tokenizer,
+        prompts[world.rank :: world.size],
+        prompted_task.stopping,
+        eos_ids=[model_inputs.encoder.eos],
+        pad=model_inputs.pad_id,
     )
-    return _group_by_seed(_gather_items([text.strip() for text in written], len(prompts), world), len(prompted_task))
+    return _group_by_seed(_gather_items([text.strip() for text in texts], len(prompts), world), len(prompted_task))
 
 
 def _select_choices(
     model: Model, prompted_task: PromptedTask, model_inputs: ModelInputs, world: World
 ) -> tuple[tuple[str, ...], ...]:
-    """The name of the choice that each prompt is answered with."""
+    """The name of the choice with the highest score for each prompt."""
     prompts = [prompt for prompts in prompted_task.prompts_KI for prompt in prompts]
-    # Questions without content are the same for all items where the demonstrations and the choices are.
+    # Items repeat: calibration questions are equal wherever demonstrations and choices are.
     items = list(dict.fromkeys(item for prompt in prompts for item in (prompt.item, *prompt.calibration_items)))
-    mine = items[world.rank :: world.size]
-    found = score_choices(model, mine, context=prompted_task.context_length, pad=model_inputs.pad_id) if mine else None
-    log_p = _gather_items(list(found.log_likelihoods) if found else [], len(items), world)
-    of_item: dict[ChoiceItem, np.ndarray] = dict(zip(items, log_p, strict=True))
-    said = []
+    local = items[world.rank :: world.size]
+    scored = (
+        score_choices(model, local, context=prompted_task.context_length, pad=model_inputs.pad_id) if local else None
+    )
+    gathered = _gather_items(list(scored.log_likelihoods) if scored else [], len(items), world)
+    log_p: dict[ChoiceItem, np.ndarray] = dict(zip(items, gathered, strict=True))
+    answers = []
     for number, prompt in enumerate(prompts):
         i = number % len(prompted_task)
-        said.append(
-            prompted_task.choice_names_I[i][
-                int(choice_scores(prompted_task, prompt, prompted_task.choice_texts_I[i], of_item).argmax())
-            ]
-        )
-    return _group_by_seed(said, len(prompted_task))
+        scores_C = choice_scores(prompted_task, prompt, prompted_task.choice_texts_I[i], log_p)
+        answers.append(prompted_task.choice_names_I[i][int(scores_C.argmax())])
+    return _group_by_seed(answers, len(prompted_task))
 
 
 def choice_scores(
     prompted_task: PromptedTask, prompt: TaskPrompt, texts: Sequence[str], log_p: Mapping[ChoiceItem, np.ndarray]
 ) -> np.ndarray:
-    """What the choices of a prompt are compared by, of shape (C,)."""
+    """The normalized, optionally calibrated scores of a prompt's choices, of shape (C,)."""
     by, calibrate = prompted_task.task.by, prompted_task.task.calibrate
     tokens_C = np.array([len(choice) for choice in prompt.item.choices])
-    alone_C = log_p[prompt.calibration_items[0]] if by == "answer-only" else None
+    unconditional_C = log_p[prompt.calibration_items[0]] if by == "answer-only" else None
 
-    def of(item: ChoiceItem) -> np.ndarray:
-        return normalize_scores(log_p[item], by, texts=texts, tokens_C=tokens_C, unconditional_C=alone_C)
+    def normalized(item: ChoiceItem) -> np.ndarray:
+        return normalize_scores(log_p[item], by, texts=texts, tokens_C=tokens_C, unconditional_C=unconditional_C)
 
-    own_C = of(prompt.item)
-    return calibrate_scores(own_C, np.stack([of(item) for item in prompt.calibration_items])) if calibrate else own_C
+    scores_C = normalized(prompt.item)
+    if not calibrate:
+        return scores_C
+    return calibrate_scores(scores_C, np.stack([normalized(item) for item in prompt.calibration_items]))
 
 
 def _gather_items(local_items: list[Any], count: int, world: World) -> list[Any]:
-    """What all ranks found, in the order of the items, of which each has every `world.size`-th."""
+    """Merge the items of all ranks, of which each has every `world.size`-th. Collective."""
     out: list[Any] = [None] * count
     for rank, part in enumerate(world.all_gather(local_items)):
         out[rank :: world.size] = part  # type: ignore[call-overload]
@@ -119,17 +122,17 @@ def _group_by_seed(answers: Sequence[str], items: int) -> tuple[tuple[str, ...],
     return tuple(tuple(answers[begin : begin + items]) for begin in range(0, len(answers), items))
 
 
-# --- on the disk -----------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------
 
 
 def write_answers(path: Path, answers: Mapping[str, TaskPredictions]) -> None:
-    """What was said to every item of every task, and what may be said, as JSON."""
-    found = {name: {"said": each.predictions_KI, "references": each.references_I} for name, each in answers.items()}
-    write_atomically(path, json.dumps(found, ensure_ascii=False, indent=1))
+    """Write all answers with their references, as JSON."""
+    content = {name: {"said": each.predictions_KI, "references": each.references_I} for name, each in answers.items()}
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def read_answers(path: Path) -> AllAnswers:
-    """What `write_answers` wrote; nothing where there is no such file."""
+    """Read a file of `write_answers`; empty without one."""
     if not path.exists():
         return {}
     return {
@@ -138,11 +141,11 @@ def read_answers(path: Path) -> AllAnswers:
     }
 
 
-# --- in the record ---------------------------------------------------------------------------------------
+# --- record ---------------------------------------------------------------------------------------
 
 
 def describe_task(prompted_task: PromptedTask) -> dict[str, Any]:
-    """What was asked, as plain data."""
+    """A task with its prompts and metrics, as plain data."""
     task = prompted_task.task
     return {
         "name": task.name,
@@ -167,11 +170,11 @@ def summarize_metrics(prompted_task: PromptedTask, answers: TaskPredictions) -> 
 
 
 def task_rows(tasks: Sequence[PromptedTask], before: AllAnswers, after: AllAnswers) -> list[dict[str, Any]]:
-    """Every task with its metrics before and after and their changes; after may lack tasks of a run that was stopped."""
+    """Each task with its metrics before and after, and their changes; `after` lacks the tasks of a stopped run."""
     out = []
-    for asked in tasks:
-        was, now = before[asked.name], after.get(asked.name)
-        entry = {**describe_task(asked), "before": summarize_metrics(asked, was), "after": {}, "changes": {}}
+    for task in tasks:
+        was, now = before[task.name], after.get(task.name)
+        entry = {**describe_task(task), "before": summarize_metrics(task, was), "after": {}, "changes": {}}
         entry["examples"] = [
             {
                 "question": prompt.question,
@@ -179,11 +182,11 @@ def task_rows(tasks: Sequence[PromptedTask], before: AllAnswers, after: AllAnswe
                 "before": was.predictions_KI[0][i],
                 "after": None if now is None else now.predictions_KI[0][i],
             }
-            for i, prompt in enumerate(asked.prompts_KI[0][:_EXAMPLES_SHOWN])
+            for i, prompt in enumerate(task.prompts_KI[0][:_EXAMPLES_SHOWN])
         ]
         if now is not None:
-            entry["after"] = summarize_metrics(asked, now)
-            entry["changes"] = {name: metric_change(name, was, now) for name in asked.metrics}
+            entry["after"] = summarize_metrics(task, now)
+            entry["changes"] = {name: metric_change(name, was, now) for name in task.metrics}
         out.append(entry)
     return out
 
@@ -191,14 +194,14 @@ def task_rows(tasks: Sequence[PromptedTask], before: AllAnswers, after: AllAnswe
 def cluster_rows(
     tasks: Sequence[PromptedTask], before: AllAnswers, after: AllAnswers, trained_clusters: set[str]
 ) -> list[dict[str, Any]]:
-    """Every cluster of tasks with the mean of its tasks' first metric before and after; seen ones were trained on."""
+    """Each cluster with the mean of its tasks' first metric before and after; `seen` clusters were trained on."""
     groups: dict[tuple[str, str], list[PromptedTask]] = {}
-    for asked in tasks:
-        if asked.task.cluster is not None and asked.name in after:
-            groups.setdefault((asked.task.cluster, asked.metrics[0]), []).append(asked)
+    for task in tasks:
+        if task.task.cluster is not None and task.name in after:
+            groups.setdefault((task.task.cluster, task.metrics[0]), []).append(task)
     out = []
     for (cluster, metric), members in groups.items():
-        pairs = [(a.metrics[0], before[a.name], after[a.name]) for a in members]
+        pairs = [(member.metrics[0], before[member.name], after[member.name]) for member in members]
         was, now = (
             float(np.mean([metric_summary(name, pair[side])["value"] for name, *pair in pairs])) for side in (0, 1)
         )
@@ -206,7 +209,7 @@ def cluster_rows(
             {
                 "cluster": cluster,
                 "seen": cluster in trained_clusters,
-                "tasks": [asked.name for asked in members],
+                "tasks": [member.name for member in members],
                 "metric": metric,
                 "before": was,
                 "after": now,
@@ -219,37 +222,36 @@ def cluster_rows(
 def paired_task_changes(
     runs: Sequence[Path], records: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Paired differences between each later run's answers and the first one's, of the tasks that both asked alike."""
+    """Paired differences between the answers of each later run and the first, for tasks evaluated in the same way."""
     out: list[dict[str, Any]] = []
     first = read_answers(runs[0] / "scores" / "tasks-after.json")
-    asked = {entry["name"]: entry for entry in records[0].get("tasks", ())}
+    first_tasks = {entry["name"]: entry for entry in records[0].get("tasks", ())}
     for run, record, arm in zip(runs[1:], records[1:], names[1:], strict=True):
         other = read_answers(run / "scores" / "tasks-after.json")
         for entry in record.get("tasks", ()):
             name, metric = entry["name"], entry["metrics"][0]
-            one = asked.get(name, {})
-            alike = all(one.get(key) == entry[key] for key in ("fingerprint", "shots", "seeds", "answered", "metrics"))
-            if alike and name in first and name in other:
-                found = metric_change(metric, first[name], other[name])
-                out.append({"task": name, "metric": metric, "arm": arm, "against": names[0], **found})
+            first_task = first_tasks.get(name, {})
+            is_same = all(
+                first_task.get(key) == entry[key] for key in ("fingerprint", "shots", "seeds", "answered", "metrics")
+            )
+            if is_same and name in first and name in other:
+                change = metric_change(metric, first[name], other[name])
+                out.append({"task": name, "metric": metric, "arm": arm, "against": names[0], **change})
     return out
 
 
 def task_headlines(tasks: Sequence[PromptedTask], answers: AllAnswers) -> dict[str, dict[str, Any]]:
-    """The headline of every task now, for a line of metrics."""
+    """The first metric of every task, for a line of metrics."""
     return {
-        asked.name: {
-            "metric": asked.metrics[0],
-            "value": metric_summary(asked.metrics[0], answers[asked.name])["value"],
-        }
-        for asked in tasks
-        if asked.name in answers
+        task.name: {"metric": task.metrics[0], "value": metric_summary(task.metrics[0], answers[task.name])["value"]}
+        for task in tasks
+        if task.name in answers
     }
 
 
 def sharding_notes(tasks: Sequence[PromptedTask]) -> list[str]:
-    """What is asked for that several processes leave out: a sharded model cannot write by itself."""
-    during = [asked.name for asked in tasks if asked.task.during]
+    """Evaluations that several processes omit: a sharded model cannot generate."""
+    during = [task.name for task in tasks if task.task.during]
     if not during:
         return []
-    return [f"{', '.join(during)}: asked during training by one process; several ask only before and after it"]
+    return [f"{', '.join(during)}: evaluated only before and after training, as a sharded model cannot generate"]

@@ -1,4 +1,4 @@
-"""How much of a model does an update move, and what does that take? Told by `check` and in the record."""
+"""Summary of the sparse update and the loss-adaptive rate, for `check` and the record."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ from postgrad.plan.plan import Plan
 from postgrad.run.build import TunedModel, make_update_mask
 
 _SELECTION_TEXTS = {
-    "momentum": "the numbers of each matrix with the largest momentum",
+    "momentum": "the entries of each matrix with the largest momentum",
     "magnitude": "the rows with the largest outputs",
 }
 
 
 def describe_update(plan: Plan, update_mask: UpdateMask) -> dict[str, Any] | None:
-    """Which share of what moves at an update, as plain data; None where all does."""
+    """Counts of a sparse update, as plain data; None for a dense one."""
     spec = plan.stage.optimizer.update
     if spec is None or not isinstance(update_mask, SparseMask):
         return None
-    chosen, others = (
+    sparse, dense = (
         sum(m.numel() for m in masters) for masters in (update_mask.sparse_masters, update_mask.dense_masters)
     )
     return {
         "kind": spec.kind,
         "share": spec.share,
         "moved": update_mask.num_updated,
-        "of": chosen + others,
-        "whole": others,
-        "bytes": 4 * chosen,
+        "of": sparse + dense,
+        "whole": dense,
+        "bytes": 4 * sparse,
     }
 
 
 def check_update(plan: Plan, tuned_model: TunedModel) -> dict[str, Any] | None:
-    """The same before there is a run. Raises what is wrong with it."""
+    """The same without a run, for `check`. Raises `StageError` for an update that is impossible."""
     weights = Weights(tuned_model.model, tuned_model.tuning, torch.float32, master_copies=False)
     return describe_update(plan, make_update_mask(plan, tuned_model, weights))
 
 
 def update_lines(plan: Plan, summary: dict[str, Any] | None) -> list[str]:
-    """What is said of the stage's updates; nothing of plain ones."""
+    """Lines on the stage's updates; none for dense ones at the scheduled rate."""
     lines = []
     if summary:
-        share, part = f"{100 * summary['share']:.3g} %", f"{summary['moved'] / summary['of']:.1%}"
+        kind, share = summary["kind"], f"{100 * summary['share']:.3g} %"
         lines.append(
-            f"update: {summary['kind']}, {share} of {_SELECTION_TEXTS[summary['kind']]}: {summary['moved']:,} of {summary['of']:,} weights at a "
-            f"time ({part}; {summary['whole']:,} always move, as they are in no such part); a copy of "
-            f"{format_bytes(summary['bytes'])} while it lasts"
+            f"update: {kind}, {share} of {_SELECTION_TEXTS[kind]}: {summary['moved']:,} of {summary['of']:,} weights per step "
+            f"({summary['moved'] / summary['of']:.1%}; {summary['whole']:,} of them are always updated); a temporary copy of "
+            f"{format_bytes(summary['bytes'])}"
         )
-    paced = plan.stage.optimizer.loss_adaptive
-    if paced:
+    adaptive = plan.stage.optimizer.loss_adaptive
+    if adaptive:
         lines.append(
-            f"rate: that of the schedule times min(1, {paced.start:.3g} sqrt(first loss / mean loss)); all of it where the "
-            f"mean loss is at most {100 * paced.start**2:.3g} % of the first"
+            f"learning rate: the schedule times min(1, {adaptive.start:.3g} sqrt(first loss / mean loss)), reduced until the "
+            f"mean loss is {100 * adaptive.start**2:.3g} % of the first"
         )
     return lines

@@ -393,8 +393,8 @@ def _evaluate_claim(
     out: dict[str, Any] = {"say": claim.say, "arm": claim.arm, "than": claim.than, "on": claim.on}
     arm = arm_losses.get(claim.arm)
     reference = arm_losses.get(study.baseline_name or "")
-    if claim.removes is not None:
-        out |= {"on": "removed", "bound": claim.removes}
+    if claim.min_removed is not None:
+        out |= {"on": "removed", "bound": claim.min_removed}
         found = None
         if arm and reference and start:
             found = removed_share(arm.mean.get_loss("old"), reference.mean.get_loss("old"), start.get_loss("old"))
@@ -409,13 +409,13 @@ def _evaluate_claim(
             if (lost := reference.by_seed[s].get_loss("old").value - zero) > 0
         ]
         entry = {**found.as_dict(), "by_seed": by_seed}
-        return {**out, **entry, "verdict": claim_verdict(entry, claim.removes, at_least=True)}
-    than = arm_losses.get(claim.than or "")
-    out["bound"] = claim.at_most
+        return {**out, **entry, "verdict": claim_verdict(entry, claim.min_removed, at_least=True)}
+    than = arm_losses.get(claim.compared_with or "")
+    out["bound"] = claim.max_difference
     if arm is None or than is None:
         return {**out, "verdict": "not shown", "why": _ARM_MISSING}
-    entry = _difference(arm, than, claim.on)
-    return {**out, **entry, "verdict": claim_verdict(entry, claim.at_most)}
+    entry = _difference(arm, than, claim.loss)
+    return {**out, **entry, "verdict": claim_verdict(entry, claim.max_difference)}
 
 
 def claim_verdict(entry: Mapping[str, Any], bound: float, *, at_least: bool = False) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from postgrad.commands import importance, synthesize
 from postgrad.config.quantities import parse_token_count
-from postgrad.config.stage_file import parse_stage
+from postgrad.config.stage_file import parse_recorded_stage, parse_stage
 from postgrad.distributed.world import World
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation import before_after
@@ -269,7 +269,7 @@ def _blend_models(graph: StepGraph, step: Step, folder: StudyFolder, timer: Phas
         dtype, tokenizer = stored_dtype(begun), load_tokenizer(begun)
         publish_folder(home / MODEL, lambda staged: save_pretrained(end.model, tokenizer, staged, dtype=dtype))
     record = read_record(run)
-    plan = make_plan(parse_stage(record["stage"], run.name), folder.root, folder.cache)
+    plan = make_plan(parse_recorded_stage(record["stage"], run.name), folder.root, folder.cache)
     world = World(machine.default_device())
     model = wrap_model(end.model, end.task).to(world.device)
     begin = time.perf_counter()

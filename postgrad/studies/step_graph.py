@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from postgrad.config.quantities import TokenCount
+from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.config.stage import HeldOutFile, Source
 from postgrad.config.stage_file import parse_stage
 from postgrad.errors import DataError, StageError
@@ -237,7 +238,7 @@ class _GraphBuilder:
             below = merge_patch(below, pretrain)
         whole = merge_patch(below, arm.patch)
         if arm.reads == "new":
-            patches = arm.parts or [{}] * len(self.study.new)
+            patches = arm.stages or [{}] * len(self.study.new)
             return [
                 self._with_sources(merge_patch(whole, patch), self._new_sources(text, arm, number, scratch))
                 for number, (text, patch) in enumerate(zip(self.study.new, patches, strict=True))
@@ -256,12 +257,12 @@ class _GraphBuilder:
         """The tokens of the old text and of each new one, by which a union is mixed. Raises `StageError`."""
         place = f"{self.where}: arms.{name}"
         if not isinstance(self.study.base, Pretraining):
-            old = self.study.old.stands_for if self.study.old else None
+            old = self.study.old.prior_tokens if self.study.old else None
             if old is None:
                 raise StageError(
                     "how much old text the base has read is not known, so a union with it has no shares",
                     where=place,
-                    hint="say it: old: {path: ..., stands_for: 10B}; or name `data.sources` in the arm, without `reads`",
+                    hint="say it: old: {path: ..., prior_tokens: 10B}; or name `data.sources` in the arm, without `reads`",
                 )
         else:
             old = parse_token_count(self.study.base.pretrain["tokens"], f"{self.where}: base.pretrain.tokens")
@@ -278,9 +279,9 @@ class _GraphBuilder:
         if not arm.replay:
             return [new]
         share = arm.replay
-        if arm.replay_from == "self-made":
+        if arm.replay_from == "generated":
             replay: dict[str, Any] = {"name": "self-made", "path": f"@{self._add_generated_text()}"}
-        elif number and (self.has_pretraining or (self.study.old and self.study.old.stands_for)):
+        elif number and (self.has_pretraining or (self.study.old and self.study.old.prior_tokens)):
             replay = {"name": "seen", "seen_so_far": True}
         else:
             replay = self._old_source()
@@ -294,13 +295,13 @@ class _GraphBuilder:
 
     def _add_generated_text(self) -> str:
         """The base's own text."""
-        wish = self.study.self_made
+        wish = self.study.generated_replay
         tokens = wish.tokens
         if tokens is None:
-            shares = [arm.replay for arm in self.study.arms.values() if arm.replay_from == "self-made"]
+            shares = [arm.replay for arm in self.study.arms.values() if arm.replay_from == "generated"]
             budget = parse_token_count(self.common_stage.get("tokens"), f"{self.where}: stage.tokens")
             tokens = round(max(shares) * budget * len(self.study.new))
-        what = {"model": self.base_model, "tokens": tokens, "longest": wish.longest}
+        what = {"model": self.base_model, "tokens": tokens, "longest": wish.max_tokens}
         return self._add_auxiliary_step("write", "self-made", what)
 
     def _add_importance(self) -> str:
@@ -337,7 +338,7 @@ class _GraphBuilder:
 
     def _add_blend(self, name: str, arm: Arm, seed: int) -> None:
         assert arm.blend is not None
-        steps = self._arm_steps(arm.blend.of, seed)
+        steps = self._arm_steps(arm.blend.arm, seed)
         what = {"start": self.base_model, "run": f"@{steps[-1]}", "weight": arm.blend.weight}
         key = fingerprint(["blend", what])[:KEY_LENGTH]
         after = (*self._base_dependencies, steps[-1])
@@ -388,7 +389,7 @@ class _GraphBuilder:
         said = parsed.model_dump(
             mode="json", exclude_defaults=True, exclude={"name": True, "output": True, "save": {"every", "keep"}}
         )
-        key = fingerprint(["train", said, sources, judged])[:KEY_LENGTH]
+        key = fingerprint(["train", with_fingerprint_names(said), sources, judged])[:KEY_LENGTH]
         tokens = parsed.tokens or parsed.new_tokens or 0
         return self.graph.add(Step(key, "train", _slug(slug), named, tuple(dict.fromkeys(depends_on)), tokens))
 

@@ -1,6 +1,6 @@
 """What is a study? Stages from one base, side by side: what they have in common and how each arm differs, as frozen data.
 
-An arm is a patch on the common stage, with a few words of its own (`replay: 5%`, `start: scratch`, `parts`, `blend`). Which
+An arm is a patch on the common stage, with a few words of its own (`replay: 5%`, `start: scratch`, `stages`, `blend`). Which
 runs follow from it is worked out in `arms`.
 """
 
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from postgrad.config.quantities import ConfigModel, Positive, Share, TokenCount
+from postgrad.config.renamed_keys import refuse_earlier_study_names
 from postgrad.config.stage import AnyHeldOutFile, Source, Stage, expand_held_out_file
 from postgrad.config.stage_file import apply_override, make_stage_error, read_mapping
 from postgrad.errors import suggest_nearest_or_all
@@ -32,7 +33,7 @@ class Pretraining(ConfigModel):
     """The base is trained by the study itself on the old text."""
 
     pretrain: Patch
-    """A patch on the common stage: at least `model` (such as `{fresh: llama-1M}`) and `tokens`."""
+    """A patch on the common stage: at least `model` (such as `{from_scratch: llama-1M}`) and `tokens`."""
     seed: Seed = 0
     """Of the base: the same one for all seeds of the arms."""
 
@@ -109,11 +110,11 @@ def _check_unique_seeds(seeds: Sequence[int]) -> None:
 
 
 class GeneratedReplayConfig(ConfigModel):
-    """Text that the base writes itself, once, for all arms with `replay_from: self-made`."""
+    """Text that the base writes itself, once, for all arms with `replay_from: generated`."""
 
     tokens: TokenCount | None = None
     """Left out: as many as the arm needs that replays most."""
-    longest: Positive = 256
+    max_tokens: Positive = 256
     """Tokens of a document."""
 
 
@@ -129,7 +130,7 @@ class ImportanceConfig(ConfigModel):
 class BlendConfig(ConfigModel):
     """What lies between the base and another arm's model."""
 
-    of: str
+    arm: str
     """The arm."""
     weight: Annotated[Share, Field(gt=0, lt=1)]
     """Of the trained model. Given, not chosen: chosen by the sets that are reported it would look better than it is."""
@@ -138,29 +139,29 @@ class BlendConfig(ConfigModel):
 class Claim(ConfigModel):
     """Something that is thought to be so, and is held against the intervals that were measured."""
 
-    say: str
+    statement: str
     """In words."""
     arm: str
     """The arm that it is about, or `base`."""
-    than: str | None = None
-    """What it is compared with, an arm or `base`: the loss of `arm` less that of `than` is `at_most` so much."""
-    on: Literal["old", "new", "average"] = "average"
+    compared_with: str | None = None
+    """The arm (or `base`) to compare with: loss of `arm` - loss of `compared_with` <= `max_difference`."""
+    loss: Literal["old", "new", "average"] = "average"
     """On which loss."""
-    at_most: float = 0.0
+    max_difference: float = 0.0
     """Nats per token."""
-    removes: Annotated[Share, Field(gt=0)] | None = None
-    """... or at least this share of the forgetting of the arm `against` is removed."""
+    min_removed: Annotated[Share, Field(gt=0)] | None = None
+    """... or at least this share of the forgetting of the arm `baseline` is removed."""
 
     @model_validator(mode="after")
     def _check_claim(self) -> Claim:
-        if (self.than is None) == (self.removes is None):
-            raise ValueError(f"the claim {self.say!r} has exactly one of `than` and `removes`")
-        unread = sorted({"on", "at_most"} & self.model_fields_set)
-        if self.removes is not None and unread:
+        if (self.compared_with is None) == (self.min_removed is None):
+            raise ValueError(f"the claim {self.statement!r} has exactly one of `compared_with` and `min_removed`")
+        unread = sorted({"loss", "max_difference"} & self.model_fields_set)
+        if self.min_removed is not None and unread:
             raise ValueError(
-                f"`{unread[0]}` goes with `than`; forgetting is removed on old text, by at least `removes`"
+                f"`{unread[0]}` goes with `compared_with`; forgetting is removed on old text, by at least `min_removed`"
             )
-        if self.arm == self.than:
+        if self.arm == self.compared_with:
             raise ValueError(f"the arm {self.arm!r} is compared with itself")
         return self
 
@@ -170,13 +171,13 @@ class Arm(ConfigModel):
 
     replay: Annotated[Share, Field(lt=1)] = 0.0
     """The share of the trained tokens that is old text; in later parts: of everything seen so far."""
-    replay_from: Literal["old", "self-made"] = "old"
-    """Old text, or what the base wrote itself (`self_made`)."""
+    replay_from: Literal["old", "generated"] = "old"
+    """Old text, or what the base wrote itself (`generated_replay`)."""
     start: str = "base"
     """`base`, `scratch` (new random weights, trained as the base was), or the name of another arm."""
     reads: Literal["new", "old", "union"] = "new"
     """The new texts one after the other; or the old one; or all at once, in the shares of their budgets."""
-    parts: list[Patch] = []
+    stages: list[Patch] = []
     """With several new texts: a patch for each, on top of the arm's own."""
     blend: BlendConfig | None = None
     """No training: what lies between the base and another arm's model."""
@@ -203,24 +204,24 @@ class Arm(ConfigModel):
     @model_validator(mode="after")
     def _check_arm(self) -> Arm:
         _check_patch(self.patch, "", extra_keys=self.own_keys())
-        for number, patch in enumerate(self.parts):
-            _check_patch(patch, f"parts[{number}]")
+        for number, patch in enumerate(self.stages):
+            _check_patch(patch, f"stages[{number}]")
         if self.seeds is not None:
             _check_unique_seeds(self.seeds)
-        if self.blend and (self.patch or self.parts or self.replay or self.start != "base" or self.reads != "new"):
+        if self.blend and (self.patch or self.stages or self.replay or self.start != "base" or self.reads != "new"):
             raise ValueError("a blend trains nothing, so nothing else can be said of it")
-        for key, said in (("replay", self.replay), ("parts", self.parts), ("data.sources", self._has_own_sources)):
+        for key, said in (("replay", self.replay), ("stages", self.stages), ("data.sources", self._has_own_sources)):
             if said and self.reads != "new":
                 raise ValueError(f"`{key}` goes with the new text, and this arm reads `{self.reads}`")
         if self.replay and self._has_own_sources:
             raise ValueError("an arm that names its own `data.sources` says there what is replayed")
-        if self.replay_from == "self-made" and (not self.replay or self.start == "scratch"):
-            raise ValueError("`replay_from: self-made` needs `replay`, and a base that can write")
+        if self.replay_from == "generated" and (not self.replay or self.start == "scratch"):
+            raise ValueError("`replay_from: generated` needs `replay`, and a base that can write")
         return self
 
     @property
     def _has_own_sources(self) -> bool:
-        return any((patch.get("data") or {}).get("sources") for patch in (self.patch, *self.parts))
+        return any((patch.get("data") or {}).get("sources") for patch in (self.patch, *self.stages))
 
 
 class Study(ConfigModel):
@@ -249,12 +250,12 @@ class Study(ConfigModel):
     """By name, in the order in which they are shown."""
     seeds: Annotated[list[Seed], BeforeValidator(_as_list), Field(min_length=1)] = [0]
     """Each arm is carried out once with each."""
-    against: str | None = None
+    baseline: str | None = None
     """The arm without protection, whose forgetting the others are held against; left out: `none`, if there is one."""
     union: str | None = None
     """The arm that saw all text at once; left out: `union`, if there is one."""
-    self_made: GeneratedReplayConfig = GeneratedReplayConfig()
-    """For `replay_from: self-made`."""
+    generated_replay: GeneratedReplayConfig = GeneratedReplayConfig()
+    """For `replay_from: generated`."""
     importance: ImportanceConfig = ImportanceConfig()
     """For anchors with `importance: measured`."""
     claims: list[Claim] = []
@@ -292,9 +293,9 @@ class Study(ConfigModel):
         for name, arm in self.arms.items():
             if name in _RESERVED_STARTS or not name.strip():
                 raise ValueError(f"arms: an arm cannot be called {name!r}, which says something else or nothing")
-            if arm.parts and len(arm.parts) != len(self.new):
+            if arm.stages and len(arm.stages) != len(self.new):
                 raise ValueError(
-                    f"the arm {name!r} has {len(arm.parts)} `parts`, and there are {len(self.new)} new texts"
+                    f"the arm {name!r} has {len(arm.stages)} `stages`, and there are {len(self.new)} new texts"
                 )
         for where, said, besides in self._arm_references():
             known = (*besides, *self.arms)
@@ -304,36 +305,36 @@ class Study(ConfigModel):
                 )
         for name, arm in self.arms.items():
             self.predecessors(name)
-            if arm.blend and self.arms[arm.blend.of].blend:
+            if arm.blend and self.arms[arm.blend.arm].blend:
                 raise ValueError(
-                    f"arms.{name}.blend.of: {arm.blend.of!r} is a blend itself, and what lies between the base and a blend is "
+                    f"arms.{name}.blend.arm: {arm.blend.arm!r} is a blend itself, and what lies between the base and a blend is "
                     f"a blend of the same arm with another weight"
                 )
 
     def _check_claims(self) -> None:
         for claim in self.claims:
-            if claim.removes is None:
+            if claim.min_removed is None:
                 continue
             if self.baseline_name is None:
-                raise ValueError(f"the claim {claim.say!r}: `against` does not say whose forgetting is removed")
+                raise ValueError(f"the claim {claim.statement!r}: `baseline` does not say whose forgetting is removed")
             if claim.arm in ("base", self.baseline_name):
                 raise ValueError(
-                    f"the claim {claim.say!r}: {claim.arm!r} removes nothing: the others are measured by it"
+                    f"the claim {claim.statement!r}: {claim.arm!r} removes nothing: the others are measured by it"
                 )
 
     def _arm_references(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """Where an arm is named, which, and what may stand there beside the arms."""
         found: list[tuple[str, str, tuple[str, ...]]] = []
-        for key, said in (("against", self.against), ("union", self.union)):
+        for key, said in (("baseline", self.baseline), ("union", self.union)):
             if said is not None:
                 found.append((key, said, ()))
         for name, arm in self.arms.items():
             found.append((f"arms.{name}.start", arm.start, _RESERVED_STARTS))
             if arm.blend:
-                found.append((f"arms.{name}.blend.of", arm.blend.of, ()))
+                found.append((f"arms.{name}.blend.arm", arm.blend.arm, ()))
         for claim in self.claims:
-            named = [claim.arm] if claim.than is None else [claim.arm, claim.than]
-            found += [(f"the claim {claim.say!r}", said, ("base",)) for said in named]
+            named = [claim.arm] if claim.compared_with is None else [claim.arm, claim.compared_with]
+            found += [(f"the claim {claim.statement!r}", said, ("base",)) for said in named]
         return found
 
     def predecessors(self, name: str) -> list[str]:
@@ -341,7 +342,7 @@ class Study(ConfigModel):
         found = [name]
         while True:
             arm = self.arms[found[-1]]
-            earlier = arm.blend.of if arm.blend else arm.start
+            earlier = arm.blend.arm if arm.blend else arm.start
             if earlier in _RESERVED_STARTS:
                 return found[:0:-1]
             if earlier in found:
@@ -355,7 +356,7 @@ class Study(ConfigModel):
     @property
     def baseline_name(self) -> str | None:
         """The arm whose forgetting the others are held against."""
-        return self.against or ("none" if "none" in self.arms else None)
+        return self.baseline or ("none" if "none" in self.arms else None)
 
     @property
     def union_name(self) -> str | None:
@@ -381,6 +382,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
 def parse_study(raw: dict[str, Any], where: str) -> Study:
     """A study from plain data; `where` names its origin in errors."""
+    refuse_earlier_study_names(raw, where)
     try:
         return Study.model_validate(raw)
     except ValidationError as error:

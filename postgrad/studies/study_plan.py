@@ -220,7 +220,7 @@ def _run_seconds(plan: Plan, timing: RunTiming) -> float:
     evaluation = plan.stage.evaluation
     looks = len(evaluation_steps(evaluation.every, plan.steps, plan.tokens)) + 1
     tokens = [held.tokens for held in plan.evaluation.sets]
-    looked = sum(min(evaluation.during_tokens, count) for count in tokens)
+    looked = sum(min(evaluation.eval_tokens, count) for count in tokens)
     after = sum(min(evaluation.max_tokens, count) for count in tokens)
     return (
         plan.tokens * timing.trained_token

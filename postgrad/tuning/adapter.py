@@ -138,15 +138,15 @@ class Adapter(ModuleTuning):
         self,
         model: PreTrainedModel,
         *,
-        form: AdapterVariant = "houlsby",
+        variant: AdapterVariant = "houlsby",
         reduction: float = 16,
         size: int | None = None,
         activation: str | None = None,
         scale: float | None = None,
         dropout: float = 0.0,
         train_norms: bool | None = None,
-        leave_out: Collection[int] = (),
-        also: Collection[str] = (),
+        skip_layers: Collection[int] = (),
+        also_train: Collection[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -167,7 +167,7 @@ class Adapter(ModuleTuning):
         check_choice(form, VARIANTS, "form")
         defaults = VARIANTS[form]
         self.options: dict[str, Any] = {
-            "form": form,
+            "variant": variant,
             "reduction": reduction,
             "size": size,
             "activation": defaults.activation if activation is None else activation,

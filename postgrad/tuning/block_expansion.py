@@ -66,7 +66,7 @@ class BlockExpansion(Tuning):
         every: int | None = None,
         positions: Sequence[int] | None = None,
         stacks: Sequence[str] = (),
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -78,7 +78,7 @@ class BlockExpansion(Tuning):
             "every": every,
             "positions": None if positions is None else list(positions),
             "stacks": list(stacks),
-            "also": list(also),
+            "also_train": list(also_train),
         }
         plans = {
             name: plan_slots(len(stack), blocks=blocks, every=every, positions=positions)

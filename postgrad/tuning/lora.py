@@ -76,9 +76,9 @@ class LoraAdapter(Tuning):
         dropout: float = 0.0,
         targets: str | Sequence[str] = "all-linear",
         exclude: Sequence[str] = (),
-        form: LoraVariant = "lora",
-        also: Sequence[str] = (),
-        quantise: Precision | None = None,
+        variant: LoraVariant = "lora",
+        also_train: Sequence[str] = (),
+        quantization: Precision | None = None,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
         svd_iterations: int | None = None,
@@ -200,7 +200,7 @@ class LoraAdapter(Tuning):
         }
         options: dict[str, Any] = {
             "kind": self.kind,
-            "form": "lora" if self.form == "pissa" else self.form,
+            "variant": "lora" if self.variant == "pissa" else self.variant,
             "rank": double * self.rank,
             "alpha": double * self.alpha,
             "targets": short_names(self.model, self._layers),
@@ -210,8 +210,8 @@ class LoraAdapter(Tuning):
             "alpha_pattern": {name: double * alpha for name, (_, alpha) in rank_alpha.items() if alpha != self.alpha},
         }
         options |= {key: pattern for key, pattern in patterns.items() if pattern}
-        options |= {"also": self.extra_trainable.names} if self.extra_trainable.names else {}
-        options |= {"quantise": self.quantise} if self.quantise else {}
+        options |= {"also_train": self.extra_trainable.names} if self.extra_trainable.names else {}
+        options |= {"quantization": self.quantization} if self.quantization else {}
         return TuningExport(options, _to_plain_lora(self.state()))
 
     def peft(self) -> PeftFolder | None:
@@ -334,7 +334,7 @@ def scalings(part: TuningExport) -> dict[str, float]:
     alphas = _values_by_pattern(
         list(a_RI), part.options.get("alpha_pattern", {}), part.options["alpha"], "alpha_pattern"
     )
-    power = 0.5 if part.options["form"] == "rslora" else 1.0
+    power = 0.5 if part.options["variant"] == "rslora" else 1.0
     return {name: alphas[name] / tensor.shape[0] ** power for name, tensor in a_RI.items()}
 
 

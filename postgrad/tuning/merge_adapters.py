@@ -125,7 +125,7 @@ def _check_arguments(
             expected="a fraction above 0 and below 1" if prunes else "no density: every value is kept",
         )
     for part, _ in parts:
-        form = part.form if isinstance(part, LoraAdapter) else part.options.get("form", "lora")
+        form = part.variant if isinstance(part, LoraAdapter) else part.options.get("variant", "lora")
         if form == "dora":
             raise TuningError(
                 "a dora adapter cannot be summed: its magnitudes rescale the whole weights",

@@ -54,7 +54,7 @@ class OrthogonalSubspace(Tuning):
         effective_rank: float = 0.5,
         targets: str | Sequence[str] = "all-linear",
         exclude: Sequence[str] = (),
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -121,7 +121,7 @@ class OrthogonalSubspace(Tuning):
             "kind": self.kind,
             "effective_rank": self.effective_rank,
             "targets": short_names(self.model, self._layers),
-            "also": self.extra_trainable.names,
+            "also_train": self.extra_trainable.names,
         }
         return TuningExport(options, self.state())
 

@@ -68,8 +68,8 @@ def write_lora(model: PreTrainedModel, export: TuningExport, layers: Sequence[st
         lora_alpha=_int_if_integral(options["alpha"]),  # type: ignore[bad-argument-type]  # PEFT accepts a float
         target_modules=options["targets"],
         fan_in_fan_out=any(is_transposed(model.get_submodule(name)) for name in layers),
-        use_rslora=options["form"] == "rslora",
-        use_dora=options["form"] == "dora",
+        use_rslora=options["variant"] == "rslora",
+        use_dora=options["variant"] == "dora",
         rank_pattern=options.get("rank_pattern", {}),
         alpha_pattern={name: _int_if_integral(alpha) for name, alpha in options.get("alpha_pattern", {}).items()},
         modules_to_save=modules or None,
@@ -112,11 +112,11 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningE
         "rank": config["r"],
         "alpha": config["lora_alpha"],
         "dropout": config.get("lora_dropout", 0.0),
-        "form": "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora",
+        "variant": "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora",
         "targets": layers,
         "rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != config["r"]},
         "alpha_pattern": {layer: alpha for layer, alpha in alphas.items() if alpha != config["lora_alpha"]},
-        "also": [glob.escape(name) for name in also],
+        "also_train": [glob.escape(name) for name in also],
     }
     return TuningExport(options, tensors)
 

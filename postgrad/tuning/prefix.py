@@ -201,8 +201,8 @@ class Prefix(ModuleTuning):
         deep: bool = False,
         dropout: float | Literal["auto"] = "auto",
         slots: Sequence[str] | Literal["all"] = "all",
-        start: str | None = None,
-        also: Sequence[str] = (),
+        init_text: str | None = None,
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -343,7 +343,7 @@ class Prefix(ModuleTuning):
             "hidden": None,
             "dropout": self.dropout,
             "slots": list(self.roles),
-            "also": self.also,
+            "also_train": self.also,
         }
         with torch.no_grad():
             tables = {f"parts.{role}.table": part().clone() for role, part in self.encoder.parts.items()}

@@ -112,14 +112,14 @@ class PromptTuning(ModuleTuning):
         *,
         kind: str = "prompt",
         length: int | None = None,
-        start: str | None = None,
-        text: str | None = None,
-        labels: Sequence[str] | None = None,
-        scale: float | None = None,
+        init: str | None = None,
+        init_text: str | None = None,
+        init_labels: Sequence[str] | None = None,
+        init_scale: float | None = None,
         encoder: str | None = None,
         hidden: int | None = None,
         backbone: str = "frozen",
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -203,10 +203,10 @@ class PromptTuning(ModuleTuning):
         options = {
             "kind": self.kind,
             "length": self.num_virtual_tokens,
-            "start": "random",
+            "init": "random",
             "encoder": "none",
             "backbone": self.backbone,
-            "also": self.also,
+            "also_train": self.also,
         }
         trained = {name: parameter.detach() for name, parameter in self._base_parameters().items()}
         with torch.no_grad():

@@ -47,7 +47,7 @@ def make_quantizer(model: PreTrainedModel, precision: Precision) -> Callable[[],
             )
         plain[layer.name] = layer.module
     if not plain and not any(is_quantized(module) for module in model.modules()):
-        raise TuningError(f"{type(model).__name__} has no layer to quantise", where="tuning.quantise")
+        raise TuningError(f"{type(model).__name__} has no layer to quantise", where="tuning.quantization")
     make = {"nf4": _quantize_nf4, "int8": _quantize_int8}[precision]
 
     def quantise() -> None:

@@ -43,7 +43,7 @@ class WeightSubset(Tuning):
         model: PreTrainedModel,
         parameter_names: Iterable[str],
         *,
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         layer_decay: float = 1.0,
         options: Mapping[str, Any],
     ) -> None:
@@ -125,7 +125,7 @@ class HeadFinetuning(WeightSubset):
         *,
         untie: bool = False,
         heads: Sequence[str] = (),
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -158,12 +158,12 @@ class BlockFinetuning(WeightSubset):
         *,
         last: int | None = None,
         all_but_first: int | None = None,
-        names: Sequence[str] = (),
+        targets: Sequence[str] = (),
         head: bool = True,
         embeddings: bool = False,
         unfreeze_every: int | None = None,
         layer_decay: float = 1.0,
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -186,12 +186,12 @@ class BlockFinetuning(WeightSubset):
             options={
                 "last": last,
                 "all_but_first": all_but_first,
-                "names": list(names),
+                "targets": list(targets),
                 "head": head,
                 "embeddings": embeddings,
                 "unfreeze_every": unfreeze_every,
                 "layer_decay": layer_decay,
-                "also": list(also),
+                "also_train": list(also_train),
             },
         )
         self.unfreeze_every = unfreeze_every
@@ -224,8 +224,8 @@ class BitFit(WeightSubset):
         self,
         model: PreTrainedModel,
         *,
-        names: Sequence[str] = ("*",),
-        also: Sequence[str] = (),
+        targets: Sequence[str] = ("*",),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -236,7 +236,7 @@ class BitFit(WeightSubset):
         if all(name in head for name in selected):
             raise TuningError(
                 f"the backbone of {type(model).__name__} has no biases"
-                + ("" if list(names) == ["*"] else f" that match {list(names)}"),
+                + ("" if list(targets) == ["*"] else f" that match {list(targets)}"),
                 where="tuning",
                 expected="a backbone with biases, such as BERT, RoBERTa, GPT-2, OPT or Qwen2",
                 hint="norm trains about as few weights; head, blocks, full and lora work on every model",
@@ -259,7 +259,7 @@ class NormFinetuning(WeightSubset):
         self,
         model: PreTrainedModel,
         *,
-        also: Sequence[str] = (),
+        also_train: Sequence[str] = (),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -357,7 +357,7 @@ def _named_blocks(blocks: Mapping[str, int], patterns: Sequence[str]) -> dict[st
         if not matches:
             raise TuningError(
                 f"'{pattern}' matches no block",
-                where="tuning.names",
+                where="tuning.targets",
                 expected=f"names such as {', '.join(list(blocks)[-2:])}",
                 hint=suggest_nearest(pattern, blocks),
             )

@@ -145,7 +145,7 @@ def only(shelf: Workspace, model: str, name: str, made: list[dict[str, Any]], le
     path = str(write_rows(shelf.folder / f"{name}.jsonl", made))
     kind = changes.pop("kind", "auto")
     words = changes.pop("words", {})
-    source = {"name": name, "path": path, "held_out": 0, "max_passes": 100, "kind": kind, "words": words}
+    source = {"name": name, "path": path, "held_out": 0, "max_passes": 100, "kind": kind, "label_words": words}
     evaluation = {
         **QUICK_EVALUATION,
         "learned": [{"name": "held", "path": shelf.file("old", held_out=True), "kind": "text"}],
@@ -241,7 +241,7 @@ def test_labels_stand_behind_the_text_and_tags_below_their_words(shelf: Workspac
 def test_a_source_that_comes_in_late_is_shown_and_one_that_never_does_is_told(shelf: Workspace) -> None:
     shifts = [{"at": "50%", "shares": {"old": 1.0}}]
     sources = [shelf.source("new", share=1.0), shelf.source("old", share=0.0, role="replay")]
-    plan = shelf.plan(shelf.stage("late", sources=sources, data={"shifts": shifts}))
+    plan = shelf.plan(shelf.stage("late", sources=sources, data={"curriculum": shifts}))
     new, old = of(plan, 2)
     assert new.rows[0].step == 1 and old.rows[0].step > plan.steps // 2
     never = [shelf.source("new", share=1.0), shelf.source("old", share=0.0, role="replay")]
@@ -338,7 +338,7 @@ def test_what_was_found_is_told(shelf: Workspace, name: str) -> None:
 
 
 def test_what_was_found_of_words_and_files(shelf: Workspace) -> None:
-    labelled = shelf.source("labelled", "labelled", prompt="{text}\nis", words={"words": "good", "sums": "bad"})
+    labelled = shelf.source("labelled", "labelled", prompt="{text}\nis", label_words={"words": "good", "sums": "bad"})
     (shelf.folder / "book.txt").write_text("one and two.\n\nsix and nine.\n" * 20)
     book = {"name": "book", "path": str(shelf.folder / "book.txt"), "documents": "paragraphs", "max_passes": 100}
     sources = [{**labelled, "share": 0.3}, {**book, "share": 0.3}, shelf.source("chat", share=0.4)]

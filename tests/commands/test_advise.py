@@ -50,7 +50,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 def written(shelf: Workspace, name: str, **changes: Any) -> Path:
     """A stage file of 600 steps, by 4 rows."""
     raw = shelf.stage(name, model="runs/base", tokens=600 * STEP, **changes)
-    raw["data"] |= {"when_short": "repeat"}
+    raw["data"] |= {"on_exhausted": "repeat"}
     raw["schedule"] = changes.get("schedule", {"kind": "rewarm", "peak": 1e-2, "floor": 1e-3, "warmup": "30 steps"})
     place = shelf.folder / f"{name}.yaml"
     place.write_text(yaml.safe_dump(raw, sort_keys=False))
@@ -165,7 +165,7 @@ def test_every_schedule_keeps_its_shape(shelf: Workspace, schedule: dict[str, An
     )
     # In the stage that is written, lengths stay as they were, and what was left out stays out.
     assert scale_schedule(asked.plan, 0.5, full_run=True).keys() == schedule.keys()
-    pieces = {"kind": "then", "pieces": [{"shape": "linear", "start": 0.0, "end": 1e-2, "length": "60 steps"}]}
+    pieces = {"kind": "piecewise", "pieces": [{"shape": "linear", "start": 0.0, "end": 1e-2, "length": "60 steps"}]}
     pieces["pieces"].append({"shape": "constant", "start": 1e-2})  # type: ignore[attr-defined]
     asked = plan_advice(wish(written(shelf, "shapes", schedule=pieces)), shelf.cache)
     first, second = scale_schedule(asked.plan, 0.5, full_run=False)["pieces"]
@@ -238,7 +238,7 @@ def test_a_bound_that_no_pilot_can_satisfy_says_the_best_reachable(shelf: Worksp
 def test_what_cannot_be_advised_is_refused(shelf: Workspace) -> None:
     shifts = [{"at": "50%", "shares": {"new": 0.5, "old": 0.5}}]
     with pytest.raises(StageError, match="the shares change within the stage"):
-        plan_advice(wish(written(shelf, "bad", data={"shifts": shifts})), shelf.cache)
+        plan_advice(wish(written(shelf, "bad", data={"curriculum": shifts})), shelf.cache)
     with pytest.raises(StageError, match="nothing is measured that could be forgotten"):
         evaluation = {**shelf.text_evaluation, "retained": []}
         sources = [shelf.source("new", share=0.75), shelf.source("old", share=0.25, role="replay", held_out=0)]
@@ -253,7 +253,7 @@ def test_what_cannot_be_advised_is_refused(shelf: Workspace) -> None:
         plan_advice(wish(written(shelf, "bad"), out=theirs), shelf.cache)
     with pytest.raises(StageError, match="lies in another folder"):
         plan_advice(wish(written(shelf, "bad"), out=shelf.folder / "runs" / "out.yaml"), shelf.cache)
-    fresh = yaml.safe_load(written(shelf, "bad").read_text()) | {"model": {"fresh": "llama-1M"}}
+    fresh = yaml.safe_load(written(shelf, "bad").read_text()) | {"model": {"from_scratch": "llama-1M"}}
     (shelf.folder / "bad.yaml").write_text(yaml.safe_dump(fresh))
     with pytest.raises(StageError, match="nothing to forget"):
         plan_advice(wish(shelf.folder / "bad.yaml"), shelf.cache)

@@ -73,7 +73,7 @@ def test_a_run_with_a_soft_prompt_is_asked_with_it(
         model=model,
         sources=[shelf.source(kind)],
         **({"objectives": [{"kind": "text-to-text"}]} if model == "t5" else {}),
-        evaluation={"every": "50%", "during_tokens": 100, "samples": 0, "learned": [shelf.file(kind, held_out=True)]},
+        evaluation={"every": "50%", "eval_tokens": 100, "samples": 0, "learned": [shelf.file(kind, held_out=True)]},
     )
     shelf.run(stage)
     run = Path(stage["output"])

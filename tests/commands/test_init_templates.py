@@ -23,12 +23,12 @@ from tests.test_docs import parse
 TINY = [
     "tokens=2000",
     "data.sequence_length=64",
-    "batch.sequences=8",
-    "batch.micro=8",
+    "batch.global_batch_size=8",
+    "batch.micro_batch_size=8",
     "compute.threads=1",
     "compute.dtype=float32",
     "evaluation.every=100%",
-    "evaluation.during_tokens=200",
+    "evaluation.eval_tokens=200",
     "evaluation.max_tokens=400",
     "evaluation.samples=0",
     "evaluation.drift_tokens=0",
@@ -75,8 +75,8 @@ def test_a_template_runs_as_it_is_written(kind: str, made: Path, here: Path, cac
     assert found["files"][-1] == "try.yaml"
     if TEMPLATE_KINDS[kind].base:
         assert "try-base.yaml" in found["files"]
-        trained("try-base.yaml", here, cache, "model.tokenizer.vocabulary=400", "data.sources.0.max_passes=100")
-    fresh = ["model.tokenizer.vocabulary=400"] if kind == "from-scratch" else []
+        trained("try-base.yaml", here, cache, "model.tokenizer.vocab_size=400", "data.sources.0.max_passes=100")
+    fresh = ["model.tokenizer.vocab_size=400"] if kind == "from-scratch" else []
     passes = ["data.sources.0.max_passes=1000"]
     last = trained("try.yaml", here, cache, *fresh, *passes)
     assert last.record["status"] == "finished" and read_record(here / "runs" / "try")["changes"]
@@ -113,7 +113,7 @@ def test_rows_of_the_user_are_classified(here: Path, made: Path, cache: Path) ->
     (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = written("classify", made, here, data="mine.jsonl")
     assert found["files"] == ["try-base.yaml", "try.yaml"]
-    trained("try-base.yaml", here, cache, "model.tokenizer.vocabulary=400", "data.sources.0.max_passes=100")
+    trained("try-base.yaml", here, cache, "model.tokenizer.vocab_size=400", "data.sources.0.max_passes=100")
     record = trained("try.yaml", here, cache, "data.sources.0.max_passes=1000").record
     assert record["scores"]["after"]["rows"]["metrics"]["accuracy"]["value"] >= 0
 
@@ -143,7 +143,7 @@ def test_one_file_of_the_users_is_parted(kind: str, here: Path, made: Path, cach
     parts = [(here / "try-data" / f"rows.{part}.jsonl").read_text().splitlines() for part in ("train", "test")]
     assert not {*parts[0]} & {*parts[1]}
     assert sorted(json.loads(line)["text"] for part in parts for line in part) == sorted(row["text"] for row in rows)
-    trained("try-base.yaml", here, cache, "model.tokenizer.vocabulary=400", "data.sources.0.max_passes=100")
+    trained("try-base.yaml", here, cache, "model.tokenizer.vocab_size=400", "data.sources.0.max_passes=100")
     record = trained("try.yaml", here, cache, "data.sources.0.max_passes=1000").record
     if kind == "few-shot":
         assert {task["name"]: task["items"] for task in record["tasks"]} == {"zero-shot": 16, "two-shot": 16}

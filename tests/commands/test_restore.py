@@ -88,7 +88,7 @@ def test_the_stage_that_is_written(shelf: Workspace) -> None:
     assert aim.teacher_loss == pytest.approx(scores["before"]["old-heldout"]["nats"], rel=1e-5)
     assert aim.target_loss == pytest.approx(aim.run_loss - 0.05 * (aim.run_loss - aim.teacher_loss))
     choose = stage.save.choose
-    assert choose is not None and choose.enough == aim.target_loss
+    assert choose is not None and choose.stop_at == aim.target_loss
     old, new = aim.gains["new-heldout"]
     assert choose.max_forgetting == pytest.approx(min(1.0, (old - new) / new), rel=1e-6)
     alone = plan_restoration(wish(shelf, kept=0.0), shelf.cache).plan

@@ -73,7 +73,9 @@ def trained(plan: Plan) -> np.ndarray:
     for step in range(plan.steps):
         for i, (source, row) in enumerate(zip(*plan.data.mixture.rows(step), strict=True)):
             out[source] += int(
-                (plan.data.rows[source].at(int(row), step * plan.data.mixture.block_size + i).labels != IGNORED).sum()
+                (
+                    plan.data.rows[source].get_row(int(row), step * plan.data.mixture.block_size + i).labels != IGNORED
+                ).sum()
             )
     return out
 
@@ -90,7 +92,7 @@ def mixed(shelf: Workspace, folder: Path, **data: Any) -> dict[str, Any]:
         tokens=12_000,
         objectives=[{"kind": "text-to-text"}],
         evaluation={"every": "100%", "samples": 0},
-        batch={"sequences": 12},
+        batch={"global_batch_size": 12},
         data=data,
     )
 
@@ -118,7 +120,7 @@ def test_trained_tokens_keep_to_the_shares(shelf: Workspace, tmp_path: Path, mix
 
 
 def test_a_given_share_stands_beside_a_mixing_and_a_curriculum_goes_on(shelf: Workspace, tmp_path: Path) -> None:
-    raw = mixed(shelf, tmp_path, mixing={"kind": "equal"}, shifts=[{"at": "50%", "shares": {"large": 1.0}}])
+    raw = mixed(shelf, tmp_path, mixing={"kind": "equal"}, curriculum=[{"at": "50%", "shares": {"large": 1.0}}])
     raw["data"]["sources"][0]["share"] = 0.5
     plan = shelf.plan(raw)
     read = trained(plan)

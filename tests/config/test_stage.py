@@ -112,10 +112,15 @@ def test_a_rate_without_a_dot_is_text_to_yaml_and_a_number_here(tmp_path: Path) 
 
 def test_defaults_are_those_of_the_reference() -> None:
     found = stage()
-    assert (found.data.sequence_length, found.batch.sequences, found.batch.micro, found.seed) == (1024, 32, None, 0)
+    assert (found.data.sequence_length, found.batch.global_batch_size, found.batch.micro_batch_size, found.seed) == (
+        1024,
+        32,
+        None,
+        0,
+    )
     assert (found.optimizer.betas, found.optimizer.eps, found.optimizer.weight_decay) == ((0.9, 0.95), 1e-8, 0.1)
-    assert (found.optimizer.clip, found.optimizer.moments) == (1.0, "reset")
-    assert (found.data.when_short, found.data.overlap, found.data.sources[0].max_passes) == ("refuse", "report", 4.0)
+    assert (found.optimizer.max_grad_norm, found.optimizer.moments) == (1.0, "reset")
+    assert (found.data.on_exhausted, found.data.overlap, found.data.sources[0].max_passes) == ("refuse", "report", 4.0)
     assert (found.objectives, found.tuning.kind) == ([], "full")
     assert (found.save.keep, found.save.dtype, found.max_forgetting) == (2, "auto", None)
     assert found.evaluation.retained[0] == s.HeldOutFile(name="old-heldout", path="old-heldout.jsonl")
@@ -206,7 +211,7 @@ def test_overrides_that_mean_nothing(tmp_path: Path, override: str, said: str) -
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 THEN = {
-    "kind": "then",
+    "kind": "piecewise",
     "pieces": [{"shape": "linear", "start": 0, "end": 1, "length": "5%"}, {"shape": "constant", "start": 1}],
 }
 INFINITE = {"kind": "infinite", "peak": 3e-4, "constant": 1.65e-4, "floor": 3e-5}
@@ -266,8 +271,8 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"schedule.warmup": ","}, "schedule.warmup", "such as 1%, 200 steps or 2M tokens"),
     ({"schedule.warmup": "2M"}, "schedule.warmup", "not '2M'"),  # of what?
     ({"schedule.warmup": True}, "schedule.warmup", "not True"),
-    ({"schedule": {"kind": "then", "pieces": []}}, "schedule.pieces", "at least 1 item"),
-    ({"schedule": {"kind": "then", "pieces": [{"shape": "linear", "start": 0}]}}, "schedule", "has no `end`"),
+    ({"schedule": {"kind": "piecewise", "pieces": []}}, "schedule.pieces", "at least 1 item"),
+    ({"schedule": {"kind": "piecewise", "pieces": [{"shape": "linear", "start": 0}]}}, "schedule", "has no `end`"),
     ({"schedule": {**THEN, "pieces": [*THEN["pieces"][::-1]]}}, "schedule", "only the last piece"),  # type: ignore[misc]
     ({"tokens": GONE}, "", "exactly one of `tokens`"),
     ({"new_tokens": "5M"}, "", "exactly one of `tokens`"),
@@ -300,24 +305,28 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"data": None}, "data", "not None"),
     ({"data.sequence_length": 1}, "data.sequence_length", "greater than or equal to 2"),
     ({"data.skip_steps": -1}, "data.skip_steps", "greater than or equal to 0"),
-    ({"data.when_short": "wait"}, "data.when_short", "'refuse', 'repeat', 'stop' or 'renormalise'"),
-    ({"data.shifts": [{"at": "50%", "shares": {"paper": 1.0}}]}, "data", "did you mean 'papers'?"),
-    ({"data.shifts": [{"at": "50%", "shares": {"papers": 0.5}}]}, "", "add up to 0.5"),
-    ({"data.shifts": [{"shares": {"papers": 1.0}}]}, "data.shifts[0]", "exactly one of `at` and `at_rate`"),
-    ({"data.shifts": [{"at": "5%", "at_rate": 0.2, "shares": {"papers": 1.0}}]}, "data.shifts[0]", "exactly one of"),
-    ({"batch.sequences": 0}, "batch.sequences", "greater than 0"),
-    ({"batch.sequences": 2.5}, "batch.sequences", "integer"),
-    ({"batch.micro": True}, "batch.micro", "a number is expected"),
+    ({"data.on_exhausted": "wait"}, "data.on_exhausted", "'refuse', 'repeat', 'stop' or 'renormalise'"),
+    ({"data.curriculum": [{"at": "50%", "shares": {"paper": 1.0}}]}, "data", "did you mean 'papers'?"),
+    ({"data.curriculum": [{"at": "50%", "shares": {"papers": 0.5}}]}, "", "add up to 0.5"),
+    ({"data.curriculum": [{"shares": {"papers": 1.0}}]}, "data.curriculum[0]", "exactly one of `at` and `at_rate`"),
+    (
+        {"data.curriculum": [{"at": "5%", "at_rate": 0.2, "shares": {"papers": 1.0}}]},
+        "data.curriculum[0]",
+        "exactly one of",
+    ),
+    ({"batch.global_batch_size": 0}, "batch.global_batch_size", "greater than 0"),
+    ({"batch.global_batch_size": 2.5}, "batch.global_batch_size", "integer"),
+    ({"batch.micro_batch_size": True}, "batch.micro_batch_size", "a number is expected"),
     ({"optimizer.betas": [0.9, 1.5]}, "optimizer.betas[1]", "less than 1"),
     ({"optimizer.betas": [0.9]}, "optimizer.betas[1]", "missing"),
     ({"optimizer.eps": -1}, "optimizer.eps", "greater than 0"),
-    ({"optimizer.clip": 0}, "optimizer.clip", "greater than 0"),
+    ({"optimizer.max_grad_norm": 0}, "optimizer.max_grad_norm", "greater than 0"),
     ({"optimizer.moments": "some"}, "optimizer.moments", "'keep-second'"),
     ({"objectives": [{"kind": "nexttoken"}]}, "objectives[0]", "did you mean 'next-token'?"),
     ({"objectives": [{"kind": "next-token", "on": ["paper"]}]}, "", "did you mean 'papers'?"),
     ({"tuning": {"kind": "lorra"}}, "tuning", "did you mean 'lora'?"),
     ({"tuning": {"kind": "lora", "rnak": 8}}, "tuning.rnak", "did you mean 'rank'?"),
-    ({"tuning": {"kind": "blocks"}}, "tuning", "exactly one of `last`, `all_but_first` and `names`"),
+    ({"tuning": {"kind": "blocks"}}, "tuning", "exactly one of `last`, `all_but_first` and `targets`"),
     ({"evaluation.retained": ["a/x.txt", "b/x.txt"]}, "evaluation", "give them a `name`"),
     ({"evaluation.retained": "x.txt"}, "evaluation.retained", "a list is expected"),
     ({"evaluation.retained": [{"path": "y"}]}, "evaluation.retained[0].name", "missing"),
@@ -325,10 +334,10 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"save.keep": 0}, "save.keep", "greater than 0"),
     ({"save.dtype": "fp32"}, "save.dtype", "'float32'"),
     ({"save.choose": {"set": "dev", "patince": 3}}, "save.choose.patince", "did you mean 'patience'?"),
-    ({"save.choose": {"set": "dev", "patience": "3 steps"}}, "save.choose.patience", "such as `3 looks`"),
+    ({"save.choose": {"set": "dev", "patience": "3 steps"}}, "save.choose.patience", "such as `3 evaluations`"),
     ({"save.choose": {"set": "dev", "patience": 0}}, "save.choose.patience", "greater than 0"),
-    ({"save.choose": {"set": "dev", "gain": -1}}, "save.choose.gain", "greater than or equal to 0"),
-    ({"save.choose": {"by": "accuracy"}}, "save.choose.set", "missing"),
+    ({"save.choose": {"set": "dev", "min_delta": -1}}, "save.choose.min_delta", "greater than or equal to 0"),
+    ({"save.choose": {"metric": "accuracy"}}, "save.choose.set", "missing"),
     ({"evaluation.test": ["x/old-heldout.jsonl"]}, "evaluation", "give them a `name`"),
     ({"compute.dtype": "float16"}, "compute.dtype", "'bfloat16'"),
     ({"compute.compile": "maybe"}, "compute.compile", "'maybe'"),
@@ -337,17 +346,21 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"name": 2024}, "name", "valid string"),
     ({"model": GONE}, "model", "missing"),
     ({"model": 5}, "model", "valid string"),
-    ({"model": {"fresh": "llama-1M", "tokeniser": 1}}, "model.tokeniser", "did you mean 'tokenizer'?"),
+    ({"model": {"from_scratch": "llama-1M", "tokeniser": 1}}, "model.tokeniser", "did you mean 'tokenizer'?"),
     (
-        {"model": {"fresh": "llama-1M", "tokenizer": {"vocab": 1}}},
+        {"model": {"from_scratch": "llama-1M", "tokenizer": {"vocab": 1}}},
         "model.tokenizer.vocab",
-        "did you mean 'vocabulary'?",
+        "did you mean 'vocab_size'?",
     ),
-    ({"model": {"fresh": "llama-1M", "tokenizer": {"vocabulary": 9}}}, "model.tokenizer.vocabulary", "equal to 300"),
-    ({"model": {"fresh": "llama-1M", "config": "x"}}, "model", "exactly one of `fresh`"),
-    ({"model": {"tokenizer": "x"}}, "model", "exactly one of `fresh`"),
-    ({"model": {"fresh": "llama-1M", "dropout": 1}}, "model.dropout", "less than 1"),
-    ({"model": {"fresh": "llama-1M"}, "base": "x"}, "", "a new model sits on nothing"),
+    (
+        {"model": {"from_scratch": "llama-1M", "tokenizer": {"vocab_size": 9}}},
+        "model.tokenizer.vocab_size",
+        "equal to 300",
+    ),
+    ({"model": {"from_scratch": "llama-1M", "config": "x"}}, "model", "exactly one of `from_scratch`"),
+    ({"model": {"tokenizer": "x"}}, "model", "exactly one of `from_scratch`"),
+    ({"model": {"from_scratch": "llama-1M", "dropout": 1}}, "model.dropout", "less than 1"),
+    ({"model": {"from_scratch": "llama-1M"}, "base": "x"}, "", "a new model sits on nothing"),
 ]
 
 
@@ -362,7 +375,7 @@ def test_a_mistake_is_told_with_its_key_and_the_way_out(changes: dict[str, Any],
 
 def test_several_mistakes_are_counted() -> None:
     with pytest.raises(StageError, match=r"\(and 2 more\)"):
-        stage(seed=-1, tokenz=1, batch__sequences=0)
+        stage(seed=-1, tokenz=1, batch__global_batch_size=0)
 
 
 def test_without_a_mistake_nothing_is_said() -> None:
@@ -380,7 +393,7 @@ def test_without_a_mistake_nothing_is_said() -> None:
         ({"kind": "exponential", "peak": 1e-3, "floor": 0}, "schedule.floor", "never reaches 0"),
         ({"kind": "from-floor", "start": 1e-3, "floor": 0, "shape": "exponential"}, "schedule.floor", "above zero"),
         (
-            {"kind": "then", "pieces": [{"shape": "inverse-linear", "start": 1, "end": 0}]},
+            {"kind": "piecewise", "pieces": [{"shape": "inverse-linear", "start": 1, "end": 0}]},
             "schedule.floor",
             "never reaches 0",
         ),
@@ -468,7 +481,7 @@ def written_by_hand() -> list[dict[str, Any]]:
     return [
         GOOD,
         *(changed({"schedule": schedule}) for schedule in (THEN, INFINITE)),
-        changed({"model": {"fresh": "llama-15M", "tokenizer": {"vocabulary": 4000}, "dropout": "10%"}}),
+        changed({"model": {"from_scratch": "llama-15M", "tokenizer": {"vocab_size": 4000}, "dropout": "10%"}}),
         changed({"model": {"config": "config.json", "tokenizer": "gpt2"}}),
         changed({"save.keep": "all", "schedule.warmup": 200, "tokens": 5, "data.sources.0.held_out": "1%"}),
         *(read_yaml(file.read_text()) for file in examples),
@@ -520,7 +533,8 @@ def read_names() -> set[str]:
 
 def test_every_key_of_a_stage_is_read_somewhere() -> None:
     models = parts(Stage)
-    assert {"Stage", "Source", "Shift", "Infinite", "Piece", "HeldOutFile", "Compute"} <= {m.__name__ for m in models}
+    known = {"Stage", "Source", "CurriculumPhase", "InfiniteSchedule", "SchedulePiece", "HeldOutFile", "ComputeConfig"}
+    assert known <= {m.__name__ for m in models}
     names = read_names()
     unread = [f"{m.__name__}.{f}" for m in models for f in m.model_fields if f not in names and f != "kind"]
     # A tuning's other keys are handed to its kind as they are, which the next test looks at.
@@ -544,20 +558,21 @@ def test_every_key_of_a_tuning_is_an_option_of_its_kind() -> None:
 
 OTHER: dict[str, Any] = {
     "name": "x", "model": "x", "tokens": "21M", "seed": 1, "max_forgetting": "5%", "data.sequence_length": 512,
-    "data.when_short": "stop", "data.skip_steps": 3, "data.max_document_tokens": 9, "data.eos": "<e>", "data.overlap": "off",
-    "data.workers": 3, "data.shifts": [{"at": "50%", "shares": {"papers": 1.0}}], "data.sources.0.path": "x",
-    "data.sources.0.max_passes": 5, "data.sources.0.held_out": "1%", "data.sources.0.stands_for": 5,
+    "data.on_exhausted": "stop", "data.skip_steps": 3, "data.max_document_tokens": 9, "data.eos": "<e>", "data.overlap": "off",
+    "data.workers": 3, "data.curriculum": [{"at": "50%", "shares": {"papers": 1.0}}], "data.sources.0.path": "x",
+    "data.sources.0.max_passes": 5, "data.sources.0.held_out": "1%", "data.sources.0.prior_tokens": 5,
     "data.sources.0.select": [{"kind": "duplicates"}],
-    "data.sources.0.documents": "lines", "data.sources.0.columns": {"text": "x"}, "data.sources.0.name": "x",
-    "data.sources.1.role": "new", "batch.sequences": 16, "batch.micro": 2, "schedule.peak": 1, "schedule.floor": 0,
+    "data.sources.0.document_unit": "lines", "data.sources.0.columns": {"text": "x"}, "data.sources.0.name": "x",
+    "data.sources.1.role": "new", "batch.global_batch_size": 16, "batch.micro_batch_size": 2,
+    "schedule.peak": 1, "schedule.floor": 0,
     "schedule.warmup": "2%", "schedule.start": 1e-7, "schedule.kind": "linear", "optimizer.betas": [0.9, 0.99],
-    "optimizer.eps": 1e-6, "optimizer.weight_decay": 0, "optimizer.clip": 2, "optimizer.moments": "keep",
-    "optimizer.update": {"kind": "momentum"}, "optimizer.loss_adaptive": {"start": 0.3},
-    "optimizer.decay_tables": True, "penalties": [{"kind": "anchor", "strength": 1}], "tuning": {"kind": "norm"},
+    "optimizer.eps": 1e-6, "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 2, "optimizer.moments": "keep",
+    "optimizer.sparse_update": {"kind": "mofo"}, "optimizer.loss_adaptive": {"initial_share": 0.3},
+    "optimizer.decay_embeddings": True, "penalties": [{"kind": "anchor", "strength": 1}], "tuning": {"kind": "norm"},
     "objectives": [{"kind": "next-token", "weight": 2}], "evaluation.retained": [], "evaluation.learned": ["x"],
     "evaluation.test": ["x"], "save.choose": {"set": "x"},
-    "evaluation.every": "20%", "evaluation.during_tokens": 5, "evaluation.max_tokens": 5, "evaluation.samples": 0,
-    "evaluation.realign_steps": 5,
+    "evaluation.every": "20%", "evaluation.eval_tokens": 5, "evaluation.max_tokens": 5, "evaluation.samples": 0,
+    "evaluation.relearning_steps": 5,
     "evaluation.pseudo_perplexity": "2k",
     "evaluation.drift_tokens": 500,
     "evaluation.tasks": [{"name": "quiz", "path": "quiz.jsonl"}],
@@ -620,7 +635,7 @@ def test_rates_that_would_rise_are_refused(stage_of: StageOf, schedule: dict[str
         parse_stage(stage_of(schedule=schedule), "stage.yaml")
 
 
-@pytest.mark.parametrize("setting", [{"columns": {"text": "body"}}, {"documents": "lines"}, {"held_out": 0.1}])
+@pytest.mark.parametrize("setting", [{"columns": {"text": "body"}}, {"document_unit": "lines"}, {"held_out": 0.1}])
 def test_a_replay_of_everything_has_no_settings_of_its_own(stage_of: StageOf, setting: dict[str, Any]) -> None:
     raw = stage_of()
     raw["data"]["sources"][1] = {"name": "seen", "seen_so_far": True, "share": 0.25, **setting}
@@ -642,7 +657,9 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
     assert yaml.safe_load("on: off") == {True: False}  # the mutant
 
 
-@pytest.mark.parametrize(("written", "patience"), [("3 looks", 3), ("1 look", 1), (4, 4), ("none", None), (None, None)])
-def test_patience_is_a_number_of_looks(written: object, patience: int | None) -> None:
+@pytest.mark.parametrize(
+    ("written", "patience"), [("3 evaluations", 3), ("1 evaluation", 1), (4, 4), ("none", None), (None, None)]
+)
+def test_patience_is_a_number_of_evaluations(written: object, patience: int | None) -> None:
     found = stage(save__choose={"set": "dev", "patience": written}).save.choose
     assert found is not None and found.patience == patience

@@ -112,7 +112,7 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], str, tuple[str, ...]]] = {
     ),
     "a label without a word": (
         [*many("labelled"), {"text": "six", "label": "verse"}],
-        {"kind": "labelled", "words": {"words": "A", "sums": "B"}},
+        {"kind": "labelled", "label_words": {"words": "A", "sums": "B"}},
         "bad.jsonl:21",
         ("no word is given for the label 'verse'",),
     ),
@@ -307,19 +307,19 @@ TOO_LONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "t5",
         {"source": LONG, "target": "six"},
         {"objectives": [T2T]},
-        "2 rows are too long; the end of what is read is cut",
+        "2 rows are too long; the end of the source is cut",
     ),
     "text-to-text, beginning": (
         "t5",
         {"source": LONG, "target": "six"},
         {"objectives": [{**T2T, "too_long": "cut-context"}]},
-        "2 rows are too long; the beginning of what is read is cut",
+        "2 rows are too long; the beginning of the source is cut",
     ),
     "text-to-text, a conversation": (
         "t5",
         {"messages": TALK},
         {"objectives": [T2T], "length": 96},
-        "2 rows are too long; the beginning of what is read is cut",
+        "2 rows are too long; the beginning of the source is cut",
     ),
     "text-to-text, drop": (
         "t5",
@@ -331,7 +331,7 @@ TOO_LONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "t5",
         {"source": "six", "target": LONG},
         {"objectives": [T2T]},
-        "2 rows are too long; the end of what is written is cut",
+        "2 rows are too long; the end of the target is cut",
     ),
     "class": (
         "bert",
@@ -404,7 +404,7 @@ def test_no_step_is_without_a_label(shelf: Workspace, tmp_path: Path) -> None:
     raw = shelf.stage(
         "labels-everywhere",
         sources=sources,
-        batch={"sequences": 1, "micro": 1},
+        batch={"global_batch_size": 1, "micro_batch_size": 1},
         evaluation={**QUICK_EVALUATION, "learned": [learned]},
         tokens=12 * ROOM,
     )

@@ -275,7 +275,7 @@ def test_a_frame_without_one_mask_and_classes_without_words_are_refused() -> Non
     for frame in (BERT, Frame((MASK,), (), (MASK,))):
         with pytest.raises(StageError, match="one mask"):
             cloze(PAIR, frame)
-    with pytest.raises(StageError, match="a word for each class"):
+    with pytest.raises(StageError, match="one word for each class"):
         cloze(PAIR, Frame((MASK,)), verbalisers=[40])
     with pytest.raises(DataError, match="document 1"):
         cloze(PAIR, Frame((CLS,), (MASK,), (SEP,)))

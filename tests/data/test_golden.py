@@ -91,7 +91,7 @@ def planned(home: Path, kind: str, sort: str, name: str, cache: Path, **objectiv
             "sources": [{"name": "rows", "path": f"{kind}.jsonl", "held_out": 0, "max_passes": 100, **said}],
         },
         "objectives": [{"kind": OBJECTIVES[sort], **objective}],
-        "batch": {"sequences": 2},
+        "batch": {"global_batch_size": 2},
         "schedule": {"kind": "constant", "peak": 1e-4},
         "evaluation": {"learned": [{"name": "held", "path": "held.jsonl", "kind": "auto"}], "samples": 0},
     }

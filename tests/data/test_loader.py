@@ -137,5 +137,5 @@ def test_a_silent_row_has_its_inputs_and_nothing_to_learn(dtype: type) -> None:
 
 def test_a_global_batch_that_does_not_part() -> None:
     mixture = Mixture(3, [9], [Segment(0, (1.0,))], 6)
-    with pytest.raises(ValueError, match="a global batch of 6 rows does not part into 2 ranks of 2"):
+    with pytest.raises(ValueError, match="a global batch of 6 rows does not divide into 2 ranks of 2"):
         Loader([Numbered("packed", 9)], mixture, micro_batch_size=2, world_size=2)

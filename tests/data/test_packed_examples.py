@@ -108,9 +108,9 @@ def test_an_answer_that_fits_only_without_its_frame_is_left_out() -> None:
 
 
 def test_a_frame_with_no_place_is_refused() -> None:
-    with pytest.raises(StageError, match="behind the text"):
+    with pytest.raises(StageError, match="after the text"):
         lay_out(PackedExampleRows, LONG, 9, frame=Frame(suffix_ids=(3,)))
-    with pytest.raises(StageError, match="plain text"):
+    with pytest.raises(StageError, match="running text"):
         lay_out(PackedExampleRows, InMemoryStore([[5, EOS]]), 9, frame=Frame(separator_ids=(3,)))
     with pytest.raises(StageError, match="no room"):
         lay_out(PackedExampleRows, LONG, 2, frame=Frame((3, 4)))

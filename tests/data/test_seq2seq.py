@@ -52,7 +52,7 @@ def test_what_is_cut(length: int, target: int, ids: list[int], labels: list[int]
     rows = rows_of(EXAMPLE, length, target)
     assert arrays(rows.get_row(0, 0)) == (ids, labels)
     assert rows.ledger.truncated == 6 - (len(ids) - 1) - len(labels)
-    lost = {"the end of what is read": int(length < 4), "the end of what is written": int(target < 2)}
+    lost = {"the end of the source": int(length < 4), "the end of the target": int(target < 2)}
     assert rows.truncations == lost
 
 
@@ -64,11 +64,9 @@ def test_a_long_source_loses_its_beginning_its_end_or_all_of_it() -> None:
         )
         beginning = rows_of(store, 3, too_long="cut-context", lead=lead)
         assert arrays(beginning.get_row(0, 0)) == ([6, 7, EOS], [8, 9, EOS])
-        assert beginning.truncations["the beginning of what is read"] == 1 and beginning.ledger.truncated == 1
+        assert beginning.truncations["the beginning of the source"] == 1 and beginning.ledger.truncated == 1
         end = rows_of(store, 3, too_long="cut-end", lead=lead)
-        assert (
-            arrays(end.get_row(0, 0)) == ([5, 6, EOS], [8, 9, EOS]) and end.truncations["the end of what is read"] == 1
-        )
+        assert arrays(end.get_row(0, 0)) == ([5, 6, EOS], [8, 9, EOS]) and end.truncations["the end of the source"] == 1
         dropped = rows_of(store, 3, too_long="drop", lead=lead)
         assert arrays(dropped.get_row(0, 0)) == ([5, EOS], [8, EOS]) and dropped.document_R.tolist() == [1]
         assert dropped.skipped == {"no answer": 0, "too long": 1} and not any(dropped.truncations.values())
@@ -144,7 +142,7 @@ def test_source_and_target_are_the_example(
         fits = slice(-room, None) if too_long == "cut-context" else slice(room)
         assert source == whole[chosen["lead"] : begin][fits]
         assert source == whole[chosen["lead"] : begin] or too_long != "drop"
-        cut["the beginning of what is read" if too_long == "cut-context" else "the end of what is read"] += (
+        cut["the beginning of the source" if too_long == "cut-context" else "the end of the source"] += (
             source != whole[chosen["lead"] : begin]
         )
         assert source == whole[chosen["lead"] : begin] or len(ids) == length
@@ -155,7 +153,7 @@ def test_source_and_target_are_the_example(
             assert last >= len(documents[document]) - 1 or not any(mark[last:-1])
         else:
             assert len(labels) == target or len(whole) < len(documents[document])
-            cut["the end of what is written"] += last < len(whole) - (whole[-1] == EOS) and bool(mark[last])
+            cut["the end of the target"] += last < len(whole) - (whole[-1] == EOS) and bool(mark[last])
     assert cut == rows.truncations
 
 

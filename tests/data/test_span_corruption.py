@@ -139,7 +139,7 @@ def test_every_way_to_part_is_as_likely() -> None:
 
 
 def test_too_few_sentinels_are_refused() -> None:
-    with pytest.raises(StageError, match="up to 28 corrupted spans, and there are 27"):
+    with pytest.raises(StageError, match="up to 28 corrupted spans, but only 27"):
         rows_of([[5, 6, EOS]], sentinels=SENTINELS[:27])
     assert len(rows_of([[5, 6, EOS]], sentinels=SENTINELS[:28])) == 1
 

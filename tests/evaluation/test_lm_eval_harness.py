@@ -233,7 +233,7 @@ def test_soft_prompts_stand_around_what_lm_eval_asks(lm_eval: Any) -> None:
     from lm_eval.api.instance import Instance
 
     pretrained, tokenizer, _ = sorts()["decoder"]
-    attach(pretrained, {"kind": "prompt", "length": 3, "start": "normal"}, tokenizer=tokenizer)
+    attach(pretrained, {"kind": "prompt", "length": 3, "init": "normal"}, tokenizer=tokenizer)
     virtual = tuple(range(320, 323))
 
     def around(ids: Any) -> tuple[int, ...]:

@@ -154,9 +154,9 @@ def test_answers_of_one_token_cost_nothing_more() -> None:
     "options",
     [
         {"kind": "lora", "rank": 2},
-        {"kind": "prompt", "length": 3, "start": "normal"},
+        {"kind": "prompt", "length": 3, "init": "normal"},
         {"kind": "prefix", "length": 3, "hidden": 16},
-        {"kind": "adapter", "form": "houlsby", "size": 4},
+        {"kind": "adapter", "variant": "houlsby", "size": 4},
     ],
     ids=lambda options: options["kind"],
 )

@@ -133,11 +133,11 @@ def test_little_memory_means_few_rows_at_once(chosen: Choose) -> None:
 @pytest.mark.parametrize(
     ("wishes", "where", "expected"),
     [
-        ({"sequences": 8, "micro": 3}, r"batch\.micro", "a divisor of 8"),
-        ({"sequences": 8, "micro": 16}, r"batch\.micro", "a divisor of 8"),
-        ({"sequences": 8, "micro": 8, "ranks": 2}, r"batch\.micro", "a divisor of 4"),
-        ({"sequences": 7, "ranks": 2}, r"batch\.sequences", "a multiple of 2"),
-        ({"sequences": 1, "ranks": 2}, r"batch\.sequences", "a multiple of 2"),
+        ({"sequences": 8, "micro": 3}, r"batch\.micro_batch_size", "a divisor of 8"),
+        ({"sequences": 8, "micro": 16}, r"batch\.micro_batch_size", "a divisor of 8"),
+        ({"sequences": 8, "micro": 8, "ranks": 2}, r"batch\.micro_batch_size", "a divisor of 4"),
+        ({"sequences": 7, "ranks": 2}, r"batch\.global_batch_size", "a multiple of 2"),
+        ({"sequences": 1, "ranks": 2}, r"batch\.global_batch_size", "a multiple of 2"),
     ],
 )
 def test_rows_that_do_not_part_evenly(chosen: Choose, wishes: dict[str, Any], where: str, expected: str) -> None:

@@ -93,7 +93,7 @@ class Boundaries:
 
 def small(stage_of: StageOf, home: Path) -> dict[str, Any]:
     return stage_of(output=str(home), tokens=1000, save={"every": "2 steps", "keep": 1}, evaluation={
-        **stage_of()["evaluation"], "during_tokens": 100, "max_tokens": 200, "samples": 0,
+        **stage_of()["evaluation"], "eval_tokens": 100, "max_tokens": 200, "samples": 0,
     })  # fmt: skip
 
 

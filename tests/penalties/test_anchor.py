@@ -234,7 +234,7 @@ def effective(tuning: LoraAdapter, name: str) -> Tensor:
 
 def tuned(form: str, make: Callable[[], PreTrainedModel]) -> LoraAdapter:
     model = make()
-    tuning = attach(model, {"kind": "lora", "form": form, "rank": 3})
+    tuning = attach(model, {"kind": "lora", "variant": form, "rank": 3})
     assert isinstance(tuning, LoraAdapter)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
@@ -310,7 +310,7 @@ def test_the_chain_rule_is_that_of_autograd(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_untrained_tuning_costs_nothing(form: str) -> None:
-    tuning = attach(make_llama(), {"kind": "lora", "form": form, "rank": 3})
+    tuning = attach(make_llama(), {"kind": "lora", "variant": form, "rank": 3})
     changed = [AnchoredDelta(m.weight_delta, m.parameters) for m in tuning.weight_deltas().values()]
     assert float(Anchor([], changed, strength=1.0)()) < 1e-10
 

@@ -94,9 +94,9 @@ def test_what_does_not_belong_together_is_refused() -> None:
     new, earlier = layers()
     with pytest.raises(TuningError, match="3 layers of the new adapter and 2 of earlier"):
         OrthogonalityPenalty(new, earlier[:2], 0.5)
-    with pytest.raises(TuningError, match="0 new"):
+    with pytest.raises(TuningError, match="0 layers of the new"):
         OrthogonalityPenalty([], [], 0.5)
-    with pytest.raises(TuningError, match="as many columns"):
+    with pytest.raises(TuningError, match="equal numbers of columns"):
         OrthogonalityPenalty(new[:1], earlier[1:2], 0.5)
 
 

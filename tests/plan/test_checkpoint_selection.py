@@ -72,16 +72,20 @@ CURVES: list[tuple[list[float], dict[str, Any], tuple[int, int | None]]] = [
     ([5, 4, 3, 3.1, 3.2], {"patience": 2}, (3, 5)),
     ([5, 4, 3, 3.1, 2.9, 3, 3], {"patience": 2}, (5, 7)),
     ([5, 4, 4, 4], {"patience": 2}, (2, 4)),  # as good is no gain, and the earliest stays
-    ([5, 4.95, 4.9, 4.85], {"patience": 2, "gain": 0.2}, (3, 3)),  # small gains do not hold the end up, but are chosen
+    (
+        [5, 4.95, 4.9, 4.85],
+        {"patience": 2, "min_delta": 0.2},
+        (3, 3),
+    ),  # small gains do not hold the end up, but are chosen
     (
         [5, 4.9, 4.7, 4.6],
-        {"patience": 2, "gain": 0.2},
+        {"patience": 2, "min_delta": 0.2},
         (4, None),
     ),  # two together surpass the mark by more than the gain
     ([1, 5, 4, 3, 2], {"first": 3}, (5, None)),  # the first two are no candidates
     ([1, 5, 6, 7, 8, 4], {"first": 2, "patience": 4}, (6, None)),
-    ([0.5, 0.7, 0.6, 0.6], {"by": "accuracy", "patience": 2}, (2, 4)),  # more is better
-    ([0.5, 0.4, 0.6], {"by": "MSE", "patience": 1}, (2, 3)),
+    ([0.5, 0.7, 0.6, 0.6], {"metric": "accuracy", "patience": 2}, (2, 4)),  # more is better
+    ([0.5, 0.4, 0.6], {"metric": "MSE", "patience": 1}, (2, 3)),
     ([5, math.nan, 4, math.nan], {"patience": 2}, (3, None)),
     ([math.nan, 3], {}, (2, None)),
 ]
@@ -150,7 +154,7 @@ def test_laws_of_the_rule(values: list[float], first: int, patience: int | None,
 def test_candidates_begin_behind_the_warm_up_the_gap_and_what_was_asked_for(shelf: Workspace) -> None:
     def first(at_least: str, warmup: str, tokens: int = 300 * 4 * LENGTH) -> int:
         schedule = {"kind": "cosine", "peak": 1e-3, "floor": 1e-5, "warmup": warmup}
-        raw = shelf.stage("rule", save={"choose": {"set": "new-heldout", "at_least": at_least}}, schedule=schedule,
+        raw = shelf.stage("rule", save={"choose": {"set": "new-heldout", "burn_in": at_least}}, schedule=schedule,
                           tokens=tokens)  # fmt: skip
         plan = shelf.plan(raw)
         assert plan.evaluation.selection_rule is not None
@@ -180,7 +184,7 @@ def chosen(
         sources=[{"name": "little", "path": str(shelf.folder / "little.jsonl"), "max_passes": 10**6}],
         tokens=24 * 4 * LENGTH,
         schedule={"kind": "constant", "peak": 3e-2, "warmup": "2 steps"},
-        evaluation={**shelf.text_evaluation, "every": "2 steps", "during_tokens": 100},
+        evaluation={**shelf.text_evaluation, "every": "2 steps", "eval_tokens": 100},
         **changes,
     )
     return {**raw, "save": {"every": "8 steps", "keep": 1, **raw["save"], "choose": {"set": "new-heldout", **choice}}}
@@ -198,7 +202,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def test_the_published_model_is_the_best_checkpoint_and_training_ends_without_gains(shelf: Workspace) -> None:
-    raw = chosen(shelf, "best", {"patience": "2 looks"})
+    raw = chosen(shelf, "best", {"patience": "2 evaluations"})
     outcome = shelf.run(raw)
     record, home = outcome.record, Path(raw["output"])
     found, values = record["chosen"], values_of(home)
@@ -342,7 +346,7 @@ def test_a_metric_decides_where_more_is_better(shelf: Workspace) -> None:
         tokens=160,
         schedule={"kind": "constant", "peak": 2e-3},
         evaluation={"learned": [shelf.file("labelled", held_out=True)], "every": "5 steps", "samples": 0},
-        save={"every": "50%", "choose": {"set": "labelled-heldout", "by": "macro F1", "patience": 4}},
+        save={"every": "50%", "choose": {"set": "labelled-heldout", "metric": "macro F1", "patience": 4}},
     )
     record = shelf.run(raw).record
     found, values = record["chosen"], values_of(Path(raw["output"]))
@@ -359,8 +363,11 @@ def test_a_metric_decides_where_more_is_better(shelf: Workspace) -> None:
     [
         ({"set": "new-heldou"}, r"save\.choose\.set: there is no held-out set[\s\S]*did you mean 'new-heldout'"),
         ({"set": "secret"}, r"save\.choose\.set: 'secret' is a test set"),
-        ({"set": "new-heldout", "by": "accuracy"}, r"save\.choose\.by: 'new-heldout' has no 'accuracy'[\s\S]*loss"),
-        ({"set": "new-heldout", "at_least": "900 steps"}, r"save\.choose\.at_least: nothing could be chosen before"),
+        (
+            {"set": "new-heldout", "metric": "accuracy"},
+            r"save\.choose\.metric: 'new-heldout' has no 'accuracy'[\s\S]*loss",
+        ),
+        ({"set": "new-heldout", "burn_in": "900 steps"}, r"save\.choose\.burn_in: nothing could be chosen before"),
         ({"set": "new-heldout", "max_forgetting": "1%"}, r"save\.choose\.max_forgetting: there is no retained set"),
     ],
 )

@@ -57,7 +57,7 @@ def kept(plan: Plan, documents: list[str]) -> list[str]:
     return [by_digest[int(mark)] for mark in plan.data.sources[0].store.documents["digest"]]
 
 
-DSIR = {"kind": "dsir", "like": "like.jsonl", "keep": "40%"}
+DSIR = {"kind": "dsir", "target": "like.jsonl", "keep": "40%"}
 
 
 def test_importance_resampling_keeps_what_is_like(stage_of: StageOf, plan_of: PlanOf, mixed: list[str]) -> None:
@@ -107,7 +107,7 @@ def test_bits_per_byte_are_those_of_evaluation(
     if bos:  # another tokenizer than the one that the text is stored with
         judge = tmp_path / "other"
         save_pretrained(make_llama(5), make_tokenizer(300, bos=True), judge, dtype=torch.float32)
-    way = {"kind": "perplexity", "between": ["20%", "70%"], **({"model": str(judge)} if bos else {})}
+    way = {"kind": "perplexity", "quantiles": ["20%", "70%"], **({"model": str(judge)} if bos else {})}
     plan = plan_of(selected(stage_of, way))
     start = locate_model(str(judge), tmp_path)
     (text,) = load_file_sets(
@@ -129,7 +129,7 @@ def test_bits_per_byte_are_those_of_evaluation(
 def test_only_the_beginning_is_judged_when_asked(
     stage_of: StageOf, plan_of: PlanOf, mixed: list[str], base: Path, tmp_path: Path
 ) -> None:
-    plan = plan_of(selected(stage_of, {"kind": "perplexity", "tokens": 8, "between": [0, 1]}))
+    plan = plan_of(selected(stage_of, {"kind": "perplexity", "max_tokens": 8, "quantiles": [0, 1]}))
     tokenizer, model = make_tokenizer(), make_llama()
     (step,) = plan.data.sources[0].selection
     for row in step["kept"]:
@@ -142,7 +142,7 @@ def test_only_the_beginning_is_judged_when_asked(
 
 def test_what_cannot_be_judged_is_counted(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "mixed.jsonl", [*"abcdefghijkl", *OLD])
-    plan = plan_of(selected(stage_of, {"kind": "perplexity", "between": [0, 1]}))
+    plan = plan_of(selected(stage_of, {"kind": "perplexity", "quantiles": [0, 1]}))
     (step,) = plan.data.sources[0].selection
     assert step["unjudged"] == 12 and step["after"]["documents"] == len(OLD)
     assert "; 12 too short to be judged are left out" in "\n".join(plan_lines(plan))
@@ -157,7 +157,7 @@ def test_a_judgement_goes_on_where_it_was_stopped(
     stage_of: StageOf, plan_of: PlanOf, mixed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filter_documents, "_SCORING_BATCH_TOKENS", 400)
-    raw = selected(stage_of, {"kind": "perplexity", "between": ["10%", "90%"]})
+    raw = selected(stage_of, {"kind": "perplexity", "quantiles": ["10%", "90%"]})
     whole = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "whole")
     asked: list[int] = []
 
@@ -194,7 +194,7 @@ def test_a_selection_is_found_once(
     )
     again = plan_of(selected(stage_of, *ways))
     assert not did and again.data.sources[0].store.fingerprint == plan.data.sources[0].store.fingerprint
-    plan_of(selected(stage_of, *ways[:2], {"kind": "perplexity", "between": ["5%", "95%"]}))
+    plan_of(selected(stage_of, *ways[:2], {"kind": "perplexity", "quantiles": ["5%", "95%"]}))
     assert did == ["perplexity"]  # what stands before it is known
     write_jsonl(tmp_path / "like.jsonl", old_text(70, 10))
     changed = plan_of(selected(stage_of, *ways[:2]))
@@ -219,7 +219,7 @@ def test_what_is_dropped_is_neither_held_out_nor_overlaps(
 def test_a_later_stage_replays_what_was_selected(
     stage_of: StageOf, plan_of: PlanOf, mixed: list[str], tmp_path: Path, base: Path
 ) -> None:
-    ways = [DSIR, {"kind": "perplexity", "between": ["10%", "60%"]}]
+    ways = [DSIR, {"kind": "perplexity", "quantiles": ["10%", "60%"]}]
     first = plan_of({**selected(stage_of, *ways), "seed": 3, "tokens": 1000})
     *_, last = run_stage(first, command="t", cache=tmp_path / "cache")
     assert isinstance(last, RunFinished)
@@ -261,14 +261,14 @@ def test_rows_with_parts_are_selected_by_their_words(stage_of: StageOf, plan_of:
     ("way", "said"),
     [
         ({**DSIR, "keep": "0%"}, "keep"),
-        ({**DSIR, "like": []}, "like"),
-        ({**DSIR, "like": "gone.jsonl"}, "gone.jsonl"),
-        ({**DSIR, "like": "short.jsonl"}, "too few to say"),
+        ({**DSIR, "target": []}, "like"),
+        ({**DSIR, "target": "gone.jsonl"}, "gone.jsonl"),
+        ({**DSIR, "target": "short.jsonl"}, "too few to say"),
         ({**DSIR, "keep": "0.1%"}, "is none"),
-        ({"kind": "perplexity", "between": ["90%", "10%"]}, "from a smaller share to a larger"),
+        ({"kind": "perplexity", "quantiles": ["90%", "10%"]}, "from a smaller share to a larger"),
         ({"kind": "perplexity", "model": "nobody/here/there"}, "nobody"),
-        ({"kind": "perplexity", "tokens": 1}, "tokens"),
-        ({"kind": "perplexity", "between": [0.5, 0.5001]}, r"nothing of the 150 documents .* 50 % to 50\.01 %"),
+        ({"kind": "perplexity", "max_tokens": 1}, "tokens"),
+        ({"kind": "perplexity", "quantiles": [0.5, 0.5001]}, r"nothing of the 150 documents .* 50 % to 50\.01 %"),
         ({"kind": "duplicates", "threshold": 0.1}, "threshold"),
         ({"kind": "best"}, "best"),
     ],
@@ -291,7 +291,7 @@ def test_an_encoder_and_a_new_model_judge_nothing(
     with pytest.raises(StageError, match="does not say how likely"):
         plan_of(raw)
     raw = selected(stage_of, {"kind": "perplexity"})
-    raw["model"] = {"fresh": "llama-1M", "tokenizer": {"vocabulary": 300}}
+    raw["model"] = {"from_scratch": "llama-1M", "tokenizer": {"vocab_size": 300}}
     with pytest.raises(StageError, match="knows nothing"):
         plan_of(raw)
 

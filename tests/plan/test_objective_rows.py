@@ -52,7 +52,7 @@ MODEL_OF = {
     "classify": "bert",
     "on-policy": "llama",
 }
-SHORT = {"on-policy": {"prompt_tokens": 8, "new_tokens": 8}}
+SHORT = {"on-policy": {"prompt_tokens": 8, "max_new_tokens": 8}}
 """Options without which rows of these tests have no room."""
 PAIRS = [(objective, kind) for objective, kinds in SUPPORTED_ROW_KINDS.items() for kind in kinds]
 LAYOUT_OF: dict[tuple[str, str], type[Any]] = {
@@ -90,7 +90,7 @@ def plan_of(shelf: Workspace, objective: str, kind: str, tuning: dict[str, Any] 
     """A stage of one objective on one kind of rows, part of which is held out."""
     source = shelf.source(kind, kind, held_out=0.2)
     if (objective, kind) == ("masked", "labelled"):
-        tuning, source = tuning or CLOZE, {**source, "words": YES_NO}
+        tuning, source = tuning or CLOZE, {**source, "label_words": YES_NO}
     said = {"kind": objective, **SHORT.get(objective, {}), **changes.pop("options", {})}
     raw = shelf.stage("plan", tuning, model=MODEL_OF[objective], objectives=[said], sources=[source])
     return shelf.plan({**raw, "tokens": 100, "evaluation": QUICK_EVALUATION, **changes})

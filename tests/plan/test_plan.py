@@ -85,7 +85,7 @@ def test_new_tokens_hold_over_a_curriculum(stage_of: StageOf, plan_of: PlanOf) -
     raw = stage_of(new_tokens=6000)
     raw.pop("tokens")
     shifts = [{"at": "50%", "shares": {"new": 0.25, "old": 0.75}}]
-    plan = plan_of({**raw, "data": data_of(raw, shifts=shifts, when_short="repeat")})
+    plan = plan_of({**raw, "data": data_of(raw, curriculum=shifts, on_exhausted="repeat")})
     read = trained(plan, 0, plan.steps)
     assert read[0] == pytest.approx(6000, abs=2 * 8 * ROW)
     assert read.sum() == pytest.approx(12000, abs=2 * 8 * ROW)  # half new on the whole, not three quarters
@@ -119,7 +119,7 @@ def test_shares_are_in_trained_tokens_not_in_rows(stage_of: StageOf, plan_of: Pl
 @pytest.mark.parametrize("at", [{"at": "50%"}, {"at": "3000 tokens"}])
 def test_a_change_of_shares_holds_from_its_point_on(stage_of: StageOf, plan_of: PlanOf, at: dict[str, Any]) -> None:
     raw = stage_of()
-    plan = plan_of({**raw, "data": data_of(raw, shifts=[{**at, "shares": {"new": 0.2, "old": 0.8}}])})
+    plan = plan_of({**raw, "data": data_of(raw, curriculum=[{**at, "shares": {"new": 0.2, "old": 0.8}}])})
     border = plan.data.mixture.segments[1].start // plan.data.mixture.block_size
     before, after = trained(plan, 0, border), trained(plan, border, plan.steps)
     assert before.sum() == pytest.approx(3000, abs=8 * ROW)
@@ -135,7 +135,9 @@ def test_a_change_can_wait_for_the_rate(stage_of: StageOf, plan_of: PlanOf) -> N
     plan = plan_of(
         {
             **raw,
-            "data": data_of(raw, shifts=[{"at_rate": 0.2, "shares": {"new": 0.0, "old": 1.0}}], when_short="repeat"),
+            "data": data_of(
+                raw, curriculum=[{"at_rate": 0.2, "shares": {"new": 0.0, "old": 1.0}}], on_exhausted="repeat"
+            ),
         }
     )
     border = plan.data.mixture.segments[1].start // plan.data.mixture.block_size
@@ -147,7 +149,7 @@ def test_a_change_can_wait_for_the_rate(stage_of: StageOf, plan_of: PlanOf) -> N
 def test_a_source_may_come_in_later_and_another_go(stage_of: StageOf, plan_of: PlanOf) -> None:
     raw = stage_of()
     sources = sources_of(raw, {"share": 1.0}, {"share": 0.0})
-    plan = plan_of({**raw, "data": data_of(raw, sources=sources, shifts=[{"at": "50%", "shares": {"old": 1.0}}])})
+    plan = plan_of({**raw, "data": data_of(raw, sources=sources, curriculum=[{"at": "50%", "shares": {"old": 1.0}}])})
     border = plan.data.mixture.segments[1].start // plan.data.mixture.block_size
     assert trained(plan, 0, border)[1] == 0 < trained(plan, 0, border)[0]
     assert trained(plan, border, plan.steps)[0] == 0 < trained(plan, border, plan.steps)[1]
@@ -158,7 +160,7 @@ def test_points_that_are_not_in_order_inside_the_stage(stage_of: StageOf, plan_o
     raw = stage_of()
     shifts = [{"at": at, "shares": {"new": 1.0}} for at in points]
     with pytest.raises(StageError, match=r"data\.shifts: a change of shares lies at"):
-        plan_of({**raw, "data": data_of(raw, shifts=shifts)})
+        plan_of({**raw, "data": data_of(raw, curriculum=shifts)})
 
 
 # -- too little text --------------------------------------------------------------------------------------------------
@@ -168,7 +170,10 @@ def short_stage(stage_of: StageOf, tmp_path: Path, policy: str, **more: Any) -> 
     """The new source has about 1,000 tokens and shall give 9,000 of 12,000."""
     little = write_jsonl(tmp_path / "little.jsonl", new_text(20, seed=7))
     raw = stage_of(tokens=12000)
-    return {**raw, "data": data_of(raw, sources=sources_of(raw, {"path": str(little)}, {}), when_short=policy, **more)}
+    return {
+        **raw,
+        "data": data_of(raw, sources=sources_of(raw, {"path": str(little)}, {}), on_exhausted=policy, **more),
+    }
 
 
 def passes(plan: Plan) -> list[float]:
@@ -180,7 +185,7 @@ def test_short_text_is_refused_with_its_numbers(stage_of: StageOf, plan_of: Plan
         DataError, match=r"data\.sources\[0\]: 'new' would be read [\d.]+ times; its max_passes is 4 "
     ) as caught:
         plan_of(short_stage(stage_of, tmp_path, "refuse"))
-    assert "set data.when_short" in str(caught.value)
+    assert "set data.on_exhausted" in str(caught.value)
     asked = float(str(caught.value).split("read ")[1].split(" times")[0])
     assert asked == pytest.approx(passes(plan_of(short_stage(stage_of, tmp_path, "repeat")))[0], abs=0.06)
 
@@ -271,7 +276,7 @@ def test_replay_of_everything_has_the_published_weights(
     }
     third = write_jsonl(tmp_path / "third.jsonl", [f"word {w} of {w * 7}" for w in range(400)])
     following = stage_of(
-        model=str(tmp_path / "one"), tokens=2000, data={"sequence_length": ROW, "when_short": "repeat", "sources": [
+        model=str(tmp_path / "one"), tokens=2000, data={"sequence_length": ROW, "on_exhausted": "repeat", "sources": [
             {"name": "third", "path": str(third)},
             {"name": "replay", "seen_so_far": True, "share": 0.05},
         ]}

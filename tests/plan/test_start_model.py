@@ -21,7 +21,7 @@ from postgrad.run.events import CheckpointSaved, StepCompleted
 from postgrad.run.run import run_stage
 from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_trace
 
-LLAMA = {"fresh": "llama-100k", "tokenizer": {"vocabulary": 400}}
+LLAMA = {"from_scratch": "llama-100k", "tokenizer": {"vocab_size": 400}}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_new_model_is_trained_from_a_uniform_guess(task: str, shelf: Workspace
             "tokens": 240,
             "schedule": {"kind": "constant", "peak": 3e-3},
         }
-    raw = begun(shelf, task, {"fresh": name, "tokenizer": {"vocabulary": 400}}, **changes)
+    raw = begun(shelf, task, {"from_scratch": name, "tokenizer": {"vocab_size": 400}}, **changes)
     record = shelf.run(raw).record
     before, after = record["scores"]["before"], record["scores"]["after"]
     choices = 2 if kind else record["model"]["vocabulary"]
@@ -102,7 +102,7 @@ def test_no_held_out_document_is_looked_at(shelf: Workspace, monkeypatch: pytest
     (tmp_path / "own.jsonl").write_text(Path(shelf.file("old")).read_text())
     own = {"name": "own", "path": str(tmp_path / "own.jsonl"), "share": 0.5, "held_out": "20%", "max_passes": 100}
     new = shelf.source("new", share=0.5)
-    raw = begun(shelf, "spied", {"fresh": "llama-100k", "tokenizer": {"vocabulary": 390}}, sources=[own, new],
+    raw = begun(shelf, "spied", {"from_scratch": "llama-100k", "tokenizer": {"vocab_size": 390}}, sources=[own, new],
                 evaluation={"learned": [shelf.file("new")]})  # fmt: skip
     with pytest.raises(DataError, match="nothing of 'new' is left"):  # its every document is a copy of a held-out one
         shelf.plan(raw)
@@ -163,7 +163,7 @@ def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Worksp
     given = json.loads((shelf.folder / "llama" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(given))
     new = shelf.plan(
-        begun(shelf, "config", {"config": str(tmp_path / "config.json"), "tokenizer": {"vocabulary": 350}})
+        begun(shelf, "config", {"config": str(tmp_path / "config.json"), "tokenizer": {"vocab_size": 350}})
     )
     assert new.model.vocab_size == len(new.model.tokenizer) == 350 and new.model.start.scratch_recipe is not None
     assert new.model.start.scratch_recipe["config"]["hidden_size"] == given["hidden_size"]
@@ -172,17 +172,21 @@ def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Worksp
     )
     assert same.model.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(shelf.folder / "llama").get_vocab()
     assert same.model.vocab_size == given["vocab_size"]
-    fitted = shelf.plan(begun(shelf, "config", {"fresh": "gpt2-100k", "tokenizer": str(shelf.folder / "llama")}))
+    fitted = shelf.plan(begun(shelf, "config", {"from_scratch": "gpt2-100k", "tokenizer": str(shelf.folder / "llama")}))
     assert fitted.model.vocab_size == len(fitted.model.tokenizer)
 
 
 @pytest.mark.parametrize(
     ("model", "error", "said"),
     [
-        ({"fresh": "lama-1M"}, ModelError, r"model\.fresh: there is no family 'lama'[\s\S]*did you mean 'llama'"),
-        ({"fresh": "llama-1k"}, ModelError, r"model\.fresh: llama-1k cannot be made with a vocabulary"),
         (
-            {"fresh": "t5-1M", "tokenizer": {"vocabulary": 340}},
+            {"from_scratch": "lama-1M"},
+            ModelError,
+            r"model\.from_scratch: there is no family 'lama'[\s\S]*did you mean 'llama'",
+        ),
+        ({"from_scratch": "llama-1k"}, ModelError, r"model\.from_scratch: llama-1k cannot be made with a vocabulary"),
+        (
+            {"from_scratch": "t5-1M", "tokenizer": {"vocab_size": 340}},
             StageError,
             r"tokenizer\.vocabulary: 340 tokens have no room",
         ),
@@ -221,8 +225,8 @@ def test_nothing_was_seen_that_could_be_replayed(shelf: Workspace) -> None:
 
 
 def test_a_suggestion_is_a_model_of_a_stage(shelf: Workspace) -> None:
-    assert start_model.suggest_new_model("llama-15M", 20_000_000).tokenizer.vocabulary == 32_000  # type: ignore[union-attr]
-    assert start_model.suggest_new_model("llama-15M", 10**6).tokenizer.vocabulary == 2000  # type: ignore[union-attr]
+    assert start_model.suggest_new_model("llama-15M", 20_000_000).tokenizer.vocab_size == 32_000  # type: ignore[union-attr]
+    assert start_model.suggest_new_model("llama-15M", 10**6).tokenizer.vocab_size == 2000  # type: ignore[union-attr]
     found = start_model.suggest_new_model("llama-100k", 1000).model_dump(mode="json")
     assert parse_stage(begun(shelf, "suggested", found), "test").model == start_model.suggest_new_model(
         "llama-100k", 1000
@@ -247,7 +251,7 @@ def test_shares_by_a_mixing_rule_are_those_of_the_documents_that_may_be_trained_
 
     monkeypatch.setattr(start_model, "train_vocabulary", spied)
     sources = [shelf.source("new", held_out="20%"), shelf.source("old", held_out=0)]
-    raw = begun(shelf, "mixed", {"fresh": "llama-100k", "tokenizer": {"vocabulary": 410}}, sources=sources)
+    raw = begun(shelf, "mixed", {"from_scratch": "llama-100k", "tokenizer": {"vocab_size": 410}}, sources=sources)
     raw["data"]["mixing"] = {"kind": "examples", "cap": 30}
     plan = shelf.plan(raw)
     assert asked and asked[0][1] == 60 and 30 < asked[0][0] < 60

@@ -120,7 +120,7 @@ ROWS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]], str, tuple[str
 def test_one_shot_word_for_word(shelf: Workspace, tmp_path: Path, kind: str) -> None:
     test, shown, text, choices, references = ROWS[kind]
     path, pool = write_rows(tmp_path / "test.jsonl", test), write_rows(tmp_path / "train.jsonl", shown)
-    found = asked(shelf, path, "wide", shots=1, shown={"path": str(pool)})
+    found = asked(shelf, path, "wide", shots=1, few_shot={"path": str(pool)})
     (prompt,) = found.prompts_KI[0]
     assert (found.kind, prompt.text, prompt.num_demonstrations) == (kind, text, 1)
     assert found.is_multiple_choice == bool(choices)
@@ -141,7 +141,11 @@ def test_one_shot_word_for_word(shelf: Workspace, tmp_path: Path, kind: str) -> 
 def test_words_and_templates_as_everywhere(shelf: Workspace, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "t.jsonl", [{"text": "one", "label": 1}, {"text": "two", "label": 0}])
     found = asked(
-        shelf, path, prompt="Review: {text}\nIt is", answer=" {label}!", words={"0": "bad", "1": "good", "2": "fair"}
+        shelf,
+        path,
+        prompt="Review: {text}\nIt is",
+        answer=" {label}!",
+        label_words={"0": "bad", "1": "good", "2": "fair"},
     )
     assert (
         found.choice_texts_I == ((" bad!", " good!", " fair!"),) * 2 and found.choice_names_I == (("0", "1", "2"),) * 2
@@ -157,7 +161,7 @@ def test_a_chat_template_asks_in_turns(shelf: Workspace, tmp_path: Path) -> None
     path = write_rows(tmp_path / "t.jsonl", [{"prompt": "one?", "completion": "1"}])
     pool = write_rows(tmp_path / "p.jsonl", [{"prompt": "two?", "completion": "2"}])
     found = make_prompted_task(
-        task(path, shots=1, shown={"path": str(pool)}),
+        task(path, shots=1, few_shot={"path": str(pool)}),
         load_model_inputs(locate_model(str(tmp_path / "chat"), Path.cwd()), 64),
         Path.cwd(),
         "t",
@@ -180,7 +184,7 @@ def test_a_bos_stands_first_and_once(shelf: Workspace, tmp_path: Path) -> None:
 def test_an_encoder_decoder_reads_the_question_and_its_end(shelf: Workspace, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "t.jsonl", [{"text": "one", "label": "yes"}])
     pool = write_rows(tmp_path / "p.jsonl", [{"text": "two", "label": "no"}])
-    found = asked(shelf, path, "t5", shots=1, shown={"path": str(pool)})
+    found = asked(shelf, path, "t5", shots=1, few_shot={"path": str(pool)})
     (prompt,) = found.prompts_KI[0]
     assert prompt.text == "text: two\nlabel: no\n\ntext: one\nlabel:"
     tokenizer = reading(shelf, "t5").tokenizer
@@ -211,8 +215,8 @@ def few(shelf: Workspace, tmp_path: Path, **changes: Any) -> PromptedTask:
     test = [{"text": f"test {i}", "label": "yes" if i % 3 else "no"} for i in range(6)]
     pool = [{"text": f"train {i}", "label": "yes" if i % 5 else "no"} for i in range(30)]
     path, train = write_rows(tmp_path / "test.jsonl", test), write_rows(tmp_path / "train.jsonl", pool)
-    shown = {"path": str(train), "by": changes.pop("by", "seed")}
-    return asked(shelf, path, **{"shots": 4, "shown": shown, **changes})
+    shown = {"path": str(train), "sampler": changes.pop("by", "seed")}
+    return asked(shelf, path, **{"shots": 4, "few_shot": shown, **changes})
 
 
 def shown_in(text: str) -> list[str]:
@@ -250,7 +254,7 @@ def test_the_most_alike_are_each_items_own(shelf: Workspace, tmp_path: Path) -> 
     pool = [{"text": f"{a} {b}"} for a in ("red apples", "blue fish", "old men", "big cars") for b in ("now", "then")]
     path = write_rows(tmp_path / "a.jsonl", [{**row, "label": "x"} for row in test])
     train = write_rows(tmp_path / "b.jsonl", [{**row, "label": "xy"[i % 2]} for i, row in enumerate(pool)])
-    found = asked(shelf, path, shots=2, shown={"path": str(train), "by": "bm25"})
+    found = asked(shelf, path, shots=2, few_shot={"path": str(train), "sampler": "bm25"})
     for prompt in found.prompts_KI[0]:
         asks = prompt.text.split("text: ")[-1].split()[0]
         assert all(f"text: {asks}" in each for each in shown_in(prompt.text))
@@ -261,7 +265,7 @@ def test_no_row_that_is_tested_is_ever_shown(shelf: Workspace, tmp_path: Path) -
     copies = [{**row, "label": "a"} for row in test]  # the same questions, answered otherwise
     others = [{"text": f"other {i}", "label": "ab"[i % 2]} for i in range(4)]
     path, train = write_rows(tmp_path / "t.jsonl", test), write_rows(tmp_path / "p.jsonl", [*copies, *others, *others])
-    found = asked(shelf, path, shots=3, seeds=5, shown={"path": str(train)}, items=7)
+    found = asked(shelf, path, shots=3, seeds=5, few_shot={"path": str(train)}, items=7)
     assert len(found) == 7
     for prompts in found.prompts_KI:
         for prompt in prompts:
@@ -270,9 +274,9 @@ def test_no_row_that_is_tested_is_ever_shown(shelf: Workspace, tmp_path: Path) -
     assert "quiz: 40 rows that ask what a test row asks are not shown" in found.notes
     assert "quiz: 7 of 40 rows are asked (items: 7)" in found.notes
     with pytest.raises(DataError, match=r"shown: 5 shots from 4 rows \(40 more ask what a test row asks"):
-        asked(shelf, path, shots=5, shown={"path": str(train)})
+        asked(shelf, path, shots=5, few_shot={"path": str(train)})
     with pytest.raises(DataError, match=r"1 shots from 0 rows[\s\S]*another file than the one that is tested"):
-        asked(shelf, path, shots=1, shown={"path": str(path)})
+        asked(shelf, path, shots=1, few_shot={"path": str(path)})
 
 
 def test_a_pool_with_test_rows_would_be_met(shelf: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +284,7 @@ def test_a_pool_with_test_rows_would_be_met(shelf: Workspace, tmp_path: Path, mo
     marks = iter(range(10**6))
     monkeypatch.setattr(task_prompts, "_row_digests", lambda example, words: {next(marks)})
     path = write_rows(tmp_path / "t.jsonl", [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(6)])
-    found = asked(shelf, path, shots=3, seeds=5, shown={"path": str(path)})
+    found = asked(shelf, path, shots=3, seeds=5, few_shot={"path": str(path)})
     assert any("row" in each for prompts in found.prompts_KI for p in prompts for each in shown_in(p.text))
 
 
@@ -291,7 +295,7 @@ def test_demonstrations_that_do_not_fit_are_left_out_from_the_front(shelf: Works
     test = [{"prompt": "x " * n + "?", "completion": " yes"} for n in (1, 10, 30, 70)]
     pool = [{"prompt": f"{i} " * 12, "completion": " no"} for i in range(9)]
     path, train = write_rows(tmp_path / "t.jsonl", test), write_rows(tmp_path / "p.jsonl", pool)
-    whole = asked(shelf, path, shots=5, shown={"path": str(train)}, most_tokens=4)
+    whole = asked(shelf, path, shots=5, few_shot={"path": str(train)}, max_new_tokens=4)
     assert whole.context_length == 128 and whole.skipped == {"too long for the context": 1} and len(whole) == 3
     by_length = sorted(whole.prompts_KI[0], key=lambda p: p.text.split("\n\n")[-1].count("x"))
     counts = [prompt.num_demonstrations for prompt in by_length]
@@ -303,10 +307,10 @@ def test_demonstrations_that_do_not_fit_are_left_out_from_the_front(shelf: Works
         before = shown_in(prompt.text)
         assert len(before) == prompt.num_demonstrations and longest[len(longest) - len(before) :] == before
     # Room for the answer is kept, and rows are asked under every seed or under none.
-    wide = asked(shelf, path, most_tokens=100)
+    wide = asked(shelf, path, max_new_tokens=100)
     assert wide.skipped == {"too long for the context": 2}
     with pytest.raises(DataError, match=r"none of the 4 rows fits into 128 positions"):
-        asked(shelf, path, most_tokens=128)
+        asked(shelf, path, max_new_tokens=128)
 
 
 def test_items_are_drawn_by_their_content(shelf: Workspace, tmp_path: Path) -> None:
@@ -345,7 +349,7 @@ def test_a_stop_is_what_no_answer_has_inside(shelf: Workspace, tmp_path: Path) -
     for answers, stop in ((["a", "b\n"], ("\n",)), (["a", "b\nc"], ("\n\n",)), (["a\n\nb", "c"], ())):
         path = write_rows(tmp_path / "t.jsonl", [{"prompt": f"{i}?", "completion": a} for i, a in enumerate(answers)])
         assert asked(shelf, path).stopping.stop_strings == stop
-        assert asked(shelf, path, stop=["."], most_tokens=7).stopping == task_prompts.Until(7, (".",))
+        assert asked(shelf, path, stop=["."], max_new_tokens=7).stopping == task_prompts.Until(7, (".",))
         assert asked(shelf, path, stop=[]).stopping.stop_strings == ()
 
 
@@ -357,7 +361,7 @@ def test_questions_without_content_and_a_bare_one(shelf: Workspace, tmp_path: Pa
         "text: N/A\nlabel:", "text: \nlabel:", "text: [MASK]\nlabel:",
     ]  # fmt: skip
     assert all(item.choices == prompt.item.choices for item in prompt.calibration_items)
-    (prompt, _) = asked(shelf, path, by="answer-only").prompts_KI[0]
+    (prompt, _) = asked(shelf, path, normalization="answer-only").prompts_KI[0]
     assert [words(tokenizer, item.context) for item in prompt.calibration_items] == ["Answer:"]
 
 
@@ -367,15 +371,15 @@ def test_questions_without_content_and_a_bare_one(shelf: Workspace, tmp_path: Pa
 @pytest.mark.parametrize(
     ("made", "changes", "error", "said"),
     [
-        ([{"text": "a", "label": "x"}, {"text": "b", "label": "z"}], {"words": {"x": "yes", "y": "no"}}, DataError,
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": "z"}], {"label_words": {"x": "yes", "y": "no"}}, DataError,
          r"t\.jsonl:2: no word is given for the label 'z'[\s\S]*x, y"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], {"prompt": "{test}"}, DataError,
          r"t\.jsonl:1: the template asks for \{test\}[\s\S]*did you mean 'text'"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], {"prompt": "{text} {label}"}, DataError,
          r"t\.jsonl:1: the question tells which choice is right"),
-        ([{"text": "a", "label": "x"}], {"answered": "choose"}, StageError, "one label alone"),
-        ([{"prompt": "a", "completion": "b"}], {"answered": "choose"}, StageError, "`completion` have no choices"),
-        ([{"prompt": "a", "completion": "b"}], {"by": "token"}, StageError, r"\.by: `by` compares choices"),
+        ([{"text": "a", "label": "x"}], {"scoring": "multiple-choice"}, StageError, "one label alone"),
+        ([{"prompt": "a", "completion": "b"}], {"scoring": "multiple-choice"}, StageError, "`completion` have no choices"),
+        ([{"prompt": "a", "completion": "b"}], {"normalization": "token"}, StageError, r"\.normalization: `normalization` compares choices"),
         ([{"prompt": "a", "completion": "b"}], {"calibrate": True}, StageError, r"\.calibrate: "),
         ([{"question": "q", "choices": ["a", "b"], "answer": 0}], {"metrics": ["F1"]}, StageError,
          r"\.metrics: `F1` is a metric of written answers"),
@@ -383,9 +387,9 @@ def test_questions_without_content_and_a_bare_one(shelf: Workspace, tmp_path: Pa
         ([{"body": "a"}], {}, DataError, "no column"),
         ([{"text": "running"}], {}, DataError, "no column `label"),
         ([{"prompt": "a", "completion": "b", "references": [3]}], {}, DataError, "`references` holds the number 3"),
-        ([{"prompt": "a", "completion": "b", "task": "t"}], {"only": {"task": ["u", "v"]}}, DataError,
+        ([{"prompt": "a", "completion": "b", "task": "t"}], {"filter": {"task": ["u", "v"]}}, DataError,
          "no document with task u or v"),
-        ([{"prompt": "a", "completion": "b"}], {"only": {"taks": "u"}}, DataError, "no column `taks`"),
+        ([{"prompt": "a", "completion": "b"}], {"filter": {"taks": "u"}}, DataError, "no column `taks`"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_asked(
@@ -409,11 +413,11 @@ def test_only_the_rows_that_are_asked_for(shelf: Workspace, tmp_path: Path) -> N
     made = [{"prompt": f"{i}?", "completion": "b", "task": ["add", "sub", 3][i % 3]} for i in range(9)]
     path = write_rows(tmp_path / "t.jsonl", made)
     for only, prompts in (({"task": "add"}, "036"), ({"task": ["sub", 3]}, "124578"), ({"task": "3"}, "258")):
-        found = asked(shelf, path, only=only, shots=0)
+        found = asked(shelf, path, filter=only, shots=0)
         assert sorted(p.text[0] for p in found.prompts_KI[0]) == sorted(prompts)
     # What is shown is chosen by the same columns.
     train = write_rows(tmp_path / "p.jsonl", [{**row, "prompt": f"more {row['prompt']}"} for row in made])
-    found = asked(shelf, path, only={"task": "add"}, shots=3, shown={"path": str(train)})
+    found = asked(shelf, path, filter={"task": "add"}, shots=3, few_shot={"path": str(train)})
     assert {d[5] for d in shown_in(found.prompts_KI[0][0].text)} == set("036")
 
 
@@ -457,9 +461,9 @@ def test_shots_can_be_said_for_all(tmp_path: Path) -> None:
 def test_a_stage_names_its_tasks_and_clusters() -> None:
     raw = {
         "name": "s", "model": "m", "tokens": 100, "schedule": {"kind": "constant", "peak": 1e-3},
-        "data": {"sources": [{"name": "x", "path": "x", "cluster": "maths", "only": {"task": 1}}]},
+        "data": {"sources": [{"name": "x", "path": "x", "cluster": "maths", "filter": {"task": 1}}]},
         "evaluation": {"tasks": [{"name": "q", "path": "q.jsonl", "cluster": "maths"}]},
     }  # fmt: skip
     stage = parse_stage(raw, "t")
-    assert stage.data.sources[0].only == {"task": ["1"]} and stage.evaluation.tasks[0].cluster == "maths"
+    assert stage.data.sources[0].filter == {"task": ["1"]} and stage.evaluation.tasks[0].cluster == "maths"
     assert parse_stage(stage.model_dump(mode="json"), "t") == stage

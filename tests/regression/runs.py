@@ -72,7 +72,8 @@ Data = dict[str, Any]
 Moves = Sequence[tuple[str, str]]
 """Pairs `(here, now)` of paths into nested data: the word of this file, and what the package calls it now.
 
-A path is a list of keys with dots between them; `*` stands for every item of a list or every value of a mapping. Both paths
+A path is a list of keys with dots between them; `*` stands for every item of a list or every value of a mapping, and
+`key@kind` for a mapping of this kind alone. Both paths
 share what stands before the part that is renamed: `("data.shifts", "data.schedule")`,
 `("data.sources.*.words", "data.sources.*.label_words")`, `("batch.sequences", "batch_size")`.
 """
@@ -83,13 +84,79 @@ VERBS: Mapping[str, str] = {}
 """Verbs of the command line: `{here: now}`."""
 OPTIONS: Mapping[tuple[str, str], str] = {}
 """Options of a verb: `{("synthesize", "--longest"): "--max-tokens"}`."""
-STAGE: Moves = ()
+_ROW_KEYS = (("words", "label_words"), ("only", "filter"), ("documents", "document_unit"))
+_ROWS = ("data.sources.*", "evaluation.retained.*", "evaluation.learned.*", "evaluation.test.*", "evaluation.tasks.*")
+STAGE: Moves = (
+    ("model.fresh", "model.from_scratch"),
+    ("model.tokenizer.vocabulary", "model.tokenizer.vocab_size"),
+    ("data.when_short", "data.on_exhausted"),
+    ("data.shifts", "data.curriculum"),
+    *((f"{rows}.{here}", f"{rows}.{now}") for rows in _ROWS for here, now in _ROW_KEYS),
+    *((f"{rows}.like", f"{rows}.same_format_as") for rows in _ROWS[1:4]),
+    ("data.sources.*.stands_for", "data.sources.*.prior_tokens"),
+    ("data.sources.*.select.*@dsir.like", "data.sources.*.select.*@dsir.target"),
+    ("data.sources.*.select.*@perplexity.between", "data.sources.*.select.*@perplexity.quantiles"),
+    ("data.sources.*.select.*@perplexity.tokens", "data.sources.*.select.*@perplexity.max_tokens"),
+    ("batch.sequences", "batch.global_batch_size"),
+    ("batch.micro", "batch.micro_batch_size"),
+    ("optimizer.decay_tables", "optimizer.decay_embeddings"),
+    ("optimizer.clip", "optimizer.max_grad_norm"),
+    ("optimizer.update", "optimizer.sparse_update"),
+    ("optimizer.loss_adaptive.start", "optimizer.loss_adaptive.initial_share"),
+    ("objectives.*.cache.draws", "objectives.*.cache.samples"),
+    ("objectives.*.cache.temper", "objectives.*.cache.sampling_power"),
+    ("objectives.*@on-policy.new_tokens", "objectives.*@on-policy.max_new_tokens"),
+    ("penalties.*.normalise", "penalties.*.normalize"),
+    ("penalties.*.only", "penalties.*.targets"),
+    ("tuning.also", "tuning.also_train"),
+    ("tuning.form", "tuning.variant"),
+    ("tuning.quantise", "tuning.quantization"),
+    ("tuning.leave_out", "tuning.skip_layers"),
+    ("tuning.names", "tuning.targets"),
+    ("tuning@prompt.start", "tuning@prompt.init"),
+    ("tuning@prompt.text", "tuning@prompt.init_text"),
+    ("tuning@prompt.labels", "tuning@prompt.init_labels"),
+    ("tuning@prefix.start", "tuning@prefix.init_text"),
+    ("tuning@p-tuning-v2.start", "tuning@p-tuning-v2.init_text"),
+    ("tuning.demonstrations.by", "tuning.demonstrations.sampler"),
+    ("tuning.demonstrations.tokens", "tuning.demonstrations.max_tokens"),
+    ("evaluation.during_tokens", "evaluation.eval_tokens"),
+    ("evaluation.realign_steps", "evaluation.relearning_steps"),
+    ("evaluation.tasks.*.shown.by", "evaluation.tasks.*.shown.sampler"),
+    ("evaluation.tasks.*.shown", "evaluation.tasks.*.few_shot"),
+    ("evaluation.tasks.*.by", "evaluation.tasks.*.normalization"),
+    ("evaluation.tasks.*.answered", "evaluation.tasks.*.scoring"),
+    ("evaluation.tasks.*.most_tokens", "evaluation.tasks.*.max_new_tokens"),
+    ("evaluation.tasks.*.during", "evaluation.tasks.*.during_training"),
+    ("save.choose.by", "save.choose.metric"),
+    ("save.choose.gain", "save.choose.min_delta"),
+    ("save.choose.enough", "save.choose.stop_at"),
+    ("save.choose.at_least", "save.choose.burn_in"),
+)
 """Keys of a stage file; tasks (also in a file of their own) are `evaluation.tasks.*`."""
-STAGE_VALUES: Values = ()
+STAGE_VALUES: Values = (
+    ("schedule.kind", {"then": "piecewise"}),
+    ("optimizer.update.kind", {"momentum": "mofo", "magnitude": "migu"}),
+    ("penalties.*.storage", {"mapped": "mmap"}),
+    ("tuning.demonstrations.by", {"seed": "random"}),
+    ("evaluation.tasks.*.shown.by", {"seed": "random"}),
+    ("evaluation.tasks.*.answered", {"choose": "multiple-choice", "write": "generate"}),
+    ("save.choose.patience", {f"{n} look{'s' * (n > 1)}": f"{n} evaluations" for n in range(1, 10)}),
+)
 """Values in a stage file, such as kinds."""
-STUDY: Moves = ()
+STUDY: Moves = (
+    ("against", "baseline"),
+    ("old.stands_for", "old.prior_tokens"),
+    ("arms.*.parts", "arms.*.stages"),
+    ("arms.*.blend.of", "arms.*.blend.arm"),
+    ("claims.*.say", "claims.*.statement"),
+    ("claims.*.than", "claims.*.compared_with"),
+    ("claims.*.on", "claims.*.loss"),
+    ("claims.*.at_most", "claims.*.max_difference"),
+    ("claims.*.removes", "claims.*.min_removed"),
+)
 """Keys of a study file, beside those of a stage that stand under `stage` and in each of its `arms`."""
-STUDY_VALUES: Values = ()
+STUDY_VALUES: Values = (("arms.*.replay_from", {"self-made": "generated"}),)
 """Values in a study file."""
 RECORD: Moves = ()
 """Keys of a run's record."""
@@ -165,10 +232,17 @@ def _called(data: Any, names: Mapping[str, str]) -> Any:
     return [_called(value, names) for value in data] if isinstance(data, list) else data
 
 
-def _children(node: Any, key: str) -> list[Any]:
+def _children(node: Any, step: str) -> list[Any]:
+    key, _, kind = step.partition("@")
+    if kind:
+        return _of_kind(_children(node, key), kind)
     if key == "*":
         return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
     return [node[key]] if isinstance(node, dict) and key in node else []
+
+
+def _of_kind(nodes: list[Any], kind: str) -> list[Any]:
+    return [node for node in nodes if not kind or (isinstance(node, dict) and node.get("kind") == kind)]
 
 
 def _holders(node: Any, path: list[str]) -> Iterator[tuple[Data, str]]:

@@ -1,10 +1,16 @@
-"""A run that never was: a record and metric rows as a stage writes them, for every test of the reports."""
+"""A made-up run: a record and metrics rows as a stage writes them, for every test of the reports."""
 
 import copy
 import math
 import random
+from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
+
+from postgrad.lineage.metrics import MetricsRow, parse_row
+from postgrad.lineage.record import Record, parse_record
+from postgrad.lineage.tree import Lineage
+from postgrad.reports.pages import comparison_page, lineage_page, run_page
 
 STAGE = """name: medicine
 model: ./base
@@ -19,6 +25,27 @@ evaluation:
   retained: [data/general-heldout.jsonl]
   learned: [data/medical-heldout.jsonl]
 """
+
+
+def as_record(raw: dict) -> Record:
+    return parse_record(raw, "record.json")
+
+
+def as_rows(rows: Iterable[dict]) -> Iterator[MetricsRow]:
+    return map(parse_row, rows)
+
+
+def draw_run(raw: dict, rows: Iterable[dict]) -> str:
+    return run_page.run_page(as_record(raw), as_rows(rows))
+
+
+def draw_comparison(raws: Sequence[dict], rows: Sequence[Iterable[dict]], title: str, baseline: str | None) -> str:
+    records = [as_record(raw) for raw in raws]
+    return comparison_page.comparison_page(records, [as_rows(each) for each in rows], title, baseline)
+
+
+def draw_lineage(raw: dict) -> str:
+    return lineage_page.lineage_page(Lineage.model_validate(raw))
 
 
 def make_score(nats: float, documents: int) -> dict:
@@ -36,26 +63,26 @@ def make_score(nats: float, documents: int) -> dict:
 
 RELEARNING = {
     "steps": 20,
-    "rate": 2e-5,
+    "learning_rate": 2e-5,
     "tokens": 640_000,
     "sets": {
         "general": {
             "documents": 402,
             "tokens": 300_000,
-            "forgot": {"value": 0.412, "low": 0.39, "high": 0.434},
-            "left": {"value": 0.081, "low": 0.06, "high": 0.1},
-            "won": {"value": 0.331, "low": 0.31, "high": 0.35},
-            "start_learnt": {"value": -0.012, "low": -0.02, "high": -0.004},
-            "share": {"value": 0.803, "low": 0.76, "high": 0.85},
+            "forgotten": {"value": 0.412, "low": 0.39, "high": 0.434},
+            "remaining": {"value": 0.081, "low": 0.06, "high": 0.1},
+            "recovered": {"value": 0.331, "low": 0.31, "high": 0.35},
+            "start_model_gain": {"value": -0.012, "low": -0.02, "high": -0.004},
+            "recovered_share": {"value": 0.803, "low": 0.76, "high": 0.85},
         },
         "code": {
             "documents": 90,
             "tokens": 80_000,
-            "forgot": {"value": 0.001, "low": -0.01, "high": 0.012},
-            "left": {"value": 0.0, "low": -0.01, "high": 0.01},
-            "won": {"value": 0.001, "low": -0.01, "high": 0.01},
-            "start_learnt": {"value": -0.01, "low": -0.02, "high": 0.0},
-            "share": None,
+            "forgotten": {"value": 0.001, "low": -0.01, "high": 0.012},
+            "remaining": {"value": 0.0, "low": -0.01, "high": 0.01},
+            "recovered": {"value": 0.001, "low": -0.01, "high": 0.01},
+            "start_model_gain": {"value": -0.01, "low": -0.02, "high": 0.0},
+            "recovered_share": None,
         },
     },
 }
@@ -63,23 +90,23 @@ RELEARNING = {
 
 DUPLICATES = {
     "kind": "duplicates",
-    "how": "documents that share less than 80 % of their runs of five words with one before",
+    "description": "documents that share less than 80 % of their runs of five words with one before",
     "before": {"documents": 9000, "tokens": 30_100_000},
     "after": {"documents": 8400, "tokens": 27_900_000},
     "unit": "",
-    "edges": None,
-    "values": None,
+    "score_bounds": None,
+    "score_histogram": None,
     "kept": [{"text": "A trial of two drugs.", "value": None}],
-    "dropped": [{"text": "A trial of three drugs.", "value": None, "like": "A trial of two drugs, again."}],
+    "dropped": [{"text": "A trial of three drugs.", "value": None, "duplicate_of": "A trial of two drugs, again."}],
 }
 DSIR = {
     "kind": "dsir",
-    "how": "50 % of the documents, those most like papers-heldout.jsonl",
+    "description": "50 % of the documents, those most like papers-heldout.jsonl",
     "before": {"documents": 8400, "tokens": 27_900_000},
     "after": {"documents": 4200, "tokens": 18_600_000},
     "unit": "nats/n-gram",
-    "edges": None,
-    "values": {"edges": [-1.0, 0.0, 1.0], "kept": [0, 4200], "dropped": [4100, 100]},
+    "score_bounds": None,
+    "score_histogram": {"bin_edges": [-1.0, 0.0, 1.0], "kept": [0, 4200], "dropped": [4100, 100]},
     "kept": [{"text": "Background: we asked 20 women.", "value": 0.151}],
     "dropped": [{"text": "Once upon a time.", "value": -1.104}],
 }
@@ -106,13 +133,14 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
             "high": high,
             "bits_per_byte_difference": after[k]["bits_per_byte"] - before[k]["bits_per_byte"],
             "share_of_range": move[k] / 9.2,
-            "relative": move[k] / start[k],
+            "relative_difference": move[k] / start[k],
             "units": "documents" if k != "code" else "windows",
-            "count": 812,
+            "unit_count": 812,
             "verdict": said,
         }
     return {
-        "format": 1,
+        "format": 2,
+        "id": f"id-{name}",
         "name": name,
         "status": "finished",
         "created": "2026-11-20T09:12:44+00:00",
@@ -121,10 +149,9 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
         "stage_yaml": STAGE,
         "stage": {"name": name, "tokens": 20_000_000},
         "model": {
-            "start": "./base",
+            "start_model": "./base",
             "parameters": 134_515_008,
-            "vocabulary": 49_152,
-            "architecture": "LlamaForCausalLM",
+            "vocab_size": 49_152,
         },
         "fingerprints": {
             "start_model": "9f2c61a0d7b84e55" * 4,
@@ -145,7 +172,7 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
                 "threads": "one per physical core",
             },
         },
-        "realign": copy.deepcopy(RELEARNING),
+        "relearning": copy.deepcopy(RELEARNING),
         "plan": {
             "steps": 1221,
             "rows": 19_532,
@@ -157,23 +184,23 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
                     "role": "new",
                     "share": 0.9,
                     "rows": 17_579,
-                    "trained": 18_000_000,
+                    "trained_tokens": 18_000_000,
                     "passes": 0.74,
-                    "available": 24_310_221,
-                    "selected": [dict(DUPLICATES), dict(DSIR)],
+                    "available_tokens": 24_310_221,
+                    "selection": [dict(DUPLICATES), dict(DSIR)],
                 },
                 {
                     "name": "replay",
                     "role": "replay",
                     "share": 0.1,
                     "rows": 1_953,
-                    "trained": 2_000_000,
+                    "trained_tokens": 2_000_000,
                     "passes": 0.02,
-                    "available": 101_220_417,
+                    "available_tokens": 101_220_417,
                 },
             ],
         },
-        "ledger": {
+        "token_ledger": {
             "papers": {
                 "read": 25_010_331,
                 "held_out": 612_004,
@@ -195,7 +222,7 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
                 "context": 0,
             },
         },
-        "achieved": {
+        "totals": {
             "tokens": 20_000_000,
             "seconds": 9918.4,
             "tokens_per_second": 2016.5,
@@ -204,7 +231,7 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
                     "name": "papers",
                     "role": "new",
                     "share": 0.8999356,
-                    "trained": 17_998_712,
+                    "trained_tokens": 17_998_712,
                     "rows": 17_578,
                     "passes": 0.7404,
                 },
@@ -212,7 +239,7 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
                     "name": "replay",
                     "role": "replay",
                     "share": 0.1000644,
-                    "trained": 2_001_288,
+                    "trained_tokens": 2_001_288,
                     "rows": 1_954,
                     "passes": 0.0198,
                 },
@@ -221,13 +248,17 @@ def make_record(name: str = "medicine", forgetting: float = 0.0104, gain: float 
         "schedule_curve": [[s, learning_rate(s)] for s in range(0, 1222, 3)],
         "scores": {"before": before, "after": after},
         "changes": changes,
-        "gate": {
+        "retention_gate": {
             "max_forgetting": 0.02,
-            "level": 0.05,
-            "worst": {"set": "general", "rise": move["general"], "high": changes["general"]["high"]},
+            "loss_rise_limit": 0.05,
+            "worst": {
+                "set": "general",
+                "relative_difference": move["general"],
+                "relative_high": changes["general"]["high"],
+            },
             "passed": changes["general"]["high"] < 0.02,
         },
-        "overlap": {"general": {"documents": 812, "duplicates": 0, "any": 3, "half": 0}},
+        "contamination": {"general": {"documents": 812, "duplicates": 0, "any_overlap": 3, "half_overlap": 0}},
         "samples": [
             {
                 "set": "papers",
@@ -278,7 +309,7 @@ def make_metrics(record: dict, steps: int = 1221, seed: int = 0, evaluations: in
                     "low": change - wide,
                     "high": change + wide,
                 }
-            result.append({"kind": "evaluation", "step": step, "trained": step * per_step, "sets": sets})
+            result.append({"kind": "evaluation", "step": step, "trained_tokens": step * per_step, "sets": sets})
         if step == steps:
             break
         papers = 2.31 - 0.33 * (1 - math.exp(-t * 4)) + dice.gauss(0, 0.05)
@@ -287,14 +318,14 @@ def make_metrics(record: dict, steps: int = 1221, seed: int = 0, evaluations: in
             {
                 "kind": "step",
                 "step": step + 1,
-                "trained": (step + 1) * per_step,
+                "trained_tokens": (step + 1) * per_step,
                 "loss": 0.9 * papers + 0.1 * replay,
-                "losses": {"next-token": 0.9 * papers + 0.1 * replay},
-                "by_source": {
+                "losses_by_objective": {"next-token": 0.9 * papers + 0.1 * replay},
+                "loss_sums_by_source": {
                     "papers": [papers * per_step * 0.9, round(per_step * 0.9)],
                     "replay": [replay * per_step * 0.1, round(per_step * 0.1)],
                 },
-                "rate": learning_rate(step),
+                "learning_rate": learning_rate(step),
                 "grad_norm": 0.9 + 0.4 * math.exp(-t * 30) + abs(dice.gauss(0, 0.1)) + (4.2 if step == 700 else 0),
                 "seconds": 8.1 * (step + 1),
             }
@@ -325,7 +356,7 @@ def make_tree() -> dict:
             {"name": "general", "learnt_at": 0},
             {"name": "papers", "learnt_at": 1},
             {"name": "law", "learnt_at": 2},
-            {"name": "news", "learnt_at": None},
+            {"name": "news", "learnt_at": 0},
         ],
         "R": matrix,
         "summary": {

@@ -9,6 +9,7 @@ import pytest
 
 from postgrad.reports.pages.blend_page import blend_page
 from postgrad.reports.pages.shift_page import shift_page
+from postgrad.reports.results import BlendResult, ShiftResult
 from tests.reports.test_page import said, walked
 
 
@@ -22,8 +23,8 @@ def text(bits: float, name: str) -> dict[str, Any]:
     }
 
 
-def shift(surprise: float = 0.8, strength: str = "strong") -> dict[str, Any]:
-    return {
+def shift(surprise: float = 0.8, strength: str = "strong") -> ShiftResult:
+    raw = {
         "model": "base",
         "strength": strength,
         "old": text(1.1, "old.jsonl"),
@@ -32,9 +33,10 @@ def shift(surprise: float = 0.8, strength: str = "strong") -> dict[str, Any]:
         "distances": {"byte trigrams": {"value": 0.5, "low": 0.49, "high": 0.51, "same": 0.004}},
         "proposals": [{"what": "replay share", "value": "25%", "reason": "it is far", "source": "a paper"}],
     }
+    return ShiftResult.model_validate(raw)
 
 
-def blend() -> dict[str, Any]:
+def blend() -> BlendResult:
     def changes(weight: float) -> dict[str, Any]:
         ends = {"stories": ("retained", 0.4), "papers": ("learned", -0.9)}
         return {
@@ -43,7 +45,8 @@ def blend() -> dict[str, Any]:
         }
 
     points = [{"name": f"{w:g}", "weight": w, "block": None, "changes": changes(w)} for w in (0.0, 0.5, 1.0)]
-    return {"run": "runs/a", "start": "base", "average": None, "chosen": "0.5", "points": points}
+    raw = {"run": "runs/a", "start": "base", "average": None, "chosen": "0.5", "points": points}
+    return BlendResult.model_validate(raw)
 
 
 @pytest.mark.parametrize("html", [shift_page(shift()), blend_page(blend())], ids=["shift", "blend"])
@@ -57,9 +60,12 @@ def test_a_table_lies_in_one_region_with_a_name(html: str) -> None:
 
 def test_the_numbers_of_a_shift_and_of_a_sweep_are_told() -> None:
     found = said(shift_page(shift()))
-    assert "takes the model 0.800 bits more than one of the old (new less old +0.780 to +0.820)" in found
+    assert (
+        "The model needs 0.800 bits more per byte of the new text than of the old (new minus old +0.780 to +0.820)"
+        in found
+    )
     assert "0.500 (0.490 to 0.510)" in found and "+0.5" not in found  # a divergence has no sign
-    assert "takes the model 0.300 bits less than one of the old" in said(shift_page(shift(-0.3, "weak")))
+    assert "The model needs 0.300 bits fewer per byte" in said(shift_page(shift(-0.3, "weak")))
     assert all(words in found for words in ("replay share", "25%", "it is far", "1.900"))
     found = said(blend_page(blend()))
-    assert "+0.4000" in found and "Chosen: 0.5" in found
+    assert "+0.4000" in found and "Selected: 0.5" in found

@@ -39,7 +39,7 @@ def stage_of(
     shelf: Workspace, model: str, rows: str = "chat", tuning: dict[str, Any] | None = None, **changes: Any
 ) -> dict[str, Any]:
     name = changes.pop("name", f"{model}-{rows}" + (f"-{tuning['kind']}" if tuning else ""))
-    learned = [{"name": rows, "path": shelf.file(rows, held_out=True), "like": rows}]
+    learned = [{"name": rows, "path": shelf.file(rows, held_out=True), "same_format_as": rows}]
     return shelf.stage(
         name, tuning, model=model, sources=[shelf.source(rows, held_out=0.0)], tokens=300,
         evaluation={**QUICK_EVALUATION, "learned": [{**learned[0], "name": "held-out"}]}, data={"sequence_length": 96}, **changes,

@@ -125,7 +125,7 @@ def pure(shelf: Workspace, name: str, **changes: Any) -> dict[str, Any]:
     return shelf.stage(
         f"taught-{name}".replace(" ", "-"),
         model=model,
-        sources=[shelf.source(rows, kind, **({"words": words} if words else {}))],
+        sources=[shelf.source(rows, kind, **({"label_words": words} if words else {}))],
         objectives=[DISTILL],
         tokens=100,
         evaluation={**QUICK_EVALUATION, "learned": [shelf.file(rows, held_out=True)]},
@@ -174,7 +174,7 @@ def teacher_of(run: Run) -> Any:
 
 
 def test_a_task_layer_that_moves_is_not_switched_off_so_the_teacher_is_a_second_model(shelf: Workspace) -> None:
-    tuning = {"kind": "lora", "rank": 2, "also": ["classifier"]}
+    tuning = {"kind": "lora", "rank": 2, "also_train": ["classifier"]}
     raw = pure(shelf, "class", tuning=tuning) | {"objectives": [{"kind": "classify"}, DISTILL]}
     reports, _, run = stepped(shelf, raw, 2)
     assert teacher_of(run) is not run.model and reports[0].losses["distill"] == pytest.approx(0, abs=1e-6)
@@ -315,7 +315,7 @@ def test_a_teacher_of_other_tokens_is_refused_by_name(shelf: Workspace) -> None:
         assert caught.value.where == "objectives[1].teacher"
 
 
-@pytest.mark.parametrize("second", [{"kind": "on-policy", "prompt_tokens": 8, "new_tokens": 8}, NEXT])
+@pytest.mark.parametrize("second", [{"kind": "on-policy", "prompt_tokens": 8, "max_new_tokens": 8}, NEXT])
 def test_an_objective_that_is_taken_on_nothing_is_refused(shelf: Workspace, second: dict[str, Any]) -> None:
     with pytest.raises(StageError, match="is taken on no source") as caught:
         shelf.plan(shelf.stage("unused", objectives=[NEXT, second]))
@@ -325,7 +325,7 @@ def test_an_objective_that_is_taken_on_nothing_is_refused(shelf: Workspace, seco
 def test_a_classifier_of_other_labels_is_no_teacher(shelf: Workspace) -> None:
     raw = pure(shelf, "class")
     raw["objectives"] = [{"kind": "classify"}, {**DISTILL, "teacher": decided(shelf, "paired")}]
-    with pytest.raises(StageError, match="no layer for this task and these labels"):
+    with pytest.raises(StageError, match="no task layer for the labels"):
         stepped(shelf, raw, 1)
     for tuning in ({"kind": "full"}, {"kind": "lora", "rank": 2}):  # nor is a model without any
         fresh = raw | {
@@ -333,7 +333,7 @@ def test_a_classifier_of_other_labels_is_no_teacher(shelf: Workspace) -> None:
             "objectives": [{"kind": "classify"}, DISTILL],
             "tuning": tuning,
         }
-        with pytest.raises(StageError, match="no layer for this task and these labels"):
+        with pytest.raises(StageError, match="no task layer for the labels"):
             stepped(shelf, fresh, 1)
 
 
@@ -353,7 +353,7 @@ def test_a_teacher_behind_a_prompt_of_its_own_is_refused(shelf: Workspace) -> No
     ("objective", "said"),
     [
         ({"cache": "sampled", "direction": "reverse"}, "reverse"),
-        ({"cache": {"kind": "top-k", "draws": 5}}, r"(?s)cache.draws.*one of kind, k"),
+        ({"cache": {"kind": "top-k", "samples": 5}}, r"(?s)cache.samples.*one of kind, k"),
         ({"cache": "topk"}, r"there is no kind 'topk'"),
         ({"weight": {"start": 1.0}}, r"weight.end: the key is missing"),
         (
@@ -452,7 +452,7 @@ def test_what_is_drawn_is_in_the_mean_what_the_teacher_says(shelf: Workspace, tm
     """Over many seeds of the draws alone; a teacher's own draws, not those of the test above."""
     raw = cached(shelf, "drawn", "none")
     (_, wanted), found = gradient_of(shelf.plan(raw)), []
-    cache = {"kind": "sampled", "draws": 20, "temper": temper}
+    cache = {"kind": "sampled", "samples": 20, "sampling_power": temper}
     for seed in range(12):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cached_teacher, "derive_key", lambda *_, seed=seed: 1000 + seed)
@@ -498,13 +498,13 @@ def test_what_was_said_of_other_rows_is_refused_and_both_are_named(shelf: Worksp
     row = rows.at(key, 0)
     other = row._replace(labels=row.labels[::-1].copy())
     for wrong in (other, rows.at(int(told.keys[1]), 0)):
-        with pytest.raises(DataError, match=r"is [0-9a-f]{16} now, and the teacher read [0-9a-f]{16}"):
+        with pytest.raises(DataError, match=r"has the digest [0-9a-f]{16}, and the teacher read [0-9a-f]{16}"):
             told.lookup(key, wrong)
-    with pytest.raises(DataError, match="never asked about row 999"):
+    with pytest.raises(DataError, match="no teacher prediction for row 999"):
         told.lookup(999, row)
-    description = json.loads((told.folder / "told.json").read_text())
-    (told.folder / "told.json").write_text(json.dumps({**description, "temperature": 3.0}))
-    with pytest.raises(DataError, match=r"has the key \w+, and these rows have \w+: temperature"):
+    description = json.loads((told.folder / "teacher_cache.json").read_text())
+    (told.folder / "teacher_cache.json").write_text(json.dumps({**description, "temperature": 3.0}))
+    with pytest.raises(DataError, match=r"have the key \w+, and these rows have \w+: temperature"):
         find_cache_jobs(plan)
 
 

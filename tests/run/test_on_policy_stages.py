@@ -31,7 +31,7 @@ from tests.conftest import VOCABULARY, make_llama, make_tokenizer
 from tests.tiny_stages import Workspace, make_workspace, run_interrupted, run_trace
 
 CPU = World(torch.device("cpu"))
-WRITES = {"kind": "on-policy", "prompt_tokens": 5, "new_tokens": 7, "teacher": "other"}
+WRITES = {"kind": "on-policy", "prompt_tokens": 5, "max_new_tokens": 7, "teacher": "other"}
 NEXT = {"kind": "next-token"}
 
 
@@ -132,7 +132,7 @@ def test_prompts_are_the_beginnings_of_windows_and_of_examples(shelf: Workspace)
     marks = leaf.store.marks(int(asked.data.rows[0].document_R[0]))  # type: ignore[index]
     assert marks is not None and row.inputs["input_ids"][:-6].tolist() == whole[: int(np.argmax(marks != 0))]
     with pytest.raises(StageError, match="no room"):
-        shelf.plan(stage_of(shelf, "room", objectives=[{**WRITES, "new_tokens": 49}]))
+        shelf.plan(stage_of(shelf, "room", objectives=[{**WRITES, "max_new_tokens": 49}]))
 
 
 # -- the step ----------------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_a_step_is_the_reverse_divergence_on_what_was_written_by_hand(shelf: Wor
             counted += len(text)
     report = make_step(plan, run)(run, batches)
     assert report.tokens == counted and report.loss == pytest.approx(total.item() / counted, rel=1e-5)
-    other, again = built(plan, micro=4)
+    other, again = built(plan, micro_batch_size=4)
     assert make_step(plan, other)(other, again.read(1)).loss == pytest.approx(report.loss, rel=1e-5)
 
 

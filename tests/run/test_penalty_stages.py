@@ -97,7 +97,7 @@ def test_every_key_changes_what_is_trained(shelf: Workspace) -> None:
     other = {
         "strength": (ANCHOR, 2.0),
         "importance": (ANCHOR, weighed["importance"]),
-        "normalise": (weighed, True),
+        "normalize": (weighed, True),
         "reference": (ANCHOR, str(elsewhere)),
         "decoupled": (ANCHOR, True),
         "only": (ANCHOR, ["model.layers"]),
@@ -183,12 +183,12 @@ TUNED = [
     {"kind": "norm"},
     {"kind": "head", "untie": True},
     {"kind": "lora", "rank": 2},
-    {"kind": "lora", "rank": 2, "form": "dora"},
-    {"kind": "lora", "rank": 2, "form": "pissa"},
-    {"kind": "lora", "rank": 2, "also": ["model.norm.weight"]},
+    {"kind": "lora", "rank": 2, "variant": "dora"},
+    {"kind": "lora", "rank": 2, "variant": "pissa"},
+    {"kind": "lora", "rank": 2, "also_train": ["model.norm.weight"]},
     {"kind": "osf"},
-    {"kind": "adapter", "form": "houlsby", "size": 4},
-    {"kind": "expand", "positions": [0], "also": ["model.norm.weight"]},
+    {"kind": "adapter", "variant": "houlsby", "size": 4},
+    {"kind": "expand", "positions": [0], "also_train": ["model.norm.weight"]},
     {"kind": "p-tuning", "template": "{2} {x}", "encoder": "mlp", "hidden": 8, "backbone": "trained"},
 ]
 
@@ -253,7 +253,7 @@ def test_auto_stores_in_bf16_what_is_exact_there(shelf: Workspace, tmp_path: Pat
 
 
 def test_only_some_weights_are_held_when_they_are_named(shelf: Workspace) -> None:
-    raw = shelf.stage("only", penalties=[{**ANCHOR, "strength": 1e6, "only": ["*embed_tokens*", "model.layers.0"]}])
+    raw = shelf.stage("only", penalties=[{**ANCHOR, "strength": 1e6, "targets": ["*embed_tokens*", "model.layers.0"]}])
     before, after, _ = train_for(shelf, raw, 2)
     moved = {n: float((after[n] - before[n]).abs().max()) for n in before}
     assert moved["model.layers.1.mlp.up_proj.weight"] > 1e-2
@@ -265,7 +265,7 @@ def test_normalised_importance_has_mean_one(shelf: Workspace) -> None:
     file = importance(shelf)
     values = []
     for normalise in (False, True):
-        raw = shelf.stage("mean", penalties=[{**ANCHOR, "importance": file, "normalise": normalise}])
+        raw = shelf.stage("mean", penalties=[{**ANCHOR, "importance": file, "normalize": normalise}])
         _, _, run = train_for(shelf, raw, 0)
         for master in run.weights.masters:
             master.detach().add_(0.1)
@@ -373,7 +373,7 @@ def test_rows_that_the_reference_lacks_are_held_to_nothing(shelf: Workspace, tmp
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"only": ["*embedd_tokens*"]}, r"penalties\[0\]\.only[\s\S]*names no weight"),
+        ({"targets": ["*embedd_tokens*"]}, r"penalties\[0\]\.targets[\s\S]*names no weight"),
         ({"importance": "nowhere.safetensors"}, r"penalties\[0\]\.importance[\s\S]*postgrad importance MODEL"),
         ({"reference": "nowhere"}, r"penalties\[0\]\.reference: there is no folder nowhere"),
         ({"reference": ""}, r"penalties\[0\]\.reference: no model is named"),
@@ -415,7 +415,7 @@ def test_what_is_no_importance_is_refused(shelf: Workspace) -> None:
         {"penalties": [ANCHOR]},
         {"penalties": [{**ANCHOR, "decoupled": True, "strength": 5.0}]},
         {"penalties": [{**ANCHOR, "strength": "auto"}], "tuning": {"kind": "lora", "rank": 2}},
-        {"penalties": [{**ANCHOR, "strength": "auto"}, {**ANCHOR, "storage": "mapped"}]},
+        {"penalties": [{**ANCHOR, "strength": "auto"}, {**ANCHOR, "storage": "mmap"}]},
     ],
     ids=["l2-sp", "decoupled", "auto-lora", "two"],
 )
@@ -535,7 +535,7 @@ def test_a_decoupled_pull_holds_too(shelf: Workspace) -> None:
 
 def test_check_says_what_is_held_and_what_it_costs(shelf: Workspace) -> None:
     file = importance(shelf)
-    penalties = [{**ANCHOR, "importance": file}, {"kind": "anchor", "strength": "auto", "storage": "mapped"}]
+    penalties = [{**ANCHOR, "importance": file}, {"kind": "anchor", "strength": "auto", "storage": "mmap"}]
     found = check_stage(shelf.plan(shelf.stage("checked", penalties=penalties)), cache=shelf.cache)
     numbers = found["parameters"]
     first, second = found["penalties"]
@@ -557,10 +557,10 @@ def test_check_says_that_low_rank_updates_need_no_copies(shelf: Workspace) -> No
 
 def test_what_cannot_be_mapped_is_copied_and_said(shelf: Workspace) -> None:
     first = shelf.run(shelf.stage("lora-first", {"kind": "lora", "rank": 2})).run_folder
-    raw = shelf.stage("on-lora", penalties=[{**ANCHOR, "storage": "mapped"}], model=str(first))
+    raw = shelf.stage("on-lora", penalties=[{**ANCHOR, "storage": "mmap"}], model=str(first))
     about = anchor_of(train_for(shelf, raw, 0)[2]).metadata
     (note,) = about["notes"]  # type: ignore[misc]
-    assert "do not lie in files" in str(note) and about["bytes"]["mapped"] == 0  # type: ignore[index]
+    assert "copied instead of mapped" in str(note) and about["bytes"]["mapped"] == 0  # type: ignore[index]
 
 
 def test_check_tells_what_is_wrong(shelf: Workspace) -> None:
@@ -629,7 +629,7 @@ def test_importance_of_a_classifier(shelf: Workspace, rows: str) -> None:
         objectives=[{"kind": "classify"}],
         tokens=20,
         evaluation=QUICK_EVALUATION
-        | {"learned": [{"name": "x", "path": shelf.file(rows, held_out=True), "like": rows}]},
+        | {"learned": [{"name": "x", "path": shelf.file(rows, held_out=True), "same_format_as": rows}]},
     )
     place = shelf.run(raw).run_folder
     for kind in ("fisher", "empirical", "mas"):

@@ -110,7 +110,7 @@ def test_loss_and_gradient_are_those_of_transformers(shelf: Workspace) -> None:
 
 def test_it_stands_beside_plain_text_in_one_stage(shelf: Workspace) -> None:
     objectives = [{"kind": "prefix-lm", "on": ["completion"]}, {"kind": "next-token"}]
-    learned = [{"name": "answers", "path": shelf.file("completion", held_out=True), "like": "completion"}]
+    learned = [{"name": "answers", "path": shelf.file("completion", held_out=True), "same_format_as": "completion"}]
     evaluation = {**QUICK_EVALUATION, "learned": [*learned, shelf.file("new", held_out=True)]}
     raw = stage_of(shelf, "beside", objectives=objectives, evaluation=evaluation)
     plan = shelf.plan(raw)
@@ -246,6 +246,10 @@ def test_samples_are_written_as_the_model_reads(shelf: Workspace, monkeypatch: p
     objectives = [{"kind": "prefix-lm", "on": ["completion"]}, {"kind": "next-token"}]
     text = "one and two. three and four. five and six. seven and eight. nine and ten. one and two. three and four. " * 2
     long = write_jsonl(shelf.folder / "long.jsonl", [text])
-    evaluation = {**QUICK_EVALUATION, "samples": 1, "learned": [{"name": "long", "path": str(long), "like": "new"}]}
+    evaluation = {
+        **QUICK_EVALUATION,
+        "samples": 1,
+        "learned": [{"name": "long", "path": str(long), "same_format_as": "new"}],
+    }
     done = shelf.run(stage_of(shelf, "samples", objectives=objectives, evaluation=evaluation, tokens=200))
     assert len(done.record["samples"]) == 1 and asked == [True]

@@ -55,7 +55,7 @@ def knowing(carried_out: Carried, base: Path, tmp_path: Path) -> str:
 def forgetful(base: Path, model: str, **changes: Any) -> dict[str, Any]:
     evaluation = {
         "retained": [str(base / "old-heldout.jsonl")], "learned": [str(base / "new-heldout.jsonl")],
-        "samples": 0, "drift_tokens": 0, "realign_steps": 12, **changes.pop("evaluation", {}),
+        "samples": 0, "drift_tokens": 0, "relearning_steps": 12, **changes.pop("evaluation", {}),
     }  # fmt: skip
     data = {"sequence_length": 32, "sources": [{"name": "new", "path": str(base / "new.jsonl"), "max_passes": 100}]}
     return {"model": model, "data": data, "evaluation": evaluation, "tokens": 8000, **changes}
@@ -73,7 +73,9 @@ def test_what_comes_back_is_told_from_what_is_lost(carried_out: Carried, knowing
     assert entry["share"]["value"] == pytest.approx(entry["won"]["value"] / entry["forgot"]["value"])
     assert entry["won"]["low"] > 0 and entry["share"]["value"] > 0.3  # one text was over the other, and can be dug out
     (line,) = [
-        event.message for event in events if isinstance(event, InfoMessage) and "came back in 12 steps" in event.message
+        event.message
+        for event in events
+        if isinstance(event, InfoMessage) and "12 steps on old text recovered" in event.message
     ]
     assert line.startswith("old-heldout: of +")
     assert "What a few steps on old text bring back" in (last.run_folder / "report.html").read_text()
@@ -99,7 +101,7 @@ def test_copies_are_trained_and_the_published_model_is_not(
 ) -> None:
     one, _ = carried_out(**forgetful(base, knowing, output=str(tmp_path / "with")))
     other, _ = carried_out(
-        **forgetful(base, knowing, output=str(tmp_path / "without"), evaluation={"realign_steps": 0})
+        **forgetful(base, knowing, output=str(tmp_path / "without"), evaluation={"relearning_steps": 0})
     )
     assert other.record["realign"] is None
     manifests = [json.loads((run.run_folder / "model" / MANIFEST).read_text()) for run in (one, other)]
@@ -128,7 +130,7 @@ def test_a_replay_source_gives_its_other_documents(carried_out: Carried, knowing
             "held_out": 0.3,
         },
     ]
-    raw = forgetful(base, knowing, evaluation={"retained": [], "realign_steps": 4})
+    raw = forgetful(base, knowing, evaluation={"retained": [], "relearning_steps": 4})
     raw["data"]["sources"] = sources
     last, _ = carried_out(**raw)
     (name,) = last.record["realign"]["sets"]
@@ -138,14 +140,14 @@ def test_a_replay_source_gives_its_other_documents(carried_out: Carried, knowing
 
 def test_nothing_is_tried_without_old_text_or_an_old_model(stage_of: StageOf, tmp_path: Path) -> None:
     raw = stage_of()
-    raw["evaluation"] |= {"retained": [], "realign_steps": 5}
+    raw["evaluation"] |= {"retained": [], "relearning_steps": 5}
     raw["data"]["sources"] = [{**raw["data"]["sources"][0], "share": 1.0}]
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
     assert relearning._relearning_sources(plan) == []
     assert relearning.relearning_notes(plan) == [
-        "nothing is re-aligned: there is no retained set (evaluation.realign_steps)"
+        "nothing is re-aligned: there is no retained set (evaluation.relearning_steps)"
     ]
-    raw["model"] = {"fresh": "llama-1M", "tokenizer": {"vocabulary": 300}}
+    raw["model"] = {"from_scratch": "llama-1M", "tokenizer": {"vocab_size": 300}}
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
     (note,) = relearning.relearning_notes(plan)
     assert "the start model is new" in note
@@ -155,7 +157,7 @@ def test_a_set_that_is_too_small_is_named(stage_of: StageOf, base: Path, tmp_pat
     few = write_jsonl(tmp_path / "few.jsonl", old_text(9, 5))
     enough = write_jsonl(tmp_path / "enough.jsonl", old_text(10, 6))
     raw = stage_of()
-    raw["evaluation"] |= {"retained": [str(few), str(enough)], "realign_steps": 5}
+    raw["evaluation"] |= {"retained": [str(few), str(enough)], "relearning_steps": 5}
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
     (note,) = relearning.relearning_notes(plan)
     assert note.startswith("few: not re-aligned: 9 documents are too few")

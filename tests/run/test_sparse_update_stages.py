@@ -26,9 +26,9 @@ from postgrad.training.checkpoint_files import read_progress
 from postgrad.training.metrics_log import read_metrics
 from tests.tiny_stages import Workspace, make_workspace, run_interrupted, run_trace, train_for
 
-MOMENTUM = {"update": {"kind": "momentum", "share": "10%"}}
-MAGNITUDE = {"update": {"kind": "magnitude", "share": "30%"}}
-FINCH = {"loss_adaptive": {"start": "50%"}}
+MOMENTUM = {"sparse_update": {"kind": "mofo", "share": "10%"}}
+MAGNITUDE = {"sparse_update": {"kind": "migu", "share": "30%"}}
+FINCH = {"loss_adaptive": {"initial_share": "50%"}}
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def told(home: Path) -> list[dict[str, Any]]:
 
 
 WHOLE: dict[str, dict[str, Any]] = {
-    "momentum": {"update": {"kind": "momentum", "share": 1}},
-    "magnitude": {"update": {"kind": "magnitude", "share": 1}},
+    "momentum": {"sparse_update": {"kind": "mofo", "share": 1}},
+    "magnitude": {"sparse_update": {"kind": "migu", "share": 1}},
 }
 
 
@@ -72,7 +72,9 @@ def test_a_rate_that_forgot_its_losses_would_be_caught(shelf: Workspace, monkeyp
 
 
 def test_the_rate_follows_the_loss(shelf: Workspace) -> None:
-    place = shelf.run(shelf.stage("paced", optimizer={"loss_adaptive": {"start": "40%", "smoothing": 0.5}})).run_folder
+    place = shelf.run(
+        shelf.stage("paced", optimizer={"loss_adaptive": {"initial_share": "40%", "smoothing": 0.5}})
+    ).run_folder
     mean = first = told(place)[0]["loss"]
     for row in told(place):
         mean = 0.5 * mean + 0.5 * row["loss"]
@@ -86,13 +88,13 @@ TUNED: list[dict[str, Any]] = [
     {"kind": "full", "layer_decay": 0.7},
     {"kind": "blocks", "last": 2, "unfreeze_every": "2 steps"},
     {"kind": "lora", "rank": 3},
-    {"kind": "lora", "rank": 2, "form": "dora"},
-    {"kind": "lora", "rank": 2, "form": "pissa", "also": ["model.layers.0.mlp.up_proj.weight"]},
+    {"kind": "lora", "rank": 2, "variant": "dora"},
+    {"kind": "lora", "rank": 2, "variant": "pissa", "also_train": ["model.layers.0.mlp.up_proj.weight"]},
     {"kind": "osf"},
-    {"kind": "adapter", "form": "houlsby", "size": 4},
+    {"kind": "adapter", "variant": "houlsby", "size": 4},
     {"kind": "expand", "positions": [0]},
     {"kind": "prefix", "length": 2, "hidden": 8},
-    {"kind": "prompt", "length": 2, "also": ["model.layers.0.mlp.up_proj.weight"]},
+    {"kind": "prompt", "length": 2, "also_train": ["model.layers.0.mlp.up_proj.weight"]},
 ]
 
 
@@ -119,7 +121,7 @@ def test_the_largest_rows_of_every_tuning_that_has_rows(shelf: Workspace, tuning
         said = "read what is no text" if name_of(tuning) == "dora" else "moves no linear layer"
         with pytest.raises(StageError, match=said) as error:
             train_for(shelf, raw, 1)
-        assert error.value.where == "optimizer.update"
+        assert error.value.where == "optimizer.sparse_update"
         return
     before, after, run = train_for(shelf, raw, 1)
     moving = run.optimizer.update_mask
@@ -151,7 +153,7 @@ def test_it_works_on_other_models(shelf: Workspace, name: str, optimizer: dict[s
 OTHER: list[tuple[type[ConfigModel], str, dict[str, Any]]] = [
     (MomentumUpdate, "update", {"share": 0.2}),
     (MagnitudeUpdate, "update", {"share": 0.6}),
-    (LossAdaptive, "loss_adaptive", {"start": 0.3, "smoothing": 0.2}),
+    (LossAdaptive, "loss_adaptive", {"initial_share": 0.3, "smoothing": 0.2}),
 ]
 
 
@@ -277,11 +279,11 @@ def test_compiled_blocks_move_the_same_rows(shelf: Workspace) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "said"),
     [
-        ({"update": {"kind": "momentum", "share": 0}}, "optimizer.update"),
-        ({"update": {"kind": "momentum", "share": "120%"}}, "optimizer.update"),
-        ({"update": {"kind": "moment"}}, "optimizer.update"),
-        ({"update": {"kind": "momentum", "shares": 1}}, "shares"),
-        ({"loss_adaptive": {"start": 0}}, "optimizer.loss_adaptive.start"),
+        ({"sparse_update": {"kind": "mofo", "share": 0}}, "optimizer.sparse_update"),
+        ({"sparse_update": {"kind": "mofo", "share": "120%"}}, "optimizer.sparse_update"),
+        ({"sparse_update": {"kind": "moment"}}, "optimizer.sparse_update"),
+        ({"sparse_update": {"kind": "mofo", "shares": 1}}, "shares"),
+        ({"loss_adaptive": {"initial_share": 0}}, "optimizer.loss_adaptive.initial_share"),
         ({"loss_adaptive": {"smoothing": 1}}, "optimizer.loss_adaptive.smoothing"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from postgrad.reports.sections.task_tables import cluster_table, task_table
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -29,7 +30,6 @@ from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.models.task import Task
 from postgrad.plan.task_prompts import PromptedTask, TaskPrompt, make_prompted_task
 from postgrad.reports.pages import run_page
-from postgrad.reports.sections.task_tables import cluster_table, task_table
 from postgrad.run import task_scores
 from postgrad.run.run import run_stage
 from postgrad.run.task_scores import answer_tasks, choice_scores, read_answers
@@ -49,9 +49,9 @@ def quizzes(shelf: Workspace, *names: str) -> list[dict[str, Any]]:
     """Tasks that are chosen or written, with demonstrations or without."""
     every: list[dict[str, Any]] = [
         {"name": "kinds", "path": shelf.file("labelled", held_out=True), "cluster": "sorts", "shots": 2, "seeds": 2,
-         "shown": {"path": shelf.file("labelled"), "by": "balanced"}, "items": 16, "during": True},
+         "few_shot": {"path": shelf.file("labelled"), "sampler": "balanced"}, "items": 16, "during_training": True},
         {"name": "pairs", "path": shelf.file("choices", held_out=True), "cluster": "choices", "calibrate": True},
-        {"name": "named", "path": shelf.file("completion", held_out=True), "role": "learned", "most_tokens": 4,
+        {"name": "named", "path": shelf.file("completion", held_out=True), "role": "learned", "max_new_tokens": 4,
          "cluster": "sorts"},
     ]  # fmt: skip
     return [each for each in every if not names or each["name"] in names]
@@ -80,7 +80,7 @@ LOG_P = {OWN: np.array([-3.0, -4.0]), BARE: np.array([-1.0, -3.0]), FREE: np.log
 
 def compared(shelf: Workspace, by: str, *against: ChoiceItem, calibrate: bool = False) -> list[float]:
     quiz = asked_of(shelf, shelf.file("choices"))
-    quiz = replace(quiz, task=quiz.task.model_copy(update={"by": by, "calibrate": calibrate}))
+    quiz = replace(quiz, task=quiz.task.model_copy(update={"normalization": by, "calibrate": calibrate}))
     return choice_scores(quiz, TaskPrompt("", "", 0, OWN, against), ("sé", "long"), LOG_P).tolist()
 
 
@@ -206,10 +206,10 @@ def test_check_says_that_several_processes_do_not_ask_during_training(shelf: Wor
     raw = shelf.stage("during")
     said = []
     for during in (False, True):
-        task = {"name": "kinds", "path": shelf.file("labelled", held_out=True), "items": 4, "during": during}
+        task = {"name": "kinds", "path": shelf.file("labelled", held_out=True), "items": 4, "during_training": during}
         raw["evaluation"] = {**shelf.text_evaluation, "tasks": [task]}
         said.append(check_stage(shelf.plan(raw), cache=shelf.cache)["text"])
-    assert ["note: kinds: asked during training by one process" in text for text in said] == [False, True]
+    assert ["note: kinds: evaluated only before and after training" in text for text in said] == [False, True]
 
 
 def test_looks_during_training_ask_what_is_asked_for(shelf: Workspace, run: Path) -> None:
@@ -225,7 +225,7 @@ def test_looks_are_right_however_a_model_attends_while_it_is_trained(shelf: Work
     compute = {"threads": 1, "dtype": "float32", "compile": False, "attention": "causal_blocks"}
     schedule = {"kind": "constant", "peak": 3e-2, "warmup": 0}
     raw = examined(shelf, "attending", "named", compute=compute, schedule=schedule, tokens=24 * 4 * 48)
-    raw["evaluation"]["tasks"][0] |= {"during": True, "metrics": ["chrF"]}
+    raw["evaluation"]["tasks"][0] |= {"during_training": True, "metrics": ["chrF"]}
     record = shelf.run(raw).record
     (entry,) = record["tasks"]
     assert entry["after"]["chrF"]["value"] > entry["before"]["chrF"]["value"] + 1
@@ -303,7 +303,7 @@ def test_a_stopped_run_says_what_was_answered_before(shelf: Workspace) -> None:
 def test_other_test_rows_are_another_stage(shelf: Workspace, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "t.jsonl", [{"prompt": f"{i}?", "completion": " x"} for i in range(5)])
     raw = examined(shelf, "moved")
-    raw["evaluation"]["tasks"] = [{"name": "quiz", "path": str(path), "most_tokens": 2}]
+    raw["evaluation"]["tasks"] = [{"name": "quiz", "path": str(path), "max_new_tokens": 2}]
     shelf.run(raw)
     write_rows(path, [{"prompt": f"{i}?", "completion": " y"} for i in range(5)])
     with pytest.raises(ResumeError, match=r"tasks\.quiz"):
@@ -379,7 +379,7 @@ def test_runs_beside_each_other(shelf: Workspace, run: Path) -> None:
 def test_a_lineage_needs_no_tasks(shelf: Workspace, run: Path, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "t.jsonl", [{"prompt": f"{i}?", "completion": " x"} for i in range(5)])
     raw = examined(shelf, "second", model=str(run))
-    raw["evaluation"]["tasks"] = [{"name": "quiz", "path": str(path), "most_tokens": 2}]
+    raw["evaluation"]["tasks"] = [{"name": "quiz", "path": str(path), "max_new_tokens": 2}]
     place = shelf.run(raw).run_folder
     path.unlink()
     assert len(show_lineage(place, None, cache=shelf.cache)["R"]) == 3

@@ -202,7 +202,7 @@ WRITERS = {
             "kind": "labelled",
             "prompt": "{text} is",
             "answer": "{label}",
-            "words": {"words": "WORDS", "sums": "SUMS"},
+            "label_words": {"words": "WORDS", "sums": "SUMS"},
         },
         tokens=100,
     ),
@@ -353,11 +353,15 @@ def test_a_cloze_task_says_a_word_at_the_mask(shelf: Workspace) -> None:
         {"kind": "p-tuning", "template": "{x} {2} [MASK]", "hidden": 8},
         "cloze",
         objectives=[{"kind": "masked"}],
-        sources=[shelf.source("labelled", kind="labelled", words={"words": "yes", "sums": "no"})],
+        sources=[shelf.source("labelled", kind="labelled", label_words={"words": "yes", "sums": "no"})],
         evaluation={
             **QUICK_EVALUATION,
             "learned": [
-                {"name": "labelled-heldout", "path": shelf.file("labelled", held_out=True), "like": "labelled"}
+                {
+                    "name": "labelled-heldout",
+                    "path": shelf.file("labelled", held_out=True),
+                    "same_format_as": "labelled",
+                }
             ],
         },
     )
@@ -397,14 +401,14 @@ def test_scores_that_are_kept_are_of_the_same_words_masks_and_layer(shelf: Works
     """Stages that share a cache: other words in a template, other words for the labels, another seed."""
 
     def cloze(template: str, **words: str) -> dict[str, Any]:
-        learned = {"name": "held", "path": shelf.file("labelled", held_out=True), "like": "labelled"}
+        learned = {"name": "held", "path": shelf.file("labelled", held_out=True), "same_format_as": "labelled"}
         return stage_of(
             shelf,
             "bert class",
             {"kind": "p-tuning", "template": template, "hidden": 8},
             f"{template[4:7].strip()} {words['words']}",
             objectives=[{"kind": "masked"}],
-            sources=[shelf.source("labelled", kind="labelled", words=words)],
+            sources=[shelf.source("labelled", kind="labelled", label_words=words)],
             evaluation={**QUICK_EVALUATION, "learned": [learned]},
             tokens=8,
         )
@@ -516,13 +520,13 @@ CLOZE = {"kind": "p-tuning", "template": "{x} {2} [MASK]", "hidden": 8}
 
 def mixed(shelf: Workspace, model: str, **changes: Any) -> dict[str, Any]:
     rows = {"llama": "completion", "t5": "pair", "bert": "labelled"}[model]
-    said = {"kind": "labelled", "words": {"words": "yes", "sums": "no"}} if model == "bert" else {}
+    said = {"kind": "labelled", "label_words": {"words": "yes", "sums": "no"}} if model == "bert" else {}
     tuning = {"tuning": CLOZE} if model == "bert" else {}
     sources = [
         {**shelf.source(rows), **said, "name": "a", "share": 0.4},
         shelf.source("old", share=0.6, role="replay"),
     ]
-    learned = {"name": "a-heldout", "path": shelf.file(rows, held_out=True), "like": "a"}
+    learned = {"name": "a-heldout", "path": shelf.file(rows, held_out=True), "same_format_as": "a"}
     held_out = {"retained": [shelf.file("old", held_out=True)], "learned": [learned]}
     return shelf.stage(
         f"mixed-{model}",
@@ -550,7 +554,10 @@ def test_a_mixed_step_is_the_sum_of_its_objectives(
     shelf: Workspace, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each objective's sum over its own rows, times its weight, divided by the labels of the whole batch."""
-    run, batches = begun(shelf, mixed(shelf, model, optimizer={"clip": 1e9}, batch={"sequences": 8, "micro": 2}))
+    run, batches = begun(
+        shelf,
+        mixed(shelf, model, optimizer={"max_grad_norm": 1e9}, batch={"global_batch_size": 8, "micro_batch_size": 2}),
+    )
     count = sum(batch.label_count for batch in batches)
     sums = {0: 0.0, 1: 0.0}
     expected: dict[str, Tensor] = {}
@@ -685,7 +692,7 @@ def test_objectives_of_two_task_layers_are_refused(shelf: Workspace) -> None:
         shelf.plan(shelf.stage("two-layers", sources=sources, objectives=two))
     assert "as text" in met.value.way_out
     # The hint is one.
-    learned = {"name": "old-heldout", "path": shelf.file("old", held_out=True), "like": "old"}
+    learned = {"name": "old-heldout", "path": shelf.file("old", held_out=True), "same_format_as": "old"}
     plan = shelf.plan(shelf.stage("one-layer", sources=sources, evaluation={**QUICK_EVALUATION, "learned": [learned]}))
     assert plan.model.task == "causal" and [leaf.store.kind for leaf in plan.data.sources] == ["text", "labelled"]
 
@@ -803,7 +810,7 @@ def test_only_training_rows_are_shown_before_a_question(
         "held_out": 0.3,
         "max_passes": 100,
     }
-    tuning = {"kind": "instruction-prompt", "length": 2, "demonstrations": {"count": 2, "by": by}}
+    tuning = {"kind": "instruction-prompt", "length": 2, "demonstrations": {"count": 2, "sampler": by}}
     raw = shelf.stage(
         f"shown-{by}", tuning, sources=[source], evaluation=QUICK_EVALUATION, tokens=200, data={"sequence_length": 96}
     )
@@ -846,15 +853,15 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "blocks": {"kind": "blocks", "last": 1},
     "thaw": {"kind": "blocks", "last": 2, "unfreeze_every": "2 steps"},
     "pfeiffer": {"kind": "adapter", "size": 4, "dropout": 0.1},
-    "houlsby": {"kind": "adapter", "form": "houlsby", "size": 4},
-    "parallel": {"kind": "adapter", "form": "parallel", "size": 4},
+    "houlsby": {"kind": "adapter", "variant": "houlsby", "size": 4},
+    "parallel": {"kind": "adapter", "variant": "parallel", "size": 4},
     "prefix": {"kind": "prefix", "length": 3, "hidden": 8},
     "p-tuning-v2": {"kind": "p-tuning-v2", "length": 3},
     "prompt": {"kind": "prompt", "length": 3},
     "p-tuning": {"kind": "p-tuning", "template": "{2} {x} {1}", "hidden": 8},
     "lora": {"kind": "lora", "rank": 2, "dropout": 0.1},
-    "dora": {"kind": "lora", "rank": 2, "form": "dora"},
-    "pissa": {"kind": "lora", "rank": 2, "form": "pissa"},
+    "dora": {"kind": "lora", "rank": 2, "variant": "dora"},
+    "pissa": {"kind": "lora", "rank": 2, "variant": "pissa"},
     "osf": {"kind": "osf"},
     "expand": {"kind": "expand", "positions": [0]},
 }

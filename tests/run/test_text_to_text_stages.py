@@ -15,7 +15,7 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     # a row; how the source is described; what is read; what is said (Raffel et al. 2020, appendix D)
     "classes": (
         {"sentence": "five and six", "label": 0},
-        {"prompt": "sst2 sentence: {sentence}", "words": {"0": "negative", "1": "positive"}},
+        {"prompt": "sst2 sentence: {sentence}", "label_words": {"0": "negative", "1": "positive"}},
         "sst2 sentence: five and six",
         "negative",
     ),
@@ -95,13 +95,15 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def stage_of(shelf: Workspace, **changes: Any) -> dict[str, Any]:
     sources = [{**shelf.source(name), "held_out": 0.0, **said} for name, (_, said, _, _) in TASKS.items()]
     sources.append(shelf.source("old", share=0.25, held_out=0.0))
-    learned = [{"name": f"{name}-heldout", "path": shelf.file(name, held_out=True), "like": name} for name in TASKS]
+    learned = [
+        {"name": f"{name}-heldout", "path": shelf.file(name, held_out=True), "same_format_as": name} for name in TASKS
+    ]
     return shelf.stage(
         "tasks",
         model="t5",
         sources=sources,
         tokens=1500,
-        batch={"sequences": 8},
+        batch={"global_batch_size": 8},
         objectives=[{"kind": "span-corruption", "on": ["old"]}, {"kind": "text-to-text", "target_length": 24}],
         evaluation={**QUICK_EVALUATION, "learned": learned, "retained": [shelf.file("old", held_out=True)]},
         data={"mixing": {"kind": "examples", "cap": 70}, "sequence_length": 64},

@@ -96,8 +96,8 @@ PLAIN = {
 """What leaves is a plain model."""
 STANDING = {
     "adapter": Case({"kind": "adapter", "size": 4, "dropout": 0.1}, bottlenecks(4, 1)),
-    "houlsby": Case({"kind": "adapter", "form": "houlsby", "size": 4}, bottlenecks(4, 2) + NORMS, ("*norm.weight",)),
-    "parallel": Case({"kind": "adapter", "form": "parallel", "size": 4}, bottlenecks(4, 1)),
+    "houlsby": Case({"kind": "adapter", "variant": "houlsby", "size": 4}, bottlenecks(4, 2) + NORMS, ("*norm.weight",)),
+    "parallel": Case({"kind": "adapter", "variant": "parallel", "size": 4}, bottlenecks(4, 1)),
     "prefix": Case(
         {"kind": "prefix", "length": 3, "hidden": 8, "dropout": 0.1},
         3 * WIDTH + (WIDTH + 1) * 8 + 9 * BLOCKS * 2 * KEYS,
@@ -113,7 +113,7 @@ STANDING = {
         3 * WIDTH + 2 * (cell(WIDTH, 8) + cell(16, 8)) + WIDTH * 17 + WIDTH * 33,
     ),
     "instruction-prompt": Case(
-        {"kind": "instruction-prompt", "length": 3, "demonstrations": {"count": 1, "tokens": 16}},
+        {"kind": "instruction-prompt", "length": 3, "demonstrations": {"count": 1, "max_tokens": 16}},
         3 * WIDTH,
         changes={"sources": "completion", "tokens": 200},
     ),
@@ -121,9 +121,9 @@ STANDING = {
 """What leaves is a small folder, whose tuning stands in the model when it is opened."""
 ADAPTED = {
     "lora": Case({"kind": "lora", "rank": 2, "dropout": 0.1}, low_rank(2)),
-    "rslora": Case({"kind": "lora", "rank": 2, "form": "rslora", "targets": "attention"}, low_rank(2, ATTENTION)),
-    "dora": Case({"kind": "lora", "rank": 2, "form": "dora"}, low_rank(2) + OUTPUTS),
-    "pissa": Case({"kind": "lora", "rank": 2, "form": "pissa"}, low_rank(2)),
+    "rslora": Case({"kind": "lora", "rank": 2, "variant": "rslora", "targets": "attention"}, low_rank(2, ATTENTION)),
+    "dora": Case({"kind": "lora", "rank": 2, "variant": "dora"}, low_rank(2) + OUTPUTS),
+    "pissa": Case({"kind": "lora", "rank": 2, "variant": "pissa"}, low_rank(2)),
 }
 """What leaves is a small folder, which becomes part of the weights when it is opened."""
 CASES = PLAIN | STANDING | ADAPTED

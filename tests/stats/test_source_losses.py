@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from postgrad.reports.html.tables import source_losses_table
+
 from postgrad.reports.pages import run_page
 from postgrad.reports.sections import curves
 from postgrad.run.summary import summary_text

@@ -68,20 +68,20 @@ def raw(home: Path, **changes: Any) -> dict[str, Any]:
     given: dict[str, Any] = {
         "name": "tiny",
         "base": str(home / "base"),
-        "old": {"path": str(home / "old.jsonl"), "stands_for": 2000, "max_passes": 20},
+        "old": {"path": str(home / "old.jsonl"), "prior_tokens": 2000, "max_passes": 20},
         "new": {"path": str(home / "new.jsonl"), "max_passes": 20},
         "retained": {"name": "old-held", "path": str(home / "old-heldout.jsonl")},
         "learned": {"name": "new-held", "path": str(home / "new-heldout.jsonl")},
         "stage": {
             "tokens": 2000,
             "data": {"sequence_length": 32, "overlap": "off"},
-            "batch": {"sequences": 8, "micro": 8},
+            "batch": {"global_batch_size": 8, "micro_batch_size": 8},
             "schedule": {"kind": "rewarm", "peak": 1e-2, "floor": 1e-3, "warmup": "1 steps"},
-            "evaluation": {"every": "50%", "during_tokens": 500},
+            "evaluation": {"every": "50%", "eval_tokens": 500},
             "save": {"every": "3 steps"},
             "compute": {"threads": 1, "dtype": "float32", "compile": False},
         },
-        "arms": {"none": {}, "replay": {"replay": "25%"}, "half": {"blend": {"of": "none", "weight": 0.5}}},
+        "arms": {"none": {}, "replay": {"replay": "25%"}, "half": {"blend": {"arm": "none", "weight": 0.5}}},
     }
     return {**given, **changes}
 
@@ -105,7 +105,7 @@ def begun(events: list[Any], prepared: PreparedStudy) -> list[str]:
     return [prepared.graph.steps[event.key].slug for event in events if isinstance(event, StepStarted)]
 
 
-PRETRAINED = {"pretrain": {"model": {"fresh": "llama-60k", "tokenizer": {"vocabulary": 320}}, "tokens": 3000}}
+PRETRAINED = {"pretrain": {"model": {"from_scratch": "llama-60k", "tokenizer": {"vocab_size": 320}}, "tokens": 3000}}
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +116,13 @@ def done(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepa
         "none": {},
         "replay": {"replay": "25%"},
         "union": {"start": "scratch", "reads": "union", "seeds": [0]},
-        "half": {"blend": {"of": "none", "weight": 0.25}},
+        "half": {"blend": {"arm": "none", "weight": 0.25}},
     }
     claims = [
-        {"say": "replay helps", "arm": "replay", "than": "none", "on": "old"},
-        {"say": "replay hurts", "arm": "none", "than": "replay", "on": "old", "at_most": -5},
-        {"say": "most of it", "arm": "replay", "removes": "1e-9"},
-        {"say": "it learnt", "arm": "none", "than": "base", "on": "new"},
+        {"statement": "replay helps", "arm": "replay", "compared_with": "none", "loss": "old"},
+        {"statement": "replay hurts", "arm": "none", "compared_with": "replay", "loss": "old", "max_difference": -5},
+        {"statement": "most of it", "arm": "replay", "min_removed": "1e-9"},
+        {"statement": "it learnt", "arm": "none", "compared_with": "base", "loss": "new"},
     ]
     file = written(folder, raw(base, base=PRETRAINED, arms=arms, seeds=[0, 1], claims=claims))
     prepared = prepare_study(file, tmp_path_factory.getbasetemp() / "cache")
@@ -155,12 +155,12 @@ def changed(study: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("arms/none", {"seed": 3}, "`seed` follows from the study"),
         ("arms/none", {"replay": "5%", "reads": "union"}, "goes with the new text"),
         ("arms/none", {"evaluation": {"retained": []}}, "the same for all arms"),
-        ("arms/none", {"parts": [{}, {}]}, "has 2 `parts`, and there are 1 new texts"),
-        ("arms/half", {"blend": {"of": "nine", "weight": 0.5}}, "did you mean 'none'"),
-        ("arms/half", {"blend": {"of": "none", "weight": 0.5}, "replay": "5%"}, "a blend trains nothing"),
+        ("arms/none", {"stages": [{}, {}]}, "has 2 `stages`, and there are 1 new texts"),
+        ("arms/half", {"blend": {"arm": "nine", "weight": 0.5}}, "did you mean 'none'"),
+        ("arms/half", {"blend": {"arm": "none", "weight": 0.5}, "replay": "5%"}, "a blend trains nothing"),
         ("arms/half", {"start": "half"}, "wait for each other"),
         ("arms/half", {"replay": 0}, "the arms 'none' and 'half' are the same"),
-        ("arms/half", {"replay": "5%", "replay_from": "self-made", "start": "scratch"}, "a base that can write"),
+        ("arms/half", {"replay": "5%", "replay_from": "generated", "start": "scratch"}, "a base that can write"),
         ("retained", None, "no retained set"),
         ("learned", None, "no learned set"),
         ("old", None, "`old` is missing: the arm 'replay' reads it"),
@@ -171,7 +171,7 @@ def changed(study: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("new", {"path": "a.txt", "share": "5%"}, "`share` follows from the arms"),
         ("base", {"pretrain": {"tokens": 5}}, "the key `model` is missing"),
         ("seeds", [1, 1], "a seed is named twice"),
-        ("claims", [{"say": "x", "arm": "none"}], "exactly one of `than` and `removes`"),
+        ("claims", [{"statement": "x", "arm": "none"}], "exactly one of `compared_with` and `min_removed`"),
         ("nmae", "x", "there is no key 'nmae'"),
         ("name", "..", "'..' cannot be a name"),
         ("arms/none", {"objectives": [{"kind": "next-token"}, {"kind": "distill", "on": ["old"]}]}, "known: new"),
@@ -184,22 +184,34 @@ def changed(study: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("arms/none", {"evaluation": 5}, "evaluation: a mapping of keys to values is expected, not 5"),
         ("arms/none", {"penalties": 5}, "penalties: a list is expected, not 5"),
         ("arms/none", {"reads": "old", "data": {"sources": [{"path": "x"}]}}, "`data.sources` goes with the new text"),
-        ("arms/none", {"replay": "5%", "parts": [{"data": {"sources": [{}]}}]}, "says there what is replayed"),
-        ("arms/none", {"parts": [{"replay": "5%"}]}, "parts[0]: there is no key 'replay'"),
+        ("arms/none", {"replay": "5%", "stages": [{"data": {"sources": [{}]}}]}, "says there what is replayed"),
+        ("arms/none", {"stages": [{"replay": "5%"}]}, "stages[0]: there is no key 'replay'"),
         ("arms/base", {"replay": "5%"}, "cannot be called 'base'"),
         ("arms/ ", {"replay": "5%"}, "cannot be called ' '"),
-        ("arms/again", {"blend": {"of": "half", "weight": 0.5}}, "'half' is a blend itself"),
+        ("arms/again", {"blend": {"arm": "half", "weight": 0.5}}, "'half' is a blend itself"),
         ("stage/evaluation", {"retained": ["x.jsonl"]}, "stage: what is measured is the same for all arms"),
         ("stage/data/sources", [{"name": "x", "path": "x.jsonl"}], "stage: `data.sources` follow from the texts"),
         ("stage/data", [], "stage: data: a mapping of keys to values is expected, not []"),
         ("base", {"pretrain": {"model": "x", "tokens": 5, "data": {"sources": [{}]}}}, "follow from the texts"),
         ("base", {"pretrain": {"model": "x", "tokens": 5, "seed": 1}}, "`seed` follows from the study"),
         ("seeds", True, "a valid integer, not True"),
-        ("claims", [{"say": "x", "arm": "none", "than": "none"}], "is compared with itself"),
-        ("claims", [{"say": "x", "arm": "replay", "removes": "5%", "on": "new"}], "`on` goes with `than`"),
-        ("claims", [{"say": "x", "arm": "replay", "removes": "5%", "at_most": 1}], "`at_most` goes with `than`"),
-        ("claims", [{"say": "x", "arm": "none", "removes": "5%"}], "'none' removes nothing"),
-        ("claims", [{"say": "x", "arm": "nine", "than": "base"}], "names an arm 'nine' that is not there"),
+        ("claims", [{"statement": "x", "arm": "none", "compared_with": "none"}], "is compared with itself"),
+        (
+            "claims",
+            [{"statement": "x", "arm": "replay", "min_removed": "5%", "loss": "new"}],
+            "`loss` goes with `compared_with`",
+        ),
+        (
+            "claims",
+            [{"statement": "x", "arm": "replay", "min_removed": "5%", "max_difference": 1}],
+            "`max_difference` goes with `compared_with`",
+        ),
+        ("claims", [{"statement": "x", "arm": "none", "min_removed": "5%"}], "'none' removes nothing"),
+        (
+            "claims",
+            [{"statement": "x", "arm": "nine", "compared_with": "base"}],
+            "names an arm 'nine' that is not there",
+        ),
     ],
 )
 def test_mistakes_are_named(base: Path, path: str, value: Any, told: str) -> None:
@@ -210,7 +222,7 @@ def test_mistakes_are_named(base: Path, path: str, value: Any, told: str) -> Non
 
 
 def test_a_claim_about_the_share_removed_needs_an_arm_without_protection(base: Path) -> None:
-    claims = [{"say": "x", "arm": "replay", "removes": "5%"}]
+    claims = [{"statement": "x", "arm": "replay", "min_removed": "5%"}]
     arms = {"plain": {}, "replay": {"replay": "5%"}}
     with pytest.raises(StageError, match="does not say whose forgetting is removed"):
         parse_study(raw(base, arms=arms, claims=claims), "s")
@@ -218,7 +230,11 @@ def test_a_claim_about_the_share_removed_needs_an_arm_without_protection(base: P
 
 
 def test_a_patch_is_merged_where_the_kind_is_the_same() -> None:
-    below = {"schedule": {"kind": "rewarm", "peak": 1.0, "floor": 0.1}, "batch": {"sequences": 8}, "list": [1, 2]}
+    below = {
+        "schedule": {"kind": "rewarm", "peak": 1.0, "floor": 0.1},
+        "batch": {"global_batch_size": 8},
+        "list": [1, 2],
+    }
     assert merge_patch(below, {"schedule": {"peak": 2.0}})["schedule"] == {"kind": "rewarm", "peak": 2.0, "floor": 0.1}
     assert merge_patch(below, {"schedule": {"kind": "constant", "peak": 2.0}})["schedule"] == {
         "kind": "constant",
@@ -236,12 +252,12 @@ def test_what_several_arms_need_is_there_once(base: Path) -> None:
     arms = {
         "none": {},
         "replay": {"replay": "25%"},
-        "self": {"replay": "25%", "replay_from": "self-made"},
-        "self-less": {"replay": "10%", "replay_from": "self-made"},
+        "self": {"replay": "25%", "replay_from": "generated"},
+        "self-less": {"replay": "10%", "replay_from": "generated"},
         "ewc": {"penalties": [{"kind": "anchor", "strength": 1.0, "importance": "measured"}]},
         "ewc-more": {"penalties": [{"kind": "anchor", "strength": 2.0, "importance": "measured"}]},
         "then": {"start": "none", "schedule": {"peak": 1e-3}},
-        "half": {"blend": {"of": "none", "weight": 0.5}},
+        "half": {"blend": {"arm": "none", "weight": 0.5}},
         "union": {"start": "scratch", "reads": "union", "seeds": [0]},
     }
     work = worked(base, base=PRETRAINED, arms=arms, seeds=[0, 1, 2])
@@ -261,10 +277,10 @@ def test_what_several_arms_need_is_there_once(base: Path) -> None:
 def test_a_broken_fingerprint_would_share_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant of sharing: a fingerprint that is never the same twice makes the base and the text anew for each."""
     numbers = iter(range(1000))
-    arms = {"none": {}, "then": {"start": "none", "tokens": 3000}, "half": {"blend": {"of": "none", "weight": 0.5}}}
+    arms = {"none": {}, "then": {"start": "none", "tokens": 3000}, "half": {"blend": {"arm": "none", "weight": 0.5}}}
     whole = worked(base, base=PRETRAINED, arms=arms, seeds=[0, 1])
     assert len(whole.training_steps) == 1 + 2 + 2 and whole.unshared_run_count == 6 + 2 + 4 + 2
-    arms |= {f"self {share}": {"replay": share, "replay_from": "self-made"} for share in ("5%", "10%")}
+    arms |= {f"self {share}": {"replay": share, "replay_from": "generated"} for share in ("5%", "10%")}
     assert sum(s.kind == "write" for s in worked(base, arms=arms).steps.values()) == 1
     monkeypatch.setattr(study_arms, "fingerprint", lambda value: f"{next(numbers):064x}"[::-1])
     assert sum(s.kind == "write" for s in worked(base, arms=arms).steps.values()) == 2
@@ -295,7 +311,7 @@ def test_parts_are_learnt_one_after_the_other(base: Path) -> None:
     arms = {
         "cosine": {"replay": "5%"},
         "infinite": {
-            "parts": [
+            "stages": [
                 {
                     "schedule": {
                         "kind": "infinite",
@@ -332,12 +348,12 @@ def test_what_a_later_part_replays_of_a_given_base(base: Path) -> None:
         return work.steps[work.arm_chains("replay")[0].last_step].spec["data"]["sources"][1]
 
     # Everything seen so far, token by token, needs to know how much old text that is.
-    assert replayed(stands_for="10k") == {"name": "seen", "seen_so_far": True, "share": 0.05, "role": "replay"}
+    assert replayed(prior_tokens="10k") == {"name": "seen", "seen_so_far": True, "share": 0.05, "role": "replay"}
     assert replayed()["name"] == "old"
 
 
 def test_an_arm_goes_on_from_a_blend(base: Path) -> None:
-    arms = {"none": {}, "half": {"blend": {"of": "none", "weight": 0.5}}, "then": {"start": "half", "tokens": 3000}}
+    arms = {"none": {}, "half": {"blend": {"arm": "none", "weight": 0.5}}, "then": {"start": "half", "tokens": 3000}}
     work = worked(base, arms=arms)
     (half,), (then,) = work.arm_chains("half"), work.arm_chains("then")
     assert (
@@ -424,7 +440,7 @@ def test_the_interval_of_one_seed_is_the_record_s(base: Path, tmp_path: Path, ca
 def test_the_base_s_losses_are_the_base_s(done: PreparedStudy) -> None:
     """Also where the first arm is a blend of one that began with random weights, whose run begins with other losses."""
     study = yaml.safe_load(done.file.read_text())
-    mixed = {"blend": {"of": "union", "weight": 0.5}}
+    mixed = {"blend": {"arm": "union", "weight": 0.5}}
     arms = {"mixed": mixed, "on": {"start": "union", "seeds": [0]}, **study["arms"]}
     file = written(done.file.parent / "mixed", {**study, "arms": arms, "runs": str(done.folder.path)})
     prepared = prepare_study(file, done.folder.cache)
@@ -548,8 +564,8 @@ def test_stopped_and_gone_on_with_it_ends_with_the_same_numbers(base: Path, tmp_
 def test_an_arm_that_fails_leaves_the_others(base: Path, tmp_path: Path, cache: Path) -> None:
     arms = {
         "none": {},
-        "wild": {"schedule": {"peak": 1e38, "floor": 1e37}, "optimizer": {"clip": 1e38}},
-        "half-wild": {"blend": {"of": "wild", "weight": 0.5}},
+        "wild": {"schedule": {"peak": 1e38, "floor": 1e37}, "optimizer": {"max_grad_norm": 1e38}},
+        "half-wild": {"blend": {"arm": "wild", "weight": 0.5}},
         "replay": {"replay": "25%"},
     }
     prepared = prepare_study(written(tmp_path, raw(base, arms=arms)), cache)
@@ -589,7 +605,10 @@ def test_an_arm_that_cannot_finish_is_told_before_anything_is_trained(base: Path
     assert "2 arms cannot run" in str(error.value) and "max_passes is 20" in str(error.value)
     assert not (prepared.folder.path / "runs").exists()
     # What is wrong with the base is not told of the arms that need it.
-    for pretrain, said in (({"tokens": 900_000}, "max_passes is 20"), ({"model": {"fresh": "llama-60x"}}, "llama-60x")):
+    for pretrain, said in (
+        ({"tokens": 900_000}, "max_passes is 20"),
+        ({"model": {"from_scratch": "llama-60x"}}, "llama-60x"),
+    ):
         broken = {"pretrain": {**PRETRAINED["pretrain"], **pretrain}}
         with pytest.raises(StageError) as error:
             forecast_study(prepare_study(written(tmp_path / "base", raw(base, base=broken)), cache))
@@ -606,9 +625,9 @@ def test_what_is_made_besides_takes_its_time_too(base: Path, tmp_path: Path, cac
     monkeypatch.setattr(study_plan, "_time_run", lambda *_: RunTiming(0.01, 0.0, 0.5))
     arms = {
         "none": {},
-        "self": {"replay": "25%", "replay_from": "self-made"},
+        "self": {"replay": "25%", "replay_from": "generated"},
         "ewc": {"penalties": [{"kind": "anchor", "strength": 1.0, "importance": "measured"}]},
-        "half": {"blend": {"of": "none", "weight": 0.5}},
+        "half": {"blend": {"arm": "none", "weight": 0.5}},
     }
     prepared = prepare_study(written(tmp_path, raw(base, arms=arms, importance={"tokens": 700})), cache)
     outlook = forecast_study(prepared)
@@ -823,7 +842,7 @@ def test_an_arm_is_dominated_by_one_that_is_no_worse_on_both() -> None:
 
 
 def test_a_share_removed_is_claimed_with_every_seed(base: Path) -> None:
-    claims = [{"say": "x", "arm": "replay", "removes": "50%"}]
+    claims = [{"statement": "x", "arm": "replay", "min_removed": "50%"}]
     study = parse_study(raw(base, claims=claims), "s")
     start = losses([2.0], 3.0)
     arms = {
@@ -861,7 +880,7 @@ def test_the_rows_say_which_way_is_good() -> None:
     up, down = between(0.1, 0.2), between(-0.2, -0.1)
     arm = {"name": "a", "status": "finished", "loss": {"old": up, "new": up}, "change": {"old": up, "new": down},
            "removed": between(0.4, 0.6)}  # fmt: skip
-    found = {"name": "x", "arms": [arm], "seeds": [0], "claims": [{"say": "c", "on": "removed", "bound": 0.3}]}
+    found = {"name": "x", "arms": [arm], "seeds": [0], "claims": [{"statement": "c", "loss": "removed", "bound": 0.3}]}
     row = study_arms_table(found).rows[1]
     assert [row[2].tone, row[5].tone] == ["bad", "good"]
     claims = claims_table(found)
@@ -1054,7 +1073,7 @@ def test_the_command(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_gate_that_failed_is_told(base: Path, tmp_path: Path, cache: Path) -> None:
     stage = raw(base)["stage"] | {"max_forgetting": 1e-6}
     wild = {"schedule": {"peak": 1.0, "floor": 1.0}}  # breaks even the little that the base knows
-    arms = {"none": wild, "calm": {}, "half": {"blend": {"of": "none", "weight": 0.5}}}
+    arms = {"none": wild, "calm": {}, "half": {"blend": {"arm": "none", "weight": 0.5}}}
     prepared = prepare_study(written(tmp_path, raw(base, stage=stage, arms=arms)), cache)
     _, ended = carried_out(prepared)
     assert not ended.failures

@@ -55,7 +55,7 @@ every_case = pytest.mark.parametrize(("family", "task"), CASES)
 
 
 def attaching(form: str, **options: Any) -> functools.partial[Tuning]:
-    return functools.partial(Adapter, form=form, **{"reduction": 4, **options})
+    return functools.partial(Adapter, variant=form, **{"reduction": 4, **options})
 
 
 def published(model: PreTrainedModel, options: Mapping[str, Any]) -> Tuning:
@@ -125,7 +125,7 @@ def test_checkpointed_gradients_equal(form: str, family: str, task: Task) -> Non
 @every_form
 @pytest.mark.parametrize(("family", "task"), [("qwen3", "lm"), ("bert", "classify"), ("t5", "lm")])
 def test_published_and_resumed(form: str, family: str, task: Task) -> None:
-    attach = attaching(form, also=["classifier"] if task == "classify" else [], leave_out=[0])
+    attach = attaching(form, also_train=["classifier"] if task == "classify" else [], skip_layers=[0])
     checks.published_equal(attach, published, family, task)
     checks.resume_exact(attach, family, task)
 
@@ -217,7 +217,7 @@ def written_out_llama(model: Any, hidden_BTD: Tensor, form: str) -> Tensor:
 @every_form
 def test_post_ln_placement_as_published(form: str, hidden_BTD: Tensor) -> None:
     model: Any = build_model("bert", "lm")
-    tuning = Adapter(model, form=form, reduction=4, train_norms=False)
+    tuning = Adapter(model, variant=form, reduction=4, train_norms=False)
     speak(tuning)
     with torch.no_grad():
         found = model.bert.encoder.layer[0](hidden_BTD)
@@ -231,7 +231,7 @@ def test_post_ln_placement_as_published(form: str, hidden_BTD: Tensor) -> None:
 @every_form
 def test_pre_ln_placement_as_published(form: str, hidden_BTD: Tensor) -> None:
     model: Any = build_model("llama", "lm")
-    tuning = Adapter(model, form=form, reduction=4, train_norms=False)
+    tuning = Adapter(model, variant=form, reduction=4, train_norms=False)
     speak(tuning)
     rotary = model.model.rotary_emb(hidden_BTD, torch.arange(hidden_BTD.shape[1])[None])
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_pre_ln_placement_as_published(form: str, hidden_BTD: Tensor) -> None:
     ],
 )
 def test_encoder_decoder_and_cross_attention(family: str, form: str, places: list[str]) -> None:
-    tuning = Adapter(build_model(family, "lm"), form=form, train_norms=False)
+    tuning = Adapter(build_model(family, "lm"), variant=form, train_norms=False)
     assert [name.rpartition(".")[2] for name in dict.fromkeys(n.rpartition(".")[0] for n in tuning.state())] == places
 
 
@@ -270,13 +270,13 @@ def test_parameters_are_as_many_as_the_formula_says(
 ) -> None:
     """2 m d + d + m for each adapter (Houlsby et al. 2019, section 2.1)."""
     model = build_model(family, "lm")
-    Adapter(model, form=form, train_norms=False, **options)
+    Adapter(model, variant=form, train_norms=False, **options)
     count = places.get(family, 4 if form == "houlsby" else 2)
     assert sum(p.numel() for p in trainable_parameters(model).values()) == count * (2 * m * 32 + 32 + m)
 
 
 def test_published_settings_of_each_form() -> None:
-    settings = {form: Adapter(build_model("gpt2", "lm"), form=form).export().options for form in FORMS}
+    settings = {form: Adapter(build_model("gpt2", "lm"), variant=form).export().options for form in FORMS}
     found = {form: [o[key] for key in ("activation", "scale", "train_norms")] for form, o in settings.items()}
     assert found == {
         "houlsby": ["swish", 1.0, True],
@@ -288,7 +288,7 @@ def test_published_settings_of_each_form() -> None:
 def test_layers_left_out_stay_as_they_are() -> None:
     """AdapterDrop: encoder layers are counted before the decoder's; their norms stay too."""
     model = build_model("t5", "lm")
-    tuning = Adapter(model, leave_out=[0, 3])
+    tuning = Adapter(model, skip_layers=[0, 3])
     names = set(tuning.state())
     assert names and not any(name.startswith(("encoder.block.0.", "decoder.block.1.")) for name in names)
     assert any(name.startswith("encoder.block.1.layer.0.layer_norm") for name in names)
@@ -298,7 +298,7 @@ def test_layers_left_out_stay_as_they_are() -> None:
 
 def test_what_else_moves_in_the_body_comes_back_and_a_task_layer_stays() -> None:
     model = build_model("bert", "classify")
-    tuning = Adapter(model, also=["bert.pooler", "classifier"])
+    tuning = Adapter(model, also_train=["bert.pooler", "classifier"])
     start = {name: t.clone() for name, t in tuning.state().items()}
     speak(tuning)
     moved = {name: t.clone() for name, t in tuning.state().items()}
@@ -314,10 +314,10 @@ def test_what_else_moves_in_the_body_comes_back_and_a_task_layer_stays() -> None
 
 def test_a_new_task_layer_moves() -> None:
     checks.trains_only_declared(
-        attaching("pfeiffer", also=["classifier"], activation="gelu"), "bert", "classify", base=["classifier.*"]
+        attaching("pfeiffer", also_train=["classifier"], activation="gelu"), "bert", "classify", base=["classifier.*"]
     )
-    checks.off_equals_base(attaching("pfeiffer", also=["classifier"]), "bert", "classify")
-    checks.detach_restores(attaching("pfeiffer", also=["classifier"]), "bert", "classify")
+    checks.off_equals_base(attaching("pfeiffer", also_train=["classifier"]), "bert", "classify")
+    checks.detach_restores(attaching("pfeiffer", also_train=["classifier"]), "bert", "classify")
 
 
 def test_seed_decides_where_it_starts() -> None:
@@ -350,7 +350,7 @@ def test_attaching_draws_nothing_that_others_draw_from() -> None:
 @every_form
 def test_a_few_steps_teach_it_a_batch(form: str) -> None:
     model = build_model("llama", "lm")
-    Adapter(model, form=form, reduction=2)
+    Adapter(model, variant=form, reduction=2)
     adam = torch.optim.Adam(trainable_parameters(model).values(), lr=1e-2)
     losses = []
     for _ in range(30):
@@ -371,7 +371,7 @@ def test_bf16_copies_keep_dtype_start_and_off(form: str, family: str) -> None:
     """Weights whose data are bf16 copies, as they are while training in bf16: the base's as well as the adapters'."""
     base, model = build_model(family, "lm"), build_model(family, "lm")
     inputs = batch(family, "lm")
-    tuning = Adapter(model, form=form)
+    tuning = Adapter(model, variant=form)
     for parameter in (*base.parameters(), *model.parameters()):
         parameter.data = parameter.data.to(torch.bfloat16)
     expected = logits(base, inputs)
@@ -388,7 +388,7 @@ def test_bf16_copies_keep_dtype_start_and_off(form: str, family: str) -> None:
 @every_form
 def test_fp32_adapters_follow_a_bf16_model(form: str) -> None:
     model = build_model("bert", "lm")
-    tuning = Adapter(model, form=form, train_norms=False)
+    tuning = Adapter(model, variant=form, train_norms=False)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -440,7 +440,7 @@ def test_off_equals_base_where_fsdp_has_sharded_the_norms(tmp_path: Path) -> Non
 @every_form
 def test_a_copied_model_has_adapters_of_its_own(form: str) -> None:
     model = build_model("bert", "lm")
-    tuning = Adapter(model, form=form)
+    tuning = Adapter(model, variant=form)
     speak(tuning)
     inputs = batch("bert", "lm")
     twin = copy.deepcopy(model)
@@ -457,10 +457,10 @@ def test_one_on_top_of_another(form: str, second: str, family: str, *, last_in_f
     model = build_model(family, "lm")
     inputs = batch(family, "lm")
     base = logits(model, inputs)
-    lower = Adapter(model, form=form, reduction=4)
+    lower = Adapter(model, variant=form, reduction=4)
     speak(lower)
     with_lower = logits(model, inputs)
-    upper = Adapter(model, form=second, reduction=8, seed=1, train_norms=False)
+    upper = Adapter(model, variant=second, reduction=8, seed=1, train_norms=False)
     assert torch.equal(logits(model, inputs), with_lower)
     assert all(".adapter_2." in name for name in trainable_parameters(model))
     speak(upper)
@@ -471,7 +471,7 @@ def test_one_on_top_of_another(form: str, second: str, family: str, *, last_in_f
             assert torch.equal(logits(model, inputs), base)
     # A state does not know what it was stacked on.
     single = build_model(family, "lm")
-    Adapter(single, form=second, reduction=8, train_norms=False).load(upper.state())
+    Adapter(single, variant=second, reduction=8, train_norms=False).load(upper.state())
     with lower.disable():
         assert torch.equal(logits(model, inputs), logits(single, inputs))
     for tuning in (upper, lower) if last_in_first_out else (lower, upper):
@@ -509,7 +509,7 @@ def test_beside_lora(form: str, *, lora_first: bool) -> None:
 def test_layer_by_layer_compilation(form: str, family: str) -> None:
     model, plain = build_model(family, "lm"), build_model(family, "lm")
     for one in (model, plain):
-        speak(Adapter(one, form=form, reduction=4))
+        speak(Adapter(one, variant=form, reduction=4))
     inputs = batch(family, "lm")
     layers = model.model.layers if family == "llama" else model.bert.encoder.layer
     for layer in layers:
@@ -531,7 +531,7 @@ def test_a_compiled_layer_can_be_switched_off(form: str) -> None:
     model = build_model("bert", "lm")
     inputs = batch("bert", "lm")
     expected = logits(model, inputs)
-    tuning = Adapter(model, form=form)
+    tuning = Adapter(model, variant=form)
     speak(tuning)
     for layer in model.bert.encoder.layer:
         layer.compile(dynamic=False)
@@ -548,14 +548,14 @@ def test_a_compiled_layer_can_be_switched_off(form: str) -> None:
 @pytest.mark.parametrize(
     ("options", "where", "hint"),
     [
-        ({"form": "hulsby"}, "tuning.form", "houlsby"),
+        ({"variant": "hulsby"}, "tuning.variant", "houlsby"),
         ({"reduction": 0}, "tuning.reduction", "more than 0"),
         ({"size": 0}, "tuning.size", "1 or more"),
         ({"dropout": 1.0}, "tuning.dropout", "below 1"),
         ({"activation": "gleu"}, "tuning.activation", "gelu"),
-        ({"leave_out": [2]}, "tuning.leave_out", "0 to 1"),
-        ({"leave_out": [0, 1]}, "tuning.leave_out", "every layer"),
-        ({"also": ["no.such.thing"]}, "tuning", "no.such.thing"),
+        ({"skip_layers": [2]}, "tuning.skip_layers", "0 to 1"),
+        ({"skip_layers": [0, 1]}, "tuning.skip_layers", "every layer"),
+        ({"also_train": ["no.such.thing"]}, "tuning", "no.such.thing"),
     ],
 )
 def test_options_out_of_range_are_told(options: dict[str, Any], where: str, hint: str) -> None:
@@ -571,7 +571,7 @@ def test_a_block_without_the_places_is_named_with_its_modules() -> None:
     model: Any = build_model("llama", "lm")
     model.model.layers[1].mlp = nn.Identity()
     with pytest.raises(TuningError, match=r"no feed_forward sub-layer was found in model.layers.1") as met:
-        Adapter(model, form="pfeiffer")
+        Adapter(model, variant="pfeiffer")
     assert "self_attn, mlp" in str(met.value)
 
 
@@ -591,9 +591,9 @@ def test_what_the_feed_forward_reads_must_be_known(monkeypatch: pytest.MonkeyPat
         ]
 
     monkeypatch.setattr(subject, "find_blocks", deaf)
-    Adapter(build_model("llama", "lm"), form="pfeiffer")
+    Adapter(build_model("llama", "lm"), variant="pfeiffer")
     with pytest.raises(TuningError, match="what the feed-forward reads"):
-        Adapter(build_model("llama", "lm"), form="parallel")
+        Adapter(build_model("llama", "lm"), variant="parallel")
 
 
 def test_an_adapter_that_no_gradient_reaches_is_refused_and_leaves_no_trace() -> None:
@@ -623,7 +623,7 @@ def test_a_strange_state_is_refused_before_anything_is_copied() -> None:
 
 
 def test_notes_tell_what_was_added() -> None:
-    assert Adapter(build_model("t5", "lm"), leave_out=[0]).notes == [
+    assert Adapter(build_model("t5", "lm"), skip_layers=[0]).notes == [
         "8 adapters of width 2 in 3 of 4 blocks (attention, feed_forward, cross_attention)",
         "10 weights of norms move too",
     ]

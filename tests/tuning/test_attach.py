@@ -66,7 +66,7 @@ def test_a_folder_gives_the_tuning_back(options: dict[str, Any], tmp_path: Path)
 
 
 def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
-    _, tuning = trained({"kind": "adapter", "form": "pfeiffer", "size": 4})
+    _, tuning = trained({"kind": "adapter", "variant": "pfeiffer", "size": 4})
     folder = publish_folder(tmp_path / "tuning", lambda into: save_tuning(tuning, into, BASE))
     said = json.loads((folder / "tuning.json").read_text())
     assert said["format"] == 1

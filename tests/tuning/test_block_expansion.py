@@ -155,7 +155,7 @@ def test_the_published_model_grows_from_32_blocks_to_40() -> None:
         ({"positions": [0], "blocks": 2}, "as many as stand before"),
         ({"blocks": 0}, "1 to 2"),
         ({"stacks": ["*encoder*"]}, r"patterns for model\.layers"),
-        ({"also": ["model.nrom"]}, r"model\.norm"),
+        ({"also_train": ["model.nrom"]}, r"model\.norm"),
     ],
 )
 def test_places_that_there_are_not_are_refused_and_nothing_changes(wrong: dict[str, Any], says: str) -> None:
@@ -510,7 +510,7 @@ def test_off_within_off_is_off_once() -> None:
 
 def test_what_moves_besides_is_part_of_the_state() -> None:
     model = build_model("llama", "lm")
-    tuning = BlockExpansion(model, also=["model.norm"])
+    tuning = BlockExpansion(model, also_train=["model.norm"])
     assert model.model.norm.weight.requires_grad and "model.norm.weight" in tuning.state()
     with pytest.raises(TuningError, match="lacks"):
         tuning.load({})

@@ -87,7 +87,7 @@ def sharded(rank: int, ranks: int, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     model, inputs = build_model("llama", "lm"), batch("llama", "lm")
     base = logits(model, inputs)
-    tuning = LoraAdapter(model, rank=2, also=["model.norm"])
+    tuning = LoraAdapter(model, rank=2, also_train=["model.norm"])
     mesh = init_device_mesh("cpu", (ranks,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)

@@ -48,7 +48,7 @@ wrapped = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is depr
 
 def attaching(form: str, family: str, task: Task, **options: Any) -> functools.partial[LoraAdapter]:
     head = [] if task == "lm" else [HEADS[family]]
-    return functools.partial(LoraAdapter, **{"form": form, "rank": 4, "also": head, **options})
+    return functools.partial(LoraAdapter, **{"variant": form, "rank": 4, "also_train": head, **options})
 
 
 def trained(attach: Callable[..., LoraAdapter], family: str, task: Task, steps: int = 3) -> LoraAdapter:
@@ -110,7 +110,7 @@ def test_recomputed_gradients_are_the_same_up_to_rounding_where_layers_share_a_b
         if recompute:  # under its older name, which warns where both are there
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        tuning = LoraAdapter(model, form=form, rank=4)
+        tuning = LoraAdapter(model, variant=form, rank=4)
         model.double()
         for name, parameter in trainable_parameters(model).items():
             parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))).double()
@@ -181,7 +181,7 @@ def peft_model(model: PreTrainedModel, form: str, rank: int, alpha: float) -> Pr
 @pytest.mark.parametrize(("family", "task"), [("llama", "lm"), ("gpt2", "classify"), ("bert", "tags"), ("t5", "lm")])
 def test_answers_and_gradients_are_peft_s(form: str, family: str, task: Task) -> None:
     model, theirs = build_model(family, task), build_model(family, task)
-    tuning = LoraAdapter(model, form=form, rank=4)
+    tuning = LoraAdapter(model, variant=form, rank=4)
     peft_model(theirs, form, 4, tuning.alpha)
     generator = torch.Generator().manual_seed(0)
     for name, layer in ((n, m) for n, m in theirs.named_modules() if isinstance(m, LoraLayer)):
@@ -209,7 +209,7 @@ def test_answers_and_gradients_are_peft_s(form: str, family: str, task: Task) ->
 
 @pytest.mark.parametrize(("form", "expected"), [("lora", 8 / 4), ("rslora", 8 / 2), ("dora", 2.0), ("pissa", 1.0)])
 def test_scaling_is_as_published(form: str, expected: float) -> None:
-    tuning = LoraAdapter(build_model("llama", "lm"), form=form, rank=4)
+    tuning = LoraAdapter(build_model("llama", "lm"), variant=form, rank=4)
     assert {layer.scaling[tuning.adapter_name] for layer in tuning._layers.values()} == {expected}
     if form != "pissa":
         assert set(scalings(tuning.export()).values()) == {expected}
@@ -218,7 +218,7 @@ def test_scaling_is_as_published(form: str, expected: float) -> None:
 def test_pissa_starts_from_the_largest_singular_directions() -> None:
     model = build_model("gpt2", "lm")
     weight_IO = model.transformer.h[0].attn.c_attn.weight.detach().clone()
-    tuning = LoraAdapter(model, form="pissa", rank=4)
+    tuning = LoraAdapter(model, variant="pissa", rank=4)
     name = "transformer.h.0.attn.c_attn"
     state = tuning.state()
     product_OI = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
@@ -229,13 +229,13 @@ def test_pissa_starts_from_the_largest_singular_directions() -> None:
 
 def test_pissa_s_start_comes_from_the_state() -> None:
     """Another machine may find other singular vectors: what is taken away is what was there, not what is found anew."""
-    tuning = trained(functools.partial(LoraAdapter, rank=4, form="pissa"), "llama", "lm")
+    tuning = trained(functools.partial(LoraAdapter, rank=4, variant="pissa"), "llama", "lm")
     state = {name: tensor.clone() for name, tensor in tuning.state().items()}
     for name in [name for name in state if ".start_" in name]:
         state[name] = state[name.replace(".start_", ".lora_")].clone()
     model = build_model("llama", "lm")
     expected = logits(model, batch("llama", "lm"))
-    again = LoraAdapter(model, rank=4, form="pissa")
+    again = LoraAdapter(model, rank=4, variant="pissa")
     again.load(state)
     close(logits(model, batch("llama", "lm")), expected)
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state().items())
@@ -243,7 +243,7 @@ def test_pissa_s_start_comes_from_the_state() -> None:
 
 def test_pissa_by_subspace_iterations_is_near_the_exact_start_and_seeded() -> None:
     def start(**options: Any) -> Tensor:
-        state = LoraAdapter(build_model("llama", "lm"), form="pissa", rank=4, **options).state()
+        state = LoraAdapter(build_model("llama", "lm"), variant="pissa", rank=4, **options).state()
         name = "model.layers.0.mlp.down_proj"
         return state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
 
@@ -266,7 +266,7 @@ def test_adapters_are_fp32_and_seeded_and_leave_the_generator_alone() -> None:
 def test_weights_held_in_bf16_compute_and_start_near_the_base(form: str, family: str) -> None:
     """As an optimizer with fp32 masters holds them: trained ones and frozen ones."""
     model, base, inputs = build_model(family, "lm"), build_model(family, "lm"), batch(family, "lm")
-    tuning = LoraAdapter(model, form=form, rank=4)
+    tuning = LoraAdapter(model, variant=form, rank=4)
     exact = {name: tensor.clone() for name, tensor in tuning.state().items()}
     full = logits(base, inputs)
     for parameter in (*model.parameters(), *base.parameters()):
@@ -323,7 +323,7 @@ def test_alpha_ranks_and_patterns() -> None:
 
 
 def test_patterns_of_pissa_are_doubled_with_it() -> None:
-    options = {"rank": 4, "form": "pissa", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3.0}}
+    options = {"rank": 4, "variant": "pissa", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3.0}}
     tuning = trained(functools.partial(LoraAdapter, **options), "llama", "lm")
     again = build_model("llama", "lm")
     LoraAdapter(again, **tuning.export().options).load(tuning.export().state)
@@ -333,7 +333,7 @@ def test_patterns_of_pissa_are_doubled_with_it() -> None:
 def test_dropout_acts_in_training_alone_and_never_on_pissa_s_start() -> None:
     model, inputs = build_model("llama", "lm"), batch("llama", "lm")
     expected = logits(model, inputs)
-    tuning = LoraAdapter(model, rank=4, dropout=0.5, form="pissa")
+    tuning = LoraAdapter(model, rank=4, dropout=0.5, variant="pissa")
     close(logits(model, inputs), expected)
     model.train()
     torch.manual_seed(0)
@@ -357,7 +357,7 @@ def test_lora_plus_raises_the_rate_of_b() -> None:
 def test_weights_that_move_besides_are_in_the_state_and_come_and_go_with_the_adapter() -> None:
     model = build_model("llama", "lm")
     before = model.model.norm.weight.detach().clone()
-    tuning = LoraAdapter(model, rank=2, also=["*norm*"])
+    tuning = LoraAdapter(model, rank=2, also_train=["*norm*"])
     checks.train(model, tuning, "llama", "lm", steps=2)
     moved = model.model.norm.weight.detach().clone()
     assert not torch.equal(moved, before) and torch.equal(tuning.state()["model.norm.weight"], moved)
@@ -370,7 +370,7 @@ def test_weights_that_move_besides_are_in_the_state_and_come_and_go_with_the_ada
 
 def test_what_a_targeted_layer_has_besides_can_move() -> None:
     model = build_model("gpt2", "lm")
-    tuning = LoraAdapter(model, rank=2, also=["*.c_attn.bias"])
+    tuning = LoraAdapter(model, rank=2, also_train=["*.c_attn.bias"])
     assert tuning.extra_trainable.names == [f"transformer.h.{i}.attn.c_attn.bias" for i in range(2)]
     checks.train(model, tuning, "gpt2", "lm", steps=2)
     answer = logits(model, batch("gpt2", "lm"))
@@ -385,18 +385,18 @@ def test_what_a_targeted_layer_has_besides_can_move() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"form": "olora"}, "no form 'olora'.*lora, rslora"),
-        ({"form": "doar"}, "did you mean 'dora'"),
+        ({"variant": "olora"}, "no variant 'olora'.*lora, rslora"),
+        ({"variant": "doar"}, "did you mean 'dora'"),
         ({"rank": 0}, "a rank of 0"),
         ({"dropout": 1.0}, "a dropout of 1.0"),
         ({"targets": "q_porj"}, "'q_porj' takes no linear layer"),
         ({"rank_pattern": {"nothing": 2}}, "tuning.rank_pattern: 'nothing' matches none"),
         ({"alpha_pattern": {"nothing": 2.0}}, "tuning.alpha_pattern: 'nothing' matches none"),
-        ({"also": ["nothing"]}, "'nothing' matches no parameter"),
-        ({"form": "pissa", "rank": 33}, "has 32 singular directions, and the rank is 33"),
-        ({"form": "pissa", "quantise": "nf4"}, "pissa starts from .* full weights"),
-        ({"form": "dora", "quantise": "int8"}, "loses its scales"),
-        ({"quantise": "fp4"}, "'fp4'"),
+        ({"also_train": ["nothing"]}, "'nothing' matches no parameter"),
+        ({"variant": "pissa", "rank": 33}, "has 32 singular directions, and the rank is 33"),
+        ({"variant": "pissa", "quantization": "nf4"}, "pissa starts from .* full weights"),
+        ({"variant": "dora", "quantization": "int8"}, "loses its scales"),
+        ({"quantization": "fp4"}, "'fp4'"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_changes(options: dict[str, Any], says: str) -> None:
@@ -411,7 +411,7 @@ def test_quantising_without_the_package_says_what_to_install(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     model = build_model("llama", "lm")
     with pytest.raises(MissingExtra, match="pip install bitsandbytes"):
-        LoraAdapter(model, quantise="nf4")
+        LoraAdapter(model, quantization="nf4")
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -483,7 +483,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 )
 def test_peft_loads_what_is_published_for_it(form: str, family: str, task: Task, tmp_path: Path) -> None:
     also = ["classifier", "pre_classifier"] if family == "distilbert" else [] if task == "lm" else [HEADS[family]]
-    tuning = trained(functools.partial(LoraAdapter, form=form, rank=4, also=also), family, task)
+    tuning = trained(functools.partial(LoraAdapter, variant=form, rank=4, also_train=also), family, task)
     inputs = batch(family, task)
     expected = logits(tuning.model, inputs)
     folder = written(tmp_path, tuning.peft())
@@ -500,7 +500,7 @@ def test_peft_loads_what_is_published_for_it(form: str, family: str, task: Task,
 
 @wrapped
 def test_peft_s_head_of_a_name_that_ends_as_another_s_is_saved_with_both(tmp_path: Path) -> None:
-    tuning = trained(functools.partial(LoraAdapter, rank=4, also=["classifier"]), "distilbert", "classify")
+    tuning = trained(functools.partial(LoraAdapter, rank=4, also_train=["classifier"]), "distilbert", "classify")
     inputs = batch("distilbert", "classify")
     theirs = PeftModel.from_pretrained(
         build_model("distilbert", "classify"), str(written(tmp_path, tuning.peft()))
@@ -520,8 +520,8 @@ def test_a_tied_table_that_moves_besides_has_no_place_in_peft_s_format() -> None
     """PEFT would give the embedding new values, and leave the output with the old ones."""
     model = build_model("gpt2", "lm")
     assert model.lm_head.weight is model.transformer.wte.weight
-    assert LoraAdapter(model, rank=2, also=["transformer.wte"]).peft() is None
-    assert LoraAdapter(build_model("llama", "lm"), rank=2, also=["model.embed_tokens"]).peft() is not None
+    assert LoraAdapter(model, rank=2, also_train=["transformer.wte"]).peft() is None
+    assert LoraAdapter(build_model("llama", "lm"), rank=2, also_train=["model.embed_tokens"]).peft() is not None
 
 
 def test_peft_s_configuration_is_plain_and_says_the_task() -> None:
@@ -670,7 +670,7 @@ def test_a_merged_model_has_the_plain_update(form: str) -> None:
 
 def stacked(form: str = "lora", family: str = "llama") -> tuple[PreTrainedModel, LoraAdapter, LoraAdapter]:
     """A trained adapter, and on it another, trained too."""
-    first = trained(functools.partial(LoraAdapter, rank=4, form=form), family, "lm")
+    first = trained(functools.partial(LoraAdapter, rank=4, variant=form), family, "lm")
     second = LoraAdapter(first.model, rank=2, seed=1)
     checks.train(first.model, second, family, "lm", steps=3, first=10)
     return first.model, first, second
@@ -679,7 +679,7 @@ def stacked(form: str = "lora", family: str = "llama") -> tuple[PreTrainedModel,
 @every_form
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_an_earlier_adapter_stays_in_effect_and_frozen(form: str, family: str) -> None:
-    first = trained(functools.partial(LoraAdapter, rank=4, form=form), family, "lm")
+    first = trained(functools.partial(LoraAdapter, rank=4, variant=form), family, "lm")
     model, inputs = first.model, batch(family, "lm")
     answer, kept = logits(model, inputs), {name: t.clone() for name, t in first.state().items()}
     second = LoraAdapter(model, rank=2, seed=1)
@@ -739,8 +739,8 @@ def test_dora_stands_on_no_other_adapter() -> None:
     model = build_model("llama", "lm")
     LoraAdapter(model, rank=2, targets=["q_proj"])
     with pytest.raises(TuningError, match="carries an earlier adapter"):
-        LoraAdapter(model, rank=2, form="dora")
-    LoraAdapter(model, rank=2, form="dora", targets=["v_proj"])
+        LoraAdapter(model, rank=2, variant="dora")
+    LoraAdapter(model, rank=2, variant="dora", targets=["v_proj"])
 
 
 def test_o_lora_keeps_out_of_the_earlier_directions() -> None:
@@ -770,7 +770,7 @@ def test_o_lora_keeps_out_of_the_earlier_directions() -> None:
 
 def test_padded_rows_are_answered_as_alone_on_a_stack() -> None:
     def attach(model: PreTrainedModel, *, seed: int = 0) -> LoraAdapter:
-        LoraAdapter(model, rank=2, form="dora")
+        LoraAdapter(model, rank=2, variant="dora")
         return LoraAdapter(model, rank=2, seed=seed)
 
     checks.batch_equals_single_row(attach, "gpt2", "lm")

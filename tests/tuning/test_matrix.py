@@ -56,7 +56,7 @@ class Kind:
         """Attached, with the task layer moving, where there is one."""
         names = [n for n, _ in model.named_parameters()] if type(model).__name__.endswith("Classification") else []
         heads = [p for p in TASK_LAYERS if any(fnmatchcase(n, p) for n in names)]
-        also = {} if self.finds_task_layers or not heads else {"also": heads}
+        also = {} if self.finds_task_layers or not heads else {"also_train": heads}
         return attach(model, {**self.options, **also}, seed=seed, tokenizer=checks.tokenizer())
 
 
@@ -133,9 +133,9 @@ TUNINGS = {
     "blocks-thawing": selection(LAST_AND_HEADS, kind="blocks", last=1, unfreeze_every=1),
     "bias": selection({"": ["*bias"]}, kind="bias"),
     "norm": selection(both(NORMS, NORMS_OF_HEADS), kind="norm"),
-    "houlsby": Kind({"kind": "adapter", "form": "houlsby", "size": 4}, NORMS),
-    "pfeiffer": Kind({"kind": "adapter", "form": "pfeiffer", "size": 4}),
-    "parallel": Kind({"kind": "adapter", "form": "parallel", "size": 4}),
+    "houlsby": Kind({"kind": "adapter", "variant": "houlsby", "size": 4}, NORMS),
+    "pfeiffer": Kind({"kind": "adapter", "variant": "pfeiffer", "size": 4}),
+    "parallel": Kind({"kind": "adapter", "variant": "parallel", "size": 4}),
     "prefix": Kind({"kind": "prefix", "length": 3, "hidden": 16}, starts=None),
     "p-tuning-v2": Kind({"kind": "p-tuning-v2", "length": 3}, starts=None),
     "prompt": Kind({"kind": "prompt", "length": 3}, starts=None),
@@ -143,10 +143,10 @@ TUNINGS = {
     "p-tuning-mlp": Kind({"kind": "p-tuning", "length": 3, "encoder": "mlp"}, starts=None),
     "instruction-prompt": Kind({"kind": "instruction-prompt", "length": 4}, starts=None),
     "lora": Kind({"kind": "lora", "rank": 2}),
-    "rslora": Kind({"kind": "lora", "rank": 2, "form": "rslora"}),
-    "dora": Kind({"kind": "lora", "rank": 2, "form": "dora"}, starts=checks.TOLERANCE),
+    "rslora": Kind({"kind": "lora", "rank": 2, "variant": "rslora"}),
+    "dora": Kind({"kind": "lora", "rank": 2, "variant": "dora"}, starts=checks.TOLERANCE),
     "pissa": Kind(
-        {"kind": "lora", "rank": 2, "form": "pissa"}, starts=5 * checks.TOLERANCE, published=checks.TOLERANCE
+        {"kind": "lora", "rank": 2, "variant": "pissa"}, starts=5 * checks.TOLERANCE, published=checks.TOLERANCE
     ),
     "osf": Kind({"kind": "osf"}, starts=checks.TOLERANCE),
     "expand": Kind({"kind": "expand", "every": 1}, finds_task_layers=True),
@@ -285,7 +285,7 @@ ADDITIVE = tuple(kind for kind in TUNINGS if kind not in SELECTIONS)
 @pytest.mark.parametrize("kind", ADDITIVE)
 def test_weights_of_the_body_that_move_besides_come_back(check: str, kind: str) -> None:
     """And they are part of what is saved."""
-    besides = {"also": ["model.layers.0.input_layernorm", "lm_head"]}
+    besides = {"also_train": ["model.layers.0.input_layernorm", "lm_head"]}
     CHECKS[check](replace(TUNINGS[kind], options={**TUNINGS[kind].options, **besides}), "llama", "lm")
 
 

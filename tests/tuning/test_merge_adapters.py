@@ -52,7 +52,11 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
         assert (found[name] - update).abs().max() <= tolerance * max(1.0, update.abs().max().item())
 
 
-MIXED = [({"seed": 0}, 0.5), ({"seed": 1, "form": "rslora"}, 1.5), ({"seed": 2, "form": "pissa", "rank": 2}, -0.7)]
+MIXED = [
+    ({"seed": 0}, 0.5),
+    ({"seed": 1, "variant": "rslora"}, 1.5),
+    ({"seed": 2, "variant": "pissa", "rank": 2}, -0.7),
+]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -165,7 +169,7 @@ def test_attached_parts_give_way_to_their_sum() -> None:
 def test_a_head_of_one_part_comes_along_and_two_are_not_averaged() -> None:
     def trained(seed: int) -> TuningExport:
         model = build_model("bert", "classify")
-        tuning = LoraAdapter(model, rank=2, seed=seed, also=["classifier"])
+        tuning = LoraAdapter(model, rank=2, seed=seed, also_train=["classifier"])
         checks.train(model, tuning, "bert", "classify", steps=2)
         return tuning.export()
 
@@ -199,7 +203,7 @@ def test_nothing_and_dora_are_no_summands() -> None:
     with pytest.raises(TuningError, match=r"(?s)ties of 1 adapters.*two adapters or more"):
         merge_adapters(build_model("llama", "lm"), [(adapter(), 1.0)], "ties", density=0.5)
     model = build_model("llama", "lm")
-    dora = LoraAdapter(model, rank=2, form="dora")
+    dora = LoraAdapter(model, rank=2, variant="dora")
     for part in (dora, dora.export()):
         with pytest.raises(TuningError, match="dora adapter is no summand"):
             merge_adapters(model, [(part, 1.0)])

@@ -35,7 +35,7 @@ every_cell = pytest.mark.parametrize(("family", "task"), CELLS)
 
 
 def attaching(family: str, task: Task, **options: Any) -> functools.partial[OrthogonalSubspace]:
-    return functools.partial(OrthogonalSubspace, **{"also": [] if task == "lm" else HEADS[family], **options})
+    return functools.partial(OrthogonalSubspace, **{"also_train": [] if task == "lm" else HEADS[family], **options})
 
 
 def from_options(model: PreTrainedModel, options: Mapping[str, Any]) -> Tuning:
@@ -220,7 +220,7 @@ def test_the_next_task_decomposes_anew() -> None:
 def test_a_number_of_directions_and_what_moves_besides() -> None:
     model = build_model("llama", "lm")
     before = model.model.norm.weight.detach().clone()
-    tuning = OrthogonalSubspace(model, effective_rank=30, targets=["q_proj"], also=["model.norm.*"])
+    tuning = OrthogonalSubspace(model, effective_rank=30, targets=["q_proj"], also_train=["model.norm.*"])
     assert {layer.tensors()["S_low"].shape[0] for layer in tuning._layers.values()} == {2}
     checks.train(model, tuning, "llama", "lm", steps=2)
     moved = tuning.state()["model.norm.weight"].clone()

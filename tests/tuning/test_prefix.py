@@ -104,7 +104,7 @@ def on_another(model: PreTrainedModel, *, seed: int = 0) -> Prefix:
 
 def words(model: PreTrainedModel, *, seed: int = 0) -> Prefix:
     start = "w7 w23 w41"
-    return Prefix(model, length=LENGTH, hidden=HIDDEN, start=start, seed=seed, tokenizer=spaced())
+    return Prefix(model, length=LENGTH, hidden=HIDDEN, init_text=start, seed=seed, tokenizer=spaced())
 
 
 ATTACHES = [deep, on_another, words]
@@ -228,7 +228,7 @@ def test_prefix_of_real_words_is_these_words_in_front(family: str) -> None:
     after = torch.arange(len(text), len(text) + tokens.shape[1])[None]
     for hidden in (None, 16):
         model = build_model(family, "lm")
-        Prefix(model, length=len(text), hidden=hidden, start=start, tokenizer=spaced())
+        Prefix(model, length=len(text), hidden=hidden, init_text=start, tokenizer=spaced())
         answer = logits(model, {"input_ids": tokens, "position_ids": after})
         torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
 
@@ -240,7 +240,7 @@ def test_words_are_repeated_or_cut_to_the_length_and_cross_attention_reads_them_
         encoded = model.encoder(input_ids=ids).last_hidden_state[0]
         keys = [model.get_submodule(PLACES["t5"]["cross"].format(i)).k(encoded) for i in range(LAYERS)]
     for text in ("w7 w23 w41", "w7 w23 w41 w7 w23 w99"):
-        tuning = Prefix(model, length=5, hidden=None, start=text, slots=["cross"], tokenizer=spaced())
+        tuning = Prefix(model, length=5, hidden=None, init_text=text, slots=["cross"], tokenizer=spaced())
         found = tuning.state()["parts.cross.table"].view(5, LAYERS, 2, WIDTH)
         for layer in range(LAYERS):
             torch.testing.assert_close(found[:, layer, 0], keys[layer])
@@ -617,7 +617,7 @@ def test_a_copy_of_the_model_goes_its_own_way() -> None:
 
 def test_published_is_the_table_alone() -> None:
     model = build_model("bert", "classify")
-    tuning = Prefix(model, length=LENGTH, hidden=HIDDEN, also=["classifier"], slots=["encoder"])
+    tuning = Prefix(model, length=LENGTH, hidden=HIDDEN, also_train=["classifier"], slots=["encoder"])
     published = tuning.export()
     assert published.options == {
         "kind": "prefix",
@@ -625,7 +625,7 @@ def test_published_is_the_table_alone() -> None:
         "hidden": None,
         "dropout": 0.0,
         "slots": ["encoder"],
-        "also": ["classifier"],
+        "also_train": ["classifier"],
     }
     json.dumps(published.options)
     assert set(published.state) == {"parts.encoder.table", "classifier.weight", "classifier.bias"}
@@ -784,9 +784,9 @@ def test_a_prefix_that_nothing_reads_is_refused(monkeypatch: pytest.MonkeyPatch)
         ({"dropout": 1.0}, "a share from 0"),
         ({"slots": ["cross"]}, "some of decoder"),
         ({"slots": []}, "no attention is named"),
-        ({"start": "w7"}, "no tokenizer"),
-        ({"start": "", "tokenizer": spaced()}, "has no tokens"),
-        ({"also": ["nothing.*"]}, "matches no parameter"),
+        ({"init_text": "w7"}, "no tokenizer"),
+        ({"init_text": "", "tokenizer": spaced()}, "has no tokens"),
+        ({"also_train": ["nothing.*"]}, "matches no parameter"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], why: str) -> None:

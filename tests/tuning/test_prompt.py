@@ -214,7 +214,7 @@ def test_gradients_reach_the_vectors_that_are_read_and_no_others() -> None:
 def test_a_moving_table_gets_no_gradient_from_virtual_ids() -> None:
     """The embedding is asked for id 0 in their place, which must not train it."""
     model = build_model("llama", "lm")
-    own = PromptTuning(model, length=4, also=["model.embed_tokens"])
+    own = PromptTuning(model, length=4, also_train=["model.embed_tokens"])
     ids = torch.tensor([[*own.virtual_token_ids, 9, 10, 11]])
     model(input_ids=ids, labels=ids.masked_fill(ids >= VOCABULARY, -100)).loss.backward()
     gradient = model.model.embed_tokens.weight.grad
@@ -353,14 +353,14 @@ def test_final_vectors_are_not_taken_for_what_an_encoder_reads() -> None:
 
 def test_random_starts() -> None:
     model = build_model("llama", "lm")
-    uniform = PromptTuning(model, length=60, scale=0.25).export().state["vectors"]
+    uniform = PromptTuning(model, length=60, init_scale=0.25).export().state["vectors"]
     assert 0.24 < uniform.max() <= 0.25 and -0.25 <= uniform.min() < -0.24
-    lester = PromptTuning(model, length=60, start="random").export().state["vectors"]
+    lester = PromptTuning(model, length=60, init="random").export().state["vectors"]
     assert 0.49 < lester.max() <= 0.5 and abs(lester.mean()) < 0.05
-    normal = PromptTuning(model, length=60, start="normal", seed=3).export().state["vectors"]
+    normal = PromptTuning(model, length=60, init="normal", seed=3).export().state["vectors"]
     assert 0.95 < normal.std() < 1.05
-    again = PromptTuning(model, length=60, start="normal", seed=3).export().state["vectors"]
-    other = PromptTuning(model, length=60, start="normal", seed=4).export().state["vectors"]
+    again = PromptTuning(model, length=60, init="normal", seed=3).export().state["vectors"]
+    other = PromptTuning(model, length=60, init="normal", seed=4).export().state["vectors"]
     assert torch.equal(again, normal) and not torch.equal(other, normal)
 
 
@@ -373,7 +373,7 @@ def test_rows_of_the_vocabulary() -> None:
     model = build_model("llama", "lm")
     table = model.get_input_embeddings().weight
     special = words().all_special_ids
-    drawn = rows_of(PromptTuning(model, length=60, start="vocabulary", tokenizer=words()).soft_prompt(), table)
+    drawn = rows_of(PromptTuning(model, length=60, init="vocabulary", tokenizer=words()).soft_prompt(), table)
     assert len(set(drawn)) == 60 and not set(drawn) & set(special) and drawn != sorted(drawn)
 
 
@@ -381,7 +381,7 @@ def test_rare_words_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("postgrad.tuning.prompt_init.NUM_FREQUENT", 7)
     model = build_model("llama", "lm")
     drawn = rows_of(
-        PromptTuning(model, length=16, start="vocabulary").soft_prompt(), model.get_input_embeddings().weight
+        PromptTuning(model, length=16, init="vocabulary").soft_prompt(), model.get_input_embeddings().weight
     )
     assert set(drawn) == set(range(7)) and len(set(drawn[:7])) == 7
 
@@ -389,9 +389,9 @@ def test_rare_words_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_words_of_a_text_repeated_and_cut() -> None:
     model = build_model("llama", "lm")
     table = model.get_input_embeddings().weight
-    more: dict[str, Any] = {"start": "text", "text": "w9 w8 w7", "tokenizer": words()}
+    more: dict[str, Any] = {"init": "text", "init_text": "w9 w8 w7", "tokenizer": words()}
     with pytest.raises(TuningError, match="no tokens"):
-        PromptTuning(model, **{**more, "text": ""})
+        PromptTuning(model, **{**more, "init_text": ""})
     assert rows_of(PromptTuning(model, length=7, **more).soft_prompt(), table) == [9, 8, 7, 9, 8, 7, 9]
     assert rows_of(PromptTuning(model, length=2, **more).soft_prompt(), table) == [9, 8]
 
@@ -400,7 +400,7 @@ def test_names_of_classes_then_the_vocabulary() -> None:
     tokenizer = words()
     model = build_model("bert", "classify")
     table = model.get_input_embeddings().weight
-    own = PromptTuning(model, length=5, start="labels", labels=["w20 w21", "w30"], tokenizer=tokenizer)
+    own = PromptTuning(model, length=5, init="labels", init_labels=["w20 w21", "w30"], tokenizer=tokenizer)
     assert torch.equal(own.soft_prompt()[0], table[20:22].mean(0))
     assert rows_of(own.soft_prompt()[1:2], table) == [30]
     assert len(set(rows_of(own.soft_prompt()[1:], table))) == 4
@@ -408,14 +408,14 @@ def test_names_of_classes_then_the_vocabulary() -> None:
 
 def test_a_start_is_what_the_encoder_reads() -> None:
     model = build_model("llama", "lm")
-    own = PromptTuning(model, length=2, encoder="mlp", start="text", text="w9 w8", tokenizer=words())
+    own = PromptTuning(model, length=2, encoder="mlp", init="text", init_text="w9 w8", tokenizer=words())
     assert rows_of(own.soft_prompt.vectors, model.get_input_embeddings().weight) == [9, 8]
 
 
 def test_starts_are_rows_as_the_model_sees_them() -> None:
     """Gemma multiplies its rows by the root of its width."""
     model = build_model("gemma3", "lm")
-    own = PromptTuning(model, length=1, start="text", text="w9", tokenizer=words())
+    own = PromptTuning(model, length=1, init="text", init_text="w9", tokenizer=words())
     inputs = torch.tensor([[5, 9, 7]])
     same = torch.tensor([[5, own.first_id, 7]])
     assert torch.equal(model(input_ids=same).logits, model(input_ids=inputs).logits)
@@ -483,7 +483,7 @@ def test_a_range_is_free_again() -> None:
 
 def test_a_new_task_layer_moves_besides() -> None:
     def attach(model: PreTrainedModel, *, seed: int = 0) -> PromptTuning:
-        return PromptTuning(model, length=4, also=["classifier*"], seed=seed)
+        return PromptTuning(model, length=4, also_train=["classifier*"], seed=seed)
 
     checks.trains_only_declared(attach, "bert", "classify", base=["classifier.*"])
     checks.save_load_bit_identical(attach, "bert", "classify")
@@ -687,7 +687,7 @@ def test_peft_gets_nothing_that_it_would_read_otherwise() -> None:
     assert p_tuning(build_model("llama", "lm")).peft() is None
     assert prompt(build_model("bert", "classify")).peft() is None
     assert prompt(build_model("bert", "lm")).peft() is None
-    assert PromptTuning(build_model("llama", "lm"), length=4, also=["model.norm"]).peft() is None
+    assert PromptTuning(build_model("llama", "lm"), length=4, also_train=["model.norm"]).peft() is None
 
 
 def test_folders_that_are_not_prompts_are_refused() -> None:
@@ -719,17 +719,17 @@ def test_folders_that_are_not_prompts_are_refused() -> None:
         ({"length": 64}, "64 vectors"),
         ({"kind": "instruction-prompt"}, "100 vectors"),
         ({"kind": "promt"}, "did you mean 'prompt'"),
-        ({"start": "lables"}, "did you mean 'labels'"),
+        ({"init": "lables"}, "did you mean 'labels'"),
         ({"encoder": "lstn"}, "did you mean 'lstm'"),
         ({"backbone": "thawed"}, "one of frozen, trained"),
         ({"hidden": 5}, "does not read it"),
-        ({"text": "w9"}, "does not read it"),
-        ({"start": "text"}, "needs a text"),
-        ({"start": "text", "text": "w9"}, "needs the model's tokenizer"),
-        ({"start": "labels"}, "needs labels"),
-        ({"start": "labels", "labels": ["w9", "w8"], "length": 1}, "2 labels do not fit"),
-        ({"start": "vocabulary", "scale": 0.5}, "does not read it"),
-        ({"also": ["modle.norm"]}, "matches no parameter"),
+        ({"init_text": "w9"}, "does not read it"),
+        ({"init": "text"}, "needs a text"),
+        ({"init": "text", "init_text": "w9"}, "needs the model's tokenizer"),
+        ({"init": "labels"}, "needs labels"),
+        ({"init": "labels", "init_labels": ["w9", "w8"], "length": 1}, "2 labels do not fit"),
+        ({"init": "vocabulary", "init_scale": 0.5}, "does not read it"),
+        ({"also_train": ["modle.norm"]}, "matches no parameter"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_changes(options: dict[str, Any], met: str) -> None:

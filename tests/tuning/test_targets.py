@@ -184,7 +184,7 @@ def test_nothing_left_is_refused() -> None:
 def test_layers_under_adapters_keep_their_names_and_adapters_are_no_layers() -> None:
     model = build_model("bert", "lm")
     bare = [layer.name for layer in linear_layers(model)]
-    Adapter(model, form="pfeiffer", size=4)
+    Adapter(model, variant="pfeiffer", size=4)
     PromptTuning(model, kind="p-tuning", length=3, encoder="mlp")
     assert any(isinstance(m, nn.Linear) and n not in bare for n, m in model.named_modules())
     assert [layer.name for layer in linear_layers(model)] == bare

@@ -308,7 +308,7 @@ def test_untying_is_refused_where_the_model_would_answer_differently() -> None:
 
 def test_heads_can_be_named() -> None:
     model = build_model("bert", "lm")
-    HeadFinetuning(model, heads=["cls.predictions.transform"], also=["bert.encoder.layer.1.output.LayerNorm"])
+    HeadFinetuning(model, heads=["cls.predictions.transform"], also_train=["bert.encoder.layer.1.output.LayerNorm"])
     assert moving(model) == named(model, "cls.predictions.transform.*", "bert.encoder.layer.1.output.LayerNorm.*")
     with pytest.raises(TuningError, match="tied"):
         HeadFinetuning(build_model("gpt2", "lm"), heads=["lm_head"])
@@ -329,9 +329,9 @@ CHOICES: list[tuple[dict[str, Any], list[str]]] = [
     ({"all_but_first": 1}, ["*encoder.block.1.*", "*encoder.block.2.*", "*decoder.block.1.*"]),
     ({"all_but_first": 2}, ["*encoder.block.2.*"]),
     ({"all_but_first": 0}, ["*.block.*"]),
-    ({"names": ["decoder.block.1"]}, ["decoder.block.1.*"]),
-    ({"names": ["block.0"]}, ["*.block.0.*"]),
-    ({"names": ["encoder*", "decoder.block.?"]}, ["*.block.*"]),
+    ({"targets": ["decoder.block.1"]}, ["decoder.block.1.*"]),
+    ({"targets": ["block.0"]}, ["*.block.0.*"]),
+    ({"targets": ["encoder*", "decoder.block.?"]}, ["*.block.*"]),
 ]
 
 
@@ -353,7 +353,7 @@ def test_the_head_and_the_embeddings_come_besides() -> None:
     BlockFinetuning(model, all_but_first=2, head=False, embeddings=True)  # and none of the blocks
     assert moving(model) == named(model, "model.embed_tokens.*")
     model = build_model("gpt2", "lm")
-    tuning = BlockFinetuning(model, last=1, also=["transformer.wpe"])
+    tuning = BlockFinetuning(model, last=1, also_train=["transformer.wpe"])
     assert moving(model) == named(model, "transformer.ln_f.*", "transformer.h.1.*", "transformer.wpe.*")
     assert "stays frozen" in tuning.notes[0] and "transformer.wte.weight" in tuning.notes[0]
     assert BlockFinetuning(build_model("gpt2", "lm"), last=1, embeddings=True).notes == []
@@ -367,9 +367,9 @@ def test_the_head_and_the_embeddings_come_besides() -> None:
         ({"last": 3}, "1 to 2"),
         ({"last": 0}, "1 to 2"),
         ({"all_but_first": 3}, "0 to 2"),
-        ({"names": ["model.layer.1"]}, "did you mean 'model.layers.1'"),
+        ({"targets": ["model.layer.1"]}, "did you mean 'model.layers.1'"),
         ({"last": 1, "unfreeze_every": 0}, "at least 1 step"),
-        ({"last": 1, "also": ["model.nrom"]}, "model.norm"),
+        ({"last": 1, "also_train": ["model.nrom"]}, "model.norm"),
     ],
 )
 def test_blocks_that_there_are_not_are_refused_before_anything_changes(wrong: dict[str, Any], says: str) -> None:
@@ -407,7 +407,7 @@ THAWING: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], list[lis
     ),
     "named blocks, and what moves besides is there at once": (
         lambda: build_model("gpt2", "classify"),
-        {"names": ["h.0"], "also": ["transformer.wpe"]},
+        {"targets": ["h.0"], "also_train": ["transformer.wpe"]},
         [["score.*", "transformer.ln_f.*", "transformer.wpe.*"], ["transformer.h.0.*"]],
     ),
 }
@@ -474,12 +474,12 @@ def test_biases_are_counted_by_formula() -> None:
 
 def test_some_biases_can_be_left_out() -> None:
     model = build_model("bert", "classify")
-    BitFit(model, names=["*.query.*", "*.intermediate.*"], also=["bert.embeddings.LayerNorm.weight"])
+    BitFit(model, targets=["*.query.*", "*.intermediate.*"], also_train=["bert.embeddings.LayerNorm.weight"])
     assert moving(model) == named(
         model, "*query.bias", "*intermediate.dense.bias", "classifier.*", "bert.embeddings.LayerNorm.weight"
     )
     with pytest.raises(TuningError, match="no biases that match"):
-        BitFit(build_model("bert", "classify"), names=["*.nothing"])
+        BitFit(build_model("bert", "classify"), targets=["*.nothing"])
 
 
 @pytest.mark.parametrize(
@@ -516,7 +516,7 @@ def test_norms_are_known_by_class_and_not_by_name() -> None:
     model.model.odd = OddRMSNormGated()
     model.model.layer_norm_of_name_only = nn.Linear(2, 2)
     model.model.plain = nn.LayerNorm(4, bias=False)
-    found = NormFinetuning(model, also=["lm_head"]).state()
+    found = NormFinetuning(model, also_train=["lm_head"]).state()
     assert {"model.odd.gain", "model.plain.weight", "lm_head.weight"} < found.keys()
     assert not any("name_only" in name for name in found)
 
@@ -538,7 +538,7 @@ MADE: dict[str, Make] = {
     "full": FullFinetuning,
     "head": HeadFinetuning,
     "blocks": lambda m: BlockFinetuning(m, last=1, unfreeze_every=2),
-    "bias": lambda m: BitFit(m, also=["*.wpe.weight"]),
+    "bias": lambda m: BitFit(m, also_train=["*.wpe.weight"]),
     "norm": NormFinetuning,
 }
 

@@ -1,73 +1,73 @@
-"""What does a model go on from, when it is to write itself? The beginnings of texts, with room behind them.
-
-Running text is cut into windows, and each window's first tokens are a prompt; of an example it is everything before its
-answer. The places behind a prompt are labelled with a token that means nothing: what is written there is decided when the row
-is read, by the model in training. With a prompt of no tokens all begins at the BOS, or, where a tokenizer sets none, at the
-end of another text.
+"""Prompts for on-policy training: the start of a text, followed by positions for the tokens that the model samples.
 
 Legend: R rows, P tokens of a prompt, T positions of a row.
+
+Running text is split into windows, and the first tokens of each are a prompt; the prompt of an example is everything before
+its first answer. The model samples the remaining tokens when the row is used; until then a placeholder id fills them. An
+empty prompt is the BOS alone or, for a tokenizer without BOS, an EOS.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from postgrad.data.layouts.rows import IGNORED, Row, RowOptions
-from postgrad.data.layouts.windows import MarkedStore, locate_texts, make_ledger, max_text_tokens, split_windows
+from postgrad.data.layouts.windows import (
+    MarkedStore,
+    locate_texts,
+    make_ledger,
+    max_text_tokens,
+    read_marks,
+    split_windows,
+)
 
 PENDING = 0
-"""The label of a place that is still to be written."""
+"""Placeholder id and label of a token to be sampled."""
 
 
 class PromptRows:
-    """Rows of a prompt and `new` places: `input_ids`, `position_ids` and labels, of shape (T,) with T = P + new - 1.
+    """Rows of a prompt and `new_tokens` positions: `input_ids`, `position_ids`, labels, of shape (T,), T = P + new - 1.
 
-    `prompt`: tokens of running text that a prompt has. The beginning of one that has no room is cut. `lead`: tokens at each
-    document's start that the frame replaces (1 for a BOS). The ledger's `trained` are the places: a text may end before.
-    Raises `StageError` when a row has no room.
+    `prompt_tokens`: prompt length in running text. Prompts that do not fit lose their beginning. `trained` in the ledger
+    counts all new positions, though a sampled text may end earlier. Raises `StageError` when a row has no room.
     """
 
     layout = "prompts"
     is_random = False
 
     def __init__(
-        self,
-        store: MarkedStore,
-        options: RowOptions,
-        *,
-        prompt_tokens: int,
-        new_tokens: int,
-        eos: int,
+        self, store: MarkedStore, options: RowOptions, *, prompt_tokens: int, new_tokens: int, eos: int
     ) -> None:
         self.store, self.frame, self.new_tokens, self.eos = store, options.frame, new_tokens, eos
-        room = max_text_tokens(options.length, options.frame.size(2) + new_tokens - 1, 1)
-        kept = options.select_documents(store)
-        texts = locate_texts(store, kept, options.lead)
+        max_tokens = max_text_tokens(options.length, self.frame.size(2) + new_tokens - 1, 1)
+        selected = options.select_documents(store)
+        texts = locate_texts(store, selected, options.lead)
         texts = texts.select(texts.size_N > 0)
-        self.skipped = {"no text": len(kept.documents) - len(texts.document_N)}
+        self.skipped = {"no text": len(selected.documents) - len(texts.document_N)}
         self.is_marked = store.marks(0) is not None
         if self.is_marked:
-            split_N = np.array([_prompt_end(store, *place) for place in texts.spans()], np.int64)
-            some_N = split_N > texts.start_N
-            self.skipped["no question"] = int((~some_N).sum())
-            self.document_R, self.stop_R = texts.document_N[some_N], split_N[some_N]
-            self.start_R = np.maximum(texts.start_N[some_N], self.stop_R - room)
+            stop_N = np.array([_prompt_end(store, *span) for span in texts.spans()], np.int64)
+            has_prompt_N = stop_N > texts.start_N
+            self.skipped["no question"] = int((~has_prompt_N).sum())
+            self.document_R, self.stop_R = texts.document_N[has_prompt_N], stop_N[has_prompt_N]
+            self.start_R = np.maximum(texts.start_N[has_prompt_N], self.stop_R - max_tokens)
         else:
             windows = split_windows(texts, max(prompt_tokens, 1) + new_tokens)
             self.document_R, self.start_R = windows.document_R, windows.start_R
-            self.stop_R = np.minimum(windows.start_R + min(prompt_tokens, room), windows.stop_R)
+            self.stop_R = np.minimum(windows.start_R + min(prompt_tokens, max_tokens), windows.stop_R)
         placed = int((self.stop_R - self.start_R).sum())
-        ledger = make_ledger(kept, placed=placed, trained=placed)
-        self.ledger = type(ledger)(**{**ledger.as_dict(), "trained": len(self) * new_tokens, "context": placed})
+        ledger = make_ledger(selected, placed=placed, trained=placed)
+        self.ledger = replace(ledger, trained=len(self) * new_tokens, context=placed)
 
     def __len__(self) -> int:
         return len(self.document_R)
 
     def get_row(self, row: int, position: int) -> Row:
-        """The prompt, and places behind it."""
-        before, between, _ = self.frame.arrays
+        prefix, separator, _ = self.frame.arrays
         text = self.store.read(int(self.document_R[row]), int(self.start_R[row]), int(self.stop_R[row]))
-        ids_P = np.concatenate((before, text, between if self.is_marked else between[:0])).astype(np.int64)
+        ids_P = np.concatenate((prefix, text, separator if self.is_marked else separator[:0])).astype(np.int64)
         if not len(ids_P):
             ids_P = np.array([self.eos], np.int64)
         ids_T = np.concatenate((ids_P, np.full(self.new_tokens - 1, PENDING, np.int64)))
@@ -77,7 +77,6 @@ class PromptRows:
 
 
 def _prompt_end(store: MarkedStore, document: int, start: int, stop: int) -> int:
-    """Where the first answer of a marked document begins; its start when there is none."""
-    marks = store.marks(document, start, stop)
-    assert marks is not None, "all documents of a store are marked, or none"
+    """The start of a document's first answer; `start` when it has none."""
+    marks = read_marks(store, document, start, stop)
     return start + int(np.argmax(marks != 0)) if marks.any() else start

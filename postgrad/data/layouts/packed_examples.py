@@ -1,15 +1,14 @@
-"""Which whole examples share a row? Those that fill it best; none is cut where a row ends.
+"""Packed examples: rows filled with whole examples, none of which is cut at a row's border.
 
 Legend: T positions in a row, N documents, P pieces, R rows, E tokens of a piece with its frame.
 
-A piece is an example, or a window of a plain text that is too long for a row. It has a frame to itself and positions of its
-own, so pieces in a row do not see each other. The last token of a piece is only a label, so a piece of E tokens takes E - 1
-positions; a window of a text shares that token with the next one, so no label is lost where a text is cut. Beside the ledger
-of all layouts, `rows T = padding + sum of (E - 1)`.
+A piece is an example, or a window of a running text that is too long for a row. Each piece has a frame and position ids of
+its own, so pieces in a row do not attend to each other. The last token of a piece is only a label, so a piece of E tokens
+takes E - 1 positions; a window of a text shares that token with the next one, so no label is lost where a text is split.
+Beside the ledger of all layouts, `rows T = padding + sum of (E - 1)` holds.
 
-Rows are filled with pieces in stored order, 1,024 at a time, the longest first, each where it leaves the least room (best
-fit decreasing). With lengths of a log-normal spread this leaves 0.1 to 0.3 % of the positions empty, where rows filled one
-after the other leave 2 to 23 %.
+Pieces are sorted 1,024 at a time, and the longest go first, each to the row with the least room that fits it (best fit
+decreasing). For log-normal lengths this leaves 0.1 to 0.3 % of the positions empty; filling rows in order leaves 2 to 23 %.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from postgrad.data.layouts.windows import (
     locate_texts,
     make_ledger,
     max_text_tokens,
+    read_marks,
 )
 from postgrad.data.render.frame import Frame
 from postgrad.errors import StageError
@@ -36,15 +36,15 @@ from postgrad.errors import StageError
 TrainOn = Literal["answers", "all"]
 
 _MAX_OPEN_ROWS = 1024
-"""Pieces that are sorted together, and rows that are open at once."""
+"""Pieces sorted together, and rows open at once."""
 
 
 @dataclass(frozen=True)
 class Pieces:
     """Tokens `start_P` to `stop_P` of documents.
 
-    `ended_P`: the last one is the document's EOS. `positions_P`: what a piece takes of a row. `trained_P`: its labels.
-    `stored_P`: the stored tokens that are in it and in no earlier piece, the BOS included.
+    `has_eos_P`: the last token is the document's EOS. `positions_P`: positions that a piece takes of a row. `trained_P`: its
+    labels. `stored_P`: stored tokens that are in it and in no earlier piece, the BOS included.
     """
 
     document_P: np.ndarray
@@ -60,18 +60,18 @@ class Pieces:
 
 
 def assign_rows(size_P: np.ndarray, length: int) -> np.ndarray:
-    """Which row each piece goes into, given by the sizes alone."""
+    """The row of each piece, by best fit decreasing on the sizes."""
     row_P = np.empty(len(size_P), np.int64)
-    rooms: list[tuple[int, int]] = []  # room and number of each open row, the fullest first
-    rows = 0
+    rooms: list[tuple[int, int]] = []  # (room, row) of each open row, sorted: the fullest first
+    row_count = 0
     for begin in range(0, len(size_P), _MAX_OPEN_ROWS):
         longest_first = begin + np.argsort(-size_P[begin : begin + _MAX_OPEN_ROWS], kind="stable")
         for piece, size in zip(longest_first.tolist(), size_P[longest_first].tolist(), strict=True):
-            fits = bisect_left(rooms, (size, -1))
-            if fits < len(rooms):
-                room, row = rooms.pop(fits)
+            best = bisect_left(rooms, (size, -1))  # the first row with room >= size
+            if best < len(rooms):
+                room, row = rooms.pop(best)
             else:
-                room, row, rows = length, rows, rows + 1
+                room, row, row_count = length, row_count, row_count + 1
                 if len(rooms) == _MAX_OPEN_ROWS:
                     rooms.pop(0)
             row_P[piece] = row
@@ -82,18 +82,17 @@ def assign_rows(size_P: np.ndarray, length: int) -> np.ndarray:
 class PackedExampleRows:
     """Rows of whole pieces: `input_ids`, `position_ids` and labels of shape (T,), padded as in `PackedRows`.
 
-    `frame.before` stands before each piece, `frame.between` before its first answer; neither is a label. `train_on`: the
-    answers alone, or every token (of a plain text it is every token). `too_long`, for an example that does not fit:
+    The frame's prefix precedes each piece, its separator the piece's first answer; neither is a label. `train_on`: answers
+    only, or all tokens (always the case for running text). `too_long`, for an example that does not fit:
 
-        cut-context   leave out its beginning, up to its last answer; never begin inside an answer (a plain text is cut
-                      into windows, each with the frame)
-        cut-end       leave out its end
-        drop          leave it out
+        cut-context   truncate its beginning, at most up to its last answer, and never start within an answer (running
+                      text is split into windows, each with the frame)
+        cut-end       truncate its end
+        drop          drop it
 
-    `lead`: tokens at each document's start that the frame replaces (1 for a BOS, which the frame may then begin with).
-    `together=False`: each piece is a row, not padded, and `document_R` its document. `skipped` counts documents by the reason
-    why they are no pieces, `cut` those that lost something by what it is. Raises `StageError` for a frame that has no place in
-    these rows or leaves no room.
+    `pack=False`: each piece is a row of its own, not padded, and `document_R` its document. `skipped` counts documents that
+    are no pieces, `truncations` truncated ones, by kind. Raises `StageError` for a frame that does not suit these rows or
+    leaves no room.
     """
 
     layout = "packed"
@@ -111,24 +110,24 @@ class PackedExampleRows:
         self.is_marked = has_marks(store)
         _check_frame(options.frame, self.is_marked)
         # One more than the positions: the last token is only a label.
-        most = max_text_tokens(options.length, options.frame.size(2), 1) + 1
-        kept = options.select_documents(store)
-        texts = locate_texts(store, kept, options.lead)
+        max_tokens = max_text_tokens(options.length, options.frame.size(2), 1) + 1
+        selected = options.select_documents(store)
+        texts = locate_texts(store, selected, options.lead)
         self.skipped: dict[str, int] = {}
         self.truncations: dict[str, int] = {}
-        self.pieces = (self._example_pieces if self.is_marked else self._text_pieces)(texts, most, too_long)
+        self.pieces = (self._example_pieces if self.is_marked else self._text_pieces)(texts, max_tokens, too_long)
         size_P = self.pieces.positions_P
         row_P = assign_rows(size_P, options.length) if pack else np.arange(len(size_P))
         self.order_P = np.argsort(row_P, kind="stable")
         self.ends_R = np.cumsum(np.bincount(row_P))
         self.lengths_R = np.full(len(self.ends_R), options.length) if pack else size_P
         self.document_R = None if pack else self.pieces.document_P
-        whole_N = texts.stop_N + texts.has_eos_N
+        full_N = texts.stop_N + texts.has_eos_N
         placed = int(self.pieces.stored_P.sum())
         self.ledger = make_ledger(
-            kept,
+            selected,
             placed=placed,
-            truncated=int(whole_N[np.isin(texts.document_N, self.pieces.document_P)].sum()) - placed,
+            truncated=int(full_N[np.isin(texts.document_N, self.pieces.document_P)].sum()) - placed,
             padding=int(self.lengths_R.sum() - size_P.sum()),
             trained=int(self.pieces.trained_P.sum()),
         )
@@ -138,62 +137,62 @@ class PackedExampleRows:
 
     @property
     def is_random(self) -> bool:
-        """Nothing is drawn."""
         return False
 
     def row_pieces(self, row: int) -> list[int]:
-        """The numbers of a row's pieces, in the order in which they stand."""
+        """The indices of a row's pieces, in order."""
         return self.order_P[self.ends_R[row - 1] if row else 0 : self.ends_R[row]].tolist()
 
     def get_row(self, row: int, position: int) -> Row:
-        """The row's ids, its labels, and positions that restart with each piece."""
         length = int(self.lengths_R[row])
         ids_T = np.zeros(length, np.int64)
         labels_T = np.full(length, IGNORED, np.int64)
         positions_T = np.empty(length, np.int64)
-        at = counted = 0
+        begin = label_count = 0
         for piece in self.row_pieces(row):
             ids, labels = self._piece_tokens(piece)
-            end = at + len(labels)
-            ids_T[at:end] = ids
-            labels_T[at:end] = labels
-            positions_T[at:end] = np.arange(len(labels))
-            counted += int(self.pieces.trained_P[piece])
-            at = end
-        positions_T[at:] = np.arange(length - at)
-        return Row({"input_ids": ids_T, "position_ids": positions_T}, labels_T, counted)
+            end = begin + len(labels)
+            ids_T[begin:end] = ids
+            labels_T[begin:end] = labels
+            positions_T[begin:end] = np.arange(len(labels))
+            label_count += int(self.pieces.trained_P[piece])
+            begin = end
+        positions_T[begin:] = np.arange(length - begin)
+        return Row({"input_ids": ids_T, "position_ids": positions_T}, labels_T, label_count)
 
     def _piece_tokens(self, piece: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels of a piece inside its frame, both of shape (E - 1,)."""
         pieces = self.pieces
-        place = int(pieces.document_P[piece]), int(pieces.start_P[piece]), int(pieces.stop_P[piece])
-        text = self.store.read(*place)
-        before, between, _ = self.frame.arrays
+        span = int(pieces.document_P[piece]), int(pieces.start_P[piece]), int(pieces.stop_P[piece])
+        text = self.store.read(*span)
+        prefix, separator, _ = self.frame.arrays
         if not self.is_marked:
-            ids_E = np.concatenate((before, text))
+            ids_E = np.concatenate((prefix, text))
             labels = ids_E[1:].copy()
-            # Not the frame; nor a later window's first token, which was the last label of the window before it.
+            # The frame is no label; nor is a later window's first token, the last label of the window before.
             labels[: len(labels) - int(pieces.trained_P[piece])] = IGNORED
             return ids_E[:-1], labels
-        answered = _answer_mask(self.store, *place, bool(pieces.has_eos_P[piece]))
-        asked = answered if self.train_on == "answers" else np.ones(len(text), bool)
-        split = int(np.argmax(answered))
-        between = between if answered[split] else between[:0]
-        none = np.zeros(len(before), bool), np.zeros(len(between), bool)
-        ids_E = np.concatenate((before, text[:split], between, text[split:]))
-        asked_E = np.concatenate((none[0], asked[:split], none[1], asked[split:]))
-        return ids_E[:-1], np.where(asked_E[1:], ids_E[1:], IGNORED)
+        is_answer = _answer_mask(self.store, *span, bool(pieces.has_eos_P[piece]))
+        is_label = is_answer if self.train_on == "answers" else np.ones(len(text), bool)
+        split = int(np.argmax(is_answer))
+        separator = separator if is_answer[split] else separator[:0]
+        ids_E = np.concatenate((prefix, text[:split], separator, text[split:]))
+        is_label_E = np.zeros(len(ids_E), bool)
+        is_label_E[len(prefix) : len(prefix) + split] = is_label[:split]
+        is_label_E[len(prefix) + split + len(separator) :] = is_label[split:]
+        return ids_E[:-1], np.where(is_label_E[1:], ids_E[1:], IGNORED)
 
     def _text_pieces(self, texts: TextSpans, max_tokens: int, too_long: TooLongPolicy) -> Pieces:
-        """Plain text: every token but a text's first is a label once, and that too where the frame stands before it."""
+        """Running text: every token but a text's first is a label once, and with a frame the first is one too."""
         size_N = texts.size_N + texts.has_eos_N
-        fine_N = (texts.size_N > 0) & (size_N > 1)
+        has_labels_N = (texts.size_N > 0) & (size_N > 1)
         fits_N = size_N <= max_tokens
-        self.skipped["nothing to learn"] = int((~fine_N).sum())
+        self.skipped["nothing to learn"] = int((~has_labels_N).sum())
         if too_long == "drop":
-            self.skipped["too long"] = int((fine_N & ~fits_N).sum())
-            fine_N &= fits_N
-        count_N = np.where(fine_N, -(-(size_N - 1) // (max_tokens - 1)), 0)
+            self.skipped["too long"] = int((has_labels_N & ~fits_N).sum())
+            has_labels_N &= fits_N
+        # Windows overlap by one token, the last label of one and the first input of the next.
+        count_N = np.where(has_labels_N, -(-(size_N - 1) // (max_tokens - 1)), 0)
         if too_long == "cut-end":
             self.truncations["their end"] = int((count_N > 1).sum())
             count_N = np.minimum(count_N, 1)
@@ -202,72 +201,72 @@ class PackedExampleRows:
         origin_P, end_P = texts.start_N[text_P], (texts.start_N + size_N)[text_P]
         start_P = origin_P + number_P * (max_tokens - 1)
         stop_P = np.minimum(start_P + max_tokens, end_P)
-        first_P, labels_P = number_P == 0, stop_P - start_P - 1
-        framed = len(self.frame.prefix_ids)
+        is_first_P, labels_P = number_P == 0, stop_P - start_P - 1
+        prefix_size = len(self.frame.prefix_ids)
         return Pieces(
             texts.document_N[text_P],
             start_P,
             stop_P,
             texts.has_eos_N[text_P] & (stop_P == end_P),
-            framed + labels_P,
-            labels_P + (first_P if framed else 0),
-            labels_P + first_P * (1 + origin_P),
+            positions_P=prefix_size + labels_P,
+            trained_P=labels_P + (is_first_P if prefix_size else 0),
+            stored_P=labels_P + is_first_P * (1 + origin_P),
         )
 
     def _example_pieces(self, texts: TextSpans, max_tokens: int, too_long: TooLongPolicy) -> Pieces:
         """Examples by their marks, one piece each."""
-        some_N = texts.size_N > 0
-        self.skipped = {"nothing to learn": int((~some_N).sum()), "too long": 0, "answer too long": 0}
-        texts = texts.select(some_N)
-        lost = {"cut-context": "their beginning", "cut-end": "their end"}.get(too_long, "")
-        found: list[tuple[int, ...]] = []
-        for (document, start, stop), ended in zip(texts.spans(), texts.has_eos_N.tolist(), strict=True):
-            answered = _answer_mask(self.store, document, start, stop + ended, ended)
-            whole = len(answered)
-            if whole > max_tokens and too_long == "drop":
+        has_text_N = texts.size_N > 0
+        self.skipped = {"nothing to learn": int((~has_text_N).sum()), "too long": 0, "answer too long": 0}
+        texts = texts.select(has_text_N)
+        lost_part = {"cut-context": "their beginning", "cut-end": "their end"}.get(too_long, "")
+        pieces: list[tuple[int, ...]] = []
+        for (document, start, stop), has_eos in zip(texts.spans(), texts.has_eos_N.tolist(), strict=True):
+            is_answer = _answer_mask(self.store, document, start, stop + has_eos, has_eos)
+            size = len(is_answer)
+            if size > max_tokens and too_long == "drop":
                 self.skipped["too long"] += 1
                 continue
-            begin, end = (0, whole) if whole <= max_tokens else _CUT_FUNCTIONS[too_long](answered, max_tokens)
-            framed, trained = self._piece_sizes(answered[begin:end])
+            begin, end = (0, size) if size <= max_tokens else _CUT_FUNCTIONS[too_long](is_answer, max_tokens)
+            frame_size, trained = self._piece_sizes(is_answer[begin:end])
             if not trained:
-                self.skipped["answer too long" if answered.any() else "nothing to learn"] += 1
+                self.skipped["answer too long" if is_answer.any() else "nothing to learn"] += 1
                 continue
-            if end - begin < whole:
-                self.truncations[lost] = self.truncations.get(lost, 0) + 1
-            ends = ended and end == whole
-            positions = framed + end - begin - 1
-            found.append((document, start + begin, start + end, ends, positions, trained, start + end - begin))
-        return Pieces(*np.array(found, np.int64).reshape(-1, len(fields(Pieces))).T)
+            if end - begin < size:
+                self.truncations[lost_part] = self.truncations.get(lost_part, 0) + 1
+            positions = frame_size + end - begin - 1
+            ends_with_eos = has_eos and end == size
+            pieces.append(
+                (document, start + begin, start + end, ends_with_eos, positions, trained, start + end - begin)
+            )
+        return Pieces(*np.array(pieces, np.int64).reshape(-1, len(fields(Pieces))).T)
 
     def _piece_sizes(self, answer_mask: np.ndarray) -> tuple[int, int]:
-        """Tokens of frame beside a piece, and its labels: what is asked for, but for a token with nothing before it."""
+        """Frame tokens of a piece, and its labels; a token with nothing before it is no label."""
         if not len(answer_mask):
             return 0, 0
-        before, between, _ = map(len, self.frame.arrays)
-        asked = answer_mask if self.train_on == "answers" else np.ones_like(answer_mask)
-        stands_first = not before and not (between and answer_mask[0])
-        return before + between * bool(answer_mask.any()), int(np.count_nonzero(asked[int(stands_first) :]))
+        prefix, separator, _ = map(len, self.frame.arrays)
+        is_label = answer_mask if self.train_on == "answers" else np.ones_like(answer_mask)
+        starts_row = not prefix and not (separator and answer_mask[0])
+        return prefix + separator * bool(answer_mask.any()), int(np.count_nonzero(is_label[int(starts_row) :]))
 
 
 def _answer_mask(store: MarkedStore, document: int, start: int, stop: int, has_eos: bool) -> np.ndarray:
-    """Which tokens are answers; the EOS is one when the answer runs to it."""
-    marks = store.marks(document, start, stop)
-    assert marks is not None, "all documents of a store are marked, or none"
-    answered = marks == 1
+    """Which tokens are answers; the EOS is one when it follows an answer."""
+    is_answer = read_marks(store, document, start, stop) == 1
     if has_eos:
-        answered[-1] |= answered[-2]
-    return answered
+        is_answer[-1] |= is_answer[-2]
+    return is_answer
 
 
 def _cut_context(answer_mask: np.ndarray, max_tokens: int) -> tuple[int, int]:
-    """The last `most` tokens or fewer, so that they begin with context; none when the last answer does not fit."""
-    whole = len(answer_mask)
-    begin = whole - max_tokens
+    """The last `max_tokens` tokens or fewer, starting with context; empty when the last answer does not fit."""
+    size = len(answer_mask)
+    begin = size - max_tokens
     if answer_mask[begin]:
-        # Inside an answer (or with nothing before it): go on behind it.
+        # Within an answer, or at the start of one: skip to its end.
         begin += int(np.argmin(answer_mask[begin:])) or max_tokens
-    kept = answer_mask[begin:].any() or not answer_mask.any()
-    return (begin, whole) if kept else (0, 0)
+    has_answer = answer_mask[begin:].any() or not answer_mask.any()
+    return (begin, size) if has_answer else (0, 0)
 
 
 def _cut_end(answer_mask: np.ndarray, max_tokens: int) -> tuple[int, int]:
@@ -278,16 +277,16 @@ _CUT_FUNCTIONS = {"cut-context": _cut_context, "cut-end": _cut_end}
 
 
 def _check_frame(frame: Frame, is_marked: bool) -> None:
-    """Refuse a frame with a part that stands nowhere in these rows."""
+    """Refuse a frame with a part that these rows do not use."""
     if frame.suffix_ids:
         raise StageError(
-            "a template with something behind the text",
-            where="data.template",
-            expected="nothing behind it: a decoder does not look there",
+            "the template has a suffix after the text",
+            where="tuning.template",
+            expected="no suffix: a decoder never attends to it",
         )
     if frame.separator_ids and not is_marked:
         raise StageError(
-            "a template with two texts",
-            where="data.template",
-            expected="one text: the documents are plain text, without answers",
+            "the template has two texts",
+            where="tuning.template",
+            expected="one text: the documents are running text without answers",
         )

@@ -1,11 +1,11 @@
-"""Which tokens form a row of running text? Documents laid end to end and cut every `length` tokens.
+"""Packed running text: documents are concatenated and cut into rows of `length` tokens.
 
 Legend: T positions in a row.
 
-Every document ends with one EOS, which is always a label; documents do not attend to each other, so each piece of a
-document inside a row starts again at position 0. A row is a window of T + 1 tokens: the last one is only a label, so a
-document that is cut at a row's border loses nothing: beside the ledger of all layouts, `rows T = placed + padding`. (One EOS
-that would have a row to itself has none: it is the last label of the row before, and nothing follows from it.)
+Every document ends with one EOS, which is always a label. Documents do not attend to each other: position ids restart at 0
+with each piece of a document in a row. A row is a window of T + 1 tokens whose last token is only a label, so a document
+that crosses a row border loses no label, and beside the ledger of all layouts `rows T = placed + padding` holds. (A final
+EOS that would be alone in a row has none: it is the last label of the row before.)
 """
 
 from __future__ import annotations
@@ -14,39 +14,27 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Ledger, Row, RowOptions
+from postgrad.data.layouts.rows import IGNORED, Row, RowOptions
+from postgrad.data.layouts.windows import make_ledger
 from postgrad.data.tokens.held_out_split import DocumentStore
 
 
 class PackedRows:
-    """The rows of a source: `len(rows)`, `rows.at(i, position)`, and the ledger of how they came to be."""
+    """Rows of running text: `input_ids`, `position_ids` and labels, all of shape (T,). The frame is not used."""
 
     layout = "packed"
     is_random = False
     document_R: np.ndarray | None = None
 
-    def __init__(
-        self,
-        store: DocumentStore,
-        options: RowOptions,
-    ) -> None:
-        self.store = store
-        self.length = length = options.length
-        kept = options.select_documents(store)
-        self.document_ids: np.ndarray = kept.documents
-        self.ends: np.ndarray = np.cumsum(kept.sizes)
+    def __init__(self, store: DocumentStore, options: RowOptions) -> None:
+        self.store, self.length = store, options.length
+        selected = options.select_documents(store)
+        self.document_ids: np.ndarray = selected.documents
+        self.ends: np.ndarray = np.cumsum(selected.sizes)
         placed = int(self.ends[-1]) if len(self.ends) else 0
-        self.row_count = -(-(placed - 1) // length) if placed else 0
-        self.ledger = Ledger(
-            read=kept.read,
-            held_out=kept.held_out,
-            dropped=kept.dropped,
-            truncated=kept.truncated,
-            placed=placed,
-            padding=max(0, self.row_count * length - placed),
-            trained=placed - len(self.document_ids),
-            context=len(self.document_ids),
-        )
+        self.row_count = -(-(placed - 1) // self.length) if placed else 0
+        padding = max(0, self.row_count * self.length - placed)
+        self.ledger = make_ledger(selected, placed=placed, padding=padding, trained=placed - len(self.document_ids))
 
     def __len__(self) -> int:
         return self.row_count
@@ -63,22 +51,21 @@ class PackedRows:
             begin, index = stop, index + 1
 
     def get_row(self, row: int, position: int) -> Row:
-        """The row's ids, its labels, and positions that restart with each document, all of shape (T,)."""
         if not 0 <= row < self.row_count:
             raise IndexError(row)
         length = self.length
         ids = np.zeros(length + 1, np.int64)
         labels = np.full(length, IGNORED, np.int64)
-        # Padding positions count on from 0 like one more document, so nothing attends to it and it attends to nothing.
+        # Padding positions restart at 0 like one more document, so nothing attends to it and it attends to nothing.
         positions = np.arange(length + 1, dtype=np.int64)
-        at = counted = 0
+        begin = label_count = 0
         for document, start, stop in self.pieces(row):
             piece = self.store.read(document, start, stop)
-            end = at + len(piece)
-            ids[at:end] = piece
-            positions[at:] = np.arange(length + 1 - at)
-            labels[at : end - 1] = piece[1:]
-            counted += len(piece) - 1
-            at = end
-        positions[at:] = np.arange(length + 1 - at)
-        return Row({"input_ids": ids[:length], "position_ids": positions[:length]}, labels, counted)
+            end = begin + len(piece)
+            ids[begin:end] = piece
+            positions[begin:] = np.arange(length + 1 - begin)
+            labels[begin : end - 1] = piece[1:]
+            label_count += len(piece) - 1
+            begin = end
+        positions[begin:] = np.arange(length + 1 - begin)
+        return Row({"input_ids": ids[:length], "position_ids": positions[:length]}, labels, label_count)

@@ -1,12 +1,11 @@
-"""What is a row? The arrays a model is called with, and the labels of what it should have said.
+"""Rows: the model inputs and labels of one training example, and what all row layouts share.
 
 Legend: T positions in a row.
 
-A source's documents become rows in one of several layouts; each is a class of its own that keeps to `Rows`. What they
-share is here: which documents may be trained on at all, and the ledger that says where every token went:
+Each layout is a class that implements `Rows`. All layouts share `RowOptions` and the ledger, which accounts for every token:
 
     read   = held_out + dropped + truncated + placed
-    placed = trained + context        (context: tokens that are read and not predicted)
+    placed = trained + context        (context: tokens that are inputs but never labels)
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ IGNORED = -100
 
 
 class Row(NamedTuple):
-    """`inputs` by the names that models take them under, `labels`, and how many of the labels count."""
+    """Model inputs by argument name, labels, and the number of labels that count."""
 
     inputs: dict[str, np.ndarray]
     labels: np.ndarray
@@ -32,14 +31,14 @@ class Row(NamedTuple):
 
 
 def ignore_labels(row: Row) -> Row:
-    """The same row with no label that counts. A label that is a number stays one; `counted` says that it counts nothing."""
-    whole = np.issubdtype(row.labels.dtype, np.integer)
-    return Row(row.inputs, np.full_like(row.labels, IGNORED) if whole else row.labels, 0)
+    """The row without labels. The float labels of a regression stay, but `label_count` is 0."""
+    is_integer = np.issubdtype(row.labels.dtype, np.integer)
+    return Row(row.inputs, np.full_like(row.labels, IGNORED) if is_integer else row.labels, 0)
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Where every token of a source went (tokens, EOS and BOS included)."""
+    """Token counts of a source, EOS and BOS included."""
 
     read: int
     held_out: int
@@ -51,15 +50,14 @@ class Ledger:
     context: int
 
     def as_dict(self) -> dict[str, int]:
-        """The counts by name."""
         return asdict(self)
 
 
 class Rows(Protocol):
-    """The rows of a source in one layout; `layout` is equal for rows that can stand in one batch.
+    """The rows of a source in one layout. Rows of equal `layout` can share a batch.
 
-    `document_R`: the document that each row is of, where each is of one. `drawn`: what is read of a row depends on the
-    position too.
+    `document_R`: the document of each row; None where a row can hold several. `is_random`: whether the contents of a row
+    depend on its position in the mixture.
     """
 
     layout: str
@@ -74,7 +72,7 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def get_row(self, row: int, position: int) -> Row:
-        """Row number `row` as it stands at `position` of the mixture: what is drawn at random depends on both alone."""
+        """Row number `row` as read at `position` of the mixture; random choices depend on these two (and the seed) alone."""
         ...
 
 
@@ -83,7 +81,7 @@ class RowOptions:
     """Options shared by all layouts: the size of a row, its frame, and which documents become rows.
 
     `length`: positions of a row. `lead`: tokens at each document's start that the frame replaces (1 for a BOS or [CLS]).
-    `held_out`: share of the documents kept for evaluation. `excluded`: digests of documents that are dropped.
+    `held_out`: fraction of the documents kept for evaluation. `excluded`: digests of documents to drop.
     """
 
     length: int
@@ -94,7 +92,7 @@ class RowOptions:
     max_document_tokens: int | None = None
 
     def select_documents(self, store: DocumentStore) -> SelectedDocuments:
-        """The documents to train on."""
+        """The documents of a store to train on."""
         return select_documents(
             store, held_out=self.held_out, excluded=self.excluded, max_tokens=self.max_document_tokens
         )

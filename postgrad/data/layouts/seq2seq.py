@@ -1,11 +1,11 @@
-"""What does an encoder-decoder model read, and what should it say? A source, and a target that begins where it ends.
+"""Rows for encoder-decoder models: source and target of an example, or running text split at random.
 
 Legend: N documents, R rows, T tokens of the source, S labels.
 
-A marked document is an example: its last answer is the target, everything before it is the source. A plain text becomes a
-source and its continuation, the cut drawn anew at each position of the mixture (the prefix language model of Raffel et al.
-2020, section 3.2.1, as in the adaptation of Lester et al. 2021, section 2.2). The encoder's input ends with an EOS; so do the
-labels, except where a target was cut: a model should not learn to stop in the middle.
+The last answer of an example is the target, everything before it the source. Running text becomes a source and its
+continuation, split anew at each position of the mixture (the prefix language model of Raffel et al. 2020, section 3.2.1, as
+in the adaptation of Lester et al. 2021, section 2.2). The encoder input ends with an EOS, and so do the labels, except for a
+truncated target, which must not teach the model to stop in the middle.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from postgrad.data.layouts.windows import (
     locate_texts,
     make_ledger,
     max_text_tokens,
+    read_marks,
     split_windows,
 )
 from postgrad.data.random_streams import RandomStreams
 
 
 def make_seq2seq_row(input_ids: np.ndarray, labels: np.ndarray, decoder_start: int) -> Row:
-    """A row for an encoder-decoder model: the decoder reads the labels one place later."""
-    decoder_ids = np.empty_like(labels)
-    decoder_ids[0] = decoder_start
-    decoder_ids[1:] = labels[:-1]
+    """A row for an encoder-decoder model; the decoder input is the labels shifted right."""
+    decoder_ids = np.concatenate(([decoder_start], labels[:-1])).astype(labels.dtype)
     mask = np.ones(len(input_ids), np.int64)
     inputs = {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
     return Row(inputs, labels, len(labels))
@@ -42,16 +41,14 @@ def make_seq2seq_row(input_ids: np.ndarray, labels: np.ndarray, decoder_start: i
 class Seq2SeqRows:
     """Rows of an example or a window each: `input_ids`, `attention_mask`, `decoder_input_ids`, and labels of shape (S,).
 
-    `too_long`, for a source longer than `length`, frame and EOS included:
+    `too_long`, for a source that does not fit `length` with its frame and EOS:
 
-        cut-context   leave out its beginning: in a conversation the last question stands at the end
-        cut-end       leave out its end, as T5 does
-        drop          leave the example out
+        cut-context   truncate its beginning: the last question of a conversation is at the end
+        cut-end       truncate its end, as T5 does
+        drop          drop the example
 
-    Of a target of more than `target_length` the end is cut. `lead`: tokens at each document's start that are no text (1 for a
-    BOS). `skipped` counts documents by the reason why they are no rows, `cut` rows that lost something by what it is. Where
-    a plain text is cut is drawn, so `trained` in its ledger is what it comes to on average.
-    Raises `StageError` when a row has no room for text.
+    Targets are truncated to `target_length`. `skipped` counts documents that are no rows, `truncations` truncated rows, both
+    by kind. For running text, `trained` in the ledger is an expectation. Raises `StageError` when there is no room for text.
     """
 
     layout = "pairs"
@@ -70,55 +67,48 @@ class Seq2SeqRows:
         self.store, self.frame, self.decoder_start = store, options.frame, decoder_start
         self.eos = np.array([eos], np.int64)
         self.random_streams = RandomStreams(seed)
-        around = options.frame.size(1) + 1
-        kept = options.select_documents(store)
-        texts = locate_texts(store, kept, options.lead)
+        frame_tokens = options.frame.size(1) + 1
+        selected = options.select_documents(store)
+        texts = locate_texts(store, selected, options.lead)
         if has_marks(store):
-            found = _example_windows(store, texts, max_text_tokens(options.length, around, 1), target_length, too_long)
-            self.skipped = {
-                "no answer": len(texts.document_N) - len(found.windows) - found.dropped,
-                "too long": found.dropped,
-            }
+            max_tokens = max_text_tokens(options.length, frame_tokens, 1)
+            split = _example_windows(store, texts, max_tokens, target_length, too_long)
+            no_answer = len(texts.document_N) - len(split.windows) - split.dropped
+            self.skipped = {"no answer": no_answer, "too long": split.dropped}
         else:
-            # Room for two tokens on a side: then equal windows have two at least, and each can be cut.
-            rooms = (
-                max_text_tokens(options.length, around, 2),
-                max_text_tokens(target_length, 1, 2, where="data.target_length"),
-            )
-            found = _text_windows(texts, min(rooms))
-            self.skipped = {"a single token": len(np.setdiff1d(texts.document_N, found.windows.document_R))}
-        self.windows, self.borders_R2, self.truncations = found.windows, found.borders_R2, found.truncations
+            # Two tokens on each side: then windows of equal size have at least two tokens, and each can be split.
+            max_source = max_text_tokens(options.length, frame_tokens, 2)
+            max_target = max_text_tokens(target_length, 1, 2, where="objectives.target_length")
+            split = _text_windows(texts, min(max_source, max_target))
+            self.skipped = {"a single token": len(np.setdiff1d(texts.document_N, split.windows.document_R))}
+        self.windows, self.borders_R2, self.truncations = split.windows, split.borders_R2, split.truncations
         self.document_R = self.windows.document_R
         placed = int(self.windows.stored_R.sum())
-        self.ledger = make_ledger(kept, placed=placed, truncated=found.truncated, trained=found.trained)
+        self.ledger = make_ledger(selected, placed=placed, truncated=split.truncated, trained=split.trained)
 
     def __len__(self) -> int:
         return len(self.windows)
 
     @property
     def is_random(self) -> bool:
-        """Where a plain text is cut is."""
         return self.borders_R2 is None
 
     def get_row(self, row: int, position: int) -> Row:
-        """Source and target; of a plain text with the cut that is drawn for this position."""
-        windows = self.windows
-        document, start, stop = int(windows.document_R[row]), int(windows.start_R[row]), int(windows.stop_R[row])
+        document, start, stop = self.windows.span(row)
         if self.borders_R2 is None:
-            source_stop = target_start = start + int(
-                self.random_streams.generator(row, position).integers(1, stop - start)
-            )
+            rng = self.random_streams.generator(row, position)
+            source_stop = target_start = start + int(rng.integers(1, stop - start))
         else:
             source_stop, target_start = map(int, self.borders_R2[row])
         source_T = self.frame.wrap(self.store.read(document, start, source_stop))
         target_S = self.store.read(document, target_start, stop)
-        labels_S = np.concatenate((target_S, self.eos[: int(windows.has_eos_R[row])]))
+        labels_S = np.concatenate((target_S, self.eos[: int(self.windows.has_eos_R[row])]))
         return make_seq2seq_row(np.concatenate((source_T, self.eos)), labels_S, self.decoder_start)
 
 
 @dataclass(frozen=True)
 class _SourceTargetWindows:
-    """Windows from the source's start to the target's end; where the source ends and the target starts, if that is known."""
+    """Windows from a source's start to its target's end; `borders_R2`: source end and target start, None if random."""
 
     windows: Windows
     borders_R2: np.ndarray | None
@@ -129,54 +119,53 @@ class _SourceTargetWindows:
 
 
 def _text_windows(texts: TextSpans, max_tokens: int) -> _SourceTargetWindows:
-    """Plain text in windows so short that wherever one is cut both sides fit."""
+    """Running text in windows so short that both sides fit, wherever a window is split."""
     windows = split_windows(texts, max_tokens + 1)
     windows = windows.select(windows.size_R >= 2)
-    # Any cut from 1 to size - 1 is as likely as the others, so half of a window is target.
+    # The split is uniform over 1 to size - 1, so on average half of a window is target.
     return _SourceTargetWindows(windows, None, 0, int(windows.size_R.sum()) // 2 + int(windows.has_eos_R.sum()))
 
 
 def _example_windows(
     store: MarkedStore, texts: TextSpans, max_source_tokens: int, target_length: int, too_long: TooLongPolicy
 ) -> _SourceTargetWindows:
-    """Examples by their marks: as much of the source as fits, and the last answer."""
-    answer_N2 = np.array([_last_answer(store, *place) for place in texts.spans()], np.int64).reshape(-1, 2)
-    some_N = answer_N2[:, 0] < answer_N2[:, 1]
-    long_N = answer_N2[:, 0] - texts.start_N > max_source_tokens
-    dropped_N = some_N & long_N & (too_long == "drop")
-    some_N &= ~dropped_N
-    start_R, (answer_R, end_R) = texts.start_N[some_N], answer_N2[some_N].T
-    lost_R = np.maximum(answer_R - start_R - max_source_tokens, 0)
-    first_R = start_R + (lost_R if too_long == "cut-context" else 0)
-    source_stop_R = answer_R - (lost_R if too_long == "cut-end" else 0)
-    stop_R = np.minimum(end_R, answer_R + target_length)
-    # An answer that is cut, here or before, does not end; one that just fits has no room for the EOS.
-    ended_R = texts.has_eos_N[some_N] & (end_R - answer_R < target_length)
-    lead_R = start_R  # the BOS goes with the text
-    stored_R = lead_R + source_stop_R - first_R + stop_R - answer_R + ended_R
-    whole_R = texts.stop_N[some_N] + texts.has_eos_N[some_N]
-    windows = Windows(texts.document_N[some_N], first_R, stop_R, ended_R, stored_R)
-    which = "the beginning" if too_long == "cut-context" else "the end"
+    """Examples by their marks: the last answer, and as much of the source as fits."""
+    answer_N2 = np.array([_last_answer(store, *span) for span in texts.spans()], np.int64).reshape(-1, 2)
+    is_row_N = answer_N2[:, 0] < answer_N2[:, 1]
+    is_long_N = answer_N2[:, 0] - texts.start_N > max_source_tokens
+    is_dropped_N = is_row_N & is_long_N & (too_long == "drop")
+    is_row_N &= ~is_dropped_N
+    text_start_R, (target_start_R, answer_end_R) = texts.start_N[is_row_N], answer_N2[is_row_N].T
+    lost_R = np.maximum(target_start_R - text_start_R - max_source_tokens, 0)
+    start_R = text_start_R + (lost_R if too_long == "cut-context" else 0)
+    source_stop_R = target_start_R - (lost_R if too_long == "cut-end" else 0)
+    stop_R = np.minimum(answer_end_R, target_start_R + target_length)
+    # A truncated answer has no EOS, and one that just fits leaves no room for it.
+    has_eos_R = texts.has_eos_N[is_row_N] & (answer_end_R - target_start_R < target_length)
+    trained_R = stop_R - target_start_R + has_eos_R
+    # A text starts after the BOS, so its start is the number of BOS tokens, which the ledger counts with the text.
+    stored_R = text_start_R + source_stop_R - start_R + trained_R
+    full_R = texts.stop_N[is_row_N] + texts.has_eos_N[is_row_N]
+    side = "beginning" if too_long == "cut-context" else "end"
     return _SourceTargetWindows(
-        windows,
-        np.stack((source_stop_R, answer_R), 1),
-        int((whole_R - stored_R).sum()),
-        int((stop_R - answer_R + ended_R).sum()),
-        int(dropped_N.sum()),
-        {
-            f"{which} of what is read": int((lost_R > 0).sum()),
-            "the end of what is written": int((stop_R < end_R).sum()),
+        Windows(texts.document_N[is_row_N], start_R, stop_R, has_eos_R, stored_R),
+        np.stack((source_stop_R, target_start_R), 1),
+        truncated=int((full_R - stored_R).sum()),
+        trained=int(trained_R.sum()),
+        dropped=int(is_dropped_N.sum()),
+        truncations={
+            f"the {side} of the source": int((lost_R > 0).sum()),
+            "the end of the target": int((stop_R < answer_end_R).sum()),
         },
     )
 
 
 def _last_answer(store: MarkedStore, document: int, start: int, stop: int) -> tuple[int, int]:
-    """Where the last run of marked tokens begins and ends; nowhere, `(start, start)`, when none is marked."""
-    marks = store.marks(document, start, stop)
-    assert marks is not None, "all documents of a store are marked, or none"
-    answered = np.flatnonzero(marks)
-    if not len(answered):
+    """Start and end of the last run of marked tokens; `(start, start)` when no token is marked."""
+    marks = read_marks(store, document, start, stop)
+    answer_tokens = np.flatnonzero(marks)
+    if not len(answer_tokens):
         return start, start
-    end = int(answered[-1]) + 1
-    before = np.flatnonzero(marks[:end] == 0)
-    return start + (int(before[-1]) + 1 if len(before) else 0), start + end
+    end = int(answer_tokens[-1]) + 1
+    context_tokens = np.flatnonzero(marks[:end] == 0)
+    return start + (int(context_tokens[-1]) + 1 if len(context_tokens) else 0), start + end

@@ -1,16 +1,16 @@
-"""How is text corrupted for a text-to-text model? Random spans give way to sentinels, and the model gives them back.
+"""Span corruption rows: random spans of a text are replaced by sentinels, and are the target.
 
 Legend: R rows, K spans of a row, T tokens of a window, S labels.
 
 Raffel et al. 2020, section 3.1.4: of a window of L tokens round(density L) are noise (at least one, and not all), in
-round(noise / mean span) spans; noise and the rest are each parted into so many pieces at random, and they alternate, the
-rest first. The inputs have a sentinel in each span's place; the targets have the spans, each after its sentinel:
+round(noise / mean span) spans. Noise and the other tokens are each split into that many pieces at random, and the pieces
+alternate, starting with text. A sentinel replaces each span in the inputs and precedes it in the targets:
 
     text      a b c d e f g        spans: c d, g
     inputs    a b <0> e f <1> </s>
     targets   <0> c d <1> g </s>
 
-No token is lost: inputs and targets rebuild the text. Windows are pieces of one document each, so that documents do not mix.
+No token is lost: inputs and targets together rebuild the text. A window is a piece of one document.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def noise_counts(size: np.ndarray, density: float, mean_span: float) -> tuple[np
 
 
 def corrupted_lengths(inputs: int, density: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
-    """`(raw, targets)`: how much text fits `inputs` tokens once it is corrupted, and how long its targets are.
+    """`(raw, targets)`: the longest window whose corrupted inputs fit `inputs` tokens (at least 3), and its target length.
 
-    Both count an EOS. `inputs`: at least 3.
+    Both count an EOS.
     """
     raw = np.arange(2, int(inputs / (1 - density)) + 2)
     noise, spans = noise_counts(raw, density, mean_span)
-    # Longer text never has shorter inputs, so the last that fits is found by halving.
+    # The input length never decreases with the raw length, so binary search finds the last that fits.
     best = int(np.searchsorted(raw - noise + spans + 1, inputs, side="right")) - 1
     return int(raw[best]), int(noise[best] + spans[best] + 1)
 
@@ -49,9 +49,8 @@ def corrupted_lengths(inputs: int, density: float = 0.15, mean_span: float = 3.0
 class SpanCorruptionRows:
     """Rows of a window each: `input_ids`, `attention_mask`, `decoder_input_ids`, and labels of shape (S,); not padded.
 
-    `sentinels`: their ids, the first span's first. `lead`: tokens at each document's start that are no text (1 for a BOS).
-    `skipped` counts windows by the reason why they are no rows. Raises `StageError` when there are fewer sentinels than spans
-    in a full row, or when a row has no room for text.
+    `sentinels`: their ids, the first span's first. `skipped` counts windows that are no rows, by reason. Raises `StageError`
+    when a full row has more spans than there are sentinels, or no room for text.
     """
 
     layout = "pairs"
@@ -72,64 +71,59 @@ class SpanCorruptionRows:
         self.store, self.frame, self.decoder_start = store, options.frame, decoder_start
         self.eos, self.sentinels = np.array([eos], np.int64), np.array(sentinels, np.int64)
         self.random_streams = RandomStreams(seed)
-        # Room for windows of three tokens: then equal windows have two at least, and each can be corrupted.
-        raw, _ = corrupted_lengths(max_text_tokens(options.length, options.frame.size(1), 4), density, mean_span)
-        most = int(noise_counts(np.array([raw]), density, mean_span)[1][0])
-        if most > len(sentinels):
+        # Room for windows of three tokens: then windows of equal size have at least two, and each can be corrupted.
+        raw, _ = corrupted_lengths(max_text_tokens(options.length, self.frame.size(1), 4), density, mean_span)
+        max_spans = int(noise_counts(np.array([raw]), density, mean_span)[1][0])
+        if max_spans > len(sentinels):
             raise StageError(
-                f"rows of {raw:,} tokens have up to {most:,} corrupted spans, and there are {len(sentinels):,} sentinels",
+                f"rows of {raw:,} tokens have up to {max_spans:,} corrupted spans, but only {len(sentinels):,} sentinels exist",
                 where="data.sequence_length",
                 expected="a sentinel for each span",
-                hint="shorter rows, longer spans, or a tokenizer with more sentinels (T5's own has 100)",
+                hint="shorter rows, longer spans, or a tokenizer with more sentinels (T5 has 100)",
             )
-        kept = options.select_documents(store)
-        windows = split_windows(locate_texts(store, kept, options.lead), raw)
+        selected = options.select_documents(store)
+        windows = split_windows(locate_texts(store, selected, options.lead), raw)
         self.windows = windows.select(windows.size_R >= 2)
         self.document_R = self.windows.document_R
         self.noise_R, self.spans_R = noise_counts(self.windows.size_R, density, mean_span)
         self.skipped = {"a single token": len(windows) - len(self.windows)}
-        self.ledger = make_ledger(
-            kept,
-            placed=int(self.windows.stored_R.sum()),
-            trained=int((self.noise_R + self.spans_R + 1).sum()),
-        )
+        placed, trained = int(self.windows.stored_R.sum()), int((self.noise_R + self.spans_R + 1).sum())
+        self.ledger = make_ledger(selected, placed=placed, trained=trained)
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def get_row(self, row: int, position: int) -> Row:
-        """The window with its spans drawn for this position."""
-        windows, draws = self.windows, self.random_streams.generator(row, position)
-        text_T = self.store.read(int(windows.document_R[row]), int(windows.start_R[row]), int(windows.stop_R[row]))
+        rng = self.random_streams.generator(row, position)
+        text_T = self.store.read(*self.windows.span(row))
         noise, spans = int(self.noise_R[row]), int(self.spans_R[row])
-        rest_K1 = _random_borders(len(text_T) - noise, spans, draws)
-        noise_K1 = _random_borders(noise, spans, draws)
-        # A span starts behind as much of the rest as comes before it; a stretch of the rest behind as much noise.
-        rest_at_K, noise_at_K = (rest_K1 + noise_K1)[:-1], rest_K1[1:] + noise_K1[:-1]
+        text_borders_K1 = _random_borders(len(text_T) - noise, spans, rng)
+        noise_borders_K1 = _random_borders(noise, spans, rng)
+        # Pieces alternate: text 0, noise 0, text 1, noise 1 ... Text k starts after k pieces of each kind, noise k after
+        # k + 1 pieces of text and k of noise. The sum of +1 at noise starts and -1 at text starts is 1 within noise.
+        text_start_K = (text_borders_K1 + noise_borders_K1)[:-1]
+        noise_start_K = text_borders_K1[1:] + noise_borders_K1[:-1]
         step_T = np.zeros(len(text_T), np.int8)
-        step_T[rest_at_K] -= 1
-        step_T[noise_at_K] += 1
+        step_T[text_start_K] -= 1
+        step_T[noise_start_K] += 1
         step_T[0] = 0
         is_noise_T = np.cumsum(step_T, dtype=np.int8).view(bool)
-        # What is left out gives way to one sentinel a stretch: in the inputs the noise, in the targets the rest.
-        inputs = self._replace_spans(is_noise_T, noise_at_K, text_T)
-        targets = self._replace_spans(~is_noise_T, rest_at_K, text_T)
-        return make_seq2seq_row(
-            np.concatenate((self.frame.wrap(inputs), self.eos)),
-            np.concatenate((targets, self.eos)),
-            self.decoder_start,
-        )
+        inputs = self._replace_spans(is_noise_T, noise_start_K, text_T)
+        targets = self._replace_spans(~is_noise_T, text_start_K, text_T)
+        input_ids = np.concatenate((self.frame.wrap(inputs), self.eos))
+        return make_seq2seq_row(input_ids, np.concatenate((targets, self.eos)), self.decoder_start)
 
     def _replace_spans(self, removed_T: np.ndarray, starts_K: np.ndarray, text_T: np.ndarray) -> np.ndarray:
-        told_T = text_T.astype(np.int64)
-        told_T[starts_K] = self.sentinels[: len(starts_K)]
-        stays_T = ~removed_T
-        stays_T[starts_K] = True
-        return told_T[stays_T]
+        """Replace each removed span by one sentinel."""
+        ids_T = text_T.astype(np.int64)
+        ids_T[starts_K] = self.sentinels[: len(starts_K)]
+        remains_T = ~removed_T
+        remains_T[starts_K] = True
+        return ids_T[remains_T]
 
 
 def _random_borders(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """Borders, from 0 to `total`, of so many non-empty parts, each way to cut being as likely as any other."""
+    """Borders, from 0 to `total`, of `parts` non-empty parts; all ways to split are equally likely."""
     borders = np.empty(parts + 1, np.int64)
     borders[0], borders[-1] = 0, total
     borders[1:-1] = rng.choice(total - 1, parts - 1, replace=False, shuffle=False)

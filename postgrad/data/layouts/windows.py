@@ -1,9 +1,9 @@
-"""Which tokens of a stored document are its own text, and where is a long one cut?
+"""Windows of documents: the text of a stored document without BOS and EOS, and long texts split into windows.
 
 Legend: N documents, R rows.
 
-A stored document is `[bos] + text + [eos]`. Rows that set a frame of their own around a text read the text alone. In the
-ledger the stored BOS and EOS go with the text: a row has its frame, or an EOS of its own, in their place.
+A stored document is `[bos] + text + [eos]`. Layouts with a frame of their own read the text alone. The ledger counts the
+stored BOS and EOS with the text: in a row the frame, or the row's own EOS, takes their place.
 """
 
 from __future__ import annotations
@@ -19,23 +19,30 @@ from postgrad.data.tokens.held_out_split import DocumentStore, SelectedDocuments
 from postgrad.errors import StageError
 
 TooLongPolicy = Literal["cut-context", "cut-end", "drop"]
-"""What becomes of an example that does not fit: without its beginning, without its end, or left out."""
+"""For an example that does not fit: cut its beginning, cut its end, or drop it."""
 
 
 class MarkedStore(DocumentStore, Protocol):
-    """A token store that can say what each token is: a number for each, or None where the documents are plain text."""
+    """A token store with marks: one number for each token, or None for running text."""
 
     def marks(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray | None: ...
 
 
 def has_marks(store: MarkedStore) -> bool:
-    """Whether the documents of a store are marked: all are, or none."""
+    """Whether the documents of a store have marks: all have, or none."""
     return len(store.documents) > 0 and store.marks(0) is not None
+
+
+def read_marks(store: MarkedStore, document: int, start: int, stop: int) -> np.ndarray:
+    """The marks of a document in a store that has them."""
+    marks = store.marks(document, start, stop)
+    assert marks is not None, "either all documents of a store have marks, or none"
+    return marks
 
 
 @dataclass(frozen=True)
 class TextSpans:
-    """Where the text of each kept document lies: tokens `start_N` to `stop_N`; `ended_N`: the EOS stands behind it."""
+    """Where the text of each selected document lies: tokens `start_N` to `stop_N`; `has_eos_N`: an EOS follows it."""
 
     document_N: np.ndarray
     start_N: np.ndarray
@@ -48,28 +55,27 @@ class TextSpans:
         return self.stop_N - self.start_N
 
     def select(self, mask_N: np.ndarray) -> TextSpans:
-        """The texts that a mask chooses."""
         return TextSpans(*(column[mask_N] for column in (self.document_N, self.start_N, self.stop_N, self.has_eos_N)))
 
     def spans(self) -> Iterator[tuple[int, int, int]]:
-        """`(document, start, stop)` of each."""
+        """`(document, start, stop)` of each text."""
         return zip(self.document_N.tolist(), self.start_N.tolist(), self.stop_N.tolist(), strict=True)
 
 
 def locate_texts(store: DocumentStore, selected: SelectedDocuments, lead: int) -> TextSpans:
-    """The texts of the kept documents, without their first `lead` tokens (a BOS) and without the EOS."""
+    """The texts of the selected documents, without their first `lead` tokens (a BOS) and without the EOS."""
     tokens = np.asarray(store.documents)["tokens"][selected.documents].astype(np.int64)
-    ended = selected.sizes == tokens  # a document that was cut has lost its EOS
-    stop = selected.sizes - ended
-    return TextSpans(selected.documents, np.minimum(lead, stop), stop, ended)
+    has_eos = selected.sizes == tokens  # a truncated document has lost its EOS
+    stop = selected.sizes - has_eos
+    return TextSpans(selected.documents, np.minimum(lead, stop), stop, has_eos)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Pieces of texts, one to a row: tokens `start_R` to `stop_R` of a document.
+    """Pieces of texts, one for each row: tokens `start_R` to `stop_R` of a document.
 
-    `ended_R`: the document's EOS stands behind the window. `stored_R`: the stored tokens that a window stands for: its own,
-    with the BOS in a document's first and the EOS in its last.
+    `has_eos_R`: the document's EOS follows the window. `stored_R`: stored tokens that the window accounts for: its own, the
+    BOS in a document's first window, and the EOS in its last.
     """
 
     document_R: np.ndarray
@@ -86,34 +92,38 @@ class Windows:
         """Tokens of each window."""
         return self.stop_R - self.start_R
 
+    def span(self, row: int) -> tuple[int, int, int]:
+        """`(document, start, stop)` of a window."""
+        return int(self.document_R[row]), int(self.start_R[row]), int(self.stop_R[row])
+
     def select(self, mask_R: np.ndarray) -> Windows:
-        """The windows that a mask chooses."""
         columns = (self.document_R, self.start_R, self.stop_R, self.has_eos_R, self.stored_R)
         return Windows(*(column[mask_R] for column in columns))
 
 
 def split_windows(texts: TextSpans, max_tokens: int) -> Windows:
-    """Each text in the fewest windows of at most `most` tokens, all windows of a text equally long (to within a token).
+    """Split each text into the fewest windows of at most `max_tokens`, all of equal size (to within a token).
 
-    Equal windows leave no scrap at the end that has next to no context.
+    Equal windows avoid a short remainder with next to no context.
     """
     size_N = texts.size_N
     count_N = -(-size_N // max_tokens)
     text_R = np.repeat(np.arange(len(size_N)), count_N)
+    # The number of a window within its text: its row, less the rows of all texts before.
     number_R = np.arange(len(text_R)) - (np.cumsum(count_N) - count_N)[text_R]
     origin_R, size_R, count_R = texts.start_N[text_R], size_N[text_R], count_N[text_R]
     start_R = origin_R + number_R * size_R // count_R
     stop_R = origin_R + (number_R + 1) * size_R // count_R
-    ended_R = (number_R + 1 == count_R) & texts.has_eos_N[text_R]
-    stored_R = stop_R - start_R + origin_R * (number_R == 0) + ended_R
-    return Windows(texts.document_N[text_R], start_R, stop_R, ended_R, stored_R)
+    has_eos_R = (number_R + 1 == count_R) & texts.has_eos_N[text_R]
+    stored_R = stop_R - start_R + origin_R * (number_R == 0) + has_eos_R
+    return Windows(texts.document_N[text_R], start_R, stop_R, has_eos_R, stored_R)
 
 
 def max_text_tokens(length: int, frame_tokens: int, min_tokens: int, *, where: str = "data.sequence_length") -> int:
-    """Tokens of text in a row of `length` beside `framed` others. Raises `StageError` when fewer than `least` are left."""
+    """Tokens of text in a row of `length` with a frame. Raises `StageError` when fewer than `min_tokens` fit."""
     if length - frame_tokens < min_tokens:
         raise StageError(
-            f"rows of {length:,} tokens have no room for text beside the {frame_tokens:,} tokens around it",
+            f"rows of {length:,} tokens leave no room for text beside a frame of {frame_tokens:,} tokens",
             where=where,
             expected=f"at least {frame_tokens + min_tokens:,}",
         )
@@ -123,7 +133,7 @@ def max_text_tokens(length: int, frame_tokens: int, min_tokens: int, *, where: s
 def make_ledger(
     selected: SelectedDocuments, *, placed: int, truncated: int = 0, padding: int = 0, trained: int
 ) -> Ledger:
-    """The ledger of rows that hold `placed` tokens of the kept documents; what is neither placed nor cut is dropped."""
+    """The ledger of rows that hold `placed` tokens; selected tokens neither placed nor truncated count as dropped."""
     return Ledger(
         read=selected.read,
         held_out=selected.held_out,

@@ -1,6 +1,6 @@
-"""What does the model see at once? Rows as tensors, with the count of trained tokens known on the host.
+"""Micro-batches: rows as tensors, with label counts on the host.
 
-Legend: B batch, T time, N labels of a batch, E ids told of all of them.
+Legend: B batch, T time, N labels of a batch, E predicted ids of all labels.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.teacher_cache import SparseDistribution
 
 _MULTIPLE = 8
-"""Rows of unequal lengths are padded to a multiple of this, so that few shapes occur."""
+"""Rows of unequal lengths are padded to a multiple of this, for fewer distinct shapes."""
 
 
 class TeacherTargets(NamedTuple):
-    """What a teacher said of N labels: `ids_E` with their weights, those of label i up to `ends_N[i]` (on the host).
+    """Cached predictions for N labels: `ids_E` with their weights; label i's end at `ends_N[i]` (on the host).
 
-    `rest_N`: the mass of all other ids; None when the ids were drawn. `entropy_N`: of the teacher's distribution; None when
-    the weights tell it.
+    `rest_mass_N`: probability of all other ids (None for samples). `entropy_N`: entropy of the teacher's distribution (None
+    for top-k, whose weights give it).
     """
 
     ids_E: Tensor
@@ -34,17 +34,17 @@ class TeacherTargets(NamedTuple):
     entropy_N: Tensor | None
 
     def to(self, device: torch.device) -> TeacherTargets:
-        """The same with its tensors on `device`."""
-        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.rest_mass_N, self.entropy_N)]
-        ids_E, weights_E = (t.to(device, non_blocking=True) for t in (self.ids_E, self.weights_E))
-        return TeacherTargets(ids_E, weights_E, self.ends_N, *moved)
+        """The targets with their tensors on `device`."""
+        fields = self._asdict().items()
+        moved = {n: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for n, t in fields}
+        return TeacherTargets(**moved)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: what the model is called with, by name, and the labels.
+    """A micro-batch: model inputs by argument name, and labels.
 
-    `counted_B` and `source_B` stay on the host, so that counting never waits for a device.
+    `source_B` and `label_count_B` stay on the host, so that counting never waits for a device.
     """
 
     inputs: dict[str, Tensor]
@@ -52,13 +52,13 @@ class Batch:
     source_B: np.ndarray
     label_count_B: np.ndarray
     objectives: tuple[int, ...] = (0,)
-    """Which of the stage's objectives weigh these rows."""
+    """Indices of the stage's objectives that apply to these rows."""
     position_B: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """Where in the mixture each row stands."""
+    """Position of each row in the mixture."""
     step: int = 0
-    """The step they belong to, counted from 1."""
+    """Training step, counted from 1."""
     teacher_targets: Mapping[str, TeacherTargets] = field(default_factory=dict)
-    """What was said of the labels before the training, by the name of the objective that wants it."""
+    """Cached teacher predictions, by name of the objective."""
 
     @property
     def label_count(self) -> int:
@@ -66,42 +66,41 @@ class Batch:
         return int(self.label_count_B.sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The same micro-batch with its tensors on `device`."""
+        """The micro-batch with its tensors on `device`."""
         if self.labels.device == device:
             return self
         return replace(
             self,
             inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
             labels=self.labels.to(device, non_blocking=True),
-            teacher_targets={name: few.to(device) for name, few in self.teacher_targets.items()},
+            teacher_targets={name: targets.to(device) for name, targets in self.teacher_targets.items()},
         )
 
 
 def collate_teacher_targets(
     distributions: Sequence[SparseDistribution], *, has_rest_mass: bool = False
 ) -> TeacherTargets:
-    """The words on the rows of a batch as one; `rest`: what is said of each label is the mass of all other ids."""
+    """Concatenate the predictions for the rows of a batch; `has_rest_mass`: from top-k, not from samples."""
     if not distributions:
-        nothing = torch.empty(0)
-        return TeacherTargets(torch.empty(0, dtype=torch.int64), nothing, np.empty(0, np.int64), None, nothing)
-    ids_E, weights_E, counts_N, said_N = (np.concatenate(arrays) for arrays in zip(*distributions, strict=True))
-    said = torch.from_numpy(said_N)
-    ends_N = np.cumsum(counts_N)
+        empty = torch.empty(0)
+        return TeacherTargets(torch.empty(0, dtype=torch.int64), empty, np.empty(0, np.int64), None, empty)
+    ids_E, weights_E, counts_N, last_N = (np.concatenate(arrays) for arrays in zip(*distributions, strict=True))
+    rest_or_entropy_N = torch.from_numpy(last_N)
     return TeacherTargets(
         torch.from_numpy(ids_E),
         torch.from_numpy(weights_E),
-        ends_N,
-        said if has_rest_mass else None,
-        None if has_rest_mass else said,
+        np.cumsum(counts_N),
+        rest_or_entropy_N if has_rest_mass else None,
+        None if has_rest_mass else rest_or_entropy_N,
     )
 
 
 def collate(
     rows: Sequence[Row], sources: Sequence[int], objectives: tuple[int, ...] = (0,), pad_token_id: int = 0
 ) -> Batch:
-    """Stack rows of one layout; shorter ones are padded on the right.
+    """Stack rows of one layout, padding shorter ones on the right.
 
-    Labels are padded with what counts nothing, ids with `pad` (some models find the end of a text by it), the rest with 0.
+    Labels are padded with `IGNORED`, ids with `pad_token_id` (some models locate the end of a text by it), others with 0.
     """
     padding = {"input_ids": pad_token_id}
     return Batch(
@@ -117,8 +116,7 @@ def collate(
 
 
 def _stack_padded(arrays: Sequence[np.ndarray], padding: int) -> np.ndarray:
-    lengths = {array.shape[:1] for array in arrays}
-    if len(lengths) == 1:
+    if len({array.shape[:1] for array in arrays}) == 1:
         return np.stack(arrays)
     longest = -(-max(len(array) for array in arrays) // _MULTIPLE) * _MULTIPLE
     out = np.full((len(arrays), longest, *arrays[0].shape[1:]), padding, arrays[0].dtype)

@@ -1,16 +1,16 @@
-"""What did a teacher say of rows before the training? A few ids for each label, in a folder that is read as it is needed.
+"""Cached teacher predictions: a few ids for each label (sampled or top-k), in a memory-mapped folder.
 
-    told.json      what decides it: the rows (their store, layout and order), the teacher, and how it was asked
-    part-00000/    published when it is whole, so that a killed process goes on behind the last part:
-      digests.npy    of every row's ids and labels, as they were when the teacher read them
-      labels.npy     where each row's labels begin, and where the last one's end
-      firsts.npy     where each row's ids begin, likewise
-      counts.npy     how many ids each label has
-      ids.npy        they
-      weights.npy    their counts (when drawn as they are) or weights
-      said.npy       of each label the mass of all other ids, or the entropy of the teacher's distribution
+    teacher_cache.json  description that identifies the rows (store, layout, order), the teacher and the cache options
+    part-00000/         published when complete, so that a killed process resumes after the last part:
+      digests.npy           of every row's ids and labels, as the teacher read them
+      label_offsets.npy     where each row's labels start, and where the last one's end
+      id_offsets.npy        where each row's ids start, likewise
+      counts.npy            number of ids of each label
+      ids.npy
+      weights.npy           their sample counts (samples of the plain distribution), or weights
+      rest_or_entropy.npy   of each label: probability of all other ids (top-k), or entropy of the distribution (samples)
 
-A row that is not what the teacher read is refused. Legend: R rows of a part, N labels, E ids.
+A row that differs from what the teacher read is refused. Legend: R rows of a part, N labels, E ids.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from postgrad.errors import DataError
 from postgrad.storage.atomic import publish_folder, write_atomically
 from postgrad.storage.fingerprint import differences, fingerprint
 
-DESCRIPTION = "told.json"
+DESCRIPTION = "teacher_cache.json"
+_FORMAT = 2
 _LABELS_PER_PART = 1 << 18
+_REBUILD_HINT = "delete this folder; the predictions are computed again"
 
 
 class SparseDistribution(NamedTuple):
-    """What was said of the labels of a row: `ids_E` with `weights_E`, `counts_N` of them for each label, and `said_N`."""
+    """Predictions for the labels of a row: `ids_E` with `weights_E`, of which each label has `counts_N`."""
 
     ids_E: np.ndarray
     weights_E: np.ndarray
@@ -44,129 +46,131 @@ class SparseDistribution(NamedTuple):
 
 
 class TeacherCache:
-    """A folder of what a teacher said of some rows; `keys` are those rows, by number or by position, in ascending order."""
+    """The cached predictions for some rows. `keys` are the rows (by number or by position), in ascending order."""
 
     def __init__(self, folder: Path, description: Mapping[str, Any], keys: np.ndarray, labels_per_row: float) -> None:
-        """Raises `DataError`, naming both, when the folder holds what was said of other rows or otherwise."""
+        """Raises `DataError` when the folder holds predictions for other rows or options."""
         self.folder, self.keys = folder, keys
         self.description: dict[str, Any] = json.loads(json.dumps({**description, "keys": fingerprint(keys.tolist())}))
         self.rows_per_part = max(1, round(_LABELS_PER_PART / max(labels_per_row, 1.0)))
         if (folder / DESCRIPTION).exists():
-            found = json.loads((folder / DESCRIPTION).read_text())
-            if found != self.description:
+            stored = json.loads((folder / DESCRIPTION).read_text())
+            if stored != self.description:
                 raise DataError(
-                    f"what a teacher said there has the key {fingerprint(found)}, and these rows have "
-                    f"{fingerprint(self.description)}: {'; '.join(differences(found, self.description)[:3])}",
+                    f"the teacher predictions have the key {fingerprint(stored)}, and these rows have "
+                    f"{fingerprint(self.description)}: {'; '.join(differences(stored, self.description)[:3])}",
                     where=str(folder),
-                    expected="what was said of these very rows, by this teacher",
-                    hint="delete this folder; the teacher is asked again",
+                    expected="predictions of this teacher for these rows",
+                    hint=_REBUILD_HINT,
                 )
 
     @classmethod
     def open_in(
         cls, parent: Path, description: Mapping[str, Any], keys: np.ndarray, labels_per_row: float
     ) -> TeacherCache:
-        """The folder under `parent` that is named by all that decides it."""
-        name = fingerprint([description, keys.tolist()])
-        return cls(parent / name, description, keys, labels_per_row)
+        """The cache in a folder under `parent` whose name is a hash of the description and the keys."""
+        return cls(parent / fingerprint([_FORMAT, description, keys.tolist()]), description, keys, labels_per_row)
 
     @property
     def part_count(self) -> int:
-        """How many parts there are when all is told."""
+        """Parts of a complete cache."""
         return -(-len(self.keys) // self.rows_per_part)
 
     def missing_parts(self) -> list[int]:
-        """The parts that are not there yet."""
+        """The parts that are not published yet."""
         return [i for i in range(self.part_count) if not self._part_folder(i).exists()]
 
     def part_keys(self, part: int) -> np.ndarray:
-        """The rows of a part."""
+        """The keys of a part's rows."""
         return self.keys[part * self.rows_per_part : (part + 1) * self.rows_per_part]
 
     def write_part(
         self, part: int, distributions: Sequence[SparseDistribution], digests: Sequence[int], *, vocabulary: int
     ) -> None:
-        """Publish what was said of a part's rows."""
+        """Publish the predictions for a part's rows."""
         if not (self.folder / DESCRIPTION).exists():
             write_atomically(self.folder / DESCRIPTION, json.dumps(self.description, indent=1))
-        counts_N = np.concatenate([word.counts_N for word in distributions])
+        counts_N = np.concatenate([each.counts_N for each in distributions])
         arrays = {
             "digests": np.array(digests, np.uint64),
-            "labels": np.cumsum([0, *(len(word.counts_N) for word in distributions)]),
-            "firsts": np.cumsum([0, *(len(word.ids_E) for word in distributions)]),
+            "label_offsets": np.cumsum([0, *(len(each.counts_N) for each in distributions)]),
+            "id_offsets": np.cumsum([0, *(len(each.ids_E) for each in distributions)]),
             "counts": counts_N.astype(np.uint8 if counts_N.max(initial=0) < 256 else np.uint32),
-            "ids": np.concatenate([word.ids_E for word in distributions]).astype(token_dtype(vocabulary)),
-            "weights": np.concatenate([word.weights_E for word in distributions]),
-            "said": np.concatenate([word.rest_or_entropy_N for word in distributions]).astype(np.float16),
+            "ids": np.concatenate([each.ids_E for each in distributions]).astype(token_dtype(vocabulary)),
+            "weights": np.concatenate([each.weights_E for each in distributions]),
+            "rest_or_entropy": np.concatenate([each.rest_or_entropy_N for each in distributions]).astype(np.float16),
         }
 
-        def save(staged: Path) -> None:
+        def save(folder: Path) -> None:
             for name, array in arrays.items():
-                np.save(staged / f"{name}.npy", array, allow_pickle=False)
+                np.save(folder / f"{name}.npy", array, allow_pickle=False)
 
         publish_folder(self._part_folder(part), save)
         self._load_part.cache_clear()
 
     def lookup(self, key: int, row: Row) -> SparseDistribution:
-        """What was said of a row. Raises `DataError` when it was never asked about, or when it is another row now."""
+        """The predictions for a row. Raises `DataError` for an unknown key, and for a row that has changed."""
         entry = int(np.searchsorted(self.keys, key))
         if entry == len(self.keys) or self.keys[entry] != key:
-            raise DataError(f"the teacher was never asked about row {key:,}", where=str(self.folder))
+            raise DataError(f"no teacher prediction for row {key:,}", where=str(self.folder))
         part, local = divmod(entry, self.rows_per_part)
         arrays = self._load_part(part)
         digest = row_digest(row)
         if digest != int(arrays["digests"][local]):
             raise DataError(
-                f"row {key:,} is {digest:016x} now, and the teacher read {int(arrays['digests'][local]):016x}",
+                f"row {key:,} has the digest {digest:016x}, and the teacher read {int(arrays['digests'][local]):016x}",
                 where=str(self.folder),
-                expected="the rows that the teacher was asked about",
-                hint="delete this folder; the teacher is asked again",
+                expected="the rows that the teacher read",
+                hint=_REBUILD_HINT,
             )
-        labels, ids = (slice(*arrays[name][local : local + 2].tolist()) for name in ("labels", "firsts"))
+        labels = slice(*arrays["label_offsets"][local : local + 2].tolist())
+        ids = slice(*arrays["id_offsets"][local : local + 2].tolist())
         weights_E = arrays["weights"][ids].astype(np.float32)
-        if "draws" in self.description["asked"] and arrays["weights"].dtype == np.uint8:
-            weights_E /= self.description["asked"]["draws"]
+        if arrays["weights"].dtype == np.uint8:
+            weights_E /= self._options.get("samples", self._options.get("draws"))
         return SparseDistribution(
             arrays["ids"][ids].astype(np.int64),
             weights_E,
             arrays["counts"][labels].astype(np.int64),
-            arrays["said"][labels].astype(np.float32),
+            arrays["rest_or_entropy"][labels].astype(np.float32),
         )
 
     @property
+    def _options(self) -> dict[str, Any]:
+        return self.description["asked"]
+
+    @property
     def has_rest_mass(self) -> bool:
-        """Whether `said_N` is the mass of all other ids, and not an entropy."""
-        return "k" in self.description["asked"]
+        """Whether `rest_or_entropy_N` is the probability of all other ids."""
+        return "k" in self._options
 
     @cached_property
     def _load_part(self) -> Any:
         @lru_cache(maxsize=64)
-        def opened(part: int) -> dict[str, np.ndarray]:
-            place = self._part_folder(part)
+        def load(part: int) -> dict[str, np.ndarray]:
+            folder = self._part_folder(part)
             try:
-                return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in place.glob("*.npy")}
+                return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.glob("*.npy")}
             except (OSError, ValueError) as error:
                 raise DataError(
-                    f"what a teacher said cannot be read: {error}",
-                    where=str(place),
-                    hint="delete this folder; the teacher is asked again",
+                    f"cannot read teacher predictions: {error}", where=str(folder), hint=_REBUILD_HINT
                 ) from error
 
-        return opened
+        return load
 
     def _part_folder(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}"
 
     def size_bytes(self) -> int:
-        """What the finished parts take on the disk."""
+        """Size of the published parts on disk."""
         return sum(path.stat().st_size for path in self.folder.glob("part-*/*.npy"))
 
 
 def row_digest(row: Row) -> int:
-    """Eight bytes that stand for all that a row is: what is read, and what is asked."""
-    hashed = hashlib.blake2b(digest_size=8)
+    """An 8-byte hash of a row's inputs and labels."""
+    hasher = hashlib.blake2b(digest_size=8)
     for name in sorted(row.inputs):
-        hashed.update(name.encode())
-        hashed.update(np.ascontiguousarray(row.inputs[name]).tobytes())
-    hashed.update(np.ascontiguousarray(row.labels).tobytes())
-    return int.from_bytes(hashed.digest(), "little")
+        hasher.update(name.encode())
+        hasher.update(np.ascontiguousarray(row.inputs[name]).tobytes())
+    hasher.update(np.ascontiguousarray(row.labels).tobytes())
+    return int.from_bytes(hasher.digest(), "little")

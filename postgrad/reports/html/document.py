@@ -1,7 +1,7 @@
-"""What does every page have? Its frame, its style sheet, and the parts that figures, tables and facts stand in.
+"""The frame of every page: its style sheet, and the building blocks of its sections.
 
-A page is one HTML file without scripts and without anything fetched: its Content-Security-Policy allows
-only its own style sheet, by hash. Everything that came from data is escaped on its way in (`notation.escaped`).
+A page is one HTML file without scripts and without external resources: its Content-Security-Policy allows only its own style
+sheet, by hash. Foreign text is escaped where it enters (`notation.escape_html`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import base64
 import hashlib
 import html as html_escape
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from postgrad.reports.html import figures
+from postgrad.lineage.record import Sample
+from postgrad.reports.html.charts.style import STYLE
 from postgrad.reports.html.notation import escape_html, mask_secrets, multiline_text, plain_text
-from postgrad.reports.html.tables import VERDICTS, Table
+from postgrad.reports.html.table import Table
+from postgrad.reports.html.verdicts import VERDICTS
 from postgrad.storage.atomic import write_atomically
 
 WIDE_PIXELS, NARROW_PIXELS = 560.0, 358.0  # a column of a two-column page, and a telephone of 390 px less its margins
@@ -26,7 +28,7 @@ _STYLE = (
 :root{color-scheme:light dark;--panel:#f6f8fa}
 @media (prefers-color-scheme:dark){:root{--panel:#1c2128}}
 """
-    + figures.STYLE
+    + STYLE
     + """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
@@ -137,11 +139,11 @@ details::details-content{content-visibility:visible;block-size:auto;display:bloc
 )
 
 # Print is always on white paper: the light colours once more, after everything else.
-_STYLE += "@media print{" + figures.STYLE.split("@media", 1)[0].strip() + ":root{--panel:#f6f8fa}}"
+_STYLE += "@media print{" + STYLE.split("@media", 1)[0].strip() + ":root{--panel:#f6f8fa}}"
 
 
 def render_page(title: str, header: str, sections: Sequence[tuple[str, str, str, str]], footer: str) -> str:
-    """Sections are (id, short name, heading, body); an empty body leaves the section and its link out."""
+    """A page. Sections are (id, short name, heading, body); one with an empty body is omitted."""
     present = [section for section in sections if section[-1]]
     links = "".join(f'<li><a href="#{i}">{n}</a></li>' for i, n, _, _ in present)
     body = "".join(
@@ -161,14 +163,11 @@ def render_page(title: str, header: str, sections: Sequence[tuple[str, str, str,
     )
 
 
-FOOTER = (
-    "Made by postgrad from the run\u2019s own records. This page holds everything it shows:"
-    " it runs no script and loads nothing."
-)
+FOOTER = "Made by postgrad from the run\u2019s own records. This page is self-contained: it runs no scripts and loads nothing."
 
 
 def figure(caption: str, draw: Callable[[float], str], *, note: str = "", numbers: Table | None = None) -> str:
-    """The same figure drawn for a wide and for a narrow screen; the style sheet shows one of them."""
+    """A figure drawn for a wide and for a narrow screen; the style sheet shows one of them."""
     small = f"<small>{escape_html(note)}</small>" if note else ""
     return (
         f"<figure><figcaption>{escape_html(caption)}{small}</figcaption>"
@@ -179,7 +178,7 @@ def figure(caption: str, draw: Callable[[float], str], *, note: str = "", number
 
 
 def side_by_side(*parts: str) -> str:
-    """Figures side by side where there is room; three stand in three columns."""
+    """Figures side by side where there is room."""
     shown = [part for part in parts if part]
     style = "trio" if len(shown) == 3 else "pair"
     return f'<div class="{style}">{"".join(shown)}</div>' if shown else ""
@@ -202,23 +201,33 @@ def escaped_passage(text: object) -> str:
     return html_escape.escape(multiline_text(text), quote=True)
 
 
-def sample_box(sample: Mapping[str, object], boxes: str) -> str:
-    """A prompt and the texts that go on from it."""
-    source = f'<p class="over">prompt from <bdi>{escape_html(sample["set"], 80)}</bdi></p>' if sample.get("set") else ""
-    prompt = f'<p class="prompt" dir="auto">{escaped_passage(sample.get("prompt"))}</p>'
-    return f'<article class="sample">{source}{prompt}<div class="texts">{boxes}</div></article>'
+def sample_box(sample: Sample, texts: Iterable[tuple[str, str | None]]) -> str:
+    """A prompt and its continuations, `texts` with their headings; empty ones are omitted."""
+    source = f'<p class="over">prompt from <bdi>{escape_html(sample.set, 80)}</bdi></p>' if sample.set else ""
+    prompt = f'<p class="prompt" dir="auto">{escaped_passage(sample.prompt)}</p>'
+    return f'<article class="sample">{source}{prompt}{text_boxes(texts)}</article>'
+
+
+def text_boxes(texts: Iterable[tuple[str, str | None]]) -> str:
+    """Texts side by side, each with its heading."""
+    boxes = "".join(
+        f'<div><h4><bdi>{escape_html(heading, 80)}</bdi></h4><p dir="auto">{escaped_passage(text).strip()}</p></div>'
+        for heading, text in texts
+        if text
+    )
+    return f'<div class="texts">{boxes}</div>'
 
 
 def facts(entries: Iterable[tuple[str, object]]) -> str:
-    """A list of facts; the empty ones are left out."""
+    """A list of named values without the empty ones."""
     known = [(k, plain_text(mask_secrets(v), 600)) for k, v in entries if v not in (None, "", [], {})]
     lines = "".join(f"<dt>{escape_html(k, 80)}</dt><dd><bdi>{escape_html(v)}</bdi></dd>" for k, v in known)
     return f'<dl class="kv">{lines}</dl>' if lines else ""
 
 
 def verdict_badge(verdict: str) -> str:
-    tone, symbol, told = VERDICTS.get(verdict, ("open", "?", "not judged"))
-    return f'<span class="badge t-{tone}"><span aria-hidden="true">{symbol}</span> {told}</span>'
+    tone, symbol, word = VERDICTS.get(verdict, ("open", "?", "not judged"))
+    return f'<span class="badge t-{tone}"><span aria-hidden="true">{symbol}</span> {word}</span>'
 
 
 def bold_name(text: object) -> str:
@@ -226,13 +235,13 @@ def bold_name(text: object) -> str:
 
 
 def format_time(text: object) -> str:
-    """`2026-11-21 14:03` of an ISO time; other texts stay what they are."""
+    """An ISO time as `2026-11-21 14:03`; other texts are unchanged."""
     shown = plain_text(text, 40)
     return shown[:16].replace("T", " ") if len(shown) >= 16 and shown[4:5] == "-" else shown
 
 
 def write_page(path: str | os.PathLike[str], html: str) -> Path:
-    """Publish a page: whoever opens `path` sees the old page or the whole new one. Raises DiskError where that fails."""
+    """Replace a page atomically. Raises `DiskError`."""
     target = Path(path)
     write_atomically(target, html)
     return target

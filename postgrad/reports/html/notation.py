@@ -1,8 +1,7 @@
-"""How are numbers and foreign texts written in a report?
+"""Numbers and foreign texts in a report.
 
-A record is data: a name, a prompt or a path may hold anything, and a number may be missing, a string or
-not finite. Everything that reaches a page passes through `number` or `escaped`, so no other file has to
-think about it.
+Names, prompts and paths may hold anything, and a number may be missing or not finite. Everything that reaches a page passes
+through a `format_*` function or `escape_html`, so that no other file has to handle it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
 
 MINUS, ABSENT, ELLIPSIS = "\u2212", "\u2013", "\u2026"
 MAX_MAGNITUDE = 1e300  # differences and squares of what a report draws stay finite
@@ -26,31 +24,15 @@ _LOGIN = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 _BEARER = re.compile(r"(?i)\b(bearer\s+|(?:token|password|secret|api[_-]?key)\s*[=:]\s*)([^\s'\"&]{6,})")
 
 
-def as_number(value: object) -> float | None:
-    """The value as a finite float, or None when it is no number, not finite or too large."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        result = float(value)
-    except OverflowError:
-        return None
-    return result if abs(result) <= MAX_MAGNITUDE else None  # a NaN compares false
-
-
-def as_mapping(value: object) -> Mapping[str, object]:
-    """The value where it is a mapping, else an empty one: any key of a record may be absent or null."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def as_list(value: object) -> Sequence[object]:
-    """The value where it is a list, else an empty one."""
-    return value if isinstance(value, (list, tuple)) else ()
+def finite(value: float | None) -> float | None:
+    """The value, or None when it is missing, not finite or too large to draw."""
+    return value if value is not None and abs(value) <= MAX_MAGNITUDE else None  # a NaN compares false
 
 
 def plain_text(value: object, limit: int = 0) -> str:
-    """One foreign text made harmless to show: control characters visible, no lone surrogates.
+    """A foreign text that is safe to print: control characters become visible symbols, lone surrogates are replaced.
 
-    A terminal obeys escape sequences and a line break ends a table row, so both become visible symbols.
+    A terminal obeys escape sequences, and a line break ends a table row.
     `limit` (characters, 0 for none) shortens with an ellipsis.
     """
     if value is None:
@@ -60,7 +42,7 @@ def plain_text(value: object, limit: int = 0) -> str:
 
 
 def multiline_text(value: object, limit: int = 4000) -> str:
-    """Foreign running text: as `plain`, but its lines stay lines."""
+    """Foreign running text: as `plain_text`, with its line breaks."""
     if value is None:
         return ""
     text = str(value).replace("\r\n", "\n")
@@ -81,7 +63,7 @@ def _visible_character(character: str) -> str:
         return "\ufffd"
     if code in (0x2028, 0x2029):
         return "\u23ce"
-    if 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069:  # could turn the reading order of a line
+    if 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069:  # would change the reading order of a line
         return "\ufffd"
     return character
 
@@ -100,13 +82,13 @@ def mask_secrets(value: object) -> str:
 
 
 def escape_html(value: object, limit: int = 0) -> str:
-    """`plain` text with the five characters of HTML escaped: safe between tags and inside quotes."""
+    """Plain text with the five characters of HTML escaped: safe between tags and inside quotes."""
     return html.escape(plain_text(value, limit), quote=True)
 
 
-def format_fixed(value: object, decimals: int = 3) -> str:
+def format_fixed(value: float | None, decimals: int = 3) -> str:
     """`2.310`, with a true minus sign; a dash where there is no number."""
-    known = as_number(value)
+    known = finite(value)
     if known is None:
         return ABSENT
     text = f"{known:,.{decimals}f}" if abs(known) < 1e15 else f"{known:.3e}"
@@ -115,31 +97,31 @@ def format_fixed(value: object, decimals: int = 3) -> str:
     return text.replace("-", MINUS)
 
 
-def format_signed(value: object, decimals: int = 3) -> str:
+def format_signed(value: float | None, decimals: int = 3) -> str:
     """`+0.012` or `-0.330`; an exact zero, or what rounds to it, carries no sign."""
-    known = as_number(value)
+    known = finite(value)
     text = format_fixed(known, decimals)
     return f"+{text}" if known is not None and known > 0 and any(d in text for d in "123456789") else text
 
 
-def format_percent(value: object, decimals: int = 1) -> str:
+def format_percent(value: float | None, decimals: int = 1) -> str:
     """A share in 0..1 as `90.0 %`."""
-    known = as_number(value)
+    known = finite(value)
     return ABSENT if known is None else f"{format_fixed(known * 100, decimals)} %"
 
 
-def format_count(value: object) -> str:
+def format_count(value: float | None) -> str:
     """A whole number with separators, `20,000,000`."""
-    known = as_number(value)
+    known = finite(value)
     if known is None:
         return ABSENT
     whole = value if isinstance(value, int) else round(known)
     return (f"{whole:,}" if abs(known) < 1e15 else f"{known:.3e}").replace("-", MINUS)
 
 
-def format_compact(value: object) -> str:
+def format_compact(value: float | None) -> str:
     """A count in three digits, `20.0M`, for sentences and axes."""
-    known = as_number(value)
+    known = finite(value)
     if known is None:
         return ABSENT
     if abs(known) >= 1e15:
@@ -153,9 +135,9 @@ def format_compact(value: object) -> str:
     return f"{known:.3g}".replace("-", MINUS)
 
 
-def format_duration(seconds: object) -> str:
+def format_duration(seconds: float | None) -> str:
     """`2 h 05 min`, `3 min 20 s`, `4.2 s`."""
-    known = as_number(seconds)
+    known = finite(seconds)
     if known is None or not 0 <= known < 1e12:
         return ABSENT
     if known < 60:

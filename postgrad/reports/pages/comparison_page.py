@@ -1,17 +1,18 @@
-"""How do several runs from one base become one page, side by side? What a record lacks is left empty."""
+"""Several runs from one base side by side, on one page."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from postgrad.reports.html import figures, tables
+from postgrad.lineage.metrics import MetricsRow
+from postgrad.lineage.record import Record, Sample, SetChange
+from postgrad.reports.html.charts import ForestRow, ScatterPoint, Series, VerticalMark, forest_plot, line_chart, scatter
 from postgrad.reports.html.document import (
     FOOTER,
     MAX_YAML_CHARACTERS,
     bold_name,
     details,
-    escaped_passage,
     figure,
     intro_paragraph,
     preformatted,
@@ -19,235 +20,210 @@ from postgrad.reports.html.document import (
     sample_box,
     side_by_side,
 )
-from postgrad.reports.html.figures import ForestRow, ScatterPoint, VerticalMark
 from postgrad.reports.html.notation import (
-    as_list,
-    as_mapping,
-    as_number,
     escape_html,
+    finite,
     format_duration,
     format_percent,
     format_signed,
     mask_secrets,
-    multiline_text,
     plain_text,
 )
-from postgrad.reports.html.tables import Column, Table
-from postgrad.reports.sections import task_tables
+from postgrad.reports.html.table import Cell, Column, Number, Table, count_cell, text_cell
+from postgrad.reports.sections.comparison_table import arm_names, comparison_table, mean_difference, removed_share
 from postgrad.reports.sections.curves import (
     EARLY_SHARE,
     EARLY_TEXT,
     MAX_SERIES,
+    X_LABEL,
     Curves,
     change_estimates,
     change_series,
     read_curves,
 )
+from postgrad.reports.sections.task_section import comparison_task_table
 
-_MAX_SAMPLES = 6
+_MAX_SAMPLES, _MAX_FORESTS, _MAX_FOREST_ROWS = 6, 5, 40
 
 
 def comparison_page(
-    records: Sequence[Mapping[str, object]],
-    metrics: Sequence[Iterable[Mapping[str, object]]],
-    title: str,
-    baseline: str | None,
+    records: Sequence[Record], metrics: Sequence[Iterable[MetricsRow]], title: str, baseline: str | None
 ) -> str:
     """Several runs from one base side by side; `metrics[i]` are the rows of `records[i]` (may be shorter).
 
     `baseline` names the arm against which the removed share of forgetting is measured.
     """
-    records = [as_mapping(r) for r in records]
-    names = tables.arm_names(records)
+    names = arm_names(records)
     curves = [read_curves(metrics[i] if i < len(metrics) else ()) for i in range(len(records))]
-    asked = task_tables.comparison_task_table(records)
+    tasks = comparison_task_table(records)
+    arms = comparison_table(records, baseline).html() + _trade_off_figures(records, names) if records else ""
     sections = [
-        (
-            "arms",
-            "Arms",
-            "The arms",
-            tables.comparison_table(records, baseline).html() + _trade_off_figures(records, names) if records else "",
-        ),
-        ("tasks", "Tasks", "What the arms answered", asked.html() if asked else ""),
-        ("curves", "Curves", "Every set, every arm", _curves_section(records, names, curves)),
+        ("arms", "Arms", "The arms", arms),
+        ("tasks", "Tasks", "Tasks", tasks.html() if tasks else ""),
+        ("curves", "Curves", "Forgetting during training", _curves_section(names, curves)),
         ("samples", "Samples", "Text by arm", _samples_section(records, names)),
         ("runs", "Runs", "The runs", _runs_section(records, names)),
     ]
-    unfinished = [n for n, r in zip(names, records, strict=True) if r.get("status") not in ("finished", "gate-failed")]
+    unfinished = [n for n, r in zip(names, records, strict=True) if r.status not in ("finished", "gate-failed")]
     notice = ""
     if unfinished:
         listed = ", ".join(bold_name(n) for n in unfinished[:8])
-        notice = f'<div class="notice"><p><b>Not finished:</b> {listed}. What they lack is left empty.</p></div>'
-    how_many = "1 run" if len(records) == 1 else f"{len(records)} runs"
+        notice = f'<div class="notice"><p><b>Not finished:</b> {listed}. Their missing values are empty.</p></div>'
+    number = "1 run" if len(records) == 1 else f"{len(records)} runs"
     header = (
-        f'<p class="over">postgrad \u00b7 comparison of {how_many}</p>'
+        f'<p class="over">postgrad \u00b7 comparison of {number}</p>'
         f"<h1><bdi>{escape_html(title or 'Comparison', 160)}</bdi></h1>"
         f"{_headline(records, names, baseline)}{notice}"
     )
     return render_page(f"{title or 'Comparison'} \u2013 postgrad", header, sections, FOOTER)
 
 
-def _headline(records: Sequence[Mapping[str, object]], names: Sequence[str], baseline: str | None) -> str:
-    """The comparison in plain words: who forgot least, what that cost, against the baseline."""
-    forgot = {n: tables.mean_difference(tables.retained_changes(r)) for n, r in zip(names, records, strict=True)}
-    gained = {n: tables.mean_difference(tables.learned_changes(r)) for n, r in zip(names, records, strict=True)}
-    known = {n: v for n, v in forgot.items() if v is not None}
-    if len(known) < 2:
-        return '<p class="lead">There are not two arms with scores on retained text to compare yet.</p>'
-    best = min(known, key=lambda n: known[n])
-    words = [f"{bold_name(best)} kept most: {format_signed(known[best])} nats per token on retained text."]
-    base = known.get(baseline or "")
-    part = tables.removed_share(known[best], base)
-    if part is not None and best != baseline:
-        words.append(
-            f"That is {format_percent(part, 0)} less forgetting than {bold_name(baseline)} ({format_signed(base)})."
-        )
-    learnt = {n: v for n, v in gained.items() if v is not None}
-    if learnt:
-        most = min(learnt, key=lambda n: learnt[n])
-        if most == best:
-            words.append(f"It also learnt most: {format_signed(learnt[most])} on new text.")
-        elif best in learnt:
-            words.append(
-                f"{bold_name(most)} learnt most: {format_signed(learnt[most])} on new text, against {format_signed(learnt[best])}."
-            )
-    return f'<p class="lead">{" ".join(words)}</p>'
+def _mean_changes(records: Sequence[Record], names: Sequence[str], role: str) -> dict[str, float]:
+    means = {n: mean_difference(r.changes_with_role(role)) for n, r in zip(names, records, strict=True)}
+    return {name: value for name, value in means.items() if value is not None}
 
 
-def _trade_off_figures(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
-    spots = []
-    for name, record in zip(names, records, strict=True):
-        kept, learnt = tables.retained_changes(record), tables.learned_changes(record)
-        x, y = tables.mean_difference(kept), tables.mean_difference(learnt)
-        spots.append(
-            ScatterPoint(
-                name,
-                math.nan if x is None else x,
-                math.nan if y is None else -y,
-                _single_set_interval(kept, 1),
-                _single_set_interval(learnt, -1),
-            )
+def _headline(records: Sequence[Record], names: Sequence[str], baseline: str | None) -> str:
+    """The arm that forgot least, its gain, and both against the baseline."""
+    forgetting = _mean_changes(records, names, "retained")
+    if len(forgetting) < 2:
+        return '<p class="lead">Fewer than two arms have scores on retained text.</p>'
+    best = min(forgetting, key=lambda n: forgetting[n])
+    sentences = [f"{bold_name(best)} forgot least: {format_signed(forgetting[best])} nats per token on retained text."]
+    base = forgetting.get(baseline or "")
+    removed = removed_share(forgetting[best], base)
+    if removed is not None and best != baseline:
+        sentences.append(
+            f"That is {format_percent(removed, 0)} less forgetting than {bold_name(baseline)} ({format_signed(base)})."
         )
-    if not any(math.isfinite(s.x) and math.isfinite(s.y) for s in spots):
+    learned = _mean_changes(records, names, "learned")
+    most = min(learned, key=lambda n: learned[n], default=None)
+    if most is not None and most == best:
+        sentences.append(f"It also learned most: {format_signed(learned[most])} on new text.")
+    elif most is not None and best in learned:
+        change = f"{format_signed(learned[most])} on new text, against {format_signed(learned[best])}"
+        sentences.append(f"{bold_name(most)} learned most: {change}.")
+    return f'<p class="lead">{" ".join(sentences)}</p>'
+
+
+def _trade_off_figures(records: Sequence[Record], names: Sequence[str]) -> str:
+    points = [_trade_off_point(name, record) for name, record in zip(names, records, strict=True)]
+    if not any(math.isfinite(p.x) and math.isfinite(p.y) for p in points):
         return ""
     by_set: dict[str, list[ForestRow]] = {}
     for name, record in zip(names, records, strict=True):
-        for e in change_estimates(tables.retained_changes(record)):
+        for e in change_estimates(record.changes_with_role("retained")):
             by_set.setdefault(e.name, []).append(ForestRow(name, e.value, e.low, e.high, e.tone, e.note))
     first = figure(
         "Gain against forgetting",
-        lambda w: figures.scatter(
-            spots, title="Gain against forgetting", width=w,
-            x_label="forgetting: rise on retained sets, nats per token",
-            y_label="gain: fall on learned sets, nats per token", best_corner_text="better"
+        lambda w: scatter(
+            points, title="Gain against forgetting", width=w, x_label="forgetting: rise on retained sets, nats per token",
+            y_label="gain: fall on learned sets, nats per token", best_corner_text="better",
         ),
-        note="One point an arm, mean over its sets; bars are 95 % intervals where there is one set.",
+        note="One point per arm, mean over its sets; bars are 95 % intervals where there is one set.",
     )  # fmt: skip
     forests = [
         figure(
-            f"Forgetting of {plain_text(set_name, 60)} by arm",
-            lambda w, entries=entries, of=set_name: figures.forest_plot(
-                entries[:40], title=f"Change on {plain_text(of, 60)} by arm", width=w, left_word="better",
-                right_word="worse", x_label="change of the loss, nats per token"
+            f"Forgetting of {plain_text(name, 60)} by arm",
+            lambda w, rows=rows, of=name: forest_plot(
+                rows[:_MAX_FOREST_ROWS], title=f"Change on {plain_text(of, 60)} by arm", width=w, left_word="better",
+                right_word="worse", x_label="change of the loss, nats per token",
             ),
             note="Change of the loss with 95 % intervals.",
         )
-        for set_name, entries in list(by_set.items())[:5]
+        for name, rows in list(by_set.items())[:_MAX_FORESTS]
     ]  # fmt: skip
     return side_by_side(first, *forests)
 
 
-def _single_set_interval(entries: Mapping[str, Mapping[str, object]], sign: int) -> tuple[float, float] | None:
-    """The interval where there is one set: intervals of several sets cannot be averaged."""
-    if len(entries) != 1:
-        return None
-    entry = next(iter(entries.values()))
-    ends = [as_number(entry.get("low")), as_number(entry.get("high"))]
-    known = [sign * v for v in ends if v is not None]
-    return (min(known), max(known)) if len(known) == 2 else None
-
-
-def _curves_section(records: Sequence[Mapping[str, object]], names: Sequence[str], curves: Sequence[Curves]) -> str:
-    roles: dict[str, str] = {}
-    for record, arm in zip(records, curves, strict=True):
-        for name in arm.set_losses:
-            role = arm.set_roles.get(name) or plain_text(
-                as_mapping(as_mapping(record.get("changes")).get(name)).get("role")
-            )
-            roles[name] = roles.get(name) or role
-    order = sorted(roles, key=lambda n: {"retained": 0, "learned": 1}.get(roles[n], 2))
-    unit = "step" if any(c.unit == "step" and c.set_losses for c in curves) else "tokens trained"
-    same = all(c.unit == unit for c in curves if c.set_losses)
-    if not order:
-        return ""
-    body = intro_paragraph(
-        "Change of the loss since the switch to the new data, one line an arm, with 95 % intervals."
-        + ("" if same else " Some arms count steps and others tokens: their x axes do not agree.")
+def _trade_off_point(name: str, record: Record) -> ScatterPoint:
+    retained, learned = record.changes_with_role("retained"), record.changes_with_role("learned")
+    x, y = mean_difference(retained), mean_difference(learned)
+    return ScatterPoint(
+        name,
+        math.nan if x is None else x,
+        math.nan if y is None else -y,
+        _single_set_interval(retained, 1),
+        _single_set_interval(learned, -1),
     )
-    for name in order[:MAX_SERIES]:
-        series, whole = [], 0.0
-        for i, (arm, arm_name) in enumerate(zip(curves, names, strict=True)):
-            if name in arm.set_losses:
-                series.append(change_series(arm_name, arm.set_losses[name], colour=i))
-                whole = max(whole, arm.set_losses[name][-1][0])
-        early = max(sum(1 for x, _ in s.points if x <= EARLY_SHARE * whole) for s in series) >= 3
-        role = f" ({roles[name]})" if roles[name] else ""
-        words = {"x_label": unit, "y_label": "change, nats per token", "zero": True, "least": 0.01}
-        mark = [VerticalMark(0.0, "switch")]
-        first = figure(
-            f"{plain_text(name, 60)}{role}",
-            lambda w, s=series, k=words, m=mark, n=name: figures.line_chart(
-                s, title=f"Change on {plain_text(n, 60)} by arm", width=w, marks=m, **k
-            ),
-        )
-        second = ""
-        if early:
-            second = figure(
-                f"{plain_text(name, 60)}, the first {EARLY_TEXT}",
-                lambda w, s=series, k=words, m=mark, n=name, e=EARLY_SHARE * whole: figures.line_chart(
-                    s, title=f"Change on {plain_text(n, 60)} by arm, first {EARLY_TEXT}", width=w, marks=m,
-                    x_range=(0.0, e), **k
-                ),
-            )  # fmt: skip
-        body += side_by_side(first, second)
-    return body
 
 
-def _samples_section(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
-    found: dict[tuple[str, str], dict] = {}
+def _single_set_interval(changes: Mapping[str, SetChange], sign: int) -> tuple[float, float] | None:
+    """The interval where there is one set: intervals of several sets cannot be averaged."""
+    if len(changes) != 1:
+        return None
+    change = next(iter(changes.values()))
+    ends = [sign * v for v in (finite(change.low), finite(change.high)) if v is not None]
+    return (min(ends), max(ends)) if len(ends) == 2 else None
+
+
+def _curves_section(names: Sequence[str], curves: Sequence[Curves]) -> str:
+    roles: dict[str, str] = {}
+    for arm in curves:
+        roles |= {name: roles.get(name) or role for name, role in arm.set_roles.items()}
+    if not roles:
+        return ""
+    sets = sorted(roles, key=lambda n: {"retained": 0, "learned": 1}.get(roles[n], 2))
+    intro = "Change of the loss since the switch to the new data, one line per arm, with 95 % intervals."
+    return intro_paragraph(intro) + "".join(
+        _set_figures(name, roles[name], names, curves) for name in sets[:MAX_SERIES]
+    )
+
+
+def _set_figures(name: str, role: str, names: Sequence[str], curves: Sequence[Curves]) -> str:
+    """The curves of one held-out set by arm: the whole run, and its first part where it has points."""
+    arms = [(i, arm.set_losses[name]) for i, arm in enumerate(curves) if name in arm.set_losses]
+    series = [change_series(names[i], points, colour=i) for i, points in arms]
+    early_end = EARLY_SHARE * max(points[-1].x for _, points in arms)
+    title = plain_text(name, 60)
+    whole = figure(f"{title} ({role})" if role else title, lambda w: _arm_chart(series, f"Change on {title} by arm", w))
+    if max(sum(1 for x, _ in line.points if x <= early_end) for line in series) < 3:
+        return side_by_side(whole)
+    early = figure(
+        f"{title}, the first {EARLY_TEXT}",
+        lambda w: _arm_chart(series, f"Change on {title} by arm, first {EARLY_TEXT}", w, (0.0, early_end)),
+    )
+    return side_by_side(whole, early)
+
+
+def _arm_chart(series: Sequence[Series], title: str, width: float, x_range: tuple[float, float] | None = None) -> str:
+    return line_chart(
+        series, title=title, width=width, x_label=X_LABEL, y_label="change, nats per token", zero=True, least=0.01,
+        marks=[VerticalMark(0.0, "switch")], x_range=x_range,
+    )  # fmt: skip
+
+
+def _samples_section(records: Sequence[Record], names: Sequence[str]) -> str:
+    samples: dict[tuple[str, str], Sample] = {}
+    continuations: dict[tuple[str, str], list[tuple[str, str | None]]] = {}
     for record, arm in zip(records, names, strict=True):
-        for sample in map(as_mapping, as_list(record.get("samples"))):
-            key = (plain_text(sample.get("set")), multiline_text(sample.get("prompt")))
-            entry = found.setdefault(key, {"sample": sample, "arms": []})
-            if sample.get("after") not in (None, ""):
-                entry["arms"].append((arm, sample["after"]))
-    shown = []
-    for entry in list(found.values())[:_MAX_SAMPLES]:
-        sample = entry["sample"]
-        texts = [(w, sample[k]) for w, k in (("Reference", "reference"), ("Before", "before")) if sample.get(k)]
-        boxes = "".join(
-            f'<div><h4><bdi>{escape_html(word, 80)}</bdi></h4><p dir="auto">{escaped_passage(text).strip()}</p></div>'
-            for word, text in [*texts, *entry["arms"][:MAX_SERIES]]
+        for sample in record.samples:
+            key = (sample.set, sample.prompt)
+            samples.setdefault(key, sample)
+            continuations.setdefault(key, []).append((arm, sample.after))
+    return "".join(
+        sample_box(
+            sample,
+            [("Reference", sample.reference), ("Before", sample.before), *continuations[key][:MAX_SERIES]],
         )
-        shown.append(sample_box(sample, boxes))
-    return "".join(shown)
+        for key, sample in list(samples.items())[:_MAX_SAMPLES]
+    )
 
 
-def _runs_section(records: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
+def _runs_section(records: Sequence[Record], names: Sequence[str]) -> str:
     body = []
     for name, record in zip(names, records, strict=True):
-        achieved = as_mapping(record.get("achieved"))
+        totals = record.totals
+        seconds = totals.seconds if totals else None
         body.append(
             (
-                tables.text_cell(name),
-                tables.text_cell(record.get("status")),
-                tables.text_cell(mask_secrets(as_mapping(record.get("model")).get("start"))),
-                tables.count_cell(achieved.get("tokens")),
-                tables.Cell(
-                    (tables.Number(format_duration(achieved.get("seconds")), as_number(achieved.get("seconds"))),)
-                ),
-                tables.count_cell(achieved.get("tokens_per_second")),
-                tables.text_cell(mask_secrets(record.get("command"))),
+                text_cell(name),
+                text_cell(record.status),
+                text_cell(mask_secrets(record.model.start_model)),
+                count_cell(totals.tokens if totals else None),
+                Cell((Number(format_duration(seconds), finite(seconds)),)),
+                count_cell(totals.tokens_per_second if totals else None),
+                text_cell(mask_secrets(record.command)),
             )
         )
     columns = (
@@ -255,11 +231,10 @@ def _runs_section(records: Sequence[Mapping[str, object]], names: Sequence[str])
         Column("trained tokens"), Column("time", fields=("seconds",)), Column("tokens/s"),
         Column("command", is_text=True),
     )  # fmt: skip
+    limit = MAX_YAML_CHARACTERS // max(len(records), 1)
     stages = "".join(
-        details(
-            f"Stage file of {name}", preformatted(record["stage_yaml"], MAX_YAML_CHARACTERS // max(len(records), 1))
-        )
+        details(f"Stage file of {name}", preformatted(record.stage_yaml, limit))
         for name, record in zip(names, records, strict=True)
-        if record.get("stage_yaml")
+        if record.stage_yaml
     )
     return Table("Runs of this comparison", columns, tuple(body)).html() + stages if body else ""

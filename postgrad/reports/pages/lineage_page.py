@@ -1,89 +1,69 @@
-"""How does a chain of stages become one page?"""
+"""A chain of stages on one page: the loss on every held-out set after every stage."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
-from postgrad.reports.html import figures, tables
+from postgrad.lineage.tree import Lineage
+from postgrad.reports.html.charts import Series, heat_table, line_chart
 from postgrad.reports.html.document import FOOTER, figure, format_time, render_page, side_by_side
-from postgrad.reports.html.figures import Series
-from postgrad.reports.html.notation import (
-    as_list,
-    as_mapping,
-    as_number,
-    escape_html,
-    format_compact,
-    format_signed,
-    mask_secrets,
-    plain_text,
-)
+from postgrad.reports.html.notation import escape_html, format_compact, format_signed, mask_secrets, plain_text
 from postgrad.reports.sections.curves import MAX_SERIES
+from postgrad.reports.sections.lineage_tables import lineage_summary_table
 
 
-def lineage_page(tree: Mapping[str, object]) -> str:
-    """A chain of stages: the matrix R (loss on every set after every stage) and what follows from it."""
-    tree = as_mapping(tree)
-    names, sets = tables.lineage_names(tree)
-    matrix = [[as_number(v) for v in as_list(line)] for line in as_list(tree.get("R"))]
-    stages = [as_mapping(s) for s in as_list(tree.get("stages"))]
-    shift = 1 if len(names) == len(stages) + 1 and names[:1] == ["start"] else 0
-    own = []
-    for entry in map(as_mapping, as_list(tree.get("sets"))):
-        at = entry.get("learnt_at")
-        own.append(at + shift if isinstance(at, int) and not isinstance(at, bool) else None)
-    chain = "".join(
-        f"<li><b><bdi>{escape_html(s.get('name') or 'stage', 80)}</bdi></b>"
-        + (f"<span>{format_compact(s['tokens'])} tokens</span>" if as_number(s.get("tokens")) else "")
-        + (f"<span><bdi>{escape_html(format_time(s['created']))}</bdi></span>" if s.get("created") else "")
-        + (f"<span><bdi>{escape_html(mask_secrets(s['path']), 120)}</bdi></span>" if s.get("path") else "")
-        + "</li>"
-        for s in stages
-    )
-    heat = ""
-    if matrix and sets:
-        table = figures.heat_table(
-            names, sets, matrix, corner="after", outlined_rows=own,
-            caption="Loss in nats per token. The stronger the colour, the further above the best loss the set"
-            " had at any earlier stage; outlined where the set was learnt.",
-        )  # fmt: skip
-        heat = f'<div class="scroll" tabindex="0" role="region" aria-label="Loss matrix">{table}</div>'
-        series = [
-            Series(
-                n,
-                [(float(i), math.nan if v is None else v) for i, v in enumerate(_matrix_column(matrix, j))],
-                has_markers=True,
-            )
-            for j, n in enumerate(sets[:MAX_SERIES])
-        ]
-        labels = [(float(i), plain_text(n, 18)) for i, n in enumerate(names)]
-        heat = side_by_side(
-            f"<div>{heat}</div>",
-            figure(
-                "Loss from stage to stage",
-                lambda w: figures.line_chart(
-                    series, title="Loss on each set after each stage", x_label="after stage",
-                    y_label="nats per token",
-                    width=w, x_ticks=labels
-                ),
-            )
-        )  # fmt: skip
-    summary = tables.lineage_summary_table(tree)
+def lineage_page(lineage: Lineage) -> str:
+    """A chain of stages: the matrix R and its summary."""
     sections = [
-        ("stages", "Stages", "The stages", f'<ol class="chain">{chain}</ol>' if chain else ""),
-        ("matrix", "Matrix", "Every set after every stage", heat),
-        ("summary", "Summary", "In a few numbers", summary.html() if summary.rows else ""),
+        ("stages", "Stages", "The stages", _stage_chain(lineage)),
+        ("matrix", "Matrix", "Every set after every stage", _matrix_section(lineage)),
+        ("summary", "Summary", "In a few numbers", lineage_summary_table(lineage).html()),
     ]
-    trained = [as_number(s.get("tokens")) for s in stages]
-    total = sum(v for v in trained if v is not None)
-    lead = f"{len(stages)} {'stage' if len(stages) == 1 else 'stages'}"
+    count, total = len(lineage.stages), sum(stage.tokens for stage in lineage.stages)
+    lead = f"{count} {'stage' if count == 1 else 'stages'}"
     lead += f", {format_compact(total)} trained tokens" if total else ""
-    forgetting = as_mapping(tree.get("summary")).get("forgetting")
-    if as_number(forgetting) is not None:
-        lead += f". Forgetting over the chain: {format_signed(forgetting)} nats per token"
+    if lineage.summary.forgetting is not None:
+        lead += f". Forgetting over the chain: {format_signed(lineage.summary.forgetting)} nats per token"
     header = f'<p class="over">postgrad \u00b7 lineage</p><h1>Lineage</h1><p class="lead">{lead}.</p>'
     return render_page("Lineage \u2013 postgrad", header, sections, FOOTER)
 
 
-def _matrix_column(matrix: Sequence[Sequence[float | None]], j: int) -> list[float | None]:
-    return [line[j] if j < len(line) else None for line in matrix]
+def _stage_chain(lineage: Lineage) -> str:
+    items = "".join(
+        f"<li><b><bdi>{escape_html(stage.name, 80)}</bdi></b>"
+        + (f"<span>{format_compact(stage.tokens)} tokens</span>" if stage.tokens else "")
+        + (f"<span><bdi>{escape_html(format_time(stage.created))}</bdi></span>" if stage.created else "")
+        + (f"<span><bdi>{escape_html(mask_secrets(stage.path), 120)}</bdi></span>" if stage.path else "")
+        + "</li>"
+        for stage in lineage.stages
+    )
+    return f'<ol class="chain">{items}</ol>'
+
+
+def _matrix_section(lineage: Lineage) -> str:
+    if not lineage.sets:
+        return ""
+    names, sets = [stage.name for stage in lineage.stages], [s.name for s in lineage.sets]
+    table = heat_table(
+        names, sets, lineage.R, corner="after", outlined_rows=[s.learnt_at for s in lineage.sets],
+        caption="Loss in nats per token. The stronger the colour, the further above the best loss of any earlier stage;"
+        " outlined at the stage that trained on the set.",
+    )  # fmt: skip
+    series = [
+        Series(
+            name,
+            [(float(i), math.nan if (loss := row[j]) is None else loss) for i, row in enumerate(lineage.R)],
+            has_markers=True,
+        )
+        for j, name in enumerate(sets[:MAX_SERIES])
+    ]
+    labels = [(float(i), plain_text(name, 18)) for i, name in enumerate(names)]
+    chart = figure(
+        "Loss from stage to stage",
+        lambda w: line_chart(
+            series, title="Loss on each set after each stage", x_label="after stage", y_label="nats per token", width=w,
+            x_ticks=labels,
+        ),
+    )  # fmt: skip
+    heat = f'<div class="scroll" tabindex="0" role="region" aria-label="Loss matrix">{table}</div>'
+    return side_by_side(f"<div>{heat}</div>", chart)

@@ -1,10 +1,10 @@
-"""How does a probe of all layers read, in a terminal and on a page?"""
+"""Linear probes of every layer: a table for the terminal, and a page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
-from postgrad.reports.html import figures
+from postgrad.reports.html.charts import LimitLine, Series, line_chart
 from postgrad.reports.html.document import (
     FOOTER,
     escaped_passage,
@@ -14,11 +14,8 @@ from postgrad.reports.html.document import (
     render_page,
     side_by_side,
 )
-from postgrad.reports.html.figures import LimitLine, Series
 from postgrad.reports.html.notation import (
-    as_list,
-    as_mapping,
-    as_number,
+    ABSENT,
     escape_html,
     format_count,
     format_fixed,
@@ -27,160 +24,147 @@ from postgrad.reports.html.notation import (
     mask_secrets,
     plain_text,
 )
-from postgrad.reports.html.tables import Cell, Column, Number, Table, change_cell, text_cell, value_cell
+from postgrad.reports.html.table import Cell, Column, Number, Table, change_cell, text_cell, value_cell
+from postgrad.reports.results import Estimate, ProbedView, ProbeResult
 
-_JOIN_LABELS = {"sum": "sum", "concat": "concat", "mix": "mix"}
+_NO_ESTIMATE = Estimate()
 
 
-def probe_table(result: Mapping[str, object]) -> Table:
-    """Every view: its main metric with the interval and its change against the last layer, the other metrics beside."""
-    main = plain_text(result.get("metric"))
-    views = [as_mapping(view) for view in as_list(result.get("views"))]
-    others = [name for name in as_mapping(views[0].get("metrics")) if name != main] if views else []
-    body = []
-    guess = "nothing: the mean" if result.get("problem") == "number" else "nothing: the most frequent"
-    for view in [*views, {"name": guess, "metrics": result.get("guess")}]:
-        metrics = as_mapping(view.get("metrics"))
-        entry, against = as_mapping(metrics.get(main)), as_mapping(as_mapping(view.get("against_last")).get(main))
-        body.append(
-            (
-                text_cell(view.get("name")),
-                value_cell(entry.get("value")),
-                _interval_cell(entry),
-                change_cell(against.get("value")),
-                _interval_cell(against, signs=True),
-                *(value_cell(as_mapping(metrics.get(name)).get("value")) for name in others),
-                Cell(
-                    (Number(f"{strength:g}" if (strength := as_number(view.get("strength"))) else "\u2013", strength),)
-                ),
-            )
-        )
+def probe_table(result: ProbeResult) -> Table:
+    """Every view: its main metric with the interval and its change against the last layer, then the other metrics."""
+    main = result.metric
+    others = [name for name in result.views[0].metrics if name != main] if result.views else []
+    baseline = "baseline: the mean" if result.problem == "number" else "baseline: the most frequent"
+    body = [_view_row(view, main, others) for view in [*result.views, ProbedView(name=baseline, metrics=result.guess)]]
     columns = (
-        Column("reads", is_text=True),
-        Column(main),
+        Column("view", is_text=True),
+        Column(plain_text(main)),
         Column("95 %"),
         Column("against last"),
         Column("95 %"),
-        *(Column(name) for name in others),
+        *(Column(plain_text(name)) for name in others),
         Column("penalty"),
     )
-    return Table(
-        f"{plain_text(mask_secrets(result.get('model')))}: what each layer knows of the labels", columns, tuple(body)
+    return Table(f"{plain_text(mask_secrets(result.model))}: linear probes by layer", columns, tuple(body))
+
+
+def _view_row(view: ProbedView, main: str, others: Sequence[str]) -> tuple[Cell, ...]:
+    entry, change = view.metrics.get(main, _NO_ESTIMATE), view.against_last.get(main, _NO_ESTIMATE)
+    penalty = Number(f"{view.strength:g}" if view.strength else ABSENT, view.strength)
+    return (
+        text_cell(view.name),
+        value_cell(entry.value),
+        _ends_cell(entry),
+        change_cell(change.value),
+        _ends_cell(change, signs=True),
+        *(value_cell(view.metrics.get(name, _NO_ESTIMATE).value) for name in others),
+        Cell((penalty,)),
     )
 
 
-def _interval_cell(entry: Mapping[str, object], *, signs: bool = False) -> Cell:
+def _ends_cell(entry: Estimate, *, signs: bool = False) -> Cell:
+    """The ends of an interval."""
     write = format_signed if signs else format_fixed
-    low, high = as_number(entry.get("low")), as_number(entry.get("high"))
-    if low is None or high is None:
-        return Cell((Number("\u2013", None),))
-    return Cell((Number(write(low, 3), low), " to ", Number(write(high, 3), high)))
+    if entry.low is None or entry.high is None:
+        return Cell((Number(ABSENT, None),))
+    return Cell((Number(write(entry.low), entry.low), " to ", Number(write(entry.high), entry.high)))
 
 
-def probe_page(result: Mapping[str, object]) -> str:
-    """A page with the main metric by layer, what the mix reads, and all numbers."""
-    main, layers = plain_text(result.get("metric")), int(as_number(result.get("layers")) or 0)
-    views = [as_mapping(view) for view in as_list(result.get("views"))]
-    guess = as_number(as_mapping(as_mapping(result.get("guess")).get(main)).get("value"))
-    shares = next((as_list(view.get("shares")) for view in views if view.get("shares")), [])
-    drawn = figure(
-        f"{main} by layer",
-        lambda width: _layer_chart(views, main, layers, guess, width),
-        note="A linear classifier on each layer, frozen. Bands and bars are 95 % intervals over resampled documents.",
-    )
-    mixed = figure(
-        "What the mix reads",
-        lambda width: figures.line_chart(
-            [Series("share", [(float(s), as_number(v) or 0.0) for s, v in enumerate(shares)], has_markers=True)],
-            title="Share of each layer in the mix",
-            x_label="layer",
-            y_label="share",
-            width=width,
-            x_ticks=_layer_ticks(layers),
-        ),
-        note="The shares that the classifier on the mix of all layers has learnt.",
-    )
-    documents, items = as_mapping(result.get("documents")), as_mapping(result.get("items"))
-    said = facts(
+def probe_page(result: ProbeResult) -> str:
+    """The main metric by layer, the layer weights of the mix, and all numbers."""
+    sections = [
+        ("layers", "Layers", "Layer by layer", side_by_side(_layers_figure(result), _mix_figure(result))),
+        ("numbers", "Numbers", "In numbers", probe_table(result).html()),
+        ("how", "Method", "Method", _method_section(result)),
+    ]
+    title = f"Layers of {plain_text(mask_secrets(result.model))} \u2013 postgrad"
+    return render_page(title, _header(result), sections, FOOTER)
+
+
+def _header(result: ProbeResult) -> str:
+    main, guess = result.metric, result.guess.get(result.metric, _NO_ESTIMATE).value
+    sign = -1 if main == "MSE" else 1
+    best = max(result.views, key=lambda v: sign * v.dev, default=ProbedView(name=ABSENT))
+    value = best.metrics.get(main, _NO_ESTIMATE).value
+    lead = f"Best on dev: <b>{escape_html(best.name)}</b>, {escape_html(main)} {format_fixed(value)}"
+    if guess is not None:
+        lead += f" on the test part (baseline: {format_fixed(guess)})"
+    return f'<p class="over">postgrad \u00b7 probe</p><h1>Layer by layer</h1><p class="lead">{lead}.</p>'
+
+
+def _method_section(result: ProbeResult) -> str:
+    settings = facts(
         [
-            ("Model", result.get("model")),
-            ("Rows", f"{plain_text(result.get('kind'))}, {plain_text(result.get('problem'))}"),
-            ("Labels", ", ".join(plain_text(label) for label in as_list(result.get("labels")))),
-            ("Half", result.get("stack")),
-            ("Pooling", result.get("pooling")),
-            ("Layers", f"{layers} of width {format_count(result.get('width'))}, and the embeddings"),
+            ("Model", result.model),
+            ("Rows", f"{result.kind}, {result.problem}"),
+            ("Labels", ", ".join(plain_text(label) for label in result.labels)),
+            ("Stack", result.stack),
+            ("Pooling", result.pooling),
+            ("Layers", f"{result.layers} of width {format_count(result.width)}, and the embeddings"),
             *(
-                (part, f"{format_count(items.get(part))} items of {format_count(documents.get(part))} documents")
-                for part in items
+                (part, f"{format_count(count)} items of {format_count(result.documents.get(part))} documents")
+                for part, count in result.items.items()
             ),
-            ("Penalties", ", ".join(f"{as_number(value):g}" for value in as_list(result.get("strengths")))),
+            ("Penalties", ", ".join(f"{value:g}" for value in result.strengths)),
         ]
     )
-    notes = "".join(f"<p>{escaped_passage(note)}</p>" for note in as_list(result.get("notes")))
-    how = intro_paragraph(
-        "Features are the frozen hidden states: of a text its tokens, pooled; of a word its first token. They are standardised"
-        " by the training items. Each classifier is linear, trained under several penalties; which of them holds is chosen on"
-        " the dev part. The test part is answered once, by what was chosen."
+    intro = intro_paragraph(
+        "Features are the frozen hidden states: pooled over the tokens of a text, or of the first token of a word, standardized"
+        " on the training items. Each classifier is linear; its penalty is selected on the dev part. The test part is scored"
+        " once, with the selected penalty."
     )
-    best = max(views, key=lambda v: (as_number(v.get("dev")) or 0.0) * (-1 if main == "MSE" else 1), default={})
-    value = as_mapping(as_mapping(as_mapping(best).get("metrics")).get(main))
-    lead = f"Best on dev: <b>{escape_html(best.get('name'))}</b>, {escape_html(main)} {format_fixed(value.get('value'), 3)}"
-    if guess is not None:
-        lead += f" on the test (guessing: {format_fixed(guess, 3)})"
-    header = f'<p class="over">postgrad \u00b7 probe</p><h1>Layer by layer</h1><p class="lead">{lead}.</p>'
-    sections = [
-        ("layers", "Layers", "What each layer knows", side_by_side(drawn, mixed if shares else "")),
-        ("numbers", "Numbers", "In numbers", probe_table(result).html()),
-        ("how", "How", "How it was measured", how + said + notes),
+    return intro + settings + "".join(f"<p>{escaped_passage(note)}</p>" for note in result.notes)
+
+
+def _mix_figure(result: ProbeResult) -> str:
+    shares = next((view.shares for view in result.views if view.shares), [])
+    if not shares:
+        return ""
+    series = [Series("weight", [(float(i), share) for i, share in enumerate(shares)], has_markers=True)]
+    return figure(
+        "Layer weights of the mix",
+        lambda w: line_chart(
+            series, title="Weight of each layer in the mix", x_label="layer", y_label="weight", width=w,
+            x_ticks=_layer_ticks(result.layers),
+        ),
+        note="Learned by the classifier on the mix of all layers.",
+    )  # fmt: skip
+
+
+def _layers_figure(result: ProbeResult) -> str:
+    main, guess = result.metric, result.guess.get(result.metric, _NO_ESTIMATE).value
+    single = [view for view in result.views if view.kind == "state"]
+    joined = [view for view in result.views if view.kind != "state"]
+    positions = [result.layers + 1.0 + i for i in range(len(joined))]
+    series = [_view_series("single layers", main, single, [float(view.states[0]) for view in single], 0)]
+    series += [
+        _view_series(plain_text(view.name), main, [view], [x], 1 + i)
+        for i, (view, x) in enumerate(zip(joined, positions, strict=True))
     ]
-    return render_page(
-        f"Layers of {plain_text(mask_secrets(result.get('model')))} \u2013 postgrad", header, sections, FOOTER
-    )
+    labels = [*_layer_ticks(result.layers), *((x, view.kind) for x, view in zip(positions, joined, strict=True))]
+    levels = []
+    if guess:
+        text = format_percent(guess) if 0 <= guess <= 1 else format_fixed(guess)
+        levels.append(LimitLine(guess, f"baseline {text}"))
+    return figure(
+        f"{main} by layer",
+        lambda w: line_chart(
+            series, title=f"{main} by layer", x_label="layer, and layers joined", y_label=main, width=w, levels=levels,
+            x_ticks=labels,
+        ),
+        note="A linear classifier on each frozen layer. Bands and bars are 95 % intervals over resampled documents.",
+    )  # fmt: skip
 
 
-def _layer_chart(views: list[Mapping[str, object]], main: str, layers: int, guess: float | None, width: float) -> str:
-    alone = [view for view in views if view.get("kind") == "state"]
-    series = [_view_series("single layers", main, alone, [float(_layer_index(view)) for view in alone], 0)]
-    joined = [view for view in views if view.get("kind") != "state"]
-    places = [layers + 1.0 + i for i in range(len(joined))]
-    for i, (view, place) in enumerate(zip(joined, places, strict=True)):
-        series.append(_view_series(plain_text(view.get("name")), main, [view], [place], 1 + i))
-    ticks = [
-        *_layer_ticks(layers),
-        *((x, _JOIN_LABELS[plain_text(view.get("kind"))]) for x, view in zip(places, joined, strict=True)),
-    ]
-    levels = (
-        [LimitLine(guess, f"guessing {format_percent(guess, 1) if 0 <= guess <= 1 else format_fixed(guess)}")]
-        if guess
-        else []
-    )
-    return figures.line_chart(
-        series,
-        title=f"{main} by layer",
-        x_label="layer, and layers joined",
-        y_label=main,
-        width=width,
-        levels=levels,
-        x_ticks=ticks,
-    )
-
-
-def _view_series(
-    name: str, main: str, views: list[Mapping[str, object]], positions: list[float], colour: int
-) -> Series:
-    found = [as_mapping(as_mapping(view.get("metrics")).get(main)) for view in views]
-    known = [(x, entry) for x, entry in zip(positions, found, strict=True) if as_number(entry.get("value")) is not None]
+def _view_series(name: str, main: str, views: Sequence[ProbedView], positions: Sequence[float], colour: int) -> Series:
+    entries = [(x, view.metrics[main]) for x, view in zip(positions, views, strict=True) if main in view.metrics]
     return Series(
         name,
-        [(x, as_number(entry.get("value")) or 0.0) for x, entry in known],
-        band=[(x, as_number(entry.get("low")) or 0.0, as_number(entry.get("high")) or 0.0) for x, entry in known],
+        [(x, entry.value or 0.0) for x, entry in entries],
+        band=[(x, entry.low or 0.0, entry.high or 0.0) for x, entry in entries],
         has_markers=True,
         colour=colour,
     )
-
-
-def _layer_index(view: Mapping[str, object]) -> int:
-    return int(as_number(as_list(view.get("states"))[0]) or 0)
 
 
 def _layer_ticks(layers: int) -> list[tuple[float, str]]:

@@ -1,15 +1,13 @@
-"""Which rows does a study show? Every arm with its losses, what it forgot and gained, and what it cost; and claims."""
+"""Tables of a study: every arm with its losses, forgetting, gain and cost; the claims; and a CSV file."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from postgrad.reports.html.notation import (
-    as_list,
-    as_mapping,
-    as_number,
+    finite,
     format_compact,
     format_duration,
     format_fixed,
@@ -17,164 +15,130 @@ from postgrad.reports.html.notation import (
     format_signed,
     plain_text,
 )
-from postgrad.reports.html.tables import Cell, Column, Number, Table, text_cell, value_cell
+from postgrad.reports.html.table import VALUE_FIELDS, Cell, Column, Number, Table, interval_cell, text_cell, value_cell
+from postgrad.reports.results import Estimate, StudyArm, StudyBase, StudyResults
 
-_Entry = Mapping[str, object]
 _VERDICT_TONES = {"holds": "good", "does not hold": "bad", "not shown": "open"}
-_INTERVAL_FIELDS = ("value", "low", "high")
+_EMPTY = text_cell("")
 
 
-def study_arms_table(results: _Entry, *, brief: bool = False) -> Table:
-    """The arms side by side, as the paper has them: loss on old, new, average. `brief`: without what the page has besides."""
-    arms = [as_mapping(a) for a in as_list(results.get("arms"))]
-    several = len(as_list(results.get("seeds"))) > 1
+def study_arms_table(study: StudyResults, *, brief: bool = False) -> Table:
+    """The arms side by side: loss on old and new text and on average. `brief` omits total tokens and memory."""
+    has_seeds = len(study.seeds) > 1
+    # The cost of a base that the study did not train is unknown.
+    has_total = not brief and any(arm.tokens_in_all for arm in study.arms)
+    has_memory = not brief and any(arm.peak_memory for arm in study.arms)
+    columns = _arm_columns(study, has_seeds, has_total, has_memory)
+    rows = [[*_base_row(study, has_seeds), *([_tokens_cell(study.base.tokens)] if has_total else [])]]
+    for arm in study.arms:
+        cost = [*([_tokens_cell(arm.tokens_in_all)] * has_total), *([_memory_cell(arm)] * has_memory)]
+        rows.append([*_arm_row(arm, study, has_seeds), *(cost if arm.loss else [])])
+    notes = ["Losses and changes in nats per token; intervals resample documents, paired over arms; lower is better."]
+    if has_seeds:
+        notes.append("± over seeds: the standard deviation of one seed's loss; no interval includes it.")
+    if study.against:
+        notes.append(f"Removed: the share of the forgetting of {plain_text(study.against, 60)} that the arm avoids.")
+    body = tuple((*row, *[_EMPTY] * (len(columns) - len(row)))[: len(columns)] for row in rows)
+    return Table(f"{plain_text(study.name, 60)}: every arm", tuple(columns), body, tuple(notes))
+
+
+def _arm_columns(study: StudyResults, has_seeds: bool, has_total: bool, has_memory: bool) -> list[Column]:
     columns = [
         Column("arm", is_text=True),
         Column("loss", "old text"),
-        Column("change (95 %)", "old text", fields=_INTERVAL_FIELDS),
-        Column("removed (95 %)", "old text", fields=_INTERVAL_FIELDS),
+        Column("change (95 %)", "old text", fields=VALUE_FIELDS),
+        Column("removed (95 %)", "old text", fields=VALUE_FIELDS),
         Column("loss", "new text"),
-        Column("change (95 %)", "new text", fields=_INTERVAL_FIELDS),
+        Column("change (95 %)", "new text", fields=VALUE_FIELDS),
         Column("loss", "average"),
     ]
-    if results.get("union"):
-        columns.append(Column("against union (95 %)", "average", fields=_INTERVAL_FIELDS))
-    if several:
+    if study.union:
+        columns.append(Column("against union (95 %)", "average", fields=VALUE_FIELDS))
+    if has_seeds:
         columns += [Column("old", "± over seeds"), Column("new", "± over seeds")]
     columns += [Column("tokens"), Column("time", fields=("seconds",))]
-    in_all = not brief and any(
-        as_number(a.get("tokens_in_all")) for a in arms
-    )  # a given base does not say what it took
-    memory = not brief and any(as_number(a.get("peak_memory")) for a in arms)
-    if in_all:
-        columns.append(Column("tokens in all"))
-    if memory:
-        columns.append(Column("memory", fields=("bytes",)))
-    wide = len(columns)
-    base = _base_row(as_mapping(results.get("base")), several, bool(results.get("union")))
-    body = [_pad_row([*base, *([_tokens_cell(as_mapping(results.get("base")).get("tokens"))] if in_all else [])], wide)]
-    for arm in arms:
-        cost = [*([_tokens_cell(arm.get("tokens_in_all"))] * in_all), *([_memory_cell(arm)] * memory)]
-        body.append(_pad_row([*_arm_row(arm, results, several), *(cost if as_mapping(arm.get("loss")) else [])], wide))
-    notes = ["Losses and changes in nats per token; intervals by drawing documents, paired over arms; lower is better."]
-    if several:
-        notes.append("± over seeds: the standard deviation of one seed's loss; it is in no interval.")
-    if results.get("against"):
-        notes.append(f"Removed: the share of the forgetting of {plain_text(results['against'], 60)} that is not there.")
-    return Table(f"{plain_text(results.get('name'), 60)}: every arm", tuple(columns), tuple(body), tuple(notes))
+    columns += [Column("total tokens")] if has_total else []
+    return [*columns, *([Column("memory", fields=("bytes",))] if has_memory else [])]
 
 
-def _pad_row(cells: Sequence[Cell], column_count: int) -> tuple[Cell, ...]:
-    return (*cells, *[text_cell("")] * (column_count - len(cells)))[:column_count]
-
-
-def _interval_cell(entry: _Entry, *, share: bool = False, decimals: int = 3, tone: str = "") -> Cell:
-    """A number with its interval below."""
-    value, low, high = (as_number(entry.get(key)) for key in _INTERVAL_FIELDS)
-    if value is None:
+def _estimate_cell(entry: Estimate | None, tone: str = "", share: bool = False) -> Cell:
+    """A change, or a share in percent, with its interval below."""
+    if entry is None or entry.value is None:
         return text_cell("", tone)
-
-    def text(x: float | None) -> str:
-        return format_percent(x, 0) if share else format_signed(x, decimals)
-
-    return Cell((Number(text(value), value),), tone, (Number(text(low), low), " to ", Number(text(high), high)))
+    return interval_cell(entry, 0 if share else 3, tone, format_percent if share else format_signed)
 
 
-def _base_row(base: _Entry, has_several_seeds: bool, has_union: bool) -> list[Cell]:
-    loss = as_mapping(base.get("loss"))
+def _loss_cell(loss: dict[str, Estimate], kind: str) -> Cell:
+    return value_cell(loss[kind].value if kind in loss else None)
 
-    def of(what: str) -> Cell:
-        return value_cell(as_mapping(loss.get(what)).get("value"))
 
+def _base_row(study: StudyResults, has_seeds: bool) -> list[Cell]:
+    base: StudyBase = study.base
+    loss = [_loss_cell(base.loss, kind) for kind in ("old", "new", "average")]
+    cells = [Cell(("the base (old text only)",)), loss[0], _EMPTY, _EMPTY, loss[1], _EMPTY, loss[2]]
+    cells += [_EMPTY] * (bool(study.union) + 2 * has_seeds)
+    return [*cells, _tokens_cell(base.tokens), _seconds_cell(base.seconds)]
+
+
+def _arm_row(arm: StudyArm, study: StudyResults, has_seeds: bool) -> list[Cell]:
+    name = plain_text(arm.name, 80)
+    if not arm.loss:
+        return [Cell((name,)), text_cell(arm.status, "open")]
+    old, new = arm.change.get("old"), arm.change.get("new")
     cells = [
-        Cell(("the base (old text only)",)),
-        of("old"),
-        text_cell(""),
-        text_cell(""),
-        of("new"),
-        text_cell(""),
-        of("average"),
+        Cell((name, "" if arm.status == "finished" else f" ({plain_text(arm.status, 20)})")),
+        _loss_cell(arm.loss, "old"),
+        _estimate_cell(old, _change_tone(old)),
+        text_cell("reference") if arm.name == study.against else _estimate_cell(arm.removed, share=True),
+        _loss_cell(arm.loss, "new"),
+        _estimate_cell(new, _change_tone(new)),
+        _loss_cell(arm.loss, "average"),
     ]
-    cells += [text_cell("")] * (has_union + 2 * has_several_seeds)
-    return [*cells, _tokens_cell(base.get("tokens")), _seconds_cell(base.get("seconds"))]
+    if study.union:
+        cells.append(text_cell("union") if arm.name == study.union else _estimate_cell(arm.gap.get("average")))
+    if has_seeds:
+        for kind in ("old", "new"):
+            deviation = arm.spread[kind].deviation if kind in arm.spread else None
+            cells.append(_EMPTY if deviation is None else Cell((Number(format_fixed(deviation, 4), deviation),)))
+    return [*cells, _tokens_cell(arm.tokens), _seconds_cell(arm.seconds)]
 
 
-def _arm_row(arm: _Entry, results: _Entry, has_several_seeds: bool) -> list[Cell]:
-    name = plain_text(arm.get("name"), 80)
-    if not as_mapping(arm.get("loss")):
-        return [Cell((name,)), text_cell(arm.get("status"), "open")]
-    loss, changed, gap = (as_mapping(arm.get(key)) for key in ("loss", "change", "gap"))
-    old, new = as_mapping(changed.get("old")), as_mapping(changed.get("new"))
-    is_reference = arm.get("name") == results.get("against")
-    cells = [
-        Cell((name, "" if arm.get("status") == "finished" else f" ({plain_text(arm.get('status'), 20)})")),
-        value_cell(as_mapping(loss.get("old")).get("value")),
-        _interval_cell(old, tone=_change_tone(old)),
-        text_cell("reference") if is_reference else _interval_cell(as_mapping(arm.get("removed")), share=True),
-        value_cell(as_mapping(loss.get("new")).get("value")),
-        _interval_cell(new, tone=_change_tone(new)),
-        value_cell(as_mapping(loss.get("average")).get("value")),
-    ]
-    if results.get("union"):
-        cells.append(
-            text_cell("union")
-            if arm.get("name") == results["union"]
-            else _interval_cell(as_mapping(gap.get("average")))
-        )
-    if has_several_seeds:
-        spread = as_mapping(arm.get("spread"))
-        for what in ("old", "new"):
-            deviation = as_number(as_mapping(spread.get(what)).get("deviation"))
-            cells.append(text_cell("") if deviation is None else Cell((Number(format_fixed(deviation, 4), deviation),)))
-    return [*cells, _tokens_cell(arm.get("tokens")), _seconds_cell(arm.get("seconds"))]
-
-
-def _change_tone(entry: _Entry) -> str:
-    low, high = as_number(entry.get("low")), as_number(entry.get("high"))
-    if low is None or high is None:
+def _change_tone(entry: Estimate | None) -> str:
+    if entry is None or entry.low is None or entry.high is None:
         return ""
-    return "bad" if low > 0 else "good" if high < 0 else "even"
+    return "bad" if entry.low > 0 else "good" if entry.high < 0 else "even"
 
 
-def _tokens_cell(value: object) -> Cell:
-    known = as_number(value)
-    return text_cell("") if known is None else Cell((Number(format_compact(known), known),))
+def _tokens_cell(value: float | None) -> Cell:
+    return _EMPTY if value is None else Cell((Number(format_compact(value), value),))
 
 
-def _memory_cell(arm: _Entry) -> Cell:
-    peak = as_number(arm.get("peak_memory"))
-    return text_cell("") if peak is None else Cell((Number(f"{peak / 2**30:.1f} GiB", peak),))
+def _memory_cell(arm: StudyArm) -> Cell:
+    peak = arm.peak_memory
+    return _EMPTY if peak is None else Cell((Number(f"{peak / 2**30:.1f} GiB", peak),))
 
 
-def _seconds_cell(value: object) -> Cell:
-    known = as_number(value)
-    return text_cell("") if known is None else Cell((Number(format_duration(known), known),))
+def _seconds_cell(value: float | None) -> Cell:
+    return _EMPTY if value is None else Cell((Number(format_duration(value), value),))
 
 
-def claims_table(results: _Entry) -> Table | None:
-    """What was thought, and what was measured."""
-    claims = [as_mapping(c) for c in as_list(results.get("claims"))]
-    if not claims:
+def claims_table(study: StudyResults) -> Table | None:
+    """The claims with what was measured; None without claims."""
+    if not study.claims:
         return None
     body = []
-    for place, claim in enumerate(claims, 1):
-        share = claim.get("on") == "removed"
-        bound = as_number(claim.get("bound"))
-        asked = f"≥ {format_percent(bound, 0)}" if share else f"≤ {format_signed(bound)}"
-        measured = (
-            _interval_cell(claim, share=share)
-            if as_number(claim.get("value")) is not None
-            else text_cell(claim.get("why"))
-        )
-        seeds = [format_percent(s, 0) if share else format_signed(s) for s in as_list(claim.get("by_seed"))]
-        said = plain_text(claim.get("verdict"), 20)
+    for number, claim in enumerate(study.claims, 1):
+        share = claim.on == "removed"
+        bound = f"≥ {format_percent(claim.bound, 0)}" if share else f"≤ {format_signed(claim.bound)}"
+        measured = text_cell(claim.why) if finite(claim.value) is None else _estimate_cell(claim, share=share)
+        seeds = [format_percent(s, 0) if share else format_signed(s) for s in claim.by_seed]
         body.append(
             (
-                text_cell(place),
-                text_cell(said, _VERDICT_TONES.get(said, "open")),
-                text_cell(claim.get("say")),
+                text_cell(number),
+                text_cell(claim.verdict, _VERDICT_TONES.get(claim.verdict, "open")),
+                text_cell(claim.say),
                 measured,
-                text_cell(asked),
+                text_cell(bound),
                 text_cell(", ".join(seeds)),
             )
         )
@@ -182,76 +146,68 @@ def claims_table(results: _Entry) -> Table | None:
         Column(""),
         Column("", is_text=True),
         Column("claim", is_text=True),
-        Column("measured (95 %)", fields=_INTERVAL_FIELDS),
+        Column("measured (95 %)", fields=VALUE_FIELDS),
         Column("claimed"),
         Column("seed by seed", is_text=True),
     )
-    return Table(
-        "Claims, held against what was measured",
-        columns,
-        tuple(body),
-        (
-            "A claim holds (does not hold) when its whole interval lies within (beyond) what is claimed, for every seed; "
-            "else it is not shown.",
-        ),
+    note = (
+        "A claim holds (does not hold) when its whole interval lies within (beyond) the claimed bound, for every seed;"
+        " otherwise it is not shown."
     )
+    return Table("Claims and measurements", columns, tuple(body), (note,))
 
 
-def study_csv(results: _Entry) -> str:
-    """Everything as rows: each arm, seed and held-out set, then the mean over seeds with intervals; exact numbers."""
+_COSTS = ("tokens", "tokens_in_all", "seconds", "peak_memory")
+_CSV_FIELDS = (
+    "arm", "seed", "on", "loss", "loss_low", "loss_high", "change", "change_low", "change_high", "removed",
+    "removed_low", "removed_high", "against_union", "against_union_low", "against_union_high", "deviation_over_seeds",
+    *_COSTS, "status",
+)  # fmt: skip
+
+
+def study_csv(study: StudyResults) -> str:
+    """Everything as rows with exact numbers: each arm, seed and held-out set, then the mean over seeds with intervals."""
     out = io.StringIO()
     writer = csv.writer(out)
-    fields = (
-        "arm", "seed", "on", "loss", "loss_low", "loss_high", "change", "change_low", "change_high", "removed",
-        "removed_low", "removed_high", "against_union", "against_union_low", "against_union_high", "deviation_over_seeds",
-        "tokens", "tokens_in_all", "seconds", "peak_memory", "status",
-    )  # fmt: skip
-    writer.writerow(fields)
-    base = as_mapping(results.get("base"))
-    for on, entry in as_mapping(base.get("loss")).items():
-        writer.writerow(
-            [
-                "(base)",
-                "",
-                on,
-                *_interval_values(as_mapping(entry)),
-                *[""] * 10,
-                base.get("tokens") or "",
-                "",
-                *[""] * 3,
-            ]
-        )
-    for arm in map(as_mapping, as_list(results.get("arms"))):
-        name = plain_text(arm.get("name"), 200)
-        if name[:1] in "=+-@":
-            name = "'" + name
-        if not as_mapping(arm.get("loss")):
-            writer.writerow([name, "", "", *[""] * 17, arm.get("status")])
-            continue
-        for seed, losses in as_mapping(arm.get("by_seed")).items():
-            for on, value in as_mapping(losses).items():
-                writer.writerow([name, seed, on, repr(value), *[""] * 16, ""])
-        for on, entry in as_mapping(arm.get("loss")).items():
-            deviation = as_mapping(as_mapping(arm.get("spread")).get(on)).get("deviation")
-            writer.writerow(
-                [
-                    name,
-                    "mean",
-                    on,
-                    *_interval_values(as_mapping(entry)),
-                    *_interval_values(as_mapping(as_mapping(arm.get("change")).get(on))),
-                    *(_interval_values(as_mapping(arm.get("removed"))) if on == "old" else [""] * 3),
-                    *_interval_values(as_mapping(as_mapping(arm.get("gap")).get(on))),
-                    "" if deviation is None else repr(deviation),
-                    *(
-                        "" if arm.get(k) is None else repr(arm[k])
-                        for k in ("tokens", "tokens_in_all", "seconds", "peak_memory")
-                    ),
-                    arm.get("status"),
-                ]
-            )
+    writer.writerow(_CSV_FIELDS)
+    for kind, loss in study.base.loss.items():
+        tokens = study.base.tokens or ""
+        writer.writerow(["(base)", "", kind, *_interval_values(loss), *[""] * 10, tokens, "", *[""] * 3])
+    for arm in study.arms:
+        writer.writerows(_csv_rows(arm))
     return out.getvalue()
 
 
-def _interval_values(entry: _Entry) -> list[str]:
-    return ["" if as_number(entry.get(key)) is None else repr(entry[key]) for key in _INTERVAL_FIELDS]
+def _csv_rows(arm: StudyArm) -> list[Sequence[object]]:
+    name = plain_text(arm.name, 200)
+    if name[:1] in "=+-@":
+        name = "'" + name
+    if not arm.loss:
+        return [[name, "", "", *[""] * 17, arm.status]]
+    rows: list[Sequence[object]] = [
+        [name, seed, kind, repr(value), *[""] * 16, ""]
+        for seed, losses in arm.by_seed.items()
+        for kind, value in losses.items()
+    ]
+    for kind, loss in arm.loss.items():
+        deviation = arm.spread[kind].deviation if kind in arm.spread else None
+        rows.append(
+            [
+                name,
+                "mean",
+                kind,
+                *_interval_values(loss),
+                *_interval_values(arm.change.get(kind)),
+                *_interval_values(arm.removed if kind == "old" else None),
+                *_interval_values(arm.gap.get(kind)),
+                *("" if v is None else repr(v) for v in (deviation, *(getattr(arm, key) for key in _COSTS))),
+                arm.status,
+            ]
+        )
+    return rows
+
+
+def _interval_values(entry: Estimate | None) -> list[str]:
+    if entry is None:
+        return [""] * 3
+    return ["" if value is None else repr(value) for value in (entry.value, entry.low, entry.high)]

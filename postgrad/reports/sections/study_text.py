@@ -1,221 +1,201 @@
-"""What do a study's numbers say in words? A summary made from them alone, which tells what they do not show, too."""
+"""A study's numbers in sentences, including what they do not show."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from postgrad.reports.html.notation import (
-    as_list,
-    as_mapping,
-    as_number,
-    format_compact,
-    format_fixed,
-    format_percent,
-    format_signed,
-    plain_text,
-)
+from postgrad.reports.html.notation import format_compact, format_fixed, format_percent, format_signed, plain_text
+from postgrad.reports.results import Estimate, StudyArm, StudyResults
+from postgrad.stats.forgetting import MIN_DOCUMENTS
 
-_Entry = Mapping[str, object]
+_NO_ESTIMATE = Estimate()
 
 
-def interval_text(entry: _Entry, decimals: int = 3) -> str:
+def interval_text(entry: Estimate, decimals: int = 3) -> str:
     """`+0.120 (+0.110 to +0.130)`."""
-    ends = f"{format_signed(entry.get('low'), decimals)} to {format_signed(entry.get('high'), decimals)}"
-    return f"{format_signed(entry.get('value'), decimals)} ({ends})"
+    ends = f"{format_signed(entry.low, decimals)} to {format_signed(entry.high, decimals)}"
+    return f"{format_signed(entry.value, decimals)} ({ends})"
 
 
-def percent_interval_text(entry: _Entry) -> str:
+def percent_interval_text(entry: Estimate) -> str:
     """`78 % (71 % to 83 %)`."""
-    return f"{format_percent(entry.get('value'), 0)} ({format_percent(entry.get('low'), 0)} to {format_percent(entry.get('high'), 0)})"
+    return f"{format_percent(entry.value, 0)} ({format_percent(entry.low, 0)} to {format_percent(entry.high, 0)})"
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Names behind one another; where one has a comma of its own, semicolons keep them apart."""
+    """Names with commas between them, or semicolons where a name has a comma."""
     return ("; " if any("," in name for name in names) else ", ").join(names)
 
 
-def is_shown(entry: _Entry) -> bool:
-    """Whether a difference is shown: its interval leaves out zero, and all seeds agree on its sign."""
-    low, high = as_number(entry.get("low")), as_number(entry.get("high"))
-    seeds = [as_number(s) or 0.0 for s in as_list(entry.get("by_seed"))]
-    if low is None or high is None or low <= 0 <= high:
+def is_significant(entry: Estimate) -> bool:
+    """Whether the interval excludes zero and all seeds agree on the sign."""
+    if entry.low is None or entry.high is None or entry.low <= 0 <= entry.high:
         return False
-    return all(s > 0 for s in seeds) if low > 0 else all(s < 0 for s in seeds)
+    return all(s > 0 for s in entry.by_seed) if entry.low > 0 else all(s < 0 for s in entry.by_seed)
 
 
-def study_summary(results: _Entry) -> list[str]:
-    """Sentences about a study: what was forgotten, what helped, what it cost, and what is not shown."""
-    arms = [as_mapping(a) for a in as_list(results.get("arms"))]
-    done = [a for a in arms if as_mapping(a.get("change")) and a.get("status") == "finished"]
+def study_summary(study: StudyResults) -> list[str]:
+    """Sentences about a study: forgetting, protection, cost, and what is not shown."""
+    finished = [arm for arm in study.arms if arm.change and arm.status == "finished"]
     lines = []
-    missing = [plain_text(a["name"], 60) for a in arms if a.get("status") != "finished"]
+    missing = [_name(arm) for arm in study.arms if arm.status != "finished"]
     if missing:
-        lines.append(f"Not finished, and so not in any sentence below: {join_names(missing)}.")
-    if not done:
-        return [*lines, "No arm can be held against the base yet."]
-    reference = next((a for a in done if a["name"] == results.get("against")), None)
-    if reference is not None:
-        lines += _baseline_sentences(reference)
-    lines += _protection_sentences(done, reference, results)
-    lines += _union_sentences(done, results)
-    lines += _frontier_sentences(done)
-    lines += _gate_sentences(done)
-    return [*lines, *_uncertainty_sentences(done, results)]
+        lines.append(f"Not finished and not in any sentence below: {join_names(missing)}.")
+    if not finished:
+        return [*lines, "No arm can be compared with the base yet."]
+    baseline = next((arm for arm in finished if arm.name == study.against), None)
+    if baseline is not None:
+        lines += [_baseline_sentence(baseline), *_protection_sentences(finished, baseline, study)]
+    lines += _union_sentences(finished, study)
+    lines += _frontier_sentences(finished)
+    lines += _gate_sentences(finished)
+    return [*lines, *_uncertainty_sentences(finished, study)]
 
 
-def _arm_change(arm: _Entry, what: str) -> _Entry:
-    return as_mapping(as_mapping(arm.get("change")).get(what))
+def _name(arm: StudyArm) -> str:
+    return plain_text(arm.name, 60)
 
 
-def _change_value(arm: _Entry, what: str) -> float:
-    return as_number(_arm_change(arm, what).get("value")) or 0.0
+def _change_value(arm: StudyArm, kind: str) -> float:
+    return arm.change.get(kind, _NO_ESTIMATE).value or 0.0
 
 
-def _pair_difference(results: _Entry, arm: object, other: object) -> Mapping[str, object]:
-    """The difference of two arms, whichever way round it is kept."""
-    for entry in map(as_mapping, as_list(results.get("pairs"))):
-        if (entry.get("arm"), entry.get("than")) == (arm, other):
-            return entry
-        if (entry.get("arm"), entry.get("than")) == (other, arm):
-            return {what: _negate(as_mapping(entry.get(what))) for what in ("old", "new", "average")}
+def _pair_differences(study: StudyResults, arm: str, other: str) -> dict[str, Estimate]:
+    """The difference of two arms on old and new text and on average, whichever is the first of the stored pair."""
+    for pair in study.pairs:
+        estimates = {"old": pair.old, "new": pair.new, "average": pair.average}
+        known = {kind: estimate for kind, estimate in estimates.items() if estimate}
+        if (pair.arm, pair.than) == (arm, other):
+            return known
+        if (pair.arm, pair.than) == (other, arm):
+            return {kind: _negate(estimate) for kind, estimate in known.items()}
     return {}
 
 
-def _negate(entry: _Entry) -> dict[str, object]:
-    value, low, high = (as_number(entry.get(key)) or 0.0 for key in ("value", "low", "high"))
-    return {
-        "value": -value,
-        "low": -high,
-        "high": -low,
-        "by_seed": [-(as_number(s) or 0.0) for s in as_list(entry.get("by_seed"))],
-    }
+def _negate(entry: Estimate) -> Estimate:
+    return Estimate(
+        value=-(entry.value or 0.0),
+        low=-(entry.high or 0.0),
+        high=-(entry.low or 0.0),
+        by_seed=[-s for s in entry.by_seed],
+    )
 
 
-def _baseline_sentences(arm: _Entry) -> list[str]:
-    old, new = _arm_change(arm, "old"), _arm_change(arm, "new")
-    name = plain_text(arm["name"], 60)
-    low, high = (as_number(old.get(end)) or 0.0 for end in ("low", "high"))
-    forgot = "forgets" if low > 0 else "does not forget" if high < 0 else "is not shown to forget"
-    return [
-        f"Without protection ({name}) the model {forgot}: the loss on old text changes by {interval_text(old)} nats per token, "
-        f"that on new text by {interval_text(new)}."
-    ]
-
-
-def _protection_sentences(finished_arms: Sequence[_Entry], baseline: _Entry | None, results: _Entry) -> list[str]:
-    """Who kept most, and what that cost on the new text."""
-    if baseline is None:
-        return []
-    others = [
-        a for a in finished_arms if a is not baseline and not a.get("from_scratch") and as_mapping(a.get("removed"))
-    ]
-    if not others:
-        return []
-    best, *less = sorted(others, key=lambda a: -(as_number(as_mapping(a["removed"]).get("value")) or 0.0))
-    share = as_mapping(best["removed"])
-    if (as_number(share.get("low")) or 0.0) <= 0:
-        return ["No other arm is shown to have removed any of it."]
-    said = f"{plain_text(best['name'], 60)} removed the largest share of it: {percent_interval_text(share)}"
-    cost = as_mapping(_pair_difference(results, best["name"], baseline["name"]).get("new"))
-    if cost:
-        said += f", at {interval_text(cost)} nats per token on the new text"
-        said += "" if is_shown(cost) else ", which is not shown to differ from nothing"
-    alike = [a for a in less if not is_shown(as_mapping(_pair_difference(results, best["name"], a["name"]).get("old")))]
-    names = join_names([plain_text(a["name"], 60) for a in alike])
-    return [f"{said}.", *([f"Not shown to have removed less than that: {names}."] if alike else [])]
-
-
-def _union_sentences(finished_arms: Sequence[_Entry], results: _Entry) -> list[str]:
-    union = next((a for a in finished_arms if a["name"] == results.get("union")), None)
-    others = [a for a in finished_arms if as_mapping(a.get("gap")) and not a.get("from_scratch")]
-    if union is None or not others:
-        return []
-    best = min(others, key=lambda a: as_number(as_mapping(as_mapping(a["gap"]).get("average")).get("value")) or 0.0)
-    gap = as_mapping(as_mapping(best["gap"]).get("average"))
-    cost = f"{format_compact(union.get('tokens'))} tokens from scratch" if union.get("from_scratch") else "all text"
-    return [
-        f"Against all text at once ({plain_text(union['name'], 60)}, {cost}) the best on average is {plain_text(best['name'], 60)}, "
-        f"{format_compact(best.get('tokens'))} tokens on top of the base: {interval_text(gap)} nats per token"
-        f"{'' if is_shown(gap) else ', which is not shown to differ from nothing'}."
-    ]
-
-
-def _frontier_sentences(finished_arms: Sequence[_Entry]) -> list[str]:
-    front = _frontier_arms(finished_arms)
-    named = ", ".join(
-        f"{plain_text(a['name'], 60)} ({format_signed(_change_value(a, 'old'))} old, {format_signed(_change_value(a, 'new'))} new)"
-        for a in sorted(front, key=lambda a: _change_value(a, "old"))
+def _baseline_sentence(arm: StudyArm) -> str:
+    old, new = arm.change.get("old", _NO_ESTIMATE), arm.change.get("new", _NO_ESTIMATE)
+    forgets = (
+        "forgets" if (old.low or 0.0) > 0 else "does not forget" if (old.high or 0.0) < 0 else "is not shown to forget"
     )
     return (
-        [f"Of the ways to go on from the base, no other is better on both old and new text than: {named}."]
-        if front
+        f"Without protection ({_name(arm)}) the model {forgets}: the loss on old text changes by {interval_text(old)} nats per"
+        f" token, that on new text by {interval_text(new)}."
+    )
+
+
+def _protection_sentences(finished: Sequence[StudyArm], baseline: StudyArm, study: StudyResults) -> list[str]:
+    """The arm that removed most forgetting, and its cost on the new text."""
+    others = [(arm, arm.removed) for arm in finished if arm is not baseline and not arm.from_scratch and arm.removed]
+    if not others:
+        return []
+    (best, share), *rest = sorted(others, key=lambda pair: -(pair[1].value or 0.0))
+    if (share.low or 0.0) <= 0:
+        return ["No other arm is shown to have removed any of it."]
+    sentence = f"{_name(best)} removed the largest share of it: {percent_interval_text(share)}"
+    cost = _pair_differences(study, best.name, baseline.name).get("new")
+    if cost:
+        sentence += f", at {interval_text(cost)} nats per token on the new text"
+        sentence += "" if is_significant(cost) else ", which is not shown to differ from zero"
+    alike = [
+        _name(arm)
+        for arm, _ in rest
+        if not is_significant(_pair_differences(study, best.name, arm.name).get("old", _NO_ESTIMATE))
+    ]
+    return [f"{sentence}.", *([f"Not shown to have removed less than that: {join_names(alike)}."] if alike else [])]
+
+
+def _union_sentences(finished: Sequence[StudyArm], study: StudyResults) -> list[str]:
+    union = next((arm for arm in finished if arm.name == study.union), None)
+    others = [arm for arm in finished if arm.gap and not arm.from_scratch]
+    if union is None or not others:
+        return []
+    best = min(others, key=lambda arm: arm.gap.get("average", _NO_ESTIMATE).value or 0.0)
+    gap = best.gap.get("average", _NO_ESTIMATE)
+    cost = f"{format_compact(union.tokens)} tokens from scratch" if union.from_scratch else "all text"
+    return [
+        f"Against all text at once ({_name(union)}, {cost}) the best on average is {_name(best)}, "
+        f"{format_compact(best.tokens)} tokens on top of the base: {interval_text(gap)} nats per token"
+        f"{'' if is_significant(gap) else ', which is not shown to differ from zero'}."
+    ]
+
+
+def _frontier_sentences(finished: Sequence[StudyArm]) -> list[str]:
+    arms = ", ".join(
+        f"{_name(arm)} ({format_signed(_change_value(arm, 'old'))} old, {format_signed(_change_value(arm, 'new'))} new)"
+        for arm in _frontier_arms(finished)
+    )
+    return (
+        [f"Of the arms that continue from the base, no other is better on both old and new text than: {arms}."]
+        if arms
         else []
     )
 
 
-def _frontier_arms(finished_arms: Sequence[_Entry]) -> list[_Entry]:
-    return [a for a in finished_arms if "dominated_by" in a and not as_list(a["dominated_by"])]
+def _frontier_arms(finished: Sequence[StudyArm]) -> list[StudyArm]:
+    """The arms that no other dominates, by their forgetting."""
+    arms = [arm for arm in finished if arm.dominated_by is not None and not arm.dominated_by]
+    return sorted(arms, key=lambda arm: _change_value(arm, "old"))
 
 
-def _gate_sentences(finished_arms: Sequence[_Entry]) -> list[str]:
-    """Which arms forgot more than their `max_forgetting`."""
-    failed = {plain_text(arm["name"], 60): as_list(arm.get("gate_failed")) for arm in finished_arms}
-    told = [
-        f"{name} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" for name, seeds in failed.items() if seeds
+def _gate_sentences(finished: Sequence[StudyArm]) -> list[str]:
+    """The arms that forgot more than their `max_forgetting`."""
+    failed = [
+        f"{_name(arm)} (seed{'s' * (len(arm.gate_failed) > 1)} {', '.join(map(str, arm.gate_failed))})"
+        for arm in finished
+        if arm.gate_failed
     ]
-    return [f"The retention gate (max_forgetting) failed: {join_names(told)}."] if told else []
+    return [f"The retention gate (max_forgetting) failed: {join_names(failed)}."] if failed else []
 
 
-def _seed_sentences(finished_arms: Sequence[_Entry]) -> list[str]:
-    """What so few seeds do not tell, by how many each arm has."""
-    many = {plain_text(a["name"], 60): len(as_list(a.get("seeds_there"))) for a in finished_arms}
-    once = [name for name, count in many.items() if count == 1]
-    if len(once) == len(many):
-        return ["Not shown: how far another seed would lie from these numbers (each arm was carried out once)."]
+def _seed_sentences(finished: Sequence[StudyArm]) -> list[str]:
+    """What so few seeds do not show."""
+    counts = {_name(arm): len(arm.seeds_there) for arm in finished}
+    single = [name for name, count in counts.items() if count == 1]
+    if len(single) == len(counts):
+        return ["Not shown: the spread over seeds (each arm was run once)."]
     lines = []
-    if once:
-        lines.append(
-            f"Not shown: how far another seed would lie from these, which were carried out once: {join_names(once)}."
-        )
-    if 2 in many.values():
-        lines.append("Two seeds tell little of how far a third one would lie from these numbers.")
+    if single:
+        lines.append(f"Not shown: the spread over seeds of arms that were run once: {join_names(single)}.")
+    if 2 in counts.values():
+        lines.append("Two seeds say little about the spread over seeds.")
     return lines
 
 
-def _uncertainty_sentences(finished_arms: Sequence[_Entry], results: _Entry) -> list[str]:
-    """Which differences the data do not carry."""
-    lines = _seed_sentences(finished_arms)
-    front = sorted(_frontier_arms(finished_arms), key=lambda a: _change_value(a, "old"))
-    open_ = []
-    for first, second in itertools.pairwise(front):
-        pair = _pair_difference(results, second["name"], first["name"])
-        lacking = [what for what in ("old", "new") if pair and not is_shown(as_mapping(pair.get(what)))]
-        if lacking:
-            open_.append(
-                f"{plain_text(first['name'], 60)} and {plain_text(second['name'], 60)} on {' and '.join(lacking)} text"
-            )
-    if open_:
-        lines.append(f"Not shown to differ (an interval holds zero, or the seeds disagree): {'; '.join(open_)}.")
-    loose = [
-        plain_text(a["name"], 60)
-        for a in finished_arms
-        for entry in [_arm_change(a, "old")]
-        if (as_number(entry.get("low")) or 0.0) <= 0 <= (as_number(entry.get("high")) or 0.0)
-    ]
-    if loose:
-        lines.append(f"Not shown: whether these forgot anything at all: {join_names(loose)}.")
-    dominated = [plain_text(a["name"], 60) for a in finished_arms if as_list(a.get("dominated_by"))]
+def _uncertainty_sentences(finished: Sequence[StudyArm], study: StudyResults) -> list[str]:
+    """Differences that the data do not show."""
+    lines = _seed_sentences(finished)
+    unclear = []
+    for first, second in itertools.pairwise(_frontier_arms(finished)):
+        pair = _pair_differences(study, second.name, first.name)
+        kinds = [kind for kind in ("old", "new") if pair and not is_significant(pair.get(kind, _NO_ESTIMATE))]
+        if kinds:
+            unclear.append(f"{_name(first)} and {_name(second)} on {' and '.join(kinds)} text")
+    if unclear:
+        lines.append(f"Not shown to differ (an interval contains zero, or the seeds disagree): {'; '.join(unclear)}.")
+    changes = [(arm, arm.change.get("old", _NO_ESTIMATE)) for arm in finished]
+    unclear = [_name(arm) for arm, old in changes if (old.low or 0.0) <= 0 <= (old.high or 0.0)]
+    if unclear:
+        lines.append(f"Not shown to have forgotten anything: {join_names(unclear)}.")
+    dominated = [_name(arm) for arm in finished if arm.dominated_by]
     if dominated:
         lines.append(
-            f"Dominated by the values, which does not say that the difference is shown: {join_names(dominated)}."
+            f"Dominated by their values, whether or not the difference is significant: {join_names(dominated)}."
         )
-    sets = [as_mapping(s) for s in as_list(results.get("sets"))]
     few = [
-        f"{plain_text(s['name'], 40)} ({format_fixed(s.get('documents'), 0)})"
-        for s in sets
-        if 0 < (as_number(s.get("documents")) or 0) < 20
+        f"{plain_text(s.name, 40)} ({format_fixed(s.documents, 0)})"
+        for s in study.sets
+        if 0 < s.documents < MIN_DOCUMENTS
     ]
     if few:
-        lines.append(f"So few documents that windows of text were drawn instead: {join_names(few)}.")
+        lines.append(f"With so few documents, windows of text are resampled instead: {join_names(few)}.")
     return lines

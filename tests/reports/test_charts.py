@@ -1,4 +1,4 @@
-"""Do figures say what the numbers say, and stay readable when the numbers are odd?"""
+"""Charts show what the numbers are, and stay readable when the numbers are odd."""
 
 import math
 import random
@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postgrad.reports.html import figures
-from postgrad.reports.html.figures import ForestRow, LimitLine, ScatterPoint, Series, VerticalMark
+from postgrad.reports.html import charts
+from postgrad.reports.html.charts import ForestRow, LimitLine, ScatterPoint, Series, VerticalMark
+from postgrad.reports.html.charts.marks import PALETTE_SIZE
+from postgrad.reports.html.charts.scales import log_ticks, nice_step, tick_labels, ticks
+from postgrad.reports.html.charts.text_fit import spread_positions, text_width
+from postgrad.reports.html.charts.thinning import MAX_POINTS, thin_points
 
 FINITE = st.floats(-1e9, 1e9, allow_nan=False)
 
@@ -35,7 +39,7 @@ def inside(svg: str, slack: float = 2.0) -> None:
         title = text.find("title")
         if title is not None:
             content = content.removeprefix(title.text or "")
-        wide = figures.text_width(content)
+        wide = text_width(content)
         start = float(text.get("x", 0)) - {"middle": wide / 2, "end": wide}.get(text.get("text-anchor", ""), 0)
         assert start >= -slack, (content, start)
         assert start + wide <= width + slack, (content, start + wide, width)
@@ -48,7 +52,7 @@ def boxes(svg: str, style: str) -> list[tuple[float, float, float, float]]:
         if style in (text.get("class") or "").split():
             title = text.find("title")
             content = "".join(text.itertext()).removeprefix((title.text or "") if title is not None else "")
-            x, y, wide = float(text.get("x", 0)), float(text.get("y", 0)), figures.text_width(content)
+            x, y, wide = float(text.get("x", 0)), float(text.get("y", 0)), text_width(content)
             x -= {"middle": wide / 2, "end": wide}.get(text.get("text-anchor", ""), 0)
             found.append((x, y - 11, x + wide, y + 2))
     return found
@@ -59,30 +63,30 @@ def test_ticks_are_round_inside_and_few(a: float, b: float, most: int) -> None:
     low, high = min(a, b), max(a, b)
     if high - low < 1e-6 * max(abs(low), abs(high), 1e-3):
         return
-    values = figures.ticks(low, high, most)
+    values = ticks(low, high, most)
     assert len(values) <= most + 1
     assert all(low - 1e-6 * (high - low) <= v <= high + 1e-6 * (high - low) for v in values)
-    step = figures.nice_step(high - low, most)
+    step = nice_step(high - low, most)
     assert round(step / 10 ** math.floor(math.log10(step) + 1e-9), 6) in (1, 2, 2.5, 5, 10)
-    assert len(set(figures.tick_labels(values))) == len(values) or max(map(abs, values)) > 1e3 * step
+    assert len(set(tick_labels(values))) == len(values) or max(map(abs, values)) > 1e3 * step
 
 
 def test_tick_labels_share_their_decimals() -> None:
-    assert figures.tick_labels([0.0, 0.05, 0.1]) == ["0.00", "0.05", "0.10"]
-    assert figures.tick_labels([-0.01, 0.0, 0.01], sign=True) == ["\u22120.01", "0.00", "+0.01"]
-    assert figures.tick_labels([0.0, 5e6, 1e7]) == ["0", "5M", "10M"]
-    assert figures.tick_labels([0.0, 5e-6, 1e-5]) == ["0", "5.0e\u22126", "1.0e\u22125"]
+    assert tick_labels([0.0, 0.05, 0.1]) == ["0.00", "0.05", "0.10"]
+    assert tick_labels([-0.01, 0.0, 0.01], sign=True) == ["\u22120.01", "0.00", "+0.01"]
+    assert tick_labels([0.0, 5e6, 1e7]) == ["0", "5M", "10M"]
+    assert tick_labels([0.0, 5e-6, 1e-5]) == ["0", "5.0e\u22126", "1.0e\u22125"]
 
 
 def test_log_ticks_are_powers() -> None:
-    assert figures.log_ticks(1, 1000, 4) == [1, 10, 100, 1000]
-    assert figures.log_ticks(1, 10, 6) == [1, 2, 5, 10]
-    assert len(figures.log_ticks(1e-9, 1e9, 6)) <= 6
+    assert log_ticks(1, 1000, 4) == [1, 10, 100, 1000]
+    assert log_ticks(1, 10, 6) == [1, 2, 5, 10]
+    assert len(log_ticks(1e-9, 1e9, 6)) <= 6
 
 
 @given(st.lists(st.floats(0, 300), max_size=30), st.floats(1, 30))
 def test_apart_keeps_order_room_and_distance(wanted: list[float], distance: float) -> None:
-    placed = figures.spread_positions(wanted, distance, 0, 300)
+    placed = spread_positions(wanted, distance, 0, 300)
     assert len(placed) == len(wanted)
     assert all(-1e-6 <= p <= 300 + 1e-6 for p in placed)
     fits = (len(wanted) - 1) * distance <= 300
@@ -91,7 +95,7 @@ def test_apart_keeps_order_room_and_distance(wanted: list[float], distance: floa
 
 
 def test_apart_moves_nothing_that_is_apart() -> None:
-    assert figures.spread_positions([10.0, 50.0, 90.0], 15, 0, 100) == [10.0, 50.0, 90.0]
+    assert spread_positions([10.0, 50.0, 90.0], 15, 0, 100) == [10.0, 50.0, 90.0]
 
 
 def test_thinned_keeps_spikes_ends_and_gaps() -> None:
@@ -99,8 +103,8 @@ def test_thinned_keeps_spikes_ends_and_gaps() -> None:
     points = [(float(i), dice.random()) for i in range(100_000)]
     points[63_211] = (63_211.0, 99.0)
     points[20_000] = (20_000.0, math.nan)
-    kept = figures.thin_points(points)
-    assert len(kept) <= figures.MAX_POINTS + 2
+    kept = thin_points(points)
+    assert len(kept) <= MAX_POINTS + 2
     assert kept[0] == points[0]
     assert kept[-1] == points[-1]
     assert (63_211.0, 99.0) in kept
@@ -109,11 +113,11 @@ def test_thinned_keeps_spikes_ends_and_gaps() -> None:
 
 
 def test_smoothed_is_the_token_weighted_mean() -> None:
-    constant = figures.smooth_points([(float(i), 3.0) for i in range(50)], 10)
+    constant = charts.smooth_points([(float(i), 3.0) for i in range(50)], 10)
     assert all(y == pytest.approx(3.0) for _, y in constant)
-    two = figures.smooth_points([(0.0, 1.0), (1.0, 4.0)], 1e9, [1.0, 2.0])
+    two = charts.smooth_points([(0.0, 1.0), (1.0, 4.0)], 1e9, [1.0, 2.0])
     assert two[-1][1] == pytest.approx(3.0, rel=1e-6)  # (1 x 1 + 2 x 4) / 3
-    assert figures.smooth_points([(0.0, math.nan), (1.0, 2.0)], 5) == [(1.0, 2.0)]
+    assert charts.smooth_points([(0.0, math.nan), (1.0, 2.0)], 5) == [(1.0, 2.0)]
 
 
 def lines(n: int, points: int = 20) -> list[Series]:
@@ -129,9 +133,9 @@ def lines(n: int, points: int = 20) -> list[Series]:
 @pytest.mark.parametrize("width", [358, 560])
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
 def test_direct_labels_do_not_touch(width: int, count: int) -> None:
-    svg = figures.line_chart(lines(count), title="t", x_label="tokens", y_label="nats", width=width, zero=True)
+    svg = charts.line_chart(lines(count), title="t", x_label="tokens", y_label="nats", width=width, zero=True)
     inside(svg)
-    found = [b for i in range(figures.PALETTE_SIZE) for b in boxes(svg, f"c{i}")]
+    found = [b for i in range(PALETTE_SIZE) for b in boxes(svg, f"c{i}")]
     assert len(found) == count
     for a, b in combinations(sorted(found, key=lambda box: box[1]), 2):
         assert a[3] <= b[1] + 0.5
@@ -159,7 +163,7 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_series_still_give_a_figure(name: str, scale: str, width: int) -> None:
     for zero in (False, True):
-        svg = figures.line_chart(
+        svg = charts.line_chart(
             ODD[name],
             title=name,
             x_label="x",
@@ -181,11 +185,11 @@ def test_odd_series_still_give_a_figure(name: str, scale: str, width: int) -> No
 )
 def test_any_numbers_give_a_figure(groups: list, zero: bool, scale: str) -> None:
     series = [Series(f"s{i}", sorted(g, key=lambda p: p[0])) for i, g in enumerate(groups)]
-    inside(figures.line_chart(series, title="t", x_label="x", y_label="y", zero=zero, x_scale=scale))
+    inside(charts.line_chart(series, title="t", x_label="x", y_label="y", zero=zero, x_scale=scale))
 
 
 def test_a_gap_splits_the_line_and_marks_stand_in_place() -> None:
-    svg = figures.line_chart(
+    svg = charts.line_chart(
         ODD["gap"],
         title="t",
         x_label="x",
@@ -201,12 +205,12 @@ def test_a_gap_splits_the_line_and_marks_stand_in_place() -> None:
 
 def test_x_range_shows_a_part_only() -> None:
     series = [Series("a", [(float(i), float(i)) for i in range(101)], has_markers=True)]
-    svg = figures.line_chart(series, title="t", x_label="x", y_label="y", x_range=(0, 2), width=560)
+    svg = charts.line_chart(series, title="t", x_label="x", y_label="y", x_range=(0, 2), width=560)
     assert svg.count("<circle") == 3
 
 
 def test_points_lie_where_the_scale_says() -> None:
-    svg = figures.line_chart([Series("a", [(0, 0.0), (1, 1.0), (2, 4.0)], has_markers=True, has_label=False)],
+    svg = charts.line_chart([Series("a", [(0, 0.0), (1, 1.0), (2, 4.0)], has_markers=True, has_label=False)],
                              title="t", x_label="x", y_label="y")  # fmt: skip
     y = [float(v) for v in re.findall(r'<circle cx="[^"]+" cy="([^"]+)"', svg)]
     x = [float(v) for v in re.findall(r'<circle cx="([^"]+)"', svg)]
@@ -216,7 +220,7 @@ def test_points_lie_where_the_scale_says() -> None:
 
 def test_log_x_gives_zero_a_place_of_its_own() -> None:
     series = [Series("a", [(0, 1.0), (1, 2.0), (10, 3.0), (100, 4.0)], has_markers=True, has_label=False)]
-    svg = figures.line_chart(series, title="t", x_label="x", y_label="y", x_scale="log")
+    svg = charts.line_chart(series, title="t", x_label="x", y_label="y", x_scale="log")
     x = [float(v) for v in re.findall(r'<circle cx="([^"]+)"', svg)]
     assert x[0] < x[1]
     assert x[2] - x[1] == pytest.approx(x[3] - x[2], abs=0.2)
@@ -230,18 +234,18 @@ def test_forest_rows_say_their_numbers(width: int) -> None:
         ForestRow("no interval", 0.2),
         ForestRow("not a number", math.nan),
     ]
-    svg = figures.forest_plot(rows, title="t", x_label="nats", width=width, limit=LimitLine(0.02, "gate"),
+    svg = charts.forest_plot(rows, title="t", x_label="nats", width=width, limit=LimitLine(0.02, "gate"),
                               left_word="better", right_word="worse")  # fmt: skip
     inside(svg)
     assert "+0.010  (+0.004 to +0.017)" in svg
     assert "\u22120.330" in svg
     assert "not a number" not in svg
-    parsed(figures.forest_plot([], title="t", x_label="x"))
-    inside(figures.forest_plot([ForestRow("zero", 0.0, 0.0, 0.0)], title="t", x_label="x", width=width))
+    parsed(charts.forest_plot([], title="t", x_label="x"))
+    inside(charts.forest_plot([ForestRow("zero", 0.0, 0.0, 0.0)], title="t", x_label="x", width=width))
 
 
 def test_forest_interval_crosses_zero_only_if_it_does() -> None:
-    svg = figures.forest_plot(
+    svg = charts.forest_plot(
         [ForestRow("a", 0.01, -0.01, 0.03), ForestRow("b", 0.02, 0.01, 0.03)], title="t", x_label="x"
     )
     zero = float(re.findall(r'<line x1="([^"]+)"[^>]*class="zero"', svg)[0])
@@ -253,36 +257,36 @@ def test_forest_interval_crosses_zero_only_if_it_does() -> None:
 
 @pytest.mark.parametrize("width", [358, 560])
 def test_bars_are_as_long_as_their_shares(width: int) -> None:
-    svg = figures.paired_bars([("papers", 0.9, 0.45, "note"), ("replay", 0.1, math.nan, "")], title="t",
+    svg = charts.paired_bars([("papers", 0.9, 0.45, "note"), ("replay", 0.1, math.nan, "")], title="t",
                               first="planned", second="achieved", width=width)  # fmt: skip
     inside(svg)
     wide = {name: float(w) for w, name in re.findall(r'width="([^"]+)" height="9" class="([^"]+)"', svg)}
     assert wide["c0"] == pytest.approx(wide["plan s-c0"] / 2, abs=1.0)
     assert "c1" not in wide
-    stacked = figures.stacked_bars([("a", [3, 1, 0]), ("none", [0, 0, 0])], ("x", "y", "z"), title="t", width=width)
+    stacked = charts.stacked_bars([("a", [3, 1, 0]), ("none", [0, 0, 0])], ("x", "y", "z"), title="t", width=width)
     inside(stacked)
     parts = [float(w) for w in re.findall(r'width="([^"]+)" height="16"', stacked)]
     assert parts == pytest.approx([width * 0.75, width * 0.25], abs=0.1)
-    parsed(figures.paired_bars([], title="t", first="a", second="b"))
-    parsed(figures.stacked_bars([], ("x",), title="t"))
+    parsed(charts.paired_bars([], title="t", first="a", second="b"))
+    parsed(charts.stacked_bars([], ("x",), title="t"))
 
 
 @pytest.mark.parametrize("width", [358, 560])
 def test_scatter_labels_are_apart(width: int) -> None:
     dice = random.Random(3)
     spots = [ScatterPoint(f"arm {i}", dice.random() * 0.1, dice.random(), None, (0.1, 0.2)) for i in range(8)]
-    svg = figures.scatter(spots, title="t", x_label="x", y_label="y", width=width, best_corner_text="better")
+    svg = charts.scatter(spots, title="t", x_label="x", y_label="y", width=width, best_corner_text="better")
     inside(svg)
-    found = [b for i in range(figures.PALETTE_SIZE) for b in boxes(svg, f"c{i}")]
+    found = [b for i in range(PALETTE_SIZE) for b in boxes(svg, f"c{i}")]
     assert len(found) == 8
     for a, b in combinations(found, 2):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] + 3 or b[3] <= a[1] + 3
-    parsed(figures.scatter([ScatterPoint("a", math.nan, 1.0)], title="t", x_label="x", y_label="y"))
-    inside(figures.scatter([ScatterPoint("a", 0.0, 0.0)] * 3, title="t", x_label="x", y_label="y", width=width))
+    parsed(charts.scatter([ScatterPoint("a", math.nan, 1.0)], title="t", x_label="x", y_label="y"))
+    inside(charts.scatter([ScatterPoint("a", 0.0, 0.0)] * 3, title="t", x_label="x", y_label="y", width=width))
 
 
 def test_heat_shades_the_rise_above_the_best_so_far() -> None:
-    html = figures.heat_table(["s1", "s2", "s3"], ["a", "b"], [[2.0, 3.0], [2.4, 1.0], [2.2, None]],
+    html = charts.heat_table(["s1", "s2", "s3"], ["a", "b"], [[2.0, 3.0], [2.4, 1.0], [2.2, None]],
                               caption="c", corner="after", outlined_rows=[0, 1])  # fmt: skip
     ElementTree.fromstring(html)
     shades = re.findall(r'<td class="h h(\d)( own)?"><data value="([^"]+)">', html)
@@ -305,7 +309,7 @@ def test_colours_have_contrast_in_both_schemes() -> None:
         linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    light, dark = figures.STYLE.split("@media", 1)
+    light, dark = charts.STYLE.split("@media", 1)
     for block in (light, dark):
         colours = dict(re.findall(r"--(\w+):#([0-9a-f]{3,6})", block))
         ground = luminance(colours["ground"])

@@ -1,0 +1,307 @@
+"""Tables of a report, rendered for a terminal, a page and a spreadsheet.
+
+A number keeps its exact value beside its rounded text: the page carries it in `<data value>`, the CSV file writes it in full.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from postgrad.reports.html.notation import (
+    ABSENT,
+    display_width,
+    escape_html,
+    finite,
+    format_count,
+    format_fixed,
+    format_percent,
+    format_signed,
+    plain_text,
+    truncate,
+)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A rounded text and its exact value (None: unknown)."""
+
+    text: str
+    value: float | int | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text and numbers in reading order; `below` goes in brackets or on a second line.
+
+    `tone` colours the cell: good, bad, even or open.
+    """
+
+    parts: tuple[str | Number, ...]
+    tone: str = ""
+    below: tuple[str | Number, ...] = ()
+
+    @property
+    def text(self) -> str:
+        first, second = _join_parts(self.parts), _join_parts(self.below)
+        return f"{first}  ({second})" if second else first
+
+
+def _join_parts(parts: Sequence[str | Number]) -> str:
+    return "".join(plain_text(p) if isinstance(p, str) else p.text for p in parts)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column heading. `group` is a heading over several columns; `fields` name its numbers in a CSV file."""
+
+    title: str
+    group: str = ""
+    unit: str = ""
+    is_text: bool = False
+    fields: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under columns with a caption above and notes below; the first cell of a row names it."""
+
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
+    last_is_total: bool = False
+
+    def text(self, width: int = 0, max_characters: int = 40) -> str:
+        """Plain text for a terminal of `width` cells (0: unlimited).
+
+        A table that is too wide continues below, its first column repeated. Cells are cut after `max_characters`.
+        """
+        head = [plain_text(f"{c.title} ({c.unit})" if c.unit else c.title, max_characters) for c in self.columns]
+        body = [[truncate(cell.text, max_characters) for cell in row] for row in self.rows]
+        wide = [max([display_width(h), *(display_width(r[i]) for r in body)]) for i, h in enumerate(head)]
+        blocks: list[list[int]] = [[0]]
+        for i in range(1, len(wide)):
+            taken = sum(wide[j] + 2 for j in blocks[-1])
+            group = plain_text(self.columns[i].group)
+            starts = group != plain_text(self.columns[blocks[-1][-1]].group)
+            if width and len(blocks[-1]) > 1 and taken + max(wide[i], display_width(group) * starts) > width:
+                blocks.append([0])
+            blocks[-1].append(i)
+        lines = [plain_text(self.caption)]
+        for number_of_block, block in enumerate(blocks):
+            lines += [""] * (number_of_block > 0) + self._text_block(block, head, body, wide)
+        return "\n".join([*lines, *(plain_text(note) for note in self.notes)])
+
+    def _text_block(
+        self, block: Sequence[int], head: Sequence[str], body: Sequence[Sequence[str]], widths: list[int]
+    ) -> list[str]:
+        spans = self._group_spans(block)
+        for group, span in spans:  # a group heading may be wider than its columns
+            room = sum(widths[i] for i in span) + 2 * (len(span) - 1)
+            widths[span[-1]] += max(0, display_width(group) - room)
+
+        def line(texts: Sequence[str]) -> str:
+            padded = []
+            for i in block:
+                space = " " * (widths[i] - display_width(texts[i]))
+                padded.append(texts[i] + space if self.columns[i].is_text else space + texts[i])
+            return "  ".join(padded).rstrip()
+
+        rule = "\u2500" * (sum(widths[i] for i in block) + 2 * (len(block) - 1))
+        above = []
+        if any(group for group, _ in spans):
+            texts = []
+            for group, span in spans:
+                room = sum(widths[i] for i in span) + 2 * (len(span) - 1) - display_width(group)
+                texts.append(" " * (room // 2) + group + " " * (room - room // 2))
+            above = ["  ".join(texts).rstrip()]
+        lines = [*above, line(head), rule, *(line(row) for row in body)]
+        if self.last_is_total and len(body) > 1:
+            lines.insert(len(lines) - 1, rule)
+        return lines
+
+    def html(self) -> str:
+        """A `<table>` with scoped headings, in a region the keyboard can scroll."""
+        caption = escape_html(self.caption)
+        head = "".join(
+            f'<th scope="col"{_cell_classes(c)}>{escape_html(c.title)}'
+            + (f"<small> {escape_html(c.unit)}</small>" if c.unit else "")
+            + "</th>"
+            for c in self.columns
+        )
+        body = []
+        for i, row in enumerate(self.rows):
+            total = ' class="total"' if self.last_is_total and i == len(self.rows) - 1 and i else ""
+            line = [f'<th scope="row"><bdi>{_cell_html(row[0])}</bdi></th>'] if row else []
+            line += [
+                f"<td{_cell_classes(column, cell.tone)}>{_cell_html(cell)}</td>"
+                for column, cell in zip(self.columns[1:], row[1:], strict=True)
+            ]
+            body.append(f"<tr{total}>{''.join(line)}</tr>")
+        notes = "".join(f'<p class="note">{escape_html(note)}</p>' for note in self.notes)
+        return (
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
+            f"<caption>{caption}</caption><thead>{self._group_row()}<tr>{head}</tr></thead>"
+            f"<tbody>{''.join(body)}</tbody></table></div>{notes}"
+        )
+
+    def _group_row(self) -> str:
+        """The row of headings over several columns; empty when no column has one."""
+        if not any(c.group for c in self.columns):
+            return ""
+        spans = self._group_spans(range(len(self.columns)))
+        cells = "".join(
+            f'<th scope="colgroup" colspan="{len(span)}"><bdi>{escape_html(group, 80)}</bdi></th>'
+            if group
+            else "<td></td>" * len(span)
+            for group, span in spans
+        )
+        return f'<tr class="groups">{cells}</tr>'
+
+    def _group_spans(self, indices: Iterable[int]) -> list[tuple[str, list[int]]]:
+        """Neighbouring columns under one group heading."""
+        spans: list[tuple[str, list[int]]] = []
+        for i in indices:
+            group = plain_text(self.columns[i].group)
+            if spans and group and spans[-1][0] == group:
+                spans[-1][1].append(i)
+            else:
+                spans.append((group, [i]))
+        return spans
+
+    def csv(self) -> str:
+        """RFC 4180 text with exact values. Text that a spreadsheet would run as a formula gets a quote."""
+        out = io.StringIO()
+        writer = csv.writer(out)
+        writer.writerow([_quote_formula(name) for c in self.columns for name in _csv_fields(c)])
+        for row in self.rows:
+            line: list[str] = []
+            for column, cell in zip(self.columns, row, strict=True):
+                names = _csv_fields(column)
+                numbers = [p for p in (*cell.parts, *cell.below) if isinstance(p, Number)]
+                if numbers and not column.is_text:
+                    exact = ["" if n.value is None else repr(n.value) for n in numbers]
+                    line += (exact + [""] * len(names))[: len(names)]
+                else:
+                    line += [_quote_formula(cell.text), *[""] * (len(names) - 1)]
+            writer.writerow(line)
+        return out.getvalue()
+
+
+def _csv_fields(column: Column) -> list[str]:
+    lead = f"{column.group} " if column.group else ""
+    return [plain_text(lead + name) for name in (column.fields or (column.title,))]
+
+
+def _quote_formula(text: str) -> str:
+    return "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def _cell_classes(column: Column, tone: str = "") -> str:
+    names = [n for n in ("" if column.is_text else "n", f"t-{tone}" if tone else "") if n]
+    return f' class="{" ".join(names)}"' if names else ""
+
+
+def _cell_html(cell: Cell) -> str:
+    below = _parts_html(cell.below)
+    return _parts_html(cell.parts) + (f'<small class="below">{below}</small>' if below else "")
+
+
+def _parts_html(parts: Sequence[str | Number]) -> str:
+    return "".join(
+        escape_html(p, 200)
+        if isinstance(p, str)
+        else escape_html(p.text)
+        if p.value is None
+        else f'<data value="{p.value!r}">{escape_html(p.text)}</data>'
+        for p in parts
+    )
+
+
+# --- cells ------------------------------------------------------------------------------------------------
+
+
+class HasInterval(Protocol):
+    """A difference with its interval."""
+
+    @property
+    def difference(self) -> float | None: ...
+
+    @property
+    def low(self) -> float | None: ...
+
+    @property
+    def high(self) -> float | None: ...
+
+
+class HasValue(Protocol):
+    """A value with its interval."""
+
+    @property
+    def value(self) -> float | None: ...
+
+    @property
+    def low(self) -> float | None: ...
+
+    @property
+    def high(self) -> float | None: ...
+
+
+VALUE_FIELDS = ("value", "low", "high")
+"""The numbers of an `interval_cell` in a CSV file."""
+CHANGE_FIELDS = ("difference", "low", "high")
+"""The numbers of a `difference_cell` in a CSV file."""
+
+
+def text_cell(value: object, tone: str = "") -> Cell:
+    return Cell((plain_text(value, 200) or ABSENT,), tone)
+
+
+def value_cell(value: float | None, decimals: int = 3) -> Cell:
+    return Cell((Number(format_fixed(value, decimals), finite(value)),))
+
+
+def change_cell(value: float | None, decimals: int = 3, tone: str = "") -> Cell:
+    return Cell((Number(format_signed(value, decimals), finite(value)),), tone)
+
+
+def count_cell(value: float | None, unit: str = "") -> Cell:
+    return Cell((Number(format_count(value), finite(value)), *([f" {unit}"] if unit else [])))
+
+
+def share_cell(value: float | None, decimals: int = 1) -> Cell:
+    return Cell((Number(format_percent(value, decimals), finite(value)),))
+
+
+def difference_cell(entry: HasInterval | None, decimals: int = 3, tone: str = "") -> Cell:
+    """A difference with its interval below."""
+    if entry is None:
+        return Cell(change_cell(None).parts, tone, (Number("", None), Number("", None)))
+    return Cell(change_cell(entry.difference, decimals).parts, tone, _interval_parts(entry, format_signed, decimals))
+
+
+def interval_cell(
+    entry: HasValue | None,
+    decimals: int = 3,
+    tone: str = "",
+    write: Callable[[float | None, int], str] = format_fixed,
+    absent: str = ABSENT,
+) -> Cell:
+    """A value with its interval below."""
+    if entry is None or finite(entry.value) is None:
+        return Cell((Number(absent, None),), tone, (Number("", None), Number("", None)))
+    number = Number(write(entry.value, decimals), finite(entry.value))
+    return Cell((number,), tone, _interval_parts(entry, write, decimals))
+
+
+def _interval_parts(
+    entry: HasInterval | HasValue, write: Callable[[float | None, int], str], decimals: int
+) -> tuple[str | Number, ...]:
+    low, high = finite(entry.low), finite(entry.high)
+    if low is None or high is None:
+        return (Number("", None), Number("", None))
+    return (Number(write(low, decimals), low), " to ", Number(write(high, decimals), high))

@@ -1,0 +1,159 @@
+"""Tables of the held-out sets: loss, pseudo-perplexity and classification metrics, before and after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from postgrad.lineage.record import BeforeAfter, MetricValue, Record, SetChange, SetScore
+from postgrad.reports.html.notation import format_fixed
+from postgrad.reports.html.table import (
+    CHANGE_FIELDS,
+    Cell,
+    Column,
+    Number,
+    Table,
+    change_cell,
+    count_cell,
+    difference_cell,
+    share_cell,
+    text_cell,
+    value_cell,
+)
+from postgrad.reports.html.verdicts import tone_of, verdict_cell
+
+_ROLE_ORDER = {"retained": 0, "learned": 1, "test": 2}
+_TEST_SET_NOTE = (
+    "A test set is scored once, on the start model and on the published model, after training and selection."
+)
+
+
+def set_names(results: Record | BeforeAfter) -> list[str]:
+    """Held-out sets in reading order: retained, learned, test, others."""
+    names = dict.fromkeys([*results.changes, *results.scores.before, *results.scores.after])
+    return sorted(names, key=lambda name: _ROLE_ORDER.get(_role(results, name), 3))
+
+
+def _role(results: Record | BeforeAfter, name: str) -> str:
+    change = results.changes.get(name)
+    return change.role if change else ""
+
+
+def loss_unit(record: Record) -> str:
+    """The unit of a loss."""
+    return "nats per label" if record.is_classifier else "nats per token"
+
+
+def main_metric(before: SetScore | None, after: SetScore | None) -> tuple[str, float | None, MetricValue] | None:
+    """The first metric of a classifier on a set: its name, its value before, and the metric after."""
+    for name, value in (after.metrics if after else {}).items():
+        earlier = before.metrics.get(name) if before else None
+        return name, earlier.value if earlier else None, value
+    return None
+
+
+def score_table(record: Record, brief: bool = False) -> Table:
+    """Loss on each held-out set before and after, the paired difference and its verdict.
+
+    `brief` keeps the columns that fit a terminal: verdict, loss and perplexity.
+    """
+    return _score_table(record, record.is_classifier, brief)
+
+
+def _score_table(results: Record | BeforeAfter, is_classifier: bool, brief: bool) -> Table:
+    names = set_names(results)
+    nats, bits = "nats per label" if is_classifier else "nats per token", "bits per byte"
+    columns = (
+        Column("set", is_text=True), Column("role", is_text=True), Column("verdict", is_text=True),
+        Column("before", nats), Column("after", nats),
+        Column("difference (95 %)", nats, fields=CHANGE_FIELDS), Column("relative", nats),
+        Column("before", "perplexity"), Column("after", "perplexity"),
+        Column("before", bits), Column("after", bits), Column("difference", bits),
+        Column("share of range"), Column("units"),
+    )  # fmt: skip
+    has_test_sets = any(_role(results, name) == "test" for name in names)
+    notes = (
+        "Lower is better everywhere. The difference is after minus before on the same texts; its interval resamples whole units"
+        " (paired bootstrap). Retained sets should not rise, learned sets should fall.",
+        *([_TEST_SET_NOTE] if has_test_sets else []),
+    )
+    picked = [0, 2, 3, 4, 5, 7, 8] if brief else [*range(len(columns))]
+    if is_classifier:
+        picked = [i for i in picked if columns[i].group not in ("perplexity", bits)]
+    rows = [_score_row(results, name) for name in names]
+    return Table(
+        f"Loss on held-out {'rows' if is_classifier else 'text'} before and after",
+        tuple(columns[i] for i in picked),
+        tuple(tuple(row[i] for i in picked) for row in rows),
+        notes,
+    )
+
+
+def _score_row(results: Record | BeforeAfter, name: str) -> tuple[Cell, ...]:
+    before, after = results.scores.before.get(name), results.scores.after.get(name)
+    change = results.changes.get(name)
+    is_test = change is not None and change.role == "test"
+    number = change.unit_count if change and change.unit_count is not None else before.documents if before else None
+    unit = change.units if change and change.units else "documents" if number is not None else ""
+    known = change or SetChange()
+    return (
+        set_cell(results, name),
+        text_cell("test (scored once)" if is_test else known.role),
+        verdict_cell(change),
+        value_cell(before.nats if before else None),
+        value_cell(after.nats if after else None),
+        difference_cell(change, tone=tone_of(change)),
+        share_cell(known.relative_difference),
+        value_cell(before.perplexity if before else None, 2),
+        value_cell(after.perplexity if after else None, 2),
+        value_cell(before.bits_per_byte if before else None, 4),
+        value_cell(after.bits_per_byte if after else None, 4),
+        change_cell(known.bits_per_byte_difference, 4),
+        share_cell(known.share_of_range, 2),
+        count_cell(number, unit),
+    )
+
+
+def set_cell(results: Record | BeforeAfter, name: str) -> Cell:
+    """The name of a held-out set; test sets are marked."""
+    return text_cell(f"{name} (test)" if _role(results, name) == "test" else name)
+
+
+def pseudo_perplexity_table(record: Record, brief: bool = False) -> Table | None:
+    """Scores of a masked language model that predicts each token from all others; None when not measured."""
+    if record.pseudo_perplexity is None:
+        return None
+    table = _score_table(record.pseudo_perplexity, False, brief)
+    columns = tuple(
+        replace(column, group="pseudo-perplexity") if column.group == "perplexity" else column
+        for column in table.columns
+    )
+    notes = (
+        "Every token of a part of each set is masked, one at a time, and predicted from all others (Salazar et al. 2020)."
+        " These losses are not comparable with those above, which mask random tokens.",
+    )
+    return replace(table, caption="Pseudo-perplexity before and after", columns=columns, notes=notes)
+
+
+def metrics_table(record: Record) -> Table | None:
+    """The metrics of a classifier on each held-out set, before and after; None without any."""
+    body = []
+    for name in set_names(record):
+        before, after = record.scores.before.get(name), record.scores.after.get(name)
+        for metric, value in (after.metrics if after else {}).items():
+            earlier = before.metrics.get(metric) if before else None
+            body.append(
+                (
+                    set_cell(record, name),
+                    text_cell(metric),
+                    value_cell(earlier.value if earlier else None),
+                    value_cell(value.value),
+                    Cell((Number(f"{format_fixed(value.low)} to {format_fixed(value.high)}", None),)),
+                )
+            )
+    if not body:
+        return None
+    columns = (
+        Column("set", is_text=True), Column("metric", is_text=True), Column("before"), Column("after"), Column("95 %"),
+    )  # fmt: skip
+    notes = ("The interval is that of the value after, over resampled examples.",)
+    return Table("Classification metrics on held-out examples", columns, tuple(body), notes)
