@@ -25,8 +25,9 @@ from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.hardware import machine
 from postgrad.lineage.record import Record, read_record
 from postgrad.models import interpolate
+from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import load_tokenizer, locate_model, save_pretrained, stored_dtype
+from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_dtype
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.reports.html import document
 from postgrad.reports.pages import blend_page

@@ -30,8 +30,9 @@ from postgrad.evaluation.pseudo_perplexity import score_masked_tokens
 from postgrad.hardware import machine
 from postgrad.lineage.record import Record, read_record
 from postgrad.lineage.tree import lineage_matrix, read_lineage, set_key
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
+from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.held_out_sets import HeldOutDocuments, make_held_out_set, make_masked_held_out_text
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs

@@ -12,8 +12,9 @@ from postgrad.commands.evaluate import context_length, load_model_inputs
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation.lm_eval_harness import HarnessResults, run_harness
 from postgrad.hardware import machine
+from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import load_tokenizer, locate_model
+from postgrad.models.pretrained import load_tokenizer
 from postgrad.tuning.open_model import get_task, open_model
 
 _DEFAULT_CONTEXT = 1024

@@ -13,8 +13,8 @@ from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.evaluation.generation_metrics import TaskPredictions, metric_change
 from postgrad.hardware import machine
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import ModelLocation, locate_model
 from postgrad.plan.task_prompts import PromptedTask, add_soft_prompts, make_prompted_task
 from postgrad.reports.sections.task_tables import task_score_table
 from postgrad.run import task_scores

@@ -18,18 +18,11 @@ from postgrad.errors import ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
+from postgrad.models.layers import get_embedding_weight
+from postgrad.models.location import TUNING_FILE, ModelLocation, locate_model
 from postgrad.models.model import wrap_model
 from postgrad.models.prefix_lm_attention import PREFIX_LM_KEY, is_prefix_lm, prefill_prompt
-from postgrad.models.pretrained import (
-    TUNING_FILE,
-    ModelLocation,
-    get_embedding_weight,
-    load_pretrained,
-    load_tokenizer,
-    locate_model,
-    save_pretrained,
-    stored_dtype,
-)
+from postgrad.models.pretrained import load_pretrained, load_tokenizer, save_pretrained, stored_dtype
 from postgrad.models.task import Task
 from postgrad.models.task_head import load_task_head_config
 from postgrad.storage.atomic import publish_folder

@@ -41,9 +41,11 @@ from postgrad.evaluation.linear_probe import (
 )
 from postgrad.hardware import machine
 from postgrad.hardware.execution import choose_threads
-from postgrad.models.pretrained import ClassifierSpec, ModelLocation, load_pretrained, load_tokenizer, locate_model
+from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.pretrained import ClassifierSpec, load_pretrained, load_tokenizer
 from postgrad.models.task import Task
-from postgrad.models.task_head import Pooling, TaskHeadConfig, compute_hidden_states, is_decoder
+from postgrad.models.task_head import Pooling, TaskHeadConfig
+from postgrad.models.task_head_model import compute_hidden_states, is_decoder
 from postgrad.plan.held_out_sets import HeldOutDocuments, make_held_out_set
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
 from postgrad.plan.objective_rows import RowTemplate, make_renderer

@@ -26,8 +26,8 @@ from postgrad.errors import StageError
 from postgrad.evaluation import before_after
 from postgrad.hardware import machine
 from postgrad.lineage.record import PLAN, Record, read_record
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import ModelLocation, locate_model
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.sources import make_replay_source
 from postgrad.run.events import RunFinished

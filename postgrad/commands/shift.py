@@ -20,7 +20,8 @@ from postgrad.data.read.files import RawSource as Files
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.perplexity import Scores
 from postgrad.hardware import machine
-from postgrad.models.pretrained import load_tokenizer, locate_model
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import load_tokenizer
 from postgrad.reports.html import document as shell
 from postgrad.reports.pages import shift_page
 from postgrad.stats.bootstrap import ratio_interval

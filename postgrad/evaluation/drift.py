@@ -28,8 +28,8 @@ from postgrad.data.loading.batch import Batch, collate
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.length_batches import length_batches
 from postgrad.models.interpolate import block_parameter_names
+from postgrad.models.layers import get_embedding_weight, get_layer_stacks
 from postgrad.models.model import Model, Output
-from postgrad.models.pretrained import get_embedding_weight, get_layer_stacks
 from postgrad.stats.bootstrap import ratio_interval
 
 _TOKENS_AT_ONCE = 4096

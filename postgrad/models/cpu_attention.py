@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from postgrad.models.pretrained import get_embedding_weight
+from postgrad.models.layers import get_embedding_weight
 
 CAUSAL_BLOCKS = "causal_blocks"
 BLOCK = 128

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import get_embedding_weight
+from postgrad.models.layers import get_embedding_weight
 
 HeadInit = Literal["mean", "zero"]
 

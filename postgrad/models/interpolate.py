@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import get_layer_stacks
+from postgrad.models.layers import get_layer_stacks
 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
+from postgrad.models.layers import get_embedding_weight
 from postgrad.models.prefix_lm_attention import attention_window, model_prefix_mask
-from postgrad.models.pretrained import get_embedding_weight
 from postgrad.models.task import Task
 
 _LOGITS_BIAS = "final_logits_bias"

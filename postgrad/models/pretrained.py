@@ -5,7 +5,6 @@ Legend: D model width, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,123 +30,17 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError
+from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
-from postgrad.models.task_head import TaskHeadConfig, load_task_head_config, make_model_class
+from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
+from postgrad.models.task_head_model import make_model_class
 
 transformers_logging.disable_progress_bar()
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
-TUNING_FILE, PEFT_FILE = "tuning.json", "adapter_config.json"
-"""What describes a folder that holds a tuning instead of a model: ours, and PEFT's."""
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-
-
-@dataclass(frozen=True)
-class ModelLocation:
-    """Where a model comes from: its folder (or Hub name), and the run that made it, when one did."""
-
-    name: str
-    folder: Path | None
-    run: Path | None = None
-    base: ModelLocation | None = None
-    """Of a folder that holds a tuning: the model that it sits on."""
-    trusted: bool = False
-    """The base was named by the user, and not by the tuning's folder."""
-    scratch_recipe: Mapping[str, Any] | None = None
-    """Of a model that was made anew: what it was made of."""
-
-    @property
-    def full_model(self) -> ModelLocation:
-        """The plain model at the bottom."""
-        return self.base.full_model if self.base else self
-
-    @property
-    def name_or_path(self) -> str:
-        """What `from_pretrained` is given."""
-        plain = self.full_model
-        return str(plain.folder) if plain.folder else plain.name
-
-
-def locate_model(name: str, root: Path, base: str | None = None, *, where: str = "model") -> ModelLocation:
-    """Resolve a folder, a run folder (its final model), a checkpoint of a run, or a Hub name, relative to `root`.
-
-    A folder that holds a tuning says itself which model it sits on; `base` names another place for that model. `where`: the
-    key or option that named it. Raises `ModelError` when the name looks like a path and nothing is there.
-    """
-    if not name.strip():
-        raise ModelError(
-            "no model is named", where=where, expected="a folder, a run folder, or a Hub name (owner/name)"
-        )
-    folder = (root / Path(name).expanduser()).resolve()
-    if folder.is_dir():
-        if (folder / "stage.yaml").exists():  # a run folder
-            if not _has_model_config(folder / "model"):
-                raise ModelError(
-                    f"the run {name} has not finished, so it has no model yet",
-                    where=where,
-                    hint=f"finish it, or name one of its checkpoints: {name}/checkpoints/step-...",
-                )
-            return _resolve_base(ModelLocation(name, folder / "model", folder), root, base)
-        if not _has_model_config(folder):
-            raise ModelError(
-                f"{name} is a folder without a config.json",
-                where=where,
-                expected="a Hugging Face model folder, a run folder, a checkpoint, or a tuning's folder",
-            )
-        run = folder.parent.parent if folder.parent.name == "checkpoints" else None
-        return _resolve_base(
-            ModelLocation(name, folder, run if run and (run / "stage.yaml").exists() else None), root, base
-        )
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ((root / name).parent.is_dir() and "/" not in name):
-        raise ModelError(
-            f"there is no folder {name}",
-            where=where,
-            expected="a folder with config.json and safetensors weights, a run folder, or a Hub name (owner/name)",
-        )
-    return ModelLocation(name, None)
-
-
-def _has_model_config(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", TUNING_FILE, PEFT_FILE))
-
-
-def _resolve_base(start: ModelLocation, root: Path, base: str | None) -> ModelLocation:
-    """The start with the model that it sits on, when it is a tuning's folder."""
-    folder = start.folder
-    assert folder is not None
-    if (folder / "config.json").exists():
-        if base is not None:
-            raise ModelError(f"{start.name} is a whole model and sits on no other", where="base")
-        return start
-    if base is not None:
-        return dataclasses.replace(start, base=locate_model(base, root), trusted=True)
-    try:
-        if (folder / TUNING_FILE).exists():
-            recorded = json.loads((folder / TUNING_FILE).read_text())["base"]
-            places = [recorded["relative"], recorded["name"]]
-            below = recorded.get("base_of_base", recorded.get("below"))  # "below" in folders of earlier versions
-        else:
-            below = None
-            places = [json.loads((folder / PEFT_FILE).read_text())["base_model_name_or_path"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{start.name} does not tell which model it sits on ({type(error).__name__})",
-            where="model",
-            hint="name that model as `base`",
-        ) from None
-    for place in places:
-        if place and (folder / place).is_dir():
-            return dataclasses.replace(start, base=locate_model(place, folder, below))
-    try:
-        return dataclasses.replace(start, base=locate_model(places[-1], folder, below))
-    except ModelError as error:
-        raise ModelError(
-            f"{start.name} sits on {places[-1]}, which is not there",
-            where="model",
-            hint="name the place of that model as `base`",
-        ) from error
 
 
 def load_tokenizer(start: ModelLocation) -> PreTrainedTokenizerBase:
@@ -390,41 +283,6 @@ def refuse_foreign_code(config: object, name: str) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def get_embedding_weight(model: PreTrainedModel) -> Tensor:
-    """The input embedding's weight, of shape (V, D)."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Weights of a model, tied ones counted once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def get_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """All blocks, in order; an encoder-decoder has two stacks of them. Raises `ModelError` when there are none."""
-    stacks = get_layer_stacks(model)
-    return [layer for stack in stacks for layer in stack]
-
-
-def get_layer_stacks(model: PreTrainedModel) -> list[nn.ModuleList]:
-    """The stacks of blocks: the longest module list of the backbone, or of its encoder and of its decoder."""
-    body = model.base_model
-    halves = (
-        [body.get_submodule(name) for name in ("encoder", "decoder")] if model.config.is_encoder_decoder else [body]
-    )
-    stacks: list[nn.ModuleList] = []
-    for half in halves:
-        lists = {name: m for name, m in half.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-        # A list inside a block (experts of a mixture) may be longer than the stack.
-        outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-        if not outer:
-            raise ModelError(f"no stack of layers was found in {type(model).__name__}", where="model")
-        stacks.append(max(outer, key=len))
-    return stacks
 
 
 def save_pretrained(

@@ -43,7 +43,7 @@ from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRend
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.subset import Subset
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ModelLocation
+from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.tuning.open_model import get_task, starts_as_prefix_lm

@@ -23,7 +23,8 @@ from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText
-from postgrad.models.pretrained import ClassifierSpec, ModelLocation, load_tokenizer
+from postgrad.models.location import ModelLocation
+from postgrad.models.pretrained import ClassifierSpec, load_tokenizer
 from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig
 from postgrad.optim import lr_schedules

@@ -32,7 +32,7 @@ from postgrad.data.tokens.store import TokenStore, digest
 from postgrad.data.tokens.tokenize import Encoder, build_store, read_all_labels, render_example
 from postgrad.errors import StageError
 from postgrad.lineage.record import PLAN, add_stage, get_seen_data, read_record
-from postgrad.models.pretrained import ModelLocation
+from postgrad.models.location import ModelLocation
 from postgrad.plan.filter_documents import resolve_methods, select_documents
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_rows import DemonstrationWrapper, RowTemplate, make_renderer, match_objectives

@@ -34,9 +34,9 @@ from postgrad.distributed.world import World
 from postgrad.errors import ResumeError, StageError, TuningError
 from postgrad.hardware.execution import Execution, ExecutionRequest, select_execution
 from postgrad.lineage.tree import read_lineage
+from postgrad.models.location import TUNING_FILE, ModelLocation
 from postgrad.models.model import CausalModel, Model, wrap_model
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
-from postgrad.models.pretrained import TUNING_FILE, ModelLocation
 from postgrad.models.task import Task
 from postgrad.objectives.classification_loss import ClassificationLoss
 from postgrad.objectives.distillation import CachedDistillationLoss, DistillationLoss, TaskDistillationLoss

@@ -9,8 +9,8 @@ from typing import Any
 
 from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
+from postgrad.models.location import locate_model
 from postgrad.models.model import Model, verify_model, wrap_model
-from postgrad.models.pretrained import locate_model
 from postgrad.plan.plan import Plan
 from postgrad.run.build import ParameterCounts, TunedModel, make_tuned_model
 from postgrad.run.run_folder import MODEL, Interrupt

@@ -21,18 +21,10 @@ from transformers import (
 from postgrad.data.read.files import RawSource
 from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabulary
 from postgrad.errors import ModelError
-from postgrad.models.from_scratch import (
-    FAMILIES,
-    count_weights,
-    init_model,
-    make_tokenizer,
-    parse_model_name,
-    select_special_tokens,
-    set_dropout,
-    set_token_ids,
-    solve_config,
-)
-from postgrad.models.pretrained import count_parameters, save_pretrained
+from postgrad.models.families import FAMILIES, count_weights, parse_model_name, solve_config
+from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
+from postgrad.models.layers import count_parameters
+from postgrad.models.pretrained import save_pretrained
 from tests.conftest import old_text, write_jsonl
 
 VOCABULARY = 1000

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from postgrad.errors import ModelError
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, causal_blocks, is_supported
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import CausalModel, verify_model
-from postgrad.models.pretrained import ModelLocation, load_model, load_tokenizer, locate_model, save_pretrained
+from postgrad.models.pretrained import load_model, load_tokenizer, save_pretrained
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
 
 SMALL = {

@@ -13,16 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import ClassifierSpec, LoadResult, ModelLocation, detect_task, load_pretrained
+from postgrad.models.location import ModelLocation
+from postgrad.models.pretrained import ClassifierSpec, LoadResult, detect_task, load_pretrained
 from postgrad.models.task import Task
-from postgrad.models.task_head import (
-    DESCRIPTION,
-    TaskHead,
-    TaskHeadConfig,
-    load_task_head_config,
-    make_model_class,
-    pool_tokens,
-)
+from postgrad.models.task_head import DESCRIPTION, TaskHead, TaskHeadConfig, load_task_head_config, pool_tokens
+from postgrad.models.task_head_model import make_model_class
 from tests.tuning import families
 
 LAST = TaskHeadConfig((2,))

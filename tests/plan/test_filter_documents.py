@@ -18,7 +18,8 @@ from postgrad.config.stage_file import parse_stage
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import perplexity
-from postgrad.models.pretrained import locate_model, save_pretrained
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import save_pretrained
 from postgrad.plan import filter_documents
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.run.events import RunFinished

@@ -26,7 +26,7 @@ from postgrad.data.read.labels import Labels
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.errors import StageError
-from postgrad.models.pretrained import locate_model
+from postgrad.models.location import locate_model
 from postgrad.plan.objective_rows import (
     SUPPORTED_ROW_KINDS,
     RowTemplate,

@@ -21,7 +21,7 @@ from postgrad.data.loading.batch import collate
 from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.before_after import read_scores
-from postgrad.models.pretrained import locate_model
+from postgrad.models.location import locate_model
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.objectives.classification_loss import ClassificationLoss
 from postgrad.plan.task_layer import resolve_representation

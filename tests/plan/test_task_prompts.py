@@ -13,7 +13,7 @@ from postgrad.commands.evaluate import load_model_inputs
 from postgrad.config.stage_file import load_tasks, parse_stage
 from postgrad.config.tasks import TaskConfig
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.models.pretrained import locate_model
+from postgrad.models.location import locate_model
 from postgrad.plan import task_prompts
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.task_prompts import PromptedTask, add_soft_prompts, make_prompted_task

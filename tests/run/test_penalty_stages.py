@@ -21,7 +21,8 @@ from postgrad.data.loading.batch import Batch
 from postgrad.errors import DataError, ModelError, PostgradError, ResumeError, StageError
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.record import read_record
-from postgrad.models.pretrained import load_pretrained, locate_model, save_pretrained
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import load_pretrained, save_pretrained
 from postgrad.penalties.anchor import Anchor
 from postgrad.penalties.importance_file import ImportanceFile, ImportanceMetadata, write_importance
 from postgrad.run.build import make_loader, make_optimizer

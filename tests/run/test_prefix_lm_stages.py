@@ -17,8 +17,8 @@ from postgrad.commands.generate import export_model, generate_once
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation import continuations
+from postgrad.models.location import locate_model
 from postgrad.models.prefix_lm_attention import PREFIX_LM_KEY, is_prefix_lm, model_prefix_mask, prefill_prompt
-from postgrad.models.pretrained import locate_model
 from postgrad.tuning.open_model import open_model, starts_as_prefix_lm
 from tests.conftest import write_jsonl
 from tests.run.test_task_stages import alike, begun, gradients

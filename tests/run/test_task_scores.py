@@ -25,8 +25,9 @@ from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, ResumeError, StageError
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem
 from postgrad.lineage.record import read_record
+from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import load_pretrained, locate_model
+from postgrad.models.pretrained import load_pretrained
 from postgrad.models.task import Task
 from postgrad.plan.task_prompts import PromptedTask, TaskPrompt, make_prompted_task
 from postgrad.reports.pages import run_page

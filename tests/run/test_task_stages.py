@@ -30,8 +30,8 @@ from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError, TuningError
 from postgrad.evaluation.before_after import read_scores, score_sets
 from postgrad.hardware.execution import Execution
+from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import locate_model
 from postgrad.optim.optimizer import AdamW
 from postgrad.plan import sources as leaves
 from postgrad.plan.objective_rows import make_rows

@@ -26,7 +26,8 @@ from postgrad.distributed.world import World
 from postgrad.errors import StageError, TuningError
 from postgrad.evaluation.before_after import read_scores
 from postgrad.lineage.record import read_record
-from postgrad.models.pretrained import load_pretrained, locate_model
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import load_pretrained
 from postgrad.optim.optimizer import AdamW
 from postgrad.run import training_session
 from postgrad.run.build import make_tuned_model

@@ -461,7 +461,7 @@ def test_the_base_s_losses_are_the_base_s(done: PreparedStudy) -> None:
 
 def test_a_blend_lies_between(done: PreparedStudy) -> None:
     from postgrad.models.interpolate import copy_weights
-    from postgrad.models.pretrained import locate_model
+    from postgrad.models.location import locate_model
     from postgrad.tuning.open_model import open_model
 
     (chain, _) = done.graph.arm_chains("half")

@@ -24,7 +24,7 @@ from postgrad.errors import ModelError
 from postgrad.evaluation.choices.decoder import TokenScores, pad_rows, score_rows
 from postgrad.evaluation.choices.token_tree import Branch, TreeRow, build_tree
 from postgrad.models.model import HeadedModel
-from postgrad.models.task_head import decoder_start_token
+from postgrad.models.task_head_model import decoder_start_token
 
 _KEYS_AT_ONCE = 4
 """Cross-attention keys and values of the answers' rows, in multiples of the tokens of a batch."""
