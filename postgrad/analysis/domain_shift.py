@@ -1,10 +1,9 @@
-"""How far is new text from old text? Distances between two corpora that need no training, each with its interval.
+"""Domain shift: distances between two corpora that need no training, each with its 95 % interval.
 
 Legend: N documents, P passages, F hashed features.
 
-Texts are first cut into passages of equally many words, so that long documents of one corpus and short ones of the other do
-not differ by their length alone. What two samples of one and the same corpus differ by is measured beside each distance: only
-what lies above that is a shift.
+Texts are cut into passages of equally many words, so that the length of documents makes no difference. Each distance comes with
+the distance of two samples of one corpus: only the excess is a shift.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from postgrad.stats.bootstrap import percentile_interval, ratio_interval, resamp
 PASSAGE_WORDS = 100
 """Words of a passage."""
 MIN_PASSAGES = 20
-"""Passages of each text, below which nothing is estimated."""
+"""The least number of passages of each text."""
 _MAX_PASSAGES = 4000
-"""Passages of each text that are looked at."""
+"""The most passages of each text that are used."""
 _SPLITS = 200
 """Splits of the old text into random halves, which show what two samples of one text differ by."""
 
 
 @dataclass(frozen=True)
 class ShiftEstimate:
-    """A value with its 95 % interval, and, where it has one, what it would be without any shift (95th percentile)."""
+    """A value with its 95 % interval, and its 95th percentile without any shift, where that is known."""
 
     value: float
     low: float
@@ -45,7 +44,7 @@ class ShiftEstimate:
 
 
 class Passages(NamedTuple):
-    """Passages of a text: each as it stands, its words, and the document that it begins in."""
+    """Passages of a text: their text, their words, and the document that each begins in."""
 
     texts: list[str]
     words: list[list[str]]
@@ -53,9 +52,9 @@ class Passages(NamedTuple):
 
 
 def make_passages(documents: Sequence[str], name: str) -> Passages:
-    """Cut documents into passages of `PASSAGE` words; a shorter rest is joined with what comes next.
+    """Cut documents into passages of `PASSAGE_WORDS` words; a shorter rest is joined with the next document.
 
-    Raises `DataError` when there is too little text to say anything.
+    Raises `DataError` for too little text.
     """
     texts: list[str] = []
     words: list[list[str]] = []
@@ -90,10 +89,10 @@ def refuse_same(old: Sequence[str], new: Sequence[str]) -> None:
     common = set(old) & set(new)
     if len(common) * 2 > min(len(set(old)), len(set(new))):
         raise DataError(
-            f"{len(common):,} documents stand in the old and in the new text alike",
+            f"{len(common):,} documents are in both the old and the new text",
             where="--new",
             expected="two different texts",
-            hint="a shift is measured between what the model knows and what it is to learn",
+            hint="compare text that the model was trained on with text that it is to learn",
         )
 
 
@@ -101,7 +100,7 @@ def refuse_same(old: Sequence[str], new: Sequence[str]) -> None:
 
 
 def ngram_counts(passages: Passages) -> np.ndarray:
-    """How often each hashed word and pair of words occurs in each passage, of shape (P, F) and float32.
+    """Counts of each hashed word and pair of words in each passage, of shape (P, F) and float32.
 
     The features of DSIR (Xie et al. 2023), as `postgrad.data.filter.ngrams` counts them.
     """
@@ -140,9 +139,9 @@ def _shares(counts_PF: np.ndarray) -> np.ndarray:
 
 
 def classifier_auc(old_PF: np.ndarray, new_PF: np.ndarray) -> ShiftEstimate:
-    """The AUC of a classifier that tells held-out passages of the two texts apart: .5 when they are alike, 1 when never.
+    """The AUC of a classifier of held-out passages by their text: .5 for texts of one distribution, 1 for disjoint ones.
 
-    A classifier two-sample test (Lopez-Paz & Oquab 2017, arXiv 1610.06545): logistic regression on n-gram shares, judged by
+    A classifier two-sample test (Lopez-Paz & Oquab 2017, arXiv 1610.06545): logistic regression on n-gram shares, evaluated by
     five-fold cross-validation on equally many passages of each text.
     """
     from scipy.sparse import csr_matrix
@@ -169,7 +168,7 @@ def classifier_auc(old_PF: np.ndarray, new_PF: np.ndarray) -> ShiftEstimate:
 
 
 def byte_counts(passages: Passages) -> np.ndarray:
-    """How often each hashed run of three bytes occurs in each passage, of shape (P, F) and float32.
+    """Counts of each hashed byte trigram in each passage, of shape (P, F) and float32.
 
     The same features for every tokenizer and every language, which token shares are not.
     """
@@ -226,7 +225,7 @@ def _random_halves(table: Any, rng: np.random.Generator) -> tuple[Any, Any]:
 
 
 def token_counts(passages: Passages, encode: Callable[[list[str]], list[list[int]]], vocabulary: int) -> np.ndarray:
-    """How often each token occurs in each passage, of shape (P, V) and float32; `encode` gives the ids of texts."""
+    """Counts of each token in each passage, of shape (P, V) and float32; `encode` gives the ids of texts."""
     out = np.zeros((len(passages.texts), vocabulary), np.float32)
     for row, ids in enumerate(encode(passages.texts)):
         np.add.at(out[row], np.array(ids, np.int64), 1.0)
@@ -235,12 +234,12 @@ def token_counts(passages: Passages, encode: Callable[[list[str]], list[list[int
 
 @dataclass(frozen=True)
 class Fertility:
-    """How finely a tokenizer cuts a text."""
+    """Tokens per word and bytes per token of a text."""
 
     tokens_per_word: float
     bytes_per_token: float
     unknown: float
-    """Share of tokens that stand for nothing: unknown ones, and single bytes of a word."""
+    """Share of unknown tokens and single-byte tokens."""
 
 
 def fertility(

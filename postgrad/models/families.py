@@ -38,7 +38,7 @@ _WHERE = "model.from_scratch"
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The special tokens of a tokenizer, by what they are for, and what stands around one text and two."""
+    """The special tokens of a tokenizer by role, and the templates of one text and of two."""
 
     named_tokens: tuple[tuple[str, str], ...]
     """(name, token): `("eos", "</s>")`."""
@@ -59,7 +59,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What is solved for: width, blocks (of an encoder-decoder: of either half), inner width; and what is given."""
+    """Width, blocks (of an encoder-decoder: of each stack) and inner width, with vocabulary size and positions."""
 
     width: int
     depth: int
@@ -192,18 +192,18 @@ FAMILIES: dict[str, Family] = {
 
 
 def parse_model_name(name: str) -> tuple[Family, int]:
-    """What `llama-15M` means. Raises `ModelError` for a family that is not known and a size that is none."""
+    """The family and number of weights of `llama-15M`. Raises `ModelError` for an unknown family or an invalid size."""
     match = re.fullmatch(r"([a-z]\w*)-(\d+(?:\.\d+)?)([kmb])", name.strip(), re.IGNORECASE)
     if not match:
         raise ModelError(
-            f"{name!r} names no family and size",
+            f"{name!r} is not a family and size",
             where=_WHERE,
             expected=f"a family ({', '.join(FAMILIES)}) and a number of weights, such as llama-15M",
         )
     family = FAMILIES.get(match[1].lower())
     if family is None:
         raise ModelError(
-            f"there is no family {match[1]!r}",
+            f"unknown family {match[1]!r}",
             where=_WHERE,
             expected=" | ".join(FAMILIES),
             hint=f"{suggest_nearest(match[1], FAMILIES)} (model.config takes the configuration of any other)".strip(),
@@ -226,12 +226,12 @@ def solve_config(name: str, *, vocabulary: int, positions: int) -> PreTrainedCon
         if outside + block / 2 > weights:
             break
         for depth in range(1, _MAX_DEPTH + 1):
-            wanted = _round_inner(inner + (weights - outside - depth * block) / (depth * each))
-            if not 0.7 <= wanted / inner <= 1.4:
+            fitted = _round_inner(inner + (weights - outside - depth * block) / (depth * each))
+            if not 0.7 <= fitted / inner <= 1.4:
                 continue
-            cost = abs(math.log(width / depth / _ASPECT)) + 2 * abs(math.log(wanted / inner))
+            cost = abs(math.log(width / depth / _ASPECT)) + 2 * abs(math.log(fitted / inner))
             if best is None or cost < best[0]:
-                best = cost, ModelShape(width, depth, wanted, vocabulary, positions)
+                best = cost, ModelShape(width, depth, fitted, vocabulary, positions)
     if best is None:
         raise ModelError(
             f"{name} cannot be made with a vocabulary of {vocabulary:,}: a block of width 32 and its embeddings "
@@ -252,6 +252,6 @@ def _count_shape_weights(family: Family, *, width: int, depth: int, inner: int, 
 
 
 def count_weights(config: PreTrainedConfig) -> int:
-    """The weights of a configuration's model, tied ones counted once; none is made."""
+    """The weights of a configuration's model, tied ones counted once, without allocating them."""
     with torch.device("meta"):
         return count_parameters(from_config(config, detect_config_task(config)))

@@ -26,7 +26,7 @@ _TASK_FAMILIES: dict[Task, str] = {
 
 
 def select_special_tokens(config: PreTrainedConfig | None, family: Family | None) -> SpecialTokens:
-    """The special tokens of a new tokenizer: the family's, or those of the family that does the configuration's task."""
+    """The special tokens of a new tokenizer: the family's, or those of the default family of the configuration's task."""
     if family is not None:
         return family.special_tokens
     assert config is not None
@@ -41,10 +41,10 @@ _DROPOUTS = (
 
 
 def set_dropout(config: PreTrainedConfig, dropout: float) -> None:
-    """Set what a configuration has of dropout. Raises `ModelError` when it has none."""
+    """Set all dropout rates of a configuration. Raises `ModelError` when it has none."""
     own = [name for name in _DROPOUTS if isinstance(getattr(config, name, None), int | float)]
     if not own:
-        raise ModelError(f"a {config.model_type} has no dropout", where="model.dropout", hint="leave the key out")
+        raise ModelError(f"a {config.model_type} has no dropout", where="model.dropout", hint="remove the key")
     for name in own:
         setattr(config, name, dropout)
 
@@ -70,7 +70,7 @@ def make_tokenizer(vocabulary_json: str, special_tokens: SpecialTokens) -> PreTr
 
 
 def set_token_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a configuration name the tokenizer's special tokens."""
+    """Set the tokenizer's special token ids in a configuration."""
     for name in ("bos", "eos", "pad", "sep", "cls", "mask"):
         token = getattr(tokenizer, f"{name}_token_id", None)
         if hasattr(config, f"{name}_token_id") or token is not None:
@@ -82,7 +82,7 @@ def set_token_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) 
 
 
 def init_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """The model of a configuration with weights drawn from `seed`; nobody else's random numbers are touched."""
+    """The model of a configuration, initialised from `seed`; the global random state is preserved."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return from_config(config, detect_config_task(config))

@@ -16,12 +16,12 @@ def get_embedding_weight(model: PreTrainedModel) -> Tensor:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Weights of a model, tied ones counted once."""
+    """The number of weights, tied ones counted once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def get_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """All blocks, in order; an encoder-decoder has two stacks of them. Raises `ModelError` when there are none."""
+    """The blocks of all stacks, in order. Raises `ModelError` when there are none."""
     stacks = get_layer_stacks(model)
     return [layer for stack in stacks for layer in stack]
 

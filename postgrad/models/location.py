@@ -12,31 +12,31 @@ from typing import Any
 from postgrad.errors import ModelError
 
 TUNING_FILE, PEFT_FILE = "tuning.json", "adapter_config.json"
-"""What describes a folder that holds a tuning instead of a model: ours, and PEFT's."""
+"""Descriptions of a tuning's folder: ours, and PEFT's."""
 
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """Where a model comes from: its folder (or Hub name), and the run that made it, when one did."""
+    """The folder (or Hub name) of a model, and the run that trained it, if any."""
 
     name: str
     folder: Path | None
     run: Path | None = None
     base: ModelLocation | None = None
-    """Of a folder that holds a tuning: the model that it sits on."""
+    """The base model, for a folder that holds an adapter or other tuning."""
     trusted: bool = False
-    """The base was named by the user, and not by the tuning's folder."""
+    """The base was given by the user, not by the tuning's folder."""
     scratch_recipe: Mapping[str, Any] | None = None
-    """Of a model that was made anew: what it was made of."""
+    """How a model was made that is trained from scratch."""
 
     @property
     def full_model(self) -> ModelLocation:
-        """The plain model at the bottom."""
+        """The plain model under all tunings."""
         return self.base.full_model if self.base else self
 
     @property
     def name_or_path(self) -> str:
-        """What `from_pretrained` is given."""
+        """The argument of `from_pretrained`."""
         plain = self.full_model
         return str(plain.folder) if plain.folder else plain.name
 
@@ -44,21 +44,21 @@ class ModelLocation:
 def locate_model(name: str, root: Path, base: str | None = None, *, where: str = "model") -> ModelLocation:
     """Resolve a folder, a run folder (its final model), a checkpoint of a run, or a Hub name, relative to `root`.
 
-    A folder that holds a tuning says itself which model it sits on; `base` names another place for that model. `where`: the
-    key or option that named it. Raises `ModelError` when the name looks like a path and nothing is there.
+    The folder of a tuning names its base model; `base` overrides that name. `where`: the key or option of the name, for errors.
+    Raises `ModelError` for a path that does not exist.
     """
     if not name.strip():
         raise ModelError(
-            "no model is named", where=where, expected="a folder, a run folder, or a Hub name (owner/name)"
+            "the name of the model is empty", where=where, expected="a folder, a run folder, or a Hub name (owner/name)"
         )
     folder = (root / Path(name).expanduser()).resolve()
     if folder.is_dir():
         if (folder / "stage.yaml").exists():  # a run folder
             if not _has_model_config(folder / "model"):
                 raise ModelError(
-                    f"the run {name} has not finished, so it has no model yet",
+                    f"the run {name} has not finished and has no model yet",
                     where=where,
-                    hint=f"finish it, or name one of its checkpoints: {name}/checkpoints/step-...",
+                    hint=f"finish the run, or name one of its checkpoints: {name}/checkpoints/step-...",
                 )
             return _resolve_base(ModelLocation(name, folder / "model", folder), root, base)
         if not _has_model_config(folder):
@@ -85,37 +85,37 @@ def _has_model_config(folder: Path) -> bool:
 
 
 def _resolve_base(start: ModelLocation, root: Path, base: str | None) -> ModelLocation:
-    """The start with the model that it sits on, when it is a tuning's folder."""
+    """The location with its base model, when it is a tuning's folder."""
     folder = start.folder
     assert folder is not None
     if (folder / "config.json").exists():
         if base is not None:
-            raise ModelError(f"{start.name} is a whole model and sits on no other", where="base")
+            raise ModelError(f"{start.name} is a full model and has no base model", where="base")
         return start
     if base is not None:
         return dataclasses.replace(start, base=locate_model(base, root), trusted=True)
     try:
         if (folder / TUNING_FILE).exists():
             recorded = json.loads((folder / TUNING_FILE).read_text())["base"]
-            places = [recorded["relative"], recorded["name"]]
+            candidates = [recorded["relative"], recorded["name"]]
             below = recorded.get("base_of_base", recorded.get("below"))  # "below" in folders of earlier versions
         else:
             below = None
-            places = [json.loads((folder / PEFT_FILE).read_text())["base_model_name_or_path"]]
+            candidates = [json.loads((folder / PEFT_FILE).read_text())["base_model_name_or_path"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{start.name} does not tell which model it sits on ({type(error).__name__})",
+            f"{start.name} does not name its base model ({type(error).__name__})",
             where="model",
-            hint="name that model as `base`",
+            hint="give the base model as `base`",
         ) from None
-    for place in places:
-        if place and (folder / place).is_dir():
-            return dataclasses.replace(start, base=locate_model(place, folder, below))
+    for candidate in candidates:
+        if candidate and (folder / candidate).is_dir():
+            return dataclasses.replace(start, base=locate_model(candidate, folder, below))
     try:
-        return dataclasses.replace(start, base=locate_model(places[-1], folder, below))
+        return dataclasses.replace(start, base=locate_model(candidates[-1], folder, below))
     except ModelError as error:
         raise ModelError(
-            f"{start.name} sits on {places[-1]}, which is not there",
+            f"the base model of {start.name}, {candidates[-1]}, does not exist",
             where="model",
-            hint="name the place of that model as `base`",
+            hint="give the path of the base model as `base`",
         ) from error

@@ -1,7 +1,4 @@
-"""How does a Hugging Face model come in, and how does it leave?
-
-Legend: D model width, V vocabulary.
-"""
+"""Loading and saving of Hugging Face models and tokenizers."""
 
 from __future__ import annotations
 
@@ -70,7 +67,7 @@ def load_tokenizer(start: ModelLocation) -> PreTrainedTokenizerBase:
 
 
 def save_chat_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Leave the chat template that a tuning was trained with in its folder, under the name that Hugging Face has for it."""
+    """Save the chat template of a tuning's training in its folder, under Hugging Face's file name."""
     if isinstance(tokenizer.chat_template, str):
         (folder / CHAT_TEMPLATE_FILE).write_text(tokenizer.chat_template, "utf-8")
 
@@ -85,7 +82,7 @@ _CLASSES: dict[Task, Any] = {
 
 
 class LoadResult(NamedTuple):
-    """A model, and the weights that its folder did not have: a new task layer, drawn at random."""
+    """A model, and the weights that its folder lacks: a new, randomly initialised task layer."""
 
     model: PreTrainedModel
     new_weights: tuple[str, ...]
@@ -93,10 +90,10 @@ class LoadResult(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """What a classifier decides between. `problem` is what transformers calls it; `seed` draws a new layer.
+    """Labels and task layer of a classifier. `problem` is transformers' `problem_type`; `seed` initialises a new layer.
 
-    `pad`: the id that fills short rows; a decoder that classifies finds the end of a text by it.
-    `form`: what the layer reads of the backbone; None: as transformers' own classifier of the family does.
+    `pad`: the padding id, by which a decoder finds the end of a text. `form`: the task head; None: transformers' own classifier
+    of the family.
     """
 
     labels: tuple[str, ...]
@@ -118,7 +115,7 @@ class ClassifierSpec:
         )
 
     def config_options(self) -> dict[str, Any]:
-        """As the configuration of a model has it."""
+        """The options of a model's configuration."""
         return {
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
@@ -129,7 +126,7 @@ class ClassifierSpec:
 
 
 def detect_task(start: ModelLocation) -> Task:
-    """What a model folder is for, by its task layer, or the architecture that its configuration names."""
+    """The task of a model folder, from its task layer or its configuration."""
     form = load_task_head_config(start.folder)
     if form:
         return Task.TAG if form.pooling is None else Task.CLASSIFY
@@ -137,7 +134,7 @@ def detect_task(start: ModelLocation) -> Task:
 
 
 def detect_config_task(config: PreTrainedConfig) -> Task:
-    """What a model of a configuration is for."""
+    """The task of a configuration, from the architecture that it names."""
     name = (getattr(config, "architectures", None) or [""])[0]
     endings: dict[str, Task] = {
         "ForMaskedLM": Task.MASKED,
@@ -172,9 +169,9 @@ def load_pretrained(
 ) -> LoadResult:
     """The plain model at the bottom of `start` for a task in `dtype`, in eval mode. No code of a foreign repository runs.
 
-    Without `attention`, transformers picks what the architecture supports: SDPA where it can. With `layer`, a task layer
-    that the folder lacks (or has for other labels) is drawn at random from its seed; nothing else may be missing. With
-    `state`, the weights are these instead of the folder's.
+    `attention`: an attention implementation. Default: transformers' choice, SDPA where the architecture supports it. `layer`: a
+    task layer that the folder lacks (or has for other labels) is initialised from its seed; no other weight may be missing.
+    `state`: weights that replace the folder's.
     """
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _suppress_load_report():
@@ -207,12 +204,12 @@ def load_pretrained(
         raise ModelError(
             f"{start.name} could not be loaded as {task.description}: {_first_line(error)}", where="model"
         ) from error
-    # A pooler stands in the backbone of some architectures, and only a task layer reads it.
+    # Some architectures have a pooler in the backbone, which only a task layer uses.
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))})
     missing = [key for key in new if not (layer and _is_task_layer_weight(model, key))]
     if missing:
         raise ModelError(
-            f"{start.name} lacks {len(missing)} weights ({missing[0]}, ...); they would have been random",
+            f"{start.name} lacks {len(missing)} weights ({missing[0]}, ...), which would be random",
             where="model",
             expected="weights for every parameter of the architecture in its config.json",
         )
@@ -220,9 +217,9 @@ def load_pretrained(
 
 
 def from_config(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
-    """A model of a configuration with the weights that transformers draws for it, in fp32 and eval mode.
+    """A model of a configuration with transformers' random initialisation, in fp32 and eval mode.
 
-    Whoever calls it seeds torch. Raises `ModelError` for a configuration that has no model for the task.
+    The caller seeds torch. Raises `ModelError` for a configuration without a model for the task.
     """
     refuse_foreign_code(config, "the configuration")
     try:
@@ -243,7 +240,7 @@ def _model_class(config: PreTrainedConfig, task: Task) -> Any:
 
 @contextmanager
 def _suppress_load_report() -> Iterator[None]:
-    """Inside, transformers keeps its report of new weights to itself; what matters of it is looked at."""
+    """Inside, transformers prints no report of new weights; `load_pretrained` checks them."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -255,27 +252,27 @@ def _suppress_load_report() -> Iterator[None]:
 def load_model(
     start: ModelLocation, *, attention: str | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """The model as what its folder says it is; see `load`."""
+    """The model with the task of its folder; see `load_pretrained`."""
     return load_pretrained(start, detect_task(start), attention=attention, dtype=dtype).model
 
 
 def _is_task_layer_weight(model: PreTrainedModel, key: str) -> bool:
-    """Whether a weight belongs to what stands on the backbone."""
+    """Whether a weight belongs to the task layer."""
     prefix = f"{model.base_model_prefix}."
     return not key.startswith(prefix) or key.removeprefix(prefix).startswith("pooler.")
 
 
 def stored_dtype(start: ModelLocation) -> torch.dtype:
-    """The dtype the start model's weights are stored in, as its config says (float32 when it does not)."""
+    """The dtype of the stored weights in the configuration. Default: float32."""
     dtype = getattr(AutoConfig.from_pretrained(start.name_or_path), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def refuse_foreign_code(config: object, name: str) -> None:
-    """Refuse what would run code of a foreign repository."""
+    """Raise `ModelError` for a configuration that loads code of a repository."""
     if getattr(config, "auto_map", None):
         raise ModelError(
-            f"{name} brings its own modelling code (auto_map), which is never run",
+            f"{name} has its own modelling code (auto_map), which is never run",
             where="model",
             expected="an architecture that transformers itself has",
         )
@@ -295,15 +292,15 @@ def save_pretrained(
 ) -> None:
     """A plain Hugging Face folder: safetensors weights in `dtype`, config, generation config and tokenizer."""
     weights = model.state_dict() if state is None else state
-    # Tied weights are one storage; cast once, they still are, and are written once.
-    once: dict[int, Tensor] = {}
+    # Tied weights share one storage: cast once, they stay tied and are written once.
+    by_storage: dict[int, Tensor] = {}
     cast = {
-        name: once.setdefault(tensor.data_ptr(), tensor.to(dtype)) if tensor.is_floating_point() else tensor
+        name: by_storage.setdefault(tensor.data_ptr(), tensor.to(dtype)) if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()
     }
     model.save_pretrained(folder, state_dict=cast)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    # The config says what is in the file, whatever dtype the model computed in.
+    # The dtype in the config is that of the file, not that of the computation.
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,19 +1,15 @@
-"""What does a task layer read of a backbone? Which layers, joined how, gathered from which tokens, and what decides on them.
+"""The task head of a classifier: which layers of the backbone it uses, how they are joined and pooled, and its layers.
 
-Legend: B batch, T time, D width of the backbone, R width of what is read, H hidden width, C classes.
+Legend: B batch, T time, D width of the backbone, R width of the joined states, H hidden width, C classes.
 
-A backbone of L blocks has L + 1 states: 0 is what its embeddings give, L what the last block gives (behind the final norm,
-where there is one); they are transformers' `hidden_states`.
+A backbone of L blocks has L + 1 states, transformers' `hidden_states`: 0 is the output of the embeddings, L that of the last
+block (after the final norm, where there is one).
 
-    layers     one state, several side by side, their sum, or their mix `gamma * sum_l softmax(s)_l h_l`
+    layers     one state, several concatenated, their sum, or their mix `gamma * sum_l softmax(s)_l h_l`
                (Peters et al. 2018, arXiv 1802.05365, equation 1)
-    pooling    a text's vector from its real tokens: the first, the last, their mean or their greatest values; tags have none
+    pooling    a text's vector from its real tokens: the first, the last, their mean or maximum; tags have none
     head       a linear layer; with tanh layers before it; or with a BiLSTM before it (Devlin et al. 2019, arXiv 1810.04805,
                section 5.3)
-
-A model is made of a family's own base class and its plain backbone, so weights, attention and saving are transformers' own.
-On the disk it is the backbone (config.json, model.safetensors: `AutoModel` reads them), with the task layer beside it
-(task_layer.json, task_layer.safetensors).
 """
 
 from __future__ import annotations
@@ -43,10 +39,10 @@ Join = Literal["concat", "sum", "mix"]
 
 @dataclass(frozen=True)
 class TaskHeadConfig:
-    """What is read, with every choice made.
+    """The resolved options of a task head.
 
-    `pooling` is None for tags, which are decided word by word. `stack` says which half of an encoder-decoder is read; of
-    its encoder the decoder is no part of the model. `width` and `depth` are of the tanh layers or the BiLSTM.
+    `pooling` is None for tags, which are predicted word by word. `stack` is the half of an encoder-decoder that is used; with
+    the encoder, the model has no decoder. `width` and `depth` are of the tanh layers or the BiLSTM.
     """
 
     layers: tuple[int, ...]
@@ -69,8 +65,8 @@ class TaskHeadConfig:
         return {**asdict(self), "layers": list(self.layers)}
 
     def describe(self) -> str:
-        """In words: what is read, of which tokens, and by what."""
-        numbers, joined = ", ".join(map(str, self.layers)), {"concat": "side by side", "sum": "summed", "mix": "mixed"}
+        """Layers, tokens and head in words."""
+        numbers, joined = ", ".join(map(str, self.layers)), {"concat": "concatenated", "sum": "summed", "mix": "mixed"}
         layers = f"layer {numbers}" if len(self.layers) == 1 else f"layers {numbers} {joined[self.join]}"
         half = f" of the {self.stack}" if self.stack else ""
         tokens = (
@@ -81,7 +77,7 @@ class TaskHeadConfig:
 
 
 def count_blocks(config: PreTrainedConfig, stack: str | None) -> int:
-    """How many blocks a backbone has; of an encoder-decoder, that half of it."""
+    """The number of blocks of a backbone, or of one stack of an encoder-decoder."""
     text = config.get_text_config(decoder=stack == "decoder")
     names = ("num_decoder_layers", "decoder_layers") if stack == "decoder" else ()
     found = [getattr(text, name, None) for name in (*names, "num_hidden_layers")]
@@ -89,22 +85,19 @@ def count_blocks(config: PreTrainedConfig, stack: str | None) -> int:
 
 
 def load_task_head_config(folder: Path | None) -> TaskHeadConfig | None:
-    """What the task layer in a folder reads; None when the folder has no such task layer.
-
-    Raises `ModelError` for a description that cannot be read.
-    """
+    """The options of the task head in a folder, or None. Raises `ModelError` for an invalid description."""
     if folder is None or not (folder / DESCRIPTION).exists():
         return None
     try:
-        said = json.loads((folder / DESCRIPTION).read_text())
-        if said["format"] != FORMAT:
-            raise ValueError(f"its format is {said['format']!r}")
-        return TaskHeadConfig.from_dict(said["reads"])
+        description = json.loads((folder / DESCRIPTION).read_text())
+        if description["format"] != FORMAT:
+            raise ValueError(f"its format is {description['format']!r}")
+        return TaskHeadConfig.from_dict(description["reads"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"the description of the task layer cannot be read ({error})",
             where=str(folder / DESCRIPTION),
-            expected=f"what was saved with it, of format {FORMAT}",
+            expected=f"a {DESCRIPTION} of format {FORMAT}",
         ) from None
 
 
@@ -112,7 +105,7 @@ def load_task_head_config(folder: Path | None) -> TaskHeadConfig | None:
 
 
 class TaskHead(nn.Module):
-    """The task layer: it joins the states that it reads, pools them, and decides."""
+    """Joins states, pools tokens and computes the logits of the classes."""
 
     def __init__(self, form: TaskHeadConfig, width: int, classes: int) -> None:
         super().__init__()
@@ -133,7 +126,7 @@ class TaskHead(nn.Module):
         self.out = nn.Linear(read, classes)
 
     def draw_weights(self, std: float) -> None:
-        """Fresh weights: normal ones of standard deviation `size`, an even mix, and PyTorch's own for the BiLSTM."""
+        """Initialise: normal weights of standard deviation `std`, an even mix, and PyTorch's own for the BiLSTM."""
         with torch.no_grad():
             for module in self.modules():
                 if isinstance(module, nn.Linear):
@@ -146,7 +139,7 @@ class TaskHead(nn.Module):
                 self.gamma.fill_(1.0)
 
     def forward(self, states: Sequence[Tensor], mask_BT: Tensor) -> Tensor:
-        """Logits of shape (B, C), or (B, T, C) for tags, from all states (B, T, D) and which tokens are real."""
+        """Logits of shape (B, C), or (B, T, C) for tags, from all states (B, T, D) and the attention mask."""
         hidden_BTR = self.dropout(self.join_states(states))
         if self.form.head == "bilstm":
             hidden_BTR = self.dropout(self._run_bilstm(hidden_BTR, mask_BT))
@@ -156,7 +149,7 @@ class TaskHead(nn.Module):
         return self.out(hidden)
 
     def join_states(self, states: Sequence[Tensor]) -> Tensor:
-        """The states that are read, as one of shape (B, T, R)."""
+        """The states of the configured layers, joined, of shape (B, T, R)."""
         read = [states[layer].to(self.out.weight.dtype) for layer in self.form.layers]
         match self.form.join:
             case "concat":
@@ -168,14 +161,14 @@ class TaskHead(nn.Module):
                 return self.gamma * torch.einsum("l,lbtd->btd", share_L, torch.stack(read))
 
     def _run_bilstm(self, hidden_BTR: Tensor, mask_BT: Tensor) -> Tensor:
-        """What the BiLSTM makes of the real tokens, of shape (B, T, 2H); padding, wherever it stands, is not read."""
+        """The BiLSTM's outputs at the real tokens, of shape (B, T, 2H); padding on either side is skipped."""
         size_B = mask_BT.sum(1)
-        # The real tokens first, in their order, and back.
-        place_BT = torch.argsort((mask_BT == 0).int(), dim=1, stable=True)
-        real_BTR = hidden_BTR.gather(1, place_BT[..., None].expand_as(hidden_BTR))
+        # The real tokens are moved to the front for packing, and back afterwards.
+        order_BT = torch.argsort((mask_BT == 0).int(), dim=1, stable=True)
+        real_BTR = hidden_BTR.gather(1, order_BT[..., None].expand_as(hidden_BTR))
         packed = pack_padded_sequence(real_BTR, size_B.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
         out_BTH, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=mask_BT.shape[1])
-        return torch.zeros_like(out_BTH).scatter(1, place_BT[..., None].expand_as(out_BTH), out_BTH)
+        return torch.zeros_like(out_BTH).scatter(1, order_BT[..., None].expand_as(out_BTH), out_BTH)
 
 
 def pool_tokens(hidden_BTR: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
@@ -191,7 +184,7 @@ def pool_tokens(hidden_BTR: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor
 
 
 def edge_position(mask_BT: Tensor, side: Literal["first", "last"]) -> Tensor:
-    """Where each row's first or last real token is, of shape (B,)."""
+    """The index of each row's first or last real token, of shape (B,)."""
     if side == "first":
         return mask_BT.int().argmax(1)
     return mask_BT.shape[1] - 1 - mask_BT.int().flip(1).argmax(1)

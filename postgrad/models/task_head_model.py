@@ -1,8 +1,9 @@
-"""Models with a task head: a family's base class around its plain backbone, so weights, attention and saving are transformers' own.
+"""Models with a task head: the plain backbone of any family under a `TaskHead`.
 
 Legend: B batch, T time, D width of the backbone, C classes.
 
-On disk a model is the backbone (config.json, model.safetensors: `AutoModel` loads them), with the task layer beside it
+A model class is made of a family's own base class and its plain backbone, so weights, attention and saving are transformers'
+own. On disk a model is the backbone (config.json, model.safetensors: `AutoModel` loads them), with the task layer beside it
 (task_layer.json, task_layer.safetensors).
 """
 
@@ -35,7 +36,7 @@ from postgrad.models.task_head import (
 
 
 class TaskHeadModel(PreTrainedModel):
-    """A backbone of any family under a `Reader`; `model_class` makes the class of a family and a choice."""
+    """A backbone of any family under a `TaskHead`; `make_model_class` makes the class of a family and a configuration."""
 
     form: ClassVar[TaskHeadConfig]
     body_class: ClassVar[type[PreTrainedModel]]
@@ -44,7 +45,7 @@ class TaskHeadModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if self.form.stack == "encoder":
             config.is_encoder_decoder = False
-        # Nothing here reads the pooler that some families set behind their last block.
+        # The pooler that some families have after their last block is not used.
         bare = "add_pooling_layer" in inspect.signature(self.body_class.__init__).parameters
         body = self.body_class(config, **({"add_pooling_layer": False} if bare else {}))
         setattr(self, self.base_model_prefix, body)
@@ -60,14 +61,14 @@ class TaskHeadModel(PreTrainedModel):
         return body
 
     def train(self, mode: bool = True) -> TaskHeadModel:
-        """Features of a backbone that is held fast are the same at every step: it has no dropout then."""
+        """A frozen backbone stays in eval mode, without dropout: its features are the same at every step."""
         super().train(mode)
         if mode and all(name.startswith(f"{TASK_LAYER}.") for name, p in self.named_parameters() if p.requires_grad):
             self.body.eval()
         return self
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> tuple[Tensor, ...]:
-        """All states of the stack that is read, each of shape (B, T, D)."""
+        """All hidden states of the stack, each of shape (B, T, D)."""
         decoder = self.form.stack == "decoder"
         return compute_hidden_states(self.body, input_ids, attention_mask, "decoder" if decoder else None, **inputs)
 
@@ -91,50 +92,50 @@ class TaskHeadModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, where: Any, *args: Any, **options: Any) -> Any:
-        """As transformers' own; the task layer's weights are those of the folder, where they fit, and else drawn anew.
+        """As transformers' own; the task layer's weights are loaded where they fit, and else initialised.
 
-        The random numbers are those of torch's generator as the caller left it.
+        Random numbers are those of torch's generator in the state at the call.
         """
         state = torch.random.get_rng_state()
-        told = options.pop("output_loading_info", False)
-        made: Any = super().from_pretrained(where, *args, output_loading_info=True, **options)
-        model, loading = made
+        with_info = options.pop("output_loading_info", False)
+        result: Any = super().from_pretrained(where, *args, output_loading_info=True, **options)
+        model, loading = result
         own = dict(model.task_layer.named_parameters())
         new = {*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))}
-        kept = {name: p.detach().clone() for name, p in own.items() if f"{TASK_LAYER}.{name}" not in new}
+        loaded = {name: p.detach().clone() for name, p in own.items() if f"{TASK_LAYER}.{name}" not in new}
         if where is not None and load_task_head_config(Path(where)) == cls.form:
-            kept |= _load_tensors(Path(where) / TENSORS)
-        kept = {name: tensor for name, tensor in kept.items() if name in own and own[name].shape == tensor.shape}
-        if len(kept) < len(own):
+            loaded |= _load_tensors(Path(where) / TENSORS)
+        loaded = {name: tensor for name, tensor in loaded.items() if name in own and own[name].shape == tensor.shape}
+        if len(loaded) < len(own):
             torch.random.set_rng_state(state)
             model.task_layer.draw_weights(getattr(model.config, "initializer_range", None) or 0.02)
         with torch.no_grad():
-            for name, tensor in kept.items():
+            for name, tensor in loaded.items():
                 own[name].copy_(tensor)
         loading["missing_keys"] = {key for key in new if not key.startswith(f"{TASK_LAYER}.")} | {
-            f"{TASK_LAYER}.{name}" for name in own.keys() - kept.keys()
+            f"{TASK_LAYER}.{name}" for name in own.keys() - loaded.keys()
         }
         loading["mismatched_keys"] = []
-        return (model, loading) if told else model
+        return (model, loading) if with_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
-        """The backbone as a plain folder, the task layer beside it, and a page that says how both are read."""
+        """The backbone as a plain folder, the task layer beside it, and a README on how to load both."""
         folder = Path(save_directory)
         state = options.pop("state_dict", None) or self.state_dict()
-        mine = {name: tensor for name, tensor in state.items() if name.startswith(f"{TASK_LAYER}.")}
-        rest = {name: tensor for name, tensor in state.items() if name not in mine}
+        own = {name: tensor for name, tensor in state.items() if name.startswith(f"{TASK_LAYER}.")}
+        rest = {name: tensor for name, tensor in state.items() if name not in own}
         super().save_pretrained(folder, *args, state_dict=rest, **options)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in mine.items()}, folder / TENSORS)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}, folder / TENSORS)
         config = json.loads((folder / "config.json").read_text())
         config["architectures"] = [self.body_class.__name__]
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        said = {
+        description = {
             "format": FORMAT,
             "reads": self.form.as_dict(),
             "labels": _label_names(self.config),
             "problem": self.config.problem_type,
         }
-        (folder / DESCRIPTION).write_text(json.dumps(said, indent=2) + "\n")
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         (folder / "README.md").write_text(_readme_text(self))
 
 
@@ -145,32 +146,32 @@ def compute_hidden_states(
     stack: Literal["encoder", "decoder"] | None,
     **inputs: Tensor,
 ) -> tuple[Tensor, ...]:
-    """All states of a backbone, or of a half of an encoder-decoder, each of shape (B, T, D).
+    """All hidden states of a backbone, or of one stack of an encoder-decoder, each of shape (B, T, D).
 
-    A decoder behind an encoder is given the text that the encoder reads, behind the token that it begins with.
+    The decoder of an encoder-decoder gets the encoder's text, shifted right by its start token.
     """
     body: Any = model.get_encoder() if stack == "encoder" else model
-    takes = inspect.signature(body.forward).parameters
-    more: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+    parameters = inspect.signature(body.forward).parameters
+    more: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
     if stack == "decoder":
         more |= {
             "decoder_input_ids": _shift_right(input_ids, attention_mask, decoder_start_token(model.config)),
             "decoder_attention_mask": attention_mask,
         }
-    elif is_decoder(model.config) and "position_ids" in takes and "position_ids" not in inputs:
-        # A decoder counts its positions from the first real token, wherever padding stands.
+    elif is_decoder(model.config) and "position_ids" in parameters and "position_ids" not in inputs:
+        # A decoder counts positions from the first real token, on whichever side padding is.
         more["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     output = body(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **inputs, **more)
     return output.decoder_hidden_states if stack == "decoder" else output.hidden_states
 
 
 def _label_names(config: Any) -> list[str]:
-    """The names of what a configuration's classifier decides between, in the order of its outputs."""
+    """The label names of a configuration, in the order of the outputs."""
     return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:
-    """The task layer's tensors by their names in it."""
+    """The task layer's tensors by parameter name."""
     try:
         return {name.removeprefix(f"{TASK_LAYER}."): tensor for name, tensor in load_file(file).items()}
     except (OSError, SafetensorError) as error:
@@ -180,7 +181,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def make_model_class(config: PreTrainedConfig, form: TaskHeadConfig) -> type[TaskHeadModel]:
-    """The class of a configuration's family that reads its backbone in this way. Raises `ModelError` when there is none."""
+    """The class of a configuration's family with this task head. Raises `ModelError` for a family without a backbone."""
     try:
         body = AutoModel._model_mapping[type(config)]
     except KeyError:
@@ -193,8 +194,8 @@ def make_model_class(config: PreTrainedConfig, form: TaskHeadConfig) -> type[Tas
 
 @functools.cache
 def _make_class(body: type[PreTrainedModel], form: TaskHeadConfig) -> type[TaskHeadModel]:
-    family = _family_base_class(getattr(body, "whole", body))
-    # Transformers tells by the end of a class's name which loss is its own.
+    family = _family_base_class(getattr(body, "full_class", body))
+    # Transformers selects the loss by the end of the class name.
     ending = "ForTokenClassification" if form.pooling is None else "ForSequenceClassification"
     return type(
         f"{family.__name__.removesuffix('PreTrainedModel')}Representation{ending}",
@@ -210,13 +211,13 @@ def _make_class(body: type[PreTrainedModel], form: TaskHeadConfig) -> type[TaskH
 
 
 def _family_base_class(body: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The base class that all models of a family have."""
+    """The base class of all models of a family."""
     return next(base for base in body.__mro__[1:] if issubclass(base, PreTrainedModel))
 
 
 @functools.cache
 def _make_encoder_class(config: type[PreTrainedConfig], full_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The encoder of an encoder-decoder as a model of its own: transformers' where it has one."""
+    """The encoder of an encoder-decoder as a model: transformers' own where it exists."""
     if config in AutoModelForTextEncoding._model_mapping:
         found: Any = AutoModelForTextEncoding._model_mapping[config]
         return found
@@ -225,40 +226,37 @@ def _make_encoder_class(config: type[PreTrainedConfig], full_class: type[PreTrai
     return type(
         f"{full_class.__name__}Encoder",
         (_Encoder, family),
-        {"whole": full_class, "_tied_weights_keys": tied, "_keys_to_ignore_on_load_unexpected": [r"decoder"]},
+        {"full_class": full_class, "_tied_weights_keys": tied, "_keys_to_ignore_on_load_unexpected": [r"decoder"]},
     )
 
 
 class _Encoder(PreTrainedModel):
-    """The encoder of a model that transformers only has whole, under the names that its weights have there."""
+    """The encoder of a model of which transformers has no encoder class, with the weight names of the full model."""
 
-    whole: ClassVar[type[PreTrainedModel]]
+    full_class: ClassVar[type[PreTrainedModel]]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        both = self.whole(config)
-        self.shared = both.get_input_embeddings()
-        self.encoder = both.get_encoder()
+        full = self.full_class(config)
+        self.shared = full.get_input_embeddings()
+        self.encoder = full.get_encoder()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embeddings of its words."""
         return self.shared
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Read words by other embeddings."""
         self.shared = value
         self.encoder.embed_tokens = value
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutput:
-        """What the encoder gives."""
         return self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
 def is_decoder(config: PreTrainedConfig) -> bool:
-    """Whether a configuration is that of a decoder alone: it writes, and no family of masked language models has it."""
+    """Whether a configuration is that of a decoder-only model: it generates, and has no masked language model class."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
@@ -267,7 +265,7 @@ def is_decoder(config: PreTrainedConfig) -> bool:
 
 
 def decoder_start_token(config: PreTrainedConfig) -> int:
-    """What a decoder begins with."""
+    """The start token of a decoder. Raises `ModelError` for a configuration without one."""
     for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
         token = getattr(config, name, None)
         if token is not None:
@@ -276,22 +274,21 @@ def decoder_start_token(config: PreTrainedConfig) -> int:
 
 
 def _shift_right(ids_BT: Tensor, mask_BT: Tensor, start_token: int) -> Tensor:
-    """What a decoder is given of the text that its encoder reads: the text behind the token that it begins with."""
-    behind_BT = ids_BT.roll(1, 1)
-    behind_BT[torch.arange(len(ids_BT), device=ids_BT.device), edge_position(mask_BT, "first")] = start_token
-    return behind_BT
+    """The decoder's inputs for the encoder's text: the text after the start token."""
+    shifted_BT = ids_BT.roll(1, 1)
+    shifted_BT[torch.arange(len(ids_BT), device=ids_BT.device), edge_position(mask_BT, "first")] = start_token
+    return shifted_BT
 
 
 def _readme_text(model: TaskHeadModel) -> str:
-    """What the folder says to who opens it."""
     form, names = model.form, _label_names(model.config)
     labels = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
     example = '[["Words", "of", "a", "text"]]' if form.pooling is None else '["A text."]'
     return f"""\
 # A classifier on {model.body_class.__name__}
 
-It decides between {labels}.
-It reads {form.describe()} (layer 0 is what the embeddings give).
+Labels: {labels}.
+Input of the task layer: {form.describe()} (layer 0 is the output of the embeddings).
 
 ```python
 import postgrad

@@ -1,4 +1,4 @@
-"""What was learnt and what was forgotten? Paired differences with intervals, and the matrix of a lineage.
+"""Forgetting: paired loss changes with intervals, and the transfer matrix of a lineage (ACC, BWT, FWT, FM).
 
 Losses are nats per token; *scores* are losses with their sign turned, so that higher is better. Numpy only.
 """
@@ -19,7 +19,7 @@ KEPT_MARGIN = 0.01
 """A loss is *kept* when the whole interval of its relative change lies within this share."""
 
 MIN_DOCUMENTS = 20
-"""With fewer documents than this the units that are resampled are windows of text."""
+"""With fewer documents than this, the bootstrap resamples windows of text."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def paired_change(
 ) -> LossChange:
     """Compare summed nats per unit (`before`, `after`) on the same units of `tokens` scored tokens each.
 
-    The interval is a paired bootstrap over units (Miller 2024, arXiv 2411.00640, on why pairing): what a document is
-    worth to both models cancels, so small changes show.
+    The interval is a paired bootstrap over units (Miller 2024, arXiv 2411.00640): the difficulty of a document cancels, so
+    small changes show.
     """
     total = float(tokens.sum())
     loss_before = float(before.sum()) / total
@@ -76,7 +76,7 @@ def paired_change(
 
 
 def loss_verdict(low: float, high: float, loss_before: float) -> Verdict:
-    """What an interval of a change of loss allows to be said."""
+    """The verdict that an interval of a loss change supports."""
     margin = KEPT_MARGIN * loss_before
     if -margin <= low and high <= margin:
         return "kept"
@@ -106,19 +106,19 @@ def summarize_scores(scores: np.ndarray, learnt_at: list[int]) -> TransferSummar
 
         ACC = mean_j R[T, j]
         BWT = mean over sets learnt before T of  R[T, j] - R[learnt_at[j], j]
-        FWT = mean over sets learnt after the start of  R[learnt_at[j] - 1, j] - R[0, j], the first stage left out
+        FWT = mean over sets learnt after the start of  R[learnt_at[j] - 1, j] - R[0, j], without the first stage
               (nothing was learnt before it that could have helped)
         FM  = mean over sets learnt before T of  max_{l < T} R[l, j] - R[T, j]
 
     Codes differ in what they divide by (GEM's own divides BWT by T, counting a zero), so the counts are returned.
-    Sets whose cells are not all known (NaN) are left out of the terms that need them.
+    Terms with unknown cells (NaN) are dropped.
     """
     last = len(scores) - 1
     old = [j for j, stage in enumerate(learnt_at) if stage < last]
     ahead = [j for j, stage in enumerate(learnt_at) if stage >= 2]
     backward = _drop_nan([scores[last, j] - scores[learnt_at[j], j] for j in old])
     forward = _drop_nan([scores[learnt_at[j] - 1, j] - scores[0, j] for j in ahead])
-    # fmax passes over unknown cells, and says nothing when all are.
+    # fmax ignores NaN, and is NaN only when all cells are.
     best = _drop_nan([np.fmax.reduce(scores[:last, j]) - scores[last, j] for j in old])
     final = _drop_nan(list(scores[last]))
 

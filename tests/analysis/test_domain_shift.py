@@ -47,7 +47,7 @@ def test_too_little_text_says_how_much_is_needed() -> None:
 
 def test_one_and_the_same_text_is_refused() -> None:
     documents = prose(FRUIT, 30, 0)
-    with pytest.raises(DataError, match="stand in the old and in the new text alike"):
+    with pytest.raises(DataError, match="are in both the old and the new text"):
         domain_shift.refuse_same(documents, documents[:20])
     domain_shift.refuse_same(documents, prose(FRUIT, 30, 1))
 

@@ -242,7 +242,7 @@ def test_soft_prompts_stand_around_what_lm_eval_asks(lm_eval: Any) -> None:
     lm = harness._make_lm(
         sys.modules[lm_eval.__module__], wrap_model(pretrained, Task.CAUSAL), tokenizer, 64, 0, around
     )
-    assert (lm.room, lm.max_length) == (64, 61)
+    assert (lm.total_length, lm.max_length) == (64, 61)
     items = few_shot(6, 0)
     pairs = [(context, choice) for context, choices in items for choice in choices]
     found = lm.loglikelihood(
@@ -268,7 +268,7 @@ def test_soft_prompts_stand_around_what_lm_eval_asks(lm_eval: Any) -> None:
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
         )
         assert text == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
-    assert lm.asked == len(pairs) + len(items)
+    assert lm.request_count == len(pairs) + len(items)
 
 
 # -- bad use ----------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_the_weights_of_a_llama_are_those_of_the_formula() -> None:
 def test_names_that_mean_nothing() -> None:
     assert parse_model_name("GPT2-1.5B")[1] == 1_500_000_000
     for name, said in (
-        ("llama", "no family and size"), ("llama-15", "no family and size"), ("lama-15M", "did you mean 'llama'"),
+        ("llama", "not a family and size"), ("llama-15", "not a family and size"), ("lama-15M", "did you mean 'llama'"),
         ("mamba-15M", "model.config"),
     ):  # fmt: skip
         with pytest.raises(ModelError, match=said):

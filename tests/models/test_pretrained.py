@@ -72,7 +72,7 @@ def test_models_that_leak_are_refused(name: str, changes: dict[str, Any], caplog
     torch.manual_seed(0)
     config = getattr(transformers, name)(**changes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ModelError, match="packed documents see each other"):
+    with pytest.raises(ModelError, match="packed documents attend to each other"):
         verify_model(CausalModel(model))
 
 

@@ -143,7 +143,7 @@ def test_layers_are_joined_as_the_formulas_say() -> None:
 def test_an_untrained_mix_is_the_mean_of_its_layers() -> None:
     model = made("bert", TaskHeadConfig((0, 1, 2), "mix"))
     states = model.states(**bare(families.batch("bert", "tags")))
-    torch.testing.assert_close(model.task_layer.joined(states), torch.stack(states).mean(0))
+    torch.testing.assert_close(model.task_layer.join_states(states), torch.stack(states).mean(0))
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,7 @@ def test_a_run_in_parts_ends_with_the_same_bits(shelf: Workspace, name: str) -> 
 def test_the_plan_says_what_is_read(shelf: Workspace) -> None:
     plan = shelf.plan(stage_of(shelf, "told", "tagged", {"kind": "head"}, layers={"concat": 2}, head=SMALL))
     said = (
-        "task layer: reads layers 1, 2 side by side, at each word's first token, with a head of the kind bilstm (1 x 9)"
+        "task layer: reads layers 1, 2 concatenated, at each word's first token, with a head of the kind bilstm (1 x 9)"
     )
     assert said in check_stage(plan, cache=shelf.cache)["text"]
     usual = shelf.plan(stage_of(shelf, "told-not", "tagged", {"kind": "head"}))

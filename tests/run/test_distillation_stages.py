@@ -309,7 +309,7 @@ def test_a_teacher_of_other_tokens_is_refused_by_name(shelf: Workspace) -> None:
     save_pretrained(make_llama(1, vocab_size=len(swapped)), swapped, shelf.folder / "swapped", dtype=torch.float32)
     with pytest.raises(StageError, match="id 0 is"):
         shelf.plan(shelf.stage("swapped", objectives=[NEXT, {**DISTILL, "teacher": "swapped"}]))
-    for name, said in (("nowhere", "there is no folder nowhere"), ("", "no model is named")):
+    for name, said in (("nowhere", "there is no folder nowhere"), ("", "the name of the model is empty")):
         with pytest.raises(ModelError, match=said) as caught:
             shelf.plan(shelf.stage("lost", objectives=[NEXT, {**DISTILL, "teacher": name}]))
         assert caught.value.where == "objectives[1].teacher"

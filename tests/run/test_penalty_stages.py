@@ -377,7 +377,7 @@ def test_rows_that_the_reference_lacks_are_held_to_nothing(shelf: Workspace, tmp
         ({"targets": ["*embedd_tokens*"]}, r"penalties\[0\]\.targets[\s\S]*names no weight"),
         ({"importance": "nowhere.safetensors"}, r"penalties\[0\]\.importance[\s\S]*postgrad importance MODEL"),
         ({"reference": "nowhere"}, r"penalties\[0\]\.reference: there is no folder nowhere"),
-        ({"reference": ""}, r"penalties\[0\]\.reference: no model is named"),
+        ({"reference": ""}, r"penalties\[0\]\.reference: the name of the model is empty"),
         ({"strength": 1e308}, r"penalties\[0\]\.strength: input should be less than or equal to 10+, not 1e\+308"),
         ({"strength": "automatic"}, r"penalties\[0\]\.strength: input should be 'auto', not 'automatic'"),
         ({"strength": "-1"}, r"penalties\[0\]\.strength: input should be greater than or equal to 0, not '-1'"),

@@ -234,7 +234,7 @@ def test_rows_longer_than_a_window_are_refused(shelf: Workspace) -> None:
         num_key_value_heads=2, max_position_embeddings=128, sliding_window=16,
     )  # fmt: skip
     save_model(MistralForCausalLM(config).eval(), make_tokenizer(), shelf.folder / "mistral")
-    with pytest.raises(ModelError, match="layers of this model see 16"):
+    with pytest.raises(ModelError, match="attention window of this model is 16"):
         shelf.run(stage_of(shelf, "window", model="mistral"))
 
 
