@@ -1,9 +1,8 @@
-"""What does forgetting look like, and its cure? Three small stages on text that every Python installation carries.
+"""The demo: a small model forgets when it continues on new text, and replay retains what it knew.
 
-Old text: English documentation (the language reference that `help()` shows, and docstrings). New text: the standard
-library's source code with its docstrings and comments taken out. A small model learns the old text, and is then continued
-on the new twice: naively, and with a tenth of the tokens replayed from the old. Nothing is staged: what is printed was
-measured on documents of modules that no model trained on.
+Old text: English documentation (the language reference that `help()` shows, and docstrings). New text: the standard library's
+source code without docstrings and comments. A small model is trained on the old text, and continued on the new text twice:
+naively, and with a tenth of the tokens replayed from the old. All numbers are measured on documents of held-out modules.
 """
 
 from __future__ import annotations
@@ -11,12 +10,17 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from postgrad.commands.builtin_corpus import write_texts
+from postgrad.commands.results import Result
 from postgrad.errors import InterruptError, StageError
 from postgrad.storage.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from postgrad.lineage.record import Record
 
 SEED = 0
 SEQUENCE_LENGTH = 256
@@ -24,67 +28,83 @@ BASE_TOKENS, NEW_TOKENS = 2_400_000, 900_000
 VOCABULARY = 2048
 
 
-def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
-    """Make the texts and the base model, train both arms, and write the page that compares them."""
-    from postgrad.cli.progress import make_screen, watch
-    from postgrad.config.stage_file import load_stage
-    from postgrad.plan.plan import make_plan
-    from postgrad.reports.html import document, tables
-    from postgrad.reports.pages import comparison_page
-    from postgrad.run.events import RunFinished
-    from postgrad.run.run import run_stage
-    from postgrad.training.metrics_log import read_metrics
+@dataclass(frozen=True)
+class Demo(Result):
+    """The runs of the demo, and the page that compares them."""
 
-    begun = time.perf_counter()
+    folder: Path
+    report: Path
+    records: dict[str, Record]
+    """The record of each stage."""
+    seconds: float
+
+    def as_dict(self) -> dict[str, object]:
+        """The changes of every stage, and what it took."""
+        arms = {
+            name: {key: record.as_json()[key] for key in ("changes", "totals")} for name, record in self.records.items()
+        }
+        return {"report": str(self.report), "arms": arms}
+
+
+def run_demo(folder: Path, *, as_json: bool) -> Demo:
+    """Write the texts and the base model, train both arms, and write the page that compares them."""
+    from postgrad.cli.progress import make_screen, watch
+    from postgrad.commands.compare import compare_runs
+    from postgrad.commands.pages import write_page
+    from postgrad.commands.train import plan_stage, train
+    from postgrad.run.events import RunFinished
+
+    start_time = time.perf_counter()
     if folder.exists() and not (folder / "data").exists() and any(folder.iterdir()):
-        raise StageError(f"{folder} is there and is no demo", where="demo", hint="name another folder")
+        raise StageError(f"{folder} exists and is no demo", where="demo", hint="name another folder")
     folder.mkdir(parents=True, exist_ok=True)
 
-    def say(text: str) -> None:
+    def show(text: str) -> None:
         if not as_json:
             print(text, file=sys.stderr, flush=True)
 
-    say("1/4  old text: English documentation; new text: Python source code (from this Python installation)")
+    show("1/4  old text: English documentation; new text: Python source code (from this Python installation)")
     sizes = write_texts(folder / "data")
-    say(f"     {sizes['old']:,} and {sizes['new']:,} characters")
+    show(f"     {sizes['old']:,} and {sizes['new']:,} characters")
     write_random_model(folder / "random", folder / "data" / "old.jsonl")
-    records: dict[str, Any] = {}
-    for number, (name, what) in enumerate(_STAGE_TITLES.items(), start=2):
-        say(f"{number}/4  {what}")
-        place = folder / f"{name}.yaml"
-        write_atomically(place, demo_stage_text(name))
-        plan = make_plan(load_stage(place), folder.resolve(), folder.resolve() / "cache")
-        command = f"postgrad train {place}"
-        outcome = watch(run_stage(plan, command=command, cache=folder.resolve() / "cache"), make_screen(as_json))
+    cache = folder.resolve() / "cache"
+    records: dict[str, Record] = {}
+    for number, (name, title) in enumerate(_STAGE_TITLES.items(), start=2):
+        show(f"{number}/4  {title}")
+        path = folder / f"{name}.yaml"
+        write_atomically(path, demo_stage_text(name))
+        events = train(plan_stage(path, cache=cache), cache=cache, command=f"postgrad train {path}")
+        outcome = watch(events, make_screen(as_json))
         if not isinstance(outcome, RunFinished):
-            raise InterruptError("the demo was stopped", hint=f"postgrad demo {folder} goes on")
+            raise InterruptError("the demo was stopped", hint=f"postgrad demo {folder} resumes")
         records[name] = outcome.record
-    arms = [records["naive"], records["replay"]]
-    report = folder / "report.html"
-    metrics = [list(read_metrics(folder / "runs" / name / "metrics.jsonl")) for name in ("naive", "replay")]
-    document.write_page(report, comparison_page.comparison_page(arms, metrics, "Forgetting, and its cure", "naive"))
-    lines = ["", tables.comparison_table(arms, "naive").text(), "", *_conclusion(arms), ""]
+    report = write_page(compare_runs([folder / "runs" / name for name in ("naive", "replay")]), folder / "report.html")
+    return Demo(folder, report, records, time.perf_counter() - start_time)
+
+
+def demo_text(demo: Demo) -> str:
+    """The comparison of both arms in words."""
+    from postgrad.reports.sections.comparison_table import comparison_table
+
+    arms = [demo.records["naive"], demo.records["replay"]]
+    lines = ["", comparison_table(arms, "naive").text(), "", *_conclusion(arms), ""]
     lines += [
-        f"took {time.perf_counter() - begun:.0f} s",
-        f"report: {report}   (open it in a browser; it needs no network)",
-        f"next, for your own text: postgrad init my-stage --data YOUR-TEXT/ --model {folder}/runs/replay",
+        f"took {demo.seconds:.0f} s",
+        f"report: {demo.report}   (open it in a browser; it needs no network)",
+        f"next, for your own text: postgrad init my-stage --data YOUR-TEXT/ --model {demo.folder}/runs/replay",
     ]
-    return {
-        "text": "\n".join(lines),
-        "report": str(report),
-        "arms": {name: {"changes": r["changes"], "achieved": r["achieved"]} for name, r in records.items()},
-    }
+    return "\n".join(lines)
 
 
 _STAGE_TITLES = {
-    "base": "a small model learns the old text",
-    "naive": "it goes on with the new text alone",
-    "replay": "it goes on with the new text, 10 % of the tokens replayed from the old",
+    "base": "train a small model on the old text",
+    "naive": "continue it on the new text alone",
+    "replay": "continue it on the new text, with 10 % of the tokens replayed from the old",
 }
 
 
 def demo_stage_text(name: str) -> str:
-    """The stage files of the demo, also worth reading."""
+    """The stage files of the demo."""
     evaluation = (
         "evaluation: {retained: [{name: english, path: data/old-heldout.jsonl}], "
         "learned: [{name: code, path: data/new-heldout.jsonl}], every: 20%, eval_tokens: 8k, samples: 2}"
@@ -110,16 +130,16 @@ def demo_stage_text(name: str) -> str:
     )
 
 
-def _conclusion(arms: list[dict[str, Any]]) -> list[str]:
-    """What the numbers say, in words made from them."""
-    naive, cured = (arm["changes"]["english"] for arm in arms)
-    gain, gain_cured = (arm["changes"]["code"]["difference"] for arm in arms)
-    removed = 1 - cured["difference"] / naive["difference"] if naive["difference"] > 0 else float("nan")
+def _conclusion(arms: list[Record]) -> list[str]:
+    """The result in two sentences."""
+    naive, replay = (arm.changes["english"].difference or 0.0 for arm in arms)
+    gain, replay_gain = (arm.changes["code"].difference or 0.0 for arm in arms)
+    removed = 1 - replay / naive if naive > 0 else float("nan")
     return [
-        f"Naively the model's loss on English rose by {naive['difference']:.2f} nats per token ({naive['verdict']}), while it "
-        f"learnt code ({gain:+.2f}).",
-        f"With 10 % replay it rose by {cured['difference']:.2f}: {removed:.0%} of the forgetting is gone, for "
-        f"{gain_cured - gain:+.2f} nats on code and the same number of tokens.",
+        f"Naively the model's loss on English rose by {naive:.2f} nats per token ({arms[0].changes['english'].verdict}), while "
+        f"it learnt code ({gain:+.2f}).",
+        f"With 10 % replay it rose by {replay:.2f}: {removed:.0%} of the forgetting is gone, for "
+        f"{replay_gain - gain:+.2f} nats on code and the same number of tokens.",
     ]
 
 

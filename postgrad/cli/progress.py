@@ -1,4 +1,4 @@
-"""What does the user see while a stage is carried out? A progress line on a terminal, plain lines elsewhere, or JSON."""
+"""Progress of a run: a moving line on a terminal, plain lines elsewhere, or JSON events."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from postgrad.hardware.memory import format_bytes
+from postgrad.lineage.metrics import EvaluationRow
 from postgrad.reports.html.notation import format_duration
 from postgrad.run import events as r
 
@@ -20,25 +21,25 @@ _PLAIN_EVERY_SECONDS, _COUNT_EVERY_SECONDS = 5.0, 2.0
 
 
 class Screen(Protocol):
-    """Shows what happens."""
+    """Shows the progress of a command."""
 
     def show_tokenizing(self, name: str, done: int, total: int) -> None:
-        """Text of a source is being read and tokenised."""
+        """Bytes of a source that are tokenised."""
 
     def show_measuring(self, done: int, total: int) -> None:
-        """So many labels have been looked at."""
+        """Labels whose importance is measured."""
 
     def show(self, event: r.RunEvent) -> None:
-        """Something happened in a run."""
+        """An event of a run."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """The end of the progress."""
 
 
 def make_screen(as_json: bool) -> Screen:
-    """JSON lines when asked for; else a progress bar on a terminal and plain lines in a file or pipe.
+    """JSON lines on request; else a progress bar on a terminal and plain lines in a file or pipe.
 
-    Of several processes only the first one speaks.
+    Of several processes only the first one shows anything.
     """
     if os.environ.get("RANK", "0") != "0":
         return _SilentScreen()
@@ -48,7 +49,7 @@ def make_screen(as_json: bool) -> Screen:
 
 
 def watch(events: Iterable[r.RunEvent], screen: Screen) -> r.RunEvent:
-    """Show every event; the last one is the outcome."""
+    """Show every event and return the last one, the outcome."""
     last: r.RunEvent | None = None
     try:
         for event in events:
@@ -61,15 +62,15 @@ def watch(events: Iterable[r.RunEvent], screen: Screen) -> r.RunEvent:
 
 
 def trainable_text(event: r.RunStarted) -> str:
-    """The weights, and how many of them move."""
+    """How many weights there are, and how many are trained."""
     counts = event.counts
     if counts.trainable == counts.parameters:
         return f"{counts.parameters:,} weights"
-    return f"{counts.trainable:,} of {counts.parameters:,} weights move"
+    return f"{counts.trainable:,} of {counts.parameters:,} weights are trained"
 
 
 def event_text(event: r.RunEvent) -> str:
-    """An event as a line, or nothing."""
+    """An event as a line; empty for an event that is not shown."""
     match event:
         case r.RunStarted():
             execution = event.execution
@@ -83,7 +84,7 @@ def event_text(event: r.RunEvent) -> str:
             where = f"resuming after step {event.step:,} of" if event.step else "training for"
             return f"{where} {event.plan.steps:,} steps: {', '.join(parts)}"
         case r.EvaluationCompleted():
-            return f"step {event.row['step']:>6,}  " + _evaluation_text(event.row)
+            return f"step {event.row.step:>6,}  " + _evaluation_text(event.row)
         case r.CheckpointSaved():
             return f"step {event.step:>6,}  checkpoint {event.folder.name} saved and verified"
         case r.PhaseStarted():
@@ -96,17 +97,16 @@ def event_text(event: r.RunEvent) -> str:
             return ""
 
 
-def _evaluation_text(row: dict[str, Any]) -> str:
+def _evaluation_text(row: EvaluationRow) -> str:
     parts = []
-    for name, found in row["sets"].items():
-        parts.append(f"{name} {found['nats']:.3f} ({found['change']:+.3f})")
-    choice = row.get("choice")
-    if choice:
-        best = "no candidate yet" if choice["best"] is None else f"best so far at step {choice['best']:,}"
-        parts.append(f"{choice['by']} on {choice['set']} {choice['value']:.4f} ({best})")
+    for name, score in row.sets.items():
+        parts.append(f"{name} {score.nats:.3f} ({score.change:+.3f})")
+    if choice := row.checkpoint_selection:
+        best = "no candidate yet" if choice.best_step is None else f"best so far at step {choice.best_step:,}"
+        parts.append(f"{choice.metric} on {choice.set} {choice.value:.4f} ({best})")
     text = "held out: " + ", ".join(parts)
-    asked = [f"{name} {found['metric']} {found['value']:.3f}" for name, found in row.get("tasks", {}).items()]
-    return text + ("; asked: " + ", ".join(asked) if asked else "")
+    tasks = [f"{name} {task.metric} {task.value:.3f}" for name, task in row.tasks.items()]
+    return text + ("; tasks: " + ", ".join(tasks) if tasks else "")
 
 
 def _step_text(event: r.StepCompleted, steps: int) -> str:
@@ -118,8 +118,9 @@ def _step_text(event: r.StepCompleted, steps: int) -> str:
     )
 
 
+@runtime_checkable
 class TokenProgress(Protocol):
-    """How far something is: so many of so many tokens."""
+    """An event with the tokens done and their target."""
 
     @property
     def tokens(self) -> int: ...
@@ -127,22 +128,46 @@ class TokenProgress(Protocol):
     def target_tokens(self) -> int: ...
 
 
-def show_token_progress(steps: Iterable[TokenProgress], as_json: bool) -> None:
-    """Carry something out and say on the way how far it is, a few times a minute."""
-    begun = said = time.monotonic()
-    for step in steps:
+def show_token_progress(events: Iterable[object], as_json: bool) -> object:
+    """Show progress events a few times a minute; the last item is the result."""
+    start_time = last_time = time.monotonic()
+    event: object = None
+    for event in events:
         now = time.monotonic()
-        if as_json or now - said < _COUNT_EVERY_SECONDS:
+        if as_json or not isinstance(event, TokenProgress) or now - last_time < _COUNT_EVERY_SECONDS:
             continue
-        said, rate = now, step.tokens / (now - begun)
-        left = f", {format_duration(max(step.target_tokens - step.tokens, 0) / rate)} left" if rate else ""
+        last_time, rate = now, event.tokens / (now - start_time)
+        left = f", {format_duration(max(event.target_tokens - event.tokens, 0) / rate)} left" if rate else ""
         print(
-            f"{step.tokens:,} of {step.target_tokens:,} tokens, {rate:,.0f} a second{left}", file=sys.stderr, flush=True
+            f"{event.tokens:,} of {event.target_tokens:,} tokens, {rate:,.0f} a second{left}",
+            file=sys.stderr,
+            flush=True,
         )
+    return event
+
+
+class ProgressLine:
+    """A single line on a terminal, for work that takes more than two seconds."""
+
+    def __init__(self) -> None:
+        self.start_time, self.last_shown = time.perf_counter(), 0.0
+
+    def __call__(self, activity: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if sys.stderr.isatty() and now - self.start_time > _COUNT_EVERY_SECONDS and now - self.last_shown > 0.2:
+            self.last_shown = now
+            print(f"\r{activity}: {done / total:.0%}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.last_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 class _SilentScreen:
-    """Says nothing."""
+    """Shows nothing."""
 
     def show_tokenizing(self, name: str, done: int, total: int) -> None:
         pass
@@ -197,7 +222,7 @@ class _PlainScreen:
 
 
 class _BarScreen:
-    """One moving line, and lines above it for what stays worth knowing."""
+    """One moving line, and lasting lines above it."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -246,7 +271,7 @@ class _BarScreen:
                 if isinstance(event, r.RunStarted):
                     self.steps = event.plan.steps
                 if isinstance(event, r.EvaluationCompleted):
-                    rises = {n: v["change"] for n, v in event.row["sets"].items() if v["role"] == "retained"}
+                    rises = {n: v.change for n, v in event.row.sets.items() if v.role == "retained"}
                     if rises:
                         worst = max(rises, key=lambda n: rises[n])
                         self.forgetting = f"{worst} {rises[worst]:+.3f}"
@@ -274,13 +299,13 @@ class _JsonScreen:
                 report = event.report
                 row = {"event": "step", "step": report.step, "loss": report.loss, "seconds": event.seconds}
             case r.EvaluationCompleted():
-                row = {"event": "evaluation", **{k: v for k, v in event.row.items() if k != "kind"}}
+                row = {"event": "evaluation", **{k: v for k, v in event.row.as_json().items() if k != "kind"}}
             case r.CheckpointSaved():
-                row = {"event": "saved", "step": event.step, "place": str(event.folder)}
+                row = {"event": "checkpoint", "step": event.step, "folder": str(event.folder)}
             case r.InfoMessage():
-                row = {"event": "said", "what": event.message}
+                row = {"event": "info", "message": event.message}
             case r.WarningMessage():
-                row = {"event": "warning", "what": event.message}
+                row = {"event": "warning", "message": event.message}
             case _:
                 return
         print(json.dumps(row), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What does the user see while a study is carried out? Each arm, how far it is and what it forgot; or lines, or JSON."""
+"""Progress of a study: a table of its arms on a terminal, plain lines elsewhere, or JSON events."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from postgrad.lineage.metrics import EvaluationRow
 from postgrad.reports.html.notation import format_duration, format_signed
 from postgrad.studies.run_step import StepProgress, StepWarning
 from postgrad.studies.run_study import StepFailed, StepFinished, StepStarted, StudyEvent, StudyFinished
@@ -26,39 +27,39 @@ _BAR = 16
 
 @dataclass
 class StudyProgress:
-    """How far a study is: each step's part that is done, and what each run has forgotten and learnt at its last look."""
+    """The fraction done of each step, and the changes of loss at each run's last evaluation."""
 
     work: StepGraph
     expected: Mapping[str, float]
-    """Seconds by step, as far as they are known beforehand."""
+    """Seconds by step, where they were estimated."""
     fractions: dict[str, float] = field(default_factory=dict)
     activities: dict[str, str] = field(default_factory=dict)
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[str, EvaluationRow] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     start_times: dict[str, float] = field(default_factory=dict)
     durations: dict[str, float] = field(default_factory=dict)
 
     def update(self, event: StudyEvent) -> None:
-        """What an event changes."""
+        """Apply an event."""
         match event:
             case StepStarted(key, _):
-                self.activities[key], self.start_times[key] = "begins", time.monotonic()
-            case StepProgress(key, what, done, total, row):
+                self.activities[key], self.start_times[key] = "starting", time.monotonic()
+            case StepProgress(key, activity, done, total, row):
                 self.fractions[key] = min(done / max(total, 1), 0.99)
-                self.activities[key] = what
+                self.activities[key] = activity
                 if row is not None:
                     self.evaluations[key] = row
-            case StepFinished(key, _, before):
+            case StepFinished(key, _, is_cached):
                 self.fractions[key] = 1.0
                 self.activities.pop(key, None)
-                if not before:
+                if not is_cached:
                     self.durations[key] = time.monotonic() - self.start_times[key]
             case StepFailed(key, error):
                 self.errors[key] = error
                 self.activities.pop(key, None)
 
     def fraction_done(self, arm: str) -> float:
-        """How much of an arm is done, by what its steps are expected to take."""
+        """The fraction of an arm that is done, weighted by the estimated time of its steps."""
         keys = {key for chain in self.work.arm_chains(arm) for key in self.work.required_steps(chain.last_step)} - {
             self.work.base_step
         }
@@ -66,55 +67,55 @@ class StudyProgress:
         return sum(weights[k] * self.fractions.get(k, 0.0) for k in keys) / sum(weights.values())
 
     def state(self, arm: str) -> str:
-        """In a word or two."""
+        """`waiting`, `failed`, `done`, or the current activity."""
         keys = {key for chain in self.work.arm_chains(arm) for key in chain.steps}
         if keys & self.errors.keys():
             return "failed"
-        now = [self.activities[key] for key in keys if key in self.activities]
-        if now:
-            return now[0]
-        there = sum(self.fractions.get(chain.last_step, 0.0) >= 1 for chain in self.work.arm_chains(arm))
-        return "done" if there == len(self.work.arm_chains(arm)) else "waits" if not there else f"{there} done"
+        activities = [self.activities[key] for key in keys if key in self.activities]
+        if activities:
+            return activities[0]
+        done = sum(self.fractions.get(chain.last_step, 0.0) >= 1 for chain in self.work.arm_chains(arm))
+        return "done" if done == len(self.work.arm_chains(arm)) else "waiting" if not done else f"{done} done"
 
     def mean_change(self, arm: str, role: str) -> float | None:
-        """The mean change on the sets of a role at the last look of each seed's last run."""
-        found = []
+        """The mean change on the sets of a role at the last evaluation of each seed's last run."""
+        changes = []
         for chain in self.work.arm_chains(arm):
             row = next((self.evaluations[key] for key in reversed(chain.steps) if key in self.evaluations), None)
             if row is not None:
-                found += [entry["change"] for entry in row["sets"].values() if entry["role"] == role]
-        return statistics.fmean(found) if found else None
+                changes += [entry.change for entry in row.sets.values() if entry.role == role]
+        return statistics.fmean(changes) if changes else None
 
     def seconds_left(self) -> float:
-        """Seconds for what is left: as estimated, in the measure of how far the estimates have been off."""
+        """Remaining seconds: the estimates, scaled by the error of the estimates so far."""
         known = [k for k in self.durations if self.expected.get(k)]
         expected = sum(self.expected[k] for k in known)
-        off = sum(self.durations[k] for k in known) / expected if expected else 1.0
-        return off * sum(s * (1 - self.fractions.get(k, 0.0)) for k, s in self.expected.items())
+        ratio = sum(self.durations[k] for k in known) / expected if expected else 1.0
+        return ratio * sum(s * (1 - self.fractions.get(k, 0.0)) for k, s in self.expected.items())
 
 
 class StudyScreen(Protocol):
-    """Shows how far a study is."""
+    """Shows the progress of a study."""
 
     def show_message(self, text: str) -> None:
-        """Something is being prepared."""
+        """A preparation, before the first step."""
 
     def show(self, event: StudyEvent, progress: StudyProgress) -> None:
-        """Something happened."""
+        """An event of the study."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """The end of the progress."""
 
 
 def make_study_screen(as_json: bool) -> StudyScreen:
-    """JSON lines when asked for; else a live table on a terminal and plain lines in a file or pipe."""
+    """JSON lines on request; else a live table on a terminal and plain lines in a file or pipe."""
     if as_json:
         return _JsonStudyScreen()
     return _LiveStudyScreen() if sys.stderr.isatty() else _PlainStudyScreen()
 
 
 def watch_study(events: Iterable[StudyEvent], progress: StudyProgress, screen: StudyScreen) -> StudyFinished:
-    """Show every event; the last one tells how it ended."""
+    """Show every event and return the last one, the outcome."""
     ended = None
     try:
         for event in events:
@@ -128,16 +129,20 @@ def watch_study(events: Iterable[StudyEvent], progress: StudyProgress, screen: S
     return ended
 
 
+def _time_left(progress: StudyProgress) -> str:
+    return f"{format_duration(progress.seconds_left())} left"
+
+
 def _step_slug(progress: StudyProgress, key: str) -> str:
     return progress.work.steps[key].slug
 
 
-def _evaluation_text(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {format_signed(entry['change'])}" for name, entry in row["sets"].items())
+def _evaluation_text(row: EvaluationRow) -> str:
+    return ", ".join(f"{name} {format_signed(entry.change)}" for name, entry in row.sets.items())
 
 
 class _PlainStudyScreen:
-    """Lines: one when a run begins and ends, and a few in between."""
+    """A line when a run starts and ends, and a few in between."""
 
     def __init__(self) -> None:
         self._last_line_time = -math.inf
@@ -150,24 +155,24 @@ class _PlainStudyScreen:
         match event:
             case StepStarted(key, device):
                 on = f" on device {device}" if device else ""
-                self._line(f"{_step_slug(progress, key)} begins{on}")
-            case StepProgress(key, what, done, total, row) if (
+                self._line(f"{_step_slug(progress, key)} starts{on}")
+            case StepProgress(key, activity, done, total, row) if (
                 time.monotonic() - self._last_line_time > _PLAIN_EVERY_SECONDS
             ):
-                look = f"; {_evaluation_text(row)}" if row else ""
+                evaluation = f"; {_evaluation_text(row)}" if row else ""
                 self._line(
-                    f"{_step_slug(progress, key)}: {what}, {done:,} of {total:,}{look}; {format_duration(progress.seconds_left())} left"
+                    f"{_step_slug(progress, key)}: {activity}, {done:,} of {total:,}{evaluation}; {_time_left(progress)}"
                 )
             case StepFinished(key, seconds, False):
                 row = progress.evaluations.get(key)
-                look = f": {_evaluation_text(row)}" if row else ""
+                evaluation = f": {_evaluation_text(row)}" if row else ""
                 self._line(
-                    f"{_step_slug(progress, key)} done in {format_duration(seconds)}{look}; {format_duration(progress.seconds_left())} left"
+                    f"{_step_slug(progress, key)} done in {format_duration(seconds)}{evaluation}; {_time_left(progress)}"
                 )
             case StepFailed(key, error):
                 self._line(f"{_step_slug(progress, key)} FAILED: {error}")
-            case StepWarning(key, what):
-                self._line(f"{_step_slug(progress, key)}: warning: {what}")
+            case StepWarning(key, message):
+                self._line(f"{_step_slug(progress, key)}: warning: {message}")
 
     def close(self) -> None:
         pass
@@ -178,7 +183,7 @@ class _PlainStudyScreen:
 
 
 class _LiveStudyScreen:
-    """A table of the arms that is drawn anew, and lines above it for what stays worth knowing."""
+    """A live table of the arms, and lasting lines above it."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -196,8 +201,8 @@ class _LiveStudyScreen:
         match event:
             case StepFailed(key, error):
                 self.console.print(f"{_step_slug(progress, key)} FAILED: {error}", markup=False)
-            case StepWarning(key, what):
-                self.console.print(f"{_step_slug(progress, key)}: warning: {what}", markup=False)
+            case StepWarning(key, message):
+                self.console.print(f"{_step_slug(progress, key)}: warning: {message}", markup=False)
         self.live.update(progress_table(progress))
 
     def close(self) -> None:
@@ -207,17 +212,15 @@ class _LiveStudyScreen:
 
 
 def progress_table(progress: StudyProgress) -> Table:
-    """The arms, the base first."""
-    table = Table(
-        title=f"{progress.work.study.name}: about {format_duration(progress.seconds_left())} left", title_justify="left"
-    )
+    """The arms with their progress, the base first."""
+    table = Table(title=f"{progress.work.study.name}: about {_time_left(progress)}", title_justify="left")
     for heading in ("arm", "", "now", "forgotten so far", "new text"):
         table.add_column(heading, justify="right" if heading in ("forgotten so far", "new text") else "left")
     base = progress.work.base_step
     if base is not None:
         done = progress.fractions.get(base, 0.0)
         table.add_row(
-            "(base)", _progress_bar(done), progress.activities.get(base, "done" if done >= 1 else "waits"), "", ""
+            "(base)", _progress_bar(done), progress.activities.get(base, "done" if done >= 1 else "waiting"), "", ""
         )
     for arm in progress.work.study.arms:
         old, new = progress.mean_change(arm, "retained"), progress.mean_change(arm, "learned")
@@ -235,25 +238,25 @@ class _JsonStudyScreen:
     """One JSON object a line on standard error; the result itself goes to standard output."""
 
     def show_message(self, text: str) -> None:
-        self._line({"event": "preparing", "what": text})
+        self._line({"event": "preparing", "message": text})
 
     def show(self, event: StudyEvent, progress: StudyProgress) -> None:
         match event:
             case StepStarted(key, device):
-                self._line({"event": "began", "step": _step_slug(progress, key), "key": key, "device": device})
-            case StepFinished(key, seconds, before):
+                self._line({"event": "started", "step": _step_slug(progress, key), "key": key, "device": device})
+            case StepFinished(key, seconds, is_cached):
                 row = {
-                    "event": "ended",
+                    "event": "finished",
                     "step": _step_slug(progress, key),
                     "key": key,
                     "seconds": seconds,
-                    "before": before,
+                    "is_cached": is_cached,
                 }
-                self._line({**row, "left": progress.seconds_left()})
+                self._line({**row, "remaining_seconds": progress.seconds_left()})
             case StepFailed(key, error):
                 self._line({"event": "failed", "step": _step_slug(progress, key), "key": key, "error": error})
-            case StepWarning(key, what):
-                self._line({"event": "warning", "step": _step_slug(progress, key), "what": what})
+            case StepWarning(key, message):
+                self._line({"event": "warning", "step": _step_slug(progress, key), "message": message})
 
     def close(self) -> None:
         pass

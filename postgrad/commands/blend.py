@@ -1,27 +1,27 @@
-"""What lies between a run's start model and what it became? Each point scored on what was to be kept and what was to be learnt.
+"""Score the models interpolated between a run's start and its end, and write one of them.
 
-A blend gives back some of what was forgotten for some of what was learnt. It costs no training, and does not replace replay,
-which keeps the one without giving up the other (Ibrahim et al. 2024, table 6: the best merge 27.6 against 32.5).
+A blend trades learning for retention. It costs no training, and does not replace replay, which retains without giving up
+learning (Ibrahim et al. 2024, table 6: the best merge 27.6 against 32.5).
 """
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from postgrad.commands.cache import cache_folder
+from postgrad.commands.results import Result
 from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.evaluation import before_after
-from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.hardware import machine
 from postgrad.lineage.record import Record, read_record
 from postgrad.models import interpolate
@@ -29,57 +29,120 @@ from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_dtype
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.reports.html import document
-from postgrad.reports.pages import blend_page
+from postgrad.stats.forgetting import LossChange
 from postgrad.storage.atomic import publish_folder
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.tuning.open_model import LoadedModel, open_model
 
 _BLOCK_WEIGHTS = (0.0, 0.5)
-"""Of a single block, as there are many."""
+"""Weights of a single block; few, as there are many blocks."""
 
 
 @dataclass(frozen=True)
-class _BlendPoint:
-    """One model between the two."""
+class SetChange(Result):
+    """The change of a held-out set's loss from the start model."""
+
+    role: str
+    """`retained`, `learned` or `test`."""
+    change: LossChange
+
+    def as_dict(self) -> dict[str, object]:
+        """The change as plain data, with its role."""
+        return {"role": self.role, **asdict(self.change)}
+
+
+@dataclass(frozen=True)
+class BlendedModel(Result):
+    """A model between the start and the trained one."""
 
     name: str
     weight: float
+    """The weight of the trained model: 0 is the start."""
     block: int | None
-    """The only block that is not the trained one's; None: all weights alike."""
+    """The only block that is interpolated; None: all weights."""
+    changes: Mapping[str, SetChange]
+    """Of each held-out set, from the start model."""
+
+    def worst_rise(self) -> float:
+        """The largest rise of a retained loss, as a fraction, by the upper end of its interval."""
+        return max(item.change.relative_high for item in self._of_role("retained"))
+
+    def mean_change(self, role: str) -> float | None:
+        """The mean change over the sets of a role, in nats per token."""
+        differences = [item.change.difference for item in self._of_role(role)]
+        return sum(differences) / len(differences) if differences else None
+
+    def _of_role(self, role: str) -> list[SetChange]:
+        return [item for item in self.changes.values() if item.role == role]
+
+    def as_dict(self) -> dict[str, object]:
+        """The point as plain data."""
+        changes = {name: item.as_dict() for name, item in self.changes.items()}
+        return {"name": self.name, "weight": self.weight, "block": self.block, "changes": changes}
 
 
-def blend_run(
-    run: Path,
+Granularity = Literal["model", "block"]
+
+
+@dataclass(frozen=True)
+class Blend(Result):
+    """The models between a run's start and its end, and the one that was chosen."""
+
+    run: Path
+    start: str
+    granularity: Granularity
+    average: int | None
+    """How many last checkpoints the end is a mean of; None: the run's model."""
+    new: tuple[str, ...]
+    """Weights of the trained model that its start does not have."""
+    max_forgetting: float | None
+    weights: tuple[float, ...]
+    points: tuple[BlendedModel, ...]
+    chosen: BlendedModel | None
+    folder: Path | None = None
+    """Where the chosen model was written."""
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as plain data; the chosen point by its name."""
+        data = super().as_dict()
+        del data["weights"], data["max_forgetting"]
+        return {
+            **data,
+            "points": [point.as_dict() for point in self.points],
+            "chosen": self.chosen.name if self.chosen else None,
+        }
+
+
+def blend(
+    run: Path | str,
     *,
-    sweep: Sequence[float],
-    granularity: str,
-    average: int | None,
-    max_forgetting: float | None,
-    choose: float | None,
-    out: Path | None,
-    report: Path | None,
-    cache: Path,
-) -> dict[str, Any]:
-    """Score models between a run's start and its end, on the run's own held-out sets, and publish one of them.
+    weights: Sequence[float] = (0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1),
+    granularity: str = "model",
+    average: int | None = None,
+    max_forgetting: float | None = None,
+    weight: float | None = None,
+    out: Path | str | None = None,
+    cache: Path | None = None,
+) -> Blend:
+    """Score models between a run's start and its end on the run's held-out sets, and write one of them to `out`.
 
-    `sweep`: weights of the trained model. `by`: `whole`, or `block` for each block by itself. `average`: the end is the mean of
-    so many last checkpoints. The one that leaves (`out`) is that of weight `choose`; without it the one that learnt most and
-    rose on no retained set by more than `max_forgetting`, by the upper end of the interval.
+    `weights`: weights of the trained model. `granularity`: `model`, or `block` to also interpolate each block alone.
+    `average`: the end is the mean of so many last checkpoints. The chosen point is that of `weight`; without it, the one that
+    learnt most among those that rise on no retained set by more than `max_forgetting` (upper end of the interval).
 
-    Raises `StageError` for a run without retained sets or of a tuning that is no change of weights, `ModelError` for models of
-    other shapes.
+    Raises `StageError` for a run without retained sets or with a tuning that is no weight delta, `ModelError` for models of
+    different shapes.
     """
     machine.tune_allocator()
-    _check_options(sweep, granularity, choose, max_forgetting, out)
+    run, out = Path(run), Path(out) if out else None
+    _check_options(weights, granularity, weight, max_forgetting, out)
     record = read_record(run)
-    plan = make_plan(
-        parse_recorded_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
-    )
+    stage = parse_recorded_stage(yaml.safe_load(record.stage_yaml or ""), record.name)
+    plan = make_plan(stage, Path(record.stage_folder or "."), cache or cache_folder())
     sets = list(plan.evaluation.scored_sets)
     if not any(h.role == "retained" for h in sets):
         raise StageError(
-            f"{run} has no retained set, so what a blend gives back could not be seen",
+            f"{run} has no retained set, so the forgetting of a blend cannot be measured",
             where="blend",
             hint="name old text under evaluation.retained of its stage, and train it again",
         )
@@ -88,95 +151,71 @@ def blend_run(
     end = _average_checkpoints(run, record, average) if average else interpolate.copy_weights(model)
     start = _start_weights(record, plan, opened)
     blocks = interpolate.block_parameter_names(model)
-    new = interpolate.refuse_other_shapes(start, end, (record["model"]["start"], str(run)), blocks)
+    new = interpolate.refuse_other_shapes(start, end, (record.model.start_model, str(run)), blocks)
     world = World(machine.default_device())
     view = wrap_model(model, opened.task).to(world.device)
     start, end = ({n: t.to(world.device) for n, t in state.items()} for state in (start, end))
 
-    def scored(point: _BlendPoint) -> before_after.AllScores:
-        interpolate.interpolate_weights(model, start, end, _point_weights(point, start, blocks))
-        return before_after.score_sets(view, sets, context=record["model"]["context"], world=world)
+    def interpolate_model(weight: float, block: int | None) -> None:
+        interpolate.interpolate_weights(model, start, end, _point_weights(weight, block, start, blocks))
 
-    before = scored(_BlendPoint("start", 0.0, None))
-    points: list[dict[str, Any]] = []
-    for point in _sweep_points(sweep, granularity, len(blocks)):
-        now = before if point.weight == 0 and point.block is None else scored(point)
-        points.append({**asdict(point), "changes": before_after.loss_changes(sets, before, now, plan.model.vocab_size)})
-    chosen = _choose_point(points, choose, max_forgetting)
-    found = {
-        "run": str(run),
-        "start": record["model"]["start"],
-        "by": granularity,
-        "average": average,
-        "new": new,
-        "points": points,
-        "chosen": chosen["name"] if chosen else None,
-    }
-    lines = _lines(found, sets, max_forgetting)
-    following = ["eval", str(out)] if out else _next_command(run, sweep, granularity, average, max_forgetting)
+    def score(weight: float, block: int | None) -> before_after.AllScores:
+        interpolate_model(weight, block)
+        return before_after.score_sets(view, sets, context=plan.model.context_length, world=world)
+
+    before = score(0.0, None)
+    points: list[BlendedModel] = []
+    for name, point_weight, block in _sweep_points(weights, granularity, len(blocks)):
+        after = before if point_weight == 0 and block is None else score(point_weight, block)
+        changes = {
+            h.name: SetChange(h.role, before_after.loss_change(before[h.name], after[h.name], plan.model.vocab_size))
+            for h in sets
+            if h.name in before and h.name in after
+        }
+        points.append(BlendedModel(name, point_weight, block, changes))
+    chosen = _choose_point(points, weight, max_forgetting)
     if out:
         if chosen is None:
+            best = min(points, key=BlendedModel.worst_rise)
             raise StageError(
-                "no point of the sweep keeps within the bound; the best is "
-                + min(points, key=_worst_rise)["name"]
-                + f" with {_worst_rise(min(points, key=_worst_rise)):+.2%}",
+                f"no point keeps within the bound; the best is {best.name} with {best.worst_rise():+.2%}",
                 where="--max-forgetting",
             )
-        point = _BlendPoint(chosen["name"], chosen["weight"], chosen["block"])
-        interpolate.interpolate_weights(model, start, end, _point_weights(point, start, blocks))
+        interpolate_model(chosen.weight, chosen.block)
         _publish_blend(out, model, record)
-        found["folder"] = str(out)
-        lines.append(f"wrote {out}: {chosen['name']}")
-    if report:
-        document.write_page(report, blend_page.blend_page(found))
-        lines.append(f"report: {report}")
-    lines.append(f"next: {shlex.join(['postgrad', *following])}")
-    return {"text": "\n".join(lines), **found}
+    return Blend(
+        run, record.model.start_model, granularity, average, tuple(new), max_forgetting,  # type: ignore[bad-argument-type]
+        tuple(sorted(set(weights))), tuple(points), chosen, out,
+    )  # fmt: skip
 
 
 def parse_weights(text: str) -> list[float]:
-    """Weights as they are given on the command line, by commas. Raises `StageError`."""
+    """Weights with commas between them. Raises `StageError`."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise StageError(f"{text!r} is no list of weights", where="--sweep", expected="0,0.5,1") from None
-
-
-def _next_command(
-    run: Path, sweep: Sequence[float], granularity: str, average: int | None, max_forgetting: float | None
-) -> list[str]:
-    """The command that writes a model of this sweep: the one that keeps within the bound, or the one in the middle."""
-    by_words = ["--by", granularity] if max_forgetting is not None and granularity != "whole" else []
-    mean = ["--average", str(average)] if average else []
-    weights = sorted(set(sweep))
-    chosen = (
-        ["--max-forgetting", f"{max_forgetting:g}"]
-        if max_forgetting is not None
-        else ["--choose", f"{weights[len(weights) // 2]:g}"]
-    )
-    listed = ["--sweep", ",".join(f"{weight:g}" for weight in weights)]
-    return ["blend", str(run), *listed, *by_words, *mean, *chosen, "--out", f"{run}-blend"]
+        raise StageError(f"{text!r} is not a list of weights", where="--weights", expected="0,0.5,1") from None
 
 
 def _check_options(
-    sweep: Sequence[float], granularity: str, choose: float | None, max_forgetting: float | None, out: Path | None
+    weights: Sequence[float], granularity: str, weight: float | None, max_forgetting: float | None, out: Path | None
 ) -> None:
-    strange = [w for w in (*sweep, *([choose] if choose is not None else [])) if not 0 <= w <= 1]
-    if strange or not sweep:
+    outside = [w for w in (*weights, *([weight] if weight is not None else [])) if not 0 <= w <= 1]
+    if outside or not weights:
         raise StageError(
-            f"{strange[0] if strange else 'nothing'} is no weight between two models",
-            where="--sweep",
+            f"{outside[0]} is not a weight between two models" if outside else "there is no weight",
+            where="--weights",
             expected="numbers from 0 to 1",
         )
-    if granularity not in ("whole", "block"):
-        raise StageError(f"there is no blend by {granularity!r}", where="--by", expected="whole or block")
+    if granularity not in get_args(Granularity):
+        raise StageError(f"there is no granularity {granularity!r}", where="--granularity", expected="model or block")
     if out and out.exists():
-        raise StageError(f"{out} is there already", where="--out", hint="name a folder that does not exist")
-    if choose is not None and choose not in sweep:
-        raise StageError(f"{choose} is not in the sweep", where="--choose", expected=", ".join(map(str, sweep)))
-    if out and choose is None and max_forgetting is None:
+        raise StageError(f"{out} already exists", where="--out", hint="name a folder that does not exist")
+    if weight is not None and weight not in weights:
+        raise StageError(f"{weight} is not among the weights", where="--weight", expected=", ".join(map(str, weights)))
+    if out and weight is None and max_forgetting is None:
         raise StageError(
-            "which of the models is to be written?", where="--out", hint="give --choose W or --max-forgetting SHARE"
+            "no model is chosen to be written", where="--out", hint="add --weight W or --max-forgetting SHARE"
         )
 
 
@@ -185,100 +224,66 @@ def _load_merged(run: Path, record: Record) -> LoadedModel:
     opened = open_model(locate_model(str(run), Path.cwd()))
     if opened.tunings:
         raise StageError(
-            f"`{opened.tunings[-1].kind}` of {run} is no change of weights, so nothing lies between",
+            f"`{opened.tunings[-1].kind}` of {run} is no weight delta, so it cannot be interpolated",
             where="blend",
-            expected="a run that moved weights: full, blocks, lora, osf ...",
-            hint="switch it off to have the start model back",
+            expected="a run that changed weights: full, blocks, lora, osf ...",
+            hint="detach it to have the start model back",
         )
     return opened
 
 
 def _start_weights(record: Record, plan: Plan, loaded_model: LoadedModel) -> dict[str, Tensor]:
-    """The weights of a run's start model, as the stage found it."""
+    """The weights of a run's start model."""
     start = open_model(plan.model.start)
     if start.tunings:
-        raise StageError(f"`{start.tunings[-1].kind}` stands in {record['model']['start']}", where="blend")
-    found = interpolate.copy_weights(start.model)
-    # A classifier's backbone has other names only where its task layer stands beside it.
-    return {name: tensor for name, tensor in found.items() if name in dict(loaded_model.model.named_parameters())}
+        raise StageError(f"{record.model.start_model} has a `{start.tunings[-1].kind}` tuning", where="blend")
+    weights = interpolate.copy_weights(start.model)
+    # A classifier's backbone has other names only where it has a task layer.
+    return {name: tensor for name, tensor in weights.items() if name in dict(loaded_model.model.named_parameters())}
 
 
 def _average_checkpoints(run: Path, record: Record, count: int) -> dict[str, Tensor]:
     """The mean of the last checkpoints' weights."""
-    places = Checkpoints(run / "checkpoints", None).list_folders()[-count:]
-    if len(places) < count:
+    folders = Checkpoints(run / "checkpoints", None).list_folders()[-count:]
+    if len(folders) < count:
         raise StageError(
-            f"{run} has {len(places)} checkpoints",
+            f"{run} has {len(folders)} checkpoints",
             where="--average",
             expected=f"{count} of them",
             hint="save more often and keep all: save: {every: 5%, keep: all}",
         )
     return interpolate.average_weights(
-        [interpolate.copy_weights(_load_merged(place, record).model) for place in places]
+        [interpolate.copy_weights(_load_merged(folder, record).model) for folder in folders]
     )
 
 
-def _sweep_points(sweep: Sequence[float], granularity: str, blocks: int) -> Iterator[_BlendPoint]:
-    for weight in sorted(set(sweep)):
-        yield _BlendPoint(f"{weight:g}", weight, None)
+def _sweep_points(weights: Sequence[float], granularity: str, blocks: int) -> Iterator[tuple[str, float, int | None]]:
+    """The name, weight and block of each point."""
+    for weight in sorted(set(weights)):
+        yield f"{weight:g}", weight, None
     if granularity == "block":
         for block in range(blocks):
             for weight in _BLOCK_WEIGHTS:
-                yield _BlendPoint(f"block {block} at {weight:g}", weight, block)
+                yield f"block {block} at {weight:g}", weight, block
 
 
-def _point_weights(point: _BlendPoint, start: dict[str, Tensor], blocks: list[list[str]]) -> dict[str, float] | float:
-    if point.block is None:
-        return point.weight
-    return dict.fromkeys(start, 1.0) | dict.fromkeys(blocks[point.block], point.weight)
+def _point_weights(
+    weight: float, block: int | None, start: dict[str, Tensor], blocks: list[list[str]]
+) -> dict[str, float] | float:
+    return weight if block is None else dict.fromkeys(start, 1.0) | dict.fromkeys(blocks[block], weight)
 
 
-def _changes_of_role(point: dict[str, Any], role: str) -> list[dict[str, Any]]:
-    return [change for change in point["changes"].values() if change["role"] == role]
-
-
-def _worst_rise(point: dict[str, Any]) -> float:
-    """The largest rise on a retained set, as a share, by the upper end of its interval."""
-    return max(change["relative_high"] for change in _changes_of_role(point, "retained"))
-
-
-def mean_change(point: dict[str, Any], role: str) -> float | None:
-    """The mean change over the sets of a role, in nats per token."""
-    found = [change["difference"] for change in _changes_of_role(point, role)]
-    return sum(found) / len(found) if found else None
-
-
-def _choose_point(points: list[dict[str, Any]], choose: float | None, bound: float | None) -> dict[str, Any] | None:
-    whole = [point for point in points if point["block"] is None]
-    if choose is not None:
-        return next(point for point in whole if point["weight"] == choose)
+def _choose_point(points: Sequence[BlendedModel], weight: float | None, bound: float | None) -> BlendedModel | None:
+    if weight is not None:
+        return next(point for point in points if point.block is None and point.weight == weight)
     if bound is None:
         return None
-    within = [point for point in points if _worst_rise(point) <= bound]
-    return min(within, key=lambda p: mean_change(p, "learned") or -p["weight"], default=None)
-
-
-def _lines(result: dict[str, Any], sets: Sequence[HeldOutSet], bound: float | None) -> list[str]:
-    names = [h.name for h in sets]
-    role = {h.name: h.role for h in sets}
-    end = f"the mean of its last {result['average']} checkpoints" if result["average"] else result["run"]
-    lines = [
-        f"between {result['start']} (0) and {end} (1); change in nats/token against the start, 95 % interval",
-        "  " + f"{'weight':<16}" + "".join(f"{name + ' (' + role[name] + ')':>32}" for name in names),
-    ]
-    for point in result["points"]:
-        cells = [point["changes"][name] for name in names]
-        shown = [f"{c['difference']:+.4f} ({c['low']:+.4f} to {c['high']:+.4f})" for c in cells]
-        lines.append(f"  {point['name']:<16}" + "".join(f"{cell:>32}" for cell in shown))
-    if result["chosen"]:
-        why = f", the most learnt within {bound:.2%} of forgetting" if bound is not None else ""
-        lines.append(f"chosen: {result['chosen']}{why}")
-    lines.append("a blend gives up learning for retention; it is no replacement for replay")
-    return lines
+    within = [point for point in points if point.worst_rise() <= bound]
+    return min(within, key=lambda point: point.mean_change("learned") or -point.weight, default=None)
 
 
 def _publish_blend(out: Path, model: PreTrainedModel, record: Record) -> None:
-    start = locate_model(record["model"]["source"], Path(record["root"]))
+    start = locate_model(record.model.source or record.model.start_model, Path(record.stage_folder or "."))
     dtype = stored_dtype(start)
     with torch.no_grad():
         publish_folder(out, lambda staged: save_pretrained(model, load_tokenizer(start), staged, dtype=dtype))

@@ -1,20 +1,19 @@
-"""How does a model get words for new text? Tokens learnt on it, a row for each, and a plain folder to go on from.
+"""Grow a model's vocabulary: learn tokens on new text, add a row for each, and publish a plain folder.
 
-Afterwards models are compared in bits per byte alone: tokens of two vocabularies are not the same tokens. Training goes in two
-stages: first the embeddings by themselves, then everything.
+Compare models of two vocabularies in bits per byte: their tokens differ. Train in two stages: the embeddings alone, then all
+weights.
 """
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
-from postgrad.analysis.domain_shift import Fertility, fertility
+from postgrad.analysis.domain_shift import fertility
+from postgrad.commands.results import Result
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.extend_vocabulary import extend_vocabulary
@@ -23,92 +22,115 @@ from postgrad.models.grow_embeddings import grow_embeddings
 from postgrad.models.layers import get_layer_stacks
 from postgrad.models.location import locate_model
 from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_dtype
-from postgrad.reports.html.notation import plain_text
 from postgrad.storage.atomic import publish_folder
 from postgrad.tuning.open_model import open_model
 
 _MAX_BYTES = 64 << 20
 
 
+@dataclass(frozen=True)
+class TokenizerFit(Result):
+    """How finely a tokenizer splits a text."""
+
+    bytes_per_token: float
+    tokens_per_word: float
+
+
+@dataclass(frozen=True)
+class TokenizerChange(Result):
+    """How finely a text is split before and after the vocabulary has grown."""
+
+    before: TokenizerFit
+    after: TokenizerFit
+
+
+@dataclass(frozen=True)
+class GrownModel(Result):
+    """A model folder with a larger vocabulary."""
+
+    model: str
+    folder: Path
+    added: int
+    """Tokens that were added."""
+    tokens: int
+    """Size of the vocabulary."""
+    blocks: int
+    """Transformer blocks of the model."""
+    first: tuple[str, ...]
+    """The first tokens that were added, at most 20."""
+    new: TokenizerChange
+    old: TokenizerChange | None
+    """None without old text."""
+
+
 def grow_vocabulary(
-    model: str, files: Sequence[str], out: Path, *, tokens: int, head: str, old: Sequence[str], base: str | None
-) -> dict[str, Any]:
-    """Add tokens that are frequent in files to a model and publish it. Raises the error of whatever cannot be."""
+    model: str,
+    files: Sequence[str],
+    out: Path | str,
+    *,
+    tokens: int = 1000,
+    head: str = "mean",
+    old: Sequence[str] = (),
+    base: str | None = None,
+) -> GrownModel:
+    """Add up to `tokens` tokens that are frequent in files to a model, and publish it in the folder `out`.
+
+    `head`: rows of an untied output head, the `mean` of the pieces' rows or `zero`. `old`: old text, to verify that it is
+    split as before. Raises `StageError` for options that cannot be used, `DataError` when no pair of tokens is frequent.
+    """
+    out = Path(out)
     if out.exists():
-        raise StageError(f"{out} is there already", where="--out", hint="name a folder that does not exist")
+        raise StageError(f"{out} already exists", where="--out", hint="name a folder that does not exist")
     if head not in ("mean", "zero"):
         raise StageError(f"there is no head {head!r}", where="--head", expected="mean or zero")
     if tokens < 1:
-        raise StageError(f"{tokens} tokens", where="--tokens", expected="at least 1")
-    start = locate_model(model, Path.cwd(), base)
+        raise StageError(f"cannot add {tokens} tokens", where="--tokens", expected="at least 1")
+    start = locate_model(str(model), Path.cwd(), base)
     tokenizer = load_tokenizer(start.full_model)
-    texts, kept = _read_texts(files, "FILES"), _read_texts(old, "--old") if old else []
+    new_texts, old_texts = _read_texts(files, "FILES"), _read_texts(old, "--old")
     before = tokenizer.backend_tokenizer
-    grown = extend_vocabulary(before.to_str(), texts, tokens)
-    if not grown.old_ids:
+    extension = extend_vocabulary(before.to_str(), new_texts, tokens)
+    if not extension.old_ids:
         raise DataError(
-            "no pair of tokens occurs twice side by side", where="FILES", expected="more text, or text of another kind"
+            "no pair of adjacent tokens occurs twice", where="FILES", expected="more text, or text of another kind"
         )
-    after = Tokenizer.from_str(grown.tokenizer_json)
+    after = Tokenizer.from_str(extension.tokenizer_json)
     opened = open_model(start)
     for tuning in opened.tunings:
         tuning.merge(tokenizer)
     ids = after.get_vocab()
-    grow_embeddings(opened.model, {ids[token]: parts for token, parts in grown.old_ids.items()}, head)
+    grow_embeddings(opened.model, {ids[token]: pieces for token, pieces in extension.old_ids.items()}, head)
     tokenizer._tokenizer = after
     publish_folder(out, lambda staged: save_pretrained(opened.model, tokenizer, staged, dtype=stored_dtype(start)))
-    found = {
-        "folder": str(out),
-        "added": len(grown.old_ids),
-        "tokens": len(tokenizer),
-        "blocks": max(map(len, get_layer_stacks(opened.model))),
-        "first": list(grown.old_ids)[:20],
-        "new": _compare_tokenizers(texts, before, after),
-        "old": _compare_tokenizers(kept, before, after) if kept else None,
-    }
-    return {"text": "\n".join(_lines(model, found)), **found}
+    return GrownModel(
+        str(model),
+        out,
+        len(extension.old_ids),
+        len(tokenizer),
+        max(map(len, get_layer_stacks(opened.model))),
+        tuple(list(extension.old_ids)[:20]),
+        _compare_tokenizers(new_texts, before, after),
+        _compare_tokenizers(old_texts, before, after) if old_texts else None,
+    )
 
 
 def _read_texts(files: Sequence[str], where: str) -> list[str]:
     """The texts of files, up to about 64 MB."""
-    out: list[str] = []
+    texts: list[str] = []
     size = 0
     for path in files:
-        for document in islice(read_documents(Files("text", path, root=Path.cwd(), where=where)), None):
+        for document in read_documents(Files("text", path, root=Path.cwd(), where=where)):
             if document.text and size < _MAX_BYTES:
-                out.append(document.text)
+                texts.append(document.text)
                 size += len(document.text)
-    return out
+    return texts
 
 
-def _compare_tokenizers(texts: Sequence[str], before: Tokenizer, after: Tokenizer) -> dict[str, dict[str, float]]:
-    def measured(tokenizer: Tokenizer) -> Fertility:
-        return fertility(
-            texts, lambda some: [e.ids for e in tokenizer.encode_batch_fast(some, add_special_tokens=False)], []
+def _compare_tokenizers(texts: Sequence[str], before: Tokenizer, after: Tokenizer) -> TokenizerChange:
+    def fit(tokenizer: Tokenizer) -> TokenizerFit:
+        measured = fertility(
+            texts, lambda batch: [e.ids for e in tokenizer.encode_batch_fast(batch, add_special_tokens=False)], []
         )
+        return TokenizerFit(measured.bytes_per_token, measured.tokens_per_word)
 
-    return {
-        name: {"bytes_per_token": m.bytes_per_token, "tokens_per_word": m.tokens_per_word}
-        for name, m in (("before", measured(before)), ("after", measured(after)))
-    }
-
-
-def _lines(model: str, result: dict[str, Any]) -> list[str]:
-    out = result["folder"]
-    lines = [f"{out}: {model} with {result['added']:,} new tokens ({result['tokens']:,} in all)"]
-    for name in ("new", "old"):
-        if result[name]:
-            before, after = result[name]["before"], result[name]["after"]
-            fewer = 1 - before["bytes_per_token"] / after["bytes_per_token"]
-            lines.append(
-                f"  {name} text: {before['bytes_per_token']:.2f} -> {after['bytes_per_token']:.2f} bytes per token "
-                f"({fewer:.0%} fewer tokens), {before['tokens_per_word']:.2f} -> {after['tokens_per_word']:.2f} tokens per word"
-            )
-    lines += [
-        "  such as " + " ".join(plain_text(token) for token in result["first"][:12]),
-        f"train it in two stages: first `tuning: {{kind: blocks, all_but_first: {result['blocks']}, embeddings: true}}`, "
-        "then all weights;",
-        "compare models of two vocabularies in bits per byte",
-        f"next: {shlex.join(['postgrad', 'eval', out, 'NEW'])}",
-    ]
-    return lines
+    return TokenizerChange(fit(before), fit(after))

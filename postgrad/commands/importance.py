@@ -1,18 +1,20 @@
-"""How is the importance of a model's weights measured on files, and written for an anchor to read?"""
+"""Measure how much each weight of a model matters on files (Fisher information, MAS), and write it for an anchor penalty."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from postgrad.commands.evaluate import context_length, load_documents, load_model_inputs
+from postgrad.commands.cache import cache_folder
+from postgrad.commands.results import Result
+from postgrad.commands.score_files import context_length, load_documents, load_model_inputs
 from postgrad.config.objectives import AnyObjective
 from postgrad.config.quantities import parse_token_count
 from postgrad.data.layouts.rows import Row, Rows
@@ -32,13 +34,13 @@ from postgrad.hardware import machine
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
 from postgrad.penalties.importance_file import (
-    KIND_DESCRIPTIONS,
     ImportanceFile,
     ImportanceKind,
     ImportanceMetadata,
     accumulate_importance,
     write_importance,
 )
+from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_rows import make_rows
 from postgrad.run.build import make_objectives
 from postgrad.storage.atomic import disk_error
@@ -46,102 +48,135 @@ from postgrad.tuning.open_model import open_model, start_fingerprint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TOKENS_PER_BATCH = {"cpu": 512, "cuda": 2048}
-"""Of a batch: the more batches, the better the estimate for the same tokens; a GPU wants more at once."""
+"""More batches give a better estimate for the same tokens; a GPU needs larger ones."""
 _MIN_BATCHES = 16
-_PARTS_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class ImportancePart(Result):
+    """The importance of all weights of one name, over all blocks."""
+
+    part: str
+    weights: int
+    """How many numbers."""
+    share: float
+    """Their fraction of the total importance."""
+    relative: float
+    """Their mean importance divided by that of all weights."""
+
+
+@dataclass(frozen=True)
+class MeasuredImportance(Result):
+    """A file of importance that was written."""
+
+    metadata: ImportanceMetadata
+    out: Path
+    weights: int
+    """How many numbers the file holds."""
+    parts: tuple[ImportancePart, ...]
+    """The most important first."""
+    is_text_exhausted: bool
+    """The files held fewer labels than requested."""
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as plain data, with the fields of the file's metadata."""
+        data = super().as_dict()
+        del data["metadata"], data["is_text_exhausted"]
+        return {**asdict(self.metadata), **data}
 
 
 def measure_importance(
     model: str,
-    files: list[str],
+    files: Sequence[str],
     *,
-    out: Path,
-    tokens: str,
-    kind: str,
-    accumulate: Path | None,
-    decay: float,
-    dtype: str,
-    context: int | None,
-    documents: str,
-    column: str | None,
-    seed: int,
-    force: bool,
-    base: str | None,
-    cache: Path,
-    progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """Measure the importance of a model's weights on files, and write it. Raises what is wrong with any of them."""
+    out: Path | str,
+    tokens: str | int = "100k",
+    kind: str = "fisher",
+    accumulate: Path | str | None = None,
+    decay: float = 0.9,
+    dtype: str = "float32",
+    context: int | None = None,
+    document_unit: str = "auto",
+    column: str | None = None,
+    seed: int = 0,
+    force: bool = False,
+    base: str | None = None,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> MeasuredImportance:
+    """Measure the importance of a model's weights on files, and write it to `out` (.safetensors).
+
+    `tokens`: labels to measure. `kind`: `fisher` (labels sampled from the model), `empirical` (the text's own labels;
+    biased) or `mas`. `accumulate`: an older file to which this one is added, after multiplication by `decay` (online EWC).
+    `dtype`: of the file, float32 or bfloat16. `progress` is called with the labels done and their total.
+
+    Raises `StageError`, `DataError` or `ModelError` for options, files or a model that cannot be used.
+    """
     machine.tune_allocator()
-    wanted: ImportanceKind = _check_choice("--kind", kind, get_args(ImportanceKind))
+    out = Path(out)
+    importance_kind: ImportanceKind = _check_choice("--kind", kind, get_args(ImportanceKind))
     _check_choice("--dtype", dtype, tuple(_DTYPES))
+    _check_output(out, force)
     if not 0 <= decay <= 1:
         raise StageError(f"a decay of {decay}", where="--decay", expected="0 to 1")
-    if out.is_dir():
-        raise StageError(f"{out} is a folder", where="--out", expected="the name of a file (.safetensors)")
-    if out.exists() and not force:
-        raise StageError(f"{out} is there already", where="--out", hint="name another file, or add --force")
-    if not out.parent.is_dir():
-        raise StageError(f"there is no folder {out.parent}", where="--out")
-    older = ImportanceFile(accumulate) if accumulate else None
+    older = ImportanceFile(Path(accumulate)) if accumulate else None
     if older and older.metadata.kind != kind:
         raise DataError(
             f"the older importance is {older.metadata.kind}, and this one {kind}",
             where=str(accumulate),
             expected="one kind",
         )
-    start = locate_model(model, Path.cwd(), base)
-    found, per, short = _measure_files(
-        start,
-        files,
-        wanted,
-        parse_token_count(tokens, "--tokens"),
-        older,
-        context,
-        documents,
-        column,
-        seed,
-        cache,
-        progress,
+    start = locate_model(str(model), Path.cwd(), base)
+    target = parse_token_count(str(tokens), "--tokens")
+    rows = _load_rows(
+        start, list(map(str, files)), importance_kind, context, document_unit, column, cache or cache_folder()
     )
-    about = ImportanceMetadata(
-        kind=wanted,
-        per=per,
-        tokens=found.labels,
-        model=model,
+    estimate, unit = _estimate(start, rows, importance_kind, target, older, seed, progress)
+    metadata = ImportanceMetadata(
+        kind=importance_kind,
+        per=unit,
+        tokens=estimate.labels,
+        model=str(model),
         fingerprint=start_fingerprint(start),
-        mean=found.mean,
-        convergence=found.convergence,
+        mean=estimate.mean,
+        convergence=estimate.convergence,
     )
-    tensors = found.tensors
+    tensors = estimate.tensors
     if older:
         tensors = accumulate_importance(older, tensors, decay)
-        numbers = sum(t.numel() for t in tensors.values())
-        about = ImportanceMetadata(
-            **{
-                **asdict(about),
-                "mean": sum(float(t.double().sum()) for t in tensors.values()) / numbers,
-                "onto": {**asdict(older.metadata), "decay": decay},
-            }
+        count = sum(t.numel() for t in tensors.values())
+        metadata = replace(
+            metadata,
+            mean=sum(float(t.double().sum()) for t in tensors.values()) / count,
+            onto={**asdict(older.metadata), "decay": decay},
         )
     staging = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        write_importance(staging, tensors, about, _DTYPES[dtype])
+        write_importance(staging, tensors, metadata, _DTYPES[dtype])
         os.replace(staging, out)
     except OSError as error:
         staging.unlink(missing_ok=True)
         raise disk_error(error, out) from error
-    parts = _importance_by_part(tensors, about.mean)
-    return {
-        "text": "\n".join(_lines(about, out, parts, short)),
-        **asdict(about),
-        "out": str(out),
-        "weights": sum(t.numel() for t in tensors.values()),
-        "parts": parts,
-    }
+    return MeasuredImportance(
+        metadata,
+        out,
+        sum(t.numel() for t in tensors.values()),
+        _importance_by_part(tensors, metadata.mean),
+        estimate.labels < target,
+    )
+
+
+def _check_output(out: Path, force: bool) -> None:
+    if out.is_dir():
+        raise StageError(f"{out} is a folder", where="--out", expected="the name of a file (.safetensors)")
+    if out.exists() and not force:
+        raise StageError(f"{out} already exists", where="--out", hint="name another file, or add --force")
+    if not out.parent.is_dir():
+        raise StageError(f"there is no folder {out.parent}", where="--out")
 
 
 def _check_choice(where: str, value: str, choices: tuple[str, ...]) -> Any:
-    """`word`, which is one of `words`. Raises `StageError` when it is not."""
+    """`value`, which must be one of `choices`. Raises `StageError` when it is not."""
     if value not in choices:
         raise StageError(
             f"there is no {value!r}", where=where, expected=", ".join(choices), hint=suggest_nearest(value, choices)
@@ -149,37 +184,57 @@ def _check_choice(where: str, value: str, choices: tuple[str, ...]) -> Any:
     return value
 
 
-def _measure_files(
+@dataclass(frozen=True)
+class _FileRows:
+    """The rows of all files, the objective of the first one, and what a classifier decides."""
+
+    sets: tuple[Rows, ...]
+    objective: AnyObjective
+    problem: ProblemType
+    model_inputs: ModelInputs
+
+
+def _load_rows(
     start: ModelLocation,
     files: list[str],
     kind: ImportanceKind,
+    context: int | None,
+    document_unit: str,
+    column: str | None,
+    cache: Path,
+) -> _FileRows:
+    model_inputs = load_model_inputs(start, context_length(start, context))
+    sets: list[Rows] = []
+    objectives: list[AnyObjective] = []
+    problem = ProblemType.CLASS
+    for chosen, file_problem in load_documents(start, files, document_unit, column, model_inputs, cache):
+        sets.append(
+            make_rows(chosen.objective, chosen.store, model_inputs, problem=file_problem, pack=kind == "fisher")
+        )
+        objectives.append(chosen.objective)
+        problem = file_problem
+    if not any(rows.ledger.trained for rows in sets):
+        raise DataError("these files hold nothing to predict", where="FILES", expected="longer text")
+    # One loss for all files: the gradient of a label does not depend on the file that it is from.
+    return _FileRows(tuple(sets), objectives[0], problem, model_inputs)
+
+
+def _estimate(
+    start: ModelLocation,
+    rows: _FileRows,
+    kind: ImportanceKind,
     tokens: int,
     previous: ImportanceFile | None,
-    context: int | None,
-    documents: str,
-    column: str | None,
     seed: int,
-    cache: Path,
     progress: Callable[[int, int], None],
-) -> tuple[ImportanceEstimate, str, bool]:
-    """What was found, what it is counted in, and whether the text was too short."""
-    reading = load_model_inputs(start, context_length(start, context))
-    together = kind == "fisher"
-    sets: list[Rows] = []
-    specs: list[AnyObjective] = []
-    problem: ProblemType = ProblemType.CLASS
-    for chosen, decided in load_documents(start, files, documents, column, reading, cache):
-        sets.append(make_rows(chosen.objective, chosen.store, reading, problem=decided, pack=together))
-        specs.append(chosen.objective)
-        problem = decided
-    if not any(rows.ledger.trained for rows in sets):
-        raise DataError("there is nothing to predict in these files", where="FILES", expected="text of some length")
+) -> tuple[ImportanceEstimate, str]:
+    """The estimate, and the unit of its labels: `token` or `label`."""
     opened = open_model(start)
     if opened.tunings:
         raise ModelError(
-            f"in {start.name} stands `{opened.tunings[-1].kind}`, and importance is of plain weights",
+            f"{start.name} has a `{opened.tunings[-1].kind}` tuning, and importance is measured on plain weights",
             where="MODEL",
-            hint="name the model that it sits on, or export it first",
+            hint="name its base model, or export it first",
         )
     if previous:
         previous.check_shapes(
@@ -187,90 +242,57 @@ def _measure_files(
         )
     device = machine.default_device()
     model = wrap_model(opened.model, opened.task).to(device)
-    # All files are weighed alike: what a model says of a label does not depend on the file that the label is of.
-    (loss,) = make_objectives(specs[:1], problem)
-    classes = len(opened.model.config.id2label or ()) if problem == ProblemType.MULTI_LABEL else 1
-    measures: dict[ImportanceKind, ImportanceMeasure] = {
-        "fisher": fisher_measure(loss, problem, torch.Generator().manual_seed(seed), scale=classes),
+    (loss,) = make_objectives([rows.objective], rows.problem)
+    classes = len(opened.model.config.id2label or ()) if rows.problem == ProblemType.MULTI_LABEL else 1
+    measures: Mapping[ImportanceKind, ImportanceMeasure] = {
+        "fisher": fisher_measure(loss, rows.problem, torch.Generator().manual_seed(seed), scale=classes),
         "empirical": empirical_fisher_measure(loss, scale=classes),
         "mas": mas_measure(),
     }
-    most = min(_TOKENS_PER_BATCH[device.type], tokens // _MIN_BATCHES) if together else 1
-    at_once = max(1, most // reading.length)
-    result: ImportanceEstimate | None = None
-    for step in estimate_importance(model, _batches(sets, at_once, reading.pad_id, seed), measures[kind], tokens):
+    # Only the Fisher of sampled labels may average over a batch; the others need single samples.
+    batch_tokens = min(_TOKENS_PER_BATCH[device.type], tokens // _MIN_BATCHES) if kind == "fisher" else 1
+    batch_size = max(1, batch_tokens // rows.model_inputs.length)
+    estimate: ImportanceEstimate | None = None
+    batches = _batches(rows.sets, batch_size, rows.model_inputs.pad_id, seed)
+    for step in estimate_importance(model, batches, measures[kind], tokens):
         if isinstance(step, ImportanceEstimate):
-            result = step
+            estimate = step
         else:
             progress(min(step, tokens), tokens)
-    assert result is not None
-    per = "label" if opened.task.is_classifier else "token"
-    return result, per, result.labels < tokens
+    assert estimate is not None
+    return estimate, "label" if opened.task.is_classifier else "token"
 
 
-def _batches(sets: list[Rows], batch_size: int, pad: int, seed: int) -> Iterator[Batch]:
-    """The rows of all files, each once, in an order that the seed decides; rows of one layout together."""
-    first = np.cumsum([0, *(len(rows) for rows in sets)])
-    order = permute_indices(np.arange(first[-1]), int(first[-1]), derive_key(seed, 0x1397))
-    waiting: dict[str, list[Row]] = {}
+def _batches(sets: Sequence[Rows], batch_size: int, pad: int, seed: int) -> Iterator[Batch]:
+    """The rows of all files, each once, in seeded order; a batch holds rows of one layout."""
+    offsets = np.cumsum([0, *(len(rows) for rows in sets)])
+    order = permute_indices(np.arange(offsets[-1]), int(offsets[-1]), derive_key(seed, 0x1397))
+    pending: dict[str, list[Row]] = {}
     for position, number in enumerate(order.tolist()):
-        k = int(np.searchsorted(first, number, side="right")) - 1
-        row = sets[k].get_row(number - int(first[k]), position)
+        k = int(np.searchsorted(offsets, number, side="right")) - 1
+        row = sets[k].get_row(number - int(offsets[k]), position)
         if not row.label_count:
             continue
-        group = waiting.setdefault(sets[k].layout, [])
+        group = pending.setdefault(sets[k].layout, [])
         group.append(row)
         if len(group) == batch_size:
             yield collate(group, [0] * len(group), pad_token_id=pad)
             group.clear()
-    for group in waiting.values():
+    for group in pending.values():
         if group:
             yield collate(group, [0] * len(group), pad_token_id=pad)
 
 
-def _importance_by_part(tensors: dict[str, torch.Tensor], mean: float) -> list[dict[str, Any]]:
-    """Which parts of the model matter: weights of the same name in all blocks together, those that matter most first."""
+def _importance_by_part(tensors: dict[str, torch.Tensor], mean: float) -> tuple[ImportancePart, ...]:
+    """The importance of weights of the same name in all blocks together, the most important first."""
     sums: dict[str, list[float]] = {}
     for name, tensor in tensors.items():
         part = sums.setdefault(re.sub(r"\.\d+\.", ".*.", name), [0.0, 0.0])
         part[0] += float(tensor.double().sum())
         part[1] += tensor.numel()
     total = sum(part[0] for part in sums.values()) or 1.0
-    rows = [
-        {"part": name, "weights": int(count), "share": whole / total, "relative": whole / count / mean if mean else 0.0}
+    parts = [
+        ImportancePart(name, int(count), whole / total, whole / count / mean if mean else 0.0)
         for name, (whole, count) in sums.items()
     ]
-    return sorted(rows, key=lambda row: -row["share"])
-
-
-def _lines(metadata: ImportanceMetadata, out: Path, parts: list[dict[str, Any]], is_short: bool) -> list[str]:
-    lines = [
-        f"{metadata.model}: {KIND_DESCRIPTIONS[metadata.kind]}",
-        f"a mean over {metadata.tokens:,} {metadata.per}s" + (" (all that the files have)" if is_short else ""),
-        "",
-        *_convergence_lines(metadata),
-        "",
-        f"  {'weights':<44} {'numbers':>10} {'share':>7} {'mean / overall mean':>20}",
-        *(
-            f"  {row['part']:<44} {row['weights']:>10,} {row['share']:>7.1%} {row['relative']:>20.3g}"
-            for row in parts[:_PARTS_SHOWN]
-        ),
-        "",
-        f"mean importance {metadata.mean:.4g} per {metadata.per}",
-    ]
-    if metadata.onto:
-        lines.append(f"added onto {metadata.onto['decay']:g} x what was measured on {metadata.onto['model']}")
-    stage = f"penalties: [{{kind: anchor, strength: auto, importance: {out}}}]"
-    return [*lines, f"written: {out}", f"next, in a stage that starts from {metadata.model}: {stage}"]
-
-
-def _convergence_lines(metadata: ImportanceMetadata) -> list[str]:
-    if not metadata.convergence:
-        return ["one batch alone: nothing tells how far it is off (more --tokens, or a smaller --context)"]
-    return [
-        f"  {'labels':>10}  {'two halves correlate':>20}  {'their mean is off by':>20}",
-        *(
-            f"  {int(row['labels']):>10,}  {row['correlation']:>20.3f}  {row['error']:>20.1%}"
-            for row in metadata.convergence
-        ),
-    ]
+    return tuple(sorted(parts, key=lambda part: -part.share))

@@ -1,4 +1,4 @@
-"""What should a first stage look like? A stage file for the user's model and text, each key explained."""
+"""Write a first stage file for a model and a text, each key explained."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import json
 import re
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import yaml
 from transformers import AutoConfig
 
+from postgrad.commands.cache import cache_folder
+from postgrad.commands.results import Result
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import StageError
-from postgrad.hardware.memory import format_bytes
 from postgrad.lineage.record import RECORD, read_record
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.pretrained import load_tokenizer
@@ -25,12 +25,12 @@ from postgrad.storage.atomic import write_atomically
 
 _REPLAY_SHARE = 0.10
 _MIN_DOCUMENTS = 40
-"""Documents; with fewer, a held-out part says little."""
+"""With fewer documents a held-out part is too small to measure."""
 
 _TEMPLATE = """\
 # {head}
 #   check:  postgrad check {file}
-#   train:  postgrad train {file}      (Ctrl-C saves; the same command goes on)
+#   train:  postgrad train {file}      (Ctrl-C saves; the same command resumes)
 name: {name}
 model: {model}
 tokens: {tokens}                # the budget in trained tokens, replay included: {why}
@@ -50,12 +50,34 @@ evaluation: {{every: 10%}}        # the held-out part of each source is scored b
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class WrittenStage(Result):
+    """A stage file that was written, and the text that it trains on."""
+
+    stage: Path
+    data: str
+    documents: int
+    tokens: int
+    bytes: int
+    kind: str
+    """How the text was read, such as `text` or `chat`."""
+    samples: tuple[str, ...]
+    """The first 100 characters of the first three documents."""
+
+
 def write_stage(
-    stage_path: Path, *, data: str, model: str, replay: str | None, cache: Path, force: bool
-) -> dict[str, Any]:
-    """Look at the model and the text and write a stage file. Raises `StageError` when the file is there."""
+    stage_path: Path | str,
+    *,
+    data: str,
+    model: str,
+    replay: str | None = None,
+    force: bool = False,
+    cache: Path | None = None,
+) -> WrittenStage:
+    """Write a stage file for a model and a text. Raises `StageError` when the file exists and `force` is not given."""
+    stage_path, cache = Path(stage_path), cache or cache_folder()
     if stage_path.exists() and not force:
-        raise StageError(f"{stage_path} is there already", where="init", hint="choose another name, or give --force")
+        raise StageError(f"{stage_path} already exists", where="init", hint="choose another name, or add --force")
     check_name(stage_path)
     name = stage_path.stem
     root = stage_path.resolve().parent
@@ -65,28 +87,28 @@ def write_stage(
     positions = getattr(config, "max_position_embeddings", None) or 1024
     files = Files("new", data, root=root, where="--data")
     store = build_store(files, encoder, cache)
-    cut = ""
+    unit = ""
     if len(store) < _MIN_DOCUMENTS and store.kind == "text":
-        # A part is held out by whole documents; a text of few documents is cut into passages for that.
+        # Whole documents are held out; a text of few documents is split into passages for that.
         passages = dataclasses.replace(files, documents="passages")
         finer = build_store(passages, encoder, cache)
         if len(finer) > len(store):
-            files, store, cut = passages, finer, ", documents: passages"
+            files, store, unit = passages, finer, ", documents: passages"
     samples = [
         " ".join((document.text or str(list((document.ids or [])[:20]))).split())[:100]
         for document in islice(read_documents(files), 3)
     ]
-    lines, share = "", 1.0
+    share = 1.0
     if replay:
         build_store(Files("replay", replay, root=root, where="--replay"), encoder, cache)
         share = 1 - _REPLAY_SHARE
-        lines = (
+        replay_lines = (
             f"    - {{name: replay, path: {_yaml_scalar(replay)}, share: {_REPLAY_SHARE:.0%}, role: replay}}"
             "   # old text, against forgetting\n"
         )
     else:
-        lines = (
-            "    # Without old text the model forgets. Uncomment and name some of what it was trained on:\n"
+        replay_lines = (
+            "    # Without old text the model forgets. Uncomment, and name text of the kind it was trained on:\n"
             "    # - {name: replay, path: old-text/*.jsonl, share: 10%, role: replay}    # and give `new` a share of 90%\n"
         )
     peak, floor, rate = _suggested_rates(start, model)
@@ -104,39 +126,33 @@ def write_stage(
         length=length,
         positions=f"{positions:,}",
         new_share=f", share: {share:.0%}" if replay else "",
-        new_cut=cut,
-        replay=lines,
+        new_cut=unit,
+        replay=replay_lines,
         peak=peak,
         floor=floor,
         rate=rate,
         sequences=sequences,
         step_tokens=f"{sequences * length:,}",
-        retained="" if replay else "\n  # retained: [old-heldout.jsonl]   # old text, to see what is forgotten",
+        retained="" if replay else "\n  # retained: [old-heldout.jsonl]   # old text, to measure forgetting",
     )
     write_atomically(stage_path, text)
-    said = [
-        f"{data}: {len(store):,} documents, {store.tokens:,} tokens, {format_bytes(store.bytes)} ({store.kind})",
-        *(f"  {i}. {sample}" for i, sample in enumerate(samples, 1)),
-        f"wrote {stage_path}",
-        f"next: postgrad check {stage_path}",
-    ]
-    return {"text": "\n".join(said), "stage": str(stage_path), "documents": len(store), "tokens": store.tokens}
+    return WrittenStage(stage_path, data, len(store), store.tokens, store.bytes, store.kind, tuple(samples))
 
 
 def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:
-    """Peak and floor, and a word on them: those of a run that moved all weights; small models want more than large ones."""
-    said = "higher learns more and forgets more"
+    """Peak and floor with a comment: those of the model's own run, if it trained all weights, or usual ones."""
+    comment = "higher learns more and forgets more"
     if start.run is not None and (start.run / RECORD).exists():
         record = read_record(start.run)
-        curve = [rate for _, rate in record.get("schedule_curve", [])]
-        if curve and record["stage"]["tuning"]["kind"] == "full":
+        curve = [rate for _, rate in record.schedule_curve]
+        if curve and record.stage["tuning"]["kind"] == "full":
             peak, floor = (f"{rate:.1e}".replace("e-0", "e-") for rate in (max(curve), max(curve) / 10))
-            return peak, floor, f"that of {model}; {said}"
-    return "2.0e-5", "2.0e-6", said
+            return peak, floor, f"that of {model}; {comment}"
+    return "2.0e-5", "2.0e-6", comment
 
 
 def check_name(stage_path: Path) -> None:
-    """Raise `StageError` for a stage file whose name cannot name a run's folder too."""
+    """Raise `StageError` for a stage file whose name cannot also name a run folder."""
     if not re.fullmatch(r"[\w.\-]*\w[\w.\-]*", stage_path.stem) or stage_path.parent != Path():
         raise StageError(
             f"{str(stage_path.with_suffix(''))!r} cannot name a run folder",
@@ -146,7 +162,7 @@ def check_name(stage_path: Path) -> None:
 
 
 def _yaml_scalar(text: str) -> str:
-    """A text as YAML gives it back: quoted when it would be read as a number, an alias, a comment or a list."""
+    """A text as a YAML scalar: quoted when it would be read as a number, an alias, a comment or a list."""
     try:
         plain = yaml.safe_load(f"{{x: {text}}}") == {"x": text}
     except (yaml.YAMLError, ValueError):

@@ -1,7 +1,7 @@
-"""What does a stage of each strategy look like? Commented files that run as they are, on the user's text or on our own.
+"""Write a commented stage of each training strategy, which runs as it is on the user's text or on built-in text.
 
-Without the user's text the rows are made from what every Python carries (`builtin_corpus`), and without the user's
-model a second stage trains a small one first. The texts of the files lie in `templates/`.
+Without the user's text the rows come from `builtin_corpus`; without the user's model a second stage trains a small one first.
+The files are filled in from `templates/`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from postgrad.analysis import domain_shift
 from postgrad.analysis.shift_advice import make_proposals, shift_strength
 from postgrad.commands.builtin_corpus import ROW_GENERATORS, write_rows, write_texts
 from postgrad.commands.init import check_name
+from postgrad.commands.results import Result
 from postgrad.config.stage_file import load_stage
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource
@@ -30,30 +31,30 @@ from postgrad.storage.atomic import write_atomically
 Notify = Callable[[str], None]
 
 _MAX_DOCUMENTS = 2000
-"""Of each text, by which the shift between them is told."""
+"""Documents of each text from which the shift is measured."""
 
 
 @dataclass(frozen=True)
 class TemplateRequest:
-    """What the user named."""
+    """The name of a stage, and the texts and the model to use; None: built-in ones."""
 
     name: str
-    data: str | None
-    model: str | None
-    replay: str | None
+    data: str | None = None
+    model: str | None = None
+    replay: str | None = None
     test: str | None = None
 
 
 @dataclass(frozen=True)
 class TemplateKind:
-    """A strategy: the rows it reads, the model it goes on from, its rates on our own small models and on the user's."""
+    """A strategy: its rows, its base model, and peak and floor rates for the built-in small models and for the user's."""
 
     rows: str | None
     base: str | None
     demo_rates: tuple[str, str]
     user_rates: tuple[str, str]
     measurements: str
-    """What came of it on our own text and model: measured, and when and on what."""
+    """Results on the built-in text and model, as a comment of the file."""
 
 
 _MEASUREMENT_HEADER = "Measured on Python 3.11's text (95 % intervals), seconds of one busy core:"
@@ -146,11 +147,22 @@ So small a model cannot answer; give --model and --data.""",
 
 
 _KINDS_WITH_TEST = ("classify", "probe", "few-shot")
-"""The strategies that put rows aside to test; of the last two a user's rows are parted, where no `--test` is named."""
+"""The strategies with test rows; for the last two a user's rows are split if `--test` is not given."""
 
 
-class TemplateFiles(NamedTuple):
-    """The files of a template, the commands that carry it out, in order, and what is said of what had to be made."""
+@dataclass(frozen=True)
+class WrittenTemplate(Result):
+    """The files of a strategy that were written."""
+
+    files: tuple[Path, ...]
+    commands: tuple[str, ...]
+    """The commands to run, in order."""
+    notes: tuple[str, ...]
+    """Which data had to be generated or split."""
+
+
+class _TemplateFiles(NamedTuple):
+    """The files of a template, the commands to run in order, and notes on generated data."""
 
     files: list[Path]
     commands: list[str]
@@ -158,11 +170,11 @@ class TemplateFiles(NamedTuple):
 
 
 def write_template(
-    stage_path: Path, kind: str, request: TemplateRequest, *, force: bool, notify: Notify = lambda _: None
-) -> dict[str, Any]:
-    """Write the stage of a strategy, and what it needs; `say` is told of what takes seconds, before it does.
+    stage_path: Path, kind: str, request: TemplateRequest, *, force: bool = False, notify: Notify = lambda _: None
+) -> WrittenTemplate:
+    """Write the stage of a strategy, and the files that it needs; `notify` is called before slow work.
 
-    Raises `StageError` for an unknown strategy, files that are there, and a name that can name no run.
+    Raises `StageError` for an unknown strategy, files that exist, and a name that cannot name a run.
     """
     check_name(stage_path)
     if kind not in TEMPLATE_KINDS:
@@ -172,55 +184,53 @@ def write_template(
             expected=", ".join(TEMPLATE_KINDS),
             hint=suggest_nearest(kind, TEMPLATE_KINDS),
         )
-    wanted = [stage_path.with_name(f"{request.name}{ending}.yaml") for ending in ("", *_extra_suffixes(kind, request))]
-    there = [path for path in wanted if path.exists()]
-    if there and not force:
-        raise StageError(f"{there[0]} is there already", where="init", hint="choose another name, or give --force")
+    paths = [stage_path.with_name(f"{request.name}{ending}.yaml") for ending in ("", *_extra_suffixes(kind, request))]
+    existing = [path for path in paths if path.exists()]
+    if existing and not force:
+        raise StageError(f"{existing[0]} already exists", where="init", hint="choose another name, or add --force")
     _check_test(kind, request)
     written = _write_files(stage_path, kind, request, notify)
-    said = [*written.notes, *(f"wrote {path}" for path in written.files)]
-    said += ["carry it out:", *(f"  {command}" for command in written.commands), f"next: {written.commands[0]}"]
-    return {"text": "\n".join(said), "files": [str(path) for path in written.files], "commands": written.commands}
+    return WrittenTemplate(tuple(written.files), tuple(written.commands), tuple(written.notes))
 
 
 def _check_test(kind: str, request: TemplateRequest) -> None:
-    """Raise `StageError` for rows to test that no file would name."""
+    """Raise `StageError` for test rows that the strategy does not use."""
     if request.test is not None and kind not in _KINDS_WITH_TEST:
         raise StageError(
-            f"{kind} puts no rows aside to test",
+            f"{kind} has no test rows",
             where="--test",
             expected=f"a --template of {', '.join(_KINDS_WITH_TEST)}",
         )
     if request.test is not None and request.data is None:
         raise StageError(
-            "there are rows to test and none to learn from",
+            "--test needs training rows",
             where="--test",
             expected="--data with rows of the same kind",
         )
 
 
 def _split_rows(kind: str, request: TemplateRequest, folder: Path) -> tuple[TemplateRequest, list[str]]:
-    """The user's rows in two files, where a strategy needs both and one is named; and what is said of it."""
+    """Split the user's rows in two files if a strategy needs test rows and none are given; with a note on it."""
     if kind not in ("probe", "few-shot") or request.data is None or request.test is not None:
         return request, []
     train, test = (folder / f"rows.{part}.jsonl" for part in ("train", "test"))
     counts = split_rows(RawSource("rows", request.data, root=Path.cwd(), where="--data"), train, test)
-    names = [f"{folder.name}/{place.name}" for place in (train, test)]
-    said = f"parted {request.data}: {counts[0]:,} rows in {names[0]}, {counts[1]:,} to test in {names[1]}"
-    return replace(request, data=names[0], test=names[1]), [said]
+    names = [f"{folder.name}/{path.name}" for path in (train, test)]
+    note = f"split {request.data}: {counts[0]:,} training rows in {names[0]}, {counts[1]:,} test rows in {names[1]}"
+    return replace(request, data=names[0], test=names[1]), [note]
 
 
 def _extra_suffixes(kind: str, request: TemplateRequest) -> list[str]:
-    """Endings of the files beside the stage's own."""
+    """Suffixes of further files."""
     base = ["-base"] if TEMPLATE_KINDS[kind].base and request.model is None else []
     return [*base, *(["-tasks"] if kind == "few-shot" else [])]
 
 
-def _write_files(stage_path: Path, kind: str, request: TemplateRequest, notify: Notify) -> TemplateFiles:
+def _write_files(stage_path: Path, kind: str, request: TemplateRequest, notify: Notify) -> _TemplateFiles:
     spec = TEMPLATE_KINDS[kind]
     folder = f"{request.name}-data"
-    request, made = _split_rows(kind, request, stage_path.parent / folder)
-    if kind == "continue" and None in (request.data, request.replay):  # how far they are apart is read off them
+    request, notes = _split_rows(kind, request, stage_path.parent / folder)
+    if kind == "continue" and None in (request.data, request.replay):  # the shift is measured on them
         _make_texts(stage_path.parent / folder, notify)
     values = {
         **_common_values(stage_path, kind, request, folder),
@@ -240,11 +250,11 @@ def _write_files(stage_path: Path, kind: str, request: TemplateRequest, notify: 
         commands.append(f"postgrad probe {values['probed']} --report {request.name}.html")
     texts[stage_path] = _fill_template(kind, values)
     if _make_builtin_data(stage_path.parent / folder, "\n".join(texts.values()), notify):
-        made.insert(0, f"made {folder}/ from this Python's own documentation and library")
+        notes.insert(0, f"generated {folder}/ from this Python's own documentation and library")
     for path, text in texts.items():
         write_atomically(path, text)
-    load_stage(stage_path)  # what is written can be read
-    return TemplateFiles(list(texts), [*commands, f"postgrad train {stage_path.name}"], made)
+    load_stage(stage_path)  # validates the stage
+    return _TemplateFiles(list(texts), [*commands, f"postgrad train {stage_path.name}"], notes)
 
 
 def _make_texts(folder: Path, notify: Notify) -> None:
@@ -254,37 +264,37 @@ def _make_texts(folder: Path, notify: Notify) -> None:
 
 
 def _make_builtin_data(folder: Path, text: str, notify: Notify) -> bool:
-    """Make what the files name of it, before they are there; whether that was anything at all."""
+    """Generate the built-in data that the files name; whether there was any."""
     texts = re.search(rf"\b{re.escape(folder.name)}/(old|new)\b", text) is not None
     if texts:
         _make_texts(folder, notify)
-    named = [rows for rows in ROW_GENERATORS if f"{folder.name}/{rows}." in text]
-    for rows in named:
+    kinds = [rows for rows in ROW_GENERATORS if f"{folder.name}/{rows}." in text]
+    for rows in kinds:
         write_rows(folder, rows)
-    return texts or bool(named)
+    return texts or bool(kinds)
 
 
 def _fill_template(name: str, values: Mapping[str, str]) -> str:
     text = files("postgrad.commands").joinpath("templates", f"{name}.yaml").read_text("utf-8")
     filled = Template(text).substitute(values)
-    return re.sub(r"^\n|(?<=\n)\n+", "", filled)  # a line that nothing was filled into
+    return re.sub(r"^\n|(?<=\n)\n+", "", filled)  # a line whose placeholder is empty
 
 
 def _common_values(stage_path: Path, kind: str, request: TemplateRequest, folder: str) -> dict[str, str]:
-    """What most templates ask for."""
+    """The placeholders of most templates."""
     spec = TEMPLATE_KINDS[kind]
-    ours = request.data is None
+    is_builtin = request.data is None
     own_model = spec.base is not None and request.model is None
     peak, floor = spec.demo_rates if own_model or spec.base is None else spec.user_rates
     rows = f"{folder}/{spec.rows}" if spec.rows else ""
     data = request.data or (f"{rows}.train.jsonl" if rows and kind != "mixed" else f"{folder}/new.jsonl")
-    if kind == "from-scratch" and ours:
+    if kind == "from-scratch" and is_builtin:
         data = f"{folder}/old.jsonl"
     english, code = (
         f"{{name: english, path: {folder}/old-heldout.jsonl}}",
         f"{{name: code, path: {folder}/new-heldout.jsonl}}",
     )
-    measured = {
+    sets = {
         "continue": {"retained": [english], "learned": [code]},
         "mlm": {"retained": [english], "learned": [code]},
         "from-scratch": {"test": [english]},
@@ -308,10 +318,10 @@ def _common_values(stage_path: Path, kind: str, request: TemplateRequest, folder
         "replay": _quote_path(request.replay or f"{folder}/old.jsonl"),
         "peak": peak,
         "floor": floor,
-        "sets": _sets_yaml(measured.get(kind, {}) if ours else _test_sets(request)),
-        "figures": _comment(spec.measurements) if ours and (own_model or spec.base is None) else "",
-        "held": ", held_out: 0" if ours else "",
-        "chooser": "valid" if ours else "rows",
+        "sets": _sets_yaml(sets.get(kind, {}) if is_builtin else _test_sets(request)),
+        "figures": _comment(spec.measurements) if is_builtin and (own_model or spec.base is None) else "",
+        "held": ", held_out: 0" if is_builtin else "",
+        "chooser": "valid" if is_builtin else "rows",
         "new_share": "90%",
         "replay_share": "10%",
         "why": "old text, against forgetting",
@@ -329,7 +339,7 @@ def _sets_yaml(sets: Mapping[str, Sequence[str]]) -> str:
 
 
 def _test_sets(request: TemplateRequest) -> dict[str, list[str]]:
-    """The user's rows that are looked at once, at the end."""
+    """The user's test rows."""
     return {"test": [f"{{name: final, path: {_quote_path(request.test)}, like: rows}}"]} if request.test else {}
 
 
@@ -354,19 +364,19 @@ def _mixed_values(request: TemplateRequest, folder: str) -> dict[str, str]:
 
 
 def _probe_values(request: TemplateRequest, folder: str) -> dict[str, str]:
-    """What the verb `probe` is given, in a line and as the head of the file has it."""
+    """The arguments of the verb `probe`, in a line and wrapped for the head of the file."""
     model = request.model or f"runs/{request.name}-base"
     if request.data:
-        given = shlex.join([model, request.data, str(request.test)])
+        arguments = shlex.join([model, request.data, str(request.test)])
     else:
         parts = {part: f"{folder}/labelled.{part}.jsonl" for part in ("train", "test", "valid")}
-        given = f"{model} {parts['train']} {parts['test']} --dev {parts['valid']} --kind labelled"
-    given += " --pooling mean"  # as the stage reads them
-    return {"probed": given, "probed_lines": given.replace(" --dev", " \\\n#             --dev")}
+        arguments = f"{model} {parts['train']} {parts['test']} --dev {parts['valid']} --kind labelled"
+    arguments += " --pooling mean"  # as in the stage
+    return {"probed": arguments, "probed_lines": arguments.replace(" --dev", " \\\n#             --dev")}
 
 
 def _text2text_values(request: TemplateRequest, folder: str) -> dict[str, str]:
-    """Three tasks of ours, or the one of the user."""
+    """Three built-in tasks, or the user's own."""
     if request.data:
         return {
             "tasks": f"    - {{name: rows, path: {_quote_path(request.data)}, max_passes: 20}}",
@@ -389,37 +399,37 @@ def _text2text_values(request: TemplateRequest, folder: str) -> dict[str, str]:
 
 
 def _few_shot_values(request: TemplateRequest, folder: str) -> dict[str, str]:
-    """The questions of the tasks file, once more inside of the stage."""
+    """The questions of the tasks file, repeated in the stage."""
     values = {
         "train": _quote_path(request.data or f"{folder}/choices.train.jsonl"),
         "test": _quote_path(request.test or f"{folder}/choices.test.jsonl"),
         "kind": "auto" if request.data else "choices",
         "name": request.name,
     }
-    listed = _fill_template("few-shot-tasks", values).splitlines()
-    lines = [f"    {line}" for line in listed if not line.startswith("#")]
+    text = _fill_template("few-shot-tasks", values)
+    lines = [f"    {line}" for line in text.splitlines() if not line.startswith("#")]
     return {**values, "questions": "\n".join(lines)}
 
 
 def _continue_values(request: TemplateRequest, folder: str) -> dict[str, str]:
-    """As much replay as the shift between the two texts asks for."""
+    """A replay share that follows the shift between the two texts."""
     old, new = request.replay or f"{folder}/old.jsonl", request.data or f"{folder}/new.jsonl"
     try:
-        found = domain_shift.js_divergence(
+        distance = domain_shift.js_divergence(
             *(
                 domain_shift.byte_counts(_read_passages(where, path))
                 for where, path in (("--replay", old), ("--data", new))
             )
         )
-    except DataError:  # too little text to tell
+    except DataError:  # too little text to measure
         return {}
-    strength = shift_strength(found.value, found.same or 0.0)
+    strength = shift_strength(distance.value, distance.same or 0.0)
     share = make_proposals(strength, tokens=0, old_bytes_per_token=1, new_bytes_per_token=1, unknown=0)[0].value
-    said = {"none": "no shift to speak of", "weak": "a weak shift", "strong": "a strong shift"}[strength]
+    title = {"none": "no shift", "weak": "a weak shift", "strong": "a strong shift"}[strength]
     return {
         "replay_share": share,
         "new_share": f"{100 - int(share.removesuffix('%'))}%",
-        "why": f"{said}: {found.value:.2f} bits (postgrad shift tells more)",
+        "why": f"{title}: {distance.value:.2f} bits (details: postgrad shift)",
     }
 
 

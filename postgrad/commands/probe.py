@@ -1,13 +1,11 @@
-"""Which layer of a model knows what a task asks for? Frozen features of all layers, and a linear classifier on each."""
+"""Probe every layer of a frozen model for labels: a linear classifier on the features of each layer."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from postgrad.commands.cache import cache_folder
+from postgrad.commands.results import Result
 from postgrad.config import stage as s
 from postgrad.config.objectives import ClassifyObjective
 from postgrad.data.layouts.rows import IGNORED
@@ -41,6 +41,7 @@ from postgrad.evaluation.linear_probe import (
 )
 from postgrad.hardware import machine
 from postgrad.hardware.execution import choose_threads
+from postgrad.lineage.record import Interval
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.pretrained import ClassifierSpec, load_pretrained, load_tokenizer
 from postgrad.models.task import Task
@@ -50,21 +51,26 @@ from postgrad.plan.held_out_sets import HeldOutDocuments, make_held_out_set
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
 from postgrad.plan.objective_rows import RowTemplate, make_renderer
 from postgrad.plan.sources import make_text_files
-from postgrad.reports.html import document
-from postgrad.reports.pages import probe_page
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
 _DEFAULT_CONTEXT = 512
 _NO_TOKEN_LIMIT = 1 << 40
 _DEV_SHARE = 0.1
-_PROGRESS_AFTER_SECONDS = 2.0
+Progress = Callable[[str, int, int], None]
+"""Is called with what is computed, how much of it is done, and the total."""
+
+
+def _no_progress(activity: str, done: int, total: int) -> None:
+    pass
+
+
 Stack = Literal["encoder", "decoder"] | None
 
 
 @dataclass(frozen=True)
 class _PartRows:
-    """A file as rows of the task, and how many of its words no row has room for."""
+    """A file as rows of the task, and how many of its words exceed the context."""
 
     held_out: HeldOutRows
     skipped_words: int
@@ -72,7 +78,7 @@ class _PartRows:
 
 @dataclass(frozen=True)
 class FrozenFeatures:
-    """The features of every layer of a model for the items of each part (`train`, `dev`, `test`), and what is to be told."""
+    """The features of every layer of a model for the items of `train`, `dev` and `test`."""
 
     items: dict[str, ProbeData]
     documents: dict[str, int]
@@ -87,18 +93,84 @@ class FrozenFeatures:
 
     @property
     def state_count(self) -> int:
-        """How many states there are: the layers, and the embeddings."""
+        """Layers, and the embeddings."""
         return self.items["train"].states_SID.shape[0]
 
     @property
     def width(self) -> int:
-        """Numbers of a state."""
+        """Features of a layer."""
         return self.items["train"].states_SID.shape[2]
 
     @property
     def output_count(self) -> int:
-        """What a classifier of these items gives."""
+        """Outputs of a classifier of these items."""
         return max(len(self.labels), 1)
+
+
+@dataclass(frozen=True)
+class LayerView(Result):
+    """A linear classifier on one layer, or on several layers joined."""
+
+    name: str
+    kind: str
+    """`state` (one layer), `sum`, `concat` or `mix`."""
+    states: tuple[int, ...]
+    """The layers that it reads; 0 is the embeddings."""
+    strength: float
+    """Its L2 penalty, chosen on `dev`."""
+    dev: float
+    """Its score on `dev`."""
+    metrics: Mapping[str, Interval]
+    """Its metrics on `test`."""
+    against_last: Mapping[str, Interval] = field(default_factory=dict)
+    """The change of each metric from the last layer; empty for the last layer itself."""
+    shares: tuple[float, ...] = ()
+    """Of a mix: the weight of each layer."""
+
+
+@dataclass(frozen=True)
+class ProbeSeconds(Result):
+    """Time spent, in seconds."""
+
+    features: float
+    classifiers: float
+
+
+@dataclass(frozen=True)
+class LayerProbe(Result):
+    """What each layer of a model encodes about the labels."""
+
+    model: str
+    train: str
+    test: str
+    kind: str
+    """The kind of rows: `labelled` or `tagged`."""
+    problem: ProblemType
+    labels: tuple[str, ...]
+    pooling: Pooling | None
+    stack: Stack
+    context: int
+    """Tokens that the model reads at once."""
+    items: Mapping[str, int]
+    """Texts or words of each part: train, dev, test."""
+    documents: Mapping[str, int]
+    layers: int
+    width: int
+    """Features of a layer."""
+    metric: str
+    """The metric by which views are chosen."""
+    strengths: tuple[float, ...]
+    """The L2 penalties that were tried."""
+    views: tuple[LayerView, ...]
+    guess: Mapping[str, Interval]
+    """The metrics of the most frequent label (or the mean) of `train`."""
+    seconds: ProbeSeconds
+    notes: tuple[str, ...]
+
+    @property
+    def best(self) -> LayerView:
+        """The view with the best score on `dev`."""
+        return max(self.views, key=lambda view: -view.dev if self.problem == ProblemType.NUMBER else view.dev)
 
 
 def compute_frozen_features(
@@ -112,57 +184,58 @@ def compute_frozen_features(
     stack: str = "auto",
     context: int | None = None,
     base: str | None = None,
-    cache: Path,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    cache: Path | None = None,
+    progress: Progress = _no_progress,
 ) -> FrozenFeatures:
-    """Every layer's features of three files (without `dev`, that is a tenth of `train`), from the cache or one pass.
+    """Every layer's features of three files (`dev` defaults to a tenth of `train`), from the cache or one forward pass.
 
-    Raises `DataError` for a label that `train` has not (with its file and line), `StageError` for options that have no
-    meaning for the rows or the model.
+    Raises `DataError` for a label missing from `train` (with its file and line), `StageError` for options that do not apply to
+    the rows or the model.
     """
+    cache = cache or cache_folder()
     start = locate_model(model, Path.cwd(), base)
     config: Any = AutoConfig.from_pretrained(start.name_or_path)
     files = {"train": _source("train", train, kind), "test": _source("test", test, kind)}
     files |= {"dev": _source("dev", dev, kind)} if dev else {}
     task = Task.TAG if files["train"].kind == "tagged" else Task.CLASSIFY
-    half, pooled_by = _resolve_pooling(config, task, pooling, stack)
+    half, pooling_kind = _resolve_pooling(config, task, pooling, stack)
     labels = read_all_labels([files["train"]], cache)
     problem = labels.problem
-    reading = _make_model_inputs(start, config, task, context)
+    model_inputs = _make_model_inputs(start, config, task, context)
     notes: list[str] = []
-    rows = _build_rows(files, reading, labels, problem, cache, notes)
-    states, device = _backbone(start, task, half, pooled_by, reading)
+    rows = _build_rows(files, model_inputs, labels, problem, cache, notes)
+    states, device = _backbone(start, task, half, pooling_kind, model_inputs)
     identity = start_fingerprint(start) or start.name
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     items: dict[str, ProbeData] = {}
     width = int(config.get_text_config().hidden_size)
     with _use_threads((2048, width, 4 * width), device):
-        for part, of_part in rows.items():
-            key = fingerprint([identity, *of_part.held_out.identity, pooled_by, half])
+        for part, part_rows in rows.items():
+            key = fingerprint([identity, *part_rows.held_out.identity, pooling_kind, half])
             features = layer_features(
                 states,
-                of_part.held_out.rows,
+                part_rows.held_out.rows,
                 cache / "features" / f"{key}.npy",
-                pooling=pooled_by,
-                pad=reading.pad_id,
+                pooling=pooling_kind,
+                pad=model_inputs.pad_id,
                 device=device,
                 progress=lambda done, total, part=part: progress(f"features of {part}", done, total),
             )
-            items[part] = _make_items(features, of_part.held_out, problem)
-            if of_part.skipped_words:
+            items[part] = _make_items(features, part_rows.held_out, problem)
+            if part_rows.skipped_words:
                 notes.append(
-                    f"{part}: {of_part.skipped_words:,} words stand behind {reading.length:,} tokens and are not read"
+                    f"{part}: {part_rows.skipped_words:,} words lie beyond {model_inputs.length:,} tokens and are skipped"
                 )
     return FrozenFeatures(
         items,
-        {part: len(of_part.held_out) for part, of_part in rows.items()},
+        {part: len(part_rows.held_out) for part, part_rows in rows.items()},
         files["train"].kind,
         tuple(str(name) for name in labels.names),
         problem,
-        pooled_by,
+        pooling_kind,
         half,
-        reading.length,
-        time.perf_counter() - begun,
+        model_inputs.length,
+        time.perf_counter() - begin,
         tuple(notes),
     )
 
@@ -172,55 +245,67 @@ def probe_layers(
     train: str,
     test: str,
     *,
-    report: Path | None = None,
+    dev: str | None = None,
+    kind: str = "auto",
+    pooling: str = "auto",
+    stack: str = "auto",
+    context: int | None = None,
+    base: str | None = None,
     views: list[View] | None = None,
-    cache: Path,
-    **options: Any,
-) -> dict[str, Any]:
-    """Probe every layer of a model for the labels of `train`, choose on `dev` (or a tenth of `train`), answer `test` once.
+    cache: Path | None = None,
+    progress: Progress = _no_progress,
+) -> LayerProbe:
+    """Probe every layer of a model for the labels of `train`; penalties are chosen on `dev`, and `test` is scored once.
 
-    `views`: only these. `options` and errors as for `frozen_features`.
+    `dev` defaults to a tenth of `train`. `kind`: auto, labelled or tagged. `pooling`: how the tokens of a text become one
+    vector: auto, first, mean, max or last. `stack`: of an encoder-decoder, auto, encoder or decoder. `context`: tokens the
+    model reads at once. Default: its own limit, up to 512. `views`: only these. Errors as for `compute_frozen_features`.
     """
     machine.tune_allocator()
-    with _ProgressLine() as tell:
-        frozen = compute_frozen_features(model, train, test, cache=cache, progress=tell, **options)
-        begun = time.perf_counter()
-        with _use_threads((BATCH_ITEMS, frozen.width, frozen.output_count * len(STRENGTHS)), torch.device("cpu")):
-            found = train_probes(
-                frozen.items["train"],
-                frozen.items["dev"],
-                frozen.items["test"],
-                frozen.problem,
-                frozen.output_count,
-                names=frozen.labels,
-                views=views,
-                progress=lambda done, total: tell("classifiers", done, total),
-            )
-    seconds = time.perf_counter() - begun
-    result = {
-        "model": model,
-        "kind": frozen.kind,
-        "problem": frozen.problem,
-        "labels": list(frozen.labels),
-        "pooling": frozen.pooling,
-        "stack": frozen.stack,
-        "context": frozen.context,
-        "items": {part: len(items) for part, items in frozen.items.items()},
-        "documents": frozen.documents,
-        "layers": frozen.state_count - 1,
-        "width": frozen.width,
-        "metric": main_metric(frozen.problem, frozen.labels)[0],
-        "strengths": list(STRENGTHS),
-        **_score_views(found, frozen.items["test"], frozen.items["train"], frozen.problem, frozen.labels),
-        "seconds": {"features": round(frozen.seconds, 2), "classifiers": round(seconds, 2)},
-        "notes": list(frozen.notes),
-    }
-    return _render_result(result, train, test, report)
+    frozen = compute_frozen_features(
+        str(model), str(train), str(test), dev=dev, kind=kind, pooling=pooling, stack=stack, context=context, base=base,
+        cache=cache, progress=progress,
+    )  # fmt: skip
+    begin = time.perf_counter()
+    with _use_threads((BATCH_ITEMS, frozen.width, frozen.output_count * len(STRENGTHS)), torch.device("cpu")):
+        probes = train_probes(
+            frozen.items["train"],
+            frozen.items["dev"],
+            frozen.items["test"],
+            frozen.problem,
+            frozen.output_count,
+            names=frozen.labels,
+            views=views,
+            progress=lambda done, total: progress("classifiers", done, total),
+        )
+    seconds = ProbeSeconds(round(frozen.seconds, 2), round(time.perf_counter() - begin, 2))
+    test_items, train_items = frozen.items["test"], frozen.items["train"]
+    return LayerProbe(
+        model=str(model),
+        train=str(train),
+        test=str(test),
+        kind=frozen.kind,
+        problem=frozen.problem,
+        labels=frozen.labels,
+        pooling=frozen.pooling,
+        stack=frozen.stack,
+        context=frozen.context,
+        items={part: len(items) for part, items in frozen.items.items()},
+        documents=frozen.documents,
+        layers=frozen.state_count - 1,
+        width=frozen.width,
+        metric=main_metric(frozen.problem, frozen.labels)[0],
+        strengths=tuple(STRENGTHS),
+        views=_score_views(probes, test_items, frozen.state_count - 1, frozen.problem, frozen.labels),
+        guess=_score_guess(test_items, train_items, frozen.problem, frozen.labels),
+        seconds=seconds,
+        notes=frozen.notes,
+    )
 
 
 @contextmanager
 def _use_threads(product: tuple[int, int, int], device: torch.device) -> Iterator[None]:
-    """Inside, torch has as many threads as pay for a product of this size."""
+    """Inside, torch uses as many threads as pay off for a matrix product of this size."""
     before = torch.get_num_threads()
     torch.set_num_threads(choose_threads(None, product, device, 1)[0])
     try:
@@ -240,15 +325,15 @@ def _source(part: str, path: str, kind: str) -> RawSource:
             hint=suggest_nearest(kind, kinds),
         )
     item = s.HeldOutFile.model_validate(s.expand_held_out_file(path))
-    given = {**item.model_dump(), "hub": None}
+    row_format = {**item.model_dump(), "hub": None}
     if kind == "auto":  # texts with labels look like text
-        kind = detect_kind(make_text_files(part, given, Path.cwd(), part))
+        kind = detect_kind(make_text_files(part, row_format, Path.cwd(), part))
         kind = kind if kind == "tagged" else "labelled"
-    return make_text_files(part, {**given, "kind": kind}, Path.cwd(), part)
+    return make_text_files(part, {**row_format, "kind": kind}, Path.cwd(), part)
 
 
 def _resolve_pooling(config: Any, task: Task, pooling: str, stack: str) -> tuple[Stack, Pooling | None]:
-    """Which half of the model is read, and how the tokens of a text become one vector."""
+    """The stack of the model that is probed, and how the tokens of a text become one vector."""
     for value, option, known in (
         (pooling, "--pooling", ("auto", *get_args(Pooling))),
         (stack, "--stack", ("auto", "encoder", "decoder")),
@@ -262,7 +347,7 @@ def _resolve_pooling(config: Any, task: Task, pooling: str, stack: str) -> tuple
             )
     if stack != "auto" and not config.is_encoder_decoder:
         raise StageError(
-            f"a {config.model_type} model has no {stack} beside something else",
+            f"a {config.model_type} model has a single stack, so no {stack} can be chosen",
             where="--stack",
             expected="an encoder-decoder, or no --stack",
         )
@@ -270,7 +355,7 @@ def _resolve_pooling(config: Any, task: Task, pooling: str, stack: str) -> tuple
     if task == Task.TAG:
         if pooling != "auto":
             raise StageError(
-                f"tags are decided word by word, so nothing is pooled, and `{pooling}` has no meaning",
+                f"tags are predicted word by word, so `{pooling}` pooling does not apply",
                 where="--pooling",
                 expected="rows with one label for a text, or no --pooling",
             )
@@ -278,7 +363,7 @@ def _resolve_pooling(config: Any, task: Task, pooling: str, stack: str) -> tuple
     causal = half == "decoder" or is_decoder(config)
     if pooling == "first" and causal:
         raise StageError(
-            "the first token of a decoder has read nothing but itself",
+            "the first token of a decoder attends only to itself",
             where="--pooling",
             expected="last, mean or max",
         )
@@ -309,7 +394,7 @@ def _build_rows(
     cache: Path,
     notes: list[str],
 ) -> dict[str, _PartRows]:
-    """The rows of each part; what the test has is in no other part, and what the dev has not in train."""
+    """The rows of each part; copies of test documents are removed from dev and train, and of dev documents from train."""
     objective = ClassifyObjective(kind="classify")
     renderer = make_renderer(objective, files["train"].kind, model_inputs, RowTemplate(), labels)
     stores = {
@@ -321,39 +406,39 @@ def _build_rows(
         chosen["dev"] = stores["dev"], _exclude(digests["dev"], digests["test"])
         free = _exclude(digests["train"], np.concatenate([digests["test"], digests["dev"]]))
     else:
-        kept = _exclude(digests["train"], digests["test"])
-        apart = held_out_mask(digests["train"][kept], _DEV_SHARE)
-        chosen["dev"], free = (stores["train"], kept[apart]), kept[~apart]
-        notes.append(f"dev: {int(apart.sum()):,} documents of train, by their content, as no --dev is given")
+        rest = _exclude(digests["train"], digests["test"])
+        is_dev = held_out_mask(digests["train"][rest], _DEV_SHARE)
+        chosen["dev"], free = (stores["train"], rest[is_dev]), rest[~is_dev]
+        notes.append(f"dev: {int(is_dev.sum()):,} documents of train, chosen by a hash of their content (no --dev)")
     chosen["train"] = stores["train"], free
     copies = len(stores["train"]) - len(_exclude(digests["train"], digests["test"]))
     if copies:
-        notes.append(f"train: {copies:,} documents are left out, as the test has copies of them")
-    out: dict[str, _PartRows] = {}
+        notes.append(f"train: {copies:,} documents are skipped, as the test has copies of them")
+    parts: dict[str, _PartRows] = {}
     for part in ("train", "dev", "test"):
         store, documents = chosen[part]
         if not len(documents):
-            raise DataError(f"there is nothing to be `{part}`", where=part, expected="at least one document")
-        given = HeldOutDocuments(part, "learned", store, documents, objective, renderer)
-        found = make_held_out_set(given, model_inputs, _NO_TOKEN_LIMIT, [], problem=problem)
-        assert isinstance(found, HeldOutRows)
-        left_out = 0
+            raise DataError(f"no document is left for `{part}`", where=part, expected="at least one document")
+        held_out_documents = HeldOutDocuments(part, "learned", store, documents, objective, renderer)
+        held_out = make_held_out_set(held_out_documents, model_inputs, _NO_TOKEN_LIMIT, [], problem=problem)
+        assert isinstance(held_out, HeldOutRows)
+        skipped_words = 0
         if problem == ProblemType.TAGS:
             words = sum(int(np.count_nonzero(np.asarray(store.marks(int(d))))) for d in documents)
-            left_out = words - sum(row.label_count for row in found.rows)
-        out[part] = _PartRows(found, left_out)
-    return out
+            skipped_words = words - sum(row.label_count for row in held_out.rows)
+        parts[part] = _PartRows(held_out, skipped_words)
+    return parts
 
 
 def _exclude(digests: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The documents that are none of the others."""
+    """Indices of the documents that are not among the others."""
     return np.flatnonzero(~np.isin(digests, others))
 
 
 def _backbone(
     start: ModelLocation, task: Task, half: Stack, pooling: Pooling | None, model_inputs: ModelInputs
 ) -> tuple[ComputeStates, torch.device]:
-    """What answers a batch with all states: the plain backbone, or the model of a start with all that stands in it."""
+    """Computes all hidden states of a batch: the plain backbone, or the model of a start with its adapters."""
     device = machine.default_device()
     if start.base is None:
         form = TaskHeadConfig((0,), pooling=pooling, stack=half)
@@ -371,36 +456,42 @@ def _backbone(
 
 def _make_items(states_SID: np.ndarray, rows: HeldOutRows, problem: ProblemType) -> ProbeData:
     if problem == ProblemType.TAGS:
-        meant = [row.labels[row.labels != IGNORED] for row in rows.rows]
-        return ProbeData(states_SID, np.concatenate(meant), np.repeat(rows.document_R, [len(m) for m in meant]))
+        labels = [row.labels[row.labels != IGNORED] for row in rows.rows]
+        return ProbeData(states_SID, np.concatenate(labels), np.repeat(rows.document_R, [len(part) for part in labels]))
     return ProbeData(states_SID, np.stack([row.labels for row in rows.rows]), rows.document_R)
 
 
 def _score_views(
-    results: list[ProbeResult], test: ProbeData, train: ProbeData, problem: ProblemType, names: tuple[str, ...]
-) -> dict[str, Any]:
-    """Every view with its metrics and its change against the last layer; and what guessing comes to."""
-    last = next(
-        (p for p in results if p.view.kind == "state" and p.view.states[0] == train.states_SID.shape[0] - 1), None
-    )
+    probes: list[ProbeResult], test: ProbeData, last_layer: int, problem: ProblemType, names: tuple[str, ...]
+) -> tuple[LayerView, ...]:
+    """Every view with its metrics and its change from the last layer."""
+    last = next((p for p in probes if p.view.kind == "state" and p.view.states[0] == last_layer), None)
     views = []
-    for one in results:
-        said_I, meant_I, item_I = metric_inputs(one, test)
-        entry: dict[str, Any] = {
-            "name": one.view.name,
-            "kind": one.view.kind,
-            "states": list(one.view.states),
-            "strength": one.strength,
-            "dev": one.dev_score,
-            "metrics": compute_metrics(problem, said_I, meant_I, item_I, names),
-        }
-        if last is not None and one is not last:
-            entry["against_last"] = compare_metrics(
-                problem, metric_inputs(last, test)[0], said_I, meant_I, item_I, names
+    for probe in probes:
+        predictions_I, labels_I, item_I = metric_inputs(probe, test)
+        changes: dict[str, dict[str, float]] = {}
+        if last is not None and probe is not last:
+            before_I = metric_inputs(last, test)[0]
+            changes = compare_metrics(problem, before_I, predictions_I, labels_I, item_I, names)
+        views.append(
+            LayerView(
+                probe.view.name,
+                probe.view.kind,
+                tuple(probe.view.states),
+                probe.strength,
+                probe.dev_score,
+                _intervals(compute_metrics(problem, predictions_I, labels_I, item_I, names)),
+                _intervals(changes),
+                tuple(probe.share_S or ()),
             )
-        if one.share_S:
-            entry["shares"] = list(one.share_S)
-        views.append(entry)
+        )
+    return tuple(views)
+
+
+def _score_guess(
+    test: ProbeData, train: ProbeData, problem: ProblemType, names: tuple[str, ...]
+) -> Mapping[str, Interval]:
+    """The metrics of the most frequent label of `train`, or of its mean."""
     if problem == ProblemType.NUMBER:
         guess = np.full(test.labels.shape, train.labels.mean())
     elif problem == ProblemType.MULTI_LABEL:
@@ -408,56 +499,8 @@ def _score_views(
     else:
         guess = np.full(test.labels.shape, np.bincount(train.labels.astype(np.int64)).argmax())
     answer = ProbeResult(View("guess", "state", ()), 0.0, 0.0, guess)
-    return {"views": views, "guess": compute_metrics(problem, *metric_inputs(answer, test), names)}
+    return _intervals(compute_metrics(problem, *metric_inputs(answer, test), names))
 
 
-def _render_result(result: dict[str, Any], train: str, test: str, report: Path | None) -> dict[str, Any]:
-    """The result with its text; the page is written."""
-    items = result["items"]
-    what = "words" if result["problem"] == "tags" else "texts"
-    seconds = result["seconds"]
-    best = max(result["views"], key=lambda v: v["dev"] if result["problem"] != "number" else -v["dev"])
-    lines = [
-        probe_page.probe_table(result).text(),
-        "",
-        f"{items['train']:,} {what} to learn from, {items['dev']:,} to choose by, {items['test']:,} to be judged on, once; "
-        f"{seconds['features']:.1f} s for the features of all layers, {seconds['classifiers']:.1f} s for all classifiers",
-        *result["notes"],
-        f"best on dev: {best['name']}; in a stage: {_objective_text(best, result)}",
-    ]
-    if report:
-        document.write_page(report, probe_page.probe_page(result))
-        lines += [f"report: {report}", "next: open it in a browser"]
-    else:
-        command = ["postgrad", "probe", result["model"], train, test, "--report", "layers.html"]
-        lines.append(f"next: {shlex.join(command)}")
-    return {"text": "\n".join(lines), **result}
-
-
-def _objective_text(best: dict[str, Any], result: dict[str, Any]) -> str:
-    """The choice of a view as a stage says it."""
-    states, many = best["states"], len(best["states"])
-    layers = {"state": states[0], "mix": "mix"}.get(best["kind"], f"{{{best['kind']}: {many}}}")
-    more = f", pooling: {result['pooling']}" if result["pooling"] else ""
-    more += f", stack: {result['stack']}" if result["stack"] == "decoder" else ""
-    return f"objectives: [{{kind: classify, layers: {layers}{more}}}]"
-
-
-class _ProgressLine:
-    """How far something is, on a terminal, when it takes a while."""
-
-    def __init__(self) -> None:
-        self.start_time, self.last_shown = time.perf_counter(), 0.0
-
-    def __call__(self, label: str, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if sys.stderr.isatty() and now - self.start_time > _PROGRESS_AFTER_SECONDS and now - self.last_shown > 0.2:
-            self.last_shown = now
-            print(f"\r{label}: {done / total:.0%}\x1b[K", end="", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> _ProgressLine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.last_shown:  # nothing is left on the line
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+def _intervals(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
+    return {name: Interval(**entry) for name, entry in metrics.items()}

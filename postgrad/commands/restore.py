@@ -1,22 +1,21 @@
-"""How does a model get back what it lost, and keep what it has learnt since? On-policy distillation from what it was.
+"""Restore what a run has forgotten by on-policy distillation from the earlier model.
 
-The model writes on from prompts of the old kind, and the earlier model judges every token (`on-policy`); meanwhile it is
-held to itself on the new text (`distill` from its start). It is a stage like any other, and this writes it: among all looks
-the one is published that is best on the old text, of those where no more than a given part of the new gain is lost; training
-ends when enough is won back. So old and new change places: what is to be won back is `learned`, what must not be lost is
-`retained`.
+The model continues prompts of the old kind and the earlier model scores every token (`on-policy`); in the same stage it
+distils itself on the new text (`distill` from its start). Of all evaluations the one is published that is best on the old text
+while no more than a given part of the new gain is lost; training ends when enough is recovered. Roles are swapped: the old sets
+are `learned`, the new ones `retained`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from postgrad.commands.cache import cache_folder
+from postgrad.commands.results import Result
 from postgrad.config import stage as s
 from postgrad.config.renamed_keys import upgrade_stage
 from postgrad.config.stage_file import parse_stage
@@ -25,12 +24,15 @@ from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.evaluation import before_after
 from postgrad.hardware import machine
-from postgrad.lineage.record import PLAN, Record, read_record
+from postgrad.lineage.record import Record, read_record
+from postgrad.lineage.saved_plan import read_plan
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
+from postgrad.models.task import Task
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.sources import make_replay_source
-from postgrad.run.events import RunFinished
+from postgrad.run.events import RunEvent, RunFinished
+from postgrad.run.run import run_stage
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 96
@@ -39,38 +41,44 @@ _PROMPT_SOURCE_NAME = "prompts"
 
 @dataclass(frozen=True)
 class RestoreRequest:
-    """What is asked for. `until`: the share of the loss that is to be won back; `max_cost`: the share of the gain that may go.
-
-    `kept`: the share of the trained tokens that are new text, on which the model is held to itself.
-    """
+    """The options of a restoration."""
 
     run: Path
-    teacher: str | None
-    prompts: tuple[str, ...]
-    retained: tuple[str, ...]
-    min_recovered: float
-    max_regression: float
-    steps: int
-    self_distill_share: float
-    learning_rate: float | None
-    output: str | None
+    teacher: str | None = None
+    """The earlier model. Default: the run's start model."""
+    prompts: tuple[str, ...] = ()
+    """Old text used as prompts. Default: the text that the run replayed."""
+    retained: tuple[str, ...] = ()
+    """Held-out old text. Default: the run's own retained sets."""
+    min_recovered: float = 0.9
+    """The fraction of the forgetting to recover."""
+    max_cost: float = 0.05
+    """The fraction of the gain on new text that may be lost."""
+    steps: int = 200
+    """At most so many steps."""
+    self_distill_share: float = 0.5
+    """The fraction of the trained tokens that distil the model itself on new text."""
+    learning_rate: float | None = None
+    """Default: the peak rate of the run."""
+    output: str | None = None
+    """The new run's folder. Default: RUN-restored."""
 
 
 @dataclass(frozen=True)
 class RestoreTarget:
-    """The set that lost most, what the run and the earlier model lose on it, and what is enough; all in nats per token."""
+    """The set that was forgotten most, and the loss to reach on it; all losses in nats per token."""
 
     set_name: str
     run_loss: float
     teacher_loss: float
     target_loss: float
     gains: Mapping[str, tuple[float, float]]
-    """Of each set that is to be kept: the earlier model's loss and the run's."""
+    """Of each set of new text: the earlier model's loss and the run's."""
 
 
 @dataclass(frozen=True)
 class Restoration:
-    """The stage as it will be carried out."""
+    """The stage that restores a run."""
 
     plan: Plan
     target: RestoreTarget
@@ -78,54 +86,58 @@ class Restoration:
 
 
 def plan_restoration(request: RestoreRequest, cache: Path) -> Restoration:
-    """Work out the stage that wins back what a run has lost. Raises `StageError` when nothing was, or texts are missing."""
+    """Plan the stage that restores a run. Raises `StageError` when nothing was forgotten, or texts are missing."""
     machine.tune_allocator()
     root = Path.cwd()
     _check_request(request, root)
     record = read_record(request.run)
-    if not record.get("changes"):
+    if not record.changes:
         raise StageError(
             f"{request.run} has not finished", where="restore", hint="finish it with the same train command"
         )
-    if record["model"]["task"] != "causal":
+    if record.model.task != Task.CAUSAL:
         raise StageError(
-            f"{request.run} holds no model that writes on, so nothing it says could be judged",
+            f"{request.run} is not a causal language model, so there are no continuations to score",
             where="restore",
             expected="a run of a causal language model",
-            hint="train it once more with replay, or `distill` on old text",
+            hint="train it again with replay, or `distill` on old text",
         )
     raw = _restore_stage(request, record, root)
     plan = make_plan(parse_stage(raw, "restore"), root, cache)
     teacher = plan.teachers[0]
-    aim = _measure_target(plan, teacher, request, cache)
-    raw["save"]["choose"] = {"set": aim.set_name, "stop_at": aim.target_loss, **_forgetting_limit(aim, request)}
-    return Restoration(make_plan(parse_stage(raw, "restore"), root, cache), aim, request)
+    target = _measure_target(plan, teacher, request, cache)
+    raw["save"]["choose"] = {
+        "set": target.set_name,
+        "stop_at": target.target_loss,
+        **_forgetting_limit(target, request),
+    }
+    return Restoration(make_plan(parse_stage(raw, "restore"), root, cache), target, request)
 
 
 def _check_request(request: RestoreRequest, root: Path) -> None:
-    """Raise what is wrong with what is asked for, told at the option that says it."""
-    for option, fine, met, expected in (
+    """Raise the error of an option that cannot be used."""
+    for option, is_valid, problem, expected in (
         (
-            "--until",
+            "--min-recovered",
             request.min_recovered > 0,
-            f"{request.min_recovered:.0%} of what was lost is nothing to win back",
+            f"{request.min_recovered:.0%} recovered is no target",
             "more than 0%",
         ),
         (
-            "--keep",
+            "--self-distill-share",
             request.self_distill_share < 1,
-            f"{request.self_distill_share:.0%} of new text leaves nothing for the prompts",
+            f"{request.self_distill_share:.0%} of new text leaves no tokens for the prompts",
             "less than 100%",
         ),
         (
-            "--rate",
+            "--learning-rate",
             request.learning_rate is None or 0 < request.learning_rate < math.inf,
-            f"{request.learning_rate} is no rate",
+            f"{request.learning_rate} is not a learning rate",
             "a number above 0",
         ),
     ):
-        if not fine:
-            raise StageError(met, where=option, expected=expected)
+        if not is_valid:
+            raise StageError(problem, where=option, expected=expected)
     if request.teacher is not None:
         locate_model(request.teacher, root, where="--teacher")
     for option, paths in (("--prompts", request.prompts), ("--retained", request.retained)):
@@ -134,38 +146,42 @@ def _check_request(request: RestoreRequest, root: Path) -> None:
 
 
 def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[str, Any]:
-    """The stage as plain data, but for what is chosen by."""
-    was, origin = upgrade_stage(record["stage"]), Path(record["root"])
-    kept = _new_sources(request) if request.self_distill_share else []
+    """The stage as plain data, without its checkpoint selection."""
+    stage, origin = upgrade_stage(record.stage), Path(record.stage_folder or ".")
+    new_sources = _new_sources(request) if request.self_distill_share else []
     prompts = _prompt_sources(request, root)
-    share = 1.0 - (request.self_distill_share if kept else 0.0)
-    per_row = share / NEW_TOKENS + (1 - share) / was["data"]["sequence_length"]
-    sequences = was["batch"]["global_batch_size"]
+    share = 1.0 - (request.self_distill_share if new_sources else 0.0)
+    per_row = share / NEW_TOKENS + (1 - share) / stage["data"]["sequence_length"]
+    sequences = stage["batch"]["global_batch_size"]
     name = request.output or f"{request.run.name}-restored"
-    lost = [_held_out_file(path, root) for path in request.retained] or _absolute_sets(
-        was["evaluation"]["retained"], origin
+    old_sets = [_held_out_file(path, root) for path in request.retained] or _absolute_sets(
+        stage["evaluation"]["retained"], origin
     )
-    if not lost:
+    if not old_sets:
         raise StageError(
-            f"{request.run} names no file of old text that it was measured on",
+            f"{request.run} has no retained set in a file",
             where="--retained",
-            expected="held-out text of the kind that was lost",
+            expected="held-out text of the kind that was forgotten",
         )
     return {
         "name": Path(name).name,
         "model": str(request.run.resolve()),
         "output": str(root / name if request.output else request.run.resolve().parent / name),
         "tokens": max(1, round(request.steps * sequences / per_row)),
-        "seed": was["seed"],
+        "seed": stage["seed"],
         "data": {
-            "sequence_length": max(was["data"]["sequence_length"], PROMPT_TOKENS + NEW_TOKENS + 32),
+            "sequence_length": max(stage["data"]["sequence_length"], PROMPT_TOKENS + NEW_TOKENS + 32),
             "overlap": "off",
             "on_exhausted": "repeat",
             "sources": [{**source, "share": share / len(prompts)} for source in prompts]
-            + [{**source, "share": source["share"] * request.self_distill_share} for source in kept],
+            + [{**source, "share": source["share"] * request.self_distill_share} for source in new_sources],
         },
         "batch": {"global_batch_size": sequences},
-        "schedule": {"kind": "constant", "peak": request.learning_rate or _peak_rate(was["schedule"]), "warmup": "5%"},
+        "schedule": {
+            "kind": "constant",
+            "peak": request.learning_rate or _peak_rate(stage["schedule"]),
+            "warmup": "5%",
+        },
         "objectives": [
             {
                 "kind": "on-policy",
@@ -174,21 +190,21 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
                 "max_new_tokens": NEW_TOKENS,
                 "on": [source["name"] for source in prompts],
             },
-            *([{"kind": "distill", "on": [source["name"] for source in kept]}] if kept else []),
+            *([{"kind": "distill", "on": [source["name"] for source in new_sources]}] if new_sources else []),
         ],
         "evaluation": {
-            "learned": lost,
-            "retained": _absolute_sets(was["evaluation"]["learned"], origin),
+            "learned": old_sets,
+            "retained": _absolute_sets(stage["evaluation"]["learned"], origin),
             "every": "5%",
-            "max_tokens": was["evaluation"]["max_tokens"],
+            "max_tokens": stage["evaluation"]["max_tokens"],
         },
         "save": {"every": "25%"},
-        "compute": was["compute"],
+        "compute": stage["compute"],
     }
 
 
 def _prompt_sources(request: RestoreRequest, root: Path) -> list[dict[str, Any]]:
-    """What is gone on from: the files that are named, or what the run replayed."""
+    """The prompts: the given files, or the text that the run replayed."""
     if request.prompts:
         return [
             {
@@ -198,12 +214,12 @@ def _prompt_sources(request: RestoreRequest, root: Path) -> list[dict[str, Any]]
             }
             for i, path in enumerate(request.prompts)
         ]
-    replayed = [make_replay_source(leaf) for leaf in _trained_sources(request.run, "replay")]
+    replayed = [source for source, _ in _trained_sources(request.run, "replay")]
     if not replayed:
         raise StageError(
-            f"{request.run} replayed nothing that its model could go on from",
+            f"{request.run} replayed no text to use as prompts",
             where="--prompts",
-            expected="text of the old kind, whose beginnings are prompts; it is not trained on",
+            expected="text of the old kind; its first tokens are prompts and are not trained on",
         )
     return [
         {**source, **_PROMPT_SOURCE_DEFAULTS, "name": f"{_PROMPT_SOURCE_NAME}-{source['name']}"} for source in replayed
@@ -211,25 +227,29 @@ def _prompt_sources(request: RestoreRequest, root: Path) -> list[dict[str, Any]]
 
 
 _PROMPT_SOURCE_DEFAULTS: dict[str, Any] = {"role": "new", "held_out": 0.0}
-"""What is to be won back is what this stage learns."""
+"""The old text has the role that this stage learns."""
 
 
 def _new_sources(request: RestoreRequest) -> list[dict[str, Any]]:
     """The new text of the run, in the shares that it had."""
-    leaves = _trained_sources(request.run, "new")
-    total = sum(leaf["share"] for leaf in leaves)
-    return [{**make_replay_source(leaf), "role": "replay", "share": leaf["share"] / total} for leaf in leaves]
+    sources = _trained_sources(request.run, "new")
+    total = sum(share for _, share in sources)
+    return [{**source, "role": "replay", "share": share / total} for source, share in sources]
 
 
-def _trained_sources(run: Path, role: str) -> list[dict[str, Any]]:
-    """Where the texts of a run come from, and which share of its tokens they had."""
-    planned = json.loads((run / PLAN).read_text())
-    shares = {source["name"]: (source["role"], source["share"]) for source in planned["plan"]["sources"]}
-    return [{**leaf, "share": shares[leaf["name"]][1]} for leaf in planned["leaves"] if shares[leaf["name"]][0] == role]
+def _trained_sources(run: Path, role: str) -> list[tuple[dict[str, Any], float]]:
+    """The sources of one role of a run, as a stage file has them, with their shares of its tokens."""
+    saved = read_plan(run)
+    planned = {source.name: source for source in saved.plan.sources}
+    return [
+        (make_replay_source(source.name, source.origin), planned[source.name].share)
+        for source in saved.resolved_sources
+        if planned[source.name].role == role
+    ]
 
 
 def _absolute_sets(items: Sequence[Mapping[str, Any]], origin: Path) -> list[dict[str, Any]]:
-    """Held-out files of another stage, wherever this one is."""
+    """Held-out files of another stage, with absolute paths."""
     return [{**item, "path": str(origin / item["path"]), "same_format_as": None} for item in items]
 
 
@@ -239,19 +259,19 @@ def _held_out_file(path: str, root: Path) -> dict[str, Any]:
 
 
 def _teacher_name(request: RestoreRequest, record: Record) -> str:
-    """The earlier model: the one that is named, or the one that the run began with."""
+    """The earlier model: the given one, or the run's start model."""
     if request.teacher is not None:
-        place = Path.cwd() / request.teacher
-        return str(place) if place.exists() else request.teacher
-    began = record["stage"]["model"]
-    if not isinstance(began, str):
+        path = Path.cwd() / request.teacher
+        return str(path) if path.exists() else request.teacher
+    start = record.stage["model"]
+    if not isinstance(start, str):
         raise StageError(
-            f"{request.run} began with a model made anew, which knew nothing",
+            f"{request.run} started from a randomly initialised model, which is no teacher",
             where="--teacher",
-            expected="an earlier model that knows what is to be won back",
+            expected="an earlier model that was trained on the old text",
         )
-    place = Path(record["root"]) / began
-    return str(place) if place.exists() else began
+    path = Path(record.stage_folder or ".") / start
+    return str(path) if path.exists() else start
 
 
 def _peak_rate(schedule: Mapping[str, Any]) -> float:
@@ -261,14 +281,14 @@ def _peak_rate(schedule: Mapping[str, Any]) -> float:
 
 
 def _measure_target(plan: Plan, teacher: ModelLocation, request: RestoreRequest, cache: Path) -> RestoreTarget:
-    """What was lost and gained: both models on all of the stage's sets."""
-    now, earlier = (_score_model(plan, start, cache) for start in (plan.model.start, teacher))
-    lost = {h.name: now[h.name].nats - earlier[h.name].nats for h in plan.evaluation.sets if h.role == "learned"}
-    name = max(lost, key=lambda set_: lost[set_])
-    if lost[name] <= 0:
+    """Score both models on all of the stage's sets."""
+    now, earlier = (_score_model(plan, model, cache) for model in (plan.model.start, teacher))
+    losses = {h.name: now[h.name].nats - earlier[h.name].nats for h in plan.evaluation.sets if h.role == "learned"}
+    name = max(losses, key=lambda set_: losses[set_])
+    if losses[name] <= 0:
         raise StageError(
-            f"{plan.model.start.name} has lost nothing that {teacher.name} knew: {now[name].nats:.4f} nats per token on {name}, "
-            f"and {earlier[name].nats:.4f}",
+            f"{plan.model.start.name} has forgotten nothing: {now[name].nats:.4f} nats per token on {name}, "
+            f"and {teacher.name} {earlier[name].nats:.4f}",
             where="restore",
             expected="a run that has forgotten something",
         )
@@ -276,7 +296,7 @@ def _measure_target(plan: Plan, teacher: ModelLocation, request: RestoreRequest,
         name,
         now[name].nats,
         earlier[name].nats,
-        now[name].nats - request.min_recovered * lost[name],
+        now[name].nats - request.min_recovered * losses[name],
         {h.name: (earlier[h.name].nats, now[h.name].nats) for h in plan.evaluation.sets if h.role == "retained"},
     )
 
@@ -297,36 +317,84 @@ def _score_model(plan: Plan, start: ModelLocation, cache: Path) -> before_after.
 
 
 def _forgetting_limit(target: RestoreTarget, request: RestoreRequest) -> dict[str, Any]:
-    """By how much the loss on a set that is to be kept may rise: a share of its gain, told as a share of its loss."""
-    limits = [request.max_regression * (old - new) / new for old, new in target.gains.values() if old > new]
+    """The bound on the rise of the new sets: a fraction of their gain, as a fraction of their loss."""
+    limits = [request.max_cost * (old - new) / new for old, new in target.gains.values() if old > new]
     return {"max_forgetting": min(1.0, min(limits))} if limits else {}
 
 
-def restoration_text(restoration: Restoration, outcome: RunFinished) -> str:
-    """What was won back and what it cost."""
-    found = measure_restoration(restoration, outcome)
-    aim, wish = restoration.target, restoration.request
-    verdict = "" if found["enough"] else f"; {wish.min_recovered:.0%} was asked for, and more steps may reach it"
-    lines = [
-        f"{aim.set_name}: {found['recovered']:.1%} of what was lost is won back ({aim.run_loss:.4f} -> {found['nats']:.4f} nats per "
-        f"token; {aim.teacher_loss:.4f} before){verdict}"
-    ]
-    for name, cost in found["costs"].items():
-        lines.append(f"{name}: {cost:.1%} of what was gained is lost again, {wish.max_regression:.0%} was allowed")
-    return "\n".join([*lines, f"next: {shlex.join(['postgrad', 'lineage', str(outcome.run_folder)])}"])
+@dataclass(frozen=True)
+class RestoredRun(Result):
+    """What a restoration recovered, and what it cost."""
+
+    target: RestoreTarget
+    nats: float
+    """The restored loss on the set that was forgotten most, in nats per token."""
+    recovered: float
+    """The fraction of the forgetting that was recovered."""
+    costs: Mapping[str, float]
+    """Of each new set: the fraction of the gain that was lost."""
+    enough: bool
+    """Whether the targets of the request were reached."""
+    request: RestoreRequest
+    outcome: RunFinished
+
+    def as_dict(self) -> dict[str, object]:
+        """The new run's record, with `restored`."""
+        restored = {
+            "set": self.target.set_name,
+            "nats": self.nats,
+            "recovered": self.recovered,
+            "costs": dict(self.costs),
+            "enough": self.enough,
+        }
+        return {**self.outcome.record.as_json(), "restored": restored}
 
 
-def measure_restoration(restoration: Restoration, outcome: RunFinished) -> dict[str, Any]:
-    """The share of the loss that is won back and of each gain that is lost, and whether that is enough."""
-    aim, after = restoration.target, outcome.record["scores"]["after"]
-    nats = after[aim.set_name]["nats"]
-    recovered = (aim.run_loss - nats) / (aim.run_loss - aim.teacher_loss)
+def restore(
+    run: Path | str,
+    *,
+    teacher: str | None = None,
+    prompts: Sequence[str] = (),
+    retained: Sequence[str] = (),
+    min_recovered: float = 0.9,
+    max_cost: float = 0.05,
+    steps: int = 200,
+    self_distill_share: float = 0.5,
+    learning_rate: float | None = None,
+    output: str | None = None,
+    cache: Path | None = None,
+) -> Iterator[RunEvent | RestoredRun]:
+    """Recover what a run has forgotten, as an iterator of its events; the last item is the result.
+
+    The arguments are those of `RestoreRequest`. The same call resumes an interrupted restoration.
+    """
+    cache = cache or cache_folder()
+    request = RestoreRequest(
+        Path(run), teacher, tuple(prompts), tuple(retained), min_recovered, max_cost, steps, self_distill_share,
+        learning_rate, output,
+    )  # fmt: skip
+    yield from run_restoration(plan_restoration(request, cache), "postgrad restore", cache)
+
+
+def run_restoration(restoration: Restoration, command: str, cache: Path) -> Iterator[RunEvent | RestoredRun]:
+    """Run a planned restoration; `command` is recorded as what resumes it."""
+    for event in run_stage(restoration.plan, command=command, cache=cache):
+        yield event
+        if isinstance(event, RunFinished):
+            yield measure_restoration(restoration, event)
+
+
+def measure_restoration(restoration: Restoration, outcome: RunFinished) -> RestoredRun:
+    """The fraction of the forgetting that was recovered, and of each gain that was lost."""
+    target, request, after = restoration.target, restoration.request, outcome.record.scores.after
+    nats = after[target.set_name].nats
+    recovered = (target.run_loss - nats) / (target.run_loss - target.teacher_loss)
     costs = {
-        name: (after[name]["nats"] - new) / (old - new)
-        for name, (old, new) in aim.gains.items()
+        name: (after[name].nats - new) / (old - new)
+        for name, (old, new) in target.gains.items()
         if not math.isclose(old, new)
     }
-    fine = recovered >= restoration.request.min_recovered - 1e-3 and all(
-        c <= restoration.request.max_regression + 1e-3 for c in costs.values()
+    enough = recovered >= request.min_recovered - 1e-3 and all(
+        cost <= request.max_cost + 1e-3 for cost in costs.values()
     )
-    return {"set": aim.set_name, "nats": nats, "recovered": recovered, "costs": costs, "enough": fine}
+    return RestoredRun(target, nats, recovered, costs, enough, request, outcome)

@@ -1,29 +1,28 @@
-"""How far is new text from what a model knows, and what does that ask for?"""
+"""Measure how far new text is from a model's old text, and propose replay, learning rate, warm-up and vocabulary."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from postgrad.analysis import domain_shift
-from postgrad.analysis.domain_shift import ShiftEstimate
-from postgrad.analysis.shift_advice import make_proposals, shift_strength
-from postgrad.commands.evaluate import context_length, load_file_sets, score_model
+from postgrad.analysis.domain_shift import Fertility, ShiftEstimate
+from postgrad.analysis.shift_advice import Proposal, ShiftStrength, make_proposals, shift_strength
+from postgrad.commands.cache import cache_folder
+from postgrad.commands.results import Result
+from postgrad.commands.score_files import context_length, load_file_sets, score_model
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
-from postgrad.errors import DataError, StageError
+from postgrad.errors import DataError
 from postgrad.evaluation.perplexity import Scores
 from postgrad.hardware import machine
 from postgrad.models.location import locate_model
 from postgrad.models.pretrained import load_tokenizer
-from postgrad.reports.html import document as shell
-from postgrad.reports.pages import shift_page
 from postgrad.stats.bootstrap import ratio_interval
 
 _MAX_DOCUMENTS = 20_000
@@ -41,93 +40,128 @@ class _Corpus:
     files: list[str]
 
 
+@dataclass(frozen=True)
+class CorpusSummary(Result):
+    """How a model and its tokenizer fare on one of the two texts."""
+
+    files: tuple[str, ...]
+    passages: int
+    """Passages of 100 words."""
+    fertility: Fertility
+    bits: ShiftEstimate
+    """The model's loss in bits per byte, with its 95 % interval."""
+    tokens: int | None = None
+    """Of the new text: about how many tokens it has."""
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as plain data, with the fields of the fertility."""
+        data = super().as_dict()
+        del data["fertility"]
+        return {**data, **asdict(self.fertility), "bits": self.bits.as_dict()}
+
+
+@dataclass(frozen=True)
+class MeasuredShift(Result):
+    """How far new text is from old text, for a model."""
+
+    model: str
+    old: CorpusSummary
+    new: CorpusSummary
+    surprise: ShiftEstimate
+    """New minus old loss in bits per byte."""
+    distances: Mapping[str, ShiftEstimate]
+    """Each distance with its 95 % interval, and `same`: its value between two samples of the old text."""
+    strength: ShiftStrength
+    """`none`, `weak` or `strong`."""
+    proposals: tuple[Proposal, ...]
+    """Settings to begin with, each with its reason and source."""
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as plain data."""
+        return {
+            "model": self.model,
+            "old": self.old.as_dict(),
+            "new": self.new.as_dict(),
+            "surprise": self.surprise.as_dict(),
+            "distances": {name: estimate.as_dict() for name, estimate in self.distances.items()},
+            "strength": self.strength,
+            "proposals": [proposal.as_dict() for proposal in self.proposals],
+        }
+
+
 def measure_shift(
     model: str,
     old: Sequence[str],
     new: Sequence[str],
     *,
-    base: str | None,
-    context: int | None,
-    report: Path | None,
-    cache: Path,
-) -> dict[str, Any]:
+    base: str | None = None,
+    context: int | None = None,
+    cache: Path | None = None,
+) -> MeasuredShift:
     """Measure how far `new` files are from `old` ones, for a model.
 
-    Raises `DataError` for too little text, and for old and new text that are one and the same, `StageError` for a page that
-    would be a folder.
+    `context`: tokens the model reads at once. Default: its own limit, up to 1,024. Raises `DataError` for too little text,
+    and for old and new text that are the same.
     """
-    if report and report.is_dir():
-        raise StageError(f"{report} is a folder", where="--report", expected="a file for the page")
     machine.tune_allocator()
-    start = locate_model(model, Path.cwd(), base)
+    cache = cache or cache_folder()
+    start = locate_model(str(model), Path.cwd(), base)
     tokenizer = load_tokenizer(start)
-    texts = [_load_corpus("--old", old), _load_corpus("--new", new)]
+    texts = _load_corpus("--old", list(map(str, old))), _load_corpus("--new", list(map(str, new)))
     domain_shift.refuse_same(*(text.documents for text in texts))
-
-    def encode(some: list[str]) -> list[list[int]]:
-        return [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(some, add_special_tokens=False)]
-
-    vocabulary = len(tokenizer)
-    grams = [domain_shift.ngram_counts(text.passages) for text in texts]
     unknown = [tokenizer.unk_token_id] if isinstance(tokenizer.unk_token_id, int) else []
-    cuts = [domain_shift.fertility(text.documents, encode, unknown) for text in texts]
-    distances = {
-        "byte trigrams": domain_shift.js_divergence(*(domain_shift.byte_counts(text.passages) for text in texts)),
-        "tokens": domain_shift.js_divergence(
-            *(domain_shift.token_counts(text.passages, encode, vocabulary) for text in texts)
-        ),
-        "n-gram log-ratio": domain_shift.log_ratio(*grams),
-        "told apart": domain_shift.classifier_auc(*grams),
-    }
-    used = context_length(start, context)
-    scored = [
-        score_model(
-            start,
-            load_file_sets(start, text.files, "auto", None, used, cache, limit=_MAX_SCORED_TOKENS).sets,
-            used,
-            cache,
+    fertilities = [domain_shift.fertility(text.documents, _batch_encoder(tokenizer), unknown) for text in texts]
+    distances = _measure_distances(texts, tokenizer)
+    length = context_length(start, context)
+    bits = [
+        _bits_per_byte(
+            list(
+                score_model(
+                    start,
+                    load_file_sets(start, text.files, "auto", None, length, cache, limit=_MAX_SCORED_TOKENS).sets,
+                    length,
+                    cache,
+                ).values()
+            )
         )
         for text in texts
     ]
-    bits = [_bits_per_byte(list(found.values())) for found in scored]
-    main = distances["byte trigrams"]
-    strength = shift_strength(main.value, main.same or 0.0)
-    tokens = round(sum(len(d.encode()) for d in texts[1].documents) / cuts[1].bytes_per_token)
-    advised = make_proposals(
+    strength = shift_strength(distances["byte trigrams"].value, distances["byte trigrams"].same or 0.0)
+    tokens = round(sum(len(d.encode()) for d in texts[1].documents) / fertilities[1].bytes_per_token)
+    proposals = make_proposals(
         strength,
         tokens=tokens,
-        old_bytes_per_token=cuts[0].bytes_per_token,
-        new_bytes_per_token=cuts[1].bytes_per_token,
-        unknown=cuts[1].unknown - cuts[0].unknown,
+        old_bytes_per_token=fertilities[0].bytes_per_token,
+        new_bytes_per_token=fertilities[1].bytes_per_token,
+        unknown=fertilities[1].unknown - fertilities[0].unknown,
     )
-    found: dict[str, Any] = {
-        "model": model,
-        "old": {
-            "files": list(old),
-            "passages": len(texts[0].passages.texts),
-            **asdict(cuts[0]),
-            "bits": bits[0].as_dict(),
-        },
-        "new": {
-            "files": list(new),
-            "passages": len(texts[1].passages.texts),
-            "tokens": tokens,
-            **asdict(cuts[1]),
-            "bits": bits[1].as_dict(),
-        },
-        "surprise": _difference(*bits).as_dict(),
-        "distances": {name: estimate.as_dict() for name, estimate in distances.items()},
-        "strength": strength,
-        "proposals": [proposal.as_dict() for proposal in advised],
+    old_summary, new_summary = (
+        CorpusSummary(tuple(text.files), len(text.passages.texts), fertility, own_bits, count)
+        for text, fertility, own_bits, count in zip(texts, fertilities, bits, (None, tokens), strict=True)
+    )
+    return MeasuredShift(
+        str(model), old_summary, new_summary, _difference(*bits), distances, strength, tuple(proposals)
+    )
+
+
+def _batch_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return encode
+
+
+def _measure_distances(texts: tuple[_Corpus, _Corpus], tokenizer: PreTrainedTokenizerBase) -> dict[str, ShiftEstimate]:
+    encode, vocab_size = _batch_encoder(tokenizer), len(tokenizer)
+    ngrams = [domain_shift.ngram_counts(text.passages) for text in texts]
+    return {
+        "byte trigrams": domain_shift.js_divergence(*(domain_shift.byte_counts(text.passages) for text in texts)),
+        "tokens": domain_shift.js_divergence(
+            *(domain_shift.token_counts(text.passages, encode, vocab_size) for text in texts)
+        ),
+        "n-gram log-ratio": domain_shift.log_ratio(*ngrams),
+        "told apart": domain_shift.classifier_auc(*ngrams),
     }
-    lines = _lines(found)
-    if report:
-        shell.write_page(report, shift_page.shift_page(found))
-        lines.append(f"report: {report}")
-    lines.append(
-        f"next: {shlex.join(['postgrad', 'init', 'stage', '--model', model, '--data', new[0], '--replay', old[0]])}"
-    )
-    return {"text": "\n".join(lines), **found}
 
 
 def _load_corpus(where: str, paths: Sequence[str]) -> _Corpus:
@@ -136,7 +170,7 @@ def _load_corpus(where: str, paths: Sequence[str]) -> _Corpus:
 
 
 def _interleave_documents(where: str, paths: Sequence[str]) -> Iterator[str]:
-    """Texts of all files, turn by turn, so that each has its part when there are many."""
+    """Texts of all files in turn, so that a limit on documents treats the files alike."""
     streams = [
         (d.text for d in read_documents(Files(where, path, root=Path.cwd(), where=where)) if d.text and not d.is_empty)
         for path in paths
@@ -161,47 +195,8 @@ def _bits_per_byte(scores: Sequence[Scores]) -> ShiftEstimate:
 
 
 def _difference(old: ShiftEstimate, new: ShiftEstimate) -> ShiftEstimate:
-    """New minus old; the two are drawn apart, so the half-widths add as variances do."""
+    """New minus old; the two are independent, so the half-widths add in quadrature."""
     value = new.value - old.value
     low = value - float(np.hypot(new.value - new.low, old.high - old.value))
     high = value + float(np.hypot(new.high - new.value, old.value - old.low))
     return ShiftEstimate(value, low, high)
-
-
-_DISTANCE_TITLES = {
-    "byte trigrams": "divergence of byte trigrams, bits",
-    "tokens": "divergence of tokens, bits",
-    "n-gram log-ratio": "log-ratio of n-grams, nats",
-    "told apart": "passages told apart, AUC",
-}
-
-
-def _lines(result: dict[str, Any]) -> list[str]:
-    old, new = result["old"], result["new"]
-    lines = [
-        f"{result['model']}: the shift from old to new text is {result['strength']}",
-        f"  {'':<36} {'value':>8} {'95 % interval':>19} {'no shift':>9}",
-    ]
-    for name, entry in result["distances"].items():
-        lines.append(
-            f"  {_DISTANCE_TITLES[name]:<36} {entry['value']:>8.3f} {_interval(entry):>19} {entry['same']:>9.3f}"
-        )
-    lines += [
-        "",
-        f"  {'':<36} {'old':>8} {'new':>8}",
-        f"  {'bits per byte of the model':<36} {old['bits']['value']:>8.3f} {new['bits']['value']:>8.3f}   "
-        f"new - old {result['surprise']['value']:+.3f} ({result['surprise']['low']:+.3f} to {result['surprise']['high']:+.3f})",
-        f"  {'bytes per token':<36} {old['bytes_per_token']:>8.2f} {new['bytes_per_token']:>8.2f}",
-        f"  {'tokens per word':<36} {old['tokens_per_word']:>8.2f} {new['tokens_per_word']:>8.2f}",
-        f"  {'unknown tokens':<36} {old['unknown']:>8.2%} {new['unknown']:>8.2%}",
-        "",
-        "to begin with:",
-    ]
-    for proposal in result["proposals"]:
-        lines.append(f"  {proposal['what']}: {proposal['value']}")
-        lines.append(f"    {proposal['reason']} ({proposal['source']})")
-    return lines
-
-
-def _interval(entry: dict[str, Any]) -> str:
-    return f"{entry['low']:.3f} to {entry['high']:.3f}"

@@ -1,16 +1,15 @@
-"""What can be replayed when the old text is gone? Text that the start model writes itself.
+"""Generate replay text with the start model itself, for when the old text is gone.
 
-Documents are drawn from the model at temperature one and without truncation, from its BOS or behind the beginnings of a few
-texts: what it then writes is distributed as what it knows (self-generated replay; LAMOL, Sun et al. 2020, arXiv 1909.03329).
-What repeats itself, and what is nearly a document before it, is left out and counted. Killed anywhere and started again with
-the same command, it goes on behind the last whole batch and ends with the same file.
+Documents are sampled at temperature 1 without truncation, from the BOS or from the first tokens of given texts, so that they
+follow the model's own distribution (self-generated replay; LAMOL, Sun et al. 2020, arXiv 1909.03329). Repetitive documents
+and near-duplicates are rejected and counted. Interrupted anywhere, the same command resumes after the last whole batch and
+ends with the same file.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from postgrad.commands.results import Result
 from postgrad.data.filter.near_duplicates import MIN_THRESHOLD, NearDuplicateIndex, repetition_share
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
@@ -44,32 +44,32 @@ from postgrad.tuning.open_model import get_task, open_model, start_fingerprint
 _MAX_PROMPTS = 100_000
 _MIN_WORDS = 5
 _MAX_ATTEMPTS = 10
-"""Documents that are drawn for each that is kept, before it is given up."""
+"""Documents sampled for each accepted one, before giving up."""
 
 
 @dataclass(frozen=True)
 class SynthesisRequest:
-    """What is to be written."""
+    """How much text is generated, and how."""
 
     tokens: int
-    """Tokens of text to be kept in all."""
-    max_document_tokens: int
-    """Tokens of a document, its beginning included."""
+    """Tokens of accepted text in all."""
+    max_document_tokens: int = 512
+    """Tokens of a document, its prompt included."""
     seed: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     prompt_tokens: int = 0
-    """Tokens of a text that a document begins with; 0: the model's BOS alone."""
+    """Tokens of a given text that a document begins with; 0: the model's BOS alone."""
     batch_size: int = 32
     max_repetition: float = 0.3
-    """Documents with a larger share in runs of eight tokens that occurred before in them are left out."""
+    """Documents with a larger share of repeated runs of eight tokens are rejected."""
     dedup_threshold: float = 0.8
-    """Documents that share so much of their five-word runs with one before are left out."""
+    """Documents that share so much of their five-word runs with an earlier one are rejected."""
 
 
 @dataclass(frozen=True)
 class SynthesisProgress:
-    """How far the writing is."""
+    """How much has been generated."""
 
     documents: int
     tokens: int
@@ -78,7 +78,7 @@ class SynthesisProgress:
 
 @dataclass
 class _SynthesisState:
-    """What is written down after each batch: everything that going on needs, beside the file itself."""
+    """Saved after each batch: everything that resuming needs, apart from the file itself."""
 
     options_fingerprint: str
     next: int = 0
@@ -91,25 +91,25 @@ class _SynthesisState:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What was drawn, before it is decided whether it is kept."""
+    """A sampled document, before deduplication."""
 
     row: dict[str, Any]
-    """What is written, without how it was made."""
+    """The row to write, without its provenance."""
     provenance: dict[str, Any]
-    """How it was made, beside what all rows of a file have in common."""
+    """How it was generated, apart from what all rows of a file share."""
     tokens: int
     ended: bool
     rejection_reason: str | None = None
-    """Why it is left out; None for what may be kept."""
+    """None for an acceptable document."""
 
 
 DrawCandidates = Callable[[range], Iterable[Candidate]]
-"""Draws the candidates of these numbers; each is a function of its own number."""
+"""Samples the candidates of these numbers; each is a function of its own number."""
 
 
 @dataclass(frozen=True)
 class TextGenerator:
-    """A decoder that writes."""
+    """A decoder that generates documents."""
 
     name: str
     fingerprint: str
@@ -117,13 +117,12 @@ class TextGenerator:
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     virtual_tokens: tuple[int, ...]
-    """A soft prompt's places, set before what it reads."""
+    """Ids of a soft prompt that go before every text."""
     max_positions: int | None
-    """Its positions."""
 
     @property
     def stop_tokens(self) -> set[int]:
-        """What ends a text."""
+        """Token ids that end a document."""
         named = getattr(self.model.pretrained.generation_config, "eos_token_id", None)
         own = [self.encoder.eos, self.encoder.bos, *(named if isinstance(named, list) else [named])]
         return {token for token in own if token is not None}
@@ -132,20 +131,20 @@ class TextGenerator:
 def load_generator(
     model: str, max_document_tokens: int, base: str | None = None, where: str = "model"
 ) -> TextGenerator:
-    """The model of a name, given at `where`, as one that writes.
+    """Load a decoder; `where` is the option that names it, for errors.
 
-    Raises `StageError` for texts that are longer than it reads, `ModelError` for what is no decoder, or not there.
+    Raises `StageError` for documents longer than its positions, `ModelError` for a model that is no decoder or is missing.
     """
     try:
         start = locate_model(model, Path.cwd(), base)
     except ModelError as error:
-        at = where if error.where == "model" else error.where
-        raise ModelError(error.problem, where=at, expected=error.expected, hint=error.hint) from None
+        option = where if error.where == "model" else error.where
+        raise ModelError(error.problem, where=option, expected=error.expected, hint=error.hint) from None
     if get_task(start) != Task.CAUSAL:
         raise ModelError(
-            f"{model} does not write running text",
+            f"{model} is not a decoder",
             where=where,
-            expected="a decoder, which was trained on running text",
+            expected="a causal language model",
         )
     tokenizer = load_tokenizer(start)
     config: Any = AutoConfig.from_pretrained(start.name_or_path)
@@ -154,7 +153,7 @@ def load_generator(
     if limit and max_document_tokens > limit:
         raise StageError(
             f"documents of {max_document_tokens:,} tokens do not fit {model}, which has {limit:,} positions",
-            where="--longest",
+            where="--max-tokens",
             expected=f"at most {limit:,}",
         )
     opened = open_model(start)
@@ -166,65 +165,68 @@ def load_generator(
 
 
 def synthesize(
-    model: str, out: Path, request: SynthesisRequest, prompt_files: Sequence[str] = (), *, base: str | None = None
-) -> Iterator[SynthesisProgress]:
-    """Write documents to `out`, a JSONL file with `text` and how each was made.
+    model: str, out: Path, request: SynthesisRequest, prompts: Sequence[str] = (), *, base: str | None = None
+) -> Iterator[SynthesisProgress | SynthesizedText]:
+    """Generate documents into `out`, a JSONL file with `text` and the provenance of each; the last item is the result.
 
-    Raises `StageError` for a file that is there already or was begun with other options, `ModelError` for a model that does not
-    write running text, `DataError` when nothing that it writes can be kept.
+    Raises `StageError` for a file that exists or was begun with other options, `ModelError` for a model that is no decoder,
+    `DataError` when nearly every document is rejected.
     """
+    out = Path(out)
     check_request(out, request)
-    if bool(prompt_files) != bool(request.prompt_tokens):
+    if bool(prompts) != bool(request.prompt_tokens):
         raise StageError(
-            "beginnings need a text to come from, and a length",
-            where="--from",
-            expected="--from FILE --beginning 16, or neither",
+            "prompts need a text and a length",
+            where="--prompts",
+            expected="--prompts FILE --prompt-tokens 16, or neither",
         )
     machine.tune_allocator()
-    writer = load_generator(model, request.max_document_tokens, base)
-    texts = _read_prompts(prompt_files, request, writer.tokenizer, writer.encoder)
-    of = fingerprint([asdict(request), writer.fingerprint, [text.tolist() for text, _ in texts]])
-    yield from generate_until_target(out, request, of, writer, partial(_generate_documents, writer, request, texts))
+    generator = load_generator(str(model), request.max_document_tokens, base)
+    prompt_ids = _read_prompts(prompts, request, generator.tokenizer, generator.encoder)
+    options = fingerprint([asdict(request), generator.fingerprint, [ids.tolist() for ids, _ in prompt_ids]])
+    draw = partial(_generate_documents, generator, request, prompt_ids)
+    yield from generate_until_target(out, request, options, generator, draw)
     finalize_output(out)
+    yield read_synthesized(model, out)
 
 
 def _generate_documents(
     generator: TextGenerator, request: SynthesisRequest, prompts: Sequence[tuple[np.ndarray, str]], numbers: range
 ) -> Iterator[Candidate]:
-    """Documents of running text behind their beginnings."""
-    begun = [prompts[number % len(prompts)] for number in numbers]
+    """Documents of running text after their prompts."""
+    batch_prompts = [prompts[number % len(prompts)] for number in numbers]
     bos = generator.encoder.bos
-    found = generate_documents(
+    documents = generate_documents(
         generator.model,
-        [insert_after_bos(ids, generator.virtual_tokens, bos) for ids, _ in begun],
+        [insert_after_bos(ids, generator.virtual_tokens, bos) for ids, _ in batch_prompts],
         numbers,
         seed=request.seed,
-        max_new_tokens=request.max_document_tokens - len(begun[0][0]) - len(generator.virtual_tokens),
+        max_new_tokens=request.max_document_tokens - len(batch_prompts[0][0]) - len(generator.virtual_tokens),
         stop_ids=generator.stop_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
     )
-    for (ids, place), new in zip(begun, found, strict=True):
-        own = ids[1:] if bos is not None or not request.prompt_tokens else ids
-        text = decode_ids(generator.tokenizer, np.concatenate([own, new.ids])).strip()
+    for (ids, origin), new in zip(batch_prompts, documents, strict=True):
+        prompt = ids[1:] if bos is not None or not request.prompt_tokens else ids
+        text = decode_ids(generator.tokenizer, np.concatenate([prompt, new.ids])).strip()
         short = "too short" if len(text.split()) < _MIN_WORDS else None
-        loops = "repeating themselves" if repetition_share(new.ids.tolist()) > request.max_repetition else None
-        yield Candidate({"text": text}, {"from": place}, len(own) + len(new.ids), new.ended, short or loops)
+        repeats = "repetitive" if repetition_share(new.ids.tolist()) > request.max_repetition else None
+        yield Candidate({"text": text}, {"from": origin}, len(prompt) + len(new.ids), new.ended, short or repeats)
 
 
 def dedup_text(row: Mapping[str, Any]) -> str:
-    """The text by which near copies of a row are known: what is asked, or all of a running text."""
+    """The text by which near-duplicates are found: the question, or all of a running text."""
     return str(row["messages"][0]["content"] if "messages" in row else row["text"])
 
 
 def finalize_output(out: Path, select: Callable[[list[str]], list[str]] | None = None) -> None:
-    """Give what has grown its final name; of its lines only those that `leave` leaves."""
+    """Give the partial file its final name, with the lines that `select` keeps."""
     if select is None:
         partial_file(out).rename(out)
     else:
         chosen = select(partial_file(out).read_text("utf-8").splitlines(keepends=True))
         state = {**json.loads(_state_file(out).read_text()), "chosen": len(chosen)}
-        write_atomically(out, "".join(chosen))  # what has grown stays as it is until all is settled
+        write_atomically(out, "".join(chosen))  # the partial file stays until everything else is written
         write_atomically(_state_file(out), json.dumps(state))
         partial_file(out).unlink()
     _state_file(out).rename(summary_file(out))
@@ -233,12 +235,12 @@ def finalize_output(out: Path, select: Callable[[list[str]], list[str]] | None =
 def generate_until_target(
     out: Path, request: SynthesisRequest, options_fingerprint: str, generator: TextGenerator, draw: DrawCandidates
 ) -> Iterator[SynthesisProgress]:
-    """Let what is to become `out` grow by what `draw` gives, batch after batch, until it has as many tokens as are wished for.
+    """Append accepted candidates to the partial file of `out`, batch after batch, until it has the tokens requested.
 
-    `of` is the fingerprint of all that decides what is written. Raises `StageError` for what was begun with another,
-    `DataError` when nearly nothing can be kept.
+    `options_fingerprint` is that of everything that decides the text. Raises `StageError` for a file begun with another,
+    `DataError` when nearly every candidate is rejected.
     """
-    part, kept = partial_file(out), _state_file(out)
+    part = partial_file(out)
     state = _load_state(out, options_fingerprint)
     seen, left_out = NearDuplicateIndex(request.dedup_threshold), Counter(state.left_out or {})
     common = {"by": generator.name, "model": generator.fingerprint, "seed": request.seed}
@@ -250,126 +252,138 @@ def generate_until_target(
             seen.find_or_add(dedup_text(json.loads(line)))
         while state.tokens < request.tokens:
             numbers = range(state.next, state.next + request.batch_size)
-            for number, found in zip(numbers, draw(numbers), strict=True):
+            for number, candidate in zip(numbers, draw(numbers), strict=True):
                 if state.tokens >= request.tokens:
                     break
-                reason = found.rejection_reason
-                if reason is None and seen.find_or_add(dedup_text(found.row)) is not None:
-                    reason = "nearly the same as one before"
+                reason = candidate.rejection_reason
+                if reason is None and seen.find_or_add(dedup_text(candidate.row)) is not None:
+                    reason = "near-duplicates"
                 if reason:
                     left_out[reason] += 1
                     continue
-                made = {**common, "number": number, "ended": found.ended, **found.provenance}
-                file.write(json.dumps({**found.row, GENERATED_COLUMN: made}, ensure_ascii=False).encode() + b"\n")
+                provenance = {**common, "number": number, "ended": candidate.ended, **candidate.provenance}
+                row = {**candidate.row, GENERATED_COLUMN: provenance}
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 state.documents += 1
-                state.ended += found.ended
-                state.tokens += found.tokens
+                state.ended += candidate.ended
+                state.tokens += candidate.tokens
             file.flush()
             state.next, state.size, state.left_out = numbers.stop, file.tell(), dict(left_out)
-            write_atomically(kept, json.dumps(asdict(state)))
+            write_atomically(_state_file(out), json.dumps(asdict(state)))
             yield SynthesisProgress(state.documents, state.tokens, request.tokens)
             if state.next >= _MAX_ATTEMPTS * max(state.documents, request.batch_size):
                 raise DataError(
-                    f"of {state.next:,} documents {state.documents:,} could be kept ("
+                    f"of {state.next:,} documents {state.documents:,} were accepted ("
                     + ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
                     + ")",
                     where="synthesize",
-                    expected="a model that writes text",
-                    hint="raise --longest for what has no end, --most-repeated or --alike for the rest; or show it how with"
-                    " --from",
+                    expected="a model that generates text",
+                    hint="raise --max-tokens for documents without an end, --max-repetition or --dedup-threshold for the rest,"
+                    " or give --prompts",
                 )
 
 
 def summary_file(out: Path) -> Path:
-    """Where it is told how a file was written."""
+    """The summary beside a file of generated text."""
     return out.with_name(f"{out.name}.made.json")
 
 
-def synthesis_summary(model: str, out: Path) -> dict[str, Any]:
-    """What was written, for people."""
+@dataclass(frozen=True)
+class SynthesizedText(Result):
+    """A file of generated text."""
+
+    model: str
+    file: Path
+    documents: int
+    tokens: int
+    ended: int
+    """Documents that ended by themselves, with a stop token."""
+    left_out: Mapping[str, int]
+    """Rejected documents by reason."""
+    chosen: int | None = None
+    """Of conversations: how many were kept for their diversity."""
+
+
+def read_synthesized(model: str, out: Path) -> SynthesizedText:
+    """The summary of a file of generated text."""
     state = json.loads(summary_file(out).read_text())
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in state["left_out"].items()) or "none"
-    lines = [
-        f"{out}: {state['documents']:,} documents, {state['tokens']:,} tokens, written by {model}",
-        f"  {state['ended'] / max(state['documents'], 1):.0%} ended by themselves; left out: {left_out}",
-        *([f"  of these the {state['chosen']:,} most various are kept"] if "chosen" in state else []),
-        *(f"  {number}. {text}" for number, text in enumerate(_preview_lines(out), 1)),
-        f"use it as a source: {{name: replay, path: {out}, share: 10%, role: replay}}",
-        f"next: {shlex.join(['postgrad', 'init', 'stage', '--model', model, '--data', 'NEW', '--replay', str(out)])}",
-    ]
-    return {"text": "\n".join(lines), "file": str(out), **state}
-
-
-def _preview_lines(out: Path) -> list[str]:
-    with out.open() as file:
-        return [" ".join(dedup_text(json.loads(line)).split())[:100] for line in islice(file, 3)]
+    return SynthesizedText(
+        str(model),
+        out,
+        state["documents"],
+        state["tokens"],
+        state["ended"],
+        state["left_out"] or {},
+        state.get("chosen"),
+    )
 
 
 def check_request(out: Path, request: SynthesisRequest) -> None:
-    """Raise `StageError` for a file that is there, or numbers that cannot be."""
+    """Raise `StageError` for a file that exists, or numbers out of range."""
     if out.exists():
-        raise StageError(f"{out} is there already", where="--out", hint="name another file, or remove it")
+        raise StageError(f"{out} already exists", where="--out", hint="name another file, or remove it")
     if out.suffix != ".jsonl":
-        raise StageError(f"{out.name} is no JSONL file", where="--out", expected="a name that ends in .jsonl")
+        raise StageError(f"{out.name} is not a JSONL file", where="--out", expected="a name that ends in .jsonl")
     if not out.parent.is_dir():
-        raise StageError(f"there is no folder {out.parent}", where="--out", hint="make it, or name a file elsewhere")
-    for option, value, fits, expected in (
+        raise StageError(f"there is no folder {out.parent}", where="--out", hint="create it, or name a file elsewhere")
+    for option, value, is_valid, expected in (
         ("--tokens", request.tokens, request.tokens > 0, "above 0"),
         (
-            "--longest",
+            "--max-tokens",
             request.max_document_tokens,
             request.max_document_tokens > 1,
-            "at least 2: where it begins, and a token to write",
+            "at least 2: the BOS, and a token to generate",
         ),
         ("--temperature", request.temperature, 0 < request.temperature < math.inf, "above 0"),
         ("--top-p", request.top_p, 0 < request.top_p <= 1, "above 0, at most 1"),
         (
-            "--beginning",
+            "--prompt-tokens",
             request.prompt_tokens,
             0 <= request.prompt_tokens < request.max_document_tokens - 1,
-            "fewer tokens than --longest, not below 0",
+            "fewer tokens than --max-tokens, not below 0",
         ),
-        ("--at-once", request.batch_size, request.batch_size > 0, "above 0"),
-        ("--most-repeated", request.max_repetition, 0 <= request.max_repetition <= 1, "a share of a document: 0 to 1"),
+        ("--batch-size", request.batch_size, request.batch_size > 0, "above 0"),
+        ("--max-repetition", request.max_repetition, 0 <= request.max_repetition <= 1, "a share of a document: 0 to 1"),
         (
-            "--alike",
+            "--dedup-threshold",
             request.dedup_threshold,
             MIN_THRESHOLD <= request.dedup_threshold <= 1,
-            f"{MIN_THRESHOLD:g} to 1: what shares less is not found",
+            f"{MIN_THRESHOLD:g} to 1: near-duplicates that share less are not found",
         ),
     ):
-        if not fits:
-            raise StageError(f"{value} is no such number", where=option, expected=expected)
+        if not is_valid:
+            raise StageError(f"{value} is out of range", where=option, expected=expected)
 
 
 def _read_prompts(
     files: Sequence[str], request: SynthesisRequest, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
 ) -> list[tuple[np.ndarray, str]]:
-    """What documents begin with, each with its place: the first tokens of texts, or what stands before every text."""
-    # A model without a BOS has learnt that a text begins behind the end of another.
+    """The prompts with their origins: the first tokens of given texts, or the BOS alone."""
+    # A model without a BOS has learnt that a text begins after the EOS of another.
     first = encoder.bos if encoder.bos is not None else encoder.eos
     if not request.prompt_tokens:
         return [(np.array([first]), "bos")]
-    found: list[tuple[np.ndarray, str]] = []
+    prompts: list[tuple[np.ndarray, str]] = []
     lead = [] if encoder.bos is None else [first]
     for path in files:
-        documents = read_documents(Files("beginnings", path, root=Path.cwd(), where="--from"))
+        documents = read_documents(Files("prompts", str(path), root=Path.cwd(), where="--prompts"))
         for document in islice(documents, _MAX_PROMPTS):
             if document.text is None or document.is_empty:
                 continue
             ids = tokenizer(document.text[: 32 * request.prompt_tokens], add_special_tokens=False)["input_ids"]
             if len(ids) >= request.prompt_tokens:
-                found.append((np.array([*lead, *ids[: request.prompt_tokens]]), document.location))
-    if not found:
+                prompts.append((np.array([*lead, *ids[: request.prompt_tokens]]), document.location))
+    if not prompts:
         raise DataError(
             f"no text of {request.prompt_tokens} tokens",
-            where="--from",
-            expected="texts that are at least as long as --beginning",
+            where="--prompts",
+            expected="texts of at least --prompt-tokens tokens",
         )
-    return found
+    return prompts
 
 
 def partial_file(out: Path) -> Path:
+    """The file that grows until it is complete."""
     return out.with_name(f"{out.name}.part")
 
 
@@ -378,7 +392,7 @@ def _state_file(out: Path) -> Path:
 
 
 def _load_state(out: Path, options_fingerprint: str) -> _SynthesisState:
-    """Where the writing of a file stands. Raises `StageError` when it was begun with other options, or cannot be read."""
+    """The saved state. Raises `StageError` when it is of other options, or cannot be read."""
     if not _state_file(out).exists():
         return _SynthesisState(options_fingerprint)
     remove = f"remove {partial_file(out).name} and {_state_file(out).name}"
@@ -386,7 +400,7 @@ def _load_state(out: Path, options_fingerprint: str) -> _SynthesisState:
         state = _SynthesisState(**json.loads(_state_file(out).read_text("utf-8")))
     except (ValueError, TypeError):
         raise StageError(
-            f"{_state_file(out)} is broken: it does not say where the writing of {out.name} stands",
+            f"{_state_file(out)} is corrupt, so {out.name} cannot be resumed",
             where="--out",
             hint=remove,
         ) from None
@@ -394,6 +408,6 @@ def _load_state(out: Path, options_fingerprint: str) -> _SynthesisState:
         raise StageError(
             f"{partial_file(out)} was begun with another model or other options",
             where="--out",
-            hint=f"give those again, or {remove}",
+            hint=f"use the same ones, or {remove}",
         )
     return state

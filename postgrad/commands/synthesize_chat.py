@@ -1,9 +1,9 @@
-"""What can be replayed of a model that answers questions? Questions that it asks itself, and answers to them.
+"""Generate conversations with a chat model for replay: its own questions, and answers to them.
 
-Self-synthesized rehearsal (SSR; Huang et al. 2024, arXiv 2403.01244) in its three steps. Questions are written by the start
-model: as one more example behind a few that are given, or, where there are none, where the chat template would let a user speak
-(Magpie; Xu et al. 2024, arXiv 2406.08464). The start model, or the latest one, answers them. Of all that were written those
-nearest to the centres of k-means clusters are kept, so that what is replayed is as various as what was written.
+Self-synthesized rehearsal (SSR; Huang et al. 2024, arXiv 2403.01244) in three steps. The start model generates questions:
+few-shot from given examples, or without any in the user turn of the chat template (Magpie; Xu et al. 2024, arXiv 2406.08464).
+The start model, or the latest one, answers them. The conversations nearest to the centres of k-means clusters are kept for
+their diversity.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from postgrad.commands.synthesize import (
     Candidate,
     SynthesisProgress,
     SynthesisRequest,
+    SynthesizedText,
     TextGenerator,
     check_request,
     dedup_text,
     finalize_output,
     generate_until_target,
     load_generator,
+    read_synthesized,
 )
 from postgrad.data.filter.near_duplicates import repetition_share
 from postgrad.data.random_streams import RandomStreams
@@ -42,39 +44,39 @@ from postgrad.hardware import machine
 from postgrad.storage.fingerprint import fingerprint
 
 DEFAULT_SHOTS = 3
-"""Examples before a question, where none are asked for."""
+"""Examples before a question, by default."""
 CLUSTERS = 20
-"""Clusters that questions are sorted into (as in SSR)."""
+"""k-means clusters of questions (as in SSR)."""
 _MAX_EXAMPLES = 100_000
 _MIN_WORDS = 2
 _USER_PLACEHOLDER = "\ufdd0"
-"""Stands where a user speaks, to find that place in a template: no character of any text."""
+"""A noncharacter that marks the user's content in a rendered template."""
 _QUESTION_STREAM, _ANSWER_STREAM, _EXAMPLES_STREAM = 0, 1, 2
-"""Streams of random numbers of one row."""
+"""Random streams of one row."""
 FIRST_REQUEST, NEXT_REQUEST = (
     "Write a question or a task that someone could give to an assistant.",
     "Write another one, about something else.",
 )
-"""What is said before examples of questions."""
+"""The user turns before example questions."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """How questions and answers come to be."""
+    """How questions and answers are generated."""
 
     examples: tuple[str, ...] = ()
-    """Files with questions that are shown as examples; none: what a user says is drawn from the template alone."""
+    """Files with example questions; without any, questions are sampled from the chat template alone."""
     shots: int = DEFAULT_SHOTS
-    """Examples that are shown before each question."""
+    """Examples before each question."""
     answer_model: str | None = None
-    """The model that answers, when it is not the one that asks."""
+    """The model that answers. Default: the one that asks."""
     diverse_share: float = 1.0
-    """Share of what was written that is kept for being various."""
+    """Fraction of the conversations that is kept, chosen for diversity."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A model's chat template, as ids and texts."""
+    """A model's chat template, rendered as ids and texts."""
 
     generator: TextGenerator
 
@@ -84,7 +86,7 @@ class ChatTemplate:
                 f"{self.generator.name} has no chat template",
                 where="model",
                 expected="a model that was trained on conversations",
-                hint="leave out --chat, and let it write running text",
+                hint="without --chat it generates running text",
             )
 
     def _render(self, messages: Sequence[dict[str, str]], *, prompt: bool) -> str:
@@ -98,7 +100,7 @@ class ChatTemplate:
             raise ModelError(f"the chat template fails: {error}", where="tokenizer") from None
 
     def encode(self, text: str) -> np.ndarray:
-        """A rendered text as ids, behind the BOS when the tokenizer sets one."""
+        """A rendered text as ids, after the BOS if the tokenizer adds one."""
         bos = self.generator.encoder.bos
         ids = np.array(self.generator.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
         ids = np.concatenate([[bos], ids]) if bos is not None and ids[:1].tolist() != [bos] else ids
@@ -110,93 +112,101 @@ class ChatTemplate:
 
     @cached_property
     def user_turn_affixes(self) -> tuple[str, str]:
-        """What stands before and behind what a user says first."""
-        before, found, behind = self._render([{"role": "user", "content": _USER_PLACEHOLDER}], prompt=True).partition(
+        """The template's text before and after the first user content."""
+        before, marker, after = self._render([{"role": "user", "content": _USER_PLACEHOLDER}], prompt=True).partition(
             _USER_PLACEHOLDER
         )
-        if not found or not before:
+        if not marker or not before:
             raise ModelError(
-                "the chat template does not show where a user speaks",
+                "the chat template does not render the user's content",
                 where="tokenizer",
-                expected="a template that sets something before a user's words",
-                hint="give examples of questions with --from",
+                expected="a template with a header before the user's content",
+                hint="give example questions with --prompts",
             )
-        return before, behind
+        return before, after
 
     @cached_property
     def user_end_tokens(self) -> set[int]:
-        """The special token behind what a user says, where there is one."""
+        """The special token after the user's content, if there is one."""
         first = self.encode(self.user_turn_affixes[1].lstrip())[len(self.encode("")) :][:1].tolist()
         return {token for token in first if token in self.generator.tokenizer.all_special_ids}
 
 
 @dataclass(frozen=True)
 class _TokenBudget:
-    """Tokens that a question and an answer may have."""
+    """Limits on the tokens of a question, an answer and a prompt."""
 
     question: int
     answer: int
     prompt: int
-    """Tokens of a question with all that stands around it, at most."""
+    """Of a question within the chat template."""
 
 
 def synthesize_chat(
     model: str, out: Path, request: SynthesisRequest, rehearsal: Rehearsal | None = None, *, base: str | None = None
-) -> Iterator[SynthesisProgress]:
-    """Write questions and answers to `out`, a JSONL file with `messages` and how each was made.
+) -> Iterator[SynthesisProgress | SynthesizedText]:
+    """Generate conversations into `out`, a JSONL file with `messages` and the provenance of each; the last item is the result.
 
-    Raises as `synthesize` does, and `ModelError` for a model without a chat template.
+    Raises what `synthesize` raises, and `ModelError` for a model without a chat template.
     """
-    rehearsal = rehearsal or Rehearsal()
+    rehearsal, out = rehearsal or Rehearsal(), Path(out)
     check_request(out, request)
     _check_options(rehearsal, request)
     machine.tune_allocator()
-    asking = ChatTemplate(load_generator(model, request.max_document_tokens, base))
+    question_template = ChatTemplate(load_generator(str(model), request.max_document_tokens, base))
     name = rehearsal.answer_model
-    answering = (
-        asking if name is None else ChatTemplate(load_generator(name, request.max_document_tokens, where="--answer"))
+    answer_template = (
+        question_template
+        if name is None
+        else ChatTemplate(load_generator(name, request.max_document_tokens, where="--answer"))
     )
     examples = _read_questions(rehearsal)
-    room = _token_budget(asking, answering, request)
-    decides = [
+    budget = _token_budget(question_template, answer_template, request)
+    options = [
         asdict(request),
-        asking.generator.fingerprint,
-        answering.generator.fingerprint,
+        question_template.generator.fingerprint,
+        answer_template.generator.fingerprint,
         examples,
         rehearsal.shots,
     ]
-    draw = partial(_generate_conversations, asking, answering, request, rehearsal, examples, room)
-    yield from generate_until_target(out, request, fingerprint(decides), asking.generator, draw)
+    draw = partial(_generate_conversations, question_template, answer_template, request, rehearsal, examples, budget)
+    yield from generate_until_target(out, request, fingerprint(options), question_template.generator, draw)
     finalize_output(
         out,
         partial(select_diverse, share=rehearsal.diverse_share, seed=request.seed)
         if rehearsal.diverse_share < 1
         else None,
     )
+    yield read_synthesized(model, out)
 
 
 def _check_options(rehearsal: Rehearsal, request: SynthesisRequest) -> None:
-    for option, value, fits, expected in (
-        ("--shown", rehearsal.shots, rehearsal.shots > 0, "above 0"),
-        ("--keep", rehearsal.diverse_share, 0 < rehearsal.diverse_share <= 1, "above 0, at most 100%"),
-        ("--beginning", request.prompt_tokens, not request.prompt_tokens, "0: a conversation begins with a question"),
+    for option, value, is_valid, expected in (
+        ("--shots", rehearsal.shots, rehearsal.shots > 0, "above 0"),
+        ("--diverse-share", rehearsal.diverse_share, 0 < rehearsal.diverse_share <= 1, "above 0, at most 100%"),
+        (
+            "--prompt-tokens",
+            request.prompt_tokens,
+            not request.prompt_tokens,
+            "0: a conversation begins with a question",
+        ),
     ):
-        if not fits:
-            raise StageError(f"{value} is no such number", where=option, expected=expected)
+        if not is_valid:
+            raise StageError(f"{value} is out of range", where=option, expected=expected)
 
 
 def _token_budget(
     question_template: ChatTemplate, answer_template: ChatTemplate, request: SynthesisRequest
 ) -> _TokenBudget:
-    """A third of what is left beside the template is for the question."""
+    """A third of the tokens that the template leaves is for the question."""
     empty = max(
         len(turns.prompt_ids([{"role": "user", "content": "?"}])) for turns in (question_template, answer_template)
     )
     question = (request.max_document_tokens - empty) // 3
     if question < 4:
         raise StageError(
-            f"{request.max_document_tokens} tokens leave no room for a question beside the {empty} of the chat template",
-            where="--longest",
+            f"{request.max_document_tokens} tokens leave no room for a question: the chat template takes {empty}",
+            where="--max-tokens",
             expected=f"at least {empty + 12}",
         )
     return _TokenBudget(question, request.max_document_tokens - empty - question, empty + question)
@@ -204,22 +214,22 @@ def _token_budget(
 
 def _read_questions(rehearsal: Rehearsal) -> list[str]:
     """The questions of the given rows. Raises `DataError` when there are too few."""
-    found: list[str] = []
+    questions: list[str] = []
     for path in rehearsal.examples:
-        documents = read_documents(Files("examples", path, root=Path.cwd(), where="--from"))
-        found += [asked for each in islice(documents, _MAX_EXAMPLES) if (asked := _get_question(each))]
-    if rehearsal.examples and len(found) < rehearsal.shots:
+        documents = read_documents(Files("examples", path, root=Path.cwd(), where="--prompts"))
+        questions += [text for each in islice(documents, _MAX_EXAMPLES) if (text := _get_question(each))]
+    if rehearsal.examples and len(questions) < rehearsal.shots:
         raise DataError(
-            f"{len(found)} questions",
-            where="--from",
-            expected=f"at least as many as are shown ({rehearsal.shots})",
-            hint="give more of them, show fewer with --shown, or give none",
+            f"{len(questions)} questions",
+            where="--prompts",
+            expected=f"at least as many as --shots ({rehearsal.shots})",
+            hint="give more of them, lower --shots, or give none",
         )
-    return found
+    return questions
 
 
 def _get_question(document: Document) -> str:
-    """What a row asks."""
+    """The question of a row."""
     example = document.example
     if example is None:
         return (document.text or "").strip()
@@ -240,17 +250,17 @@ def _generate_conversations(
     """A question and its answer for each number."""
     questions = _generate_questions(question_template, request, rehearsal, examples, budget, numbers)
     answers = _generate_answers(answer_template, request, budget, numbers, [text for text, _ in questions])
-    for (text, new), (said, answer) in zip(questions, answers, strict=True):
-        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
-        made: dict[str, Any] = {"from": "examples" if examples else "template"}
+    for (text, new), (answer_text, answer) in zip(questions, answers, strict=True):
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer_text}]
+        provenance: dict[str, Any] = {"from": "examples" if examples else "template"}
         if answer_template is not question_template:
-            made |= {
+            provenance |= {
                 "answered_by": answer_template.generator.name,
                 "answering_model": answer_template.generator.fingerprint,
             }
         size = len(new.ids) + len(answer.ids)
-        trouble = _rejection_reason(text, new, said, answer, request)
-        yield Candidate({"messages": messages}, made, size, new.ended and answer.ended, trouble)
+        reason = _rejection_reason(text, new, answer_text, answer, request)
+        yield Candidate({"messages": messages}, provenance, size, new.ended and answer.ended, reason)
 
 
 def _rejection_reason(
@@ -260,17 +270,17 @@ def _rejection_reason(
     generated_answer: GeneratedDocument,
     request: SynthesisRequest,
 ) -> str | None:
-    """Why a question with its answer is left out."""
+    """Why a conversation is rejected; None for an acceptable one."""
     if not generated_question.ended:
         return "questions without an end"
     if len(question.split()) < _MIN_WORDS:
-        return "questions of less than two words"
+        return "questions of fewer than two words"
     if not generated_answer.ended:
         return "answers without an end"
     if not answer_text:
         return "empty answers"
-    loops = max(repetition_share(generated_question.ids.tolist()), repetition_share(generated_answer.ids.tolist()))
-    return "repeating themselves" if loops > request.max_repetition else None
+    repeats = max(repetition_share(generated_question.ids.tolist()), repetition_share(generated_answer.ids.tolist()))
+    return "repetitive" if repeats > request.max_repetition else None
 
 
 def _generate_questions(
@@ -281,17 +291,17 @@ def _generate_questions(
     budget: _TokenBudget,
     numbers: range,
 ) -> list[tuple[str, GeneratedDocument]]:
-    """What a user might ask, with its ids."""
+    """Generated questions with their ids."""
     prompts = [_question_prompt(template, request, rehearsal, examples, budget, number) for number in numbers]
     stop = template.generator.stop_tokens | (template.user_end_tokens if not examples else set())
-    found = _generate(template, request, prompts, numbers, budget.question, stop, _QUESTION_STREAM)
-    behind = "" if examples else template.user_turn_affixes[1].strip()
-    out: list[tuple[str, GeneratedDocument]] = []
-    for new in found:
+    documents = _generate(template, request, prompts, numbers, budget.question, stop, _QUESTION_STREAM)
+    turn_end = "" if examples else template.user_turn_affixes[1].strip()
+    questions: list[tuple[str, GeneratedDocument]] = []
+    for new in documents:
         text = decode_ids(template.generator.tokenizer, new.ids)
-        before, ended, _ = text.partition(behind) if behind else (text, "", "")
-        out.append((before.strip(), GeneratedDocument(new.ids, new.ended or bool(ended))))
-    return out
+        before, ended, _ = text.partition(turn_end) if turn_end else (text, "", "")
+        questions.append((before.strip(), GeneratedDocument(new.ids, new.ended or bool(ended))))
+    return questions
 
 
 def _question_prompt(
@@ -302,7 +312,7 @@ def _question_prompt(
     budget: _TokenBudget,
     number: int,
 ) -> np.ndarray:
-    """What a question is drawn behind: examples of questions, as many of those drawn as fit, or a user's turn."""
+    """The prompt of a question: as many sampled examples as fit, or the opening of a user turn."""
     if not examples:
         return template.encode(template.user_turn_affixes[0])
     chosen = (
@@ -310,15 +320,15 @@ def _question_prompt(
     )
     for count in range(len(chosen), 0, -1):
         messages: list[dict[str, str]] = []
-        for place, which in enumerate(chosen[:count].tolist()):
-            messages.append({"role": "user", "content": NEXT_REQUEST if place else FIRST_REQUEST})
-            messages.append({"role": "assistant", "content": examples[which]})
+        for position, index in enumerate(chosen[:count].tolist()):
+            messages.append({"role": "user", "content": NEXT_REQUEST if position else FIRST_REQUEST})
+            messages.append({"role": "assistant", "content": examples[index]})
         ids = template.prompt_ids([*messages, {"role": "user", "content": NEXT_REQUEST}])
         if template.generator.max_positions is None or len(ids) + budget.question <= template.generator.max_positions:
             return ids
     raise DataError(
-        "an example of a question does not fit the model's positions",
-        where="--from",
+        "an example question does not fit the model's positions",
+        where="--prompts",
         expected="shorter questions",
         hint="give others, or none",
     )
@@ -327,15 +337,15 @@ def _question_prompt(
 def _generate_answers(
     template: ChatTemplate, request: SynthesisRequest, budget: _TokenBudget, numbers: range, questions: Sequence[str]
 ) -> list[tuple[str, GeneratedDocument]]:
-    """What is answered to each question; nothing to an empty one, or one that grew too long in the template."""
-    nothing = ("", GeneratedDocument(np.zeros(0, np.int64), ended=False))
+    """The answer to each question; empty for an empty question, or one that is too long in the template."""
+    no_answer = ("", GeneratedDocument(np.zeros(0, np.int64), ended=False))
     prompts = [template.prompt_ids([{"role": "user", "content": question or "?"}]) for question in questions]
     fits = [bool(question) and len(ids) <= budget.prompt for question, ids in zip(questions, prompts, strict=True)]
     chosen = [i for i, fit in enumerate(fits) if fit]
-    out = [nothing] * len(questions)
+    answers = [no_answer] * len(questions)
     if not chosen:
-        return out
-    found = _generate(
+        return answers
+    documents = _generate(
         template,
         request,
         [prompts[i] for i in chosen],
@@ -344,9 +354,9 @@ def _generate_answers(
         template.generator.stop_tokens,
         _ANSWER_STREAM,
     )
-    for i, new in zip(chosen, found, strict=True):
-        out[i] = decode_ids(template.generator.tokenizer, new.ids).strip(), new
-    return out
+    for i, new in zip(chosen, documents, strict=True):
+        answers[i] = decode_ids(template.generator.tokenizer, new.ids).strip(), new
+    return answers
 
 
 def _generate(
@@ -371,14 +381,14 @@ def _generate(
     )
 
 
-# --- what is kept -------------------------------------------------------------------------------------
+# --- diversity -------------------------------------------------------------------------------------
 
 
 def select_diverse(lines: list[str], *, share: float, seed: int) -> list[str]:
-    """Of lines of JSON the share that stands nearest to the centres of clusters, in their order.
+    """The fraction of JSON lines nearest to the centres of clusters, in their order.
 
-    Questions as TF-IDF of words and pairs of words, k-means of `CLUSTERS` clusters (scikit-learn); from each cluster as many as
-    its size asks for, the nearest to its centre first.
+    k-means of `CLUSTERS` clusters (scikit-learn) on TF-IDF of unigrams and bigrams of the questions; each cluster gives lines
+    in proportion to its size, those nearest to its centre first.
     """
     count = max(1, round(share * len(lines)))
     if count >= len(lines):
@@ -390,19 +400,19 @@ def select_diverse(lines: list[str], *, share: float, seed: int) -> list[str]:
     features = TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]"
     ).fit_transform(questions)
-    found = KMeans(min(CLUSTERS, count), n_init=4, random_state=seed).fit(features)
-    distance_N = found.transform(features).min(1)
-    return [lines[i] for i in nearest_to_centers(found.labels_, distance_N, count)]
+    clustering = KMeans(min(CLUSTERS, count), n_init=4, random_state=seed).fit(features)
+    distance_N = clustering.transform(features).min(1)
+    return [lines[i] for i in nearest_to_centers(clustering.labels_, distance_N, count)]
 
 
 def nearest_to_centers(cluster_N: np.ndarray, distance_N: np.ndarray, count: int) -> list[int]:
-    """The numbers of `count` rows, in order: of each cluster in proportion to its size (largest remainders), nearest first."""
+    """Sorted indices of `count` rows: from each cluster in proportion to its size (largest remainders), nearest first."""
     sizes = np.bincount(cluster_N)
-    due = count * sizes / sizes.sum()
-    taken = np.floor(due).astype(int)
-    taken[np.argsort(-(due - taken), kind="stable")[: count - int(taken.sum())]] += 1
+    quotas = count * sizes / sizes.sum()
+    counts = np.floor(quotas).astype(int)
+    counts[np.argsort(-(quotas - counts), kind="stable")[: count - int(counts.sum())]] += 1
     chosen: list[int] = []
-    for cluster, many in enumerate(taken.tolist()):
+    for cluster, cluster_count in enumerate(counts.tolist()):
         members = np.flatnonzero(cluster_N == cluster)
-        chosen += members[np.argsort(distance_N[members], kind="stable")[:many]].tolist()
+        chosen += members[np.argsort(distance_N[members], kind="stable")[:cluster_count]].tolist()
     return sorted(chosen)

@@ -13,6 +13,9 @@ import numpy as np
 from postgrad.distributed.world import World
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores, score_held_out
+from postgrad.lineage.metrics import EvaluationRow, SetRow
+from postgrad.lineage.record import BeforeAfter, SetChange, SetScore
+from postgrad.lineage.record import Scores as RecordScores
 from postgrad.models.model import Model
 from postgrad.stats.forgetting import LossChange, paired_change
 from postgrad.storage.atomic import write_atomically
@@ -104,45 +107,55 @@ def loss_change(before: Scores, after: Scores, vocabulary: int) -> LossChange:
 
 def loss_changes(
     sets: Sequence[ScoredSet], before: AllScores, after: AllScores, vocabulary: int
-) -> dict[str, dict[str, Any]]:
-    """The change of every set with its role, as plain data."""
+) -> dict[str, SetChange]:
+    """The change of every set that both models were scored on."""
     return {
-        h.name: {"role": h.role, **asdict(loss_change(before[h.name], after[h.name], vocabulary))}
+        h.name: _set_change(h.role, loss_change(before[h.name], after[h.name], vocabulary))
         for h in sets
         if h.name in before and h.name in after
     }
 
 
+def _set_change(role: str, change: LossChange) -> SetChange:
+    return SetChange(
+        role=role,
+        difference=change.difference,
+        low=change.low,
+        high=change.high,
+        verdict=change.verdict,
+        relative_difference=change.relative,
+        relative_high=change.relative_high,
+        share_of_range=change.share_of_range,
+        bits_per_byte_difference=change.bits_per_byte_difference,
+        units=change.units,
+        unit_count=change.count,
+    )
+
+
+def summarize_scores(scores: AllScores) -> dict[str, SetScore]:
+    """The scores as a record holds them."""
+    return {name: SetScore.model_validate(each.summary()) for name, each in scores.items()}
+
+
 def summarize_before_after(
     sets: Sequence[ScoredSet], before: AllScores, after: AllScores, vocabulary: int
-) -> dict[str, Any]:
-    """The scores before and after and the changes, as a record has them."""
-    return {
-        "scores": {
-            "before": {name: scores.summary() for name, scores in before.items()},
-            "after": {name: scores.summary() for name, scores in after.items()},
-        },
-        "changes": loss_changes(sets, before, after, vocabulary),
-    }
+) -> BeforeAfter:
+    """The scores before and after and their changes."""
+    return BeforeAfter(
+        scores=RecordScores(before=summarize_scores(before), after=summarize_scores(after)),
+        changes=loss_changes(sets, before, after, vocabulary),
+    )
 
 
 def evaluation_row(
-    step: int, trained: int, sets: Sequence[HeldOutSet], before: AllScores, current: AllScores, vocabulary: int
-) -> dict[str, Any]:
+    step: int, trained_tokens: int, sets: Sequence[HeldOutSet], before: AllScores, current: AllScores, vocabulary: int
+) -> EvaluationRow:
     """A line of metrics: every set's loss now and its change since the start."""
-    changes = loss_changes(sets, before, current, vocabulary)
-    return {
-        "kind": "evaluation",
-        "step": step,
-        "trained": trained,
-        "sets": {
-            name: {
-                "role": c["role"],
-                "nats": current[name].nats,
-                "change": c["difference"],
-                "low": c["low"],
-                "high": c["high"],
-            }
-            for name, c in changes.items()
-        },
-    }
+    rows = {}
+    for h in sets:
+        if h.name in before and h.name in current:
+            change = loss_change(before[h.name], current[h.name], vocabulary)
+            rows[h.name] = SetRow(
+                role=h.role, nats=current[h.name].nats, change=change.difference, low=change.low, high=change.high
+            )
+    return EvaluationRow(step=step, trained_tokens=trained_tokens, sets=rows)

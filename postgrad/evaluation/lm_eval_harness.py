@@ -152,7 +152,8 @@ def _make_task_manager(manager_class: Any, tasks: Sequence[str], folder: Path | 
                 f"lm-eval has no task '{task}'" + (f", and {folder} has none" if folder else ""),
                 where="--harness",
                 expected="names of tasks, groups or tags, with commas between them",
-                hint=suggest_nearest(task, manager.all_tasks) or "name a folder of task files: --harness-tasks FOLDER",
+                hint=suggest_nearest(task, manager.all_tasks)
+                or "name a folder of task files: --harness-include FOLDER",
             )
     return manager
 

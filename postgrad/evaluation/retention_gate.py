@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from postgrad.evaluation.before_after import AllScores
+from postgrad.lineage.record import RetentionGate, SetChange, WorstSet
 
 
 def retention_gate(
-    changes: Mapping[str, dict[str, Any]], before: AllScores, limit: float | None
-) -> dict[str, Any] | None:
-    """Whether the loss of every retained set rose by at most the share `limit`, at the upper end of its interval.
-
-    `level` is the strictest of the limits in nats per token, for drawing.
-    """
-    if limit is None:
+    changes: Mapping[str, SetChange], before: AllScores, max_forgetting: float | None
+) -> RetentionGate | None:
+    """Whether the loss of every retained set rose by at most `max_forgetting`, at the upper end of its interval."""
+    if max_forgetting is None:
         return None
-    retained = {name: c for name, c in changes.items() if c["role"] == "retained"}
-    name = max(retained, key=lambda n: retained[n]["relative_high"])
-    worst = retained[name]
-    return {
-        "max_forgetting": limit,
-        "level": limit * min(before[n].nats for n in retained),
-        "worst": {"set": name, "rise": worst["relative"], "high": worst["relative_high"]},
-        "passed": worst["relative_high"] <= limit,
-    }
+    retained = {name: c for name, c in changes.items() if c.role == "retained"}
+    name = max(retained, key=lambda n: retained[n].relative_high or 0.0)
+    difference, high = retained[name].relative_difference or 0.0, retained[name].relative_high or 0.0
+    return RetentionGate(
+        max_forgetting=max_forgetting,
+        loss_rise_limit=max_forgetting * min(before[n].nats for n in retained),
+        worst=WorstSet(set=name, relative_difference=difference, relative_high=high),
+        passed=high <= max_forgetting,
+    )

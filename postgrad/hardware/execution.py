@@ -128,14 +128,14 @@ def _rows_per_rank(request: ExecutionRequest, ranks: int) -> int:
     if request.sequences % ranks:
         raise StageError(
             f"{request.sequences} rows cannot be split evenly over {ranks} ranks",
-            where="batch.sequences",
+            where="batch.global_batch_size",
             expected=f"a multiple of {ranks}",
         )
     rank_rows = request.sequences // ranks
     if request.micro and rank_rows % request.micro:
         raise StageError(
             f"{rank_rows} rows per rank cannot be split evenly into micro-batches of {request.micro}",
-            where="batch.micro",
+            where="batch.micro_batch_size",
             expected=f"a divisor of {rank_rows}",
         )
     return rank_rows

@@ -293,7 +293,7 @@ Input of the task layer: {form.describe()} (layer 0 is the output of the embeddi
 ```python
 import postgrad
 
-classifier = postgrad.load("THIS FOLDER")
+classifier = postgrad.load_classifier("THIS FOLDER")
 classifier.predict({example})
 ```
 

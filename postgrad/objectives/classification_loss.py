@@ -1,4 +1,4 @@
-"""Deciding: the loss of a task layer's logits, for classes, several classes at once, tags of tokens, or a number.
+"""Classification loss of a task layer's logits: one class, several classes, tags of tokens, or a number.
 
 Legend: B batch, T time, C classes.
 """
@@ -19,10 +19,10 @@ from postgrad.models.model import Output
 
 @dataclass(frozen=True)
 class ClassificationLoss:
-    """The loss that transformers' own task layers have, as a sum over examples (over tokens for tags).
+    """The loss of transformers' own task layers, as a sum over examples (over tokens for tags).
 
-    `class` and `tags`: cross-entropy of the label; `multi`: the mean over classes of the binary cross-entropies (so that an
-    example weighs as much as with one class); `number`: the squared error.
+    `class` and `tags`: cross-entropy; `multi`: the mean over classes of the binary cross-entropies (an example has the same
+    weight as with one class); `number`: the squared error.
     """
 
     problem_type: ProblemType
@@ -30,7 +30,7 @@ class ClassificationLoss:
     weight: float = 1.0
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed loss and each row's part of it."""
+        """The summed loss and each row's part of it."""
         logits, labels = output.logits().float(), batch.labels
         match self.problem_type:
             case ProblemType.MULTI_LABEL:
@@ -42,7 +42,6 @@ class ClassificationLoss:
                     logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
                 )
                 losses_B = losses.view(len(labels), -1).sum(1)
-        losses_B = losses_B * torch.from_numpy(batch.label_count_B > 0).to(
-            losses_B.device
-        )  # numbers have no label to ignore
+        # Padding rows: a number has no label value that means "ignored".
+        losses_B = losses_B * torch.from_numpy(batch.label_count_B > 0).to(losses_B.device)
         return self.weight * losses_B.sum(), losses_B.detach()

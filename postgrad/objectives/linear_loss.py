@@ -1,10 +1,9 @@
-"""How is a loss of a language model's head computed without ever holding all its logits?
+"""Losses of a language model's head, computed in chunks, so that all logits never exist at once.
 
-The logits of a batch are its largest tensor by far: tokens x vocabulary, and once more in fp32, and once
-more as a gradient. But the losses that tokens have (cross-entropy, divergences from another model) have a
-gradient that is known as soon as the logits are. So the forward pass goes through the tokens in chunks, turns
-each chunk's logits into their gradient in place, multiplies that into the gradients of hidden states and
-weight, and forgets it. The backward pass only scales what is there.
+The logits of a batch are by far its largest tensor: tokens x vocabulary, once more in fp32, and once more as a gradient. But
+for cross-entropy and divergences from another model, the gradient with respect to the logits is known as soon as the logits
+are. So the forward pass goes through the tokens in chunks, turns each chunk's logits into their gradient in place,
+multiplies that into the gradients of hidden states and weight, and discards it. The backward pass only scales the result.
 
 Shapes: N tokens, D hidden width, V vocabulary, C tokens of one chunk, R rows of one block.
 """
@@ -21,37 +20,37 @@ from torch.autograd.function import once_differentiable
 from postgrad.models.model import OutputHead
 
 _CHUNK_BYTES = 64 * 2**20
-# A smaller chunk would save little more, and each one costs a pass over the fp32 gradient of the weight.
+# Smaller chunks save little memory, and each chunk costs a pass over the fp32 gradient of the weight.
 _SMALLEST_CHUNK = 512
-# Softmax in fp32 goes block by block: on a processor small enough to stay in its cache (4 MiB; as fast as a
-# compiled kernel, measured), elsewhere large enough to fill the device.
+# Softmax in fp32 runs block by block: on a CPU small enough for its cache (4 MiB; measured as fast as a compiled kernel),
+# elsewhere large enough to fill the device.
 _BLOCK_ELEMENTS = {"cpu": 2**20, "other": 2**24}
 
 
 class LogitLoss(Protocol):
-    """What a loss is, given the logits of some tokens and their softmax.
+    """A loss as a function of tokens' logits and their softmax, with its gradient.
 
-    `coefficient`: how often the softmax is in the gradient of the logits; `block` brings what there is beside it.
+    `coefficient` times the softmax is part of the gradient with respect to the logits; `compute_block` adds the rest.
     """
 
     coefficient: float
 
     def begin_chunk(self, tokens: slice) -> None:
-        """A chunk of tokens is next; its blocks come in order."""
+        """Prepare for a chunk of tokens; its blocks follow in order."""
 
     def compute_block(
         self, logits_RV: Tensor, probs_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
     ) -> Tensor:
-        """The losses (R,) of a block, without the weight; what is wanted beside the softmax is added to the gradient.
+        """The unweighted losses (R,) of a block; adds the rest of the weighted gradient to `gradient_RV`.
 
-        Logits and shares must be left as they are. The gradient holds the softmax already, times all weights and
-        coefficients, and may be the same tensor as the shares: what is read of these is read first.
+        Must not change logits and probabilities. The gradient already contains the softmax times all weights and
+        coefficients, and may be the same tensor as `probs_RV`, so probabilities must be read before it is written.
         """
         ...
 
 
 class WeightedLoss(NamedTuple):
-    """A rule and the weight of its loss."""
+    """A loss and its weight."""
 
     logit_loss: LogitLoss
     weight: float = 1.0
@@ -68,7 +67,7 @@ def compute_products(hidden_CD: Tensor, head: OutputHead, out_CV: Tensor) -> Non
 
 
 def compute_logits(products_RV: Tensor, head: OutputHead, out_RV: Tensor) -> None:
-    """A head's logits of rows of its products, in the dtype of `out_RV`."""
+    """A head's logits from rows of its products, in the dtype of `out_RV`."""
     out_RV.copy_(products_RV)
     if head.bias_V is not None:
         out_RV += head.bias_V.to(out_RV.dtype)
@@ -79,7 +78,7 @@ def compute_logits(products_RV: Tensor, head: OutputHead, out_RV: Tensor) -> Non
 
 
 def log_sum_exp_R(logits_RV: Tensor, probs_RV: Tensor) -> Tensor:
-    """`log sum exp` of rows whose softmax is known: the largest share is at least 1 / V, so its logarithm is finite."""
+    """`log sum exp` from logits and softmax: `max z - log max p`, finite because the largest p is at least 1 / V."""
     return logits_RV.amax(-1) - probs_RV.amax(-1).log()
 
 
@@ -87,13 +86,12 @@ def log_sum_exp_R(logits_RV: Tensor, probs_RV: Tensor) -> Tensor:
 def linear_loss(
     hidden_ND: Tensor, head: OutputHead, weighted_losses: Sequence[WeightedLoss], chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of losses of a head's logits, one for each rule, and each token's part of each (without weights).
+    """The weighted sum of losses of a head's logits, and each token's unweighted part of each, (losses, N), without gradient.
 
-    All rules read the same logits, which are computed once, as is their gradient. The products run in the dtype of
-    `hidden_ND` (under autocast, in autocast's), the rules and all sums in fp32 (fp64 for fp64). The gradient of the weight
-    is added up in fp32 and returned in the weight's own dtype. Differentiable once, in hidden states, weight and bias; one
-    backward pass per call. `chunk`: tokens whose logits exist at one time; None: 64 MiB of logits, at least 512 tokens. The
-    second value, of shape (rules, N), has no gradient.
+    All losses share the logits, which are computed once, as is their gradient. The products run in the dtype of `hidden_ND`
+    (under autocast, in autocast's), losses and sums in fp32 (fp64 for fp64). The gradient of the weight is accumulated in
+    fp32 and returned in the weight's dtype. Differentiable once, in hidden states, weight and bias; one backward pass per
+    call. `chunk`: tokens whose logits exist at one time (default: 64 MiB of logits, at least 512 tokens).
     """
     device = hidden_ND.device.type
     if torch.is_autocast_enabled(device) and hidden_ND.dtype != torch.float64:
@@ -138,15 +136,15 @@ class _LinearLoss(torch.autograd.Function):
         logits = hidden_ND.new_empty(min(chunk, count), len(weight_VD))
         blocks = _BlockBuffers(logits, head, weighted_losses)
         for start in range(0, count, chunk):
-            here = slice(start, min(start + chunk, count))
-            hidden_CD, logits_CV = hidden_ND[here], logits[: here.stop - here.start]
+            tokens = slice(start, min(start + chunk, count))
+            hidden_CD, logits_CV = hidden_ND[tokens], logits[: tokens.stop - tokens.start]
             compute_products(hidden_CD, head, logits_CV)
             for rule, _ in weighted_losses:
-                rule.begin_chunk(here)
-            blocks.compute_losses(logits_CV, here, losses_JN, d_bias_V, keep_gradient=wants_any)
+                rule.begin_chunk(tokens)
+            blocks.compute_losses(logits_CV, tokens, losses_JN, d_bias_V, keep_gradient=wants_any)
             gradient_CV = logits_CV  # overwritten in place by the line above
             if d_hidden_ND is not None:
-                torch.mm(gradient_CV, head.weight_VD, out=d_hidden_ND[here])
+                torch.mm(gradient_CV, head.weight_VD, out=d_hidden_ND[tokens])
             if d_weight_VD is not None:
                 d_weight_VD += gradient_CV.t() @ hidden_CD
         ctx.gradients = [d_hidden_ND, d_weight_VD, d_bias_V]
@@ -168,8 +166,8 @@ class _LinearLoss(torch.autograd.Function):
             return (None,) * 8
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_loss: backward ran a second time, but its gradients were handed out and are gone; call the loss "
-                "again (retain_graph does not reach in here)"
+                "linear_loss: backward ran a second time, but its gradients were freed; call the loss again (retain_graph "
+                "has no effect here)"
             )
         # In place: the weight's gradient is the largest tensor here, and a second one would double the peak.
         d_hidden_ND, d_weight_VD, d_bias_V = (
@@ -181,7 +179,7 @@ class _LinearLoss(torch.autograd.Function):
 
 
 class _BlockBuffers:
-    """Turns a chunk of products into the gradient of their losses, block by block, in buffers that are made once."""
+    """Turns a chunk of products into the gradient of their losses, block by block, in preallocated buffers."""
 
     def __init__(self, products_CV: Tensor, head: OutputHead, weighted_losses: Sequence[WeightedLoss]) -> None:
         tokens, vocabulary = products_CV.shape
@@ -191,8 +189,9 @@ class _BlockBuffers:
         self.probs_RV = torch.empty_like(self.exact_RV)
         self.head, self.weighted_losses = head, weighted_losses
         self.softmax_coefficient = sum(rule.coefficient * weight for rule, weight in weighted_losses)
-        alone = len(weighted_losses) == 1 and self.softmax_coefficient == 1.0
-        self.gradient_RV = self.probs_RV if alone else torch.empty_like(self.exact_RV)
+        # A single loss of weight 1 can turn the softmax into its gradient in place.
+        in_place = len(weighted_losses) == 1 and self.softmax_coefficient == 1.0
+        self.gradient_RV = self.probs_RV if in_place else torch.empty_like(self.exact_RV)
 
     def compute_losses(
         self,
@@ -206,18 +205,19 @@ class _BlockBuffers:
         """Fill the tokens' losses; with `keep_gradient`, also turn the products into their gradient, and add to `d_bias_V`."""
         for start in range(0, len(products_CV), self.rows):
             block_RV = products_CV[start : start + self.rows]
-            here = slice(tokens.start + start, tokens.start + start + len(block_RV))
-            exact_RV, shares_RV = self.exact_RV[: len(block_RV)], self.probs_RV[: len(block_RV)]
+            block_tokens = slice(tokens.start + start, tokens.start + start + len(block_RV))
+            exact_RV, probs_RV = self.exact_RV[: len(block_RV)], self.probs_RV[: len(block_RV)]
             gradient_RV = self.gradient_RV[: len(block_RV)]
             compute_logits(block_RV, self.head, exact_RV)
-            torch.softmax(exact_RV, -1, out=shares_RV)
+            torch.softmax(exact_RV, -1, out=probs_RV)
             if keep_gradient and self.gradient_RV is not self.probs_RV:
-                torch.mul(shares_RV, self.softmax_coefficient, out=gradient_RV)
-            wanted = gradient_RV if keep_gradient else None
+                torch.mul(probs_RV, self.softmax_coefficient, out=gradient_RV)
+            target_RV = gradient_RV if keep_gradient else None
             for j, (rule, weight) in enumerate(self.weighted_losses):
-                losses_JN[j, here] = rule.compute_block(exact_RV, shares_RV, here, wanted, weight)
+                losses_JN[j, block_tokens] = rule.compute_block(exact_RV, probs_RV, block_tokens, target_RV, weight)
             if not keep_gradient:
                 continue
+            # The chain rule back through the head: d softcap tanh(z / softcap) = 1 - (logit / softcap)^2, then the scale.
             if self.head.softcap is not None:
                 gradient_RV *= exact_RV.div_(self.head.softcap).square_().neg_().add_(1.0)
             if self.head.scale != 1.0:

@@ -1,7 +1,8 @@
-"""What is a token worth? An objective maps a model's output on a batch to a *sum* over its tokens.
+"""Objectives: from a model's output on a batch to a *sum* of losses over its tokens.
 
-Sums, never means: the step divides once, by the count of trained tokens of the whole global batch. Objectives of a language
-model's head that are taken on the same rows read the same logits, so they are weighed together: these are computed once.
+Sums, never means: the step divides once, by the number of trained tokens of the whole global batch. A token then has the same
+weight in every micro-batch and on every rank (gradients are summed over ranks; FSDP's averaging divisor is set to 1).
+Objectives of a language model's head on the same rows share the logits, which are computed once.
 
 Legend: B batch, T time, N labels of a batch, J objectives.
 """
@@ -22,7 +23,7 @@ from postgrad.objectives.linear_loss import LogitLoss, WeightedLoss, linear_loss
 
 
 class Objective(Protocol):
-    """`name` is the objective's name in the metrics; calling it gives the summed loss and the sum of each row."""
+    """`name` is the objective's name in the metrics; a call returns the summed loss and the sum of each row."""
 
     @property
     def name(self) -> str: ...
@@ -33,27 +34,27 @@ class Objective(Protocol):
 
 
 class HeadObjective(ABC):
-    """An objective of the logits where a row has labels, said as a rule: the loss of some logits, and its gradient."""
+    """An objective on the logits at labels, given as a `LogitLoss`."""
 
     @abstractmethod
     def logit_loss(self, batch: Batch, positions_N: Tensor | None) -> LogitLoss:
-        """The rule for the labels at these places, counted through all rows; None: for every place, labelled or not."""
+        """The loss at these positions of the flattened rows; None: at every position, labelled or not."""
 
     @abstractmethod
     def loss_weight(self, step: int) -> float:
-        """The factor of the loss at a step, counted from 1."""
+        """The factor of the loss at a step (from 1)."""
 
     needs_positions: bool = True
-    """Whether the rule must be told where the labels are."""
+    """Whether `logit_loss` needs the labels' positions."""
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed loss and each row's part of it."""
+        """The summed loss and each row's part of it."""
         loss, _, rows_JB = _compute_head_losses([self], output, batch)
         return loss, rows_JB[0]
 
 
 class CombinedLoss(NamedTuple):
-    """The loss of all objectives together, the sum of each (J,), and each row's part (B,); only the first has a gradient."""
+    """The summed loss of all objectives, each one's sum (J,), and each row's part (B,); only the first has a gradient."""
 
     loss: Tensor
     sums_J: Tensor
@@ -61,39 +62,39 @@ class CombinedLoss(NamedTuple):
 
 
 def combine_losses(objectives: Sequence[Objective], output: Output, batch: Batch) -> CombinedLoss:
-    """All objectives of a batch; those of a head in one pass over its logits."""
-    on_head = [o for o in objectives if isinstance(o, HeadObjective)]
+    """Evaluate all objectives on a batch; those of the head in one pass over its logits."""
+    head_objectives = [o for o in objectives if isinstance(o, HeadObjective)]
     losses, rows_B, sums = [], [], {}
-    if on_head:
-        loss, sums_J, rows_JB = _compute_head_losses(on_head, output, batch)
+    if head_objectives:
+        loss, sums_J, rows_JB = _compute_head_losses(head_objectives, output, batch)
         losses.append(loss)
         rows_B += list(rows_JB)
-        sums |= {id(o): s for o, s in zip(on_head, sums_J, strict=True)}
+        sums |= {id(o): s for o, s in zip(head_objectives, sums_J, strict=True)}
     for objective in objectives:
         if not isinstance(objective, HeadObjective):
             loss, own_B = objective(output, batch)
             losses.append(loss)
             rows_B.append(own_B)
             sums[id(objective)] = loss.detach()
-    each = torch.stack([sums[id(o)].double() for o in objectives])
-    return CombinedLoss(torch.stack(losses).sum(), each, torch.stack(rows_B).sum(0).double())
+    sums_J = torch.stack([sums[id(o)].double() for o in objectives])
+    return CombinedLoss(torch.stack(losses).sum(), sums_J, torch.stack(rows_B).sum(0).double())
 
 
 def _compute_head_losses(
     objectives: Sequence[HeadObjective], output: Output, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted loss, each objective's sum, and each row's part of each (without weights), of shape (J, B)."""
-    assert output.head is not None, "tokens are weighed by a language model, which has a head"
+    assert output.head is not None, "token losses need a language model's head"
     hidden_ND, shape = output.hidden.flatten(0, 1), batch.labels.shape
-    place_N = None
-    # Tokens without a label need no logits at all. On other devices than a processor asking how many there are stops the
-    # queue, so a rule that can do without is not told.
+    positions_N = None
+    # Tokens without a label need no logits. But `nonzero` synchronises a GPU with the host, so it is skipped there if no
+    # objective needs positions.
     if hidden_ND.device.type == "cpu" or any(o.needs_positions for o in objectives):
-        place_N = (batch.labels != IGNORED).flatten().nonzero().flatten()
-        hidden_ND = hidden_ND if len(place_N) == len(hidden_ND) else hidden_ND.index_select(0, place_N)
-    rules = [WeightedLoss(o.logit_loss(batch, place_N), o.loss_weight(batch.step)) for o in objectives]
+        positions_N = (batch.labels != IGNORED).flatten().nonzero().flatten()
+        hidden_ND = hidden_ND if len(positions_N) == len(hidden_ND) else hidden_ND.index_select(0, positions_N)
+    rules = [WeightedLoss(o.logit_loss(batch, positions_N), o.loss_weight(batch.step)) for o in objectives]
     loss, losses_JN = linear_loss(hidden_ND, output.head, rules)
     weights_J = losses_JN.new_tensor([weight for _, weight in rules])
-    row_N = torch.arange(len(hidden_ND), device=hidden_ND.device) if place_N is None else place_N
+    row_N = torch.arange(len(hidden_ND), device=hidden_ND.device) if positions_N is None else positions_N
     rows_JB = losses_JN.new_zeros(len(rules), shape[0]).index_add(1, row_N // shape[1], losses_JN)
     return loss, losses_JN.sum(1) * weights_J, rows_JB

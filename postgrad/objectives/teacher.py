@@ -1,9 +1,9 @@
-"""What does another model say of the rows that a model is trained on?
+"""Online teachers: a second model's output on the rows that a model is trained on.
 
-A teacher is a frozen model, or the model in training with its tuning switched off. It reads the same rows, but for the places
-of vectors that it does not have: a soft prompt that is being trained is left out of what its base reads.
+A teacher is a frozen model, or the model in training with its tuning disabled. It reads the same rows, without the virtual
+tokens of a soft prompt in training, for which the base has no vectors.
 
-Legend: B batch, T time, S places that the teacher reads.
+Legend: B batch, T time, S positions that the teacher reads.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from postgrad.models.sublayers import eval_mode
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says of a batch, and where: `place_BT` is its place for each label, -1 where it has none.
+    """A teacher's output on a batch; `positions_BT` is its position for each label, -1 where it has none.
 
-    None: it reads what the student reads, place by place.
+    None: the teacher's positions are the student's.
     """
 
     output: Output
@@ -32,17 +32,17 @@ class TeacherOutput(NamedTuple):
 
 
 class Teacher(Protocol):
-    """Says what it expects where the student is to answer; nothing of it has a gradient."""
+    """Predicts the student's labels, without gradients."""
 
     def __call__(self, batch: Batch) -> TeacherOutput: ...
 
 
 @dataclass(frozen=True)
 class OnlineTeacher:
-    """A model that is asked at every step.
+    """A model that runs at every step.
 
-    `alone`: inside, the model answers as the teacher (the tuning's `off`, when it is the model in training). `known`: ids from
-    there on stand for vectors that the teacher does not have; None when there are none.
+    `teacher_context`: in it the model computes as the teacher (the tuning's `disable`, for the model in training).
+    `vocabulary_size`: ids from there on are virtual tokens that the teacher does not have; None: there are none.
     """
 
     model: Model
@@ -51,38 +51,38 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
-        """Its output in eval mode: a teacher says the same whenever it is asked."""
-        inputs, place_BT = (
+        """Its output in eval mode, so that it is deterministic."""
+        inputs, positions_BT = (
             (batch.inputs, None) if self.vocabulary_size is None else drop_virtual_tokens(batch, self.vocabulary_size)
         )
         with eval_mode(self.model), self.teacher_context():
             output = self.model(**inputs)
-        return TeacherOutput(output, place_BT)
+        return TeacherOutput(output, positions_BT)
 
 
 def drop_virtual_tokens(batch: Batch, vocabulary_size: int) -> tuple[Mapping[str, Tensor], Tensor | None]:
-    """What a model reads that knows the ids below `known` alone, and its place for each label.
+    """Inputs without ids from `vocabulary_size` on, and the new position of each label.
 
-    The other ids are taken out and the rest moves up; in packed rows positions are counted anew in each piece. Where a
-    label's own place is taken out (the last vector of a prompt says the first word), the place before it in the same piece
-    answers; a label with nothing before it in its piece has no place. Labels that a decoder of its own answers stay.
+    Virtual ids are removed and the rest moves up; in packed rows, position ids are recounted in each document. If the
+    position of a label is removed (the last vector of a prompt predicts the first word), the one before it in the same
+    document predicts it; a label without one gets -1. Labels of a decoder of its own do not move: None.
     """
     ids_BT = batch.inputs["input_ids"]
     real_BT = ids_BT < vocabulary_size
-    before_BT = real_BT.cumsum(1) - real_BT.long()
+    before_BT = real_BT.cumsum(1) - real_BT.long()  # real ids before each position: its new index
     positions_BT = batch.inputs.get("position_ids")
     starts_BT = torch.zeros_like(before_BT)
     if positions_BT is not None:
         starts_BT = torch.where(positions_BT == 0, before_BT, 0).cummax(1).values
     order_BS = (~real_BT).long().argsort(dim=1, stable=True)[:, : int(real_BT.sum(1).max())]
-    kept_BS = real_BT.gather(1, order_BS)
+    real_BS = real_BT.gather(1, order_BS)
     inputs = dict(batch.inputs)
     for name, tensor in batch.inputs.items():
         if tensor.shape == ids_BT.shape and not name.startswith("decoder_"):
-            inputs[name] = tensor.gather(1, order_BS).where(kept_BS, 0)
+            inputs[name] = tensor.gather(1, order_BS).where(real_BS, 0)
     if positions_BT is not None:
-        behind_BS = (~kept_BS).cumsum(1) - 1  # what fills a row up is a piece of its own
-        inputs["position_ids"] = (before_BT - starts_BT).gather(1, order_BS).where(kept_BS, behind_BS)
+        padding_BS = (~real_BS).cumsum(1) - 1  # padding is a document of its own
+        inputs["position_ids"] = (before_BT - starts_BT).gather(1, order_BS).where(real_BS, padding_BS)
     if "decoder_input_ids" in inputs or batch.labels.shape != ids_BT.shape:
         return inputs, None
     last_BT = before_BT + real_BT.long() - 1

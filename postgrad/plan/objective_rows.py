@@ -338,7 +338,7 @@ def make_rows(
                 store,
                 options,
                 prompt_tokens=objective.prompt_tokens,
-                new_tokens=objective.new_tokens,
+                new_tokens=objective.max_new_tokens,
                 eos=inputs.encoder.eos,
             )
         case ClassifyObjective():

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,6 +15,7 @@ from torch import Tensor
 from postgrad.config.penalties import AnchorPenalty
 from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like, to_dtensor
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
+from postgrad.lineage.record import Penalty
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.optim.optimizer import Weight, Weights
 from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight
@@ -51,7 +51,7 @@ def make_anchor(
     """
     spec = plan.stage.penalties[number]
     builder = _AnchorBuilder(spec, number, plan, weights)
-    is_target = _WeightFilter(spec.only, f"{builder.where}.only", sorted(base_names.values()))
+    is_target = _WeightFilter(spec.targets, f"{builder.where}.targets", sorted(base_names.values()))
     for weight in weights.entries:
         name = base_names.get(weight.name)
         if name is None or not is_target(name):
@@ -95,7 +95,7 @@ class _Reference:
     @classmethod
     def load(cls, spec: AnchorPenalty, number: int, plan: Plan) -> _Reference:
         start = plan.model.start if spec.reference == START else _locate_reference(spec, number, plan)
-        files = dict(_mapped_tensors(start)) if spec.storage == "mapped" else {}
+        files = dict(_mapped_tensors(start)) if spec.storage == "mmap" else {}
         if spec.reference == START:
             return cls(start, start_fingerprint(start), None, files)
         opened = open_model(start)
@@ -167,7 +167,7 @@ class _AnchorBuilder:
         self.weight_deltas: list[AnchoredDelta] = []
         self.numbers = 0
         self.importance_sum = 0.0
-        self.bytes = {"reference": 0, "importance": 0, "mapped": 0}
+        self.bytes = {"reference": 0, "importance": 0, "mmap": 0}
         self.skipped: list[str] = []
         self.copied_names: list[str] = []
 
@@ -217,7 +217,7 @@ class _AnchorBuilder:
         if self.importance and not mean > 0:
             raise DataError("all anchored weights have importance 0", where=str(self.importance.path))
         strength = math.nan if spec.strength == "auto" else spec.strength
-        divisor = mean if spec.normalise else 1.0
+        divisor = mean if spec.normalize else 1.0
         anchor: Anchor | AnchoredDecay = (
             AnchoredDecay(self.anchored, strength=strength, divisor=divisor, name=name)
             if spec.decoupled
@@ -230,9 +230,9 @@ class _AnchorBuilder:
             "tensors": len(self.anchored) + len(self.weight_deltas),
             "reference": {"model": self.reference.start.name, "fingerprint": self.reference.fingerprint},
             "importance": metadata
-            and {"kind": metadata.kind, "per": metadata.per, "tokens": metadata.tokens, "mean": mean},
+            and {"kind": metadata.kind, "unit": metadata.per, "tokens": metadata.tokens, "mean": mean},
             "bytes": self.bytes,
-            "left_out": self.skipped,
+            "skipped": self.skipped,
             "notes": self._notes(),
         }
         return anchor
@@ -268,7 +268,7 @@ class _AnchorBuilder:
                 f"{name} has shape {shape} in this run and {expected} in {model}",
                 where=f"{self.where}.reference",
                 expected="a model of the same shapes",
-                hint="anchor only the weights that both models have, with `only`",
+                hint="anchor only the weights that both models have, with `targets`",
             )
         if self.importance is None:
             return True
@@ -312,14 +312,14 @@ class _AnchorBuilder:
 
     def _mapped_rows(self, name: str, current: Tensor, master: Tensor) -> Tensor | None:
         """This rank's memory-mapped rows of a reference; None when `storage` is another, or the files have other values."""
-        if self.spec.storage != "mapped":
+        if self.spec.storage != "mmap":
             return None
         stored = self.reference.mapped_weight(name, current)
         if stored is None:
             self.copied_names.append(name)
             return None
         rows = local_shard_like(stored, master)
-        self.bytes["mapped"] += rows.nbytes
+        self.bytes["mmap"] += rows.nbytes
         return rows
 
     def _notes(self) -> list[str]:
@@ -333,8 +333,8 @@ class _AnchorBuilder:
     def _stored_importance(self, importance: Tensor, like: Tensor) -> Tensor:
         """This rank's rows of an importance."""
         rows = local_shard_like(importance, like)
-        if self.spec.storage == "mapped" and importance.device.type == "cpu":
-            self.bytes["mapped"] += rows.nbytes
+        if self.spec.storage == "mmap" and importance.device.type == "cpu":
+            self.bytes["mmap"] += rows.nbytes
             return rows
         return self._copy_rows(rows, "importance", local_shard(like).device)
 
@@ -382,6 +382,6 @@ def _importance_path(name: str, number: int, root: Path) -> Path:
     return path
 
 
-def describe_penalty(anchor: Anchor | AnchoredDecay) -> dict[str, Any]:
+def describe_penalty(anchor: Anchor | AnchoredDecay) -> Penalty:
     """An anchor in the record."""
-    return {**anchor.metadata, "strength": anchor.strength}
+    return Penalty.model_validate({**anchor.metadata, "strength": anchor.strength})

@@ -179,7 +179,7 @@ def query_teacher(
             position_N = answer.positions_BT[i, position_N]
         uniform_NS = None
         if isinstance(job.spec.cache, SampledCache):
-            uniform_NS = draws.generator(key, 0).random((len(position_N), job.spec.cache.draws))
+            uniform_NS = draws.generator(key, 0).random((len(position_N), job.spec.cache.samples))
         hidden_ND = answer.output.hidden[i][position_N.clamp(min=0)]
         parts: list[SparseDistribution] = []
         size = max(1, _LOGITS_AT_ONCE // len(head.weight_VD))
@@ -195,7 +195,9 @@ def query_teacher(
                 parts.append(top_k_distribution(logits_NV, job.spec.cache.k))
             else:
                 assert isinstance(job.spec.cache, SampledCache)
-                parts.append(sample_distribution(logits_NV, uniform_NS[begin : begin + size], job.spec.cache.temper))
+                parts.append(
+                    sample_distribution(logits_NV, uniform_NS[begin : begin + size], job.spec.cache.sampling_power)
+                )
         out.append(_join_parts(parts, (position_N < 0).cpu().numpy()))
     return out
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -20,23 +19,23 @@ MIN_TOKENS = 1_000_000
 100,000 tokens the change per million can exceed the loss itself)."""
 
 
-def losses_by_source(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """For each source: `first` and `last` loss in nats per trained token, their `change` with its 95 % interval (`low`, `high`,
-    where there are two steps in each tenth), `per_million`, the change per million of its trained tokens (from `MIN_TOKENS`),
-    and `share`, the part of all nats that it makes up.
+def losses_by_source(steps: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, dict[str, float]]:
+    """Of each source: `first_tenth` and `last_tenth`, losses in nats per trained token; their `change` with its 95 % interval
+    (`low`, `high`, where there are two steps in each tenth) and `change_per_million_tokens` (from `MIN_TOKENS`); and
+    `share_of_loss`, its share of all nats.
 
     The mean of a tenth is a ratio of sums over m steps, sum(n) / sum(t); its variance is taken to be
     m / (m - 1) sum((n - mean t)^2) / sum(t)^2 (Cochran 1977, Sampling Techniques, chapter 6, without the correction for
     finite populations), and the interval is 1.96 standard errors of the difference to either side.
     """
     by_source: dict[str, list[tuple[float, int]]] = defaultdict(list)
-    for row in metrics:
-        for name, (nats, tokens) in row.get("by_source", {}).items():
+    for row in steps:
+        for name, (nats, tokens) in row.items():
             by_source[name].append((nats, tokens))
     sums = {name: float(np.sum([nats for nats, _ in steps])) for name, steps in by_source.items()}
-    whole = sum(sums.values())
+    total = sum(sums.values())
     return {
-        name: {**_loss_change(steps), "share": sums[name] / whole if whole else 0.0}
+        name: {**_loss_change(steps), "share_of_loss": sums[name] / total if total else 0.0}
         for name, steps in by_source.items()
     }
 
@@ -50,10 +49,10 @@ def _loss_change(steps: list[tuple[float, int]]) -> dict[str, float]:
         _mean_and_variance(nats[part], tokens[part]) for part in (begin, end)
     )
     change = last - first
-    result = {"first": first, "last": last, "change": change}
+    result = {"first_tenth": first, "last_tenth": last, "change": change}
     if until[-1] >= MIN_TOKENS:
         between = (1 - EDGE_SHARE) * until[-1]  # from the middle of the first tenth to that of the last
-        result["per_million"] = 1e6 * change / between
+        result["change_per_million_tokens"] = 1e6 * change / between
     spread = 1.96 * (first_variance + last_variance) ** 0.5
     return result if np.isnan(spread) else {**result, "low": change - spread, "high": change + spread}
 

@@ -22,6 +22,7 @@ from postgrad.distributed.world import World
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation import before_after
 from postgrad.hardware import machine
+from postgrad.lineage.metrics import EvaluationRow
 from postgrad.lineage.record import RECORD, read_record
 from postgrad.models import interpolate
 from postgrad.models.location import locate_model
@@ -50,7 +51,7 @@ class StepProgress:
     activity: str
     done: int
     total: int
-    last_evaluation: dict[str, Any] | None = None
+    last_evaluation: EvaluationRow | None = None
     """Metrics of the run's latest evaluation."""
 
 
@@ -93,7 +94,7 @@ class StudyFolder:
         place = self.step_path(step)
         match step.kind:
             case "train":
-                return (place / RECORD).exists() and read_record(place)["status"] != "stopped"
+                return (place / RECORD).exists() and read_record(place).status != "stopped"
             case "blend":
                 return (place / "scores" / "after.npz").exists()
             case _:
@@ -220,8 +221,9 @@ def _generate_text(graph: StepGraph, step: Step, folder: StudyFolder) -> Iterato
     what, out = _resolve_spec(graph, step, folder), folder.step_path(step)
     out.parent.mkdir(parents=True, exist_ok=True)
     wish = synthesize.SynthesisRequest(what["tokens"], what["longest"])
-    for written in synthesize.synthesize(_model_path(what["model"], folder), out, wish):
-        yield StepProgress(step.key, "writing", written.tokens, written.target_tokens)
+    for event in synthesize.synthesize(_model_path(what["model"], folder), out, wish):
+        if isinstance(event, synthesize.SynthesisProgress):
+            yield StepProgress(step.key, "writing", event.tokens, event.target_tokens)
 
 
 def _measure_importance(graph: StepGraph, step: Step, folder: StudyFolder) -> Iterator[StepEvent]:
@@ -236,17 +238,7 @@ def _measure_importance(graph: StepGraph, step: Step, folder: StudyFolder) -> It
         out=out,
         tokens=str(what["tokens"]),
         kind=what["kind"],
-        accumulate=None,
-        decay=0.9,
-        dtype="float32",
-        context=None,
-        documents="auto",
-        column=None,
-        seed=0,
-        force=False,
-        base=None,
         cache=folder.cache,
-        progress=lambda done, total: None,
     )
     yield StepProgress(step.key, "measuring", tokens, tokens)
 
@@ -270,7 +262,7 @@ def _blend_models(graph: StepGraph, step: Step, folder: StudyFolder, timer: Phas
         dtype, tokenizer = stored_dtype(begun), load_tokenizer(begun)
         publish_folder(home / MODEL, lambda staged: save_pretrained(end.model, tokenizer, staged, dtype=dtype))
     record = read_record(run)
-    plan = make_plan(parse_recorded_stage(record["stage"], run.name), folder.root, folder.cache)
+    plan = make_plan(parse_recorded_stage(record.stage, run.name), folder.root, folder.cache)
     world = World(machine.default_device())
     model = wrap_model(end.model, end.task).to(world.device)
     begin = time.perf_counter()

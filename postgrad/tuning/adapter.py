@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from postgrad.errors import TuningError
@@ -42,7 +42,7 @@ from postgrad.models.sublayers import (
 )
 from postgrad.tuning.extra_trainable import ExtraTrainable
 from postgrad.tuning.module_tuning import ModuleTuning, SwitchableModule, disable_modules
-from postgrad.tuning.tuning import TuningExport, check_choice, check_ranges
+from postgrad.tuning.tuning import check_choice, check_ranges
 
 AdapterVariant = Literal["houlsby", "pfeiffer", "parallel"]
 
@@ -92,14 +92,14 @@ class Bottleneck(SwitchableModule):
         inner = self.dropout(self.activation(inner))
         return nn.functional.linear(inner, self.up_weight.to(dtype), self.up_bias.to(dtype))
 
-    def register_hooks(self, sublayer: Sublayer, form: str) -> list[RemovableHandle]:
+    def register_hooks(self, sublayer: Sublayer, variant: str) -> list[RemovableHandle]:
         """Insert the adapter at a sub-layer."""
         self.output_index = sublayer.index
-        if form == "parallel":
+        if variant == "parallel":
             assert sublayer.entry is not None
             capture = sublayer.entry.register_forward_pre_hook(self._capture_input)
             return [capture, sublayer.output.register_forward_hook(self._add_parallel)]
-        if form == "pfeiffer" and sublayer.norm is not None:
+        if variant == "pfeiffer" and sublayer.norm is not None:
             return [sublayer.norm.register_forward_pre_hook(self._add_before_norm)]
         return [sublayer.output.register_forward_hook(self._add_after)]
 
@@ -133,6 +133,9 @@ class Adapter(ModuleTuning):
     """Bottleneck adapters in every block of a frozen model (both stacks of an encoder-decoder)."""
 
     kind = "adapter"
+    unmergeable_reason = (
+        "an adapter has a nonlinearity between its two projections, so no plain weights have its effect"
+    )
 
     def __init__(
         self,
@@ -148,25 +151,24 @@ class Adapter(ModuleTuning):
         skip_layers: Collection[int] = (),
         also_train: Collection[str] = (),
         seed: int = 0,
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Freeze the model and add an adapter of width M = `size`, or D / `reduction`, to each of the variant's sub-layers.
 
         None selects the published value: `activation` swish (houlsby) or relu, `scale` (the factor of the adapter's output)
         4 for parallel and else 1, `train_norms` (train the body's norms) for houlsby only. `dropout` acts on the bottleneck.
-        `leave_out`: layers without adapters, counted from 0, the encoder's before the decoder's (AdapterDrop, Rueckle et
-        al. 2021, arXiv 2010.11918). `also`: patterns of further parameters to train.
+        `skip_layers`: layers without adapters, counted from 0, the encoder's before the decoder's (AdapterDrop, Rueckle et
+        al. 2021, arXiv 2010.11918). `also_train`: patterns of further parameters to train.
 
-        Norms and what `also` matches belong to the base: they are part of `state`, and `disable` and `detach` restore their
-        values, except for a task's own layer, which has no pretrained value.
+        Norms and what `also_train` matches belong to the base: they are part of `state`, and `disable` and `detach` restore
+        their values, except for a task's own layer, which has no pretrained value.
 
         Raises `TuningError` for options out of range, for a model without the variant's sub-layers, and if no gradient
         reaches an adapter.
         """
         super().__init__(model)
-        check_choice(form, VARIANTS, "form")
-        defaults = VARIANTS[form]
-        self.options: dict[str, Any] = {
+        check_choice(variant, VARIANTS, "variant")
+        defaults = VARIANTS[variant]
+        self.options = {
             "variant": variant,
             "reduction": reduction,
             "size": size,
@@ -174,17 +176,17 @@ class Adapter(ModuleTuning):
             "scale": defaults.scale if scale is None else scale,
             "dropout": dropout,
             "train_norms": defaults.train_norms if train_norms is None else train_norms,
-            "leave_out": sorted(set(leave_out)),
-            "also": list(also),
+            "skip_layers": sorted(set(skip_layers)),
+            "also_train": list(also_train),
             "seed": seed,
         }
         _check_options(self.options)
         with disable_modules(m for m in model.modules() if isinstance(m, Bottleneck)):
             blocks = find_blocks(model)
-        selected = _select_blocks(blocks, self.options["leave_out"], model)
-        sublayers = [_select_sublayers(block, form) for block in selected]
+        selected = _select_blocks(blocks, self.options["skip_layers"], model)
+        sublayers = [_select_sublayers(block, variant) for block in selected]
         norms = _norm_parameters(model, blocks, selected) if self.options["train_norms"] else []
-        self.extra_trainable = ExtraTrainable(model, [*norms, *also])
+        self.extra_trainable = ExtraTrainable(model, [*norms, *also_train])
         self._adapters: dict[str, Bottleneck] = {}
         generator = torch.Generator().manual_seed(seed)
         for block, block_sublayers in zip(selected, sublayers, strict=True):
@@ -200,7 +202,7 @@ class Adapter(ModuleTuning):
             adapter = Bottleneck(block.width, size, o["activation"], o["dropout"], o["scale"], generator)
             adapter.train(block.module.training)
             self._adapters[f"{block.name}.{sublayer.name}"] = adapter
-            self._hooks += adapter.register_hooks(sublayer, o["form"])
+            self._hooks += adapter.register_hooks(sublayer, o["variant"])
             adapters[sublayer.name] = adapter
         self._add_module(block.module, "adapter", adapters.to(next(block.module.parameters()).device))
 
@@ -228,23 +230,10 @@ class Adapter(ModuleTuning):
         if norms:
             self.notes.append(f"{len(norms)} norm weights are trained too")
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, nn.Parameter]:
         """`<block>.<sub-layer>.<weight>` of every adapter, and the trained weights of the base by name."""
         own = {f"{name}.{part}": p for name, a in self._adapters.items() for part, p in a.named_parameters()}
         return own | self.extra_trainable.tensors()
-
-    def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Raises `TuningError`: no plain weights have the same effect."""
-        raise TuningError(
-            "an adapter has a nonlinearity between its two projections, so no plain weights have its effect",
-            where="tuning",
-            expected="a tuning that is linear in the weights, such as LoRA, to merge",
-            hint="publish the adapters as a folder and attach them where the model is used",
-        )
-
-    def export(self) -> TuningExport:
-        """All of it: an adapter has no training-only parts."""
-        return TuningExport({"kind": self.kind, **self.options}, self.state())
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
@@ -259,7 +248,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     check_ranges(options, ranges)
 
 
-def _select_blocks(blocks: list[Block], leave_out: Iterable[int], model: PreTrainedModel) -> list[Block]:
+def _select_blocks(blocks: list[Block], skip_layers: Iterable[int], model: PreTrainedModel) -> list[Block]:
     """The blocks that get adapters. Raises `TuningError` if there are none, or a skipped one does not exist."""
     if not blocks:
         raise TuningError(
@@ -268,23 +257,23 @@ def _select_blocks(blocks: list[Block], leave_out: Iterable[int], model: PreTrai
             expected="lists of blocks that add attention and feed-forward to their hidden states; it has "
             f"{', '.join(name for name, _ in model.base_model.named_children())}",
         )
-    unknown = [i for i in leave_out if not 0 <= i < len(blocks)]
-    selected = [block for i, block in enumerate(blocks) if i not in leave_out]
+    unknown = [i for i in skip_layers if not 0 <= i < len(blocks)]
+    selected = [block for i, block in enumerate(blocks) if i not in skip_layers]
     if unknown or not selected:
         raise TuningError(
             f"there is no layer {unknown[0]}" if unknown else "every layer is skipped",
-            where="tuning.leave_out",
+            where="tuning.skip_layers",
             expected=f"some of the layers 0 to {len(blocks) - 1}",
         )
     return selected
 
 
-def _select_sublayers(block: Block, form: str) -> list[Sublayer]:
+def _select_sublayers(block: Block, variant: str) -> list[Sublayer]:
     """The block's sub-layers that get an adapter. Raises `TuningError` if one that the variant requires is missing."""
-    required = VARIANTS[form].required_sublayers
+    required = VARIANTS[variant].required_sublayers
     missing = [name for name in required if name not in [s.name for s in block.sublayers]]
     selected = [s for s in block.sublayers if ATTENTION in required or s.name.startswith(FEED_FORWARD)]
-    no_input = form == "parallel" and any(s.entry is None for s in selected)
+    no_input = variant == "parallel" and any(s.entry is None for s in selected)
     if missing or no_input:
         problem = f"no {missing[0]} sub-layer" if missing else "unknown input of the feed-forward"
         raise TuningError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from postgrad.config.renamed_keys import upgrade_tuning_options
 from postgrad.errors import TuningError, suggest_nearest
 from postgrad.tuning.tuning import Tuning
 
@@ -41,7 +42,7 @@ def attach(
     `seed` initialises new tensors, unless the options have one of their own. Raises `TuningError` for an unknown kind or
     option, naming the nearest.
     """
-    keywords = dict(options)
+    keywords = upgrade_tuning_options(options)
     kind = keywords.pop("kind", None)
     tuning_class = _get_tuning_class(kind)
     parameters = set(inspect.signature(tuning_class).parameters)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ from postgrad.tuning.parameter_location import (
     task_layer_parameters,
 )
 from postgrad.tuning.residual_writers import ModuleCall, find_writers, zero_output
-from postgrad.tuning.tuning import Tuning, TuningExport, unfreeze
+from postgrad.tuning.tuning import Tuning, unfreeze
 
 PLAIN_TYPES = (int, float, bool, str, type(None))
 OTHER_POSITIONS_HINT = "other positions, or adapter or lora"
@@ -50,8 +49,8 @@ class BlockExpansion(Tuning):
     """New blocks between the existing ones, which are frozen.
 
     Copies of the last `blocks` blocks are inserted after every `every` blocks of a stack (default: 4, or the next divisor of
-    the depth), or after the blocks `positions` (from 0). Every stack grows, unless `stacks` selects some by patterns
-    (`*decoder*`). A task's own layer is trained too, and what patterns of `also` match.
+    the depth), or after the blocks `positions` (from 0), in every stack. A task's own layer is trained too, and what patterns
+    of `also_train` match.
     """
 
     kind = "expand"
@@ -65,32 +64,21 @@ class BlockExpansion(Tuning):
         blocks: int = 1,
         every: int | None = None,
         positions: Sequence[int] | None = None,
-        stacks: Sequence[str] = (),
         also_train: Sequence[str] = (),
         seed: int = 0,
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Raises `TuningError` if no copy can be the identity, or transformers could not load the resulting model."""
         super().__init__(model)
         self.options = {
-            "kind": self.kind,
             "blocks": blocks,
             "every": every,
             "positions": None if positions is None else list(positions),
-            "stacks": list(stacks),
             "also_train": list(also_train),
         }
         plans = {
             name: plan_slots(len(stack), blocks=blocks, every=every, positions=positions)
             for name, stack in named_stacks(model).items()
-            if not stacks or any(fnmatchcase(name, pattern) for pattern in stacks)
         }
-        if not plans:
-            raise TuningError(
-                f"no stack of blocks matches {list(stacks)}",
-                where="tuning.stacks",
-                expected=f"patterns for {', '.join(named_stacks(model))}",
-            )
         self._requires_grad = SavedRequiresGrad(model)
         self._disable_depth = 0
         expected = _backbone_output(model)
@@ -101,7 +89,7 @@ class BlockExpansion(Tuning):
             if not torch.equal(_backbone_output(model), expected):
                 raise _unsupported_error(model, "its output changes with identity blocks in it")
             new_blocks = [f"{name}.{i}" for name, slots in plans.items() for i, slot in enumerate(slots) if slot.is_new]
-            self._extra_trainable = ExtraTrainable(model, also)
+            self._extra_trainable = ExtraTrainable(model, also_train)
             names = unfreeze(model, [*new_blocks, *task_layer_parameters(model), *self._extra_trainable.names])
         except TuningError:
             _swap_all(self._swaps)
@@ -110,7 +98,7 @@ class BlockExpansion(Tuning):
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """Context without the new blocks, in which weights of the body that `also` matches have their old values.
+        """Context without the new blocks, in which weights of the body that `also_train` matches have their old values.
 
         Raises `TuningError` after `merge` or `detach`.
         """
@@ -150,10 +138,6 @@ class BlockExpansion(Tuning):
     def _release(self) -> None:
         self._swaps = []
         self._requires_grad.restore()
-
-    def export(self) -> TuningExport:
-        """The trained weights, and the options that place the new blocks."""
-        return TuningExport(self.options, self.state())
 
 
 def plan_slots(depth: int, *, blocks: int, every: int | None, positions: Sequence[int] | None) -> list[BlockSlot]:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from postgrad.config.renamed_keys import upgrade_tuning_options
 from postgrad.errors import TuningError
 from postgrad.tuning.attach import attach
 from postgrad.tuning.tuning import Tuning, TuningExport, load_or_detach
@@ -91,7 +92,7 @@ def read_export(folder: Path) -> TuningExport:
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
-    """The contents of `tuning.json`. Raises `TuningError` if it cannot be read, or has another format."""
+    """The contents of `tuning.json`, with this version's option names; an unreadable file or format is a `TuningError`."""
     description = _read_json(folder / DESCRIPTION)
     parts = (description.get("options"), description.get("base"))
     if description.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
@@ -101,7 +102,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
             expected=f"format {FORMAT}, with options and a base",
             hint="read it with the version that wrote it",
         )
-    return description
+    return description | {"options": upgrade_tuning_options(description["options"])}
 
 
 def _load_peft(model: PreTrainedModel, folder: Path) -> Tuning:

@@ -70,7 +70,6 @@ class LoraAdapter(Tuning):
         self,
         model: PreTrainedModel,
         *,
-        kind: str = "lora",
         rank: int = 16,
         alpha: float | None = None,
         dropout: float = 0.0,
@@ -81,61 +80,47 @@ class LoraAdapter(Tuning):
         quantization: Precision | None = None,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
-        svd_iterations: int | None = None,
         b_rate: float = 1.0,
         seed: int = 0,
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Add adapters to the layers that match `targets` but not `exclude` (see `resolve_targets`).
 
         `alpha`: default twice the rank (the rank for pissa, as published). `rank_pattern`, `alpha_pattern`: other values for
-        the layers whose names match a pattern. `also`: patterns of base parameters to train. `quantise`: store the blocks'
-        weights in 4 bits ("nf4") or 8 ("int8"), as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314). `svd_iterations`:
-        compute pissa's singular directions by that many subspace iterations, not exactly. `b_rate`: the ratio of B's
-        learning rate to A's (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+        the layers whose names match a pattern. `also_train`: patterns of base parameters to train. `quantization`: store the
+        blocks' weights in 4 bits ("nf4") or 8 ("int8"), as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314). `b_rate`:
+        the ratio of B's learning rate to A's (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 
-        Raises `TuningError` if a pattern matches nothing or an option is invalid, `MissingExtra` for `quantise` without the
+        Raises `TuningError` if a pattern matches nothing or an option is invalid, `MissingExtra` for `quantization` without the
         package bitsandbytes.
         """
         super().__init__(model)
-        check_choice(form, get_args(LoraVariant), "form")
+        check_choice(variant, get_args(LoraVariant), "variant")
         values = {"rank": rank, "dropout": dropout}
         check_ranges(values, {"rank": (rank >= 1, "1 or more"), "dropout": (0 <= dropout < 1, "0 to below 1")})
-        self.form = form
-        self.rank, self.alpha = rank, (rank if form == "pissa" else 2 * rank) if alpha is None else alpha
-        self.quantise = quantise
-        self.has_exact_merge = quantise is None
+        self.variant = variant
+        self.rank, self.alpha = rank, (rank if variant == "pissa" else 2 * rank) if alpha is None else alpha
+        self.quantization = quantization
+        self.has_exact_merge = quantization is None
         self.b_rate = b_rate
         names = resolve_targets(model, targets, exclude)
         ranks = _values_by_pattern(names, rank_pattern or {}, rank, "rank_pattern")
         alphas = _values_by_pattern(names, alpha_pattern or {}, self.alpha, "alpha_pattern")
-        _check_layers(model, ranks, form, quantise)
-        quantize = None if quantise is None else make_quantizer(model, quantise)
-        self.extra_trainable = ExtraTrainable(model, also)
-        if quantize is not None:
-            quantize()
-            self.notes.append(f"the blocks' linear layers are quantised to {quantise}")
-        if any(type(module).__name__.endswith("Experts") for module in model.modules()):
-            self.notes.append("the experts' weights are fused tensors, not linear layers, and get no adapters")
-
+        _check_layers(model, ranks, variant, quantization)
+        self._freeze_base(also_train)
         self.adapter_name = _unused_adapter_name(model)
         self._layers: dict[str, Layer] = {}
         # fp32 copies: training may hold frozen parameters in less, but pissa's initial factors are subtracted.
         self._initial_factors: dict[str, Tensor] = {}
-        pissa_init: Any = "pissa" if svd_iterations is None else f"pissa_niter_{svd_iterations}"
         settings: dict[str, Any] = {
             "lora_dropout": dropout,
-            "use_rslora": form == "rslora",
-            "use_dora": form == "dora",
-            "init_lora_weights": pissa_init if form == "pissa" else True,
+            "use_rslora": variant == "rslora",
+            "use_dora": variant == "dora",
+            "init_lora_weights": "pissa" if variant == "pissa" else True,
         }
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             for name in names:
-                transposed = is_transposed(model.get_submodule(name))
-                self._layers[name] = self._attach_layer(
-                    name, LoraConfig(r=ranks[name], lora_alpha=alphas[name], fan_in_fan_out=transposed, **settings)
-                )
+                self._layers[name] = self._attach_layer(name, ranks[name], alphas[name], settings)
         for parameter in self.extra_trainable.tensors().values():
             parameter.requires_grad_(True)
         trainable_parameters(model)
@@ -160,7 +145,7 @@ class LoraAdapter(Tuning):
         for name, layer in self._layers.items():
             tensors[f"{name}.lora_A.weight"] = _adapter_weight(layer.lora_A, self.adapter_name)
             tensors[f"{name}.lora_B.weight"] = _adapter_weight(layer.lora_B, self.adapter_name)
-            if self.form == "dora":
+            if self.variant == "dora":
                 tensors[f"{name}.lora_magnitude_vector"] = _adapter_weight(
                     layer.lora_magnitude_vector, self.adapter_name
                 )
@@ -193,7 +178,7 @@ class LoraAdapter(Tuning):
 
     def export(self) -> TuningExport:
         """The adapter without dropout and seed; pissa as a plain LoRA of twice the rank, [A; A0] and [B, -B0]."""
-        double = 2 if self.form == "pissa" else 1
+        double = 2 if self.variant == "pissa" else 1
         rank_alpha = {
             name: (layer.r[self.adapter_name], layer.lora_alpha[self.adapter_name])
             for name, layer in self._layers.items()
@@ -236,7 +221,7 @@ class LoraAdapter(Tuning):
         transposed = is_transposed(base)
         a_RI, b_OR = _adapter_weight(layer.lora_A, self.adapter_name), _adapter_weight(layer.lora_B, self.adapter_name)
         shape = (a_RI.shape[1], b_OR.shape[0]) if transposed else (b_OR.shape[0], a_RI.shape[1])
-        if self.form == "dora":
+        if self.variant == "dora":
             magnitude_O = _adapter_weight(layer.lora_magnitude_vector, self.adapter_name)
             delta = RescaledDelta(scale, lambda: _full_weight(base), transposed)
             return TuningDelta(delta, (a_RI, b_OR, magnitude_O), shape)
@@ -246,17 +231,28 @@ class LoraAdapter(Tuning):
     @property
     def _adapter_names(self) -> list[str]:
         """Names of the adapters in PEFT's layers: pissa has a second one, with the initial factors."""
-        return [self.adapter_name, f"{self.adapter_name}_start"] if self.form == "pissa" else [self.adapter_name]
+        return [self.adapter_name, f"{self.adapter_name}_start"] if self.variant == "pissa" else [self.adapter_name]
 
-    def _attach_layer(self, name: str, config: LoraConfig) -> Layer:
+    def _freeze_base(self, also_train: Sequence[str]) -> None:
+        """Freeze, and perhaps quantise, the base. Nothing changes if either is impossible."""
+        quantize = None if self.quantization is None else make_quantizer(self.model, self.quantization)
+        self.extra_trainable = ExtraTrainable(self.model, also_train)
+        if quantize is not None:
+            quantize()
+            self.notes.append(f"the blocks' linear layers are quantised to {self.quantization}")
+        if any(type(module).__name__.endswith("Experts") for module in self.model.modules()):
+            self.notes.append("the experts' weights are fused tensors, not linear layers, and get no adapters")
+
+    def _attach_layer(self, name: str, rank: int, alpha: Any, settings: Mapping[str, Any]) -> Layer:
         """Add the adapter to one layer; frozen ones on it stay active."""
         target = self.model.get_submodule(name)
+        config = LoraConfig(r=rank, lora_alpha=alpha, fan_in_fan_out=is_transposed(target), **settings)
         earlier = list(target.active_adapters) if isinstance(target, LoraLayer) else []
         weight = base_layer(target).weight
         original = weight.data
         layer = _add_adapter(target, self.adapter_name, config)
         weight.data = original  # PEFT's pissa initialisation subtracts s B0 A0 from W
-        if self.form == "pissa":
+        if self.variant == "pissa":
             for part, module in (("A", layer.lora_A), ("B", layer.lora_B)):
                 factor = _adapter_weight(module, self.adapter_name).detach().clone()
                 self._initial_factors[f"{name}.start_{part}.weight"] = factor
@@ -305,7 +301,7 @@ class LoraAdapter(Tuning):
                 raise TuningError(
                     f"{name} is quantised, and merging would round the update away",
                     where="tuning",
-                    hint="attach the published adapter to the full-precision base without `quantise`, and merge there",
+                    hint="attach the published adapter to the full-precision base without `quantization`, and merge there",
                 )
             if any(a not in self._adapter_names and a in layer.lora_variant for a in layer.active_adapters):
                 raise TuningError(
@@ -349,31 +345,33 @@ def earlier_directions(parts: Sequence[TuningExport]) -> dict[str, Tensor]:
 
 
 def _check_layers(
-    model: PreTrainedModel, ranks: Mapping[str, int], form: LoraVariant, quantise: Precision | None
+    model: PreTrainedModel, ranks: Mapping[str, int], variant: LoraVariant, quantization: Precision | None
 ) -> None:
     """Raise `TuningError` for layers that a variant does not support."""
     for name, rank in ranks.items():
         target = model.get_submodule(name)
-        if form == "dora" and isinstance(target, BaseTunerLayer):
+        if variant == "dora" and isinstance(target, BaseTunerLayer):
             raise TuningError(
                 f"{name} has an earlier adapter, which dora's magnitudes would ignore",
-                where="tuning.form",
+                where="tuning.variant",
                 hint="merge the earlier adapter first, or use another variant",
             )
-        if form == "dora" and (quantise == "int8" or getattr(base_layer(target).weight, "dtype", None) == torch.int8):
+        if variant == "dora" and (
+            quantization == "int8" or getattr(base_layer(target).weight, "dtype", None) == torch.int8
+        ):
             raise TuningError(
                 f"dora reads the weights at every step, but int8 loses the scales of {name} when it is read",
-                where="tuning.quantise",
+                where="tuning.quantization",
                 hint="use nf4, or another variant",
             )
-        if form == "pissa" and (quantise or is_quantized(base_layer(target))):
+        if variant == "pissa" and (quantization or is_quantized(base_layer(target))):
             raise TuningError(
                 f"pissa starts from the singular directions of full weights, but {name} is quantised",
-                where="tuning.quantise",
-                hint="remove `quantise`, or use another variant",
+                where="tuning.quantization",
+                hint="remove `quantization`, or use another variant",
             )
         smallest = min(base_layer(target).weight.shape)
-        if form == "pissa" and rank > smallest:
+        if variant == "pissa" and rank > smallest:
             raise TuningError(
                 f"the rank is {rank}, but {name} has {smallest} singular directions",
                 where="tuning.rank",

@@ -44,7 +44,6 @@ MergeMethod = Literal[
     "magnitude_prune_svd",
 ]
 
-SignMethod = Literal["total", "frequency"]
 LoraMatrices = tuple[Tensor, Tensor, float]
 """A (R, I), B (O, R) and s of one adapter at one layer."""
 
@@ -54,16 +53,12 @@ def merge_adapters(
     parts: Sequence[tuple[LoraAdapter | TuningExport, float]],
     method: MergeMethod = "cat",
     *,
-    rank: int | None = None,
     density: float | None = None,
-    sign: SignMethod = "total",
-    seed: int = 0,
 ) -> LoraAdapter:
     """Attach the weighted sum of `parts` to `model` as one adapter.
 
-    `rank`: of the sum, for methods with svd (default: the largest of the parts). `density`: the fraction of values that ties,
-    dare and pruning keep, below one. `sign`: whether ties elects signs by magnitude or by count. `seed`: of dare's dropping.
-    Parts attached to `model` are detached. A base weight trained by one part is copied.
+    `density`: the fraction of values that ties, dare and pruning keep, below one. Methods with svd give the sum the largest
+    rank of the parts. Parts attached to `model` are detached. A base weight trained by one part is copied.
 
     Raises `TuningError` for parts that cannot be summed: dora (its magnitudes are not additive), different ranks where A's
     are summed, or a base weight trained by two of them.
@@ -77,14 +72,14 @@ def merge_adapters(
     matrices = [(_layer_matrices(part), weight) for part, weight in exports]
     summed: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(0)
         for name in dict.fromkeys(name for part, _ in matrices for name in part):
             layer_parts = [(part[name], weight) for part, weight in matrices if name in part]
             if _is_pruning(method) and len(layer_parts) == 1:  # PEFT does not prune a single adapter
                 (a_RI, b_OR, _), _ = layer_parts[0]
                 layer_parts.append(((torch.zeros_like(a_RI), torch.zeros_like(b_OR), 1.0), 1.0))
             _check_ranks(name, [a_RI.shape[0] for (a_RI, _, _), _ in layer_parts], method)
-            summed[name] = _merge_layer(layer_parts, method, rank, density, sign)
+            summed[name] = _merge_layer(layer_parts, method, density)
     ranks = {name: a_RI.shape[0] for name, (a_RI, _) in summed.items()}
     largest = max(ranks.values())
     tuning = LoraAdapter(
@@ -94,7 +89,7 @@ def merge_adapters(
         targets=list(summed),
         rank_pattern={name: r for name, r in ranks.items() if r != largest},
         alpha_pattern={name: float(r) for name, r in ranks.items() if r != largest},
-        also=list(extra),
+        also_train=list(extra),
     )
     state = {f"{name}.lora_{ab}.weight": t for name, pair in summed.items() for ab, t in zip("AB", pair, strict=True)}
     tuning.load(state | extra)
@@ -125,8 +120,8 @@ def _check_arguments(
             expected="a fraction above 0 and below 1" if prunes else "no density: every value is kept",
         )
     for part, _ in parts:
-        form = part.variant if isinstance(part, LoraAdapter) else part.options.get("variant", "lora")
-        if form == "dora":
+        variant = part.variant if isinstance(part, LoraAdapter) else part.options.get("variant", "lora")
+        if variant == "dora":
             raise TuningError(
                 "a dora adapter cannot be summed: its magnitudes rescale the whole weights",
                 where="--method",
@@ -168,9 +163,7 @@ def _extra_tensors(parts: Sequence[TuningExport]) -> dict[str, Tensor]:
 def _merge_layer(
     parts: Sequence[tuple[LoraMatrices, float]],
     method: MergeMethod,
-    rank: int | None,
     density: float | None,
-    sign: SignMethod,
 ) -> tuple[Tensor, Tensor]:
     """A (R, I) and B (O, R) of the sum at one layer, with s = 1."""
     (a_RI, b_OR, _), _ = parts[0]
@@ -193,10 +186,8 @@ def _merge_layer(
         [weight for _, weight in parts],
         "sum",
         combination_type=method,
-        svd_rank=rank,
         svd_full_matrices=False,
         density=density,
-        majority_sign_method=sign,
     )
     return layer.lora_A["sum"].weight.data, layer.lora_B["sum"].weight.data
 

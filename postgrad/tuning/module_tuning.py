@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -20,9 +19,6 @@ class SwitchableModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
-
-
-Module = TypeVar("Module", bound=SwitchableModule)
 
 
 class ModuleTuning(Tuning):
@@ -49,9 +45,12 @@ class ModuleTuning(Tuning):
         self._added_modules.append((parent, unused_name))
         self._switches += [m for m in module.modules() if isinstance(m, SwitchableModule)]
 
-    @contextmanager
-    def disable(self) -> Iterator[None]:
+    def disable(self) -> AbstractContextManager[None]:
         """Context in which the model computes as its base, bit for bit; a new task layer keeps its trained weights."""
+        return self._disable() if self.additive else super().disable()
+
+    @contextmanager
+    def _disable(self) -> Iterator[None]:
         with self.extra_trainable.use_initial_values(), disable_modules(self._switches):
             yield
 

@@ -200,7 +200,10 @@ def open_model(
         notes += (f"{start.name} was trained on another model than {start.base.name} (its fingerprint differs)",)
     freeze(base.model)
     mark_prefix_lm(base.model.config, reference.is_prefix_lm)
-    unmerged = () if _merge_if_exact(tuning, dtype) else (tuning,)
+    unmerged: tuple[Tuning, ...] = (tuning,)
+    if tuning.has_exact_merge and dtype == torch.float32:
+        tuning.merge()
+        unmerged = ()
     loaded = LoadedModel(
         base.model,
         reference.task,
@@ -213,14 +216,6 @@ def open_model(
     if task == reference.task and (layer is None or layer == reference.layer):
         return loaded
     return _replace_task_layer(loaded, start, task, layer, attention, dtype)
-
-
-def _merge_if_exact(tuning: Tuning, dtype: torch.dtype) -> bool:
-    """Merge a tuning into fp32 weights if the merge is exact; returns whether it was merged."""
-    if not tuning.has_exact_merge or dtype != torch.float32:
-        return False
-    tuning.merge()
-    return True
 
 
 def _replace_task_layer(

@@ -32,7 +32,7 @@ from postgrad.tuning.extra_trainable import ExtraTrainable
 from postgrad.tuning.parameter_location import replace_module
 from postgrad.tuning.quantization import is_quantized
 from postgrad.tuning.targets import is_transposed, resolve_targets, short_names
-from postgrad.tuning.tuning import PeftFolder, Tuning, TuningExport, check_mergeable, trainable_parameters
+from postgrad.tuning.tuning import Tuning, check_mergeable, trainable_parameters
 from postgrad.tuning.weight_delta import SubspaceDelta, TuningDelta
 
 ADAPTER = "osf"
@@ -50,25 +50,26 @@ class OrthogonalSubspace(Tuning):
         self,
         model: PreTrainedModel,
         *,
-        kind: str = "osf",
         effective_rank: float = 0.5,
         targets: str | Sequence[str] = "all-linear",
-        exclude: Sequence[str] = (),
         also_train: Sequence[str] = (),
         seed: int = 0,
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """`effective_rank`: the frozen directions, as a fraction of a layer's (below 1) or their number. `targets`, `exclude`:
-        see `resolve_targets`. `also`: patterns of base parameters to train.
+        """`effective_rank`: the frozen directions, as a fraction of a layer's (below 1) or their number. `targets`:
+        see `resolve_targets`. `also_train`: patterns of base parameters to train.
 
         Raises `TuningError` if a pattern matches nothing, for a fraction that leaves nothing to train or to freeze, and for
         layers that are transposed (GPT-2's), quantised, or have adapters.
         """
         super().__init__(model)
-        self.effective_rank = effective_rank
-        names = resolve_targets(model, targets, exclude)
+        names = resolve_targets(model, targets)
+        self.options = {
+            "effective_rank": effective_rank,
+            "targets": short_names(model, names),
+            "also_train": list(also_train),
+        }
         frozen = {name: _num_frozen_directions(name, model.get_submodule(name), effective_rank) for name in names}
-        self.extra_trainable = ExtraTrainable(model, also)
+        self.extra_trainable = ExtraTrainable(model, also_train)
         self._layers: dict[str, _OSFLinear] = {}
         for name in names:
             plain = model.get_submodule(name)
@@ -114,33 +115,6 @@ class OrthogonalSubspace(Tuning):
             for layer in self._layers.values():
                 layer.weight.add_(layer.get_delta_weight(ADAPTER))
         self._remove_layers()
-
-    def export(self) -> TuningExport:
-        """Everything: all directions are needed to rebuild the deltas. (A stage publishes the merged model.)"""
-        options: dict[str, Any] = {
-            "kind": self.kind,
-            "effective_rank": self.effective_rank,
-            "targets": short_names(self.model, self._layers),
-            "also_train": self.extra_trainable.names,
-        }
-        return TuningExport(options, self.state())
-
-    def peft(self) -> PeftFolder | None:
-        """The same in PEFT's format; None if weights of the base are trained too."""
-        if self.extra_trainable.names:
-            return None
-        config = OSFConfig(
-            effective_rank=self.effective_rank,
-            target_modules=short_names(self.model, self._layers),
-            inference_mode=True,
-            base_model_name_or_path=self.model.name_or_path or None,
-        ).to_dict()
-        state = {
-            f"base_model.model.{name}.osf_svd_params.{factor}": layer.tensors()[factor].detach()
-            for name, layer in self._layers.items()
-            for factor in FACTORS
-        }
-        return PeftFolder(config | {"peft_type": "OSF"}, state)
 
     def weight_deltas(self) -> dict[str, TuningDelta]:
         """For every layer, the delta of its weight from the trained directions."""
@@ -197,7 +171,7 @@ class _OSFLinear(Linear):
     def tensors(self) -> dict[str, Tensor]:
         """The trained factors, their initial values, and the frozen directions.
 
-        PEFT omits the frozen directions on a side where the SVD factor is square: there the initial trained ones determine their span.
+        PEFT omits the frozen directions where the SVD factor is square: there the initial trained ones determine their span.
         """
         trained: Any = self.osf_svd_params[ADAPTER]
         tensors = {factor: trained[factor] for factor in FACTORS}
@@ -211,8 +185,8 @@ class _OSFLinear(Linear):
 def _attach_projection(factor: Tensor, high: Tensor | None, low: Tensor) -> Tensor:
     """`factor` with its gradient projected off the span of `high`; without `high`, onto that of `low`.
 
-    Where all directions of a side are in U or V (a square basis), low and high span everything, so that being orthogonal to
-    `high` is the same as being in the span of `low`.
+    `high` is missing where the factor is square: there low and high directions together span the whole space, so the
+    complement of `high` is the span of `low`.
     """
     projected = _GradientProjection.apply(factor, low if high is None else high, high is not None)
     assert isinstance(projected, Tensor)

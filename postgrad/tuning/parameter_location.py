@@ -1,4 +1,4 @@
-"""Where a parameter is in a model: its block, its distance from the top, the embeddings, or the task layer.
+"""The location of parameters in a model: blocks, distances from the top, embeddings, and the task layer.
 
 No architecture is known by name: the order of calls in one small forward pass shows what comes before and after the blocks.
 

@@ -57,7 +57,7 @@ def write_lora(model: PreTrainedModel, export: TuningExport, layers: Sequence[st
     None if the format cannot store a trained base weight, or PEFT would map the layers' names to others.
     """
     options = export.options
-    modules = _modules_to_save(model, options.get("also", []), layers)
+    modules = _modules_to_save(model, options.get("also_train", []), layers)
     if modules is None:
         return None
     task = next((task for task, names in _PEFT_TASKS.items() if type(model).__name__ in names.values()), None)
@@ -98,8 +98,8 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningE
     layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     endings = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if config.get("use_dora") else ()))
     adapters = {f"{layer}.{ending}" for layer in layers for ending in endings}
-    also = [name for name in tensors if name not in adapters and ".lora_" not in name]
-    unknown = sorted(tensors.keys() - adapters - set(also)) or sorted(adapters - tensors.keys())
+    extra = [name for name in tensors if name not in adapters and ".lora_" not in name]
+    unknown = sorted(tensors.keys() - adapters - set(extra)) or sorted(adapters - tensors.keys())
     if unknown or not layers:
         raise TuningError(
             f"the adapter's tensors are not those of linear layers: {unknown[0] if unknown else 'there are none'}",
@@ -107,7 +107,8 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningE
             expected="a two-dimensional lora_A and lora_B for each layer",
         )
     ranks = {layer: tensors[f"{layer}.lora_A.weight"].shape[0] for layer in layers}
-    alphas = {layer: _layer_alpha(config, layer) for layer in layers}
+    patterns = config.get("alpha_pattern") or {}
+    alphas = {layer: patterns.get(get_pattern_key(list(patterns), layer), config["lora_alpha"]) for layer in layers}
     options: dict[str, Any] = {
         "rank": config["r"],
         "alpha": config["lora_alpha"],
@@ -116,7 +117,7 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningE
         "targets": layers,
         "rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != config["r"]},
         "alpha_pattern": {layer: alpha for layer, alpha in alphas.items() if alpha != config["lora_alpha"]},
-        "also_train": [glob.escape(name) for name in also],
+        "also_train": [glob.escape(name) for name in extra],
     }
     return TuningExport(options, tensors)
 
@@ -143,14 +144,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
         )
 
 
-def _layer_alpha(config: Mapping[str, Any], layer: str) -> float:
-    pattern = config.get("alpha_pattern") or {}
-    return pattern.get(get_pattern_key(list(pattern), layer), config["lora_alpha"])
-
-
-def _modules_to_save(model: PreTrainedModel, also: Sequence[str], layers: Sequence[str]) -> list[str] | None:
-    """The modules of the parameters `also`; None if PEFT cannot save one of them as a whole."""
-    owners = sorted({name.rpartition(".")[0] for name in also})
+def _modules_to_save(model: PreTrainedModel, parameters: Sequence[str], layers: Sequence[str]) -> list[str] | None:
+    """The modules of these parameters; None if PEFT cannot save one of them as a whole."""
+    owners = sorted({name.rpartition(".")[0] for name in parameters})
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     second_names = names - {name for name, _ in model.named_parameters()}
     tied_weights = {id(model.get_parameter(name)) for name in second_names}

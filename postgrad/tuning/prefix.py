@@ -178,8 +178,8 @@ class Prefix(ModuleTuning):
 
     `hidden`: the MLP's width M; None: no MLP; "auto": as published (512 for prefix, None for p-tuning-v2). `deep`: an MLP
     of two hidden layers. `dropout` acts on the keys and values in training; "auto": 0, or 0.1 for p-tuning-v2. `slots`:
-    "all", or some of "encoder", "decoder" and "cross". `start`: a text whose keys and values in the base are the initial
-    ones, repeated or cut to `length` tokens (Li & Liang 2021, section 7.4). `also`: patterns of base parameters to train;
+    "all", or some of "encoder", "decoder" and "cross". `init_text`: a text whose keys and values in the base are the initial
+    ones, repeated or cut to `length` tokens (Li & Liang 2021, section 7.4). `also_train`: patterns of base parameters to train;
     `disable` and `detach` restore those of the body.
 
     Attention runs through `sdpa`; `set_attn_implementation` must not select another while this is attached. A second prefix
@@ -190,6 +190,7 @@ class Prefix(ModuleTuning):
     """
 
     attention = PREFIX_IMPLEMENTATION
+    unmergeable_reason = "a prefix adds keys and values for every token, which no weight of the model can do"
 
     def __init__(
         self,
@@ -208,7 +209,7 @@ class Prefix(ModuleTuning):
     ) -> None:
         super().__init__(model)
         check_choice(kind, DEFAULTS, "kind")
-        self.kind, self.length, self.also = kind, length, list(also)
+        self.kind, self.length, self.also_train = kind, length, list(also_train)
         self.hidden = DEFAULTS[kind].hidden if hidden == "auto" else hidden
         self.dropout = DEFAULTS[kind].dropout if dropout == "auto" else dropout
         self.deep = deep
@@ -216,7 +217,7 @@ class Prefix(ModuleTuning):
         available = discover_slots(model)
         self.roles = select_roles(slots, {slot.role for slot in available})
         self.slots = [slot for slot in available if slot.role in self.roles]
-        initial_NS = {} if start is None else self._text_key_values(start, tokenizer)
+        initial_NS = {} if init_text is None else self._text_key_values(init_text, tokenizer)
 
         earlier = next((m for m in model.modules() if isinstance(m, PrefixEncoder)), None)
         original = get_implementations(model) if earlier is None else earlier.original_implementations
@@ -228,7 +229,7 @@ class Prefix(ModuleTuning):
         for role, target_NS in initial_NS.items():
             parts[role].initialize(target_NS)
 
-        self.extra_trainable = ExtraTrainable(model, also)
+        self.extra_trainable = ExtraTrainable(model, also_train)
         self._add_module(model, "prefix", self.encoder)
         try:
             self._attach_layer_prefixes()
@@ -254,7 +255,7 @@ class Prefix(ModuleTuning):
         if not ids:
             raise TuningError(
                 "a text needs the model's tokenizer" if tokenizer is None else f"{text!r} has no tokens",
-                where="tuning.start",
+                where="tuning.init_text",
                 expected="a text for the initial keys and values, or none",
             )
         repeated = (ids * math.ceil(self.length / len(ids)))[: self.length]
@@ -303,11 +304,11 @@ class Prefix(ModuleTuning):
             )
 
     @contextmanager
-    def disable(self) -> Iterator[None]:
-        """Context in which the model attends as before, without these keys and values; another prefix stays."""
+    def _disable(self) -> Iterator[None]:
+        # Without these keys and values; another prefix, which needs its attention implementation, stays.
         others = any(m.enabled for m in self.model.modules() if isinstance(m, PrefixEncoder) and m is not self.encoder)
         original = self.encoder.original_implementations
-        with super().disable(), nullcontext() if others else use_implementations(self.model, original):
+        with super()._disable(), nullcontext() if others else use_implementations(self.model, original):
             yield
 
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -326,15 +327,6 @@ class Prefix(ModuleTuning):
         if not any(isinstance(m, PrefixEncoder) for m in self.model.modules()):
             set_implementations(self.encoder.original_implementations)
 
-    def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Raises `TuningError`: no plain weights have the same effect."""
-        raise TuningError(
-            "a prefix adds keys and values for every token, which no weight of the model can do",
-            where="tuning",
-            expected="a tuning that is linear in the weights, such as LoRA, to merge",
-            hint="publish the prefix as a folder and attach it where the model is used",
-        )
-
     def export(self) -> TuningExport:
         """The final keys and values, without the MLP that computes them."""
         options = {
@@ -343,7 +335,7 @@ class Prefix(ModuleTuning):
             "hidden": None,
             "dropout": self.dropout,
             "slots": list(self.roles),
-            "also_train": self.also,
+            "also_train": self.also_train,
         }
         with torch.no_grad():
             tables = {f"parts.{role}.table": part().clone() for role, part in self.encoder.parts.items()}
@@ -389,7 +381,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
     """
     _, flat_NS, extra = read_prompt(config, state, ["PREFIX_TUNING"])
     kind = "prefix" if config.get("prefix_projection") else "p-tuning-v2"
-    prefix = Prefix(model, kind=kind, length=len(flat_NS), hidden=None, dropout=0.0, also=list(extra))
+    prefix = Prefix(model, kind=kind, length=len(flat_NS), hidden=None, dropout=0.0, also_train=list(extra))
     if prefix.roles != ["decoder"]:
         prefix.detach()
         raise TuningError(

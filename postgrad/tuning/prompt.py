@@ -14,7 +14,6 @@ Two things in transformers index tables of V columns by id and so cannot handle 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -28,14 +27,14 @@ from postgrad.tuning.module_tuning import ModuleTuning, SwitchableModule
 from postgrad.tuning.peft_prompts import prompt_config, read_prompt
 from postgrad.tuning.prompt_encoder import ENCODERS
 from postgrad.tuning.prompt_init import PromptInit, initial_vectors_PD
-from postgrad.tuning.tuning import PeftFolder, Tuning, TuningExport, check_choice, load_or_detach, unfreeze
+from postgrad.tuning.tuning import PeftFolder, TuningExport, check_choice, load_or_detach, unfreeze
 
 
 class PromptDefaults(NamedTuple):
     """The settings of a publication."""
 
     length: int
-    start: str
+    init: str
     encoder: str
 
 
@@ -98,10 +97,10 @@ class SoftPrompt(SwitchableModule):
 class PromptTuning(ModuleTuning):
     """`length` trained vectors with ids from `first_id` on; the base is frozen, unless `backbone` is "trained".
 
-    `start`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these are
+    `init`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these are
     its inputs. `encoder`: "none", "lstm" or "mlp", `hidden` its width. `backbone="trained"` trains the base too, as
-    P-tuning's SuperGLUE code does; the tuning is then not additive. `also`: patterns of base parameters to train; `disable`
-    and `detach` restore those of the body. None selects the kind's published value.
+    P-tuning's SuperGLUE code does; the tuning is then not additive. `also_train`: patterns of base parameters to train;
+    `disable` and `detach` restore those of the body. None selects the kind's published value.
 
     Raises `TuningError` for a prompt as long as the model's context, and for invalid options.
     """
@@ -131,19 +130,18 @@ class PromptTuning(ModuleTuning):
         check_choice(backbone, ("frozen", "trained"), "backbone")
         self.kind = kind
         self.backbone = backbone
-        self.also = list(also)
+        self.also_train = list(also_train)
         self.num_virtual_tokens = defaults.length if length is None else length
         _check_length(model, self.num_virtual_tokens)
         self.additive = backbone == "frozen"
-        method = defaults.start if start is None else start
-        initial_PD = initial_vectors_PD(
-            model, PromptInit(method, self.num_virtual_tokens, scale, text, labels, seed, tokenizer)
-        )
+        method = defaults.init if init is None else init
+        prompt_init = PromptInit(method, self.num_virtual_tokens, init_scale, init_text, init_labels, seed, tokenizer)
+        initial_PD = initial_vectors_PD(model, prompt_init)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed GPUs too
             encoder_module = ENCODERS[encoder](initial_PD.shape[1], hidden)
 
-        self.extra_trainable = ExtraTrainable(model, also if self.additive else ())
+        self.extra_trainable = ExtraTrainable(model, also_train if self.additive else ())
         self._base_names = (
             self.extra_trainable.names if self.additive else [base_parameter_name(n) for n in unfreeze(model, ["*"])]
         )
@@ -159,10 +157,6 @@ class PromptTuning(ModuleTuning):
     def virtual_token_ids(self) -> list[int]:
         """The prompt's virtual ids in order."""
         return list(range(self.first_id, self.first_id + self.num_virtual_tokens))
-
-    def disable(self) -> AbstractContextManager[None]:
-        """Context in which the embedding is the base's own; a virtual id raises `TuningError`."""
-        return super().disable() if self.additive else Tuning.disable(self)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The vectors (the encoder's inputs, where there is one), the encoder, and the trained weights of the base."""
@@ -206,7 +200,7 @@ class PromptTuning(ModuleTuning):
             "init": "random",
             "encoder": "none",
             "backbone": self.backbone,
-            "also_train": self.also,
+            "also_train": self.also_train,
         }
         trained = {name: parameter.detach() for name, parameter in self._base_parameters().items()}
         with torch.no_grad():
@@ -239,7 +233,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
     kinds = {"PROMPT_TUNING": "prompt", "P_TUNING": "p-tuning"}
     peft_type, vectors, extra = read_prompt(config, state, list(kinds))
     prompt = PromptTuning(
-        model, kind=kinds[peft_type], length=len(vectors), start="random", encoder="none", also=list(extra)
+        model, kind=kinds[peft_type], length=len(vectors), init="random", encoder="none", also_train=list(extra)
     )
     load_or_detach(prompt, {"vectors": vectors, **extra})
     return prompt

@@ -45,14 +45,14 @@ def initial_vectors_PD(model: PreTrainedModel, init: PromptInit) -> Tensor:
 
     Raises `TuningError` for an unknown method, one that lacks an input, and for an option that it would ignore.
     """
-    check_choice(init.method, INITIALIZERS, "start")
+    check_choice(init.method, INITIALIZERS, "init")
     for name, methods in _OPTION_METHODS.items():
         if getattr(init, name) is not None and init.method not in methods:
             raise TuningError(
-                f"`{name}` has no effect on a prompt with `start: {init.method}`",
-                where=f"tuning.{name}",
-                expected=f"start: {' or '.join(methods)}",
-                hint=f"remove `{name}`, or change `start`",
+                f"`init_{name}` has no effect with `init: {init.method}`",
+                where=f"tuning.init_{name}",
+                expected=f"init: {' or '.join(methods)}",
+                hint=f"remove `init_{name}`, or change `init`",
             )
     with torch.no_grad():
         return INITIALIZERS[init.method](model, init).to(get_embedding_weight(model).device, torch.float32)
@@ -87,7 +87,7 @@ def _vocabulary(model: PreTrainedModel, init: PromptInit) -> Tensor:
 def _text(model: PreTrainedModel, init: PromptInit) -> Tensor:
     """The rows of a text's tokens, repeated or cut to the prompt's length."""
     if init.text is None:
-        raise TuningError("`start: text` needs a text", where="tuning.text", expected="the text to start from")
+        raise TuningError("`init: text` needs a text", where="tuning.init_text", expected="the text to start from")
     return _embed(model, list(itertools.islice(itertools.cycle(_tokenize(model, init, init.text)), init.length)))
 
 
@@ -97,7 +97,9 @@ def _labels(model: PreTrainedModel, init: PromptInit) -> Tensor:
     The best method in Lester et al. (2021, section 3.2).
     """
     if not init.labels:
-        raise TuningError("`start: labels` needs labels", where="tuning.labels", expected="the names of the classes")
+        raise TuningError(
+            "`init: labels` needs labels", where="tuning.init_labels", expected="the names of the classes"
+        )
     if len(init.labels) > init.length:
         raise TuningError(
             f"{len(init.labels)} labels do not fit a prompt of {init.length} vectors",
@@ -122,16 +124,16 @@ def _tokenize(model: PreTrainedModel, init: PromptInit, text: str) -> list[int]:
     """The ids of a text, without special tokens. Raises `TuningError` without a tokenizer, and if there are none."""
     if init.tokenizer is None:
         raise TuningError(
-            f"`start: {init.method}` needs the model's tokenizer",
-            where="tuning.start",
-            hint="pass `tokenizer`, or use `start: vocabulary`",
+            f"`init: {init.method}` needs the model's tokenizer",
+            where="tuning.init",
+            hint="pass `tokenizer`, or use `init: vocabulary`",
         )
     ids = init.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert isinstance(ids, list)
     if not ids or max(ids) >= _num_embeddings(model):
         raise TuningError(
             f"'{text}' has {'ids beyond the' if ids else 'no tokens in the'} model's vocabulary",
-            where=f"tuning.{init.method}",
+            where=f"tuning.init_{init.method}",
             expected="a text in tokens of this model",
         )
     return ids

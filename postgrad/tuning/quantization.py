@@ -32,7 +32,7 @@ def make_quantizer(model: PreTrainedModel, precision: Precision) -> Callable[[],
     Raises, before anything changes, `MissingExtra` without the package bitsandbytes, and `TuningError` for transposed layers
     (GPT-2's), for layers with adapters, and if the model has no layer to quantise.
     """
-    check_choice(precision, get_args(Precision), "quantise")
+    check_choice(precision, get_args(Precision), "quantization")
     bits = _import_bitsandbytes()
     fp32_names = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
     plain: dict[str, nn.Linear] = {}
@@ -42,7 +42,7 @@ def make_quantizer(model: PreTrainedModel, precision: Precision) -> Callable[[],
         if not isinstance(layer.module, nn.Linear):
             raise TuningError(
                 f"{layer.name} is a {type(layer.module).__name__}, which cannot be quantised",
-                where="tuning.quantise",
+                where="tuning.quantization",
                 expected="plain linear layers without adapters",
             )
         plain[layer.name] = layer.module
@@ -92,5 +92,5 @@ def _import_bitsandbytes() -> ModuleType:
         return importlib.import_module("bitsandbytes")
     except ImportError:
         raise MissingExtra(
-            "quantisation needs the package bitsandbytes", where="tuning.quantise", hint="pip install bitsandbytes"
+            "quantisation needs the package bitsandbytes", where="tuning.quantization", hint="pip install bitsandbytes"
         ) from None

@@ -170,7 +170,7 @@ def _match_layers(target: str, layers: Sequence[LinearLayer], model: nn.Module) 
             f"{heads[0]} is a head, which cannot carry an adapter",
             where="tuning.targets",
             expected="layers of the model's blocks",
-            hint=f"train all of it: also: [{heads[0]}]",
+            hint=f"train all of it: also_train: [{heads[0]}]",
         )
     if not matches:
         raise TuningError(

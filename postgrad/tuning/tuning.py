@@ -55,7 +55,9 @@ class Tuning(ABC):
     `is_full`: every weight is trained, so checkpoints hold a whole model.
     `has_exact_merge`: merging yields a model with the same inputs and outputs.
     `is_merged_on_export`: a plain model is published, with the tuning merged into it.
+    `options`: the constructor's keyword arguments for a tuning of the same effect, as plain data.
     `notes`: effects of attaching that the options do not show, as sentences for the plan.
+    `unmergeable_reason`: why no plain weights have the tuning's effect, for kinds that cannot be merged.
     """
 
     kind: str
@@ -65,6 +67,8 @@ class Tuning(ABC):
     is_full: bool = False
     has_exact_merge: bool = False
     is_merged_on_export: bool = False
+    unmergeable_reason: str | None = None
+    options: Mapping[str, Any] = {}
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -99,11 +103,16 @@ class Tuning(ABC):
 
         Full-precision bases only. `tokenizer` receives the new tokens of kinds that add any.
         """
-        raise TuningError(f"`{self.kind}` cannot be merged into plain weights", where="tuning")
+        raise TuningError(
+            self.unmergeable_reason or f"`{self.kind}` cannot be merged into plain weights",
+            where="tuning",
+            expected="a tuning that is linear in the weights, such as LoRA, to merge",
+            hint="publish the tuning as a folder, and attach it where the model is used",
+        )
 
-    @abstractmethod
     def export(self) -> TuningExport:
         """A tuning of the same effect without what only training needs."""
+        return TuningExport({"kind": self.kind, **self.options}, self.state())
 
     def peft(self) -> PeftFolder | None:
         """The same in PEFT's format; None if PEFT cannot load it."""

@@ -3,7 +3,7 @@
 Every kind here trains existing weights in place and adds none. The result is a plain model; once its weights have changed,
 there is no base to disable them to.
 
-Constructors take `seed` and `tokenizer` because every kind is built by the same call; nothing here draws or tokenizes.
+Constructors take a `seed` because every kind is built by the same call; nothing here is random.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from postgrad.tuning.parameter_location import (
     parameter_distances,
     task_layer_parameters,
 )
-from postgrad.tuning.tuning import Tuning, TuningExport, check_ranges, freeze, trainable_parameters, unfreeze
+from postgrad.tuning.tuning import Tuning, check_ranges, freeze, trainable_parameters, unfreeze
 from postgrad.tuning.untie_embeddings import UntieResult, tied_to, untie_output
 
 
@@ -47,15 +47,15 @@ class WeightSubset(Tuning):
         layer_decay: float = 1.0,
         options: Mapping[str, Any],
     ) -> None:
-        """Train `parameter_names`, the parameters that patterns of `also` match, and no others.
+        """Train `parameter_names`, the parameters that patterns of `also_train` match, and no others.
 
         Raises `TuningError` if a pattern matches nothing, or nothing is trainable.
         """
         super().__init__(model)
-        self.options = {"kind": self.kind, **options}
+        self.options = options
         self.rate_factors = _decay_factors(model, layer_decay)
         self._requires_grad = SavedRequiresGrad(model)
-        selected = {*parameter_names, *unfreeze(model, also)}
+        selected = {*parameter_names, *unfreeze(model, also_train)}
         freeze(model)
         for name, parameter in model.named_parameters():
             if name in selected:
@@ -74,10 +74,6 @@ class WeightSubset(Tuning):
     def merge(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Detach: the weights are plain ones already."""
         self.detach()
-
-    def export(self) -> TuningExport:
-        """The trained weights, and the options that select them."""
-        return TuningExport(self.options, self.state())
 
     def rate_factor(self, name: str) -> float:
         """`layer_decay` to the power of the distance from the top (see `parameter_distances`)."""
@@ -101,7 +97,6 @@ class FullFinetuning(WeightSubset):
         *,
         layer_decay: float = 1.0,
         seed: int = 0,
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         names = [name for name, _ in model.named_parameters()]
         super().__init__(model, names, layer_decay=layer_decay, options={"layer_decay": layer_decay})
@@ -113,7 +108,7 @@ class HeadFinetuning(WeightSubset):
     """Only the task layer is trained; the backbone is frozen.
 
     The task layer is a classifier, or a language model's output embedding with the layers before it (a masked language
-    model's transform). `heads` selects it by patterns instead. A tied output embedding is an error, as all of the input
+    model's transform). A tied output embedding is an error, as all of the input
     embedding would be trained with it, unless `untie` makes it a weight of its own first.
     """
 
@@ -124,16 +119,14 @@ class HeadFinetuning(WeightSubset):
         model: PreTrainedModel,
         *,
         untie: bool = False,
-        heads: Sequence[str] = (),
         also_train: Sequence[str] = (),
         seed: int = 0,
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Raises `TuningError` if there is no task layer, or it is a tied output embedding and `untie` is False."""
         untied = untie_output(model) if untie else UntieResult([], set())
-        names = [] if heads else [name for name in _task_layer_names(model) if name not in untied.unused_parameters]
-        options = {"untie": untie, "heads": list(heads), "also": list(also)}
-        super().__init__(model, names, also=[*heads, *also], options=options)
+        names = [name for name in _task_layer_names(model) if name not in untied.unused_parameters]
+        options = {"untie": untie, "also_train": list(also_train)}
+        super().__init__(model, names, also_train=also_train, options=options)
         self.notes += untied.notes
 
 
@@ -141,7 +134,7 @@ class BlockFinetuning(WeightSubset):
     """Some blocks are trained, the others are frozen.
 
     Exactly one of `last` (that many from the top of each stack), `all_but_first` (all but that many at the bottom of each
-    stack) and `names` (patterns such as `decoder.block.3` or `*layers.1?`) selects the blocks. `head` adds the modules after
+    stack) and `targets` (patterns such as `decoder.block.3` or `*layers.1?`) selects the blocks. `head` adds the modules after
     them (final norm, pooler, task layer; not a tied output embedding), `embeddings` those before them.
 
     With `unfreeze_every` N, one group is unfrozen every N steps from the top down: first a task's own layer alone, then
@@ -165,13 +158,12 @@ class BlockFinetuning(WeightSubset):
         layer_decay: float = 1.0,
         also_train: Sequence[str] = (),
         seed: int = 0,
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Raises `TuningError` unless exactly one option selects blocks, and for blocks that do not exist."""
         is_step = unfreeze_every is None or unfreeze_every >= 1
         check_ranges({"unfreeze_every": unfreeze_every}, {"unfreeze_every": (is_step, "at least 1 step")})
         blocks = block_distances(model)
-        selected = _select_blocks(blocks, last, all_but_first, names)
+        selected = _select_blocks(blocks, last, all_but_first, targets)
         distances = {
             name: distance
             for name, distance in parameter_distances(model).items()
@@ -181,7 +173,7 @@ class BlockFinetuning(WeightSubset):
         super().__init__(
             model,
             distances,
-            also=also,
+            also_train=also_train,
             layer_decay=layer_decay,
             options={
                 "last": last,
@@ -214,8 +206,8 @@ class BlockFinetuning(WeightSubset):
 class BitFit(WeightSubset):
     """BitFit: only biases and a task's own layer are trained (Ben Zaken et al. 2021, arXiv 2106.10199).
 
-    `names` are patterns that restrict the biases: the paper's smaller variant trains those of the queries and of the first
-    feed-forward projections only (section 3). `also`: patterns of further parameters.
+    `targets` are patterns that restrict the biases: the paper's smaller variant trains those of the queries and of the first
+    feed-forward projections only (section 3). `also_train`: patterns of further parameters.
     """
 
     kind = "bias"
@@ -227,12 +219,11 @@ class BitFit(WeightSubset):
         targets: Sequence[str] = ("*",),
         also_train: Sequence[str] = (),
         seed: int = 0,
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Raises `TuningError` for a backbone without matching biases; most recent decoders have none."""
         head = head_parameters(model)
         biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
-        selected = [name for name in biases if any(fnmatchcase(name, pattern) for pattern in names)]
+        selected = [name for name in biases if any(fnmatchcase(name, pattern) for pattern in targets)]
         if all(name in head for name in selected):
             raise TuningError(
                 f"the backbone of {type(model).__name__} has no biases"
@@ -242,14 +233,16 @@ class BitFit(WeightSubset):
                 hint="norm trains about as few weights; head, blocks, full and lora work on every model",
             )
         selected += task_layer_parameters(model)
-        super().__init__(model, selected, also=also, options={"names": list(names), "also": list(also)})
+        super().__init__(
+            model, selected, also_train=also_train, options={"targets": list(targets), "also_train": list(also_train)}
+        )
 
 
 class NormFinetuning(WeightSubset):
     """Only normalisation layers and a task's own layer are trained.
 
     Gains and shifts alone come near full fine-tuning on many tasks (Qi et al. 2022, arXiv 2211.08682; for transfer to other
-    modalities Lu et al. 2021, arXiv 2103.05247). `also`: patterns of further parameters.
+    modalities Lu et al. 2021, arXiv 2103.05247). `also_train`: patterns of further parameters.
     """
 
     kind = "norm"
@@ -261,7 +254,6 @@ class NormFinetuning(WeightSubset):
         *,
         also_train: Sequence[str] = (),
         seed: int = 0,
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Raises `TuningError` for a model whose normalisation layers have no weights."""
         selected = [
@@ -277,7 +269,12 @@ class NormFinetuning(WeightSubset):
                 expected="LayerNorm or RMSNorm layers with gains",
                 hint="head, blocks, full and lora work on every model",
             )
-        super().__init__(model, [*selected, *task_layer_parameters(model)], also=also, options={"also": list(also)})
+        super().__init__(
+            model,
+            [*selected, *task_layer_parameters(model)],
+            also_train=also_train,
+            options={"also_train": list(also_train)},
+        )
 
 
 def _check_floating_point(name: str, parameter: nn.Parameter) -> None:
@@ -328,17 +325,17 @@ def _tied_notes(model: PreTrainedModel, consequence: str) -> list[str]:
 
 
 def _select_blocks(
-    blocks: Mapping[str, int], last: int | None, all_but_first: int | None, names: Sequence[str]
+    blocks: Mapping[str, int], last: int | None, all_but_first: int | None, targets: Sequence[str]
 ) -> dict[str, int]:
     """The trained blocks with their distances from the top. Raises `TuningError` unless exactly one option is set."""
-    if [last is not None, all_but_first is not None, bool(names)].count(True) != 1:
+    if [last is not None, all_but_first is not None, bool(targets)].count(True) != 1:
         raise TuningError(
             "the blocks to train are not uniquely specified",
             where="tuning",
-            expected="exactly one of last, all_but_first and names",
+            expected="exactly one of last, all_but_first and targets",
         )
-    if names:
-        return _named_blocks(blocks, names)
+    if targets:
+        return _named_blocks(blocks, targets)
     depth = max(blocks.values())
     if last is not None:
         check_ranges({"last": last}, {"last": (1 <= last <= depth, f"1 to {depth}, the number of blocks")})
@@ -357,7 +354,7 @@ def _named_blocks(blocks: Mapping[str, int], patterns: Sequence[str]) -> dict[st
         if not matches:
             raise TuningError(
                 f"'{pattern}' matches no block",
-                where="tuning.targets",
+                where="tuning.names",
                 expected=f"names such as {', '.join(list(blocks)[-2:])}",
                 hint=suggest_nearest(pattern, blocks),
             )

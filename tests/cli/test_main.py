@@ -136,7 +136,7 @@ def test_the_installed_command_and_the_module_are_one() -> None:
         (["eval", "model"], "nothing to score"),
         (["eval", "model", "x.txt", "--harness-limit", "3"], "no task of lm-eval is named"),
         (["init", "x"], "a stage needs a text and a model"),
-        (["generate", "m", "--tokens", "many"], "integer"),
+        (["generate", "m", "--max-new-tokens", "many"], "integer"),
         (["export", "m"], "Missing argument"),
     ],
 )
@@ -161,7 +161,7 @@ def test_no_words_at_all_show_the_verbs(postgrad: Command) -> None:
         (["check", "nowhere.yaml"], r"nowhere\.yaml: the stage file cannot be read"),
         (["eval", "./nowhere", "x.txt"], r"there is no folder \./nowhere"),
         (["compare", "one", "two"], r"one is not a run folder"),
-        (["compare", "./a", "--on", "x.txt"], r"two or more models"),
+        (["compare", "./a", "--text", "x.txt"], r"two or more models"),
         (["lineage", "one"], r"one is not a run folder"),
         (["report", "one"], r"one"),
         (["generate", "./nowhere", "--prompt", "x"], r"there is no folder \./nowhere"),
@@ -203,7 +203,7 @@ def test_init_writes_what_check_accepts_and_train_carries_out(postgrad: Command,
     trained = postgrad(*shlex.split(checked.next), "tokens=2000", "compute.threads=1", "compute.compile=false")
     assert trained.code == 0, trained.err
     assert trained.next == f"generate {tmp_path / 'runs' / 'first'}"
-    assert postgrad(*shlex.split(trained.next), "--prompt", "one and", "--tokens", 3).code == 0
+    assert postgrad(*shlex.split(trained.next), "--prompt", "one and", "--max-new-tokens", 3).code == 0
 
 
 @pytest.mark.parametrize("data", ["*.jsonl", "a, b.jsonl", "x #1.jsonl", "it's: {odd}.jsonl", "2024"])
@@ -241,7 +241,7 @@ def test_init_goes_on_at_the_rate_of_a_run(postgrad: Command, base: Path, runs: 
     for name, model in (("run", runs.naive), ("foreign", base / "base")):
         assert postgrad("init", name, "--data", base / "new.jsonl", "--model", model).code == 0
     went_on, foreign = (yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) for name in ("run", "foreign"))
-    curve = [rate for _, rate in read_record(runs.naive)["schedule_curve"]]
+    curve = [rate for _, rate in read_record(runs.naive).schedule_curve]
     assert went_on["schedule"]["peak"] == pytest.approx(max(curve), rel=0.05) != foreign["schedule"]["peak"]
     assert (foreign["schedule"]["peak"], foreign["schedule"]["floor"]) == (2e-5, 2e-6)
 
@@ -269,7 +269,7 @@ def test_results_as_json(postgrad: Command, stage_file: StageFile, tmp_path: Pat
     record = done.json
     assert record["status"] == "finished"
     events = [json.loads(line) for line in done.err.splitlines()]
-    assert {e["event"] for e in events} == {"step", "evaluation", "saved"}
+    assert {e["event"] for e in events} == {"step", "evaluation", "checkpoint"}
     assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, record["plan"]["steps"] + 1))
     assert postgrad("report", tmp_path / "run", "--json").json == {"report": str(tmp_path / "run" / "report.html")}
 
@@ -309,13 +309,13 @@ def test_a_mistake_in_a_stage_is_bad_input(postgrad: Command, stage_file: StageF
 def test_a_broken_checkpoint_store_or_disk_is_a_failure(
     postgrad: Command, stage_file: StageFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from postgrad.commands import train
     from postgrad.errors import DiskError
-    from postgrad.run import run
 
     def full(*_: object, **__: object) -> None:
         raise DiskError("the disk is full", where="here", hint="make room")
 
-    monkeypatch.setattr(run, "run_stage", full)
+    monkeypatch.setattr(train, "run_stage", full)
     done = postgrad("train", stage_file())
     assert done.code == 1
     assert done.err.splitlines()[-2:] == ["error: here: the disk is full", "  hint:     make room"]
@@ -343,12 +343,12 @@ def test_a_stopped_run_says_how_to_go_on(
 def test_ctrl_c_while_text_is_read_is_a_stop_too(
     postgrad: Command, stage_file: StageFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from postgrad.plan import plan
+    from postgrad.commands import train
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plan, "make_plan", interrupted)
+    monkeypatch.setattr(train, "make_plan", interrupted)
     for verb in ("train", "check"):
         done = postgrad(verb, stage_file())
         assert done.code == 3
@@ -410,7 +410,7 @@ def test_tasks_of_lm_eval_are_asked_beside_text(postgrad: Command, foreign: Path
         "metric_list": [{"metric": "acc"}],
     }
     (tasks / "mine.yaml").write_text(json.dumps(task))
-    words = ["eval", foreign, base / "old-heldout.jsonl", "--harness", "mine", "--harness-tasks", tasks]
+    words = ["eval", foreign, base / "old-heldout.jsonl", "--harness", "mine", "--harness-include", tasks]
     done = postgrad(*words)
     assert done.code == 0, done.err
     assert re.search(r"^  mine +0 +8 +acc +0\.\d{4}", done.out, re.MULTILINE)
@@ -420,12 +420,12 @@ def test_tasks_of_lm_eval_are_asked_beside_text(postgrad: Command, foreign: Path
 
 
 def test_models_are_compared_on_text(postgrad: Command, foreign: Path, base: Path) -> None:
-    done = postgrad("compare", base / "base", foreign, "--on", base / "old-heldout.jsonl")
+    done = postgrad("compare", base / "base", foreign, "--text", base / "old-heldout.jsonl")
     assert done.code == 0, done.err
     words = shlex.split(done.next)
     assert words[:2] == ["generate", str(base / "base")]
     assert str(foreign) in words
-    found = postgrad("compare", base / "base", foreign, "--on", base / "old-heldout.jsonl", "--json").json
+    found = postgrad("compare", base / "base", foreign, "--text", base / "old-heldout.jsonl", "--json").json
     assert [row["model"] for row in found["rows"]] == [str(base / "base"), str(foreign)]
 
 
@@ -450,12 +450,12 @@ def test_runs_are_compared_and_told_as_a_lineage(postgrad: Command, runs: Lineag
 
 
 def test_a_model_writes(postgrad: Command, foreign: Path, base: Path) -> None:
-    words = ["generate", foreign, "--prompt", "one and", "--tokens", 6]
+    words = ["generate", foreign, "--prompt", "one and", "--max-new-tokens", 6]
     first = postgrad(*words)
     assert first.code == 0, first.err
     assert first.out.startswith("one and")
     assert postgrad(*words).out == first.out  # the same seed
-    outs = {postgrad(*words, "--seed", seed, "--json").json["continuations"][0]["written"] for seed in range(4)}
+    outs = {postgrad(*words, "--seed", seed, "--json").json["continuations"][0]["text"] for seed in range(4)}
     assert len(outs) > 1
     # The likeliest tokens are those of plain transformers.
     model, tokenizer = AutoModelForCausalLM.from_pretrained(foreign), AutoTokenizer.from_pretrained(foreign)
@@ -467,8 +467,8 @@ def test_a_model_writes(postgrad: Command, foreign: Path, base: Path) -> None:
             break
         ids = torch.cat([ids, following[None, None]], 1)
     greedy = postgrad(*words, "--temperature", 0, "--json").json
-    assert greedy["continuations"][0]["written"] == tokenizer.decode(ids[0, begun:])
-    beside = postgrad(*words, "--beside", base / "base")
+    assert greedy["continuations"][0]["text"] == tokenizer.decode(ids[0, begun:])
+    beside = postgrad(*words, "--compare-with", base / "base")
     assert beside.code == 0
     assert f"[{foreign}]" in beside.out
     assert f"[{base / 'base'}]" in beside.out
@@ -477,7 +477,7 @@ def test_a_model_writes(postgrad: Command, foreign: Path, base: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--tokens", 0], "tokens"),
+        (["--max-new-tokens", 0], "tokens"),
         (["--temperature", -1], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--top-p", 0], "top-p"),
@@ -495,7 +495,7 @@ def test_numbers_that_mean_nothing_are_bad_use(
 def test_a_text_that_is_too_long_for_the_model(postgrad: Command, foreign: Path) -> None:
     done = postgrad("generate", foreign, "--prompt", "one and " * 200)
     assert done.code == 2
-    assert re.search(r"--prompt: the text has [\d,]+ tokens and the model 128 positions", done.err)
+    assert re.search(r"--prompt: the prompt has [\d,]+ tokens and the model 128 positions", done.err)
 
 
 def test_nobody_to_ask_for_a_text(postgrad: Command, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,7 +522,7 @@ def test_what_is_exported_is_a_plain_folder(postgrad: Command, runs: LineageRuns
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     again = postgrad("export", runs.naive, tmp_path / "deep" / "out it goes")
     assert again.code == 2
-    assert "is there already" in again.err
+    assert "already exists" in again.err
     assert not [p for p in (tmp_path / "deep").iterdir() if p.name.startswith(".")]
 
 
@@ -539,13 +539,13 @@ def test_an_interrupted_export_leaves_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from postgrad.commands import generate
+    from postgrad.commands import export
 
     def half(model: Any, tokenizer: Any, folder: Path, **_: Any) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "save_pretrained", half)
+    monkeypatch.setattr(export, "save_pretrained", half)
     done = postgrad("export", runs.naive, tmp_path / "out")
     assert done.code == 3
     assert list(tmp_path.iterdir()) == []
@@ -566,10 +566,10 @@ def test_a_reader_that_goes_away_is_no_traceback(runs: LineageRuns, base: Path, 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--shown", "5"], "--shown: --shown is of conversations"),
-        (["--answer", "base"], "--answer: --answer is of conversations"),
-        (["--keep", "50%"], "--keep: --keep is of conversations"),
-        (["--chat", "--shown", "5"], "--shown: there are no questions to show"),
+        (["--shots", "5"], "--shots: --shots requires --chat"),
+        (["--answer", "base"], "--answer: --answer requires --chat"),
+        (["--diverse-share", "50%"], "--diverse-share: --diverse-share requires --chat"),
+        (["--chat", "--shots", "5"], "--shots: --shots requires --prompts"),
     ],
 )
 def test_an_option_that_would_say_nothing_is_refused(

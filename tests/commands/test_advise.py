@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 from postgrad.analysis.pilot_runs import Setting
 from postgrad.cli.main import app
 from postgrad.commands.advise import (
+    Advice,
     AdvicePlan,
     AdviceRequest,
-    advise,
     apply_setting,
     pilot_stage,
     plan_advice,
+    run_advice,
     run_pilots,
     scale_schedule,
-    write_advice,
 )
 from postgrad.config.stage_file import load_stage
 from postgrad.errors import StageError
@@ -58,15 +58,14 @@ def written(shelf: Workspace, name: str, **changes: Any) -> Path:
 
 
 def wish(stage: Path, **changes: Any) -> AdviceRequest:
-    given = {"overrides": (), "bound": 1.0, "pilots": 4, "replay": None, "out": None}
-    return AdviceRequest(**{"stage": stage, **given, **changes})
+    return AdviceRequest(**{"stage": stage, "bound": 1.0, "pilot_count": 4, **changes})
 
 
-def carried_out(asked: AdvicePlan) -> tuple[dict[str, Any], int]:
+def carried_out(asked: AdvicePlan) -> tuple[Advice, int]:
     """What is written, and how many pilots were run for it."""
-    events = list(run_pilots(asked, "test"))
-    assert isinstance(events[-1], RunFinished)
-    return write_advice(asked, advise(asked)), sum(isinstance(event, RunStarted) for event in events)
+    events = list(run_advice(asked, "test"))
+    assert isinstance(events[-1], Advice)
+    return events[-1], sum(isinstance(event, RunStarted) for event in events)
 
 
 def test_a_stage_is_advised_and_the_same_command_goes_on(shelf: Workspace) -> None:
@@ -81,26 +80,29 @@ def test_a_stage_is_advised_and_the_same_command_goes_on(shelf: Workspace) -> No
     stage = load_stage(shelf.folder / "whole-advised.yaml")
     assert stage.name == "whole-advised" and stage.output == str(shelf.folder / "runs" / "whole") + "-advised"
     assert stage.max_forgetting == 1.0 and stage.tokens == 600 * STEP
-    assert stage.resolve_shares() == pytest.approx((1 - found["share"], found["share"]))
-    assert stage.schedule.peak == pytest.approx(found["peak"], rel=1e-2)  # type: ignore[union-attr]
-    assert stage.schedule.floor == pytest.approx(found["peak"] / 10, rel=1e-2)  # type: ignore[union-attr]
+    assert stage.resolve_shares() == pytest.approx((1 - found.setting.share, found.setting.share))
+    assert stage.schedule.peak == pytest.approx(found.setting.peak, rel=1e-2)  # type: ignore[union-attr]
+    assert stage.schedule.floor == pytest.approx(found.setting.peak / 10, rel=1e-2)  # type: ignore[union-attr]
     assert stage.schedule.warmup == "30 steps"  # type: ignore[union-attr]
     assert make_plan(stage, shelf.folder, shelf.cache).steps == pytest.approx(asked.plan.steps, rel=0.02)
     # What is said of it: the cost, an interval around every loss, a bound that the upper end of most runs keeps.
-    assert found["tokens"] < 0.1 * found["run_tokens"]
-    for told in (*found["old"].values(), *found["rise"].values(), *found["new"].values()):
-        assert told["low"] <= told["value"] <= told["high"]
-    assert found["rise"]["old-heldout"]["value"] < 1.0
-    assert found["even"]["share"] / found["even"]["peak"] <= found["share"] / found["peak"]  # what is surer costs more
-    assert any("times as long as the longest pilot" in warning for warning in found["warnings"])
-    assert [pilot["tokens"] for pilot in found["pilots"]][-1] == max(pilot["tokens"] for pilot in found["pilots"])
+    assert found.pilot_tokens < 0.1 * found.run_tokens
+    for told in (
+        *found.retained_losses.values(), *found.retained_rises.values(), *found.learned_losses.values(),
+    ):  # fmt: skip
+        assert told.low <= told.value <= told.high
+    assert found.retained_rises["old-heldout"].value < 1.0
+    even, setting = found.break_even, found.setting
+    assert even.share / even.peak <= setting.share / setting.peak  # what is surer costs more
+    assert any("times as long as the longest pilot" in warning for warning in found.warnings)
+    assert [item.pilot.tokens for item in found.pilots][-1] == max(item.pilot.tokens for item in found.pilots)
     # Nothing is left of the pilots but what they showed.
     left = [p.name for p in asked.pilots_folder.rglob("*.safetensors")]
     assert not left and len(list(asked.pilots_folder.glob("*/record.json"))) == 4
     # Another bound takes what is there, and at most one new pilot; the old file was ours and is written anew.
     again, runs = carried_out(plan_advice(wish(place, bound=3.0), shelf.cache))
-    assert runs <= 1 and again["share"] <= found["share"] + 0.002
-    assert again["pilots"][:3] == found["pilots"][:3]
+    assert runs <= 1 and again.setting.share <= found.setting.share + 0.002
+    assert again.pilots[:3] == found.pilots[:3]
 
 
 def test_a_wish_to_stop_is_heard_when_nothing_is_left_to_train(shelf: Workspace) -> None:
@@ -123,7 +125,7 @@ def test_a_pilot_is_the_stage_in_small(shelf: Workspace) -> None:
     stage = pilot_stage(asked, pilot)
     plan = make_plan(stage, shelf.folder, shelf.cache)
     assert plan.tokens == pytest.approx(pilot.tokens, rel=0.1)
-    assert plan.as_record()["sources"][1]["share"] == pytest.approx(pilot.setting.share, abs=0.05)
+    assert plan.as_record().sources[1].share == pytest.approx(pilot.setting.share, abs=0.05)
     # The warm-up is the same part of the pilot, and every rate is scaled.
     spec = stage.schedule.model_dump()
     assert number(spec["warmup"]) == pytest.approx(30 / asked.plan.steps, rel=1e-4)
@@ -218,7 +220,7 @@ def test_replay_text_that_is_short_limits_the_share(shelf: Workspace) -> None:
     raw["data"]["when_short"] = "renormalise"
     place.write_text(yaml.safe_dump(raw))
     asked = plan_advice(wish(place), shelf.cache)
-    available = asked.plan.as_record()["sources"][1]["available"]
+    available = asked.plan.as_record().sources[1].available_tokens
     assert asked.max_share == pytest.approx(0.98 * available / asked.plan.tokens, rel=0.01)
 
 
@@ -239,19 +241,19 @@ def test_what_cannot_be_advised_is_refused(shelf: Workspace) -> None:
     shifts = [{"at": "50%", "shares": {"new": 0.5, "old": 0.5}}]
     with pytest.raises(StageError, match="the shares change within the stage"):
         plan_advice(wish(written(shelf, "bad", data={"curriculum": shifts})), shelf.cache)
-    with pytest.raises(StageError, match="nothing is measured that could be forgotten"):
+    with pytest.raises(StageError, match="no retained set is measured"):
         evaluation = {**shelf.text_evaluation, "retained": []}
         sources = [shelf.source("new", share=0.75), shelf.source("old", share=0.25, role="replay", held_out=0)]
         plan_advice(wish(written(shelf, "bad", sources=sources, evaluation=evaluation)), shelf.cache)
     with pytest.raises(StageError, match="12 pilots, which may take"):
-        plan_advice(wish(written(shelf, "bad"), pilots=12), shelf.cache)
+        plan_advice(wish(written(shelf, "bad"), pilot_count=12), shelf.cache)
     with pytest.raises(StageError, match="a bound of 0"):
         plan_advice(wish(written(shelf, "bad"), bound=0.0), shelf.cache)
     theirs = shelf.folder / "theirs.yaml"
     theirs.write_text("name: theirs\n")
-    with pytest.raises(StageError, match="not of our writing"):
+    with pytest.raises(StageError, match="not written by advise"):
         plan_advice(wish(written(shelf, "bad"), out=theirs), shelf.cache)
-    with pytest.raises(StageError, match="lies in another folder"):
+    with pytest.raises(StageError, match="is in another folder"):
         plan_advice(wish(written(shelf, "bad"), out=shelf.folder / "runs" / "out.yaml"), shelf.cache)
     fresh = yaml.safe_load(written(shelf, "bad").read_text()) | {"model": {"from_scratch": "llama-1M"}}
     (shelf.folder / "bad.yaml").write_text(yaml.safe_dump(fresh))
@@ -265,7 +267,9 @@ def test_on_the_command_line(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) 
     result = CliRunner().invoke(app, ["advise", place, "--max-forgetting", "100%", "--pilots", "4", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["next"].startswith("postgrad train") and Path(found["stage"]).read_text().startswith("# Written by")
+    assert found["next"].startswith("postgrad train") and Path(found["stage_file"]).read_text().startswith(
+        "# Written by"
+    )
     assert "4 pilots take" in result.stderr and "of the run's" in result.stderr
     result = CliRunner().invoke(app, ["advise", place, "--max-forgetting", "much"])
     assert isinstance(result.exception, StageError) and "--max-forgetting" in str(result.exception)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from postgrad.commands.evaluate_harness import evaluate_harness
+from postgrad.cli.render import harness_text
+from postgrad.commands.evaluate_harness import HarnessEvaluation, evaluate_harness
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation import lm_eval_harness
 from tests.tiny_stages import Workspace, make_workspace
@@ -26,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """The ids of all prompts that a model is asked."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     prompts: list[tuple[int, ...]] = []
-    choose = lm_eval_harness.choose
+    choose = lm_eval_harness.score_choices
 
     def seen(model: Any, items: Any, **options: Any) -> Any:
         prompts.extend(item.context for item in items)
@@ -57,10 +58,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def evaluated(model: object, folder: Path | None, tasks: str = "sums", **options: Any) -> dict[str, Any]:
-    return evaluate_harness(
-        str(model), tasks, **{"folder": folder, "shots": None, "limit": None, "context": None, **options}
-    )
+def evaluated(model: object, folder: Path | None, tasks: str = "sums", **options: Any) -> HarnessEvaluation:
+    return evaluate_harness(str(model), tasks, include=folder, **options)
 
 
 @pytest.mark.parametrize(("model", "kind"), [("llama", "instruction"), ("t5", "pair")])
@@ -85,19 +84,19 @@ def test_a_run_with_a_soft_prompt_is_asked_with_it(
     virtual = tuple(range(vocabulary, vocabulary + 4))
     assert [prompt[:4] for prompt in asked] == [virtual] * len(asked)
     assert [prompt[4:] for prompt in asked] == bare
-    (result,) = found["harness"]["results"]
-    assert (result["task"], result["metric"], result["items"]) == ("sums", "acc", 12)
-    assert f"{result['value']:.4f}" in found["text"]
-    assert plain["harness"]["requests"] == found["harness"]["requests"] == 24
-    json.dumps(found, allow_nan=False)
+    (result,) = found.results
+    assert (result.task, result.metric, result.items) == ("sums", "acc", 12)
+    assert f"{result.value:.4f}" in harness_text(found)
+    assert plain.requests == found.requests == 24
+    json.dumps(found.as_dict(), allow_nan=False)
 
 
 def test_bad_use(shelf: Workspace, folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"does not write"):
+    with pytest.raises(ModelError, match=r"generates no text"):
         evaluated(shelf.folder / "bert", folder)
     with pytest.raises(StageError, match=r"no task is named"):
         evaluated(shelf.folder / "llama", folder, " , ")
-    with pytest.raises(StageError, match=r"--harness-tasks: there is no folder"):
+    with pytest.raises(StageError, match=r"--harness-include: there is no folder"):
         evaluated(shelf.folder / "llama", folder / "nowhere")
     with pytest.raises(ModelError, match=r"a context of 100000 does not fit"):
         evaluated(shelf.folder / "llama", folder, context=100_000)

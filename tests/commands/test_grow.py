@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from postgrad.commands.evaluate import compare_models
-from postgrad.commands.grow import grow_vocabulary
+from postgrad.cli.render import model_comparison_text
+from postgrad.commands.compare import compare_models
+from postgrad.commands.grow import GrownModel, grow_vocabulary
 from postgrad.config.stage_file import parse_stage
 from postgrad.errors import DataError, StageError
 from postgrad.models.grow_embeddings import grow_embeddings
@@ -22,9 +23,8 @@ from tests.conftest import StageOf, make_llama, make_tokenizer, old_text, write_
 from tests.data.test_extend_vocabulary import german
 
 
-def grown(model: Path, file: Path, out: Path, **options: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"tokens": 30, "head": "mean", "old": [], "base": None, **options}
-    return grow_vocabulary(str(model), [str(file)], out, **settings)
+def grown(model: Path, file: Path, out: Path, **options: Any) -> GrownModel:
+    return grow_vocabulary(str(model), [str(file)], out, **{"tokens": 30, **options})
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_rows_are_means_of_what_stood_for_them(base: Path, text: Path, tmp_path:
     found = grown(base / "base", text, tmp_path / "grown", old=[str(base / "old.jsonl")])
     before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (base / "base", tmp_path / "grown"))
     old, new = (m.get_input_embeddings().weight.detach() for m in (before, after))
-    assert len(new) == len(old) + found["added"] == found["tokens"]
+    assert len(new) == len(old) + found.added == found.tokens
     assert torch.equal(new[: len(old)], old)
     tokenizers = [AutoTokenizer.from_pretrained(f) for f in (base / "base", tmp_path / "grown")]
     word = "Verfassung"
@@ -44,8 +44,8 @@ def test_rows_are_means_of_what_stood_for_them(base: Path, text: Path, tmp_path:
     piece = tokenizers[1].decode([number])
     parts = tokenizers[0](piece, add_special_tokens=False)["input_ids"]
     torch.testing.assert_close(new[number], old[parts].mean(0))
-    assert found["new"]["after"]["bytes_per_token"] > 1.5 * found["new"]["before"]["bytes_per_token"]
-    assert found["old"]["after"] == found["old"]["before"]
+    assert found.new.after.bytes_per_token > 1.5 * found.new.before.bytes_per_token
+    assert found.old is not None and found.old.after == found.old.before
 
 
 def test_what_the_model_says_of_old_text_is_what_it_said(base: Path, text: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_two_stages_embeddings_first_then_all(
     found = grown(base / "base", text, tmp_path / "grown")
     start, last = tmp_path / "grown", None
     for name, tuning in (
-        ("first", {"kind": "blocks", "all_but_first": found["blocks"], "embeddings": True}),
+        ("first", {"kind": "blocks", "all_but_first": found.blocks, "embeddings": True}),
         ("second", {"kind": "full"}),
     ):
         stage = stage_of(
@@ -90,7 +90,7 @@ def test_two_stages_embeddings_first_then_all(
         blocks = {n for n in moved if ".layers." in n}
         assert "model.embed_tokens.weight" in moved and bool(blocks) == (name == "second")
         start = tmp_path / name / "model"
-    text_found = compare_models([str(base / "base"), str(start)], [str(text)], cache=cache)["text"]
+    text_found = model_comparison_text(compare_models([str(base / "base"), str(start)], [str(text)], cache=cache))
     assert "bits/byte" in text_found and "another tokenizer" in text_found
 
 
@@ -98,9 +98,9 @@ def test_what_cannot_be_is_said(base: Path, text: Path, tmp_path: Path) -> None:
     for options, says in (({"tokens": 0}, "at least 1"), ({"head": "half"}, "mean or zero")):
         with pytest.raises(StageError, match=says):
             grown(base / "base", text, tmp_path / "x", **options)
-    with pytest.raises(StageError, match="is there already"):
+    with pytest.raises(StageError, match="already exists"):
         grown(base / "base", text, tmp_path)
-    with pytest.raises(DataError, match="no pair of tokens occurs twice"):
+    with pytest.raises(DataError, match="no pair of adjacent tokens occurs twice"):
         grown(base / "base", write_jsonl(tmp_path / "few.jsonl", ["a"]), tmp_path / "x")
 
 
@@ -109,4 +109,4 @@ def test_padded_rows_are_used_before_new_ones(tmp_path: Path, text: Path) -> Non
     save_pretrained(make_llama(vocab_size=400), make_tokenizer(), tmp_path / "padded", dtype=torch.float32)
     found = grown(tmp_path / "padded", text, tmp_path / "grown")
     assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "grown").get_input_embeddings().weight) == 400
-    assert found["tokens"] == 320 + found["added"]
+    assert found.tokens == 320 + found.added

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+from postgrad.cli.render import template_text
 from postgrad.commands import builtin_corpus
-from postgrad.commands.init_templates import TEMPLATE_KINDS, TemplateRequest, write_template
+from postgrad.commands.init_templates import TEMPLATE_KINDS, TemplateRequest, WrittenTemplate, write_template
 from postgrad.config.stage_file import load_stage
 from postgrad.errors import DataError, StageError
 from postgrad.lineage.record import read_record
@@ -53,11 +53,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def written(kind: str, made: Path, here: Path, **given: str | None) -> dict[str, Any]:
+def written(kind: str, made: Path, here: Path, **given: str | None) -> WrittenTemplate:
     asked = {"data": None, "model": None, "replay": None, **given}
     shutil.copytree(made, here / "try-data")
     found = write_template(Path("try.yaml"), kind, TemplateRequest("try", **asked), force=False)  # type: ignore[arg-type]
-    for command in found["commands"]:
+    for command in found.commands:
         parse(command.removeprefix("postgrad"))
     return found
 
@@ -72,14 +72,14 @@ def trained(file: str, here: Path, cache: Path, *overrides: str) -> RunFinished:
 @pytest.mark.parametrize("kind", TEMPLATE_KINDS)
 def test_a_template_runs_as_it_is_written(kind: str, made: Path, here: Path, cache: Path) -> None:
     found = written(kind, made, here)
-    assert found["files"][-1] == "try.yaml"
+    assert found.files[-1] == Path("try.yaml")
     if TEMPLATE_KINDS[kind].base:
-        assert "try-base.yaml" in found["files"]
+        assert Path("try-base.yaml") in found.files
         trained("try-base.yaml", here, cache, "model.tokenizer.vocab_size=400", "data.sources.0.max_passes=100")
     fresh = ["model.tokenizer.vocab_size=400"] if kind == "from-scratch" else []
     passes = ["data.sources.0.max_passes=1000"]
     last = trained("try.yaml", here, cache, *fresh, *passes)
-    assert last.record["status"] == "finished" and read_record(here / "runs" / "try")["changes"]
+    assert last.record.status == "finished" and read_record(here / "runs" / "try").changes
 
 
 @pytest.mark.parametrize("kind", TEMPLATE_KINDS)
@@ -100,22 +100,22 @@ def test_the_users_own_text_and_model_are_gone_on_with(base: Path, here: Path, m
         model=str(base / "base"),
         replay=str(base / "old.jsonl"),
     )
-    assert found["files"] == ["try.yaml"]
+    assert found.files == (Path("try.yaml"),)
     stage = load_stage(here / "try.yaml")
     assert stage.schedule.peak == 2e-5  # type: ignore[union-attr]
     assert [source.share for source in stage.data.sources] == [0.75, 0.25]  # sums and assignments: a strong shift
     assert "a strong shift" in (here / "try.yaml").read_text()
-    assert trained("try.yaml", here, cache).record["changes"].keys() == {"new", "replay"}
+    assert trained("try.yaml", here, cache).record.changes.keys() == {"new", "replay"}
 
 
 def test_rows_of_the_user_are_classified(here: Path, made: Path, cache: Path) -> None:
     rows = [{"text": f"{word} {n}", "label": word} for n in range(40) for word in ("one", "two")]
     (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = written("classify", made, here, data="mine.jsonl")
-    assert found["files"] == ["try-base.yaml", "try.yaml"]
+    assert found.files == (Path("try-base.yaml"), Path("try.yaml"))
     trained("try-base.yaml", here, cache, "model.tokenizer.vocab_size=400", "data.sources.0.max_passes=100")
     record = trained("try.yaml", here, cache, "data.sources.0.max_passes=1000").record
-    assert record["scores"]["after"]["rows"]["metrics"]["accuracy"]["value"] >= 0
+    assert record.scores.after["rows"].metrics["accuracy"].value >= 0
 
 
 def test_the_shift_of_our_own_texts_is_told_when_they_are_only_just_made(here: Path) -> None:
@@ -137,8 +137,8 @@ def test_one_file_of_the_users_is_parted(kind: str, here: Path, made: Path, cach
     (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:7]]))
     found = written(kind, made, here, data="mine.jsonl")
     assert (
-        "parted mine.jsonl: 64 rows in try-data/rows.train.jsonl, 16 to test in try-data/rows.test.jsonl"
-        in found["text"]
+        "split mine.jsonl: 64 training rows in try-data/rows.train.jsonl, 16 test rows in try-data/rows.test.jsonl"
+        in found.notes
     )
     parts = [(here / "try-data" / f"rows.{part}.jsonl").read_text().splitlines() for part in ("train", "test")]
     assert not {*parts[0]} & {*parts[1]}
@@ -146,24 +146,24 @@ def test_one_file_of_the_users_is_parted(kind: str, here: Path, made: Path, cach
     trained("try-base.yaml", here, cache, "model.tokenizer.vocab_size=400", "data.sources.0.max_passes=100")
     record = trained("try.yaml", here, cache, "data.sources.0.max_passes=1000").record
     if kind == "few-shot":
-        assert {task["name"]: task["items"] for task in record["tasks"]} == {"zero-shot": 16, "two-shot": 16}
+        assert {task.name: task.items for task in record.tasks} == {"zero-shot": 16, "two-shot": 16}
         return
-    assert record["scores"]["after"]["final"]["documents"] == 16
-    probed = next(command for command in found["commands"] if " probe " in command)
+    assert record.scores.after["final"].documents == 16
+    probed = next(command for command in found.commands if " probe " in command)
     assert "try-data/rows.train.jsonl try-data/rows.test.jsonl" in probed
 
 
 def test_rows_to_test_are_named_or_refused(here: Path, made: Path) -> None:
     (here / "mine.jsonl").write_text('{"text": "a", "label": "b"}\n' * 100)
     found = written("few-shot", made, here, data="mine.jsonl", test="its test.jsonl")
-    assert "parted" not in found["text"]
+    assert not found.notes
     (zero, two) = yaml.safe_load((here / "try-tasks.yaml").read_text())
     assert zero["path"] == two["path"] == "its test.jsonl" and two["shown"]["path"] == "mine.jsonl"
     write_template(Path("c.yaml"), "classify", TemplateRequest("c", "mine.jsonl", "bert", None, "t.jsonl"), force=False)
     assert [entry.path for entry in load_stage(here / "c.yaml").evaluation.test] == ["t.jsonl"]  # type: ignore[union-attr]
-    with pytest.raises(StageError, match="mlm puts no rows aside"):
+    with pytest.raises(StageError, match="mlm has no test rows"):
         write_template(Path("b.yaml"), "mlm", TemplateRequest("b", "mine.txt", None, None, "t.jsonl"), force=False)
-    with pytest.raises(StageError, match="none to learn from"):
+    with pytest.raises(StageError, match="--test needs training rows"):
         write_template(Path("b.yaml"), "probe", TemplateRequest("b", None, None, None, "t.jsonl"), force=False)
     with pytest.raises(DataError, match="1 different rows"):  # copies are one row
         write_template(Path("b.yaml"), "probe", TemplateRequest("b", "mine.jsonl", None, None), force=False)
@@ -172,19 +172,19 @@ def test_rows_to_test_are_named_or_refused(here: Path, made: Path) -> None:
 
 def test_nothing_is_made_that_no_file_names(here: Path) -> None:
     said = write_template(Path("try.yaml"), "classify", TemplateRequest("try", "mine.jsonl", "bert", None), force=False)
-    assert not (here / "try-data").exists() and "made" not in said["text"]
+    assert not (here / "try-data").exists() and not said.notes
     said = write_template(
         Path("mixed.yaml"), "mixed", TemplateRequest("mixed", "mine.txt", "gpt", "old.txt"), force=False
     )
     assert {path.name.split(".")[0] for path in (here / "mixed-data").glob("*.jsonl")} >= {"instructions"}
-    assert said["text"].startswith("made mixed-data/ ")
+    assert template_text(said).startswith("generated mixed-data/ ")
 
 
 def test_what_is_unknown_or_there_is_said(made: Path, here: Path) -> None:
     with pytest.raises(StageError, match="did you mean 'classify'"):
         write_template(Path("try.yaml"), "clasify", TemplateRequest("try", None, None, None), force=False)
     written("mlm", made, here)
-    with pytest.raises(StageError, match="is there already"):
+    with pytest.raises(StageError, match="already exists"):
         write_template(Path("try.yaml"), "mlm", TemplateRequest("try", None, None, None), force=False)
     write_template(Path("try.yaml"), "mlm", TemplateRequest("try", None, None, None), force=True)
     with pytest.raises(StageError, match="cannot name a run folder"):

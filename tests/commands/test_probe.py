@@ -14,7 +14,8 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 from postgrad.cli.main import app
-from postgrad.commands.probe import probe_layers
+from postgrad.cli.render import probe_text
+from postgrad.commands.probe import LayerProbe, probe_layers
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import linear_probe
 from postgrad.evaluation import linear_probe as probing
@@ -36,7 +37,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         yield make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
-def found_by(shelf: Workspace, model: str, file: str, **options: Any) -> dict[str, Any]:
+def found_by(shelf: Workspace, model: str, file: str, **options: Any) -> LayerProbe:
     files = [shelf.file(file), shelf.file(file, held_out=True)]
     return probe_layers(str(shelf.folder / model), *files, cache=shelf.cache, **options)
 
@@ -56,22 +57,23 @@ def found_by(shelf: Workspace, model: str, file: str, **options: Any) -> dict[st
 def test_every_layer_is_probed(shelf: Workspace, model: str, file: str, metric: str) -> None:
     found = found_by(shelf, model, file)
     names = ["embeddings", "layer 1", "layer 2", "sum of last 2", "concat of last 2", "mix of all"]
-    assert [view["name"] for view in found["views"]] == names
-    assert (found["layers"], found["metric"]) == (2, metric)
-    for view in found["views"]:
-        entry = view["metrics"][metric]
-        assert entry["low"] <= entry["value"] <= entry["high"]
-        assert ("against_last" in view) == (view["name"] != "layer 2")
-        assert f"{entry['value']:.3f}" in found["text"] and view["name"] in found["text"]
-    assert found["documents"]["test"] == 24 and found["documents"]["train"] + found["documents"]["dev"] <= 60
-    assert "in a stage: objectives: [{kind: classify, layers: " in found["text"]
-    assert found["text"].splitlines()[-1].startswith("next: postgrad probe ")
-    json.dumps(found)  # plain data
+    assert [view.name for view in found.views] == names
+    assert (found.layers, found.metric) == (2, metric)
+    text = probe_text(found, None)
+    for view in found.views:
+        entry = view.metrics[metric]
+        assert entry.low <= entry.value <= entry.high
+        assert bool(view.against_last) == (view.name != "layer 2")
+        assert f"{entry.value:.3f}" in text and view.name in text
+    assert found.documents["test"] == 24 and found.documents["train"] + found.documents["dev"] <= 60
+    assert "in a stage: objectives: [{kind: classify, layers: " in text
+    assert text.splitlines()[-1].startswith("next: postgrad probe ")
+    json.dumps(found.as_dict())  # plain data
 
 
 def test_texts_of_two_kinds_are_told_apart_far_better_than_by_guessing(shelf: Workspace) -> None:
     found = found_by(shelf, "bert", "labelled", pooling="mean")
-    assert found["views"][2]["metrics"]["accuracy"]["value"] > 0.9 > found["guess"]["accuracy"]["value"]
+    assert found.views[2].metrics["accuracy"].value > 0.9 > found.guess["accuracy"].value
 
 
 def test_features_are_the_hidden_states_of_the_rows(shelf: Workspace, tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_a_second_look_computes_no_features(shelf: Workspace, monkeypatch: pytes
 
     monkeypatch.setattr(stage_probe, "_backbone", never)
     again = found_by(shelf, "bert", "tagged")
-    assert again["views"] == first["views"]
+    assert again.views == first.views
 
 
 def test_the_test_is_answered_once(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +116,7 @@ def test_the_test_is_answered_once(shelf: Workspace, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(probing, "_predict", counted)
     found = found_by(shelf, "bert", "labelled")
-    assert asked == [found["items"]["dev"], found["items"]["test"]]
+    assert asked == [found.items["dev"], found.items["test"]]
 
 
 def test_spans_are_scored_as_spans(shelf: Workspace) -> None:
@@ -129,9 +131,9 @@ def test_spans_are_scored_as_spans(shelf: Workspace) -> None:
 
     files = [str(write_rows(shelf.folder / f"spans-{seed}.jsonl", sentences(80, seed))) for seed in range(3)]
     found = probe_layers(str(shelf.folder / "bert"), files[0], files[1], dev=files[2], cache=shelf.cache)
-    assert found["metric"] == "span F1"
-    assert set(found["views"][0]["metrics"]) == {"span F1", "span precision", "span recall", "accuracy", "macro F1"}
-    assert found["views"][1]["metrics"]["span F1"]["value"] > found["guess"]["span F1"]["value"] == 0
+    assert found.metric == "span F1"
+    assert set(found.views[0].metrics) == {"span F1", "span precision", "span recall", "accuracy", "macro F1"}
+    assert found.views[1].metrics["span F1"].value > found.guess["span F1"].value == 0
 
 
 def test_copies_of_the_test_are_not_learnt_from(shelf: Workspace) -> None:
@@ -167,14 +169,14 @@ def test_a_run_is_probed_with_what_stands_in_it(shelf: Workspace) -> None:
         probe_layers(str(m), shelf.file("labelled"), shelf.file("labelled", held_out=True), cache=shelf.cache)
         for m in (shelf.folder / "bert", run)
     )
-    assert base["views"][0]["metrics"] == adapted["views"][0]["metrics"]  # nothing stands in the embeddings
-    assert base["views"][2]["dev"] >= 0 and adapted["layers"] == 2
+    assert base.views[0].metrics == adapted.views[0].metrics  # nothing stands in the embeddings
+    assert base.views[2].dev >= 0 and adapted.layers == 2
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_either_half_of_an_encoder_decoder(shelf: Workspace, stack: str) -> None:
     found = found_by(shelf, "t5", "labelled", stack=stack)
-    assert (found["stack"], found["pooling"]) == (stack, "mean" if stack == "encoder" else "last")
+    assert (found.stack, found.pooling) == (stack, "mean" if stack == "encoder" else "last")
 
 
 def test_a_label_that_was_never_seen_is_told_with_its_place(shelf: Workspace) -> None:
@@ -191,9 +193,9 @@ def test_a_label_that_was_never_seen_is_told_with_its_place(shelf: Workspace) ->
 @pytest.mark.parametrize(
     ("model", "file", "options", "message"),
     [
-        ("bert", "tagged", {"pooling": "mean"}, "--pooling: tags are decided word by word"),
+        ("bert", "tagged", {"pooling": "mean"}, "--pooling: tags are predicted word by word"),
         ("bert", "labelled", {"pooling": "sum"}, "--pooling: there is no pooling 'sum'"),
-        ("bert", "labelled", {"stack": "encoder"}, "--stack: a bert model has no encoder"),
+        ("bert", "labelled", {"stack": "encoder"}, "--stack: a bert model has a single stack"),
         ("bert", "labelled", {"kind": "text"}, "--kind: there is no kind 'text'"),
         ("llama", "labelled", {"pooling": "first"}, "--pooling: the first token of a decoder"),
         ("bert", "labelled", {"context": 9999}, "--context: a context of 9999 does not fit"),

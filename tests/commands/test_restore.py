@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from postgrad.cli.main import app
+from postgrad.cli.render import restored_text
 from postgrad.commands.restore import (
     RestoreRequest,
     RestoreTarget,
     measure_restoration,
     plan_restoration,
-    restoration_text,
 )
 from postgrad.errors import PostgradError, StageError
 from postgrad.lineage.record import read_record
@@ -51,15 +51,10 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 def wish(shelf: Workspace, **changes: Any) -> RestoreRequest:
     given = {
         "run": shelf.folder / "runs" / "naive",
-        "teacher": None,
         "prompts": (shelf.file("old"),),
-        "retained": (),
-        "until": 0.05,
+        "min_recovered": 0.05,
         "max_cost": 1.0,
         "steps": 8,
-        "kept": 0.5,
-        "rate": None,
-        "output": None,
     }
     return RestoreRequest(**{**given, **changes})
 
@@ -82,16 +77,16 @@ def test_the_stage_that_is_written(shelf: Workspace) -> None:
         "new-heldout": "retained",
         "new": "retained",
     }
-    scores = record["scores"]
+    scores = record.scores
     assert aim.set_name == "old-heldout"
-    assert aim.run_loss == pytest.approx(scores["after"]["old-heldout"]["nats"], rel=1e-5)
-    assert aim.teacher_loss == pytest.approx(scores["before"]["old-heldout"]["nats"], rel=1e-5)
+    assert aim.run_loss == pytest.approx(scores.after["old-heldout"].nats, rel=1e-5)
+    assert aim.teacher_loss == pytest.approx(scores.before["old-heldout"].nats, rel=1e-5)
     assert aim.target_loss == pytest.approx(aim.run_loss - 0.05 * (aim.run_loss - aim.teacher_loss))
     choose = stage.save.choose
     assert choose is not None and choose.stop_at == aim.target_loss
     old, new = aim.gains["new-heldout"]
     assert choose.max_forgetting == pytest.approx(min(1.0, (old - new) / new), rel=1e-6)
-    alone = plan_restoration(wish(shelf, kept=0.0), shelf.cache).plan
+    alone = plan_restoration(wish(shelf, self_distill_share=0.0), shelf.cache).plan
     assert [leaf.name for leaf in alone.data.sources] == ["prompts"] and len(alone.objectives) == 1
     assert alone.steps == pytest.approx(8, abs=1)
 
@@ -102,13 +97,13 @@ def test_it_wins_back_and_says_what_it_cost(shelf: Workspace) -> None:
     done = events[-1]
     assert isinstance(done, RunFinished)
     found = measure_restoration(asked, done)
-    after = done.record["scores"]["after"]["old-heldout"]["nats"]
-    assert found["recovered"] == pytest.approx(
+    after = done.record.scores.after["old-heldout"].nats
+    assert found.recovered == pytest.approx(
         (asked.target.run_loss - after) / (asked.target.run_loss - asked.target.teacher_loss)
     )
-    assert found["enough"] and found["recovered"] >= 0.05
-    assert done.record["chosen"]["stopped"] and done.record["achieved"]["steps"] < asked.plan.steps
-    assert "of what was lost is won back" in restoration_text(asked, done)
+    assert found.enough and found.recovered >= 0.05
+    assert done.record.published_checkpoint.stopped_early and done.record.totals.steps < asked.plan.steps
+    assert "of the forgetting is recovered" in restored_text(found)
     # A second time it is there already.
     again = list(
         run_stage(plan_restoration(wish(shelf, steps=30), shelf.cache).plan, command="test", cache=shelf.cache)
@@ -118,19 +113,19 @@ def test_it_wins_back_and_says_what_it_cost(shelf: Workspace) -> None:
 
 def test_what_cannot_be_restored_is_refused(shelf: Workspace, tmp_path: Path) -> None:
     one = shelf.folder / "runs" / "one"
-    with pytest.raises(StageError, match="lost nothing that"):
+    with pytest.raises(StageError, match="has forgotten nothing"):
         plan_restoration(wish(shelf, teacher=str(shelf.folder / "runs" / "naive")), shelf.cache)
-    with pytest.raises(StageError, match="replayed nothing"):
+    with pytest.raises(StageError, match="replayed no text"):
         plan_restoration(wish(shelf, prompts=()), shelf.cache)
-    with pytest.raises(StageError, match="names no file of old text"):
+    with pytest.raises(StageError, match="has no retained set in a file"):
         plan_restoration(wish(shelf, run=one), shelf.cache)
     with pytest.raises(StageError, match="is not a run folder"):
         plan_restoration(wish(shelf, run=tmp_path), shelf.cache)
     for changes, option, said in (
-        ({"until": 0.0}, "--until", "nothing to win back"),
-        ({"kept": 1.0}, "--keep", "nothing for the prompts"),
-        ({"rate": -1.0}, "--rate", "no rate"),
-        ({"rate": float("nan")}, "--rate", "no rate"),
+        ({"min_recovered": 0.0}, "--min-recovered", "is no target"),
+        ({"self_distill_share": 1.0}, "--self-distill-share", "no tokens for the prompts"),
+        ({"learning_rate": -1.0}, "--learning-rate", "not a learning rate"),
+        ({"learning_rate": float("nan")}, "--learning-rate", "not a learning rate"),
         ({"teacher": "nowhere"}, "--teacher", "there is no folder"),
         ({"prompts": ("none.jsonl",)}, "--prompts", "no file matches"),
         ({"retained": ("none.jsonl",)}, "--retained", "no file matches"),
@@ -139,9 +134,9 @@ def test_what_cannot_be_restored_is_refused(shelf: Workspace, tmp_path: Path) ->
             plan_restoration(wish(shelf, **changes), shelf.cache)
         assert caught.value.where == option
     masked = shelf.run(shelf.stage("masked", model="bert", objectives=[{"kind": "masked"}])).run_folder
-    with pytest.raises(StageError, match="holds no model that writes on"):
+    with pytest.raises(StageError, match="is not a causal language model"):
         plan_restoration(wish(shelf, run=masked), shelf.cache)
-    for option in ("--until", "--max-cost", "--keep"):
+    for option in ("--min-recovered", "--max-cost", "--self-distill-share"):
         result = CliRunner().invoke(app, ["restore", str(one), option, "much"])
         error = result.exception
         assert isinstance(error, StageError) and error.where == option and "'much'" in str(error)
@@ -162,17 +157,17 @@ def test_it_is_enough_when_enough_is_won_back_at_no_more_than_was_allowed(
 ) -> None:
     """A run lost 1 nat of the old text (2 to 3) and gained 2 of the new (4 to 2); half for a tenth was asked for."""
     asked = SimpleNamespace(
-        aim=RestoreTarget(
+        target=RestoreTarget(
             "old", run_loss=3.0, teacher_loss=2.0, target_loss=2.5, gains={"new": (4.0, 2.0), "even": (3.0, 3.0)}
         ),
-        wish=SimpleNamespace(until=0.5, max_cost=0.1),
+        request=SimpleNamespace(min_recovered=0.5, max_cost=0.1),
     )
     after = {"old": {"nats": old}, "new": {"nats": new}, "even": {"nats": 3.1}}
-    done = SimpleNamespace(record={"scores": {"after": after}}, place=Path("run"))
+    done = SimpleNamespace(record={"scores": {"after": after}}, run_folder=Path("run"))
     found = measure_restoration(asked, done)  # type: ignore[arg-type]
-    assert found["recovered"] == pytest.approx(recovered) and found["costs"] == {"new": pytest.approx(cost)}
-    assert found["enough"] is enough
-    assert ("50% was asked for" in restoration_text(asked, done)) is not enough  # type: ignore[arg-type]
+    assert found.recovered == pytest.approx(recovered) and found.costs == {"new": pytest.approx(cost)}
+    assert found.enough is enough
+    assert ("the target was 50%" in restored_text(found)) is not enough
 
 
 def test_enough_ends_a_choice_where_no_more_is_forgotten_than_is_allowed() -> None:

@@ -3,47 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from postgrad.analysis.domain_shift import ShiftEstimate
-from postgrad.commands.evaluate import evaluate_files
-from postgrad.commands.shift import _bits_per_byte, _difference, measure_shift
+from postgrad.cli import render
+from postgrad.cli.main import app
+from postgrad.commands.evaluate import evaluate
+from postgrad.commands.pages import write_page
+from postgrad.commands.shift import MeasuredShift, _bits_per_byte, _difference, measure_shift
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.perplexity import Scores
 from tests.conftest import new_text, old_text, write_jsonl
 
 
-def measured(base: Path, cache: Path, old: list[Path], new: list[Path], report: Path | None = None) -> dict[str, Any]:
-    return measure_shift(
-        str(base / "base"),
-        list(map(str, old)),
-        list(map(str, new)),
-        base=None,
-        context=None,
-        report=report,
-        cache=cache,
-    )
+def measured(base: Path, cache: Path, old: list[Path], new: list[Path]) -> MeasuredShift:
+    return measure_shift(str(base / "base"), list(map(str, old)), list(map(str, new)), cache=cache)
 
 
 def test_another_kind_of_text_is_a_shift_and_more_of_the_same_is_none(base: Path, cache: Path, tmp_path: Path) -> None:
     old = [write_jsonl(tmp_path / f"old{i}.jsonl", old_text(300, 30 + i)) for i in range(2)]
     new = write_jsonl(tmp_path / "new.jsonl", new_text(300, 40))
-    apart = measured(base, cache, old[:1], [new], tmp_path / "shift.html")
+    apart = measured(base, cache, old[:1], [new])
+    write_page(apart, tmp_path / "shift.html")
     alike = measured(base, cache, old[:1], old[1:])
-    assert apart["strength"] == "strong" and alike["strength"] == "none"
-    assert apart["proposals"][0]["value"] == "25%" and alike["proposals"][0]["value"] == "1%"
-    bits = evaluate_files(str(base / "base"), [str(new)], context=None, documents="auto", column=None, cache=cache)[
-        "sets"
-    ]["new"]["bits_per_byte"]
-    assert apart["new"]["bits"]["value"] == pytest.approx(bits)
-    surprise = apart["surprise"]
-    assert surprise["value"] == pytest.approx(bits - apart["old"]["bits"]["value"])
-    assert surprise["low"] < surprise["value"] < surprise["high"]
+    assert apart.strength == "strong" and alike.strength == "none"
+    assert apart.proposals[0].value == "25%" and alike.proposals[0].value == "1%"
+    bits = evaluate(str(base / "base"), [str(new)], cache=cache).sets["new"].bits_per_byte
+    assert apart.new.bits.value == pytest.approx(bits)
+    surprise = apart.surprise
+    assert surprise.value == pytest.approx(bits - apart.old.bits.value)
+    assert surprise.low < surprise.value < surprise.high
     assert "strong" in (tmp_path / "shift.html").read_text()
-    assert "to begin with" in apart["text"] and apart["text"].splitlines()[-1].startswith("next: postgrad init")
+    text = render.shift_text(apart, None)
+    assert "to begin with" in text and text.splitlines()[-1].startswith("next: postgrad init")
 
 
 def test_several_files_are_one_text(base: Path, cache: Path, tmp_path: Path) -> None:
@@ -54,8 +49,8 @@ def test_several_files_are_one_text(base: Path, cache: Path, tmp_path: Path) -> 
     )
     new = write_jsonl(tmp_path / "new.jsonl", new_text(300, 40))
     one, two = (measured(base, cache, old, [new]) for old in (parts, [whole]))
-    assert one["distances"] == two["distances"]
-    assert one["old"]["bits"]["value"] == pytest.approx(two["old"]["bits"]["value"])
+    assert one.distances == two.distances
+    assert one.old.bits.value == pytest.approx(two.old.bits.value)
 
 
 def test_the_same_text_and_too_little_text_are_refused(base: Path, cache: Path, tmp_path: Path) -> None:
@@ -65,8 +60,9 @@ def test_the_same_text_and_too_little_text_are_refused(base: Path, cache: Path, 
         measured(base, cache, [old], [old])
     with pytest.raises(DataError, match=r"--new.*too few to measure"):
         measured(base, cache, [old], [few])
-    with pytest.raises(StageError, match=r"--report: .* is a folder"):
-        measured(base, cache, [old], [few], tmp_path)  # before anything is measured
+    words = ["shift", "--model", str(base / "base"), "--old", str(old), "--new", str(few), "--report", str(tmp_path)]
+    error = CliRunner().invoke(app, words).exception  # before anything is measured
+    assert isinstance(error, StageError) and "is a folder" in str(error) and error.where == "--report"
 
 
 def test_bits_are_those_of_all_bytes_and_a_difference_is_as_unsure_as_both() -> None:

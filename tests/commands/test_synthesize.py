@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from postgrad.check.check import check_stage
+from postgrad.cli.render import synthesized_text
+from postgrad.commands.results import finish
 from postgrad.commands.synthesize import (
     SynthesisProgress,
     SynthesisRequest,
+    SynthesizedText,
     summary_file,
-    synthesis_summary,
     synthesize,
 )
 from postgrad.config.stage_file import parse_stage
@@ -35,9 +37,8 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def all_of(steps: Iterator[SynthesisProgress]) -> SynthesisProgress:
-    *_, last = steps
-    return last
+def all_of(events: Iterator[SynthesisProgress | SynthesizedText]) -> SynthesizedText:
+    return finish(events, SynthesizedText)
 
 
 def test_what_was_asked_for_is_written_and_tagged(base: Path, tmp_path: Path) -> None:
@@ -51,8 +52,7 @@ def test_what_was_asked_for_is_written_and_tagged(base: Path, tmp_path: Path) ->
         assert row["text"].strip() and row["made"]["by"] == model
         assert row["made"]["model"] == start_fingerprint(locate_model(model, Path.cwd()))
         assert row["made"]["from"] == "bos" and row["made"]["temperature"] == 1.0
-    summary = synthesis_summary(model, out)
-    assert summary["documents"] == len(found) and "role: replay" in summary["text"]
+    assert "role: replay" in synthesized_text(last, [])
     assert not list(tmp_path.glob("*.part*"))
 
 
@@ -95,7 +95,7 @@ def test_copies_and_loops_are_left_out_and_counted(base: Path, tmp_path: Path) -
     """At a low temperature every document is the same one."""
     file = write_jsonl(tmp_path / "seeds.jsonl", old_text(1, 90))
     wish = replace(WISH, tokens=10_000, max_document_tokens=60, prompt_tokens=20, temperature=1e-6)
-    with pytest.raises(DataError, match=r"could be kept \(.*(nearly the same as one before|repeating themselves)"):
+    with pytest.raises(DataError, match=r"were accepted \(.*(near-duplicates|repetitive)"):
         all_of(synthesize(str(base / "base"), tmp_path / "loop.jsonl", wish, [str(file)]))
 
 
@@ -107,7 +107,7 @@ def test_self_made_text_is_told_for_what_it_is(base: Path, stage_of: StageOf, ca
     stage = stage_of()
     stage["data"]["sources"][1] |= {"path": str(out), "max_passes": 50}
     plan = make_plan(parse_stage(stage, "t"), tmp_path, cache)
-    assert [source["made_by"] for source in plan.as_record()["sources"]] == [None, str(base / "base")]
+    assert [source.generated_by for source in plan.as_record().sources] == [None, str(base / "base")]
     text = check_stage(plan, cache=cache)["text"]
     assert "self-made" in text and f"old: self-made text, written by {base / 'base'}" in text
 
@@ -116,26 +116,26 @@ def test_what_cannot_be_is_said(base: Path, tmp_path: Path) -> None:
     model, out = str(base / "base"), tmp_path / "replay.jsonl"
     for wish, begun, says in (
         (replace(WISH, max_document_tokens=1000), [], "do not fit"),
-        (replace(WISH, max_document_tokens=0), [], "--longest: 0 is no such number"),
-        (replace(WISH, max_document_tokens=1), [], "--longest: 1 is no such number"),
-        (replace(WISH, prompt_tokens=-1), [], "--beginning: -1 is no such number"),
-        (replace(WISH, temperature=0.0), [], "no such number"),
-        (replace(WISH, temperature=float("inf")), [], "--temperature: inf is no such number"),
-        (replace(WISH, max_repetition=-0.1), [], "--most-repeated: -0.1 is no such number"),
-        (replace(WISH, dedup_threshold=0.2), [], "--alike: 0.2 is no such number"),
-        (replace(WISH, dedup_threshold=float("nan")), [], "--alike: nan is no such number"),
-        (replace(WISH, top_p=1.5), [], "no such number"),
-        (replace(WISH, prompt_tokens=3), [], "beginnings need a text"),
-        (WISH, ["x.jsonl"], "beginnings need a text"),
+        (replace(WISH, max_document_tokens=0), [], "--max-tokens: 0 is out of range"),
+        (replace(WISH, max_document_tokens=1), [], "--max-tokens: 1 is out of range"),
+        (replace(WISH, prompt_tokens=-1), [], "--prompt-tokens: -1 is out of range"),
+        (replace(WISH, temperature=0.0), [], "out of range"),
+        (replace(WISH, temperature=float("inf")), [], "--temperature: inf is out of range"),
+        (replace(WISH, max_repetition=-0.1), [], "--max-repetition: -0.1 is out of range"),
+        (replace(WISH, dedup_threshold=0.2), [], "--dedup-threshold: 0.2 is out of range"),
+        (replace(WISH, dedup_threshold=float("nan")), [], "--dedup-threshold: nan is out of range"),
+        (replace(WISH, top_p=1.5), [], "out of range"),
+        (replace(WISH, prompt_tokens=3), [], "prompts need a text"),
+        (WISH, ["x.jsonl"], "prompts need a text"),
     ):
         with pytest.raises(StageError, match=says):
             next(synthesize(model, out, wish, begun))
-    with pytest.raises(StageError, match="no JSONL file"):
+    with pytest.raises(StageError, match="not a JSONL file"):
         next(synthesize(model, tmp_path / "replay.txt", WISH))
     with pytest.raises(StageError, match="--out: there is no folder"):
         next(synthesize(model, tmp_path / "gone" / "replay.jsonl", WISH))
     out.write_text("")
-    with pytest.raises(StageError, match="is there already"):
+    with pytest.raises(StageError, match="already exists"):
         next(synthesize(model, out, WISH))
 
 
@@ -144,7 +144,7 @@ def test_a_broken_account_is_no_traceback_and_loses_nothing(base: Path, tmp_path
     out = tmp_path / "replay.jsonl"
     (tmp_path / "replay.jsonl.part").write_text("written before")
     (tmp_path / "replay.jsonl.part.json").write_text(state)
-    with pytest.raises(StageError, match=r"is broken.*\n.*remove replay\.jsonl\.part and replay\.jsonl\.part\.json"):
+    with pytest.raises(StageError, match=r"is corrupt.*\n.*remove replay\.jsonl\.part and replay\.jsonl\.part\.json"):
         next(synthesize(str(base / "base"), out, WISH))
     assert (tmp_path / "replay.jsonl.part").read_text() == "written before"
 
@@ -152,5 +152,5 @@ def test_a_broken_account_is_no_traceback_and_loses_nothing(base: Path, tmp_path
 def test_an_encoder_writes_nothing(tmp_path: Path) -> None:
     tokenizer = tiny_stages.bert_tokenizer()
     folder = tiny_stages.save_model(tiny_stages.make_bert(len(tokenizer)), tokenizer, tmp_path / "bert")
-    with pytest.raises(ModelError, match="does not write running text"):
+    with pytest.raises(ModelError, match="is not a decoder"):
         next(synthesize(str(folder), tmp_path / "replay.jsonl", WISH))

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from postgrad.cli.render import synthesized_text
 from postgrad.commands import synthesize_chat as chat_synthesis
+from postgrad.commands.results import finish
 from postgrad.commands.synthesize import (
     SynthesisProgress,
     SynthesisRequest,
+    SynthesizedText,
     load_generator,
     summary_file,
-    synthesis_summary,
 )
 from postgrad.commands.synthesize_chat import (
     FIRST_REQUEST,
@@ -97,9 +99,8 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def all_of(steps: Iterator[SynthesisProgress]) -> SynthesisProgress:
-    *_, last = steps
-    return last
+def all_of(events: Iterator[SynthesisProgress | SynthesizedText]) -> SynthesizedText:
+    return finish(events, SynthesizedText)
 
 
 @pytest.mark.parametrize("which", ["plain", "signed"])
@@ -121,8 +122,7 @@ def test_a_model_asks_itself_and_answers(which: str, request: pytest.FixtureRequ
     turned = [answer == f"{pair[1]} and {pair[0]}." for pair, answer in zip(asked, said, strict=True) if pair in known]
     assert np.mean(turned) > 0.1
     assert len({row["messages"][0]["content"] for row in found}) == len(found)  # near copies are left out
-    summary = synthesis_summary(model, out)
-    assert summary["documents"] == len(found) and "role: replay" in summary["text"]
+    assert "role: replay" in synthesized_text(last, [])
 
 
 def test_where_a_user_speaks_is_found(plain: str, signed: str) -> None:
@@ -145,11 +145,11 @@ def test_a_stop_anywhere_makes_no_difference(plain: str, tmp_path: Path) -> None
     steps.close()
     with (tmp_path / "stopped.jsonl.part").open("a") as file:
         file.write('{"messages": half a li')
-    all_of(synthesize_chat(plain, out, WISH, rehearsal))
+    result = all_of(synthesize_chat(plain, out, WISH, rehearsal))
     assert out.read_bytes() == whole.read_bytes()
     state = json.loads(summary_file(out).read_text())
     assert state["chosen"] == len(rows(out)) == round(0.5 * state["documents"])
-    assert "most various are kept" in synthesis_summary(plain, out)["text"]
+    assert "most diverse are kept" in synthesized_text(result, [])
     assert not list(tmp_path.glob("*.part*"))
     with pytest.raises(StageError, match="begun with another model or other options"):
         steps = synthesize_chat(plain, tmp_path / "other.jsonl", WISH)
@@ -260,10 +260,10 @@ def test_why_a_question_is_left_out() -> None:
 
     assert tried() is None and tried(loop=2) is None  # a third of the second is new, at the seam
     assert tried(asks=False) == "questions without an end"
-    assert tried("one") == tried("") == "questions of less than two words"
+    assert tried("one") == tried("") == "questions of fewer than two words"
     assert tried(ends=False) == "answers without an end"
     assert tried(said="") == "empty answers"
-    assert tried(loop=5) == "repeating themselves"
+    assert tried(loop=5) == "repetitive"
 
 
 def test_self_made_conversations_are_a_source(plain: str, stage_of: StageOf, tmp_path: Path) -> None:
@@ -274,8 +274,8 @@ def test_self_made_conversations_are_a_source(plain: str, stage_of: StageOf, tmp
     raw["data"]["sources"][1] |= {"path": str(out), "max_passes": 100, "held_out": "20%"}
     raw["data"]["sequence_length"] = 64
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
-    source = plan.as_record()["sources"][1]
-    assert source["kind"] == "chat" and source["made_by"] == plain
+    source = plan.as_record().sources[1]
+    assert source.kind == "chat" and source.generated_by == plain
 
 
 def test_what_cannot_be_is_said(plain: str, base: Path, tmp_path: Path) -> None:
@@ -284,9 +284,9 @@ def test_what_cannot_be_is_said(plain: str, base: Path, tmp_path: Path) -> None:
         next(synthesize_chat(str(base / "base"), out, WISH))
     few = write_jsonl(tmp_path / "few.jsonl", ["one?"])
     for wish, rehearsal, error, says in (
-        (replace(WISH, prompt_tokens=3), Rehearsal(), StageError, "no such number"),
-        (WISH, Rehearsal(diverse_share=0.0), StageError, "no such number"),
-        (WISH, Rehearsal(shots=0), StageError, "no such number"),
+        (replace(WISH, prompt_tokens=3), Rehearsal(), StageError, "out of range"),
+        (WISH, Rehearsal(diverse_share=0.0), StageError, "out of range"),
+        (WISH, Rehearsal(shots=0), StageError, "out of range"),
         (replace(WISH, max_document_tokens=12), Rehearsal(), StageError, "leave no room"),
         (replace(WISH, max_document_tokens=1000), Rehearsal(), StageError, "do not fit"),
         (WISH, Rehearsal((str(few),)), DataError, "1 questions"),

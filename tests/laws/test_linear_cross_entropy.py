@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from postgrad.objectives.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_by_token
+from postgrad.models.model import OutputHead
+from postgrad.objectives.linear_loss import WeightedLoss, linear_loss
+from postgrad.objectives.next_token import CrossEntropy
 
 TOKENS, WIDTH, VOCABULARY = 37, 12, 50
 FORMS: list[dict[str, Any]] = [
@@ -33,6 +35,36 @@ def case(dtype: torch.dtype, *, bias: bool = False, seed: int = 0) -> tuple[Tens
     labels[:9] = -100
     offset = torch.randn(VOCABULARY, generator=draw, dtype=torch.float64).to(dtype).requires_grad_() if bias else None
     return hidden, weight, labels, offset
+
+
+def by_token(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    masked: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The chunked loss and each token's part of it; ignored tokens are dropped before the head (as on a CPU) or masked."""
+    head = OutputHead(weight, bias_V, logit_scale, softcap)
+    if masked:
+        loss, losses_1N = linear_loss(hidden, head, [WeightedLoss(CrossEntropy(labels, has_ignored=True))], chunk)
+        return loss, losses_1N[0]
+    trained = (labels != -100).nonzero().flatten()
+    rule = CrossEntropy(labels[trained])
+    loss, losses_1N = linear_loss(hidden.index_select(0, trained), head, [WeightedLoss(rule)], chunk)
+    return loss, losses_1N.new_zeros(len(labels)).index_copy(0, trained, losses_1N[0])
+
+
+def linear_cross_entropy(*args: Any, **options: Any) -> Tensor:
+    return by_token(*args, **options)[0]
+
+
+def masked_cross_entropy(*args: Any, **options: Any) -> Tensor:
+    return by_token(*args, masked=True, **options)[0]
 
 
 def plain(
@@ -80,8 +112,9 @@ def compare(
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("chunk", [1, 5, 16, 37, 1000, None])
 def test_equals_cross_entropy_of_all_logits(form: dict[str, Any], chunk: int | None) -> None:
-    compare(linear_cross_entropy, chunk=chunk, form=form)
-    compare(linear_cross_entropy, chunk=chunk, form=form, dtype=torch.float64, rounding=1e-13)
+    for loss in (linear_cross_entropy, masked_cross_entropy):
+        compare(loss, chunk=chunk, form=form)
+        compare(loss, chunk=chunk, form=form, dtype=torch.float64, rounding=1e-13)
 
 
 def mean_of_chunk_means(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
@@ -169,7 +202,7 @@ def test_the_divisor_is_not_rounded_to_bf16() -> None:
 
 def test_parts_of_the_tokens_add_up_and_have_no_gradient() -> None:
     hidden, weight, labels, _ = case(torch.float32)
-    loss, losses = linear_cross_entropy_by_token(hidden, weight, labels, chunk=16)
+    loss, losses = by_token(hidden, weight, labels, chunk=16)
     logits = F.linear(hidden, weight)
     expected = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-6, atol=1e-6)
@@ -241,11 +274,7 @@ def test_a_second_backward_says_what_to_do() -> None:
         loss.backward()
 
 
-def test_shapes_that_do_not_belong_together_are_named() -> None:
+def test_a_label_beyond_the_vocabulary_is_an_error() -> None:
     hidden, weight, labels, _ = case(torch.float32)
-    with pytest.raises(ValueError, match="flatten batch and time first"):
-        linear_cross_entropy(hidden[None], weight, labels)
-    with pytest.raises(ValueError, match="chunk is 0"):
-        linear_cross_entropy(hidden, weight, labels, chunk=0)
     with pytest.raises((IndexError, RuntimeError)):
         linear_cross_entropy(hidden, weight, labels.where(labels == -100, VOCABULARY))

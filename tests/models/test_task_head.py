@@ -258,7 +258,7 @@ def test_a_folder_gives_back_the_same_logits(name: str, tmp_path: Path) -> None:
     assert torch.equal(families.logits(back.model, inputs), families.logits(loaded.model, inputs))
     assert [back.model.config.id2label[i] for i in range(3)] == list(LABELS)
     page = (folder / "README.md").read_text()
-    assert 'postgrad.load("THIS FOLDER")' in page and "a, b, c" in page
+    assert 'postgrad.load_classifier("THIS FOLDER")' in page and "a, b, c" in page
     # Drawn anew, it would be another classifier.
     mutant = opened(started(tmp_path, family), form, seed=1)
     assert not torch.allclose(families.logits(mutant.model, inputs), families.logits(loaded.model, inputs), atol=1e-4)

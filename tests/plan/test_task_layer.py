@@ -14,13 +14,15 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 import postgrad
 from postgrad.check.check import check_stage
-from postgrad.commands.evaluate import evaluate_files
-from postgrad.commands.generate import export_model
+from postgrad.cli.render import export_text
+from postgrad.commands.evaluate import evaluate
+from postgrad.commands.export import export_model
 from postgrad.config.objectives import ClassifyObjective
 from postgrad.data.loading.batch import collate
 from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.before_after import read_scores
+from postgrad.lineage.record import SetScore
 from postgrad.models.location import locate_model
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.objectives.classification_loss import ClassificationLoss
@@ -238,21 +240,20 @@ def test_what_is_trained_is_published_scored_and_loaded_alike(shelf: Workspace, 
     file, tuning, said = RUNS[name]
     done = shelf.run(stage_of(shelf, name.replace(" ", "-"), file, tuning, **dict(said)))
     held_out = shelf.file(file, held_out=True)
-    assert 0 != done.record["changes"][f"{file}-heldout"]["difference"] < 0.1  # six steps
-    outside = evaluate_files(
-        str(done.run_folder), [held_out], context=LENGTH, documents="auto", column=None, cache=tmp_path / "scores"
-    )
-    assert outside["sets"] == done.record["scores"]["after"]
-    classifier, texts = postgrad.load(str(done.run_folder)), texts_of(held_out)
+    assert 0 != done.record.changes[f"{file}-heldout"].difference < 0.1  # six steps
+    outside = evaluate(str(done.run_folder), [held_out], context=LENGTH, cache=tmp_path / "scores")
+    after = {name: SetScore.model_validate(score.as_dict()) for name, score in outside.sets.items()}
+    assert after == done.record.scores.after
+    classifier, texts = postgrad.load_classifier(str(done.run_folder)), texts_of(held_out)
     answers, kept = classifier.predict(texts), read_scores(done.run_folder / "scores" / "after.npz")[f"{file}-heldout"]
     assert sorted(_flat(answers, classifier.labels, classifier.problem)) == pytest.approx(
         sorted(kept.predictions_I.tolist()), abs=1e-5
     )
     if not tuning or tuning["kind"] not in ("adapter", "prefix"):  # which have a non-linear effect
         found = export_model(str(done.run_folder), tmp_path / "plain", "auto")
-        assert "postgrad.load reads the same logits" in found["text"]
+        assert "postgrad.load_classifier reads the same logits" in export_text(found)
         for here, there in zip(
-            classifier.logits(texts), postgrad.load(str(tmp_path / "plain")).logits(texts), strict=True
+            classifier.logits(texts), postgrad.load_classifier(str(tmp_path / "plain")).logits(texts), strict=True
         ):
             np.testing.assert_allclose(here, there, atol=1e-5)  # low-rank updates are added up in another order
 
@@ -350,7 +351,7 @@ def test_a_task_layer_of_ours_where_transformers_has_none(shelf: Workspace, tmp_
     )
     assert form == TaskHeadConfig((2,), stack="encoder")
     done = shelf.run(stage_of(shelf, "bart-tags", "tagged", model=str(tmp_path / "bart")))
-    assert done.record["changes"]["tagged-heldout"]["difference"] < 0
+    assert done.record.changes["tagged-heldout"].difference < 0
 
 
 # -- new texts -------------------------------------------------------------------------------------------------------------
@@ -372,11 +373,11 @@ def test_texts_that_are_too_long_are_read_as_rows_are(shelf: Workspace) -> None:
             )
         ).run_folder
     )
-    scored = evaluate_files(run, [str(file)], context=64, documents="auto", column=None, cache=shelf.cache)
-    classifier = postgrad.load(run)
+    scored = evaluate(run, [str(file)], context=64, cache=shelf.cache)
+    classifier = postgrad.load_classifier(run)
     said = classifier.predict([row["text"] for row in long])
     right = np.mean([answer == row["label"] for answer, row in zip(said, long, strict=True)])
-    assert scored["sets"]["long"]["metrics"]["accuracy"]["value"] == right
+    assert scored.sets["long"].metrics["accuracy"].value == right
     assert len(classifier._make_row(long[0]["text"], 0).inputs["input_ids"]) == 64
     assert classifier.predict([""])[0] in ("words", "sums")
 
@@ -384,22 +385,22 @@ def test_texts_that_are_too_long_are_read_as_rows_are(shelf: Workspace) -> None:
 def test_a_word_without_a_token_has_no_tag(shelf: Workspace) -> None:
     file, tuning, said = RUNS["bilstm on frozen layers"]
     run = shelf.run(stage_of(shelf, "bilstm-on-frozen-layers", file, tuning, **dict(said))).run_folder
-    answers = postgrad.load(str(run)).predict([["one", " ", "two"], ["six"] * 100])
+    answers = postgrad.load_classifier(str(run)).predict([["one", " ", "two"], ["six"] * 100])
     assert [tag is None for tag in answers[0]] == [False, True, False]
     assert [tag is None for tag in answers[1]] == [False] * 62 + [True] * 38
 
 
 def test_what_cannot_be_classified_is_told(shelf: Workspace) -> None:
     with pytest.raises(ModelError, match="decides nothing: it is no classifier"):
-        postgrad.load(str(shelf.folder / "llama"))
+        postgrad.load_classifier(str(shelf.folder / "llama"))
     file, tuning, said = RUNS["bilstm on frozen layers"]
     run = shelf.run(stage_of(shelf, "bilstm-on-frozen-layers", file, tuning, **dict(said))).run_folder
-    tagger = postgrad.load(str(run))
+    tagger = postgrad.load_classifier(str(run))
     with pytest.raises(DataError, match=r"texts\[1\]: a text that is not cut into words"):
         tagger.predict([["one"], "two"])
     with pytest.raises(DataError, match="a single text"):
         tagger.predict("one")
-    other = postgrad.load(
+    other = postgrad.load_classifier(
         str(
             shelf.run(
                 stage_of(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from postgrad.commands.evaluate import load_model_inputs
+from postgrad.commands.score_files import load_model_inputs
 from postgrad.config.stage_file import load_tasks, parse_stage
 from postgrad.config.tasks import TaskConfig
 from postgrad.errors import DataError, ModelError, StageError

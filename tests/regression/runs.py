@@ -17,6 +17,7 @@ import contextlib
 import copy
 import gc
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -82,7 +83,22 @@ Values = Sequence[tuple[str, Mapping[str, str]]]
 
 VERBS: Mapping[str, str] = {}
 """Verbs of the command line: `{here: now}`."""
-OPTIONS: Mapping[tuple[str, str], str] = {}
+OPTIONS: Mapping[tuple[str, str], str] = {
+    ("restore", "--until"): "--min-recovered",
+    ("compare", "--on"): "--text",
+    ("synthesize", "--longest"): "--max-tokens",
+    ("synthesize", "--from"): "--prompts",
+    ("synthesize", "--beginning"): "--prompt-tokens",
+    ("synthesize", "--at-once"): "--batch-size",
+    ("synthesize", "--most-repeated"): "--max-repetition",
+    ("synthesize", "--keep"): "--diverse-share",
+    ("blend", "--sweep"): "--weights",
+    ("blend", "--by"): "--granularity",
+    ("blend", "--choose"): "--weight",
+    ("importance", "--onto"): "--accumulate",
+    ("generate", "--tokens"): "--max-new-tokens",
+    ("generate", "--beside"): "--compare-with",
+}
 """Options of a verb: `{("synthesize", "--longest"): "--max-tokens"}`."""
 _ROW_KEYS = (("words", "label_words"), ("only", "filter"), ("documents", "document_unit"))
 _ROWS = ("data.sources.*", "evaluation.retained.*", "evaluation.learned.*", "evaluation.test.*", "evaluation.tasks.*")
@@ -158,13 +174,48 @@ STUDY: Moves = (
 """Keys of a study file, beside those of a stage that stand under `stage` and in each of its `arms`."""
 STUDY_VALUES: Values = (("arms.*.replay_from", {"self-made": "generated"}),)
 """Values in a study file."""
-RECORD: Moves = ()
+
+
+def _from_previous_format(keys: str) -> Moves:
+    """A table of the package that converts files of the format that was captured, parents first."""
+    pairs = getattr(importlib.import_module("postgrad.lineage.previous_format"), keys)
+    return [
+        (path, ".".join([*path.split(".")[:-1], new])) for path, new in sorted(pairs, key=lambda p: p[0].count("."))
+    ]
+
+
+RECORD: Moves = _from_previous_format("RECORD_KEYS")
 """Keys of a run's record."""
-STEP: Moves = ()
+STEP: Moves = _from_previous_format("ROW_KEYS")
 """Keys of a step's row of metrics."""
-LOOK: Moves = ()
+LOOK: Moves = STEP
 """Keys of an evaluation's row of metrics."""
-RESULTS: Mapping[str, Moves] = {}
+OMITTED = (
+    *(("chosen", "realign", "gate", "drift", "update", "pseudo_perplexity")),
+    *("changes.*.share_of_range", "pseudo_perplexity.changes.*.share_of_range"),
+    *("tasks.*.before.*.spread", "tasks.*.after.*.spread", "penalties.*.importance"),
+)
+"""Keys of a record that are left out where they are null."""
+EMPTY = ("scores.*.*.metrics", "pseudo_perplexity.scores.*.*.metrics")
+"""Keys of a record that were left out where they are empty."""
+RESULTS: Mapping[str, Moves] = {
+    "eval": (
+        ("sets.*.pseudo", "sets.*.pseudo_perplexity"),
+        ("tasks.*.scores.*.seeds", "tasks.*.scores.*.values_by_seed"),
+        ("tasks.*.scores.*.spread", "tasks.*.scores.*.std"),
+    ),
+    "advise": (
+        ("share", "replay_share"),
+        ("even", "break_even"),
+        ("even.share", "even.replay_share"),
+        ("old", "retained_losses"),
+        ("rise", "retained_rises"),
+        ("new", "learned_losses"),
+        ("tokens", "pilot_tokens"),
+        ("pilots.*.share", "pilots.*.replay_share"),
+    ),
+    "generate": (("continuations.*.written", "continuations.*.text"),),
+}
 """Keys of what a verb prints with `--json`, by verb (as it is called here)."""
 NAMES: Mapping[str, str] = {}
 """Names that the package makes up and that are keys in what was captured, such as metrics: `{here: now}`."""
@@ -177,7 +228,7 @@ FILES = {
 """Files and folders of a run."""
 ROWS = {"key": "kind", "step": "step", "look": "evaluation"}
 """What tells the rows of metrics apart: the key, and its value for a step and for an evaluation."""
-EVENTS = {"key": "event", "step": "step", "saved": "saved"}
+EVENTS = {"key": "event", "step": "step", "saved": "checkpoint"}
 """What is printed on standard error, a line an event, with `--json`: the key, and its value for a step and a checkpoint."""
 CACHE_VARIABLE = "POSTGRAD_CACHE"
 """The environment variable that names the cache."""
@@ -204,7 +255,25 @@ def looks_of(run: Path) -> list[Data]:
 
 def record_of(run: Path) -> Data:
     """A run's record."""
-    return renamed(json.loads((run / FILES["record"]).read_text()), RECORD, back=True)
+    record = renamed(json.loads((run / FILES["record"]).read_text()), RECORD, back=True)
+    for path in OMITTED:
+        *parents, key = path.split(".")
+        for parent in _at(record, parents):
+            parent.setdefault(key, None)
+    for path in EMPTY:
+        *parents, key = path.split(".")
+        for parent in _at(record, parents):
+            if not parent.get(key):
+                parent.pop(key, None)
+    return record
+
+
+def _at(node: Any, path: Sequence[str]) -> list[Data]:
+    """Every mapping that a path leads to."""
+    nodes = [node]
+    for step in path:
+        nodes = [child for each in nodes for child in _children(each, step)]
+    return [each for each in nodes if isinstance(each, dict)]
 
 
 def _rows(run: Path) -> list[Data]:
@@ -689,7 +758,7 @@ def losses(run: Path) -> list[Data]:
 
 def _look(row: Data) -> Data:
     """What was seen at a look; what decides whether a step forgot too much is the upper end of an interval."""
-    look = {key: row[key] for key in ("step", "sets", "choice", "tasks") if key in row}
+    look = {key: row[key] for key in ("step", "sets", "choice", "tasks") if row.get(key) not in (None, {})}
     if "choice" in look:
         choice = {key: value for key, value in look["choice"].items() if key != "rise"}
         look["choice"] = {**choice, "forgot": {"high": look["choice"].get("rise")}}

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from postgrad.cli.chat import run_chat
+from postgrad.cli.render import generation_text
 from postgrad.commands import generate
-from postgrad.commands.generate import chat, export_model, generate_once
+from postgrad.commands.export import export_model
 from postgrad.data.render.chat import PLAIN_TEMPLATE, custom_template, plain_template
 from postgrad.errors import ModelError
 from postgrad.models.location import locate_model
@@ -20,7 +22,7 @@ from postgrad.models.pretrained import load_tokenizer
 from tests.conftest import make_llama
 from tests.tiny_stages import QUICK_EVALUATION, Workspace, bos_tokenizer, make_workspace, save_model
 
-GREEDY: dict[str, Any] = {"tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0}
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
 CHATML = TURNS + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
@@ -138,7 +140,8 @@ def talk(monkeypatch: pytest.MonkeyPatch, models: list[str], said: list[str], **
     lines = iter([*said, ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    chat(models, **{**GREEDY, **options})
+    chat = options.pop("chat", True)
+    run_chat(models, generate.SamplingOptions(**{**GREEDY, **options}), chat=chat)
 
 
 @pytest.fixture
@@ -148,9 +151,9 @@ def given(monkeypatch: pytest.MonkeyPatch, shelf: Workspace) -> list[str]:
     out: list[str] = []
     plain = generate._generate_text
 
-    def spy(writer: Any, ids: np.ndarray, **options: Any) -> str:
+    def spy(writer: Any, ids: np.ndarray, options: Any) -> str:
         out.append(writer.tokenizer.decode(ids))
-        return plain(writer, ids, **options)
+        return plain(writer, ids, options)
 
     monkeypatch.setattr(generate, "_generate_text", spy)
     return out
@@ -184,16 +187,16 @@ def test_others_go_on_from_the_text_and_so_does_each_that_is_told_to(
     talk(monkeypatch, [str(done.run_folder), "llama"], ["one and"])
     assert given == ["### User:\none and\n\n### Assistant:\n", "one and"]
     given.clear()
-    talk(monkeypatch, [str(done.run_folder)], ["one and"], as_chat=False)
+    talk(monkeypatch, [str(done.run_folder)], ["one and"], chat=False)
     assert given == ["one and"]
     given.clear()
-    found = generate_once([str(done.run_folder)], "one and", **GREEDY)
-    assert given == ["one and"] and found["text"].startswith("one and")
+    found = generate.generate([str(done.run_folder)], "one and", **GREEDY)
+    assert given == ["one and"] and generation_text(found).startswith("one and")
     given.clear()
-    found = generate_once([str(done.run_folder)], "one and", as_chat=True, **GREEDY)
-    assert given == ["### User:\none and\n\n### Assistant:\n"] and not found["text"].startswith("one and")
+    found = generate.generate([str(done.run_folder)], "one and", chat=True, **GREEDY)
+    assert given == ["### User:\none and\n\n### Assistant:\n"] and not generation_text(found).startswith("one and")
     with pytest.raises(ModelError, match="has no chat template"):
-        generate_once(["llama"], "one and", as_chat=True, **GREEDY)
+        generate.generate(["llama"], "one and", chat=True, **GREEDY)
     capsys.readouterr()
 
 
@@ -202,7 +205,7 @@ def test_what_no_longer_fits_is_left_out_from_the_beginning(
 ) -> None:
     done = shelf.run(stage_of(shelf, "llama"))
     said = [f"one and two and three and four {n}" for n in range(9)]
-    talk(monkeypatch, [str(done.run_folder)], said, tokens=8)
+    talk(monkeypatch, [str(done.run_folder)], said, max_new_tokens=8)
     assert len(given) == 9
     tokenizer = AutoTokenizer.from_pretrained(done.run_folder / "model")
     assert all(len(tokenizer(text)["input_ids"]) + 8 <= 128 for text in given)
@@ -210,7 +213,7 @@ def test_what_no_longer_fits_is_left_out_from_the_beginning(
     given.clear()
     capsys.readouterr()
     talk(monkeypatch, [str(done.run_folder)], ["one and two " * 60, "one"])
-    assert "error: --prompt: the text has" in capsys.readouterr().out
+    assert "error: --prompt: the prompt has" in capsys.readouterr().out
     assert given[-1] == "### User:\none\n\n### Assistant:\n"  # what was too long is forgotten
 
 

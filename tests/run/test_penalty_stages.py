@@ -15,11 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from postgrad.check.check import check_stage
-from postgrad.commands.importance import measure_importance
+from postgrad.cli.render import importance_text
+from postgrad.commands.importance import MeasuredImportance, measure_importance
 from postgrad.config.penalties import AnchorPenalty
 from postgrad.data.loading.batch import Batch
 from postgrad.errors import DataError, ModelError, PostgradError, ResumeError, StageError
 from postgrad.hardware.execution import Execution
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.models.location import locate_model
 from postgrad.models.pretrained import load_pretrained, save_pretrained
@@ -28,7 +30,6 @@ from postgrad.penalties.importance_file import ImportanceFile, ImportanceMetadat
 from postgrad.run.build import make_loader, make_optimizer
 from postgrad.run.events import InfoMessage, WarningMessage
 from postgrad.run.penalty_strength import find_strengths, get_anchors
-from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run
 from postgrad.tuning.open_model import get_task, start_fingerprint
 from tests.conftest import make_llama, make_tokenizer
@@ -59,7 +60,7 @@ def importance(shelf: Workspace, name: str = "importance", model: str = "llama",
 
 
 def told(home: Path) -> list[dict[str, Any]]:
-    return [row for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+    return [row for row in read_metrics(home / "metrics.jsonl") if row.kind == "step"]
 
 
 def anchor_of(run: Run) -> Anchor:
@@ -426,7 +427,7 @@ def test_killed_and_stopped_it_ends_with_the_same_bits(shelf: Workspace, changes
         shelf, shelf.stage("whole", **changes, output=str(shelf.folder / "runs" / f"parts-{len(str(changes))}"))
     )
     assert run_trace(parts.run_folder) == run_trace(whole.run_folder)
-    assert parts.record["penalties"] == whole.record["penalties"]
+    assert parts.record.penalties == whole.record.penalties
 
 
 def test_importance_that_has_changed_is_refused_on_resume(shelf: Workspace) -> None:
@@ -450,7 +451,7 @@ def test_a_strength_is_found_once_and_kept(shelf: Workspace) -> None:
     assert f"{kept['strength']:.3g}" in said and kept["strength"] > 0
     assert kept["strength"] == pytest.approx(kept["push"] / kept["pull"], rel=5e-3)
     record = read_record(shelf.folder / "runs" / "auto")
-    assert record["penalties"][0]["strength"] == kept["strength"]
+    assert record.penalties[0].strength == kept["strength"]
     number = shelf.run(shelf.stage("number", penalties=[{**ANCHOR, "strength": kept["strength"]}]))
     model = "model/model.safetensors"
     assert (number.run_folder / model).read_bytes() == (shelf.folder / "runs" / "auto" / model).read_bytes()
@@ -573,10 +574,9 @@ def test_check_tells_what_is_wrong(shelf: Workspace) -> None:
 # -- importance, measured ---------------------------------------------------------------------------------------------
 
 
-def measure(shelf: Workspace, model: str, file: str, out: str, **changes: Any) -> dict[str, Any]:
+def measure(shelf: Workspace, model: str, file: str, out: str, **changes: Any) -> MeasuredImportance:
     options: dict[str, Any] = {
-        "out": shelf.folder / out, "tokens": "200", "kind": "fisher", "onto": None, "decay": 0.9, "dtype": "float32",
-        "context": 48, "documents": "auto", "column": None, "seed": 0, "force": True, "base": None,
+        "out": shelf.folder / out, "tokens": "200", "context": 48, "force": True,
     }  # fmt: skip
     said: list[tuple[int, int]] = []
     found = measure_importance(
@@ -615,7 +615,7 @@ def test_importance_is_measured_and_read_by_an_anchor(shelf: Workspace, model: s
     assert made.metadata.tokens >= 200 and made.metadata.mean > 0 and made.metadata.convergence
     assert all((made[n] >= 0).all() for n in made.names)
     told = sum(float(made[n].double().sum()) for n in made.names) / sum(p.numel() for p in weights.values())
-    assert told == pytest.approx(made.metadata.mean) == pytest.approx(found["mean"])
+    assert told == pytest.approx(made.metadata.mean) == pytest.approx(found.metadata.mean)
     if model == "llama" and file == "old":
         raw = shelf.stage(f"by-{kind}", penalties=[{**ANCHOR, "importance": str(shelf.folder / out)}])
         assert anchor_of(train_for(shelf, raw, 0)[2]).metadata["left_out"] == []
@@ -635,8 +635,8 @@ def test_importance_of_a_classifier(shelf: Workspace, rows: str) -> None:
     place = shelf.run(raw).run_folder
     for kind in ("fisher", "empirical", "mas"):
         found = measure(shelf, str(place), shelf.file(rows), f"{rows}-{kind}.safetensors", kind=kind, tokens="30")
-        assert found["per"] == "label" and found["mean"] > 0
-        assert any(part["part"] == "classifier.weight" and part["share"] > 0 for part in found["parts"])
+        assert found.metadata.per == "label" and found.metadata.mean > 0
+        assert any(part.part == "classifier.weight" and part.share > 0 for part in found.parts)
 
 
 def test_older_importance_decays(shelf: Workspace) -> None:
@@ -644,7 +644,7 @@ def test_older_importance_decays(shelf: Workspace) -> None:
     measure(shelf, llama, shelf.file("old"), "one.safetensors")
     measure(shelf, llama, shelf.file("new"), "two.safetensors")
     found = measure(
-        shelf, llama, shelf.file("new"), "both.safetensors", onto=shelf.folder / "one.safetensors", decay=0.5,
+        shelf, llama, shelf.file("new"), "both.safetensors", accumulate=shelf.folder / "one.safetensors", decay=0.5,
         dtype="bfloat16",
     )  # fmt: skip
     one, two, both = (ImportanceFile(shelf.folder / f"{name}.safetensors") for name in ("one", "two", "both"))
@@ -653,19 +653,19 @@ def test_older_importance_decays(shelf: Workspace) -> None:
     assert (
         both.metadata.onto is not None and both.metadata.onto["model"] == llama and both.metadata.onto["decay"] == 0.5
     )
-    assert "added onto 0.5 x what was measured on" in found["text"]
+    assert "added to 0.5 x the importance measured on" in importance_text(found)
 
 
 def test_older_importance_of_other_weights_is_refused(shelf: Workspace) -> None:
     llama = str(shelf.folder / "llama")
     older = importance(shelf, "older", **{"model.norm.weight": torch.ones(7)})
     with pytest.raises(DataError, match=r"model\.norm\.weight has shape \(7,\), this model's weight \(32,\)"):
-        measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=Path(older))
+        measure(shelf, llama, shelf.file("old"), "no.safetensors", accumulate=Path(older))
     measure(shelf, str(shelf.folder / "bert"), shelf.file("old"), "bert.safetensors")
     with pytest.raises(DataError, match=r"lacks|has bert"):
-        measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=shelf.folder / "bert.safetensors")
+        measure(shelf, llama, shelf.file("old"), "no.safetensors", accumulate=shelf.folder / "bert.safetensors")
     with pytest.raises(DataError, match="is fisher, and this one mas"):
-        measure(shelf, llama, shelf.file("old"), "no.safetensors", onto=Path(importance(shelf)), kind="mas")
+        measure(shelf, llama, shelf.file("old"), "no.safetensors", accumulate=Path(importance(shelf)), kind="mas")
 
 
 @pytest.mark.parametrize(
@@ -677,7 +677,7 @@ def test_older_importance_of_other_weights_is_refused(shelf: Workspace) -> None:
         ({"tokens": "many"}, "a number of tokens"),
         ({"tokens": "0"}, "a number of tokens"),
         ({"out": "nowhere/x.safetensors"}, "no folder"),
-        ({"documents": "page"}, "passages"),
+        ({"document_unit": "page"}, "passages"),
     ],
     ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
 )
@@ -694,5 +694,5 @@ def test_a_file_is_not_overwritten_without_a_word(shelf: Workspace) -> None:
 
 def test_importance_of_a_model_in_which_an_adapter_stands_is_refused(shelf: Workspace) -> None:
     place = shelf.run(shelf.stage("standing", {"kind": "adapter", "size": 4})).run_folder
-    with pytest.raises(ModelError, match="importance is of plain weights"):
+    with pytest.raises(ModelError, match="importance is measured on plain weights"):
         measure(shelf, str(place), shelf.file("old"), "no.safetensors")

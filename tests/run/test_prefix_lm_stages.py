@@ -11,9 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from postgrad.cli.render import evaluation_text, export_text
 from postgrad.commands import generate
-from postgrad.commands.evaluate import compare_models, evaluate_files
-from postgrad.commands.generate import export_model, generate_once
+from postgrad.commands.compare import compare_models
+from postgrad.commands.evaluate import evaluate
+from postgrad.commands.export import export_model
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation import continuations
@@ -65,10 +67,10 @@ def by_hand(folder: Path, plan: Any) -> dict[str, float]:
 def test_it_is_learnt_and_scored_as_it_is_read(shelf: Workspace) -> None:
     raw = stage_of(shelf, "prefix")
     done = shelf.run(raw)
-    assert all(change["difference"] < 0 for change in done.record["changes"].values())
-    after = {name: scores["nats"] for name, scores in done.record["scores"]["after"].items()}
+    assert all(change.difference < 0 for change in done.record.changes.values())
+    after = {name: scores.nats for name, scores in done.record.scores.after.items()}
     assert after == pytest.approx(by_hand(done.run_folder / "model", shelf.plan(raw)), rel=1e-5)
-    before = {name: scores["nats"] for name, scores in done.record["scores"]["before"].items()}
+    before = {name: scores.nats for name, scores in done.record.scores.before.items()}
     assert before == pytest.approx(by_hand(shelf.folder / "llama", shelf.plan(raw)), rel=1e-5)
     # The mutant: read causally it is another number.
     model = AutoModelForCausalLM.from_pretrained(done.run_folder / "model")
@@ -116,7 +118,7 @@ def test_it_stands_beside_plain_text_in_one_stage(shelf: Workspace) -> None:
     plan = shelf.plan(raw)
     assert [rows.layout for rows in plan.data.rows] == ["packed", "prefix"]
     done = shelf.run(raw)
-    assert done.record["status"] == "finished" and all(c["difference"] < 0 for c in done.record["changes"].values())
+    assert done.record.status == "finished" and all(c.difference < 0 for c in done.record.changes.values())
     assert is_prefix_lm(AutoModelForCausalLM.from_pretrained(done.run_folder / "model").config)
 
 
@@ -151,17 +153,10 @@ def test_a_tunings_folder_says_it_too(shelf: Workspace, kind: str, monkeypatch: 
     opened = open_model(start)
     assert is_prefix_lm(opened.model.config)
     monkeypatch.chdir(shelf.folder)
-    options = {"tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0}
-    assert generate_once([str(done.run_folder)], "one and two", **options)["continuations"]
-    scored = evaluate_files(
-        str(done.run_folder),
-        [shelf.file("new", held_out=True)],
-        context=LENGTH,
-        documents="auto",
-        column=None,
-        cache=shelf.cache,
-    )
-    assert "read in both directions" in scored["text"]
+    options = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    assert generate.generate([str(done.run_folder)], "one and two", **options).continuations
+    scored = evaluate(str(done.run_folder), [shelf.file("new", held_out=True)], context=LENGTH, cache=shelf.cache)
+    assert "read in both directions" in evaluation_text(scored)
 
 
 def test_a_prompt_is_read_in_both_directions_and_written_on(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,11 +181,11 @@ def test_a_prompt_is_read_in_both_directions_and_written_on(shelf: Workspace, mo
             if following == tokenizer.eos_token_id:
                 break
         wanted = tokenizer.decode(ids[0, size:], skip_special_tokens=True)
-        found = generate_once([str(done.run_folder)], prompt, tokens=6, temperature=0.0, top_p=1.0, seed=0)
-        assert found["continuations"][0]["written"] == wanted
+        found = generate.generate([str(done.run_folder)], prompt, max_new_tokens=6, temperature=0.0, top_p=1.0, seed=0)
+        assert found.continuations[0].text == wanted
         sizes.append(size)
     assert asked == sizes  # so small a model might write the same from a prompt that was read causally
-    told = export_model(str(done.run_folder), shelf.folder / "exported", "auto")["text"]
+    told = export_text(export_model(str(done.run_folder), shelf.folder / "exported"))
     assert (
         PREFIX_LM_KEY in told
         and json.loads((shelf.folder / "exported" / "config.json").read_text())[PREFIX_LM_KEY] is True
@@ -200,7 +195,7 @@ def test_a_prompt_is_read_in_both_directions_and_written_on(shelf: Workspace, mo
 def test_models_that_read_in_other_ways_are_not_compared(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     done = shelf.run(stage_of(shelf, "prefix"))
     monkeypatch.chdir(shelf.folder)
-    with pytest.raises(StageError, match="both directions"):
+    with pytest.raises(StageError, match="only some of these models are prefix language models"):
         compare_models(["llama", str(done.run_folder)], [shelf.file("new", held_out=True)], cache=shelf.cache)
 
 
@@ -214,8 +209,8 @@ def test_attention_that_looks_back_only_is_refused(shelf: Workspace) -> None:
     assert met.value.where == "compute.attention"
     for attention in ("sdpa", "eager"):
         done = shelf.run(stage_of(shelf, attention, compute={**compute, "attention": attention}, tokens=200))
-        assert done.record["execution"]["attention"] == attention
-    assert shelf.run(stage_of(shelf, "prefix")).record["execution"]["attention"] == "sdpa"
+        assert done.record.execution.attention == attention
+    assert shelf.run(stage_of(shelf, "prefix")).record.execution.attention == "sdpa"
 
 
 def test_an_encoder_is_refused(shelf: Workspace) -> None:
@@ -252,4 +247,4 @@ def test_samples_are_written_as_the_model_reads(shelf: Workspace, monkeypatch: p
         "learned": [{"name": "long", "path": str(long), "same_format_as": "new"}],
     }
     done = shelf.run(stage_of(shelf, "samples", objectives=objectives, evaluation=evaluation, tokens=200))
-    assert len(done.record["samples"]) == 1 and asked == [True]
+    assert len(done.record.samples) == 1 and asked == [True]

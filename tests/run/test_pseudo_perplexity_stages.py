@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from postgrad.commands.evaluate import evaluate_files
+from postgrad.cli.render import evaluation_text
+from postgrad.commands.evaluate import TextEvaluation, evaluate
 from postgrad.errors import StageError
 from postgrad.plan.plan import Plan
 from postgrad.run.run_folder import REPORT
@@ -54,34 +55,34 @@ def by_hand(folder: Path, plan: Plan, name: str) -> tuple[float, int]:
 def test_it_is_measured_before_and_after_on_the_same_texts(shelf: Workspace) -> None:
     raw = stage_of(shelf, "pseudo")
     done, plan = shelf.run(raw), shelf.plan(raw)
-    told = done.record["pseudo_perplexity"]
+    told = done.record.pseudo_perplexity
     for side, folder in (("before", shelf.folder / "bert"), ("after", done.run_folder / "model")):
-        for name, scores in told["scores"][side].items():
+        for name, scores in told.scores[side].items():
             nats, tokens = by_hand(folder, plan, name)
             assert scores["tokens"] == tokens >= 60
             assert scores["nats"] == pytest.approx(nats, rel=1e-5)
             assert scores["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
             assert scores["low"] < nats < scores["high"]
-    assert {name: change["role"] for name, change in told["changes"].items()} == {
+    assert {name: change.role for name, change in told.changes.items()} == {
         "old-heldout": "retained",
         "new-heldout": "learned",
     }
-    for name, change in told["changes"].items():
-        before, after = (told["scores"][side][name]["nats"] for side in ("before", "after"))
-        assert change["difference"] == pytest.approx(after - before)
+    for name, change in told.changes.items():
+        before, after = (told.scores[side][name]["nats"] for side in ("before", "after"))
+        assert change.difference == pytest.approx(after - before)
     # Beside the masked loss, in the end text and on the page; the gate and the curves know nothing of it.
-    assert told["scores"]["after"].keys() == done.record["scores"]["after"].keys()
+    assert told.scores.after.keys() == done.record.scores.after.keys()
     text, page = summary_text(done), (done.run_folder / REPORT).read_text()
     for place in (text, page):
         assert "given all the others" in place and "pseudo-perplexity" in place
-    assert f"{told['scores']['after']['new-heldout']['nats']:.3f}" in text
+    assert f"{told.scores.after['new-heldout'].nats:.3f}" in text
 
 
 def test_a_killed_run_keeps_its_before(shelf: Workspace) -> None:
     whole = shelf.run(stage_of(shelf, "whole"))
     parts = run_interrupted(shelf, stage_of(shelf, "parts"))
     assert run_trace(parts.run_folder) == run_trace(whole.run_folder)
-    assert parts.record["pseudo_perplexity"] == whole.record["pseudo_perplexity"]
+    assert parts.record.pseudo_perplexity == whole.record.pseudo_perplexity
 
 
 def test_the_start_model_reads_without_the_vectors_of_the_stage(shelf: Workspace) -> None:
@@ -96,7 +97,7 @@ def test_the_start_model_reads_without_the_vectors_of_the_stage(shelf: Workspace
 
 def test_it_is_off_unless_asked_for(shelf: Workspace) -> None:
     done = shelf.run(stage_of(shelf, "off", 0))
-    assert done.record["pseudo_perplexity"] is None
+    assert done.record.pseudo_perplexity is None
     assert "given all the others" not in summary_text(done) + (done.run_folder / REPORT).read_text()
     assert not list((done.run_folder / "scores").glob("pseudo*"))
 
@@ -117,27 +118,19 @@ def test_whole_windows_are_taken_up_to_the_one_that_reaches_it(shelf: Workspace,
 def test_the_command_scores_an_encoder(shelf: Workspace) -> None:
     files = [shelf.file("old", held_out=True), shelf.file("new", held_out=True)]
 
-    def asked(pseudo: int, model: str = "bert") -> dict[str, Any]:
-        return evaluate_files(
-            str(shelf.folder / model),
-            files,
-            context=LENGTH,
-            documents="auto",
-            column=None,
-            cache=shelf.cache,
-            pseudo=pseudo,
-        )
+    def asked(pseudo: int, model: str = "bert") -> TextEvaluation:
+        return evaluate(str(shelf.folder / model), files, context=LENGTH, cache=shelf.cache, pseudo=pseudo)
 
     found = asked(60)
-    told = shelf.run(stage_of(shelf, "pseudo")).record["pseudo_perplexity"]["scores"]["before"]
-    assert {name: row["pseudo"]["nats"] for name, row in found["sets"].items()} == pytest.approx(
-        {name: row["nats"] for name, row in told.items()}
-    )
-    assert found["text"].count("masked one at a time") == 2
-    assert all("pseudo" not in row for row in asked(0)["sets"].values())
-    with pytest.raises(StageError, match="fills in no masks"):
+    told = shelf.run(stage_of(shelf, "pseudo")).record.pseudo_perplexity.scores.before
+    assert {
+        name: score.pseudo_perplexity.nats for name, score in found.sets.items() if score.pseudo_perplexity
+    } == pytest.approx({name: row.nats for name, row in told.items()})
+    assert evaluation_text(found).count("masked one at a time") == 2
+    assert all(score.pseudo_perplexity is None for score in asked(0).sets.values())
+    with pytest.raises(StageError, match="is not a masked language model"):
         asked(60, "llama")
-    with pytest.raises(StageError, match="-1 is no number of tokens"):
+    with pytest.raises(StageError, match="cannot mask -1 tokens"):
         asked(-1)
 
 

@@ -24,6 +24,7 @@ from postgrad.errors import TuningError
 from postgrad.models.sublayers import Block
 from postgrad.tuning import adapter as subject
 from postgrad.tuning.adapter import Adapter, Bottleneck
+from postgrad.tuning.attach import attach
 from postgrad.tuning.tuning import Tuning, trainable_parameters
 from tests.tuning import checks
 from tests.tuning.families import FAMILIES, MORE_FAMILIES, Task, batch, build_model, logits, loss, single_row
@@ -60,7 +61,7 @@ def attaching(form: str, **options: Any) -> functools.partial[Tuning]:
 
 def published(model: PreTrainedModel, options: Mapping[str, Any]) -> Tuning:
     assert options["kind"] == "adapter"
-    return Adapter(model, **{key: value for key, value in options.items() if key != "kind"})
+    return attach(model, options)
 
 
 def speak(tuning: Tuning, seed: int = 0) -> None:
@@ -570,7 +571,7 @@ def test_options_out_of_range_are_told(options: dict[str, Any], where: str, hint
 def test_a_block_without_the_places_is_named_with_its_modules() -> None:
     model: Any = build_model("llama", "lm")
     model.model.layers[1].mlp = nn.Identity()
-    with pytest.raises(TuningError, match=r"no feed_forward sub-layer was found in model.layers.1") as met:
+    with pytest.raises(TuningError, match=r"no feed_forward sub-layer in model.layers.1") as met:
         Adapter(model, variant="pfeiffer")
     assert "self_attn, mlp" in str(met.value)
 
@@ -578,12 +579,12 @@ def test_a_block_without_the_places_is_named_with_its_modules() -> None:
 def test_a_model_without_blocks_is_told() -> None:
     model: Any = build_model("llama", "lm")
     model.model.layers = nn.ModuleList()
-    with pytest.raises(TuningError, match="no stack of blocks"):
+    with pytest.raises(TuningError, match="has no stack of blocks"):
         Adapter(model)
 
 
 def test_what_the_feed_forward_reads_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = subject.blocks_of
+    found = subject.find_blocks
 
     def deaf(model: PreTrainedModel) -> list[Block]:
         return [
@@ -592,7 +593,7 @@ def test_what_the_feed_forward_reads_must_be_known(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(subject, "find_blocks", deaf)
     Adapter(build_model("llama", "lm"), variant="pfeiffer")
-    with pytest.raises(TuningError, match="what the feed-forward reads"):
+    with pytest.raises(TuningError, match="unknown input of the feed-forward"):
         Adapter(build_model("llama", "lm"), variant="parallel")
 
 
@@ -601,7 +602,7 @@ def test_an_adapter_that_no_gradient_reaches_is_refused_and_leaves_no_trace() ->
     # The last layer's answer is thrown away.
     model.model.layers[1].register_forward_hook(lambda _module, args, _output: args[0])
     before = [(name, p.requires_grad) for name, p in model.named_parameters()]
-    with pytest.raises(TuningError, match=r"no gradient comes back to the adapter at model.layers.1.attention"):
+    with pytest.raises(TuningError, match=r"no gradient reaches the adapter at model.layers.1.attention"):
         Adapter(model)
     assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
     assert not any(m._forward_hooks for m in model.model.layers[0].modules())
@@ -625,5 +626,5 @@ def test_a_strange_state_is_refused_before_anything_is_copied() -> None:
 def test_notes_tell_what_was_added() -> None:
     assert Adapter(build_model("t5", "lm"), skip_layers=[0]).notes == [
         "8 adapters of width 2 in 3 of 4 blocks (attention, feed_forward, cross_attention)",
-        "10 weights of norms move too",
+        "10 norm weights are trained too",
     ]

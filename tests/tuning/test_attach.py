@@ -1,182 +1,27 @@
-"""Laws of attaching by options, and of the folder in which a tuning leaves and comes back."""
+"""Laws of attaching a tuning by its options."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError
-from postgrad.storage.atomic import publish_folder, verify
 from postgrad.tuning.attach import KINDS, attach
-from postgrad.tuning.folder import load_tuning, save_tuning
-from postgrad.tuning.tuning import Tuning
-from tests.tuning.checks import tokenizer, train
-from tests.tuning.families import batch, build_model, first_virtual, logits
-
-BASE = {"name": "a/base", "fingerprint": "f00d"}
-
-OPTIONS: list[dict[str, Any]] = [
-    {"kind": "adapter", "size": 4},
-    {"kind": "prefix", "length": 3, "hidden": 8},
-    {"kind": "prompt", "length": 3},
-    {"kind": "p-tuning", "length": 3, "encoder": "mlp"},
-    {"kind": "lora", "rank": 2},
-    {"kind": "head"},
-    {"kind": "expand"},
-    {"kind": "osf"},
-]
-OF_PEFT = [options for options in OPTIONS if options["kind"] in ("prefix", "prompt", "lora")]
-
-
-def kind_of(options: dict[str, Any]) -> str:
-    return str(options["kind"])
-
-
-def trained(options: dict[str, Any], family: str = "llama") -> tuple[PreTrainedModel, Tuning]:
-    model = build_model(family, "lm")
-    tuning = attach(model, options, tokenizer=tokenizer())
-    train(model, tuning, family, "lm", steps=2)
-    return model, tuning
-
-
-def answers(model: PreTrainedModel, tuning: Tuning, family: str = "llama") -> Tensor:
-    first = first_virtual(model)
-    return logits(model, batch(family, "lm", seed=8, virtual=range(first, first + tuning.num_virtual_tokens)))
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=kind_of)
-def test_a_folder_gives_the_tuning_back(options: dict[str, Any], tmp_path: Path) -> None:
-    model, tuning = trained(options)
-    expected = answers(model, tuning)
-    folder = publish_folder(tmp_path / "tuning", lambda into: save_tuning(tuning, into, BASE))
-    fresh = build_model("llama", "lm")
-    again = load_tuning(fresh, folder, tokenizer(), fingerprint="f00d")
-    assert again.kind == options["kind"]
-    assert (answers(fresh, again) - expected).abs().max() < 1e-5
-    assert not torch.equal(expected[:, -6:], logits(build_model("llama", "lm"), batch("llama", "lm", seed=8))[:, -6:])
-
-
-def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
-    _, tuning = trained({"kind": "adapter", "variant": "pfeiffer", "size": 4})
-    folder = publish_folder(tmp_path / "tuning", lambda into: save_tuning(tuning, into, BASE))
-    said = json.loads((folder / "tuning.json").read_text())
-    assert said["format"] == 1
-    assert said["base"] == BASE
-    assert said["options"]["kind"] == "adapter"
-    assert said["options"]["size"] == 4
-    assert said["parameters"] == sum(p.numel() for p in tuning.model.parameters() if p.requires_grad)
-    assert set(verify(folder)) == {"tuning.json", "tuning.safetensors"}
-
-
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("options", [{"kind": "lora", "rank": 2}], ids=kind_of)
-def test_peft_loads_the_folder(options: dict[str, Any], tmp_path: Path) -> None:
-    model, tuning = trained(options)
-    save_tuning(tuning, tmp_path, BASE)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "a/base"
-    theirs = PeftModel.from_pretrained(build_model("llama", "lm"), str(tmp_path)).eval()
-    inputs = batch("llama", "lm", seed=8)
-    assert (logits(theirs, inputs) - logits(model, inputs)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("options", OF_PEFT, ids=kind_of)
-def test_pefts_own_two_files_are_enough(options: dict[str, Any], tmp_path: Path) -> None:
-    model, tuning = trained(options)
-    save_tuning(tuning, tmp_path, BASE)
-    (tmp_path / "tuning.json").unlink()
-    (tmp_path / "tuning.safetensors").unlink()
-    fresh = build_model("llama", "lm")
-    again = load_tuning(fresh, tmp_path)
-    assert (answers(fresh, again) - answers(model, tuning)).abs().max() < 1e-5
-
-
-def test_another_base_is_refused_unless_it_is_forced(tmp_path: Path) -> None:
-    _, tuning = trained({"kind": "prompt", "length": 3})
-    save_tuning(tuning, tmp_path, BASE)
-    model = build_model("llama", "lm")
-    with pytest.raises(TuningError, match=r"(?s)a/base with the fingerprint f00d, and this model's is beef.*`base`"):
-        load_tuning(model, tmp_path, fingerprint="beef")
-    assert load_tuning(model, tmp_path, fingerprint="beef", force=True).kind == "prompt"
-    assert load_tuning(build_model("llama", "lm"), tmp_path).kind == "prompt"
-
-
-def test_a_folder_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    _, tuning = trained({"kind": "adapter", "size": 4})
-    save_tuning(tuning, tmp_path, BASE)
-    said = json.loads((tmp_path / "tuning.json").read_text())
-    said["options"]["size"] = 8
-    (tmp_path / "tuning.json").write_text(json.dumps(said))
-    model = build_model("llama", "lm")
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
-    with pytest.raises(TuningError, match="shape"):
-        load_tuning(model, tmp_path)
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
-
-
-def empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-
-
-def pickled(folder: Path) -> None:
-    empty(folder)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
-    torch.save({}, folder / "adapter_model.bin")
-
-
-def foreign(folder: Path) -> None:
-    (folder / "tuning.json").unlink()
-    (folder / "tuning.safetensors").rename(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "VERA"}))
-
-
-def cut(folder: Path) -> None:
-    (folder / "tuning.safetensors").write_bytes((folder / "tuning.safetensors").read_bytes()[:40])
-
-
-def later(folder: Path) -> None:
-    (folder / "tuning.json").write_text(json.dumps({"format": 2, "options": {}}))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (empty, "no tuning in this folder"),
-        (pickled, "adapter_model.safetensors"),
-        (foreign, "VERA is not read here"),
-        (cut, "tensors cannot be read"),
-        (lambda folder: (folder / "tuning.safetensors").unlink(), "tensors cannot be read"),
-        (lambda folder: (folder / "tuning.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "tuning.json").write_bytes(b"\xff"), "cannot be read"),
-        (lambda folder: (folder / "tuning.json").write_text("[]"), "no JSON object"),
-        (later, "format 2"),
-    ],
-)
-def test_a_folder_that_cannot_be_read_is_told(spoil: Any, says: str, tmp_path: Path) -> None:
-    _, tuning = trained({"kind": "adapter", "size": 4})
-    save_tuning(tuning, tmp_path, BASE)
-    spoil(tmp_path)
-    model = build_model("llama", "lm")
-    with pytest.raises(TuningError, match=says):
-        load_tuning(model, tmp_path)
-    assert len(list(model.modules())) == len(list(build_model("llama", "lm").modules()))
+from tests.tuning.checks import tokenizer
+from tests.tuning.families import build_model
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"kind": "promt"}, r"(?s)tuning\.kind: there is no kind 'promt'.*did you mean 'prompt'"),
-        ({"kind": 3}, "there is no kind '3'"),
-        ({"length": 3}, "no `kind` is said"),
+        ({"kind": "promt"}, r"(?s)tuning\.kind: unknown kind 'promt'.*did you mean 'prompt'"),
+        ({"kind": 3}, "unknown kind '3'"),
+        ({"length": 3}, "`kind` is missing"),
         (
             {"kind": "prompt", "lenght": 3},
             r"(?s)tuning\.lenght: `prompt` has no option 'lenght'.*did you mean 'length'",

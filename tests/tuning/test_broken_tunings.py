@@ -65,15 +65,8 @@ class Stand(Tuning):
         for narrow in self.narrow:
             narrow.on = on
 
-    def state(self) -> dict[str, Tensor]:
-        own = self.own()
-        return {name: tensor.detach().clone() for name, tensor in own.items()}
-
-    def own(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": p for i, m in enumerate(self.narrow) for name, p in m.named_parameters()}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        copy_state(self.own(), state, self.kind)
 
     def detach(self) -> None:
         for hook in self.hooks:
@@ -156,7 +149,7 @@ class DropsATensor(Stand):
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        copy_state({name: t for name, t in self.own().items() if name != "0.down"}, state, self.kind)
+        copy_state({name: t for name, t in self.tensors().items() if name != "0.down"}, state, self.kind)
 
 
 class KeepsHalfTheDigits(Stand):

@@ -1,4 +1,4 @@
-"""Do weights that move besides a tuning's own come and go with it, wherever they are held?"""
+"""Do weights that move extra a tuning's own come and go with it, wherever they are held?"""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from postgrad.tuning.lora import LoraAdapter
 from tests.tuning.families import batch, build_model, logits
 
 
-def moved(model: PreTrainedModel, besides: ExtraTrainable) -> dict[str, torch.Tensor]:
+def moved(model: PreTrainedModel, extra: ExtraTrainable) -> dict[str, torch.Tensor]:
     """The values that the parameters were given."""
-    for parameter in besides.tensors().values():
+    for parameter in extra.tensors().values():
         parameter.data.mul_(1.5).add_(0.1)
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -30,27 +30,27 @@ def test_only_what_is_named_moves_and_goes_back() -> None:
     model = build_model("llama", "lm")
     model.model.norm.requires_grad_(False)
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
-    besides = ExtraTrainable(model, ["*norm*"])
-    assert besides.names == [name for name in before if "norm" in name]
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(besides.names)
-    after = moved(model, besides)
-    with besides.use_initial_values():
+    extra = ExtraTrainable(model, ["*norm*"])
+    assert extra.names == [name for name in before if "norm" in name]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(extra.names)
+    after = moved(model, extra)
+    with extra.use_initial_values():
         assert all(torch.equal(p, before[name][0]) for name, p in model.named_parameters())
     assert all(torch.equal(p, after[name]) for name, p in model.named_parameters())
-    with pytest.raises(InterruptedError), besides.use_initial_values():
+    with pytest.raises(InterruptedError), extra.use_initial_values():
         raise InterruptedError
     assert all(torch.equal(p, after[name]) for name, p in model.named_parameters())
-    besides.put_back()
-    besides.give_back()
+    extra.restore_values()
+    extra.restore_requires_grad()
     assert all(torch.equal(p, before[name][0]) for name, p in model.named_parameters())
     assert all(p.requires_grad == before[name][1] for name, p in model.named_parameters())
 
 
 def test_a_task_layer_has_no_value_to_go_back_to() -> None:
     model = build_model("bert", "classify")
-    besides = ExtraTrainable(model, ["classifier", "bert.pooler"])
-    after, base = moved(model, besides), build_model("bert", "classify")
-    besides.restore_values()
+    extra = ExtraTrainable(model, ["classifier", "bert.pooler"])
+    after, base = moved(model, extra), build_model("bert", "classify")
+    extra.restore_values()
     for name, parameter in model.named_parameters():
         expected = after[name] if name.startswith("classifier") else base.get_parameter(name)
         assert torch.equal(parameter, expected)
@@ -58,9 +58,9 @@ def test_a_task_layer_has_no_value_to_go_back_to() -> None:
 
 def test_a_language_model_s_head_has_one() -> None:
     model = build_model("llama", "lm")
-    besides = ExtraTrainable(model, ["lm_head"])
-    moved(model, besides)
-    besides.restore_values()
+    extra = ExtraTrainable(model, ["lm_head"])
+    moved(model, extra)
+    extra.restore_values()
     assert torch.equal(model.lm_head.weight, build_model("llama", "lm").lm_head.weight)
 
 
@@ -73,16 +73,16 @@ def test_a_name_that_matches_nothing_is_refused_before_anything_changes() -> Non
 
 def test_weights_held_in_bf16_come_and_go() -> None:
     model = build_model("llama", "lm")
-    besides = ExtraTrainable(model, ["model.norm"])
+    extra = ExtraTrainable(model, ["model.norm"])
     model.model.norm.weight.data = model.model.norm.weight.data.bfloat16()
-    after = moved(model, besides)["model.norm.weight"]
-    with besides.use_initial_values():
+    after = moved(model, extra)["model.norm.weight"]
+    with extra.use_initial_values():
         assert torch.equal(model.model.norm.weight, build_model("llama", "lm").model.norm.weight.bfloat16())
     assert torch.equal(model.model.norm.weight, after)
 
 
 def sharded(rank: int, ranks: int, meeting: str) -> None:
-    """On one of `ranks`: weights that move besides come and go between forward passes of a sharded model."""
+    """On one of `ranks`: weights that move extra come and go between forward passes of a sharded model."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     model, inputs = build_model("llama", "lm"), batch("llama", "lm")

@@ -216,19 +216,19 @@ REFUSED = (
     Refusal("is tied to", ["head"], families=TIED, tasks=["lm"]),
     Refusal("has no biases", ["bias"], families=WITHOUT_BIASES),
     # The base is gone when its own weights have moved.
-    Refusal("nothing to switch off", SELECTIONS, checks=["off"]),
+    Refusal("cannot be disabled", SELECTIONS, checks=["off"]),
     # PEFT's layer holds its weights the other way round than GPT-2.
     Refusal("is a Conv1D", ["osf"], families=["gpt2"]),
     # Behind a block of the post-LN kind stands a norm, so a block that adds nothing still changes what goes through it.
     Refusal("cannot be expanded", ["expand"], families=POST_LN),
     # Its first block lacks a norm that every other has, so no copy of it can stand elsewhere.
-    Refusal("in its new place", ["expand"], families=["modernbert"]),
+    Refusal("in its new position", ["expand"], families=["modernbert"]),
     # Scores that are capped before the softmax are not what torch's attention computes.
-    Refusal("cannot attend by `sdpa`", ["prefix", "p-tuning-v2"], families=["gemma2"]),
+    Refusal("cannot use `sdpa` attention", ["prefix", "p-tuning-v2"], families=["gemma2"]),
     # A nonlinear function is no matrix.
     Refusal("nonlinearity", ADAPTERS, checks=["merging"]),
     # Nor are keys and values that every token reads.
-    Refusal("a prefix is no weight", ["prefix", "p-tuning-v2"], checks=["merging"]),
+    Refusal("a prefix adds keys and values", ["prefix", "p-tuning-v2"], checks=["merging"]),
 )
 
 

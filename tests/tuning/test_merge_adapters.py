@@ -73,15 +73,13 @@ def test_side_by_side_is_the_very_sum_of_every_form_whichever_comes_first(family
     assert (logits(model, batch(family, "lm")) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("rank", [None, 12, 3])
-def test_svd_is_the_best_of_its_rank(rank: int | None) -> None:
+def test_svd_is_the_best_of_the_largest_rank() -> None:
     parts = [(adapter(**options), weight) for options, weight in MIXED]
-    found = updates(merge_adapters(build_model("llama", "lm"), parts, "svd", rank=rank).export())
+    found = updates(merge_adapters(build_model("llama", "lm"), parts, "svd").export())
     expected = {}
     for name, update in total(parts).items():
         u, s, v = torch.linalg.svd(update)
-        kept = rank or 4
-        expected[name] = u[:, :kept] @ torch.diag(s[:kept]) @ v[:kept]
+        expected[name] = u[:, :4] @ torch.diag(s[:4]) @ v[:4]
     same(found, expected)
 
 
@@ -98,16 +96,15 @@ def test_one_by_one_sums_the_factors() -> None:
 
 
 @pytest.mark.parametrize("how", PRUNING)
-def test_pruning_leaves_numbers_out_and_what_dare_drops_is_seeded(how: MergeMethod) -> None:
+def test_pruning_drops_values_reproducibly(how: MergeMethod) -> None:
     pair = [(adapter(), 1.0), (adapter(seed=1), 1.0)]
 
-    def answer(density: float, seed: int = 0) -> dict[str, Tensor]:
-        return updates(merge_adapters(build_model("llama", "lm"), pair, how, density=density, seed=seed).export())
+    def merged(density: float) -> dict[str, Tensor]:
+        return updates(merge_adapters(build_model("llama", "lm"), pair, how, density=density).export())
 
-    most, half, again, other = answer(0.999), answer(0.5), answer(0.5), answer(0.5, seed=1)
+    most, half, again = merged(0.999), merged(0.5), merged(0.5)
     assert all(torch.equal(half[name], again[name]) for name in half)
     assert all(not torch.equal(half[name], most[name]) for name in half)
-    assert how.startswith("dare") == any(not torch.equal(half[name], other[name]) for name in half)
 
 
 def test_pruning_the_largest_of_whole_updates() -> None:
@@ -134,15 +131,6 @@ def test_layers_of_one_part_alone_are_pruned_too(how: MergeMethod) -> None:
     found = updates(merge_adapters(build_model("llama", "lm"), parts, how, density=0.5).export())
     alone = "model.layers.0.self_attn.o_proj"
     assert not torch.allclose(found[alone], updates(parts[0][0])[alone], rtol=1e-3)
-
-
-def test_ties_can_count_heads() -> None:
-    parts = [(adapter(seed=seed), 1.0) for seed in range(3)]
-    by_size, by_heads = (
-        updates(merge_adapters(build_model("llama", "lm"), parts, "ties", density=0.5, sign=sign).export())
-        for sign in ("total", "frequency")
-    )
-    assert any(not torch.equal(by_size[name], by_heads[name]) for name in by_size)
 
 
 def test_parts_of_different_layers_and_ranks() -> None:
@@ -178,18 +166,18 @@ def test_a_head_of_one_part_comes_along_and_two_are_not_averaged() -> None:
     bare.state.update({name: tensor for name, tensor in second.state.items() if ".lora_" in name})
     combined = merge_adapters(build_model("bert", "classify"), [(first, 1.0), (bare, 0.5)])
     assert torch.equal(combined.state()["classifier.weight"], first.state["classifier.weight"])
-    with pytest.raises(TuningError, match="two of the adapters trained classifier"):
+    with pytest.raises(TuningError, match="two of the adapters trained the base weight classifier"):
         merge_adapters(build_model("bert", "classify"), [(first, 1.0), (second, 0.5)])
 
 
 @pytest.mark.parametrize(
     ("how", "density", "says"),
     [
-        ("average", None, "no way 'average'"),
+        ("average", None, "unknown method 'average'"),
         ("tie", None, "did you mean 'ties'"),
         ("ties", None, "ties with a density of None"),
         ("dare_ties", 1.0, "with a density of 1.0"),
-        ("cat", 0.5, "every number is kept"),
+        ("cat", 0.5, "every value is kept"),
     ],
 )
 def test_what_cannot_be_is_refused(how: Any, density: float | None, says: str) -> None:
@@ -205,6 +193,6 @@ def test_nothing_and_dora_are_no_summands() -> None:
     model = build_model("llama", "lm")
     dora = LoraAdapter(model, rank=2, variant="dora")
     for part in (dora, dora.export()):
-        with pytest.raises(TuningError, match="dora adapter is no summand"):
+        with pytest.raises(TuningError, match="dora adapter cannot be summed"):
             merge_adapters(model, [(part, 1.0)])
     assert dora.directions()

@@ -6,20 +6,18 @@ Legend: O outputs and I inputs of a layer, H directions kept, L directions train
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import OSFConfig, PeftModel, inject_adapter_in_model
+from peft import OSFConfig, inject_adapter_in_model
 from peft.tuners.osf.layer import OSFLayer
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError
+from postgrad.tuning.attach import attach
 from postgrad.tuning.lora import LoraAdapter
 from postgrad.tuning.osf import FACTORS, OrthogonalSubspace
 from postgrad.tuning.targets import resolve_targets
@@ -39,7 +37,7 @@ def attaching(family: str, task: Task, **options: Any) -> functools.partial[Orth
 
 
 def from_options(model: PreTrainedModel, options: Mapping[str, Any]) -> Tuning:
-    return OrthogonalSubspace(model, **options)
+    return attach(model, options)
 
 
 def halves(weight_OI: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -228,24 +226,8 @@ def test_a_number_of_directions_and_what_moves_besides() -> None:
     with tuning.disable():
         assert torch.equal(model.model.norm.weight, before)
     assert torch.equal(model.model.norm.weight, moved)
-    assert tuning.peft() is None
     tuning.detach()
     assert torch.equal(model.model.norm.weight, before)
-
-
-# transformers renamed what PEFT's wrapper asks for.
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_peft_loads_what_is_published_for_it(family: str, tmp_path: Path) -> None:
-    model = build_model(family, "lm")
-    tuning = OrthogonalSubspace(model)
-    checks.train(model, tuning, family, "lm", steps=3)
-    folder = tuning.peft()
-    assert folder is not None
-    (tmp_path / "adapter_config.json").write_text(json.dumps(folder.config))
-    save_file({n: t.contiguous().clone() for n, t in folder.state.items()}, tmp_path / "adapter_model.safetensors")
-    theirs = PeftModel.from_pretrained(build_model(family, "lm"), str(tmp_path)).eval()
-    assert torch.equal(logits(theirs, batch(family, "lm")), logits(model, batch(family, "lm")))
 
 
 # -- what is refused
@@ -270,7 +252,7 @@ def test_layers_with_adapters_are_refused() -> None:
 
 @pytest.mark.parametrize("effective_rank", [0, 0.0, 1.0, 1.5, 32, 0.01, -1])
 def test_a_side_without_directions_is_refused(effective_rank: float) -> None:
-    with pytest.raises(TuningError, match=r"(?s)are to be kept.*a share above 0 and below 1"):
+    with pytest.raises(TuningError, match=r"(?s)effective_rank is .*a fraction above 0 and below 1"):
         OrthogonalSubspace(build_model("llama", "lm"), effective_rank=effective_rank)
 
 
@@ -278,9 +260,9 @@ def test_bf16_and_numbers_that_are_not_finite_are_not_merged() -> None:
     model = build_model("llama", "lm").bfloat16()
     tuning = OrthogonalSubspace(model)
     assert {tensor.dtype for tensor in tuning.state().values()} == {torch.float32}
-    with pytest.raises(TuningError, match=r"held in torch.bfloat16"):
+    with pytest.raises(TuningError, match=r"is torch.bfloat16"):
         tuning.merge()
     model.float()
     tuning.state()["model.layers.0.mlp.up_proj.S_low"][0] = torch.inf
-    with pytest.raises(TuningError, match="S_low holds numbers that are not finite"):
+    with pytest.raises(TuningError, match="S_low contains NaN or infinite values"):
         tuning.merge()

@@ -708,7 +708,7 @@ def test_learnt_positions_are_said_to_need_moving(tmp_path: Path) -> None:
     config, state, expected = peft_folder("gpt2", tmp_path)
     model = build_model("gpt2", "lm")
     tuning = from_peft(model, config, state)
-    assert "give `position_ids` moved on by as many" in tuning.notes[-1]
+    assert "shift `position_ids` by as many" in tuning.notes[-1]
     positions = torch.arange(4, 13)[None].expand(2, -1)
     assert torch.equal(logits(model, {**row(), "position_ids": positions}), expected)
     assert tuning.peft() is None
@@ -728,9 +728,15 @@ def test_foreign_peft_folders_are_refused() -> None:
     with pytest.raises(TuningError, match="LORA"):
         from_peft(model, {"peft_type": "LORA"}, {})
     with pytest.raises(TuningError, match="has the shape"):
-        from_peft(model, {"peft_type": "PREFIX_TUNING"}, {"prompt_embeddings": vectors[:, :-8]})
+        from_peft(
+            model, {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, {"prompt_embeddings": vectors[:, :-8]}
+        )
     with pytest.raises(TuningError, match="a decoder"):
-        from_peft(build_model("bert", "lm"), {"peft_type": "PREFIX_TUNING"}, {"prompt_embeddings": vectors})
+        from_peft(
+            build_model("bert", "lm"),
+            {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
+            {"prompt_embeddings": vectors},
+        )
     assert anatomy(model) == before
 
 
@@ -742,7 +748,7 @@ def bloom() -> PreTrainedModel:
 
 
 def test_models_outside_of_the_interface_are_refused() -> None:
-    for model, why in ((bloom(), "attention interface"), (build_model("gemma2", "lm"), "does not know `softcap`")):
+    for model, why in ((bloom(), "attention interface"), (build_model("gemma2", "lm"), "does not support `softcap`")):
         before = anatomy(model)
         with pytest.raises(TuningError, match=why) as error:
             prefix(model)
@@ -769,7 +775,7 @@ def test_a_prefix_that_nothing_reads_is_refused(monkeypatch: pytest.MonkeyPatch)
     model = build_model("llama", "lm")
     before = anatomy(model)
     monkeypatch.setattr(prefix_attention, "LAYER_PREFIXES", "another_name")
-    with pytest.raises(TuningError, match="does not reach the answers"):
+    with pytest.raises(TuningError, match="does not reach the output"):
         prefix(model)
     assert anatomy(model) == before
 
@@ -780,11 +786,11 @@ def test_a_prefix_that_nothing_reads_is_refused(monkeypatch: pytest.MonkeyPatch)
         ({"kind": "prefx"}, "did you mean 'prefix'"),
         ({"length": 0}, "1 or more"),
         ({"hidden": 0}, "null for no MLP"),
-        ({"hidden": None, "deep": True}, "an MLP to be deep"),
-        ({"dropout": 1.0}, "a share from 0"),
+        ({"hidden": None, "deep": True}, "false without an MLP"),
+        ({"dropout": 1.0}, "a fraction from 0"),
         ({"slots": ["cross"]}, "some of decoder"),
-        ({"slots": []}, "no attention is named"),
-        ({"init_text": "w7"}, "no tokenizer"),
+        ({"slots": []}, "slots is empty"),
+        ({"init_text": "w7"}, "needs the model's tokenizer"),
         ({"init_text": "", "tokenizer": spaced()}, "has no tokens"),
         ({"also_train": ["nothing.*"]}, "matches no parameter"),
     ],
@@ -801,7 +807,7 @@ def test_another_attention_under_a_prefix_is_told() -> None:
     model = build_model("bert", "lm")
     tuning = prefix(model)
     model.set_attn_implementation("eager")
-    with pytest.raises(TuningError, match="its prefix would be left out"):
+    with pytest.raises(TuningError, match="which ignores the prefix"):
         logits(model, batch("bert", "lm"))
     with tuning.disable():
         logits(model, batch("bert", "lm"))
@@ -826,5 +832,5 @@ def test_states_of_other_prefixes_are_refused() -> None:
         tuning.load(flat(build_model("llama", "lm")).state())
     with pytest.raises(TuningError, match="shape"):
         tuning.load({**tuning.state(), "parts.decoder.table": torch.zeros(1, WIDTH)})
-    with pytest.raises(TuningError, match="a prefix is no weight"):
+    with pytest.raises(TuningError, match="a prefix adds keys and values"):
         tuning.merge()

@@ -229,7 +229,7 @@ def test_it_runs_in_bf16_copies_beside_an_fp32_table(attach: Any) -> None:
     """As the optimizer lays a model out: every weight but the table is swapped, and the table's answer is cast, after me."""
     model = build_model("llama", "lm")
     own = attach(model)
-    inputs = batch("llama", "lm", virtual=range(own.first, own.first + own.virtual))
+    inputs = batch("llama", "lm", virtual=range(own.first_id, own.first_id + own.num_virtual_tokens))
     exact = logits(model, inputs)
     table = model.get_input_embeddings()
     for parameter in model.parameters():
@@ -240,7 +240,7 @@ def test_it_runs_in_bf16_copies_beside_an_fp32_table(attach: Any) -> None:
     assert answer.dtype == torch.bfloat16
     assert 0 < (answer.float() - exact).abs().max() < 0.1 * exact.abs().max()
     loss(model, inputs).backward()
-    for parameter in own.vectors.parameters():
+    for parameter in own.soft_prompt.parameters():
         assert parameter.grad is not None and parameter.grad.dtype == torch.bfloat16
 
 
@@ -257,14 +257,14 @@ def test_a_bf16_model_keeps_fp32_vectors() -> None:
 def test_a_compiled_model_answers_the_same(attach: Any) -> None:
     model = build_model("llama", "lm")
     own = attach(model)
-    inputs = batch("llama", "lm", virtual=range(own.first, own.first + own.virtual))
+    inputs = batch("llama", "lm", virtual=range(own.first_id, own.first_id + own.num_virtual_tokens))
     loss(model, inputs).backward()
-    expected = {name: p.grad.clone() for name, p in own.vectors.named_parameters()}
+    expected = {name: p.grad.clone() for name, p in own.soft_prompt.named_parameters()}
     model.zero_grad()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(**inputs).logits, model(**inputs).logits)
     compiled(**inputs).loss.backward()
-    for name, parameter in own.vectors.named_parameters():
+    for name, parameter in own.soft_prompt.named_parameters():
         assert torch.allclose(parameter.grad, expected[name], rtol=1e-5, atol=1e-8), name
 
 
@@ -308,8 +308,8 @@ def test_the_lstm_is_the_published_one(hidden: int | None) -> None:
 def test_an_encoder_writes_the_same_bits_with_gradients_and_without(attach: Any) -> None:
     own = attach(build_model("llama", "lm"))
     with torch.no_grad():
-        without = own.vectors()
-    assert torch.equal(own.vectors(), without)
+        without = own.soft_prompt()
+    assert torch.equal(own.soft_prompt(), without)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_nothing_draws_from_the_common_generator() -> None:
 def test_the_base_refuses_virtual_ids() -> None:
     model = build_model("llama", "lm")
     own = prompt(model)
-    with own.disable(), pytest.raises(TuningError, match="leave the template's virtual ids out"):
+    with own.disable(), pytest.raises(TuningError, match="remove the template's virtual ids"):
         model(input_ids=torch.tensor([[own.virtual_token_ids[3], 9]]))
     model(input_ids=torch.tensor([[own.virtual_token_ids[3], 9]]))
     own.detach()
@@ -462,7 +462,7 @@ def test_two_prompts_stand_side_by_side() -> None:
             model.shared(ids)
     answer = torch.tensor([[7, 8]])
     expected = logits(model, {"input_ids": ids, "decoder_input_ids": answer})
-    with pytest.raises(TuningError, match="begin at 123"):
+    with pytest.raises(TuningError, match="start at 123"):
         two.merge()
     one.merge()
     assert torch.equal(logits(model, {"input_ids": ids, "decoder_input_ids": answer})[..., :120], expected)
@@ -494,7 +494,7 @@ def test_the_backbone_may_move() -> None:
     checks.trains_only_declared(with_backbone, "llama", "lm", base=["*"])
     own = with_backbone(build_model("llama", "lm"))
     assert not own.additive
-    with pytest.raises(TuningError, match="nothing to switch off"), own.disable():
+    with pytest.raises(TuningError, match="cannot be disabled"), own.disable():
         pass
     checks.merge_exact(with_backbone, "llama", "lm", tolerance=0.0)
 
@@ -722,13 +722,13 @@ def test_folders_that_are_not_prompts_are_refused() -> None:
         ({"init": "lables"}, "did you mean 'labels'"),
         ({"encoder": "lstn"}, "did you mean 'lstm'"),
         ({"backbone": "thawed"}, "one of frozen, trained"),
-        ({"hidden": 5}, "does not read it"),
-        ({"init_text": "w9"}, "does not read it"),
+        ({"hidden": 5}, "has no effect"),
+        ({"init_text": "w9"}, "has no effect"),
         ({"init": "text"}, "needs a text"),
         ({"init": "text", "init_text": "w9"}, "needs the model's tokenizer"),
         ({"init": "labels"}, "needs labels"),
         ({"init": "labels", "init_labels": ["w9", "w8"], "length": 1}, "2 labels do not fit"),
-        ({"init": "vocabulary", "init_scale": 0.5}, "does not read it"),
+        ({"init": "vocabulary", "init_scale": 0.5}, "has no effect"),
         ({"also_train": ["modle.norm"]}, "matches no parameter"),
     ],
 )

@@ -158,9 +158,9 @@ def test_an_ending_keeps_to_the_blocks_and_a_full_name_need_not() -> None:
 @pytest.mark.parametrize(
     ("family", "task", "target", "says"),
     [
-        ("llama", "lm", "q_porj", "'q_porj' takes no linear layer .*q_proj"),
+        ("llama", "lm", "q_porj", "'q_porj' matches no linear layer .*q_proj"),
         ("llama", "lm", "all-liner", "all-linear, attention"),
-        ("llama", "lm", "input_layernorm", "takes no linear layer"),
+        ("llama", "lm", "input_layernorm", "matches no linear layer"),
         ("llama", "lm", "lm_head", "lm_head is a head.*also"),
         ("llama", "classify", "score", "score is a head"),
         ("bert", "lm", "cls.predictions.transform.dense", "is a head"),
@@ -177,7 +177,7 @@ def test_a_pattern_that_means_nothing_or_a_head_is_refused(family: str, task: Ta
 
 
 def test_nothing_left_is_refused() -> None:
-    with pytest.raises(TuningError, match=r"no linear layer .* is left"):
+    with pytest.raises(TuningError, match=r"no linear layer .* is targeted"):
         resolve_targets(build_model("llama", "lm"), "attention", exclude=["self_attn"])
 
 

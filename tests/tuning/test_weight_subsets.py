@@ -236,7 +236,7 @@ def test_what_is_never_called_counts_as_an_embedding() -> None:
 def test_a_tied_head_is_refused_and_nothing_changes(family: str) -> None:
     model = build_model(family, "lm")
     before = checks._model_structure(model)
-    with pytest.raises(TuningError, match=r"all of the input embedding would move(.|\n)*untie: true"):
+    with pytest.raises(TuningError, match=r"all of the input embedding would be trained(.|\n)*untie: true"):
         HeadFinetuning(model)
     assert checks._model_structure(model) == before
 
@@ -302,16 +302,8 @@ def test_untying_is_refused_where_the_model_would_answer_differently() -> None:
 
     config = ALL_FAMILIES["llama"].config()
     config.tie_word_embeddings = True
-    with pytest.raises(TuningError, match="answers differently"):
+    with pytest.raises(TuningError, match="changes when its output embedding is untied"):
         HeadFinetuning(ScaledWhenTied(config).eval(), untie=True)
-
-
-def test_heads_can_be_named() -> None:
-    model = build_model("bert", "lm")
-    HeadFinetuning(model, heads=["cls.predictions.transform"], also_train=["bert.encoder.layer.1.output.LayerNorm"])
-    assert moving(model) == named(model, "cls.predictions.transform.*", "bert.encoder.layer.1.output.LayerNorm.*")
-    with pytest.raises(TuningError, match="tied"):
-        HeadFinetuning(build_model("gpt2", "lm"), heads=["lm_head"])
 
 
 def test_a_bare_backbone_has_no_task_layer() -> None:
@@ -487,7 +479,7 @@ def test_some_biases_can_be_left_out() -> None:
 )
 def test_a_backbone_without_biases_is_told_what_works(family: str, task: Task) -> None:
     model = build_model(family, task)
-    with pytest.raises(TuningError, match="norm moves about as few weights; head, blocks, full and lora work"):
+    with pytest.raises(TuningError, match="norm trains about as few weights; head, blocks, full and lora work"):
         BitFit(model)
     assert moving(model) == named(model, "*")
 
@@ -527,7 +519,7 @@ def test_a_model_without_norms_is_refused() -> None:
         for name, _ in list(module.named_children()):
             if "norm" in name:
                 setattr(module, name, nn.Identity())
-    with pytest.raises(TuningError, match="no normalisation with weights"):
+    with pytest.raises(TuningError, match="no normalisation layers with weights"):
         NormFinetuning(model)
 
 
@@ -558,7 +550,7 @@ def test_a_state_comes_back_bit_for_bit_and_only_as_a_whole(kind: str) -> None:
     lacking = dict(list(state.items())[1:])
     with pytest.raises(TuningError, match="lacks"):
         again.load(lacking)
-    with pytest.raises(TuningError, match="which is not mine"):
+    with pytest.raises(TuningError, match="unknown tensor"):
         again.load({**state, "other": torch.zeros(1)})
 
 
@@ -566,7 +558,7 @@ def test_a_state_comes_back_bit_for_bit_and_only_as_a_whole(kind: str) -> None:
 def test_there_is_no_base_to_switch_back_to(kind: str) -> None:
     tuning = MADE[kind](build_model("gpt2", "classify"))
     assert not tuning.additive
-    with pytest.raises(TuningError, match="nothing to switch off"), tuning.disable():
+    with pytest.raises(TuningError, match="cannot be disabled"), tuning.disable():
         pass
 
 
@@ -598,7 +590,7 @@ def test_attaching_draws_nothing_and_leaves_modes_alone(kind: str) -> None:
 def test_quantised_weights_are_refused() -> None:
     model = build_model("llama", "lm")
     model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TuningError, match=r"up_proj.weight is held in int8"):
+    with pytest.raises(TuningError, match=r"up_proj.weight is int8"):
         FullFinetuning(model)
     NormFinetuning(model)
 

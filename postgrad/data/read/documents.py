@@ -218,7 +218,7 @@ def _has_value(record: Record, column: str, values: Collection[str]) -> bool:
         raise DataError(
             f"no column `{column}` among {_format_columns(list(record.values))}",
             where=record.location,
-            expected="every column that `only` names",
+            expected="every column that `filter` names",
             hint=suggest_nearest(column, record.values),
         )
     return str(record.values[column]) in values

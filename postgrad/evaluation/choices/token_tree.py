@@ -92,7 +92,7 @@ def build_single_batches(branches: Sequence[Branch], batch_tokens: int) -> list[
 
 
 def build_prefix_lm_batches(branches: Sequence[Branch], batch_tokens: int) -> list[TreeBatch]:
-    """Each context once, with all its continuations. Bidirectional states depend on the whole context, so no prefix is shared."""
+    """Each context once, with all its continuations. Bidirectional states depend on all of it, so no prefix is shared."""
     by_context: dict[bytes, list[Branch]] = {}
     for branch in sorted(branches, key=_sort_key):
         by_context.setdefault(branch.ids[: branch.context_length].tobytes(), []).append(branch)

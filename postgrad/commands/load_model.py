@@ -1,4 +1,4 @@
-"""What does a trained classifier say of new texts? They are read as its training rows were.
+"""Load a trained model: any run, checkpoint or adapter as a transformers model, or a classifier that predicts labels.
 
 Legend: T time, C classes.
 """
@@ -31,7 +31,11 @@ _DEFAULT_CONTEXT = 1024
 _BATCH_SIZE = 32
 
 Text = str | tuple[str, str] | Sequence[str]
-"""A text, two texts that are judged together, or (for tags) the words of a text."""
+"""A text, a pair of texts, or (for tags) the words of a text."""
+
+
+Prediction = str | float | list[str] | list[str | None]
+"""A class, a number, the classes of a text, or the tag of each word."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +45,29 @@ class Classifier:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     labels: tuple[str, ...]
-    problem: str
-    """`class`, `multi`, `number` or `tags`."""
+    problem: ProblemType
     model_inputs: ModelInputs
 
-    def predict(self, texts: Sequence[Text]) -> list[Any]:
-        """What it says of each text: its class, the classes it has, a number, or the tag of each word.
+    def predict(self, texts: Sequence[Text]) -> list[Prediction]:
+        """The prediction for each text: its class, its classes, a number, or the tag of each word.
 
-        A word that no token begins with, or that the model has no room for, has None. Raises `DataError` for what is no text.
+        A word without a token of its own, or beyond the context, has None. Raises `DataError` for an item that is no text.
         """
-        return [self._decode(logits, item) for logits, item in zip(self.logits(texts), texts, strict=True)]
+        return [self._decode(logits) for logits in self.logits(texts)]
 
     def logits(self, texts: Sequence[Text]) -> list[np.ndarray]:
-        """The logits of each text: (C,), or for tags (words, C), not a number where a word has no tag."""
+        """The logits of each text: (C,), or for tags (words, C), NaN where a word has no tag."""
         if isinstance(texts, str):
-            raise DataError("a single text", where="predict", expected="a list of texts", hint="predict([text])")
+            raise DataError(
+                "predict got a single text", where="predict", expected="a list of texts", hint="predict([text])"
+            )
         rows = [self._make_row(text, i) for i, text in enumerate(texts)]
         out: list[np.ndarray] = [np.empty(0)] * len(rows)
         with torch.no_grad():
-            for places in _batches([len(row.inputs["input_ids"]) for row in rows]):
-                batch = collate([rows[i] for i in places], [0] * len(places), pad_token_id=self.model_inputs.pad_id)
-                found = self.model(**batch.to(self.model.device).inputs).logits.float().cpu().numpy()
-                for i, logits in zip(places, found, strict=True):
+            for indices in _batches([len(row.inputs["input_ids"]) for row in rows]):
+                batch = collate([rows[i] for i in indices], [0] * len(indices), pad_token_id=self.model_inputs.pad_id)
+                batch_logits = self.model(**batch.to(self.model.device).inputs).logits.float().cpu().numpy()
+                for i, logits in zip(indices, batch_logits, strict=True):
                     out[i] = (
                         self._word_logits(logits, rows[i].labels, len(texts[i]))
                         if self.problem == ProblemType.TAGS
@@ -76,7 +81,7 @@ class Classifier:
         out[word_T[begins] - 1] = logits_TC[begins]
         return out
 
-    def _decode(self, logits: np.ndarray, item: Text) -> Any:
+    def _decode(self, logits: np.ndarray) -> Prediction:
         match self.problem:
             case ProblemType.NUMBER:
                 return float(logits[0])
@@ -90,7 +95,7 @@ class Classifier:
         where = f"texts[{number}]"
         if self.problem == ProblemType.TAGS:
             if isinstance(text, str) or not all(isinstance(word, str) for word in text):
-                raise DataError("a text that is not cut into words", where=where, expected="a list of words")
+                raise DataError("a text that is not split into words", where=where, expected="a list of words")
             return self._word_row(text)
         if isinstance(text, str):
             return self._text_row(text, None)
@@ -101,7 +106,7 @@ class Classifier:
     def _text_row(self, first: str, second: str | None) -> Row:
         frame = self.model_inputs.frame
         if second is not None and not self.model_inputs.tokenizer_frame.separator_ids:
-            # Where the tokenizer sets nothing between two texts, they are one text of two lines; so they were in training.
+            # A tokenizer without a separator: training rows join a pair with a newline.
             head, both = f"{first}\n", self._encode(f"{first}\n{second}")
             split = int(np.searchsorted(both.stops, len(head), "right"))
             one, two = both.ids[:split], both.ids[split:]
@@ -109,35 +114,35 @@ class Classifier:
             one = self._encode(first).ids
             two = self._encode(second).ids if second is not None else np.empty(0, np.int64)
         room = self.model_inputs.length - frame.size(2 if len(two) else 1)
-        kept, rest = truncated_lengths(len(one), len(two), room)
-        ids_T = frame.wrap(one[:kept], two[:rest] if rest else None)
+        first_length, second_length = truncated_lengths(len(one), len(two), room)
+        ids_T = frame.wrap(one[:first_length], two[:second_length] if second_length else None)
         inputs = {"input_ids": ids_T, "attention_mask": np.ones(len(ids_T), np.int64)}
         if self.model_inputs.has_token_types:
             types_T = np.zeros(len(ids_T), np.int64)
-            types_T[len(ids_T) - rest - len(frame.suffix_ids) :] = 1 if rest else 0
+            types_T[len(ids_T) - second_length - len(frame.suffix_ids) :] = 1 if second_length else 0
             inputs["token_type_ids"] = types_T
         return Row(inputs, np.zeros((), np.int64), 1)
 
     def _word_row(self, words: Sequence[str]) -> Row:
-        """The words in a row; the labels are the number of the word (from 1) that each token begins."""
+        """A row of words; a token's label is the number of the word (from 1) that it begins, or 0."""
         pieces = [piece for i, word in enumerate(words) for piece in ((" ", 0), (word, i + 1))][1:]
         frame, text = self.model_inputs.frame, self._encode(" ".join(words))
         numbers = token_marks(pieces, np.stack([text.starts, text.stops], 1), True)
-        kept = self.model_inputs.length - frame.size(1)
-        ids_T = frame.wrap(text.ids[:kept])
+        room = self.model_inputs.length - frame.size(1)
+        ids_T = frame.wrap(text.ids[:room])
         labels_T = np.zeros(len(ids_T), np.int64)
-        labels_T[len(frame.prefix_ids) :][: len(numbers[:kept])] = numbers[:kept]
+        labels_T[len(frame.prefix_ids) :][: len(numbers[:room])] = numbers[:room]
         return Row({"input_ids": ids_T, "attention_mask": np.ones(len(ids_T), np.int64)}, labels_T, 1)
 
     def _encode(self, text: str) -> _EncodedText:
-        found = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        places = np.array(found.offsets, np.int64).reshape(-1, 2)
-        return _EncodedText(np.array(found.ids, np.int64), places[:, 0], places[:, 1])
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return _EncodedText(np.array(encoding.ids, np.int64), offsets[:, 0], offsets[:, 1])
 
 
 @dataclass(frozen=True)
 class _EncodedText:
-    """Ids of a text, and the characters that each stands for."""
+    """Ids of a text, and the span of characters of each."""
 
     ids: np.ndarray
     starts: np.ndarray
@@ -145,36 +150,58 @@ class _EncodedText:
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows of like length go together."""
+    """Indices of rows in batches of similar length."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for begin in range(0, len(order), _BATCH_SIZE):
         yield order[begin : begin + _BATCH_SIZE]
 
 
-def load(name: str, base: str | None = None) -> Classifier:
-    """A trained classifier: a run, one of its checkpoints, its model folder, a tuning's folder or an exported one.
+@dataclass(frozen=True)
+class TrainedModel:
+    """A transformers model in eval mode, adapters attached, with its tokenizer."""
 
-    `base`: the model that a tuning's folder sits on, when it is not where that says. Raises `ModelError` for a model that
-    decides nothing, and the errors of what cannot be read.
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    """`causal`, `masked`, `text-to-text`, `classify` or `tag`."""
+    virtual_tokens: tuple[int, ...]
+    """Ids of a soft prompt that go before every text."""
+
+
+def load_model(model: str, base: str | None = None) -> TrainedModel:
+    """Load a run, one of its checkpoints, a model or adapter folder, or a Hub name.
+
+    `base`: the base model of an adapter's folder, if it has moved. Raises `ModelError` for a model that cannot be loaded.
     """
-    start = locate_model(name, Path.cwd(), base)
+    start = locate_model(str(model), Path.cwd(), base)
+    opened = open_model(start)
+    torch.nn.Module.to(opened.model, machine.default_device())
+    return TrainedModel(opened.model.eval(), load_tokenizer(start), opened.task, opened.frame.prefix_ids)
+
+
+def load_classifier(model: str, base: str | None = None) -> Classifier:
+    """Load a trained classifier: a run, one of its checkpoints, a model or adapter folder, or an exported one.
+
+    `base`: the base model of an adapter's folder, if it has moved. Raises `ModelError` for a model that is no classifier.
+    """
+    start = locate_model(str(model), Path.cwd(), base)
     opened = open_model(start)
     if not opened.task.is_classifier:
         raise ModelError(
-            f"{name} decides nothing: it is no classifier",
-            where="load",
+            f"{model} is not a classifier",
+            where="load_classifier",
             expected="a model that was trained with the objective `classify`",
-            hint="language models load with transformers, and answer to `postgrad generate`",
+            hint="load a language model with postgrad.load_model",
         )
     tokenizer = load_tokenizer(start)
     config: Any = AutoConfig.from_pretrained(start.name_or_path)
     context = min(getattr(config, "max_position_embeddings", None) or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
-    reading = make_model_inputs(
+    model_inputs = make_model_inputs(
         opened.task, start, tokenizer, make_encoder(tokenizer, int(config.vocab_size)), length=context, seed=0
     )
-    own: Any = opened.model.config
-    labels = tuple(str(own.id2label[i]) for i in range(own.num_labels))
-    tags = opened.task == Task.TAG
-    problem = ProblemType.TAGS if tags else ProblemType.from_transformers(own.problem_type, len(labels))
+    own_config: Any = opened.model.config
+    labels = tuple(str(own_config.id2label[i]) for i in range(own_config.num_labels))
+    is_tagger = opened.task == Task.TAG
+    problem = ProblemType.TAGS if is_tagger else ProblemType.from_transformers(own_config.problem_type, len(labels))
     torch.nn.Module.to(opened.model, machine.default_device())
-    return Classifier(opened.model.eval(), tokenizer, labels, problem, reading)
+    return Classifier(opened.model.eval(), tokenizer, labels, problem, model_inputs)

@@ -1,0 +1,61 @@
+"""Check a stage without training: its plan, probed documents, memory and time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from postgrad.check import check
+from postgrad.check.preview_rows import PreviewSource
+from postgrad.commands.cache import cache_folder
+from postgrad.commands.results import Result
+from postgrad.commands.train import StageSource, plan_stage
+from postgrad.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class StageCheck(Result):
+    """What a stage will do and cost."""
+
+    plan: Plan
+    parameters: int
+    trainable: int
+    """Parameters that are trained."""
+    memory_bytes: int
+    """Estimated peak memory."""
+    seconds: float
+    """Estimated time of training, without evaluation."""
+    notes: tuple[str, ...]
+    text: str
+    """The plan in words, as `postgrad check` prints it."""
+    rows: tuple[PreviewSource, ...]
+    """Of each source the first rows as the model sees them, if requested."""
+    record: Mapping[str, object]
+
+    def as_dict(self) -> dict[str, object]:
+        """The plan and its costs as plain data."""
+        rows = {"shown": [source.as_record() for source in self.rows]} if self.rows else {}
+        return {**self.record, **rows}
+
+
+def check_stage(
+    stage: StageSource | Plan,
+    overrides: Sequence[str] = (),
+    *,
+    show: int = 0,
+    folder: Path | str | None = None,
+    cache: Path | None = None,
+) -> StageCheck:
+    """Check a stage: its plan, whether packed documents stay apart, memory and time. Raises the error of what is wrong.
+
+    `show`: how many rows of each source to preview. `folder` as in `plan_stage`.
+    """
+    plan = stage if isinstance(stage, Plan) else plan_stage(stage, overrides, folder=folder, cache=cache)
+    record = check.check_stage(plan, cache=cache or cache_folder(), show=show)
+    text, rows = str(record.pop("text")), tuple(record.pop("shown", ()))
+    memory = sum(value for value in record["memory"].values() if isinstance(value, int | float))
+    return StageCheck(
+        plan, record["parameters"], record["trainable"], round(memory), record["seconds"], tuple(record["notes"]), text,
+        rows, record,
+    )  # fmt: skip

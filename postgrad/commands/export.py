@@ -1,0 +1,135 @@
+"""Export a run, checkpoint or adapter as a plain Hugging Face folder, and verify its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from postgrad.commands.results import Result
+from postgrad.errors import ModelError, StageError
+from postgrad.models.layers import get_embedding_weight
+from postgrad.models.location import TUNING_FILE, ModelLocation, locate_model
+from postgrad.models.model import wrap_model
+from postgrad.models.prefix_lm_attention import is_prefix_lm
+from postgrad.models.pretrained import load_pretrained, load_tokenizer, save_pretrained, stored_dtype
+from postgrad.models.task import Task
+from postgrad.models.task_head import load_task_head_config
+from postgrad.storage.atomic import publish_folder
+from postgrad.tuning.folder import read_export
+from postgrad.tuning.open_model import LoadedModel, open_model, start_fingerprint
+
+
+@dataclass(frozen=True)
+class ExportedModel(Result):
+    """A plain Hugging Face folder whose logits equal those of its source."""
+
+    folder: Path
+    dtype: str
+    bytes: int
+    """Size of all files."""
+    task: Task
+    virtual_tokens: tuple[str, ...]
+    """Tokens of a soft prompt, now in the vocabulary, to put before every text."""
+    is_prefix_lm: bool
+    """Trained to read a prefix in both directions, which plain transformers does not."""
+    has_task_head: bool
+    """A classifier with a task head that only `postgrad.load_classifier` reads."""
+
+
+def export_model(
+    model: str,
+    folder: Path | str,
+    dtype: str = "auto",
+    base: str | None = None,
+    merge_with: Sequence[str] = (),
+    weight: float = 1.0,
+    method: str = "cat",
+    density: float | None = None,
+) -> ExportedModel:
+    """Publish a plain Hugging Face folder and compare its logits, read back, with the source's.
+
+    Adapters are merged into the weights; a soft prompt becomes rows of the vocabulary. `merge_with` (`RUN` or `RUN=WEIGHT`):
+    low-rank adapters of the same base, merged with this one by `method` (cat, svd, linear, ties, dare_ties, ...).
+
+    Raises `StageError` when `folder` exists, `TuningError` for a tuning that cannot be merged, `ModelError` when the logits
+    differ (the folder is kept).
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise StageError(f"{folder} already exists", where="export", hint="name a folder that does not exist")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise StageError(f"there is no dtype {dtype!r}", where="--dtype", expected="auto, float32, bfloat16 or float16")
+    start = locate_model(str(model), Path.cwd(), base)
+    target_dtype = stored_dtype(start) if dtype == "auto" else getattr(torch, dtype)
+    opened = _merge_adapters(start, weight, merge_with, method, density) if merge_with else open_model(start)
+    pretrained, tokenizer = opened.model, load_tokenizer(start)
+    ids = torch.arange(16)[None] % get_embedding_weight(pretrained).shape[0]
+    ids = torch.cat([torch.tensor([opened.frame.prefix_ids], dtype=torch.long), ids], 1)
+    for tuning in opened.tunings:  # in order: the ids of a later prompt follow those of an earlier one
+        tuning.merge(tokenizer)
+    for parameter in pretrained.parameters():  # not the buffers: rotary angles stay in full precision
+        parameter.data = parameter.data.to(target_dtype)
+    expected = _logits(pretrained, opened.task, ids)
+    publish_folder(folder, lambda staged: save_pretrained(pretrained, tokenizer, staged, dtype=target_dtype))
+    reloaded = load_pretrained(ModelLocation(str(folder), folder.resolve()), opened.task, dtype=target_dtype).model
+    difference = (_logits(reloaded, opened.task, ids) - expected).abs().max().item()
+    if difference != 0:
+        raise ModelError(f"the exported model's logits differ by {difference:.2g}", where=str(folder))
+    return ExportedModel(
+        folder,
+        str(target_dtype).removeprefix("torch."),
+        sum(p.stat().st_size for p in folder.iterdir()),
+        opened.task,
+        tuple(tokenizer.convert_ids_to_tokens(list(opened.frame.prefix_ids))),
+        is_prefix_lm(pretrained.config),
+        load_task_head_config(folder) is not None,
+    )
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, task: Task, ids: torch.Tensor) -> torch.Tensor:
+    inputs = {"input_ids": ids}
+    if task.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids.flip(1)
+    return wrap_model(model, task)(**inputs).logits().float()  # type: ignore[bad-argument-type]
+
+
+def _merge_adapters(
+    start: ModelLocation, weight: float, others: Sequence[str], method: str, density: float | None
+) -> LoadedModel:
+    """The base of several low-rank adapters with their weighted sum merged into its weights."""
+    from postgrad.tuning.merge_adapters import merge_adapters
+
+    parts = [
+        (start, weight),
+        *((locate_model(name, Path.cwd()), share) for name, share in map(_parse_weighted_run, others)),
+    ]
+    bases = {start_fingerprint(part.base) if part.base else part.name for part, _ in parts}
+    adapters = [
+        (read_export(part.folder), share)
+        for part, share in parts
+        if part.folder and (part.folder / TUNING_FILE).exists()
+    ]
+    if len(bases) > 1 or start.base is None or len(adapters) < len(parts):
+        raise StageError(
+            f"{' and '.join(part.name for part, _ in parts)} are not adapters of one base model",
+            where="--merge-with",
+            expected="runs with `tuning: {kind: lora}` that started from the same model",
+        )
+    opened = open_model(start.base)
+    merge_adapters(opened.model, adapters, method, density=density).merge()  # type: ignore[bad-argument-type]
+    return opened
+
+
+def _parse_weighted_run(text: str) -> tuple[str, float]:
+    """`RUN=WEIGHT`, or a run alone, which has weight 1."""
+    name, separator, weight = text.rpartition("=")
+    if not separator:
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise StageError(f"{weight!r} is not a weight", where="--merge-with", expected="RUN=0.5") from None
