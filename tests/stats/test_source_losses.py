@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from postgrad.lineage.metrics import read_metrics
-from postgrad.reports.html.table import source_losses_table
+from postgrad.reports.sections.mixture_section import source_losses_table
 from postgrad.reports.pages import run_page
 from postgrad.reports.sections import curves
 from postgrad.run.summary import summary_text
