@@ -1,10 +1,9 @@
-"""How far is new text from old text? Distances between two corpora that need no training, each with its interval.
+"""Domain shift: distances between two corpora that need no training, each with its 95 % interval.
 
 Legend: N documents, P passages, F hashed features.
 
-Texts are first cut into passages of equally many words, so that long documents of one corpus and short ones of the other do
-not differ by their length alone. What two samples of one and the same corpus differ by is measured beside each distance: only
-what lies above that is a shift.
+Texts are cut into passages of equally many words, so that the length of documents makes no difference. Each distance comes with
+the distance of two samples of one corpus: only the excess is a shift.
 """
 
 from __future__ import annotations
@@ -14,22 +13,25 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from postgrad.data.filter.ngrams import FEATURE_COUNT, WORD_PATTERN, count_buckets, hash_ngrams
 from postgrad.errors import DataError
+from postgrad.stats.bootstrap import percentile_interval, ratio_interval, resample_counts
 
 PASSAGE_WORDS = 100
 """Words of a passage."""
 MIN_PASSAGES = 20
-"""Passages of each text, below which nothing is estimated."""
+"""The least number of passages of each text."""
 _MAX_PASSAGES = 4000
-"""Passages of each text that are looked at."""
-_DRAWS = 200
+"""The most passages of each text that are used."""
+_SPLITS = 200
+"""Splits of the old text into random halves, which show what two samples of one text differ by."""
 
 
 @dataclass(frozen=True)
 class ShiftEstimate:
-    """A value with its 95 % interval, and, where it has one, what it would be without any shift (95th percentile)."""
+    """A value with its 95 % interval, and its 95th percentile without any shift, where that is known."""
 
     value: float
     low: float
@@ -42,7 +44,7 @@ class ShiftEstimate:
 
 
 class Passages(NamedTuple):
-    """Passages of a text: each as it stands, its words, and the document that it begins in."""
+    """Passages of a text: their text, their words, and the document that each begins in."""
 
     texts: list[str]
     words: list[list[str]]
@@ -50,9 +52,9 @@ class Passages(NamedTuple):
 
 
 def make_passages(documents: Sequence[str], name: str) -> Passages:
-    """Cut documents into passages of `PASSAGE` words; a shorter rest is joined with what comes next.
+    """Cut documents into passages of `PASSAGE_WORDS` words; a shorter rest is joined with the next document.
 
-    Raises `DataError` when there is too little text to say anything.
+    Raises `DataError` for too little text.
     """
     texts: list[str] = []
     words: list[list[str]] = []
@@ -87,10 +89,10 @@ def refuse_same(old: Sequence[str], new: Sequence[str]) -> None:
     common = set(old) & set(new)
     if len(common) * 2 > min(len(set(old)), len(set(new))):
         raise DataError(
-            f"{len(common):,} documents stand in the old and in the new text alike",
+            f"{len(common):,} documents are in both the old and the new text",
             where="--new",
             expected="two different texts",
-            hint="a shift is measured between what the model knows and what it is to learn",
+            hint="compare text that the model was trained on with text that it is to learn",
         )
 
 
@@ -98,7 +100,7 @@ def refuse_same(old: Sequence[str], new: Sequence[str]) -> None:
 
 
 def ngram_counts(passages: Passages) -> np.ndarray:
-    """How often each hashed word and pair of words occurs in each passage, of shape (P, F) and float32.
+    """Counts of each hashed word and pair of words in each passage, of shape (P, F) and float32.
 
     The features of DSIR (Xie et al. 2023), as `postgrad.data.filter.ngrams` counts them.
     """
@@ -109,27 +111,25 @@ def log_ratio(old_PF: np.ndarray, new_PF: np.ndarray) -> ShiftEstimate:
     """How much likelier the new text's n-grams are under a model of the new text than under one of the old, in nats a gram.
 
     DSIR's importance weight (Xie et al. 2023, equation 3), averaged over passages that neither model was estimated on (two
-    halves, each judged by the other). It estimates KL(new || old) of the hashed n-grams; `same`: of old text against old.
+    halves, each scored by the other). It estimates KL(new || old) of the hashed n-grams; `same`: of old text against old.
     """
     rng = np.random.default_rng(0)
-    value, low, high = _log_ratio(old_PF, new_PF, rng)
-    halves = [_log_ratio(*_random_halves(old_PF, rng), rng, draws=0)[0] for _ in range(10)]
-    return ShiftEstimate(value, low, high, float(np.quantile(halves, 0.95)))
+    ratio_P = _passage_log_ratios(old_PF, new_PF, rng)
+    halves = [_passage_log_ratios(*_random_halves(old_PF, rng), rng).mean() for _ in range(10)]
+    low, high = ratio_interval(ratio_P, np.ones(len(ratio_P)))
+    return ShiftEstimate(float(ratio_P.mean()), low, high, float(np.quantile(halves, 0.95)))
 
 
-def _log_ratio(
-    old_PF: np.ndarray, new_PF: np.ndarray, rng: np.random.Generator, draws: int = _DRAWS
-) -> tuple[float, float, float]:
+def _passage_log_ratios(old_PF: np.ndarray, new_PF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The mean log ratio of each of as many new passages as there are old ones, or the other way round, of shape (P,)."""
     size = min(len(old_PF), len(new_PF))
     old, new = (table[rng.permutation(len(table))[:size]] for table in (old_PF, new_PF))
     half = size // 2
-    gains = []
-    for learnt, judged in ((slice(0, half), slice(half, None)), (slice(half, None), slice(0, half))):
-        weights = np.log(_shares(new[learnt])) - np.log(_shares(old[learnt]))
-        gains.append(new[judged] @ weights / new[judged].sum(1))
-    mean_P = np.concatenate(gains)
-    found = [mean_P[rng.integers(0, len(mean_P), len(mean_P))].mean() for _ in range(draws)] or [mean_P.mean()]
-    return float(mean_P.mean()), float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
+    parts = []
+    for fitted, scored in ((slice(0, half), slice(half, None)), (slice(half, None), slice(0, half))):
+        weights_F = np.log(_shares(new[fitted])) - np.log(_shares(old[fitted]))
+        parts.append(new[scored] @ weights_F / new[scored].sum(1))
+    return np.concatenate(parts)
 
 
 def _shares(counts_PF: np.ndarray) -> np.ndarray:
@@ -139,9 +139,9 @@ def _shares(counts_PF: np.ndarray) -> np.ndarray:
 
 
 def classifier_auc(old_PF: np.ndarray, new_PF: np.ndarray) -> ShiftEstimate:
-    """The AUC of a classifier that tells held-out passages of the two texts apart: .5 when they are alike, 1 when never.
+    """The AUC of a classifier of held-out passages by their text: .5 for texts of one distribution, 1 for disjoint ones.
 
-    A classifier two-sample test (Lopez-Paz & Oquab 2017, arXiv 1610.06545): logistic regression on n-gram shares, judged by
+    A classifier two-sample test (Lopez-Paz & Oquab 2017, arXiv 1610.06545): logistic regression on n-gram shares, evaluated by
     five-fold cross-validation on equally many passages of each text.
     """
     from scipy.sparse import csr_matrix
@@ -153,21 +153,22 @@ def classifier_auc(old_PF: np.ndarray, new_PF: np.ndarray) -> ShiftEstimate:
     size = min(len(old_PF), len(new_PF), 1000)
     picked = [table[rng.permutation(len(table))[:size]] for table in (old_PF, new_PF)]
     roots = csr_matrix(np.sqrt(np.concatenate(picked)))  # counts' variances grow with them; their roots' do not
-    meant = np.repeat([0, 1], size)
+    labels = np.repeat([0, 1], size)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    said = cross_val_predict(LogisticRegression(solver="liblinear"), roots, meant, cv=folds, method="decision_function")
-    values = []
-    for _ in range(_DRAWS):
-        draw = np.concatenate([rng.integers(0, size, size), rng.integers(size, 2 * size, size)])
-        values.append(roc_auc_score(meant[draw], said[draw]))
-    low, high = np.quantile(values, [0.025, 0.975])
+    classifier = LogisticRegression(solver="liblinear")
+    scores = cross_val_predict(classifier, roots, labels, cv=folds, method="decision_function")
+    # The AUC is the share of pairs (old, new) whose scores are in order, ties by half: a sum over pairs of counts.
+    old, new = scores[:size, None], scores[size:]
+    ordered_PP = (new > old) + 0.5 * (new == old)
+    drawn = zip(resample_counts(size, 0), resample_counts(size, 1), strict=True)
+    low, high = percentile_interval(np.concatenate([(a @ ordered_PP * b).sum(1) for a, b in drawn]) / size**2)
     # Of two samples of one text the AUC is about normal around .5 (Mann-Whitney, equal sizes).
     same = 0.5 + 1.645 * float(np.sqrt((2 * size + 1) / (12 * size * size)))
-    return ShiftEstimate(float(roc_auc_score(meant, said)), float(low), float(high), same)
+    return ShiftEstimate(float(roc_auc_score(labels, scores)), low, high, same)
 
 
 def byte_counts(passages: Passages) -> np.ndarray:
-    """How often each hashed run of three bytes occurs in each passage, of shape (P, F) and float32.
+    """Counts of each hashed byte trigram in each passage, of shape (P, F) and float32.
 
     The same features for every tokenizer and every language, which token shares are not.
     """
@@ -191,38 +192,40 @@ def js_divergence(old_PV: np.ndarray, new_PV: np.ndarray) -> ShiftEstimate:
     """
     rng = np.random.default_rng(0)
     size = min(len(old_PV), len(new_PV))
-    draws = [
-        _js_divergence(old_PV[rng.integers(0, len(old_PV), size)], new_PV[rng.integers(0, len(new_PV), size)])
-        for _ in range(_DRAWS)
-    ]
+    value = _js_divergence(*(table[rng.permutation(len(table))[:size]] for table in (old_PV, new_PV)))
+    old, new = csr_array(old_PV), csr_array(new_PV)
+    draws = zip(resample_counts(old_PV.shape[0], 0, size), resample_counts(new_PV.shape[0], 1, size), strict=True)
+    samples = [_share_divergence(a_P @ old, b_P @ new) for both in draws for a_P, b_P in zip(*both, strict=True)]
     # Drawing with replacement adds noise of its own; the spread is right, the mean is not.
-    picked = old_PV[rng.permutation(len(old_PV))[:size]], new_PV[rng.permutation(len(new_PV))[:size]]
-    value, centre = _js_divergence(*picked), float(np.mean(draws))
-    low, high = (max(0.0, value + float(q) - centre) for q in np.quantile(draws, [0.025, 0.975]))
-    same = [_js_divergence(*_random_halves(old_PV, rng)) for _ in range(_DRAWS)]
+    low, high = (max(0.0, value + end - float(np.mean(samples))) for end in percentile_interval(np.array(samples)))
+    same = [_js_divergence(*_random_halves(old, rng)) for _ in range(_SPLITS)]
     return ShiftEstimate(value, low, min(high, 1.0), float(np.quantile(same, 0.95)))
 
 
-def _js_divergence(one_PV: np.ndarray, other_PV: np.ndarray) -> float:
-    one, other = (table.sum(0, dtype=np.float64) for table in (one_PV, other_PV))
-    one, other = one / one.sum(), other / other.sum()
-    middle = (one + other) / 2
-    return float((_kl_bits(one, middle) + _kl_bits(other, middle)) / 2)
+def _js_divergence(old_PV: np.ndarray | csr_array, new_PV: np.ndarray | csr_array) -> float:
+    return _share_divergence(*(table.sum(0, dtype=np.float64) for table in (old_PV, new_PV)))
 
 
-def _kl_bits(shares: np.ndarray, against: np.ndarray) -> float:
+def _share_divergence(old_V: np.ndarray, new_V: np.ndarray) -> float:
+    """Of the shares of two vectors of counts."""
+    old, new = old_V / old_V.sum(), new_V / new_V.sum()
+    middle = (old + new) / 2
+    return float((_kl_bits(old, middle) + _kl_bits(new, middle)) / 2)
+
+
+def _kl_bits(shares: np.ndarray, reference: np.ndarray) -> float:
     some = shares > 0
-    return float((shares[some] * np.log2(shares[some] / against[some])).sum())
+    return float((shares[some] * np.log2(shares[some] / reference[some])).sum())
 
 
-def _random_halves(table: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    order = rng.permutation(len(table))
-    half = len(table) // 2
+def _random_halves(table: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+    order = rng.permutation(table.shape[0])
+    half = len(order) // 2
     return table[order[:half]], table[order[half : 2 * half]]
 
 
 def token_counts(passages: Passages, encode: Callable[[list[str]], list[list[int]]], vocabulary: int) -> np.ndarray:
-    """How often each token occurs in each passage, of shape (P, V) and float32; `encode` gives the ids of texts."""
+    """Counts of each token in each passage, of shape (P, V) and float32; `encode` gives the ids of texts."""
     out = np.zeros((len(passages.texts), vocabulary), np.float32)
     for row, ids in enumerate(encode(passages.texts)):
         np.add.at(out[row], np.array(ids, np.int64), 1.0)
@@ -231,12 +234,12 @@ def token_counts(passages: Passages, encode: Callable[[list[str]], list[list[int
 
 @dataclass(frozen=True)
 class Fertility:
-    """How finely a tokenizer cuts a text."""
+    """Tokens per word and bytes per token of a text."""
 
     tokens_per_word: float
     bytes_per_token: float
     unknown: float
-    """Share of tokens that stand for nothing: unknown ones, and single bytes of a word."""
+    """Share of unknown tokens and single-byte tokens."""
 
 
 def fertility(

@@ -1,11 +1,12 @@
-"""Which parameters of a law explain measured losses best, and how sure are they?
+"""Fitting of laws to measured losses, with parametric bootstrap intervals.
 
 Legend: N measured points, P parameters, S draws of an interval.
 
-A law is a formula with parameters (`Law`). It is fitted as scaling laws are in the literature: Huber's loss on the residuals
-of the logarithms, from many starts (Hoffmann et al. 2022, arXiv 2203.15556, section 3.3). L-BFGS finds the valley, a trust
-region its bottom. Intervals are a parametric bootstrap: data are drawn anew around the fit, with a noise that is itself only
-known from the residuals, and fitted again. So few points to spare make wide intervals.
+A law is a formula with parameters (`Law`). It is fitted as scaling laws are in the literature: Huber's loss on the residuals of
+the logarithms, from many starts (Hoffmann et al. 2022, arXiv 2203.15556, section 3.3). L-BFGS finds the valley, a trust region
+its minimum. Intervals are a parametric bootstrap: data are sampled around the fit, with noise whose variance is itself
+estimated from the residuals, and fitted again, so few degrees of freedom make wide intervals. A draw is a fit, so there are
+fewer of them than `postgrad.stats.bootstrap` has.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ import numpy as np
 from postgrad.errors import DataError
 
 Inputs = Mapping[str, np.ndarray]
-"""What the losses were measured at, by name, each of shape (N,)."""
+"""The inputs of the law by name, each of shape (N,)."""
 
 HUBER = 1e-3
 """Residuals of log losses up to this weigh by their square, larger ones by their size (Hoffmann et al. 2022)."""
 _MAX_STARTS = 2000
 _STARTS = 24
-"""Starts that are descended from: those that fit best of up to `_MOST`."""
+"""Starts of L-BFGS: those that fit best of up to `_MAX_STARTS`."""
 _POLISH_COUNT = 4
-"""... and those of them whose valley's bottom is looked for."""
+"""... and the best of them that the trust region refines."""
 _DRAWS = 100
 _TINY = 1e-12
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter's name, where its search begins, and the range that it may have."""
+    """A parameter's name, the starts of its search, and its bounds."""
 
     name: str
     starts: tuple[float, ...]
@@ -44,7 +45,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Law:
-    """A formula for losses, with what it takes and where it is from."""
+    """A formula for losses, with its inputs and source."""
 
     name: str
     parameters: tuple[Parameter, ...]
@@ -73,13 +74,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law with the parameters that fit best, and draws of others that fit about as well."""
+    """A law with its best parameters, and bootstrap draws of them."""
 
     law: Law
     best_P: np.ndarray
     draws_SP: np.ndarray
     spread: float
-    """Standard deviation of the log residuals, by the points to spare."""
+    """Standard deviation of the log residuals, with N - P degrees of freedom."""
     points: int
 
     @property
@@ -93,7 +94,7 @@ class Fit:
         return make_estimate(float(self.best_P[place]), self.draws_SP[:, place])
 
     def predict(self, **inputs: float) -> Estimate:
-        """The loss that the law expects at these inputs, with the interval of what would be measured there."""
+        """The predicted loss at these inputs, with the interval of a measurement."""
         at = {name: np.array([value]) for name, value in inputs.items()}
         value = float(self.law(at, self.values)[0])
         noise = np.random.default_rng(1).normal(0.0, self.spread, len(self.draws_SP))
@@ -101,13 +102,13 @@ class Fit:
         return make_estimate(value, drawn * np.exp(noise))
 
     def solve(self, find: Callable[[Mapping[str, float]], float]) -> Estimate:
-        """What follows from the parameters, such as a best share, with its interval: `find(parameters by name)`."""
+        """A function of the parameters (by name), such as a best share, with its interval."""
         drawn = np.array([find(_values_by_name(self.law, p)) for p in self.draws_SP])
         return make_estimate(find(self.values), drawn[np.isfinite(drawn)])
 
 
 def make_estimate(value: float, samples: np.ndarray) -> Estimate:
-    """A value with the middle 95 % of what was drawn, which always holds the value itself."""
+    """A value with the middle 95 % of samples, widened to include the value."""
     low, high = np.quantile(samples, [0.025, 0.975]) if len(samples) else (value, value)
     return Estimate(value, min(value, float(low)), max(value, float(high)))
 
@@ -122,9 +123,7 @@ def fit_law(
     from threadpoolctl import threadpool_limits
 
     table, losses_N = _check_points(law, inputs, losses)
-    with threadpool_limits(
-        1
-    ):  # nothing here is large enough to share: beside a busy process threads take five times as long
+    with threadpool_limits(1):  # arrays are small: with several threads on a busy machine this takes five times as long
         return _fit_points(law, table, losses_N, seed, draws)
 
 
@@ -151,7 +150,7 @@ def _check_points(
         shape = np.shape(inputs[name]) if name in inputs else (0,)
         if shape not in ((), losses_N.shape):
             raise DataError(
-                f"{np.prod(shape)} numbers for {name}",
+                f"{np.prod(shape)} values of {name}",
                 where=law.name,
                 expected=f"a number for each of {len(losses_N)} losses, or one for all",
             )
@@ -178,7 +177,7 @@ def _check_points(
 
 
 def _search(law: Law, inputs: Inputs, losses_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The best parameters from many starts: of all combinations of each parameter's, or a draw of them, the most promising."""
+    """The best parameters from the most promising of all combinations of starts, or of a sample of them."""
     from scipy.optimize import minimize
 
     grid = [np.array(start) for start in itertools.product(*(p.starts for p in law.parameters))]
@@ -201,7 +200,7 @@ def _search(law: Law, inputs: Inputs, losses_N: np.ndarray, rng: np.random.Gener
 def _descend(
     law: Law, inputs: Inputs, losses_N: np.ndarray, start_P: np.ndarray, max_evaluations: int = 300
 ) -> np.ndarray:
-    """The bottom of the valley that `start_P` lies in, by the same Huber loss."""
+    """The local minimum of the same Huber loss from `start_P`."""
     from scipy.optimize import least_squares
 
     low, high = np.array([p.low for p in law.parameters]), np.array([p.high for p in law.parameters])
@@ -219,7 +218,7 @@ def _descend(
 
 
 def _residuals(law: Law, inputs: Inputs, losses_N: np.ndarray, values_P: np.ndarray) -> np.ndarray:
-    """Log residuals; where the formula is no positive number, a large one."""
+    """Log residuals; large ones where the formula is not a positive number."""
     fitted_N = np.broadcast_to(law(inputs, _values_by_name(law, values_P)), losses_N.shape)
     sound_N = np.nan_to_num(fitted_N, nan=_TINY, posinf=1e12, neginf=_TINY)
     return np.log(np.maximum(sound_N, _TINY)) - np.log(losses_N)

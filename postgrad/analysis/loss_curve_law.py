@@ -1,10 +1,10 @@
-"""How does a loss move along a learning-rate schedule when training is continued on other text?
+"""The loss along a learning-rate schedule in continued training: the annealing law and its shift term.
 
 Legend: T steps.
 
-The annealing law says a loss by two areas of the schedule (Tissue et al. 2024, arXiv 2408.11029; for continued training Wang et
-al. 2025, arXiv 2505.07796): the forward area S1, how far the weights could go, and the annealing area S2, how far the rate
-has come down, with a momentum. A change of distribution adds a term that saturates with S1.
+The annealing law predicts a loss from two areas of the schedule (Tissue et al. 2024, arXiv 2408.11029; for continued training
+Wang et al. 2025, arXiv 2505.07796): the forward area S1, the sum of the rates, and the annealing area S2, the momentum sum of
+their decreases. A change of distribution adds a term that saturates with S1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def forward_area(rates_T: np.ndarray) -> np.ndarray:
 def annealing_area(rates_T: np.ndarray, momentum: float = MOMENTUM, before: float | None = None) -> np.ndarray:
     """S2 after each step, of shape (T,): `sum_{i<=t} sum_{k<=i} (eta_{k-1} - eta_k) momentum^(i-k)`.
 
-    `before` is eta_0, the rate that the first step falls from; left out, that of the first step. A rising rate, as in a
+    `before` is eta_0, the rate before the first step. Default: that of the first step. A rising rate, as in a
     warm-up, counts negatively.
     """
     rates = np.asarray(rates_T, float)

@@ -1,4 +1,4 @@
-"""What do a few short pilots say of the whole run: how much is forgotten and learnt at which share of replay and which peak?
+"""Pilot runs: laws of forgetting and learning by replay share and peak rate, fitted to a few short runs.
 
 Legend: N pilots, K coefficients.
 
@@ -8,11 +8,10 @@ longest pilot, the rise F of the loss on old text and the loss L on new text fol
     ln F = c + q ln(n / 200) + a f(n) ln((1 - r) / r) + p ln(peak)       q: one below 200 steps, another one above
     ln L = d - u ln(n / N)   + g ln(1 - r)            + h ln(peak)       u: one up to N, another one beyond
 
-So F is a power of the odds of new text to replay: what pulls the weights away over what pulls them back, which is felt more
-and more over the first 200 steps (f). L falls by a power of the steps, and the power that is seen among the pilots foretells
-the one to come. Few pilots cannot settle all coefficients, so each begins with what real runs had (a mean and a spread,
-`RISE` and `LOSS`), and pilots correct it: Bayesian linear regression, with the noise estimated along. A coefficient that the
-pilots do not touch keeps its spread, and what is predicted from it is as uncertain as that.
+So F is a power of the odds of new text to replay, whose effect grows over the first 200 steps (f). L falls by a power of the
+steps, and the power among the pilots predicts that of the run. Few pilots cannot determine all coefficients, so each has a
+prior from real runs (`RISE_PRIORS`, `LOSS_PRIORS`): Bayesian linear regression, with the noise estimated too. A coefficient
+that the pilots do not vary keeps its prior's spread, and predictions have that uncertainty.
 """
 
 from __future__ import annotations
@@ -30,30 +29,30 @@ from postgrad.analysis.law_fitting import Estimate
 from postgrad.errors import DataError, StageError
 
 MIN_PILOTS, MAX_PILOTS = 4, 12
-"""Pilots."""
+"""Bounds of the number of pilots."""
 MAX_COST = 0.095
-"""Of the run's tokens, which all pilots together take at most."""
+"""The largest share of the run's tokens that all pilots take."""
 _CONFIRMING_SHARE = 0.5
-"""Of the pilots' tokens, which the last one takes: the proposed setting, tried at length."""
+"""The share of the pilots' tokens for the last one, which confirms the proposed setting."""
 _MIN_STEPS = 6
-"""A pilot has at least so many."""
+"""The fewest steps of a pilot."""
 MIN_SHARE, MAX_SHARE = 0.01, 0.75
-"""Shares of replay that may be proposed. Even a little guards against surprises."""
+"""Bounds of the proposed replay share. Even a little guards against surprises."""
 MIN_PEAK = 0.25
-"""Of the stage's own peak, the lowest that may be proposed; the stage's own is the highest."""
+"""The lowest proposed peak as a share of the stage's own, which is the highest."""
 CONFIDENCE = 0.9
-"""How likely the whole run is to keep within the bound."""
+"""The probability that the whole run stays within the bound."""
 _UPPER_QUANTILE = 0.975
-"""What lies below the upper end of a 95 % interval."""
+"""The upper end of a 95 % interval."""
 _DESIGN = (
     (0.40, 1.0, 1.0), (0.03, 1.0, 1.0), (0.10, 0.4, 2.0), (0.15, 1.0, 1.0), (0.35, 0.4, 2.0), (0.05, 0.65, 1.5),
     (0.25, 0.65, 1.5), (0.01, 1.0, 1.0), (0.03, 0.4, 2.0), (0.60, 1.0, 1.0), (0.08, 1.0, 1.0),
 )  # fmt: skip
-"""What is explored, in this order: a share of replay, a part of the stage's peak, and a length (more at a low peak)."""
+"""Exploratory pilots in order: replay share, part of the stage's peak, relative length (longer at a low peak)."""
 
 
 class Setting(NamedTuple):
-    """What is asked for: the share of replay and the peak rate."""
+    """The replay share and the peak rate of a run."""
 
     share: float
     peak: float
@@ -61,7 +60,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Pilot:
-    """A setting, tried for so many tokens."""
+    """A short run with a setting."""
 
     setting: Setting
     tokens: int
@@ -69,7 +68,7 @@ class Pilot:
 
 @dataclass(frozen=True)
 class PilotResult:
-    """What a pilot ended with, in nats per token: the rise of the loss on retained sets, and the loss on learned ones."""
+    """The result of a pilot in nats per token: the rise of the loss on retained sets, and the loss on learned ones."""
 
     pilot: Pilot
     rises: Mapping[str, float]
@@ -79,14 +78,14 @@ class PilotResult:
 
 
 class Prior(NamedTuple):
-    """What is held of a coefficient before any pilot: a mean and a spread."""
+    """The prior of a coefficient: mean and standard deviation."""
 
     mean: float
     spread: float
 
 
 _FLAT_PRIOR = Prior(0.0, 30.0)
-"""Of a constant, of which nothing is known."""
+"""Of a constant: uninformative."""
 RISE_PRIORS = (
     _FLAT_PRIOR, Prior(-0.08, 0.08), Prior(0.06, 0.04), Prior(0.42, 0.10), Prior(0.35, 0.17),
     Prior(0.0, 0.15), Prior(0.20, 0.20),
@@ -112,7 +111,7 @@ _NOISE, _NOISE_WEIGHT = {"rise": 0.08, "loss": 0.01}, 4.0
 
 
 def replay_effect(steps: float) -> float:
-    """The part of the replay's power that is felt in so many steps (measured: .4 in 7, .7 in 40, 1 in 200)."""
+    """The part of the replay's effect after so many steps (measured: .4 in 7, .7 in 40, 1 in 200)."""
     return min(1.0, max(0.3, 1.0 - _EFFECT_SLOPE * math.log(_FULL_EFFECT_STEPS / steps)))
 
 
@@ -122,9 +121,9 @@ def power_slowdown(steps: float) -> float:
 
 
 def make_exploratory_pilots(count: int, peak: float, tokens: int, step: float) -> list[Pilot]:
-    """The pilots that explore, for a run of so many `tokens`, `step` of them in a step; one more follows (`confirming`).
+    """The exploratory pilots of a run of `tokens` tokens, `step` of them in a step; a confirming one follows.
 
-    Raises `StageError` when the run is too short for so many.
+    Raises `StageError` when the run is too short.
     """
     if not MIN_PILOTS <= count <= MAX_PILOTS:
         raise StageError(f"{count} pilots", where="--pilots", expected=f"{MIN_PILOTS} to {MAX_PILOTS}")
@@ -133,8 +132,8 @@ def make_exploratory_pilots(count: int, peak: float, tokens: int, step: float) -
         able = [n for n in range(MIN_PILOTS, count) if _shortest_pilot_tokens(tokens, n) >= _MIN_STEPS * step]
         shortest = tokens * _MIN_STEPS * step / _shortest_pilot_tokens(tokens, MIN_PILOTS)
         raise StageError(
-            f"a run of {tokens:,} tokens has {tokens / step:,.0f} steps; of {count} pilots, which may take {MAX_COST:.1%} of that, "
-            f"the shortest would have {unit / step:.1f}",
+            f"a run of {tokens:,} tokens has {tokens / step:,.0f} steps; of {count} pilots, which may take {MAX_COST:.1%} of "
+            f"that, the shortest would have {unit / step:.1f}",
             where="--pilots",
             expected=f"pilots of {_MIN_STEPS} steps or more",
             hint=f"--pilots {able[-1]}"
@@ -150,7 +149,7 @@ def _shortest_pilot_tokens(tokens: int, count: int) -> float:
 
 
 def make_confirming_pilot(setting: Setting, tokens: int) -> Pilot:
-    """The last pilot, the longest: what the others propose, tried."""
+    """The last and longest pilot, with the setting that the others propose."""
     return Pilot(setting, int(_CONFIRMING_SHARE * MAX_COST * tokens))
 
 
@@ -159,34 +158,34 @@ def make_confirming_pilot(setting: Setting, tokens: int) -> Pilot:
 
 @dataclass(frozen=True)
 class LogLinear:
-    """Coefficients of a law that is straight in the logarithms, as far as pilots have settled them."""
+    """The posterior of the coefficients of a law that is linear in the logarithms."""
 
     mean_K: np.ndarray
     covariance_KK: np.ndarray
     noise: float
 
     def predict(self, row_K: np.ndarray) -> tuple[float, float]:
-        """The logarithm that is expected, and the spread of what one run would show."""
+        """The mean and the standard deviation of one run's logarithm."""
         spread = float(row_K @ self.covariance_KK @ row_K) + self.noise**2
         return float(row_K @ self.mean_K), math.sqrt(spread)
 
 
 def fit_log_linear(rows_NK: np.ndarray, logs_N: np.ndarray, priors: Sequence[Prior], noise: float) -> LogLinear:
-    """Bayesian linear regression with a noise that is estimated along, from what it was before and from the residuals."""
+    """Bayesian linear regression; the noise is estimated from its prior and the residuals."""
     mean_K = np.array([item.mean for item in priors])
     precision_KK = np.diag([item.spread**-2.0 for item in priors])
     sigma = noise
     for _ in range(50):
         covariance_KK = np.linalg.inv(precision_KK + rows_NK.T @ rows_NK / sigma**2)
-        found_K = covariance_KK @ (precision_KK @ mean_K + rows_NK.T @ logs_N / sigma**2)
-        residual_N = logs_N - rows_NK @ found_K
+        posterior_K = covariance_KK @ (precision_KK @ mean_K + rows_NK.T @ logs_N / sigma**2)
+        residual_N = logs_N - rows_NK @ posterior_K
         sigma = math.sqrt((_NOISE_WEIGHT * noise**2 + float(residual_N @ residual_N)) / (_NOISE_WEIGHT + len(logs_N)))
-    return LogLinear(found_K, covariance_KK, sigma)
+    return LogLinear(posterior_K, covariance_KK, sigma)
 
 
 @dataclass(frozen=True)
 class Laws:
-    """What pilots say of the whole run: a law of the rise for each retained set, and of the loss for each learned one."""
+    """Predictions for the whole run: a law of the rise for each retained set, and of the loss for each learned one."""
 
     tokens: Callable[[Setting], float]
     """Of the whole run, replay included."""
@@ -204,7 +203,7 @@ class Laws:
     ) -> Estimate:
         """The rise of a set's loss in nats per token after the whole run, or after `tokens`, with its 95 % interval.
 
-        With `sure`, the interval's upper end is where that share of runs lies below.
+        The interval's upper end is the quantile `confidence`.
         """
         steps = (tokens or self.tokens(setting)) / self.step
         return _make_estimate(self.rises[name], _rise_row(setting, steps, self.peak, explored=False), confidence)
@@ -271,7 +270,7 @@ def fit_pilots(
 
 @dataclass(frozen=True)
 class SettingChoice:
-    """A setting, and whether it keeps within every bound as surely as was asked for; if not, it is the best reachable."""
+    """A setting, and whether it meets every bound with the required confidence; if not, it comes closest."""
 
     setting: Setting
     is_within_bounds: bool
@@ -280,13 +279,13 @@ class SettingChoice:
 def choose_setting(
     laws: Laws, bounds: Mapping[str, float], *, confidence: float = CONFIDENCE, max_share: float = MAX_SHARE
 ) -> SettingChoice:
-    """The setting that learns most of those that keep within the bounds: at each peak, the smallest share that does.
+    """The setting with the lowest predicted loss on learned sets among those that meet the bounds.
 
-    `bounds`: the largest rise of each retained set's loss, in nats per token. `most`: the largest share there is text for.
+    `bounds`: the largest rise of each retained set's loss, in nats per token. `max_share`: the largest share with enough text.
     """
 
     def excess(setting: Setting) -> float:
-        """How far beyond the bounds the worst set may be, as a logarithm."""
+        """The log ratio of the worst set's upper rise to its bound."""
         return max(
             math.log(laws.rise(name, setting, confidence=confidence).high / bound) for name, bound in bounds.items()
         )
@@ -305,7 +304,7 @@ def choose_setting(
 
 
 def _smallest_share(excess: Callable[[Setting], float], low: Setting, high: Setting) -> Setting:
-    """The smallest share, to a thousandth, that is within the bounds; `low` is not, `high` is, and there is one border."""
+    """The smallest share that meets the bounds, to a thousandth, by bisection; `low` does not, `high` does."""
     below, above = low.share, high.share
     while above - below > 1e-4:
         middle = (below + above) / 2

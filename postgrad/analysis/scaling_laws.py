@@ -1,10 +1,10 @@
-"""What do published laws say of mixtures, forgetting and their optimum? Their formulas, and what follows from a fit of each.
+"""Published scaling laws of mixtures and forgetting, and the optima that follow from their fits.
 
 CMR      the largest share of new text at which the loss on old text stays within a bound (Gu et al. 2024, arXiv 2407.17467)
 D-CPT    losses by model size, tokens and mixture (Que et al. 2024, arXiv 2406.01375)
 Bethune  forgetting by tokens of new text, model size and injected old text (Bethune et al. 2025, arXiv 2502.06042)
 
-`dynamics.py` has the law of a loss along a learning-rate schedule. Each is fitted with `fitting.fit`, which gives intervals.
+`loss_curve_law` has the law of a loss along a learning-rate schedule. Each is fitted with `law_fitting.fit_law`.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ CRITICAL_RATIO_LAW = Law(
 """The largest admissible share of new text by the budget."""
 
 CMR_UNIT = 2e8
-"""Tokens that T counts by in the published parameters of `CRITICAL`."""
+"""The unit of T in the published parameters of `CRITICAL_RATIO_LAW`."""
 
 
 def critical_ratio(old_text_fit: Fit, bound: float) -> Estimate:
     """The largest share of new text at which the loss on old text is at most `bound` nats per token.
 
-    `general`: a fit of `MIXTURE` to losses on old text. Raises `DataError` when no share keeps within the bound.
+    `old_text_fit`: a fit of `MIXTURE_LAW` to losses on old text. Raises `DataError` when no share meets the bound.
     """
 
     def find(values: Mapping[str, float]) -> float:
@@ -111,13 +111,13 @@ DCPT_RATIO = Law(
     _dcpt_ratio,
     "Que et al. 2024, arXiv 2406.01375, with N and D fixed: L = E' + B' r^eta + C/(r + eps)^g",
 )
-"""`DCPT` where all points have the same weights and tokens: what these contribute is in E and B."""
+"""`DCPT` for points of the same weights and tokens, whose terms are part of E and B."""
 
 
 def best_mixture(old_text_fit: Fit, bound: float) -> Estimate:
     """The share of new text that learns most while the loss on old text is at most `bound` nats per token.
 
-    `general`: a fit of `DCPT_RATIO` to losses on old text by *its* share. The loss on new text falls with the share of new
+    `old_text_fit`: a fit of `DCPT_RATIO` to losses on old text by *its* share. The loss on new text falls with the share of new
     text, so the optimum is the largest admissible one (D-CPT, section 4.3). Raises `DataError` when there is none.
     """
 
@@ -163,8 +163,8 @@ def injected_share(law_fit: Fit, *, new_tokens: float, size: float, rise: float)
 
     def find(p: Mapping[str, float]) -> float:
         with np.errstate(all="ignore"):
-            wanted = (p["A"] * new_tokens ** p["b"] / rise) ** (1.0 / max(p["a"], 1e-9)) / size
-            return float(max(0.0, (wanted - 1.0) / max(p["B"], 1e-12)))
+            needed = (p["A"] * new_tokens ** p["b"] / rise) ** (1.0 / max(p["a"], 1e-9)) / size
+            return float(max(0.0, (needed - 1.0) / max(p["B"], 1e-12)))
 
     if find(law_fit.values) > 1:
         raise DataError(
@@ -172,7 +172,7 @@ def injected_share(law_fit: Fit, *, new_tokens: float, size: float, rise: float)
             where=BETHUNE.name,
             expected="a larger rise, fewer tokens of new text, or a larger model",
         )
-    return law_fit.solve(lambda p: min(find(p), 1.0))  # a draw that asks for more than all is not left out
+    return law_fit.solve(lambda p: min(find(p), 1.0))  # a draw above 1 counts as 1
 
 
 # --- where a curve crosses a bound ------------------------------------------------------------------------
@@ -200,5 +200,5 @@ def _solve_ratio(old_text_fit: Fit, find: Callable[[Mapping[str, float]], float]
             where=old_text_fit.law.name,
             expected=f"a bound of {losses_N.min():.4f} or more, which is the lowest that the fit allows",
         )
-    # A draw in which no share keeps within the bound is no reason for a surer answer: it allows nothing.
+    # A draw in which no share meets the bound counts as 0: dropping it would narrow the interval.
     return old_text_fit.solve(lambda values: float(np.nan_to_num(find(values))))

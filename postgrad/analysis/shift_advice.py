@@ -1,7 +1,6 @@
-"""What does a shift ask for? A share of replay, a peak rate, a warm-up and a word on the vocabulary, each with its reason.
+"""Advice for a domain shift: replay share, peak rate, warm-up and vocabulary, each with its reason and source.
 
-Rules of thumb from published runs, to begin a stage with. What they cost and bring on the user's own text is for short pilots,
-or the stage itself, to measure.
+Rules of thumb from published runs, as a starting point. Short pilots, or the stage itself, measure them on the user's own text.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ NO_SHIFT = 0.02
 
 @dataclass(frozen=True)
 class Proposal:
-    """A setting, why it is proposed, and whose finding that is."""
+    """A setting with its reason and source."""
 
     what: str
     value: str
@@ -35,7 +34,7 @@ class Proposal:
 
 
 def shift_strength(distance: float, baseline: float) -> ShiftStrength:
-    """How strong a shift is, by how far its divergence lies above that of two samples of the old text."""
+    """The strength of a shift, by the excess of its divergence over that of two samples of the old text."""
     excess = distance - baseline
     return "strong" if excess >= STRONG_SHIFT else "weak" if excess > NO_SHIFT else "none"
 
@@ -43,7 +42,7 @@ def shift_strength(distance: float, baseline: float) -> ShiftStrength:
 _IBRAHIM = "Ibrahim et al. 2024, arXiv 2403.08763"
 _REUSE = "Parmar et al. 2024, arXiv 2407.07263"
 _REPLAY = {
-    "none": ("1%", "the two texts are of one kind; a little replay costs nothing and guards against surprises"),
+    "none": ("1%", "the two texts are similar; a little replay costs nothing and guards against surprises"),
     "weak": ("5%", "at 5 % replay 78 % of the forgetting of a weak shift was gone, for .01 nats on the new text"),
     "strong": ("25%", "at 25 % replay 88 % of the forgetting of a strong shift was gone, for .05 nats on the new text"),
 }
@@ -52,7 +51,7 @@ _REPLAY = {
 def make_proposals(
     strength: ShiftStrength, *, tokens: int, old_bytes_per_token: float, new_bytes_per_token: float, unknown: float
 ) -> list[Proposal]:
-    """What to begin a stage with. `tokens`: of the new text; the rest is how the model's tokenizer cuts both texts."""
+    """Proposals for a stage on `tokens` of new text, given the tokenizer's bytes per token and unknown share."""
     share, why = _REPLAY[strength]
     out = [Proposal("replay share", share, why, f"{_IBRAHIM}, tables 2 and 4")]
     if tokens < 100_000_000:
@@ -91,7 +90,7 @@ def make_proposals(
 
 
 def _vocabulary_proposal(tokens: int, token_ratio: float, unknown: float) -> Proposal:
-    """`finer`: how many times as many tokens a byte of the new text takes."""
+    """`token_ratio`: tokens per byte of the new text over those of the old."""
     if unknown > 0.01:
         return Proposal(
             "vocabulary",
@@ -110,8 +109,8 @@ def _vocabulary_proposal(tokens: int, token_ratio: float, unknown: float) -> Pro
         return Proposal(
             "vocabulary",
             "keep it, or grow it by what the text needs",
-            f"the new text takes {token_ratio:.2f} times the tokens a byte, so it reads slowly; new rows need text to be learnt, "
-            f"and {tokens:,} tokens are few",
+            f"the new text takes {token_ratio:.2f} times the tokens a byte, so it reads slowly; new rows need text to be "
+            f"learnt, and {tokens:,} tokens are few",
             "Dagan et al. 2024, arXiv 2402.01035: a full exchange pays after about 50B tokens",
         )
     return Proposal(

@@ -25,8 +25,9 @@ from postgrad.evaluation import before_after
 from postgrad.hardware import machine
 from postgrad.lineage.record import Record, read_record
 from postgrad.models import interpolate
+from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import load_tokenizer, locate_model, save_pretrained, stored_dtype
+from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_dtype
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.stats.forgetting import LossChange
 from postgrad.storage.atomic import publish_folder

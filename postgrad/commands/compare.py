@@ -19,7 +19,7 @@ from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores
 from postgrad.hardware import machine
 from postgrad.lineage.record import Difference, Record, read_record
-from postgrad.models.pretrained import locate_model
+from postgrad.models.location import locate_model
 from postgrad.reports.results import TaskScore
 from postgrad.reports.sections.comparison_table import arm_names
 from postgrad.run import task_scores

@@ -14,7 +14,7 @@ from postgrad.errors import StageError
 from postgrad.evaluation.perplexity import Scores
 from postgrad.evaluation.pseudo_perplexity import score_masked_tokens
 from postgrad.hardware import machine
-from postgrad.models.pretrained import ModelLocation, locate_model
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.task import Task
 from postgrad.plan.held_out_sets import make_masked_held_out_text
 from postgrad.tuning.open_model import get_task, starts_as_prefix_lm

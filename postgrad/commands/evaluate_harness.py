@@ -11,8 +11,9 @@ from postgrad.commands.score_files import DEFAULT_CONTEXT, context_length, load_
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation.lm_eval_harness import TaskResult, run_harness
 from postgrad.hardware import machine
+from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import load_tokenizer, locate_model
+from postgrad.models.pretrained import load_tokenizer
 from postgrad.tuning.open_model import get_task, open_model
 
 

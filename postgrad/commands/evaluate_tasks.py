@@ -13,8 +13,8 @@ from postgrad.config.stage_file import load_tasks
 from postgrad.distributed.world import World
 from postgrad.evaluation.generation_metrics import TaskPredictions
 from postgrad.hardware import machine
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import ModelLocation, locate_model
 from postgrad.plan.prompted_task import PromptedTask, add_soft_prompts
 from postgrad.plan.task_prompts import make_prompted_task
 from postgrad.reports.results import TaskScore

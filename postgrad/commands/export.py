@@ -10,18 +10,11 @@ import torch
 
 from postgrad.commands.results import Result
 from postgrad.errors import ModelError, StageError
+from postgrad.models.layers import get_embedding_weight
+from postgrad.models.location import TUNING_FILE, ModelLocation, locate_model
 from postgrad.models.model import wrap_model
 from postgrad.models.prefix_lm_attention import is_prefix_lm
-from postgrad.models.pretrained import (
-    TUNING_FILE,
-    ModelLocation,
-    get_embedding_weight,
-    load_pretrained,
-    load_tokenizer,
-    locate_model,
-    save_pretrained,
-    stored_dtype,
-)
+from postgrad.models.pretrained import load_pretrained, load_tokenizer, save_pretrained, stored_dtype
 from postgrad.models.task import Task
 from postgrad.models.task_head import load_task_head_config
 from postgrad.storage.atomic import publish_folder

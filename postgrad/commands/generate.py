@@ -16,8 +16,9 @@ from postgrad.errors import ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
-from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
+from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.tuning.open_model import open_model
 

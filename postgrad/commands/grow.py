@@ -19,7 +19,9 @@ from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.extend_vocabulary import extend_vocabulary
 from postgrad.errors import DataError, StageError
 from postgrad.models.grow_embeddings import grow_embeddings
-from postgrad.models.pretrained import get_layer_stacks, load_tokenizer, locate_model, save_pretrained, stored_dtype
+from postgrad.models.layers import get_layer_stacks
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_dtype
 from postgrad.storage.atomic import publish_folder
 from postgrad.tuning.open_model import open_model
 

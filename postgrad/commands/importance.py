@@ -31,8 +31,8 @@ from postgrad.evaluation.fisher import (
     mas_measure,
 )
 from postgrad.hardware import machine
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import ModelLocation, locate_model
 from postgrad.penalties.importance_file import (
     ImportanceFile,
     ImportanceKind,

@@ -18,7 +18,8 @@ from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import StageError
 from postgrad.lineage.record import RECORD, read_record
-from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
+from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.pretrained import load_tokenizer
 from postgrad.plan.model_inputs import make_encoder
 from postgrad.storage.atomic import write_atomically
 

@@ -13,7 +13,7 @@ from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.hardware import machine
 from postgrad.lineage.record import Record
 from postgrad.lineage.tree import Lineage, Stages, lineage_matrix, read_lineage, set_key
-from postgrad.models.pretrained import ModelLocation, locate_model
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.plan.plan import make_plan
 from postgrad.plan.start_model import resolve_start_model
 

@@ -21,7 +21,8 @@ from postgrad.data.problem_type import ProblemType
 from postgrad.data.tokens.encode import token_marks
 from postgrad.errors import DataError, ModelError
 from postgrad.hardware import machine
-from postgrad.models.pretrained import load_tokenizer, locate_model
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
 from postgrad.tuning.open_model import open_model

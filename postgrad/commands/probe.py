@@ -28,7 +28,7 @@ from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
-from postgrad.evaluation.classification_metrics import compare_metrics, compute_metrics
+from postgrad.evaluation.classification_metrics import compare_metrics, compute_metrics, main_metric
 from postgrad.evaluation.held_out import HeldOutRows
 from postgrad.evaluation.layer_features import ComputeStates, layer_features
 from postgrad.evaluation.linear_probe import (
@@ -37,22 +37,17 @@ from postgrad.evaluation.linear_probe import (
     ProbeData,
     ProbeResult,
     View,
-    main_metric,
     metric_inputs,
     train_probes,
 )
 from postgrad.hardware import machine
 from postgrad.hardware.execution import choose_threads
 from postgrad.lineage.record import Interval
-from postgrad.models.pretrained import (
-    ClassifierSpec,
-    ModelLocation,
-    load_pretrained,
-    load_tokenizer,
-    locate_model,
-)
+from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.pretrained import ClassifierSpec, load_pretrained, load_tokenizer
 from postgrad.models.task import Task
-from postgrad.models.task_head import Pooling, TaskHeadConfig, compute_hidden_states, is_decoder
+from postgrad.models.task_head import Pooling, TaskHeadConfig
+from postgrad.models.task_head_model import compute_hidden_states, is_decoder
 from postgrad.plan.held_out_documents import HeldOutDocuments
 from postgrad.plan.held_out_sets import make_held_out_set
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs

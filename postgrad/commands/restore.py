@@ -26,8 +26,8 @@ from postgrad.evaluation import before_after
 from postgrad.hardware import machine
 from postgrad.lineage.record import Record, read_record
 from postgrad.lineage.saved_plan import read_plan
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import ModelLocation, locate_model
 from postgrad.models.task import Task
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.seen_sources import make_replay_source

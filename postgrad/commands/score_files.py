@@ -23,8 +23,9 @@ from postgrad.evaluation import before_after
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores, score_held_out
 from postgrad.hardware import machine
+from postgrad.models.location import ModelLocation
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import ModelLocation, load_tokenizer
+from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.held_out_documents import HeldOutDocuments
 from postgrad.plan.held_out_sets import make_held_out_set

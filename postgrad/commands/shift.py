@@ -21,8 +21,9 @@ from postgrad.data.read.files import RawSource as Files
 from postgrad.errors import DataError
 from postgrad.evaluation.perplexity import Scores
 from postgrad.hardware import machine
-from postgrad.models.pretrained import load_tokenizer, locate_model
-from postgrad.stats.forgetting import bootstrap
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import load_tokenizer
+from postgrad.stats.bootstrap import ratio_interval
 
 _MAX_DOCUMENTS = 20_000
 _MAX_SCORED_TOKENS = 100_000
@@ -189,7 +190,7 @@ def _bits_per_byte(scores: Sequence[Scores]) -> ShiftEstimate:
         raise DataError("no text to score", where="shift")
     nats = np.concatenate([np.bincount(s.document_W, s.nats_W, len(s.bytes_N)) for s in scores]) / np.log(2)
     sizes = np.concatenate([s.bytes_N for s in scores]).astype(np.float64)
-    low, high = bootstrap(nats, sizes)
+    low, high = ratio_interval(nats, sizes)
     return ShiftEstimate(float(nats.sum() / sizes.sum()), low, high)
 
 

@@ -33,8 +33,9 @@ from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import generate_documents
 from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
+from postgrad.models.location import locate_model
 from postgrad.models.model import CausalModel, wrap_model
-from postgrad.models.pretrained import load_tokenizer, locate_model
+from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import make_encoder
 from postgrad.storage.atomic import write_atomically

@@ -6,8 +6,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from postgrad.models.layers import get_layers
 from postgrad.models.model import Model
-from postgrad.models.pretrained import get_layers
 
 
 def checkpoint_activations(model: Model) -> None:

@@ -1,4 +1,4 @@
-"""What did a stage bring and cost? Scores before and after on the same documents, their changes, and the gate."""
+"""Scores of held-out sets before and after a stage, and the changes of their losses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from postgrad.distributed.world import World
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores, score_held_out
 from postgrad.lineage.metrics import EvaluationRow, SetRow
-from postgrad.lineage.record import BeforeAfter, RetentionGate, SetChange, SetScore, WorstSet
+from postgrad.lineage.record import BeforeAfter, SetChange, SetScore
 from postgrad.lineage.record import Scores as RecordScores
 from postgrad.models.model import Model
 from postgrad.stats.forgetting import LossChange, paired_change
@@ -25,7 +25,7 @@ AllScores = dict[str, Scores]
 
 
 class ScoredSet(Protocol):
-    """What is scored."""
+    """A held-out set."""
 
     @property
     def name(self) -> str: ...
@@ -47,26 +47,23 @@ def score_sets(
     identity: str | None = None,
     cache: Path | None = None,
 ) -> AllScores:
-    """Score every set, in the way `by`.
-
-    With the model's `identity` (a fingerprint) scores are kept in, and taken from, the cache.
-    """
+    """Score every set with `scorer`. With the model's `identity` (a fingerprint) scores are cached."""
     out: AllScores = {}
     for held_out in sets:
-        place = None
-        if identity and cache and world.size == 1:  # ranks must not differ in what they find there
+        path = None
+        if identity and cache and world.size == 1:  # several ranks might see different states of the cache
             key = fingerprint([identity, *held_out.identity, context])
-            place = cache / "scores" / f"{key}.npz"
-            if place.exists():
-                out[held_out.name] = next(iter(read_scores(place).values()))  # the name is the caller's
+            path = cache / "scores" / f"{key}.npz"
+            if path.exists():
+                out[held_out.name] = next(iter(read_scores(path).values()))  # cached under the name of another set
                 continue
 
         def gather(parts: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
             return [part for rank in world.all_gather(parts) for part in rank]  # type: ignore[attr-defined]
 
         out[held_out.name] = scorer(model, held_out, context=context, gather=gather, rank=world.rank, ranks=world.size)
-        if place and world.is_main:
-            write_scores(place, {held_out.name: out[held_out.name]})
+        if path and world.is_main:
+            write_scores(path, {held_out.name: out[held_out.name]})
     return out
 
 
@@ -147,23 +144,6 @@ def summarize_before_after(
     return BeforeAfter(
         scores=RecordScores(before=summarize_scores(before), after=summarize_scores(after)),
         changes=loss_changes(sets, before, after, vocabulary),
-    )
-
-
-def retention_gate(
-    changes: Mapping[str, SetChange], before: AllScores, max_forgetting: float | None
-) -> RetentionGate | None:
-    """Whether the loss of every retained set rose by at most `max_forgetting`, at the upper end of its interval."""
-    if max_forgetting is None:
-        return None
-    retained = {name: c for name, c in changes.items() if c.role == "retained"}
-    name = max(retained, key=lambda n: retained[n].relative_high or 0.0)
-    difference, high = retained[name].relative_difference or 0.0, retained[name].relative_high or 0.0
-    return RetentionGate(
-        max_forgetting=max_forgetting,
-        loss_rise_limit=max_forgetting * min(before[n].nats for n in retained),
-        worst=WorstSet(set=name, relative_difference=difference, relative_high=high),
-        passed=high <= max_forgetting,
     )
 
 

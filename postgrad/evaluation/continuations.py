@@ -1,4 +1,4 @@
-"""What does a model write? Greedy continuations of held-out beginnings, for people to read."""
+"""Greedy continuations of held-out prompts, shown in reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 48
 
 @dataclass(frozen=True)
 class ContinuationPrompt:
-    """The beginning of a held-out document and how it really goes on."""
+    """The beginning of a held-out document and its true continuation."""
 
     set_name: str
     ids: np.ndarray
@@ -25,7 +25,7 @@ class ContinuationPrompt:
 
 
 def select_prompts(held_out: HeldOutSet, count: int) -> list[ContinuationPrompt]:
-    """The beginnings of the first texts that are long enough; rows of a task have none."""
+    """The beginnings of the first texts that are long enough; none of rows of a task."""
     if not isinstance(held_out, HeldOutText):
         return []
     long = [d for d in held_out.documents if len(d) >= PROMPT_TOKENS + 8]
@@ -43,24 +43,24 @@ def generate_continuations(
     virtual_tokens: Sequence[int] = (),
     bos: int | None = None,
 ) -> list[str]:
-    """The model's greedy continuation of each prompt, as text; `before` is set before each (a soft prompt's places)."""
+    """The model's greedy continuation of each prompt, as text; `virtual_tokens` are a soft prompt's placeholders."""
     out = []
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         for prompt in prompts:
-            given = torch.from_numpy(insert_after_bos(prompt.ids, virtual_tokens, bos))
-            ids = given[None].to(next(model.parameters()).device)
-            read = {"past_key_values": prefill_prompt(model, ids)} if is_prefix_lm(model.config) else {}
-            written = model.generate(  # pyrefly: ignore[not-callable]
+            inputs = torch.from_numpy(insert_after_bos(prompt.ids, virtual_tokens, bos))
+            ids = inputs[None].to(next(model.parameters()).device)
+            cache = {"past_key_values": prefill_prompt(model, ids)} if is_prefix_lm(model.config) else {}
+            output = model.generate(  # pyrefly: ignore[not-callable]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-                **read,
+                **cache,
             )
-            out.append(decode_ids(tokenizer, written[0, ids.shape[1] :]))
+            out.append(decode_ids(tokenizer, output[0, ids.shape[1] :]))
     model.train(was_training)
     return out
 

@@ -1,14 +1,14 @@
-"""How far has a model moved from the one it was? By what it says, word for word, and by its layers.
+"""Drift: how far a model's predictions, layer outputs and weights are from those of the model it was trained from.
 
 Legend: B rows, T positions, P labelled positions, V tokens (or classes), W rows in all, L layers, D width.
 
-A loss can stay the same while a model says other things. Four measures of that on the same text, before and after:
+A loss can stay the same while predictions change. Four measures of that on the same text, before and after:
 
-    KL(before || after)     sum_v p(v) ln p(v)/q(v), nats a token: on new text it predicts forgetting (arXiv 2509.04259)
+    KL(before || after)     sum_v p(v) ln p(v)/q(v), nats per token: on new text it predicts forgetting (arXiv 2509.04259)
     base cross-entropy      -sum_v p(v) ln q(v): forgetting by the model's own earlier predictions, which needs no labels and no
                             old text (Kalajdzievski 2024, arXiv 2401.05605)
-    lost, won               labels that were the likeliest before and are not now, and the other way round
-    layers                  how far each block's output, and its weights, are from what they were
+    lost, won               labels that were the top prediction before and are not after, and the reverse
+    layers                  the relative change of each block's output and weights
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch, collate
 from postgrad.evaluation.held_out import HeldOutSet
+from postgrad.evaluation.length_batches import length_batches
 from postgrad.lineage.record import Interval, SetDrift
 from postgrad.models.interpolate import block_parameter_names
+from postgrad.models.layers import get_embedding_weight, get_layer_stacks
 from postgrad.models.model import Model, Output
-from postgrad.models.pretrained import get_embedding_weight, get_layer_stacks
-from postgrad.stats.forgetting import bootstrap
+from postgrad.stats.bootstrap import ratio_interval
 
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 1 << 24
@@ -38,10 +39,10 @@ _LOGITS_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class Drift:
-    """Sums over the labelled positions of each row, the document that it is of; and the change of each block's output.
+    """Sums over the labelled positions of each row, the document of each row, and the change of each block's output.
 
-    `moved_L`: the root of the sum of squared differences over that of squared sizes; `turned_L`: mean cosine. NaN where the
-    two models' outputs stand at different positions.
+    `relative_change_L`: the 2-norm of the difference over that of the output before; `cosine_L`: mean cosine. NaN where the two
+    models' outputs are at different positions.
     """
 
     document_W: np.ndarray
@@ -61,7 +62,7 @@ class Drift:
 
         def mean(sums_W: np.ndarray) -> Interval:
             by_document = np.bincount(self.document_W, sums_W, documents)
-            low, high = bootstrap(by_document, tokens)
+            low, high = ratio_interval(by_document, tokens)
             return Interval(value=float(by_document.sum() / max(tokens.sum(), 1)), low=low, high=high)
 
         return SetDrift(
@@ -79,7 +80,7 @@ class Drift:
 
 
 class _PositionMeasures(NamedTuple):
-    """Of each labelled position: the sums of `Drift`."""
+    """The measures of each labelled position."""
 
     divergence_P: Tensor
     cross_entropy_P: Tensor
@@ -90,15 +91,16 @@ class _PositionMeasures(NamedTuple):
 
 @torch.no_grad()
 def compute_drift(before: Model, after: Model, sets: tuple[HeldOutSet, HeldOutSet], *, context: int) -> Drift:
-    """Compare two models on a set, `sets` being the same documents as each of them reads them."""
+    """Compare two models on a set; `sets` are the same documents, as rows of either model."""
     rows = list(zip(*(list(held_out.iter_rows(context)) for held_out in sets), strict=True))
     document_W = np.array([piece.document for piece, _ in rows], np.int64)
     sums_W = np.zeros((6, len(rows)))
     layers = _BlockOutputs(before.pretrained, after.pretrained)
+    lengths = [max(len(p.row.inputs["input_ids"]) for p in pair) for pair in rows]
     training = before.training, after.training
     before.eval(), after.eval()
     with torch.compiler.set_stance("force_eager"), layers.record_outputs():
-        for part in _length_batches([max(len(p.row.inputs["input_ids"]) for p in pair) for pair in rows]):
+        for part in length_batches(lengths, _TOKENS_AT_ONCE):
             batches = [
                 collate([rows[i][side].row for i in part], [0] * len(part), pad_token_id=sets[side].pad).to(
                     _device(model)
@@ -107,54 +109,40 @@ def compute_drift(before: Model, after: Model, sets: tuple[HeldOutSet, HeldOutSe
             ]
             outputs = [model(**batch.inputs) for model, batch in zip((before, after), batches, strict=True)]
             layers.add(batches)
-            said, row_P = _compare_outputs(outputs, batches)
-            for number, values_P in enumerate((torch.ones_like(said[0]), *said)):
+            measures, row_P = _compare_outputs(outputs, batches)
+            for number, values_P in enumerate((torch.ones_like(measures[0]), *measures)):
                 sums_W[number, part] = np.bincount(row_P, values_P.double().cpu().numpy(), len(part))
     before.train(training[0]), after.train(training[1])
-    moved_L, turned_L = layers.compute_changes()
-    tokens_W, divergence_W, crossed_W, right_W, lost_W, won_W = sums_W
-    return Drift(document_W, tokens_W, divergence_W, crossed_W, right_W, lost_W, won_W, moved_L, turned_L)
+    relative_L, cosine_L = layers.compute_changes()
+    return Drift(document_W, *sums_W, relative_change_L=relative_L, cosine_L=cosine_L)
 
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _length_batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows of like length, whose padded size stays within the tokens at once."""
-    part: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if part and (len(part) + 1) * lengths[i] > _TOKENS_AT_ONCE:
-            yield part
-            part = []
-        part.append(i)
-    if part:
-        yield part
-
-
 def _label_mask(batch: Batch) -> Tensor:
-    """Where the labels are: a mask like the labels."""
     return batch.labels != IGNORED
 
 
 def _compare_outputs(outputs: Sequence[Output], batches: Sequence[Batch]) -> tuple[_PositionMeasures, np.ndarray]:
-    """What both said at the labelled positions, and the row that each of these is in.
+    """The measures at the labelled positions, and the row of each.
 
-    A soft prompt moves positions; the labels are the same ones in the same order.
+    A soft prompt shifts positions; the labels are the same ones in the same order.
     """
     masks = [_label_mask(batch) for batch in batches]
     labels_P = batches[1].labels[masks[1]]
     hidden = [output.hidden[mask] for output, mask in zip(outputs, masks, strict=True)]
     width = hidden[0].shape[-1] if outputs[0].head is None else outputs[0].head.weight_VD.shape[0]
     rows = max(1, _LOGITS_AT_ONCE // width)
-    found = [
+    parts = [
         _compare_logits(
             _logits(outputs[0], hidden[0][i : i + rows]), _logits(outputs[1], hidden[1][i : i + rows]), labels
         )
         for i, labels in zip(range(0, len(labels_P), rows), labels_P.split(rows), strict=True)
     ]
     row_P = masks[1].nonzero()[:, 0].cpu().numpy()
-    return _PositionMeasures(*(torch.cat(parts) for parts in zip(*found, strict=True))), row_P
+    return _PositionMeasures(*(torch.cat(part) for part in zip(*parts, strict=True))), row_P
 
 
 def _logits(output: Output, hidden_PD: Tensor) -> Tensor:
@@ -162,11 +150,11 @@ def _logits(output: Output, hidden_PD: Tensor) -> Tensor:
 
 
 def _compare_logits(before_PV: Tensor, after_PV: Tensor, labels_P: Tensor) -> _PositionMeasures:
-    """A vocabulary that has grown is compared over the tokens that both have."""
+    """A grown vocabulary is compared over the tokens that both models have."""
     shared = min(before_PV.shape[-1], after_PV.shape[-1])
     p, q = (torch.log_softmax(logits[:, :shared].double(), -1) for logits in (before_PV, after_PV))
     shares = p.exp()
-    # Where a token has no probability its logarithm does not matter.
+    # 0 ln 0 = 0
     entropy_P = -(shares * p.masked_fill(shares == 0, 0)).sum(-1)
     crossed_P = -(shares * q.masked_fill(shares == 0, 0)).sum(-1)
     was, now = (logits.argmax(-1) == labels_P for logits in (before_PV, after_PV))
@@ -174,18 +162,18 @@ def _compare_logits(before_PV: Tensor, after_PV: Tensor, labels_P: Tensor) -> _P
 
 
 class _BlockOutputs:
-    """The outputs of both models' blocks, at the same positions, as sums."""
+    """Sums of squares and cosines of both models' block outputs, at the same positions."""
 
     def __init__(self, before: PreTrainedModel, after: PreTrainedModel) -> None:
         self.stacks = [[block for stack in get_layer_stacks(model) for block in stack] for model in (before, after)]
-        # Blocks that were put in between have no counterpart.
+        # Inserted blocks have no counterpart.
         self.count = len(self.stacks[0]) if len(self.stacks[0]) == len(self.stacks[1]) else 0
         self.outputs: list[dict[int, Tensor]] = [{}, {}]
         self.sums_L4 = np.zeros((self.count, 4))
 
     @contextmanager
     def record_outputs(self) -> Iterator[None]:
-        """Inside, the outputs of blocks are kept until they are added."""
+        """Inside, block outputs are recorded until they are added."""
         handles = [
             block.register_forward_hook(self._make_hook(side, number))
             for side, blocks in enumerate(self.stacks)
@@ -198,17 +186,19 @@ class _BlockOutputs:
                 handle.remove()
 
     def _make_hook(self, side: int, number: int) -> Any:
-        def keep(_module: nn.Module, _inputs: object, output: Any) -> None:
+        def record(_module: nn.Module, _inputs: object, output: Any) -> None:
             self.outputs[side][number] = output[0] if isinstance(output, tuple) else output
 
-        return keep
+        return record
 
     def add(self, batches: Sequence[Batch]) -> None:
-        """Compare what was seen of a batch, at its labels, or at its tokens where a block has no labels."""
+        """Compare the recorded outputs of a batch at its labels, or at its tokens where the block is not at the labels'
+        positions.
+        """
         for number in range(self.count):
             states = [
-                self._states_at_labels(seen.get(number), batch)
-                for seen, batch in zip(self.outputs, batches, strict=True)
+                self._states_at_labels(outputs.get(number), batch)
+                for outputs, batch in zip(self.outputs, batches, strict=True)
             ]
             if states[0] is None or states[1] is None or states[0].shape != states[1].shape:
                 continue
@@ -224,7 +214,7 @@ class _BlockOutputs:
 
     @staticmethod
     def _states_at_labels(output: Tensor | None, batch: Batch) -> Tensor | None:
-        """Outputs of shape (P, D) at the labels; of a text's tokens, where the labels are not at its positions."""
+        """Outputs of shape (P, D) at the labels, or at all tokens (the encoder of an encoder-decoder)."""
         if output is None or output.ndim != 3:
             return None
         for mask in (_label_mask(batch), batch.inputs.get("attention_mask")):
@@ -233,14 +223,14 @@ class _BlockOutputs:
         return None
 
     def compute_changes(self) -> tuple[np.ndarray, np.ndarray]:
-        """`moved_L` and `turned_L`."""
+        """`relative_change_L` and `cosine_L`."""
         squares, sizes, cosines, counts = self.sums_L4.T if self.count else np.zeros((4, 0))
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.sqrt(squares / sizes), cosines / counts
 
 
 class WeightDrift(NamedTuple):
-    """Of some weights: the 2-norm of their change over their own, how many numbers differ, and how many there are."""
+    """The 2-norm of a change of weights over that of the weights, how many numbers differ, and of how many."""
 
     relative_change: float
     changed_count: int
@@ -248,9 +238,9 @@ class WeightDrift(NamedTuple):
 
 
 def weight_drift(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, WeightDrift]:
-    """How far the weights have moved, for each block, the embeddings and the rest; `moved` is NaN where they were all zero.
+    """The drift of each block, the embeddings and the rest; `relative_change` is NaN where the weights were all zero.
 
-    Weights that only one of the two has (a tuning's own, a new task layer) are left out.
+    Weights that only one of the models has (a tuning's own, a new task layer) are skipped.
     """
     was, now = (dict(model.named_parameters()) for model in (before, after))
     group = {name: f"block {number}" for number, names in enumerate(block_parameter_names(before)) for name in names}
@@ -261,9 +251,9 @@ def weight_drift(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, W
         if new is None or new.shape != old.shape:
             continue
         change, size = new.detach().double() - old.detach().double(), old.detach().double()
-        found = sums.setdefault(group.get(name, "embeddings" if old is table else "rest"), np.zeros(4))
-        found += [float(change.square().sum()), float(size.square().sum()), int((change != 0).sum()), old.numel()]
+        total = sums.setdefault(group.get(name, "embeddings" if old is table else "rest"), np.zeros(4))
+        total += [float(change.square().sum()), float(size.square().sum()), int((change != 0).sum()), old.numel()]
     order = ["embeddings", *(f"block {number}" for number in range(len(block_parameter_names(before)))), "rest"]
     with np.errstate(invalid="ignore", divide="ignore"):
-        moved = {name: float(np.sqrt(found[0] / found[1])) for name, found in sums.items()}
-    return {name: WeightDrift(moved[name], int(sums[name][2]), int(sums[name][3])) for name in order if name in sums}
+        relative = {name: float(np.sqrt(total[0] / total[1])) for name, total in sums.items()}
+    return {name: WeightDrift(relative[name], int(sums[name][2]), int(sums[name][3])) for name in order if name in sums}

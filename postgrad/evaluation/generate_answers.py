@@ -1,10 +1,10 @@
-"""What does a model write to each of many prompts? Greedy answers, several at once, up to a stop.
+"""Greedy generation of answers to many prompts, in batches, up to a stop string.
 
 Legend: B batch, T time.
 
-Prompts of a decoder are filled up on the left, so that the answers begin in one column; masked positions count for nothing, so
-what is written does not depend on who shares the batch. An encoder-decoder reads its prompts filled up on the right. A prefix
-language model reads prompts of one length together, in both directions.
+Prompts of a decoder are padded on the left, so that all answers begin in one column; padding is masked, so an answer does not
+depend on the other rows of its batch. Prompts of an encoder-decoder are padded on the right. A prefix language model gets
+prompts of one length together, with bidirectional attention.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _PROMPTS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """When an answer ends: at an end-of-text token, before any of these texts, or after `most` tokens."""
+    """An answer ends at an EOS, before any of the stop strings, or after `max_new_tokens`."""
 
     max_new_tokens: int
     stop_strings: tuple[str, ...] = ()
 
     def truncate(self, text: str) -> str:
-        """The text up to the first stop in it."""
-        places = [at for each in self.stop_strings if (at := text.find(each)) >= 0]
-        return text[: min(places)] if places else text
+        """The text up to its first stop string."""
+        ends = [end for stop in self.stop_strings if (end := text.find(stop)) >= 0]
+        return text[: min(ends)] if ends else text
 
 
 class _StopStringCriteria(StoppingCriteria):
-    """Which answers of a batch already hold a stop."""
+    """Stops the answers of a batch that contain a stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stopping: StoppingRule, prompt_length: int) -> None:
         self.tokenizer, self.stopping, self.prompt_length = tokenizer, stopping, prompt_length
@@ -61,42 +61,42 @@ def generate_answers(
     eos_ids: Sequence[int],
     pad: int,
 ) -> list[str]:
-    """The likeliest answer to each prompt, token by token (greedily), as text without special tokens and without its stop.
+    """The greedy answer to each prompt, as text without special tokens and stop strings.
 
-    `prompts`: ids, those of a soft prompt's places included; none is empty, and each leaves the context room for
-    `until.most` more. `ends`: tokens that end an answer, beside those that the model's folder names.
+    `prompts`: ids with soft prompt placeholders; none is empty, and each leaves room for `max_new_tokens` in the context.
+    `eos_ids`: tokens that end an answer, in addition to those of the model's generation config.
     """
     out = [""] * len(prompts)
     device = next(model.parameters()).device
-    apart, prefixes = bool(model.config.is_encoder_decoder), is_prefix_lm(model.config)
+    encoder_decoder, prefix_lm = bool(model.config.is_encoder_decoder), is_prefix_lm(model.config)
     own = getattr(model.generation_config, "eos_token_id", None)
     stops = sorted({*eos_ids, *([own] if isinstance(own, int) else own or [])})
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         for group in _length_batches(
-            [len(prompt) for prompt in prompts], stopping.max_new_tokens, same_length=prefixes
+            [len(prompt) for prompt in prompts], stopping.max_new_tokens, same_length=prefix_lm
         ):
-            arrays = _pad_prompts([prompts[i] for i in group], pad, left=not apart)
+            arrays = _pad_prompts([prompts[i] for i in group], pad, left=not encoder_decoder)
             ids_BT, mask_BT = (array.to(device) for array in arrays)
-            read = {"past_key_values": prefill_prompt(model, ids_BT)} if prefixes else {}
-            begun = 1 if apart else ids_BT.shape[1]
-            criteria = [_StopStringCriteria(tokenizer, stopping, begun)] if stopping.stop_strings else []
-            written = model.generate(  # pyrefly: ignore[not-callable]
+            cache = {"past_key_values": prefill_prompt(model, ids_BT)} if prefix_lm else {}
+            begin = 1 if encoder_decoder else ids_BT.shape[1]
+            criteria = [_StopStringCriteria(tokenizer, stopping, begin)] if stopping.stop_strings else []
+            output = model.generate(  # pyrefly: ignore[not-callable]
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 max_new_tokens=stopping.max_new_tokens,
                 min_new_tokens=None,
                 do_sample=False,
                 num_beams=1,
-                repetition_penalty=1.0,  # a folder may ask for one; it would look up ids that are no words
+                repetition_penalty=1.0,  # a generation config may set one, which fails on virtual tokens
                 no_repeat_ngram_size=0,
                 eos_token_id=stops,
                 pad_token_id=pad,
                 stopping_criteria=StoppingCriteriaList(criteria),
-                **read,
+                **cache,
             )
-            for i, row in zip(group, written[:, begun:].tolist(), strict=True):
+            for i, row in zip(group, output[:, begin:].tolist(), strict=True):
                 end = next((at for at, token in enumerate(row) if token in stops), len(row))
                 out[i] = stopping.truncate(_decode(tokenizer, row[:end]))
     model.train(was_training)
@@ -108,7 +108,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _length_batches(lengths: Sequence[int], max_new_tokens: int, *, same_length: bool = False) -> Iterator[list[int]]:
-    """Prompts of like length together (`alike`: of the same), so many that they and their answers stay within the tokens."""
+    """Prompts of similar (or the same) length, as many as fit the token budget together with their answers."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # the newest is the longest
         full = (len(group) + 1) * (lengths[i] + max_new_tokens) > _TOKENS_AT_ONCE or len(group) == _PROMPTS_AT_ONCE
@@ -121,12 +121,12 @@ def _length_batches(lengths: Sequence[int], max_new_tokens: int, *, same_length:
 
 
 def _pad_prompts(prompts: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Ids of shape (B, T) and the mask of what is no filling."""
+    """Ids and attention mask of shape (B, T)."""
     longest = max(map(len, prompts))
     ids_BT = torch.full((len(prompts), longest), pad, dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
     for row, prompt in enumerate(prompts):
-        place = slice(longest - len(prompt), longest) if left else slice(0, len(prompt))
-        ids_BT[row, place] = torch.tensor(list(prompt))
-        mask_BT[row, place] = 1
+        columns = slice(longest - len(prompt), longest) if left else slice(0, len(prompt))
+        ids_BT[row, columns] = torch.tensor(list(prompt))
+        mask_BT[row, columns] = 1
     return ids_BT, mask_BT

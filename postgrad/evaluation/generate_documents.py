@@ -1,10 +1,9 @@
-"""What does a decoder write by itself? Documents drawn token by token, each by random numbers of its own.
+"""Sampling of documents from a decoder, each with a random stream of its own.
 
-Legend: B documents at once, K tokens of a beginning, T tokens drawn, V vocabulary, D width.
+Legend: B documents of a batch, K tokens of a prompt, T tokens sampled, V vocabulary, D width.
 
-The numbers of a document are a function of (seed, its number) alone, so which documents are drawn together, and after which
-interruption, makes no difference but for rounding. Beginnings of several lengths are filled up on the left, where nothing
-looks. A document that has ended leaves the batch.
+The random numbers of a document are a function of (seed, its number) alone, so batching and interruptions change nothing but
+rounding. Prompts are padded on the left, and the padding is masked. A document that has ended leaves the batch.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from postgrad.models.model import CausalModel
 
 
 class GeneratedDocument(NamedTuple):
-    """The ids that were drawn behind a beginning, without the one that ended them; and whether one did."""
+    """The sampled ids after a prompt, without the stop token, and whether there was one."""
 
     ids: np.ndarray
     ended: bool
@@ -41,11 +40,10 @@ def generate_documents(
     top_p: float = 1.0,
     stream: int = 0,
 ) -> list[GeneratedDocument]:
-    """Go on from each beginning until an id of `stop`, or for `most` tokens.
+    """Continue each prompt until a token of `stop_ids`, or for `max_new_tokens`.
 
-    `numbers` name the documents; `temperature` divides the logits; with `top_p` below one only the likeliest tokens that make
-    up that share are drawn from (Holtzman et al. 2020, arXiv 1904.09751), which loses the rest of what the model knows.
-    `stream` tells several drawings for one document apart.
+    `document_numbers` select the random streams, `stream` one of several for a document. `temperature` divides the logits;
+    `top_p` below one is nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751), which never samples the tail.
     """
     draws, device = RandomStreams(seed), next(model.parameters()).device
     uniforms_BT = torch.from_numpy(
@@ -62,17 +60,17 @@ def generate_documents(
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         for step in range(max_new_tokens):
-            # Without filling there is no mask: most attention is faster so.
-            places = {"attention_mask": mask_BK, "position_ids": _positions(mask_BK, ids.shape[1])} if ragged else {}
-            output = model(input_ids=ids, past_key_values=cache, **places)
+            # Without padding no mask is passed: most attention kernels are faster so.
+            padding = {"attention_mask": mask_BK, "position_ids": _positions(mask_BK, ids.shape[1])} if ragged else {}
+            output = model(input_ids=ids, past_key_values=cache, **padding)
             head = output.head
             assert head is not None
             logits_BV = head.logits(output.hidden[:, -1]).float()
             chosen_B = sample_tokens(logits_BV, uniforms_BT[:, step], temperature, top_p)
-            found_B = chosen_B.cpu().numpy()
-            over = np.isin(found_B, list(stop_ids))
+            tokens_B = chosen_B.cpu().numpy()
+            over = np.isin(tokens_B, list(stop_ids))
             size_B[alive_B[over]], ended_B[alive_B[over]] = step, True
-            out_BT[alive_B[~over], step] = found_B[~over]
+            out_BT[alive_B[~over], step] = tokens_B[~over]
             if over.any():
                 stay = torch.from_numpy(np.flatnonzero(~over)).to(device)
                 alive_B = alive_B[~over]
@@ -89,7 +87,7 @@ def generate_documents(
 
 
 def _pad_left(prompts: Sequence[np.ndarray] | np.ndarray) -> tuple[Tensor, Tensor]:
-    """Ids filled up on the left, of shape (B, K), and the mask of what is no filling."""
+    """Ids and attention mask of shape (B, K)."""
     longest = max(len(ids) for ids in prompts)
     ids_BK = torch.zeros((len(prompts), longest), dtype=torch.long)
     mask_BK = torch.zeros_like(ids_BK)
@@ -100,26 +98,26 @@ def _pad_left(prompts: Sequence[np.ndarray] | np.ndarray) -> tuple[Tensor, Tenso
 
 
 def _positions(mask_BK: Tensor, count: int) -> Tensor:
-    """The positions of the last `count` ids, counted from where the filling ends, of shape (B, count)."""
+    """The positions of the last `count` ids, counted from the end of the padding, of shape (B, count)."""
     return (mask_BK.cumsum(1) - 1).clamp(min=0)[:, -count:]
 
 
 def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
-    """The token at which the cumulated probability passes a uniform number, of shape (B,).
+    """Tokens by inverse transform sampling, of shape (B,): where the cumulated probability passes a uniform number.
 
-    Tokens stand in the order of their ids; with `top_p` in the order of their probability.
+    Tokens are cumulated in the order of their ids; with `top_p` in the order of their probability.
     """
     shares_BV = torch.softmax(logits_BV.double() / temperature, -1)
     if top_p >= 1.0:
         return _inverse_cdf(shares_BV.cumsum(-1), uniforms_B)
     shares_BV, order_BV = torch.sort(shares_BV, dim=-1, descending=True, stable=True)
     before_BV = shares_BV.cumsum(-1) - shares_BV
-    kept_BV = shares_BV * (before_BV < top_p)
-    return order_BV.gather(1, _inverse_cdf(kept_BV.cumsum(-1), uniforms_B)[:, None])[:, 0]
+    nucleus_BV = shares_BV * (before_BV < top_p)
+    return order_BV.gather(1, _inverse_cdf(nucleus_BV.cumsum(-1), uniforms_B)[:, None])[:, 0]
 
 
 def _inverse_cdf(cumulated_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Where each row passes its number, told as a share of the row's last value."""
-    wanted_B1 = uniforms_B[:, None] * cumulated_BV[:, -1:]
+    """The first index at which each row exceeds a uniform number times the row's last value."""
+    level_B1 = uniforms_B[:, None] * cumulated_BV[:, -1:]
     # Strictly above: a token of probability zero is never drawn.
-    return torch.searchsorted(cumulated_BV, wanted_B1, right=True)[:, 0].clamp(max=cumulated_BV.shape[1] - 1)
+    return torch.searchsorted(cumulated_BV, level_B1, right=True)[:, 0].clamp(max=cumulated_BV.shape[1] - 1)

@@ -22,8 +22,10 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import rankdata
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.errors import MissingExtra
-from postgrad.evaluation.classification_metrics import COUNT_METRICS
+from postgrad.evaluation.classification_metrics import COUNT_METRICS, correlation, correlation_moments
+from postgrad.stats.bootstrap import percentile_interval, resample_sums
 from postgrad.stats.forgetting import Verdict
 
 MetricName = Literal[
@@ -42,7 +44,6 @@ MetricName = Literal[
     "Spearman",
 ]
 
-DRAWS = 1000
 KEPT_MARGIN = 0.01
 """A metric is *kept* when the whole interval of its change lies within this share of its scale."""
 
@@ -80,9 +81,9 @@ def metric_summary(name: MetricName, predictions: TaskPredictions) -> dict[str, 
 
     `spread` is the standard deviation (n - 1) between seeds; None with a single one.
     """
-    per_seed_K = _seed_values(name, predictions, _unit_weights(predictions))[:, 0]
-    drawn_D = _seed_values(name, predictions, _bootstrap_weights(len(predictions))).mean(0)
-    low, high = _interval(drawn_D, float(per_seed_K.mean()), len(predictions))
+    metric = METRICS[name]
+    per_seed_K = _seed_values(metric, predictions)
+    low, high = percentile_interval(_resampled_means(metric, predictions))
     return {
         "value": float(per_seed_K.mean()),
         "low": low,
@@ -100,12 +101,14 @@ def metric_change(name: MetricName, before: TaskPredictions, after: TaskPredicti
 def joint_change(tasks: Sequence[tuple[MetricName, TaskPredictions, TaskPredictions]]) -> dict[str, Any]:
     """The mean change over several tasks of one metric; items are drawn anew within each task (stratified bootstrap)."""
     differences, drawn = [], []
-    for number, (name, before, after) in enumerate(tasks):
-        every, draws = _unit_weights(before), _bootstrap_weights(len(before), number)
-        differences.append(_seed_mean(name, after, every)[0] - _seed_mean(name, before, every)[0])
-        drawn.append(_seed_mean(name, after, draws) - _seed_mean(name, before, draws))
+    for seed, (name, before, after) in enumerate(
+        tasks
+    ):  # a seed for each task: its items are independent of the others'
+        metric = METRICS[name]
+        differences.append(_seed_values(metric, after).mean() - _seed_values(metric, before).mean())
+        drawn.append(_resampled_means(metric, after, seed) - _resampled_means(metric, before, seed))
+    low, high = percentile_interval(np.mean(drawn, 0))
     difference = float(np.mean(differences))
-    low, high = _interval(np.mean(drawn, 0), difference, max(len(before) for _, before, _ in tasks))
     return {"difference": difference, "low": low, "high": high, "verdict": metric_verdict(tasks[0][0], low, high)}
 
 
@@ -117,36 +120,16 @@ def metric_verdict(name: MetricName, low: float, high: float) -> Verdict:
     return "learnt" if low > 0 else "forgot" if high < 0 else "no evidence"
 
 
-def _seed_mean(name: MetricName, predictions: TaskPredictions, weights_DI: np.ndarray) -> np.ndarray:
-    return _seed_values(name, predictions, weights_DI).mean(0)
+def _seed_values(metric: Metric, predictions: TaskPredictions) -> np.ndarray:
+    """The metric of each prompt seed, of shape (K,)."""
+    parts = [metric.statistics(said, predictions.references_I) for said in predictions.predictions_KI]
+    return np.array([metric.value(np.ones((1, len(predictions))) @ part_IS)[0] for part_IS in parts])
 
 
-def _seed_values(name: MetricName, predictions: TaskPredictions, weights_DI: np.ndarray) -> np.ndarray:
-    """The metric of each seed for each draw, of shape (K, D)."""
-    metric = METRICS[name]
-    return np.stack(
-        [
-            metric.value(weights_DI @ metric.statistics(said, predictions.references_I))
-            for said in predictions.predictions_KI
-        ]
-    )
-
-
-def _unit_weights(predictions: TaskPredictions) -> np.ndarray:
-    return np.ones((1, len(predictions)))
-
-
-def _bootstrap_weights(items: int, number: int = 0) -> np.ndarray:
-    """How often each item is drawn, of shape (D, I)."""
-    return np.random.default_rng(number).multinomial(items, np.full(items, 1 / items), size=DRAWS).astype(float)
-
-
-def _interval(samples_D: np.ndarray, value: float, items: int) -> tuple[float, float]:
-    """The 95 % percentile interval; a single item has none."""
-    if items < 2:
-        return value, value
-    low, high = np.quantile(samples_D, [0.025, 0.975])
-    return float(low), float(high)
+def _resampled_means(metric: Metric, predictions: TaskPredictions, seed: int = 0) -> np.ndarray:
+    """The mean over the prompt seeds for each draw of items, of shape (D,); all prompt seeds have the same draws."""
+    parts = [metric.statistics(said, predictions.references_I) for said in predictions.predictions_KI]
+    return np.mean([metric.value(resample_sums(part_IS, seed)) for part_IS in parts], axis=0)
 
 
 # --- one answer against what may be said -----------------------------------------------------------------
@@ -220,21 +203,17 @@ def _mean_metric(score_pair: Callable[[str, str], float]) -> Metric:
 
 
 def _label_metric(name: str) -> Metric:
-    """A metric of one label out of several, compared as they are."""
-    measure = COUNT_METRICS["class"][name]
+    """A classification metric; labels are compared as they are."""
+    measure = COUNT_METRICS[ProblemType.CLASS][name]
 
     def statistics(said: Predictions, references: References) -> np.ndarray:
-        """Which label was meant and which was said, of shape (I, L L)."""
-        meant = [those[0] for those in references]
-        labels = {label: number for number, label in enumerate(sorted({*said, *meant}))}
-        pairs = [labels[theirs] * len(labels) + labels[ours] for ours, theirs in zip(said, meant, strict=True)]
-        return np.eye(len(labels) ** 2)[pairs]
+        """Which label is right, actual and predicted, of shape (I, 3 L)."""
+        actual = [those[0] for those in references]
+        labels = sorted({*said, *actual})
+        actual_IL, predicted_IL = (np.array(column)[:, None] == labels for column in (actual, said))
+        return np.concatenate([actual_IL & predicted_IL, actual_IL, predicted_IL], 1).astype(np.float64)
 
-    def value(sums_DS: np.ndarray) -> np.ndarray:
-        labels = math.isqrt(sums_DS.shape[1])
-        return measure(sums_DS.reshape(-1, labels, labels))
-
-    return Metric(statistics, value)
+    return Metric(statistics, lambda sums_DS: measure(sums_DS.reshape(len(sums_DS), 3, -1)))
 
 
 _MISSING_NUMBER = -1.0
@@ -249,19 +228,6 @@ def _number_pairs(predictions: Predictions, references: References) -> np.ndarra
         return _MISSING_NUMBER if found is None else found
 
     return np.array([(read(ours), read(those[0])) for ours, those in zip(predictions, references, strict=True)])
-
-
-def _moments(pairs_I2: np.ndarray) -> np.ndarray:
-    """What a correlation is made of, around the means so that nothing cancels, of shape (I, 6)."""
-    x, y = (pairs_I2 - pairs_I2.mean(0)).T
-    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], 1)
-
-
-def _correlation(sums_DS: np.ndarray) -> np.ndarray:
-    """Pearson's r; 0 where one side does not vary."""
-    n, x, y, xx, yy, xy = sums_DS.T
-    square = (xx - x * x / n) * (yy - y * y / n)
-    return np.where(square > 1e-20 * n * n, (xy - x * y / n) / np.sqrt(np.maximum(square, 1e-300)), 0.0)
 
 
 def _ranks(pairs_I2: np.ndarray) -> np.ndarray:
@@ -304,8 +270,12 @@ METRICS: Mapping[MetricName, Metric] = MappingProxyType(
         "BLEU": _sacrebleu_metric("BLEU"),
         "chrF": _sacrebleu_metric("chrF"),
         "numeric": _mean_metric(numeric_match),
-        "Pearson": Metric(lambda said, references: _moments(_number_pairs(said, references)), _correlation),
-        "Spearman": Metric(lambda said, references: _moments(_ranks(_number_pairs(said, references))), _correlation),
+        "Pearson": Metric(
+            lambda said, references: correlation_moments(*_number_pairs(said, references).T), correlation
+        ),
+        "Spearman": Metric(
+            lambda said, references: correlation_moments(*_ranks(_number_pairs(said, references)).T), correlation
+        ),
     }
 )
 """By name. Labels are compared as they are; what is written, after SQuAD's normalisation or as each metric does."""

@@ -1,9 +1,8 @@
-"""What is scored? Held-out text in windows, or held-out rows of a task, one document after the other.
+"""Held-out sets: text in overlapping windows, or rows of a task, document by document.
 
-Of a text every token is scored but its first (nothing stands before it; with a tokenizer that sets a BOS, that is the BOS,
-so all of the text is scored), and never the EOS (models differ in whether they ever saw one, and it is no part of the text).
-A document longer than the context is read in windows that advance by half a context; in each window only the tokens that
-no earlier window scored count.
+Of a text every token is scored but its first (it has no context; with a tokenizer that sets a BOS that is the BOS, so all of
+the text is scored), and never the EOS (it is no part of the text, and some models never saw one). A document longer than the
+context is scored in windows that advance by half a context; each window scores only the tokens that no earlier window scored.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from postgrad.data.problem_type import ProblemType
 
 
 class ScoredRow(NamedTuple):
-    """A row to be scored, and the document (by its number in the set) that its loss belongs to."""
+    """A row to be scored, and the number of the document that its loss belongs to."""
 
     document: int
     row: Row
@@ -27,7 +26,7 @@ class ScoredRow(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Texts to be scored: ids (BOS included where the tokenizer sets one, EOS left out)."""
+    """Texts as ids, with the BOS where the tokenizer sets one, without EOS."""
 
     name: str
     role: str
@@ -37,10 +36,10 @@ class HeldOutText:
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     """Content hash of each document, to pair documents across tokenizers."""
     virtual_tokens: tuple[int, ...] = ()
-    """Ids that are set before each window (behind its BOS) and not scored: a soft prompt."""
+    """Ids of a soft prompt, inserted at the start of each window (after its BOS) and not scored."""
     bos: int | None = None
     reserved_positions: int = 0
-    """Positions that each window leaves free: as many as a soft prompt takes in the model it is compared with."""
+    """Positions that each window leaves free: the length of the soft prompt of the model it is compared with."""
     pad: int = 0
     problem: None = None
     """The labels are tokens."""
@@ -53,7 +52,7 @@ class HeldOutText:
 
     @property
     def identity(self) -> list[Any]:
-        """What decides its scores, beside the model and the context."""
+        """What its scores depend on besides the model and the context."""
         return [self.fingerprint, len(self), list(self.virtual_tokens), self.reserved_positions]
 
     @property
@@ -62,7 +61,7 @@ class HeldOutText:
         return sum(len(d) - 1 for d in self.documents)
 
     def take_tokens(self, tokens: int) -> HeldOutText:
-        """The first documents, up to so many tokens; the last one is cut. At least two tokens of one document."""
+        """The first `tokens` tokens, the last document truncated; at least two tokens of one document."""
         ends = np.cumsum([len(d) for d in self.documents])
         count = min(int(np.searchsorted(ends, tokens)) + 1, len(self.documents))
         documents = list(self.documents[:count])
@@ -91,13 +90,13 @@ class HeldOutText:
                 labels = np.full(len(ids), IGNORED, np.int64)
                 fresh = window.end - window.scored_from
                 labels[len(ids) - 1 - fresh : -1] = ids[len(ids) - fresh :]
-                # No positions: they count on over the padding, which stands on the right, where nothing looks.
+                # Positions are the default ones: padding is on the right, where causal attention does not look.
                 yield ScoredRow(i, Row({"input_ids": ids}, labels, fresh))
 
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """Rows of a task to be scored; `document_R` says which document each row belongs to."""
+    """Rows of a task; `document_R` is the document of each row."""
 
     name: str
     role: str
@@ -107,25 +106,25 @@ class HeldOutRows:
     fingerprint: str
     digests: np.ndarray
     tokens_N: np.ndarray
-    """Tokens of each document, without what a model reads around it."""
+    """Tokens of each document, without its template."""
     problem: ProblemType | None = None
     """The problem type of a classifier; None where the labels are tokens."""
     labels: tuple[str, ...] = ()
     framing: tuple[tuple[int, ...], ...] = ()
-    """What the rows have around their texts; it tells one reading of them from another."""
+    """Template ids around the texts, part of the identity of the rows."""
     pad: int = 0
-    """What short rows are filled up with."""
+    """Padding id."""
     label_token_ids: tuple[int, ...] = ()
-    """Of a task that is answered by one of several words: their tokens."""
+    """Tokens of the label words of a cloze task."""
 
     def __len__(self) -> int:
         return len(self.bytes)
 
     @property
     def identity(self) -> list[Any]:
-        """What decides its scores, beside the model and the context."""
-        around = [list(part) for part in self.framing]
-        return [self.fingerprint, len(self), around, self.problem, list(self.label_token_ids), list(self.labels)]
+        """What its scores depend on besides the model and the context."""
+        framing = [list(part) for part in self.framing]
+        return [self.fingerprint, len(self), framing, self.problem, list(self.label_token_ids), list(self.labels)]
 
     @property
     def has_distribution(self) -> bool:
@@ -151,7 +150,7 @@ class HeldOutRows:
         )
 
     def iter_rows(self, context: int) -> Iterator[ScoredRow]:
-        """The rows as they are: they were made for the context they are read in."""
+        """The rows, which were made for a context already."""
         for document, row in zip(self.document_R.tolist(), self.rows, strict=True):
             yield ScoredRow(document, row)
 
@@ -160,7 +159,7 @@ HeldOutSet = HeldOutText | HeldOutRows
 
 
 def insert_after_bos(ids: np.ndarray, virtual_tokens: Sequence[int], bos: int | None) -> np.ndarray:
-    """Ids with a soft prompt before them, and behind the BOS when they begin with one."""
+    """Ids with a soft prompt before them, but after a BOS that they begin with."""
     lead = int(bool(virtual_tokens) and bos is not None and len(ids) > 0 and int(ids[0]) == bos)
     return np.concatenate([ids[:lead], np.asarray(virtual_tokens, np.int64), ids[lead:]]).astype(np.int64)
 

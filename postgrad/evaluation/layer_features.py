@@ -1,8 +1,8 @@
-"""What does each layer of a frozen backbone say of each item? One pass over the rows, kept on the disk.
+"""Hidden states of every layer of a frozen backbone for each item, computed in one pass and cached on disk.
 
 Legend: S states (L blocks and the embeddings), I items, D width, B batch, T time.
 
-An item is a text (its real tokens, pooled) or a word (its first token), whichever has a label.
+An item is whatever has a label: a text (its tokens, pooled) or a word (its first token).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch import Tensor
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.batch import collate
 from postgrad.errors import DiskError
+from postgrad.evaluation.length_batches import length_batches
 from postgrad.models.task_head import Pooling, pool_tokens
 
 _TOKENS_AT_ONCE = 8192
 
 ComputeStates = Callable[[dict[str, Tensor]], Sequence[Tensor]]
-"""What a backbone answers to the inputs of a batch: S states of shape (B, T, D)."""
+"""The inputs of a batch to S states of shape (B, T, D)."""
 
 
 @torch.no_grad()
@@ -38,10 +39,10 @@ def layer_features(
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """Every state's vector of every item, of shape (S, I, D) and float32, mapped from the file `place`.
+    """Every state of every item, of shape (S, I, D) and float32, memory-mapped from the file `path`.
 
-    What is there already is not computed again. `pooling` None: an item is a word, else a row. `progress` is told rows done
-    and rows in all. Raises `DiskError` when there is no room.
+    An existing file is not computed again. `pooling` None: an item is a word, else a row. `progress` gets the rows done and
+    all rows. Raises `DiskError` when the disk is too small.
     """
     if path.exists():
         return np.load(path, mmap_mode="r")
@@ -52,14 +53,14 @@ def layer_features(
     done = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        for group in _length_batches([len(row.inputs["input_ids"]) for row in rows]):
+        for group in length_batches([len(row.inputs["input_ids"]) for row in rows], _TOKENS_AT_ONCE):
             batch = collate([rows[i] for i in group], [0] * len(group), pad_token_id=pad).to(device)
-            found = compute_states(batch.inputs)
+            states = compute_states(batch.inputs)
             if out_SID is None:
-                out_SID = _open_memmap(building, (len(found), int(first_R[-1]), found[0].shape[-1]))
-            places = np.concatenate([np.arange(first_R[i], first_R[i + 1]) for i in group])
-            for state, hidden_BTD in enumerate(found):
-                out_SID[state, places] = (
+                out_SID = _open_memmap(building, (len(states), int(first_R[-1]), states[0].shape[-1]))
+            items = np.concatenate([np.arange(first_R[i], first_R[i + 1]) for i in group])
+            for state, hidden_BTD in enumerate(states):
+                out_SID[state, items] = (
                     _item_vectors(hidden_BTD.float(), batch.inputs, batch.labels, pooling).cpu().numpy()
                 )
             done += len(group)
@@ -74,20 +75,10 @@ def layer_features(
 
 
 def _item_vectors(hidden_BTD: Tensor, inputs: dict[str, Tensor], labels: Tensor, pooling: Pooling | None) -> Tensor:
-    """The vectors of a batch's items, row by row: of shape (items, D)."""
+    """The vectors of a batch's items, row by row, of shape (items, D)."""
     if pooling is None:
         return hidden_BTD[labels != IGNORED]
     return pool_tokens(hidden_BTD, inputs["attention_mask"], pooling)
-
-
-def _length_batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows of like length go together, within the tokens at once."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not groups or (len(groups[-1]) + 1) * lengths[i] > _TOKENS_AT_ONCE:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
 
 
 def _open_memmap(file: Path, shape: tuple[int, int, int]) -> np.memmap:

@@ -1,12 +1,12 @@
-"""How much of a label can be read off each layer? A linear classifier for each, all trained side by side.
+"""Linear probes: a linear classifier on each layer's frozen states, all trained simultaneously.
 
 Legend: S states (L blocks and the embeddings), I items, B batch, D width, C outputs, V views, G strengths of the penalty.
 
-A *view* is what one classifier reads: a single state, the sum of the last four, the last four side by side, or a learnt
-mix of all (Peters et al. 2018, arXiv 1802.05365, equation 1). Each is trained once for every strength of the penalty
-`strength / 2 * |W|^2`, which stands beside the mean loss; which strength holds is chosen on other items. All are parts of
-a few tensors and of one loss: every classifier has weights of its own and Adam moves each number by itself, so none
-touches another, and a step costs a few large products in place of V x G small ones.
+A *view* is the input of one classifier: a single state, the sum of the last four, the last four concatenated, or a learnt mix
+of all (Peters et al. 2018, arXiv 1802.05365, equation 1). Each view is trained with every strength of the penalty `strength / 2
+* |W|^2` on top of the mean loss; the strength is selected on development items. All classifiers are parts of a few tensors and
+of one loss: their weights are separate and Adam is elementwise, so they do not interact, and a step costs a few large products
+in place of V x G small ones.
 
 Every state is standardised by its own mean and deviation over the training items, so that a penalty means the same to all.
 """
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from postgrad.data.problem_type import ProblemType
-from postgrad.evaluation.classification_metrics import is_span_tagging, metric_values
+from postgrad.evaluation.classification_metrics import main_metric, metric_values
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 JOINED_LAYERS = 4
-"""Layers that are joined (Devlin et al. 2019, table 7)."""
+"""Last layers that are summed or concatenated (Devlin et al. 2019, table 7)."""
 BATCH_ITEMS = 512
 """Items in a step."""
 _STEPS, _RATE = 1500, 3e-2
@@ -39,7 +39,7 @@ ViewKind = Literal["state", "sum", "concat", "mix"]
 
 @dataclass(frozen=True)
 class View:
-    """What a classifier reads: its name, how states are joined, and which."""
+    """The input of a classifier: its name, how states are joined, and which."""
 
     name: str
     kind: ViewKind
@@ -59,7 +59,7 @@ def make_views(states: int, joined_layers: int = JOINED_LAYERS) -> list[View]:
 
 @dataclass(frozen=True)
 class ProbeData:
-    """Features of shape (S, I, D), what each means (a class or tag, 0 or 1 for each class, a number), and its document."""
+    """Features of shape (S, I, D), and the label and document of each item."""
 
     states_SID: np.ndarray
     labels: np.ndarray
@@ -71,7 +71,7 @@ class ProbeData:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """A view's classifier under the strength that held on other items: what it says of the items of the test."""
+    """A view's classifier with the selected strength, and its predictions for the test items."""
 
     view: View
     strength: float
@@ -94,7 +94,7 @@ class _Classifiers(nn.Module):
         self, views: Sequence[View], train: ProbeData, outputs: int, strengths: Sequence[float], *, number: bool
     ) -> None:
         super().__init__()
-        # A number is learnt in deviations of its own, so that rate and penalty mean what they do elsewhere.
+        # Numbers are standardised, so that rate and penalty have the same scale as for classes.
         self.label_mean = float(train.labels.mean()) if number else 0.0
         self.label_scale = (float(train.labels.std()) or 1.0) if number else 1.0
         states, _, width = train.states_SID.shape
@@ -130,10 +130,10 @@ class _Classifiers(nn.Module):
         """Logits of every view and strength, of shape (V, B, G, C) in the order of the views."""
         plain_SBD = (states_SBD - self.mean) / self.deviation
         sums = [states_SBD[states].sum(0) for states in self.sums]
-        read = [plain_SBD[self.state_views]]
+        inputs = [plain_SBD[self.state_views]]
         if sums:
-            read.append((torch.stack(sums) - self.sum_mean) / self.sum_deviation)
-        narrow = iter(_products(torch.cat(read), self.weight) + self.bias)
+            inputs.append((torch.stack(sums) - self.sum_mean) / self.sum_deviation)
+        narrow = iter(_products(torch.cat(inputs), self.weight) + self.bias)
         found: dict[ViewKind, list[Tensor]] = {"state": [next(narrow) for _ in self.state_views], "sum": list(narrow)}
         found["concat"] = [
             (
@@ -149,20 +149,20 @@ class _Classifiers(nn.Module):
         return torch.stack([next(order[view.kind]) for view in self.views]) * self.label_scale + self.label_mean
 
     def _mix(self, states_SBD: Tensor, share_GS: Tensor, gamma_G: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # Mixing what the states say comes to the same as reading the mix, and is one product in place of G sums of states.
+        # Mixing the states' logits equals the logits of the mix, and is one product in place of G sums of states.
         many, outputs = weight.shape[2:]
-        said_SBGC = (states_SBD @ weight.reshape(weight.shape[1], many * outputs)).unflatten(-1, (many, outputs))
-        mixed_BGC = torch.einsum("gs,sbgc->bgc", torch.softmax(share_GS, 1), said_SBGC)
+        logits_SBGC = (states_SBD @ weight.reshape(weight.shape[1], many * outputs)).unflatten(-1, (many, outputs))
+        mixed_BGC = torch.einsum("gs,sbgc->bgc", torch.softmax(share_GS, 1), logits_SBGC)
         return gamma_G[:, None] * mixed_BGC + bias[0]
 
     def penalty(self) -> Tensor:
-        """`strength / 2 * |W|^2`, summed over all classifiers; biases, mixes and gammas go free."""
+        """`strength / 2 * |W|^2`, summed over all classifiers; biases, mixes and gammas have no penalty."""
         matrices = [self.weight, *self.concat_parameters[::2], *self.mix_parameters[2::4]]
         size_G = sum((m.square().sum((0, 1, 3)) for m in matrices), torch.zeros_like(self.strength))
         return (self.strength * size_G).sum() / 2
 
     def shares(self, view: View, strength: int) -> tuple[float, ...]:
-        """What a mix has of each state."""
+        """The share of each state in a mix."""
         mixes = [v for v in self.views if v.kind == "mix"]
         if view not in mixes:
             return ()
@@ -186,7 +186,7 @@ def _moments(states_SID: np.ndarray, groups: Sequence[Sequence[int]]) -> tuple[T
             total, square = total + part.sum(0), square + (part**2).sum(0)
         mean = total / states_SID.shape[1]
         means.append(mean)
-        # What never varies says nothing, and is not to be blown up.
+        # Constant features are not scaled up.
         deviation = np.sqrt(np.maximum(square / states_SID.shape[1] - mean**2, 0))
         deviations.append(np.where(deviation > 1e-6, deviation, 1.0))
     empty = np.zeros((0, states_SID.shape[2]))
@@ -197,7 +197,7 @@ def train_probes(
     train: ProbeData,
     dev: ProbeData,
     test: ProbeData,
-    problem: str,
+    problem: ProblemType,
     outputs: int,
     *,
     names: Sequence[str] = (),
@@ -208,50 +208,42 @@ def train_probes(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ProbeResult]:
-    """Train all classifiers on `train`, choose each view's strength on `dev`, and answer the items of `test`, once.
+    """Train all classifiers on `train`, select each view's strength on `dev`, and predict `test` once.
 
-    `problem` is `class`, `tags`, `multi` or `number`, of so many `outputs`. What a strength is chosen by is `main_metric`;
-    of equal ones the stronger holds.
+    Strengths are selected by `main_metric`, ties by the stronger one.
     """
-    chosen = list(views) if views is not None else make_views(train.states_SID.shape[0])
-    classifiers = _train_classifiers(chosen, train, problem, outputs, strengths, steps, rate, seed, progress)
-    found: list[ProbeResult] = []
+    all_views = list(views) if views is not None else make_views(train.states_SID.shape[0])
+    classifiers = _train_classifiers(all_views, train, problem, outputs, strengths, steps, rate, seed, progress)
+    results: list[ProbeResult] = []
     dev_VIG = _predict(classifiers, dev, problem)
     test_VIG = _predict(classifiers, test, problem)
     name, best = main_metric(problem, names)
-    for v, view in enumerate(chosen):
+    for v, view in enumerate(all_views):
         scores = [
             metric_values(problem, *_flatten_predictions(dev_VIG[v, :, g], dev), names)[name]
             for g in range(len(strengths))
         ]
         g = max(range(len(strengths)), key=lambda i: (best * scores[i], strengths[i]))
-        said = test_VIG[v, :, g]
-        found.append(ProbeResult(view, strengths[g], scores[g], said, classifiers.shares(view, g)))
-    return found
-
-
-def main_metric(problem: str, names: Sequence[str]) -> tuple[str, int]:
-    """The metric that classifiers are chosen by, and 1 where more of it is better, else -1."""
-    if problem == ProblemType.TAGS and is_span_tagging(names):
-        return "span F1", 1
-    return {"multi": ("F1", 1), "number": ("MSE", -1)}.get(problem, ("accuracy", 1))
+        shares = classifiers.shares(view, g)
+        results.append(ProbeResult(view, strengths[g], scores[g], test_VIG[v, :, g], shares))
+    return results
 
 
 def _flatten_predictions(predictions: np.ndarray, items: ProbeData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What was said and meant, decision by decision, and the document of each."""
+    """Predictions, labels and documents of single decisions."""
     each = items.labels.shape[1] if items.labels.ndim == 2 else 1
     return predictions.reshape(-1), items.labels.reshape(-1), np.repeat(items.document_I, each)
 
 
 def metric_inputs(result: ProbeResult, test: ProbeData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a classifier said, what was meant, and the document of each: as metrics take them."""
+    """A classifier's predictions, labels and documents as metrics take them."""
     return _flatten_predictions(result.predictions, test)
 
 
 def _train_classifiers(
     views: Sequence[View],
     train: ProbeData,
-    problem: str,
+    problem: ProblemType,
     outputs: int,
     strengths: Sequence[float],
     steps: int,
@@ -259,20 +251,20 @@ def _train_classifiers(
     seed: int,
     progress: Callable[[int, int], None],
 ) -> _Classifiers:
-    """All classifiers, trained by Adam under a cosine on batches that all of them see."""
+    """All classifiers, trained by Adam with a cosine schedule on the same batches."""
     classifiers = _Classifiers(views, train, outputs, strengths, number=problem == ProblemType.NUMBER)
     optimizer = torch.optim.Adam(classifiers.parameters(), lr=rate)
-    meant = torch.from_numpy(train.labels)
+    labels = torch.from_numpy(train.labels)
     rng = np.random.default_rng(seed)
     order, at = rng.permutation(len(train)), 0
     for step in range(steps):
         if at >= len(order):
             order, at = rng.permutation(len(train)), 0
-        # In order within a batch: the disk is read forwards.
-        chosen = np.sort(order[at : at + BATCH_ITEMS])
+        # Sorted within a batch, for sequential reads of the memory-mapped file.
+        batch = np.sort(order[at : at + BATCH_ITEMS])
         at += BATCH_ITEMS
-        logits_VBGC = classifiers(torch.from_numpy(np.ascontiguousarray(train.states_SID[:, chosen])))
-        loss = _loss(logits_VBGC, meant[chosen], problem, classifiers.label_scale) + classifiers.penalty()
+        logits_VBGC = classifiers(torch.from_numpy(np.ascontiguousarray(train.states_SID[:, batch])))
+        loss = _loss(logits_VBGC, labels[batch], problem, classifiers.label_scale) + classifiers.penalty()
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
@@ -282,23 +274,23 @@ def _train_classifiers(
     return classifiers
 
 
-def _loss(logits_VBGC: Tensor, labels: Tensor, problem: str, label_scale: float) -> Tensor:
+def _loss(logits_VBGC: Tensor, labels: Tensor, problem: ProblemType, label_scale: float) -> Tensor:
     """The mean loss of a batch, summed over all classifiers."""
     views, rows, many, outputs = logits_VBGC.shape
     each_VGBC = logits_VBGC.transpose(1, 2)
     match problem:
         case ProblemType.MULTI_LABEL:
-            wanted = labels.float().expand(views, many, rows, outputs)
-            return functional.binary_cross_entropy_with_logits(each_VGBC, wanted, reduction="sum") / (rows * outputs)
+            target = labels.float().expand(views, many, rows, outputs)
+            return functional.binary_cross_entropy_with_logits(each_VGBC, target, reduction="sum") / (rows * outputs)
         case ProblemType.NUMBER:
             return ((each_VGBC[..., 0] - labels.float()) / label_scale).square().sum() / (2 * rows)
-    wanted = labels.long().expand(views, many, rows).reshape(-1)
-    return functional.cross_entropy(each_VGBC.reshape(-1, outputs), wanted, reduction="sum") / rows
+    target = labels.long().expand(views, many, rows).reshape(-1)
+    return functional.cross_entropy(each_VGBC.reshape(-1, outputs), target, reduction="sum") / rows
 
 
 @torch.no_grad()
-def _predict(classifiers: _Classifiers, items: ProbeData, problem: str) -> np.ndarray:
-    """What every classifier says of every item: (V, I, G), for several classes at once (V, I, G, C) with G before C."""
+def _predict(classifiers: _Classifiers, items: ProbeData, problem: ProblemType) -> np.ndarray:
+    """The predictions of all classifiers: (V, I, G), for several labels at once (V, I, G, C)."""
     parts = []
     for begin in range(0, len(items), _CHUNK_ITEMS):
         part = torch.from_numpy(np.array(items.states_SID[:, begin : begin + _CHUNK_ITEMS]))

@@ -1,8 +1,8 @@
-"""What does a model score on tasks of lm-eval? Its own tasks, prompts and metrics, on a model of ours as it stands.
+"""Tasks of EleutherAI's lm-evaluation-harness (lm-eval), run on a model in memory.
 
-Everything is lm-eval's (EleutherAI's lm-evaluation-harness) but the two places where the model is called. Log-likelihoods
-come from `choosing`, which reads what prompts share once and gives lm-eval's own numbers; and a model with soft prompts or a
-template finds them around each prompt.
+Tasks, prompts and metrics are lm-eval's; only the two calls of the model are replaced. Log-likelihoods come from
+`choices.loglikelihood`, which encodes shared prefixes once and equals lm-eval's numbers; and soft prompts and templates are put
+around each prompt.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from postgrad.errors import DataError, MissingExtra, ModelError, PostgradError, 
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem, score_choices
 from postgrad.models.model import Model
 from postgrad.models.prefix_lm_attention import is_prefix_lm
+from postgrad.stats import bootstrap
 
 FramePrompt = Callable[[Sequence[int]], tuple[int, ...]]
-"""A prompt's ids with all that a model reads around them."""
+"""Ids of a prompt to the model's input: with soft prompt and template around them."""
 _BATCH = 16
-_DRAWS = 1000
-"""Resamples for the error of a metric that is not a mean; lm-eval's own 100,000 take minutes."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,14 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class HarnessResults:
-    """All results in the order of the tasks, and what has to be said about them."""
+    """All results in the order of the tasks."""
 
     results: tuple[TaskResult, ...]
     version: str
     truncated_prompts: int
-    """Prompts that were longer than the context, which lm-eval cuts on the left."""
+    """Prompts longer than the context, which lm-eval cuts on the left."""
     requests: int
-    """Log-likelihoods and texts that the tasks asked for."""
+    """Log-likelihoods and generated texts that the tasks requested."""
 
 
 def run_harness(
@@ -72,24 +71,24 @@ def run_harness(
     """Run tasks of lm-eval on a decoder or an encoder-decoder.
 
     `tasks`: names of tasks, groups or tags. `folder`: YAML files of further tasks, and Python files that they name, which
-    lm-eval runs. `shots`: demonstrations, instead of each task's own number. `limit`: items of each task. `context`: how many
-    tokens the model reads at once, with what `around` adds; left out: as many as lm-eval finds in its configuration.
+    lm-eval runs. `shots`: demonstrations, instead of each task's own number. `limit`: items of each task. `context`: tokens of
+    a model input, including what `frame_prompt` adds. Default: what lm-eval reads from the model's configuration.
 
-    Raises `MissingExtra` without lm-eval, `StageError` for a task that there is not, `DataError` when lm-eval cannot run one.
+    Raises `MissingExtra` without lm-eval, `StageError` for an unknown task, `DataError` when lm-eval cannot run one.
     """
     with _suppress_output():
         lm_eval, evaluator, task_manager, huggingface = _import_lm_eval()
         manager = _make_task_manager(task_manager, tasks, folder)
         lm = _make_lm(huggingface, model, tokenizer, context, pad, frame_prompt)
         try:
-            found = evaluator.simple_evaluate(
+            output = evaluator.simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
                 task_manager=manager,
                 num_fewshot=shots,
                 limit=limit,
                 log_samples=False,
-                bootstrap_iters=_DRAWS,
+                bootstrap_iters=bootstrap.DRAWS,
             )
         except PostgradError:
             raise
@@ -100,11 +99,13 @@ def run_harness(
                 where="--harness",
                 expected="tasks whose data is there: local files, or a connection to the Hub",
             ) from error
-    return HarnessResults(tuple(_iter_results(found)), str(lm_eval.__version__), lm.cut, lm.asked)
+    return HarnessResults(
+        tuple(_iter_results(output)), str(lm_eval.__version__), lm.truncated_prompts, lm.request_count
+    )
 
 
 def _import_lm_eval() -> tuple[Any, Any, Any, Any]:
-    """lm-eval's parts. Raises `MissingExtra` when it, or something that it needs, is not installed."""
+    """Raises `MissingExtra` when lm-eval, or a package that it needs, is not installed."""
     try:
         import lm_eval
         from lm_eval import evaluator
@@ -121,7 +122,7 @@ def _import_lm_eval() -> tuple[Any, Any, Any, Any]:
 
 @contextmanager
 def _suppress_output() -> Iterator[None]:
-    """Inside, lm-eval and what it uses tell nothing but errors, and the seeds that it sets are its own."""
+    """Inside, lm-eval and its libraries log only errors; afterwards the global random states are restored."""
     states = random.getstate(), np.random.get_state()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "evaluate", "transformers")]
     levels = [logger.level for logger in loggers]
@@ -139,21 +140,22 @@ def _suppress_output() -> Iterator[None]:
 
 
 def _make_task_manager(manager_class: Any, tasks: Sequence[str], folder: Path | None) -> Any:
-    """What knows the tasks. lm-eval reads thousands of files to know its own, so a folder that has them all is enough."""
+    """The index of tasks. lm-eval's own has thousands of files, so it is read only for tasks that the folder lacks."""
     if folder is not None:
-        found = manager_class(include_path=str(folder), include_defaults=False)
-        if all(found.match_tasks([task]) for task in tasks):
-            return found
-    found = manager_class(include_path=str(folder) if folder else None)
+        manager = manager_class(include_path=str(folder), include_defaults=False)
+        if all(manager.match_tasks([task]) for task in tasks):
+            return manager
+    manager = manager_class(include_path=str(folder) if folder else None)
     for task in tasks:
-        if not found.match_tasks([task]):
+        if not manager.match_tasks([task]):
             raise StageError(
                 f"lm-eval has no task '{task}'" + (f", and {folder} has none" if folder else ""),
                 where="--harness",
                 expected="names of tasks, groups or tags, with commas between them",
-                hint=suggest_nearest(task, found.all_tasks) or "name a folder of task files: --harness-include FOLDER",
+                hint=suggest_nearest(task, manager.all_tasks)
+                or "name a folder of task files: --harness-include FOLDER",
             )
-    return found
+    return manager
 
 
 def _make_lm(
@@ -164,16 +166,16 @@ def _make_lm(
     pad: int,
     frame_prompt: FramePrompt,
 ) -> Any:
-    """lm-eval's view of a Hugging Face model, with our model behind it."""
+    """lm-eval's wrapper of a Hugging Face model, around our model."""
     added = len(frame_prompt(()))
 
     class HarnessModel(huggingface.HFLM):
-        """What lm-eval asks, answered by `choose` and with what the model reads around a prompt."""
+        """lm-eval's requests, answered by `score_choices` and with framed prompts."""
 
         def __init__(self) -> None:
             super().__init__(model.pretrained, tokenizer=tokenizer, batch_size=_BATCH, max_length=context)
             self.total_length = self.max_length
-            self._max_length = self.room - added
+            self._max_length = self.total_length - added
             self.truncated_prompts = self.request_count = 0
 
         def _loglikelihood_tokens(
@@ -183,24 +185,24 @@ def _make_lm(
             override_bs: int | None = None,
         ) -> list[tuple[float, bool]]:
             items: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-            places: list[tuple[tuple[int, ...], int]] = []
-            for _, before, answer in requests:
-                prompt = frame_prompt(self._cut(before, answer))
+            indices: list[tuple[tuple[int, ...], int]] = []
+            for _, prompt_ids, answer in requests:
+                prompt = frame_prompt(self._truncate_prompt(prompt_ids, answer))
                 choices = items.setdefault(prompt, [])
-                places.append((prompt, len(choices)))
+                indices.append((prompt, len(choices)))
                 choices.append(tuple(answer))
-            found = score_choices(
-                model, [ChoiceItem(c, tuple(a)) for c, a in items.items()], context=self.room, pad=pad
+            scores = score_choices(
+                model, [ChoiceItem(c, tuple(a)) for c, a in items.items()], context=self.total_length, pad=pad
             )
             numbers = {prompt: i for i, prompt in enumerate(items)}
-            self.asked += len(places)
+            self.request_count += len(indices)
             return [
-                (float(found.log_likelihoods[i][place]), bool(found.greedy[i][place]))
-                for i, place in ((numbers[prompt], place) for prompt, place in places)
+                (float(scores.log_likelihoods[numbers[prompt]][j]), bool(scores.greedy[numbers[prompt]][j]))
+                for prompt, j in indices
             ]
 
         def _truncate_prompt(self, prompt: list[int], answer: list[int]) -> list[int]:
-            """A prompt as long as there is room for, which is lm-eval's way: the last token of an answer is not read."""
+            """The end of a prompt that fits the context, as lm-eval cuts it: the last token of an answer is not an input."""
             room = self.max_length + 1 - len(answer) if self.backend == "causal" else self.max_length
             if room < 1:
                 raise DataError(
@@ -208,27 +210,27 @@ def _make_lm(
                     where="--harness",
                     expected="answers that leave room for a prompt",
                 )
-            self.cut += len(prompt) > room
+            self.truncated_prompts += len(prompt) > room
             return prompt[-room:]
 
         def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
             if is_prefix_lm(model.pretrained.config):
                 raise ModelError(
-                    "this model reads a prompt in both directions, and lm-eval lets it write behind one that is read causally",
+                    "this prefix language model needs bidirectional attention over the prompt, and lm-eval generates causally",
                     where="--harness",
-                    expected="tasks that are answered by choosing",
+                    expected="multiple-choice tasks",
                 )
-            self.asked += len(context)
+            self.request_count += len(context)
             if not added:
                 return super()._model_generate(context, max_length, stop, **options)
-            seen = options.pop("attention_mask").bool()
-            rows = [frame_prompt(row[mask].tolist()) for row, mask in zip(context.cpu(), seen.cpu(), strict=True)]
+            real = options.pop("attention_mask").bool()
+            rows = [frame_prompt(row[mask].tolist()) for row, mask in zip(context.cpu(), real.cpu(), strict=True)]
             width = max(map(len, rows))
             ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=context.device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=context.device)
             more = width - context.shape[1]
             out = super()._model_generate(ids, max_length + more, stop, attention_mask=mask, **options)
-            # lm-eval takes off as many places as it gave.
+            # lm-eval strips as many positions as it passed.
             return out[:, more:] if self.backend == "causal" else out
 
     return HarnessModel()

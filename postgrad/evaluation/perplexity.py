@@ -1,15 +1,15 @@
-"""How well does a model predict held-out text, or the answers of a task? Nats of every label, once.
+"""Perplexity: nats of every label of held-out text or of the answers of a task, and bits per byte.
 
 Legend: B batch, T time, V vocabulary, R rows, N documents, I labelled items.
 
-Sums are taken in float64, so neither the batch size nor padding matters beyond rounding. Bits per byte,
-`nats / (ln 2 x UTF-8 bytes)`, is the only number that can be compared between models with different tokenizers.
+Sums are in float64, so batch size and padding matter only by rounding. Bits per byte, `nats / (ln 2 x UTF-8 bytes)`, is the
+only number that can be compared between models with different tokenizers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,10 @@ from postgrad.data.loading.batch import Batch, collate
 from postgrad.data.problem_type import ProblemType
 from postgrad.evaluation.classification_metrics import compute_metrics
 from postgrad.evaluation.held_out import HeldOutSet
+from postgrad.evaluation.length_batches import length_batches
 from postgrad.models.model import Model, Output
-from postgrad.stats.forgetting import MIN_DOCUMENTS, bootstrap
+from postgrad.stats.bootstrap import ratio_interval
+from postgrad.stats.forgetting import MIN_DOCUMENTS
 
 _TOKENS_AT_ONCE = 8192
 _LOGITS_AT_ONCE = 1 << 25
@@ -34,7 +36,7 @@ _LOGITS_AT_ONCE = 1 << 25
 class Scores:
     """Summed nats and scored labels of each row (a window of a text, or an example), and each document's bytes.
 
-    Of a classifier also what it `said` and what was `meant`, item by item, and the document each item is of.
+    Of a classifier also the prediction, label and document of each item.
     """
 
     document_W: np.ndarray
@@ -45,13 +47,13 @@ class Scores:
     labels_I: np.ndarray = field(default_factory=lambda: np.empty(0))
     document_I: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     problem: str = ""
-    """What a classifier decided; empty for anything else."""
+    """The problem type of a classifier; empty for anything else."""
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.str_))
-    """The names of what it decided between, by their numbers."""
+    """The names of its classes, by their indices."""
 
     @property
     def units(self) -> str:
-        """What is resampled: documents, or windows when the documents are too few."""
+        """The units of the bootstrap: documents, or windows when the documents are too few."""
         return "documents" if len(self.bytes_N) >= MIN_DOCUMENTS else "windows"
 
     def per_unit(self) -> tuple[np.ndarray, np.ndarray]:
@@ -76,15 +78,12 @@ class Scores:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Nats per token with its 95 % interval, perplexity, bits per byte, and what was counted.
-
-        Of a classifier also its `metrics`, each with its interval.
-        """
+        """Nats per token with its 95 % interval, perplexity, bits per byte and counts; of a classifier also its `metrics`."""
         nats, tokens = self.per_unit()
-        low, high = bootstrap(nats, tokens)
-        right = {"metrics": self.compute_metrics()} if len(self.predictions_I) else {}
+        low, high = ratio_interval(nats, tokens)
+        metrics = {"metrics": self.compute_metrics()} if len(self.predictions_I) else {}
         return {
-            **right,
+            **metrics,
             "nats": self.nats,
             "low": low,
             "high": high,
@@ -97,7 +96,7 @@ class Scores:
 
 
 BatchResult = tuple[int, Any]
-"""The number of a batch, and what was found in it."""
+"""The number of a batch, and its scores."""
 
 
 @torch.no_grad()
@@ -110,15 +109,13 @@ def score_held_out(
     rank: int = 0,
     ranks: int = 1,
 ) -> Scores:
-    """Score every document. With several ranks each scores a part and `share` puts the parts together.
+    """Score every document. Each of several ranks scores a part, and `gather` collects the parts of all.
 
     Every rank runs the same number of batches, as sharded models need.
     """
     pieces = list(held_out.iter_rows(context))
     lengths = [len(piece.row.inputs["input_ids"]) for piece in pieces]
-    # Rows of like length go together; the order is stable, so a batch is a function of the documents alone.
-    order = sorted(range(len(pieces)), key=lengths.__getitem__)
-    batches = list(_length_batches(order, lengths))
+    batches = list(length_batches(lengths, _TOKENS_AT_ONCE))
     while len(batches) % ranks:
         batches.append(batches[-1])
     parts: list[BatchResult] = []
@@ -143,57 +140,47 @@ def score_held_out(
         nats_W=nats_W,
         tokens_W=np.array([piece.row.label_count for piece in pieces], np.int64),
         bytes_N=np.asarray(held_out.bytes, np.int64),
-        predictions_I=np.concatenate([said for said, _ in answered]) if answered else np.empty(0),
-        labels_I=np.concatenate([meant for _, meant in answered]) if answered else np.empty(0),
-        document_I=np.repeat(document_W, [len(said) for said, _ in answered]) if answered else np.empty(0, np.int64),
+        predictions_I=np.concatenate([predicted for predicted, _ in answered]) if answered else np.empty(0),
+        labels_I=np.concatenate([actual for _, actual in answered]) if answered else np.empty(0),
+        document_I=np.repeat(document_W, [len(actual) for _, actual in answered])
+        if answered
+        else np.empty(0, np.int64),
         problem=held_out.problem if answered and held_out.problem else "",
         names=np.array(held_out.labels if answered else (), np.str_),
     )
 
 
-def _length_batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Groups whose padded size stays within the tokens at once."""
-    group: list[int] = []
-    for i in order:  # ascending, so the newest is the longest
-        if group and (len(group) + 1) * lengths[i] > _TOKENS_AT_ONCE:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
-
-
 def _score_output(
     output: Output, batch: Batch, held_out: HeldOutSet
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Each row's nats, and of a classifier what it said and what was meant, item by item."""
+    """Each row's nats, and of a classifier the predictions and labels of its items."""
     if output.head is not None:
         nats_BT = token_nats(output.hidden, batch.labels, output.head.logits)
         answers = _predict_label_words(output, batch, held_out.label_token_ids) if held_out.label_token_ids else []
         return nats_BT.double().sum(1).cpu().numpy(), answers
     count = len(batch.labels)
-    losses, said = _classification_losses(output.hidden.float(), batch.labels, held_out.problem)
-    losses, said, meant = (t.reshape(count, -1).cpu().numpy() for t in (losses, said, batch.labels))
-    answers = [(s[m != IGNORED], m[m != IGNORED]) for s, m in zip(said, meant, strict=True)]
+    losses, predicted = _classification_losses(output.hidden.float(), batch.labels, held_out.problem)
+    losses, predicted, actual = (t.reshape(count, -1).cpu().numpy() for t in (losses, predicted, batch.labels))
+    answers = [(p[a != IGNORED], a[a != IGNORED]) for p, a in zip(predicted, actual, strict=True)]
     return losses.sum(1), answers
 
 
 def _predict_label_words(
     output: Output, batch: Batch, label_token_ids: tuple[int, ...]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each row the likeliest of some words where its one label is, and the label, as numbers of the words."""
+    """The predicted and the actual label word at the one label of each row, as indices of the words."""
     assert output.head is not None
-    place_B = (batch.labels != IGNORED).int().argmax(1)
-    rows_B = torch.arange(len(place_B), device=place_B.device)
-    tokens_W = torch.tensor(label_token_ids, device=place_B.device)
-    logits_BW = output.head.logits(output.hidden[rows_B, place_B])[:, tokens_W]
-    meant_B = (batch.labels[rows_B, place_B][:, None] == tokens_W).int().argmax(1)
-    said, meant = logits_BW.argmax(1).cpu().numpy(), meant_B.cpu().numpy()
-    return [(said[i : i + 1], meant[i : i + 1]) for i in range(len(said))]
+    position_B = (batch.labels != IGNORED).int().argmax(1)
+    rows_B = torch.arange(len(position_B), device=position_B.device)
+    tokens_W = torch.tensor(label_token_ids, device=position_B.device)
+    logits_BW = output.head.logits(output.hidden[rows_B, position_B])[:, tokens_W]
+    actual_B = (batch.labels[rows_B, position_B][:, None] == tokens_W).int().argmax(1)
+    predicted, actual = logits_BW.argmax(1).cpu().numpy(), actual_B.cpu().numpy()
+    return [(predicted[i : i + 1], actual[i : i + 1]) for i in range(len(predicted))]
 
 
 def _classification_losses(logits: Tensor, labels: Tensor, problem: ProblemType | None) -> tuple[Tensor, Tensor]:
-    """The loss of each label and the decision, of shape (B, ...): by argmax, each class by itself, or a number."""
+    """The loss and the prediction of each label, of shape (B, ...): by argmax, each class by itself, or a number."""
     match problem:
         case ProblemType.MULTI_LABEL:
             losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1, keepdim=True)
@@ -209,11 +196,11 @@ def _classification_losses(logits: Tensor, labels: Tensor, problem: ProblemType 
 def token_nats(hidden_BTD: Tensor, labels_BT: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
     """`-log p(label)` of each position, of shape (B, T) and 0 without a label, without holding all logits at once."""
     flat, labels = hidden_BTD.flatten(0, 1), labels_BT.flatten()
-    wanted = (labels != IGNORED).nonzero().flatten()
+    scored = (labels != IGNORED).nonzero().flatten()
     out = torch.zeros(labels.shape, device=labels.device)
-    if not len(wanted):
+    if not len(scored):
         return out.view(labels_BT.shape)
     width = logits(flat[:1]).shape[-1]
     rows = max(1, _LOGITS_AT_ONCE // width)
-    parts = [functional.cross_entropy(logits(flat[i]).float(), labels[i], reduction="none") for i in wanted.split(rows)]
-    return out.index_copy(0, wanted, torch.cat(parts)).view(labels_BT.shape)
+    parts = [functional.cross_entropy(logits(flat[i]).float(), labels[i], reduction="none") for i in scored.split(rows)]
+    return out.index_copy(0, scored, torch.cat(parts)).view(labels_BT.shape)

@@ -1,11 +1,11 @@
-"""How likely is each token of a text to an encoder that sees all the others? Every token is masked, one at a time.
+"""Pseudo-perplexity of masked language models: each token is masked in turn and predicted from all others.
 
 Legend: B batch, T time, D model width, W windows, N documents.
 
 The pseudo-log-likelihood of a text is the sum over its tokens of `log p(token | all others)`, each predicted at a mask in
 its place; the pseudo-perplexity of N tokens is `exp(-sum / N)` (Salazar et al. 2020, section 2). Unlike the loss of masked
-language modelling nothing is drawn, every token counts, and nothing else is hidden. It costs a row for each token, so a
-bounded number of them is scored; a batch holds rows of one window, and only what stands at the masks goes through the head.
+language modelling it is deterministic, scores every token, and masks no other one. It costs a row for each token, so a bounded
+number of tokens is scored; a batch holds rows of one window, and only the masked positions go through the head.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOKENS_AT_ONCE = 8192
 
 
 class MaskedWindow(NamedTuple):
-    """Ids as a model reads them, of shape (T,), the places that are masked in turn, and the document it is of."""
+    """Input ids of shape (T,), the positions that are masked in turn, and the number of the document."""
 
     document: int
     ids: np.ndarray
@@ -34,7 +34,7 @@ class MaskedWindow(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskedHeldOutText:
-    """Texts of which each token is asked for given all the others of its window; `mask` stands in its place."""
+    """Texts in windows, each of whose tokens is predicted from all the others."""
 
     name: str
     role: str
@@ -48,7 +48,7 @@ class MaskedHeldOutText:
 
     @property
     def identity(self) -> list[Any]:
-        """What decides its scores, beside the model."""
+        """What its scores depend on besides the model."""
         return ["one by one", self.fingerprint, self.tokens]
 
     @property
@@ -58,7 +58,7 @@ class MaskedHeldOutText:
 
 
 class _PositionBatch(NamedTuple):
-    """Rows that are scored at once: places of one window."""
+    """Masked positions of one window that are scored in one batch."""
 
     window: int
     begin: int
@@ -75,36 +75,38 @@ def score_masked_tokens(
     rank: int = 0,
     ranks: int = 1,
 ) -> Scores:
-    """Score every token; `document_W` and so on are of windows. Ranks are shared as in `likelihood.score`.
+    """Score every token; the arrays of the scores are of windows. Ranks share the work as in `score_held_out`.
 
-    Windows were cut for the `context` that the model reads in.
+    The windows were made for `context`.
     """
     assert all(len(window.ids) <= context for window in texts.windows)
-    turns = list(_position_batches(texts))
-    while len(turns) % ranks:
-        turns.append(turns[-1])
+    batches = list(_position_batches(texts))
+    while len(batches) % ranks:
+        batches.append(batches[-1])
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     parts: list[BatchResult] = []
     with torch.compiler.set_stance("force_eager"):
-        for index in range(rank, len(turns), ranks):
-            window = texts.windows[turns[index].window]
-            places_B = torch.from_numpy(window.masked_positions[turns[index].begin : turns[index].end]).to(device)
+        for index in range(rank, len(batches), ranks):
+            window = texts.windows[batches[index].window]
+            positions_B = torch.from_numpy(window.masked_positions[batches[index].begin : batches[index].end]).to(
+                device
+            )
             ids_T = torch.from_numpy(window.ids).to(device)
-            rows_B = torch.arange(len(places_B), device=device)
-            ids_BT = ids_T.repeat(len(places_B), 1)
-            ids_BT[rows_B, places_B] = texts.mask_id
+            rows_B = torch.arange(len(positions_B), device=device)
+            ids_BT = ids_T.repeat(len(positions_B), 1)
+            ids_BT[rows_B, positions_B] = texts.mask_id
             output = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
             assert output.head is not None, "a masked language model has a head"
-            logits_BV = output.head.logits(output.hidden[rows_B, places_B]).float()
-            nats_B = functional.cross_entropy(logits_BV, ids_T[places_B], reduction="none")
+            logits_BV = output.head.logits(output.hidden[rows_B, positions_B]).float()
+            nats_B = functional.cross_entropy(logits_BV, ids_T[positions_B], reduction="none")
             parts.append((index, nats_B.double().sum().item()))
     model.train(was_training)
-    found = dict(gather(parts) if gather else parts)
+    nats = dict(gather(parts) if gather else parts)
     nats_W = np.zeros(len(texts.windows))
-    for index in range(len(dict.fromkeys(turns))):  # those that filled up the ranks come last, and count once
-        nats_W[turns[index].window] += found[index]
+    for index in range(len(dict.fromkeys(batches))):  # the repeated last batches of uneven ranks count once
+        nats_W[batches[index].window] += nats[index]
     return Scores(
         document_W=np.array([window.document for window in texts.windows], np.int64),
         nats_W=nats_W,
@@ -114,8 +116,8 @@ def score_masked_tokens(
 
 
 def _position_batches(texts: MaskedHeldOutText) -> Iterator[_PositionBatch]:
-    """The places of each window, in groups whose rows stay within the tokens at once."""
+    """The masked positions of each window, in groups whose rows fit the token budget."""
     for number, window in enumerate(texts.windows):
-        most = max(1, _TOKENS_AT_ONCE // len(window.ids))
-        for begin in range(0, len(window.masked_positions), most):
-            yield _PositionBatch(number, begin, min(begin + most, len(window.masked_positions)))
+        rows = max(1, _TOKENS_AT_ONCE // len(window.ids))
+        for begin in range(0, len(window.masked_positions), rows):
+            yield _PositionBatch(number, begin, min(begin + rows, len(window.masked_positions)))

@@ -14,8 +14,8 @@ from postgrad.errors import StageError
 from postgrad.hardware import machine
 from postgrad.hardware.memory import ModelDimensions, estimate_memory
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
+from postgrad.models.layers import get_layers
 from postgrad.models.model import CausalModel, Model
-from postgrad.models.pretrained import get_layers
 
 _MIN_BF16_SPEEDUP = 1.3
 """Minimum speed-up of bf16 products to accept their rounding."""

@@ -1,14 +1,13 @@
-"""How do tokens attend, fast on a CPU? Causal attention in blocks of queries, forward and backward written out.
+"""Fast causal attention on CPUs, in blocks of queries, with explicit forward and backward passes.
 
 Legend: B batch, H heads, T time, D head width, Q queries of a block.
 
-A block of queries looks only at the keys up to its own end, so almost half of the products of plain attention are never
-made; the backward pass uses softmax's closed form, `dS = P (dP - rowsum(dO O))`, instead of autograd's. Compiled with its
-layer on two cores this took .6 of the time of compiled plain attention and .3 of SDPA's (8 x 512 tokens, 8 heads of 32).
+A block of queries uses only the keys up to its own end, which saves almost half of the products of plain attention; the
+backward pass uses softmax's closed form, `dS = P (dP - rowsum(dO O))`, instead of autograd's. Compiled with its layer on two
+cores this took .6 of the time of compiled plain attention and .3 of SDPA's (8 x 512 tokens, 8 heads of 32).
 
-It is registered with transformers under `NAME` like any attention implementation: masks come from transformers, so packed
-documents, sliding windows and grouped heads are its business. What this function does not know (dropout, soft-capped
-scores, sinks) makes `usable` say no.
+It is registered with transformers under `CAUSAL_BLOCKS`. Masks come from transformers, which covers packed documents and
+sliding windows. Dropout, soft-capped scores and sinks are not supported (`is_supported`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from postgrad.models.pretrained import get_embedding_weight
+from postgrad.models.layers import get_embedding_weight
 
 CAUSAL_BLOCKS = "causal_blocks"
 BLOCK = 128
@@ -87,11 +86,11 @@ def causal_blocks(
 ) -> tuple[Tensor, None]:
     """Attention output of shape (B, T, H, D) for query (B, H, T, D) and key and value (B, H or fewer, T or more, D).
 
-    More keys than queries are those of a cache: the last query sees them all, and plain attention is what serves it. Without
-    a mask (a batch of whole documents) causal attention is meant. Raises `ValueError` for what it lacks.
+    With a KV cache (more keys than queries) attention is plain. Without a mask it is causal. Raises `ValueError` for
+    unsupported options.
     """
     if softcap is not None or s_aux is not None or dropout > 0:
-        raise ValueError(f"{CAUSAL_BLOCKS} knows no soft-capped scores, sinks or dropout")
+        raise ValueError(f"{CAUSAL_BLOCKS} has no soft-capped scores, sinks or dropout")
     # Under autocast the rotated query and key come back in fp32 beside a bf16 value.
     query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.shape[1] // key.shape[1]

@@ -1,197 +1,20 @@
-"""Which model is `llama-15M`? A family, a shape solved for the number of weights, special tokens, and random weights.
-
-The weights that are counted are all of the language model's: embeddings and head too, tied ones once. Among the shapes with
-that number of weights the one is taken whose width is closest to 48 times its depth and whose inner width is closest to the
-family's usual multiple of the width. Weights are drawn by transformers' own initialisation of the configuration.
-"""
+"""New models: special tokens and tokenizer, dropout, and weights drawn by transformers' own initialisation."""
 
 from __future__ import annotations
-
-import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from tokenizers import Tokenizer, processors
 from transformers import (
-    BertConfig,
-    GPT2Config,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    T5Config,
 )
 
-from postgrad.errors import ModelError, suggest_nearest
-from postgrad.models.pretrained import count_parameters, detect_config_task, from_config
+from postgrad.errors import ModelError
+from postgrad.models.families import FAMILIES, Family, SpecialTokens
+from postgrad.models.pretrained import detect_config_task, from_config
 from postgrad.models.task import Task
-
-_ASPECT = 48
-"""Width by depth: small published models have 43 (stories15M) to 85 (pythia-70m)."""
-_WIDTHS = (*range(32, 256, 32), *range(256, 1024, 64), *range(1024, 4097, 128))
-_MAX_DEPTH = 64
-_INNER_STEP = 8
-_WHERE = "model.from_scratch"
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """The special tokens of a tokenizer, by what they are for, and what stands around one text and two."""
-
-    named_tokens: tuple[tuple[str, str], ...]
-    """(name, token): `("eos", "</s>")`."""
-    single: str = "$A"
-    pair: str = "$A $B"
-    extra: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ("input_ids", "attention_mask")
-
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        """All of them, each once."""
-        return tuple(dict.fromkeys((*(token for _, token in self.named_tokens), *self.extra)))
-
-    def ids(self, tokenizer: Tokenizer) -> dict[str, int | None]:
-        """`bos_token_id` and so on, as a configuration has them."""
-        return {f"{name}_token_id": tokenizer.token_to_id(token) for name, token in self.named_tokens}
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What is solved for: width, blocks (of an encoder-decoder: of either half), inner width; and what is given."""
-
-    width: int
-    depth: int
-    inner: int
-    vocabulary: int
-    positions: int
-
-    @property
-    def heads(self) -> int:
-        """Heads of 64, and of 32 in narrow models."""
-        return self.width // head_size(self.width)
-
-
-def head_size(width: int) -> int:
-    """The width of a head."""
-    return 64 if width >= 512 else 32
-
-
-def _llama(shape: ModelShape) -> PreTrainedConfig:
-    return LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.depth,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        max_position_embeddings=shape.positions,
-        tie_word_embeddings=True,
-    )
-
-
-def _qwen3(shape: ModelShape) -> PreTrainedConfig:
-    return Qwen3Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.depth,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads // 2 if shape.heads % 2 == 0 else shape.heads,
-        head_dim=head_size(shape.width),
-        max_position_embeddings=shape.positions,
-        tie_word_embeddings=True,
-    )
-
-
-def _gpt2(shape: ModelShape) -> PreTrainedConfig:
-    return GPT2Config(
-        vocab_size=shape.vocabulary,
-        n_embd=shape.width,
-        n_inner=shape.inner,
-        n_layer=shape.depth,
-        n_head=shape.heads,
-        n_positions=shape.positions,
-        bos_token_id=None,  # those of the published vocabulary, else
-        eos_token_id=None,
-    )
-
-
-def _bert(shape: ModelShape) -> PreTrainedConfig:
-    return BertConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.depth,
-        num_attention_heads=shape.heads,
-        max_position_embeddings=shape.positions,
-    )
-
-
-def _t5(shape: ModelShape) -> PreTrainedConfig:
-    config = T5Config(
-        vocab_size=shape.vocabulary,
-        d_model=shape.width,
-        d_ff=shape.inner,
-        num_layers=shape.depth,
-        num_decoder_layers=shape.depth,
-        num_heads=shape.heads,
-        d_kv=head_size(shape.width),
-        # T5's own factor of 1 is made for Adafactor, whose steps are relative to the weights. Under tied embeddings it gives
-        # the decoder's own input token a logit of sqrt(width) at the start; with this one it is 1.
-        initializer_factor=1 / math.sqrt(shape.width),
-    )
-    config.tie_word_embeddings = True
-    config.decoder_start_token_id = 0
-    return config
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family's configuration is made from a shape, its usual inner width by width, and its special tokens."""
-
-    config: Callable[[ModelShape], PreTrainedConfig]
-    inner: float
-    special_tokens: SpecialTokens
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        _llama,
-        8 / 3,
-        SpecialTokens((("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>")), "<s> $A", "<s> $A <s> $B"),
-    ),
-    "gpt2": Family(_gpt2, 4.0, SpecialTokens((("bos", "<|endoftext|>"), ("eos", "<|endoftext|>"), ("pad", "<|pad|>")))),
-    "qwen3": Family(
-        _qwen3,
-        3.0,
-        SpecialTokens((("eos", "<|endoftext|>"), ("pad", "<|pad|>")), extra=("<|im_start|>", "<|im_end|>")),
-    ),
-    "bert": Family(
-        _bert,
-        4.0,
-        SpecialTokens(
-            (("pad", "[PAD]"), ("unk", "[UNK]"), ("cls", "[CLS]"), ("sep", "[SEP]"), ("mask", "[MASK]")),
-            "[CLS] $A [SEP]",
-            "[CLS] $A [SEP] $B:1 [SEP]:1",
-            inputs=("input_ids", "token_type_ids", "attention_mask"),
-        ),
-    ),
-    "t5": Family(
-        _t5,
-        4.0,
-        SpecialTokens(
-            (("pad", "<pad>"), ("eos", "</s>"), ("unk", "<unk>")),
-            "$A </s>",
-            "$A </s> $B </s>",
-            extra=tuple(f"<extra_id_{i}>" for i in range(100)),
-        ),
-    ),
-}
 
 _TASK_FAMILIES: dict[Task, str] = {
     Task.CAUSAL: "llama",
@@ -202,79 +25,13 @@ _TASK_FAMILIES: dict[Task, str] = {
 }
 
 
-def parse_model_name(name: str) -> tuple[Family, int]:
-    """What `llama-15M` means. Raises `ModelError` for a family that is not known and a size that is none."""
-    match = re.fullmatch(r"([a-z]\w*)-(\d+(?:\.\d+)?)([kmb])", name.strip(), re.IGNORECASE)
-    if not match:
-        raise ModelError(
-            f"{name!r} names no family and size",
-            where=_WHERE,
-            expected=f"a family ({', '.join(FAMILIES)}) and a number of weights, such as llama-15M",
-        )
-    family = FAMILIES.get(match[1].lower())
-    if family is None:
-        raise ModelError(
-            f"there is no family {match[1]!r}",
-            where=_WHERE,
-            expected=" | ".join(FAMILIES),
-            hint=f"{suggest_nearest(match[1], FAMILIES)} (model.config takes the configuration of any other)".strip(),
-        )
-    return family, round(float(match[2]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[3].lower()])
-
-
 def select_special_tokens(config: PreTrainedConfig | None, family: Family | None) -> SpecialTokens:
-    """The special tokens of a new tokenizer: the family's, or those of the family that does the configuration's task."""
+    """The special tokens of a new tokenizer: the family's, or those of the default family of the configuration's task."""
     if family is not None:
         return family.special_tokens
     assert config is not None
     known = FAMILIES.get(config.model_type.lower())
     return (known or FAMILIES[_TASK_FAMILIES[detect_config_task(config)]]).special_tokens
-
-
-def solve_config(name: str, *, vocabulary: int, positions: int) -> PreTrainedConfig:
-    """The configuration of `family-size` for a vocabulary. Raises `ModelError` when no shape has so few weights."""
-    family, weights = parse_model_name(name)
-    best: tuple[float, ModelShape] | None = None
-    narrowest = 0
-    for width in _WIDTHS:
-        inner = _round_inner(family.inner * width)
-        at = partial(_count_shape_weights, family, width=width, vocabulary=vocabulary, positions=positions)
-        one, two, wider = at(depth=1, inner=inner), at(depth=2, inner=inner), at(depth=2, inner=2 * inner)
-        # The count is linear in the depth, and in the inner width for a depth.
-        outside, block, each = 2 * one - two, two - one, (wider - two) / (2 * inner)
-        narrowest = narrowest or one
-        if outside + block / 2 > weights:
-            break
-        for depth in range(1, _MAX_DEPTH + 1):
-            wanted = _round_inner(inner + (weights - outside - depth * block) / (depth * each))
-            if not 0.7 <= wanted / inner <= 1.4:
-                continue
-            cost = abs(math.log(width / depth / _ASPECT)) + 2 * abs(math.log(wanted / inner))
-            if best is None or cost < best[0]:
-                best = cost, ModelShape(width, depth, wanted, vocabulary, positions)
-    if best is None:
-        raise ModelError(
-            f"{name} cannot be made with a vocabulary of {vocabulary:,}: a block of width 32 and its embeddings "
-            f"have {narrowest:,} weights",
-            where=_WHERE,
-            expected=f"more weights than that, and at most those of {_MAX_DEPTH} blocks of width {_WIDTHS[-1]:,}",
-            hint="ask for more weights, or give model.tokenizer a smaller `vocabulary`",
-        )
-    return family.config(best[1])
-
-
-def _round_inner(inner: float) -> int:
-    return max(_INNER_STEP, round(inner / _INNER_STEP) * _INNER_STEP)
-
-
-def _count_shape_weights(family: Family, *, width: int, depth: int, inner: int, vocabulary: int, positions: int) -> int:
-    return count_weights(family.config(ModelShape(width, depth, inner, vocabulary, positions)))
-
-
-def count_weights(config: PreTrainedConfig) -> int:
-    """The weights of a configuration's model, tied ones counted once; none is made."""
-    with torch.device("meta"):
-        return count_parameters(from_config(config, detect_config_task(config)))
 
 
 _DROPOUTS = (
@@ -284,10 +41,10 @@ _DROPOUTS = (
 
 
 def set_dropout(config: PreTrainedConfig, dropout: float) -> None:
-    """Set what a configuration has of dropout. Raises `ModelError` when it has none."""
+    """Set all dropout rates of a configuration. Raises `ModelError` when it has none."""
     own = [name for name in _DROPOUTS if isinstance(getattr(config, name, None), int | float)]
     if not own:
-        raise ModelError(f"a {config.model_type} has no dropout", where="model.dropout", hint="leave the key out")
+        raise ModelError(f"a {config.model_type} has no dropout", where="model.dropout", hint="remove the key")
     for name in own:
         setattr(config, name, dropout)
 
@@ -313,7 +70,7 @@ def make_tokenizer(vocabulary_json: str, special_tokens: SpecialTokens) -> PreTr
 
 
 def set_token_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a configuration name the tokenizer's special tokens."""
+    """Set the tokenizer's special token ids in a configuration."""
     for name in ("bos", "eos", "pad", "sep", "cls", "mask"):
         token = getattr(tokenizer, f"{name}_token_id", None)
         if hasattr(config, f"{name}_token_id") or token is not None:
@@ -325,7 +82,7 @@ def set_token_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) 
 
 
 def init_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """The model of a configuration with weights drawn from `seed`; nobody else's random numbers are touched."""
+    """The model of a configuration, initialised from `seed`; the global random state is preserved."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return from_config(config, detect_config_task(config))

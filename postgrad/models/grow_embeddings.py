@@ -1,8 +1,8 @@
-"""What does a new token mean before it was trained? The mean of the tokens that stood for it.
+"""Embeddings of new tokens, initialised as the mean of the old tokens that they replace.
 
-Rows of the input embedding, and of an output head of its own, are means over the old pieces (Fujii et al. 2024, Swallow,
-arXiv 2404.17790); with `head="zero"` the head's are zero, so that at first a new token is as likely as an average one (Liu et
-al. 2023, ChipNeMo, arXiv 2311.00176).
+Rows of the input embedding, and of an output head of its own, are means over the old tokens (Fujii et al. 2024, Swallow,
+arXiv 2404.17790); with `head_init="zero"` the head's are zero, so that at first a new token is as likely as an average one (Liu
+et al. 2023, ChipNeMo, arXiv 2311.00176).
 
 Legend: V rows, D width.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import get_embedding_weight
+from postgrad.models.layers import get_embedding_weight
 
 HeadInit = Literal["mean", "zero"]
 
@@ -26,7 +26,7 @@ HeadInit = Literal["mean", "zero"]
 def grow_embeddings(
     model: PreTrainedModel, token_parts: Mapping[int, Sequence[int]], head_init: HeadInit = "mean"
 ) -> None:
-    """Give `model` a row for each new id of `parts`, made from the rows of its old ids. Nothing else changes."""
+    """Add a row to the embeddings for each new id of `token_parts`, from the rows of its old ids."""
     before = get_embedding_weight(model).shape[0]
     size = max(before, max(token_parts, default=-1) + 1)
     output = model.get_output_embeddings()

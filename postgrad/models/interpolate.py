@@ -1,8 +1,8 @@
-"""What lies between two models of one shape? Their weights, interpolated: all of them, or those of some blocks alone.
+"""Weight interpolation and averaging of models of one shape, for all weights or block by block.
 
-`start + w (end - start)` (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903): at w = 0 the start, at w = 1 the end, in between
-some of what was learnt against some of what was forgotten. Of a low-rank adapter it is the adapter scaled by w. The mean of
-several checkpoints of a constant phase is the other half of it: an anneal without steps (Hägele et al. 2024, arXiv 2405.18392).
+`start + w (end - start)` (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903) trades what was learnt (w = 1) against what was
+forgotten (w = 0). For a low-rank adapter it is the adapter scaled by w. The mean of several checkpoints of a constant-rate
+phase is an anneal without steps (Hägele et al. 2024, arXiv 2405.18392).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import get_layer_stacks
+from postgrad.models.layers import get_layer_stacks
 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -29,10 +29,10 @@ def refuse_other_shapes(
     names: tuple[str, str],
     blocks: Sequence[Sequence[str]] = (),
 ) -> list[str]:
-    """The weights that only the end has (a new task layer). Raises `ModelError` when the two are models of other shapes.
+    """The weights that only the end has (a new task layer). Raises `ModelError` for models of different shapes.
 
-    `blocks`: the names of the weights of each of the end's blocks. Where the start lacks one of them, blocks were put in
-    between, and those of one number are no longer the same.
+    `blocks`: the weight names of each of the end's blocks. Where the start lacks one of them, blocks were inserted, and blocks
+    of one number do not correspond.
     """
     new = sorted(end.keys() - start.keys())
     gone = sorted(start.keys() - end.keys())
@@ -48,7 +48,7 @@ def refuse_other_shapes(
     lacking = next((name for block in blocks for name in block if name not in start), None)
     if lacking:
         raise ModelError(
-            f"{names[1]} has {lacking}, and {names[0]} has not: blocks of one number are not the same in both",
+            f"{names[1]} has {lacking} and {names[0]} has not: their blocks do not correspond",
             where="blend",
             expected="two models with the same blocks",
         )
@@ -61,7 +61,7 @@ def interpolate_weights(
 ) -> None:
     """Set the parameters of `model` to `start + w (end - start)`, in float32; `weight` by name, or one for all.
 
-    What the start does not have stays the end's.
+    Weights that the start lacks are those of the end.
     """
     for name, parameter in model.named_parameters():
         if name not in start:
@@ -69,15 +69,15 @@ def interpolate_weights(
             continue
         w = weight if isinstance(weight, float | int) else weight[name]
         # Exact at both ends: start + 1 (end - start) is not the end in floating point.
-        whole = (
+        value = (
             end[name] if w == 1 else start[name] if w == 0 else torch.lerp(start[name].float(), end[name].float(), w)
         )
-        parameter.copy_(whole)
+        parameter.copy_(value)
 
 
 @contextmanager
 def preserve_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, weights may be changed; afterwards they are what they were."""
+    """Inside, weights may change; afterwards they are restored."""
     before = copy_weights(model)
     try:
         yield
@@ -96,7 +96,7 @@ def average_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]
 
 
 def block_parameter_names(model: PreTrainedModel) -> list[list[str]]:
-    """The names of the parameters of each block, in order; an encoder-decoder has its encoder's first."""
+    """The parameter names of each block, in order; an encoder comes before its decoder."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [
         [names[id(p)] for p in block.parameters() if id(p) in names]

@@ -1,9 +1,8 @@
-"""What does a model answer to a batch?
+"""Models as hidden states plus an output head, so that losses never hold all logits.
 
 Legend: B batch, T time, D model width, V vocabulary, C classes.
 
-A language model is seen as something that gives hidden states and a *head* that turns them into logits, so that a loss can
-be computed without ever holding all logits. Whether that view is right for an architecture is probed, not assumed.
+Whether hidden states and head give the logits of an architecture is verified, not assumed.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
+from postgrad.models.layers import get_embedding_weight
 from postgrad.models.prefix_lm_attention import attention_window, model_prefix_mask
-from postgrad.models.pretrained import get_embedding_weight
 from postgrad.models.task import Task
 
 _LOGITS_BIAS = "final_logits_bias"
-"""What transformers calls it."""
+"""Its name in transformers."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,21 @@ class OutputHead:
 
 @dataclass(frozen=True)
 class Output:
-    """What a model says about a batch: hidden states and the head that turns them into logits.
+    """The output for a batch: hidden states and the head that maps them to logits.
 
-    Without a head the hidden states are the logits already: a task layer has few classes, and nothing is to be saved.
+    Without a head the hidden states are the logits of a task layer, whose classes are few.
     """
 
     hidden: Tensor
     head: OutputHead | None
 
     def logits(self) -> Tensor:
-        """All logits at once; an objective that can should work in chunks instead."""
+        """All logits at once; objectives should work in chunks where they can."""
         return self.hidden if self.head is None else self.head.logits(self.hidden)
 
 
 class Model(nn.Module):
-    """A Hugging Face model of any task, called with the arrays of a row by their names."""
+    """A Hugging Face model of any task, called with the named arrays of a batch."""
 
     def __init__(self, pretrained: PreTrainedModel) -> None:
         super().__init__()
@@ -73,7 +72,7 @@ class Model(nn.Module):
         return Output(self.pretrained(**inputs).logits, None)
 
     def head(self) -> OutputHead | None:
-        """The head as it is now; None when the model gives logits itself."""
+        """The head with the current weights; None when the model returns logits."""
         return None
 
 
@@ -83,16 +82,16 @@ class CausalModel(Model):
     def __init__(self, pretrained: PreTrainedModel) -> None:
         super().__init__(pretrained)
         config = pretrained.config
-        # Granite divides its logits, Cohere multiplies them, Gemma caps them; `probe` tells whether this covers a model.
+        # Granite divides its logits, Cohere multiplies them, Gemma caps them; `verify_model` tests whether this covers a model.
         scaling = getattr(config, "logits_scaling", None)
         self.scale: float = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def forward(self, *, prefix: Tensor | None = None, **inputs: Tensor) -> Output:
-        """Hidden states of packed rows: positions that restart part the documents from one another.
+        """Hidden states of packed rows, whose documents are separated by position ids that restart.
 
-        The cache stays off and packed rows bring no attention mask: with either, transformers lets documents see each other.
-        Tokens of a `prefix` of shape (B, T) see each other, for which positions must be given.
+        Without a cache and an attention mask, transformers keeps such documents apart; with either it does not. Attention among
+        the tokens of a `prefix` (B, T) is bidirectional, which needs position ids.
         """
         if prefix is not None:
             inputs["attention_mask"] = model_prefix_mask(self.pretrained, prefix, inputs["position_ids"])
@@ -100,7 +99,7 @@ class CausalModel(Model):
         return Output(hidden, self.head())
 
     def head(self) -> OutputHead:
-        """The head as it is now."""
+        """The head with the current weights."""
         layer = _output_layer(self.pretrained)
         return OutputHead(layer.weight, layer.bias, self.scale, self.softcap)
 
@@ -108,8 +107,8 @@ class CausalModel(Model):
 class HeadedModel(Model):
     """A masked or encoder-decoder language model, whose forward ends in its output embedding.
 
-    What stands before that embedding (a transform, a scaling) differs from one architecture to the next, so the model's own
-    forward runs with the embedding left out. BART and its kin add a bias behind it, which belongs to the head.
+    The layers before that embedding (a transform, a scaling) differ between architectures, so the model's own forward pass runs
+    with an identity in place of the embedding. The bias that BART and others add afterwards belongs to the head.
     """
 
     def __init__(self, pretrained: PreTrainedModel) -> None:
@@ -117,20 +116,20 @@ class HeadedModel(Model):
         self.options = {"use_cache": False} if pretrained.config.is_encoder_decoder else {}
 
     def forward(self, **inputs: Tensor) -> Output:
-        """What would go into the output embedding, of shape (B, T, D)."""
+        """The input of the output embedding, of shape (B, T, D)."""
         with _identity_output_layer(self.pretrained):
             hidden = self.pretrained(**inputs, **self.options).logits
         return Output(hidden, self.head())
 
     def head(self) -> OutputHead:
-        """The head as it is now."""
+        """The head with the current weights."""
         layer = _output_layer(self.pretrained)
         biases = [bias.flatten() for bias in (layer.bias, _get_logits_bias(self.pretrained)) if bias is not None]
         return OutputHead(layer.weight, sum(biases[1:], biases[0]) if biases else None)
 
 
 def wrap_model(pretrained: PreTrainedModel, task: Task) -> Model:
-    """The view of a model that its task asks for."""
+    """The wrapper for a model of a task."""
     if task == Task.CAUSAL:
         return CausalModel(pretrained)
     return Model(pretrained) if task.is_classifier else HeadedModel(pretrained)
@@ -144,13 +143,13 @@ def _output_layer(pretrained: PreTrainedModel) -> nn.Linear:
 
 
 def _get_logits_bias(pretrained: PreTrainedModel) -> Tensor | None:
-    """The bias of shape (1, V) that a model adds to what its output embedding gives: a buffer, which does not move."""
+    """The bias of shape (1, V) that a model adds after its output embedding: a buffer, which is not trained."""
     return getattr(pretrained, _LOGITS_BIAS, None)
 
 
 @contextmanager
 def _identity_output_layer(pretrained: PreTrainedModel) -> Iterator[None]:
-    """Inside, the output embedding gives back what it is given, and nothing is added to that."""
+    """Inside, the output embedding is the identity, and no bias is added."""
     layer: nn.Module = _output_layer(pretrained)
     bias = _get_logits_bias(pretrained)
     layer.forward = lambda hidden: hidden
@@ -165,12 +164,11 @@ def _identity_output_layer(pretrained: PreTrainedModel) -> Iterator[None]:
 
 
 def verify_model(model: Model, *, length: int = 24, tolerance: float = 1e-4, prefix_tokens: int = 0) -> None:
-    """Check on random ids that the view of a model as hidden states and a head is right.
+    """Verify on random ids that hidden states and head give the model's logits.
 
-    Of a causal model also that packed documents do not see each other, and, where rows of `prefixes` tokens are to be read
-    in both directions, that they are. Raises `ModelError` for an architecture that does not keep documents apart (recurrent
-    and hybrid ones carry state across), that reads prefixes in its own way, or whose logits are not what hidden states and
-    head give.
+    For a causal model also that packed documents do not attend to each other, and, with `prefix_tokens`, that attention over
+    prefixes of rows of that length is bidirectional. Raises `ModelError` for an architecture that fails: recurrent and hybrid
+    models carry state across documents, others ignore the mask or transform the logits.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -203,10 +201,10 @@ def _verify_packing(model: CausalModel, length: int, tolerance: float, device: t
     leak = max(off(other, positions), off(ids[:, length:], positions[:, length:]))
     if leak > tolerance * max(1.0, ours.abs().max().item()):
         raise ModelError(
-            f"packed documents see each other in this architecture ({model.pretrained.config.model_type}): logits of the "
+            f"packed documents attend to each other in this architecture ({model.pretrained.config.model_type}): logits of the "
             f"second change by {leak:.2g} with the first",
             where="model",
-            expected="attention that stays within a document (recurrent and hybrid models carry state across)",
+            expected="attention within a document (recurrent and hybrid models carry state across)",
             hint="use a model with plain attention layers",
         )
 
@@ -214,13 +212,13 @@ def _verify_packing(model: CausalModel, length: int, tolerance: float, device: t
 def _verify_prefixes(
     model: CausalModel, length: int, prefix_tokens: int, tolerance: float, device: torch.device
 ) -> None:
-    """Look whether the mask of a prefix language model is what decides who sees whom."""
+    """Verify on two packed documents that attention follows the mask of a prefix language model."""
     config = model.pretrained.config
     window = attention_window(config)
     if window is not None and prefix_tokens > window:
         raise ModelError(
-            f"rows have {prefix_tokens:,} tokens, and layers of this model see {window:,}: beyond that a prefix cannot be read "
-            "in both directions",
+            f"rows have {prefix_tokens:,} tokens, and the attention window of this model is {window:,}: beyond it attention "
+            "over a prefix is not bidirectional",
             where="data.sequence_length",
             expected=f"at most {window:,}",
         )
@@ -243,36 +241,37 @@ def _verify_prefixes(
         def off(one: Tensor, two: Tensor, begin: int, end: int) -> float:
             return (one - two)[:, begin:end].abs().max().item()
 
-        found = {
-            "a prefix of one token is not plain reading": off(plain, alone, 0, 2 * length) > size,
-            "the first token does not see the prefix": off(ours, logits(other_prefix, half), length, length + 1) < 1e-6,
-            "a prefix sees what comes after it": off(ours, logits(other_rest, half), length, length + half) > size,
-            "documents see each other's prefixes": off(ours, logits(other_prefix, half), 0, length) > size,
+        failures = {
+            "a prefix of one token differs from causal attention": off(plain, alone, 0, 2 * length) > size,
+            "the first token does not attend to the prefix": off(ours, logits(other_prefix, half), length, length + 1)
+            < 1e-6,
+            "a prefix attends to later tokens": off(ours, logits(other_rest, half), length, length + half) > size,
+            "documents attend to each other's prefixes": off(ours, logits(other_prefix, half), 0, length) > size,
         }
-        wrong = [what for what, is_so in found.items() if is_so]
+        wrong = [what for what, failed in failures.items() if failed]
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        wrong = [f"it does not take a mask of its own ({type(error).__name__})"]
+        wrong = [f"it takes no custom mask ({type(error).__name__})"]
     if wrong:
         raise ModelError(
-            f"prefixes cannot be read in both directions by this architecture ({config.model_type}): {wrong[0]}",
+            f"this architecture ({config.model_type}) has no bidirectional attention over prefixes: {wrong[0]}",
             where="objectives",
-            expected="a model whose attention takes a mask from outside",
+            expected="a model whose attention takes a custom mask",
             hint="use next-token, or a model with plain attention layers",
         )
 
 
 def _verified_logits(model: Model, inputs: dict[str, Tensor], tolerance: float, **options: bool) -> Tensor:
-    """Our logits, when they are those of the model itself."""
+    """Logits of hidden states and head. Raises `ModelError` unless they equal the model's own."""
     try:
         ours = model(**inputs).logits().float()
-    except RuntimeError:  # something stands behind the output embedding that wants all logits
+    except RuntimeError:  # a layer after the output embedding needs full logits
         ours = None
     plain = model.pretrained(**inputs, **options).logits.float()
     size = max(1.0, plain.abs().max().item())
     if ours is None or (ours - plain).abs().max().item() > tolerance * size:
         raise ModelError(
             f"the logits of this architecture ({model.pretrained.config.model_type}) are not its output embedding applied "
-            "to what stands before it",
+            "to its last hidden states",
             where="model",
             expected="a language model with a plain, scaled or soft-capped head",
         )

@@ -1,14 +1,13 @@
-"""How does a decoder read a prefix in both directions? Its tokens see each other, all others what stands before them.
+"""Prefix language models: decoders with bidirectional attention over a prefix and causal attention after it.
 
 Legend: B batch, T time.
 
-A prefix language model (Liu et al. 2018; Raffel et al. 2020, section 3.2.1) is a causal model under another mask: token
-`q` sees token `k` of its own document when `k <= q`, or when both are of the prefix. The mask is handed to transformers
-ready made, which passes one of four dimensions on as it is, so any attention that adds a mask serves. What knows only its
-own causal mask does not.
+A prefix language model (Liu et al. 2018; Raffel et al. 2020, section 3.2.1) is a causal model under another mask: token `q`
+sees token `k` of its own document when `k <= q`, or when both are of the prefix. The mask is passed to transformers as a 4-D
+tensor, which transformers uses unchanged, so every attention implementation that takes a mask works.
 
-A published model says by `KEY` in its configuration that it was trained so. `prefilled` lets it read a prompt so; what it
-then writes is read causally, with the cache, as always.
+`PREFIX_LM_KEY` in the configuration marks a model that was trained so. `prefill_prompt` encodes its prompt bidirectionally;
+generation then goes on causally, with the KV cache.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from postgrad.errors import ModelError
 
 PREFIX_LM_KEY = "postgrad_prefix_lm"
-"""In a model's configuration: it was trained to read a prompt in both directions. Plain transformers does not look at it."""
+"""Marks a configuration of a prefix language model. Plain transformers ignores it."""
 
 
 def is_prefix_lm(config: PreTrainedConfig) -> bool:
-    """Whether a model was trained to read a prompt in both directions."""
+    """Whether a configuration is that of a prefix language model."""
     return bool(getattr(config, PREFIX_LM_KEY, False))
 
 
 def mark_prefix_lm(config: PreTrainedConfig, prefix_lm: bool) -> None:
-    """Let a configuration say that its model reads prompts in both directions, or nothing of the sort."""
+    """Set or remove the mark of a prefix language model."""
     if prefix_lm:
         setattr(config, PREFIX_LM_KEY, True)
     elif hasattr(config, PREFIX_LM_KEY):
@@ -37,7 +36,7 @@ def mark_prefix_lm(config: PreTrainedConfig, prefix_lm: bool) -> None:
 
 
 def attention_window(config: PreTrainedConfig) -> int | None:
-    """How far a token sees back in the layers that see the least; None where all layers see everything."""
+    """The smallest attention window of the layers; None where all attend to everything."""
     kinds = getattr(config, "layer_types", None)
     local = kinds is None or any("sliding" in kind or "chunked" in kind for kind in kinds)
     sizes = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")] if local else []
@@ -47,8 +46,7 @@ def attention_window(config: PreTrainedConfig) -> int | None:
 def prefix_lm_mask(prefix_BT: Tensor, positions_BT: Tensor) -> Tensor:
     """Which token sees which, of shape (B, 1, T, T): `[b, 0, q, k]` is true when q sees k.
 
-    `prefix_BT`: not 0 for the tokens of prefixes. `positions_BT` start again with each document (as transformers tells packed
-    documents apart).
+    `prefix_BT`: not 0 for the tokens of prefixes. `positions_BT` restart with each document.
     """
     starts_BT = torch.ones_like(positions_BT)
     starts_BT[:, 1:] = positions_BT.diff(dim=1) != 1
@@ -62,7 +60,7 @@ def prefix_lm_mask(prefix_BT: Tensor, positions_BT: Tensor) -> Tensor:
 
 
 def model_prefix_mask(model: PreTrainedModel, prefix_BT: Tensor, positions_BT: Tensor) -> Tensor:
-    """The mask that a model's attention takes: what is seen, or what is added to the scores (for `eager`)."""
+    """The mask for a model's attention: boolean, or additive for `eager`."""
     seen = prefix_lm_mask(prefix_BT, positions_BT)
     if model.config._attn_implementation != "eager":
         return seen
@@ -71,17 +69,17 @@ def model_prefix_mask(model: PreTrainedModel, prefix_BT: Tensor, positions_BT: T
 
 @torch.no_grad()
 def prefill_prompt(model: PreTrainedModel, ids_BT: Tensor) -> Cache:
-    """Keys and values of a prompt that was read in both directions, but for those of its last token.
+    """The KV cache of a bidirectionally encoded prompt, without its last token.
 
-    With them transformers' `generate` goes on from the whole prompt: the last token sees all others in either way of
-    reading, so it may be read once more. Raises `ModelError` for a prompt that is longer than the window of a layer.
+    transformers' `generate` continues from the whole prompt with it: the last token sees all others in either case, so it may
+    be encoded again. Raises `ModelError` for a prompt longer than the attention window.
     """
     length, window = ids_BT.shape[1], attention_window(model.config)
     if window is not None and length >= window:
         raise ModelError(
-            f"the text has {length:,} tokens, and layers of this model see {window:,}",
+            f"the text has {length:,} tokens, and the attention window of this model is {window:,}",
             where="model",
-            expected="a text inside the window: beyond it a prefix cannot be read in both directions",
+            expected="a text within the window: beyond it attention over a prefix is not bidirectional",
         )
     positions_BT = torch.arange(length, device=ids_BT.device).expand_as(ids_BT)
     mask = model_prefix_mask(model, torch.ones_like(ids_BT), positions_BT)

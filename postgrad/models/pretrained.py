@@ -1,11 +1,7 @@
-"""How does a Hugging Face model come in, and how does it leave?
-
-Legend: D model width, V vocabulary.
-"""
+"""Loading and saving of Hugging Face models and tokenizers."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,123 +27,17 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError
+from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
-from postgrad.models.task_head import TaskHeadConfig, load_task_head_config, make_model_class
+from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
+from postgrad.models.task_head_model import make_model_class
 
 transformers_logging.disable_progress_bar()
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
-TUNING_FILE, PEFT_FILE = "tuning.json", "adapter_config.json"
-"""What describes a folder that holds a tuning instead of a model: ours, and PEFT's."""
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-
-
-@dataclass(frozen=True)
-class ModelLocation:
-    """Where a model comes from: its folder (or Hub name), and the run that made it, when one did."""
-
-    name: str
-    folder: Path | None
-    run: Path | None = None
-    base: ModelLocation | None = None
-    """Of a folder that holds a tuning: the model that it sits on."""
-    trusted: bool = False
-    """The base was named by the user, and not by the tuning's folder."""
-    scratch_recipe: Mapping[str, Any] | None = None
-    """Of a model that was made anew: what it was made of."""
-
-    @property
-    def full_model(self) -> ModelLocation:
-        """The plain model at the bottom."""
-        return self.base.full_model if self.base else self
-
-    @property
-    def name_or_path(self) -> str:
-        """What `from_pretrained` is given."""
-        plain = self.full_model
-        return str(plain.folder) if plain.folder else plain.name
-
-
-def locate_model(name: str, root: Path, base: str | None = None, *, where: str = "model") -> ModelLocation:
-    """Resolve a folder, a run folder (its final model), a checkpoint of a run, or a Hub name, relative to `root`.
-
-    A folder that holds a tuning says itself which model it sits on; `base` names another place for that model. `where`: the
-    key or option that named it. Raises `ModelError` when the name looks like a path and nothing is there.
-    """
-    if not name.strip():
-        raise ModelError(
-            "no model is named", where=where, expected="a folder, a run folder, or a Hub name (owner/name)"
-        )
-    folder = (root / Path(name).expanduser()).resolve()
-    if folder.is_dir():
-        if (folder / "stage.yaml").exists():  # a run folder
-            if not _has_model_config(folder / "model"):
-                raise ModelError(
-                    f"the run {name} has not finished, so it has no model yet",
-                    where=where,
-                    hint=f"finish it, or name one of its checkpoints: {name}/checkpoints/step-...",
-                )
-            return _resolve_base(ModelLocation(name, folder / "model", folder), root, base)
-        if not _has_model_config(folder):
-            raise ModelError(
-                f"{name} is a folder without a config.json",
-                where=where,
-                expected="a Hugging Face model folder, a run folder, a checkpoint, or a tuning's folder",
-            )
-        run = folder.parent.parent if folder.parent.name == "checkpoints" else None
-        return _resolve_base(
-            ModelLocation(name, folder, run if run and (run / "stage.yaml").exists() else None), root, base
-        )
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ((root / name).parent.is_dir() and "/" not in name):
-        raise ModelError(
-            f"there is no folder {name}",
-            where=where,
-            expected="a folder with config.json and safetensors weights, a run folder, or a Hub name (owner/name)",
-        )
-    return ModelLocation(name, None)
-
-
-def _has_model_config(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", TUNING_FILE, PEFT_FILE))
-
-
-def _resolve_base(start: ModelLocation, root: Path, base: str | None) -> ModelLocation:
-    """The start with the model that it sits on, when it is a tuning's folder."""
-    folder = start.folder
-    assert folder is not None
-    if (folder / "config.json").exists():
-        if base is not None:
-            raise ModelError(f"{start.name} is a whole model and sits on no other", where="base")
-        return start
-    if base is not None:
-        return dataclasses.replace(start, base=locate_model(base, root), trusted=True)
-    try:
-        if (folder / TUNING_FILE).exists():
-            recorded = json.loads((folder / TUNING_FILE).read_text())["base"]
-            places = [recorded["relative"], recorded["name"]]
-            below = recorded.get("base_of_base", recorded.get("below"))  # "below" in folders of earlier versions
-        else:
-            below = None
-            places = [json.loads((folder / PEFT_FILE).read_text())["base_model_name_or_path"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{start.name} does not tell which model it sits on ({type(error).__name__})",
-            where="model",
-            hint="name that model as `base`",
-        ) from None
-    for place in places:
-        if place and (folder / place).is_dir():
-            return dataclasses.replace(start, base=locate_model(place, folder, below))
-    try:
-        return dataclasses.replace(start, base=locate_model(places[-1], folder, below))
-    except ModelError as error:
-        raise ModelError(
-            f"{start.name} sits on {places[-1]}, which is not there",
-            where="model",
-            hint="name the place of that model as `base`",
-        ) from error
 
 
 def load_tokenizer(start: ModelLocation) -> PreTrainedTokenizerBase:
@@ -177,7 +67,7 @@ def load_tokenizer(start: ModelLocation) -> PreTrainedTokenizerBase:
 
 
 def save_chat_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Leave the chat template that a tuning was trained with in its folder, under the name that Hugging Face has for it."""
+    """Save the chat template of a tuning's training in its folder, under Hugging Face's file name."""
     if isinstance(tokenizer.chat_template, str):
         (folder / CHAT_TEMPLATE_FILE).write_text(tokenizer.chat_template, "utf-8")
 
@@ -192,7 +82,7 @@ _CLASSES: dict[Task, Any] = {
 
 
 class LoadResult(NamedTuple):
-    """A model, and the weights that its folder did not have: a new task layer, drawn at random."""
+    """A model, and the weights that its folder lacks: a new, randomly initialised task layer."""
 
     model: PreTrainedModel
     new_weights: tuple[str, ...]
@@ -200,10 +90,10 @@ class LoadResult(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """What a classifier decides between. `problem` is what transformers calls it; `seed` draws a new layer.
+    """Labels and task layer of a classifier. `problem` is transformers' `problem_type`; `seed` initialises a new layer.
 
-    `pad`: the id that fills short rows; a decoder that classifies finds the end of a text by it.
-    `form`: what the layer reads of the backbone; None: as transformers' own classifier of the family does.
+    `pad`: the padding id, by which a decoder finds the end of a text. `form`: the task head; None: transformers' own classifier
+    of the family.
     """
 
     labels: tuple[str, ...]
@@ -225,7 +115,7 @@ class ClassifierSpec:
         )
 
     def config_options(self) -> dict[str, Any]:
-        """As the configuration of a model has it."""
+        """The options of a model's configuration."""
         return {
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
@@ -236,7 +126,7 @@ class ClassifierSpec:
 
 
 def detect_task(start: ModelLocation) -> Task:
-    """What a model folder is for, by its task layer, or the architecture that its configuration names."""
+    """The task of a model folder, from its task layer or its configuration."""
     form = load_task_head_config(start.folder)
     if form:
         return Task.TAG if form.pooling is None else Task.CLASSIFY
@@ -244,7 +134,7 @@ def detect_task(start: ModelLocation) -> Task:
 
 
 def detect_config_task(config: PreTrainedConfig) -> Task:
-    """What a model of a configuration is for."""
+    """The task of a configuration, from the architecture that it names."""
     name = (getattr(config, "architectures", None) or [""])[0]
     endings: dict[str, Task] = {
         "ForMaskedLM": Task.MASKED,
@@ -279,9 +169,9 @@ def load_pretrained(
 ) -> LoadResult:
     """The plain model at the bottom of `start` for a task in `dtype`, in eval mode. No code of a foreign repository runs.
 
-    Without `attention`, transformers picks what the architecture supports: SDPA where it can. With `layer`, a task layer
-    that the folder lacks (or has for other labels) is drawn at random from its seed; nothing else may be missing. With
-    `state`, the weights are these instead of the folder's.
+    `attention`: an attention implementation. Default: transformers' choice, SDPA where the architecture supports it. `layer`: a
+    task layer that the folder lacks (or has for other labels) is initialised from its seed; no other weight may be missing.
+    `state`: weights that replace the folder's.
     """
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _suppress_load_report():
@@ -314,12 +204,12 @@ def load_pretrained(
         raise ModelError(
             f"{start.name} could not be loaded as {task.description}: {_first_line(error)}", where="model"
         ) from error
-    # A pooler stands in the backbone of some architectures, and only a task layer reads it.
+    # Some architectures have a pooler in the backbone, which only a task layer uses.
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))})
     missing = [key for key in new if not (layer and _is_task_layer_weight(model, key))]
     if missing:
         raise ModelError(
-            f"{start.name} lacks {len(missing)} weights ({missing[0]}, ...); they would have been random",
+            f"{start.name} lacks {len(missing)} weights ({missing[0]}, ...), which would be random",
             where="model",
             expected="weights for every parameter of the architecture in its config.json",
         )
@@ -327,9 +217,9 @@ def load_pretrained(
 
 
 def from_config(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
-    """A model of a configuration with the weights that transformers draws for it, in fp32 and eval mode.
+    """A model of a configuration with transformers' random initialisation, in fp32 and eval mode.
 
-    Whoever calls it seeds torch. Raises `ModelError` for a configuration that has no model for the task.
+    The caller seeds torch. Raises `ModelError` for a configuration without a model for the task.
     """
     refuse_foreign_code(config, "the configuration")
     try:
@@ -350,7 +240,7 @@ def _model_class(config: PreTrainedConfig, task: Task) -> Any:
 
 @contextmanager
 def _suppress_load_report() -> Iterator[None]:
-    """Inside, transformers keeps its report of new weights to itself; what matters of it is looked at."""
+    """Inside, transformers prints no report of new weights; `load_pretrained` checks them."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -362,27 +252,27 @@ def _suppress_load_report() -> Iterator[None]:
 def load_model(
     start: ModelLocation, *, attention: str | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """The model as what its folder says it is; see `load`."""
+    """The model with the task of its folder; see `load_pretrained`."""
     return load_pretrained(start, detect_task(start), attention=attention, dtype=dtype).model
 
 
 def _is_task_layer_weight(model: PreTrainedModel, key: str) -> bool:
-    """Whether a weight belongs to what stands on the backbone."""
+    """Whether a weight belongs to the task layer."""
     prefix = f"{model.base_model_prefix}."
     return not key.startswith(prefix) or key.removeprefix(prefix).startswith("pooler.")
 
 
 def stored_dtype(start: ModelLocation) -> torch.dtype:
-    """The dtype the start model's weights are stored in, as its config says (float32 when it does not)."""
+    """The dtype of the stored weights in the configuration. Default: float32."""
     dtype = getattr(AutoConfig.from_pretrained(start.name_or_path), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def refuse_foreign_code(config: object, name: str) -> None:
-    """Refuse what would run code of a foreign repository."""
+    """Raise `ModelError` for a configuration that loads code of a repository."""
     if getattr(config, "auto_map", None):
         raise ModelError(
-            f"{name} brings its own modelling code (auto_map), which is never run",
+            f"{name} has its own modelling code (auto_map), which is never run",
             where="model",
             expected="an architecture that transformers itself has",
         )
@@ -390,41 +280,6 @@ def refuse_foreign_code(config: object, name: str) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def get_embedding_weight(model: PreTrainedModel) -> Tensor:
-    """The input embedding's weight, of shape (V, D)."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Weights of a model, tied ones counted once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def get_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """All blocks, in order; an encoder-decoder has two stacks of them. Raises `ModelError` when there are none."""
-    stacks = get_layer_stacks(model)
-    return [layer for stack in stacks for layer in stack]
-
-
-def get_layer_stacks(model: PreTrainedModel) -> list[nn.ModuleList]:
-    """The stacks of blocks: the longest module list of the backbone, or of its encoder and of its decoder."""
-    body = model.base_model
-    halves = (
-        [body.get_submodule(name) for name in ("encoder", "decoder")] if model.config.is_encoder_decoder else [body]
-    )
-    stacks: list[nn.ModuleList] = []
-    for half in halves:
-        lists = {name: m for name, m in half.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-        # A list inside a block (experts of a mixture) may be longer than the stack.
-        outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-        if not outer:
-            raise ModelError(f"no stack of layers was found in {type(model).__name__}", where="model")
-        stacks.append(max(outer, key=len))
-    return stacks
 
 
 def save_pretrained(
@@ -437,15 +292,15 @@ def save_pretrained(
 ) -> None:
     """A plain Hugging Face folder: safetensors weights in `dtype`, config, generation config and tokenizer."""
     weights = model.state_dict() if state is None else state
-    # Tied weights are one storage; cast once, they still are, and are written once.
-    once: dict[int, Tensor] = {}
+    # Tied weights share one storage: cast once, they stay tied and are written once.
+    by_storage: dict[int, Tensor] = {}
     cast = {
-        name: once.setdefault(tensor.data_ptr(), tensor.to(dtype)) if tensor.is_floating_point() else tensor
+        name: by_storage.setdefault(tensor.data_ptr(), tensor.to(dtype)) if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()
     }
     model.save_pretrained(folder, state_dict=cast)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    # The config says what is in the file, whatever dtype the model computed in.
+    # The dtype in the config is that of the file, not that of the computation.
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

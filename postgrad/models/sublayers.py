@@ -1,12 +1,12 @@
-"""Where do a block's sub-layers join the residual stream, whatever an architecture calls them?
+"""The sub-layers of a model's blocks, found by tracing the residual stream, whatever an architecture calls them.
 
 Legend: B batch, T time, D model width.
 
-A block adds what its sub-layers say to a stream of hidden states: `stream + attention(...)`, `stream + feed_forward(...)`.
-One forward pass over a few tokens is watched operation by operation, so no table of class names is needed:
+A block adds the outputs of its sub-layers to the residual stream: `stream + attention(...)`, `stream + feed_forward(...)`. One
+forward pass over a few tokens is traced operation by operation, so no table of class names is needed:
 
-    stream      the block's input, and whatever is made of it without a product with a matrix
-    branch      whatever has been through such a product since
+    stream      the block's input, and every function of it without a product with a matrix
+    branch      every tensor after such a product
     residual    an addition of the two, each of shape (B, T, D): here a sub-layer ends, and the sum is stream again
 
 A branch that multiplies activations by one another (or runs a fused attention) is attention; the others are feed-forward.
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from postgrad.models.pretrained import get_embedding_weight
+from postgrad.models.layers import get_embedding_weight
 
 ATTENTION, CROSS_ATTENTION, FEED_FORWARD = "attention", "cross_attention", "feed_forward"
 
@@ -38,9 +38,9 @@ SUMS = frozenset({"add", "add_"})
 class Sublayer(NamedTuple):
     """One branch of a block, by the modules at its two ends.
 
-    `output` is the last module whose output (or its element `index`) joins the stream, with nothing learned in between.
-    `entry` is the first module of the branch that multiplies; its first argument is what the sub-layer reads.
-    `norm` is there where the sum goes on through a norm alone (post-LN).
+    `output` is the last module whose output (or its element `index`) is added to the stream, with no weights in between.
+    `entry` is the first module of the branch with a product; its first argument is the sub-layer's input. `norm` is the norm
+    that alone follows the sum (post-LN).
     """
 
     name: str
@@ -79,27 +79,27 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises: it is called so, and has no matrix."""
+    """Whether a module is a normalisation, by its class name and its lack of matrices."""
     return "norm" in type(module).__name__.lower() and all(p.ndim < 2 for p in module.parameters())
 
 
 def find_blocks(model: PreTrainedModel) -> list[Block]:
     """The blocks of every stack (encoder before decoder) with their sub-layers; empty when no stack has any.
 
-    A block whose sub-layers could not be made out has none.
+    A block whose sub-layers were not recognised has none.
     """
     body = model.base_model
     names = {module: name for name, module in model.named_modules()}
     stacks = list(_outermost_lists(body))
-    watch = _OperationTracer()
+    tracer = _OperationTracer()
     with ExitStack() as hooks, eval_mode(model), torch.no_grad():
         for block in (block for stack in stacks for block in stack):
-            watch.trace_block(block, hooks)
-        with watch:
+            tracer.trace_block(block, hooks)
+        with tracer:
             body(**make_probe_inputs(model))
-    seen = {block: one.sublayers() for block, one in watch.traces.items()}
+    seen = {block: one.sublayers() for block, one in tracer.traces.items()}
     return [
-        Block(names[block], block, watch.traces[block].width if block in seen else 0, seen.get(block, ()))
+        Block(names[block], block, tracer.traces[block].width if block in seen else 0, seen.get(block, ()))
         for stack in stacks
         if any(seen.get(block) for block in stack)
         for block in stack
@@ -117,7 +117,7 @@ def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
 
 @dataclass(frozen=True)
 class _Branch:
-    """What a tensor has been through since the stream: the modules it came out of, in order, and the first one."""
+    """The path of a tensor since the stream: the modules that returned it, in order, and the first module with a product."""
 
     modules: tuple[tuple[nn.Module, int | None], ...] = ()
     is_attention: bool = False
@@ -125,14 +125,14 @@ class _Branch:
 
 
 class _TracedTensor(NamedTuple):
-    """A tensor with the branches that it is the sum of; none: it is stream."""
+    """A tensor with the branches that it is a sum of; none: it is stream."""
 
     tensor: Tensor
     branches: tuple[_Branch, ...]
 
 
 class _ResidualSum(NamedTuple):
-    """A residual addition: its branches and where its result lies in memory."""
+    """A residual addition: its branches and the address of its result."""
 
     branches: tuple[_Branch, ...]
     address: int
@@ -142,7 +142,7 @@ class _BlockTrace:
     """One pass through one block."""
 
     def __init__(self, hidden_BTD: Tensor, inputs: list[Tensor]) -> None:
-        """`given`: all that the block reads, encoder states included."""
+        """`inputs`: all tensors that the block gets, including encoder states."""
         self.width, self.numel = hidden_BTD.shape[-1], hidden_BTD.numel()
         # Tensors are kept so that neither an id nor an address is used twice.
         self.traced: dict[int, _TracedTensor] = {id(tensor): _TracedTensor(tensor, ()) for tensor in inputs}
@@ -164,11 +164,11 @@ class _BlockTrace:
         self.module_stack.pop()
         parts = [(None, output)] if isinstance(output, Tensor) else _elements(output)
         for index, part in parts:
-            found = self._lookup(part) if isinstance(part, Tensor) else None
-            if found and found.branches:
-                before = found.branches[0].modules if len(found.branches) == 1 else ()
-                branch = replace(_merge_branches(found.branches), modules=(*before, (module, index)))
-                self.traced[id(part)] = _TracedTensor(found.tensor, (branch,))
+            source = self._lookup(part) if isinstance(part, Tensor) else None
+            if source and source.branches:
+                modules = source.branches[0].modules if len(source.branches) == 1 else ()
+                branch = replace(_merge_branches(source.branches), modules=(*modules, (module, index)))
+                self.traced[id(part)] = _TracedTensor(source.tensor, (branch,))
 
     def record_operation(self, op: Any, arguments: object, result: object) -> None:
         """An operation ran."""
@@ -185,7 +185,7 @@ class _BlockTrace:
                 self.inplace_writes[_storage_address(tensor)] = self.traced[id(tensor)]
 
     def _lookup(self, tensor: Tensor) -> _TracedTensor | None:
-        """What is known of a tensor, or of what was written into it piece by piece."""
+        """The trace of a tensor, or of the in-place writes into its storage."""
         if id(tensor) in self.traced or _storage_address(tensor) not in self.inplace_writes:
             return self.traced.get(id(tensor))
         return _TracedTensor(tensor, self.inplace_writes[_storage_address(tensor)].branches)
@@ -194,7 +194,7 @@ class _BlockTrace:
         self, name: str, is_aten: bool, known: list[_TracedTensor], outputs: list[Tensor]
     ) -> tuple[_Branch, ...]:
         through = [branches for _, branches in known if branches]
-        # What another library computes (quantised products, fused attention) is taken for a product.
+        # Operations of other libraries (quantised products, fused attention) count as products.
         if name in PRODUCTS or not is_aten or "attention" in name or "conv" in name:
             joined = _merge_branches(tuple(b for branches in through for b in branches))
             fused = "attention" in name or "attn" in name or "conv" in name
@@ -217,7 +217,7 @@ class _BlockTrace:
         return tensor.shape[-1] == self.width and tensor.numel() == self.numel
 
     def _entry_module(self, operand: Tensor) -> nn.Module | None:
-        """The module that runs, if `read` is the whole of its first argument."""
+        """The running module, if `operand` is the whole of its first argument."""
         if not self.module_stack:
             return None
         module, first = self.module_stack[-1]
@@ -231,16 +231,16 @@ class _BlockTrace:
         return module if torch.equal(first.reshape(-1), operand.reshape(-1)) else None
 
     def close(self) -> None:
-        """Let all tensors go."""
+        """Release all tensors."""
         self.traced.clear()
         self.inplace_writes.clear()
         self.module_stack.clear()
 
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """What joined the stream, for each branch that has an end of its own.
+        """The branches that were added to the stream and have a module of their own at their end.
 
-        Such a module ran once: at others one would meet more than this branch. One that belongs to several blocks is
-        watched for each of them, and never counts as having run once.
+        Such a module ran once: one that ran more often belongs to other branches too. A module of several blocks is traced in
+        each of them, and never counts as having run once.
         """
 
         def own(module: nn.Module | None) -> bool:
@@ -258,7 +258,7 @@ class _BlockTrace:
 
 
 class _OperationTracer(TorchDispatchMode):
-    """Sees every operation while a block runs; of each block, its last pass is kept."""
+    """Traces every operation while a block runs; the last pass of each block counts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,12 +274,12 @@ class _OperationTracer(TorchDispatchMode):
         return result
 
     def trace_block(self, block: nn.Module, hooks: ExitStack) -> None:
-        """Watch a block for as long as `hooks` lasts."""
+        """Trace a block until `hooks` is closed."""
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
-            if given:
-                self.current_trace = self.traces[module] = _BlockTrace(kwargs.get("hidden_states", given[0]), given)
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+            if inputs:
+                self.current_trace = self.traces[module] = _BlockTrace(kwargs.get("hidden_states", inputs[0]), inputs)
 
         def end(*_: object) -> None:
             if self.current_trace is not None:
@@ -303,13 +303,13 @@ class _OperationTracer(TorchDispatchMode):
 
 
 def _merge_branches(branches: tuple[_Branch, ...]) -> _Branch:
-    """One branch made of several by something else than an addition."""
+    """One branch made of several by an operation other than addition."""
     entries = [b.entry for b in branches if b.entry is not None]
     return _Branch((), any(b.is_attention for b in branches), entries[0] if entries else None)
 
 
 def _storage_address(tensor: Tensor) -> int:
-    """Where a tensor's memory begins."""
+    """The address of a tensor's storage."""
     return tensor.untyped_storage().data_ptr()
 
 

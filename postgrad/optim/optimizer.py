@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like, to_dtensor
+from postgrad.models.layers import get_embedding_weight
 from postgrad.models.model import Model
-from postgrad.models.pretrained import get_embedding_weight
 from postgrad.optim.sparse_update import FullMask, UpdateMask
 from postgrad.penalties.penalty import DecoupledPenalty
 from postgrad.tuning.tuning import Tuning

@@ -16,7 +16,7 @@ from postgrad.config.quantities import length_in_steps
 from postgrad.data.layouts.rows import Rows
 from postgrad.data.loading.mixture import Mixture, Segment, row_rates
 from postgrad.errors import DataError, StageError
-from postgrad.models.pretrained import ModelLocation
+from postgrad.models.location import ModelLocation
 from postgrad.optim import lr_schedules
 from postgrad.plan.lr_schedule import make_schedule
 from postgrad.plan.sources import ResolvedSource

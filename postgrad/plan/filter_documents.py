@@ -31,7 +31,7 @@ from postgrad.data.tokens.source_files import source_fingerprint
 from postgrad.data.tokens.store import TokenStore
 from postgrad.errors import DataError
 from postgrad.lineage.record import DocumentSelection
-from postgrad.models.pretrained import ModelLocation
+from postgrad.models.location import ModelLocation
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.perplexity_filter import compute_bits_per_byte, make_scorer, resolve_scoring_model
 from postgrad.plan.selection_summary import FilterResult, describe_method, summarize_result

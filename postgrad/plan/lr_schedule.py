@@ -5,7 +5,7 @@ from __future__ import annotations
 from postgrad.config import schedules as s
 from postgrad.config.quantities import length_in_steps
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ModelLocation
+from postgrad.models.location import ModelLocation
 from postgrad.optim import lr_schedules
 from postgrad.training.checkpoint_files import read_progress
 

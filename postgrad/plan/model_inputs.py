@@ -16,7 +16,9 @@ from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.data.render.prompt_template import Template
 from postgrad.data.tokens.encoder import Encoder
 from postgrad.errors import ModelError, StageError
-from postgrad.models.pretrained import ModelLocation, detect_task, get_embedding_weight, load_pretrained
+from postgrad.models.layers import get_embedding_weight
+from postgrad.models.location import ModelLocation
+from postgrad.models.pretrained import detect_task, load_pretrained
 from postgrad.models.task import Task
 from postgrad.tuning.open_model import BaseReference
 

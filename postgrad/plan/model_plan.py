@@ -11,7 +11,8 @@ from postgrad.config import stage as s
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.labels import Labels
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ClassifierSpec, ModelLocation, load_tokenizer
+from postgrad.models.location import ModelLocation
+from postgrad.models.pretrained import ClassifierSpec, load_tokenizer
 from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs

@@ -21,7 +21,7 @@ from postgrad.config.objectives import (
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ModelLocation
+from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
 from postgrad.tuning.open_model import get_task, starts_as_prefix_lm
 

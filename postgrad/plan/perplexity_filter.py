@@ -21,8 +21,9 @@ from postgrad.errors import ModelError, StageError
 from postgrad.evaluation.held_out import HeldOutText
 from postgrad.evaluation.perplexity import score_held_out
 from postgrad.hardware import machine
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import Model, wrap_model
-from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
+from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder
 from postgrad.storage.atomic import write_atomically

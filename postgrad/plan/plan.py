@@ -14,7 +14,7 @@ from postgrad.config.objectives import AnyObjective, PrefixLMObjective
 from postgrad.data.render.chat import plain_template
 from postgrad.errors import StageError
 from postgrad.lineage.record import PlannedSource, PlanSummary
-from postgrad.models.pretrained import ModelLocation
+from postgrad.models.location import ModelLocation
 from postgrad.optim import lr_schedules
 from postgrad.plan.data_plan import DataPlan, plan_data
 from postgrad.plan.demonstration_pool import make_demonstration_wrapper

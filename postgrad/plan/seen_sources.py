@@ -10,7 +10,7 @@ from postgrad.config import stage as s
 from postgrad.config.renamed_keys import upgrade_source
 from postgrad.lineage.record import ConsumedSource, add_consumed, read_record
 from postgrad.lineage.saved_plan import ReplayableSource, read_plan
-from postgrad.models.pretrained import ModelLocation
+from postgrad.models.location import ModelLocation
 from postgrad.plan.filter_documents import resolve_methods
 from postgrad.plan.sources import ResolvedSource
 from postgrad.training.checkpoint_files import read_progress

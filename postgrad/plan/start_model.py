@@ -18,18 +18,10 @@ from postgrad.config import stage as s
 from postgrad.config.objectives import NextTokenObjective
 from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabulary
 from postgrad.errors import CheckpointError, ModelError, StageError
-from postgrad.models.from_scratch import (
-    SpecialTokens,
-    count_weights,
-    init_model,
-    make_tokenizer,
-    parse_model_name,
-    select_special_tokens,
-    set_dropout,
-    set_token_ids,
-    solve_config,
-)
-from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model, refuse_foreign_code, save_pretrained
+from postgrad.models.families import SpecialTokens, count_weights, parse_model_name, solve_config
+from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
+from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.pretrained import load_tokenizer, refuse_foreign_code, save_pretrained
 from postgrad.plan.held_out_files import inherit_row_format
 from postgrad.plan.row_renderers import make_row_template
 from postgrad.plan.sources import ProgressCallback, SourceSpec, held_out_share, make_text_files

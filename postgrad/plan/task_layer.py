@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 
 from postgrad.config.objectives import AnyObjective, ClassifierHeadConfig, ClassifyObjective, JoinedLayers
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ModelLocation
+from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
-from postgrad.models.task_head import Join, Pooling, TaskHeadConfig, count_blocks, is_decoder, load_task_head_config
+from postgrad.models.task_head import Join, Pooling, TaskHeadConfig, count_blocks, load_task_head_config
+from postgrad.models.task_head_model import is_decoder
 from postgrad.tuning.open_model import BaseReference
 
 _TASK_LAYER_KEYS = ("layers", "pooling", "stack", "head")

@@ -9,7 +9,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from postgrad.config.objectives import AnyObjective, DistillObjective, TeacherObjective
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
+from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.tuning.open_model import start_fingerprint
 

@@ -16,7 +16,7 @@ from postgrad.config.penalties import AnchorPenalty
 from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like, to_dtensor
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
 from postgrad.lineage.record import Penalty
-from postgrad.models.pretrained import ModelLocation, locate_model
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.optim.optimizer import Weight, Weights
 from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight
 from postgrad.penalties.importance_file import ImportanceFile

@@ -31,8 +31,8 @@ from postgrad.distributed.world import World
 from postgrad.errors import ResumeError, StageError
 from postgrad.hardware.execution import Execution, ExecutionRequest, select_execution
 from postgrad.lineage.tree import read_lineage
+from postgrad.models.location import TUNING_FILE, ModelLocation
 from postgrad.models.model import CausalModel
-from postgrad.models.pretrained import TUNING_FILE, ModelLocation
 from postgrad.models.task import Task
 from postgrad.objectives.classification_loss import ClassificationLoss
 from postgrad.objectives.distillation import CachedDistillationLoss, DistillationLoss, TaskDistillationLoss

@@ -10,8 +10,8 @@ from typing import Any
 from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.saved_plan import SavedPlan
+from postgrad.models.location import locate_model
 from postgrad.models.model import Model, verify_model, wrap_model
-from postgrad.models.pretrained import locate_model
 from postgrad.plan.plan import Plan
 from postgrad.run.run_folder import MODEL, Interrupt
 from postgrad.run.tuned_model import ParameterCounts, TunedModel, make_tuned_model

@@ -18,8 +18,8 @@ from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.hardware.execution import Execution
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
+from postgrad.models.location import ModelLocation
 from postgrad.models.model import Model, wrap_model
-from postgrad.models.pretrained import ModelLocation
 from postgrad.objectives.distillation import LossWeight
 from postgrad.objectives.teacher import OnlineTeacher
 from postgrad.optim import lr_schedules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from postgrad.evaluation import before_after
+from postgrad.evaluation.retention_gate import retention_gate
 from postgrad.lineage.metrics import METRICS, read_metrics
 from postgrad.lineage.record import Record, Scores, read_record, write_record
 from postgrad.reports.pages import run_page
@@ -37,7 +38,7 @@ def record_finished(
     pseudo_perplexity = before_after.summarize_before_after(
         evaluation.pseudo_perplexity_sets, baseline.pseudo_scores, measurements.pseudo_scores, vocabulary
     )
-    gate = before_after.retention_gate(losses.changes, before, plan.stage.max_forgetting)
+    gate = retention_gate(losses.changes, before, plan.stage.max_forgetting)
     record = make_record(
         context,
         outcome,

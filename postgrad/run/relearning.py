@@ -35,7 +35,7 @@ from postgrad.plan.seen_sources import make_replay_source, make_source_origin
 from postgrad.plan.sources import ResolvedSource
 from postgrad.run.build import build_run, make_loader
 from postgrad.run.tuned_model import make_tuned_model
-from postgrad.stats.forgetting import bootstrap_means
+from postgrad.stats.bootstrap import percentile_interval, ratio_interval, resample_ratio
 from postgrad.training.loop import train_steps
 
 _MIN_DOCUMENTS = 10
@@ -222,9 +222,8 @@ def _compare_copies(
     forgot, left = after - before, trained_copy - start_copy
     forgotten, share = _estimate(forgot, tokens), None
     if forgotten.low > 0:
-        shares = bootstrap_means(forgot - left, tokens) / bootstrap_means(forgot, tokens)
-        low, high = np.quantile(shares, [0.025, 0.975])
-        share = Interval(value=float((forgot - left).sum() / forgot.sum()), low=float(low), high=float(high))
+        low, high = percentile_interval(resample_ratio(forgot - left, tokens) / resample_ratio(forgot, tokens))
+        share = Interval(value=float((forgot - left).sum() / forgot.sum()), low=low, high=high)
     return SetRelearning(
         documents=len(common),
         tokens=int(tokens.sum()),
@@ -250,5 +249,5 @@ def _scores_by_document(digests: np.ndarray, scores: Scores) -> dict[int, tuple[
 
 def _estimate(nats: np.ndarray, tokens: np.ndarray) -> Interval:
     """Nats per token with the 95 % interval over documents."""
-    low, high = np.quantile(bootstrap_means(nats, tokens), [0.025, 0.975])
-    return Interval(value=float(nats.sum() / tokens.sum()), low=float(low), high=float(high))
+    low, high = ratio_interval(nats, tokens)
+    return Interval(value=float(nats.sum() / tokens.sum()), low=low, high=high)

@@ -1,4 +1,4 @@
-"""What was learnt and what was forgotten? Paired differences with intervals, and the matrix of a lineage.
+"""Forgetting: paired loss changes with intervals, and the transfer matrix of a lineage (ACC, BWT, FWT, FM).
 
 Losses are nats per token; *scores* are losses with their sign turned, so that higher is better. Numpy only.
 """
@@ -11,43 +11,15 @@ from typing import Literal
 
 import numpy as np
 
+from postgrad.stats.bootstrap import ratio_interval
+
 Verdict = Literal["learnt", "kept", "forgot", "no evidence"]
 
-RESAMPLES = 2000
 KEPT_MARGIN = 0.01
 """A loss is *kept* when the whole interval of its relative change lies within this share."""
 
 MIN_DOCUMENTS = 20
-"""With fewer documents than this the units that are resampled are windows of text."""
-
-
-def bootstrap(
-    nats: np.ndarray, tokens: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """The 95 % percentile interval of `sum(nats)/sum(tokens)` when whole units are drawn anew with replacement.
-
-    Both arrays have one entry a unit (a document). A single unit has no interval: both ends are its own value.
-    """
-    low, high = np.quantile(bootstrap_means(nats, tokens, seed=seed, resamples=resamples), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def bootstrap_means(nats: np.ndarray, tokens: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
-    """`sum(nats)/sum(tokens)` for each of `resamples` draws of as many units with replacement.
-
-    The same seed and number of units draw the same units, so what is worked out of several models' draws, such as a
-    difference, is paired by construction.
-    """
-    units = len(nats)
-    if units < 2:
-        return np.full(resamples, float(nats.sum() / max(tokens.sum(), 1)))
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    rows = max(1, min(resamples, 20_000_000 // units))
-    for begin in range(0, resamples, rows):
-        drawn = rng.integers(0, units, (min(rows, resamples - begin), units))
-        means[begin : begin + len(drawn)] = nats[drawn].sum(1) / tokens[drawn].sum(1)
-    return means
+"""With fewer documents than this, the bootstrap resamples windows of text."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +54,13 @@ def paired_change(
 ) -> LossChange:
     """Compare summed nats per unit (`before`, `after`) on the same units of `tokens` scored tokens each.
 
-    The interval is a paired bootstrap over units (Miller 2024, arXiv 2411.00640, on why pairing): what a document is
-    worth to both models cancels, so small changes show.
+    The interval is a paired bootstrap over units (Miller 2024, arXiv 2411.00640): the difficulty of a document cancels, so
+    small changes show.
     """
     total = float(tokens.sum())
     loss_before = float(before.sum()) / total
     difference = float(after.sum() - before.sum()) / total
-    low, high = bootstrap(after - before, tokens, seed=seed)
+    low, high = ratio_interval(after - before, tokens, seed)
     return LossChange(
         difference=difference,
         low=low,
@@ -104,7 +76,7 @@ def paired_change(
 
 
 def loss_verdict(low: float, high: float, loss_before: float) -> Verdict:
-    """What an interval of a change of loss allows to be said."""
+    """The verdict that an interval of a loss change supports."""
     margin = KEPT_MARGIN * loss_before
     if -margin <= low and high <= margin:
         return "kept"
@@ -134,19 +106,19 @@ def summarize_scores(scores: np.ndarray, learnt_at: list[int]) -> TransferSummar
 
         ACC = mean_j R[T, j]
         BWT = mean over sets learnt before T of  R[T, j] - R[learnt_at[j], j]
-        FWT = mean over sets learnt after the start of  R[learnt_at[j] - 1, j] - R[0, j], the first stage left out
+        FWT = mean over sets learnt after the start of  R[learnt_at[j] - 1, j] - R[0, j], without the first stage
               (nothing was learnt before it that could have helped)
         FM  = mean over sets learnt before T of  max_{l < T} R[l, j] - R[T, j]
 
     Codes differ in what they divide by (GEM's own divides BWT by T, counting a zero), so the counts are returned.
-    Sets whose cells are not all known (NaN) are left out of the terms that need them.
+    Terms with unknown cells (NaN) are dropped.
     """
     last = len(scores) - 1
     old = [j for j, stage in enumerate(learnt_at) if stage < last]
     ahead = [j for j, stage in enumerate(learnt_at) if stage >= 2]
     backward = _drop_nan([scores[last, j] - scores[learnt_at[j], j] for j in old])
     forward = _drop_nan([scores[learnt_at[j] - 1, j] - scores[0, j] for j in ahead])
-    # fmax passes over unknown cells, and says nothing when all are.
+    # fmax ignores NaN, and is NaN only when all cells are.
     best = _drop_nan([np.fmax.reduce(scores[:last, j]) - scores[last, j] for j in old])
     final = _drop_nan(list(scores[last]))
 

@@ -1,8 +1,8 @@
-"""How did the training loss of each source move? From the lines of metrics, for sources that are mixed in one stage.
+"""The change of each source's training loss over a stage, from the lines of metrics.
 
-A source's loss at its beginning and at its end are means over the first and the last tenth of its own trained tokens. They are
-of rows as they were met, so they say what was learnt of a source only where its rows do not repeat; and what is learnt from
-one source moves the others too. Of held-out text nothing of that is so: that is what `evaluation` is for.
+A source's first and last loss are means over the first and the last tenth of its own trained tokens. These are losses of rows
+at the time they were trained on, so they show what was learnt of a source only where its rows do not repeat; and training on
+one source changes the losses of the others. Held-out sets have neither problem.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 EDGE_SHARE = 0.1
-"""The share of a source's trained tokens that its first loss, and its last, is the mean of."""
+"""The share of a source's trained tokens in its first, and in its last, loss."""
 MIN_TOKENS = 1_000_000
-"""Of how many trained tokens of a source its change is told per million: what fewer bring is of the first, fast steps of a
-run, and so often as much again would not come (of 100,000 tokens it can be more than the loss itself)."""
+"""The fewest trained tokens of a source with a change per million: the fast first steps of a run do not extrapolate (from
+100,000 tokens the change per million can exceed the loss itself)."""
 
 
 def losses_by_source(steps: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, dict[str, float]]:
-    """For each source: `first` and `last` loss in nats per trained token, their `change` with its 95 % interval (`low`, `high`,
-    where there are two steps in each tenth), `per_million`, the change per million of its trained tokens (of `LEAST` or more),
-    and `share`, the part of all nats that it makes up.
+    """Of each source: `first_tenth` and `last_tenth`, losses in nats per trained token; their `change` with its 95 % interval
+    (`low`, `high`, where there are two steps in each tenth) and `change_per_million_tokens` (from `MIN_TOKENS`); and
+    `share_of_loss`, its share of all nats.
 
     The mean of a tenth is a ratio of sums over m steps, sum(n) / sum(t); its variance is taken to be
     m / (m - 1) sum((n - mean t)^2) / sum(t)^2 (Cochran 1977, Sampling Techniques, chapter 6, without the correction for
     finite populations), and the interval is 1.96 standard errors of the difference to either side.
     """
-    met: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    by_source: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for row in steps:
         for name, (nats, tokens) in row.items():
-            met[name].append((nats, tokens))
-    sums = {name: float(np.sum([nats for nats, _ in steps])) for name, steps in met.items()}
-    whole = sum(sums.values())
+            by_source[name].append((nats, tokens))
+    sums = {name: float(np.sum([nats for nats, _ in steps])) for name, steps in by_source.items()}
+    total = sum(sums.values())
     return {
-        name: {**_loss_change(steps), "share_of_loss": sums[name] / whole if whole else 0.0}
-        for name, steps in met.items()
+        name: {**_loss_change(steps), "share_of_loss": sums[name] / total if total else 0.0}
+        for name, steps in by_source.items()
     }
 
 
@@ -49,16 +49,16 @@ def _loss_change(steps: list[tuple[float, int]]) -> dict[str, float]:
         _mean_and_variance(nats[part], tokens[part]) for part in (begin, end)
     )
     change = last - first
-    found = {"first_tenth": first, "last_tenth": last, "change": change}
+    result = {"first_tenth": first, "last_tenth": last, "change": change}
     if until[-1] >= MIN_TOKENS:
         between = (1 - EDGE_SHARE) * until[-1]  # from the middle of the first tenth to that of the last
-        found["change_per_million_tokens"] = 1e6 * change / between
+        result["change_per_million_tokens"] = 1e6 * change / between
     spread = 1.96 * (first_variance + last_variance) ** 0.5
-    return found if np.isnan(spread) else {**found, "low": change - spread, "high": change + spread}
+    return result if np.isnan(spread) else {**result, "low": change - spread, "high": change + spread}
 
 
 def _mean_and_variance(nats: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """A mean per token and its variance, which is not known of a single step."""
+    """A mean per token and its variance; NaN for a single step."""
     mean, count = float(nats.sum() / tokens.sum()), len(nats)
     if count < 2:
         return mean, float("nan")

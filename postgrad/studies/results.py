@@ -25,7 +25,7 @@ from postgrad.lineage.metrics import METRICS, read_evaluations
 from postgrad.lineage.record import Record, read_record
 from postgrad.reports.results import StudyResults
 from postgrad.reports.sections.study_text import study_summary
-from postgrad.stats.forgetting import RESAMPLES, bootstrap_means
+from postgrad.stats.bootstrap import percentile_interval, resample_ratio
 from postgrad.studies.run_study import PreparedStudy, load_times
 from postgrad.studies.step_graph import Chain
 from postgrad.studies.study import Arm, Claim, Study
@@ -48,7 +48,7 @@ class BootstrapEstimate:
 
     def as_dict(self, sign: float = 1.0) -> dict[str, float]:
         """The value with its 95 % interval."""
-        low, high = sorted(float(sign * end) for end in np.quantile(self.draws_S, [0.025, 0.975]))
+        low, high = sorted(sign * end for end in percentile_interval(self.draws_S))
         return {"value": sign * self.value, "low": low, "high": high}
 
 
@@ -67,7 +67,7 @@ def removed_share(
     None where the baseline's forgetting is not significant: its interval includes zero.
     """
     lost = baseline - base
-    if np.quantile(lost.draws_S, 0.025) <= 0:
+    if percentile_interval(lost.draws_S)[0] <= 0:
         return None
     return BootstrapEstimate(1 - (arm.value - base.value) / lost.value, 1 - (arm.draws_S - base.draws_S) / lost.draws_S)
 
@@ -110,9 +110,7 @@ class _LossReader:
                 raise DataError(f"two models were scored on different tokens of '{name}'", where="study")
         nats = np.mean(np.stack([nats for nats, _ in units]), axis=0)
         self.sizes[name] = {"documents": len(scores[0].bytes_N), "units": len(tokens), "tokens": int(tokens.sum())}
-        return BootstrapEstimate(
-            float(nats.sum() / tokens.sum()), bootstrap_means(nats, tokens, seed=number, resamples=RESAMPLES)
-        )
+        return BootstrapEstimate(float(nats.sum() / tokens.sum()), resample_ratio(nats, tokens, seed=number))
 
 
 @dataclass(frozen=True)

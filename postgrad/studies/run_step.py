@@ -25,8 +25,9 @@ from postgrad.hardware import machine
 from postgrad.lineage.metrics import EvaluationRow
 from postgrad.lineage.record import RECORD, read_record
 from postgrad.models import interpolate
+from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import load_tokenizer, locate_model, save_pretrained, stored_dtype
+from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_dtype
 from postgrad.plan.plan import make_plan
 from postgrad.run import events as r
 from postgrad.run.run import run_stage

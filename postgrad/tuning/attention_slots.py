@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError
-from postgrad.models.pretrained import get_embedding_weight
+from postgrad.models.layers import get_embedding_weight
 from postgrad.models.sublayers import eval_mode
 from postgrad.tuning.prefix_attention import AttentionCall, make_inputs, record_attention, sample_token_ids
 

@@ -18,16 +18,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import TuningError
+from postgrad.models.location import PEFT_FILE, TUNING_FILE, ModelLocation
 from postgrad.models.prefix_lm_attention import is_prefix_lm, mark_prefix_lm
-from postgrad.models.pretrained import (
-    PEFT_FILE,
-    TUNING_FILE,
-    ClassifierSpec,
-    ModelLocation,
-    detect_task,
-    load_pretrained,
-    load_tokenizer,
-)
+from postgrad.models.pretrained import ClassifierSpec, detect_task, load_pretrained, load_tokenizer
 from postgrad.models.task import Task
 from postgrad.storage.fingerprint import fingerprint, model_fingerprint
 from postgrad.tuning.folder import load_tuning

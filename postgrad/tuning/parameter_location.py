@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from postgrad.models.pretrained import get_layer_stacks
+from postgrad.models.layers import get_layer_stacks
 from postgrad.models.sublayers import eval_mode, make_probe_inputs
 
 ParameterLocation = tuple[nn.Module, str]

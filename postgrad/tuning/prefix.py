@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
-from postgrad.models.pretrained import get_embedding_weight
+from postgrad.models.layers import get_embedding_weight
 from postgrad.models.sublayers import eval_mode
 from postgrad.tuning.attention_slots import (
     ALTERNATIVES_HINT,

@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from postgrad.errors import TuningError
-from postgrad.models.pretrained import get_embedding_weight
+from postgrad.models.layers import get_embedding_weight
 
 PREFIX_IMPLEMENTATION = "prefix"
 RECORDING_IMPLEMENTATION = "prefix_recording"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
-from postgrad.models.pretrained import get_embedding_weight
+from postgrad.models.layers import get_embedding_weight
 from postgrad.tuning.extra_trainable import ExtraTrainable, base_parameter_name, named_parameters
 from postgrad.tuning.module_tuning import ModuleTuning, SwitchableModule
 from postgrad.tuning.peft_prompts import prompt_config, read_prompt

@@ -47,7 +47,7 @@ def test_too_little_text_says_how_much_is_needed() -> None:
 
 def test_one_and_the_same_text_is_refused() -> None:
     documents = prose(FRUIT, 30, 0)
-    with pytest.raises(DataError, match="stand in the old and in the new text alike"):
+    with pytest.raises(DataError, match="are in both the old and the new text"):
         domain_shift.refuse_same(documents, documents[:20])
     domain_shift.refuse_same(documents, prose(FRUIT, 30, 1))
 
@@ -57,8 +57,6 @@ def test_the_divergence_is_that_of_scipy_in_bits() -> None:
     found = domain_shift.js_divergence(old, new)
     size = min(len(old), len(new))
     rng = np.random.default_rng(0)
-    for _ in range(200):  # the draws of the interval come first
-        rng.integers(0, len(old), size), rng.integers(0, len(new), size)
     picked = old[rng.permutation(len(old))[:size]].sum(0), new[rng.permutation(len(new))[:size]].sum(0)
     assert found.value == pytest.approx(float(jensenshannon(*picked, base=2)) ** 2, rel=1e-6)
     assert found.low < found.value < found.high

@@ -274,6 +274,6 @@ def test_points_that_cannot_be_fitted_are_refused(ratio: list[float], losses: li
 
 @pytest.mark.parametrize("inputs", [{"ratio": [0.1, 0.5, 0.7]}, {}, {"share": [0.1, 0.5, 0.7, 1.0]}])
 def test_points_and_losses_that_do_not_belong_together_are_refused(inputs: dict[str, list[float]]) -> None:
-    with pytest.raises(DataError, match=r"[03] numbers for ratio") as error:
+    with pytest.raises(DataError, match=r"[03] values of ratio") as error:
         fit_law(scaling_laws.MIXTURE_LAW, inputs, [2.0, 1.9, 1.8, 1.7])  # type: ignore[arg-type]
     assert "a number for each of 4 losses" in str(error.value)

@@ -28,9 +28,9 @@ from postgrad.commands.advise import (
 )
 from postgrad.config.stage_file import load_stage
 from postgrad.errors import StageError
-from postgrad.evaluation import classification_metrics
 from postgrad.plan.plan import make_plan
 from postgrad.run.events import InfoMessage, PhaseStarted, RunFinished, RunStarted, RunStopped
+from postgrad.stats import bootstrap
 from tests.tiny_stages import LENGTH, Workspace, make_workspace
 
 STEP = 4 * LENGTH
@@ -40,7 +40,7 @@ STEP = 4 * LENGTH
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A model that has learnt the old text, and is to learn the new."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classification_metrics, "_DRAWS", 4)
+        patch.setattr(bootstrap, "DRAWS", 200)
         made = make_workspace(tmp_path_factory.mktemp("advise"), tmp_path_factory.getbasetemp() / "cache")
         evaluation = {**made.text_evaluation, "retained": [], "learned": [made.file("old", held_out=True)]}
         made.run(made.stage("base", sources=[made.source("old")], tokens=20 * STEP, evaluation=evaluation))

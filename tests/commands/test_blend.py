@@ -128,7 +128,7 @@ def test_half_a_lora_is_the_adapter_scaled_by_a_half(
 def test_blocks_that_were_put_in_between_are_not_taken_for_others(stage_of: StageOf, cache: Path) -> None:
     """Every weight of the start has a namesake of its shape there, in another block."""
     run = trained(stage_of(tuning={"kind": "expand", "positions": [0]}), cache)
-    with pytest.raises(ModelError, match=r"blocks of one number are not the same"):
+    with pytest.raises(ModelError, match=r"their blocks do not correspond"):
         blended(run, cache)
 
 

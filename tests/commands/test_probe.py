@@ -17,8 +17,9 @@ from postgrad.cli.main import app
 from postgrad.cli.render import probe_text
 from postgrad.commands.probe import LayerProbe, probe_layers
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.evaluation import classification_metrics, linear_probe
+from postgrad.evaluation import linear_probe
 from postgrad.evaluation import linear_probe as probing
+from postgrad.stats import bootstrap
 from tests.tiny_stages import QUICK_EVALUATION, Workspace, bert_tokenizer, make_workspace, write_rows
 
 SPANS = ["O", "B-sum", "I-sum"]
@@ -27,7 +28,7 @@ SPANS = ["O", "B-sum", "I-sum"]
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classification_metrics, "_DRAWS", 10)
+        patch.setattr(bootstrap, "DRAWS", 200)
         patch.setattr(
             linear_probe.train_probes,
             "__kwdefaults__",

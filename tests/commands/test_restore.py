@@ -20,11 +20,11 @@ from postgrad.commands.restore import (
     plan_restoration,
 )
 from postgrad.errors import PostgradError, StageError
-from postgrad.evaluation import classification_metrics
 from postgrad.lineage.record import read_record
 from postgrad.plan.checkpoint_selection import CheckpointEvaluation, SelectionRule, compute_selection_state
 from postgrad.run.events import RunFinished
 from postgrad.run.run import run_stage
+from postgrad.stats import bootstrap
 from tests.tiny_stages import Workspace, make_workspace
 
 LENGTH = 192
@@ -35,7 +35,7 @@ LENGTH = 192
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """Two runs: one learns the old text, the next one the new text alone, and forgets."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classification_metrics, "_DRAWS", 4)
+        patch.setattr(bootstrap, "DRAWS", 200)
         made = make_workspace(tmp_path_factory.mktemp("restore"), tmp_path_factory.getbasetemp() / "cache")
         config = made.folder / "llama" / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 256}))

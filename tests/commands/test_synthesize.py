@@ -24,7 +24,7 @@ from postgrad.config.stage_file import parse_stage
 from postgrad.data.read.files import RawSource
 from postgrad.data.read.generated_text import get_generator_model
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.models.pretrained import locate_model
+from postgrad.models.location import locate_model
 from postgrad.plan.plan import make_plan
 from postgrad.tuning.open_model import start_fingerprint
 from tests import tiny_stages

@@ -23,7 +23,7 @@ from postgrad.config.schedules import DecaySchedule
 from postgrad.config.stage import Stage
 from postgrad.config.stage_file import json_schema, load_stage, parse_stage, read_yaml
 from postgrad.errors import StageError
-from postgrad.models.pretrained import ModelLocation
+from postgrad.models.location import ModelLocation
 from postgrad.plan.lr_schedule import make_schedule
 from postgrad.plan.plan import make_plan
 from postgrad.tuning.attach import KINDS, _get_tuning_class

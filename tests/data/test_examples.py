@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.columns import detect_columns
 from postgrad.data.read.examples import Example, SkippedRow, make_example
 from postgrad.data.read.labels import Labels, collect_labels, merge_labels
@@ -224,17 +225,17 @@ def tagged(*tags: Sequence[str | int]) -> list[tuple[Example, str]]:
 @given(st.lists(st.one_of(st.text(min_size=1, max_size=3)), min_size=1))
 def test_classes_are_the_different_labels_sorted(names: list[str]) -> None:
     met = collect_labels(labelled(*names))
-    assert met == Labels("class", tuple(sorted(set(names))))
+    assert met == Labels(ProblemType.CLASS, tuple(sorted(set(names))))
     for each, _ in labelled(*names):
         index = int(met.values(each)[0])
         assert met.names[index] == each.fields["label"]
 
 
 def test_the_sorts_of_labels() -> None:
-    assert collect_labels(labelled(10, 2, 2)) == Labels("class", (2, 10))
-    assert collect_labels(labelled(1, 2.5, 3)) == collect_labels(labelled(2.5)) == Labels("number")
-    assert collect_labels(labelled(["b"], [], ["a", "b"], key="labels")) == Labels("multi", ("a", "b"))
-    assert collect_labels(tagged(["O", "B"], ["I"])) == Labels("tags", ("B", "I", "O"))
+    assert collect_labels(labelled(10, 2, 2)) == Labels(ProblemType.CLASS, (2, 10))
+    assert collect_labels(labelled(1, 2.5, 3)) == collect_labels(labelled(2.5)) == Labels(ProblemType.NUMBER)
+    assert collect_labels(labelled(["b"], [], ["a", "b"], key="labels")) == Labels(ProblemType.MULTI_LABEL, ("a", "b"))
+    assert collect_labels(tagged(["O", "B"], ["I"])) == Labels(ProblemType.TAGS, ("B", "I", "O"))
     assert [Labels(*each).width for each in [("class", ("a", "b")), ("multi", ("a", "b")), ("number",), ("tags",)]] == [
         1, 2, 1, 0,
     ]  # fmt: skip
@@ -244,23 +245,23 @@ def test_labels_as_values() -> None:
     def values(labels: Labels, label: Any, key: str = "label") -> tuple[float, ...]:
         return labels.values(labelled(label, key=key)[0][0])
 
-    assert values(Labels("class", ("a", "b", "c")), "c") == (2.0,)
-    assert values(Labels("class", (3, 5)), 5) == (1.0,)
-    assert values(Labels("number"), 5) == (5.0,)
-    assert values(Labels("multi", ("a", "b", "c")), ["c", "a"], "labels") == (1.0, 0.0, 1.0)
+    assert values(Labels(ProblemType.CLASS, ("a", "b", "c")), "c") == (2.0,)
+    assert values(Labels(ProblemType.CLASS, (3, 5)), 5) == (1.0,)
+    assert values(Labels(ProblemType.NUMBER), 5) == (5.0,)
+    assert values(Labels(ProblemType.MULTI_LABEL, ("a", "b", "c")), ["c", "a"], "labels") == (1.0, 0.0, 1.0)
     for labels, label, key in (
-        (Labels("class", ("good", "bad")), "god", "label"),
-        (Labels("class", (0, 1)), 1.0, "label"),
-        (Labels("class", (0, 1)), "1", "label"),
-        (Labels("multi", ("a",)), ["b"], "labels"),
-        (Labels("number"), "a", "label"),
-        (Labels("number"), ["a"], "labels"),
-        (Labels("multi", ("a",)), "a", "label"),
+        (Labels(ProblemType.CLASS, ("good", "bad")), "god", "label"),
+        (Labels(ProblemType.CLASS, (0, 1)), 1.0, "label"),
+        (Labels(ProblemType.CLASS, (0, 1)), "1", "label"),
+        (Labels(ProblemType.MULTI_LABEL, ("a",)), ["b"], "labels"),
+        (Labels(ProblemType.NUMBER), "a", "label"),
+        (Labels(ProblemType.NUMBER), ["a"], "labels"),
+        (Labels(ProblemType.MULTI_LABEL, ("a",)), "a", "label"),
     ):
         with pytest.raises(DataError):
             values(labels, label, key)
     with pytest.raises(DataError, match="did you mean 'good'"):
-        values(Labels("class", ("good", "bad")), "god")
+        values(Labels(ProblemType.CLASS, ("good", "bad")), "god")
 
 
 @pytest.mark.parametrize(
@@ -377,7 +378,7 @@ def test_what_a_template_cannot_have() -> None:
 
 
 def test_texts_for_a_classifier() -> None:
-    labels = Labels("class", ("no", "yes"))
+    labels = Labels(ProblemType.CLASS, ("no", "yes"))
     pair = example({"premise": "p", "hypothesis": "h", "label": "yes"})
     rendered = ClassRenderer(labels, "[SEP]", is_joint=False).render(pair)
     assert rendered.pieces == (("p", 0), ("[SEP]", 0), ("h", 1))
@@ -389,7 +390,7 @@ def test_texts_for_a_classifier() -> None:
 
 
 def test_words_for_a_tagger() -> None:
-    labels = Labels("tags", ("B", "I", "O"))
+    labels = Labels(ProblemType.TAGS, ("B", "I", "O"))
     row = example({"tokens": ["New", "York", "!"], "tags": ["B", "I", "O"]})
     rendered = TagRenderer(labels).render(row)
     assert rendered.pieces == (("New", 1), (" ", 0), ("York", 2), (" ", 0), ("!", 3))
@@ -400,7 +401,7 @@ def test_words_for_a_tagger() -> None:
 
 
 def test_what_changes_the_text_changes_the_fingerprint() -> None:
-    labels = Labels("class", ("a", "b"))
+    labels = Labels(ProblemType.CLASS, ("a", "b"))
     renderers = [
         PlainRenderer(),
         PlainRenderer("{source}"),
@@ -411,7 +412,7 @@ def test_what_changes_the_text_changes_the_fingerprint() -> None:
         ClassRenderer(labels),
         ClassRenderer(labels, ""),
         ClassRenderer(labels, is_joint=False),
-        ClassRenderer(Labels("class", ("b", "a"))),
+        ClassRenderer(Labels(ProblemType.CLASS, ("b", "a"))),
         TagRenderer(labels),
         TagRenderer(labels, ""),
     ]

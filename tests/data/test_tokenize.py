@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.files import HubDataset, RawSource
 from postgrad.data.read.labels import Labels
 from postgrad.data.render.chat import ChatRenderer
@@ -384,7 +385,7 @@ CHATML = (
 PLAIN_CHAT = ChatRenderer(None, {"eos_token": "</s>"})
 BEFORE = "### User:\nthe cat é\n\n### Assistant:\n"
 AFTER = "\n\n### User:\non\n\n### Assistant:\n"
-CLASSES = Labels("class", ("no", "yes"))
+CLASSES = Labels(ProblemType.CLASS, ("no", "yes"))
 
 GOLDEN: list[tuple[str, dict[str, Any], Renderer, list[tuple[int, str]], list[float] | None]] = [
     ("chat", {"messages": CHAT}, PLAIN_CHAT, [(0, BEFORE), (1, "日本 sat</s>"), (0, AFTER), (1, "a mat</s>")], None),
@@ -405,8 +406,8 @@ GOLDEN: list[tuple[str, dict[str, Any], Renderer, list[tuple[int, str]], list[fl
     ("labelled", {"premise": "the é", "hypothesis": "日 cat", "label": "no"}, ClassRenderer(CLASSES, "", is_joint=False),
      [(0, "the é"), (1, "日 cat</s>")], [0.0]),
     ("labelled", {"sentence": "cat", "label": "no"}, ClassRenderer(CLASSES), [(0, "cat</s>")], [0.0]),
-    ("labelled", {"sentence": "cat", "label": 2.5}, ClassRenderer(Labels("number")), [(0, "cat</s>")], [2.5]),
-    ("labelled", {"sentence": "cat", "labels": ["yes"]}, ClassRenderer(Labels("multi", ("no", "yes"))),
+    ("labelled", {"sentence": "cat", "label": 2.5}, ClassRenderer(Labels(ProblemType.NUMBER)), [(0, "cat</s>")], [2.5]),
+    ("labelled", {"sentence": "cat", "labels": ["yes"]}, ClassRenderer(Labels(ProblemType.MULTI_LABEL, ("no", "yes"))),
      [(0, "cat</s>")], [0.0, 1.0]),
     ("labelled", {"sentence": "cat", "label": "no"}, PlainRenderer("{sentence}?"), [(0, "cat?"), (1, " no</s>")], None),
     ("choices", {"question": "a", "choices": ["cat", "mat"], "answer": 1}, PlainRenderer(),
@@ -718,12 +719,12 @@ def test_what_a_renderer_refuses_is_told_with_its_place(tmp_path: Path, encoder:
 def test_labels_are_read_once_for_each_state_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = rows_of(tmp_path / "a", [{"sentence": "x", "label": label} for label in (3, 1)])
     second = rows_of(tmp_path / "b", [{"sentence": "x", "label": 2}])
-    assert read_all_labels([first, second], tmp_path / "cache") == Labels("class", (1, 2, 3))
+    assert read_all_labels([first, second], tmp_path / "cache") == Labels(ProblemType.CLASS, (1, 2, 3))
     with monkeypatch.context() as patch:
         patch.setattr(source_files, "read_labels", None)  # it would be called
         assert read_all_labels([second, first], tmp_path / "cache") == Labels("class", (1, 2, 3))
     second = rows_of(tmp_path / "b", [{"sentence": "x", "label": 7}])
-    assert read_all_labels([first, second], tmp_path / "cache") == Labels("class", (1, 3, 7))
+    assert read_all_labels([first, second], tmp_path / "cache") == Labels(ProblemType.CLASS, (1, 3, 7))
 
 
 def test_other_rows_of_a_file_are_another_store_with_other_labels(tmp_path: Path, encoder: Encoder) -> None:

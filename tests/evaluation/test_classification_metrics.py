@@ -14,9 +14,7 @@ from seqeval import metrics as seqeval
 from sklearn import metrics
 
 from postgrad.data.problem_type import ProblemType
-from postgrad.evaluation import classification_metrics as evaluation_metrics
 from postgrad.evaluation.classification_metrics import (
-    PROBLEMS,
     compare_metrics,
     compute_metrics,
     is_span_tagging,
@@ -24,9 +22,10 @@ from postgrad.evaluation.classification_metrics import (
     span_counts,
 )
 from postgrad.evaluation.perplexity import Scores
+from postgrad.stats import bootstrap
 
 
-def drawn(problem: str, count: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def drawn(problem: ProblemType, count: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What is said and meant, of which document: mostly right; tags and several classes have many items a document."""
     rng = np.random.default_rng(seed)
     if problem == "number":
@@ -39,7 +38,7 @@ def drawn(problem: str, count: int = 60, seed: int = 0) -> tuple[np.ndarray, np.
     return said, meant, items[problem]
 
 
-def by_hand(problem: str, said: np.ndarray, meant: np.ndarray) -> dict[str, float]:
+def by_hand(problem: ProblemType, said: np.ndarray, meant: np.ndarray) -> dict[str, float]:
     """From the definitions; scipy for correlations."""
     if problem == "number":
         return {
@@ -61,16 +60,9 @@ def by_hand(problem: str, said: np.ndarray, meant: np.ndarray) -> dict[str, floa
     return found
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few draws, for what is not about intervals."""
-    monkeypatch.setattr(evaluation_metrics, "_DRAWS", 4)
-
-
-@pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("problem", ProblemType)
 @pytest.mark.parametrize("seed", range(3))
-def test_values_are_those_of_the_definitions(problem: str, seed: int) -> None:
+def test_values_are_those_of_the_definitions(problem: ProblemType, seed: int) -> None:
     said, meant, item = drawn(problem, seed=seed)
     found = compute_metrics(problem, said, meant, item)
     wanted = by_hand(problem, said, meant)
@@ -80,9 +72,8 @@ def test_values_are_those_of_the_definitions(problem: str, seed: int) -> None:
     assert all(other[name]["value"] != pytest.approx(wanted[name]) for name in wanted)
 
 
-@pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_values_are_those_of_scikit_learn(problem: str) -> None:
+@pytest.mark.parametrize("problem", ProblemType)
+def test_values_are_those_of_scikit_learn(problem: ProblemType) -> None:
     said, meant, item = drawn(problem)
     theirs = {
         "accuracy": lambda: metrics.accuracy_score(meant, said),
@@ -97,13 +88,13 @@ def test_values_are_those_of_scikit_learn(problem: str) -> None:
         assert found["value"] == pytest.approx(float(theirs[name]()))
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_intervals_hold_their_value_and_are_the_same_each_time(problem: str) -> None:
+@pytest.mark.parametrize("problem", ProblemType)
+def test_intervals_hold_their_value_and_are_the_same_each_time(problem: ProblemType) -> None:
     said, meant, item = drawn(problem)
     found = compute_metrics(problem, said, meant, item)
     for m in found.values():
         assert m["low"] < m["value"] < m["high"]
-    again = compute_metrics("number" if problem == "number" else "tags", said, meant, item)
+    again = compute_metrics(ProblemType.NUMBER if problem == "number" else ProblemType.TAGS, said, meant, item)
     assert all(found[name] == m for name, m in again.items() if name in found)
     more = {}
     for repeat in (1, 16):
@@ -121,28 +112,27 @@ def test_documents_are_drawn_and_not_their_items() -> None:
     right = rng.random(40) < 0.6
     together = np.repeat(right, 25).astype(int)
     meant, item = np.ones(1000, int), np.repeat(np.arange(40), 25)
-    wide = compute_metrics("tags", together, meant, item)["accuracy"]
-    narrow = compute_metrics("tags", together, meant, np.arange(1000))["accuracy"]
-    alone = compute_metrics("tags", right.astype(int), np.ones(40, int), np.arange(40))["accuracy"]
+    wide = compute_metrics(ProblemType.TAGS, together, meant, item)["accuracy"]
+    narrow = compute_metrics(ProblemType.TAGS, together, meant, np.arange(1000))["accuracy"]
+    alone = compute_metrics(ProblemType.TAGS, right.astype(int), np.ones(40, int), np.arange(40))["accuracy"]
     assert wide == pytest.approx(alone)
     assert (wide["high"] - wide["low"]) / (narrow["high"] - narrow["low"]) == pytest.approx(5, rel=0.2)  # sqrt(25)
 
 
-@given(st.integers(1, 30), st.sampled_from(sorted(PROBLEMS)), st.integers(0, 99))
+@given(st.integers(1, 30), st.sampled_from(list(ProblemType)), st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
-def test_any_items_have_finite_metrics(count: int, problem: str, seed: int) -> None:
+def test_any_items_have_finite_metrics(count: int, problem: ProblemType, seed: int) -> None:
     """One class alone, one example alone, a draw without a class: a number, and never a warning."""
     said, meant, item = drawn(problem, count, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation_metrics, "_DRAWS", 4)
+        patch.setattr(bootstrap, "DRAWS", 4)
         for answers in ((said, meant), (meant, meant), (np.zeros_like(said), np.zeros_like(meant))):
             for m in compute_metrics(problem, *answers, item).values():
                 assert np.isfinite(list(m.values())).all()
                 assert m["low"] <= m["high"]
 
 
-@pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("problem", ["class", "tags", "multi", "number"])
+@pytest.mark.parametrize("problem", list(ProblemType))
 def test_scores_of_a_classifier_tell_its_metrics(problem: ProblemType) -> None:
     said, meant, item = drawn(problem)
     rows = len(set(item.tolist()))
@@ -154,11 +144,11 @@ def test_scores_of_a_classifier_tell_its_metrics(problem: ProblemType) -> None:
 # -- against what drawing documents means, one draw after the other --------------------------------------------------------
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("problem", ProblemType)
 def test_intervals_are_those_of_documents_that_are_drawn_and_measured_anew(
-    problem: str, monkeypatch: pytest.MonkeyPatch
+    problem: ProblemType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation_metrics, "_DRAWS", 20)
+    monkeypatch.setattr(bootstrap, "DRAWS", 20)
     said, meant, item = drawn(problem)
     of = [np.flatnonzero(item == document) for document in np.unique(item)]
     draws = np.random.default_rng(0).integers(len(of), size=(20, len(of)))
@@ -192,13 +182,12 @@ def as_lists(tags: np.ndarray, item: np.ndarray, names: tuple[str, ...]) -> list
     return [[names[tag] for tag in tags[item == document]] for document in np.unique(item)]
 
 
-@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("seed", range(5))
 def test_spans_are_scored_as_seqeval_scores_them(scheme: str, seed: int) -> None:
     names = SCHEMES[scheme]
     said, meant, item = tag_sequences(names, seed)
-    found = compute_metrics("tags", said, meant, item, names)
+    found = compute_metrics(ProblemType.TAGS, said, meant, item, names)
     lists = [as_lists(tags, item, names) for tags in (meant, said)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -211,7 +200,7 @@ def test_spans_are_scored_as_seqeval_scores_them(scheme: str, seed: int) -> None
 
 
 def test_the_interval_of_spans_is_that_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation_metrics, "_DRAWS", 30)
+    monkeypatch.setattr(bootstrap, "DRAWS", 30)
     names = SCHEMES["BIO"]
     said, meant, item = tag_sequences(names, 0)
     lists = [as_lists(tags, item, names) for tags in (meant, said)]
@@ -219,7 +208,7 @@ def test_the_interval_of_spans_is_that_of_documents(monkeypatch: pytest.MonkeyPa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         values = [seqeval.f1_score(*([tags[i] for i in draw] for tags in lists)) for draw in draws]
-    found = compute_metrics("tags", said, meant, item, names)["span F1"]
+    found = compute_metrics(ProblemType.TAGS, said, meant, item, names)["span F1"]
     assert [found["low"], found["high"]] == pytest.approx(list(np.percentile(values, [2.5, 97.5])))
 
 
@@ -236,32 +225,35 @@ def test_only_tags_that_mark_spans_have_spans() -> None:
     for names in (("NOUN", "VERB"), ("O",), ("O", "B-a", "X-a"), ("B", "I", "O"), ()):
         assert not is_span_tagging(names)
         if names:
-            assert "span F1" not in compute_metrics("tags", np.zeros(3, int), np.zeros(3, int), np.arange(3), names)
+            assert "span F1" not in compute_metrics(
+                ProblemType.TAGS, np.zeros(3, int), np.zeros(3, int), np.arange(3), names
+            )
 
 
 def test_many_documents_are_measured_in_seconds() -> None:
-    """Counts of documents, and not 200 times all of it."""
+    """Counts of documents, and not all of it for each draw."""
     names = SCHEMES["BIO"]
     rng = np.random.default_rng(0)
     meant, item = rng.integers(5, size=60_000), np.repeat(np.arange(3000), 20)
     said = np.where(rng.random(60_000) < 0.9, meant, 0)
     begun = time.perf_counter()
-    found = compute_metrics("tags", said, meant, item, names)
+    found = compute_metrics(ProblemType.TAGS, said, meant, item, names)
     assert found["span F1"]["low"] < found["span F1"]["value"] < found["span F1"]["high"]
     assert time.perf_counter() - begun < 5
 
 
 def test_a_comparison_draws_the_same_documents_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a document is worth to both cancels: one that is always right against one that errs on the same documents."""
-    monkeypatch.setattr(evaluation_metrics, "_DRAWS", 100)
-    said, meant, item = drawn("class", 200)
-    same = compare_metrics("class", said, said, meant, item)
+    monkeypatch.setattr(bootstrap, "DRAWS", 100)
+    said, meant, item = drawn(ProblemType.CLASS, 200)
+    same = compare_metrics(ProblemType.CLASS, said, said, meant, item)
     assert all(value == 0 for found in same.values() for value in found.values())
     better = np.where(np.arange(200) < 20, meant, said)
-    found = compare_metrics("class", said, better, meant, item)["accuracy"]
-    values = [compute_metrics("class", s, meant, item)["accuracy"] for s in (said, better)]
+    found = compare_metrics(ProblemType.CLASS, said, better, meant, item)["accuracy"]
+    values = [compute_metrics(ProblemType.CLASS, s, meant, item)["accuracy"] for s in (said, better)]
     assert found["value"] == pytest.approx(values[1]["value"] - values[0]["value"])
     assert found["high"] - found["low"] < 0.7 * (values[0]["high"] - values[0]["low"])
     assert (
-        metric_values("class", said, meant, item)["MCC"] == compute_metrics("class", said, meant, item)["MCC"]["value"]
+        metric_values(ProblemType.CLASS, said, meant, item)["MCC"]
+        == compute_metrics(ProblemType.CLASS, said, meant, item)["MCC"]["value"]
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
+from postgrad.data.problem_type import ProblemType
 from postgrad.evaluation import fisher as module
 from postgrad.evaluation.fisher import (
     ImportanceEstimate,
@@ -85,7 +86,7 @@ def test_fisher_is_the_closed_form_of_a_linear_softmax() -> None:
     model, x_BTD = linear_case()
     labels = torch.randint(0, 5, x_BTD.shape[:2], generator=seeded(2))
     batches = [batch_of({"x": x_BTD}, labels)] * 2000
-    told = found(model, batches, fisher_measure(TokenLoss(), "class", seeded()))
+    told = found(model, batches, fisher_measure(TokenLoss(), ProblemType.CLASS, seeded()))
     expected = closed_form(model.weight.detach(), x_BTD.flatten(0, 1))
     assert told.labels == 2000 * 40
     torch.testing.assert_close(told.tensors["weight"], expected, rtol=0.15, atol=0.02)
@@ -109,7 +110,7 @@ def test_the_square_of_a_batch_gradient_of_data_labels_would_be_caught() -> None
     exact = closed_form(model.weight.detach(), x_BTD.flatten(0, 1))
     wrong = ImportanceMeasure(empirical_fisher_measure(TokenLoss()).objective, squared=True, batched=True)
     assert float(found(model, [batch], wrong).tensors["weight"].sum()) < 1e-6 * float(exact.sum())
-    ours = found(model, [batch] * 1000, fisher_measure(TokenLoss(), "class", seeded()))
+    ours = found(model, [batch] * 1000, fisher_measure(TokenLoss(), ProblemType.CLASS, seeded()))
     assert ours.mean == pytest.approx(float(exact.mean()), rel=0.05)
 
 
@@ -140,7 +141,7 @@ def exact_fisher(model: CausalModel, batch: Batch) -> dict[str, Tensor]:
 def test_fisher_of_a_language_model_is_the_sum_over_all_labels() -> None:
     model, batch = tiny_lm()
     exact = exact_fisher(model, batch)
-    told = found(model, [batch] * 800, fisher_measure(TokenLoss(), "class", seeded()))
+    told = found(model, [batch] * 800, fisher_measure(TokenLoss(), ProblemType.CLASS, seeded()))
     assert told.tensors.keys() == exact.keys()
     for name, expected in exact.items():
         off = (told.tensors[name] - expected).norm() / expected.norm()
@@ -179,7 +180,7 @@ def test_labels_are_drawn_as_the_model_says(at_once: int, monkeypatch: pytest.Mo
     counts = torch.zeros(2, 4, 6)
     generator = seeded()
     for _ in range(4000):
-        drawn = sample_labels(output, batch.labels, "class", generator)
+        drawn = sample_labels(output, batch.labels, ProblemType.CLASS, generator)
         assert ((drawn == IGNORED) == (batch.labels == IGNORED)).all()
         counts += nn.functional.one_hot(drawn.clamp(min=0), 6) * (drawn != IGNORED)[..., None]
     kept = batch.labels != IGNORED
@@ -201,7 +202,11 @@ def test_fisher_of_several_classes_is_the_curvature_of_their_mean() -> None:
     model, x_BTD = linear_case(head=False)
     x = x_BTD.flatten(0, 1)
     batch = batch_of({"x": x}, torch.zeros(40, 5))
-    told = found(model, [batch] * 3000, fisher_measure(ClassificationLoss("multi"), "multi", seeded(), scale=5))
+    told = found(
+        model,
+        [batch] * 3000,
+        fisher_measure(ClassificationLoss(ProblemType.MULTI_LABEL), ProblemType.MULTI_LABEL, seeded(), scale=5),
+    )
     p_NC = (x @ model.weight.detach().T).sigmoid()
     curvature = (p_NC * (1 - p_NC)).T @ x.square() / 40 / 5
     torch.testing.assert_close(told.tensors["weight"], curvature, rtol=0.15, atol=0.003)
@@ -211,7 +216,9 @@ def test_fisher_of_a_number_is_the_curvature_of_the_squared_error() -> None:
     model = Linear(3, 1, head=False)
     x = torch.randn(40, 3, generator=seeded(1))
     batch = batch_of({"x": x}, torch.zeros(40))
-    told = found(model, [batch] * 4000, fisher_measure(ClassificationLoss("number"), "number", seeded()))
+    told = found(
+        model, [batch] * 4000, fisher_measure(ClassificationLoss(ProblemType.NUMBER), ProblemType.NUMBER, seeded())
+    )
     torch.testing.assert_close(told.tensors["weight"][0], 2 * x.square().mean(0), rtol=0.1, atol=0.0)
 
 
@@ -273,7 +280,7 @@ def test_the_empirical_one_squares_each_samples_gradient() -> None:
 def test_the_halves_agree_more_and_more_and_their_error_is_honest() -> None:
     model, x_BTD = linear_case()
     batch = batch_of({"x": x_BTD}, torch.zeros(8, 5, dtype=torch.long))
-    told = found(model, [batch] * 640, fisher_measure(TokenLoss(), "class", seeded()))
+    told = found(model, [batch] * 640, fisher_measure(TokenLoss(), ProblemType.CLASS, seeded()))
     assert [row["labels"] for row in told.convergence] == [40 * 640 // 2**i for i in (4, 3, 2, 1, 0)]
     errors = [row["error"] for row in told.convergence]
     assert errors[0] > errors[-1] and told.convergence[-1]["correlation"] > told.convergence[0]["correlation"]
@@ -291,7 +298,7 @@ def test_it_stops_at_the_labels_that_were_asked_for_and_leaves_the_model_as_it_w
         while True:
             yield batch
 
-    steps = list(estimate_importance(model, endless(), fisher_measure(TokenLoss(), "class", seeded()), 30))
+    steps = list(estimate_importance(model, endless(), fisher_measure(TokenLoss(), ProblemType.CLASS, seeded()), 30))
     assert steps[:-1] == [7, 14, 21, 28, 35]
     assert isinstance(steps[-1], ImportanceEstimate) and steps[-1].labels == 35
     for name, p in model.pretrained.named_parameters():
@@ -301,7 +308,9 @@ def test_it_stops_at_the_labels_that_were_asked_for_and_leaves_the_model_as_it_w
 
 def test_the_same_seed_gives_the_same_bits() -> None:
     model, batch = tiny_lm()
-    one, two, other = (found(model, [batch] * 3, fisher_measure(TokenLoss(), "class", seeded(s))) for s in (0, 0, 1))
+    one, two, other = (
+        found(model, [batch] * 3, fisher_measure(TokenLoss(), ProblemType.CLASS, seeded(s))) for s in (0, 0, 1)
+    )
     name = "model.norm.weight"
     assert torch.equal(one.tensors[name], two.tensors[name])
     assert not torch.equal(one.tensors[name], other.tensors[name])

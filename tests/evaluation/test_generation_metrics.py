@@ -185,13 +185,10 @@ def test_a_change_is_paired() -> None:
 def test_unpaired_draws_would_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: each side is drawn by itself, so that the interval of no change is no point."""
     seeds = iter(range(10**6))
-    plain = generation_metrics._bootstrap_weights
-
-    def alone(name: MetricName, answers: TaskPredictions, weights_DI: np.ndarray) -> np.ndarray:
-        drawn = weights_DI if len(weights_DI) == 1 else plain(len(answers), next(seeds))
-        return generation_metrics._seed_values(name, answers, drawn).mean(0)
-
-    monkeypatch.setattr(generation_metrics, "_seed_mean", alone)
+    paired = generation_metrics._resampled_means
+    monkeypatch.setattr(
+        generation_metrics, "_resampled_means", lambda metric, p, seed=0: paired(metric, p, next(seeds))
+    )
     answers = once(["yes", "no"] * 50, [["yes"]] * 100)
     found = metric_change("accuracy", answers, answers)
     assert found["low"] < 0 < found["high"]

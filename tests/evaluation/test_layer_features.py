@@ -13,7 +13,7 @@ from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.errors import DiskError
 from postgrad.evaluation import layer_features as features
 from postgrad.evaluation.layer_features import layer_features
-from postgrad.models.task_head import compute_hidden_states
+from postgrad.models.task_head_model import compute_hidden_states
 from tests.tuning import families
 
 CPU = torch.device("cpu")

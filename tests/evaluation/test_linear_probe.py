@@ -10,6 +10,7 @@ import torch
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.evaluation.linear_probe import (
     ProbeData,
     View,
@@ -98,7 +99,7 @@ def test_classifiers_are_those_of_scikit_learn(strength: float) -> None:
 def test_numbers_are_those_of_ridge_regression() -> None:
     train, dev, test = parts("number")
     view = View("layer 2", "state", (2,))
-    (found,) = train_probes(train, dev, test, "number", 1, views=[view], strengths=[1e-2], steps=1500)
+    (found,) = train_probes(train, dev, test, ProblemType.NUMBER, 1, views=[view], strengths=[1e-2], steps=1500)
     mean, size = train.states_SID[2].mean(0), train.states_SID[2].std(0)
     ridge = Ridge(alpha=1e-2 * len(train)).fit((train.states_SID[2] - mean) / size, train.labels)
     np.testing.assert_allclose(found.predictions, ridge.predict((test.states_SID[2] - mean) / size), atol=0.2)
@@ -107,9 +108,9 @@ def test_numbers_are_those_of_ridge_regression() -> None:
 def test_a_classifier_is_the_same_in_company_and_alone() -> None:
     """All are trained in a few tensors, and none touches another."""
     train, dev, test = parts("class")
-    together = {p.view.name: p for p in train_probes(train, dev, test, "class", 3, steps=200)}
+    together = {p.view.name: p for p in train_probes(train, dev, test, ProblemType.CLASS, 3, steps=200)}
     for view in make_views(STATES):
-        (alone,) = train_probes(train, dev, test, "class", 3, views=[view], steps=200)
+        (alone,) = train_probes(train, dev, test, ProblemType.CLASS, 3, views=[view], steps=200)
         assert alone.strength == together[view.name].strength
         assert (alone.predictions == together[view.name].predictions).mean() > 0.99
 
@@ -117,7 +118,7 @@ def test_a_classifier_is_the_same_in_company_and_alone() -> None:
 def test_the_strength_is_chosen_on_dev_and_the_test_is_not_looked_at() -> None:
     train, dev, test = parts("class")
     turned = ProbeData(test.states_SID, (test.labels + 1) % 3, test.document_I)
-    first, second = (train_probes(train, dev, t, "class", 3, steps=100) for t in (test, turned))
+    first, second = (train_probes(train, dev, t, ProblemType.CLASS, 3, steps=100) for t in (test, turned))
     assert [(p.strength, p.dev_score, p.predictions.tolist()) for p in first] == [
         (p.strength, p.dev_score, p.predictions.tolist()) for p in second
     ]
@@ -128,15 +129,15 @@ def test_the_strength_that_dev_likes_best_holds() -> None:
     view = View("layer 1", "state", (1,))  # which knows nothing: a weak penalty learns by heart
     rng = np.random.default_rng(0)
     noise = ProbeData(train.states_SID[:, :30], rng.integers(3, size=30), np.arange(30))
-    (heart,) = train_probes(noise, noise, test, "class", 3, views=[view], strengths=[1e-6, 10.0], steps=300)
-    (fair,) = train_probes(noise, train, test, "class", 3, views=[view], strengths=[10.0, 10.1], steps=100)
+    (heart,) = train_probes(noise, noise, test, ProblemType.CLASS, 3, views=[view], strengths=[1e-6, 10.0], steps=300)
+    (fair,) = train_probes(noise, train, test, ProblemType.CLASS, 3, views=[view], strengths=[10.0, 10.1], steps=100)
     assert heart.strength == 1e-6 and heart.dev_score > 0.5
     assert fair.strength == 10.1  # the stronger of two that do equally well
 
 
 def test_the_same_seed_gives_the_same_answers() -> None:
     train, dev, test = parts("tags")
-    one, two = (train_probes(train, dev, test, "tags", 3, steps=50) for _ in range(2))
+    one, two = (train_probes(train, dev, test, ProblemType.TAGS, 3, steps=50) for _ in range(2))
     assert all(np.array_equal(a.predictions, b.predictions) for a, b in zip(one, two, strict=True))
 
 
@@ -144,7 +145,7 @@ def test_a_feature_that_never_varies_says_nothing() -> None:
     train, dev, test = parts("class")
     for items in (train, dev, test):
         items.states_SID[:, :, 0] = 7.0
-    for one in train_probes(train, dev, test, "class", 3, steps=20):
+    for one in train_probes(train, dev, test, ProblemType.CLASS, 3, steps=20):
         assert np.isfinite(one.dev_score)
 
 
@@ -154,9 +155,13 @@ def test_views_of_shallow_models() -> None:
 
 
 def test_what_is_chosen_by() -> None:
-    assert main_metric("tags", ("O", "B-x")) == ("span F1", 1)
-    assert main_metric("tags", ("NOUN", "VERB")) == ("accuracy", 1)
-    assert [main_metric(p, ()) for p in ("class", "multi", "number")] == [("accuracy", 1), ("F1", 1), ("MSE", -1)]
+    assert main_metric(ProblemType.TAGS, ("O", "B-x")) == ("span F1", 1)
+    assert main_metric(ProblemType.TAGS, ("NOUN", "VERB")) == ("accuracy", 1)
+    assert [main_metric(p, ()) for p in (ProblemType.CLASS, ProblemType.MULTI_LABEL, ProblemType.NUMBER)] == [
+        ("accuracy", 1),
+        ("F1", 1),
+        ("MSE", -1),
+    ]
 
 
 def test_an_untrained_mix_reads_all_states_alike() -> None:

@@ -22,6 +22,7 @@ from postgrad.evaluation.choices.loglikelihood import encode_items, score_choice
 from postgrad.evaluation.lm_eval_harness import HarnessResults, run_harness
 from postgrad.models.model import wrap_model
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
+from postgrad.models.task import Task
 from postgrad.tuning.attach import attach
 from tests.conftest import make_llama, make_tokenizer
 from tests.tiny_stages import make_t5, t5_tokenizer
@@ -54,8 +55,8 @@ def sorts() -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerFast, str]]:
     """A decoder and an encoder-decoder with their tokenizers."""
     t5 = t5_tokenizer()
     return {
-        "decoder": (trained_a_little(make_llama(max_position_embeddings=ROOM)), make_tokenizer(), "causal"),
-        "encoder-decoder": (trained_a_little(make_t5(len(t5))), t5, "text-to-text"),
+        "decoder": (trained_a_little(make_llama(max_position_embeddings=ROOM)), make_tokenizer(), Task.CAUSAL),
+        "encoder-decoder": (trained_a_little(make_t5(len(t5))), t5, Task.TEXT_TO_TEXT),
     }
 
 
@@ -238,8 +239,10 @@ def test_soft_prompts_stand_around_what_lm_eval_asks(lm_eval: Any) -> None:
     def around(ids: Any) -> tuple[int, ...]:
         return (*virtual, *ids)
 
-    lm = harness._make_lm(sys.modules[lm_eval.__module__], wrap_model(pretrained, "causal"), tokenizer, 64, 0, around)
-    assert (lm.room, lm.max_length) == (64, 61)
+    lm = harness._make_lm(
+        sys.modules[lm_eval.__module__], wrap_model(pretrained, Task.CAUSAL), tokenizer, 64, 0, around
+    )
+    assert (lm.total_length, lm.max_length) == (64, 61)
     items = few_shot(6, 0)
     pairs = [(context, choice) for context, choices in items for choice in choices]
     found = lm.loglikelihood(
@@ -265,7 +268,7 @@ def test_soft_prompts_stand_around_what_lm_eval_asks(lm_eval: Any) -> None:
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
         )
         assert text == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
-    assert lm.asked == len(pairs) + len(items)
+    assert lm.request_count == len(pairs) + len(items)
 
 
 # -- bad use ----------------------------------------------------------------------------------------------------------
@@ -302,7 +305,7 @@ def test_an_answer_that_leaves_no_room_for_its_prompt(lm_eval: Any, folder: Path
 def test_a_prefix_language_model_is_not_let_write_causally(lm_eval: Any, folder: Path) -> None:
     pretrained, tokenizer, _ = sorts()["decoder"]
     mark_prefix_lm(pretrained.config, True)
-    model = wrap_model(pretrained, "causal")
+    model = wrap_model(pretrained, Task.CAUSAL)
     with pytest.raises(ModelError, match=r"in both directions"):
         run_harness(model, tokenizer, ["sums_written"], pad=0, folder=folder)
     assert len(run_harness(model, tokenizer, ["sums"], pad=0, folder=folder, limit=3).results) == 4

@@ -36,6 +36,7 @@ from postgrad.evaluation.choices.token_tree import (
 )
 from postgrad.models.model import Model, wrap_model
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
+from postgrad.models.task import Task
 from postgrad.tuning.attach import attach
 from tests.tuning.checks import tokenizer as words
 from tests.tuning.families import PAD, REAL, VOCABULARY, build_model, first_virtual
@@ -45,7 +46,7 @@ SEQ2SEQ = ["t5", "mt5", "bart"]
 
 
 def view(pretrained: PreTrainedModel) -> Model:
-    return wrap_model(pretrained, "text-to-text" if pretrained.config.is_encoder_decoder else "causal")
+    return wrap_model(pretrained, Task.TEXT_TO_TEXT if pretrained.config.is_encoder_decoder else Task.CAUSAL)
 
 
 def drawn(rng: random.Random, size: int) -> tuple[int, ...]:
@@ -98,7 +99,7 @@ def same(found: ChoiceScores, wanted: list[list[tuple[float, bool]]], tolerance:
 
 
 def chosen(model: Model, items: Sequence[ChoiceItem], **options: object) -> ChoiceScores:
-    return score_choices(model, items, **{"context": 64, "pad": PAD, "at_once": 512, **options})  # type: ignore[arg-type]
+    return score_choices(model, items, **{"context": 64, "pad": PAD, "batch_tokens": 512, **options})  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +189,7 @@ def test_who_is_read_together_does_not_matter(family: str) -> None:
     found = chosen(model, items)
     order = list(range(len(items)))
     random.Random(0).shuffle(order)
-    for options in ({"at_once": 1}, {"at_once": 100_000}, {"pad": REAL}):
+    for options in ({"batch_tokens": 1}, {"batch_tokens": 100_000}, {"pad": REAL}):
         mixed = chosen(model, [items[i] for i in order], **options)
         for place, i in enumerate(order):
             assert mixed.log_likelihoods[place] == pytest.approx(found.log_likelihoods[i], abs=5e-5)
@@ -351,7 +352,7 @@ def test_a_prefix_language_model_reads_questions_in_both_directions(family: str)
 def test_a_question_beyond_the_window_of_a_prefix_language_model() -> None:
     pretrained = build_model("mistral", "lm")
     mark_prefix_lm(pretrained.config, True)
-    with pytest.raises(ModelError, match=r"layers of this model see 6[\s\S]*inside the window"):
+    with pytest.raises(ModelError, match=r"attention window of this model is 6[\s\S]*within the window"):
         chosen(view(pretrained), questions())
 
 
@@ -366,7 +367,7 @@ def test_ranks_find_together_what_one_finds_and_call_the_model_equally_often(
     monkeypatch.setattr(token_tree, "_GROUP_COST", 30)  # some items have a trunk and some have none
     model = view(build_model(family, "lm"))
     items = [*questions(12), *questions(18, seed=1), *questions(6, shown=2, seed=2, own=True)]
-    whole = chosen(model, items, at_once=64)
+    whole = chosen(model, items, batch_tokens=64)
     if family == "llama":
         trunks = [batch.trunk for batch in build_shared_batches(branches_of(items), 64)]
         assert len({trunk.tobytes() for trunk in trunks}) > 2
@@ -386,7 +387,7 @@ def test_ranks_find_together_what_one_finds_and_call_the_model_equally_often(
             return list(parts)
 
         hook = model.register_forward_pre_hook(count)
-        found = chosen(model, items, at_once=64, share=share, rank=rank, ranks=ranks)
+        found = chosen(model, items, batch_tokens=64, gather=share, rank=rank, ranks=ranks)
         hook.remove()
         calls.append(made)
         return found
@@ -524,5 +525,5 @@ def test_nothing_that_fits_is_nothing_scored(family: str) -> None:
 
 
 def test_an_encoder_has_no_answers() -> None:
-    with pytest.raises(ModelError, match=r"does not write"):
-        chosen(wrap_model(build_model("bert", "lm"), "masked"), questions())
+    with pytest.raises(ModelError, match=r"is not a generative model"):
+        chosen(wrap_model(build_model("bert", "lm"), Task.MASKED), questions())

@@ -48,8 +48,8 @@ def test_ways_prefer_different_choices() -> None:
     [
         ("token", {}, "tokens_C: 3 choices and 0 values"),
         ("byte", {"texts": TEXTS[:2]}, "texts: 3 choices and 2 values"),
-        ("character", {"texts": ["", "a", "b"]}, "without any text"),
-        ("answer-only", {"alone_C": ALONE[:1]}, "alone_C: 3 choices and 1 values"),
+        ("character", {"texts": ["", "a", "b"]}, "empty choice"),
+        ("answer-only", {"unconditional_C": ALONE[:1]}, "unconditional_C: 3 choices and 1 values"),
     ],
 )
 def test_what_a_way_needs(by: Normalization, given: dict[str, object], what: str) -> None:
@@ -58,7 +58,7 @@ def test_what_a_way_needs(by: Normalization, given: dict[str, object], what: str
 
 
 def test_a_way_that_there_is_not() -> None:
-    with pytest.raises(StageError, match=r"by 'bytes'[\s\S]*sum, token, byte, character, answer-only[\s\S]*'byte'"):
+    with pytest.raises(StageError, match=r"'bytes'[\s\S]*sum, token, byte, character, answer-only[\s\S]*'byte'"):
         normalize_scores(LOG_P, "bytes")  # type: ignore[arg-type]
 
 

@@ -18,6 +18,7 @@ from postgrad.data.loading.batch import Batch, collate
 from postgrad.data.render.frame import Frame
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS
 from postgrad.models.model import wrap_model
+from postgrad.models.task import Task
 from postgrad.objectives.next_token import TokenLoss
 from tests.conftest import VOCABULARY, make_llama
 from tests.data.memory import InMemoryStore, lay_out
@@ -54,7 +55,7 @@ def read(rows: Rows) -> list[Row]:
 def trained(model: PreTrainedModel, batches: Sequence[Batch], attention: str) -> tuple[float, dict[str, Tensor]]:
     """The summed loss of all labels, and its gradient."""
     model.set_attn_implementation(attention)
-    view, total = wrap_model(model, "causal"), 0.0
+    view, total = wrap_model(model, Task.CAUSAL), 0.0
     model.zero_grad()
     for batch in batches:
         loss, _ = TokenLoss()(view(**batch.inputs), batch)

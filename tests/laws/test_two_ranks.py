@@ -16,7 +16,8 @@ import yaml
 from postgrad.data.loading.loader import Loader
 from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import Record, TrainedSource, read_record
-from postgrad.models.pretrained import load_pretrained, locate_model
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import load_pretrained
 from postgrad.penalties.importance_file import ImportanceMetadata, write_importance
 from postgrad.run.events import RunStarted
 from postgrad.run.run import run_stage

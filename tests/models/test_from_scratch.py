@@ -21,18 +21,10 @@ from transformers import (
 from postgrad.data.read.files import RawSource
 from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabulary
 from postgrad.errors import ModelError
-from postgrad.models.from_scratch import (
-    FAMILIES,
-    count_weights,
-    init_model,
-    make_tokenizer,
-    parse_model_name,
-    select_special_tokens,
-    set_dropout,
-    set_token_ids,
-    solve_config,
-)
-from postgrad.models.pretrained import count_parameters, save_pretrained
+from postgrad.models.families import FAMILIES, count_weights, parse_model_name, solve_config
+from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
+from postgrad.models.layers import count_parameters
+from postgrad.models.pretrained import save_pretrained
 from tests.conftest import old_text, write_jsonl
 
 VOCABULARY = 1000
@@ -57,7 +49,7 @@ def test_the_weights_of_a_llama_are_those_of_the_formula() -> None:
 def test_names_that_mean_nothing() -> None:
     assert parse_model_name("GPT2-1.5B")[1] == 1_500_000_000
     for name, said in (
-        ("llama", "no family and size"), ("llama-15", "no family and size"), ("lama-15M", "did you mean 'llama'"),
+        ("llama", "not a family and size"), ("llama-15", "not a family and size"), ("lama-15M", "did you mean 'llama'"),
         ("mamba-15M", "model.config"),
     ):  # fmt: skip
         with pytest.raises(ModelError, match=said):

@@ -23,8 +23,9 @@ from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.loading.batch import collate
 from postgrad.errors import ModelError
 from postgrad.models import model as m
+from postgrad.models.location import locate_model
 from postgrad.models.model import HeadedModel, verify_model
-from postgrad.models.pretrained import load_pretrained, locate_model
+from postgrad.models.pretrained import load_pretrained
 from postgrad.objectives.next_token import TokenLoss
 from tests.tiny_stages import make_workspace, save_model, t5_tokenizer
 

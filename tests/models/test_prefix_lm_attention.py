@@ -173,14 +173,14 @@ def test_a_mask_that_leaks_or_is_ignored_is_met_by_the_probe(what: str, monkeypa
     model = CausalModel(make_llama())
     verify_model(model, prefix_tokens=24)
     monkeypatch.setattr(models, "model_prefix_mask", lambda _, prefix, positions: wrong(prefix, positions, what))
-    with pytest.raises(ModelError, match="prefixes cannot be read in both directions"):
+    with pytest.raises(ModelError, match="has no bidirectional attention over prefixes"):
         verify_model(model, prefix_tokens=24)
 
 
 def test_the_attention_that_looks_back_only_is_met_by_the_probe() -> None:
     model = CausalModel(make_llama())
     model.pretrained.set_attn_implementation(CAUSAL_BLOCKS)
-    with pytest.raises(ModelError, match="prefixes cannot be read in both directions"):
+    with pytest.raises(ModelError, match="has no bidirectional attention over prefixes"):
         verify_model(model, prefix_tokens=24)
 
 
@@ -193,7 +193,7 @@ def test_models_without_such_a_mask_are_refused(
     torch.manual_seed(0)
     config = getattr(transformers, name)(**changes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model = CausalModel(AutoModelForCausalLM.from_config(config).eval())
-    with pytest.raises(ModelError, match="prefixes cannot be read in both directions"):
+    with pytest.raises(ModelError, match="has no bidirectional attention over prefixes"):
         verify_model(model, prefix_tokens=24)
 
 
@@ -201,7 +201,7 @@ def test_rows_that_reach_beyond_a_window_are_refused() -> None:
     model = CausalModel(build("MistralConfig"))
     assert attention_window(model.pretrained.config) == 8
     verify_model(model, prefix_tokens=8)
-    with pytest.raises(ModelError, match="rows have 9 tokens, and layers of this model see 8"):
+    with pytest.raises(ModelError, match="rows have 9 tokens, and the attention window of this model is 8"):
         verify_model(model, prefix_tokens=9)
     assert attention_window(build("Qwen2Config").config) is None  # it has a window that it does not use
     assert attention_window(build("Gemma3TextConfig").config) == 8
@@ -251,7 +251,7 @@ def test_a_prompt_of_one_token_has_nothing_before_its_last() -> None:
 def test_a_prompt_that_is_longer_than_a_window_is_refused() -> None:
     model = build("MistralConfig")
     prefill_prompt(model, torch.ones(1, 7, dtype=torch.long))
-    with pytest.raises(ModelError, match="the text has 8 tokens, and layers of this model see 8"):
+    with pytest.raises(ModelError, match="the text has 8 tokens, and the attention window of this model is 8"):
         prefill_prompt(model, torch.ones(1, 8, dtype=torch.long))
 
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from postgrad.errors import ModelError
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, causal_blocks, is_supported
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import CausalModel, verify_model
-from postgrad.models.pretrained import ModelLocation, load_model, load_tokenizer, locate_model, save_pretrained
+from postgrad.models.pretrained import load_model, load_tokenizer, save_pretrained
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
 
 SMALL = {
@@ -71,7 +72,7 @@ def test_models_that_leak_are_refused(name: str, changes: dict[str, Any], caplog
     torch.manual_seed(0)
     config = getattr(transformers, name)(**changes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ModelError, match="packed documents see each other"):
+    with pytest.raises(ModelError, match="packed documents attend to each other"):
         verify_model(CausalModel(model))
 
 

@@ -13,16 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import ClassifierSpec, LoadResult, ModelLocation, detect_task, load_pretrained
+from postgrad.models.location import ModelLocation
+from postgrad.models.pretrained import ClassifierSpec, LoadResult, detect_task, load_pretrained
 from postgrad.models.task import Task
-from postgrad.models.task_head import (
-    DESCRIPTION,
-    TaskHead,
-    TaskHeadConfig,
-    load_task_head_config,
-    make_model_class,
-    pool_tokens,
-)
+from postgrad.models.task_head import DESCRIPTION, TaskHead, TaskHeadConfig, load_task_head_config, pool_tokens
+from postgrad.models.task_head_model import make_model_class
 from tests.tuning import families
 
 LAST = TaskHeadConfig((2,))
@@ -148,7 +143,7 @@ def test_layers_are_joined_as_the_formulas_say() -> None:
 def test_an_untrained_mix_is_the_mean_of_its_layers() -> None:
     model = made("bert", TaskHeadConfig((0, 1, 2), "mix"))
     states = model.states(**bare(families.batch("bert", "tags")))
-    torch.testing.assert_close(model.task_layer.joined(states), torch.stack(states).mean(0))
+    torch.testing.assert_close(model.task_layer.join_states(states), torch.stack(states).mean(0))
 
 
 @pytest.mark.parametrize(

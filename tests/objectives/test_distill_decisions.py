@@ -60,7 +60,7 @@ def test_tags_are_taught_where_there_is_a_label_and_the_teacher_has_a_place_for_
     mine = [[[9.0, 0.0], [1.0, -0.5], [0.3, 0.1]], [[-2.0, 0.5], [0.0, 9.0], [9.0, 9.0]]]
     theirs = [[[0.2, 0.7], [7.0, 0.0]], [[0.0, 7.0], [1.5, -1.0]]]
     said = TeacherOutput(Output(torch.tensor(theirs), None), torch.tensor([[1, 0, -1], [1, 0, 0]]))
-    loss_of = TaskDistillationLoss("tags", lambda batch: said, lambda step: 1.0, "forward", 2.0)
+    loss_of = TaskDistillationLoss(ProblemType.TAGS, lambda batch: said, lambda step: 1.0, "forward", 2.0)
     loss, losses_B = loss_of(Output(torch.tensor(mine), None), collate(rows, [0, 0]))
     wanted = [
         4 * kl(soft(theirs[0][0], 2.0), soft(mine[0][1], 2.0)),

@@ -18,7 +18,8 @@ from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import perplexity
 from postgrad.lineage.saved_plan import read_plan
-from postgrad.models.pretrained import locate_model, save_pretrained
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import save_pretrained
 from postgrad.plan import filter_documents, perplexity_filter
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.run.events import RunFinished

@@ -21,7 +21,7 @@ from postgrad.config.tunings import (
 )
 from postgrad.data.render.frame import Frame
 from postgrad.errors import ModelError, StageError
-from postgrad.models.pretrained import locate_model
+from postgrad.models.location import locate_model
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import (
     ModelInputs,

@@ -20,12 +20,13 @@ from postgrad.data.layouts.prefix_lm import PrefixRows
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.span_corruption import SpanCorruptionRows
+from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.labels import Labels
 from postgrad.data.read.row_kinds import KINDS
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.errors import StageError
-from postgrad.models.pretrained import locate_model
+from postgrad.models.location import locate_model
 from postgrad.plan.objective_matching import SUPPORTED_ROW_KINDS, match_objectives, resolve_objectives, resolve_task
 from postgrad.plan.objective_rows import make_rows, verbalisers
 from postgrad.plan.plan import Plan
@@ -236,7 +237,7 @@ def test_what_puts_rows_into_words(shelf: Workspace) -> None:
     causal = plan_of(shelf, "next-token", "completion").model.inputs
     writes = plan_of(shelf, "text-to-text", "pair").model.inputs
     encoder = plan_of(shelf, "classify", "labelled").model.inputs
-    next_token, labels = NextTokenObjective(kind="next-token"), Labels("class", ("a", "b"))
+    next_token, labels = NextTokenObjective(kind="next-token"), Labels(ProblemType.CLASS, ("a", "b"))
 
     def made(objective: Any, kind: str, reading: Any, wording: RowTemplate | None = None) -> Any:
         return make_renderer(objective, kind, reading, wording or RowTemplate(), labels)

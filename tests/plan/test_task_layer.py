@@ -21,14 +21,14 @@ from postgrad.config.objectives import ClassifyObjective
 from postgrad.data.loading.batch import collate
 from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.evaluation import classification_metrics
 from postgrad.evaluation.before_after import read_scores
 from postgrad.lineage.record import SetScore
-from postgrad.models.pretrained import locate_model
+from postgrad.models.location import locate_model
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.objectives.classification_loss import ClassificationLoss
 from postgrad.plan.task_layer import resolve_representation
 from postgrad.run.tuned_model import make_tuned_model
+from postgrad.stats import bootstrap
 from tests.tiny_stages import (
     LENGTH,
     QUICK_EVALUATION,
@@ -45,7 +45,7 @@ LABELLED = {"kind": "labelled"}
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classification_metrics, "_DRAWS", 4)
+        patch.setattr(bootstrap, "DRAWS", 200)
         yield make_workspace(tmp_path_factory.mktemp("shelf"), tmp_path_factory.getbasetemp() / "cache")
 
 
@@ -281,7 +281,7 @@ def test_a_run_in_parts_ends_with_the_same_bits(shelf: Workspace, name: str) -> 
 def test_the_plan_says_what_is_read(shelf: Workspace) -> None:
     plan = shelf.plan(stage_of(shelf, "told", "tagged", {"kind": "head"}, layers={"concat": 2}, head=SMALL))
     said = (
-        "task layer: reads layers 1, 2 side by side, at each word's first token, with a head of the kind bilstm (1 x 9)"
+        "task layer: reads layers 1, 2 concatenated, at each word's first token, with a head of the kind bilstm (1 x 9)"
     )
     assert said in check_stage(plan, cache=shelf.cache)["text"]
     usual = shelf.plan(stage_of(shelf, "told-not", "tagged", {"kind": "head"}))

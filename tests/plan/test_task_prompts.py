@@ -14,7 +14,7 @@ from postgrad.config.stage_file import load_tasks, parse_stage
 from postgrad.config.tasks import TaskConfig
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.generate_answers import StoppingRule
-from postgrad.models.pretrained import locate_model
+from postgrad.models.location import locate_model
 from postgrad.plan import task_demonstrations
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.prompted_task import PromptedTask, add_soft_prompts

@@ -17,7 +17,8 @@ from postgrad.commands import generate
 from postgrad.commands.export import export_model
 from postgrad.data.render.chat import PLAIN_TEMPLATE, custom_template, plain_template
 from postgrad.errors import ModelError
-from postgrad.models.pretrained import load_tokenizer, locate_model
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import load_tokenizer
 from tests.conftest import make_llama
 from tests.tiny_stages import QUICK_EVALUATION, Workspace, bos_tokenizer, make_workspace, save_model
 

@@ -23,7 +23,6 @@ from postgrad.data.loading import teacher_cache as told_module
 from postgrad.data.loading.batch import collate
 from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError
-from postgrad.evaluation import classification_metrics
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.metrics import read_metrics
 from postgrad.models.pretrained import save_pretrained
@@ -33,6 +32,7 @@ from postgrad.run.build import build_run, make_loader
 from postgrad.run.cached_teacher import caches_by_source, fill_teacher_caches, find_cache_jobs
 from postgrad.run.online_teacher import make_weight_schedule
 from postgrad.run.tuned_model import make_tuned_model
+from postgrad.stats import bootstrap
 from postgrad.training.step import Run, StepReport, train_step
 from tests.conftest import make_llama, make_tokenizer
 from tests.tiny_stages import QUICK_EVALUATION, Workspace, make_workspace, run_interrupted, run_trace, t5_tokenizer
@@ -44,7 +44,7 @@ NEXT, DISTILL = {"kind": "next-token"}, {"kind": "distill"}
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classification_metrics, "_DRAWS", 4)
+        patch.setattr(bootstrap, "DRAWS", 200)
         made = make_workspace(tmp_path_factory.mktemp("taught"), tmp_path_factory.getbasetemp() / "cache")
         for name in ("llama", "bert", "t5"):
             shutil.copytree(made.folder / name, made.folder / f"{name}-copy")
@@ -310,7 +310,7 @@ def test_a_teacher_of_other_tokens_is_refused_by_name(shelf: Workspace) -> None:
     save_pretrained(make_llama(1, vocab_size=len(swapped)), swapped, shelf.folder / "swapped", dtype=torch.float32)
     with pytest.raises(StageError, match="id 0 is"):
         shelf.plan(shelf.stage("swapped", objectives=[NEXT, {**DISTILL, "teacher": "swapped"}]))
-    for name, said in (("nowhere", "there is no folder nowhere"), ("", "no model is named")):
+    for name, said in (("nowhere", "there is no folder nowhere"), ("", "the name of the model is empty")):
         with pytest.raises(ModelError, match=said) as caught:
             shelf.plan(shelf.stage("lost", objectives=[NEXT, {**DISTILL, "teacher": name}]))
         assert caught.value.where == "objectives[1].teacher"

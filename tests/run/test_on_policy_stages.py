@@ -17,7 +17,6 @@ from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.random_streams import RandomStreams, derive_key
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
-from postgrad.evaluation import classification_metrics
 from postgrad.hardware.execution import Execution
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS
 from postgrad.models.model import CausalModel
@@ -26,6 +25,7 @@ from postgrad.models.sampling import sample_continuations
 from postgrad.plan.plan import Plan
 from postgrad.run.build import build_run, make_loader, make_step
 from postgrad.run.tuned_model import make_tuned_model
+from postgrad.stats import bootstrap
 from postgrad.training.on_policy import OnPolicySampler
 from postgrad.training.step import Run
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
@@ -39,7 +39,7 @@ NEXT = {"kind": "next-token"}
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classification_metrics, "_DRAWS", 4)
+        patch.setattr(bootstrap, "DRAWS", 200)
         made = make_workspace(tmp_path_factory.mktemp("writes"), tmp_path_factory.getbasetemp() / "cache")
         save_pretrained(make_llama(7), make_tokenizer(), made.folder / "other", dtype=torch.float32)
         yield made

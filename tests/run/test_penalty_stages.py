@@ -23,7 +23,8 @@ from postgrad.hardware.execution import Execution
 from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.lineage.saved_plan import read_plan
-from postgrad.models.pretrained import load_pretrained, locate_model, save_pretrained
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import load_pretrained, save_pretrained
 from postgrad.penalties.anchor import Anchor
 from postgrad.penalties.importance_file import ImportanceFile, ImportanceMetadata, write_importance
 from postgrad.run.build import make_loader, make_optimizer
@@ -377,7 +378,7 @@ def test_rows_that_the_reference_lacks_are_held_to_nothing(shelf: Workspace, tmp
         ({"targets": ["*embedd_tokens*"]}, r"penalties\[0\]\.targets[\s\S]*names no weight"),
         ({"importance": "nowhere.safetensors"}, r"penalties\[0\]\.importance[\s\S]*postgrad importance MODEL"),
         ({"reference": "nowhere"}, r"penalties\[0\]\.reference: there is no folder nowhere"),
-        ({"reference": ""}, r"penalties\[0\]\.reference: no model is named"),
+        ({"reference": ""}, r"penalties\[0\]\.reference: the name of the model is empty"),
         ({"strength": 1e308}, r"penalties\[0\]\.strength: input should be less than or equal to 10+, not 1e\+308"),
         ({"strength": "automatic"}, r"penalties\[0\]\.strength: input should be 'auto', not 'automatic'"),
         ({"strength": "-1"}, r"penalties\[0\]\.strength: input should be greater than or equal to 0, not '-1'"),

@@ -19,8 +19,8 @@ from postgrad.commands.export import export_model
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation import continuations
+from postgrad.models.location import locate_model
 from postgrad.models.prefix_lm_attention import PREFIX_LM_KEY, is_prefix_lm, model_prefix_mask, prefill_prompt
-from postgrad.models.pretrained import locate_model
 from postgrad.tuning.open_model import open_model, starts_as_prefix_lm
 from tests.conftest import write_jsonl
 from tests.run.test_task_stages import alike, begun, gradients
@@ -229,7 +229,7 @@ def test_rows_longer_than_a_window_are_refused(shelf: Workspace) -> None:
         num_key_value_heads=2, max_position_embeddings=128, sliding_window=16,
     )  # fmt: skip
     save_model(MistralForCausalLM(config).eval(), make_tokenizer(), shelf.folder / "mistral")
-    with pytest.raises(ModelError, match="layers of this model see 16"):
+    with pytest.raises(ModelError, match="attention window of this model is 16"):
         shelf.run(stage_of(shelf, "window", model="mistral"))
 
 

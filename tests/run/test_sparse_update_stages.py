@@ -17,7 +17,8 @@ from postgrad.errors import StageError
 from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.lineage.saved_plan import read_plan
-from postgrad.models.pretrained import load_pretrained, locate_model
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import load_pretrained
 from postgrad.optim.sparse_update import SparseMask
 from postgrad.optim.top_k import top_k_masks
 from postgrad.run.run import run_stage

@@ -30,8 +30,10 @@ from postgrad.errors import DataError, ModelError, ResumeError, StageError
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem
 from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
+from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import load_pretrained, locate_model
+from postgrad.models.pretrained import load_pretrained
+from postgrad.models.task import Task
 from postgrad.plan.prompted_task import PromptedTask, TaskPrompt
 from postgrad.plan.task_prompts import make_prompted_task
 from postgrad.reports.pages import run_page
@@ -121,7 +123,7 @@ def test_what_is_chosen_is_the_likeliest_by_a_plain_loop(shelf: Workspace) -> No
         expected.append(quiz.choice_names_I[0][int(np.argmax(found))])
     start = locate_model(str(shelf.folder / "llama"), Path.cwd())
     answers = answer_tasks(
-        wrap_model(load_pretrained(start).model, "causal"), [quiz], load_model_inputs(start, 1024), world=HERE
+        wrap_model(load_pretrained(start).model, Task.CAUSAL), [quiz], load_model_inputs(start, 1024), world=HERE
     )["quiz"]
     assert answers.predictions_KI == (tuple(expected),) and answers.references_I == quiz.references_I
 
@@ -149,7 +151,7 @@ def test_ranks_answer_parts_that_make_a_whole(shelf: Workspace, name: str) -> No
     start = locate_model(str(shelf.folder / "llama"), Path.cwd())
     reading = load_model_inputs(start, 1024)
     quiz = make_prompted_task(TaskConfig.model_validate(spec), reading, Path.cwd(), "t")
-    model = wrap_model(load_pretrained(start).model, "causal")
+    model = wrap_model(load_pretrained(start).model, Task.CAUSAL)
     alone = answer_tasks(model, [quiz], reading, world=HERE)[name]
     table: dict[int, object] = {}
     for rank in (0, 1):

@@ -27,7 +27,8 @@ from postgrad.errors import StageError, TuningError
 from postgrad.evaluation.before_after import read_scores
 from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import SetScore, read_record
-from postgrad.models.pretrained import load_pretrained, locate_model
+from postgrad.models.location import locate_model
+from postgrad.models.pretrained import load_pretrained
 from postgrad.optim.optimizer import AdamW
 from postgrad.run import training_session
 from postgrad.run.tuned_model import make_tuned_model

@@ -7,8 +7,11 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.sparse import csr_array
 
-from postgrad.stats.forgetting import TransferSummary, bootstrap, loss_verdict, paired_change, summarize_scores
+from postgrad.stats import bootstrap
+from postgrad.stats.bootstrap import percentile_interval, ratio_interval, resample_counts, resample_ratio, resample_sums
+from postgrad.stats.forgetting import TransferSummary, loss_verdict, paired_change, summarize_scores
 
 
 def documents(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -27,7 +30,7 @@ def ratio(nats: np.ndarray, tokens: np.ndarray, axis: int = -1) -> np.ndarray:
 def test_intervals_are_those_of_scipy() -> None:
     before, after, tokens = documents(np.random.default_rng(0), 60)
     difference = after - before
-    ours = np.array([bootstrap(difference, tokens, seed=s) for s in range(10)])
+    ours = np.array([ratio_interval(difference, tokens, seed=s) for s in range(10)])
     theirs = np.array([
         stats.bootstrap(
             (difference, tokens), ratio, paired=True, method="percentile", n_resamples=2000, vectorized=True,
@@ -40,18 +43,19 @@ def test_intervals_are_those_of_scipy() -> None:
     assert (np.abs(ours.mean(0) - theirs.mean(0)) < 4 * error).all()
     # The mutant: a mean of the documents' means weighs a short document like a long one.
     tokens_matter = np.where(tokens > 40, 1.0, -1.0) * tokens
-    low, high = bootstrap(tokens_matter, tokens)
+    low, high = ratio_interval(tokens_matter, tokens)
     mean_of_means = (tokens_matter / tokens).mean()
     assert not low <= mean_of_means <= high
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "DRAWS", 1000)
     covered = {"ours": 0, "narrow": 0}
     trials, count = 500, 100
     truth = 0.02  # the differences do not depend on the length, so the ratio's expectation is their mean
     for trial in range(trials):
         before, after, tokens = documents(np.random.default_rng(1000 + trial), count)
-        low, high = bootstrap(after - before, tokens, seed=trial, resamples=1000)
+        low, high = ratio_interval(after - before, tokens, seed=trial)
         covered["ours"] += low <= truth <= high
         # The mutant: tokens are taken as independent (a document's tokens rise and fall together).
         share = (after - before) / tokens
@@ -79,24 +83,43 @@ def test_pairing_sees_what_two_separate_intervals_cannot() -> None:
 
 def test_the_same_seed_draws_the_same_units() -> None:
     before, after, tokens = documents(np.random.default_rng(6), 50)
-    assert bootstrap(after - before, tokens) == bootstrap(after - before, tokens)
-    assert bootstrap(after - before, tokens) != bootstrap(after - before, tokens, seed=1)
+    assert ratio_interval(after - before, tokens) == ratio_interval(after - before, tokens)
+    assert ratio_interval(after - before, tokens) != ratio_interval(after - before, tokens, seed=1)
     # Shifted by a constant a token, the interval shifts by it exactly: the draws do not depend on the values.
-    low, high = bootstrap(after - before, tokens)
-    assert bootstrap(after - before + 0.5 * tokens, tokens) == pytest.approx((low + 0.5, high + 0.5))
+    low, high = ratio_interval(after - before, tokens)
+    assert ratio_interval(after - before + 0.5 * tokens, tokens) == pytest.approx((low + 0.5, high + 0.5))
 
 
 def test_many_units_are_drawn_in_parts_that_do_not_change_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = np.full(30_000, 10)
     nats = np.random.default_rng(0).normal(20, 5, 30_000)
-    low, high = bootstrap(nats, tokens, resamples=700)  # 666 rows fit at once
+    monkeypatch.setattr(bootstrap, "DRAWS", 700)  # 666 rows fit at once
+    low, high = ratio_interval(nats, tokens)
     half = 1.96 * nats.std(ddof=1) / 10 / math.sqrt(30_000)
     assert (low, high) == pytest.approx((nats.mean() / 10 - half, nats.mean() / 10 + half), abs=half * 0.2)
 
 
+def test_counts_sums_and_ratios_have_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after, tokens = documents(np.random.default_rng(7), 40)
+    counts = np.concatenate(list(resample_counts(40, seed=3)))
+    assert counts.shape == (bootstrap.DRAWS, 40) and (counts.sum(1) == 40).all()
+    sums = resample_sums(np.stack([before, after, tokens], 1), seed=3)
+    assert sums == pytest.approx(counts @ np.stack([before, after, tokens], 1))
+    assert resample_sums(csr_array(np.stack([before, after, tokens], 1)), seed=3) == pytest.approx(sums)
+    assert resample_ratio(after, tokens, seed=3) == pytest.approx(sums[:, 1] / sums[:, 2])
+    # Paired: the same seed; unpaired: another one.
+    difference = resample_ratio(after, tokens, seed=3) - resample_ratio(before, tokens, seed=3)
+    assert difference == pytest.approx(resample_ratio(after - before, tokens, seed=3))
+    unpaired = percentile_interval(resample_ratio(after, tokens, seed=3) - resample_ratio(before, tokens, seed=4))
+    assert np.ptp(unpaired) > 5 * np.ptp(percentile_interval(difference))
+    assert (next(resample_counts(40, size=7)).sum(1) == 7).all()
+    monkeypatch.setattr(bootstrap, "_ENTRIES_AT_ONCE", 40 * 7)  # how draws are parted changes nothing
+    assert (np.concatenate(list(resample_counts(40, seed=3))) == counts).all()
+
+
 def test_a_single_unit_has_no_interval() -> None:
-    assert bootstrap(np.array([6.0]), np.array([4])) == (1.5, 1.5)
-    assert bootstrap(np.array([]), np.array([])) == (0.0, 0.0)
+    assert ratio_interval(np.array([6.0]), np.array([4])) == (1.5, 1.5)
+    assert ratio_interval(np.array([]), np.array([])) == (0.0, 0.0)
     change = paired_change(np.array([6.0]), np.array([7.0]), np.array([4]), total_bytes=10, vocabulary=100)
     assert change.low == change.difference == change.high == 0.25
     assert change.count == 1

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from postgrad.lineage.metrics import read_metrics
-from postgrad.reports.html.table import source_losses_table
 from postgrad.reports.pages import run_page
 from postgrad.reports.sections import curves
+from postgrad.reports.sections.mixture_section import source_losses_table
 from postgrad.run.summary import summary_text
 from postgrad.stats.source_losses import losses_by_source
 from tests.run.test_task_stages import mixed

@@ -30,7 +30,7 @@ from postgrad.lineage.record import read_record
 from postgrad.reports.results import StudyResults
 from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
 from postgrad.reports.sections.study_text import join_names, study_summary
-from postgrad.stats.forgetting import bootstrap_means
+from postgrad.stats.bootstrap import resample_ratio
 from postgrad.studies import results as found_in
 from postgrad.studies import step_graph as study_arms
 from postgrad.studies import study_plan as study_plan
@@ -434,7 +434,7 @@ def test_the_interval_of_one_seed_is_the_record_s(base: Path, tmp_path: Path, ca
     # The mutant: with other documents drawn for each model it would be another interval.
     scores = prepared.folder.step_path(prepared.graph.steps[prepared.graph.chains[0].last_step]) / "scores"
     before, after = (before_after.read_scores(scores / f"{n}.npz")["old-held"].per_unit() for n in ("before", "after"))
-    unpaired = np.quantile(bootstrap_means(*after, seed=1) - bootstrap_means(*before, seed=0), [0.025, 0.975])
+    unpaired = np.quantile(resample_ratio(*after, seed=1) - resample_ratio(*before, seed=0), [0.025, 0.975])
     assert [change.low, change.high] != pytest.approx(unpaired.tolist(), abs=1e-4)
 
 
@@ -462,7 +462,7 @@ def test_the_base_s_losses_are_the_base_s(done: PreparedStudy) -> None:
 
 def test_a_blend_lies_between(done: PreparedStudy) -> None:
     from postgrad.models.interpolate import copy_weights
-    from postgrad.models.pretrained import locate_model
+    from postgrad.models.location import locate_model
     from postgrad.tuning.open_model import open_model
 
     (chain, _) = done.graph.arm_chains("half")

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from postgrad.errors import TuningError
-from postgrad.models.pretrained import get_layer_stacks
+from postgrad.models.layers import get_layer_stacks
 from postgrad.models.sublayers import make_probe_inputs
 from postgrad.tuning.attach import attach as attach_options
 from postgrad.tuning.block_expansion import BlockExpansion, BlockSlot, plan_slots

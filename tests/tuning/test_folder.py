@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from postgrad.data.render.frame import Frame
 from postgrad.errors import TuningError
-from postgrad.models.pretrained import ModelLocation
+from postgrad.models.location import ModelLocation
 from postgrad.storage.atomic import publish_folder, verify
 from postgrad.tuning.attach import attach
 from postgrad.tuning.folder import load_tuning, read_export, save_tuning

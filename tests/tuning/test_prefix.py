@@ -30,7 +30,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from postgrad.errors import TuningError
-from postgrad.models.pretrained import get_layers
+from postgrad.models.layers import get_layers
 from postgrad.tuning import prefix_attention
 from postgrad.tuning.prefix import Prefix, PrefixEncoder, from_peft
 from postgrad.tuning.prefix_attention import LAYER_PREFIXES, PREFIX_IMPLEMENTATION, prefix_attention_forward

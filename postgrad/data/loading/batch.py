@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +35,10 @@ class TeacherTargets(NamedTuple):
 
     def to(self, device: torch.device) -> TeacherTargets:
         """The targets with their tensors on `device`."""
-        fields = self._asdict().items()
-        moved = {n: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for n, t in fields}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in self._asdict().items()
+        }
         return TeacherTargets(**moved)
 
 

@@ -1,18 +1,18 @@
-"""What does an encoder-decoder think of many answers to one question, which is encoded once?
+"""Scoring of many answers to one question by an encoder-decoder that encodes the question once.
 
 Legend: B rows, S tokens of the longest context, T tokens of the longest answer.
 
-A batch is read in two steps. The first encodes its contexts and lets the decoder read what it always begins with, which
-tells the first token of every answer. The second lets it go on with the answers' tokens but the last, a row for each answer,
-with the keys and values that the first step made of the contexts. Whether an architecture allows that is tried; one that
-does not reads every answer in a row of its own, with its context.
+A batch takes two forward passes. The first encodes its contexts and gives the decoder its start token, which scores the first
+token of every answer. The second decodes the answers but their last tokens, a row for each answer, with the cross-attention
+keys and values that the first pass computed from the contexts. Whether an architecture supports that is tested; for one that
+does not, every answer is a row of its own, with its context.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +24,14 @@ from postgrad.errors import ModelError
 from postgrad.evaluation.choices.decoder import TokenScores, pad_rows, score_rows
 from postgrad.evaluation.choices.token_tree import Branch, TreeRow, build_tree
 from postgrad.models.model import HeadedModel
+from postgrad.models.task_head_model import decoder_start_token
 
 _KEYS_AT_ONCE = 4
-"""How many times the tokens of a batch may be kept as keys and values for the rows of answers."""
+"""Cross-attention keys and values of the answers' rows, in multiples of the tokens of a batch."""
 
 
 class ChoiceRequest(NamedTuple):
-    """A choice behind a context (S,); its tokens' answers have the numbers from `slot` on."""
+    """A choice after a context (S,); the scores of its tokens have the numbers from `slot` on."""
 
     context: np.ndarray
     choice: tuple[int, ...]
@@ -38,7 +39,7 @@ class ChoiceRequest(NamedTuple):
 
 
 class _ContextChoices(NamedTuple):
-    """A context with some of its choices: the row that only begins, and the rows that go on."""
+    """A context with some of its choices: the row of the start token, and the rows of the answers."""
 
     context: np.ndarray
     first_row: TreeRow
@@ -46,11 +47,11 @@ class _ContextChoices(NamedTuple):
 
 
 class EncoderDecoderScorer:
-    """An encoder-decoder and the batches of questions that it reads."""
+    """An encoder-decoder and its batches of questions."""
 
     def __init__(self, model: HeadedModel, requests: Sequence[ChoiceRequest], pad: int, batch_tokens: int) -> None:
         self.model, self.pad = model, pad
-        self.start_token = _start_token(model)
+        self.start_token = decoder_start_token(model.pretrained.config)
         questions = list(self._group_by_context(requests, batch_tokens))
         longest = max(questions, key=lambda question: len(question.context), default=None)
         self.shares_encoding = longest is not None and self._sharing_agrees(longest)
@@ -60,32 +61,32 @@ class EncoderDecoderScorer:
         if self.shares_encoding:
             self.tokens_read = decoded + sum(len(question.context) + 1 for question in questions)
         else:
-            whole = [len(question.context) * max(1, len(question.later_rows)) for question in questions]
-            self.tokens_read = decoded + sum(whole)
+            encoded = [len(question.context) * max(1, len(question.later_rows)) for question in questions]
+            self.tokens_read = decoded + sum(encoded)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def shares_trunk(self, a: int, b: int) -> bool:
-        """Nothing is kept from one batch to the next."""
+        """Batches share nothing."""
         return True
 
     def prepare(self, batch_numbers: Sequence[int], own_number: int) -> None:
-        """Nothing stands before a batch."""
+        """Batches have no trunk."""
 
     def score_batch(self, number: int) -> TokenScores:
         """The answers of a batch of questions."""
         return (self._score_shared if self.shares_encoding else self._score_unshared)(self.batches[number])
 
     def _group_by_context(self, requests: Sequence[ChoiceRequest], batch_tokens: int) -> Iterator[_ContextChoices]:
-        """Each context once, in the order of lengths; one with very many choices more than once."""
+        """Each context once, sorted by length; one with very many choices several times."""
         by_context: dict[bytes, list[ChoiceRequest]] = {}
-        for asked in requests:
-            by_context.setdefault(asked.context.tobytes(), []).append(asked)
-        for some in sorted(by_context.values(), key=lambda some: len(some[0].context)):
-            most = max(1, _KEYS_AT_ONCE * batch_tokens // len(some[0].context))
-            for begin in range(0, len(some), most):
-                part = some[begin : begin + most]
+        for request in requests:
+            by_context.setdefault(request.context.tobytes(), []).append(request)
+        for group in sorted(by_context.values(), key=lambda group: len(group[0].context)):
+            count = max(1, _KEYS_AT_ONCE * batch_tokens // len(group[0].context))
+            for begin in range(0, len(group), count):
+                part = group[begin : begin + count]
                 begins = [Branch(np.array([self.start_token]), 1, a.choice[:1], a.slot) for a in part]
                 longer: dict[tuple[int, ...], list[Branch]] = {}
                 for a in part:
@@ -96,38 +97,38 @@ class EncoderDecoderScorer:
                 yield _ContextChoices(part[0].context, build_tree(begins, 0), tuple(rows))
 
     def _sharing_agrees(self, question: _ContextChoices) -> bool:
-        """Whether a question that is encoded once says the same as one that is encoded for each answer."""
+        """Whether the answers to a question that is encoded once score as those to one that is encoded for each answer."""
         two = question._replace(later_rows=question.later_rows[:2])
         try:
-            whole = self._score_unshared([two])
+            unshared = self._score_unshared([two])
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # something stands behind the output embedding that wants all logits
+        except RuntimeError as error:  # a layer after the output embedding needs full logits
             raise ModelError(
                 f"the logits of this architecture ({self.model.pretrained.config.model_type}) are not its output embedding "
-                "applied to what stands before it",
+                "applied to its last hidden states",
                 where="model",
                 expected="an encoder-decoder with a plain head, as T5 has it",
             ) from error
         try:
             self.has_later_rows = bool(two.later_rows)
-            once = self._score_shared([two])
+            shared = self._score_shared([two])
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
             return False
-        by_slot = dict(zip(whole.slot.tolist(), whole.log_p.tolist(), strict=True))
-        plain = np.array([by_slot[slot] for slot in once.slot.tolist()])
+        by_slot = dict(zip(unshared.slot.tolist(), unshared.log_p.tolist(), strict=True))
+        plain = np.array([by_slot[slot] for slot in shared.slot.tolist()])
         tolerance = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5
-        return bool((np.abs(once.log_p - plain) <= tolerance * np.maximum(1, np.abs(plain))).all())
+        return bool((np.abs(shared.log_p - plain) <= tolerance * np.maximum(1, np.abs(plain))).all())
 
     def _score_shared(self, questions: Sequence[_ContextChoices]) -> TokenScores:
-        contexts_BS, seen_BS = self._pad_contexts([question.context for question in questions])
+        contexts_BS, mask_BS = self._pad_contexts([question.context for question in questions])
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         begin_B1 = torch.full((len(questions), 1), self.start_token, device=contexts_BS.device)
-        with _record_outputs(self.model.pretrained.get_encoder()) as heard:
+        with _record_outputs(self.model.pretrained.get_encoder()) as encoded:
             output = self.model(
-                input_ids=contexts_BS, attention_mask=seen_BS, decoder_input_ids=begin_B1, past_key_values=cache
+                input_ids=contexts_BS, attention_mask=mask_BS, decoder_input_ids=begin_B1, past_key_values=cache
             )
         first = score_rows(output.hidden, output.head, [question.first_row for question in questions])
         if not self.has_later_rows:
@@ -135,27 +136,27 @@ class EncoderDecoderScorer:
         rows = [row for question in questions for row in question.later_rows]
         counts = [len(question.later_rows) for question in questions]
         of = torch.from_numpy(np.repeat(np.arange(len(questions)), counts)).to(contexts_BS.device)
-        alone = not rows  # beside ranks that have some
-        if alone:
+        is_dummy = not rows  # other ranks have some: sharded models need the call
+        if is_dummy:
             rows, of = [build_tree([Branch(np.array([self.pad]), 1, (self.pad,), 0)], 0)], of.new_zeros(1)
         cache.batch_select_indices(of)
         output = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=heard[0][of]),
-            attention_mask=seen_BS[of],
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded[0][of]),
+            attention_mask=mask_BS[of],
             decoder_input_ids=self._decoder_ids(rows),
             past_key_values=cache,
         )
-        return first if alone else _concatenate(first, score_rows(output.hidden, output.head, rows))
+        return first if is_dummy else _concatenate(first, score_rows(output.hidden, output.head, rows))
 
     def _score_unshared(self, questions: Sequence[_ContextChoices]) -> TokenScores:
         contexts = [question.context for question in questions for _ in question.later_rows or (None,)]
         rows = [row for question in questions for row in self._full_rows(question)]
-        contexts_BS, seen_BS = self._pad_contexts(contexts)
-        output = self.model(input_ids=contexts_BS, attention_mask=seen_BS, decoder_input_ids=self._decoder_ids(rows))
+        contexts_BS, mask_BS = self._pad_contexts(contexts)
+        output = self.model(input_ids=contexts_BS, attention_mask=mask_BS, decoder_input_ids=self._decoder_ids(rows))
         return score_rows(output.hidden, output.head, rows)
 
     def _full_rows(self, question: _ContextChoices) -> list[TreeRow]:
-        """The rows that go on behind what the decoder begins with, the first of them with what is asked there."""
+        """The rows of the answers after the start token; the first one also scores the answers' first tokens."""
         rows = []
         for row in question.later_rows:
             ids = np.append(self.start_token, row.ids)
@@ -175,34 +176,24 @@ class EncoderDecoderScorer:
         return rows
 
     def _pad_contexts(self, contexts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Ids and what of them is seen, (B, S)."""
+        """Ids and attention mask, (B, S)."""
         width = max(map(len, contexts))
         ids = np.full((len(contexts), width), self.pad, np.int64)
         for i, context in enumerate(contexts):
             ids[i, : len(context)] = context
         sizes = np.array([len(context) for context in contexts])
-        seen = (np.arange(width) < sizes[:, None]).astype(np.int64)
+        mask = (np.arange(width) < sizes[:, None]).astype(np.int64)
         device = next(self.model.parameters()).device
-        return torch.from_numpy(ids).to(device), torch.from_numpy(seen).to(device)
+        return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
     def _decoder_ids(self, rows: Sequence[TreeRow]) -> Tensor:
-        """What the decoder reads, (B, T); padding stands on the right, where nothing looks."""
+        """The decoder's inputs, (B, T); padding is on the right, where causal attention does not look."""
         ids_BT = pad_rows(rows, max(len(row.ids) for row in rows), 0, self.pad)[0]
         return torch.from_numpy(ids_BT).to(next(self.model.parameters()).device)
 
 
-def _start_token(model: HeadedModel) -> int:
-    """What a decoder begins with. Raises `ModelError` when the configuration names nothing."""
-    config: Any = model.pretrained.config
-    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
-        token = getattr(config, name, None)
-        if token is not None:
-            return int(token)
-    raise ModelError("the configuration names no decoder_start_token_id", where="model")
-
-
 def _split_batches(questions: Sequence[_ContextChoices], batch_tokens: int) -> Iterator[list[_ContextChoices]]:
-    """Questions of like length, as many as may be read at once."""
+    """Questions of similar length, as many as fit the token budgets of encoder and cross-attention."""
     group: list[_ContextChoices] = []
     rows = 0
     for question in questions:  # in the order of lengths, so the newest is the longest
@@ -222,10 +213,10 @@ def _concatenate(a: TokenScores, b: TokenScores) -> TokenScores:
 
 @contextmanager
 def _record_outputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, the first output of every call of a module is kept."""
-    heard: list[Tensor] = []
-    hook = module.register_forward_hook(lambda _module, _inputs, output: heard.append(output[0]))
+    """Inside, the first output of every call of a module is recorded."""
+    outputs: list[Tensor] = []
+    hook = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output[0]))
     try:
-        yield heard
+        yield outputs
     finally:
         hook.remove()

@@ -1,10 +1,10 @@
-"""What does a model think of each possible answer to a question? Log-likelihoods of choices in a prompt.
+"""Log-likelihoods of the choices of multiple-choice items.
 
-Legend: C choices of an item, A answers (tokens of choices) that are asked for.
+Legend: C choices of an item, A answers (scored tokens of choices).
 
-`log p(choice | context)` is the sum over the choice's tokens (Brown et al. 2020, arXiv 2005.14165, section 2.4). It is what
-lm-eval's `loglikelihood` gives on the same ids, and is found with far fewer tokens: what items begin with alike is read
-once (`branches`), a context once for all its choices, and a choice of one token costs nothing more.
+`log p(choice | context)` is the sum over the choice's tokens (Brown et al. 2020, arXiv 2005.14165, section 2.4). It equals
+lm-eval's `loglikelihood` on the same ids, with far fewer tokens: a common prefix of items is encoded once (`token_tree`), a
+context once for all its choices, and a choice of one token costs no input of its own.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from postgrad.models.model import CausalModel, HeadedModel, Model
 
 _TOKENS_AT_ONCE = 8192
 BatchScores = tuple[int, TokenScores]
-"""The number of a batch, and what was found in it."""
+"""The number of a batch, and its scores."""
 GatherScores = Callable[[list[BatchScores]], list[BatchScores]]
 
 
 @dataclass(frozen=True)
 class ChoiceItem:
-    """One question as a model reads it.
+    """One question as ids.
 
-    `context`: ids with all that stands before the answer (a BOS where the tokenizer sets one, a soft prompt's places); never
-    empty. `choices`: the ids of each possible answer, none of them empty.
+    `context`: everything before the answer (with BOS and soft prompt placeholders); never empty. `choices`: the ids of each
+    possible answer, none of them empty.
     """
 
     context: tuple[int, ...]
@@ -43,18 +43,18 @@ class ChoiceItem:
 
 @dataclass(frozen=True)
 class ChoiceScores:
-    """What a model thinks of the choices, item by item; the arrays of an item have the shape (C,)."""
+    """Scores of the choices, item by item; the arrays of an item have the shape (C,)."""
 
     log_likelihoods: tuple[np.ndarray, ...]
     """`log p(choice | context)` in nats, so 0 or less; empty for an item that does not fit the context."""
     tokens: tuple[np.ndarray, ...]
     """Tokens of each choice."""
     greedy: tuple[np.ndarray, ...]
-    """Whether the choice is what the model would write, always taking the likeliest token."""
+    """Whether the choice is the model's greedy continuation."""
     too_long: tuple[int, ...]
-    """The numbers of items that do not fit; they were not scored, and nothing was cut."""
+    """The numbers of items that exceed the context; they are not scored, and nothing is truncated."""
     tokens_read: int
-    """Tokens that went through the model, padding left out."""
+    """Tokens that went through the model, without padding."""
 
     def best_choices(self) -> np.ndarray:
         """The number of each item's likeliest choice, -1 for an item that does not fit."""
@@ -64,7 +64,7 @@ class ChoiceScores:
 def encode_item(
     tokenizer: PreTrainedTokenizerBase, context: str, choices: Sequence[str], *, separate: bool = False
 ) -> ChoiceItem:
-    """A question and its possible answers as ids; see `encode_all`."""
+    """A question and its possible answers as ids; see `encode_items`."""
     return encode_items(tokenizer, [(context, choices)], separate=separate)[0]
 
 
@@ -73,9 +73,9 @@ def encode_items(
 ) -> list[ChoiceItem]:
     """Questions as ids, split between context and answer as lm-eval does it (`TemplateLM._encode_pair`).
 
-    Spaces at the end of the context belong to the answer. Both are tokenised as one text, and the answer is what comes
-    after as many tokens as the context alone has; with `apart` (encoder-decoders) each is tokenised by itself, and the
-    answer gets no special tokens. An empty context is a BOS, or an EOS where there is none.
+    Spaces at the end of the context belong to the answer. Both are tokenised as one text, and the answer begins after as many
+    tokens as the context alone has; with `separate` (encoder-decoders) each is tokenised by itself, and the answer gets no
+    special tokens. An empty context is a BOS, or an EOS where there is none.
 
     Raises `DataError` for a choice that has no token of its own.
     """
@@ -100,7 +100,7 @@ def encode_items(
         for choice, tail in zip(choices, tails, strict=True):
             if not tail:
                 raise DataError(
-                    f"the choice {choice[:60]!r} has no token of its own behind {context[-40:]!r}",
+                    f"the choice {choice[:60]!r} has no token of its own after {context[-40:]!r}",
                     expected="choices that add at least one token to the question",
                 )
         items.append(ChoiceItem(before, tuple(tails)))
@@ -108,7 +108,7 @@ def encode_items(
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
-    """Texts as ids; one that begins with a BOS already gets no second one."""
+    """Texts as ids; a text that begins with a BOS gets no second one."""
     if not texts:
         return []
     lead = str(tokenizer.decode([_empty_context_token(tokenizer)]))
@@ -120,33 +120,33 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: A
 
 
 def _empty_context_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands for an empty context."""
+    """The token of an empty context."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token
-    raise ModelError("the tokenizer has neither BOS nor EOS to stand for an empty context", where="model")
+    raise ModelError("the tokenizer has neither BOS nor EOS for an empty context", where="model")
 
 
 class ChoiceScorer(Protocol):
-    """A model with the batches that it is to read."""
+    """A model with its batches."""
 
     tokens_read: int
-    """Tokens that go through the model, padding left out."""
+    """Tokens that go through the model, without padding."""
 
     def __len__(self) -> int:
         """How many batches there are."""
         ...
 
     def shares_trunk(self, a: int, b: int) -> bool:
-        """Whether nothing new has to be read before batch `b` when batch `a` was the last."""
+        """Whether batch `b` needs no `prepare` after batch `a`."""
         ...
 
     def prepare(self, batch_numbers: Sequence[int], own_number: int) -> None:
-        """Read what stands before batch `mine`, the ranks' batches being those of `turn`."""
+        """Prefill the trunk of batch `own_number`; `batch_numbers` are those of all ranks."""
         ...
 
     def score_batch(self, number: int) -> TokenScores:
-        """What was asked for in a batch."""
+        """The answers of a batch."""
         ...
 
 
@@ -164,30 +164,30 @@ def score_choices(
 ) -> ChoiceScores:
     """Score every choice of every item, with a decoder or an encoder-decoder.
 
-    `context`: how many tokens the model may read at once; an item of which any choice needs more is named in `too_long` and
-    not scored. (The last token of a choice is not read.) `at_once`: tokens of a batch. With several ranks each reads a part of
-    the batches and `share` puts the parts together; every rank calls the model equally often, as sharded models need.
+    `context`: the most tokens of an input; an item with a choice that needs more is listed in `too_long` and not scored. (The
+    last token of a choice is no input.) `batch_tokens`: tokens of a batch. Each of several ranks scores a part of the batches,
+    and `gather` collects the parts of all; every rank calls the model equally often, as sharded models need.
 
-    Raises `ModelError` for a model that does not write, `DataError` for an item without context or with an empty choice.
+    Raises `ModelError` for a model that does not generate, `DataError` for an item without context or with an empty choice.
     """
     _check_items(items)
-    writes = isinstance(model, HeadedModel) and model.pretrained.config.is_encoder_decoder
-    needs = [_encoder_decoder_length(item) if writes else _decoder_length(item) for item in items]
+    is_encoder_decoder = isinstance(model, HeadedModel) and model.pretrained.config.is_encoder_decoder
+    needs = [_encoder_decoder_length(item) if is_encoder_decoder else _decoder_length(item) for item in items]
     too_long = tuple(i for i, need in enumerate(needs) if need > context)
     tokens = [np.array([len(choice) for choice in item.choices], np.int64) for item in items]
     starts = np.cumsum([0, *(int(counts.sum()) for counts in tokens)]).tolist()
-    wanted = [_make_requests(items[i], starts[i]) for i, need in enumerate(needs) if need <= context]
+    requests = [r for i, need in enumerate(needs) if need <= context for r in _make_requests(items[i], starts[i])]
     was_training = model.training
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):
-            reader = _make_scorer(model, [asked for some in wanted for asked in some], pad, batch_tokens)
-            parts = _score_rank_batches(reader, rank, ranks)
+            scorer = _make_scorer(model, requests, pad, batch_tokens)
+            parts = _score_rank_batches(scorer, rank, ranks)
     finally:
         model.train(was_training)
     log_p_A, greedy_A = np.zeros(starts[-1]), np.zeros(starts[-1], bool)
-    for _, found in gather(parts) if gather else parts:
-        log_p_A[found.slot], greedy_A[found.slot] = found.log_p, found.greedy
+    for _, scores in gather(parts) if gather else parts:
+        log_p_A[scores.slot], greedy_A[scores.slot] = scores.log_p, scores.greedy
     pieces = [
         [] if need > context else np.split(np.arange(start, start + counts.sum()), np.cumsum(counts)[:-1])
         for start, counts, need in zip(starts, tokens, needs, strict=False)
@@ -197,7 +197,7 @@ def score_choices(
         tuple(tokens),
         tuple(np.array([greedy_A[piece].all() for piece in some], bool) for some in pieces),
         too_long,
-        reader.tokens_read,
+        scorer.tokens_read,
     )
 
 
@@ -212,12 +212,12 @@ def _check_items(items: Sequence[ChoiceItem]) -> None:
 
 
 def _decoder_length(item: ChoiceItem) -> int:
-    """Tokens that a decoder reads at most."""
+    """The longest input of a decoder."""
     return len(item.context) + max(map(len, item.choices)) - 1
 
 
 def _encoder_decoder_length(item: ChoiceItem) -> int:
-    """Tokens that the encoder or the decoder reads at most; what the decoder begins with stands for its last token."""
+    """The longest input of encoder or decoder; the decoder's start token takes the place of an answer's last token."""
     return max(len(item.context), *map(len, item.choices))
 
 
@@ -233,35 +233,30 @@ def _make_requests(item: ChoiceItem, slot: int) -> list[ChoiceRequest]:
 def _make_scorer(model: Model, requests: Sequence[ChoiceRequest], pad: int, batch_tokens: int) -> ChoiceScorer:
     if isinstance(model, CausalModel):
         branches = [
-            Branch(
-                np.append(asked.context, np.array(asked.choice[:-1], np.int64)),
-                len(asked.context),
-                asked.choice,
-                asked.slot,
-            )
-            for asked in requests
+            Branch(np.append(r.context, np.array(r.choice[:-1], np.int64)), len(r.context), r.choice, r.slot)
+            for r in requests
         ]
         return DecoderScorer(model, branches, pad, batch_tokens)
     if isinstance(model, HeadedModel) and model.pretrained.config.is_encoder_decoder:
         return EncoderDecoderScorer(model, requests, pad, batch_tokens)
     raise ModelError(
-        f"{type(model.pretrained).__name__} does not write, so it has no answers to weigh",
+        f"{type(model.pretrained).__name__} is not a generative model, so it has no likelihoods of answers",
         where="model",
         expected="a decoder or an encoder-decoder with a language modelling head",
     )
 
 
 def _score_rank_batches(scorer: ChoiceScorer, rank: int, ranks: int) -> list[BatchScores]:
-    """The parts of one rank. Ranks go from batch to batch together, and read anew what stands before them when any must."""
+    """The parts of one rank. Ranks go from batch to batch together, and all prefill when any of them must."""
     numbers = list(range(len(scorer)))
     while len(numbers) % ranks:
         numbers.append(numbers[-1])
     parts: list[BatchScores] = []
     last: list[int] | None = None
     for begin in range(0, len(numbers), ranks):
-        turn = numbers[begin : begin + ranks]
-        if last is None or not all(map(scorer.shares_trunk, last, turn)):
-            scorer.prepare(turn, turn[rank])
-        parts.append((turn[rank], scorer.score_batch(turn[rank])))
-        last = turn
+        batch_numbers = numbers[begin : begin + ranks]
+        if last is None or not all(map(scorer.shares_trunk, last, batch_numbers)):
+            scorer.prepare(batch_numbers, batch_numbers[rank])
+        parts.append((batch_numbers[rank], scorer.score_batch(batch_numbers[rank])))
+        last = batch_numbers
     return parts
