@@ -97,6 +97,7 @@ def test_the_snippets_of_the_page_run(texts: Path) -> None:
     assert listed >= functions - {"finish"}
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path) -> None:
     """With a hundredth of its tokens."""
     cells = json.loads((ROOT / "examples" / "forgetting.ipynb").read_text())["cells"]

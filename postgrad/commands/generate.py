@@ -96,7 +96,7 @@ class Generation(Result):
 
 
 def generate(
-    models: str | Sequence[str],
+    models: str | Path | Sequence[str],
     prompt: str,
     *,
     chat: bool = False,
@@ -113,7 +113,7 @@ def generate(
     """
     options = SamplingOptions(max_new_tokens, temperature, top_p, seed)
     continuations: list[Continuation] = []
-    for text_model in load_text_models([models] if isinstance(models, str) else models, base):
+    for text_model in load_text_models([str(models)] if isinstance(models, str | Path) else models, base):
         if chat and not text_model.has_chat_template:
             raise ModelError(
                 f"{text_model.name} has no chat template",
