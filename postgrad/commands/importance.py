@@ -40,7 +40,7 @@ from postgrad.penalties.importance_file import (
     write_importance,
 )
 from postgrad.plan.objective_rows import make_rows
-from postgrad.run.build import make_objectives
+from postgrad.run.losses import make_objectives
 from postgrad.storage.atomic import disk_error
 from postgrad.tuning.open_model import open_model, start_fingerprint
 

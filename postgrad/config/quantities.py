@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -117,6 +119,34 @@ class ConfigModel(BaseModel):
     """A frozen piece of a stage; every key is known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Method(ConfigModel):
+    """A member of a union of methods, which names the function that makes it.
+
+    The function is named and not imported, since it belongs to a layer above and may need torch. A new method is a class like
+    this, its function, and a line in the union.
+    """
+
+    implementation: ClassVar[str]
+    """`module:function`."""
+
+    def load(self) -> Callable[..., Any]:
+        """The function that makes the method; its module is imported."""
+        return load_function(self.implementation)
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The function `module:function`."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def get_kinds(union: Any) -> tuple[str, ...]:
+    """The values of `kind` in a union of mappings."""
+    if isinstance(union, type):
+        return get_args(union.model_fields["kind"].annotation) if issubclass(union, ConfigModel) else ()
+    return tuple(kind for part in get_args(union) for kind in get_kinds(part))
 
 
 def parse_token_count(text: str, where: str) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from postgrad.config.objectives import (
     TeacherObjective,
     TextToTextObjective,
 )
+from postgrad.config.quantities import get_kinds, load_function
 from postgrad.data.layouts.classification import ClozeRows, LabelledRows, TaggedRows
 from postgrad.data.layouts.generation_prompts import PromptRows
 from postgrad.data.layouts.masked_lm import MaskedRows
@@ -48,27 +49,6 @@ from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.tuning.open_model import get_task, starts_as_prefix_lm
 
-_ANSWER_KINDS = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "question", "choices")
-SUPPORTED_ROW_KINDS: dict[str, tuple[str, ...]] = {
-    "next-token": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
-    "prefix-lm": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
-    "masked": (*RUNNING_TEXT_KINDS, "labelled"),
-    "span-corruption": RUNNING_TEXT_KINDS,
-    "text-to-text": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
-    "classify": ("labelled", "tagged"),
-    "on-policy": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
-}
-"""The kinds of rows that an objective can be taken on."""
-
-_OBJECTIVE_TASKS: dict[str, Task] = {
-    "next-token": Task.CAUSAL,
-    "prefix-lm": Task.CAUSAL,
-    "masked": Task.MASKED,
-    "span-corruption": Task.TEXT_TO_TEXT,
-    "text-to-text": Task.TEXT_TO_TEXT,
-    "classify": Task.CLASSIFY,
-    "on-policy": Task.CAUSAL,
-}
 _TASK_OBJECTIVES: dict[Task, tuple[RowsObjective, ...]] = {
     Task.CAUSAL: (NextTokenObjective(kind="next-token"),),
     Task.MASKED: (MaskedObjective(kind="masked"),),
@@ -76,7 +56,12 @@ _TASK_OBJECTIVES: dict[Task, tuple[RowsObjective, ...]] = {
     Task.CLASSIFY: (ClassifyObjective(kind="classify"),),
     Task.TAG: (ClassifyObjective(kind="classify", problem="tags"),),
 }
-"""What a model of a task was made with; the first that serves a kind of rows also makes the rows of a teacher's source."""
+"""The objectives that a model of a task was trained with; the first that supports a kind of rows also makes those of a
+teacher's source."""
+SUPPORTED_ROW_KINDS: Mapping[str, tuple[str, ...]] = {
+    kind: objective.row_kinds for objective in get_args(RowsObjective) for kind in get_kinds(objective)
+}
+"""The kinds of rows that each objective supports."""
 
 
 def resolve_objectives(
@@ -97,7 +82,7 @@ def get_start_objectives(start_model: ModelLocation) -> tuple[RowsObjective, ...
 
 def resolve_task(objectives: Sequence[AnyObjective], start_model: ModelLocation) -> Task:
     """The task that all objectives together ask for. Raises `StageError` when they, or the model, do not go together."""
-    tasks = {_OBJECTIVE_TASKS[o.kind]: o for o in objectives if not isinstance(o, DistillObjective)}
+    tasks = {o.task: o for o in objectives if not isinstance(o, DistillObjective)}
     own = get_task(start_model)
     if not tasks:  # a teacher answers whatever the model answers
         return own
@@ -142,13 +127,13 @@ def match_objectives(
     said = named or [(i, o) for i, o in makers if not o.on]
     if not said and any(isinstance(o, TeacherObjective) for o in objectives):
         said = [(-1, o) for o in start_objectives]
-    serving = [(i, o) for i, o in said if kind in SUPPORTED_ROW_KINDS[o.kind]]
+    serving = [(i, o) for i, o in said if kind in o.row_kinds]
     if not serving:
         raise StageError(
             f"'{name}' has rows of kind {kind}, which "
             + (f"{said[0][1].kind} cannot be taken on" if said else "no objective names"),
             where=where,
-            expected=f"an objective that serves them: {', '.join(k for k, kinds in SUPPORTED_ROW_KINDS.items() if kind in kinds)}",
+            expected=f"an objective that serves them: {', '.join(_supporting_objectives(kind))}",
         )
     if len(named) > 1:
         raise StageError(
@@ -168,6 +153,11 @@ def match_objectives(
             expected="cache: none",
         )
     return SourceObjectives(made_for, (*((number,) if number >= 0 else ()), *teachers))
+
+
+def _supporting_objectives(kind: str) -> list[str]:
+    """The objectives that support a kind of rows."""
+    return [name for name, kinds in SUPPORTED_ROW_KINDS.items() if kind in kinds]
 
 
 def refuse_unused_objectives(objectives: Sequence[AnyObjective], objective_indices: Sequence[Sequence[int]]) -> None:
@@ -282,69 +272,115 @@ def make_rows(
 
     `words` say the labels of rows that are answered at the mask of a template.
     """
-    inputs = model_inputs
-    options = RowOptions(inputs.length, inputs.frame, inputs.lead, held_out, excluded, max_document_tokens)
-    match objective:
-        case NextTokenObjective():
-            is_running_text = store.marks(0) is None
-            if is_running_text and not inputs.has_soft_prompt and pack:
-                return PackedRows(store, options)
-            if is_running_text:
-                options = _without_separator(options)
-            return PackedExampleRows(
-                store, options, train_on=objective.train_on, too_long=objective.too_long, pack=pack
-            )
-        case PrefixLMObjective():
-            if store.marks(0) is None:
-                options = _without_separator(options)
-            return PrefixRows(store, options, seed=inputs.seed, too_long=objective.too_long, pack=pack)
-        case MaskedObjective() if store.marks(0) is not None:
-            label_ids = verbalisers(store, inputs, words)
-            return ClozeRows(store, options, mask_id=inputs.mask_id, verbalisers=label_ids)
-        case MaskedObjective():
-            return MaskedRows(
-                store,
-                options,
-                mask_id=inputs.mask_id,
-                vocabulary=inputs.encoder.vocabulary,
-                special_ids=inputs.special_ids,
-                seed=inputs.seed,
-                mask_rate=objective.share,
-                continues_V=inputs.continues_V if objective.whole_words else None,
-            )
-        case SpanCorruptionObjective():
-            return SpanCorruptionRows(
-                store,
-                _without_eos(options, inputs.encoder.eos),
-                sentinels=inputs.sentinels,
-                eos=inputs.encoder.eos,
-                decoder_start=inputs.decoder_start,
-                seed=inputs.seed,
-                density=objective.density,
-                mean_span=objective.mean_span,
-            )
-        case TextToTextObjective():
-            return Seq2SeqRows(
-                store,
-                _without_eos(options, inputs.encoder.eos),
-                target_length=objective.target_length,
-                eos=inputs.encoder.eos,
-                decoder_start=inputs.decoder_start,
-                seed=inputs.seed,
-                too_long=_resolve_too_long(objective, store.kind),
-            )
-        case OnPolicyObjective():
-            return PromptRows(
-                store,
-                options,
-                prompt_tokens=objective.prompt_tokens,
-                new_tokens=objective.max_new_tokens,
-                eos=inputs.encoder.eos,
-            )
-        case ClassifyObjective():
-            if problem == ProblemType.TAGS:
-                return TaggedRows(store, options)
-            return LabelledRows(store, options, kind=problem, token_types=inputs.has_token_types)
+    options = RowOptions(
+        model_inputs.length, model_inputs.frame, model_inputs.lead, held_out, excluded, max_document_tokens
+    )
+    request = RowsRequest(store, model_inputs, options, problem, pack, words)
+    return load_function(objective.rows_function)(objective, request)
+
+
+class RowsRequest(NamedTuple):
+    """What rows are made from: documents, the model's inputs, and options of all layouts.
+
+    `problem` is the problem of a classifier, `words` the label words of a cloze; `pack`: several documents may share a row.
+    """
+
+    store: TokenStore | Subset
+    inputs: ModelInputs
+    options: RowOptions
+    problem: ProblemType
+    pack: bool
+    words: Mapping[str, str]
+
+    @property
+    def is_running_text(self) -> bool:
+        """Whether the documents have no marks of prompts and answers."""
+        return self.store.marks(0) is None
+
+
+def make_next_token_rows(objective: NextTokenObjective, request: RowsRequest) -> Rows:
+    """Packed text, or packed examples."""
+    options = request.options
+    if request.is_running_text and not request.inputs.has_soft_prompt and request.pack:
+        return PackedRows(request.store, options)
+    if request.is_running_text:
+        options = _without_separator(options)
+    return PackedExampleRows(
+        request.store, options, train_on=objective.train_on, too_long=objective.too_long, pack=request.pack
+    )
+
+
+def make_prefix_rows(objective: PrefixLMObjective, request: RowsRequest) -> Rows:
+    """A prefix and its continuation."""
+    options = _without_separator(request.options) if request.is_running_text else request.options
+    return PrefixRows(request.store, options, seed=request.inputs.seed, too_long=objective.too_long, pack=request.pack)
+
+
+def make_masked_rows(objective: MaskedObjective, request: RowsRequest) -> Rows:
+    """Masked text, or a cloze template for labelled rows."""
+    inputs = request.inputs
+    if not request.is_running_text:
+        label_ids = verbalisers(request.store, inputs, request.words)
+        return ClozeRows(request.store, request.options, mask_id=inputs.mask_id, verbalisers=label_ids)
+    return MaskedRows(
+        request.store,
+        request.options,
+        mask_id=inputs.mask_id,
+        vocabulary=inputs.encoder.vocabulary,
+        special_ids=inputs.special_ids,
+        seed=inputs.seed,
+        mask_rate=objective.share,
+        continues_V=inputs.continues_V if objective.whole_words else None,
+    )
+
+
+def make_span_corruption_rows(objective: SpanCorruptionObjective, request: RowsRequest) -> Rows:
+    """Text with sentinels for removed spans, and the spans as targets."""
+    inputs = request.inputs
+    return SpanCorruptionRows(
+        request.store,
+        _without_eos(request.options, inputs.encoder.eos),
+        sentinels=inputs.sentinels,
+        eos=inputs.encoder.eos,
+        decoder_start=inputs.decoder_start,
+        seed=inputs.seed,
+        density=objective.density,
+        mean_span=objective.mean_span,
+    )
+
+
+def make_seq2seq_rows(objective: TextToTextObjective, request: RowsRequest) -> Rows:
+    """Source and target."""
+    inputs = request.inputs
+    return Seq2SeqRows(
+        request.store,
+        _without_eos(request.options, inputs.encoder.eos),
+        target_length=objective.target_length,
+        eos=inputs.encoder.eos,
+        decoder_start=inputs.decoder_start,
+        seed=inputs.seed,
+        too_long=_resolve_too_long(objective, request.store.kind),
+    )
+
+
+def make_prompt_rows(objective: OnPolicyObjective, request: RowsRequest) -> Rows:
+    """Prompts for the model to continue."""
+    return PromptRows(
+        request.store,
+        request.options,
+        prompt_tokens=objective.prompt_tokens,
+        new_tokens=objective.max_new_tokens,
+        eos=request.inputs.encoder.eos,
+    )
+
+
+def make_classification_rows(objective: ClassifyObjective, request: RowsRequest) -> Rows:
+    """A text and its label, or words and their tags."""
+    if request.problem == ProblemType.TAGS:
+        return TaggedRows(request.store, request.options)
+    return LabelledRows(
+        request.store, request.options, kind=request.problem, token_types=request.inputs.has_token_types
+    )
 
 
 def _resolve_too_long(objective: TextToTextObjective, kind: str) -> TooLongPolicy:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,22 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from postgrad.config.objectives import (
-    AnyObjective,
-    ClassifyObjective,
-    DistillObjective,
     OnPolicyObjective,
-    get_objective_names,
 )
-from postgrad.config.quantities import length_in_steps
-from postgrad.config.sparse_updates import MagnitudeUpdate, MomentumUpdate
-from postgrad.config.tunings import BlocksTuning, FullTuning, LoraTuning, PTuning, get_tuning_options
+from postgrad.config.tunings import FullTuning, LoraTuning
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.prefix_lm import PrefixRows
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import collate
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.teacher_cache import TeacherCache
-from postgrad.data.problem_type import ProblemType
 from postgrad.distributed import fsdp
 from postgrad.distributed.world import World
 from postgrad.errors import ResumeError, StageError, TuningError
@@ -37,24 +29,15 @@ from postgrad.lineage.tree import read_lineage
 from postgrad.models.model import CausalModel, Model, wrap_model
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
 from postgrad.models.pretrained import TUNING_FILE, ModelLocation
-from postgrad.models.task import Task
-from postgrad.objectives.classification_loss import ClassificationLoss
-from postgrad.objectives.distillation import CachedDistillationLoss, DistillationLoss, TaskDistillationLoss
-from postgrad.objectives.next_token import TokenLoss
-from postgrad.objectives.objective import Objective
-from postgrad.objectives.teacher import Teacher
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale, LossAdaptiveLRScale
-from postgrad.optim.migu import MiguMask
-from postgrad.optim.mofo import MofoMask
 from postgrad.optim.optimizer import AdamW, Weights
-from postgrad.optim.sparse_update import FullMask, UpdateMask
-from postgrad.penalties.anchor import AnchoredDecay
+from postgrad.optim.sparse_update import UpdateMask
 from postgrad.penalties.o_lora import OrthogonalityPenalty
 from postgrad.penalties.penalty import DecoupledPenalty, Penalty
-from postgrad.plan.model_inputs import count_virtual_tokens
 from postgrad.plan.plan import Plan
-from postgrad.run.anchors import make_anchor
-from postgrad.run.online_teacher import make_online_teachers, make_weight_schedule
+from postgrad.run.losses import make_objectives
+from postgrad.run.online_teacher import make_online_teachers
+from postgrad.run.update_masks import make_update_mask
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.checkpoint_files import read_moments, read_progress
 from postgrad.training.on_policy import OnPolicySampler, make_on_policy_step
@@ -66,50 +49,20 @@ from postgrad.tuning.open_model import LoadedModel, open_model
 from postgrad.tuning.tuning import Tuning, TuningExport
 
 
-def make_objectives(
-    specs: Sequence[AnyObjective],
-    problem: ProblemType,
-    task: Task = Task.CAUSAL,
-    *,
-    teachers: Mapping[int, Teacher] = MappingProxyType({}),
-    steps: int = 1,
-    tokens: int = 1,
-) -> list[Objective]:
-    """Objectives from their descriptions; `problem` is what a classifier of this stage decides.
-
-    `task`: of the model. `teachers`: those that are asked at every step, by the number of their objective. `steps` and
-    `tokens`: of the stage, for weights that change over it.
-    """
-
-    def objective(number: int, spec: AnyObjective, name: str) -> Objective:
-        match spec:
-            case ClassifyObjective():
-                return ClassificationLoss(problem, name, spec.weight)
-            case DistillObjective():
-                weight = make_weight_schedule(spec.weight, steps, tokens)
-                if number not in teachers:
-                    return CachedDistillationLoss(weight, spec.temperature, name)
-                how = weight, spec.direction, spec.temperature, name
-                if task.is_classifier:
-                    return TaskDistillationLoss(problem, teachers[number], *how)
-                return DistillationLoss(teachers[number], *how)
-            case OnPolicyObjective():
-                return DistillationLoss(
-                    teachers[number], make_weight_schedule(spec.weight, steps, tokens), "reverse", 1.0, name
-                )
-            case _:
-                return TokenLoss(name, spec.weight)
-
-    return [
-        objective(i, spec, name) for i, (spec, name) in enumerate(zip(specs, get_objective_names(specs), strict=True))
-    ]
-
-
 class ParameterCounts(NamedTuple):
     """Weights of a model, tied ones counted once, and how many of them move."""
 
     parameters: int
     trainable: int
+
+
+class PenaltyContext(NamedTuple):
+    """What a penalty is made from: its number in the stage, the plan, the tuned model and the trained weights."""
+
+    number: int
+    plan: Plan
+    tuned_model: TunedModel
+    weights: Weights
 
 
 @dataclass(frozen=True)
@@ -183,29 +136,21 @@ def _match_base_names(model: nn.Module, before: dict[str, nn.Parameter]) -> dict
 
 
 def tuning_options(plan: Plan, loaded_model: LoadedModel) -> dict[str, Any]:
-    """The keyword arguments of the stage's tuning: lengths in steps, and a new task layer moves besides."""
+    """The keyword arguments of the stage's tuning: lengths in steps, and new task layers are trained too."""
     spec = plan.stage.tuning
-    options = get_tuning_options(spec)
-    for key in ("template", "demonstrations", "orthogonal"):  # read by whoever makes the rows, or the penalties
-        options.pop(key, None)
-    if isinstance(spec, PTuning):
-        options["length"] = count_virtual_tokens(spec)
-    if isinstance(spec, BlocksTuning) and spec.unfreeze_every is not None:
-        options["unfreeze_every"] = max(1, round(length_in_steps(spec.unfreeze_every, plan.steps, plan.tokens)))
+    options = spec.options(plan.steps, plan.tokens)
     if loaded_model.new_weights and not isinstance(spec, FullTuning):
         options["also_train"] = [*options.get("also_train", ()), *loaded_model.new_weights]
     return options
 
 
 def make_penalties(plan: Plan, tuned_model: TunedModel, weights: Weights) -> list[Penalty]:
-    """What pulls the weights back."""
-    named = [
-        make_anchor(
-            number, plan, tuned_model.tuning, weights, tuned_model.base_names, tuned_model.loaded_model.new_weights
-        )
-        for number in range(len(plan.stage.penalties))
+    """The penalties of the stage's tuning and those that the stage names."""
+    stage_penalties = [
+        spec.load()(spec, PenaltyContext(number, plan, tuned_model, weights))
+        for number, spec in enumerate(plan.stage.penalties)
     ]
-    return [*_make_o_lora_penalty(plan, tuned_model, weights), *named]
+    return [*_make_o_lora_penalty(plan, tuned_model, weights), *stage_penalties]
 
 
 def _make_o_lora_penalty(plan: Plan, tuned_model: TunedModel, weights: Weights) -> list[Penalty]:
@@ -296,7 +241,7 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
         fsdp.compile_layers(model)
     penalties = make_penalties(plan, tuned_model, weights)
     spec = stage.optimizer
-    optimizer = make_optimizer(plan, weights, moving, [p for p in penalties if isinstance(p, AnchoredDecay)])
+    optimizer = make_optimizer(plan, weights, moving, [p for p in penalties if isinstance(p, DecoupledPenalty)])
     if spec.moments != "reset" and not tuned_model.tuning.is_full:
         raise StageError(
             f"`{stage.tuning.kind}` begins with weights of its own, for which {plan.model.start.name} has no moments",
@@ -337,30 +282,6 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
         else ConstantLRScale(),
         trained_tokens_by_source=np.zeros(len(plan.data.source_names), np.int64),
     )
-
-
-def make_update_mask(plan: Plan, tuned_model: TunedModel, weights: Weights) -> UpdateMask:
-    """Which numbers an update moves. Raises `StageError` where that cannot be told."""
-    match plan.stage.optimizer.sparse_update:
-        case None:
-            return FullMask()
-        case MomentumUpdate(share=share):
-            return MofoMask(share, weights.masters)
-        case MagnitudeUpdate(share=share):
-            if isinstance(plan.stage.tuning, LoraTuning) and plan.stage.tuning.variant == "dora":
-                raise StageError(
-                    "the parts of dora also read what is no text, so their outputs do not say what the text needs",
-                    where="optimizer.sparse_update",
-                    expected="another form of `lora`, or kind: momentum",
-                )
-            moving = MiguMask(share, tuned_model.model, weights.entries)
-            if not moving.layers:
-                raise StageError(
-                    f"`{plan.stage.tuning.kind}` moves no linear layer of the model's blocks",
-                    where="optimizer.sparse_update",
-                    expected="a tuning that moves some, such as full, blocks or lora; or kind: momentum",
-                )
-            return moving
 
 
 def make_optimizer(

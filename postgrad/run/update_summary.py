@@ -10,12 +10,8 @@ from postgrad.hardware.memory import format_bytes
 from postgrad.optim.optimizer import Weights
 from postgrad.optim.sparse_update import SparseMask, UpdateMask
 from postgrad.plan.plan import Plan
-from postgrad.run.build import TunedModel, make_update_mask
-
-_SELECTION_TEXTS = {
-    "momentum": "the entries of each matrix with the largest momentum",
-    "magnitude": "the rows with the largest outputs",
-}
+from postgrad.run.build import TunedModel
+from postgrad.run.update_masks import make_update_mask
 
 
 def describe_update(plan: Plan, update_mask: UpdateMask) -> dict[str, Any] | None:
@@ -45,17 +41,18 @@ def check_update(plan: Plan, tuned_model: TunedModel) -> dict[str, Any] | None:
 def update_lines(plan: Plan, summary: dict[str, Any] | None) -> list[str]:
     """Lines on the stage's updates; none for dense ones at the scheduled rate."""
     lines = []
-    if summary:
+    spec = plan.stage.optimizer.sparse_update
+    if summary and spec:
         kind, share = summary["kind"], f"{100 * summary['share']:.3g} %"
         lines.append(
-            f"update: {kind}, {share} of {_SELECTION_TEXTS[kind]}: {summary['moved']:,} of {summary['of']:,} weights per step "
+            f"update: {kind}, {share} of {spec.selection}: {summary['moved']:,} of {summary['of']:,} weights per step "
             f"({summary['moved'] / summary['of']:.1%}; {summary['whole']:,} of them are always updated); a temporary copy of "
             f"{format_bytes(summary['bytes'])}"
         )
     adaptive = plan.stage.optimizer.loss_adaptive
     if adaptive:
         lines.append(
-            f"learning rate: the schedule times min(1, {adaptive.initial_share:.3g} sqrt(first loss / mean loss)), reduced until the "
-            f"mean loss is {100 * adaptive.initial_share**2:.3g} % of the first"
+            f"learning rate: the schedule times min(1, {adaptive.initial_share:.3g} sqrt(first loss / mean loss)), reduced until "
+            f"the mean loss is {100 * adaptive.initial_share**2:.3g} % of the first"
         )
     return lines

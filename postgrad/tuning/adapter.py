@@ -157,8 +157,8 @@ class Adapter(ModuleTuning):
         `skip_layers`: layers without adapters, counted from 0, the encoder's before the decoder's (AdapterDrop, Rueckle et
         al. 2021, arXiv 2010.11918). `also_train`: patterns of further parameters to train.
 
-        Norms and what `also_train` matches belong to the base: they are part of `state`, and `disable` and `detach` restore their
-        values, except for a task's own layer, which has no pretrained value.
+        Norms and what `also_train` matches belong to the base: they are part of `state`, and `disable` and `detach` restore
+        their values, except for a task's own layer, which has no pretrained value.
 
         Raises `TuningError` for options out of range, for a model without the variant's sub-layers, and if no gradient
         reaches an adapter.

@@ -89,8 +89,8 @@ class LoraAdapter(Tuning):
         """Add adapters to the layers that match `targets` but not `exclude` (see `resolve_targets`).
 
         `alpha`: default twice the rank (the rank for pissa, as published). `rank_pattern`, `alpha_pattern`: other values for
-        the layers whose names match a pattern. `also_train`: patterns of base parameters to train. `quantization`: store the blocks'
-        weights in 4 bits ("nf4") or 8 ("int8"), as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314). `svd_iterations`:
+        the layers whose names match a pattern. `also_train`: patterns of base parameters to train. `quantization`: store the
+        blocks' weights in 4 bits ("nf4") or 8 ("int8"), as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314). `svd_iterations`:
         compute pissa's singular directions by that many subspace iterations, not exactly. `b_rate`: the ratio of B's
         learning rate to A's (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 

@@ -100,8 +100,8 @@ class PromptTuning(ModuleTuning):
 
     `init`: "random" U(-scale, scale), "normal" N(0, scale^2), "vocabulary", "text" or "labels"; with an encoder these are
     its inputs. `encoder`: "none", "lstm" or "mlp", `hidden` its width. `backbone="trained"` trains the base too, as
-    P-tuning's SuperGLUE code does; the tuning is then not additive. `also_train`: patterns of base parameters to train; `disable`
-    and `detach` restore those of the body. None selects the kind's published value.
+    P-tuning's SuperGLUE code does; the tuning is then not additive. `also_train`: patterns of base parameters to train;
+    `disable` and `detach` restore those of the body. None selects the kind's published value.
 
     Raises `TuningError` for a prompt as long as the model's context, and for invalid options.
     """

@@ -37,7 +37,8 @@ from postgrad.optim.optimizer import AdamW
 from postgrad.plan import sources as leaves
 from postgrad.plan.objective_rows import make_rows
 from postgrad.plan.plan import Plan
-from postgrad.run.build import build_run, make_loader, make_objectives, make_tuned_model
+from postgrad.run.build import build_run, make_loader, make_tuned_model
+from postgrad.run.losses import make_objectives
 from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run, StepReport, train_step
 from postgrad.tuning.open_model import open_model
